@@ -1,0 +1,1 @@
+"""The engines: attention, linear and delta. They import torch and triton and nothing else."""
