@@ -1,0 +1,267 @@
+"""The configuration's types, and the checks that run before any work.
+
+The top-level words and the loop's settings are dataclasses: Hydra refuses unknown keys and wrong types there by itself.
+A group's node names a class or function with `_target_`; its schema is that callable's signature, so adding a mixer or
+a corpus means writing one class and one YAML file and nothing else.
+"""
+
+import difflib
+import importlib
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from longmix.errors import ConfigError
+
+Node = dict[str, Any]
+
+
+@dataclass
+class LoopConfig:
+    """Settings of the training loop that are the same on every machine.
+
+    Attributes:
+        gradient_clip: largest allowed norm of the whole gradient; null never clips.
+        log_every: steps between log rows.
+        validate_every: steps between validations; null validates at the end only.
+        checkpoint_every: steps between checkpoints; null saves at the end only.
+        keep_checkpoints: how many checkpoints stay beside the best one.
+        nonfinite: what a non-finite loss or gradient does: "stop" the run, or "skip" that step and count it.
+    """
+
+    gradient_clip: float | None = 1.0
+    log_every: int = 10
+    validate_every: int | None = 100
+    checkpoint_every: int | None = 100
+    keep_checkpoints: int = 2
+    nonfinite: str = "stop"
+
+
+@dataclass
+class TrainConfig:
+    """The words of the command line.
+
+    Attributes:
+        mixer, model, data, tokenizer, optimizer, schedule, trainer, logger: config groups.
+        seq_len: tokens a training window holds.
+        batch_size: windows per optimizer step, over all devices.
+        max_steps: optimizer steps to train.
+        max_tokens: tokens to train; with `max_steps` too, the smaller of the two counts.
+        seed: of weights, data order and everything else that is drawn.
+        name: the run's name; its folder is `runs/<name>`.
+        resume: "auto" to continue the newest run of this configuration, or a checkpoint's or run's folder.
+        loop: see `LoopConfig`.
+    """
+
+    mixer: Any = MISSING
+    model: Any = MISSING
+    data: Any = MISSING
+    tokenizer: Any = MISSING
+    optimizer: Any = MISSING
+    schedule: Any = MISSING
+    trainer: Any = MISSING
+    logger: Any = MISSING
+    seq_len: int = MISSING
+    batch_size: int = MISSING
+    max_steps: int | None = None
+    max_tokens: int | None = None
+    seed: int = 0
+    name: str = MISSING
+    resume: str | None = None
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+
+@dataclass
+class EvaluateConfig:
+    """The words of `evaluate.py`.
+
+    Attributes:
+        checkpoint: folder of a checkpoint, or of a run (its newest checkpoint).
+        task: what to evaluate, a config group.
+        data: other data than the checkpoint's, a config group; null keeps its own.
+        split: "train", "validation" or "test".
+        seq_len: context length or lengths; null takes the trained one.
+        max_tokens: evenly spread windows of about so many tokens; null takes the whole split.
+        batch_size: windows at once; null takes about 16k tokens.
+        device: "auto", "cpu" or "cuda".
+        precision: "auto" is bf16 on a GPU and float32 on a CPU; or "float32", "bf16".
+        output: folder for results; null takes `evaluation/` in the run's folder.
+        trust: packages besides longmix whose classes the checkpoint may name.
+    """
+
+    checkpoint: str = MISSING
+    task: Any = MISSING
+    data: Any = None
+    split: str = "validation"
+    seq_len: Any = None
+    max_tokens: int | None = None
+    batch_size: int | None = None
+    device: str = "auto"
+    precision: str = "auto"
+    output: str | None = None
+    trust: list[str] = field(default_factory=list)
+
+
+def resolved(config: DictConfig) -> Node:
+    """The configuration as plain dicts and values with every interpolation carried out.
+
+    Raises:
+        ConfigError: a mandatory key has no value.
+    """
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ConfigError(f"no value was given for: {', '.join(missing)}.")
+    return typing.cast(Node, OmegaConf.to_container(config, resolve=True))
+
+
+def locate(path: str, key: str) -> Callable[..., Any]:
+    """Import the class or function a `_target_` names; a `ConfigError` names `key` if there is none."""
+    module_name, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{key}._target_={path} cannot be imported: {error}.") from error
+
+
+def build(node: Node, key: str, **supplied: Any) -> Any:
+    """Check a `_target_` node against its callable's signature and call it.
+
+    Args:
+        node: the settings with `_target_`; nested `_target_` nodes are built first.
+        key: where the node stands in the configuration, for messages.
+        supplied: arguments that longmix gives; the configuration may not set them.
+    """
+    check(node, key, set(supplied))
+    settings = {name: _built_value(value, f"{key}.{name}") for name, value in node.items() if name != "_target_"}
+    return locate(node["_target_"], key)(**settings, **supplied)
+
+
+def _built_value(value: Any, key: str) -> Any:
+    return build(value, key) if isinstance(value, dict) and "_target_" in value else value
+
+
+def check(node: Any, key: str, supplied: set[str]) -> None:
+    """Refuse unknown, missing and wrongly typed settings of a `_target_` node, naming the key.
+
+    Args:
+        node: the settings with `_target_`.
+        key: where the node stands in the configuration.
+        supplied: names of the arguments that longmix gives.
+
+    Raises:
+        ConfigError: with the nearest allowed name for an unknown key.
+    """
+    if not isinstance(node, dict) or "_target_" not in node:
+        raise ConfigError(f"{key}={node!r} is not a choice; it needs `_target_`, as the files in configs/{key} have.")
+    target = locate(node["_target_"], key)
+    parameters = inspect.signature(target).parameters
+    settable = [name for name in parameters if name not in supplied]
+    for name in node:
+        if name != "_target_" and name not in settable:
+            raise ConfigError(unknown_key(f"{key}.{name}", name, settable))
+    for name in settable:
+        if parameters[name].default is inspect.Parameter.empty and name not in node:
+            raise ConfigError(f"{key}.{name} has no value, and {node['_target_']} needs one.")
+    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    for name, value in node.items():
+        if isinstance(value, dict) and "_target_" in value:
+            check(value, f"{key}.{name}", set())
+        elif name in hints and not _fits(value, hints[name]):
+            raise ConfigError(f"{key}.{name}={value!r} is not {_described(hints[name])}.")
+
+
+def unknown_key(full_key: str, name: str, allowed: list[str]) -> str:
+    """The message for a key that does not exist."""
+    close = difflib.get_close_matches(name, allowed, n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    return f"unknown key {full_key}.{hint} Keys there are: {', '.join(allowed) or 'none'}."
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if hint is type(None) or hint is None:
+        return value is None
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if origin is tuple:
+        return isinstance(value, list | tuple) and len(value) == len(arguments) and all(map(_fits, value, arguments))
+    if origin in (list, typing.get_origin(typing.Sequence[int])):
+        return isinstance(value, list | tuple) and all(_fits(item, arguments[0]) for item in value)
+    if origin in (dict, typing.get_origin(Mapping[str, int])):
+        return isinstance(value, dict)
+    return isinstance(value, hint) if inspect.isclass(hint) else True
+
+
+def _described(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_described(option) for option in arguments)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    return names.get(hint, str(hint).replace("typing.", ""))
+
+
+def refuse_untrusted(node: Any, key: str, packages: set[str]) -> None:
+    """Refuse a checkpoint's configuration that names a class outside `packages`: it could call any function.
+
+    Raises:
+        ConfigError: names the key and how to allow it.
+    """
+    if not isinstance(node, dict):
+        return
+    target = str(node.get("_target_", "longmix"))
+    package = target.split(".")[0]
+    if package not in packages:
+        raise ConfigError(
+            f"the checkpoint's {key}={target} is not part of longmix; if you trust it, add trust=[{package}]."
+        )
+    for name, value in node.items():
+        refuse_untrusted(value, f"{key}.{name}", packages)
+
+
+def check_words(config: Node) -> None:
+    """Refuse impossible values of the top-level words and the loop."""
+    loop = config["loop"]
+    at_least_one = {
+        "seq_len": config["seq_len"],
+        "batch_size": config["batch_size"],
+        "max_steps": config["max_steps"],
+        "max_tokens": config["max_tokens"],
+        **{f"loop.{key}": loop[key] for key in ("log_every", "validate_every", "checkpoint_every", "keep_checkpoints")},
+    }
+    for key, value in at_least_one.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{key}={value} must be at least 1.")
+    if config["max_steps"] is None and config["max_tokens"] is None:
+        raise ConfigError("give max_steps or max_tokens, or training would never end.")
+    if config["seed"] < 0:
+        raise ConfigError(f"seed={config['seed']} must not be negative.")
+    if loop["gradient_clip"] is not None and loop["gradient_clip"] <= 0:
+        raise ConfigError(f"loop.gradient_clip={loop['gradient_clip']} must be above 0, or null to never clip.")
+    if loop["nonfinite"] not in ("stop", "skip"):
+        raise ConfigError(f"loop.nonfinite={loop['nonfinite']!r} is not one of stop, skip.")
+
+
+def total_steps(config: Node) -> int:
+    """Optimizer steps of the whole run: `max_steps`, or as many as `max_tokens` needs, whichever is smaller."""
+    tokens_per_step = config["seq_len"] * config["batch_size"]
+    limits = []
+    if config["max_steps"] is not None:
+        limits.append(config["max_steps"])
+    if config["max_tokens"] is not None:
+        limits.append(-(-config["max_tokens"] // tokens_per_step))
+    return min(limits)

@@ -1,0 +1,51 @@
+"""Loss of a model over evaluation windows: the one function that training's validation and `evaluate.py` both call."""
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from longmix.evaluation.statistics import LossStatistics
+
+Batch = Mapping[str, Tensor | None]
+
+
+def to_device(batch: Batch, device: torch.device | str) -> dict[str, Tensor | None]:
+    """Move a batch's tensors; None (no document boundary in the batch) stays None."""
+    return {name: None if value is None else value.to(device, non_blocking=True) for name, value in batch.items()}
+
+
+@torch.no_grad()
+def evaluate_loss(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    statistics: LossStatistics,
+    *,
+    device: torch.device | str = "cpu",
+    precision: Callable[[], AbstractContextManager] = nullcontext,
+    after_batch: Callable[[], bool] = lambda: True,
+) -> LossStatistics:
+    """Fill `statistics` with the model's losses, in eval mode and without touching any random state.
+
+    Args:
+        model: a `LanguageModel`.
+        batches: dicts with tokens, targets and document_ids.
+        statistics: the sums to add to.
+        device: where the model is.
+        precision: makes the autocast context of one forward pass.
+        after_batch: called after each batch; False ends the evaluation early.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            moved = to_device(batch, device)
+            with precision():
+                output = model(moved["tokens"], moved["targets"], document_ids=moved["document_ids"])
+            statistics.update(output.token_losses, moved["targets"], moved["document_ids"])
+            if not after_batch():
+                break
+    finally:
+        model.train(was_training)
+    return statistics

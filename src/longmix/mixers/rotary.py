@@ -1,0 +1,29 @@
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864, eq. 34), half-split layout as in Llama."""
+
+import torch
+from torch import Tensor
+
+
+def rotary_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the rotation angles in float32.
+
+    Angles are formed in float32: at position 65536 their spacing is 2^-7 radians for the fastest pair, whose value
+    is the exact integer position, so every pair stays accurate to about 4e-3 radians.
+
+    Args:
+        positions: [B or 1, T], any integer dtype.
+        head_dim: even.
+        base: wavelength base, 10000 in the paper; larger for long contexts.
+
+    Returns:
+        cosine and sine, each [B or 1, T, 1, head_dim / 2].
+    """
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions.to(torch.float32)[..., None] * (base**-exponents)
+    return angles.cos()[:, :, None, :], angles.sin()[:, :, None, :]
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotate `x` [B, T, H, head_dim] by the angles of `rotary_angles`; in float32 or better, returned in x's dtype."""
+    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)

@@ -1,0 +1,54 @@
+"""Causal attention to the last `window` tokens (Beltagy et al. 2020, arXiv 2004.05150; the window of Mistral 7B)."""
+
+from torch import Tensor
+
+from longmix.errors import ConfigError
+from longmix.mixers.base import ModelShape
+from longmix.mixers.softmax import SoftmaxAttention
+from longmix_kernels.attention import attention
+
+
+class SlidingWindow(SoftmaxAttention):
+    """Every token sees itself and the `window - 1` tokens before it, within its document.
+
+    Args:
+        window: visible keys including the token itself (so flash-attention's `window_size` is `(window - 1, 0)`).
+
+    The other arguments are those of `SoftmaxAttention`.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        layer_index: int,
+        *,
+        window: int,
+        num_heads: int | None = None,
+        num_kv_heads: int | None = None,
+        rotary_base: float = 10_000.0,
+        qk_norm: bool = True,
+    ) -> None:
+        super().__init__(
+            shape,
+            layer_index,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            rotary_base=rotary_base,
+            qk_norm=qk_norm,
+        )
+        if window < 1:
+            raise ConfigError(f"mixer.window={window} must be at least 1: a token sees itself.")
+        self.window = window
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, document_ids: Tensor | None) -> Tensor:
+        """The engine, which skips every tile outside the window."""
+        return attention(query, key, value, window=self.window, document_ids=document_ids)
+
+    def visible_pairs(self, length: int) -> int:
+        """A triangle until the window is full, then `window` keys for every token."""
+        full = min(self.window, length)
+        return full * (full + 1) // 2 + (length - full) * self.window
+
+    def cached_keys(self) -> int:
+        """The next token fills the window's last place itself; one key stays to tell its document."""
+        return max(1, self.window - 1)

@@ -1,0 +1,34 @@
+"""`python -m longmix.reporting FOLDER...`: a table and a plot over the runs of a sweep."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from longmix.errors import LongmixError
+from longmix.reporting.runs import find_runs, table, write_report
+
+
+def main() -> int:
+    """Print the table, write `runs.json` and `runs.png` into the first folder, and return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m longmix.reporting", description=__doc__)
+    parser.add_argument("folders", nargs="+", type=Path, help="folders of sweeps or runs; searched through")
+    parser.add_argument("--output", type=Path, help="where the files go; the first folder if not given")
+    arguments = parser.parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    try:
+        runs, unfinished = find_runs(arguments.folders)
+        console.print(table(runs))
+        for folder in unfinished:
+            console.print(f"not finished, left out: {folder}", highlight=False)
+        for path in write_report(runs, arguments.output or arguments.folders[0]):
+            console.print(f"wrote {path}", highlight=False)
+    except LongmixError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

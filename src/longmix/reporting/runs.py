@@ -1,0 +1,159 @@
+"""Reads finished runs and lays them side by side."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from longmix.errors import DataError
+from longmix.files import replace_json, storage_errors
+from longmix.reporting.plots import Curve, draw_curves, new_figure, save_figure
+from longmix.training.loggers import Metrics, read_metrics
+
+COLUMNS = {
+    "run": "run",
+    "mixer": "mixer",
+    "seq_len": "seq_len",
+    "parameters": "parameters",
+    "tokens": "tokens",
+    "bits_per_byte": "bits/byte",
+    "loss": "loss",
+    "tokens_per_second": "tokens/s",
+    "training_seconds": "seconds",
+    "peak_gib": "peak GiB",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's folder, read.
+
+    Attributes:
+        folder: where it lies.
+        label: its folder's name without what all runs share.
+        summary: its `summary.json`.
+        metrics: the rows of its `metrics.csv`; none if it was not logged.
+    """
+
+    folder: Path
+    label: str
+    summary: dict[str, Any]
+    metrics: list[Metrics]
+
+    def curve(self, column: str, x: str = "step") -> Curve:
+        """The values of one metric against another, where a row has both."""
+        points = [(row[x], row[column]) for row in self.metrics if x in row and column in row]
+        return [point[0] for point in points], [point[1] for point in points]
+
+    def row(self) -> dict[str, Any]:
+        """The figures that people compare."""
+        validation = self.summary["validation"]
+        peaks = [row["memory/peak_gib"] for row in self.metrics if "memory/peak_gib" in row]
+        return {
+            "run": self.label,
+            "mixer": self.summary["mixer"],
+            "seq_len": self.summary["seq_len"],
+            "parameters": self.summary["parameters"]["total"],
+            "tokens": self.summary["tokens"],
+            "bits_per_byte": validation["bits_per_byte"],
+            "loss": validation["loss"],
+            "tokens_per_second": self.summary["tokens_per_second"],
+            "training_seconds": self.summary["training_seconds"],
+            "peak_gib": max(peaks) if peaks else None,
+        }
+
+
+def find_runs(paths: list[Path]) -> tuple[list[Run], list[Path]]:
+    """All finished runs at or below `paths`, and the folders of unfinished ones.
+
+    Raises:
+        DataError: a path does not exist, or there is no finished run.
+    """
+    finished: list[Path] = []
+    unfinished: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise DataError(f"there is no {path}; give the folder of a sweep or of runs.")
+        for config in sorted(path.rglob("config.yaml")):
+            if "wandb" in config.parts:
+                continue
+            (finished if (config.parent / "summary.json").is_file() else unfinished).append(config.parent)
+    if not finished:
+        raise DataError(f"no finished run at or below {', '.join(map(str, paths))}: none has a summary.json.")
+    runs = [
+        Run(folder, label, json.loads((folder / "summary.json").read_text(encoding="utf-8")), read_metrics(folder))
+        for folder, label in zip(finished, _labels(finished), strict=True)
+    ]
+    return sorted(runs, key=lambda run: run.summary["validation"]["bits_per_byte"]), unfinished
+
+
+def _labels(folders: list[Path]) -> list[str]:
+    """Folder names, with the parent's name in front where two are alike."""
+    names = [folder.name for folder in folders]
+    if len(set(names)) == len(names):
+        return names
+    return [f"{folder.parent.name}/{folder.name}" for folder in folders]
+
+
+def table(runs: list[Run]) -> Table:
+    """The runs as a table, best validation first."""
+    result = Table(title="runs, best validation first")
+    for column in COLUMNS.values():
+        left = column in ("run", "mixer")
+        result.add_column(column, justify="left" if left else "right", overflow="fold" if left else "ellipsis")
+    for run in runs:
+        row = run.row()
+        result.add_row(*(_cell(row[name]) for name in COLUMNS))
+    return result
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def write_report(runs: list[Run], folder: Path) -> list[Path]:
+    """Write `runs.json` and `runs.png` (validation by tokens, loss by position, speed) and return their paths."""
+    figure, (by_tokens, by_position, speed) = new_figure(3)
+    validation = {run.label: _against_tokens(run) for run in runs}
+    draw_curves(
+        by_tokens, validation, title="validation", x_label="million tokens", y_label="bits per byte", marker="o"
+    )
+    positions = {
+        run.label: (
+            [row["end"] for row in run.summary["validation_by_position"]],
+            [row["loss"] for row in run.summary["validation_by_position"]],
+        )
+        for run in runs
+    }
+    draw_curves(
+        by_position,
+        positions,
+        title="validation loss by position",
+        x_label="tokens of context, up to",
+        y_label="nats per token",
+        log_x=True,
+        marker="o",
+    )
+    names = [run.label for run in runs]
+    speed.barh(names, [run.summary["tokens_per_second"] for run in runs])
+    speed.invert_yaxis()
+    speed.set_title("training speed")
+    speed.set_xlabel("tokens per second")
+    speed.tick_params(axis="y", labelsize="small")
+    path = folder / "runs.json"
+    with storage_errors(folder):
+        picture = save_figure(figure, folder / "runs.png")
+    replace_json(path, [run.row() for run in runs])
+    return [path, picture]
+
+
+def _against_tokens(run: Run) -> Curve:
+    steps, values = run.curve("validation/bits_per_byte")
+    per_step = run.summary["tokens_per_step"]
+    return [step * per_step / 1e6 for step in steps], values

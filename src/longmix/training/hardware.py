@@ -1,0 +1,116 @@
+"""What the machine can do: peak arithmetic, memory in use, and the trainer settings that fit it."""
+
+import os
+import resource
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from longmix.errors import ConfigError
+
+PEAK_DENSE_BF16_FLOPS = {
+    "GB200": 2.5e15,
+    "B200": 2.25e15,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
+"""Dense bf16 tensor-core peaks by the name the driver gives, from the vendor's data sheets; the first match counts."""
+
+
+def process_rank() -> int:
+    """This process's rank over all machines, known before any process group exists: launchers set it."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0"))))
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Peak floating-point operations per second, or None when it is not known: never a guess."""
+    if device.type != "cuda" or not precision.startswith("bf16"):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in PEAK_DENSE_BF16_FLOPS.items() if known in name), None)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process ever held: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """Where and how the steps run; none of it changes what is computed, but for rounding.
+
+    Attributes:
+        accelerator: "auto" takes a CUDA device if there is one.
+        devices: how many devices on this machine; None takes one.
+        num_nodes: how many machines.
+        strategy: "single", "ddp" or "fsdp".
+        precision: "auto" is bf16-mixed on a GPU and 32-true on a CPU, where bf16 is emulated.
+        compile: torch.compile each block.
+        micro_batch_size: windows of one forward and backward pass; None takes a process's whole share of `batch_size`.
+        num_threads: CPU threads; None leaves torch's choice.
+
+    Raises:
+        ConfigError: no GPU though one is asked for, or a count below 1.
+    """
+
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: int | None = None
+    num_nodes: int = 1
+    strategy: Literal["single", "ddp", "fsdp"] = "single"
+    precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true"] = "auto"
+    compile: bool = False
+    micro_batch_size: int | None = None
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("devices", "num_nodes", "micro_batch_size", "num_threads"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(f"trainer.{key}={value} must be at least 1.")
+        if self.accelerator == "gpu" and not torch.cuda.is_available():
+            raise ConfigError(
+                "trainer.accelerator=gpu, but torch sees no CUDA device; use trainer=cpu or trainer=auto."
+            )
+        if self.strategy == "single" and self.world_size > 1:
+            raise ConfigError(
+                f"trainer.strategy=single runs one process, but {self.world_size} are asked for; use trainer=ddp or "
+                "trainer=fsdp."
+            )
+        if self.on_gpu and self.devices is not None and self.devices > torch.cuda.device_count():
+            raise ConfigError(
+                f"trainer.devices={self.devices}, but torch sees {torch.cuda.device_count()} CUDA devices."
+            )
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the run uses CUDA."""
+        return self.accelerator == "gpu" or (self.accelerator == "auto" and torch.cuda.is_available())
+
+    @property
+    def devices_here(self) -> int:
+        """Processes on this machine."""
+        if self.devices is not None:
+            return self.devices
+        return max(1, torch.cuda.device_count()) if self.on_gpu and self.strategy != "single" else 1
+
+    @property
+    def world_size(self) -> int:
+        """Processes on all machines."""
+        return self.devices_here * self.num_nodes
+
+    @property
+    def precision_in_use(self) -> str:
+        """`precision` with "auto" decided."""
+        if self.precision != "auto":
+            return self.precision
+        return "bf16-mixed" if self.on_gpu else "32-true"

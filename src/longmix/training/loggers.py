@@ -1,0 +1,175 @@
+"""Where metrics go. Losing a logger must never cost a run, so nothing here raises once training has begun."""
+
+import csv
+import logging
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from longmix.files import storage_errors
+
+Metrics = dict[str, float]
+
+log = logging.getLogger(__name__)
+
+
+class MetricLog(Protocol):
+    """Receives rows of metrics."""
+
+    def open(self, folder: Path, config: dict[str, Any], name: str, first_step: int) -> None:
+        """Begin, or continue after `first_step` rows of steps that count."""
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        """Record metrics of one step; a step may be written several times with different metrics."""
+
+    def close(self, exit_code: int) -> None:
+        """Finish; 0 for a run that ended well."""
+
+
+class NoLog:
+    """Keeps nothing."""
+
+    def open(self, folder: Path, config: dict[str, Any], name: str, first_step: int) -> None:
+        """Nothing to begin."""
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        """Nothing to record."""
+
+    def close(self, exit_code: int) -> None:
+        """Nothing to finish."""
+
+
+class CsvLog:
+    """`metrics.csv` in the run's folder: a row per call, a column per metric, empty where a row has none.
+
+    A resumed run drops the rows of steps it will take again, so that every step stands there once.
+    """
+
+    def __init__(self) -> None:
+        self.path = Path()
+        self.columns: list[str] = []
+
+    def open(self, folder: Path, config: dict[str, Any], name: str, first_step: int) -> None:
+        """See `MetricLog.open`."""
+        self.path = folder / "metrics.csv"
+        rows = [row for row in read_metrics(folder) if row["step"] <= first_step] if first_step else []
+        self.columns = list(dict.fromkeys(["step", *(key for row in rows for key in row)]))
+        with storage_errors(self.path):
+            self._rewrite(rows)
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        """See `MetricLog.write`."""
+        row = {"step": step, **metrics}
+        with storage_errors(self.path):
+            new = [key for key in row if key not in self.columns]
+            if new:
+                rows = read_metrics(self.path.parent)
+                self.columns += new
+                self._rewrite(rows)
+            with self.path.open("a", newline="", encoding="utf-8") as stream:
+                csv.DictWriter(stream, self.columns, restval="").writerow(row)
+
+    def _rewrite(self, rows: list[Metrics]) -> None:
+        temporary = self.path.with_suffix(".csv.tmp")
+        with temporary.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, self.columns, restval="")
+            writer.writeheader()
+            writer.writerows(rows)
+        temporary.replace(self.path)
+
+    def close(self, exit_code: int) -> None:
+        """Every row is on the disk already."""
+
+
+class WandbLog(CsvLog):
+    """The CSV file, and a Weights & Biases run that falls back to offline, then to nothing, but never fails.
+
+    Args:
+        project: the project's name.
+        entity: user or team; None takes the account's own.
+        mode: "auto" is online where an API key is known, else offline.
+        tags: tags of the run.
+    """
+
+    def __init__(
+        self,
+        project: str = "longmix",
+        entity: str | None = None,
+        mode: Literal["auto", "online", "offline"] = "auto",
+        tags: list[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.project, self.entity, self.mode, self.tags = project, entity, mode, tags
+        self.run: Any = None
+
+    def open(self, folder: Path, config: dict[str, Any], name: str, first_step: int) -> None:
+        """See `MetricLog.open`; the run's id is kept in `wandb_id.txt`, so that a resumed run continues it."""
+        super().open(folder, config, name, first_step)
+        try:
+            self.run = self._started(folder, config, name)
+        except Exception as error:
+            log.warning("wandb did not start (%s); metrics go to %s alone.", error, self.path)
+
+    def _started(self, folder: Path, config: dict[str, Any], name: str) -> Any:
+        import wandb
+
+        id_file = folder / "wandb_id.txt"
+        if not id_file.exists():
+            id_file.write_text(wandb.util.generate_id() + "\n", encoding="utf-8")
+        run = wandb.init(
+            project=self.project,
+            entity=self.entity,
+            mode=self._mode(),
+            tags=self.tags,
+            id=id_file.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            name=name,
+            dir=str(folder),
+            config=config,
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        return run
+
+    def _mode(self) -> Literal["online", "offline"]:
+        if self.mode != "auto":
+            return self.mode
+        import wandb
+
+        return "online" if wandb.api.api_key else "offline"
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        """See `MetricLog.write`."""
+        super().write(step, metrics)
+        if self.run is not None:
+            try:
+                self.run.log({"step": step, **metrics})
+            except Exception as error:
+                log.warning("wandb stopped (%s); metrics go on to %s.", error, self.path)
+                self.run = None
+
+    def close(self, exit_code: int) -> None:
+        """See `MetricLog.close`."""
+        if self.run is not None:
+            try:
+                self.run.finish(exit_code=exit_code)
+            except Exception as error:
+                log.warning("wandb did not finish (%s); metrics are in %s.", error, self.path)
+            self.run = None
+
+
+def read_metrics(folder: Path) -> list[Metrics]:
+    """Rows of a run's `metrics.csv` without their empty cells; none if there is no such file."""
+    path = folder / "metrics.csv"
+    if not path.exists():
+        return []
+    rows: list[Metrics] = []
+    with path.open(newline="", encoding="utf-8") as stream:
+        for row in csv.DictReader(stream):
+            try:
+                rows.append({key: float(value) for key, value in row.items() if value})
+            except (TypeError, ValueError):
+                continue  # the last line of a killed process may be cut short
+    for row in rows:
+        row["step"] = int(row["step"])
+    return rows

@@ -1,0 +1,213 @@
+"""The LightningModule: one call of `training_step` is one optimizer step.
+
+A batch is this process's whole share of the step. The module walks through it in micro-batches itself (Lightning's
+manual optimization), which keeps three promises that automatic accumulation does not: the gradient is the mean over all
+valid tokens of the global batch, whatever their distribution over micro-batches and processes; a step is either taken
+whole or not at all; and every moment Lightning can interrupt lies between two optimizer steps.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from longmix.errors import ConfigError, NonFiniteError
+from longmix.evaluation.loss import Batch
+from longmix.model.backbone import LanguageModel
+from longmix.model.head import IGNORE_INDEX
+from longmix.training.diagnosis import first_nonfinite
+from longmix.training.optimizers import PEAK
+
+OptimizerBuilder = Callable[[dict[str, torch.nn.Parameter]], list[torch.optim.Optimizer]]
+
+
+@dataclass
+class StepRecord:
+    """What one training step leaves for the callbacks; tensors stay on the device until someone logs them.
+
+    Attributes:
+        loss: mean loss per valid token of the global batch, in nats.
+        gradient_norm: norm of the whole gradient before clipping.
+        token_losses, batch: of this process, for the loss by position.
+        metrics: the mixers' metrics, averaged over micro-batches.
+        losses: auxiliary losses by name.
+    """
+
+    loss: Tensor
+    gradient_norm: Tensor
+    token_losses: Tensor
+    batch: Batch
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    losses: dict[str, Tensor] = field(default_factory=dict)
+
+
+class TrainingModule(LightningModule):
+    """A language model with its optimizers and its place in the run.
+
+    Args:
+        model: the model.
+        build_optimizers: makes the optimizers from the trainable parameters by name.
+        schedule: factor on the peak learning rates as a function of (step, total_steps).
+        total_steps: optimizer steps of the whole run.
+        micro_batch_size: rows of one forward and backward pass; None takes the whole share at once.
+        gradient_clip: largest norm of the gradient; None never clips.
+        skip_nonfinite: leave a step with a non-finite loss or gradient out and count it, instead of stopping.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        build_optimizers: OptimizerBuilder,
+        schedule: Callable[[int, int], float],
+        *,
+        total_steps: int,
+        micro_batch_size: int | None,
+        gradient_clip: float | None,
+        skip_nonfinite: bool,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.model = model
+        self.build_optimizers = build_optimizers
+        self.schedule = schedule
+        self.total_steps = total_steps
+        self.micro_batch_size = micro_batch_size
+        self.gradient_clip = gradient_clip
+        self.skip_nonfinite = skip_nonfinite
+        self.steps_taken = 0
+        self.steps_skipped = 0
+        self.record: StepRecord | None = None
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Lightning asks for the optimizers after the model is on its device."""
+        trainable = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        return self.build_optimizers(trainable)
+
+    @property
+    def step(self) -> int:
+        """Batches consumed so far, taken or skipped: the position in the data and in the schedule."""
+        return self.steps_taken + self.steps_skipped
+
+    def learning_rate(self) -> float:
+        """The rate of the first parameter group."""
+        return self.trainer.optimizers[0].param_groups[0]["lr"]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """Forward and backward over the micro-batches, then one optimizer step or none."""
+        self._set_learning_rates()
+        self.record = self._accumulate(batch)
+        self._clip(self.record)
+        finite = torch.isfinite(self.record.loss) & torch.isfinite(self.record.gradient_norm)
+        if bool(finite):  # one synchronisation a step: nothing non-finite may reach the weights
+            for optimizer in self.trainer.optimizers:
+                optimizer.step()
+            self.steps_taken += 1
+        elif self.skip_nonfinite:
+            self.steps_skipped += 1
+        else:
+            raise NonFiniteError(self._nonfinite_report(batch))
+        for optimizer in self.trainer.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def _set_learning_rates(self) -> None:
+        factor = self.schedule(self.step, self.total_steps)
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group[PEAK] * factor
+
+    def _accumulate(self, batch: Batch) -> StepRecord:
+        micro_batches = split_batch(batch, self.micro_batch_size)
+        valid = self._valid_tokens(batch)
+        token_losses: list[Tensor] = []
+        sums: dict[str, dict[str, Tensor]] = {"metrics": {}, "losses": {}}
+        for index, micro_batch in enumerate(micro_batches):
+            with self._gradient_sync(last=index == len(micro_batches) - 1):
+                output = self.model(
+                    micro_batch["tokens"], micro_batch["targets"], document_ids=micro_batch["document_ids"]
+                )
+                loss = output.token_losses.sum() / valid
+                for auxiliary in output.losses.values():
+                    loss = loss + auxiliary / len(micro_batches)
+                self.manual_backward(loss)
+            token_losses.append(output.token_losses.detach())
+            for kind, values in (("metrics", output.metrics), ("losses", output.losses)):
+                for name, value in values.items():
+                    previous = sums[kind].get(name, 0.0)
+                    sums[kind][name] = previous + value.detach() / len(micro_batches)
+        losses = torch.cat(token_losses)
+        total = self._sum_over_processes(losses.sum()) / self._world_size()
+        return StepRecord(total / valid, losses.new_zeros(()), losses, batch, sums["metrics"], sums["losses"])
+
+    def _clip(self, record: StepRecord) -> None:
+        weights = [weight for weight in self.model.parameters() if weight.grad is not None]
+        norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights])
+        if self.gradient_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(weights, self.gradient_clip, norm)
+        record.gradient_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    def _valid_tokens(self, batch: Batch) -> Tensor:
+        """Valid targets of the global batch per process: gradients are averaged over processes afterwards."""
+        count = (batch["targets"] != IGNORE_INDEX).sum().float()
+        return (self._sum_over_processes(count) / self._world_size()).clamp_min(1.0)
+
+    def _world_size(self) -> int:
+        return self.trainer.world_size
+
+    def _sum_over_processes(self, value: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(value, reduce_op="sum") if self._world_size() > 1 else value
+
+    def _gradient_sync(self, last: bool) -> AbstractContextManager:
+        """Only the last micro-batch needs to exchange gradients."""
+        no_sync = getattr(self.trainer.model, "no_sync", None)
+        return nullcontext() if last or no_sync is None else no_sync()
+
+    def _nonfinite_report(self, batch: Batch) -> str:
+        where = None
+        for micro_batch in split_batch(batch, self.micro_batch_size):
+            where = where or first_nonfinite(self.model, micro_batch, self.trainer.precision_plugin.forward_context)
+        return (
+            f"step {self.step + 1} gave a loss of {self.record.loss.item():.4g} and a gradient norm of "
+            f"{self.record.gradient_norm.item():.4g}. First non-finite: {where or 'not reproduced by a second pass'}. "
+            "The weights were not changed and the last checkpoint is untouched; continue from it with resume=auto and "
+            "a lower optimizer.learning_rate, or leave such steps out with loop.nonfinite=skip."
+        )
+
+    def capture(self) -> dict[str, Any]:
+        """Everything of this module that a checkpoint needs."""
+        return {
+            "step": self.step,
+            "steps_skipped": self.steps_skipped,
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.trainer.optimizers],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from what `capture` gave; call once the optimizers exist."""
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.trainer.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.steps_skipped = state["steps_skipped"]
+        self.steps_taken = state["step"] - state["steps_skipped"]
+
+
+def split_batch(batch: Batch, rows: int | None) -> list[Batch]:
+    """Cut a batch into micro-batches of `rows` rows; None keeps it whole.
+
+    Raises:
+        ConfigError: the batch does not divide.
+    """
+    size = batch["tokens"].shape[0]
+    if rows is None or rows == size:
+        return [batch]
+    if size % rows:
+        raise ConfigError(
+            f"trainer.micro_batch_size={rows} does not divide the {size} windows a process has of batch_size."
+        )
+    return [
+        {name: None if value is None else value[start : start + rows] for name, value in batch.items()}
+        for start in range(0, size, rows)
+    ]

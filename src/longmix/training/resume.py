@@ -1,0 +1,144 @@
+"""Where a run starts: fresh, or from a checkpoint that fits it."""
+
+import contextlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+
+from longmix.config import Node
+from longmix.errors import CheckpointError, ConfigError
+from longmix.files import remove_leftovers, storage_errors
+from longmix.training.checkpoints import CheckpointStore, find_checkpoint, load_checkpoint
+
+MUST_MATCH = ("mixer", "model", "data.corpus", "tokenizer", "optimizer._target_", "seq_len", "batch_size", "seed")
+"""Keys that fix what the saved numbers mean; a run may not be continued with others."""
+
+SAME_RUN = (*MUST_MATCH, "optimizer", "schedule", "max_steps", "max_tokens")
+"""Keys that tell `resume=auto` whether an earlier run is this one."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        folder: the run's folder.
+        step: steps already taken.
+        state: the checkpoint's state, or None for a fresh run.
+        created: Hydra's folder for this process, removed if it stays empty because the run lives elsewhere.
+    """
+
+    folder: Path
+    step: int
+    state: dict[str, Any] | None
+    created: Path
+
+    def take_folder(self, config: Node) -> None:
+        """Write the configuration into the run's folder, and clear away what killed processes left there.
+
+        Raises:
+            StorageError: the folder cannot be written.
+        """
+        if self.folder != self.created:
+            with contextlib.suppress(OSError):
+                self.created.rmdir()
+        with storage_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(OmegaConf.create(config), self.folder / "config.yaml")
+        remove_leftovers(self.folder / "checkpoints")
+
+    def check_data(self, fingerprint: dict[str, Any]) -> None:
+        """Refuse to continue on other data than the checkpoint saw.
+
+        Raises:
+            CheckpointError: names what differs.
+        """
+        if self.state is None or self.state["data_fingerprint"] == fingerprint:
+            return
+        saved = self.state["data_fingerprint"]
+        changed = [
+            f"{key} was {saved.get(key)} and is {value}"
+            for key, value in fingerprint.items()
+            if saved.get(key) != value
+        ]
+        raise CheckpointError(
+            f"the data are not those of the checkpoint: {'; '.join(changed)}. Restore the corpus, or start a new run."
+        )
+
+
+def find_start(config: Node, folder: Path) -> Start:
+    """Decide by `resume` where the run in Hydra's output `folder` begins.
+
+    Raises:
+        ConfigError: a fresh run would mix with an earlier one in the same folder.
+        CheckpointError: the checkpoint is missing, damaged, or of another model, corpus or batch.
+    """
+    own = CheckpointStore(folder / "checkpoints").latest()
+    resume = config["resume"]
+    if resume is None:
+        if own is not None:
+            raise ConfigError(
+                f"{folder} already holds a run ({own.name}); continue it with resume=auto, or choose another name."
+            )
+        return Start(folder, 0, None, folder)
+    if resume == "auto":
+        checkpoint = own or _newest_of_same_run(config, folder)
+        if checkpoint is None:
+            log.info("resume=auto: no earlier run of this configuration; starting a new one.")
+            return Start(folder, 0, None, folder)
+    else:
+        checkpoint = find_checkpoint(Path(resume))
+    state = load_checkpoint(checkpoint)
+    _check_same(config, state["config"], checkpoint)
+    return Start(_home(checkpoint, folder), state["step"], state, folder)
+
+
+def _home(checkpoint: Path, folder: Path) -> Path:
+    """The run goes on in its folder, unless it is continued from the middle: then the rest of it stays as it is."""
+    store = CheckpointStore(checkpoint.parent)
+    if checkpoint.parent.name == "checkpoints" and store.latest() == checkpoint:
+        return checkpoint.parent.parent
+    log.info("%s is not the newest checkpoint of its run; continuing in %s.", checkpoint, folder)
+    return folder
+
+
+def _newest_of_same_run(config: Node, folder: Path) -> Path | None:
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        candidates = folder.parent.parent.glob("*/*")
+    else:
+        candidates = folder.parent.glob("*")
+    found = []
+    for candidate in candidates:
+        latest = CheckpointStore(candidate / "checkpoints").latest()
+        path = candidate / "config.yaml"
+        if latest is None or not path.is_file():
+            continue
+        saved = OmegaConf.to_container(OmegaConf.load(path))
+        if all(_value(saved, key) == _value(config, key) for key in SAME_RUN):
+            found.append((latest.stat().st_mtime, latest))
+    return max(found)[1] if found else None
+
+
+def _check_same(config: Node, saved: Node, checkpoint: Path) -> None:
+    changed = [
+        f"{key} was {_value(saved, key)!r} and is {_value(config, key)!r}"
+        for key in MUST_MATCH
+        if _value(saved, key) != _value(config, key)
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{checkpoint} belongs to another run: {'; '.join(changed)}. Use its settings, or start a new run."
+        )
+
+
+def _value(config: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        config = config.get(part) if isinstance(config, dict) else None
+    return config

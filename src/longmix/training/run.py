@@ -1,0 +1,205 @@
+"""`train(config)`: from a configuration to a trained, logged, resumable run."""
+
+import logging
+import platform
+import time
+import warnings
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from longmix import config as configuration
+from longmix.config import Node, build, total_steps
+from longmix.data.datamodule import TokenData
+from longmix.errors import ConfigError
+from longmix.model.backbone import LanguageModel
+from longmix.model.build import build_model, check_model
+from longmix.training.checkpoints import CheckpointStore
+from longmix.training.hardware import TrainerSettings, process_rank
+from longmix.training.loggers import NoLog
+from longmix.training.module import TrainingModule
+from longmix.training.progress import ProgressDisplay
+from longmix.training.resume import Start, find_start
+from longmix.training.summary import print_header, write_summary
+from longmix.training.supervisor import Supervisor
+
+PACKAGES = ("longmix", "torch", "triton", "lightning", "hydra-core", "wandb", "tokenizers", "datasets", "numpy")
+
+
+def train(config: DictConfig) -> dict[str, Any]:
+    """Train as `config` says and return the run's summary.
+
+    Everything that can be refused is refused before the data are touched.
+
+    Raises:
+        LongmixError: see `longmix.errors`; each has its exit code.
+    """
+    began = time.monotonic()
+    node = configuration.resolved(config)
+    check_config(node)
+    settings: TrainerSettings = build(node["trainer"], "trainer")
+    _refuse_unsupported_multirun(settings)
+    quieten()
+    seed_everything(node["seed"], settings.num_threads)
+
+    hydra_folder = Path(HydraConfig.get().runtime.output_dir)
+    start = find_start(node, hydra_folder)
+    is_first = process_rank() == 0
+    if is_first:
+        start.take_folder(node)
+    data: TokenData = build(
+        node["data"],
+        "data",
+        tokenizer=build(node["tokenizer"], "tokenizer"),
+        seq_len=node["seq_len"],
+        batch_size=node["batch_size"],
+        seed=node["seed"],
+    )
+    data.prepare_data()
+    data.setup("fit")
+    start.check_data(data.fingerprint())
+    model = build_model(node, data.vocab_size)
+    if is_first:
+        print_header(node, start.folder, model, data, settings, start.step)
+
+    module = _module(node, model, settings)
+    supervisor = _supervisor(node, data, start, settings, is_first)
+    exit_code = 1
+    try:
+        if start.step < module.total_steps:
+            _fit(settings, module, data, supervisor, start)
+        exit_code = 0
+    finally:
+        supervisor.metric_log.close(exit_code)
+    return write_summary(node, start.folder, model, supervisor, time.monotonic() - began) if is_first else {}
+
+
+def check_config(node: Node) -> None:
+    """Refuse whatever cannot work, without data and without allocating a weight."""
+    configuration.check_words(node)
+    supplied = {
+        "data": {"tokenizer", "seq_len", "batch_size", "seed"},
+        "tokenizer": set(),
+        "optimizer": {"parameters"},
+        "schedule": set(),
+        "trainer": set(),
+        "logger": set(),
+    }
+    for group, names in supplied.items():
+        configuration.check(node[group], group, names)
+    build(node["schedule"], "schedule")
+    with torch.device("meta"):
+        weight = torch.nn.Parameter(torch.empty(1, 1))
+        build(node["optimizer"], "optimizer", parameters={"check": weight})
+    check_model(node)
+
+
+def _refuse_unsupported_multirun(settings: TrainerSettings) -> None:
+    launched_outside = torch.distributed.is_torchelastic_launched()
+    if HydraConfig.get().mode == RunMode.MULTIRUN and settings.world_size > 1 and not launched_outside:
+        raise ConfigError(
+            f"a sweep (-m) with trainer.strategy={settings.strategy} on {settings.world_size} processes cannot start "
+            "its own processes; sweep on one device, or start each run with torchrun."
+        )
+
+
+def quieten() -> None:
+    """Silence Lightning's advice that does not apply to a loop which does these things itself."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning.*")
+
+
+def seed_everything(seed: int, num_threads: int | None = None) -> None:
+    """Seed torch, NumPy and Python; the weights and every drawn buffer follow from `seed`."""
+    import random
+
+    import numpy as np
+
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+
+
+def _module(node: Node, model: LanguageModel, settings: TrainerSettings) -> TrainingModule:
+    if settings.compile:
+        for block in model.blocks:
+            block.compile()
+    return TrainingModule(
+        model,
+        lambda parameters: build(node["optimizer"], "optimizer", parameters=parameters),
+        build(node["schedule"], "schedule"),
+        total_steps=total_steps(node),
+        micro_batch_size=settings.micro_batch_size,
+        gradient_clip=node["loop"]["gradient_clip"],
+        skip_nonfinite=node["loop"]["nonfinite"] == "skip",
+    )
+
+
+def _supervisor(node: Node, data: TokenData, start: Start, settings: TrainerSettings, is_first: bool) -> Supervisor:
+    metric_log = build(node["logger"], "logger") if is_first else NoLog()
+    metric_log.open(start.folder, flattened(node), node["name"], start.step)
+    identity = {
+        "tokenizer": data.tokenizer.state(),
+        "data_fingerprint": data.fingerprint(),
+        "versions": versions(),
+    }
+    progress = ProgressDisplay(total_steps(node), start.step, enabled=is_first)
+    store = CheckpointStore(start.folder / "checkpoints")
+    return Supervisor(node, data, store, metric_log, progress, identity, start.state)
+
+
+def _fit(
+    settings: TrainerSettings, module: TrainingModule, data: TokenData, supervisor: Supervisor, start: Start
+) -> None:
+    from lightning.pytorch import Trainer
+
+    data.start_step, data.num_steps = start.step, module.total_steps
+    trainer = Trainer(
+        accelerator="gpu" if settings.on_gpu else "cpu",
+        devices=settings.devices_here,
+        num_nodes=settings.num_nodes,
+        strategy=settings.strategy if settings.strategy != "single" else "auto",
+        precision=settings.precision_in_use,
+        max_epochs=1,
+        callbacks=[supervisor],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+    )
+    try:
+        trainer.fit(module, datamodule=data)
+    finally:
+        supervisor.close(trainer)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that matter for repeating a run."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def flattened(node: Node, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one dict with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

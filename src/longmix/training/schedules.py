@@ -1,0 +1,73 @@
+"""Learning-rate schedules as pure functions of the step, so that resuming needs nothing but the step."""
+
+import math
+from typing import Literal
+
+from longmix.errors import ConfigError
+
+
+def _steps(amount: float, total_steps: int) -> float:
+    """A fraction below 1 of all steps, or a whole number of steps."""
+    return amount * total_steps if amount < 1 else amount
+
+
+class _Warmup:
+    def __init__(self, warmup: float, final: float) -> None:
+        if warmup < 0:
+            raise ConfigError(f"schedule.warmup={warmup} must not be negative.")
+        if not 0 <= final <= 1:
+            raise ConfigError(f"schedule.final={final} must lie between 0 and 1.")
+        self.warmup, self.final = warmup, final
+
+    def warmup_factor(self, step: int, total_steps: int) -> float:
+        """(step + 1) / warm-up steps, at most 1; the first step already moves."""
+        return min(1.0, (step + 1) / max(1.0, _steps(self.warmup, total_steps)))
+
+
+class WarmupCosine(_Warmup):
+    """Linear warm-up, then half a cosine from 1 down to `final` (Loshchilov & Hutter 2017, arXiv 1608.03983).
+
+    Args:
+        warmup: fraction of all steps if below 1, else a number of steps.
+        final: factor at the last step.
+    """
+
+    def __init__(self, warmup: float = 0.05, final: float = 0.1) -> None:
+        super().__init__(warmup, final)
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        """Factor on the peak learning rate at `step`, counted from 0."""
+        start = _steps(self.warmup, total_steps)
+        progress = min(1.0, max(0.0, step - start) / max(1.0, total_steps - 1 - start))
+        cosine = self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
+        return self.warmup_factor(step, total_steps) * cosine
+
+
+class WarmupStableDecay(_Warmup):
+    """Linear warm-up, a plateau, and a decay at the end (Hu et al. 2024, arXiv 2404.06395).
+
+    Args:
+        warmup: fraction of all steps if below 1, else a number of steps.
+        decay: length of the decay, likewise.
+        final: factor at the last step.
+        shape: "linear", or "sqrt" for 1 - sqrt(progress) (Haegele et al. 2024, arXiv 2405.18392).
+    """
+
+    def __init__(
+        self,
+        warmup: float = 0.05,
+        decay: float = 0.2,
+        final: float = 0.0,
+        shape: Literal["linear", "sqrt"] = "linear",
+    ) -> None:
+        super().__init__(warmup, final)
+        if decay < 0:
+            raise ConfigError(f"schedule.decay={decay} must not be negative.")
+        self.decay, self.shape = decay, shape
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        """Factor on the peak learning rate at `step`, counted from 0."""
+        length = max(1.0, _steps(self.decay, total_steps))
+        progress = min(1.0, max(0.0, step + 1 - (total_steps - length)) / length)
+        fall = math.sqrt(progress) if self.shape == "sqrt" else progress
+        return self.warmup_factor(step, total_steps) * (1 - (1 - self.final) * fall)

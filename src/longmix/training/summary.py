@@ -1,0 +1,94 @@
+"""What a run says of itself at its beginning and its end."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from longmix.config import Node, total_steps
+from longmix.data.datamodule import TokenData
+from longmix.files import replace_json
+from longmix.model.backbone import LanguageModel
+from longmix.training.hardware import TrainerSettings
+from longmix.training.progress import duration
+
+if TYPE_CHECKING:
+    from longmix.training.supervisor import Supervisor
+
+
+def mixer_name(config: Node) -> str:
+    """The mixer in a word: its class's module, or the pattern."""
+    node = config["mixer"]
+    if "pattern" in node:
+        return "+".join(node["pattern"])
+    return node["_target_"].split(".")[-2]
+
+
+def training_flops_per_token(model: LanguageModel, seq_len: int) -> float:
+    """Floating-point operations of forward and backward per token: three times the forward pass."""
+    return 3 * model.flops(seq_len) / seq_len
+
+
+def print_header(
+    config: Node, folder: Path, model: LanguageModel, data: TokenData, settings: TrainerSettings, first_step: int
+) -> None:
+    """Sizes, data and machine, before the first step."""
+    steps, per_step = total_steps(config), config["seq_len"] * config["batch_size"]
+    counts = model.parameter_counts()
+    splits = {name: split["tokens"] for name, split in data.summary()["splits"].items()}
+    flops = training_flops_per_token(model, config["seq_len"])
+    rows = {
+        "run": str(folder),
+        "model": f"{mixer_name(config)}, {counts['total']:,} parameters, {flops / 1e6:,.1f} MFLOP per trained token",
+        "data": f"{data.corpus.name}: " + ", ".join(f"{count:,} {name} tokens" for name, count in splits.items()),
+        "steps": f"{first_step:,} to {steps:,} of {per_step:,} tokens: "
+        f"{steps * per_step / data.train_tokens_per_epoch:.2f} epochs",
+        "machine": f"{'GPU' if settings.on_gpu else 'CPU'}, {settings.precision_in_use}, "
+        f"{settings.strategy} x {settings.world_size}",
+    }
+    _print(rows)
+
+
+def write_summary(
+    config: Node, folder: Path, model: LanguageModel, supervisor: "Supervisor", wall_seconds: float
+) -> dict[str, Any]:
+    """Write `summary.json`, print its main figures, and return it."""
+    state = supervisor.state
+    tokens = total_steps(config) * config["seq_len"] * config["batch_size"]
+    summary = {
+        "name": config["name"],
+        "mixer": mixer_name(config),
+        "seq_len": config["seq_len"],
+        "parameters": model.parameter_counts(),
+        "training_flops_per_token": training_flops_per_token(model, config["seq_len"]),
+        "tokens": tokens,
+        "tokens_per_step": config["seq_len"] * config["batch_size"],
+        "training_seconds": state.training_seconds,
+        "tokens_per_second": tokens / max(state.training_seconds, 1e-9),
+        "validation": state.validation,
+        "validation_by_position": state.validation_by_position,
+        "checkpoint": str(supervisor.store.latest()),
+        "versions": supervisor.identity["versions"],
+    }
+    replace_json(folder / "summary.json", summary)
+    validation = summary["validation"]
+    rows = {
+        "validation": f"{validation['bits_per_byte']:.4f} bits/byte, loss {validation['loss']:.4f}, "
+        f"perplexity {validation['perplexity']:.3f} on {validation['tokens']:,} tokens",
+        "trained": f"{tokens:,} tokens in {duration(summary['training_seconds'])} "
+        f"({summary['tokens_per_second']:,.0f} tokens/s); this process took {duration(wall_seconds)}",
+        "checkpoint": summary["checkpoint"],
+        "logs": str(folder),
+    }
+    _print(rows)
+    return summary
+
+
+def _print(rows: dict[str, str]) -> None:
+    table = Table(show_header=False, box=None, padding=(0, 1))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in rows.items():
+        table.add_row(name, text)
+    Console(stderr=True).print(table, highlight=False)

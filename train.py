@@ -1,0 +1,24 @@
+"""Train a language model.
+
+python train.py mixer=flash seq_len=16384     `python train.py -h` lists the words, `--cfg job` prints every setting.
+"""
+
+import hydra
+from omegaconf import DictConfig
+
+from longmix import cli
+
+cli.register()
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="train")
+@cli.entry_point
+def main(config: DictConfig) -> None:
+    """Check the configuration, then train."""
+    from longmix.training.run import train  # torch and lightning take seconds to import
+
+    train(config)
+
+
+if __name__ == "__main__":
+    main()
