@@ -1,53 +1,92 @@
 """What the entry points share before anything heavy is imported: one-line errors, run names, mixer patterns."""
 
+import contextlib
 import functools
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
+from hydra.errors import CompactHydraException
 from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from longmix.config import EvaluateConfig, TrainConfig
-from longmix.errors import LongmixError
+from longmix.errors import Interrupted, LongmixError
 
 INTERRUPTED = 130
+LONGEST_FILE_NAME = 200  # file systems take 255 bytes; a few are left for what others add
+PATH_WORDS = ("checkpoint", "resume", "output")
 
 
 def register() -> None:
-    """Make the schema, the name resolver and the mixer patterns known to Hydra, and let `--cfg job` print values."""
+    """Make the schema, the name resolver and the mixer patterns known to Hydra, and put the command line right."""
     ConfigStore.instance().store(name="train_schema", node=TrainConfig)
     ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
     OmegaConf.register_new_resolver("file_name", file_name, replace=True)
     Plugins.instance().register(MixerPatternSource)
-    if "--cfg" in sys.argv and "job" in sys.argv and "--resolve" not in sys.argv:
-        sys.argv.append("--resolve")
+    sys.argv[1:] = command_line(sys.argv[1:])
+
+
+def command_line(arguments: list[str]) -> list[str]:
+    """The arguments as Hydra should see them: `--cfg job` prints values, and a folder that exists is meant literally.
+
+    A sweep names its folders like `0,seed=1`, which Hydra would refuse or take for a list unless it is quoted.
+    """
+    arguments = [_quoted_path(argument) for argument in arguments]
+    asks_for_job = re.search(r"(^| )(--cfg|-c)[ =]?job( |$)", " ".join(arguments))
+    return [*arguments, "--resolve"] if asks_for_job and "--resolve" not in arguments else arguments
+
+
+def _quoted_path(argument: str) -> str:
+    word, _, path = argument.partition("=")
+    if word not in PATH_WORDS or re.fullmatch(r"[\w./-]*", path) or not Path(path).exists():
+        return argument
+    escaped = path.replace("'", "\\'")
+    return f"{word}='{escaped}'"
 
 
 def file_name(text: str) -> str:
-    """`text` with everything that is awkward in a folder's name turned into a dash."""
-    return re.sub(r"[^\w.=-]+", "-", str(text)).strip("-")
+    """`text` without what is awkward in a folder's name, and not longer than a file system takes."""
+    return re.sub(r"[^\w.,=-]+", "-", str(text)).strip("-")[:LONGEST_FILE_NAME]
 
 
 def entry_point(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Run a Hydra task; an error meant for the user is printed alone and ends the process with its exit code."""
+    """Run a Hydra task; an error meant for the user is printed alone and ends the process with its exit code.
+
+    In a sweep the other runs still take place, unless a signal asked for the end; Hydra reports the failure after them.
+    """
 
     @functools.wraps(task)
     def run(config: Any) -> Any:
         try:
             return task(config)
         except LongmixError as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            message = f"{type(error).__name__}: {error}"
+            print(message, file=sys.stderr)
+            _remove_unused_folder()
+            if HydraConfig.get().mode == RunMode.MULTIRUN and not isinstance(error, Interrupted):
+                raise CompactHydraException(message) from None
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
             print("Interrupted.", file=sys.stderr)
             sys.exit(INTERRUPTED)
 
     return run
+
+
+def _remove_unused_folder() -> None:
+    """Hydra makes the run's folder before the task begins; a refused run should leave nothing behind."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    if folder != Path.cwd():
+        with contextlib.suppress(OSError):  # it holds something, and stays
+            folder.rmdir()
 
 
 class MixerPatternSource(ConfigSource):

@@ -8,17 +8,22 @@ a corpus means writing one class and one YAML file and nothing else.
 import difflib
 import importlib
 import inspect
+import math
 import types
 import typing
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from longmix.errors import ConfigError
 
 Node = dict[str, Any]
+
+LARGEST_SEED = 2**32 - 1
+"""What NumPy's global generator takes."""
 
 
 @dataclass
@@ -111,21 +116,27 @@ def resolved(config: DictConfig) -> Node:
     """The configuration as plain dicts and values with every interpolation carried out.
 
     Raises:
-        ConfigError: a mandatory key has no value.
+        ConfigError: a mandatory key has no value, or an interpolation names a key that does not exist.
     """
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise ConfigError(f"no value was given for: {', '.join(missing)}.")
-    return typing.cast(Node, OmegaConf.to_container(config, resolve=True))
+    try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise ConfigError(f"no value was given for: {', '.join(missing)}.")
+        return typing.cast(Node, OmegaConf.to_container(config, resolve=True))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}.") from error
 
 
 def locate(path: str, key: str) -> Callable[..., Any]:
     """Import the class or function a `_target_` names; a `ConfigError` names `key` if there is none."""
-    module_name, _, name = path.rpartition(".")
+    module_name, _, name = str(path).rpartition(".")
     try:
-        return getattr(importlib.import_module(module_name), name)
+        target = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{key}._target_={path} cannot be imported: {error}.") from error
+    if not callable(target):
+        raise ConfigError(f"{key}._target_={path} is a {type(target).__name__}; name a class or a function in it.")
+    return target
 
 
 def build(node: Node, key: str, **supplied: Any) -> Any:
@@ -160,7 +171,12 @@ def check(node: Any, key: str, supplied: set[str]) -> None:
         raise ConfigError(f"{key}={node!r} is not a choice; it needs `_target_`, as the files in configs/{key} have.")
     target = locate(node["_target_"], key)
     parameters = inspect.signature(target).parameters
-    settable = [name for name in parameters if name not in supplied]
+    kinds = {parameter.kind for parameter in parameters.values()}
+    for name in supplied:
+        if name not in parameters and inspect.Parameter.VAR_KEYWORD not in kinds:
+            raise ConfigError(f"{key}._target_={node['_target_']} cannot stand for {key}: it takes no argument {name}.")
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    settable = [name for name in parameters if name not in supplied and parameters[name].kind not in variadic]
     for name in node:
         if name != "_target_" and name not in settable:
             raise ConfigError(unknown_key(f"{key}.{name}", name, settable))
@@ -182,26 +198,46 @@ def unknown_key(full_key: str, name: str, allowed: list[str]) -> str:
     return f"unknown key {full_key}.{hint} Keys there are: {', '.join(allowed) or 'none'}."
 
 
+def check_keys(node: Node, schema: type, prefix: str = "") -> None:
+    """Refuse keys that the dataclass `schema` lacks, and the lack of one it has.
+
+    Hydra checks this itself, but for `+key=value` and `~key`.
+
+    Raises:
+        ConfigError: for an unknown key with the nearest allowed name.
+    """
+    allowed = [entry.name for entry in fields(schema)]
+    for name in node:
+        if name not in allowed:
+            raise ConfigError(unknown_key(f"{prefix}{name}", name, allowed))
+    missing = [f"{prefix}{name}" for name in allowed if name not in node]
+    if missing:
+        raise ConfigError(f"no value was given for: {', '.join(missing)}.")
+
+
 def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from YAML or the command line is one of the type `hint`; a number must be finite."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return True
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, option) for option in arguments)
     if origin is typing.Literal:
-        return value in arguments
+        return any(value == option and type(value) is type(option) for option in arguments)
     if hint is type(None) or hint is None:
         return value is None
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return _fits(value, int) or (isinstance(value, float) and math.isfinite(value))
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    if origin is tuple:
+    if origin is tuple and arguments[-1] is not Ellipsis:
         return isinstance(value, list | tuple) and len(value) == len(arguments) and all(map(_fits, value, arguments))
-    if origin in (list, typing.get_origin(typing.Sequence[int])):
+    if origin in (list, tuple, Sequence):
         return isinstance(value, list | tuple) and all(_fits(item, arguments[0]) for item in value)
-    if origin in (dict, typing.get_origin(Mapping[str, int])):
+    if origin in (dict, Mapping):
         return isinstance(value, dict)
+    if getattr(hint, "_is_protocol", False):  # such an object comes from a node of its own
+        return False
     return isinstance(value, hint) if inspect.isclass(hint) else True
 
 
@@ -211,7 +247,11 @@ def _described(hint: Any) -> str:
         return " or ".join(_described(option) for option in arguments)
     if origin is typing.Literal:
         return "one of " + ", ".join(map(str, arguments))
+    if origin in (list, tuple, Sequence):
+        return f"a list, each {' or '.join(_described(item) for item in arguments if item is not Ellipsis)}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    if hint not in names and inspect.isclass(hint):
+        return f"a {hint.__name__}; it needs a `_target_`"
     return names.get(hint, str(hint).replace("typing.", ""))
 
 
@@ -234,7 +274,9 @@ def refuse_untrusted(node: Any, key: str, packages: set[str]) -> None:
 
 
 def check_words(config: Node) -> None:
-    """Refuse impossible values of the top-level words and the loop."""
+    """Refuse unknown and absent words, and impossible values of the top-level words and the loop."""
+    check_keys(config, TrainConfig)
+    check_keys(config["loop"], LoopConfig, "loop.")
     loop = config["loop"]
     at_least_one = {
         "seq_len": config["seq_len"],
@@ -248,9 +290,11 @@ def check_words(config: Node) -> None:
             raise ConfigError(f"{key}={value} must be at least 1.")
     if config["max_steps"] is None and config["max_tokens"] is None:
         raise ConfigError("give max_steps or max_tokens, or training would never end.")
-    if config["seed"] < 0:
-        raise ConfigError(f"seed={config['seed']} must not be negative.")
-    if loop["gradient_clip"] is not None and loop["gradient_clip"] <= 0:
+    if not 0 <= config["seed"] <= LARGEST_SEED:
+        raise ConfigError(f"seed={config['seed']} must lie between 0 and {LARGEST_SEED}.")
+    if not config["name"]:
+        raise ConfigError("name is empty; it names the run's folder.")
+    if loop["gradient_clip"] is not None and not loop["gradient_clip"] > 0:
         raise ConfigError(f"loop.gradient_clip={loop['gradient_clip']} must be above 0, or null to never clip.")
     if loop["nonfinite"] not in ("stop", "skip"):
         raise ConfigError(f"loop.nonfinite={loop['nonfinite']!r} is not one of stop, skip.")

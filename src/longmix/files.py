@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def replace_json(path: Path, content: Any) -> None:
     """Replace one JSON file in a single step, so that a reader sees the old content or the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     with storage_errors(path):
         write_json(temporary, content)
         sync_file(temporary)
@@ -67,13 +68,13 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     """Fill a folder beside `target` and give it the name `target` in one rename, once all of it is on the disk.
 
     A folder that carries the name `target` is therefore complete. If the block fails, what it wrote is removed; if the
-    process is killed, a folder named `.<target>.<pid>.tmp` is left behind for `remove_leftovers`. If another process
+    process is killed, a folder with a temporary name is left behind for `remove_leftovers`. If another process
     committed `target` first, its folder stays and ours is removed.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written.
     """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = _temporary(target)
     try:
         with storage_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -92,9 +93,29 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_directory(target: Path) -> None:
+    """Delete a folder; it loses its name first, so that a half-deleted folder never looks complete.
+
+    Raises:
+        StorageError: it may not be deleted.
+    """
+    with storage_errors(target):
+        doomed = target.rename(_temporary(target))
+        shutil.rmtree(doomed)
+
+
 def remove_leftovers(parent: Path) -> None:
-    """Delete the unfinished folders that killed processes left in `parent`; those of live processes stay."""
-    for path in parent.glob(".*.tmp"):
+    """Delete the temporary folders that killed processes of this machine left in `parent`; those of live ones stay."""
+    for path in parent.glob(f".*.{_host()}.*.tmp"):
         pid = path.name.split(".")[-2]
         if pid.isdigit() and not Path(f"/proc/{pid}").exists():
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _temporary(target: Path) -> Path:
+    """A name beside `target` that no other process uses, on this machine or on another that shares the disk."""
+    return target.with_name(f".{target.name}.{_host()}.{os.getpid()}.tmp")
+
+
+def _host() -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in socket.gethostname())

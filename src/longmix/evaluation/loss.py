@@ -1,19 +1,23 @@
 """Loss of a model over evaluation windows: the one function that training's validation and `evaluate.py` both call."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from longmix.data.loaders import Batch
 from longmix.evaluation.statistics import LossStatistics
 
-Batch = Mapping[str, Tensor | None]
 
-
-def to_device(batch: Batch, device: torch.device | str) -> dict[str, Tensor | None]:
+def to_device(batch: Batch, device: torch.device | str) -> Batch:
     """Move a batch's tensors; None (no document boundary in the batch) stays None."""
-    return {name: None if value is None else value.to(device, non_blocking=True) for name, value in batch.items()}
+    ids = batch["document_ids"]
+    return Batch(
+        tokens=batch["tokens"].to(device, non_blocking=True),
+        targets=batch["targets"].to(device, non_blocking=True),
+        document_ids=None if ids is None else ids.to(device, non_blocking=True),
+    )
 
 
 @torch.no_grad()

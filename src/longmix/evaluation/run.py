@@ -51,11 +51,7 @@ class Subject:
     def seq_lens(self) -> list[int]:
         """The context lengths asked for, shortest first."""
         asked = self.words["seq_len"]
-        lengths = [self.trained_config["seq_len"]] if asked is None else asked if isinstance(asked, list) else [asked]
-        for length in lengths:
-            if not isinstance(length, int) or length < 1:
-                raise ConfigError(f"seq_len={asked!r} must be a whole number from 1, or a list of them.")
-        return sorted(set(lengths))
+        return [self.trained_config["seq_len"]] if asked is None else sorted(set(_as_list(asked)))
 
 
 def evaluate(config: DictConfig) -> dict[str, Any]:
@@ -65,7 +61,9 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         LongmixError: see `longmix.errors`.
     """
     words = configuration.resolved(config)
+    configuration.check_keys(words, configuration.EvaluateConfig)
     configuration.check(words["task"], "task", {"subject"})
+    _check_numbers(words)
     device, precision = _place(words)
     checkpoint = find_checkpoint(Path(words["checkpoint"]))
     state = load_checkpoint(checkpoint)
@@ -87,6 +85,21 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
 
 def _home(checkpoint: Path) -> Path:
     return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _check_numbers(words: Node) -> None:
+    for key in ("batch_size", "max_tokens"):
+        if words[key] is not None and words[key] < 1:
+            raise ConfigError(f"{key}={words[key]} must be at least 1.")
+    lengths = words["seq_len"]
+    if lengths is None:
+        return
+    if lengths == [] or any(type(length) is not int or length < 1 for length in _as_list(lengths)):
+        raise ConfigError(f"seq_len={lengths!r} must be a whole number from 1, or a list of them.")
 
 
 def _place(words: Node) -> tuple[torch.device, str]:

@@ -7,7 +7,6 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from longmix.errors import ConfigError
 from longmix.evaluation.loss import evaluate_loss
 from longmix.evaluation.run import Subject
 from longmix.evaluation.statistics import LossStatistics
@@ -52,17 +51,14 @@ def loss_by_position(subject: Subject) -> dict[str, Any]:
         )
         picture = save_figure(figure, subject.output / f"{name}.png")
     replace_json(subject.output / f"{name}.json", report)
-    console.print(f"wrote {subject.output / name}.json and {picture.name}", highlight=False)
+    written = f"wrote {subject.output / name}.json and {picture.name}"
+    console.print(written, highlight=False, markup=False, soft_wrap=True)
     return report
 
 
 def _at_length(subject: Subject, split: str, length: int) -> dict[str, Any]:
     rows = subject.words["batch_size"] or max(1, TOKENS_AT_ONCE // length)
-    max_tokens = subject.words["max_tokens"]
-    for key, value in (("batch_size", rows), ("max_tokens", max_tokens)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{key}={value} must be at least 1.")
-    loader = subject.data.evaluation_loader(split, length, rows, max_tokens)
+    loader = subject.data.evaluation_loader(split, length, rows, subject.words["max_tokens"])
     batches = track(loader, f"seq_len {length}", total=len(loader), console=Console(stderr=True), transient=True)
     statistics = LossStatistics(torch.as_tensor(subject.data.token_bytes), length, subject.device)
     evaluate_loss(subject.model, batches, statistics, device=subject.device, precision=subject.autocast)

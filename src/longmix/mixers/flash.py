@@ -10,8 +10,8 @@ class Flash(SoftmaxAttention):
     """Every token sees itself and all earlier tokens of its document."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, document_ids: Tensor | None) -> Tensor:
-        """A plain causal call goes to the provider; packed documents go to our engine, which skips across them."""
-        if document_ids is None:
+        """A plain causal call goes to the provider; documents and later chunks go to our engine, which skips tiles."""
+        if document_ids is None and query.shape[1] in (1, key.shape[1]):
             return sdpa(query, key, value)
         return attention(query, key, value, document_ids=document_ids)
 

@@ -8,7 +8,7 @@ nothing of devices, precision, compilation or parallelism.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,14 +30,14 @@ class ModelOutput:
 
     Attributes:
         hidden: [B, T, D], normalised; `LanguageModel.logits` turns it into scores.
-        token_losses: float32 [B, T] in nats when targets were given.
+        token_losses: float32 [B, T] in nats when targets were given, else empty.
         state: one entry per layer when a state was passed in.
         losses: auxiliary losses summed over the layers, by name.
         metrics: the mixers' metrics as `layer_<index>/<name>`.
     """
 
     hidden: Tensor
-    token_losses: Tensor | None = None
+    token_losses: Tensor
     state: list[Any] | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
     metrics: dict[str, Tensor] = field(default_factory=dict)
@@ -80,6 +80,10 @@ class Block(nn.Module):
         x = x + mixed.y
         x = x + self.mlp(self.mlp_norm(x))
         return MixerOutput(y=x, state=mixed.state, losses=mixed.losses, metrics=mixed.metrics)
+
+    def flops(self, length: int) -> int:
+        """Forward floating-point operations over one row of `length` tokens."""
+        return self.mixer.flops(length) + self.mlp.flops(length)
 
 
 class LanguageModel(nn.Module):
@@ -131,8 +135,8 @@ class LanguageModel(nn.Module):
         nn.init.normal_(self.embedding.weight, std=d_model**-0.5 if tie_head else 1.0)
         if tie_head:
             self.head.weight = self.embedding.weight
-        for table in (self.embedding.weight, self.head.weight):
-            set_recipe(table, Recipe(role="embedding", weight_decay=False))
+        set_recipe(self.embedding.weight, Recipe(role="embedding", weight_decay=False))
+        set_recipe(self.head.weight, Recipe(role="embedding", weight_decay=False))
 
     def forward(
         self,
@@ -151,7 +155,7 @@ class LanguageModel(nn.Module):
             document_ids: int32 [B, T], non-decreasing along T; None means every row is one document.
         """
         x = self.embedding(tokens)
-        output = ModelOutput(hidden=x, state=None if state is None else [])
+        output = ModelOutput(hidden=x, token_losses=x.new_empty(0), state=None if state is None else [])
         for index, block in enumerate(self.blocks):
             layer_state = None if state is None else state[index]
             if self.activation_checkpointing == "block" and torch.is_grad_enabled():
@@ -174,20 +178,24 @@ class LanguageModel(nn.Module):
         scores = self.head(hidden)
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
+    def mixers(self) -> list[Mixer]:
+        """The mixer of every layer, first to last."""
+        return [cast(Block, block).mixer for block in self.blocks]
+
     def init_state(self, batch: int) -> list[Any]:
         """Every layer's state before the first token, for `batch` rows."""
-        return [block.mixer.init_state(batch) for block in self.blocks]
+        return [mixer.init_state(batch) for mixer in self.mixers()]
 
     def state_bytes(self, length: int) -> int:
         """Bytes of state one row holds after `length` tokens."""
-        return sum(block.mixer.state_bytes(length) for block in self.blocks)
+        return sum(mixer.state_bytes(length) for mixer in self.mixers())
 
     def flops(self, length: int) -> int:
         """Forward floating-point operations over one row of `length` tokens: matrix products and the mixers' own.
 
         A training step costs three times as much; norms, activations and rotations are not counted.
         """
-        layers = sum(block.mixer.flops(length) + block.mlp.flops(length) for block in self.blocks)
+        layers = sum(block.flops(length) for block in self.blocks if isinstance(block, Block))
         return layers + 2 * length * self.head.weight.numel()
 
     def parameter_counts(self) -> dict[str, int]:

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -17,13 +18,14 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="where the files go; the first folder if not given")
     arguments = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 160)
+    as_it_is: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
     try:
         runs, unfinished = find_runs(arguments.folders)
         console.print(table(runs))
         for folder in unfinished:
-            console.print(f"not finished, left out: {folder}", highlight=False)
+            console.print(f"not finished, left out: {folder}", **as_it_is)
         for path in write_report(runs, arguments.output or arguments.folders[0]):
-            console.print(f"wrote {path}", highlight=False)
+            console.print(f"wrote {path}", **as_it_is)
     except LongmixError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code

@@ -1,10 +1,13 @@
 """Reads finished runs and lays them side by side."""
 
 import json
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from longmix.errors import DataError
@@ -69,32 +72,49 @@ def find_runs(paths: list[Path]) -> tuple[list[Run], list[Path]]:
     """All finished runs at or below `paths`, and the folders of unfinished ones.
 
     Raises:
-        DataError: a path does not exist, or there is no finished run.
+        DataError: a path does not exist, a summary is damaged, or there is no finished run.
     """
-    finished: list[Path] = []
-    unfinished: list[Path] = []
+    folders: dict[Path, Path] = {}  # a run that lies below two of the paths counts once
     for path in paths:
         if not path.exists():
             raise DataError(f"there is no {path}; give the folder of a sweep or of runs.")
         for config in sorted(path.rglob("config.yaml")):
-            if "wandb" in config.parts:
-                continue
-            (finished if (config.parent / "summary.json").is_file() else unfinished).append(config.parent)
+            if "wandb" not in config.relative_to(path).parts:
+                folders.setdefault(config.parent.resolve(), config.parent)
+    finished = [folder for folder in folders.values() if (folder / "summary.json").is_file()]
     if not finished:
         raise DataError(f"no finished run at or below {', '.join(map(str, paths))}: none has a summary.json.")
     runs = [
-        Run(folder, label, json.loads((folder / "summary.json").read_text(encoding="utf-8")), read_metrics(folder))
+        Run(folder, label, _summary(folder), read_metrics(folder))
         for folder, label in zip(finished, _labels(finished), strict=True)
     ]
-    return sorted(runs, key=lambda run: run.summary["validation"]["bits_per_byte"]), unfinished
+    return sorted(runs, key=_rank), [folder for folder in folders.values() if folder not in finished]
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    path = folder / "summary.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: {error}. Delete it to leave this run out.") from error
+
+
+def _rank(run: Run) -> tuple[bool, float]:
+    """Best first; a validation that is not a number comes last."""
+    bits_per_byte = run.summary["validation"]["bits_per_byte"]
+    return math.isnan(bits_per_byte), bits_per_byte
 
 
 def _labels(folders: list[Path]) -> list[str]:
-    """Folder names, with the parent's name in front where two are alike."""
-    names = [folder.name for folder in folders]
-    if len(set(names)) == len(names):
+    """Folder names without the settings that all share; paths below their common folder where that is ambiguous."""
+    parts = [folder.name.split(",") for folder in folders]
+    shared = set.intersection(*map(set, parts)) if len(folders) > 1 else set()
+    names = [",".join(part for part in own if part not in shared) for own in parts]
+    if "" not in names and len(set(names)) == len(names):
         return names
-    return [f"{folder.parent.name}/{folder.name}" for folder in folders]
+    resolved = [folder.resolve() for folder in folders]
+    common = os.path.commonpath(folder.parent for folder in resolved)
+    return [folder.relative_to(common).as_posix() for folder in resolved]
 
 
 def table(runs: list[Run]) -> Table:
@@ -114,7 +134,7 @@ def _cell(value: Any) -> str:
         return "-"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) else escape(str(value))
 
 
 def write_report(runs: list[Run], folder: Path) -> list[Path]:
@@ -148,6 +168,7 @@ def write_report(runs: list[Run], folder: Path) -> list[Path]:
     speed.tick_params(axis="y", labelsize="small")
     path = folder / "runs.json"
     with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
         picture = save_figure(figure, folder / "runs.png")
     replace_json(path, [run.row() for run in runs])
     return [path, picture]

@@ -7,14 +7,13 @@ once everything is on the disk, so a folder of that name is complete; its hash i
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from longmix.errors import CheckpointError
-from longmix.files import atomic_directory, remove_leftovers, sha256_of_file, storage_errors, write_json
+from longmix.files import atomic_directory, remove_directory, remove_leftovers, sha256_of_file, write_json
 
 STATE_FILE = "state.pt"
 INFO_FILE = "info.json"
@@ -73,11 +72,7 @@ class CheckpointStore:
         best = self.best()
         for path in self.all()[:-keep]:
             if path != best:
-                with storage_errors(path):
-                    # the mark of completeness goes first, so that a half-deleted folder never looks whole
-                    doomed = path.with_name(f".{path.name}.0.tmp")
-                    path.rename(doomed)
-                    shutil.rmtree(doomed)
+                remove_directory(path)
         remove_leftovers(self.folder)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longmix.evaluation.loss import Batch
+from longmix.data.loaders import Batch
 from longmix.mixers.base import MixerOutput
 
 

@@ -91,6 +91,21 @@ class TrainerSettings:
                 f"trainer.devices={self.devices}, but torch sees {torch.cuda.device_count()} CUDA devices."
             )
 
+    def check_batch(self, batch_size: int) -> None:
+        """Refuse a batch that does not divide over the processes and their micro-batches.
+
+        Raises:
+            ConfigError: naming the keys.
+        """
+        share, rest = divmod(batch_size, self.world_size)
+        if rest or not share:
+            raise ConfigError(f"batch_size={batch_size} does not divide over {self.world_size} processes.")
+        if self.micro_batch_size is not None and share % self.micro_batch_size:
+            raise ConfigError(
+                f"trainer.micro_batch_size={self.micro_batch_size} does not divide the {share} windows that each of "
+                f"{self.world_size} processes has of batch_size={batch_size}."
+            )
+
     @property
     def on_gpu(self) -> bool:
         """Whether the run uses CUDA."""
@@ -109,7 +124,7 @@ class TrainerSettings:
         return self.devices_here * self.num_nodes
 
     @property
-    def precision_in_use(self) -> str:
+    def precision_in_use(self) -> Literal["32-true", "bf16-mixed", "bf16-true"]:
         """`precision` with "auto" decided."""
         if self.precision != "auto":
             return self.precision

@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import secrets
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -114,7 +115,7 @@ class WandbLog(CsvLog):
 
         id_file = folder / "wandb_id.txt"
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id() + "\n", encoding="utf-8")
+            id_file.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
         run = wandb.init(
             project=self.project,
             entity=self.entity,
@@ -170,6 +171,4 @@ def read_metrics(folder: Path) -> list[Metrics]:
                 rows.append({key: float(value) for key, value in row.items() if value})
             except (TypeError, ValueError):
                 continue  # the last line of a killed process may be cut short
-    for row in rows:
-        row["step"] = int(row["step"])
-    return rows
+    return [row | {"step": int(row["step"])} for row in rows]

@@ -15,10 +15,12 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from longmix.errors import ConfigError, NonFiniteError
-from longmix.evaluation.loss import Batch
+from longmix.data.loaders import Batch
+from longmix.errors import NonFiniteError
 from longmix.model.backbone import LanguageModel
 from longmix.model.head import IGNORE_INDEX
+from longmix.recipe import recipe_of, set_recipe
+from longmix.training import parallel
 from longmix.training.diagnosis import first_nonfinite
 from longmix.training.optimizers import PEAK
 
@@ -72,6 +74,7 @@ class TrainingModule(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.model = model
+        self.recipes = {name: recipe_of(weight) for name, weight in model.named_parameters()}
         self.build_optimizers = build_optimizers
         self.schedule = schedule
         self.total_steps = total_steps
@@ -80,10 +83,17 @@ class TrainingModule(LightningModule):
         self.skip_nonfinite = skip_nonfinite
         self.steps_taken = 0
         self.steps_skipped = 0
-        self.record: StepRecord | None = None
+        self.record: StepRecord
+
+    def configure_model(self) -> None:
+        """Lightning asks once the processes exist; only a strategy with a device mesh divides the model."""
+        if self.device_mesh is not None and not parallel.is_sharded(self.model):
+            parallel.shard(self.model, self.device_mesh["data_parallel"], self.trainer.precision)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """Lightning asks for the optimizers after the model is on its device."""
+        for name, weight in self.model.named_parameters():
+            set_recipe(weight, self.recipes[name])  # sharding and moving replace parameters
         trainable = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
         return self.build_optimizers(trainable)
 
@@ -129,29 +139,30 @@ class TrainingModule(LightningModule):
                 output = self.model(
                     micro_batch["tokens"], micro_batch["targets"], document_ids=micro_batch["document_ids"]
                 )
-                loss = output.token_losses.sum() / valid
+                losses = output.token_losses
+                loss = losses.sum() / valid
                 for auxiliary in output.losses.values():
                     loss = loss + auxiliary / len(micro_batches)
                 self.manual_backward(loss)
-            token_losses.append(output.token_losses.detach())
+            token_losses.append(losses.detach())
             for kind, values in (("metrics", output.metrics), ("losses", output.losses)):
                 for name, value in values.items():
                     previous = sums[kind].get(name, 0.0)
                     sums[kind][name] = previous + value.detach() / len(micro_batches)
-        losses = torch.cat(token_losses)
-        total = self._sum_over_processes(losses.sum()) / self._world_size()
-        return StepRecord(total / valid, losses.new_zeros(()), losses, batch, sums["metrics"], sums["losses"])
+        together = torch.cat(token_losses)
+        total = self._sum_over_processes(together.sum()) / self._world_size()
+        return StepRecord(total / valid, together.new_zeros(()), together, batch, sums["metrics"], sums["losses"])
 
     def _clip(self, record: StepRecord) -> None:
-        weights = [weight for weight in self.model.parameters() if weight.grad is not None]
-        norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights])
+        gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
+        norm = parallel.whole(torch.nn.utils.get_total_norm(gradients))
         if self.gradient_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(weights, self.gradient_clip, norm)
-        record.gradient_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.gradient_clip, norm)
+        record.gradient_norm = norm
 
     def _valid_tokens(self, batch: Batch) -> Tensor:
         """Valid targets of the global batch per process: gradients are averaged over processes afterwards."""
-        count = (batch["targets"] != IGNORE_INDEX).sum().float()
+        count = batch["targets"].ne(IGNORE_INDEX).sum().float()
         return (self._sum_over_processes(count) / self._world_size()).clamp_min(1.0)
 
     def _world_size(self) -> int:
@@ -162,6 +173,7 @@ class TrainingModule(LightningModule):
 
     def _gradient_sync(self, last: bool) -> AbstractContextManager:
         """Only the last micro-batch needs to exchange gradients."""
+        parallel.gradients_synchronised(self.model, last)
         no_sync = getattr(self.trainer.model, "no_sync", None)
         return nullcontext() if last or no_sync is None else no_sync()
 
@@ -181,33 +193,27 @@ class TrainingModule(LightningModule):
         return {
             "step": self.step,
             "steps_skipped": self.steps_skipped,
-            "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.trainer.optimizers],
+            **parallel.gathered_state(self.model, self.trainer.optimizers),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from what `capture` gave; call once the optimizers exist."""
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.trainer.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        parallel.restore_state(self.model, self.trainer.optimizers, state)
         self.steps_skipped = state["steps_skipped"]
         self.steps_taken = state["step"] - state["steps_skipped"]
 
 
 def split_batch(batch: Batch, rows: int | None) -> list[Batch]:
-    """Cut a batch into micro-batches of `rows` rows; None keeps it whole.
-
-    Raises:
-        ConfigError: the batch does not divide.
-    """
+    """Cut a batch into micro-batches of `rows` rows, which divides it; None keeps it whole."""
     size = batch["tokens"].shape[0]
     if rows is None or rows == size:
         return [batch]
-    if size % rows:
-        raise ConfigError(
-            f"trainer.micro_batch_size={rows} does not divide the {size} windows a process has of batch_size."
-        )
+    ids = batch["document_ids"]
     return [
-        {name: None if value is None else value[start : start + rows] for name, value in batch.items()}
+        Batch(
+            tokens=batch["tokens"][start : start + rows],
+            targets=batch["targets"][start : start + rows],
+            document_ids=None if ids is None else ids[start : start + rows],
+        )
         for start in range(0, size, rows)
     ]

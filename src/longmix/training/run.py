@@ -41,8 +41,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     """
     began = time.monotonic()
     node = configuration.resolved(config)
-    check_config(node)
-    settings: TrainerSettings = build(node["trainer"], "trainer")
+    settings = check_config(node)
     _refuse_unsupported_multirun(settings)
     quieten()
     seed_everything(node["seed"], settings.num_threads)
@@ -52,6 +51,8 @@ def train(config: DictConfig) -> dict[str, Any]:
     is_first = process_rank() == 0
     if is_first:
         start.take_folder(node)
+    else:
+        logging.disable(logging.INFO)
     data: TokenData = build(
         node["data"],
         "data",
@@ -79,8 +80,12 @@ def train(config: DictConfig) -> dict[str, Any]:
     return write_summary(node, start.folder, model, supervisor, time.monotonic() - began) if is_first else {}
 
 
-def check_config(node: Node) -> None:
-    """Refuse whatever cannot work, without data and without allocating a weight."""
+def check_config(node: Node) -> TrainerSettings:
+    """Refuse whatever cannot work, without data and without allocating a weight.
+
+    Raises:
+        ConfigError: naming the key.
+    """
     configuration.check_words(node)
     supplied = {
         "data": {"tokenizer", "seq_len", "batch_size", "seed"},
@@ -97,6 +102,9 @@ def check_config(node: Node) -> None:
         weight = torch.nn.Parameter(torch.empty(1, 1))
         build(node["optimizer"], "optimizer", parameters={"check": weight})
     check_model(node)
+    settings: TrainerSettings = build(node["trainer"], "trainer")
+    settings.check_batch(node["batch_size"])
+    return settings
 
 
 def _refuse_unsupported_multirun(settings: TrainerSettings) -> None:
@@ -113,6 +121,7 @@ def quieten() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning.*")
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # its output is never changed in place
 
 
 def seed_everything(seed: int, num_threads: int | None = None) -> None:
@@ -166,7 +175,7 @@ def _fit(
         accelerator="gpu" if settings.on_gpu else "cpu",
         devices=settings.devices_here,
         num_nodes=settings.num_nodes,
-        strategy=settings.strategy if settings.strategy != "single" else "auto",
+        strategy=_strategy(settings),
         precision=settings.precision_in_use,
         max_epochs=1,
         callbacks=[supervisor],
@@ -182,6 +191,14 @@ def _fit(
         trainer.fit(module, datamodule=data)
     finally:
         supervisor.close(trainer)
+
+
+def _strategy(settings: TrainerSettings) -> Any:
+    if settings.strategy != "fsdp":
+        return "ddp" if settings.strategy == "ddp" else "auto"
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    return ModelParallelStrategy(data_parallel_size=settings.world_size, tensor_parallel_size=1)
 
 
 def versions() -> dict[str, str]:

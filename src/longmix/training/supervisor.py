@@ -4,10 +4,10 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from longmix.data.datamodule import TokenData
 from longmix.errors import Interrupted
@@ -70,8 +70,9 @@ class Supervisor(Callback):
         self.seconds_since_log, self.steps_since_log = 0.0, 0
         self.last_checkpoint: Path | None = None
 
-    def on_train_start(self, trainer: Trainer, module: TrainingModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The optimizers exist now: put everything back, then take the signals over from Lightning."""
+        module = cast(TrainingModule, pl_module)
         if self.resume_from is not None:
             module.restore(self.resume_from)
             random_state.restore(self.resume_from["random"])
@@ -80,8 +81,9 @@ class Supervisor(Callback):
         self.progress.open()
         self.clock = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: Trainer, module: TrainingModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """The step is over; the clock stands still until the end of this method."""
+        module = cast(TrainingModule, pl_module)
         elapsed = time.perf_counter() - self.clock
         self.seconds_since_log += elapsed
         self.steps_since_log += 1

@@ -1,0 +1,104 @@
+"""Plain causal or full attention through the fastest exact kernel that torch has on this machine.
+
+`attention` covers every set of row bounds; this covers only what torch's own kernels do, and chooses among them. The
+choice follows what torch and the kernels document, not measurements of ours.
+"""
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+from torch.nn import attention as torch_attention
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
+
+_FLASH_PACKAGES = {"FA3": ("flash_attn_interface", (9,)), "FA4": ("flash_attn.cute.interface", (9, 10))}
+"""torch's name of an exchangeable flash implementation: its module and the compute capabilities (major) it is for."""
+
+
+def sdpa(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, causal: bool = True, scale: float | None = None
+) -> torch.Tensor:
+    """Causal or full attention by `torch.nn.functional.scaled_dot_product_attention`.
+
+    With fewer queries than keys the queries are the last rows (torch's `is_causal` would make them the first); unless
+    there is only one, that costs a mask of Tq * Tk bytes, which `attention` does without. On CUDA the first call of
+    the process activates FlashAttention 3 or 4 in torch when the package is there and the GPU is one it is for.
+
+    Args:
+        query: [B, Tq, Hq, D].
+        key: [B, Tk, Hkv, D], same dtype; Hkv divides Hq.
+        value: [B, Tk, Hkv, Dv], same dtype.
+        causal: a row sees no key after its own position.
+        scale: factor on the scores, D ** -0.5 by default.
+
+    Returns:
+        The output [B, Tq, Hq, Dv].
+
+    Raises:
+        ValueError: `sdpa_supports` is False for this call.
+    """
+    if not sdpa_supports(query, key, value, causal=causal):
+        got = ", ".join(f"{n} {list(x.shape)}" for n, x in (("query", query), ("key", key), ("value", value)))
+        raise ValueError(
+            f"sdpa got {got}, causal={causal}; allowed are query [B, Tq, Hq, D], key [B, Tk, Hkv, D] and value "
+            "[B, Tk, Hkv, Dv] of one dtype and device, Hkv a divisor of Hq, and Tq <= Tk if causal"
+        )
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    queries, keys = query.shape[1], key.shape[1]
+    options: dict[str, Any] = {"scale": scale}
+    if causal and queries == keys:
+        options["is_causal"] = True
+    elif causal and queries > 1:
+        options["attn_mask"] = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril_(keys - queries)
+    if query.shape[2] != key.shape[2]:
+        options["enable_gqa"] = True
+    if query.device.type != "cuda":
+        output = F.scaled_dot_product_attention(q, k, v, **options)
+    else:
+        with torch_attention.sdpa_kernel(_kernel_order(query.device), set_priority=True):
+            output = F.scaled_dot_product_attention(q, k, v, **options)
+    return output.transpose(1, 2)
+
+
+def sdpa_supports(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, causal: bool = True) -> bool:
+    """Say whether `sdpa` covers a call: shapes that fit each other, and no row without a key."""
+    if not query.dim() == key.dim() == value.dim() == 4:
+        return False
+    fits = (
+        query.shape[0] == key.shape[0]
+        and query.shape[3] == key.shape[3]
+        and key.shape[:3] == value.shape[:3]
+        and query.shape[2] % key.shape[2] == 0
+    )
+    alike = query.dtype == key.dtype == value.dtype and query.device == key.device == value.device
+    return fits and alike and not (causal and query.shape[1] > key.shape[1])
+
+
+@torch.compiler.assume_constant_result
+def _kernel_order(device: torch.device) -> list[SDPBackend]:
+    """Kernels in the order to try. Every one refuses what it does not cover; the last covers everything.
+
+    torch's built-in flash kernel is FlashAttention 2, written for Ampere; cuDNN has kernels for Hopper and Blackwell.
+    """
+    major, _ = torch.cuda.get_device_capability(device)
+    first = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+    if major < 9 or _activate_flash(major):
+        first.reverse()
+    return [*first, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+@functools.cache
+def _activate_flash(major: int) -> bool:
+    """Put the first FlashAttention package made for this GPU behind torch's flash kernel; False if there is none."""
+    known = torch_attention.list_flash_attention_impls()
+    for name, (module, capabilities) in _FLASH_PACKAGES.items():
+        if major in capabilities and name in known:
+            try:
+                importlib.import_module(module)
+            except ImportError:
+                continue
+            torch_attention.activate_flash_attention_impl(name)
+            return True
+    return False

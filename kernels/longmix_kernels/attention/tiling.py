@@ -1,0 +1,113 @@
+"""Which parts of the score matrix a set of row bounds needs: tiles of rows, and panels of keys inside a tile.
+
+Because both bounds never decrease, everything follows from the bounds of a tile's first and last row:
+
+    keys seen by any row    [lo[first], hi[last])
+    keys seen by every row  [lo[last], hi[first])
+
+Work outside the first range is never done, and inside the second range no mask is needed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+
+class Panel(NamedTuple):
+    """The scores of a tile's rows against a run of keys."""
+
+    keys: slice
+    kind: str
+    """"full" (every row sees every key), "causal" (a square, row i sees keys up to i) or "masked"."""
+
+
+class Tile(NamedTuple):
+    """A block of query rows and the panels that together cover the keys it sees."""
+
+    rows: slice
+    panels: list[Panel]
+
+
+@dataclass(frozen=True)
+class TileSizes:
+    """How finely to cut.
+
+    Attributes:
+        rows: query rows of a tile.
+        masked_keys: a tile that sees at most this many keys is one masked panel; a wider one is split into unmasked
+            interior and masked edges, whose results are then merged.
+        full_keys: most keys of an unmasked panel; None for no limit.
+        whole_rows: a segment that is plain causal or full attention and at least this long is not cut at all; None
+            to cut always.
+    """
+
+    rows: int
+    masked_keys: int
+    full_keys: int | None
+    whole_rows: int | None
+
+
+def plan_tiles(lo: torch.Tensor, hi: torch.Tensor, sizes: TileSizes) -> Iterator[Tile]:
+    """Yield the tiles that bounds need, in order of their rows; rows that see nothing may be left out.
+
+    Args:
+        lo: int32 [Tq] on the CPU, first key seen by a row; non-decreasing.
+        hi: as `lo`, one past the last key.
+        sizes: how finely to cut.
+    """
+    # Within a run of rows where this count does not change, every row sees exactly one key more than the row above.
+    jumps = torch.cat([hi.new_zeros(1, dtype=torch.int64), (hi[1:] - hi[:-1] != 1).cumsum(0)]).tolist()
+    first_key, end_key = lo.tolist(), hi.tolist()
+    for start, stop in _row_blocks(lo, sizes.rows):
+        last = stop - 1
+        grows = jumps[start] == jumps[last] and end_key[start] > first_key[start] == first_key[last]
+        constant = first_key[start] == first_key[last] and end_key[start] == end_key[last]
+        whole = sizes.whole_rows is not None and stop - start >= sizes.whole_rows and (grows or constant)
+        step = stop - start if whole else sizes.rows
+        for row in range(start, stop, step):
+            rows = slice(row, min(row + step, stop))
+            seen = slice(first_key[row], end_key[rows.stop - 1])
+            shared = slice(first_key[rows.stop - 1], end_key[row])
+            if seen.start < seen.stop:
+                yield Tile(rows, _panels(seen, shared, grows and whole, sizes))
+
+
+def _row_blocks(lo: torch.Tensor, rows: int) -> Iterator[tuple[int, int]]:
+    """Split the rows where a long run of equal `lo` begins or ends, so that no tile straddles two long segments."""
+    length = lo.shape[0]
+    begins = torch.cat([lo.new_ones(1, dtype=torch.bool), lo[1:] != lo[:-1]]).nonzero().squeeze(-1)
+    ends = torch.cat([begins[1:], begins.new_tensor([length])])
+    long = ends - begins >= rows // 2
+    done = 0
+    for start, stop in zip(begins[long].tolist(), ends[long].tolist(), strict=True):
+        if done < start:
+            yield done, start
+        yield start, stop
+        done = stop
+    if done < length:
+        yield done, length
+
+
+def _panels(seen: slice, shared: slice, causal_whole: bool, sizes: TileSizes) -> list[Panel]:
+    """Cover the keys `seen` by a tile, of which every row sees those in `shared`."""
+    if causal_whole:
+        # Rows and keys past the shared ones form a square whose diagonal starts at the last shared key.
+        shared = slice(shared.start, shared.stop - 1)
+        square = [Panel(slice(shared.stop, seen.stop), "causal")]
+        return square + _split(shared, "full", sizes.full_keys)
+    if seen == shared:
+        return _split(seen, "full", sizes.full_keys)
+    if seen.stop - seen.start <= sizes.masked_keys or shared.start >= shared.stop:
+        return _split(seen, "masked", sizes.masked_keys)
+    return [
+        *_split(shared, "full", sizes.full_keys),
+        *_split(slice(seen.start, shared.start), "masked", sizes.masked_keys),
+        *_split(slice(shared.stop, seen.stop), "masked", sizes.masked_keys),
+    ]
+
+
+def _split(keys: slice, kind: str, longest: int | None) -> list[Panel]:
+    step = longest or max(keys.stop - keys.start, 1)
+    return [Panel(slice(k, min(k + step, keys.stop)), kind) for k in range(keys.start, keys.stop, step)]

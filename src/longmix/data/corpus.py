@@ -1,0 +1,136 @@
+"""What a corpus is, and how one source of documents is divided into splits."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from longmix.errors import ConfigError, DataError
+
+SPLITS = ("train", "validation", "test")
+
+
+class Corpus(Protocol):
+    """What the token files need of a corpus; any class that answers this can be named as `_target_`.
+
+    Attributes:
+        name: short, used in folder names and the log.
+        splits: the splits it has, among "train", "validation" and "test".
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def splits(self) -> tuple[str, ...]: ...  # noqa: D102
+
+    def documents(self, split: str) -> Iterator[str]:
+        """The documents of a split, in an order that never changes.
+
+        Raises:
+            DataError: the split does not exist, or a document cannot be read.
+        """
+        ...
+
+    def fingerprint(self) -> dict[str, Any]:
+        """A JSON-able value that is equal for two corpora only if their documents are."""
+        ...
+
+
+def check_split(corpus: Corpus, split: str) -> None:
+    """Refuse a split that `corpus` does not have.
+
+    Raises:
+        DataError: names the split and lists those there are.
+    """
+    if split not in corpus.splits:
+        raise DataError(f"the corpus {corpus.name} has no split {split!r}; it has {', '.join(corpus.splits)}")
+
+
+def read_documents(corpus: Corpus, split: str) -> Iterator[str]:
+    """The documents of a split, with failures to read told apart from failures to write.
+
+    Raises:
+        DataError: the split does not exist, or a document cannot be read.
+    """
+    check_split(corpus, split)
+    try:
+        yield from corpus.documents(split)
+    except OSError as error:
+        raise DataError(f"cannot read the {split} split of the corpus {corpus.name}: {error}") from error
+
+
+class SplitByContent(ABC):
+    """A corpus with one source for training, out of which splits without a source of their own are cut.
+
+    Which documents are cut out depends on nothing but their text and the fractions.
+    """
+
+    name: str
+    splits: tuple[str, ...]
+
+    def __init__(self, sources: dict[str, Any], validation_fraction: float, test_fraction: float) -> None:
+        for name, fraction in (("validation_fraction", validation_fraction), ("test_fraction", test_fraction)):
+            if not 0 <= fraction <= 1:
+                raise ConfigError(f"data.corpus.{name} must be between 0 and 1, got {fraction}")
+        fractions = {"validation": validation_fraction, "test": test_fraction}
+        self._sources = {split: source for split, source in sources.items() if source is not None}
+        self._fractions = {
+            split: fraction for split, fraction in fractions.items() if fraction > 0 and split not in self._sources
+        }
+        if sum(self._fractions.values()) > 1:
+            raise ConfigError(
+                f"data.corpus.validation_fraction ({validation_fraction}) and data.corpus.test_fraction "
+                f"({test_fraction}) must not exceed 1 together"
+            )
+        self._fingerprint: dict[str, Any] | None = None
+        self.splits = tuple(split for split in SPLITS if split in self._sources or split in self._fractions)
+
+    @abstractmethod
+    def _read(self, source: Any) -> Iterator[str]:
+        """All documents of one source, in a fixed order."""
+
+    @abstractmethod
+    def _identify(self, source: Any) -> dict[str, Any]:
+        """What identifies the content of one source."""
+
+    def documents(self, split: str) -> Iterator[str]:
+        """See `Corpus.documents`."""
+        check_split(self, split)
+        if split != "train" and split in self._sources:
+            return self._read(self._sources[split])
+        return self._cut(split)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See `Corpus.fingerprint`; computed once, for it reads all the content."""
+        if self._fingerprint is None:
+            self._fingerprint = self._compute_fingerprint()
+        return self._fingerprint
+
+    def _compute_fingerprint(self) -> dict[str, Any]:
+        sources = {split: self._identify(source) for split, source in self._sources.items()}
+        return {"kind": type(self).__name__, "sources": sources, "fractions": self._fractions}
+
+    def _cut(self, split: str) -> Iterator[str]:
+        seen = kept = 0
+        for text in self._read(self._sources["train"]):
+            seen += 1
+            if self._split_of(text) == split:
+                kept += 1
+                yield text
+        if seen and not kept:
+            raise DataError(
+                f"none of the {seen} documents of the corpus {self.name} fell into its {split} split (they are "
+                f"divided by their content; fractions: {self._fractions}). Change data.corpus.validation_fraction or "
+                "data.corpus.test_fraction, or give data.corpus.validation or data.corpus.test a source of its own."
+            )
+
+    def _split_of(self, text: str) -> str:
+        digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
+        position = int.from_bytes(digest, "big") / 2**64
+        upper = 0.0
+        for split in ("test", "validation"):
+            upper += self._fractions.get(split, 0.0)
+            if position < upper:
+                return split
+        return "train"

@@ -1,0 +1,106 @@
+"""Batches: what one rank sees of each optimizer step, and of an evaluation."""
+
+import os
+from collections.abc import Iterable
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from longmix.data.windows import IGNORE_INDEX, EvaluationWindows, TrainWindows, Window
+from longmix.errors import ConfigError
+
+
+class Batch(TypedDict):
+    """Rows of windows.
+
+    Attributes:
+        tokens: int64 [b, T].
+        targets: int64 [b, T], `IGNORE_INDEX` where nothing is to be predicted.
+        document_ids: int32 [b, T], or None when no row holds a boundary between documents.
+    """
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    document_ids: torch.Tensor | None
+
+
+def collate(windows: Iterable[Window]) -> Batch:
+    """Stack windows; without a boundary in any row there are no ids, so that models may take their faster path."""
+    tokens, targets, document_ids = (torch.from_numpy(np.stack(rows)) for rows in zip(*windows, strict=True))
+    return Batch(tokens=tokens, targets=targets, document_ids=document_ids if document_ids.any() else None)
+
+
+def local_share(batch_size: int, rank: int, world_size: int) -> range:
+    """Which of a step's `batch_size` sequences `rank` takes: an equal, contiguous slice.
+
+    Raises:
+        ConfigError: `batch_size` is not a multiple of `world_size`.
+    """
+    if batch_size < 1 or batch_size % world_size != 0:
+        raise ConfigError(
+            f"batch_size counts the sequences of all ranks together and must be a multiple of their number: got "
+            f"{batch_size} for {world_size} rank{'s' if world_size > 1 else ''}"
+        )
+    share = batch_size // world_size
+    return range(rank * share, (rank + 1) * share)
+
+
+class TrainSteps(Dataset[Batch]):
+    """Item `step` is the share one rank has of that optimizer step, wherever the run started.
+
+    Step s covers the running samples [s * batch_size, (s + 1) * batch_size) of `windows`.
+    """
+
+    def __init__(self, windows: TrainWindows, batch_size: int, rank: int, world_size: int) -> None:
+        self._windows = windows
+        self._batch_size = batch_size
+        self._share = local_share(batch_size, rank, world_size)
+
+    def __getitem__(self, step: int) -> Batch:
+        return collate(self._windows.sample(step * self._batch_size + place) for place in self._share)
+
+
+class EvaluationBatches(Dataset[Batch]):
+    """The share one rank has of some evaluation windows, in batches of which the last may be smaller.
+
+    All ranks have equally many batches, since models divided over ranks must run in step; where a rank has no window
+    left, its batch is a window without targets.
+    """
+
+    def __init__(self, windows: EvaluationWindows, batch_size: int, rank: int, world_size: int) -> None:
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+        self._windows = windows
+        self._batch_size = batch_size
+        self._places = range(rank, len(windows), world_size)
+        largest_share = -(-len(windows) // world_size)
+        self._length = -(-largest_share // batch_size)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Batch:
+        places = self._places[index * self._batch_size : (index + 1) * self._batch_size]
+        if not places:
+            spare = self._windows[0]
+            return collate([spare._replace(targets=np.full_like(spare.targets, IGNORE_INDEX))])
+        return collate(self._windows[place] for place in places)
+
+
+def load(batches: Dataset[Batch], items: range, num_workers: int) -> DataLoader[Any]:
+    """A sized loader over `items` of `batches`; the number of workers changes its speed and nothing else."""
+    if num_workers > 0:
+        # Workers never tokenise; unless told, tokenizers < 0.23 warns in each one forked after it ran in parallel.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return DataLoader(
+        batches,
+        batch_size=None,
+        sampler=items,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=num_workers > 0,
+        # A generator of its own, because the default would draw from the global one and so change dropout.
+        generator=torch.Generator(),
+    )

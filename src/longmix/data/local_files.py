@@ -1,0 +1,77 @@
+"""Finding local files and identifying their content."""
+
+import glob
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from longmix.errors import DataError
+from longmix.files import sha256_of_file
+
+
+def find_files(key: str, paths: str | Sequence[str], suffix: str) -> list[Path]:
+    """All files that one path or several name, sorted and without repeats.
+
+    Args:
+        key: the setting the paths come from, for the error message.
+        paths: each a file, a folder (all files ending in `suffix` below it) or a glob pattern; `~` is expanded.
+        suffix: such as ".txt".
+
+    Raises:
+        DataError: a path names no file.
+    """
+    given = [paths] if isinstance(paths, str) else list(paths)
+    if not given:
+        raise DataError(f"{key} is an empty list; give a file, a folder or a pattern")
+    return sorted({file for path in given for file in _find(key, Path(path).expanduser(), suffix)})
+
+
+def _find(key: str, path: Path, suffix: str) -> list[Path]:
+    if path.is_file():
+        return [path.absolute()]
+    pattern = f"{glob.escape(str(path))}/**/*{suffix}" if path.is_dir() else str(path)
+    # `Path.glob` takes no absolute pattern
+    files = [Path(file).absolute() for file in glob.glob(pattern, recursive=True) if Path(file).is_file()]  # noqa: PTH207
+    if not files:
+        found_nothing = f"no file matches {pattern}" if glob.has_magic(pattern) else f"there is no file {path}"
+        raise DataError(f"{key}: {found_nothing} (the working folder is {Path.cwd()})")
+    return files
+
+
+def identify_files(files: Sequence[Path]) -> dict[str, Any]:
+    """Count, total size and one SHA-256 over the relative name, size and content of each file; no time stamps.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    common = Path(os.path.commonpath([file.parent for file in files]))
+    with ThreadPoolExecutor() as pool:
+        facts = list(pool.map(_size_and_hash, files))
+    digest = hashlib.sha256()
+    for file, (size, content) in zip(files, facts, strict=True):
+        digest.update(f"{file.relative_to(common).as_posix()}\0{size}\0{content}\n".encode(errors="surrogateescape"))
+    return {"files": len(files), "bytes": sum(size for size, _ in facts), "sha256": digest.hexdigest()}
+
+
+def refuse_overlap(sources: dict[str, list[Path]]) -> None:
+    """Refuse a file that belongs to two splits.
+
+    Raises:
+        DataError: names the file and the splits.
+    """
+    owners: dict[Path, str] = {}
+    for split, files in sources.items():
+        for file in files:
+            owner = owners.setdefault(file.resolve(), split)
+            if owner != split:
+                raise DataError(f"{file} is given for both the {owner} and the {split} split; keep them apart")
+
+
+def _size_and_hash(file: Path) -> tuple[int, str]:
+    try:
+        return file.stat().st_size, sha256_of_file(file)
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror or error}") from error

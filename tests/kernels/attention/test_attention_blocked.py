@@ -1,0 +1,230 @@
+"""Rung 2: the tiled implementation against the definition, and the properties tiling must not break."""
+
+import functools
+
+import pytest
+import torch
+from attention_cases import CASES, EXTREME, PANEL_MATHS, TOLERANCE, Case, assert_close, built, documents, ragged
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from longmix_kernels.attention.blocked import blocked_backward, blocked_forward
+from longmix_kernels.attention.bounds import row_bounds
+from longmix_kernels.attention.panels import FLASH, MATMUL, PanelMath
+from longmix_kernels.attention.reference import attention_reference
+
+RESULTS = ("output", "logsumexp", "grad_query", "grad_key", "grad_value")
+every_math = pytest.mark.parametrize("math", PANEL_MATHS.values(), ids=PANEL_MATHS.keys())
+every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=("float64", "float32"))
+
+
+def incoming(case: Case, through_logsumexp: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    generator = torch.Generator().manual_seed(3)
+    shape = (case.batch, case.queries, case.heads)
+    grad_output = torch.randn(*shape, case.value_dim or case.dim, generator=generator, dtype=torch.float64)
+    grad_logsumexp = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return grad_output, grad_logsumexp if through_logsumexp else None
+
+
+@functools.lru_cache(maxsize=8)
+def expected_results(case: Case, dtype: torch.dtype, through_logsumexp: bool) -> list[torch.Tensor]:
+    """The definition in float64, on the inputs as the dtype holds them."""
+    tensors, (lo, hi), scale = case.inputs(dtype)
+    tensors = [x.detach().double().requires_grad_() for x in tensors]
+    output, logsumexp = attention_reference(*tensors, lo, hi, scale)
+    grad_output, grad_logsumexp = incoming(case, through_logsumexp)
+    loss = (output * grad_output).sum()
+    if grad_logsumexp is not None:
+        loss = loss + (logsumexp.masked_fill(logsumexp.isneginf(), 0.0) * grad_logsumexp).sum()
+    return [output, logsumexp, *torch.autograd.grad(loss, tensors)]
+
+
+def blocked_results(case: Case, dtype: torch.dtype, math: PanelMath, through_logsumexp: bool) -> list[torch.Tensor]:
+    tensors, (lo, hi), scale = case.inputs(dtype)
+    tensors = [x.detach() for x in tensors]
+    output, logsumexp = blocked_forward(*tensors, lo, hi, scale, math)
+    grad_output, grad_logsumexp = (None if x is None else x.to(dtype) for x in incoming(case, through_logsumexp))
+    grads = blocked_backward(grad_output, grad_logsumexp, *tensors, lo, hi, output, logsumexp, scale, math)
+    return [output, logsumexp, *grads]
+
+
+def assert_matches(case: Case, dtype: torch.dtype, math: PanelMath) -> None:
+    for through_logsumexp in (False, True):
+        results = blocked_results(case, dtype, math, through_logsumexp)
+        expected = expected_results(case, dtype, through_logsumexp)
+        for name, result, wanted in zip(RESULTS, results, expected, strict=True):
+            assert_close(result, wanted, TOLERANCE[dtype], f"{name}, logsumexp gradient {through_logsumexp}")
+
+
+@every_math
+@every_dtype
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_matches_reference(case, dtype, math):
+    assert_matches(case, dtype, math)
+
+
+@every_math
+@pytest.mark.parametrize(
+    ("dtype", "case"), [(d, c) for d, cases in EXTREME.items() for c in cases], ids=lambda x: getattr(x, "name", str(x))
+)
+def test_extreme_scores(dtype, case, math):
+    assert_matches(case, dtype, math)
+
+
+@every_dtype
+def test_default_tiles_of_a_long_sequence(dtype):
+    """Long enough for uncut segments and for rows wider than one masked panel."""
+    assert_matches(Case("long-documents", built([60, 2200]), queries=2300, batch=1), dtype, FLASH)
+    assert_matches(Case("long-ragged", ragged(), queries=300, keys=4000, batch=1), dtype, FLASH)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_folding_rows_into_heads_for_idle_threads(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert_matches(
+            Case("buckets-folded", ragged(), queries=128, heads=3, key_heads=3, batch=1), torch.float64, FLASH
+        )
+    finally:
+        torch.set_num_threads(before)
+
+
+@every_math
+def test_packed_documents_equal_each_document_alone(math):
+    lengths = [13, 40, 1, 30, 16]
+    case = Case("packed", built(lengths), queries=sum(lengths), batch=1)
+    packed = blocked_results(case, torch.float64, math, True)
+    (tensors, _, scale), (grad_output, grad_logsumexp) = case.inputs(torch.float64), incoming(case, True)
+    start = 0
+    for length in lengths:
+        own = slice(start, start + length)
+        query, key, value = (x.detach()[:, own] for x in tensors)
+        lo, hi = row_bounds(length, length)
+        output, logsumexp = blocked_forward(query, key, value, lo, hi, scale, math)
+        grads = blocked_backward(
+            grad_output[:, own], grad_logsumexp[:, own], query, key, value, lo, hi, output, logsumexp, scale, math
+        )
+        for name, alone, together in zip(RESULTS, (output, logsumexp, *grads), packed, strict=True):
+            assert_close(together[:, own], alone, TOLERANCE[torch.float64], f"{name} of the document at {start}")
+        start += length
+
+
+@every_math
+@pytest.mark.parametrize("bounds", [built(), built(window=20), built([100, 50, 61])], ids=["causal", "window", "docs"])
+def test_later_tokens_change_nothing_before_them(bounds, math):
+    case = Case("causality", bounds, queries=300, batch=1)
+    tensors, (lo, hi), scale = case.inputs(torch.float32)
+    query, key, value = (x.detach() for x in tensors)
+    before = blocked_forward(query, key, value, lo, hi, scale, math)
+    for token in (1, 120, 299):
+        changed = [x.clone() for x in (query, key, value)]
+        for x in changed:
+            x[:, token:] = 1e6 * torch.randn_like(x[:, token:])
+        after = blocked_forward(*changed, lo, hi, scale, math)
+        for old, new in zip(before, after, strict=True):
+            assert torch.equal(old[:, :token], new[:, :token])
+            assert not torch.equal(old[:, token], new[:, token])
+
+
+@every_math
+def test_rows_that_see_nothing_ignore_the_gradients_they_receive(math):
+    case = Case("empty", ragged(sparse=True), batch=1)
+    tensors, (lo, hi), scale = case.inputs(torch.float64)
+    tensors = [x.detach() for x in tensors]
+    output, logsumexp = blocked_forward(*tensors, lo, hi, scale, math)
+    grad_output, grad_logsumexp = incoming(case, True)
+    empty = logsumexp.isneginf()
+    assert empty.any() and not empty.all() and not output[empty].any()
+    wanted = blocked_backward(grad_output, grad_logsumexp, *tensors, lo, hi, output, logsumexp, scale, math)
+    grad_logsumexp = grad_logsumexp.masked_fill(empty, torch.nan)
+    grad_output = grad_output.masked_fill(empty.unsqueeze(-1), 1e30)
+    grads = blocked_backward(grad_output, grad_logsumexp, *tensors, lo, hi, output, logsumexp, scale, math)
+    assert not grads[0][empty].any()
+    for grad, want in zip(grads, wanted, strict=True):
+        assert torch.equal(grad, want)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the most elements that any tensor made inside has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        self.elements = max([self.elements, *(x.untyped_storage().nbytes() // x.element_size() for x in made)])
+        return result
+
+
+@pytest.mark.parametrize("math", [FLASH, MATMUL], ids=["flash", "matmul"])
+@pytest.mark.parametrize("options", [{}, {"window": 100}], ids=["causal", "window"])
+def test_no_tensor_grows_with_the_square_of_the_length(options, math):
+    elements = {}
+    for length in (2048, 4096):
+        query, key, value = (torch.randn(1, length, 1, 8) for _ in range(3))
+        lo, hi = row_bounds(length, length, **options)
+        with LargestTensor() as largest:
+            output, logsumexp = blocked_forward(query, key, value, lo, hi, 0.3, math)
+            blocked_backward(output, logsumexp, query, key, value, lo, hi, output, logsumexp, 0.3, math)
+        elements[length] = largest.elements
+    assert elements[4096] < 4096 * 4096 // 4
+    assert elements[4096] <= 2 * elements[2048]
+
+
+def counted(math: PanelMath) -> tuple[PanelMath, dict[str, int]]:
+    """The same arithmetic, and the scores it computes."""
+    scores = {"forward": 0, "backward": 0}
+
+    def forward(query, key, *rest):
+        scores["forward"] += query.shape[:3].numel() * key.shape[2]
+        return math.forward(query, key, *rest)
+
+    def backward(grad_output, query, key, *rest):
+        scores["backward"] += query.shape[:3].numel() * key.shape[2]
+        return math.backward(grad_output, query, key, *rest)
+
+    return math._replace(forward=forward, backward=backward), scores
+
+
+@pytest.mark.parametrize("math", [FLASH, MATMUL], ids=["flash", "matmul"])
+@pytest.mark.parametrize(
+    ("bounds", "waste"),
+    # A tile of R rows computes for each row at most R - 1 scores that it does not need, where the bounds move one key
+    # a row; a document that ends inside a tile adds its length.
+    [(built(window=256), 127), (built([512] * 4), 127), (built([16] * 128), 127 + 16)],
+    ids=["window", "documents", "short-documents"],
+)
+def test_work_outside_the_bounds_is_skipped(bounds, waste, math):
+    case = Case("work", bounds, queries=2048, batch=1, heads=2)
+    tensors, (lo, hi), scale = case.inputs(torch.float32)
+    tensors = [x.detach() for x in tensors]
+    math, scores = counted(math)
+    output, logsumexp = blocked_forward(*tensors, lo, hi, scale, math)
+    blocked_backward(output, logsumexp, *tensors, lo, hi, output, logsumexp, scale, math)
+    needed = 2 * int((hi - lo).sum())
+    rows = 2 * case.queries
+    for computed in scores.values():
+        assert needed <= computed <= needed + rows * waste
+
+
+def test_heads_with_equal_bounds_share_their_panels():
+    case = Case("shared", lambda case: documents_per_batch_row(case), queries=64, batch=3, heads=4, key_heads=4)
+    (query, key, value), (lo, hi), scale = case.inputs(torch.float32)
+    tensors = [x.detach() for x in (query, key, value)]
+    shapes = []
+
+    def forward(query, *rest):
+        shapes.append(tuple(query.shape[:2]))
+        return FLASH.forward(query, *rest)
+
+    spying = FLASH._replace(forward=forward)
+    blocked_forward(*tensors, lo[:1], hi[:1], scale, spying)
+    assert shapes == [(3, 4)]
+    shapes.clear()
+    blocked_forward(*tensors, lo, hi, scale, spying)
+    assert shapes == [(1, 4)] * 3
+
+
+def documents_per_batch_row(case: Case):
+    return row_bounds(case.queries, case.queries, document_ids=documents(case, [10, 20]))

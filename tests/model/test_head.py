@@ -1,0 +1,63 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from longmix.model import head
+
+
+@pytest.fixture
+def problem():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 11, 8, dtype=torch.float64, generator=generator, requires_grad=True)
+    weight = torch.randn(13, 8, dtype=torch.float64, generator=generator, requires_grad=True)
+    targets = torch.randint(13, (3, 11), generator=generator)
+    targets[0, :4] = head.IGNORE_INDEX
+    return hidden, weight, targets
+
+
+@pytest.mark.parametrize("slice_elements", [1, 13, 40, 13 * 33, 1 << 20])
+def test_losses_and_gradients_equal_the_plain_ones(problem, slice_elements, monkeypatch):
+    monkeypatch.setattr(head, "SLICE_ELEMENTS", slice_elements)
+    hidden, weight, targets = problem
+    upstream = torch.randn(3, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ours = head.token_losses(hidden, weight, targets)
+    plain = F.cross_entropy((hidden @ weight.T).transpose(1, 2), targets, reduction="none")
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-13)
+    assert (ours[0, :4] == 0).all()
+    grads = torch.autograd.grad((ours * upstream).sum(), (hidden, weight))
+    expected = torch.autograd.grad((plain * upstream).sum(), (hidden, weight))
+    torch.testing.assert_close(grads, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch before 2.13")
+def test_losses_equal_torchs_own_operator(problem):
+    hidden, weight, targets = problem
+    options = torch.nn.LinearCrossEntropyOptions()
+    theirs = F.linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), reduction="none", options=options)
+    torch.testing.assert_close(head.token_losses(hidden, weight, targets).flatten(), theirs, rtol=0, atol=1e-12)
+
+
+def test_no_tensor_as_large_as_the_logits_is_made(monkeypatch):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, tuple | list) else (result,):
+                if isinstance(tensor, torch.Tensor):
+                    self.elements = max(self.elements, tensor.numel())
+            return result
+
+    monkeypatch.setattr(head, "SLICE_ELEMENTS", 1 << 14)
+    hidden, weight = torch.randn(1, 4096, 16, requires_grad=True), torch.randn(512, 16, requires_grad=True)
+    targets = torch.randint(512, (1, 4096))
+    with Largest() as largest:
+        head.token_losses(hidden, weight, targets).sum().backward()
+    assert largest.elements == 4096 * 16  # the hidden states; the logits would be 4096 * 512
+
+
+def test_bf16_losses_are_formed_in_float32():
+    hidden, weight = torch.randn(1, 6, 8).bfloat16(), torch.randn(20, 8).bfloat16()
+    assert head.token_losses(hidden, weight, torch.zeros(1, 6, dtype=torch.int64)).dtype == torch.float32
