@@ -7,7 +7,7 @@ where it creates the weight; the optimizer builders read it back and know nothin
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+from torch import Tensor
 
 _ATTRIBUTE = "_longmix_recipe"
 
@@ -30,13 +30,12 @@ class Recipe:
     weight_decay: bool = True
 
 
-def set_recipe(parameter: nn.Parameter, recipe: Recipe) -> nn.Parameter:
-    """Attach `recipe` to `parameter` and return the parameter."""
+def set_recipe(parameter: Tensor, recipe: Recipe) -> None:
+    """Attach `recipe` to `parameter`."""
     setattr(parameter, _ATTRIBUTE, recipe)
-    return parameter
 
 
-def recipe_of(parameter: nn.Parameter) -> Recipe:
+def recipe_of(parameter: Tensor) -> Recipe:
     """The attached recipe, else the usual one: matrices decay, vectors and scalars do not."""
     recipe = getattr(parameter, _ATTRIBUTE, None)
     if recipe is not None:

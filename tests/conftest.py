@@ -1,0 +1,117 @@
+"""Fixtures that several test folders share: composed configurations, tiny runs, and the entry points as processes."""
+
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, open_dict
+
+from longmix import cli
+
+ROOT = Path(__file__).parents[1]
+
+TINY = (
+    "logger=csv",
+    "batch_size=2",
+    "max_steps=2",
+    "data.validation_tokens=256",
+    "model.num_layers=1",
+    "model.d_model=32",
+    "model.mlp_hidden=32",
+    "trainer=cpu",
+)
+"""Overrides of a run that takes a second."""
+
+
+def composed(overrides: list[str], entry_point: str, output: Path) -> DictConfig:
+    """What the entry point's task would be given, with Hydra's own settings in place until the next call."""
+    cli.register()
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        config = compose(entry_point, overrides=overrides, return_hydra_config=True)
+    with open_dict(config):
+        config.hydra.runtime.output_dir = str(output)
+        HydraConfig.instance().set_config(config)
+        del config["hydra"]
+    return config
+
+
+Compose = Callable[..., DictConfig]
+
+
+@pytest.fixture
+def compose_config(tmp_path) -> Iterator[Compose]:
+    """`compose_config("seq_len=32", ..., entry_point="train")` composes as the command line does."""
+
+    def run(*overrides: str, entry_point: str = "train", output: Path = tmp_path) -> DictConfig:
+        return composed(list(overrides), entry_point, output)
+
+    yield run
+    HydraConfig.instance().cfg = None
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory) -> Path:
+    """Token files that all runs of the session share."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def tiny_overrides(shared_cache) -> list[str]:
+    """Overrides of a run that takes a second, on the default corpus."""
+    return [*TINY, f"data.cache_dir={shared_cache}"]
+
+
+@dataclass
+class Finished:
+    """A process that ended.
+
+    Attributes:
+        code: its exit code.
+        out, err: what it wrote.
+        cpu_seconds: user and system time, which a busy machine changes less than wall time.
+    """
+
+    code: int
+    out: str
+    err: str
+    cpu_seconds: float
+
+
+@pytest.fixture
+def run_process(tmp_path) -> Callable[..., Finished]:
+    """`run_process("train.py", "-h")` runs an entry point in the test's folder; a dotted name is run with `-m`."""
+
+    def run(program: str, *arguments: str, python: tuple[str, ...] = ()) -> Finished:
+        place = [str(ROOT / program)] if program.endswith(".py") else ["-m", program]
+        command = [sys.executable, *python, *place, *arguments]
+        environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        return Finished(done.returncode, done.stdout, done.stderr, seconds)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_training(tmp_path_factory) -> Callable[..., Path]:
+    """`run_training("seq_len=32", ...)` trains in this process and returns the run's folder."""
+    from longmix.training.run import train
+
+    def run(*overrides: str) -> Path:
+        folder = tmp_path_factory.mktemp("run")
+        try:
+            train(composed([*TINY, *overrides], "train", folder))
+        finally:
+            HydraConfig.instance().cfg = None
+        return folder
+
+    return run

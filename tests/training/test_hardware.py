@@ -1,0 +1,80 @@
+import pytest
+import torch
+
+from longmix.errors import ConfigError
+from longmix.training import hardware
+from longmix.training.hardware import TrainerSettings, peak_flops, peak_memory_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA GB200", 2.5e15),
+        ("NVIDIA B200", 2.25e15),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("Some GPU of tomorrow", None),
+    ],
+)
+def test_peak_by_device_name(name, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
+    assert peak_flops(torch.device("cuda"), "bf16-mixed") == peak
+    assert peak_flops(torch.device("cuda"), "32-true") is None
+
+
+def test_no_peak_is_claimed_for_a_cpu():
+    assert peak_flops(torch.device("cpu"), "32-true") is None
+
+
+def test_peak_memory_is_that_of_this_process():
+    before = peak_memory_bytes(torch.device("cpu"))
+    block = torch.ones(before // 4 + 50_000_000, dtype=torch.float32)
+    assert peak_memory_bytes(torch.device("cpu")) > before
+    del block
+
+
+REFUSED = {
+    "devices": ({"devices": 0}, "trainer.devices=0"),
+    "micro": ({"micro_batch_size": 0}, "trainer.micro_batch_size=0"),
+    "single-two": ({"devices": 2}, "trainer.strategy=single"),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), REFUSED.values(), ids=REFUSED)
+def test_impossible_settings_are_refused_by_name(change, words):
+    with pytest.raises(ConfigError, match=words):
+        TrainerSettings(accelerator="cpu", **change)
+
+
+def test_no_gpu_is_said_plainly(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="no CUDA device"):
+        TrainerSettings(accelerator="gpu")
+
+
+@pytest.mark.parametrize(
+    ("batch", "devices", "micro", "words"),
+    [(3, 2, None, "batch_size=3"), (1, 2, None, "batch_size=1"), (8, 2, 3, "trainer.micro_batch_size=3")],
+)
+def test_batches_that_do_not_divide_are_refused(batch, devices, micro, words):
+    settings = TrainerSettings(accelerator="cpu", strategy="ddp", devices=devices, micro_batch_size=micro)
+    with pytest.raises(ConfigError, match=words):
+        settings.check_batch(batch)
+
+
+def test_precision_follows_the_device(monkeypatch):
+    assert TrainerSettings(accelerator="cpu").precision_in_use == "32-true"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert TrainerSettings(accelerator="gpu").precision_in_use == "bf16-mixed"
+
+
+def test_rank_comes_from_whichever_launcher_set_it(monkeypatch):
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert hardware.process_rank() == 0
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert hardware.process_rank() == 3
+    monkeypatch.setenv("RANK", "11")
+    assert hardware.process_rank() == 11

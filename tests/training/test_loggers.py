@@ -1,0 +1,83 @@
+import pytest
+
+from longmix.training.loggers import CsvLog, WandbLog, read_metrics
+
+
+def test_new_columns_join_and_empty_cells_are_left_out(tmp_path):
+    log = CsvLog()
+    log.open(tmp_path, {}, "name", 0)
+    log.write(1, {"a": 1.5})
+    log.write(2, {"a": 2.0, "b": -3.0})
+    log.write(3, {"b": 4.0})
+    assert read_metrics(tmp_path) == [{"step": 1, "a": 1.5}, {"step": 2, "a": 2.0, "b": -3.0}, {"step": 3, "b": 4.0}]
+    assert (tmp_path / "metrics.csv").read_text().splitlines()[0] == "step,a,b"
+
+
+def test_a_resumed_log_drops_the_steps_that_come_again_and_a_torn_line(tmp_path):
+    log = CsvLog()
+    log.open(tmp_path, {}, "name", 0)
+    for step in range(1, 6):
+        log.write(step, {"a": float(step)})
+    with (tmp_path / "metrics.csv").open("a") as stream:
+        stream.write("6,1.0e")
+    again = CsvLog()
+    again.open(tmp_path, {}, "name", 3)
+    again.write(4, {"a": 40.0})
+    assert [(row["step"], row["a"]) for row in read_metrics(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+
+
+def test_a_fresh_log_begins_empty(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,a\n1,2.0\n")
+    CsvLog().open(tmp_path, {}, "name", 0)
+    assert read_metrics(tmp_path) == []
+
+
+@pytest.fixture
+def no_key(monkeypatch, tmp_path):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no ~/.netrc
+
+
+def test_wandb_without_a_key_is_offline_and_keeps_its_id(tmp_path, no_key):
+    for first_step in (0, 1):
+        log = WandbLog(project="test")
+        log.open(tmp_path, {"seed": 1}, "name", first_step)
+        assert log.run is not None
+        assert log.run.settings.mode == "offline"
+        log.write(first_step + 1, {"train/loss": 1.0})
+        log.close(0)
+    files = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    run_id = (tmp_path / "wandb_id.txt").read_text().strip()
+    assert files
+    assert all(file.stem == f"run-{run_id}" for file in files)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_a_failing_wandb_never_stops_the_run(tmp_path, monkeypatch, caplog):
+    import wandb
+
+    def refuse(**_):
+        raise RuntimeError("no wandb today")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    log = WandbLog(mode="offline")
+    log.open(tmp_path, {}, "name", 0)
+    log.write(1, {"a": 1.0})
+    log.close(1)
+    assert "no wandb today" in caplog.text
+    assert read_metrics(tmp_path) == [{"step": 1, "a": 1.0}]
+
+
+def test_wandb_that_fails_later_is_left_behind(tmp_path, caplog):
+    class Broken:
+        def log(self, row):
+            raise OSError("gone")
+
+    log = WandbLog(mode="offline")
+    CsvLog.open(log, tmp_path, {}, "name", 0)
+    log.run = Broken()
+    log.write(1, {"a": 1.0})
+    log.write(2, {"a": 2.0})
+    assert caplog.text.count("gone") == 1
+    assert len(read_metrics(tmp_path)) == 2
