@@ -50,10 +50,10 @@ def blocked_forward(
         for rows, panels in plan_tiles(group.lo, group.hi, math.sizes):
             parts = []
             for panel in panels:
-                mask, unseeing = group.mask(rows, panel, q)
+                mask, empty = group.mask(rows, panel, q)
                 causal, keys = panel.kind == "causal", panel.keys
                 part, part_lse = math.forward(q[:, :, rows], k[:, :, keys], v[:, :, keys], scale, causal, mask)
-                parts.append((part, part_lse if unseeing is None else part_lse.masked_fill(unseeing, -torch.inf)))
+                parts.append((part, part_lse if empty is None else part_lse.masked_fill(empty, -torch.inf)))
             merged, lse[:, :, rows] = reduce(_merge, parts)
             out[:, :, rows] = merged[..., :value_dim]
     return output, logsumexp
@@ -77,27 +77,20 @@ def blocked_backward(
     Args:
         grad_output: [B, Tq, Hq, Dv].
         grad_logsumexp: [B, Tq, Hq], or None for zero; what it holds for rows that see nothing is not looked at.
-        query: as in the forward, and so are `key`, `value`, `lo`, `hi` and `scale`.
-        key: see `query`.
-        value: see `query`.
-        lo: see `query`.
-        hi: see `query`.
-        output: the result of the forward.
-        logsumexp: the result of the forward.
-        scale: see `query`.
-        math: overrides how a panel is computed.
+        query, key, value, lo, hi, scale, math: as in the forward.
+        output, logsumexp: what it returned.
     """
     math = math or panel_math(query.device)
     head_dim, value_dim, dtype = query.shape[-1], value.shape[-1], query.dtype
-    unseeing = logsumexp.isneginf()
-    logsumexp = logsumexp.masked_fill(unseeing, 0.0)
+    empty = logsumexp.isneginf()
+    logsumexp = logsumexp.masked_fill(empty, 0.0)
     width = max(head_dim, value_dim + (grad_logsumexp is not None))
     query, key, value, output, grad_output = (
         _widen(x.to(logsumexp.dtype), width) for x in (query, key, value, output, grad_output)
     )
     if grad_logsumexp is not None:
         grad_output[..., value_dim] = 1.0
-        output[..., value_dim] = -grad_logsumexp.masked_fill(unseeing, 0.0)
+        output[..., value_dim] = -grad_logsumexp.masked_fill(empty, 0.0)
     grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
 
     for group in _groups(lo, hi, query.shape[0], query.shape[2], key.shape[2]):
@@ -173,14 +166,15 @@ class _Group:
             return None, None
         keys = _length(panel.keys)
         bounds = torch.stack([self.lo[rows], self.hi[rows]]).sub_(panel.keys.start).clamp_(0, keys)
-        if self.last_mask is None or not torch.equal(bounds, self.last_mask[0]):
-            key = torch.arange(keys, dtype=torch.int32, device=like.device)
+        last = self.last_mask
+        if last is None or last[1].shape[1] != keys or not torch.equal(bounds, last[0]):
+            column = torch.arange(keys, dtype=torch.int32, device=like.device)
             first, end = bounds.to(like.device).unsqueeze(-1)
-            hidden = (key < first).logical_or_(key >= end)
+            hidden = (column < first).logical_or_(column >= end)
             mask = like.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
-            unseeing = bounds[0] >= bounds[1]
-            self.last_mask = bounds, mask, unseeing.to(like.device) if unseeing.any() else None
-        return self.last_mask[1:]
+            empty = bounds[0] >= bounds[1]
+            self.last_mask = last = bounds, mask, empty.to(like.device) if empty.any() else None
+        return last[1:]
 
     def _grouped(self) -> bool:
         return _length(self.heads) > _length(self.key_heads)

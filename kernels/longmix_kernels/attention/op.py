@@ -1,6 +1,7 @@
 """The public attention function: argument checks, row bounds, and the operators that carry it through autograd."""
 
 from collections.abc import Callable
+from typing import Literal, overload
 
 import torch
 
@@ -13,6 +14,40 @@ BACKENDS = ("reference", "blocked")
 """The implementations `attention` offers."""
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@overload
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    causal: bool = ...,
+    window: int | None = ...,
+    document_ids: torch.Tensor | None = ...,
+    lo: torch.Tensor | None = ...,
+    hi: torch.Tensor | None = ...,
+    scale: float | None = ...,
+    return_logsumexp: Literal[False] = ...,
+    backend: str | None = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    causal: bool = ...,
+    window: int | None = ...,
+    document_ids: torch.Tensor | None = ...,
+    lo: torch.Tensor | None = ...,
+    hi: torch.Tensor | None = ...,
+    scale: float | None = ...,
+    return_logsumexp: Literal[True],
+    backend: str | None = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def attention(
@@ -41,7 +76,7 @@ def attention(
         value: [B, Tk, Hkv, Dv], same dtype.
         causal: a row sees no key after its own position; otherwise it sees all keys of its document.
         window: number of keys a row sees at most, its own position included; needs `causal`.
-        document_ids: int32 [B, Tk], non-decreasing along Tk; rows see the keys of their own document only.
+        document_ids: int32 or int64 [B, Tk], non-decreasing along Tk; rows see the keys of their own document only.
         lo: int32 [B or 1, Hq or 1, Tq], first key row that a query row sees; non-decreasing along Tq. Together with
             `hi` it replaces `causal`, `window` and `document_ids`.
         hi: as `lo`, one past the last key row seen.
@@ -61,11 +96,19 @@ def attention(
     _check_inputs(query, key, value)
     queries, keys = query.shape[1], key.shape[1]
     if lo is None and hi is None:
-        if document_ids is not None and tuple(document_ids.shape) != tuple(key.shape[:2]):
-            raise ValueError(f"document_ids has shape {list(document_ids.shape)}; allowed is {list(key.shape[:2])}")
+        if document_ids is not None:
+            _check_document_ids(key, document_ids)
         lo, hi = row_bounds(queries, keys, causal=causal, window=window, document_ids=document_ids, device=query.device)
     elif lo is None or hi is None or not causal or window is not None or document_ids is not None:
-        raise ValueError("lo and hi must be given together, and exclude causal=False, window and document_ids")
+        given = {
+            "lo": lo,
+            "hi": hi,
+            "window": window,
+            "document_ids": document_ids,
+            "causal=False": None if causal else causal,
+        }
+        names = ", ".join(name for name, x in given.items() if x is not None)
+        raise ValueError(f"got {names}; lo and hi come together, and without window, document_ids and causal=False")
     else:
         _check_bounds(query, lo, hi)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -100,6 +143,13 @@ def _check_inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
         raise ValueError(f"value has shape {list(value.shape)}; allowed is [{batch}, {keys}, {key_heads}, Dv] as key")
     if query_heads % key_heads:
         raise ValueError(f"key has {key_heads} heads; allowed are the divisors of the {query_heads} heads of query")
+
+
+def _check_document_ids(key: torch.Tensor, document_ids: torch.Tensor) -> None:
+    if document_ids.shape != key.shape[:2]:
+        raise ValueError(f"document_ids has shape {list(document_ids.shape)}; allowed is {list(key.shape[:2])}")
+    if document_ids.device != key.device:
+        raise ValueError(f"document_ids is on {document_ids.device}; allowed is {key.device}, where key is")
 
 
 def _check_bounds(query: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor) -> None:

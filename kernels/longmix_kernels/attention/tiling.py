@@ -36,8 +36,8 @@ class TileSizes:
 
     Attributes:
         rows: query rows of a tile.
-        masked_keys: a tile that sees at most this many keys is one masked panel; a wider one is split into unmasked
-            interior and masked edges, whose results are then merged.
+        masked_keys: most keys of a masked panel. A tile that sees no more is one such panel; a wider one is split into
+            unmasked interior and masked edges, whose results are then merged.
         full_keys: most keys of an unmasked panel; None for no limit.
         whole_rows: a segment that is plain causal or full attention and at least this long is not cut at all; None
             to cut always.

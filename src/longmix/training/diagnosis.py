@@ -1,5 +1,6 @@
 """Where a non-finite number first appeared: a second pass with every module watched."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -31,7 +32,9 @@ def first_nonfinite(
         if not found and not _finite(output.token_losses):
             found.append("the loss in the forward pass")
         if not found:
-            output.token_losses.mean().backward()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Full backward hook is firing")  # the embedding has no input
+                output.token_losses.mean().backward()
     model.zero_grad(set_to_none=True)
     return found[0] if found else None
 

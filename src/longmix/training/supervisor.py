@@ -77,6 +77,8 @@ class Supervisor(Callback):
             module.restore(self.resume_from)
             random_state.restore(self.resume_from["random"])
             self.resume_from = None
+        # says what validation covers, before the bar takes the terminal
+        self.data.evaluation_windows("validation", self.config["seq_len"], self.data.validation_tokens)
         self.signals.install()
         self.progress.open()
         self.clock = time.perf_counter()

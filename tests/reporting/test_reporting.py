@@ -1,0 +1,269 @@
+"""`python -m longmix.reporting`: runs found, labelled, laid side by side; and a whole sweep."""
+
+import csv
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+from matplotlib import image
+
+from longmix.errors import DataError
+from longmix.reporting import __main__ as command
+from longmix.reporting.runs import find_runs, write_report
+from longmix.training.loggers import CsvLog
+
+ROW = {
+    "run",
+    "mixer",
+    "seq_len",
+    "parameters",
+    "tokens",
+    "bits_per_byte",
+    "loss",
+    "tokens_per_second",
+    "training_seconds",
+    "peak_gib",
+}
+
+
+def write_run(folder: Path, bits_per_byte: float = 2.0, finished: bool = True, logged: bool = True) -> Path:
+    """A run's folder as training leaves it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text("seed: 0\n")
+    if logged:
+        log = CsvLog()
+        log.open(folder, {}, "name", 0)
+        for step in (10, 20):
+            log.write(step, {"train/loss": 3.0, "memory/peak_gib": step / 10})
+            log.write(step, {"validation/bits_per_byte": bits_per_byte + 1 / step})
+    if finished:
+        summary = {
+            "mixer": "flash",
+            "seq_len": 32,
+            "parameters": {"total": 23_744},
+            "tokens": 1280,
+            "tokens_per_step": 64,
+            "tokens_per_second": 1234.5,
+            "training_seconds": 1.25,
+            "validation": {"bits_per_byte": bits_per_byte, "loss": bits_per_byte * math.log(2)},
+            "validation_by_position": [{"start": 0, "end": 16, "loss": 3.0}, {"start": 16, "end": 32, "loss": 2.5}],
+        }
+        (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def labels(*paths: Path) -> list[str]:
+    return [run.label for run in find_runs(list(paths))[0]]
+
+
+def check_picture(path: Path) -> None:
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    pixels = image.imread(path)
+    assert pixels.shape[0] > 200 and pixels.shape[1] > 600 and pixels.std() > 0
+
+
+class TestFindRuns:
+    def test_best_first_and_unfinished_apart(self, tmp_path):
+        for name, bits in {"a": 2.0, "b": 1.0, "c": math.nan, "d": 3.0}.items():
+            write_run(tmp_path / name, bits)
+        unfinished = write_run(tmp_path / "e", finished=False)
+        runs, left_out = find_runs([tmp_path])
+        assert [run.label for run in runs] == ["b", "a", "d", "c"]
+        assert left_out == [unfinished]
+
+    def test_a_run_counts_once(self, tmp_path, monkeypatch):
+        run = write_run(tmp_path / "runs" / "a")
+        write_run(tmp_path / "runs" / "b", 3.0)
+        monkeypatch.chdir(tmp_path)
+        assert labels(tmp_path, tmp_path / "runs", run, Path("runs"), Path("runs/a")) == ["a", "b"]
+
+    def test_one_run_by_its_own_folder(self, tmp_path):
+        assert labels(write_run(tmp_path / "0,seed=1,seq_len=32")) == ["0,seed=1,seq_len=32"]
+
+    def test_configurations_of_wandb_are_no_runs(self, tmp_path):
+        run = write_run(tmp_path / "wandb" / "a")  # a folder of that name above the runs does not matter
+        (run / "wandb" / "files").mkdir(parents=True)
+        (run / "wandb" / "files" / "config.yaml").touch()
+        assert find_runs([tmp_path / "wandb"]) == find_runs([run])
+
+    @pytest.mark.parametrize(
+        ("names", "expected"),
+        [
+            pytest.param(["0,a=1,b=2", "1,a=1,b=3"], ["0,b=2", "1,b=3"], id="what all share goes"),
+            pytest.param(["one", "two"], ["one", "two"], id="names"),
+            pytest.param(["x/same", "y/same"], ["x/same", "y/same"], id="alike in two folders"),
+            pytest.param(["x/1/same", "y/1/same"], ["x/1/same", "y/1/same"], id="alike in folders alike"),
+            pytest.param(["x/1/same", "x/2/same"], ["1/same", "2/same"], id="no more than needed"),
+            pytest.param(["a", "a,b"], ["a", "a,b"], id="none left without a name"),
+        ],
+    )
+    def test_labels_tell_runs_apart(self, tmp_path, names, expected):
+        for place, name in enumerate(names):
+            write_run(tmp_path / name, bits_per_byte=1.0 + place)
+        assert labels(tmp_path) == expected
+
+    @pytest.mark.parametrize(
+        ("prepare", "message"),
+        [
+            pytest.param(lambda folder: None, "there is no .*sweep; give the folder", id="missing"),
+            pytest.param(Path.mkdir, "no finished run at or below .*sweep: none has a summary.json", id="empty"),
+            pytest.param(lambda folder: write_run(folder / "a", finished=False), "no finished run", id="none finished"),
+            pytest.param(
+                lambda folder: (write_run(folder / "a") / "summary.json").write_text("{"),
+                "a/summary.json is damaged",
+                id="damaged summary",
+            ),
+        ],
+    )
+    def test_refuses(self, tmp_path, prepare, message):
+        prepare(tmp_path / "sweep")
+        with pytest.raises(DataError, match=message):
+            find_runs([tmp_path / "sweep"])
+
+
+class TestRun:
+    def test_row(self, tmp_path):
+        ((run,), _) = find_runs([write_run(tmp_path / "a", 2.0)])
+        assert run.row() == {
+            "run": "a",
+            "mixer": "flash",
+            "seq_len": 32,
+            "parameters": 23_744,
+            "tokens": 1280,
+            "bits_per_byte": 2.0,
+            "loss": 2.0 * math.log(2),
+            "tokens_per_second": 1234.5,
+            "training_seconds": 1.25,
+            "peak_gib": 2.0,
+        }
+        assert set(run.row()) == ROW
+
+    def test_curve_takes_rows_that_have_both(self, tmp_path):
+        ((run,), _) = find_runs([write_run(tmp_path / "a", 2.0)])
+        assert run.curve("validation/bits_per_byte") == ([10, 20], [2.1, 2.05])
+        assert run.curve("nothing") == ([], [])
+
+    def test_without_a_log(self, tmp_path):
+        ((run,), _) = find_runs([write_run(tmp_path / "a", logged=False)])
+        assert run.row()["peak_gib"] is None
+        assert run.curve("validation/bits_per_byte") == ([], [])
+
+
+class TestCommand:
+    @pytest.fixture
+    def report(self, monkeypatch, capsys):
+        """Runs the command in this process; gives its exit code and what it wrote."""
+
+        def run(*arguments: object):
+            monkeypatch.setattr(sys, "argv", ["longmix.reporting", *map(str, arguments)])
+            return command.main(), capsys.readouterr()
+
+        return run
+
+    def test_table_and_files(self, tmp_path, report):
+        for name, bits in {"first": 2.5, "second": 1.5}.items():
+            write_run(tmp_path / name, bits)
+        unfinished = write_run(tmp_path / "third", finished=False)
+        code, written = report(tmp_path)
+        assert code == 0
+        rows = [line for line in written.out.splitlines() if line.startswith("│")]
+        cells = [[cell.strip() for cell in row.strip("│").split("│")] for row in rows]
+        assert [row[0] for row in cells] == ["second", "first"]
+        assert cells[0][1:6] == ["flash", "32", "23,744", "1,280", "1.5000"]
+        assert cells[0][7:] == ["1,234", "1.2500", "2.0000"]
+        assert f"not finished, left out: {unfinished}\n" in written.out
+        assert f"wrote {tmp_path}/runs.json\n" in written.out and f"wrote {tmp_path}/runs.png\n" in written.out
+        saved = json.loads((tmp_path / "runs.json").read_text())
+        assert [row["run"] for row in saved] == ["second", "first"]
+        assert all(set(row) == ROW for row in saved)
+        check_picture(tmp_path / "runs.png")
+
+    def test_runs_without_a_log_have_a_picture_too(self, tmp_path, report):
+        write_run(tmp_path / "a", logged=False)
+        assert report(tmp_path)[0] == 0
+        check_picture(tmp_path / "runs.png")
+
+    def test_brackets_of_names_are_no_markup(self, tmp_path, report):
+        write_run(tmp_path / "[bold]a")
+        unfinished = write_run(tmp_path / "[red]b", finished=False)
+        code, written = report(tmp_path)
+        assert code == 0
+        assert "│ [bold]a" in written.out and f"left out: {unfinished}\n" in written.out
+
+    def test_output_folder_is_made(self, tmp_path, report):
+        write_run(tmp_path / "a")
+        assert report(tmp_path / "a", "--output", tmp_path / "new" / "place")[0] == 0
+        assert sorted(path.name for path in (tmp_path / "new" / "place").iterdir()) == ["runs.json", "runs.png"]
+        assert not (tmp_path / "a" / "runs.json").exists()
+
+    def test_error_is_one_line(self, tmp_path, report):
+        code, written = report(tmp_path / "nowhere")
+        assert code == 2
+        assert written.err == f"DataError: there is no {tmp_path}/nowhere; give the folder of a sweep or of runs.\n"
+        assert written.out == ""
+
+    def test_report_again_does_not_count_itself(self, tmp_path, report):
+        write_run(tmp_path / "a")
+        first = report(tmp_path)[1].out
+        assert report(tmp_path)[1].out == first
+
+    def test_write_report_returns_what_it_wrote(self, tmp_path):
+        runs, _ = find_runs([write_run(tmp_path / "a")])
+        assert write_report(runs, tmp_path) == [tmp_path / "runs.json", tmp_path / "runs.png"]
+
+
+@pytest.mark.slow
+class TestSweep:
+    def test_from_the_command_line_to_an_evaluation(self, run_process, tiny_overrides, tmp_path):
+        swept = ["seq_len=32,64", "seed=1,2"]
+        done = run_process("train.py", "-m", *swept, *tiny_overrides, "loop.log_every=1", "loop.validate_every=1")
+        assert done.code == 0, done.err
+        assert [path.name for path in tmp_path.iterdir()] == ["multirun"]
+        (sweep,) = (tmp_path / "multirun").iterdir()
+        folders = sorted(path for path in sweep.iterdir() if path.is_dir())
+        assert len(folders) == 4
+        for number, (folder, settings) in enumerate(
+            zip(folders, [("seed=1", "32"), ("seed=2", "32"), ("seed=1", "64"), ("seed=2", "64")], strict=True)
+        ):
+            assert folder.name.split(",")[0] == str(number)
+            assert {settings[0], f"seq_len={settings[1]}"} <= set(folder.name.split(","))
+            assert {path.name for path in folder.iterdir()} == {
+                "checkpoints",
+                "config.yaml",
+                "metrics.csv",
+                "summary.json",
+            }
+
+        unfinished = write_run(sweep / "4,seed=3", finished=False)
+        done = run_process("longmix.reporting", str(sweep))
+        assert done.code == 0, done.err
+        saved = {row["run"]: row for row in json.loads((sweep / "runs.json").read_text())}
+        assert set(saved) == {
+            "0,seed=1,seq_len=32",
+            "1,seed=2,seq_len=32",
+            "2,seed=1,seq_len=64",
+            "3,seed=2,seq_len=64",
+        }
+        for folder in folders:
+            summary = json.loads((folder / "summary.json").read_text())
+            (row,) = [row for label, row in saved.items() if set(label.split(",")) <= set(folder.name.split(","))]
+            assert row["tokens"] == summary["tokens"] == 2 * 2 * row["seq_len"]
+            assert row["bits_per_byte"] == summary["validation"]["bits_per_byte"]
+            with (folder / "metrics.csv").open() as stream:
+                validations = [line["validation/bits_per_byte"] for line in csv.DictReader(stream)]
+            assert [float(value) for value in validations if value][-1] == pytest.approx(row["bits_per_byte"])
+        assert list(saved) == sorted(saved, key=lambda label: saved[label]["bits_per_byte"])
+        assert len({row["bits_per_byte"] for row in saved.values()}) == 4
+        assert all(f"│ {label} " in done.out for label in saved)
+        assert f"not finished, left out: {unfinished}" in done.out
+        check_picture(sweep / "runs.png")
+
+        # a folder of a sweep has commas and equal signs in its name, which Hydra must not read
+        done = run_process("evaluate.py", f"checkpoint={folders[2]}", "seq_len=[64,128]", "max_tokens=256")
+        assert done.code == 0, done.err
+        report = json.loads((folders[2] / "evaluation" / "loss_validation_step2.json").read_text())
+        assert set(report["lengths"]) == {"64", "128"}
+        assert report["lengths"]["64"]["bits_per_byte"] == pytest.approx(saved["2,seed=1,seq_len=64"]["bits_per_byte"])
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["multirun"]

