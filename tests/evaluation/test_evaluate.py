@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from matplotlib import image
 
+from longmix.checkpoints import CheckpointStore, find_checkpoint, load_checkpoint
 from longmix.errors import CheckpointError, ConfigError, DataError, LongmixError, StorageError
 from longmix.evaluation.run import evaluate
 from longmix.model.build import model_from_checkpoint
-from longmix.training.checkpoints import CheckpointStore, find_checkpoint, load_checkpoint
 
 SEPARATOR = 256
 TRAINED_SEQ_LEN = 32

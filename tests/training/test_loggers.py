@@ -1,6 +1,7 @@
 import pytest
 
-from longmix.training.loggers import CsvLog, WandbLog, read_metrics
+from longmix.reporting.metrics import read_metrics
+from longmix.training.loggers import CsvLog, WandbLog
 
 
 def test_new_columns_join_and_empty_cells_are_left_out(tmp_path):

@@ -105,7 +105,8 @@ def test_a_schedule_warms_up_to_one_and_ends_at_its_final_factor(schedule):
     factors = [schedule(step, 100) for step in range(100)]
     assert factors[0] == pytest.approx(0.1)
     assert factors[10] == pytest.approx(1.0)
-    assert factors[-1] == pytest.approx(0.2)
+    assert schedule(100, 100) == pytest.approx(0.2)
+    assert 0.2 <= factors[-1] < 0.4
     assert all(a <= b for a, b in itertools.pairwise(factors[:11]))
     assert all(a >= b for a, b in itertools.pairwise(factors[10:]))
 

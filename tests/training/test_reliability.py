@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from longmix.training.checkpoints import CheckpointStore, load_checkpoint
+from longmix.checkpoints import CheckpointStore, load_checkpoint
 
 ROOT = Path(__file__).parents[2]
 DOOMED = Path(__file__).with_name("doomed_run.py")

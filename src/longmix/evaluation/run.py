@@ -9,13 +9,13 @@ import torch
 from omegaconf import DictConfig
 
 from longmix import config as configuration
+from longmix.checkpoints import find_checkpoint, load_checkpoint
 from longmix.config import Node, build, refuse_untrusted
 from longmix.data.datamodule import TokenData
 from longmix.data.tokenizers import tokenizer_from_state
 from longmix.errors import ConfigError
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import model_from_checkpoint
-from longmix.training.checkpoints import find_checkpoint, load_checkpoint
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longmix.errors import ConfigError
@@ -33,6 +34,14 @@ class AttentionState:
     value: Tensor
     document_ids: Tensor | None
     next_position: Tensor
+
+
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm whose weight follows the input's dtype, since torch's fused kernel takes no mixture of dtypes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., head_dim] -> [..., head_dim]."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class SoftmaxAttention(Mixer):
@@ -80,8 +89,8 @@ class SoftmaxAttention(Mixer):
         self.key = nn.Linear(self.d_model, kv_width, bias=False)
         self.value = nn.Linear(self.d_model, kv_width, bias=False)
         self.output = nn.Linear(self.d_model, self.d_model, bias=False)
-        self.query_norm = nn.RMSNorm(self.head_dim, eps=shape.norm_eps) if qk_norm else nn.Identity()
-        self.key_norm = nn.RMSNorm(self.head_dim, eps=shape.norm_eps) if qk_norm else nn.Identity()
+        self.query_norm = HeadNorm(self.head_dim, eps=shape.norm_eps) if qk_norm else nn.Identity()
+        self.key_norm = HeadNorm(self.head_dim, eps=shape.norm_eps) if qk_norm else nn.Identity()
 
         for projection in (self.query, self.key, self.value):
             nn.init.normal_(projection.weight, std=self.d_model**-0.5)

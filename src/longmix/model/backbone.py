@@ -122,6 +122,8 @@ class LanguageModel(nn.Module):
         for key, size in sizes.items():
             if size < 1:
                 raise ConfigError(f"model.{key}={size} must be at least 1.")
+        if norm_eps <= 0:
+            raise ConfigError(f"model.norm_eps={norm_eps} must be above 0.")
         self.shape = ModelShape(d_model, num_layers, num_heads, norm_eps)
         self.vocab_size = vocab_size
         self.activation_checkpointing = activation_checkpointing

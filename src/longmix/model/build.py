@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from longmix.config import Node, build, check
+from longmix.config import Node, build, check, unknown_key
 from longmix.errors import ConfigError
 from longmix.mixers.base import Mixer, ModelShape
 from longmix.model.backbone import LanguageModel, MixerFactory
@@ -25,15 +25,23 @@ def mixer_factory(node: Node) -> MixerFactory:
         check(node, "mixer", MIXER_ARGUMENTS)
         return lambda shape, layer_index: build(node, "mixer", shape=shape, layer_index=layer_index)
     pattern = node["pattern"]
+    if not isinstance(pattern, list) or not pattern:
+        raise ConfigError(f"mixer.pattern={pattern!r} is not a list of at least one member's name.")
     members = [name for name in node if name != "pattern"]
     for name in pattern:
         if name not in members:
             raise ConfigError(f"mixer.pattern names {name}, which is not among its members {', '.join(members)}.")
+    for name in members:
+        if name not in pattern:
+            raise ConfigError(unknown_key(f"mixer.{name}", name, ["pattern", *dict.fromkeys(pattern)]))
         check(node[name], f"mixer.{name}", MIXER_ARGUMENTS)
 
     def from_pattern(shape: ModelShape, layer_index: int) -> Mixer:
         name = pattern[layer_index % len(pattern)]
-        return build(node[name], f"mixer.{name}", shape=shape, layer_index=layer_index)
+        try:
+            return build(node[name], f"mixer.{name}", shape=shape, layer_index=layer_index)
+        except ConfigError as error:  # a mixer speaks of itself as `mixer`
+            raise ConfigError(str(error).replace("mixer.", f"mixer.{name}.")) from error
 
     return from_pattern
 

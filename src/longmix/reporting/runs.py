@@ -12,8 +12,8 @@ from rich.table import Table
 
 from longmix.errors import DataError
 from longmix.files import replace_json, storage_errors
+from longmix.reporting.metrics import Metrics, read_metrics
 from longmix.reporting.plots import Curve, draw_curves, new_figure, save_figure
-from longmix.training.loggers import Metrics, read_metrics
 
 COLUMNS = {
     "run": "run",

@@ -1,9 +1,11 @@
 """What the machine can do: peak arithmetic, memory in use, and the trainer settings that fit it."""
 
+import contextlib
 import os
 import resource
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -37,10 +39,22 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     return next((peak for known, peak in PEAK_DENSE_BF16_FLOPS.items() if known in name), None)
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin to watch the peak anew, for one run of a sweep."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):  # where Linux does not let us, the peak is that of the whole process
+            Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this process ever held: allocated on a GPU, resident on a CPU."""
+    """The most memory this process held since `reset_peak_memory`: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():
+        return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if "VmHWM" in line)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from longmix.files import storage_errors
-
-Metrics = dict[str, float]
+from longmix.reporting.metrics import METRICS_FILE, Metrics, read_metrics
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +50,7 @@ class CsvLog:
 
     def open(self, folder: Path, config: dict[str, Any], name: str, first_step: int) -> None:
         """See `MetricLog.open`."""
-        self.path = folder / "metrics.csv"
+        self.path = folder / METRICS_FILE
         rows = [row for row in read_metrics(folder) if row["step"] <= first_step] if first_step else []
         self.columns = list(dict.fromkeys(["step", *(key for row in rows for key in row)]))
         with storage_errors(self.path):
@@ -157,18 +156,3 @@ class WandbLog(CsvLog):
             except Exception as error:
                 log.warning("wandb did not finish (%s); metrics are in %s.", error, self.path)
             self.run = None
-
-
-def read_metrics(folder: Path) -> list[Metrics]:
-    """Rows of a run's `metrics.csv` without their empty cells; none if there is no such file."""
-    path = folder / "metrics.csv"
-    if not path.exists():
-        return []
-    rows: list[Metrics] = []
-    with path.open(newline="", encoding="utf-8") as stream:
-        for row in csv.DictReader(stream):
-            try:
-                rows.append({key: float(value) for key, value in row.items() if value})
-            except (TypeError, ValueError):
-                continue  # the last line of a killed process may be cut short
-    return [row | {"step": int(row["step"])} for row in rows]

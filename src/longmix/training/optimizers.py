@@ -32,11 +32,9 @@ def adamw(
         betas: decay rates of the two moments.
         eps: added to the denominator.
     """
-    _check_rates(learning_rate=learning_rate, weight_decay=weight_decay, eps=eps)
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ConfigError(f"optimizer.betas={list(betas)} must be two numbers from 0 up to, but not, 1.")
+    _check_settings(betas, learning_rate=learning_rate, weight_decay=weight_decay, eps=eps)
     groups = _groups(parameters, learning_rate, weight_decay)
-    return [torch.optim.AdamW(groups, betas=(betas[0], betas[1]), eps=eps, fused=_has_fused(parameters))]
+    return [torch.optim.AdamW(groups, betas=(float(betas[0]), float(betas[1])), eps=eps, fused=_has_fused(parameters))]
 
 
 def muon(
@@ -63,7 +61,14 @@ def muon(
         betas: AdamW's decay rates.
         eps: AdamW's epsilon.
     """
-    _check_rates(learning_rate=learning_rate, weight_decay=weight_decay, momentum=momentum)
+    _check_settings(
+        betas,
+        learning_rate=learning_rate,
+        adamw_learning_rate=adamw_learning_rate,
+        weight_decay=weight_decay,
+        momentum=momentum,
+        eps=eps,
+    )
     matrices = {name: weight for name, weight in parameters.items() if recipe_of(weight).role == "matrix"}
     others = {name: weight for name, weight in parameters.items() if name not in matrices}
     optimizers: list[torch.optim.Optimizer] = []
@@ -157,7 +162,13 @@ def _has_fused(parameters: Mapping[str, nn.Parameter]) -> bool:
     return all(weight.device.type in ("cpu", "cuda") and weight.is_floating_point() for weight in parameters.values())
 
 
-def _check_rates(**rates: float) -> None:
-    for key, value in rates.items():
-        if value < 0 or (key == "learning_rate" and value == 0):
+def _check_settings(betas: Sequence[float], **settings: float | None) -> None:
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ConfigError(f"optimizer.betas={list(betas)} must be two numbers from 0 up to, but not, 1.")
+    for key, value in settings.items():
+        if value is None:
+            continue
+        if value < 0 or (value == 0 and key != "weight_decay" and key != "momentum"):
             raise ConfigError(f"optimizer.{key}={value} must be above 0.")
+        if key == "momentum" and value >= 1:
+            raise ConfigError(f"optimizer.momentum={value} must be below 1.")

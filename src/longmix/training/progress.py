@@ -5,7 +5,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from longmix.training.loggers import Metrics
+from longmix.reporting.metrics import Metrics
 
 
 class ProgressDisplay:

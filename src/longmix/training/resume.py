@@ -10,10 +10,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from longmix.checkpoints import CheckpointStore, find_checkpoint, load_checkpoint
 from longmix.config import Node
 from longmix.errors import CheckpointError, ConfigError
 from longmix.files import remove_leftovers, storage_errors
-from longmix.training.checkpoints import CheckpointStore, find_checkpoint, load_checkpoint
 
 MUST_MATCH = ("mixer", "model", "data.corpus", "tokenizer", "optimizer._target_", "seq_len", "batch_size", "seed")
 """Keys that fix what the saved numbers mean; a run may not be continued with others."""

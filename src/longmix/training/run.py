@@ -14,12 +14,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from longmix import config as configuration
+from longmix.checkpoints import CheckpointStore
 from longmix.config import Node, build, total_steps
 from longmix.data.datamodule import TokenData
-from longmix.errors import ConfigError
+from longmix.errors import ConfigError, DataError
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model, check_model
-from longmix.training.checkpoints import CheckpointStore
 from longmix.training.hardware import TrainerSettings, process_rank
 from longmix.training.loggers import NoLog
 from longmix.training.module import TrainingModule
@@ -41,7 +41,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     """
     began = time.monotonic()
     node = configuration.resolved(config)
-    settings = check_config(node)
+    settings, data = check_config(node)
     _refuse_unsupported_multirun(settings)
     quieten()
     seed_everything(node["seed"], settings.num_threads)
@@ -53,14 +53,6 @@ def train(config: DictConfig) -> dict[str, Any]:
         start.take_folder(node)
     else:
         logging.disable(logging.INFO)
-    data: TokenData = build(
-        node["data"],
-        "data",
-        tokenizer=build(node["tokenizer"], "tokenizer"),
-        seq_len=node["seq_len"],
-        batch_size=node["batch_size"],
-        seed=node["seed"],
-    )
     data.prepare_data()
     data.setup("fit")
     start.check_data(data.fingerprint())
@@ -80,11 +72,15 @@ def train(config: DictConfig) -> dict[str, Any]:
     return write_summary(node, start.folder, model, supervisor, time.monotonic() - began) if is_first else {}
 
 
-def check_config(node: Node) -> TrainerSettings:
-    """Refuse whatever cannot work, without data and without allocating a weight.
+def check_config(node: Node) -> tuple[TrainerSettings, TokenData]:
+    """Refuse whatever cannot work, without reading data and without allocating a weight.
+
+    Returns:
+        What was built on the way: the trainer's settings and the data, not yet prepared.
 
     Raises:
         ConfigError: naming the key.
+        DataError: the corpus has no validation split.
     """
     configuration.check_words(node)
     supplied = {
@@ -99,12 +95,25 @@ def check_config(node: Node) -> TrainerSettings:
         configuration.check(node[group], group, names)
     build(node["schedule"], "schedule")
     with torch.device("meta"):
-        weight = torch.nn.Parameter(torch.empty(1, 1))
-        build(node["optimizer"], "optimizer", parameters={"check": weight})
+        weights = {"matrix": torch.nn.Parameter(torch.empty(1, 1)), "vector": torch.nn.Parameter(torch.empty(1))}
+        build(node["optimizer"], "optimizer", parameters=weights)
     check_model(node)
     settings: TrainerSettings = build(node["trainer"], "trainer")
     settings.check_batch(node["batch_size"])
-    return settings
+    data: TokenData = build(
+        node["data"],
+        "data",
+        tokenizer=build(node["tokenizer"], "tokenizer"),
+        seq_len=node["seq_len"],
+        batch_size=node["batch_size"],
+        seed=node["seed"],
+    )
+    if not {"train", "validation"} <= set(data.splits):
+        raise DataError(
+            f"training needs a train and a validation split, and {data.corpus.name} has {', '.join(data.splits)}; give "
+            "data.corpus.validation files of its own, or a data.corpus.validation_fraction above 0."
+        )
+    return settings, data
 
 
 def _refuse_unsupported_multirun(settings: TrainerSettings) -> None:

@@ -49,7 +49,7 @@ class WarmupStableDecay(_Warmup):
     Args:
         warmup: fraction of all steps if below 1, else a number of steps.
         decay: length of the decay, likewise.
-        final: factor at the last step.
+        final: factor that the decay reaches as the run ends, after the last step.
         shape: "linear", or "sqrt" for 1 - sqrt(progress) (Haegele et al. 2024, arXiv 2405.18392).
     """
 
@@ -68,6 +68,6 @@ class WarmupStableDecay(_Warmup):
     def __call__(self, step: int, total_steps: int) -> float:
         """Factor on the peak learning rate at `step`, counted from 0."""
         length = max(1.0, _steps(self.decay, total_steps))
-        progress = min(1.0, max(0.0, step + 1 - (total_steps - length)) / length)
+        progress = min(1.0, max(0.0, step - (total_steps - length)) / length)
         fall = math.sqrt(progress) if self.shape == "sqrt" else progress
         return self.warmup_factor(step, total_steps) * (1 - (1 - self.final) * fall)

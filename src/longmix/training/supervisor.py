@@ -9,14 +9,15 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from longmix.checkpoints import CheckpointStore
 from longmix.data.datamodule import TokenData
 from longmix.errors import Interrupted
 from longmix.evaluation.loss import evaluate_loss
 from longmix.evaluation.statistics import LossStatistics
+from longmix.reporting.metrics import Metrics
 from longmix.training import random_state
-from longmix.training.checkpoints import CheckpointStore
-from longmix.training.hardware import peak_flops, peak_memory_bytes
-from longmix.training.loggers import MetricLog, Metrics
+from longmix.training.hardware import peak_flops, peak_memory_bytes, reset_peak_memory
+from longmix.training.loggers import MetricLog
 from longmix.training.module import TrainingModule
 from longmix.training.progress import ProgressDisplay
 from longmix.training.signals import SignalWatch
@@ -77,6 +78,7 @@ class Supervisor(Callback):
             module.restore(self.resume_from)
             random_state.restore(self.resume_from["random"])
             self.resume_from = None
+        reset_peak_memory(module.device)
         # says what validation covers, before the bar takes the terminal
         self.data.evaluation_windows("validation", self.config["seq_len"], self.data.validation_tokens)
         self.signals.install()

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from longmix.checkpoints import CheckpointStore, find_checkpoint, load_checkpoint
 from longmix.errors import CheckpointError, StorageError
 from longmix.training import random_state
-from longmix.training.checkpoints import CheckpointStore, find_checkpoint, load_checkpoint
 
 
 def state(step: int) -> dict:
