@@ -124,6 +124,12 @@ def ragged(per_head: bool = True, sparse: bool = False) -> Callable[[Case], Boun
     return bounds
 
 
+def ragged_end(case: Case) -> Bounds:
+    """Every row begins at the first key; where it ends differs between heads."""
+    _, hi = ragged()(case)
+    return torch.zeros_like(hi), hi
+
+
 CASES = [
     *(Case(f"causal-T{n}", built(), queries=n) for n in (1, 15, 16, 17, 63, 100, 257, 1000)),
     *(Case(f"full-T{n}", built(causal=False), queries=n) for n in (1, 17, 100, 257)),
@@ -160,6 +166,10 @@ CASES = [
     Case("ragged-gqa-T257", ragged(), queries=257, heads=4),
     Case("ragged-empty-rows", ragged(sparse=True)),
     Case("ragged-empty-rows-T257-mqa", ragged(sparse=True), queries=257, heads=3, key_heads=1),
+    Case("ragged-wide", ragged(), queries=60, keys=1000),
+    Case("ragged-wide-empty-rows", ragged(sparse=True), queries=60, keys=1000),
+    Case("ragged-end-gqa", ragged_end, heads=4),
+    Case("ragged-end-one-batch-row", ragged_end, batch=1),
     Case("nothing-visible", lambda case: (torch.full((1, 1, 100), 7, dtype=torch.int32),) * 2),
 ]
 # exp overflows above 88 in float32 and above 709 in float64; the highest scores here are about 150 and 1000.

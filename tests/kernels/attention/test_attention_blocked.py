@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from longmix_kernels.attention.blocked import blocked_backward, blocked_forward
 from longmix_kernels.attention.bounds import row_bounds
-from longmix_kernels.attention.panels import FLASH, MATMUL, PanelMath
+from longmix_kernels.attention.panels import FLASH, MATMUL, PanelMath, _row_folds
 from longmix_kernels.attention.reference import attention_reference
 
 RESULTS = ("output", "logsumexp", "grad_query", "grad_key", "grad_value")
@@ -78,16 +78,24 @@ def test_default_tiles_of_a_long_sequence(dtype):
     assert_matches(Case("long-ragged", ragged(), queries=300, keys=4000, batch=1), dtype, FLASH)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 4])
-def test_folding_rows_into_heads_for_idle_threads(threads):
+@pytest.fixture
+def four_threads():
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        assert_matches(
-            Case("buckets-folded", ragged(), queries=128, heads=3, key_heads=3, batch=1), torch.float64, FLASH
-        )
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("rows", [128, 127])
+def test_folding_rows_into_heads_for_idle_threads(rows, four_threads):
+    assert_matches(Case("folded", ragged(), queries=rows, heads=3, key_heads=3, batch=1), torch.float64, FLASH)
+    assert_matches(Case("folded-gqa", built([40]), queries=rows, heads=4, batch=1), torch.float64, FLASH)
+
+
+def test_rows_are_folded_until_no_thread_is_idle(four_threads):
+    folds = {(1, 1, 128): 4, (1, 3, 128): 2, (1, 4, 128): 1, (1, 9, 128): 1, (2, 1, 128): 1, (1, 1, 126): 1}
+    for shape, expected in folds.items():
+        assert _row_folds(torch.empty(*shape, 8)) == expected
 
 
 @every_math
@@ -192,7 +200,7 @@ def counted(math: PanelMath) -> tuple[PanelMath, dict[str, int]]:
     ("bounds", "waste"),
     # A tile of R rows computes for each row at most R - 1 scores that it does not need, where the bounds move one key
     # a row; a document that ends inside a tile adds its length.
-    [(built(window=256), 127), (built([512] * 4), 127), (built([16] * 128), 127 + 16)],
+    [(built(window=256), 127), (built([500] * 4), 127), (built([16] * 128), 127 + 16)],
     ids=["window", "documents", "short-documents"],
 )
 def test_work_outside_the_bounds_is_skipped(bounds, waste, math):

@@ -85,12 +85,22 @@ def test_tiles_cover_what_is_visible_once(case, sizes):
             part = visible[rows, panel.keys]
             if panel.kind == "full":
                 assert part.all()
+            if panel.kind == "masked":
+                assert not part.all()
             if panel.kind == "causal":
                 assert part.shape[0] == part.shape[1]
                 assert torch.equal(part, torch.ones_like(part).tril())
             covered[rows, panel.keys] += 1
     assert covered.max() <= 1
     assert torch.equal(visible & (covered == 1), visible)
+
+
+def test_only_the_edges_of_a_wide_tile_are_masked():
+    lo, hi = (x[0, 0] for x in row_bounds(500, 500, window=300))
+    for rows, panels in plan_tiles(lo, hi, TINY_CUT):
+        masked = sum(panel.keys.stop - panel.keys.start for panel in panels if panel.kind == "masked")
+        seen = int(hi[rows][-1] - lo[rows][0])
+        assert masked <= 2 * (TINY_CUT.rows - 1) or seen <= TINY_CUT.masked_keys
 
 
 @pytest.mark.parametrize(
