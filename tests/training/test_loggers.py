@@ -55,6 +55,25 @@ def test_wandb_without_a_key_is_offline_and_keeps_its_id(tmp_path, no_key):
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
 
 
+def test_a_key_without_a_network_falls_back_to_offline(tmp_path, no_key, monkeypatch, caplog):
+    import wandb
+
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    original = wandb.init
+
+    def without_network(**settings):
+        if settings["mode"] == "online":
+            raise ConnectionError("no route to host")
+        return original(**settings)
+
+    monkeypatch.setattr(wandb, "init", without_network)
+    log = WandbLog()
+    log.open(tmp_path, {}, "name", 0)
+    assert log.run.settings.mode == "offline"
+    assert "no route to host" in caplog.text
+    log.close(0)
+
+
 def test_a_failing_wandb_never_stops_the_run(tmp_path, monkeypatch, caplog):
     import wandb
 

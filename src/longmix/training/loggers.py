@@ -1,4 +1,4 @@
-"""Where metrics go. Losing a logger must never cost a run, so nothing here raises once training has begun."""
+"""Where metrics go. Losing a remote logger never costs a run; a disk too full for rows is too full for checkpoints."""
 
 import csv
 import logging
@@ -8,6 +8,8 @@ from typing import Any, Literal, Protocol
 
 from longmix.files import storage_errors
 from longmix.reporting.metrics import METRICS_FILE, Metrics, read_metrics
+
+INIT_TIMEOUT_SECONDS = 30
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +112,21 @@ class WandbLog(CsvLog):
             log.warning("wandb did not start (%s); metrics go to %s alone.", error, self.path)
 
     def _started(self, folder: Path, config: dict[str, Any], name: str) -> Any:
+        if self._goes_online():
+            try:
+                return self._init("online", folder, config, name)
+            except Exception as error:
+                log.warning("wandb cannot go online (%s); `wandb sync` can upload this run later.", error)
+        return self._init("offline", folder, config, name)
+
+    def _goes_online(self) -> bool:
+        if self.mode != "auto":
+            return self.mode == "online"
+        import wandb
+
+        return wandb.login(prompt=False, verify=False)
+
+    def _init(self, mode: Literal["online", "offline"], folder: Path, config: dict[str, Any], name: str) -> Any:
         import wandb
 
         id_file = folder / "wandb_id.txt"
@@ -118,25 +135,18 @@ class WandbLog(CsvLog):
         run = wandb.init(
             project=self.project,
             entity=self.entity,
-            mode=self._mode(),
+            mode=mode,
             tags=self.tags,
             id=id_file.read_text(encoding="utf-8").strip(),
             resume="allow",
             name=name,
             dir=str(folder),
             config=config,
-            settings=wandb.Settings(silent=True, console="off"),
+            settings=wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT_SECONDS),
         )
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
         return run
-
-    def _mode(self) -> Literal["online", "offline"]:
-        if self.mode != "auto":
-            return self.mode
-        import wandb
-
-        return "online" if wandb.api.api_key else "offline"
 
     def write(self, step: int, metrics: Metrics) -> None:
         """See `MetricLog.write`."""

@@ -25,7 +25,7 @@ from longmix.training.loggers import NoLog
 from longmix.training.module import TrainingModule
 from longmix.training.progress import ProgressDisplay
 from longmix.training.resume import Start, find_start
-from longmix.training.summary import print_header, write_summary
+from longmix.training.summary import print_header, training_flops_per_token, write_summary
 from longmix.training.supervisor import Supervisor
 
 PACKAGES = ("longmix", "torch", "triton", "lightning", "hydra-core", "wandb", "tokenizers", "datasets", "numpy")
@@ -61,7 +61,7 @@ def train(config: DictConfig) -> dict[str, Any]:
         print_header(node, start.folder, model, data, settings, start.step)
 
     module = _module(node, model, settings)
-    supervisor = _supervisor(node, data, start, settings, is_first)
+    supervisor = _supervisor(node, data, start, model, is_first)
     exit_code = 1
     try:
         if start.step < module.total_steps:
@@ -161,14 +161,20 @@ def _module(node: Node, model: LanguageModel, settings: TrainerSettings) -> Trai
     )
 
 
-def _supervisor(node: Node, data: TokenData, start: Start, settings: TrainerSettings, is_first: bool) -> Supervisor:
-    metric_log = build(node["logger"], "logger") if is_first else NoLog()
-    metric_log.open(start.folder, flattened(node), node["name"], start.step)
+def _supervisor(node: Node, data: TokenData, start: Start, model: LanguageModel, is_first: bool) -> Supervisor:
     identity = {
         "tokenizer": data.tokenizer.state(),
         "data_fingerprint": data.fingerprint(),
         "versions": versions(),
     }
+    facts = {
+        "parameters": model.parameter_counts(),
+        "training_flops_per_token": training_flops_per_token(model, node["seq_len"]),
+        "train_tokens_per_epoch": data.train_tokens_per_epoch,
+        "versions": identity["versions"],
+    }
+    metric_log = build(node["logger"], "logger") if is_first else NoLog()
+    metric_log.open(start.folder, flattened(node | facts), node["name"], start.step)
     progress = ProgressDisplay(total_steps(node), start.step, enabled=is_first)
     store = CheckpointStore(start.folder / "checkpoints")
     return Supervisor(node, data, store, metric_log, progress, identity, start.state)

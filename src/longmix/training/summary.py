@@ -39,7 +39,7 @@ def print_header(
     splits = {name: split["tokens"] for name, split in data.summary()["splits"].items()}
     flops = training_flops_per_token(model, config["seq_len"])
     rows = {
-        "run": str(folder),
+        "run": _shown(folder),
         "model": f"{mixer_name(config)}, {counts['total']:,} parameters, {flops / 1e6:,.1f} MFLOP per trained token",
         "data": f"{data.corpus.name}: " + ", ".join(f"{count:,} {name} tokens" for name, count in splits.items()),
         "steps": f"{first_step:,} to {steps:,} of {per_step:,} tokens: "
@@ -78,11 +78,18 @@ def write_summary(
         f"perplexity {validation['perplexity']:.3f} on {validation['tokens']:,} tokens",
         "trained": f"{tokens:,} tokens in {duration(summary['training_seconds'])} "
         f"({summary['tokens_per_second']:,.0f} tokens/s); this process took {duration(wall_seconds)}",
-        "checkpoint": summary["checkpoint"],
-        "logs": str(folder),
+        "checkpoint": _shown(supervisor.store.latest()),
+        "logs": _shown(folder),
     }
     _print(rows)
     return summary
+
+
+def _shown(path: Path | None) -> str:
+    """`path` as one would type it here."""
+    if path is None:
+        return "none"
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _print(rows: dict[str, str]) -> None:
