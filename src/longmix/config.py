@@ -309,3 +309,11 @@ def total_steps(config: Node) -> int:
     if config["max_tokens"] is not None:
         limits.append(-(-config["max_tokens"] // tokens_per_step))
     return min(limits)
+
+
+def flattened(node: Node, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one dict with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -11,7 +11,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from longmix.checkpoints import CheckpointStore, find_checkpoint, load_checkpoint
-from longmix.config import Node
+from longmix.config import Node, flattened
 from longmix.errors import CheckpointError, ConfigError
 from longmix.files import remove_leftovers, storage_errors
 
@@ -20,6 +20,8 @@ MUST_MATCH = ("mixer", "model", "data.corpus", "tokenizer", "optimizer._target_"
 
 SAME_RUN = (*MUST_MATCH, "optimizer", "schedule", "max_steps", "max_tokens")
 """Keys that tell `resume=auto` whether an earlier run is this one."""
+
+SHOWN_DIFFERENCES = 5
 
 log = logging.getLogger(__name__)
 
@@ -127,15 +129,23 @@ def _newest_of_same_run(config: Node, folder: Path) -> Path | None:
 
 
 def _check_same(config: Node, saved: Node, checkpoint: Path) -> None:
-    changed = [
-        f"{key} was {_value(saved, key)!r} and is {_value(config, key)!r}"
-        for key in MUST_MATCH
-        if _value(saved, key) != _value(config, key)
-    ]
+    changed = [difference for key in MUST_MATCH for difference in _differences(saved, config, key)]
     if changed:
+        more = f" and {len(changed) - SHOWN_DIFFERENCES} more" if len(changed) > SHOWN_DIFFERENCES else ""
         raise CheckpointError(
-            f"{checkpoint} belongs to another run: {'; '.join(changed)}. Use its settings, or start a new run."
+            f"{checkpoint} is of another run: {'; '.join(changed[:SHOWN_DIFFERENCES])}{more}. Use its settings, or "
+            "start a new run."
         )
+
+
+def _differences(saved: Node, config: Node, key: str) -> list[str]:
+    """Every setting at or below `key` that is not the same, as a phrase."""
+    before, now = (flattened({key: _value(node, key)}) for node in (saved, config))
+    return [
+        f"{name} was {before.get(name, 'absent')} and is {now.get(name, 'absent')}"
+        for name in {**before, **now}
+        if before.get(name, "absent") != now.get(name, "absent")
+    ]
 
 
 def _value(config: Any, dotted: str) -> Any:

@@ -174,7 +174,7 @@ def _supervisor(node: Node, data: TokenData, start: Start, model: LanguageModel,
         "versions": identity["versions"],
     }
     metric_log = build(node["logger"], "logger") if is_first else NoLog()
-    metric_log.open(start.folder, flattened(node | facts), node["name"], start.step)
+    metric_log.open(start.folder, configuration.flattened(node | facts), node["name"], start.step)
     progress = ProgressDisplay(total_steps(node), start.step, enabled=is_first)
     store = CheckpointStore(start.folder / "checkpoints")
     return Supervisor(node, data, store, metric_log, progress, identity, start.state)
@@ -227,11 +227,3 @@ def versions() -> dict[str, str]:
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return found
-
-
-def flattened(node: Node, prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one dict with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
