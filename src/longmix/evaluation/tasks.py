@@ -59,7 +59,15 @@ def loss_by_position(subject: Subject) -> dict[str, Any]:
 def _at_length(subject: Subject, split: str, length: int) -> dict[str, Any]:
     rows = subject.words["batch_size"] or max(1, TOKENS_AT_ONCE // length)
     loader = subject.data.evaluation_loader(split, length, rows, subject.words["max_tokens"])
-    batches = track(loader, f"seq_len {length}", total=len(loader), console=Console(stderr=True), transient=True)
+    terminal = Console(stderr=True)
+    batches = track(
+        loader,
+        f"seq_len {length}",
+        total=len(loader),
+        console=terminal,
+        transient=True,
+        disable=not terminal.is_terminal,
+    )
     statistics = LossStatistics(torch.as_tensor(subject.data.token_bytes), length, subject.device)
     evaluate_loss(subject.model, batches, statistics, device=subject.device, precision=subject.autocast)
     return {**statistics.summary(), "by_position": statistics.by_position()}
