@@ -1,4 +1,4 @@
-"""Choosing the implementation that runs an engine call; shared by all engines."""
+"""Choosing the implementation that runs an engine call; shared by all engines. Triton is imported only if asked for."""
 
 import torch
 
@@ -23,3 +23,26 @@ def choose_backend(backend: str | None, device: torch.device, implemented: tuple
         allowed = ", ".join(repr(name) for name in implemented)
         raise ValueError(f"backend={backend!r} is not available here; allowed are None, {allowed}")
     return backend
+
+
+def check_triton_device(device: torch.device) -> None:
+    """Check that Triton kernels can run on a device.
+
+    Raises:
+        ValueError: it is neither a CUDA device nor the CPU under Triton's interpreter.
+    """
+    if device.type == "cuda" or (device.type == "cpu" and _triton_is_interpreted()):
+        return
+    raise ValueError(
+        f"backend='triton' got tensors on {device}; allowed are a CUDA device, or the CPU where TRITON_INTERPRET=1 was "
+        "set in the environment before triton was imported"
+    )
+
+
+def _triton_is_interpreted() -> bool:
+    """Say whether kernels are defined for the interpreter; Triton decides that when a kernel is defined."""
+    try:
+        import triton
+    except ImportError:
+        return False
+    return bool(triton.knobs.runtime.interpret)

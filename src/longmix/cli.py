@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -28,8 +27,6 @@ PATH_WORDS = ("checkpoint", "resume", "output")
 
 def register() -> None:
     """Make the schema, the name resolver and the mixer patterns known to Hydra, and put the command line right."""
-    # Threads that spin while they wait cost a busy machine two thirds of its speed; torch reads this when imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     ConfigStore.instance().store(name="train_schema", node=TrainConfig)
     ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
     OmegaConf.register_new_resolver("file_name", file_name, replace=True)

@@ -12,15 +12,15 @@ The gradient dL of the logsumexp therefore costs nothing but the subtraction; he
 Batch rows and heads with equal bounds go through one panel together; those whose bounds differ take turns.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import reduce
+from functools import lru_cache, reduce
 
 import torch
 from torch.nn import functional as F
 
 from longmix_kernels.attention.panels import PanelMath, panel_math
-from longmix_kernels.attention.tiling import Panel, plan_tiles
+from longmix_kernels.attention.tiling import Panel, Tile, plan_tiles
 
 
 def blocked_forward(
@@ -43,19 +43,21 @@ def blocked_forward(
     logsumexp = query.new_full(query.shape[:-1], -torch.inf, dtype=exact)
     width = max(query.shape[-1], value_dim)
     query, key, value = (_widen(x.to(exact), width) for x in (query, key, value))
+    mask_of = _mask_maker(query)
 
     for group in _groups(lo, hi, query.shape[0], query.shape[2], key.shape[2]):
         q, out, lse = (group.query_rows(x) for x in (query, output, logsumexp))
         k, v = (group.key_rows(x).expand(-1, q.shape[1], -1, -1) for x in (key, value))
-        for rows, panels in plan_tiles(group.lo, group.hi, math.sizes):
-            parts = []
-            for panel in panels:
-                mask, empty = group.mask(rows, panel, q)
-                causal, keys = panel.kind == "causal", panel.keys
-                part, part_lse = math.forward(q[:, :, rows], k[:, :, keys], v[:, :, keys], scale, causal, mask)
+        for tile, turn in _turns(group, math, q):
+            parts, rows = [], _rows(q, tile, turn)
+            for panel in tile.panels:
+                mask, empty = mask_of(group, tile.rows, panel)
+                panel_k, panel_v = (_keys(x, tile, panel.keys, turn) for x in (k, v))
+                part, part_lse = math.forward(rows, panel_k, panel_v, scale, panel.kind == "causal", mask)
                 parts.append((part, part_lse if empty is None else part_lse.masked_fill(empty, -torch.inf)))
-            merged, lse[:, :, rows] = reduce(_merge, parts)
-            out[:, :, rows] = merged[..., :value_dim]
+            merged, merged_lse = reduce(_merge, parts)
+            _rows(out, tile, turn).copy_(merged[..., :value_dim])
+            _rows(lse, tile, turn).copy_(merged_lse)
     return output, logsumexp
 
 
@@ -92,43 +94,26 @@ def blocked_backward(
         grad_output[..., value_dim] = 1.0
         output[..., value_dim] = -grad_logsumexp.masked_fill(empty, 0.0)
     grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
+    mask_of = _mask_maker(query)
 
     for group in _groups(lo, hi, query.shape[0], query.shape[2], key.shape[2]):
-        row_inputs = [group.query_rows(x) for x in (grad_output, query, output, logsumexp)]
+        row_inputs = [group.query_rows(x) for x in (grad_output, output, logsumexp, query)]
         grad_q, grad_k, grad_v = group.query_rows(grad_query), group.key_rows(grad_key), group.key_rows(grad_value)
         k, v = (group.key_rows(x).expand(-1, grad_q.shape[1], -1, -1) for x in (key, value))
-        for rows, panels in plan_tiles(group.lo, group.hi, math.sizes):
-            grad_out, q, out, lse = (x[:, :, rows] for x in row_inputs)
-            for panel in panels:
-                mask, _ = group.mask(rows, panel, q)
-                causal, keys = panel.kind == "causal", panel.keys
-                parts = math.backward(grad_out, q, k[:, :, keys], v[:, :, keys], out, lse, scale, causal, mask)
-                for total, part in zip(
-                    (grad_q[:, :, rows], grad_k[:, :, keys], grad_v[:, :, keys]), parts, strict=True
-                ):
-                    total += part.sum_to_size(total.shape)
+        for tile, turn in _turns(group, math, grad_q):
+            rows = [_rows(x, tile, turn) for x in row_inputs]
+            for panel in tile.panels:
+                mask, _ = mask_of(group, tile.rows, panel)
+                panel_k, panel_v = (_keys(x, tile, panel.keys, turn) for x in (k, v))
+                parts = math.backward(*rows, panel_k, panel_v, scale, panel.kind == "causal", mask)
+                _rows(grad_q, tile, turn).add_(parts[0])
+                _add_to_keys(grad_k, parts[1], tile, panel.keys, turn)
+                _add_to_keys(grad_v, parts[2], tile, panel.keys, turn)
     return (
         grad_query[..., :head_dim].to(dtype).contiguous(),
         grad_key[..., :head_dim].to(dtype).contiguous(),
         grad_value[..., :value_dim].to(dtype).contiguous(),
     )
-
-
-def _merge(
-    first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Combine the output and logsumexp of two disjoint sets of keys; a row that sees neither stays 0 and -inf."""
-    total = torch.logaddexp(first[1], second[1])
-    share = torch.sigmoid(second[1] - first[1]).masked_fill_(total.isneginf(), 0.0)
-    return first[0].lerp_(second[0], share.unsqueeze(-1)), total
-
-
-def _widen(x: torch.Tensor, width: int) -> torch.Tensor:
-    """Pad the last axis with zeros, which changes no score and no output; without copying where nothing is missing."""
-    if x.shape[-1] < width:
-        x = F.pad(x, (0, width - x.shape[-1]))
-    # Panels want unit stride along the last axis, and padding keeps whatever order of axes it finds.
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @dataclass
@@ -144,7 +129,6 @@ class _Group:
     batch: slice
     heads: slice
     key_heads: slice
-    last_mask: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
 
     def query_rows(self, x: torch.Tensor) -> torch.Tensor:
         """View [B, Tq, Hq, ...] as [X, Y, Tq, ...]."""
@@ -156,25 +140,10 @@ class _Group:
         x = x[self.batch, :, self.key_heads].transpose(1, 2)
         return x[0].unsqueeze(1) if self._grouped() else x
 
-    def mask(self, rows: slice, panel: Panel, like: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Return what to add to a panel's scores [rows, keys], and which rows [rows] see nothing in it.
-
-        None stands for nothing to add and for no such row. Regular bounds (windows, diagonals) need the same mask tile
-        after tile, so the last one is kept.
-        """
-        if panel.kind != "masked":
-            return None, None
-        keys = _length(panel.keys)
-        bounds = torch.stack([self.lo[rows], self.hi[rows]]).sub_(panel.keys.start).clamp_(0, keys)
-        last = self.last_mask
-        if last is None or last[1].shape[1] != keys or not torch.equal(bounds, last[0]):
-            column = torch.arange(keys, dtype=torch.int32, device=like.device)
-            first, end = bounds.to(like.device).unsqueeze(-1)
-            hidden = (column < first).logical_or_(column >= end)
-            mask = like.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
-            empty = bounds[0] >= bounds[1]
-            self.last_mask = last = bounds, mask, empty.to(like.device) if empty.any() else None
-        return last[1:]
+    def bounds(self, rows: slice, keys: slice) -> tuple[int, ...]:
+        """Bounds of some rows relative to the first of some keys and cut off at them: all `lo`, then all `hi`."""
+        bounds = torch.stack([self.lo[rows], self.hi[rows]]).sub_(keys.start).clamp_(0, _length(keys))
+        return tuple(bounds.flatten().tolist())
 
     def _grouped(self) -> bool:
         return _length(self.heads) > _length(self.key_heads)
@@ -202,6 +171,83 @@ def _groups(lo: torch.Tensor, hi: torch.Tensor, batch: int, heads: int, key_head
                 yield group(rows, some)
             else:
                 yield from (group(rows, slice(h, h + 1)) for h in range(some.start, some.stop))
+
+
+def _turns(group: _Group, math: PanelMath, x: torch.Tensor) -> Iterator[tuple[Tile, int]]:
+    """Tiles of a group, and which of X to take: repetitions go through a panel together, for one of X at a time."""
+    for tile in plan_tiles(group.lo, group.hi, math.sizes_for(x.shape[0] * x.shape[1])):
+        for turn in range(1 if tile.repeats == 1 else x.shape[0]):
+            yield tile, turn
+
+
+def _rows(x: torch.Tensor, tile: Tile, turn: int) -> torch.Tensor:
+    """View the rows of a tile in [X, Y, Tq, ...] as [X, Y, rows, ...], or if repeated as [Y, repeats, rows, ...]."""
+    if tile.repeats == 1:
+        return x[:, :, tile.rows]
+    height = _length(tile.rows)
+    every = slice(tile.rows.start, tile.rows.start + height * tile.repeats)
+    return x[turn, :, every].unflatten(1, (tile.repeats, height))
+
+
+def _keys(x: torch.Tensor, tile: Tile, keys: slice, turn: int) -> torch.Tensor:
+    """View keys in [X, Y, Tk, D] as [X, Y, keys, D], or if repeated, shifted by a tile each, [Y, repeats, keys, D]."""
+    if tile.repeats == 1:
+        return x[:, :, keys]
+    height = _length(tile.rows)
+    every = slice(keys.start, keys.stop + height * (tile.repeats - 1))
+    return x[turn, :, every].unfold(1, _length(keys), height).transpose(2, 3)
+
+
+def _mask_maker(like: torch.Tensor) -> Callable[..., tuple[torch.Tensor | None, torch.Tensor | None]]:
+    """Return a function of a group, rows and a panel: what to add to the scores [rows, keys], which rows see nothing.
+
+    None stands for nothing to add and for no such row. Regular bounds (diagonals, windows, segments of any length)
+    need the same few masks over and over, so the latest are kept.
+    """
+
+    @lru_cache(maxsize=16)
+    def make(bounds: tuple[int, ...], keys: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        column = torch.arange(keys, device=like.device)
+        first, end = torch.tensor(bounds, device=like.device).view(2, -1, 1)
+        hidden = (column < first).logical_or_(column >= end)
+        empty = (first >= end).squeeze(-1)
+        return like.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf), empty if empty.any() else None
+
+    def mask(group: _Group, rows: slice, panel: Panel) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if panel.kind != "masked":
+            return None, None
+        return make(group.bounds(rows, panel.keys), _length(panel.keys))
+
+    return mask
+
+
+def _add_to_keys(total: torch.Tensor, part: torch.Tensor, tile: Tile, keys: slice, turn: int) -> None:
+    """Add the gradient of a panel's keys to that of all keys [X, 1 or Y, Tk, D].
+
+    Repetitions overlap in their keys, but not within as many keys as they are apart.
+    """
+    step = _length(keys) if tile.repeats == 1 else _length(tile.rows)
+    for start in range(keys.start, keys.stop, step):
+        some = slice(start, min(start + step, keys.stop))
+        view = _keys(total, tile, some, turn)
+        view += part[:, :, some.start - keys.start : some.stop - keys.start].sum_to_size(view.shape)
+
+
+def _merge(
+    first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Combine the output and logsumexp of two disjoint sets of keys; a row that sees neither stays 0 and -inf."""
+    total = torch.logaddexp(first[1], second[1])
+    share = torch.sigmoid(second[1] - first[1]).masked_fill_(total.isneginf(), 0.0)
+    return first[0].lerp_(second[0], share.unsqueeze(-1)), total
+
+
+def _widen(x: torch.Tensor, width: int) -> torch.Tensor:
+    """Pad the last axis with zeros, which changes no score and no output; without copying where nothing is missing."""
+    if x.shape[-1] < width:
+        x = F.pad(x, (0, width - x.shape[-1]))
+    # Panels want unit stride along the last axis, and padding keeps whatever order of axes it finds.
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _all_equal(lo: torch.Tensor, hi: torch.Tensor) -> bool:

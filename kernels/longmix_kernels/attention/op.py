@@ -8,12 +8,13 @@ import torch
 from longmix_kernels.attention.blocked import blocked_backward, blocked_forward
 from longmix_kernels.attention.bounds import check_row_bounds, row_bounds
 from longmix_kernels.attention.reference import attention_reference
-from longmix_kernels.runtime import choose_backend
+from longmix_kernels.runtime import check_triton_device, choose_backend
 
-BACKENDS = ("reference", "blocked")
+BACKENDS = ("reference", "blocked", "triton")
 """The implementations `attention` offers."""
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_TRITON_MAX_DIM = 256
 
 
 @overload
@@ -82,8 +83,9 @@ def attention(
         hi: as `lo`, one past the last key row seen.
         scale: factor on the scores, D ** -0.5 by default.
         return_logsumexp: return the logsumexp of each row's scores too (natural logarithm).
-        backend: "reference" (the definition, memory Tq * Tk) or "blocked" (tiles, memory linear in Tq + Tk); None
-            picks the fastest for the device.
+        backend: "reference" (the definition, memory Tq * Tk), "blocked" (tiles, memory linear in Tq + Tk) or "triton"
+            (the same on a CUDA device; no float64, head dimensions up to 256). None picks "triton" where it covers the
+            call on a CUDA device, and "blocked" elsewhere.
 
     Returns:
         The output [B, Tq, Hq, Dv] in the dtype of `query`; with `return_logsumexp` also the logsumexp [B, Tq, Hq],
@@ -95,30 +97,46 @@ def attention(
     """
     _check_inputs(query, key, value)
     queries, keys = query.shape[1], key.shape[1]
-    if lo is None and hi is None:
+    uncovered = _triton_limits(query, value)
+    backend = choose_backend(backend, query.device, BACKENDS[:2] if uncovered and backend is None else BACKENDS)
+    if backend == "triton":
+        if uncovered:
+            raise ValueError(f"backend='triton' got {uncovered}")
+        check_triton_device(query.device)
+    given = lo is not None or hi is not None
+    if not given:
         if document_ids is not None:
             _check_document_ids(key, document_ids)
-        lo, hi = row_bounds(queries, keys, causal=causal, window=window, document_ids=document_ids, device=query.device)
+        # The Triton kernels read no bounds that have a closed form; what is built for them then is the check alone.
+        device = torch.device("meta") if backend == "triton" and document_ids is None else query.device
+        lo, hi = row_bounds(queries, keys, causal=causal, window=window, document_ids=document_ids, device=device)
     elif lo is None or hi is None or not causal or window is not None or document_ids is not None:
-        given = {
+        arguments = {
             "lo": lo,
             "hi": hi,
             "window": window,
             "document_ids": document_ids,
             "causal=False": None if causal else causal,
         }
-        names = ", ".join(name for name, x in given.items() if x is not None)
+        names = ", ".join(name for name, x in arguments.items() if x is not None)
         raise ValueError(f"got {names}; lo and hi come together, and without window, document_ids and causal=False")
     else:
         _check_bounds(query, lo, hi)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if choose_backend(backend, query.device, BACKENDS) == "reference":
+    if backend == "reference":
         if query.device.type == "cpu" and not torch.compiler.is_compiling():
             check_row_bounds(lo, hi, keys)
         with torch.autocast(query.device.type, enabled=False):
             output, logsumexp = attention_reference(query, key, value, lo, hi, scale)
-    else:
+    elif backend == "blocked":
         output, logsumexp = _blocked(query, key, value, lo, hi, scale)
+    else:
+        # Packed documents need `lo`, a window included, and `hi` only where it is not the row's own position.
+        read_lo = given or document_ids is not None
+        read_hi = given or (document_ids is not None and not causal)
+        output, logsumexp = _triton(
+            query, key, value, lo if read_lo else None, hi if read_hi else None, scale, causal, window
+        )
     return (output, logsumexp) if return_logsumexp else output
 
 
@@ -164,21 +182,41 @@ def _check_bounds(query: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor) -> No
             raise ValueError(f"{name} is on {x.device}; allowed is {query.device}, where query is")
 
 
+def _triton_limits(query: torch.Tensor, value: torch.Tensor) -> str | None:
+    """Say what of a call the Triton kernels do not cover; None if nothing."""
+    if query.dtype == torch.float64:
+        return "query of dtype torch.float64; allowed are torch.float16, torch.bfloat16 and torch.float32"
+    for name, x in (("query", query), ("value", value)):
+        if x.shape[3] > _TRITON_MAX_DIM:
+            return f"{name} with head dimension {x.shape[3]}; allowed are 1 to {_TRITON_MAX_DIM}"
+    return None
+
+
 def _differentiable(
     name: str,
     forward: Callable[..., tuple[torch.Tensor, torch.Tensor]],
     backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
 ) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """Register a forward and its backward as torch operators, so that autograd and torch.compile see two nodes."""
+    """Register a forward and its backward as torch operators, so that autograd and torch.compile see two nodes.
+
+    Bounds that are None follow from `causal` and `window`, which are not read where the bounds are given.
+    """
 
     @torch.library.custom_op(f"longmix::attention_{name}", mutates_args=())
     def run(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, scale: float
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        lo: torch.Tensor | None,
+        hi: torch.Tensor | None,
+        scale: float,
+        causal: bool = True,
+        window: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if lo.device.type == "cpu":
+        if lo is not None and hi is not None and lo.device.type == "cpu":
             check_row_bounds(lo, hi, key.shape[1])
         with torch.autocast(query.device.type, enabled=False):
-            return forward(query, key, value, lo, hi, scale)
+            return forward(query, key, value, lo, hi, scale, causal, window)
 
     @torch.library.custom_op(f"longmix::attention_{name}_backward", mutates_args=())
     def run_backward(
@@ -187,39 +225,62 @@ def _differentiable(
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        lo: torch.Tensor,
-        hi: torch.Tensor,
+        lo: torch.Tensor | None,
+        hi: torch.Tensor | None,
         output: torch.Tensor,
         logsumexp: torch.Tensor,
         scale: float,
+        causal: bool = True,
+        window: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        inputs = query, key, value, lo, hi, output, logsumexp
         with torch.autocast(query.device.type, enabled=False):
-            return backward(grad_output, grad_logsumexp, query, key, value, lo, hi, output, logsumexp, scale)
+            return backward(grad_output, grad_logsumexp, *inputs, scale, causal, window)
 
     @run.register_fake
-    def _(query, key, value, lo, hi, scale):
+    def _(query, key, value, lo, hi, scale, causal=True, window=None):
         exact = torch.promote_types(query.dtype, torch.float32)
         output = query.new_empty(*query.shape[:3], value.shape[3])
         return output, query.new_empty(query.shape[:3], dtype=exact)
 
     @run_backward.register_fake
-    def _(grad_output, grad_logsumexp, query, key, value, lo, hi, output, logsumexp, scale):
+    def _(grad_output, grad_logsumexp, query, key, value, lo, hi, output, logsumexp, scale, causal=True, window=None):
         return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
     def save(ctx, inputs, output):
-        *tensors, ctx.scale = inputs
+        *tensors, ctx.scale, ctx.causal, ctx.window = inputs
         ctx.save_for_backward(*tensors, *output)
         ctx.set_materialize_grads(False)
 
     def differentiate(ctx, grad_output, grad_logsumexp):
-        query, key, value, lo, hi, output, logsumexp = ctx.saved_tensors
         if grad_output is None:
-            grad_output = torch.zeros_like(output)
-        grads = run_backward(grad_output, grad_logsumexp, query, key, value, lo, hi, output, logsumexp, ctx.scale)
-        return *grads, None, None, None
+            grad_output = torch.zeros_like(ctx.saved_tensors[5])
+        grads = run_backward(grad_output, grad_logsumexp, *ctx.saved_tensors, ctx.scale, ctx.causal, ctx.window)
+        return *grads, None, None, None, None, None
 
     run.register_autograd(differentiate, setup_context=save)
     return run
 
 
-_blocked = _differentiable("blocked", blocked_forward, blocked_backward)
+def _blocked_forward(query, key, value, lo, hi, scale, causal, window):
+    return blocked_forward(query, key, value, lo, hi, scale)
+
+
+def _blocked_backward(grad_output, grad_logsumexp, query, key, value, lo, hi, output, logsumexp, scale, causal, window):
+    return blocked_backward(grad_output, grad_logsumexp, query, key, value, lo, hi, output, logsumexp, scale)
+
+
+def _triton_forward(*arguments):
+    from longmix_kernels.attention.triton_forward import triton_forward
+
+    return triton_forward(*arguments)
+
+
+def _triton_backward(*arguments):
+    from longmix_kernels.attention.triton_backward import triton_backward
+
+    return triton_backward(*arguments)
+
+
+_blocked = _differentiable("blocked", _blocked_forward, _blocked_backward)
+_triton = _differentiable("triton", _triton_forward, _triton_backward)

@@ -6,6 +6,7 @@ batch and head axes in whatever order suits the caller, and all have the same D.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ class PanelMath(NamedTuple):
     Attributes:
         forward: (query, key, value, scale, causal, mask) -> output, logsumexp [X, Y, rows]. A row that sees nothing in
             this panel has output 0 and an arbitrary finite logsumexp.
-        backward: (grad_output, query, key, value, output, logsumexp, scale, causal, mask) -> gradients of query, key
+        backward: (grad_output, output, logsumexp, query, key, value, scale, causal, mask) -> gradients of query, key
             and value. `output` and `logsumexp` are those of the complete rows, finite throughout.
         sizes: the tiles that suit the implementation, found by measurement.
     """
@@ -29,6 +30,10 @@ class PanelMath(NamedTuple):
     forward: Callable[..., Tensors]
     backward: Callable[..., Tensors]
     sizes: TileSizes
+
+    def sizes_for(self, heads: int) -> TileSizes:
+        """Sizes for panels of so many heads: threads can share the rows of a tile, but not a whole segment."""
+        return self.sizes if heads >= torch.get_num_threads() else replace(self.sizes, whole_rows=None)
 
 
 def panel_math(device: torch.device) -> PanelMath:
@@ -46,11 +51,11 @@ def _flash_forward(
 
 def _flash_backward(
     grad_output: torch.Tensor,
+    output: torch.Tensor,
+    logsumexp: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    output: torch.Tensor,
-    logsumexp: torch.Tensor,
     scale: float,
     causal: bool,
     mask: torch.Tensor | None,
@@ -89,11 +94,11 @@ def _matmul_forward(
 
 def _matmul_backward(
     grad_output: torch.Tensor,
+    output: torch.Tensor,
+    logsumexp: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    output: torch.Tensor,
-    logsumexp: torch.Tensor,
     scale: float,
     causal: bool,
     mask: torch.Tensor | None,
@@ -116,8 +121,12 @@ def _scores(
 
 
 FLASH = PanelMath(
-    _flash_forward, _flash_backward, TileSizes(rows=128, masked_keys=2048, full_keys=None, whole_rows=2048)
+    _flash_forward,
+    _flash_backward,
+    TileSizes(rows=128, masked_keys=2048, full_keys=None, whole_rows=1024, repeated_keys=8192),
 )
 MATMUL = PanelMath(
-    _matmul_forward, _matmul_backward, TileSizes(rows=128, masked_keys=1024, full_keys=1024, whole_rows=None)
+    _matmul_forward,
+    _matmul_backward,
+    TileSizes(rows=128, masked_keys=1024, full_keys=1024, whole_rows=None, repeated_keys=2048),
 )

@@ -8,6 +8,7 @@ Because both bounds never decrease, everything follows from the bounds of a tile
 Work outside the first range is never done, and inside the second range no mask is needed.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,10 +25,15 @@ class Panel(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """A block of query rows and the panels that together cover the keys it sees."""
+    """A block of query rows and the panels that together cover the keys it sees.
+
+    With `repeats` above 1 it stands for that many tiles, each as many rows further down and as many keys further right
+    as a tile has rows: what a sliding window needs.
+    """
 
     rows: slice
     panels: list[Panel]
+    repeats: int = 1
 
 
 @dataclass(frozen=True)
@@ -41,12 +47,14 @@ class TileSizes:
         full_keys: most keys of an unmasked panel; None for no limit.
         whole_rows: a segment that is plain causal or full attention and at least this long is not cut at all; None
             to cut always.
+        repeated_keys: most keys that a tile and its repetitions see, counted as often as they are seen.
     """
 
     rows: int
     masked_keys: int
     full_keys: int | None
     whole_rows: int | None
+    repeated_keys: int
 
 
 def plan_tiles(lo: torch.Tensor, hi: torch.Tensor, sizes: TileSizes) -> Iterator[Tile]:
@@ -57,21 +65,27 @@ def plan_tiles(lo: torch.Tensor, hi: torch.Tensor, sizes: TileSizes) -> Iterator
         hi: as `lo`, one past the last key.
         sizes: how finely to cut.
     """
-    # Within a run of rows where this count does not change, every row sees exactly one key more than the row above.
-    jumps = torch.cat([hi.new_zeros(1, dtype=torch.int64), (hi[1:] - hi[:-1] != 1).cumsum(0)]).tolist()
+    # Within a run of rows where these counts do not change, the bound of every row is one more than that of the row
+    # above.
+    lo_jumps, hi_jumps = ([0, *(x[1:] - x[:-1] != 1).cumsum(0).tolist()] for x in (lo, hi))
     first_key, end_key = lo.tolist(), hi.tolist()
     for start, stop in _row_blocks(lo, sizes.rows):
         last = stop - 1
-        grows = jumps[start] == jumps[last] and end_key[start] > first_key[start] == first_key[last]
-        constant = first_key[start] == first_key[last] and end_key[start] == end_key[last]
-        whole = sizes.whole_rows is not None and stop - start >= sizes.whole_rows and (grows or constant)
-        step = stop - start if whole else sizes.rows
-        for row in range(start, stop, step):
-            rows = slice(row, min(row + step, stop))
+        constant = first_key[start] == first_key[last]
+        grows = constant and hi_jumps[start] == hi_jumps[last] and end_key[start] > first_key[start]
+        closed = grows or (constant and end_key[start] == end_key[last])
+        whole = closed and sizes.whole_rows is not None and stop - start >= sizes.whole_rows
+        row = start
+        while row < stop:
+            rows = slice(row, stop if whole else min(row + sizes.rows, stop))
             seen = slice(first_key[row], end_key[rows.stop - 1])
             shared = slice(first_key[rows.stop - 1], end_key[row])
+            slides = min(bisect_right(x, x[row]) for x in (lo_jumps, hi_jumps))
+            height, width = rows.stop - row, max(seen.stop - seen.start, 1)
+            repeats = max(1, min((min(slides, stop) - row) // height, sizes.repeated_keys // width))
             if seen.start < seen.stop:
-                yield Tile(rows, _panels(seen, shared, grows and whole, sizes))
+                yield Tile(rows, _panels(seen, shared, grows and whole, sizes), repeats)
+            row += height * repeats
 
 
 def _row_blocks(lo: torch.Tensor, rows: int) -> Iterator[tuple[int, int]]:

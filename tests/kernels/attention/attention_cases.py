@@ -13,8 +13,8 @@ Bounds = tuple[torch.Tensor, torch.Tensor]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 # Tiny tiles send short sequences through every way of cutting: whole segments, split and merged rows, key chunks.
-TINY = TileSizes(rows=16, masked_keys=40, full_keys=24, whole_rows=48)
-TINY_CUT = TileSizes(rows=16, masked_keys=40, full_keys=24, whole_rows=None)
+TINY = TileSizes(rows=16, masked_keys=40, full_keys=24, whole_rows=48, repeated_keys=100)
+TINY_CUT = TileSizes(rows=16, masked_keys=40, full_keys=24, whole_rows=None, repeated_keys=100)
 PANEL_MATHS: dict[str, PanelMath] = {
     "flash": FLASH,
     "flash-tiny": FLASH._replace(sizes=TINY),
@@ -130,6 +130,12 @@ def ragged_end(case: Case) -> Bounds:
     return torch.zeros_like(hi), hi
 
 
+def sliding_start(case: Case) -> Bounds:
+    """The first key moves on with every row, the last one does not."""
+    lo = torch.arange(case.queries, dtype=torch.int32)[None, None]
+    return lo, torch.maximum(ragged_end(case)[1], lo)
+
+
 CASES = [
     *(Case(f"causal-T{n}", built(), queries=n) for n in (1, 15, 16, 17, 63, 100, 257, 1000)),
     *(Case(f"full-T{n}", built(causal=False), queries=n) for n in (1, 17, 100, 257)),
@@ -170,6 +176,7 @@ CASES = [
     Case("ragged-wide-empty-rows", ragged(sparse=True), queries=60, keys=1000),
     Case("ragged-end-gqa", ragged_end, heads=4),
     Case("ragged-end-one-batch-row", ragged_end, batch=1),
+    Case("sliding-start", sliding_start),
     Case("nothing-visible", lambda case: (torch.full((1, 1, 100), 7, dtype=torch.int32),) * 2),
 ]
 # exp overflows above 88 in float32 and above 709 in float64; the highest scores here are about 150 and 1000.

@@ -1,6 +1,8 @@
 """Row bounds against masks written out pair by pair, and the tiles planned from them."""
 
 import itertools
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from attention_cases import CASES, TINY, TINY_CUT
 from longmix_kernels.attention import key_bounds, positions_from_document_ids, row_bounds
 from longmix_kernels.attention.bounds import check_row_bounds
 from longmix_kernels.attention.panels import FLASH, MATMUL
-from longmix_kernels.attention.tiling import plan_tiles
+from longmix_kernels.attention.tiling import Panel, TileSizes, plan_tiles
 
 IDS = torch.tensor([[0, 0, 0, 1, 2, 2, 2, 2, 2, 7, 9, 9], [3] * 12], dtype=torch.int32)
 
@@ -72,6 +74,14 @@ def test_positions_restart_in_every_document():
     assert positions_from_document_ids(IDS).dtype == torch.int32
 
 
+def single_tiles(lo: torch.Tensor, hi: torch.Tensor, sizes: TileSizes) -> Iterator[tuple[slice, list[Panel]]]:
+    """Rows and panels of every tile, repetitions written out."""
+    for rows, panels, repeats in plan_tiles(lo, hi, sizes):
+        for shift in range(0, repeats * (rows.stop - rows.start), rows.stop - rows.start):
+            shifted = [Panel(slice(p.keys.start + shift, p.keys.stop + shift), p.kind) for p in panels]
+            yield slice(rows.start + shift, rows.stop + shift), shifted
+
+
 @pytest.mark.parametrize("sizes", [FLASH.sizes, MATMUL.sizes, TINY, TINY_CUT], ids=["flash", "matmul", "tiny", "cut"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_tiles_cover_what_is_visible_once(case, sizes):
@@ -79,7 +89,7 @@ def test_tiles_cover_what_is_visible_once(case, sizes):
     keys = case.keys or case.queries
     visible = visible_pairs(lo, hi, keys)
     covered = torch.zeros(case.queries, keys, dtype=torch.int32)
-    for rows, panels in plan_tiles(lo, hi, sizes):
+    for rows, panels in single_tiles(lo, hi, sizes):
         assert panels
         for panel in panels:
             part = visible[rows, panel.keys]
@@ -95,9 +105,17 @@ def test_tiles_cover_what_is_visible_once(case, sizes):
     assert torch.equal(visible & (covered == 1), visible)
 
 
+def test_a_sliding_window_repeats_its_tiles():
+    lo, hi = (x[0, 0] for x in row_bounds(500, 500, window=50))
+    sizes = replace(TINY_CUT, masked_keys=100, repeated_keys=650)
+    repeats = [tile.repeats for tile in plan_tiles(lo, hi, sizes)]
+    assert max(repeats) == 650 // (50 + sizes.rows - 1)
+    assert sum(repeats) == len(list(single_tiles(lo, hi, sizes))) > 2 * len(repeats)
+
+
 def test_only_the_edges_of_a_wide_tile_are_masked():
     lo, hi = (x[0, 0] for x in row_bounds(500, 500, window=300))
-    for rows, panels in plan_tiles(lo, hi, TINY_CUT):
+    for rows, panels in single_tiles(lo, hi, TINY_CUT):
         masked = sum(panel.keys.stop - panel.keys.start for panel in panels if panel.kind == "masked")
         seen = int(hi[rows][-1] - lo[rows][0])
         assert masked <= 2 * (TINY_CUT.rows - 1) or seen <= TINY_CUT.masked_keys

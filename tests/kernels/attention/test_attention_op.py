@@ -4,6 +4,7 @@ import pytest
 import torch
 from attention_cases import CASES, TOLERANCE, Case, assert_close, built, ragged
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longmix_kernels.attention import attention, blocked, row_bounds
 from longmix_kernels.attention.panels import MATMUL
@@ -89,6 +90,20 @@ def test_gradient_through_either_result_alone():
     from_logsumexp = torch.autograd.grad(logsumexp.sum(), inputs)
     for a, b, c in zip(both, from_output, from_logsumexp, strict=True):
         assert_close(b + c, a, 1e-12, "sum of gradients")
+
+
+def test_an_unused_logsumexp_costs_nothing_in_the_backward():
+    received = []
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.longmix.attention_blocked_backward.default:
+                received.append(args[1])
+            return func(*args, **(kwargs or {}))
+
+    with Spy():
+        attention(*tensors()).sum().backward()
+    assert received == [None]
 
 
 def test_only_the_wanted_gradient():

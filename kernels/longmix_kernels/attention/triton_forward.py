@@ -1,0 +1,198 @@
+"""Bounded attention on a GPU, forward: one program per tile of query rows (FlashAttention-2, Dao 2023).
+
+The softmax is kept in base 2, with scale * log2(e) folded into one multiply-add per score, and runs online: each step
+of keys rescales what was summed before by exp2(old maximum - new maximum). The sum divides once at the end.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from longmix_kernels.attention.launch import Call, launch_config, on_device
+from longmix_kernels.attention.triton_tiles import (
+    cover,
+    keys_of_rows,
+    load_tile,
+    product,
+    step_start,
+    store_tile,
+)
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "heads", "group", "window"])
+def forward_kernel(
+    query,  # [B, Tq, Hq, DIM]
+    key,  # [B, Tk, Hkv, DIM]
+    value,  # [B, Tk, Hkv, VALUE_DIM]
+    lo,  # int32 [B or 1, Hq or 1, Tq], or None
+    hi,
+    output,  # [B, Tq, Hq, VALUE_DIM], contiguous
+    logsumexp,  # float32 [B, Tq, Hq], contiguous
+    scale_log2,  # scale * log2(e)
+    queries,
+    keys,
+    heads,  # Hq
+    group,  # Hq / Hkv
+    window,
+    stride_query_batch,
+    stride_query_row,
+    stride_query_head,
+    stride_key_batch,
+    stride_key_row,
+    stride_key_head,
+    stride_value_batch,
+    stride_value_row,
+    stride_value_head,
+    stride_lo_batch,
+    stride_lo_head,
+    stride_hi_batch,
+    stride_hi_head,
+    MODE: tl.constexpr,
+    NEGATIVE_SCALE: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_MAIN: tl.constexpr,
+    DIM_REST: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_MAIN: tl.constexpr,
+    VALUE_REST: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Write the output and the logsumexp of `ROWS` query rows of one head."""
+    # Late rows see most keys under a causal mask, so they go first and the last programs to finish are short ones.
+    tiles = tl.cdiv(queries, ROWS)
+    tile = tiles - 1 - tl.program_id(0) % tiles
+    batch = (tl.program_id(0) // tiles // heads).to(tl.int64)
+    head = (tl.program_id(0) // tiles % heads).to(tl.int64)
+    query += batch * stride_query_batch + head * stride_query_head
+    key += batch * stride_key_batch + head // group * stride_key_head
+    value += batch * stride_value_batch + head // group * stride_value_head
+    if MODE == "bounds" or MODE == "documents":
+        lo += batch * stride_lo_batch + head * stride_lo_head
+    if MODE == "bounds":
+        hi += batch * stride_hi_batch + head * stride_hi_head
+
+    if NEGATIVE_SCALE:
+        scale_log2 = -scale_log2
+    start = tile * ROWS
+    rows = start + tl.arange(0, ROWS)
+    last = tl.minimum(start + ROWS, queries) - 1
+    begin, full_end = keys_of_rows(lo, hi, start, start < queries, queries, keys, window, MODE)
+    full_begin, end = keys_of_rows(lo, hi, last, last < queries, queries, keys, window, MODE)
+    leading, full_start, full, trailing_start, trailing = cover(begin, full_begin, full_end, end, KEYS)
+    first_key, end_key = keys_of_rows(lo, hi, rows, rows < queries, queries, keys, window, MODE)
+
+    q_main = load_tile(query, start, queries, stride_query_row, ROWS, 0, DIM_MAIN, DIM, True)
+    if DIM_REST > 0:
+        q_rest = load_tile(query, start, queries, stride_query_row, ROWS, DIM_MAIN, DIM_REST, DIM, True)
+    highest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    sum_main = tl.zeros([ROWS, VALUE_MAIN], tl.float32)
+    if VALUE_REST > 0:
+        sum_rest = tl.zeros([ROWS, VALUE_REST], tl.float32)
+
+    for EDGE in tl.static_range(2):
+        steps = leading + trailing if EDGE else full
+        for step in range(steps):
+            # [ROWS, KEYS] scores from [ROWS, DIM] and [KEYS, DIM].
+            place = step_start(step, begin, leading, full_start, trailing_start, KEYS, EDGE)
+            k = load_tile(key, place, end, stride_key_row, KEYS, 0, DIM_MAIN, DIM, EDGE)
+            scores = product(q_main, tl.trans(k), None, UPCAST)
+            if DIM_REST > 0:
+                k = load_tile(key, place, end, stride_key_row, KEYS, DIM_MAIN, DIM_REST, DIM, EDGE)
+                scores = product(q_rest, tl.trans(k), scores, UPCAST)
+            if NEGATIVE_SCALE:
+                # The maximum is taken before the scale is multiplied in, so the scale must be positive.
+                scores = -scores
+            if EDGE:
+                columns = place + tl.arange(0, KEYS)
+                visible = (first_key[:, None] <= columns[None, :]) & (columns[None, :] < end_key[:, None])
+                scores = tl.where(visible, scores, float("-inf"))
+            new_highest = tl.maximum(highest, tl.max(scores, 1) * scale_log2)
+            subtrahend = new_highest
+            if EDGE:
+                # -inf - -inf is NaN: a row that has seen nothing yet subtracts 0 and keeps weights of 0.
+                subtrahend = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+            weights = tl.exp2(scores * scale_log2 - subtrahend[:, None])
+            shrink = tl.exp2(highest - subtrahend)
+            total = total * shrink + tl.sum(weights, 1)
+            highest = new_highest
+            v = load_tile(value, place, end, stride_value_row, KEYS, 0, VALUE_MAIN, VALUE_DIM, EDGE)
+            weights = weights.to(v.dtype)
+            sum_main = product(weights, v, sum_main * shrink[:, None], UPCAST)
+            if VALUE_REST > 0:
+                v = load_tile(value, place, end, stride_value_row, KEYS, VALUE_MAIN, VALUE_REST, VALUE_DIM, EDGE)
+                sum_rest = product(weights, v, sum_rest * shrink[:, None], UPCAST)
+
+    empty = total == 0.0
+    inverse = 1.0 / tl.where(empty, 1.0, total)
+    stride_output_row = heads * VALUE_DIM
+    output += batch * queries * stride_output_row + head * VALUE_DIM
+    store_tile(output, sum_main * inverse[:, None], start, queries, stride_output_row, ROWS, 0, VALUE_MAIN, VALUE_DIM)
+    if VALUE_REST > 0:
+        store_tile(
+            output,
+            sum_rest * inverse[:, None],
+            start,
+            queries,
+            stride_output_row,
+            ROWS,
+            VALUE_MAIN,
+            VALUE_REST,
+            VALUE_DIM,
+        )
+    # ln 2 turns the base-2 logsumexp into the natural one.
+    natural = (highest + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453
+    natural = tl.where(empty, float("-inf"), natural)
+    logsumexp += batch * queries * heads + head
+    tl.store(logsumexp + rows.to(tl.int64) * heads, natural, mask=rows < queries)
+
+
+def triton_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lo: torch.Tensor | None,
+    hi: torch.Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute attention, as `attention_reference` does; bounds that have a closed form may be None.
+
+    Args:
+        query, key, value, scale: as in `attention_reference`; head dimensions up to 256, no float64.
+        lo: as in `attention_reference`; None stands for no bound but `window`.
+        hi: as in `attention_reference`; None stands for the row's own position (`causal`) or all keys.
+        causal: read where `hi` is None.
+        window: read where `lo` and `hi` are None and `causal` is set.
+    """
+    call = Call(query, key, value, lo, hi, scale, causal, window)
+    output = query.new_empty(*query.shape[:3], value.shape[3])
+    logsumexp = query.new_empty(query.shape[:3], dtype=torch.float32)
+    config = launch_config("forward", call)
+    tiles = triton.cdiv(call.queries, config.rows)
+    with on_device(call.query):
+        forward_kernel[(tiles * call.batch * call.heads,)](
+            call.query,
+            call.key,
+            call.value,
+            call.lo,
+            call.hi,
+            output,
+            logsumexp,
+            call.scale_log2(),
+            call.queries,
+            call.keys,
+            call.heads,
+            call.group,
+            call.window,
+            *call.strides("query", "key", "value"),
+            *call.bound_strides(call.lo, call.hi),
+            NEGATIVE_SCALE=call.scale_log2() < 0,
+            **call.constants(),
+            **config.tiles(),
+            **config.options(),
+        )
+    return output, logsumexp

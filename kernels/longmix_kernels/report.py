@@ -1,0 +1,309 @@
+"""What every launch configuration compiles to, found without a GPU: `python -m longmix_kernels.report`.
+
+Each kernel is compiled ahead of time for each architecture of the launch table. Registers, spills and stack come from
+`ptxas --verbose`, tensor-core instructions from the PTX, shared memory from Triton. A kernel that spills, uses stack,
+wants more shared memory than there is, or misses `wgmma` on sm_90 for 16-bit inputs makes the command exit with 1.
+
+The roofline is an *estimate*, not a measurement: the operations, bytes and exponentials that the mathematics asks for,
+against the peak rates of an H200. Columns per tile count one step of the inner loop; the time floor is for a whole
+causal call, in which every tensor is read or written once and all else stays on the chip.
+"""
+
+import argparse
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longmix_kernels.attention import launch
+
+DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
+"""Triton's names of the element types, and their bytes."""
+
+MODES = ("full", "causal", "window", "documents", "bounds")
+
+# NVIDIA H200 SXM: dense bf16 tensor cores, HBM3e, and 16 exponentials per cycle and multiprocessor (132 at 1.83 GHz).
+# Products of float32 are not rounded to TF32 and run outside the tensor cores.
+PEAK_FLOPS = {2: 989e12, 4: 67e12}
+PEAK_BYTES = 4.8e12
+PEAK_EXPONENTIALS = 3.9e12
+
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
+"""Most bytes of shared memory that a program may have, per architecture."""
+
+_INTEGERS = ("queries", "keys", "heads", "group", "window")
+_FLOATS = ("scale", "scale_log2")
+_INT32 = ("lo", "hi", "first_row", "end_row")
+_FLOAT32 = ("logsumexp", "grad_logsumexp", "shift", "minus_delta")
+
+
+@dataclass(frozen=True)
+class Build:
+    """One kernel to compile."""
+
+    kernel: str
+    architecture: int
+    dtype: str
+    dim: int
+    value_dim: int
+    mode: str = "causal"
+    config: launch.LaunchConfig | None = None
+
+    def launch_config(self) -> launch.LaunchConfig:
+        """Return the configuration to compile, that of the launch table unless another was given."""
+        width = max(self.dim, self.value_dim)
+        return self.config or launch.table_entry(self.kernel, self.architecture, DTYPES[self.dtype], width)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What became of a `Build`.
+
+    Attributes:
+        registers: per thread.
+        spills: bytes stored and loaded again for want of registers, per thread.
+        stack: bytes of stack, per thread.
+        shared: bytes of shared memory, per program.
+        tensor_cores: tensor-core instructions in the PTX: mma.sync, wgmma or tcgen05.mma.
+        serialized: whether ptxas had to wait after every wgmma.
+    """
+
+    registers: int
+    spills: int
+    stack: int
+    shared: int
+    tensor_cores: dict[str, int]
+    serialized: bool
+
+    def faults(self, build: Build) -> list[str]:
+        """Name what must not be."""
+        found = []
+        if self.spills:
+            found.append(f"spills {self.spills} bytes")
+        if self.stack:
+            found.append(f"uses {self.stack} bytes of stack")
+        if build.architecture == 90 and DTYPES[build.dtype] == 2 and not self.tensor_cores["wgmma"]:
+            found.append("has no wgmma")
+        if self.shared > SHARED_LIMIT[build.architecture]:
+            found.append(f"wants {self.shared} bytes of shared memory")
+        if self.serialized:
+            found.append("serializes wgmma")
+        return found
+
+
+def _kernel(name: str) -> Any:
+    from longmix_kernels.attention import triton_backward, triton_forward
+
+    return {
+        "forward": triton_forward.forward_kernel,
+        "grad_query": triton_backward.grad_query_kernel,
+        "grad_key_value": triton_backward.grad_key_value_kernel,
+    }[name]
+
+
+def compile_kernel(build: Build) -> Compiled:
+    """Compile a kernel as the launcher would for aligned tensors, and read what ptxas says about it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
+    from triton.compiler import ASTSource
+
+    kernel, config = _kernel(build.kernel), build.launch_config()
+    main, rest = launch.split_dim(build.dim)
+    value_main, value_rest = launch.split_dim(build.value_dim)
+    constants: dict[str, Any] = {
+        "MODE": build.mode,
+        "NEGATIVE_SCALE": False,
+        "DIM": build.dim,
+        "DIM_MAIN": main,
+        "DIM_REST": rest,
+        "VALUE_DIM": build.value_dim,
+        "VALUE_MAIN": value_main,
+        "VALUE_REST": value_rest,
+        **config.tiles(),
+        "UPCAST": False,
+        "FOLD": config.fold,
+    }
+    if build.mode != "bounds":
+        constants |= dict.fromkeys(("hi", "first_row"))
+    if build.mode not in ("bounds", "documents"):
+        constants |= dict.fromkeys(("lo", "end_row"))
+    constants = {name: constant for name, constant in constants.items() if name in kernel.arg_names}
+    signature, aligned = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in _INTEGERS:
+            signature[name] = "i32"
+        elif name in _FLOATS:
+            signature[name] = "fp32"
+        else:
+            element = "i32" if name in _INT32 else "fp32" if name in _FLOAT32 else build.dtype
+            signature[name] = "i32" if name.startswith("stride_") else f"*{element}"
+            aligned[(index,)] = [["tt.divisibility", 16]]
+    target = GPUTarget("cuda", build.architecture, 32)
+    source = ASTSource(kernel, signature, constants, aligned)
+    compiled = triton.compile(source, target, config.options())
+    ptx = compiled.asm["ptx"]
+    arch = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+    assert arch is not None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.ptx")
+        path.write_text(ptx)
+        command = [get_ptxas(build.architecture).path, "--verbose", f"--gpu-name={arch[1]}", path, "-o", "/dev/null"]
+        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+
+    def number(pattern: str) -> int:
+        return sum(int(found) for found in re.findall(pattern, log))
+
+    return Compiled(
+        registers=number(r"Used (\d+) registers"),
+        spills=number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+        stack=number(r"(\d+) bytes stack frame"),
+        shared=compiled.metadata.shared,
+        tensor_cores={
+            "mma": len(re.findall(r"\bmma\.sync", ptx)),
+            "wgmma": len(re.findall(r"\bwgmma\.mma_async", ptx)),
+            "tcgen05": len(re.findall(r"\btcgen05\.mma", ptx)),
+        },
+        serialized="wgmma.mma_async instructions are serialized" in log,
+    )
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Estimated work of a kernel: of one step of its inner loop, and of a whole causal call on an H200.
+
+    Attributes:
+        tile_flops: operations of the products of one [rows, keys] tile.
+        tile_bytes: bytes that the tile loads.
+        tile_exponentials: one per score.
+        flop_seconds, byte_seconds, exponential_seconds: of a whole call, each at its peak rate.
+    """
+
+    tile_flops: int
+    tile_bytes: int
+    tile_exponentials: int
+    flop_seconds: float
+    byte_seconds: float
+    exponential_seconds: float
+
+    @property
+    def floor_seconds(self) -> float:
+        """The longest of the three times: none of the work can be done faster."""
+        return max(self.flop_seconds, self.byte_seconds, self.exponential_seconds)
+
+    @property
+    def limit(self) -> str:
+        """What takes the longest."""
+        times = {"products": self.flop_seconds, "bytes": self.byte_seconds, "exp": self.exponential_seconds}
+        return max(times, key=lambda name: times[name])
+
+
+def roofline(build: Build, *, batch: int = 1, heads: int = 16, length: int = 16384) -> Roofline:
+    """Count the work of a kernel, for a causal call [batch, length, heads, dim] with as many key heads."""
+    config, size = build.launch_config(), DTYPES[build.dtype]
+    dim, value_dim = build.dim, build.value_dim
+    # Columns that go through a product per score; matrices of `dim` and of `value_dim` columns, and float32 numbers per
+    # row, that a call reads or writes; and how much one step of the inner loop loads.
+    columns, matrices, value_matrices, row_numbers, tile_bytes = {
+        "forward": (dim + value_dim, 2, 2, 1, config.keys * (dim + value_dim) * size),
+        "grad_query": (2 * dim + value_dim, 3, 3, 4, config.keys * (dim + value_dim) * size),
+        "grad_key_value": (2 * (dim + value_dim), 3, 3, 2, config.rows * ((dim + value_dim) * size + 8)),
+    }[build.kernel]
+    scores = batch * heads * length * (length + 1) // 2
+    call_bytes = batch * heads * length * ((matrices * dim + value_matrices * value_dim) * size + 4 * row_numbers)
+    return Roofline(
+        tile_flops=2 * config.rows * config.keys * columns,
+        tile_bytes=tile_bytes,
+        tile_exponentials=config.rows * config.keys,
+        flop_seconds=2 * scores * columns / PEAK_FLOPS[size],
+        byte_seconds=call_bytes / PEAK_BYTES,
+        exponential_seconds=scores / PEAK_EXPONENTIALS,
+    )
+
+
+def table_builds(
+    architectures: Sequence[int], dims: Sequence[int], dtypes: Sequence[str], modes: Sequence[str]
+) -> list[Build]:
+    """Return every kernel for every combination."""
+    return [
+        Build(kernel, architecture, dtype, dim, dim, mode)
+        for architecture in architectures
+        for dtype in dtypes
+        for dim in dims
+        for kernel in launch.KERNELS
+        for mode in modes
+    ]
+
+
+def as_row(build: Build, compiled: Compiled) -> dict[str, Any]:
+    """Return everything known about a kernel as one flat record."""
+    config, estimate = build.launch_config(), roofline(build)
+    return {
+        "kernel": build.kernel,
+        "arch": f"sm_{build.architecture}",
+        "dtype": build.dtype,
+        "dim": build.dim,
+        "mode": build.mode,
+        **dataclasses.asdict(config),
+        "registers": compiled.registers,
+        "spills": compiled.spills,
+        "stack": compiled.stack,
+        "shared": compiled.shared,
+        **compiled.tensor_cores,
+        "tile_mflop": estimate.tile_flops / 1e6,
+        "tile_kib": estimate.tile_bytes / 1024,
+        "tile_kexp": estimate.tile_exponentials / 1e3,
+        "h200_floor_ms": estimate.floor_seconds * 1e3,
+        "limit": estimate.limit,
+        "faults": ", ".join(compiled.faults(build)),
+    }
+
+
+def as_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Lay records out in aligned columns, under their names."""
+
+    def text(x: Any) -> str:
+        if isinstance(x, bool):
+            return "yes" if x else "-"
+        return f"{x:.2f}" if isinstance(x, float) else str(x) or "-"
+
+    lines = [list(rows[0])] + [[text(x) for x in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compile, print the table, and return 1 if a kernel has a fault."""
+    parser = argparse.ArgumentParser(prog="python -m longmix_kernels.report", description="Compile without a GPU.")
+    parser.add_argument("--arch", type=int, nargs="+", choices=launch.ARCHITECTURES, default=launch.ARCHITECTURES)
+    parser.add_argument("--dim", type=int, nargs="+", default=launch.WIDTHS, help="head dimensions, 1 to 256")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=("bf16",))
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=("causal",), help="where bounds come from")
+    parser.add_argument("--json", type=Path, help="write the records here too")
+    options = parser.parse_args(arguments)
+    if not all(1 <= dim <= max(launch.WIDTHS) for dim in options.dim):
+        parser.error(f"--dim got {options.dim}; allowed are 1 to {max(launch.WIDTHS)}")
+    builds = table_builds(options.arch, options.dim, options.dtype, options.mode)
+    rows = [as_row(build, compile_kernel(build)) for build in builds]
+    print(as_table(rows))
+    print(
+        "\nEstimates, not measurements: work per tile, and the least time of a causal call with batch 1, 16 heads and "
+        "T = 16384 at an H200's peak rates."
+    )
+    if options.json is not None:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return int(any(row["faults"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

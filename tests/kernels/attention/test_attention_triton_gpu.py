@@ -1,0 +1,192 @@
+"""Rung 5: the Triton kernels on a CUDA GPU (`pytest -m gpu`)."""
+
+import pytest
+import torch
+from attention_cases import Case, assert_close, built, documents, ragged, sorted_buckets
+
+from longmix_kernels.attention import attention
+from longmix_kernels.attention.bounds import row_bounds
+from longmix_kernels.attention.reference import attention_reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+RESULTS = ("output", "logsumexp", "grad_query", "grad_key", "grad_value")
+LENGTHS = [300, 1, 160, 239]
+CASES: list[tuple[Case, dict]] = [
+    *((Case(f"causal-d{d}", None, queries=1000, dim=d), {}) for d in (16, 24, 48, 64, 80, 96, 128, 192, 208, 256)),
+    *((Case(f"causal-T{n}", None, queries=n, dim=64), {}) for n in (1, 15, 17, 127, 129)),
+    (Case("causal-d128-v64-gqa", None, queries=700, dim=128, value_dim=64, heads=8), {}),
+    (Case("causal-d64-v128-mqa", None, queries=700, dim=64, value_dim=128, heads=4, key_heads=1), {}),
+    (Case("full", None, queries=777, dim=64), {"causal": False}),
+    (Case("window", None, queries=1000, dim=128), {"window": 200}),
+    (Case("window-1", None, queries=300, dim=64), {"window": 1}),
+    (Case("prefill-chunk", None, queries=200, keys=1000, dim=64), {}),
+    (Case("decode", None, queries=1, keys=1000, dim=128, heads=8), {}),
+    (Case("more-queries-than-keys", None, queries=400, keys=150, dim=64), {}),
+    (Case("documents-gqa", None, queries=1000, dim=64, heads=4), {"document_ids": LENGTHS}),
+    (Case("documents-window", None, queries=1000, dim=128), {"document_ids": LENGTHS, "window": 90}),
+    (Case("documents-full", None, queries=1000, dim=64), {"document_ids": LENGTHS, "causal": False}),
+    (Case("buckets-gqa", sorted_buckets(7), queries=1000, dim=64, heads=4), {}),
+    (Case("ragged", ragged(), queries=700, keys=900, dim=128), {}),
+    (Case("ragged-empty-rows", ragged(sparse=True), queries=700, dim=64), {}),
+    (Case("nothing-visible", lambda case: (torch.full((1, 1, 100), 7, dtype=torch.int32),) * 2), {}),
+]
+every_case = pytest.mark.parametrize(("case", "options"), CASES, ids=[case.name for case, _ in CASES])
+
+
+def prepare(case: Case, options: dict, dtype: torch.dtype):
+    """Inputs, what to call with, the bounds that means, the scale, and gradients that arrive."""
+    options = dict(options)
+    if case.bounds is not None:
+        lo, hi = (x.cuda() for x in case.bounds(case))
+        options |= {"lo": lo, "hi": hi}
+    else:
+        if "document_ids" in options:
+            options["document_ids"] = documents(case, options["document_ids"]).cuda()
+        lo, hi = (x.cuda() for x in row_bounds(case.queries, case.keys or case.queries, **options, device="cuda"))
+    tensors, _, scale = Case(**{**vars(case), "bounds": lambda case: (lo, hi)}).inputs(dtype)
+    tensors = [x.detach().cuda().requires_grad_() for x in tensors]
+    generator = torch.Generator().manual_seed(3)
+    shape = (case.batch, case.queries, case.heads)
+    grads = (
+        torch.randn(*shape, case.value_dim or case.dim, generator=generator),
+        torch.randn(shape, generator=generator),
+    )
+    return tensors, options, (lo, hi), scale, [x.to(dtype).float().cuda() for x in grads]
+
+
+def differentiate(outputs, inputs, grads) -> list[torch.Tensor]:
+    """Output and logsumexp, and the gradients of both; the gradient of a logsumexp of -inf is not asked for."""
+    output, logsumexp = outputs
+    grad_logsumexp = grads[1].to(logsumexp.dtype).masked_fill(logsumexp.isneginf(), 0.0)
+    results = torch.autograd.grad((output, logsumexp), inputs, (grads[0].to(output.dtype), grad_logsumexp))
+    return [output.detach(), logsumexp.detach(), *results]
+
+
+def plain(query, key, value, lo, hi, scale):
+    """Attention as one would write it in torch, all in the dtype of the inputs."""
+    group = query.shape[2] // key.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (query, key.repeat_interleave(group, 2), value.repeat_interleave(group, 2)))
+    position = torch.arange(k.shape[2], device=q.device)
+    visible = (lo[..., None] <= position) & (position < hi[..., None])
+    empty = ~visible.any(-1, keepdim=True)
+    scores = ((q @ k.mT) * scale).masked_fill(~visible, -torch.inf)
+    logsumexp = scores.masked_fill(empty, 0.0).logsumexp(-1).masked_fill(empty[..., 0], -torch.inf)
+    weights = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+    return (weights @ v).transpose(1, 2), logsumexp.transpose(1, 2)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_as_accurate_as_plain_torch(case, options, dtype):
+    """Error at most twice that of a plain implementation in the same dtype, both against float64."""
+    tensors, options, bounds, scale, grads = prepare(case, options, dtype)
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    expected = differentiate(attention_reference(*exact, *bounds, scale), exact, grads)
+    theirs = differentiate(plain(*tensors, *bounds, scale), tensors, grads)
+    ours = differentiate(attention(*tensors, scale=scale, return_logsumexp=True, **options), tensors, grads)
+    for name, want, their, our in zip(RESULTS, expected, theirs, ours, strict=True):
+        assert torch.equal(our.isneginf(), want.isneginf())
+        hidden = want.isneginf()
+        for measure in (lambda x: x.square().mean().sqrt(), lambda x: x.abs().max()):
+            error, allowed = (measure((x.double() - want).masked_fill(hidden, 0.0)) for x in (our, their))
+            # Where plain torch is exact (one key, one weight of 1), one rounding is allowed.
+            floor = torch.finfo(dtype).eps * measure(want.masked_fill(hidden, 0.0)).clamp(min=1e-3)
+            assert error <= 2 * allowed + floor, f"{name}: {error:.2e} > 2 * {allowed:.2e}"
+
+
+@every_case
+def test_float32_matches_reference(case, options):
+    tensors, options, bounds, scale, grads = prepare(case, options, torch.float32)
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    expected = differentiate(attention_reference(*exact, *bounds, scale), exact, grads)
+    ours = differentiate(attention(*tensors, scale=scale, return_logsumexp=True, **options), tensors, grads)
+    for name, want, our in zip(RESULTS, expected, ours, strict=True):
+        assert_close(our, want, 1e-5, name)
+
+
+@every_case
+def test_two_runs_are_equal_bit_for_bit(case, options):
+    tensors, options, _, scale, grads = prepare(case, options, torch.bfloat16)
+    runs = [
+        differentiate(attention(*tensors, scale=scale, return_logsumexp=True, **options), tensors, grads)
+        for _ in range(3)
+    ]
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+def test_memory_beside_the_inputs_is_not_used():
+    case = Case("padded", built(), queries=777, dim=80)
+    tensors, _, scale = case.inputs(torch.bfloat16)
+    padded = []
+    for x in tensors:
+        batch, length, heads, dim = x.shape
+        buffer = torch.full((batch, length + 130, heads + 1, dim + 16), torch.nan, dtype=x.dtype, device="cuda")
+        padded.append(buffer[:, :length, :heads, :dim].copy_(x.detach()).requires_grad_())
+    plainly = [x.detach().cuda().requires_grad_() for x in tensors]
+    results = []
+    for inputs in (padded, plainly):
+        output = attention(*inputs, scale=scale)
+        results.append([output, *torch.autograd.grad(output.float().square().sum(), inputs)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_causal_at_131072():
+    generator = torch.Generator("cuda").manual_seed(0)
+    length, tail = 131072, 64
+    query, key, value, grad = (
+        torch.randn(1, length, 1, 64, generator=generator, device="cuda", dtype=torch.bfloat16) for _ in range(4)
+    )
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+    output, logsumexp = attention(*inputs, return_logsumexp=True)
+    # A gradient that enters through the last rows alone is that of a chunk of queries at the end.
+    chosen = torch.zeros_like(grad)
+    chosen[:, -tail:] = grad[:, -tail:]
+    ours = torch.autograd.grad(output, inputs, chosen)
+    exact = [x.detach().double().requires_grad_() for x in (query[:, -tail:], key, value)]
+    lo, hi = row_bounds(tail, length, device="cuda")
+    want, want_logsumexp = attention_reference(*exact, lo, hi, 0.125)
+    wanted = torch.autograd.grad(want, exact, grad[:, -tail:].double())
+    assert_close(output[:, -tail:], want, 1e-2, "output")
+    assert_close(logsumexp[:, -tail:], want_logsumexp, 1e-4, "logsumexp")
+    for name, a, b in zip(RESULTS[2:], (ours[0][:, -tail:], *ours[1:]), wanted, strict=True):
+        assert_close(a, b, 2e-2, name)
+    assert not ours[0][:, :-tail].any()
+
+
+def test_offsets_beyond_32_bits():
+    """Tensors of more than 2 ** 31 numbers: the last rows see a window, and equal the same rows on their own."""
+    if torch.cuda.mem_get_info()[0] < 60e9:
+        pytest.skip("needs 60 GB of free device memory")
+    length, tail, window = 131072 + 64, 512, 64
+    generator = torch.Generator("cuda").manual_seed(0)
+    inputs = [
+        torch.randn(1, length, 64, 256, generator=generator, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        for _ in range(3)
+    ]
+    assert inputs[0].numel() > 2**31
+    output = attention(*inputs, window=window)
+    grads = torch.autograd.grad(output, inputs, torch.ones_like(output))
+    alone = [x.detach()[:, -tail:].clone().requires_grad_() for x in inputs]
+    alone_output = attention(*alone, window=window)
+    alone_grads = torch.autograd.grad(alone_output, alone, torch.ones_like(alone_output))
+    for name, a, b in zip(("output", *RESULTS[2:]), (output, *grads), (alone_output, *alone_grads), strict=True):
+        assert_close(a[:, -tail + window :], b[:, window:], 2e-2, name)
+
+
+def test_compiles_as_one_graph():
+    case = Case("compiled", built(), queries=300, dim=64, heads=4)
+    inputs = [x.detach().bfloat16().cuda().requires_grad_() for x in case.inputs(torch.float32)[0]]
+    ids = documents(case, [100, 50]).cuda()
+
+    def call(query, key, value):
+        return attention(query, key, value, document_ids=ids, window=90)
+
+    got, want = torch.compile(call, fullgraph=True)(*inputs), call(*inputs)
+    assert torch.equal(got, want)
+    for a, b in zip(*(torch.autograd.grad(x.float().square().sum(), inputs) for x in (got, want)), strict=True):
+        assert_close(a, b, 1e-2, "gradient")
