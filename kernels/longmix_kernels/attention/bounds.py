@@ -47,7 +47,7 @@ def row_bounds(
     lo = torch.zeros_like(position)
     hi = (position + 1).clamp(min=0) if causal else torch.full_like(position, keys)
     if window is not None:
-        lo = (hi - window).clamp(min=0)
+        lo = (hi - min(window, keys)).clamp(min=0)
     if document_ids is not None:
         first, end = _document_extent(document_ids.to(device), queries)
         lo = torch.maximum(lo, first)

@@ -135,3 +135,9 @@ def test_only_the_edges_of_a_wide_tile_are_masked():
 def test_errors_name_the_argument(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_window_beyond_int32_sees_everything():
+    whole = row_bounds(5, 7)
+    huge = row_bounds(5, 7, window=2**40)
+    assert all(torch.equal(a, b) for a, b in zip(whole, huge, strict=True))
