@@ -32,6 +32,24 @@ def register() -> None:
     OmegaConf.register_new_resolver("file_name", file_name, replace=True)
     Plugins.instance().register(MixerPatternSource)
     sys.argv[1:] = command_line(sys.argv[1:])
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(help_text(Path(sys.argv[0]).resolve()))
+        sys.exit(0)
+
+
+def help_text(script: Path) -> str:
+    """The help that a script's configuration holds, with every group's choices.
+
+    Hydra's own `--help` also lists its internal groups, which takes longer than everything else together.
+    """
+    configs = script.parent / "configs"
+    groups = [
+        f"{group.name}: {', '.join(sorted(choice.stem for choice in group.glob('*.yaml')))}"
+        for group in sorted(configs.iterdir())
+        if group.is_dir()
+    ]
+    template = OmegaConf.load(configs / f"{script.stem}.yaml").hydra.help.template
+    return template.replace("$APP_CONFIG_GROUPS", "\n".join(groups))
 
 
 def command_line(arguments: list[str]) -> list[str]:
