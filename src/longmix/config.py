@@ -300,14 +300,18 @@ def check_words(config: Node) -> None:
         raise ConfigError(f"loop.nonfinite={loop['nonfinite']!r} is not one of stop, skip.")
 
 
+def tokens_per_step(config: Node) -> int:
+    """Tokens of one optimizer step over all processes."""
+    return config["seq_len"] * config["batch_size"]
+
+
 def total_steps(config: Node) -> int:
     """Optimizer steps of the whole run: `max_steps`, or as many as `max_tokens` needs, whichever is smaller."""
-    tokens_per_step = config["seq_len"] * config["batch_size"]
     limits = []
     if config["max_steps"] is not None:
         limits.append(config["max_steps"])
     if config["max_tokens"] is not None:
-        limits.append(-(-config["max_tokens"] // tokens_per_step))
+        limits.append(-(-config["max_tokens"] // tokens_per_step(config)))
     return min(limits)
 
 

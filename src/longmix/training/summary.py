@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from longmix.config import Node, total_steps
+from longmix.config import Node, tokens_per_step, total_steps
 from longmix.data.datamodule import TokenData
 from longmix.files import replace_json
 from longmix.model.backbone import LanguageModel
@@ -34,7 +34,7 @@ def print_header(
     config: Node, folder: Path, model: LanguageModel, data: TokenData, settings: TrainerSettings, first_step: int
 ) -> None:
     """Sizes, data and machine, before the first step."""
-    steps, per_step = total_steps(config), config["seq_len"] * config["batch_size"]
+    steps, per_step = total_steps(config), tokens_per_step(config)
     counts = model.parameter_counts()
     splits = {name: split["tokens"] for name, split in data.summary()["splits"].items()}
     flops = training_flops_per_token(model, config["seq_len"])
@@ -55,7 +55,7 @@ def write_summary(
 ) -> dict[str, Any]:
     """Write `summary.json`, print its main figures, and return it."""
     state = supervisor.state
-    tokens = total_steps(config) * config["seq_len"] * config["batch_size"]
+    tokens = total_steps(config) * tokens_per_step(config)
     summary = {
         "name": config["name"],
         "mixer": mixer_name(config),
@@ -63,7 +63,7 @@ def write_summary(
         "parameters": model.parameter_counts(),
         "training_flops_per_token": training_flops_per_token(model, config["seq_len"]),
         "tokens": tokens,
-        "tokens_per_step": config["seq_len"] * config["batch_size"],
+        "tokens_per_step": tokens_per_step(config),
         "training_seconds": state.training_seconds,
         "tokens_per_second": tokens / max(state.training_seconds, 1e-9),
         "validation": state.validation,

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from longmix.checkpoints import CheckpointStore
+from longmix.config import tokens_per_step
 from longmix.data.datamodule import TokenData
 from longmix.errors import Interrupted
 from longmix.evaluation.loss import evaluate_loss
@@ -21,6 +22,7 @@ from longmix.training.loggers import MetricLog
 from longmix.training.module import TrainingModule
 from longmix.training.progress import ProgressDisplay
 from longmix.training.signals import SignalWatch
+from longmix.training.summary import training_flops_per_token
 
 
 @dataclass
@@ -135,7 +137,7 @@ class Supervisor(Callback):
             "train/bits_per_byte": statistics.summary()["bits_per_byte"],
             "train/learning_rate": module.learning_rate(),
             "train/gradient_norm": record.gradient_norm.item(),
-            "train/tokens": module.step * self._tokens_per_step(),
+            "train/tokens": module.step * tokens_per_step(self.config),
             "train/steps_skipped": module.steps_skipped,
             **_positions("train", statistics),
             **{f"train/{name}": value.item() for name, value in record.losses.items()},
@@ -146,13 +148,10 @@ class Supervisor(Callback):
             self.metric_log.write(module.step, metrics)
             self.progress.show(module.step, metrics)
 
-    def _tokens_per_step(self) -> int:
-        return self.config["seq_len"] * self.config["batch_size"]
-
     def _throughput(self, trainer: Trainer, module: TrainingModule) -> Metrics:
-        rate = self.steps_since_log * self._tokens_per_step() / max(self.seconds_since_log, 1e-9)
+        rate = self.steps_since_log * tokens_per_step(self.config) / max(self.seconds_since_log, 1e-9)
         self.seconds_since_log, self.steps_since_log = 0.0, 0
-        flops = 3 * module.model.flops(self.config["seq_len"]) / self.config["seq_len"] * rate
+        flops = training_flops_per_token(module.model, self.config["seq_len"]) * rate
         metrics = {
             "throughput/tokens_per_second": rate,
             "throughput/model_tflops_per_second": flops / 1e12,
@@ -212,7 +211,7 @@ class Supervisor(Callback):
         }
         if trainer.is_global_zero:
             validation = self.state.validation if self.state.validation.get("step") == module.step else {}
-            tokens = module.step * self._tokens_per_step()
+            tokens = module.step * tokens_per_step(self.config)
             self.last_checkpoint = self.store.save(state, {"tokens": tokens, "validation": validation})
             self.store.prune(self.loop["keep_checkpoints"])
         trainer.strategy.barrier()
