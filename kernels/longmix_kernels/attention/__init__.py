@@ -1,7 +1,27 @@
 """Softmax attention in which every query row sees a contiguous run of key rows."""
 
+from longmix_kernels.attention.block_lists import block_list, butterfly_blocks, sink_and_local_blocks, stripe_blocks
 from longmix_kernels.attention.bounds import key_bounds, positions_from_document_ids, row_bounds
+from longmix_kernels.attention.combine import bias_columns, merge
 from longmix_kernels.attention.op import attention
+from longmix_kernels.attention.ordering import Ordering, order_by_label
+from longmix_kernels.attention.pattern import BlockList
 from longmix_kernels.attention.sdpa import sdpa, sdpa_supports
 
-__all__ = ["attention", "key_bounds", "positions_from_document_ids", "row_bounds", "sdpa", "sdpa_supports"]
+__all__ = [
+    "BlockList",
+    "Ordering",
+    "attention",
+    "bias_columns",
+    "block_list",
+    "butterfly_blocks",
+    "key_bounds",
+    "merge",
+    "order_by_label",
+    "positions_from_document_ids",
+    "row_bounds",
+    "sdpa",
+    "sdpa_supports",
+    "sink_and_local_blocks",
+    "stripe_blocks",
+]

@@ -12,53 +12,56 @@ The gradient dL of the logsumexp therefore costs nothing but the subtraction; he
 Batch rows and heads with equal bounds go through one panel together; those whose bounds differ take turns.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import lru_cache, reduce
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, reduce
 
 import torch
 from torch.nn import functional as F
 
 from longmix_kernels.attention.panels import PanelMath, panel_math
-from longmix_kernels.attention.tiling import Panel, Tile, plan_tiles
+from longmix_kernels.attention.pattern import Pattern
+from longmix_kernels.attention.permutation import put_rows, take_rows
+from longmix_kernels.attention.tiling import Panel, Tile, plan_blocks, plan_tiles
 
 
 def blocked_forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    lo: torch.Tensor,
-    hi: torch.Tensor,
+    pattern: Pattern,
     scale: float,
     math: PanelMath | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute attention; arguments and results as `attention_reference`.
+    """Compute attention; arguments and results as `attention_reference`, with the bounds in `pattern`.
 
     `math` overrides how a panel is computed.
     """
     math = math or panel_math(query.device)
+    query = take_rows(query, pattern.query_rows)
+    key, value = (take_rows(x, pattern.key_rows) for x in (key, value))
     value_dim = value.shape[-1]
     exact = torch.promote_types(query.dtype, torch.float32)
     output = query.new_zeros(*query.shape[:-1], value_dim)
     logsumexp = query.new_full(query.shape[:-1], -torch.inf, dtype=exact)
     width = max(query.shape[-1], value_dim)
     query, key, value = (_widen(x.to(exact), width) for x in (query, key, value))
-    mask_of = _mask_maker(query)
+    plan = _Plan(pattern, query, key, math)
 
-    for group in _groups(lo, hi, query.shape[0], query.shape[2], key.shape[2]):
+    for group in plan.groups():
         q, out, lse = (group.query_rows(x) for x in (query, output, logsumexp))
         k, v = (group.key_rows(x).expand(-1, q.shape[1], -1, -1) for x in (key, value))
-        for tile, turn in _turns(group, math, q):
+        for tile, turn in plan.turns(group):
             parts, rows = [], _rows(q, tile, turn)
             for panel in tile.panels:
-                mask, empty = mask_of(group, tile.rows, panel)
+                mask, empty = plan.mask(group, tile, panel, turn)
                 panel_k, panel_v = (_keys(x, tile, panel.keys, turn) for x in (k, v))
                 part, part_lse = math.forward(rows, panel_k, panel_v, scale, panel.kind == "causal", mask)
                 parts.append((part, part_lse if empty is None else part_lse.masked_fill(empty, -torch.inf)))
             merged, merged_lse = reduce(_merge, parts)
             _rows(out, tile, turn).copy_(merged[..., :value_dim])
             _rows(lse, tile, turn).copy_(merged_lse)
-    return output, logsumexp
+    return put_rows(output, pattern.query_rows), put_rows(logsumexp, pattern.query_rows)
 
 
 def blocked_backward(
@@ -67,8 +70,7 @@ def blocked_backward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    lo: torch.Tensor,
-    hi: torch.Tensor,
+    pattern: Pattern,
     output: torch.Tensor,
     logsumexp: torch.Tensor,
     scale: float,
@@ -79,10 +81,16 @@ def blocked_backward(
     Args:
         grad_output: [B, Tq, Hq, Dv].
         grad_logsumexp: [B, Tq, Hq], or None for zero; what it holds for rows that see nothing is not looked at.
-        query, key, value, lo, hi, scale, math: as in the forward.
+        query, key, value, pattern, scale, math: as in the forward.
         output, logsumexp: what it returned.
     """
     math = math or panel_math(query.device)
+    key, value = (take_rows(x, pattern.key_rows) for x in (key, value))
+    query, output, logsumexp, grad_output = (
+        take_rows(x, pattern.query_rows) for x in (query, output, logsumexp, grad_output)
+    )
+    if grad_logsumexp is not None:
+        grad_logsumexp = take_rows(grad_logsumexp, pattern.query_rows)
     head_dim, value_dim, dtype = query.shape[-1], value.shape[-1], query.dtype
     empty = logsumexp.isneginf()
     logsumexp = logsumexp.masked_fill(empty, 0.0)
@@ -94,25 +102,25 @@ def blocked_backward(
         grad_output[..., value_dim] = 1.0
         output[..., value_dim] = -grad_logsumexp.masked_fill(empty, 0.0)
     grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
-    mask_of = _mask_maker(query)
+    plan = _Plan(pattern, query, key, math)
 
-    for group in _groups(lo, hi, query.shape[0], query.shape[2], key.shape[2]):
+    for group in plan.groups():
         row_inputs = [group.query_rows(x) for x in (grad_output, output, logsumexp, query)]
         grad_q, grad_k, grad_v = group.query_rows(grad_query), group.key_rows(grad_key), group.key_rows(grad_value)
         k, v = (group.key_rows(x).expand(-1, grad_q.shape[1], -1, -1) for x in (key, value))
-        for tile, turn in _turns(group, math, grad_q):
+        for tile, turn in plan.turns(group):
             rows = [_rows(x, tile, turn) for x in row_inputs]
             for panel in tile.panels:
-                mask, _ = mask_of(group, tile.rows, panel)
+                mask, _ = plan.mask(group, tile, panel, turn)
                 panel_k, panel_v = (_keys(x, tile, panel.keys, turn) for x in (k, v))
                 parts = math.backward(*rows, panel_k, panel_v, scale, panel.kind == "causal", mask)
                 _rows(grad_q, tile, turn).add_(parts[0])
                 _add_to_keys(grad_k, parts[1], tile, panel.keys, turn)
                 _add_to_keys(grad_v, parts[2], tile, panel.keys, turn)
     return (
-        grad_query[..., :head_dim].to(dtype).contiguous(),
-        grad_key[..., :head_dim].to(dtype).contiguous(),
-        grad_value[..., :value_dim].to(dtype).contiguous(),
+        put_rows(grad_query[..., :head_dim].to(dtype), pattern.query_rows).contiguous(),
+        put_rows(grad_key[..., :head_dim].to(dtype), pattern.key_rows).contiguous(),
+        put_rows(grad_value[..., :value_dim].to(dtype), pattern.key_rows).contiguous(),
     )
 
 
@@ -133,51 +141,113 @@ class _Group:
     def query_rows(self, x: torch.Tensor) -> torch.Tensor:
         """View [B, Tq, Hq, ...] as [X, Y, Tq, ...]."""
         x = x[self.batch, :, self.heads].transpose(1, 2)
-        return x[0].unflatten(0, (_length(self.key_heads), -1)) if self._grouped() else x
+        return x[0].unflatten(0, (_length(self.key_heads), -1)) if self.grouped() else x
 
     def key_rows(self, x: torch.Tensor) -> torch.Tensor:
         """View [B, Tk, Hkv, D] as [X, 1 or Y, Tk, D]."""
         x = x[self.batch, :, self.key_heads].transpose(1, 2)
-        return x[0].unsqueeze(1) if self._grouped() else x
+        return x[0].unsqueeze(1) if self.grouped() else x
 
     def bounds(self, rows: slice, keys: slice) -> tuple[int, ...]:
         """Bounds of some rows relative to the first of some keys and cut off at them: all `lo`, then all `hi`."""
         bounds = torch.stack([self.lo[rows], self.hi[rows]]).sub_(keys.start).clamp_(0, _length(keys))
         return tuple(bounds.flatten().tolist())
 
-    def _grouped(self) -> bool:
+    def grouped(self) -> bool:
+        """Whether several query heads read one key head."""
         return _length(self.heads) > _length(self.key_heads)
 
 
-def _groups(lo: torch.Tensor, hi: torch.Tensor, batch: int, heads: int, key_heads: int) -> Iterator[_Group]:
-    """Split batch rows and heads into groups with equal bounds, as large as the views allow."""
-    lo, hi = (x.cpu() for x in torch.broadcast_tensors(lo, hi))
-    per_key_head = heads // key_heads
+class _Plan:
+    """What a call computes: groups of heads, the tiles of each, and what is added to the scores of each panel."""
 
-    def group(rows: slice, some: slice) -> _Group:
-        row, head = min(rows.start, lo.shape[0] - 1), min(some.start, lo.shape[1] - 1)
-        read = slice(some.start // per_key_head, -(-some.stop // per_key_head))
-        return _Group(lo[row, head], hi[row, head], rows, some, read)
+    def __init__(self, pattern: Pattern, query: torch.Tensor, key: torch.Tensor, math: PanelMath) -> None:
+        self.pattern, self.math, self.like = pattern, math, query
+        self.lo, self.hi = (x.cpu() for x in torch.broadcast_tensors(*pattern.bounds()))
+        self.batch, self.queries, self.heads, _ = query.shape
+        self.keys, self.key_heads = key.shape[1:3]
+        self._visibility = lru_cache(maxsize=16)(self._make_visibility)
 
-    together = per_key_head == 1 and _all_equal(lo, hi)
-    for rows in [slice(0, batch)] if together else [slice(b, b + 1) for b in range(batch)]:
-        own = slice(0, 1) if lo.shape[0] == 1 else rows
-        if _all_equal(lo[own], hi[own]):
-            yield group(rows, slice(0, heads))
-            continue
-        for first in range(0, heads, per_key_head):
-            some = slice(first, first + per_key_head)
-            if _all_equal(lo[own, some], hi[own, some]):
-                yield group(rows, some)
-            else:
-                yield from (group(rows, slice(h, h + 1)) for h in range(some.start, some.stop))
+    def groups(self) -> Iterator[_Group]:
+        """Split batch rows and heads into groups with equal bounds, as large as the views allow."""
+        lo, hi, per_key_head = self.lo, self.hi, self.heads // self.key_heads
+        together = per_key_head == 1 and _all_equal(lo, hi)
+        for rows in [slice(0, self.batch)] if together else [slice(b, b + 1) for b in range(self.batch)]:
+            own = slice(0, 1) if lo.shape[0] == 1 else rows
+            if _all_equal(lo[own], hi[own]):
+                yield self._group(rows, slice(0, self.heads))
+                continue
+            for first in range(0, self.heads, per_key_head):
+                some = slice(first, first + per_key_head)
+                if _all_equal(lo[own, some], hi[own, some]):
+                    yield self._group(rows, some)
+                else:
+                    yield from (self._group(rows, slice(h, h + 1)) for h in range(some.start, some.stop))
 
+    def _group(self, rows: slice, heads: slice) -> _Group:
+        row, head = min(rows.start, self.lo.shape[0] - 1), min(heads.start, self.lo.shape[1] - 1)
+        per_key_head = self.heads // self.key_heads
+        read = slice(heads.start // per_key_head, -(-heads.stop // per_key_head))
+        return _Group(self.lo[row, head], self.hi[row, head], rows, heads, read)
 
-def _turns(group: _Group, math: PanelMath, x: torch.Tensor) -> Iterator[tuple[Tile, int]]:
-    """Tiles of a group, and which of X to take: repetitions go through a panel together, for one of X at a time."""
-    for tile in plan_tiles(group.lo, group.hi, math.sizes_for(x.shape[0] * x.shape[1])):
-        for turn in range(1 if tile.repeats == 1 else x.shape[0]):
-            yield tile, turn
+    def turns(self, group: _Group) -> Iterator[tuple[Tile, int]]:
+        """Tiles of a group, and which of X to take: repetitions go through a panel together, one of X at a time."""
+        outer = _length(group.key_heads if group.grouped() else group.batch)
+        for tile in self._tiles(group, _length(group.batch) * _length(group.heads)):
+            for turn in range(1 if tile.repeats == 1 else outer):
+                yield tile, turn
+
+    def _tiles(self, group: _Group, heads: int) -> Iterator[Tile]:
+        sizes = self.math.sizes_for(heads)
+        if self.pattern.alibi_slopes is not None:
+            # Every panel needs its own bias, so none may be large.
+            sizes = replace(sizes, whole_rows=None, full_keys=sizes.masked_keys)
+        if self.pattern.blocks is None:
+            return plan_tiles(group.lo, group.hi, sizes)
+        return plan_blocks(group.lo, group.hi, sizes, self.pattern.blocks, self.keys)
+
+    def mask(
+        self, group: _Group, tile: Tile, panel: Panel, turn: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What to add to a panel's scores [rows, keys] or [X, Y, rows, keys], and which rows [rows] see nothing.
+
+        None stands for nothing to add and for no such row.
+        """
+        hidden, empty = None, None
+        if panel.kind == "masked":
+            hidden, empty = self._visibility(group.bounds(tile.rows, panel.keys), _length(panel.keys))
+        if self.pattern.alibi_slopes is None:
+            return hidden, empty
+        bias = self._alibi(group, tile, panel, turn)
+        return bias if hidden is None else bias.add_(hidden), empty
+
+    def _make_visibility(self, bounds: tuple[int, ...], keys: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """0 or -inf for each row and key; regular bounds need the same few over and over, so the latest are kept."""
+        device = self.like.device
+        column = torch.arange(keys, device=device)
+        first, end = torch.tensor(bounds, device=device).view(2, -1, 1)
+        hidden = (column < first).logical_or_(column >= end)
+        empty = (first >= end).squeeze(-1)
+        return self.like.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf), empty if empty.any() else None
+
+    def _alibi(self, group: _Group, tile: Tile, panel: Panel, turn: int) -> torch.Tensor:
+        slopes, row, column = self._alibi_rows
+        slope, row = (_rows(group.query_rows(x), tile, turn).unsqueeze(-1) for x in (slopes, row))
+        column = group.key_rows(column).expand(-1, row.shape[1] if tile.repeats == 1 else -1, -1, -1)
+        return (_keys(column, tile, panel.keys, turn).mT - row).mul_(slope)
+
+    @cached_property
+    def _alibi_rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Slope and position of each row [B, Tq, Hq], and the position of each key [B, Tk, Hkv, 1]."""
+        pattern, like = self.pattern, self.like
+        assert pattern.alibi_slopes is not None
+        row, column = (torch.arange(n, device=like.device)[None, None] for n in (self.queries, self.keys))
+        row = (row if pattern.query_rows is None else pattern.query_rows) + (self.keys - self.queries)
+        column = column if pattern.key_rows is None else pattern.key_rows
+        row, column = (x.to(like.dtype).transpose(1, 2) for x in (row, column))
+        rows = self.batch, self.queries, self.heads
+        column = column.expand(self.batch, self.keys, self.key_heads).unsqueeze(-1)
+        return pattern.alibi_slopes.to(like.dtype).expand(rows), row.expand(rows), column
 
 
 def _rows(x: torch.Tensor, tile: Tile, turn: int) -> torch.Tensor:
@@ -196,29 +266,6 @@ def _keys(x: torch.Tensor, tile: Tile, keys: slice, turn: int) -> torch.Tensor:
     height = _length(tile.rows)
     every = slice(keys.start, keys.stop + height * (tile.repeats - 1))
     return x[turn, :, every].unfold(1, _length(keys), height).transpose(2, 3)
-
-
-def _mask_maker(like: torch.Tensor) -> Callable[..., tuple[torch.Tensor | None, torch.Tensor | None]]:
-    """Return a function of a group, rows and a panel: what to add to the scores [rows, keys], which rows see nothing.
-
-    None stands for nothing to add and for no such row. Regular bounds (diagonals, windows, segments of any length)
-    need the same few masks over and over, so the latest are kept.
-    """
-
-    @lru_cache(maxsize=16)
-    def make(bounds: tuple[int, ...], keys: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        column = torch.arange(keys, device=like.device)
-        first, end = torch.tensor(bounds, device=like.device).view(2, -1, 1)
-        hidden = (column < first).logical_or_(column >= end)
-        empty = (first >= end).squeeze(-1)
-        return like.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf), empty if empty.any() else None
-
-    def mask(group: _Group, rows: slice, panel: Panel) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        if panel.kind != "masked":
-            return None, None
-        return make(group.bounds(rows, panel.keys), _length(panel.keys))
-
-    return mask
 
 
 def _add_to_keys(total: torch.Tensor, part: torch.Tensor, tile: Tile, keys: slice, turn: int) -> None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from longmix_kernels.attention.pattern import Pattern
+
 KERNELS = ("forward", "grad_query", "grad_key_value")
 ARCHITECTURES = (80, 90, 100)
 """Compute capabilities, times ten, that the table has entries for. Others use the newest that is not newer."""
@@ -143,12 +145,10 @@ class Call:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        lo: torch.Tensor | None,
-        hi: torch.Tensor | None,
+        pattern: Pattern,
         scale: float,
-        causal: bool,
-        window: int | None,
     ) -> None:
+        lo, hi, window = pattern.lo, pattern.hi, pattern.window
         self.query, self.key, self.value = unit_stride(query), unit_stride(key), unit_stride(value)
         self.lo, self.hi = (None if x is None else unit_stride(x) for x in (lo, hi))
         self.batch, self.queries, self.heads, self.dim = query.shape
@@ -161,7 +161,7 @@ class Call:
             self.mode = "bounds"
         elif lo is not None:
             self.mode = "documents"
-        elif causal:
+        elif pattern.causal:
             self.mode = "causal" if window is None else "window"
         else:
             self.mode = "full"

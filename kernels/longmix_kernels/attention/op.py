@@ -1,20 +1,20 @@
-"""The public attention function: argument checks, row bounds, and the operators that carry it through autograd."""
+"""The public attention function, and the operators that carry it through autograd and torch.compile."""
 
 from collections.abc import Callable
 from typing import Literal, overload
 
 import torch
+from torch.nn import functional as F
 
+from longmix_kernels.attention import checks
 from longmix_kernels.attention.blocked import blocked_backward, blocked_forward
 from longmix_kernels.attention.bounds import check_row_bounds, row_bounds
+from longmix_kernels.attention.pattern import SCHEMA, BlockList, Pattern
 from longmix_kernels.attention.reference import attention_reference
 from longmix_kernels.runtime import check_triton_device, choose_backend
 
 BACKENDS = ("reference", "blocked", "triton")
 """The implementations `attention` offers."""
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_TRITON_MAX_DIM = 256
 
 
 @overload
@@ -28,6 +28,10 @@ def attention(
     document_ids: torch.Tensor | None = ...,
     lo: torch.Tensor | None = ...,
     hi: torch.Tensor | None = ...,
+    query_rows: torch.Tensor | None = ...,
+    key_rows: torch.Tensor | None = ...,
+    alibi_slopes: torch.Tensor | None = ...,
+    blocks: BlockList | None = ...,
     scale: float | None = ...,
     return_logsumexp: Literal[False] = ...,
     backend: str | None = ...,
@@ -45,6 +49,10 @@ def attention(
     document_ids: torch.Tensor | None = ...,
     lo: torch.Tensor | None = ...,
     hi: torch.Tensor | None = ...,
+    query_rows: torch.Tensor | None = ...,
+    key_rows: torch.Tensor | None = ...,
+    alibi_slopes: torch.Tensor | None = ...,
+    blocks: BlockList | None = ...,
     scale: float | None = ...,
     return_logsumexp: Literal[True],
     backend: str | None = ...,
@@ -61,6 +69,10 @@ def attention(
     document_ids: torch.Tensor | None = None,
     lo: torch.Tensor | None = None,
     hi: torch.Tensor | None = None,
+    query_rows: torch.Tensor | None = None,
+    key_rows: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    blocks: BlockList | None = None,
     scale: float | None = None,
     return_logsumexp: bool = False,
     backend: str | None = None,
@@ -78,9 +90,15 @@ def attention(
         causal: a row sees no key after its own position; otherwise it sees all keys of its document.
         window: number of keys a row sees at most, its own position included; needs `causal`.
         document_ids: int32 or int64 [B, Tk], non-decreasing along Tk; rows see the keys of their own document only.
-        lo: int32 [B or 1, Hq or 1, Tq], first key row that a query row sees; non-decreasing along Tq. Together with
-            `hi` it replaces `causal`, `window` and `document_ids`.
-        hi: as `lo`, one past the last key row seen.
+        lo: int32 [B or 1, Hq or 1, Tq], first key row that a query row sees; non-decreasing along Tq. Replaces
+            `window` and `document_ids`.
+        hi: as `lo`, one past the last key row seen. Replaces `causal`; comes with `lo`.
+        query_rows: int32 [B or 1, Hq or 1, Tq], a permutation of each head's rows: row i of `lo` and `hi` is about row
+            `query_rows[..., i]` of query, output and logsumexp. Comes with `lo`. Sorted rows need no sorted copies.
+        key_rows: int32 [B or 1, Hkv or 1, Tk], the same for key and value.
+        alibi_slopes: float32 [Hq]; adds slope * (key position - query position), at most 0, to the scores; positions
+            count rows before permutation. Not differentiable in the slopes.
+        blocks: of the keys above, a row sees those in the listed blocks only; not together with `lo`, `hi` and rows.
         scale: factor on the scores, D ** -0.5 by default.
         return_logsumexp: return the logsumexp of each row's scores too (natural logarithm).
         backend: "reference" (the definition, memory Tq * Tk), "blocked" (tiles, memory linear in Tq + Tk) or "triton"
@@ -93,103 +111,85 @@ def attention(
 
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value, or excludes another. The order of `lo`, `hi`
-            and `document_ids` is read on the CPU only.
+            and `document_ids`, and whether rows are permutations, is read on the CPU only.
     """
-    _check_inputs(query, key, value)
-    queries, keys = query.shape[1], key.shape[1]
-    uncovered = _triton_limits(query, value)
+    checks.check_inputs(query, key, value)
+    checks.check_rows(query, key, lo=lo, hi=hi, query_rows=query_rows, key_rows=key_rows)
+    if alibi_slopes is not None:
+        checks.check_slopes(query, alibi_slopes, causal)
+    given = {"window": window, "document_ids": document_ids, "blocks": blocks, "causal=False": None if causal else 0}
+    _check_company(given, {"lo": lo, "hi": hi, "query_rows": query_rows, "key_rows": key_rows})
+    uncovered = checks.triton_limits(query, value)
     backend = choose_backend(backend, query.device, BACKENDS[:2] if uncovered and backend is None else BACKENDS)
     if backend == "triton":
         if uncovered:
             raise ValueError(f"backend='triton' got {uncovered}")
         check_triton_device(query.device)
-    given = lo is not None or hi is not None
-    if not given:
-        if document_ids is not None:
-            _check_document_ids(key, document_ids)
-        # The Triton kernels read no bounds that have a closed form; what is built for them then is the check alone.
-        device = torch.device("meta") if backend == "triton" and document_ids is None else query.device
-        lo, hi = row_bounds(queries, keys, causal=causal, window=window, document_ids=document_ids, device=device)
-    elif lo is None or hi is None or not causal or window is not None or document_ids is not None:
-        arguments = {
-            "lo": lo,
-            "hi": hi,
-            "window": window,
-            "document_ids": document_ids,
-            "causal=False": None if causal else causal,
-        }
-        names = ", ".join(name for name, x in arguments.items() if x is not None)
-        raise ValueError(f"got {names}; lo and hi come together, and without window, document_ids and causal=False")
-    else:
-        _check_bounds(query, lo, hi)
+    missing = 0
+    if blocks is not None:
+        checks.check_blocks(query, key, blocks)
+        # Row blocks are counted from the first key position on, so the queries must begin where a block does.
+        missing = (key.shape[1] - query.shape[1]) % blocks.size
+        query = F.pad(query, (0, 0, 0, 0, missing, 0))
+    if document_ids is not None:
+        checks.check_document_ids(key, document_ids)
+    closed = backend == "triton"
+    lo, hi = _bounds(query, key, causal, window, document_ids, lo, hi, closed)
+    pattern = Pattern(lo, hi, query_rows, key_rows, alibi_slopes, blocks, causal, window)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if backend == "reference":
         if query.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_row_bounds(lo, hi, keys)
+            _check_values(pattern, key.shape[1])
         with torch.autocast(query.device.type, enabled=False):
-            output, logsumexp = attention_reference(query, key, value, lo, hi, scale)
-    elif backend == "blocked":
-        output, logsumexp = _blocked(query, key, value, lo, hi, scale)
+            output, logsumexp = attention_reference(query, key, value, pattern, scale)
     else:
-        # Packed documents need `lo`, a window included, and `hi` only where it is not the row's own position.
-        read_lo = given or document_ids is not None
-        read_hi = given or (document_ids is not None and not causal)
-        output, logsumexp = _triton(
-            query, key, value, lo if read_lo else None, hi if read_hi else None, scale, causal, window
-        )
+        run = _triton if backend == "triton" else _blocked
+        output, logsumexp = run(query, key, value, *pattern.flat(), scale)
+    if missing:
+        output, logsumexp = output[:, missing:], logsumexp[:, missing:]
     return (output, logsumexp) if return_logsumexp else output
 
 
-def _check_inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-    for name, x, axes in (
-        ("query", query, "[B, Tq, Hq, D]"),
-        ("key", key, "[B, Tk, Hkv, D]"),
-        ("value", value, "[B, Tk, Hkv, Dv]"),
-    ):
-        if x.dim() != 4 or 0 in x.shape:
-            raise ValueError(f"{name} has shape {list(x.shape)}; allowed is {axes} with every size at least 1")
-        if x.dtype not in _DTYPES or x.dtype != query.dtype:
-            allowed = query.dtype if query.dtype in _DTYPES else ", ".join(map(str, _DTYPES))
-            raise ValueError(f"{name} has dtype {x.dtype}; allowed is {allowed}")
-        if x.device != query.device:
-            raise ValueError(f"{name} is on {x.device}; allowed is {query.device}, where query is")
-    batch, _, query_heads, head_dim = query.shape
-    keys, key_heads = key.shape[1:3]
-    if key.shape[0] != batch or key.shape[3] != head_dim:
-        raise ValueError(f"key has shape {list(key.shape)}; allowed is [{batch}, Tk, Hkv, {head_dim}] to match query")
-    if tuple(value.shape[:3]) != (batch, keys, key_heads):
-        raise ValueError(f"value has shape {list(value.shape)}; allowed is [{batch}, {keys}, {key_heads}, Dv] as key")
-    if query_heads % key_heads:
-        raise ValueError(f"key has {key_heads} heads; allowed are the divisors of the {query_heads} heads of query")
+def _check_company(closed: dict[str, object], rows: dict[str, object]) -> None:
+    """Refuse explicit rows together with what describes them otherwise, and without `lo`."""
+    described, given = ([name for name, x in group.items() if x is not None] for group in (closed, rows))
+    if given and (described or "lo" not in given):
+        names = ", ".join([*given, *described])
+        raise ValueError(f"got {names}; hi, query_rows and key_rows come with lo, and without {', '.join(closed)}")
 
 
-def _check_document_ids(key: torch.Tensor, document_ids: torch.Tensor) -> None:
-    if document_ids.shape != key.shape[:2]:
-        raise ValueError(f"document_ids has shape {list(document_ids.shape)}; allowed is {list(key.shape[:2])}")
-    if document_ids.device != key.device:
-        raise ValueError(f"document_ids is on {document_ids.device}; allowed is {key.device}, where key is")
+def _bounds(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    causal: bool,
+    window: int | None,
+    document_ids: torch.Tensor | None,
+    lo: torch.Tensor | None,
+    hi: torch.Tensor | None,
+    closed: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The bounds; with `closed` None for those that have a closed form, after the same checks."""
+    queries, keys = query.shape[1], key.shape[1]
+    if lo is not None and (hi is not None or closed):
+        return lo, hi
+    if closed and document_ids is None:
+        row_bounds(queries, keys, causal=causal, window=window, device="meta")
+        return None, None
+    first, end = row_bounds(
+        queries, keys, causal=causal, window=window, document_ids=document_ids, device=query.device
+    )
+    if lo is not None:
+        return lo, end
+    # Packed documents need `lo`, a window included, and `hi` only where it is not the row's own position.
+    return first, None if closed and causal else end
 
 
-def _check_bounds(query: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor) -> None:
-    batch, queries, heads, _ = query.shape
-    for name, x in (("lo", lo), ("hi", hi)):
-        if x.dim() != 3 or x.shape[0] not in (1, batch) or x.shape[1] not in (1, heads) or x.shape[2] != queries:
-            allowed = f"[{batch} or 1, {heads} or 1, {queries}]"
-            raise ValueError(f"{name} has shape {list(x.shape)}; allowed is {allowed}, batch, query heads, queries")
-        if x.dtype != torch.int32:
-            raise ValueError(f"{name} has dtype {x.dtype}; allowed is torch.int32")
-        if x.device != query.device:
-            raise ValueError(f"{name} is on {x.device}; allowed is {query.device}, where query is")
-
-
-def _triton_limits(query: torch.Tensor, value: torch.Tensor) -> str | None:
-    """Say what of a call the Triton kernels do not cover; None if nothing."""
-    if query.dtype == torch.float64:
-        return "query of dtype torch.float64; allowed are torch.float16, torch.bfloat16 and torch.float32"
-    for name, x in (("query", query), ("value", value)):
-        if x.shape[3] > _TRITON_MAX_DIM:
-            return f"{name} with head dimension {x.shape[3]}; allowed are 1 to {_TRITON_MAX_DIM}"
-    return None
+def _check_values(pattern: Pattern, keys: int) -> None:
+    """Check the values of bounds and rows, which are on the CPU."""
+    if pattern.lo is not None and pattern.hi is not None:
+        check_row_bounds(pattern.lo, pattern.hi, keys)
+    checks.check_permutation("query_rows", pattern.query_rows)
+    checks.check_permutation("key_rows", pattern.key_rows)
 
 
 def _differentiable(
@@ -199,75 +199,61 @@ def _differentiable(
 ) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """Register a forward and its backward as torch operators, so that autograd and torch.compile see two nodes.
 
-    Bounds that are None follow from `causal` and `window`, which are not read where the bounds are given.
+    Both are called with a pattern where the operators have its parts.
     """
+    operator, inputs = f"longmix::attention_{name}", f"Tensor query, Tensor key, Tensor value, {SCHEMA}, float scale"
 
-    @torch.library.custom_op(f"longmix::attention_{name}", mutates_args=())
-    def run(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        lo: torch.Tensor | None,
-        hi: torch.Tensor | None,
-        scale: float,
-        causal: bool = True,
-        window: int | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if lo is not None and hi is not None and lo.device.type == "cpu":
-            check_row_bounds(lo, hi, key.shape[1])
+    def run_pattern(query, key, value, *rest):
+        *flat, scale = rest
+        pattern = Pattern.of(flat)
+        if query.device.type == "cpu":
+            _check_values(pattern, key.shape[1])
         with torch.autocast(query.device.type, enabled=False):
-            return forward(query, key, value, lo, hi, scale, causal, window)
+            return forward(query, key, value, pattern, scale)
 
-    @torch.library.custom_op(f"longmix::attention_{name}_backward", mutates_args=())
-    def run_backward(
-        grad_output: torch.Tensor,
-        grad_logsumexp: torch.Tensor | None,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        lo: torch.Tensor | None,
-        hi: torch.Tensor | None,
-        output: torch.Tensor,
-        logsumexp: torch.Tensor,
-        scale: float,
-        causal: bool = True,
-        window: int | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        inputs = query, key, value, lo, hi, output, logsumexp
+    def run_pattern_backward(grad_output, grad_logsumexp, output, logsumexp, query, key, value, *rest):
+        *flat, scale = rest
+        grads = grad_output, grad_logsumexp
         with torch.autocast(query.device.type, enabled=False):
-            return backward(grad_output, grad_logsumexp, *inputs, scale, causal, window)
+            return backward(*grads, query, key, value, Pattern.of(flat), output, logsumexp, scale)
+
+    run = torch.library.custom_op(operator, run_pattern, mutates_args=(), schema=f"({inputs}) -> (Tensor, Tensor)")
+    results = "Tensor grad_output, Tensor? grad_logsumexp, Tensor output, Tensor logsumexp"
+    run_backward = torch.library.custom_op(
+        f"{operator}_backward",
+        run_pattern_backward,
+        mutates_args=(),
+        schema=f"({results}, {inputs}) -> (Tensor, Tensor, Tensor)",
+    )
 
     @run.register_fake
-    def _(query, key, value, lo, hi, scale, causal=True, window=None):
+    def _(query, key, value, *rest):
         exact = torch.promote_types(query.dtype, torch.float32)
         output = query.new_empty(*query.shape[:3], value.shape[3])
         return output, query.new_empty(query.shape[:3], dtype=exact)
 
     @run_backward.register_fake
-    def _(grad_output, grad_logsumexp, query, key, value, lo, hi, output, logsumexp, scale, causal=True, window=None):
+    def _(grad_output, grad_logsumexp, output, logsumexp, query, key, value, *rest):
         return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
     def save(ctx, inputs, output):
-        *tensors, ctx.scale, ctx.causal, ctx.window = inputs
-        ctx.save_for_backward(*tensors, *output)
+        ctx.inputs = [None if isinstance(x, torch.Tensor) else x for x in inputs]
+        ctx.tensors = [index for index, x in enumerate(inputs) if isinstance(x, torch.Tensor)]
+        ctx.save_for_backward(*output, *(inputs[index] for index in ctx.tensors))
         ctx.set_materialize_grads(False)
 
     def differentiate(ctx, grad_output, grad_logsumexp):
+        output, logsumexp, *tensors = ctx.saved_tensors
+        inputs = list(ctx.inputs)
+        for index, x in zip(ctx.tensors, tensors, strict=True):
+            inputs[index] = x
         if grad_output is None:
-            grad_output = torch.zeros_like(ctx.saved_tensors[5])
-        grads = run_backward(grad_output, grad_logsumexp, *ctx.saved_tensors, ctx.scale, ctx.causal, ctx.window)
-        return *grads, None, None, None, None, None
+            grad_output = torch.zeros_like(output)
+        grads = run_backward(grad_output, grad_logsumexp, output, logsumexp, *inputs)
+        return *grads, *(None for _ in inputs[3:])
 
     run.register_autograd(differentiate, setup_context=save)
     return run
-
-
-def _blocked_forward(query, key, value, lo, hi, scale, causal, window):
-    return blocked_forward(query, key, value, lo, hi, scale)
-
-
-def _blocked_backward(grad_output, grad_logsumexp, query, key, value, lo, hi, output, logsumexp, scale, causal, window):
-    return blocked_backward(grad_output, grad_logsumexp, query, key, value, lo, hi, output, logsumexp, scale)
 
 
 def _triton_forward(*arguments):
@@ -282,5 +268,5 @@ def _triton_backward(*arguments):
     return triton_backward(*arguments)
 
 
-_blocked = _differentiable("blocked", _blocked_forward, _blocked_backward)
+_blocked = _differentiable("blocked", blocked_forward, blocked_backward)
 _triton = _differentiable("triton", _triton_forward, _triton_backward)

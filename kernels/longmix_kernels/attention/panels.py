@@ -65,7 +65,9 @@ def _flash_backward(
         grad_output, query, output = (x[0].unflatten(1, (fold, -1)) for x in (grad_output, query, output))
         logsumexp = logsumexp[0].unflatten(1, (fold, -1))
         key, value = (x.transpose(0, 1).expand(-1, fold, -1, -1) for x in (key, value))
-        mask = None if mask is None else mask.unflatten(0, (1, fold, -1))
+        if mask is not None:
+            mask = (mask if mask.dim() == 2 else mask[0]).unflatten(-2, (fold, -1))
+            mask = mask if mask.dim() == 4 else mask[None]
     grad_query, grad_key, grad_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad_output, query, key, value, output, logsumexp, 0.0, causal, attn_mask=mask, scale=scale
     )

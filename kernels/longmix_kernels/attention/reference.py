@@ -10,18 +10,26 @@ For query row i of a head, with S_i = {j : lo_i <= j < hi_i} the keys it sees,
 gradient anywhere. With fewer key heads than query heads (Ainslie et al. 2023), query head h reads key head
 h // (Hq / Hkv).
 
+Options restrict S_i further or change s_ij:
+
+    rows    row i of the bounds is row query_rows[i] of q, o and L, and key j is row key_rows[j] of k and v
+    blocks  j is in S_i only if the list of i's block has j's block
+    ALiBi   s_ij += slope * (p_j - p_i), p being positions before permutation (Press et al. 2022, arXiv 2108.12409)
+
 Memory grows with Tq * Tk: this file says what is right, `blocked.py` computes it.
 """
 
 import torch
+
+from longmix_kernels.attention.pattern import BlockList, Pattern
+from longmix_kernels.attention.permutation import put_rows, take_rows
 
 
 def attention_reference(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    lo: torch.Tensor,
-    hi: torch.Tensor,
+    pattern: Pattern,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute attention from its definition.
@@ -30,14 +38,16 @@ def attention_reference(
         query: [B, Tq, Hq, D].
         key: [B, Tk, Hkv, D].
         value: [B, Tk, Hkv, Dv].
-        lo: int32 [B or 1, Hq or 1, Tq], first key row that a query row sees.
-        hi: as `lo`, one past the last key row.
+        pattern: the bounds, which must be there, and the options.
         scale: factor on the scores.
 
     Returns:
         The output [B, Tq, Hq, Dv] in the dtype of `query` and the logsumexp [B, Tq, Hq], float64 for float64 inputs
         and float32 otherwise. Half-precision inputs are computed in float32.
     """
+    lo, hi = pattern.bounds()
+    query = take_rows(query, pattern.query_rows)
+    key, value = (take_rows(x, pattern.key_rows) for x in (key, value))
     batch, queries, query_heads, _ = query.shape
     keys, key_heads = key.shape[1:3]
     group = query_heads // key_heads
@@ -47,10 +57,14 @@ def attention_reference(
 
     position = torch.arange(keys, device=query.device)
     visible = (lo[..., None] <= position) & (position < hi[..., None])
+    if pattern.blocks is not None:
+        visible = visible & _listed(pattern.blocks, queries, keys)
     visible = visible.expand(batch, query_heads, queries, keys).unflatten(1, (key_heads, group))
     empty = ~visible.any(-1, keepdim=True)
 
     scores = scale * torch.einsum("bihgd,bjhd->bhgij", q, k)
+    if pattern.alibi_slopes is not None:
+        scores = scores + _alibi(pattern, batch, query_heads, group, queries, keys).to(exact)
     scores = scores.masked_fill(~visible, -torch.inf)
     highest = scores.detach().amax(-1, keepdim=True).masked_fill(empty, 0.0)
     weights = torch.exp(scores - highest)
@@ -59,4 +73,24 @@ def attention_reference(
     logsumexp = (highest + total.log()).masked_fill(empty, -torch.inf)
 
     logsumexp = logsumexp.squeeze(-1).flatten(1, 2).transpose(1, 2).contiguous()
-    return output.flatten(2, 3).to(query.dtype), logsumexp
+    output = output.flatten(2, 3).to(query.dtype)
+    return put_rows(output, pattern.query_rows), put_rows(logsumexp, pattern.query_rows)
+
+
+def _listed(blocks: BlockList, queries: int, keys: int) -> torch.Tensor:
+    """bool [Tq, Tk]: whether the list of a row's block has a key's block."""
+    block = torch.arange(keys, device=blocks.row_blocks.device) // blocks.size
+    return blocks.mask()[block[keys - queries :, None], block]
+
+
+def _alibi(pattern: Pattern, batch: int, heads: int, group: int, queries: int, keys: int) -> torch.Tensor:
+    """What is added to the scores, [B, Hkv, group, Tq, Tk]."""
+    slopes = pattern.alibi_slopes
+    assert slopes is not None
+    row, column = torch.arange(queries, device=slopes.device), torch.arange(keys, device=slopes.device)
+    row = row if pattern.query_rows is None else pattern.query_rows
+    column = column if pattern.key_rows is None else pattern.key_rows
+    position = (row + (keys - queries)).expand(batch, heads, queries).unflatten(1, (-1, group))
+    column = column.expand(batch, heads // group, keys)
+    distance = column[:, :, None, None, :] - position[..., None]
+    return slopes.view(-1, group, 1, 1) * distance

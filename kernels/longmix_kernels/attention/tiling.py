@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from longmix_kernels.attention.pattern import BlockList
+
 
 class Panel(NamedTuple):
     """The scores of a tile's rows against a run of keys."""
@@ -86,6 +88,45 @@ def plan_tiles(lo: torch.Tensor, hi: torch.Tensor, sizes: TileSizes) -> Iterator
             if seen.start < seen.stop:
                 yield Tile(rows, _panels(seen, shared, grows and whole, sizes), repeats)
             row += height * repeats
+
+
+def plan_blocks(
+    lo: torch.Tensor, hi: torch.Tensor, sizes: TileSizes, blocks: BlockList, keys: int
+) -> Iterator[Tile]:
+    """Yield a tile for each block of rows: of the keys that its rows see, only those in listed blocks.
+
+    Args:
+        lo, hi, sizes: as in `plan_tiles`.
+        blocks: the lists; `keys - Tq` is a multiple of their size.
+        keys: number of keys, Tk.
+    """
+    offsets, listed = blocks.row_offsets.tolist(), blocks.row_blocks.tolist()
+    first_key, end_key = lo.tolist(), hi.tolist()
+    for row in range(0, lo.shape[0], blocks.size):
+        rows = slice(row, min(row + blocks.size, lo.shape[0]))
+        block = (row + keys - lo.shape[0]) // blocks.size
+        seen = slice(first_key[row], end_key[rows.stop - 1])
+        shared = slice(first_key[rows.stop - 1], end_key[row])
+        panels = [
+            panel
+            for run in _runs(listed[offsets[block] : offsets[block + 1]], blocks.size)
+            for panel in _panels(_common(run, seen), _common(run, shared), False, sizes)
+        ]
+        if panels:
+            yield Tile(rows, panels)
+
+
+def _runs(listed: list[int], size: int) -> Iterator[slice]:
+    """The keys of ascending blocks, adjacent ones together."""
+    start = 0
+    for index, block in enumerate(listed):
+        if index + 1 == len(listed) or listed[index + 1] != block + 1:
+            yield slice(listed[start] * size, (block + 1) * size)
+            start = index + 1
+
+
+def _common(a: slice, b: slice) -> slice:
+    return slice(max(a.start, b.start), min(a.stop, b.stop))
 
 
 def _row_blocks(lo: torch.Tensor, rows: int) -> Iterator[tuple[int, int]]:

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from longmix_kernels.attention.bounds import key_bounds
 from longmix_kernels.attention.launch import Call, launch_config, on_device, unit_stride
+from longmix_kernels.attention.pattern import Pattern
 from longmix_kernels.attention.triton_tiles import (
     cover,
     keys_of_rows,
@@ -306,23 +307,20 @@ def triton_backward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    lo: torch.Tensor | None,
-    hi: torch.Tensor | None,
+    pattern: Pattern,
     output: torch.Tensor,
     logsumexp: torch.Tensor,
     scale: float,
-    causal: bool,
-    window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of query, key and value, in their shapes and dtypes.
 
     Args:
         grad_output: [B, Tq, Hq, Dv].
         grad_logsumexp: [B, Tq, Hq], or None for zero; what it holds for rows that see nothing is not looked at.
-        query, key, value, lo, hi, scale, causal, window: as in the forward.
+        query, key, value, pattern, scale: as in the forward.
         output, logsumexp: what it returned.
     """
-    call = Call(query, key, value, lo, hi, scale, causal, window)
+    call = Call(query, key, value, pattern, scale)
     grads = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
     grad_output = unit_stride(grad_output.to(call.query.dtype))
     if grad_logsumexp is not None:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from longmix_kernels.attention.launch import Call, launch_config, on_device
+from longmix_kernels.attention.pattern import Pattern
 from longmix_kernels.attention.triton_tiles import (
     cover,
     keys_of_rows,
@@ -153,22 +154,16 @@ def triton_forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    lo: torch.Tensor | None,
-    hi: torch.Tensor | None,
+    pattern: Pattern,
     scale: float,
-    causal: bool,
-    window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute attention, as `attention_reference` does; bounds that have a closed form may be None.
 
     Args:
         query, key, value, scale: as in `attention_reference`; head dimensions up to 256, no float64.
-        lo: as in `attention_reference`; None stands for no bound but `window`.
-        hi: as in `attention_reference`; None stands for the row's own position (`causal`) or all keys.
-        causal: read where `hi` is None.
-        window: read where `lo` and `hi` are None and `causal` is set.
+        pattern: its bounds may be None where they have a closed form.
     """
-    call = Call(query, key, value, lo, hi, scale, causal, window)
+    call = Call(query, key, value, pattern, scale)
     output = query.new_empty(*query.shape[:3], value.shape[3])
     logsumexp = query.new_empty(query.shape[:3], dtype=torch.float32)
     config = launch_config("forward", call)

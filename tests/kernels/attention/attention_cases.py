@@ -5,7 +5,15 @@ from dataclasses import dataclass
 
 import torch
 
+from longmix_kernels.attention import (
+    BlockList,
+    block_list,
+    butterfly_blocks,
+    sink_and_local_blocks,
+    stripe_blocks,
+)
 from longmix_kernels.attention.bounds import row_bounds
+from longmix_kernels.attention.pattern import Pattern
 from longmix_kernels.attention.panels import FLASH, MATMUL, PanelMath
 from longmix_kernels.attention.tiling import TileSizes
 
@@ -38,11 +46,13 @@ class Case:
     key_heads: int = 2
     dim: int = 16
     value_dim: int | None = None
+    extras: Callable[["Case"], dict[str, object]] = lambda case: {}
+    """What its pattern has besides bounds."""
     spread: float | None = None
     """Standard deviation of the entries of query and key, then whole numbers and not scaled down."""
 
-    def inputs(self, dtype: torch.dtype, seed: int = 0) -> tuple[list[torch.Tensor], Bounds, float]:
-        """Query, key and value (with gradients wanted), the bounds, and the scale."""
+    def inputs(self, dtype: torch.dtype, seed: int = 0) -> tuple[list[torch.Tensor], Pattern, float]:
+        """Query, key and value (with gradients wanted), the pattern, and the scale."""
         generator = torch.Generator().manual_seed(seed)
         keys = self.keys or self.queries
         query = torch.randn(self.batch, self.queries, self.heads, self.dim, generator=generator, dtype=torch.float64)
@@ -55,7 +65,7 @@ class Case:
             # Whole numbers make every score exact in every dtype: what is tested is the softmax, not the matmul.
             query, key, scale = (self.spread * query).round(), (self.spread * key).round(), 1.0
         tensors = [x.to(dtype).requires_grad_() for x in (query, key, value)]
-        return tensors, self.bounds(self), scale
+        return tensors, Pattern(*self.bounds(self), **self.extras(self)), scale
 
 
 def assert_close(result: torch.Tensor, expected: torch.Tensor, tolerance: float, name: str) -> None:
@@ -124,6 +134,37 @@ def ragged(per_head: bool = True, sparse: bool = False) -> Callable[[Case], Boun
     return bounds
 
 
+def permuted(case: Case) -> dict[str, object]:
+    """Rows in a random order, different for every batch row and head."""
+    generator = torch.Generator().manual_seed(4)
+    sizes = (case.heads, case.queries), (case.key_heads, case.keys or case.queries)
+    rows = [torch.rand(case.batch, *size, generator=generator).argsort(-1).int() for size in sizes]
+    return {"query_rows": rows[0], "key_rows": rows[1]}
+
+
+def alibi(case: Case) -> dict[str, object]:
+    """ALiBi's slopes: a geometric sequence over the heads."""
+    return {"alibi_slopes": 2.0 ** -torch.arange(1, case.heads + 1, dtype=torch.float32)}
+
+
+def together(*extras: Callable[[Case], dict[str, object]]) -> Callable[[Case], dict[str, object]]:
+    """Several extras at once."""
+    return lambda case: {name: x for extra in extras for name, x in extra(case).items()}
+
+
+def in_blocks(make: Callable[..., object], **options: int) -> Callable[[Case], dict[str, object]]:
+    """A list of blocks of 16, by its builder."""
+    return lambda case: {"blocks": make(case.keys or case.queries, 16, **options)}
+
+
+def random_blocks(length: int, size: int) -> BlockList:
+    """Blocks at random; the first row block sees none."""
+    blocks = -(-length // size)
+    mask = torch.rand(blocks, blocks, generator=torch.Generator().manual_seed(5)) < 0.4
+    mask[0] = False
+    return block_list(mask, size)
+
+
 def ragged_end(case: Case) -> Bounds:
     """Every row begins at the first key; where it ends differs between heads."""
     _, hi = ragged()(case)
@@ -177,6 +218,23 @@ CASES = [
     Case("ragged-end-gqa", ragged_end, heads=4),
     Case("ragged-end-one-batch-row", ragged_end, batch=1),
     Case("sliding-start", sliding_start),
+    Case("permuted-buckets-gqa", sorted_buckets(4), heads=4, extras=permuted),
+    Case("permuted-ragged-T257", ragged(), queries=257, heads=4, extras=permuted),
+    Case("permuted-cross-v48", ragged(per_head=False), queries=60, keys=130, value_dim=48, extras=permuted),
+    Case("permuted-one-order-for-all", built(window=20), extras=lambda c: {k: x[:1, :1] for k, x in permuted(c).items()}),
+    Case("permuted-queries", ragged(), extras=lambda c: {"query_rows": permuted(c)["query_rows"]}),
+    Case("permuted-keys-empty-rows", ragged(sparse=True), extras=lambda c: {"key_rows": permuted(c)["key_rows"]}),
+    Case("alibi-gqa-T257", built(), queries=257, heads=4, extras=alibi),
+    Case("alibi-window-T257", built(window=33), queries=257, extras=alibi),
+    Case("alibi-documents", built([13, 40, 3]), heads=4, key_heads=1, extras=alibi),
+    Case("alibi-decode", built(), queries=1, keys=257, extras=alibi),
+    Case("alibi-permuted-ragged-gqa", ragged(), heads=4, extras=together(alibi, permuted)),
+    Case("blocks-sink-local-gqa", built(), heads=4, extras=in_blocks(sink_and_local_blocks, sink=1, local=2)),
+    Case("blocks-stripe-T257", built(), queries=257, extras=in_blocks(stripe_blocks, local=1, stride=3)),
+    Case("blocks-butterfly-T300", built(), queries=300, extras=in_blocks(butterfly_blocks)),
+    Case("blocks-random-full", built(causal=False), queries=130, extras=in_blocks(random_blocks)),
+    Case("blocks-documents-window", built([13, 60, 3], window=50), queries=130, extras=in_blocks(random_blocks)),
+    Case("blocks-chunk-alibi", built(), queries=84, keys=100, extras=together(alibi, in_blocks(butterfly_blocks))),
     Case("nothing-visible", lambda case: (torch.full((1, 1, 100), 7, dtype=torch.int32),) * 2),
 ]
 # exp overflows above 88 in float32 and above 709 in float64; the highest scores here are about 150 and 1000.

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from longmix_kernels.attention.blocked import blocked_backward, blocked_forward
 from longmix_kernels.attention.bounds import row_bounds
 from longmix_kernels.attention.panels import FLASH, MATMUL, PanelMath, _row_folds
+from longmix_kernels.attention.pattern import Pattern
 from longmix_kernels.attention.reference import attention_reference
 
 RESULTS = ("output", "logsumexp", "grad_query", "grad_key", "grad_value")
@@ -29,9 +30,9 @@ def incoming(case: Case, through_logsumexp: bool) -> tuple[torch.Tensor, torch.T
 @functools.lru_cache(maxsize=8)
 def expected_results(case: Case, dtype: torch.dtype, through_logsumexp: bool) -> list[torch.Tensor]:
     """The definition in float64, on the inputs as the dtype holds them."""
-    tensors, (lo, hi), scale = case.inputs(dtype)
+    tensors, pattern, scale = case.inputs(dtype)
     tensors = [x.detach().double().requires_grad_() for x in tensors]
-    output, logsumexp = attention_reference(*tensors, lo, hi, scale)
+    output, logsumexp = attention_reference(*tensors, pattern, scale)
     grad_output, grad_logsumexp = incoming(case, through_logsumexp)
     loss = (output * grad_output).sum()
     if grad_logsumexp is not None:
@@ -40,11 +41,11 @@ def expected_results(case: Case, dtype: torch.dtype, through_logsumexp: bool) ->
 
 
 def blocked_results(case: Case, dtype: torch.dtype, math: PanelMath, through_logsumexp: bool) -> list[torch.Tensor]:
-    tensors, (lo, hi), scale = case.inputs(dtype)
+    tensors, pattern, scale = case.inputs(dtype)
     tensors = [x.detach() for x in tensors]
-    output, logsumexp = blocked_forward(*tensors, lo, hi, scale, math)
+    output, logsumexp = blocked_forward(*tensors, pattern, scale, math)
     grad_output, grad_logsumexp = (None if x is None else x.to(dtype) for x in incoming(case, through_logsumexp))
-    grads = blocked_backward(grad_output, grad_logsumexp, *tensors, lo, hi, output, logsumexp, scale, math)
+    grads = blocked_backward(grad_output, grad_logsumexp, *tensors, pattern, output, logsumexp, scale, math)
     return [output, logsumexp, *grads]
 
 
@@ -110,10 +111,10 @@ def test_packed_documents_equal_each_document_alone(math):
     for length in lengths:
         own = slice(start, start + length)
         query, key, value = (x.detach()[:, own] for x in tensors)
-        lo, hi = row_bounds(length, length)
-        output, logsumexp = blocked_forward(query, key, value, lo, hi, scale, math)
+        pattern = Pattern(*row_bounds(length, length))
+        output, logsumexp = blocked_forward(query, key, value, pattern, scale, math)
         grads = blocked_backward(
-            grad_output[:, own], grad_logsumexp[:, own], query, key, value, lo, hi, output, logsumexp, scale, math
+            grad_output[:, own], grad_logsumexp[:, own], query, key, value, pattern, output, logsumexp, scale, math
         )
         for name, alone, together in zip(RESULTS, (output, logsumexp, *grads), packed, strict=True):
             assert_close(together[:, own], alone, TOLERANCE[torch.float64], f"{name} of the document at {start}")
@@ -124,14 +125,14 @@ def test_packed_documents_equal_each_document_alone(math):
 @pytest.mark.parametrize("bounds", [built(), built(window=20), built([100, 50, 61])], ids=["causal", "window", "docs"])
 def test_later_tokens_change_nothing_before_them(bounds, math):
     case = Case("causality", bounds, queries=300, batch=1)
-    tensors, (lo, hi), scale = case.inputs(torch.float32)
+    tensors, pattern, scale = case.inputs(torch.float32)
     query, key, value = (x.detach() for x in tensors)
-    before = blocked_forward(query, key, value, lo, hi, scale, math)
+    before = blocked_forward(query, key, value, pattern, scale, math)
     for token in (1, 120, 299):
         changed = [x.clone() for x in (query, key, value)]
         for x in changed:
             x[:, token:] = 1e6 * torch.randn_like(x[:, token:])
-        after = blocked_forward(*changed, lo, hi, scale, math)
+        after = blocked_forward(*changed, pattern, scale, math)
         for old, new in zip(before, after, strict=True):
             assert torch.equal(old[:, :token], new[:, :token])
             assert not torch.equal(old[:, token], new[:, token])
@@ -140,16 +141,16 @@ def test_later_tokens_change_nothing_before_them(bounds, math):
 @every_math
 def test_rows_that_see_nothing_ignore_the_gradients_they_receive(math):
     case = Case("empty", ragged(sparse=True), batch=1)
-    tensors, (lo, hi), scale = case.inputs(torch.float64)
+    tensors, pattern, scale = case.inputs(torch.float64)
     tensors = [x.detach() for x in tensors]
-    output, logsumexp = blocked_forward(*tensors, lo, hi, scale, math)
+    output, logsumexp = blocked_forward(*tensors, pattern, scale, math)
     grad_output, grad_logsumexp = incoming(case, True)
     empty = logsumexp.isneginf()
     assert empty.any() and not empty.all() and not output[empty].any()
-    wanted = blocked_backward(grad_output, grad_logsumexp, *tensors, lo, hi, output, logsumexp, scale, math)
+    wanted = blocked_backward(grad_output, grad_logsumexp, *tensors, pattern, output, logsumexp, scale, math)
     grad_logsumexp = grad_logsumexp.masked_fill(empty, torch.nan)
     grad_output = grad_output.masked_fill(empty.unsqueeze(-1), 1e30)
-    grads = blocked_backward(grad_output, grad_logsumexp, *tensors, lo, hi, output, logsumexp, scale, math)
+    grads = blocked_backward(grad_output, grad_logsumexp, *tensors, pattern, output, logsumexp, scale, math)
     assert not grads[0][empty].any()
     for grad, want in zip(grads, wanted, strict=True):
         assert torch.equal(grad, want)
@@ -172,10 +173,10 @@ class LargestTensor(TorchDispatchMode):
 def test_no_tensor_grows_with_the_square_of_the_length(options, math):
     for length in (3072, 6144):
         query, key, value = (torch.randn(1, length, 1, 8) for _ in range(3))
-        lo, hi = row_bounds(length, length, **options)
+        pattern = Pattern(*row_bounds(length, length, **options))
         with LargestTensor() as largest:
-            output, logsumexp = blocked_forward(query, key, value, lo, hi, 0.3, math)
-            blocked_backward(output, logsumexp, query, key, value, lo, hi, output, logsumexp, 0.3, math)
+            output, logsumexp = blocked_forward(query, key, value, pattern, 0.3, math)
+            blocked_backward(output, logsumexp, query, key, value, pattern, output, logsumexp, 0.3, math)
         of_a_panel = math.sizes.rows * max(math.sizes.masked_keys, math.sizes.repeated_keys)
         assert 8 * length <= largest.elements <= of_a_panel + 16 * length < length * length // 4
 
@@ -205,11 +206,12 @@ def counted(math: PanelMath) -> tuple[PanelMath, dict[str, int]]:
 )
 def test_work_outside_the_bounds_is_skipped(bounds, waste, math):
     case = Case("work", bounds, queries=2048, batch=1, heads=2)
-    tensors, (lo, hi), scale = case.inputs(torch.float32)
+    tensors, pattern, scale = case.inputs(torch.float32)
     tensors = [x.detach() for x in tensors]
     math, scores = counted(math)
-    output, logsumexp = blocked_forward(*tensors, lo, hi, scale, math)
-    blocked_backward(output, logsumexp, *tensors, lo, hi, output, logsumexp, scale, math)
+    output, logsumexp = blocked_forward(*tensors, pattern, scale, math)
+    blocked_backward(output, logsumexp, *tensors, pattern, output, logsumexp, scale, math)
+    lo, hi = pattern.bounds()
     needed = 2 * int((hi - lo).sum())
     rows = 2 * case.queries
     for computed in scores.values():
@@ -218,7 +220,7 @@ def test_work_outside_the_bounds_is_skipped(bounds, waste, math):
 
 def test_heads_with_equal_bounds_share_their_panels():
     case = Case("shared", lambda case: documents_per_batch_row(case), queries=64, batch=3, heads=4, key_heads=4)
-    (query, key, value), (lo, hi), scale = case.inputs(torch.float32)
+    (query, key, value), pattern, scale = case.inputs(torch.float32)
     tensors = [x.detach() for x in (query, key, value)]
     shapes = []
 
@@ -227,10 +229,11 @@ def test_heads_with_equal_bounds_share_their_panels():
         return FLASH.forward(query, *rest)
 
     spying = FLASH._replace(forward=forward)
-    blocked_forward(*tensors, lo[:1], hi[:1], scale, spying)
+    shared = Pattern(*(x[:1] for x in pattern.bounds()))
+    blocked_forward(*tensors, shared, scale, spying)
     assert shapes == [(3, 4)]
     shapes.clear()
-    blocked_forward(*tensors, lo, hi, scale, spying)
+    blocked_forward(*tensors, pattern, scale, spying)
     assert shapes == [(1, 4)] * 3
 
 

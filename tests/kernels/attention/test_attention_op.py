@@ -162,14 +162,15 @@ def test_compiles_as_one_graph(backend, dynamic):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_operators_are_registered_correctly(name, dtype):
     case = next(case for case in CASES if case.name == name)
-    inputs, (lo, hi), scale = case.inputs(dtype)
-    torch.library.opcheck(torch.ops.longmix.attention_blocked.default, (*inputs, lo, hi, scale))
+    inputs, pattern, scale = case.inputs(dtype)
+    flat = pattern.flat()
+    torch.library.opcheck(torch.ops.longmix.attention_blocked.default, (*inputs, *flat, scale))
     inputs = [x.detach() for x in inputs]
-    output, logsumexp = torch.ops.longmix.attention_blocked(*inputs, lo, hi, scale)
+    output, logsumexp = torch.ops.longmix.attention_blocked(*inputs, *flat, scale)
     for grad_logsumexp in (None, torch.ones_like(logsumexp)):
         torch.library.opcheck(
             torch.ops.longmix.attention_blocked_backward.default,
-            (torch.ones_like(output), grad_logsumexp, *inputs, lo, hi, output, logsumexp, scale),
+            (torch.ones_like(output), grad_logsumexp, output, logsumexp, *inputs, *flat, scale),
         )
 
 
@@ -194,7 +195,7 @@ def bounds(**changed):
         ({}, {"window": 5, "causal": False}, r"window=5 with causal=False; .* needs causal=True"),
         ({}, {"document_ids": ids(50)}, r"document_ids has shape \[2, 50\]; allowed is \[2, 100\]"),
         ({}, {"document_ids": ids()[:1]}, r"document_ids has shape \[1, 100\]; allowed is \[2, 100\]"),
-        ({}, {"document_ids": ids().to("meta")}, r"document_ids is on meta; allowed is cpu, where key is"),
+        ({}, {"document_ids": ids().to("meta")}, r"document_ids is on meta; allowed is cpu, where query is"),
         ({}, {"document_ids": ids().flip(1)}, r"document_ids must not decrease"),
         ({}, {"document_ids": ids().float()}, r"document_ids has dtype torch.float32; allowed are torch.int32"),
         ({}, {"lo": bounds()["lo"]}, r"got lo; lo and hi come together"),

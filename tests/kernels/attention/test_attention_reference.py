@@ -1,14 +1,38 @@
 """Rung 1: the definition against numerical gradients and against two oracles that are not ours."""
 
+import itertools
+
 import pytest
 import torch
 from attention_cases import CASES, Case, assert_close, built, ragged, sorted_buckets
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
+from longmix_kernels.attention.pattern import Pattern
 from longmix_kernels.attention.reference import attention_reference
 
 SMALL = [case for case in CASES if case.queries <= 257]
+
+
+def dense_mask(case: Case, pattern: Pattern) -> torch.Tensor:
+    """What is added to the scores [B, Hq, Tq, Tk], one score after the other."""
+    lo, hi = (x.expand(case.batch, case.heads, -1).tolist() for x in pattern.bounds())
+    queries, keys = case.queries, case.keys or case.queries
+    mask = torch.full((case.batch, case.heads, queries, keys), -torch.inf, dtype=torch.float64)
+    listed = None if pattern.blocks is None else pattern.blocks.mask()
+
+    def row(rows, b, h, i):
+        return i if rows is None else int(rows.expand(case.batch, -1, -1)[b, h % rows.shape[1], i])
+
+    for b, h, i in itertools.product(*map(range, (case.batch, case.heads, queries))):
+        for j in range(lo[b][h][i], hi[b][h][i]):
+            query_row = row(pattern.query_rows, b, h, i)
+            key_row = row(pattern.key_rows, b, h * case.key_heads // case.heads, j)
+            position = query_row + keys - queries
+            if listed is None or listed[position // pattern.blocks.size, key_row // pattern.blocks.size]:
+                slope = 0.0 if pattern.alibi_slopes is None else float(pattern.alibi_slopes[h])
+                mask[b, h, query_row, key_row] = slope * (key_row - position)
+    return mask
 
 
 @pytest.mark.parametrize(
@@ -22,10 +46,10 @@ SMALL = [case for case in CASES if case.queries <= 257]
     ids=lambda case: case.name,
 )
 def test_gradients_against_finite_differences(case):
-    tensors, (lo, hi), scale = case.inputs(torch.float64)
+    tensors, pattern, scale = case.inputs(torch.float64)
 
     def seen(query, key, value):
-        output, logsumexp = attention_reference(query, key, value, lo, hi, scale)
+        output, logsumexp = attention_reference(query, key, value, pattern, scale)
         return output, logsumexp[logsumexp.isfinite()]
 
     assert torch.autograd.gradcheck(seen, tensors)
@@ -33,10 +57,9 @@ def test_gradients_against_finite_differences(case):
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def test_against_scaled_dot_product_attention(case):
-    tensors, (lo, hi), scale = case.inputs(torch.float64)
-    output, _ = attention_reference(*tensors, lo, hi, scale)
-    key = torch.arange(tensors[1].shape[1])
-    mask = (lo.unsqueeze(-1) <= key) & (key < hi.unsqueeze(-1))
+    tensors, pattern, scale = case.inputs(torch.float64)
+    output, _ = attention_reference(*tensors, pattern, scale)
+    mask = dense_mask(case, pattern)
     oracle = F.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in tensors), attn_mask=mask, scale=scale, enable_gqa=True
     ).transpose(1, 2)
@@ -60,9 +83,9 @@ def test_against_scaled_dot_product_attention(case):
 )
 @pytest.mark.filterwarnings("ignore:.*flex_attention.*")
 def test_output_and_logsumexp_against_flex_attention(case):
-    tensors, (lo, hi), scale = case.inputs(torch.float64)
+    tensors, pattern, scale = case.inputs(torch.float64)
     query, key, value = (x.detach() for x in tensors)
-    lo, hi = (x.expand(case.batch, case.heads, -1) for x in (lo, hi))
+    lo, hi = (x.expand(case.batch, case.heads, -1) for x in pattern.bounds())
 
     def visible(b, h, i, j):
         return (lo[b, h, i] <= j) & (j < hi[b, h, i])
@@ -72,15 +95,16 @@ def test_output_and_logsumexp_against_flex_attention(case):
         *(x.transpose(1, 2) for x in (query, key, value)),
         block_mask=mask, scale=scale, enable_gqa=True, return_aux=AuxRequest(lse=True),
     )  # fmt: skip
-    output, logsumexp = attention_reference(query, key, value, lo, hi, scale)
+    output, logsumexp = attention_reference(query, key, value, pattern, scale)
     assert_close(output, oracle.transpose(1, 2), 1e-12, "output")
     assert_close(logsumexp, found.lse.transpose(1, 2), 1e-12, "logsumexp")
 
 
 def test_rows_that_see_nothing_receive_no_gradient():
     case = Case("empty", ragged(sparse=True))
-    tensors, (lo, hi), scale = case.inputs(torch.float64)
-    output, logsumexp = attention_reference(*tensors, lo, hi, scale)
+    tensors, pattern, scale = case.inputs(torch.float64)
+    output, logsumexp = attention_reference(*tensors, pattern, scale)
+    lo, hi = pattern.bounds()
     empty = (lo >= hi).transpose(1, 2)
     assert empty.any() and torch.equal(logsumexp.isneginf(), empty) and not output[empty].any()
     grads = torch.autograd.grad((output, logsumexp), tensors, (torch.ones_like(output), torch.ones_like(logsumexp)))

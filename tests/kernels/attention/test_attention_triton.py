@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from longmix_kernels.attention import attention, launch
+from longmix_kernels.attention.pattern import Pattern
 
 HERE = Path(__file__).parent
 
@@ -85,11 +86,12 @@ def test_shapes_are_known_without_running():
     key, value = (torch.empty(2, 70, 2, dim, device="meta", dtype=torch.bfloat16) for dim in (80, 48))
     lo = torch.empty(2, 1, 70, device="meta", dtype=torch.int32)
     for bounds in ((None, None), (lo, None), (lo, lo)):
-        output, logsumexp = torch.ops.longmix.attention_triton(query, key, value, *bounds, 0.1, True, 9)
+        flat = Pattern(*bounds, window=9).flat()
+        output, logsumexp = torch.ops.longmix.attention_triton(query, key, value, *flat, 0.1)
         assert output.shape == (2, 70, 4, 48) and output.dtype == torch.bfloat16
         assert logsumexp.shape == (2, 70, 4) and logsumexp.dtype == torch.float32
         grads = torch.ops.longmix.attention_triton_backward(
-            output, None, query, key, value, *bounds, output, logsumexp, 0.1, True, 9
+            output, None, output, logsumexp, query, key, value, *flat, 0.1
         )
         assert [x.shape for x in grads] == [x.shape for x in (query, key, value)]
 
@@ -115,7 +117,7 @@ def test_every_architecture_has_every_entry():
 
 def test_an_override_ends_with_its_context():
     config = launch.LaunchConfig(16, 16, 1, 1)
-    call = launch.Call(*inputs(), None, None, 1.0, True, None)
+    call = launch.Call(*inputs(), Pattern(), 1.0)
     default = launch.launch_config("forward", call)
     with launch.overridden("forward", config), launch.overridden("forward", default):
         assert launch.launch_config("forward", call) is default

@@ -6,6 +6,7 @@ from attention_cases import Case, assert_close, built, documents, ragged, sorted
 
 from longmix_kernels.attention import attention
 from longmix_kernels.attention.bounds import row_bounds
+from longmix_kernels.attention.pattern import Pattern
 from longmix_kernels.attention.reference import attention_reference
 
 pytestmark = [
@@ -85,7 +86,7 @@ def test_half_precision_is_as_accurate_as_plain_torch(case, options, dtype):
     """Error at most twice that of a plain implementation in the same dtype, both against float64."""
     tensors, options, bounds, scale, grads = prepare(case, options, dtype)
     exact = [x.detach().double().requires_grad_() for x in tensors]
-    expected = differentiate(attention_reference(*exact, *bounds, scale), exact, grads)
+    expected = differentiate(attention_reference(*exact, Pattern(*bounds), scale), exact, grads)
     theirs = differentiate(plain(*tensors, *bounds, scale), tensors, grads)
     ours = differentiate(attention(*tensors, scale=scale, return_logsumexp=True, **options), tensors, grads)
     for name, want, their, our in zip(RESULTS, expected, theirs, ours, strict=True):
@@ -102,7 +103,7 @@ def test_half_precision_is_as_accurate_as_plain_torch(case, options, dtype):
 def test_float32_matches_reference(case, options):
     tensors, options, bounds, scale, grads = prepare(case, options, torch.float32)
     exact = [x.detach().double().requires_grad_() for x in tensors]
-    expected = differentiate(attention_reference(*exact, *bounds, scale), exact, grads)
+    expected = differentiate(attention_reference(*exact, Pattern(*bounds), scale), exact, grads)
     ours = differentiate(attention(*tensors, scale=scale, return_logsumexp=True, **options), tensors, grads)
     for name, want, our in zip(RESULTS, expected, ours, strict=True):
         assert_close(our, want, 1e-5, name)
@@ -148,8 +149,8 @@ def test_causal_at_131072():
     chosen[:, -tail:] = grad[:, -tail:]
     ours = torch.autograd.grad(output, inputs, chosen)
     exact = [x.detach().double().requires_grad_() for x in (query[:, -tail:], key, value)]
-    lo, hi = row_bounds(tail, length, device="cuda")
-    want, want_logsumexp = attention_reference(*exact, lo, hi, 0.125)
+    pattern = Pattern(*row_bounds(tail, length, device="cuda"))
+    want, want_logsumexp = attention_reference(*exact, pattern, 0.125)
     wanted = torch.autograd.grad(want, exact, grad[:, -tail:].double())
     assert_close(output[:, -tail:], want, 1e-2, "output")
     assert_close(logsumexp[:, -tail:], want_logsumexp, 1e-4, "logsumexp")

@@ -13,6 +13,7 @@ from attention_cases import Case, assert_close, built, documents, ragged, sorted
 
 from longmix_kernels.attention import attention, launch
 from longmix_kernels.attention.bounds import row_bounds
+from longmix_kernels.attention.pattern import Pattern
 from longmix_kernels.attention.reference import attention_reference
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in a process of its own")
@@ -120,7 +121,7 @@ def compare(case: Case, options: dict, through_logsumexp: bool = True) -> None:
     ours = [surrounded(x) for x in tensors]
     exact = [x.detach().double().requires_grad_() for x in tensors]
     generator = torch.Generator().manual_seed(3)
-    expected = attention_reference(*exact, lo, hi, scale)
+    expected = attention_reference(*exact, Pattern(lo, hi), scale)
     grad_output = torch.randn(expected[0].shape, generator=generator)
     grad_logsumexp = torch.randn(expected[1].shape, generator=generator)
     # What arrives for a row that sees nothing must not matter.

@@ -1,0 +1,102 @@
+"""Rows sorted so that a query's keys lie side by side: attention among the tokens that carry one label.
+
+A label is a bucket, a cluster, or "kept". With the code c = (document, label, position) of every row, queries and keys
+sorted by c, and the keys' codes searched for each query's, the keys that a query sees are the run
+
+    lo = first key of its document and label,    hi = one past the last of them at its position - gap or before
+
+and neither bound ever decreases along the sorted queries, which is all that `attention` asks for. A row's label and
+position say alone what it sees, so nothing later can change it.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Ordering(NamedTuple):
+    """Sorted rows and their bounds; `attention(query, key, value, **ordering._asdict())`.
+
+    Attributes:
+        lo, hi, query_rows, key_rows: see `attention`. `hi` is None where it is the row's own place.
+    """
+
+    lo: torch.Tensor
+    hi: torch.Tensor | None
+    query_rows: torch.Tensor
+    key_rows: torch.Tensor
+
+
+def order_by_label(
+    query_labels: torch.Tensor,
+    key_labels: torch.Tensor | None = None,
+    *,
+    num_labels: int,
+    document_ids: torch.Tensor | None = None,
+    gap: int = 0,
+    members: int | None = None,
+) -> Ordering:
+    """Let each query see the keys that carry its label, in its document, at least `gap` positions before it.
+
+    Args:
+        query_labels: integer [B, Tq, Hq], 0 <= label < num_labels; the queries are the last of Tk positions.
+        key_labels: integer [B, Tk, Hkv], Hkv a divisor of Hq; None if they are those of the queries.
+        num_labels: how many labels there are.
+        document_ids: integer [B, Tk], non-decreasing along Tk.
+        gap: 0 lets a query see its own position, 1 does not, w leaves the last w positions to a window.
+        members: how many of those keys it sees at most, the latest ones; None for all.
+
+    Raises:
+        ValueError: a `gap` below 0 or `members` below 1.
+    """
+    if gap < 0 or (members is not None and members < 1):
+        raise ValueError(f"gap={gap}, members={members}; allowed are gap from 0 and members from 1 on")
+    shared = key_labels is None
+    key_labels = query_labels if key_labels is None else key_labels
+    keys, queries = key_labels.shape[1], query_labels.shape[1]
+    base = _document_index(document_ids) * num_labels if document_ids is not None else 0
+    key_codes, key_rows = _sorted_codes(key_labels, base, 0, keys)
+    if shared:
+        codes, rows = key_codes, key_rows
+    else:
+        query_base = base if isinstance(base, int) else base[:, keys - queries :]
+        codes, rows = _sorted_codes(query_labels, query_base, keys - queries, keys)
+
+    position = codes % keys
+    label_start = codes - position
+    if shared:
+        place = torch.arange(keys, device=codes.device)
+        first = label_start[..., 1:] != label_start[..., :-1]
+        lo = torch.cat([torch.zeros_like(place[:1]).expand(*first.shape[:-1], 1), first * place[1:]], -1).cummax(-1)[0]
+    else:
+        lo = _count_below(key_codes, label_start)
+    if shared and gap <= 1:
+        hi = torch.maximum(place + (1 - gap), lo)
+    else:
+        hi = _count_below(key_codes, label_start + (position - gap + 1).clamp(min=0))
+    if members is not None:
+        lo = torch.maximum(lo, hi - members)
+    own_place = shared and gap == 0
+    return Ordering(lo.int(), None if own_place else hi.int(), rows.int(), key_rows.int())
+
+
+def _sorted_codes(
+    labels: torch.Tensor, base: torch.Tensor | int, start: int, keys: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sorted codes (base + label) * keys + position, int64 [B, H, T], and the rows they come from."""
+    position = torch.arange(start, start + labels.shape[1], device=labels.device)
+    labels = labels.transpose(1, 2).long() + (base if isinstance(base, int) else base[:, None])
+    codes, rows = (labels * keys + position).sort(-1)
+    return codes, rows
+
+
+def _count_below(sorted_codes: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """How many of a key head's codes [B, Hkv, Tk] are below each code [B, Hq, Tq]."""
+    batch, key_heads, _ = sorted_codes.shape
+    return torch.searchsorted(sorted_codes, codes.reshape(batch, key_heads, -1)).view(codes.shape)
+
+
+def _document_index(document_ids: torch.Tensor) -> torch.Tensor:
+    """Number documents 0, 1, ... within each row, int64 [B, T]."""
+    changes = document_ids[:, 1:] != document_ids[:, :-1]
+    return torch.cat([torch.zeros_like(changes[:, :1]), changes], 1).long().cumsum(1)
