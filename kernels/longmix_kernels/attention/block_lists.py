@@ -1,4 +1,4 @@
-"""Fixed block-sparse patterns (sink and local, stripe, butterfly) as lists of blocks. Causal: no block after a row's own."""
+"""Fixed causal block-sparse patterns (sink and local, stripe, butterfly) as lists of blocks."""
 
 import torch
 
@@ -22,7 +22,9 @@ def block_list(mask: torch.Tensor, size: int) -> BlockList:
     return BlockList(size, *_lists(mask), *_lists(mask.T))
 
 
-def sink_and_local_blocks(length: int, size: int, *, sink: int, local: int, device: torch.device | str | None = None) -> BlockList:
+def sink_and_local_blocks(
+    length: int, size: int, *, sink: int, local: int, device: torch.device | str | None = None
+) -> BlockList:
     """The first `sink` blocks, and the last `local` ones up to a row's own (Xiao et al. 2024, arXiv 2309.17453).
 
     Args:
@@ -36,7 +38,9 @@ def sink_and_local_blocks(length: int, size: int, *, sink: int, local: int, devi
     return block_list((key <= row) & ((key < sink) | (row - key < local)), size)
 
 
-def stripe_blocks(length: int, size: int, *, local: int, stride: int, device: torch.device | str | None = None) -> BlockList:
+def stripe_blocks(
+    length: int, size: int, *, local: int, stride: int, device: torch.device | str | None = None
+) -> BlockList:
     """The last `local` blocks up to a row's own, and every `stride`-th block (Child et al. 2019, arXiv 1904.10509).
 
     Args:

@@ -73,7 +73,7 @@ def bias_columns(
 
 
 def _balance(bias_query: torch.Tensor, bias_key: torch.Tensor) -> torch.Tensor:
-    """Power of two that makes both factors about equally large, so that 65536 * 4 fits float16, whose limit is 65504."""
+    """Power of two that makes both factors about equally large: 65536 * 4 fits float16 only so (its limit is 65504)."""
     query_size, key_size = (x.detach().abs().amax().clamp(min=1e-30) for x in (bias_query, bias_key))
     return (key_size / query_size).log2().mul(0.5).round().exp2()
 

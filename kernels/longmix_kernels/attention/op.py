@@ -175,9 +175,7 @@ def _bounds(
     if closed and document_ids is None:
         row_bounds(queries, keys, causal=causal, window=window, device="meta")
         return None, None
-    first, end = row_bounds(
-        queries, keys, causal=causal, window=window, document_ids=document_ids, device=query.device
-    )
+    first, end = row_bounds(queries, keys, causal=causal, window=window, document_ids=document_ids, device=query.device)
     if lo is not None:
         return lo, end
     # Packed documents need `lo`, a window included, and `hi` only where it is not the row's own position.

@@ -86,7 +86,7 @@ def _sorted_codes(
     """Sorted codes (base + label) * keys + position, int64 [B, H, T], and the rows they come from."""
     position = torch.arange(start, start + labels.shape[1], device=labels.device)
     labels = labels.transpose(1, 2).long() + (base if isinstance(base, int) else base[:, None])
-    codes, rows = (labels * keys + position).sort(-1)
+    codes, rows = (labels * keys + position).contiguous().sort(-1)
     return codes, rows
 
 

@@ -90,9 +90,7 @@ def plan_tiles(lo: torch.Tensor, hi: torch.Tensor, sizes: TileSizes) -> Iterator
             row += height * repeats
 
 
-def plan_blocks(
-    lo: torch.Tensor, hi: torch.Tensor, sizes: TileSizes, blocks: BlockList, keys: int
-) -> Iterator[Tile]:
+def plan_blocks(lo: torch.Tensor, hi: torch.Tensor, sizes: TileSizes, blocks: BlockList, keys: int) -> Iterator[Tile]:
     """Yield a tile for each block of rows: of the keys that its rows see, only those in listed blocks.
 
     Args:

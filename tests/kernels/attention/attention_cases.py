@@ -13,8 +13,8 @@ from longmix_kernels.attention import (
     stripe_blocks,
 )
 from longmix_kernels.attention.bounds import row_bounds
-from longmix_kernels.attention.pattern import Pattern
 from longmix_kernels.attention.panels import FLASH, MATMUL, PanelMath
+from longmix_kernels.attention.pattern import Pattern
 from longmix_kernels.attention.tiling import TileSizes
 
 Bounds = tuple[torch.Tensor, torch.Tensor]
@@ -221,7 +221,9 @@ CASES = [
     Case("permuted-buckets-gqa", sorted_buckets(4), heads=4, extras=permuted),
     Case("permuted-ragged-T257", ragged(), queries=257, heads=4, extras=permuted),
     Case("permuted-cross-v48", ragged(per_head=False), queries=60, keys=130, value_dim=48, extras=permuted),
-    Case("permuted-one-order-for-all", built(window=20), extras=lambda c: {k: x[:1, :1] for k, x in permuted(c).items()}),
+    Case(
+        "permuted-one-order-for-all", built(window=20), extras=lambda c: {k: x[:1, :1] for k, x in permuted(c).items()}
+    ),
     Case("permuted-queries", ragged(), extras=lambda c: {"query_rows": permuted(c)["query_rows"]}),
     Case("permuted-keys-empty-rows", ragged(sparse=True), extras=lambda c: {"key_rows": permuted(c)["key_rows"]}),
     Case("alibi-gqa-T257", built(), queries=257, heads=4, extras=alibi),

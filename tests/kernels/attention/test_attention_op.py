@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from attention_cases import CASES, TOLERANCE, Case, assert_close, built, ragged
+from attention_cases import CASES, TOLERANCE, Case, assert_close, built, permuted, ragged
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longmix_kernels.attention import attention, blocked, row_bounds
+from longmix_kernels.attention import attention, blocked, butterfly_blocks, row_bounds, sink_and_local_blocks
 from longmix_kernels.attention.panels import MATMUL
 
 CASE = Case("op", built([40, 30], window=20), heads=4, value_dim=24)
@@ -38,6 +38,10 @@ def results(inputs, grads=None, **options):
         {"document_ids": ids(), "window": 9, "scale": 0.5},
         {"document_ids": ids(), "causal": False},
         dict(zip(("lo", "hi"), ragged()(CASE), strict=True)),
+        {**dict(zip(("lo", "hi"), ragged()(CASE), strict=True)), **permuted(CASE)},
+        {"lo": torch.arange(100).int()[None, None] // 30 * 30, **permuted(CASE)},
+        {"alibi_slopes": torch.tensor([0.5, 0.25, 1.0, 0.0]), "window": 30},
+        {"blocks": butterfly_blocks(100, 16), "document_ids": ids()},
     ],
     ids=lambda options: "-".join(options) or "default",
 )
@@ -106,6 +110,17 @@ def test_an_unused_logsumexp_costs_nothing_in_the_backward():
     assert received == [None]
 
 
+@pytest.mark.parametrize("queries", [1, 30, 32, 90])
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+def test_queries_that_begin_within_a_block(queries, backend):
+    query, key, value = tensors(torch.float64)
+    options = {"blocks": sink_and_local_blocks(100, 16, sink=1, local=2), "return_logsumexp": True, "backend": backend}
+    whole = attention(query, key, value, **options)
+    last = attention(query[:, -queries:], key, value, **options)
+    for name, a, b in zip(("output", "logsumexp"), last, whole, strict=True):
+        assert_close(a, b[:, -queries:], 1e-12, name)
+
+
 def test_only_the_wanted_gradient():
     query, key, value = (x.detach() for x in tensors())
     key.requires_grad_()
@@ -158,7 +173,10 @@ def test_compiles_as_one_graph(backend, dynamic):
             assert_close(a, b, 1e-12, "compiled")
 
 
-@pytest.mark.parametrize("name", ["causal-T17", "documents-gqa-v48", "ragged-empty-rows"])
+OPERATOR_CASES = ["causal-T17", "documents-gqa-v48", "ragged-empty-rows", "permuted-buckets-gqa", "blocks-chunk-alibi"]
+
+
+@pytest.mark.parametrize("name", OPERATOR_CASES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_operators_are_registered_correctly(name, dtype):
     case = next(case for case in CASES if case.name == name)
@@ -177,6 +195,10 @@ def test_operators_are_registered_correctly(name, dtype):
 def bounds(**changed):
     lo, hi = row_bounds(100, 100)
     return {"lo": lo, "hi": hi, **changed}
+
+
+def rows():
+    return torch.arange(100, dtype=torch.int32)[None, None]
 
 
 @pytest.mark.parametrize(
@@ -198,10 +220,32 @@ def bounds(**changed):
         ({}, {"document_ids": ids().to("meta")}, r"document_ids is on meta; allowed is cpu, where query is"),
         ({}, {"document_ids": ids().flip(1)}, r"document_ids must not decrease"),
         ({}, {"document_ids": ids().float()}, r"document_ids has dtype torch.float32; allowed are torch.int32"),
-        ({}, {"lo": bounds()["lo"]}, r"got lo; lo and hi come together"),
-        ({}, bounds(window=4), r"got lo, hi, window; lo and hi come together, and without window, document_ids and ca"),
-        ({}, bounds(causal=False), r"got lo, hi, causal=False; lo and hi come together"),
-        ({}, bounds(document_ids=ids()), r"got lo, hi, document_ids; lo and hi come together"),
+        ({}, {"hi": bounds()["hi"]}, r"got hi; hi, query_rows and key_rows come with lo"),
+        ({}, {"query_rows": rows()}, r"got query_rows; hi, query_rows and key_rows come with lo"),
+        ({}, bounds(window=4), r"got lo, hi, window; .* without window, document_ids, blocks, causal=False"),
+        ({}, bounds(causal=False), r"got lo, hi, causal=False; "),
+        ({}, bounds(document_ids=ids()), r"got lo, hi, document_ids; "),
+        ({}, bounds(blocks=butterfly_blocks(100, 16)), r"got lo, hi, blocks; "),
+        (
+            {},
+            bounds(query_rows=rows()[..., :99]),
+            r"query_rows has shape \[1, 1, 99\]; allowed is \[2 or 1, 4 or 1, 100",
+        ),
+        ({}, bounds(key_rows=rows().expand(1, 4, 100)), r"key_rows has shape .*; allowed is \[2 or 1, 2 or 1, 100\]"),
+        ({}, bounds(key_rows=rows().long()), r"key_rows has dtype torch.int64; allowed is torch.int32"),
+        ({}, bounds(key_rows=rows() + 1), r"key_rows must hold every row number from 0 to 99 once"),
+        ({}, bounds(query_rows=rows() // 2), r"query_rows must hold every row number from 0 to 99 once"),
+        ({}, {"alibi_slopes": torch.ones(3)}, r"alibi_slopes is torch.float32 \[3\]; allowed is torch.float32 \[4\]"),
+        ({}, {"alibi_slopes": torch.ones(4).double()}, r"alibi_slopes is torch.float64"),
+        ({}, {"alibi_slopes": torch.ones(4, requires_grad=True)}, r"alibi_slopes requires a gradient"),
+        ({}, {"alibi_slopes": torch.ones(4), "causal": False}, r"alibi_slopes with causal=False"),
+        ({}, {"blocks": butterfly_blocks(100, 16)._replace(size=24)}, r"blocks.size is 24; allowed are powers of two"),
+        ({}, {"blocks": butterfly_blocks(200, 16)}, r"blocks.row_offsets has 14 entries; allowed are 8 for 100 keys"),
+        (
+            {"query": torch.zeros(2, 101, 4, 16)},
+            {"blocks": butterfly_blocks(100, 16)},
+            r"blocks got 101 queries and 100",
+        ),
         ({}, bounds(lo=torch.zeros(1, 1, 99).int()), r"lo has shape \[1, 1, 99\]; allowed is \[2 or 1, 4 or 1, 100\]"),
         ({}, bounds(hi=torch.zeros(3, 1, 100).int()), r"hi has shape \[3, 1, 100\]; allowed is"),
         ({}, bounds(hi=torch.zeros(1, 2, 100).int()), r"hi has shape \[1, 2, 100\]; allowed is"),

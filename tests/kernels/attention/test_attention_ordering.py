@@ -1,0 +1,101 @@
+"""Rows sorted by label: which keys a query sees, against a loop over all pairs; and that nothing later changes it."""
+
+import itertools
+
+import pytest
+import torch
+from attention_cases import assert_close
+
+from longmix_kernels.attention import attention, order_by_label
+
+DOCUMENTS = torch.tensor([[0] * 13 + [4] * 20 + [5] * 7, [1] * 40])
+
+
+def labels(heads: int, length: int = 40, count: int = 4, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, count, (2, length, heads), generator=torch.Generator().manual_seed(seed))
+
+
+def visible(ordering, queries: int, keys: int, heads: int, key_heads: int) -> torch.Tensor:
+    """bool [B, Hq, Tq, Tk] in the original order, spelled out."""
+    lo, query_rows, key_rows = ordering.lo, ordering.query_rows, ordering.key_rows
+    hi = torch.arange(1, queries + 1).expand(lo.shape) if ordering.hi is None else ordering.hi
+    mask = torch.zeros(2, heads, queries, keys, dtype=torch.bool)
+    for b, h, i in itertools.product(range(2), range(heads), range(queries)):
+        seen = key_rows[b, h * key_heads // heads, lo[b, h, i] : hi[b, h, i]]
+        mask[b, h, query_rows[b, h, i], seen.long()] = True
+    return mask
+
+
+def wanted(query_labels, key_labels, document_ids, gap: int, members: int | None) -> torch.Tensor:
+    queries, keys = query_labels.shape[1], key_labels.shape[1]
+    group = query_labels.shape[2] // key_labels.shape[2]
+    position = torch.arange(keys)
+    mask = query_labels.transpose(1, 2)[..., None] == key_labels.transpose(1, 2).repeat_interleave(group, 1)[:, :, None]
+    mask &= position <= position[keys - queries :, None] - gap
+    if document_ids is not None:
+        mask &= (document_ids[:, keys - queries :, None] == document_ids[:, None])[:, None]
+    if members is not None:
+        later = mask.flip(-1).cumsum(-1).flip(-1)
+        mask &= later <= members
+    return mask
+
+
+@pytest.mark.parametrize("members", [None, 1, 3])
+@pytest.mark.parametrize("gap", [0, 1, 6])
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("form", ["shared", "separate", "grouped", "chunk"])
+def test_a_query_sees_the_keys_of_its_label(form, packed, gap, members):
+    heads, key_heads = {"grouped": (4, 2)}.get(form, (2, 2))
+    queries = 11 if form == "chunk" else 40
+    key_labels = labels(key_heads)
+    query_labels = key_labels if form == "shared" else labels(heads, queries, seed=1)
+    ids = DOCUMENTS if packed else None
+    ordering = order_by_label(
+        query_labels,
+        None if form == "shared" else key_labels,
+        num_labels=4,
+        document_ids=ids,
+        gap=gap,
+        members=members,
+    )
+    for bound in (ordering.lo, ordering.hi):
+        assert bound is None or (bound[..., 1:] >= bound[..., :-1]).all()
+    assert (ordering.hi is None) == (form == "shared" and gap == 0)
+    mask = visible(ordering, queries, 40, heads, key_heads)
+    assert torch.equal(mask, wanted(query_labels, key_labels, ids, gap, members))
+
+
+def test_shared_labels_are_separate_ones_that_are_equal():
+    shared = labels(2)
+    for gap in (0, 1, 5):
+        a, b = (order_by_label(shared, other, num_labels=4, gap=gap) for other in (None, shared))
+        hi = torch.arange(1, 41).expand(b.hi.shape).int() if a.hi is None else a.hi
+        assert torch.equal(a.lo, b.lo) and torch.equal(hi, b.hi)
+        assert torch.equal(a.query_rows, b.query_rows) and torch.equal(a.key_rows, b.key_rows)
+
+
+def test_attention_in_this_order_is_attention_under_the_mask():
+    query_labels, key_labels = labels(4, seed=1), labels(2)
+    ordering = order_by_label(query_labels, key_labels, num_labels=4, document_ids=DOCUMENTS)
+    generator = torch.Generator().manual_seed(2)
+    query, key, value = (torch.randn(2, 40, h, 8, generator=generator, dtype=torch.float64) for h in (4, 2, 2))
+    mask = wanted(query_labels, key_labels, DOCUMENTS, 0, None)
+    oracle = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (query, key, value)), attn_mask=mask, enable_gqa=True
+    )
+    for backend in ("reference", "blocked"):
+        output = attention(query, key, value, backend=backend, **ordering._asdict())
+        assert_close(output, oracle.transpose(1, 2), 1e-12, backend)
+
+
+def test_many_labels_and_documents_do_not_overflow():
+    ids = torch.arange(3000)[None] // 2
+    wide = torch.full((1, 3000, 1), 2**30 - 1)
+    ordering = order_by_label(wide, num_labels=2**30, document_ids=ids)
+    assert torch.equal(ordering.lo[0, 0], (torch.arange(3000) // 2 * 2).int())
+
+
+@pytest.mark.parametrize("options", [{"gap": -1}, {"members": 0}])
+def test_impossible_options_are_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        order_by_label(labels(1), num_labels=4, **options)
