@@ -1,6 +1,6 @@
 """The public attention function, and the operators that carry it through autograd and torch.compile."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, overload
 
 import torch
@@ -150,7 +150,7 @@ def attention(
     return (output, logsumexp) if return_logsumexp else output
 
 
-def _check_company(closed: dict[str, object], rows: dict[str, object]) -> None:
+def _check_company(closed: Mapping[str, object], rows: Mapping[str, object]) -> None:
     """Refuse explicit rows together with what describes them otherwise, and without `lo`."""
     described, given = ([name for name, x in group.items() if x is not None] for group in (closed, rows))
     if given and (described or "lo" not in given):

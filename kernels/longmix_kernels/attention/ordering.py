@@ -12,6 +12,7 @@ position say alone what it sees, so nothing later can change it.
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 
 class Ordering(NamedTuple):
@@ -67,7 +68,7 @@ def order_by_label(
     if shared:
         place = torch.arange(keys, device=codes.device)
         first = label_start[..., 1:] != label_start[..., :-1]
-        lo = torch.cat([torch.zeros_like(place[:1]).expand(*first.shape[:-1], 1), first * place[1:]], -1).cummax(-1)[0]
+        lo = F.pad(first * place[1:], (1, 0)).cummax(-1).values
     else:
         lo = _count_below(key_codes, label_start)
     if shared and gap <= 1:
@@ -99,4 +100,4 @@ def _count_below(sorted_codes: torch.Tensor, codes: torch.Tensor) -> torch.Tenso
 def _document_index(document_ids: torch.Tensor) -> torch.Tensor:
     """Number documents 0, 1, ... within each row, int64 [B, T]."""
     changes = document_ids[:, 1:] != document_ids[:, :-1]
-    return torch.cat([torch.zeros_like(changes[:, :1]), changes], 1).long().cumsum(1)
+    return F.pad(changes.long().cumsum(1), (1, 0))

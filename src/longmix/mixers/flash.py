@@ -2,18 +2,19 @@
 
 from torch import Tensor
 
-from longmix.mixers.softmax import SoftmaxAttention
+from longmix.mixers.softmax import Rows, SoftmaxAttention
 from longmix_kernels.attention import attention, sdpa
 
 
 class Flash(SoftmaxAttention):
     """Every token sees itself and all earlier tokens of its document."""
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, document_ids: Tensor | None) -> Tensor:
+    def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
         """A plain causal call goes to the provider; documents and later chunks go to our engine, which skips tiles."""
-        if document_ids is None and query.shape[1] in (1, key.shape[1]):
-            return sdpa(query, key, value)
-        return attention(query, key, value, document_ids=document_ids)
+        tensors = rows.query, rows.key, rows.value
+        if rows.document_ids is None and rows.query.shape[1] in (1, rows.key.shape[1]):
+            return sdpa(*tensors), {}
+        return attention(*tensors, document_ids=rows.document_ids), {}
 
     def visible_pairs(self, length: int) -> int:
         """The causal triangle with its diagonal."""

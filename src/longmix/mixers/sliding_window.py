@@ -4,7 +4,7 @@ from torch import Tensor
 
 from longmix.errors import ConfigError
 from longmix.mixers.base import ModelShape
-from longmix.mixers.softmax import SoftmaxAttention
+from longmix.mixers.softmax import Rows, SoftmaxAttention
 from longmix_kernels.attention import attention
 
 
@@ -40,9 +40,9 @@ class SlidingWindow(SoftmaxAttention):
             raise ConfigError(f"mixer.window={window} must be at least 1: a token sees itself.")
         self.window = window
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, document_ids: Tensor | None) -> Tensor:
+    def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
         """The engine, which skips every tile outside the window."""
-        return attention(query, key, value, window=self.window, document_ids=document_ids)
+        return attention(rows.query, rows.key, rows.value, window=self.window, document_ids=rows.document_ids), {}
 
     def visible_pairs(self, length: int) -> int:
         """A triangle until the window is full, then `window` keys for every token."""

@@ -3,12 +3,15 @@
     q_i = rotate(norm(W_q x_i)),  k_j = rotate(norm(W_k x_j)),  v_j = W_v x_j
     y_i = W_o sum_j softmax_j(q_i . k_j / sqrt(d)) v_j        over the j that the subclass lets i see
 
+A subclass may choose what sees what by the content of the tokens: then it gives every query and key labels, before the
+rotation, and the keys' labels are cached with the keys.
+
 Notable: grouped key-value heads; RMSNorm on each query and key head before the rotation (Henry et al. 2020, arXiv
 2010.04245; the form of Qwen3), which bounds the scores by sqrt(d); positions restart at each document.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -26,14 +29,54 @@ class AttentionState:
 
     Attributes:
         key, value: [B, S, Hkv, head_dim].
+        key_labels: integer [B, S, Hkv, R] where the mixer labels its tokens, else None.
         document_ids: int32 [B, S], or None while every row is one document.
         next_position: int64 [B], the position within its document that the next token of each row would take.
     """
 
     key: Tensor
     value: Tensor
+    key_labels: Tensor | None
     document_ids: Tensor | None
     next_position: Tensor
+
+
+@dataclass
+class Selection:
+    """What a mixer chose for some tokens, from each token and its position alone.
+
+    Attributes:
+        query_labels: integer [B, T, Hq, R].
+        key_labels: integer [B, T, Hkv, R].
+        query_gate: [B, T, Hq], factor on the output heads; None for 1.
+        key_gate: [B, T, Hkv], factor on the values; None for 1.
+        losses, metrics: as in `MixerOutput`.
+    """
+
+    query_labels: Tensor
+    key_labels: Tensor
+    query_gate: Tensor | None = None
+    key_gate: Tensor | None = None
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Rows:
+    """What attention is over: the queries are the last Tq of Tk positions.
+
+    Attributes:
+        query: [B, Tq, Hq, head_dim]; key, value: [B, Tk, Hkv, head_dim].
+        document_ids: int32 [B, Tk], or None while every row is one document.
+        query_labels: [B, Tq, Hq, R] and key_labels: [B, Tk, Hkv, R], as selected; None where nothing is.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    document_ids: Tensor | None = None
+    query_labels: Tensor | None = None
+    key_labels: Tensor | None = None
 
 
 class HeadNorm(nn.RMSNorm):
@@ -96,8 +139,8 @@ class SoftmaxAttention(Mixer):
             nn.init.normal_(projection.weight, std=self.d_model**-0.5)
         nn.init.normal_(self.output.weight, std=self.d_model**-0.5 / math.sqrt(2 * shape.num_layers))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, document_ids: Tensor | None) -> Tensor:
-        """Attention of the last Tq of Tk rows: query [B, Tq, Hq, D] on key, value [B, Tk, Hkv, D], ids [B, Tk]."""
+    def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mix the values: the output heads [B, Tq, Hq, head_dim], and metrics."""
         raise NotImplementedError
 
     def visible_pairs(self, length: int) -> int:
@@ -108,52 +151,73 @@ class SoftmaxAttention(Mixer):
         """How many past keys a later query can still see; None for all."""
         return None
 
+    def select(self, x: Tensor, query: Tensor, key: Tensor, positions: Tensor) -> Selection | None:
+        """Label the tokens x [B, T, D] at positions [B or 1, T], from query and key before the rotation; or None."""
+        return None
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query [B, T, Hq, head_dim], key and value [B, T, Hkv, head_dim], normalised and not yet rotated."""
+        query, key, value = (
+            layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.query, self.key, self.value)
+        )
+        return self.query_norm(query), self.key_norm(key), value
+
     def forward(
         self, x: Tensor, *, state: AttentionState | None = None, document_ids: Tensor | None = None
     ) -> MixerOutput:
         """See `Mixer.forward`."""
         batch, length, _ = x.shape
-        query = self.query_norm(self.query(x).view(batch, length, self.num_heads, self.head_dim))
-        key = self.key_norm(self.key(x).view(batch, length, self.num_kv_heads, self.head_dim))
-        value = self.value(x).view(batch, length, self.num_kv_heads, self.head_dim)
-
+        query, key, value = self.project(x)
         document_ids = _continued_ids(document_ids, state, batch, length)
         positions = _positions(document_ids, state, length, x.device)
+        chosen = self.select(x, query, key, positions)
+        if chosen is not None and chosen.key_gate is not None:
+            value = value * chosen.key_gate.unsqueeze(-1).to(value.dtype)
         cosine, sine = rotary_angles(positions, self.head_dim, self.rotary_base)
-        query = rotate(query, cosine, sine).to(value.dtype)
-        key = rotate(key, cosine, sine).to(value.dtype)
+        query, key = (rotate(x, cosine, sine).to(value.dtype) for x in (query, key))
 
+        rows = Rows(query, key, value, document_ids)
+        if chosen is not None:
+            rows.query_labels, rows.key_labels = chosen.query_labels, chosen.key_labels
         new_state = None
         if state is not None:
-            key, value = torch.cat((state.key, key), dim=1), torch.cat((state.value, value), dim=1)
-            document_ids = _all_ids(document_ids, state)
-            new_state = self._kept(key, value, document_ids, positions[:, -1].expand(batch) + 1)
-        mixed = self.attend(query, key, value, document_ids)
-        return MixerOutput(y=self.output(mixed.reshape(batch, length, self.d_model)), state=new_state)
+            rows = _continued(rows, state)
+            new_state = self._kept(rows, positions[:, -1].expand(batch) + 1)
+        mixed, metrics = self.attend(rows)
+        if chosen is None:
+            return MixerOutput(self.output(mixed.flatten(2)), new_state, metrics=metrics)
+        if chosen.query_gate is not None:
+            mixed = mixed * chosen.query_gate.unsqueeze(-1).to(mixed.dtype)
+        return MixerOutput(self.output(mixed.flatten(2)), new_state, chosen.losses, chosen.metrics | metrics)
 
-    def _kept(self, key: Tensor, value: Tensor, document_ids: Tensor | None, next_position: Tensor) -> AttentionState:
+    def _kept(self, rows: Rows, next_position: Tensor) -> AttentionState:
         limit = self.cached_keys()
-        start = 0 if limit is None else max(0, key.shape[1] - limit)
+        start = 0 if limit is None else max(0, rows.key.shape[1] - limit)
         if start:
-            key, value = key[:, start:].clone(), value[:, start:].clone()
-            document_ids = None if document_ids is None else document_ids[:, start:].clone()
-        return AttentionState(key, value, document_ids, next_position)
+            rows = Rows(
+                rows.query,
+                rows.key[:, start:].clone(),
+                rows.value[:, start:].clone(),
+                document_ids=None if rows.document_ids is None else rows.document_ids[:, start:].clone(),
+                key_labels=None if rows.key_labels is None else rows.key_labels[:, start:].clone(),
+            )
+        return AttentionState(rows.key, rows.value, rows.key_labels, rows.document_ids, next_position)
 
     def init_state(self, batch: int) -> AttentionState:
         """An empty cache for `batch` rows, on the mixer's device and in its dtype."""
-        weight = self.key.weight
+        weight = self.value.weight
         empty = weight.new_empty(batch, 0, self.num_kv_heads, self.head_dim)
-        return AttentionState(empty, empty, None, torch.zeros(batch, dtype=torch.int64, device=weight.device))
+        return AttentionState(empty, empty, None, None, torch.zeros(batch, dtype=torch.int64, device=weight.device))
 
     def state_bytes(self, length: int) -> int:
         """Bytes of keys and values one row holds after `length` tokens."""
         limit = self.cached_keys()
         rows = length if limit is None else min(length, limit)
-        return 2 * rows * self.num_kv_heads * self.head_dim * self.key.weight.element_size()
+        return 2 * rows * self.num_kv_heads * self.head_dim * self.value.weight.element_size()
 
     def flops(self, length: int) -> int:
         """Projections, and 2 * head_dim for the score and for the value of every visible pair."""
-        weights = sum(layer.weight.numel() for layer in (self.query, self.key, self.value, self.output))
+        weights = sum(layer.weight.numel() for layer in self.children() if isinstance(layer, nn.Linear))
         return 2 * length * weights + 4 * self.num_heads * self.head_dim * self.visible_pairs(length)
 
 
@@ -182,5 +246,12 @@ def _cached_ids(state: AttentionState) -> Tensor:
     return torch.zeros(state.key.shape[:2], dtype=torch.int32, device=state.key.device)
 
 
-def _all_ids(document_ids: Tensor | None, state: AttentionState) -> Tensor | None:
-    return None if document_ids is None else torch.cat((_cached_ids(state), document_ids), dim=1)
+def _continued(rows: Rows, state: AttentionState) -> Rows:
+    """The same queries with the cached keys before the new ones."""
+    ids, labels = rows.document_ids, rows.key_labels
+    if ids is not None:
+        ids = torch.cat((_cached_ids(state), ids), dim=1)
+    if labels is not None and state.key_labels is not None:
+        labels = torch.cat((state.key_labels, labels), dim=1)
+    key, value = torch.cat((state.key, rows.key), dim=1), torch.cat((state.value, rows.value), dim=1)
+    return replace(rows, key=key, value=value, document_ids=ids, key_labels=labels)

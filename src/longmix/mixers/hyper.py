@@ -1,0 +1,117 @@
+"""HyperAttention made causal (after Han et al. 2023, arXiv 2310.05869): window, buckets and samples in one softmax.
+
+    sum over the window            exactly
+    + sum over the own bucket      exactly, of the keys before the window
+    + sum over sampled keys / p    an unbiased estimate of all other keys before the window, each sampled with chance p
+
+The three sets are disjoint and merge through their logsumexp, with all gradients. What differs from the paper: a bucket
+is the hash itself, not a rank among all queries, which let later queries choose for earlier ones; the causal mask is in
+the bounds, so nothing is cut into halves recursively; whether a key is a sample depends on its head and position alone;
+and a sampled key of the own bucket is left out, not counted twice.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from longmix.errors import ConfigError
+from longmix.mixers.base import ModelShape
+from longmix.mixers.labelled import Part
+from longmix.mixers.softmax import Rows, Selection
+from longmix.mixers.sparse_flash import HashAttention, pseudo_random
+from longmix_kernels.attention import Ordering, attention, order_by_label
+
+_SAMPLED, _NOT_SAMPLED = 0, 1
+_EXCLUDED = -(2.0**14)
+"""Added to the score of a pair before scaling: with a scale of at least 1 / 16 its weight is exp(-1024) = 0."""
+
+
+class Hyper(HashAttention):
+    """Exact window, exact buckets, and an unbiased estimate of the rest.
+
+    Args:
+        shape, layer_index: see `HashAttention`, as the arguments not named here.
+        sample: chance of a key to be a sample, in (0, 1).
+        sample_seed: of the choice of samples.
+
+    Raises:
+        ConfigError: besides those of the base, a `sample` outside (0, 1), a window below 1.
+    """
+
+    salt: Tensor
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        layer_index: int,
+        *,
+        buckets: int,
+        window: int,
+        sample: float,
+        sample_seed: int = 0,
+        hash_seed: int = 0,
+        num_heads: int | None = None,
+        num_kv_heads: int | None = None,
+        rotary_base: float = 10_000.0,
+        qk_norm: bool = True,
+    ) -> None:
+        super().__init__(
+            shape,
+            layer_index,
+            buckets=buckets,
+            window=window,
+            hash_seed=hash_seed,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            rotary_base=rotary_base,
+            qk_norm=qk_norm,
+        )
+        if window < 1:
+            raise ConfigError(f"mixer.window={window} must be at least 1: a token sees itself.")
+        if not 0 < sample < 1:
+            raise ConfigError(f"mixer.sample={sample} must be a chance between 0 and 1.")
+        self.sample = sample
+        generator = torch.Generator().manual_seed(1_000_003 * sample_seed + layer_index)
+        self.register_buffer("salt", torch.randint(2**31, (self.num_kv_heads,), generator=generator))
+
+    def select(self, x: Tensor, query: Tensor, key: Tensor, positions: Tensor) -> Selection:
+        """A second label says which keys are samples."""
+        buckets = super().select(x, query, key, positions)
+        sampled = pseudo_random(positions, self.salt) < self.sample
+        sampled = torch.where(sampled, _SAMPLED, _NOT_SAMPLED).int().expand(x.shape[0], -1, -1).unsqueeze(-1)
+        return Selection(buckets.query_labels, torch.cat((buckets.key_labels, sampled), -1))
+
+    def further_parts(self, rows: Rows) -> list[Part]:
+        """Samples before the window, those of the query's own bucket masked out by one column per bucket."""
+        assert rows.query_labels is not None and rows.key_labels is not None
+        same = F.one_hot(rows.query_labels[..., 0].long(), self.num_labels).to(rows.query.dtype) * _EXCLUDED
+        bucket = F.one_hot(rows.key_labels[..., 0].long(), self.num_labels).to(rows.key.dtype)
+        query, key = torch.cat((rows.query, same), -1), torch.cat((rows.key, bucket), -1)
+        order = order_by_label(
+            torch.full_like(rows.query_labels[..., 0], _SAMPLED),
+            rows.key_labels[..., 1],
+            num_labels=2,
+            document_ids=rows.document_ids,
+            gap=self.gap,
+        )
+        scale = self.head_dim**-0.5
+        output, logsumexp = attention(query, key, rows.value, scale=scale, return_logsumexp=True, **order._asdict())
+        return [(output, logsumexp - math.log(self.sample))]
+
+    @torch.no_grad()
+    def occupancy(self, rows: Rows, orderings: list[Ordering]) -> dict[str, Tensor]:
+        """As the base, of the buckets."""
+        assert rows.key_labels is not None
+        buckets = Rows(rows.query, rows.key, rows.value, key_labels=rows.key_labels[..., :1])
+        return super().occupancy(buckets, orderings)
+
+    def state_bytes(self, length: int) -> int:
+        """As the base, and a second label (int32) per key."""
+        return super().state_bytes(length) + 4 * length * self.num_kv_heads
+
+    def visible_pairs(self, length: int) -> int:
+        """As the base, and the samples, in scores that are wider by one column per bucket."""
+        wider = 1 + self.num_labels / (2 * self.head_dim)
+        return super().visible_pairs(length) + round(wider * self.sample * self.pairs_in_reach(length))

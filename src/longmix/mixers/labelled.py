@@ -1,0 +1,167 @@
+"""Attention to the keys that carry the query's label, and exactly to the last few keys whatever theirs.
+
+Labels come from a token and its position alone, so later tokens cannot change what an earlier one sees. Rows are sorted
+by (document, label, position), so that every query's keys are one contiguous run; parts are merged through their
+logsumexp, exactly and with all gradients.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from longmix.errors import ConfigError
+from longmix.mixers.base import ModelShape
+from longmix.mixers.softmax import Rows, SoftmaxAttention
+from longmix_kernels.attention import Ordering, attention, merge, order_by_label
+
+Part = tuple[Tensor, Tensor]
+"""Output [B, Tq, Hq, head_dim] and logsumexp [B, Tq, Hq] of attention to some of the keys."""
+
+
+class LabelledAttention(SoftmaxAttention):
+    """Base of the mixers that label their tokens in `select`.
+
+    Args:
+        shape, layer_index: see `SoftmaxAttention`, as `options`.
+        num_labels: how many different labels there are.
+        rounds: labels per token; a query sees the keys that share any. A key that shares several counts as often.
+        window: number of latest keys, its own included, that a query sees exactly and in any case; 0 for none.
+        see_self: without a window, whether a query sees its own key if labels agree.
+        options: the other arguments of `SoftmaxAttention`.
+
+    Raises:
+        ConfigError: a window below 0.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        layer_index: int,
+        *,
+        num_labels: int,
+        rounds: int = 1,
+        window: int = 0,
+        see_self: bool = True,
+        num_heads: int | None,
+        num_kv_heads: int | None,
+        rotary_base: float,
+        qk_norm: bool,
+    ) -> None:
+        super().__init__(
+            shape,
+            layer_index,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            rotary_base=rotary_base,
+            qk_norm=qk_norm,
+        )
+        if window < 0:
+            raise ConfigError(f"mixer.window={window} must be at least 0, which is none.")
+        self.num_labels = num_labels
+        self.rounds = rounds
+        self.window = window
+        self.gap = window or (0 if see_self else 1)
+
+    def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+        """Merge the rounds, the window, and what a subclass adds."""
+        tensors = rows.query, rows.key, rows.value
+        orderings = [self.ordering(rows, turn) for turn in range(self.rounds)]
+        parts = [attention(*tensors, **order._asdict(), return_logsumexp=True) for order in orderings]
+        if self.window:
+            parts.append(attention(*tensors, window=self.window, document_ids=rows.document_ids, return_logsumexp=True))
+        parts += self.further_parts(rows)
+        output = parts[0][0] if len(parts) == 1 else merge(parts)[0]
+        return output, self.occupancy(rows, orderings) if self.training else {}
+
+    def further_parts(self, rows: Rows) -> list[Part]:
+        """Attention to more keys, none of which the labels and the window let a query see already."""
+        return []
+
+    def ordering(self, rows: Rows, turn: int) -> Ordering:
+        """Sort the rows by their labels of one round."""
+        assert rows.query_labels is not None and rows.key_labels is not None
+        query_labels, key_labels = rows.query_labels[..., turn], rows.key_labels[..., turn]
+        shared = rows.query_labels is rows.key_labels
+        return order_by_label(
+            query_labels,
+            None if shared else key_labels,
+            num_labels=self.num_labels,
+            document_ids=rows.document_ids,
+            gap=self.gap,
+        )
+
+    @torch.no_grad()
+    def occupancy(self, rows: Rows, orderings: list[Ordering]) -> dict[str, Tensor]:
+        """`largest_label`: the largest share of a row's keys with one label, times the number of labels, so 1 is even.
+
+        `empty_rows`: the share of queries whose label no key in reach carries, in any round.
+        """
+        assert rows.key_labels is not None
+        counts = torch.nn.functional.one_hot(rows.key_labels.long(), self.num_labels).float().mean(1)
+        metrics = {"largest_label": counts.amax(-1).mean() * self.num_labels}
+        empty = [(order.lo >= order.hi).float().mean() for order in orderings if order.hi is not None]
+        if empty:
+            metrics["empty_rows"] = torch.stack(empty).mean()
+        return metrics
+
+    def state_bytes(self, length: int) -> int:
+        """Bytes of keys, values and labels (int32) that one row holds after `length` tokens."""
+        return super().state_bytes(length) + 4 * length * self.num_kv_heads * self.rounds
+
+    def window_pairs(self, length: int) -> int:
+        """Query-key pairs in the window of `length` tokens."""
+        full = min(self.window, length)
+        return full * (full + 1) // 2 + (length - full) * full
+
+    def pairs_in_reach(self, length: int) -> int:
+        """Query-key pairs that labels decide about, in one row of `length` tokens."""
+        reach = max(0, length - self.gap)
+        return reach * (reach + 1) // 2
+
+
+class AngularHash(nn.Module):
+    """Bucket of a vector: the nearest of random directions and their opposites (Andoni et al. 2015, arXiv 1509.02897).
+
+        bucket(x) = argmax [x R, -x R]
+
+    R is drawn once from a generator of its own, saved with the model, and never drawn again.
+
+    Args:
+        heads: key heads, each with its own directions.
+        head_dim: size of a vector.
+        buckets: number of buckets, even.
+        rounds: independent hashes.
+        seed: of the generator.
+
+    Raises:
+        ConfigError: buckets that are odd or fewer than 2, rounds below 1.
+    """
+
+    directions: Tensor
+
+    def __init__(self, heads: int, head_dim: int, buckets: int, rounds: int, seed: int) -> None:
+        super().__init__()
+        if buckets < 2 or buckets % 2:
+            raise ConfigError(f"mixer.buckets={buckets} must be even and at least 2: directions and their opposites.")
+        if rounds < 1:
+            raise ConfigError(f"mixer.rounds={rounds} must be at least 1.")
+        generator = torch.Generator().manual_seed(seed)
+        directions = torch.randn(heads, head_dim, rounds * buckets // 2, generator=generator)
+        self.register_buffer("directions", directions)
+        self.rounds = rounds
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, H, head_dim], H a multiple of `heads`, to int32 [B, T, H, rounds]; in float32 or better."""
+        exact = torch.promote_types(x.dtype, torch.float32)
+        directions = self.directions.to(exact)
+        with torch.autocast(x.device.type, enabled=False):
+            grouped = x.to(exact).unflatten(2, (directions.shape[0], -1)).transpose(1, 2)  # [B, heads, T, group, D]
+            along = (grouped.flatten(2, 3) @ directions).unflatten(-1, (self.rounds, -1))
+        nearest = along.abs().argmax(-1)
+        opposite = along.gather(-1, nearest.unsqueeze(-1)).squeeze(-1) < 0
+        bucket = (nearest + along.shape[-1] * opposite).int()
+        return bucket.unflatten(2, grouped.shape[2:4]).transpose(1, 2).flatten(2, 3)
+
+    def flops(self, length: int, heads: int) -> int:
+        """Floating-point operations to hash `length` tokens of so many heads."""
+        return 2 * length * heads * self.directions[0].numel()
