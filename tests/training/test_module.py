@@ -1,3 +1,4 @@
+import functools
 import logging
 import warnings
 
@@ -9,6 +10,7 @@ from torch.utils.data import DataLoader
 from longmix.errors import NonFiniteError
 from longmix.mixers.base import MixerOutput
 from longmix.mixers.flash import Flash
+from longmix.mixers.sparse_flash import HashAttention
 from longmix.model.backbone import LanguageModel
 from longmix.model.head import IGNORE_INDEX
 from longmix.training.diagnosis import first_nonfinite
@@ -64,6 +66,27 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(rows):
     small = trained(model().double(), [batch(1)], micro_batch_size=rows).record
     torch.testing.assert_close(small.loss, record.loss, rtol=1e-12, atol=0)
     torch.testing.assert_close(small.gradient_norm, record.gradient_norm, rtol=1e-12, atol=0)
+
+
+def test_running_means_move_once_a_step_whatever_the_micro_batches():
+    centers = []
+    for rows in (None, 1):
+        mixer = functools.partial(HashAttention, buckets=4)
+        net = trained(model(mixer), [batch(0), batch(2)], micro_batch_size=rows).model
+        centers.append(net.blocks[1].mixer.key_center)
+    assert all(center.updates == 2 for center in centers) and centers[0].value.any()
+    torch.testing.assert_close(centers[0].value, centers[1].value)
+
+
+def test_a_step_left_out_moves_no_running_mean():
+    class ExplodingHash(HashAttention):
+        def forward(self, x, *, state=None, document_ids=None):
+            output = super().forward(x, state=state, document_ids=document_ids)
+            return MixerOutput(output.y * float("nan"))
+
+    mixer = functools.partial(ExplodingHash, buckets=4)
+    net = trained(model(mixer), [batch(0)], skip_nonfinite=True).model
+    assert all(block.mixer.key_center.updates == 0 for block in net.blocks)
 
 
 def test_the_loss_is_the_mean_over_valid_targets():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from longmix.errors import ConfigError
 from longmix.mixers.base import ModelShape
 from longmix.mixers.labelled import AngularHash, LabelledAttention
+from longmix.mixers.running import RunningMean
 from longmix.mixers.softmax import Rows, Selection
 from longmix_kernels.attention import Ordering
 
@@ -31,6 +32,8 @@ class HashAttention(LabelledAttention):
         see_self: whether a query sees its own key. With `shared_qk` that key is the closest of all, and Reformer
             (Kitaev et al. 2020, arXiv 2001.04451) leaves it out.
         window: number of latest keys that a query sees exactly, whatever their bucket; 0 for none.
+        center_decay: hash vectors less their running mean over training, which moves by 1 - `center_decay` a step; None
+            hashes them as they are. What all keys have in common changes no softmax, but would fill one bucket.
         hash_seed: of the directions.
 
     Raises:
@@ -47,6 +50,7 @@ class HashAttention(LabelledAttention):
         shared_qk: bool = False,
         see_self: bool = True,
         window: int = 0,
+        center_decay: float | None = 0.9,
         hash_seed: int = 0,
         num_heads: int | None = None,
         num_kv_heads: int | None = None,
@@ -77,6 +81,13 @@ class HashAttention(LabelledAttention):
             del self.key, self.key_norm
         seed = 1_000_003 * hash_seed + layer_index
         self.hash = AngularHash(self.num_kv_heads, self.head_dim, buckets, rounds, seed)
+        self.query_center = self.key_center = None
+        if center_decay is not None:
+            if not 0 <= center_decay < 1:
+                raise ConfigError(f"mixer.center_decay={center_decay} must be from 0 to below 1, or null.")
+            self.query_center = RunningMean((self.num_heads, self.head_dim), center_decay)
+            if not shared_qk:
+                self.key_center = RunningMean((self.num_kv_heads, self.head_dim), center_decay)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As the base; with `shared_qk` the key is the query."""
@@ -88,8 +99,8 @@ class HashAttention(LabelledAttention):
 
     def select(self, x: Tensor, query: Tensor, key: Tensor, positions: Tensor) -> Selection:
         """Hash queries and keys; once if they are one."""
-        query_labels = self.hash(query)
-        return Selection(query_labels, query_labels if self.shared_qk else self.hash(key))
+        query_labels = self.hash(centered(query, self.query_center))
+        return Selection(query_labels, query_labels if self.shared_qk else self.hash(centered(key, self.key_center)))
 
     def visible_pairs(self, length: int) -> int:
         """Pairs if buckets are equally large."""
@@ -99,6 +110,14 @@ class HashAttention(LabelledAttention):
         """As the base, and the hash."""
         hashed = self.num_heads + (0 if self.shared_qk else self.num_kv_heads)
         return super().flops(length) + self.hash.flops(length, hashed)
+
+
+def centered(x: Tensor, mean: RunningMean | None) -> Tensor:
+    """[B, T, H, D] less the running mean, which learns of it."""
+    if mean is None:
+        return x
+    mean.observe(x)
+    return x.detach() - mean.value
 
 
 KEPT, DROPPED_KEY, DROPPED_QUERY = range(3)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from longmix.data.loaders import Batch
 from longmix.errors import NonFiniteError
+from longmix.mixers.running import finish_step
 from longmix.model.backbone import LanguageModel
 from longmix.model.head import IGNORE_INDEX
 from longmix.recipe import recipe_of, set_recipe
@@ -112,7 +113,8 @@ class TrainingModule(LightningModule):
         self.record = self._accumulate(batch)
         self._clip(self.record)
         finite = torch.isfinite(self.record.loss) & torch.isfinite(self.record.gradient_norm)
-        if bool(finite):  # one synchronisation a step: nothing non-finite may reach the weights
+        taken = bool(finite)  # one synchronisation a step: nothing non-finite may reach the weights
+        if taken:
             for optimizer in self.trainer.optimizers:
                 optimizer.step()
             self.steps_taken += 1
@@ -120,6 +122,7 @@ class TrainingModule(LightningModule):
             self.steps_skipped += 1
         else:
             raise NonFiniteError(self._nonfinite_report(batch))
+        finish_step(self.model, taken, self._sum_over_processes)
         for optimizer in self.trainer.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
