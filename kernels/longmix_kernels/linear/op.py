@@ -1,0 +1,198 @@
+"""The public function of scalar-gated linear attention, and the operators that carry it through autograd."""
+
+from collections.abc import Callable
+
+import torch
+
+from longmix_kernels.linear import reference
+from longmix_kernels.linear.checks import check_gates, check_inputs, check_state, triton_limits
+from longmix_kernels.linear.state import LinearState
+from longmix_kernels.runtime import check_triton_device, choose_backend
+
+BACKENDS = ("reference", "blocked", "triton")
+"""The implementations `linear_attention` offers."""
+
+
+def linear_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    log_decay: torch.Tensor,
+    log_input: torch.Tensor | None = None,
+    normalize: bool = False,
+    scale: float | None = None,
+    initial_state: LinearState | None = None,
+    document_ids: torch.Tensor | None = None,
+    chunk_size: int | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, LinearState]:
+    """Linear attention with a scalar decay and input gate per head and token.
+
+    Per head, with decay exp(f_t), input gate exp(i_t), scale s and state (C, n):
+
+        C_t = exp(f_t) C_{t-1} + exp(i_t) k_t v_t^T,    n_t = exp(f_t) n_{t-1} + exp(i_t) k_t
+        y_t = C_t^T (s q_t)     and with `normalize`     y_t = C_t^T (s q_t) / max(|n_t . s q_t|, 1)
+
+    mLSTM-exp: log_decay = logsigmoid(f), log_input = i, normalize. mLSTM-sig: log_input = logsigmoid(i) instead, and no
+    normaliser. Retention and Lightning Attention: a constant log_decay. Sums, gates and states are float32, or float64
+    for float64 inputs. Exactly differentiable, once, in all tensors but `document_ids`, also through the returned
+    state; its `log_scale` counts as a constant there, since what it means is multiplied into the other two.
+
+    Args:
+        query: [B, T, H, Dk], float16, bfloat16, float32 or float64.
+        key: [B, T, H, Dk], same dtype.
+        value: [B, T, H, Dv], same dtype.
+        log_decay: [B, T, H] or [H], float32 (float64 with float64 inputs), at most 0.
+        log_input: [B, T, H], same dtype as `log_decay`; None for 0. Without `normalize` at most 0 is safe, with it any.
+        normalize: divide by the normaliser, and keep the state in a running scale so that nothing overflows.
+        scale: factor on the queries, Dk ** -0.5 by default.
+        initial_state: before each document; None for zeros.
+        document_ids: int32 or int64 [B, T], non-decreasing along T; each document begins from the initial state.
+        chunk_size: tokens between two states that are computed; None lets the implementation choose.
+        backend: "reference" (token by token), "blocked" (chunks, in torch) or "triton" (the same on a CUDA device, no
+            float64, Dk and Dv up to 512). None picks "triton" where it covers the call on a CUDA device, and "blocked"
+            elsewhere.
+
+    Returns:
+        The output [B, T, H, Dv] in the dtype of `query`, and the state after the last token.
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype, device or value.
+    """
+    check_inputs(query, key, value, document_ids, chunk_size)
+    if log_decay.dim() == 1:
+        log_decay = log_decay.expand(*query.shape[:2], -1)
+    check_gates(query, log_decay, log_input)
+    check_state(query, value, initial_state, normalize)
+    uncovered = triton_limits(query, value)
+    backend = choose_backend(backend, query.device, BACKENDS[:2] if uncovered and backend is None else BACKENDS)
+    if backend == "triton":
+        if uncovered:
+            raise ValueError(f"backend='triton' got {uncovered}")
+        check_triton_device(query.device)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if backend == "reference":
+        state = initial_state or zero_state(query, value, normalize)
+        gate = torch.zeros_like(log_decay) if log_input is None else log_input
+        with torch.autocast(query.device.type, enabled=False):
+            return reference.recurrent(query, key, value, log_decay, gate, state, document_ids, normalize, scale)
+    run = _triton if backend == "triton" else _blocked
+    memory, normalizer, log_scale = initial_state or (None, None, None)
+    gates = log_decay, log_input
+    results = run(query, key, value, *gates, memory, normalizer, log_scale, document_ids, normalize, scale, chunk_size)
+    output, memory, normalizer, log_scale = results[:4]
+    return output, LinearState(memory, normalizer, log_scale) if normalize else LinearState(memory)
+
+
+def zero_state(query: torch.Tensor, value: torch.Tensor, normalize: bool) -> LinearState:
+    """Return the state before anything was seen, for query [B, T, H, Dk] and value [B, T, H, Dv]."""
+    batch, _, heads, dim = query.shape
+    exact = torch.promote_types(query.dtype, torch.float32)
+    memory = query.new_zeros(batch, heads, dim, value.shape[-1], dtype=exact)
+    return (
+        LinearState(memory, memory.new_zeros(batch, heads, dim), memory.new_zeros(batch, heads))
+        if normalize
+        else (LinearState(memory))
+    )
+
+
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor log_decay, Tensor? log_input, Tensor? memory, Tensor? normalizer, "
+    "Tensor? log_scale, Tensor? document_ids, bool normalize, float scale, int? chunk_size"
+)
+_TENSORS = 9
+"""How many of the inputs are tensors; they come first."""
+
+
+def _differentiable(
+    name: str, forward: Callable[..., tuple[torch.Tensor, ...]], backward: Callable[..., tuple[torch.Tensor, ...]]
+) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """Register a forward and its backward as torch operators, so that autograd and torch.compile see two nodes.
+
+    The forward returns the output, the final state (empty tensors for what there is not), and per row the log scale
+    and denominator [B, T, H] that the backward wants (empty without `normalize`). The backward returns one gradient for
+    each of the first eight inputs, empty where the input is None.
+    """
+    operator = f"longmix::linear_{name}"
+
+    def run_forward(query, *rest):
+        with torch.autocast(query.device.type, enabled=False):
+            return forward(query, *rest)
+
+    def run_backward(grad_output, *rest):
+        with torch.autocast(grad_output.device.type, enabled=False):
+            return backward(grad_output, *rest)
+
+    results = ", ".join(["Tensor"] * 6)
+    run = torch.library.custom_op(operator, run_forward, mutates_args=(), schema=f"({_INPUTS}) -> ({results})")
+    grads = "Tensor grad_output, Tensor? grad_memory, Tensor? grad_normalizer"
+    saved = "Tensor output, Tensor row_log_scale, Tensor denominator"
+    gradients = ", ".join(["Tensor"] * 8)
+    run_gradients = torch.library.custom_op(
+        f"{operator}_backward",
+        run_backward,
+        mutates_args=(),
+        schema=f"({grads}, {saved}, {_INPUTS}) -> ({gradients})",
+    )
+
+    @run.register_fake
+    def _(query, key, value, log_decay, log_input, memory, normalizer, log_scale, document_ids, normalize, *rest):
+        batch, length, heads, dim = query.shape
+        exact = torch.promote_types(query.dtype, torch.float32)
+        shapes = [(batch, heads, dim), (batch, heads), (batch, length, heads), (batch, length, heads)]
+        others = [query.new_empty(shape if normalize else (0,), dtype=exact) for shape in shapes]
+        final = query.new_empty(batch, heads, dim, value.shape[-1], dtype=exact)
+        return query.new_empty(*query.shape[:3], value.shape[-1]), final, *others
+
+    @run_gradients.register_fake
+    def _(grad_output, grad_memory, grad_normalizer, output, row_log_scale, denominator, *inputs):
+        return tuple(grad_output.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs[:8])
+
+    def save(ctx, inputs, output):
+        ctx.options = inputs[_TENSORS:]
+        ctx.given = [x is not None for x in inputs[:_TENSORS]]
+        results = output[0], output[4], output[5]
+        ctx.save_for_backward(*results, *(x for x in inputs[:_TENSORS] if x is not None))
+        ctx.set_materialize_grads(False)
+
+    def differentiate(ctx, grad_output, grad_memory, grad_normalizer, *_):
+        saved = list(ctx.saved_tensors)
+        results, tensors = saved[:3], iter(saved[3:])
+        inputs = [next(tensors) if given else None for given in ctx.given]
+        if grad_output is None:
+            grad_output = torch.zeros_like(results[0])
+        found = run_gradients(grad_output, grad_memory, grad_normalizer, *results, *inputs, *ctx.options)
+        grads = [grad if given else None for grad, given in zip(found, ctx.given, strict=False)]
+        return *grads, *(None for _ in range(1 + len(ctx.options)))
+
+    run.register_autograd(differentiate, setup_context=save)
+    return run
+
+
+def _blocked_forward(*arguments):
+    from longmix_kernels.linear.blocked import blocked_forward
+
+    return blocked_forward(*arguments)
+
+
+def _blocked_backward(*arguments):
+    from longmix_kernels.linear.blocked import blocked_backward
+
+    return blocked_backward(*arguments)
+
+
+def _triton_forward(*arguments):
+    from longmix_kernels.linear.triton_forward import triton_forward
+
+    return triton_forward(*arguments)
+
+
+def _triton_backward(*arguments):
+    from longmix_kernels.linear.triton_backward import triton_backward
+
+    return triton_backward(*arguments)
+
+
+_blocked = _differentiable("blocked", _blocked_forward, _blocked_backward)
+_triton = _differentiable("triton", _triton_forward, _triton_backward)
