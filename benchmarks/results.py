@@ -1,0 +1,236 @@
+"""What a benchmark leaves behind: records as JSON, an aligned table and a picture, all with where they come from.
+
+A record is one measurement as a flat dictionary. `provider`, `pass`, `dim`, `length` and `median_ms` mean the same in
+every benchmark; `median_ms` is None where nothing was measured, and `note` then says why.
+"""
+
+import importlib.metadata
+import platform
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from cycler import Cycler, cycler
+from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator
+
+from longmix.files import replace_json
+from longmix.reporting.plots import Curve, draw_curves, save_figure
+
+Record = dict[str, Any]
+
+ROOT = Path(__file__).parents[1]
+_COLORS = ("blue", "orange", "green", "red", "purple", "brown", "pink", "gray", "olive", "cyan")
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A ratio of times that has to be reached.
+
+    Attributes:
+        text: what is claimed.
+        provider: whose time it is about.
+        against: names of the others; the fastest of them counts.
+        rivals: those of the others that must have been measured.
+        where: values that tell the records it is about.
+        least: the ratio of their time to ours.
+        needs: values that the run's environment must have for the ratio to count.
+    """
+
+    text: str
+    provider: str
+    against: tuple[str, ...]
+    rivals: tuple[str, ...]
+    where: Mapping[str, Any]
+    least: float
+    needs: Mapping[str, Any]
+
+    def verdict(self, records: Sequence[Record], environment: Mapping[str, Any]) -> Record:
+        """Return the ratio, and "met", "not met" or "unmeasured"."""
+        here = [r for r in records if all(r[key] == value for key, value in self.where.items())]
+        own, others = _fastest(here, (self.provider,)), _fastest(here, self.against)
+        ratio = others["median_ms"] / own["median_ms"] if own and others else None
+        lacking = [f"{key} {value}" for key, value in self.needs.items() if environment.get(key) != value]
+        lacking += [f"a time of {name}" for name in (self.provider, *self.rivals) if not _fastest(here, (name,))]
+        verdict = "unmeasured"
+        if ratio is not None and not lacking:
+            verdict = "met" if ratio >= self.least else "not met"
+        return {
+            "bar": self.text,
+            "least": self.least,
+            "ratio": ratio,
+            "against": others["provider"] if others else None,
+            "lacks": lacking,
+            "verdict": verdict,
+        }
+
+
+def verdict_lines(verdicts: Sequence[Record]) -> list[str]:
+    """One line for each bar."""
+    lines = []
+    for bar in verdicts:
+        got = "" if bar["ratio"] is None else f": {bar['ratio']:.2f}x, against {bar['against']}"
+        lacks = f" (needs {', '.join(bar['lacks'])})" if bar["lacks"] else ""
+        lines.append(f"{bar['verdict']:<10}  {bar['bar']} >= {bar['least']:g}x{got}{lacks}")
+    return lines
+
+
+def environment(device: torch.device, dtype: str) -> Record:
+    """Everything about the machine and the code that the figures depend on."""
+    return {
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "dtype": dtype,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+def headline(environment: Mapping[str, Any]) -> str:
+    """Where and with what a run was made, in a line."""
+    threads = f", threads {environment['threads']}" if environment["device"] == "cpu" else ""
+    commit = f", commit {environment['commit'][:9]}" if environment["commit"] else ""
+    changed = " with changes" if environment["uncommitted_changes"] else ""
+    libraries = f"torch {environment['torch']}, triton {environment['triton']}"
+    name, dtype, date = environment["device_name"], environment["dtype"], environment["date"]
+    return f"{name}{threads}, {dtype}, {libraries}{commit}{changed}, {date}"
+
+
+def add_speedup(records: Sequence[Record], column: str, against: Collection[str]) -> None:
+    """Write into `column` how many times faster each record is than the fastest of `against` on the same work.
+
+    Works in place; the same work is the same pass, dim and length. None where either was not measured.
+    """
+    for record in records:
+        same = [r for r in records if all(r[key] == record[key] for key in ("pass", "dim", "length"))]
+        rival, own = _fastest(same, against), record["median_ms"]
+        record[column] = rival["median_ms"] / own if rival and own else None
+
+
+def _fastest(records: Sequence[Record], names: Collection[str]) -> Record | None:
+    measured = [r for r in records if r["provider"] in names and r["median_ms"] is not None]
+    return min(measured, key=lambda record: record["median_ms"], default=None)
+
+
+def text_table(records: Sequence[Record], columns: Mapping[str, str]) -> str:
+    """Lay out records as text; `columns` maps their keys to titles. Numbers are right-justified, "-" where none is."""
+    cells = [list(columns.values())] + [[_cell(record.get(key)) for key in columns] for record in records]
+    right = [all(not isinstance(record.get(key), str) for record in records) for key in columns]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(line, widths, right, strict=True)
+        ).rstrip()
+        for line in cells
+    ]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if not isinstance(value, float):
+        return str(value)
+    size = abs(value)
+    return f"{value:,.{0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 1 else 3}f}"
+
+
+def file_stem(benchmark: str, environment: Mapping[str, Any]) -> str:
+    """Name for a run's files: benchmark, device and time; no run replaces the files of another."""
+    device = environment["device_name"] if environment["device"] == "cuda" else "cpu"
+    date = datetime.fromisoformat(environment["date"])
+    return f"{benchmark}_{re.sub(r'[^a-z0-9]+', '-', device.lower())}_{date:%Y-%m-%d_%H-%M-%S}"
+
+
+def write_json(path: Path, content: Record) -> None:
+    """Write a run's records; a run that is killed while it writes leaves the file as it was."""
+    replace_json(path, content)
+
+
+def draw(
+    path: Path, records: Sequence[Record], *, title: str, ours: Collection[str], speedup: str, speedup_label: str
+) -> None:
+    """Draw time, and below it the column `speedup`, against the length; a column of panels for each pass and dim.
+
+    Lines of providers that are not `ours` are dashed.
+    """
+    groups = sorted({(record["dim"], record["pass"]) for record in records})
+    providers = list(dict.fromkeys(record["provider"] for record in records))
+    size = (5.2 * len(groups), 7.6)
+    figure, axes = plt.subplots(2, len(groups), figsize=size, squeeze=False, layout="constrained")
+    figure.suptitle(textwrap.fill(title, 70 * len(groups)), fontsize="medium")
+    styles = _styles(providers, ours)
+    for column, (dim, direction) in enumerate(groups):
+        here = [record for record in records if (record["dim"], record["pass"]) == (dim, direction)]
+        for panel, key, label in ((axes[0, column], "median_ms", "ms"), (axes[1, column], speedup, speedup_label)):
+            panel.set_prop_cycle(styles)
+            # A provider without a point keeps its place, so that all panels agree on colours.
+            curves = {provider: _curve(here, provider, key) for provider in providers}
+            draw_curves(
+                panel,
+                curves,
+                title=f"{direction}, head dimension {dim}",
+                x_label="tokens",
+                y_label=label,
+                log_x=True,
+                marker="o",
+            )
+            panel.set_yscale("log")
+            panel.xaxis.set_major_formatter("{x:,.0f}")
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+            panel.yaxis.set_minor_formatter("{x:g}")
+        if legend := axes[1, column].get_legend():
+            legend.remove()
+        axes[1, column].axhline(1.0, color="black", linewidth=0.8)
+    save_figure(figure, path)
+
+
+def _styles(providers: Sequence[str], ours: Collection[str]) -> Cycler:
+    colors, dashes, used = [], [], {True: 0, False: 0}
+    for provider in providers:
+        own = provider in ours
+        colors.append(f"tab:{_COLORS[used[own] % len(_COLORS)]}")
+        dashes.append("-" if own else "--")
+        used[own] += 1
+    return cycler("color", colors) + cycler("linestyle", dashes)
+
+
+def _curve(records: Sequence[Record], provider: str, key: str) -> Curve:
+    points = sorted((r["length"], r[key]) for r in records if r["provider"] == provider and r[key] is not None)
+    return [length for length, _ in points], [value for _, value in points]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", path.read_text(), re.MULTILINE) if path.exists() else None
+    return found[1] if found else platform.machine() or sys.platform
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
