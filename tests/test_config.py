@@ -1,6 +1,5 @@
 """The configuration: every file is usable, every wrong setting is refused by name before any work."""
 
-import inspect
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from longmix.config import (
     locate,
     refuse_untrusted,
     resolved,
+    settings,
     total_steps,
     unknown_key,
 )
@@ -77,8 +77,7 @@ def settings_of(compose_config):
 
 def check_complete(node: dict[str, Any], supplied: set[str], key: str) -> None:
     """`--cfg job` promises every setting, so a file names all that its class takes."""
-    parameters = inspect.signature(locate(node["_target_"], key)).parameters
-    assert set(node) - {"_target_"} == set(parameters) - supplied, key
+    assert set(node) - {"_target_"} == set(settings(locate(node["_target_"], key))) - supplied, key
     for name, value in node.items():
         if isinstance(value, dict) and "_target_" in value:
             check_complete(value, set(), f"{key}.{name}")

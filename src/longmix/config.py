@@ -175,20 +175,34 @@ def check(node: Any, key: str, supplied: set[str]) -> None:
     for name in supplied:
         if name not in parameters and inspect.Parameter.VAR_KEYWORD not in kinds:
             raise ConfigError(f"{key}._target_={node['_target_']} cannot stand for {key}: it takes no argument {name}.")
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    settable = [name for name in parameters if name not in supplied and parameters[name].kind not in variadic]
+    hints = settings(target)
+    settable = [name for name in hints if name not in supplied]
     for name in node:
         if name != "_target_" and name not in settable:
             raise ConfigError(unknown_key(f"{key}.{name}", name, settable))
     for name in settable:
-        if parameters[name].default is inspect.Parameter.empty and name not in node:
+        needed = name in parameters and parameters[name].default is inspect.Parameter.empty
+        if needed and name not in node:
             raise ConfigError(f"{key}.{name} has no value, and {node['_target_']} needs one.")
-    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
     for name, value in node.items():
         if isinstance(value, dict) and "_target_" in value:
             check(value, f"{key}.{name}", set())
         elif name in hints and not _fits(value, hints[name]):
             raise ConfigError(f"{key}.{name}={value!r} is not {_described(hints[name])}.")
+
+
+def settings(target: Callable[..., Any]) -> dict[str, Any]:
+    """Names and type hints of the arguments of a callable; `**options: Unpack[Options]` stands for its keys."""
+    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    found: dict[str, Any] = {}
+    for name, parameter in inspect.signature(target).parameters.items():
+        hint = hints.get(name, Any)
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            if typing.get_origin(hint) is typing.Unpack:
+                found |= typing.get_type_hints(typing.get_args(hint)[0])
+        elif parameter.kind is not inspect.Parameter.VAR_POSITIONAL:
+            found[name] = hint
+    return found
 
 
 def unknown_key(full_key: str, name: str, allowed: list[str]) -> str:

@@ -7,13 +7,14 @@ butterfly    the blocks 0, 1, 2, 4, 8, ... before the own one (Dao et al. 2022, 
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from longmix.errors import ConfigError
 from longmix.mixers.base import ModelShape
-from longmix.mixers.softmax import Rows, SoftmaxAttention
+from longmix.mixers.softmax import HeadOptions, Rows, SoftmaxAttention
 from longmix_kernels.attention import BlockList, attention, butterfly_blocks, sink_and_local_blocks, stripe_blocks
 
 
@@ -24,15 +25,15 @@ class BlockSparse(SoftmaxAttention):
     with one document a row where that matters.
 
     Args:
-        shape, layer_index: see `SoftmaxAttention`, as the arguments not named here.
-        pattern: "sink_local", "stripe" or "butterfly".
+        shape, layer_index: see `SoftmaxAttention`, as `options`.
+        layout: "sink_local", "stripe" or "butterfly".
         block: tokens of a block, a power of two from 16 on; 128 suits the GPU kernels.
         sink: blocks at the beginning that are always seen, of "sink_local".
         local: latest blocks that are seen, the own one included, of "sink_local" and "stripe".
         stride: blocks from one stripe to the next, of "stripe".
 
     Raises:
-        ConfigError: besides those of the base, an unknown pattern, a size that is not allowed.
+        ConfigError: besides those of the base, an unknown layout, a size that is not allowed.
     """
 
     def __init__(
@@ -40,40 +41,30 @@ class BlockSparse(SoftmaxAttention):
         shape: ModelShape,
         layer_index: int,
         *,
-        pattern: str,
+        layout: str,
         block: int = 128,
         sink: int = 1,
         local: int = 4,
         stride: int = 8,
-        num_heads: int | None = None,
-        num_kv_heads: int | None = None,
-        rotary_base: float = 10_000.0,
-        qk_norm: bool = True,
+        **options: Unpack[HeadOptions],
     ) -> None:
-        super().__init__(
-            shape,
-            layer_index,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            rotary_base=rotary_base,
-            qk_norm=qk_norm,
-        )
+        super().__init__(shape, layer_index, **options)
         builders: dict[str, tuple[Callable[..., BlockList], dict[str, int]]] = {
             "sink_local": (sink_and_local_blocks, {"sink": sink, "local": local}),
             "stripe": (stripe_blocks, {"local": local, "stride": stride}),
             "butterfly": (butterfly_blocks, {}),
         }
-        if pattern not in builders:
-            raise ConfigError(f"mixer.pattern={pattern} is unknown; use {', '.join(builders)}.")
-        build, options = builders[pattern]
+        if layout not in builders:
+            raise ConfigError(f"mixer.layout={layout} is unknown; use {', '.join(builders)}.")
+        build, sizes = builders[layout]
         try:
-            build(1, block, **options)
+            build(1, block, device="cpu", **sizes)
         except ValueError as error:
-            raise ConfigError(f"mixer.pattern={pattern}, mixer.block={block}: {error}") from None
+            raise ConfigError(f"mixer.layout={layout}, mixer.block={block}: {error}") from None
 
         @lru_cache(maxsize=8)
         def lists(blocks: int, device: torch.device) -> BlockList:
-            return build(blocks * block, block, device=device, **options)
+            return build(blocks * block, block, device=device, **sizes)
 
         self.block = block
         self.lists = lists

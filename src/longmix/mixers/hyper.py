@@ -11,6 +11,7 @@ and a sampled key of the own bucket is left out, not counted twice.
 """
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from longmix.errors import ConfigError
 from longmix.mixers.base import ModelShape
 from longmix.mixers.labelled import Part
-from longmix.mixers.softmax import Rows, Selection
+from longmix.mixers.softmax import HeadOptions, Rows, Selection
 from longmix.mixers.sparse_flash import HashAttention, pseudo_random
 from longmix_kernels.attention import Ordering, attention, order_by_label
 
@@ -32,7 +33,7 @@ class Hyper(HashAttention):
     """Exact window, exact buckets, and an unbiased estimate of the rest.
 
     Args:
-        shape, layer_index: see `HashAttention`, as the arguments not named here.
+        shape, layer_index: see `HashAttention`, as `options`.
         sample: chance of a key to be a sample, in (0, 1).
         sample_seed: of the choice of samples.
 
@@ -53,10 +54,7 @@ class Hyper(HashAttention):
         sample_seed: int = 0,
         center_decay: float | None = 0.9,
         hash_seed: int = 0,
-        num_heads: int | None = None,
-        num_kv_heads: int | None = None,
-        rotary_base: float = 10_000.0,
-        qk_norm: bool = True,
+        **options: Unpack[HeadOptions],
     ) -> None:
         super().__init__(
             shape,
@@ -65,10 +63,7 @@ class Hyper(HashAttention):
             window=window,
             center_decay=center_decay,
             hash_seed=hash_seed,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            rotary_base=rotary_base,
-            qk_norm=qk_norm,
+            **options,
         )
         if window < 1:
             raise ConfigError(f"mixer.window={window} must be at least 1: a token sees itself.")

@@ -5,12 +5,14 @@ by (document, label, position), so that every query's keys are one contiguous ru
 logsumexp, exactly and with all gradients.
 """
 
+from typing import Unpack
+
 import torch
 from torch import Tensor, nn
 
 from longmix.errors import ConfigError
 from longmix.mixers.base import ModelShape
-from longmix.mixers.softmax import Rows, SoftmaxAttention
+from longmix.mixers.softmax import HeadOptions, Rows, SoftmaxAttention
 from longmix_kernels.attention import Ordering, attention, merge, order_by_label
 
 Part = tuple[Tensor, Tensor]
@@ -21,12 +23,11 @@ class LabelledAttention(SoftmaxAttention):
     """Base of the mixers that label their tokens in `select`.
 
     Args:
-        shape, layer_index: see `SoftmaxAttention`, as `options`.
+        shape, layer_index, options: see `SoftmaxAttention`.
         num_labels: how many different labels there are.
         rounds: labels per token; a query sees the keys that share any. A key that shares several counts as often.
         window: number of latest keys, its own included, that a query sees exactly and in any case; 0 for none.
         see_self: without a window, whether a query sees its own key if labels agree.
-        options: the other arguments of `SoftmaxAttention`.
 
     Raises:
         ConfigError: a window below 0.
@@ -41,19 +42,9 @@ class LabelledAttention(SoftmaxAttention):
         rounds: int = 1,
         window: int = 0,
         see_self: bool = True,
-        num_heads: int | None,
-        num_kv_heads: int | None,
-        rotary_base: float,
-        qk_norm: bool,
+        **options: Unpack[HeadOptions],
     ) -> None:
-        super().__init__(
-            shape,
-            layer_index,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            rotary_base=rotary_base,
-            qk_norm=qk_norm,
-        )
+        super().__init__(shape, layer_index, **options)
         if window < 0:
             raise ConfigError(f"mixer.window={window} must be at least 0, which is none.")
         self.num_labels = num_labels

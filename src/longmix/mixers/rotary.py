@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from longmix_kernels.attention import positions_from_document_ids
+
 
 def rotary_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the rotation angles in float32.
@@ -27,3 +29,28 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Rotate `x` [B, T, H, head_dim] by the angles of `rotary_angles`; in float32 or better, returned in x's dtype."""
     first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
+
+
+def token_positions(
+    document_ids: Tensor | None,
+    last_id: Tensor | None,
+    next_position: Tensor | None,
+    length: int,
+    device: torch.device,
+) -> Tensor:
+    """Position of each of `length` new tokens within its document, [B or 1, T].
+
+    Args:
+        document_ids: int32 [B, T]; None for one document that goes on.
+        last_id: [B], document of the token before them; None if there is none.
+        next_position: int64 [B], the position after that token; None for 0.
+        length: number of tokens, T.
+        device: where they are.
+    """
+    if document_ids is None:
+        positions = torch.arange(length, device=device)[None]
+        return positions if next_position is None else positions + next_position[:, None]
+    positions = positions_from_document_ids(document_ids)
+    if last_id is None or next_position is None:
+        return positions
+    return positions + torch.where(document_ids == last_id[:, None], next_position[:, None], 0)

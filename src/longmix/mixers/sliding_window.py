@@ -1,10 +1,12 @@
 """Causal attention to the last `window` tokens (Beltagy et al. 2020, arXiv 2004.05150; the window of Mistral 7B)."""
 
+from typing import Unpack
+
 from torch import Tensor
 
 from longmix.errors import ConfigError
 from longmix.mixers.base import ModelShape
-from longmix.mixers.softmax import Rows, SoftmaxAttention
+from longmix.mixers.softmax import HeadOptions, Rows, SoftmaxAttention
 from longmix_kernels.attention import attention
 
 
@@ -23,19 +25,9 @@ class SlidingWindow(SoftmaxAttention):
         layer_index: int,
         *,
         window: int,
-        num_heads: int | None = None,
-        num_kv_heads: int | None = None,
-        rotary_base: float = 10_000.0,
-        qk_norm: bool = True,
+        **options: Unpack[HeadOptions],
     ) -> None:
-        super().__init__(
-            shape,
-            layer_index,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            rotary_base=rotary_base,
-            qk_norm=qk_norm,
-        )
+        super().__init__(shape, layer_index, **options)
         if window < 1:
             raise ConfigError(f"mixer.window={window} must be at least 1: a token sees itself.")
         self.window = window

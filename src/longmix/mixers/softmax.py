@@ -12,6 +12,7 @@ Notable: grouped key-value heads; RMSNorm on each query and key head before the 
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,7 @@ from torch import Tensor, nn
 
 from longmix.errors import ConfigError
 from longmix.mixers.base import Mixer, MixerOutput, ModelShape, divided
-from longmix.mixers.rotary import rotary_angles, rotate
-from longmix_kernels.attention import positions_from_document_ids
+from longmix.mixers.rotary import rotary_angles, rotate, token_positions
 
 
 @dataclass
@@ -77,6 +77,15 @@ class Rows:
     document_ids: Tensor | None = None
     query_labels: Tensor | None = None
     key_labels: Tensor | None = None
+
+
+class HeadOptions(TypedDict, total=False):
+    """The settings that all softmax mixers share; see `SoftmaxAttention`."""
+
+    num_heads: int | None
+    num_kv_heads: int | None
+    rotary_base: float
+    qk_norm: bool
 
 
 class HeadNorm(nn.RMSNorm):
@@ -169,7 +178,9 @@ class SoftmaxAttention(Mixer):
         batch, length, _ = x.shape
         query, key, value = self.project(x)
         document_ids = _continued_ids(document_ids, state, batch, length)
-        positions = _positions(document_ids, state, length, x.device)
+        last_id = None if state is None or state.key.shape[1] == 0 else _cached_ids(state)[:, -1]
+        next_position = None if state is None else state.next_position
+        positions = token_positions(document_ids, last_id, next_position, length, x.device)
         chosen = self.select(x, query, key, positions)
         if chosen is not None and chosen.key_gate is not None:
             value = value * chosen.key_gate.unsqueeze(-1).to(value.dtype)
@@ -226,18 +237,6 @@ def _continued_ids(document_ids: Tensor | None, state: AttentionState | None, ba
     if document_ids is not None or state is None or state.document_ids is None:
         return document_ids
     return state.document_ids[:, -1:].expand(batch, length)
-
-
-def _positions(document_ids: Tensor | None, state: AttentionState | None, length: int, device: torch.device) -> Tensor:
-    """Position of each new token within its document, [B or 1, T]."""
-    if document_ids is None:
-        positions = torch.arange(length, device=device)[None]
-        return positions if state is None else positions + state.next_position[:, None]
-    positions = positions_from_document_ids(document_ids)
-    if state is None or state.key.shape[1] == 0:
-        return positions
-    last_id = _cached_ids(state)[:, -1:]
-    return positions + torch.where(document_ids == last_id, state.next_position[:, None], 0)
 
 
 def _cached_ids(state: AttentionState) -> Tensor:

@@ -8,6 +8,7 @@ never drawn again; in `drop` a threshold and not a ranking decides, so that a to
 """
 
 from statistics import NormalDist
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ from longmix.errors import ConfigError
 from longmix.mixers.base import ModelShape
 from longmix.mixers.labelled import AngularHash, LabelledAttention
 from longmix.mixers.running import RunningMean
-from longmix.mixers.softmax import Rows, Selection
+from longmix.mixers.softmax import HeadOptions, Rows, Selection
+from longmix.recipe import Recipe, set_recipe
 from longmix_kernels.attention import Ordering
 
 
@@ -24,7 +26,7 @@ class HashAttention(LabelledAttention):
     """Attention within the buckets of an angular hash of the unrotated heads: content decides, not distance.
 
     Args:
-        shape, layer_index: see `SoftmaxAttention`, as the arguments not named here.
+        shape, layer_index: see `SoftmaxAttention`, as `options`.
         buckets: number of buckets, even.
         rounds: independent hashes; a key that shares several buckets with a query counts as often.
         shared_qk: one projection is query and key, and so has one bucket per token, as in the paper; needs as many
@@ -52,10 +54,7 @@ class HashAttention(LabelledAttention):
         window: int = 0,
         center_decay: float | None = 0.9,
         hash_seed: int = 0,
-        num_heads: int | None = None,
-        num_kv_heads: int | None = None,
-        rotary_base: float = 10_000.0,
-        qk_norm: bool = True,
+        **options: Unpack[HeadOptions],
     ) -> None:
         super().__init__(
             shape,
@@ -64,10 +63,7 @@ class HashAttention(LabelledAttention):
             rounds=rounds,
             window=window,
             see_self=see_self,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            rotary_base=rotary_base,
-            qk_norm=qk_norm,
+            **options,
         )
         if shared_qk and self.num_kv_heads != self.num_heads:
             raise ConfigError(
@@ -128,7 +124,7 @@ class DropAttention(LabelledAttention):
     """Attention among the queries and keys that are not dropped, chosen for every head.
 
     Args:
-        shape, layer_index: see `SoftmaxAttention`, as the arguments not named here.
+        shape, layer_index: see `SoftmaxAttention`, as `options`.
         keep: share of queries, and of keys, that are to be kept.
         score: "learned" keeps a query or key if a linear score of its token is positive; the sigmoid of the score
             gates the output or value, through which the score learns. "random" keeps by a fixed pseudo-random function
@@ -153,20 +149,14 @@ class DropAttention(LabelledAttention):
         balance: float = 1.0,
         window: int = 0,
         drop_seed: int = 0,
-        num_heads: int | None = None,
-        num_kv_heads: int | None = None,
-        rotary_base: float = 10_000.0,
-        qk_norm: bool = True,
+        **options: Unpack[HeadOptions],
     ) -> None:
         super().__init__(
             shape,
             layer_index,
             num_labels=3,
             window=window,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            rotary_base=rotary_base,
-            qk_norm=qk_norm,
+            **options,
         )
         if not 0 < keep < 1:
             raise ConfigError(f"mixer.keep={keep} must be a share between 0 and 1.")
@@ -182,6 +172,7 @@ class DropAttention(LabelledAttention):
             # The normalised input has mean square 1, so scores begin with variance 1 and the wanted share above 0.
             nn.init.normal_(self.score.weight, std=self.d_model**-0.5)
             nn.init.constant_(self.score.bias, NormalDist().inv_cdf(keep))
+            set_recipe(self.score.weight, Recipe("scalar"))
         else:
             generator = torch.Generator().manual_seed(1_000_003 * drop_seed + layer_index)
             self.register_buffer("salt", torch.randint(2**31, (both,), generator=generator))
