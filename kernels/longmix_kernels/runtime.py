@@ -2,6 +2,9 @@
 
 import torch
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What the engines take."""
+
 
 def choose_backend(backend: str | None, device: torch.device, implemented: tuple[str, ...]) -> str:
     """Return the name of the implementation to run.
@@ -23,6 +26,26 @@ def choose_backend(backend: str | None, device: torch.device, implemented: tuple
         allowed = ", ".join(repr(name) for name in implemented)
         raise ValueError(f"backend={backend!r} is not available here; allowed are None, {allowed}")
     return backend
+
+
+def triton_limits(max_dim: int, **tensors: torch.Tensor) -> str | None:
+    """Say which of the tensors [B, T, H, D] Triton kernels do not cover, and why; None if they cover all."""
+    for name, x in tensors.items():
+        if x.dtype == torch.float64:
+            return f"{name} of dtype torch.float64; allowed are torch.float16, torch.bfloat16 and torch.float32"
+        if x.shape[3] > max_dim:
+            return f"{name} with head dimension {x.shape[3]}; allowed are 1 to {max_dim}"
+    return None
+
+
+def check_device(name: str, x: torch.Tensor, query: torch.Tensor) -> None:
+    """Check that a tensor is where the query is.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if x.device != query.device:
+        raise ValueError(f"{name} is on {x.device}; allowed is {query.device}, where query is")
 
 
 def check_triton_device(device: torch.device) -> None:

@@ -3,9 +3,10 @@
 import torch
 
 from longmix_kernels.attention.pattern import BlockList
+from longmix_kernels.runtime import DTYPES, check_device
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_TRITON_MAX_DIM = 256
+TRITON_MAX_DIM = 256
+"""Largest head dimension that the Triton kernels cover."""
 
 
 def check_inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -20,7 +21,7 @@ def check_inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) ->
         if x.dtype not in DTYPES or x.dtype != query.dtype:
             allowed = query.dtype if query.dtype in DTYPES else ", ".join(map(str, DTYPES))
             raise ValueError(f"{name} has dtype {x.dtype}; allowed is {allowed}")
-        _check_device(name, x, query)
+        check_device(name, x, query)
     batch, _, query_heads, head_dim = query.shape
     keys, key_heads = key.shape[1:3]
     if key.shape[0] != batch or key.shape[3] != head_dim:
@@ -35,7 +36,7 @@ def check_document_ids(key: torch.Tensor, document_ids: torch.Tensor) -> None:
     """Check the shape and device of document ids [B, Tk]."""
     if document_ids.shape != key.shape[:2]:
         raise ValueError(f"document_ids has shape {list(document_ids.shape)}; allowed is {list(key.shape[:2])}")
-    _check_device("document_ids", document_ids, key)
+    check_device("document_ids", document_ids, key)
 
 
 def check_rows(query: torch.Tensor, key: torch.Tensor, **rows: torch.Tensor | None) -> None:
@@ -49,7 +50,7 @@ def check_rows(query: torch.Tensor, key: torch.Tensor, **rows: torch.Tensor | No
             raise ValueError(f"{name} has shape {list(x.shape)}; allowed is {allowed}, batch, heads, rows")
         if x.dtype != torch.int32:
             raise ValueError(f"{name} has dtype {x.dtype}; allowed is torch.int32")
-        _check_device(name, x, query)
+        check_device(name, x, query)
 
 
 def check_permutation(name: str, rows: torch.Tensor | None) -> None:
@@ -72,7 +73,7 @@ def check_slopes(query: torch.Tensor, slopes: torch.Tensor, causal: bool) -> Non
         raise ValueError("alibi_slopes requires a gradient, which is not computed; learn slopes with bias_columns")
     if not causal:
         raise ValueError("alibi_slopes with causal=False would reward later keys; allowed is causal=True")
-    _check_device("alibi_slopes", slopes, query)
+    check_device("alibi_slopes", slopes, query)
 
 
 def check_blocks(query: torch.Tensor, key: torch.Tensor, blocks: BlockList) -> None:
@@ -85,21 +86,6 @@ def check_blocks(query: torch.Tensor, key: torch.Tensor, blocks: BlockList) -> N
             raise ValueError(f"blocks.{name} is {x.dtype} {list(x.shape)}; allowed is torch.int32 with one axis")
         if name.endswith("offsets") and x.shape[0] != wanted:
             raise ValueError(f"blocks.{name} has {x.shape[0]} entries; allowed are {wanted} for {key.shape[1]} keys")
-        _check_device(f"blocks.{name}", x, query)
+        check_device(f"blocks.{name}", x, query)
     if query.shape[1] > key.shape[1]:
         raise ValueError(f"blocks got {query.shape[1]} queries and {key.shape[1]} keys; allowed are at most as many")
-
-
-def triton_limits(query: torch.Tensor, value: torch.Tensor) -> str | None:
-    """Say what of a call the Triton kernels do not cover; None if nothing."""
-    if query.dtype == torch.float64:
-        return "query of dtype torch.float64; allowed are torch.float16, torch.bfloat16 and torch.float32"
-    for name, x in (("query", query), ("value", value)):
-        if x.shape[3] > _TRITON_MAX_DIM:
-            return f"{name} with head dimension {x.shape[3]}; allowed are 1 to {_TRITON_MAX_DIM}"
-    return None
-
-
-def _check_device(name: str, x: torch.Tensor, like: torch.Tensor) -> None:
-    if x.device != like.device:
-        raise ValueError(f"{name} is on {x.device}; allowed is {like.device}, where query is")

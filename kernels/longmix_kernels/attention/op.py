@@ -11,7 +11,7 @@ from longmix_kernels.attention.blocked import blocked_backward, blocked_forward
 from longmix_kernels.attention.bounds import check_row_bounds, row_bounds
 from longmix_kernels.attention.pattern import SCHEMA, BlockList, Pattern
 from longmix_kernels.attention.reference import attention_reference
-from longmix_kernels.runtime import check_triton_device, choose_backend
+from longmix_kernels.runtime import check_triton_device, choose_backend, triton_limits
 
 BACKENDS = ("reference", "blocked", "triton")
 """The implementations `attention` offers."""
@@ -119,7 +119,7 @@ def attention(
         checks.check_slopes(query, alibi_slopes, causal)
     given = {"window": window, "document_ids": document_ids, "blocks": blocks, "causal=False": None if causal else 0}
     _check_company(given, {"lo": lo, "hi": hi, "query_rows": query_rows, "key_rows": key_rows})
-    uncovered = checks.triton_limits(query, value)
+    uncovered = triton_limits(checks.TRITON_MAX_DIM, query=query, value=value)
     backend = choose_backend(backend, query.device, BACKENDS[:2] if uncovered and backend is None else BACKENDS)
     if backend == "triton":
         if uncovered:

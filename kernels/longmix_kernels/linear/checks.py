@@ -3,9 +3,10 @@
 import torch
 
 from longmix_kernels.linear.state import LinearState
+from longmix_kernels.runtime import DTYPES, check_device
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_TRITON_MAX_DIM = 512
+TRITON_MAX_DIM = 512
+"""Largest head dimension that the Triton kernels cover."""
 
 
 def check_inputs(
@@ -19,10 +20,10 @@ def check_inputs(
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() != 4 or 0 in x.shape:
             raise ValueError(f"{name} has shape {list(x.shape)}; allowed is [B, T, H, D] with every size at least 1")
-        if x.dtype not in _DTYPES or x.dtype != query.dtype:
-            allowed = query.dtype if query.dtype in _DTYPES else ", ".join(map(str, _DTYPES))
+        if x.dtype not in DTYPES or x.dtype != query.dtype:
+            allowed = query.dtype if query.dtype in DTYPES else ", ".join(map(str, DTYPES))
             raise ValueError(f"{name} has dtype {x.dtype}; allowed is {allowed}")
-        _check_device(name, x, query)
+        check_device(name, x, query)
     if key.shape != query.shape:
         raise ValueError(f"key has shape {list(key.shape)}; allowed is {list(query.shape)}, as query")
     if value.shape[:3] != query.shape[:3]:
@@ -31,7 +32,7 @@ def check_inputs(
         if document_ids.shape != query.shape[:2] or document_ids.dtype not in (torch.int32, torch.int64):
             got, shape = f"{document_ids.dtype} {list(document_ids.shape)}", list(query.shape[:2])
             raise ValueError(f"document_ids is {got}; allowed is torch.int32 or torch.int64 {shape}")
-        _check_device("document_ids", document_ids, query)
+        check_device("document_ids", document_ids, query)
         readable = document_ids.device.type == "cpu" and not torch.compiler.is_compiling()
         if readable and (document_ids[:, 1:] < document_ids[:, :-1]).any():
             raise ValueError("document_ids must not decrease along its last axis")
@@ -52,7 +53,7 @@ def check_gates(query: torch.Tensor, log_decay: torch.Tensor, log_input: torch.T
             raise ValueError(
                 f"{name} has dtype {x.dtype}; allowed is {exact}: gates are never rounded to half precision"
             )
-        _check_device(name, x, query)
+        check_device(name, x, query)
 
 
 def check_state(query: torch.Tensor, value: torch.Tensor, state: LinearState | None, normalize: bool) -> None:
@@ -73,19 +74,4 @@ def check_state(query: torch.Tensor, value: torch.Tensor, state: LinearState | N
         if x is not None and (tuple(x.shape) != shape or x.dtype != exact):
             raise ValueError(f"initial_state.{name} is {x.dtype} {list(x.shape)}; allowed is {exact} {list(shape)}")
         if x is not None:
-            _check_device(f"initial_state.{name}", x, query)
-
-
-def triton_limits(query: torch.Tensor, value: torch.Tensor) -> str | None:
-    """Say what of a call the Triton kernels do not cover; None if nothing."""
-    if query.dtype == torch.float64:
-        return "query of dtype torch.float64; allowed are torch.float16, torch.bfloat16 and torch.float32"
-    for name, x in (("query", query), ("value", value)):
-        if x.shape[3] > _TRITON_MAX_DIM:
-            return f"{name} with head dimension {x.shape[3]}; allowed are 1 to {_TRITON_MAX_DIM}"
-    return None
-
-
-def _check_device(name: str, x: torch.Tensor, like: torch.Tensor) -> None:
-    if x.device != like.device:
-        raise ValueError(f"{name} is on {x.device}; allowed is {like.device}, where query is")
+            check_device(f"initial_state.{name}", x, query)

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 
 from longmix_kernels.linear import reference
-from longmix_kernels.linear.checks import check_gates, check_inputs, check_state, triton_limits
+from longmix_kernels.linear.checks import TRITON_MAX_DIM, check_gates, check_inputs, check_state
 from longmix_kernels.linear.state import LinearState
-from longmix_kernels.runtime import check_triton_device, choose_backend
+from longmix_kernels.runtime import check_triton_device, choose_backend, triton_limits
 
 BACKENDS = ("reference", "blocked", "triton")
 """The implementations `linear_attention` offers."""
@@ -65,7 +65,7 @@ def linear_attention(
         log_decay = log_decay.expand(*query.shape[:2], -1)
     check_gates(query, log_decay, log_input)
     check_state(query, value, initial_state, normalize)
-    uncovered = triton_limits(query, value)
+    uncovered = triton_limits(TRITON_MAX_DIM, query=query, value=value)
     backend = choose_backend(backend, query.device, BACKENDS[:2] if uncovered and backend is None else BACKENDS)
     if backend == "triton":
         if uncovered:
