@@ -8,6 +8,7 @@ from attention_cases import CASES, EXTREME, PANEL_MATHS, TOLERANCE, Case, assert
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from longmix_kernels.attention import order_by_label
 from longmix_kernels.attention.blocked import blocked_backward, blocked_forward
 from longmix_kernels.attention.bounds import row_bounds
 from longmix_kernels.attention.panels import FLASH, MATMUL, PanelMath, _row_folds
@@ -168,12 +169,26 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+def in_buckets(length: int) -> Pattern:
+    """Rows sorted by random buckets of about 200 rows, queries and keys each by their own."""
+    generator = torch.Generator().manual_seed(0)
+    labels = [torch.randint(0, length // 200, (1, length, 1), generator=generator) for _ in range(2)]
+    return Pattern(**order_by_label(*labels, num_labels=length // 200)._asdict())
+
+
+LINEAR_PATTERNS = {
+    "causal": lambda length: Pattern(*row_bounds(length, length)),
+    "window": lambda length: Pattern(*row_bounds(length, length, window=100)),
+    "buckets": in_buckets,
+}
+
+
 @pytest.mark.parametrize("math", [FLASH, MATMUL], ids=["flash", "matmul"])
-@pytest.mark.parametrize("options", [{}, {"window": 100}], ids=["causal", "window"])
-def test_no_tensor_grows_with_the_square_of_the_length(options, math):
+@pytest.mark.parametrize("make", LINEAR_PATTERNS.values(), ids=LINEAR_PATTERNS)
+def test_no_tensor_grows_with_the_square_of_the_length(make, math):
     for length in (3072, 6144):
         query, key, value = (torch.randn(1, length, 1, 8) for _ in range(3))
-        pattern = Pattern(*row_bounds(length, length, **options))
+        pattern = make(length)
         with LargestTensor() as largest:
             output, logsumexp = blocked_forward(query, key, value, pattern, 0.3, math)
             blocked_backward(output, logsumexp, query, key, value, pattern, output, logsumexp, 0.3, math)
