@@ -48,6 +48,25 @@ def check_device(name: str, x: torch.Tensor, query: torch.Tensor) -> None:
         raise ValueError(f"{name} is on {x.device}; allowed is {query.device}, where query is")
 
 
+def check_chunks(query: torch.Tensor, document_ids: torch.Tensor | None, chunk_size: int | None) -> None:
+    """Check what a chunked recurrence over query [B, T, H, D] is told of documents and chunks.
+
+    Raises:
+        ValueError: ids that are no integers [B, T], that decrease (read on the CPU only) or are elsewhere; a chunk size
+            that is no power of two from 16 on.
+    """
+    if document_ids is not None:
+        if document_ids.shape != query.shape[:2] or document_ids.dtype not in (torch.int32, torch.int64):
+            got, shape = f"{document_ids.dtype} {list(document_ids.shape)}", list(query.shape[:2])
+            raise ValueError(f"document_ids is {got}; allowed is torch.int32 or torch.int64 {shape}")
+        check_device("document_ids", document_ids, query)
+        readable = document_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+        if readable and (document_ids[:, 1:] < document_ids[:, :-1]).any():
+            raise ValueError("document_ids must not decrease along its last axis")
+    if chunk_size is not None and (chunk_size < 16 or chunk_size & (chunk_size - 1)):
+        raise ValueError(f"chunk_size is {chunk_size}; allowed are powers of two from 16 on, or None")
+
+
 def check_triton_device(device: torch.device) -> None:
     """Check that Triton kernels can run on a device.
 

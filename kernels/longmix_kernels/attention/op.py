@@ -1,4 +1,4 @@
-"""The public attention function, and the operators that carry it through autograd and torch.compile."""
+"""The public attention function."""
 
 from collections.abc import Callable, Mapping
 from typing import Literal, overload
@@ -11,6 +11,7 @@ from longmix_kernels.attention.blocked import blocked_backward, blocked_forward
 from longmix_kernels.attention.bounds import check_row_bounds, row_bounds
 from longmix_kernels.attention.pattern import SCHEMA, BlockList, Pattern
 from longmix_kernels.attention.reference import attention_reference
+from longmix_kernels.operators import differentiable
 from longmix_kernels.runtime import check_triton_device, choose_backend, triton_limits
 
 BACKENDS = ("reference", "blocked", "triton")
@@ -190,68 +191,36 @@ def _check_values(pattern: Pattern, keys: int) -> None:
     checks.check_permutation("key_rows", pattern.key_rows)
 
 
-def _differentiable(
-    name: str,
-    forward: Callable[..., tuple[torch.Tensor, torch.Tensor]],
-    backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
-) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """Register a forward and its backward as torch operators, so that autograd and torch.compile see two nodes.
+def _engine(name: str, forward: Callable[..., tuple], backward: Callable[..., tuple]) -> Callable[..., tuple]:
+    """Register an implementation; it is called with a pattern where the operators have its parts."""
 
-    Both are called with a pattern where the operators have its parts.
-    """
-    operator, inputs = f"longmix::attention_{name}", f"Tensor query, Tensor key, Tensor value, {SCHEMA}, float scale"
-
-    def run_pattern(query, key, value, *rest):
+    def run(query, key, value, *rest):
         *flat, scale = rest
         pattern = Pattern.of(flat)
         if query.device.type == "cpu":
             _check_values(pattern, key.shape[1])
-        with torch.autocast(query.device.type, enabled=False):
-            return forward(query, key, value, pattern, scale)
+        return forward(query, key, value, pattern, scale)
 
-    def run_pattern_backward(grad_output, grad_logsumexp, output, logsumexp, query, key, value, *rest):
+    def run_backward(grad_output, grad_logsumexp, output, logsumexp, query, key, value, *rest):
         *flat, scale = rest
-        grads = grad_output, grad_logsumexp
-        with torch.autocast(query.device.type, enabled=False):
-            return backward(*grads, query, key, value, Pattern.of(flat), output, logsumexp, scale)
+        return backward(grad_output, grad_logsumexp, query, key, value, Pattern.of(flat), output, logsumexp, scale)
 
-    run = torch.library.custom_op(operator, run_pattern, mutates_args=(), schema=f"({inputs}) -> (Tensor, Tensor)")
-    results = "Tensor grad_output, Tensor? grad_logsumexp, Tensor output, Tensor logsumexp"
-    run_backward = torch.library.custom_op(
-        f"{operator}_backward",
-        run_pattern_backward,
-        mutates_args=(),
-        schema=f"({results}, {inputs}) -> (Tensor, Tensor, Tensor)",
-    )
-
-    @run.register_fake
-    def _(query, key, value, *rest):
+    def empty(query, key, value, *rest):
         exact = torch.promote_types(query.dtype, torch.float32)
         output = query.new_empty(*query.shape[:3], value.shape[3])
         return output, query.new_empty(query.shape[:3], dtype=exact)
 
-    @run_backward.register_fake
-    def _(grad_output, grad_logsumexp, output, logsumexp, query, key, value, *rest):
-        return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-    def save(ctx, inputs, output):
-        ctx.inputs = [None if isinstance(x, torch.Tensor) else x for x in inputs]
-        ctx.tensors = [index for index, x in enumerate(inputs) if isinstance(x, torch.Tensor)]
-        ctx.save_for_backward(*output, *(inputs[index] for index in ctx.tensors))
-        ctx.set_materialize_grads(False)
-
-    def differentiate(ctx, grad_output, grad_logsumexp):
-        output, logsumexp, *tensors = ctx.saved_tensors
-        inputs = list(ctx.inputs)
-        for index, x in zip(ctx.tensors, tensors, strict=True):
-            inputs[index] = x
-        if grad_output is None:
-            grad_output = torch.zeros_like(output)
-        grads = run_backward(grad_output, grad_logsumexp, output, logsumexp, *inputs)
-        return *grads, *(None for _ in inputs[3:])
-
-    run.register_autograd(differentiate, setup_context=save)
-    return run
+    return differentiable(
+        f"longmix::attention_{name}",
+        f"Tensor query, Tensor key, Tensor value, {SCHEMA}, float scale",
+        forward=run,
+        backward=run_backward,
+        empty=empty,
+        results=2,
+        incoming=2,
+        saved=(0, 1),
+        outgoing=3,
+    )
 
 
 def _triton_forward(*arguments):
@@ -266,5 +235,5 @@ def _triton_backward(*arguments):
     return triton_backward(*arguments)
 
 
-_blocked = _differentiable("blocked", blocked_forward, blocked_backward)
-_triton = _differentiable("triton", _triton_forward, _triton_backward)
+_blocked = _engine("blocked", blocked_forward, blocked_backward)
+_triton = _engine("triton", _triton_forward, _triton_backward)

@@ -3,7 +3,7 @@
 import torch
 
 from longmix_kernels.linear.state import LinearState
-from longmix_kernels.runtime import DTYPES, check_device
+from longmix_kernels.runtime import DTYPES, check_chunks, check_device
 
 TRITON_MAX_DIM = 512
 """Largest head dimension that the Triton kernels cover."""
@@ -28,16 +28,7 @@ def check_inputs(
         raise ValueError(f"key has shape {list(key.shape)}; allowed is {list(query.shape)}, as query")
     if value.shape[:3] != query.shape[:3]:
         raise ValueError(f"value has shape {list(value.shape)}; allowed is {[*query.shape[:3]]} and Dv, as query")
-    if document_ids is not None:
-        if document_ids.shape != query.shape[:2] or document_ids.dtype not in (torch.int32, torch.int64):
-            got, shape = f"{document_ids.dtype} {list(document_ids.shape)}", list(query.shape[:2])
-            raise ValueError(f"document_ids is {got}; allowed is torch.int32 or torch.int64 {shape}")
-        check_device("document_ids", document_ids, query)
-        readable = document_ids.device.type == "cpu" and not torch.compiler.is_compiling()
-        if readable and (document_ids[:, 1:] < document_ids[:, :-1]).any():
-            raise ValueError("document_ids must not decrease along its last axis")
-    if chunk_size is not None and (chunk_size < 16 or chunk_size & (chunk_size - 1)):
-        raise ValueError(f"chunk_size is {chunk_size}; allowed are powers of two from 16 on, or None")
+    check_chunks(query, document_ids, chunk_size)
 
 
 def check_gates(query: torch.Tensor, log_decay: torch.Tensor, log_input: torch.Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""The public function of scalar-gated linear attention, and the operators that carry it through autograd."""
+"""The public function of scalar-gated linear attention."""
 
 from collections.abc import Callable
 
@@ -7,6 +7,7 @@ import torch
 from longmix_kernels.linear import reference
 from longmix_kernels.linear.checks import TRITON_MAX_DIM, check_gates, check_inputs, check_state
 from longmix_kernels.linear.state import LinearState
+from longmix_kernels.operators import differentiable
 from longmix_kernels.runtime import check_triton_device, choose_backend, triton_limits
 
 BACKENDS = ("reference", "blocked", "triton")
@@ -101,43 +102,17 @@ _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor log_decay, Tensor? log_input, Tensor? memory, Tensor? normalizer, "
     "Tensor? log_scale, Tensor? document_ids, bool normalize, float scale, int? chunk_size"
 )
-_TENSORS = 9
-"""How many of the inputs are tensors; they come first."""
 
 
-def _differentiable(
-    name: str, forward: Callable[..., tuple[torch.Tensor, ...]], backward: Callable[..., tuple[torch.Tensor, ...]]
-) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """Register a forward and its backward as torch operators, so that autograd and torch.compile see two nodes.
+def _engine(name: str, forward: Callable[..., tuple], backward: Callable[..., tuple]) -> Callable[..., tuple]:
+    """Register an implementation.
 
     The forward returns the output, the final state (empty tensors for what there is not), and per row the log scale
     and denominator [B, T, H] that the backward wants (empty without `normalize`). The backward returns one gradient for
     each of the first eight inputs, empty where the input is None.
     """
-    operator = f"longmix::linear_{name}"
 
-    def run_forward(query, *rest):
-        with torch.autocast(query.device.type, enabled=False):
-            return forward(query, *rest)
-
-    def run_backward(grad_output, *rest):
-        with torch.autocast(grad_output.device.type, enabled=False):
-            return backward(grad_output, *rest)
-
-    results = ", ".join(["Tensor"] * 6)
-    run = torch.library.custom_op(operator, run_forward, mutates_args=(), schema=f"({_INPUTS}) -> ({results})")
-    grads = "Tensor grad_output, Tensor? grad_memory, Tensor? grad_normalizer"
-    saved = "Tensor output, Tensor row_log_scale, Tensor denominator"
-    gradients = ", ".join(["Tensor"] * 8)
-    run_gradients = torch.library.custom_op(
-        f"{operator}_backward",
-        run_backward,
-        mutates_args=(),
-        schema=f"({grads}, {saved}, {_INPUTS}) -> ({gradients})",
-    )
-
-    @run.register_fake
-    def _(query, key, value, log_decay, log_input, memory, normalizer, log_scale, document_ids, normalize, *rest):
+    def empty(query, key, value, log_decay, log_input, memory, normalizer, log_scale, document_ids, normalize, *rest):
         batch, length, heads, dim = query.shape
         exact = torch.promote_types(query.dtype, torch.float32)
         shapes = [(batch, heads, dim), (batch, heads), (batch, length, heads), (batch, length, heads)]
@@ -145,29 +120,17 @@ def _differentiable(
         final = query.new_empty(batch, heads, dim, value.shape[-1], dtype=exact)
         return query.new_empty(*query.shape[:3], value.shape[-1]), final, *others
 
-    @run_gradients.register_fake
-    def _(grad_output, grad_memory, grad_normalizer, output, row_log_scale, denominator, *inputs):
-        return tuple(grad_output.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs[:8])
-
-    def save(ctx, inputs, output):
-        ctx.options = inputs[_TENSORS:]
-        ctx.given = [x is not None for x in inputs[:_TENSORS]]
-        results = output[0], output[4], output[5]
-        ctx.save_for_backward(*results, *(x for x in inputs[:_TENSORS] if x is not None))
-        ctx.set_materialize_grads(False)
-
-    def differentiate(ctx, grad_output, grad_memory, grad_normalizer, *_):
-        saved = list(ctx.saved_tensors)
-        results, tensors = saved[:3], iter(saved[3:])
-        inputs = [next(tensors) if given else None for given in ctx.given]
-        if grad_output is None:
-            grad_output = torch.zeros_like(results[0])
-        found = run_gradients(grad_output, grad_memory, grad_normalizer, *results, *inputs, *ctx.options)
-        grads = [grad if given else None for grad, given in zip(found, ctx.given, strict=False)]
-        return *grads, *(None for _ in range(1 + len(ctx.options)))
-
-    run.register_autograd(differentiate, setup_context=save)
-    return run
+    return differentiable(
+        f"longmix::linear_{name}",
+        _INPUTS,
+        forward=forward,
+        backward=backward,
+        empty=empty,
+        results=6,
+        incoming=3,
+        saved=(0, 4, 5),
+        outgoing=8,
+    )
 
 
 def _blocked_forward(*arguments):
@@ -194,5 +157,5 @@ def _triton_backward(*arguments):
     return triton_backward(*arguments)
 
 
-_blocked = _differentiable("blocked", _blocked_forward, _blocked_backward)
-_triton = _differentiable("triton", _triton_forward, _triton_backward)
+_blocked = _engine("blocked", _blocked_forward, _blocked_backward)
+_triton = _engine("triton", _triton_forward, _triton_backward)

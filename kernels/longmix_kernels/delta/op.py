@@ -1,0 +1,143 @@
+"""The public function of the delta rule."""
+
+from collections.abc import Callable
+
+import torch
+
+from longmix_kernels.delta import reference
+from longmix_kernels.delta.checks import TRITON_MAX_DIM, check_decay, check_inputs, check_state
+from longmix_kernels.operators import differentiable
+from longmix_kernels.runtime import check_triton_device, choose_backend, triton_limits
+
+BACKENDS = ("reference", "blocked", "triton")
+"""The implementations `delta_rule` offers."""
+
+
+def delta_rule(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    log_decay: torch.Tensor,
+    low_rank_read: torch.Tensor | None = None,
+    low_rank_write: torch.Tensor | None = None,
+    scale: float = 1.0,
+    initial_state: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
+    chunk_size: int | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Delta rule: linear attention whose transitions are a diagonal plus a matrix of rank one.
+
+    Per head, with decay exp(g_t), state S, and a (read), b (write), k, r on its key side,
+
+        S_t = diag(exp(g_t)) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T,    y_t = S_t^T (s r_t)
+
+    States and decays are float32, or float64 for float64 inputs. Exactly differentiable, once, in all tensors but
+    `document_ids`, also through the returned state. See `reference` for RWKV-7, DeltaNet and others as special cases.
+
+    Args:
+        query: [B, T, H, K], float16, bfloat16, float32 or float64.
+        key: [B, T, H, K], same dtype.
+        value: [B, T, H, V], same dtype.
+        log_decay: [B, T, H, K], or [B, T, H] for all of a head, float32 (float64 with float64 inputs), at most 0.
+        low_rank_read: [B, T, H, K], dtype of `query`; comes with `low_rank_write`, None for zeros.
+        low_rank_write: [B, T, H, K], dtype of `query`.
+        scale: factor on the queries.
+        initial_state: [B, H, K, V], before each document, dtype of `log_decay`; None for zeros.
+        document_ids: int32 or int64 [B, T], non-decreasing along T; each document begins from the initial state.
+        chunk_size: tokens between two states that are computed; None lets the implementation choose one that is safe
+            for the decay.
+        backend: "reference" (token by token), "blocked" (chunks, in torch) or "triton" (the same on a CUDA device, no
+            float64, K and V up to 256). None picks "triton" where it covers the call on a CUDA device, and "blocked"
+            elsewhere.
+
+    Returns:
+        The output [B, T, H, V] in the dtype of `query`, and the state after the last token.
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype, device or value.
+    """
+    check_inputs(query, key, value, low_rank_read, low_rank_write, document_ids, chunk_size)
+    if log_decay.dim() == 3:
+        log_decay = log_decay.unsqueeze(-1).expand(*log_decay.shape, query.shape[-1])
+    check_decay(query, log_decay)
+    check_state(query, value, initial_state)
+    uncovered = triton_limits(TRITON_MAX_DIM, query=query, value=value)
+    backend = choose_backend(backend, query.device, BACKENDS[:2] if uncovered and backend is None else BACKENDS)
+    if backend == "triton":
+        if uncovered:
+            raise ValueError(f"backend='triton' got {uncovered}")
+        check_triton_device(query.device)
+    if backend == "reference":
+        exact = log_decay.dtype
+        zeros = torch.zeros_like(query)
+        if initial_state is None:
+            initial_state = query.new_zeros(query.shape[0], *query.shape[2:], value.shape[-1], dtype=exact)
+        read = zeros if low_rank_read is None else low_rank_read
+        write = zeros if low_rank_write is None else low_rank_write
+        with torch.autocast(query.device.type, enabled=False):
+            return reference.recurrent(query, key, value, log_decay, read, write, initial_state, document_ids, scale)
+    run = _triton if backend == "triton" else _blocked
+    tensors = query, key, value, log_decay, low_rank_read, low_rank_write, initial_state, document_ids
+    output, state = run(*tensors, scale, chunk_size)
+    return output, state
+
+
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor log_decay, Tensor? low_rank_read, Tensor? low_rank_write, "
+    "Tensor? initial_state, Tensor? document_ids, float scale, int? chunk_size"
+)
+
+
+def _engine(name: str, forward: Callable[..., tuple], backward: Callable[..., tuple]) -> Callable[..., tuple]:
+    """Register an implementation.
+
+    The backward gets the gradients of output and final state (None for zero) and the inputs, and returns a gradient for
+    each of the first seven inputs, empty where the input is None.
+    """
+
+    def empty(query, key, value, log_decay, *rest):
+        batch, _, heads, dim = query.shape
+        state = query.new_empty(batch, heads, dim, value.shape[-1], dtype=log_decay.dtype)
+        return query.new_empty(*query.shape[:3], value.shape[-1]), state
+
+    return differentiable(
+        f"longmix::delta_{name}",
+        _INPUTS,
+        forward=forward,
+        backward=backward,
+        empty=empty,
+        results=2,
+        incoming=2,
+        saved=(),
+        outgoing=7,
+    )
+
+
+def _blocked_forward(*arguments):
+    from longmix_kernels.delta.blocked import blocked_forward
+
+    return blocked_forward(*arguments)
+
+
+def _blocked_backward(*arguments):
+    from longmix_kernels.delta.blocked import blocked_backward
+
+    return blocked_backward(*arguments)
+
+
+def _triton_forward(*arguments):
+    from longmix_kernels.delta.triton_forward import triton_forward
+
+    return triton_forward(*arguments)
+
+
+def _triton_backward(*arguments):
+    from longmix_kernels.delta.triton_backward import triton_backward
+
+    return triton_backward(*arguments)
+
+
+_blocked = _engine("blocked", _blocked_forward, _blocked_backward)
+_triton = _engine("triton", _triton_forward, _triton_backward)

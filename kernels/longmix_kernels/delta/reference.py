@@ -1,0 +1,60 @@
+"""The definition of the delta rule with diagonal-plus-low-rank transitions; exact in float64, autograd differentiates.
+
+Per head, with the decay w_t = exp(g_t), the state S (keys by values) and vectors a (read), b (write), k, r of its keys,
+
+    S_t = diag(w_t) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T,    y_t = S_t^T (s r_t)
+
+(Peng et al. 2025, arXiv 2503.14456, equation 17, transposed.) What is read for removal is the state before the decay. A
+document begins from the initial state. Special cases, with beta a write strength and k of length 1:
+
+    RWKV-7             a = -kappa, b = kappa * in-context learning rate, k = replacement key
+    gated DeltaNet     a = -beta exp(g) k, b = k, k <- beta k, g one number a head
+    Kimi delta         a = -beta exp(g) * k, b = k, k <- beta k
+    DeltaNet           as gated, g = 0
+    GLA                a = b = 0
+"""
+
+import torch
+
+
+def recurrent(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    log_decay: torch.Tensor,
+    low_rank_read: torch.Tensor,
+    low_rank_write: torch.Tensor,
+    state: torch.Tensor,
+    document_ids: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute token by token.
+
+    Args:
+        query, key, log_decay, low_rank_read, low_rank_write: [B, T, H, K].
+        value: [B, T, H, V].
+        state: [B, H, K, V], before each document.
+        document_ids: integer [B, T], non-decreasing along T, or None.
+        scale: factor on the queries.
+
+    Returns:
+        The output [B, T, H, V] in the dtype of `query`, and the state after the last token.
+    """
+    dtype, exact = query.dtype, state.dtype
+    query, key, value, log_decay, read, write = (
+        x.to(exact) for x in (query, key, value, log_decay, low_rank_read, low_rank_write)
+    )
+    starts = torch.zeros(query.shape[:2], dtype=torch.bool, device=query.device)
+    if document_ids is not None:
+        starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    initial, outputs = state, []
+    for t in range(query.shape[1]):
+        state = torch.where(starts[:, t].view(-1, 1, 1, 1), initial, state)
+        removed = torch.einsum("bhk,bhkv->bhv", read[:, t], state)
+        state = (
+            log_decay[:, t].exp().unsqueeze(-1) * state
+            + write[:, t].unsqueeze(-1) * removed.unsqueeze(-2)
+            + key[:, t].unsqueeze(-1) * value[:, t].unsqueeze(-2)
+        )
+        outputs.append(torch.einsum("bhk,bhkv->bhv", scale * query[:, t], state))
+    return torch.stack(outputs, 1).to(dtype), state
