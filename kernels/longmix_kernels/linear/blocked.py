@@ -1,0 +1,265 @@
+"""Scalar-gated linear attention chunk by chunk, in memory linear in the length (TFLA, Beck et al. 2025, in torch).
+
+A few chunks at a time, so that they stay in cache: within a chunk tokens meet through a matrix of weights, and what lies
+before it is read from the state entering it. The normaliser is one more column of the memory, and a 1 in each value.
+
+Backward: the states entering each run of chunks are computed first; then the runs are taken in reverse, and the same
+products are computed again, transposed. With y = read / max(|x|, exp(-m)), x the last column of read,
+
+    dread = dy / max(|x|, exp(-m))      dx = -sign(x) (dy . y) / max(|x|, exp(-m))  where |x| > exp(-m), else 0
+
+which holds exactly with m a constant. A log decay receives the sum, over all tokens and states before it and all rows
+and states after it, of weight times gradient of weight; sums are arranged so that no large terms cancel.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from longmix_kernels.linear.blocked_call import BlockedCall, Run, Tensors
+from longmix_kernels.linear.blocked_weights import ChunkWeights
+
+
+def blocked_forward(*inputs) -> Tensors:
+    """Return output, final memory, normaliser and log scale, and per row the log scale and what divides it, signed.
+
+    Args:
+        inputs: query, key, value, log_decay, log_input, memory, normalizer, log_scale, document_ids, normalize, scale
+            and chunk_size, as `linear_attention` has them, None where there is none.
+    """
+    call = BlockedCall(*inputs)
+    output = call.query.new_empty(call.value.shape)
+    row_scale, along = (call.log_decay.new_empty(call.log_decay.shape if call.normalize else 0) for _ in range(2))
+    state, scale = call.initial, call.initial_scale
+    for run in call.runs():
+        weights = call.weights(run, scale, None)
+        query, key, value = _inputs(call, run)
+        states, _ = _states(call, weights, key, value, state)
+        scores = torch.bmm(query, key.mT, out=call.space("scores", *_square(query)))
+        scores.mul_(weights.within(call.space("within", *scores.shape)))
+        read = torch.bmm(scores, value, out=call.space("read", *value.shape))
+        read.baddbmm_(_times(query, weights.read, call.space("reading", *query.shape)), states[:-1].flatten(0, 1))
+        if call.restarts_matter(weights):
+            read += _times(query, weights.read_initial) @ _repeated(call.initial, run)
+        if call.normalize:
+            call.put(row_scale, run, weights.row_scale)
+            divisor = _along(call, run, weights, states)
+            call.put(along, run, divisor)
+            read = read[..., :-1].div_(_denominator(divisor, weights).unsqueeze(-1))
+        call.put(output, run, read)
+        state, scale = states[-1], weights.scale[-1]
+    final_scale = scale.view(call.batch, call.heads).to(state.dtype) if call.normalize else state.new_empty(0)
+    return output, *call.split_state(state), final_scale, row_scale, along
+
+
+def blocked_backward(
+    grad_output: torch.Tensor,
+    grad_memory: torch.Tensor | None,
+    grad_normalizer: torch.Tensor | None,
+    output: torch.Tensor,
+    row_scale: torch.Tensor,
+    along: torch.Tensor,
+    *inputs,
+) -> Tensors:
+    """Return the gradients of the first eight inputs, empty where an input is None.
+
+    Args:
+        grad_output: [B, T, H, Dv].
+        grad_memory, grad_normalizer: of the final state, or None for zero.
+        output, row_scale, along: the first and the last two results of the forward.
+        inputs: as there.
+    """
+    call = BlockedCall(*inputs)
+    grads = [x.new_empty(x.shape) for x in (call.query, call.key, call.value, call.log_decay, call.log_decay)]
+    grad_state = call.join_state(grad_memory, grad_normalizer)
+    grad_initial = torch.zeros_like(grad_state)
+    runs = list(_entering_states(call, row_scale))
+    while runs:
+        run, state, scale = runs.pop()
+        weights = call.weights(run, scale, row_scale)
+        grad_read = _grad_read(call, run, weights, grad_output, output, along)
+        found, grad_state = _run_backward(call, run, weights, state, grad_read, grad_state, grad_initial)
+        for grad, rows in zip(grads, found, strict=True):
+            call.put(grad, run, rows)
+
+    if call.log_input is None:
+        grads[4] = grad_output.new_empty(0)
+    if not call.has_state:
+        return *grads, *(grad_output.new_empty(0) for _ in range(3))
+    grad_initial += grad_state
+    grads += call.split_state(grad_initial)
+    if not call.normalize:
+        return *grads, grad_output.new_empty(0)
+    return *grads, (grad_initial * call.initial).sum((1, 2)).view(call.batch, call.heads)
+
+
+def _run_backward(
+    call: BlockedCall,
+    run: Run,
+    weights: ChunkWeights,
+    state: torch.Tensor,
+    grad_read: torch.Tensor,
+    grad_state: torch.Tensor,
+    grad_initial: torch.Tensor,
+) -> tuple[Tensors, torch.Tensor]:
+    """Return the gradients of query, key, value and both gates for a run, and of the state entering it.
+
+    Args:
+        state, grad_state: of the state entering the run, and the gradient of the one leaving it, [X, Dk, Dv + 1].
+        grad_read: [G * X, L, Dv + 1].
+        grad_initial: [X, Dk, Dv + 1], added to.
+    """
+    query, key, value = _inputs(call, run)
+    grad_output = grad_read[..., : call.value_dim]
+
+    # Tokens of one chunk.
+    within = weights.within(call.space("within", *_square(query)))
+    scores = torch.bmm(query, key.mT, out=call.space("scores", *within.shape)).mul_(within)
+    grad_scores = torch.bmm(grad_read, value.mT, out=call.space("grad_scores", *within.shape))
+    terms = torch.mul(scores, grad_scores, out=call.space("terms", *within.shape))
+    grad_scores.mul_(within)
+    grad_value = torch.bmm(scores.mT, grad_output, out=call.space("grad_value", *grad_output.shape))
+
+    # Rows read the states entering the chunks.
+    states, writing = _states(call, weights, key, value, state)
+    entering = states[:-1].flatten(0, 1)
+    reading = _times(query, weights.read, call.space("reading", *query.shape))
+    grad_query = torch.bmm(grad_read, entering.mT, out=call.space("grad_query", *query.shape))
+    _times(grad_query, weights.read, grad_query)
+    if call.restarts_matter(weights):
+        grad_query += _times(grad_read @ _repeated(call.initial.mT, run), weights.read_initial)
+        grad_initial += _by_sequence(_times(query, weights.read_initial).mT @ grad_read, run).sum(0)
+    read_terms = _dot(query, grad_query, call)
+    grad_query.baddbmm_(grad_scores, key).mul_(call.scale)
+
+    # Tokens write to the states leaving the chunks.
+    grad_states = _grad_states(call, weights, reading, grad_read, grad_state)
+    leaving = grad_states[1:].flatten(0, 1)
+    grad_key = torch.bmm(value, leaving.mT, out=call.space("grad_key", *key.shape))
+    _times(grad_key, weights.write, grad_key)
+    write_terms = _dot(key, grad_key, call)
+    grad_key.baddbmm_(grad_scores.mT, query)
+    grad_value.baddbmm_(writing, leaving[..., : call.value_dim])
+
+    # The states leaving the chunks hold what entered.
+    passed = _dot(entering.flatten(1), leaving.flatten(1), call).view_as(weights.kept) * weights.kept
+    if call.restarts_matter(weights):
+        from_initial = grad_states[1:] * weights.kept_initial[..., None, None]
+        grad_initial += from_initial.sum(0)
+        passed += (from_initial * call.initial).sum((-1, -2))
+    read_terms, write_terms = read_terms.view_as(weights.read), write_terms.view_as(weights.write)
+    grad_gates = weights.grad_gates(terms, read_terms, write_terms, passed)
+    return (grad_query, grad_key, grad_value, *grad_gates), grad_states[0]
+
+
+def _entering_states(call: BlockedCall, row_scale: torch.Tensor) -> Iterator[tuple[Run, torch.Tensor, torch.Tensor]]:
+    """All runs with the state entering each, [X, Dk, Dv + 1], and its scale [X]."""
+    state, scale = call.initial, call.initial_scale
+    for run in call.runs():
+        yield run, state, scale
+        if run.tokens.stop == call.length:
+            return
+        weights = call.weights(run, scale, row_scale)
+        whole = Run(run.start, 1, run.chunks * run.length)
+        later = weights.kept.flip(0).cumprod(0).flip(0)
+        after = torch.cat([later[1:], torch.ones_like(later[:1])])
+        key, value = call.take(call.key, whole, "key"), call.take(call.value, whole, "value", ones=call.normalize)
+        key.mul_((weights.write * after.unsqueeze(-1)).transpose(0, 1).reshape(*key.shape[:-1], 1))
+        before, state = state, key.mT @ value
+        state.addcmul_(later[0, :, None, None], before)
+        if call.restarts_matter(weights):
+            state.addcmul_((weights.kept_initial * after).sum(0)[:, None, None], call.initial)
+        scale = weights.scale[-1]
+
+
+def _inputs(call: BlockedCall, run: Run) -> Tensors:
+    """Queries times scale, keys and values [G * X, L, D], if normalised with a 1 in each value."""
+    query, key = call.take(call.query, run, "query"), call.take(call.key, run, "key")
+    return query.mul_(call.scale), key, call.take(call.value, run, "value", ones=call.normalize)
+
+
+def _states(
+    call: BlockedCall, weights: ChunkWeights, key: torch.Tensor, value: torch.Tensor, state: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The states between chunks [G + 1, X, Dk, Dv + 1], from the first, and the keys times what they write."""
+    states = call.space("states", len(weights.kept) + 1, *state.shape)
+    states[0] = state
+    writing = _times(key, weights.write, call.space("writing", *key.shape))
+    torch.bmm(writing.mT, value, out=states[1:].flatten(0, 1))
+    if call.restarts_matter(weights):
+        states[1:].addcmul_(weights.kept_initial[..., None, None], call.initial)
+    for chunk, kept in enumerate(weights.kept):
+        states[chunk + 1].addcmul_(kept[:, None, None], states[chunk])
+    return states, writing
+
+
+def _grad_states(
+    call: BlockedCall, weights: ChunkWeights, reading: torch.Tensor, grad_read: torch.Tensor, grad_state: torch.Tensor
+) -> torch.Tensor:
+    """The gradients of `_states`, from the last."""
+    grads = call.space("grad_states", len(weights.kept) + 1, *grad_state.shape)
+    grads[-1] = grad_state
+    torch.bmm(reading.mT, grad_read, out=grads[:-1].flatten(0, 1))
+    for chunk, kept in reversed(list(enumerate(weights.kept))):
+        grads[chunk].addcmul_(kept[:, None, None], grads[chunk + 1])
+    return grads
+
+
+def _grad_read(
+    call: BlockedCall,
+    run: Run,
+    weights: ChunkWeights,
+    grad_output: torch.Tensor,
+    output: torch.Tensor,
+    along: torch.Tensor,
+) -> torch.Tensor:
+    """Gradient of numerator and denominator together, [G * X, L, Dv + 1], or of the output [G * X, L, Dv]."""
+    grad = call.take(grad_output, run, "grad_read", ones=call.normalize)
+    if not call.normalize:
+        return grad
+    along = call.take_gate(along, run).flatten(0, 1)
+    denominator = _denominator(along, weights)
+    grad[..., :-1].div_(denominator.unsqueeze(-1))
+    gain = _dot(grad[..., :-1], call.take(output, run, "read"), call)
+    grad[..., -1] = gain.neg_().mul_(along.sign()).mul_(along.abs() >= denominator)
+    return grad
+
+
+def _along(call: BlockedCall, run: Run, weights: ChunkWeights, states: torch.Tensor) -> torch.Tensor:
+    """The normaliser along the queries [G * X, L]: numbers that may nearly cancel, therefore multiplied in float64."""
+    shape = run.chunks * call.sequences, run.length
+    query, key = (call.space(f"exact_{name}", *shape, call.dim, dtype=torch.float64) for name in ("query", "key"))
+    query.copy_(call.space("query", *shape, call.dim))
+    key.copy_(call.space("key", *shape, call.dim))
+    scores = torch.bmm(query, key.mT, out=call.space("exact_scores", *shape, run.length, dtype=torch.float64))
+    scores.mul_(call.space("within", *shape, run.length))
+    from_state = torch.bmm(query, states[:-1, ..., -1:].flatten(0, 1).double()).squeeze(-1)
+    return scores.sum(-1).addcmul_(from_state, weights.read.view(shape)).to(states.dtype)
+
+
+def _denominator(along: torch.Tensor, weights: ChunkWeights) -> torch.Tensor:
+    """What divides the rows [G * X, L]; never 0, even where exp(-m) is too small for the dtype."""
+    least = weights.row_scale.neg().exp_().to(along.dtype).clamp_(min=torch.finfo(along.dtype).tiny)
+    return along.abs().maximum(least.view_as(along))
+
+
+def _times(x: torch.Tensor, factor: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """[G * X, L, D] times [G, X, L]."""
+    return torch.mul(x, factor.reshape(*x.shape[:-1], 1), out=out)
+
+
+def _dot(first: torch.Tensor, second: torch.Tensor, call: BlockedCall) -> torch.Tensor:
+    return torch.mul(first, second, out=call.space("product", *first.shape)).sum(-1)
+
+
+def _square(x: torch.Tensor) -> tuple[int, int, int]:
+    return x.shape[0], x.shape[1], x.shape[1]
+
+
+def _repeated(state: torch.Tensor, run: Run) -> torch.Tensor:
+    """[X, Dk, Dv] for each chunk, as [G * X, Dk, Dv]."""
+    return state.repeat(run.chunks, 1, 1)
+
+
+def _by_sequence(x: torch.Tensor, run: Run) -> torch.Tensor:
+    return x.unflatten(0, (run.chunks, -1))

@@ -1,0 +1,196 @@
+"""What the mixers on scalar-gated linear attention share: projections, output gate, head-wise norm, recurrent state.
+
+    C_t = exp(f_t) C_{t-1} + exp(i_t) k_t v_t^T,    y_t = W_o (gate(x_t) * norm(C_t^T q_t / sqrt(d)))
+
+A subclass says what the decay f_t and the input gate i_t are.
+"""
+
+from typing import TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from longmix.errors import ConfigError
+from longmix.mixers.base import Mixer, MixerOutput, ModelShape, divided
+from longmix.mixers.convolution import ShortConvolution
+from longmix.mixers.recurrent import RecurrentState, continued_ids, over_documents
+from longmix.mixers.rotary import token_positions
+from longmix_kernels.linear import LinearState, linear_attention
+
+NORMS = ("rms", "layer")
+
+
+class HeadwiseNorm(nn.Module):
+    """RMSNorm or LayerNorm of each head on its own, in float32, with one weight per channel and no bias.
+
+    Args:
+        heads, head_dim: sizes.
+        kind: "rms" or "layer".
+        eps: added to the mean square. It is part of the model where heads are small, as an mLSTM's are at first.
+
+    Raises:
+        ConfigError: an unknown kind.
+    """
+
+    def __init__(self, heads: int, head_dim: int, kind: str, eps: float) -> None:
+        super().__init__()
+        if kind not in NORMS:
+            raise ConfigError(f"mixer.norm={kind} is unknown; use {' or '.join(NORMS)}.")
+        self.weight = nn.Parameter(torch.ones(heads * head_dim))
+        self.kind = kind
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., heads, head_dim] -> [..., heads, head_dim] in the dtype of `x`."""
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.kind == "layer":
+            exact = exact - exact.mean(-1, keepdim=True)
+        scale = (exact.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        return (exact * scale * self.weight.view(x.shape[-2:])).to(x.dtype)
+
+
+class LinearOptions(TypedDict, total=False):
+    """The settings that all mixers on this engine share; see `LinearMixer`."""
+
+    key_factor: float
+    norm: str
+    norm_eps: float
+    convolution: int
+
+
+class LinearMixer(Mixer):
+    """Base of the mixers on the `linear` engine; a subclass defines `gates` and initialises its own weights.
+
+    Args:
+        shape: sizes of the model around the mixer.
+        layer_index: which layer this is, from 0.
+        num_heads: heads, each with its own state.
+        normalize: divide by the normaliser, as mLSTM's exponential gate needs.
+        key_factor: width of queries and keys as a share of the model's; values are as wide as the model.
+        norm, norm_eps: head-wise norm of what is read from the state.
+        convolution: tokens that a short convolution mixes for queries, keys and gates; 0 for none.
+
+    Raises:
+        ConfigError: heads that do not divide, an unknown norm, a convolution of fewer than 2 tokens.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        layer_index: int,
+        *,
+        num_heads: int,
+        normalize: bool = False,
+        key_factor: float = 0.5,
+        norm: str = "rms",
+        norm_eps: float = 1e-6,
+        convolution: int = 0,
+    ) -> None:
+        super().__init__()
+        self.d_model, self.num_heads, self.normalize = shape.d_model, num_heads, normalize
+        self.value_dim = divided(shape.d_model, num_heads, "model.d_model", "mixer.num_heads")
+        key_width = round(key_factor * shape.d_model)
+        self.key_dim = divided(key_width, num_heads, "mixer.key_factor * model.d_model", "mixer.num_heads")
+        if convolution < 0 or convolution == 1:
+            raise ConfigError(f"mixer.convolution={convolution} must be 0, which is none, or at least 2 tokens.")
+        self.query = nn.Linear(self.d_model, key_width, bias=False)
+        self.key = nn.Linear(self.d_model, key_width, bias=False)
+        self.value = nn.Linear(self.d_model, self.d_model, bias=False)
+        self.output_gate = nn.Linear(self.d_model, self.d_model, bias=False)
+        self.output = nn.Linear(self.d_model, self.d_model, bias=False)
+        self.head_norm = HeadwiseNorm(num_heads, self.value_dim, norm, norm_eps)
+        self.convolution = ShortConvolution(self.d_model, convolution) if convolution else None
+
+    def gates(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Log decay [B, T, H] or [H], and log input gate [B, T, H] or None, in float32 or better, of x [B, T, D]."""
+        raise NotImplementedError
+
+    def activate(self, gate: Tensor) -> Tensor:
+        """Activation of the output gate."""
+        return gate.sigmoid()
+
+    def query_and_key(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Query and key [B, T, H, key_dim] of x [B, T, D] at positions [B or 1, T]."""
+        return self.query(x).unflatten(-1, (self.num_heads, -1)), self.key(x).unflatten(-1, (self.num_heads, -1))
+
+    def forward(
+        self, x: Tensor, *, state: RecurrentState | None = None, document_ids: Tensor | None = None
+    ) -> MixerOutput:
+        """See `Mixer.forward`."""
+        batch, length, _ = x.shape
+        ids = continued_ids(document_ids, state, batch, length)
+        last_id, next_position = (None, None) if state is None else (state.last_id, state.next_position)
+        positions = token_positions(ids, last_id, next_position, length, x.device)
+        mixed, recent, recent_ids = self._convolved(x, state, ids)
+        query, key = self.query_and_key(mixed, positions)
+        value = self.value(x).unflatten(-1, (self.num_heads, -1))
+        log_decay, log_input = self.gates(mixed)
+
+        def run(initial: LinearState | None, ids: Tensor | None) -> tuple[Tensor, LinearState]:
+            return linear_attention(
+                query,
+                key,
+                value,
+                log_decay=log_decay,
+                log_input=log_input,
+                normalize=self.normalize,
+                initial_state=initial,
+                document_ids=ids,
+            )
+
+        read, carried = over_documents(run, None if state is None else self.zeros(batch), state, ids)
+        gated = self.activate(self.output_gate(x)) * self.head_norm(read).flatten(2)
+        output = MixerOutput(self.output(gated))
+        if state is not None:
+            assert ids is not None
+            output.state = RecurrentState(carried, recent, recent_ids, ids[:, -1], positions[:, -1].expand(batch) + 1)
+        return output
+
+    def _convolved(self, x: Tensor, state: RecurrentState | None, ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Convolved inputs, and the last inputs with their ids for the next call."""
+        recent = x.new_zeros(x.shape[0], self._past(), self.d_model) if state is None else state.recent
+        if self.convolution is None or ids is None or state is None:
+            earlier_ids = torch.full(recent.shape[:2], -1, dtype=torch.int32, device=x.device)
+        else:
+            earlier_ids = state.recent_ids
+        if self.convolution is None:
+            return x, recent, earlier_ids
+        every_id = None if ids is None else torch.cat([earlier_ids, ids.int()], 1)
+        mixed = self.convolution(x, recent, every_id)
+        if state is None or every_id is None:
+            return mixed, recent, earlier_ids
+        past = self._past()
+        return mixed, torch.cat([recent.to(x.dtype), x], 1)[:, -past:], every_id[:, -past:]
+
+    def _past(self) -> int:
+        return 0 if self.convolution is None else self.convolution.size - 1
+
+    def zeros(self, batch: int) -> LinearState:
+        """The engine's state before a document."""
+        weight = self.value.weight
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        memory = weight.new_zeros(batch, self.num_heads, self.key_dim, self.value_dim, dtype=exact)
+        if not self.normalize:
+            return LinearState(memory)
+        return LinearState(memory, memory.new_zeros(memory.shape[:3]), memory.new_zeros(memory.shape[:2]))
+
+    def init_state(self, batch: int) -> RecurrentState:
+        """See `Mixer.init_state`."""
+        weight = self.value.weight
+        recent = weight.new_zeros(batch, self._past(), self.d_model)
+        ids = torch.full((batch, self._past() + 1), -1, dtype=torch.int32, device=weight.device)
+        position = torch.zeros(batch, dtype=torch.int64, device=weight.device)
+        return RecurrentState(self.zeros(batch), recent, ids[:, 1:], ids[:, 0], position)
+
+    def state_bytes(self, length: int) -> int:
+        """Bytes of state one row holds, whatever its length."""
+        per_head = self.key_dim * self.value_dim + (self.key_dim + 1 if self.normalize else 0)
+        weight = self.value.weight
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        return self.num_heads * per_head * exact.itemsize + self._past() * self.d_model * weight.element_size()
+
+    def flops(self, length: int) -> int:
+        """Projections, and per head and token one update and one reading of the state, 2 key_dim * value_dim each."""
+        weights = sum(layer.weight.numel() for layer in self.children() if isinstance(layer, nn.Linear))
+        convolved = 0 if self.convolution is None else self.convolution.flops(length)
+        return 2 * length * weights + convolved + 4 * length * self.num_heads * self.key_dim * self.value_dim
