@@ -11,6 +11,7 @@ causal call, in which every tensor is read or written once and all else stays on
 
 import argparse
 import dataclasses
+import importlib
 import json
 import re
 import subprocess
@@ -26,7 +27,10 @@ from longmix_kernels.attention import launch
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 """Triton's names of the element types, and their bytes."""
 
+FEATURES = ("plain", "permuted", "alibi", "blocks")
 MODES = ("full", "causal", "window", "documents", "bounds")
+BLOCK = 128
+"""Rows of a block where a kernel is compiled for a block list."""
 
 # NVIDIA H200 SXM: dense bf16 tensor cores, HBM3e, and 16 exponentials per cycle and multiprocessor (132 at 1.83 GHz).
 # Products of float32 are not rounded to TF32 and run outside the tensor cores.
@@ -39,8 +43,9 @@ SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
 
 _INTEGERS = ("queries", "keys", "heads", "group", "window")
 _FLOATS = ("scale", "scale_log2")
-_INT32 = ("lo", "hi", "first_row", "end_row")
-_FLOAT32 = ("logsumexp", "grad_logsumexp", "shift", "minus_delta")
+_LISTS = ("row_offsets", "row_blocks", "key_offsets", "key_blocks")
+_INT32 = ("lo", "hi", "first_row", "end_row", "query_order", "key_order", *_LISTS)
+_FLOAT32 = ("logsumexp", "grad_logsumexp", "shift", "minus_delta", "alibi_slopes")
 
 
 @dataclass(frozen=True)
@@ -53,12 +58,18 @@ class Build:
     dim: int
     value_dim: int
     mode: str = "causal"
+    feature: str = "plain"
     config: launch.LaunchConfig | None = None
 
     def launch_config(self) -> launch.LaunchConfig:
         """Return the configuration to compile, that of the launch table unless another was given."""
         width = max(self.dim, self.value_dim)
-        return self.config or launch.table_entry(self.kernel, self.architecture, DTYPES[self.dtype], width)
+        size = DTYPES[self.dtype]
+        features = [self.feature] if self.feature != "plain" else []
+        if launch.is_padded(self.dim) or launch.is_padded(self.value_dim):
+            features.append("padded")
+        config = self.config or launch.table_entry(self.kernel, self.architecture, size, width, features)
+        return config.within(BLOCK if self.feature == "blocks" else 0)
 
 
 @dataclass(frozen=True)
@@ -98,13 +109,8 @@ class Compiled:
 
 
 def _kernel(name: str) -> Any:
-    from longmix_kernels.attention import triton_backward, triton_forward
-
-    return {
-        "forward": triton_forward.forward_kernel,
-        "grad_query": triton_backward.grad_query_kernel,
-        "grad_key_value": triton_backward.grad_key_value_kernel,
-    }[name]
+    module = importlib.import_module(f"longmix_kernels.attention.triton_{name}")
+    return getattr(module, f"{name}_kernel")
 
 
 def compile_kernel(build: Build) -> Compiled:
@@ -119,6 +125,9 @@ def compile_kernel(build: Build) -> Compiled:
     value_main, value_rest = launch.split_dim(build.value_dim)
     constants: dict[str, Any] = {
         "MODE": build.mode,
+        "BLOCK": BLOCK if build.feature == "blocks" else 0,
+        "GATHER_QUERY": build.feature == "permuted",
+        "GATHER_KEY": build.feature == "permuted",
         "NEGATIVE_SCALE": False,
         "DIM": build.dim,
         "DIM_MAIN": main,
@@ -134,6 +143,10 @@ def compile_kernel(build: Build) -> Compiled:
         constants |= dict.fromkeys(("hi", "first_row"))
     if build.mode not in ("bounds", "documents"):
         constants |= dict.fromkeys(("lo", "end_row"))
+    absent = {"permuted": ("query_order", "key_order"), "alibi": ("alibi_slopes",), "blocks": _LISTS}
+    for feature, names in absent.items():
+        if feature != build.feature:
+            constants |= dict.fromkeys(names)
     constants = {name: constant for name, constant in constants.items() if name in kernel.arg_names}
     signature, aligned = {}, {}
     for index, name in enumerate(kernel.arg_names):
@@ -184,12 +197,17 @@ class Roofline:
         tile_flops: operations of the products of one [rows, keys] tile.
         tile_bytes: bytes that the tile loads.
         tile_exponentials: one per score.
+        call_bytes: bytes that a whole call reads and writes.
+        before_bytes: the same if permuted rows are put in order by copies around the kernel, instead of in its loads;
+            the arithmetic of their indices is not counted. None where no rows are permuted.
         flop_seconds, byte_seconds, exponential_seconds: of a whole call, each at its peak rate.
     """
 
     tile_flops: int
     tile_bytes: int
     tile_exponentials: int
+    call_bytes: int
+    before_bytes: int | None
     flop_seconds: float
     byte_seconds: float
     exponential_seconds: float
@@ -207,22 +225,43 @@ class Roofline:
 
 
 def roofline(build: Build, *, batch: int = 1, heads: int = 16, length: int = 16384) -> Roofline:
-    """Count the work of a kernel, for a causal call [batch, length, heads, dim] with as many key heads."""
+    """Count the work of a kernel, for a causal call [batch, length, heads, dim] with as many key heads.
+
+    Block lists are taken to list every block. ALiBi's bias is neither a product nor read.
+    """
     config, size = build.launch_config(), DTYPES[build.dtype]
     dim, value_dim = build.dim, build.value_dim
     # Columns that go through a product per score; matrices of `dim` and of `value_dim` columns, and float32 numbers per
-    # row, that a call reads or writes; and how much one step of the inner loop loads.
-    columns, matrices, value_matrices, row_numbers, tile_bytes = {
-        "forward": (dim + value_dim, 2, 2, 1, config.keys * (dim + value_dim) * size),
-        "grad_query": (2 * dim + value_dim, 3, 3, 4, config.keys * (dim + value_dim) * size),
-        "grad_key_value": (2 * (dim + value_dim), 3, 3, 2, config.rows * ((dim + value_dim) * size + 8)),
+    # row, that a call reads or writes; which of these would be copied to put rows in order; and how much one step of
+    # the inner loop loads.
+    columns, moved, copied, tile_bytes = {
+        "forward": (dim + value_dim, (2, 2, 1), (2, 2, 1), config.keys * (dim + value_dim) * size),
+        "grad_query": (2 * dim + value_dim, (3, 3, 4), (3, 3, 2), config.keys * (dim + value_dim) * size),
+        "grad_key_value": (
+            2 * (dim + value_dim),
+            (3, 3, 2),
+            (1, 1, 0),
+            config.rows * ((dim + value_dim) * size + 8),
+        ),
     }[build.kernel]
+    rows = batch * heads * length
+    call_bytes, copied_bytes = (
+        rows * ((matrices * dim + value_matrices * value_dim) * size + 4 * numbers)
+        for matrices, value_matrices, numbers in (moved, copied)
+    )
+    before_bytes = None
+    if build.feature == "permuted":
+        # A copy reads and writes; in the kernel, every step and every row read the number of a row, an int32.
+        before_bytes = call_bytes + 2 * copied_bytes
+        tile_bytes += 4 * (config.rows if build.kernel == "grad_key_value" else config.keys)
+        call_bytes += rows * 2 * 4
     scores = batch * heads * length * (length + 1) // 2
-    call_bytes = batch * heads * length * ((matrices * dim + value_matrices * value_dim) * size + 4 * row_numbers)
     return Roofline(
         tile_flops=2 * config.rows * config.keys * columns,
         tile_bytes=tile_bytes,
         tile_exponentials=config.rows * config.keys,
+        call_bytes=call_bytes,
+        before_bytes=before_bytes,
         flop_seconds=2 * scores * columns / PEAK_FLOPS[size],
         byte_seconds=call_bytes / PEAK_BYTES,
         exponential_seconds=scores / PEAK_EXPONENTIALS,
@@ -230,16 +269,21 @@ def roofline(build: Build, *, batch: int = 1, heads: int = 16, length: int = 163
 
 
 def table_builds(
-    architectures: Sequence[int], dims: Sequence[int], dtypes: Sequence[str], modes: Sequence[str]
+    architectures: Sequence[int],
+    dims: Sequence[int],
+    dtypes: Sequence[str],
+    modes: Sequence[str],
+    features: Sequence[str] = ("plain",),
 ) -> list[Build]:
     """Return every kernel for every combination."""
     return [
-        Build(kernel, architecture, dtype, dim, dim, mode)
+        Build(kernel, architecture, dtype, dim, dim, mode, feature)
         for architecture in architectures
         for dtype in dtypes
         for dim in dims
         for kernel in launch.KERNELS
         for mode in modes
+        for feature in features
     ]
 
 
@@ -252,6 +296,7 @@ def as_row(build: Build, compiled: Compiled) -> dict[str, Any]:
         "dtype": build.dtype,
         "dim": build.dim,
         "mode": build.mode,
+        "feature": build.feature,
         **dataclasses.asdict(config),
         "registers": compiled.registers,
         "spills": compiled.spills,
@@ -261,6 +306,8 @@ def as_row(build: Build, compiled: Compiled) -> dict[str, Any]:
         "tile_mflop": estimate.tile_flops / 1e6,
         "tile_kib": estimate.tile_bytes / 1024,
         "tile_kexp": estimate.tile_exponentials / 1e3,
+        "call_mib": estimate.call_bytes / 2**20,
+        "before_mib": "" if estimate.before_bytes is None else estimate.before_bytes / 2**20,
         "h200_floor_ms": estimate.floor_seconds * 1e3,
         "limit": estimate.limit,
         "faults": ", ".join(compiled.faults(build)),
@@ -289,16 +336,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dim", type=int, nargs="+", default=launch.WIDTHS, help="head dimensions, 1 to 256")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=("bf16",))
     parser.add_argument("--mode", nargs="+", choices=MODES, default=("causal",), help="where bounds come from")
+    parser.add_argument("--feature", nargs="+", choices=FEATURES, default=("plain",), help="what a call has besides")
     parser.add_argument("--json", type=Path, help="write the records here too")
     options = parser.parse_args(arguments)
     if not all(1 <= dim <= max(launch.WIDTHS) for dim in options.dim):
         parser.error(f"--dim got {options.dim}; allowed are 1 to {max(launch.WIDTHS)}")
-    builds = table_builds(options.arch, options.dim, options.dtype, options.mode)
+    builds = table_builds(options.arch, options.dim, options.dtype, options.mode, options.feature)
     rows = [as_row(build, compile_kernel(build)) for build in builds]
     print(as_table(rows))
     print(
-        "\nEstimates, not measurements: work per tile, and the least time of a causal call with batch 1, 16 heads and "
-        "T = 16384 at an H200's peak rates."
+        "\nEstimates, not measurements: work per tile, and bytes and least time of a causal call with batch 1, 16 "
+        "heads and T = 16384 at an H200's peak rates; before_mib is for permuted rows copied into order beforehand."
     )
     if options.json is not None:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -16,18 +16,48 @@ CLEAN = Compiled(
 )
 
 
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("architecture", launch.ARCHITECTURES)
-@pytest.mark.parametrize("kernel", launch.KERNELS)
-def test_compiles_without_spills_and_with_tensor_cores(kernel, architecture, dim):
-    build = Build(kernel, architecture, "bf16", dim, dim)
+TENSOR_CORES = {80: "mma", 90: "wgmma", 100: "tcgen05"}
+# Rows are permuted where bounds are sorted labels' documents; the others have bounds in closed form.
+FEATURES = [("documents", "permuted"), ("causal", "alibi"), ("causal", "blocks")]
+
+
+def name(build: Build) -> str:
+    return f"{build.kernel}-sm{build.architecture}-d{build.dim}-{build.mode}-{build.feature}"
+
+
+def featured(architectures, dims) -> list[Build]:
+    return [
+        build
+        for mode, feature in FEATURES
+        for build in report.table_builds(architectures, dims, ("bf16",), (mode,), (feature,))
+    ]
+
+
+def assert_clean(build: Build) -> None:
     compiled = report.compile_kernel(build)
     assert compiled.faults(build) == []
-    assert compiled.tensor_cores[{80: "mma", 90: "wgmma", 100: "tcgen05"}[architecture]] > 0
+    assert compiled.tensor_cores[TENSOR_CORES[build.architecture]] > 0
+
+
+@pytest.mark.parametrize(
+    "build",
+    [*report.table_builds(launch.ARCHITECTURES, (128,), ("bf16",), ("causal",)), *featured((90,), (64, 128))],
+    ids=name,
+)
+def test_compiles_without_spills_and_with_tensor_cores(build):
+    assert_clean(build)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("build", report.table_builds(launch.ARCHITECTURES, launch.WIDTHS, ("bf16",), ("causal",)))
+@pytest.mark.parametrize("build", featured((80, 100), (64, 128)), ids=name)
+def test_every_feature_compiles_without_spills(build):
+    assert_clean(build)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "build", report.table_builds(launch.ARCHITECTURES, launch.WIDTHS, ("bf16",), ("causal",)), ids=name
+)
 def test_every_entry_of_the_table_compiles_without_spills(build):
     faults = report.compile_kernel(build).faults(build)
     if faults and (build.kernel, build.architecture, build.dim) == ("grad_key_value", 90, 256):
@@ -77,6 +107,27 @@ def test_roofline_counts_the_work():
     assert narrow.exponential_seconds == pytest.approx(narrow.flop_seconds, rel=0.02)
 
 
+def test_roofline_compares_both_ways_to_permute_rows():
+    rows = 16 * 16384
+    for dim in (64, 128):
+        plain, *permuted = (
+            report.roofline(Build(kernel, 90, "bf16", dim, dim, feature=feature))
+            for kernel, feature in (("forward", "plain"), *((kernel, "permuted") for kernel in launch.KERNELS))
+        )
+        # Query, key, value and output once, and a logsumexp; in the kernel, two row numbers besides.
+        assert plain.call_bytes == rows * (4 * dim * 2 + 4) and plain.before_bytes is None
+        assert permuted[0].call_bytes == plain.call_bytes + rows * 8
+        # Beforehand, all of it is read and written once more.
+        assert permuted[0].before_bytes == 3 * plain.call_bytes
+        assert all(x.before_bytes > x.call_bytes for x in permuted)
+    config = launch.LaunchConfig(128, 64, 8, 2)
+    steps = [
+        report.roofline(Build("forward", 90, "bf16", 64, 64, feature=feature, config=config)).tile_bytes
+        for feature in ("plain", "permuted")
+    ]
+    assert steps[1] - steps[0] == 64 * 4
+
+
 def test_command_prints_a_table_and_writes_json(tmp_path, capsys, monkeypatch):
     results = {"forward": CLEAN, "grad_query": Compiled(**{**vars(CLEAN), "spills": 24}), "grad_key_value": CLEAN}
     monkeypatch.setattr(report, "compile_kernel", lambda build: results[build.kernel])
@@ -90,7 +141,10 @@ def test_command_prints_a_table_and_writes_json(tmp_path, capsys, monkeypatch):
     assert [row["kernel"] for row in rows] == list(launch.KERNELS)
     assert rows[0]["registers"] == 200 and rows[1]["spills"] == 24 and rows[0]["wgmma"] == 8
     results["grad_query"] = CLEAN
-    assert report.main(["--arch", "90", "--dim", "64", "--dtype", "bf16"]) == 0
+    capsys.readouterr()
+    assert report.main(["--arch", "90", "--dim", "64", "--dtype", "bf16", "--feature", "plain", "permuted"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[5] for line in lines[:3]] == ["feature", "plain", "permuted"]
 
 
 def test_a_head_dimension_out_of_range_is_refused(capsys):

@@ -11,13 +11,14 @@ import triton.language as tl
 from longmix_kernels.attention.launch import Call, launch_config, on_device
 from longmix_kernels.attention.pattern import Pattern
 from longmix_kernels.attention.triton_tiles import (
-    cover,
-    keys_of_rows,
+    load_slope,
     load_tile,
     product,
-    step_start,
+    row_numbers,
     store_tile,
+    with_alibi,
 )
+from longmix_kernels.attention.triton_walk import cover, keys_of_rows, program_tile, step_start
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "heads", "group", "window"])
@@ -27,6 +28,11 @@ def forward_kernel(
     value,  # [B, Tk, Hkv, VALUE_DIM]
     lo,  # int32 [B or 1, Hq or 1, Tq], or None
     hi,
+    query_order,  # int32 [B or 1, Hq or 1, Tq], or None: `query_rows` of the pattern
+    key_order,  # int32 [B or 1, Hkv or 1, Tk], or None: `key_rows`
+    alibi_slopes,  # float32 [Hq], or None
+    row_offsets,  # int32 [blocks + 1], or None
+    row_blocks,  # int32 [n], or None
     output,  # [B, Tq, Hq, VALUE_DIM], contiguous
     logsumexp,  # float32 [B, Tq, Hq], contiguous
     scale_log2,  # scale * log2(e)
@@ -48,7 +54,14 @@ def forward_kernel(
     stride_lo_head,
     stride_hi_batch,
     stride_hi_head,
+    stride_query_order_batch,
+    stride_query_order_head,
+    stride_key_order_batch,
+    stride_key_order_head,
     MODE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GATHER_QUERY: tl.constexpr,
+    GATHER_KEY: tl.constexpr,
     NEGATIVE_SCALE: tl.constexpr,
     DIM: tl.constexpr,
     DIM_MAIN: tl.constexpr,
@@ -63,9 +76,8 @@ def forward_kernel(
     """Write the output and the logsumexp of `ROWS` query rows of one head."""
     # Late rows see most keys under a causal mask, so they go first and the last programs to finish are short ones.
     tiles = tl.cdiv(queries, ROWS)
-    tile = tiles - 1 - tl.program_id(0) % tiles
-    batch = (tl.program_id(0) // tiles // heads).to(tl.int64)
-    head = (tl.program_id(0) // tiles % heads).to(tl.int64)
+    tile, batch, head = program_tile(tiles, heads)
+    start = (tiles - 1 - tile) * ROWS
     query += batch * stride_query_batch + head * stride_query_head
     key += batch * stride_key_batch + head // group * stride_key_head
     value += batch * stride_value_batch + head // group * stride_value_head
@@ -73,20 +85,36 @@ def forward_kernel(
         lo += batch * stride_lo_batch + head * stride_lo_head
     if MODE == "bounds":
         hi += batch * stride_hi_batch + head * stride_hi_head
+    if query_order is not None:
+        query_order += batch * stride_query_order_batch + head * stride_query_order_head
+    if key_order is not None:
+        key_order += batch * stride_key_order_batch + head // group * stride_key_order_head
+    count = 0
+    if BLOCK > 0:
+        row_offsets += (start + keys - queries) // BLOCK
+        row_blocks += tl.load(row_offsets)
+        count = tl.load(row_offsets + 1) - tl.load(row_offsets)
 
-    if NEGATIVE_SCALE:
-        scale_log2 = -scale_log2
-    start = tile * ROWS
     rows = start + tl.arange(0, ROWS)
     last = tl.minimum(start + ROWS, queries) - 1
     begin, full_end = keys_of_rows(lo, hi, start, start < queries, queries, keys, window, MODE)
     full_begin, end = keys_of_rows(lo, hi, last, last < queries, queries, keys, window, MODE)
-    leading, full_start, full, trailing_start, trailing = cover(begin, full_begin, full_end, end, KEYS)
+    begin, leading, full_start, full, trailing_start, trailing = cover(
+        begin, full_begin, full_end, end, 0, row_blocks, count, KEYS, BLOCK
+    )
     first_key, end_key = keys_of_rows(lo, hi, rows, rows < queries, queries, keys, window, MODE)
 
-    q_main = load_tile(query, start, queries, stride_query_row, ROWS, 0, DIM_MAIN, DIM, True)
+    numbers = row_numbers(query_order, start, queries, ROWS, True)
+    q_main = load_tile(query, start, numbers, queries, stride_query_row, 0, DIM_MAIN, DIM, True, GATHER_QUERY)
     if DIM_REST > 0:
-        q_rest = load_tile(query, start, queries, stride_query_row, ROWS, DIM_MAIN, DIM_REST, DIM, True)
+        q_rest = load_tile(
+            query, start, numbers, queries, stride_query_row, DIM_MAIN, DIM_REST, DIM, True, GATHER_QUERY
+        )
+    if alibi_slopes is not None:
+        slope = load_slope(alibi_slopes, head, scale_log2)
+        row_position = numbers + (keys - queries)
+    if NEGATIVE_SCALE:
+        scale_log2 = -scale_log2
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     sum_main = tl.zeros([ROWS, VALUE_MAIN], tl.float32)
@@ -97,18 +125,21 @@ def forward_kernel(
         steps = leading + trailing if EDGE else full
         for step in range(steps):
             # [ROWS, KEYS] scores from [ROWS, DIM] and [KEYS, DIM].
-            place = step_start(step, begin, leading, full_start, trailing_start, KEYS, EDGE)
-            k = load_tile(key, place, end, stride_key_row, KEYS, 0, DIM_MAIN, DIM, EDGE)
+            place = step_start(step, begin, leading, full_start, trailing_start, 0, row_blocks, KEYS, BLOCK, EDGE)
+            columns = row_numbers(key_order, place, end, KEYS, EDGE)
+            k = load_tile(key, place, columns, end, stride_key_row, 0, DIM_MAIN, DIM, EDGE, GATHER_KEY)
             scores = product(q_main, tl.trans(k), None, UPCAST)
             if DIM_REST > 0:
-                k = load_tile(key, place, end, stride_key_row, KEYS, DIM_MAIN, DIM_REST, DIM, EDGE)
+                k = load_tile(key, place, columns, end, stride_key_row, DIM_MAIN, DIM_REST, DIM, EDGE, GATHER_KEY)
                 scores = product(q_rest, tl.trans(k), scores, UPCAST)
+            if alibi_slopes is not None:
+                scores = with_alibi(scores, slope, columns[None, :], row_position[:, None])
             if NEGATIVE_SCALE:
                 # The maximum is taken before the scale is multiplied in, so the scale must be positive.
                 scores = -scores
             if EDGE:
-                columns = place + tl.arange(0, KEYS)
-                visible = (first_key[:, None] <= columns[None, :]) & (columns[None, :] < end_key[:, None])
+                places = (place + tl.arange(0, KEYS))[None, :]
+                visible = (first_key[:, None] <= places) & (places < end_key[:, None])
                 scores = tl.where(visible, scores, float("-inf"))
             new_highest = tl.maximum(highest, tl.max(scores, 1) * scale_log2)
             subtrahend = new_highest
@@ -119,35 +150,32 @@ def forward_kernel(
             shrink = tl.exp2(highest - subtrahend)
             total = total * shrink + tl.sum(weights, 1)
             highest = new_highest
-            v = load_tile(value, place, end, stride_value_row, KEYS, 0, VALUE_MAIN, VALUE_DIM, EDGE)
+            v = load_tile(value, place, columns, end, stride_value_row, 0, VALUE_MAIN, VALUE_DIM, EDGE, GATHER_KEY)
             weights = weights.to(v.dtype)
             sum_main = product(weights, v, sum_main * shrink[:, None], UPCAST)
             if VALUE_REST > 0:
-                v = load_tile(value, place, end, stride_value_row, KEYS, VALUE_MAIN, VALUE_REST, VALUE_DIM, EDGE)
+                v = load_tile(
+                    value, place, columns, end, stride_value_row, VALUE_MAIN, VALUE_REST, VALUE_DIM, EDGE, GATHER_KEY
+                )
                 sum_rest = product(weights, v, sum_rest * shrink[:, None], UPCAST)
 
     empty = total == 0.0
     inverse = 1.0 / tl.where(empty, 1.0, total)
     stride_output_row = heads * VALUE_DIM
     output += batch * queries * stride_output_row + head * VALUE_DIM
-    store_tile(output, sum_main * inverse[:, None], start, queries, stride_output_row, ROWS, 0, VALUE_MAIN, VALUE_DIM)
+    result = sum_main * inverse[:, None]
+    store_tile(output, result, start, numbers, queries, stride_output_row, 0, VALUE_MAIN, VALUE_DIM, GATHER_QUERY)
     if VALUE_REST > 0:
+        result = sum_rest * inverse[:, None]
         store_tile(
-            output,
-            sum_rest * inverse[:, None],
-            start,
-            queries,
-            stride_output_row,
-            ROWS,
-            VALUE_MAIN,
-            VALUE_REST,
-            VALUE_DIM,
+            output, result, start, numbers, queries, stride_output_row, VALUE_MAIN, VALUE_REST, VALUE_DIM, GATHER_QUERY
         )
     # ln 2 turns the base-2 logsumexp into the natural one.
     natural = (highest + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453
     natural = tl.where(empty, float("-inf"), natural)
     logsumexp += batch * queries * heads + head
-    tl.store(logsumexp + rows.to(tl.int64) * heads, natural, mask=rows < queries)
+    own = numbers if GATHER_QUERY else rows
+    tl.store(logsumexp + own.to(tl.int64) * heads, natural, mask=rows < queries)
 
 
 def triton_forward(
@@ -164,8 +192,8 @@ def triton_forward(
         pattern: its bounds may be None where they have a closed form.
     """
     call = Call(query, key, value, pattern, scale)
-    output = query.new_empty(*query.shape[:3], value.shape[3])
-    logsumexp = query.new_empty(query.shape[:3], dtype=torch.float32)
+    output = call.query.new_empty(*query.shape[:3], value.shape[3])
+    logsumexp = call.query.new_empty(query.shape[:3], dtype=torch.float32)
     config = launch_config("forward", call)
     tiles = triton.cdiv(call.queries, config.rows)
     with on_device(call.query):
@@ -175,6 +203,11 @@ def triton_forward(
             call.value,
             call.lo,
             call.hi,
+            call.query_order,
+            call.key_order,
+            call.alibi_slopes,
+            call.row_offsets,
+            call.row_blocks,
             output,
             logsumexp,
             call.scale_log2(),
@@ -183,11 +216,11 @@ def triton_forward(
             call.heads,
             call.group,
             call.window,
-            *call.strides("query", "key", "value"),
-            *call.bound_strides(call.lo, call.hi),
+            *call.strides(),
+            *call.row_strides(call.lo, call.hi, call.query_order, call.key_order),
             NEGATIVE_SCALE=call.scale_log2() < 0,
             **call.constants(),
             **config.tiles(),
             **config.options(),
         )
-    return output, logsumexp
+    return call.put_queries(output), call.put_queries(logsumexp)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from longmix_kernels.attention import attention, launch
+from longmix_kernels.attention import attention, launch, sink_and_local_blocks
 from longmix_kernels.attention.pattern import Pattern
 
 HERE = Path(__file__).parent
@@ -85,8 +85,10 @@ def test_shapes_are_known_without_running():
     query = torch.empty(2, 70, 4, 80, device="meta", dtype=torch.bfloat16)
     key, value = (torch.empty(2, 70, 2, dim, device="meta", dtype=torch.bfloat16) for dim in (80, 48))
     lo = torch.empty(2, 1, 70, device="meta", dtype=torch.int32)
-    for bounds in ((None, None), (lo, None), (lo, lo)):
-        flat = Pattern(*bounds, window=9).flat()
+    rows, slopes = torch.empty(1, 1, 70, device="meta", dtype=torch.int32), torch.empty(4, device="meta")
+    patterns = [Pattern(*bounds, window=9) for bounds in ((None, None), (lo, None), (lo, lo))]
+    for pattern in (*patterns, Pattern(lo, None, rows, rows, slopes)):
+        flat = pattern.flat()
         output, logsumexp = torch.ops.longmix.attention_triton(query, key, value, *flat, 0.1)
         assert output.shape == (2, 70, 4, 48) and output.dtype == torch.bfloat16
         assert logsumexp.shape == (2, 70, 4) and logsumexp.dtype == torch.float32
@@ -125,3 +127,41 @@ def test_an_override_ends_with_its_context():
     with launch.overridden("forward", config):
         assert launch.launch_config("forward", call) is config
         assert launch.launch_config("grad_query", call) != config
+
+
+def test_rows_are_copied_beforehand_within_a_context_only():
+    rows = torch.arange(19, -1, -1, dtype=torch.int32)[None, None]
+    pattern, slopes = Pattern(query_rows=rows), torch.ones(2)
+    query, key, value = inputs()
+    query[:, 3] = 1.0
+    call = launch.Call(query, key, value, pattern, 1.0)
+    assert call.query is query and call.query_order is not None and call.constants()["GATHER_QUERY"]
+    with launch.gathered_before():
+        call = launch.Call(query, key, value, pattern, 1.0)
+        assert call.query[0, 16, 0, 0] == 1.0 and torch.equal(call.put_queries(call.query), query)
+        assert call.query_order is None and not call.constants()["GATHER_QUERY"] and call.features() == []
+        call = launch.Call(query, key, value, Pattern(query_rows=rows, alibi_slopes=slopes), 1.0)
+        assert call.query_order is not None and not call.constants()["GATHER_QUERY"]
+    assert launch.Call(query, key, value, pattern, 1.0).query is query
+
+
+def test_a_feature_may_have_a_narrower_entry():
+    plain = launch.table_entry("forward", 90, 2, 128)
+    narrower = launch.table_entry("forward", 90, 2, 128, ["alibi", "permuted"])
+    assert narrower.rows * narrower.keys < plain.rows * plain.keys
+    assert launch.table_entry("forward", 90, 2, 64, ["alibi"]) is launch.table_entry("forward", 90, 2, 64)
+    assert launch.table_entry("forward", 90, 4, 128, ["alibi"]) is launch.table_entry("forward", 90, 4, 128)
+    known = {(kernel, architecture, width) for kernel, architecture, _, width in launch.TABLE}
+    assert all(key in known for entries in launch.NARROWER.values() for key in entries)
+
+
+@pytest.mark.parametrize("size", [16, 32, 64, 128, 256])
+def test_tiles_divide_a_block(size):
+    lists = sink_and_local_blocks(300, size, sink=1, local=1)
+    call = launch.Call(*(torch.zeros(1, 300, 1, 16) for _ in range(3)), Pattern(blocks=lists), 1.0)
+    assert call.features() == ["blocks"] and call.constants()["BLOCK"] == size
+    with launch.overridden("forward", launch.LaunchConfig(128, 64, 8, 3)):
+        config = launch.launch_config("forward", call)
+    assert size % config.rows == 0 and size % config.keys == 0
+    assert config == (launch.LaunchConfig(128, 64, 8, 3) if size >= 128 else config)
+    assert all(n & (n - 1) == 0 for entry in launch.TABLE.values() for n in (entry.rows, entry.keys))

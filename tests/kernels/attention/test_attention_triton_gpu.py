@@ -1,12 +1,26 @@
 """Rung 5: the Triton kernels on a CUDA GPU (`pytest -m gpu`)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from attention_cases import Case, assert_close, built, documents, ragged, sorted_buckets
+from attention_cases import (
+    Case,
+    alibi,
+    assert_close,
+    built,
+    documents,
+    permuted,
+    ragged,
+    random_blocks,
+    sorted_buckets,
+    together,
+)
 
-from longmix_kernels.attention import attention
+from longmix_kernels.attention import BlockList, attention, launch
 from longmix_kernels.attention.bounds import row_bounds
 from longmix_kernels.attention.pattern import Pattern
+from longmix_kernels.attention.permutation import put_rows, take_rows
 from longmix_kernels.attention.reference import attention_reference
 
 pytestmark = [
@@ -16,6 +30,13 @@ pytestmark = [
 
 RESULTS = ("output", "logsumexp", "grad_query", "grad_key", "grad_value")
 LENGTHS = [300, 1, 160, 239]
+
+
+def blocks_of(size: int):
+    """A random list of blocks of this size; the first row block sees none."""
+    return lambda case: {"blocks": random_blocks(case.keys or case.queries, size)}
+
+
 CASES: list[tuple[Case, dict]] = [
     *((Case(f"causal-d{d}", None, queries=1000, dim=d), {}) for d in (16, 24, 48, 64, 80, 96, 128, 192, 208, 256)),
     *((Case(f"causal-T{n}", None, queries=n, dim=64), {}) for n in (1, 15, 17, 127, 129)),
@@ -34,21 +55,56 @@ CASES: list[tuple[Case, dict]] = [
     (Case("ragged", ragged(), queries=700, keys=900, dim=128), {}),
     (Case("ragged-empty-rows", ragged(sparse=True), queries=700, dim=64), {}),
     (Case("nothing-visible", lambda case: (torch.full((1, 1, 100), 7, dtype=torch.int32),) * 2), {}),
+    *((Case(f"alibi-d{d}", None, queries=1000, dim=d, heads=4, extras=alibi), {}) for d in (64, 80, 128)),
+    (Case("alibi-window", None, queries=1000, dim=64, extras=alibi), {"window": 200}),
+    (Case("alibi-prefill-chunk", None, queries=200, keys=1000, dim=128, extras=alibi), {}),
+    (Case("alibi-documents-gqa", None, queries=1000, dim=64, heads=4, extras=alibi), {"document_ids": LENGTHS}),
+    *((Case(f"blocks-of-{n}", None, queries=1000, dim=64, extras=blocks_of(n)), {}) for n in (16, 32, 64, 128)),
+    (Case("blocks-d128-gqa", None, queries=1000, dim=128, heads=4, extras=blocks_of(128)), {}),
+    (Case("blocks-full-chunk", None, queries=500, keys=756, dim=64, extras=blocks_of(64)), {"causal": False}),
+    (Case("blocks-window", None, queries=1000, dim=128, extras=blocks_of(64)), {"window": 300}),
+    (Case("blocks-documents", None, queries=1000, dim=64, extras=blocks_of(128)), {"document_ids": LENGTHS}),
+    (
+        Case("blocks-documents-full", None, queries=1000, dim=64, extras=blocks_of(128)),
+        {"document_ids": LENGTHS, "causal": False},
+    ),
+    (Case("blocks-alibi", None, queries=1000, dim=128, extras=together(alibi, blocks_of(128))), {}),
 ]
+# Rows in another order; "hi" of None is where a row's own place ends what it sees.
+PERMUTED: list[tuple[Case, dict]] = [
+    *(
+        (Case(f"permuted-documents-d{d}", sorted_buckets(7), queries=1000, dim=d, extras=permuted), {"hi": None})
+        for d in (48, 64, 128)
+    ),
+    (Case("permuted-buckets-gqa", sorted_buckets(7), queries=1000, dim=64, heads=4, extras=permuted), {}),
+    (Case("permuted-ragged", ragged(), queries=700, keys=900, dim=128, extras=permuted), {}),
+    (Case("permuted-empty-rows-mqa", ragged(sparse=True), queries=700, dim=64, key_heads=1, extras=permuted), {}),
+    (Case("permuted-alibi", sorted_buckets(2), queries=200, dim=128, extras=together(alibi, permuted)), {"hi": None}),
+]
+CASES += PERMUTED
 every_case = pytest.mark.parametrize(("case", "options"), CASES, ids=[case.name for case, _ in CASES])
 
 
+def on_gpu(extras: dict) -> dict:
+    """The same with every tensor on the device."""
+
+    def move(x):
+        return BlockList(x.size, *(part.cuda() for part in x[1:])) if isinstance(x, BlockList) else x.cuda()
+
+    return {name: move(x) for name, x in extras.items()}
+
+
 def prepare(case: Case, options: dict, dtype: torch.dtype):
-    """Inputs, what to call with, the bounds that means, the scale, and gradients that arrive."""
-    options = dict(options)
+    """Inputs, what to call with, the pattern that means, the scale, and gradients that arrive."""
+    options, extras = dict(options), on_gpu(case.extras(case))
     if case.bounds is not None:
         lo, hi = (x.cuda() for x in case.bounds(case))
-        options |= {"lo": lo, "hi": hi}
+        options = {"lo": lo, "hi": hi, **options}
     else:
         if "document_ids" in options:
             options["document_ids"] = documents(case, options["document_ids"]).cuda()
         lo, hi = (x.cuda() for x in row_bounds(case.queries, case.keys or case.queries, **options, device="cuda"))
-    tensors, _, scale = Case(**{**vars(case), "bounds": lambda case: (lo, hi)}).inputs(dtype)
+    tensors, _, scale = replace(case, bounds=lambda case: (lo, hi)).inputs(dtype)
     tensors = [x.detach().cuda().requires_grad_() for x in tensors]
     generator = torch.Generator().manual_seed(3)
     shape = (case.batch, case.queries, case.heads)
@@ -56,7 +112,8 @@ def prepare(case: Case, options: dict, dtype: torch.dtype):
         torch.randn(*shape, case.value_dim or case.dim, generator=generator),
         torch.randn(shape, generator=generator),
     )
-    return tensors, options, (lo, hi), scale, [x.to(dtype).float().cuda() for x in grads]
+    pattern = Pattern(lo, hi, **extras)
+    return tensors, {**options, **extras}, pattern, scale, [x.to(dtype).float().cuda() for x in grads]
 
 
 def differentiate(outputs, inputs, grads) -> list[torch.Tensor]:
@@ -67,27 +124,42 @@ def differentiate(outputs, inputs, grads) -> list[torch.Tensor]:
     return [output.detach(), logsumexp.detach(), *results]
 
 
-def plain(query, key, value, lo, hi, scale):
-    """Attention as one would write it in torch, all in the dtype of the inputs."""
-    group = query.shape[2] // key.shape[2]
+def plain(query, key, value, pattern, scale):
+    """Attention as one would write it in torch, in the dtype of the inputs; scores with a bias in float32."""
+    query, key, value = (
+        take_rows(x, rows)
+        for x, rows in ((query, pattern.query_rows), (key, pattern.key_rows), (value, pattern.key_rows))
+    )
+    group, missing = query.shape[2] // key.shape[2], key.shape[1] - query.shape[1]
     q, k, v = (x.transpose(1, 2) for x in (query, key.repeat_interleave(group, 2), value.repeat_interleave(group, 2)))
     position = torch.arange(k.shape[2], device=q.device)
+    lo, hi = pattern.bounds()
     visible = (lo[..., None] <= position) & (position < hi[..., None])
+    if pattern.blocks is not None:
+        block = position // pattern.blocks.size
+        visible = visible & pattern.blocks.mask()[block[missing:, None], block]
     empty = ~visible.any(-1, keepdim=True)
-    scores = ((q @ k.mT) * scale).masked_fill(~visible, -torch.inf)
+    scores = (q @ k.mT) * scale
+    if pattern.alibi_slopes is not None:
+        row = position[: q.shape[2]] if pattern.query_rows is None else pattern.query_rows
+        column = position if pattern.key_rows is None else pattern.key_rows.repeat_interleave(group, 1)
+        distance = column[..., None, :] - (row[..., None] + missing)
+        scores = scores.float() + pattern.alibi_slopes[:, None, None] * distance
+    scores = scores.masked_fill(~visible, -torch.inf)
     logsumexp = scores.masked_fill(empty, 0.0).logsumexp(-1).masked_fill(empty[..., 0], -torch.inf)
-    weights = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
-    return (weights @ v).transpose(1, 2), logsumexp.transpose(1, 2)
+    weights = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0).to(v.dtype)
+    output, logsumexp = (weights @ v).transpose(1, 2), logsumexp.transpose(1, 2)
+    return put_rows(output, pattern.query_rows), put_rows(logsumexp, pattern.query_rows)
 
 
 @every_case
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_as_accurate_as_plain_torch(case, options, dtype):
     """Error at most twice that of a plain implementation in the same dtype, both against float64."""
-    tensors, options, bounds, scale, grads = prepare(case, options, dtype)
+    tensors, options, pattern, scale, grads = prepare(case, options, dtype)
     exact = [x.detach().double().requires_grad_() for x in tensors]
-    expected = differentiate(attention_reference(*exact, Pattern(*bounds), scale), exact, grads)
-    theirs = differentiate(plain(*tensors, *bounds, scale), tensors, grads)
+    expected = differentiate(attention_reference(*exact, pattern, scale), exact, grads)
+    theirs = differentiate(plain(*tensors, pattern, scale), tensors, grads)
     ours = differentiate(attention(*tensors, scale=scale, return_logsumexp=True, **options), tensors, grads)
     for name, want, their, our in zip(RESULTS, expected, theirs, ours, strict=True):
         assert torch.equal(our.isneginf(), want.isneginf())
@@ -101,10 +173,21 @@ def test_half_precision_is_as_accurate_as_plain_torch(case, options, dtype):
 
 @every_case
 def test_float32_matches_reference(case, options):
-    tensors, options, bounds, scale, grads = prepare(case, options, torch.float32)
+    tensors, options, pattern, scale, grads = prepare(case, options, torch.float32)
     exact = [x.detach().double().requires_grad_() for x in tensors]
-    expected = differentiate(attention_reference(*exact, Pattern(*bounds), scale), exact, grads)
+    expected = differentiate(attention_reference(*exact, pattern, scale), exact, grads)
     ours = differentiate(attention(*tensors, scale=scale, return_logsumexp=True, **options), tensors, grads)
+    for name, want, our in zip(RESULTS, expected, ours, strict=True):
+        assert_close(our, want, 1e-5, name)
+
+
+@pytest.mark.parametrize(("case", "options"), PERMUTED, ids=[case.name for case, _ in PERMUTED])
+def test_rows_copied_into_order_beforehand(case, options):
+    tensors, options, pattern, scale, grads = prepare(case, options, torch.float32)
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    expected = differentiate(attention_reference(*exact, pattern, scale), exact, grads)
+    with launch.gathered_before():
+        ours = differentiate(attention(*tensors, scale=scale, return_logsumexp=True, **options), tensors, grads)
     for name, want, our in zip(RESULTS, expected, ours, strict=True):
         assert_close(our, want, 1e-5, name)
 

@@ -6,12 +6,32 @@ kernels are given to write is NaN before and lies between guard bands.
 """
 
 import os
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import Case, assert_close, built, documents, ragged, sorted_buckets
+from attention_cases import (
+    Case,
+    alibi,
+    assert_close,
+    built,
+    documents,
+    in_blocks,
+    permuted,
+    ragged,
+    random_blocks,
+    sorted_buckets,
+    together,
+)
 
-from longmix_kernels.attention import attention, launch
+from longmix_kernels.attention import (
+    attention,
+    butterfly_blocks,
+    launch,
+    sink_and_local_blocks,
+    stripe_blocks,
+)
 from longmix_kernels.attention.bounds import row_bounds
 from longmix_kernels.attention.pattern import Pattern
 from longmix_kernels.attention.reference import attention_reference
@@ -26,6 +46,21 @@ RESULTS = ("output", "logsumexp", "grad_query", "grad_key", "grad_value")
 def shape(name: str, bounds=None, **changed) -> Case:
     """A small case: one batch row and two heads, unless said otherwise; bounds are None where options say it all."""
     return Case(name, bounds, **{"batch": 1, "queries": 63, **changed})
+
+
+def only(name: str):
+    """Just one of the two orders."""
+    return lambda case: {name: permuted(case)[name]}
+
+
+def shared(case: Case) -> dict[str, object]:
+    """One order for all batch rows and heads."""
+    return {name: rows[:1, :1] for name, rows in permuted(case).items()}
+
+
+def blocks_of_64(case: Case) -> dict[str, object]:
+    """Blocks of more than one tile."""
+    return {"blocks": random_blocks(case.keys or case.queries, 64)}
 
 
 SMALL_KEYS = {"queries": 100, "keys": 40}
@@ -67,6 +102,53 @@ CASES: list[tuple[Case, dict]] = [
     (shape("scores-150", spread=3.0), {}),
     (shape("scale-negative", queries=40), {"scale": -0.7}),
     (shape("scale-zero", queries=40), {"scale": 0.0}),
+    (shape("alibi-T130-gqa", queries=130, heads=4, extras=alibi), {}),
+    (shape("alibi-window-d48", dim=48, extras=alibi), {"window": 30}),
+    (shape("alibi-documents", batch=2, extras=alibi), {"document_ids": [13, 20, 3]}),
+    (shape("alibi-prefill-chunk", queries=40, keys=130, extras=alibi), {}),
+    (shape("alibi-scale-negative", queries=40, extras=alibi), {"scale": -0.7}),
+    (shape("alibi-scale-zero", queries=40, extras=alibi), {"scale": 0.0}),
+    (
+        shape(
+            "alibi-steep-T257",
+            queries=257,
+            heads=1,
+            key_heads=1,
+            extras=lambda c: {"alibi_slopes": torch.tensor([3.7])},
+        ),
+        {},
+    ),
+    (
+        shape("blocks-sink-local-gqa", queries=130, heads=4, extras=in_blocks(sink_and_local_blocks, sink=1, local=2)),
+        {},
+    ),
+    (shape("blocks-stripe-window", queries=130, extras=in_blocks(stripe_blocks, local=1, stride=3)), {"window": 70}),
+    (shape("blocks-butterfly-chunk", queries=84, keys=132, extras=in_blocks(butterfly_blocks)), {}),
+    (shape("blocks-chunk-window", queries=84, keys=132, extras=in_blocks(random_blocks)), {"window": 50}),
+    (shape("blocks-random", queries=130, batch=2, dim=48, extras=in_blocks(random_blocks)), {}),
+    (shape("blocks-random-full", queries=130, value_dim=48, extras=in_blocks(random_blocks)), {"causal": False}),
+    (shape("blocks-of-64-T257", queries=257, extras=blocks_of_64), {}),
+    (shape("blocks-of-64-full-chunk", queries=72, keys=200, extras=blocks_of_64), {"causal": False}),
+    (shape("blocks-documents", queries=130, batch=2, extras=in_blocks(random_blocks)), {"document_ids": [50, 1, 40]}),
+    (
+        shape("blocks-documents-full", queries=130, batch=2, extras=in_blocks(random_blocks)),
+        {"document_ids": [50, 1, 40], "causal": False},
+    ),
+    (shape("blocks-alibi-gqa", queries=100, heads=4, extras=together(alibi, in_blocks(butterfly_blocks))), {}),
+]
+# Rows in another order; "hi" of None is where a row's own place ends what it sees.
+PERMUTED: list[tuple[Case, dict]] = [
+    (shape("documents-T130-gqa", sorted_buckets(3), queries=130, heads=4, extras=permuted), {"hi": None}),
+    (shape("buckets-d48-two-batch-rows", sorted_buckets(3), batch=2, dim=48, extras=permuted), {}),
+    (shape("ragged-T100-v48", ragged(), queries=100, value_dim=48, extras=permuted), {}),
+    (shape("ragged-empty-rows-T130-mqa", ragged(sparse=True), queries=130, heads=3, key_heads=1, extras=permuted), {}),
+    (shape("cross", ragged(per_head=False), queries=40, keys=130, extras=permuted), {}),
+    (shape("one-order-for-all", built(window=20), batch=2, extras=shared), {}),
+    (shape("queries", ragged(), extras=only("query_rows")), {}),
+    (shape("keys", ragged(sparse=True), batch=2, extras=only("key_rows")), {}),
+    (shape("alibi-ragged-gqa", ragged(), heads=4, extras=together(alibi, permuted)), {}),
+    (shape("alibi-documents", sorted_buckets(2), extras=together(alibi, permuted)), {"hi": None}),
+    (shape("alibi-cross", ragged(), queries=40, keys=100, extras=together(alibi, permuted)), {}),
 ]
 
 
@@ -101,27 +183,29 @@ def surrounded(x: torch.Tensor) -> torch.Tensor:
     return view.copy_(x.detach()).requires_grad_()
 
 
-def call_options(case: Case, options: dict) -> tuple[dict, torch.Tensor, torch.Tensor]:
-    """What to call the public function with, and the bounds that this means."""
-    options = dict(options)
+def call_options(case: Case, options: dict) -> tuple[dict, Pattern]:
+    """What to call the public function with, and the pattern that this means."""
+    extras = case.extras(case)
     if case.bounds is not None:
         lo, hi = case.bounds(case)
-        return {**options, "lo": lo, "hi": hi}, lo, hi
+        return {"lo": lo, "hi": hi, **extras, **options}, Pattern(lo, hi, **extras)
+    options = dict(options)
     if "document_ids" in options:
         options["document_ids"] = documents(case, options["document_ids"])
     arguments = {name: x for name, x in options.items() if name != "scale"}
-    return options, *row_bounds(case.queries, case.keys or case.queries, **arguments)
+    bounds = row_bounds(case.queries, case.keys or case.queries, **arguments)
+    return {**options, **extras}, Pattern(*bounds, **extras)
 
 
 def compare(case: Case, options: dict, through_logsumexp: bool = True) -> None:
-    options, lo, hi = call_options(case, options)
-    case = Case(**{**vars(case), "bounds": lambda case: (lo, hi)})
+    options, pattern = call_options(case, options)
+    case = replace(case, bounds=lambda case: pattern.bounds())
     tensors, _, scale = case.inputs(torch.float32)
     scale = options.pop("scale", scale)
     ours = [surrounded(x) for x in tensors]
     exact = [x.detach().double().requires_grad_() for x in tensors]
     generator = torch.Generator().manual_seed(3)
-    expected = attention_reference(*exact, Pattern(lo, hi), scale)
+    expected = attention_reference(*exact, pattern, scale)
     grad_output = torch.randn(expected[0].shape, generator=generator)
     grad_logsumexp = torch.randn(expected[1].shape, generator=generator)
     # What arrives for a row that sees nothing must not matter.
@@ -146,6 +230,13 @@ def test_matches_reference(case, options):
     compare(case, options)
 
 
+@pytest.mark.parametrize("where", ["in-kernel", "before"])
+@pytest.mark.parametrize(("case", "options"), PERMUTED, ids=[case.name for case, _ in PERMUTED])
+def test_permuted_rows_match_reference(case, options, where):
+    with launch.gathered_before() if where == "before" else nullcontext():
+        compare(case, options)
+
+
 def test_without_a_gradient_of_the_logsumexp():
     compare(shape("documents-gqa", heads=4), {"document_ids": [13, 20, 3]}, through_logsumexp=False)
 
@@ -160,6 +251,8 @@ def test_any_tile_sizes(tiles):
     ):
         compare(shape("ragged", ragged(), queries=130), {})
         compare(shape("window", queries=130), {"window": 70})
+        compare(shape("permuted", ragged(), queries=100, extras=permuted), {})
+        compare(shape("blocks-of-64", queries=200, extras=blocks_of_64), {"window": 150})
 
 
 def test_a_gradient_without_strides():

@@ -1,0 +1,126 @@
+"""Which tiles of the score matrix a program visits: bounds of a tile, and the steps that cover them.
+
+A tile of rows walks along the other axis of the score matrix in steps. `MODE` says where the bounds come from:
+
+    "full"       every row sees every key                                         nothing is read
+    "causal"     row i, at position p = i + keys - queries, sees keys up to p     nothing is read
+    "window"     as causal, and at most `window` keys                             nothing is read
+    "documents"  as causal, from the first key `lo` on (a window is in `lo`)      one int32 per row is read
+    "bounds"     `lo` and `hi`                                                    two int32 per row are read
+
+With a block list (`BLOCK` > 0) only listed blocks are walked through, laid end to end: a *place* on the walk counts
+their positions alone, and every tile lies within one block, so that no step straddles two.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def program_tile(tiles, heads):
+    """Which of `tiles` tiles, which batch row and which of `heads` heads a program is for; the last two in int64."""
+    program = tl.program_id(0)
+    return program % tiles, (program // tiles // heads).to(tl.int64), (program // tiles % heads).to(tl.int64)
+
+
+@triton.jit
+def keys_of_rows(lo, hi, rows, inside, queries, keys, window, MODE: tl.constexpr):
+    """First key, and one past the last, that each of `rows` sees; none for a row that is not `inside`.
+
+    `lo` and `hi` point to the first row of the head's bounds.
+    """
+    if MODE == "bounds":
+        end = tl.load(hi + rows, mask=inside, other=0)
+    elif MODE == "full":
+        end = tl.where(inside, keys, 0)
+    else:
+        end = tl.where(inside, tl.maximum(rows + (keys - queries) + 1, 0), 0)
+    if MODE == "bounds" or MODE == "documents":
+        first = tl.load(lo + rows, mask=inside, other=0)
+    elif MODE == "window":
+        first = tl.maximum(end - window, 0)
+    else:
+        first = end * 0
+    return first, end
+
+
+@triton.jit
+def rows_of_keys(first_row, end_row, columns, inside, queries, keys, window, MODE: tl.constexpr):
+    """First row, and one past the last, that sees each of the keys `columns`; none for a key that is not `inside`.
+
+    `first_row` and `end_row` point to the bounds of the head's first key, transposed as `key_bounds` does.
+    """
+    if MODE == "bounds":
+        first = tl.load(first_row + columns, mask=inside, other=0)
+    elif MODE == "full":
+        first = tl.where(inside, columns * 0, 0)
+    else:
+        first = tl.where(inside, tl.maximum(columns - (keys - queries), 0), 0)
+    if MODE == "bounds" or MODE == "documents":
+        end = tl.load(end_row + columns, mask=inside, other=0)
+    elif MODE == "window":
+        end = tl.where(inside, tl.minimum(columns - (keys - queries) + window, queries), 0)
+    else:
+        end = tl.where(inside, queries, 0)
+    return first, end
+
+
+@triton.jit
+def cover(begin, full_begin, full_end, end, position, listed, count, STEP: tl.constexpr, BLOCK: tl.constexpr):
+    """Cover [begin, end) by steps of `STEP`, of which those inside [full_begin, full_end) need no mask.
+
+    With a list of `count` blocks, `listed`, only what lies in them is covered; 0 stands at `position` then.
+
+    Returns where the steps begin; the number of steps on the leading edge; where the full steps begin, and their
+    number; where the trailing edge begins, and its number of steps. See `step_start` for what that means in a list.
+    """
+    if BLOCK > 0:
+        begin = listed_before(begin + position, listed, count, BLOCK) // STEP * STEP
+        full_begin = listed_before(full_begin + position, listed, count, BLOCK)
+        full_end = listed_before(full_end + position, listed, count, BLOCK)
+        end = listed_before(end + position, listed, count, BLOCK)
+    leading = tl.cdiv(tl.maximum(tl.minimum(full_begin, end) - begin, 0), STEP)
+    full_start = begin + leading * STEP
+    full = tl.maximum(full_end - full_start, 0) // STEP
+    trailing_start = full_start + full * STEP
+    trailing = tl.cdiv(tl.maximum(end - trailing_start, 0), STEP)
+    return begin, leading, full_start, full, trailing_start, trailing
+
+
+@triton.jit
+def listed_before(position, listed, count, BLOCK: tl.constexpr):
+    """How many positions before this one are in listed blocks, which ascend: a binary search."""
+    block = position // BLOCK
+    left = position * 0
+    # Before position 0 there is nothing to search for.
+    right = tl.where(position > 0, count, 0)
+    while left < right:
+        middle = (left + right) // 2
+        below = tl.load(listed + middle) < block
+        left = tl.where(below, middle + 1, left)
+        right = tl.where(below, right, middle)
+    found = tl.load(listed + left, mask=left < count, other=-1)
+    return left * BLOCK + tl.where(found == block, position % BLOCK, 0)
+
+
+@triton.jit
+def step_start(
+    step,
+    begin,
+    leading,
+    full_start,
+    trailing_start,
+    position,
+    listed,
+    STEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """Where a step begins; edge steps are counted through the leading edge and on along the trailing one."""
+    if EDGE:
+        start = tl.where(step < leading, begin + step * STEP, trailing_start + (step - leading) * STEP)
+    else:
+        start = full_start + step * STEP
+    if BLOCK > 0:
+        start = tl.load(listed + start // BLOCK) * BLOCK + start % BLOCK - position
+    return start
