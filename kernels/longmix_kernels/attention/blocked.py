@@ -14,7 +14,7 @@ Batch rows and heads with equal bounds go through one panel together; those whos
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache, reduce
+from functools import cached_property, reduce
 
 import torch
 from torch.nn import functional as F
@@ -23,6 +23,8 @@ from longmix_kernels.attention.panels import PanelMath, panel_math
 from longmix_kernels.attention.pattern import Pattern
 from longmix_kernels.attention.permutation import put_rows, take_rows
 from longmix_kernels.attention.tiling import Panel, Tile, plan_blocks, plan_tiles
+
+_MASKS_KEPT = 16
 
 
 def blocked_forward(
@@ -166,7 +168,8 @@ class _Plan:
         self.lo, self.hi = (x.cpu() for x in torch.broadcast_tensors(*pattern.bounds()))
         self.batch, self.queries, self.heads, _ = query.shape
         self.keys, self.key_heads = key.shape[1:3]
-        self._visibility = lru_cache(maxsize=16)(self._make_visibility)
+        # The latest masks by bounds; a dict, because a cached method would keep this plan and its tensors alive.
+        self._masks: dict[tuple[tuple[int, ...], int], tuple[torch.Tensor, torch.Tensor | None]] = {}
 
     def groups(self) -> Iterator[_Group]:
         """Split batch rows and heads into groups with equal bounds, as large as the views allow."""
@@ -221,14 +224,19 @@ class _Plan:
         bias = self._alibi(group, tile, panel, turn)
         return bias if hidden is None else bias.add_(hidden), empty
 
-    def _make_visibility(self, bounds: tuple[int, ...], keys: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """0 or -inf for each row and key; regular bounds need the same few over and over, so the latest are kept."""
-        device = self.like.device
-        column = torch.arange(keys, device=device)
-        first, end = torch.tensor(bounds, device=device).view(2, -1, 1)
-        hidden = (column < first).logical_or_(column >= end)
-        empty = (first >= end).squeeze(-1)
-        return self.like.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf), empty if empty.any() else None
+    def _visibility(self, bounds: tuple[int, ...], keys: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """0 or -inf for each row and key; regular bounds need the same few over and over."""
+        if (bounds, keys) not in self._masks:
+            if len(self._masks) == _MASKS_KEPT:
+                del self._masks[next(iter(self._masks))]
+            device = self.like.device
+            column = torch.arange(keys, device=device)
+            first, end = torch.tensor(bounds, device=device).view(2, -1, 1)
+            hidden = (column < first).logical_or_(column >= end)
+            empty = (first >= end).squeeze(-1)
+            mask = self.like.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+            self._masks[bounds, keys] = mask, empty if empty.any() else None
+        return self._masks[bounds, keys]
 
     def _alibi(self, group: _Group, tile: Tile, panel: Panel, turn: int) -> torch.Tensor:
         slopes, row, column = self._alibi_rows

@@ -1,6 +1,7 @@
 """Rung 2: the tiled implementation against the definition, and the properties tiling must not break."""
 
 import functools
+import gc
 
 import pytest
 import torch
@@ -194,6 +195,24 @@ def test_no_tensor_grows_with_the_square_of_the_length(make, math):
             blocked_backward(output, logsumexp, query, key, value, pattern, output, logsumexp, 0.3, math)
         of_a_panel = math.sizes.rows * max(math.sizes.masked_keys, math.sizes.repeated_keys)
         assert 8 * length <= largest.elements <= of_a_panel + 16 * length < length * length // 4
+
+
+@pytest.mark.parametrize("make", LINEAR_PATTERNS.values(), ids=LINEAR_PATTERNS)
+def test_a_call_leaves_no_tensor_behind(make):
+    """Reference counts alone must free everything: a cycle would hold it until the garbage collector runs."""
+    query, key, value = (torch.randn(1, 600, 1, 8) for _ in range(3))
+    pattern = make(600)
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(type(x) is torch.Tensor for x in gc.get_objects())
+        output, logsumexp = blocked_forward(query, key, value, pattern, 0.3)
+        blocked_backward(output, logsumexp, query, key, value, pattern, output, logsumexp, 0.3)
+        del output, logsumexp
+        after = sum(type(x) is torch.Tensor for x in gc.get_objects())
+    finally:
+        gc.enable()
+    assert after == before
 
 
 def counted(math: PanelMath) -> tuple[PanelMath, dict[str, int]]:
