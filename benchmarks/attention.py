@@ -9,7 +9,7 @@ those that a pattern's visible pairs need, whatever the tiles compute on top. On
 """
 
 import argparse
-import json
+import functools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,9 +20,8 @@ import torch
 from benchmarks import attention_work as work
 from benchmarks import results, timing
 from benchmarks.attention_providers import LEGEND, NAMES, OURS, SDPA, Shape, providers
-from benchmarks.command import DTYPES, Parser, positive, progress
-from benchmarks.comparison import PASSES, TRAINING, Comparison
-from longmix_kernels.report import PEAK_FLOPS
+from benchmarks.command import DTYPES, Parser, positive
+from benchmarks.comparison import PASSES, TRAINING, Comparison, carry_out
 
 LENGTHS = tuple(1024 << power for power in range(7))
 CUDA_TOKENS, CUDA_COLUMNS, CPU_HEADS = 65536, 2048, 4
@@ -84,12 +83,6 @@ def bars(device: str, dims: Sequence[int]) -> list[results.Bar]:
             for name, here in hashes
         ),
     ]
-
-
-def peak_flops(environment: results.Record) -> float | None:
-    """Peak rate of the tensor cores where it is known: on an H200, for 16-bit inputs."""
-    known = "H200" in environment["device_name"] and environment["dtype"] in ("bf16", "fp16")
-    return PEAK_FLOPS[2] if known else None
 
 
 def shapes(options: argparse.Namespace) -> Iterator[Shape]:
@@ -191,25 +184,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         timing.clock_for(device),
         options.seconds,
         options.limit,
-        peak_flops(environment),
+        results.peak_flops(environment),
     )
-    path = save(run, environment, options, missing)
-    with progress(len(options.dims) * len(options.lengths) * len(options.passes)) as (announce, finish):
-        try:
-            for shape in shapes(options):
-                for done in run.compare(shape, options.passes, announce):
-                    save(run, environment, options, missing)
-                    finish(done)
-        except KeyboardInterrupt:
-            finish("interrupted; what follows was measured before")
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if all(record["median_ms"] is None for record in run.records):
-        reasons = {record["note"] for record in run.records} | {f"{name} {why}" for name, why in missing.items()}
-        print("nothing was measured:", *sorted(reasons), sep="\n", file=sys.stderr)
-        return 1
-    print(report(path, content))
-    print(f"written: {path} and the same as .txt and .png")
-    return 0
+    steps = len(options.dims) * len(options.lengths) * len(options.passes)
+    write = functools.partial(save, run, environment, options, missing)
+    return carry_out(run, shapes(options), steps, options.passes, missing, write, report)
 
 
 if __name__ == "__main__":

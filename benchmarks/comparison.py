@@ -4,13 +4,17 @@ What a shape is, and what providers do with it, is the benchmark's matter; here 
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from benchmarks import timing
+from benchmarks.command import progress
 from benchmarks.results import Record
 
 FORWARD, TRAINING = "fwd", "fwd+bwd"
@@ -48,12 +52,14 @@ class Workload:
         flops: floating-point operations of its mathematics, by pass.
         parts: parts of the calls to be timed on their own, by the column that their median gets, in ms.
         columns: what else is to be recorded.
+        bytes: what has to be moved, by pass, where that is counted.
     """
 
     calls: Mapping[str, timing.Call]
     flops: Mapping[str, float]
     parts: Mapping[str, timing.Call] = field(default_factory=dict)
     columns: Mapping[str, Any] = field(default_factory=dict)
+    bytes: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,7 @@ class Comparison:
         seconds: how long to time a call, in sum.
         limit: most seconds that one call may take; what takes longer is skipped.
         peak_flops: peak rate of the device, if known.
+        peak_bytes: the same for its memory.
         records: the measurements.
     """
 
@@ -117,6 +124,7 @@ class Comparison:
     seconds: float
     limit: float
     peak_flops: float | None = None
+    peak_bytes: float | None = None
     records: list[Record] = field(default_factory=list)
     _costs: dict[tuple[str, str, int], list[tuple[float, float]]] = field(default_factory=dict)
     """FLOPs and seconds of the calls so far, by provider, pass and dim."""
@@ -178,11 +186,56 @@ class Comparison:
         if outcome.call_seconds is not None:
             self._costs.setdefault((name, direction, shape.dim), []).append((flops, outcome.call_seconds))
         rate = flops / outcome.median if outcome.median is not None else None
-        return {
+        rates: Record = {
             "gflop": flops / 1e9,
             "tflops": rate and rate / 1e12,
             "of_peak": rate and self.peak_flops and rate / self.peak_flops,
         }
+        if direction in workload.bytes:
+            moved, share = workload.bytes[direction], None
+            if outcome.median is not None and self.peak_flops and self.peak_bytes:
+                share = max(moved / self.peak_bytes, flops / self.peak_flops) / outcome.median
+            rates |= {"moved_gb": moved / 1e9, "of_roofline": share}
+        return rates
+
+
+def carry_out(
+    run: Comparison,
+    shapes: Iterable[Sized],
+    steps: int,
+    passes: Sequence[str],
+    missing: Mapping[str, str],
+    save: Callable[[], Path],
+    report: Callable[[Path, Record], str],
+) -> int:
+    """Measure, write and print; 1 if nothing could be measured.
+
+    Args:
+        run: what to carry out.
+        shapes: made one at a time, so that only one has its tensors.
+        steps: how many shapes times passes there are.
+        passes: of each shape.
+        missing: why providers were left out.
+        save: writes the JSON of the run as far as it has come, and returns its path.
+        report: writes table and picture beside it, and returns the table.
+    """
+    path = save()
+    with progress(steps) as (announce, finish):
+        try:
+            for shape in shapes:
+                for done in run.compare(shape, passes, announce):
+                    save()
+                    finish(done)
+        except KeyboardInterrupt:
+            finish("interrupted; what follows was measured before")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if all(record["median_ms"] is None for record in run.records):
+        reasons = {record["note"] for record in run.records} | {f"{name} {why}" for name, why in missing.items()}
+        print("nothing was measured:", *sorted(reasons), sep="\n", file=sys.stderr)
+        return 1
+    print(report(path, content))
+    print(f"written: {path} and the same as .txt and .png")
+    return 0
 
 
 def _times(outcome: timing.Outcome) -> Record:

@@ -23,6 +23,7 @@ from matplotlib.ticker import LogLocator
 
 from longmix.files import replace_json
 from longmix.reporting.plots import Curve, draw_curves, save_figure
+from longmix_kernels.report import PEAK_BYTES, PEAK_FLOPS
 
 Record = dict[str, Any]
 
@@ -54,31 +55,82 @@ class Bar:
 
     def verdict(self, records: Sequence[Record], environment: Mapping[str, Any]) -> Record:
         """Return the ratio, and "met", "not met" or "unmeasured"."""
-        here = [r for r in records if all(r[key] == value for key, value in self.where.items())]
+        here = _matching(records, self.where)
         own, others = _fastest(here, (self.provider,)), _fastest(here, self.against)
         ratio = others["median_ms"] / own["median_ms"] if own and others else None
-        lacking = [f"{key} {value}" for key, value in self.needs.items() if environment.get(key) != value]
+        lacking = _lacking(self.needs, environment)
         lacking += [f"a time of {name}" for name in (self.provider, *self.rivals) if not _fastest(here, (name,))]
-        verdict = "unmeasured"
-        if ratio is not None and not lacking:
-            verdict = "met" if ratio >= self.least else "not met"
         return {
             "bar": self.text,
             "least": self.least,
             "ratio": ratio,
             "against": others["provider"] if others else None,
             "lacks": lacking,
-            "verdict": verdict,
+            "verdict": _verdict(ratio is not None and ratio >= self.least, lacking),
         }
+
+
+@dataclass(frozen=True)
+class FlatBar:
+    """A time per token that must not depend on the length.
+
+    Attributes:
+        text: what is claimed.
+        provider: whose time it is about.
+        where: values that tell the records it is about.
+        lengths: all of them must have been measured.
+        most: how far times may be from the middle between the shortest and the longest, as a share of it.
+        needs: values that the run's environment must have for it to count.
+    """
+
+    text: str
+    provider: str
+    where: Mapping[str, Any]
+    lengths: tuple[int, ...]
+    most: float
+    needs: Mapping[str, Any]
+
+    def verdict(self, records: Sequence[Record], environment: Mapping[str, Any]) -> Record:
+        """Return the spread, and "met", "not met" or "unmeasured"."""
+        found = {length: _matching(records, {**self.where, "length": length}) for length in self.lengths}
+        fastest = {length: _fastest(here, (self.provider,)) for length, here in found.items()}
+        times = [record["median_ms"] / record["tokens"] for record in fastest.values() if record]
+        spread = (max(times) - min(times)) / (max(times) + min(times)) if len(times) > 1 else None
+        missing = [f"T = {length}" for length, record in fastest.items() if not record]
+        lacking = _lacking(self.needs, environment) + ([f"times at {', '.join(missing)}"] if missing else [])
+        return {
+            "bar": self.text,
+            "most": self.most,
+            "spread": spread,
+            "lacks": lacking,
+            "verdict": _verdict(spread is not None and spread <= self.most, lacking),
+        }
+
+
+def _matching(records: Sequence[Record], where: Mapping[str, Any]) -> list[Record]:
+    return [r for r in records if all(r[key] == value for key, value in where.items())]
+
+
+def _lacking(needs: Mapping[str, Any], environment: Mapping[str, Any]) -> list[str]:
+    return [f"{key} {value}" for key, value in needs.items() if environment.get(key) != value]
+
+
+def _verdict(reached: bool, lacking: Sequence[str]) -> str:
+    if lacking:
+        return "unmeasured"
+    return "met" if reached else "not met"
 
 
 def verdict_lines(verdicts: Sequence[Record]) -> list[str]:
     """One line for each bar."""
     lines = []
     for bar in verdicts:
-        got = "" if bar["ratio"] is None else f": {bar['ratio']:.2f}x, against {bar['against']}"
+        if "spread" in bar:
+            wanted, got = f"within +-{bar['most']:.0%}", bar["spread"] and f"+-{bar['spread']:.1%}"
+        else:
+            wanted, got = f">= {bar['least']:.3g}x", bar["ratio"] and f"{bar['ratio']:.2f}x, against {bar['against']}"
         lacks = f" (needs {', '.join(bar['lacks'])})" if bar["lacks"] else ""
-        lines.append(f"{bar['verdict']:<10}  {bar['bar']} >= {bar['least']:g}x{got}{lacks}")
+        lines.append(f"{bar['verdict']:<10}  {bar['bar']} {wanted}{f': {got}' if got else ''}{lacks}")
     return lines
 
 
@@ -90,13 +142,27 @@ def environment(device: torch.device, dtype: str) -> Record:
         "dtype": dtype,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": version("triton"),
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
+
+
+def peak_flops(environment: Mapping[str, Any]) -> float | None:
+    """Peak rate of the tensor cores where it is known: on an H200, for 16-bit inputs."""
+    return PEAK_FLOPS[2] if _is_known(environment) else None
+
+
+def peak_bytes(environment: Mapping[str, Any]) -> float | None:
+    """Peak rate of the memory where that of the tensor cores is known."""
+    return PEAK_BYTES if _is_known(environment) else None
+
+
+def _is_known(environment: Mapping[str, Any]) -> bool:
+    return "H200" in environment["device_name"] and environment["dtype"] in ("bf16", "fp16")
 
 
 def headline(environment: Mapping[str, Any]) -> str:
@@ -162,9 +228,19 @@ def write_json(path: Path, content: Record) -> None:
 
 
 def draw(
-    path: Path, records: Sequence[Record], *, title: str, ours: Collection[str], speedup: str, speedup_label: str
+    path: Path,
+    records: Sequence[Record],
+    *,
+    title: str,
+    ours: Collection[str],
+    speedup: str,
+    speedup_label: str,
+    time: str = "median_ms",
+    time_label: str = "ms",
+    x: str = "length",
+    x_label: str = "tokens",
 ) -> None:
-    """Draw time, and below it the column `speedup`, against the length; a column of panels for each pass and dim.
+    """Draw the columns `time` and below it `speedup` against the column `x`; panels side by side for each pass and dim.
 
     Lines of providers that are not `ours` are dashed.
     """
@@ -176,15 +252,15 @@ def draw(
     styles = _styles(providers, ours)
     for column, (dim, direction) in enumerate(groups):
         here = [record for record in records if (record["dim"], record["pass"]) == (dim, direction)]
-        for panel, key, label in ((axes[0, column], "median_ms", "ms"), (axes[1, column], speedup, speedup_label)):
+        for panel, key, label in ((axes[0, column], time, time_label), (axes[1, column], speedup, speedup_label)):
             panel.set_prop_cycle(styles)
             # A provider without a point keeps its place, so that all panels agree on colours.
-            curves = {provider: _curve(here, provider, key) for provider in providers}
+            curves = {provider: _curve(here, provider, x, key) for provider in providers}
             draw_curves(
                 panel,
                 curves,
                 title=f"{direction}, head dimension {dim}",
-                x_label="tokens",
+                x_label=x_label,
                 y_label=label,
                 log_x=True,
                 marker="o",
@@ -210,12 +286,13 @@ def _styles(providers: Sequence[str], ours: Collection[str]) -> Cycler:
     return cycler("color", colors) + cycler("linestyle", dashes)
 
 
-def _curve(records: Sequence[Record], provider: str, key: str) -> Curve:
-    points = sorted((r["length"], r[key]) for r in records if r["provider"] == provider and r[key] is not None)
-    return [length for length, _ in points], [value for _, value in points]
+def _curve(records: Sequence[Record], provider: str, x: str, y: str) -> Curve:
+    points = sorted((r[x], r[y]) for r in records if r["provider"] == provider and r[y] is not None)
+    return [place for place, _ in points], [value for _, value in points]
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Return the version of an installed package; None if it is not there."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

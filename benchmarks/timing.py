@@ -1,6 +1,7 @@
 """Measuring calls against each other: warm-up, interleaved repetitions, and the memory that each takes at its peak."""
 
 import functools
+import gc
 import math
 import os
 import random
@@ -71,6 +72,8 @@ class CpuClock:
         # The profiler reports on itself otherwise.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         activities = [torch.profiler.ProfilerActivity.CPU]
+        # What earlier calls left in reference cycles would be counted as given back by this one.
+        gc.collect()
         with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
             call()
         assert profile.profiler is not None

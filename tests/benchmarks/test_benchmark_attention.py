@@ -168,7 +168,7 @@ def test_bars_on_a_cpu():
 
 @pytest.mark.parametrize(("device", "dtype", "share"), [("NVIDIA H200", "bf16", 989e12), ("NVIDIA H200", "fp32", None)])
 def test_peak_is_known_for_an_h200(device, dtype, share):
-    assert benchmark.peak_flops({"device_name": device, "dtype": dtype}) == share
+    assert results.peak_flops({"device_name": device, "dtype": dtype}) == share
 
 
 def test_sizes_on_cuda_share_out_tokens_and_columns(monkeypatch):

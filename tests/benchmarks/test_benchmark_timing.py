@@ -1,5 +1,7 @@
 """How benchmarks measure."""
 
+import gc
+
 import pytest
 import torch
 
@@ -98,3 +100,14 @@ def test_peak_memory_counts_what_is_held_at_once():
         return held, torch.cat([mebi] * 2)
 
     assert timing.CpuClock().peak_bytes(call) == pytest.approx(4 << 20, rel=0.01)
+
+
+def test_peak_memory_is_not_lowered_by_what_earlier_calls_left_in_cycles(request):
+    def call():
+        gc.collect()
+        kept = [torch.ones(1 << 20, dtype=torch.uint8)]
+        kept.append(kept)
+
+    request.addfinalizer(gc.enable)
+    gc.disable()
+    assert [timing.CpuClock().peak_bytes(call) for _ in range(3)] == pytest.approx([1 << 20] * 3, rel=0.01)
