@@ -64,7 +64,8 @@ def differentiable(
         ctx.set_materialize_grads(False)
 
     def differentiate(ctx, *grads):
-        results, tensors = ctx.saved_tensors[: len(saved)], ctx.saved_tensors[len(saved) :]
+        kept = ctx.saved_tensors  # activation checkpointing hands these out once
+        results, tensors = kept[: len(saved)], kept[len(saved) :]
         inputs = list(ctx.others)
         for index, x in zip(ctx.places, tensors, strict=True):
             inputs[index] = x

@@ -1,7 +1,8 @@
 """Scalar-gated linear attention chunk by chunk, in memory linear in the length (TFLA, Beck et al. 2025, in torch).
 
-A few chunks at a time, so that they stay in cache: within a chunk tokens meet through a matrix of weights, and what lies
-before it is read from the state entering it. The normaliser is one more column of the memory, and a 1 in each value.
+A few chunks at a time, so that they stay in cache: within a chunk tokens meet through a matrix of weights, and what
+lies before it is read from the state entering it. The normaliser is one more column of the memory, the values of which
+are all 1.
 
 Backward: the states entering each run of chunks are computed first; then the runs are taken in reverse, and the same
 products are computed again, transposed. With y = read / max(|x|, exp(-m)), x the last column of read,
@@ -11,8 +12,6 @@ products are computed again, transposed. With y = read / max(|x|, exp(-m)), x th
 which holds exactly with m a constant. A log decay receives the sum, over all tokens and states before it and all rows
 and states after it, of weight times gradient of weight; sums are arranged so that no large terms cancel.
 """
-
-from collections.abc import Iterator
 
 import torch
 
@@ -31,8 +30,7 @@ def blocked_forward(*inputs) -> Tensors:
     output = call.query.new_empty(call.value.shape)
     row_scale, along = (call.log_decay.new_empty(call.log_decay.shape if call.normalize else 0) for _ in range(2))
     state, scale = call.initial, call.initial_scale
-    for run in call.runs():
-        weights = call.weights(run, scale, None)
+    for run, weights in call.runs():
         query, key, value = _inputs(call, run)
         states, _ = _states(call, weights, key, value, state)
         scores = torch.bmm(query, key.mT, out=call.space("scores", *_square(query)))
@@ -43,12 +41,13 @@ def blocked_forward(*inputs) -> Tensors:
             read += _times(query, weights.read_initial) @ _repeated(call.initial, run)
         if call.normalize:
             call.put(row_scale, run, weights.row_scale)
-            divisor = _along(call, run, weights, states)
-            call.put(along, run, divisor)
-            read = read[..., :-1].div_(_denominator(divisor, weights).unsqueeze(-1))
+            call.put(along, run, read[..., -1])
+            read = read[..., :-1].div_(_denominator(read[..., -1], weights).unsqueeze(-1))
         call.put(output, run, read)
-        state, scale = states[-1], weights.scale[-1]
-    final_scale = scale.view(call.batch, call.heads).to(state.dtype) if call.normalize else state.new_empty(0)
+        state, scale = states[-1], weights.row_scale[-1, :, -1]
+    final_scale = (
+        scale.view(call.batch, call.heads).to(state.dtype, copy=True) if call.normalize else state.new_empty(0)
+    )
     return output, *call.split_state(state), final_scale, row_scale, along
 
 
@@ -73,12 +72,10 @@ def blocked_backward(
     grads = [x.new_empty(x.shape) for x in (call.query, call.key, call.value, call.log_decay, call.log_decay)]
     grad_state = call.join_state(grad_memory, grad_normalizer)
     grad_initial = torch.zeros_like(grad_state)
-    runs = list(_entering_states(call, row_scale))
-    while runs:
-        run, state, scale = runs.pop()
-        weights = call.weights(run, scale, row_scale)
+    entering = _entering_states(call, row_scale)
+    for run, weights in call.runs(row_scale, reverse=True):
         grad_read = _grad_read(call, run, weights, grad_output, output, along)
-        found, grad_state = _run_backward(call, run, weights, state, grad_read, grad_state, grad_initial)
+        found, grad_state = _run_backward(call, run, weights, entering.pop(), grad_read, grad_state, grad_initial)
         for grad, rows in zip(grads, found, strict=True):
             call.put(grad, run, rows)
 
@@ -87,10 +84,10 @@ def blocked_backward(
     if not call.has_state:
         return *grads, *(grad_output.new_empty(0) for _ in range(3))
     grad_initial += grad_state
-    grads += call.split_state(grad_initial)
+    grad_memory, grad_normalizer = call.split_state(grad_initial)
     if not call.normalize:
-        return *grads, grad_output.new_empty(0)
-    return *grads, (grad_initial * call.initial).sum((1, 2)).view(call.batch, call.heads)
+        return *grads, grad_memory, *(grad_output.new_empty(0) for _ in range(2))
+    return *grads, grad_memory, grad_normalizer, (grad_initial * call.initial).sum((1, 2)).view(call.batch, call.heads)
 
 
 def _run_backward(
@@ -152,24 +149,22 @@ def _run_backward(
     return (grad_query, grad_key, grad_value, *grad_gates), grad_states[0]
 
 
-def _entering_states(call: BlockedCall, row_scale: torch.Tensor) -> Iterator[tuple[Run, torch.Tensor, torch.Tensor]]:
-    """All runs with the state entering each, [X, Dk, Dv + 1], and its scale [X]."""
-    state, scale = call.initial, call.initial_scale
-    for run in call.runs():
-        yield run, state, scale
+def _entering_states(call: BlockedCall, row_scale: torch.Tensor) -> list[torch.Tensor]:
+    """The state entering each run, [X, Dk, Dv + 1]."""
+    states = [call.initial]
+    for run, weights in call.runs(row_scale):
         if run.tokens.stop == call.length:
-            return
-        weights = call.weights(run, scale, row_scale)
+            break
         whole = Run(run.start, 1, run.chunks * run.length)
         later = weights.kept.flip(0).cumprod(0).flip(0)
         after = torch.cat([later[1:], torch.ones_like(later[:1])])
         key, value = call.take(call.key, whole, "key"), call.take(call.value, whole, "value", ones=call.normalize)
         key.mul_((weights.write * after.unsqueeze(-1)).transpose(0, 1).reshape(*key.shape[:-1], 1))
-        before, state = state, key.mT @ value
-        state.addcmul_(later[0, :, None, None], before)
+        state = (key.mT @ value).addcmul_(later[0, :, None, None], states[-1])
         if call.restarts_matter(weights):
             state.addcmul_((weights.kept_initial * after).sum(0)[:, None, None], call.initial)
-        scale = weights.scale[-1]
+        states.append(state)
+    return states
 
 
 def _inputs(call: BlockedCall, run: Run) -> Tensors:
@@ -223,18 +218,6 @@ def _grad_read(
     gain = _dot(grad[..., :-1], call.take(output, run, "read"), call)
     grad[..., -1] = gain.neg_().mul_(along.sign()).mul_(along.abs() >= denominator)
     return grad
-
-
-def _along(call: BlockedCall, run: Run, weights: ChunkWeights, states: torch.Tensor) -> torch.Tensor:
-    """The normaliser along the queries [G * X, L]: numbers that may nearly cancel, therefore multiplied in float64."""
-    shape = run.chunks * call.sequences, run.length
-    query, key = (call.space(f"exact_{name}", *shape, call.dim, dtype=torch.float64) for name in ("query", "key"))
-    query.copy_(call.space("query", *shape, call.dim))
-    key.copy_(call.space("key", *shape, call.dim))
-    scores = torch.bmm(query, key.mT, out=call.space("exact_scores", *shape, run.length, dtype=torch.float64))
-    scores.mul_(call.space("within", *shape, run.length))
-    from_state = torch.bmm(query, states[:-1, ..., -1:].flatten(0, 1).double()).squeeze(-1)
-    return scores.sum(-1).addcmul_(from_state, weights.read.view(shape)).to(states.dtype)
 
 
 def _denominator(along: torch.Tensor, weights: ChunkWeights) -> torch.Tensor:

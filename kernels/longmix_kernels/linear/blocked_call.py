@@ -10,9 +10,10 @@ from longmix_kernels.linear.blocked_weights import LONGEST_CHUNK, ChunkWeights
 
 Tensors = tuple[torch.Tensor, ...]
 
-CHUNK = 64
 IN_CACHE = 2**18
 """How many elements of queries, keys and values to compute with at a time for each thread."""
+RUNS_AT_A_TIME = 8
+"""Of how many runs to compute the gates together: they are small, and an operation has its price."""
 
 
 class Run(NamedTuple):
@@ -24,7 +25,20 @@ class Run(NamedTuple):
 
     @property
     def tokens(self) -> slice:
+        """Which tokens they hold."""
         return slice(self.start, self.start + self.chunks * self.length)
+
+
+def _split(run: Run, chunks: int, end: int = 0) -> list[Run]:
+    """Split into runs of at most so many chunks, and one chunk more of what is left before `end`."""
+    starts = range(0, run.chunks, chunks)
+    parts = [Run(run.start + i * run.length, min(chunks, run.chunks - i), run.length) for i in starts]
+    left = end - run.tokens.stop
+    return [*parts, Run(run.tokens.stop, 1, left)] if left > 0 else parts
+
+
+def _order(runs: list[Run], reverse: bool) -> Iterator[Run]:
+    return reversed(runs) if reverse else iter(runs)
 
 
 class BlockedCall:
@@ -56,34 +70,34 @@ class BlockedCall:
         self.initial_scale = (zero if log_scale is None else log_scale.reshape(-1)).double()
         self._space: dict[str, torch.Tensor] = {}
 
-    def runs(self) -> Iterator[Run]:
-        """Runs of chunks that cover all tokens; what is left over makes one shorter chunk."""
-        length = min(self.chunk_size or CHUNK, LONGEST_CHUNK, self.length)
-        of_a_chunk = length * self.sequences * (2 * self.dim + self.value_dim)
-        most = max(1, IN_CACHE * torch.get_num_threads() // of_a_chunk)
-        start = 0
-        while start < self.length:
-            chunks = min(most, (self.length - start) // length)
-            run = Run(start, chunks, length) if chunks else Run(start, 1, self.length - start)
-            yield run
-            start = run.tokens.stop
+    def runs(self, row_scale: torch.Tensor | None = None, reverse: bool = False) -> Iterator[tuple[Run, ChunkWeights]]:
+        """Runs of chunks that cover all tokens, with their weights; what is left over makes one shorter chunk.
 
-    def space(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        Args:
+            row_scale: [B, T, H] if it is known.
+            reverse: the last run first, for which `row_scale` must be known.
+        """
+        # Found by measurement: what a longer chunk saves in states it costs within, which is dear for small heads.
+        usual = 32 if self.dim + self.value_dim < 256 else 64
+        length = min(self.chunk_size or usual, LONGEST_CHUNK, self.length)
+        of_a_chunk = length * self.sequences * (2 * self.dim + self.value_dim)
+        chunks = max(1, IN_CACHE * torch.get_num_threads() // of_a_chunk)
+        scale = self.initial_scale
+        for part in _order(
+            _split(Run(0, self.length // length, length), RUNS_AT_A_TIME * chunks, self.length), reverse
+        ):
+            weights = self._weights(part, scale, row_scale)
+            scale = weights.scale[-1]
+            for run in _order(_split(part, chunks), reverse):
+                first = (run.start - part.start) // run.length
+                yield run, weights.part(slice(first, first + run.chunks))
+
+    def space(self, name: str, *shape: int) -> torch.Tensor:
         """Memory to compute in, the same for each run: to touch new memory costs more than to compute in it."""
         size, held = prod(shape), self._space.get(name)
         if held is None or held.numel() < size:
-            held = self._space[name] = self.log_decay.new_empty(size, dtype=dtype)
+            held = self._space[name] = self.log_decay.new_empty(size)
         return held[:size].view(shape)
-
-    def weights(self, run: Run, entering_scale: torch.Tensor, row_scale: torch.Tensor | None) -> ChunkWeights:
-        """The weights of a run that a state of this scale [X] enters; `row_scale` [B, T, H] if it is known."""
-        decay = self.take_gate(self.log_decay, run)
-        gate = None if self.log_input is None else self.take_gate(self.log_input, run)
-        if not self.normalize:
-            rows = decay.new_zeros(decay.shape, dtype=torch.float64)
-        else:
-            rows = None if row_scale is None else self.take_gate(row_scale, run).double()
-        return ChunkWeights(decay, gate, self._begins(run), entering_scale, self.initial_scale, rows)
 
     def restarts_matter(self, weights: ChunkWeights) -> bool:
         """Whether documents begin here from another state than zero."""
@@ -91,7 +105,7 @@ class BlockedCall:
 
     def take(self, x: torch.Tensor, run: Run, name: str, ones: bool = False) -> torch.Tensor:
         """Copy a run of [B, T, H, D] to [G * X, L, D], or to D + 1 with a 1 at the end of each row."""
-        view = self._view(x, run)
+        view = self._chunks(x[:, run.tokens], run)
         copy = self.space(name, *view.shape[:-1], x.shape[-1] + ones)
         copy[..., : x.shape[-1]] = view
         if ones:
@@ -99,33 +113,47 @@ class BlockedCall:
         return copy.view(-1, run.length, copy.shape[-1])
 
     def take_gate(self, x: torch.Tensor, run: Run) -> torch.Tensor:
-        """Copy a run of [B, T, H] to [G, X, L]."""
-        return self._view(x, run).reshape(run.chunks, self.sequences, run.length)
+        """A run of [B, T, H] as [G, X, L]."""
+        return self._chunks(x[:, run.tokens], run).reshape(run.chunks, self.sequences, run.length).contiguous()
 
     def put(self, whole: torch.Tensor, run: Run, rows: torch.Tensor) -> None:
         """Write a run of [B, T, H, ...] from [G * X, L, ...] or [G, X, L]."""
-        view = self._view(whole, run)
-        view.copy_(rows.view(view.shape))
+        view = self._chunks(whole[:, run.tokens], run)
+        view.copy_(rows.reshape(view.shape))
 
     def join_state(self, memory: torch.Tensor | None, normalizer: torch.Tensor | None) -> torch.Tensor:
         """Memory and normaliser, zero where None, as [X, Dk, Dv], or Dv + 1 if normalised."""
         state = self.log_decay.new_zeros(self.sequences, self.dim, self.value_dim + self.normalize)
         if memory is not None:
             state[..., : self.value_dim] = memory.flatten(0, 1)
-        if normalizer is not None:
+        if normalizer is not None and self.normalize:
             state[..., -1] = normalizer.flatten(0, 1)
         return state
 
     def split_state(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Undo `join_state`; without a normaliser the second is empty. Copies."""
         state = state.view(self.batch, self.heads, *state.shape[1:])
-        if self.normalize:
-            return state[..., :-1].contiguous(), state[..., -1].contiguous()
-        return state.clone(), state.new_empty(0)
+        parts = (state[..., :-1], state[..., -1]) if self.normalize else (state, state.new_empty(0))
+        return parts[0].clone(memory_format=torch.contiguous_format), parts[1].clone(
+            memory_format=torch.contiguous_format
+        )
 
-    def _view(self, x: torch.Tensor, run: Run) -> torch.Tensor:
-        """View a run of [B, T, H, ...] as [G, B, H, L, ...]."""
-        return x[:, run.tokens].unflatten(1, (run.chunks, run.length)).transpose(0, 1).transpose(2, 3)
+    def _chunks(self, x: torch.Tensor, run: Run) -> torch.Tensor:
+        """View the tokens of a run, [B, G * L, H, ...], as [G, B, H, L, ...]."""
+        return x.unflatten(1, (run.chunks, run.length)).transpose(0, 1).transpose(2, 3)
+
+    def _weights(self, run: Run, scale: torch.Tensor, row_scale: torch.Tensor | None) -> ChunkWeights:
+        """Weights of a run; `scale` [X] is that of the entering state, unless `row_scale` is known."""
+        decay = self.take_gate(self.log_decay, run)
+        gate = None if self.log_input is None else self.take_gate(self.log_input, run)
+        if not self.normalize:
+            rows = decay.new_zeros(decay.shape, dtype=torch.float64)
+        elif row_scale is None:
+            rows = None
+        else:
+            rows = self.take_gate(row_scale, run).double()
+            scale = row_scale[:, run.start - 1].reshape(-1).double() if run.start else self.initial_scale
+        return ChunkWeights(decay, gate, self._begins(run), scale, self.initial_scale, rows)
 
     def _begins(self, run: Run) -> torch.Tensor | None:
         """Where a document begins other than at the first token, [G, X, L]; None for nowhere."""
@@ -134,4 +162,7 @@ class BlockedCall:
         ids = self.document_ids[:, max(run.start - 1, 0) : run.tokens.stop]
         ids = torch.cat([ids[:, :1], ids], 1) if run.start == 0 else ids
         begins = ids[:, 1:] != ids[:, :-1]
-        return self.take_gate(begins.unsqueeze(-1).expand(-1, -1, self.heads), run) if begins.any() else None
+        if not begins.any():
+            return None
+        begins = begins.unsqueeze(-1).expand(-1, -1, self.heads)
+        return self._chunks(begins, run).reshape(run.chunks, self.sequences, run.length)

@@ -12,6 +12,8 @@ Sums of log decays may be large where their differences matter, such as after on
 as whole numbers and a rest, [2, ...] in float64: whole numbers add without rounding.
 """
 
+from copy import copy
+
 import torch
 
 _LOWEST = -(2.0**14)
@@ -70,14 +72,23 @@ class ChunkWeights:
         self.write = end.sum(0).sub_(self.scale[1:, :, None]).exp_().to(self.dtype)
         source = self._source(self.scale[:-1], initial_scale)
         self.read = since.add_(source).sub_(row_scale).exp_().to(self.dtype)
-        self.read_initial = None
+        self.read_initial = self.kept_initial = None
         if begins is not None:
             self.open = self.document == self.document[..., -1:]
-            self.write = self.write * self.open
-            self.read, self.read_initial = self.read * self.carried, self.read * ~self.carried
+            # Not a product: what earlier documents would write may be infinite.
+            self.write = self.write.masked_fill_(~self.open, 0.0)
+            self.read, self.read_initial = (self.read.masked_fill(x, 0.0) for x in (~self.carried, self.carried))
             self.kept_initial = self.read_initial[..., -1]
         # The last row has the scale of the leaving state, hence the same share of what came before.
         self.kept = self.read[..., -1]
+
+    def part(self, chunks: slice) -> "ChunkWeights":
+        """The weights of some of the chunks."""
+        part = copy(self)
+        for name, x in vars(self).items():
+            if x is not None and name not in ("dtype", "scale"):
+                setattr(part, name, x[:, chunks] if name in ("total", "column") else x[chunks])
+        return part
 
     def within(self, out: torch.Tensor) -> torch.Tensor:
         """Weights of the tokens of a chunk in its rows, [G * X, L, L], zero where the row does not see the token."""
