@@ -15,7 +15,7 @@ and states after it, of weight times gradient of weight; sums are arranged so th
 
 import torch
 
-from longmix_kernels.linear.blocked_call import BlockedCall, Run, Tensors
+from longmix_kernels.linear.blocked_call import BlockedCall, Run, Tensors, parts
 from longmix_kernels.linear.blocked_weights import ChunkWeights
 
 
@@ -26,29 +26,18 @@ def blocked_forward(*inputs) -> Tensors:
         inputs: query, key, value, log_decay, log_input, memory, normalizer, log_scale, document_ids, normalize, scale
             and chunk_size, as `linear_attention` has them, None where there is none.
     """
-    call = BlockedCall(*inputs)
-    output = call.query.new_empty(call.value.shape)
-    row_scale, along = (call.log_decay.new_empty(call.log_decay.shape if call.normalize else 0) for _ in range(2))
-    state, scale = call.initial, call.initial_scale
-    for run, weights in call.runs():
-        query, key, value = _inputs(call, run)
-        states, _ = _states(call, weights, key, value, state)
-        scores = torch.bmm(query, key.mT, out=call.space("scores", *_square(query)))
-        scores.mul_(weights.within(call.space("within", *scores.shape)))
-        read = torch.bmm(scores, value, out=call.space("read", *value.shape))
-        read.baddbmm_(_times(query, weights.read, call.space("reading", *query.shape)), states[:-1].flatten(0, 1))
-        if call.restarts_matter(weights):
-            read += _times(query, weights.read_initial) @ _repeated(call.initial, run)
-        if call.normalize:
-            call.put(row_scale, run, weights.row_scale)
-            call.put(along, run, read[..., -1])
-            read = read[..., :-1].div_(_denominator(read[..., -1], weights).unsqueeze(-1))
-        call.put(output, run, read)
-        state, scale = states[-1], weights.row_scale[-1, :, -1]
-    final_scale = (
-        scale.view(call.batch, call.heads).to(state.dtype, copy=True) if call.normalize else state.new_empty(0)
-    )
-    return output, *call.split_state(state), final_scale, row_scale, along
+    query, _, value, log_decay, *_, normalize, _, _ = inputs
+    batch, _, heads, dim = query.shape
+    shapes = (batch, heads, dim, value.shape[-1]), (batch, heads, dim), (batch, heads), log_decay.shape, log_decay.shape
+    results = [query.new_empty(value.shape)]
+    results += [log_decay.new_empty(shape if normalize or i == 0 else 0) for i, shape in enumerate(shapes)]
+    space: dict[str, torch.Tensor] = {}
+    for part in parts(inputs):
+        views = (part.states if 1 <= i <= 3 else part.tokens for i in range(6))
+        _forward(
+            BlockedCall(*part.inputs(inputs), space=space), *(view(x) for view, x in zip(views, results, strict=True))
+        )
+    return tuple(results)
 
 
 def blocked_backward(
@@ -68,9 +57,64 @@ def blocked_backward(
         output, row_scale, along: the first and the last two results of the forward.
         inputs: as there.
     """
-    call = BlockedCall(*inputs)
-    grads = [x.new_empty(x.shape) for x in (call.query, call.key, call.value, call.log_decay, call.log_decay)]
-    grad_state = call.join_state(grad_memory, grad_normalizer)
+    query, key, value, log_decay, log_input, *state = inputs[:8]
+    grads = [x.new_empty(x.shape) for x in (query, key, value, log_decay, log_decay)]
+    grads += [grad_output.new_empty(0) if x is None else x.new_empty(x.shape) for x in state]
+    space: dict[str, torch.Tensor] = {}
+    for part in parts(inputs):
+        call = BlockedCall(*part.inputs(inputs), space=space)
+        final = [None if x is None else part.states(x) for x in (grad_memory, grad_normalizer)]
+        results = [part.tokens(x) for x in (grad_output, output, row_scale, along)]
+        grad_tokens, grad_states = [part.tokens(x) for x in grads[:5]], [part.states(x) for x in grads[5:]]
+        grad_initial = _backward(call, results, call.join_state(*final), grad_tokens)
+        if call.has_state:
+            call.split_state(grad_initial, *grad_states[:2])
+        if call.has_state and call.normalize:
+            grad_states[2].copy_((grad_initial * call.initial).sum((1, 2)).view(grad_states[2].shape))
+    if log_input is None:
+        grads[4] = grad_output.new_empty(0)
+    return tuple(grads)
+
+
+def _forward(
+    call: BlockedCall,
+    output: torch.Tensor,
+    memory: torch.Tensor,
+    normalizer: torch.Tensor,
+    log_scale: torch.Tensor,
+    row_scale: torch.Tensor,
+    along: torch.Tensor,
+) -> None:
+    """Fill in the results."""
+    state = call.initial
+    for run, weights in call.runs():
+        query, key, value = _inputs(call, run)
+        states, _ = _states(call, weights, key, value, state)
+        scores = torch.bmm(query, key.mT, out=call.space("scores", *_square(query)))
+        scores.mul_(weights.within(call.space("within", *scores.shape)))
+        read = torch.bmm(scores, value, out=call.space("read", *value.shape))
+        read.baddbmm_(_times(query, weights.read, call.space("reading", *query.shape)), states[:-1].flatten(0, 1))
+        if initial := call.restarts(weights):
+            read += _times(query, initial.read) @ _repeated(call.initial, run)
+        if call.normalize:
+            call.put(row_scale, run, weights.row_scale)
+            call.put(along, run, read[..., -1])
+            read = read[..., :-1].div_(_denominator(read[..., -1], weights).unsqueeze(-1))
+        call.put(output, run, read)
+        state = states[-1]
+    call.split_state(state, memory, normalizer)
+    if call.normalize:
+        log_scale.copy_(row_scale[:, -1])
+
+
+def _backward(
+    call: BlockedCall, results: list[torch.Tensor], grad_state: torch.Tensor, grads: list[torch.Tensor]
+) -> torch.Tensor:
+    """Fill in the gradients of query, key, value and both gates, and return that of the initial state.
+
+    `results` are the gradient of the output, the output, the log scale of each row and what divides it.
+    """
+    grad_output, output, row_scale, along = results
     grad_initial = torch.zeros_like(grad_state)
     entering = _entering_states(call, row_scale)
     for run, weights in call.runs(row_scale, reverse=True):
@@ -78,16 +122,7 @@ def blocked_backward(
         found, grad_state = _run_backward(call, run, weights, entering.pop(), grad_read, grad_state, grad_initial)
         for grad, rows in zip(grads, found, strict=True):
             call.put(grad, run, rows)
-
-    if call.log_input is None:
-        grads[4] = grad_output.new_empty(0)
-    if not call.has_state:
-        return *grads, *(grad_output.new_empty(0) for _ in range(3))
-    grad_initial += grad_state
-    grad_memory, grad_normalizer = call.split_state(grad_initial)
-    if not call.normalize:
-        return *grads, grad_memory, *(grad_output.new_empty(0) for _ in range(2))
-    return *grads, grad_memory, grad_normalizer, (grad_initial * call.initial).sum((1, 2)).view(call.batch, call.heads)
+    return grad_initial.add_(grad_state)
 
 
 def _run_backward(
@@ -123,9 +158,10 @@ def _run_backward(
     reading = _times(query, weights.read, call.space("reading", *query.shape))
     grad_query = torch.bmm(grad_read, entering.mT, out=call.space("grad_query", *query.shape))
     _times(grad_query, weights.read, grad_query)
-    if call.restarts_matter(weights):
-        grad_query += _times(grad_read @ _repeated(call.initial.mT, run), weights.read_initial)
-        grad_initial += _by_sequence(_times(query, weights.read_initial).mT @ grad_read, run).sum(0)
+    initial = call.restarts(weights)
+    if initial:
+        grad_query += _times(grad_read @ _repeated(call.initial.mT, run), initial.read)
+        grad_initial += _by_sequence(_times(query, initial.read).mT @ grad_read, run).sum(0)
     read_terms = _dot(query, grad_query, call)
     grad_query.baddbmm_(grad_scores, key).mul_(call.scale)
 
@@ -140,8 +176,8 @@ def _run_backward(
 
     # The states leaving the chunks hold what entered.
     passed = _dot(entering.flatten(1), leaving.flatten(1), call).view_as(weights.kept) * weights.kept
-    if call.restarts_matter(weights):
-        from_initial = grad_states[1:] * weights.kept_initial[..., None, None]
+    if initial:
+        from_initial = grad_states[1:] * initial.kept[..., None, None]
         grad_initial += from_initial.sum(0)
         passed += (from_initial * call.initial).sum((-1, -2))
     read_terms, write_terms = read_terms.view_as(weights.read), write_terms.view_as(weights.write)
@@ -161,8 +197,8 @@ def _entering_states(call: BlockedCall, row_scale: torch.Tensor) -> list[torch.T
         key, value = call.take(call.key, whole, "key"), call.take(call.value, whole, "value", ones=call.normalize)
         key.mul_((weights.write * after.unsqueeze(-1)).transpose(0, 1).reshape(*key.shape[:-1], 1))
         state = (key.mT @ value).addcmul_(later[0, :, None, None], states[-1])
-        if call.restarts_matter(weights):
-            state.addcmul_((weights.kept_initial * after).sum(0)[:, None, None], call.initial)
+        if initial := call.restarts(weights):
+            state.addcmul_((initial.kept * after).sum(0)[:, None, None], call.initial)
         states.append(state)
     return states
 
@@ -181,8 +217,8 @@ def _states(
     states[0] = state
     writing = _times(key, weights.write, call.space("writing", *key.shape))
     torch.bmm(writing.mT, value, out=states[1:].flatten(0, 1))
-    if call.restarts_matter(weights):
-        states[1:].addcmul_(weights.kept_initial[..., None, None], call.initial)
+    if initial := call.restarts(weights):
+        states[1:].addcmul_(initial.kept[..., None, None], call.initial)
     for chunk, kept in enumerate(weights.kept):
         states[chunk + 1].addcmul_(kept[:, None, None], states[chunk])
     return states, writing

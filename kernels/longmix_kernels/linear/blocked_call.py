@@ -1,19 +1,61 @@
 """The inputs of a blocked call: which chunks are computed together, and how tensors are brought into that form."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import NamedTuple
 
 import torch
 
-from longmix_kernels.linear.blocked_weights import LONGEST_CHUNK, ChunkWeights
+from longmix_kernels.linear.blocked_weights import LONGEST_CHUNK, ChunkWeights, InitialWeights
 
 Tensors = tuple[torch.Tensor, ...]
 
 IN_CACHE = 2**18
 """How many elements of queries, keys and values to compute with at a time for each thread."""
+CHUNKS_IN_CACHE = 8
+"""How many chunks a run has at least, where a sequence is that long: the backward holds one state for each run."""
 RUNS_AT_A_TIME = 8
 """Of how many runs to compute the gates together: they are small, and an operation has its price."""
+
+
+class Part(NamedTuple):
+    """Batch rows and heads that are computed together."""
+
+    batch: slice
+    heads: slice
+
+    def tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """View their part of [B, T, H, ...], or of an empty tensor all."""
+        return x[self.batch, :, self.heads] if x.numel() else x
+
+    def states(self, x: torch.Tensor) -> torch.Tensor:
+        """View their part of [B, H, ...], or of an empty tensor all."""
+        return x[self.batch, self.heads] if x.numel() else x
+
+    def inputs(self, inputs: Sequence) -> list:
+        """Views of their part of the inputs of a call."""
+        views = [self.tokens] * 5 + [self.states] * 3 + [lambda ids: ids[self.batch]]
+        return [None if x is None else view(x) for x, view in zip(inputs, views, strict=False)] + list(inputs[9:])
+
+
+def parts(inputs: Sequence) -> Iterator[Part]:
+    """Split batch rows and heads into parts, each small enough for a few of its chunks to stay in cache."""
+    query, chunk_size = inputs[0], inputs[-1]
+    batch, length, heads, dim = query.shape
+    of_a_token = 2 * dim + inputs[2].shape[-1]
+    of_a_sequence = CHUNKS_IN_CACHE * chunk_length(of_a_token - dim, length, chunk_size) * of_a_token
+    most = max(1, IN_CACHE * torch.get_num_threads() // of_a_sequence)
+    rows, some = max(1, most // heads), min(most, heads)
+    for row in range(0, batch, rows):
+        for head in range(0, heads, some):
+            yield Part(slice(row, row + rows), slice(head, head + some))
+
+
+def chunk_length(dims: int, length: int, chunk_size: int | None) -> int:
+    """Tokens of a chunk, for dimensions of key and value that sum to `dims`."""
+    # Found by measurement: what a longer chunk saves in states it costs within, which is dear for small heads.
+    usual = 32 if dims < 256 else 64
+    return min(chunk_size or usual, LONGEST_CHUNK, length)
 
 
 class Run(NamedTuple):
@@ -29,20 +71,11 @@ class Run(NamedTuple):
         return slice(self.start, self.start + self.chunks * self.length)
 
 
-def _split(run: Run, chunks: int, end: int = 0) -> list[Run]:
-    """Split into runs of at most so many chunks, and one chunk more of what is left before `end`."""
-    starts = range(0, run.chunks, chunks)
-    parts = [Run(run.start + i * run.length, min(chunks, run.chunks - i), run.length) for i in starts]
-    left = end - run.tokens.stop
-    return [*parts, Run(run.tokens.stop, 1, left)] if left > 0 else parts
-
-
-def _order(runs: list[Run], reverse: bool) -> Iterator[Run]:
-    return reversed(runs) if reverse else iter(runs)
-
-
 class BlockedCall:
-    """A call, seen as X = B * H sequences of chunks; a run of G chunks of L tokens is copied to [G * X, L, D]."""
+    """A part of a call, as X = B * H sequences of chunks; a run of G chunks of L tokens is copied to [G * X, L, D].
+
+    `space` is memory to compute in, which parts share: to touch new memory costs more than to compute in it.
+    """
 
     def __init__(
         self,
@@ -58,6 +91,8 @@ class BlockedCall:
         normalize: bool,
         scale: float,
         chunk_size: int | None,
+        *,
+        space: dict[str, torch.Tensor],
     ) -> None:
         self.query, self.key, self.value = query, key, value
         self.log_decay, self.log_input, self.document_ids = log_decay, log_input, document_ids
@@ -68,7 +103,7 @@ class BlockedCall:
         self.initial = self.join_state(memory, normalizer)
         zero = log_decay.new_zeros(self.sequences)
         self.initial_scale = (zero if log_scale is None else log_scale.reshape(-1)).double()
-        self._space: dict[str, torch.Tensor] = {}
+        self._space = space
 
     def runs(self, row_scale: torch.Tensor | None = None, reverse: bool = False) -> Iterator[tuple[Run, ChunkWeights]]:
         """Runs of chunks that cover all tokens, with their weights; what is left over makes one shorter chunk.
@@ -77,31 +112,28 @@ class BlockedCall:
             row_scale: [B, T, H] if it is known.
             reverse: the last run first, for which `row_scale` must be known.
         """
-        # Found by measurement: what a longer chunk saves in states it costs within, which is dear for small heads.
-        usual = 32 if self.dim + self.value_dim < 256 else 64
-        length = min(self.chunk_size or usual, LONGEST_CHUNK, self.length)
+        length = chunk_length(self.dim + self.value_dim, self.length, self.chunk_size)
         of_a_chunk = length * self.sequences * (2 * self.dim + self.value_dim)
         chunks = max(1, IN_CACHE * torch.get_num_threads() // of_a_chunk)
         scale = self.initial_scale
-        for part in _order(
-            _split(Run(0, self.length // length, length), RUNS_AT_A_TIME * chunks, self.length), reverse
-        ):
-            weights = self._weights(part, scale, row_scale)
+        complete = Run(0, self.length // length, length)
+        for several in _order(_split(complete, RUNS_AT_A_TIME * chunks, self.length), reverse):
+            weights = self._weights(several, scale, row_scale)
             scale = weights.scale[-1]
-            for run in _order(_split(part, chunks), reverse):
-                first = (run.start - part.start) // run.length
+            for run in _order(_split(several, chunks), reverse):
+                first = (run.start - several.start) // run.length
                 yield run, weights.part(slice(first, first + run.chunks))
 
     def space(self, name: str, *shape: int) -> torch.Tensor:
-        """Memory to compute in, the same for each run: to touch new memory costs more than to compute in it."""
+        """Memory to compute in, the same for each run."""
         size, held = prod(shape), self._space.get(name)
         if held is None or held.numel() < size:
             held = self._space[name] = self.log_decay.new_empty(size)
         return held[:size].view(shape)
 
-    def restarts_matter(self, weights: ChunkWeights) -> bool:
-        """Whether documents begin here from another state than zero."""
-        return self.has_state and weights.read_initial is not None
+    def restarts(self, weights: ChunkWeights) -> InitialWeights | None:
+        """The weights of the initial state, None where no document begins or the state is zero."""
+        return weights.initial if self.has_state else None
 
     def take(self, x: torch.Tensor, run: Run, name: str, ones: bool = False) -> torch.Tensor:
         """Copy a run of [B, T, H, D] to [G * X, L, D], or to D + 1 with a 1 at the end of each row."""
@@ -130,13 +162,12 @@ class BlockedCall:
             state[..., -1] = normalizer.flatten(0, 1)
         return state
 
-    def split_state(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Undo `join_state`; without a normaliser the second is empty. Copies."""
+    def split_state(self, state: torch.Tensor, memory: torch.Tensor, normalizer: torch.Tensor) -> None:
+        """Undo `join_state`."""
         state = state.view(self.batch, self.heads, *state.shape[1:])
-        parts = (state[..., :-1], state[..., -1]) if self.normalize else (state, state.new_empty(0))
-        return parts[0].clone(memory_format=torch.contiguous_format), parts[1].clone(
-            memory_format=torch.contiguous_format
-        )
+        memory.copy_(state[..., : self.value_dim])
+        if self.normalize:
+            normalizer.copy_(state[..., -1])
 
     def _chunks(self, x: torch.Tensor, run: Run) -> torch.Tensor:
         """View the tokens of a run, [B, G * L, H, ...], as [G, B, H, L, ...]."""
@@ -166,3 +197,15 @@ class BlockedCall:
             return None
         begins = begins.unsqueeze(-1).expand(-1, -1, self.heads)
         return self._chunks(begins, run).reshape(run.chunks, self.sequences, run.length)
+
+
+def _split(run: Run, chunks: int, end: int = 0) -> list[Run]:
+    """Split into runs of at most so many chunks, and one chunk more of what is left before `end`."""
+    starts = range(0, run.chunks, chunks)
+    parts = [Run(run.start + i * run.length, min(chunks, run.chunks - i), run.length) for i in starts]
+    left = end - run.tokens.stop
+    return [*parts, Run(run.tokens.stop, 1, left)] if left > 0 else parts
+
+
+def _order(runs: list[Run], reverse: bool) -> Iterator[Run]:
+    return reversed(runs) if reverse else iter(runs)

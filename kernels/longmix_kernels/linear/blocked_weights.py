@@ -13,6 +13,7 @@ as whole numbers and a rest, [2, ...] in float64: whole numbers add without roun
 """
 
 from copy import copy
+from typing import NamedTuple
 
 import torch
 
@@ -20,6 +21,18 @@ _LOWEST = -(2.0**14)
 """What lower gates are taken for: exp of it is 0, and sums over `LONGEST_CHUNK` remain whole in float32."""
 
 LONGEST_CHUNK = 1024
+
+
+class InitialWeights(NamedTuple):
+    """Weights of the initial state where documents begin.
+
+    Attributes:
+        read: [G, X, L], in each row.
+        kept: [G, X], in the state leaving each chunk.
+    """
+
+    read: torch.Tensor
+    kept: torch.Tensor
 
 
 class ChunkWeights:
@@ -31,8 +44,7 @@ class ChunkWeights:
         kept: [G, X], of the entering state in the leaving one.
         read: [G, X, L], of the entering state in each row.
         write: [G, X, L], of each token in the leaving state.
-        kept_initial: [G, X], of the initial state in the leaving one; None where no document begins.
-        read_initial: [G, X, L], of the initial state in each row; None likewise.
+        initial: of the initial state; None where no document begins.
     """
 
     def __init__(
@@ -56,12 +68,13 @@ class ChunkWeights:
         decay = _whole_and_rest(log_decay)
         self.total = decay.cumsum(-1)
         self.column = -self.total if log_input is None else _whole_and_rest(log_input) - self.total
-        self.document = None if begins is None else begins.cumsum(-1)
+        self.document: torch.Tensor | None = None
         since = self.total
         if begins is not None:
+            self.document = document = begins.cumsum(-1)
+            self.carried, self.open = document == 0, document == document[..., -1:]
             first = torch.arange(begins.shape[-1], device=begins.device).where(begins, 0).cummax(-1).values
             since = since - (since - decay).gather(-1, first.expand_as(since))
-            self.carried = self.document == 0
         since = since.sum(0)
         if row_scale is None:
             row_scale = self._largest(since, entering_scale, initial_scale)
@@ -71,23 +84,25 @@ class ChunkWeights:
         end = self.total[..., -1:] + self.column
         self.write = end.sum(0).sub_(self.scale[1:, :, None]).exp_().to(self.dtype)
         source = self._source(self.scale[:-1], initial_scale)
-        self.read = since.add_(source).sub_(row_scale).exp_().to(self.dtype)
-        self.read_initial = self.kept_initial = None
-        if begins is not None:
-            self.open = self.document == self.document[..., -1:]
-            # Not a product: what earlier documents would write may be infinite.
-            self.write = self.write.masked_fill_(~self.open, 0.0)
-            self.read, self.read_initial = (self.read.masked_fill(x, 0.0) for x in (~self.carried, self.carried))
-            self.kept_initial = self.read_initial[..., -1]
+        read = since.add_(source).sub_(row_scale).exp_().to(self.dtype)
         # The last row has the scale of the leaving state, hence the same share of what came before.
-        self.kept = self.read[..., -1]
+        self.read, self.kept, self.initial = read, read[..., -1], None
+        if begins is not None:
+            # Not a product: what earlier documents would write may be infinite.
+            self.write.masked_fill_(~self.open, 0.0)
+            from_initial = read.masked_fill(self.carried, 0.0)
+            self.initial = InitialWeights(from_initial, from_initial[..., -1])
+            self.read = read.masked_fill_(~self.carried, 0.0)
 
     def part(self, chunks: slice) -> "ChunkWeights":
         """The weights of some of the chunks."""
         part = copy(self)
-        for name, x in vars(self).items():
-            if x is not None and name not in ("dtype", "scale"):
-                setattr(part, name, x[:, chunks] if name in ("total", "column") else x[chunks])
+        part.total, part.column = self.total[:, chunks], self.column[:, chunks]
+        part.row_scale, part.scale = self.row_scale[chunks], self.scale[chunks.start : chunks.stop + 1]
+        part.read, part.write, part.kept = self.read[chunks], self.write[chunks], self.kept[chunks]
+        if self.document is not None and self.initial is not None:
+            part.document, part.carried, part.open = self.document[chunks], self.carried[chunks], self.open[chunks]
+            part.initial = InitialWeights(self.initial.read[chunks], self.initial.kept[chunks])
         return part
 
     def within(self, out: torch.Tensor) -> torch.Tensor:
