@@ -117,9 +117,9 @@ def _backward(
     grad_output, output, row_scale, along = results
     grad_initial = torch.zeros_like(grad_state)
     entering = _entering_states(call, row_scale)
-    for run, weights in call.runs(row_scale, reverse=True):
+    for state, (run, weights) in zip(reversed(list(entering)), call.runs(row_scale, reverse=True), strict=True):
         grad_read = _grad_read(call, run, weights, grad_output, output, along)
-        found, grad_state = _run_backward(call, run, weights, entering.pop(), grad_read, grad_state, grad_initial)
+        found, grad_state = _run_backward(call, run, weights, state, grad_read, grad_state, grad_initial)
         for grad, rows in zip(grads, found, strict=True):
             call.put(grad, run, rows)
     return grad_initial.add_(grad_state)
@@ -185,21 +185,19 @@ def _run_backward(
     return (grad_query, grad_key, grad_value, *grad_gates), grad_states[0]
 
 
-def _entering_states(call: BlockedCall, row_scale: torch.Tensor) -> list[torch.Tensor]:
-    """The state entering each run, [X, Dk, Dv + 1]."""
-    states = [call.initial]
-    for run, weights in call.runs(row_scale):
-        if run.tokens.stop == call.length:
-            break
+def _entering_states(call: BlockedCall, row_scale: torch.Tensor) -> torch.Tensor:
+    """The state entering each of N runs, [N, X, Dk, Dv + 1]."""
+    states = call.space("entering", sum(len(runs) for _, runs in call.plan), *call.initial.shape)
+    states[0] = call.initial
+    for before, state, (run, weights) in zip(states, states[1:], call.runs(row_scale), strict=False):
         whole = Run(run.start, 1, run.chunks * run.length)
         later = weights.kept.flip(0).cumprod(0).flip(0)
         after = torch.cat([later[1:], torch.ones_like(later[:1])])
         key, value = call.take(call.key, whole, "key"), call.take(call.value, whole, "value", ones=call.normalize)
         key.mul_((weights.write * after.unsqueeze(-1)).transpose(0, 1).reshape(*key.shape[:-1], 1))
-        state = (key.mT @ value).addcmul_(later[0, :, None, None], states[-1])
+        torch.bmm(key.mT, value, out=state).addcmul_(later[0, :, None, None], before)
         if initial := call.restarts(weights):
             state.addcmul_((initial.kept * after).sum(0)[:, None, None], call.initial)
-        states.append(state)
     return states
 
 

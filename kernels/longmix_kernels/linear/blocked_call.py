@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from longmix_kernels.linear.blocked_weights import LONGEST_CHUNK, ChunkWeights, InitialWeights
 
 Tensors = tuple[torch.Tensor, ...]
+Item = TypeVar("Item")
 
 IN_CACHE = 2**18
 """How many elements of queries, keys and values to compute with at a time for each thread."""
@@ -103,6 +104,7 @@ class BlockedCall:
         self.initial = self.join_state(memory, normalizer)
         zero = log_decay.new_zeros(self.sequences)
         self.initial_scale = (zero if log_scale is None else log_scale.reshape(-1)).double()
+        self.plan = self._plan()
         self._space = space
 
     def runs(self, row_scale: torch.Tensor | None = None, reverse: bool = False) -> Iterator[tuple[Run, ChunkWeights]]:
@@ -112,15 +114,11 @@ class BlockedCall:
             row_scale: [B, T, H] if it is known.
             reverse: the last run first, for which `row_scale` must be known.
         """
-        length = chunk_length(self.dim + self.value_dim, self.length, self.chunk_size)
-        of_a_chunk = length * self.sequences * (2 * self.dim + self.value_dim)
-        chunks = max(1, IN_CACHE * torch.get_num_threads() // of_a_chunk)
         scale = self.initial_scale
-        complete = Run(0, self.length // length, length)
-        for several in _order(_split(complete, RUNS_AT_A_TIME * chunks, self.length), reverse):
+        for several, runs in _order(self.plan, reverse):
             weights = self._weights(several, scale, row_scale)
             scale = weights.scale[-1]
-            for run in _order(_split(several, chunks), reverse):
+            for run in _order(runs, reverse):
                 first = (run.start - several.start) // run.length
                 yield run, weights.part(slice(first, first + run.chunks))
 
@@ -169,6 +167,15 @@ class BlockedCall:
         if self.normalize:
             normalizer.copy_(state[..., -1])
 
+    def _plan(self) -> list[tuple[Run, list[Run]]]:
+        """All runs, grouped into those of which the gates are computed together."""
+        length = chunk_length(self.dim + self.value_dim, self.length, self.chunk_size)
+        of_a_chunk = length * self.sequences * (2 * self.dim + self.value_dim)
+        chunks = max(1, IN_CACHE * torch.get_num_threads() // of_a_chunk)
+        complete = Run(0, self.length // length, length)
+        together = _split(complete, RUNS_AT_A_TIME * chunks, self.length)
+        return [(several, _split(several, chunks)) for several in together]
+
     def _chunks(self, x: torch.Tensor, run: Run) -> torch.Tensor:
         """View the tokens of a run, [B, G * L, H, ...], as [G, B, H, L, ...]."""
         return x.unflatten(1, (run.chunks, run.length)).transpose(0, 1).transpose(2, 3)
@@ -207,5 +214,5 @@ def _split(run: Run, chunks: int, end: int = 0) -> list[Run]:
     return [*parts, Run(run.tokens.stop, 1, left)] if left > 0 else parts
 
 
-def _order(runs: list[Run], reverse: bool) -> Iterator[Run]:
-    return reversed(runs) if reverse else iter(runs)
+def _order(items: list[Item], reverse: bool) -> Iterator[Item]:
+    return reversed(items) if reverse else iter(items)

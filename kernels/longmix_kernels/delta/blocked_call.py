@@ -1,0 +1,157 @@
+"""The inputs of a blocked call: which chunks are computed together, and how tensors are brought into that form."""
+
+from collections.abc import Iterator
+from math import prod
+from typing import NamedTuple
+
+import torch
+
+from longmix_kernels.delta.blocked_products import Documents
+from longmix_kernels.delta.blocked_weights import ChunkWeights
+
+CHUNK = 16
+IN_CACHE = 2**18
+"""How many elements of queries, keys and values to compute with at a time."""
+
+TOGETHER = 16
+"""How many sequences go through time together at most. More would leave fewer chunks to a run: more states to keep."""
+
+
+class Part(NamedTuple):
+    """Some sequences of a call, which go through time together; the sequences of different parts never meet."""
+
+    batch: slice
+    heads: slice
+
+    def tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """View [B, T, H, ...]."""
+        return x[self.batch, :, self.heads]
+
+    def states(self, x: torch.Tensor) -> torch.Tensor:
+        """View [B, H, ...]."""
+        return x[self.batch, self.heads]
+
+
+class Run(NamedTuple):
+    """Consecutive chunks of equal length, a power of two; the last chunk of a call may have fewer tokens than that."""
+
+    start: int
+    chunks: int
+    length: int
+    tokens: slice
+
+
+class BlockedCall:
+    """A part of a call, X = B * H sequences of chunks; a run of G chunks of L tokens is copied to [G * X, n, L, D]."""
+
+    def __init__(
+        self,
+        part: Part,
+        space: dict[str, torch.Tensor],
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        log_decay: torch.Tensor,
+        low_rank_read: torch.Tensor | None,
+        low_rank_write: torch.Tensor | None,
+        initial_state: torch.Tensor | None,
+        document_ids: torch.Tensor | None,
+        scale: float,
+        chunk_size: int | None,
+    ) -> None:
+        self.query, self.key, self.value, self.log_decay = map(part.tokens, (query, key, value, log_decay))
+        self.low_rank_read = None if low_rank_read is None else part.tokens(low_rank_read)
+        self.low_rank_write = None if low_rank_write is None else part.tokens(low_rank_write)
+        self.document_ids = None if document_ids is None else document_ids[part.batch]
+        self.scale, self.chunk_size, self._space = scale, chunk_size, space
+        self.batch, self.length, self.heads, self.dim = self.query.shape
+        self.value_dim, self.sequences = value.shape[-1], self.batch * self.heads
+        self.has_state = initial_state is not None
+        state = self.sequences, self.dim, self.value_dim
+        self.initial = log_decay.new_zeros(state)
+        if initial_state is not None:
+            self.initial.copy_(part.states(initial_state).reshape(state))
+
+    def runs(self) -> Iterator[Run]:
+        """Runs of chunks that cover all tokens; what is left over makes one shorter chunk."""
+        length = self.chunk_size or CHUNK
+        most = max(1, IN_CACHE // (length * self.sequences * (2 * self.dim + self.value_dim)))
+        start = 0
+        while start < self.length:
+            left = self.length - start
+            chunks = min(most, left // length)
+            stop = start + chunks * length if chunks else self.length
+            yield Run(start, chunks or 1, length if chunks else 1 << (left - 1).bit_length(), slice(start, stop))
+            start = stop
+
+    def space(self, name: str, *shape: int) -> torch.Tensor:
+        """Memory to compute in, the same for each run: to touch new memory costs more than to compute in it."""
+        size, held = prod(shape), self._space.get(name)
+        if held is None or held.numel() < size:
+            held = self._space[name] = self.log_decay.new_empty(size)
+        return held[:size].view(shape)
+
+    def weights(self, run: Run, outputs: bool) -> ChunkWeights:
+        """The weights of a run; those in its outputs only if `outputs`."""
+        readers = [x for x in (self.query if outputs else None, self.low_rank_read) if x is not None]
+        writers = [x for x in (self.key, self.low_rank_write) if x is not None]
+        decay = self.take([self.log_decay], run, "log_decay").squeeze(1)
+        rows, columns = self.take(readers, run, "rows"), self.take(writers, run, "columns")
+        if outputs:
+            rows[:, 0].mul_(self.scale)
+        return ChunkWeights(rows, columns, decay, outputs, self._documents(run), self.has_state, self.space)
+
+    def take(self, tensors: list[torch.Tensor], run: Run, name: str, room: int = 0) -> torch.Tensor:
+        """Copy a run of n tensors [B, T, H, D] to [G * X, n + room, L, D], zero for tokens beyond the last."""
+        kinds, dim = len(tensors) + room, tensors[0].shape[-1] if tensors else self.dim
+        copy = self.space(name, run.chunks, self.batch, self.heads, kinds, run.length, dim)
+        for index, x in enumerate(tensors):
+            self._tokens(copy[:, :, :, index], run).copy_(self._view(x, run))
+            copy[:, :, :, index, self._count(run) :] = 0.0
+        return copy.flatten(0, 2)
+
+    def put(self, whole: torch.Tensor, run: Run, rows: torch.Tensor) -> None:
+        """Write a run of [B, T, H, D] from [G * X, L, D]."""
+        rows = rows.unflatten(0, (run.chunks, self.batch, self.heads))
+        self._view(whole, run).copy_(self._tokens(rows, run))
+
+    def _count(self, run: Run) -> int:
+        """Tokens in each chunk of a run."""
+        return (run.tokens.stop - run.start) // run.chunks
+
+    def _tokens(self, x: torch.Tensor, run: Run) -> torch.Tensor:
+        """View the tokens there are in [G, B, H, L, D]."""
+        return x[:, :, :, : self._count(run)]
+
+    def _view(self, x: torch.Tensor, run: Run) -> torch.Tensor:
+        """View a run of [B, T, H, D] as [G, B, H, L, D]."""
+        return x[:, run.tokens].unflatten(1, (run.chunks, -1)).permute(1, 0, 3, 2, 4)
+
+    def _documents(self, run: Run) -> Documents | None:
+        """Where documents lie in a run; None if none begins there."""
+        if self.document_ids is None:
+            return None
+        ids, last = self.document_ids[:, run.tokens], max(run.start - 1, 0)
+        before = self.document_ids[:, last : last + 1]
+        if torch.equal(before, ids[:, -1:]):
+            return None
+        padding = ids[:, -1:].expand(-1, run.chunks * run.length - ids.shape[1])
+        ids = torch.cat([before, ids, padding], 1)
+        begins = ids[:, 1:] != ids[:, :-1]
+        chunks = run.chunks, run.length
+        ids, begins = (
+            x.unflatten(1, chunks).transpose(0, 1).unsqueeze(2).expand(-1, -1, self.heads, -1).flatten(0, 2)
+            for x in (ids[:, 1:], begins)
+        )
+        return Documents(ids, begins, begins.cumsum(-1) == 0)
+
+
+def parts(query: torch.Tensor, value: torch.Tensor, chunk_size: int | None) -> Iterator[Part]:
+    """Split sequences so that a chunk of each of a part stays in cache."""
+    batch, length, heads, dim = query.shape
+    of_a_chunk = min(chunk_size or CHUNK, length) * (2 * dim + value.shape[-1])
+    most = min(TOGETHER, max(1, torch.get_num_threads(), IN_CACHE // of_a_chunk))
+    rows = max(1, most // heads)
+    for first in range(0, batch, rows):
+        for head in range(0, heads, most):
+            yield Part(slice(first, first + rows), slice(head, head + most))

@@ -1,0 +1,236 @@
+"""Rung 3: the Triton kernels against the definition, in Triton's interpreter on the CPU, in float32.
+
+Runs only where TRITON_INTERPRET=1 is set before triton is imported; `test_linear_triton.py` starts such a process.
+Inputs lie in larger buffers of NaN, so that a load without mask or without `other` shows, and every buffer that the
+kernels are given to write is NaN before and lies between guard bands.
+"""
+
+import os
+from contextlib import ExitStack
+from dataclasses import replace
+
+import pytest
+import torch
+from linear_cases import INPUTS, REGIMES, Case, assert_close, call
+
+from longmix_kernels.linear import launch, linear_attention
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in a process of its own")
+
+TOLERANCE = 1e-5
+GUARD = 64
+
+
+class Positive(Case):
+    """A case in which normalisers do not cancel: with signs of both kinds, rounding shows hundredfold in some rows."""
+
+    def inputs(self, dtype: torch.dtype, seed: int = 0) -> dict[str, torch.Tensor | None]:
+        made = super().inputs(dtype, seed)
+        return made | {name: made[name].detach().abs().requires_grad_() for name in ("query", "key")}
+
+
+def small(name: str, kind: type[Case] = Case, **changed) -> Case:
+    """One batch row and head, unless said otherwise."""
+    return kind(name, **{"batch": 1, "heads": 1, **changed})
+
+
+SIG = {"normalize": False}
+CASES = [
+    *(small(f"exp-T{n}", length=n) for n in (1, 15, 17, 63, 130)),
+    *(small(f"sig-T{n}", length=n, **SIG) for n in (1, 17, 130)),
+    Case("exp-two-batch-rows-and-heads"),
+    Case("sig-two-batch-rows-and-heads", **SIG),
+    small("exp-T300", Positive, length=300),
+    *(small(f"exp-{regime}", Positive, regime=regime) for regime in REGIMES),
+    *(small(f"sig-{regime}", regime=regime, **SIG) for regime in REGIMES),
+    small("exp-forgetful-T600-chunk-512", Positive, regime="forgetful", length=600, chunk_size=512),
+    small("exp-strong-input-T300-chunk-256", Positive, regime="strong-input", length=300, chunk_size=256),
+    *(Case(f"exp-{a}-{b}", dim=a, value_dim=b, length=40) for a, b in ((48, 80), (80, 48), (96, 16), (1, 3))),
+    small("exp-96-48-chunk-64", dim=96, value_dim=48, length=200, chunk_size=64),
+    small("sig-96-192", dim=96, value_dim=192, **SIG),
+    small("exp-300-512", dim=300, value_dim=512, length=17),
+    small("decay-only", gated=False, **SIG),
+    small("exp-no-state", with_state=False),
+    small("sig-no-state", with_state=False, **SIG),
+    small("exp-no-input-gate", gated=False, with_state=False),
+    Case("exp-documents", documents=(13, 40, 3)),
+    Case("sig-documents", documents=(13, 40, 3), **SIG),
+    Case("exp-documents-chunk-32", documents=(13, 40, 3), chunk_size=32, heads=1),
+    small("exp-documents-no-state", Positive, documents=(1, 1, 1, 30, 2), with_state=False, regime="strong-input"),
+    small("sig-documents-no-state-chunk-32", documents=(32, 1, 40), with_state=False, chunk_size=32, **SIG),
+    small("exp-documents-of-one-token", documents=(1,) * 60),
+    small("exp-documents-at-chunk-ends-T200", documents=(64, 64, 63), length=200, chunk_size=64),
+    *(small(f"exp-T300-chunk-{n}", Positive, chunk_size=n, length=300, documents=(129, 70)) for n in (64, 128, 256)),
+    *(small(f"sig-T300-chunk-{n}", chunk_size=n, length=300, **SIG) for n in (16, 128, 512)),
+    *(small(f"exp-T520-chunk-{n}", Positive, chunk_size=n, length=520, documents=(300, 5)) for n in (128, 256, 512)),
+    small("exp-T520-chunk-256-no-documents", Positive, chunk_size=256, length=520),
+    small("sig-T520-chunk-256-documents", chunk_size=256, length=520, documents=(300, 5), **SIG),
+]
+
+
+@pytest.fixture(autouse=True)
+def guarded_buffers(monkeypatch):
+    """Give out new tensors that are NaN and lie between NaN; check afterwards that nothing was written beside them."""
+    buffers: list[tuple[torch.Tensor, int]] = []
+    original = torch.Tensor.new_empty
+
+    def new_empty(self, *size, dtype=None, **options):
+        if options:
+            return original(self, *size, dtype=dtype, **options)  # the interpreter's own
+        size = torch.Size(size[0] if isinstance(size[0], (tuple, list)) else size)
+        buffer = torch.full((size.numel() + 2 * GUARD,), torch.nan, dtype=dtype or self.dtype)
+        buffers.append((buffer, size.numel()))
+        return buffer[GUARD : GUARD + size.numel()].view(size)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    yield
+    # Forward: output, gates, states and final memory. Backward: gates, two states, four gradients and their sums.
+    assert len(buffers) >= 4
+    for buffer, size in buffers:
+        assert buffer[:GUARD].isnan().all() and buffer[GUARD + size :].isnan().all()
+        assert not buffer[GUARD : GUARD + size].isnan().any()
+
+
+def surrounded(x: torch.Tensor) -> torch.Tensor:
+    """What comes per token [B, T, H, ...] as a view into NaN, with other strides."""
+    buffer = torch.full([size + 3 for size in x.shape], torch.nan, dtype=x.dtype)
+    return buffer[tuple(slice(1, size + 1) for size in x.shape)].copy_(x.detach()).requires_grad_()
+
+
+def beside(x: torch.Tensor) -> torch.Tensor:
+    """The same state as a contiguous view into NaN."""
+    room = torch.full((x.numel() + 2 * GUARD,), torch.nan, dtype=x.dtype)
+    return room[GUARD : GUARD + x.numel()].view(x.shape).copy_(x.detach()).requires_grad_()
+
+
+def prepared(case: Case, dtype: torch.dtype = torch.float32) -> tuple[dict, dict]:
+    """Inputs for the kernels and the same numbers in float64 for the definition."""
+    made = case.inputs(dtype)
+    made = {name: made.get(name) for name in INPUTS}
+    ours = {
+        name: x if x is None else (surrounded if index < 5 else beside)(x)
+        for index, (name, x) in enumerate(made.items())
+    }
+    exact = {name: x if x is None else x.detach().double().requires_grad_() for name, x in ours.items()}
+    return ours, exact
+
+
+def differentiate(results: list, inputs: dict, wanted_scale: torch.Tensor | None, with_final: bool) -> dict:
+    """Output, state and gradients by name; the state is brought to the log scale of another implementation."""
+    output, memory, *others = (x if index < 3 else x.detach() for index, x in enumerate(results))
+    generator = torch.Generator().manual_seed(3)
+
+    def random(x: torch.Tensor) -> torch.Tensor:
+        return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
+
+    factor = torch.ones(memory.shape[:2], dtype=memory.dtype)
+    if others:
+        factor = (others[1].double() - wanted_scale.double()).exp().to(memory.dtype)
+    grads = [surrounded(random(output)).detach(), beside(random(memory) * factor[..., None, None]).detach()]
+    found = {"output": output, "final memory": memory * factor[..., None, None]}
+    if others:
+        grads.append(beside(random(others[0]) * factor[..., None]).detach())
+        found["final normalizer"] = others[0] * factor[..., None]
+    given = {name: x for name, x in inputs.items() if x is not None}
+    outputs = [output, memory, *others[:1]]
+    count = len(outputs) if with_final else 1
+    # The state itself has no gradient where none arrives, and the log scale none through the output alone.
+    gradients = torch.autograd.grad(outputs[:count], list(given.values()), grads[:count])
+    return found | {f"grad {name}": x for name, x in zip(given, gradients, strict=True)}
+
+
+def both(case: Case, with_final: bool = True) -> tuple[dict, dict]:
+    """What the kernels and the definition return, by name."""
+    ours, exact = prepared(case)
+    expected = call(linear_attention, case, exact, backend="reference")
+    results = call(linear_attention, case, ours, backend="triton")
+    scale = expected[3].detach() if case.normalize else None
+    return differentiate(results, ours, scale, with_final), differentiate(expected, exact, scale, with_final)
+
+
+def compare(case: Case, with_final: bool = True) -> None:
+    results, expected = both(case, with_final)
+    for name, want in expected.items():
+        assert_close(results[name], want, TOLERANCE, name)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_matches_reference(case):
+    compare(case)
+
+
+@pytest.mark.parametrize("normalize", [True, False], ids=["exp", "sig"])
+def test_without_a_gradient_of_the_state(normalize):
+    compare(Case("no-final", normalize=normalize, heads=1, documents=(13, 40)), with_final=False)
+
+
+def test_a_normalizer_that_cancels_is_as_accurate_as_the_definition_in_float32():
+    case = small("cancelling", regime="strong-input", batch=2, heads=2)
+    results, expected = both(case)
+    inputs = {name: x if x is None else x.detach().float().requires_grad_() for name, x in prepared(case)[1].items()}
+    plain = call(linear_attention, case, inputs, backend="reference")
+    plain = differentiate(plain, inputs, plain[3].detach(), True)
+    for name in ("output", *(f"grad {name}" for name in INPUTS[:5])):
+        error, allowed = ((x[name].double() - expected[name]).abs().max() for x in (results, plain))
+        assert error <= 2 * allowed, f"{name}: {error:.2e} > 2 * {allowed:.2e}"
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "apart"])
+@pytest.mark.parametrize("tiles", [(16, 64, 32), (64, 16, 16), (32, 32, 16)], ids=str)
+def test_any_tile_sizes(tiles, fused):
+    config = launch.LaunchConfig(*tiles, warps=1, stages=1, fused=fused)
+    with ExitStack() as stack:
+        for kernel in launch.TILED:
+            stack.enter_context(launch.overridden(kernel, config))
+        for kernel in ("scales", "grad_rows"):
+            stack.enter_context(launch.overridden(kernel, replace(config, rows=32)))
+        compare(small("exp", length=150, dim=48, value_dim=80, documents=(50, 90), chunk_size=64))
+        compare(small("sig", length=150, dim=48, value_dim=40, chunk_size=64, **SIG))
+
+
+@pytest.mark.parametrize("normalize", [True, False], ids=["exp", "sig"])
+def test_states_stored_in_half_precision(normalize):
+    """Only what is read is rounded, not what is carried: the final state is the same to the last bit."""
+    case = small("bf16-states", Positive, length=130, chunk_size=32, documents=(20,), normalize=normalize)
+    exact, wanted = both(case)
+    with launch.stored_states(torch.bfloat16):
+        rounded, _ = both(case)
+    assert torch.equal(exact["final memory"], rounded["final memory"])
+    assert not torch.equal(exact["output"], rounded["output"])
+    for name, want in wanted.items():
+        assert_close(rounded[name], want, 2**-7, name)
+
+
+def test_two_runs_are_equal_bit_for_bit():
+    case = Case("twice", documents=(13, 40), chunk_size=32)
+    runs = [both(case)[0] for _ in range(2)]
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+def test_half_precision_inputs_are_stored_in_their_own_dtype():
+    """Products are upcast in the interpreter, so this is about loads, casts and stores only."""
+    case = small("half", Positive, length=40)
+    inputs = case.inputs(torch.bfloat16)
+    output, memory, *_ = call(linear_attention, case, inputs, backend="triton")
+    wanted = call(linear_attention, case, inputs, backend="reference")[0]
+    assert output.dtype == torch.bfloat16 and memory.dtype == torch.float32
+    assert_close(output, wanted, 0.02, "output")
+    given = {name: x for name, x in inputs.items() if x is not None}
+    for name, grad in zip(given, torch.autograd.grad(output.float().sum(), list(given.values())), strict=True):
+        assert grad.dtype == given[name].dtype, name
+
+
+def test_one_decay_a_head_and_large_document_ids():
+    """A decay that is one number seen everywhere, ids beyond 32 bits, and a gradient that is one too."""
+    case = small("retention", gated=False, with_state=False, heads=2, length=70, **SIG)
+    made = case.inputs(torch.float32)
+    ids = case.length // 2 <= torch.arange(case.length)
+    ids = (ids * 2**40).view(1, -1)
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        inputs = [made[name].detach().to(dtype).requires_grad_() for name in INPUTS[:3]]
+        decay = torch.tensor([0.9, 0.5]).log().to(dtype).requires_grad_()
+        output, _ = linear_attention(*inputs, log_decay=decay, document_ids=ids, backend=backend)
+        results.append([output, *torch.autograd.grad(output.sum(), [*inputs, decay])])
+    for name, a, b in zip(("output", *INPUTS[:4]), *results, strict=True):
+        assert_close(a, b, TOLERANCE, name)
