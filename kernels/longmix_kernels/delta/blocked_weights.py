@@ -228,7 +228,7 @@ class ChunkWeights:
         return sums if same is None else sums * same.repeat(1, 1, len(kinds))
 
     def _read(self, rows: torch.Tensor, prefix: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Multiply rows [..., R, L, K] by products [..., L, K] up to them, for low-rank reads up to the token before."""
+        """Multiply rows [..., R, L, K] by products [..., L, K] up to them; low-rank reads by those up to one before."""
         if self.outputs:
             torch.mul(rows[..., 0, :, :], prefix, out=out[..., 0, :, :])
         if self.low_rank:
