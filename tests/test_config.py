@@ -29,12 +29,15 @@ from longmix.data.corpus import Corpus
 from longmix.errors import ConfigError, LongmixError
 from longmix.mixers.flash import Flash
 from longmix.mixers.sliding_window import SlidingWindow
+from longmix.model.blocks import Standard, SwiGLU
 from longmix.model.build import build_model
+from longmix.model.rwkv_blocks import ChannelMix, RWKVBlocks
 from longmix.training.run import check_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 SUPPLIED = {
+    "block": set(),
     "data": {"tokenizer", "seq_len", "batch_size", "seed"},
     "logger": set(),
     "mixer": {"shape", "layer_index"},
@@ -70,7 +73,8 @@ def settings_of(compose_config):
 
     def load(group: str, name: str) -> dict[str, Any]:
         entry_point = "evaluate" if group == "task" else "train"
-        return filled(compose_config(f"{group}={name}", entry_point=entry_point))[group]
+        config = filled(compose_config(f"{group}={name}", entry_point=entry_point))
+        return config["model"]["block"] if group == "block" else config[group]
 
     return load
 
@@ -424,6 +428,27 @@ class TestMixerPattern:
             CompactHydraException, match=r"Could not find 'mixer/(.|\n)*\tflash\n(.|\n)*\tsliding_window\n"
         ):
             compose_config(f"mixer={mixer}")
+
+    @pytest.mark.parametrize(
+        ("words", "block", "norm_eps"),
+        [
+            (["mixer=flash"], Standard, 1e-6),
+            (["mixer=rwkv7"], RWKVBlocks, 1e-5),
+            (["mixer=rwkv7", "model=125m", "block=standard"], Standard, 1e-6),
+            (["mixer=rwkv7*2+flash"], RWKVBlocks, 1e-5),
+            (["mixer=flash", "block=rwkv7", "model.norm_eps=1e-4"], RWKVBlocks, 1e-4),
+        ],
+        ids=["usual", "brought", "refused", "brought-by-a-member", "chosen"],
+    )
+    def test_a_mixer_may_bring_its_block(self, compose_config, words, block, norm_eps):
+        config = resolved(compose_config(*words))
+        assert config["model"]["block"]["_target_"].endswith(block.__name__)
+        assert config["model"]["norm_eps"] == norm_eps
+        with torch.device("meta"):
+            model = build_model(config, vocab_size=257)
+        standard = block is Standard
+        assert type(model.blocks[0].mlp) is (SwiGLU if standard else ChannelMix)
+        assert type(model.embedding_norm) is (torch.nn.Identity if standard else torch.nn.LayerNorm)
 
     @pytest.mark.parametrize("group", ["model", "optimizer"])
     def test_only_mixers_have_patterns(self, compose_config, group):

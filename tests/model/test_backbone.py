@@ -52,7 +52,7 @@ def test_prefill_and_decode_equal_one_pass_in_a_hybrid_stack():
         state, start = output.state, start + length
         pieces.append(output.hidden)
     torch.testing.assert_close(torch.cat(pieces, dim=1), net(first).hidden, rtol=0, atol=1e-12)
-    assert net.state_bytes(40) == sum((s.key.nbytes + s.value.nbytes) // 2 for s in state)
+    assert net.state_bytes(40) == sum((s.mixer.key.nbytes + s.mixer.value.nbytes) // 2 for s in state)
 
 
 def test_activation_checkpointing_changes_no_gradient():
@@ -92,6 +92,19 @@ def test_head_and_embedding_take_no_decay_and_no_matrix_optimizer():
     assert recipe_of(net.blocks[0].mlp.up.weight).role == "matrix"
     assert recipe_of(net.norm.weight).role == "scalar"
     assert not recipe_of(net.norm.weight).weight_decay
+
+
+def test_the_penalty_pulls_at_the_largest_logits_in_training_alone():
+    """RWKV's: 1e-4 / (B T) times the largest logit is added to that logit's gradient."""
+    net, plain, first = model(logit_penalty=1e-4), model(), tokens()
+    output, without = net(first, first), plain(first, first)
+    assert torch.equal(output.token_losses, without.token_losses) and not without.losses
+    logits = plain.logits(without.hidden).detach().requires_grad_()
+    peaks, places = logits.max(-1, keepdim=True)
+    added = torch.zeros_like(logits).scatter(-1, places, 1e-4 / first.numel() * peaks)
+    (found,) = torch.autograd.grad(output.losses["logit_penalty"], net.head.weight)
+    torch.testing.assert_close(found, added.flatten(0, 1).T @ without.hidden.flatten(0, 1), rtol=0, atol=1e-15)
+    assert not net.eval()(first, first).losses
 
 
 @pytest.mark.parametrize("key", SIZES)

@@ -37,6 +37,20 @@ def test_losses_equal_torchs_own_operator(problem):
     torch.testing.assert_close(head.token_losses(hidden, weight, targets).flatten(), theirs, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("slice_elements", [40, 1 << 20])
+def test_peaks_are_the_largest_logits_and_their_gradient_is_theirs(problem, slice_elements, monkeypatch):
+    monkeypatch.setattr(head, "SLICE_ELEMENTS", slice_elements)
+    hidden, weight, targets = problem
+    losses, peaks = head.token_losses_and_peaks(hidden, weight, targets)
+    largest = (hidden @ weight.T).amax(-1)
+    torch.testing.assert_close(peaks, largest, rtol=0, atol=1e-13)
+    torch.testing.assert_close(losses, head.token_losses(hidden, weight, targets), rtol=0, atol=1e-13)
+    grads = torch.autograd.grad(peaks.square().mean() + losses.sum(), (hidden, weight))
+    plain = F.cross_entropy((hidden @ weight.T).transpose(1, 2), targets, reduction="none")
+    expected = torch.autograd.grad(largest.square().mean() + plain.sum(), (hidden, weight))
+    torch.testing.assert_close(grads, expected, rtol=0, atol=1e-12)
+
+
 def test_no_tensor_as_large_as_the_logits_is_made(monkeypatch):
     from torch.utils._python_dispatch import TorchDispatchMode
 

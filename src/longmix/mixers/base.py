@@ -27,12 +27,14 @@ class MixerOutput:
         state: what the next call needs to continue after these tokens; None unless a state was passed in.
         losses: auxiliary losses by name, scalars with gradients, added to the training loss.
         metrics: detached scalars by name; they are logged per layer without further wiring.
+        first_value: what a mixer with a value residual gives to those after it.
     """
 
     y: Tensor
     state: Any = None
     losses: dict[str, Tensor] = field(default_factory=dict)
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    first_value: Tensor | None = None
 
 
 class Mixer(nn.Module):
@@ -40,7 +42,13 @@ class Mixer(nn.Module):
 
     `forward` with a state continues the sequence: a prefill in any split followed by single-token steps gives the same
     outputs as one full pass. Without a state it is a full pass from the beginning and returns no state.
+
+    Attributes:
+        value_residual: whether `forward` also takes `first_value`, what the first such layer returned as that, or None
+            in that layer itself (Zhou et al. 2024, arXiv 2410.17897).
     """
+
+    value_residual = False
 
     def forward(self, x: Tensor, *, state: Any = None, document_ids: Tensor | None = None) -> MixerOutput:
         """Mix `x` [B, T, D] along T; `document_ids` int32 [B, T] is non-decreasing along T.

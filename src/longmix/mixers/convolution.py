@@ -1,9 +1,37 @@
-"""Short causal convolution of each channel (as in H3, Fu et al. 2022, arXiv 2212.14052), which crosses no document."""
+"""What mixes a few neighbouring tokens and crosses no document: the short convolution and the token shift.
+
+The convolution is that of H3 (Fu et al. 2022, arXiv 2212.14052), the shift that of RWKV (Peng et al. 2023, arXiv
+2305.13048).
+"""
 
 import torch
 from torch import Tensor, nn
 
 from longmix.recipe import Recipe, set_recipe
+
+
+def token_shift(x: Tensor, before: Tensor, ids: Tensor | None) -> Tensor:
+    """The token before each token, and zero before the first of a document.
+
+    Args:
+        x: [B, T, C].
+        before: [B, 1, C], the input before them.
+        ids: integer [B, 1 + T], the documents of both; None if all are one.
+
+    Returns:
+        [B, T, C].
+    """
+    return _lagged(torch.cat([before.to(x.dtype), x], 1), 1, x.shape[1], ids)
+
+
+def _lagged(whole: Tensor, lag: int, length: int, ids: Tensor | None) -> Tensor:
+    """What came `lag` tokens before each of the last `length` of `whole` [B, .., C]; zero in another document."""
+    start = whole.shape[1] - length
+    lagged = whole[:, start - lag : whole.shape[1] - lag]
+    if ids is None:
+        return lagged
+    same = ids[:, start:] == ids[:, start - lag : ids.shape[1] - lag]
+    return lagged * same.unsqueeze(-1)
 
 
 class ShortConvolution(nn.Module):
@@ -32,15 +60,10 @@ class ShortConvolution(nn.Module):
         Returns:
             [B, T, C].
         """
-        length, past = x.shape[1], self.size - 1
         whole = torch.cat([before.to(x.dtype), x], 1)
         total = x * self.weight[0].to(x.dtype)
         for lag in range(1, self.size):
-            lagged = whole[:, past - lag : past - lag + length]
-            if ids is not None:
-                same = ids[:, past:] == ids[:, past - lag : past - lag + length]
-                lagged = lagged * same.unsqueeze(-1)
-            total = total + lagged * self.weight[lag].to(x.dtype)
+            total = total + _lagged(whole, lag, x.shape[1], ids) * self.weight[lag].to(x.dtype)
         return nn.functional.silu(total)
 
     def flops(self, length: int) -> int:

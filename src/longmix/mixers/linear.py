@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from longmix.errors import ConfigError
-from longmix.mixers.base import Mixer, MixerOutput, ModelShape, divided
+from longmix.mixers.base import MixerOutput, ModelShape, divided
 from longmix.mixers.convolution import ShortConvolution
-from longmix.mixers.recurrent import RecurrentState, continued_ids, over_documents
+from longmix.mixers.recurrent import RecurrentMixer, RecurrentState, continued_ids
 from longmix.mixers.rotary import token_positions
 from longmix_kernels.linear import LinearState, linear_attention
 
@@ -21,22 +21,24 @@ NORMS = ("rms", "layer")
 
 
 class HeadwiseNorm(nn.Module):
-    """RMSNorm or LayerNorm of each head on its own, in float32, with one weight per channel and no bias.
+    """RMSNorm or LayerNorm of each head on its own, in float32, with one weight per channel.
 
     Args:
         heads, head_dim: sizes.
         kind: "rms" or "layer".
         eps: added to the mean square. It is part of the model where heads are small, as an mLSTM's are at first.
+        bias: add one number per channel.
 
     Raises:
         ConfigError: an unknown kind.
     """
 
-    def __init__(self, heads: int, head_dim: int, kind: str, eps: float) -> None:
+    def __init__(self, heads: int, head_dim: int, kind: str, eps: float, bias: bool = False) -> None:
         super().__init__()
         if kind not in NORMS:
             raise ConfigError(f"mixer.norm={kind} is unknown; use {' or '.join(NORMS)}.")
         self.weight = nn.Parameter(torch.ones(heads * head_dim))
+        self.bias = nn.Parameter(torch.zeros(heads * head_dim)) if bias else None
         self.kind = kind
         self.eps = eps
 
@@ -46,7 +48,8 @@ class HeadwiseNorm(nn.Module):
         if self.kind == "layer":
             exact = exact - exact.mean(-1, keepdim=True)
         scale = (exact.square().mean(-1, keepdim=True) + self.eps).rsqrt()
-        return (exact * scale * self.weight.view(x.shape[-2:])).to(x.dtype)
+        scaled = exact * scale * self.weight.view(x.shape[-2:])
+        return (scaled if self.bias is None else scaled + self.bias.view(x.shape[-2:])).to(x.dtype)
 
 
 class LinearOptions(TypedDict, total=False):
@@ -58,7 +61,7 @@ class LinearOptions(TypedDict, total=False):
     convolution: int
 
 
-class LinearMixer(Mixer):
+class LinearMixer(RecurrentMixer):
     """Base of the mixers on the `linear` engine; a subclass defines `gates` and initialises its own weights.
 
     Args:
@@ -100,6 +103,7 @@ class LinearMixer(Mixer):
         self.output = nn.Linear(self.d_model, self.d_model, bias=False)
         self.head_norm = HeadwiseNorm(num_heads, self.value_dim, norm, norm_eps)
         self.convolution = ShortConvolution(self.d_model, convolution) if convolution else None
+        self.past, self.recent_channels = max(convolution - 1, 0), shape.d_model
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Log decay [B, T, H] or [H], and log input gate [B, T, H] or None, in float32 or better, of x [B, T, D]."""
@@ -121,7 +125,8 @@ class LinearMixer(Mixer):
         ids = continued_ids(document_ids, state, batch, length)
         last_id, next_position = (None, None) if state is None else (state.last_id, state.next_position)
         positions = token_positions(ids, last_id, next_position, length, x.device)
-        mixed, recent, recent_ids = self._convolved(x, state, ids)
+        recent = self.recent(x, state, ids)
+        mixed = x if self.convolution is None else self.convolution(x, *recent)
         query, key = self.query_and_key(mixed, positions)
         value = self.value(x).unflatten(-1, (self.num_heads, -1))
         log_decay, log_input = self.gates(mixed)
@@ -138,56 +143,22 @@ class LinearMixer(Mixer):
                 document_ids=ids,
             )
 
-        read, carried = over_documents(run, None if state is None else self.zeros(batch), state, ids)
+        read, carried = self.run_engine(run, state, ids, batch)
         gated = self.activate(self.output_gate(x)) * self.head_norm(read).flatten(2)
-        output = MixerOutput(self.output(gated))
+        output = MixerOutput(self.output(gated), metrics=self.state_metrics(carried))
         if state is not None:
             assert ids is not None
-            output.state = RecurrentState(carried, recent, recent_ids, ids[:, -1], positions[:, -1].expand(batch) + 1)
+            output.state = self.next_state(carried, recent.followed_by(x), state, ids)
         return output
 
-    def _convolved(self, x: Tensor, state: RecurrentState | None, ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Convolved inputs, and the last inputs with their ids for the next call."""
-        recent = x.new_zeros(x.shape[0], self._past(), self.d_model) if state is None else state.recent
-        if self.convolution is None or ids is None or state is None:
-            earlier_ids = torch.full(recent.shape[:2], -1, dtype=torch.int32, device=x.device)
-        else:
-            earlier_ids = state.recent_ids
-        if self.convolution is None:
-            return x, recent, earlier_ids
-        every_id = None if ids is None else torch.cat([earlier_ids, ids.int()], 1)
-        mixed = self.convolution(x, recent, every_id)
-        if state is None or every_id is None:
-            return mixed, recent, earlier_ids
-        past = self._past()
-        return mixed, torch.cat([recent.to(x.dtype), x], 1)[:, -past:], every_id[:, -past:]
-
-    def _past(self) -> int:
-        return 0 if self.convolution is None else self.convolution.size - 1
-
     def zeros(self, batch: int) -> LinearState:
-        """The engine's state before a document."""
+        """See `RecurrentMixer.zeros`."""
         weight = self.value.weight
         exact = torch.promote_types(weight.dtype, torch.float32)
         memory = weight.new_zeros(batch, self.num_heads, self.key_dim, self.value_dim, dtype=exact)
         if not self.normalize:
             return LinearState(memory)
         return LinearState(memory, memory.new_zeros(memory.shape[:3]), memory.new_zeros(memory.shape[:2]))
-
-    def init_state(self, batch: int) -> RecurrentState:
-        """See `Mixer.init_state`."""
-        weight = self.value.weight
-        recent = weight.new_zeros(batch, self._past(), self.d_model)
-        ids = torch.full((batch, self._past() + 1), -1, dtype=torch.int32, device=weight.device)
-        position = torch.zeros(batch, dtype=torch.int64, device=weight.device)
-        return RecurrentState(self.zeros(batch), recent, ids[:, 1:], ids[:, 0], position)
-
-    def state_bytes(self, length: int) -> int:
-        """Bytes of state one row holds, whatever its length."""
-        per_head = self.key_dim * self.value_dim + (self.key_dim + 1 if self.normalize else 0)
-        weight = self.value.weight
-        exact = torch.promote_types(weight.dtype, torch.float32)
-        return self.num_heads * per_head * exact.itemsize + self._past() * self.d_model * weight.element_size()
 
     def flops(self, length: int) -> int:
         """Projections, and per head and token one update and one reading of the state, 2 key_dim * value_dim each."""

@@ -1,12 +1,16 @@
-"""What the mixers with a constant-size state share: continuing a sequence, and restarting at each document."""
+"""What mixers with a constant-size state share: going on, restarting at each document, and states that are tuned."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from longmix.mixers.base import Mixer
+from longmix.mixers.rotary import token_positions
+from longmix.recipe import Recipe, set_recipe
 
 Run = Callable[[Any, Tensor | None], tuple[Tensor, Any]]
 """An engine, given the state before each document and the document ids: output [B, T, ...] and final state."""
@@ -29,6 +33,117 @@ class RecurrentState:
     recent_ids: Tensor
     last_id: Tensor
     next_position: Tensor
+
+
+class Recent(NamedTuple):
+    """The inputs just before some tokens, for a short convolution or token shift.
+
+    Attributes:
+        before: [B, K, C], zero before the first token.
+        ids: int32 [B, K + T], the documents of both, -1 before the first token; None if all are one.
+    """
+
+    before: Tensor
+    ids: Tensor | None
+
+    def followed_by(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The last K of these and the new inputs `x` [B, T, C], and their documents [B, K]."""
+        assert self.ids is not None
+        start = x.shape[1]
+        return torch.cat([self.before.to(x.dtype), x], 1)[:, start:], self.ids[:, start:]
+
+
+class RecurrentMixer(Mixer):
+    """Base of the mixers whose state does not grow with the length.
+
+    A subclass says how large its state is, with `zeros`, `past` and `recent_channels`, and its `forward` hands its
+    engine to `run_engine` and returns `next_state`.
+
+    Attributes:
+        past: earlier tokens that a convolution or token shift sees.
+        recent_channels: how wide what it sees is.
+        tuned: the state before each document where it is trained, by name (see `tune_states`); else None.
+    """
+
+    past: int = 0
+    recent_channels: int = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tuned: nn.ParameterDict | None = None
+
+    def zeros(self, batch: int) -> Any:
+        """The engine's state before a document for `batch` rows: a tensor or a named tuple of them, [B, H, ...]."""
+        raise NotImplementedError
+
+    def tune_states(self) -> None:
+        """Make the state before each document a parameter, zero at first: one for all rows, in float32 or better.
+
+        The state alone can then be trained (Peng et al., RWKV-LM, "state tuning"). A log scale is left as it is: it
+        divides out.
+        """
+        parts = _named_parts(self.zeros(1))
+        self.tuned = nn.ParameterDict({name: part[0].clone() for name, part in parts.items() if name != "log_scale"})
+        for parameter in self.tuned.values():
+            set_recipe(parameter, Recipe("scalar", weight_decay=False))
+
+    def fresh(self, batch: int) -> Any:
+        """The state before each document: as tuned, else zeros."""
+        zeros = self.zeros(batch)
+        if self.tuned is None:
+            return zeros
+        parts = _named_parts(zeros)
+        for name, parameter in self.tuned.items():
+            parts[name] = parameter.unsqueeze(0).expand_as(parts[name])
+        return parts["memory"] if isinstance(zeros, Tensor) else type(zeros)(**parts)
+
+    def run_engine(self, run: Run, state: RecurrentState | None, ids: Tensor | None, batch: int) -> tuple[Tensor, Any]:
+        """Output [B, T, ...] and final state of the engine, from a state or from the beginning."""
+        fresh = None if state is None and self.tuned is None else self.fresh(batch)
+        return over_documents(run, fresh, state, ids)
+
+    def recent(self, x: Tensor, state: RecurrentState | None, ids: Tensor | None) -> Recent:
+        """What came before `x` [B, T, ...]."""
+        batch = x.shape[0]
+        if state is None:
+            before = x.new_zeros(batch, self.past, self.recent_channels)
+            earlier = torch.full((batch, self.past), -1, dtype=torch.int32, device=x.device)
+        else:
+            before, earlier = state.recent, state.recent_ids
+        return Recent(before, None if ids is None else torch.cat([earlier, ids.int()], 1))
+
+    def next_state(
+        self, carried: Any, recent: tuple[Tensor, Tensor], state: RecurrentState, ids: Tensor
+    ) -> RecurrentState:
+        """The state after tokens of documents `ids` int32 [B, T], from what the engine and `Recent` remember."""
+        batch, length = ids.shape
+        positions = token_positions(ids, state.last_id, state.next_position, length, ids.device)
+        return RecurrentState(carried, *recent, ids[:, -1], positions[:, -1].expand(batch) + 1)
+
+    def state_metrics(self, carried: Any) -> dict[str, Tensor]:
+        """Root mean square of each head's state: where transitions are no contractions, it may grow."""
+        memory = _named_parts(carried)["memory"].detach()
+        sizes = memory.square().mean((0, 2, 3)).sqrt()
+        return {f"state_rms_head_{head}": size for head, size in enumerate(sizes.unbind())}
+
+    def init_state(self, batch: int) -> RecurrentState:
+        """See `Mixer.init_state`."""
+        weight = next(self.parameters())
+        recent = weight.new_zeros(batch, self.past, self.recent_channels)
+        ids = torch.full((batch, self.past + 1), -1, dtype=torch.int32, device=weight.device)
+        position = torch.zeros(batch, dtype=torch.int64, device=weight.device)
+        return RecurrentState(self.fresh(batch), recent, ids[:, 1:], ids[:, 0], position)
+
+    def state_bytes(self, length: int) -> int:
+        """Bytes of state one row holds, whatever its length."""
+        held = sum(part.nbytes for part in tree_leaves(self.zeros(1)) if part is not None)
+        return held + self.past * self.recent_channels * next(self.parameters()).element_size()
+
+
+def _named_parts(state: Any) -> dict[str, Tensor]:
+    """The tensors of an engine's state by name; a state that is one tensor is its memory."""
+    parts = {"memory": state} if isinstance(state, Tensor) else state._asdict()
+    return {name: part for name, part in parts.items() if part is not None}
 
 
 def continued_ids(document_ids: Tensor | None, state: RecurrentState | None, batch: int, length: int) -> Tensor | None:

@@ -1,24 +1,22 @@
 """The language model around the mixers: embedding, pre-norm blocks, head.
 
-Notable: RMSNorm before each branch and before the head; SwiGLU of three separate matrices; an untied head by default;
-no positions here, since only some mixers want them; the loss is computed in slices (`model.head`). The model knows
-nothing of devices, precision, compilation or parallelism.
+Notable: a norm before each branch and before the head; an untied head by default; no positions here, since only some
+mixers want them; the loss is computed in slices (`model.head`). The model knows nothing of devices, precision,
+compilation or parallelism.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longmix.errors import ConfigError
-from longmix.mixers.base import Mixer, MixerOutput, ModelShape
-from longmix.model.head import token_losses
-from longmix.recipe import Recipe, set_recipe
+from longmix.mixers.base import Mixer, ModelShape
+from longmix.model.blocks import Block, BlockStyle, Standard
+from longmix.model.head import token_losses, token_losses_and_peaks
 
 MixerFactory = Callable[[ModelShape, int], Mixer]
 """Builds the mixer of one layer from the model's shape and the layer's index."""
@@ -43,49 +41,6 @@ class ModelOutput:
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
-class SwiGLU(nn.Module):
-    """W_down (silu(W_gate x) * W_up x), Shazeer 2020, arXiv 2002.05202."""
-
-    def __init__(self, shape: ModelShape, hidden: int) -> None:
-        super().__init__()
-        self.gate = nn.Linear(shape.d_model, hidden, bias=False)
-        self.up = nn.Linear(shape.d_model, hidden, bias=False)
-        self.down = nn.Linear(hidden, shape.d_model, bias=False)
-        nn.init.normal_(self.gate.weight, std=shape.d_model**-0.5)
-        nn.init.normal_(self.up.weight, std=shape.d_model**-0.5)
-        nn.init.normal_(self.down.weight, std=hidden**-0.5 / math.sqrt(2 * shape.num_layers))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
-        return self.down(F.silu(self.gate(x)) * self.up(x))
-
-    def flops(self, length: int) -> int:
-        """Forward floating-point operations over one row of `length` tokens."""
-        return 2 * length * (self.gate.weight.numel() + self.up.weight.numel() + self.down.weight.numel())
-
-
-class Block(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, shape: ModelShape, mixer: Mixer, mlp_hidden: int) -> None:
-        super().__init__()
-        self.mixer_norm = nn.RMSNorm(shape.d_model, eps=shape.norm_eps)
-        self.mixer = mixer
-        self.mlp_norm = nn.RMSNorm(shape.d_model, eps=shape.norm_eps)
-        self.mlp = SwiGLU(shape, mlp_hidden)
-
-    def forward(self, x: Tensor, state: Any, document_ids: Tensor | None) -> MixerOutput:
-        """The mixer's output with `y` replaced by the block's output [B, T, D]."""
-        mixed = self.mixer(self.mixer_norm(x), state=state, document_ids=document_ids)
-        x = x + mixed.y
-        x = x + self.mlp(self.mlp_norm(x))
-        return MixerOutput(y=x, state=mixed.state, losses=mixed.losses, metrics=mixed.metrics)
-
-    def flops(self, length: int) -> int:
-        """Forward floating-point operations over one row of `length` tokens."""
-        return self.mixer.flops(length) + self.mlp.flops(length)
-
-
 class LanguageModel(nn.Module):
     """A decoder-only language model whose layers mix the sequence as the factory says.
 
@@ -95,9 +50,12 @@ class LanguageModel(nn.Module):
         d_model: width of the residual stream.
         num_layers: number of blocks.
         num_heads: heads that a mixer takes unless its own settings say otherwise.
-        mlp_hidden: inner width of the SwiGLU.
+        mlp_hidden: inner width of the SwiGLU; another channel mixer gets about as many weights.
+        block: what surrounds the mixers; None is `Standard`.
         tie_head: let the head share the embedding matrix.
-        norm_eps: epsilon of every RMSNorm.
+        logit_penalty: weight of an auxiliary loss, half the mean square of each position's largest logit, which keeps
+            logits from drifting; RWKV trains with 1e-4 (its "L2Wrap").
+        norm_eps: epsilon of the norms around the mixers.
         activation_checkpointing: "block" keeps each block's input for the backward pass and computes the rest again.
 
     Raises:
@@ -113,7 +71,9 @@ class LanguageModel(nn.Module):
         num_layers: int,
         num_heads: int,
         mlp_hidden: int,
+        block: BlockStyle | None = None,
         tie_head: bool = False,
+        logit_penalty: float = 0.0,
         norm_eps: float = 1e-6,
         activation_checkpointing: Literal["none", "block"] = "none",
     ) -> None:
@@ -124,21 +84,23 @@ class LanguageModel(nn.Module):
                 raise ConfigError(f"model.{key}={size} must be at least 1.")
         if norm_eps <= 0:
             raise ConfigError(f"model.norm_eps={norm_eps} must be above 0.")
+        if logit_penalty < 0:
+            raise ConfigError(f"model.logit_penalty={logit_penalty} must be at least 0.")
         self.shape = ModelShape(d_model, num_layers, num_heads, norm_eps)
         self.vocab_size = vocab_size
+        self.logit_penalty = logit_penalty
         self.activation_checkpointing = activation_checkpointing
+        style = Standard() if block is None else block
         self.embedding = nn.Embedding(vocab_size, d_model)
+        self.embedding_norm = style.embedding_norm(self.shape)
         self.blocks = nn.ModuleList(
-            Block(self.shape, mixer_factory(self.shape, index), mlp_hidden) for index in range(num_layers)
+            Block(self.shape, style, mixer_factory(self.shape, index), index, mlp_hidden) for index in range(num_layers)
         )
-        self.norm = nn.RMSNorm(d_model, eps=norm_eps)
+        self.norm = style.norm(self.shape)
         self.head = nn.Linear(d_model, vocab_size, bias=False)
-        nn.init.normal_(self.head.weight, std=d_model**-0.5)
-        nn.init.normal_(self.embedding.weight, std=d_model**-0.5 if tie_head else 1.0)
         if tie_head:
             self.head.weight = self.embedding.weight
-        set_recipe(self.embedding.weight, Recipe(role="embedding", weight_decay=False))
-        set_recipe(self.head.weight, Recipe(role="embedding", weight_decay=False))
+        style.begin(self.embedding, self.head)
 
     def forward(
         self,
@@ -156,22 +118,27 @@ class LanguageModel(nn.Module):
             state: one entry per layer, from `init_state` or an earlier output, to continue after earlier tokens.
             document_ids: int32 [B, T], non-decreasing along T; None means every row is one document.
         """
-        x = self.embedding(tokens)
+        x = self.embedding_norm(self.embedding(tokens))
         output = ModelOutput(hidden=x, token_losses=x.new_empty(0), state=None if state is None else [])
+        first_value = None
         for index, block in enumerate(self.blocks):
-            layer_state = None if state is None else state[index]
+            inputs = x, None if state is None else state[index], document_ids, first_value
             if self.activation_checkpointing == "block" and torch.is_grad_enabled():
-                result = checkpoint(block, x, layer_state, document_ids, use_reentrant=False)
+                result = checkpoint(block, *inputs, use_reentrant=False)
             else:
-                result = block(x, layer_state, document_ids)
+                result = block(*inputs)
             x = result.y
+            first_value = result.first_value if first_value is None else first_value
             if output.state is not None:
                 output.state.append(result.state)
             for name, loss in result.losses.items():
                 output.losses[name] = output.losses.get(name, 0.0) + loss
             output.metrics |= {f"layer_{index}/{name}": value for name, value in result.metrics.items()}
         output.hidden = self.norm(x)
-        if targets is not None:
+        if targets is not None and self.logit_penalty and self.training:
+            output.token_losses, peaks = token_losses_and_peaks(output.hidden, self.head.weight, targets)
+            output.losses["logit_penalty"] = self.logit_penalty / 2 * peaks.square().mean()
+        elif targets is not None:
             output.token_losses = token_losses(output.hidden, self.head.weight, targets)
         return output
 
@@ -186,11 +153,11 @@ class LanguageModel(nn.Module):
 
     def init_state(self, batch: int) -> list[Any]:
         """Every layer's state before the first token, for `batch` rows."""
-        return [mixer.init_state(batch) for mixer in self.mixers()]
+        return [cast(Block, block).init_state(batch) for block in self.blocks]
 
     def state_bytes(self, length: int) -> int:
         """Bytes of state one row holds after `length` tokens."""
-        return sum(mixer.state_bytes(length) for mixer in self.mixers())
+        return sum(cast(Block, block).state_bytes(length) for block in self.blocks)
 
     def flops(self, length: int) -> int:
         """Forward floating-point operations over one row of `length` tokens: matrix products and the mixers' own.

@@ -27,16 +27,29 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     Returns:
         float32 [...] (float64 for float64 inputs), 0 where ignored; differentiable in `hidden` and `weight`.
     """
+    return _in_slices(hidden, weight, targets, with_peaks=False)[0]
+
+
+def token_losses_and_peaks(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, and the largest logit of every position, in the same form; it is there for ignored targets too."""
+    losses, peaks = _in_slices(hidden, weight, targets, with_peaks=True)
+    return losses, peaks
+
+
+def _in_slices(hidden: Tensor, weight: Tensor, targets: Tensor, with_peaks: bool) -> list[Tensor]:
     rows, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     slice_rows = max(1, SLICE_ELEMENTS // weight.shape[0])
     if rows.shape[0] <= slice_rows:
-        return _slice_losses(rows, labels, weight).reshape(targets.shape)
-    slices = zip(rows.split(slice_rows), labels.split(slice_rows), strict=True)
-    losses = [checkpoint(_slice_losses, *piece, weight, use_reentrant=False) for piece in slices]
-    return torch.cat(losses).reshape(targets.shape)
+        found = _slice_losses(rows, labels, weight, with_peaks)
+    else:
+        slices = zip(rows.split(slice_rows), labels.split(slice_rows), strict=True)
+        pieces = [checkpoint(_slice_losses, *piece, weight, with_peaks, use_reentrant=False) for piece in slices]
+        found = [torch.cat(parts) for parts in zip(*pieces, strict=True)]
+    return [part.reshape(targets.shape) for part in found]
 
 
-def _slice_losses(rows: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+def _slice_losses(rows: Tensor, labels: Tensor, weight: Tensor, with_peaks: bool) -> list[Tensor]:
     logits = F.linear(rows, weight)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE_INDEX)
+    losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE_INDEX)
+    return [losses, logits.amax(-1)] if with_peaks else [losses]

@@ -1,0 +1,141 @@
+"""One layer of the language model, and the style of it: norms, channel mixing and how token embeddings begin.
+
+Most mixers are compared inside the same style, `Standard`. RWKV-7 is published with another (`model.rwkv_blocks`).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longmix.mixers.base import Mixer, MixerOutput, ModelShape
+from longmix.recipe import Recipe, set_recipe
+
+
+class BlockStyle(Protocol):
+    """What surrounds the mixers."""
+
+    def norm(self, shape: ModelShape) -> nn.Module:
+        """The norm before each branch and before the head."""
+        ...
+
+    def embedding_norm(self, shape: ModelShape) -> nn.Module:
+        """What is applied to token embeddings before the first layer."""
+        ...
+
+    def channel_mixer(self, shape: ModelShape, layer_index: int, hidden: int) -> Mixer:
+        """The second branch of a layer, with about as many weights as a SwiGLU of `hidden`."""
+        ...
+
+    def begin(self, embedding: nn.Embedding, head: nn.Linear) -> None:
+        """Initialise both and attach their recipes; they may share one matrix."""
+        ...
+
+
+class Standard:
+    """RMSNorm, SwiGLU, and embeddings of size 1."""
+
+    def norm(self, shape: ModelShape) -> nn.Module:
+        """See `BlockStyle`."""
+        return nn.RMSNorm(shape.d_model, eps=shape.norm_eps)
+
+    def embedding_norm(self, shape: ModelShape) -> nn.Module:
+        """See `BlockStyle`."""
+        return nn.Identity()
+
+    def channel_mixer(self, shape: ModelShape, layer_index: int, hidden: int) -> Mixer:
+        """See `BlockStyle`."""
+        return SwiGLU(shape, hidden)
+
+    def begin(self, embedding: nn.Embedding, head: nn.Linear) -> None:
+        """See `BlockStyle`."""
+        shared = embedding.weight is head.weight
+        small = embedding.embedding_dim**-0.5
+        nn.init.normal_(head.weight, std=small)
+        nn.init.normal_(embedding.weight, std=small if shared else 1.0)
+        for weight in (embedding.weight, head.weight):
+            set_recipe(weight, Recipe(role="embedding", weight_decay=False))
+
+
+class SwiGLU(Mixer):
+    """W_down (silu(W_gate x) * W_up x), Shazeer 2020, arXiv 2002.05202; it mixes channels and remembers no token."""
+
+    def __init__(self, shape: ModelShape, hidden: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(shape.d_model, hidden, bias=False)
+        self.up = nn.Linear(shape.d_model, hidden, bias=False)
+        self.down = nn.Linear(hidden, shape.d_model, bias=False)
+        nn.init.normal_(self.gate.weight, std=shape.d_model**-0.5)
+        nn.init.normal_(self.up.weight, std=shape.d_model**-0.5)
+        nn.init.normal_(self.down.weight, std=hidden**-0.5 / math.sqrt(2 * shape.num_layers))
+
+    def forward(self, x: Tensor, *, state: Any = None, document_ids: Tensor | None = None) -> MixerOutput:
+        """See `Mixer.forward`."""
+        return MixerOutput(self.down(F.silu(self.gate(x)) * self.up(x)))
+
+    def init_state(self, batch: int) -> None:
+        """There is none."""
+
+    def state_bytes(self, length: int) -> int:
+        """See `Mixer.state_bytes`."""
+        return 0
+
+    def flops(self, length: int) -> int:
+        """See `Mixer.flops`."""
+        return 2 * length * (self.gate.weight.numel() + self.up.weight.numel() + self.down.weight.numel())
+
+
+@dataclass
+class BlockState:
+    """What both branches of a layer remember."""
+
+    mixer: Any
+    channel_mixer: Any
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + channel_mixer(norm(x))."""
+
+    def __init__(self, shape: ModelShape, style: BlockStyle, mixer: Mixer, layer_index: int, hidden: int) -> None:
+        super().__init__()
+        self.mixer_norm = style.norm(shape)
+        self.mixer = mixer
+        self.mlp_norm = style.norm(shape)
+        self.mlp = style.channel_mixer(shape, layer_index, hidden)
+
+    def forward(
+        self, x: Tensor, state: BlockState | None, document_ids: Tensor | None, first_value: Tensor | None
+    ) -> MixerOutput:
+        """The mixer's output with `y` replaced by the block's output [B, T, D], and `state` by a `BlockState`.
+
+        Args:
+            x: [B, T, D].
+            state, document_ids: see `Mixer.forward`.
+            first_value: what the first layer with a value residual gave; None before it.
+        """
+        shared = {"first_value": first_value} if self.mixer.value_residual else {}
+        mixer_state, mlp_state = (None, None) if state is None else (state.mixer, state.channel_mixer)
+        mixed = self.mixer(self.mixer_norm(x), state=mixer_state, document_ids=document_ids, **shared)
+        x = x + mixed.y
+        channels = self.mlp(self.mlp_norm(x), state=mlp_state, document_ids=document_ids)
+        return MixerOutput(
+            y=x + channels.y,
+            state=None if state is None else BlockState(mixed.state, channels.state),
+            losses=mixed.losses,
+            metrics=mixed.metrics,
+            first_value=mixed.first_value,
+        )
+
+    def init_state(self, batch: int) -> BlockState:
+        """See `Mixer.init_state`."""
+        return BlockState(self.mixer.init_state(batch), self.mlp.init_state(batch))
+
+    def state_bytes(self, length: int) -> int:
+        """See `Mixer.state_bytes`."""
+        return self.mixer.state_bytes(length) + self.mlp.state_bytes(length)
+
+    def flops(self, length: int) -> int:
+        """Forward floating-point operations over one row of `length` tokens."""
+        return self.mixer.flops(length) + self.mlp.flops(length)

@@ -1,0 +1,83 @@
+"""The layers of RWKV-7 around its time mixing (Peng et al. 2025, arXiv 2503.14456, section 4 and appendix).
+
+    k_t = lerp(x_t, x_{t-1}, mu),    y_t = W_2 relu(W_1 k_t)^2
+
+Notable: LayerNorm with bias, also on the embeddings, which therefore may begin as small as 1e-4; what ends a branch
+begins at zero; embedding and head take weight decay.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from longmix.mixers.base import Mixer, MixerOutput, ModelShape
+from longmix.mixers.convolution import token_shift
+from longmix.mixers.recurrent import RecurrentMixer, RecurrentState, continued_ids
+from longmix.recipe import Recipe, set_recipe
+
+
+class RWKVBlocks:
+    """A `longmix.model.blocks.BlockStyle`: LayerNorm, and channel mixing with a token shift."""
+
+    def norm(self, shape: ModelShape) -> nn.Module:
+        """See `BlockStyle`."""
+        return nn.LayerNorm(shape.d_model, eps=shape.norm_eps)
+
+    def embedding_norm(self, shape: ModelShape) -> nn.Module:
+        """See `BlockStyle`."""
+        return self.norm(shape)
+
+    def channel_mixer(self, shape: ModelShape, layer_index: int, hidden: int) -> Mixer:
+        """Two matrices of 3/2 the width instead of three; 4 d_model, as published, where `hidden` is 8/3 d_model."""
+        return ChannelMix(shape, layer_index, 3 * hidden // 2)
+
+    def begin(self, embedding: nn.Embedding, head: nn.Linear) -> None:
+        """Uniform embeddings, and an orthogonal head; a shared matrix begins as the head."""
+        vocabulary, width = head.weight.shape
+        nn.init.uniform_(embedding.weight, -1e-4, 1e-4)
+        nn.init.orthogonal_(head.weight, gain=0.5 * math.sqrt(max(1.0, vocabulary / width)))
+        for weight in (embedding.weight, head.weight):
+            set_recipe(weight, Recipe(role="embedding"))
+
+
+class ChannelMix(RecurrentMixer):
+    """See the head of this file.
+
+    Args:
+        shape: sizes of the model.
+        layer_index: which layer this is, from 0.
+        hidden: inner width.
+    """
+
+    past = 1
+
+    def __init__(self, shape: ModelShape, layer_index: int, hidden: int) -> None:
+        super().__init__()
+        self.recent_channels = shape.d_model
+        channels = torch.arange(shape.d_model) / shape.d_model
+        self.shift = nn.Parameter(1 - channels ** ((1 - layer_index / shape.num_layers) ** 4))
+        self.key = nn.Linear(shape.d_model, hidden, bias=False)
+        self.value = nn.Linear(hidden, shape.d_model, bias=False)
+        nn.init.orthogonal_(self.key.weight)
+        nn.init.zeros_(self.value.weight)
+
+    def forward(
+        self, x: Tensor, *, state: RecurrentState | None = None, document_ids: Tensor | None = None
+    ) -> MixerOutput:
+        """See `Mixer.forward`."""
+        ids = continued_ids(document_ids, state, *x.shape[:2])
+        recent = self.recent(x, state, ids)
+        mixed = x + (token_shift(x, *recent) - x) * self.shift.to(x.dtype)
+        output = MixerOutput(self.value(self.key(mixed).relu().square()))
+        if state is not None:
+            assert ids is not None
+            output.state = self.next_state(None, recent.followed_by(x), state, ids)
+        return output
+
+    def zeros(self, batch: int) -> None:
+        """Only the token before is remembered."""
+
+    def flops(self, length: int) -> int:
+        """See `Mixer.flops`."""
+        return 2 * length * (self.key.weight.numel() + self.value.weight.numel())
