@@ -22,7 +22,7 @@ from longmix.errors import Interrupted, LongmixError
 
 INTERRUPTED = 130
 LONGEST_FILE_NAME = 200  # file systems take 255 bytes; a few are left for what others add
-PATH_WORDS = ("checkpoint", "resume", "output")
+PATH_WORDS = ("checkpoint", "states", "resume", "output")
 
 
 def register() -> None:

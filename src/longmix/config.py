@@ -60,6 +60,9 @@ class TrainConfig:
         seed: of weights, data order and everything else that is drawn.
         name: the run's name; its folder is `runs/<name>`.
         resume: "auto" to continue the newest run of this configuration, or a checkpoint's or run's folder.
+        checkpoint: folder of a run or checkpoint whose weights a new run begins from; model, mixer and tokenizer are
+            its own.
+        trainable: "all", or "states" to train the states before documents and nothing else.
         loop: see `LoopConfig`.
     """
 
@@ -78,6 +81,8 @@ class TrainConfig:
     seed: int = 0
     name: str = MISSING
     resume: str | None = None
+    checkpoint: str | None = None
+    trainable: str = "all"
     loop: LoopConfig = field(default_factory=LoopConfig)
 
 
@@ -87,6 +92,7 @@ class EvaluateConfig:
 
     Attributes:
         checkpoint: folder of a checkpoint, or of a run (its newest checkpoint).
+        states: file of trained states that documents begin from, or the folder of the run that wrote it.
         task: what to evaluate, a config group.
         data: other data than the checkpoint's, a config group; null keeps its own.
         split: "train", "validation" or "test".
@@ -100,6 +106,7 @@ class EvaluateConfig:
     """
 
     checkpoint: str = MISSING
+    states: str | None = None
     task: Any = MISSING
     data: Any = None
     split: str = "validation"

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +42,19 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def replace_json(path: Path, content: Any) -> None:
-    """Replace one JSON file in a single step, so that a reader sees the old content or the new."""
+    """Replace one JSON file in a single step; see `replace_file`."""
+    replace_file(path, lambda temporary: write_json(temporary, content))
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Replace one file in a single step, so that a reader sees the old content or the new; `write` fills it.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
     temporary = _temporary(path)
     with storage_errors(path):
-        write_json(temporary, content)
+        write(temporary)
         sync_file(temporary)
         temporary.replace(path)
 

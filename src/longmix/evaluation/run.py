@@ -16,6 +16,7 @@ from longmix.data.tokenizers import tokenizer_from_state
 from longmix.errors import ConfigError
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import model_from_checkpoint
+from longmix.model.states import load_states
 
 
 @dataclass(frozen=True)
@@ -77,14 +78,33 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         batch_size=1,
         seed=trained["seed"],
     )
-    model = model_from_checkpoint(state).to(device).eval()
-    output = Path(words["output"]) if words["output"] else _home(checkpoint) / "evaluation"
+    model = model_from_checkpoint(state)
+    if words["states"] is not None:
+        load_states(model, Path(words["states"]), trained)
+    model = model.to(device).eval()
+    _refuse_leaky(model)
+    home = _home(checkpoint) if words["states"] is None else _folder(Path(words["states"]))
+    output = Path(words["output"]) if words["output"] else home / "evaluation"
     subject = Subject(model, data, trained, state["step"], device, precision, words, output)
     return build(words["task"], "task", subject=subject)
 
 
 def _home(checkpoint: Path) -> Path:
     return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
+
+
+def _folder(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
+
+
+def _refuse_leaky(model: LanguageModel) -> None:
+    for index, mixer in enumerate(model.mixers()):
+        if mixer.leaky:
+            setting = f"mixer.mode={mixer.mode}" if hasattr(mixer, "mode") else f"mixer {type(mixer).__name__}"
+            raise ConfigError(
+                f"the checkpoint was trained with {setting}, in which later tokens change what layer {index} computes "
+                "for earlier ones: its loss is not that of a language model. Train with a causal mode or mixer."
+            )
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -46,9 +46,11 @@ class Mixer(nn.Module):
     Attributes:
         value_residual: whether `forward` also takes `first_value`, what the first such layer returned as that, or None
             in that layer itself (Zhou et al. 2024, arXiv 2410.17897).
+        leaky: whether later tokens change outputs before them. Training warns of such a mixer, and evaluation refuses it.
     """
 
     value_residual = False
+    leaky = False
 
     def forward(self, x: Tensor, *, state: Any = None, document_ids: Tensor | None = None) -> MixerOutput:
         """Mix `x` [B, T, D] along T; `document_ids` int32 [B, T] is non-decreasing along T.

@@ -8,6 +8,7 @@ from longmix.config import Node, build, check, unknown_key
 from longmix.errors import ConfigError
 from longmix.mixers.base import Mixer, ModelShape
 from longmix.model.backbone import LanguageModel, MixerFactory
+from longmix.model.states import load_weights
 
 MIXER_ARGUMENTS = {"shape", "layer_index"}
 CHECK_VOCABULARY = 2
@@ -65,5 +66,5 @@ def model_from_checkpoint(state: dict[str, Any]) -> LanguageModel:
     """Rebuild a model with its weights from the state that `load_checkpoint` returned."""
     vocab_size = state["model"]["embedding.weight"].shape[0]
     model = build_model(state["config"], vocab_size)
-    model.load_state_dict(state["model"])
+    load_weights(model, state["model"])
     return model

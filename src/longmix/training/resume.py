@@ -15,10 +15,20 @@ from longmix.config import Node, flattened
 from longmix.errors import CheckpointError, ConfigError
 from longmix.files import remove_leftovers, storage_errors
 
-MUST_MATCH = ("mixer", "model", "data.corpus", "tokenizer", "optimizer._target_", "seq_len", "batch_size", "seed")
+MUST_MATCH = (
+    "mixer",
+    "model",
+    "data.corpus",
+    "tokenizer",
+    "optimizer._target_",
+    "seq_len",
+    "batch_size",
+    "seed",
+    "trainable",
+)
 """Keys that fix what the saved numbers mean; a run may not be continued with others."""
 
-SAME_RUN = (*MUST_MATCH, "optimizer", "schedule", "max_steps", "max_tokens")
+SAME_RUN = (*MUST_MATCH, "optimizer", "schedule", "max_steps", "max_tokens", "checkpoint")
 """Keys that tell `resume=auto` whether an earlier run is this one."""
 
 SHOWN_DIFFERENCES = 5

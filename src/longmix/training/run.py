@@ -14,15 +14,18 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from longmix import config as configuration
-from longmix.checkpoints import CheckpointStore
+from longmix.checkpoints import CheckpointStore, load_checkpoint
 from longmix.config import Node, build, total_steps
 from longmix.data.datamodule import TokenData
+from longmix.data.tokenizers import Tokenizer
 from longmix.errors import ConfigError, DataError
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model, check_model
+from longmix.model.states import save_states
 from longmix.training.hardware import TrainerSettings, process_rank
 from longmix.training.loggers import NoLog
 from longmix.training.module import TrainingModule
+from longmix.training.origin import Origin, begin
 from longmix.training.progress import ProgressDisplay
 from longmix.training.resume import Start, find_start
 from longmix.training.summary import print_header, training_flops_per_token, write_summary
@@ -41,7 +44,8 @@ def train(config: DictConfig) -> dict[str, Any]:
     """
     began = time.monotonic()
     node = configuration.resolved(config)
-    settings, data = check_config(node)
+    origin = Origin.of(node)
+    settings, data = check_config(node, None if origin is None else origin.tokenizer)
     _refuse_unsupported_multirun(settings)
     quieten()
     seed_everything(node["seed"], settings.num_threads)
@@ -57,6 +61,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     data.setup("fit")
     start.check_data(data.fingerprint())
     model = build_model(node, data.vocab_size)
+    begin(model, node, origin)
     if is_first:
         print_header(node, start.folder, model, data, settings, start.step)
 
@@ -69,11 +74,20 @@ def train(config: DictConfig) -> dict[str, Any]:
         exit_code = 0
     finally:
         supervisor.metric_log.close(exit_code)
-    return write_summary(node, start.folder, model, supervisor, time.monotonic() - began) if is_first else {}
+    if not is_first:
+        return {}
+    latest = supervisor.store.latest()
+    if node["trainable"] == "states" and latest is not None:
+        save_states(start.folder / "states.pt", load_checkpoint(latest))
+    return write_summary(node, start.folder, model, supervisor, time.monotonic() - began)
 
 
-def check_config(node: Node) -> tuple[TrainerSettings, TokenData]:
+def check_config(node: Node, tokenizer: Tokenizer | None = None) -> tuple[TrainerSettings, TokenData]:
     """Refuse whatever cannot work, without reading data and without allocating a weight.
+
+    Args:
+        node: the resolved configuration.
+        tokenizer: takes the place of the one that the configuration describes.
 
     Returns:
         What was built on the way: the trainer's settings and the data, not yet prepared.
@@ -103,7 +117,7 @@ def check_config(node: Node) -> tuple[TrainerSettings, TokenData]:
     data: TokenData = build(
         node["data"],
         "data",
-        tokenizer=build(node["tokenizer"], "tokenizer"),
+        tokenizer=build(node["tokenizer"], "tokenizer") if tokenizer is None else tokenizer,
         seq_len=node["seq_len"],
         batch_size=node["batch_size"],
         seed=node["seed"],

@@ -1,0 +1,66 @@
+"""Training that begins from the weights of a checkpoint: all of them on other data, or its initial states alone."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+
+from longmix.checkpoints import find_checkpoint, load_checkpoint
+from longmix.config import Node, refuse_untrusted
+from longmix.data.tokenizers import Tokenizer, tokenizer_from_state
+from longmix.errors import ConfigError
+from longmix.model.backbone import LanguageModel
+from longmix.model.states import load_weights, tune_states
+
+TAKEN = ("mixer", "model", "tokenizer")
+"""The nodes of the configuration that come from the checkpoint."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A checkpoint to begin from.
+
+    Attributes:
+        state: what is in it.
+        tokenizer: the one it was trained with.
+    """
+
+    state: dict[str, Any]
+    tokenizer: Tokenizer
+
+    @classmethod
+    def of(cls, node: Node) -> "Origin | None":
+        """What `node["checkpoint"]` names; model, mixer and tokenizer in `node` are replaced by the checkpoint's.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged.
+            ConfigError: the command line also says what comes from the checkpoint, or `trainable` is wrong.
+        """
+        if node["trainable"] not in ("all", "states"):
+            raise ConfigError(f"trainable={node['trainable']!r} is not one of all, states.")
+        if node["checkpoint"] is None:
+            return None
+        for override in HydraConfig.get().overrides.task:
+            word = override.lstrip("+~").partition("=")[0]
+            if word.split(".")[0] in (*TAKEN, "block"):
+                raise ConfigError(f"{word} comes from checkpoint={node['checkpoint']}; leave one of the two out.")
+        state = load_checkpoint(find_checkpoint(Path(node["checkpoint"])))
+        trained = state["config"]
+        refuse_untrusted({key: trained[key] for key in TAKEN}, "config", {"longmix"})
+        node.update({key: trained[key] for key in TAKEN})
+        return cls(state, tokenizer_from_state(state["tokenizer"]))
+
+
+def begin(model: LanguageModel, node: Node, origin: Origin | None) -> None:
+    """Load the weights of the origin, and with `trainable=states` train nothing but states before documents.
+
+    Raises:
+        ConfigError: there are no such states in the model.
+    """
+    if origin is not None:
+        load_weights(model, origin.state["model"])
+    if node["trainable"] == "states":
+        states = set(tune_states(model))
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(name in states)
