@@ -44,8 +44,12 @@ def corpora(tmp_path_factory) -> dict[str, list[str]]:
         for number in range(8):
             (root / style / f"{number}.txt").write_text(line * (5 + number))
     return {
-        style: ["data=text", f"data.corpus.path={root}/{style}", "data.corpus.validation_fraction=0.3"]
-        + [f"data.cache_dir={cache}"]
+        style: [
+            "data=text",
+            f"data.corpus.path={root}/{style}",
+            "data.corpus.validation_fraction=0.3",
+            f"data.cache_dir={cache}",
+        ]
         for style in styles
     }
 
