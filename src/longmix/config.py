@@ -48,6 +48,19 @@ class LoopConfig:
 
 
 @dataclass
+class TuningConfig:
+    """What `trainable=states` trains besides the states; see `longmix.mixers.tuned`.
+
+    Attributes:
+        features: size of a memory that each head reads through kernel features; 0 for none.
+        decorrelation: how fast these features are made uncorrelated; 0 leaves them.
+    """
+
+    features: int = 0
+    decorrelation: float = 0.0
+
+
+@dataclass
 class TrainConfig:
     """The words of the command line.
 
@@ -63,6 +76,7 @@ class TrainConfig:
         checkpoint: folder of a run or checkpoint whose weights a new run begins from; model, mixer and tokenizer are
             its own.
         trainable: "all", or "states" to train the states before documents and nothing else.
+        tuning: see `TuningConfig`.
         loop: see `LoopConfig`.
     """
 
@@ -83,6 +97,7 @@ class TrainConfig:
     resume: str | None = None
     checkpoint: str | None = None
     trainable: str = "all"
+    tuning: TuningConfig = field(default_factory=TuningConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
 
 
@@ -298,6 +313,7 @@ def check_words(config: Node) -> None:
     """Refuse unknown and absent words, and impossible values of the top-level words and the loop."""
     check_keys(config, TrainConfig)
     check_keys(config["loop"], LoopConfig, "loop.")
+    check_keys(config["tuning"], TuningConfig, "tuning.")
     loop = config["loop"]
     at_least_one = {
         "seq_len": config["seq_len"],

@@ -54,7 +54,7 @@ def test_the_rwkv_package_computes_the_same(tmp_path, tuned):
     if tuned:
         tune_states(model)
         for mixer in model.mixers():
-            torch.nn.init.normal_(mixer.tuned["memory"])
+            torch.nn.init.normal_(mixer.tuned.initial["memory"])
     torch.save(rwkv_weights(model), tmp_path / "model.pth")
     tokens = torch.randint(40, (17,)).tolist()
     subprocess.run(
@@ -74,7 +74,7 @@ def test_the_rwkv_package_computes_the_same(tmp_path, tuned):
 def test_states_are_transposed():
     model = small()
     tune_states(model)
-    state = model.mixers()[1].tuned["memory"]
+    state = model.mixers()[1].tuned.initial["memory"]
     torch.nn.init.normal_(state)
     assert torch.equal(rwkv_weights(model)["blocks.1.att.time_state"], state.transpose(1, 2))
 

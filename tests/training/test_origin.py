@@ -89,6 +89,7 @@ def test_tuned_states_alone_change_and_lower_the_loss(name, trained, corpora, tm
         f"checkpoint={base}",
         "optimizer.learning_rate=0.1",
         "max_steps=30",
+        *(["tuning.features=8", "tuning.decorrelation=0.01"] if name == "hybrid" else []),
         *corpora["code"],
     )
     before, after = weights(base), weights(tuned)
@@ -111,7 +112,7 @@ def test_every_document_begins_from_the_tuned_state(trained):
     model = model_from_checkpoint(load_checkpoint(find_checkpoint(trained("rwkv7")))).double()
     for mixer in model.mixers():
         mixer.tune_states()
-        torch.nn.init.normal_(mixer.tuned["memory"])
+        torch.nn.init.normal_(mixer.tuned.initial["memory"])
         mixer.double()
     tokens = torch.randint(256, (2, 20))
     ids = torch.repeat_interleave(torch.arange(2), torch.tensor([7, 13])).expand(2, -1).int()

@@ -79,7 +79,9 @@ def _time_mixing(mixer: RWKV7) -> dict[str, Tensor]:
         **_norm("ln_x", mixer.head_norm),
     }
     if mixer.tuned is not None:
-        weights["time_state"] = mixer.tuned["memory"].transpose(1, 2)
+        if mixer.tuned.memory is not None:
+            raise ConfigError("this format has no place for a tuned memory; tune states with tuning.features=0.")
+        weights["time_state"] = mixer.tuned.initial["memory"].transpose(1, 2)
     return weights
 
 

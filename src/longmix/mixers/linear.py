@@ -144,7 +144,7 @@ class LinearMixer(RecurrentMixer):
             )
 
         read, carried = self.run_engine(run, state, ids, batch)
-        gated = self.activate(self.output_gate(x)) * self.head_norm(read).flatten(2)
+        gated = self.activate(self.output_gate(x)) * self.head_norm(self.recall(read, query)).flatten(2)
         output = MixerOutput(self.output(gated), metrics=self.state_metrics(carried))
         if state is not None:
             assert ids is not None

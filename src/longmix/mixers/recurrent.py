@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from longmix.mixers.base import Mixer
 from longmix.mixers.rotary import token_positions
-from longmix.recipe import Recipe, set_recipe
+from longmix.mixers.tuned import TunedState
 
 Run = Callable[[Any, Tensor | None], tuple[Tensor, Any]]
 """An engine, given the state before each document and the document ids: output [B, T, ...] and final state."""
@@ -62,7 +62,7 @@ class RecurrentMixer(Mixer):
     Attributes:
         past: earlier tokens that a convolution or token shift sees.
         recent_channels: how wide what it sees is.
-        tuned: the state before each document where it is trained, by name (see `tune_states`); else None.
+        tuned: what state tuning trains; None without it.
     """
 
     past: int = 0
@@ -70,22 +70,23 @@ class RecurrentMixer(Mixer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.tuned: nn.ParameterDict | None = None
+        self.tuned: TunedState | None = None
 
     def zeros(self, batch: int) -> Any:
         """The engine's state before a document for `batch` rows: a tensor or a named tuple of them, [B, H, ...]."""
         raise NotImplementedError
 
-    def tune_states(self) -> None:
+    def tune_states(self, features: int = 0, decorrelation: float = 0.0) -> None:
         """Make the state before each document a parameter, zero at first: one for all rows, in float32 or better.
 
-        The state alone can then be trained (Peng et al., RWKV-LM, "state tuning"). A log scale is left as it is: it
-        divides out.
+        It can then be trained alone ("state tuning", after RWKV-LM). A log scale is left as it is: it divides out.
+
+        Args:
+            features, decorrelation: of a memory besides; see `TunedState`.
         """
         parts = _named_parts(self.zeros(1))
-        self.tuned = nn.ParameterDict({name: part[0].clone() for name, part in parts.items() if name != "log_scale"})
-        for parameter in self.tuned.values():
-            set_recipe(parameter, Recipe("scalar", weight_decay=False))
+        initial = {name: part[0] for name, part in parts.items() if name != "log_scale"}
+        self.tuned = TunedState(initial, features, decorrelation)
 
     def fresh(self, batch: int) -> Any:
         """The state before each document: as tuned, else zeros."""
@@ -93,9 +94,15 @@ class RecurrentMixer(Mixer):
         if self.tuned is None:
             return zeros
         parts = _named_parts(zeros)
-        for name, parameter in self.tuned.items():
+        for name, parameter in self.tuned.initial.items():
             parts[name] = parameter.unsqueeze(0).expand_as(parts[name])
         return parts["memory"] if isinstance(zeros, Tensor) else type(zeros)(**parts)
+
+    def recall(self, read: Tensor, query: Tensor) -> Tensor:
+        """What the engine read [B, T, H, V] for `query` [B, T, H, K], and what the tuned memory adds to that."""
+        if self.tuned is None or self.tuned.memory is None:
+            return read
+        return read + self.tuned.memory(query).to(read.dtype)
 
     def run_engine(self, run: Run, state: RecurrentState | None, ids: Tensor | None, batch: int) -> tuple[Tensor, Any]:
         """Output [B, T, ...] and final state of the engine, from a state or from the beginning."""

@@ -183,11 +183,13 @@ class RWKV7(RecurrentMixer):
                 low_rank_write=write,
                 initial_state=initial,
                 document_ids=ids,
+                min_log_decay=-DECAY_LIMIT,
             )
 
         found, carried = self.run_engine(run, state, ids, len(x))
         bonus = (query * key * self._heads(self.bonus)).sum(-1, keepdim=True) * value
-        gated = (self.head_norm(found) + bonus.to(found.dtype)).flatten(2) * self.gate(of_gate)
+        normed = self.head_norm(self.recall(found, query))
+        gated = (normed + bonus.to(found.dtype)).flatten(2) * self.gate(of_gate)
         output = MixerOutput(self.output(gated), metrics=self.state_metrics(carried), first_value=given)
         if state is not None:
             assert ids is not None

@@ -17,8 +17,12 @@ MARK = ".tuned."
 """What the names of these parameters, and of no others, have in them."""
 
 
-def tune_states(model: LanguageModel) -> list[str]:
+def tune_states(model: LanguageModel, features: int = 0, decorrelation: float = 0.0) -> list[str]:
     """Give every recurrent mixer a trainable state before each document; returns the names of these parameters.
+
+    Args:
+        model: to change.
+        features, decorrelation: of a memory besides; see `longmix.mixers.tuned`.
 
     Raises:
         ConfigError: no mixer of the model has a state of constant size.
@@ -28,7 +32,7 @@ def tune_states(model: LanguageModel) -> list[str]:
         kinds = ", ".join(sorted({type(mixer).__name__ for mixer in model.mixers()}))
         raise ConfigError(f"trainable=states needs a mixer with a recurrent state, and the model's is {kinds}.")
     for mixer in recurrent:
-        mixer.tune_states()
+        mixer.tune_states(features, decorrelation)
     return [name for name, _ in model.named_parameters() if MARK in name]
 
 
@@ -40,8 +44,13 @@ def tuned_states(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def load_weights(model: LanguageModel, weights: dict[str, Tensor]) -> None:
     """Load a model's weights; states among them are given a place first."""
     if tuned_states(weights):
-        tune_states(model)
+        tune_states(model, _features(weights))
     model.load_state_dict(weights)
+
+
+def _features(weights: dict[str, Tensor]) -> int:
+    """Size of the memories among a model's weights; 0 if there are none."""
+    return next((weight.shape[-1] for name, weight in weights.items() if name.endswith(".memory.whitening")), 0)
 
 
 def save_states(path: Path, checkpoint: dict[str, Any]) -> None:
@@ -85,5 +94,5 @@ def load_states(model: LanguageModel, path: Path, config: Node) -> None:
         raise CheckpointError(f"{path} has format {content['format']}; this version of longmix reads {FORMAT}.")
     if content["mixer"] != config["mixer"] or content["model"] != config["model"]:
         raise CheckpointError(f"the states in {path} are of another model; give those tuned from this checkpoint.")
-    tune_states(model)
+    tune_states(model, _features(states))
     model.load_state_dict({**model.state_dict(), **states})

@@ -39,6 +39,9 @@ class Origin:
         """
         if node["trainable"] not in ("all", "states"):
             raise ConfigError(f"trainable={node['trainable']!r} is not one of all, states.")
+        for key, value in node["tuning"].items():
+            if value < 0:
+                raise ConfigError(f"tuning.{key}={value} must be at least 0.")
         if node["checkpoint"] is None:
             return None
         for override in HydraConfig.get().overrides.task:
@@ -61,6 +64,6 @@ def begin(model: LanguageModel, node: Node, origin: Origin | None) -> None:
     if origin is not None:
         load_weights(model, origin.state["model"])
     if node["trainable"] == "states":
-        states = set(tune_states(model))
+        states = set(tune_states(model, **node["tuning"]))
         for name, weight in model.named_parameters():
             weight.requires_grad_(name in states)

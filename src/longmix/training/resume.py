@@ -25,6 +25,7 @@ MUST_MATCH = (
     "batch_size",
     "seed",
     "trainable",
+    "tuning",
 )
 """Keys that fix what the saved numbers mean; a run may not be continued with others."""
 

@@ -1,0 +1,125 @@
+"""Tuned memories: their formula, that they leave the model as it was at first, and how features are decorrelated."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from longmix.mixers.base import ModelShape
+from longmix.mixers.flash import Flash
+from longmix.mixers.mlstm import MLSTM
+from longmix.mixers.rwkv7 import RWKV7
+from longmix.mixers.tuned import FeatureMemory
+from longmix.model.backbone import LanguageModel
+from longmix.model.states import load_weights, tune_states
+
+SHAPE = ModelShape(d_model=48, num_layers=2, num_heads=3)
+MIXERS = {
+    "rwkv7": lambda: RWKV7(SHAPE, 1, head_dim=16),
+    "mlstm-sig": lambda: MLSTM(SHAPE, 0, num_heads=3, input_bias=0.0),
+    "mlstm-exp": lambda: MLSTM(SHAPE, 0, num_heads=3, gate="exp", input_bias=0.0),
+}
+
+
+def memory(features: int = 12, decorrelation: float = 0.0) -> FeatureMemory:
+    torch.manual_seed(0)
+    made = FeatureMemory(torch.zeros(2, 8, 5, dtype=torch.float64), features, decorrelation)
+    torch.nn.init.normal_(made.content)
+    return made
+
+
+def test_it_reads_through_the_features():
+    tuned, query = memory(), torch.randn(3, 7, 2, 8, dtype=torch.float64)
+    tuned.whitening.normal_()
+    read = tuned(query)
+    for head in range(2):
+        x = query[1, 4, head]
+        phi = torch.stack([(math.sqrt(8) * (u @ x / x.norm() - 1)).exp() for u in tuned.supports[head]])
+        wanted = tuned.content[head].T @ (tuned.whitening[head] @ phi)
+        torch.testing.assert_close(read[1, 4, head], wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_at_first_the_model_is_what_it_was(name):
+    torch.manual_seed(0)
+    mixer = MIXERS[name]().double()
+    with torch.no_grad():
+        for weight in mixer.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    x = torch.randn(2, 20, 48, dtype=torch.float64)
+    before = mixer(x).y
+    mixer.tune_states(features=10)
+    torch.testing.assert_close(mixer(x).y, before, rtol=0, atol=1e-13)
+    assert {weight.dtype for weight in mixer.tuned.parameters()} == {torch.float64}
+    mixer(x).y.square().sum().backward()
+    assert mixer.tuned.initial["memory"].grad.abs().max() > 1e-9
+    assert mixer.tuned.memory.content.grad.abs().max() > 1e-9
+    with torch.no_grad():
+        mixer.tuned.memory.content.normal_()
+    changed = mixer(x).y
+    assert (changed - before).abs().max() > 1e-3
+    state, pieces = mixer.init_state(2), []
+    for piece in (slice(0, 9), slice(9, 10), slice(10, 20)):
+        output = mixer(x[:, piece], state=state)
+        state = output.state
+        pieces.append(output.y)
+    torch.testing.assert_close(torch.cat(pieces, 1), changed, rtol=0, atol=1e-12)
+
+
+def test_features_are_decorrelated_by_what_training_shows():
+    tuned = memory(features=6, decorrelation=0.3).train()
+    directions = torch.randn(2, 8, dtype=torch.float64)
+
+    def correlation() -> float:
+        found = features[:, :, 0].flatten(0, 1)
+        mean = found.T @ found / len(found)
+        size = mean.diagonal().sqrt()
+        return (mean / size / size[:, None] - torch.eye(6)).abs().max().item()
+
+    for step in range(300):
+        query = torch.randn(4, 50, 2, 8, dtype=torch.float64) + directions
+        first = tuned.whitening.clone()
+        tuned(query[:2]), tuned(query[2:])  # two micro-batches
+        assert torch.equal(tuned.whitening, first)
+        near = torch.einsum("bthk,hmk->bthm", F.normalize(query, dim=-1), tuned.supports)
+        features = torch.einsum("bthm,hnm->bthn", (math.sqrt(8) * (near - 1)).exp(), first)
+        tuned.apply_observed(lambda total: total)
+        if step == 0:
+            mean = torch.einsum("bthm,bthn->hmn", features, features) / 200
+            crossed = mean * (1 - torch.eye(6))
+            wanted = first - 0.3 * crossed @ first
+            torch.testing.assert_close(tuned.whitening, wanted, rtol=0, atol=1e-13)
+            before = correlation()
+    assert before > 0.8 and correlation() < 0.6 * before
+
+
+def test_nothing_is_observed_in_evaluation_or_kept_from_a_step_left_out():
+    tuned, query = memory(decorrelation=0.5), torch.randn(1, 9, 2, 8, dtype=torch.float64)
+    first = tuned.whitening.clone()
+    tuned.eval()(query)
+    tuned.apply_observed(lambda total: total)
+    tuned.train()(query)
+    tuned.forget()
+    tuned.apply_observed(lambda total: total)
+    assert torch.equal(tuned.whitening, first)
+
+
+def test_a_memory_is_loaded_with_the_weights():
+    def model() -> LanguageModel:
+        return LanguageModel(
+            lambda shape, index: MLSTM(shape, index, num_heads=3) if index else Flash(shape, index),
+            30,
+            d_model=48,
+            num_layers=2,
+            num_heads=3,
+            mlp_hidden=16,
+        )
+
+    saved, loaded = model(), model()
+    names = tune_states(saved, features=7, decorrelation=0.1)
+    assert names == ["blocks.1.mixer.tuned.initial.memory", "blocks.1.mixer.tuned.memory.content"]
+    torch.nn.init.normal_(saved.blocks[1].mixer.tuned.memory.content)
+    load_weights(loaded, saved.state_dict())
+    tokens = torch.arange(20)[None]
+    assert torch.equal(loaded(tokens).hidden, saved(tokens).hidden)
