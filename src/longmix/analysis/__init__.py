@@ -1,0 +1,1 @@
+"""What can be asked of a mixer or model without looking inside it."""

@@ -1,0 +1,229 @@
+"""Whether later tokens change what was computed for earlier ones: asked in several ways, none of which looks inside.
+
+A leak of *content* has a gradient: an earlier output moves with a later input. A leak of *selection* has none: which
+tokens are attended to, which bucket is full or which rank a score has depends on later ones, as in the published
+Routing Transformer (Roy et al. 2021, arXiv 2003.05997) and HyperAttention (Han et al. 2023, arXiv 2310.05869).
+Gradients miss the second kind, so inputs are changed for real; and since a model can learn to use either, one is
+trained on tokens that nothing can predict (`entropy_test`).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from longmix.mixers.base import Mixer
+from longmix.model.backbone import LanguageModel
+
+Function = Callable[[Tensor, Tensor | None], Tensor]
+"""From inputs [B, T, D] and document ids [B, T] or None to outputs [B, T, ...], one for each token."""
+
+TOLERANCE = 1e-9
+"""Change of an output that float64 rounding explains, relative to the root mean square of all outputs."""
+
+HUGE = 1e4
+"""How much larger the keys of later tokens are made to be."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one probe found.
+
+    Attributes:
+        probe: its name.
+        change: largest change of an output that must not change, relative to the root mean square of outputs; not a
+            number where outputs are.
+        where: which output that is.
+        kind: "none"; or how it leaks, "content" with a gradient and "selection" without; or "placement", where a
+            document alone is not what it is in a row, which need not be a leak.
+    """
+
+    probe: str
+    change: float
+    where: str
+    kind: str
+
+    @property
+    def leaks(self) -> bool:
+        """Whether something reached an output that must not."""
+        return self.kind in ("content", "selection")
+
+
+@dataclass(frozen=True)
+class EntropyFinding:
+    """What training on tokens that nothing can predict gave.
+
+    Attributes:
+        loss: nats per token on fresh tokens, after training.
+        entropy: the least that a causal model can have in the mean.
+        error: standard error of the loss.
+    """
+
+    loss: float
+    entropy: float
+    error: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the loss is not below the entropy by more than three standard errors."""
+        return self.loss >= self.entropy - 3 * self.error
+
+
+def mixer_function(mixer: Mixer) -> Function:
+    """A mixer as a function of its inputs."""
+
+    def run(x: Tensor, document_ids: Tensor | None) -> Tensor:
+        return mixer(x, document_ids=document_ids).y
+
+    return run
+
+
+def model_function(model: LanguageModel) -> Function:
+    """A model as a function of its token embeddings, so that these can be anything."""
+
+    def run(x: Tensor, document_ids: Tensor | None) -> Tensor:
+        handle = model.embedding.register_forward_hook(lambda module, inputs, output: x)
+        try:
+            tokens = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
+            return model(tokens, document_ids=document_ids).hidden
+        finally:
+            handle.remove()
+
+    return run
+
+
+def audit(function: Function, x: Tensor, seed: int = 0) -> list[Finding]:
+    """Probe a function for leaks.
+
+    Args:
+        function: in evaluation mode, on float64 weights.
+        x: float64 [B, T, D] with T of at least 8, the inputs to begin from.
+        seed: of everything that is drawn.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like) * x.std()
+
+    length = x.shape[1]
+    cuts = sorted({length // 4, length // 2, 3 * length // 4, length - 1})
+    with torch.no_grad():
+        whole = function(x, None)
+    probes: dict[str, list[tuple[float, str]]] = {"last token": [], "later tokens": [], "huge keys": [], "prefix": []}
+    for _ in range(4):
+        changed = torch.cat([x[:, :-1], drawn(x[:, -1:])], 1)
+        probes["last token"].append(_largest_change(function(changed, None), whole, length - 1))
+    for cut in cuts:
+        later = drawn(x[:, cut:])
+        probes["later tokens"].append(_largest_change(function(torch.cat([x[:, :cut], later], 1), None), whole, cut))
+        probes["huge keys"].append(
+            _largest_change(function(torch.cat([x[:, :cut], HUGE * later], 1), None), whole, cut)
+        )
+        probes["prefix"].append(_largest_change(function(x[:, :cut], None), whole, cut))
+    kind = "content" if _has_gradient(function, x, cuts, None) else "selection"
+    found = [_finding(probe, changes, kind) for probe, changes in probes.items()]
+    return [*found, *_document_findings(function, x, drawn)]
+
+
+def _document_findings(function: Function, x: Tensor, drawn: Callable[[Tensor], Tensor]) -> list[Finding]:
+    """Three documents in a row: each against itself alone, and against other contents of the first."""
+    batch, length, _ = x.shape
+    ends = [0, length // 3, length // 3 + 1, length]
+    sizes = torch.tensor(ends).diff()
+    ids = torch.repeat_interleave(torch.arange(3), sizes).expand(batch, -1).int().to(x.device)
+    packed = function(x, ids)
+    alone, changes = [], []
+    for start, stop in pairwise(ends):
+        piece = function(x[:, start:stop], None)
+        alone.append(_largest_change(piece, packed[:, start:stop], stop - start, packed, start))
+        changed = x.clone()
+        changed[:, start:stop] = HUGE * drawn(changed[:, start:stop])
+        after = function(changed, ids)
+        others = torch.cat([after[:, :start], after[:, stop:]], 1)
+        wanted = torch.cat([packed[:, :start], packed[:, stop:]], 1)
+        changes.append(_largest_change(others, wanted, length - (stop - start), packed))
+    kind = "content" if _has_gradient(function, x, [ends[1]], ids) else "selection"
+    return [_finding("other documents", changes, kind), _finding("document alone", alone, "placement")]
+
+
+def _largest_change(
+    after: Tensor, before: Tensor, count: int, scale_of: Tensor | None = None, offset: int = 0
+) -> tuple[float, str]:
+    """The largest difference among the first `count` tokens, relative, and where it is."""
+    scale = (before if scale_of is None else scale_of).square().mean().sqrt().clamp_min(torch.finfo(before.dtype).tiny)
+    difference = (after[:, :count] - before[:, :count]).abs().flatten(2).amax(-1) / scale
+    difference = torch.where(difference.isnan(), torch.inf, difference)
+    place = int(difference.argmax())
+    row, token = divmod(place, count)
+    return float(difference.flatten()[place]), f"row {row}, token {token + offset}"
+
+
+def _finding(probe: str, changes: list[tuple[float, str]], kind: str) -> Finding:
+    change, where = max(changes)
+    return Finding(probe, change, where, "none" if change <= TOLERANCE else kind)
+
+
+def _has_gradient(function: Function, x: Tensor, cuts: list[int], document_ids: Tensor | None) -> bool:
+    """Whether an output before a cut has a gradient in an input from it on; with documents, one after it in those
+    before it."""
+    for cut in cuts:
+        inputs = x.clone().requires_grad_()
+        output = function(inputs, document_ids)
+        kept = output[:, :cut] if document_ids is None else output[:, cut:]
+        weights = torch.randn(kept.shape, generator=torch.Generator().manual_seed(cut), dtype=kept.dtype).to(kept)
+        (gradient,) = torch.autograd.grad((kept * weights).sum(), inputs)
+        forbidden = gradient[:, cut:] if document_ids is None else gradient[:, :cut]
+        if forbidden.abs().max() > TOLERANCE * gradient.abs().max():
+            return True
+    return False
+
+
+def entropy_test(
+    model: LanguageModel,
+    *,
+    seq_len: int,
+    steps: int,
+    batch_size: int = 4,
+    learning_rate: float = 3e-3,
+    seed: int = 0,
+    after_step: Callable[[], None] | None = None,
+) -> EntropyFinding:
+    """Train a model on independent, evenly distributed tokens, new ones in every step, and measure its loss.
+
+    A causal model cannot get below the entropy, log of the vocabulary. One that leaks learns to.
+
+    Args:
+        model: with fresh weights; it is changed.
+        seq_len: tokens of a row.
+        steps: optimizer steps of Adam.
+        batch_size: rows of a step.
+        learning_rate: Adam's.
+        seed: of the tokens.
+        after_step: called after every step, for a progress bar.
+    """
+    from longmix.mixers.running import finish_step
+
+    device = model.embedding.weight.device
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
+
+    def losses(rows: int) -> Tensor:
+        tokens = torch.randint(model.vocab_size, (rows, seq_len + 1), generator=generator).to(device)
+        return model(tokens[:, :-1], tokens[:, 1:]).token_losses
+
+    model.train()
+    for _ in range(steps):
+        losses(batch_size).mean().backward()
+        optimizer.step()
+        finish_step(model, True, lambda total: total)
+        optimizer.zero_grad()
+        if after_step is not None:
+            after_step()
+    model.eval()
+    with torch.no_grad():
+        measured = torch.cat([losses(batch_size).flatten() for _ in range(8)]).double()
+    error = measured.std() / math.sqrt(len(measured))
+    return EntropyFinding(measured.mean().item(), math.log(model.vocab_size), error.item())

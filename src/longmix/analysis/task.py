@@ -1,0 +1,115 @@
+"""`evaluate.py task=causality`: the audit of a checkpoint's model and of each of its mixers, as table and picture."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from longmix.analysis.causality import EntropyFinding, Finding, audit, entropy_test, mixer_function, model_function
+from longmix.errors import ConfigError
+from longmix.evaluation.run import Subject
+from longmix.files import replace_json, storage_errors
+from longmix.model.build import build_model
+from longmix.reporting.plots import new_figure, save_figure
+
+VOCABULARY = 16
+"""Of the tokens that nothing can predict; few, so that little training is needed to use a leak."""
+
+
+def causality(subject: Subject, length: int = 96, entropy_steps: int = 200) -> dict[str, Any]:
+    """Audit the model and every layer's mixer in float64, and train a fresh one on unpredictable tokens.
+
+    Args:
+        subject: what to audit.
+        length: tokens of the audited rows.
+        entropy_steps: optimizer steps of the training; 0 leaves it out.
+
+    Returns:
+        `{"causal", "findings": {part: [{probe, change, where, kind}]}, "entropy": {loss, entropy, error} or None}`
+
+    Raises:
+        ConfigError: fewer than 8 tokens, or negative steps.
+    """
+    if length < 8:
+        raise ConfigError(f"task.length={length} must be at least 8.")
+    if entropy_steps < 0:
+        raise ConfigError(f"task.entropy_steps={entropy_steps} must be at least 0.")
+    console = Console()
+    found = dict(_audited(subject, length))
+    entropy = _trained(subject, length, entropy_steps) if entropy_steps else None
+    causal = not any(finding.leaks for findings in found.values() for finding in findings)
+    causal = causal and (entropy is None or entropy.passed)
+    report = {
+        "causal": causal,
+        "step": subject.step,
+        "length": length,
+        "findings": {part: [vars(finding) for finding in findings] for part, findings in found.items()},
+        "entropy": None if entropy is None else vars(entropy),
+    }
+    console.print(_table(found))
+    if entropy is not None:
+        verdict = "not below the entropy" if entropy.passed else "BELOW THE ENTROPY: it learned to use a leak"
+        console.print(
+            f"trained on unpredictable tokens: {entropy.loss:.4f} nats +- {entropy.error:.4f}, entropy "
+            f"{entropy.entropy:.4f}: {verdict}",
+            soft_wrap=True,
+        )
+    console.print("causal: nothing leaks" if causal else "NOT CAUSAL: its loss is not that of a language model")
+    name = f"causality_step{subject.step}"
+    with storage_errors(subject.output):
+        subject.output.mkdir(parents=True, exist_ok=True)
+        _draw(found, subject.output / f"{name}.png")
+    replace_json(subject.output / f"{name}.json", report)
+    console.print(f"wrote {subject.output / name}.json and .png", highlight=False, markup=False, soft_wrap=True)
+    return report
+
+
+causality.takes_leaky = True  # type: ignore[attr-defined]
+
+
+def _audited(subject: Subject, length: int) -> Iterator[tuple[str, list[Finding]]]:
+    model = subject.model.cpu().double().eval()
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.vocab_size, (2, length), generator=generator)
+    with torch.no_grad():
+        embedded = model.embedding(tokens)
+    yield "model", audit(model_function(model), embedded)
+    inputs = torch.randn(2, length, model.shape.d_model, generator=generator, dtype=torch.float64)
+    for index, mixer in enumerate(model.mixers()):
+        yield f"layer {index} {type(mixer).__name__}", audit(mixer_function(mixer), inputs)
+
+
+def _trained(subject: Subject, length: int, steps: int) -> EntropyFinding:
+    torch.manual_seed(0)
+    model = build_model(subject.trained_config, VOCABULARY)
+    terminal = Console(stderr=True)
+    with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
+        task = progress.add_task("training on unpredictable tokens", total=steps)
+        return entropy_test(model, seq_len=length, steps=steps, after_step=lambda: progress.advance(task))
+
+
+def _table(found: dict[str, list[Finding]]) -> Table:
+    table = Table(title="largest change of an output that must not change, relative; float64 rounds at 1e-16")
+    table.add_column("")
+    for finding in next(iter(found.values())):
+        table.add_column(finding.probe, justify="right")
+    table.add_column("leak")
+    for part, findings in found.items():
+        kinds = sorted({finding.kind for finding in findings} - {"none"})
+        table.add_row(part, *(f"{finding.change:.0e}" for finding in findings), " and ".join(kinds) or "none")
+    return table
+
+
+def _draw(found: dict[str, list[Finding]], path: Any) -> None:
+    probes = [finding.probe for finding in next(iter(found.values()))]
+    figure, (axes,) = new_figure(1)
+    changes = torch.tensor([[finding.change for finding in findings] for findings in found.values()])
+    image = axes.imshow(changes.clamp(1e-17, 1e2).log10().numpy(), vmin=-17, vmax=2, cmap="RdYlGn_r", aspect="auto")
+    axes.set_xticks(range(len(probes)), probes, rotation=20, ha="right")
+    axes.set_yticks(range(len(found)), list(found))
+    axes.set_title("log10 of the largest change before a changed token")
+    figure.colorbar(image, ax=axes)
+    save_figure(figure, path)
