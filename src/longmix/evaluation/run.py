@@ -82,7 +82,8 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     if words["states"] is not None:
         load_states(model, Path(words["states"]), trained)
     model = model.to(device).eval()
-    _refuse_leaky(model)
+    if not getattr(configuration.locate(words["task"]["_target_"], "task"), "takes_leaky", False):
+        _refuse_leaky(model)
     home = _home(checkpoint) if words["states"] is None else _folder(Path(words["states"]))
     output = Path(words["output"]) if words["output"] else home / "evaluation"
     subject = Subject(model, data, trained, state["step"], device, precision, words, output)
