@@ -17,18 +17,20 @@ from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSou
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from longmix.config import EvaluateConfig, TrainConfig
+from longmix.config import EvaluateConfig, GenerateConfig, TrainConfig
 from longmix.errors import Interrupted, LongmixError
 
 INTERRUPTED = 130
 LONGEST_FILE_NAME = 200  # file systems take 255 bytes; a few are left for what others add
-PATH_WORDS = ("checkpoint", "states", "resume", "output")
+PATH_WORDS = ("checkpoint", "states", "resume", "output", "prompt_file", "load", "save")
+TEXT_WORDS = ("prompt",)
 
 
 def register() -> None:
     """Make the schema, the name resolver and the mixer patterns known to Hydra, and put the command line right."""
     ConfigStore.instance().store(name="train_schema", node=TrainConfig)
     ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
+    ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)
     OmegaConf.register_new_resolver("file_name", file_name, replace=True)
     Plugins.instance().register(MixerPatternSource)
     sys.argv[1:] = command_line(sys.argv[1:])
@@ -53,20 +55,24 @@ def help_text(script: Path) -> str:
 
 
 def command_line(arguments: list[str]) -> list[str]:
-    """The arguments as Hydra should see them: `--cfg job` prints values, and a folder that exists is meant literally.
+    """The arguments as Hydra should see them: `--cfg job` prints values, and what is a path or a prompt stays as it is.
 
     A sweep names its folders like `0,seed=1`, which Hydra would refuse or take for a list unless it is quoted.
     """
-    arguments = [_quoted_path(argument) for argument in arguments]
+    arguments = [_quoted(argument) for argument in arguments]
     asks_for_job = re.search(r"(^| )(--cfg|-c)[ =]?job( |$)", " ".join(arguments))
     return [*arguments, "--resolve"] if asks_for_job and "--resolve" not in arguments else arguments
 
 
-def _quoted_path(argument: str) -> str:
-    word, _, path = argument.partition("=")
-    if word not in PATH_WORDS or re.fullmatch(r"[\w./-]*", path, re.ASCII) or not Path(path).exists():
+def _quoted(argument: str) -> str:
+    word, _, text = argument.partition("=")
+    is_path = word in PATH_WORDS and not re.fullmatch(r"[\w./-]*", text, re.ASCII) and Path(text).exists()
+    is_text = word in TEXT_WORDS and text[:1] not in ("", "[", "'", '"')
+    if not (is_path or is_text):
         return argument
-    escaped = path.replace("'", "\\'")
+    # Hydra reads a backslash as itself unless a quote follows, and `${` as an interpolation.
+    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text, count=0)
+    escaped = escaped.replace("${", "\\${")
     return f"{word}='{escaped}'"
 
 

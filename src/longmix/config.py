@@ -134,6 +134,43 @@ class EvaluateConfig:
     trust: list[str] = field(default_factory=list)
 
 
+@dataclass
+class GenerateConfig:
+    """The words of `generate.py`.
+
+    Attributes:
+        checkpoint: folder of a checkpoint, or of a run (its newest checkpoint).
+        prompt: a text, or a list of texts that go on side by side.
+        prompt_file: a UTF-8 file with the prompt instead.
+        max_tokens: tokens to generate for each row.
+        samples: continuations of each prompt.
+        temperature, top_k, top_p, min_p: see `longmix.generation.sampling.Sampling`.
+        seed: of what is drawn; null is 0, and with `load` goes on with what was saved.
+        stop: texts that end a row.
+        states: file of trained states that documents begin from, or the folder of the run that wrote it.
+        load, save: files of an earlier call to go on from, and to go on from later.
+        device, precision, trust: see `EvaluateConfig`.
+    """
+
+    checkpoint: str = MISSING
+    prompt: Any = ""
+    prompt_file: str | None = None
+    max_tokens: int = 256
+    samples: int = 1
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: list[str] = field(default_factory=list)
+    states: str | None = None
+    load: str | None = None
+    save: str | None = None
+    device: str = "auto"
+    precision: str = "auto"
+    trust: list[str] = field(default_factory=list)
+
+
 def resolved(config: DictConfig) -> Node:
     """The configuration as plain dicts and values with every interpolation carried out.
 

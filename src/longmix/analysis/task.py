@@ -84,7 +84,7 @@ def _audited(subject: Subject, length: int) -> Iterator[tuple[str, list[Finding]
 
 def _trained(subject: Subject, length: int, steps: int) -> EntropyFinding:
     torch.manual_seed(0)
-    model = build_model(subject.trained_config, VOCABULARY)
+    model = build_model(subject.restored.config, VOCABULARY)
     terminal = Console(stderr=True)
     with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
         task = progress.add_task("training on unpredictable tokens", total=steps)

@@ -24,8 +24,8 @@ def loss_by_position(subject: Subject) -> dict[str, Any]:
     """
     split = subject.words["split"]
     results = {length: _at_length(subject, split, length) for length in subject.seq_lens()}
-    report = {"split": split, "step": subject.step, "trained_seq_len": subject.trained_config["seq_len"]}
-    report |= {"precision": subject.precision, "lengths": results}
+    report = {"split": split, "step": subject.step, "trained_seq_len": subject.restored.config["seq_len"]}
+    report |= {"precision": subject.restored.precision, "lengths": results}
     console = Console()
     console.print(_overall_table(results, split))
     console.print(_position_table(results))
@@ -68,8 +68,10 @@ def _at_length(subject: Subject, split: str, length: int) -> dict[str, Any]:
         transient=True,
         disable=not terminal.is_terminal,
     )
-    statistics = LossStatistics(torch.as_tensor(subject.data.token_bytes), length, subject.device)
-    evaluate_loss(subject.model, batches, statistics, device=subject.device, precision=subject.autocast)
+    statistics = LossStatistics(torch.as_tensor(subject.data.token_bytes), length, subject.restored.device)
+    evaluate_loss(
+        subject.model, batches, statistics, device=subject.restored.device, precision=subject.restored.autocast
+    )
     return {**statistics.summary(), "by_position": statistics.by_position()}
 
 

@@ -1,0 +1,174 @@
+"""`generate(config)`: from a checkpoint and a prompt to text, as it comes."""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import track
+
+from longmix import config as configuration
+from longmix.config import Node
+from longmix.data.tokenizers import Tokenizer
+from longmix.errors import ConfigError, DataError
+from longmix.generation.sampling import Sampling
+from longmix.generation.session import Session
+from longmix.generation.text import Row
+from longmix.restore import Restored, restore
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What was generated.
+
+    Attributes:
+        texts: of each row, without its prompt; rows of one prompt follow each other.
+        ids: tokens of each row, prompt included.
+        tokens_per_second: of all rows together, without reading the prompt.
+        state_bytes: what is remembered of all rows.
+    """
+
+    texts: list[str]
+    ids: list[list[int]]
+    tokens_per_second: float
+    state_bytes: int
+
+
+def generate(config: DictConfig) -> Generated:
+    """Go on from the prompt of `config`.
+
+    A single row is written to the standard output as it comes, several of them at the end; how fast it went is said on
+    the standard error.
+
+    Raises:
+        LongmixError: see `longmix.errors`.
+    """
+    words = configuration.resolved(config)
+    configuration.check_keys(words, configuration.GenerateConfig)
+    sampling = Sampling(words["temperature"], words["top_k"], words["top_p"], words["min_p"])
+    for key in ("max_tokens", "samples"):
+        if words[key] < 1:
+            raise ConfigError(f"{key}={words[key]} must be at least 1.")
+    if "" in words["stop"]:
+        raise ConfigError("stop has an empty text, which every text ends with; leave it out.")
+    prompts = _prompts(words)
+    restored = restore(words)
+    generator = torch.Generator().manual_seed(words["seed"] or 0)
+    with restored.autocast():
+        session, ids = _begun(words, restored, prompts, generator)
+        rows = [Row(restored.tokenizer, words["stop"]) for _ in ids]
+        began = time.perf_counter()
+        _write_on(session, rows, ids, sampling, generator, words["max_tokens"])
+    seconds = time.perf_counter() - began
+    produced = sum(row.count for row in rows)
+    console = Console(stderr=True)
+    console.print(
+        f"{produced:,} tokens in {seconds:.2f} s ({produced / seconds:,.1f} tokens/s); "
+        f"state {session.state_bytes() / 2**20:.2f} MiB after {session.length:,} tokens",
+        highlight=False,
+    )
+    if words["save"] is not None:
+        session.save(Path(words["save"]), {"ids": ids, "generator": generator.get_state(), **_identity(restored)})
+        console.print(f"saved to {words['save']}; load={words['save']} goes on", highlight=False, markup=False)
+    return Generated([row.text for row in rows], ids, produced / seconds, session.state_bytes())
+
+
+def _prompts(words: Node) -> list[str]:
+    given = words["prompt"] if isinstance(words["prompt"], list) else [words["prompt"]]
+    if words["load"] is not None:
+        if words["prompt_file"] is not None or given != [""]:
+            raise ConfigError("load goes on with the text that was saved; leave prompt and prompt_file out.")
+        return []
+    if words["prompt_file"] is None:
+        if not given:
+            raise ConfigError("prompt is an empty list; give a text, or a list of texts.")
+        return [str(prompt) for prompt in given]
+    if given != [""]:
+        raise ConfigError("give prompt or prompt_file, not both.")
+    try:
+        return [Path(words["prompt_file"]).read_text(encoding="utf-8")]
+    except OSError as error:
+        raise DataError(f"prompt_file={words['prompt_file']} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"prompt_file={words['prompt_file']} is not UTF-8 text: {error}.") from error
+
+
+def _begun(
+    words: Node, restored: Restored, prompts: list[str], generator: torch.Generator
+) -> tuple[Session, list[list[int]]]:
+    """A session that has read the prompts, or the saved one, and the tokens of its rows."""
+    if words["load"] is not None:
+        session, about = Session.load(Path(words["load"]), restored.model, restored.device)
+        if {key: about.get(key) for key in _identity(restored)} != _identity(restored):
+            raise ConfigError(f"load={words['load']} was saved with another checkpoint; give that one.")
+        if words["seed"] is None:
+            generator.set_state(about["generator"].cpu())
+        ids = about["ids"]
+    else:
+        ids = [_encoded(restored.tokenizer, prompt) for prompt in prompts]
+        session = Session(restored.model, len(ids))
+        began = time.perf_counter()
+        session.prefill([torch.tensor(row, device=restored.device) for row in ids])
+        seconds, count = time.perf_counter() - began, sum(map(len, ids))
+        text = f"read {count:,} tokens in {seconds:.2f} s ({count / seconds:,.0f} tokens/s)"
+        Console(stderr=True).print(text, highlight=False)
+    samples = words["samples"]
+    return session.fork(samples), [list(row) for row in ids for _ in range(samples)]
+
+
+def _identity(restored: Restored) -> dict[str, Any]:
+    return {"checkpoint": restored.checkpoint.name, "tokenizer": restored.tokenizer.fingerprint()}
+
+
+def _encoded(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The tokens of a prompt, behind the separator that all documents were trained with."""
+    try:
+        return [tokenizer.separator_id, *(int(token) for token in tokenizer.encode(prompt))]
+    except UnicodeEncodeError as error:
+        raise DataError(f"the prompt is not valid Unicode: {error}.") from error
+
+
+def _write_on(
+    session: Session,
+    rows: list[Row],
+    ids: list[list[int]],
+    sampling: Sampling,
+    generator: torch.Generator,
+    max_tokens: int,
+) -> None:
+    """Generate until every row has ended or has `max_tokens`; extends `rows` and `ids`."""
+    alone = len(rows) == 1
+    terminal = Console(stderr=True)
+    steps = track(
+        range(max_tokens),
+        f"{len(rows)} rows",
+        console=terminal,
+        transient=True,
+        disable=alone or not terminal.is_terminal,
+    )
+    for _ in steps:
+        assert session.logits is not None
+        tokens = sampling.draw(session.logits, generator)
+        for row, own, token in zip(rows, ids, tokens.tolist(), strict=True):
+            if not row.ended:
+                own.append(token)
+                _show(row.take(token), alone)
+        session.step(tokens)
+        if all(row.ended for row in rows):
+            break
+    for number, row in enumerate(rows, 1):
+        rest = row.finish()
+        if not alone:
+            print(f"--- {number}")
+        _show(rest if alone else row.text, True)
+        print()
+
+
+def _show(text: str, now: bool) -> None:
+    if now:
+        sys.stdout.write(text)
+        sys.stdout.flush()

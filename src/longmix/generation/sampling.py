@@ -1,0 +1,63 @@
+"""How the next token is chosen from its scores."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longmix.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What is left of a distribution before a token is drawn; each filter works on what the one before it left.
+
+    Attributes:
+        temperature: scores are divided by it; 0 takes the most likely token.
+        top_k: keep so many of the most likely tokens; None keeps all.
+        top_p: keep the fewest most likely tokens that have this probability together (Holtzman et al. 2020, arXiv
+            1904.09751).
+        min_p: keep tokens of at least this share of the largest probability (Nguyen et al. 2024, arXiv 2407.01082).
+
+    Raises:
+        ConfigError: a number out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ConfigError(f"temperature={self.temperature} must be at least 0.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"top_k={self.top_k} must be at least 1, or null for all.")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p={self.top_p} must be above 0 and at most 1.")
+        if not 0 <= self.min_p <= 1:
+            raise ConfigError(f"min_p={self.min_p} must be from 0 to 1.")
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Float64 probabilities [..., V] of logits [..., V]; the temperature must be above 0."""
+        scores = logits.double() / self.temperature
+        if self.top_k is not None and self.top_k < scores.shape[-1]:
+            least = scores.topk(self.top_k, -1).values[..., -1:]
+            scores = scores.masked_fill(scores < least, -torch.inf)
+        if self.top_p < 1:
+            ordered, places = scores.softmax(-1).sort(-1, descending=True)
+            enough = ordered.cumsum(-1) - ordered >= self.top_p
+            scores = scores.masked_fill(torch.zeros_like(enough).scatter(-1, places, enough), -torch.inf)
+        probabilities = scores.softmax(-1)
+        if self.min_p > 0:
+            least = self.min_p * probabilities.amax(-1, keepdim=True)
+            probabilities = probabilities.masked_fill(probabilities < least, 0.0)
+            probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+        return probabilities
+
+    def draw(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+        """A token for each row of logits [B, V], int64 [B]; the generator is on the CPU, whatever the device."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        probabilities = self.probabilities(logits).cpu()
+        return torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(logits.device)

@@ -1,0 +1,82 @@
+"""A model back from its checkpoint alone, for the entry points that do not train."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longmix.checkpoints import find_checkpoint, load_checkpoint
+from longmix.config import Node, refuse_untrusted
+from longmix.data.tokenizers import Tokenizer, tokenizer_from_state
+from longmix.errors import ConfigError
+from longmix.model.backbone import LanguageModel
+from longmix.model.build import model_from_checkpoint
+from longmix.model.states import load_states
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a checkpoint held.
+
+    Attributes:
+        checkpoint: its folder.
+        state: all that was saved.
+        model: in evaluation mode, on `device`.
+        tokenizer: the one it was trained with.
+        device: where the model is.
+        precision: "float32" or "bf16".
+    """
+
+    checkpoint: Path
+    state: dict[str, Any]
+    model: LanguageModel
+    tokenizer: Tokenizer
+    device: torch.device
+    precision: str
+
+    @property
+    def config(self) -> Node:
+        """The configuration it was trained with."""
+        return self.state["config"]
+
+    def autocast(self) -> AbstractContextManager:
+        """The context of one forward pass."""
+        if self.precision == "bf16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+
+def restore(words: Node) -> Restored:
+    """Rebuild what the words `checkpoint`, `states`, `device`, `precision` and `trust` say.
+
+    Raises:
+        ConfigError: a device or precision that there is not, or a checkpoint that names a class outside `trust`.
+        CheckpointError: there is no such checkpoint, or it is damaged.
+    """
+    device, precision = _place(words)
+    checkpoint = find_checkpoint(Path(words["checkpoint"]))
+    state = load_checkpoint(checkpoint)
+    trained = state["config"]
+    refuse_untrusted({key: trained[key] for key in ("model", "mixer", "data")}, "config", {"longmix", *words["trust"]})
+    model = model_from_checkpoint(state)
+    if words["states"] is not None:
+        load_states(model, Path(words["states"]), trained)
+    tokenizer = tokenizer_from_state(state["tokenizer"])
+    return Restored(checkpoint, state, model.to(device).eval(), tokenizer, device, precision)
+
+
+def _place(words: Node) -> tuple[torch.device, str]:
+    device, precision = words["device"], words["precision"]
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device={device!r} is not one of auto, cpu, cuda.")
+    if precision not in ("auto", "float32", "bf16"):
+        raise ConfigError(f"precision={precision!r} is not one of auto, float32, bf16.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda, but torch sees no CUDA device; use device=cpu.")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if precision == "auto":
+        precision = "bf16" if device == "cuda" else "float32"
+    return torch.device(device), precision

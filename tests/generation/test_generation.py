@@ -1,0 +1,271 @@
+"""Generation: every mixer's session against full passes, sampling, text as it comes, and the entry point."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from longmix.config import resolved
+from longmix.data.tokenizers import ByteTokenizer
+from longmix.errors import CheckpointError, ConfigError, DataError
+from longmix.generation import session as sessions
+from longmix.generation.run import generate
+from longmix.generation.sampling import Sampling
+from longmix.generation.session import Session
+from longmix.generation.text import Row
+from longmix.model.backbone import LanguageModel
+from longmix.model.build import build_model
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+ABSOLUTE = ("block_sparse",)
+"""Mixers whose blocks are counted from the beginning of the row, so that padding moves them."""
+
+MIXERS = sorted(path.stem for path in (CONFIGS / "mixer").glob("*.yaml"))
+STACKS = [*MIXERS, "rwkv7+flash+mlstm_tfla", "sparse_flash+gated_deltanet"]
+SMALL = ("model.d_model=64", "model.num_layers=3", "model.num_heads=2", "model.mlp_hidden=32")
+EXTRA = {"rwkv7": ("mixer.head_dim=32",), "rwkv7+flash+mlstm_tfla": ("mixer.rwkv7.head_dim=32",)}
+
+
+@pytest.fixture
+def model(compose_config, request) -> LanguageModel:
+    """A small model with the mixer or pattern that the test is given, with noise on every weight."""
+    torch.manual_seed(0)
+    name = request.param
+    made = build_model(resolved(compose_config(f"mixer={name}", *SMALL, *EXTRA.get(name, ()))), vocab_size=20)
+    with torch.no_grad():
+        for weight in made.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+    return made.double().eval()
+
+
+def last_logits(model: LanguageModel, tokens: torch.Tensor) -> torch.Tensor:
+    return model.logits(model(tokens[None]).hidden[0, -1]).detach()
+
+
+def prompts(*lengths: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(20, (length,), generator=generator) for length in lengths]
+
+
+@pytest.mark.parametrize("model", STACKS, indirect=True)
+def test_rows_of_any_length_forks_and_saved_sessions_go_on_as_alone(model, monkeypatch, tmp_path, request):
+    monkeypatch.setattr(sessions, "PREFILL_TOKENS", 20)
+    absolute = request.node.callspec.params["model"] in ABSOLUTE
+    given = prompts(*((37, 37, 37) if absolute else (37, 5, 18)))
+    session = Session(model, 3)
+    session.prefill(given)
+    forked = session.fork(2)
+    for row, prompt in enumerate(given):
+        torch.testing.assert_close(session.logits[row], last_logits(model, prompt), rtol=0, atol=1e-10)
+    generator = torch.Generator().manual_seed(2)
+    rows = [torch.cat([prompt, torch.zeros(0, dtype=torch.int64)]) for prompt in given for _ in range(2)]
+    for step in range(9):
+        tokens = torch.randint(20, (6,), generator=generator)
+        forked.step(tokens)
+        rows = [torch.cat([row, token[None]]) for row, token in zip(rows, tokens, strict=True)]
+        if step == 4:
+            forked.save(tmp_path / "state", {"note": 3})
+            forked, about = Session.load(tmp_path / "state", model, torch.device("cpu"))
+            assert about == {"note": 3} and forked.batch == 6
+    for row, tokens in enumerate(rows):
+        torch.testing.assert_close(forked.logits[row], last_logits(model, tokens), rtol=0, atol=1e-10)
+    session.step(torch.zeros(3, dtype=torch.int64))
+    for row, prompt in enumerate(given):
+        wanted = last_logits(model, torch.cat([prompt, torch.zeros(1, dtype=torch.int64)]))
+        torch.testing.assert_close(session.logits[row], wanted, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("model", ["flash", "rwkv7"], indirect=True)
+def test_a_constant_state_does_not_grow(model, request):
+    sizes = []
+    for length in (10, 30):
+        session = Session(model, 2)
+        session.prefill(prompts(length, length))
+        sizes.append(session.state_bytes())
+    assert (sizes[0] == sizes[1]) == (request.node.callspec.params["model"] == "rwkv7")
+
+
+def plain_probabilities(logits: list[float], top_k: int | None, top_p: float, min_p: float) -> list[float]:
+    """The filters one after the other, token by token."""
+    kept = {i: torch.tensor(x, dtype=torch.float64).exp().item() for i, x in enumerate(logits)}
+
+    def shares() -> dict[int, float]:
+        return {i: x / sum(kept.values()) for i, x in kept.items()}
+
+    def largest() -> list[int]:
+        return sorted(kept, key=lambda i: -kept[i])
+
+    kept = {i: kept[i] for i in largest()[:top_k]}
+    total, nucleus = 0.0, []
+    for i in largest():
+        if total < top_p:
+            nucleus.append(i)
+        total += shares()[i]
+    kept = {i: kept[i] for i in nucleus}
+    least = min_p * max(shares().values())
+    kept = {i: x for i, x in kept.items() if shares()[i] >= least}
+    return [shares().get(i, 0.0) for i in range(len(logits))]
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 5, 100])
+@pytest.mark.parametrize("top_p", [0.05, 0.6, 1.0])
+@pytest.mark.parametrize("min_p", [0.0, 0.3, 1.0])
+def test_filters_keep_what_they_say(top_k, top_p, min_p):
+    logits = torch.randn(3, 12, generator=torch.Generator().manual_seed(4))
+    found = Sampling(0.7, top_k, top_p, min_p).probabilities(logits)
+    for row in range(3):
+        wanted = plain_probabilities((logits[row].double() / 0.7).tolist(), top_k, top_p, min_p)
+        torch.testing.assert_close(found[row], torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_draws_follow_the_probabilities_and_the_seed():
+    logits = torch.tensor([[0.0, 1.0, 2.0]]).expand(4000, -1)
+    sampling = Sampling(temperature=0.5)
+    draws = [sampling.draw(logits, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    shares = draws[0].bincount(minlength=3) / 4000
+    torch.testing.assert_close(shares, torch.tensor([0.0, 2.0, 4.0]).softmax(0), rtol=0, atol=0.03)
+    assert (Sampling(temperature=0.0).draw(logits, torch.Generator()) == 2).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"min_p": 2.0}, "min_p"),
+    ],
+)
+def test_impossible_sampling_is_refused(settings, name):
+    with pytest.raises(ConfigError, match=f"{name}="):
+        Sampling(**settings)
+
+
+def streamed(text: bytes, *stop: str) -> tuple[list[str], Row]:
+    row = Row(ByteTokenizer(), stop)
+    pieces = [row.take(token) for token in text if not row.ended]
+    return [*pieces, row.finish()], row
+
+
+def test_characters_come_whole():
+    pieces, row = streamed("aé€𝄞z".encode())
+    assert [piece for piece in pieces if piece] == ["a", "é", "€", "𝄞", "z"] and row.text == "aé€𝄞z"
+    assert "".join(streamed(b"a\xff\xfe\xfd\xfcb")[0]).startswith("a\ufffd")
+    assert streamed("é".encode()[:1])[1].text == "\ufffd"
+
+
+def test_nothing_of_a_stop_is_shown():
+    pieces, row = streamed(b"one. two. END three", "END", "three")
+    assert "".join(pieces) == row.text == "one. two. " and row.ended
+    pieces, row = streamed(b"one EN", "END")
+    assert "".join(pieces) == row.text == "one EN" and not row.ended
+    row = Row(ByteTokenizer(), ["xyz"])
+    assert [row.take(token) for token in (97, 120, 256)] == ["", "", "ax"] and row.ended and row.finish() == ""
+
+
+@pytest.fixture(scope="module")
+def run_folder(run_training, shared_cache):
+    words = ("mixer=rwkv7+flash", "mixer.rwkv7.head_dim=16", "model.num_layers=2", "seq_len=64", "max_steps=3")
+    return run_training(*words, f"data.cache_dir={shared_cache}")
+
+
+@pytest.fixture
+def generated(compose_config, run_folder):
+    def run(*words: str):
+        return generate(compose_config(f"checkpoint={run_folder}", *words, entry_point="generate"))
+
+    return run
+
+
+def test_a_saved_text_goes_on_as_if_it_had_never_stopped(generated, tmp_path, capsys):
+    whole = generated("prompt=The state", "max_tokens=20", "seed=3")
+    assert capsys.readouterr().out == whole.texts[0] + "\n"
+    generated("prompt=The state", "max_tokens=12", "seed=3", f"save={tmp_path}/here")
+    rest = generated(f"load={tmp_path}/here", "max_tokens=8")
+    assert rest.ids == whole.ids and len(whole.ids[0]) == 1 + len("The state") + 20
+    assert generated(f"load={tmp_path}/here", "max_tokens=8", "seed=9").ids != whole.ids
+    forks = generated(f"load={tmp_path}/here", "max_tokens=8", "samples=3")
+    assert len({tuple(row) for row in forks.ids}) == 3
+
+
+def test_rows_are_those_of_each_prompt_alone(generated, tmp_path, capsys):
+    (tmp_path / "prompt.txt").write_text("Of the Union")
+    options = ("temperature=0", "max_tokens=10")
+    alone = [generated(f"prompt={text}", *options).ids[0] for text in ("To the Congress", "x")]
+    from_file = generated(f"prompt_file={tmp_path}/prompt.txt", *options)
+    assert from_file.ids[0][:13] == [256, *b"Of the Union"]
+    capsys.readouterr()
+    together = generated("prompt=[To the Congress,x]", *options, "samples=2")
+    assert together.ids == [alone[0], alone[0], alone[1], alone[1]]
+    assert capsys.readouterr().out.count("---") == 4
+    assert together.state_bytes > 0 and together.tokens_per_second > 0
+
+
+def test_clear_errors(generated, tmp_path, run_training, shared_cache):
+    (tmp_path / "latin").write_bytes(b"\xe9t\xe9")
+    generated("max_tokens=1", f"save={tmp_path}/saved")
+    for words, kind, message in (
+        (["max_tokens=0"], ConfigError, "max_tokens=0"),
+        (["samples=0"], ConfigError, "samples=0"),
+        (["stop=['']"], ConfigError, "empty text"),
+        (["prompt=[]"], ConfigError, "empty list"),
+        (["prompt=a", f"prompt_file={tmp_path}/latin"], ConfigError, "not both"),
+        ([f"prompt_file={tmp_path}/latin"], DataError, "not UTF-8"),
+        ([f"prompt_file={tmp_path}/absent"], DataError, "cannot be read"),
+        ([f"load={tmp_path}/latin"], CheckpointError, "holds no saved generation"),
+        ([f"load={tmp_path}/absent"], CheckpointError, "holds no saved generation"),
+        (["prompt=a", f"load={tmp_path}/saved"], ConfigError, "leave prompt"),
+    ):
+        with pytest.raises(kind, match=message):
+            generated(*words)
+
+
+def test_a_saved_text_names_no_code(tmp_path):
+    session = torch.load  # a callable outside the project
+    content = {"class": f"{session.__module__}.{session.__qualname__}", "fields": {}}
+    torch.save({"format": sessions.FORMAT, "state": content}, tmp_path / "bad")
+    with pytest.raises(CheckpointError, match="not part of longmix"):
+        Session.load(tmp_path / "bad", None, torch.device("cpu"))
+    content["class"] = "longmix.cli.help_text"
+    torch.save({"format": sessions.FORMAT, "state": content}, tmp_path / "bad")
+    with pytest.raises(CheckpointError, match="not a state"):
+        Session.load(tmp_path / "bad", None, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "plain",
+        "true",
+        "42",
+        "We, the people",
+        "It's",
+        'a "b" [c]',
+        "ends with \\",
+        "it\\'s",
+        "${seed}",
+        "a=b",
+        "x: y",
+        " ",
+    ],
+)
+def test_a_prompt_is_taken_literally(text, monkeypatch):
+    from hydra import compose, initialize_config_dir
+
+    from longmix import cli
+
+    monkeypatch.setattr("sys.argv", ["generate.py", "checkpoint=x", f"prompt={text}"])
+    cli.register()
+    import sys
+
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose("generate", overrides=sys.argv[1:])
+    assert str(config.prompt) == text
+
+
+def test_the_command_line(run_process, run_folder):
+    done = run_process("generate.py", f"checkpoint={run_folder}", "prompt=We, the people", "max_tokens=5")
+    assert done.code == 0 and done.out and "tokens/s" in done.err and "MiB" in done.err
+    helped = run_process("generate.py", "-h")
+    assert helped.code == 0 and "temperature" in helped.out
