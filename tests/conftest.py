@@ -17,6 +17,10 @@ from longmix import cli
 
 ROOT = Path(__file__).parents[1]
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side share the cores; more threads than cores crawl
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("MKL_NUM_THREADS", "1")
+
 TINY = (
     "logger=csv",
     "batch_size=2",
