@@ -82,9 +82,50 @@ def tokenizer_from_state(state: dict[str, Any]) -> Tokenizer:
     """
     if state.get("kind") == "bytes":
         return ByteTokenizer()
+    if state.get("kind") == "numbers":
+        return NumberTokenizer(state["vocab_size"])
     if state.get("kind") == "library":
         return LibraryTokenizer(state["json"], state["separator"], source="the saved tokenizer")
-    raise DataError(f"unknown tokenizer kind {state.get('kind')!r}; expected 'bytes' or 'library'")
+    raise DataError(f"unknown tokenizer kind {state.get('kind')!r}; expected 'bytes', 'library' or 'numbers'")
+
+
+class NumberTokenizer(Tokenizer):
+    """Ids written as numbers, for synthetic tasks; each counts as one byte, and there is no separator among them.
+
+    Args:
+        vocab_size: ids are below this.
+    """
+
+    separator_id = -1
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """See `Tokenizer.encode_batch`.
+
+        Raises:
+            DataError: a word of the text is not a number below `vocab_size`.
+        """
+        words = [text.split() for text in texts]
+        wrong = [word for row in words for word in row if not word.isdecimal() or int(word) >= self.vocab_size]
+        if wrong:
+            raise DataError(
+                f"{wrong[0]!r} is not a token; the model knows the numbers from 0 to {self.vocab_size - 1}."
+            )
+        return [np.array([int(word) for word in row], np.int32) for row in words]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """See `Tokenizer.decode`; a blank follows each number."""
+        return "".join(f"{int(i)} " for i in ids)
+
+    def token_bytes(self) -> np.ndarray:
+        """See `Tokenizer.token_bytes`."""
+        return np.ones(self.vocab_size, np.int32)
+
+    def state(self) -> dict[str, Any]:
+        """See `Tokenizer.state`."""
+        return {"kind": "numbers", "vocab_size": self.vocab_size}
 
 
 class ByteTokenizer(Tokenizer):

@@ -125,9 +125,14 @@ def _identity(restored: Restored) -> dict[str, Any]:
 
 
 def _encoded(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The tokens of a prompt, behind the separator that all documents were trained with."""
+    """The tokens of a prompt, behind the separator that all documents were trained with, where there is one."""
     try:
-        return [tokenizer.separator_id, *(int(token) for token in tokenizer.encode(prompt))]
+        tokens = [int(token) for token in tokenizer.encode(prompt)]
+        if tokenizer.separator_id >= 0:
+            return [tokenizer.separator_id, *tokens]
+        if not tokens:
+            raise ConfigError("prompt is empty, and this model knows nothing to begin with; give some tokens.")
+        return tokens
     except UnicodeEncodeError as error:
         raise DataError(f"the prompt is not valid Unicode: {error}.") from error
 
