@@ -11,22 +11,21 @@ heads of the same width that have been published.
 import argparse
 import functools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import linear_providers as peers
-from benchmarks import results, timing
-from benchmarks.command import DTYPES, Parser, positive
-from benchmarks.comparison import PASSES, TRAINING, Comparison, Provider, carry_out
+from benchmarks import recurrences, results
+from benchmarks.command import Parser
+from benchmarks.comparison import TRAINING
 from benchmarks.linear_providers import FAMILIES, LEGEND, OURS, LinearShape, providers
+from benchmarks.recurrences import CPU_BATCH
 from longmix_kernels.linear.checks import TRITON_MAX_DIM
 
 LENGTHS = tuple(512 << power for power in range(8))
 SWEEP_LENGTHS = (8192,)
-CUDA_TOKENS, CPU_BATCH = 65536, 2
+CUDA_TOKENS = 65536
 SIZES = {"cuda": {"heads": 16, "key_dim": 128, "value_dim": 256}, "cpu": {"heads": 4, "key_dim": 64, "value_dim": 128}}
 """By device."""
 
@@ -93,12 +92,8 @@ def bars(device: str) -> list[results.Bar | results.FlatBar]:
     ]
 
 
-def shapes(options: argparse.Namespace) -> Iterator[LinearShape]:
-    """The shapes to compare, short ones first: they predict how long the others take."""
-    for length in options.lengths:
-        batch = options.batch or (max(1, CUDA_TOKENS // length) if options.device == "cuda" else CPU_BATCH)
-        sizes = options.heads, options.key_dim, options.value_dim
-        yield LinearShape(batch, length, *sizes, DTYPES[options.dtype], torch.device(options.device))
+shapes = functools.partial(recurrences.shapes, make=LinearShape, cuda_tokens=CUDA_TOKENS)
+"""The shapes to compare, of the options."""
 
 
 def chunk_size(text: str) -> int:
@@ -112,49 +107,18 @@ def chunk_size(text: str) -> int:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 and one line if something is not allowed."""
     parser = Parser(prog="python -m benchmarks.linear", description="Compare implementations of linear attention.")
-    add, of_device = parser.add_argument, " and ".join(f"{{{name}}} on {name}" for name in SIZES)
-
-    def default(name: str) -> str:
-        return "default: " + of_device.format(**{device: sizes[name] for device, sizes in SIZES.items()})
-
-    add("--lengths", type=positive(int, 1 << 20), nargs="+", metavar="T")
-    add("--heads", type=positive(int), help=default("heads"))
-    add("--key-dim", type=positive(int, TRITON_MAX_DIM), metavar="D", help=default("key_dim"))
-    add("--value-dim", type=positive(int, TRITON_MAX_DIM), metavar="D", help=default("value_dim"))
-    add("--batch", type=positive(int), help=f"default: {CUDA_TOKENS} / T on cuda and {CPU_BATCH} on cpu")
-    add("--passes", nargs="+", choices=PASSES, default=PASSES)
-    add("--providers", nargs="+", choices=FAMILIES, default=FAMILIES, metavar="NAME", help=", ".join(FAMILIES))
+    recurrences.add_sizes(parser, SIZES, TRITON_MAX_DIM, CUDA_TOKENS, FAMILIES)
     what = f"compare chunk sizes, of ours and of mlstm-kernels; at T = {SWEEP_LENGTHS[0]} unless --lengths says so"
-    add("--chunk-sizes", type=chunk_size, nargs="+", default=(), metavar="C", help=what)
-    parser.add_shared()
-    options = parser.parse_args(arguments)
-    parser.check_shared(options)
+    parser.add_argument("--chunk-sizes", type=chunk_size, nargs="+", default=(), metavar="C", help=what)
+    options = recurrences.read(parser, arguments, SIZES)
     options.chunk_sizes = sorted(set(options.chunk_sizes))
     options.lengths = sorted(set(options.lengths or (SWEEP_LENGTHS if options.chunk_sizes else LENGTHS)))
-    for name, size in SIZES[options.device].items():
-        setattr(options, name, getattr(options, name) or size)
     return options
 
 
 def complete(records: Sequence[results.Record], families: Mapping[str, str], key_dim: int) -> list[results.Record]:
-    """Return the records, one more for the fastest chunk size where that is asked, and what follows from times.
-
-    Args:
-        records: as measured.
-        families: by the name of a provider.
-        key_dim: of the run.
-    """
-    found = [dict(record, family=families[record["provider"]], key_dim=key_dim) for record in records]
-    for family in peers.BEST_OF:
-        for direction, length in dict.fromkeys((r["pass"], r["length"]) for r in found):
-            here = [r for r in found if (r["pass"], r["length"], r["family"]) == (direction, length, family)]
-            measured = [r for r in here if r["median_ms"] is not None]
-            if best := min(measured, key=lambda r: r["median_ms"], default=None):
-                found.append(best | {"provider": family, "note": f"the time of {best['provider']}"})
-    for record in found:
-        took, peak = record["median_ms"], record["peak_mib"]
-        record["us_per_token"] = None if took is None else took * 1e3 / record["tokens"]
-        record["peak_gb"] = None if peak is None else peak * 2**20 / 1e9
+    """Return the records and speed-ups; arguments as those of `recurrences.completed`."""
+    found = recurrences.completed(records, families, key_dim, peers.BEST_OF)
     exponential = [r for r in found if r["family"] in ("exp", peers.NATIVE, peers.XL_EXP)]
     others = [r for r in found if r["family"] not in ("exp", peers.XL_EXP)]
     for kind, rival in ((exponential, peers.XL_EXP), (others, peers.XL_SIG)):
@@ -162,63 +126,14 @@ def complete(records: Sequence[results.Record], families: Mapping[str, str], key
         results.add_speedup(kind, "over_mlstm", against)
     results.add_speedup(found, "over_gla", (peers.GLA,))
     results.add_speedup(found, "over_sdpa", peers.SDPA)
-    order = {name: place for place, name in enumerate(families)}
-
-    def place(record: results.Record) -> tuple[int, ...]:
-        ranks = PASSES.index(record["pass"]), record["length"], FAMILIES.index(record["family"])
-        return *ranks, order.get(record["provider"], -1)
-
-    return sorted(found, key=place)
+    return recurrences.in_order(found, families, FAMILIES)
 
 
-def save(
-    run: Comparison,
-    environment: results.Record,
-    options: argparse.Namespace,
-    families: Mapping[str, str],
-    missing: Mapping[str, str],
-) -> Path:
-    """Write the JSON of a run, as far as it has come, and return its path."""
-    records = complete(run.records, families, options.key_dim)
-    content: dict[str, Any] = {
-        "benchmark": "linear",
-        "environment": environment,
-        "settings": {name: value for name, value in vars(options).items() if name != "out"},
-        "missing": missing,
-        "results": records,
-        "bars": [bar.verdict(records, environment) for bar in bars(options.device)],
-    }
-    path = options.out / f"{results.file_stem('linear', environment)}.json"
-    results.write_json(path, content)
-    return path
-
-
-def report(path: Path, content: results.Record) -> str:
-    """Write table and picture beside the JSON of a run, and return the table."""
-    settings, environment, records = content["settings"], content["environment"], content["results"]
-    packages = ", ".join(f"{name} {version}" for name, version in environment["peers"].items() if version)
-    sizes = f"{settings['heads']} heads of {settings['key_dim']}/{settings['value_dim']}"
-    head = f"{sizes} on {results.headline(environment)}{f'; {packages}' if packages else ''}"
-    filled = {key for record in records for key, x in record.items() if x not in (None, "")}
-    sections = [
-        f"linear attention, {head}",
-        results.text_table(records, {key: title for key, title in COLUMNS.items() if key in filled}),
-        FOOTNOTE,
-        LEGEND,
-        "\n".join(f"left out: {name} {why}" for name, why in content["missing"].items()),
-        "\n".join(["bars", *results.verdict_lines(content["bars"])]),
-    ]
-    text = "\n\n".join(section for section in sections if section) + "\n"
-    path.with_suffix(".txt").write_text(text, encoding="utf-8")
-    draw(path.with_suffix(".png"), records, head, bool(settings["chunk_sizes"]))
-    return text
-
-
-def draw(path: Path, records: Sequence[results.Record], title: str, sweep: bool) -> None:
+def draw(path: Path, records: Sequence[results.Record], title: str, settings: Mapping[str, Any]) -> None:
     """Draw time per token and speed-up against the length, or against the chunk size of those that have one."""
     lines, ours, x = records, set(OURS), {}
     chunked = [r | {"provider": f"{r['family']}, T = {r['length']}"} for r in records if r["provider"] != r["family"]]
-    if sweep and chunked:
+    if settings["chunk_sizes"] and chunked:
         lines, x = chunked, {"x": "chunk_size", "x_label": "tokens of a chunk"}
         ours = {record["provider"] for record in lines if record["family"] in OURS}
     elif summed := {record["provider"] for record in records} & set(peers.BEST_OF):
@@ -233,19 +148,9 @@ def draw(path: Path, records: Sequence[results.Record], title: str, sweep: bool)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write and print; 1 if nothing could be measured."""
     options = parse(arguments)
-    device = torch.device(options.device)
-    every = providers(options.chunk_sizes)
-    asked = {family: every[family] for family in FAMILIES if family in options.providers}
-    missing = {family: why for family, chunks in asked.items() if (why := chunks[0].missing(device))}
-    environment = results.environment(device, options.dtype)
-    environment["peers"] = {name: results.version(name) for name in ("mlstm-kernels", "fla-core")}
-    here: list[Provider] = [x for family, chunks in asked.items() if family not in missing for x in chunks]
-    rates = results.peak_flops(environment), results.peak_bytes(environment)
-    run = Comparison(here, timing.clock_for(device), options.seconds, options.limit, *rates)
-    families = {provider.name: family for family, chunks in asked.items() for provider in chunks}
-    write = functools.partial(save, run, environment, options, families, missing)
-    steps = len(options.lengths) * len(options.passes)
-    return carry_out(run, shapes(options), steps, options.passes, missing, write, report)
+    table = recurrences.Publication("linear", "linear attention", COLUMNS, (FOOTNOTE, LEGEND), complete, draw, bars)
+    packages = "mlstm-kernels", "fla-core"
+    return table.carry_out(providers(options.chunk_sizes), FAMILIES, shapes(options), options, packages)
 
 
 if __name__ == "__main__":

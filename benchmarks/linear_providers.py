@@ -8,7 +8,6 @@ import functools
 import importlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
@@ -16,10 +15,10 @@ from torch.nn import functional as F
 from benchmarks import attention_providers
 from benchmarks import linear_work as work
 from benchmarks.comparison import Provider, Workload, both_passes
+from benchmarks.recurrences import StateShape, package_missing
 from longmix_kernels.linear import linear_attention
 from longmix_kernels.linear.cost import default_chunk
 
-SEED = 0
 FORGET_BIAS = 3.0
 """Mean of the forget gates before the sigmoid: a token is remembered for some twenty more."""
 
@@ -27,32 +26,13 @@ ATTENTION_DIM = 128
 NATIVE_CHUNKS, XL_CHUNKS, GLA_CHUNK = (64, 128), (128, 256), 64
 
 
-@dataclass(frozen=True)
-class LinearShape:
-    """What is computed: [batch, length, heads, dim] of keys and values, of a dtype on a device."""
-
-    batch: int
-    length: int
-    heads: int
-    key_dim: int
-    value_dim: int
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def dim(self) -> int:
-        """Columns of a head of the output."""
-        return self.value_dim
+class LinearShape(StateShape):
+    """What is computed, and the inputs of all providers."""
 
     @functools.cached_property
     def tensors(self) -> list[torch.Tensor]:
         """Query, key, value, input gate, forget gate and the gradient of the output; the same for every provider."""
-        generator = torch.Generator(self.device).manual_seed(SEED)
-        size = self.batch, self.length, self.heads
-
-        def normal(*columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            return torch.randn(*size, *columns, generator=generator, dtype=dtype, device=self.device)
-
+        normal = self.drawn()
         query, key = (normal(self.key_dim, dtype=self.dtype) for _ in range(2))
         value, grad = (normal(self.value_dim, dtype=self.dtype) for _ in range(2))
         return [query, key, value, normal(), FORGET_BIAS + normal(), grad]
@@ -143,16 +123,8 @@ def _simple_gla(shape: LinearShape) -> Workload:
     return shape.workload(attend, [query, key, value, forget], grad, GLA_CHUNK, gates=1)
 
 
-def _package_missing(module: str) -> str:
-    try:
-        importlib.import_module(module)
-    except ImportError as error:
-        return f"is not installed ({error})"
-    return ""
-
-
 def _native_missing(device: torch.device) -> str:
-    return "is for the CPU" if device.type != "cpu" else _package_missing("mlstm_kernels.torch")
+    return "is for the CPU" if device.type != "cpu" else package_missing("mlstm_kernels.torch")
 
 
 def _xl_missing(device: torch.device) -> str:
@@ -162,11 +134,11 @@ def _xl_missing(device: torch.device) -> str:
 
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9):
         return f"needs Triton below 3.9, which still had make_block_ptr; here is {triton.__version__}"
-    return _package_missing("mlstm_kernels.torch")
+    return package_missing("mlstm_kernels.torch")
 
 
 def _gla_missing(device: torch.device) -> str:
-    return "needs CUDA" if device.type != "cuda" else _package_missing("fla.ops.simple_gla")
+    return "needs CUDA" if device.type != "cuda" else package_missing("fla.ops.simple_gla")
 
 
 def _partial_chunk(chunk: int, shape: LinearShape, direction: str) -> str:

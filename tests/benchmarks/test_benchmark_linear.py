@@ -128,7 +128,7 @@ def test_bad_arguments_are_one_line(arguments, message, capsys):
 
 
 def test_sizes_on_cuda(monkeypatch):
-    monkeypatch.setattr(benchmark.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     options = benchmark.parse(["--device", "cuda", "--heads", "8", "--key-dim", "256", "--value-dim", "512"])
     assert options.dtype == "bf16" and len(list(benchmark.shapes(options))) == 8
     for shape in benchmark.shapes(options):
