@@ -32,8 +32,12 @@ def blocked_forward(
     document_ids: torch.Tensor | None,
     scale: float,
     chunk_size: int | None,
+    min_log_decay: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the output [B, T, H, V] and the state after the last token [B, H, K, V]; arguments as `delta_rule`'s."""
+    """Return the output [B, T, H, V] and the state after the last token [B, H, K, V]; arguments as `delta_rule`'s.
+
+    Decays are looked at, so that nothing needs to be promised of them: `min_log_decay` changes nothing.
+    """
     tensors = query, key, value, log_decay, low_rank_read, low_rank_write, initial_state, document_ids
     batch, _, heads, dim = query.shape
     output = query.new_empty(value.shape)
@@ -67,6 +71,7 @@ def blocked_backward(
     document_ids: torch.Tensor | None,
     scale: float,
     chunk_size: int | None,
+    min_log_decay: float | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Return the gradients of the first seven inputs, empty where an input is None.
 

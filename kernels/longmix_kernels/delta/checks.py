@@ -1,5 +1,7 @@
 """What the arguments of the delta rule must be; every error names the argument and what is allowed."""
 
+import math
+
 import torch
 
 from longmix_kernels.runtime import DTYPES, check_chunks, check_device
@@ -60,3 +62,9 @@ def check_state(query: torch.Tensor, value: torch.Tensor, state: torch.Tensor | 
     if list(state.shape) != wanted or state.dtype != exact:
         raise ValueError(f"initial_state is {state.dtype} {list(state.shape)}; allowed is {exact} {wanted}")
     check_device("initial_state", state, query)
+
+
+def check_promise(min_log_decay: float | None) -> None:
+    """Check what is promised of decays."""
+    if min_log_decay is not None and not (math.isfinite(min_log_decay) and min_log_decay <= 0):
+        raise ValueError(f"min_log_decay is {min_log_decay}; allowed is a finite number, at most 0, or None")

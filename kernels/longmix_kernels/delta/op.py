@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 
 from longmix_kernels.delta import reference
-from longmix_kernels.delta.checks import TRITON_MAX_DIM, check_decay, check_inputs, check_state
+from longmix_kernels.delta.checks import TRITON_MAX_DIM, check_decay, check_inputs, check_promise, check_state
+from longmix_kernels.delta.launch import KEPT, kept_by_triton
 from longmix_kernels.operators import differentiable
 from longmix_kernels.runtime import check_triton_device, choose_backend, triton_limits
 
@@ -25,6 +26,7 @@ def delta_rule(
     initial_state: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
     chunk_size: int | None = None,
+    min_log_decay: float | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Delta rule: linear attention whose transitions are a diagonal plus a matrix of rank one.
@@ -46,8 +48,12 @@ def delta_rule(
         scale: factor on the queries.
         initial_state: [B, H, K, V], before each document, dtype of `log_decay`; None for zeros.
         document_ids: int32 or int64 [B, T], non-decreasing along T; each document begins from the initial state.
-        chunk_size: tokens between two states that are computed; None lets the implementation choose one that is safe
-            for the decay.
+        chunk_size: tokens between two states that are computed; "triton" takes fewer where its registers or the decay
+            ask for it. None lets the implementation choose.
+        min_log_decay: a promise that no `log_decay` is smaller, by which "triton" takes longer chunks: up to 64 tokens
+            from -2.1 on, up to 32 from -4.07 on; RWKV-7 keeps -exp(-1/2). If it is broken, smaller decays count as what
+            was promised, and get the gradient they would have there. Without a promise, or with a smaller one, chunks
+            have 16 tokens, and any decay is exact. The other implementations need no promise, and do not look at it.
         backend: "reference" (token by token), "blocked" (chunks, in torch) or "triton" (the same on a CUDA device, no
             float64, K and V up to 256). None picks "triton" where it covers the call on a CUDA device, and "blocked"
             elsewhere.
@@ -59,6 +65,7 @@ def delta_rule(
         ValueError: an argument has a wrong shape, dtype, device or value.
     """
     check_inputs(query, key, value, low_rank_read, low_rank_write, document_ids, chunk_size)
+    check_promise(min_log_decay)
     if log_decay.dim() == 3:
         log_decay = log_decay.unsqueeze(-1).expand(*log_decay.shape, query.shape[-1])
     check_decay(query, log_decay)
@@ -80,27 +87,33 @@ def delta_rule(
             return reference.recurrent(query, key, value, log_decay, read, write, initial_state, document_ids, scale)
     run = _triton if backend == "triton" else _blocked
     tensors = query, key, value, log_decay, low_rank_read, low_rank_write, initial_state, document_ids
-    output, state = run(*tensors, scale, chunk_size)
+    output, state, *_ = run(*tensors, scale, chunk_size, min_log_decay)
     return output, state
 
 
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor log_decay, Tensor? low_rank_read, Tensor? low_rank_write, "
-    "Tensor? initial_state, Tensor? document_ids, float scale, int? chunk_size"
+    "Tensor? initial_state, Tensor? document_ids, float scale, int? chunk_size, "
+    "float? min_log_decay=None"
 )
 
 
-def _engine(name: str, forward: Callable[..., tuple], backward: Callable[..., tuple]) -> Callable[..., tuple]:
+def _engine(
+    name: str, forward: Callable[..., tuple], backward: Callable[..., tuple], keeps: Callable[..., tuple] | None = None
+) -> Callable[..., tuple]:
     """Register an implementation.
 
-    The backward gets the gradients of output and final state (None for zero) and the inputs, and returns a gradient for
-    each of the first seven inputs, empty where the input is None.
+    The forward returns output and final state, and then what it keeps for the backward: `keeps` makes that without
+    computing it, from the inputs. The backward gets the gradients of output and final state (None for zero), what was
+    kept and the inputs, and returns a gradient for each of the first seven inputs, empty where the input is None.
     """
+    kept = 0 if keeps is None else KEPT
 
     def empty(query, key, value, log_decay, *rest):
         batch, _, heads, dim = query.shape
         state = query.new_empty(batch, heads, dim, value.shape[-1], dtype=log_decay.dtype)
-        return query.new_empty(*query.shape[:3], value.shape[-1]), state
+        others = () if keeps is None else keeps(query, key, value, log_decay, *rest)
+        return query.new_empty(*query.shape[:3], value.shape[-1]), state, *others
 
     return differentiable(
         f"longmix::delta_{name}",
@@ -108,9 +121,9 @@ def _engine(name: str, forward: Callable[..., tuple], backward: Callable[..., tu
         forward=forward,
         backward=backward,
         empty=empty,
-        results=2,
+        results=2 + kept,
         incoming=2,
-        saved=(),
+        saved=range(2, 2 + kept),
         outgoing=7,
     )
 
@@ -140,4 +153,4 @@ def _triton_backward(*arguments):
 
 
 _blocked = _engine("blocked", _blocked_forward, _blocked_backward)
-_triton = _engine("triton", _triton_forward, _triton_backward)
+_triton = _engine("triton", _triton_forward, _triton_backward, kept_by_triton)

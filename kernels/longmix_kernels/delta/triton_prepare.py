@@ -1,0 +1,223 @@
+"""What a chunk does to a state, for all chunks at once: the first kernel of the delta rule on a GPU.
+
+With q^, a^ rows weighted by the decays up to them, k^, b^ columns weighted by those after them, A the weights between
+tokens and M = (1 - A_ab)^-1,
+
+    S' = diag(kept) S + E S + R       E = b^^T M a^                       R = k^^T v + b^^T U       U = M A_ak v
+    y  = Y + Q S                      Q = s (q^ + A_qb M a^)              Y = s (A_qk v + A_qb U)
+
+(the affine form of the UT transform, Yang et al. 2024, arXiv 2406.06484). Where a document begins within the chunk,
+rows of later documents mean the initial state by S; then so does all that is left in S'. The diagonal stays out of E:
+it is nearly 1, and would be rounded.
+"""
+
+import triton
+import triton.language as tl
+
+from longmix_kernels.delta.triton_tiles import (
+    decay_sums,
+    exact_pairs,
+    inverse_of,
+    load_decay,
+    load_ids,
+    middle_of,
+    pair_mask,
+    wide_product,
+)
+from longmix_kernels.linear.triton_tiles import load_tile, product, program_head, store_tile
+
+
+@triton.jit
+def store_block(matrix, block, row, HEIGHT: tl.constexpr, column, WIDTH: tl.constexpr):
+    """Store a block of a contiguous matrix [HEIGHT, WIDTH], in its dtype."""
+    rows, columns = row + tl.arange(0, block.shape[0]), column + tl.arange(0, block.shape[1])
+    mask = (rows[:, None] < HEIGHT) & (columns[None, :] < WIDTH)
+    tl.store(matrix + rows[:, None] * WIDTH + columns[None, :], block.to(matrix.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["length", "heads"])
+def prepare_kernel(
+    query,  # [B, T, H, DIM]
+    key,  # [B, T, H, DIM]
+    value,  # [B, T, H, VALUE_DIM]
+    log_decay,  # float32 [B, T, H, DIM]
+    low_rank_read,  # [B, T, H, DIM], or None
+    low_rank_write,  # [B, T, H, DIM], or None
+    document_ids,  # int32 [B, T], contiguous, or None
+    output,  # [B, T, H, VALUE_DIM], contiguous; Y is written
+    states,  # float32 [B, H, chunks, DIM, VALUE_DIM]; R is written
+    transitions,  # [B, H, chunks, DIM, DIM]; E is written; None without low-rank reads
+    reads,  # [B, H, T, DIM]; Q is written
+    inverses,  # [B, H, T, CHUNK]; M is written; None without low-rank reads
+    kept,  # float32 [B, H, chunks, DIM], how much of a state is left
+    scale,
+    floor,
+    length,
+    heads,
+    stride_query_batch,
+    stride_query_row,
+    stride_query_head,
+    stride_key_batch,
+    stride_key_row,
+    stride_key_head,
+    stride_value_batch,
+    stride_value_row,
+    stride_value_head,
+    stride_decay_batch,
+    stride_decay_row,
+    stride_decay_head,
+    stride_decay_column,
+    stride_read_batch,
+    stride_read_row,
+    stride_read_head,
+    stride_write_batch,
+    stride_write_row,
+    stride_write_head,
+    BOUNDED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Write what one chunk of one head does."""
+    DOCUMENTS: tl.constexpr = document_ids is not None
+    LOW: tl.constexpr = key.dtype.element_ty
+    chunk, batch, head = program_head(tl.cdiv(length, CHUNK), heads)
+    start = chunk * CHUNK
+    there = start + tl.arange(0, CHUNK) < length
+    sequence = batch * heads + head
+    place = sequence * tl.cdiv(length, CHUNK) + chunk
+    query += batch * stride_query_batch + head * stride_query_head
+    key += batch * stride_key_batch + head * stride_key_head
+    value += batch * stride_value_batch + head * stride_value_head
+    log_decay += batch * stride_decay_batch + head * stride_decay_head
+    output += (batch * length * heads + head) * VALUE_DIM
+    states += place * (DIM * VALUE_DIM)
+    reads += sequence * length * DIM
+    kept += place * DIM
+    if low_rank_read is not None:
+        low_rank_read += batch * stride_read_batch + head * stride_read_head
+        low_rank_write += batch * stride_write_batch + head * stride_write_head
+        transitions += place * (DIM * DIM)
+        inverses += sequence * length * CHUNK
+    if DOCUMENTS:
+        document_ids += batch * length
+    own, _first_id, last_id = load_ids(document_ids, start, tl.minimum(start + CHUNK, length) - 1, there)
+    # Columns that the leaving state holds.
+    held = there
+    if DOCUMENTS:
+        held = there & (own == last_id)
+
+    # [CHUNK, CHUNK] weights of columns in rows. What is inverted comes first, to be out of the way.
+    qk = tl.zeros([CHUNK, CHUNK], tl.float32)
+    qb, ak, ab = qk, qk, qk
+    if not BOUNDED:
+        for column in range(0, DIM, BLOCK):
+            k = load_tile(key, start, there, stride_key_row, column, BLOCK, DIM).to(tl.float32)
+            b = k
+            if low_rank_read is not None:
+                b = load_tile(low_rank_write, start, there, stride_write_row, column, BLOCK, DIM).to(tl.float32)
+            qk, qb, ak, ab = exact_pairs(
+                query,
+                low_rank_read,
+                log_decay,
+                k,
+                b,
+                qk,
+                qb,
+                ak,
+                ab,
+                start,
+                length,
+                stride_query_row,
+                stride_read_row,
+                stride_decay_row,
+                stride_decay_column,
+                column,
+                floor,
+                BLOCK,
+                DIM,
+                False,
+            )
+    seen = pair_mask(own, CHUNK, False, False, DOCUMENTS)
+    earlier = pair_mask(own, CHUNK, True, False, DOCUMENTS)
+    if low_rank_read is not None:
+        if BOUNDED:
+            for column in range(0, DIM, BLOCK):
+                decay = load_decay(
+                    log_decay, start, there, stride_decay_row, stride_decay_column, column, BLOCK, DIM, floor
+                )
+                total = tl.cumsum(decay, 0)
+                total -= middle_of(total, CHUNK)
+                a = load_tile(low_rank_read, start, there, stride_read_row, column, BLOCK, DIM)
+                b = load_tile(low_rank_write, start, there, stride_write_row, column, BLOCK, DIM)
+                ab = wide_product(a * tl.exp2(total - decay), tl.trans(b * tl.exp2(-total)), ab, LOW, UPCAST)
+        inverse = inverse_of(tl.where(earlier, ab, 0.0), CHUNK, PRECISION).to(LOW)
+        store_tile(inverses, inverse, start, there, CHUNK, 0, CHUNK, CHUNK)
+    if BOUNDED:
+        for column in range(0, DIM, BLOCK):
+            decay = load_decay(
+                log_decay, start, there, stride_decay_row, stride_decay_column, column, BLOCK, DIM, floor
+            )
+            total = tl.cumsum(decay, 0)
+            total -= middle_of(total, CHUNK)
+            inward = tl.exp2(-total)
+            q = load_tile(query, start, there, stride_query_row, column, BLOCK, DIM) * tl.exp2(total)
+            k = tl.trans(load_tile(key, start, there, stride_key_row, column, BLOCK, DIM) * inward)
+            qk = wide_product(q, k, qk, LOW, UPCAST)
+            if low_rank_read is not None:
+                a = load_tile(low_rank_read, start, there, stride_read_row, column, BLOCK, DIM)
+                ak = wide_product(a * tl.exp2(total - decay), k, ak, LOW, UPCAST)
+                b = load_tile(low_rank_write, start, there, stride_write_row, column, BLOCK, DIM)
+                qb = wide_product(q, tl.trans(b * inward), qb, LOW, UPCAST)
+    qk = (tl.where(seen, qk, 0.0) * scale).to(LOW)
+    if low_rank_read is not None:
+        qb = (tl.where(seen, qb, 0.0) * scale).to(LOW)
+        ak = tl.where(earlier, ak, 0.0).to(LOW)
+
+    for value_column in range(0, VALUE_DIM, VALUE_BLOCK):
+        # [CHUNK, VALUE_BLOCK].
+        v = load_tile(value, start, there, stride_value_row, value_column, VALUE_BLOCK, VALUE_DIM)
+        y = product(qk, v, None, UPCAST)
+        u = v
+        if low_rank_read is not None:
+            x = product(ak, v, None, UPCAST).to(LOW)
+            u = product(inverse, x, None, UPCAST).to(LOW)
+            y = product(qb, u, y, UPCAST)
+        store_tile(output, y, start, there, heads * VALUE_DIM, value_column, VALUE_BLOCK, VALUE_DIM)
+        for column in range(0, DIM, BLOCK):
+            decay = load_decay(
+                log_decay, start, there, stride_decay_row, stride_decay_column, column, BLOCK, DIM, floor
+            )
+            _total, _prefix, _before, suffix = decay_sums(decay, own, CHUNK, BOUNDED, DOCUMENTS, PRECISION)
+            left = tl.where(held[:, None], tl.exp2(suffix), 0.0)
+            k = load_tile(key, start, there, stride_key_row, column, BLOCK, DIM)
+            written = product(tl.trans((k * left).to(LOW)), v, None, UPCAST)
+            if low_rank_read is not None:
+                b = load_tile(low_rank_write, start, there, stride_write_row, column, BLOCK, DIM)
+                written = product(tl.trans((b * left).to(LOW)), u, written, UPCAST)
+            store_block(states, written, column, DIM, value_column, VALUE_DIM)
+
+    for column in range(0, DIM, BLOCK):
+        decay = load_decay(log_decay, start, there, stride_decay_row, stride_decay_column, column, BLOCK, DIM, floor)
+        _total, prefix, before, _suffix = decay_sums(decay, own, CHUNK, BOUNDED, DOCUMENTS, PRECISION)
+        columns = column + tl.arange(0, BLOCK)
+        since = tl.sum(tl.where(held[:, None], decay, 0.0), 0)
+        tl.store(kept + columns, tl.exp2(since), mask=columns < DIM)
+        q = load_tile(query, start, there, stride_query_row, column, BLOCK, DIM) * tl.exp2(prefix) * scale
+        if low_rank_read is not None:
+            a = load_tile(low_rank_read, start, there, stride_read_row, column, BLOCK, DIM) * tl.exp2(before)
+            w = product(inverse, a.to(LOW), None, UPCAST).to(LOW)
+            q = product(qb, w, q, UPCAST)
+            for row in range(0, DIM, BLOCK):
+                decay = load_decay(
+                    log_decay, start, there, stride_decay_row, stride_decay_column, row, BLOCK, DIM, floor
+                )
+                _total, _prefix, _before, suffix = decay_sums(decay, own, CHUNK, BOUNDED, DOCUMENTS, PRECISION)
+                left = tl.where(held[:, None], tl.exp2(suffix), 0.0)
+                b = load_tile(low_rank_write, start, there, stride_write_row, row, BLOCK, DIM)
+                store_block(transitions, product(tl.trans((b * left).to(LOW)), w, None, UPCAST), row, DIM, column, DIM)
+        store_tile(reads, q, start, there, DIM, column, BLOCK, DIM)

@@ -1,0 +1,225 @@
+"""What the delta kernels do with a chunk: sums of decays, weights between its tokens, and the inverse those need.
+
+Rows of a chunk are queries q and low-rank reads a; columns are keys k and low-rank writes b. Row i meets column j by
+the decays after j up to i (a read: up to i - 1), exp2(G_i - G_j) with G the sums of decays in base 2. Two ways:
+
+    bounded    both sides are scaled by exp2(+-(G - G_middle)), and their products are taken at once. The caller has
+               promised a bound on the decays by which the exponents stay within +-100 (`launch.SPAN`).
+    exact      row after row, weights are products of decays: nothing is divided by, so any decay will do. 16 tokens.
+
+Rows past the end of a sequence have zero keys, values and decays, and belong to its last document.
+"""
+
+import triton
+import triton.language as tl
+
+from longmix_kernels.linear.triton_tiles import product, tile_places
+
+
+@triton.jit
+def load_decay(
+    log_decay, start, there, stride_row, stride_column, column, BLOCK: tl.constexpr, DIM: tl.constexpr, floor
+):
+    """Load [rows, BLOCK] log decays of a head, in base 2 and at least `floor`; 0 where there is none.
+
+    Their last stride may be 0, where all channels of a head share one.
+    """
+    rows = (start + tl.arange(0, there.shape[0])).to(tl.int64)
+    columns = column + tl.arange(0, BLOCK)
+    places = log_decay + rows[:, None] * stride_row + columns[None, :] * stride_column
+    decay = tl.load(places, mask=there[:, None] & (columns < DIM)[None, :], other=0.0)
+    return tl.maximum(decay, floor) * 1.4426950408889634
+
+
+@triton.jit
+def load_row(matrix, row, inside, stride_row, stride_column, column, BLOCK: tl.constexpr, DIM: tl.constexpr):
+    """Load [BLOCK] of one row of a head's matrix, zero where there is none."""
+    columns = column + tl.arange(0, BLOCK)
+    places = matrix + row.to(tl.int64) * stride_row + columns * stride_column
+    return tl.load(places, mask=columns < tl.where(inside, DIM, 0), other=0.0)
+
+
+@triton.jit
+def load_ids(document_ids, start, last, there):
+    """Which document each row of a chunk is of, rows past the end like the `last`; and those of first and last row."""
+    own = tl.zeros([there.shape[0]], tl.int32)
+    first_id, last_id = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
+    if document_ids is not None:
+        first_id, last_id = tl.load(document_ids + start), tl.load(document_ids + last)
+        rows = start + tl.arange(0, there.shape[0])
+        own = tl.where(there, tl.load(document_ids + rows, mask=there, other=0), last_id)
+    return own, first_id, last_id
+
+
+@triton.jit
+def pair_mask(own, CHUNK: tl.constexpr, STRICT: tl.constexpr, TRANSPOSED: tl.constexpr, DOCUMENTS: tl.constexpr):
+    """Which columns rows see: [rows, columns], or `TRANSPOSED`; with `STRICT` only earlier ones, not their own."""
+    one, other = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
+    row, column = (other, one) if TRANSPOSED else (one, other)
+    mask = row > column if STRICT else row >= column
+    if DOCUMENTS:
+        mask = mask & (own[:, None] == own[None, :])
+    return mask
+
+
+@triton.jit
+def masked_sum(mask, x, PRECISION: tl.constexpr):
+    """Sums [CHUNK, BLOCK] of the rows of x that the mask [CHUNK, CHUNK] has, with no difference of larger sums."""
+    return tl.dot(mask.to(tl.float32), x, input_precision=PRECISION)
+
+
+@triton.jit
+def rows_at(x, index, CHUNK: tl.constexpr):
+    """Rows of x [CHUNK, BLOCK] by their number [CHUNK], zero for numbers that no row has."""
+    place = tl.broadcast_to(tl.minimum(tl.maximum(index, 0), CHUNK - 1)[:, None], x.shape)
+    return tl.where(((index >= 0) & (index < CHUNK))[:, None], tl.gather(x, place, 0), 0.0)
+
+
+@triton.jit
+def decay_sums(
+    decay,
+    own,
+    CHUNK: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Sums of decays [CHUNK, BLOCK].
+
+    Returns:
+        From the chunk's first token up to each token; from the first token of the chunk and of the token's document up
+        to it, and up to the one before it; and of all tokens after it.
+    """
+    if BOUNDED:
+        total = tl.cumsum(decay, 0)
+        prefix = total
+        if DOCUMENTS:
+            # Ids do not decrease: as many rows as have a smaller one come before the document.
+            begins = tl.sum((own[None, :] < own[:, None]).to(tl.int32), 1)
+            prefix = total - rows_at(total, begins - 1, CHUNK)
+        before = prefix - decay
+        suffix = tl.sum(decay, 0)[None, :] - total
+    else:
+        # A difference would lose small decays beside large ones.
+        prefix = masked_sum(pair_mask(own, CHUNK, False, False, DOCUMENTS), decay, PRECISION)
+        before = masked_sum(pair_mask(own, CHUNK, True, False, DOCUMENTS), decay, PRECISION)
+        suffix = masked_sum(pair_mask(own, CHUNK, True, True, False), decay, PRECISION)
+        total = prefix
+    return total, prefix, before, suffix
+
+
+@triton.jit
+def middle_of(total, CHUNK: tl.constexpr):
+    """The sum up to the middle of a chunk, [1, BLOCK], from those up to each token."""
+    return tl.sum(tl.where((tl.arange(0, CHUNK) == CHUNK // 2)[:, None], total, 0.0), 0)[None, :]
+
+
+@triton.jit
+def wide_product(a, b, total, LOW: tl.constexpr, UPCAST: tl.constexpr):
+    """Return total + a b of float32 factors up to 2 ** 100; for float16, which cannot hold those, in TF32."""
+    if LOW == tl.float16:  # noqa: SIM300
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="tf32")
+    else:
+        return product(a.to(LOW), b.to(LOW), total, UPCAST)
+
+
+@triton.jit
+def exact_pairs(
+    query,
+    low_rank_read,
+    log_decay,
+    k,  # [16, BLOCK]
+    b,
+    qk,  # [16, 16] weights, added to: of keys in queries
+    qb,  # of low-rank writes in queries
+    ak,  # of keys in low-rank reads
+    ab,
+    start,
+    length,
+    stride_query_row,
+    stride_read_row,
+    stride_decay_row,
+    stride_decay_column,
+    column,
+    floor,
+    BLOCK: tl.constexpr,
+    DIM: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """Add the weights between 16 tokens that `BLOCK` columns give, unmasked but for columns after a row."""
+    place = tl.arange(0, 16)
+    weight = tl.zeros([16, BLOCK], tl.float32)
+    for row in range(0, 16):
+        token = start + row
+        inside = token < length
+        here = (place == row)[None, :] if TRANSPOSED else (place == row)[:, None]
+        if low_rank_read is not None:
+            a = load_row(low_rank_read, token, inside, stride_read_row, 1, column, BLOCK, DIM).to(tl.float32)
+            read = weight * a[None, :]
+            of_key, of_write = tl.sum(read * k, 1), tl.sum(read * b, 1)
+            if TRANSPOSED:
+                ak += tl.where(here, of_key[:, None], 0.0)
+                ab += tl.where(here, of_write[:, None], 0.0)
+            else:
+                ak += tl.where(here, of_key[None, :], 0.0)
+                ab += tl.where(here, of_write[None, :], 0.0)
+        decay = load_row(log_decay, token, inside, stride_decay_row, stride_decay_column, column, BLOCK, DIM)
+        kept = tl.exp2(tl.maximum(decay, floor) * 1.4426950408889634)
+        weight = tl.where((place == row)[:, None], 1.0, weight * kept[None, :])
+        q = load_row(query, token, inside, stride_query_row, 1, column, BLOCK, DIM).to(tl.float32)
+        asked = weight * q[None, :]
+        of_key = tl.sum(asked * k, 1)
+        if TRANSPOSED:
+            qk += tl.where(here, of_key[:, None], 0.0)
+        else:
+            qk += tl.where(here, of_key[None, :], 0.0)
+        if low_rank_read is not None:
+            of_write = tl.sum(asked * b, 1)
+            if TRANSPOSED:
+                qb += tl.where(here, of_write[:, None], 0.0)
+            else:
+                qb += tl.where(here, of_write[None, :], 0.0)
+    return qk, qb, ak, ab
+
+
+@triton.jit
+def inverse_of(weights, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
+    """The inverse of 1 minus weights [CHUNK, CHUNK] that are zero but below the diagonal, in float32.
+
+    Blocks of 16 by substitution, all at once; then pairs of neighbours are merged: ((P, 0), (X, R)) has the inverse
+    (P', 0; R' X P', R'). Doubling the powers of the weights instead would lose 2 digits at 32 and all of them at 64
+    where removal keys are alike.
+    """
+    BLOCKS: tl.constexpr = CHUNK // 16
+    LEVELS: tl.constexpr = 4 + BLOCKS // 2
+    row, column = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
+    own = tl.where(row // 16 == column // 16, weights, 0.0)
+    # [BLOCKS, 16, 16], the blocks on the diagonal.
+    own = tl.sum(tl.reshape(own, [BLOCKS, 16, BLOCKS, 16]), 2)
+    place = tl.arange(0, 16)
+    found = tl.where((place[:, None] == place[None, :])[None, :, :], tl.full([BLOCKS, 16, 16], 1.0, tl.float32), 0.0)
+    for index in range(1, 16):
+        here = (place == index)[None, :, None]
+        of_row = tl.sum(tl.where(here, own, 0.0), 1)
+        found += tl.where(here, tl.sum(of_row[:, :, None] * found, 1)[:, None, :], 0.0)
+    same = (tl.arange(0, BLOCKS)[:, None] == tl.arange(0, BLOCKS)[None, :])[:, None, :, None]
+    found = tl.reshape(tl.where(same, found[:, :, None, :], 0.0), [CHUNK, CHUNK])
+    # Two steps for each size, X P' and R' (X P'); all in one product, since two at once need too many registers.
+    crossing = found
+    for step in range(8, 2 * LEVELS):
+        level, first = step // 2, step % 2 == 0
+        below = (row >> level == (column >> level) + 1) & (row >> (level + 1) == column >> (level + 1))
+        left = tl.where(first, tl.where(below, weights, 0.0), found)
+        crossing = tl.dot(left, tl.where(first, found, crossing), input_precision=PRECISION)
+        found = tl.where(first, found, found + crossing)
+    return found
+
+
+@triton.jit
+def load_square(matrix, start, there, CHUNK: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Load the rows of a chunk of a head's contiguous [T, CHUNK], or the same `TRANSPOSED`."""
+    places = tile_places(matrix, start, CHUNK, 0, CHUNK, CHUNK)
+    mask = there[:, None] & (tl.arange(0, CHUNK) < CHUNK)[None, :]
+    if TRANSPOSED:
+        places, mask = tl.trans(places), tl.trans(mask)
+    return tl.load(places, mask=mask, other=0.0)
