@@ -91,11 +91,9 @@ def zero_state(query: torch.Tensor, value: torch.Tensor, normalize: bool) -> Lin
     batch, _, heads, dim = query.shape
     exact = torch.promote_types(query.dtype, torch.float32)
     memory = query.new_zeros(batch, heads, dim, value.shape[-1], dtype=exact)
-    return (
-        LinearState(memory, memory.new_zeros(batch, heads, dim), memory.new_zeros(batch, heads))
-        if normalize
-        else (LinearState(memory))
-    )
+    if not normalize:
+        return LinearState(memory)
+    return LinearState(memory, memory.new_zeros(batch, heads, dim), memory.new_zeros(batch, heads))
 
 
 _INPUTS = (

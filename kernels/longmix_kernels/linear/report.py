@@ -10,9 +10,7 @@ import argparse
 import importlib
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Any, cast
 
 from longmix_kernels.attention.launch import split_dim
 from longmix_kernels.linear import cost, launch
-from longmix_kernels.report import DTYPES, Compiled, as_table
+from longmix_kernels.report import DTYPES, Compiled, as_table, compile_for
 
 DIMS = ((64, 64), (64, 128), (128, 256), (256, 512))
 """Head dimensions of keys and values."""
@@ -136,11 +134,6 @@ def _kernel(name: str) -> Any:
 
 def compile_kernel(build: Build) -> Compiled:
     """Compile a kernel as the launcher would for aligned tensors, and read what ptxas says about it."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas
-    from triton.compiler import ASTSource
-
     kernel, config = _kernel(build.kernel), build.launch_config()
     constants = {name: constant for name, constant in build.constants().items() if name in kernel.arg_names}
     signature, aligned = {}, {}
@@ -156,32 +149,7 @@ def compile_kernel(build: Build) -> Compiled:
             element = build.states if name in ("states", "grad_states") else element
             signature[name] = "i32" if name.startswith("stride_") else f"*{element}"
             aligned[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, aligned)
-    compiled = triton.compile(source, GPUTarget("cuda", build.architecture, 32), config.options())
-    ptx = compiled.asm["ptx"]
-    arch = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
-    assert arch is not None
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.ptx")
-        path.write_text(ptx)
-        command = [get_ptxas(build.architecture).path, "--verbose", f"--gpu-name={arch[1]}", path, "-o", "/dev/null"]
-        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-
-    def number(pattern: str) -> int:
-        return sum(int(found) for found in re.findall(pattern, log))
-
-    return Compiled(
-        registers=number(r"Used (\d+) registers"),
-        spills=number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
-        stack=number(r"(\d+) bytes stack frame"),
-        shared=compiled.metadata.shared,
-        tensor_cores={
-            "mma": len(re.findall(r"\bmma\.sync", ptx)),
-            "wgmma": len(re.findall(r"\bwgmma\.mma_async", ptx)),
-            "tcgen05": len(re.findall(r"\btcgen05\.mma", ptx)),
-        },
-        serialized="wgmma.mma_async instructions are serialized" in log,
-    )
+    return compile_for(kernel, signature, constants, aligned, build.architecture, config.options())
 
 
 def table_builds(

@@ -260,6 +260,5 @@ def inner(
 ) -> torch.Tensor:
     """Return <C, dC> + <n, dn> of states [B, H, ...], as [B, H]; a gradient of None is zero."""
     pairs = ((memory, grad_memory), (normalizer, grad_normalizer))
-    return torch.stack([(x * grad).flatten(2).sum(-1) for x, grad in pairs if x is not None and grad is not None]).sum(
-        0
-    )
+    sums = [(x * grad).flatten(2).sum(-1) for x, grad in pairs if x is not None and grad is not None]
+    return torch.stack(sums).sum(0)

@@ -1,6 +1,6 @@
 """The cases every implementation of scalar-gated linear attention is held to, and how an error is measured."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -136,6 +136,63 @@ def assert_close(result: torch.Tensor, expected: torch.Tensor, tolerance: float,
         )
 
 
+def second_document(case: Case, start: int, strong: bool, seed: int = 5) -> dict[str, torch.Tensor | None]:
+    """Inputs of which the second document, from `start` on, is always the same, and its input gates weak.
+
+    Of the first only the decays are the same, so that sums of them round alike: all else comes from another seed. If
+    `strong`, its input gates are far above those of the second, as far as a form can take that.
+    """
+    inputs, others = case.inputs(torch.float32), case.inputs(torch.float32, seed)
+    for name in ("query", "key", "value", "log_input"):
+        x, other = inputs[name].detach().clone(), others[name].detach()
+        x[:, :start] = other[:, :start]
+        if name == "log_input":
+            x[:, start:] -= 5.0
+            x[:, :start] += (100.0 if case.normalize else 5.0) * strong
+        inputs[name] = x.requires_grad_()
+    return inputs
+
+
+def of_second_document(results: list[torch.Tensor], inputs: dict, start: int) -> dict[str, torch.Tensor]:
+    """Its output, what the final state means, and gradients for random gradients of both, held to be 0 before it."""
+    output, memory, *others = results
+    wanted = {"output": output[:, start:], "memory": memory}
+    if others:
+        factor = others[1].detach().exp()
+        wanted |= {"memory": memory * factor[..., None, None], "normalizer": others[0] * factor[..., None]}
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in wanted.values()]
+    given = {name: x for name, x in inputs.items() if x is not None}
+    found = dict(wanted)
+    gradients = torch.autograd.grad(list(wanted.values()), list(given.values()), grads)
+    for name, x in zip(given, gradients, strict=True):
+        if name not in INPUTS[5:]:
+            assert not x[:, :start].any(), name
+            x = x[:, start:]
+        found[f"gradient of {name}"] = x
+    return found
+
+
+def assert_second_document_forgets(function, case: Case, start: int, **options) -> None:
+    """Hold what comes of it to be bitwise the same after any first document, and close to what it is on its own."""
+    case = replace(case, documents=(start,), batch=1)
+    found = []
+    for strong in (True, False):
+        inputs = second_document(case, start, strong)
+        found.append(of_second_document(call(function, case, inputs, **options), inputs, start))
+    for name, x in found[0].items():
+        assert torch.equal(x, found[1][name]), name
+
+    alone = replace(case, documents=(), length=case.length - start)
+    inputs = {
+        name: x if x is None else (x if name in INPUTS[5:] else x[:, start:]).detach().double().requires_grad_()
+        for name, x in inputs.items()
+    }
+    exact = of_second_document(call(function, alone, inputs, backend="reference"), inputs, 0)
+    for name, x in exact.items():
+        assert_close(found[0][name], x, TOLERANCE[torch.float32], name)
+
+
 CASES = [
     *(Case(f"exp-T{n}", length=n) for n in (1, 15, 16, 17, 63, 100, 257, 1000)),
     *(Case(f"sig-T{n}", length=n, normalize=False) for n in (1, 15, 16, 17, 63, 100, 257, 1000)),
@@ -154,4 +211,6 @@ CASES = [
     Case("sig-documents-T1000", documents=(300, 1, 160, 239), length=1000, batch=1, normalize=False),
     *(Case(f"exp-chunk-{n}", chunk_size=n, length=300, documents=(129, 70)) for n in (16, 64, 128, 256, 512)),
     *(Case(f"sig-chunk-{n}", chunk_size=n, length=300, normalize=False) for n in (16, 64, 128, 256, 512)),
+    *(Case(f"exp-T600-chunk-{n}", chunk_size=n, length=600, batch=1) for n in (256, 512)),
+    Case("sig-T600-chunk-256-documents", chunk_size=256, length=600, batch=1, normalize=False, documents=(300, 212)),
 ]

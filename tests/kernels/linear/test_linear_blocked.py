@@ -1,10 +1,21 @@
 """Rung 2: the chunkwise form against the definition, and what chunks, documents and states must not change."""
 
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
 import torch
-from linear_cases import CASES, INPUTS, TOLERANCE, Case, assert_close, call, gradients, meaning
+from linear_cases import (
+    CASES,
+    INPUTS,
+    TOLERANCE,
+    Case,
+    assert_close,
+    assert_second_document_forgets,
+    call,
+    gradients,
+    meaning,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -63,7 +74,7 @@ def test_equals_the_definition(case, dtype):
     assert_same(everything(case, inputs, backend="blocked"), definition(case), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("case", filter(nearly_cancels, CASES), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", list(filter(nearly_cancels, CASES)), ids=lambda case: case.name)
 def test_where_denominators_nearly_cancel_it_is_no_worse_than_the_definition(case):
     inputs = case.inputs(torch.float32)
     in_float32 = everything(case, inputs, backend="reference")
@@ -93,42 +104,62 @@ def test_the_chunk_size_changes_nothing(normalize):
         assert_same(everything(case, inputs, chunk_size=size), wanted, 1e-12)
 
 
+def assert_documents_equal_each_alone(case: Case, dtype: torch.dtype) -> None:
+    """Outputs, final state and gradients; the gradient of the initial state is the sum over documents."""
+    inputs = case.inputs(dtype)
+    results = call(linear_attention, case, inputs)
+    count, tolerance = 2 + case.normalize, TOLERANCE[dtype]
+    grad_output, *grad_state = (torch.randn_like(x) for x in results[:count])
+    wanted = {name: x for name, x in inputs.items() if x is not None}
+    grads = torch.autograd.grad(results[:count], list(wanted.values()), [grad_output, *grad_state])
+    total = dict(zip(wanted, grads, strict=True))
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in ("output", *wanted)}
+    start = 0
+    for length in case.documents:
+        rows = slice(start, start + length)
+        start += length
+        alone = {
+            name: x if x is None else (x if name in INPUTS[5:] else x[:, rows]).detach().requires_grad_()
+            for name, x in inputs.items()
+        }
+        got = call(linear_attention, replace(case, length=length, documents=()), alone)
+        last = [x * (start == case.length) for x in grad_state]
+        parts = torch.autograd.grad(got[:count], [alone[name] for name in wanted], [grad_output[:, rows], *last])
+        for name, part in zip(found, (got[0], *parts), strict=True):
+            found[name].append(part)
+    for a, b in zip(meaning(got[1:]), meaning(results[1:]), strict=True):
+        assert_close(a, b, tolerance, "final state")
+    for name, x in {"output": results[0], **total}.items():
+        joined = torch.stack(found[name]).sum(0) if name in INPUTS[5:] else torch.cat(found[name], 1)
+        assert_close(joined, x, tolerance, name)
+
+
 @pytest.mark.parametrize("chunk_size", [16, 64])
 @pytest.mark.parametrize("with_state", [True, False], ids=["state", "zero"])
 @pytest.mark.parametrize("normalize", [True, False], ids=["exp", "sig"])
 def test_packed_documents_equal_each_alone(normalize, with_state, chunk_size):
-    """Three of the documents lie within one chunk; the gradient of the initial state is the sum over documents."""
+    """Three of the documents lie within one chunk."""
     lengths = (5, 7, 3, 64, 17, 1, 53)
     case = Case("packed", sum(lengths), normalize, batch=1, with_state=with_state, documents=lengths)
-    inputs = case.inputs(torch.float64)
-    results = call(linear_attention, case, inputs, chunk_size=chunk_size)
-    grad_output = torch.randn_like(results[0])
-    grad_state = [torch.randn_like(x) for x in results[1 : 2 + normalize]]
-    wanted = {name: x for name, x in inputs.items() if x is not None}
-    grads = torch.autograd.grad(results[: 2 + normalize], list(wanted.values()), [grad_output, *grad_state])
-    total = dict(zip(wanted, grads, strict=True))
-    states = {name: torch.zeros_like(x) for name, x in total.items() if name in INPUTS[5:]}
+    assert_documents_equal_each_alone(replace(case, chunk_size=chunk_size), torch.float64)
 
-    start = 0
-    for length in lengths:
-        rows = slice(start, start + length)
-        start += length
-        alone = same({name: x if x is None or name in INPUTS[5:] else x[:, rows] for name, x in inputs.items()})
-        got = call(linear_attention, Case("alone", length, normalize), alone, chunk_size=chunk_size)
-        assert_close(got[0], results[0][:, rows], 1e-12, "output")
-        last = [x * (start == sum(lengths)) for x in grad_state]
-        parts = torch.autograd.grad(
-            got[: 2 + normalize], [alone[name] for name in wanted], [grad_output[:, rows], *last]
-        )
-        for name, part in zip(wanted, parts, strict=True):
-            if name in states:
-                states[name] += part
-            else:
-                assert_close(part, total[name][:, rows], 1e-12, f"{name} from {rows.start}")
-    for a, b in zip(meaning(got[1:]), meaning(results[1:]), strict=True):
-        assert_close(a, b, 1e-12, "final state")
-    for name, x in states.items():
-        assert_close(x, total[name], 1e-12, name)
+
+@pytest.mark.parametrize("normalize", [True, False], ids=["exp", "sig"])
+def test_long_packed_documents_equal_each_alone(normalize):
+    lengths = (5000, 1, 7000, 64, 4319)
+    case = Case("long", 16384, normalize, "init", batch=1, heads=1, dim=64, value_dim=128, documents=lengths)
+    assert sum(lengths) == case.length
+    assert_documents_equal_each_alone(case, torch.float32)
+
+
+@pytest.mark.parametrize("chunk_size", [16, 64])
+@pytest.mark.parametrize("start", [20, 32])
+@pytest.mark.parametrize("with_state", [True, False], ids=["state", "zero"])
+@pytest.mark.parametrize("normalize", [True, False], ids=["exp", "sig"])
+def test_a_document_leaves_no_trace_in_the_next(normalize, with_state, start, chunk_size):
+    """A closed gate would leak here: what came before is e ** 100 times as strong."""
+    case = Case("forgets", length=70, normalize=normalize, with_state=with_state, chunk_size=chunk_size)
+    assert_second_document_forgets(linear_attention, case, start, backend="blocked")
 
 
 @pytest.mark.parametrize("documents", [(), (13, 40, 3)], ids=["one", "documents"])
@@ -214,6 +245,34 @@ def test_inputs_of_a_hundred_remain_finite(gates, chunk_size):
     assert_same(everything(case, same(inputs)), wanted, 1e-10)
     for name, x in everything(case, inputs).items():
         assert x.isfinite().all(), name
+
+
+def test_the_first_token_outweighs_all_later_chunks():
+    """What it wrote sets the scale of rows that are chunks away."""
+    case = Case("first", length=100, chunk_size=16, with_state=False)
+    inputs = case.inputs(torch.float32)
+    gate = inputs["log_input"].detach()
+    gate[:, 1:] -= 200.0
+    wanted = everything(case, same(inputs), backend="reference")
+    assert_same(everything(case, inputs), wanted, 1e-5)
+
+
+@pytest.mark.parametrize("shift", [0.0, 3000.0])
+def test_sums_of_decays_and_large_scales_round_away_nothing(shift):
+    """A thousand decays whose rests add up, and log scales that float32 holds with few digits after the point."""
+    case = Case("sums", length=1024, batch=1, heads=1, chunk_size=1024, with_state=False)
+    inputs = {name: x if x is None else x.detach() for name, x in case.inputs(torch.float32).items()}
+    inputs |= {name: inputs[name].abs() for name in INPUTS[:2]}
+    inputs["log_decay"].fill_(-0.499)
+    inputs["log_input"] += shift
+    found = []
+    for backend, dtype in (("blocked", torch.float32), ("reference", torch.float64)):
+        given = {name: x if x is None else x.to(dtype).requires_grad_() for name, x in inputs.items()}
+        output = call(linear_attention, case, given, backend=backend)[0]
+        grad = inputs["value"].roll(1, 1).to(dtype)
+        found.append([output, *torch.autograd.grad(output, [given[name] for name in INPUTS[:5]], grad)])
+    for name, got, wanted in zip(("output", *INPUTS), *found, strict=False):
+        assert_close(got, wanted, 1e-5, name)
 
 
 def test_a_query_of_zero_reads_zero_however_strong_the_inputs():
