@@ -186,6 +186,15 @@ class TestWords:
         assert caught.type is kind
         assert not (tmp_path / "results").exists()
 
+    @pytest.mark.filterwarnings("ignore:mixer.mode")
+    def test_a_mixer_that_looks_ahead(self, evaluated, run_training, corpus, tmp_path):
+        words = "mixer=routing", "mixer.mode=sequence_topk", "mixer.clusters=4", "mixer.window=8"
+        place = f"data.corpus.path={corpus}/train", f"data.cache_dir={tmp_path}/cache"
+        folder = run_training("data=text", *place, *words, f"data.corpus.validation={corpus}/validation", "seq_len=32")
+        with pytest.raises(ConfigError, match=r"mixer\.mode=sequence_topk.*later tokens.*Train with a causal mode"):
+            evaluated(checkpoint=folder)
+        assert not (tmp_path / "results").exists()
+
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
     def test_cuda_that_is_not_there(self, evaluated):
         with pytest.raises(ConfigError, match=r"device=cuda.*device=cpu"):

@@ -2,17 +2,25 @@
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from longmix.analysis.causality import audit, mixer_function
 from longmix.errors import ConfigError
 from longmix.mixers.base import Mixer, ModelShape
 from longmix.mixers.block_sparse import BlockSparse
 from longmix.mixers.decayed import Decayed
+from longmix.mixers.deltanet import GatedDelta
 from longmix.mixers.flash import Flash
 from longmix.mixers.hyper import Hyper
 from longmix.mixers.labelled import LabelledAttention
-from longmix.mixers.linear import LinearMixer
 from longmix.mixers.mlstm import MLSTM
+from longmix.mixers.recurrent import RecurrentMixer
+from longmix.mixers.routing import Routing
+from longmix.mixers.routing_cache import RoutingState
+from longmix.mixers.rwkv7 import RWKV7, LowRank
+from longmix.mixers.scatterbrain import Scatterbrain
+from longmix.mixers.scatterbrain_cache import ScatterbrainState
 from longmix.mixers.sliding_window import SlidingWindow
 from longmix.mixers.sparse_flash import DropAttention, HashAttention
 
@@ -38,20 +46,67 @@ MIXERS = {
     "blocks-sink-local": lambda: BlockSparse(SHAPE, 0, layout="sink_local", block=16, sink=1, local=1),
     "blocks-stripe": lambda: BlockSparse(SHAPE, 0, layout="stripe", block=16, local=1, stride=2, num_kv_heads=1),
     "blocks-butterfly": lambda: BlockSparse(SHAPE, 0, layout="butterfly", block=16),
+    "routing": lambda: routing(window=4, local_window=5),
+    "routing-separate": lambda: routing(window=3, shared_qk=False, local_window=1),
+    "routing-grouped": lambda: routing(window=5, shared_qk=False, num_kv_heads=1),
+    "routing-two-clusters": lambda: routing(clusters=4, window=3, clusters_per_query=2, local_heads=0),
+    "routing-full": lambda: routing(mode="argmax_full", clusters_per_query=2, window=1),
+    "routing-prefix": lambda: routing(mode="prefix_topk", window=3, block=4),
+    "routing-prefix-grouped": lambda: routing(
+        mode="prefix_topk", window=2, block=3, shared_qk=False, num_kv_heads=1, local_heads=0
+    ),
+    "routing-threshold": lambda: routing(mode="threshold", clusters=4, window=3, share=0.4),
+    "routing-threshold-separate": lambda: routing(mode="threshold", window=4, clusters_per_key=3, shared_qk=False),
+    "scatterbrain": lambda: scatterbrain(),
+    "scatterbrain-own-block": lambda: scatterbrain(past_blocks=0, num_kv_heads=1, one_softmax=True),
+    "scatterbrain-single-tokens": lambda: scatterbrain(block=1, past_blocks=0, num_features=6, radius=0.5),
+    "scatterbrain-sinks": lambda: scatterbrain(block=3, past_blocks=2, sinks=2),
+    "scatterbrain-learned": lambda: scatterbrain(features="learned_exponential", radius=2.0),
+    "scatterbrain-taylor": lambda: scatterbrain(features="taylor", num_features=7),
+    "scatterbrain-elu": lambda: scatterbrain(features="elu", num_features=5, num_kv_heads=1),
+    "scatterbrain-no-features": lambda: scatterbrain(num_features=0),
     "mlstm-sig": lambda: awake(MLSTM(SHAPE, 0)),
     "mlstm-exp": lambda: awake(MLSTM(SHAPE, 0, gate="exp", num_heads=3, norm="layer")),
     "mlstm-convolution": lambda: awake(MLSTM(SHAPE, 0, num_heads=2, convolution=4)),
     "lightning": lambda: Decayed(SHAPE, 0, decay="alibi", activation="silu", output_gate="sigmoid"),
     "retention": lambda: Decayed(SHAPE, 1, decay="retention", rotary_base=10_000.0, convolution=2),
     "simple-gla": lambda: Decayed(SHAPE, 0, decay="learned", key_factor=1.0),
+    "rwkv7": lambda: awake(RWKV7(SHAPE, 0, head_dim=16)),
+    "rwkv7-later": lambda: awake(Later(SHAPE, 1, head_dim=16)),
+    "deltanet": lambda: GatedDelta(SHAPE, 0, decay="none", output_gate="none", num_heads=3),
+    "gated-deltanet": lambda: GatedDelta(SHAPE, 0, decay="head", output_gate="silu", key_factor=0.5),
+    "kda": lambda: GatedDelta(SHAPE, 0, decay="channel", output_gate="low_rank", num_heads=2),
+    "gla": lambda: GatedDelta(
+        SHAPE, 1, decay="sigmoid", output_gate="silu", delta=False, key_factor=0.5, convolution=0
+    ),
+    "delta-no-convolution": lambda: GatedDelta(SHAPE, 0, decay="sigmoid", output_gate="low_rank", convolution=0),
 }
 
 
-def awake(mixer: MLSTM) -> MLSTM:
-    """With gates that let things in: at its initial bias of -10 what an mLSTM remembers hides below the tolerances."""
+def routing(**settings) -> Routing:
+    return Routing(SHAPE, 0, **{"clusters": 3, **settings})
+
+
+def scatterbrain(**settings) -> Scatterbrain:
+    return Scatterbrain(SHAPE, 0, **{"block": 4, "num_features": 8, **settings})
+
+
+class Later(RWKV7):
+    """With a value of the first layer, which the model around a mixer would give it."""
+
+    def forward(self, x, **options):
+        return super().forward(x, first_value=x.flip(-1), **options)
+
+
+def awake(mixer: Mixer) -> Mixer:
+    """With weights that do something: what begins at zero, or at a bias of -10, hides what comes before it."""
     with torch.no_grad():
-        mixer.input_gate.bias.fill_(1.0)
-        for projection in (mixer.output_gate, mixer.input_gate, mixer.forget_gate):
+        if isinstance(mixer, MLSTM):
+            mixer.input_gate.bias.fill_(1.0)
+            asleep = [mixer.output_gate, mixer.input_gate, mixer.forget_gate]
+        else:
+            asleep = [mixer.output, *(thin.down for thin in mixer.modules() if isinstance(thin, LowRank))]
+        for projection in asleep:
             projection.weight.normal_(std=SHAPE.d_model**-0.5)
     return mixer
 
@@ -98,14 +153,19 @@ def test_ids_left_out_continue_the_last_document(mixer):
 
 
 def test_later_tokens_never_change_earlier_outputs(mixer):
-    """Bit for bit; where rows are sorted, up to rounding, since the tiles a row falls into depend on other rows."""
+    """Bit for bit; else up to rounding.
+
+    Where rows are sorted, the tiles that a row falls into depend on other rows; and where decays have no bound, the
+    steepest one of a chunk tells how it is computed.
+    """
     x = inputs()
     before = mixer(x).y
     for cut in (0, 11, 27):
         changed = x.clone()
         changed[:, cut + 1 :] = 1e4 * torch.randn_like(changed[:, cut + 1 :])
         after = mixer(changed).y[:, : cut + 1]
-        if isinstance(mixer, LabelledAttention):
+        steep = isinstance(mixer, GatedDelta) and mixer.decay is not None
+        if steep or isinstance(mixer, LabelledAttention | Routing):
             torch.testing.assert_close(after, before[:, : cut + 1], rtol=0, atol=1e-12)
         else:
             assert torch.equal(after, before[:, : cut + 1])
@@ -133,6 +193,12 @@ def test_a_packed_document_equals_the_document_alone(mixer):
             torch.testing.assert_close(packed[row : row + 1, place], alone, rtol=0, atol=1e-12)
 
 
+def test_the_audit_finds_no_leak(mixer):
+    found = audit(mixer_function(mixer.eval()), inputs(37))
+    assert not [finding for finding in found if finding.leaks]
+    assert {finding.kind for finding in found} <= {"none", "placement" if isinstance(mixer, BlockSparse) else "none"}
+
+
 def test_every_parameter_gets_a_gradient(mixer):
     mixer(inputs(), document_ids=packed_ids()).y.square().sum().backward()
     for name, parameter in mixer.named_parameters():
@@ -148,9 +214,16 @@ def test_without_a_state_none_is_returned(mixer):
 
 def test_state_bytes_are_what_the_state_holds(mixer):
     output = mixer(inputs(), state=mixer.init_state(2))
-    if isinstance(mixer, LinearMixer):
-        held = sum(x.nbytes for x in (*output.state.carried, output.state.recent) if x is not None) // 2
+    if isinstance(mixer, RecurrentMixer):
+        held = sum(x.nbytes for x in tree_leaves((output.state.carried, output.state.recent)) if x is not None) // 2
         assert mixer.state_bytes(29) == mixer.state_bytes(10**6)
+    elif isinstance(output.state, ScatterbrainState):
+        recent = output.state.recent
+        cached = tree_leaves((recent.key, recent.value, recent.features, output.state.far))
+        held = sum(x.nbytes for x in cached if x is not None) // 2
+    elif isinstance(output.state, RoutingState):
+        recent, rings = output.state.recent, output.state.rings
+        held = sum(x.nbytes for x in (recent.key, recent.value, rings.key, rings.value)) // 2
     else:
         cached = output.state.key, output.state.value, output.state.key_labels
         held = sum(x.nbytes for x in cached if x is not None) // 2
@@ -170,6 +243,10 @@ def test_flops_equal_the_counted_matrix_products():
 @pytest.mark.parametrize(("window", "length", "pairs"), [(1, 5, 5), (3, 5, 12), (5, 5, 15), (9, 5, 15)])
 def test_visible_pairs_of_a_window(window, length, pairs):
     assert SlidingWindow(SHAPE, 0, window=window).visible_pairs(length) == pairs
+
+
+def delta(**changes) -> GatedDelta:
+    return GatedDelta(SHAPE, 0, **{"decay": "head", "output_gate": "silu", **changes})
 
 
 REFUSED = {
@@ -198,6 +275,16 @@ REFUSED = {
     "hyper-sample": (lambda: Hyper(SHAPE, 0, buckets=4, window=4, sample=0.0), "mixer.sample=0.0"),
     "pattern": (lambda: BlockSparse(SHAPE, 0, layout="ring"), "mixer.layout=ring is unknown"),
     "block": (lambda: BlockSparse(SHAPE, 0, layout="stripe", block=24), "mixer.block=24"),
+    "scatterbrain-block": (lambda: scatterbrain(block=0), "mixer.block=0 must be at least 1"),
+    "scatterbrain-past": (lambda: scatterbrain(past_blocks=-1), "mixer.past_blocks=-1 must be at least 0"),
+    "scatterbrain-radius": (lambda: scatterbrain(radius=0.0), "mixer.radius=0.0 must be above 0"),
+    "scatterbrain-sinks": (lambda: scatterbrain(sinks=-1), "mixer.sinks=-1 must be at least 0"),
+    "scatterbrain-features": (lambda: scatterbrain(features="relu"), "mixer.features=relu is unknown; use one of"),
+    "scatterbrain-odd": (lambda: scatterbrain(num_features=7), "mixer.num_features=7 must be even"),
+    "scatterbrain-negative": (
+        lambda: scatterbrain(features="elu", num_features=-1),
+        "mixer.num_features=-1 must be at least 0",
+    ),
     "gate": (lambda: MLSTM(SHAPE, 0, gate="relu"), "mixer.gate=relu is unknown"),
     "gate-cap": (lambda: MLSTM(SHAPE, 0, gate_cap=0.0), "mixer.gate_cap=0.0"),
     "forget-bias": (lambda: MLSTM(SHAPE, 0, forget_bias=(3.0,)), "mixer.forget_bias"),
@@ -208,6 +295,25 @@ REFUSED = {
     "decay": (lambda: Decayed(SHAPE, 0, decay="fast"), "mixer.decay=fast is unknown"),
     "activation": (lambda: Decayed(SHAPE, 0, decay="alibi", activation="relu"), "mixer.activation=relu"),
     "decayed-base": (lambda: Decayed(SHAPE, 0, decay="alibi", rotary_base=0.5), "mixer.rotary_base=0.5"),
+    "delta-decay": (lambda: delta(decay="fast"), "mixer.decay=fast is unknown; use none, head, channel or sigmoid"),
+    "delta-gate": (lambda: delta(output_gate="relu"), "mixer.output_gate=relu is unknown; use none, silu or low_rank"),
+    "delta-heads": (lambda: delta(num_heads=7), "mixer.num_heads=7 does not divide mixer.key_factor"),
+    "delta-values": (
+        lambda: delta(num_heads=16, value_factor=0.5),
+        r"mixer.num_heads=16 does not divide mixer.value_factor \* model.d_model=24",
+    ),
+    "delta-convolution": (lambda: delta(convolution=1), "mixer.convolution=1 must be 0, .* or at least 2 tokens"),
+    "delta-decay-rank": (lambda: delta(decay="channel", decay_rank=0), "mixer.decay_rank=0 must be at least 1"),
+    "delta-no-decay-rank": (
+        lambda: delta(decay_rank=4),
+        "mixer.decay_rank=4 is the rank of channel or sigmoid, not of head; use null",
+    ),
+    "delta-gate-rank": (lambda: delta(output_gate="low_rank", gate_rank=-2), "mixer.gate_rank=-2 must be at least 1"),
+    "delta-no-gate-rank": (lambda: delta(gate_rank=4), "mixer.gate_rank=4 is the rank of low_rank, not of silu"),
+    "delta-key-factor": (lambda: delta(key_factor=0.0), "mixer.key_factor=0.0 must be positive"),
+    "delta-value-factor": (lambda: delta(value_factor=-1.0), "mixer.value_factor=-1.0 must be positive"),
+    "rwkv7-heads": (lambda: RWKV7(SHAPE, 0), "mixer.head_dim=64 does not divide model.d_model=48"),
+    "rwkv7-rank": (lambda: RWKV7(SHAPE, 0, head_dim=16, value_rank=0), "mixer.value_rank=0 must be at least 1"),
     "stride": (lambda: BlockSparse(SHAPE, 0, layout="stripe", stride=0), "stride=0"),
 }
 

@@ -36,6 +36,7 @@ def order_by_label(
     document_ids: torch.Tensor | None = None,
     gap: int = 0,
     members: int | None = None,
+    copies: int = 1,
 ) -> Ordering:
     """Let each query see the keys that carry its label, in its document, at least `gap` positions before it.
 
@@ -46,27 +47,31 @@ def order_by_label(
         document_ids: integer [B, Tk], non-decreasing along Tk.
         gap: 0 lets a query see its own position, 1 does not, w leaves the last w positions to a window.
         members: how many of those keys it sees at most, the latest ones; None for all.
+        copies: how many key rows a position has, side by side, each with a label of its own; Tk counts key rows, and
+            each query stands at the last one of its position.
 
     Raises:
-        ValueError: a `gap` below 0 or `members` below 1.
+        ValueError: a `gap` below 0, `members` or `copies` below 1, copies without labels of the keys.
     """
-    if gap < 0 or (members is not None and members < 1):
-        raise ValueError(f"gap={gap}, members={members}; allowed are gap from 0 and members from 1 on")
+    if gap < 0 or (members is not None and members < 1) or copies < 1:
+        raise ValueError(f"gap={gap}, members={members}, copies={copies}; allowed are gap from 0, others from 1 on")
     shared = key_labels is None
+    if shared and copies > 1:
+        raise ValueError(f"copies={copies} without key_labels; allowed is 1, since queries have one label each")
     key_labels = query_labels if key_labels is None else key_labels
     keys, queries = key_labels.shape[1], query_labels.shape[1]
     base = _document_index(document_ids) * num_labels if document_ids is not None else 0
-    key_codes, key_rows = _sorted_codes(key_labels, base, 0, keys)
+    place = torch.arange(keys, device=key_labels.device)
+    key_codes, key_rows = _sorted_codes(key_labels, base, place, keys)
     if shared:
         codes, rows = key_codes, key_rows
     else:
-        query_base = base if isinstance(base, int) else base[:, keys - queries :]
-        codes, rows = _sorted_codes(query_labels, query_base, keys - queries, keys)
+        stand = place[keys - 1 - (queries - 1) * copies :: copies]
+        codes, rows = _sorted_codes(query_labels, base if isinstance(base, int) else base[:, stand], stand, keys)
 
     position = codes % keys
     label_start = codes - position
     if shared:
-        place = torch.arange(keys, device=codes.device)
         first = label_start[..., 1:] != label_start[..., :-1]
         lo = F.pad(first * place[1:], (1, 0)).cummax(-1).values
     else:
@@ -74,7 +79,7 @@ def order_by_label(
     if shared and gap <= 1:
         hi = torch.maximum(place + (1 - gap), lo)
     else:
-        hi = _count_below(key_codes, label_start + (position - gap + 1).clamp(min=0))
+        hi = _count_below(key_codes, label_start + (position - gap * copies + 1).clamp(min=0))
     if members is not None:
         lo = torch.maximum(lo, hi - members)
     own_place = shared and gap == 0
@@ -82,10 +87,9 @@ def order_by_label(
 
 
 def _sorted_codes(
-    labels: torch.Tensor, base: torch.Tensor | int, start: int, keys: int
+    labels: torch.Tensor, base: torch.Tensor | int, position: torch.Tensor, keys: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sorted codes (base + label) * keys + position, int64 [B, H, T], and the rows they come from."""
-    position = torch.arange(start, start + labels.shape[1], device=labels.device)
     labels = labels.transpose(1, 2).long() + (base if isinstance(base, int) else base[:, None])
     codes, rows = (labels * keys + position).contiguous().sort(-1)
     return codes, rows

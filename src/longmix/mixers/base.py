@@ -46,7 +46,7 @@ class Mixer(nn.Module):
     Attributes:
         value_residual: whether `forward` also takes `first_value`, what the first such layer returned as that, or None
             in that layer itself (Zhou et al. 2024, arXiv 2410.17897).
-        leaky: whether later tokens change outputs before them. Training warns of such a mixer, and evaluation refuses it.
+        leaky: whether later tokens change outputs before them; training warns of it, and evaluation refuses it.
     """
 
     value_residual = False

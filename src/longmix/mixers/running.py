@@ -13,7 +13,19 @@ from torch import Tensor, nn
 from longmix.errors import ConfigError
 
 
-class RunningMean(nn.Module):
+class Observed(nn.Module):
+    """Base of what learns between optimizer steps from what forward passes showed it."""
+
+    def apply_observed(self, sum_over_processes: Callable[[Tensor], Tensor]) -> None:
+        """Learn from what was observed since the last time, if anything was, and forget it."""
+        raise NotImplementedError
+
+    def forget(self) -> None:
+        """Drop what was observed, as after a step that was left out."""
+        raise NotImplementedError
+
+
+class RunningMean(Observed):
     """Exponential moving average, over optimizer steps, of the mean over tokens.
 
     Args:
@@ -64,9 +76,9 @@ class RunningMean(nn.Module):
 
 
 def finish_step(model: nn.Module, taken: bool, sum_over_processes: Callable[[Tensor], Tensor]) -> None:
-    """Update every running mean of a model after an optimizer step, or forget what a step left out had shown."""
+    """Let a model's `Observed` modules learn after an optimizer step, or forget what a step left out had shown."""
     for module in model.modules():
-        if isinstance(module, RunningMean):
+        if isinstance(module, Observed):
             if taken:
                 module.apply_observed(sum_over_processes)
             else:

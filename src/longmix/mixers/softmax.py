@@ -252,5 +252,7 @@ def _continued(rows: Rows, state: AttentionState) -> Rows:
         ids = torch.cat((_cached_ids(state), ids), dim=1)
     if labels is not None and state.key_labels is not None:
         labels = torch.cat((state.key_labels, labels), dim=1)
-    key, value = torch.cat((state.key, rows.key), dim=1), torch.cat((state.value, rows.value), dim=1)
+    # An empty cache is in the dtype of the weights, which under autocast is not that of the keys.
+    past_key, past_value = state.key.to(rows.key.dtype), state.value.to(rows.value.dtype)
+    key, value = torch.cat((past_key, rows.key), dim=1), torch.cat((past_value, rows.value), dim=1)
     return replace(rows, key=key, value=value, document_ids=ids, key_labels=labels)

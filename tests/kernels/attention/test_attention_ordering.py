@@ -88,6 +88,26 @@ def test_attention_in_this_order_is_attention_under_the_mask():
         assert_close(output, oracle.transpose(1, 2), 1e-12, backend)
 
 
+@pytest.mark.parametrize("members", [None, 4])
+@pytest.mark.parametrize("gap", [0, 1, 6])
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("queries", [40, 11])
+def test_a_position_may_have_several_keys_with_labels_of_their_own(queries, packed, gap, members):
+    """Against 125 positions, the last three times 40 of which have a query each third."""
+    query_labels, key_labels = labels(4, queries, seed=1), labels(2, length=125)
+    ids = torch.cat((DOCUMENTS[:, :5], DOCUMENTS.repeat_interleave(3, 1)), 1) if packed else None
+    ordering = order_by_label(
+        query_labels, key_labels, num_labels=4, document_ids=ids, gap=gap, members=members, copies=3
+    )
+    for bound in (ordering.lo, ordering.hi):
+        assert (bound[..., 1:] >= bound[..., :-1]).all()
+    stands = torch.arange(7, 125, 3)[-queries:]
+    every = torch.full((2, 125, 4), 99)
+    every[:, stands] = query_labels
+    mask = wanted(every, key_labels, ids, 3 * gap, members)[:, :, stands]
+    assert torch.equal(visible(ordering, queries, 125, 4, 2), mask)
+
+
 def test_many_labels_and_documents_do_not_overflow():
     ids = torch.arange(3000)[None] // 2
     wide = torch.full((1, 3000, 1), 2**30 - 1)
@@ -95,7 +115,7 @@ def test_many_labels_and_documents_do_not_overflow():
     assert torch.equal(ordering.lo[0, 0], (torch.arange(3000) // 2 * 2).int())
 
 
-@pytest.mark.parametrize("options", [{"gap": -1}, {"members": 0}])
+@pytest.mark.parametrize("options", [{"gap": -1}, {"members": 0}, {"copies": 0}, {"copies": 2}])
 def test_impossible_options_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         order_by_label(labels(1), num_labels=4, **options)

@@ -1,0 +1,354 @@
+"""Routing Transformer (Roy et al. 2021, arXiv 2003.05997) made causal: attention within clusters of alike tokens.
+
+    c_i = argmax_c q_i . mu_c,   c_j = argmax_c k_j . mu_c        before the rotation, at length 1
+    y_i = softmax over the last `window` j <= i with c_j = c_i,   in half of the heads; the others see a local window
+
+As published, each cluster takes its best tokens of the whole sequence, so that a later token can push an earlier one
+out of its cluster. That is no language model: `mode=sequence_topk` does so, says it, and is not evaluated. The other
+modes (`routing_modes`) ask of a token nothing but itself and what came before it. What else differs from the paper:
+rotary positions in place of relative ones; queries and keys normalised as in `flash`; a token that shares its query and
+key does not see itself, whose score would outweigh all others, unless it is the first of its cluster.
+"""
+
+import warnings
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from longmix.errors import ConfigError
+from longmix.mixers import routing_modes as modes
+from longmix.mixers.base import MixerOutput, ModelShape
+from longmix.mixers.centroids import ScoreThreshold, SphericalKMeans, unit, usage
+from longmix.mixers.rotary import rotary_angles, rotate, token_positions
+from longmix.mixers.routing_cache import Rings, RoutingState, with_rings
+from longmix.mixers.softmax import HeadOptions, Rows, Selection, SoftmaxAttention
+from longmix_kernels.attention import Ordering, attention, merge
+
+
+class Routing(SoftmaxAttention):
+    """Local heads first, then routed ones.
+
+    Args:
+        shape, layer_index, options: see `SoftmaxAttention`.
+        mode: `argmax_window`, `argmax_full`, `prefix_topk`, `threshold`, or the leaky `sequence_topk`.
+        clusters: centroids of each routed key head.
+        window: keys of a cluster that a query sees at most; `argmax_full` has no such limit.
+        local_heads: query heads that see a local window instead; None for half of them, rounded down.
+        local_window: latest tokens, its own included, that a local head sees.
+        shared_qk: one projection is query and key of the routed heads; needs as many key-value heads as query heads.
+        clusters_per_query: nearest clusters that a query sees, merged; keys are in one. For the argmax modes.
+        clusters_per_key: most clusters that a key is in, for `threshold`.
+        share: of all keys that exceed a cluster's threshold; None for 1 / clusters.
+        block: tokens after which `prefix_topk` chooses anew.
+        centroids: "learned", or "random" for directions that never move: the baseline learned ones have to beat.
+        centroid_decay: of the running k-means, per optimizer step.
+        commitment: weight of the mean squared distance of unit queries and keys from their centroids.
+        centroid_seed: of the centroids' first directions.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        layer_index: int,
+        *,
+        mode: str = "argmax_window",
+        clusters: int,
+        window: int,
+        local_heads: int | None = None,
+        local_window: int = 256,
+        shared_qk: bool = True,
+        clusters_per_query: int = 1,
+        clusters_per_key: int = 2,
+        share: float | None = None,
+        block: int = 256,
+        centroids: str = "learned",
+        centroid_decay: float = 0.99,
+        commitment: float = 1e-4,
+        centroid_seed: int = 0,
+        **options: Unpack[HeadOptions],
+    ) -> None:
+        super().__init__(shape, layer_index, **options)
+        group = self.num_heads // self.num_kv_heads
+        self.mode = mode
+        self.clusters = clusters
+        self.window = window
+        self.local_heads = self.num_kv_heads // 2 * group if local_heads is None else local_heads
+        self.local_window = local_window
+        self.shared_qk = shared_qk
+        self.clusters_per_query = clusters_per_query
+        self.clusters_per_key = clusters_per_key
+        self.share = 1 / max(clusters, 2) if share is None else share
+        self.block = block
+        self.commitment = commitment
+        self._check(group, centroids)
+        self.local_kv_heads = self.local_heads // group
+        if shared_qk:
+            self._share_keys()
+        heads, seed = self.num_kv_heads - self.local_kv_heads, 1_000_003 * centroid_seed + layer_index
+        frozen = centroids == "random"
+        self.kmeans = SphericalKMeans(heads, self.head_dim, clusters, centroid_decay, seed, frozen)
+        self.threshold = None
+        if mode == "threshold":
+            self.threshold = ScoreThreshold(heads, clusters, self.head_dim, self.share, centroid_decay)
+        self.leaky = mode == modes.LEAKY
+        if self.leaky:
+            warnings.warn(
+                f"mixer.mode={mode} lets later tokens decide what earlier ones see, so its losses are not those of a "
+                "language model and evaluate.py refuses it; mixer.mode=argmax_window is causal.",
+                stacklevel=2,
+            )
+
+    def _check(self, group: int, centroids: str) -> None:
+        known = (*modes.CAUSAL, modes.LEAKY)
+        if self.mode not in known:
+            raise ConfigError(f"mixer.mode={self.mode} is unknown; use one of {', '.join(known)}.")
+        if centroids not in ("learned", "random"):
+            raise ConfigError(f"mixer.centroids={centroids} is unknown; use learned or random.")
+        for key in ("window", "local_window", "block", "clusters_per_query", "clusters_per_key"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"mixer.{key}={getattr(self, key)} must be at least 1.")
+        for key in ("clusters_per_query", *(("clusters_per_key",) if self.mode == "threshold" else ())):
+            if getattr(self, key) > self.clusters:
+                raise ConfigError(f"mixer.{key}={getattr(self, key)} exceeds mixer.clusters={self.clusters}.")
+        if self.clusters_per_query > 1 and not self.mode.startswith("argmax"):
+            raise ConfigError(
+                f"mixer.clusters_per_query={self.clusters_per_query} is for argmax_window and argmax_full; "
+                f"use 1 with mixer.mode={self.mode}."
+            )
+        if not 0 <= self.local_heads < self.num_heads or self.local_heads % group:
+            raise ConfigError(
+                f"mixer.local_heads={self.local_heads} must be from 0 to below the {self.num_heads} heads and a "
+                f"multiple of {group}, the query heads of a key head; with local heads alone use mixer=sliding_window."
+            )
+        if self.shared_qk and group > 1:
+            raise ConfigError(
+                f"mixer.shared_qk=true makes every query a key, so mixer.num_kv_heads={self.num_kv_heads} must be the "
+                f"number of query heads, {self.num_heads}; or set mixer.shared_qk=false."
+            )
+        if self.commitment < 0:
+            raise ConfigError(f"mixer.commitment={self.commitment} must not be negative.")
+
+    def _share_keys(self) -> None:
+        """Leave keys of their own to the local heads."""
+        if self.local_heads == 0:
+            del self.key, self.key_norm
+            return
+        self.key = nn.Linear(self.d_model, self.local_heads * self.head_dim, bias=False)
+        nn.init.normal_(self.key.weight, std=self.d_model**-0.5)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As the base; with `shared_qk` the routed queries are keys."""
+        if not self.shared_qk:
+            return super().project(x)
+        query, value = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.query, self.value))
+        query = self.query_norm(query)
+        if self.local_heads == 0:
+            return query, query, value
+        key = self.key_norm(self.key(x).unflatten(-1, (-1, self.head_dim)))
+        return query, torch.cat((key, query[:, :, self.local_heads :].to(key.dtype)), 2), value
+
+    def select(self, x: Tensor, query: Tensor, key: Tensor, positions: Tensor) -> Selection:
+        """What the mode wants of the routed heads: clusters, or scores for every cluster."""
+        queries = unit(query[:, :, self.local_heads :])
+        keys = queries if self.shared_qk else unit(key[:, :, self.local_kv_heads :])
+        query_scores = self.kmeans.scores(queries.detach())
+        key_scores = query_scores if self.shared_qk else self.kmeans.scores(keys.detach())
+        several = self.clusters_per_query > 1
+        best = query_scores.topk(self.clusters_per_query).indices if several else query_scores.argmax(-1, keepdim=True)
+        nearest = best[..., 0]
+        key_nearest = nearest if self.shared_qk else key_scores.argmax(-1)
+        selection = Selection(best.int(), key_nearest.int().unsqueeze(-1))
+        if self.mode == modes.LEAKY:
+            selection.query_labels, selection.key_labels = query_scores, key_scores
+        elif self.mode == "prefix_topk":
+            selection.key_labels = key_scores
+        elif self.threshold is not None:
+            best = key_scores.topk(self.clusters_per_key).indices
+            exceeds = (key_scores > self.threshold.value).gather(-1, best)
+            selection.key_labels = torch.where(exceeds, best, self.clusters).int()
+            self.threshold.observe(key_scores)
+        if self.training:
+            sides = [(queries, nearest), (keys, key_nearest)]
+            self._learn(selection, sides[:1] if self.shared_qk else sides)
+        return selection
+
+    def _learn(self, selection: Selection, sides: list[tuple[Tensor, Tensor]]) -> None:
+        error = torch.stack([self.kmeans.error(vectors, labels) for vectors, labels in sides]).mean()
+        for vectors, labels in sides:
+            self.kmeans.observe(vectors, labels)
+        if self.commitment:
+            selection.losses["commitment"] = self.commitment * error
+        selection.metrics = usage(sides[-1][1], self.clusters)
+        selection.metrics |= {"quantisation_error": error.detach(), "dead_clusters": self.kmeans.dead()}
+
+    def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+        """Local heads by window, routed heads by the mode."""
+        local, routed = self._divided(rows)
+        mixed, orderings = self._route(routed)
+        metrics = self._empty_rows(orderings) if self.training else {}
+        return torch.cat((*self._windowed(local), mixed), 2), metrics
+
+    def _divided(self, rows: Rows) -> tuple[Rows, Rows]:
+        """The local heads, and the routed heads with their labels."""
+        heads, kv_heads, ids = self.local_heads, self.local_kv_heads, rows.document_ids
+        local = Rows(rows.query[:, :, :heads], rows.key[:, :, :kv_heads], rows.value[:, :, :kv_heads], ids)
+        routed = (rows.query[:, :, heads:], rows.key[:, :, kv_heads:], rows.value[:, :, kv_heads:], ids)
+        return local, Rows(*routed, rows.query_labels, rows.key_labels)
+
+    def _windowed(self, rows: Rows) -> list[Tensor]:
+        """Output of the local heads, if there are any."""
+        if self.local_heads == 0:
+            return []
+        tensors = rows.query, rows.key, rows.value
+        return [attention(*tensors, window=self.local_window, document_ids=rows.document_ids)]
+
+    def _route(self, rows: Rows) -> tuple[Tensor, list[Ordering]]:
+        if self.mode == modes.LEAKY:
+            return modes.sequence_topk(rows, self.window, self.shared_qk)
+        if self.mode == "prefix_topk":
+            return modes.prefix_topk(rows, self.clusters, self.window, self.block, self.shared_qk)
+        return self._latest(modes.copied(rows) if self._copies() > 1 else rows)
+
+    def _latest(self, rows: Rows) -> tuple[Tensor, list[Ordering]]:
+        window = None if self.mode == "argmax_full" else self.window
+        alone = self.mode != "threshold"
+        return modes.latest(rows, self.clusters, window, self.shared_qk, alone=alone, copies=self._copies())
+
+    def _copies(self) -> int:
+        return self.clusters_per_key if self.mode == "threshold" else 1
+
+    @staticmethod
+    @torch.no_grad()
+    def _empty_rows(orderings: list[Ordering]) -> dict[str, Tensor]:
+        """Share of queries that find no key in the cluster."""
+        empty = [(order.lo >= order.hi).float().mean() for order in orderings if order.hi is not None]
+        return {"empty_rows": torch.stack(empty).mean()} if empty else {}
+
+    def forward(self, x: Tensor, *, state: Any = None, document_ids: Tensor | None = None) -> MixerOutput:
+        """See `Mixer.forward`; without gradients a state with rings is used up."""
+        if isinstance(state, RoutingState):
+            return self._continue(x, state, document_ids)
+        return super().forward(x, state=state, document_ids=document_ids)
+
+    def _continue(self, x: Tensor, state: RoutingState, ids: Tensor | None) -> MixerOutput:
+        """Go on from rings."""
+        batch, length, _ = x.shape
+        past = state.recent
+        # Document ids begin anywhere, but never with -1.
+        last_id = torch.full((batch,), -1, dtype=torch.int32, device=x.device)
+        if past.document_ids is not None:
+            last_id = past.document_ids[:, -1]
+        if ids is None:
+            ids = last_id.clamp(min=0)[:, None].expand(batch, length)
+        query, key, value = self.project(x)
+        positions = token_positions(ids, last_id, past.next_position, length, x.device)
+        chosen = self.select(x, query, key, positions)
+        cosine, sine = rotary_angles(positions, self.head_dim, self.rotary_base)
+        query, key = (rotate(heads, cosine, sine).to(value.dtype) for heads in (query, key))
+        local, routed = self._divided(Rows(query, key, value, ids, chosen.query_labels, chosen.key_labels))
+        if past.document_ids is not None:
+            local.key = torch.cat((past.key.to(local.key.dtype), local.key), 1)
+            local.value = torch.cat((past.value.to(local.value.dtype), local.value), 1)
+            local.document_ids = torch.cat((past.document_ids, ids), 1)
+        recent = self._kept(local, positions[:, -1].expand(batch) + 1)
+        mixed, rings = self._on_rings(routed, state.rings, ids, last_id)
+        output = self.output(torch.cat((*self._windowed(local), mixed), 2).flatten(2))
+        return MixerOutput(output, RoutingState(recent, rings), chosen.losses, chosen.metrics)
+
+    def _on_rings(self, rows: Rows, rings: Rings, ids: Tensor, last_id: Tensor) -> tuple[Tensor, Rings]:
+        """Output of the routed heads, and the rings with the new keys."""
+        rows = modes.copied(rows)
+        assert rows.key_labels is not None and rows.document_ids is not None
+        new_keys = rows.key, rows.value, rows.key_labels[..., 0]
+        goes_on, new_ids = ids[:, -1] == last_id, rows.document_ids
+        if rows.query.shape[1] == 1:
+            rings = rings.kept_of(goes_on)
+            if self.shared_qk:
+                return self._one(rows, rings), rings.written(*new_keys)
+            rings = rings.written(*new_keys)
+            return self._one(rows, rings), rings
+        mixed, _ = self._latest(with_rings(rows, rings, new_ids, last_id))
+        return mixed, rings.kept_of(goes_on).written(*new_keys, new_ids == ids[:, -1:])
+
+    def _one(self, rows: Rows, rings: Rings) -> Tensor:
+        """Output of one query for each row [B, 1, H, head_dim], from the rings of its clusters alone."""
+        assert rows.query_labels is not None
+        parts = []
+        for turn in range(rows.query_labels.shape[-1]):
+            key, value, there = rings.read(rows.query_labels[:, 0, :, turn])
+            key, value = key.to(rows.key.dtype), value.to(rows.value.dtype)
+            lo, hi = torch.zeros_like(there), there
+            if self.shared_qk and self.mode != "threshold" and turn == 0:
+                # Its own key stands first, and is seen where the ring holds none.
+                key, value = torch.cat((rows.key, key), 1), torch.cat((rows.value, value), 1)
+                lo, hi = there.clamp(max=1), there + 1
+            lo, hi = lo.int().unsqueeze(-1), hi.int().unsqueeze(-1)
+            parts.append(attention(rows.query, key, value, lo=lo, hi=hi, return_logsumexp=True))
+        return parts[0][0] if len(parts) == 1 else merge(parts)[0]
+
+    def init_state(self, batch: int) -> Any:
+        """Empty rings and a local cache, or for the modes that may see any earlier key a cache of all.
+
+        Raises:
+            ConfigError: `sequence_topk`, which needs the whole sequence at once.
+        """
+        if self.leaky:
+            raise ConfigError(
+                f"mixer.mode={self.mode} chooses among all tokens at once and cannot go on token by token; "
+                "use mixer.mode=argmax_window."
+            )
+        if self._bounded():
+            recent = super().init_state(batch)
+            recent.key = recent.value = recent.key[:, :, : self.local_kv_heads]
+            heads = self.num_kv_heads - self.local_kv_heads
+            like = self.value.weight
+            return RoutingState(recent, Rings.empty(like, batch, heads, self.clusters, self.window, self.head_dim))
+        return super().init_state(batch)
+
+    def _bounded(self) -> bool:
+        return self.mode in ("argmax_window", "threshold")
+
+    def cached_keys(self) -> int | None:
+        """Of the local heads; one key stays to tell its document."""
+        return max(1, self.local_window - 1) if self._bounded() else None
+
+    def state_bytes(self, length: int) -> int:
+        """Bytes of keys, values, and what the mode keeps of each key's clusters, after `length` tokens."""
+        size = self.value.weight.element_size()
+        heads = self.num_kv_heads - self.local_kv_heads
+        row = 2 * self.head_dim * size
+        if self._bounded():
+            recent = min(length, max(1, self.local_window - 1))
+            return row * (recent * self.local_kv_heads + heads * (self.clusters * self.window + 1))
+        label = max(4, size) * self.clusters if self.mode == "prefix_topk" else 4
+        return length * (row * self.num_kv_heads + label * heads)
+
+    def visible_pairs(self, length: int) -> int:
+        """Pairs if clusters are equally large, on average over local and routed heads."""
+        full = min(self.local_window, length)
+        local = full * (full + 1) // 2 + (length - full) * full
+        routed = self.num_heads - self.local_heads
+        return round((self.local_heads * local + routed * self._routed_pairs(length)) / self.num_heads)
+
+    def _routed_pairs(self, length: int) -> float:
+        window, share = self.window, self.share if self.mode == "threshold" else 1 / self.clusters
+        if self.mode == modes.LEAKY:
+            return self.clusters * min(window, length) * (min(window, length) + 1) / 2
+        if self.mode == "argmax_full":
+            return self.clusters_per_query * share * length * (length + 1) / 2
+        if self.mode == "prefix_topk":
+            block = min(self.block, length)
+            best = sum(min(window, end) * min(block, length - end) for end in range(block, length, block))
+            return best + length * share * block / 2
+        growing = min(length, round(window / share))
+        return self.clusters_per_query * (share * growing * (growing + 1) / 2 + (length - growing) * window)
+
+    def flops(self, length: int) -> int:
+        """As the base, and the scores of the centroids."""
+        routed = self.num_heads - self.local_heads
+        sides = routed if self.shared_qk else routed + self.num_kv_heads - self.local_kv_heads
+        return super().flops(length) + 2 * length * sides * self.head_dim * self.clusters
