@@ -115,11 +115,6 @@ def _kernel(name: str) -> Any:
 
 def compile_kernel(build: Build) -> Compiled:
     """Compile a kernel as the launcher would for aligned tensors, and read what ptxas says about it."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas
-    from triton.compiler import ASTSource
-
     kernel, config = _kernel(build.kernel), build.launch_config()
     main, rest = launch.split_dim(build.dim)
     value_main, value_rest = launch.split_dim(build.value_dim)
@@ -160,16 +155,42 @@ def compile_kernel(build: Build) -> Compiled:
             element = "i32" if name in _INT32 else "fp32" if name in _FLOAT32 else build.dtype
             signature[name] = "i32" if name.startswith("stride_") else f"*{element}"
             aligned[(index,)] = [["tt.divisibility", 16]]
-    target = GPUTarget("cuda", build.architecture, 32)
+    return compile_for(kernel, signature, constants, aligned, build.architecture, config.options())
+
+
+def compile_for(
+    kernel: Any,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    aligned: dict[tuple[int], list[list[Any]]],
+    architecture: int,
+    options: dict[str, int | bool],
+) -> Compiled:
+    """Compile a kernel for an architecture, and read what ptxas says about it.
+
+    Args:
+        kernel: a function under `triton.jit`.
+        signature: Triton's name of the type of every argument, "constexpr" for those in `constants`.
+        constants: compile-time arguments.
+        aligned: by the place of an argument, what is known of it.
+        architecture: compute capability, times ten.
+        options: of the compiler.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
+    from triton.compiler import ASTSource
+
+    target = GPUTarget("cuda", architecture, 32)
     source = ASTSource(kernel, signature, constants, aligned)
-    compiled = triton.compile(source, target, config.options())
+    compiled = triton.compile(source, target, options)
     ptx = compiled.asm["ptx"]
     arch = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
     assert arch is not None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.ptx")
         path.write_text(ptx)
-        command = [get_ptxas(build.architecture).path, "--verbose", f"--gpu-name={arch[1]}", path, "-o", "/dev/null"]
+        command = [get_ptxas(architecture).path, "--verbose", f"--gpu-name={arch[1]}", path, "-o", "/dev/null"]
         log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
 
     def number(pattern: str) -> int:

@@ -46,10 +46,10 @@ class LaunchConfig:
     def within(self, chunk: int, dim: int, value_dim: int) -> "LaunchConfig":
         """Return the same with blocks that waste no more of head dimensions than they must, but are at least 16.
 
-        More than 4 warps have nothing to do on chunks of 16 tokens.
+        More than 4 warps have nothing to do on chunks of 16 tokens, but in the scans, which work on states.
         """
-        warps = min(self.warps, 4) if chunk == 16 else self.warps
-        return replace(self, block=fit(self.block, dim), values=fit(self.values, value_dim), warps=warps)
+        warps = min(self.warps, 4) if chunk == 16 and self.block else self.warps
+        return replace(self, block=self.block and fit(self.block, dim), values=fit(self.values, value_dim), warps=warps)
 
     def tiles(self) -> dict[str, int]:
         """Return the compile-time arguments of a kernel that works on chunks."""
@@ -97,8 +97,8 @@ def _entries(architecture: int, size: int, table: Mapping[str, Sequence[Row]]) -
 
 # One row per entry of WIDTHS: block, values, warps, stages. Those of the first two columns were found to compile
 # without a spill for bounded decays, with documents and an initial state, in the chunks that `cost.choose_chunk` takes
-# (64 and 32 tokens), under Triton 3.9; but for `prepare` on sm_80, which spills with documents at 64 columns. What is
-# larger is not covered. None has been timed.
+# (64 and 32 tokens), under Triton 3.9; but for `prepare` on sm_80, which then spills at 64 columns (about 220 bytes).
+# Without a bound `grad_key` spills as much, and what is larger than 128 columns is not covered. None has been timed.
 _AMPERE: dict[str, Sequence[Row]] = {
     "prepare": ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 4, 1)),
     "scan": ((0, 32, 4, 3), (0, 16, 8, 1), (0, 16, 8, 1)),
@@ -237,7 +237,7 @@ def kept_by_triton(
     document_ids: torch.Tensor | None,
     scale: float,
     chunk_size: int | None,
-    min_log_decay: float | None,
+    min_log_decay: float | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Return memory for what the forward keeps: states, E, Q, M and shares, in the shapes of `triton_forward`."""
     batch, length, heads, dim = query.shape

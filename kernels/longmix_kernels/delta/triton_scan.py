@@ -111,8 +111,6 @@ def scan_kernel(
             else:
                 first_one = tl.zeros([PIECE, VALUE_BLOCK], tl.float32)
             one = tl.where(fresh, first_one, one)
-        next_one = load_block(states, 0, PIECE, DIM, column, VALUE_BLOCK, VALUE_DIM)
-        store_block(states, one, 0, DIM, column, VALUE_DIM)
         y = load_tile(output, start, there, heads * VALUE_DIM, column, VALUE_BLOCK, VALUE_DIM).to(tl.float32)
         q = load_tile(reads, start, carried, DIM, 0, PIECE, DIM)
         y = product(q, one.to(q.dtype), y, UPCAST)
@@ -123,8 +121,6 @@ def scan_kernel(
                 else:
                     first_two = tl.zeros([PIECE, VALUE_BLOCK], tl.float32)
                 two = tl.where(fresh, first_two, two)
-            next_two = load_block(states, PIECE, PIECE, DIM, column, VALUE_BLOCK, VALUE_DIM)
-            store_block(states, two, PIECE, DIM, column, VALUE_DIM)
             q = load_tile(reads, start, carried, DIM, PIECE, PIECE, DIM)
             y = product(q, two.to(q.dtype), y, UPCAST)
         if DOCUMENTS:
@@ -136,15 +132,24 @@ def scan_kernel(
                 if DIM > PIECE:
                     q = load_tile(reads, start, later, DIM, PIECE, PIECE, DIM)
                     y = product(q, first_two.to(q.dtype), y, UPCAST)
-            one = tl.where(restart, first_one, one)
-            if DIM > PIECE:
-                two = tl.where(restart, first_two, two)
         store_tile(output, y, start, there, heads * VALUE_DIM, column, VALUE_BLOCK, VALUE_DIM)
+        # What enters a chunk is stored where R was, which must have arrived before, so R is added up first.
+        next_one = load_block(states, 0, PIECE, DIM, column, VALUE_BLOCK, VALUE_DIM)
+        entering = one
+        if DOCUMENTS:
+            one = tl.where(restart, first_one, one)
         next_one += one * kept_of(kept, 0, PIECE, DIM)
+        store_block(states, entering, 0, DIM, column, VALUE_DIM)
+        if DIM > PIECE:
+            next_two = load_block(states, PIECE, PIECE, DIM, column, VALUE_BLOCK, VALUE_DIM)
+            entering = two
+            if DOCUMENTS:
+                two = tl.where(restart, first_two, two)
+            next_two += two * kept_of(kept, PIECE, PIECE, DIM)
+            store_block(states, entering, PIECE, DIM, column, VALUE_DIM)
         if transitions is not None:
             next_one = moved(transitions, one, next_one, 0, 0, PIECE, DIM, UPCAST)
         if DIM > PIECE:
-            next_two += two * kept_of(kept, PIECE, PIECE, DIM)
             if transitions is not None:
                 next_one = moved(transitions, two, next_one, 0, PIECE, PIECE, DIM, UPCAST)
                 next_two = moved(transitions, one, next_two, PIECE, 0, PIECE, DIM, UPCAST)

@@ -5,6 +5,7 @@ the decays after j up to i (a read: up to i - 1), exp2(G_i - G_j) with G the sum
 
     bounded    both sides are scaled by exp2(+-(G - G_middle)), and their products are taken at once. The caller has
                promised a bound on the decays by which the exponents stay within +-100 (`launch.SPAN`).
+               Pairs that are not seen may overflow; they are left out by selection, never by a factor of 0.
     exact      row after row, weights are products of decays: nothing is divided by, so any decay will do. 16 tokens.
 
 Rows past the end of a sequence have zero keys, values and decays, and belong to its last document.

@@ -299,6 +299,20 @@ def test_states_stored_in_half_precision(normalize):
         assert_close(rounded[name], want, 2**-7, name)
 
 
+@pytest.mark.parametrize("normalize", [True, False], ids=["exp", "sig"])
+def test_with_bfloat16_inputs_states_in_bfloat16_change_nothing(normalize):
+    """Every product rounds a state to the dtype of the inputs anyway."""
+    case = small("bf16-all", Positive, length=50, chunk_size=16, documents=(20,), normalize=normalize)
+    inputs = {name: case.inputs(torch.bfloat16).get(name) for name in INPUTS}
+    runs = []
+    for dtype in (torch.float32, torch.bfloat16):
+        with launch.stored_states(dtype):
+            results = call(linear_attention, case, inputs, backend="triton")
+            scale = results[3].detach() if normalize else None
+            runs.append(differentiate(results, inputs, scale, True))
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
 def test_two_runs_are_equal_bit_for_bit():
     case = small("twice", length=40, heads=2, documents=(13, 20), chunk_size=16)
     inputs = prepared(case)[0]

@@ -1,0 +1,231 @@
+"""Rung 3: the Triton kernels against the definition, in Triton's interpreter on the CPU, in float32.
+
+Runs only where TRITON_INTERPRET=1 is set before triton is imported; `test_delta_triton.py` starts such a process.
+Inputs lie in larger buffers of NaN, so that a load without mask or without `other` shows, and every buffer that the
+kernels are given to write is NaN before and lies between guard bands.
+"""
+
+import os
+from contextlib import ExitStack
+
+import pytest
+import torch
+from delta_cases import FASTEST_DECAY, INPUTS, Case, assert_close, call, gradients
+
+from longmix_kernels.delta import delta_rule, launch
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in a process of its own")
+
+TOLERANCE = 1e-5
+GUARD = 64
+
+
+def small(name: str, **changed) -> Case:
+    """One batch row and head, unless said otherwise."""
+    return Case(name, **{"batch": 1, "heads": 1, "value_dim": 16, **changed})
+
+
+BOUNDED = [
+    *(small(f"T{n}", length=n) for n in (1, 15, 16, 17, 63, 65, 130, 300)),
+    *(small(kind, length=130, kind=kind) for kind in ("correlated", "fastest", "identical")),
+    Case("two-batch-rows-and-heads", length=70, documents=(30,)),
+    *(small(f"{a}-{b}", dim=a, value_dim=b, length=40) for a, b in ((48, 80), (96, 16), (1, 3))),
+    small("144-16-documents", dim=144, length=35, documents=(7, 16)),
+    small("256-16", dim=256, length=17, kind="correlated"),
+    small("scalar-decay", scalar_decay=True, length=70),
+    small("diagonal", low_rank=False, length=70),
+    small("diagonal-documents", low_rank=False, length=70, documents=(13, 40)),
+    small("no-state", with_state=False, length=70),
+    small("documents", documents=(13, 40, 30)),
+    small("documents-144-no-state", dim=144, documents=(13, 3), length=20, with_state=False),
+    small("documents-no-state", documents=(1, 1, 1, 30, 2), with_state=False, length=70),
+    small("documents-of-one-token", documents=(1,) * 60, length=70),
+    small("documents-at-chunk-ends", documents=(64, 64, 1), length=140),
+    *(small(f"chunk-{n}", chunk_size=n, length=90, documents=(40,)) for n in (16, 32)),
+]
+EXACT = [
+    *(small(f"T{n}", length=n) for n in (1, 17)),
+    small("correlated", kind="correlated", length=33),
+    Case("two-batch-rows-and-heads", length=17, documents=(9,)),
+    small("80-48", dim=80, value_dim=48, length=17),
+    small("diagonal-documents", low_rank=False, length=36, documents=(13, 10)),
+    small("scalar-decay-no-state", scalar_decay=True, with_state=False, length=17),
+    small("documents-of-one-token", documents=(1,) * 15, length=18),
+]
+
+
+@pytest.fixture(autouse=True)
+def guarded_buffers(monkeypatch):
+    """Give out new tensors that are NaN and lie between NaN; check afterwards that nothing was written beside them."""
+    buffers: list[tuple[torch.Tensor, int]] = []
+    original = torch.Tensor.new_empty
+
+    def new_empty(self, *size, dtype=None, **options):
+        if options:
+            return original(self, *size, dtype=dtype, **options)  # the interpreter's own
+        size = torch.Size(size[0] if isinstance(size[0], (tuple, list)) else size)
+        buffer = torch.full((size.numel() + 2 * GUARD,), torch.nan, dtype=dtype or self.dtype)
+        buffers.append((buffer, size.numel()))
+        return buffer[GUARD : GUARD + size.numel()].view(size)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    yield
+    # Output, final state and the five that are kept.
+    assert len(buffers) >= 7
+    for buffer, size in buffers:
+        assert buffer[:GUARD].isnan().all() and buffer[GUARD + size :].isnan().all()
+        assert not buffer[GUARD : GUARD + size].isnan().any()
+
+
+def surrounded(x: torch.Tensor) -> torch.Tensor:
+    """What comes per token [B, T, H, ...] as a view into NaN, with other strides."""
+    buffer = torch.full([size + 3 for size in x.shape], torch.nan, dtype=x.dtype)
+    return buffer[tuple(slice(1, size + 1) for size in x.shape)].copy_(x.detach()).requires_grad_()
+
+
+def beside(x: torch.Tensor) -> torch.Tensor:
+    """The same state as a contiguous view into NaN."""
+    room = torch.full((x.numel() + 2 * GUARD,), torch.nan, dtype=x.dtype)
+    return room[GUARD : GUARD + x.numel()].view(x.shape).copy_(x.detach()).requires_grad_()
+
+
+def results(case: Case, inputs: dict, **options) -> dict[str, torch.Tensor]:
+    """Output, final state and gradients by name."""
+    pair = call(delta_rule, case, inputs, scale=0.5, **options)
+    return {"output": pair[0], "state": pair[1], **gradients(pair, inputs)}
+
+
+def prepared(case: Case, change=None) -> tuple[dict, dict]:
+    """Inputs for the kernels, with decays changed, and the same numbers in float64 for the definition."""
+    made = case.inputs(torch.float32)
+    if change is not None:
+        torch.manual_seed(0)
+        made["log_decay"] = change(made["log_decay"].detach())
+    ours = {
+        name: None if x is None else (beside if name == "initial_state" else surrounded)(x) for name, x in made.items()
+    }
+    return ours, {name: None if x is None else x.detach().double().requires_grad_() for name, x in ours.items()}
+
+
+def both(case: Case, bound: float | None, change=None) -> tuple[dict, dict]:
+    """What the kernels and the definition return, by name."""
+    ours, exact = prepared(case, change)
+    return results(case, ours, backend="triton", min_log_decay=bound), results(case, exact, backend="reference")
+
+
+def compare(case: Case, bound: float | None, change=None) -> None:
+    found, expected = both(case, bound, change)
+    assert found.keys() == expected.keys()
+    for name, want in expected.items():
+        assert_close(found[name], want, TOLERANCE, name)
+
+
+@pytest.mark.parametrize("case", BOUNDED, ids=lambda case: case.name)
+def test_matches_reference_with_bounded_decays(case):
+    compare(case, FASTEST_DECAY)
+
+
+@pytest.mark.parametrize("case", EXACT, ids=lambda case: case.name)
+def test_matches_reference_with_any_decays(case):
+    compare(case, None)
+
+
+DECAYS = {
+    **{f"constant-{-size}": lambda x, size=size: torch.full_like(x, size) for size in (-20.0, -1e4)},
+    "mostly-open": lambda x: torch.where(torch.rand_like(x) < 0.1, -1e4, 0.1 * x),
+    "shut-channels": lambda x: torch.where(torch.arange(x.shape[-1]) % 3 == 0, -1e4, x),
+    "of-all-sizes": lambda x: -(10.0 ** (8 * torch.rand_like(x) - 4)),
+    "infinite": lambda x: torch.where(torch.rand_like(x) < 0.1, -torch.inf, x),
+}
+
+
+@pytest.mark.parametrize("change", DECAYS.values(), ids=DECAYS)
+def test_any_decay(change):
+    compare(small("decay", length=20, documents=(5,)), None, change)
+
+
+@pytest.mark.parametrize(("bound", "chunk"), [(0.0, 64), (-2.09, 64), (-4.06, 32)])
+def test_the_longest_chunks_at_their_bound(bound, chunk):
+    """Every decay is as fast as promised: the largest exponents that there can be."""
+    case = small("bound", length=70, documents=(40,))
+    ours, _ = prepared(case, lambda x: torch.full_like(x, bound))
+    assert launch.Call(*ours.values(), None, 1.0, None, bound).chunk == chunk
+    compare(case, bound, lambda x: torch.full_like(x, bound))
+
+
+def test_a_broken_promise_is_held_to():
+    """Faster decays count as the fastest promised, up to the rounding of what is promised."""
+    case = small("broken", length=70)
+    promised = -0.5
+    change = lambda x: torch.where(torch.rand_like(x) < 0.2, -1e4, x)  # noqa: E731
+    ours, exact = prepared(case, change)
+    exact["log_decay"] = exact["log_decay"].detach().clamp(min=1.0001 * promised).requires_grad_()
+    found = results(case, ours, backend="triton", min_log_decay=promised)
+    for name, want in results(case, exact, backend="reference").items():
+        assert_close(found[name], want, TOLERANCE, name)
+
+
+def test_without_a_gradient_of_the_state():
+    case = small("no-final", documents=(13, 20), length=70)
+    found = []
+    for backend, inputs in zip(("triton", "reference"), prepared(case), strict=True):
+        output, _ = call(delta_rule, case, inputs, backend=backend, min_log_decay=FASTEST_DECAY)
+        found.append(gradients([output], inputs))
+    for name, want in found[1].items():
+        assert_close(found[0][name], want, TOLERANCE, name)
+
+
+@pytest.mark.parametrize("tiles", [(16, 64), (32, 16)], ids=str)
+def test_any_tile_sizes(tiles):
+    config = launch.LaunchConfig(*tiles, warps=1, stages=1)
+    with ExitStack() as stack:
+        for kernel in launch.KERNELS:
+            stack.enter_context(launch.overridden(kernel, config))
+        compare(small("bounded", length=70, dim=48, value_dim=80, documents=(20, 30)), FASTEST_DECAY)
+        compare(small("exact", length=12, dim=40, value_dim=20, documents=(7,)), None)
+
+
+def test_two_runs_are_equal_bit_for_bit():
+    case = small("twice", documents=(13, 40), length=70)
+    runs = [both(case, FASTEST_DECAY)[0] for _ in range(2)]
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+def test_later_tokens_change_nothing_before_them():
+    case = small("causality", length=70, documents=(20,))
+    inputs = {name: x.detach() for name, x in case.inputs(torch.float32).items()}
+    before, _ = call(delta_rule, case, inputs, backend="triton", min_log_decay=-1.0)
+    for token in (16, 45, 64):
+        changed = {name: x.clone() for name, x in inputs.items()}
+        for name in INPUTS[:6]:
+            changed[name][:, token:] = changed[name][:, token:].flip(-1)
+        after, _ = call(delta_rule, case, changed, backend="triton", min_log_decay=-1.0)
+        assert_close(before[:, :token], after[:, :token], 1e-6, "output")
+        assert not torch.equal(before[:, token], after[:, token])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_inputs_are_stored_in_their_own_dtype(dtype):
+    """Products are upcast in the interpreter, so this is about loads, casts, stores, and rounding between products."""
+    case = small("half", length=70, dim=32)
+    inputs = case.inputs(dtype)
+    exact = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
+    found = results(case, inputs, backend="triton", min_log_decay=FASTEST_DECAY)
+    for name, want in results(case, exact, backend="reference").items():
+        assert found[name].dtype == inputs.get(name, inputs["initial_state" if name == "state" else "query"]).dtype
+        assert_close(found[name], want, 0.03, name)
+
+
+def test_one_decay_a_head_is_read_without_a_copy_and_ids_may_be_large():
+    case = small("head", length=40, heads=2, scalar_decay=True)
+    ours, exact = prepared(case)
+    expanded = ours["log_decay"].unsqueeze(-1).expand(-1, -1, -1, case.dim)
+    tensors = [expanded if name == "log_decay" else ours[name] for name in INPUTS]
+    assert launch.Call(*tensors, None, 1.0, None, -1.0).log_decay.data_ptr() == ours["log_decay"].data_ptr()
+    ids = ((torch.arange(case.length) >= 25) * 2**40).view(1, -1)
+    options = {"document_ids": ids, "min_log_decay": FASTEST_DECAY}
+    found, expected = (
+        results(case, x, backend=backend, **options) for x, backend in ((ours, "triton"), (exact, "reference"))
+    )
+    for name, want in expected.items():
+        assert_close(found[name], want, TOLERANCE, name)
