@@ -1,9 +1,10 @@
 """Our attention against torch's backends, FlexAttention and FlashAttention 3 and 4: `python -m benchmarks.attention`.
 
-Everything is measured in one run on the same inputs, in turns. Times of sorted patterns (hash, drop) include making the
-ordering from given labels. Hash buckets are uniform and random, with a fixed seed, independent per head. FLOPs are
-those that a pattern's visible pairs need, whatever the tiles compute on top. On CUDA 65536 tokens and 2048 columns
-(heads x dim) are shared out among batch and heads; on the CPU there are 4 heads and one sequence.
+Everything is measured in one run on the same inputs, in turns. Times of sorted patterns (hash, routing, drop) include
+making the ordering, from given labels or, in routing, from the queries. Hash buckets are uniform and random, with a
+fixed seed, independent per head. FLOPs are those that a pattern's visible pairs need, whatever the tiles compute on
+top. On CUDA 65536 tokens and 2048 columns (heads x dim) are shared out among batch and heads; on the CPU there are 4
+heads and one sequence.
 
 `--waste` counts instead what tiles compute beyond what hash-sparse attention needs, and times nothing.
 """
@@ -19,7 +20,7 @@ import torch
 
 from benchmarks import attention_work as work
 from benchmarks import results, timing
-from benchmarks.attention_providers import LEGEND, NAMES, OURS, SDPA, Shape, providers
+from benchmarks.attention_providers import FEATURES, LEGEND, NAMES, OURS, SDPA, WINDOW, Shape, providers
 from benchmarks.command import DTYPES, Parser, positive
 from benchmarks.comparison import PASSES, TRAINING, Comparison, carry_out
 
@@ -61,16 +62,29 @@ _H200 = {"device_name": "NVIDIA H200", "dtype": "bf16"}
 _CPU = {"device": "cpu", "dtype": "fp32"}
 
 
-def bars(device: str, dims: Sequence[int]) -> list[results.Bar]:
+def bars(device: str, dims: Sequence[int]) -> list[results.Bar | results.FlatBar]:
     """What has to be reached on a device, forward and backward together at T = 16384."""
     Bar, flash, where = results.Bar, ("sdpa-flash",), {"pass": TRAINING, "length": 16384}
     hashes = [(name, where | {"dim": dim}) for dim in dims for name in ("hash-shared", "hash-separate")]
     claim = f"{'CPU' if device == 'cpu' else 'H200'}: {{}}, d{{}}, T = 16384, forward + backward, against {{}}"
     sparse = "{} (16 buckets, sorting included)"
     if device == "cpu":
+        routing = f"routing (w = {WINDOW}, choosing and sorting included)"
+        scattered = f"scatterbrain (m = {FEATURES}, features included)"
+        others = [(name, where | {"dim": dim}) for name in ("routing", "scatterbrain") for dim in dims]
+        named = {"routing": routing, "scatterbrain": scattered} | {name: sparse.format(name) for name, _ in hashes}
+        flat = "CPU: scatterbrain, d{}, forward + backward, time per token from 2k to 64k"
         return [
-            Bar(claim.format(sparse.format(name), here["dim"], "SDPA"), name, SDPA, flash, here, 4.0, _CPU)
-            for name, here in hashes
+            *(
+                Bar(claim.format(named[name], here["dim"], "SDPA"), name, SDPA, flash, here, 4.0, _CPU)
+                for name, here in hashes + others
+            ),
+            *(
+                results.FlatBar(
+                    flat.format(dim), "scatterbrain", {"pass": TRAINING, "dim": dim}, LENGTHS[1:], 0.15, _CPU
+                )
+                for dim in dims
+            ),
         ]
     full = {"tokens": CUDA_TOKENS, "columns": CUDA_COLUMNS}
     dense = claim.format("dense", 128, "the fastest SDPA backend")

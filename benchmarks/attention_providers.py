@@ -18,11 +18,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks import attention_work as work
 from benchmarks import timing
 from benchmarks.comparison import PASSES, TRAINING, Provider, Workload, both_passes
-from longmix_kernels.attention import attention, launch, order_by_label, row_bounds, sink_and_local_blocks
+from longmix.mixers.features import FeatureMap
+from longmix_kernels.attention import Ordering, attention, launch, order_by_label, row_bounds, sink_and_local_blocks
+from longmix_kernels.scatter import scatter_attention
 
 WINDOW = 512
 BUCKETS = 16
 BLOCK_SIZE, SINK_BLOCKS, LOCAL_BLOCKS = 128, 1, 8
+PAST_BLOCKS, FEATURES = 1, 64
 MATH_LENGTH = 2048
 """Longest sequence for torch's math backend, which stores all scores."""
 
@@ -91,8 +94,10 @@ def _sink_local(shape: Shape) -> Workload:
 def _sorted(
     shape: Shape, query_labels: torch.Tensor, key_labels: torch.Tensor | None, num_labels: int, copies: bool = False
 ) -> Workload:
-    order = functools.partial(order_by_label, query_labels, key_labels, num_labels=num_labels)
+    return _ordered(shape, functools.partial(order_by_label, query_labels, key_labels, num_labels=num_labels), copies)
 
+
+def _ordered(shape: Shape, order: Callable[[], Ordering], copies: bool = False) -> Workload:
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return attention(query, key, value, **order()._asdict())
 
@@ -105,6 +110,34 @@ def _hash(shape: Shape, *, shared: bool, copies: bool = False) -> Workload:
     sizes = shape.batch, shape.length, shape.heads, BUCKETS
     labels = [work.uniform_labels(*sizes, seed=SEED + side).to(shape.device) for side in range(2 - shared)]
     return _sorted(shape, labels[0], None if shared else labels[1], BUCKETS, copies)
+
+
+def _routing(shape: Shape) -> Workload:
+    """One cluster for query and key, that of the nearest of random centroids; finding it is part of the ordering."""
+    query, clusters = shape.tensors[0], max(2, shape.length // WINDOW)
+    generator = torch.Generator().manual_seed(SEED)
+    centroids = F.normalize(torch.randn(shape.heads, clusters, shape.dim, generator=generator), dim=-1)
+    centroids = centroids.to(shape.device).mT
+
+    def order() -> Ordering:
+        nearest = (F.normalize(query.transpose(1, 2).float(), dim=-1) @ centroids).argmax(-1)
+        return order_by_label(nearest.transpose(1, 2), num_labels=clusters, members=WINDOW)
+
+    return _ordered(shape, order)
+
+
+def _scatterbrain(shape: Shape) -> Workload:
+    """Features are made from queries and keys in the call; as pairs they are so many keys more."""
+    favor = FeatureMap("favor", shape.heads, shape.dim, FEATURES, SEED).to(shape.device)
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        features = (favor(F.normalize(x.float(), dim=-1)) for x in (query, key))
+        call = functools.partial(scatter_attention, block_size=BLOCK_SIZE, past_blocks=PAST_BLOCKS)
+        return call(query, key, value, *features).output
+
+    row = torch.arange(shape.length)
+    seen = row - (row // BLOCK_SIZE - PAST_BLOCKS).clamp(min=0) * BLOCK_SIZE + 1
+    return shape.workload(attend, int((seen + FEATURES).sum()) * shape.batch * shape.heads)
 
 
 def _drop(shape: Shape) -> Workload:
@@ -199,7 +232,7 @@ def _flex_refuses(shape: Shape, direction: str) -> str:
 
 
 HASH = ("hash-shared", "hash-separate", "hash-shared-copies", "hash-separate-copies")
-OURS = ("dense", "window", *HASH, "drop", "sink-local")
+OURS = ("dense", "window", *HASH, "routing", "scatterbrain", "drop", "sink-local")
 SDPA = ("sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "sdpa-math")
 NAMES = (*OURS, *SDPA, "flex", "fa3", "fa4")
 
@@ -209,6 +242,10 @@ ours:  dense          plain causal attention
        hash-shared    keys in the query's bucket: {BUCKETS} uniform random buckets per head, one for query and key
        hash-separate  the same with buckets of queries and keys drawn independently
        hash-*-copies  the same with rows copied into order before the kernels, instead of gathered by their loads
+       routing        the last {WINDOW} keys of the query's cluster: T / {WINDOW} random centroids per head, one cluster
+                      for query and key; finding the nearest is part of the ordering
+       scatterbrain   the own block of {BLOCK_SIZE} keys and {PAST_BLOCKS} before it; for the others {FEATURES} random
+                      features, which are made in the call
        drop           half of the queries and half of the keys of each head, at random
        sink-local     the first {SINK_BLOCKS * BLOCK_SIZE} keys and the last {LOCAL_BLOCKS} blocks of {BLOCK_SIZE}
 peers: sdpa-*         torch's backends, each on its own, causal; flash is FlashAttention 2 on CUDA
@@ -226,6 +263,8 @@ def providers(flex: bool) -> dict[str, Provider]:
         Provider("hash-separate", partial(_hash, shared=False)),
         Provider("hash-shared-copies", partial(_hash, shared=True, copies=True), _needs_cuda),
         Provider("hash-separate-copies", partial(_hash, shared=False, copies=True), _needs_cuda),
+        Provider("routing", _routing),
+        Provider("scatterbrain", _scatterbrain),
         Provider("drop", _drop),
         Provider("sink-local", _sink_local),
         Provider("sdpa-flash", partial(_sdpa, SDPBackend.FLASH_ATTENTION)),

@@ -36,10 +36,14 @@ class Parser(argparse.ArgumentParser):
         if options.device == "cuda" and not torch.cuda.is_available():
             self.error("--device cuda, but torch sees no CUDA device")
         options.dtype = options.dtype or ("bf16" if options.device == "cuda" else "fp32")
+        self.make_folder(options.out)
+
+    def make_folder(self, folder: Path) -> None:
+        """Make the folder for what is written."""
         try:
-            options.out.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            self.error(f"--out {options.out} cannot be a folder: {error.strerror}")
+            self.error(f"--out {folder} cannot be a folder: {error.strerror}")
 
 
 def positive(kind: type[int] | type[float], most: float = float("inf")) -> Callable[[str], float]:

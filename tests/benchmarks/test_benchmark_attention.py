@@ -26,7 +26,18 @@ def run(tmp_path, capsys):
 def test_a_run_leaves_table_picture_and_records(run, tmp_path):
     code, printed, content = run("--lengths", "128", "64", "64")
     assert code == 0
-    ours = ("dense", "window", "hash-shared", "hash-separate", "drop", "sink-local", "sdpa-flash", "sdpa-math")
+    ours = (
+        "dense",
+        "window",
+        "hash-shared",
+        "hash-separate",
+        "routing",
+        "scatterbrain",
+        "drop",
+        "sink-local",
+        "sdpa-flash",
+        "sdpa-math",
+    )
     expected = [(length, direction, name) for length in (64, 128) for direction in ("fwd", "fwd+bwd") for name in ours]
     assert [(r["length"], r["pass"], r["provider"]) for r in content["results"]] == expected
     for record in content["results"]:
@@ -36,7 +47,7 @@ def test_a_run_leaves_table_picture_and_records(run, tmp_path):
         assert record["tflops"] == pytest.approx(flops / record["median_ms"] / 1e9)
         assert record["peak_mib"] >= 128 * 2 * 16 * 4 / 2**20 * record["length"] / 128
         assert record["of_peak"] is None
-        assert ("order_ms" in record) == (record["provider"] in ("hash-shared", "hash-separate", "drop"))
+        assert ("order_ms" in record) == (record["provider"] in ("hash-shared", "hash-separate", "routing", "drop"))
     fastest = [r for r in content["results"] if r["over_sdpa"] == 1.0 and r["provider"].startswith("sdpa")]
     assert len(fastest) == 4
     assert content["missing"]["fa3"] == "needs CUDA" and "--flex" in content["missing"]["flex"]
@@ -121,9 +132,8 @@ H200 = {"device": "cuda", "device_name": "NVIDIA H200", "dtype": "bf16"}
 
 
 def verdicts(device, environment, records=RECORDS):
-    return {
-        bar.provider: bar.verdict(records, environment) | {"least": bar.least} for bar in benchmark.bars(device, [128])
-    }
+    bars = [bar for bar in benchmark.bars(device, [128]) if isinstance(bar, results.Bar)]
+    return {bar.provider: bar.verdict(records, environment) for bar in bars}
 
 
 def test_bars_on_an_h200():
@@ -154,6 +164,25 @@ def test_a_bar_needs_the_rivals_that_matter():
     assert found["dense"]["ratio"] == 0.9 and found["dense"]["verdict"] == "unmeasured"
     (line,) = results.verdict_lines([found["dense"]])
     assert line.endswith("0.90x, against sdpa-flash (needs a time of sdpa-cudnn)")
+
+
+def test_bars_on_a_cpu_of_routing():
+    records = [{"provider": name, "median_ms": took, **PLACE} for name, took in (("routing", 2.0), ("sdpa-flash", 9.0))]
+    found = verdicts("cpu", {"device": "cpu", "dtype": "fp32"}, records)["routing"]
+    assert found["verdict"] == "met" and found["ratio"] == 4.5 and found["least"] == 4.0
+
+
+def test_bars_on_a_cpu_of_scatterbrain():
+    took = {1024: 1.0, 2048: 2.0, 4096: 4.2, 8192: 8.0, 16384: 16.0, 32768: 33.0, 65536: 70.0}
+    records = [
+        {"provider": "scatterbrain", "median_ms": ms, **PLACE, "length": n, "tokens": n} for n, ms in took.items()
+    ]
+    records.append({"provider": "sdpa-flash", "median_ms": 80.0, **PLACE})
+    cpu = {"device": "cpu", "dtype": "fp32"}
+    assert verdicts("cpu", cpu, records)["scatterbrain"]["ratio"] == 5.0
+    (bar,) = (bar for bar in benchmark.bars("cpu", [128]) if isinstance(bar, results.FlatBar))
+    assert bar.verdict(records, cpu)["verdict"] == "met"
+    assert bar.verdict(records[:-2], cpu)["lacks"] == ["times at T = 65536"]
 
 
 def test_bars_on_a_cpu():

@@ -38,7 +38,7 @@ def attends(monkeypatch):
 CAUSAL = ("dense", "sdpa-flash", "sdpa-math")
 
 
-@pytest.mark.parametrize("name", [*CAUSAL, "window", "hash-shared", "hash-separate", "drop", "sink-local"])
+@pytest.mark.parametrize("name", [*CAUSAL, "window", "hash-shared", "hash-separate", "routing", "drop", "sink-local"])
 def test_a_provider_sees_the_pairs_that_are_counted_for_it(attends, name):
     workload, weights = attends(name)
     assert workload.columns["pairs"] == weights.count_nonzero()

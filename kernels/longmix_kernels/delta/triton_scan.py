@@ -123,15 +123,14 @@ def scan_kernel(
                 two = tl.where(fresh, first_two, two)
             q = load_tile(reads, start, carried, DIM, PIECE, PIECE, DIM)
             y = product(q, two.to(q.dtype), y, UPCAST)
-        if DOCUMENTS:
-            if initial is not None:
-                # Rows of documents that begin within the chunk.
-                later = there & (carried == 0)
-                q = load_tile(reads, start, later, DIM, 0, PIECE, DIM)
-                y = product(q, first_one.to(q.dtype), y, UPCAST)
-                if DIM > PIECE:
-                    q = load_tile(reads, start, later, DIM, PIECE, PIECE, DIM)
-                    y = product(q, first_two.to(q.dtype), y, UPCAST)
+        if DOCUMENTS and initial is not None:
+            # Rows of documents that begin within the chunk.
+            later = there & (carried == 0)
+            q = load_tile(reads, start, later, DIM, 0, PIECE, DIM)
+            y = product(q, first_one.to(q.dtype), y, UPCAST)
+            if DIM > PIECE:
+                q = load_tile(reads, start, later, DIM, PIECE, PIECE, DIM)
+                y = product(q, first_two.to(q.dtype), y, UPCAST)
         store_tile(output, y, start, there, heads * VALUE_DIM, column, VALUE_BLOCK, VALUE_DIM)
         # What enters a chunk is stored where R was, which must have arrived before, so R is added up first.
         next_one = load_block(states, 0, PIECE, DIM, column, VALUE_BLOCK, VALUE_DIM)

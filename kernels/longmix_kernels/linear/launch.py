@@ -210,8 +210,8 @@ def stored_states(dtype: torch.dtype) -> Iterator[None]:
     """Store states and their gradients between chunks in this dtype, while the context lasts.
 
     They are carried from chunk to chunk in float32 in any case, and products round them to the dtype of the queries as
-    they are read. bfloat16 halves the bytes that pass between the kernels, and with bfloat16 inputs changes no result by
-    a bit. With float32 inputs it costs gradients of decays up to 3e-2, relative.
+    they are read. bfloat16 halves the bytes that pass between the kernels; with bfloat16 inputs it changes no result by
+    a bit, and with float32 inputs it costs gradients of decays up to 3e-2, relative.
     """
     global _state_dtype
     before, _state_dtype = _state_dtype, dtype

@@ -87,10 +87,12 @@ def test_only_wanted_gradients(wanted):
     assert_close(grads[wanted], expected, 1e-14, wanted)
 
 
-def test_any_strides_and_inputs_left_as_they_were():
+@pytest.mark.parametrize("axes", [(-2, -1), (0, 1), (1, 2)], ids=str)
+def test_any_strides_and_inputs_left_as_they_were(axes):
     inputs = CASE.inputs(torch.float64)
     copies = {name: x.detach().clone() for name, x in inputs.items()}
-    turned = {name: x.detach().mT.contiguous().mT.requires_grad_() for name, x in inputs.items()}
+    turned = {name: x.detach().transpose(*axes).contiguous().transpose(*axes) for name, x in inputs.items()}
+    turned = {name: x.requires_grad_() for name, x in turned.items()}
     expected, got = everything(CASE, inputs), everything(CASE, turned)
     for name in expected:
         assert_close(got[name], expected[name], 1e-13, name)
