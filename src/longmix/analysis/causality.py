@@ -95,6 +95,7 @@ def model_function(model: LanguageModel) -> Function:
     return run
 
 
+@torch.no_grad()
 def audit(function: Function, x: Tensor, seed: int = 0) -> list[Finding]:
     """Probe a function for leaks.
 
@@ -110,8 +111,7 @@ def audit(function: Function, x: Tensor, seed: int = 0) -> list[Finding]:
 
     length = x.shape[1]
     cuts = sorted({length // 4, length // 2, 3 * length // 4, length - 1})
-    with torch.no_grad():
-        whole = function(x, None)
+    whole = function(x, None)
     probes: dict[str, list[tuple[float, str]]] = {"last token": [], "later tokens": [], "huge keys": [], "prefix": []}
     for _ in range(4):
         changed = torch.cat([x[:, :-1], drawn(x[:, -1:])], 1)
@@ -166,6 +166,7 @@ def _finding(probe: str, changes: list[tuple[float, str]], kind: str) -> Finding
     return Finding(probe, change, where, "none" if change <= TOLERANCE else kind)
 
 
+@torch.enable_grad()
 def _has_gradient(function: Function, x: Tensor, cuts: list[int], document_ids: Tensor | None) -> bool:
     """Whether an output before a cut has a gradient in an input from it on; with documents, one after it in those
     before it."""

@@ -93,13 +93,13 @@ def _trained(subject: Subject, length: int, steps: int) -> EntropyFinding:
 
 def _table(found: dict[str, list[Finding]]) -> Table:
     table = Table(title="largest change of an output that must not change, relative; float64 rounds at 1e-16")
-    table.add_column("")
+    table.add_column("", overflow="fold")
     for finding in next(iter(found.values())):
         table.add_column(finding.probe, justify="right")
-    table.add_column("leak")
+    table.add_column("leak", no_wrap=True)
     for part, findings in found.items():
         kinds = sorted({finding.kind for finding in findings} - {"none"})
-        table.add_row(part, *(f"{finding.change:.0e}" for finding in findings), " and ".join(kinds) or "none")
+        table.add_row(part, *(f"{finding.change:.0e}" for finding in findings), "\n".join(kinds) or "none")
     return table
 
 
