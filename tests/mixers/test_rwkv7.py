@@ -278,6 +278,18 @@ def test_decay_stays_within_its_bounds_and_is_never_rounded():
     assert inside.dtype == torch.float32
 
 
+def test_runs_in_mixed_precision():
+    mixer = shaken(RWKV7(SHAPE, 1, head_dim=16)).float()
+    x, first = random(2, 40, 48).float(), random(2, 40, 48, seed=1).float()
+    exact = mixer(x, first_value=first).y
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = mixer(x, first_value=first.bfloat16()).y
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded.float() - exact).norm() < 0.03 * exact.norm()
+    rounded.float().sum().backward()
+    assert all(weight.grad.isfinite().all() for weight in mixer.parameters())
+
+
 def test_impossible_settings_are_refused_by_name():
     with pytest.raises(ConfigError, match=r"mixer\.head_dim=64 does not divide model\.d_model=48"):
         RWKV7(SHAPE, 0)
