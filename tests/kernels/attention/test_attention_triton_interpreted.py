@@ -24,6 +24,7 @@ from attention_cases import (
     sorted_buckets,
     together,
 )
+from guarded import guarded_buffers, surrounded
 
 from longmix_kernels.attention import (
     attention,
@@ -39,7 +40,6 @@ from longmix_kernels.attention.reference import attention_reference
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in a process of its own")
 
 TOLERANCE = 1e-5
-GUARD = 64
 RESULTS = ("output", "logsumexp", "grad_query", "grad_key", "grad_value")
 
 
@@ -153,34 +153,10 @@ PERMUTED: list[tuple[Case, dict]] = [
 
 
 @pytest.fixture(autouse=True)
-def guarded_buffers(monkeypatch):
-    """Give out new tensors that are NaN and lie between NaN; check afterwards that nothing was written beside them."""
-    buffers: list[tuple[torch.Tensor, int]] = []
-    original = torch.Tensor.new_empty
-
-    def new_empty(self, *size, dtype=None, **options):
-        if options:
-            return original(self, *size, dtype=dtype, **options)  # the interpreter's own
-        size = torch.Size(size[0] if isinstance(size[0], (tuple, list)) else size)
-        buffer = torch.full((size.numel() + 2 * GUARD,), torch.nan, dtype=dtype or self.dtype)
-        buffers.append((buffer, size.numel()))
-        return buffer[GUARD : GUARD + size.numel()].view(size)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-    yield
+def guards(monkeypatch):
     # Forward: output and logsumexp. Backward: three gradients, and two numbers per row.
-    assert len(buffers) >= 2
-    for buffer, size in buffers:
-        assert buffer[:GUARD].isnan().all() and buffer[GUARD + size :].isnan().all()
-        assert not buffer[GUARD : GUARD + size].isnan().any()
-
-
-def surrounded(x: torch.Tensor) -> torch.Tensor:
-    """The same tensor [B, T, H, D] as a view into NaN, with other strides."""
-    batch, length, heads, dim = x.shape
-    buffer = torch.full((batch, length + 3, heads + 1, dim + 5), torch.nan, dtype=x.dtype)
-    view = buffer[:, 1 : length + 1, :heads, 2 : dim + 2]
-    return view.copy_(x.detach()).requires_grad_()
+    with guarded_buffers(monkeypatch, least=2):
+        yield
 
 
 def call_options(case: Case, options: dict) -> tuple[dict, Pattern]:

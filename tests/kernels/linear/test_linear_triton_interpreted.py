@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from guarded import beside, guarded_buffers, surrounded
 from linear_cases import INPUTS, REGIMES, Case, assert_close, assert_second_document_forgets, call
 
 from longmix_kernels.linear import launch, linear_attention
@@ -18,7 +19,6 @@ from longmix_kernels.linear import launch, linear_attention
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in a process of its own")
 
 TOLERANCE = 1e-5
-GUARD = 64
 
 
 class Positive(Case):
@@ -87,38 +87,10 @@ CASES = [
 
 
 @pytest.fixture(autouse=True)
-def guarded_buffers(monkeypatch):
-    """Give out new tensors that are NaN and lie between NaN; check afterwards that nothing was written beside them."""
-    buffers: list[tuple[torch.Tensor, int]] = []
-    original = torch.Tensor.new_empty
-
-    def new_empty(self, *size, dtype=None, **options):
-        if options:
-            return original(self, *size, dtype=dtype, **options)  # the interpreter's own
-        size = torch.Size(size[0] if isinstance(size[0], (tuple, list)) else size)
-        buffer = torch.full((size.numel() + 2 * GUARD,), torch.nan, dtype=dtype or self.dtype)
-        buffers.append((buffer, size.numel()))
-        return buffer[GUARD : GUARD + size.numel()].view(size)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-    yield
+def guards(monkeypatch):
     # Forward: output, gates, states and final memory. Backward: gates, two states, four gradients and their sums.
-    assert len(buffers) >= 4
-    for buffer, size in buffers:
-        assert buffer[:GUARD].isnan().all() and buffer[GUARD + size :].isnan().all()
-        assert not buffer[GUARD : GUARD + size].isnan().any()
-
-
-def surrounded(x: torch.Tensor) -> torch.Tensor:
-    """What comes per token [B, T, H, ...] as a view into NaN, with other strides."""
-    buffer = torch.full([size + 3 for size in x.shape], torch.nan, dtype=x.dtype)
-    return buffer[tuple(slice(1, size + 1) for size in x.shape)].copy_(x.detach()).requires_grad_()
-
-
-def beside(x: torch.Tensor) -> torch.Tensor:
-    """The same state as a contiguous view into NaN."""
-    room = torch.full((x.numel() + 2 * GUARD,), torch.nan, dtype=x.dtype)
-    return room[GUARD : GUARD + x.numel()].view(x.shape).copy_(x.detach()).requires_grad_()
+    with guarded_buffers(monkeypatch, least=4):
+        yield
 
 
 def prepared(case: Case, change=None) -> tuple[dict, dict]:

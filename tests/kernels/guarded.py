@@ -1,0 +1,46 @@
+"""What kernels in the interpreter read and write, laid into NaN, so that a step beside it shows."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+GUARD = 64
+
+
+@contextmanager
+def guarded_buffers(monkeypatch: pytest.MonkeyPatch, least: int) -> Iterator[None]:
+    """Give out new tensors that are NaN and lie between NaN; afterwards all of them, and nothing beside, was written.
+
+    At least so many of them must have been asked for.
+    """
+    buffers: list[tuple[torch.Tensor, int]] = []
+    original = torch.Tensor.new_empty
+
+    def new_empty(self, *size, dtype=None, **options):
+        if options:
+            return original(self, *size, dtype=dtype, **options)  # the interpreter's own
+        size = torch.Size(size[0] if isinstance(size[0], (tuple, list)) else size)
+        buffer = torch.full((size.numel() + 2 * GUARD,), torch.nan, dtype=dtype or self.dtype)
+        buffers.append((buffer, size.numel()))
+        return buffer[GUARD : GUARD + size.numel()].view(size)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    yield
+    assert len(buffers) >= least
+    for buffer, size in buffers:
+        assert buffer[:GUARD].isnan().all() and buffer[GUARD + size :].isnan().all()
+        assert not buffer[GUARD : GUARD + size].isnan().any()
+
+
+def surrounded(x: torch.Tensor) -> torch.Tensor:
+    """What comes per token [B, T, H, ...] as a view into NaN, with other strides."""
+    buffer = torch.full([size + 3 for size in x.shape], torch.nan, dtype=x.dtype)
+    return buffer[tuple(slice(1, size + 1) for size in x.shape)].copy_(x.detach()).requires_grad_()
+
+
+def beside(x: torch.Tensor) -> torch.Tensor:
+    """The same tensor, contiguous, as a view into NaN."""
+    room = torch.full((x.numel() + 2 * GUARD,), torch.nan, dtype=x.dtype)
+    return room[GUARD : GUARD + x.numel()].view(x.shape).copy_(x.detach()).requires_grad_()
