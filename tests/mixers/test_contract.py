@@ -65,6 +65,10 @@ MIXERS = {
     "scatterbrain-taylor": lambda: scatterbrain(features="taylor", num_features=7),
     "scatterbrain-elu": lambda: scatterbrain(features="elu", num_features=5, num_kv_heads=1),
     "scatterbrain-no-features": lambda: scatterbrain(num_features=0),
+    "scatterbrain-summaries": lambda: scatterbrain(num_features=0, summaries=True),
+    "scatterbrain-summaries-grouped": lambda: scatterbrain(
+        num_features=0, summaries=True, past_blocks=0, block=3, sinks=1, num_kv_heads=1
+    ),
     "mlstm-sig": lambda: awake(MLSTM(SHAPE, 0)),
     "mlstm-exp": lambda: awake(MLSTM(SHAPE, 0, gate="exp", num_heads=3, norm="layer")),
     "mlstm-convolution": lambda: awake(MLSTM(SHAPE, 0, num_heads=2, convolution=4)),
@@ -219,7 +223,9 @@ def test_state_bytes_are_what_the_state_holds(mixer):
         assert mixer.state_bytes(29) == mixer.state_bytes(10**6)
     elif isinstance(output.state, ScatterbrainState):
         recent = output.state.recent
-        cached = tree_leaves((recent.key, recent.value, recent.features, output.state.far))
+        far = output.state.far
+        far = (far.key, far.value) if mixer.summaries else far
+        cached = tree_leaves((recent.key, recent.value, recent.features, far))
         held = sum(x.nbytes for x in cached if x is not None) // 2
     elif isinstance(output.state, RoutingState):
         recent, rings = output.state.recent, output.state.rings
@@ -279,7 +285,12 @@ REFUSED = {
     "scatterbrain-past": (lambda: scatterbrain(past_blocks=-1), "mixer.past_blocks=-1 must be at least 0"),
     "scatterbrain-radius": (lambda: scatterbrain(radius=0.0), "mixer.radius=0.0 must be above 0"),
     "scatterbrain-sinks": (lambda: scatterbrain(sinks=-1), "mixer.sinks=-1 must be at least 0"),
+    "scatterbrain-summaries": (
+        lambda: scatterbrain(summaries=True),
+        "mixer.summaries=true and mixer.num_features=8 would count far keys twice; set mixer.num_features=0",
+    ),
     "scatterbrain-features": (lambda: scatterbrain(features="relu"), "mixer.features=relu is unknown; use one of"),
+    "scatterbrain-no-such": (lambda: scatterbrain(features="relu", num_features=0), "mixer.features=relu is unknown"),
     "scatterbrain-odd": (lambda: scatterbrain(num_features=7), "mixer.num_features=7 must be even"),
     "scatterbrain-negative": (
         lambda: scatterbrain(features="elu", num_features=-1),

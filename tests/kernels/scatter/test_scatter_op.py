@@ -1,5 +1,7 @@
 """The public function: errors, dtypes, autograd, autocast and torch.compile."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from scatter_cases import CASES, INPUTS, Case, assert_close, call, everything, gradients
@@ -87,13 +89,15 @@ def test_only_wanted_gradients(wanted):
     assert_close(grads[wanted], expected, 1e-14, wanted)
 
 
+@pytest.mark.parametrize("documents", [(30, 11), ()], ids=["documents", "one"])
 @pytest.mark.parametrize("axes", [(-2, -1), (0, 1), (1, 2)], ids=str)
-def test_any_strides_and_inputs_left_as_they_were(axes):
-    inputs = CASE.inputs(torch.float64)
+def test_any_strides_and_inputs_left_as_they_were(axes, documents):
+    case = replace(CASE, documents=documents)
+    inputs = case.inputs(torch.float64)
     copies = {name: x.detach().clone() for name, x in inputs.items()}
     turned = {name: x.detach().transpose(*axes).contiguous().transpose(*axes) for name, x in inputs.items()}
     turned = {name: x.requires_grad_() for name, x in turned.items()}
-    expected, got = everything(CASE, inputs), everything(CASE, turned)
+    expected, got = everything(case, inputs), everything(case, turned)
     for name in expected:
         assert_close(got[name], expected[name], 1e-13, name)
     assert all(torch.equal(copies[name], x) for name, x in inputs.items())

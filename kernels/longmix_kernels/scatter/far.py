@@ -1,0 +1,230 @@
+"""Far keys of one document, through sums over its blocks.
+
+With rows r_j = [v_j, 1] a scan over blocks gives, entering each block of queries, S and Z side by side; with rows
+[dO_i, -D_i] the same scan in reverse gives G and -h. Sums are stored divided by exp(scale), feature by feature, where
+scale is the largest logarithm that entered: one key at least then counts with weight 1, and none with more.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from longmix_kernels.scatter.bounds import Span
+from longmix_kernels.scatter.state import lowest
+
+Sums = tuple[torch.Tensor, torch.Tensor]
+"""The scale [..., m] of some sums [..., m, W]."""
+
+IN_CACHE = 2**18
+"""How many numbers to compute with at a time for each thread."""
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Blocks of a document in tensors [B, T, H, W], which become [G * X, R, W] for G blocks and X = B * Hkv.
+
+    R counts the tokens of a block for each query head of a key head in turn. What a block lacks is filled up.
+    """
+
+    batch: slice
+    origin: int
+    """Row at which block 0 begins; below 0 where the tensor begins later."""
+    stop: int
+    size: int
+    key_heads: int
+
+    def take(self, x: torch.Tensor, blocks: range, dtype: torch.dtype, fill: float = 0.0) -> torch.Tensor:
+        """Copy the blocks; what comes out may be written to."""
+        rows, before, after = self._rows(blocks)
+        taken = x[self.batch, rows].to(dtype)
+        if before or after:
+            taken = F.pad(taken, (0, 0, 0, 0, before, after), value=fill)
+        split = taken.unflatten(1, (len(blocks), self.size)).unflatten(3, (self.key_heads, -1))
+        ordered = split.permute(1, 0, 3, 4, 2, 5).clone(memory_format=torch.contiguous_format)
+        return ordered.flatten(3, 4).flatten(0, 2)
+
+    def view(self, x: torch.Tensor, blocks: range) -> torch.Tensor:
+        """View the rows of the blocks, [B, rows, H, W]."""
+        return x[self.batch, self._rows(blocks)[0]]
+
+    def rows(self, taken: torch.Tensor, blocks: range) -> torch.Tensor:
+        """Undo `take`: [B, rows, H, W]."""
+        rows, before, _ = self._rows(blocks)
+        split = taken.unflatten(1, (-1, self.size)).unflatten(0, (len(blocks), -1, self.key_heads))
+        every = split.permute(1, 0, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)
+        return every[:, before : before + rows.stop - rows.start]
+
+    def _rows(self, blocks: range) -> tuple[slice, int, int]:
+        """Rows that are there, and how many are not before and after them."""
+        start, stop = (self.origin + number * self.size for number in (blocks.start, blocks.stop))
+        there = slice(max(start, 0), min(stop, self.stop))
+        return there, there.start - start, stop - there.stop
+
+
+class FarSpan:
+    """What the queries of one document read of its far keys, and the gradients of that.
+
+    Args:
+        span: the document.
+        inputs: of the call, see `blocked.blocked_forward`.
+    """
+
+    def __init__(self, span: Span, inputs: Sequence) -> None:
+        _, _, value, query_features, key_features, memory, normalizer, log_scale, _, block_size, past_blocks, _ = inputs
+        self.value, self.query_features, self.key_features = value, query_features, key_features
+        self.exact = query_features.dtype
+        self.batch, self.past_blocks = span.batch, past_blocks
+        keys, heads, features = key_features.shape[1:]
+        offset = keys - query_features.shape[1]
+        blocks = -(-(span.stop - span.start) // block_size)
+        first = max((offset - span.start) // block_size, 0 if span.with_state else past_blocks + 1)
+        self.query_blocks = range(first, blocks)
+        self.key_blocks = range(max(blocks - 1 - past_blocks, 0))
+        self.queries = _Blocks(span.batch, span.start - offset, span.stop - offset, block_size, heads)
+        self.keys = _Blocks(span.batch, span.start, span.stop, block_size, heads)
+        shape = (span.batch.stop - span.batch.start) * heads, features, value.shape[3] + 1
+        nothing = key_features.new_full(shape[:2], lowest(self.exact))
+        self.empty = nothing, key_features.new_zeros(shape)
+        self.initial: Sums | None = None
+        if span.with_state:
+            sums = torch.cat([memory[span.batch], normalizer[span.batch].unsqueeze(-1)], -1)
+            self.initial = log_scale[span.batch].flatten(0, 1), sums.flatten(0, 1)
+        in_cache = IN_CACHE * torch.get_num_threads() // (shape[0] * block_size * sum(shape[1:]))
+        self.at_a_time = max(1, in_cache if value.device.type == "cpu" else blocks)
+
+    def merge_into(self, output: torch.Tensor, logsumexp: torch.Tensor) -> None:
+        """Merge what the far keys give into output and logsumexp of the exact part, in place."""
+        scales, sums = self._entering()
+        logsumexp = logsumexp.unsqueeze(-1)
+        for run in self._runs(self.query_blocks):
+            entering = _part(run, self.query_blocks, scales, sums)
+            logs = self._logs(run).add_(entering[0].unsqueeze(1))
+            highest = logs.amax(-1, keepdim=True)
+            read = torch.bmm(logs.sub_(highest).exp_(), entering[1])
+            own, mixed = (self.queries.take(x, run, self.exact) for x in (logsumexp, output))
+            total = torch.logaddexp(own, highest + read[..., -1:].log())
+            mixed.mul_((own - total).exp_()).add_(read[..., :-1].mul_(highest.sub_(total).exp_()))
+            for whole, rows in ((output, mixed), (logsumexp, total)):
+                self.queries.view(whole, run).copy_(self.queries.rows(rows, run))
+
+    def backward_into(
+        self,
+        grad_rows: torch.Tensor,
+        logsumexp: torch.Tensor,
+        grad_value: torch.Tensor,
+        grad_query_features: torch.Tensor,
+        grad_key_features: torch.Tensor,
+        *grad_initial: torch.Tensor,
+    ) -> None:
+        """Write the gradients of features and initial state, and add that of the values.
+
+        Args:
+            grad_rows: [B, Tq, Hq, Dv + 1], the gradient of the output and -D.
+            logsumexp: [B, Tq, Hq], of the merged rows.
+            grad_value, grad_query_features, grad_key_features, grad_initial: what to fill.
+        """
+        scales, sums = self._entering()
+        leaving = [x.new_empty(len(self.key_blocks), *x.shape) for x in self.empty]
+        total = self.empty
+        for run in self._runs(self.query_blocks, reverse=True):
+            entering = _part(run, self.query_blocks, scales, sums)
+            grads = self.queries.take(grad_rows, run, self.exact)
+            logs = self._logs(run).sub_(self.queries.take(logsumexp.unsqueeze(-1), run, self.exact))
+            found = torch.bmm(grads, entering[1].mT).mul_((logs + entering[0].unsqueeze(1)).exp_())
+            self.queries.view(grad_query_features, run).copy_(self.queries.rows(found, run))
+            parts = _by_block(_block_sums(logs, grads), run)
+            for block, part in zip(reversed(run), reversed(parts), strict=True):
+                total = _add(total, part)
+                self._leave(total, leaving, block - self.past_blocks - 1)
+        for block in range(min(self.query_blocks.start - self.past_blocks - 1, len(self.key_blocks))):
+            self._leave(total, leaving, block)
+        self._backward_keys(leaving, grad_value, grad_key_features)
+        if self.initial is not None:
+            self._backward_initial(total, *grad_initial)
+
+    def _backward_keys(
+        self, leaving: list[torch.Tensor], grad_value: torch.Tensor, grad_key_features: torch.Tensor
+    ) -> None:
+        for run in self._runs(self.key_blocks):
+            scale, sums = _part(run, self.key_blocks, *leaving)
+            weights = self.keys.take(self.key_features, run, self.exact).add_(scale.unsqueeze(1)).exp_()
+            found = torch.bmm(self._values(run), sums.mT).mul_(weights)
+            self.keys.view(grad_key_features, run).copy_(self.keys.rows(found, run))
+            found = torch.bmm(weights, sums[..., :-1])
+            self.keys.view(grad_value, run).add_(self.keys.rows(found, run))
+
+    def _backward_initial(
+        self, total: Sums, grad_memory: torch.Tensor, grad_normalizer: torch.Tensor, grad_log_scale: torch.Tensor
+    ) -> None:
+        assert self.initial is not None
+        scale, sums = self.initial
+        grad = total[1] * (total[0] + scale).exp().unsqueeze(-1)
+        grad_memory, grad_normalizer, grad_log_scale = (
+            x[self.batch].flatten(0, 1) for x in (grad_memory, grad_normalizer, grad_log_scale)
+        )
+        grad_memory.copy_(grad[..., :-1])
+        grad_normalizer.copy_(grad[..., -1])
+        grad_log_scale.copy_((grad * sums).sum(-1))
+
+    def _entering(self) -> Sums:
+        """The sums that each block of queries reads, [N, X, m] and [N, X, m, Dv + 1]."""
+        total = self.empty if self.initial is None else self.initial
+        found = [x.new_empty(len(self.query_blocks), *x.shape) for x in total]
+        parts = self._key_sums()
+        for block in range(self.query_blocks.stop):
+            if block in self.query_blocks:
+                for every, x in zip(found, total, strict=True):
+                    every[block - self.query_blocks.start] = x
+            if block - self.past_blocks in self.key_blocks:
+                total = _add(total, next(parts))
+        return found[0], found[1]
+
+    def _key_sums(self) -> Iterator[Sums]:
+        """The sums of each block of keys."""
+        for run in self._runs(self.key_blocks):
+            logs = self.keys.take(self.key_features, run, self.exact)
+            yield from _by_block(_block_sums(logs, self._values(run)), run)
+
+    def _values(self, run: range) -> torch.Tensor:
+        return F.pad(self.keys.take(self.value, run, self.exact), (0, 1), value=1.0)
+
+    def _logs(self, run: range) -> torch.Tensor:
+        """Logarithms of the query features of some blocks."""
+        return self.queries.take(self.query_features, run, self.exact, fill=lowest(self.exact))
+
+    def _leave(self, total: Sums, leaving: list[torch.Tensor], block: int) -> None:
+        if block in self.key_blocks:
+            for every, x in zip(leaving, total, strict=True):
+                every[block] = x
+
+    def _runs(self, blocks: range, reverse: bool = False) -> Iterator[range]:
+        """Split blocks into runs that stay in cache."""
+        starts = blocks[:: self.at_a_time]
+        for start in reversed(starts) if reverse else starts:
+            yield range(start, min(start + self.at_a_time, blocks.stop))
+
+
+def _block_sums(logs: torch.Tensor, rows: torch.Tensor) -> Sums:
+    """Sums over the rows [N, R, W] with weights exp(logs), logs [N, R, m]."""
+    scale = logs.amax(1)
+    return scale, torch.bmm((logs - scale.unsqueeze(1)).exp_().mT, rows)
+
+
+def _add(first: Sums, second: Sums) -> Sums:
+    """Add sums of different scales."""
+    scale = torch.maximum(first[0], second[0])
+    kept, added = ((x[0] - scale).exp_().unsqueeze(-1) for x in (first, second))
+    return scale, torch.addcmul(first[1] * kept, second[1], added)
+
+
+def _by_block(sums: Sums, run: range) -> list[Sums]:
+    """The sums of each block of a run."""
+    return list(zip(*(x.unflatten(0, (len(run), -1)) for x in sums), strict=True))
+
+
+def _part(run: range, blocks: range, scales: torch.Tensor, sums: torch.Tensor) -> Sums:
+    """What a run of `blocks` reads, [G * X, m] and [G * X, m, W]."""
+    some = slice(run.start - blocks.start, run.stop - blocks.start)
+    return scales[some].flatten(0, 1), sums[some].flatten(0, 1)

@@ -1,0 +1,148 @@
+"""The public function of block-local attention with far keys through features."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from longmix_kernels.attention.checks import TRITON_MAX_DIM, check_inputs
+from longmix_kernels.operators import differentiable
+from longmix_kernels.runtime import check_chunks, check_triton_device, choose_backend, triton_limits
+from longmix_kernels.scatter import checks
+from longmix_kernels.scatter.reference import scatter_reference
+from longmix_kernels.scatter.state import FeatureState
+
+BACKENDS = ("reference", "blocked", "triton")
+"""The implementations `scatter_attention` offers."""
+
+
+class ScatterResult(NamedTuple):
+    """What `scatter_attention` returns.
+
+    Attributes:
+        output: [B, Tq, Hq, Dv], dtype of the query.
+        logsumexp: [B, Tq, Hq], of all weights before they are normalised, natural logarithm, float32 at least.
+        exact_logsumexp: the same of the exact keys alone, without a gradient: exp(exact_logsumexp - logsumexp) is the
+            share of the softmax that is exact.
+    """
+
+    output: torch.Tensor
+    logsumexp: torch.Tensor
+    exact_logsumexp: torch.Tensor
+
+
+def scatter_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_features: torch.Tensor | None = None,
+    key_features: torch.Tensor | None = None,
+    *,
+    block_size: int,
+    past_blocks: int,
+    initial_state: FeatureState | None = None,
+    document_ids: torch.Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> ScatterResult:
+    """Causal softmax attention, exact for the latest blocks and through positive features for what lies before.
+
+    A document is cut into blocks, counted from its first token. A query sees its own block and `past_blocks` before it
+    exactly, with weights exp(scale * q . k), and all earlier keys of its document with weights phi(q) . phi(k), in one
+    softmax (Chen et al. 2021, arXiv 2110.15343; `reference` has the equations). Nothing is subtracted, and every
+    feature has a running scale of its own, so that no later key moves an earlier row. Sums are float32, or float64 for
+    float64 inputs. Exactly differentiable, once, through output and logsumexp, in all tensors but `document_ids`.
+
+    Args:
+        query: [B, Tq, Hq, D], float16, bfloat16, float32 or float64; the last Tq of Tk rows.
+        key: [B, Tk, Hkv, D], same dtype; Hkv divides Hq, and query head h reads key head h // (Hq / Hkv).
+        value: [B, Tk, Hkv, Dv], same dtype.
+        query_features: [B, Tq, Hq, m], log phi(q), finite, float32 (float64 with float64 inputs); None for no far keys.
+        key_features: [B, Tk, Hkv, m], log phi(k), finite, same dtype.
+        block_size: tokens of a block, at least 1.
+        past_blocks: whole blocks before the own one that are seen exactly, at least 0.
+        initial_state: keys before those given of the document of each row's first query, whose first key given begins a
+            block; None for none. In a row without such keys it must be empty.
+        document_ids: int32 or int64 [B, Tk], non-decreasing along Tk.
+        scale: factor on the exact scores, D ** -0.5 by default.
+        backend: "reference" (the definition, memory Tq * Tk), "blocked" (tiles, memory linear in Tq + Tk) or "triton"
+            (the same on a CUDA device, the exact part in kernels; no float64, head dimensions up to 256). None picks
+            "triton" where it covers the call on a CUDA device, and "blocked" elsewhere.
+
+    Returns:
+        Output and logsumexps.
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype, device or value.
+    """
+    check_inputs(query, key, value)
+    checks.check_sizes(query, key, block_size, past_blocks)
+    checks.check_features(query, key, query_features, key_features)
+    check_chunks(key, document_ids, None)
+    checks.check_state(key, value, key_features, initial_state)
+    uncovered = triton_limits(TRITON_MAX_DIM, query=query, value=value)
+    backend = choose_backend(backend, query.device, BACKENDS[:2] if uncovered and backend is None else BACKENDS)
+    if backend == "triton":
+        if uncovered:
+            raise ValueError(f"backend='triton' got {uncovered}")
+        check_triton_device(query.device)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    tensors, sizes = (query, key, value, query_features, key_features), (block_size, past_blocks, scale)
+    if backend == "reference":
+        with torch.autocast(query.device.type, enabled=False):
+            found = scatter_reference(*tensors, initial_state, document_ids, *sizes)
+    else:
+        run = _triton if backend == "triton" else _blocked
+        found = run(*tensors, *(initial_state or (None, None, None)), document_ids, *sizes)
+    output, logsumexp, exact_logsumexp = found
+    return ScatterResult(output, logsumexp, exact_logsumexp.detach())
+
+
+def _engine(name: str, forward: Callable[..., tuple], backward: Callable[..., tuple]) -> Callable[..., tuple]:
+    """Register an implementation; the backward returns one gradient for each of the first eight inputs."""
+
+    def empty(query, key, value, *rest):
+        exact = torch.promote_types(query.dtype, torch.float32)
+        rows = [query.new_empty(query.shape[:3], dtype=exact) for _ in range(2)]
+        return query.new_empty(*query.shape[:3], value.shape[3]), *rows
+
+    return differentiable(
+        f"longmix::scatter_{name}",
+        "Tensor query, Tensor key, Tensor value, Tensor? query_features, Tensor? key_features, Tensor? memory, "
+        "Tensor? normalizer, Tensor? log_scale, Tensor? document_ids, int block_size, int past_blocks, float scale",
+        forward=forward,
+        backward=backward,
+        empty=empty,
+        results=3,
+        incoming=2,
+        saved=(0, 1),
+        outgoing=8,
+    )
+
+
+def _blocked_forward(*arguments):
+    from longmix_kernels.scatter.blocked import blocked_forward
+
+    return blocked_forward(*arguments)
+
+
+def _blocked_backward(*arguments):
+    from longmix_kernels.scatter.blocked import blocked_backward
+
+    return blocked_backward(*arguments)
+
+
+def _triton_forward(*arguments):
+    from longmix_kernels.scatter.triton_exact import triton_forward
+
+    return triton_forward(*arguments)
+
+
+def _triton_backward(*arguments):
+    from longmix_kernels.scatter.triton_exact import triton_backward
+
+    return triton_backward(*arguments)
+
+
+_blocked = _engine("blocked", _blocked_forward, _blocked_backward)
+_triton = _engine("triton", _triton_forward, _triton_backward)

@@ -1,0 +1,83 @@
+"""The definition of Scatterbrain's block-local form, for any dtype; exact in float64 and differentiated by autograd.
+
+For query i of a head, E_i the keys it sees exactly, F_i the earlier keys of its document, and positive features phi,
+
+    s_ij = scale * q_i . k_j                           j in E_i
+    t_ij = log sum_a phi_a(q_i) phi_a(k_j)             j in F_i
+    L_i  = log(sum_{j in E_i} exp(s_ij) + sum_{j in F_i} exp(t_ij))
+    o_i  = sum_{j in E_i} exp(s_ij - L_i) v_j + sum_{j in F_i} exp(t_ij - L_i) v_j
+
+(Chen et al. 2021, arXiv 2110.15343, with a support of blocks: no key is in both sums, so that nothing is subtracted
+and every weight is positive.) Where E[phi(q) . phi(k)] = exp(scale * q . k), as for the features of Choromanski et al.
+2021 (arXiv 2009.14794), every exp(t_ij) is an unbiased estimate. Summed over F_i first, the far keys are m keys more,
+
+    t_ia = log phi_a(q_i) + log Z_a,    u_a = S_a / Z_a,    Z_a = sum_{j in F_i} phi_a(k_j),    S_a = sum phi_a(k_j) v_j
+
+which is how `blocked.py` computes them. An initial state holds Z and S of keys before those given.
+
+Memory grows with Tq * Tk: this file says what is right.
+"""
+
+import torch
+
+from longmix_kernels.scatter.bounds import exact_bounds
+from longmix_kernels.scatter.state import FeatureState, empty_state
+
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def scatter_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_features: torch.Tensor | None,
+    key_features: torch.Tensor | None,
+    state: FeatureState | None,
+    document_ids: torch.Tensor | None,
+    block_size: int,
+    past_blocks: int,
+    scale: float,
+) -> Tensors:
+    """Compute attention from its definition; arguments and results as `scatter_attention`."""
+    queries, keys, dtype = query.shape[1], key.shape[1], query.dtype
+    group = query.shape[2] // key.shape[2]
+    exact = torch.promote_types(dtype, torch.float32)
+    bounds = exact_bounds(document_ids, queries, keys, block_size, past_blocks, query.device)
+    first, lo, hi = (x.unsqueeze(-1) for x in bounds)
+    column = torch.arange(keys, device=query.device)
+    is_exact, is_far = (lo <= column) & (column < hi), (first <= column) & (column < lo)
+
+    q, k, v = query.to(exact), *(x.to(exact).repeat_interleave(group, 2) for x in (key, value))
+    scores = scale * torch.einsum("bihd,bjhd->bhij", q, k)
+    scores = scores.masked_fill(~is_exact, -torch.inf)
+    highest = scores.detach().amax(-1, keepdim=True)
+    exact_total = (scores - highest).exp().sum(-1, keepdim=True)
+    exact_logsumexp = highest + exact_total.log()
+    if query_features is None or key_features is None:
+        weights = (scores - exact_logsumexp).exp()
+        output = torch.einsum("bhij,bjhd->bihd", weights, v)
+        return output.to(dtype), _rows(exact_logsumexp), _rows(exact_logsumexp)
+
+    log_q = query_features.to(exact).transpose(1, 2)  # [B, H, Tq, m]
+    log_k = key_features.to(exact).repeat_interleave(group, 2).transpose(1, 2)
+    if state is None:
+        state = empty_state(query, query.shape[0], key.shape[2], log_k.shape[3], value.shape[3])
+    memory, normalizer, log_scale = (x.repeat_interleave(group, 1) for x in state)
+    log_scale = log_scale.unsqueeze(2)
+    seen = first <= keys - queries  # the initial state is of the first query's document
+
+    # For keys phi_a is divided by exp(largest_a), for queries multiplied.
+    largest = torch.maximum(log_k.detach().amax(2, keepdim=True), log_scale)
+    highest = torch.maximum(highest, (log_q.detach() + largest).amax(-1, keepdim=True))
+    multiplied = (log_q + largest - highest).exp()
+    far = multiplied @ (log_k - largest).exp().mT
+    share = multiplied * (log_scale - largest).exp() * seen
+    weights = (scores - highest).exp() + far * is_far
+    total = weights.sum(-1, keepdim=True) + share @ normalizer.unsqueeze(-1)
+    output = (torch.einsum("bhij,bjhd->bhid", weights, v) + share @ memory) / total
+    return output.transpose(1, 2).to(dtype).contiguous(), _rows(highest + total.log()), _rows(exact_logsumexp)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """[B, H, T, 1] as [B, T, H]."""
+    return x.squeeze(-1).transpose(1, 2).contiguous()

@@ -1,0 +1,253 @@
+"""Scatterbrain (Chen et al. 2021, arXiv 2110.15343) on blocks: near keys exactly, far keys through features.
+
+    exact   s_ij = q_i . k_j / sqrt(d)                        keys of the own block and of `past_blocks` before it
+    far     t_ij = log sum_a phi_a(q_i) phi_a(k_j)            all earlier keys of the document, m features
+    y_i     = W_o (softmax over both together) v              at a cost per token that does not depend on the length
+
+Public causal forms are not: the official one looks half a window ahead, and in another the weights sum to two. With
+whole blocks for a support no key is in both parts, so that nothing is subtracted from what the features estimate, and
+every weight is positive.
+
+Positive random features are noise for long queries and keys: their relative error is about sqrt(exp(2 R) / m) at
+R = |q|^2, and R is sqrt(d) for the queries of `flash`. So the far side has queries and keys of length sqrt(radius).
+With `one_softmax` the exact side has too, and with `features=favor` every weight is, before it is normalised, an
+unbiased estimate of that of one softmax over scores up to `radius`. Without it exact scores are those of `flash`, far
+keys are told apart less, and a learned bias per head weighs one side against the other: sharp where it matters, but an
+estimate of no one softmax.
+"""
+
+import math
+import warnings
+from typing import Any, Unpack
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longmix.errors import ConfigError
+from longmix.mixers.base import MixerOutput, ModelShape
+from longmix.mixers.features import FeatureMap, check_kind, enough_features, predicted_error
+from longmix.mixers.rotary import rotary_angles, rotate, token_positions
+from longmix.mixers.scatterbrain_cache import Keys, ScatterbrainState, recent_limit, state_after
+from longmix.mixers.scatterbrain_summaries import GONE, Blocks, no_summaries, pooled
+from longmix.mixers.softmax import HeadOptions, SoftmaxAttention
+from longmix_kernels.attention import attention, merge
+from longmix_kernels.scatter import ScatterResult, empty_state, scatter_attention
+
+
+class Scatterbrain(SoftmaxAttention):
+    """See the head of this file.
+
+    Args:
+        shape, layer_index, options: see `SoftmaxAttention`.
+        block: tokens of a block, counted from the beginning of the document.
+        past_blocks: blocks before the own one that are seen exactly; a superset of a window of `past_blocks * block`.
+        features: "favor", "learned_exponential", "taylor" or "elu", see `FeatureMap`.
+        num_features: how many; 0 is attention to the blocks alone.
+        radius: squared length of queries and keys on the far side, in units in which scores are inner products.
+        one_softmax: have the exact side at the same length, so that both sides are of one softmax.
+        summaries: have one key stand for each earlier block instead of features (`scatterbrain_summaries`); with
+            `num_features` 0. The state grows by a key per block then.
+        sinks: learned keys, with values, that every token sees besides (Xiao et al. 2024, arXiv 2309.17453).
+        feature_seed: of the draw of the features.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        layer_index: int,
+        *,
+        block: int = 128,
+        past_blocks: int = 1,
+        features: str = "favor",
+        num_features: int = 64,
+        radius: float = 1.0,
+        one_softmax: bool = False,
+        summaries: bool = False,
+        sinks: int = 0,
+        feature_seed: int = 0,
+        **options: Unpack[HeadOptions],
+    ) -> None:
+        super().__init__(shape, layer_index, **options)
+        self.block, self.past_blocks, self.summaries = block, past_blocks, summaries
+        self.num_features, self.radius, self.one_softmax = num_features, radius, one_softmax
+        self._check(sinks)
+        check_kind(features)
+        seed = 1_000_003 * feature_seed + layer_index
+        kind = features
+        self.features = FeatureMap(kind, self.num_kv_heads, self.head_dim, num_features, seed) if num_features else None
+        self.far_bias = nn.Parameter(torch.zeros(self.num_heads)) if num_features and not one_softmax else None
+        self.sink_key = self.sink_value = None
+        if sinks:
+            self.sink_key, self.sink_value = (
+                nn.Parameter(torch.zeros(sinks, self.num_kv_heads, self.head_dim)) for _ in range(2)
+            )
+        if kind == "favor" and 0 < num_features < enough_features(radius):
+            warnings.warn(
+                f"mixer.num_features={num_features} is below exp(2 * mixer.radius) = {enough_features(radius)}: the "
+                f"weight of a far key is off by {predicted_error(radius, num_features):.0%} of itself on average.",
+                stacklevel=2,
+            )
+
+    def _check(self, sinks: int) -> None:
+        if self.block < 1:
+            raise ConfigError(f"mixer.block={self.block} must be at least 1.")
+        if self.past_blocks < 0:
+            raise ConfigError(f"mixer.past_blocks={self.past_blocks} must be at least 0, which is the own block alone.")
+        if self.radius <= 0:
+            raise ConfigError(f"mixer.radius={self.radius} must be above 0.")
+        if self.summaries and self.num_features:
+            raise ConfigError(
+                f"mixer.summaries=true and mixer.num_features={self.num_features} would count far keys twice; "
+                "set mixer.num_features=0."
+            )
+        if sinks < 0:
+            raise ConfigError(f"mixer.sinks={sinks} must be at least 0, which is none.")
+
+    def forward(self, x: Tensor, *, state: Any = None, document_ids: Tensor | None = None) -> MixerOutput:
+        """See `Mixer.forward`."""
+        batch, length, _ = x.shape
+        if state is None:
+            positions = token_positions(document_ids, None, None, length, x.device)
+            query, new, query_features = self._rows(x, positions, document_ids)
+            result = self._attend(query, new, query_features)
+            output = self._out(query, new, None, goes_on=None, result=result)
+            return MixerOutput(output, metrics=self._metrics(query, new, result))
+
+        last_id = state.last_id
+        ids = last_id.clamp(min=0)[:, None].expand(batch, length) if document_ids is None else document_ids.int()
+        positions = token_positions(ids, last_id, state.next_position, length, x.device)
+        query, new, query_features = self._rows(x, positions, ids)
+        keys, goes_on = state.followed_by(new), ids[:, 0] == last_id
+        before = state.far_of(goes_on)
+        result = self._attend(query, keys, query_features, None if self.summaries else before)
+        output = self._out(query, keys, before, ids == last_id[:, None], result)
+        # Only a document that fills the call from its first token on has sums from before.
+        far = state.far_of(goes_on & (ids[:, 0] == ids[:, -1]))
+        next_position = positions[:, -1].expand(batch) + 1
+        after = state_after(keys, far, next_position, self.block, self.past_blocks, self._scale())
+        return MixerOutput(output, after, metrics=self._metrics(query, new, result))
+
+    def _rows(self, x: Tensor, positions: Tensor, ids: Tensor | None) -> tuple[Tensor, Keys, Tensor | None]:
+        """Queries, keys and the features of both."""
+        query, key, value = self.project(x)
+        cosine, sine = rotary_angles(positions, self.head_dim, self.rotary_base)
+        query, key = (rotate(heads, cosine, sine) for heads in (query, key))
+        query_features = key_features = None
+        exact = torch.promote_types(x.dtype, torch.float32)
+        short = [F.normalize(heads.to(exact), dim=-1) for heads in (query, key)]
+        if self.features is not None:
+            query_features, key_features = (self.features(math.sqrt(self.radius) * heads) for heads in short)
+        if self.far_bias is not None and query_features is not None:
+            query_features = query_features + self.far_bias.to(exact).unsqueeze(-1)
+        if self.one_softmax:
+            query, key = short
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        if self.summaries:
+            key_features = pooled(query, self.num_kv_heads)
+        return query, Keys(key, value, key_features, ids), query_features
+
+    def _attend(self, query: Tensor, keys: Keys, query_features: Tensor | None, far: Any = None) -> ScatterResult:
+        return scatter_attention(
+            query,
+            keys.key,
+            keys.value,
+            query_features,
+            None if self.summaries else keys.features,
+            block_size=self.block,
+            past_blocks=self.past_blocks,
+            initial_state=far,
+            document_ids=keys.document_ids,
+            scale=self._scale(),
+        )
+
+    def _out(self, query: Tensor, keys: Keys, before: Any, goes_on: Tensor | None, result: ScatterResult) -> Tensor:
+        """Project the heads, with summaries and sinks merged in; queries where `goes_on` [B, T] see those `before`."""
+        parts = [(result.output, result.logsumexp)]
+        if self.summaries and keys.features is not None:
+            batch, length = keys.key.shape[:2]
+            blocks = Blocks.of(keys.document_ids, batch, length, self.block, query.device)
+            found = blocks.summaries(keys.features, keys.key, keys.value, self._scale())
+            parts.append(blocks.attend(query, *found, self.past_blocks, self._scale()))
+            if goes_on is not None and before.key.shape[1]:
+                parts.append(before.attend(query, goes_on, self._scale()))
+        if self.sink_key is not None and self.sink_value is not None:
+            sinks = (x.to(query.dtype).expand(len(query), -1, -1, -1) for x in (self.sink_key, self.sink_value))
+            parts.append(self._sink_part(query, *sinks))
+        mixed = parts[0][0] if len(parts) == 1 else merge(parts)[0]
+        return self.output(mixed.flatten(2))
+
+    def _sink_part(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        lo = torch.zeros(1, 1, query.shape[1], dtype=torch.int32, device=query.device)
+        hi = torch.full_like(lo, key.shape[1])
+        return attention(query, key, value, lo=lo, hi=hi, scale=self._scale(), return_logsumexp=True)
+
+    def _scale(self) -> float:
+        return self.radius if self.one_softmax else self.head_dim**-0.5
+
+    @torch.no_grad()
+    def _metrics(self, query: Tensor, keys: Keys, result: ScatterResult) -> dict[str, Tensor]:
+        """In training: mass of the exact part, the largest score it could have, and the far side's predicted error."""
+        if not self.training:
+            return {}
+        lengths = query.float().norm(dim=-1).mean() * keys.key.float().norm(dim=-1).mean()
+        metrics = {
+            "exact_mass": (result.exact_logsumexp - result.logsumexp).exp().mean(),
+            "exact_radius": lengths * self._scale(),
+        }
+        if self.features is not None and self.features.kind == "favor":
+            error = predicted_error(self.radius, self.num_features)
+            metrics["predicted_error"] = torch.tensor(error, device=query.device)
+        return metrics
+
+    def init_state(self, batch: int) -> Any:
+        """See `Mixer.init_state`."""
+        weight = self.value.weight
+        none = weight.new_empty(batch, 0, self.num_kv_heads, self.head_dim)
+        last_id = torch.full((batch,), GONE, dtype=torch.int32, device=weight.device)
+        features: Tensor | None = None
+        far: Any = None
+        if self.num_features:
+            far = empty_state(weight, batch, self.num_kv_heads, self.num_features, self.head_dim)
+            features = far.normalizer.new_empty(batch, 0, self.num_kv_heads, self.num_features)
+        elif self.summaries:
+            far, features = no_summaries(weight, batch, self.num_kv_heads, self.head_dim), none
+        position = torch.zeros(batch, dtype=torch.int64, device=weight.device)
+        return ScatterbrainState(Keys(none, none, features, last_id[:, None][:, :0]), far, last_id, position)
+
+    def state_bytes(self, length: int) -> int:
+        """Bytes of recent keys, values and features, and of the sums, of one row after `length` tokens."""
+        weight = self.value.weight
+        exact = torch.promote_types(weight.dtype, torch.float32).itemsize
+        recent = min(length, recent_limit(self.block, self.past_blocks))
+        row = self.head_dim * weight.element_size()
+        if self.summaries:
+            left = max(0, length // self.block - self.past_blocks)
+            return self.num_kv_heads * row * (3 * recent + 2 * left)
+        rows = 2 * row + self.num_features * exact
+        sums = self.num_features * (self.head_dim + 2) * exact
+        return self.num_kv_heads * (recent * rows + sums)
+
+    def visible_pairs(self, length: int) -> int:
+        """A triangle in the own block, the blocks before it, and a summary of each earlier one."""
+        blocks, rest = divmod(length, self.block)
+        triangles = blocks * self.block * (self.block + 1) // 2 + rest * (rest + 1) // 2
+        past = self.block * sum(min(n, self.past_blocks) for n in range(blocks))
+        pairs = triangles + self.block * (past + min(blocks, self.past_blocks) * rest)
+        if self.summaries:
+            earlier = sum(max(0, n - self.past_blocks) for n in range(blocks))
+            pairs += self.block * earlier + rest * max(0, blocks - self.past_blocks)
+        return pairs
+
+    def flops(self, length: int) -> int:
+        """As the base, the sinks, the features, and the sums over keys and their reading by queries."""
+        sinks = 0 if self.sink_key is None else 4 * length * self.sink_key.shape[0] * self.num_heads * self.head_dim
+        if self.features is None:
+            return super().flops(length) + sinks
+        heads = self.num_heads + self.num_kv_heads
+        far = max(0, length - (self.past_blocks + 1) * self.block)
+        sums = 2 * far * heads * self.num_features * (self.head_dim + 1)
+        return super().flops(length) + sinks + self.features.flops(length, heads) + sums

@@ -1,0 +1,131 @@
+"""One key for each earlier block: the summaries of Combiner (Ren et al. 2021, arXiv 2107.05768, its fixed form).
+
+    k_r = mean_j k_j,   q_r = mean_j q_j,   v_r = sum_j softmax_j(scale * q_r . k_j) v_j        over the j of block r
+
+A block is summarised by its own tokens when it is complete, so that nothing later shows. Summaries are keys like any
+other: attention to them is merged with that to the near keys through the logsumexp. What differs from the paper: keys
+are pooled by their mean, and near blocks are seen exactly besides the own one. The state grows by one key per block.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longmix_kernels.attention import attention, positions_from_document_ids
+
+GONE = -1
+"""The document of a summary, or key, that no later query may see; ids begin anywhere else."""
+
+Part = tuple[Tensor, Tensor]
+"""Output [B, T, H, head_dim] and logsumexp [B, T, H] of attention to some keys."""
+
+
+@dataclass(frozen=True)
+class Summaries:
+    """Summaries [B, N, Hkv, head_dim] of blocks of the document that goes on, and their documents int32 [B, N].
+
+    In each row those that are there come last, in order; the others have the id `GONE`.
+    """
+
+    key: Tensor
+    value: Tensor
+    document_ids: Tensor
+
+    def kept_of(self, rows: Tensor) -> "Summaries":
+        """The summaries, none where `rows` [B] is not set."""
+        return Summaries(self.key, self.value, torch.where(rows[:, None], self.document_ids, GONE))
+
+    def followed_by(self, new: "Summaries") -> "Summaries":
+        """These and the new ones that are there."""
+        ids = torch.cat((self.document_ids, new.document_ids), 1)
+        there = ids != GONE
+        order = there.int().argsort(dim=1, stable=True)[:, ids.shape[1] - int(there.sum(1).max()) :]
+        index = order[:, :, None, None].expand(-1, -1, *self.key.shape[2:])
+        pairs = (self.key, new.key), (self.value, new.value)
+        key, value = (torch.cat((a.to(b.dtype), b), 1).gather(1, index) for a, b in pairs)
+        return Summaries(key, value, ids.gather(1, order))
+
+    def attend(self, query: Tensor, sees: Tensor, scale: float) -> Part:
+        """Attention of queries [B, T, H, head_dim] to those that are there, where `sees` [B, T] is set."""
+        hi = torch.full_like(sees, self.key.shape[1], dtype=torch.int32)
+        lo = hi - (self.document_ids != GONE).sum(1, keepdim=True).int() * sees
+        # Bounds must not decrease, so rows that see nothing have theirs at the end.
+        return _bounded(query, self.key, self.value, lo, hi, scale)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of some rows.
+
+    Attributes:
+        number: int64 [B, T], which block a row is in, counted through all documents.
+        first: int64 [B, T], the number of the first block of its document.
+        count: how many there are at most in a batch row.
+    """
+
+    number: Tensor
+    first: Tensor
+    count: int
+
+    @classmethod
+    def of(cls, document_ids: Tensor | None, batch: int, length: int, size: int, device: torch.device) -> "Blocks":
+        """Blocks of `size` tokens, counted from the beginning of each document."""
+        if document_ids is None:
+            number = torch.arange(length, device=device).expand(batch, length) // size
+            return cls(number, torch.zeros_like(number), -(-length // size))
+        position = positions_from_document_ids(document_ids).long()
+        number = (position % size == 0).long().cumsum(1) - 1
+        return cls(number, number - position // size, int(number.max()) + 1)
+
+    def total(self, x: Tensor) -> Tensor:
+        """Sums [B, N, ...] over the rows of each block of [B, T, ...]."""
+        index = self.number.view(*self.number.shape, *[1] * (x.dim() - 2)).expand(x.shape)
+        return x.new_zeros(x.shape[0], self.count, *x.shape[2:]).scatter_add(1, index, x)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """[B, N, ...] to the rows of each block, [B, T, ...]."""
+        index = self.number.view(*self.number.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
+        return x.gather(1, index)
+
+    def summaries(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Keys and values of the summaries [B, N, Hkv, head_dim]; query, key and value are [B, T, Hkv, head_dim]."""
+        exact = torch.promote_types(key.dtype, torch.float32)
+        q, k, v = (x.to(exact) for x in (query, key, value))
+        size = self.total(torch.ones_like(self.number, dtype=exact)).clamp(min=1)[..., None, None]
+        mean_query, mean_key = self.total(q) / size, self.total(k) / size
+        scores = scale * (self.spread(mean_query) * k).sum(-1)
+        highest = torch.full_like(mean_key[..., 0], -torch.inf)
+        index = self.number.unsqueeze(-1).expand(scores.shape)
+        highest = highest.scatter_reduce(1, index, scores.detach(), "amax")
+        weights = (scores - self.spread(highest)).exp()
+        mixed = self.total(weights.unsqueeze(-1) * v) / self.total(weights).unsqueeze(-1).clamp(min=1.0)
+        return mean_key.to(key.dtype), mixed.to(value.dtype)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, past: int, scale: float) -> Part:
+        """Attention of the last rows' queries to summaries of their document more than `past` blocks before them."""
+        number, first = (x[:, x.shape[1] - query.shape[1] :] for x in (self.number, self.first))
+        hi = torch.maximum(number - past, first)
+        return _bounded(query, key, value, first, hi, scale)
+
+    def that_leave(self, leaves: Tensor, ids: Tensor) -> Tensor:
+        """Document [B, N] of the blocks of which rows leave, `GONE` for the others; from `leaves` and ids [B, T]."""
+        gone = self.total(leaves.long()) > 0
+        return torch.where(gone, ids[:, -1:], GONE)
+
+
+def _bounded(query: Tensor, key: Tensor, value: Tensor, lo: Tensor, hi: Tensor, scale: float) -> Part:
+    """Attention with bounds [B, T] for all heads."""
+    lo, hi = (x[:, None].int().contiguous() for x in (lo, hi))
+    return attention(query, key, value, lo=lo, hi=hi, scale=scale, return_logsumexp=True)
+
+
+def pooled(query: Tensor, key_heads: int) -> Tensor:
+    """Queries [B, T, H, head_dim] averaged over those that read one key head, [B, T, Hkv, head_dim]."""
+    return query.unflatten(2, (key_heads, -1)).mean(3)
+
+
+def no_summaries(like: Tensor, batch: int, heads: int, head_dim: int) -> Summaries:
+    """Nothing, in the dtype and on the device of `like`."""
+    none = like.new_empty(batch, 0, heads, head_dim)
+    return Summaries(none, none, torch.empty(batch, 0, dtype=torch.int32, device=like.device))
