@@ -105,6 +105,12 @@ def run_process(tmp_path) -> Callable[..., Finished]:
     return run
 
 
+@pytest.fixture(scope="session", name="composed")
+def composed_words() -> Compose:
+    """`composed([overrides], entry_point, output)`, for fixtures that outlive a test; it leaves Hydra's settings."""
+    return composed
+
+
 @pytest.fixture(scope="session")
 def run_training(tmp_path_factory) -> Callable[..., Path]:
     """`run_training("seq_len=32", ...)` trains in this process and returns the run's folder."""

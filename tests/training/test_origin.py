@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import composed
 from hydra.core.hydra_config import HydraConfig
 
 from longmix.checkpoints import find_checkpoint, load_checkpoint
@@ -25,13 +24,33 @@ MIXERS = {
 }
 
 
-def run(folder: Path, *overrides: str) -> Path:
-    folder.mkdir()
-    try:
-        train(composed([*LOOP, *overrides], "train", folder))
-    finally:
+@pytest.fixture(scope="module")
+def run(composed):
+    """`run(folder, "seq_len=32", ...)` trains in a new folder and returns it."""
+
+    def train_in(folder: Path, *overrides: str) -> Path:
+        folder.mkdir()
+        try:
+            train(composed([*LOOP, *overrides], "train", folder))
+        finally:
+            HydraConfig.instance().cfg = None
+        return folder
+
+    return train_in
+
+
+@pytest.fixture(scope="module")
+def bits_per_byte(composed):
+    """`bits_per_byte(checkpoint, corpus, output, "states=PATH", ...)` evaluates."""
+
+    def evaluated(checkpoint: Path, corpus: list[str], output: Path, *words: str) -> float:
+        config = composed([f"checkpoint={checkpoint}", f"output={output}", *corpus, *words], "evaluate", output)
+        report = evaluate(config)
         HydraConfig.instance().cfg = None
-    return folder
+        (figures,) = report["lengths"].values()
+        return figures["bits_per_byte"]
+
+    return evaluated
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +74,7 @@ def corpora(tmp_path_factory) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, corpora):
+def trained(tmp_path_factory, corpora, run):
     """`trained("rwkv7")`: the folder of a run with this entry of `MIXERS`."""
     made: dict[str, Path] = {}
 
@@ -72,16 +91,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_checkpoint(find_checkpoint(folder))["model"]
 
 
-def bits_per_byte(checkpoint: Path, corpus: list[str], output: Path, *words: str) -> float:
-    config = composed([f"checkpoint={checkpoint}", f"output={output}", *corpus, *words], "evaluate", output)
-    report = evaluate(config)
-    HydraConfig.instance().cfg = None
-    (figures,) = report["lengths"].values()
-    return figures["bits_per_byte"]
-
-
 @pytest.mark.parametrize("name", ["rwkv7", "mlstm-exp", "hybrid"])
-def test_tuned_states_alone_change_and_lower_the_loss(name, trained, corpora, tmp_path):
+def test_tuned_states_alone_change_and_lower_the_loss(name, trained, corpora, tmp_path, run, bits_per_byte):
     base = trained(name)
     tuned = run(
         tmp_path / "tuned",
@@ -126,7 +137,7 @@ def test_every_document_begins_from_the_tuned_state(trained):
     torch.testing.assert_close(torch.cat(pieces, 1), packed, rtol=0, atol=1e-12)
 
 
-def test_all_weights_go_on_from_the_checkpoint(trained, corpora, tmp_path):
+def test_all_weights_go_on_from_the_checkpoint(trained, corpora, tmp_path, run):
     """At a learning rate next to nothing the loss is the checkpoint's."""
     base = trained("hybrid")
     again = run(
@@ -141,7 +152,7 @@ def test_all_weights_go_on_from_the_checkpoint(trained, corpora, tmp_path):
     assert saved["tokenizer"]["kind"] == "library"
 
 
-def test_a_tuning_run_resumes_exactly(trained, corpora, tmp_path):
+def test_a_tuning_run_resumes_exactly(trained, corpora, tmp_path, run):
     words = ("experiment=state_tuning", f"checkpoint={trained('rwkv7')}", "loop.checkpoint_every=2", *corpora["code"])
     straight = run(tmp_path / "straight", *words)
     first = find_checkpoint(straight / "checkpoints" / "step-00000002")
@@ -151,14 +162,14 @@ def test_a_tuning_run_resumes_exactly(trained, corpora, tmp_path):
     assert (resumed / "states.pt").is_file()
 
 
-def test_what_comes_from_the_checkpoint_may_not_be_given(trained, corpora, tmp_path):
+def test_what_comes_from_the_checkpoint_may_not_be_given(trained, corpora, tmp_path, run):
     with pytest.raises(ConfigError, match=r"mixer comes from checkpoint=.*leave one of the two out"):
         run(tmp_path / "a", f"checkpoint={trained('flash')}", "mixer=rwkv7", *corpora["prose"])
     with pytest.raises(ConfigError, match=r"model\.d_model comes from"):
         run(tmp_path / "b", f"checkpoint={trained('flash')}", "model.d_model=32", *corpora["prose"])
 
 
-def test_clear_errors(trained, corpora, tmp_path):
+def test_clear_errors(trained, corpora, tmp_path, run):
     with pytest.raises(ConfigError, match="trainable='state' is not one of all, states"):
         run(tmp_path / "a", "trainable=state", *corpora["prose"])
     with pytest.raises(ConfigError, match="needs a mixer with a recurrent state, and the model's is Flash"):
@@ -167,7 +178,7 @@ def test_clear_errors(trained, corpora, tmp_path):
         run(tmp_path / "c", f"checkpoint={tmp_path}/absent", *corpora["prose"])
 
 
-def test_states_that_do_not_fit_are_refused(trained, corpora, tmp_path):
+def test_states_that_do_not_fit_are_refused(trained, corpora, tmp_path, run, bits_per_byte):
     tuned = run(
         tmp_path / "tuned", "experiment=state_tuning", f"checkpoint={trained('rwkv7')}", "max_steps=1", *corpora["code"]
     )
