@@ -278,6 +278,14 @@ def test_decay_stays_within_its_bounds_and_is_never_rounded():
     assert inside.dtype == torch.float32
 
 
+def test_compiles_as_one_graph():
+    """So that torch.compile may fuse all that is done element by element."""
+    mixer = shaken(RWKV7(SHAPE, 1, head_dim=16)).float()
+    x, first = random(2, 20, 48).float(), random(2, 20, 48, seed=1).float()
+    compiled = torch.compile(mixer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, first_value=first).y, mixer(x, first_value=first).y, rtol=1e-5, atol=1e-5)
+
+
 def test_runs_in_mixed_precision():
     mixer = shaken(RWKV7(SHAPE, 1, head_dim=16)).float()
     x, first = random(2, 40, 48).float(), random(2, 40, 48, seed=1).float()
