@@ -1,11 +1,22 @@
 """Registering an engine's forward and backward as torch operators, so that autograd and torch.compile see two nodes."""
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 Function = Callable[..., tuple[torch.Tensor, ...]]
+
+
+def deferred(path: str) -> Function:
+    """Return a function by its dotted path, whose module is imported when it is called: importing Triton takes long."""
+    module, _, name = path.rpartition(".")
+
+    def call(*arguments: Any) -> tuple[torch.Tensor, ...]:
+        return getattr(importlib.import_module(module), name)(*arguments)
+
+    return call
 
 
 def differentiable(

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from longmix_kernels.attention import launch
+from longmix_kernels.launching import dim_constants, is_padded
 
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 """Triton's names of the element types, and their bytes."""
@@ -66,7 +67,7 @@ class Build:
         width = max(self.dim, self.value_dim)
         size = DTYPES[self.dtype]
         features = [self.feature] if self.feature != "plain" else []
-        if launch.is_padded(self.dim) or launch.is_padded(self.value_dim):
+        if is_padded(self.dim) or is_padded(self.value_dim):
             features.append("padded")
         config = self.config or launch.table_entry(self.kernel, self.architecture, size, width, features)
         return config.within(BLOCK if self.feature == "blocks" else 0)
@@ -116,20 +117,13 @@ def _kernel(name: str) -> Any:
 def compile_kernel(build: Build) -> Compiled:
     """Compile a kernel as the launcher would for aligned tensors, and read what ptxas says about it."""
     kernel, config = _kernel(build.kernel), build.launch_config()
-    main, rest = launch.split_dim(build.dim)
-    value_main, value_rest = launch.split_dim(build.value_dim)
     constants: dict[str, Any] = {
         "MODE": build.mode,
         "BLOCK": BLOCK if build.feature == "blocks" else 0,
         "GATHER_QUERY": build.feature == "permuted",
         "GATHER_KEY": build.feature == "permuted",
         "NEGATIVE_SCALE": False,
-        "DIM": build.dim,
-        "DIM_MAIN": main,
-        "DIM_REST": rest,
-        "VALUE_DIM": build.value_dim,
-        "VALUE_MAIN": value_main,
-        "VALUE_REST": value_rest,
+        **dim_constants(build.dim, build.value_dim),
         **config.tiles(),
         "UPCAST": False,
         "FOLD": config.fold,

@@ -5,7 +5,6 @@ for a benchmark or a test. The entries are fixed, so no length and no batch size
 """
 
 import contextlib
-import functools
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ import torch
 
 from longmix_kernels.attention.pattern import Pattern
 from longmix_kernels.attention.permutation import put_rows, take_rows
+from longmix_kernels.launching import architecture_of, dim_constants, is_padded, replaced, unit_stride
 
 KERNELS = ("forward", "grad_query", "grad_key_value")
 ARCHITECTURES = (80, 90, 100)
@@ -152,18 +152,9 @@ _overrides: dict[str, LaunchConfig] = {}
 _gather_before = False
 
 
-@contextlib.contextmanager
-def overridden(kernel: str, config: LaunchConfig) -> Iterator[None]:
+def overridden(kernel: str, config: LaunchConfig) -> contextlib.AbstractContextManager[None]:
     """Launch a kernel with this configuration, whatever the architecture, while the context lasts."""
-    before = _overrides.get(kernel)
-    _overrides[kernel] = config
-    try:
-        yield
-    finally:
-        if before is None:
-            del _overrides[kernel]
-        else:
-            _overrides[kernel] = before
+    return replaced(_overrides, kernel, config)
 
 
 @contextlib.contextmanager
@@ -192,23 +183,6 @@ def table_entry(kernel: str, architecture: int, size: int, width: int, features:
     return min(
         found, key=lambda config: (config.rows * config.keys, config.stages), default=TABLE[kernel, known, size, width]
     )
-
-
-def split_dim(dim: int) -> tuple[int, int]:
-    """Return the powers of two, at least 16, that cover a head dimension; the second is 0 if the first is enough.
-
-    48, 80, 96, 144, 160 and 192 waste nothing (32 + 16, 64 + 16, 64 + 32, 128 + 16, 128 + 32, 128 + 64), where one
-    power of two would waste up to 60 %; 112, 176 and 240 waste 16 columns, 224 wastes 32 and 208 wastes 48.
-    """
-    main = max(1 << (dim.bit_length() - 1), 16)
-    rest = max(1 << (dim - main - 1).bit_length(), 16) if dim > main else 0
-    # Two equal parts would only be a slower way to take the next power of two.
-    return (2 * main, 0) if rest == main else (main, rest)
-
-
-def is_padded(dim: int) -> bool:
-    """Say whether columns past a head dimension have to be masked."""
-    return sum(split_dim(dim)) > dim
 
 
 class Call:
@@ -291,19 +265,12 @@ class Call:
 
     def constants(self) -> dict[str, object]:
         """Return the compile-time arguments that every kernel takes."""
-        main, rest = split_dim(self.dim)
-        value_main, value_rest = split_dim(self.value_dim)
         return {
             "MODE": self.mode,
             "BLOCK": self.block,
             "GATHER_QUERY": self.query_order is not None and self.query_rows is None,
             "GATHER_KEY": self.key_order is not None and self.key_rows is None,
-            "DIM": self.dim,
-            "DIM_MAIN": main,
-            "DIM_REST": rest,
-            "VALUE_DIM": self.value_dim,
-            "VALUE_MAIN": value_main,
-            "VALUE_REST": value_rest,
+            **dim_constants(self.dim, self.value_dim),
             "UPCAST": self.query.device.type == "cpu",
         }
 
@@ -316,22 +283,6 @@ def launch_config(kernel: str, call: Call) -> LaunchConfig:
         config = _INTERPRETED
     else:
         width = max(call.dim, call.value_dim)
-        architecture, size = _architecture(call.query.device), call.query.element_size()
+        architecture, size = architecture_of(call.query.device), call.query.element_size()
         config = table_entry(kernel, architecture, size, width, call.features())
     return config.within(call.block)
-
-
-def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Make the device of a tensor the current one; Triton launches on that."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
-
-
-def unit_stride(x: torch.Tensor) -> torch.Tensor:
-    """Return the tensor itself if its last axis has unit stride, else a contiguous copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-@functools.cache
-def _architecture(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor

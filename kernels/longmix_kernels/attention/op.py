@@ -11,7 +11,7 @@ from longmix_kernels.attention.blocked import blocked_backward, blocked_forward
 from longmix_kernels.attention.bounds import check_row_bounds, row_bounds
 from longmix_kernels.attention.pattern import SCHEMA, BlockList, Pattern
 from longmix_kernels.attention.reference import attention_reference
-from longmix_kernels.operators import differentiable
+from longmix_kernels.operators import deferred, differentiable
 from longmix_kernels.runtime import check_triton_device, choose_backend, triton_limits
 
 BACKENDS = ("reference", "blocked", "triton")
@@ -223,17 +223,9 @@ def _engine(name: str, forward: Callable[..., tuple], backward: Callable[..., tu
     )
 
 
-def _triton_forward(*arguments):
-    from longmix_kernels.attention.triton_forward import triton_forward
-
-    return triton_forward(*arguments)
-
-
-def _triton_backward(*arguments):
-    from longmix_kernels.attention.triton_backward import triton_backward
-
-    return triton_backward(*arguments)
-
-
 _blocked = _engine("blocked", blocked_forward, blocked_backward)
-_triton = _engine("triton", _triton_forward, _triton_backward)
+_triton = _engine(
+    "triton",
+    deferred("longmix_kernels.attention.triton_forward.triton_forward"),
+    deferred("longmix_kernels.attention.triton_backward.triton_backward"),
+)

@@ -17,10 +17,11 @@ import torch
 import triton
 
 from longmix_kernels.attention.bounds import key_bounds
-from longmix_kernels.attention.launch import Call, launch_config, on_device, unit_stride
+from longmix_kernels.attention.launch import Call, launch_config
 from longmix_kernels.attention.pattern import Pattern
 from longmix_kernels.attention.triton_grad_key_value import grad_key_value_kernel
 from longmix_kernels.attention.triton_grad_query import grad_query_kernel
+from longmix_kernels.launching import on_device, unit_stride
 
 
 def triton_backward(

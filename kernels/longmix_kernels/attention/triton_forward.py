@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from longmix_kernels.attention.launch import Call, launch_config, on_device
+from longmix_kernels.attention.launch import Call, launch_config
 from longmix_kernels.attention.pattern import Pattern
 from longmix_kernels.attention.triton_tiles import (
     load_slope,
@@ -19,6 +19,7 @@ from longmix_kernels.attention.triton_tiles import (
     with_alibi,
 )
 from longmix_kernels.attention.triton_walk import cover, keys_of_rows, program_tile, step_start
+from longmix_kernels.launching import on_device
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "heads", "group", "window"])

@@ -1,6 +1,6 @@
 """What the attention kernels do with a tile: loads, stores, products, and ALiBi's bias.
 
-A head dimension is taken in two powers of two, `*_MAIN` columns and then `*_REST` (see `launch.split_dim`). Only
+A head dimension is taken in two powers of two, `*_MAIN` columns and then `*_REST` (see `launching.split_dim`). Only
 columns past the true dimension are masked.
 
 Rows may be taken in an order of their own, which the kernels read as they go: everything about a row but its place in

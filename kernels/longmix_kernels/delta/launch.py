@@ -5,14 +5,13 @@ for a benchmark or a test. The entries are fixed, so no length and no batch size
 """
 
 import contextlib
-import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from longmix_kernels.attention.launch import on_device, unit_stride
 from longmix_kernels.delta.cost import choose_chunk
+from longmix_kernels.launching import architecture_of, on_device, replaced, unit_stride
 from longmix_kernels.linear.launch import small_ids
 
 __all__ = ["Call", "LaunchConfig", "launch_config", "on_device", "overridden", "unit_stride"]
@@ -127,18 +126,9 @@ _INTERPRETED = LaunchConfig(block=64, values=64, warps=1, stages=1)
 _overrides: dict[str, LaunchConfig] = {}
 
 
-@contextlib.contextmanager
-def overridden(kernel: str, config: LaunchConfig) -> Iterator[None]:
+def overridden(kernel: str, config: LaunchConfig) -> contextlib.AbstractContextManager[None]:
     """Launch a kernel with this configuration, whatever the architecture, while the context lasts."""
-    before = _overrides.get(kernel)
-    _overrides[kernel] = config
-    try:
-        yield
-    finally:
-        if before is None:
-            del _overrides[kernel]
-        else:
-            _overrides[kernel] = before
+    return replaced(_overrides, kernel, config)
 
 
 def table_entry(kernel: str, architecture: int, size: int, dim: int, value_dim: int) -> LaunchConfig:
@@ -265,12 +255,6 @@ def launch_config(kernel: str, call: Call) -> LaunchConfig:
     elif call.query.device.type == "cpu":
         config = _INTERPRETED
     else:
-        architecture, size = _architecture(call.query.device), call.query.element_size()
+        architecture, size = architecture_of(call.query.device), call.query.element_size()
         config = table_entry(kernel, architecture, size, call.dim, call.value_dim)
     return config.within(call.chunk, call.dim, call.value_dim)
-
-
-@functools.cache
-def _architecture(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor

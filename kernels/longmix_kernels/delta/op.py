@@ -7,7 +7,7 @@ import torch
 from longmix_kernels.delta import reference
 from longmix_kernels.delta.checks import TRITON_MAX_DIM, check_decay, check_inputs, check_promise, check_state
 from longmix_kernels.delta.launch import KEPT, kept_by_triton
-from longmix_kernels.operators import differentiable
+from longmix_kernels.operators import deferred, differentiable
 from longmix_kernels.runtime import check_triton_device, choose_backend, triton_limits
 
 BACKENDS = ("reference", "blocked", "triton")
@@ -128,29 +128,14 @@ def _engine(
     )
 
 
-def _blocked_forward(*arguments):
-    from longmix_kernels.delta.blocked import blocked_forward
-
-    return blocked_forward(*arguments)
-
-
-def _blocked_backward(*arguments):
-    from longmix_kernels.delta.blocked import blocked_backward
-
-    return blocked_backward(*arguments)
-
-
-def _triton_forward(*arguments):
-    from longmix_kernels.delta.triton_forward import triton_forward
-
-    return triton_forward(*arguments)
-
-
-def _triton_backward(*arguments):
-    from longmix_kernels.delta.triton_backward import triton_backward
-
-    return triton_backward(*arguments)
-
-
-_blocked = _engine("blocked", _blocked_forward, _blocked_backward)
-_triton = _engine("triton", _triton_forward, _triton_backward, kept_by_triton)
+_blocked = _engine(
+    "blocked",
+    deferred("longmix_kernels.delta.blocked.blocked_forward"),
+    deferred("longmix_kernels.delta.blocked.blocked_backward"),
+)
+_triton = _engine(
+    "triton",
+    deferred("longmix_kernels.delta.triton_forward.triton_forward"),
+    deferred("longmix_kernels.delta.triton_backward.triton_backward"),
+    kept_by_triton,
+)

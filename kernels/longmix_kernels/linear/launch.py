@@ -5,13 +5,12 @@ for a benchmark or a test. The entries are fixed, so no length and no batch size
 """
 
 import contextlib
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from longmix_kernels.attention.launch import on_device, split_dim, unit_stride
+from longmix_kernels.launching import architecture_of, dim_constants, on_device, replaced, split_dim, unit_stride
 from longmix_kernels.linear.cost import clamp_chunk, default_chunk
 
 __all__ = ["Call", "LaunchConfig", "launch_config", "on_device", "overridden", "stored_states", "unit_stride"]
@@ -191,18 +190,9 @@ _overrides: dict[str, LaunchConfig] = {}
 _state_dtype = torch.float32
 
 
-@contextlib.contextmanager
-def overridden(kernel: str, config: LaunchConfig) -> Iterator[None]:
+def overridden(kernel: str, config: LaunchConfig) -> contextlib.AbstractContextManager[None]:
     """Launch a kernel with this configuration, whatever the architecture, while the context lasts."""
-    before = _overrides.get(kernel)
-    _overrides[kernel] = config
-    try:
-        yield
-    finally:
-        if before is None:
-            del _overrides[kernel]
-        else:
-            _overrides[kernel] = before
+    return replaced(_overrides, kernel, config)
 
 
 @contextlib.contextmanager
@@ -298,18 +288,11 @@ class Call:
 
     def constants(self) -> dict[str, object]:
         """Return the compile-time arguments of the kernels that work on tiles of rows and keys."""
-        main, rest = split_dim(self.dim)
-        value_main, value_rest = split_dim(self.value_dim)
         return {
             "NORMALIZE": self.normalize,
             "INITIAL": self.memory is not None,
             "CHUNK": self.chunk,
-            "DIM": self.dim,
-            "DIM_MAIN": main,
-            "DIM_REST": rest,
-            "VALUE_DIM": self.value_dim,
-            "VALUE_MAIN": value_main,
-            "VALUE_REST": value_rest,
+            **dim_constants(self.dim, self.value_dim),
             "UPCAST": self.query.device.type == "cpu",
         }
 
@@ -321,7 +304,7 @@ def launch_config(kernel: str, call: Call) -> LaunchConfig:
     elif call.query.device.type == "cpu":
         config = _INTERPRETED
     else:
-        architecture, size = _architecture(call.query.device), call.query.element_size()
+        architecture, size = architecture_of(call.query.device), call.query.element_size()
         config = table_entry(kernel, architecture, size, call.dim, call.value_dim, call.document_ids is not None)
     return config.within(kernel, call.chunk, call.dim, call.value_dim) if kernel in TILED else config
 
@@ -332,9 +315,3 @@ def small_ids(document_ids: torch.Tensor) -> torch.Tensor:
         return document_ids.contiguous()
     changes = document_ids[:, 1:] != document_ids[:, :-1]
     return torch.nn.functional.pad(changes.cumsum(1), (1, 0)).int()
-
-
-@functools.cache
-def _architecture(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor

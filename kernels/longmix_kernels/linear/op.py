@@ -7,7 +7,7 @@ import torch
 from longmix_kernels.linear import reference
 from longmix_kernels.linear.checks import TRITON_MAX_DIM, check_gates, check_inputs, check_state
 from longmix_kernels.linear.state import LinearState
-from longmix_kernels.operators import differentiable
+from longmix_kernels.operators import deferred, differentiable
 from longmix_kernels.runtime import check_triton_device, choose_backend, triton_limits
 
 BACKENDS = ("reference", "blocked", "triton")
@@ -131,29 +131,13 @@ def _engine(name: str, forward: Callable[..., tuple], backward: Callable[..., tu
     )
 
 
-def _blocked_forward(*arguments):
-    from longmix_kernels.linear.blocked import blocked_forward
-
-    return blocked_forward(*arguments)
-
-
-def _blocked_backward(*arguments):
-    from longmix_kernels.linear.blocked import blocked_backward
-
-    return blocked_backward(*arguments)
-
-
-def _triton_forward(*arguments):
-    from longmix_kernels.linear.triton_forward import triton_forward
-
-    return triton_forward(*arguments)
-
-
-def _triton_backward(*arguments):
-    from longmix_kernels.linear.triton_backward import triton_backward
-
-    return triton_backward(*arguments)
-
-
-_blocked = _engine("blocked", _blocked_forward, _blocked_backward)
-_triton = _engine("triton", _triton_forward, _triton_backward)
+_blocked = _engine(
+    "blocked",
+    deferred("longmix_kernels.linear.blocked.blocked_forward"),
+    deferred("longmix_kernels.linear.blocked.blocked_backward"),
+)
+_triton = _engine(
+    "triton",
+    deferred("longmix_kernels.linear.triton_forward.triton_forward"),
+    deferred("longmix_kernels.linear.triton_backward.triton_backward"),
+)

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from longmix_kernels.attention.launch import split_dim
+from longmix_kernels.launching import dim_constants
 from longmix_kernels.linear import cost, launch
 from longmix_kernels.report import DTYPES, Compiled, as_table, compile_for
 
@@ -92,19 +92,12 @@ class Build:
         """Return the compile-time arguments, of which a kernel takes those it has."""
         config, normalize = self.launch_config(), self.gate == "exp"
         documents, state = self.feature.startswith("documents"), self.feature.endswith("state")
-        main, rest = split_dim(self.dim)
-        value_main, value_rest = split_dim(self.value_dim)
         carries = self.kernel in ("states", "grad_states")
         constants: dict[str, Any] = {
             "NORMALIZE": normalize,
             "INITIAL": state,
             "CHUNK": self.chunk,
-            "DIM": self.dim,
-            "DIM_MAIN": main,
-            "DIM_REST": rest,
-            "VALUE_DIM": self.value_dim,
-            "VALUE_MAIN": value_main,
-            "VALUE_REST": value_rest,
+            **dim_constants(self.dim, self.value_dim),
             "UPCAST": False,
             **(config.blocks() if carries else config.tiles()),
         }

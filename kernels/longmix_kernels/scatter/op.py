@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from longmix_kernels.attention.checks import TRITON_MAX_DIM, check_inputs
-from longmix_kernels.operators import differentiable
+from longmix_kernels.operators import deferred, differentiable
 from longmix_kernels.runtime import check_chunks, check_triton_device, choose_backend, triton_limits
 from longmix_kernels.scatter import checks
 from longmix_kernels.scatter.reference import scatter_reference
@@ -120,29 +120,13 @@ def _engine(name: str, forward: Callable[..., tuple], backward: Callable[..., tu
     )
 
 
-def _blocked_forward(*arguments):
-    from longmix_kernels.scatter.blocked import blocked_forward
-
-    return blocked_forward(*arguments)
-
-
-def _blocked_backward(*arguments):
-    from longmix_kernels.scatter.blocked import blocked_backward
-
-    return blocked_backward(*arguments)
-
-
-def _triton_forward(*arguments):
-    from longmix_kernels.scatter.triton_exact import triton_forward
-
-    return triton_forward(*arguments)
-
-
-def _triton_backward(*arguments):
-    from longmix_kernels.scatter.triton_exact import triton_backward
-
-    return triton_backward(*arguments)
-
-
-_blocked = _engine("blocked", _blocked_forward, _blocked_backward)
-_triton = _engine("triton", _triton_forward, _triton_backward)
+_blocked = _engine(
+    "blocked",
+    deferred("longmix_kernels.scatter.blocked.blocked_forward"),
+    deferred("longmix_kernels.scatter.blocked.blocked_backward"),
+)
+_triton = _engine(
+    "triton",
+    deferred("longmix_kernels.scatter.triton_exact.triton_forward"),
+    deferred("longmix_kernels.scatter.triton_exact.triton_backward"),
+)

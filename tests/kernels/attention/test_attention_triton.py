@@ -11,6 +11,7 @@ import torch
 
 from longmix_kernels.attention import attention, launch, sink_and_local_blocks
 from longmix_kernels.attention.pattern import Pattern
+from longmix_kernels.launching import split_dim
 
 HERE = Path(__file__).parent
 
@@ -100,11 +101,11 @@ def test_shapes_are_known_without_running():
 
 def test_a_head_dimension_is_covered_without_much_waste():
     for dim in range(1, 257):
-        main, rest = launch.split_dim(dim)
+        main, rest = split_dim(dim)
         assert main & (main - 1) == 0 and rest & (rest - 1) == 0 and main >= 16 and rest not in (1, 2, 4, 8)
         assert dim <= main + rest <= max(16, dim + 63)
     for dim in (16, 32, 48, 64, 80, 96, 128, 144, 160, 192, 256):
-        assert sum(launch.split_dim(dim)) == dim
+        assert sum(split_dim(dim)) == dim
 
 
 def test_every_architecture_has_every_entry():
