@@ -74,6 +74,8 @@ def settings_of(compose_config):
     def load(group: str, name: str) -> dict[str, Any]:
         entry_point = "evaluate" if group == "task" else "train"
         config = filled(compose_config(f"{group}={name}", entry_point=entry_point))
+        if group == "task":
+            return config["task"][name]
         return config["model"]["block"] if group == "block" else config[group]
 
     return load

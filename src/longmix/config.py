@@ -108,7 +108,7 @@ class EvaluateConfig:
     Attributes:
         checkpoint: folder of a checkpoint, or of a run (its newest checkpoint).
         states: file of trained states that documents begin from, or the folder of the run that wrote it.
-        task: what to evaluate, a config group.
+        task: what to evaluate, by name; one or several choices of a config group.
         data: other data than the checkpoint's, a config group; null keeps its own.
         split: "train", "validation" or "test".
         seq_len: context length or lengths; null takes the trained one.

@@ -133,8 +133,8 @@ def run_folder(run_training, shared_cache):
 
 
 def test_the_task_reports_model_and_layers(run_folder, compose_config, tmp_path, capsys):
-    words = (f"checkpoint={run_folder}", "task=causality", "task.entropy_steps=3", f"output={tmp_path}/out")
-    report = evaluate(compose_config(*words, entry_point="evaluate"))
+    words = (f"checkpoint={run_folder}", "task=causality", "task.causality.entropy_steps=3", f"output={tmp_path}/out")
+    report = evaluate(compose_config(*words, entry_point="evaluate"))["causality"]
     assert report["causal"] and list(report["findings"]) == ["model", "layer 0 HashAttention"]
     written = json.loads(next((tmp_path / "out").glob("*.json")).read_text())
     assert written["findings"]["model"][0]["probe"] == "last token" and written["entropy"]["entropy"] > 2.7
@@ -142,7 +142,7 @@ def test_the_task_reports_model_and_layers(run_folder, compose_config, tmp_path,
     assert "causal: nothing leaks" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [["task.length=7"], ["task.entropy_steps=-1"]])
+@pytest.mark.parametrize("words", [["task.causality.length=7"], ["task.causality.entropy_steps=-1"]])
 def test_impossible_settings_are_refused(run_folder, compose_config, tmp_path, words):
     with pytest.raises(ConfigError, match=words[0].partition("=")[0].replace(".", r"\.")):
         evaluate(

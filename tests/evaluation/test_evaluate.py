@@ -56,7 +56,8 @@ def evaluated(compose_config, run_folder, tmp_path):
 
     def run(*overrides: str, checkpoint: Path = run_folder, output: Path | None = tmp_path / "results"):
         place = [] if output is None else [f"output='{output}'"]
-        return evaluate(compose_config(f"checkpoint='{checkpoint}'", *place, *overrides, entry_point="evaluate"))
+        words = f"checkpoint='{checkpoint}'", *place, *overrides
+        return evaluate(compose_config(*words, entry_point="evaluate"))["loss"]
 
     return run
 
@@ -174,7 +175,9 @@ class TestWords:
             pytest.param(["precision=fp8"], ConfigError, "precision='fp8'.*auto, float32, bf16", id="precision"),
             pytest.param(["+splt=test"], ConfigError, "unknown key splt. Did you mean split", id="unknown word"),
             pytest.param(["~split"], ConfigError, "no value was given for: split", id="word taken away"),
-            pytest.param(["+task.x=1"], ConfigError, "unknown key task.x", id="unknown setting of the task"),
+            pytest.param(["+task.loss.x=1"], ConfigError, "unknown key task.loss.x", id="unknown setting of the task"),
+            pytest.param(["task=[]"], ConfigError, "no value was given for: task", id="no task"),
+            pytest.param(["task=[loss,accuracy]", "+task.accuracy.x=1"], ConfigError, "task.accuracy.x", id="second"),
             pytest.param(["split=dev"], DataError, "no split 'dev'; it has train, validation, test", id="split"),
             pytest.param(["checkpoint=nowhere"], CheckpointError, "there is no nowhere", id="no checkpoint"),
             pytest.param(["checkpoint=???"], ConfigError, "no value was given for: checkpoint", id="none given"),
@@ -222,6 +225,13 @@ class TestFiles:
             figures += [row["loss"] for row in result["by_position"]]
             assert all(f"{figure:.4f}" in printed for figure in figures)
         assert f"wrote {tmp_path}/results/loss_validation_step2.json and loss_validation_step2.png\n" in printed
+
+    def test_of_several_tasks(self, compose_config, run_folder, tmp_path):
+        words = f"checkpoint={run_folder}", f"output={tmp_path}/out", "task=[causality,loss,accuracy]"
+        reports = evaluate(compose_config(*words, "task.causality.entropy_steps=0", entry_point="evaluate"))
+        assert set(reports) == {"causality", "loss", "accuracy"} and len(list((tmp_path / "out").iterdir())) == 6
+        alone = evaluate(compose_config(*words[:2], entry_point="evaluate"))
+        assert alone["loss"] == reports["loss"]  # the audit in float64 has not changed the model
 
     @pytest.mark.parametrize(
         ("given", "place"),

@@ -45,7 +45,7 @@ def bits_per_byte(composed):
 
     def evaluated(checkpoint: Path, corpus: list[str], output: Path, *words: str) -> float:
         config = composed([f"checkpoint={checkpoint}", f"output={output}", *corpus, *words], "evaluate", output)
-        report = evaluate(config)
+        report = evaluate(config)["loss"]
         HydraConfig.instance().cfg = None
         (figures,) = report["lengths"].values()
         return figures["bits_per_byte"]

@@ -1,5 +1,6 @@
 """`evaluate.py task=causality`: the audit of a checkpoint's model and of each of its mixers, as table and picture."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,10 +11,9 @@ from rich.table import Table
 
 from longmix.analysis.causality import EntropyFinding, Finding, audit, entropy_test, mixer_function, model_function
 from longmix.errors import ConfigError
-from longmix.evaluation.run import Subject
-from longmix.files import replace_json, storage_errors
+from longmix.evaluation.subject import Subject
 from longmix.model.build import build_model
-from longmix.reporting.plots import new_figure, save_figure
+from longmix.reporting.plots import new_figure
 
 VOCABULARY = 16
 """Of the tokens that nothing can predict; few, so that little training is needed to use a leak."""
@@ -34,9 +34,9 @@ def causality(subject: Subject, length: int = 96, entropy_steps: int = 200) -> d
         ConfigError: fewer than 8 tokens, or negative steps.
     """
     if length < 8:
-        raise ConfigError(f"task.length={length} must be at least 8.")
+        raise ConfigError(f"task.causality.length={length} must be at least 8.")
     if entropy_steps < 0:
-        raise ConfigError(f"task.entropy_steps={entropy_steps} must be at least 0.")
+        raise ConfigError(f"task.causality.entropy_steps={entropy_steps} must be at least 0.")
     console = Console()
     found = dict(_audited(subject, length))
     entropy = _trained(subject, length, entropy_steps) if entropy_steps else None
@@ -58,12 +58,7 @@ def causality(subject: Subject, length: int = 96, entropy_steps: int = 200) -> d
             soft_wrap=True,
         )
     console.print("causal: nothing leaks" if causal else "NOT CAUSAL: its loss is not that of a language model")
-    name = f"causality_step{subject.step}"
-    with storage_errors(subject.output):
-        subject.output.mkdir(parents=True, exist_ok=True)
-        _draw(found, subject.output / f"{name}.png")
-    replace_json(subject.output / f"{name}.json", report)
-    console.print(f"wrote {subject.output / name}.json and .png", highlight=False, markup=False, soft_wrap=True)
+    subject.save(f"causality_step{subject.step}", report, _drawn(found))
     return report
 
 
@@ -71,7 +66,7 @@ causality.takes_leaky = True  # type: ignore[attr-defined]
 
 
 def _audited(subject: Subject, length: int) -> Iterator[tuple[str, list[Finding]]]:
-    model = subject.model.cpu().double().eval()
+    model = copy.deepcopy(subject.model).cpu().double().eval()
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.vocab_size, (2, length), generator=generator)
     with torch.no_grad():
@@ -103,7 +98,7 @@ def _table(found: dict[str, list[Finding]]) -> Table:
     return table
 
 
-def _draw(found: dict[str, list[Finding]], path: Any) -> None:
+def _drawn(found: dict[str, list[Finding]]) -> Any:
     probes = [finding.probe for finding in next(iter(found.values()))]
     figure, (axes,) = new_figure(1)
     changes = torch.tensor([[finding.change for finding in findings] for findings in found.values()])
@@ -112,4 +107,4 @@ def _draw(found: dict[str, list[Finding]], path: Any) -> None:
     axes.set_yticks(range(len(found)), list(found))
     axes.set_title("log10 of the largest change before a changed token")
     figure.colorbar(image, ax=axes)
-    save_figure(figure, path)
+    return figure

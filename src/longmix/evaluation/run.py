@@ -1,6 +1,5 @@
-"""`evaluate(config)`: from a checkpoint's folder to a table, a JSON file and a picture."""
+"""`evaluate(config)`: from a checkpoint's folder to tables, JSON files and pictures."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,53 +7,21 @@ from omegaconf import DictConfig
 
 from longmix import config as configuration
 from longmix.config import Node, build
-from longmix.data.datamodule import TokenData
 from longmix.errors import ConfigError
+from longmix.evaluation.subject import Subject
 from longmix.model.backbone import LanguageModel
-from longmix.restore import Restored, restore
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What a task evaluates, and how.
-
-    Attributes:
-        restored: the model and what came with it.
-        data: gives batches of any split and length.
-        words: the resolved words of `evaluate.py`.
-        output: folder for results.
-    """
-
-    restored: Restored
-    data: TokenData
-    words: Node
-    output: Path
-
-    @property
-    def model(self) -> LanguageModel:
-        """The model, in evaluation mode."""
-        return self.restored.model
-
-    @property
-    def step(self) -> int:
-        """The checkpoint's step."""
-        return self.restored.state["step"]
-
-    def seq_lens(self) -> list[int]:
-        """The context lengths asked for, shortest first."""
-        asked = self.words["seq_len"]
-        return [self.restored.config["seq_len"]] if asked is None else sorted(set(_as_list(asked)))
+from longmix.restore import restore
 
 
 def evaluate(config: DictConfig) -> dict[str, Any]:
-    """Run the task of `config` on its checkpoint and return the results.
+    """Run the tasks of `config` on its checkpoint and return the report of each by its name.
 
     Raises:
         LongmixError: see `longmix.errors`.
     """
     words = configuration.resolved(config)
     configuration.check_keys(words, configuration.EvaluateConfig)
-    configuration.check(words["task"], "task", {"subject"})
+    tasks = _checked_tasks(words["task"])
     _check_numbers(words)
     restored = restore(words)
     model, trained = restored.model, restored.config
@@ -66,12 +33,22 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         batch_size=1,
         seed=trained["seed"],
     )
-    if not getattr(configuration.locate(words["task"]["_target_"], "task"), "takes_leaky", False):
-        _refuse_leaky(model)
+    for task in tasks.values():
+        if not getattr(configuration.locate(task["_target_"], "task"), "takes_leaky", False):
+            _refuse_leaky(model)
     home = _home(restored.checkpoint) if words["states"] is None else _folder(Path(words["states"]))
     output = Path(words["output"]) if words["output"] else home / "evaluation"
     subject = Subject(restored, data, words, output)
-    return build(words["task"], "task", subject=subject)
+    return {name: build(task, f"task.{name}", subject=subject) for name, task in tasks.items()}
+
+
+def _checked_tasks(tasks: Any) -> dict[str, Node]:
+    """The tasks by name; every one is checked before the first begins."""
+    if not isinstance(tasks, dict) or not tasks or "_target_" in tasks:
+        raise ConfigError(f"task={tasks!r} is no task; give one or several, such as task=[loss,accuracy].")
+    for name, task in tasks.items():
+        configuration.check(task, f"task.{name}", {"subject"})
+    return tasks
 
 
 def _home(checkpoint: Path) -> Path:
@@ -92,10 +69,6 @@ def _refuse_leaky(model: LanguageModel) -> None:
             )
 
 
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
 def _check_numbers(words: Node) -> None:
     for key in ("batch_size", "max_tokens"):
         if words[key] is not None and words[key] < 1:
@@ -103,5 +76,6 @@ def _check_numbers(words: Node) -> None:
     lengths = words["seq_len"]
     if lengths is None:
         return
-    if lengths == [] or any(type(length) is not int or length < 1 for length in _as_list(lengths)):
+    listed = lengths if isinstance(lengths, list) else [lengths]
+    if not listed or any(type(length) is not int or length < 1 for length in listed):
         raise ConfigError(f"seq_len={lengths!r} must be a whole number from 1, or a list of them.")

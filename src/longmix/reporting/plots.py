@@ -44,6 +44,6 @@ def new_figure(panels: int) -> tuple[plt.Figure, list[Axes]]:
 
 def save_figure(figure: plt.Figure, path: Path) -> Path:
     """Write the figure as PNG and forget it."""
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, format="png")
     plt.close(figure)
     return path

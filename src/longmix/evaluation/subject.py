@@ -1,0 +1,105 @@
+"""What a task of `evaluate.py` is given: the model, data, the words of the command line, and a place for results."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rich.console import Console
+from rich.progress import track
+
+from longmix.config import Node
+from longmix.data.datamodule import TokenData
+from longmix.data.loaders import Batch
+from longmix.evaluation.loss import to_device
+from longmix.files import replace_file, replace_json, storage_errors
+from longmix.model.backbone import LanguageModel
+from longmix.restore import Restored
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TOKENS_AT_ONCE = 16_384
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to evaluate.
+
+    Attributes:
+        restored: the model and what came with it.
+        data: gives batches of any split and length.
+        words: the resolved words of `evaluate.py`.
+        output: folder for results.
+    """
+
+    restored: Restored
+    data: TokenData
+    words: Node
+    output: Path
+
+    @property
+    def model(self) -> LanguageModel:
+        """The model, in evaluation mode; a task that changes it takes a copy."""
+        return self.restored.model
+
+    @property
+    def step(self) -> int:
+        """The checkpoint's step."""
+        return self.restored.state["step"]
+
+    @property
+    def split(self) -> str:
+        """The split asked for."""
+        return self.words["split"]
+
+    @property
+    def trained_seq_len(self) -> int:
+        """Tokens of a training window."""
+        return self.restored.config["seq_len"]
+
+    def seq_lens(self) -> list[int]:
+        """The context lengths asked for, shortest first."""
+        asked = self.words["seq_len"]
+        if asked is None:
+            return [self.trained_seq_len]
+        return sorted(set(asked if isinstance(asked, list) else [asked]))
+
+    def rows(self, seq_len: int) -> int:
+        """Windows of that length at once."""
+        return self.words["batch_size"] or max(1, TOKENS_AT_ONCE // seq_len)
+
+    def batches(self, seq_len: int, data: TokenData | None = None) -> Iterator[Batch]:
+        """Windows of the split, of the subject's data or of others, on the model's device and beneath a progress bar.
+
+        Raises:
+            DataError: there is no such split, or not one window of it.
+        """
+        data = self.data if data is None else data
+        loader = data.evaluation_loader(self.split, seq_len, self.rows(seq_len), self.words["max_tokens"])
+        for batch in tracked(loader, f"seq_len {seq_len}", len(loader)):
+            yield to_device(batch, self.restored.device)
+
+    def save(self, name: str, report: dict[str, Any], figure: "Figure") -> None:
+        """Write `name`.json and `name`.png into the folder for results, and say so.
+
+        Raises:
+            StorageError: they cannot be written.
+        """
+        from longmix.reporting.plots import save_figure
+
+        with storage_errors(self.output):
+            self.output.mkdir(parents=True, exist_ok=True)
+        replace_file(self.output / f"{name}.png", lambda path: save_figure(figure, path))
+        replace_json(self.output / f"{name}.json", report)
+        written = f"wrote {self.output / name}.json and {name}.png"
+        Console().print(written, highlight=False, markup=False, soft_wrap=True)
+
+
+def tracked(items: Iterable[Item] | Sequence[Item], description: str, total: int | None = None) -> Iterator[Item]:
+    """`items` beneath a progress bar on standard error, where that is a terminal."""
+    terminal = Console(stderr=True)
+    hidden = not terminal.is_terminal
+    yield from track(items, description, total=total, console=terminal, transient=True, disable=hidden)
