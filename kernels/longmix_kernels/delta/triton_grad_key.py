@@ -22,7 +22,7 @@ from longmix_kernels.delta.triton_grad_parts import (
     later_sum,
     read_grad,
     state_grad,
-    weight_grad,
+    weight_grads,
 )
 from longmix_kernels.delta.triton_tiles import (
     decay_sums,
@@ -136,11 +136,13 @@ def grad_key_kernel(
     # Gradients of weights, `turned` as [columns, rows], else as [rows, columns].
     EXACT: tl.constexpr = not BOUNDED
     mask = pair_mask(own, CHUNK, True, True, DOCUMENTS)
-    turned_qk = weight_grad(
-        value,
-        stride_value_row,
+    turned_qk, turned_qb, turned_ak, turned_ab = weight_grads(
         grad_output,
         stride_grad_output_row,
+        grad_removed,
+        value,
+        stride_value_row,
+        removed,
         start,
         there,
         mask,
@@ -150,61 +152,17 @@ def grad_key_kernel(
         VALUE_BLOCK,
         EXACT,
         UPCAST,
+        TURNED=True,
     )
-    turned_qb, turned_ak, turned_ab = turned_qk, turned_qk, turned_qk
-    if low_rank_read is not None:
-        turned_qb = weight_grad(
-            removed,
-            VALUE_DIM,
-            grad_output,
-            stride_grad_output_row,
-            start,
-            there,
-            mask,
-            scale,
-            LOW,
-            VALUE_DIM,
-            VALUE_BLOCK,
-            EXACT,
-            UPCAST,
-        )
-        turned_ak = weight_grad(
-            value,
-            stride_value_row,
-            grad_removed,
-            VALUE_DIM,
-            start,
-            there,
-            mask,
-            1.0,
-            LOW,
-            VALUE_DIM,
-            VALUE_BLOCK,
-            EXACT,
-            UPCAST,
-        )
-        turned_ab = weight_grad(
-            removed,
-            VALUE_DIM,
-            grad_removed,
-            VALUE_DIM,
-            start,
-            there,
-            mask,
-            1.0,
-            LOW,
-            VALUE_DIM,
-            VALUE_BLOCK,
-            EXACT,
-            UPCAST,
-        )
     if BOUNDED:
         mask = pair_mask(own, CHUNK, True, False, DOCUMENTS)
-        qk = weight_grad(
+        qk, qb, ak, ab = weight_grads(
             grad_output,
             stride_grad_output_row,
+            grad_removed,
             value,
             stride_value_row,
+            removed,
             start,
             there,
             mask,
@@ -214,53 +172,8 @@ def grad_key_kernel(
             VALUE_BLOCK,
             EXACT,
             UPCAST,
+            TURNED=False,
         )
-        if low_rank_read is not None:
-            qb = weight_grad(
-                grad_output,
-                stride_grad_output_row,
-                removed,
-                VALUE_DIM,
-                start,
-                there,
-                mask,
-                scale,
-                LOW,
-                VALUE_DIM,
-                VALUE_BLOCK,
-                EXACT,
-                UPCAST,
-            )
-            ak = weight_grad(
-                grad_removed,
-                VALUE_DIM,
-                value,
-                stride_value_row,
-                start,
-                there,
-                mask,
-                1.0,
-                LOW,
-                VALUE_DIM,
-                VALUE_BLOCK,
-                EXACT,
-                UPCAST,
-            )
-            ab = weight_grad(
-                grad_removed,
-                VALUE_DIM,
-                removed,
-                VALUE_DIM,
-                start,
-                there,
-                mask,
-                1.0,
-                LOW,
-                VALUE_DIM,
-                VALUE_BLOCK,
-                EXACT,
-                UPCAST,
-            )
     # Those of the weights between a query and its own token, in which there is no decay.
     own_key, own_write = tl.zeros([CHUNK], tl.float32), tl.zeros([CHUNK], tl.float32)
     for column in range(0, VALUE_DIM, VALUE_BLOCK):

@@ -26,10 +26,10 @@ def later_sum(x, own, CHUNK: tl.constexpr, DOCUMENTS: tl.constexpr):
 
 @triton.jit
 def weight_grad(
-    left,  # [T, VALUE_DIM] of a head
-    stride_left,
-    right,
-    stride_right,
+    rows,  # [T, VALUE_DIM] of a head
+    stride_rows,
+    columns,
+    stride_columns,
     start,
     there,
     mask,
@@ -39,21 +39,113 @@ def weight_grad(
     VALUE_BLOCK: tl.constexpr,
     EXACT: tl.constexpr,
     UPCAST: tl.constexpr,
+    TURNED: tl.constexpr,
 ):
-    """Gradients of weights [CHUNK, CHUNK]: the products of rows of `left` and of `right`, where the mask says.
+    """Gradients of weights as [rows, columns], or `TURNED` as [columns, rows]: products of both, where the mask says.
 
     One at a time, so that few are held in float32; what is loaded again is near.
     """
+    if TURNED:
+        rows, stride_rows, columns, stride_columns = columns, stride_columns, rows, stride_rows
     total = tl.zeros([there.shape[0], there.shape[0]], tl.float32)
     for column in range(0, VALUE_DIM, VALUE_BLOCK):
-        x = load_tile(left, start, there, stride_left, column, VALUE_BLOCK, VALUE_DIM).to(LOW)
-        y = load_tile(right, start, there, stride_right, column, VALUE_BLOCK, VALUE_DIM).to(LOW)
+        x = load_tile(rows, start, there, stride_rows, column, VALUE_BLOCK, VALUE_DIM).to(LOW)
+        y = load_tile(columns, start, there, stride_columns, column, VALUE_BLOCK, VALUE_DIM).to(LOW)
         total = product(x, tl.trans(y), total, UPCAST)
     total = tl.where(mask, total, 0.0) * factor
     if EXACT:
         return total
     else:
         return total.to(LOW)
+
+
+@triton.jit
+def weight_grads(
+    grad_output,  # [T, VALUE_DIM] of a head, as the four
+    stride_grad_output,
+    grad_removed,  # contiguous, or None
+    value,
+    stride_value,
+    removed,  # contiguous, or None
+    start,
+    there,
+    mask,
+    scale,
+    LOW: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr,
+    EXACT: tl.constexpr,
+    UPCAST: tl.constexpr,
+    TURNED: tl.constexpr,
+):
+    """Gradients of A_qk, A_qb, A_ak and A_ab, as [rows, columns] or `TURNED`; without low rank all are the first."""
+    qk = weight_grad(
+        grad_output,
+        stride_grad_output,
+        value,
+        stride_value,
+        start,
+        there,
+        mask,
+        scale,
+        LOW,
+        VALUE_DIM,
+        VALUE_BLOCK,
+        EXACT,
+        UPCAST,
+        TURNED,
+    )
+    qb, ak, ab = qk, qk, qk
+    if removed is not None:
+        qb = weight_grad(
+            grad_output,
+            stride_grad_output,
+            removed,
+            VALUE_DIM,
+            start,
+            there,
+            mask,
+            scale,
+            LOW,
+            VALUE_DIM,
+            VALUE_BLOCK,
+            EXACT,
+            UPCAST,
+            TURNED,
+        )
+        ak = weight_grad(
+            grad_removed,
+            VALUE_DIM,
+            value,
+            stride_value,
+            start,
+            there,
+            mask,
+            1.0,
+            LOW,
+            VALUE_DIM,
+            VALUE_BLOCK,
+            EXACT,
+            UPCAST,
+            TURNED,
+        )
+        ab = weight_grad(
+            grad_removed,
+            VALUE_DIM,
+            removed,
+            VALUE_DIM,
+            start,
+            there,
+            mask,
+            1.0,
+            LOW,
+            VALUE_DIM,
+            VALUE_BLOCK,
+            EXACT,
+            UPCAST,
+            TURNED,
+        )
+    return qk, qb, ak, ab
 
 
 @triton.jit
