@@ -5,14 +5,16 @@ versions) and `info.json` (step, SHA-256 of the state, validation figures). It i
 once everything is on the disk, so a folder of that name is complete; its hash is checked before anything is loaded.
 """
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from longmix.errors import CheckpointError
+from longmix.errors import CheckpointError, LongmixError
 from longmix.files import atomic_directory, remove_directory, remove_leftovers, sha256_of_file, write_json
 
 STATE_FILE = "state.pt"
@@ -107,6 +109,39 @@ def load_checkpoint(checkpoint: Path) -> dict[str, Any]:
     if sha256_of_file(path) != info["sha256"]:
         raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one in {INFO_FILE}. {_cure(checkpoint)}")
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+@contextlib.contextmanager
+def reading(path: Path, what: str, cure: str = "") -> Iterator[None]:
+    """Turn whatever a damaged file raises while it is read into one error.
+
+    Args:
+        path: the file.
+        what: it should hold.
+        cure: what to do about it.
+
+    Raises:
+        CheckpointError: names the file, what it lacks and the cure.
+    """
+    try:
+        yield
+    except LongmixError:
+        raise
+    except Exception as error:  # its bytes may happen to mean anything
+        reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path} holds no {what} ({reason}){cure}.") from error
+
+
+def load_tensors(path: Path, format_number: int, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What was saved in a file other than a checkpoint, without running code of the file's; call inside `reading`.
+
+    Raises:
+        CheckpointError: it is of another format.
+    """
+    content = torch.load(path, map_location=device, weights_only=True)
+    if content["format"] != format_number:
+        raise CheckpointError(f"{path} has format {content['format']}; this version of longmix reads {format_number}.")
+    return content
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longmix.checkpoints import load_tensors, reading
 from longmix.errors import CheckpointError
 from longmix.files import replace_file
 from longmix.model.backbone import LanguageModel
@@ -105,19 +106,12 @@ class Session:
         Raises:
             CheckpointError: there is no such file, or it is damaged or of another format.
         """
-        try:
-            content = torch.load(path, map_location=device, weights_only=True)
-            if content["format"] != FORMAT:
-                raise CheckpointError(f"{path} has format {content['format']}; this version of longmix reads {FORMAT}.")
+        with reading(path, "saved generation"):
+            content = load_tensors(path, FORMAT, device)
             session = cls.__new__(cls)
             session.model, session.state = model, _restored(content["state"])
             session.logits, session.length, session.batch = content["logits"], content["length"], content["batch"]
             return session, content["about"]
-        except CheckpointError:
-            raise
-        except Exception as error:  # a damaged file raises whatever its bytes happen to mean
-            reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-            raise CheckpointError(f"{path} holds no saved generation ({reason}).") from error
 
 
 def mapped(state: Any, change: Any) -> Any:

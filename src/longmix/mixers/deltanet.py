@@ -209,11 +209,8 @@ class GatedDelta(RecurrentMixer):
         if self.gate is not None:
             gate = self.gate(x)
             mixed = mixed * (F.silu(gate) if self.output_gate == "silu" else gate.sigmoid())
-        output = MixerOutput(self.output(mixed), metrics=self.state_metrics(carried))
-        if state is not None:
-            assert ids is not None
-            output.state = self.next_state(carried, recent.followed_by(projected), state, ids)
-        return output
+        after = self.next_state(carried, recent, projected, state, ids)
+        return MixerOutput(self.output(mixed), after, metrics=self.state_metrics(carried))
 
     def log_decay(self, x: Tensor) -> Tensor:
         """Log decay of x [B, T, D], one per head [B, T, H] or channel [B, T, H, key_dim], in float32 or better."""

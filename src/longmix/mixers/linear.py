@@ -145,11 +145,8 @@ class LinearMixer(RecurrentMixer):
 
         read, carried = self.run_engine(run, state, ids, batch)
         gated = self.activate(self.output_gate(x)) * self.head_norm(self.recall(read, query)).flatten(2)
-        output = MixerOutput(self.output(gated), metrics=self.state_metrics(carried))
-        if state is not None:
-            assert ids is not None
-            output.state = self.next_state(carried, recent.followed_by(x), state, ids)
-        return output
+        after = self.next_state(carried, recent, x, state, ids)
+        return MixerOutput(self.output(gated), after, metrics=self.state_metrics(carried))
 
     def zeros(self, batch: int) -> LinearState:
         """See `RecurrentMixer.zeros`."""

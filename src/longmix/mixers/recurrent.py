@@ -120,12 +120,23 @@ class RecurrentMixer(Mixer):
         return Recent(before, None if ids is None else torch.cat([earlier, ids.int()], 1))
 
     def next_state(
-        self, carried: Any, recent: tuple[Tensor, Tensor], state: RecurrentState, ids: Tensor
-    ) -> RecurrentState:
-        """The state after tokens of documents `ids` int32 [B, T], from what the engine and `Recent` remember."""
+        self, carried: Any, recent: Recent, x: Tensor, state: RecurrentState | None, ids: Tensor | None
+    ) -> RecurrentState | None:
+        """The state after `x`, which a convolution or token shift saw, and `recent` before it; None without a state.
+
+        Args:
+            carried: the engine's final state.
+            recent: what came before x.
+            x: [B, T, C].
+            state: the state before.
+            ids: int32 [B, T], documents of the new tokens.
+        """
+        if state is None:
+            return None
+        assert ids is not None
         batch, length = ids.shape
         positions = token_positions(ids, state.last_id, state.next_position, length, ids.device)
-        return RecurrentState(carried, *recent, ids[:, -1], positions[:, -1].expand(batch) + 1)
+        return RecurrentState(carried, *recent.followed_by(x), ids[:, -1], positions[:, -1].expand(batch) + 1)
 
     def state_metrics(self, carried: Any) -> dict[str, Tensor]:
         """Root mean square of each head's state: where transitions are no contractions, it may grow."""

@@ -190,11 +190,8 @@ class RWKV7(RecurrentMixer):
         bonus = (query * key * self._heads(self.bonus)).sum(-1, keepdim=True) * value
         normed = self.head_norm(self.recall(found, query))
         gated = (normed + bonus.to(found.dtype)).flatten(2) * self.gate(of_gate)
-        output = MixerOutput(self.output(gated), metrics=self.state_metrics(carried), first_value=given)
-        if state is not None:
-            assert ids is not None
-            output.state = self.next_state(carried, recent.followed_by(x), state, ids)
-        return output
+        after = self.next_state(carried, recent, x, state, ids)
+        return MixerOutput(self.output(gated), after, metrics=self.state_metrics(carried), first_value=given)
 
     def log_decay(self, x: Tensor) -> Tensor:
         """log w of x [B, T, D], in float32 or better."""

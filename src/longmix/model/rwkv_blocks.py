@@ -69,11 +69,8 @@ class ChannelMix(RecurrentMixer):
         ids = continued_ids(document_ids, state, *x.shape[:2])
         recent = self.recent(x, state, ids)
         mixed = x + (token_shift(x, *recent) - x) * self.shift.to(x.dtype)
-        output = MixerOutput(self.value(self.key(mixed).relu().square()))
-        if state is not None:
-            assert ids is not None
-            output.state = self.next_state(None, recent.followed_by(x), state, ids)
-        return output
+        hidden = self.key(mixed).relu().square()
+        return MixerOutput(self.value(hidden), self.next_state(None, recent, x, state, ids))
 
     def zeros(self, batch: int) -> None:
         """Only the token before is remembered."""

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longmix.checkpoints import load_tensors, reading
 from longmix.config import Node
 from longmix.errors import CheckpointError, ConfigError
 from longmix.files import replace_file
@@ -82,16 +83,9 @@ def load_states(model: LanguageModel, path: Path, config: Node) -> None:
         CheckpointError: there is no such file, or it is damaged or of another model.
     """
     path = path / "states.pt" if path.is_dir() else path
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        states, is_known = content["states"], content["format"] == FORMAT
-    except Exception as error:  # a damaged file raises whatever its bytes happen to mean
-        reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-        raise CheckpointError(
-            f"{path} holds no states ({reason}); give the states.pt of a run with trainable=states."
-        ) from error
-    if not is_known:
-        raise CheckpointError(f"{path} has format {content['format']}; this version of longmix reads {FORMAT}.")
+    with reading(path, "states", "; give the states.pt of a run with trainable=states"):
+        content = load_tensors(path, FORMAT)
+        states = content["states"]
     if content["mixer"] != config["mixer"] or content["model"] != config["model"]:
         raise CheckpointError(f"the states in {path} are of another model; give those tuned from this checkpoint.")
     tune_states(model, _features(states))
