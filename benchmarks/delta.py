@@ -25,24 +25,7 @@ CUDA_TOKENS = 32768
 SIZES = {"cuda": {"heads": 64, "key_dim": 64, "value_dim": 64}, "cpu": {"heads": 4, "key_dim": 64, "value_dim": 64}}
 """By device."""
 
-COLUMNS = {
-    "pass": "pass",
-    "length": "T",
-    "provider": "provider",
-    "median_ms": "ms",
-    "least_ms": "min",
-    "low_ms": "25 %",
-    "high_ms": "75 %",
-    "repetitions": "n",
-    "us_per_token": "us/token",
-    "tflops": "TFLOP/s",
-    "moved_gb": "moved GB",
-    "of_roofline": "of roofline",
-    "peak_gb": "peak GB",
-    "over_naive": "x naive",
-    "over_fla": "x fla",
-    "note": "note",
-}
+COLUMNS = recurrences.COLUMNS | {"over_naive": "x naive", "over_fla": "x fla", "note": "note"}
 FOOTNOTE = """\
 ms: median. us/token: over all sequences. TFLOP/s: on the 8 Dk Dv of the recurrence per token and head, 4 Dk Dv where
 nothing is removed, three times that with the backward pass. moved GB: inputs, outputs, states and what takes a state

@@ -29,25 +29,7 @@ CUDA_TOKENS = 65536
 SIZES = {"cuda": {"heads": 16, "key_dim": 128, "value_dim": 256}, "cpu": {"heads": 4, "key_dim": 64, "value_dim": 128}}
 """By device."""
 
-COLUMNS = {
-    "pass": "pass",
-    "length": "T",
-    "provider": "provider",
-    "median_ms": "ms",
-    "least_ms": "min",
-    "low_ms": "25 %",
-    "high_ms": "75 %",
-    "repetitions": "n",
-    "us_per_token": "us/token",
-    "tflops": "TFLOP/s",
-    "moved_gb": "moved GB",
-    "of_roofline": "of roofline",
-    "peak_gb": "peak GB",
-    "over_mlstm": "x mlstm",
-    "over_gla": "x gla",
-    "over_sdpa": "x SDPA",
-    "note": "note",
-}
+COLUMNS = recurrences.COLUMNS | {"over_mlstm": "x mlstm", "over_gla": "x gla", "over_sdpa": "x SDPA", "note": "note"}
 FOOTNOTE = """\
 ms: median. us/token: over all sequences. TFLOP/s: on the 4 Dk Dv of the recurrence per token and head, three times that
 with the backward pass; on visible pairs for sdpa. moved GB: inputs, outputs and chunk states, each once a step, with

@@ -17,6 +17,23 @@ from benchmarks.comparison import PASSES, Comparison, Provider, carry_out
 CPU_BATCH = 2
 SEED = 0
 
+COLUMNS = {
+    "pass": "pass",
+    "length": "T",
+    "provider": "provider",
+    "median_ms": "ms",
+    "least_ms": "min",
+    "low_ms": "25 %",
+    "high_ms": "75 %",
+    "repetitions": "n",
+    "us_per_token": "us/token",
+    "tflops": "TFLOP/s",
+    "moved_gb": "moved GB",
+    "of_roofline": "of roofline",
+    "peak_gb": "peak GB",
+}
+"""Titles of the columns that both have."""
+
 Sizes = Mapping[str, Mapping[str, int]]
 """Heads, key_dim and value_dim by device."""
 
