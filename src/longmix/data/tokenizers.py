@@ -206,6 +206,10 @@ class LibraryTokenizer(Tokenizer):
         """See `Tokenizer.state`."""
         return {"kind": "library", "json": self._json, "separator": self._separator}
 
+    def library_json(self) -> str:
+        """The text of the `tokenizer.json` as it is used: without normalisation, the separator among the specials."""
+        return self._library.to_str()
+
 
 class TokenizerFile(LibraryTokenizer):
     """A byte-level `tokenizer.json`, as `tokenizers` and `transformers` save it.

@@ -109,6 +109,8 @@ def find_start(config: Node, folder: Path) -> Start:
     else:
         checkpoint = find_checkpoint(Path(resume))
     state = load_checkpoint(checkpoint)
+    if "run" not in state:
+        raise CheckpointError(f"{checkpoint} holds a model and no run to continue; begin from it with checkpoint=.")
     _check_same(config, state["config"], checkpoint)
     return Start(_home(checkpoint, folder), state["step"], state, folder)
 

@@ -1,0 +1,54 @@
+"""The command line; see the head of the package."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from longmix.errors import LongmixError
+from longmix.interop.huggingface.export import DTYPES, KINDS, export
+from longmix.interop.huggingface.load import import_folder
+
+
+def main() -> None:
+    """Export or import, as the arguments say."""
+    arguments = _parser().parse_args()
+    try:
+        arguments.run(arguments)
+    except LongmixError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m longmix.interop.huggingface", description="Checkpoints to Hugging Face folders, and back."
+    )
+    commands = parser.add_subparsers(required=True, metavar="export|import")
+    out = commands.add_parser("export", help="write a checkpoint as a folder that transformers loads")
+    out.add_argument("checkpoint", type=Path, help="folder of a run or checkpoint")
+    out.add_argument("folder", type=Path, help="to write")
+    out.add_argument("--as", dest="kind", choices=KINDS, default="auto", help="llama needs nothing of longmix to run")
+    out.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the weights")
+    out.add_argument("--force", action="store_true", help="replace the folder if it is there")
+    out.set_defaults(run=_export)
+    back = commands.add_parser("import", help="make a checkpoint of such a folder")
+    back.add_argument("folder", type=Path, help="with config.json, safetensors and tokenizer.json")
+    back.add_argument("checkpoint", type=Path, help="folder to write the checkpoint to")
+    back.add_argument("--separator", help="the token that starts each document; default: the one that begins a text")
+    back.set_defaults(run=_import)
+    return parser
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    done = export(arguments.checkpoint, arguments.folder, arguments.kind, arguments.dtype, arguments.force)
+    print(f"wrote {done.parameters:,} parameters in {done.dtype} to {arguments.folder}, of type {done.model_type}")
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    done = import_folder(arguments.folder, arguments.checkpoint, arguments.separator)
+    hint = "" if done.has_data else "; it says nothing of data, so evaluate.py needs data="
+    print(f"wrote {done.checkpoint} from a model of type {done.model_type}{hint}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""From a checkpoint to a folder of the Hugging Face libraries."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longmix.checkpoints import find_checkpoint, load_checkpoint
+from longmix.config import Node
+from longmix.data.tokenizers import tokenizer_from_state
+from longmix.errors import ConfigError
+from longmix.files import atomic_directory, write_json
+from longmix.interop.huggingface import llama
+from longmix.interop.huggingface.folder import FORMAT, OWN_FILE, WEIGHTS, require_transformers
+from longmix.interop.huggingface.tokenizer import huggingface_tokenizer
+from longmix.model.backbone import LanguageModel
+from longmix.model.build import model_from_checkpoint
+
+KINDS = ("auto", "longmix", "llama")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+CARD = """---
+library_name: transformers
+tags: [longmix]
+---
+# {name}
+
+A language model of type `{model_type}`: {parameters:,} parameters, {vocab_size:,} token ids, trained with
+longmix for {step:,} steps at {seq_len:,} tokens of context.
+
+```python
+{register}from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+`{own_file}` holds the training configuration; `python -m longmix.interop.huggingface import {name} CHECKPOINT` makes a
+checkpoint of longmix again.
+"""
+REGISTER = "import longmix.interop.huggingface  # makes the type known; pip install 'longmix[interop]'\n"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        model_type: of `config.json`.
+        parameters: how many; a tied head counts once.
+        dtype: of the weights.
+    """
+
+    model_type: str
+    parameters: int
+    dtype: str
+
+
+def export(checkpoint: Path, folder: Path, kind: str = "auto", dtype: str = "float32", force: bool = False) -> Exported:
+    """Write a checkpoint's model, tokenizer and description to a folder that appears whole or not at all.
+
+    Args:
+        checkpoint: folder of a run or checkpoint.
+        folder: to write.
+        kind: "llama" for a type of Llama's family, which transformers runs alone; "longmix" for ours, which holds any
+            model; "auto" for the former where it can hold the model.
+        dtype: of the weights: "float32" as they were trained, "bfloat16" or "float16".
+        force: replace the folder if it is there.
+
+    Raises:
+        ConfigError: the folder is there, a word is wrong, or a setting has no place in the type asked for.
+        CheckpointError: there is no such checkpoint, or it is damaged.
+        StorageError: the folder cannot be written; what was there before stays.
+    """
+    require_transformers()
+    if kind not in KINDS or dtype not in DTYPES:
+        raise ConfigError(f"--as is one of {', '.join(KINDS)}, and --dtype one of {', '.join(DTYPES)}.")
+    _check_target(folder, force)
+    path = find_checkpoint(checkpoint)
+    state = load_checkpoint(path)
+    model = model_from_checkpoint(_trusted(state))
+    tokenizer = tokenizer_from_state(state["tokenizer"])
+    config, weights = _as_llama(model, state["config"], kind) or _as_longmix(model, state["config"])
+    fast = huggingface_tokenizer(tokenizer)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, key, tokenizer.separator_id if tokenizer.separator_id >= 0 else None)
+    written = _filled(config, weights, DTYPES[dtype])
+    about: dict[str, Any] = {key: state[key] for key in ("step", "config", "tokenizer", "versions") if key in state}
+    done = Exported(config.model_type, written.num_parameters(), dtype)
+    with atomic_directory(folder) as temporary:
+        _save(written, temporary)
+        fast.save_pretrained(temporary)
+        write_json(temporary / OWN_FILE, {"format": FORMAT, **about})
+        (temporary / "README.md").write_text(_card(done, folder.name, model, about), encoding="utf-8")
+        replaced = folder.with_name(f".{folder.name}.replaced")
+        if folder.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            folder.rename(replaced)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return done
+
+
+def _check_target(folder: Path, force: bool) -> None:
+    if not folder.exists():
+        return
+    if not force:
+        raise ConfigError(f"{folder} is there already; give another folder, or --force to replace it.")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} is not a folder of a model, so --force does not replace it; give another one.")
+
+
+def _trusted(state: dict[str, Any]) -> dict[str, Any]:
+    from longmix.interop.huggingface.model import trusted_nodes
+
+    trusted_nodes(state["config"])
+    return state
+
+
+def _as_llama(model: LanguageModel, config: Node, kind: str) -> tuple[Any, dict[str, Tensor]] | None:
+    """The model as a type of Llama's family; None where "auto" leaves it to ours."""
+    from transformers import AutoConfig
+
+    if kind == "longmix":
+        return None
+    try:
+        described = llama.described(model, config)
+    except ConfigError:
+        if kind == "auto":
+            return None
+        raise
+    sizes = {"vocab_size": model.embedding.num_embeddings, "max_position_embeddings": config["seq_len"]}
+    theirs = AutoConfig.for_model(**described, **sizes)
+    return theirs, {llama.to_theirs(name): weight for name, weight in model.state_dict().items()}
+
+
+def _as_longmix(model: LanguageModel, config: Node) -> tuple[Any, dict[str, Tensor]]:
+    from longmix.interop.huggingface.model import LongmixConfig
+
+    return LongmixConfig.of(model, config), {f"model.{name}": weight for name, weight in model.state_dict().items()}
+
+
+def _filled(config: Any, weights: dict[str, Tensor], dtype: torch.dtype) -> Any:
+    """transformers' model of that configuration with these weights; what a mixer holds in float32 anyway stays so."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    held = model.state_dict()
+    model.load_state_dict({name: weight.to(held[name].dtype) for name, weight in weights.items()}, assign=True)
+    model.tie_weights()
+    return model
+
+
+def _save(model: Any, folder: Path) -> None:
+    from safetensors import SafetensorError
+
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:  # how a full disk shows itself
+        raise OSError(f"{WEIGHTS}: {error}") from error
+
+
+def _card(done: Exported, name: str, model: LanguageModel, about: dict[str, Any]) -> str:
+    return CARD.format(
+        name=name,
+        model_type=done.model_type,
+        parameters=done.parameters,
+        vocab_size=model.embedding.num_embeddings,
+        step=about["step"],
+        seq_len=about["config"]["seq_len"],
+        register=REGISTER if done.model_type == "longmix" else "",
+        own_file=OWN_FILE,
+    )

@@ -1,0 +1,125 @@
+"""What such a folder holds besides what transformers writes, and reading it without believing it.
+
+`longmix.json` is there for the way back: the training configuration and the tokenizer exactly as they were.
+"""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from longmix.errors import CheckpointError, ConfigError
+
+OWN_FILE = "longmix.json"
+FORMAT = 1
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHOWN = 4
+
+
+def require_transformers() -> None:
+    """Say how to get what this needs.
+
+    Raises:
+        ConfigError: transformers or safetensors is not installed.
+    """
+    for package in ("transformers", "safetensors"):
+        if find_spec(package) is None:
+            raise ConfigError(f"this needs the package {package}: pip install 'longmix[interop]'.")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a JSON file of a folder.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    if not path.parent.is_dir():
+        raise CheckpointError(f"there is no folder {path.parent}.")
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} is not a folder of a model: it has no {path.name}.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} cannot be read: it holds no JSON object.")
+    return content
+
+
+def read_own(folder: Path) -> dict[str, Any] | None:
+    """What longmix wrote beside the model, if it did.
+
+    Raises:
+        CheckpointError: it is damaged or of another format.
+    """
+    path = folder / OWN_FILE
+    if not path.exists():
+        return None
+    content = read_json(path)
+    if content.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {content.get('format')}; this version of longmix reads {FORMAT}.")
+    config = content.get("config")
+    lacking = {"step", "tokenizer"} - set(content)
+    lacking |= {"model", "mixer", "data", "tokenizer", "seq_len", "seed"} - set(
+        config if isinstance(config, dict) else {}
+    )
+    if lacking:
+        raise CheckpointError(f"{path} lacks {', '.join(sorted(lacking))}; without that file the model alone is read.")
+    return content
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder, by their names there.
+
+    Raises:
+        CheckpointError: there are none as safetensors, or they are damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    names = [WEIGHTS]
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(index, dict):
+            raise CheckpointError(f"{folder / INDEX} cannot be read: it has no weight_map.")
+        names = sorted({Path(str(name)).name for name in index.values()})
+    weights: dict[str, Tensor] = {}
+    for path in (folder / name for name in names):
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; of weights only safetensors are read.")
+        try:
+            weights |= load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} is damaged: {error}.") from error
+    return weights
+
+
+def check_weights(folder: Path, found: dict[str, Tensor], needed: dict[str, Tensor]) -> None:
+    """Refuse weights that are not those of the model.
+
+    Args:
+        folder: for messages.
+        found: as read.
+        needed: the model's, of which shapes are taken.
+
+    Raises:
+        CheckpointError: some are missing, too many, of another shape or of a type that holds no plain numbers.
+    """
+    problems = [f"{name} is missing" for name in needed if name not in found]
+    for name, weight in found.items():
+        if name not in needed:
+            problems.append(f"{name} is not a part of the model")
+        elif weight.shape != needed[name].shape:
+            problems.append(f"{name} has shape {list(weight.shape)} instead of {list(needed[name].shape)}")
+        elif weight.is_floating_point() != needed[name].is_floating_point() or weight.element_size() not in (2, 4, 8):
+            problems.append(f"{name} is {str(weight.dtype).removeprefix('torch.')}, which is not read")
+        elif weight.element_size() == 8 and weight.is_floating_point():
+            problems.append(f"{name} is float64, of which float32 would lose digits")
+    if problems:
+        more = f", and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise CheckpointError(
+            f"the weights in {folder} are not those of its config.json: {'; '.join(problems[:SHOWN])}{more}."
+        )

@@ -1,0 +1,188 @@
+"""From a folder of the Hugging Face libraries to a checkpoint that evaluate.py, generate.py and train.py take."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longmix.checkpoints import CheckpointStore
+from longmix.config import Node
+from longmix.data.tokenizers import Tokenizer, TokenizerFile, tokenizer_from_state
+from longmix.errors import CheckpointError, ConfigError, DataError
+from longmix.interop.huggingface import llama
+from longmix.interop.huggingface.folder import (
+    OWN_FILE,
+    check_weights,
+    read_json,
+    read_own,
+    read_weights,
+    require_transformers,
+)
+from longmix.model.build import build_model
+from longmix.model.states import tune_states
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What was read and written.
+
+    Attributes:
+        checkpoint: the folder that was written.
+        model_type: of `config.json`.
+        has_data: whether the folder said on which data the model was trained; without, evaluate.py needs `data=`.
+    """
+
+    checkpoint: Path
+    model_type: str
+    has_data: bool
+
+
+def import_folder(folder: Path, target: Path, separator: str | None = None) -> Imported:
+    """Write a checkpoint of the model in a folder; its weights are float32, which holds the shorter types exactly.
+
+    Args:
+        folder: of type longmix, or of Llama's family.
+        target: folder for the checkpoint, as a run has it.
+        separator: the token that starts each document; None takes what the folder begins texts with, else ends them.
+
+    Raises:
+        CheckpointError: the folder is missing, damaged, or not what it says.
+        ConfigError: it is of a type, or has a setting, that longmix has not; or the target holds a checkpoint.
+        DataError: there is no tokenizer, or not a byte-level one.
+        StorageError: the target cannot be written.
+    """
+    require_transformers()
+    store = CheckpointStore(target / "checkpoints")
+    if store.latest() is not None:
+        raise ConfigError(f"{target} already holds a checkpoint; give another folder.")
+    theirs = _read_config(folder)
+    own = read_own(folder)
+    if own is not None and separator is not None:
+        raise ConfigError(f"{folder / OWN_FILE} holds the tokenizer as it was; leave --separator out.")
+    state: dict[str, Any]
+    if own is None:
+        nodes = _nodes(theirs)
+        tokenizer = _foreign_tokenizer(folder, theirs, separator)
+        state = {"step": 0, "config": _configuration(nodes, tokenizer, theirs), "tokenizer": tokenizer.state()}
+    else:
+        _check_same(folder, theirs, own["config"])
+        state = {key: value for key, value in own.items() if key != "format"}
+        tokenizer = tokenizer_from_state(state["tokenizer"])
+    if tokenizer.vocab_size > theirs.vocab_size:
+        raise DataError(
+            f"the tokenizer in {folder} has {tokenizer.vocab_size:,} ids, and the model {theirs.vocab_size:,}."
+        )
+    state["model"] = _weights(folder, theirs, state["config"])
+    source = {"imported": theirs.model_type, "tokens": 0, "validation": {}}
+    checkpoint = store.save(state, source)
+    return Imported(checkpoint, theirs.model_type, state["config"]["data"] is not None)
+
+
+def _read_config(folder: Path) -> Any:
+    """transformers' object of a `config.json`, of a type that can be read here."""
+    from transformers import AutoConfig
+
+    kind = read_json(folder / "config.json").get("model_type")
+    known = ["longmix", *llama.ARCHITECTURES]
+    if kind not in known:
+        raise ConfigError(
+            f"{folder} holds a model of type {kind!r}; the types that can be read are {', '.join(known)}."
+        )
+    try:
+        return AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # checks of transformers raise whatever they like
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {type(error).__name__}: {reason}") from error
+
+
+def _nodes(theirs: Any) -> Node:
+    if theirs.model_type != "longmix":
+        return llama.nodes_of(theirs)
+    from longmix.interop.huggingface.model import trusted_nodes
+
+    return trusted_nodes({"model": theirs.model, "mixer": theirs.mixer})
+
+
+def _check_same(folder: Path, theirs: Any, config: Node) -> None:
+    """Refuse a `longmix.json` that another model has been put beside."""
+    from longmix.interop.huggingface.model import trusted_nodes
+
+    nodes = trusted_nodes(config)
+    if theirs.model_type == "longmix":
+        said = {"model": theirs.model, "mixer": theirs.mixer}
+        different = [key for key in nodes if nodes[key] != said[key]]
+    else:
+        with torch.device("meta"):
+            described = llama.described(build_model(nodes, theirs.vocab_size), nodes)
+        different = [key for key, value in described.items() if getattr(theirs, key, None) != value]
+    if different:
+        raise CheckpointError(
+            f"{folder} holds another model than its {OWN_FILE} says: {', '.join(different)} differ. Delete {OWN_FILE} "
+            "to read the model as config.json describes it."
+        )
+
+
+def _foreign_tokenizer(folder: Path, theirs: Any, separator: str | None) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise DataError(f"{folder} has no tokenizer.json, which is the form of tokenizers that longmix reads.")
+    return TokenizerFile(str(path), _separator(folder, theirs) if separator is None else separator)
+
+
+def _separator(folder: Path, theirs: Any) -> str:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # whatever is wrong with it
+        reason = " ".join(str(error).split())
+        raise DataError(f"the tokenizer in {folder} cannot be read: {type(error).__name__}: {reason}") from error
+    separator = tokenizer.bos_token or tokenizer.eos_token
+    if separator is None:
+        raise DataError(
+            f"the tokenizer in {folder} names no token that begins or ends a text; give one by --separator."
+        )
+    return str(separator)
+
+
+def _configuration(nodes: Node, tokenizer: Tokenizer, theirs: Any) -> Node:
+    """What the entry points read of a training configuration; there are no data to go with a foreign model."""
+    saved = tokenizer.state()
+    place = {"_target_": f"{TokenizerFile.__module__}.TokenizerFile", "path": "tokenizer.json"}
+    return {
+        **nodes,
+        "data": None,
+        "tokenizer": {**place, "separator": saved["separator"]},
+        "seq_len": theirs.max_position_embeddings,
+        "batch_size": 1,
+        "seed": 0,
+    }
+
+
+def _weights(folder: Path, theirs: Any, config: Node) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        model = build_model(config, theirs.vocab_size)
+        if getattr(theirs, "tuned_features", None) is not None:
+            tune_states(model, theirs.tuned_features)
+    weights = read_weights(folder)
+    if theirs.model_type == "longmix":
+        weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
+    else:
+        weights = llama.renamed_weights(weights)
+    needed = model.state_dict()
+    tied = model.head.weight is model.embedding.weight
+    if tied:
+        _drop_same_head(folder, weights)
+        del needed["head.weight"]
+    check_weights(folder, weights, needed)
+    found = {name: weights[name].to(needed[name].dtype) for name in needed}
+    return {**found, "head.weight": found["embedding.weight"]} if tied else found
+
+
+def _drop_same_head(folder: Path, weights: dict[str, Tensor]) -> None:
+    """A tied head is written once by transformers, and twice by others."""
+    head = weights.pop("head.weight", None)
+    if head is not None and not torch.equal(head, weights.get("embedding.weight", head)):
+        raise CheckpointError(f"{folder} says that head and embedding are one matrix, and holds two different ones.")

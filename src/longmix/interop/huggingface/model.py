@@ -1,0 +1,279 @@
+"""`LongmixForCausalLM`: a language model of longmix, whatever its mixers, behind the interface of transformers.
+
+Notable: the cache is the model's own state, one per layer, whose size is whatever the mixers remember; padding becomes
+a document of its own, which the text does not see; a folder that lacks a weight is refused, where transformers would
+draw it anew and warn.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from longmix.config import Node, refuse_untrusted
+from longmix.errors import CheckpointError, ConfigError
+from longmix.generation.session import mapped
+from longmix.mixers.recurrent import RecurrentMixer
+from longmix.model.backbone import LanguageModel
+from longmix.model.build import build_model
+from longmix.model.states import tune_states
+
+MODEL_TYPE = "longmix"
+
+
+class LongmixConfig(PreTrainedConfig):
+    """The `config.json` of type `longmix`.
+
+    Args:
+        model, mixer: the nodes of the training configuration, of which the model is built.
+        vocab_size: rows of the embedding.
+        max_position_embeddings: tokens of a training window; nothing ends there.
+        tuned_features: size of a tuned memory beside tuned states, 0 for states alone; None if none were tuned.
+    """
+
+    model_type = MODEL_TYPE
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        model: Node | None = None,
+        mixer: Node | None = None,
+        vocab_size: int = 0,
+        max_position_embeddings: int = 0,
+        tuned_features: int | None = None,
+        **settings: Any,
+    ) -> None:
+        self.model, self.mixer = model or {}, mixer or {}
+        self.vocab_size = vocab_size
+        self.max_position_embeddings = max_position_embeddings
+        self.tuned_features = tuned_features
+        settings["tie_word_embeddings"] = bool(self.model.get("tie_head", False))
+        super().__init__(**settings)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        return self.model["d_model"]
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Number of blocks."""
+        return self.model["num_layers"]
+
+    @classmethod
+    def of(cls, model: LanguageModel, config: Node) -> "LongmixConfig":
+        """What describes a model and the configuration it was trained with.
+
+        Raises:
+            ConfigError: it has a part that is not of longmix.
+        """
+        nodes = trusted_nodes(config)
+        tuned = [mixer.tuned for mixer in model.mixers() if isinstance(mixer, RecurrentMixer) and mixer.tuned]
+        features = None
+        if tuned:
+            features = 0 if tuned[0].memory is None else tuned[0].memory.content.shape[1]
+        vocab_size = model.embedding.num_embeddings
+        return cls(**nodes, vocab_size=vocab_size, max_position_embeddings=config["seq_len"], tuned_features=features)
+
+
+def trusted_nodes(config: Node) -> Node:
+    """The nodes `model` and `mixer` of a configuration that names no class outside longmix: it could call any function.
+
+    Raises:
+        ConfigError: it names one.
+    """
+    nodes = {key: config[key] for key in ("model", "mixer")}
+    try:
+        refuse_untrusted(nodes, "config", {"longmix"})
+    except ConfigError as error:
+        raise ConfigError(
+            f"{str(error).partition(';')[0]}; these folders hold models of longmix's own parts."
+        ) from None
+    return nodes
+
+
+class StateCache(Cache):
+    """What a model remembers of the tokens so far, in the place of keys and values.
+
+    Args:
+        state: of `LanguageModel.init_state`, one entry per layer.
+    """
+
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, state: list[Any]) -> None:
+        super().__init__(layers=[])
+        self.state = state
+        self.length = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens so far."""
+        return self.length
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep the rows that beam search goes on with."""
+        self._change(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Have every row `repeats` times."""
+        self._change(lambda x: x.repeat_interleave(repeats, 0))
+
+    def crop(self, *_: Any) -> None:
+        """A state cannot forget its latest tokens.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a longmix model cannot take tokens back: its state holds no trace of single tokens.")
+
+    def _change(self, change: Any) -> None:
+        self.state = mapped(self.state, change)
+
+
+class LongmixForCausalLM(PreTrainedModel, GenerationMixin):
+    """See the head of this file.
+
+    It has no `inputs_embeds`, no attention maps and no assisted decoding, which would have to take tokens back. Mixers
+    that learn between optimizer steps (running means, centroids) do so in longmix's own training alone.
+
+    Raises:
+        ConfigError: the configuration names a class outside longmix, or cannot be built.
+    """
+
+    config_class = LongmixConfig
+    base_model_prefix = "model"
+    _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}  # noqa: RUF012
+    _no_split_modules = ["Block"]  # noqa: RUF012
+    _is_stateful = True
+
+    def __init__(self, config: LongmixConfig) -> None:
+        super().__init__(config)
+        nodes = trusted_nodes({"model": config.model, "mixer": config.mixer})
+        self.model = build_model(nodes, config.vocab_size)
+        if config.tuned_features is not None:
+            tune_states(self.model, config.tuned_features)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **options: Any) -> Any:
+        """See `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            CheckpointError: the folder lacks weights, or has others.
+        """
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **options)
+        model, info = loaded
+        for key, text in (("missing_keys", "lacks"), ("unexpected_keys", "has, beyond the model's weights,")):
+            if info[key]:
+                raise CheckpointError(f"{model.name_or_path} {text} {', '.join(sorted(info[key])[:5])}.")
+        return (model, info) if output_loading_info else model
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Every part of longmix initialises itself."""
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """No keys and values are prepared: `forward` makes the cache."""
+        return False
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding."""
+        return self.model.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the embedding."""
+        self.model.embedding = cast(nn.Embedding, value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head."""
+        return self.model.head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the head."""
+        self.model.head = cast(nn.Linear, new_embeddings)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: StateCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Scores of the next tokens, and the loss if there are labels.
+
+        Args:
+            input_ids: int64 [B, T].
+            attention_mask: [B, S], S being T and the tokens in the cache; 0 for padding before or after a row's text.
+            past_key_values: of an earlier output, to go on from.
+            labels: int64 [B, T], not shifted; -100 where nothing is to be predicted. While training, the mixers'
+                auxiliary losses are added.
+            use_cache: whether to return a cache.
+            logits_to_keep: how many of the last positions have their scores computed, or which; 0 for all.
+            return_dict: False for a tuple.
+
+        Raises:
+            ValueError: a mask of another length, or with padding in the middle of a row.
+        """
+        batch, length = input_ids.shape
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = StateCache(self.model.init_state(batch))
+        past = 0 if cache is None else cache.length
+        output = self.model(
+            input_ids,
+            state=None if cache is None else cache.state,
+            document_ids=None if attention_mask is None else document_ids(attention_mask, past, length),
+        )
+        if cache is not None:
+            cache.state, cache.length = output.state, past + length
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.model.logits(output.hidden[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+            loss = loss + sum(output.losses.values()) if self.training else loss
+        result = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        return result.to_tuple() if return_dict is False else result
+
+
+def document_ids(mask: Tensor, past: int, length: int) -> Tensor | None:
+    """Ids of the last `length` tokens of rows in which padding is a document of its own: int32 [B, T], or None.
+
+    Args:
+        mask: [B, past + length], 0 for padding.
+        past: tokens that were read before.
+        length: tokens to read.
+
+    Raises:
+        ValueError: another size, or padding in the middle of a row.
+    """
+    if mask.ndim != 2 or mask.shape[1] != past + length:
+        raise ValueError(
+            f"attention_mask has shape {list(mask.shape)}; it must be [batch, {past + length}], tokens in the cache "
+            "included."
+        )
+    seen = mask != 0
+    if seen.all():
+        return None
+    begins = seen.int().diff(dim=1, prepend=seen.new_zeros(len(seen), 1).int())
+    if (begins > 0).sum(1).max() > 1:
+        raise ValueError("attention_mask has padding in the middle of a row; pad before the text (on the left).")
+    ids = (seen[:, 1:] != seen[:, :-1]).int().cumsum(1, dtype=torch.int32)
+    return torch.nn.functional.pad(ids, (1, 0))[:, past:]
+
+
+def register() -> None:
+    """Make the type `longmix` known to transformers."""
+    AutoConfig.register(MODEL_TYPE, LongmixConfig, exist_ok=True)
+    AutoModelForCausalLM.register(LongmixConfig, LongmixForCausalLM, exist_ok=True)

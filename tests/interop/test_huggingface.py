@@ -1,0 +1,502 @@
+"""Hugging Face folders: every mixer there and back bit for bit, Llama's family against transformers' own models."""
+
+import json
+import math
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from longmix.checkpoints import CheckpointStore, find_checkpoint, load_checkpoint
+from longmix.config import resolved
+from longmix.data.tokenizers import PROBE, ByteTokenizer, LibraryTokenizer, NumberTokenizer, tokenizer_from_state
+from longmix.errors import CheckpointError, ConfigError, LongmixError, StorageError
+from longmix.evaluation.run import evaluate
+from longmix.generation.session import Session
+from longmix.model.build import build_model, model_from_checkpoint
+from longmix.model.states import tune_states
+from longmix.training.run import train
+
+transformers = pytest.importorskip("transformers", reason="transformers is an optional extra")
+
+from longmix.interop.huggingface import folder as folders  # noqa: E402
+from longmix.interop.huggingface.__main__ import main  # noqa: E402
+from longmix.interop.huggingface.export import export  # noqa: E402
+from longmix.interop.huggingface.load import import_folder  # noqa: E402
+from longmix.interop.huggingface.tokenizer import byte_letters, huggingface_tokenizer  # noqa: E402
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+MIXERS = sorted(path.stem for path in (CONFIGS / "mixer").glob("*.yaml"))
+SMALL = ("model.d_model=64", "model.num_layers=2", "model.num_heads=4", "model.mlp_hidden=40", "seq_len=48")
+EXTRA = {"rwkv7": ("mixer.head_dim=32",), "sparse_flash_drop": ("mixer.score=random",), "routing": ("mixer.window=8",)}
+NO_NORM = "mixer.qk_norm=false"
+FAMILY = {
+    "llama": (NO_NORM, "mixer.rotary_base=500"),
+    "llama-tied-grouped": (NO_NORM, "model.tie_head=true", "mixer.num_kv_heads=2", "model.norm_eps=1e-3"),
+    "qwen3": ("mixer.num_kv_heads=1", "mixer.num_heads=2"),
+    "mistral": ("mixer=sliding_window", "mixer.window=5", NO_NORM),
+    "qwen3-windows": ("mixer=sliding_window+flash", "mixer.sliding_window.window=5"),
+}
+
+
+@pytest.fixture
+def saved(compose_config, tmp_path):
+    """`saved("mixer=flash", ...)` is the folder of a checkpoint with noise on every weight, and its model."""
+
+    def make(*overrides: str, tokenizer=None, change=lambda model: None):
+        torch.manual_seed(0)
+        tokenizer = tokenizer or ByteTokenizer()
+        config = resolved(compose_config(*SMALL, *overrides))
+        model = build_model(config, tokenizer.vocab_size).eval()
+        change(model)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(0.05 * torch.randn_like(weight))
+        state = {"step": 7, "model": model.state_dict(), "config": config, "tokenizer": tokenizer.state()}
+        CheckpointStore(tmp_path / "run" / "checkpoints").save(state, {})
+        return tmp_path / "run", model
+
+    return make
+
+
+def tokens(*shape: int) -> torch.Tensor:
+    return torch.randint(257, shape, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits_of(model, ids: torch.Tensor) -> torch.Tensor:
+    return model.logits(model(ids).hidden)
+
+
+def loaded(folder: Path, **options):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+@torch.no_grad()
+def written_on(model, ids: torch.Tensor, count: int) -> torch.Tensor:
+    """The prompts and the most likely tokens after them, by our own session."""
+    session = Session(model, len(ids))
+    session.prefill(list(ids))
+    rows = [ids]
+    for _ in range(count):
+        rows.append(session.logits.argmax(-1, keepdim=True))
+        session.step(rows[-1][:, 0])
+    return torch.cat(rows, 1)
+
+
+def same_weights(checkpoint: Path, model) -> bool:
+    found, own = load_checkpoint(find_checkpoint(checkpoint))["model"], model.state_dict()
+    return found.keys() == own.keys() and all(
+        torch.equal(found[name], own[name]) and found[name].dtype == own[name].dtype for name in own
+    )
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_every_mixer_goes_there_and_back_bit_for_bit(saved, tmp_path, mixer):
+    run, model = saved(f"mixer={mixer}", *EXTRA.get(mixer, ()))
+    assert export(run, tmp_path / "folder", "longmix").model_type == "longmix"
+    theirs, ids = loaded(tmp_path / "folder"), tokens(2, 20)
+    with torch.no_grad():
+        assert torch.equal(theirs(ids).logits, logits_of(model, ids))
+    generated = theirs.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert torch.equal(generated, written_on(model, ids, 6))
+    theirs.save_pretrained(tmp_path / "again")
+    again = loaded(tmp_path / "again").state_dict()
+    assert all(torch.equal(weight, again[name]) for name, weight in theirs.state_dict().items())
+    import_folder(tmp_path / "folder", tmp_path / "back")
+    assert same_weights(tmp_path / "back", model)
+    back, before = (load_checkpoint(find_checkpoint(path)) for path in (tmp_path / "back", run))
+    assert all(back[key] == before[key] for key in ("step", "config", "tokenizer"))
+
+
+@pytest.mark.parametrize("overrides", FAMILY.values(), ids=FAMILY)
+def test_llamas_family_computes_the_same_and_comes_back(saved, tmp_path, overrides, request):
+    run, model = saved(*overrides)
+    expected = request.node.callspec.id.partition("-")[0]
+    assert export(run, tmp_path / "folder").model_type == expected
+    theirs, ids = loaded(tmp_path / "folder"), tokens(2, 40)
+    assert type(theirs).__module__.startswith("transformers.")
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, logits_of(model, ids), rtol=0, atol=1e-5)
+        double = theirs.double()(ids).logits  # norms and angles stay float32 there
+    torch.testing.assert_close(double, logits_of(model.double(), ids), rtol=0, atol=1e-5)
+    model.float()
+    import_folder(tmp_path / "folder", tmp_path / "back")
+    assert same_weights(tmp_path / "back", model)
+    (tmp_path / "folder" / folders.OWN_FILE).unlink()
+    import_folder(tmp_path / "folder", tmp_path / "alone")
+    state = load_checkpoint(find_checkpoint(tmp_path / "alone"))
+    assert same_weights(tmp_path / "alone", model)
+    assert torch.equal(logits_of(model_from_checkpoint(state).eval(), ids), logits_of(model, ids))
+
+
+def foreign(folder: Path, kind: str = "Llama", tokenizer=None, **settings) -> "transformers.PreTrainedModel":
+    """A small model as transformers draws it, saved with a tokenizer."""
+    torch.manual_seed(2)
+    sizes = {"vocab_size": 272, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 32}
+    config = getattr(transformers, f"{kind}Config")(**{**sizes, **heads, **settings})
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.15 * torch.randn_like(weight))
+    model.save_pretrained(folder)
+    huggingface_tokenizer(tokenizer or ByteTokenizer()).save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Mistral"])
+def test_models_of_transformers_are_imported(tmp_path, kind):
+    theirs = foreign(tmp_path / "folder", kind, rope_parameters={"rope_type": "default", "rope_theta": 700.0})
+    done = import_folder(tmp_path / "folder", tmp_path / "run")
+    state, ids = load_checkpoint(done.checkpoint), tokens(2, 30)
+    with torch.no_grad():
+        expected = theirs(ids).logits
+    assert expected.std() > 0.5
+    torch.testing.assert_close(logits_of(model_from_checkpoint(state).eval(), ids), expected, rtol=0, atol=1e-5)
+    assert not done.has_data
+    assert list(tokenizer_from_state(state["tokenizer"]).encode("é<|endoftext|>")) == list("é<|endoftext|>".encode())
+
+
+def test_shorter_types_are_read_exactly_and_tied_heads_stay_tied(tmp_path):
+    theirs = foreign(tmp_path / "folder", tie_word_embeddings=True).bfloat16()
+    theirs.save_pretrained(tmp_path / "folder")
+    state = load_checkpoint(import_folder(tmp_path / "folder", tmp_path / "run").checkpoint)
+    model = model_from_checkpoint(state)
+    assert model.head.weight is model.embedding.weight
+    assert torch.equal(model.embedding.weight, theirs.get_input_embeddings().weight.float())
+
+
+def test_an_imported_model_is_evaluated_and_trained(tmp_path, composed, compose_config):
+    foreign(tmp_path / "folder", "Qwen3")
+    import_folder(tmp_path / "folder", tmp_path / "run")
+    (tmp_path / "text").mkdir()
+    for name in "abcdefgh":
+        (tmp_path / "text" / f"{name}.txt").write_text(f"the letter {name}. " * 40)
+    data = ["data=text", f"data.corpus.path={tmp_path / 'text'}", "data.corpus.validation_fraction=0.3"]
+    words = [f"checkpoint={tmp_path / 'run'}", *data, f"data.cache_dir={tmp_path / 'cache'}"]
+    report = evaluate(compose_config(*words, entry_point="evaluate", output=tmp_path / "evaluation"))
+    (before,) = (length["loss"] for length in report["loss"]["lengths"].values())
+    loop = ["logger=csv", "trainer=cpu", "seq_len=32", "batch_size=2", "max_steps=8", "data.validation_tokens=128"]
+    train(composed([*words, *loop], "train", tmp_path / "tuned"))
+    after = json.loads((tmp_path / "tuned" / "summary.json").read_text())["validation"]["loss"]
+    assert math.isfinite(before)
+    assert after < before - 0.5
+    with pytest.raises(CheckpointError, match=r"holds a model and no run to continue; begin from it with checkpoint="):
+        train(composed([f"resume={tmp_path / 'run'}", *data, *loop], "train", tmp_path / "resumed"))
+
+
+def test_padding_sees_nothing_and_is_not_seen(saved, tmp_path):
+    run, model = saved("mixer=mlstm_tfla+flash")
+    export(run, tmp_path / "folder", "longmix")
+    theirs, ids = loaded(tmp_path / "folder"), tokens(2, 14)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    mask[1, 11:] = 0
+    with torch.no_grad():
+        logits = theirs(ids, attention_mask=mask).logits
+        assert theirs(ids, logits_to_keep=3, return_dict=False)[0].shape == (2, 3, 257)
+    torch.testing.assert_close(logits[:1, 5:], logits_of(model, ids[:1, 5:]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits[1:, :11], logits_of(model, ids[1:, :11]), rtol=0, atol=1e-5)
+    mask[1] = 1
+    generated = theirs.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    assert torch.equal(generated[:1, 5:], written_on(model, ids[:1, 5:], 5))
+    mask[0, :5] = torch.tensor([1, 0, 1, 0, 0])
+    with pytest.raises(ValueError, match="padding in the middle of a row; pad before the text"):
+        theirs(ids, attention_mask=mask)
+    with pytest.raises(ValueError, match=r"attention_mask has shape \[2, 14\]; it must be \[batch, 13\]"):
+        theirs(ids[:, :13], attention_mask=mask)
+
+
+def test_beams_samples_and_a_kept_cache(saved, tmp_path):
+    run, _ = saved("mixer=gated_deltanet+sliding_window", "mixer.sliding_window.window=4", "model.tie_head=true")
+    export(run, tmp_path / "folder", "longmix")
+    theirs, ids = loaded(tmp_path / "folder"), tokens(2, 9)
+    assert theirs.model.head.weight is theirs.model.embedding.weight
+    for options in ({"num_beams": 3, "do_sample": False}, {"do_sample": True, "num_return_sequences": 2, "top_k": 20}):
+        pair = []
+        for use_cache in (True, False):
+            torch.manual_seed(3)
+            pair.append(theirs.generate(ids, max_new_tokens=6, use_cache=use_cache, **options))
+        assert torch.equal(*pair)
+    with torch.no_grad():
+        first = theirs(ids[:, :5], use_cache=True)
+        second = theirs(ids[:, 5:], past_key_values=first.past_key_values)
+        whole = theirs(ids)
+    assert whole.past_key_values is None
+    assert second.past_key_values.get_seq_length() == 9
+    torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), whole.logits, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="cannot take tokens back"):
+        second.past_key_values.crop(3)
+
+
+def test_the_loss_is_that_of_the_next_token(saved, tmp_path):
+    run, model = saved("mixer=routing", "mixer.window=8")
+    export(run, tmp_path / "folder", "longmix")
+    theirs, ids = loaded(tmp_path / "folder"), tokens(2, 16)
+    labels = ids.clone()
+    labels[0, :6] = -100
+    expected = F.cross_entropy(logits_of(model, ids)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(theirs(ids, labels=labels).loss, expected)
+    theirs.train()
+    result = theirs(ids, labels=labels)
+    auxiliary = sum(model.train()(ids).losses.values())
+    assert auxiliary > 0
+    torch.testing.assert_close(result.loss, expected + auxiliary)
+    result.loss.backward()
+    assert all(weight.grad is not None for weight in theirs.model.embedding.parameters())
+
+
+def test_types_and_tuned_states(saved, tmp_path):
+    def tuned(model):
+        tune_states(model, features=4)
+
+    run, model = saved("mixer=mlstm_tfla", change=tuned)
+    assert export(run, tmp_path / "half", dtype="bfloat16").dtype == "bfloat16"
+    half = loaded(tmp_path / "half")
+    types = {name: weight.dtype for name, weight in half.named_parameters()}
+    assert all(kind == (torch.float32 if ".tuned." in name else torch.bfloat16) for name, kind in types.items())
+    assert half(tokens(1, 8)).logits.isfinite().all()
+    export(run, tmp_path / "folder")
+    with torch.no_grad():
+        assert torch.equal(loaded(tmp_path / "folder")(tokens(1, 8)).logits, logits_of(model, tokens(1, 8)))
+    import_folder(tmp_path / "folder", tmp_path / "back")
+    assert same_weights(tmp_path / "back", model)
+    import_folder(tmp_path / "half", tmp_path / "back-half")
+    state = load_checkpoint(find_checkpoint(tmp_path / "back-half"))["model"]
+    for name, weight in model.state_dict().items():
+        assert torch.equal(state[name], weight if ".tuned." in name else weight.bfloat16().float()), name
+
+
+def trained_library() -> LibraryTokenizer:
+    library = Library(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    library.normalizer = normalizers.NFC()  # changes texts; longmix takes it out
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet, show_progress=False)
+    library.train_from_iterator(["the cat sat on the mat, the cat"] * 3, trainer)
+    library.add_special_tokens(["<|endoftext|>", "[X]"])
+    return LibraryTokenizer(library.to_str(), "<|endoftext|>", "the test")
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), trained_library()], ids=["bytes", "library"])
+def test_tokenizers_give_the_same_ids(tmp_path, tokenizer):
+    huggingface_tokenizer(tokenizer).save_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    drawn = random.Random(0)
+    ranges = [(32, 127), (0x80, 0xD800), (0x10000, 0x110000)]
+    noise = "".join(chr(drawn.randrange(*drawn.choice(ranges))) for _ in range(300))
+    for text in ("", "a", " x  y\n\n", "the cat [X]", PROBE, noise):
+        ids = [int(token) for token in tokenizer.encode(text)]
+        assert theirs(text, add_special_tokens=False).input_ids == ids
+        assert theirs(text).input_ids == [tokenizer.separator_id, *ids]
+        assert theirs.decode(theirs(text).input_ids, skip_special_tokens=True) == text
+    for _ in range(100):  # bytes that are no text
+        ids = [drawn.randrange(256) for _ in range(8)]
+        assert theirs.decode(ids) == tokenizer.decode(ids)
+    assert len(theirs) == tokenizer.vocab_size
+    padded = theirs(["a", "b c d"], padding=True)
+    assert padded.attention_mask[0][0] == 0
+    assert padded.attention_mask[0][-1] == 1
+    assert set(byte_letters()) == set(pre_tokenizers.ByteLevel.alphabet())
+
+
+def test_numbers_are_tokens_of_their_own(tmp_path):
+    huggingface_tokenizer(NumberTokenizer(20)).save_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs("3 4 19").input_ids == [3, 4, 19]
+    assert theirs.decode([3, 4, 19]) == "3 4 19"
+    with pytest.raises(Exception, match="Missing"):
+        theirs("20")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("mixer=retention",), r"mixer=longmix.mixers.decayed.Decayed is not in Llama's family; use --as longmix"),
+        (("mixer=rwkv7", "mixer.head_dim=32"), r"model.block=longmix.model.rwkv_blocks.RWKVBlocks is not in Llama's"),
+        (
+            ("mixer=sliding_window+flash", "mixer.sliding_window.qk_norm=false", "mixer.flash.qk_norm=false"),
+            "mixer.qk_norm=false with windows in some layers alone",
+        ),
+        (
+            ("mixer=sliding_window+flash", "mixer.flash.rotary_base=7"),
+            r"mixer.flash.rotary_base=7 is not that of the first layer, 10000.0",
+        ),
+        (("mixer=flash+retention",), r"mixer.retention=longmix.mixers.decayed.Decayed is not in"),
+    ],
+)
+def test_what_llamas_family_has_not_is_refused_by_name(saved, tmp_path, overrides, message):
+    run, _ = saved(*overrides)
+    with pytest.raises(ConfigError, match=message):
+        export(run, tmp_path / "folder", "llama")
+    assert not (tmp_path / "folder").exists()
+    assert export(run, tmp_path / "folder", "auto").model_type == "longmix"
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("Llama", {"attention_bias": True}, "attention_bias=True in config.json: longmix has False alone"),
+        ("Llama", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("Llama", {"head_dim": 16}, "head_dim=16"),
+        (
+            "Llama",
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            r"rope_parameters.rope_type='linear'",
+        ),
+        ("GPT2", {}, "a model of type 'gpt2'; the types that can be read are longmix, llama, mistral, qwen3"),
+    ],
+)
+def test_what_longmix_has_not_is_refused_by_name(tmp_path, kind, settings, message):
+    if kind == "GPT2":
+        transformers.GPT2Config().save_pretrained(tmp_path / "folder")
+    else:
+        foreign(tmp_path / "folder", kind, **settings)
+    with pytest.raises(ConfigError, match=message):
+        import_folder(tmp_path / "folder", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def damaged_weights(folder: Path) -> None:
+    path = folder / folders.WEIGHTS
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def changed_weights(change):
+    def apply(folder: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        weights = load_file(folder / folders.WEIGHTS)
+        change(weights)
+        save_file(weights, folder / folders.WEIGHTS, {"format": "pt"})
+
+    return apply
+
+
+def changed_config(**settings):
+    def apply(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
+    return apply
+
+
+HEAD = "model.head.weight"
+DAMAGE = {
+    "no-config": (
+        lambda folder: (folder / "config.json").unlink(),
+        "is not a folder of a model: it has no config.json",
+    ),
+    "not-json": (lambda folder: (folder / "config.json").write_text("{"), "config.json cannot be read"),
+    "cut-weights": (damaged_weights, "model.safetensors is damaged"),
+    "no-weights": (lambda folder: (folder / folders.WEIGHTS).unlink(), "model.safetensors is missing"),
+    "missing": (changed_weights(lambda weights: weights.pop(HEAD)), "head.weight is missing"),
+    "extra": (changed_weights(lambda weights: weights.update(more=torch.ones(1))), "more is not a part of the model"),
+    "shape": (
+        changed_weights(lambda weights: weights.update({HEAD: torch.ones(3, 64)})),
+        "head.weight has shape [3, 64] instead of [257, 64]",
+    ),
+    "float64": (
+        changed_weights(lambda weights: weights.update({HEAD: weights[HEAD].double()})),
+        "is float64, of which",
+    ),
+    "other-model": (changed_config(mixer={"_target_": "longmix.mixers.flash.Flash"}), "another model than its longmix"),
+    "own-file": (lambda folder: (folder / folders.OWN_FILE).write_text('{"format": 1}'), "longmix.json lacks"),
+    "own-format": (lambda folder: (folder / folders.OWN_FILE).write_text('{"format": 9}'), "has format 9"),
+}
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """`command("import", ...)` runs the command line; the exit code and the lines of the error."""
+
+    def run(*words) -> tuple[int, list[str]]:
+        monkeypatch.setattr(sys, "argv", ["huggingface", *map(str, words)])
+        try:
+            main()
+        except SystemExit as end:
+            return int(end.code), capsys.readouterr().err.splitlines()
+        return 0, capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def test_a_damaged_folder_is_one_error(saved, tmp_path, command):
+    run, _ = saved("mixer=lightning")
+    code, (line,) = command("export", run, tmp_path / "good")
+    assert code == 0
+    assert line.startswith("wrote ")
+    for name, (damage, message) in DAMAGE.items():
+        code, _ = command("export", run, tmp_path / name)
+        damage(tmp_path / name)
+        code, (line,) = command("import", tmp_path / name, tmp_path / "back")
+        assert code == 2, name
+        assert message in line, name
+    assert command("import", tmp_path / "nowhere", tmp_path / "back")[1][0].startswith(
+        "CheckpointError: there is no folder"
+    )
+    code, (line,) = command("import", tmp_path / "good", tmp_path / "back", "--separator", "<s>")
+    assert "leave --separator out" in line
+    assert not (tmp_path / "back").exists()
+    code, (line,) = command("import", tmp_path / "good", tmp_path / "back")
+    assert code == 0
+    assert "step-00000007 from a model of type longmix" in line
+    assert "already holds a checkpoint" in command("import", tmp_path / "good", tmp_path / "back")[1][0]
+
+
+def test_foreign_classes_and_lost_weights_are_refused_by_transformers_loader_too(saved, tmp_path):
+    run, _ = saved("mixer=lightning")
+    export(run, tmp_path / "folder")
+    changed_weights(lambda weights: weights.pop(HEAD))(tmp_path / "folder")
+    with pytest.raises(LongmixError, match=r"lacks model.head.weight"):
+        loaded(tmp_path / "folder")
+    changed_config(mixer={"_target_": "os.system"})(tmp_path / "folder")
+    with pytest.raises(LongmixError, match=r"config.mixer=os.system is not part of longmix; these folders hold"):
+        loaded(tmp_path / "folder")
+    (tmp_path / "folder" / folders.OWN_FILE).unlink()
+    with pytest.raises(LongmixError, match=r"config.mixer=os.system is not part of longmix"):
+        import_folder(tmp_path / "folder", tmp_path / "back")
+
+
+def test_a_folder_appears_whole_and_is_replaced_only_when_asked(saved, tmp_path, command, monkeypatch):
+    run, _ = saved("mixer=flash")
+    assert command("export", run, tmp_path / "folder", "--as", "longmix")[0] == 0
+    code, (line,) = command("export", run, tmp_path / "folder")
+    assert code == 2
+    assert line.endswith("is there already; give another folder, or --force to replace it.")
+    with monkeypatch.context() as patch:
+        patch.setattr("longmix.interop.huggingface.export._card", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+        with pytest.raises(StorageError, match="full"):
+            export(run, tmp_path / "folder", force=True)
+    assert json.loads((tmp_path / "folder" / "config.json").read_text())["model_type"] == "longmix"
+    assert command("export", run, tmp_path / "folder", "--force")[0] == 0
+    assert json.loads((tmp_path / "folder" / "config.json").read_text())["model_type"] == "qwen3"
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "run"}
+    assert "--force does not replace it" in command("export", run, run, "--force")[1][0]
+    assert "there is no" in command("export", tmp_path / "nothing", tmp_path / "other")[1][0]
+
+
+def test_without_the_package_the_cure_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "find_spec", lambda name: None)
+    for call in (export, import_folder):
+        with pytest.raises(ConfigError, match=r"this needs the package transformers: pip install 'longmix\[interop\]'"):
+            call(tmp_path, tmp_path / "new")
+
+
+def test_no_tokenizer_or_one_that_does_not_fit(tmp_path):
+    foreign(tmp_path / "small", vocab_size=200)
+    with pytest.raises(LongmixError, match="has 257 ids, and the model 200"):
+        import_folder(tmp_path / "small", tmp_path / "run")
+    foreign(tmp_path / "folder")
+    with pytest.raises(LongmixError, match=r"has no token '<s>'"):
+        import_folder(tmp_path / "folder", tmp_path / "run", separator="<s>")
+    (tmp_path / "folder" / "tokenizer.json").unlink()
+    with pytest.raises(LongmixError, match=r"has no tokenizer.json"):
+        import_folder(tmp_path / "folder", tmp_path / "run")
