@@ -10,7 +10,7 @@ import yaml
 from hydra.errors import CompactHydraException
 
 from longmix import cli
-from longmix.config import EvaluateConfig, GenerateConfig, LoopConfig, TrainConfig
+from longmix.config import EvaluateConfig, GenerateConfig, LoopConfig, PrepareConfig, TrainConfig
 from longmix.errors import (
     CheckpointError,
     ConfigError,
@@ -44,13 +44,18 @@ def imported_packages(import_times: str) -> set[str]:
 class TestProcesses:
     @pytest.mark.parametrize(
         ("program", "schema"),
-        [("train.py", TrainConfig), ("evaluate.py", EvaluateConfig), ("generate.py", GenerateConfig)],
+        [
+            ("train.py", TrainConfig),
+            ("evaluate.py", EvaluateConfig),
+            ("generate.py", GenerateConfig),
+            ("prepare.py", PrepareConfig),
+        ],
     )
     def test_help_is_quick_and_names_every_word(self, run_process, program, schema):
         done = run_process(program, "-h", python=("-X", "importtime"))
         assert done.code == 0
         words = re.search(r"Words: ((.|\n)*?)\n(\s*\n|\s+A mixer)", done.out)[1].split()
-        assert {entry.name for entry in fields(schema)} - {"loop", "tuning"} <= set(words)
+        assert {entry.name for entry in fields(schema)} - {"loop", "tuning", "match"} <= set(words)
         mixers = sorted(path.stem for path in (CONFIGS / "mixer").glob("*.yaml"))
         assert (f"mixer: {', '.join(mixers)}\n" in done.out) == (schema is not GenerateConfig)
         assert {"hydra", "longmix"} <= imported_packages(done.err)

@@ -60,10 +60,14 @@ def group_files() -> list[Any]:
     return [pytest.param(group, name, id=f"{group}={name}") for group in groups for name in names(group)]
 
 
+GIVEN = {"data.corpora": {"speeches": {"_target_": "longmix.data.corpora.Sotu"}}, "data.weights": {"speeches": 1.0}}
+"""Values that the user must give and that are not text."""
+
+
 def filled(config: Any) -> dict[str, Any]:
-    """The configuration with some text for each value that the user must give."""
+    """The configuration with something for each value that the user must give."""
     for key in OmegaConf.missing_keys(config):
-        OmegaConf.update(config, key, "given")
+        OmegaConf.update(config, key, GIVEN.get(key, "given"))
     return resolved(config)
 
 
@@ -301,6 +305,11 @@ REFUSED = [
         "a batch that does not divide over processes",
         ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "batch_size=3"],
         ["batch_size=3", "2 processes"],
+    ),
+    (
+        "rows that do not divide into slices",
+        ["trainer=context_parallel", "trainer.accelerator=cpu", "trainer.devices=4", "seq_len=66", "batch_size=3"],
+        ["seq_len=66", "4 processes", "seq_len=68"],
     ),
     (
         "two devices of a single process",

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib.metadata
 import re
 import sys
 from collections.abc import Callable
@@ -17,26 +18,46 @@ from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSou
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from longmix.config import EvaluateConfig, GenerateConfig, TrainConfig
-from longmix.errors import Interrupted, LongmixError
+from longmix.config import EvaluateConfig, GenerateConfig, PrepareConfig, TrainConfig
+from longmix.errors import ConfigError, Interrupted, LongmixError
 
 INTERRUPTED = 130
 LONGEST_FILE_NAME = 200  # file systems take 255 bytes; a few are left for what others add
 PATH_WORDS = ("checkpoint", "states", "resume", "output", "prompt_file", "load", "save")
 TEXT_WORDS = ("prompt",)
+PLUGINS = {
+    "hydra-optuna-sweeper": ("sweep", {"hydra/sweeper=search", "hydra/sweeper=optuna"}),
+    "hydra-submitit-launcher": (
+        "slurm",
+        {f"hydra/launcher={choice}" for choice in ("processes", "slurm", "submitit_local", "submitit_slurm")},
+    ),
+}
+"""Packages that are not always installed: the extra that brings each, and the choices that need it."""
 
 
 def register() -> None:
-    """Make the schema, the name resolver and the mixer patterns known to Hydra, and put the command line right."""
-    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
-    ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
-    ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)
-    OmegaConf.register_new_resolver("file_name", file_name, replace=True)
-    Plugins.instance().register(MixerPatternSource)
+    """Make schemas, resolvers and mixer patterns known to Hydra, and put the command line right."""
+    register_types()
     sys.argv[1:] = command_line(sys.argv[1:])
     if sys.argv[1:] in (["-h"], ["--help"]):
         print(help_text(Path(sys.argv[0]).resolve()))
         sys.exit(0)
+    try:
+        check_plugins(sys.argv[1:])
+    except ConfigError as error:
+        print(f"ConfigError: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def register_types() -> None:
+    """Make schemas, resolvers and mixer patterns known to Hydra."""
+    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+    ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
+    ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)
+    ConfigStore.instance().store(name="prepare_schema", node=PrepareConfig)
+    OmegaConf.register_new_resolver("file_name", file_name, replace=True)
+    OmegaConf.register_new_resolver("windows", windows, replace=True)
+    Plugins.instance().register(MixerPatternSource)
 
 
 def help_text(script: Path) -> str:
@@ -45,13 +66,26 @@ def help_text(script: Path) -> str:
     Hydra's own `--help` also lists its internal groups, which takes longer than everything else together.
     """
     configs = script.parent / "configs"
-    groups = [
-        f"{group.name}: {', '.join(sorted(choice.stem for choice in group.glob('*.yaml')))}"
-        for group in sorted(configs.iterdir())
-        if group.is_dir()
-    ]
+    choices: dict[str, list[str]] = {}
+    for path in sorted(configs.glob("*/**/*.yaml")):
+        choices.setdefault(path.parent.relative_to(configs).as_posix(), []).append(path.stem)
+    groups = [f"{group}: {', '.join(names)}" for group, names in sorted(choices.items())]
     template = OmegaConf.load(configs / f"{script.stem}.yaml").hydra.help.template
     return template.replace("$APP_CONFIG_GROUPS", "\n".join(groups))
+
+
+def check_plugins(arguments: list[str]) -> None:
+    """Refuse a sweeper or launcher whose package is not installed; Hydra would only say that it is not there.
+
+    Raises:
+        ConfigError: naming the extra to install.
+    """
+    for package, (extra, choices) in PLUGINS.items():
+        for choice in choices & set(arguments):
+            try:
+                importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:
+                raise ConfigError(f"{choice} needs {package}; pip install 'longmix[{extra}]' brings it.") from None
 
 
 def command_line(arguments: list[str]) -> list[str]:
@@ -79,6 +113,11 @@ def _quoted(argument: str) -> str:
 def file_name(text: str) -> str:
     """`text` without what is awkward in a folder's name, and not longer than a file system takes."""
     return re.sub(r"[^\w.,=-]+", "-", str(text), flags=re.ASCII).strip("-")[:LONGEST_FILE_NAME]
+
+
+def windows(tokens: int, seq_len: int) -> int:
+    """How many windows of `seq_len` tokens make `tokens` together, rounded down, and at least one."""
+    return max(1, tokens // seq_len)
 
 
 def entry_point(task: Callable[[Any], Any]) -> Callable[[Any], Any]:

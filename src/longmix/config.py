@@ -61,6 +61,21 @@ class TuningConfig:
 
 
 @dataclass
+class MatchConfig:
+    """Models of equal size whatever the mixer; see `longmix.model.matching`.
+
+    Attributes:
+        parameters: of the whole model; `model.mlp_hidden` is chosen to come nearest. null leaves it.
+        tolerance: largest relative difference that is accepted.
+        multiple: `model.mlp_hidden` is a multiple of it.
+    """
+
+    parameters: int | None = None
+    tolerance: float = 0.02
+    multiple: int = 8
+
+
+@dataclass
 class TrainConfig:
     """The words of the command line.
 
@@ -77,6 +92,7 @@ class TrainConfig:
             its own.
         trainable: "all", or "states" to train the states before documents and nothing else.
         tuning: see `TuningConfig`.
+        match: see `MatchConfig`.
         loop: see `LoopConfig`.
     """
 
@@ -98,6 +114,7 @@ class TrainConfig:
     checkpoint: str | None = None
     trainable: str = "all"
     tuning: TuningConfig = field(default_factory=TuningConfig)
+    match: MatchConfig = field(default_factory=MatchConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
 
 
@@ -171,6 +188,23 @@ class GenerateConfig:
     trust: list[str] = field(default_factory=list)
 
 
+@dataclass
+class PrepareConfig:
+    """The words of `prepare.py`.
+
+    Attributes:
+        data, tokenizer: config groups.
+        splits: which token files to make; null makes all.
+        workers, shard_tokens: see `longmix.data.preparation.Preparation`.
+    """
+
+    data: Any = MISSING
+    tokenizer: Any = MISSING
+    splits: list[str] | None = None
+    workers: int = 0
+    shard_tokens: int = MISSING
+
+
 def resolved(config: DictConfig) -> Node:
     """The configuration as plain dicts and values with every interpolation carried out.
 
@@ -202,7 +236,7 @@ def build(node: Node, key: str, **supplied: Any) -> Any:
     """Check a `_target_` node against its callable's signature and call it.
 
     Args:
-        node: the settings with `_target_`; nested `_target_` nodes are built first.
+        node: the settings with `_target_`; nested `_target_` nodes, also by name in a dict, are built first.
         key: where the node stands in the configuration, for messages.
         supplied: arguments that longmix gives; the configuration may not set them.
     """
@@ -212,7 +246,11 @@ def build(node: Node, key: str, **supplied: Any) -> Any:
 
 
 def _built_value(value: Any, key: str) -> Any:
-    return build(value, key) if isinstance(value, dict) and "_target_" in value else value
+    if not isinstance(value, dict):
+        return value
+    if "_target_" in value:
+        return build(value, key)
+    return {name: _built_value(part, f"{key}.{name}") for name, part in value.items()}
 
 
 def check(node: Any, key: str, supplied: set[str]) -> None:
@@ -246,6 +284,9 @@ def check(node: Any, key: str, supplied: set[str]) -> None:
     for name, value in node.items():
         if isinstance(value, dict) and "_target_" in value:
             check(value, f"{key}.{name}", set())
+        elif isinstance(value, dict) and any(isinstance(part, dict) and "_target_" in part for part in value.values()):
+            for inner, part in value.items():
+                check(part, f"{key}.{name}.{inner}", set())
         elif name in hints and not _fits(value, hints[name]):
             raise ConfigError(f"{key}.{name}={value!r} is not {_described(hints[name])}.")
 
@@ -322,6 +363,8 @@ def _described(hint: Any) -> str:
         return "one of " + ", ".join(map(str, arguments))
     if origin in (list, tuple, Sequence):
         return f"a list, each {' or '.join(_described(item) for item in arguments if item is not Ellipsis)}"
+    if origin in (dict, Mapping):
+        return f"a dict of names and values, each {_described(arguments[1])}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     if hint not in names and inspect.isclass(hint):
         return f"a {hint.__name__}; it needs a `_target_`"
@@ -351,13 +394,15 @@ def check_words(config: Node) -> None:
     check_keys(config, TrainConfig)
     check_keys(config["loop"], LoopConfig, "loop.")
     check_keys(config["tuning"], TuningConfig, "tuning.")
-    loop = config["loop"]
+    check_keys(config["match"], MatchConfig, "match.")
+    loop, match = config["loop"], config["match"]
     at_least_one = {
         "seq_len": config["seq_len"],
         "batch_size": config["batch_size"],
         "max_steps": config["max_steps"],
         "max_tokens": config["max_tokens"],
         **{f"loop.{key}": loop[key] for key in ("log_every", "validate_every", "checkpoint_every", "keep_checkpoints")},
+        **{f"match.{key}": match[key] for key in ("parameters", "multiple")},
     }
     for key, value in at_least_one.items():
         if value is not None and value < 1:
@@ -366,6 +411,8 @@ def check_words(config: Node) -> None:
         raise ConfigError("give max_steps or max_tokens, or training would never end.")
     if not 0 <= config["seed"] <= LARGEST_SEED:
         raise ConfigError(f"seed={config['seed']} must lie between 0 and {LARGEST_SEED}.")
+    if not 0 <= match["tolerance"] < 1:
+        raise ConfigError(f"match.tolerance={match['tolerance']} must be at least 0 and below 1.")
     if not config["name"]:
         raise ConfigError("name is empty; it names the run's folder.")
     if loop["gradient_clip"] is not None and not loop["gradient_clip"] > 0:

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from longmix.config import resolved
+from longmix.config import build, resolved
 from longmix.data.synthetic import SyntheticData, SyntheticWindows
 from longmix.data.synthetic_tasks import Copying, GroupWords, Induction, MultiQueryRecall
 from longmix.data.tokenizers import ByteTokenizer, NumberTokenizer, tokenizer_from_state
+from longmix.data.variable_tracking import VariableTracking
 from longmix.data.windows import IGNORE_INDEX
 from longmix.errors import ConfigError, DataError
 from longmix.evaluation.run import evaluate
@@ -42,6 +43,12 @@ def test_recall_asks_every_key_once_for_the_value_it_came_with():
     assert np.mean(np.array(gaps) == 0) > 2 * np.mean(np.array(gaps) == 8)  # near ones are commoner
 
 
+def test_recall_without_noise_has_a_blank_between_the_queries():
+    (window,) = examples(MultiQueryRecall(vocabulary=64, pairs=5, random_non_queries=False), 40, 1)
+    queries = predicted(window)
+    assert (window.tokens[10:] == 0).sum() == 30 - 5 and (window.tokens[queries] > 0).all()
+
+
 @pytest.mark.parametrize("scattered", [False, True])
 def test_copying_repeats_the_symbols_in_order(scattered):
     for window in examples(Copying(symbols=5, count=6, scattered=scattered), 30):
@@ -55,6 +62,60 @@ def test_induction_asks_for_what_followed_the_mark():
     for window in examples(Induction(symbols=9), 20):
         first, last = np.flatnonzero(window.tokens == 9)
         assert last == 19 and predicted(window).tolist() == [19] and window.targets[19] == window.tokens[first + 1]
+
+
+def assignments(window, task: VariableTracking) -> dict[int, list[int]]:
+    """What an interpreter that reads the statements in order holds: names by value, in the order they got it."""
+    mark, values, held = task.vocab_size - 2, {}, {}
+    places = np.flatnonzero(window.tokens == mark)
+    assert (np.diff(places) >= 3).all() and len(places) == task.chains * (task.hops + 1)
+    noise = np.ones(len(window.tokens), bool)
+    for place in places:
+        name, source = window.tokens[place + 1 : place + 3].tolist()
+        assert name < task.variables and name not in values
+        values[name] = source if source >= task.variables else values[source]
+        assert source >= task.variables or held[values[source]][-1] == source  # each hop is from the last one
+        held.setdefault(values[name], []).append(name)
+        noise[place : place + 3] = False
+    (asked,) = np.flatnonzero(window.tokens == task.vocab_size - 1)
+    between = window.tokens[:asked][noise[:asked]]
+    first = task.variables + task.values
+    assert ((between >= first) & (between < first + task.noise)).all()
+    return held
+
+
+@pytest.mark.parametrize(("hops", "chains"), [(0, 3), (1, 1), (3, 2)])
+class TestVariables:
+    def test_values_are_what_an_interpreter_finds(self, hops, chains):
+        task, seen = VariableTracking(hops, chains, variables=20, values=9, noise=4), set()
+        for window in examples(task, 60):
+            held = assignments(window, task)
+            assert [len(names) for names in held.values()] == [hops + 1] * chains
+            places = predicted(window)
+            assert places.tolist() == list(range(60 - chains * (hops + 1), 60))
+            found = {name: value for value, names in held.items() for name in names}
+            assert sorted(window.tokens[places]) == sorted(found)
+            assert all(found[window.tokens[place]] == window.targets[place] for place in places)
+            assert all(20 <= value < 29 for value in held)
+            seen.add(int(np.flatnonzero(window.tokens == task.vocab_size - 2)[0]))
+        assert len(seen) > 3  # they are scattered
+
+    def test_variables_that_hold_a_value_are_named_in_order(self, hops, chains):
+        task, asked = VariableTracking(hops, chains, variables=20, values=9, noise=4, question="variables"), []
+        for window in examples(task, 60):
+            held, places = assignments(window, task), predicted(window)
+            assert places.tolist() == list(range(60 - hops - 1, 60))
+            value = window.tokens[places[0]]
+            assert window.targets[places].tolist() == held[value]
+            assert window.tokens[places[1:]].tolist() == held[value][:-1]
+            asked.append(list(held).index(value))
+        assert set(asked) == set(range(chains))  # the chain that is asked for is not always the first to begin
+
+    def test_the_shortest_example_has_no_noise(self, hops, chains):
+        task, count = VariableTracking(hops, chains), chains * (hops + 1)
+        (window,) = examples(task, 4 * count + 1, 1)
+        assert len(assignments(window, task)) == chains
+        assert (window.tokens[: 3 * count : 3] == task.vocab_size - 2).all() and len(predicted(window)) == count
 
 
 @pytest.mark.parametrize("things", [2, 3])
@@ -109,6 +170,12 @@ def test_numbers_are_their_own_text():
         (lambda: Copying(count=0), "data.task.count=0"),
         (lambda: Induction(symbols=1), "data.task.symbols=1"),
         (lambda: GroupWords(6), "data.task.things=6"),
+        (lambda: VariableTracking(hops=-1), "data.task.hops=-1"),
+        (lambda: VariableTracking(chains=0), "data.task.chains=0"),
+        (lambda: VariableTracking(values=1), "data.task.values=1 must be at least 2"),
+        (lambda: VariableTracking(noise=0), "data.task.noise=0"),
+        (lambda: VariableTracking(variables=5), "data.task.variables=5 must be at least 6"),
+        (lambda: examples(VariableTracking(), 24), "seq_len=24 is too short for 6 assignments and the question"),
         (lambda: examples(MultiQueryRecall(pairs=[1, 8]), 31), "seq_len=31 is too short for 8 pairs"),
         (lambda: examples(Copying(count=10), 19), "seq_len=19"),
         (lambda: examples(Induction(), 2), "seq_len=2"),
@@ -140,6 +207,24 @@ def test_a_trained_model_recalls(run_folder, compose_config, tmp_path):
         generate(compose_config(f"checkpoint={run_folder}", entry_point="generate"))
 
 
-def test_the_vocabulary_of_the_model_is_the_tasks(compose_config):
-    node = resolved(compose_config("data=group_words"))
-    assert node["data"]["task"]["things"] == 5
+@pytest.mark.parametrize(
+    ("name", "setting", "value"),
+    [
+        ("group_words", "things", 5),
+        ("parity", "things", 2),
+        ("s3", "things", 3),
+        ("s5", "things", 5),
+        ("copying", "scattered", False),
+        ("selective_copying", "scattered", True),
+        ("variables", "question", "value"),
+    ],
+)
+def test_every_task_has_its_word(compose_config, name, setting, value):
+    node = resolved(compose_config(f"data={name}"))["data"]
+    assert node["task"][setting] == value
+    build(node, "data", tokenizer=ByteTokenizer(), seq_len=64, batch_size=1, seed=0)
+
+
+def test_a_split_that_there_is_not():
+    with pytest.raises(DataError, match="no split 'dev'; it has train, validation, test"):
+        data().evaluation_windows("dev", 24, None)

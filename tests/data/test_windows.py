@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from list_corpus import CodePointTokenizer, ListCorpus, distinct_documents
 
-from longmix.data.token_files import TokenFile, prepare
+from longmix.data.preparation import prepare
+from longmix.data.token_files import TokenFile
 from longmix.data.windows import IGNORE_INDEX, EvaluationWindows, TrainWindows, permutation
 from longmix.errors import ConfigError
 

@@ -26,7 +26,8 @@ def saved_run(folder: Path, config: dict, *steps: int) -> list[Path]:
     folder.mkdir(parents=True)
     OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
     store = CheckpointStore(folder / "checkpoints")
-    return [store.save({"step": step, "config": config, "data_fingerprint": {"key": "a"}}, {}) for step in steps]
+    rest = {"config": config, "data_fingerprint": {"key": "a"}, "run": {}}
+    return [store.save({"step": step, **rest}, {}) for step in steps]
 
 
 def test_a_fresh_run_starts_at_zero_in_its_own_folder(tmp_path, config):

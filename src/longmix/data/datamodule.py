@@ -11,9 +11,10 @@ from torch.utils.data import DataLoader
 
 from longmix.data.corpus import Corpus
 from longmix.data.loaders import EvaluationBatches, TrainSteps, load, local_share
-from longmix.data.token_files import TokenFile, prepare
+from longmix.data.preparation import Preparation, prepare
+from longmix.data.token_files import TokenFile
 from longmix.data.tokenizers import Tokenizer
-from longmix.data.windows import EvaluationWindows, TrainWindows, check_seq_len
+from longmix.data.windows import EvaluationWindows, TrainWindows, check_seq_len, order_key
 from longmix.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,8 @@ class TokenData(lightning.LightningDataModule):
         start_step: first optimizer step `train_dataloader` yields; a resumed run sets it.
         num_steps: optimizer step `train_dataloader` ends before; None for one epoch from `start_step`.
         evaluation_batch_size: sequences per batch of `val_dataloader`, per rank.
+        processes_per_row: neighbouring ranks that are given the same rows.
+        preparation: how token files are made that are not there.
 
     Raises:
         ConfigError: a setting is impossible; names it.
@@ -74,6 +77,8 @@ class TokenData(lightning.LightningDataModule):
         self.start_step = 0
         self.num_steps: int | None = None
         self.evaluation_batch_size = 1
+        self.processes_per_row = 1
+        self.preparation = Preparation()
         self._given_tokenizer = tokenizer
         self._token_files: dict[str, TokenFile] = {}
         self._evaluation_windows: dict[tuple[str, int, int | None], EvaluationWindows] = {}
@@ -82,6 +87,11 @@ class TokenData(lightning.LightningDataModule):
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, trained if it is of a kind that is."""
         return self._given_tokenizer.prepare(self.corpus, self.cache_dir)
+
+    @property
+    def expected_vocab_size(self) -> int:
+        """`vocab_size` as far as it is known before anything is read: a trained tokenizer may stay below it."""
+        return self._given_tokenizer.vocab_size
 
     @property
     def vocab_size(self) -> int:
@@ -111,14 +121,18 @@ class TokenData(lightning.LightningDataModule):
     def token_file(self, split: str) -> TokenFile:
         """The token file of a split, made when first asked for."""
         if split not in self._token_files:
-            self._token_files[split] = prepare(self.corpus, self.tokenizer, split, self.cache_dir)
+            self._token_files[split] = prepare(self.corpus, self.tokenizer, split, self.cache_dir, self.preparation)
         return self._token_files[split]
+
+    def token_files(self, split: str) -> list[TokenFile]:
+        """All token files of a split; here there is one."""
+        return [self.token_file(split)]
 
     def prepare_data(self) -> None:
         """Make the token files that training needs; Lightning calls it on one rank of each node."""
         for split in ("train", "validation"):
             if split in self.splits:
-                self.token_file(split)
+                self.token_files(split)
 
     def setup(self, stage: str | None = None) -> None:
         """Open the same files on every rank. Called twice, it does nothing the second time."""
@@ -127,7 +141,7 @@ class TokenData(lightning.LightningDataModule):
     def fingerprint(self) -> dict[str, Any]:
         """What fixes the batch of every step, JSON-able; a run may resume only where this is the same."""
         return {
-            "train_key": self.token_file("train").manifest["key"],
+            "train_key": order_key(self.token_file("train")),
             "seq_len": self.seq_len,
             "batch_size": self.batch_size,
             "seed": self.seed,
@@ -208,7 +222,8 @@ class TokenData(lightning.LightningDataModule):
         """Lightning's hook for `train_loader`, from `start_step` to `num_steps`."""
         one_epoch = -(-self.train_windows.windows_per_epoch // self.batch_size)
         num_steps = self.start_step + one_epoch if self.num_steps is None else self.num_steps
-        return self.train_loader(self.start_step, num_steps, **self._place())
+        place, sharing = self._place(), self.processes_per_row
+        return self.train_loader(self.start_step, num_steps, place["rank"] // sharing, place["world_size"] // sharing)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Lightning's hook for `evaluation_loader` on the validation split; empty where the corpus has none."""

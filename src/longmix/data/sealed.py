@@ -49,7 +49,7 @@ def build_once(folder: Path, write: Callable[[Path], dict[str, Any]]) -> bool:
             return False
         remove_leftovers(folder.parent)
         with atomic_directory(folder) as temporary:
-            _seal(temporary, write(temporary))
+            seal(temporary, write(temporary))
     return True
 
 
@@ -74,7 +74,8 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
-def _seal(folder: Path, content: dict[str, Any]) -> None:
+def seal(folder: Path, content: dict[str, Any]) -> None:
+    """Write the manifest of a folder that is complete but for it: `content`, and size and SHA-256 of every file."""
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)} for path in folder.iterdir()}
     sealed = {**content, "files": files}
     write_json(folder / MANIFEST, {**sealed, "manifest_sha256": sha256_of_json(sealed)})
@@ -91,7 +92,7 @@ def open_sealed(folder: Path, expected: dict[str, Any], verify: Verify = "auto")
     Raises:
         DataError: names the file, what was expected and found, and the cure.
     """
-    manifest = _read_manifest(folder / MANIFEST)
+    manifest = read_manifest(folder / MANIFEST)
     for name, value in expected.items():
         if manifest.get(name) != value:
             raise damaged(folder / MANIFEST, f"its {name} should be {value!r} but is {manifest.get(name)!r}")
@@ -105,7 +106,12 @@ def damaged(path: Path, reason: str) -> DataError:
     return DataError(f"{path} cannot be used: {reason}. Delete the folder {path.parent}; it will be built again.")
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest in a file, without its own hash.
+
+    Raises:
+        DataError: it is missing, or not what longmix wrote there.
+    """
     try:
         manifest = json.loads(path.read_bytes())
     except FileNotFoundError as error:

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from longmix.data.corpus import SPLITS
+from longmix.data.corpus import SPLITS, check_split
 from longmix.data.datamodule import TokenData
 from longmix.data.synthetic_tasks import SyntheticTask
+from longmix.data.token_files import TokenFile
 from longmix.data.tokenizers import NumberTokenizer, Tokenizer
 from longmix.data.windows import Window, check_seq_len
 from longmix.errors import ConfigError, DataError
@@ -110,14 +111,21 @@ class SyntheticData(TokenData):
         """Tokens of a hundred thousand examples."""
         return self.train_windows.windows_per_epoch * self.seq_len
 
+    def token_file(self, split: str) -> TokenFile:
+        """There is none.
+
+        Raises:
+            DataError: always.
+        """
+        raise DataError(f"examples of {self.corpus.name} are made when they are needed; there is nothing to prepare.")
+
     def prepare_data(self) -> None:
         """There is nothing to prepare."""
 
     def evaluation_windows(self, split: str, seq_len: int, max_tokens: int | None) -> SyntheticWindows:  # type: ignore[override]
         """See `TokenData.evaluation_windows`; without `max_tokens` a thousand examples."""
         check_seq_len(seq_len)
-        if split not in self.splits:
-            raise DataError(f"{self.corpus.name} has no {split} split; it has {', '.join(self.splits)}.")
+        check_split(self.corpus, split)
         count = EVALUATED_EXAMPLES if max_tokens is None else max(1, max_tokens // seq_len)
         return SyntheticWindows(self.task, seq_len, split, self.seed, count)
 

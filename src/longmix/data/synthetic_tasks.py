@@ -4,6 +4,7 @@ Each task makes one example of a given length from a random generator: tokens an
 predicted there, or `IGNORE_INDEX`.
 """
 
+import functools
 from dataclasses import dataclass
 from itertools import permutations
 from typing import NamedTuple, Protocol
@@ -43,12 +44,22 @@ class SyntheticTask(Protocol):
         ...
 
 
-def _fits(needed: int, length: int, what: str) -> None:
+def require_room(needed: int, length: int, what: str) -> None:
+    """Refuse a `seq_len` below the tokens that an example needs.
+
+    Raises:
+        ConfigError: says what needs them.
+    """
     if needed > length:
         raise ConfigError(f"seq_len={length} is too short for {what}, which take {needed} tokens.")
 
 
-def _check(**settings: tuple[int, int]) -> None:
+def require_at_least(**settings: tuple[int, int]) -> None:
+    """Refuse a setting of the task, given as its value and the least it may be, that is too small.
+
+    Raises:
+        ConfigError: names the setting.
+    """
     for name, (value, least) in settings.items():
         if value < least:
             raise ConfigError(f"data.task.{name}={value} must be at least {least}.")
@@ -59,22 +70,25 @@ class MultiQueryRecall:
     """Multi-query associative recall (Arora et al. 2023, arXiv 2312.04927): pairs of key and value, then keys again.
 
     The first 2 * pairs tokens are the pairs. Then each key comes once more, and its value is to be predicted there; how
-    far behind follows a power law. All other tokens are noise.
+    far behind follows a power law. All other tokens are noise. Layout, law and defaults are those of the authors'
+    generator (zoology, `multiquery_ar`), whose `power_a` is `power` here.
 
     Attributes:
         vocabulary: keys are in its lower half, but not 0, and values in its upper half.
         pairs: how many, or several numbers that examples take evenly.
         power: exponent of the law; the smaller, the nearer most keys come.
+        random_non_queries: draw the noise from the whole vocabulary, keys and values included; else it is token 0.
     """
 
     vocabulary: int = 8192
     pairs: int | list[int] = 8
     power: float = 0.01
+    random_non_queries: bool = True
 
     def __post_init__(self) -> None:
         if self.pairs == []:
             raise ConfigError("data.task.pairs is empty; give at least one number.")
-        _check(pairs=(min(self._choices()), 1), vocabulary=(self.vocabulary, 4))
+        require_at_least(pairs=(min(self._choices()), 1), vocabulary=(self.vocabulary, 4))
         if max(self._choices()) > self.vocabulary // 2 - 1:
             raise ConfigError(f"data.task.pairs={self.pairs} are more than a vocabulary of {self.vocabulary} has keys.")
         if self.power <= 0:
@@ -87,12 +101,12 @@ class MultiQueryRecall:
 
     def example(self, random: np.random.Generator, length: int) -> Example:
         """See `SyntheticTask`."""
-        _fits(4 * max(self._choices()), length, f"{max(self._choices())} pairs and their queries")
+        require_room(4 * max(self._choices()), length, f"{max(self._choices())} pairs and their queries")
         pairs = int(random.choice(self._choices()))
         half = self.vocabulary // 2
         keys = random.choice(np.arange(1, half), pairs, replace=False)
         values = random.choice(np.arange(half, self.vocabulary), pairs, replace=False)
-        tokens = random.integers(self.vocabulary, size=length)
+        tokens = random.integers(self.vocabulary if self.random_non_queries else 1, size=length)
         targets = np.full(length, IGNORE_INDEX)
         tokens[: 2 * pairs : 2], tokens[1 : 2 * pairs : 2] = keys, values
         places = np.arange(1, (length - 2 * pairs) // 2 + 1)
@@ -121,7 +135,7 @@ class Copying:
     scattered: bool = False
 
     def __post_init__(self) -> None:
-        _check(symbols=(self.symbols, 2), count=(self.count, 1))
+        require_at_least(symbols=(self.symbols, 2), count=(self.count, 1))
 
     @property
     def vocab_size(self) -> int:
@@ -130,7 +144,7 @@ class Copying:
 
     def example(self, random: np.random.Generator, length: int) -> Example:
         """See `SyntheticTask`."""
-        _fits(2 * self.count, length, f"{self.count} symbols twice")
+        require_room(2 * self.count, length, f"{self.count} symbols twice")
         noise, mark = self.symbols, self.symbols + 1
         content = random.integers(self.symbols, size=self.count)
         before = length - self.count
@@ -154,7 +168,7 @@ class Induction:
     symbols: int = 64
 
     def __post_init__(self) -> None:
-        _check(symbols=(self.symbols, 2))
+        require_at_least(symbols=(self.symbols, 2))
 
     @property
     def vocab_size(self) -> int:
@@ -163,7 +177,7 @@ class Induction:
 
     def example(self, random: np.random.Generator, length: int) -> Example:
         """See `SyntheticTask`."""
-        _fits(3, length, "a mark, what follows it, and the mark again,")
+        require_room(3, length, "a mark, what follows it, and the mark again,")
         tokens = random.integers(self.symbols, size=length)
         targets = np.full(length, IGNORE_INDEX)
         place = int(random.integers(length - 2))
@@ -185,25 +199,29 @@ class GroupWords:
     things: int = 5
 
     def __post_init__(self) -> None:
-        _check(things=(self.things, 2))
+        require_at_least(things=(self.things, 2))
         if self.things > 5:
             raise ConfigError(f"data.task.things={self.things} must be at most 5, which have 120 permutations.")
 
     @property
     def vocab_size(self) -> int:
         """See `SyntheticTask`."""
-        return len(self._table())
+        return len(_products(self.things))
 
     def example(self, random: np.random.Generator, length: int) -> Example:
         """See `SyntheticTask`."""
-        elements = self._table()
-        numbers = {element: number for number, element in enumerate(elements)}
-        tokens = random.integers(len(elements), size=length)
-        product, targets = elements[0], []
-        for token in tokens:
-            product = tuple(product[thing] for thing in elements[token])
-            targets.append(numbers[product])
+        products = _products(self.things)
+        tokens = random.integers(len(products), size=length)
+        product, targets = 0, []
+        for token in tokens.tolist():
+            product = products[product][token]
+            targets.append(product)
         return Example(tokens, np.array(targets))
 
-    def _table(self) -> list[tuple[int, ...]]:
-        return list(permutations(range(self.things)))
+
+@functools.cache
+def _products(things: int) -> list[list[int]]:
+    """Numbers of the products of any two permutations: of what was there so far, and of the one applied to it."""
+    elements = list(permutations(range(things)))
+    numbers = {element: number for number, element in enumerate(elements)}
+    return [[numbers[tuple(first[thing] for thing in second)] for second in elements] for first in elements]

@@ -3,35 +3,118 @@
 A document is stored as the separator followed by its tokens. The separator at its front tells the model that
 something new starts; as the target of the token before it, it teaches where documents end.
 
-A folder `<corpus>-<split>-<key>` holds `tokens.bin` (uint16 or uint32, little endian), `offsets.bin` (int64, little
-endian: where each document starts, and the end) and `manifest.json`. The key is a hash of everything the tokens
-depend on, so a folder is either right or not looked at.
+A folder `<corpus>-<split>-<key>` holds shards `tokens-00000.bin`, `tokens-00001.bin`, ... (uint16 or uint32, little
+endian; no document lies in two), `offsets.bin` (int64, little endian: where each document starts in all shards
+together, and the end), `tokenizer_state.json` and `manifest.json`. The key is a hash of everything the tokens depend
+on, so a folder is either right or not looked at. `preparation` makes them.
 """
 
 import functools
-import logging
-import re
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Protocol
 
 import numpy as np
 
-from longmix.data.corpus import Corpus, check_split, read_documents
-from longmix.data.progress import progress_bar
-from longmix.data.sealed import Verify, build_once, damaged, open_sealed, sha256_of_json
-from longmix.data.tokenizers import Tokenizer
-from longmix.errors import DataError
+from longmix.data.sealed import Verify, damaged, open_sealed
 
-logger = logging.getLogger(__name__)
-
-FORMAT_VERSION = 1
-BATCH_CHARACTERS = 4 << 20
-BATCH_DOCUMENTS = 1024
+FORMAT_VERSION = 2
 OFFSET_DTYPE = np.dtype("<i8")
-MAX_TOKENS_UINT16 = 1 << 16
+OFFSETS = "offsets.bin"
+TOKENIZER = "tokenizer_state.json"
+
+
+def shard_name(number: int) -> str:
+    """The file name of a shard."""
+    return f"tokens-{number:05d}.bin"
+
+
+class ShardSource(Protocol):
+    """Where shards come from if they do not lie beside the manifest."""
+
+    @property
+    def most_shards(self) -> int:
+        """How many are kept open at a time."""
+        ...
+
+    def fetch(self, name: str) -> Path:
+        """A local copy of a shard.
+
+        Raises:
+            DataError: it cannot be had.
+        """
+        ...
+
+    def release(self, name: str) -> None:
+        """The local copy is not needed for now."""
+        ...
+
+
+class ShardedTokens:
+    """Shards as one array, read by slices or by arrays of positions; each is opened when it is first needed.
+
+    Args:
+        counts: tokens of each shard.
+        dtype: of the tokens.
+        open_shard: maps a shard's number to its tokens.
+        close_shard: told the number of a shard that was closed.
+        most_open: how many shards are open at a time; the least recently used is closed for another.
+    """
+
+    def __init__(
+        self,
+        counts: list[int],
+        dtype: np.dtype,
+        open_shard: Callable[[int], np.ndarray],
+        close_shard: Callable[[int], None] = lambda number: None,
+        most_open: int | None = None,
+    ) -> None:
+        self.dtype = dtype
+        self._ends = np.cumsum(counts)
+        self._starts = self._ends - counts
+        self._open_shard, self._close_shard, self._most_open = open_shard, close_shard, most_open
+        self._open: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[:], dtype)
+
+    def __getitem__(self, places: Any) -> Any:
+        if isinstance(places, slice):
+            return self._slice(*places.indices(len(self)))
+        places = np.asarray(places)
+        numbers = np.searchsorted(self._ends, places, side="right")
+        if places.ndim == 0:
+            return self._shard(int(numbers))[places - self._starts[numbers]]
+        found = np.empty(places.shape, self.dtype)
+        for number in np.unique(numbers).tolist():
+            here = numbers == number
+            found[here] = self._shard(number)[places[here] - self._starts[number]]
+        return found
+
+    def _slice(self, start: int, stop: int, step: int) -> np.ndarray:
+        if stop <= start:
+            return np.empty(0, self.dtype)
+        first, last = np.searchsorted(self._ends, [start, stop - 1], side="right").tolist()
+        parts = [
+            self._shard(number)[max(start - self._starts[number], 0) : stop - self._starts[number]]
+            for number in range(first, last + 1)
+        ]
+        return np.concatenate(parts)[::step]
+
+    def _shard(self, number: int) -> np.ndarray:
+        shard = self._open.pop(number, None)
+        if shard is None:
+            if self._most_open is not None and len(self._open) >= self._most_open:
+                oldest = next(iter(self._open))
+                del self._open[oldest]
+                self._close_shard(oldest)
+            shard = self._open_shard(number)
+        self._open[number] = shard
+        return shard
 
 
 @dataclass(frozen=True)
@@ -41,10 +124,12 @@ class TokenFile:
     Attributes:
         folder: where it lies.
         manifest: what `manifest.json` says, checked against the files.
+        source: where the shards are fetched from; None if they lie in the folder.
     """
 
     folder: Path
     manifest: dict[str, Any]
+    source: ShardSource | None = None
 
     @classmethod
     def open(cls, folder: Path, expected: dict[str, Any] | None = None, verify: Verify = "auto") -> "TokenFile":
@@ -60,18 +145,36 @@ class TokenFile:
         """
         manifest = open_sealed(folder, {"format_version": FORMAT_VERSION, **(expected or {})}, verify)
         token_file = cls(folder, manifest)
-        token_file._check_offsets()
+        token_file.check_offsets()
         return token_file
 
     @functools.cached_property
-    def tokens(self) -> np.ndarray:
-        """All tokens, memory-mapped, uint16 or uint32 [num_tokens]."""
-        return np.memmap(self.folder / "tokens.bin", dtype=self.manifest["dtype"], mode="r")
+    def tokens(self) -> np.ndarray | ShardedTokens:
+        """All tokens, uint16 or uint32 [num_tokens], memory-mapped; of several shards to be read piece by piece."""
+        if self.source is None and len(self.shards) == 1:
+            return self._map(0)
+        source = self.source
+        if source is None:
+            return ShardedTokens(self.shards, self.dtype, self._map)
+        release = source.release
+        return ShardedTokens(
+            self.shards, self.dtype, self._map, lambda number: release(shard_name(number)), source.most_shards
+        )
 
     @functools.cached_property
     def offsets(self) -> np.ndarray:
         """Where each document starts in `tokens`, and the end: memory-mapped int64 [num_documents + 1]."""
-        return np.memmap(self.folder / "offsets.bin", dtype=OFFSET_DTYPE, mode="r")
+        return np.memmap(self.folder / OFFSETS, dtype=OFFSET_DTYPE, mode="r")
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the tokens."""
+        return np.dtype(self.manifest["dtype"])
+
+    @property
+    def shards(self) -> list[int]:
+        """Tokens of each shard."""
+        return self.manifest["shards"]
 
     @property
     def num_documents(self) -> int:
@@ -94,138 +197,29 @@ class TokenFile:
         return self.manifest["separator_id"]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "manifest": self.manifest}
+        return {"folder": self.folder, "manifest": self.manifest, "source": self.source}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
 
-    def _check_offsets(self) -> None:
-        token_bytes = np.dtype(self.manifest["dtype"]).itemsize
-        sizes = {"tokens.bin": self.num_tokens * token_bytes, "offsets.bin": (self.num_documents + 1) * 8}
+    def _map(self, number: int) -> np.ndarray:
+        name = shard_name(number)
+        path = self.folder / name if self.source is None else self.source.fetch(name)
+        return np.memmap(path, dtype=self.dtype, mode="r")
+
+    def check_offsets(self) -> None:
+        """Refuse counts, files and offsets that do not fit together.
+
+        Raises:
+            DataError: names the file.
+        """
+        sizes = {shard_name(number): count * self.dtype.itemsize for number, count in enumerate(self.shards)}
+        sizes[OFFSETS] = (self.num_documents + 1) * OFFSET_DTYPE.itemsize
         for name, size in sizes.items():
             if self.manifest["files"].get(name, {}).get("bytes") != size:
                 raise damaged(self.folder / name, f"the manifest's counts need {size:,} bytes")
         offsets = self.offsets
         if offsets[0] != 0 or offsets[-1] != self.num_tokens or np.any(np.diff(offsets) < 1):
-            raise damaged(self.folder / "offsets.bin", f"its offsets do not rise from 0 to {self.num_tokens:,}")
-
-
-def prepare(corpus: Corpus, tokenizer: Tokenizer, split: str, cache_dir: Path) -> TokenFile:
-    """Return the token file of a split, tokenising it first if no earlier run has.
-
-    Memory stays bounded whatever the size of the corpus. Any number of processes may prepare the same split at once:
-    one does the work and the others wait for it.
-
-    Args:
-        corpus: where the documents come from.
-        tokenizer: ready for use (see `Tokenizer.prepare`).
-        split: one of `corpus.splits`.
-        cache_dir: folder of token files, created when missing.
-
-    Raises:
-        DataError: the split is unknown or empty, a document cannot be encoded, or a cached file is damaged.
-        StorageError: the folder cannot be written.
-    """
-    check_split(corpus, split)
-    started_at = time.monotonic()
-    identity = {"corpus": corpus.fingerprint(), "tokenizer": tokenizer.fingerprint(), "split": split}
-    key = sha256_of_json([FORMAT_VERSION, identity])
-    folder = cache_dir / f"{re.sub(r'[^A-Za-z0-9_-]+', '-', corpus.name)}-{split}-{key[:16]}"
-    header = {"format_version": FORMAT_VERSION, "key": key, **identity}
-    built = build_once(folder, lambda temporary: {**header, **_write(corpus, tokenizer, split, temporary)})
-    token_file = TokenFile.open(folder, {"key": key})
-    logger.info(
-        "%s %s: %s documents, %s tokens, %s bytes, %s empty documents left out; %s in %.1f s: %s",
-        corpus.name,
-        split,
-        *(f"{token_file.manifest[name]:,}" for name in ("documents", "tokens", "bytes", "empty_documents")),
-        "tokenised" if built else "found in the cache",
-        time.monotonic() - started_at,
-        folder,
-    )
-    return token_file
-
-
-def _write(corpus: Corpus, tokenizer: Tokenizer, split: str, folder: Path) -> dict[str, Any]:
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= MAX_TOKENS_UINT16 else "<u4")
-    writer = _Writer(tokenizer, dtype, f"{split} split of {corpus.name}")
-    with (
-        (folder / "tokens.bin").open("wb") as tokens,
-        (folder / "offsets.bin").open("wb") as offsets,
-        progress_bar(f"tokenising the {split} split of {corpus.name}") as advance,
-    ):
-        for batch in _batches(read_documents(corpus, split)):
-            num_bytes = writer.write(batch, tokens, offsets)
-            advance(len(batch), num_bytes)
-        offsets.write(np.array(writer.tokens, OFFSET_DTYPE).tobytes())
-    if writer.documents == 0:
-        raise DataError(
-            f"the {split} split of the corpus {corpus.name} holds no text ({writer.empty_documents} empty documents)"
-        )
-    return {
-        "documents": writer.documents,
-        "tokens": writer.tokens,
-        "bytes": writer.bytes,
-        "empty_documents": writer.empty_documents,
-        "dtype": dtype.str,
-        "vocab_size": tokenizer.vocab_size,
-        "separator_id": tokenizer.separator_id,
-    }
-
-
-def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    characters = 0
-    for text in documents:
-        batch.append(text)
-        characters += len(text)
-        if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-class _Writer:
-    """Appends batches of documents and counts what goes in and what stays out."""
-
-    def __init__(self, tokenizer: Tokenizer, dtype: np.dtype, place: str) -> None:
-        self.documents = self.tokens = self.bytes = self.empty_documents = 0
-        self._tokenizer = tokenizer
-        self._token_bytes = tokenizer.token_bytes()
-        self._dtype = dtype
-        self._place = place
-
-    def write(self, batch: list[str], tokens: BinaryIO, offsets: BinaryIO) -> int:
-        """Append a batch; return its UTF-8 bytes."""
-        first = self.documents + self.empty_documents
-        kept = [(first + number, text) for number, text in enumerate(batch) if text]
-        sizes = [self._utf8_size(number, text) for number, text in kept]
-        separator = np.array([self._tokenizer.separator_id], self._dtype)
-        encoded = self._tokenizer.encode_batch([text for _, text in kept])
-        for (number, _), size, ids in zip(kept, sizes, encoded, strict=True):
-            self._check_exact(number, size, ids)
-            offsets.write(np.array(self.tokens, OFFSET_DTYPE).tobytes())
-            tokens.write(np.concatenate([separator, ids.astype(self._dtype)]).tobytes())
-            self.tokens += 1 + len(ids)
-        self.documents += len(kept)
-        self.empty_documents += len(batch) - len(kept)
-        self.bytes += sum(sizes)
-        return sum(sizes)
-
-    def _utf8_size(self, number: int, text: str) -> int:
-        try:
-            return len(text.encode())
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"document {number} of the {self._place} (counted from 0) holds a lone surrogate at character "
-                f"{error.start}, which is not Unicode text; repair or remove that document"
-            ) from error
-
-    def _check_exact(self, number: int, size: int, ids: np.ndarray) -> None:
-        represented = int(self._token_bytes[ids].sum())
-        if represented != size:
-            raise DataError(
-                f"document {number} of the {self._place} (counted from 0) has {size:,} bytes but its tokens stand for "
-                f"{represented:,}: the tokenizer does not reproduce it. Use another tokenizer."
-            )
+            raise damaged(self.folder / OFFSETS, f"its offsets do not rise from 0 to {self.num_tokens:,}")
+        if not np.isin(np.cumsum(self.shards), offsets).all():
+            raise damaged(self.folder / OFFSETS, "a document lies in two shards")

@@ -5,6 +5,7 @@ process, so a run resumes from a step counter alone and the number of loader wor
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,12 @@ from longmix.data.token_files import TokenFile
 from longmix.errors import ConfigError
 
 IGNORE_INDEX = -100
+
+SHARDS_TOGETHER = 16
+"""Shards whose documents are mixed: 4 GiB of the usual size, 2 billion tokens of uint16."""
+
+SHARD_STREAM = 1 << 41
+"""Of the random order of shards; epochs use the numbers from 0, mixtures those from 2**40."""
 
 
 class Window(NamedTuple):
@@ -84,6 +91,10 @@ class TrainWindows:
     `PackedStream`), and the windows are visited in a random order. Over an epoch nothing is dropped: every token of
     the split is an input exactly once and, but for the first token of the epoch's stream, a target exactly once.
 
+    A token file of more than `SHARDS_TOGETHER` shards is shuffled in groups of so many: the shards are drawn into
+    groups at random, the groups come one after the other, and only within a group are documents and windows mixed. So
+    few shards are in use at a time, wherever they lie; for one group this is the same as above.
+
     Args:
         token_file: the split to train on.
         seq_len: tokens per window, at least 1.
@@ -114,9 +125,32 @@ class TrainWindows:
         return self.window(*divmod(global_index, self.windows_per_epoch))
 
     def _shuffle(self, epoch: int) -> _Epoch:
+        groups = self._groups(epoch)
         documents = permutation(self._token_file.num_documents, self._seed, 2 * epoch)
         windows = permutation(self.windows_per_epoch, self._seed, 2 * epoch + 1)
+        if len(groups) > 1:
+            documents = _within(documents, np.concatenate(groups), [len(group) for group in groups])
+            lengths = np.diff(self._token_file.offsets)
+            ends = np.cumsum([int(lengths[group].sum()) for group in groups]) // self._seq_len
+            ends[-1] = self.windows_per_epoch
+            windows = _within(windows, np.arange(self.windows_per_epoch), np.diff(ends, prepend=0).tolist())
         return _Epoch(epoch, PackedStream(self._token_file, documents, self._seq_len), windows)
+
+    def _groups(self, epoch: int) -> list[np.ndarray]:
+        """The documents of each group of shards."""
+        bounds = np.searchsorted(self._token_file.offsets, np.cumsum([0, *self._token_file.shards]))
+        shards = [np.arange(start, stop) for start, stop in pairwise(bounds.tolist())]
+        if len(shards) <= SHARDS_TOGETHER:
+            return [np.concatenate(shards)]
+        order = permutation(len(shards), self._seed, SHARD_STREAM + epoch).tolist()
+        starts = range(0, len(order), SHARDS_TOGETHER)
+        return [np.concatenate([shards[s] for s in order[start : start + SHARDS_TOGETHER]]) for start in starts]
+
+
+def order_key(token_file: TokenFile) -> str:
+    """What fixes the windows of a token file besides seed and length: its content, and its shards if they matter."""
+    key = token_file.manifest["key"]
+    return key if len(token_file.shards) <= SHARDS_TOGETHER else f"{key} in shards of {token_file.shards}"
 
 
 class EvaluationWindows:
@@ -162,6 +196,14 @@ def check_seq_len(seq_len: int) -> None:
     """
     if seq_len < 1:
         raise ConfigError(f"seq_len must be at least 1, got {seq_len}")
+
+
+def _within(order: np.ndarray, items: np.ndarray, sizes: list[int]) -> np.ndarray:
+    """`items`, each run of one of `sizes` in the order in which its items come in `order`."""
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    runs = np.split(items, np.cumsum(sizes)[:-1])
+    return np.concatenate([run[np.argsort(place[run], kind="stable")] for run in runs])
 
 
 def permutation(size: int, seed: int, stream: int) -> np.ndarray:

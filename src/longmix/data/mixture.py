@@ -1,0 +1,228 @@
+"""Several corpora in one stream of training windows, each with its share, and no position to remember."""
+
+import functools
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+
+from longmix.data.corpus import SPLITS, Corpus, check_split
+from longmix.data.datamodule import TokenData
+from longmix.data.preparation import prepare
+from longmix.data.token_files import TokenFile
+from longmix.data.tokenizers import Tokenizer
+from longmix.data.windows import EvaluationWindows, TrainWindows, Window, check_seq_len, order_key, permutation
+from longmix.errors import ConfigError, DataError
+
+BLOCK = 1000
+"""Windows among which every corpus has exactly its share, rounded; shares are kept to a thousandth."""
+
+STREAM = 1 << 40
+"""Of the random order within blocks; epochs of windows use the numbers from 0."""
+
+
+class JoinedCorpus:
+    """The documents of several corpora one after the other, as a tokenizer is trained on them.
+
+    Args:
+        corpora: by name.
+
+    Raises:
+        ConfigError: there are none.
+    """
+
+    name = "mixture"
+
+    def __init__(self, corpora: Mapping[str, Corpus]) -> None:
+        if not corpora:
+            raise ConfigError("data.corpora is empty; name at least one corpus.")
+        self.corpora = dict(corpora)
+        self.splits = tuple(split for split in SPLITS if all(split in corpus.splits for corpus in corpora.values()))
+
+    def documents(self, split: str) -> Iterator[str]:
+        """See `Corpus.documents`."""
+        check_split(self, split)
+        return (text for corpus in self.corpora.values() for text in corpus.documents(split))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See `Corpus.fingerprint`."""
+        return {"kind": "JoinedCorpus", "corpora": {name: part.fingerprint() for name, part in self.corpora.items()}}
+
+
+class MixedWindows:
+    """Training windows of several corpora; which one comes when depends on nothing but seed, shares and index.
+
+    Of every `BLOCK` windows each corpus has as many as its share says, in a random order, and a corpus goes through its
+    own windows epoch by epoch as `TrainWindows` does alone.
+
+    Args:
+        sources: windows of each corpus.
+        counts: how many of a block are of each.
+        seed: of the order within blocks.
+
+    Attributes:
+        windows_per_epoch: of all corpora together.
+    """
+
+    def __init__(self, sources: list[TrainWindows], counts: list[int], seed: int) -> None:
+        self.windows_per_epoch = sum(source.windows_per_epoch for source in sources)
+        self._sources, self._seed = sources, seed
+        self._ends = list(accumulate(counts))
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
+
+    def sample(self, global_index: int) -> Window:
+        """See `TrainWindows.sample`."""
+        number, index = self.place(global_index)
+        return self._sources[number].sample(index)
+
+    def place(self, global_index: int) -> tuple[int, int]:
+        """Which corpus a window is of, and its running index there."""
+        block, place = divmod(global_index, BLOCK)
+        if self._order[0] != block:
+            self._order = block, permutation(BLOCK, self._seed, STREAM + block)
+        drawn = int(self._order[1][place])
+        number = bisect_right(self._ends, drawn)
+        start = self._ends[number - 1] if number else 0
+        return number, block * (self._ends[number] - start) + drawn - start
+
+
+class MixedEvaluation:
+    """Windows of several corpora one after the other; see `EvaluationWindows`."""
+
+    def __init__(self, parts: list[EvaluationWindows]) -> None:
+        self._parts = parts
+        self._ends = list(accumulate(len(part) for part in parts))
+        self.covered_tokens = sum(part.covered_tokens for part in parts)
+        self.total_tokens = sum(part.total_tokens for part in parts)
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, place: int) -> Window:
+        number = bisect_right(self._ends, place)
+        return self._parts[number][place - (self._ends[number - 1] if number else 0)]
+
+
+class MixtureData(TokenData):
+    """Several corpora, each with its share of the training windows, as one source of data; see `TokenData`.
+
+    Each corpus has token files of its own, so that another share or another corpus beside it prepares nothing anew.
+    Evaluation takes about as many tokens of each as its share says, or all of all.
+
+    Args:
+        corpora: by name.
+        weights: share of each by the same names; they need not add up to one.
+        tokenizer: shared; if it is trained, on all of them.
+        settings: see `TokenData`.
+
+    Raises:
+        ConfigError: weights and corpora differ in name, or a weight is too small or negative.
+    """
+
+    def __init__(
+        self,
+        corpora: dict[str, Corpus],
+        weights: dict[str, float],
+        tokenizer: Tokenizer,
+        *,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        cache_dir: str = "~/.cache/longmix",
+        num_workers: int = 0,
+        validation_tokens: int | None = 65536,
+    ) -> None:
+        super().__init__(
+            JoinedCorpus(corpora),
+            tokenizer,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            seed=seed,
+            cache_dir=cache_dir,
+            num_workers=num_workers,
+            validation_tokens=validation_tokens,
+        )
+        if set(weights) != set(corpora):
+            different = sorted(set(weights) ^ set(corpora))
+            raise ConfigError(f"data.weights and data.corpora must have the same names; {', '.join(different)} differ.")
+        self.corpora, self.weights = corpora, {name: weights[name] for name in corpora}
+        self.counts = shared_out(self.weights)
+        self._files: dict[tuple[str, str], TokenFile] = {}
+
+    def token_files(self, split: str) -> list[TokenFile]:
+        """See `TokenData.token_files`; one of every corpus."""
+        for name, corpus in self.corpora.items():
+            if (name, split) not in self._files:
+                self._files[name, split] = prepare(corpus, self.tokenizer, split, self.cache_dir, self.preparation)
+        return [self._files[name, split] for name in self.corpora]
+
+    def token_file(self, split: str) -> TokenFile:
+        """There is not one: what reads whole documents needs one corpus.
+
+        Raises:
+            DataError: always.
+        """
+        raise DataError(f"a mixture of {', '.join(self.corpora)} is not one text; give the data of one of them.")
+
+    @functools.cached_property
+    def train_windows(self) -> MixedWindows:  # type: ignore[override]
+        """See `TokenData.train_windows`."""
+        windows = [TrainWindows(token_file, self.seq_len, self.seed) for token_file in self.token_files("train")]
+        return MixedWindows(windows, list(self.counts.values()), self.seed)
+
+    @property
+    def train_tokens_per_epoch(self) -> int:
+        """Tokens of all train splits."""
+        return sum(token_file.num_tokens for token_file in self.token_files("train"))
+
+    def evaluation_windows(self, split: str, seq_len: int, max_tokens: int | None) -> MixedEvaluation:  # type: ignore[override]
+        """See `TokenData.evaluation_windows`."""
+        check_seq_len(seq_len)
+        check_split(self.corpus, split)
+        shares = [None if max_tokens is None else max(1, max_tokens * count // BLOCK) for count in self.counts.values()]
+        files = self.token_files(split)
+        return MixedEvaluation(
+            [EvaluationWindows(file, seq_len, share) for file, share in zip(files, shares, strict=True)]
+        )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See `TokenData.fingerprint`."""
+        keys = [order_key(token_file) for token_file in self.token_files("train")]
+        place = {"seq_len": self.seq_len, "batch_size": self.batch_size, "seed": self.seed}
+        return {"train_keys": dict(zip(self.corpora, keys, strict=True)), "shares": self.counts, **place}
+
+    def summary(self) -> dict[str, Any]:
+        """See `TokenData.summary`; tokens of each split over all corpora."""
+        opened = sorted({split for _, split in self._files}, key=SPLITS.index)
+        return {
+            **self.fingerprint(),
+            "corpus": self.corpus.name,
+            "tokenizer": self.tokenizer.fingerprint(),
+            "vocab_size": self.vocab_size,
+            "splits": {
+                split: {"tokens": sum(token_file.num_tokens for token_file in self.token_files(split))}
+                for split in opened
+            },
+        }
+
+
+def shared_out(weights: dict[str, float]) -> dict[str, int]:
+    """How many of `BLOCK` windows each weight gives, to the next whole number with the sum kept (largest remainders).
+
+    Raises:
+        ConfigError: a weight is not above 0, or too small beside the others for one window.
+    """
+    for name, weight in weights.items():
+        if not weight > 0:
+            raise ConfigError(f"data.weights.{name}={weight} must be above 0; leave the corpus out otherwise.")
+    exact = {name: BLOCK * weight / sum(weights.values()) for name, weight in weights.items()}
+    counts = {name: int(share) for name, share in exact.items()}
+    by_remainder = sorted(weights, key=lambda name: counts[name] - exact[name])
+    for name in by_remainder[: BLOCK - sum(counts.values())]:
+        counts[name] += 1
+    for name, count in counts.items():
+        if not count:
+            raise ConfigError(f"data.weights.{name}={weights[name]} is less than a thousandth of the mixture.")
+    return counts

@@ -1,0 +1,281 @@
+"""Token files that were prepared elsewhere, read from a folder or from storage that `fsspec` knows, shard by shard."""
+
+import functools
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longmix.data.corpus import SPLITS
+from longmix.data.datamodule import TokenData
+from longmix.data.sealed import MANIFEST, read_manifest
+from longmix.data.token_files import FORMAT_VERSION, OFFSETS, TOKENIZER, TokenFile
+from longmix.data.tokenizers import Tokenizer, tokenizer_from_state
+from longmix.data.windows import SHARDS_TOGETHER
+from longmix.errors import ConfigError, DataError
+from longmix.files import replace_file, sha256_of_file
+
+logger = logging.getLogger(__name__)
+
+TRIES = 4
+FIRST_PAUSE_SECONDS = 1.0
+"""Before a second try; then twice as long each time."""
+
+LEAST_SHARDS = 2 * SHARDS_TOGETHER
+"""Local copies that training in groups of shards needs at a time: of the group it is in, and of the next."""
+
+
+@dataclass(frozen=True)
+class RemoteShards:
+    """The files of a token file in remote storage, and local copies of those in use; see `ShardSource`.
+
+    Several processes may share the copies: one that is deleted while another reads it stays readable there.
+
+    Attributes:
+        url: of the token file's folder, such as "s3://bucket/tokens/web-train-0123".
+        local: folder of the copies.
+        files: size and SHA-256 of each file.
+        most_shards: copies that a process keeps.
+    """
+
+    url: str
+    local: Path
+    files: dict[str, dict[str, Any]]
+    most_shards: int
+
+    def fetch(self, name: str) -> Path:
+        """See `ShardSource.fetch`; a copy is checked against size and hash before it is used."""
+        path = self.local / name
+        facts = self.files[name]
+        if not (path.is_file() and path.stat().st_size == facts["bytes"]):
+            logger.info("fetching %s/%s, %s bytes", self.url, name, f"{facts['bytes']:,}")
+            download(f"{self.url}/{name}", path, facts["sha256"])
+        return path
+
+    def release(self, name: str) -> None:
+        """See `ShardSource.release`."""
+        (self.local / name).unlink(missing_ok=True)
+
+
+def download(url: str, path: Path, sha256: str | None = None) -> None:
+    """Copy a remote file; it appears under its name once it is whole and right. Failures are tried again.
+
+    Raises:
+        DataError: it cannot be read, or is damaged.
+        StorageError: the copy cannot be written.
+    """
+    import fsspec
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pause = FIRST_PAUSE_SECONDS
+    for attempt in range(1, TRIES + 1):
+        try:
+            filesystem, remote = fsspec.core.url_to_fs(url)
+            replace_file(path, lambda temporary: _copy(filesystem, remote, temporary, url, sha256))  # noqa: B023
+            return
+        except (DataError, FileNotFoundError, PermissionError, ImportError, ValueError) as error:
+            raise DataError(f"{url} cannot be used: {error}") from error
+        except _Unreachable as error:
+            if attempt == TRIES:
+                raise DataError(f"{url} could not be read in {TRIES} tries: {error}") from error
+            logger.warning("%s could not be read (%s); trying again in %.0f s", url, error, pause)
+            time.sleep(pause)
+            pause *= 2
+
+
+class _Unreachable(Exception):
+    """What a remote file system raises that may be over soon."""
+
+
+def _copy(filesystem: Any, remote: str, path: Path, url: str, sha256: str | None) -> None:
+    try:
+        filesystem.get_file(remote, str(path))
+    except (FileNotFoundError, PermissionError) as error:
+        raise DataError(f"{type(error).__name__}: {error}") from error
+    except Exception as error:  # each file system has its own kinds
+        raise _Unreachable(f"{type(error).__name__}: {error}") from error
+    found = sha256_of_file(path)
+    if sha256 is not None and found != sha256:
+        raise DataError(f"expected SHA-256 {sha256} but found {found}; upload {url} again")
+
+
+def open_remote(url: str, cache_dir: Path, most_shards: int) -> TokenFile:
+    """Open the token file in a remote folder: manifest and offsets are copied, shards when they are needed.
+
+    Raises:
+        DataError: a file cannot be read, is damaged, or of another format.
+    """
+    local = _local_folder(url, cache_dir)
+    download(f"{url}/{MANIFEST}", local / MANIFEST)
+    manifest = read_manifest(local / MANIFEST)
+    if manifest["format_version"] != FORMAT_VERSION:
+        raise DataError(
+            f"{url} has format {manifest['format_version']}; this version of longmix reads {FORMAT_VERSION}. Prepare "
+            "it again."
+        )
+    source = RemoteShards(url, local, manifest["files"], most_shards)
+    source.fetch(OFFSETS)
+    token_file = TokenFile(local, manifest, source)
+    token_file.check_offsets()
+    return token_file
+
+
+def local_path(url: str) -> Path | None:
+    """The folder that a path or URL means on this machine; None if it is elsewhere."""
+    if "://" in url and not url.startswith("file://"):
+        return None
+    return Path(url.removeprefix("file://")).expanduser()
+
+
+def find_splits(path: str) -> dict[str, str]:
+    """The folders of the splits' token files at a path or URL.
+
+    Raises:
+        DataError: it cannot be listed, has no train split, or several token files of one split.
+    """
+    import fsspec
+
+    try:
+        filesystem, root = fsspec.core.url_to_fs(path)
+        listed = filesystem.ls(root, detail=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise DataError(f"data.path={path} cannot be listed: {error}") from error
+    names = sorted(str(entry).rstrip("/").rpartition("/")[2] for entry in listed)
+    found = {split: [name for name in names if f"-{split}-" in name and name[0] != "."] for split in SPLITS}
+    for split, folders in found.items():
+        if len(folders) > 1:
+            raise DataError(
+                f"data.path={path} holds several token files of the {split} split: {', '.join(folders)}. Give a folder "
+                "with one corpus and one tokenizer."
+            )
+    if not found["train"]:
+        raise DataError(
+            f"data.path={path} holds no token file of a train split; make it with prepare.py and give the cache_dir "
+            "it names."
+        )
+    return {split: f"{path}/{folders[0]}" for split, folders in found.items() if folders}
+
+
+def prepared_tokenizer(path: str, cache_dir: str = "~/.cache/longmix") -> Tokenizer:
+    """The tokenizer that the token files at a path or URL were made with.
+
+    Args:
+        path: as `data.path`.
+        cache_dir: where a remote one is copied to.
+
+    Raises:
+        DataError: there are no token files, or the tokenizer cannot be read.
+    """
+    folder = find_splits(path.rstrip("/"))["train"]
+    local = local_path(folder)
+    if local is None:
+        local = _local_folder(folder, Path(cache_dir).expanduser())
+        download(f"{folder}/{TOKENIZER}", local / TOKENIZER)
+    try:
+        return tokenizer_from_state(json.loads((local / TOKENIZER).read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{folder}/{TOKENIZER} cannot be read: {error}") from error
+
+
+def _local_folder(url: str, cache_dir: Path) -> Path:
+    name = f"{url.rstrip('/').rpartition('/')[2]}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
+    return cache_dir / "remote" / name
+
+
+@dataclass(frozen=True)
+class PreparedCorpus:
+    """What `TokenData` says of its corpus.
+
+    Attributes:
+        name: of the corpus that was prepared.
+        splits: that there are.
+    """
+
+    name: str
+    splits: tuple[str, ...]
+
+    def documents(self, split: str) -> Iterator[str]:
+        """There is no text any more.
+
+        Raises:
+            DataError: always.
+        """
+        raise DataError("token files hold no text to train a tokenizer on; train with tokenizer=prepared.")
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See `Corpus.fingerprint`; which token files there are is told by `PreparedData.fingerprint`."""
+        return {"kind": "PreparedCorpus"}
+
+
+class PreparedData(TokenData):
+    """Data whose token files are there, in a folder or in remote storage; see `TokenData`.
+
+    Args:
+        path: a folder or URL with one token file's folder for each split, as `prepare.py` leaves them in its cache.
+        tokenizer: the one they were made with.
+        local_shards: copies of remote shards that a process keeps.
+        settings: see `TokenData`.
+
+    Raises:
+        ConfigError: `local_shards` is too small for the order of training.
+        DataError: from the methods: there are no token files, several of one split, or of another tokenizer.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        tokenizer: Tokenizer,
+        *,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        local_shards: int = LEAST_SHARDS,
+        cache_dir: str = "~/.cache/longmix",
+        num_workers: int = 0,
+        validation_tokens: int | None = 65536,
+    ) -> None:
+        super().__init__(
+            PreparedCorpus("prepared", SPLITS[:2]),
+            tokenizer,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            seed=seed,
+            cache_dir=cache_dir,
+            num_workers=num_workers,
+            validation_tokens=validation_tokens,
+        )
+        if local_shards < LEAST_SHARDS:
+            raise ConfigError(
+                f"data.local_shards={local_shards} must be at least {LEAST_SHARDS}: windows are shuffled within "
+                f"{SHARDS_TOGETHER} shards at a time."
+            )
+        self.path, self.local_shards = path.rstrip("/"), local_shards
+
+    @functools.cached_property
+    def folders(self) -> dict[str, str]:
+        """Where each split lies."""
+        return find_splits(self.path)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that there are; those of training are taken for granted until the path has been read."""
+        return tuple(self.folders) if "folders" in self.__dict__ else self.corpus.splits
+
+    def token_file(self, split: str) -> TokenFile:
+        """The token file of a split."""
+        if split not in self.folders:
+            raise DataError(f"data.path={self.path} has no split {split!r}; it has {', '.join(self.folders)}")
+        if split not in self._token_files:
+            folder = self.folders[split]
+            local = local_path(folder)
+            opened = open_remote(folder, self.cache_dir, self.local_shards) if local is None else TokenFile.open(local)
+            if opened.manifest["tokenizer"] != self.tokenizer.fingerprint():
+                raise DataError(
+                    f"{folder} was made with another tokenizer than the one given; train with tokenizer=prepared."
+                )
+            self._token_files[split] = opened
+        return self._token_files[split]
