@@ -13,11 +13,11 @@ cli.register()
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 @cli.entry_point
-def main(config: DictConfig) -> None:
-    """Check the configuration, then train."""
+def main(config: DictConfig) -> float | None:
+    """Check the configuration, then train; the validation loss is what a sweep's search makes small."""
     from longmix.training.run import train  # torch and lightning take seconds to import
 
-    train(config)
+    return train(config).get("validation", {}).get("loss")
 
 
 if __name__ == "__main__":

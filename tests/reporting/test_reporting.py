@@ -11,7 +11,8 @@ from matplotlib import image
 
 from longmix.errors import DataError
 from longmix.reporting import __main__ as command
-from longmix.reporting.runs import find_runs, write_report
+from longmix.reporting.report import write_report
+from longmix.reporting.runs import find_runs
 from longmix.training.loggers import CsvLog
 
 ROW = {
@@ -25,7 +26,11 @@ ROW = {
     "tokens_per_second",
     "training_seconds",
     "peak_gib",
+    "training_flops_per_token",
+    "causal",
 }
+
+FILES = ["panels", "report.html", "runs.csv", "runs.json", "runs.png"]
 
 
 def write_run(folder: Path, bits_per_byte: float = 2.0, finished: bool = True, logged: bool = True) -> Path:
@@ -47,6 +52,7 @@ def write_run(folder: Path, bits_per_byte: float = 2.0, finished: bool = True, l
             "tokens_per_step": 64,
             "tokens_per_second": 1234.5,
             "training_seconds": 1.25,
+            "training_flops_per_token": 6e5,
             "validation": {"bits_per_byte": bits_per_byte, "loss": bits_per_byte * math.log(2)},
             "validation_by_position": [{"start": 0, "end": 16, "loss": 3.0}, {"start": 16, "end": 32, "loss": 2.5}],
         }
@@ -137,8 +143,17 @@ class TestRun:
             "tokens_per_second": 1234.5,
             "training_seconds": 1.25,
             "peak_gib": 2.0,
+            "training_flops_per_token": 6e5,
+            "causal": None,
         }
         assert set(run.row()) == ROW
+
+    def test_memory_of_the_summary_counts_first(self, tmp_path):
+        folder = write_run(tmp_path / "a")
+        summary = json.loads((folder / "summary.json").read_text())
+        (folder / "summary.json").write_text(json.dumps(summary | {"peak_memory_bytes": 3 * 2**30}))
+        ((run,), _) = find_runs([folder])
+        assert run.row()["peak_gib"] == 3.0
 
     def test_curve_takes_rows_that_have_both(self, tmp_path):
         ((run,), _) = find_runs([write_run(tmp_path / "a", 2.0)])
@@ -174,11 +189,20 @@ class TestCommand:
         assert cells[0][1:6] == ["flash", "32", "23,744", "1,280", "1.5000"]
         assert cells[0][7:] == ["1,234", "1.2500", "2.0000"]
         assert f"not finished, left out: {unfinished}\n" in written.out
-        assert f"wrote {tmp_path}/runs.json\n" in written.out and f"wrote {tmp_path}/runs.png\n" in written.out
+        assert all(f"wrote {tmp_path}/{name}\n" in written.out for name in FILES)
         saved = json.loads((tmp_path / "runs.json").read_text())
         assert [row["run"] for row in saved] == ["second", "first"]
         assert all(set(row) == ROW for row in saved)
         check_picture(tmp_path / "runs.png")
+        pictures = sorted((tmp_path / "panels").iterdir())
+        panels = ("loss_by_position", "loss_by_time", "loss_by_tokens", "trade_off")
+        assert [path.name for path in pictures] == [f"{name}_32.png" for name in panels]
+        for path in pictures:
+            check_picture(path)
+        with (tmp_path / "runs.csv").open(newline="") as stream:
+            lines = list(csv.DictReader(stream))
+        assert [line["run"] for line in lines] == ["second", "first"]
+        assert float(lines[0]["bits_per_byte"]) == 1.5 and lines[0]["causal"] == ""
 
     def test_runs_without_a_log_have_a_picture_too(self, tmp_path, report):
         write_run(tmp_path / "a", logged=False)
@@ -195,7 +219,7 @@ class TestCommand:
     def test_output_folder_is_made(self, tmp_path, report):
         write_run(tmp_path / "a")
         assert report(tmp_path / "a", "--output", tmp_path / "new" / "place")[0] == 0
-        assert sorted(path.name for path in (tmp_path / "new" / "place").iterdir()) == ["runs.json", "runs.png"]
+        assert sorted(path.name for path in (tmp_path / "new" / "place").iterdir()) == FILES
         assert not (tmp_path / "a" / "runs.json").exists()
 
     def test_error_is_one_line(self, tmp_path, report):
@@ -211,7 +235,9 @@ class TestCommand:
 
     def test_write_report_returns_what_it_wrote(self, tmp_path):
         runs, _ = find_runs([write_run(tmp_path / "a")])
-        assert write_report(runs, tmp_path) == [tmp_path / "runs.json", tmp_path / "runs.png"]
+        written = write_report(runs, tmp_path)
+        assert sorted(path.name for path in written) == FILES
+        assert all(path.exists() for path in written)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""`python -m longmix.reporting FOLDER...`: a table and a plot over the runs of a sweep."""
+"""`python -m longmix.reporting FOLDER...`: runs side by side, as a table, one HTML page, pictures and data."""
 
 import argparse
 import sys
@@ -8,11 +8,12 @@ from typing import Any
 from rich.console import Console
 
 from longmix.errors import LongmixError
-from longmix.reporting.runs import find_runs, table, write_report
+from longmix.reporting.report import write_report
+from longmix.reporting.runs import find_runs, table
 
 
 def main() -> int:
-    """Print the table, write `runs.json` and `runs.png` into the first folder, and return the exit code."""
+    """Print the table, write the report into the first folder, and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m longmix.reporting", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="folders of sweeps or runs; searched through")
     parser.add_argument("--output", type=Path, help="where the files go; the first folder if not given")

@@ -11,9 +11,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from longmix.errors import DataError
-from longmix.files import replace_json, storage_errors
+from longmix.reporting.evaluations import Evaluations, read_evaluations
 from longmix.reporting.metrics import Metrics, read_metrics
-from longmix.reporting.plots import Curve, draw_curves, new_figure, save_figure
+
+Curve = tuple[list[float], list[float]]
 
 COLUMNS = {
     "run": "run",
@@ -38,12 +39,14 @@ class Run:
         label: its folder's name without what all runs share.
         summary: its `summary.json`.
         metrics: the rows of its `metrics.csv`; none if it was not logged.
+        evaluations: what `evaluate.py` found.
     """
 
     folder: Path
     label: str
     summary: dict[str, Any]
     metrics: list[Metrics]
+    evaluations: Evaluations
 
     def curve(self, column: str, x: str = "step") -> Curve:
         """The values of one metric against another, where a row has both."""
@@ -53,7 +56,7 @@ class Run:
     def row(self) -> dict[str, Any]:
         """The figures that people compare."""
         validation = self.summary["validation"]
-        peaks = [row["memory/peak_gib"] for row in self.metrics if "memory/peak_gib" in row]
+        recall = self.evaluations.recall
         return {
             "run": self.label,
             "mixer": self.summary["mixer"],
@@ -64,8 +67,17 @@ class Run:
             "loss": validation["loss"],
             "tokens_per_second": self.summary["tokens_per_second"],
             "training_seconds": self.summary["training_seconds"],
-            "peak_gib": max(peaks) if peaks else None,
+            "peak_gib": self.peak_gib(),
+            "training_flops_per_token": self.summary["training_flops_per_token"],
+            "causal": self.evaluations.causal,
+            **{f"{name} at {length}": value for name, row in recall.items() for length, value in row.items()},
         }
+
+    def peak_gib(self) -> float | None:
+        """The most memory that training took; None for a run that did not say."""
+        if self.summary.get("peak_memory_bytes"):
+            return self.summary["peak_memory_bytes"] / 2**30
+        return max((row["memory/peak_gib"] for row in self.metrics if "memory/peak_gib" in row), default=None)
 
 
 def find_runs(paths: list[Path]) -> tuple[list[Run], list[Path]]:
@@ -85,7 +97,7 @@ def find_runs(paths: list[Path]) -> tuple[list[Run], list[Path]]:
     if not finished:
         raise DataError(f"no finished run at or below {', '.join(map(str, paths))}: none has a summary.json.")
     runs = [
-        Run(folder, label, _summary(folder), read_metrics(folder))
+        Run(folder, label, _summary(folder), read_metrics(folder), read_evaluations(folder))
         for folder, label in zip(finished, _labels(finished), strict=True)
     ]
     return sorted(runs, key=_rank), [folder for folder in folders.values() if folder not in finished]
@@ -135,46 +147,3 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4f}"
     return f"{value:,}" if isinstance(value, int) else escape(str(value))
-
-
-def write_report(runs: list[Run], folder: Path) -> list[Path]:
-    """Write `runs.json` and `runs.png` (validation by tokens, loss by position, speed) and return their paths."""
-    figure, (by_tokens, by_position, speed) = new_figure(3)
-    validation = {run.label: _against_tokens(run) for run in runs}
-    draw_curves(
-        by_tokens, validation, title="validation", x_label="million tokens", y_label="bits per byte", marker="o"
-    )
-    positions = {
-        run.label: (
-            [row["end"] for row in run.summary["validation_by_position"]],
-            [row["loss"] for row in run.summary["validation_by_position"]],
-        )
-        for run in runs
-    }
-    draw_curves(
-        by_position,
-        positions,
-        title="validation loss by position",
-        x_label="tokens of context, up to",
-        y_label="nats per token",
-        log_x=True,
-        marker="o",
-    )
-    names = [run.label for run in runs]
-    speed.barh(names, [run.summary["tokens_per_second"] for run in runs])
-    speed.invert_yaxis()
-    speed.set_title("training speed")
-    speed.set_xlabel("tokens per second")
-    speed.tick_params(axis="y", labelsize="small")
-    path = folder / "runs.json"
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        picture = save_figure(figure, folder / "runs.png")
-    replace_json(path, [run.row() for run in runs])
-    return [path, picture]
-
-
-def _against_tokens(run: Run) -> Curve:
-    steps, values = run.curve("validation/bits_per_byte")
-    per_step = run.summary["tokens_per_step"]
-    return [step * per_step / 1e6 for step in steps], values

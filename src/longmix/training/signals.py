@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGUSR1 as a request to save and stop at the next step boundary."""
+"""SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 as a request to save and stop at the next step boundary."""
 
 import signal
 from types import FrameType
@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+"""Of the last two, Slurm sends the one that it was told to before a job's time is over; submitit chooses SIGUSR2."""
 
 
 class SignalWatch:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 from rich.table import Table
 
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
 
 
 def mixer_name(config: Node) -> str:
-    """The mixer in a word: its class's module, or the pattern."""
+    """The mixer in a word: the one on the command line; of a checkpoint, its class's module or the pattern."""
     node = config["mixer"]
+    if config["checkpoint"] is None:
+        return HydraConfig.get().runtime.choices["mixer"]
     if "pattern" in node:
         return "+".join(node["pattern"])
     return node["_target_"].split(".")[-2]
@@ -45,31 +48,52 @@ def print_header(
         "steps": f"{first_step:,} to {steps:,} of {per_step:,} tokens: "
         f"{steps * per_step / data.train_tokens_per_epoch:.2f} epochs",
         "machine": f"{'GPU' if settings.on_gpu else 'CPU'}, {settings.precision_in_use}, "
-        f"{settings.strategy} x {settings.world_size}",
+        f"{settings.strategy} x {settings.world_size}"
+        + (f", rows in {settings.slices} slices" if settings.slices > 1 else ""),
     }
+    match = matched(config, counts["total"])
+    if match is not None:
+        rows["matched"] = (
+            f"{match['parameters']:,} parameters for {match['target']:,} ({match['difference']:+.2%}) with "
+            f"model.mlp_hidden={match['mlp_hidden']}; {steps * per_step:,} tokens, as in every run of max_tokens and "
+            f"{per_step:,} tokens a step"
+        )
     _print(rows)
+
+
+def matched(config: Node, parameters: int) -> dict[str, Any] | None:
+    """How near the model's size came to `match.parameters`, and with which width; None where that was not asked for."""
+    target = config["match"]["parameters"]
+    if target is None:
+        return None
+    difference = parameters / target - 1
+    width = config["model"]["mlp_hidden"]
+    return {"target": target, "parameters": parameters, "difference": difference, "mlp_hidden": width}
 
 
 def write_summary(
     config: Node, folder: Path, model: LanguageModel, supervisor: "Supervisor", wall_seconds: float
 ) -> dict[str, Any]:
     """Write `summary.json`, print its main figures, and return it."""
-    state = supervisor.state
+    state, versions = supervisor.state, supervisor.identity["versions"]
     tokens = total_steps(config) * tokens_per_step(config)
     summary = {
         "name": config["name"],
         "mixer": mixer_name(config),
         "seq_len": config["seq_len"],
         "parameters": model.parameter_counts(),
+        "match": matched(config, model.parameter_counts()["total"]),
         "training_flops_per_token": training_flops_per_token(model, config["seq_len"]),
         "tokens": tokens,
         "tokens_per_step": tokens_per_step(config),
         "training_seconds": state.training_seconds,
         "tokens_per_second": tokens / max(state.training_seconds, 1e-9),
+        "peak_memory_bytes": state.peak_memory_bytes,
+        "device": versions.get("gpu", "CPU"),
         "validation": state.validation,
         "validation_by_position": state.validation_by_position,
         "checkpoint": str(supervisor.store.latest()),
-        "versions": supervisor.identity["versions"],
+        "versions": versions,
     }
     replace_json(folder / "summary.json", summary)
     validation = summary["validation"]

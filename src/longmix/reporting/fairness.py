@@ -1,0 +1,75 @@
+"""Whether runs may be compared: what was the same for all of them, and what was not."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from longmix.reporting.panels import by_length
+from longmix.reporting.runs import Run
+
+EQUAL_PARAMETERS = 0.04
+"""Two models within the default `match.tolerance` of one number differ by no more than this."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Something about a whole comparison.
+
+    Attributes:
+        words: the fact.
+        good: True makes the comparison fairer, False less fair; None is neither.
+    """
+
+    words: str
+    good: bool | None
+
+
+def fairness(runs: list[Run]) -> list[Fact]:
+    """Parameters, tokens, steps, repetitions, leaks and machines of runs that are laid side by side."""
+    return [_parameters(runs), _tokens(runs), _repetitions(runs), *_leaks(runs), *_machine(runs)]
+
+
+def _parameters(runs: list[Run]) -> Fact:
+    smallest, largest = _range(runs, lambda run: run.summary["parameters"]["total"])
+    difference = largest / smallest - 1
+    if difference == 0:
+        return Fact(f"{smallest:,} parameters each", True)
+    words = f"{smallest:,} to {largest:,} parameters, {difference:.1%} apart"
+    if difference <= EQUAL_PARAMETERS:
+        return Fact(words, True)
+    return Fact(f"{words}; match.parameters=N makes them equal", False)
+
+
+def _tokens(runs: list[Run]) -> Fact:
+    smallest, largest = _range(runs, lambda run: run.summary["tokens"])
+    if smallest != largest:
+        return Fact(f"{smallest:,} to {largest:,} tokens", False)
+    steps, more_steps = _range(runs, lambda run: run.summary["tokens_per_step"])
+    if steps != more_steps:
+        return Fact(f"{smallest:,} tokens each, but {steps:,} to {more_steps:,} in a step", False)
+    return Fact(f"{smallest:,} tokens each, {steps:,} in a step", True)
+
+
+def _repetitions(runs: list[Run]) -> Fact:
+    mixers = [[run.summary["mixer"] for run in group] for group in by_length(runs).values()]
+    fewest = min(group.count(mixer) for group in mixers for mixer in group)
+    if fewest > 1:
+        return Fact(f"at least {fewest} runs of each mixer and length", True)
+    return Fact("one run of a mixer and length: small differences may be chance", None)
+
+
+def _leaks(runs: list[Run]) -> list[Fact]:
+    leaky = sorted({run.summary["mixer"] for run in runs if run.evaluations.causal is False})
+    return [Fact(f"{mixer} sees later tokens: its loss is not that of a language model", False) for mixer in leaky]
+
+
+def _machine(runs: list[Run]) -> list[Fact]:
+    machines = sorted({run.summary["device"] for run in runs if "device" in run.summary})
+    if len(machines) > 1:
+        return [Fact(f"speed on different machines: {', '.join(machines)}", False)]
+    torch = sorted({str(run.summary.get("versions", {}).get("torch", "?")) for run in runs})
+    return [Fact(f"{machine}, torch {' and '.join(torch)}", None) for machine in machines]
+
+
+def _range(runs: list[Run], value: Callable[[Run], int]) -> tuple[int, int]:
+    values = [value(run) for run in runs]
+    return min(values), max(values)

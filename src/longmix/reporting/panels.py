@@ -1,0 +1,235 @@
+"""What a report shows of its runs: each panel is data, which the page draws as SVG and `plots` as PNG."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from longmix.reporting.evaluations import NEEDLE_GAIN
+from longmix.reporting.runs import Curve, Run
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line, or one point of a scatter plot.
+
+    Attributes:
+        name: what tells it from the others of its panel.
+        mixer: decides the colour.
+        x, y: values.
+    """
+
+    name: str
+    mixer: str
+    x: list[float]
+    y: list[float]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture.
+
+    Attributes:
+        key: its file's name.
+        section: the heading it stands under.
+        title, x_label, y_label: words.
+        series: at least one, none of them empty.
+        kind: lines, or a point each.
+        log_x: the horizontal axis doubles.
+        from_zero: the vertical axis begins at 0, so that heights compare.
+    """
+
+    key: str
+    section: str
+    title: str
+    x_label: str
+    y_label: str
+    series: list[Series]
+    kind: Literal["lines", "points"] = "lines"
+    log_x: bool = False
+    from_zero: bool = False
+
+
+@dataclass(frozen=True)
+class Quality:
+    """By what runs are ranked: bits per byte, or nats where tokens stand for no text."""
+
+    key: str
+    unit: str
+
+    def of(self, run: Run) -> float:
+        """The run's value; small is good."""
+        return run.summary["validation"][self.key]
+
+
+def quality_of(runs: list[Run]) -> Quality:
+    """Bits per byte if all runs have them."""
+    has_bytes = all(math.isfinite(run.summary["validation"]["bits_per_byte"]) for run in runs)
+    return Quality("bits_per_byte", "bits/byte") if has_bytes else Quality("loss", "nats/token")
+
+
+def by_length(runs: list[Run]) -> dict[int, list[Run]]:
+    """The runs of each context length, shortest first, in their order."""
+    lengths = sorted({run.summary["seq_len"] for run in runs})
+    return {length: [run for run in runs if run.summary["seq_len"] == length] for length in lengths}
+
+
+def names_of(runs: list[Run]) -> dict[Path, str]:
+    """By folder: the mixer where that tells a run from the others of its context length, else the run's label."""
+    mixers = [(run.summary["mixer"], run.summary["seq_len"]) for run in runs]
+    return {
+        run.folder: run.summary["mixer"] if mixers.count(pair) == 1 else run.label
+        for run, pair in zip(runs, mixers, strict=True)
+    }
+
+
+def panels_of(runs: list[Run]) -> list[Panel]:
+    """Every panel that the runs have data for, in the page's order."""
+    panels = [*_trade_offs(runs), *_curves(runs), *_positions(runs), *_costs(runs), *_recall(runs)]
+    return [panel for panel in panels if panel.series]
+
+
+def _series(runs: Iterable[Run], names: dict[Path, str], curve: Callable[[Run], Curve]) -> list[Series]:
+    """A line per run, without values that are not numbers."""
+    found = []
+    for run in runs:
+        points = [(x, y) for x, y in zip(*curve(run), strict=True) if math.isfinite(y)]
+        if points:
+            x, y = zip(*points, strict=True)
+            found.append(Series(names[run.folder], run.summary["mixer"], list(x), list(y)))
+    return found
+
+
+def _trade_offs(runs: list[Run]) -> list[Panel]:
+    names, quality = names_of(runs), quality_of(runs)
+    return [
+        Panel(
+            f"trade_off_{length}",
+            "What quality costs",
+            f"at {length:,} tokens; best is low and far right",
+            "training speed, tokens per second",
+            f"validation, {quality.unit}",
+            _series(group, names, lambda run: ([run.summary["tokens_per_second"]], [quality.of(run)])),
+            kind="points",
+        )
+        for length, group in by_length(runs).items()
+        if len(group) > 1
+    ]
+
+
+def _curves(runs: list[Run]) -> list[Panel]:
+    names, quality = names_of(runs), quality_of(runs)
+    split = "validation" if all(len(run.curve(f"validation/{quality.key}")[0]) > 1 for run in runs) else "train"
+    column = f"{split}/{quality.key}"
+
+    def against_tokens(run: Run) -> Curve:
+        steps, values = run.curve(column)
+        return [step * run.summary["tokens_per_step"] for step in steps], values
+
+    def against_time(run: Run) -> Curve:
+        steps, values = run.curve(column)
+        return [float(second) for second in np.interp(steps, *seconds_by_step(run))] if steps else [], values
+
+    return [
+        Panel(
+            f"loss_by_{key}_{length}",
+            f"Learning, by {words}",
+            f"at {length:,} tokens",
+            label,
+            f"{split}, {quality.unit}",
+            _series(group, names, curve),
+        )
+        for key, words, label, curve in (
+            ("tokens", "tokens seen", "tokens trained on", against_tokens),
+            ("time", "seconds spent", "seconds in training steps", against_time),
+        )
+        for length, group in by_length(runs).items()
+    ]
+
+
+def seconds_by_step(run: Run) -> Curve:
+    """Steps, and the seconds in training steps until then, as the logged speeds add up to them."""
+    steps, rates = run.curve("throughput/tokens_per_second")
+    taken = np.diff([0.0, *steps]) * run.summary["tokens_per_step"]
+    return [0.0, *steps], [0.0, *np.cumsum(taken / np.asarray(rates)).tolist()]
+
+
+def _positions(runs: list[Run]) -> list[Panel]:
+    names = names_of(runs)
+
+    def curve(run: Run) -> Curve:
+        rows = run.summary["validation_by_position"]
+        return [row["end"] for row in rows], [row["loss"] for row in rows]
+
+    return [
+        Panel(
+            f"loss_by_position_{length}",
+            "What more context is worth",
+            f"at {length:,} tokens",
+            "tokens of context, up to",
+            "validation, nats/token",
+            _series(group, names, curve),
+            log_x=True,
+        )
+        for length, group in by_length(runs).items()
+    ]
+
+
+def _costs(runs: list[Run]) -> list[Panel]:
+    """Speed and memory against the context length; a mixer's runs of one length are averaged."""
+    if len(by_length(runs)) < 2:
+        return []
+
+    def lines(value: Callable[[Run], float | None]) -> list[Series]:
+        found = []
+        for mixer in sorted({run.summary["mixer"] for run in runs}):
+            means = {}
+            for length, group in by_length(runs).items():
+                known = [value(run) for run in group if run.summary["mixer"] == mixer]
+                values = [figure for figure in known if figure is not None]
+                if values:
+                    means[float(length)] = sum(values) / len(values)
+            if means:
+                found.append(Series(mixer, mixer, list(means), list(means.values())))
+        return found
+
+    return [
+        Panel(
+            key, "What context costs", title, "context length, tokens", label, lines(value), log_x=True, from_zero=True
+        )
+        for key, title, label, value in (
+            ("speed", "training speed", "tokens per second", lambda run: run.summary["tokens_per_second"]),
+            ("memory", "peak memory in training", "GiB", lambda run: run.peak_gib()),
+        )
+    ]
+
+
+def _recall(runs: list[Run]) -> list[Panel]:
+    names = names_of(runs)
+    lengths = by_length(runs)
+    measures = list(dict.fromkeys(measure for run in runs for measure in run.evaluations.recall))
+
+    def curve(measure: str) -> Callable[[Run], Curve]:
+        def of(run: Run) -> Curve:
+            values = run.evaluations.recall.get(measure, {})
+            return list(values), list(values.values())
+
+        return of
+
+    return [
+        Panel(
+            f"recall_{measure.replace(' ', '_')}_{length}",
+            "Recall",
+            measure if len(lengths) == 1 else f"{measure}, trained at {length:,} tokens",
+            "context length, tokens",
+            "nats that the needle adds" if measure == NEEDLE_GAIN else "share of targets met",
+            _series(group, names, curve(measure)),
+            log_x=True,
+            from_zero=True,
+        )
+        for measure in measures
+        for length, group in lengths.items()
+    ]

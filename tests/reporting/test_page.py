@@ -1,0 +1,226 @@
+"""The page and its pictures: well-formed, whole in one file, the right winners, names that do not touch."""
+
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+from xml.etree import ElementTree
+
+import pytest
+from sweep_folder import write_evaluation, write_run, write_sweep
+
+from longmix.reporting.colours import DARK, LIGHT, colour_numbers
+from longmix.reporting.page import html
+from longmix.reporting.panels import Panel, Series, panels_of
+from longmix.reporting.runs import find_runs
+from longmix.reporting.svg import NAME_GAP, Axis, draw, nice_ticks, spread, tick_labels
+
+VOID = {"meta"}
+
+
+class Page(HTMLParser):
+    """Checks that tags close in order, and gathers text by the classes around it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[tuple[str, str]] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text: list[tuple[str, str]] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag not in VOID:
+            self.open.append((tag, dict(attrs).get("class", "")))
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes += [(tag, name, value) for name, value in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, data):
+        if data.strip():
+            self.text.append((" ".join(kind for _, kind in self.open), data.strip()))
+
+    def under(self, kind: str) -> list[str]:
+        return [text for kinds, text in self.text if kind in kinds.split()]
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    return write_sweep(tmp_path)
+
+
+def page_of(folder) -> tuple[Page, str]:
+    runs, _ = find_runs([folder])
+    text = html(runs, panels_of(runs), folder.name)
+    return Page(text), text
+
+
+class TestPage:
+    def test_needs_nothing_else(self, sweep):
+        page, text = page_of(sweep)
+        assert [value for _, name, value in page.attributes if name in ("src", "href")] == []
+        assert "http" not in text and "url(" not in text and "@import" not in text
+        assert text.count("<svg") == 10 and "$" not in re.sub(r"<script>.*</script>", "", text, flags=re.DOTALL)
+
+    def test_winners_by_length(self, sweep):
+        page, _ = page_of(sweep)
+        assert page.under("winner") == ["slow", "fast", "fast"] * 2
+        assert page.under("figure")[:3] == ["2.320 bits/byte", "1,000 tokens/s", "1.00 GiB"]
+        assert page.under("next")[:3] == ["then fast, 3.320", "then slow, 500", "then slow, 3.00"]
+
+    def test_a_leak_does_not_win_by_its_loss(self, sweep):
+        write_evaluation(sweep / "0,mixer=slow,seq_len=32", "causality_step9", causal=False, step=9)
+        page, _ = page_of(sweep)
+        assert page.under("winner") == ["fast", "fast", "fast", "slow", "fast", "fast"]
+
+    def test_a_mixer_has_one_colour_everywhere(self, sweep):
+        _, text = page_of(sweep)
+        marks = set(re.findall(r'class="mark (c\d)" data-mixer="(\w+)"', text))
+        chips = set(re.findall(r'<button class="(c\d)" data-mixer="(\w+)"', text))
+        assert marks == chips == {("c0", "fast"), ("c1", "slow")}
+
+    def test_badges_and_recall(self, sweep):
+        runs = sorted(sweep.iterdir())
+        write_evaluation(runs[0], "causality_step9", causal=True, step=9)
+        write_evaluation(runs[1], "causality_step9", causal=False, step=9)
+        lengths = {"32": {"accuracy": 0.75}, "64": {"accuracy": 0.5}}
+        write_evaluation(runs[0], "accuracy_mqar_test_step9", data="mqar", step=9, lengths=lengths)
+        page, text = page_of(sweep)
+        assert page.under("badge") == ["causal", "not audited", "LEAKS", "not audited"]
+        assert "<th>mqar</th>" in text and ">0.750<" in text and ">0.500<" not in text
+        assert "task=causality" in text and "task=needle" not in text
+
+    def test_says_what_is_missing_and_how_to_get_it(self, tmp_path):
+        write_run(tmp_path / "a", "flash", 32, 2.0, 500.0)
+        _, text = page_of(tmp_path)
+        for command in ("task=causality", "task=needle", "seq_len=2048,8192"):
+            assert command in text
+
+    def test_nothing_is_missing(self, sweep):
+        for run in sweep.iterdir():
+            write_evaluation(run, "causality_step9", causal=True, step=9)
+            lengths = {"32": {"accuracy": 0.75}}
+            write_evaluation(run, "accuracy_mqar_test_step9", data="mqar", step=9, lengths=lengths)
+        assert "Not here" not in page_of(sweep)[1]
+
+    def test_best_of_a_length_is_bold_and_ties_are_not(self, sweep):
+        _, text = page_of(sweep)
+        best = re.findall(r'<td class="bar best"[^>]*>([^<]+)<', text)
+        assert sorted(best) == ["1,000", "1,000", "1.00", "1.00", "2.320", "2.640"]  # FLOPs are equal: none is best
+
+    def test_unfair_comparisons_are_marked(self, sweep):
+        write_run(sweep / "other", "other", 32, 2.0, 100.0, parameters={"total": 200_000})
+        assert any("match.parameters" in words for words in page_of(sweep)[0].under("warn"))
+
+    def test_names_are_text_not_markup(self, tmp_path):
+        write_run(tmp_path / "a", "<b>&amp", 32, 2.0, 500.0)
+        write_run(tmp_path / "b", "flash", 32, 2.0, 600.0)
+        page, text = page_of(tmp_path)
+        assert "<b>" not in text and "<b>&amp" in page.under("winner") + page.under("name")
+
+
+class TestColours:
+    def test_by_name_not_by_order(self):
+        assert colour_numbers(["b", "a", "b"]) == colour_numbers(["a", "b"]) == {"a": 0, "b": 1}
+
+    def test_palettes_fit(self):
+        assert len(LIGHT) == len(DARK) == len(set(LIGHT)) == len(set(DARK))
+        assert colour_numbers(f"m{index:02}" for index in range(len(LIGHT) + 1))[f"m{len(LIGHT)}"] == 0
+
+
+class TestSvg:
+    def panel(self, *ends: float, **words) -> Panel:
+        series = [Series(f"name{index}", "m", [1, 2, 4], [5.0, 4.0, end]) for index, end in enumerate(ends)]
+        return Panel("key", "section", "title", "x", "y", series, **words)
+
+    def test_is_xml_and_lines_have_their_points(self):
+        root = ElementTree.fromstring(draw(self.panel(1.0, 2.0), {"m": 0}))
+        lines = [line.get("points").split() for line in root.iter("polyline")]
+        assert [len(line) for line in lines] == [3, 3]
+        down = [float(line[-1].split(",")[1]) for line in lines]
+        assert down[0] > down[1] > float(lines[0][0].split(",")[1])  # pixels count downward
+
+    def test_names_at_line_ends_do_not_touch(self):
+        root = ElementTree.fromstring(draw(self.panel(*[2.0 + index / 1000 for index in range(9)]), {"m": 0}))
+        heights = sorted(float(text.get("y")) for text in root.iter("text") if text.get("class") == "name")
+        assert all(b - a >= NAME_GAP - 0.2 for a, b in pairwise(heights))
+        assert heights[0] > 0 and heights[-1] < float(root.get("viewBox").split()[3])
+
+    def test_points_are_named_beside_themselves(self):
+        places = [(100.0, 2.0), (103.0, 2.02), (106.0, 2.0), (300.0, 5.0)]  # three close together
+        series = [Series(f"name{index}", "m", [x], [y]) for index, (x, y) in enumerate(places)]
+        panel = Panel("key", "section", "title", "x", "y", series, kind="points")
+        root = ElementTree.fromstring(draw(panel, {"m": 0}))
+        boxes = []
+        for text in (text for text in root.iter("text") if text.get("class") == "name"):
+            width = 7.0 * len(text.text)
+            left = float(text.get("x")) - {"start": 0, "middle": width / 2, "end": width}[text.get("text-anchor")]
+            boxes.append((left, float(text.get("y")), width))
+        for one in boxes:
+            assert one[0] >= 0 and one[0] + one[2] <= 560
+            for other in boxes:
+                apart = abs(one[1] - other[1]) >= NAME_GAP - 0.2
+                apart = apart or one[0] + one[2] <= other[0] or other[0] + other[2] <= one[0]
+                assert one is other or apart
+
+    def test_a_name_ends_before_its_point_at_the_right_edge(self):
+        series = [Series(name, "m", [x], [y]) for name, x, y in (("first", 1.0, 1.0), ("a_long_name", 2.0, 3.0))]
+        root = ElementTree.fromstring(draw(Panel("key", "", "", "x", "y", series, kind="points"), {"m": 0}))
+        (group,) = [group for group in root.iter("g") if group.find("text").text == "a_long_name"]
+        text, point = group.find("text"), group.find("circle")
+        assert text.get("text-anchor") == "end" and float(text.get("x")) < float(point.get("cx"))
+
+    def test_one_value_alone(self):
+        panel = Panel("key", "section", "title", "x", "y", [Series("a", "m", [16], [3.0])], log_x=True)
+        assert "nan" not in draw(panel, {"m": 0})
+
+    def test_from_zero_begins_at_zero_and_ends_on_a_tick(self):
+        axis = Axis([7.0, 9.5], 300, 0, from_zero=True)
+        assert axis(0) == 300 and axis.ticks == [0, 2, 4, 6, 8, 10] and axis(10) == 0
+
+    def test_log_axis_doubles(self):
+        axis = Axis([16, 64], 0, 300, log=True)
+        assert axis.ticks == [16, 32, 64]
+        assert axis(32) - axis(16) == pytest.approx(axis(64) - axis(32))
+
+    @pytest.mark.parametrize(
+        ("low", "high", "ticks"),
+        [
+            (0, 10, [0, 2, 4, 6, 8, 10]),
+            (2.31, 2.69, [2.4, 2.5, 2.6]),
+            (-1, 1, [-1, -0.5, 0, 0.5, 1]),
+            (3, 3, [3]),
+        ],
+    )
+    def test_nice_ticks(self, low, high, ticks):
+        assert nice_ticks(low, high) == pytest.approx(ticks)
+
+    @pytest.mark.parametrize(
+        ("ticks", "labels"),
+        [
+            ([256, 512, 1024, 65536], ["256", "512", "1k", "64k"]),
+            ([0, 2500, 5000], ["0", "2,500", "5,000"]),
+            ([0, 5000, 10_000], ["0", "5k", "10k"]),
+            ([200_000, 1_000_000], ["0.2M", "1M"]),
+            ([2.4, 2.5], ["2.4", "2.5"]),
+        ],
+    )
+    def test_tick_labels_share_a_unit(self, ticks, labels):
+        assert tick_labels(ticks) == labels
+
+    @pytest.mark.parametrize(
+        ("wanted", "places"),
+        [
+            ([10, 50], [10, 50]),
+            ([10, 10], [5, 15]),
+            ([20, 10, 12], [24, 4, 14]),
+            ([0, 0], [0, 10]),
+            ([99, 100], [90, 100]),
+            ([30, 39, 60], [29.5, 39.5, 60]),
+        ],
+    )
+    def test_spread(self, wanted, places):
+        assert spread(wanted, 10, 0, 100) == pytest.approx(places)
