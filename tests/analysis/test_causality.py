@@ -7,13 +7,17 @@ import torch
 from torch import nn
 
 from longmix.analysis.causality import audit, entropy_test, mixer_function, model_function
+from longmix.analysis.scale import scale_model
 from longmix.checkpoints import find_checkpoint
+from longmix.config import resolved
 from longmix.errors import ConfigError
 from longmix.evaluation.run import evaluate
 from longmix.mixers.base import Mixer, MixerOutput, ModelShape
 from longmix.mixers.flash import Flash
 from longmix.mixers.mlstm import MLSTM
+from longmix.mixers.routing import Routing
 from longmix.model.backbone import LanguageModel
+from longmix.model.build import build_model
 
 SHAPE = ModelShape(d_model=16, num_layers=2, num_heads=2)
 
@@ -121,10 +125,59 @@ def test_only_a_leak_beats_the_entropy(mixer, passes):
         return MLSTM(shape, index, num_heads=2) if mixer is MLSTM else mixer(shape, index)
 
     model = LanguageModel(made, 8, d_model=16, num_layers=1, num_heads=2, mlp_hidden=16)
-    finding = entropy_test(model, seq_len=32, steps=150)
+    finding = entropy_test(model, seq_len=32, steps=150, batch_size=4)
     assert finding.passed is passes
     assert finding.loss < 1.5 or passes
     assert finding.entropy == pytest.approx(2.0794, abs=1e-4) and 0 < finding.error < 0.1
+
+
+@pytest.mark.parametrize("mode", ["sequence_topk", "argmax_window", "threshold"])
+@pytest.mark.filterwarnings("ignore:mixer.mode")
+def test_training_notices_who_else_was_selected(mode):
+    """No gradient flows through the published form's selection, and yet what it betrays of later tokens is learnt."""
+    torch.manual_seed(0)
+    settings = {"mode": mode, "clusters": 2, "window": 1, "local_heads": 0, "block": 2}
+    model = LanguageModel(
+        lambda shape, index: Routing(shape, index, **settings), 8, d_model=32, num_layers=1, num_heads=2, mlp_hidden=32
+    )
+    finding = entropy_test(model, seq_len=4, steps=150, batch_size=32)
+    assert finding.passed is (mode != "sequence_topk")
+    if not finding.passed:
+        assert finding.loss < finding.entropy - 10 * finding.error
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:mixer.mode")
+def test_the_task_convicts_the_published_routing(run_training, shared_cache, compose_config, tmp_path, capsys):
+    """Its window holds the rows that are audited, so that only the scale model shows what it does in longer ones."""
+    mixer = ("mixer=routing", "mixer.mode=sequence_topk", f"data.cache_dir={shared_cache}")
+    words = (f"checkpoint={run_training(*mixer)}", "task=causality", f"output={tmp_path}/out")
+    report = evaluate(compose_config(*words, entry_point="evaluate"))["causality"]
+    leaks = {part: {finding["kind"] for finding in findings} for part, findings in report["findings"].items()}
+    assert "selection" in leaks["scale model"] and "selection" not in leaks["model"]
+    assert report["entropy"]["loss"] < report["entropy"]["entropy"] - 3 * report["entropy"]["error"]
+    assert not report["causal"] and "BELOW THE ENTROPY" in capsys.readouterr().out
+
+
+SIZES = {
+    "routing": (["mixer=routing"], {"window": 2, "local_window": 2, "block": 2}),
+    "engine-blocks": (["mixer=block_sparse"], {"block": 16}),
+    "no-window": (["mixer=sparse_flash"], {"window": 0}),
+    "pattern": (["mixer=sliding_window*3+hyper", "mixer.hyper.window=1"], {"window": 2}),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_scale_model_is_small_and_the_same(compose_config, name):
+    overrides, wanted = SIZES[name]
+    config = resolved(compose_config(*overrides))
+    small = scale_model(config, 8, 5)
+    mixers, sizes = small.mixers(), {key: getattr(small.mixers()[0], key) for key in wanted}
+    assert sizes == wanted and small.vocab_size == 5
+    assert [type(mixer) for mixer in mixers] == [type(m) for m in build_model(config, 5).mixers()][: len(mixers)]
+    assert len(mixers) == (4 if name == "pattern" else 2) and config["model"]["num_layers"] == 6
+    if name == "pattern":
+        assert mixers[3].window == 1
 
 
 @pytest.fixture(scope="module")
@@ -135,14 +188,18 @@ def run_folder(run_training, shared_cache):
 def test_the_task_reports_model_and_layers(run_folder, compose_config, tmp_path, capsys):
     words = (f"checkpoint={run_folder}", "task=causality", "task.causality.entropy_steps=3", f"output={tmp_path}/out")
     report = evaluate(compose_config(*words, entry_point="evaluate"))["causality"]
-    assert report["causal"] and list(report["findings"]) == ["model", "layer 0 HashAttention"]
+    assert report["causal"] and list(report["findings"]) == ["model", "layer 0 HashAttention", "scale model"]
     written = json.loads(next((tmp_path / "out").glob("*.json")).read_text())
-    assert written["findings"]["model"][0]["probe"] == "last token" and written["entropy"]["entropy"] > 2.7
+    assert written["findings"]["model"][0]["probe"] == "last token"
+    assert written["entropy"]["entropy"] == pytest.approx(2.0794, abs=1e-4) and written["entropy_length"] == 8
     assert next((tmp_path / "out").glob("*.png")).stat().st_size > 10_000
     assert "causal: nothing leaks" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [["task.causality.length=7"], ["task.causality.entropy_steps=-1"]])
+@pytest.mark.parametrize(
+    "words",
+    [["task.causality.length=7"], ["task.causality.entropy_length=1"], ["task.causality.entropy_steps=-1"]],
+)
 def test_impossible_settings_are_refused(run_folder, compose_config, tmp_path, words):
     with pytest.raises(ConfigError, match=words[0].partition("=")[0].replace(".", r"\.")):
         evaluate(

@@ -176,6 +176,7 @@ class TestWords:
             pytest.param(["+splt=test"], ConfigError, "unknown key splt. Did you mean split", id="unknown word"),
             pytest.param(["~split"], ConfigError, "no value was given for: split", id="word taken away"),
             pytest.param(["+task.loss.x=1"], ConfigError, "unknown key task.loss.x", id="unknown setting of the task"),
+            pytest.param(["task.loss.prefixes=0"], ConfigError, "prefixes=0 must be at least 1", id="no prefixes"),
             pytest.param(["task=[]"], ConfigError, "no value was given for: task", id="no task"),
             pytest.param(["task=[loss,accuracy]", "+task.accuracy.x=1"], ConfigError, "task.accuracy.x", id="second"),
             pytest.param(["split=dev"], DataError, "no split 'dev'; it has train, validation, test", id="split"),
@@ -197,6 +198,11 @@ class TestWords:
         with pytest.raises(ConfigError, match=r"mixer\.mode=sequence_topk.*later tokens.*Train with a causal mode"):
             evaluated(checkpoint=folder)
         assert not (tmp_path / "results").exists()
+        report = evaluated("task.loss.prefixes=8", checkpoint=folder)
+        alone, whole = report["lengths"][32], report["lengths"][32]["whole_rows"]
+        assert alone["tokens"] == whole["tokens"] and abs(alone["loss"] - whole["loss"]) > 1e-6
+        with pytest.raises(ConfigError, match=r"task\.loss\.prefixes=64 runs the tokens before"):
+            evaluated("task=[accuracy,loss]", "task.loss.prefixes=8", checkpoint=folder)
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
     def test_cuda_that_is_not_there(self, evaluated):

@@ -10,42 +10,52 @@ from rich.progress import Progress
 from rich.table import Table
 
 from longmix.analysis.causality import EntropyFinding, Finding, audit, entropy_test, mixer_function, model_function
+from longmix.analysis.scale import scale_model
 from longmix.errors import ConfigError
 from longmix.evaluation.subject import Subject
-from longmix.model.build import build_model
 from longmix.reporting.plots import new_figure
 
-VOCABULARY = 16
+VOCABULARY = 8
 """Of the tokens that nothing can predict; few, so that little training is needed to use a leak."""
 
+TOKENS_PER_STEP = 512
+"""Of that training."""
 
-def causality(subject: Subject, length: int = 96, entropy_steps: int = 200) -> dict[str, Any]:
-    """Audit the model and every layer's mixer in float64, and train a fresh one on unpredictable tokens.
+
+def causality(subject: Subject, length: int = 96, entropy_length: int = 8, entropy_steps: int = 200) -> dict[str, Any]:
+    """Audit the model and every layer's mixer in float64, and a fresh scale model; train that on unpredictable tokens.
+
+    The scale model has the same mixers with smaller windows and blocks (`scale_model`): what selects by content only
+    where a row is longer than a window is seen to select there.
 
     Args:
         subject: what to audit.
         length: tokens of the audited rows.
+        entropy_length: tokens of the rows of the training.
         entropy_steps: optimizer steps of the training; 0 leaves it out.
 
     Returns:
         `{"causal", "findings": {part: [{probe, change, where, kind}]}, "entropy": {loss, entropy, error} or None}`
 
     Raises:
-        ConfigError: fewer than 8 tokens, or negative steps.
+        ConfigError: fewer than 8 tokens to audit or 2 to train on, or negative steps.
     """
     if length < 8:
         raise ConfigError(f"task.causality.length={length} must be at least 8.")
+    if entropy_length < 2:
+        raise ConfigError(f"task.causality.entropy_length={entropy_length} must be at least 2.")
     if entropy_steps < 0:
         raise ConfigError(f"task.causality.entropy_steps={entropy_steps} must be at least 0.")
     console = Console()
     found = dict(_audited(subject, length))
-    entropy = _trained(subject, length, entropy_steps) if entropy_steps else None
+    entropy = _trained(subject, entropy_length, entropy_steps) if entropy_steps else None
     causal = not any(finding.leaks for findings in found.values() for finding in findings)
     causal = causal and (entropy is None or entropy.passed)
     report = {
         "causal": causal,
         "step": subject.step,
         "length": length,
+        "entropy_length": entropy_length,
         "findings": {part: [vars(finding) for finding in findings] for part, findings in found.items()},
         "entropy": None if entropy is None else vars(entropy),
     }
@@ -75,15 +85,20 @@ def _audited(subject: Subject, length: int) -> Iterator[tuple[str, list[Finding]
     inputs = torch.randn(2, length, model.shape.d_model, generator=generator, dtype=torch.float64)
     for index, mixer in enumerate(model.mixers()):
         yield f"layer {index} {type(mixer).__name__}", audit(mixer_function(mixer), inputs)
+    torch.manual_seed(0)
+    small = scale_model(subject.restored.config, length, VOCABULARY).double().eval()
+    yield "scale model", audit(model_function(small), inputs)
 
 
 def _trained(subject: Subject, length: int, steps: int) -> EntropyFinding:
     torch.manual_seed(0)
-    model = build_model(subject.restored.config, VOCABULARY)
+    model = scale_model(subject.restored.config, length, VOCABULARY)
     terminal = Console(stderr=True)
     with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
         task = progress.add_task("training on unpredictable tokens", total=steps)
-        return entropy_test(model, seq_len=length, steps=steps, after_step=lambda: progress.advance(task))
+        rows = max(1, TOKENS_PER_STEP // length)
+        words = {"seq_len": length, "steps": steps, "batch_size": rows}
+        return entropy_test(model, **words, after_step=lambda: progress.advance(task))
 
 
 def _table(found: dict[str, list[Finding]]) -> Table:
@@ -99,12 +114,17 @@ def _table(found: dict[str, list[Finding]]) -> Table:
 
 
 def _drawn(found: dict[str, list[Finding]]) -> Any:
-    probes = [finding.probe for finding in next(iter(found.values()))]
     figure, (axes,) = new_figure(1)
+    draw_changes(figure, axes, found)
+    return figure
+
+
+def draw_changes(figure: Any, axes: Any, found: dict[str, list[Finding]]) -> None:
+    """Draw the largest change that each probe found in each part."""
+    probes = [finding.probe for finding in next(iter(found.values()))]
     changes = torch.tensor([[finding.change for finding in findings] for findings in found.values()])
     image = axes.imshow(changes.clamp(1e-17, 1e2).log10().numpy(), vmin=-17, vmax=2, cmap="RdYlGn_r", aspect="auto")
     axes.set_xticks(range(len(probes)), probes, rotation=20, ha="right")
     axes.set_yticks(range(len(found)), list(found))
     axes.set_title("log10 of the largest change before a changed token")
     figure.colorbar(image, ax=axes)
-    return figure

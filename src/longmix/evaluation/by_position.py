@@ -1,5 +1,6 @@
 """`evaluate.py task=loss`: loss, perplexity and bits per byte, overall and by position."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -7,35 +8,63 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from longmix.data.loaders import Batch
+from longmix.errors import ConfigError
 from longmix.evaluation.loss import evaluate_loss
+from longmix.evaluation.prefixes import prefix_ends, prefixes_alone, rows_whole
 from longmix.evaluation.statistics import LossStatistics
 from longmix.evaluation.subject import Subject
 from longmix.reporting.plots import draw_curves, new_figure
 
 
-def loss_by_position(subject: Subject) -> dict[str, Any]:
+def loss_by_position(subject: Subject, prefixes: int | None = None) -> dict[str, Any]:
     """Loss, perplexity and bits per byte at every context length asked for, overall and by position.
 
+    Args:
+        subject: what to evaluate.
+        prefixes: take so many targets of each window, evenly spread, and run the tokens before each on their own
+            (`longmix.evaluation.prefixes`): honest also where later tokens change earlier outputs. None takes all
+            targets in one pass.
+
     Returns:
-        `{"split", "step", "lengths": {seq_len: {loss, perplexity, bits_per_byte, tokens, bytes, by_position}}}`
+        `{"split", "step", "lengths": {seq_len: {loss, perplexity, bits_per_byte, tokens, bytes, by_position}}}`; with
+        prefixes also their number, and for each length `whole_rows`, the same targets' summary in one pass.
+
+    Raises:
+        ConfigError: fewer than 1 prefix.
     """
-    results = {length: _at_length(subject, length) for length in subject.seq_lens()}
+    if prefixes is not None and prefixes < 1:
+        raise ConfigError(f"task.loss.prefixes={prefixes} must be at least 1, or null for all targets in one pass.")
+    results = {length: _at_length(subject, length, prefixes) for length in subject.seq_lens()}
     report = {"split": subject.split, "step": subject.step, "trained_seq_len": subject.trained_seq_len}
     report |= {"precision": subject.restored.precision, "lengths": results}
+    report |= {} if prefixes is None else {"prefixes": prefixes}
     console = Console()
     console.print(_overall_table(results, subject.split))
     console.print(_position_table(results))
     figure = drawn_by_position(results, "loss", f"{subject.split} loss by position", "nats per token")
-    subject.save(f"loss_{subject.split}_step{subject.step}", report, figure)
+    name = "loss" if prefixes is None else "loss_prefixes"
+    subject.save(f"{name}_{subject.split}_step{subject.step}", report, figure)
     return report
 
 
-def _at_length(subject: Subject, length: int) -> dict[str, Any]:
+loss_by_position.takes_leaky = lambda settings: settings.get("prefixes") is not None  # type: ignore[attr-defined]
+
+
+def _at_length(subject: Subject, length: int, prefixes: int | None) -> dict[str, Any]:
+    if prefixes is None:
+        statistics = _statistics(subject, length, subject.batches(length))
+        return {**statistics.summary(), "by_position": statistics.by_position()}
+    ends = prefix_ends(length, prefixes)
+    whole = _statistics(subject, length, rows_whole(subject.batches(length), ends))
+    alone = _statistics(subject, length, prefixes_alone(subject.batches(length), ends))
+    return {**alone.summary(), "by_position": alone.by_position(), "whole_rows": whole.summary()}
+
+
+def _statistics(subject: Subject, length: int, batches: Iterable[Batch]) -> LossStatistics:
     restored = subject.restored
     statistics = LossStatistics(torch.as_tensor(subject.data.token_bytes), length, restored.device)
-    batches = subject.batches(length)
-    evaluate_loss(subject.model, batches, statistics, device=restored.device, precision=restored.autocast)
-    return {**statistics.summary(), "by_position": statistics.by_position()}
+    return evaluate_loss(subject.model, batches, statistics, device=restored.device, precision=restored.autocast)
 
 
 def drawn_by_position(results: dict[int, dict[str, Any]], figure_of: str, title: str, y_label: str) -> Figure:
@@ -52,11 +81,13 @@ def drawn_by_position(results: dict[int, dict[str, Any]], figure_of: str, title:
 
 def _overall_table(results: dict[int, dict[str, Any]], split: str) -> Table:
     table = Table(title=f"{split} split")
-    for column in ("seq_len", "loss", "perplexity", "bits/byte", "tokens"):
+    columns = ["seq_len", "loss", "perplexity", "bits/byte", "tokens"]
+    for column in [*columns, *(["loss in whole rows"] if any("whole_rows" in r for r in results.values()) else [])]:
         table.add_column(column, justify="right")
     for length, result in results.items():
         figures = (result["loss"], result["perplexity"], result["bits_per_byte"])
-        table.add_row(f"{length:,}", *(f"{figure:.4f}" for figure in figures), f"{result['tokens']:,}")
+        whole = [f"{result['whole_rows']['loss']:.4f}"] if "whole_rows" in result else []
+        table.add_row(f"{length:,}", *(f"{figure:.4f}" for figure in figures), f"{result['tokens']:,}", *whole)
     return table
 
 

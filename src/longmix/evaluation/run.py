@@ -34,7 +34,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         seed=trained["seed"],
     )
     for task in tasks.values():
-        if not getattr(configuration.locate(task["_target_"], "task"), "takes_leaky", False):
+        if not _takes_leaky(task):
             _refuse_leaky(model)
     home = _home(restored.checkpoint) if words["states"] is None else _folder(Path(words["states"]))
     output = Path(words["output"]) if words["output"] else home / "evaluation"
@@ -59,13 +59,20 @@ def _folder(path: Path) -> Path:
     return path if path.is_dir() else path.parent
 
 
+def _takes_leaky(task: Node) -> bool:
+    """Whether a task's figures are right of a model in which later tokens change earlier outputs; settings may say."""
+    takes = getattr(configuration.locate(task["_target_"], "task"), "takes_leaky", False)
+    return takes(task) if callable(takes) else takes
+
+
 def _refuse_leaky(model: LanguageModel) -> None:
     for index, mixer in enumerate(model.mixers()):
         if mixer.leaky:
             setting = f"mixer.mode={mixer.mode}" if hasattr(mixer, "mode") else f"mixer {type(mixer).__name__}"
             raise ConfigError(
                 f"the checkpoint was trained with {setting}, in which later tokens change what layer {index} computes "
-                "for earlier ones: its loss is not that of a language model. Train with a causal mode or mixer."
+                "for earlier ones: its loss is not that of a language model. Train with a causal mode or mixer; or "
+                "task.loss.prefixes=64 runs the tokens before some targets on their own, which is honest."
             )
 
 

@@ -82,8 +82,8 @@ class Subject:
         for batch in tracked(loader, f"seq_len {seq_len}", len(loader)):
             yield to_device(batch, self.restored.device)
 
-    def save(self, name: str, report: dict[str, Any], figure: "Figure") -> None:
-        """Write `name`.json and `name`.png into the folder for results, and say so.
+    def save(self, name: str, report: dict[str, Any], figure: "Figure | None") -> None:
+        """Write `name`.json and, of a figure, `name`.png into the folder for results, and say so.
 
         Raises:
             StorageError: they cannot be written.
@@ -92,9 +92,11 @@ class Subject:
 
         with storage_errors(self.output):
             self.output.mkdir(parents=True, exist_ok=True)
-        replace_file(self.output / f"{name}.png", lambda path: save_figure(figure, path))
+        written = f"wrote {self.output / name}.json"
+        if figure is not None:
+            replace_file(self.output / f"{name}.png", lambda path: save_figure(figure, path))
+            written += f" and {name}.png"
         replace_json(self.output / f"{name}.json", report)
-        written = f"wrote {self.output / name}.json and {name}.png"
         Console().print(written, highlight=False, markup=False, soft_wrap=True)
 
 

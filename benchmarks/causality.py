@@ -1,0 +1,212 @@
+"""Whether any mixer lets later tokens change earlier ones: `python -m benchmarks.causality`.
+
+Every mixer of `configs/mixer`, all causal modes of routing, and three controls that leak, each as a model of two layers
+(`longmix.analysis.scale`). It is trained on independent, evenly distributed tokens in short rows, where a causal model
+cannot get below the entropy; then its weights are audited in longer rows, in float64: later tokens, or other documents,
+are changed, and no earlier output may be. The controls show what the probes see of a selection by ranks, and what a
+mean over the whole row gives away.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from benchmarks import results
+from benchmarks.command import RESULTS, Parser, positive, progress
+from longmix import cli
+from longmix.analysis.causality import EntropyFinding, Finding, audit, entropy_test, model_function
+from longmix.analysis.scale import scale_model
+from longmix.analysis.task import draw_changes
+from longmix.config import Node
+from longmix.mixers.base import Mixer, MixerOutput, ModelShape
+from longmix.mixers.routing_modes import CAUSAL, LEAKY
+from longmix.reporting.plots import new_figure, save_figure
+
+CONFIGS = results.ROOT / "configs"
+MODES = {f"routing, {mode}": {"mode": mode} for mode in CAUSAL[1:]}
+"""By name: settings of `routing` besides those of its file."""
+
+CONTROLS = {
+    "routing, as published": {"mode": LEAKY},
+    "upper half of the row": {"_target_": "benchmarks.causality.UpperHalf"},
+    "mean of the row": {"_target_": "benchmarks.causality.RowMean"},
+}
+"""By name: what leaks, as settings of `routing`, or as a class."""
+
+SIZES = ("model.d_model=64", "model.num_layers=2", "model.num_heads=2", "model.mlp_hidden=128")
+VOCABULARY = 8
+FOOTNOTE = """\
+Columns from "last token" to "document alone": largest change of an output that must not change, relative, after one
+token or all from some place on were drawn anew, became 10,000 times as large, or were cut off; after other documents of
+the row were changed; and of a document alone against itself in a row. below: bits per token that the trained model's
+loss is below the entropy of its tokens, with its standard error."""
+
+
+class UpperHalf(Mixer):
+    """A control that leaks: lets a token through if its score is in the upper half of its row, as in Mixture-of-Depths
+    (Raposo et al. 2024, arXiv 2404.02258).
+    """
+
+    leaky = True
+
+    def __init__(self, shape: ModelShape, layer_index: int) -> None:
+        super().__init__()
+        self.score = nn.Linear(shape.d_model, 1, bias=False)
+        self.output = nn.Linear(shape.d_model, shape.d_model, bias=False)
+
+    def forward(self, x: Tensor, *, state: Any = None, document_ids: Tensor | None = None) -> MixerOutput:
+        """See `Mixer.forward`; there is no state."""
+        score = self.score(x)
+        chosen = score >= score.median(1, keepdim=True).values
+        return MixerOutput(self.output(x * chosen * score.sigmoid()))
+
+
+class RowMean(Mixer):
+    """A control that leaks: the mean of the whole row, as a block that is summarised before it is complete."""
+
+    leaky = True
+
+    def __init__(self, shape: ModelShape, layer_index: int) -> None:
+        super().__init__()
+        self.output = nn.Linear(shape.d_model, shape.d_model, bias=False)
+
+    def forward(self, x: Tensor, *, state: Any = None, document_ids: Tensor | None = None) -> MixerOutput:
+        """See `Mixer.forward`; there is no state."""
+        return MixerOutput(self.output(x.mean(1, keepdim=True).expand_as(x)))
+
+
+def configurations(names: Sequence[str]) -> dict[str, Node]:
+    """The `model` and `mixer` nodes of small models with these mixers, and then of routing's modes and the controls."""
+    from hydra import compose, initialize_config_dir
+
+    cli.register()
+    found = {}
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        for name in names:
+            config = compose("train", overrides=[f"mixer={name}", *SIZES])
+            found[name] = {key: OmegaConf.to_container(config[key], resolve=True) for key in ("model", "mixer")}
+        config = compose("train", overrides=["mixer=routing", *SIZES])
+    modes = MODES if "routing" in names else {}
+    for name, settings in (modes | CONTROLS).items():
+        plain: Any = {key: OmegaConf.to_container(config[key], resolve=True) for key in ("model", "mixer")}
+        mixer = settings if "_target_" in settings else plain["mixer"] | settings
+        found[name] = {"model": plain["model"], "mixer": mixer}
+    return found
+
+
+def examined(config: Node, options: argparse.Namespace) -> tuple[list[Finding], EntropyFinding]:
+    """Train on unpredictable tokens, and audit the trained weights in longer rows."""
+    torch.manual_seed(0)
+    trained = scale_model(config, options.short, VOCABULARY)
+    entropy = entropy_test(trained, seq_len=options.short, steps=options.steps, batch_size=options.rows)
+    model = scale_model(config, options.length, VOCABULARY)
+    model.load_state_dict(trained.state_dict())
+    model.double().eval()
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(VOCABULARY, (2, options.length), generator=generator)
+    return audit(model_function(model), model.embedding(tokens).detach()), entropy
+
+
+def record(name: str, findings: list[Finding], entropy: EntropyFinding) -> results.Record:
+    """One line of the table."""
+    kinds = sorted({finding.kind for finding in findings} - {"none"})
+    causal = entropy.passed and not any(finding.leaks for finding in findings)
+    return {
+        "mixer": name,
+        "control": name in CONTROLS,
+        **{finding.probe: finding.change for finding in findings},
+        "leak": ", ".join(kinds) or "none",
+        "loss": entropy.loss,
+        "entropy": entropy.entropy,
+        "bits_below": (entropy.entropy - entropy.loss) / math.log(2),
+        "bits_error": entropy.error / math.log(2),
+        "causal": causal,
+    }
+
+
+def table(records: Sequence[results.Record], probes: Sequence[str]) -> str:
+    """The records as text, changes as powers of ten."""
+    columns = {"mixer": "mixer", **{probe: probe for probe in probes}, "leak": "leak", "below": "below, bits"}
+    rows = []
+    for row in records:
+        changes = {probe: f"{row[probe]:.0e}" for probe in probes}
+        below = f"{row['bits_below']:+.4f} +- {row['bits_error']:.4f}"
+        rows.append({**row, **changes, "below": below, "verdict": "causal" if row["causal"] else "NOT CAUSAL"})
+    return results.text_table(rows, columns | {"verdict": ""})
+
+
+def draw(path: Path, found: dict[str, list[Finding]], records: Sequence[results.Record]) -> None:
+    """Draw the changes, and beside them how far each mixer's loss is below the entropy."""
+    figure, (changes, below) = new_figure(2)
+    figure.set_size_inches(12, 1.5 + 0.28 * len(records))
+    draw_changes(figure, changes, found)
+    places = range(len(records))
+    colors = ["tab:green" if row["causal"] else "tab:red" for row in records]
+    errors = [3 * row["bits_error"] for row in records]
+    below.barh(places, [row["bits_below"] for row in records], xerr=errors, color=colors)
+    below.set_yticks(places, [row["mixer"] for row in records])
+    below.set_ylim(len(records) - 0.5, -0.5)
+    below.axvline(0.0, color="black", linewidth=0.8)
+    below.set_xscale("symlog", linthresh=0.01)
+    below.set_xlabel("bits per token, with three standard errors")
+    below.set_title("trained loss below the entropy")
+    save_figure(figure, path)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; exits with 2 and one line if something is not allowed."""
+    every = sorted(path.stem for path in (CONFIGS / "mixer").glob("*.yaml"))
+    parser = Parser(prog="python -m benchmarks.causality", description="Audit of every mixer, and of what leaks.")
+    add = parser.add_argument
+    add("--mixers", nargs="+", default=every, choices=every, metavar="NAME", help="default: every one there is")
+    add("--length", type=positive(int, 1 << 12), default=64, metavar="T", help="tokens of the audited rows, 8 at least")
+    add("--short", type=positive(int, 1 << 12), default=8, metavar="T", help="tokens of the rows of the training")
+    add("--steps", type=positive(int), default=200, help="of the training")
+    add("--rows", type=positive(int), default=64, help="of a step")
+    add("--out", type=Path, default=RESULTS, help="folder for JSON, table and picture")
+    options = parser.parse_args(arguments)
+    if options.length < 8:
+        parser.error(f"--length {options.length} is too short to audit; allowed are 8 tokens or more")
+    parser.make_folder(options.out)
+    return options
+
+
+def measure(options: argparse.Namespace) -> Iterator[tuple[str, list[Finding], EntropyFinding]]:
+    """Name and findings of each mixer and control."""
+    configs = configurations(options.mixers)
+    with progress(len(configs)) as (announce, finish):
+        for name, config in configs.items():
+            announce(name)
+            yield name, *examined(config, options)
+            finish(name)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Examine, write and print; 1 if a mixer leaks that is no control, or a control does not."""
+    options = parse(arguments)
+    environment = results.environment(torch.device("cpu"), "fp64")
+    measured = list(measure(options))
+    found = {name: findings for name, findings, _ in measured}
+    records = [record(*some) for some in measured]
+    settings = {name: value for name, value in vars(options).items() if name != "out"}
+    path = options.out / f"{results.file_stem('causality', environment)}.json"
+    content = {"benchmark": "causality", "environment": environment, "settings": settings, "results": records}
+    results.write_json(path, content)
+    title = f"Causality, rows of {options.length}; trained for {options.steps} steps on rows of {options.short}"
+    probes = [finding.probe for finding in next(iter(found.values()))]
+    text = "\n\n".join([title, table(records, probes), FOOTNOTE]) + "\n"
+    path.with_suffix(".txt").write_text(text, encoding="utf-8")
+    draw(path.with_suffix(".png"), found, records)
+    print(f"{text}\nwritten: {path}, .txt, .png")
+    return int(any(row["causal"] == row["control"] for row in records))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""`evaluate.py task=attention`: the effective attention of every layer and head, of one checkpoint or several."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from longmix.analysis.attention_figures import LayerMaps, draw_comparison, draw_model, shrunk
+from longmix.analysis.attention_statistics import AttentionStatistics, signed_shares
+from longmix.analysis.effective_attention import layer_inputs, mixing
+from longmix.data.loaders import Batch
+from longmix.errors import ConfigError
+from longmix.evaluation.loss import to_device
+from longmix.evaluation.subject import Subject, tracked
+from longmix.model.backbone import LanguageModel
+from longmix.restore import Restored, restore
+
+USUAL_LENGTH, MOST_TOKENS = 1024, 8192
+"""Tokens of a window that are taken if none are asked for, and the most that may be: a matrix has their square."""
+
+COLUMNS = {
+    "entropy": ("entropy", ".2f"),
+    "mean_distance": ("distance", ".1f"),
+    "receptive_field": ("90 %", ".0f"),
+    "effective_rank": ("rank", ".1f"),
+    "negative_mass": ("negative", ".1%"),
+    "first_token_mass": ("first", ".1%"),
+}
+"""Statistics in the table: heading and format."""
+
+
+def attention(
+    subject: Subject, length: int | None = None, windows: int = 4, others: list[str] | None = None
+) -> dict[str, Any]:
+    """Effective attention over windows of the split: statistics of each head, and heat maps of the first window.
+
+    Args:
+        subject: what to analyse.
+        length: tokens of a window; None takes those of training, but at most 1024.
+        windows: how many windows, evenly spread over the split.
+        others: further checkpoints with the same tokenizer, or their runs, to show beside it on the same windows.
+
+    Returns:
+        `{"split", "length", "windows", "models": {name: {"step", "layers": [{"mixer", "heads": [statistics]}]}}}`; see
+        `AttentionStatistics.summary` for the statistics.
+
+    Raises:
+        ConfigError: an impossible number, a mixer whose values are not known, another tokenizer.
+        CheckpointError: there is no such other checkpoint.
+    """
+    length = min(subject.trained_seq_len, USUAL_LENGTH) if length is None else length
+    if not 2 <= length <= MOST_TOKENS:
+        raise ConfigError(f"task.attention.length={length} must be from 2 to {MOST_TOKENS}; matrices have its square.")
+    if windows < 1:
+        raise ConfigError(f"task.attention.windows={windows} must be at least 1.")
+    models = {_name(subject.restored, {}): subject.restored}
+    for path in others or []:
+        other = _restored(subject, path)
+        models[_name(other, models)] = other
+    batches = list(subject.data.evaluation_loader(subject.split, length, 1, windows * length))
+    layers = {name: _analysed(name, restored, batches) for name, restored in models.items()}
+    reports = {name: _reported(restored, layers[name]) for name, restored in models.items()}
+    report = {"split": subject.split, "length": length, "windows": len(batches), "models": reports}
+    for name, of_model in layers.items():
+        Console().print(_table(name, of_model))
+    first = next(iter(models))
+    suffix = f"{subject.split}_step{subject.step}"
+    title = f"effective attention of {first}\nsigned shares of each row, {length} tokens of {subject.split}"
+    own = {**report, "models": {first: reports[first]}}
+    subject.save(f"attention_{suffix}", own, draw_model(layers[first], length, title))
+    if len(models) > 1:
+        title = f"effective attention, mean over heads\nthe same {length} tokens of {subject.split}"
+        subject.save(f"attention_comparison_{suffix}", report, draw_comparison(dict(layers), length, title))
+    return report
+
+
+def analyse(model: LanguageModel, batches: Iterable[Batch]) -> list[LayerMaps]:
+    """Statistics of every layer over some windows of one length, and its shares in the first row of the first.
+
+    Raises:
+        ValueError: the values of a mixer are not known.
+    """
+    statistics = [AttentionStatistics() for _ in model.mixers()]
+    shares = []
+    with torch.no_grad():
+        for number, batch in enumerate(batches):
+            given = layer_inputs(model, batch["tokens"], batch["document_ids"])
+            for mixer, (x, options), of_layer in zip(model.mixers(), given, statistics, strict=True):
+                matrix = mixing(mixer, x, **options).matrix()
+                of_layer.update(matrix, batch["document_ids"])
+                if number == 0:
+                    shares.append(shrunk(signed_shares(matrix[0])).cpu())
+    names = [type(mixer).__name__ for mixer in model.mixers()]
+    return [LayerMaps(*layer) for layer in zip(names, shares, (s.summary() for s in statistics), strict=True)]
+
+
+def _analysed(name: str, restored: Restored, batches: list[Batch]) -> list[LayerMaps]:
+    moved = (to_device(batch, restored.device) for batch in tracked(batches, name, len(batches)))
+    try:
+        return analyse(restored.model, moved)
+    except ValueError as error:
+        raise ConfigError(f"task=attention cannot see into {name}: {error}.") from error
+
+
+def _restored(subject: Subject, path: str) -> Restored:
+    other = restore({**subject.words, "checkpoint": path, "states": None})
+    if other.state["tokenizer"] != subject.restored.state["tokenizer"]:
+        raise ConfigError(
+            f"task.attention.others names {path}, which has another tokenizer than {subject.restored.checkpoint}: "
+            "they cannot read the same windows."
+        )
+    leaky = [type(mixer).__name__ for mixer in other.model.mixers() if mixer.leaky]
+    if leaky:
+        raise ConfigError(f"task.attention.others names {path}, in which later tokens decide what {leaky[0]} computes.")
+    return other
+
+
+def _name(restored: Restored, taken: dict[str, Restored]) -> str:
+    """The run's name, with its step where two checkpoints have one name."""
+    checkpoint: Path = restored.checkpoint
+    name = checkpoint.parent.parent.name if checkpoint.parent.name == "checkpoints" else checkpoint.name
+    if name in taken:
+        name = f"{name} step {restored.state['step']}"
+    return name if name not in taken else f"{name} ({len(taken) + 1})"
+
+
+def _reported(restored: Restored, layers: list[LayerMaps]) -> dict[str, Any]:
+    return {
+        "step": restored.state["step"],
+        "layers": [{"mixer": layer.mixer, "heads": layer.heads} for layer in layers],
+    }
+
+
+def _table(name: str, layers: list[LayerMaps]) -> Table:
+    table = Table(
+        title=f"effective attention of {name}: entropy in nats, mean distance in tokens, distance within which 90 % of "
+        "the mass lies, effective rank, negative mass, mass on the first token of the document"
+    )
+    table.add_column("layer", no_wrap=True)
+    table.add_column("head", justify="right")
+    for heading, _ in COLUMNS.values():
+        table.add_column(heading, justify="right")
+    for index, layer in enumerate(layers):
+        for head, found in enumerate(layer.heads):
+            cells = [format(found[key], spec) for key, (_, spec) in COLUMNS.items()]
+            table.add_row(f"{index} {layer.mixer}" if head == 0 else "", str(head), *cells)
+        table.add_section()
+    return table

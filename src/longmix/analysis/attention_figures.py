@@ -1,0 +1,152 @@
+"""Pictures of effective attention: heat maps of signed shares on a logarithmic scale, and how far the mass lies."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn import functional as F
+
+from longmix.reporting.plots import plt
+
+DECADES = 4
+"""The smallest share that is coloured is 10 to the power of minus this."""
+
+CELLS = 160
+"""Most cells along a side of a heat map: more would be smaller than a pixel."""
+
+MOST_SHOWN = 8
+"""Most layers, and heads, in one picture; of more, so many evenly spread ones."""
+
+
+@dataclass(frozen=True)
+class LayerMaps:
+    """What is drawn of a layer.
+
+    Attributes:
+        mixer: its name.
+        shares: [H, cells, cells], signed shares of one window, from `shrunk`.
+        heads: the statistics of each head, as `AttentionStatistics.summary` gives them.
+    """
+
+    mixer: str
+    shares: Tensor
+    heads: list[dict[str, Any]]
+
+
+def shrunk(shares: Tensor) -> Tensor:
+    """[H, T, T] with at most `CELLS` cells along a side; each is the entry of largest magnitude within it."""
+    size = -(-shares.shape[-1] // CELLS)
+    padded = F.pad(shares, (0, -shares.shape[-1] % size, 0, -shares.shape[-1] % size))
+    _, places = F.max_pool2d(padded.abs()[None], size, return_indices=True)
+    return padded.flatten(1).gather(1, places[0].flatten(1)).view(places.shape[1:])
+
+
+def evenly(count: int, most: int = MOST_SHOWN) -> list[int]:
+    """At most so many of 0 .. count - 1, evenly spread, the first and the last among them."""
+    if count <= most:
+        return list(range(count))
+    return sorted({round(place * (count - 1) / (most - 1)) for place in range(most)})
+
+
+def draw_model(layers: Sequence[LayerMaps], length: int, title: str) -> Figure:
+    """A row for each layer: a heat map of each head, and where the mass of each lies."""
+    rows, columns = evenly(len(layers)), evenly(max(len(layer.heads) for layer in layers))
+    figure, axes = _grid(len(rows), len(columns) + 1)
+    image = None
+    for line, index in zip(axes, rows, strict=True):
+        layer = layers[index]
+        for place, head in zip(line, columns, strict=False):
+            if head >= len(layer.heads):
+                place.axis("off")
+                continue
+            image = draw_map(place, layer.shares[head], length, f"layer {index}, head {head}\n{_caption(layer, head)}")
+        line[0].set_ylabel(f"{layer.mixer}\nquery", fontsize="small")
+        shown = {f"head {head}": layer.heads[head]["histogram"] for head in columns if head < len(layer.heads)}
+        draw_histogram(line[-1], shown, "mass by distance")
+    return _finished(figure, axes, image, title)
+
+
+def draw_comparison(models: dict[str, Sequence[LayerMaps]], length: int, title: str) -> Figure:
+    """A column for each model, a row for each layer with the mean over its heads, and below where their mass lies."""
+    rows = evenly(max(map(len, models.values())))
+    figure, axes = _grid(len(rows) + 1, len(models))
+    image = None
+    for column, (name, layers) in enumerate(models.items()):
+        for line, index in zip(axes, rows, strict=False):
+            if index >= len(layers):
+                line[column].axis("off")
+                continue
+            heading = f"{name}\n" if index == rows[0] else ""
+            shares = layers[index].shares.mean(0)
+            image = draw_map(line[column], shares, length, f"{heading}layer {index}, {layers[index].mixer}")
+        histograms = [torch.tensor([head["histogram"] for head in layer.heads]).mean(0) for layer in layers]
+        shown = {f"layer {index}": histograms[index].tolist() for index in evenly(len(layers))}
+        draw_histogram(axes[-1][column], shown, "mass by distance, mean over heads")
+    highest = max(place.get_ylim()[1] for place in axes[-1])
+    for place in axes[-1]:
+        place.set_ylim(0, highest)
+    return _finished(figure, axes, image, title)
+
+
+def draw_map(axes: Axes, shares: Tensor, length: int, title: str) -> Any:
+    """One matrix: red for positive shares, blue for negative ones, white below the scale."""
+    strength = (1 + shares.abs().clamp(min=1e-30).log10() / DECADES).clamp(0, 1) * shares.sign()
+    image = axes.imshow(
+        strength.cpu().numpy(),
+        cmap="RdBu_r",
+        vmin=-1,
+        vmax=1,
+        extent=(0, length, length, 0),
+        interpolation="nearest",
+    )
+    axes.set_title(title, fontsize="small")
+    axes.set_xticks([0, length], ["0", str(length)], fontsize="x-small")
+    axes.set_yticks([0, length], ["0", str(length)], fontsize="x-small")
+    return image
+
+
+def draw_histogram(axes: Axes, histograms: dict[str, list[float]], title: str) -> None:
+    """A line for each head or layer: the share of the mass in each of `distance_bins`."""
+    colours = plt.get_cmap("viridis")
+    for index, (name, shares) in enumerate(histograms.items()):
+        colour = colours(0.9 * index / max(len(histograms) - 1, 1))
+        axes.plot(shares, marker="o", markersize=2.5, linewidth=1.2, color=colour, label=name)
+    bins = max(len(shares) for shares in histograms.values())
+    labels = ["0", *(str(2**n) for n in range(bins - 1))]
+    some = [place for place in range(bins) if place % 2 == 0 or bins < 6]
+    axes.set_xticks(some, [labels[place] for place in some], fontsize="x-small")
+    axes.set_ylim(0, None)
+    axes.set_box_aspect(1)
+    axes.tick_params(axis="y", labelsize="x-small")
+    axes.set_title(title, fontsize="small")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="x-small")
+
+
+def _caption(layer: LayerMaps, head: int) -> str:
+    found = layer.heads[head]
+    return f"90 % within {found['receptive_field']:.0f}, {100 * found['negative_mass']:.0f} % negative"
+
+
+def _grid(rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:
+    size = (2.6 * columns + 0.8, 2.6 * rows + 0.6)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    return figure, [list(line) for line in axes]
+
+
+def _finished(figure: Figure, axes: list[list[Axes]], image: Any, title: str) -> Figure:
+    figure.suptitle(title, fontsize="medium")
+    for place in axes[-1]:
+        place.set_xlabel("distance, tokens" if place.lines else "key", fontsize="x-small")
+    bar = figure.colorbar(image, ax=[place for line in axes for place in line], shrink=0.6, aspect=40, pad=0.01)
+    exponents = range(0, DECADES, 2)
+    places = [1 - n / DECADES for n in exponents]
+    ticks = [*(-place for place in places), 0, *reversed(places)]
+    texts = [f"{100 * 10.0**-n:g} %" for n in exponents]
+    bar.set_ticks(ticks, labels=[*(f"-{text}" for text in texts), f"< {100 * 10.0**-DECADES:g} %", *reversed(texts)])
+    bar.set_label("share of the row's mass")
+    return figure

@@ -1,0 +1,236 @@
+"""`evaluate.py task=decode_cost`: what a generated token costs by the length of the context, counted and measured."""
+
+import copy
+import statistics
+import time
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from longmix.analysis.cost_model import StepCost, first_context, intensity, step_cost
+from longmix.analysis.state_sizes import held_bytes
+from longmix.errors import ConfigError
+from longmix.evaluation.loss import to_device
+from longmix.evaluation.subject import Subject, tracked
+from longmix.generation.session import Session
+from longmix.mixers.base import ModelShape
+from longmix.mixers.flash import Flash
+from longmix.model.backbone import LanguageModel
+from longmix.model.build import build_model
+from longmix.reporting.plots import draw_curves, new_figure
+from longmix.training.accelerators import ACCELERATORS, Accelerator, by_word
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def decode_cost(
+    subject: Subject,
+    contexts: list[int] | None = None,
+    hardware: str = "H200",
+    batch: int = 1,
+    dtype: str = "bfloat16",
+    measured: list[int] | None = None,
+    steps: int = 16,
+) -> dict[str, Any]:
+    """Count what a token costs on some hardware, beside `mixer=flash` in the same model, and measure it on this one.
+
+    Args:
+        subject: the model.
+        contexts: tokens before it; None takes powers of two from 1024 to 65536.
+        hardware: name of an accelerator, whose arithmetic and memory are weighed against each other.
+        batch: sequences that are decoded together, in what is counted; what is measured is one.
+        dtype: of weights and caches in what is counted; recurrent states stay in float32.
+        measured: contexts after which decoding is timed; None takes a quarter of the trained length, and that.
+        steps: tokens that are timed after each.
+
+    Returns:
+        `{"step", "hardware", "intensity", "batch", "dtype", "counted": [row], "flash": [row], "mixing_dominates",
+        "cheaper_than_flash", "measured": [{"context", "milliseconds", "state_bytes", "counted_state_bytes"}]}`. Rows
+        hold the fields of `StepCost` and its eFLOP `parameters`, `mixing` and `total`. The two contexts are the first
+        from which on mixing costs more than parameters, and less than with flash; None if that is not so at the last.
+
+    Raises:
+        ConfigError: an impossible or unknown setting.
+    """
+    contexts = sorted({2**n for n in range(10, 17)} if contexts is None else set(contexts))
+    quarter = max(1, subject.trained_seq_len // 4)
+    measured = sorted({quarter, subject.trained_seq_len} if measured is None else set(measured))
+    accelerator = _checked(contexts, hardware, batch, dtype, measured, steps)
+    balance = intensity(accelerator, DTYPES[dtype])
+    with torch.device("meta"):
+        model = build_model(subject.restored.config, subject.model.vocab_size).to(DTYPES[dtype])
+        flash = with_flash(model)
+    counted, baseline = ([step_cost(each, context, batch) for context in contexts] for each in (model, flash))
+    pairs = list(zip(counted, baseline, strict=True))
+    report: dict[str, Any] = {
+        "step": subject.step,
+        "hardware": accelerator.name,
+        "intensity": balance,
+        "batch": batch,
+        "dtype": dtype,
+        "counted": [_row(cost, balance) for cost in counted],
+        "flash": [_row(cost, balance) for cost in baseline],
+        "mixing_dominates": first_context(contexts, [c.mixing(balance) > c.parameters(balance) for c in counted]),
+        "cheaper_than_flash": first_context(contexts, [c.mixing(balance) < f.mixing(balance) for c, f in pairs]),
+        "measured": _measured(subject, measured, steps),
+    }
+    _print(report)
+    subject.save(f"decode_cost_step{subject.step}", report, _drawn(report))
+    return report
+
+
+def with_flash(model: LanguageModel) -> LanguageModel:
+    """A copy of a model, on its device, whose mixers are `Flash` with the model's heads."""
+    changed = copy.deepcopy(model)
+    like = model.embedding.weight
+    shape: ModelShape = model.shape
+    for index, block in enumerate(changed.blocks):
+        block.mixer = Flash(shape, index).to(like.device, like.dtype)
+    return changed
+
+
+def measure(model: LanguageModel, tokens: torch.Tensor, context: int, steps: int) -> dict[str, float]:
+    """Decode after `context` of the tokens int64 [context + 1 or more]; the next ones come round and round.
+
+    Returns:
+        `milliseconds`, the median of a step's; `state_bytes`, of what is remembered before the first, without
+        bookkeeping, and `counted_state_bytes`, what the model says it is.
+    """
+    session = Session(model, 1)
+    session.prefill([tokens[:context]])
+    held, _ = held_bytes(session.state)
+    times = []
+    for number in range(steps + 1):
+        begin = _now(tokens.device)
+        session.step(tokens[context + number % (len(tokens) - context)][None])
+        times.append(_now(tokens.device) - begin)
+    seconds = statistics.median(times[1:])  # the first step warms caches up
+    return {"milliseconds": 1000 * seconds, "state_bytes": held, "counted_state_bytes": model.state_bytes(context)}
+
+
+def _checked(
+    contexts: list[int], hardware: str, batch: int, dtype: str, measured: list[int], steps: int
+) -> Accelerator:
+    task = "task.decode_cost"
+    for name, numbers in (("contexts", contexts), ("measured", measured)):
+        if any(number < 1 for number in numbers) or (name == "contexts" and not numbers):
+            raise ConfigError(f"{task}.{name}={numbers} must be whole numbers from 1.")
+    for name, number in (("batch", batch), ("steps", steps)):
+        if number < 1:
+            raise ConfigError(f"{task}.{name}={number} must be at least 1.")
+    accelerator = by_word(hardware)
+    if accelerator is None:
+        raise ConfigError(f"{task}.hardware={hardware} is unknown; use one of {', '.join(ACCELERATORS)}.")
+    if dtype not in DTYPES:
+        raise ConfigError(f"{task}.dtype={dtype} is unknown; use one of {', '.join(DTYPES)}.")
+    return accelerator
+
+
+def _measured(subject: Subject, contexts: list[int], steps: int) -> list[dict[str, float]]:
+    if not contexts:
+        return []
+    length = max(contexts) + steps
+    loader = subject.data.evaluation_loader(subject.split, length, 1, length)
+    tokens = to_device(next(iter(loader)), subject.restored.device)["tokens"][0]
+    rows = []
+    for context in tracked(contexts, "decoding"):
+        with subject.restored.autocast():
+            rows.append({"context": context, **measure(subject.model, tokens, context, steps)})
+    return rows
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _row(cost: StepCost, balance: float) -> dict[str, float]:
+    sums = {"parameters": cost.parameters(balance), "mixing": cost.mixing(balance), "total": cost.total(balance)}
+    return {**vars(cost), **sums}
+
+
+def _print(report: dict[str, Any]) -> None:
+    console = Console()
+    table = Table(
+        title=f"one generated token on {report['hardware']} in {report['dtype']}, {report['batch']} at a time: eFLOP = "
+        f"FLOP + {report['intensity']:.0f} bytes; each with the share of mixing"
+    )
+    for heading in ("context", "MFLOP", "mixing", "MB", "mixing", "MeFLOP", "mixing", "MB held", "vs flash"):
+        table.add_column(heading, justify="right", no_wrap=heading == "context")
+    for row, flash in zip(report["counted"], report["flash"], strict=True):
+        flops, moved = row["parameter_flops"] + row["mixing_flops"], row["weight_bytes"] + row["state_bytes"]
+        shares = row["mixing_flops"] / flops, row["state_bytes"] / moved, row["mixing"] / row["total"]
+        amounts = flops / 1e6, moved / 1e6, row["total"] / 1e6
+        cells = [text for pair in zip(amounts, shares, strict=True) for text in (f"{pair[0]:,.2f}", f"{pair[1]:.0%}")]
+        against = f"{row['total'] / flash['total']:.2f}x"
+        table.add_row(f"{row['context']:,}", *cells, f"{row['held_bytes'] / 1e6:,.2f}", against)
+    console.print(table)
+    for text, context in (
+        ("mixing costs more than the parameters", report["mixing_dominates"]),
+        ("mixing costs less than flash attention's", report["cheaper_than_flash"]),
+    ):
+        reached = "not at these contexts" if context is None else f"from {context:,} tokens of context on"
+        console.print(f"{text}: {reached}", soft_wrap=True)
+    if report["measured"]:
+        console.print(_measured_table(report["measured"]))
+
+
+def _measured_table(rows: list[dict[str, float]]) -> Table:
+    table = Table(title="measured here, one sequence")
+    for heading in ("context", "ms/token", "state bytes", "as counted"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            f"{row['context']:,}",
+            f"{row['milliseconds']:.2f}",
+            f"{row['state_bytes']:,}",
+            f"{row['counted_state_bytes']:,}",
+        )
+    return table
+
+
+def _drawn(report: dict[str, Any]) -> Figure:
+    """eFLOP and bytes held by context, and measured times."""
+    figure, panels = new_figure(3 if report["measured"] else 2)
+    counted, flash = report["counted"], report["flash"]
+    contexts = [row["context"] for row in counted]
+    curves = {
+        "total": (contexts, [row["total"] for row in counted]),
+        "parameters": (contexts, [row["parameters"] for row in counted]),
+        "mixing": (contexts, [row["mixing"] for row in counted]),
+        "mixing, flash": (contexts, [row["mixing"] for row in flash]),
+    }
+    title = f"one token, {report['hardware']}, {report['dtype']}, batch {report['batch']}"
+    draw_curves(panels[0], curves, title=title, x_label="tokens of context", y_label="eFLOP", log_x=True, marker="o")
+    held = {
+        name: (contexts, [row["held_bytes"] / 1e6 for row in rows])
+        for name, rows in (("this", counted), ("flash", flash))
+    }
+    draw_curves(
+        panels[1],
+        held,
+        title="state of one sequence",
+        x_label="tokens of context",
+        y_label="MB",
+        log_x=True,
+        marker="o",
+    )
+    for axes in panels[:2]:
+        axes.set_yscale("log")
+    if report["measured"]:
+        times = [row["context"] for row in report["measured"]], [row["milliseconds"] for row in report["measured"]]
+        draw_curves(
+            panels[2],
+            {"": times},
+            title="measured here",
+            x_label="tokens of context",
+            y_label="ms/token",
+            log_x=True,
+            marker="o",
+        )
+        panels[2].set_ylim(0, 1.2 * max(times[1]))
+    return figure

@@ -1,0 +1,244 @@
+"""`evaluate.py task=states`: how recurrent states grow with the position, what gates do, and what states weigh."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from longmix.analysis.effective_attention import engine_call, layer_inputs
+from longmix.analysis.gates import gate_statistics
+from longmix.analysis.state_sizes import held_bytes, log_root_mean_square
+from longmix.data.loaders import Batch
+from longmix.errors import ConfigError
+from longmix.evaluation.loss import to_device
+from longmix.evaluation.subject import Subject, tracked
+from longmix.mixers.recurrent import RecurrentMixer
+from longmix.reporting.plots import draw_curves, new_figure
+
+TIMES_TRAINED = 8
+"""How long windows are by default, in trained lengths."""
+
+EXPLODES = 10.0
+"""A state that grows by more than this beyond the trained length is pointed out."""
+
+
+@dataclass
+class LayerStates:
+    """What was seen of one layer.
+
+    Attributes:
+        mixer: its name.
+        recurrent: whether it has a state that is one tensor per head.
+        sizes: of a recurrent one: position in the document, and log root mean square of each head's state [H].
+        bytes: bytes of what a row remembers after so many tokens, whatever their documents.
+    """
+
+    mixer: str
+    recurrent: bool
+    sizes: list[tuple[int, Tensor]] = field(default_factory=list)
+    bytes: dict[int, int] = field(default_factory=dict)
+
+    def by_position(self, width: int) -> list[dict[str, Any]]:
+        """Mean over documents of the root mean square, of positions `width` apart: `{"position", "rms": [head]}`."""
+        bins: dict[int, list[Tensor]] = {}
+        for position, size in self.sizes:
+            bins.setdefault(-(-position // width) * width, []).append(size.exp())
+        return [{"position": end, "rms": torch.stack(bins[end]).mean(0).tolist()} for end in sorted(bins)]
+
+
+def states(subject: Subject, length: int | None = None, windows: int = 4, points: int = 64) -> dict[str, Any]:
+    """Read windows of the split in pieces and note each layer's state after every piece; gates at the trained length.
+
+    Args:
+        subject: what to analyse.
+        length: tokens of a window; None takes 8 trained lengths. States begin anew with each document in it.
+        windows: how many windows, evenly spread over the split.
+        points: pieces of a window.
+
+    Returns:
+        `{"split", "step", "trained_seq_len", "length", "layers": [{"mixer", "bytes": {tokens: bytes}}]}`, and for
+        layers with a recurrent state also `"states": [{"position", "rms": [head]}]`, `"growth"`, the largest of a
+        head's quotients of the last size by that at the trained length (None: no document is longer), and
+        `"gates": [head]`, see `gate_statistics`.
+
+    Raises:
+        ConfigError: an impossible number.
+    """
+    length = TIMES_TRAINED * subject.trained_seq_len if length is None else length
+    for name, number in (("length", length), ("windows", windows), ("points", points)):
+        if number < 1:
+            raise ConfigError(f"task.states.{name}={number} must be at least 1.")
+    width = -(-length // points)
+    layers = [LayerStates(type(mixer).__name__, isinstance(mixer, RecurrentMixer)) for mixer in subject.model.mixers()]
+    for batch in _windows(subject, length, windows):
+        read_window(subject, batch, width, layers)
+    gates = _gates(subject, min(length, subject.trained_seq_len), windows)
+    report: dict[str, Any] = {"split": subject.split, "step": subject.step, "length": length}
+    report |= {"trained_seq_len": subject.trained_seq_len, "layers": []}
+    for layer, of_layer in zip(layers, gates, strict=True):
+        report["layers"].append({"mixer": layer.mixer, "bytes": layer.bytes})
+        if layer.recurrent:
+            sizes = layer.by_position(width)
+            growth = grown(sizes, subject.trained_seq_len)
+            report["layers"][-1] |= {"states": sizes, "growth": growth, "gates": of_layer}
+    _print(report)
+    subject.save(f"states_{subject.split}_step{subject.step}", report, _drawn(report))
+    return report
+
+
+@torch.no_grad()
+def read_window(subject: Subject, batch: Batch, width: int, layers: list[LayerStates]) -> None:
+    """Read one row of a batch, `width` tokens at a time, and note in `layers` what each remembers after that."""
+    tokens, ids = batch["tokens"], batch["document_ids"]
+    state: Any = subject.model.init_state(1)
+    for start in range(0, tokens.shape[1], width):
+        piece = slice(start, start + width)
+        with subject.restored.autocast():
+            output = subject.model(tokens[:, piece], state=state, document_ids=None if ids is None else ids[:, piece])
+        state = output.state
+        for layer, of_layer in zip(layers, state, strict=True):
+            layer.bytes[min(start + width, tokens.shape[1])] = held_bytes(of_layer)[0]
+            if layer.recurrent:
+                size = log_root_mean_square(of_layer.mixer.carried)[0].cpu()
+                layer.sizes.append((int(of_layer.mixer.next_position[0]), size))
+
+
+def grown(sizes: list[dict[str, Any]], trained: int) -> float | None:
+    """The most that a head's state grew from the last position within the trained length to the last of all."""
+    within = [row for row in sizes if row["position"] <= trained]
+    if not within or within[-1] is sizes[-1]:
+        return None
+    pairs = zip(sizes[-1]["rms"], within[-1]["rms"], strict=True)
+    found = [last / before if before > 0 else math.inf if last > 0 else 1.0 for last, before in pairs]
+    return max(found) if all(map(math.isfinite, found)) else math.inf
+
+
+def _windows(subject: Subject, length: int, windows: int) -> Iterator[Batch]:
+    loader = subject.data.evaluation_loader(subject.split, length, 1, windows * length)
+    for batch in tracked(loader, f"windows of {length} tokens", len(loader)):
+        yield to_device(batch, subject.restored.device)
+
+
+@torch.no_grad()
+def _gates(subject: Subject, length: int, windows: int) -> list[list[dict[str, float | None]] | None]:
+    """Gates of each layer on windows that begin like a training window; None without a recurrent state."""
+    mixers = subject.model.mixers()
+    calls: list[list[Any]] = [[] for _ in mixers]
+    if not any(isinstance(mixer, RecurrentMixer) for mixer in mixers):
+        return [None] * len(mixers)
+    for batch in _windows(subject, length, windows):
+        with subject.restored.autocast():
+            given = layer_inputs(subject.model, batch["tokens"], batch["document_ids"])
+            for mixer, (x, options), of_layer in zip(mixers, given, calls, strict=True):
+                if isinstance(mixer, RecurrentMixer):
+                    of_layer.append(engine_call(mixer, x, **options))
+    return [gate_statistics(of_layer) if of_layer else None for of_layer in calls]
+
+
+def _print(report: dict[str, Any]) -> None:
+    console, trained = Console(), report["trained_seq_len"]
+    console.print(_table(report))
+    recurrent = [(index, layer) for index, layer in enumerate(report["layers"]) if "states" in layer]
+    if not recurrent:
+        console.print("no layer of this model has a recurrent state: its layers are caches, whose bytes are above")
+    for index, layer in recurrent:
+        growth, last = layer["growth"], layer["states"][-1]["position"]
+        if growth is not None and not growth <= EXPLODES:
+            console.print(
+                f"layer {index} {layer['mixer']}: a state EXPLODES, {growth:.3g} times as large after {last:,} tokens "
+                f"as after {trained:,}",
+                soft_wrap=True,
+            )
+
+
+def _table(report: dict[str, Any]) -> Table:
+    trained = report["trained_seq_len"]
+    table = Table(
+        title=f"heads' states after up to {report['length']:,} tokens of {report['split']}, growth since the trained "
+        f"{trained:,}, half-lives in tokens, gates, and what a row remembers"
+    )
+    table.add_column("layer", no_wrap=True)
+    headings = ("rms", "growth", "half-life", "input", "removal", "KiB")
+    for heading in headings:
+        table.add_column(heading, justify="right", overflow="fold")
+    for index, layer in enumerate(report["layers"]):
+        held = f"{list(layer['bytes'].values())[-1] / 1024:,.1f}"
+        if "states" not in layer:
+            table.add_row(f"{index} {layer['mixer']}", *[""] * (len(headings) - 1), held)
+            continue
+        growth = "" if layer["growth"] is None else f"{layer['growth']:.3g}x"
+        gates = (_range([gate.get(key) for gate in layer["gates"]]) for key in ("half_life", "input_gate", "removal"))
+        table.add_row(f"{index} {layer['mixer']}", _range(layer["states"][-1]["rms"]), growth, *gates, held)
+    return table
+
+
+def _range(values: list[float | None]) -> str:
+    """The smallest and largest value over heads."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    low, high = (f"{value:,.0f}" if 100 <= value < 1e6 else f"{value:.2g}" for value in (min(known), max(known)))
+    return low if low == high else f"{low}-{high}"
+
+
+def _drawn(report: dict[str, Any]) -> Figure:
+    """Sizes by position and half-lives of recurrent layers, and the bytes of all."""
+    recurrent = {f"{i} {layer['mixer']}": layer for i, layer in enumerate(report["layers"]) if "states" in layer}
+    figure, panels = new_figure(3 if recurrent else 1)
+    kinds = Counter((layer["mixer"], tuple(layer["bytes"].items())) for layer in report["layers"])
+    curves = {
+        f"{count} x {mixer}": ([tokens for tokens, _ in held], [count * size / 1024 for _, size in held])
+        for (mixer, held), count in kinds.items()
+    }
+    draw_curves(panels[-1], curves, title="what a row remembers", x_label="tokens read", y_label="KiB", log_x=True)
+    panels[-1].legend(fontsize="small")
+    panels[-1].set_yscale("log")
+    if not recurrent:
+        return figure
+    sizes = {
+        name: ([row["position"] for row in layer["states"]], [max(row["rms"]) for row in layer["states"]])
+        for name, layer in recurrent.items()
+    }
+    draw_curves(
+        panels[0],
+        sizes,
+        title="size of the largest head's state",
+        x_label="tokens of the document",
+        y_label="root mean square",
+    )
+    panels[0].set_yscale("log")
+    panels[0].axvline(report["trained_seq_len"], color="black", linestyle="--", linewidth=0.8)
+    panels[0].text(report["trained_seq_len"], panels[0].get_ylim()[1], " trained", fontsize="x-small", va="top")
+    _draw_half_lives(panels[1], recurrent, report["trained_seq_len"])
+    return figure
+
+
+def _draw_half_lives(axes: Axes, layers: dict[str, dict[str, Any]], trained: int) -> None:
+    """A mark for each head; the bar through it spans 80 % of the head's channels."""
+    for place, layer in enumerate(layers.values()):
+        gates = [gate for gate in layer["gates"] if gate["half_life"] is not None]
+        heads = len(layer["gates"])
+        for head, gate in enumerate(gates):
+            x = place + 0.6 * ((head + 0.5) / heads - 0.5)
+            axes.plot(
+                [x, x],
+                [gate["half_life_low"], gate["half_life_high"] or gate["half_life"]],
+                color="tab:blue",
+                linewidth=1,
+                alpha=0.5,
+            )
+            axes.plot(x, gate["half_life"], marker="o", markersize=3, color="tab:blue")
+    axes.axhline(trained, color="black", linestyle="--", linewidth=0.8)
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(layers)), list(layers), rotation=20, ha="right", fontsize="x-small")
+    axes.set_title("half-life of each head's state")
+    axes.set_ylabel("tokens; dashed: trained length")
+    axes.grid(alpha=0.3)

@@ -1,0 +1,177 @@
+"""`evaluate.py task=context_lengths`: what more context is worth, and how far past its training a model reaches."""
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from longmix.data.token_files import TokenFile
+from longmix.errors import ConfigError, DataError
+from longmix.evaluation.reading import context_lengths_of, last_hidden, pieces_of_hidden, text_of
+from longmix.evaluation.statistics import LossStatistics, position_buckets
+from longmix.evaluation.subject import Subject, tracked
+from longmix.model.head import token_losses
+from longmix.reporting.plots import draw_curves, new_figure
+
+
+def context_lengths(subject: Subject, factors: list[float], scored: int | None = None) -> dict[str, Any]:
+    """Loss of the same tokens after contexts of several lengths, and loss by position in long documents.
+
+    The documents of the split that are longer than the longest context are cut into windows of that length. Of each
+    window the last `scored` tokens are predicted, once for every length: a context of length L is the last L tokens of
+    the window, so a target has between L - scored and L - 1 tokens before the one that predicts it. Then the same
+    documents are read from their start, and every token up to the longest length is predicted.
+
+    Args:
+        subject: what to evaluate; its word `max_tokens` bounds the tokens read at the longest length.
+        factors: lengths as multiples of the trained one; the word `seq_len` gives them in tokens instead. A length that
+            no document reaches is left out, and it is said so.
+        scored: targets at the end of each window; None takes half of the shortest length.
+
+    Returns:
+        `{"split", "step", "trained_seq_len", "precision", "scored", "windows", "documents", "lengths": {seq_len: {loss,
+        perplexity, bits_per_byte, tokens, bytes}}, "by_position": [{start, end, loss, tokens, beyond_trained}]}`
+
+    Raises:
+        ConfigError: impossible lengths, more targets than the shortest length has, or data that are no text.
+        DataError: no document is longer than the shortest length.
+    """
+    asked = context_lengths_of(subject, factors, "task.context_lengths.factors")
+    text = text_of(subject, "context_lengths")
+    lengths = _reached(asked, text, subject.split)
+    scored = max(1, lengths[0] // 2) if scored is None else scored
+    if not 1 <= scored <= lengths[0]:
+        raise ConfigError(f"task.context_lengths.scored={scored} must be from 1 to the shortest length, {lengths[0]}.")
+    windows, documents = _windows(text, lengths[-1], subject.words["max_tokens"])
+    results = {length: _after_context(subject, text, windows + lengths[-1], length, scored) for length in lengths}
+    report = {
+        "split": subject.split,
+        "step": subject.step,
+        "trained_seq_len": subject.trained_seq_len,
+        "precision": subject.restored.precision,
+        "scored": scored,
+        "windows": len(windows),
+        "documents": len(documents),
+        "lengths": results,
+        "by_position": _inside_documents(subject, text, documents, lengths[-1]),
+    }
+    _print(report)
+    subject.save(f"context_lengths_{subject.split}_step{subject.step}", report, _drawn(report))
+    return report
+
+
+def _reached(asked: list[int], text: TokenFile, split: str) -> list[int]:
+    """The lengths that some document is longer than."""
+    longest = int(np.diff(text.offsets).max())
+    lengths = [length for length in asked if length < longest]
+    if not lengths:
+        raise DataError(
+            f"the longest document of the {split} split has {longest:,} tokens, not more than the shortest context of "
+            f"{asked[0]:,}; give shorter lengths, such as seq_len=[{max(1, longest // 4)},{max(1, longest // 2)}]."
+        )
+    if lengths != asked:
+        left_out = ", ".join(f"{length:,}" for length in asked if length not in lengths)
+        Console().print(f"left out: {left_out} tokens; the longest document has {longest:,}", highlight=False)
+    return lengths
+
+
+def _windows(text: TokenFile, length: int, max_tokens: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Where windows of `length` tokens and one more begin that lie inside one document, and those that begin one.
+
+    Of either as many, evenly spread, as `max_tokens` allows, and at least one.
+    """
+    bounds = zip(text.offsets[:-1].tolist(), text.offsets[1:].tolist(), strict=True)
+    inside = [np.arange(start, end - length, length) for start, end in bounds if end - start > length]
+    most = None if max_tokens is None else max(1, max_tokens // length)
+    return _spread(np.concatenate(inside), most), _spread(np.array([starts[0] for starts in inside]), most)
+
+
+def _spread(items: np.ndarray, most: int | None) -> np.ndarray:
+    count = len(items) if most is None else min(len(items), most)
+    return items[np.arange(count) * len(items) // count]
+
+
+def _cut(subject: Subject, text: TokenFile, starts: np.ndarray, length: int) -> Tensor:
+    """Rows of `length` tokens, int64 [len(starts), length], on the model's device."""
+    rows = np.stack([text.tokens[start : start + length] for start in starts.tolist()])
+    return torch.from_numpy(rows.astype(np.int64)).to(subject.restored.device)
+
+
+def _in_batches(subject: Subject, starts: np.ndarray, length: int, description: str) -> Any:
+    rows = subject.rows(length)
+    batches = np.split(starts, range(rows, len(starts), rows))
+    return tracked(batches, description, len(batches))
+
+
+def _statistics(subject: Subject, length: int) -> LossStatistics:
+    return LossStatistics(torch.as_tensor(subject.data.token_bytes), length, subject.restored.device)
+
+
+def _losses(subject: Subject, hidden: Tensor, targets: Tensor) -> Tensor:
+    with torch.no_grad(), subject.restored.autocast():
+        return token_losses(hidden, subject.model.head.weight, targets)
+
+
+def _after_context(subject: Subject, text: TokenFile, ends: np.ndarray, length: int, scored: int) -> dict[str, float]:
+    """Figures of the `scored` tokens up to and with each of `ends`, after `length` tokens of context."""
+    statistics = _statistics(subject, scored)
+    for batch in _in_batches(subject, ends - length, length, f"context of {length}"):
+        tokens = _cut(subject, text, batch, length + 1)
+        hidden, targets = last_hidden(subject, tokens[:, :-1], scored), tokens[:, -scored:]
+        statistics.update(_losses(subject, hidden, targets), targets, None)
+    return statistics.summary()
+
+
+def _inside_documents(subject: Subject, text: TokenFile, starts: np.ndarray, length: int) -> list[dict[str, Any]]:
+    """Loss by position of documents read from their starts; a bucket lies on one side of the trained length."""
+    statistics, trained = _statistics(subject, length), subject.trained_seq_len
+    for batch in _in_batches(subject, starts, length, "documents"):
+        tokens = _cut(subject, text, batch, length + 1)
+        targets = tokens[:, 1:]
+        losses, read = [], 0
+        for hidden in pieces_of_hidden(subject, tokens[:, :-1]):
+            losses.append(_losses(subject, hidden, targets[:, read : read + hidden.shape[1]]))
+            read += hidden.shape[1]
+        statistics.update(torch.cat(losses, 1), targets, None)
+    edges = {edge for bucket in position_buckets(length) for edge in bucket} | {min(trained, length)}
+    rows = statistics.by_position(list(pairwise(sorted(edges))))
+    return [row | {"beyond_trained": row["start"] >= trained} for row in rows]
+
+
+def _print(report: dict[str, Any]) -> None:
+    console, trained = Console(), report["trained_seq_len"]
+    lengths = Table(title=f"{report['split']} split: the same {report['scored']} tokens of {report['windows']} windows")
+    for column in ("context", "of trained", "loss", "perplexity", "bits/byte", "targets"):
+        lengths.add_column(column, justify="right")
+    for length, result in report["lengths"].items():
+        figures = (result["loss"], result["perplexity"], result["bits_per_byte"])
+        share = f"{length / trained:g}x"
+        lengths.add_row(f"{length:,}", share, *(f"{figure:.4f}" for figure in figures), f"{result['tokens']:,}")
+    console.print(lengths)
+    positions = Table(title=f"loss by position in {report['documents']} documents; * beyond the trained length")
+    positions.add_column("position", justify="right")
+    positions.add_column("nats per token", justify="right")
+    for row in report["by_position"]:
+        mark = " *" if row["beyond_trained"] else ""
+        positions.add_row(f"{row['start']}-{row['end'] - 1}{mark}", f"{row['loss']:.4f}")
+    console.print(positions)
+
+
+def _drawn(report: dict[str, Any]) -> Figure:
+    figure, (by_length, by_position) = new_figure(2)
+    lengths, rows = report["lengths"], report["by_position"]
+    curve = {"loss": (list(lengths), [result["loss"] for result in lengths.values()])}
+    title = f"{report['split']}: the same targets"
+    draw_curves(by_length, curve, title=title, x_label="tokens of context", y_label="nats", log_x=True, marker="o")
+    curve = {"loss": ([row["end"] for row in rows], [row["loss"] for row in rows])}
+    title, x_label = f"{report['documents']} documents from their start", "position in the document, up to"
+    draw_curves(by_position, curve, title=title, x_label=x_label, y_label="nats", log_x=True, marker="o")
+    for axes in (by_length, by_position):
+        axes.axvline(report["trained_seq_len"], color="grey", linestyle="--", linewidth=1, label="trained length")
+        axes.legend(fontsize="small")
+    return figure

@@ -1,0 +1,164 @@
+"""`evaluate.py task=lm_eval`: tasks of the lm-evaluation-harness, its own or local ones, on a model of longmix."""
+
+import difflib
+import importlib.metadata
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from longmix.data.tokenizers import NumberTokenizer
+from longmix.errors import ConfigError, DataError
+from longmix.evaluation.subject import Subject
+
+BOOTSTRAPS = 1000
+"""For standard errors of figures that are no means, such as perplexities; the harness's own 100,000 take minutes."""
+
+LONGEST_NAME = 80
+"""Of the tasks, in the name of the file."""
+
+
+def lm_eval(
+    subject: Subject,
+    tasks: str | list[str],
+    include_path: str | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    max_length: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Run tasks of the harness and report its figures, with their standard errors where it gives them.
+
+    Most of its own tasks fetch their data. A task of yours is a YAML file in `include_path`; with `dataset_path: json`
+    and `dataset_kwargs: {data_files: {test: FILE.jsonl}}` it needs no network.
+
+    Args:
+        subject: what to evaluate.
+        tasks: name or names of tasks or groups.
+        include_path: folder of further tasks.
+        num_fewshot: examples in each context; None takes the task's own number.
+        limit: examples of each task; None takes all.
+        max_length: tokens of the longest context; None takes the trained length.
+        seed: of few-shot examples and of sampling, where a task samples.
+
+    Returns:
+        `{"step", "precision", "max_length", "num_fewshot", "limit", "seed", "harness", "results": {task: {metric:
+        figure}}, "examples": {task: number}, "versions": {task: version}}`
+
+    Raises:
+        ConfigError: the harness is not installed, there is no such task, or a setting is impossible.
+        DataError: the data of a task are not there, or cannot be fetched.
+    """
+    tasks = [tasks] if isinstance(tasks, str) else tasks
+    _check(subject, tasks, include_path, num_fewshot, limit, max_length, seed)
+    length = subject.trained_seq_len if max_length is None else max_length
+    found = _evaluated(subject, tasks, include_path, length, seed, num_fewshot=num_fewshot, limit=limit)
+    report = {
+        "step": subject.step,
+        "precision": subject.restored.precision,
+        "max_length": length,
+        "num_fewshot": num_fewshot,
+        "limit": limit,
+        "seed": seed,
+        "harness": importlib.metadata.version("lm_eval"),
+        "results": {task: _figures(metrics) for task, metrics in found["results"].items()},
+        "examples": {task: count["effective"] for task, count in found["n-samples"].items()},
+        "versions": found["versions"],
+    }
+    Console().print(_table(report))
+    subject.save(f"lm_eval_{'_'.join(tasks)[:LONGEST_NAME]}_step{subject.step}", report, None)
+    return report
+
+
+def _check(
+    subject: Subject,
+    tasks: list[str],
+    include_path: str | None,
+    num_fewshot: int | None,
+    limit: int | None,
+    max_length: int | None,
+    seed: int,
+) -> None:
+    least = {"num_fewshot": (num_fewshot, 0), "limit": (limit, 1), "max_length": (max_length, 2), "seed": (seed, 0)}
+    for name, (value, smallest) in least.items():
+        if value is not None and value < smallest:
+            raise ConfigError(f"task.lm_eval.{name}={value} must be at least {smallest}.")
+    if not tasks:
+        raise ConfigError("task.lm_eval.tasks is empty; name at least one task.")
+    if include_path is not None and not Path(include_path).is_dir():
+        raise ConfigError(f"task.lm_eval.include_path={include_path} is not a folder.")
+    if isinstance(subject.restored.tokenizer, NumberTokenizer):
+        raise ConfigError("task=lm_eval needs a model of text, and this one was trained on a synthetic task.")
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError("task=lm_eval needs the lm-evaluation-harness; pip install 'longmix[lm_eval]' brings it.")
+
+
+def _evaluated(
+    subject: Subject, tasks: list[str], include_path: str | None, length: int, seed: int, **options: int | None
+) -> dict[str, Any]:
+    from lm_eval.evaluator import simple_evaluate
+
+    from longmix.evaluation.harness import HarnessModel
+
+    manager = _manager(tasks, include_path)
+    try:
+        found = simple_evaluate(
+            HarnessModel(subject, length, seed),
+            tasks=tasks,
+            task_manager=manager,
+            log_samples=False,
+            bootstrap_iters=BOOTSTRAPS,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+            **options,
+        )
+    except OSError as error:  # of the network, the hub, or a file that is not there
+        raise DataError(f"task.lm_eval.tasks={tasks} cannot get their data: {error}") from error
+    assert found is not None  # only other processes than the first get nothing
+    return found
+
+
+def _manager(tasks: list[str], include_path: str | None) -> Any:
+    """What finds the tasks: in the folder alone if all are there, for going through the harness's own takes a while."""
+    from lm_eval.tasks import TaskManager
+
+    if include_path is not None:
+        local = TaskManager(include_path=include_path, include_defaults=False)
+        if set(tasks) <= set(local.all_tasks):
+            return local
+    manager = TaskManager(include_path=include_path)
+    for name in tasks:
+        if name not in manager.all_tasks:
+            close = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            hint = f" Did you mean {' or '.join(close)}?" if close else ""
+            raise ConfigError(f"task.lm_eval.tasks: the harness has no task {name!r}.{hint}")
+    return manager
+
+
+def _figures(metrics: dict[str, Any]) -> dict[str, float]:
+    """The harness's `metric,filter` as `metric`, or `metric (filter)` where the filter is one."""
+    figures = {}
+    for key, value in metrics.items():
+        name, _, filtered = key.partition(",")
+        if filtered and isinstance(value, int | float):
+            figures[name if filtered == "none" else f"{name} ({filtered})"] = float(value)
+    return figures
+
+
+def _table(report: dict[str, Any]) -> Table:
+    table = Table(title=f"lm-evaluation-harness {report['harness']}, contexts of up to {report['max_length']:,} tokens")
+    for column in ("task", "metric", "figure", "+-", "examples"):
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    for task, figures in report["results"].items():
+        for metric, figure in figures.items():
+            name, _, filtered = metric.partition(" ")
+            if name.endswith("_stderr"):
+                continue
+            error = figures.get(f"{name}_stderr {filtered}".strip())
+            shown = "" if error is None else f"{error:.4f}"
+            table.add_row(task, metric, f"{figure:.4f}", shown, str(report["examples"].get(task, "")))
+    return table

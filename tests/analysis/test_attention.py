@@ -1,0 +1,232 @@
+"""Statistics of matrices against numbers worked out by hand, and `evaluate.py task=attention`."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from matplotlib import image
+
+from longmix.analysis.attention import _analysed, analyse
+from longmix.analysis.attention_figures import CELLS, draw_map, evenly, shrunk
+from longmix.analysis.attention_statistics import (
+    AttentionStatistics,
+    by_distance,
+    distance_bins,
+    effective_rank,
+    signed_shares,
+)
+from longmix.errors import ConfigError
+from longmix.evaluation.run import evaluate
+from longmix.model.backbone import LanguageModel
+from longmix.model.blocks import SwiGLU
+from longmix.reporting.plots import new_figure, plt
+
+LENGTH = 16
+
+
+def summary(matrix: torch.Tensor, document_ids: torch.Tensor | None = None) -> dict:
+    """Of the one head of one window."""
+    statistics = AttentionStatistics()
+    statistics.update(matrix[None, None], document_ids)
+    (head,) = statistics.summary()
+    return head
+
+
+def lagged(lag: int) -> torch.Tensor:
+    return torch.eye(LENGTH).roll(lag, 0).tril()
+
+
+def test_the_identity_sees_itself_alone():
+    head = summary(2.5 * torch.eye(LENGTH))
+    assert head["entropy"] == head["mean_distance"] == head["receptive_field"] == head["negative_mass"] == 0
+    assert head["effective_rank"] == pytest.approx(LENGTH)
+    assert head["first_token_mass"] == pytest.approx(1 / LENGTH)
+    assert head["histogram"] == pytest.approx([1, 0, 0, 0, 0])
+
+
+def test_the_even_triangle_has_the_means_of_its_rows():
+    head = summary(torch.ones(LENGTH, LENGTH).tril())
+    rows = range(1, LENGTH + 1)
+    assert head["entropy"] == pytest.approx(sum(map(math.log, rows)) / LENGTH)
+    assert head["mean_distance"] == pytest.approx(sum((row - 1) / 2 for row in rows) / LENGTH)
+    assert head["first_token_mass"] == pytest.approx(sum(1 / row for row in rows) / LENGTH)
+    at = [sum(1 / row for row in rows if row > distance) / LENGTH for distance in range(LENGTH)]
+    assert head["histogram"] == pytest.approx([at[0], at[1], sum(at[2:4]), sum(at[4:8]), sum(at[8:])])
+    field = next(distance for distance in range(LENGTH) if sum(at[: distance + 1]) >= 0.9)
+    assert head["receptive_field"] == field
+
+
+def test_a_lag_is_the_distance_and_rows_without_mass_do_not_count():
+    head = summary(lagged(3))
+    assert head["mean_distance"] == pytest.approx(3) and head["receptive_field"] == 3
+    assert head["histogram"] == pytest.approx([0, 0, 1, 0, 0])
+    assert head["effective_rank"] == pytest.approx(LENGTH - 3)
+    assert head["first_token_mass"] == pytest.approx(1 / (LENGTH - 3))
+    assert summary(torch.zeros(LENGTH, LENGTH))["effective_rank"] == 1
+
+
+def test_negative_mass_is_a_share_of_magnitudes():
+    head = summary(3 * torch.eye(LENGTH) - lagged(1))
+    assert head["negative_mass"] == pytest.approx(0.25 * (LENGTH - 1) / LENGTH)
+    assert head["mean_distance"] == pytest.approx(0.25 * (LENGTH - 1) / LENGTH)
+
+
+def test_the_first_token_is_that_of_the_document():
+    ids = torch.repeat_interleave(torch.arange(2), torch.tensor([10, 6]))[None]
+    matrix = torch.zeros(LENGTH, LENGTH)
+    matrix[:10, 0] = 1.0
+    matrix[10:, 10] = 1.0
+    assert summary(matrix, ids.int())["first_token_mass"] == pytest.approx(1)
+    assert summary(matrix)["first_token_mass"] == pytest.approx(10 / 16)
+
+
+def test_the_effective_rank_is_that_of_even_singular_values():
+    rows = torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manual_seed(0)).double()).Q
+    matrix = 7 * rows[:, :5] @ rows[:5]
+    assert effective_rank(matrix).item() == pytest.approx(5)
+    assert effective_rank(torch.outer(rows[0], rows[1])).item() == pytest.approx(1)
+
+
+def test_windows_are_averaged_however_they_come():
+    matrices = torch.randn(3, 2, LENGTH, LENGTH, generator=torch.Generator().manual_seed(0)).tril()
+    together, apart = AttentionStatistics(), AttentionStatistics()
+    together.update(matrices)
+    for matrix in matrices:
+        apart.update(matrix[None])
+    for one, other in zip(together.summary(), apart.summary(), strict=True):
+        assert {name: pytest.approx(value) for name, value in one.items()} == other
+    means = [summary(matrix[1])["entropy"] for matrix in matrices]
+    assert together.summary()[1]["entropy"] == pytest.approx(sum(means) / 3)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 16, 17])
+def test_bins_hold_every_distance_once(length):
+    bins = distance_bins(length)
+    assert [distance for start, stop in bins for distance in range(start, stop)] == list(range(length))
+    assert all(stop <= 2 * max(start, 1) for start, stop in bins[1:])
+    matrix = torch.randn(length, length, generator=torch.Generator().manual_seed(0)).double().tril()
+    assert by_distance(matrix).tolist() == pytest.approx([matrix.diagonal(-d).sum().item() for d in range(length)])
+
+
+def test_shares_keep_signs_and_sum_to_one_in_magnitude():
+    shares = signed_shares(torch.tensor([[-2.0, 0.0], [1.0, 3.0], [0.0, 0.0]]))
+    assert shares.tolist() == [[-1, 0], [0.25, 0.75], [0, 0]]
+
+
+def test_a_heat_map_keeps_the_largest_entry_of_a_cell():
+    length = 2 * CELLS + 5
+    shares = torch.zeros(1, length, length)
+    shares[0, 10, 4], shares[0, 11, 4], shares[0, length - 1, length - 1] = -0.5, 0.25, 0.125
+    small = shrunk(shares)
+    assert small.shape[1] <= CELLS and small[0, 3, 1] == -0.5 and small[0, -1, -1] == 0.125
+    assert small.abs().sum() == 0.625
+    assert torch.equal(shrunk(shares[:, :CELLS, :CELLS]), shares[:, :CELLS, :CELLS])
+    assert evenly(5) == [0, 1, 2, 3, 4] and evenly(24, 4) == [0, 8, 15, 23]
+
+
+@pytest.fixture(scope="module")
+def run_folder(run_training, shared_cache):
+    words = "mixer=flash+rwkv7", "mixer.rwkv7.head_dim=16", "model.num_layers=2", "seq_len=40"
+    return run_training(*words, f"data.cache_dir={shared_cache}")
+
+
+@pytest.fixture(scope="module")
+def other_folder(run_training, shared_cache):
+    return run_training("mixer=sparse_flash", "seq_len=32", f"data.cache_dir={shared_cache}")
+
+
+def test_colours_are_logarithmic_and_tell_signs():
+    shares = torch.tensor([[1.0, 0.0, 0.0], [-0.01, 0.01, 0.0], [1e-5, -1.0, 0.0]])
+    _, (axes,) = new_figure(1)
+    shown = draw_map(axes, shares, 3, "")
+    assert shown.get_array().tolist() == [pytest.approx(row) for row in ([1, 0, 0], [-0.5, 0.5, 0], [0, -1, 0])]
+    colours = shown.cmap(shown.norm(shown.get_array()))
+    assert colours[0, 0, 0] > colours[0, 0, 2] and colours[2, 1, 0] < colours[2, 1, 2]  # red and blue
+    plt.close(axes.figure)
+
+
+class TestTask:
+    @pytest.fixture
+    def analysed(self, compose_config, run_folder, tmp_path):
+        def run(*overrides: str) -> dict:
+            words = f"checkpoint={run_folder}", "task=attention", f"output={tmp_path}/out", *overrides
+            return evaluate(compose_config(*words, entry_point="evaluate"))["attention"]
+
+        return run
+
+    def test_reports_every_layer_and_head_of_one_checkpoint_beside_another(
+        self, analysed, run_folder, other_folder, tmp_path, capsys
+    ):
+        report = analysed(f"task.attention.others=[{other_folder}]", "task.attention.windows=2")
+        own, other = report["models"].values()
+        assert report["length"] == 40 and report["windows"] == 2
+        assert [(layer["mixer"], len(layer["heads"])) for layer in own["layers"]] == [("Flash", 2), ("RWKV7", 2)]
+        assert [layer["mixer"] for layer in other["layers"]] == ["HashAttention"]
+        assert own["layers"][0]["heads"][0]["negative_mass"] == 0 < own["layers"][1]["heads"][0]["negative_mass"]
+        for layer in own["layers"]:
+            assert sum(layer["heads"][1]["histogram"]) == pytest.approx(1)
+        alone = json.loads((tmp_path / "out/attention_validation_step2.json").read_text())
+        assert list(alone["models"]) == [run_folder.name] and alone["models"][run_folder.name] == own
+        both = json.loads((tmp_path / "out/attention_comparison_validation_step2.json").read_text())
+        assert both["models"] == report["models"]
+        for name in ("attention", "attention_comparison"):
+            assert image.imread(tmp_path / f"out/{name}_validation_step2.png")[..., :3].std() > 0.05
+        assert "effective attention of" in capsys.readouterr().out
+
+    def test_the_same_checkpoint_twice_has_two_names(self, analysed, run_folder):
+        report = analysed(f"task.attention.others=[{run_folder},{run_folder}]", "task.attention.length=8")
+        first, *others = report["models"].values()
+        name = run_folder.name
+        assert list(report["models"]) == [name, f"{name} step 2", f"{name} step 2 (3)"]
+        assert all(other == first for other in others)
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["task.attention.length=1"], r"task\.attention\.length=1 must be from 2"),
+            (["task.attention.length=100000"], r"task\.attention\.length=100000 must be"),
+            (["task.attention.windows=0"], r"task\.attention\.windows=0 must be at least 1"),
+        ],
+    )
+    def test_impossible_settings_are_refused(self, analysed, words, message):
+        with pytest.raises(ConfigError, match=message):
+            analysed(*words)
+
+    def test_another_tokenizer_is_refused(self, analysed, run_training, tmp_path):
+        for split in ("train", "validation"):
+            (tmp_path / split).mkdir()
+            (tmp_path / split / "text.txt").write_text("to be or not to be, that is the question. " * 40 + split)
+        sources = f"data.corpus.path={tmp_path}/train", f"data.corpus.validation={tmp_path}/validation"
+        words = "tokenizer=bpe", "tokenizer.vocab_size=270", "seq_len=16", "max_steps=1"
+        folder = run_training("data=text", *sources, *words, f"data.cache_dir={tmp_path}/cache")
+        with pytest.raises(ConfigError, match="has another tokenizer"):
+            analysed(f"task.attention.others=[{folder}]")
+
+    def test_a_leaky_other_is_refused(self, analysed, run_training, shared_cache):
+        words = "mixer=routing", "mixer.mode=sequence_topk", "mixer.clusters=2", "seq_len=16", "max_steps=1"
+        with pytest.warns(UserWarning, match="sequence_topk"):
+            folder = run_training(*words, f"data.cache_dir={shared_cache}")
+            with pytest.raises(ConfigError, match="later tokens decide what Routing computes"):
+                analysed(f"task.attention.others=[{folder}]")
+
+
+def test_the_first_window_is_drawn_and_all_are_averaged(small_model):
+    model = small_model("flash")
+    windows = torch.randint(20, (2, 1, 24), generator=torch.Generator().manual_seed(0))
+    batches = [{"tokens": window, "document_ids": None, "targets": window} for window in windows]
+    both, first, second = analyse(model, batches), analyse(model, batches[:1]), analyse(model, batches[1:])
+    assert torch.equal(both[1].shares, first[1].shares) and not torch.equal(both[1].shares, second[1].shares)
+    mean = (first[1].heads[2]["entropy"] + second[1].heads[2]["entropy"]) / 2
+    assert both[1].heads[2]["entropy"] == pytest.approx(mean)
+
+
+def test_a_mixer_that_cannot_be_seen_into_is_named():
+    model = LanguageModel(
+        lambda shape, index: SwiGLU(shape, 8), 20, d_model=16, num_layers=1, num_heads=2, mlp_hidden=8
+    )
+    tokens = torch.zeros(1, 8, dtype=torch.int64)
+    batch = {"tokens": tokens, "document_ids": None, "targets": tokens}
+    with pytest.raises(ConfigError, match="task=attention cannot see into mine: SwiGLU is neither"):
+        _analysed("mine", SimpleNamespace(model=model, device="cpu"), [batch])

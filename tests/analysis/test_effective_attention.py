@@ -1,0 +1,198 @@
+"""The matrix of every mixer: it reproduces what the mixer computes, it is causal, and it is what the equations say."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from longmix.analysis.effective_attention import engine_call, layer_inputs, mixing, recorded_calls
+from longmix.mixers import linear
+from longmix.mixers.base import MixerOutput, ModelShape
+from longmix.mixers.deltanet import GatedDelta
+from longmix.mixers.flash import Flash
+from longmix.mixers.linear import HeadwiseNorm
+from longmix.mixers.mlstm import MLSTM
+from longmix.mixers.recurrent import RecurrentMixer
+from longmix.mixers.rotary import rotary_angles, rotate
+from longmix.mixers.rwkv7 import RWKV7
+from longmix.mixers.scatterbrain import Scatterbrain
+from longmix.model.blocks import SwiGLU
+
+NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "configs/mixer").glob("*.yaml"))
+GATED = {"sparse_flash_drop"}
+"""Softmax mixers with gates, whose rows sum to less than one."""
+
+LENGTH = 45
+SHAPE = ModelShape(d_model=48, num_layers=2, num_heads=3)
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(20, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+def packed_ids() -> torch.Tensor:
+    return torch.stack(
+        [torch.repeat_interleave(torch.arange(3), torch.tensor(row)) for row in ((20, 1, 24), (5, 33, 7))]
+    )
+
+
+def inputs() -> torch.Tensor:
+    return torch.randn(2, LENGTH, SHAPE.d_model, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def mixed(matrix: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """matrix [B, H, T, T] times value [B, T, Hv, W], whose heads serve H / Hv heads each."""
+    shared = value.repeat_interleave(matrix.shape[1] // value.shape[2], 2)
+    return torch.einsum("bhij,bjhw->bihw", matrix, shared)
+
+
+def assert_close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-10) -> None:
+    assert (found - wanted).abs().max() <= tolerance * wanted.square().mean().sqrt()
+
+
+def read_of(mixer: RecurrentMixer, x: torch.Tensor, **options) -> torch.Tensor:
+    """What the head-wise norm is given, seen from outside."""
+    seen = []
+    norm = next(module for module in mixer.modules() if isinstance(module, HeadwiseNorm))
+    handle = norm.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    mixer(x, **options)
+    handle.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_every_mixer_has_a_causal_matrix_that_reproduces_it(small_model, name, packed):
+    model = small_model(name)
+    ids = packed_ids().int() if packed else None
+    for mixer, (x, options) in zip(model.mixers(), layer_inputs(model, tokens(), ids), strict=True):
+        found = mixing(mixer, x, **options)
+        matrix = found.matrix()
+        assert matrix.shape == (2, found.output.shape[2], LENGTH, LENGTH)
+        if isinstance(mixer, RecurrentMixer):
+            assert_close(mixed(matrix, found.value), read_of(mixer, x, **options))
+        else:
+            value = mixer.value(x).unflatten(-1, (-1, mixer.head_dim))
+            assert_close(mixer.output(mixed(matrix, value).flatten(2)), mixer(x, **options).y)
+            rows = matrix.sum(-1)
+            assert matrix.min() >= 0
+            if name in GATED:
+                assert rows.max() < 1 and rows.max() > 0.01
+            else:
+                assert torch.all(((rows - 1).abs() < 1e-12) | (rows == 0)) and (rows > 0).double().mean() > 0.5
+        assert torch.equal(matrix, matrix.tril())
+        if packed:
+            strangers = (ids[:, :, None] != ids[:, None]).unsqueeze(1)
+            assert not matrix.masked_select(strangers).any()
+        assert matrix.diagonal(dim1=-2, dim2=-1).any() and matrix.diagonal(-1, -2, -1).any()
+
+
+@torch.no_grad()
+def test_flash_has_its_softmax():
+    torch.manual_seed(0)
+    mixer, x = Flash(SHAPE, 0, num_kv_heads=1).double(), inputs()
+    angles = rotary_angles(torch.arange(LENGTH)[None], mixer.head_dim, mixer.rotary_base)
+    query, key, _ = mixer.project(x)
+    query, key = (rotate(heads, *angles).transpose(1, 2) for heads in (query, key))
+    scores = (query @ key.mT) * mixer.head_dim**-0.5
+    wanted = scores.masked_fill(torch.ones(LENGTH, LENGTH).triu(1).bool(), -torch.inf).softmax(-1)
+    assert_close(mixing(mixer, x).matrix(), wanted, 1e-12)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: RWKV7(SHAPE, 0, head_dim=16), id="rwkv7"),
+        pytest.param(lambda: GatedDelta(SHAPE, 0, decay="channel", output_gate="none", num_heads=3), id="kda"),
+        pytest.param(lambda: GatedDelta(SHAPE, 0, decay="sigmoid", output_gate="none", delta=False), id="gla"),
+    ],
+)
+@torch.no_grad()
+def test_a_delta_rule_has_its_products_of_transitions(make):
+    """a_ij = s q_i . G_i ... G_{j+1} k_j with G = diag(exp(g)) + b a^T, multiplied out token by token."""
+    torch.manual_seed(0)
+    mixer, x = make().double().eval(), inputs()
+    call = engine_call(mixer, x)
+    query, key, decay = call.query * call.options.get("scale", 1.0), call.key, call.options["log_decay"].exp()
+    read, write = call.options["low_rank_read"], call.options["low_rank_write"]
+    wanted = torch.zeros(2, query.shape[2], LENGTH, LENGTH, dtype=torch.float64)
+    for j in range(LENGTH):
+        state = key[:, j]
+        for i in range(j, LENGTH):
+            if i > j:
+                taken = 0 if read is None else write[:, i] * (read[:, i] * state).sum(-1, keepdim=True)
+                state = decay[:, i] * state + taken
+            wanted[:, :, i, j] = (query[:, i] * state).sum(-1)
+    assert_close(mixing(mixer, x).matrix(), wanted)
+
+
+@torch.no_grad()
+def test_an_mlstm_has_its_decayed_products_over_the_normaliser():
+    torch.manual_seed(0)
+    mixer, x = MLSTM(SHAPE, 0, gate="exp", num_heads=3, input_bias=1.0).double(), inputs()
+    query, key = mixer.query_and_key(x, torch.arange(LENGTH)[None])
+    log_decay, log_input = mixer.gates(x)
+    total = log_decay.cumsum(1).transpose(1, 2)
+    weights = (total[..., :, None] - total[..., None, :] + log_input.transpose(1, 2)[..., None, :]).exp().tril()
+    products = torch.einsum("bihd,bjhd->bhij", query, key) * mixer.key_dim**-0.5 * weights
+    wanted = products / products.sum(-1, keepdim=True).abs().clamp(min=1)
+    assert_close(mixing(mixer, x).matrix(), wanted)
+
+
+def tuned() -> MLSTM:
+    mixer = MLSTM(SHAPE, 0, num_heads=3, input_bias=1.0)
+    mixer.tune_states()
+    return mixer
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Scatterbrain(SHAPE, 0, block=4, num_features=8, sinks=2), tuned], ids=["sinks", "tuned state"]
+)
+@torch.no_grad()
+def test_what_no_value_causes_is_the_offset(make):
+    torch.manual_seed(0)
+    mixer, x = make().double().eval(), inputs()
+    for parameter in mixer.parameters():
+        if not parameter.abs().max() > 0:
+            parameter.normal_()
+    found = mixing(mixer, x)
+    assert found.offset.abs().max() > 0.1
+    assert_close(mixed(found.matrix(), found.value) + found.offset, found.output)
+
+
+def test_a_mixer_without_known_values_is_refused():
+    with pytest.raises(ValueError, match="SwiGLU is neither a recurrent nor a softmax mixer"):
+        mixing(SwiGLU(SHAPE, 8).double(), inputs())
+
+
+class Twice(MLSTM):
+    """Asks its engine twice."""
+
+    def forward(self, x, **options) -> MixerOutput:
+        super().forward(x, **options)
+        return super().forward(x, **options)
+
+
+def test_a_mixer_that_asks_its_engine_twice_is_refused():
+    with pytest.raises(ValueError, match="Twice made 2 calls"):
+        mixing(Twice(SHAPE, 0, num_heads=3).double(), inputs())
+
+
+def test_the_engines_are_back_even_after_an_error():
+    engine = linear.linear_attention
+    with pytest.raises(RuntimeError, match="in between"), recorded_calls(MLSTM(SHAPE, 0, num_heads=3)):
+        assert linear.linear_attention is not engine
+        raise RuntimeError("in between")
+    assert linear.linear_attention is engine
+
+
+@torch.no_grad()
+def test_the_model_computes_the_same_while_it_is_looked_at(small_model):
+    model = small_model("rwkv7")
+    before = model(tokens()).hidden
+    given = layer_inputs(model, tokens(), None)
+    assert len(given) == 2 and given[0][1]["first_value"] is None and given[1][1]["first_value"] is not None
+    mixing(model.mixers()[1], given[1][0], **given[1][1]).matrix()
+    assert torch.equal(model(tokens()).hidden, before)
+    assert not model.mixers()[0]._forward_pre_hooks
