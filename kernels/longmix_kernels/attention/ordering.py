@@ -37,6 +37,7 @@ def order_by_label(
     gap: int = 0,
     members: int | None = None,
     copies: int = 1,
+    before: torch.Tensor | None = None,
 ) -> Ordering:
     """Let each query see the keys that carry its label, in its document, at least `gap` positions before it.
 
@@ -49,10 +50,14 @@ def order_by_label(
         members: how many of those keys it sees at most, the latest ones; None for all.
         copies: how many key rows a position has, side by side, each with a label of its own; Tk counts key rows, and
             each query stands at the last one of its position.
+        before: integer [B or 1, Tq], in place of `gap`: the key row from which on each query sees none; non-decreasing.
 
     Raises:
-        ValueError: a `gap` below 0, `members` or `copies` below 1, copies without labels of the keys.
+        ValueError: a `gap` below 0, `members` or `copies` below 1, copies without labels of the keys, `before` and a
+            `gap`.
     """
+    if before is not None and gap:
+        raise ValueError(f"got before and gap={gap}; before says alone how far a query sees")
     if gap < 0 or (members is not None and members < 1) or copies < 1:
         raise ValueError(f"gap={gap}, members={members}, copies={copies}; allowed are gap from 0, others from 1 on")
     shared = key_labels is None
@@ -76,13 +81,16 @@ def order_by_label(
         lo = F.pad(first * place[1:], (1, 0)).cummax(-1).values
     else:
         lo = _count_below(key_codes, label_start)
-    if shared and gap <= 1:
+    if before is not None:
+        limit = before[:, None].long().expand(codes.shape).gather(-1, rows)
+        hi = _count_below(key_codes, label_start + limit)
+    elif shared and gap <= 1:
         hi = torch.maximum(place + (1 - gap), lo)
     else:
         hi = _count_below(key_codes, label_start + (position - gap * copies + 1).clamp(min=0))
     if members is not None:
         lo = torch.maximum(lo, hi - members)
-    own_place = shared and gap == 0
+    own_place = shared and gap == 0 and before is None
     return Ordering(lo.int(), None if own_place else hi.int(), rows.int(), key_rows.int())
 
 

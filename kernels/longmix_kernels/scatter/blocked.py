@@ -15,8 +15,7 @@ Backward, with the merged o and L in both parts, D_i = o_i . dO_i - dL_i is all 
 so that besides attention's own backward there is one scan forward, again for S and Z, and one in reverse, for G and h.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 
@@ -28,21 +27,6 @@ from longmix_kernels.scatter.far import FarSpan
 Tensors = tuple[torch.Tensor, ...]
 
 
-class ExactPart(NamedTuple):
-    """Who computes the exact part.
-
-    Attributes:
-        forward, backward: of the attention engine.
-        widens: whether it is given half precision as float32, so that nothing is rounded before it is merged.
-        closed: whether it takes bounds without `hi` for causal ones.
-    """
-
-    forward: Callable[..., Tensors]
-    backward: Callable[..., Tensors]
-    widens: bool
-    closed: bool
-
-
 def blocked_forward(*inputs) -> Tensors:
     """Return output, logsumexp and the logsumexp of the exact part.
 
@@ -50,7 +34,13 @@ def blocked_forward(*inputs) -> Tensors:
         inputs: query, key, value, query_features, key_features, memory, normalizer, log_scale, document_ids,
             block_size, past_blocks and scale, as `scatter_attention` has them, None where there is none.
     """
-    return merged_forward(BLOCKED, inputs)
+    dtype, exact = inputs[0].dtype, torch.promote_types(inputs[0].dtype, torch.float32)
+    query, key, value = (x.to(exact) for x in inputs[:3])  # so that nothing is rounded before it is merged
+    output, exact_logsumexp = attention.blocked_forward(query, key, value, _pattern(inputs), inputs[-1])
+    logsumexp = exact_logsumexp.clone()
+    for span in _far_spans(inputs):
+        span.merge_into(output, logsumexp)
+    return output.to(dtype), logsumexp, exact_logsumexp
 
 
 def blocked_backward(
@@ -68,47 +58,25 @@ def blocked_backward(
         output, logsumexp: the first two results of the forward.
         inputs: as there.
     """
-    return merged_backward(BLOCKED, grad_output, grad_logsumexp, output, logsumexp, inputs)
-
-
-def merged_forward(part: ExactPart, inputs: Sequence) -> Tensors:
-    """As `blocked_forward`, with an exact part of choice."""
-    dtype, exact = inputs[0].dtype, torch.promote_types(inputs[0].dtype, torch.float32)
-    rows = [x.to(exact) if part.widens else x for x in inputs[:3]]
-    output, exact_logsumexp = part.forward(*rows, _pattern(part, inputs), inputs[-1])
-    output, logsumexp = output.to(exact), exact_logsumexp.clone()
-    for span in _far_spans(inputs):
-        span.merge_into(output, logsumexp)
-    return output.to(dtype), logsumexp, exact_logsumexp
-
-
-def merged_backward(
-    part: ExactPart,
-    grad_output: torch.Tensor,
-    grad_logsumexp: torch.Tensor | None,
-    output: torch.Tensor,
-    logsumexp: torch.Tensor,
-    inputs: Sequence,
-) -> Tensors:
-    """As `blocked_backward`, with an exact part of choice."""
-    exact, features = logsumexp.dtype, inputs[3:8]
-    rows = [x.to(exact) if part.widens else x for x in (grad_output, *inputs[:3])]
-    near = part.backward(rows[0], grad_logsumexp, *rows[1:], _pattern(part, inputs), output, logsumexp, inputs[-1])
-    far = [grad_output.new_empty(0) if x is None else x.new_zeros(x.shape) for x in features]
-    grad_output, grad_value = grad_output.to(exact), near[2].to(exact)
+    exact = logsumexp.dtype
+    far = [grad_output.new_empty(0) if x is None else x.new_zeros(x.shape) for x in inputs[3:8]]
+    grad_output, query, key, value = (x.to(exact) for x in (grad_output, *inputs[:3]))
+    *near, grad_value = attention.blocked_backward(
+        grad_output, grad_logsumexp, query, key, value, _pattern(inputs), output, logsumexp, inputs[-1]
+    )
     delta = (grad_output * output).sum(-1)
     if grad_logsumexp is not None:
         delta -= grad_logsumexp
     grad_rows = torch.cat([grad_output, -delta.unsqueeze(-1)], -1)
     for span in _far_spans(inputs):
         span.backward_into(grad_rows, logsumexp, grad_value, *far)
-    return *(grad.to(inputs[0].dtype) for grad in (*near[:2], grad_value)), *far
+    return *(grad.to(inputs[0].dtype) for grad in (*near, grad_value)), *far
 
 
-def _pattern(part: ExactPart, inputs: Sequence) -> Pattern:
+def _pattern(inputs: Sequence) -> Pattern:
     query, key, *_, document_ids, block_size, past_blocks, _ = inputs
     _, lo, hi = exact_bounds(document_ids, query.shape[1], key.shape[1], block_size, past_blocks, query.device)
-    return Pattern(lo, None if part.closed else hi)
+    return Pattern(lo, hi)
 
 
 def _far_spans(inputs: Sequence) -> list[FarSpan]:
@@ -118,6 +86,3 @@ def _far_spans(inputs: Sequence) -> list[FarSpan]:
         return []
     sizes = query.shape[0], query.shape[1], key.shape[1], (past_blocks + 1) * block_size
     return [FarSpan(span, inputs) for span in spans(document_ids, *sizes, memory is not None)]
-
-
-BLOCKED = ExactPart(attention.blocked_forward, attention.blocked_backward, widens=True, closed=False)

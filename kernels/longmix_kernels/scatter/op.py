@@ -66,8 +66,8 @@ def scatter_attention(
         document_ids: int32 or int64 [B, Tk], non-decreasing along Tk.
         scale: factor on the exact scores, D ** -0.5 by default.
         backend: "reference" (the definition, memory Tq * Tk), "blocked" (tiles, memory linear in Tq + Tk) or "triton"
-            (the same on a CUDA device, the exact part in kernels; no float64, head dimensions up to 256). None picks
-            "triton" where it covers the call on a CUDA device, and "blocked" elsewhere.
+            (the same on a CUDA device; no float64, head dimensions up to 256). None picks "triton" where it covers the
+            call on a CUDA device, and "blocked" elsewhere.
 
     Returns:
         Output and logsumexps.
@@ -127,6 +127,6 @@ _blocked = _engine(
 )
 _triton = _engine(
     "triton",
-    deferred("longmix_kernels.scatter.triton_exact.triton_forward"),
-    deferred("longmix_kernels.scatter.triton_exact.triton_backward"),
+    deferred("longmix_kernels.scatter.triton_forward.triton_forward"),
+    deferred("longmix_kernels.scatter.triton_backward.triton_backward"),
 )

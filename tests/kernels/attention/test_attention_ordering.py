@@ -65,6 +65,34 @@ def test_a_query_sees_the_keys_of_its_label(form, packed, gap, members):
     assert torch.equal(mask, wanted(query_labels, key_labels, ids, gap, members))
 
 
+@pytest.mark.parametrize("members", [None, 2])
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("form", ["shared", "separate", "chunk"])
+def test_each_query_may_be_told_where_its_keys_end(form, packed, members):
+    queries = 11 if form == "chunk" else 40
+    key_labels = labels(2)
+    query_labels = key_labels if form == "shared" else labels(4, queries, seed=1)
+    ids, heads = DOCUMENTS if packed else None, query_labels.shape[2]
+    before = torch.randint(41, (2, queries), generator=torch.Generator().manual_seed(3)).sort(-1).values
+    ordering = order_by_label(
+        query_labels,
+        None if form == "shared" else key_labels,
+        num_labels=4,
+        document_ids=ids,
+        members=members,
+        before=before,
+    )
+    for bound in (ordering.lo, ordering.hi):
+        assert (bound[..., 1:] >= bound[..., :-1]).all()
+    same = query_labels.mT[..., None] == key_labels.mT.repeat_interleave(heads // 2, 1)[..., None, :]
+    mask = same & (torch.arange(40) < before[:, None, :, None])
+    if ids is not None:
+        mask &= (ids[:, -queries:, None] == ids[:, None])[:, None]
+    if members is not None:
+        mask &= mask.flip(-1).cumsum(-1).flip(-1) <= members
+    assert torch.equal(visible(ordering, queries, 40, heads, 2), mask)
+
+
 def test_shared_labels_are_separate_ones_that_are_equal():
     shared = labels(2)
     for gap in (0, 1, 5):
@@ -115,7 +143,9 @@ def test_many_labels_and_documents_do_not_overflow():
     assert torch.equal(ordering.lo[0, 0], (torch.arange(3000) // 2 * 2).int())
 
 
-@pytest.mark.parametrize("options", [{"gap": -1}, {"members": 0}, {"copies": 0}, {"copies": 2}])
+@pytest.mark.parametrize(
+    "options", [{"gap": -1}, {"members": 0}, {"copies": 0}, {"copies": 2}, {"before": 0, "gap": 1}]
+)
 def test_impossible_options_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         order_by_label(labels(1), num_labels=4, **options)

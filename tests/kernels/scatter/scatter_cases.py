@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from longmix_kernels.scatter import FeatureState, ScatterResult, scatter_attention
+from longmix_kernels.scatter.bounds import exact_bounds
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 STATE = FeatureState._fields
@@ -92,6 +93,39 @@ def everything(case: Case, inputs: Inputs, **options) -> dict[str, torch.Tensor]
     """Results and all gradients, by name."""
     result = call(case, inputs, **options)
     return {**result._asdict(), **{f"grad_{name}": x for name, x in gradients(result, inputs).items()}}
+
+
+def plain(case: Case, inputs: Inputs, dtype: torch.dtype) -> ScatterResult:
+    """One softmax over all keys and the state's features: tensors and operations in one dtype, but for logarithms."""
+    query, key, value, log_q, log_k, *state = (inputs[name] for name in INPUTS)
+    group, device = case.heads // case.key_heads, query.device
+    ids = case.document_ids()
+    sizes = query.shape[1], case.length, case.block_size, case.past_blocks, device
+    bounds = exact_bounds(None if ids is None else ids.to(device), *sizes)
+    first, lo, hi = (x.unsqueeze(-1) for x in bounds)
+    column = torch.arange(case.length, device=device)
+
+    def by_head(x: torch.Tensor) -> torch.Tensor:
+        return x.repeat_interleave(group, 2).transpose(1, 2)
+
+    scores = case.dim**-0.5 * query.to(dtype).transpose(1, 2) @ by_head(key.to(dtype)).mT
+    scores = scores.masked_fill((column < lo) | (column >= hi), -torch.inf)
+    exact, values = scores.detach().logsumexp(-1).transpose(1, 2), by_head(value.to(dtype))
+    if log_q is not None:
+        log_q, log_k = log_q.transpose(1, 2), by_head(log_k)
+        highest = [x.detach().amax((-1, -2), keepdim=True) for x in (log_q, log_k)]
+        far = ((log_q - highest[0]).exp() @ (log_k - highest[1]).exp().mT).log() + highest[0] + highest[1]
+        scores = torch.where((first <= column) & (column < lo), far.to(dtype), scores)
+    if state[0] is not None:
+        memory, normalizer, log_scale = (x.repeat_interleave(group, 1) for x in state)
+        logs = (log_q + (log_scale + normalizer.log()).unsqueeze(2)).to(dtype)
+        logs = logs.masked_fill(first > case.length - query.shape[1], -torch.inf)
+        scores, values = (
+            torch.cat([scores, logs], -1),
+            torch.cat([values, (memory / normalizer.unsqueeze(-1)).to(dtype)], 2),
+        )
+    output = (scores.softmax(-1) @ values).transpose(1, 2)
+    return ScatterResult(output, scores.logsumexp(-1).transpose(1, 2), exact)
 
 
 def assert_close(result: torch.Tensor, expected: torch.Tensor, tolerance: float, name: str) -> None:

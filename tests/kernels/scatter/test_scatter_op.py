@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from scatter_cases import CASES, INPUTS, Case, assert_close, call, everything, gradients
+from scatter_cases import CASES, INPUTS, Case, assert_close, call, everything, gradients, plain
 
 from longmix_kernels.scatter import FeatureState, ScatterResult, scatter_attention
 
@@ -34,20 +34,6 @@ def test_half_precision_is_computed_in_float32(dtype):
     single = {name: x.detach().float().requires_grad_() for name, x in half.items()}
     for a, b in zip(call(CASE, half), call(CASE, single), strict=True):
         assert torch.equal(a, b.to(a.dtype))
-
-
-def plain(case: Case, inputs: dict, dtype: torch.dtype) -> ScatterResult:
-    """The definition, every tensor and operation in one dtype."""
-    query, key, value, log_q, log_k = (inputs[name].to(dtype) for name in INPUTS[:5])
-    row = torch.arange(case.length)
-    lo = (row // case.block_size - case.past_blocks).clamp(min=0) * case.block_size
-    near, far = (row >= lo[:, None]) & (row <= row[:, None]), row < lo[:, None]
-    exact = torch.einsum("bihd,bjhd->bhij", query, key) * case.dim**-0.5
-    features = torch.einsum("biha,bjha->bhij", log_q.exp(), log_k.exp()).log()
-    logs = torch.where(near, exact, torch.where(far, features, -torch.inf))
-    output = torch.einsum("bhij,bjhd->bihd", logs.softmax(-1), value)
-    logsumexp = logs.logsumexp(-1).transpose(1, 2)
-    return ScatterResult(output, logsumexp, logsumexp)
 
 
 def test_bfloat16_is_as_accurate_as_plain_torch():

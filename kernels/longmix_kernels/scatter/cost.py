@@ -1,0 +1,103 @@
+"""What block-local attention with far features costs by its mathematics. Estimates; nothing here is measured.
+
+Bytes are those that have to pass between chip and memory, each tensor read or written once per kernel; what programs
+side by side read again is taken to come from a cache. Operations are those of products of matrices, multiply-adds
+counted twice. A token here is a token of a query head, and a key head has `group` of them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from longmix_kernels.linear.cost import Work
+
+FORWARD = ("exact", "sums", "scan", "merge")
+BACKWARD = ("exact_backward", "sums_again", "scan_again", "grad_query", "grad_sums", "grad_scan", "grad_key")
+"""The kernels of a call, in the order in which they run; those of the exact part are the attention engine's."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A call [B, T, H, D] of whole blocks, `rows` being B T Hq.
+
+    Attributes:
+        rows: tokens times query heads.
+        dim, value_dim: of keys and of values.
+        features: m.
+        block_size, past_blocks: C and P.
+        group: query heads of a key head.
+        size: bytes of a number of query, key and value.
+    """
+
+    rows: int
+    dim: int = 64
+    value_dim: int = 64
+    features: int = 64
+    block_size: int = 128
+    past_blocks: int = 1
+    group: int = 1
+    size: int = 2
+
+
+def kernel_work(setting: Setting) -> Mapping[str, Work]:
+    """Return the work of every kernel, without documents and initial state."""
+    wide, logs = setting.size * setting.value_dim, 4 * setting.features
+    narrow = setting.size * setting.dim
+    share = 1 / setting.group
+    sums = share * 4 * setting.features * (setting.value_dim + 2) / setting.block_size
+    back_sums = share * 4 * setting.features * (setting.value_dim + 3) / setting.block_size
+    # Keys that a query sees exactly, its own block half on average; two products forward, seven backward.
+    seen = setting.past_blocks * setting.block_size + (setting.block_size + 1) / 2
+    products = 2 * seen * (setting.dim + setting.value_dim)
+    through = 2 * setting.features * setting.value_dim
+
+    def work(flops: float, numbers: float) -> Work:
+        return Work(setting.rows * flops, setting.rows * numbers)
+
+    scan = work(0, 2 * sums)
+    key_sums = work(share * through, share * (logs + wide) + sums)
+    return {
+        "exact": work(products, narrow + wide + share * (narrow + wide) + 4),
+        "sums": key_sums,
+        "scan": scan,
+        # The exact output comes and goes once more; a copy of its logsumexp is made.
+        "merge": work(through, logs + sums + 2 * wide + 16),
+        "exact_backward": work(
+            2 * seen * (4 * setting.dim + 3 * setting.value_dim),
+            # Once for queries, once for keys.
+            3 * narrow + 3 * wide + 24 + share * (3 * narrow + 3 * wide),
+        ),
+        "sums_again": key_sums,
+        "scan_again": scan,
+        "grad_query": work(through, 2 * logs + sums + 2 * wide + 8),
+        "grad_sums": work(through, logs + wide + 8 + back_sums),
+        "grad_scan": work(0, 2 * back_sums),
+        "grad_key": work(2 * share * through, share * (2 * logs + 3 * wide) + back_sums),
+    }
+
+
+def blocked_work(setting: Setting) -> Mapping[str, Work]:
+    """Return the work of the far part as the operations of `far` do it, every operation reading and writing memory.
+
+    Per token, what is as long as its features and as its values: copies in order, differences, exponentials, products
+    of matrices, and what is copied back.
+    """
+    logs, wide, kept = 4 * setting.features, 4 * (setting.value_dim + 1), setting.size * setting.value_dim
+    share = 1 / setting.group
+    sums = share * 4 * setting.features * (setting.value_dim + 2) / setting.block_size
+    through = 2 * setting.features * (setting.value_dim + 1)
+
+    def work(flops: float, numbers: float) -> Work:
+        return Work(setting.rows * flops, setting.rows * numbers)
+
+    # Key sums: features copied, maximum, difference, exponential, product; values copied and padded. Then each block's
+    # sums are added to a total (read, read, written) and copied.
+    key_sums = work(share * through, share * (9 * logs + kept + 5 * wide) + 6 * sums)
+    return {
+        # Logarithms copied, scale added, maximum, difference, exponential, product; output copied, scaled, added to,
+        # and copied back.
+        "forward": key_sums + work(through, 10 * logs + sums + 10 * wide),
+        "backward": key_sums
+        + work(through, 13 * logs + sums + 6 * wide)
+        + work(through, 7 * logs + wide + 6 * sums)
+        + work(2 * share * through, share * (11 * logs + 8 * wide) + sums),
+    }

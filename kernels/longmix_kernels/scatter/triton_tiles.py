@@ -1,0 +1,67 @@
+"""What the scatter kernels share: the table of blocks, and sums over rows as averages with a logarithm in front.
+
+Sums over rows r_j with weights w_ja are kept divided by exp(scale_a), the largest weight that entered, so that their
+total weight is at least 1 where there is any. Read, they are exp(log_a) u_a with u_a = sum_j w_ja r_j / sum_j w_ja: an
+average is no larger than a row, and so in half precision does not overflow however many rows there are.
+"""
+
+import triton
+import triton.language as tl
+
+from longmix_kernels.linear.triton_tiles import load_block, load_block_transposed
+
+LOWEST = tl.constexpr(-4e37)
+"""The logarithm of nothing: finite, as are sums of a few, so that differences of such are no NaN."""
+
+
+@triton.jit
+def load_slot(blocks, slot):
+    """What `bounds.read_blocks` says: first query row of a slot, one past the last, first key row, how sums begin."""
+    place = blocks + slot * 4
+    return tl.load(place), tl.load(place + 1), tl.load(place + 2), tl.load(place + 3)
+
+
+@triton.jit
+def load_logs(scales, weights, column, FEATURE_BLOCK: tl.constexpr, FEATURES: tl.constexpr):
+    """Logarithms of total weights, [FEATURE_BLOCK], `LOWEST` where there is no weight; and one over what they scale."""
+    columns = column + tl.arange(0, FEATURE_BLOCK)
+    there = columns < FEATURES
+    scale = tl.load(scales + columns, mask=there, other=0.0)
+    weight = tl.load(weights + columns, mask=there, other=0.0)
+    some = weight > 0.0
+    weight = tl.where(some, weight, 1.0)
+    return tl.where(some, scale + tl.log(weight), LOWEST), tl.where(some, 1.0 / weight, 0.0)
+
+
+@triton.jit
+def load_averages(
+    sums,
+    inverse,
+    row,
+    column,
+    dtype: tl.constexpr,
+    FEATURE_BLOCK: tl.constexpr,
+    FEATURES: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+):
+    """Averages [FEATURE_BLOCK, VALUE_BLOCK] from feature `row` and column `column` on."""
+    block = load_block(sums, row, FEATURE_BLOCK, FEATURES, column, VALUE_BLOCK, VALUE_DIM)
+    return (block * inverse[:, None]).to(dtype)
+
+
+@triton.jit
+def load_averages_transposed(
+    sums,
+    inverse,
+    row,
+    column,
+    dtype: tl.constexpr,
+    FEATURE_BLOCK: tl.constexpr,
+    FEATURES: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+):
+    """The same averages as [VALUE_BLOCK, FEATURE_BLOCK]."""
+    block = load_block_transposed(sums, row, FEATURE_BLOCK, FEATURES, column, VALUE_BLOCK, VALUE_DIM)
+    return (block * inverse[None, :]).to(dtype)
