@@ -1,9 +1,31 @@
 """Choosing the implementation that runs an engine call; shared by all engines. Triton is imported only if asked for."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What the engines take."""
+
+_assumed: str | None = None
+"""The type of device that tensors count as being on; None for the one they are on."""
+
+
+@contextlib.contextmanager
+def assumed_device(kind: str) -> Iterator[None]:
+    """Let fake tensors stand for those of a device that is not there, so that calls are planned as they would run.
+
+    Args:
+        kind: "cuda" or "cpu".
+    """
+    global _assumed
+    before, _assumed = _assumed, kind
+    try:
+        yield
+    finally:
+        _assumed = before
 
 
 def choose_backend(backend: str | None, device: torch.device, implemented: tuple[str, ...]) -> str:
@@ -21,7 +43,7 @@ def choose_backend(backend: str | None, device: torch.device, implemented: tuple
         ValueError: `backend` is not a name the engine offers.
     """
     if backend is None:
-        return "triton" if device.type == "cuda" and "triton" in implemented else "blocked"
+        return "triton" if (_assumed or device.type) == "cuda" and "triton" in implemented else "blocked"
     if backend not in implemented:
         allowed = ", ".join(repr(name) for name in implemented)
         raise ValueError(f"backend={backend!r} is not available here; allowed are None, {allowed}")
@@ -36,6 +58,11 @@ def triton_limits(max_dim: int, **tensors: torch.Tensor) -> str | None:
         if x.shape[3] > max_dim:
             return f"{name} with head dimension {x.shape[3]}; allowed are 1 to {max_dim}"
     return None
+
+
+def is_readable(x: torch.Tensor) -> bool:
+    """Say whether values can be looked at for nothing: on the CPU, outside of compilation, and if there are any."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
 
 
 def check_device(name: str, x: torch.Tensor, query: torch.Tensor) -> None:
@@ -60,8 +87,7 @@ def check_chunks(query: torch.Tensor, document_ids: torch.Tensor | None, chunk_s
             got, shape = f"{document_ids.dtype} {list(document_ids.shape)}", list(query.shape[:2])
             raise ValueError(f"document_ids is {got}; allowed is torch.int32 or torch.int64 {shape}")
         check_device("document_ids", document_ids, query)
-        readable = document_ids.device.type == "cpu" and not torch.compiler.is_compiling()
-        if readable and (document_ids[:, 1:] < document_ids[:, :-1]).any():
+        if is_readable(document_ids) and (document_ids[:, 1:] < document_ids[:, :-1]).any():
             raise ValueError("document_ids must not decrease along its last axis")
     if chunk_size is not None and (chunk_size < 16 or chunk_size & (chunk_size - 1)):
         raise ValueError(f"chunk_size is {chunk_size}; allowed are powers of two from 16 on, or None")
@@ -73,7 +99,7 @@ def check_triton_device(device: torch.device) -> None:
     Raises:
         ValueError: it is neither a CUDA device nor the CPU under Triton's interpreter.
     """
-    if device.type == "cuda" or (device.type == "cpu" and _triton_is_interpreted()):
+    if (_assumed or device.type) == "cuda" or (device.type == "cpu" and _triton_is_interpreted()):
         return
     raise ValueError(
         f"backend='triton' got tensors on {device}; allowed are a CUDA device, or the CPU where TRITON_INTERPRET=1 was "

@@ -10,6 +10,8 @@ at key position `i + keys - queries`.
 
 import torch
 
+from longmix_kernels.runtime import is_readable
+
 
 def row_bounds(
     queries: int,
@@ -127,6 +129,5 @@ def _check_document_ids(document_ids: torch.Tensor, queries: int, keys: int) -> 
         raise ValueError(f"document_ids has dtype {document_ids.dtype}; allowed are torch.int32 and torch.int64")
     if queries > keys:
         raise ValueError(f"document_ids needs a key for every query, but there are {queries} queries and {keys} keys")
-    readable = document_ids.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and (document_ids[..., 1:] < document_ids[..., :-1]).any():
+    if is_readable(document_ids) and (document_ids[..., 1:] < document_ids[..., :-1]).any():
         raise ValueError("document_ids must not decrease along its last axis")

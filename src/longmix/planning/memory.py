@@ -1,0 +1,194 @@
+"""How much memory one device needs at the worst moment of a training step, and for what.
+
+A step is followed through: the forward passes of the layers, the turning point at the loss, the backward passes, the
+optimizer. What is held then is added up from the parts that were rehearsed, and the largest sum counts.
+
+Assumed, not found by rehearsing: what a CUDA context and NCCL take; the buffers of DDP (a second copy of the gradients)
+and of FSDP (the ends and two blocks gathered, one more block while it is unpacked, and one block's gradients on their
+way); of a divided window, the keys and values of all of it, or the states of its slices. Left out: what a kernel takes
+and gives back within one call.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from longmix.mixers.base import Mixer
+from longmix.model.backbone import LanguageModel
+from longmix.planning.optimizer import OptimizerNeeds
+from longmix.planning.rehearsal import Part, Rehearsal, Setting
+from longmix.planning.request import Choice
+
+GIB = 2**30
+
+CONTEXT_BYTES = GIB
+"""Of a CUDA context with its libraries, and as much again of NCCL where there are several processes."""
+
+USABLE = 0.95
+"""Share of what is left that the allocator can hand out; the rest is lost between blocks of different sizes."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device at the worst moment.
+
+    Attributes:
+        moment: when that is.
+        parts: what holds how many bytes.
+        limit: how many a device can give.
+    """
+
+    moment: str
+    parts: dict[str, int]
+    limit: int
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether a device can give that."""
+        return self.total <= self.limit
+
+
+@dataclass(frozen=True)
+class Division:
+    """How a run is divided.
+
+    Attributes:
+        processes: all of them.
+        context_parallel: those that share a window.
+        strategy: as in `Choice`.
+        micro_batches: forward and backward passes of a process in a step.
+    """
+
+    processes: int
+    context_parallel: int
+    strategy: str
+    micro_batches: int
+
+    @staticmethod
+    def of(choice: Choice, processes: int, rows: int) -> "Division":
+        """From what was chosen, and the windows of a process."""
+        return Division(processes, choice.context_parallel, choice.strategy, rows // choice.micro_batch_size)
+
+
+def memory_needed(
+    model: LanguageModel,
+    rehearsal: Rehearsal,
+    optimizer: OptimizerNeeds,
+    setting: Setting,
+    division: Division,
+    limit: int,
+) -> Memory:
+    """Add up the worst moment of a step.
+
+    Args:
+        model: on the meta device.
+        rehearsal: of its parts, in `setting`.
+        optimizer: of undivided weights.
+        setting: of one process.
+        division: of the run.
+        limit: bytes that a device has.
+    """
+    parts = [rehearsal.ends, *rehearsal.layers]
+    size = 2 if setting.precision == "bf16-true" else 4
+    parameters = sum(part.parameters for part in parts)
+    shards = division.processes if setting.sharded else 1
+    fixed = {
+        "weights": parameters * size // shards,
+        "weights in bf16": sum(part.copies for part in parts),
+        "optimizer": optimizer.state // shards,
+        "data": setting.rows * division.micro_batches * setting.length * (8 + 8 + 4),
+        "communication": communication_buffers(model, rehearsal, setting, division),
+    }
+    everything = sum(_lasting(part, setting, division) for part in parts)
+    step = Moment("optimizer", everything, 0, optimizer.working)
+    worst = max([*_moments(model, rehearsal, setting, division), step], key=lambda moment: moment.total)
+    varying = {"gradients": worst.gradients, "activations": worst.activations, "working": worst.working}
+    context = 0 if setting.device == "cpu" else CONTEXT_BYTES * (1 if division.processes == 1 else 2)
+    usable = limit if setting.device == "cpu" else int((limit - context) * USABLE)
+    held = {name: size for name, size in (fixed | varying).items() if size}
+    return Memory(worst.name, held, usable)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is held at one moment besides what is held always."""
+
+    name: str
+    gradients: int
+    activations: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.gradients + self.activations + self.working
+
+
+def _moments(model: LanguageModel, rehearsal: Rehearsal, setting: Setting, division: Division) -> Iterator[Moment]:
+    """The last micro-batch of a step; gradients of the others are there from the beginning."""
+    ends, layers = rehearsal.ends, rehearsal.layers
+    lasting = [_lasting(part, setting, division) for part in layers]
+    waits = division.micro_batches > 1
+    before = sum(lasting) + _lasting(ends, setting, division) if waits else 0
+    stream = layers[0].output
+    held = stream
+    for index, part in enumerate(layers):
+        held += part.kept + part.output
+        yield Moment(f"forward of layer {index}", before, held, part.forward)
+    turning = held + ends.kept - stream  # the ends were rehearsed with the stream of one layer between them
+    yield Moment("loss", before, turning, max(ends.forward, ends.backward))
+    head = _lasting(ends, setting, division)
+    if model.head.weight is not model.embedding.weight:
+        head -= _lasting_of(model.embedding.weight.numel(), ends, setting, division)
+    made = before if waits else head
+    for index in reversed(range(len(layers))):
+        part = layers[index]
+        yield Moment(f"backward of layer {index}", made, held, part.output + part.backward)
+        held -= part.kept + part.output
+        made += 0 if waits else lasting[index]
+    yield Moment("backward of the embedding", made, held, stream + ends.gradients)
+
+
+def _lasting(part: Part, setting: Setting, division: Division) -> int:
+    """Bytes of a part's gradients from its backward pass until the optimizer's step."""
+    return _lasting_of(part.parameters, part, setting, division)
+
+
+def _lasting_of(parameters: int, part: Part, setting: Setting, division: Division) -> int:
+    if not setting.sharded:
+        return part.gradients * parameters // part.parameters
+    size = 2 if setting.precision == "bf16-true" else 4
+    # FSDP adds undivided gradients up until the micro-batch that exchanges them.
+    return parameters * size // (division.processes if division.micro_batches == 1 else 1)
+
+
+def communication_buffers(model: LanguageModel, rehearsal: Rehearsal, setting: Setting, division: Division) -> int:
+    """Bytes of what is gathered, exchanged or kept for that."""
+    found = 0
+    largest = max(part.parameters for part in rehearsal.layers)
+    if setting.sharded and division.processes > 1:
+        size = setting.weight_dtype.itemsize
+        reduced = 2 if setting.precision == "bf16-true" else 4
+        found += size * (rehearsal.ends.parameters + 3 * largest) + reduced * largest
+    elif division.processes > 1:
+        found += sum(part.gradients for part in (rehearsal.ends, *rehearsal.layers))
+    if division.context_parallel > 1:
+        shares = [shared_bytes(mixer, setting, division) for mixer in model.mixers()]
+        found += max(shares) if setting.checkpointed else sum(shares)
+    return found
+
+
+def shared_bytes(mixer: Mixer, setting: Setting, division: Division) -> int:
+    """Bytes that a layer gets from the other slices of its windows: what generation would remember of them.
+
+    Keys and values of all other slices; of a state that does not grow, every slice's, and how it changes one.
+    """
+    slices = division.context_parallel
+    whole, own = mixer.state_bytes(slices * setting.length), mixer.state_bytes(setting.length)
+    low = 1 if setting.precision == "32-true" else 2
+    grows = whole > own
+    return setting.rows * ((whole - own) // low if grows else 2 * (slices - 1) * own)

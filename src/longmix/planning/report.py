@@ -1,0 +1,156 @@
+"""A plan as a table, and as a picture of memory over the context length."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from longmix.planning.advice import Advice
+from longmix.planning.memory import CONTEXT_BYTES, GIB, USABLE
+from longmix.planning.plan import Plan, Planner
+from longmix.planning.traffic import ASSUMPTIONS
+
+LENGTHS = 6
+"""Context lengths of the picture, each twice the one before it; the last but one is the planned one."""
+
+
+def shown(planner: Planner, plan: Plan, advice: Advice | None, singles: list[Advice]) -> Group:
+    """What a terminal shows."""
+    request, memory = planner.request, plan.memory
+    table = Table(title=_title(planner, plan), title_justify="left", box=None, show_header=False, padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column()
+    for name, size in memory.parts.items():
+        table.add_row(name, _gib(size), "")
+    verdict = "fits" if memory.fits else "does not fit"
+    table.add_row("all", _gib(memory.total), f"of {_gib(memory.limit)}: {verdict}; most is held at: {memory.moment}")
+    state = planner.model.state_bytes(plan.choice.seq_len)
+    table.add_row("states", _gib(state), "that a window of this length leaves for generation; not held in training")
+    table.add_row("", "", "")
+    for name, sent in (("gradients", plan.traffic.gradients), ("weights", plan.traffic.weights)):
+        if sent:
+            table.add_row(f"{name} sent", _gib(sent), "by a device in a step")
+    if plan.traffic.context:
+        table.add_row("context sent", _gib(plan.traffic.context), "by a device in a step")
+    for row in _time_rows(planner, plan):
+        table.add_row(*row)
+    lines = [Text(f"note: {note}") for note in request.notes]
+    return Group(table, *_advice(plan, advice, singles), *lines, *_assumptions(plan, request.accelerator is None))
+
+
+def _title(planner: Planner, plan: Plan) -> str:
+    request, choice = planner.request, plan.choice
+    device = "CPU" if request.accelerator is None else request.accelerator.name
+    parameters = planner.model.parameter_counts()["total"]
+    divided = f", {choice.context_parallel} share a window" if choice.context_parallel > 1 else ""
+    return (
+        f"model={request.labels[1]} mixer={request.labels[0]} ({parameters:,} parameters), "
+        f"seq_len={choice.seq_len:,}, on {request.gpus} x {device}, {choice.strategy}{divided}, {request.precision}: "
+        f"{request.batch_size(choice)} windows a step, {choice.micro_batch_size} at a time on each device, "
+        f"{'blocks recomputed' if choice.checkpointed else 'everything kept'} for the backward pass"
+    )
+
+
+def _time_rows(planner: Planner, plan: Plan) -> list[tuple[str, str, str]]:
+    rows = [
+        (
+            "arithmetic",
+            f"{plan.flops[1] / 1e12:,.1f} TFLOP",
+            f"{plan.flops[0] / plan.flops[1]:.0%} of it asked for by the model",
+        )
+    ]
+    time = plan.time
+    if time is None:
+        return [*rows, ("step", "unknown", "the table has no CPUs")]
+    tokens = planner.request.batch_size(plan.choice) * plan.choice.seq_len
+    rows.append(
+        (
+            "step",
+            f"{time.total:,.3f} s",
+            f"{tokens / time.total:,.0f} tokens/s, MFU {time.utilisation:.0%}; an estimate",
+        )
+    )
+    rows.append(("", "", f"products {time.products:,.3f} s, other operators {time.others:,.3f} s"))
+    if planner.request.gpus > 1:
+        rows.append(("", "", f"exchange {time.exchange:,.3f} s beside them, of divided windows {time.context:,.3f} s"))
+    return rows
+
+
+def _advice(plan: Plan, advice: Advice | None, singles: list[Advice]) -> list[Text]:
+    if plan.memory.fits:
+        return []
+    lines = [Text()]
+    if advice is None:
+        lines.append(Text("no change of micro-batch, recomputing, FSDP, context parallelism and seq_len fits", "bold"))
+    else:
+        lines.append(
+            Text(f"smallest change that fits: {' '.join(advice.words)}: {_gib(advice.plan.memory.total)}", "bold")
+        )
+    for single in singles:
+        verdict = "fits" if single.plan.memory.fits else "does not"
+        lines.append(Text(f"  alone, {' '.join(single.words)}: {_gib(single.plan.memory.total)}, {verdict}"))
+    return lines
+
+
+def _assumptions(plan: Plan, on_cpu: bool) -> list[Text]:
+    if on_cpu:
+        return []
+    memory = (
+        f"{_gib(CONTEXT_BYTES)} for the CUDA context, as much for NCCL, and {1 - USABLE:.0%} of the rest for the "
+        "allocator are taken off the sheet's memory; what kernels take within a call is left out"
+    )
+    return [Text(), *(Text(f"assumed: {text}", "dim") for text in (memory, *ASSUMPTIONS))]
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:,.2f} GiB" if size >= GIB / 100 else f"{size / 2**20:,.2f} MiB"
+
+
+def lengths(planner: Planner) -> list[Plan]:
+    """Plans at a few context lengths around the one asked for, as far as they divide."""
+    choice = planner.request.choice
+    found = []
+    for power in range(2 - LENGTHS, 2):
+        length = choice.seq_len << power if power >= 0 else choice.seq_len >> -power
+        if length >= choice.context_parallel and length % choice.context_parallel == 0:
+            found.append(planner.at_length(length))
+    return found
+
+
+def draw(planner: Planner, plans: list[Plan], path: Path) -> Path:
+    """Stacked bars of memory over the context length, and the device's limit as a line."""
+    from longmix.reporting.plots import new_figure, save_figure
+
+    figure, (axes,) = new_figure(1)
+    names = list(dict.fromkeys(name for plan in plans for name in plan.memory.parts))
+    labels = [f"{plan.choice.seq_len:,}" for plan in plans]
+    bottom = [0.0] * len(plans)
+    for name in names:
+        heights = [plan.memory.parts.get(name, 0) / GIB for plan in plans]
+        axes.bar(labels, heights, bottom=bottom, label=name)
+        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    limit = plans[0].memory.limit / GIB
+    axes.axhline(limit, color="black", linestyle="--", linewidth=1.2, label="limit")
+    request, choice = planner.request, planner.request.choice
+    device = "CPU" if request.accelerator is None else request.accelerator.name
+    axes.set_title(f"{request.labels[1]}, {request.labels[0]}, {request.gpus} x {device}, {choice.strategy}")
+    axes.set_xlabel("context length, tokens")
+    axes.set_ylabel("GiB per device")
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    return save_figure(figure, path)
+
+
+def as_json(
+    planner: Planner, plan: Plan, advice: Advice | None, singles: list[Advice], plans: list[Plan]
+) -> dict[str, Any]:
+    """Everything as plain values."""
+    return {
+        **planner.report(plan),
+        "notes": list(planner.request.notes),
+        "smallest_change": None if advice is None else {"words": list(advice.words), **planner.report(advice.plan)},
+        "single_changes": [{"words": list(single.words), **planner.report(single.plan)} for single in singles],
+        "by_length": [planner.report(plan) for plan in plans],
+    }

@@ -1,0 +1,147 @@
+"""What devices send to each other in a step, and how long a step takes: estimates, with what they assume."""
+
+from dataclasses import dataclass
+from typing import cast
+
+from longmix.model.backbone import LanguageModel
+from longmix.model.blocks import Block
+from longmix.model.head import SLICE_ELEMENTS
+from longmix.planning.memory import Division, shared_bytes
+from longmix.planning.optimizer import OptimizerNeeds
+from longmix.planning.rehearsal import Rehearsal, Setting
+from longmix.training.accelerators import Accelerator
+
+UTILISATION = 0.6
+"""Share of peak arithmetic that products of matrices reach."""
+
+BANDWIDTH_SHARE = 0.8
+"""Share of memory bandwidth that other operators reach."""
+
+LINK_SHARE = 0.8
+"""Share of the slowest link's bandwidth that a collective reaches."""
+
+ASSUMPTIONS = (
+    f"products of matrices and engines run at {UTILISATION:.0%} of peak arithmetic, other operators, unfused, at "
+    f"{BANDWIDTH_SHARE:.0%} of memory bandwidth, one after the other",
+    f"collectives reach {LINK_SHARE:.0%} of the slowest link; those of weights and gradients hide behind the rest as "
+    "far as they are shorter, those of a divided window do not",
+    "the pipeline of data, launches and the host cost nothing",
+)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one device sends in a step.
+
+    Attributes:
+        gradients: all-reduce of DDP, or reduce-scatter of FSDP.
+        weights: all-gathers of FSDP.
+        context: keys and values, or states, of divided windows.
+    """
+
+    gradients: int
+    weights: int
+    context: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.gradients + self.weights + self.context
+
+
+def traffic_of(model: LanguageModel, rehearsal: Rehearsal, setting: Setting, division: Division) -> Traffic:
+    """Count the bytes of ring collectives: (W - 1) / W of what is gathered or scattered, twice that if all-reduced."""
+    processes = division.processes
+    ends, layers = rehearsal.ends.parameters, sum(part.parameters for part in rehearsal.layers)
+    size = 2 if setting.precision == "bf16-true" else 4
+    gradients = size * (ends + layers) * (processes - 1) // processes
+    weights = context = 0
+    if setting.sharded:
+        # The ends stay gathered from the forward to the backward pass, a block is gathered for each.
+        gathered = setting.weight_dtype.itemsize * (ends + 2 * layers) * division.micro_batches
+        weights = gathered * (processes - 1) // processes
+    else:
+        gradients *= 2
+    if division.context_parallel > 1:
+        passes = 3 if setting.checkpointed else 2
+        context = sum(shared_bytes(mixer, setting, division) for mixer in model.mixers())
+        context *= passes * division.micro_batches
+    return Traffic(gradients, weights, context)
+
+
+def training_flops(model: LanguageModel, rows: int, length: int, checkpointed: bool) -> tuple[int, int]:
+    """Floating-point operations of a step on `rows` windows: what the model asks for, and what is computed.
+
+    A backward pass takes twice the forward one; recomputed blocks, and a head in slices, go forward once more.
+    """
+    forward = model.flops(length)
+    layers = sum(cast(Block, block).flops(length) for block in model.blocks)
+    again = layers if checkpointed else 0
+    if rows * length * model.vocab_size > SLICE_ELEMENTS:
+        again += forward - layers
+    return 3 * forward * rows, (3 * forward + again) * rows
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step.
+
+    Attributes:
+        products: of matrices, the mixers' engines included.
+        others: memory traffic of all other operators, and of the optimizer.
+        exchange: of weights and gradients, beside the rest.
+        context: of divided windows, before or after the rest.
+        utilisation: model FLOPs per second over the peak, of the whole step ("MFU").
+    """
+
+    products: float
+    others: float
+    exchange: float
+    context: float
+    utilisation: float
+
+    @property
+    def total(self) -> float:
+        """Of the whole step."""
+        return max(self.products + self.others, self.exchange) + self.context
+
+
+def step_time(
+    accelerator: Accelerator,
+    flops: tuple[float, float],
+    rehearsal: Rehearsal,
+    optimizer: OptimizerNeeds,
+    traffic: Traffic,
+    setting: Setting,
+    division: Division,
+) -> StepTime:
+    """Estimate a step on one device.
+
+    Args:
+        accelerator: of the table.
+        flops: of one device, as the model asks for, and computed.
+        rehearsal: of the model's parts.
+        optimizer: of undivided weights.
+        traffic: what it sends.
+        setting: how it computes.
+        division: of the run.
+    """
+    peak = accelerator.fp32_flops if setting.precision == "32-true" else accelerator.bf16_flops
+    parts = [rehearsal.ends, *rehearsal.layers]
+    moved = division.micro_batches * sum(part.moved for part in parts)
+    shards = division.processes if setting.sharded else 1
+    weights = sum(part.parameters for part in parts) * (2 if setting.precision == "bf16-true" else 4)
+    moved += (3 * weights + 2 * optimizer.state) // shards  # gradients read, weights and states read and written
+    link = _link(accelerator, division.processes)
+    products, others = flops[1] / (peak * UTILISATION), moved / (accelerator.bandwidth * BANDWIDTH_SHARE)
+    exchange, context = (traffic.gradients + traffic.weights) / link, traffic.context / link
+    whole = StepTime(products, others, exchange, context, 0.0).total
+    return StepTime(products, others, exchange, context, flops[0] / (peak * whole))
+
+
+def _link(accelerator: Accelerator, processes: int) -> float:
+    """Bytes per second of a ring: in one node its link, between nodes what the node's network cards have together."""
+    bandwidth = accelerator.link_bandwidth
+    if processes > accelerator.node_size:
+        bandwidth = min(bandwidth, accelerator.node_size * accelerator.network_bandwidth)
+    return bandwidth * LINK_SHARE

@@ -1,0 +1,42 @@
+"""The planner against training steps that were run: every allocation of this process, as torch's profiler saw it.
+
+What an engine takes and gives back within one call is not planned for. On a CPU that is a few MiB whatever the length,
+so lengths are such that it is small.
+"""
+
+import json
+
+import pytest
+
+from longmix.planning import check
+from longmix.planning.check import CPU_SIZES, Outcome
+
+CASES = {
+    "micro-batches": ("mixer=retention", "optimizer=adamw", "trainer.micro_batch_size=1"),
+    "recomputed": ("mixer=sliding_window*2+mlstm_tfla", "model.tie_head=true", "model.activation_checkpointing=block"),
+    "rwkv7": ("mixer=rwkv7", "model.logit_penalty=0.0001"),
+    "large-optimizer": ("mixer=flash", "seq_len=32", "batch_size=1", "model.mlp_hidden=1024"),
+    "sliced-loss": ("mixer=flash", "seq_len=512", "tokenizer=bpe", "tokenizer.vocab_size=30000", "model.num_layers=1"),
+}
+
+
+@pytest.mark.parametrize("words", CASES.values(), ids=CASES)
+def test_a_step_holds_what_was_planned(words):
+    outcome = check.check([*CPU_SIZES, *words])
+    assert outcome.error == pytest.approx(0, abs=0.05)
+    assert outcome.measured > 2**21
+
+
+def test_the_command_writes_its_table(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(check, "check", lambda words: Outcome(tuple(words), 3 * 2**29, 2**30))
+    assert check.main(["seq_len=64", "--mixers", "flash", "gla", "--output", str(tmp_path / "found.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["1.5000", "GiB", "predicted", "1.0000", "GiB", "measured", "+50.0%", "mixer=flash"]
+    cases = json.loads((tmp_path / "found.json").read_text())["cases"]
+    assert [case["words"][-2:] for case in cases] == [["seq_len=64", "mixer=flash"], ["seq_len=64", "mixer=gla"]]
+    assert cases[0]["error"] == 0.5
+
+
+def test_impossible_words_are_one_line(capsys):
+    assert check.main(["model.num_heads=3", "--mixers", "flash"]) == 2
+    assert "model.num_heads=3" in capsys.readouterr().err

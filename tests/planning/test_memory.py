@@ -1,0 +1,172 @@
+"""The worst moment of a step, added up from parts whose sizes are made up here."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from longmix.model.build import build_model
+from longmix.planning.memory import CONTEXT_BYTES, USABLE, Division, Memory, memory_needed, shared_bytes
+from longmix.planning.optimizer import OptimizerNeeds, optimizer_needs
+from longmix.planning.rehearsal import Part, Rehearsal, Setting
+from longmix.planning.request import read
+
+SETTING = Setting(1, 64, "32-true", sharded=False, accumulates=False, checkpointed=False, device="cpu")
+ONE = Division(processes=1, context_parallel=1, strategy="single", micro_batches=1)
+OPTIMIZER = OptimizerNeeds(state=5_000, working=7)
+LIMIT = 10**9
+
+
+def small(*words: str):
+    sizes = ("model.d_model=32", "model.num_layers=2", "model.num_heads=2", "model.mlp_hidden=48", "seq_len=64")
+    return read(["gpu=cpu", *sizes, *words])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small().model()
+
+
+def part(
+    parameters: int, kept: int = 0, forward: int = 0, backward: int = 0, copies: int = 0, output: int = 10
+) -> Part:
+    return Part(output, kept, forward, backward, 4 * parameters, copies, parameters, moved=0)
+
+
+def needed(model, rehearsal, setting=SETTING, division=ONE) -> Memory:
+    return memory_needed(model, rehearsal, OPTIMIZER, setting, division, LIMIT)
+
+
+def ends_of(model, **sizes) -> Part:
+    return part(sum(weight.numel() for weight in (model.embedding.weight, model.head.weight)), **sizes)
+
+
+def test_the_loss_is_the_worst_where_activations_are_large(model):
+    ends = ends_of(model, kept=500, forward=3, backward=50_000, output=1)
+    rehearsal = Rehearsal(ends, [part(100, kept=90_000), part(100, kept=100_000)])
+    memory = needed(model, rehearsal)
+    assert memory.moment == "loss"
+    parameters = ends.parameters + 200
+    assert memory.parts == {
+        "weights": 4 * parameters,
+        "optimizer": 5_000,
+        "data": 64 * 20,
+        "activations": 90_000 + 100_000 + 2 * 10 + 500,
+        "working": 50_000,
+    }
+    assert memory.total == sum(memory.parts.values())
+    assert memory.limit == LIMIT
+
+
+def test_a_backward_pass_of_the_last_layers_is_the_worst_where_it_needs_most(model):
+    ends = ends_of(model)
+    rehearsal = Rehearsal(ends, [part(100, kept=900), part(200, kept=1000, backward=10**6)])
+    memory = needed(model, rehearsal)
+    assert memory.moment == "backward of layer 1"
+    assert memory.parts["activations"] == 10 + 900 + 10 + 1000 + 10
+    assert memory.parts["gradients"] == 4 * model.head.weight.numel()
+    assert memory.parts["working"] == 10**6 + 10
+
+
+def test_gradients_of_later_layers_are_there_in_the_backward_pass_of_earlier_ones(model):
+    rehearsal = Rehearsal(ends_of(model), [part(100, backward=10**6), part(50_000), part(60_000)])
+    memory = needed(model, rehearsal)
+    assert memory.moment == "backward of layer 0"
+    assert memory.parts["gradients"] == 4 * (110_000 + model.head.weight.numel())
+    assert memory.parts["activations"] == 2 * 10
+
+
+def test_a_forward_pass_may_be_the_worst(model):
+    rehearsal = Rehearsal(ends_of(model), [part(10, kept=5, forward=10**7), part(10, kept=7)])
+    memory = needed(model, rehearsal)
+    assert memory.moment == "forward of layer 0"
+    assert (memory.parts["activations"], memory.parts["working"]) == (25, 10**7)
+
+
+def test_the_optimizer_is_the_worst_where_activations_are_small(model):
+    rehearsal = Rehearsal(ends_of(model), [part(10**6), part(10**6)])
+    memory = memory_needed(model, rehearsal, OptimizerNeeds(5_000, 10**7), SETTING, ONE, LIMIT)
+    assert memory.moment == "optimizer"
+    assert memory.parts["gradients"] == 4 * sum(each.parameters for each in (rehearsal.ends, *rehearsal.layers))
+    assert memory.parts["working"] == 10**7
+
+
+def test_gradients_of_earlier_micro_batches_are_there_from_the_beginning(model):
+    rehearsal = Rehearsal(ends_of(model), [part(10**5), part(10**5, kept=10**6, forward=10**6)])
+    memory = needed(model, rehearsal, division=dataclasses.replace(ONE, micro_batches=2))
+    assert memory.moment == "forward of layer 1"
+    assert memory.parts["gradients"] == 4 * (2 * 10**5 + rehearsal.ends.parameters)
+    assert memory.parts["data"] == 2 * 64 * 20
+
+
+def test_ddp_holds_a_second_copy_of_the_gradients_and_divides_nothing(model):
+    rehearsal = Rehearsal(ends_of(model), [part(10**5), part(10**5)])
+    memory = needed(model, rehearsal, division=Division(4, 1, "ddp", 1))
+    parameters = 2 * 10**5 + rehearsal.ends.parameters
+    assert memory.parts["communication"] == 4 * parameters == memory.parts["weights"]
+    assert memory.parts["optimizer"] == 5_000
+
+
+def test_fsdp_divides_weights_gradients_and_optimizer(model):
+    rehearsal = Rehearsal(ends_of(model), [part(4 * 10**5), part(10**5)])
+    setting = dataclasses.replace(SETTING, sharded=True, precision="bf16-mixed")
+    memory = needed(model, rehearsal, setting, Division(4, 1, "fsdp", 1))
+    parameters = 5 * 10**5 + rehearsal.ends.parameters
+    assert memory.parts["weights"] == parameters
+    assert memory.parts["optimizer"] == 1_250
+    assert memory.parts["communication"] == 2 * (rehearsal.ends.parameters + 3 * 4 * 10**5) + 4 * 4 * 10**5
+    whole = needed(model, rehearsal, setting, Division(4, 1, "fsdp", 2))
+    assert whole.parts["gradients"] == 4 * parameters  # FSDP adds undivided ones up
+    assert memory.parts["gradients"] <= parameters
+
+
+def test_a_gpu_gives_less_than_its_sheet_says(model):
+    rehearsal = Rehearsal(ends_of(model), [part(100)])
+    on_gpu = dataclasses.replace(SETTING, device="cuda")
+    one = memory_needed(model, rehearsal, OPTIMIZER, on_gpu, ONE, 10**11)
+    two = memory_needed(model, rehearsal, OPTIMIZER, on_gpu, Division(2, 1, "ddp", 1), 10**11)
+    assert one.limit == int((10**11 - CONTEXT_BYTES) * USABLE)
+    assert two.limit == int((10**11 - 2 * CONTEXT_BYTES) * USABLE)
+
+
+def test_slices_get_all_keys_and_values_or_all_states():
+    division = Division(4, 4, "ddp", 1)
+    flash = small("mixer=flash").model().mixers()[0]
+    assert shared_bytes(flash, SETTING, division) == 3 * 64 * 2 * 32 * 4
+    low = dataclasses.replace(SETTING, precision="bf16-mixed", rows=2)
+    assert shared_bytes(flash, low, division) == 2 * 3 * 64 * 2 * 32 * 2
+    lightning = small("mixer=lightning").model().mixers()[0]
+    assert shared_bytes(lightning, SETTING, division) == 2 * 3 * 2 * 8 * 16 * 4
+
+
+def test_a_recomputed_layer_gets_them_anew():
+    model = small("mixer=flash").model()
+    rehearsal = Rehearsal(ends_of(model), [part(100), part(100)])
+    division = Division(4, 4, "fsdp", 1)
+    setting = dataclasses.replace(SETTING, sharded=True)
+    all_layers = needed(model, rehearsal, setting, division)
+    one_layer = needed(model, rehearsal, dataclasses.replace(setting, checkpointed=True), division)
+    difference = all_layers.parts["communication"] - one_layer.parts["communication"]
+    assert difference == shared_bytes(model.mixers()[0], setting, division)
+
+
+OPTIMIZERS = {"adamw": 8, "muon": 4}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_optimizers_hold_what_their_classes_make(optimizer, device):
+    request = small(f"optimizer={optimizer}", "mixer=flash")
+    needs = optimizer_needs(request.model(), request.node["optimizer"], torch.float32, device)
+    real = build_model(request.node, request.vocab_size)
+    matrices = sum(weight.numel() for block in real.blocks for weight in block.parameters() if weight.dim() == 2)
+    others = real.parameter_counts()["total"] - matrices
+    counters = 4 * sum(1 for weight in real.parameters() if optimizer == "adamw" or weight.dim() != 2)
+    counters += 0 if optimizer == "adamw" else 8  # Muon leaves embedding and head to AdamW
+    assert needs.state == OPTIMIZERS[optimizer] * matrices + 8 * others + counters
+    largest = 48 * 32
+    if optimizer == "adamw":
+        assert needs.working < 4 * largest
+    else:
+        # torch's takes one matrix at a time in bf16, ours those of one shape together in float32, here 8 of 32 x 32.
+        assert needs.working < 12 * largest if device == "cuda" else needs.working > 8 * 4 * 32 * 32

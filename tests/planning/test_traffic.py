@@ -1,0 +1,102 @@
+"""Bytes between devices and seconds of a step, against sums made by hand."""
+
+import dataclasses
+
+import pytest
+
+from longmix.planning.memory import Division
+from longmix.planning.optimizer import OptimizerNeeds
+from longmix.planning.rehearsal import Part, Rehearsal, Setting
+from longmix.planning.request import read
+from longmix.planning.traffic import (
+    BANDWIDTH_SHARE,
+    LINK_SHARE,
+    UTILISATION,
+    Traffic,
+    step_time,
+    traffic_of,
+    training_flops,
+)
+from longmix.training.accelerators import ACCELERATORS
+
+SETTING = Setting(1, 64, "bf16-mixed", sharded=False, accumulates=False, checkpointed=False, device="cuda")
+ENDS = Part(0, 0, 0, 0, 4_000, 0, 1_000, moved=10**9)
+LAYER = Part(0, 0, 0, 0, 40_000, 0, 10_000, moved=2 * 10**9)
+REHEARSAL = Rehearsal(ENDS, [LAYER, LAYER])
+H200 = ACCELERATORS["H200"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    sizes = ("model.d_model=32", "model.num_layers=2", "model.num_heads=2", "model.mlp_hidden=48", "seq_len=256")
+    return read(["mixer=flash", *sizes]).model()
+
+
+def test_one_device_sends_nothing(model):
+    assert traffic_of(model, REHEARSAL, SETTING, Division(1, 1, "single", 1)) == Traffic(0, 0, 0)
+
+
+def test_ddp_all_reduces_gradients_once_a_step(model):
+    for micro_batches in (1, 3):
+        sent = traffic_of(model, REHEARSAL, SETTING, Division(8, 1, "ddp", micro_batches))
+        assert sent == Traffic(gradients=2 * 4 * 21_000 * 7 // 8, weights=0, context=0)
+
+
+def test_fsdp_gathers_weights_for_each_pass_and_scatters_gradients(model):
+    setting = dataclasses.replace(SETTING, sharded=True)
+    sent = traffic_of(model, REHEARSAL, setting, Division(8, 1, "fsdp", 3))
+    assert sent.gradients == 4 * 21_000 * 7 // 8
+    assert sent.weights == 3 * 2 * (1_000 + 2 * 20_000) * 7 // 8
+    assert sent.total == sent.gradients + sent.weights
+
+
+def test_slices_exchange_keys_and_values_in_every_pass(model):
+    sent = traffic_of(model, REHEARSAL, SETTING, Division(4, 4, "ddp", 1))
+    keys_and_values = 2 * 2 * 32 * 3 * 64 * 2  # layers, two of them, width, tokens of others, bytes
+    assert sent.context == 2 * keys_and_values
+    again = traffic_of(model, REHEARSAL, dataclasses.replace(SETTING, checkpointed=True), Division(4, 4, "ddp", 1))
+    assert again.context == 3 * keys_and_values
+
+
+def test_recomputing_adds_a_forward_pass_of_the_layers(model):
+    forward = model.flops(256)
+    head = 2 * 256 * 32 * model.vocab_size
+    assert training_flops(model, 3, 256, False) == (9 * forward, 9 * forward)
+    assert training_flops(model, 3, 256, True) == (9 * forward, 9 * forward + 3 * (forward - head))
+
+
+def test_a_head_in_slices_goes_forward_again(model):
+    rows = 2**24 // (256 * model.vocab_size) + 1
+    head = 2 * 256 * 32 * model.vocab_size
+    asked, computed = training_flops(model, rows, 256, False)
+    assert computed - asked == rows * head
+
+
+def seconds(traffic: Traffic, gpus: int, precision: str = "bf16-mixed", sharded: bool = False):
+    setting = dataclasses.replace(SETTING, precision=precision, sharded=sharded)
+    needs = OptimizerNeeds(state=168_000, working=0)
+    return step_time(H200, (6e14, 8e14), REHEARSAL, needs, traffic, setting, Division(gpus, 1, "ddp", 2))
+
+
+def test_the_time_of_a_step_is_arithmetic_and_memory_one_after_the_other():
+    time = seconds(Traffic(0, 0, 0), 1)
+    assert time.products == pytest.approx(8e14 / (989e12 * UTILISATION))
+    moved = 2 * 5e9 + 3 * 4 * 21_000 + 2 * 168_000
+    assert time.others == pytest.approx(moved / (4.8e12 * BANDWIDTH_SHARE))
+    assert time.total == time.products + time.others
+    assert time.utilisation == pytest.approx(6e14 / 989e12 / time.total)
+    assert seconds(Traffic(0, 0, 0), 1, "32-true").products == pytest.approx(8e14 / (67e12 * UTILISATION))
+
+
+def test_an_exchange_hides_as_far_as_it_is_shorter_and_slices_do_not():
+    alone = seconds(Traffic(0, 0, 0), 8).total
+    hidden = seconds(Traffic(10**9, 0, 0), 8)
+    assert hidden.exchange == pytest.approx(1e9 / (450e9 * LINK_SHARE))
+    assert hidden.total == alone
+    long = seconds(Traffic(10**12, 10**12, 0), 8)
+    assert long.total == long.exchange == pytest.approx(2e12 / (450e9 * LINK_SHARE))
+    assert seconds(Traffic(0, 0, 10**12), 8).total == pytest.approx(alone + 1e12 / (450e9 * LINK_SHARE))
+
+
+def test_between_nodes_network_cards_are_the_slowest_link():
+    assert seconds(Traffic(10**9, 0, 0), 16).exchange == pytest.approx(1e9 / (400e9 * LINK_SHARE))
