@@ -21,6 +21,7 @@ from longmix.mixers.routing_cache import RoutingState
 from longmix.mixers.rwkv7 import RWKV7, LowRank
 from longmix.mixers.scatterbrain import Scatterbrain
 from longmix.mixers.scatterbrain_cache import ScatterbrainState
+from longmix.mixers.scatterbrain_content import ScatterbrainContent
 from longmix.mixers.sliding_window import SlidingWindow
 from longmix.mixers.sparse_flash import DropAttention, HashAttention
 
@@ -69,6 +70,10 @@ MIXERS = {
     "scatterbrain-summaries-grouped": lambda: scatterbrain(
         num_features=0, summaries=True, past_blocks=0, block=3, sinks=1, num_kv_heads=1
     ),
+    "scatterbrain-content": lambda: content(),
+    "scatterbrain-content-grouped": lambda: content(block=2, past_blocks=0, window=2, num_kv_heads=1, sinks=1),
+    "scatterbrain-content-no-features": lambda: content(num_features=0, one_softmax=True, buckets=2, window=30),
+    "scatterbrain-content-summaries": lambda: content(num_features=0, summaries=True),
     "mlstm-sig": lambda: awake(MLSTM(SHAPE, 0)),
     "mlstm-exp": lambda: awake(MLSTM(SHAPE, 0, gate="exp", num_heads=3, norm="layer")),
     "mlstm-convolution": lambda: awake(MLSTM(SHAPE, 0, num_heads=2, convolution=4)),
@@ -93,6 +98,10 @@ def routing(**settings) -> Routing:
 
 def scatterbrain(**settings) -> Scatterbrain:
     return Scatterbrain(SHAPE, 0, **{"block": 4, "num_features": 8, **settings})
+
+
+def content(**settings) -> ScatterbrainContent:
+    return ScatterbrainContent(SHAPE, 0, **{"block": 4, "num_features": 8, "buckets": 4, "window": 3, **settings})
 
 
 class Later(RWKV7):
@@ -169,7 +178,7 @@ def test_later_tokens_never_change_earlier_outputs(mixer):
         changed[:, cut + 1 :] = 1e4 * torch.randn_like(changed[:, cut + 1 :])
         after = mixer(changed).y[:, : cut + 1]
         steep = isinstance(mixer, GatedDelta) and mixer.decay is not None
-        if steep or isinstance(mixer, LabelledAttention | Routing):
+        if steep or isinstance(mixer, LabelledAttention | Routing | ScatterbrainContent):
             torch.testing.assert_close(after, before[:, : cut + 1], rtol=0, atol=1e-12)
         else:
             assert torch.equal(after, before[:, : cut + 1])
@@ -225,7 +234,9 @@ def test_state_bytes_are_what_the_state_holds(mixer):
         recent = output.state.recent
         far = output.state.far
         far = (far.key, far.value) if mixer.summaries else far
-        cached = tree_leaves((recent.key, recent.value, recent.features, far))
+        rings = output.state.rings
+        rings = None if rings is None else (rings.key, rings.value)
+        cached = tree_leaves((recent.key, recent.value, recent.features, recent.labels, far, rings))
         held = sum(x.nbytes for x in cached if x is not None) // 2
     elif isinstance(output.state, RoutingState):
         recent, rings = output.state.recent, output.state.rings

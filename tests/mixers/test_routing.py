@@ -76,7 +76,7 @@ def seen(mixer: Routing, query_score: Tensor, key_scores: Tensor, own: int, begi
     if mixer.mode == "prefix_topk":
         (cluster,) = clusters
         start = begin + (own - begin) // mixer.block * mixer.block
-        best = sorted(range(begin, start), key=lambda j: -key_scores[j, cluster].item())[: mixer.window]
+        best = sorted(range(begin, start), key=lambda j: -round(4096 * key_scores[j, cluster].item()))[: mixer.window]
         return best + [j for j in before if j >= start and nearest[j] == cluster][-mixer.window :]
     if mixer.mode == "threshold":
         (cluster,) = clusters
@@ -141,6 +141,23 @@ def test_decoding_without_gradients_equals_one_pass(settings, packed):
                 state, start = output.state, start + length
                 pieces.append(output.y)
             torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("settings", CAUSAL.values(), ids=CAUSAL)
+def test_equal_tokens_are_chosen_alike_in_rows_of_any_length(settings):
+    """In the first layer equal tokens have equal scores, so that a rank alone says nothing."""
+    mixer, length = make(**settings).eval(), 90
+    kinds = torch.randint(3, (2, length), generator=torch.Generator().manual_seed(5))
+    x = inputs()[torch.arange(2)[:, None], kinds]
+    with torch.no_grad():
+        whole = mixer(x).y
+        for cut in (19, 40, 64, 77):
+            torch.testing.assert_close(mixer(x[:, :cut]).y, whole[:, :cut], rtol=0, atol=1e-12)
+        state = mixer(x[:, :70], state=mixer.init_state(2)).state
+        for place in range(70, length):
+            output = mixer(x[:, place : place + 1], state=state)
+            state = output.state
+            torch.testing.assert_close(output.y, whole[:, place : place + 1], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("mode", [mode for mode in modes.CAUSAL if mode != "argmax_full"])

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from longmix.errors import ConfigError
 from longmix.mixers.base import ModelShape
 from longmix.mixers.features import FEATURES, FeatureMap, enough_features, orthogonal_projections, predicted_error
 from longmix.mixers.flash import Flash
 from longmix.mixers.rotary import rotary_angles, rotate
 from longmix.mixers.scatterbrain import Scatterbrain
+from longmix.mixers.scatterbrain_content import ScatterbrainContent
 
 SHAPE = ModelShape(d_model=48, num_layers=2, num_heads=3)
 LENGTH = 40
@@ -22,11 +24,15 @@ DRAWS = 10_000
 
 def make(layer: int = 0, **settings) -> Scatterbrain:
     torch.manual_seed(1)
-    mixer = Scatterbrain(SHAPE, layer, **{"block": 4, "num_features": 8, **settings}).double()
+    kind = ScatterbrainContent if "buckets" in settings else Scatterbrain
+    mixer = kind(SHAPE, layer, **{"block": 4, "num_features": 8, **settings}).double()
     with torch.no_grad():
         for parameter in (mixer.far_bias, mixer.sink_key, mixer.sink_value):
             if parameter is not None:
                 parameter.normal_()
+        for center in (mixer.query_center, mixer.key_center) if kind is ScatterbrainContent else ():
+            if center is not None:
+                center.value.normal_()
     return mixer
 
 
@@ -63,6 +69,8 @@ def defined(mixer: Scatterbrain, x: Tensor, ids: Tensor | None) -> Tensor:
         products = torch.einsum("biha,bjha->bhij", log_q.exp(), log_k.exp().repeat_interleave(group, 2))
         bias = torch.zeros(mixer.num_heads) if mixer.far_bias is None else mixer.far_bias
         weights = weights + products * bias.exp()[:, None, None] * far[:, None]
+    if isinstance(mixer, ScatterbrainContent):
+        weights = weights + scores.exp() * selected(mixer, x, far)
     total, mixed = weights.sum(-1).mT, torch.einsum("bhij,bjhd->bihd", weights, repeated[1])
     if mixer.summaries:
         heads = unit if mixer.one_softmax else (query, key)
@@ -74,6 +82,18 @@ def defined(mixer: Scatterbrain, x: Tensor, ids: Tensor | None) -> Tensor:
         sinks = (scale * torch.einsum("bihd,shd->bihs", unit[0] if mixer.one_softmax else query, sink_key)).exp()
         total, mixed = total + sinks.sum(-1), mixed + torch.einsum("bihs,shd->bihd", sinks, sink_value)
     return mixer.output((mixed / total.unsqueeze(-1)).flatten(2))
+
+
+def selected(mixer: ScatterbrainContent, x: Tensor, far: Tensor) -> Tensor:
+    """The latest far keys of each query's bucket, bool [B, H, T, T]."""
+    labels = []
+    for heads, center in zip(mixer.project(x)[:2], (mixer.query_center, mixer.key_center), strict=True):
+        directions = mixer.hash.directions.repeat_interleave(heads.shape[2] // mixer.num_kv_heads, 0)
+        along = torch.einsum("bthd,hdn->bthn", heads - (0 if center is None else center.value), directions)
+        labels.append(torch.cat((along, -along), -1).argmax(-1).mT)
+    query, key = labels[0], labels[1].repeat_interleave(mixer.num_heads // mixer.num_kv_heads, 1)
+    alike = far[:, None] & (query[..., None] == key[..., None, :])
+    return alike & (alike.flip(-1).cumsum(-1).flip(-1) <= mixer.window)
 
 
 def of_summaries(mixer: Scatterbrain, query: Tensor, key: Tensor, value: Tensor, ids: Tensor, positions: Tensor):
@@ -111,6 +131,10 @@ SETTINGS = {
     "summaries-one-softmax": {"num_features": 0, "summaries": True, "one_softmax": True},
     "no-norm": {"qk_norm": False},
     **{kind: {"features": kind} for kind in FEATURES[1:]},
+    "content": {"buckets": 4, "window": 3},
+    "content-grouped": {"buckets": 2, "window": 9, "num_kv_heads": 1, "past_blocks": 0, "center_decay": None},
+    "content-one-softmax-sinks": {"buckets": 4, "window": 2, "one_softmax": True, "sinks": 1},
+    "content-no-features": {"buckets": 2, "window": 5, "num_features": 0, "block": 1},
 }
 
 
@@ -287,11 +311,14 @@ def test_the_state_does_not_grow():
     assert mixer.state_bytes(7) == mixer.state_bytes(10**6) == mixer.state_bytes(6) + 3 * (2 * 16 + 8) * 8
 
 
+CARRIED = ("default", "summaries", "content", "content-grouped")
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
-@pytest.mark.parametrize("settings", [{}, {"num_features": 0, "summaries": True}], ids=["features", "summaries"])
+@pytest.mark.parametrize("settings", [SETTINGS[name] for name in CARRIED], ids=CARRIED)
 def test_gradients_go_through_a_state(settings, packed):
     """Keys that have left for the far side get the gradient that they would have got in one pass."""
-    mixer, x, ids = make(sinks=1, **settings), inputs().requires_grad_(), packed_ids() if packed else None
+    mixer, x, ids = make(**{"sinks": 1, **settings}), inputs().requires_grad_(), packed_ids() if packed else None
     whole = mixer(x, document_ids=ids).y
     state, pieces = mixer.init_state(2), []
     for some in (slice(0, 13), slice(13, 14), slice(14, 31), slice(31, 40)):
@@ -333,3 +360,31 @@ def test_autocast_keeps_logarithms_in_float32():
     assert half.dtype == torch.bfloat16 and state.far.memory.dtype == torch.float32
     assert (half - exact).norm() < 0.05 * exact.norm()
     assert (stepped[:, 0] - exact[:, 30]).norm() < 0.05 * exact[:, 30].norm()
+
+
+def test_selected_keys_matter_beyond_the_exact_blocks_alone_and_stay_in_rings():
+    mixer, x = make(buckets=4, window=3, center_decay=None).eval(), inputs()
+    plain = make()
+    plain.load_state_dict(mixer.state_dict(), strict=False)
+    first = (mixer.past_blocks + 1) * mixer.block
+    with torch.no_grad():
+        moved = (mixer(x).y - plain(x).y).abs().amax(-1) > 1e-9
+        state = mixer(x, state=mixer.init_state(2)).state
+        place, size = state.rings.key.data_ptr(), state.rings.key.shape
+        for token in x.split(1, 1):
+            state = mixer(token, state=state).state
+    assert not moved[:, :first].any() and moved[:, first:].double().mean() > 0.5
+    assert state.rings.key.data_ptr() == place and state.rings.key.shape == size == (2, 3, 4 * 3 + 1, 16)
+    assert (state.rings.count.sum(-1) == 2 * LENGTH - mixer.block).all(), "every key but the latest block's"
+    assert mixer.state_bytes(80) == mixer.state_bytes(10**6)
+
+
+def test_selected_pairs_and_their_settings():
+    mixer, plain = make(buckets=2, window=3), make()
+    far = [max(0, (row // 4 - 1) * 4) for row in range(LENGTH)]
+    assert mixer.visible_pairs(LENGTH) - plain.visible_pairs(LENGTH) == sum(min(3, n // 2) for n in far)
+    assert mixer.flops(LENGTH) - plain.flops(LENGTH) == 4 * 48 * sum(min(3, n // 2) for n in far) + 2 * 40 * 6 * 16
+    with pytest.raises(ConfigError, match=r"mixer\.window=0 must be at least 1; mixer=scatterbrain selects no keys"):
+        make(buckets=2, window=0)
+    with pytest.raises(ConfigError, match=r"mixer\.buckets=3 must be even"):
+        make(buckets=3, window=2)

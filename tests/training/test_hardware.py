@@ -39,6 +39,8 @@ REFUSED = {
     "devices": ({"devices": 0}, "trainer.devices=0"),
     "micro": ({"micro_batch_size": 0}, "trainer.micro_batch_size=0"),
     "single-two": ({"devices": 2}, "trainer.strategy=single"),
+    "slices": ({"context_parallel": 0}, "trainer.context_parallel=0"),
+    "slices-divide": ({"strategy": "ddp", "devices": 4, "context_parallel": 3}, "trainer.context_parallel=3 .* 4 proc"),
 }
 
 
@@ -62,6 +64,17 @@ def test_batches_that_do_not_divide_are_refused(batch, devices, micro, words):
     settings = TrainerSettings(accelerator="cpu", strategy="ddp", devices=devices, micro_batch_size=micro)
     with pytest.raises(ConfigError, match=words):
         settings.check_batch(batch)
+
+
+@pytest.mark.parametrize(
+    ("shared", "slices", "fits", "does_not"), [(1, 1, 4, 6), (2, 2, 2, 3), (None, 4, 1, 0)], ids=["own", "pairs", "all"]
+)
+def test_processes_that_share_rows_count_as_one(shared, slices, fits, does_not):
+    settings = TrainerSettings(accelerator="cpu", strategy="ddp", devices=4, context_parallel=shared)
+    assert settings.slices == slices
+    settings.check_batch(fits)
+    with pytest.raises(ConfigError, match=f"batch_size={does_not} does not divide"):
+        settings.check_batch(does_not)
 
 
 def test_precision_follows_the_device(monkeypatch):

@@ -168,12 +168,19 @@ def test_a_fresh_run_does_not_overwrite_an_old_one(straight, cache):
     assert "already holds a run" in refused.stderr
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_train_as_one(strategy, tmp_path, cache, straight):
-    command = [str(ROOT / "train.py"), f"trainer.strategy={strategy}", "trainer.devices=2"]
-    done = run(command, tmp_path, cache)
+PROCESSES = {
+    "ddp": ["trainer.strategy=ddp", "trainer.devices=2"],
+    "fsdp": ["trainer.strategy=fsdp", "trainer.devices=2"],
+    "slices": ["trainer.strategy=fsdp", "trainer.devices=2", "trainer.context_parallel=null"],
+    "ddp-of-slices": ["trainer.strategy=ddp", "trainer.devices=4", "trainer.context_parallel=2"],
+}
+
+
+@pytest.mark.parametrize("words", PROCESSES.values(), ids=PROCESSES)
+def test_several_processes_train_as_one(words, tmp_path, cache, straight):
+    done = run([str(ROOT / "train.py"), *words], tmp_path, cache)
     assert done.returncode == 0, done.stderr
-    for column in ("train/loss", "validation/loss"):
+    for column in ("train/loss", "train/bits_per_byte", "train/gradient_norm", "validation/loss"):
         ours, theirs = rows(tmp_path, column), rows(straight, column)
         assert [step for step, _ in ours] == [step for step, _ in theirs]
         for (_, value), (step, expected) in zip(ours, theirs, strict=True):

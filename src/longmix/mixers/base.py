@@ -46,7 +46,8 @@ class Mixer(nn.Module):
     Attributes:
         value_residual: whether `forward` also takes `first_value`, what the first such layer returned as that, or None
             in that layer itself (Zhou et al. 2024, arXiv 2410.17897).
-        leaky: whether later tokens change outputs before them; training warns of it, and evaluation refuses it.
+        leaky: whether later tokens change outputs before them; training warns of it, and evaluation refuses it
+            unless every prefix is run alone.
     """
 
     value_residual = False
@@ -55,7 +56,8 @@ class Mixer(nn.Module):
     def forward(self, x: Tensor, *, state: Any = None, document_ids: Tensor | None = None) -> MixerOutput:
         """Mix `x` [B, T, D] along T; `document_ids` int32 [B, T] is non-decreasing along T.
 
-        With a state, `document_ids` continue the ids passed before; None continues each row's last document.
+        With a state, `document_ids` continue the ids passed before; None continues each row's last document. A state
+        may be `longmix.parallel.slices.Slices`: then x is this process's slice of longer rows, and no state comes back.
         """
         raise NotImplementedError
 
@@ -66,6 +68,10 @@ class Mixer(nn.Module):
     def state_bytes(self, length: int) -> int:
         """Bytes of state one row holds after `length` tokens."""
         raise NotImplementedError
+
+    def step_bytes(self, length: int) -> int:
+        """Bytes of state that decoding one token after `length` others reads and writes; all of it by default."""
+        return self.state_bytes(length)
 
     def flops(self, length: int) -> int:
         """Floating-point operations of one forward pass over one row of `length` tokens, projections included."""

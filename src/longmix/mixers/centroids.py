@@ -11,7 +11,6 @@ construction, so that all processes cut alike.
 """
 
 import math
-from collections.abc import Callable
 from statistics import NormalDist
 
 import torch
@@ -58,7 +57,7 @@ class SphericalKMeans(Observed):
     counts: Tensor
 
     def __init__(self, heads: int, head_dim: int, clusters: int, decay: float, seed: int, frozen: bool = False) -> None:
-        super().__init__()
+        super().__init__(frozen)
         if clusters < 2:
             raise ConfigError(f"mixer.clusters={clusters} must be at least 2; mixer=sliding_window has none.")
         if not 0 <= decay < 1:
@@ -70,8 +69,6 @@ class SphericalKMeans(Observed):
         self.register_buffer("sums", torch.zeros(heads, clusters, head_dim))
         self.register_buffer("counts", torch.zeros(heads, clusters))
         self.decay = decay
-        self.frozen = frozen
-        self._sum: Tensor | None = None
 
     @torch.no_grad()
     def scores(self, vectors: Tensor) -> Tensor:
@@ -86,11 +83,8 @@ class SphericalKMeans(Observed):
         heads = torch.arange(vectors.shape[2], device=labels.device) * self.centroids.shape[0] // vectors.shape[2]
         return (vectors - self.centroids.to(vectors.dtype)[heads, labels.long()]).square().sum(-1).mean()
 
-    @torch.no_grad()
-    def observe(self, vectors: Tensor, labels: Tensor) -> None:
-        """Take unit vectors [B, T, H, d] and their clusters [B, T, H] into account; in evaluation nothing is."""
-        if not self.training or self.frozen:
-            return
+    def summed(self, vectors: Tensor, labels: Tensor) -> Tensor:
+        """Of unit vectors [B, T, H, d] by their clusters [B, T, H], and of how many: [heads, clusters, d + 1]."""
         heads, clusters, _ = self.centroids.shape
         exact = self.sums.dtype
         with torch.autocast(vectors.device.type, enabled=False):
@@ -100,26 +94,17 @@ class SphericalKMeans(Observed):
             weight = heads / labels.shape[2]
             total = torch.einsum("bthgk,bthgd->hkd", member, grouped) * weight
             count = member.sum((0, 1, 3)).unsqueeze(-1) * weight
-        seen = torch.cat([total, count], -1)
-        self._sum = seen if self._sum is None else self._sum + seen
+        return torch.cat([total, count], -1)
 
-    @torch.no_grad()
-    def apply_observed(self, sum_over_processes: Callable[[Tensor], Tensor]) -> None:
+    def learn(self, together: Tensor) -> None:
         """Move sums, counts and centroids, and revive at most one cluster of each head."""
-        if self._sum is not None:
-            together = sum_over_processes(self._sum)
-            # Shares, not sums: a pass that activation checkpointing computed again was seen twice.
-            together = together / together[..., -1:].sum(1, keepdim=True)
-            self.sums.lerp_(together[..., :-1], 1 - self.decay)
-            self.counts.lerp_(together[..., -1], 1 - self.decay)
-            length = self.sums.norm(dim=-1, keepdim=True)
-            self.centroids.copy_(torch.where(length > 0, self.sums / length.clamp(min=1e-30), self.centroids))
-            self._revive()
-        self.forget()
-
-    def forget(self) -> None:
-        """Drop what was observed, as after a step that was left out."""
-        self._sum = None
+        # Shares, not sums: a pass that activation checkpointing computed again was seen twice.
+        together = together / together[..., -1:].sum(1, keepdim=True)
+        self.sums.lerp_(together[..., :-1], 1 - self.decay)
+        self.counts.lerp_(together[..., -1], 1 - self.decay)
+        length = self.sums.norm(dim=-1, keepdim=True)
+        self.centroids.copy_(torch.where(length > 0, self.sums / length.clamp(min=1e-30), self.centroids))
+        self._revive()
 
     def dead(self) -> Tensor:
         """How many clusters of a head are dead, on average over the heads: scalar."""
@@ -166,31 +151,19 @@ class ScoreThreshold(Observed):
         self.register_buffer("value", torch.full((heads, clusters), start))
         self.share = share
         self.decay = decay
-        self._sum: Tensor | None = None
 
-    @torch.no_grad()
-    def observe(self, scores: Tensor) -> None:
-        """Take scores [B, T, heads, clusters] into account; in evaluation nothing is."""
-        if not self.training:
-            return
+    def summed(self, scores: Tensor) -> Tensor:
+        """The histogram of scores [B, T, heads, clusters]."""
         place = ((scores + 1) * (_BINS / 2)).long().clamp(0, _BINS - 1).flatten(0, 1).movedim(0, -1)
-        seen = torch.zeros_like(self.histogram).scatter_add_(-1, place, torch.ones_like(place, dtype=self.value.dtype))
-        self._sum = seen if self._sum is None else self._sum + seen
+        ones = torch.ones_like(place, dtype=self.value.dtype)
+        return torch.zeros_like(self.histogram).scatter_add_(-1, place, ones)
 
-    @torch.no_grad()
-    def apply_observed(self, sum_over_processes: Callable[[Tensor], Tensor]) -> None:
+    def learn(self, together: Tensor) -> None:
         """Move the histogram, and the threshold to the lower edge of the bin where the share is reached."""
-        if self._sum is not None:
-            together = sum_over_processes(self._sum)
-            self.histogram.lerp_(together / together.sum(-1, keepdim=True), 1 - self.decay)
-            above = self.histogram.flip(-1).cumsum(-1)
-            bins = (above < self.share * above[..., -1:]).sum(-1)
-            self.value.copy_(1 - 2 * (bins + 1) / _BINS)
-        self.forget()
-
-    def forget(self) -> None:
-        """Drop what was observed, as after a step that was left out."""
-        self._sum = None
+        self.histogram.lerp_(together / together.sum(-1, keepdim=True), 1 - self.decay)
+        above = self.histogram.flip(-1).cumsum(-1)
+        bins = (above < self.share * above[..., -1:]).sum(-1)
+        self.value.copy_(1 - 2 * (bins + 1) / _BINS)
 
 
 def usage(labels: Tensor, clusters: int) -> dict[str, Tensor]:

@@ -28,7 +28,9 @@ from longmix.errors import ConfigError
 from longmix.mixers.base import MixerOutput, ModelShape, divided
 from longmix.mixers.convolution import ShortConvolution
 from longmix.mixers.linear import HeadwiseNorm
-from longmix.mixers.recurrent import RecurrentMixer, RecurrentState, continued_ids
+from longmix.mixers.recurrences import DecayRecurrence, DeltaRecurrence, widened
+from longmix.mixers.recurrent import Recurrence, RecurrentMixer, RecurrentState, continued_ids
+from longmix.parallel.slices import Slices
 from longmix.recipe import Recipe, set_recipe
 from longmix_kernels.delta import delta_rule
 
@@ -174,7 +176,7 @@ class GatedDelta(RecurrentMixer):
             set_recipe(self.strength.weight, Recipe("scalar"))
 
     def forward(
-        self, x: Tensor, *, state: RecurrentState | None = None, document_ids: Tensor | None = None
+        self, x: Tensor, *, state: RecurrentState | Slices | None = None, document_ids: Tensor | None = None
     ) -> MixerOutput:
         """See `Mixer.forward`."""
         ids = continued_ids(document_ids, state, *x.shape[:2])
@@ -194,7 +196,7 @@ class GatedDelta(RecurrentMixer):
             return delta_rule(
                 query,
                 key,
-                value,
+                widened(value, initial),
                 log_decay=log_decay,
                 low_rank_read=read,
                 low_rank_write=write,
@@ -204,7 +206,10 @@ class GatedDelta(RecurrentMixer):
                 min_log_decay=0.0 if self.decay is None else None,
             )
 
-        found, carried = self.run_engine(run, state, ids, len(x))
+        recurrence: Recurrence = DeltaRecurrence()
+        if self.strength is None:
+            recurrence = DecayRecurrence(query, log_decay, self.key_dim**-0.5)
+        found, carried = self.run_engine(run, recurrence, state, ids, len(x))
         mixed = self.head_norm(self.recall(found, query)).flatten(2)
         if self.gate is not None:
             gate = self.gate(x)

@@ -3,6 +3,8 @@
 from torch import Tensor
 
 from longmix.mixers.softmax import Rows, SoftmaxAttention
+from longmix.parallel.balance import balanced, rows_needed
+from longmix.parallel.slices import Slices
 from longmix_kernels.attention import attention, sdpa
 
 
@@ -15,6 +17,18 @@ class Flash(SoftmaxAttention):
         if rows.document_ids is None and rows.query.shape[1] in (1, rows.key.shape[1]):
             return sdpa(*tensors), {}
         return attention(*tensors, document_ids=rows.document_ids), {}
+
+    def attend_after(self, rows: Rows, slices: Slices) -> tuple[Tensor, dict[str, Tensor]]:
+        """As the base, or with equal work for all slices."""
+        if not slices.balanced:
+            return super().attend_after(rows, slices)
+        key, value = rows_needed(rows.key, slices), rows_needed(rows.value, slices)
+
+        def attend(query: Tensor, end: int) -> Tensor:
+            ids = None if slices.whole_ids is None else slices.whole_ids[:, :end]
+            return self.attend(Rows(query, key[:, :end], value[:, :end], ids))[0]
+
+        return balanced(attend, rows.query, slices), {}
 
     def visible_pairs(self, length: int) -> int:
         """The causal triangle with its diagonal."""

@@ -98,6 +98,10 @@ class LabelledAttention(SoftmaxAttention):
         """Bytes of keys, values and labels (int32) that one row holds after `length` tokens."""
         return super().state_bytes(length) + 4 * length * self.num_kv_heads * self.rounds
 
+    def step_bytes(self, length: int) -> int:
+        """As the base, and the labels of all keys."""
+        return super().step_bytes(length) + self.state_bytes(length) - SoftmaxAttention.state_bytes(self, length)
+
     def window_pairs(self, length: int) -> int:
         """Query-key pairs in the window of `length` tokens."""
         full = min(self.window, length)

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from longmix.errors import ConfigError
 from longmix.mixers.base import MixerOutput, ModelShape, divided
 from longmix.mixers.convolution import ShortConvolution
-from longmix.mixers.recurrent import RecurrentMixer, RecurrentState, continued_ids
+from longmix.mixers.recurrences import DecayRecurrence, NormalizedRecurrence
+from longmix.mixers.recurrent import Recurrence, RecurrentMixer, RecurrentState, continued_ids
 from longmix.mixers.rotary import token_positions
+from longmix.parallel.slices import Slices
 from longmix_kernels.linear import LinearState, linear_attention
 
 NORMS = ("rms", "layer")
@@ -118,7 +120,7 @@ class LinearMixer(RecurrentMixer):
         return self.query(x).unflatten(-1, (self.num_heads, -1)), self.key(x).unflatten(-1, (self.num_heads, -1))
 
     def forward(
-        self, x: Tensor, *, state: RecurrentState | None = None, document_ids: Tensor | None = None
+        self, x: Tensor, *, state: RecurrentState | Slices | None = None, document_ids: Tensor | None = None
     ) -> MixerOutput:
         """See `Mixer.forward`."""
         batch, length, _ = x.shape
@@ -143,7 +145,10 @@ class LinearMixer(RecurrentMixer):
                 document_ids=ids,
             )
 
-        read, carried = self.run_engine(run, state, ids, batch)
+        recurrence: Recurrence = DecayRecurrence(query, log_decay, self.key_dim**-0.5)
+        if self.normalize and log_input is not None:
+            recurrence = NormalizedRecurrence(key, value, log_decay, log_input)
+        read, carried = self.run_engine(run, recurrence, state, ids, batch)
         gated = self.activate(self.output_gate(x)) * self.head_norm(self.recall(read, query)).flatten(2)
         after = self.next_state(carried, recent, x, state, ids)
         return MixerOutput(self.output(gated), after, metrics=self.state_metrics(carried))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,9 +11,25 @@ from torch.utils._pytree import tree_leaves, tree_map
 from longmix.mixers.base import Mixer
 from longmix.mixers.rotary import token_positions
 from longmix.mixers.tuned import TunedState
+from longmix.parallel.slices import Slices
 
 Run = Callable[[Any, Tensor | None], tuple[Tensor, Any]]
 """An engine, given the state before each document and the document ids: output [B, T, ...] and final state."""
+
+
+class Recurrence(Protocol):
+    """What a mixer's engine does to its state, for a slice of the sequence that other slices come before."""
+
+    def over_slice(self, run: Run, fresh: Any, slices: Slices, ids: Tensor | None) -> tuple[Tensor, Any]:
+        """Output of this process's slice, and the state that it leaves after itself or after all that is before it.
+
+        Args:
+            run: the engine.
+            fresh: its state before a document, tensors [B, ...].
+            slices: what comes before.
+            ids: int32 [B, T], the slice's documents.
+        """
+        ...
 
 
 @dataclass
@@ -104,15 +120,25 @@ class RecurrentMixer(Mixer):
             return read
         return read + self.tuned.memory(query).to(read.dtype)
 
-    def run_engine(self, run: Run, state: RecurrentState | None, ids: Tensor | None, batch: int) -> tuple[Tensor, Any]:
+    def run_engine(
+        self, run: Run, recurrence: Recurrence, state: RecurrentState | Slices | None, ids: Tensor | None, batch: int
+    ) -> tuple[Tensor, Any]:
         """Output [B, T, ...] and final state of the engine, from a state or from the beginning."""
         fresh = None if state is None and self.tuned is None else self.fresh(batch)
-        return over_documents(run, fresh, state, ids)
+        if state is None:
+            return run(fresh, ids)
+        if isinstance(state, Slices):
+            with torch.autocast(next(self.parameters()).device.type, enabled=False):  # states stay exact
+                return recurrence.over_slice(run, fresh, state, ids)
+        return over_documents(run, fresh, state.carried, state.last_id, ids)
 
-    def recent(self, x: Tensor, state: RecurrentState | None, ids: Tensor | None) -> Recent:
+    def recent(self, x: Tensor, state: RecurrentState | Slices | None, ids: Tensor | None) -> Recent:
         """What came before `x` [B, T, ...]."""
         batch = x.shape[0]
-        if state is None:
+        if isinstance(state, Slices):
+            before = state.just_before(x, self.past)
+            earlier = x.new_empty(0) if ids is None else state.ids_before(self.past)
+        elif state is None:
             before = x.new_zeros(batch, self.past, self.recent_channels)
             earlier = torch.full((batch, self.past), -1, dtype=torch.int32, device=x.device)
         else:
@@ -120,9 +146,11 @@ class RecurrentMixer(Mixer):
         return Recent(before, None if ids is None else torch.cat([earlier, ids.int()], 1))
 
     def next_state(
-        self, carried: Any, recent: Recent, x: Tensor, state: RecurrentState | None, ids: Tensor | None
+        self, carried: Any, recent: Recent, x: Tensor, state: RecurrentState | Slices | None, ids: Tensor | None
     ) -> RecurrentState | None:
         """The state after `x`, which a convolution or token shift saw, and `recent` before it; None without a state.
+
+        Nor is there one after a slice.
 
         Args:
             carried: the engine's final state.
@@ -131,7 +159,7 @@ class RecurrentMixer(Mixer):
             state: the state before.
             ids: int32 [B, T], documents of the new tokens.
         """
-        if state is None:
+        if not isinstance(state, RecurrentState):
             return None
         assert ids is not None
         batch, length = ids.shape
@@ -157,6 +185,10 @@ class RecurrentMixer(Mixer):
         held = sum(part.nbytes for part in tree_leaves(self.zeros(1)) if part is not None)
         return held + self.past * self.recent_channels * next(self.parameters()).element_size()
 
+    def step_bytes(self, length: int) -> int:
+        """All of the state is read and written."""
+        return 2 * self.state_bytes(length)
+
 
 def _named_parts(state: Any) -> dict[str, Tensor]:
     """The tensors of an engine's state by name; a state that is one tensor is its memory."""
@@ -164,26 +196,31 @@ def _named_parts(state: Any) -> dict[str, Tensor]:
     return {name: part for name, part in parts.items() if part is not None}
 
 
-def continued_ids(document_ids: Tensor | None, state: RecurrentState | None, batch: int, length: int) -> Tensor | None:
+def continued_ids(
+    document_ids: Tensor | None, state: RecurrentState | Slices | None, batch: int, length: int
+) -> Tensor | None:
     """Ids of new tokens: as given, or each row's last document going on."""
-    if document_ids is not None or state is None:
+    if document_ids is not None or not isinstance(state, RecurrentState):
         return document_ids
     return state.last_id.clamp(min=0)[:, None].expand(batch, length)
 
 
-def over_documents(run: Run, fresh: Any, state: RecurrentState | None, ids: Tensor | None) -> tuple[Tensor, Any]:
+def over_documents(
+    run: Run, fresh: Any, carried: Any, last_id: Tensor | None, ids: Tensor | None
+) -> tuple[Tensor, Any]:
     """Run an engine on from a state: only the document that goes on sees it, others begin from the fresh state.
 
     Args:
         run: the engine.
         fresh: its state before a document, tensors [B, ...].
-        state: where to go on; None for the beginning.
-        ids: int32 [B, T], the new tokens' documents.
+        carried: its state before these tokens, in the same form.
+        last_id: int32 [B], the document of that, -1 before the first.
+        ids: int32 [B, T], the new tokens' documents; None if all are of that.
     """
-    if state is None or ids is None:
-        return run(fresh, ids)
-    goes_on = (state.last_id < 0) | (ids[:, 0] == state.last_id)
-    carried = select(goes_on, state.carried, fresh)
+    if ids is None or last_id is None:
+        return run(carried, None)
+    goes_on = (last_id < 0) | (ids[:, 0] == last_id)
+    carried = select(goes_on, carried, fresh)
     first = ids == ids[:, :1]
     output, final = run(carried, None if first.all() else ids)
     if first.all():

@@ -49,7 +49,7 @@ def token_positions(
     """
     if document_ids is None:
         positions = torch.arange(length, device=device)[None]
-        return positions if next_position is None else positions + next_position[:, None]
+        return positions if next_position is None else positions + next_position.to(device)[:, None]
     positions = positions_from_document_ids(document_ids)
     if last_id is None or next_position is None:
         return positions

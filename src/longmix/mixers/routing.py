@@ -4,14 +4,15 @@
     y_i = softmax over the last `window` j <= i with c_j = c_i,   in half of the heads; the others see a local window
 
 As published, each cluster takes its best tokens of the whole sequence, so that a later token can push an earlier one
-out of its cluster. That is no language model: `mode=sequence_topk` does so, says it, and is not evaluated. The other
-modes (`routing_modes`) ask of a token nothing but itself and what came before it. What else differs from the paper:
-rotary positions in place of relative ones; queries and keys normalised as in `flash`; a token that shares its query and
-key does not see itself, whose score would outweigh all others, unless it is the first of its cluster.
+out of its cluster. That is no language model: `mode=sequence_topk` does so, says it, and is evaluated only by prefixes
+that are run alone. The other modes (`routing_modes`) ask of a token nothing but itself and what came before it. What
+else differs from the paper: rotary positions in place of relative ones; queries and keys normalised as in `flash`; a
+token that shares its query and key does not see itself, whose score would outweigh all others, unless it is the first
+of its cluster.
 """
 
 import warnings
-from typing import Any, Unpack
+from typing import Any, NoReturn, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from longmix.mixers.centroids import ScoreThreshold, SphericalKMeans, unit, usag
 from longmix.mixers.rotary import rotary_angles, rotate, token_positions
 from longmix.mixers.routing_cache import Rings, RoutingState, with_rings
 from longmix.mixers.softmax import HeadOptions, Rows, Selection, SoftmaxAttention
+from longmix.parallel.slices import Slices
 from longmix_kernels.attention import Ordering, attention, merge
 
 
@@ -98,7 +100,8 @@ class Routing(SoftmaxAttention):
         if self.leaky:
             warnings.warn(
                 f"mixer.mode={mode} lets later tokens decide what earlier ones see, so its losses are not those of a "
-                "language model and evaluate.py refuses it; mixer.mode=argmax_window is causal.",
+                "language model, and evaluate.py takes it with task.loss.prefixes only; mixer.mode=argmax_window is "
+                "causal.",
                 stacklevel=2,
             )
 
@@ -232,6 +235,8 @@ class Routing(SoftmaxAttention):
         """See `Mixer.forward`; without gradients a state with rings is used up."""
         if isinstance(state, RoutingState):
             return self._continue(x, state, document_ids)
+        if isinstance(state, Slices) and self.leaky:
+            self._refuse_parts()
         return super().forward(x, state=state, document_ids=document_ids)
 
     def _continue(self, x: Tensor, state: RoutingState, ids: Tensor | None) -> MixerOutput:
@@ -297,10 +302,7 @@ class Routing(SoftmaxAttention):
             ConfigError: `sequence_topk`, which needs the whole sequence at once.
         """
         if self.leaky:
-            raise ConfigError(
-                f"mixer.mode={self.mode} chooses among all tokens at once and cannot go on token by token; "
-                "use mixer.mode=argmax_window."
-            )
+            self._refuse_parts()
         if self._bounded():
             recent = super().init_state(batch)
             recent.key = recent.value = recent.key[:, :, : self.local_kv_heads]
@@ -308,6 +310,15 @@ class Routing(SoftmaxAttention):
             like = self.value.weight
             return RoutingState(recent, Rings.empty(like, batch, heads, self.clusters, self.window, self.head_dim))
         return super().init_state(batch)
+
+    def _refuse_parts(self) -> NoReturn:
+        raise ConfigError(
+            f"mixer.mode={self.mode} chooses among all tokens at once and cannot go on token by token, or slice by "
+            "slice; use mixer.mode=argmax_window."
+        )
+
+    def rows_of_earlier_slices(self) -> None:
+        """All: the latest keys of a cluster may be anywhere."""
 
     def _bounded(self) -> bool:
         return self.mode in ("argmax_window", "threshold")

@@ -25,6 +25,9 @@ LEAKY = "sequence_topk"
 _MEAN_EPS = 1e-5
 """Added to the number of clusters a token is averaged over, as in the code of lucidrains; the authors' adds 0.01."""
 
+_ALIKE = 2.0**-12
+"""Scores, which lie in [-1, 1], are told apart in steps of this, far above the 1e-7 that float32 rounds them by."""
+
 
 def latest(
     rows: Rows, clusters: int, window: int | None, shared: bool, *, alone: bool = True, copies: int = 1
@@ -134,14 +137,19 @@ def _best_of_prefixes(scores: Tensor, position: Tensor, ends: Tensor, window: in
     Returns:
         rows [B, G * clusters * window, Hkv], the empty places of a list last, and counts [B, Hkv, G, clusters].
     """
-    place = torch.arange(scores.shape[1], device=scores.device)
+    length = scores.shape[1]
+    place = torch.arange(length, device=scores.device)
+    # In the first layer equal tokens have equal scores, up to rounding. Of these the earlier one is better: `topk`
+    # alone would choose by how long the row is.
+    order = (scores / _ALIKE).round().argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(1, order, place[:, None, None].expand_as(order))
     best, counts = [], []
     for end in ends.unbind(1):
         start = end - position.gather(1, end.clamp(min=0)[:, None])[:, 0]
         inside = (place >= start[:, None]) & (place <= end[:, None])
-        top = scores.masked_fill(~inside[..., None, None], -torch.inf).topk(window, dim=1)
+        top = rank.masked_fill(~inside[..., None, None], length).topk(window, dim=1, largest=False)
         best.append(top.indices.permute(0, 3, 1, 2).flatten(1, 2))
-        counts.append((~top.values.isneginf()).sum(1))
+        counts.append((top.values < length).sum(1))
     return torch.cat(best, 1), torch.stack(counts, 2)
 
 

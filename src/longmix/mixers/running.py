@@ -14,15 +14,54 @@ from longmix.errors import ConfigError
 
 
 class Observed(nn.Module):
-    """Base of what learns between optimizer steps from what forward passes showed it."""
+    """Base of what learns between optimizer steps from what forward passes showed it.
 
+    A subclass says in `summed` which sums of what it is shown it learns from, as one tensor, and in `learn` how. In
+    between, sums of several passes and processes are added up.
+
+    Args:
+        frozen: never learn.
+    """
+
+    summed: Callable[..., Tensor]
+
+    def __init__(self, frozen: bool = False) -> None:
+        super().__init__()
+        self.frozen = frozen
+        self._seen: Tensor | None = None
+
+    @torch.no_grad()
+    def observe(self, *shown: Tensor) -> None:
+        """Take what `summed` takes into account at the next update; in evaluation nothing is."""
+        if not self.training or self.frozen:
+            return
+        seen = self.summed(*shown)
+        self._seen = seen if self._seen is None else self._seen + seen
+
+    @torch.no_grad()
     def apply_observed(self, sum_over_processes: Callable[[Tensor], Tensor]) -> None:
         """Learn from what was observed since the last time, if anything was, and forget it."""
-        raise NotImplementedError
+        if self._seen is not None:
+            self.learn(sum_over_processes(self._seen))
+        self.forget()
 
     def forget(self) -> None:
         """Drop what was observed, as after a step that was left out."""
+        self._seen = None
+
+    def learn(self, together: Tensor) -> None:
+        """Learn from the sums over all passes of a step and all processes."""
         raise NotImplementedError
+
+
+def counted(total: Tensor, count: int) -> Tensor:
+    """A sum, flat, and of how many: what a mean over all passes and processes needs."""
+    return torch.cat([total.flatten(), total.new_full((1,), count)])
+
+
+def mean_of(together: Tensor, like: Tensor) -> Tensor:
+    """The mean, in the shape of `like`, from added up `counted` sums."""
+    return (together[:-1] / together[-1]).view_as(like)
 
 
 class RunningMean(Observed):
@@ -46,33 +85,16 @@ class RunningMean(Observed):
         self.decay = decay
         self.register_buffer("value", torch.zeros(shape))
         self.register_buffer("updates", torch.zeros(()))
-        self._sum: Tensor | None = None
-        self._count = 0
 
-    @torch.no_grad()
-    def observe(self, x: Tensor) -> None:
-        """Take [B, T, *shape] into account at the next update; in evaluation nothing is."""
-        if not self.training:
-            return
-        total = x.detach().to(self.value.dtype).sum((0, 1))
-        self._sum = total if self._sum is None else self._sum + total
-        self._count += x.shape[0] * x.shape[1]
+    def summed(self, x: Tensor) -> Tensor:
+        """Of [B, T, *shape]."""
+        return counted(x.detach().to(self.value.dtype).sum((0, 1)), x.shape[0] * x.shape[1])
 
-    @torch.no_grad()
-    def apply_observed(self, sum_over_processes: Callable[[Tensor], Tensor]) -> None:
-        """Move the value towards what was observed since the last time, if anything was."""
-        if self._sum is not None:
-            together = torch.cat([self._sum.flatten(), self._sum.new_tensor([float(self._count)])])
-            together = sum_over_processes(together)
-            mean = (together[:-1] / together[-1]).view_as(self.value)
-            kept = torch.clamp(self.updates / (self.updates + 1), max=self.decay)
-            self.value.lerp_(mean, 1 - kept)
-            self.updates += 1
-        self.forget()
-
-    def forget(self) -> None:
-        """Drop what was observed, as after a step that was left out."""
-        self._sum, self._count = None, 0
+    def learn(self, together: Tensor) -> None:
+        """Move the value towards what was observed."""
+        kept = torch.clamp(self.updates / (self.updates + 1), max=self.decay)
+        self.value.lerp_(mean_of(together, self.value), 1 - kept)
+        self.updates += 1
 
 
 def finish_step(model: nn.Module, taken: bool, sum_over_processes: Callable[[Tensor], Tensor]) -> None:

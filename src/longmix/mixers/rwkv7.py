@@ -27,7 +27,9 @@ from longmix.errors import ConfigError
 from longmix.mixers.base import MixerOutput, ModelShape, divided
 from longmix.mixers.convolution import token_shift
 from longmix.mixers.linear import HeadwiseNorm
+from longmix.mixers.recurrences import DeltaRecurrence, widened
 from longmix.mixers.recurrent import RecurrentMixer, RecurrentState, continued_ids
+from longmix.parallel.slices import Slices
 from longmix.recipe import Recipe, set_recipe
 from longmix_kernels.delta import delta_rule
 
@@ -151,7 +153,7 @@ class RWKV7(RecurrentMixer):
         self,
         x: Tensor,
         *,
-        state: RecurrentState | None = None,
+        state: RecurrentState | Slices | None = None,
         document_ids: Tensor | None = None,
         first_value: Tensor | None = None,
     ) -> MixerOutput:
@@ -177,7 +179,7 @@ class RWKV7(RecurrentMixer):
             return delta_rule(
                 query,
                 key,
-                value,
+                widened(value, initial),
                 log_decay=log_decay,
                 low_rank_read=read,
                 low_rank_write=write,
@@ -186,7 +188,7 @@ class RWKV7(RecurrentMixer):
                 min_log_decay=-DECAY_LIMIT,
             )
 
-        found, carried = self.run_engine(run, state, ids, len(x))
+        found, carried = self.run_engine(run, DeltaRecurrence(), state, ids, len(x))
         bonus = (query * key * self._heads(self.bonus)).sum(-1, keepdim=True) * value
         normed = self.head_norm(self.recall(found, query))
         gated = (normed + bonus.to(found.dtype)).flatten(2) * self.gate(of_gate)

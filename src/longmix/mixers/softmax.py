@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from longmix.errors import ConfigError
 from longmix.mixers.base import Mixer, MixerOutput, ModelShape, divided
 from longmix.mixers.rotary import rotary_angles, rotate, token_positions
+from longmix.parallel.slices import Slices
 
 
 @dataclass
@@ -40,6 +41,11 @@ class AttentionState:
     document_ids: Tensor | None
     next_position: Tensor
 
+    @property
+    def last_id(self) -> Tensor | None:
+        """int [B], the document of the last token; None before the first."""
+        return None if self.key.shape[1] == 0 else _cached_ids(self)[:, -1]
+
 
 @dataclass
 class Selection:
@@ -50,6 +56,7 @@ class Selection:
         key_labels: integer [B, T, Hkv, R].
         query_gate: [B, T, Hq], factor on the output heads; None for 1.
         key_gate: [B, T, Hkv], factor on the values; None for 1.
+        means: means over the tokens, with gradients, that `SoftmaxAttention.losses_of` makes losses of; None for none.
         losses, metrics: as in `MixerOutput`.
     """
 
@@ -57,6 +64,7 @@ class Selection:
     key_labels: Tensor
     query_gate: Tensor | None = None
     key_gate: Tensor | None = None
+    means: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
@@ -152,6 +160,10 @@ class SoftmaxAttention(Mixer):
         """Mix the values: the output heads [B, Tq, Hq, head_dim], and metrics."""
         raise NotImplementedError
 
+    def attend_after(self, rows: Rows, slices: Slices) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same for a slice, of which `rows` has nothing but its own keys."""
+        return self.attend(after_earlier_slices(rows, slices, self.rows_of_earlier_slices()))
+
     def visible_pairs(self, length: int) -> int:
         """Query-key pairs the mixer computes in one row of `length` tokens, per query head."""
         raise NotImplementedError
@@ -160,9 +172,17 @@ class SoftmaxAttention(Mixer):
         """How many past keys a later query can still see; None for all."""
         return None
 
+    def rows_of_earlier_slices(self) -> int | None:
+        """How many rows of earlier slices a slice needs; None for all."""
+        return self.cached_keys()
+
     def select(self, x: Tensor, query: Tensor, key: Tensor, positions: Tensor) -> Selection | None:
         """Label the tokens x [B, T, D] at positions [B or 1, T], from query and key before the rotation; or None."""
         return None
+
+    def losses_of(self, means: Tensor) -> dict[str, Tensor]:
+        """Auxiliary losses of what `select` returned as `means`, which are over the whole rows here."""
+        return {}
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query [B, T, Hq, head_dim], key and value [B, T, Hkv, head_dim], normalised and not yet rotated."""
@@ -172,18 +192,19 @@ class SoftmaxAttention(Mixer):
         return self.query_norm(query), self.key_norm(key), value
 
     def forward(
-        self, x: Tensor, *, state: AttentionState | None = None, document_ids: Tensor | None = None
+        self, x: Tensor, *, state: AttentionState | Slices | None = None, document_ids: Tensor | None = None
     ) -> MixerOutput:
         """See `Mixer.forward`."""
         batch, length, _ = x.shape
         query, key, value = self.project(x)
         document_ids = _continued_ids(document_ids, state, batch, length)
-        last_id = None if state is None or state.key.shape[1] == 0 else _cached_ids(state)[:, -1]
-        next_position = None if state is None else state.next_position
+        last_id, next_position = (None, None) if state is None else (state.last_id, state.next_position)
         positions = token_positions(document_ids, last_id, next_position, length, x.device)
         chosen = self.select(x, query, key, positions)
         if chosen is not None and chosen.key_gate is not None:
             value = value * chosen.key_gate.unsqueeze(-1).to(value.dtype)
+        if chosen is not None and chosen.means is not None:
+            chosen.losses |= self.losses_of(state.mean(chosen.means) if isinstance(state, Slices) else chosen.means)
         cosine, sine = rotary_angles(positions, self.head_dim, self.rotary_base)
         query, key = (rotate(x, cosine, sine).to(value.dtype) for x in (query, key))
 
@@ -191,10 +212,10 @@ class SoftmaxAttention(Mixer):
         if chosen is not None:
             rows.query_labels, rows.key_labels = chosen.query_labels, chosen.key_labels
         new_state = None
-        if state is not None:
+        if isinstance(state, AttentionState):
             rows = _continued(rows, state)
             new_state = self._kept(rows, positions[:, -1].expand(batch) + 1)
-        mixed, metrics = self.attend(rows)
+        mixed, metrics = self.attend_after(rows, state) if isinstance(state, Slices) else self.attend(rows)
         if chosen is None:
             return MixerOutput(self.output(mixed.flatten(2)), new_state, metrics=metrics)
         if chosen.query_gate is not None:
@@ -226,15 +247,22 @@ class SoftmaxAttention(Mixer):
         rows = length if limit is None else min(length, limit)
         return 2 * rows * self.num_kv_heads * self.head_dim * self.value.weight.element_size()
 
+    def step_bytes(self, length: int) -> int:
+        """Keys and values that the next token sees, its own among them."""
+        seen = self.visible_pairs(length + 1) - self.visible_pairs(length)
+        return 2 * seen * self.num_kv_heads * self.head_dim * self.value.weight.element_size()
+
     def flops(self, length: int) -> int:
         """Projections, and 2 * head_dim for the score and for the value of every visible pair."""
         weights = sum(layer.weight.numel() for layer in self.children() if isinstance(layer, nn.Linear))
         return 2 * length * weights + 4 * self.num_heads * self.head_dim * self.visible_pairs(length)
 
 
-def _continued_ids(document_ids: Tensor | None, state: AttentionState | None, batch: int, length: int) -> Tensor | None:
+def _continued_ids(
+    document_ids: Tensor | None, state: AttentionState | Slices | None, batch: int, length: int
+) -> Tensor | None:
     """Ids of the new tokens: as given, or each row's last document going on."""
-    if document_ids is not None or state is None or state.document_ids is None:
+    if document_ids is not None or not isinstance(state, AttentionState) or state.document_ids is None:
         return document_ids
     return state.document_ids[:, -1:].expand(batch, length)
 
@@ -256,3 +284,14 @@ def _continued(rows: Rows, state: AttentionState) -> Rows:
     past_key, past_value = state.key.to(rows.key.dtype), state.value.to(rows.value.dtype)
     key, value = torch.cat((past_key, rows.key), dim=1), torch.cat((past_value, rows.value), dim=1)
     return replace(rows, key=key, value=value, document_ids=ids, key_labels=labels)
+
+
+def after_earlier_slices(rows: Rows, slices: Slices, limit: int | None) -> Rows:
+    """The same queries with the last `limit` keys of earlier slices, or all of them, before those of this one."""
+
+    def after(x: Tensor) -> Tensor:
+        return torch.cat((slices.before(x, limit), x), dim=1)
+
+    labels = None if rows.key_labels is None else after(rows.key_labels)
+    ids = slices.ids_from(limit)
+    return replace(rows, key=after(rows.key), value=after(rows.value), document_ids=ids, key_labels=labels)

@@ -77,13 +77,8 @@ class HashAttention(LabelledAttention):
             del self.key, self.key_norm
         seed = 1_000_003 * hash_seed + layer_index
         self.hash = AngularHash(self.num_kv_heads, self.head_dim, buckets, rounds, seed)
-        self.query_center = self.key_center = None
-        if center_decay is not None:
-            if not 0 <= center_decay < 1:
-                raise ConfigError(f"mixer.center_decay={center_decay} must be from 0 to below 1, or null.")
-            self.query_center = RunningMean((self.num_heads, self.head_dim), center_decay)
-            if not shared_qk:
-                self.key_center = RunningMean((self.num_kv_heads, self.head_dim), center_decay)
+        self.query_center = running_center(self.num_heads, self.head_dim, center_decay)
+        self.key_center = None if shared_qk else running_center(self.num_kv_heads, self.head_dim, center_decay)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As the base; with `shared_qk` the key is the query."""
@@ -106,6 +101,19 @@ class HashAttention(LabelledAttention):
         """As the base, and the hash."""
         hashed = self.num_heads + (0 if self.shared_qk else self.num_kv_heads)
         return super().flops(length) + self.hash.flops(length, hashed)
+
+
+def running_center(heads: int, head_dim: int, decay: float | None) -> RunningMean | None:
+    """The running mean of vectors that are hashed, or None without a decay.
+
+    Raises:
+        ConfigError: a decay outside [0, 1).
+    """
+    if decay is None:
+        return None
+    if not 0 <= decay < 1:
+        raise ConfigError(f"mixer.center_decay={decay} must be from 0 to below 1, or null.")
+    return RunningMean((heads, head_dim), decay)
 
 
 def centered(x: Tensor, mean: RunningMean | None) -> Tensor:
@@ -189,9 +197,12 @@ class DropAttention(LabelledAttention):
         selection.query_gate, selection.key_gate = gate.split([self.num_heads, self.num_kv_heads], -1)
         if self.training and self.balance:
             # The kept share itself has no gradient; the mean gate falls and rises with it and lends its own.
-            share = (score > 0).float().mean((0, 1)) + gate.mean((0, 1)) - gate.mean((0, 1)).detach()
-            selection.losses["balance"] = self.balance * (share - self.keep).square().mean()
+            selection.means = (score > 0).to(gate.dtype).mean((0, 1)) + gate.mean((0, 1)) - gate.mean((0, 1)).detach()
         return selection
+
+    def losses_of(self, means: Tensor) -> dict[str, Tensor]:
+        """`balance`, of the kept share of each head."""
+        return {"balance": self.balance * (means - self.keep).square().mean()}
 
     def _selection(self, kept: Tensor) -> Selection:
         query_kept, key_kept = kept.split([self.num_heads, self.num_kv_heads], -1)

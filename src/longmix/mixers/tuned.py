@@ -10,13 +10,12 @@ verified here.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longmix.mixers.running import Observed
+from longmix.mixers.running import Observed, counted, mean_of
 from longmix.recipe import Recipe, set_recipe
 
 
@@ -50,15 +49,13 @@ class FeatureMemory(Observed):
     whitening: Tensor
 
     def __init__(self, like: Tensor, features: int, decorrelation: float) -> None:
-        super().__init__()
+        super().__init__(frozen=not decorrelation)
         heads, key_dim, value_dim = like.shape
         drawn = torch.randn(heads, features, key_dim, generator=torch.Generator().manual_seed(0))
         self.decorrelation = decorrelation
         self.content = nn.Parameter(like.new_zeros(heads, features, value_dim))
         self.register_buffer("supports", F.normalize(drawn, dim=-1).to(like))
         self.register_buffer("whitening", torch.eye(features).expand(heads, -1, -1).contiguous().to(like))
-        self._sum: Tensor | None = None
-        self._count = 0
 
     def forward(self, query: Tensor) -> Tensor:
         """What is read for `query` [B, T, H, K]: [B, T, H, V], in float32 or better."""
@@ -67,28 +64,16 @@ class FeatureMemory(Observed):
             nearness = torch.einsum("bthk,hmk->bthm", direction, self.supports) - 1
             features = (math.sqrt(query.shape[-1]) * nearness).exp()
             whitened = torch.einsum("bthm,hnm->bthn", features, self.whitening)
-            self._observe(whitened)
+            self.observe(whitened)
             return torch.einsum("bthm,hmv->bthv", whitened, self.content)
 
-    @torch.no_grad()
-    def _observe(self, features: Tensor) -> None:
-        if not self.training or not self.decorrelation:
-            return
+    def summed(self, features: Tensor) -> Tensor:
+        """Outer products of features [B, T, H, M] with themselves."""
         total = torch.einsum("bthm,bthn->hmn", features, features)
-        self._sum = total if self._sum is None else self._sum + total
-        self._count += features.shape[0] * features.shape[1]
+        return counted(total, features.shape[0] * features.shape[1])
 
-    @torch.no_grad()
-    def apply_observed(self, sum_over_processes: Callable[[Tensor], Tensor]) -> None:
-        """See `Observed`."""
-        if self._sum is not None:
-            together = torch.cat([self._sum.flatten(), self._sum.new_tensor([float(self._count)])])
-            together = sum_over_processes(together)
-            mean = (together[:-1] / together[-1]).view_as(self.whitening)
-            crossed = mean - torch.diag_embed(mean.diagonal(dim1=-2, dim2=-1))
-            self.whitening -= self.decorrelation * crossed @ self.whitening
-        self.forget()
-
-    def forget(self) -> None:
-        """See `Observed`."""
-        self._sum, self._count = None, 0
+    def learn(self, together: Tensor) -> None:
+        """Take from the features what they have in common."""
+        mean = mean_of(together, self.whitening)
+        crossed = mean - torch.diag_embed(mean.diagonal(dim1=-2, dim2=-1))
+        self.whitening -= self.decorrelation * crossed @ self.whitening

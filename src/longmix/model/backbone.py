@@ -17,6 +17,7 @@ from longmix.errors import ConfigError
 from longmix.mixers.base import Mixer, ModelShape
 from longmix.model.blocks import Block, BlockStyle, Standard
 from longmix.model.head import token_losses, token_losses_and_peaks
+from longmix.parallel.slices import Slices
 
 MixerFactory = Callable[[ModelShape, int], Mixer]
 """Builds the mixer of one layer from the model's shape and the layer's index."""
@@ -154,6 +155,10 @@ class LanguageModel(nn.Module):
     def init_state(self, batch: int) -> list[Any]:
         """Every layer's state before the first token, for `batch` rows."""
         return [cast(Block, block).init_state(batch) for block in self.blocks]
+
+    def slice_state(self, slices: Slices) -> list[Any]:
+        """Every layer's state before this process's slice of longer rows."""
+        return [cast(Block, block).slice_state(slices) for block in self.blocks]
 
     def state_bytes(self, length: int) -> int:
         """Bytes of state one row holds after `length` tokens."""

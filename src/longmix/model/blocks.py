@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longmix.mixers.base import Mixer, MixerOutput, ModelShape
+from longmix.parallel.slices import Slices
 from longmix.recipe import Recipe, set_recipe
 
 
@@ -131,6 +132,10 @@ class Block(nn.Module):
     def init_state(self, batch: int) -> BlockState:
         """See `Mixer.init_state`."""
         return BlockState(self.mixer.init_state(batch), self.mlp.init_state(batch))
+
+    def slice_state(self, slices: Slices) -> BlockState:
+        """The state before this process's slice."""
+        return BlockState(slices, slices)
 
     def state_bytes(self, length: int) -> int:
         """See `Mixer.state_bytes`."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from longmix.mixers.base import Mixer, MixerOutput, ModelShape
 from longmix.mixers.convolution import token_shift
 from longmix.mixers.recurrent import RecurrentMixer, RecurrentState, continued_ids
+from longmix.parallel.slices import Slices
 from longmix.recipe import Recipe, set_recipe
 
 
@@ -63,7 +64,7 @@ class ChannelMix(RecurrentMixer):
         nn.init.zeros_(self.value.weight)
 
     def forward(
-        self, x: Tensor, *, state: RecurrentState | None = None, document_ids: Tensor | None = None
+        self, x: Tensor, *, state: RecurrentState | Slices | None = None, document_ids: Tensor | None = None
     ) -> MixerOutput:
         """See `Mixer.forward`."""
         ids = continued_ids(document_ids, state, *x.shape[:2])

@@ -11,19 +11,7 @@ from typing import Literal
 import torch
 
 from longmix.errors import ConfigError
-
-PEAK_DENSE_BF16_FLOPS = {
-    "GB200": 2.5e15,
-    "B200": 2.25e15,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-}
-"""Dense bf16 tensor-core peaks by the name the driver gives, from the vendor's data sheets; the first match counts."""
+from longmix.training.accelerators import by_driver_name
 
 
 def process_rank() -> int:
@@ -35,8 +23,8 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     """Peak floating-point operations per second, or None when it is not known: never a guess."""
     if device.type != "cuda" or not precision.startswith("bf16"):
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAK_DENSE_BF16_FLOPS.items() if known in name), None)
+    accelerator = by_driver_name(torch.cuda.get_device_name(device))
+    return None if accelerator is None else accelerator.bf16_flops
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -68,6 +56,8 @@ class TrainerSettings:
         devices: how many devices on this machine; None takes one.
         num_nodes: how many machines.
         strategy: "single", "ddp" or "fsdp".
+        context_parallel: how many of the processes share each row, a slice for each (`longmix.parallel.slices`); None
+            for all of them.
         precision: "auto" is bf16-mixed on a GPU and 32-true on a CPU, where bf16 is emulated.
         compile: torch.compile each block.
         micro_batch_size: windows of one forward and backward pass; None takes a process's whole share of `batch_size`.
@@ -81,13 +71,14 @@ class TrainerSettings:
     devices: int | None = None
     num_nodes: int = 1
     strategy: Literal["single", "ddp", "fsdp"] = "single"
+    context_parallel: int | None = 1
     precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true"] = "auto"
     compile: bool = False
     micro_batch_size: int | None = None
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
-        for key in ("devices", "num_nodes", "micro_batch_size", "num_threads"):
+        for key in ("devices", "num_nodes", "context_parallel", "micro_batch_size", "num_threads"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(f"trainer.{key}={value} must be at least 1.")
@@ -100,24 +91,31 @@ class TrainerSettings:
                 f"trainer.strategy=single runs one process, but {self.world_size} are asked for; use trainer=ddp or "
                 "trainer=fsdp."
             )
+        if self.world_size % self.slices:
+            raise ConfigError(
+                f"trainer.context_parallel={self.context_parallel} does not divide the {self.world_size} processes; "
+                "give trainer.devices, or trainer.context_parallel=null for all."
+            )
         if self.on_gpu and self.devices is not None and self.devices > torch.cuda.device_count():
             raise ConfigError(
                 f"trainer.devices={self.devices}, but torch sees {torch.cuda.device_count()} CUDA devices."
             )
 
     def check_batch(self, batch_size: int) -> None:
-        """Refuse a batch that does not divide over the processes and their micro-batches.
+        """Refuse a batch that does not divide over the processes, those that share rows as one, and micro-batches.
 
         Raises:
             ConfigError: naming the keys.
         """
-        share, rest = divmod(batch_size, self.world_size)
+        apart = self.world_size // self.slices
+        share, rest = divmod(batch_size, apart)
         if rest or not share:
-            raise ConfigError(f"batch_size={batch_size} does not divide over {self.world_size} processes.")
+            together = "" if self.slices == 1 else f" groups of {self.slices}"
+            raise ConfigError(f"batch_size={batch_size} does not divide over {apart}{together} processes.")
         if self.micro_batch_size is not None and share % self.micro_batch_size:
             raise ConfigError(
                 f"trainer.micro_batch_size={self.micro_batch_size} does not divide the {share} windows that each of "
-                f"{self.world_size} processes has of batch_size={batch_size}."
+                f"{apart} processes has of batch_size={batch_size}."
             )
 
     @property
@@ -136,6 +134,11 @@ class TrainerSettings:
     def world_size(self) -> int:
         """Processes on all machines."""
         return self.devices_here * self.num_nodes
+
+    @property
+    def slices(self) -> int:
+        """Processes that share each row."""
+        return self.world_size if self.context_parallel is None else self.context_parallel
 
     @property
     def precision_in_use(self) -> Literal["32-true", "bf16-mixed", "bf16-true"]:

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from longmix.data.loaders import Batch
 from longmix.errors import NonFiniteError
 from longmix.mixers.running import finish_step
-from longmix.model.backbone import LanguageModel
+from longmix.model.backbone import LanguageModel, ModelOutput
 from longmix.model.head import IGNORE_INDEX
 from longmix.recipe import recipe_of, set_recipe
 from longmix.training import parallel
@@ -59,6 +60,7 @@ class TrainingModule(LightningModule):
         micro_batch_size: rows of one forward and backward pass; None takes the whole share at once.
         gradient_clip: largest norm of the gradient; None never clips.
         skip_nonfinite: leave a step with a non-finite loss or gradient out and count it, instead of stopping.
+        slices: how many processes, of neighbouring ranks, share each row of their batch.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class TrainingModule(LightningModule):
         micro_batch_size: int | None,
         gradient_clip: float | None,
         skip_nonfinite: bool,
+        slices: int = 1,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -82,12 +85,16 @@ class TrainingModule(LightningModule):
         self.micro_batch_size = micro_batch_size
         self.gradient_clip = gradient_clip
         self.skip_nonfinite = skip_nonfinite
+        self.slices = slices
+        self.row_group: ProcessGroup | None = None
         self.steps_taken = 0
         self.steps_skipped = 0
         self.record: StepRecord
 
     def configure_model(self) -> None:
         """Lightning asks once the processes exist; only a strategy with a device mesh divides the model."""
+        if self.slices > 1 and self.row_group is None:
+            self.row_group = parallel.row_group(self.slices)
         if self.device_mesh is not None and not parallel.is_sharded(self.model):
             parallel.shard(self.model, self.device_mesh["data_parallel"], self.trainer.precision)
 
@@ -139,9 +146,7 @@ class TrainingModule(LightningModule):
         sums: dict[str, dict[str, Tensor]] = {"metrics": {}, "losses": {}}
         for index, micro_batch in enumerate(micro_batches):
             with self._gradient_sync(last=index == len(micro_batches) - 1):
-                output = self.model(
-                    micro_batch["tokens"], micro_batch["targets"], document_ids=micro_batch["document_ids"]
-                )
+                output = self._run(micro_batch)
                 losses = output.token_losses
                 loss = losses.sum() / valid
                 for auxiliary in output.losses.values():
@@ -154,7 +159,14 @@ class TrainingModule(LightningModule):
                     sums[kind][name] = previous + value.detach() / len(micro_batches)
         together = torch.cat(token_losses)
         total = self._sum_over_processes(together.sum()) / self._world_size()
-        return StepRecord(total / valid, together.new_zeros(()), together, batch, sums["metrics"], sums["losses"])
+        seen = batch if self.row_group is None else parallel.own_targets(batch, self.row_group)
+        return StepRecord(total / valid, together.new_zeros(()), together, seen, sums["metrics"], sums["losses"])
+
+    def _run(self, batch: Batch) -> ModelOutput:
+        """The model's output; of this process's slice if rows are shared, with token losses of 0 outside it."""
+        if self.row_group is not None:
+            return parallel.run_slice(self.model, batch, self.row_group)
+        return self.model(batch["tokens"], batch["targets"], document_ids=batch["document_ids"])
 
     def _clip(self, record: StepRecord) -> None:
         gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
@@ -165,7 +177,7 @@ class TrainingModule(LightningModule):
 
     def _valid_tokens(self, batch: Batch) -> Tensor:
         """Valid targets of the global batch per process: gradients are averaged over processes afterwards."""
-        count = batch["targets"].ne(IGNORE_INDEX).sum().float()
+        count = batch["targets"].ne(IGNORE_INDEX).sum().float() / self.slices
         return (self._sum_over_processes(count) / self._world_size()).clamp_min(1.0)
 
     def _world_size(self) -> int:

@@ -29,6 +29,11 @@ class Origin:
     state: dict[str, Any]
     tokenizer: Tokenizer
 
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding; imported models may have more than their tokenizer has ids."""
+        return self.state["model"]["embedding.weight"].shape[0]
+
     @classmethod
     def of(cls, node: Node) -> "Origin | None":
         """What `node["checkpoint"]` names; model, mixer and tokenizer in `node` are replaced by the checkpoint's.

@@ -3,13 +3,17 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint import state_dict as distributed_state
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from longmix.model.backbone import LanguageModel
+from longmix.data.loaders import Batch
+from longmix.model.backbone import LanguageModel, ModelOutput
+from longmix.model.head import IGNORE_INDEX
+from longmix.parallel.slices import Slices
 
 FULL_ON_CPU = distributed_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
 FULL_FROM_FIRST = distributed_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
@@ -45,6 +49,34 @@ def gradients_synchronised(model: nn.Module, synchronise: bool) -> None:
 def whole(value: Any) -> Any:
     """A tensor divided over processes as one tensor on each; anything else as it is. All processes must call it."""
     return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def row_group(size: int) -> dist.ProcessGroup:
+    """The group of `size` neighbouring processes that this one shares its rows with; all processes must call it.
+
+    It is a group of its own also where it has all processes, so that its exchanges and those of gradients never mix.
+    """
+    own, _ = dist.new_subgroups(size)
+    return own
+
+
+def run_slice(model: LanguageModel, batch: Batch, group: dist.ProcessGroup) -> ModelOutput:
+    """Run this process's slice of a batch's rows; token losses come back in whole rows, 0 outside the slice."""
+    slices = _slices(batch, group)
+    tokens, targets = slices.own(batch["tokens"]), slices.own(batch["targets"])
+    output = model(tokens, targets, state=model.slice_state(slices), document_ids=slices.ids)
+    output.token_losses = slices.placed(output.token_losses, 0.0)
+    return output
+
+
+def own_targets(batch: Batch, group: dist.ProcessGroup) -> Batch:
+    """The batch with targets in this process's slice alone, so that none counts twice."""
+    slices = _slices(batch, group)
+    return {**batch, "targets": slices.placed(slices.own(batch["targets"]), IGNORE_INDEX)}
+
+
+def _slices(batch: Batch, group: dist.ProcessGroup) -> Slices:
+    return Slices(batch["tokens"].shape[1], batch["document_ids"], group)
 
 
 def gathered_state(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:

@@ -21,7 +21,9 @@ from longmix.data.tokenizers import Tokenizer
 from longmix.errors import ConfigError, DataError
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model, check_model
+from longmix.model.matching import match_parameters
 from longmix.model.states import save_states
+from longmix.parallel.slices import check_slices
 from longmix.training.hardware import TrainerSettings, process_rank
 from longmix.training.loggers import NoLog
 from longmix.training.module import TrainingModule
@@ -46,6 +48,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     node = configuration.resolved(config)
     origin = Origin.of(node)
     settings, data = check_config(node, None if origin is None else origin.tokenizer)
+    node = match_parameters(node, data.expected_vocab_size)
     _refuse_unsupported_multirun(settings)
     quieten()
     seed_everything(node["seed"], settings.num_threads)
@@ -60,7 +63,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     data.prepare_data()
     data.setup("fit")
     start.check_data(data.fingerprint())
-    model = build_model(node, data.vocab_size)
+    model = build_model(node, data.vocab_size if origin is None else origin.vocab_size)
     begin(model, node, origin)
     if is_first:
         print_header(node, start.folder, model, data, settings, start.step)
@@ -114,6 +117,7 @@ def check_config(node: Node, tokenizer: Tokenizer | None = None) -> tuple[Traine
     check_model(node)
     settings: TrainerSettings = build(node["trainer"], "trainer")
     settings.check_batch(node["batch_size"])
+    check_slices(node["seq_len"], settings.slices)
     data: TokenData = build(
         node["data"],
         "data",
@@ -172,6 +176,7 @@ def _module(node: Node, model: LanguageModel, settings: TrainerSettings) -> Trai
         micro_batch_size=settings.micro_batch_size,
         gradient_clip=node["loop"]["gradient_clip"],
         skip_nonfinite=node["loop"]["nonfinite"] == "skip",
+        slices=settings.slices,
     )
 
 
@@ -200,6 +205,7 @@ def _fit(
     from lightning.pytorch import Trainer
 
     data.start_step, data.num_steps = start.step, module.total_steps
+    data.processes_per_row = settings.slices
     trainer = Trainer(
         accelerator="gpu" if settings.on_gpu else "cpu",
         devices=settings.devices_here,

@@ -31,11 +31,13 @@ class RunState:
 
     Attributes:
         training_seconds: time spent in steps, over all processes of the run's history.
+        peak_memory_bytes: the most that a process held while it trained; see `hardware.peak_memory_bytes`.
         validation: the last validation's figures, empty before the first.
         validation_by_position: its loss by position.
     """
 
     training_seconds: float = 0.0
+    peak_memory_bytes: int = 0
     validation: dict[str, float] = field(default_factory=dict)
     validation_by_position: list[dict[str, Any]] = field(default_factory=list)
 
@@ -152,10 +154,12 @@ class Supervisor(Callback):
         rate = self.steps_since_log * tokens_per_step(self.config) / max(self.seconds_since_log, 1e-9)
         self.seconds_since_log, self.steps_since_log = 0.0, 0
         flops = training_flops_per_token(module.model, self.config["seq_len"]) * rate
+        peak_memory = peak_memory_bytes(module.device)
+        self.state.peak_memory_bytes = max(self.state.peak_memory_bytes, peak_memory)
         metrics = {
             "throughput/tokens_per_second": rate,
             "throughput/model_tflops_per_second": flops / 1e12,
-            "memory/peak_gib": peak_memory_bytes(module.device) / 2**30,
+            "memory/peak_gib": peak_memory / 2**30,
         }
         peak = peak_flops(module.device, trainer.precision)
         if peak is not None:

@@ -1,0 +1,1 @@
+"""Work on one sequence divided over processes."""

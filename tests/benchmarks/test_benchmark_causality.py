@@ -1,0 +1,67 @@
+"""`python -m benchmarks.causality`, for few mixers and steps."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import causality as benchmark
+
+
+def test_a_run_leaves_table_picture_and_records(tmp_path, capsys):
+    folder = tmp_path / "results"
+    words = ["--mixers", "flash", "scatterbrain_content", "--steps", "40", "--rows", "8"]
+    assert benchmark.main([*words, "--length", "32", "--out", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    (path,) = folder.glob("causality_cpu_*.json")
+    content = json.loads(path.read_text())
+    assert path.with_suffix(".txt").read_text() in printed and path.with_suffix(".png").stat().st_size > 10_000
+    found = {record["mixer"]: record for record in content["results"]}
+    assert list(found) == ["flash", "scatterbrain_content", *benchmark.CONTROLS]
+    for name, row in found.items():
+        control = name in benchmark.CONTROLS
+        assert row["control"] is control and row["causal"] is not control
+        assert (row["later tokens"] > 1e-3) is control and row["bits_error"] < 0.03
+        kinds = {"mean of the row": "content, placement"}.get(name, "placement, selection")
+        assert row["leak"] == (kinds if control else "none")
+    mean = found["mean of the row"]
+    assert mean["bits_below"] > 10 * mean["bits_error"] and mean["bits_below"] == pytest.approx(
+        (mean["entropy"] - mean["loss"]) / 0.6931, rel=1e-3
+    )
+
+
+def test_a_mixer_that_leaks_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "CONTROLS", {"flash": {"_target_": "longmix.mixers.flash.Flash"}})
+    words = ["--mixers", "sliding_window", "--steps", "1", "--rows", "1", "--length", "8"]
+    assert benchmark.main([*words, "--out", str(tmp_path)]) == 1
+
+
+class Asleep(benchmark.RowMean):
+    """Of the fresh weights it shows nothing."""
+
+    def __init__(self, shape, layer_index):
+        super().__init__(shape, layer_index)
+        torch.nn.init.zeros_(self.output.weight)
+
+
+def test_trained_weights_are_audited(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "CONTROLS", {"asleep": {"_target_": f"{__name__}.Asleep"}})
+    words = ["--mixers", "sliding_window", "--steps", "2", "--rows", "1", "--length", "8"]
+    assert benchmark.main([*words, "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.json")
+    assert json.loads(path.read_text())["results"][1]["leak"] == "content, placement"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mixers", "flsh"], "invalid choice: 'flsh'"),
+        (["--length", "7"], "--length 7 is too short to audit; allowed are 8 tokens or more"),
+        (["--steps", "0"], "'0' is not allowed; allowed are whole numbers above 0"),
+    ],
+)
+def test_bad_arguments_are_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        benchmark.main(arguments)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and message in error and error.count("\n") == 1

@@ -1,0 +1,123 @@
+"""The same loss and gradients in one process and in several; functions that the processes of a pool run."""
+
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from longmix.model.backbone import LanguageModel
+from longmix.model.build import build_model
+from longmix.model.states import tune_states
+from longmix.parallel import exchange
+from longmix.parallel.exchange import exchanged
+from longmix.parallel.slices import Slices
+
+VOCABULARY = 47
+LENGTH = 44
+"""Slices of 22 and of 11 tokens."""
+
+DOCUMENTS = [
+    [5, 6, 28, 1, 1, 3],  # a border inside a slice, one at its edge, a document over three slices, single tokens
+    [44],
+    [10, 1, 1, 21, 11],  # single tokens on both sides of an edge, and slices that are one document each
+    [1, 32, 11],
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and how it runs.
+
+    Attributes:
+        node: the configuration.
+        packed: rows of several documents.
+        tuned: documents begin from states that are parameters.
+        mixed: float32 weights, products in bfloat16; else all is in float64.
+    """
+
+    node: dict[str, Any]
+    packed: bool = False
+    tuned: bool = False
+    mixed: bool = False
+
+    def model(self) -> LanguageModel:
+        """With weights of which none begins at zero."""
+        torch.manual_seed(3)
+        model = build_model(self.node, VOCABULARY).double()
+        if self.tuned:
+            tune_states(model)
+        for weight in model.parameters():
+            weight.data += 0.2 * torch.randn_like(weight)
+        return model.float() if self.mixed else model
+
+    def precision(self) -> torch.autocast:
+        """What a forward pass runs in."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.mixed)
+
+
+def rows(packed: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Tokens, targets and documents of whole rows. No token comes twice: equals are chosen among arbitrarily."""
+    generator = torch.Generator().manual_seed(4)
+    count = len(DOCUMENTS)
+    drawn = [torch.randperm(VOCABULARY, generator=generator)[:LENGTH] for _ in range(2 * count)]
+    tokens, targets = torch.stack(drawn).split(count)
+    if not packed:
+        return tokens, targets, None
+    ids = [torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in DOCUMENTS]
+    return tokens, targets, torch.stack(ids).int()
+
+
+def in_one_process(case: Case) -> dict[str, torch.Tensor]:
+    """Outputs, losses of the tokens, other losses and all gradients."""
+    model, (tokens, targets, ids) = case.model(), rows(case.packed)
+    with case.precision():
+        output = model(tokens, targets, document_ids=ids)
+    loss = output.token_losses.mean() + sum(output.losses.values())
+    loss.backward()
+    others = {f"loss {name}": value.detach() for name, value in output.losses.items()}
+    return {"output": output.hidden.detach(), "losses": output.token_losses.detach(), **others} | gradients(model)
+
+
+def in_slices(group: dist.ProcessGroup, case: Case) -> dict[str, torch.Tensor]:
+    """The same of this process's slice: outputs and losses of its tokens, and its share of everything else."""
+    model, (tokens, targets, ids) = case.model(), rows(case.packed)
+    slices = Slices(LENGTH, ids, group)
+    with case.precision():
+        state = model.slice_state(slices)
+        output = model(slices.own(tokens), slices.own(targets), state=state, document_ids=slices.ids)
+    loss = (output.token_losses / tokens.numel()).sum() + sum(output.losses.values()) / slices.size
+    loss.backward()
+    others = {f"loss {name}": value.detach() / slices.size for name, value in output.losses.items()}
+    return {"output": output.hidden.detach(), "losses": output.token_losses.detach(), **others} | gradients(model)
+
+
+def cut_off(group: dist.ProcessGroup, case: Case) -> dict[str, torch.Tensor]:
+    """`in_slices` where nothing but zeros comes from other processes."""
+    with patch.object(exchange, "exchanged", lambda x, sent, got, group: 0 * exchanged(x, sent, got, group)):
+        return in_slices(group, case)
+
+
+def gradients(model: LanguageModel) -> dict[str, torch.Tensor]:
+    """All there are, by name."""
+    return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def together(results: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Outputs and token losses of all slices side by side, everything else added up."""
+    assert len({tuple(result) for result in results}) == 1
+    parts = {name: [result[name] for result in results] for name in results[0]}
+    return {name: torch.cat(x, 1) if name in ("output", "losses") else sum(x) for name, x in parts.items()}
+
+
+def largest_error(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> tuple[float, str]:
+    """The largest difference relative to the largest number of the same tensor, and the tensor's name."""
+    assert list(found) == list(wanted)
+    errors = {
+        name: float(F.l1_loss(found[name], x, reduction="none").max() / x.abs().max().clamp(min=1e-300))
+        for name, x in wanted.items()
+    }
+    worst = max(errors, key=lambda name: errors[name])
+    return errors[worst], worst
