@@ -45,7 +45,7 @@ def test_ddp_all_reduces_gradients_once_a_step(model):
 def test_fsdp_gathers_weights_for_each_pass_and_scatters_gradients(model):
     setting = dataclasses.replace(SETTING, sharded=True)
     sent = traffic_of(model, REHEARSAL, setting, Division(8, 1, "fsdp", 3))
-    assert sent.gradients == 4 * 21_000 * 7 // 8
+    assert sent.gradients == 3 * (4 * 21_000 * 7 // 8)
     assert sent.weights == 3 * 2 * (1_000 + 2 * 20_000) * 7 // 8
     assert sent.total == sent.gradients + sent.weights
 

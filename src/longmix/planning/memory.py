@@ -162,8 +162,7 @@ def _lasting_of(parameters: int, part: Part, setting: Setting, division: Divisio
     if not setting.sharded:
         return part.gradients * parameters // part.parameters
     size = 2 if setting.precision == "bf16-true" else 4
-    # FSDP adds undivided gradients up until the micro-batch that exchanges them.
-    return parameters * size // (division.processes if division.micro_batches == 1 else 1)
+    return parameters * size // division.processes
 
 
 def communication_buffers(model: LanguageModel, rehearsal: Rehearsal, setting: Setting, division: Division) -> int:

@@ -60,6 +60,7 @@ def traffic_of(model: LanguageModel, rehearsal: Rehearsal, setting: Setting, div
         # The ends stay gathered from the forward to the backward pass, a block is gathered for each.
         gathered = setting.weight_dtype.itemsize * (ends + 2 * layers) * division.micro_batches
         weights = gathered * (processes - 1) // processes
+        gradients *= division.micro_batches  # each micro-batch scatters its own
     else:
         gradients *= 2
     if division.context_parallel > 1:

@@ -187,8 +187,7 @@ class TrainingModule(LightningModule):
         return self.trainer.strategy.reduce(value, reduce_op="sum") if self._world_size() > 1 else value
 
     def _gradient_sync(self, last: bool) -> AbstractContextManager:
-        """Only the last micro-batch needs to exchange gradients."""
-        parallel.gradients_synchronised(self.model, last)
+        """DDP exchanges gradients with the last micro-batch; FSDP with each, so that none hold undivided ones."""
         no_sync = getattr(self.trainer.model, "no_sync", None)
         return nullcontext() if last or no_sync is None else no_sync()
 

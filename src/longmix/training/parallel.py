@@ -40,12 +40,6 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def gradients_synchronised(model: nn.Module, synchronise: bool) -> None:
-    """Let a sharded model's next backward pass exchange gradients, or only add them up."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(synchronise)
-
-
 def whole(value: Any) -> Any:
     """A tensor divided over processes as one tensor on each; anything else as it is. All processes must call it."""
     return value.full_tensor() if isinstance(value, DTensor) else value
