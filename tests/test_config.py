@@ -60,6 +60,9 @@ def group_files() -> list[Any]:
     return [pytest.param(group, name, id=f"{group}={name}") for group in groups for name in names(group)]
 
 
+NEEDS = {"tokenizer=prepared": ["data=prepared", "data.path=given"]}
+"""Choices that take a setting from another group's."""
+
 GIVEN = {"data.corpora": {"speeches": {"_target_": "longmix.data.corpora.Sotu"}}, "data.weights": {"speeches": 1.0}}
 """Values that the user must give and that are not text."""
 
@@ -77,7 +80,8 @@ def settings_of(compose_config):
 
     def load(group: str, name: str) -> dict[str, Any]:
         entry_point = "evaluate" if group == "task" else "train"
-        config = filled(compose_config(f"{group}={name}", entry_point=entry_point))
+        needed = NEEDS.get(f"{group}={name}", [])
+        config = filled(compose_config(f"{group}={name}", *needed, entry_point=entry_point))
         if group == "task":
             return config["task"][name]
         return config["model"]["block"] if group == "block" else config[group]
@@ -102,7 +106,8 @@ class TestEveryFile:
 
     @pytest.mark.parametrize(("group", "name"), group_files())
     def test_what_the_user_must_give_is_asked_for_by_name(self, compose_config, group, name):
-        config = compose_config(f"{group}={name}", entry_point="evaluate" if group == "task" else "train")
+        entry_point = "evaluate" if group == "task" else "train"
+        config = compose_config(f"{group}={name}", *NEEDS.get(f"{group}={name}", []), entry_point=entry_point)
         missing = {key for key in OmegaConf.missing_keys(config) if key.startswith(group)}
         required = re.findall(r"^\s*\w+: \?\?\?", (CONFIGS / group / f"{name}.yaml").read_text(), re.MULTILINE)
         assert len(missing) == len(required)

@@ -41,15 +41,16 @@ class Pool:
         """
         for pipe in self.pipes[:size]:
             pipe.send_bytes(pickle.dumps((size, function, arguments)))
-        results = []
+        answers = []
         for rank, pipe in enumerate(self.pipes[:size]):
             if not pipe.poll(60):
+                self.close()  # what it answers later would be taken for the answer to another call
                 raise RuntimeError(f"process {rank} is still waiting for the others")
-            failure, result = pickle.loads(pipe.recv_bytes())
+            answers.append(pickle.loads(pipe.recv_bytes()))
+        for rank, (failure, _) in enumerate(answers):
             if failure:
                 raise RuntimeError(f"process {rank}: {failure}")
-            results.append(result)
-        return results
+        return [result for _, result in answers]
 
     def close(self) -> None:
         """End the processes."""

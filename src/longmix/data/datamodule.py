@@ -3,7 +3,7 @@
 import functools
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import lightning
 import numpy as np
@@ -18,6 +18,17 @@ from longmix.data.windows import EvaluationWindows, TrainWindows, check_seq_len,
 from longmix.errors import ConfigError
 
 logger = logging.getLogger(__name__)
+
+
+class DataOptions(TypedDict, total=False):
+    """What `TokenData` takes besides corpus and tokenizer; see there."""
+
+    seq_len: int
+    batch_size: int
+    seed: int
+    cache_dir: str
+    num_workers: int
+    validation_tokens: int | None
 
 
 class TokenData(lightning.LightningDataModule):

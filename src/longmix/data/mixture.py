@@ -4,12 +4,12 @@ import functools
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from longmix.data.corpus import SPLITS, Corpus, check_split
-from longmix.data.datamodule import TokenData
+from longmix.data.datamodule import DataOptions, TokenData
 from longmix.data.preparation import prepare
 from longmix.data.token_files import TokenFile
 from longmix.data.tokenizers import Tokenizer
@@ -115,7 +115,7 @@ class MixtureData(TokenData):
         corpora: by name.
         weights: share of each by the same names; they need not add up to one.
         tokenizer: shared; if it is trained, on all of them.
-        settings: see `TokenData`.
+        options: see `TokenData`.
 
     Raises:
         ConfigError: weights and corpora differ in name, or a weight is too small or negative.
@@ -126,24 +126,9 @@ class MixtureData(TokenData):
         corpora: dict[str, Corpus],
         weights: dict[str, float],
         tokenizer: Tokenizer,
-        *,
-        seq_len: int,
-        batch_size: int,
-        seed: int,
-        cache_dir: str = "~/.cache/longmix",
-        num_workers: int = 0,
-        validation_tokens: int | None = 65536,
+        **options: Unpack[DataOptions],
     ) -> None:
-        super().__init__(
-            JoinedCorpus(corpora),
-            tokenizer,
-            seq_len=seq_len,
-            batch_size=batch_size,
-            seed=seed,
-            cache_dir=cache_dir,
-            num_workers=num_workers,
-            validation_tokens=validation_tokens,
-        )
+        super().__init__(JoinedCorpus(corpora), tokenizer, **options)
         if set(weights) != set(corpora):
             different = sorted(set(weights) ^ set(corpora))
             raise ConfigError(f"data.weights and data.corpora must have the same names; {', '.join(different)} differ.")

@@ -8,10 +8,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from longmix.data.corpus import SPLITS
-from longmix.data.datamodule import TokenData
+from longmix.data.datamodule import DataOptions, TokenData
 from longmix.data.sealed import MANIFEST, read_manifest
 from longmix.data.token_files import FORMAT_VERSION, OFFSETS, TOKENIZER, TokenFile
 from longmix.data.tokenizers import Tokenizer, tokenizer_from_state
@@ -218,7 +218,7 @@ class PreparedData(TokenData):
         path: a folder or URL with one token file's folder for each split, as `prepare.py` leaves them in its cache.
         tokenizer: the one they were made with.
         local_shards: copies of remote shards that a process keeps.
-        settings: see `TokenData`.
+        options: see `TokenData`.
 
     Raises:
         ConfigError: `local_shards` is too small for the order of training.
@@ -230,24 +230,10 @@ class PreparedData(TokenData):
         path: str,
         tokenizer: Tokenizer,
         *,
-        seq_len: int,
-        batch_size: int,
-        seed: int,
         local_shards: int = LEAST_SHARDS,
-        cache_dir: str = "~/.cache/longmix",
-        num_workers: int = 0,
-        validation_tokens: int | None = 65536,
+        **options: Unpack[DataOptions],
     ) -> None:
-        super().__init__(
-            PreparedCorpus("prepared", SPLITS[:2]),
-            tokenizer,
-            seq_len=seq_len,
-            batch_size=batch_size,
-            seed=seed,
-            cache_dir=cache_dir,
-            num_workers=num_workers,
-            validation_tokens=validation_tokens,
-        )
+        super().__init__(PreparedCorpus("prepared", SPLITS[:2]), tokenizer, **options)
         if local_shards < LEAST_SHARDS:
             raise ConfigError(
                 f"data.local_shards={local_shards} must be at least {LEAST_SHARDS}: windows are shuffled within "
