@@ -12,21 +12,15 @@ causal call, in which every tensor is read or written once and all else stays on
 import argparse
 import dataclasses
 import importlib
-import json
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from longmix_kernels.attention import launch
+from longmix_kernels.compiling import DTYPES, Compiled, as_table, compile_for, concluded
 from longmix_kernels.launching import dim_constants, is_padded
-
-DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
-"""Triton's names of the element types, and their bytes."""
 
 FEATURES = ("plain", "permuted", "alibi", "blocks")
 MODES = ("full", "causal", "window", "documents", "bounds")
@@ -38,9 +32,6 @@ BLOCK = 128
 PEAK_FLOPS = {2: 989e12, 4: 67e12}
 PEAK_BYTES = 4.8e12
 PEAK_EXPONENTIALS = 3.9e12
-
-SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
-"""Most bytes of shared memory that a program may have, per architecture."""
 
 _INTEGERS = ("queries", "keys", "heads", "group", "window")
 _FLOATS = ("scale", "scale_log2")
@@ -73,42 +64,6 @@ class Build:
         return config.within(BLOCK if self.feature == "blocks" else 0)
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """What became of a `Build`.
-
-    Attributes:
-        registers: per thread.
-        spills: bytes stored and loaded again for want of registers, per thread.
-        stack: bytes of stack, per thread.
-        shared: bytes of shared memory, per program.
-        tensor_cores: tensor-core instructions in the PTX: mma.sync, wgmma or tcgen05.mma.
-        serialized: whether ptxas had to wait after every wgmma.
-    """
-
-    registers: int
-    spills: int
-    stack: int
-    shared: int
-    tensor_cores: dict[str, int]
-    serialized: bool
-
-    def faults(self, build: Build) -> list[str]:
-        """Name what must not be."""
-        found = []
-        if self.spills:
-            found.append(f"spills {self.spills} bytes")
-        if self.stack:
-            found.append(f"uses {self.stack} bytes of stack")
-        if build.architecture == 90 and DTYPES[build.dtype] == 2 and not self.tensor_cores["wgmma"]:
-            found.append("has no wgmma")
-        if self.shared > SHARED_LIMIT[build.architecture]:
-            found.append(f"wants {self.shared} bytes of shared memory")
-        if self.serialized:
-            found.append("serializes wgmma")
-        return found
-
-
 def _kernel(name: str) -> Any:
     module = importlib.import_module(f"longmix_kernels.attention.triton_{name}")
     return getattr(module, f"{name}_kernel")
@@ -136,72 +91,15 @@ def compile_kernel(build: Build) -> Compiled:
     for feature, names in absent.items():
         if feature != build.feature:
             constants |= dict.fromkeys(names)
-    constants = {name: constant for name, constant in constants.items() if name in kernel.arg_names}
-    signature, aligned = {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in _INTEGERS:
-            signature[name] = "i32"
-        elif name in _FLOATS:
-            signature[name] = "fp32"
-        else:
-            element = "i32" if name in _INT32 else "fp32" if name in _FLOAT32 else build.dtype
-            signature[name] = "i32" if name.startswith("stride_") else f"*{element}"
-            aligned[(index,)] = [["tt.divisibility", 16]]
-    return compile_for(kernel, signature, constants, aligned, build.architecture, config.options())
 
+    def type_of(name: str) -> str:
+        if name in _INTEGERS:
+            return "i32"
+        if name in _FLOATS:
+            return "fp32"
+        return "*i32" if name in _INT32 else "*fp32" if name in _FLOAT32 else f"*{build.dtype}"
 
-def compile_for(
-    kernel: Any,
-    signature: dict[str, str],
-    constants: dict[str, Any],
-    aligned: dict[tuple[int], list[list[Any]]],
-    architecture: int,
-    options: dict[str, int | bool],
-) -> Compiled:
-    """Compile a kernel for an architecture, and read what ptxas says about it.
-
-    Args:
-        kernel: a function under `triton.jit`.
-        signature: Triton's name of the type of every argument, "constexpr" for those in `constants`.
-        constants: compile-time arguments.
-        aligned: by the place of an argument, what is known of it.
-        architecture: compute capability, times ten.
-        options: of the compiler.
-    """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas
-    from triton.compiler import ASTSource
-
-    target = GPUTarget("cuda", architecture, 32)
-    source = ASTSource(kernel, signature, constants, aligned)
-    compiled = triton.compile(source, target, options)
-    ptx = compiled.asm["ptx"]
-    arch = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
-    assert arch is not None
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.ptx")
-        path.write_text(ptx)
-        command = [get_ptxas(architecture).path, "--verbose", f"--gpu-name={arch[1]}", path, "-o", "/dev/null"]
-        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-
-    def number(pattern: str) -> int:
-        return sum(int(found) for found in re.findall(pattern, log))
-
-    return Compiled(
-        registers=number(r"Used (\d+) registers"),
-        spills=number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
-        stack=number(r"(\d+) bytes stack frame"),
-        shared=compiled.metadata.shared,
-        tensor_cores={
-            "mma": len(re.findall(r"\bmma\.sync", ptx)),
-            "wgmma": len(re.findall(r"\bwgmma\.mma_async", ptx)),
-            "tcgen05": len(re.findall(r"\btcgen05\.mma", ptx)),
-        },
-        serialized="wgmma.mma_async instructions are serialized" in log,
-    )
+    return compile_for(kernel, type_of, constants, build.architecture, config.options())
 
 
 @dataclass(frozen=True)
@@ -313,11 +211,7 @@ def as_row(build: Build, compiled: Compiled) -> dict[str, Any]:
         "mode": build.mode,
         "feature": build.feature,
         **dataclasses.asdict(config),
-        "registers": compiled.registers,
-        "spills": compiled.spills,
-        "stack": compiled.stack,
-        "shared": compiled.shared,
-        **compiled.tensor_cores,
+        **compiled.columns(),
         "tile_mflop": estimate.tile_flops / 1e6,
         "tile_kib": estimate.tile_bytes / 1024,
         "tile_kexp": estimate.tile_exponentials / 1e3,
@@ -327,21 +221,6 @@ def as_row(build: Build, compiled: Compiled) -> dict[str, Any]:
         "limit": estimate.limit,
         "faults": ", ".join(compiled.faults(build)),
     }
-
-
-def as_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Lay records out in aligned columns, under their names."""
-
-    def text(x: Any) -> str:
-        if isinstance(x, bool):
-            return "yes" if x else "-"
-        return f"{x:.2f}" if isinstance(x, float) else str(x) or "-"
-
-    lines = [list(rows[0])] + [[text(x) for x in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -363,9 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "\nEstimates, not measurements: work per tile, and bytes and least time of a causal call with batch 1, 16 "
         "heads and T = 16384 at an H200's peak rates; before_mib is for permuted rows copied into order beforehand."
     )
-    if options.json is not None:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
-    return int(any(row["faults"] for row in rows))
+    return concluded(rows, options.json, rows)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,29 @@ def choose_backend(backend: str | None, device: torch.device, implemented: tuple
     return backend
 
 
+def backend_of_call(backend: str | None, implemented: tuple[str, ...], max_dim: int, **tensors: torch.Tensor) -> str:
+    """Return the name of the implementation that runs a call: `choose_backend`, but Triton only where it covers it.
+
+    Args:
+        backend, implemented: see `choose_backend`.
+        max_dim: largest head dimension of the Triton kernels.
+        tensors: [B, T, H, D] by name; where they are decides too.
+
+    Raises:
+        ValueError: `backend` is not offered, or is "triton" and cannot run the call.
+    """
+    device = next(iter(tensors.values())).device
+    uncovered = triton_limits(max_dim, **tensors)
+    if uncovered and backend is None:
+        implemented = tuple(name for name in implemented if name != "triton")
+    chosen = choose_backend(backend, device, implemented)
+    if chosen == "triton":
+        if uncovered:
+            raise ValueError(f"backend='triton' got {uncovered}")
+        check_triton_device(device)
+    return chosen
+
+
 def triton_limits(max_dim: int, **tensors: torch.Tensor) -> str | None:
     """Say which of the tensors [B, T, H, D] Triton kernels do not cover, and why; None if they cover all."""
     for name, x in tensors.items():

@@ -7,7 +7,8 @@ import pytest
 
 from longmix_kernels import report
 from longmix_kernels.attention import launch
-from longmix_kernels.report import Build, Compiled
+from longmix_kernels.compiling import Compiled
+from longmix_kernels.report import Build
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 

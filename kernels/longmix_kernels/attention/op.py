@@ -12,7 +12,7 @@ from longmix_kernels.attention.bounds import check_row_bounds, row_bounds
 from longmix_kernels.attention.pattern import SCHEMA, BlockList, Pattern
 from longmix_kernels.attention.reference import attention_reference
 from longmix_kernels.operators import deferred, differentiable
-from longmix_kernels.runtime import check_triton_device, choose_backend, triton_limits
+from longmix_kernels.runtime import backend_of_call
 
 BACKENDS = ("reference", "blocked", "triton")
 """The implementations `attention` offers."""
@@ -120,12 +120,7 @@ def attention(
         checks.check_slopes(query, alibi_slopes, causal)
     given = {"window": window, "document_ids": document_ids, "blocks": blocks, "causal=False": None if causal else 0}
     _check_company(given, {"lo": lo, "hi": hi, "query_rows": query_rows, "key_rows": key_rows})
-    uncovered = triton_limits(checks.TRITON_MAX_DIM, query=query, value=value)
-    backend = choose_backend(backend, query.device, BACKENDS[:2] if uncovered and backend is None else BACKENDS)
-    if backend == "triton":
-        if uncovered:
-            raise ValueError(f"backend='triton' got {uncovered}")
-        check_triton_device(query.device)
+    backend = backend_of_call(backend, BACKENDS, checks.TRITON_MAX_DIM, query=query, value=value)
     missing = 0
     if blocks is not None:
         checks.check_blocks(query, key, blocks)

@@ -8,7 +8,7 @@ from longmix_kernels.delta import reference
 from longmix_kernels.delta.checks import TRITON_MAX_DIM, check_decay, check_inputs, check_promise, check_state
 from longmix_kernels.delta.launch import KEPT, kept_by_triton
 from longmix_kernels.operators import deferred, differentiable
-from longmix_kernels.runtime import check_triton_device, choose_backend, triton_limits
+from longmix_kernels.runtime import backend_of_call
 
 BACKENDS = ("reference", "blocked", "triton")
 """The implementations `delta_rule` offers."""
@@ -70,12 +70,7 @@ def delta_rule(
         log_decay = log_decay.unsqueeze(-1).expand(*log_decay.shape, query.shape[-1])
     check_decay(query, log_decay)
     check_state(query, value, initial_state)
-    uncovered = triton_limits(TRITON_MAX_DIM, query=query, value=value)
-    backend = choose_backend(backend, query.device, BACKENDS[:2] if uncovered and backend is None else BACKENDS)
-    if backend == "triton":
-        if uncovered:
-            raise ValueError(f"backend='triton' got {uncovered}")
-        check_triton_device(query.device)
+    backend = backend_of_call(backend, BACKENDS, TRITON_MAX_DIM, query=query, value=value)
     if backend == "reference":
         exact = log_decay.dtype
         zeros = torch.zeros_like(query)

@@ -8,16 +8,14 @@ tensor read or written once per kernel, and the least time that they take at the
 
 import argparse
 import importlib
-import json
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+from longmix_kernels.compiling import DTYPES, Compiled, as_table, compile_for, concluded, pairs
 from longmix_kernels.delta import cost, launch
-from longmix_kernels.report import DTYPES, Compiled, as_table, compile_for
 
 DIMS = ((64, 64), (128, 128), (256, 256))
 """Head dimensions of keys and values."""
@@ -101,9 +99,8 @@ class Build:
 
     def faults(self, compiled: Compiled) -> list[str]:
         """Name what must not be."""
-        found = compiled.faults(cast(Any, self))
         rows = launch.piece(self.dim) if self.kernel in launch.SCANS else self.chunk_size()
-        return found if rows >= 64 else [fault for fault in found if fault != "has no wgmma"]
+        return compiled.faults(self, with_wgmma=rows >= 64)
 
 
 def _kernel(name: str) -> Any:
@@ -114,22 +111,16 @@ def _kernel(name: str) -> Any:
 def compile_kernel(build: Build) -> Compiled:
     """Compile a kernel as the launcher would for aligned tensors, and read what ptxas says about it."""
     kernel, config = _kernel(build.kernel), build.launch_config()
-    constants = {name: constant for name, constant in build.constants().items() if name in kernel.arg_names}
-    signature: dict[str, str] = {}
-    aligned: dict[tuple[int], list[list[Any]]] = {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in ("length", "heads"):
-            signature[name] = "i32"
-        elif name in ("scale", "floor"):
-            signature[name] = "fp32"
-        else:
-            float32 = name in _FLOAT32 or name == "grad_log_decay"
-            element = "i32" if name == "document_ids" else "fp32" if float32 else build.dtype
-            signature[name] = "i32" if name.startswith("stride_") else f"*{element}"
-            aligned[(index,)] = [["tt.divisibility", 16]]
-    return compile_for(kernel, signature, constants, aligned, build.architecture, config.options())
+
+    def type_of(name: str) -> str:
+        if name in ("length", "heads"):
+            return "i32"
+        if name in ("scale", "floor"):
+            return "fp32"
+        float32 = name in _FLOAT32 or name == "grad_log_decay"
+        return "*i32" if name == "document_ids" else "*fp32" if float32 else f"*{build.dtype}"
+
+    return compile_for(kernel, type_of, build.constants(), build.architecture, config.options())
 
 
 def table_builds(
@@ -164,11 +155,7 @@ def as_row(build: Build, compiled: Compiled) -> dict[str, Any]:
         "feature": build.feature,
         "chunk": build.chunk_size(),
         **asdict(build.launch_config()),
-        "registers": compiled.registers,
-        "spills": compiled.spills,
-        "stack": compiled.stack,
-        "shared": compiled.shared,
-        **compiled.tensor_cores,
+        **compiled.columns(),
         "faults": ", ".join(build.faults(compiled)),
     }
 
@@ -228,10 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cost-only", action="store_true", help="compile nothing")
     parser.add_argument("--json", type=Path, help="write the records here too")
     options = parser.parse_args(arguments)
-    found = [re.fullmatch(r"(\d+)/(\d+)", pair) for pair in options.dims]
-    dims = [(int(pair[1]), int(pair[2])) for pair in found if pair is not None]
-    if len(dims) < len(options.dims) or not all(1 <= dim <= 256 for pair in dims for dim in pair):
-        parser.error(f"--dims got {options.dims}; allowed are pairs such as 64/64, each 1 to 256")
+    dims = pairs(parser, "--dims", options.dims, "64/64", (256, 256))
     rows = []
     if not options.cost_only:
         builds = table_builds(options.arch, dims, options.decay, options.feature, options.form, options.dtype)
@@ -244,9 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "peak rates, each tensor once per kernel; a pass is the sum of its kernels. The column `designed` counts one "
         f"kernel for all gradients of a chunk; by the same count, flash-linear-attention moves {OTHERS} bytes at 64."
     )
-    if options.json is not None:
-        options.json.write_text(json.dumps({"kernels": rows, "costs": costs}, indent=1) + "\n")
-    return int(any(row["faults"] for row in rows))
+    return concluded(rows, options.json, {"kernels": rows, "costs": costs})
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from longmix_kernels.linear import reference
 from longmix_kernels.linear.checks import TRITON_MAX_DIM, check_gates, check_inputs, check_state
 from longmix_kernels.linear.state import LinearState
 from longmix_kernels.operators import deferred, differentiable
-from longmix_kernels.runtime import check_triton_device, choose_backend, triton_limits
+from longmix_kernels.runtime import backend_of_call
 
 BACKENDS = ("reference", "blocked", "triton")
 """The implementations `linear_attention` offers."""
@@ -66,12 +66,7 @@ def linear_attention(
         log_decay = log_decay.expand(*query.shape[:2], -1)
     check_gates(query, log_decay, log_input)
     check_state(query, value, initial_state, normalize)
-    uncovered = triton_limits(TRITON_MAX_DIM, query=query, value=value)
-    backend = choose_backend(backend, query.device, BACKENDS[:2] if uncovered and backend is None else BACKENDS)
-    if backend == "triton":
-        if uncovered:
-            raise ValueError(f"backend='triton' got {uncovered}")
-        check_triton_device(query.device)
+    backend = backend_of_call(backend, BACKENDS, TRITON_MAX_DIM, query=query, value=value)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if backend == "reference":
         state = initial_state or zero_state(query, value, normalize)

@@ -8,17 +8,15 @@ kernel, and the least time that they take at the peak rates of an H200.
 
 import argparse
 import importlib
-import json
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+from longmix_kernels.compiling import DTYPES, Compiled, as_table, compile_for, concluded, pairs
 from longmix_kernels.launching import dim_constants
 from longmix_kernels.linear import cost, launch
-from longmix_kernels.report import DTYPES, Compiled, as_table, compile_for
 
 DIMS = ((64, 64), (64, 128), (128, 256), (256, 512))
 """Head dimensions of keys and values."""
@@ -116,8 +114,7 @@ class Build:
 
     def faults(self, compiled: Compiled) -> list[str]:
         """Name what must not be."""
-        found = compiled.faults(cast(Any, self))
-        return found if self.kernel in launch.TILED else [fault for fault in found if fault != "has no wgmma"]
+        return compiled.faults(self, with_wgmma=self.kernel in launch.TILED)
 
 
 def _kernel(name: str) -> Any:
@@ -128,21 +125,17 @@ def _kernel(name: str) -> Any:
 def compile_kernel(build: Build) -> Compiled:
     """Compile a kernel as the launcher would for aligned tensors, and read what ptxas says about it."""
     kernel, config = _kernel(build.kernel), build.launch_config()
-    constants = {name: constant for name, constant in build.constants().items() if name in kernel.arg_names}
-    signature, aligned = {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in _INTEGERS:
-            signature[name] = "i32"
-        elif name == "scale":
-            signature[name] = "fp32"
-        else:
-            element = "i32" if name == "document_ids" else "fp32" if name in _FLOAT32 else build.dtype
-            element = build.states if name in ("states", "grad_states") else element
-            signature[name] = "i32" if name.startswith("stride_") else f"*{element}"
-            aligned[(index,)] = [["tt.divisibility", 16]]
-    return compile_for(kernel, signature, constants, aligned, build.architecture, config.options())
+
+    def type_of(name: str) -> str:
+        if name in _INTEGERS:
+            return "i32"
+        if name == "scale":
+            return "fp32"
+        if name in ("states", "grad_states"):
+            return f"*{build.states}"
+        return "*i32" if name == "document_ids" else "*fp32" if name in _FLOAT32 else f"*{build.dtype}"
+
+    return compile_for(kernel, type_of, build.constants(), build.architecture, config.options())
 
 
 def table_builds(
@@ -181,11 +174,7 @@ def as_row(build: Build, compiled: Compiled) -> dict[str, Any]:
         "gate": build.gate,
         "feature": build.feature,
         **asdict(build.launch_config()),
-        "registers": compiled.registers,
-        "spills": compiled.spills,
-        "stack": compiled.stack,
-        "shared": compiled.shared,
-        **compiled.tensor_cores,
+        **compiled.columns(),
         "faults": ", ".join(build.faults(compiled)),
     }
 
@@ -248,10 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cost-only", action="store_true", help="compile nothing")
     parser.add_argument("--json", type=Path, help="write the records here too")
     options = parser.parse_args(arguments)
-    found = [re.fullmatch(r"(\d+)/(\d+)", pair) for pair in options.dims]
-    dims = [(int(pair[1]), int(pair[2])) for pair in found if pair is not None]
-    if len(dims) < len(options.dims) or not all(1 <= dim <= 512 for pair in dims for dim in pair):
-        parser.error(f"--dims got {options.dims}; allowed are pairs such as 128/256, each 1 to 512")
+    dims = pairs(parser, "--dims", options.dims, "128/256", (512, 512))
     rows = []
     if not options.cost_only:
         builds = table_builds(options.arch, dims, options.gate, options.feature, options.dtype, options.states)
@@ -264,9 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "is the sum of its kernels. Published times were measured by others on an H100; of the backward they are the "
         "difference between both passes and the forward."
     )
-    if options.json is not None:
-        options.json.write_text(json.dumps({"kernels": rows, "costs": costs}, indent=1) + "\n")
-    return int(any(row["faults"] for row in rows))
+    return concluded(rows, options.json, {"kernels": rows, "costs": costs})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 
 from longmix_kernels.attention.checks import TRITON_MAX_DIM, check_inputs
 from longmix_kernels.operators import deferred, differentiable
-from longmix_kernels.runtime import check_chunks, check_triton_device, choose_backend, triton_limits
+from longmix_kernels.runtime import backend_of_call, check_chunks
 from longmix_kernels.scatter import checks
 from longmix_kernels.scatter.reference import scatter_reference
 from longmix_kernels.scatter.state import FeatureState
@@ -80,12 +80,7 @@ def scatter_attention(
     checks.check_features(query, key, query_features, key_features)
     check_chunks(key, document_ids, None)
     checks.check_state(key, value, key_features, initial_state)
-    uncovered = triton_limits(TRITON_MAX_DIM, query=query, value=value)
-    backend = choose_backend(backend, query.device, BACKENDS[:2] if uncovered and backend is None else BACKENDS)
-    if backend == "triton":
-        if uncovered:
-            raise ValueError(f"backend='triton' got {uncovered}")
-        check_triton_device(query.device)
+    backend = backend_of_call(backend, BACKENDS, TRITON_MAX_DIM, query=query, value=value)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     tensors, sizes = (query, key, value, query_features, key_features), (block_size, past_blocks, scale)
     if backend == "reference":

@@ -8,15 +8,13 @@ least time that they take at the peak rates of an H200.
 
 import argparse
 import importlib
-import json
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from longmix_kernels.report import DTYPES, Compiled, as_table, compile_for
+from longmix_kernels.compiling import DTYPES, Compiled, as_table, compile_for, concluded, pairs
 from longmix_kernels.scatter import cost, launch
 
 SIZES = ((64, 64), (128, 64), (256, 64), (64, 128), (128, 128), (256, 128))
@@ -65,9 +63,9 @@ class Build:
 
     def faults(self, compiled: Compiled) -> list[str]:
         """Name what must not be; the scans multiply no matrices, and `sums` has features for rows."""
-        found, config = compiled.faults(cast(Any, self)), self.launch_config()
+        config = self.launch_config()
         height = config.features if self.kernel in ("sums", "grad_sums") else config.rows
-        return found if height >= 64 and config.rows else [fault for fault in found if fault != "has no wgmma"]
+        return compiled.faults(self, with_wgmma=bool(height >= 64 and config.rows))
 
 
 def _kernel(name: str) -> Any:
@@ -78,19 +76,13 @@ def _kernel(name: str) -> Any:
 def compile_kernel(build: Build) -> Compiled:
     """Compile a kernel as the launcher would for aligned tensors, and read what ptxas says about it."""
     kernel, config = _kernel(build.kernel), build.launch_config()
-    constants = {name: constant for name, constant in build.constants().items() if name in kernel.arg_names}
-    signature: dict[str, str] = {}
-    aligned: dict[tuple[int], list[list[Any]]] = {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in _INTEGERS:
-            signature[name] = "i32"
-        else:
-            element = "i32" if name == "blocks" else build.dtype if name in _INPUTS else "fp32"
-            signature[name] = "i32" if name.startswith("stride_") else f"*{element}"
-            aligned[(index,)] = [["tt.divisibility", 16]]
-    return compile_for(kernel, signature, constants, aligned, build.architecture, config.options())
+
+    def type_of(name: str) -> str:
+        if name in _INTEGERS:
+            return "i32"
+        return "*i32" if name == "blocks" else f"*{build.dtype}" if name in _INPUTS else "*fp32"
+
+    return compile_for(kernel, type_of, build.constants(), build.architecture, config.options())
 
 
 def table_builds(
@@ -123,11 +115,7 @@ def as_row(build: Build, compiled: Compiled) -> dict[str, Any]:
             f"tile_{name}" if name in ("features", "values") else name: x
             for name, x in asdict(build.launch_config()).items()
         },
-        "registers": compiled.registers,
-        "spills": compiled.spills,
-        "stack": compiled.stack,
-        "shared": compiled.shared,
-        **compiled.tensor_cores,
+        **compiled.columns(),
         "faults": ", ".join(build.faults(compiled)),
     }
 
@@ -168,22 +156,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m longmix_kernels.scatter.report", description="Compile without a GPU."
     )
     parser.add_argument("--arch", type=int, nargs="+", choices=launch.ARCHITECTURES, default=launch.ARCHITECTURES)
-    sizes = [f"{a}/{b}" for a, b in SIZES]
-    parser.add_argument("--sizes", nargs="+", default=sizes, help="features and head dimensions of values, as 64/64")
+    default = [f"{a}/{b}" for a, b in SIZES]
+    parser.add_argument("--sizes", nargs="+", default=default, help="features and head dimensions of values, as 64/64")
     parser.add_argument("--block", type=int, nargs="+", default=BLOCKS, help="tokens of a block")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--cost-only", action="store_true", help="compile nothing")
     parser.add_argument("--json", type=Path, help="write the records here too")
     options = parser.parse_args(arguments)
-    found = [re.fullmatch(r"(\d+)/(\d+)", pair) for pair in options.sizes]
-    pairs = [(int(pair[1]), int(pair[2])) for pair in found if pair is not None]
-    if len(pairs) < len(options.sizes) or not all(a >= 1 and 1 <= b <= 256 for a, b in pairs):
-        parser.error(f"--sizes got {options.sizes}; allowed are pairs such as 64/64, the second 1 to 256")
+    sizes = pairs(parser, "--sizes", options.sizes, "64/64", (0, 256))
     if min(options.block) < 1:
         parser.error(f"--block got {options.block}; allowed are at least 1")
     rows = []
     if not options.cost_only:
-        builds = table_builds(options.arch, pairs, options.block, options.dtype)
+        builds = table_builds(options.arch, sizes, options.block, options.dtype)
         rows = [as_row(build, compile_kernel(build)) for build in builds]
         print(as_table(rows), end="\n\n")
     costs = cost_rows()
@@ -193,9 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "peak rates, each tensor once per kernel; a pass is the sum of its kernels. The far part `blocked` is that of "
         "torch operations, counted by what each of them reads and writes."
     )
-    if options.json is not None:
-        options.json.write_text(json.dumps({"kernels": rows, "costs": costs}, indent=1) + "\n")
-    return int(any(row["faults"] for row in rows))
+    return concluded(rows, options.json, {"kernels": rows, "costs": costs})
 
 
 if __name__ == "__main__":

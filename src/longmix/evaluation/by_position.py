@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -36,8 +35,7 @@ def loss_by_position(subject: Subject, prefixes: int | None = None) -> dict[str,
     if prefixes is not None and prefixes < 1:
         raise ConfigError(f"task.loss.prefixes={prefixes} must be at least 1, or null for all targets in one pass.")
     results = {length: _at_length(subject, length, prefixes) for length in subject.seq_lens()}
-    report = {"split": subject.split, "step": subject.step, "trained_seq_len": subject.trained_seq_len}
-    report |= {"precision": subject.restored.precision, "lengths": results}
+    report: dict[str, Any] = {**subject.heading(), "lengths": results}
     report |= {} if prefixes is None else {"prefixes": prefixes}
     console = Console()
     console.print(_overall_table(results, subject.split))
@@ -63,7 +61,7 @@ def _at_length(subject: Subject, length: int, prefixes: int | None) -> dict[str,
 
 def _statistics(subject: Subject, length: int, batches: Iterable[Batch]) -> LossStatistics:
     restored = subject.restored
-    statistics = LossStatistics(torch.as_tensor(subject.data.token_bytes), length, restored.device)
+    statistics = subject.loss_statistics(length)
     return evaluate_loss(subject.model, batches, statistics, device=restored.device, precision=restored.autocast)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from longmix.data.token_files import TokenFile
 from longmix.errors import ConfigError, DataError
 from longmix.evaluation.reading import context_lengths_of, last_hidden, pieces_of_hidden, text_of
-from longmix.evaluation.statistics import LossStatistics, position_buckets
+from longmix.evaluation.statistics import position_buckets
 from longmix.evaluation.subject import Subject, tracked
 from longmix.model.head import token_losses
 from longmix.reporting.plots import draw_curves, new_figure
@@ -50,10 +50,7 @@ def context_lengths(subject: Subject, factors: list[float], scored: int | None =
     windows, documents = _windows(text, lengths[-1], subject.words["max_tokens"])
     results = {length: _after_context(subject, text, windows + lengths[-1], length, scored) for length in lengths}
     report = {
-        "split": subject.split,
-        "step": subject.step,
-        "trained_seq_len": subject.trained_seq_len,
-        "precision": subject.restored.precision,
+        **subject.heading(),
         "scored": scored,
         "windows": len(windows),
         "documents": len(documents),
@@ -108,10 +105,6 @@ def _in_batches(subject: Subject, starts: np.ndarray, length: int, description: 
     return tracked(batches, description, len(batches))
 
 
-def _statistics(subject: Subject, length: int) -> LossStatistics:
-    return LossStatistics(torch.as_tensor(subject.data.token_bytes), length, subject.restored.device)
-
-
 def _losses(subject: Subject, hidden: Tensor, targets: Tensor) -> Tensor:
     with torch.no_grad(), subject.restored.autocast():
         return token_losses(hidden, subject.model.head.weight, targets)
@@ -119,7 +112,7 @@ def _losses(subject: Subject, hidden: Tensor, targets: Tensor) -> Tensor:
 
 def _after_context(subject: Subject, text: TokenFile, ends: np.ndarray, length: int, scored: int) -> dict[str, float]:
     """Figures of the `scored` tokens up to and with each of `ends`, after `length` tokens of context."""
-    statistics = _statistics(subject, scored)
+    statistics = subject.loss_statistics(scored)
     for batch in _in_batches(subject, ends - length, length, f"context of {length}"):
         tokens = _cut(subject, text, batch, length + 1)
         hidden, targets = last_hidden(subject, tokens[:, :-1], scored), tokens[:, -scored:]
@@ -129,7 +122,7 @@ def _after_context(subject: Subject, text: TokenFile, ends: np.ndarray, length: 
 
 def _inside_documents(subject: Subject, text: TokenFile, starts: np.ndarray, length: int) -> list[dict[str, Any]]:
     """Loss by position of documents read from their starts; a bucket lies on one side of the trained length."""
-    statistics, trained = _statistics(subject, length), subject.trained_seq_len
+    statistics, trained = subject.loss_statistics(length), subject.trained_seq_len
     for batch in _in_batches(subject, starts, length, "documents"):
         tokens = _cut(subject, text, batch, length + 1)
         targets = tokens[:, 1:]

@@ -71,10 +71,7 @@ def needle(
     ]
     found = torch.tensor(answers, dtype=torch.float64).view(len(lengths), needles, 1 + len(depths), 2)
     report = {
-        "split": subject.split,
-        "step": subject.step,
-        "trained_seq_len": subject.trained_seq_len,
-        "precision": subject.restored.precision,
+        **subject.heading(),
         "needles": needles,
         "cells": [
             {"seq_len": length, "depth": depth, **_cell(found[row, :, 1 + column], found[row, :, 0])}

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from rich.console import Console
 from rich.progress import track
 
@@ -12,6 +13,7 @@ from longmix.config import Node
 from longmix.data.datamodule import TokenData
 from longmix.data.loaders import Batch
 from longmix.evaluation.loss import to_device
+from longmix.evaluation.statistics import LossStatistics
 from longmix.files import replace_file, replace_json, storage_errors
 from longmix.model.backbone import LanguageModel
 from longmix.restore import Restored
@@ -81,6 +83,15 @@ class Subject:
         loader = data.evaluation_loader(self.split, seq_len, self.rows(seq_len), self.words["max_tokens"])
         for batch in tracked(loader, f"seq_len {seq_len}", len(loader)):
             yield to_device(batch, self.restored.device)
+
+    def loss_statistics(self, seq_len: int) -> LossStatistics:
+        """Sums for the losses of windows of that length, on the model's device."""
+        return LossStatistics(torch.as_tensor(self.data.token_bytes), seq_len, self.restored.device)
+
+    def heading(self) -> dict[str, Any]:
+        """What a report says of the split and the model it is of."""
+        place = {"split": self.split, "step": self.step, "trained_seq_len": self.trained_seq_len}
+        return place | {"precision": self.restored.precision}
 
     def save(self, name: str, report: dict[str, Any], figure: "Figure | None") -> None:
         """Write `name`.json and, of a figure, `name`.png into the folder for results, and say so.

@@ -5,9 +5,9 @@ import os
 
 import pytest
 
+from longmix_kernels.compiling import Compiled
 from longmix_kernels.linear import cost, launch, report
 from longmix_kernels.linear.report import Build
-from longmix_kernels.report import Compiled
 
 CLEAN = Compiled(
     registers=200, spills=0, stack=0, shared=1000, tensor_cores={"mma": 0, "wgmma": 8, "tcgen05": 0}, serialized=False

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from longmix_kernels.report import Compiled
+from longmix_kernels.compiling import Compiled
 from longmix_kernels.scatter import cost, launch, report
 from longmix_kernels.scatter.report import Build
 
