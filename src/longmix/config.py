@@ -212,12 +212,23 @@ def resolved(config: DictConfig) -> Node:
         ConfigError: a mandatory key has no value, or an interpolation names a key that does not exist.
     """
     try:
-        missing = sorted(OmegaConf.missing_keys(config))
+        missing = sorted(_without_value(OmegaConf.to_container(config, resolve=False)))
         if missing:
             raise ConfigError(f"no value was given for: {', '.join(missing)}.")
         return typing.cast(Node, OmegaConf.to_container(config, resolve=True))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}.") from error
+
+
+def _without_value(node: Any, key: str = "") -> list[str]:
+    """Mandatory keys without a value; `OmegaConf.missing_keys` fails where an interpolation leads to one."""
+    if node == "???":
+        return [key]
+    if isinstance(node, list):
+        return [found for number, part in enumerate(node) for found in _without_value(part, f"{key}[{number}]")]
+    if not isinstance(node, dict):
+        return []
+    return [found for name, part in node.items() for found in _without_value(part, f"{key}.{name}" if key else name)]
 
 
 def locate(path: str, key: str) -> Callable[..., Any]:

@@ -26,6 +26,30 @@ class ListCorpus:
         return {"documents": self._documents}
 
 
+class PartedList(ListCorpus):
+    """Documents in parts of so many, each of which can be read alone."""
+
+    def __init__(self, size: int, **documents: list[str]) -> None:
+        super().__init__(**documents)
+        self.size = size
+
+    def parts(self, split: str) -> int:
+        return -(-len(self._documents[split]) // self.size)
+
+    def read(self, split: str, part: int, position: int | None = None) -> "PartedReading":
+        return PartedReading(self._documents[split][part * self.size : (part + 1) * self.size], position or 0)
+
+
+class PartedReading:
+    def __init__(self, texts: list[str], position: int) -> None:
+        self.texts, self.position = texts, position
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self.texts[self.position :]:
+            self.position += 1
+            yield text
+
+
 class CodePointTokenizer(Tokenizer):
     """One token a character, so that a text of distinct characters has distinct tokens; needs uint32."""
 

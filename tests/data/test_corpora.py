@@ -12,8 +12,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from longmix.data import corpora
 from longmix.data.corpora import HubDataset, JsonLines, ParquetFiles, Sotu, TextFiles
+from longmix.data.patience import reason_of
 from longmix.errors import ConfigError, DataError
 
 TEXTS = ["first\r\ndocument é", "second\n\n", "third \U0001f642", "fourth"]
@@ -264,5 +264,5 @@ class TestHubDataset:
 
 
 def test_reason_is_cut_to_one_line():
-    reason = corpora._reason(ValueError("one\ntwo " + "x" * 1000))
+    reason = reason_of(ValueError("one\ntwo " + "x" * 1000))
     assert reason.startswith("ValueError: one two x") and len(reason) < 400

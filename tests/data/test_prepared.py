@@ -8,6 +8,7 @@ import pytest
 from list_corpus import ListCorpus, distinct_documents
 
 from longmix.checkpoints import find_checkpoint, load_checkpoint
+from longmix.config import resolved
 from longmix.data import prepared, windows
 from longmix.data.command import prepare_splits
 from longmix.data.preparation import Preparation, prepare
@@ -21,7 +22,7 @@ TEXTS = [f"document number {number}: " + "abcdefgh"[number % 8] * (number % 50) 
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
-    monkeypatch.setattr("longmix.data.preparation.BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr("longmix.data.encoding.BATCH_DOCUMENTS", 3)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def folder(tmp_path_factory) -> Path:
     """Token files of a train split in some fifty shards, and of a validation split in one."""
     cache = tmp_path_factory.mktemp("prepared")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("longmix.data.preparation.BATCH_DOCUMENTS", 3)
+        patched.setattr("longmix.data.encoding.BATCH_DOCUMENTS", 3)
         corpus = ListCorpus(train=TEXTS, validation=TEXTS[:9])
         for split in corpus.splits:
             prepare(corpus, ByteTokenizer(), split, cache, Preparation(shard_tokens=100))
@@ -145,7 +146,7 @@ class TestRemote:
             data_at(remote, tmp_path).token_file("train").tokens[:10]
 
     def test_a_storage_that_fails_for_a_while_is_tried_again(self, remote, tmp_path, monkeypatch):
-        monkeypatch.setattr(prepared, "FIRST_PAUSE_SECONDS", 0.001)
+        monkeypatch.setattr("longmix.data.patience.FIRST_PAUSE_SECONDS", 0.001)
         filesystem, failures = fsspec.filesystem("memory"), [TimeoutError("slow"), ConnectionError("gone")]
         get_file = type(filesystem).get_file
 
@@ -197,6 +198,11 @@ class TestRefusals:
         other = tokenizer_from_state(trained.prepare(ListCorpus(train=TEXTS), tmp_path).state())
         with pytest.raises(DataError, match=r"another tokenizer .* train with tokenizer=prepared"):
             data_at(folder, tmp_path, tokenizer=other).token_file("train")
+
+    def test_no_path(self, compose_config):
+        for words in (["data=prepared"], ["data=prepared", "tokenizer=prepared"]):
+            with pytest.raises(ConfigError, match=r"^no value was given for: data\.path\.$"):
+                resolved(compose_config(*words))
 
     def test_too_few_copies(self, folder, tmp_path):
         with pytest.raises(ConfigError, match=rf"data\.local_shards=31 must be at least {LEAST_SHARDS}"):

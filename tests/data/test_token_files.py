@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from list_corpus import CodePointTokenizer, ListCorpus, random_text
 
-from longmix.data import preparation, progress, sealed, token_files
+from longmix.data import encoding, pieces, preparation, progress, sealed, token_files
 from longmix.data.preparation import Preparation, prepare
 from longmix.data.sealed import sha256_of_json
 from longmix.data.token_files import TokenFile
@@ -47,8 +47,8 @@ class TestContent:
     def test_batches_do_not_change_the_file(self, tmp_path, monkeypatch):
         corpus = ListCorpus(train=[random_text(seed, length=seed % 7) for seed in range(100)])
         whole = prepare(corpus, ByteTokenizer(), "train", tmp_path / "whole")
-        monkeypatch.setattr(preparation, "BATCH_DOCUMENTS", 3)
-        monkeypatch.setattr(preparation, "BATCH_CHARACTERS", 10)
+        monkeypatch.setattr(encoding, "BATCH_DOCUMENTS", 3)
+        monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 10)
         pieces = prepare(corpus, ByteTokenizer(), "train", tmp_path / "pieces")
         assert whole.manifest == pieces.manifest
 
@@ -92,7 +92,7 @@ class TestCache:
     def test_second_time_is_found(self, tmp_path, caplog, monkeypatch):
         caplog.set_level("INFO")
         first = prepare(ListCorpus(train=DOCUMENTS), ByteTokenizer(), "train", tmp_path)
-        monkeypatch.setattr(preparation, "_Encoder", lambda *_: pytest.fail("tokenised again"))
+        monkeypatch.setattr(pieces, "Encoder", lambda *_: pytest.fail("tokenised again"))
         second = prepare(ListCorpus(train=DOCUMENTS), ByteTokenizer(), "train", tmp_path)
         assert second == first
         assert "found in the cache" in caplog.records[-1].message
@@ -184,7 +184,7 @@ TEXTS = [random_text(seed, length=(13 * seed) % 40) for seed in range(60)] + [""
 
 @pytest.fixture
 def small_batches(monkeypatch):
-    monkeypatch.setattr(preparation, "BATCH_DOCUMENTS", 4)
+    monkeypatch.setattr(encoding, "BATCH_DOCUMENTS", 4)
 
 
 @pytest.mark.usefixtures("small_batches")
@@ -226,9 +226,9 @@ class TestShards:
         with pytest.raises(RuntimeError):
             prepare(Dying(40, train=TEXTS), ByteTokenizer(), "train", tmp_path, Preparation(300))
         (pieces,) = tmp_path.glob(".*.pieces")
-        flip_byte(pieces / "tokens-00000.bin" / "tokens.bin")
+        flip_byte(pieces / "part-00000" / "tokens-00000.bin" / "tokens.bin")
         with pytest.raises(
-            DataError, match=r"pieces/tokens-00000\.bin/tokens\.bin cannot be used: .* Delete the folder"
+            DataError, match=r"pieces/part-00000/tokens-00000\.bin/tokens\.bin cannot be used: .* Delete the folder"
         ):
             prepare(ListCorpus(train=TEXTS), ByteTokenizer(), "train", tmp_path, Preparation(300))
 
@@ -338,12 +338,12 @@ import logging, sys, time
 sys.path[:0] = [{helpers!r}]
 from pathlib import Path
 from list_corpus import ListCorpus
-from longmix.data import preparation
+from longmix.data import encoding, preparation
 from longmix.data.tokenizers import ByteTokenizer
 {setup}
 logging.basicConfig(level="INFO")
 folder = Path(sys.argv[1])
-preparation.BATCH_DOCUMENTS = 1
+encoding.BATCH_DOCUMENTS = 1
 class Slow(ListCorpus):
     def documents(self, split):
         for number, text in enumerate(super().documents(split)):

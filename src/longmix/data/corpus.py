@@ -3,7 +3,8 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, Protocol
+from itertools import islice
+from typing import Any, Protocol, runtime_checkable
 
 from longmix.errors import ConfigError, DataError
 
@@ -35,6 +36,61 @@ class Corpus(Protocol):
     def fingerprint(self) -> dict[str, Any]:
         """A JSON-able value that is equal for two corpora only if their documents are."""
         ...
+
+
+class Reading(Protocol):
+    """The documents of a split, or of a part of it, one after the other."""
+
+    @property
+    def position(self) -> Any:
+        """JSON-able: where to go on after the document that came last."""
+        ...
+
+    def __iter__(self) -> Iterator[str]: ...
+
+
+@runtime_checkable
+class PartedCorpus(Corpus, Protocol):
+    """A corpus that need not be read from its beginning; pickled, it can be read by several processes."""
+
+    def parts(self, split: str) -> int:
+        """In how many parts a split can be read; one after the other they are `documents`."""
+        ...
+
+    def read(self, split: str, part: int, position: Any = None) -> Reading:
+        """The documents of a part.
+
+        Args:
+            split: one of `splits`.
+            part: its number.
+            position: of an earlier reading of the part, to go on from; None for its beginning.
+        """
+        ...
+
+
+class CountedReading:
+    """Reads a split of any corpus; its position is a number of documents, and reading goes on by skipping these."""
+
+    def __init__(self, corpus: Corpus, split: str, position: int | None = None) -> None:
+        self.position = position or 0
+        self._corpus, self._split = corpus, split
+
+    def __iter__(self) -> Iterator[str]:
+        for text in islice(read_documents(self._corpus, self._split), self.position, None):
+            self.position += 1
+            yield text
+
+
+def num_parts(corpus: Corpus, split: str) -> int:
+    """In how many parts a split can be read; most corpora have one."""
+    return corpus.parts(split) if isinstance(corpus, PartedCorpus) else 1
+
+
+def read_part(corpus: Corpus, split: str, part: int, position: Any) -> Reading:
+    """See `PartedCorpus.read`."""
+    if isinstance(corpus, PartedCorpus):
+        return corpus.read(split, part, position)
+    return CountedReading(corpus, split, position)
 
 
 def check_split(corpus: Corpus, split: str) -> None:

@@ -4,7 +4,6 @@ import functools
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Unpack
 
 from longmix.data.corpus import SPLITS
 from longmix.data.datamodule import DataOptions, TokenData
+from longmix.data.patience import Patience
 from longmix.data.sealed import MANIFEST, read_manifest
 from longmix.data.token_files import FORMAT_VERSION, OFFSETS, TOKENIZER, TokenFile
 from longmix.data.tokenizers import Tokenizer, tokenizer_from_state
@@ -22,8 +22,7 @@ from longmix.files import replace_file, sha256_of_file
 logger = logging.getLogger(__name__)
 
 TRIES = 4
-FIRST_PAUSE_SECONDS = 1.0
-"""Before a second try; then twice as long each time."""
+"""Of each file."""
 
 LEAST_SHARDS = 2 * SHARDS_TOGETHER
 """Local copies that training in groups of shards needs at a time: of the group it is in, and of the next."""
@@ -71,8 +70,8 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
     import fsspec
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    pause = FIRST_PAUSE_SECONDS
-    for attempt in range(1, TRIES + 1):
+    patience = Patience(url, TRIES)
+    while True:
         try:
             filesystem, remote = fsspec.core.url_to_fs(url)
             replace_file(path, lambda temporary: _copy(filesystem, remote, temporary, url, sha256))  # noqa: B023
@@ -80,11 +79,7 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
         except (DataError, FileNotFoundError, PermissionError, ImportError, ValueError) as error:
             raise DataError(f"{url} cannot be used: {error}") from error
         except _Unreachable as error:
-            if attempt == TRIES:
-                raise DataError(f"{url} could not be read in {TRIES} tries: {error}") from error
-            logger.warning("%s could not be read (%s); trying again in %.0f s", url, error, pause)
-            time.sleep(pause)
-            pause *= 2
+            patience.pause(error, str(error))
 
 
 class _Unreachable(Exception):
