@@ -14,10 +14,10 @@ cli.register()
 @hydra.main(version_base="1.3", config_path="configs", config_name="evaluate")
 @cli.entry_point
 def main(config: DictConfig) -> None:
-    """Rebuild the model from the checkpoint alone, then run the tasks."""
-    from longmix.evaluation.run import evaluate  # torch takes seconds to import
+    """Rebuild the model from the checkpoint alone, or one after the other those of a sweep, then run the tasks."""
+    from longmix.evaluation.sweep import evaluate_all  # torch takes seconds to import
 
-    evaluate(config)
+    evaluate_all(config)
 
 
 if __name__ == "__main__":

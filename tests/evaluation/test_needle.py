@@ -13,20 +13,22 @@ from matplotlib import image
 
 from longmix.checkpoints import find_checkpoint, load_checkpoint
 from longmix.data.corpora import TextFiles
+from longmix.data.haystack import Forms, draw_needle, haystack_rows
 from longmix.data.preparation import prepare
 from longmix.data.token_files import TokenFile
 from longmix.data.tokenizers import BpeTokenizer, ByteTokenizer, Tokenizer
 from longmix.errors import ConfigError, DataError
 from longmix.evaluation import reading
-from longmix.evaluation.haystack import draw_needle, haystack_rows
 from longmix.evaluation.needle import needle
 from longmix.evaluation.run import evaluate
 from longmix.evaluation.subject import Subject
 from longmix.model.backbone import ModelOutput
 from longmix.model.build import model_from_checkpoint
+from longmix.reporting.evaluations import read_evaluations
 
 STATEMENT = " The secret number of {key} is {value}."
 QUESTION = " Secret number of {key} is"
+FORMS = Forms(STATEMENT, QUESTION)
 DEPTHS = [0.0, 0.5, 1.0]
 WORDS = [
     "the",
@@ -78,7 +80,7 @@ class TestHaystack:
     @pytest.mark.parametrize("number", range(4))
     def test_needle_lies_between_sentences_at_its_depth(self, text_and_tokenizer, number):
         text, tokenizer = text_and_tokenizer
-        one = draw_needle(tokenizer, [0, number], STATEMENT, QUESTION)
+        one = draw_needle(tokenizer, [0, number], FORMS)
         depths, length = [0.0, 0.3, 0.6, 1.0], 600
         rows = haystack_rows(one, text, tokenizer, depths, length)
         assert rows.shape == (5, length) and rows.dtype == np.int64
@@ -103,13 +105,13 @@ class TestHaystack:
 
     def test_is_a_pure_function_of_the_seed(self, text_and_tokenizer):
         text, tokenizer = text_and_tokenizer
-        first, again, other = (draw_needle(tokenizer, seed, STATEMENT, QUESTION) for seed in ([0, 1], [0, 1], [1, 1]))
+        first, again, other = (draw_needle(tokenizer, seed, FORMS) for seed in ([0, 1], [0, 1], [1, 1]))
         rows = [haystack_rows(one, text, tokenizer, DEPTHS, 400) for one in (first, again, other)]
         assert (rows[0] == rows[1]).all() and not (rows[0] == rows[2]).all()
 
     def test_no_room_or_no_text(self, text_and_tokenizer):
         text, tokenizer = text_and_tokenizer
-        one = draw_needle(tokenizer, [0], STATEMENT, QUESTION)
+        one = draw_needle(tokenizer, [0], FORMS)
         fixed = 1 + len(one.statement) + len(one.question) + len(one.value) - 1
         assert haystack_rows(one, text, tokenizer, [0.5], fixed + 1).shape == (2, fixed + 1)
         with pytest.raises(ConfigError, match=f"context of {fixed} tokens has no room.*take {fixed}"):
@@ -204,7 +206,7 @@ def evaluated(compose_config, run_folder, tmp_path):
             f"checkpoint={run_folder}",
             "task=needle",
             f"task.needle.question='{QUESTION}'",
-            f"output={tmp_path}/results",
+            f"output={tmp_path}/evaluation",
         )
         return evaluate(compose_config(*words, "task.needle.needles=2", *overrides, entry_point="evaluate"))["needle"]
 
@@ -219,7 +221,7 @@ class TestEvaluate:
         model = model_from_checkpoint(load_checkpoint(find_checkpoint(run_folder))).eval()
         corpus, tokenizer = TextFiles(f"{folder}/train", f"{folder}/validation"), ByteTokenizer()
         text = prepare(corpus, tokenizer, "validation", tmp_path)
-        drawn = [draw_needle(tokenizer, [0, number], STATEMENT, QUESTION) for number in range(2)]
+        drawn = [draw_needle(tokenizer, [0, number], FORMS) for number in range(2)]
         for length in (150, 220):
             likely, hits = [], []
             for one in drawn:
@@ -237,7 +239,7 @@ class TestEvaluate:
             assert [cell["token_accuracy"] for cell in cells] == pytest.approx(hits[1:].tolist())
         printed = capsys.readouterr().out
         assert all(f"{cell['accuracy']:.2f} {cell['gain']:+.2f}" in printed for cell in report["cells"])
-        saved = tmp_path / "results" / "needle_validation_step2"
+        saved = tmp_path / "evaluation" / "needle_validation_step2"
         assert json.loads(saved.with_suffix(".json").read_text()) == report
         assert image.imread(saved.with_suffix(".png")).std() > 0
 
@@ -249,6 +251,14 @@ class TestEvaluate:
     def test_lengths_are_multiples_of_the_trained_one(self, evaluated):
         report = evaluated("task.needle.factors=[2.5,3]", "task.needle.depths=[1]", "task.needle.needles=1")
         assert [cell["seq_len"] for cell in report["cells"]] == [160, 192]
+
+    def test_reports_read_what_it_left(self, evaluated, tmp_path):
+        report = evaluated("seq_len=[60,150]", "task.needle.question='{key} is'", "task.needle.depths=[0,1]")
+        found = read_evaluations(tmp_path)
+        assert (found.needle.lengths, found.needle.depths, found.needle.trained_seq_len) == ([60, 150], [0.0, 1.0], 64)
+        gains = {(cell["depth"], cell["seq_len"]): cell["gain"] for cell in report["cells"]}
+        assert found.needle.gain == [[gains[0.0, 60], gains[0.0, 150]], [gains[1.0, 60], gains[1.0, 150]]]
+        assert found.recall["needle gain"][150] == pytest.approx((gains[0.0, 150] + gains[1.0, 150]) / 2)
 
     @pytest.mark.parametrize(
         ("overrides", "kind", "words"),
@@ -269,7 +279,7 @@ class TestEvaluate:
     def test_refused(self, evaluated, overrides, kind, words, tmp_path):
         with pytest.raises(kind, match=words):
             evaluated(*overrides)
-        assert not (tmp_path / "results").exists()
+        assert not (tmp_path / "evaluation").exists()
 
 
 def test_a_synthetic_task_is_no_text(run_training, compose_config):

@@ -43,6 +43,16 @@ def write_evaluation(run: Path, name: str, **report: Any) -> None:
     (run / "evaluation" / f"{name}.json").write_text(json.dumps(report))
 
 
+def write_needles(run: Path, lengths: list[int], depths: list[float], found: list[list[float]]) -> None:
+    """A result of `task=needle`: shares by depth and length, nine times as many nats, the first length trained."""
+    cells = [
+        {"seq_len": length, "depth": depth, "accuracy": found[row][column], "gain": 9 * found[row][column]}
+        for column, length in enumerate(lengths)
+        for row, depth in enumerate(depths)
+    ]
+    write_evaluation(run, "needle_validation_step9", cells=cells, step=9, needles=8, trained_seq_len=lengths[0])
+
+
 def write_sweep(folder: Path) -> Path:
     """Two mixers at two lengths: `slow` learns better, `fast` trains faster and takes less memory."""
     number = 0

@@ -6,7 +6,7 @@ from itertools import pairwise
 from xml.etree import ElementTree
 
 import pytest
-from sweep_folder import write_evaluation, write_run, write_sweep
+from sweep_folder import write_evaluation, write_needles, write_run, write_sweep
 
 from longmix.reporting.colours import DARK, LIGHT, colour_numbers
 from longmix.reporting.page import html
@@ -89,9 +89,27 @@ class TestPage:
         lengths = {"32": {"accuracy": 0.75}, "64": {"accuracy": 0.5}}
         write_evaluation(runs[0], "accuracy_mqar_test_step9", data="mqar", step=9, lengths=lengths)
         page, text = page_of(sweep)
-        assert page.under("badge") == ["causal", "not audited", "LEAKS", "not audited"]
+        assert [words for words in page.under("badge") if words != "not evaluated"] == [
+            "causal",
+            "not audited",
+            "LEAKS",
+            "not audited",
+        ]
+        assert page.under("badge").count("not evaluated") == 3
         assert "<th>mqar</th>" in text and ">0.750<" in text and ">0.500<" not in text
-        assert "task=causality" in text and "task=needle" not in text
+        assert "task=causality" in text and "task=needle" in text
+
+    def test_who_recalls_best(self, sweep):
+        for name, found in (("0,mixer=slow,seq_len=32", 0.5), ("1,mixer=fast,seq_len=32", 0.75)):
+            write_needles(sweep / name, [32], [0.0], [[found]])
+        page, text = page_of(sweep)
+        assert page.under("winner") == ["slow", "fast", "fast", "fast", "slow", "fast", "fast"]
+        assert page.under("figure")[3] == "75.0%" and page.under("next")[3] == "then slow, 50.0%"
+        assert page.under("next")[-1] == "not measured" and "best recall, needle<" in text
+
+    def test_a_run_that_was_not_evaluated_says_so(self, sweep):
+        page, text = page_of(sweep)
+        assert "<th>recall</th>" in text and page.under("badge") == ["not evaluated", "not audited"] * 4
 
     def test_says_what_is_missing_and_how_to_get_it(self, tmp_path):
         write_run(tmp_path / "a", "flash", 32, 2.0, 500.0)

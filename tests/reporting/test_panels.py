@@ -1,10 +1,10 @@
 """What a report shows: the panels' numbers, how runs are named, what evaluations say, and whether runs are fair."""
 
 import pytest
-from sweep_folder import STEPS, write_evaluation, write_run, write_sweep
+from sweep_folder import STEPS, write_evaluation, write_needles, write_run, write_sweep
 
 from longmix.errors import DataError
-from longmix.reporting.evaluations import read_evaluations
+from longmix.reporting.evaluations import NeedleMap, read_evaluations
 from longmix.reporting.fairness import fairness
 from longmix.reporting.panels import names_of, panels_of, quality_of, seconds_by_step
 from longmix.reporting.runs import find_runs
@@ -100,21 +100,24 @@ class TestNames:
 class TestEvaluations:
     def test_none(self, tmp_path):
         found = read_evaluations(tmp_path)
-        assert found.causal is None and found.recall == {}
+        assert found.causal is None and found.recall == {} and found.needle is None
 
     def test_all_kinds(self, tmp_path):
         write_evaluation(tmp_path, "causality_step9", causal=True, step=9)
         lengths = {"64": {"accuracy": 0.5}, "32": {"accuracy": 1.0}}
         write_evaluation(tmp_path, "accuracy_mqar_test_step9", data="mqar", step=9, lengths=lengths)
-        cells = [
-            {"length": 64, "depth": 0.0, "accuracy": 0.0, "gain": 1.0},
-            {"length": 64, "depth": 1.0, "accuracy": 1.0, "gain": 2.0},
-        ]
-        write_evaluation(tmp_path, "needle_validation_step9", cells=cells, step=9)
+        write_needles(tmp_path, [32, 64], [0.0, 1.0], [[1.0, 0.0], [1.0, 0.5]])
         write_evaluation(tmp_path, "loss_validation_step9", step=9)  # of no concern here
         found = read_evaluations(tmp_path)
         assert found.causal is True
-        assert found.recall == {"mqar": {32: 1.0, 64: 0.5}, "needle": {64: 0.5}, "needle gain": {64: 1.5}}
+        assert found.recall == {
+            "mqar": {32: 1.0, 64: 0.5},
+            "needle": {32: 1.0, 64: 0.25},
+            "needle gain": {32: 9.0, 64: 2.25},
+        }
+        assert found.needle == NeedleMap(
+            [32, 64], [0.0, 1.0], [[1.0, 0.0], [1.0, 0.5]], [[9.0, 0.0], [9.0, 4.5]], 32, needles=8
+        )
 
     def test_newest_step_counts(self, tmp_path):
         for step, causal in ((9, True), (10, False), (1, True)):

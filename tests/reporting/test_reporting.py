@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from matplotlib import image
+from sweep_folder import write_evaluation, write_needles
 
 from longmix.errors import DataError
 from longmix.reporting import __main__ as command
@@ -187,7 +188,7 @@ class TestCommand:
         cells = [[cell.strip() for cell in row.strip("│").split("│")] for row in rows]
         assert [row[0] for row in cells] == ["second", "first"]
         assert cells[0][1:6] == ["flash", "32", "23,744", "1,280", "1.5000"]
-        assert cells[0][7:] == ["1,234", "1.2500", "2.0000"]
+        assert cells[0][7:] == ["1,234", "1.2500", "2.0000", "not evaluated", "not evaluated"]
         assert f"not finished, left out: {unfinished}\n" in written.out
         assert all(f"wrote {tmp_path}/{name}\n" in written.out for name in FILES)
         saved = json.loads((tmp_path / "runs.json").read_text())
@@ -203,6 +204,15 @@ class TestCommand:
             lines = list(csv.DictReader(stream))
         assert [line["run"] for line in lines] == ["second", "first"]
         assert float(lines[0]["bits_per_byte"]) == 1.5 and lines[0]["causal"] == ""
+
+    def test_recall_and_causality_as_far_as_evaluated(self, tmp_path, report):
+        for name, bits in {"first": 1.5, "second": 2.5}.items():
+            write_run(tmp_path / name, bits)
+        write_needles(tmp_path / "first", [32, 64], [0.5], [[0.75, 0.25]])
+        write_evaluation(tmp_path / "second", "causality_step9", causal=False, step=9)
+        rows = [line for line in report(tmp_path)[1].out.splitlines() if line.startswith("│")]
+        cells = [[cell.strip() for cell in row.strip("│").split("│")][10:] for row in rows]
+        assert cells == [["0.7500", "6.7500", "not evaluated"], ["not evaluated", "not evaluated", "LEAKS"]]
 
     def test_runs_without_a_log_have_a_picture_too(self, tmp_path, report):
         write_run(tmp_path / "a", logged=False)

@@ -115,6 +115,11 @@ class TokenData(lightning.LightningDataModule):
         return self.tokenizer.token_bytes()
 
     @property
+    def label(self) -> str:
+        """What results on these data are called after."""
+        return self.corpus.name
+
+    @property
     def splits(self) -> tuple[str, ...]:
         """The splits of the corpus."""
         return self.corpus.splits

@@ -25,7 +25,7 @@ def accuracy(subject: Subject) -> dict[str, Any]:
         targets}]}}}`
     """
     results = {length: _at_length(subject, length) for length in subject.seq_lens()}
-    name, split = subject.data.corpus.name, subject.split
+    name, split = subject.data.label, subject.split
     report = {"split": split, "step": subject.step, "data": name, "lengths": results}
     table = Table(title=f"{name}, {split} split")
     for column in ("seq_len", "accuracy", "targets"):

@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from longmix.data.haystack import Forms, Needle, draw_needle, haystack_rows
+from longmix.data.needle import NeedleData
 from longmix.data.token_files import TokenFile
 from longmix.errors import ConfigError
-from longmix.evaluation.haystack import Needle, draw_needle, haystack_rows
 from longmix.evaluation.reading import context_lengths_of, last_hidden, text_of
 from longmix.evaluation.subject import Subject, tracked
-from longmix.reporting.plots import new_figure
+from longmix.reporting.plots import draw_heat_map, new_figure
 
 
 class Answer(NamedTuple):
@@ -36,8 +36,8 @@ def needle(
     depths: list[float],
     needles: int,
     seed: int,
-    statement: str,
-    question: str,
+    statement: str | None = None,
+    question: str | None = None,
 ) -> dict[str, Any]:
     """Accuracy and gain of a hidden value, over the depth it is hidden at and the length of the context.
 
@@ -50,7 +50,7 @@ def needle(
         depths: where the needle lies, from 0 (first) to 1 (right before the question).
         needles: how many of them each cell is a mean of.
         seed: of keys, values and texts.
-        statement, question: see `draw_needle`.
+        statement, question: see `Forms`; None takes those that the data train on, and without such the default ones.
 
     Returns:
         `{"split", "step", "trained_seq_len", "precision", "needles", "cells": [{seq_len, depth, accuracy,
@@ -61,10 +61,11 @@ def needle(
         ConfigError: an impossible setting, no room for the needle, or data that are no text.
         DataError: the split has less text than the longest context.
     """
-    _check(depths, needles, seed, statement, question)
+    forms = _forms(subject, statement, question)
+    _check(depths, needles, seed)
     lengths = context_lengths_of(subject, factors, "task.needle.factors")
     text = text_of(subject, "needle")
-    drawn = [draw_needle(subject.data.tokenizer, [seed, number], statement, question) for number in range(needles)]
+    drawn = [draw_needle(subject.data.tokenizer, [seed, number], forms) for number in range(needles)]
     order = list(product(lengths, drawn))
     answers = [
         _answers(subject, text, one, depths, length) for length, one in tracked(order, "needles", total=len(order))
@@ -84,17 +85,22 @@ def needle(
     return report
 
 
-def _check(depths: list[float], needles: int, seed: int, statement: str, question: str) -> None:
+def _check(depths: list[float], needles: int, seed: int) -> None:
     if not depths or min(depths) < 0 or max(depths) > 1:
         raise ConfigError(f"task.needle.depths={depths} must be a list of numbers from 0 to 1.")
     if needles < 1:
         raise ConfigError(f"task.needle.needles={needles} must be at least 1.")
     if seed < 0:
         raise ConfigError(f"task.needle.seed={seed} must be at least 0.")
-    for name, given, parts in (("statement", statement, ("{key}", " {value}")), ("question", question, ("{key}",))):
-        for part in parts:
-            if part not in given:
-                raise ConfigError(f"task.needle.{name}={given!r} must hold {part!r}.")
+
+
+def _forms(subject: Subject, statement: str | None, question: str | None) -> Forms:
+    trained = subject.data.forms if isinstance(subject.data, NeedleData) else Forms()
+    forms = Forms(
+        trained.statement if statement is None else statement, trained.question if question is None else question
+    )
+    forms.check("task.needle")
+    return forms
 
 
 def _answers(subject: Subject, text: TokenFile, one: Needle, depths: list[float], length: int) -> list[Answer]:
@@ -149,33 +155,9 @@ def _drawn(report: dict[str, Any], lengths: list[int], depths: list[float]) -> F
     }
     reach = max(1.0, float(np.abs(grids["gain"]).max()))
     title = f"{report['split']}: share of {report['needles']} needles found"
-    _heat_map(found, grids["accuracy"], lengths, depths, title=title, limits=(0.0, 1.0), colours="viridis")
+    trained: Any = {"trained_seq_len": report["trained_seq_len"]}
+    draw_heat_map(found, grids["accuracy"], lengths, depths, title=title, limits=(0, 1), colours="viridis", **trained)
     title = "nats that the needle adds to its value"
-    _heat_map(gained, grids["gain"], lengths, depths, title=title, limits=(-reach, reach), colours="RdYlGn")
-    trained = sum(length <= report["trained_seq_len"] for length in lengths) - 0.5
-    for axes in (found, gained):
-        axes.axvline(trained, color="black", linestyle="--", linewidth=1)
-        axes.set_xlabel(f"tokens of context; trained up to the line, {report['trained_seq_len']:,}")
+    limits = -reach, reach
+    draw_heat_map(gained, grids["gain"], lengths, depths, title=title, limits=limits, colours="RdYlGn", **trained)
     return figure
-
-
-def _heat_map(
-    axes: Axes,
-    grid: np.ndarray,
-    lengths: list[int],
-    depths: list[float],
-    *,
-    title: str,
-    limits: tuple[float, float],
-    colours: str,
-) -> None:
-    """`grid` [depths, lengths] with its numbers written in."""
-    image = axes.imshow(grid, vmin=limits[0], vmax=limits[1], cmap=colours, aspect="auto")
-    for (row, column), number in np.ndenumerate(grid):
-        box = {"facecolor": "white", "alpha": 0.6, "edgecolor": "none", "pad": 1}
-        axes.text(column, row, f"{number:.2f}", ha="center", va="center", fontsize="small", bbox=box)
-    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
-    axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
-    axes.set_ylabel("depth")
-    axes.set_title(title)
-    axes.figure.colorbar(image, ax=axes)

@@ -1,4 +1,4 @@
-"""What `evaluate.py` left beside a run: whether its model is causal, and what it recalls."""
+"""What `evaluate.py` left beside a run: whether its model is causal, what it recalls, and which needles it finds."""
 
 import json
 from dataclasses import dataclass, field
@@ -15,6 +15,27 @@ Recall = dict[str, dict[int, float]]
 
 
 @dataclass(frozen=True)
+class NeedleMap:
+    """What `task=needle` found.
+
+    Attributes:
+        lengths: tokens of the contexts, shortest first.
+        depths: where the needle lay, from 0 (first) to 1 (right before the question).
+        accuracy: share of values found, a row for each depth with a figure for each length.
+        gain: what the needle adds to the value's log probability, in nats, likewise.
+        trained_seq_len: tokens of a training window.
+        needles: how many each figure is a mean of.
+    """
+
+    lengths: list[int]
+    depths: list[float]
+    accuracy: list[list[float]]
+    gain: list[list[float]]
+    trained_seq_len: int
+    needles: int
+
+
+@dataclass(frozen=True)
 class Evaluations:
     """The newest results of each kind.
 
@@ -22,10 +43,12 @@ class Evaluations:
         causal: what `task=causality` found; None where it has not run.
         recall: shares of targets met by `task=accuracy`, under the name of its data; and by `task=needle`, under
             "needle", beside what the needle adds to the value's log probability, in nats, under `NEEDLE_GAIN`.
+        needle: the latter two by depth; None where `task=needle` has not run.
     """
 
     causal: bool | None = None
     recall: Recall = field(default_factory=dict)
+    needle: NeedleMap | None = None
 
 
 def read_evaluations(run: Path) -> Evaluations:
@@ -34,16 +57,17 @@ def read_evaluations(run: Path) -> Evaluations:
     Raises:
         DataError: a result is damaged.
     """
-    causal, recall = None, Recall()
+    causal, recall, needle = None, Recall(), None
     for name, report in _oldest_first(run / "evaluation"):
         if name.startswith("causality_"):
             causal = bool(report["causal"])
         elif name.startswith("accuracy_"):
             recall[report["data"]] = {int(length): row["accuracy"] for length, row in report["lengths"].items()}
         elif name.startswith("needle_"):
-            recall["needle"] = _over_depths(report, "accuracy")
-            recall[NEEDLE_GAIN] = _over_depths(report, "gain")
-    return Evaluations(causal, recall)
+            needle = _needle_map(report)
+            recall["needle"] = _over_depths(needle.lengths, needle.accuracy)
+            recall[NEEDLE_GAIN] = _over_depths(needle.lengths, needle.gain)
+    return Evaluations(causal, recall, needle)
 
 
 def _oldest_first(folder: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -58,9 +82,15 @@ def _oldest_first(folder: Path) -> list[tuple[str, dict[str, Any]]]:
     return sorted(reports, key=lambda named: named[1]["step"])
 
 
-def _over_depths(report: dict[str, Any], figure: str) -> dict[int, float]:
+def _needle_map(report: dict[str, Any]) -> NeedleMap:
+    cells = {(cell["depth"], cell["seq_len"]): cell for cell in report["cells"]}
+    depths, lengths = (sorted({place[axis] for place in cells}) for axis in (0, 1))
+    accuracy, gain = (
+        [[cells[depth, length][figure] for length in lengths] for depth in depths] for figure in ("accuracy", "gain")
+    )
+    return NeedleMap(lengths, depths, accuracy, gain, report["trained_seq_len"], report["needles"])
+
+
+def _over_depths(lengths: list[int], figures: list[list[float]]) -> dict[int, float]:
     """The mean over the needle's depths at each length."""
-    cells: dict[int, list[float]] = {}
-    for cell in report["cells"]:
-        cells.setdefault(int(cell["length"]), []).append(cell[figure])
-    return {length: fmean(values) for length, values in sorted(cells.items())}
+    return {length: fmean(column) for length, column in zip(lengths, zip(*figures, strict=True), strict=True)}

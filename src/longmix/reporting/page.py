@@ -8,15 +8,18 @@ from html import escape
 from importlib import resources
 from itertools import groupby
 from string import Template
+from typing import NamedTuple
 
+from longmix.reporting import heat_maps
 from longmix.reporting.colours import colour_numbers, style_sheet
+from longmix.reporting.evaluations import NEEDLE_GAIN
 from longmix.reporting.fairness import Fact, fairness
 from longmix.reporting.panels import Panel, by_length, names_of, quality_of
-from longmix.reporting.runs import Run
+from longmix.reporting.runs import Run, measures_of
 from longmix.reporting.svg import draw
 
-CAUSALITY = "python evaluate.py checkpoint=RUN task=causality"
-RECALL = "python evaluate.py checkpoint=RUN task=needle"
+CAUSALITY = "python evaluate.py checkpoint=FOLDER task=causality"
+RECALL = "python evaluate.py checkpoint=FOLDER task=needle"
 
 
 def html(runs: list[Run], panels: list[Panel], subtitle: str) -> str:
@@ -39,6 +42,7 @@ def html(runs: list[Run], panels: list[Panel], subtitle: str) -> str:
         verdict_columns=columns,
         chips="".join(_chip(mixer, colours) for mixer in sorted(colours)),
         sections="\n".join(_section(name, list(group), colours) for name, group in groupby(panels, _heading)),
+        needles=heat_maps.section(runs, colours),
         table=_table(runs, colours),
         missing=_missing(runs),
     )
@@ -67,7 +71,7 @@ def _section(name: str, panels: list[Panel], colours: dict[str, int]) -> str:
 
 
 def _verdicts(runs: list[Run], colours: dict[str, int]) -> tuple[str, int]:
-    """The best run of each context length by quality, speed and memory; and how many columns these are.
+    """The best run of each context length by quality, speed, memory and recall; and how many columns these are.
 
     A model that sees later tokens has no loss that could win.
     """
@@ -80,6 +84,7 @@ def _verdicts(runs: list[Run], colours: dict[str, int]) -> tuple[str, int]:
         ),
         ("fastest training", lambda run: -run.summary["tokens_per_second"], "{:,.0f} tokens/s"),
         ("least memory", lambda run: run.peak_gib(), "{:.2f} GiB"),
+        *(_best_recall(measure) for measure in measures_of(runs) if measure != NEEDLE_GAIN),
     ]
     cells = ['<div class="head">context</div>']
     cells += [f'<div class="head">{name}</div>' for name, _, _ in measures]
@@ -90,6 +95,14 @@ def _verdicts(runs: list[Run], colours: dict[str, int]) -> tuple[str, int]:
             ranked = sorted(known, key=lambda pair: pair[0])
             cells.append(f"<div>{_verdict(ranked, form, names, colours)}</div>")
     return "\n".join(cells), len(measures)
+
+
+def _best_recall(measure: str) -> tuple[str, Callable[[Run], float | None], str]:
+    def of(run: Run) -> float | None:
+        share = run.recalled(measure)
+        return None if share is None else -share
+
+    return f"best recall, {measure}", of, "{:.1%}"
 
 
 def _verdict(ranked: list[tuple[float, Run]], form: str, names: dict, colours: dict[str, int]) -> str:
@@ -107,18 +120,35 @@ def _verdict(ranked: list[tuple[float, Run]], form: str, names: dict, colours: d
     return words
 
 
+class Column(NamedTuple):
+    """A column of figures.
+
+    Attributes:
+        name: its heading.
+        value: the figure of a run; None where there is none.
+        form: how it is written.
+        sense: 1 if large is good, -1 if small is, 0 if neither.
+        missing: the cell of a run without a figure.
+    """
+
+    name: str
+    value: Callable[[Run], float | None]
+    form: str
+    sense: int
+    missing: str = "-"
+
+
 def _table(runs: list[Run], colours: dict[str, int]) -> str:
     quality, names = quality_of(runs), names_of(runs)
-    measures = list(dict.fromkeys(measure for run in runs for measure in run.evaluations.recall))
-    columns: list[tuple[str, Callable[[Run], float | None], str, int]] = [
-        ("context", lambda run: run.summary["seq_len"], "{:,}", 0),
-        ("parameters", lambda run: run.summary["parameters"]["total"], "{:,}", 0),
-        ("MFLOP/token", lambda run: run.summary["training_flops_per_token"] / 1e6, "{:,.1f}", -1),
-        ("tokens", lambda run: run.summary["tokens"], "{:,}", 0),
-        (quality.unit, quality.of, "{:.3f}", -1),
-        ("tokens/s", lambda run: run.summary["tokens_per_second"], "{:,.0f}", 1),
-        ("peak GiB", lambda run: run.peak_gib(), "{:.2f}", -1),
-        *((measure, _recalled(measure), "{:.3f}", 1) for measure in measures),
+    columns = [
+        Column("context", lambda run: run.summary["seq_len"], "{:,}", 0),
+        Column("parameters", lambda run: run.summary["parameters"]["total"], "{:,}", 0),
+        Column("MFLOP/token", lambda run: run.summary["training_flops_per_token"] / 1e6, "{:,.1f}", -1),
+        Column("tokens", lambda run: run.summary["tokens"], "{:,}", 0),
+        Column(quality.unit, quality.of, "{:.3f}", -1),
+        Column("tokens/s", lambda run: run.summary["tokens_per_second"], "{:,.0f}", 1),
+        Column("peak GiB", lambda run: run.peak_gib(), "{:.2f}", -1),
+        *(_recall_column(measure) for measure in measures_of(runs) or ["recall"]),
     ]
     heads = ['<th class="left">mixer</th>', *(f"<th>{escape(name)}</th>" for name, *_ in columns), "<th>causal</th>"]
     rows = []
@@ -129,36 +159,30 @@ def _table(runs: list[Run], colours: dict[str, int]) -> str:
             f'<td class="left c{colours[mixer]}" data-value="{escape(names[run.folder])}"><span class="dot"></span>'
             f"{escape(names[run.folder])}</td>"
         ]
-        cells += [_cell(run, groups[run.summary["seq_len"]], runs, *column[1:]) for column in columns]
+        cells += [_cell(run, groups[run.summary["seq_len"]], runs, column) for column in columns]
         rows.append(f'<tr data-mixer="{escape(mixer)}">{"".join(cells)}{_badge(run.evaluations.causal)}</tr>')
     return f"<table><thead><tr>{''.join(heads)}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
-def _recalled(measure: str) -> Callable[[Run], float | None]:
-    """The value at the trained length, or else at the longest there is."""
-
-    def of(run: Run) -> float | None:
-        values = run.evaluations.recall.get(measure)
-        return None if not values else values.get(run.summary["seq_len"], values[max(values)])
-
-    return of
+def _recall_column(measure: str) -> Column:
+    missing = '<span class="badge">not evaluated</span>'
+    return Column(measure, lambda run: run.recalled(measure), "{:.3f}", 1, missing)
 
 
-def _cell(
-    run: Run, group: list[Run], runs: list[Run], value: Callable[[Run], float | None], form: str, sense: int
-) -> str:
-    """A figure with a bar of its share of the largest; bold if it is the best of its length. `sense` 0 has no best."""
-    figure = value(run)
+def _cell(run: Run, group: list[Run], runs: list[Run], column: Column) -> str:
+    """A figure with a bar of its share of the largest; bold if it is the best of its length."""
+    figure = column.value(run)
     if figure is None:
-        return '<td data-value="">-</td>'
-    if not sense:
-        return f'<td data-value="{figure}">{form.format(figure)}</td>'
-    rivals = [other for rival in group if (other := value(rival)) is not None]
-    largest = max(other for rival in runs if (other := value(rival)) is not None)
-    is_best = len(set(rivals)) > 1 and figure == (max(rivals) if sense > 0 else min(rivals))
+        return f'<td data-value="">{column.missing}</td>'
+    words = column.form.format(figure)
+    if not column.sense:
+        return f'<td data-value="{figure}">{words}</td>'
+    rivals = [other for rival in group if (other := column.value(rival)) is not None]
+    largest = max(other for rival in runs if (other := column.value(rival)) is not None)
+    is_best = len(set(rivals)) > 1 and figure == (max(rivals) if column.sense > 0 else min(rivals))
     share = max(0.0, figure / largest) if largest > 0 else 0.0
     best = " best" * is_best
-    return f'<td class="bar{best}" style="--share:{share:.3f}" data-value="{figure}">{form.format(figure)}</td>'
+    return f'<td class="bar{best}" style="--share:{share:.3f}" data-value="{figure}">{words}</td>'
 
 
 def _badge(causal: bool | None) -> str:
@@ -171,8 +195,8 @@ def _missing(runs: list[Run]) -> str:
     gaps = []
     if any(run.evaluations.causal is None for run in runs):
         gaps.append(("Not every run was audited for causality", CAUSALITY))
-    if not any(run.evaluations.recall for run in runs):
-        gaps.append(("Recall was not measured", RECALL))
+    if not all(run.evaluations.recall for run in runs):
+        gaps.append(("Not every run was asked what it recalls (task=accuracy for synthetic data)", RECALL))
     if len(by_length(runs)) < 2:
         gaps.append(("What context costs takes runs of several lengths", "python train.py -m ... seq_len=2048,8192"))
     items = "".join(f"<li>{words}: <code>{command}</code></li>" for words, command in gaps)

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from longmix.reporting.evaluations import NEEDLE_GAIN
-from longmix.reporting.runs import Curve, Run
+from longmix.reporting.runs import Curve, Run, measures_of
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,6 @@ def _costs(runs: list[Run]) -> list[Panel]:
 def _recall(runs: list[Run]) -> list[Panel]:
     names = names_of(runs)
     lengths = by_length(runs)
-    measures = list(dict.fromkeys(measure for run in runs for measure in run.evaluations.recall))
 
     def curve(measure: str) -> Callable[[Run], Curve]:
         def of(run: Run) -> Curve:
@@ -230,6 +229,6 @@ def _recall(runs: list[Run]) -> list[Panel]:
             log_x=True,
             from_zero=True,
         )
-        for measure in measures
+        for measure in measures_of(runs)
         for length, group in lengths.items()
     ]

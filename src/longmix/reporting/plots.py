@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")  # no display is needed, and none is looked for
 
@@ -37,6 +38,42 @@ def draw_curves(
     axes.grid(alpha=0.3)
     if len(curves) > 1:
         axes.legend(fontsize="small")
+
+
+def draw_heat_map(
+    axes: Axes,
+    grid: np.ndarray,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    *,
+    title: str,
+    limits: tuple[float, float],
+    colours: str,
+    trained_seq_len: int,
+) -> None:
+    """Figures by depth and length, written into their cells; a line divides lengths trained at from longer ones.
+
+    Args:
+        axes: where to draw.
+        grid: [depths, lengths].
+        lengths: tokens of context, shortest first.
+        depths: from the first token of the context, 0, to the last one, 1.
+        title: above it.
+        limits: which figures the first and the last colour stand for.
+        colours: name of a colour map.
+        trained_seq_len: tokens of a training window.
+    """
+    image = axes.imshow(grid, vmin=limits[0], vmax=limits[1], cmap=colours, aspect="auto")
+    for (row, column), number in np.ndenumerate(grid):
+        box = {"facecolor": "white", "alpha": 0.6, "edgecolor": "none", "pad": 1}
+        axes.text(column, row, f"{number:.2f}", ha="center", va="center", fontsize="small", bbox=box)
+    axes.axvline(sum(length <= trained_seq_len for length in lengths) - 0.5, color="black", linestyle="--", linewidth=1)
+    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+    axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
+    axes.set_xlabel(f"tokens of context; trained up to the line, {trained_seq_len:,}")
+    axes.set_ylabel("depth")
+    axes.set_title(title)
+    axes.figure.colorbar(image, ax=axes)
 
 
 def new_figure(panels: int, columns: int | None = None) -> tuple[plt.Figure, list[Axes]]:

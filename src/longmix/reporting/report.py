@@ -3,11 +3,14 @@
 import csv
 from pathlib import Path
 
+import numpy as np
+
 from longmix.files import replace_file, replace_json, storage_errors
 from longmix.reporting.colours import LIGHT, colour_numbers
+from longmix.reporting.heat_maps import found_needles
 from longmix.reporting.page import html
 from longmix.reporting.panels import Panel, panels_of
-from longmix.reporting.plots import draw_curves, new_figure, save_figure
+from longmix.reporting.plots import draw_curves, draw_heat_map, new_figure, save_figure
 from longmix.reporting.runs import Run
 
 PICTURES = "panels"
@@ -33,6 +36,8 @@ def write_report(runs: list[Run], folder: Path) -> list[Path]:
     numbers = colour_numbers(run.summary["mixer"] for run in runs)
     with storage_errors(folder):
         overview = _picture(panels, numbers, folder / "runs.png")
+        if found_needles(runs):
+            _needle_picture(runs, folder / PICTURES / "needles.png")
         for panel in panels:
             _picture([panel], numbers, folder / PICTURES / f"{panel.key}.png")
     return [page, folder / "runs.json", folder / "runs.csv", overview, folder / PICTURES]
@@ -66,4 +71,22 @@ def _picture(panels: list[Panel], numbers: dict[str, int], path: Path) -> Path:
         )
         if panel.from_zero:
             place.set_ylim(bottom=min(0.0, place.get_ylim()[0]))
+    return save_figure(figure, path)
+
+
+def _needle_picture(runs: list[Run], path: Path) -> Path:
+    """The heat maps of all runs that have one, side by side."""
+    maps = found_needles(runs)
+    figure, axes = new_figure(len(maps), COLUMNS)
+    for (name, _, needle), place in zip(maps, axes, strict=True):
+        draw_heat_map(
+            place,
+            np.array(needle.accuracy),
+            needle.lengths,
+            needle.depths,
+            title=f"{name}: share of {needle.needles} needles found",
+            limits=(0.0, 1.0),
+            colours="viridis",
+            trained_seq_len=needle.trained_seq_len,
+        )
     return save_figure(figure, path)

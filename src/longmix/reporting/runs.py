@@ -73,11 +73,21 @@ class Run:
             **{f"{name} at {length}": value for name, row in recall.items() for length, value in row.items()},
         }
 
+    def recalled(self, measure: str) -> float | None:
+        """A measure of recall at the trained length, or else at the longest there is; None if it was not evaluated."""
+        values = self.evaluations.recall.get(measure)
+        return None if not values else values.get(self.summary["seq_len"], values[max(values)])
+
     def peak_gib(self) -> float | None:
         """The most memory that training took; None for a run that did not say."""
         if self.summary.get("peak_memory_bytes"):
             return self.summary["peak_memory_bytes"] / 2**30
         return max((row["memory/peak_gib"] for row in self.metrics if "memory/peak_gib" in row), default=None)
+
+
+def measures_of(runs: list[Run]) -> list[str]:
+    """Every measure of recall that some run was evaluated by."""
+    return list(dict.fromkeys(measure for run in runs for measure in run.evaluations.recall))
 
 
 def find_runs(paths: list[Path]) -> tuple[list[Run], list[Path]]:
@@ -135,9 +145,17 @@ def table(runs: list[Run]) -> Table:
     for column in COLUMNS.values():
         left = column in ("run", "mixer")
         result.add_column(column, justify="left" if left else "right", overflow="fold" if left else "ellipsis")
+    measures = measures_of(runs) or ["recall"]
+    for name in (*measures, "causal"):
+        result.add_column(escape(name), justify="right", overflow="fold")
     for run in runs:
         row = run.row()
-        result.add_row(*(_cell(row[name]) for name in COLUMNS))
+        recalled = (run.recalled(measure) for measure in measures)
+        result.add_row(
+            *(_cell(row[name]) for name in COLUMNS),
+            *("not evaluated" if value is None else _cell(value) for value in recalled),
+            {True: "yes", False: "LEAKS", None: "not evaluated"}[run.evaluations.causal],
+        )
     return result
 
 

@@ -44,7 +44,7 @@ def print_header(
     rows = {
         "run": _shown(folder),
         "model": f"{mixer_name(config)}, {counts['total']:,} parameters, {flops / 1e6:,.1f} MFLOP per trained token",
-        "data": f"{data.corpus.name}: " + ", ".join(f"{count:,} {name} tokens" for name, count in splits.items()),
+        "data": f"{data.label}: " + ", ".join(f"{count:,} {name} tokens" for name, count in splits.items()),
         "steps": f"{first_step:,} to {steps:,} of {per_step:,} tokens: "
         f"{steps * per_step / data.train_tokens_per_epoch:.2f} epochs",
         "machine": f"{'GPU' if settings.on_gpu else 'CPU'}, {settings.precision_in_use}, "

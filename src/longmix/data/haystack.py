@@ -1,4 +1,4 @@
-"""Haystacks: real text with one made-up fact in it and a question after it, as tokens."""
+"""Haystacks: real text with made-up facts in it and questions after it, as tokens."""
 
 from dataclasses import dataclass
 
@@ -13,6 +13,10 @@ KEYS = (
     *("Krakow", "Lisbon", "Madrid", "Naples", "Oslo", "Prague", "Quebec", "Riga", "Seville", "Turin", "Utrecht"),
     *("Vienna", "Warsaw", "York", "Zurich"),
 )
+LARGEST_VALUE = 9999
+STATEMENT = " The secret number of {key} is {value}."
+QUESTION = "\n\nWhat is the secret number of {key}? The secret number of {key} is"
+
 SEARCHED_PART = 16
 """An end of a sentence, or else of a word, is looked for as far as this part of the haystack from the wanted depth."""
 
@@ -34,21 +38,58 @@ class Needle:
     place: float
 
 
-def draw_needle(tokenizer: Tokenizer, seed: list[int], statement: str, question: str) -> Needle:
+@dataclass(frozen=True)
+class Forms:
+    """The words of needles.
+
+    Attributes:
+        statement: holds {key} and {value}, with a blank before the latter.
+        question: holds {key}; a blank and the value go on from it.
+    """
+
+    statement: str = STATEMENT
+    question: str = QUESTION
+
+    def check(self, name: str) -> None:
+        """Refuse forms that lack a part.
+
+        Args:
+            name: where they stand in the configuration.
+
+        Raises:
+            ConfigError: says which part of which.
+        """
+        for kind, given, parts in (
+            ("statement", self.statement, ("{key}", " {value}")),
+            ("question", self.question, ("{key}",)),
+        ):
+            for part in parts:
+                if part not in given:
+                    raise ConfigError(f"{name}.{kind}={given!r} must hold {part!r}.")
+
+    def needle(self, tokenizer: Tokenizer, key: str, value: int, place: float = 0.0) -> Needle:
+        """A needle of that key and value."""
+        filled = self.statement.replace("{key}", key).replace("{value}", str(value))
+        texts = [filled, self.question.replace("{key}", key), f" {value}"]
+        hidden_tokens, asked, answer = tokenizer.encode_batch(texts)
+        return Needle(hidden_tokens, asked, answer, place)
+
+
+def draw_needle(tokenizer: Tokenizer, seed: list[int], forms: Forms) -> Needle:
     """A needle with a key out of `KEYS` and a value of four digits, a pure function of its arguments.
 
     Args:
         tokenizer: of the model.
         seed: of key, value and place.
-        statement: holds {key} and {value}, with a blank before the latter.
-        question: holds {key}; a blank and the value go on from it.
+        forms: its words.
     """
     random = np.random.default_rng(seed)
-    key, value, place = str(random.choice(KEYS)), str(random.integers(1000, 10_000)), random.random()
-    filled = statement.replace("{key}", key).replace("{value}", value)
-    texts = [filled, question.replace("{key}", key), f" {value}"]
-    hidden, asked, answer = tokenizer.encode_batch(texts)
-    return Needle(hidden, asked, answer, place)
+    return forms.needle(tokenizer, str(random.choice(KEYS)), draw_value(random), random.random())
+
+
+def draw_value(random: np.random.Generator) -> int:
+    """Four digits."""
+    return int(random.integers(1000, LARGEST_VALUE + 1))
 
 
 def haystack_rows(
@@ -80,17 +121,33 @@ def haystack_rows(
             f"a context of {length} tokens has no room for a haystack: needle and question take {fixed}. Give larger "
             "lengths by seq_len or task.needle.factors, or shorter texts."
         )
-    without = _stretch(text, needle.place, length - 1 - len(end))
+    without = stretch(text, needle.place, length - 1 - len(end))
     haystack = without[len(needle.statement) :]
-    rows = [without]
-    for depth in depths:
-        place = _between_sentences(haystack, depth, tokenizer)
-        rows.append(np.concatenate([haystack[:place], needle.statement, haystack[place:]]))
+    rows = [without, *(hidden(haystack, [needle.statement], [depth], tokenizer) for depth in depths)]
     return np.stack([np.concatenate([[text.separator_id], row, end]) for row in rows]).astype(np.int64)
 
 
-def _stretch(text: TokenFile, place: float, count: int) -> np.ndarray:
-    """So many tokens of text; twice as many are looked at, since each document may be a token behind a separator."""
+def hidden(haystack: np.ndarray, statements: list[np.ndarray], depths: list[float], tokenizer: Tokenizer) -> np.ndarray:
+    """The haystack with each statement at its depth, or at the nearest end of a sentence or word."""
+    places = [_between_sentences(haystack, depth, tokenizer) for depth in depths]
+    first, *later = np.split(haystack, np.sort(places))
+    parts = [first]
+    for index, piece in zip(np.argsort(places, kind="stable"), later, strict=True):
+        parts += [statements[index], piece]
+    return np.concatenate(parts)
+
+
+def stretch(text: TokenFile, place: float, count: int) -> np.ndarray:
+    """So many tokens of text; twice as many are looked at, since each document may be a token behind a separator.
+
+    Args:
+        text: where they are cut from, across documents, separators left out.
+        place: where they begin, as a share of all places they could, 0 <= place < 1.
+        count: how many.
+
+    Raises:
+        DataError: there are not so many.
+    """
     start = int(place * max(1, text.num_tokens - 2 * count))
     tokens = text.tokens[start : start + 2 * count]
     tokens = tokens[tokens != text.separator_id][:count]
