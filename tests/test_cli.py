@@ -18,8 +18,10 @@ from longmix.errors import (
     Interrupted,
     LongmixError,
     NonFiniteError,
+    ProcessLost,
     StorageError,
 )
+from longmix.training.place import Place
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -32,6 +34,7 @@ EXIT_CODES = {
     CheckpointError: 2,
     StorageError: 2,
     NonFiniteError: 3,
+    ProcessLost: 4,
     Interrupted: 75,
 }
 
@@ -206,6 +209,33 @@ class TestEntryPoint:
         assert caught.value.code == code
         assert capsys.readouterr().err == f"{kind.__name__}: what went wrong.\n"
         assert not folder.exists()
+
+    @pytest.mark.parametrize(
+        ("kind", "rank", "launcher", "speaks"),
+        [
+            (ConfigError, 1, "torchrun", True),
+            (NonFiniteError, 0, "torchrun", True),
+            (NonFiniteError, 1, "torchrun", False),
+            (Interrupted, 1, "longmix", False),
+            (StorageError, 1, "longmix", True),
+            (ProcessLost, 1, "torchrun", True),
+            (ProcessLost, 0, "longmix", False),
+        ],
+    )
+    def test_of_several_processes_one_speaks(
+        self, compose_config, folder, capsys, monkeypatch, kind, rank, launcher, speaks
+    ):
+        monkeypatch.setattr(cli, "own_place", lambda: Place(rank, 2, rank, 2, launcher))
+        with pytest.raises(SystemExit) as caught:
+            self.failing(kind("x"))(compose_config(output=folder))
+        assert caught.value.code == kind.exit_code
+        assert capsys.readouterr().err == (f"{kind.__name__}: x\n" if speaks else "")
+
+    def test_hands_a_signal_on_when_all_is_said(self, compose_config, folder, capsys):
+        said = []
+        error = Interrupted("x", lambda: said.append(capsys.readouterr().err))
+        assert self.failing(error)(compose_config(output=folder)) is None
+        assert said == ["Interrupted: x\n"]
 
     def test_ctrl_c(self, compose_config, folder, capsys):
         with pytest.raises(SystemExit) as caught:

@@ -19,7 +19,8 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from longmix.config import EvaluateConfig, GenerateConfig, PrepareConfig, TrainConfig
-from longmix.errors import ConfigError, Interrupted, LongmixError
+from longmix.errors import ConfigError, Interrupted, LongmixError, ProcessLost
+from longmix.training.place import own_place
 
 INTERRUPTED = 130
 LONGEST_FILE_NAME = 200  # file systems take 255 bytes; a few are left for what others add
@@ -104,6 +105,11 @@ def _quoted(argument: str) -> str:
     is_text = word in TEXT_WORDS and text[:1] not in ("", "[", "'", '"')
     if not (is_path or is_text):
         return argument
+    return hydra_word(word, text)
+
+
+def hydra_word(word: str, text: str) -> str:
+    """`word=text` as an argument from which Hydra reads `text` as it is."""
     # Hydra reads a backslash as itself unless a quote follows, and `${` as an interpolation.
     escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text, count=0)
     escaped = escaped.replace("${", "\\${")
@@ -132,8 +138,11 @@ def entry_point(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
             return task(config)
         except LongmixError as error:
             message = f"{type(error).__name__}: {error}"
-            print(message, file=sys.stderr)
+            if _speaks(error):
+                print(message, file=sys.stderr)
             _remove_unused_folder()
+            if isinstance(error, Interrupted) and error.hand_on is not None:
+                return error.hand_on()
             if HydraConfig.get().mode == RunMode.MULTIRUN and not isinstance(error, Interrupted):
                 raise CompactHydraException(message) from None
             sys.exit(error.exit_code)
@@ -142,6 +151,16 @@ def entry_point(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
             sys.exit(INTERRUPTED)
 
     return run
+
+
+def _speaks(error: LongmixError) -> bool:
+    """Whether this process of several is the one to tell the user."""
+    place = own_place()
+    if place is None:
+        return True
+    if isinstance(error, ProcessLost) and place.launcher == "longmix":
+        return False  # the launcher knows more
+    return place.rank == 0 or not error.shared
 
 
 def _remove_unused_folder() -> None:

@@ -36,6 +36,8 @@ class LoopConfig:
         validate_every: steps between validations; null validates at the end only.
         checkpoint_every: steps between checkpoints; null saves at the end only.
         keep_checkpoints: how many checkpoints stay beside the best one.
+        sharded_checkpoints: each process writes what it has; false: the first all of it to one file; null: with fsdp.
+        async_checkpoints: write while training goes on, which waits for a copy in CPU memory only.
         nonfinite: what a non-finite loss or gradient does: "stop" the run, or "skip" that step and count it.
     """
 
@@ -44,6 +46,8 @@ class LoopConfig:
     validate_every: int | None = 100
     checkpoint_every: int | None = 100
     keep_checkpoints: int = 2
+    sharded_checkpoints: bool | None = None
+    async_checkpoints: bool = False
     nonfinite: str = "stop"
 
 
@@ -123,7 +127,7 @@ class EvaluateConfig:
     """The words of `evaluate.py`.
 
     Attributes:
-        checkpoint: folder of a checkpoint, or of a run (its newest checkpoint).
+        checkpoint: folder of a checkpoint, of a run (its newest checkpoint), or of a sweep (every run's newest one).
         states: file of trained states that documents begin from, or the folder of the run that wrote it.
         task: what to evaluate, by name; one or several choices of a config group.
         data: other data than the checkpoint's, a config group; null keeps its own.

@@ -5,11 +5,19 @@ entry points print that message alone and exit with `exit_code`; any other excep
 its traceback.
 """
 
+from collections.abc import Callable
+
 
 class LongmixError(Exception):
-    """Base of every error whose message is meant for the user."""
+    """Base of every error whose message is meant for the user.
+
+    Attributes:
+        exit_code: the process's.
+        shared: all processes of the run raise it alike, so that the first one speaks for all.
+    """
 
     exit_code = 2
+    shared = False
 
 
 class ConfigError(LongmixError):
@@ -32,9 +40,26 @@ class NonFiniteError(LongmixError):
     """A loss or a gradient became infinite or NaN and the run was stopped."""
 
     exit_code = 3
+    shared = True
+
+
+class ProcessLost(LongmixError):
+    """Another process of the run was killed or gives no sign; running again with `resume=auto` continues it."""
+
+    exit_code = 4
 
 
 class Interrupted(LongmixError):
-    """A signal ended the run after its state was saved; running again with `resume=auto` continues it."""
+    """A signal ended the run after its state was saved; running again with `resume=auto` continues it.
+
+    Args:
+        message: what the user should read.
+        hand_on: called once all is closed: tells whoever had the signal before this run took it.
+    """
 
     exit_code = 75
+    shared = True
+
+    def __init__(self, message: str, hand_on: Callable[[], None] | None = None) -> None:
+        super().__init__(message)
+        self.hand_on = hand_on

@@ -64,12 +64,24 @@ def storage_errors(target: Path) -> Iterator[None]:
     """Turn the operating system's refusal to write `target` into one `StorageError` that says why and what to do."""
     try:
         yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise StorageError(
-            f"could not write {target}: {reason}. What was there before is untouched; free some space or choose a "
-            "folder you may write to, then run again."
-        ) from error
+    except (OSError, RuntimeError) as error:
+        refusal = refusal_of(error)
+        if refusal is None:
+            raise
+        raised = StorageError(
+            f"could not write {target}: {refusal.strerror or refusal}. What was there before is untouched; free some "
+            "space or choose a folder you may write to, then run again."
+        )
+        raised.shared = getattr(error, "shared", False)
+        raise raised from refusal
+
+
+def refusal_of(error: Exception) -> OSError | None:
+    """The operating system's refusal that `error` is or came of: torch.save meets one and fails to end its file."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__cause__ or found.__context__
+    return found
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ class Restored:
 
     Attributes:
         checkpoint: its folder.
-        state: all that was saved.
+        state: all that was saved but the optimizers.
         model: in evaluation mode, on `device`.
         tokenizer: the one it was trained with.
         device: where the model is.
@@ -57,7 +57,7 @@ def restore(words: Node) -> Restored:
     """
     device, precision = _place(words)
     checkpoint = find_checkpoint(Path(words["checkpoint"]))
-    state = load_checkpoint(checkpoint)
+    state = load_checkpoint(checkpoint, optimizers=False)
     trained = state["config"]
     refuse_untrusted({key: trained[key] for key in ("model", "mixer", "data")}, "config", {"longmix", *words["trust"]})
     model = model_from_checkpoint(state)

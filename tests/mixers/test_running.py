@@ -83,7 +83,7 @@ def test_centering_spreads_vectors_that_lean_one_way():
     for decay in (None, 0.5):
         mixer = HashAttention(SHAPE, 0, buckets=8, center_decay=decay)
         for _ in range(3):
-            shares[decay] = mixer(x).metrics["largest_label"]
+            shares[decay] = mixer(x).metrics["largest_label"].figure()
             finish_step(mixer, True, alone)
     assert shares[None] > 3 > 2 > shares[0.5]
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PRELOADED = ["torch", "torch.distributed", "longmix.model.build", "longmix.parallel.slices"]
+PRELOADED = ["torch", "torch.distributed", "longmix.model.build", "longmix.training.supervisor"]
 SIZES = (2, 4)
 """Processes that the same rows are cut for, where nothing else is said."""
 

@@ -1,5 +1,6 @@
 """The same loss and gradients in one process and in several; functions that the processes of a pool run."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -8,7 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from longmix.model.backbone import LanguageModel
+from longmix.mixers.measures import Measure, accumulate
+from longmix.model.backbone import LanguageModel, ModelOutput
 from longmix.model.build import build_model
 from longmix.model.states import tune_states
 from longmix.parallel import exchange
@@ -71,17 +73,19 @@ def rows(packed: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 def in_one_process(case: Case) -> dict[str, torch.Tensor]:
-    """Outputs, losses of the tokens, other losses and all gradients."""
+    """Outputs, losses of the tokens, other losses, all gradients, and what mixers measured."""
     model, (tokens, targets, ids) = case.model(), rows(case.packed)
     with case.precision():
         output = model(tokens, targets, document_ids=ids)
     loss = output.token_losses.mean() + sum(output.losses.values())
     loss.backward()
     others = {f"loss {name}": value.detach() for name, value in output.losses.items()}
-    return {"output": output.hidden.detach(), "losses": output.token_losses.detach(), **others} | gradients(model)
+    figures = {name: measure.figure() for name, measure in measured(output, case).items()}
+    found = {"output": output.hidden.detach(), "losses": output.token_losses.detach(), **others}
+    return found | gradients(model) | figures
 
 
-def in_slices(group: dist.ProcessGroup, case: Case) -> dict[str, torch.Tensor]:
+def in_slices(group: dist.ProcessGroup, case: Case) -> dict[str, Any]:
     """The same of this process's slice: outputs and losses of its tokens, and its share of everything else."""
     model, (tokens, targets, ids) = case.model(), rows(case.packed)
     slices = Slices(LENGTH, ids, group)
@@ -91,10 +95,18 @@ def in_slices(group: dist.ProcessGroup, case: Case) -> dict[str, torch.Tensor]:
     loss = (output.token_losses / tokens.numel()).sum() + sum(output.losses.values()) / slices.size
     loss.backward()
     others = {f"loss {name}": value.detach() / slices.size for name, value in output.losses.items()}
-    return {"output": output.hidden.detach(), "losses": output.token_losses.detach(), **others} | gradients(model)
+    found = {"output": output.hidden.detach(), "losses": output.token_losses.detach(), **others}
+    return found | gradients(model) | measured(output, case)
 
 
-def cut_off(group: dist.ProcessGroup, case: Case) -> dict[str, torch.Tensor]:
+def measured(output: ModelOutput, case: Case) -> dict[str, Measure]:
+    """What mixers measured; nothing in mixed precision, which decides otherwise between labels that are close."""
+    measures: dict[str, Measure] = {}
+    accumulate(measures, {} if case.mixed else output.metrics)
+    return measures
+
+
+def cut_off(group: dist.ProcessGroup, case: Case) -> dict[str, Any]:
     """`in_slices` where nothing but zeros comes from other processes."""
     with patch.object(exchange, "exchanged", lambda x, sent, got, group: 0 * exchanged(x, sent, got, group)):
         return in_slices(group, case)
@@ -105,11 +117,16 @@ def gradients(model: LanguageModel) -> dict[str, torch.Tensor]:
     return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
 
 
-def together(results: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Outputs and token losses of all slices side by side, everything else added up."""
+def together(results: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Outputs and token losses of all slices side by side, everything else added up, figures of what was measured."""
     assert len({tuple(result) for result in results}) == 1
-    parts = {name: [result[name] for result in results] for name in results[0]}
-    return {name: torch.cat(x, 1) if name in ("output", "losses") else sum(x) for name, x in parts.items()}
+    return {name: _together(name, [result[name] for result in results]) for name in results[0]}
+
+
+def _together(name: str, parts: list[Any]) -> torch.Tensor:
+    if isinstance(parts[0], Measure):
+        return functools.reduce(lambda total, part: total.plus(part), parts).figure()
+    return torch.cat(parts, 1) if name in ("output", "losses") else sum(parts)
 
 
 def largest_error(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> tuple[float, str]:

@@ -16,6 +16,7 @@ CASES = {
     "recomputed": ("mixer=sliding_window*2+mlstm_tfla", "model.tie_head=true", "model.activation_checkpointing=block"),
     "rwkv7": ("mixer=rwkv7", "model.logit_penalty=0.0001"),
     "large-optimizer": ("mixer=flash", "seq_len=32", "batch_size=1", "model.mlp_hidden=1024"),
+    "two-processes": ("mixer=flash", "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"),
     "sliced-loss": ("mixer=flash", "seq_len=512", "tokenizer=bpe", "tokenizer.vocab_size=30000", "model.num_layers=1"),
 }
 

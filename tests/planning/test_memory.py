@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from longmix.model.build import build_model
-from longmix.planning.memory import CONTEXT_BYTES, USABLE, Division, Memory, memory_needed, shared_bytes
+from longmix.planning.memory import CONTEXT_BYTES, USABLE, Division, Memory, memory_needed
 from longmix.planning.optimizer import OptimizerNeeds, optimizer_needs
 from longmix.planning.rehearsal import Part, Rehearsal, Setting
 from longmix.planning.request import read
@@ -127,27 +127,6 @@ def test_a_gpu_gives_less_than_its_sheet_says(model):
     two = memory_needed(model, rehearsal, OPTIMIZER, on_gpu, Division(2, 1, "ddp", 1), 10**11)
     assert one.limit == int((10**11 - CONTEXT_BYTES) * USABLE)
     assert two.limit == int((10**11 - 2 * CONTEXT_BYTES) * USABLE)
-
-
-def test_slices_get_all_keys_and_values_or_all_states():
-    division = Division(4, 4, "ddp", 1)
-    flash = small("mixer=flash").model().mixers()[0]
-    assert shared_bytes(flash, SETTING, division) == 3 * 64 * 2 * 32 * 4
-    low = dataclasses.replace(SETTING, precision="bf16-mixed", rows=2)
-    assert shared_bytes(flash, low, division) == 2 * 3 * 64 * 2 * 32 * 2
-    lightning = small("mixer=lightning").model().mixers()[0]
-    assert shared_bytes(lightning, SETTING, division) == 2 * 3 * 2 * 8 * 16 * 4
-
-
-def test_a_recomputed_layer_gets_them_anew():
-    model = small("mixer=flash").model()
-    rehearsal = Rehearsal(ends_of(model), [part(100), part(100)])
-    division = Division(4, 4, "fsdp", 1)
-    setting = dataclasses.replace(SETTING, sharded=True)
-    all_layers = needed(model, rehearsal, setting, division)
-    one_layer = needed(model, rehearsal, dataclasses.replace(setting, checkpointed=True), division)
-    difference = all_layers.parts["communication"] - one_layer.parts["communication"]
-    assert difference == shared_bytes(model.mixers()[0], setting, division)
 
 
 OPTIMIZERS = {"adamw": 8, "muon": 4}

@@ -136,3 +136,27 @@ def test_gradients_that_accumulate_are_not_part_of_the_backward_pass():
     first, later = (rehearsed(model, setting(1, 16, accumulates=again)).layers[1] for again in (False, True))
     assert isinstance(first, Part)
     assert later.backward < first.backward - first.gradients / 4
+
+
+RECEIVED = {  # numbers that a layer gets of the other three slices of 128 tokens, for each window; 2 heads of 32
+    "flash": ("mixer=flash", 3 * 128 * 2 * 64),
+    "window": ("mixer=sliding_window mixer.window=33", 32 * 2 * 64),
+    "lightning": ("mixer=lightning", 3 * 2 * (16 * 32 + 16)),
+    "routing": ("mixer=routing", 3 * 128 * (2 * 64 + 1)),
+}
+
+
+@pytest.mark.parametrize(("words", "numbers"), RECEIVED.values(), ids=RECEIVED)
+def test_a_slice_gets_what_its_mixers_ask_for(words, numbers):
+    for checkpointed in (False, True):
+        found = rehearsed(request(*words.split()).model(), setting(2, slices=4, checkpointed=checkpointed))
+        assert [part.received for part in found.layers] == [4 * 2 * numbers] * 2, checkpointed
+        assert found.ends.received == 0
+
+
+def test_a_slice_keeps_the_keys_it_got_unless_it_gets_them_again():
+    model = request("mixer=flash").model()
+    alone, shared = (rehearsed(model, setting(slices=slices)).layers[1] for slices in (1, 4))
+    assert shared.kept - alone.kept >= shared.received
+    again = rehearsed(model, setting(slices=4, checkpointed=True)).layers[1]
+    assert again.kept == 0 and again.backward > shared.backward + shared.received

@@ -141,6 +141,18 @@ class TestEvaluations:
         assert curves == {"slow": ([32, 64], [1.0, 0.5])}
         assert shown.title == "mqar, trained at 32 tokens"
 
+    def test_recall_by_state_joins_the_sizes_of_a_mixer(self, sweep):
+        wide = write_run(sweep / "4,mixer=slow,seq_len=32,model.d_model=128", "slow", 32, 2.0, 500.0)
+        old = write_run(sweep / "5,mixer=slow,seq_len=32,seed=1", "slow", 32, 2.0, 500.0)
+        sizes = {sweep / "0,mixer=slow,seq_len=32": 256, sweep / "1,mixer=fast,seq_len=32": 4096, wide: 1024, old: None}
+        for run, size in sizes.items():
+            row = {"accuracy": (size or 0) / 4096} | ({"state_bytes": size} if size else {})
+            lengths = {"32": row, "64": {**row, "accuracy": 0.0}}
+            write_evaluation(run, "accuracy_mqar_test_step9", data="mqar", step=9, lengths=lengths)
+        curves, shown = panel(sweep, "capacity_mqar_32")
+        assert curves == {"fast": ([4096], [1.0]), "slow": ([256, 1024], [0.0625, 0.25])}
+        assert shown.log_x and shown.from_zero
+
 
 class TestFairness:
     def facts(self, folder):

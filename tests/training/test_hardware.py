@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from longmix.errors import ConfigError
-from longmix.training import hardware
 from longmix.training.hardware import TrainerSettings, peak_flops, peak_memory_bytes
 
 
@@ -39,6 +38,7 @@ REFUSED = {
     "devices": ({"devices": 0}, "trainer.devices=0"),
     "micro": ({"micro_batch_size": 0}, "trainer.micro_batch_size=0"),
     "single-two": ({"devices": 2}, "trainer.strategy=single"),
+    "timeout": ({"timeout": 0}, "trainer.timeout=0 must be seconds above 0"),
     "slices": ({"context_parallel": 0}, "trainer.context_parallel=0"),
     "slices-divide": ({"strategy": "ddp", "devices": 4, "context_parallel": 3}, "trainer.context_parallel=3 .* 4 proc"),
 }
@@ -81,13 +81,3 @@ def test_precision_follows_the_device(monkeypatch):
     assert TrainerSettings(accelerator="cpu").precision_in_use == "32-true"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert TrainerSettings(accelerator="gpu").precision_in_use == "bf16-mixed"
-
-
-def test_rank_comes_from_whichever_launcher_set_it(monkeypatch):
-    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    assert hardware.process_rank() == 0
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    assert hardware.process_rank() == 3
-    monkeypatch.setenv("RANK", "11")
-    assert hardware.process_rank() == 11

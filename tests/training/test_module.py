@@ -117,9 +117,19 @@ class AddsLoss(Flash):
 def test_auxiliary_losses_and_metrics_come_along():
     plain, extra = trained(model(), [batch(0)]), trained(model(AddsLoss), [batch(0)])
     assert set(extra.record.metrics) == {"layer_0/scale", "layer_1/scale"}
-    assert extra.record.losses["size"] > 0
+    assert extra.record.losses["size"].figure() > 0
     torch.testing.assert_close(plain.record.loss, extra.record.loss)
     assert not torch.equal(plain.record.gradient_norm, extra.record.gradient_norm)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_micro_batches_measure_what_the_whole_batch_does(rows):
+    whole, small = (trained(model(AddsLoss), [batch(0)], micro_batch_size=size).record for size in (None, rows))
+    for kind in ("losses", "metrics"):
+        ours, theirs = (
+            {name: x.figure().item() for name, x in getattr(record, kind).items()} for record in (small, whole)
+        )
+        assert ours == pytest.approx(theirs, rel=1e-6)
 
 
 class Explodes(Flash):
@@ -168,13 +178,17 @@ def test_a_nonfinite_step_is_skipped_and_counted_if_asked(monkeypatch):
     assert torch.isfinite(weights(module)).all()
 
 
+def nonfinite(net, first):
+    return first_nonfinite(net, [first], lambda rows: net(rows["tokens"], rows["targets"]))
+
+
 def test_the_first_nonfinite_place_is_named_in_every_kind_of_case():
     net, first = model(), batch(0)
-    assert first_nonfinite(net, first) is None
+    assert nonfinite(net, first) is None
     assert all(weight.grad is None for weight in net.parameters())
     with torch.no_grad():
         net.blocks[1].mlp.up.weight[3, 4] = float("nan")
-    assert first_nonfinite(net, first) == "the weight blocks.1.mlp.up.weight itself"
+    assert nonfinite(net, first) == "the weight blocks.1.mlp.up.weight itself"
 
 
 class BadBackward(torch.autograd.Function):
@@ -196,7 +210,7 @@ class BackwardExplodes(Explodes):
 
 
 def test_a_nonfinite_gradient_is_traced_to_the_layer_where_it_arose():
-    place = first_nonfinite(model(BackwardExplodes), batch(0))
+    place = nonfinite(model(BackwardExplodes), batch(0))
     assert place is not None
     assert "blocks.1.mixer.output" in place
     assert "backward pass" in place

@@ -168,11 +168,9 @@ def test_a_fresh_run_does_not_overwrite_an_old_one(straight, cache):
     assert "already holds a run" in refused.stderr
 
 
-PROCESSES = {
+PROCESSES = {  # other divisions: `test_same_curve`
     "ddp": ["trainer.strategy=ddp", "trainer.devices=2"],
-    "fsdp": ["trainer.strategy=fsdp", "trainer.devices=2"],
     "slices": ["trainer.strategy=fsdp", "trainer.devices=2", "trainer.context_parallel=null"],
-    "ddp-of-slices": ["trainer.strategy=ddp", "trainer.devices=4", "trainer.context_parallel=2"],
 }
 
 

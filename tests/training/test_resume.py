@@ -41,6 +41,15 @@ def test_a_fresh_run_refuses_a_folder_with_checkpoints(tmp_path, config):
         find_start(config, tmp_path / "run")
 
 
+def test_a_command_that_its_launcher_runs_again_continues_in_its_folder(tmp_path, config, monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    saved_run(tmp_path / "other", config, 5)
+    assert find_start(config, tmp_path / "run").step == 0
+    saved_run(tmp_path / "run", config, 3)
+    start = find_start(config, tmp_path / "run")
+    assert (start.folder, start.step) == (tmp_path / "run", 3)
+
+
 def test_auto_finds_the_newest_run_of_the_same_configuration(tmp_path, config):
     (old,) = saved_run(tmp_path / "old", config, 3)
     saved_run(tmp_path / "new", config, 5)

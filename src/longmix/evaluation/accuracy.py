@@ -21,17 +21,18 @@ def accuracy(subject: Subject) -> dict[str, Any]:
     """Share of targets that the most likely token is, at every context length asked for, overall and by position.
 
     Returns:
-        `{"split", "step", "data", "lengths": {seq_len: {accuracy, targets, by_position: [{start, end, accuracy,
-        targets}]}}}`
+        `{"split", "step", "data", "lengths": {seq_len: {accuracy, targets, state_bytes, by_position: [{start, end,
+        accuracy, targets}]}}}`; `state_bytes` is what the model remembers of a row in the end.
     """
     results = {length: _at_length(subject, length) for length in subject.seq_lens()}
     name, split = subject.data.label, subject.split
     report = {"split": split, "step": subject.step, "data": name, "lengths": results}
     table = Table(title=f"{name}, {split} split")
-    for column in ("seq_len", "accuracy", "targets"):
+    for column in ("seq_len", "accuracy", "targets", "state, bytes"):
         table.add_column(column, justify="right")
     for length, result in results.items():
-        table.add_row(f"{length:,}", f"{result['accuracy']:.4f}", f"{result['targets']:,}")
+        counts = (f"{result[name]:,}" for name in ("targets", "state_bytes"))
+        table.add_row(f"{length:,}", f"{result['accuracy']:.4f}", *counts)
     Console().print(table)
     figure = drawn_by_position(results, "accuracy", f"{name}: accuracy by position", "share of targets met")
     figure.axes[0].set_ylim(-0.02, 1.02)
@@ -56,7 +57,12 @@ def _at_length(subject: Subject, length: int) -> dict[str, Any]:
         for start, end in pairwise(edges)
         if counts[start:end].any()
     ]
-    return {"accuracy": _share(hits, counts), "targets": int(counts.sum()), "by_position": by_position}
+    return {
+        "accuracy": _share(hits, counts),
+        "targets": int(counts.sum()),
+        "state_bytes": subject.model.state_bytes(length),
+        "by_position": by_position,
+    }
 
 
 def _first_choices(subject: Subject, hidden: Tensor) -> Tensor:

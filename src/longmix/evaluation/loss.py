@@ -1,5 +1,6 @@
 """Loss of a model over evaluation windows: the one function that training's validation and `evaluate.py` both call."""
 
+import functools
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -8,6 +9,7 @@ from torch import nn
 
 from longmix.data.loaders import Batch
 from longmix.evaluation.statistics import LossStatistics
+from longmix.model.backbone import ModelOutput
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
@@ -20,6 +22,10 @@ def to_device(batch: Batch, device: torch.device | str) -> Batch:
     )
 
 
+def _whole(model: nn.Module, batch: Batch) -> ModelOutput:
+    return model(batch["tokens"], batch["targets"], document_ids=batch["document_ids"])
+
+
 @torch.no_grad()
 def evaluate_loss(
     model: nn.Module,
@@ -29,6 +35,8 @@ def evaluate_loss(
     device: torch.device | str = "cpu",
     precision: Callable[[], AbstractContextManager] = nullcontext,
     after_batch: Callable[[], bool] = lambda: True,
+    run: Callable[[Batch], ModelOutput] | None = None,
+    own: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> LossStatistics:
     """Fill `statistics` with the model's losses, in eval mode and without touching any random state.
 
@@ -39,15 +47,18 @@ def evaluate_loss(
         device: where the model is.
         precision: makes the autocast context of one forward pass.
         after_batch: called after each batch; False ends the evaluation early.
+        run: runs a batch, where that is not just a call of the model: of rows shared among processes a slice.
+        own: gives a batch the targets that this process counts, where others count the rest.
     """
+    run = functools.partial(_whole, model) if run is None else run
     was_training = model.training
     model.eval()
     try:
         for batch in batches:
             moved = to_device(batch, device)
             with precision():
-                output = model(moved["tokens"], moved["targets"], document_ids=moved["document_ids"])
-            statistics.update(output.token_losses, moved["targets"], moved["document_ids"])
+                output = run(moved)
+            statistics.update(output.token_losses, own(moved)["targets"], moved["document_ids"])
             if not after_batch():
                 break
     finally:

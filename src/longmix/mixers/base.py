@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from longmix.errors import ConfigError
+from longmix.mixers.measures import Metric
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,15 @@ class MixerOutput:
         y: [B, T, D], dtype of the input.
         state: what the next call needs to continue after these tokens; None unless a state was passed in.
         losses: auxiliary losses by name, scalars with gradients, added to the training loss.
-        metrics: detached scalars by name; they are logged per layer without further wiring.
+        metrics: by name, logged per layer without further wiring: each a `Measure`, or a detached scalar that is a
+            mean over tokens.
         first_value: what a mixer with a value residual gives to those after it.
     """
 
     y: Tensor
     state: Any = None
     losses: dict[str, Tensor] = field(default_factory=dict)
-    metrics: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, Metric] = field(default_factory=dict)
     first_value: Tensor | None = None
 
 

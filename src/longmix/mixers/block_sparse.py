@@ -14,6 +14,7 @@ from torch import Tensor
 
 from longmix.errors import ConfigError
 from longmix.mixers.base import ModelShape
+from longmix.mixers.measures import Metric
 from longmix.mixers.softmax import HeadOptions, Rows, SoftmaxAttention
 from longmix_kernels.attention import BlockList, attention, butterfly_blocks, sink_and_local_blocks, stripe_blocks
 
@@ -69,7 +70,7 @@ class BlockSparse(SoftmaxAttention):
         self.block = block
         self.lists = lists
 
-    def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+    def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Metric]]:
         """The engine, which walks through the listed blocks only."""
         blocks = self.lists(-(-rows.key.shape[1] // self.block), rows.key.device)
         return attention(rows.query, rows.key, rows.value, blocks=blocks, document_ids=rows.document_ids), {}

@@ -10,7 +10,6 @@ processes; and one that lost its vectors gets half of the largest cluster, cut b
 construction, so that all processes cut alike.
 """
 
-import math
 from statistics import NormalDist
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longmix.errors import ConfigError
+from longmix.mixers.measures import Entropy, LargestShare, Measure, Occupied
 from longmix.mixers.running import Observed
 
 DEAD = 0.01
@@ -166,16 +166,7 @@ class ScoreThreshold(Observed):
         self.value.copy_(1 - 2 * (bins + 1) / _BINS)
 
 
-def usage(labels: Tensor, clusters: int) -> dict[str, Tensor]:
-    """How evenly labels [B, T, H] fill their clusters, head by head and on average over the heads.
-
-    `largest_cluster`: its share times the number of clusters, so 1 is even. `entropy`: of the shares, over the largest
-    possible, so 1 is even. `occupied`: share of the clusters that have a member.
-    """
-    shares = F.one_hot(labels.flatten(0, 1).long(), clusters).float().mean(0)
-    entropy = torch.special.entr(shares).sum(-1).mean() / math.log(clusters)
-    return {
-        "largest_cluster": shares.amax(-1).mean() * clusters,
-        "entropy": entropy,
-        "occupied": (shares > 0).float().mean(),
-    }
+def usage(labels: Tensor, clusters: int) -> dict[str, Measure]:
+    """How evenly labels [B, T, H] fill their clusters, head by head and on average over the heads."""
+    counts = Occupied.of(labels, clusters)
+    return {"largest_cluster": LargestShare(counts.sums), "entropy": Entropy(counts.sums), "occupied": counts}

@@ -215,7 +215,7 @@ class GatedDelta(RecurrentMixer):
             gate = self.gate(x)
             mixed = mixed * (F.silu(gate) if self.output_gate == "silu" else gate.sigmoid())
         after = self.next_state(carried, recent, projected, state, ids)
-        return MixerOutput(self.output(mixed), after, metrics=self.state_metrics(carried))
+        return MixerOutput(self.output(mixed), after, metrics=self.state_metrics(carried, state))
 
     def log_decay(self, x: Tensor) -> Tensor:
         """Log decay of x [B, T, D], one per head [B, T, H] or channel [B, T, H, key_dim], in float32 or better."""

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from longmix.mixers.measures import Metric
 from longmix.mixers.softmax import Rows, SoftmaxAttention
 from longmix.parallel.balance import balanced, rows_needed
 from longmix.parallel.slices import Slices
@@ -11,14 +12,14 @@ from longmix_kernels.attention import attention, sdpa
 class Flash(SoftmaxAttention):
     """Every token sees itself and all earlier tokens of its document."""
 
-    def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+    def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Metric]]:
         """A plain causal call goes to the provider; documents and later chunks go to our engine, which skips tiles."""
         tensors = rows.query, rows.key, rows.value
         if rows.document_ids is None and rows.query.shape[1] in (1, rows.key.shape[1]):
             return sdpa(*tensors), {}
         return attention(*tensors, document_ids=rows.document_ids), {}
 
-    def attend_after(self, rows: Rows, slices: Slices) -> tuple[Tensor, dict[str, Tensor]]:
+    def attend_after(self, rows: Rows, slices: Slices) -> tuple[Tensor, dict[str, Metric]]:
         """As the base, or with equal work for all slices."""
         if not slices.balanced:
             return super().attend_after(rows, slices)

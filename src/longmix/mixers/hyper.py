@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from longmix.errors import ConfigError
 from longmix.mixers.base import ModelShape
 from longmix.mixers.labelled import Part
+from longmix.mixers.measures import Metric
 from longmix.mixers.softmax import HeadOptions, Rows, Selection
 from longmix.mixers.sparse_flash import HashAttention, pseudo_random
 from longmix_kernels.attention import Ordering, attention, order_by_label
@@ -98,7 +99,7 @@ class Hyper(HashAttention):
         return [(output, logsumexp - math.log(self.sample))]
 
     @torch.no_grad()
-    def occupancy(self, rows: Rows, orderings: list[Ordering]) -> dict[str, Tensor]:
+    def occupancy(self, rows: Rows, orderings: list[Ordering]) -> dict[str, Metric]:
         """As the base, of the buckets."""
         assert rows.key_labels is not None
         buckets = Rows(rows.query, rows.key, rows.value, key_labels=rows.key_labels[..., :1])

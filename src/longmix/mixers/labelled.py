@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from longmix.errors import ConfigError
 from longmix.mixers.base import ModelShape
+from longmix.mixers.measures import Mean, Measure, Metric
 from longmix.mixers.softmax import HeadOptions, Rows, SoftmaxAttention
+from longmix.parallel.slices import Slices
 from longmix_kernels.attention import Ordering, attention, merge, order_by_label
 
 Part = tuple[Tensor, Tensor]
@@ -52,7 +54,7 @@ class LabelledAttention(SoftmaxAttention):
         self.window = window
         self.gap = window or (0 if see_self else 1)
 
-    def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+    def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Metric]]:
         """Merge the rounds, the window, and what a subclass adds."""
         tensors = rows.query, rows.key, rows.value
         orderings = [self.ordering(rows, turn) for turn in range(self.rounds)]
@@ -62,6 +64,14 @@ class LabelledAttention(SoftmaxAttention):
         parts += self.further_parts(rows)
         output = parts[0][0] if len(parts) == 1 else merge(parts)[0]
         return output, self.occupancy(rows, orderings) if self.training else {}
+
+    def attend_after(self, rows: Rows, slices: Slices) -> tuple[Tensor, dict[str, Metric]]:
+        """As the base; the last slice sees the labels of whole rows."""
+        mixed, metrics = super().attend_after(rows, slices)
+        largest = metrics.get("largest_label")
+        if isinstance(largest, Measure):
+            metrics["largest_label"] = largest.in_last_slice(slices)
+        return mixed, metrics
 
     def further_parts(self, rows: Rows) -> list[Part]:
         """Attention to more keys, none of which the labels and the window let a query see already."""
@@ -81,18 +91,14 @@ class LabelledAttention(SoftmaxAttention):
         )
 
     @torch.no_grad()
-    def occupancy(self, rows: Rows, orderings: list[Ordering]) -> dict[str, Tensor]:
+    def occupancy(self, rows: Rows, orderings: list[Ordering]) -> dict[str, Metric]:
         """`largest_label`: the largest share of a row's keys with one label, times the number of labels, so 1 is even.
 
         `empty_rows`: the share of queries whose label no key in reach carries, in any round.
         """
         assert rows.key_labels is not None
-        counts = torch.nn.functional.one_hot(rows.key_labels.long(), self.num_labels).float().mean(1)
-        metrics = {"largest_label": counts.amax(-1).mean() * self.num_labels}
-        empty = [(order.lo >= order.hi).float().mean() for order in orderings if order.hi is not None]
-        if empty:
-            metrics["empty_rows"] = torch.stack(empty).mean()
-        return metrics
+        shares = torch.nn.functional.one_hot(rows.key_labels.long(), self.num_labels).float().mean(1)
+        return {"largest_label": Mean.of(shares.amax(-1) * self.num_labels), "empty_rows": empty_rows(orderings)}
 
     def state_bytes(self, length: int) -> int:
         """Bytes of keys, values and labels (int32) that one row holds after `length` tokens."""
@@ -111,6 +117,12 @@ class LabelledAttention(SoftmaxAttention):
         """Query-key pairs that labels decide about, in one row of `length` tokens."""
         reach = max(0, length - self.gap)
         return reach * (reach + 1) // 2
+
+
+def empty_rows(orderings: list[Ordering]) -> Measure:
+    """The share of queries that see no key of their label; where `hi` is a query's own place, it sees itself."""
+    empty = [order.lo < 0 if order.hi is None else order.lo >= order.hi for order in orderings]
+    return Mean.of(torch.stack(empty))
 
 
 class AngularHash(nn.Module):

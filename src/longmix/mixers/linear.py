@@ -151,7 +151,7 @@ class LinearMixer(RecurrentMixer):
         read, carried = self.run_engine(run, recurrence, state, ids, batch)
         gated = self.activate(self.output_gate(x)) * self.head_norm(self.recall(read, query)).flatten(2)
         after = self.next_state(carried, recent, x, state, ids)
-        return MixerOutput(self.output(gated), after, metrics=self.state_metrics(carried))
+        return MixerOutput(self.output(gated), after, metrics=self.state_metrics(carried, state))
 
     def zeros(self, batch: int) -> LinearState:
         """See `RecurrentMixer.zeros`."""

@@ -49,6 +49,8 @@ class DecayRecurrence:
         kept = decayed[:, -1].exp().expand(*added.shape[:3]).unsqueeze(-1)
         entering = _entering(slices, added, kept)
         reads = self.scale * self.query * decayed.exp()
+        memory = _memory(final) + _passed(slices, slices.rank, entering, kept)
+        final = memory if isinstance(final, Tensor) else final._replace(memory=memory)
         return _corrected(output, reads, entering, slices, ids), final
 
 
@@ -64,6 +66,7 @@ class DeltaRecurrence:
         output, reads = outputs.split([value_dim, key_dim], -1)
         final, kept = finals.split([value_dim, key_dim], -1)
         entering = _entering(slices, final - fresh, kept)
+        final = final + _passed(slices, slices.rank, entering, kept)
         return _corrected(output, reads, entering, slices, ids), final
 
 
@@ -148,11 +151,16 @@ def _entering(slices: Slices, added: Tensor, kept: Tensor) -> Tensor:
     entering = before[:, :0, ..., : columns[0]].sum(1)  # zeros; every process has an exchange's result in its graph
     for index in range(slices.rank):
         added, kept = before[:, index].split(columns, -1)
-        passed = kept @ entering if columns[1] > 1 else kept * entering
-        if slices.filled is not None:
-            passed = torch.where(slices.filled[:, index, None, None, None], passed, 0.0)
-        entering = added + passed
+        entering = added + _passed(slices, index, entering, kept)
     return entering
+
+
+def _passed(slices: Slices, index: int, entering: Tensor, kept: Tensor) -> Tensor:
+    """What a slice leaves of E [B, H, K, V] before it: M E, or nothing if another document begins in it."""
+    passed = kept @ entering if kept.shape[-1] > 1 else kept * entering
+    if slices.filled is None:
+        return passed
+    return torch.where(slices.filled[:, index, None, None, None], passed, 0.0)
 
 
 def _corrected(output: Tensor, reads: Tensor, entering: Tensor, slices: Slices, ids: Tensor | None) -> Tensor:

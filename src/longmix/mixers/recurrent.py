@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from longmix.mixers.base import Mixer
+from longmix.mixers.measures import Metric, RootMeanSquare
 from longmix.mixers.rotary import token_positions
 from longmix.mixers.tuned import TunedState
 from longmix.parallel.slices import Slices
@@ -21,7 +22,7 @@ class Recurrence(Protocol):
     """What a mixer's engine does to its state, for a slice of the sequence that other slices come before."""
 
     def over_slice(self, run: Run, fresh: Any, slices: Slices, ids: Tensor | None) -> tuple[Tensor, Any]:
-        """Output of this process's slice, and the state that it leaves after itself or after all that is before it.
+        """Output of this process's slice, and the state after it and all that is before it.
 
         Args:
             run: the engine.
@@ -166,11 +167,16 @@ class RecurrentMixer(Mixer):
         positions = token_positions(ids, state.last_id, state.next_position, length, ids.device)
         return RecurrentState(carried, *recent.followed_by(x), ids[:, -1], positions[:, -1].expand(batch) + 1)
 
-    def state_metrics(self, carried: Any) -> dict[str, Tensor]:
-        """Root mean square of each head's state: where transitions are no contractions, it may grow."""
+    def state_metrics(self, carried: Any, state: Any) -> dict[str, Metric]:
+        """Root mean square of each head's state at the end of the rows: it may grow if transitions do not contract.
+
+        Args:
+            carried: the engine's final state.
+            state: what the call went on from.
+        """
         memory = _named_parts(carried)["memory"].detach()
-        sizes = memory.square().mean((0, 2, 3)).sqrt()
-        return {f"state_rms_head_{head}": size for head, size in enumerate(sizes.unbind())}
+        sizes = [RootMeanSquare.of(head).in_last_slice(state) for head in memory.unbind(1)]
+        return {f"state_rms_head_{head}": size for head, size in enumerate(sizes)}
 
     def init_state(self, batch: int) -> RecurrentState:
         """See `Mixer.init_state`."""

@@ -21,6 +21,8 @@ from longmix.errors import ConfigError
 from longmix.mixers import routing_modes as modes
 from longmix.mixers.base import MixerOutput, ModelShape
 from longmix.mixers.centroids import ScoreThreshold, SphericalKMeans, unit, usage
+from longmix.mixers.labelled import empty_rows
+from longmix.mixers.measures import Metric
 from longmix.mixers.rotary import rotary_angles, rotate, token_positions
 from longmix.mixers.routing_cache import Rings, RoutingState, with_rings
 from longmix.mixers.softmax import HeadOptions, Rows, Selection, SoftmaxAttention
@@ -185,14 +187,16 @@ class Routing(SoftmaxAttention):
             self.kmeans.observe(vectors, labels)
         if self.commitment:
             selection.losses["commitment"] = self.commitment * error
-        selection.metrics = usage(sides[-1][1], self.clusters)
+        selection.metrics |= usage(sides[-1][1], self.clusters)
         selection.metrics |= {"quantisation_error": error.detach(), "dead_clusters": self.kmeans.dead()}
 
-    def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+    def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Metric]]:
         """Local heads by window, routed heads by the mode."""
         local, routed = self._divided(rows)
         mixed, orderings = self._route(routed)
-        metrics = self._empty_rows(orderings) if self.training else {}
+        metrics: dict[str, Metric] = {}
+        if self.training and orderings:
+            metrics["empty_rows"] = empty_rows(orderings)
         return torch.cat((*self._windowed(local), mixed), 2), metrics
 
     def _divided(self, rows: Rows) -> tuple[Rows, Rows]:
@@ -223,13 +227,6 @@ class Routing(SoftmaxAttention):
 
     def _copies(self) -> int:
         return self.clusters_per_key if self.mode == "threshold" else 1
-
-    @staticmethod
-    @torch.no_grad()
-    def _empty_rows(orderings: list[Ordering]) -> dict[str, Tensor]:
-        """Share of queries that find no key in the cluster."""
-        empty = [(order.lo >= order.hi).float().mean() for order in orderings if order.hi is not None]
-        return {"empty_rows": torch.stack(empty).mean()} if empty else {}
 
     def forward(self, x: Tensor, *, state: Any = None, document_ids: Tensor | None = None) -> MixerOutput:
         """See `Mixer.forward`; without gradients a state with rings is used up."""

@@ -193,7 +193,7 @@ class RWKV7(RecurrentMixer):
         normed = self.head_norm(self.recall(found, query))
         gated = (normed + bonus.to(found.dtype)).flatten(2) * self.gate(of_gate)
         after = self.next_state(carried, recent, x, state, ids)
-        return MixerOutput(self.output(gated), after, metrics=self.state_metrics(carried), first_value=given)
+        return MixerOutput(self.output(gated), after, metrics=self.state_metrics(carried, state), first_value=given)
 
     def log_decay(self, x: Tensor) -> Tensor:
         """log w of x [B, T, D], in float32 or better."""

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from longmix.errors import ConfigError
 from longmix.mixers.base import MixerOutput, ModelShape
 from longmix.mixers.features import FeatureMap, check_kind, enough_features, predicted_error
+from longmix.mixers.measures import Mean, MeanProduct, Metric
 from longmix.mixers.rotary import rotary_angles, rotate, token_positions
 from longmix.mixers.scatterbrain_cache import Keys, Queries, ScatterbrainState, recent_limit, state_after
 from longmix.mixers.scatterbrain_slices import after_earlier_slices, after_sums
@@ -193,7 +194,7 @@ class Scatterbrain(SoftmaxAttention):
 
     def _merged(
         self, queries: Queries, keys: Keys, before: Any, goes_on: Tensor | None, result: ScatterResult
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, dict[str, Metric]]:
         """Output of all parts in one softmax, and metrics; queries where `goes_on` [B, T] see those `before`."""
         parts = [(result.output, result.logsumexp), *self._further_parts(queries, keys, before, goes_on)]
         mixed, logsumexp = parts[0] if len(parts) == 1 else merge(parts)
@@ -224,10 +225,12 @@ class Scatterbrain(SoftmaxAttention):
         return self.radius if self.one_softmax else self.head_dim**-0.5
 
     @torch.no_grad()
-    def _metrics(self, query: Tensor, keys: Keys, exact_share: Tensor) -> dict[str, Tensor]:
+    def _metrics(self, query: Tensor, keys: Keys, exact_share: Tensor) -> dict[str, Metric]:
         """Mass of the exact part, the largest score it could have, and the far side's predicted error."""
-        lengths = query.float().norm(dim=-1).mean() * keys.key.float().norm(dim=-1).mean()
-        metrics = {"exact_mass": exact_share.exp().mean(), "exact_radius": lengths * self._scale()}
+        own_key = keys.key[:, -query.shape[1] :]
+        lengths = [heads.float().norm(dim=-1) for heads in (query, own_key)]
+        radius = MeanProduct.of(lengths[0] * self._scale(), lengths[1])
+        metrics: dict[str, Metric] = {"exact_mass": Mean.of(exact_share.exp()), "exact_radius": radius}
         if self.features is not None and self.features.kind == "favor":
             error = predicted_error(self.radius, self.num_features)
             metrics["predicted_error"] = torch.tensor(error, device=query.device)

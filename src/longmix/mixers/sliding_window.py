@@ -6,6 +6,7 @@ from torch import Tensor
 
 from longmix.errors import ConfigError
 from longmix.mixers.base import ModelShape
+from longmix.mixers.measures import Metric
 from longmix.mixers.softmax import HeadOptions, Rows, SoftmaxAttention
 from longmix_kernels.attention import attention
 
@@ -32,7 +33,7 @@ class SlidingWindow(SoftmaxAttention):
             raise ConfigError(f"mixer.window={window} must be at least 1: a token sees itself.")
         self.window = window
 
-    def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+    def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Metric]]:
         """The engine, which skips every tile outside the window."""
         return attention(rows.query, rows.key, rows.value, window=self.window, document_ids=rows.document_ids), {}
 

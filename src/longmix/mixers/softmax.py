@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from longmix.errors import ConfigError
 from longmix.mixers.base import Mixer, MixerOutput, ModelShape, divided
+from longmix.mixers.measures import Metric
 from longmix.mixers.rotary import rotary_angles, rotate, token_positions
 from longmix.parallel.slices import Slices
 
@@ -66,7 +67,7 @@ class Selection:
     key_gate: Tensor | None = None
     means: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
-    metrics: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, Metric] = field(default_factory=dict)
 
 
 @dataclass
@@ -156,11 +157,11 @@ class SoftmaxAttention(Mixer):
             nn.init.normal_(projection.weight, std=self.d_model**-0.5)
         nn.init.normal_(self.output.weight, std=self.d_model**-0.5 / math.sqrt(2 * shape.num_layers))
 
-    def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+    def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Metric]]:
         """Mix the values: the output heads [B, Tq, Hq, head_dim], and metrics."""
         raise NotImplementedError
 
-    def attend_after(self, rows: Rows, slices: Slices) -> tuple[Tensor, dict[str, Tensor]]:
+    def attend_after(self, rows: Rows, slices: Slices) -> tuple[Tensor, dict[str, Metric]]:
         """The same for a slice, of which `rows` has nothing but its own keys."""
         return self.attend(after_earlier_slices(rows, slices, self.rows_of_earlier_slices()))
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from longmix.errors import ConfigError
 from longmix.mixers.base import ModelShape
 from longmix.mixers.labelled import AngularHash, LabelledAttention
+from longmix.mixers.measures import Mean, Metric
 from longmix.mixers.running import RunningMean
 from longmix.mixers.softmax import HeadOptions, Rows, Selection
 from longmix.recipe import Recipe, set_recipe
@@ -210,13 +211,13 @@ class DropAttention(LabelledAttention):
             torch.where(some, KEPT, dropped).int().unsqueeze(-1)
             for some, dropped in ((query_kept, DROPPED_QUERY), (key_kept, DROPPED_KEY))
         ]
-        metrics = {}
+        selection = Selection(labels[0], labels[1])
         if self.training:
             shares = {"dropped_queries": query_kept, "dropped_keys": key_kept}
-            metrics = {name: 1 - some.float().mean() for name, some in shares.items()}
-        return Selection(labels[0], labels[1], metrics=metrics)
+            selection.metrics |= {name: Mean.of(~some) for name, some in shares.items()}
+        return selection
 
-    def occupancy(self, rows: Rows, orderings: list[Ordering]) -> dict[str, Tensor]:
+    def occupancy(self, rows: Rows, orderings: list[Ordering]) -> dict[str, Metric]:
         """Nothing: the dropped shares say it all."""
         return {}
 

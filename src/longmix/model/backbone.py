@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longmix.errors import ConfigError
 from longmix.mixers.base import Mixer, ModelShape
+from longmix.mixers.measures import Metric
 from longmix.model.blocks import Block, BlockStyle, Standard
 from longmix.model.head import token_losses, token_losses_and_peaks
 from longmix.parallel.slices import Slices
@@ -39,7 +40,7 @@ class ModelOutput:
     token_losses: Tensor
     state: list[Any] | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
-    metrics: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, Metric] = field(default_factory=dict)
 
 
 class LanguageModel(nn.Module):

@@ -3,21 +3,29 @@
 Every case is planned, and then trained for two steps by the code that trains, with tokens drawn at random. Measured is
 the most that was held at once from building the model on: on a CUDA device what torch had allocated, on a CPU the sum
 of all its allocations and releases, which the profiler notes. What a CUDA context takes counts for neither.
+
+A run of several processes is checked on a CPU, where each is measured, and the largest counts. What gloo's own threads
+take for a message is not seen.
 """
 
 import argparse
 import dataclasses
 import gc
+import os
+import socket
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed import _functional_collectives as functional_collectives
 
 from longmix.config import build
-from longmix.errors import LongmixError
+from longmix.errors import ConfigError, LongmixError
 from longmix.planning.memory import GIB
 from longmix.planning.plan import Planner
 from longmix.planning.request import Request, read
@@ -34,9 +42,25 @@ VARIANTS = (
 )
 """What is checked with one mixer; all mixers are checked with everything else at its default."""
 
+TWO = ("trainer.devices=2", "trainer.accelerator=cpu")
+DIVIDED = (
+    ("mixer=flash", "trainer=ddp", *TWO),
+    ("mixer=flash", "trainer=fsdp", *TWO),
+    ("mixer=flash", "trainer=context_parallel", *TWO),
+    ("mixer=mlstm_tfla", "trainer=fsdp", "trainer.context_parallel=2", *TWO),
+)
+"""What is checked with two processes, where the CPU is what is checked."""
 
 LOST_SHARE = 0.01
 """Of the peak, how much may be left at the end: small things that are kept for the next call."""
+
+
+EXCHANGES = {
+    dist: ("all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce"),
+    functional_collectives: ("wait_tensor",),
+}
+PAUSE = 0.02
+"""Seconds after each of them."""
 
 
 @dataclass(frozen=True)
@@ -54,15 +78,22 @@ class Outcome:
 
 
 def check(words: Sequence[str]) -> Outcome:
-    """Plan a run of one process on this machine, train two steps of it, and compare.
+    """Plan a run on this machine, train two steps of it, and compare.
 
     Args:
         words: as of a plan; the device is the CUDA device that there is, else the CPU.
+
+    Raises:
+        ConfigError: several processes, and not on a CPU.
     """
-    on_gpu = torch.cuda.is_available()
+    on_gpu = torch.cuda.is_available() and "trainer.accelerator=cpu" not in words
     request = read([*words, *(() if on_gpu else ("gpu=cpu",))])
     predicted = Planner(request).plan().memory.total
-    return Outcome(tuple(words), predicted, _on_gpu(request) if on_gpu else _on_cpu(request))
+    if on_gpu and request.gpus > 1:
+        raise ConfigError("several processes are checked on a CPU alone; add trainer.accelerator=cpu.")
+    if on_gpu:
+        return Outcome(tuple(words), predicted, _on_gpu(request))
+    return Outcome(tuple(words), predicted, _on_cpu(request) if request.gpus == 1 else _in_processes(request))
 
 
 def _on_gpu(request: Request) -> int:
@@ -90,6 +121,42 @@ def _on_cpu(request: Request) -> int:
     return peak
 
 
+def _in_processes(request: Request) -> int:
+    """The most that any of several processes held, on this machine's CPU."""
+    from torch import multiprocessing
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    peaks = multiprocessing.get_context("spawn").SimpleQueue()
+    multiprocessing.spawn(_of_one, (request, port, peaks), request.gpus)
+    return max(peaks.get() for _ in range(request.gpus))
+
+
+def _of_one(rank: int, request: Request, port: int, peaks: Any) -> None:
+    """Measure one process, which Lightning takes for one that torchrun started."""
+    size = request.gpus
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "GROUP_RANK": 0}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "check"}
+    os.environ |= {name: str(value) for name, value in (places | meeting).items()}
+    torch.set_num_threads(1)
+    for module, names in EXCHANGES.items():
+        for name in names:
+            setattr(module, name, _then_pause(getattr(module, name)))
+    peaks.put(_on_cpu(request))
+
+
+def _then_pause(exchange: Callable[..., Any]) -> Callable[..., Any]:
+    """Let gloo's threads drop what was exchanged first: the profiler sees only what this thread frees."""
+
+    def paused(*arguments: Any, **options: Any) -> Any:
+        result = exchange(*arguments, **options)
+        time.sleep(PAUSE)
+        return result
+
+    return paused
+
+
 def two_steps(request: Request) -> None:
     """Train for two steps on random tokens; the first one makes the optimizer's state."""
     from lightning.pytorch import Trainer
@@ -97,26 +164,38 @@ def two_steps(request: Request) -> None:
 
     from longmix.data.loaders import Batch
     from longmix.model.build import build_model
+    from longmix.training.hardware import TrainerSettings
     from longmix.training.module import TrainingModule
-    from longmix.training.run import quieten
+    from longmix.training.run import quieten, strategy_of
 
     quieten()
-    node, rows = request.node, request.rows(request.choice)
-    tokens = torch.randint(request.vocab_size, (rows, request.choice.seq_len))
+    node, choice, rows = request.node, request.choice, request.rows(request.choice)
+    settings = TrainerSettings(
+        accelerator="cpu" if request.accelerator is None else "gpu",
+        devices=request.gpus,
+        strategy=choice.strategy,
+        context_parallel=choice.context_parallel,
+        precision=request.precision,
+    )
+    torch.manual_seed(0)  # processes that share rows have the same ones
+    tokens = torch.randint(request.vocab_size, (rows, choice.seq_len))
     batch = Batch(tokens=tokens, targets=tokens, document_ids=torch.zeros_like(tokens, dtype=torch.int32))
     module = TrainingModule(
         build_model(node, request.vocab_size),
         lambda parameters: build(node["optimizer"], "optimizer", parameters=parameters),
         build(node["schedule"], "schedule"),
         total_steps=2,
-        micro_batch_size=request.choice.micro_batch_size,
+        micro_batch_size=choice.micro_batch_size,
         gradient_clip=node["loop"]["gradient_clip"],
         skip_nonfinite=False,
+        slices=settings.slices,
     )
     trainer = Trainer(
-        accelerator="cpu" if request.accelerator is None else "gpu",
-        devices=1,
-        precision=request.precision,
+        accelerator="gpu" if settings.on_gpu else "cpu",
+        devices=settings.devices_here,
+        strategy=strategy_of(settings),
+        precision=settings.precision_in_use,
+        use_distributed_sampler=False,
         max_steps=-1,
         max_epochs=1,
         logger=False,
@@ -145,7 +224,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = [(f"mixer={name}",) for name in options.mixers or mixers()]
     outcomes = []
     try:
-        for case in [*cases, *(() if options.mixers else VARIANTS)]:
+        divided = () if torch.cuda.is_available() else DIVIDED
+        for case in [*cases, *(() if options.mixers else (*VARIANTS, *divided))]:
             outcomes.append(check([*sizes, *options.words, *case]))
             print(_line(outcomes[-1], case), flush=True)
         if options.output is not None:

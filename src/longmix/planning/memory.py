@@ -5,14 +5,12 @@ optimizer. What is held then is added up from the parts that were rehearsed, and
 
 Assumed, not found by rehearsing: what a CUDA context and NCCL take; the buffers of DDP (a second copy of the gradients)
 and of FSDP (the ends and two blocks gathered, one more block while it is unpacked, and one block's gradients on their
-way); of a divided window, the keys and values of all of it, or the states of its slices. Left out: what a kernel takes
-and gives back within one call.
+way). Left out: what a kernel takes and gives back within one call.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from longmix.mixers.base import Mixer
 from longmix.model.backbone import LanguageModel
 from longmix.planning.optimizer import OptimizerNeeds
 from longmix.planning.rehearsal import Part, Rehearsal, Setting
@@ -100,8 +98,8 @@ def memory_needed(
         "weights": parameters * size // shards,
         "weights in bf16": sum(part.copies for part in parts),
         "optimizer": optimizer.state // shards,
-        "data": setting.rows * division.micro_batches * setting.length * (8 + 8 + 4),
-        "communication": communication_buffers(model, rehearsal, setting, division),
+        "data": setting.rows * division.micro_batches * setting.length * division.context_parallel * (8 + 8 + 4),
+        "communication": communication_buffers(rehearsal, setting, division),
     }
     everything = sum(_lasting(part, setting, division) for part in parts)
     step = Moment("optimizer", everything, 0, optimizer.working)
@@ -165,7 +163,7 @@ def _lasting_of(parameters: int, part: Part, setting: Setting, division: Divisio
     return parameters * size // division.processes
 
 
-def communication_buffers(model: LanguageModel, rehearsal: Rehearsal, setting: Setting, division: Division) -> int:
+def communication_buffers(rehearsal: Rehearsal, setting: Setting, division: Division) -> int:
     """Bytes of what is gathered, exchanged or kept for that."""
     found = 0
     largest = max(part.parameters for part in rehearsal.layers)
@@ -175,19 +173,4 @@ def communication_buffers(model: LanguageModel, rehearsal: Rehearsal, setting: S
         found += size * (rehearsal.ends.parameters + 3 * largest) + reduced * largest
     elif division.processes > 1:
         found += sum(part.gradients for part in (rehearsal.ends, *rehearsal.layers))
-    if division.context_parallel > 1:
-        shares = [shared_bytes(mixer, setting, division) for mixer in model.mixers()]
-        found += max(shares) if setting.checkpointed else sum(shares)
     return found
-
-
-def shared_bytes(mixer: Mixer, setting: Setting, division: Division) -> int:
-    """Bytes that a layer gets from the other slices of its windows: what generation would remember of them.
-
-    Keys and values of all other slices; of a state that does not grow, every slice's, and how it changes one.
-    """
-    slices = division.context_parallel
-    whole, own = mixer.state_bytes(slices * setting.length), mixer.state_bytes(setting.length)
-    low = 1 if setting.precision == "32-true" else 2
-    grows = whole > own
-    return setting.rows * ((whole - own) // low if grows else 2 * (slices - 1) * own)

@@ -79,6 +79,7 @@ class Planner:
             accumulates=division.micro_batches > 1 and choice.strategy != "fsdp",
             checkpointed=choice.checkpointed,
             device=self.device,
+            slices=choice.context_parallel,
         )
         rehearsal = self._rehearsal(setting)
         memory = memory_needed(self.model, rehearsal, self.optimizer(), setting, division, request.memory_bytes)

@@ -7,6 +7,7 @@ from a GPU's in operators that our code does in float32 by itself.
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from longmix.model.backbone import LanguageModel
 from longmix.model.blocks import Block
 from longmix.planning.ledger import Ledger, bytes_of, empty_like
-from longmix.planning.stand_ins import gpu_functions
+from longmix.planning.stand_ins import LastSlice, gpu_functions
 from longmix_kernels.runtime import assumed_device
 
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
@@ -36,6 +37,7 @@ class Setting:
         accumulates: gradients of an earlier micro-batch are there already.
         checkpointed: blocks keep their input and compute the rest again.
         device: "cuda" or "cpu", which decides between implementations of the engines.
+        slices: processes that share each window; this one has the last slice.
     """
 
     rows: int
@@ -45,6 +47,7 @@ class Setting:
     accumulates: bool
     checkpointed: bool
     device: Literal["cuda", "cpu"]
+    slices: int = 1
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -66,6 +69,7 @@ class Part:
         copies: its weights in lower precision, which autocast keeps through the step.
         parameters: number of its weights.
         moved: bytes that operators other than products of matrices read and write, in both passes.
+        received: bytes that a forward pass gets from other slices of the same windows.
     """
 
     output: int
@@ -76,6 +80,7 @@ class Part:
     copies: int
     parameters: int
     moved: int
+    received: int = 0
 
 
 @dataclass(frozen=True)
@@ -142,26 +147,29 @@ class _Stage:
         self.ids = torch.empty(self.shape[:2], dtype=torch.int32)
         self.first_value: Tensor | None = None
         self.first_sizes: tuple[torch.Size, torch.dtype] | None = None
+        self.received = 0
+        self.slices = LastSlice(setting.slices, setting.length) if setting.slices > 1 else None
 
     def block(self, block: Block) -> Part:
         """Run one block."""
         _materialise(block, self.setting)
         x = torch.empty(self.shape, dtype=self.dtype, requires_grad=True)
         given = self.first_value
-        inputs = x, None, self.ids, given
+        inputs = (x, None, self.ids, given) if self.slices is None else (x, block.slice_state(self.slices), None, given)
 
         def call() -> tuple[Tensor, list[Tensor], Any]:
             again = self.setting.checkpointed
             result = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
             if result.first_value is not None:
                 self.first_sizes = result.first_value.shape, result.first_value.dtype
+            self.received = 0 if self.slices is None else self.slices.taken()
             return result.y, list(result.losses.values()), result.first_value
 
         part = _measured(call, block, [x, self.ids, *([] if given is None else [given])], self.setting)
         if given is None and self.first_sizes is not None:
             shape, dtype = self.first_sizes
             self.first_value = torch.empty(shape, dtype=dtype, requires_grad=True)
-        return part
+        return dataclasses.replace(part, received=self.received)
 
 
 def _ends(model: LanguageModel, setting: Setting) -> Ends:

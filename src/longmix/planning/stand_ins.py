@@ -1,4 +1,4 @@
-"""What a GPU does otherwise than a CPU with the same line of code, for models that are rehearsed without one."""
+"""What a GPU does otherwise than a CPU with the same line of code, and what other processes send, for rehearsals."""
 
 import contextlib
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longmix.parallel.slices import Slices
 from longmix_kernels.launching import replaced
 
 
@@ -36,3 +37,44 @@ class _FusedRMSNorm(torch.autograd.Function):
         """Empty gradients."""
         x, weight, _ = ctx.saved_tensors
         return torch.empty_like(x), None if weight is None else torch.empty_like(weight)
+
+
+class LastSlice(Slices):
+    """The last of `size` slices of `length` tokens, which gets the most from others; their processes do not exist.
+
+    Rows are one document, and exact attention does not share its work.
+    """
+
+    def __init__(self, size: int, length: int) -> None:
+        self.group, self.rank, self.size, self.length = None, size - 1, size, length
+        self.balanced = False
+        self.whole_ids = self.ids = self.last_id = self.filled = None
+        self.next_position = torch.tensor([self.start])
+        self._received = 0
+
+    def taken(self) -> int:
+        """Bytes of all rows that were given since the last time."""
+        received, self._received = self._received, 0
+        return received
+
+    def before(self, x: Tensor, limit: int | None = None) -> Tensor:
+        """Empty rows, as many as other slices would give."""
+        there = self.rank * x.shape[1]
+        rows: Tensor = _Received.apply(x, there if limit is None else min(limit, there))
+        self._received += rows.nbytes
+        return rows
+
+    def mean(self, x: Tensor) -> Tensor:
+        """As if all slices were alike."""
+        return x
+
+
+class _Received(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, count: int) -> Tensor:
+        ctx.shape = x.shape
+        return x.new_empty(x.shape[0], count, *x.shape[2:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.new_empty(ctx.shape), None

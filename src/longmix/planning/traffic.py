@@ -6,7 +6,7 @@ from typing import cast
 from longmix.model.backbone import LanguageModel
 from longmix.model.blocks import Block
 from longmix.model.head import SLICE_ELEMENTS
-from longmix.planning.memory import Division, shared_bytes
+from longmix.planning.memory import Division
 from longmix.planning.optimizer import OptimizerNeeds
 from longmix.planning.rehearsal import Rehearsal, Setting
 from longmix.training.accelerators import Accelerator
@@ -65,8 +65,7 @@ def traffic_of(model: LanguageModel, rehearsal: Rehearsal, setting: Setting, div
         gradients *= 2
     if division.context_parallel > 1:
         passes = 3 if setting.checkpointed else 2
-        context = sum(shared_bytes(mixer, setting, division) for mixer in model.mixers())
-        context *= passes * division.micro_batches
+        context = sum(part.received for part in rehearsal.layers) * passes * division.micro_batches
     return Traffic(gradients, weights, context)
 
 

@@ -44,11 +44,13 @@ class Evaluations:
         recall: shares of targets met by `task=accuracy`, under the name of its data; and by `task=needle`, under
             "needle", beside what the needle adds to the value's log probability, in nats, under `NEEDLE_GAIN`.
         needle: the latter two by depth; None where `task=needle` has not run.
+        state_bytes: what the model remembered of a row then, by the name of the data, where `task=accuracy` said so.
     """
 
     causal: bool | None = None
     recall: Recall = field(default_factory=dict)
     needle: NeedleMap | None = None
+    state_bytes: Recall = field(default_factory=dict)
 
 
 def read_evaluations(run: Path) -> Evaluations:
@@ -57,17 +59,20 @@ def read_evaluations(run: Path) -> Evaluations:
     Raises:
         DataError: a result is damaged.
     """
-    causal, recall, needle = None, Recall(), None
+    causal, recall, needle, state_bytes = None, Recall(), None, Recall()
     for name, report in _oldest_first(run / "evaluation"):
         if name.startswith("causality_"):
             causal = bool(report["causal"])
         elif name.startswith("accuracy_"):
-            recall[report["data"]] = {int(length): row["accuracy"] for length, row in report["lengths"].items()}
+            rows = {int(length): row for length, row in report["lengths"].items()}
+            recall[report["data"]] = {length: row["accuracy"] for length, row in rows.items()}
+            known = {length: row["state_bytes"] for length, row in rows.items() if "state_bytes" in row}
+            state_bytes[report["data"]] = known
         elif name.startswith("needle_"):
             needle = _needle_map(report)
             recall["needle"] = _over_depths(needle.lengths, needle.accuracy)
             recall[NEEDLE_GAIN] = _over_depths(needle.lengths, needle.gain)
-    return Evaluations(causal, recall, needle)
+    return Evaluations(causal, recall, needle, state_bytes)
 
 
 def _oldest_first(folder: Path) -> list[tuple[str, dict[str, Any]]]:

@@ -88,7 +88,7 @@ def names_of(runs: list[Run]) -> dict[Path, str]:
 
 def panels_of(runs: list[Run]) -> list[Panel]:
     """Every panel that the runs have data for, in the page's order."""
-    panels = [*_trade_offs(runs), *_curves(runs), *_positions(runs), *_costs(runs), *_recall(runs)]
+    panels = [*_trade_offs(runs), *_curves(runs), *_positions(runs), *_costs(runs), *_recall(runs), *_capacity(runs)]
     return [panel for panel in panels if panel.series]
 
 
@@ -231,4 +231,34 @@ def _recall(runs: list[Run]) -> list[Panel]:
         )
         for measure in measures_of(runs)
         for length, group in lengths.items()
+    ]
+
+
+def _capacity(runs: list[Run]) -> list[Panel]:
+    """What is recalled at the trained length against what is remembered there: a line for each mixer."""
+
+    def lines(measure: str, group: list[Run]) -> list[Series]:
+        points: dict[str, list[tuple[float, float]]] = {}
+        for run in group:
+            remembered = run.evaluations.state_bytes.get(measure, {}).get(run.summary["seq_len"])
+            if remembered:
+                recalled = run.evaluations.recall[measure][run.summary["seq_len"]]
+                points.setdefault(run.summary["mixer"], []).append((float(remembered), recalled))
+        ordered = {mixer: zip(*sorted(found), strict=True) for mixer, found in sorted(points.items())}
+        return [Series(mixer, mixer, list(x), list(y)) for mixer, (x, y) in ordered.items()]
+
+    return [
+        Panel(
+            f"capacity_{measure.replace(' ', '_')}_{length}",
+            "Recall",
+            f"{measure} at {length:,} tokens, by what a row's state takes",
+            "bytes of state",
+            "share of targets met",
+            lines(measure, group),
+            log_x=True,
+            from_zero=True,
+        )
+        for measure in measures_of(runs)
+        for length, group in by_length(runs).items()
+        if len(group) > 1
     ]

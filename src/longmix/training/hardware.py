@@ -1,7 +1,6 @@
 """What the machine can do: peak arithmetic, memory in use, and the trainer settings that fit it."""
 
 import contextlib
-import os
 import resource
 import sys
 from dataclasses import dataclass
@@ -12,11 +11,7 @@ import torch
 
 from longmix.errors import ConfigError
 from longmix.training.accelerators import by_driver_name
-
-
-def process_rank() -> int:
-    """This process's rank over all machines, known before any process group exists: launchers set it."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0"))))
+from longmix.training.place import own_place
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
@@ -53,8 +48,9 @@ class TrainerSettings:
 
     Attributes:
         accelerator: "auto" takes a CUDA device if there is one.
-        devices: how many devices on this machine; None takes one.
-        num_nodes: how many machines.
+        devices: how many devices on this machine; None takes as many as torchrun or srun started processes for, else
+            one, or every GPU for a strategy of several processes.
+        num_nodes: how many machines; torchrun and srun say it themselves.
         strategy: "single", "ddp" or "fsdp".
         context_parallel: how many of the processes share each row, a slice for each (`longmix.parallel.slices`); None
             for all of them.
@@ -62,9 +58,10 @@ class TrainerSettings:
         compile: torch.compile each block.
         micro_batch_size: windows of one forward and backward pass; None takes a process's whole share of `batch_size`.
         num_threads: CPU threads; None leaves torch's choice.
+        timeout: seconds that a process waits for another before the run ends.
 
     Raises:
-        ConfigError: no GPU though one is asked for, or a count below 1.
+        ConfigError: no GPU though one is asked for, a count below 1, or not as many processes as were started.
     """
 
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
@@ -76,12 +73,16 @@ class TrainerSettings:
     compile: bool = False
     micro_batch_size: int | None = None
     num_threads: int | None = None
+    timeout: float = 600.0
 
     def __post_init__(self) -> None:
         for key in ("devices", "num_nodes", "context_parallel", "micro_batch_size", "num_threads"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(f"trainer.{key}={value} must be at least 1.")
+        if self.timeout <= 0:
+            raise ConfigError(f"trainer.timeout={self.timeout:g} must be seconds above 0.")
+        self._check_place()
         if self.accelerator == "gpu" and not torch.cuda.is_available():
             raise ConfigError(
                 "trainer.accelerator=gpu, but torch sees no CUDA device; use trainer=cpu or trainer=auto."
@@ -99,6 +100,21 @@ class TrainerSettings:
         if self.on_gpu and self.devices is not None and self.devices > torch.cuda.device_count():
             raise ConfigError(
                 f"trainer.devices={self.devices}, but torch sees {torch.cuda.device_count()} CUDA devices."
+            )
+
+    def _check_place(self) -> None:
+        place = own_place()
+        if place is None:
+            return
+        if self.strategy == "single" and place.world_size > 1:
+            raise ConfigError(
+                f"{place.world_size} processes were started, and trainer.strategy=single runs one; use trainer=ddp, "
+                "trainer=fsdp or trainer=context_parallel."
+            )
+        if self.devices is not None and place.world_size != self.world_size:
+            raise ConfigError(
+                f"{place.world_size} processes were started, but trainer.devices={self.devices} and "
+                f"trainer.num_nodes={self.num_nodes} ask for {self.world_size}; leave them out, or start as many."
             )
 
     def check_batch(self, batch_size: int) -> None:
@@ -128,11 +144,17 @@ class TrainerSettings:
         """Processes on this machine."""
         if self.devices is not None:
             return self.devices
+        place = own_place()
+        if place is not None:
+            return place.local_world_size
         return max(1, torch.cuda.device_count()) if self.on_gpu and self.strategy != "single" else 1
 
     @property
     def world_size(self) -> int:
         """Processes on all machines."""
+        place = own_place()
+        if self.devices is None and place is not None:
+            return place.world_size
         return self.devices_here * self.num_nodes
 
     @property

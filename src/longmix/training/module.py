@@ -16,8 +16,11 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from longmix.checkpoints import Checkpoint
+from longmix.checkpoints.processes import Processes
 from longmix.data.loaders import Batch
 from longmix.errors import NonFiniteError
+from longmix.mixers.measures import Measure, accumulate
 from longmix.mixers.running import finish_step
 from longmix.model.backbone import LanguageModel, ModelOutput
 from longmix.model.head import IGNORE_INDEX
@@ -25,6 +28,7 @@ from longmix.recipe import recipe_of, set_recipe
 from longmix.training import parallel
 from longmix.training.diagnosis import first_nonfinite
 from longmix.training.optimizers import PEAK
+from longmix.training.saved_state import named_state, restore_state
 
 OptimizerBuilder = Callable[[dict[str, torch.nn.Parameter]], list[torch.optim.Optimizer]]
 
@@ -37,16 +41,16 @@ class StepRecord:
         loss: mean loss per valid token of the global batch, in nats.
         gradient_norm: norm of the whole gradient before clipping.
         token_losses, batch: of this process, for the loss by position.
-        metrics: the mixers' metrics, averaged over micro-batches.
-        losses: auxiliary losses by name.
+        metrics: what the mixers measured in this process, all micro-batches together.
+        losses: auxiliary losses by name, likewise; a step's is the mean over micro-batches and processes.
     """
 
     loss: Tensor
     gradient_norm: Tensor
     token_losses: Tensor
     batch: Batch
-    metrics: dict[str, Tensor] = field(default_factory=dict)
-    losses: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, Measure] = field(default_factory=dict)
+    losses: dict[str, Measure] = field(default_factory=dict)
 
 
 class TrainingModule(LightningModule):
@@ -61,6 +65,8 @@ class TrainingModule(LightningModule):
         gradient_clip: largest norm of the gradient; None never clips.
         skip_nonfinite: leave a step with a non-finite loss or gradient out and count it, instead of stopping.
         slices: how many processes, of neighbouring ranks, share each row of their batch.
+        timeout: seconds that they wait for each other.
+        processes: all that train.
     """
 
     def __init__(
@@ -74,6 +80,8 @@ class TrainingModule(LightningModule):
         gradient_clip: float | None,
         skip_nonfinite: bool,
         slices: int = 1,
+        timeout: float = 600.0,
+        processes: Processes | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -86,6 +94,8 @@ class TrainingModule(LightningModule):
         self.gradient_clip = gradient_clip
         self.skip_nonfinite = skip_nonfinite
         self.slices = slices
+        self.timeout = timeout
+        self.processes = processes or Processes()
         self.row_group: ProcessGroup | None = None
         self.steps_taken = 0
         self.steps_skipped = 0
@@ -94,7 +104,7 @@ class TrainingModule(LightningModule):
     def configure_model(self) -> None:
         """Lightning asks once the processes exist; only a strategy with a device mesh divides the model."""
         if self.slices > 1 and self.row_group is None:
-            self.row_group = parallel.row_group(self.slices)
+            self.row_group = parallel.row_group(self.slices, self.timeout)
         if self.device_mesh is not None and not parallel.is_sharded(self.model):
             parallel.shard(self.model, self.device_mesh["data_parallel"], self.trainer.precision)
 
@@ -129,7 +139,7 @@ class TrainingModule(LightningModule):
             self.steps_skipped += 1
         else:
             raise NonFiniteError(self._nonfinite_report(batch))
-        finish_step(self.model, taken, self._sum_over_processes)
+        finish_step(self.model, taken, self.sum_over_processes)
         for optimizer in self.trainer.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
@@ -143,30 +153,32 @@ class TrainingModule(LightningModule):
         micro_batches = split_batch(batch, self.micro_batch_size)
         valid = self._valid_tokens(batch)
         token_losses: list[Tensor] = []
-        sums: dict[str, dict[str, Tensor]] = {"metrics": {}, "losses": {}}
+        metrics: dict[str, Measure] = {}
+        auxiliary_losses: dict[str, Measure] = {}
         for index, micro_batch in enumerate(micro_batches):
             with self._gradient_sync(last=index == len(micro_batches) - 1):
-                output = self._run(micro_batch)
+                output = self.run(micro_batch)
                 losses = output.token_losses
                 loss = losses.sum() / valid
                 for auxiliary in output.losses.values():
                     loss = loss + auxiliary / len(micro_batches)
                 self.manual_backward(loss)
             token_losses.append(losses.detach())
-            for kind, values in (("metrics", output.metrics), ("losses", output.losses)):
-                for name, value in values.items():
-                    previous = sums[kind].get(name, 0.0)
-                    sums[kind][name] = previous + value.detach() / len(micro_batches)
+            accumulate(metrics, output.metrics)
+            accumulate(auxiliary_losses, output.losses)
         together = torch.cat(token_losses)
-        total = self._sum_over_processes(together.sum()) / self._world_size()
-        seen = batch if self.row_group is None else parallel.own_targets(batch, self.row_group)
-        return StepRecord(total / valid, together.new_zeros(()), together, seen, sums["metrics"], sums["losses"])
+        total = self.sum_over_processes(together.sum()) / self._world_size()
+        return StepRecord(total / valid, together.new_zeros(()), together, self.own(batch), metrics, auxiliary_losses)
 
-    def _run(self, batch: Batch) -> ModelOutput:
+    def run(self, batch: Batch) -> ModelOutput:
         """The model's output; of this process's slice if rows are shared, with token losses of 0 outside it."""
         if self.row_group is not None:
             return parallel.run_slice(self.model, batch, self.row_group)
         return self.model(batch["tokens"], batch["targets"], document_ids=batch["document_ids"])
+
+    def own(self, batch: Batch) -> Batch:
+        """The batch with the targets that this process alone counts."""
+        return batch if self.row_group is None else parallel.own_targets(batch, self.row_group)
 
     def _clip(self, record: StepRecord) -> None:
         gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
@@ -178,12 +190,13 @@ class TrainingModule(LightningModule):
     def _valid_tokens(self, batch: Batch) -> Tensor:
         """Valid targets of the global batch per process: gradients are averaged over processes afterwards."""
         count = batch["targets"].ne(IGNORE_INDEX).sum().float() / self.slices
-        return (self._sum_over_processes(count) / self._world_size()).clamp_min(1.0)
+        return (self.sum_over_processes(count) / self._world_size()).clamp_min(1.0)
 
     def _world_size(self) -> int:
         return self.trainer.world_size
 
-    def _sum_over_processes(self, value: Tensor) -> Tensor:
+    def sum_over_processes(self, value: Tensor) -> Tensor:
+        """The sum of what all processes give, which all of them must call."""
         return self.trainer.strategy.reduce(value, reduce_op="sum") if self._world_size() > 1 else value
 
     def _gradient_sync(self, last: bool) -> AbstractContextManager:
@@ -192,9 +205,13 @@ class TrainingModule(LightningModule):
         return nullcontext() if last or no_sync is None else no_sync()
 
     def _nonfinite_report(self, batch: Batch) -> str:
-        where = None
-        for micro_batch in split_batch(batch, self.micro_batch_size):
-            where = where or first_nonfinite(self.model, micro_batch, self.trainer.precision_plugin.forward_context)
+        where = first_nonfinite(
+            self.model,
+            split_batch(batch, self.micro_batch_size),
+            self.run,
+            self.processes,
+            precision=self.trainer.precision_plugin.forward_context,
+        )
         return (
             f"step {self.step + 1} gave a loss of {self.record.loss.item():.4g} and a gradient norm of "
             f"{self.record.gradient_norm.item():.4g}. First non-finite: {where or 'not reproduced by a second pass'}. "
@@ -203,16 +220,25 @@ class TrainingModule(LightningModule):
         )
 
     def capture(self) -> dict[str, Any]:
-        """Everything of this module that a checkpoint needs."""
+        """Everything of this module that a checkpoint needs; tensors are those of this process, and not copied."""
         return {
             "step": self.step,
             "steps_skipped": self.steps_skipped,
-            **parallel.gathered_state(self.model, self.trainer.optimizers),
+            **named_state(self.model, self.trainer.optimizers),
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continue from what `capture` gave; call once the optimizers exist."""
-        parallel.restore_state(self.model, self.trainer.optimizers, state)
+    def restore(self, state: dict[str, Any], saved: Checkpoint, processes: Processes) -> None:
+        """Continue from what `capture` gave; all processes must call it, once the optimizers exist.
+
+        Args:
+            state: the checkpoint without weights and optimizers' tensors.
+            saved: where these are.
+            processes: all that train.
+
+        Raises:
+            CheckpointError: see `restore_state`.
+        """
+        restore_state(self.model, self.trainer.optimizers, saved, state["optimizers"], processes)
         self.steps_skipped = state["steps_skipped"]
         self.steps_taken = state["step"] - state["steps_skipped"]
 

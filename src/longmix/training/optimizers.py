@@ -1,5 +1,6 @@
 """Builds torch's optimizers from the recipes that parameters carry (see `longmix.recipe`)."""
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from longmix.errors import ConfigError
 from longmix.recipe import Recipe, recipe_of
@@ -86,7 +88,8 @@ def muon(
 class Float32Muon(torch.optim.Muon):
     """torch's Muon with its Newton-Schulz iteration in float32, and matrices of one shape iterated together.
 
-    torch iterates in bfloat16, which a CPU without bfloat16 instructions emulates hundreds of times slower.
+    torch iterates in bfloat16, which a CPU without bfloat16 instructions emulates hundreds of times slower. Of matrices
+    whose rows are divided over processes, each process takes some whole ones.
     """
 
     @torch.no_grad()
@@ -103,7 +106,8 @@ class Float32Muon(torch.optim.Muon):
                     by_shape[weight.shape].append(weight)
             for weights in by_shape.values():
                 updates = torch.stack([self._momentum(weight, group) for weight in weights])
-                directions = orthogonalised(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                settings = {"coefficients": group["ns_coefficients"], "steps": group["ns_steps"], "eps": group["eps"]}
+                directions = each_whole(functools.partial(orthogonalised, **settings), updates)
                 rate = group["lr"] * 0.2 * math.sqrt(max(weights[0].shape))
                 for weight, direction in zip(weights, directions, strict=True):
                     weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=rate)
@@ -116,6 +120,23 @@ class Float32Muon(torch.optim.Muon):
             state["momentum_buffer"] = torch.zeros_like(weight)
         average = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
         return gradient.lerp(average, group["momentum"]) if group["nesterov"] else average
+
+
+def each_whole(function: Callable[[torch.Tensor], torch.Tensor], matrices: torch.Tensor) -> torch.Tensor:
+    """A function of each matrix of [N, rows, columns], which may be divided over processes: then so is the result."""
+    if not isinstance(matrices, DTensor):
+        return function(matrices)
+    whole = [Replicate()]  # in between, as gloo exchanges no shards for others directly
+    spread = matrices.redistribute(placements=whole).redistribute(placements=[Shard(0)])
+    found = DTensor.from_local(
+        function(spread.to_local()),
+        spread.device_mesh,
+        spread.placements,
+        run_check=False,
+        shape=matrices.shape,
+        stride=matrices.stride(),
+    )
+    return found.redistribute(placements=whole).redistribute(placements=matrices.placements)
 
 
 def orthogonalised(

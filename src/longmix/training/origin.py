@@ -22,7 +22,7 @@ class Origin:
     """A checkpoint to begin from.
 
     Attributes:
-        state: what is in it.
+        state: what is in it but the optimizers.
         tokenizer: the one it was trained with.
     """
 
@@ -53,7 +53,7 @@ class Origin:
             word = override.lstrip("+~").partition("=")[0]
             if word.split(".")[0] in (*TAKEN, "block"):
                 raise ConfigError(f"{word} comes from checkpoint={node['checkpoint']}; leave one of the two out.")
-        state = load_checkpoint(find_checkpoint(Path(node["checkpoint"])))
+        state = load_checkpoint(find_checkpoint(Path(node["checkpoint"])), optimizers=False)
         trained = state["config"]
         refuse_untrusted({key: trained[key] for key in TAKEN}, "config", {"longmix"})
         node.update({key: trained[key] for key in TAKEN})

@@ -1,11 +1,11 @@
-"""How a model is divided over processes, and how its state is gathered again; the model itself knows nothing of it."""
+"""How a model is divided over processes, and what its processes exchange; the model itself knows nothing of it."""
 
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint import state_dict as distributed_state
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -14,9 +14,6 @@ from longmix.data.loaders import Batch
 from longmix.model.backbone import LanguageModel, ModelOutput
 from longmix.model.head import IGNORE_INDEX
 from longmix.parallel.slices import Slices
-
-FULL_ON_CPU = distributed_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
-FULL_FROM_FIRST = distributed_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
 
 def shard(model: LanguageModel, mesh: DeviceMesh, precision: str) -> None:
@@ -45,12 +42,13 @@ def whole(value: Any) -> Any:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def row_group(size: int) -> dist.ProcessGroup:
+def row_group(size: int, timeout: float = 600.0) -> dist.ProcessGroup:
     """The group of `size` neighbouring processes that this one shares its rows with; all processes must call it.
 
-    It is a group of its own also where it has all processes, so that its exchanges and those of gradients never mix.
+    They wait `timeout` seconds for each other. It is a group of its own also where it has all processes, so that its
+    exchanges and those of gradients never mix.
     """
-    own, _ = dist.new_subgroups(size)
+    own, _ = dist.new_subgroups(size, timeout=timedelta(seconds=timeout))
     return own
 
 
@@ -69,30 +67,24 @@ def own_targets(batch: Batch, group: dist.ProcessGroup) -> Batch:
     return {**batch, "targets": slices.placed(slices.own(batch["targets"]), IGNORE_INDEX)}
 
 
+def largest(value: int, device: torch.device) -> int:
+    """The largest of what all processes give; all must call it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    found = torch.tensor(value, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
 def _slices(batch: Batch, group: dist.ProcessGroup) -> Slices:
     return Slices(batch["tokens"].shape[1], batch["document_ids"], group)
 
 
-def gathered_state(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
-    """Whole weights and optimizer states on the CPU of the first process; all processes must call it."""
-    if not is_sharded(model):
-        return {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-    return {
-        "model": distributed_state.get_model_state_dict(model, options=FULL_ON_CPU),
-        "optimizers": [
-            distributed_state.get_optimizer_state_dict(model, optimizer, options=FULL_ON_CPU)
-            for optimizer in optimizers
-        ],
-    }
+def own_group(timeout: float = 600.0) -> dist.ProcessGroup | None:
+    """A group of all processes that works on the CPU and that nothing else uses; None where there is one process.
 
-
-def restore_state(model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict[str, Any]) -> None:
-    """Put back what `gathered_state` gave, divided over the processes there are now."""
-    if not is_sharded(model):
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        return
-    distributed_state.set_model_state_dict(model, state["model"], options=FULL_FROM_FIRST)
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        distributed_state.set_optimizer_state_dict(model, optimizer, saved, options=FULL_FROM_FIRST)
+    They wait `timeout` seconds for each other.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))

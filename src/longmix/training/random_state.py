@@ -8,23 +8,37 @@ import torch
 
 
 def capture() -> dict[str, Any]:
-    """States of torch (CPU and every CUDA device), NumPy's legacy generator and Python's `random`."""
+    """States of torch (CPU and this process's CUDA device), NumPy's legacy generator and Python's `random`."""
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
         "python": [version, list(words), gauss],
         "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
     }
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Put every generator back; CUDA states are restored for as many devices as are here."""
+    """Put every generator of this process back; a CUDA state from elsewhere goes to the device that is here."""
     torch.set_rng_state(state["torch"])
-    for device in range(min(len(state["cuda"]), torch.cuda.device_count())):
-        torch.cuda.set_rng_state(state["cuda"][device], device)
+    if state["cuda"] and torch.cuda.is_available():  # older checkpoints hold one for each device
+        torch.cuda.set_rng_state(state["cuda"][min(torch.cuda.current_device(), len(state["cuda"]) - 1)])
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+
+
+def of_process(states: list[dict[str, Any]] | dict[str, Any], rank: int) -> dict[str, Any]:
+    """Which of the saved states a process continues with.
+
+    On as many processes as before, each goes on with its own. On more, process r takes that of r modulo the number
+    before: all processes of a run begin with the same state, for what they draw alike must stay alike. On fewer, the
+    others' states end. Training draws nothing after its weights, but for a module of one's own (as dropout).
+
+    Args:
+        states: of each process by rank; older checkpoints hold that of the first one alone.
+        rank: of this process.
+    """
+    return states if isinstance(states, dict) else states[rank % len(states)]

@@ -10,10 +10,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from longmix.checkpoints import CheckpointStore, find_checkpoint, load_checkpoint
+from longmix.checkpoints import Checkpoint, CheckpointStore, find_checkpoint, open_checkpoint
+from longmix.checkpoints.processes import Processes
 from longmix.config import Node, flattened
 from longmix.errors import CheckpointError, ConfigError
 from longmix.files import remove_leftovers, storage_errors
+from longmix.training.place import was_restarted
 
 MUST_MATCH = (
     "mixer",
@@ -44,14 +46,16 @@ class Start:
     Attributes:
         folder: the run's folder.
         step: steps already taken.
-        state: the checkpoint's state, or None for a fresh run.
+        state: the checkpoint's state without weights and optimizers' tensors, or None for a fresh run.
         created: Hydra's folder for this process, removed if it stays empty because the run lives elsewhere.
+        saved: the checkpoint, which holds the tensors.
     """
 
     folder: Path
     step: int
     state: dict[str, Any] | None
     created: Path
+    saved: Checkpoint | None = None
 
     def take_folder(self, config: Node) -> None:
         """Write the configuration into the run's folder, and clear away what killed processes left there.
@@ -59,13 +63,17 @@ class Start:
         Raises:
             StorageError: the folder cannot be written.
         """
-        if self.folder != self.created:
-            with contextlib.suppress(OSError):
-                self.created.rmdir()
+        self.leave_created()
         with storage_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             OmegaConf.save(OmegaConf.create(config), self.folder / "config.yaml")
         remove_leftovers(self.folder / "checkpoints")
+
+    def leave_created(self) -> None:
+        """Remove the folder that Hydra made for this process, if the run lives elsewhere."""
+        if self.folder != self.created:
+            with contextlib.suppress(OSError):
+                self.created.rmdir()
 
     def check_data(self, fingerprint: dict[str, Any]) -> None:
         """Refuse to continue on other data than the checkpoint saw.
@@ -86,33 +94,64 @@ class Start:
         )
 
 
-def find_start(config: Node, folder: Path) -> Start:
+def find_start(config: Node, folder: Path, processes: Processes | None = None) -> Start:
     """Decide by `resume` where the run in Hydra's output `folder` begins.
+
+    Of several processes, which may each have a folder of their own and look at different moments, the first decides.
+
+    Args:
+        config: the resolved configuration.
+        folder: Hydra's, for this process.
+        processes: all that train, which must all call it; None for one.
 
     Raises:
         ConfigError: a fresh run would mix with an earlier one in the same folder.
         CheckpointError: the checkpoint is missing, damaged, or of another model, corpus or batch.
     """
+    processes = processes or Processes()
+    home, checkpoint = processes.first(lambda: choose_start(config, folder))
+    if checkpoint is None:
+        return Start(home, 0, None, folder)
+    loaded: list[tuple[Checkpoint, dict[str, Any]]] = []
+    processes.each(lambda: loaded.append(_load(config, checkpoint)))  # they exchange errors, and not what is loaded
+    saved, state = loaded[0]
+    return Start(home, state["step"], state, folder, saved)
+
+
+def choose_start(config: Node, folder: Path) -> tuple[Path, Path | None]:
+    """The folder where the run in Hydra's output `folder` goes on, and the checkpoint it begins from, if any.
+
+    A command that its launcher runs again after a failure continues what it began in the same folder, whatever `resume`
+    says.
+
+    Raises:
+        ConfigError, CheckpointError: as in `find_start`, but for what only a checkpoint's content tells.
+    """
     own = CheckpointStore(folder / "checkpoints").latest()
     resume = config["resume"]
     if resume is None:
-        if own is not None:
+        if own is not None and not was_restarted():
             raise ConfigError(
                 f"{folder} already holds a run ({own.name}); continue it with resume=auto, or choose another name."
             )
-        return Start(folder, 0, None, folder)
+        return folder, own
     if resume == "auto":
         checkpoint = own or _newest_of_same_run(config, folder)
         if checkpoint is None:
             log.info("resume=auto: no earlier run of this configuration; starting a new one.")
-            return Start(folder, 0, None, folder)
+            return folder, None
     else:
         checkpoint = find_checkpoint(Path(resume))
-    state = load_checkpoint(checkpoint)
+    return _home(checkpoint, folder), checkpoint
+
+
+def _load(config: Node, checkpoint: Path) -> tuple[Checkpoint, dict[str, Any]]:
+    saved = open_checkpoint(checkpoint)
+    state = saved.rest()
     if "run" not in state:
         raise CheckpointError(f"{checkpoint} holds a model and no run to continue; begin from it with checkpoint=.")
     _check_same(config, state["config"], checkpoint)
-    return Start(_home(checkpoint, folder), state["step"], state, folder)
+    return saved, state
 
 
 def _home(checkpoint: Path, folder: Path) -> Path:

@@ -2,8 +2,10 @@
 
 import logging
 import platform
+import sys
 import time
 import warnings
+from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from omegaconf import DictConfig
 
 from longmix import config as configuration
 from longmix.checkpoints import CheckpointStore, load_checkpoint
+from longmix.checkpoints.processes import Processes
+from longmix.cli import hydra_word
 from longmix.config import Node, build, total_steps
 from longmix.data.datamodule import TokenData
 from longmix.data.tokenizers import Tokenizer
@@ -24,12 +28,14 @@ from longmix.model.build import build_model, check_model
 from longmix.model.matching import match_parameters
 from longmix.model.states import save_states
 from longmix.parallel.slices import check_slices
-from longmix.training.hardware import TrainerSettings, process_rank
+from longmix.training import launcher, processes
+from longmix.training.hardware import TrainerSettings
 from longmix.training.loggers import NoLog
 from longmix.training.module import TrainingModule
 from longmix.training.origin import Origin, begin
+from longmix.training.place import own_place, process_rank
 from longmix.training.progress import ProgressDisplay
-from longmix.training.resume import Start, find_start
+from longmix.training.resume import Start, choose_start, find_start
 from longmix.training.summary import print_header, training_flops_per_token, write_summary
 from longmix.training.supervisor import Supervisor
 
@@ -44,36 +50,69 @@ def train(config: DictConfig) -> dict[str, Any]:
     Raises:
         LongmixError: see `longmix.errors`; each has its exit code.
     """
-    began = time.monotonic()
     node = configuration.resolved(config)
     origin = Origin.of(node)
     settings, data = check_config(node, None if origin is None else origin.tokenizer)
     node = match_parameters(node, data.expected_vocab_size)
-    _refuse_unsupported_multirun(settings)
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    if settings.world_size == 1:
+        return _train(node, settings, data, origin, folder, Processes())
+    if own_place() is None:
+        _start_processes(node, settings, data, folder)
+        return {}
+    with processes.losses_explained(settings.timeout):
+        everyone = processes.connect(settings)
+        summary = _train(node, settings, data, origin, folder, everyone)
+    processes.disconnect()
+    return summary
+
+
+def _start_processes(node: Node, settings: TrainerSettings, data: TokenData, folder: Path) -> None:
+    """Refuse what can be refused and prepare the data once, then have this command run by several processes."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise ConfigError(
+            f"a sweep (-m) with trainer.strategy={settings.strategy} on {settings.world_size} processes cannot start "
+            "its own processes; sweep on one device, or start each run with torchrun."
+        )
+    if settings.num_nodes > 1:
+        raise ConfigError(
+            f"trainer.num_nodes={settings.num_nodes}: start the processes on each machine with torchrun or srun, which "
+            "say where the others are."
+        )
+    home, _ = choose_start(node, folder)
+    data.prepare_data()
+    words = [hydra_word("hydra.run.dir", str(folder)), hydra_word("name", node["name"])]
+    launcher.launch([sys.executable, *sys.orig_argv[1:], *words], settings.devices_here, settings.timeout, home)
+
+
+def _train(
+    node: Node, settings: TrainerSettings, data: TokenData, origin: Origin | None, folder: Path, everyone: Processes
+) -> dict[str, Any]:
+    began = time.monotonic()
     quieten()
     seed_everything(node["seed"], settings.num_threads)
-
-    hydra_folder = Path(HydraConfig.get().runtime.output_dir)
-    start = find_start(node, hydra_folder)
+    start = find_start(node, folder, everyone)
     is_first = process_rank() == 0
     if is_first:
         start.take_folder(node)
     else:
+        start.leave_created()
         logging.disable(logging.INFO)
     data.prepare_data()
     data.setup("fit")
-    start.check_data(data.fingerprint())
+    everyone.each(lambda: start.check_data(data.fingerprint()))
     model = build_model(node, data.vocab_size if origin is None else origin.vocab_size)
     begin(model, node, origin)
     if is_first:
         print_header(node, start.folder, model, data, settings, start.step)
 
-    module = _module(node, model, settings)
+    module = _module(node, model, settings, everyone)
     supervisor = _supervisor(node, data, start, model, is_first)
     exit_code = 1
     try:
         if start.step < module.total_steps:
-            _fit(settings, module, data, supervisor, start)
+            with processes.losses_explained(settings.timeout, start.folder):
+                _fit(settings, module, data, supervisor, start)
         exit_code = 0
     finally:
         supervisor.metric_log.close(exit_code)
@@ -134,15 +173,6 @@ def check_config(node: Node, tokenizer: Tokenizer | None = None) -> tuple[Traine
     return settings, data
 
 
-def _refuse_unsupported_multirun(settings: TrainerSettings) -> None:
-    launched_outside = torch.distributed.is_torchelastic_launched()
-    if HydraConfig.get().mode == RunMode.MULTIRUN and settings.world_size > 1 and not launched_outside:
-        raise ConfigError(
-            f"a sweep (-m) with trainer.strategy={settings.strategy} on {settings.world_size} processes cannot start "
-            "its own processes; sweep on one device, or start each run with torchrun."
-        )
-
-
 def quieten() -> None:
     """Silence Lightning's advice that does not apply to a loop which does these things itself."""
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -164,7 +194,7 @@ def seed_everything(seed: int, num_threads: int | None = None) -> None:
         torch.set_num_threads(num_threads)
 
 
-def _module(node: Node, model: LanguageModel, settings: TrainerSettings) -> TrainingModule:
+def _module(node: Node, model: LanguageModel, settings: TrainerSettings, everyone: Processes) -> TrainingModule:
     if settings.compile:
         for block in model.blocks:
             block.compile()
@@ -177,6 +207,8 @@ def _module(node: Node, model: LanguageModel, settings: TrainerSettings) -> Trai
         gradient_clip=node["loop"]["gradient_clip"],
         skip_nonfinite=node["loop"]["nonfinite"] == "skip",
         slices=settings.slices,
+        timeout=settings.timeout,
+        processes=everyone,
     )
 
 
@@ -196,7 +228,7 @@ def _supervisor(node: Node, data: TokenData, start: Start, model: LanguageModel,
     metric_log.open(start.folder, configuration.flattened(node | facts), node["name"], start.step)
     progress = ProgressDisplay(total_steps(node), start.step, enabled=is_first)
     store = CheckpointStore(start.folder / "checkpoints")
-    return Supervisor(node, data, store, metric_log, progress, identity, start.state)
+    return Supervisor(node, data, store, metric_log, progress, identity, start.state, start.saved)
 
 
 def _fit(
@@ -209,8 +241,9 @@ def _fit(
     trainer = Trainer(
         accelerator="gpu" if settings.on_gpu else "cpu",
         devices=settings.devices_here,
-        num_nodes=settings.num_nodes,
-        strategy=_strategy(settings),
+        num_nodes=settings.world_size // settings.devices_here,
+        plugins=[processes.cluster_environment()],
+        strategy=strategy_of(settings),
         precision=settings.precision_in_use,
         max_epochs=1,
         callbacks=[supervisor],
@@ -228,12 +261,16 @@ def _fit(
         supervisor.close(trainer)
 
 
-def _strategy(settings: TrainerSettings) -> Any:
-    if settings.strategy != "fsdp":
-        return "ddp" if settings.strategy == "ddp" else "auto"
-    from lightning.pytorch.strategies import ModelParallelStrategy
+def strategy_of(settings: TrainerSettings) -> Any:
+    """What Lightning's `Trainer` takes as its strategy."""
+    if settings.strategy == "single":
+        return "auto"
+    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
-    return ModelParallelStrategy(data_parallel_size=settings.world_size, tensor_parallel_size=1)
+    timeout = timedelta(seconds=settings.timeout)
+    if settings.strategy == "ddp":
+        return DDPStrategy(timeout=timeout)
+    return ModelParallelStrategy(data_parallel_size=settings.world_size, tensor_parallel_size=1, timeout=timeout)
 
 
 def versions() -> dict[str, str]:

@@ -1,22 +1,25 @@
 """What happens between two steps, in one place and one order: measure, validate, save, obey signals."""
 
+import contextlib
 import math
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from longmix.checkpoints import CheckpointStore
+from longmix.checkpoints import Checkpoint, CheckpointStore
+from longmix.checkpoints.processes import Processes
+from longmix.checkpoints.saver import Saver
 from longmix.config import tokens_per_step
 from longmix.data.datamodule import TokenData
 from longmix.errors import Interrupted
 from longmix.evaluation.loss import evaluate_loss
 from longmix.evaluation.statistics import LossStatistics
+from longmix.mixers.measures import figures
 from longmix.reporting.metrics import Metrics
-from longmix.training import random_state
+from longmix.training import parallel, random_state
 from longmix.training.hardware import peak_flops, peak_memory_bytes, reset_peak_memory
 from longmix.training.loggers import MetricLog
 from longmix.training.module import TrainingModule
@@ -31,7 +34,7 @@ class RunState:
 
     Attributes:
         training_seconds: time spent in steps, over all processes of the run's history.
-        peak_memory_bytes: the most that a process held while it trained; see `hardware.peak_memory_bytes`.
+        peak_memory_bytes: the most that any process held while it trained; see `hardware.peak_memory_bytes`.
         validation: the last validation's figures, empty before the first.
         validation_by_position: its loss by position.
     """
@@ -52,7 +55,8 @@ class Supervisor(Callback):
         metric_log: where metrics go.
         progress: what the terminal shows.
         identity: further entries of every checkpoint (tokenizer, data fingerprint, versions).
-        resume_from: a checkpoint's state to continue from.
+        resume_from: a checkpoint's state to continue from, without what is in `saved`.
+        saved: the checkpoint's weights and optimizers' tensors.
     """
 
     def __init__(
@@ -64,24 +68,34 @@ class Supervisor(Callback):
         progress: ProgressDisplay,
         identity: dict[str, Any],
         resume_from: dict[str, Any] | None,
+        saved: Checkpoint | None = None,
     ) -> None:
         self.config, self.data, self.store = config, data, store
         self.metric_log, self.progress, self.identity = metric_log, progress, identity
-        self.resume_from = resume_from
+        self.resume_from, self.saved = resume_from, saved
         self.loop = config["loop"]
         self.signals = SignalWatch()
         self.state = RunState(**resume_from["run"]) if resume_from is not None else RunState()
         self.clock = time.perf_counter()
         self.seconds_since_log, self.steps_since_log = 0.0, 0
-        self.last_checkpoint: Path | None = None
+        self.saver: Saver | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The optimizers exist now: put everything back, then take the signals over from Lightning."""
         module = cast(TrainingModule, pl_module)
-        if self.resume_from is not None:
-            module.restore(self.resume_from)
-            random_state.restore(self.resume_from["random"])
-            self.resume_from = None
+        processes = Processes(parallel.own_group(module.timeout))
+        if self.resume_from is not None and self.saved is not None:
+            module.restore(self.resume_from, self.saved, processes)
+            random_state.restore(random_state.of_process(self.resume_from["random"], processes.rank))
+            self.resume_from = self.saved = None
+        wanted = self.loop["sharded_checkpoints"]
+        self.saver = Saver(
+            self.store,
+            self.loop["keep_checkpoints"],
+            processes,
+            sharded=parallel.is_sharded(module.model) if wanted is None else wanted,
+            asynchronous=self.loop["async_checkpoints"],
+        )
         reset_peak_memory(module.device)
         # says what validation covers, before the bar takes the terminal
         self.data.evaluation_windows("validation", self.config["seq_len"], self.data.validation_tokens)
@@ -102,9 +116,12 @@ class Supervisor(Callback):
             self._log(trainer, module)
         if self._due("validate_every", module.step) or last:
             self.validate(trainer, module)
-        stop = self.signals.anywhere(module.device)
+        assert self.saver is not None
+        stop = self.signals.anywhere(module.device, self.saver.failed)  # if a checkpoint failed, saving says so
         if self._due("checkpoint_every", module.step) or last or stop:
-            self.save(trainer, module)
+            self.save(module)
+        if last or stop:
+            self.saver.wait()
         if stop and not last:
             self._stop(trainer, module)
         self.clock = time.perf_counter()
@@ -114,12 +131,13 @@ class Supervisor(Callback):
         return every is not None and step % every == 0
 
     def _stop(self, trainer: Trainer, module: TrainingModule) -> None:
-        received = self.signals.received
+        received, hand_on = self.signals.received, self.signals.earlier_handler()
+        assert received is not None and self.saver is not None
         self.close(trainer)
         raise Interrupted(
-            f"{received.name if received else 'a signal on another process'} ended the run after step {module.step} of "
-            f"{module.total_steps}; {self.last_checkpoint} holds its state. Run the same command with resume=auto to "
-            "continue."
+            f"{received.name} ended the run after step {module.step} of {module.total_steps}; {self.saver.last} "
+            "holds its state. Run the same command with resume=auto to continue.",
+            hand_on,
         )
 
     def close(self, trainer: Trainer) -> None:
@@ -133,6 +151,8 @@ class Supervisor(Callback):
         statistics.update(record.token_losses, record.batch["targets"], record.batch["document_ids"])
         statistics.reduce()
         loss = record.loss.item()
+        measured = {f"train/{name}": measure for name, measure in record.losses.items()}
+        measured |= {f"mixer/{name}": measure for name, measure in record.metrics.items()}
         metrics: Metrics = {
             "train/loss": loss,
             "train/perplexity": math.exp(min(loss, 700.0)),
@@ -142,8 +162,7 @@ class Supervisor(Callback):
             "train/tokens": module.step * tokens_per_step(self.config),
             "train/steps_skipped": module.steps_skipped,
             **_positions("train", statistics),
-            **{f"train/{name}": value.item() for name, value in record.losses.items()},
-            **{f"mixer/{name}": value.item() for name, value in record.metrics.items()},
+            **figures(measured, module.sum_over_processes),
             **self._throughput(trainer, module),
         }
         if trainer.is_global_zero:
@@ -154,7 +173,7 @@ class Supervisor(Callback):
         rate = self.steps_since_log * tokens_per_step(self.config) / max(self.seconds_since_log, 1e-9)
         self.seconds_since_log, self.steps_since_log = 0.0, 0
         flops = training_flops_per_token(module.model, self.config["seq_len"]) * rate
-        peak_memory = peak_memory_bytes(module.device)
+        peak_memory = parallel.largest(peak_memory_bytes(module.device), module.device)
         self.state.peak_memory_bytes = max(self.state.peak_memory_bytes, peak_memory)
         metrics = {
             "throughput/tokens_per_second": rate,
@@ -172,14 +191,14 @@ class Supervisor(Callback):
 
     def validate(self, trainer: Trainer, module: TrainingModule) -> None:
         """Loss on the validation windows; a signal ends it early and leaves the last figures as they were."""
-        per_process = module.micro_batch_size or max(1, self.config["batch_size"] // trainer.world_size)
+        groups = trainer.world_size // module.slices
         batches = self.data.evaluation_loader(
             "validation",
             self.config["seq_len"],
-            per_process,
+            module.micro_batch_size or max(1, self.config["batch_size"] // groups),
             self.data.validation_tokens,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
+            rank=trainer.global_rank // module.slices,
+            world_size=groups,
         )
         statistics = evaluate_loss(
             module.model,
@@ -188,6 +207,8 @@ class Supervisor(Callback):
             device=module.device,
             precision=trainer.precision_plugin.forward_context,
             after_batch=lambda: self.signals.received is None or trainer.world_size > 1,
+            run=module.run,
+            own=module.own,
         )
         if self.signals.received is not None and trainer.world_size == 1:
             return
@@ -204,21 +225,25 @@ class Supervisor(Callback):
             f"{metrics['validation/bits_per_byte']:.4f} bits/byte"
         )
 
-    def save(self, trainer: Trainer, module: TrainingModule) -> None:
-        """One checkpoint, then old ones go."""
+    def save(self, module: TrainingModule) -> None:
+        """One checkpoint, then old ones go; all processes must call it."""
+        assert self.saver is not None
+        self.saver.wait()
         state = {
             **module.capture(),
             "config": self.config,
-            "random": random_state.capture(),
+            "random": self.saver.processes.each(random_state.capture),
             "run": vars(self.state),
             **self.identity,
         }
-        if trainer.is_global_zero:
-            validation = self.state.validation if self.state.validation.get("step") == module.step else {}
-            tokens = module.step * tokens_per_step(self.config)
-            self.last_checkpoint = self.store.save(state, {"tokens": tokens, "validation": validation})
-            self.store.prune(self.loop["keep_checkpoints"])
-        trainer.strategy.barrier()
+        validation = self.state.validation if self.state.validation.get("step") == module.step else {}
+        self.saver.save(state, {"tokens": module.step * tokens_per_step(self.config), "validation": validation})
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """A run that fails leaves the checkpoint that is being written; one that is interrupted twice does not wait."""
+        if self.saver is not None and isinstance(exception, Exception):
+            with contextlib.suppress(Exception):  # what ended the run is what its user should hear of
+                self.saver.wait()
 
 
 def _positions(split: str, statistics: LossStatistics) -> Metrics:

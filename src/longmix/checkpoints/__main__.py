@@ -1,0 +1,32 @@
+"""`python -m longmix.checkpoints consolidate runs/NAME [OUT]`: the newest sharded checkpoint of a run in one file."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from longmix.checkpoints.consolidate import consolidate
+from longmix.checkpoints.store import find_checkpoint
+from longmix.errors import LongmixError
+
+
+def main(words: list[str] | None = None) -> int:
+    """See the head of this file; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m longmix.checkpoints")
+    commands = parser.add_subparsers(required=True, metavar="consolidate")
+    command = commands.add_parser("consolidate", help="write a sharded checkpoint in one file")
+    command.add_argument("checkpoint", type=Path, help="folder of a run (its newest checkpoint) or of a checkpoint")
+    command.add_argument("output", type=Path, nargs="?", help="folder to make; the checkpoint's name with -whole")
+    arguments = parser.parse_args(words)
+    try:
+        checkpoint = find_checkpoint(arguments.checkpoint)
+        output = arguments.output or checkpoint.with_name(f"{checkpoint.name}-whole")
+        consolidate(checkpoint, output)
+    except LongmixError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    print(f"wrote {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""A sharded checkpoint as a whole one."""
+
+from pathlib import Path
+
+from longmix.checkpoints.load import WHOLE, load_checkpoint
+from longmix.checkpoints.progress import bytes_bar
+from longmix.checkpoints.reading import INFO_FILE, read_info
+from longmix.checkpoints.whole import write_whole
+from longmix.errors import ConfigError
+from longmix.files import atomic_directory, write_json
+
+
+def consolidate(checkpoint: Path, target: Path) -> None:
+    """Write the whole form of a sharded checkpoint, in one process; it takes as much memory as the state.
+
+    Args:
+        checkpoint: its folder, which stays.
+        target: the folder to make, which is a checkpoint then.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+        ConfigError: it is whole already, or the target is there.
+        StorageError: the target cannot be written.
+    """
+    info = read_info(checkpoint)
+    if info.get("format") == WHOLE:
+        raise ConfigError(f"{checkpoint} is in one file already.")
+    if target.exists():
+        raise ConfigError(f"{target} is there already; give another folder.")
+    state = load_checkpoint(checkpoint)
+    about = {key: value for key, value in info.items() if key not in ("files", "processes")}
+    size = sum(facts["bytes"] for facts in info["files"].values())
+    with atomic_directory(target) as folder, bytes_bar(f"writing {target}", size) as advance:
+        facts = write_whole(folder, state, advance)
+        write_json(folder / INFO_FILE, about | {"format": WHOLE} | facts)

@@ -1,0 +1,162 @@
+"""Tensors in shards: planned, written and read by torch.distributed.checkpoint (DCP); its pickles are not trusted.
+
+The steps are those of `torch.distributed.checkpoint.save` and `load`. They are taken here one by one, so that a failure
+in any process is the same error in all of them, and `.metadata` is read without running code.
+"""
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
+
+from longmix.checkpoints.metadata import FILE as METADATA_FILE
+from longmix.checkpoints.metadata import read_metadata
+from longmix.checkpoints.processes import Processes
+from longmix.checkpoints.progress import Advance, silent
+from longmix.checkpoints.reading import Facts, check_file, check_size, cure, facts_of, read_info, reading
+from longmix.checkpoints.tensors import Name, Piece
+
+RUN_FILE = "run.pt"
+
+
+def write_shards(folder: Path, pieces: dict[Name, Piece], processes: Processes) -> dict[str, Facts]:
+    """Write each process's pieces to a file of its own and to the disk; all processes must call it.
+
+    Returns:
+        Size and SHA-256 of the files of all processes, by name; each has hashed its own.
+
+    Raises:
+        OSError: in all processes, naming the rank that could not write and why.
+    """
+    planner, writer = _PiecePlanner(), _Writer(folder, single_file_per_rank=True, sync_files=True, thread_count=1)
+    planner.set_up_planner(dict(pieces), is_coordinator=processes.is_first)
+    writer.set_up_storage_writer(processes.is_first)
+
+    def plan_own() -> SavePlan:
+        if not folder.is_dir():  # DCP would make it
+            raise OSError(errno.ENOENT, "the folder is not on a disk that all processes share")
+        return writer.prepare_local_plan(planner.create_local_plan())
+
+    plans = processes.each(plan_own)
+    plans, metadata = planner.create_global_plan(plans)
+    plan = planner.finish_plan(writer.prepare_global_plan(plans)[processes.rank])
+    results = processes.each(lambda: writer.write_data(plan, planner).value())
+    processes.first(lambda: writer.finish(metadata, results))
+
+    def facts() -> dict[str, Facts]:
+        own = sorted(folder.glob(f"__{processes.rank}_*"))
+        return {path.name: facts_of(path) for path in own + [folder / METADATA_FILE] * processes.is_first}
+
+    return {name: found for files in processes.each(facts) for name, found in files.items()}
+
+
+class ShardedCheckpoint:
+    """A checkpoint of format 2; what it says of its tensors is read at once, they themselves on demand.
+
+    Args:
+        checkpoint: its folder.
+
+    Attributes:
+        shapes, dtypes: of all tensors, by name.
+
+    Raises:
+        CheckpointError: a file is missing or truncated, or `.metadata` is damaged; shards are not read yet.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+        self.files: dict[str, Facts] = read_info(checkpoint).get("files", {})
+        for name in {METADATA_FILE, RUN_FILE, *self.files}:
+            check_size(checkpoint / name, self.files.get(name, {}))
+        self._check(METADATA_FILE)
+        self._metadata = read_metadata(checkpoint, set(self.files))
+        entries: dict[Name, Any] = self._metadata.state_dict_metadata
+        self.shapes: dict[Name, torch.Size] = {name: entry.size for name, entry in entries.items()}
+        self.dtypes: dict[Name, torch.dtype] = {name: entry.properties.dtype for name, entry in entries.items()}
+
+    def rest(self) -> dict[str, Any]:
+        """The state without weights and without the optimizers' tensors.
+
+        Raises:
+            CheckpointError: its file is damaged.
+        """
+        self._check(RUN_FILE)
+        path = self.checkpoint / RUN_FILE
+        with reading(path, "state", f"; {cure(self.checkpoint).rstrip('.')}"):
+            return torch.load(path, map_location="cpu", weights_only=True)
+
+    def read_into(self, targets: dict[Name, Tensor], processes: Processes, advance: Advance = silent) -> None:
+        """Fill `targets`, once each shard has been verified by one of the processes; all processes must call it.
+
+        A process reads the shards that overlap with what it has of each target, and tells `advance` how many bytes it
+        has verified and read.
+
+        Raises:
+            CheckpointError: a shard is damaged or does not hold what is asked for; the same in all processes.
+        """
+        shards = sorted(set(self.files) - {METADATA_FILE, RUN_FILE}, key=lambda name: -self.files[name]["bytes"])
+
+        def check() -> None:
+            for name in shards[processes.rank :: processes.size]:
+                self._check(name)
+                advance(self.files[name]["bytes"])
+
+        processes.each(check)
+        processes.each(lambda: self._read(targets, advance))
+
+    def _check(self, name: str) -> None:
+        check_file(self.checkpoint / name, self.files[name])
+
+    def _read(self, targets: dict[Name, Tensor], advance: Advance) -> None:
+        with reading(self.checkpoint, "such tensors", f"; {cure(self.checkpoint).rstrip('.')}"):
+            planner = _LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+            planner.advance = advance
+            planner.set_up_planner(dict(targets), self._metadata, is_coordinator=True)
+            reader = FileSystemReader(self.checkpoint)
+            reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+            plan = planner.finish_plan(reader.prepare_local_plan(planner.create_local_plan()))
+            reader.read_data(plan, planner).wait()
+
+
+class _PiecePlanner(DefaultSavePlanner):
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan([_item(name, piece) for name, piece in self.state_dict.items()])
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn].part
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    advance: Advance = staticmethod(silent)
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """DCP has filled this part of a tensor."""
+        self.advance(tensor.nbytes)
+
+
+def _item(name: Name, piece: Piece) -> WriteItem:
+    start = torch.Size(piece.start)
+    return WriteItem(
+        index=MetadataIndex(name, start),
+        type=WriteItemType.SHARD,
+        tensor_data=TensorWriteData(
+            chunk=ChunkStorageMetadata(offsets=start, sizes=piece.part.shape),
+            properties=TensorProperties(dtype=piece.part.dtype),
+            size=piece.shape,
+        ),
+    )
+
+
+class _Writer(FileSystemWriter):
+    def storage_meta(self) -> None:
+        """Nothing: it would be the folder's name before it is renamed."""

@@ -1,0 +1,131 @@
+"""The folder of a run's checkpoints: what is committed, what is best, what may go."""
+
+import re
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longmix.checkpoints.load import ALIASES, SHARDED, WHOLE
+from longmix.checkpoints.processes import Processes
+from longmix.checkpoints.reading import INFO_FILE, facts_of, read_info
+from longmix.checkpoints.tensors import Name, Piece
+from longmix.checkpoints.whole import write_whole
+from longmix.errors import CheckpointError
+from longmix.files import atomic_directory, remove_directory, remove_leftovers, storage_errors, write_json
+
+
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    Args:
+        folder: holds one folder per checkpoint; made on the first save.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is, or would be."""
+        return self.folder / f"step-{step:08d}"
+
+    def save(self, state: dict[str, Any], info: dict[str, Any]) -> Path:
+        """Write one whole checkpoint and return its folder.
+
+        Args:
+            state: tensors, numbers, texts, and lists and dicts of them; `state["step"]` names the checkpoint.
+            info: what a reader should see without loading the state; must be JSON-able.
+
+        Raises:
+            StorageError: the disk is full or the folder cannot be written; older checkpoints are untouched.
+        """
+        target = self.path(state["step"])
+        if target.exists():
+            return target
+        with atomic_directory(target) as folder:
+            facts = write_whole(folder, state)
+            write_json(folder / INFO_FILE, info | {"format": WHOLE, "step": state["step"]} | facts)
+        return target
+
+    def save_sharded(
+        self,
+        pieces: dict[Name, Piece],
+        aliases: dict[Name, Name],
+        rest: dict[str, Any],
+        info: dict[str, Any],
+        processes: Processes,
+    ) -> Path:
+        """Write one sharded checkpoint and return its folder; all processes must call it.
+
+        Args:
+            pieces: what this process writes.
+            aliases: further names of tensors.
+            rest: the state without these tensors; that of the first process is written.
+            info: see `save`.
+            processes: all that have pieces.
+
+        Raises:
+            StorageError: some process cannot write; the same error in all of them, and nothing of it stays.
+        """
+        from longmix.checkpoints.sharded import RUN_FILE, write_shards
+
+        target = self.path(rest["step"])
+        with storage_errors(target), ExitStack() as stack:
+            folder = processes.first(lambda: None if target.exists() else stack.enter_context(atomic_directory(target)))
+            if folder is None:
+                return target
+            files = write_shards(folder, pieces, processes)
+
+            def commit() -> None:
+                torch.save({**rest, ALIASES: aliases}, folder / RUN_FILE)
+                files[RUN_FILE] = facts_of(folder / RUN_FILE)
+                about = {"format": SHARDED, "step": rest["step"], "processes": processes.size, "files": files}
+                write_json(folder / INFO_FILE, info | about)
+                stack.close()
+
+            processes.first(commit)
+        return target
+
+    def all(self) -> list[Path]:
+        """Committed checkpoints, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(path for path in self.folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name))
+
+    def latest(self) -> Path | None:
+        """The newest committed checkpoint."""
+        return next(reversed(self.all()), None)
+
+    def best(self) -> Path | None:
+        """The checkpoint with the lowest validation loss among those that have one."""
+        losses = {path: read_info(path).get("validation", {}).get("loss") for path in self.all()}
+        known = {path: loss for path, loss in losses.items() if loss is not None}
+        return min(known, key=lambda path: known[path]) if known else None
+
+    def prune(self, keep: int) -> None:
+        """Delete all but the newest `keep` and the best one, and what killed processes left behind."""
+        best = self.best()
+        for path in self.all()[:-keep]:
+            if path != best:
+                remove_directory(path)
+        remove_leftovers(self.folder)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint folder that `path` means: itself, or the newest of a run's folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path / INFO_FILE).is_file():
+        return path
+    for folder in (path / "checkpoints", path):
+        latest = CheckpointStore(folder).latest()
+        if latest is not None:
+            return latest
+    if not path.exists():
+        raise CheckpointError(f"there is no {path}; give the folder of a run or of one of its checkpoints.")
+    raise CheckpointError(
+        f"{path} holds no checkpoint; give the folder of a run, or one of the step-* folders in its checkpoints folder."
+    )

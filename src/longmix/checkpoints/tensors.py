@@ -1,0 +1,118 @@
+"""The tensors of a state by name, apart from the rest of it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Name = str
+"""The keys on the way to a tensor, with slashes between: `optimizers/0/state/head.weight/exp_avg`."""
+
+IN_TENSORS = ("model", "optimizers")
+"""The parts of a state whose tensors may be divided over processes."""
+
+
+def split(state: Any) -> tuple[dict[Name, Tensor], Any]:
+    """The tensors of nested dicts and lists by name, and the same dicts and lists without them."""
+    tensors: dict[Name, Tensor] = {}
+
+    def walk(node: Any, path: str) -> Any:
+        if isinstance(node, dict):
+            items = {key: (value, f"{path}/{key}" if path else str(key)) for key, value in node.items()}
+            tensors.update({name: value for value, name in items.values() if isinstance(value, Tensor)})
+            return {key: walk(value, name) for key, (value, name) in items.items() if not isinstance(value, Tensor)}
+        if isinstance(node, list):
+            return [walk(value, f"{path}/{index}") for index, value in enumerate(node)]
+        return node
+
+    return tensors, walk(state, "")
+
+
+def join(tensors: dict[Name, Tensor], rest: Any) -> Any:
+    """What `split` took apart; keys above tensors must be texts, and `rest` is changed."""
+    for name, tensor in tensors.items():
+        *parents, key = name.split("/")
+        node = rest
+        for parent in parents:
+            node = node[int(parent)] if isinstance(node, list) else node[parent]
+        node[key] = tensor
+    return rest
+
+
+def without_aliases(tensors: dict[Name, Tensor]) -> tuple[dict[Name, Tensor], dict[Name, Name]]:
+    """Each memory once, and for the names left out the one that stays: tied weights have several names."""
+    first: dict[Any, Name] = {}
+    kept: dict[Name, Tensor] = {}
+    aliases: dict[Name, Name] = {}
+    for name, tensor in tensors.items():
+        memory = own_part(tensor)
+        place = (memory.data_ptr(), memory.device, memory.dtype, memory.shape, memory.stride())
+        if memory.numel() and first.setdefault(place, name) != name:
+            aliases[name] = first[place]
+        else:
+            kept[name] = tensor
+    return kept, aliases
+
+
+def is_divided(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, whose module takes a second to import."""
+    return hasattr(tensor, "full_tensor")
+
+
+def own_part(tensor: Any) -> Tensor:
+    """The memory that this process has of a tensor."""
+    return tensor.detach().to_local() if is_divided(tensor) else tensor.detach()
+
+
+def own_slice(tensor: Any) -> tuple[slice, ...]:
+    """Where the memory that this process has lies in the whole tensor."""
+    if not is_divided(tensor):
+        return tuple(slice(0, size) for size in tensor.shape)
+    (chunk,) = tensor.__create_chunk_list__()  # as torch.distributed.checkpoint asks
+    return tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
+
+
+def whole(tensor: Any) -> Tensor:
+    """A tensor divided over processes as one on each; all processes must call it."""
+    return tensor.detach().full_tensor() if is_divided(tensor) else tensor.detach()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What this process writes of a tensor.
+
+    Attributes:
+        part: its memory.
+        start: where it begins in the whole tensor.
+        shape: of the whole tensor.
+    """
+
+    part: Tensor
+    start: tuple[int, ...]
+    shape: torch.Size
+
+
+def pieces(tensors: dict[Name, Tensor], rank: int, size: int) -> dict[Name, Piece]:
+    """What the process `rank` of `size` writes, so that together they write everything once.
+
+    Each has its part of what is divided; of what all have alike, the largest goes to whoever has least so far.
+    """
+    found: dict[Name, Piece] = {}
+    for name, tensor in tensors.items():
+        if is_divided(tensor):
+            found[name] = Piece(own_part(tensor), tuple(part.start for part in own_slice(tensor)), tensor.shape)
+    for name in _share(tensors, rank, size):
+        found[name] = Piece(tensors[name], (0,) * tensors[name].dim(), tensors[name].shape)
+    return found
+
+
+def _share(tensors: dict[Name, Tensor], rank: int, size: int) -> Iterator[Name]:
+    loads = [0] * size
+    alike = [name for name, tensor in tensors.items() if not is_divided(tensor)]
+    for name in sorted(alike, key=lambda name: (-tensors[name].nbytes, name)):
+        owner = loads.index(min(loads))
+        loads[owner] += tensors[name].nbytes
+        if owner == rank:
+            yield name

@@ -1,0 +1,76 @@
+"""One, two or four processes, however they divide the work, log the same run: curve, validation, what mixers say."""
+
+import csv
+from pathlib import Path
+
+import pytest
+from launched import train
+
+STEPS = 6
+WORDS = [
+    "mixer=flash+routing+sparse_flash+mlstm_tfla+rwkv7+scatterbrain",
+    "mixer.routing.clusters=4",
+    "mixer.routing.window=8",
+    "mixer.routing.local_window=8",
+    "mixer.sparse_flash.buckets=4",
+    "mixer.scatterbrain.block=8",
+    "mixer.rwkv7.head_dim=16",
+    "model.num_layers=6",
+    "model.d_model=32",
+    "model.num_heads=2",
+    "model.mlp_hidden=32",
+    "model.logit_penalty=1e-3",
+    "seq_len=64",
+    "batch_size=4",
+    f"max_steps={STEPS}",
+    "loop.log_every=1",
+    "loop.validate_every=3",
+    f"data.validation_tokens={7 * 64}",  # seven rows, which divide over neither two nor four
+    "logger=csv",
+    "trainer.accelerator=cpu",
+    "trainer.num_threads=1",
+    "name=run",
+]
+DIVISIONS = {
+    "ddp": ["trainer=ddp"],
+    "fsdp": ["trainer=fsdp"],
+    "slices": ["trainer=context_parallel"],
+    "ddp-of-slices": ["trainer=ddp", "trainer.context_parallel=2"],
+    "fsdp-of-slices": ["trainer=fsdp", "trainer.context_parallel=2"],
+}
+CASES = [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("slices", 2), ("slices", 4)]
+CASES += [("ddp-of-slices", 4), ("fsdp-of-slices", 2), ("fsdp-of-slices", 4)]
+OWN = ("throughput/", "memory/")
+"""What differs from run to run."""
+
+
+def rows_of(folder: Path) -> list[dict[str, float]]:
+    with (folder / "runs/run/metrics.csv").open(newline="") as stream:
+        rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(stream)]
+    return [{key: value for key, value in row.items() if not key.startswith(OWN)} for row in rows]
+
+
+def run(folder: Path, shared_cache: Path, size: int, words: list[str]) -> list[dict[str, float]]:
+    train(size, [*words, *WORDS, f"trainer.devices={size}", f"data.cache_dir={shared_cache}"], folder)
+    return rows_of(folder)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, shared_cache) -> list[dict[str, float]]:
+    return run(tmp_path_factory.mktemp("alone"), shared_cache, 1, [])
+
+
+@pytest.mark.parametrize(("division", "size"), CASES, ids=[f"{size}-{name}" for name, size in CASES])
+def test_every_row_of_the_log_is_that_of_one_process(division, size, alone, tmp_path, shared_cache):
+    found = run(tmp_path, shared_cache, size, DIVISIONS[division])
+    assert len(found) == STEPS + 2
+    for row, wanted in zip(found, alone, strict=True):
+        assert row == pytest.approx(wanted, rel=2e-5, abs=1e-7), wanted["step"]
+
+
+def test_the_log_says_what_there_is_to_compare(alone):
+    names = {name for row in alone for name in row}
+    assert {"train/loss", "train/gradient_norm", "train/learning_rate", "train/loss_by_position/32-64"} < names
+    assert {"train/commitment", "train/logit_penalty", "validation/loss", "validation/bits_per_byte"} < names
+    measured = {name.split("/")[1] for name in names if name.startswith("mixer/")}
+    assert measured == {f"layer_{index}" for index in range(1, 6)}

@@ -1,0 +1,75 @@
+import os
+import signal
+from signal import SIGINT, SIGTERM, SIGUSR1, SIGUSR2
+
+import pytest
+import torch
+
+from longmix.training import signals
+from longmix.training.signals import SignalWatch
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def watch():
+    watch = SignalWatch()
+    watch.install()
+    yield watch
+    watch.remove()
+
+
+def send(*numbers: int) -> None:
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize(
+    ("sent", "counts"),
+    [
+        ([SIGTERM], SIGTERM),
+        ([SIGTERM, SIGUSR2], SIGUSR2),
+        ([SIGUSR1, SIGTERM], SIGUSR1),
+        ([SIGINT], SIGINT),
+        ([SIGINT, SIGTERM], SIGTERM),
+    ],
+    ids=lambda value: "+".join(number.name for number in value) if isinstance(value, list) else value.name,
+)
+def test_the_signal_that_asks_for_a_requeue_counts_most(sent, counts, watch):
+    assert not watch.anywhere(CPU)
+    send(*sent)
+    assert watch.anywhere(CPU)
+    assert watch.received == counts
+
+
+def test_one_press_of_ctrl_c_may_come_twice_and_another_acts_at_once(watch, monkeypatch):
+    send(SIGINT, SIGINT)
+    assert watch.received == SIGINT
+    monkeypatch.setattr(signals, "SAME_PRESS_SECONDS", -1.0)
+    with pytest.raises(KeyboardInterrupt):
+        send(SIGINT)
+
+
+@pytest.mark.parametrize(("number", "is_told"), [(SIGUSR1, True), (SIGUSR2, True), (SIGTERM, False), (SIGINT, False)])
+def test_who_had_the_signal_is_told_of_those_that_ask_for_a_requeue_alone(number, is_told):
+    told = []
+    before = signal.signal(number, lambda *arguments: told.append(arguments))
+    try:
+        watch = SignalWatch()
+        watch.install()
+        send(number)
+        hand_on = watch.earlier_handler()
+        watch.remove()
+    finally:
+        signal.signal(number, before)
+    assert told == []
+    if is_told:
+        hand_on()
+        assert told == [(number, None)]
+    else:
+        assert hand_on is None
+
+
+def test_nobody_is_told_where_nobody_had_the_signal(watch):
+    send(SIGUSR1)
+    assert watch.earlier_handler() is None
