@@ -251,8 +251,8 @@ def _capacity(runs: list[Run]) -> list[Panel]:
         Panel(
             f"capacity_{measure.replace(' ', '_')}_{length}",
             "Recall",
-            f"{measure} at {length:,} tokens, by what a row's state takes",
-            "bytes of state",
+            f"{measure} at {length:,} tokens, by state",
+            "bytes of a row's state",
             "share of targets met",
             lines(measure, group),
             log_x=True,
