@@ -168,15 +168,12 @@ def test_a_fresh_run_does_not_overwrite_an_old_one(straight, cache):
     assert "already holds a run" in refused.stderr
 
 
-PROCESSES = {  # other divisions: `test_same_curve`
-    "ddp": ["trainer.strategy=ddp", "trainer.devices=2"],
-    "slices": ["trainer.strategy=fsdp", "trainer.devices=2", "trainer.context_parallel=null"],
-}
+DIVIDED = ["trainer.strategy=fsdp", "trainer.devices=2", "trainer.context_parallel=null"]
+"""Other divisions: `test_same_curve`."""
 
 
-@pytest.mark.parametrize("words", PROCESSES.values(), ids=PROCESSES)
-def test_several_processes_train_as_one(words, tmp_path, cache, straight):
-    done = run([str(ROOT / "train.py"), *words], tmp_path, cache)
+def test_several_processes_train_as_one(tmp_path, cache, straight):
+    done = run([str(ROOT / "train.py"), *DIVIDED], tmp_path, cache)
     assert done.returncode == 0, done.stderr
     for column in ("train/loss", "train/bits_per_byte", "train/gradient_norm", "validation/loss"):
         ours, theirs = rows(tmp_path, column), rows(straight, column)
