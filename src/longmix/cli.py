@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 from longmix.config import EvaluateConfig, GenerateConfig, PrepareConfig, TrainConfig
 from longmix.errors import ConfigError, Interrupted, LongmixError, ProcessLost
-from longmix.training.place import own_place
+from longmix.training.place import leave, own_place
 
 INTERRUPTED = 130
 LONGEST_FILE_NAME = 200  # file systems take 255 bytes; a few are left for what others add
@@ -135,7 +135,7 @@ def entry_point(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
     @functools.wraps(task)
     def run(config: Any) -> Any:
         try:
-            return task(config)
+            result = task(config)
         except LongmixError as error:
             message = f"{type(error).__name__}: {error}"
             if _speaks(error):
@@ -149,6 +149,9 @@ def entry_point(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
         except KeyboardInterrupt:
             print("Interrupted.", file=sys.stderr)
             sys.exit(INTERRUPTED)
+        if own_place() is not None and HydraConfig.get().mode == RunMode.RUN:
+            leave()
+        return result
 
     return run
 

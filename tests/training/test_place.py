@@ -118,3 +118,11 @@ def test_a_process_that_lost_its_launcher_does_not_begin():
     done = subprocess.run([sys.executable, "-c", PARENT, str(os.getpid())], capture_output=True, text=True)
     assert f"ProcessLost: process {os.getpid()}, which started this one, is gone." in done.stderr
     assert done.returncode == 1
+
+
+@pytest.mark.parametrize(("variables", "code"), [(TORCHRUN, 0), (TORCHRUN | {LAUNCHER_PID: 1}, 0), (SRUN, 1), ({}, 1)])
+def test_who_is_waited_for_ends_before_anything_can_abort_it(variables, code, environment):
+    environment(**variables)
+    words = "import atexit, sys; from longmix.training.place import leave; atexit.register(print, 'closed', end='')"
+    done = subprocess.run([sys.executable, "-c", f"{words}; leave(); sys.exit(1)"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (code, "closed")
