@@ -1,24 +1,19 @@
 """`train.py` in several processes of which one meets a fault, for real: killed, stopped, NaN, or without disk space.
 
-`python faulty.py WORDS...` runs train.py in this process; so does each process that `start` forks, which saves seconds
-of imports. Whether and when something happens is said in the environment: FAULT="kill:1" is for the process of rank 1.
-Nothing of longmix is replaced but for the training step whose end or beginning is the moment.
+`python faulty.py WORDS...` runs train.py in this process; so does each process that `launched.start` forks. Whether and
+when something happens is said in the environment: FAULT="kill:1" is for the process of rank 1. Nothing of longmix is
+replaced but for the training step whose end or beginning is the moment.
 """
 
-import multiprocessing
 import os
 import resource
 import runpy
 import signal
 import sys
-import time
 from collections.abc import Callable
-from multiprocessing.connection import wait
 from pathlib import Path
-from typing import NamedTuple
 
 TRAIN = Path(__file__).parents[2] / "train.py"
-PRELOADED = ["torch", "lightning.pytorch", "longmix.training.run"]
 STEP = 5
 """The fault comes once so many steps are taken; with a checkpoint every 3 steps the last one is of step 3."""
 
@@ -133,61 +128,6 @@ def run_train(words: list[str]) -> None:
     print_weights_at_the_end()
     sys.argv = [sys.argv[0], *words]
     runpy.run_path(str(TRAIN), run_name="__main__")
-
-
-class Ended(NamedTuple):
-    """A process that ended: its exit code, negative for a signal, and what it wrote."""
-
-    code: int
-    text: str
-
-
-def torchrun_places(size: int, port: int) -> list[dict[str, str]]:
-    """What torchrun tells each of `size` processes on one machine."""
-    same = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "GROUP_RANK": 0, "MASTER_PORT": port}
-    texts = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}
-    return [{name: str(n) for name, n in (same | {"RANK": r, "LOCAL_RANK": r}).items()} | texts for r in range(size)]
-
-
-def start(words: list[str], folder: Path, places: list[dict[str, str]]) -> list:
-    """Run train.py with `words` in `folder`, in a process for each place's environment; rank r writes to r.txt."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    processes = [
-        context.Process(target=_train, args=(words, str(folder / f"{rank}.txt"), str(folder), place))
-        for rank, place in enumerate(places)
-    ]
-    for process in processes:
-        process.start()
-    return processes
-
-
-def ended(processes: list, folder: Path, count: int | None = None, seconds: float = 100) -> list[Ended | None]:
-    """What became of the processes once `count` of them, or all, have ended; None for those that run on."""
-    count = len(processes) if count is None else count
-    deadline = time.monotonic() + seconds
-    while sum(process.exitcode is not None for process in processes) < count and time.monotonic() < deadline:
-        wait([process.sentinel for process in processes if process.exitcode is None], 1)
-    return [
-        None if process.exitcode is None else Ended(process.exitcode, (folder / f"{rank}.txt").read_text())
-        for rank, process in enumerate(processes)
-    ]
-
-
-def end(processes: list) -> None:
-    """Kill what is left."""
-    for process in processes:
-        process.kill()
-        process.join()
-
-
-def _train(words: list[str], output: str, folder: str, place: dict[str, str]) -> None:
-    os.chdir(folder)
-    written = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(written, 1)
-    os.dup2(written, 2)
-    os.environ |= place
-    run_train(words + os.environ.get("OWN_WORDS", "").split())
 
 
 if __name__ == "__main__":

@@ -2,57 +2,89 @@
 
 import multiprocessing
 import os
-import runpy
 import socket
-import sys
+import time
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import NamedTuple
 
-TRAIN = Path(__file__).parents[2] / "train.py"
+from faulty import run_train
+
 PRELOADED = ["torch", "lightning.pytorch", "longmix.training.run"]
-SECONDS = 300
 
 
-def train(size: int, words: list[str], folder: Path) -> None:
-    """Run `train.py` with words in `folder`, in `size` processes.
+class Ended(NamedTuple):
+    """A process that ended: its exit code, negative for a signal, and what it wrote."""
 
-    Raises:
-        RuntimeError: one of them failed, with what it wrote; or they did not end.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    port = _free_port()
-    processes = [context.Process(target=_train, args=(rank, size, port, words, str(folder))) for rank in range(size)]
-    for process in processes:
-        process.start()
-    running = list(processes)
-    while running and all(process.exitcode in (None, 0) for process in processes):
-        ended = wait([process.sentinel for process in running], SECONDS)
-        running = [process for process in running if process.sentinel not in ended] if ended else []
-    for process in processes:
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-    written = [(folder / f"{rank}.txt").read_text() for rank in range(size)]
-    for process, text in zip(processes, written, strict=True):
-        if process.exitcode:
-            raise RuntimeError(f"{process.exitcode}: {text}")
+    code: int
+    text: str
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """One that nobody listens at."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
 
 
-def _train(rank: int, size: int, port: int, words: list[str], folder: str) -> None:
+def torchrun_places(size: int) -> list[dict[str, str]]:
+    """What torchrun tells each of `size` processes on one machine."""
+    same = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "GROUP_RANK": 0, "MASTER_PORT": free_port()}
+    texts = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}
+    return [{name: str(n) for name, n in (same | {"RANK": r, "LOCAL_RANK": r}).items()} | texts for r in range(size)]
+
+
+def start(words: list[str], folder: Path, places: list[dict[str, str]]) -> list:
+    """Run train.py with `words` in `folder`, in a process for each place's environment; rank r writes to r.txt."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    processes = [
+        context.Process(target=_train, args=(words, str(folder / f"{rank}.txt"), str(folder), place))
+        for rank, place in enumerate(places)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def ended(processes: list, folder: Path, count: int | None = None, seconds: float = 100) -> list[Ended | None]:
+    """What became of the processes once `count` of them, or all, have ended; None for those that run on."""
+    count = len(processes) if count is None else count
+    deadline = time.monotonic() + seconds
+    while sum(process.exitcode is not None for process in processes) < count and time.monotonic() < deadline:
+        wait([process.sentinel for process in processes if process.exitcode is None], 1)
+    return [
+        None if process.exitcode is None else Ended(process.exitcode, (folder / f"{rank}.txt").read_text())
+        for rank, process in enumerate(processes)
+    ]
+
+
+def together(words: list[str], folder: Path, places: list[dict[str, str]], count: int | None = None) -> list:
+    """`start`, and what has become of the processes when `count` of them, or all, have ended; the others are killed."""
+    processes = start(words, folder, places)
+    try:
+        return ended(processes, folder, count)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def train(size: int, words: list[str], folder: Path) -> None:
+    """Run train.py with `words` in `folder`, in `size` processes.
+
+    Raises:
+        RuntimeError: one of them failed, with what it wrote; or they did not end.
+    """
+    for end in together(words, folder, torchrun_places(size) if size > 1 else [{}]):
+        if end is None or end.code:
+            raise RuntimeError("did not end" if end is None else f"{end.code}: {end.text}")
+
+
+def _train(words: list[str], output: str, folder: str, place: dict[str, str]) -> None:
     os.chdir(folder)
-    written = os.open(f"{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    written = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(written, 1)
     os.dup2(written, 2)
-    if size > 1:
-        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "GROUP_RANK": 0}
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
-        os.environ |= {name: str(value) for name, value in (places | meeting).items()}
-    sys.argv = [str(TRAIN), *words]
-    runpy.run_path(str(TRAIN), run_name="__main__")
+    os.environ |= place
+    run_train(words + os.environ.get("OWN_WORDS", "").split())

@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 import faulty
 import pytest
 import torch
+from launched import free_port, together, torchrun_places
 
 from longmix.checkpoints import CheckpointStore, load_checkpoint
 from longmix.errors import Interrupted, NonFiniteError, ProcessLost, StorageError
@@ -49,24 +49,13 @@ def words(shared_cache) -> list[str]:
     return [*SETTINGS, f"data.cache_dir={shared_cache}"]
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 @pytest.fixture
 def run(words, tmp_path):
     """`run("kill:1", "trainer=ddp", ...)`: two processes as torchrun starts them, and what became of them."""
 
     def begin(fault: str, *more: str, size=2, ends=None, folder=tmp_path, places=None) -> list:
-        places = faulty.torchrun_places(size, free_port()) if places is None else places
-        own = [*words, "name=run", *more]
-        processes = faulty.start(own, folder, [{**place, "FAULT": fault} for place in places])
-        try:
-            return faulty.ended(processes, folder, ends)
-        finally:
-            faulty.end(processes)
+        places = torchrun_places(size) if places is None else places
+        return together([*words, "name=run", *more], folder, [{**place, "FAULT": fault} for place in places], ends)
 
     return begin
 
@@ -96,12 +85,7 @@ def killed(killed_run, tmp_path) -> Path:
 
 
 def two_processes(words: list[str], folder: Path, fault: str) -> list:
-    places = faulty.torchrun_places(2, free_port())
-    processes = faulty.start([*words, "name=run"], folder, [{**place, "FAULT": fault} for place in places])
-    try:
-        return faulty.ended(processes, folder)
-    finally:
-        faulty.end(processes)
+    return together([*words, "name=run"], folder, [{**place, "FAULT": fault} for place in torchrun_places(2)])
 
 
 def checkpoints(folder: Path) -> list[str]:
@@ -211,9 +195,7 @@ def test_all_processes_start_where_the_first_decides(killed, run):
     """Each has a folder with the time it began in its name, and the second would find nothing to continue."""
     own = [
         {**place, "OWN_WORDS": f"hydra.run.dir={folder}"}
-        for place, folder in zip(
-            faulty.torchrun_places(2, free_port()), ["runs/later", "elsewhere/second"], strict=True
-        )
+        for place, folder in zip(torchrun_places(2), ["runs/later", "elsewhere/second"], strict=True)
     ]
     ended = run("", "trainer=ddp", "resume=auto", places=own)
     assert [end.code for end in ended] == [0, 0], ended[1].text
