@@ -29,6 +29,7 @@ from longmix.errors import ConfigError, LongmixError
 from longmix.planning.memory import GIB
 from longmix.planning.plan import Planner
 from longmix.planning.request import Request, read
+from longmix.training.place import local_environment
 
 CPU_SIZES = ("model=tiny", "model.num_layers=3", "seq_len=1024", "batch_size=2")
 GPU_SIZES = ("model=125m", "seq_len=8192", "batch_size=2", "tokenizer=bpe", "tokenizer.vocab_size=32000")
@@ -135,10 +136,7 @@ def _in_processes(request: Request) -> int:
 
 def _of_one(rank: int, request: Request, port: int, peaks: Any) -> None:
     """Measure one process, which Lightning takes for one that torchrun started."""
-    size = request.gpus
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "GROUP_RANK": 0}
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "check"}
-    os.environ |= {name: str(value) for name, value in (places | meeting).items()}
+    os.environ |= local_environment(rank, request.gpus, port) | {"TORCHELASTIC_RUN_ID": "check"}
     torch.set_num_threads(1)
     for module, names in EXCHANGES.items():
         for name in names:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from longmix.errors import Interrupted, NonFiniteError, ProcessLost
-from longmix.training.place import LAUNCHER_PID
+from longmix.training.place import LAUNCHER_PID, local_environment
 from longmix.training.processes import how_to_continue
 from longmix.training.signals import SignalWatch
 
@@ -86,17 +86,11 @@ def launch(command: Sequence[str], count: int, timeout: float, folder: Path) -> 
 
 
 def _environment(rank: int, count: int, port: int) -> dict[str, str]:
-    return os.environ | {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "GROUP_RANK": "0",
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+    own = {
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the first process joins the meeting place as all others do
         LAUNCHER_PID: str(os.getpid()),
     }
+    return os.environ | local_environment(rank, count, port) | own
 
 
 def _wait(workers: list[Worker], signals: SignalWatch) -> None:

@@ -39,6 +39,14 @@ class Place:
     launcher: Literal["longmix", "torchrun", "srun"]
 
 
+def local_environment(rank: int, count: int, port: int) -> dict[str, str]:
+    """What tells one of `count` processes, all on this machine, where it stands and at which port they meet."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    return {name: str(number) for name, number in (numbers | {"MASTER_PORT": port}).items()} | {
+        "MASTER_ADDR": "127.0.0.1"
+    }
+
+
 def own_place() -> Place | None:
     """Where this process stands, or None if nobody started it together with others.
 
