@@ -1,0 +1,117 @@
+"""Reading files that someone else may have written: bounded in size and depth, and never waiting.
+
+A damaged or hostile file must be one clear error. So a FIFO is refused instead of waited for, a file is not read
+beyond a limit, and JSON or YAML is not believed to be a mapping before that has been checked.
+"""
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from longmix.errors import ConfigError
+
+LARGEST_TEXT_BYTES = 64 << 20
+"""Of a JSON file that is read whole; the largest that longmix writes are tokenizers, of some MiB."""
+
+LARGEST_YAML_BYTES = 1 << 20
+"""Of a YAML file; longmix writes some KiB."""
+
+DEEPEST = 64
+"""Levels of nesting in a YAML file; longmix writes about ten."""
+
+
+def read_bytes(path: Path, limit: int = LARGEST_TEXT_BYTES) -> bytes:
+    """The content of a regular file.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+        ValueError: it has more than `limit` bytes.
+    """
+    # Without O_NONBLOCK, opening a FIFO waits until somebody writes into it.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    with os.fdopen(descriptor, "rb") as stream:
+        content = stream.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"it is larger than {limit:,} bytes")
+    return content
+
+
+def require_regular(path: Path) -> None:
+    """Refuse what cannot be read like a file: a folder, a FIFO, a device.
+
+    Raises:
+        OSError: there is nothing of this name, or it is no regular file.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file")
+
+
+def read_json(path: Path, limit: int = LARGEST_TEXT_BYTES) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+        ValueError: it is too large, not UTF-8, not JSON, nested too deeply, or no JSON object.
+    """
+    try:
+        content = json.loads(read_bytes(path, limit).decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(content, dict):
+        raise ValueError("it holds no JSON object")
+    return content
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, read as OmegaConf reads it; interpolations stay texts.
+
+    Raises:
+        ConfigError: it cannot be read, is too large, nested too deeply, has aliases, or holds no mapping.
+    """
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        text = read_bytes(path, LARGEST_YAML_BYTES).decode("utf-8")
+        _check_events(text)
+        content = OmegaConf.to_container(OmegaConf.create(text))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {_reason(error)}.") from error
+    assert isinstance(content, dict)
+    return content  # type: ignore[return-value]
+
+
+def _check_events(text: str) -> None:
+    """Refuse what a few bytes can make endless, before anything is built of it."""
+    import yaml
+
+    depth, begun = 0, False
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"it has an alias, *{event.anchor}; write the value out")
+        if isinstance(event, yaml.CollectionStartEvent):
+            begun |= isinstance(event, yaml.MappingStartEvent)
+            depth += 1
+            if depth > DEEPEST:
+                raise ValueError(f"it is nested more than {DEEPEST} levels deep")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if isinstance(event, yaml.NodeEvent) and not begun:
+            raise ValueError("it holds no mapping")
+    if not begun:
+        raise ValueError("it is empty")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, OSError):
+        return str(error.strerror or error)
+    return " ".join(str(error).split()).rstrip(".")
