@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from longmix.checkpoints import find_checkpoint, load_checkpoint
+from longmix.checkpoints import chosen_checkpoint, load_checkpoint
 from longmix.config import Node, refuse_untrusted
 from longmix.data.tokenizers import Tokenizer, tokenizer_from_state
 from longmix.errors import ConfigError
@@ -56,7 +56,7 @@ def restore(words: Node) -> Restored:
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
     device, precision = _place(words)
-    checkpoint = find_checkpoint(Path(words["checkpoint"]))
+    checkpoint = chosen_checkpoint(words["checkpoint"])
     state = load_checkpoint(checkpoint, optimizers=False)
     trained = state["config"]
     refuse_untrusted({key: trained[key] for key in ("model", "mixer", "data")}, "config", {"longmix", *words["trust"]})

@@ -11,6 +11,7 @@ other file, which are verified before anything is loaded; loading one runs no co
 Either can be continued on any number of processes. `python -m longmix.checkpoints consolidate` makes format 1 of 2.
 """
 
+from longmix.checkpoints.last import chosen_checkpoint
 from longmix.checkpoints.load import Checkpoint, load_checkpoint, open_checkpoint
 from longmix.checkpoints.reading import load_tensors, read_info, reading
 from longmix.checkpoints.store import CheckpointStore, find_checkpoint
@@ -18,6 +19,7 @@ from longmix.checkpoints.store import CheckpointStore, find_checkpoint
 __all__ = [
     "Checkpoint",
     "CheckpointStore",
+    "chosen_checkpoint",
     "find_checkpoint",
     "load_checkpoint",
     "load_tensors",

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from longmix.checkpoints.consolidate import consolidate
-from longmix.checkpoints.store import find_checkpoint
+from longmix.checkpoints.last import chosen_checkpoint
 from longmix.errors import LongmixError
 
 
@@ -18,7 +18,7 @@ def main(words: list[str] | None = None) -> int:
     command.add_argument("output", type=Path, nargs="?", help="folder to make; the checkpoint's name with -whole")
     arguments = parser.parse_args(words)
     try:
-        checkpoint = find_checkpoint(arguments.checkpoint)
+        checkpoint = chosen_checkpoint(arguments.checkpoint)
         output = arguments.output or checkpoint.with_name(f"{checkpoint.name}-whole")
         consolidate(checkpoint, output)
     except LongmixError as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from longmix.checkpoints import find_checkpoint, load_checkpoint
+from longmix.checkpoints import chosen_checkpoint, load_checkpoint
 from longmix.errors import ConfigError, LongmixError
 from longmix.files import replace_file
 from longmix.mixers.rwkv7 import RWKV7, SHIFTS, LowRank
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="file to write, ending in .pth")
     arguments = parser.parse_args()
     try:
-        weights = rwkv_weights(model_from_checkpoint(load_checkpoint(find_checkpoint(arguments.checkpoint))))
+        weights = rwkv_weights(model_from_checkpoint(load_checkpoint(chosen_checkpoint(arguments.checkpoint))))
         replace_file(arguments.output, lambda temporary: torch.save(weights, temporary))
     except LongmixError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

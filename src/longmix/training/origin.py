@@ -6,7 +6,8 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from longmix.checkpoints import find_checkpoint, load_checkpoint
+from longmix.checkpoints import chosen_checkpoint, load_checkpoint
+from longmix.checkpoints.last import LAST
 from longmix.config import Node, refuse_untrusted
 from longmix.data.tokenizers import Tokenizer, tokenizer_from_state
 from longmix.errors import ConfigError
@@ -53,7 +54,9 @@ class Origin:
             word = override.lstrip("+~").partition("=")[0]
             if word.split(".")[0] in (*TAKEN, "block"):
                 raise ConfigError(f"{word} comes from checkpoint={node['checkpoint']}; leave one of the two out.")
-        state = load_checkpoint(find_checkpoint(Path(node["checkpoint"])), optimizers=False)
+        if node["checkpoint"] == LAST:  # the configuration that is kept names the run itself
+            node["checkpoint"] = str(chosen_checkpoint(LAST, Path(HydraConfig.get().runtime.output_dir)))
+        state = load_checkpoint(chosen_checkpoint(node["checkpoint"]), optimizers=False)
         trained = state["config"]
         refuse_untrusted({key: trained[key] for key in TAKEN}, "config", {"longmix"})
         node.update({key: trained[key] for key in TAKEN})

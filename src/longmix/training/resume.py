@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from longmix.checkpoints import Checkpoint, CheckpointStore, find_checkpoint, open_checkpoint
+from longmix.checkpoints import Checkpoint, CheckpointStore, chosen_checkpoint, open_checkpoint
 from longmix.checkpoints.processes import Processes
 from longmix.config import Node, flattened
 from longmix.errors import CheckpointError, ConfigError
@@ -141,7 +141,7 @@ def choose_start(config: Node, folder: Path) -> tuple[Path, Path | None]:
             log.info("resume=auto: no earlier run of this configuration; starting a new one.")
             return folder, None
     else:
-        checkpoint = find_checkpoint(Path(resume))
+        checkpoint = chosen_checkpoint(resume)
     return _home(checkpoint, folder), checkpoint
 
 

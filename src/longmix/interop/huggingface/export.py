@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longmix.checkpoints import find_checkpoint, load_checkpoint
+from longmix.checkpoints import chosen_checkpoint, load_checkpoint
 from longmix.config import Node
 from longmix.data.tokenizers import tokenizer_from_state
 from longmix.errors import ConfigError
@@ -79,7 +79,7 @@ def export(checkpoint: Path, folder: Path, kind: str = "auto", dtype: str = "flo
     if kind not in KINDS or dtype not in DTYPES:
         raise ConfigError(f"--as is one of {', '.join(KINDS)}, and --dtype one of {', '.join(DTYPES)}.")
     _check_target(folder, force)
-    path = find_checkpoint(checkpoint)
+    path = chosen_checkpoint(checkpoint)
     state = load_checkpoint(path)
     model = model_from_checkpoint(_trusted(state))
     tokenizer = tokenizer_from_state(state["tokenizer"])
