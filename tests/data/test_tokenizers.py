@@ -8,8 +8,17 @@ from list_corpus import ListCorpus, random_text
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Library
 
+from longmix.data.byte_level import UTF8_BYTES, byte_letters
 from longmix.data.corpora import Sotu
-from longmix.data.tokenizers import SEPARATOR, BpeTokenizer, ByteTokenizer, TokenizerFile, tokenizer_from_state
+from longmix.data.encoding import Batch, Encoder
+from longmix.data.tokenizers import (
+    SEPARATOR,
+    BpeTokenizer,
+    ByteTokenizer,
+    NumberTokenizer,
+    TokenizerFile,
+    tokenizer_from_state,
+)
 from longmix.errors import ConfigError, DataError
 
 
@@ -27,7 +36,7 @@ def byte_level(**changes) -> Library:
     library = Library(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=changes.get("add_prefix_space", False))
     library.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()[: changes.get("bytes", 256)]
+    alphabet = [letter for byte, letter in enumerate(byte_letters()) if byte not in changes.get("lacks", ())]
     trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
     library.train_from_iterator([" the the then and and there"] * 3, trainer)
     library.add_special_tokens(changes.get("specials", ["<|endoftext|>", "<s>", "[MASK]"]))
@@ -111,7 +120,7 @@ class TestBpe:
         BpeTokenizer(300).prepare(speeches, tmp_path)
         trained = []
         monkeypatch.setattr(
-            "longmix.data.tokenizers._train_bpe", lambda *_, **settings: trained.append(settings) or 1 / 0
+            "longmix.data.tokenizers.train_bpe", lambda *_, **settings: trained.append(settings) or 1 / 0
         )
         assert BpeTokenizer(300).prepare(speeches, tmp_path).vocab_size == 300
         others = [
@@ -213,9 +222,19 @@ class TestTokenizerFile:
         with pytest.raises(DataError, match="does not reproduce every text byte for byte"):
             TokenizerFile(saved(byte_level(add_prefix_space=True), tmp_path))
 
-    def test_vocabulary_that_lacks_bytes(self, tmp_path):
-        with pytest.raises(DataError, match=r"is not byte-level: \d+ of the 256 bytes have no token"):
-            TokenizerFile(saved(byte_level(bytes=200), tmp_path))
+    def test_vocabulary_without_most_bytes(self, tmp_path):
+        with pytest.raises(DataError, match=r"is not byte-level: 186 of the 243 bytes of UTF-8 have no token"):
+            TokenizerFile(saved(byte_level(lacks=range(50, 256)), tmp_path))
+
+    @pytest.mark.parametrize("path", ["", " "])
+    def test_empty_path(self, path):
+        with pytest.raises(ConfigError, match=r"tokenizer\.path is empty; was a variable of the shell not set"):
+            TokenizerFile(path)
+
+    def test_home_in_the_path(self, tmp_path, monkeypatch):
+        saved(byte_level(), tmp_path)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert TokenizerFile("~/tokenizer.json").vocab_size > 257
 
     def test_missing_file(self):
         with pytest.raises(DataError, match=r"tokenizer\.path: cannot read /nowhere/t\.json"):
@@ -225,3 +244,220 @@ class TestTokenizerFile:
         (tmp_path / "t.json").write_text("{}")
         with pytest.raises(DataError, match=r"tokenizer\.path .*t\.json is not a tokenizer\.json"):
             TokenizerFile(str(tmp_path / "t.json"))
+
+    def test_id_that_would_fill_the_memory(self, tmp_path):
+        with pytest.raises(DataError, match=r"has a token of id 4,000,000,000; ids from 16,777,216 on are not taken"):
+            TokenizerFile(edited(lambda tree: tree["model"]["vocab"].update(zzz=4_000_000_000), tmp_path))
+
+
+def edited(change, tmp_path) -> str:
+    """The path of a byte-level tokenizer.json with a change to its tree."""
+    tree = json.loads(byte_level().to_str())
+    change(tree)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(tree))
+    return str(path)
+
+
+def split(pattern: str, behavior: str):
+    def change(tree) -> None:
+        part = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": False}
+        tree["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [part, tree["pre_tokenizer"]]}
+
+    return change
+
+
+def decoder(*parts):
+    def change(tree) -> None:
+        tree["decoder"] = {"type": "Sequence", "decoders": [tree["decoder"], *parts]}
+
+    return change
+
+
+class TestPartsOfAFile:
+    """Every part that can change a text is refused by its name; parts that only split one are taken."""
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (decoder({"type": "Strip", "content": " ", "start": 1, "stop": 0}), "a decoder of type Strip"),
+            (decoder({"type": "Strip", "content": "\n", "start": 0, "stop": 1}), "a decoder of type Strip"),
+            (decoder({"type": "Replace", "pattern": {"String": "qq"}, "content": "q"}), "a decoder of type Replace"),
+            (decoder({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always"}), "of type Metaspace"),
+            (decoder({"type": "WordPiece", "prefix": "##", "cleanup": True}), "a decoder of type WordPiece"),
+            (decoder({"type": "CTC", "pad_token": "p", "word_delimiter_token": "|", "cleanup": True}), "of type CTC"),
+            (lambda tree: tree.update(decoder=None), "it has no decoder"),
+            (split("zz", "Removed"), "type Split that removes what it finds"),
+            (split(" ?qq", "Removed"), "type Split that removes what it finds"),
+            (
+                lambda tree: tree.update(
+                    pre_tokenizer={
+                        "type": "Sequence",
+                        "pretokenizers": [{"type": "WhitespaceSplit"}, tree["pre_tokenizer"]],
+                    }
+                ),
+                "a pre-tokenizer of type WhitespaceSplit",
+            ),
+            (lambda tree: tree.update(pre_tokenizer=None), "not byte-level: its text is split by no pre-tokenizer"),
+            (lambda tree: tree.update(pre_tokenizer={"type": "Whitespace"}), "not byte-level: .* split by Whitespace"),
+        ],
+    )
+    def test_refused(self, change, message, tmp_path):
+        with pytest.raises(DataError, match=message):
+            TokenizerFile(edited(change, tmp_path))
+
+    @pytest.mark.parametrize("seed", range(3))
+    @pytest.mark.parametrize(
+        "change",
+        [
+            split(r"\p{N}{1,3}", "Isolated"),
+            split(r"\s+", "MergedWithNext"),
+            decoder({"type": "Fuse"}),
+            lambda tree: tree.update(
+                pre_tokenizer={
+                    "type": "Sequence",
+                    "pretokenizers": [{"type": "Digits", "individual_digits": True}, tree["pre_tokenizer"]],
+                }
+            ),
+        ],
+    )
+    def test_taken(self, change, seed, tmp_path):
+        tokenizer, text = TokenizerFile(edited(change, tmp_path)), random_text(seed)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+    @pytest.mark.parametrize("dropout", [0.5, 1.0])
+    def test_dropout_is_left_out_and_said(self, dropout, tmp_path, caplog):
+        text = " the and there" * 20
+        plain = TokenizerFile(saved(byte_level(), tmp_path)).encode(text)
+        tokenizer = TokenizerFile(edited(lambda tree: tree["model"].update(dropout=dropout), tmp_path))
+        assert "asks for BPE dropout; it is left out" in caplog.text
+        again = tokenizer_from_state(tokenizer.state())
+        for one in (tokenizer, tokenizer, again):
+            np.testing.assert_array_equal(one.encode(text), plain)
+
+    @pytest.mark.parametrize("pattern", ["(a+)+$", "(x+x+)+y"])
+    def test_panic_of_a_pattern_is_an_error_of_the_file(self, pattern, tmp_path):
+        tokenizer_path = edited(split(pattern, "Isolated"), tmp_path)
+        with pytest.raises(DataError, match=r"tokenizer\.path .* cannot encode a text \(.*retry-limit"):
+            TokenizerFile(tokenizer_path).encode("a" * 60 + "x" * 60)
+
+    def test_pattern_that_is_none(self, tmp_path):
+        with pytest.raises(DataError, match=r"is not a tokenizer\.json that `tokenizers` can read .*Oniguruma"):
+            TokenizerFile(edited(split("(", "Isolated"), tmp_path))
+
+
+class TestMissingBytes:
+    """Some published vocabularies lack control characters and bytes that UTF-8 never has."""
+
+    LACKS = (0x04, 0x06, 0x13, 0x14, 0x16, 0x1D, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100))
+
+    def of(self, tmp_path, **settings) -> TokenizerFile:
+        return TokenizerFile(saved(byte_level(lacks=settings.pop("lacks", self.LACKS)), tmp_path), **settings)
+
+    @pytest.mark.parametrize("seed", range(10))
+    def test_other_text_comes_back(self, seed, tmp_path):
+        tokenizer, text = self.of(tmp_path), random_text(seed)
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
+
+    def test_bytes_that_no_text_holds_do_not_matter(self, tmp_path, caplog):
+        caplog.set_level("INFO")
+        tokenizer = self.of(tmp_path, lacks=set(range(256)) - UTF8_BYTES)
+        assert tokenizer.decode(tokenizer.encode("\x04\U0010ffff")) == "\x04\U0010ffff"
+        assert "has no token" not in caplog.text
+
+    def test_what_is_missing_is_said(self, tmp_path, caplog):
+        caplog.set_level("INFO")
+        self.of(tmp_path)
+        assert (
+            "no token for 8 of the 243 bytes of UTF-8 (0x04, 0x06, 0x13, 0x14, 0x16, 0x1d, 0xf1, 0xf2)" in caplog.text
+        )
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("a\x04b", r"the byte 0x04 of the character U\+0004 at 1 "),
+            ("\x1d", r"the byte 0x1d of the character U\+001D at 0 "),
+            ("é\U00050000\x04", r"the byte 0xf1 of the character U\+50000 at 1 "),
+        ],
+    )
+    def test_refused_by_byte_and_place(self, text, message, tmp_path):
+        tokenizer = self.of(tmp_path)
+        with pytest.raises(DataError, match=message):
+            tokenizer.encode(text)
+        with pytest.raises(DataError, match=rf"document 7 of the train split of x \(counted from 0\): .*{message}"):
+            Encoder(tokenizer, np.dtype("<u2"), "train split of x")(Batch(6, ["fine", text], None))
+
+    @pytest.mark.parametrize(
+        ("lacks", "text", "expected"),
+        [
+            ((0x04,), "a\x04\x04b", "a\ufffd\ufffdb"),
+            (LACKS, "é\U00050000é", "é\ufffdé"),
+            ((0x04, 0xBF), "a\x04?", "a??"),
+            ((0x9F,), "\U0001f642ß", "\ufffd\ufffd"),
+        ],
+    )
+    def test_replaced_if_so_chosen(self, lacks, text, expected, tmp_path, caplog):
+        tokenizer = self.of(tmp_path, lacks=lacks, missing_bytes="replace")
+        assert tokenizer.decode(tokenizer.encode(text)) == expected
+        encoded = Encoder(tokenizer, np.dtype("<u2"), "train split of x")(Batch(3, ["a", text], None))
+        assert encoded.bytes == 1 + len(expected.encode())
+        assert "of the train split of x that the tokenizer has no tokens for are replaced, first in document 4" in (
+            caplog.text
+        )
+
+    def test_the_choice_is_part_of_its_identity(self, tmp_path):
+        refusing, replacing = self.of(tmp_path), self.of(tmp_path, missing_bytes="replace")
+        assert refusing.fingerprint() != replacing.fingerprint()
+        again = tokenizer_from_state(json.loads(json.dumps(replacing.state())))
+        assert again.fingerprint() == replacing.fingerprint()
+        assert again.decode(again.encode("\x04")) == "\ufffd"
+
+    def test_nothing_to_replace_by(self, tmp_path):
+        with pytest.raises(DataError, match=r"missing_bytes=replace: .* tokens for neither U\+FFFD nor '\?'"):
+            self.of(tmp_path, lacks=(0xBF, ord("?")), missing_bytes="replace")
+
+    def test_unknown_choice(self, tmp_path):
+        with pytest.raises(ConfigError, match=r"tokenizer\.missing_bytes=drop must be one of refuse, replace"):
+            self.of(tmp_path, missing_bytes="drop")
+
+    def test_lone_surrogate_is_still_one(self, tmp_path):
+        with pytest.raises(UnicodeEncodeError):
+            self.of(tmp_path).encode("a\ud800")
+
+
+class TestEnds:
+    def test_the_separator_unless_told_otherwise(self, tokenizer):
+        assert tokenizer.end_ids == (tokenizer.separator_id,)
+        assert "end_ids" not in tokenizer.state()
+
+    def test_numbers_have_none(self):
+        assert NumberTokenizer(5).end_ids == ()
+
+    def test_kept_with_the_state_but_not_part_of_the_identity(self, tmp_path):
+        path = saved(byte_level(), tmp_path)
+        tokenizer = TokenizerFile(path, end_ids=[3, 258, 3])
+        again = tokenizer_from_state(json.loads(json.dumps(tokenizer.state())))
+        assert tokenizer.end_ids == again.end_ids == (3, 258)
+        assert again.fingerprint() == TokenizerFile(path).fingerprint()
+
+    @pytest.mark.parametrize("end_ids", [[], [-1], [10**6], ["a"], [True]])
+    def test_impossible(self, end_ids, tmp_path):
+        with pytest.raises(ConfigError, match=r"tokenizer\.end_ids: .* is not among the ids of"):
+            TokenizerFile(saved(byte_level(), tmp_path), end_ids=end_ids)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ([], r"info\.json: unknown tokenizer kind \[\]"),
+        ({}, r"info\.json: unknown tokenizer kind None"),
+        ({"kind": "numbers"}, r"info\.json is damaged: KeyError: 'vocab_size'"),
+        ({"kind": "library", "json": "{}"}, r"info\.json is damaged: KeyError: 'separator'"),
+        ({"kind": "library", "json": 3, "separator": "a"}, r"info\.json is not a tokenizer\.json"),
+    ],
+)
+def test_damaged_state_names_its_source(state, message):
+    with pytest.raises(DataError, match=message):
+        tokenizer_from_state(state, "info.json")

@@ -1,5 +1,6 @@
 """Documents in batches, and their tokens: in this process, or in several that keep the order."""
 
+import logging
 import multiprocessing
 import os
 import threading
@@ -15,6 +16,8 @@ from longmix.data.corpus import Reading
 from longmix.data.token_files import OFFSET_DTYPE
 from longmix.data.tokenizers import Tokenizer
 from longmix.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 BATCH_CHARACTERS = 4 << 20
 BATCH_DOCUMENTS = 1024
@@ -36,7 +39,7 @@ class Encoded(NamedTuple):
     Attributes:
         tokens: of all documents, with separators.
         lengths: of each document in tokens, int64; empty documents have none.
-        bytes: of the texts in UTF-8.
+        bytes: of the texts in UTF-8, as they were encoded.
         empty: how many documents were empty.
         position: see `Batch`.
     """
@@ -60,6 +63,7 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer, dtype: np.dtype, place: str) -> None:
         self._tokenizer, self._dtype, self._place = tokenizer, dtype, place
         self._token_bytes = tokenizer.token_bytes()
+        self._has_replaced = False
 
     def __call__(self, batch: Batch) -> Encoded:
         """Encode the documents of a batch.
@@ -67,8 +71,8 @@ class Encoder:
         Raises:
             DataError: one of them is not Unicode text, or its tokens do not reproduce it.
         """
-        kept = [(number, text) for number, text in enumerate(batch.texts, batch.first) if text]
-        sizes = [self._utf8_size(number, text) for number, text in kept]
+        kept = [(number, self._admit(number, text)) for number, text in enumerate(batch.texts, batch.first) if text]
+        sizes = [len(text.encode()) for _, text in kept]
         separator = np.array([self._tokenizer.separator_id], self._dtype)
         pieces = [separator[:0]]
         encoded = self._tokenizer.encode_batch([text for _, text in kept])
@@ -78,14 +82,24 @@ class Encoder:
         lengths = np.array([1 + len(ids) for ids in encoded], OFFSET_DTYPE)
         return Encoded(np.concatenate(pieces), lengths, sum(sizes), len(batch.texts) - len(kept), batch.position)
 
-    def _utf8_size(self, number: int, text: str) -> int:
+    def _admit(self, number: int, text: str) -> str:
         try:
-            return len(text.encode())
+            text.encode()
+            admitted = self._tokenizer.admit(text)
         except UnicodeEncodeError as error:
             raise DataError(
                 f"document {number} of the {self._place} (counted from 0) holds a lone surrogate at character "
                 f"{error.start}, which is not Unicode text; repair or remove that document"
             ) from error
+        except DataError as error:
+            raise DataError(f"document {number} of the {self._place} (counted from 0): {error}") from error
+        if admitted != text and not self._has_replaced:
+            self._has_replaced = True  # once, not for each of a million documents
+            logger.warning(
+                "characters of the %s that the tokenizer has no tokens for are replaced, first in document %d",
+                *(self._place, number),
+            )
+        return admitted
 
     def _check_exact(self, number: int, size: int, ids: np.ndarray) -> None:
         represented = int(self._token_bytes[ids].sum())

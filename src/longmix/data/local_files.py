@@ -8,8 +8,29 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from longmix.errors import DataError
+from longmix.errors import ConfigError, DataError
 from longmix.files import sha256_of_file
+
+
+def user_path(key: str, value: str | os.PathLike[str]) -> Path:
+    """The path that a setting gives, with `~` expanded.
+
+    Args:
+        key: the setting, for the error message.
+        value: as it was given.
+
+    Raises:
+        ConfigError: it is empty, as an unset variable of the shell leaves it, or no path.
+    """
+    text = os.fspath(value)
+    if not text.strip():
+        raise ConfigError(f"{key} is empty; was a variable of the shell not set? Give a path, or leave {key} out.")
+    if "\0" in text:
+        raise ConfigError(f"{key}={text!r} holds a NUL character, which no path can.")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # ~name of nobody
+        raise ConfigError(f"{key}={text}: {error}") from error
 
 
 def find_files(key: str, paths: str | Sequence[str], suffix: str) -> list[Path]:

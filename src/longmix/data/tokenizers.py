@@ -1,33 +1,39 @@
 """Tokenizers: bytes, a byte-level BPE trained on the corpus, or a `tokenizer.json`.
 
-All of them are exact: the tokens of a text stand for precisely its UTF-8 bytes, whatever the text, so that bits per
-byte can be compared between tokenizers. The separator that starts each document is never produced from text; a
-document that spells out `<|endoftext|>` is encoded as those characters.
+All of them are exact: the tokens of a text stand for precisely its UTF-8 bytes, so that bits per byte can be compared
+between tokenizers. A text that a vocabulary cannot write is refused, or altered if so chosen. The separator that starts
+each document is never produced from text; a document that spells out `<|endoftext|>` is encoded as those characters.
 """
 
 import logging
-import sys
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 
-from longmix.data.corpus import Corpus, read_documents
+from longmix.data.bpe import train_bpe
+from longmix.data.byte_level import (
+    PROBE,
+    PROBES,
+    UTF8_BYTES,
+    ByteRepertoire,
+    bytes_by_token,
+    first_inexact,
+    library_errors,
+    open_library,
+)
+from longmix.data.corpus import Corpus
+from longmix.data.local_files import user_path
 from longmix.data.sealed import build_once, open_sealed, sha256_of_json
 from longmix.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    import tokenizers
 
 logger = logging.getLogger(__name__)
 
 SEPARATOR = "<|endoftext|>"
 BPE_FORMAT_VERSION = 1
 TOKENIZER_JSON = "tokenizer.json"
-PROBE = "Naïve  cafe\u0301\r\n\tx=0; ﬁ Ω 漢字 🙂\u200d \u00a0<|endoftext|> <s> [MASK]\x00▁ "
 
 
 class Tokenizer(ABC):
@@ -41,15 +47,30 @@ class Tokenizer(ABC):
     vocab_size: int
     separator_id: int
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids that end a text that a model writes: the separator, unless the tokenizer came with others."""
+        return (self.separator_id,) if self.separator_id >= 0 else ()
+
     def prepare(self, corpus: Corpus, cache_dir: Path) -> "Tokenizer":
         """Return the tokenizer ready for use; only one that is trained needs the corpus."""
         return self
+
+    def admit(self, text: str) -> str:
+        """The text as it is encoded: itself, or with what has no tokens replaced if the tokenizer was told to do so.
+
+        Raises:
+            DataError: it holds what has no tokens.
+            UnicodeEncodeError: it holds a lone surrogate.
+        """
+        return text
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, int32 [number of tokens], without separators.
 
         Raises:
+            DataError: see `admit`.
             UnicodeEncodeError: a text holds a lone surrogate, which has no UTF-8 form.
         """
 
@@ -70,23 +91,32 @@ class Tokenizer(ABC):
         """Everything `tokenizer_from_state` needs, JSON-able; a checkpoint carries it."""
 
     def fingerprint(self) -> str:
-        """Hex SHA-256 of the state: equal for tokenizers that give every text the same ids."""
-        return sha256_of_json(self.state())
+        """Hex SHA-256 of the state but for `end_ids`: equal for tokenizers that give every text the same ids."""
+        return sha256_of_json({key: value for key, value in self.state().items() if key != "end_ids"})
 
 
-def tokenizer_from_state(state: dict[str, Any]) -> Tokenizer:
+def tokenizer_from_state(state: dict[str, Any], source: str = "the saved tokenizer") -> Tokenizer:
     """Rebuild the tokenizer whose `state()` this is.
+
+    Args:
+        state: of this version or an earlier one.
+        source: where it was read, for messages.
 
     Raises:
         DataError: the state is not one that longmix wrote.
     """
-    if state.get("kind") == "bytes":
-        return ByteTokenizer()
-    if state.get("kind") == "numbers":
-        return NumberTokenizer(state["vocab_size"])
-    if state.get("kind") == "library":
-        return LibraryTokenizer(state["json"], state["separator"], source="the saved tokenizer")
-    raise DataError(f"unknown tokenizer kind {state.get('kind')!r}; expected 'bytes', 'library' or 'numbers'")
+    kind = state.get("kind") if isinstance(state, dict) else state
+    try:
+        if kind == "bytes":
+            return ByteTokenizer()
+        if kind == "numbers":
+            return NumberTokenizer(state["vocab_size"])
+        if kind == "library":
+            options = {key: state[key] for key in ("missing_bytes", "end_ids") if key in state}
+            return LibraryTokenizer(state["json"], state["separator"], source, **options)
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{source} is damaged: {type(error).__name__}: {error}") from error
+    raise DataError(f"{source}: unknown tokenizer kind {kind!r}; expected 'bytes', 'library' or 'numbers'")
 
 
 class NumberTokenizer(Tokenizer):
@@ -154,49 +184,93 @@ class ByteTokenizer(Tokenizer):
 class LibraryTokenizer(Tokenizer):
     """A byte-level tokenizer of the `tokenizers` library, given as the text of its `tokenizer.json`.
 
-    Two things differ from what the library does by default, both for exactness. Special tokens are never matched in
+    Three things differ from what the library does by default, all for exactness. Special tokens are never matched in
     text. Unicode normalisation (NFC and its kin) is taken out, because it changes text that a byte-level vocabulary
-    can express as it stands.
+    can express as it stands. BPE dropout is taken out, because it makes the tokens of a text a matter of chance.
+
+    Args:
+        json: the text of the file.
+        separator: the token that starts each document.
+        source: where it comes from, for messages.
+        missing_bytes: what happens to a character one of whose bytes has no token: "refuse" refuses the text by name,
+            "replace" puts U+FFFD in its place ("?" where that has no tokens either).
+        end_ids: see `Tokenizer.end_ids`; None for the separator.
+
+    Attributes:
+        missing_bytes: as given.
 
     Raises:
+        ConfigError: a setting is impossible.
         DataError: it is not byte-level, does not give back exactly the text it was given, or lacks the separator.
     """
 
-    def __init__(self, json: str, separator: str, source: str) -> None:
-        self._load(json, separator, source)
+    def __init__(
+        self,
+        json: str,
+        separator: str,
+        source: str,
+        missing_bytes: str = "refuse",
+        end_ids: Sequence[int] | None = None,
+    ) -> None:
+        self._load(json, separator, source, missing_bytes, end_ids)
 
-    def _load(self, json: str, separator: str, source: str) -> None:
-        self._json = json
-        self._separator = separator
-        self._library = _load_library(json, separator, source)
-        self._token_bytes = _bytes_by_token(self._library, source)
+    def _load(
+        self,
+        json: str,
+        separator: str,
+        source: str,
+        missing_bytes: str = "refuse",
+        end_ids: Sequence[int] | None = None,
+    ) -> None:
+        self._json, self._separator, self._source = json, separator, source
+        self._library = open_library(json, separator, source)
+        self._token_bytes = bytes_by_token(self._library, source)
+        self._repertoire = ByteRepertoire(self._library, missing_bytes, source)
+        self.missing_bytes = missing_bytes
         self.vocab_size = len(self._token_bytes)
         self.separator_id = cast(int, self._library.token_to_id(separator))
+        self._end_ids = None if end_ids is None else _checked_ends(end_ids, self.vocab_size, source)
         self._check_exact(source)
 
     def _check_exact(self, source: str) -> None:
-        if self.separator_id in self.encode(self._separator):
+        if self.separator_id in self._encoded([self._separator])[0]:
             raise DataError(
                 f"tokenizer.separator: {self._separator!r} is an ordinary token of {source}, so documents could "
                 "contain it; name one of its special tokens"
             )
-        probe = PROBE + self._separator
-        ids = self.encode(probe)
-        if self._token_bytes[ids].sum() != len(probe.encode()) or self.decode(ids) != probe:
+        probes = [*PROBES, "".join(PROBES), PROBE + self._separator]
+        texts = [self._repertoire.without_missing(text) for text in probes]
+        with library_errors(source, "cannot encode a text"):
+            inexact = first_inexact(self._library, texts, self._token_bytes)
+        if inexact is not None:
             raise DataError(
-                f"{source} does not reproduce every text byte for byte ({probe!r} came back as "
-                f"{self.decode(ids)!r}), so bits per byte would be wrong. Use a byte-level tokenizer that adds no "
-                "prefix space, or tokenizer=bytes or tokenizer=bpe."
+                f"{source} does not reproduce every text byte for byte ({inexact[0]!r} came back as {inexact[1]}), so "
+                "bits per byte would be wrong. Use a byte-level tokenizer that adds no prefix space, or "
+                "tokenizer=bytes or tokenizer=bpe."
             )
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """See `Tokenizer.end_ids`."""
+        return super().end_ids if self._end_ids is None else self._end_ids
+
+    def admit(self, text: str) -> str:
+        """See `Tokenizer.admit`."""
+        return self._repertoire.admit(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """See `Tokenizer.encode_batch`; the library spreads the texts over all cores."""
-        encodings = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
+        return self._encoded([self.admit(text) for text in texts])
+
+    def _encoded(self, texts: list[str]) -> list[np.ndarray]:
+        with library_errors(self._source, "cannot encode a text"):
+            encodings = self._library.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         """See `Tokenizer.decode`."""
-        return self._library.decode([int(i) for i in ids], skip_special_tokens=True)
+        with library_errors(self._source, "cannot decode these ids"):
+            return self._library.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def token_bytes(self) -> np.ndarray:
         """See `Tokenizer.token_bytes`."""
@@ -204,11 +278,24 @@ class LibraryTokenizer(Tokenizer):
 
     def state(self) -> dict[str, Any]:
         """See `Tokenizer.state`."""
-        return {"kind": "library", "json": self._json, "separator": self._separator}
+        state: dict[str, Any] = {"kind": "library", "json": self._json, "separator": self._separator}
+        if self.missing_bytes != "refuse":
+            state["missing_bytes"] = self.missing_bytes
+        if self._end_ids is not None:
+            state["end_ids"] = list(self._end_ids)
+        return state
 
     def library_json(self) -> str:
         """The text of the `tokenizer.json` as it is used: without normalisation, the separator among the specials."""
         return self._library.to_str()
+
+
+def _checked_ends(end_ids: Sequence[int], vocab_size: int, source: str) -> tuple[int, ...]:
+    wrong = [i for i in end_ids if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < vocab_size]
+    if wrong or not end_ids:
+        given = wrong[0] if wrong else list(end_ids)
+        raise ConfigError(f"tokenizer.end_ids: {given!r} is not among the ids of {source}, 0 to {vocab_size - 1:,}.")
+    return tuple(dict.fromkeys(end_ids))
 
 
 class TokenizerFile(LibraryTokenizer):
@@ -217,17 +304,36 @@ class TokenizerFile(LibraryTokenizer):
     Args:
         path: the file.
         separator: the token of that file that starts each document.
+        missing_bytes: see `LibraryTokenizer`.
+        end_ids: see `LibraryTokenizer`.
 
     Raises:
+        ConfigError: a setting is impossible.
         DataError: see `LibraryTokenizer`; or the file is missing or no tokenizer.
     """
 
-    def __init__(self, path: str, separator: str = SEPARATOR) -> None:
+    def __init__(
+        self,
+        path: str,
+        separator: str = SEPARATOR,
+        missing_bytes: str = "refuse",
+        end_ids: Sequence[int] | None = None,
+    ) -> None:
+        file = user_path("tokenizer.path", path)
         try:
-            json = Path(path).expanduser().read_text(encoding="utf-8")
+            json = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"tokenizer.path: cannot read {path} ({error})") from error
-        super().__init__(json, separator, source=f"tokenizer.path {path}")
+        super().__init__(json, separator, f"tokenizer.path {path}", missing_bytes, end_ids)
+        self._say_what_lacks(path)
+
+    def _say_what_lacks(self, path: str) -> None:
+        if missing := self._repertoire.missing:
+            done = "refused by name" if self.missing_bytes == "refuse" else "replaced"
+            logger.info(
+                "%s has no token for %d of the %d bytes of UTF-8 (%s); characters that hold one are %s",
+                *(path, len(missing), len(UTF8_BYTES), ", ".join(f"0x{byte:02x}" for byte in missing), done),
+            )
 
 
 class BpeTokenizer(LibraryTokenizer):
@@ -262,7 +368,7 @@ class BpeTokenizer(LibraryTokenizer):
         folder = cache_dir / f"bpe{self._settings['vocab_size']}-{key[:16]}"
 
         def write(temporary: Path) -> dict[str, Any]:
-            library = _train_bpe(corpus, **self._settings)
+            library = train_bpe(corpus, SEPARATOR, **self._settings)
             (temporary / TOKENIZER_JSON).write_text(library.to_str(pretty=True), encoding="utf-8")
             return expected
 
@@ -270,78 +376,3 @@ class BpeTokenizer(LibraryTokenizer):
         open_sealed(folder, expected)
         self._load((folder / TOKENIZER_JSON).read_text(encoding="utf-8"), SEPARATOR, source=str(folder))
         return self
-
-
-def _load_library(json: str, separator: str, source: str) -> "tokenizers.Tokenizer":
-    from tokenizers import Tokenizer as Library
-
-    try:
-        library = Library.from_str(json)
-    except Exception as error:  # the library raises bare Exception
-        raise DataError(f"{source} is not a tokenizer.json that `tokenizers` can read ({error})") from error
-    if library.token_to_id(separator) is None:
-        specials = [token.content for token in library.get_added_tokens_decoder().values() if token.special]
-        raise DataError(
-            f"tokenizer.separator: {source} has no token {separator!r}; its special tokens are {', '.join(specials)}"
-        )
-    # some files hold it in the vocabulary only, where the library would not treat it as special
-    library.add_special_tokens([separator])
-    library.no_truncation()
-    library.no_padding()
-    library.normalizer = None
-    library.encode_special_tokens = True
-    return library
-
-
-def _bytes_by_token(library: "tokenizers.Tokenizer", source: str) -> np.ndarray:
-    from tokenizers import pre_tokenizers
-
-    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = library.get_vocab(with_added_tokens=False)
-    missing = alphabet.difference(vocabulary)
-    if missing:
-        raise DataError(
-            f"{source} is not byte-level: {len(missing)} of the 256 bytes have no token, so some text would be lost. "
-            "Use a byte-level tokenizer, or tokenizer=bytes or tokenizer=bpe."
-        )
-    added = library.get_added_tokens_decoder()
-    counts = np.zeros(1 + max([*vocabulary.values(), *added]), np.int32)
-    for token, index in vocabulary.items():
-        counts[index] = len(token)
-    for index, special_or_not in added.items():
-        counts[index] = 0 if special_or_not.special else len(special_or_not.content.encode())
-    return counts
-
-
-def _train_bpe(corpus: Corpus, vocab_size: int, min_frequency: int) -> "tokenizers.Tokenizer":
-    from tokenizers import Tokenizer as Library
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    started_at = time.monotonic()
-    library = Library(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,
-        min_frequency=min_frequency,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=sys.stderr.isatty(),
-    )
-    try:
-        library.train_from_iterator(read_documents(corpus, "train"), trainer)
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"a document of the train split of {corpus.name} holds a lone surrogate at character {error.start}, which "
-            "is not Unicode text; repair or remove that document"
-        ) from error
-    library.add_special_tokens([SEPARATOR])
-    reached = library.get_vocab_size()
-    shortfall = "" if reached == vocab_size else f" (asked for {vocab_size:,}; the corpus has no more pairs to merge)"
-    logger.info(
-        "trained a BPE tokenizer of %s tokens on the train split of %s in %.1f s%s",
-        f"{reached:,}",
-        corpus.name,
-        time.monotonic() - started_at,
-        shortfall,
-    )
-    return library

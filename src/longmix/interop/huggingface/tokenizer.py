@@ -8,6 +8,7 @@ spelled out in a text is text.
 
 from typing import TYPE_CHECKING, Any
 
+from longmix.data.byte_level import byte_letters
 from longmix.data.tokenizers import SEPARATOR, ByteTokenizer, LibraryTokenizer, NumberTokenizer, Tokenizer
 from longmix.errors import ConfigError
 
@@ -51,16 +52,6 @@ def _bytes() -> "tokenizers.Tokenizer":
     library.decoder = decoders.ByteLevel()
     library.add_special_tokens([SEPARATOR])
     return library
-
-
-def byte_letters() -> list[str]:
-    """The letter that stands for each byte in byte-level vocabularies, as GPT-2 published them.
-
-    A byte that is a printable letter of Latin-1 stands for itself; the others take the letters from U+0100 in order.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 def _library(tokenizer: LibraryTokenizer) -> "tokenizers.Tokenizer":
