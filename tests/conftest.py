@@ -1,10 +1,13 @@
 """Fixtures that several test folders share: composed configurations, tiny runs, and the entry points as processes."""
 
+import contextlib
 import os
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +73,24 @@ def shared_cache(tmp_path_factory) -> Path:
 def tiny_overrides(shared_cache) -> list[str]:
     """Overrides of a run that takes a second, on the default corpus."""
     return [*TINY, f"data.cache_dir={shared_cache}"]
+
+
+@pytest.fixture
+def limited_file_size() -> Callable[[int], AbstractContextManager[None]]:
+    """`with limited_file_size(1000):` lets no file of this process grow beyond, as if the disk were full."""
+
+    @contextlib.contextmanager
+    def limited(size: int) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            signal.signal(signal.SIGXFSZ, before)
+
+    return limited
 
 
 @dataclass

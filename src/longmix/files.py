@@ -4,18 +4,35 @@ Nothing here knows what it writes: token files and checkpoints share these few f
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from longmix.errors import StorageError
+from longmix.locks import try_lock
 
 HASH_CHUNK_BYTES = 1 << 20
+
+LONGEST_NAME_BYTES = 120
+"""Of the target's name in a temporary one: file systems take 255 for all of it."""
+
+LOCKED = ".lock"
+"""What the name of a temporary's lock has besides."""
+
+ANOTHER_HOST_SECONDS = 24 * 3600
+"""For so long a leftover of another machine stays untouched: some shared disks keep locks for each machine alone."""
+
+_OURS = re.compile(r"\.(?P<name>.*)\.(?P<host>[^.]+)\.(?P<token>r[0-9a-f]{16}|\d+)\.tmp", re.DOTALL)
+"""Temporary names; earlier versions had the writer's pid in the place of the token, and no lock."""
 
 
 def sha256_of_file(path: Path) -> str:
@@ -49,14 +66,19 @@ def replace_json(path: Path, content: Any) -> None:
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Replace one file in a single step, so that a reader sees the old content or the new; `write` fills it.
 
+    If `write` fails, what it wrote is removed; if the process is killed, `remove_leftovers` will.
+
     Raises:
-        StorageError: it cannot be written.
+        StorageError: it cannot be written, or the name is that of a folder or a device.
     """
-    temporary = _temporary(path)
     with storage_errors(path):
-        write(temporary)
-        sync_file(temporary)
-        temporary.replace(path)
+        if path.exists() and not path.is_file():  # a rename would put a file in the place of /dev/null
+            raise OSError(errno.EINVAL, "it is not a regular file")
+        with _temporary(path) as temporary:
+            write(temporary)
+            sync_file(temporary)
+            temporary.replace(path)
+        sync_file(path.parent)
 
 
 @contextlib.contextmanager
@@ -95,11 +117,9 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     Raises:
         StorageError: the disk is full or the folder cannot be written.
     """
-    temporary = _temporary(target)
-    try:
-        with storage_errors(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
+    with storage_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _temporary(target) as temporary:
             temporary.mkdir()
             yield temporary
             for path in [*temporary.iterdir(), temporary]:
@@ -110,33 +130,102 @@ def atomic_directory(target: Path) -> Iterator[Path]:
                 if not target.is_dir():
                     raise
             sync_file(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_directory(target: Path) -> None:
     """Delete a folder; it loses its name first, so that a half-deleted folder never looks complete.
 
+    Of a link to a folder the link goes and the folder stays.
+
     Raises:
         StorageError: it may not be deleted.
     """
     with storage_errors(target):
-        doomed = target.rename(_temporary(target))
-        shutil.rmtree(doomed)
+        if target.is_symlink():
+            target.unlink()
+            return
+        with _temporary(target) as doomed:
+            target.rename(doomed)
+            shutil.rmtree(doomed)
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Delete the temporary folders that killed processes of this machine left in `parent`; those of live ones stay."""
-    for path in parent.glob(f".*.{_host()}.*.tmp"):
-        pid = path.name.split(".")[-2]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(path, ignore_errors=True)
+    """Delete the temporary files and folders in `parent` whose writers are gone; those of live ones stay.
+
+    A writer locks a file beside what it writes, and the kernel frees the lock when the writer ends, however it ends.
+    """
+    names = {path.name.removesuffix(LOCKED) for path in parent.glob(".*.tmp*")}
+    for name in names:
+        found = _OURS.fullmatch(name)
+        if found is None:
+            continue
+        with contextlib.suppress(OSError):  # another process may clear away as well
+            if found["token"].isdigit():
+                if found["host"] == _host() and not _is_process(int(found["token"])):
+                    _delete(parent / name)
+            elif found["host"] == _host() or _age(parent / name) > ANOTHER_HOST_SECONDS:
+                _delete_if_free(parent / name)
 
 
-def _temporary(target: Path) -> Path:
-    """A name beside `target` that no other process uses, on this machine or on another that shares the disk."""
-    return target.with_name(f".{target.name}.{_host()}.{os.getpid()}.tmp")
+@contextlib.contextmanager
+def _temporary(target: Path) -> Iterator[Path]:
+    """A name beside `target` that nothing else has; what bears it at the end of the block is removed."""
+    name = os.fsdecode(os.fsencode(target.name)[:LONGEST_NAME_BYTES])
+    temporary = target.with_name(f".{name}.{_host()}.r{secrets.token_hex(8)}.tmp")
+    lock = try_lock(_lock_of(temporary))
+    if lock is None:
+        raise OSError(errno.EEXIST, f"{temporary.name} is another process's")
+    try:
+        yield temporary
+    finally:
+        with contextlib.suppress(OSError):
+            _delete(temporary)
+            lock.release(remove=True)
+        lock.forget()
+
+
+def _lock_of(temporary: Path) -> Path:
+    return temporary.with_name(temporary.name + LOCKED)
+
+
+def _delete_if_free(temporary: Path) -> None:
+    """Delete what no living process holds; a writer has locked before it begins, so that this takes nothing of it."""
+    lock = try_lock(_lock_of(temporary))
+    if lock is not None:
+        try:
+            _delete(temporary)
+            lock.release(remove=True)
+        finally:
+            lock.forget()
+
+
+def _delete(path: Path) -> None:
+    """Delete a file, a link or a folder, as far as it may be."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _age(temporary: Path) -> float:
+    """Seconds since anything of it changed."""
+    paths = [path for path in (temporary, _lock_of(temporary)) if path.exists()]
+    if temporary.is_dir():
+        paths += temporary.iterdir()
+    now = time.time()
+    return now - max((path.lstat().st_mtime for path in paths), default=now)
+
+
+def _is_process(pid: int) -> bool:
+    """Whether there is a process of this number here, of whatever user."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass
+    return True
 
 
 def _host() -> str:
-    return "".join(letter if letter.isalnum() else "-" for letter in socket.gethostname())
+    return "".join(letter if letter.isalnum() else "-" for letter in socket.gethostname())[: LONGEST_NAME_BYTES // 2]

@@ -16,6 +16,9 @@ from longmix.errors import ConfigError
 LARGEST_TEXT_BYTES = 64 << 20
 """Of a JSON file that is read whole; the largest that longmix writes are tokenizers, of some MiB."""
 
+LONGEST_REASON = 300
+"""Letters of what a library says of a file, in one of our messages."""
+
 LARGEST_YAML_BYTES = 1 << 20
 """Of a YAML file; longmix writes some KiB."""
 

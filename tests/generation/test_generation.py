@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from longmix.checkpoints import save_tensors
 from longmix.config import resolved
 from longmix.data.tokenizers import ByteTokenizer
 from longmix.errors import CheckpointError, ConfigError, DataError
@@ -221,16 +222,61 @@ def test_clear_errors(generated, tmp_path, run_training, shared_cache):
             generated(*words)
 
 
-def test_a_saved_text_names_no_code(tmp_path):
-    session = torch.load  # a callable outside the project
-    content = {"class": f"{session.__module__}.{session.__qualname__}", "fields": {}}
-    torch.save({"format": sessions.FORMAT, "state": content}, tmp_path / "bad")
-    with pytest.raises(CheckpointError, match="not part of longmix"):
-        Session.load(tmp_path / "bad", None, torch.device("cpu"))
-    content["class"] = "longmix.cli.help_text"
-    torch.save({"format": sessions.FORMAT, "state": content}, tmp_path / "bad")
-    with pytest.raises(CheckpointError, match="not a state"):
-        Session.load(tmp_path / "bad", None, torch.device("cpu"))
+def changed_class(content: dict, name: str) -> None:
+    content["state"][0] = {"class": name, "fields": {}}
+
+
+WRONG = {
+    "function": (lambda x: changed_class(x, "torch.serialization.load"), "no state of this model"),
+    "own-function": (lambda x: changed_class(x, "longmix.cli.help_text"), "no state of this model"),
+    "own-class": (lambda x: changed_class(x, "longmix.data.prepared.RemoteShards"), "no state of this model"),
+    "other-mixer": (lambda x: changed_class(x, "longmix.mixers.routing_cache.RoutingCache"), "no state of this model"),
+    "no-class": (lambda x: x["state"].__setitem__(0, {}), "class"),
+    "fewer-layers": (lambda x: x["state"].pop(), "2 states in the place of 3"),
+    "no-layers": (lambda x: x.update(state=5), "in the place of a list"),
+    "no-state": (lambda x: x.pop("state"), "state"),
+    "tensor-as-state": (lambda x: x.update(state=torch.zeros(2)), "saved generation"),
+    "other-batch": (lambda x: x.update(batch=3), "shape"),
+    "batch-0": (lambda x: x.update(batch=0), "batch is 0"),
+    "huge-batch": (lambda x: x.update(batch=10**12), "shape"),
+    "text-batch": (lambda x: x.update(batch="2"), "batch is '2'"),
+    "negative-length": (lambda x: x.update(length=-1), "length is -1"),
+    "other-vocabulary": (lambda x: x.update(logits=torch.zeros(2, 21)), "scores"),
+    "no-logits": (lambda x: x.update(logits=None), "scores"),
+    "about-list": (lambda x: x.update(about=[]), "what it is of"),
+    "about-missing": (lambda x: x.pop("about"), "about"),
+    "format-text": (lambda x: x.update(format="2"), "has format 2"),
+    "format-true": (lambda x: x.update(format=True), "has format True"),
+    "format-missing": (lambda x: x.pop("format"), "format"),
+    "later-format": (lambda x: x.update(format=3), "has format 3"),
+    "truncated-state": (lambda x: shrink(x["state"]), "saved generation of this model"),
+    "meta": (lambda x: shrink(x["state"], lambda t: t.to("meta")), "saved generation of this model"),
+}
+
+
+def shrink(plain, change=lambda x: x[..., :-1]):
+    """Change every tensor of a state in its plain form."""
+    items = plain.items() if isinstance(plain, dict) else enumerate(plain) if isinstance(plain, list) else ()
+    for key, part in list(items):
+        if isinstance(part, torch.Tensor):
+            plain[key] = change(part)
+        else:
+            shrink(part, change)
+
+
+@pytest.mark.parametrize("model", ["flash", "rwkv7"], indirect=True)
+def test_a_saved_text_of_anything_else_is_refused_by_name_and_runs_no_code(model, tmp_path):
+    session = Session(model, 2)
+    session.prefill(prompts(7, 7))
+    session.save(tmp_path / "saved", {})
+    for name, (change, words) in WRONG.items():
+        content = torch.load(tmp_path / "saved", weights_only=True)
+        change(content)
+        save_tensors(tmp_path / name, content)
+        with pytest.raises(CheckpointError, match=words) as caught:
+            Session.load(tmp_path / name, model, torch.device("cpu"))
+        assert str(tmp_path / name) in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ Either can be continued on any number of processes. `python -m longmix.checkpoin
 
 from longmix.checkpoints.last import chosen_checkpoint
 from longmix.checkpoints.load import Checkpoint, load_checkpoint, open_checkpoint
-from longmix.checkpoints.reading import load_tensors, read_info, reading
+from longmix.checkpoints.reading import read_info, reading
 from longmix.checkpoints.store import CheckpointStore, find_checkpoint
+from longmix.checkpoints.tensor_files import load_tensors, save_tensors
 
 __all__ = [
     "Checkpoint",
@@ -26,4 +27,5 @@ __all__ = [
     "open_checkpoint",
     "read_info",
     "reading",
+    "save_tensors",
 ]

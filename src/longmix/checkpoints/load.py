@@ -1,5 +1,6 @@
 """Opening checkpoints of either form."""
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
@@ -7,7 +8,7 @@ import torch
 
 from longmix.checkpoints.processes import Processes
 from longmix.checkpoints.progress import bytes_bar
-from longmix.checkpoints.reading import read_info
+from longmix.checkpoints.reading import as_state, cure, read_info, reading
 from longmix.checkpoints.tensors import join
 from longmix.checkpoints.whole import WholeCheckpoint, read_whole
 from longmix.errors import CheckpointError
@@ -23,41 +24,46 @@ ALIASES = "aliases"
 Checkpoint = Union[WholeCheckpoint, "ShardedCheckpoint"]
 
 
-def load_checkpoint(checkpoint: Path, *, optimizers: bool = True) -> dict[str, Any]:
+def load_checkpoint(checkpoint: Path | str, *, optimizers: bool = True) -> dict[str, Any]:
     """The state saved in a checkpoint folder, on the CPU of one process, after its hashes have been verified.
 
     Args:
-        checkpoint: the folder.
+        checkpoint: the folder, or that of a run, whose newest checkpoint is taken.
         optimizers: with their state, which often is twice as large as the weights.
 
     Raises:
         CheckpointError: a file is missing, damaged, or of another format; nothing is changed.
     """
+    checkpoint = _one_of(checkpoint)
     if _format(checkpoint) == WHOLE:
         state = read_whole(checkpoint)
         return state if optimizers else {key: value for key, value in state.items() if key != "optimizers"}
     saved = _open_shards(checkpoint)
     rest = saved.rest()
-    aliases = rest.pop(ALIASES)
-    if not optimizers:
-        del rest["optimizers"]
-    tensors = {
-        name: torch.empty(shape, dtype=saved.dtypes[name])
-        for name, shape in saved.shapes.items()
-        if name.split("/")[0] in rest
-    }
+    with _rest_of(checkpoint):
+        aliases: dict[str, str] = rest.pop(ALIASES)
+        if not optimizers:
+            del rest["optimizers"]
+        tensors = {
+            name: torch.empty(shape, dtype=saved.dtypes[name])
+            for name, shape in saved.shapes.items()
+            if name.split("/")[0] in rest
+        }
     size = sum(facts["bytes"] for facts in saved.files.values()) + sum(tensor.nbytes for tensor in tensors.values())
     with bytes_bar(f"reading {checkpoint}", size) as advance:
         saved.read_into(tensors, Processes(), advance)
-    return join(tensors | {name: tensors[other] for name, other in aliases.items()}, rest)
+    with _rest_of(checkpoint):
+        known = {name: tensors[other] for name, other in aliases.items() if optimizers or other in tensors}
+        return as_state(join(tensors | known, rest))
 
 
-def open_checkpoint(checkpoint: Path) -> Checkpoint:
-    """A checkpoint whose tensors are read later, by several processes, each its part.
+def open_checkpoint(checkpoint: Path | str) -> Checkpoint:
+    """A checkpoint whose tensors are read later, by several processes, each its part; see `load_checkpoint`.
 
     Raises:
         CheckpointError: a file is missing, damaged, or of another format.
     """
+    checkpoint = _one_of(checkpoint)
     return WholeCheckpoint(checkpoint) if _format(checkpoint) == WHOLE else _open_shards(checkpoint)
 
 
@@ -67,8 +73,20 @@ def _open_shards(checkpoint: Path) -> "ShardedCheckpoint":
     return ShardedCheckpoint(checkpoint)
 
 
+def _one_of(path: Path | str) -> Path:
+    """The checkpoint that a path means; only a folder that is one itself is ever called damaged."""
+    from longmix.checkpoints.store import find_checkpoint, is_checkpoint
+
+    path = Path(path)
+    return path if is_checkpoint(path) else find_checkpoint(path)
+
+
+def _rest_of(checkpoint: Path) -> AbstractContextManager[None]:
+    return reading(checkpoint, "state that fits its tensors", f"; {cure(checkpoint).rstrip('.')}")
+
+
 def _format(checkpoint: Path) -> int:
     number = read_info(checkpoint).get("format")
-    if number not in (WHOLE, SHARDED):
+    if number not in (WHOLE, SHARDED) or not isinstance(number, int):
         raise CheckpointError(f"{checkpoint} has format {number}; this version of longmix reads {WHOLE} and {SHARDED}.")
     return number

@@ -1,15 +1,16 @@
 """What every reader of saved files shares: nothing is believed before it is verified, and nothing runs code."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from longmix.errors import CheckpointError, LongmixError
 from longmix.files import sha256_of_file
+from longmix.reading import LONGEST_REASON, read_json, require_regular
 
 INFO_FILE = "info.json"
 
@@ -26,13 +27,13 @@ def read_info(checkpoint: Path) -> dict[str, Any]:
     """The `info.json` of a checkpoint folder.
 
     Raises:
-        CheckpointError: it is missing or not JSON.
+        CheckpointError: it is missing or no JSON object.
     """
     path = checkpoint / INFO_FILE
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. {cure(checkpoint)}") from error
+        raise CheckpointError(f"{path} cannot be read: {reason_of(error)}. {cure(checkpoint)}") from error
 
 
 def check_size(path: Path, facts: Facts) -> None:
@@ -41,9 +42,13 @@ def check_size(path: Path, facts: Facts) -> None:
     Raises:
         CheckpointError: names the file and the cure.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing. {cure(path.parent)}")
-    size = path.stat().st_size
+    try:
+        require_regular(path)
+        size = path.stat().st_size
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing. {cure(path.parent)}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {reason_of(error)}. {cure(path.parent)}") from error
     if size != facts.get("bytes"):
         raise CheckpointError(f"{path} has {size} bytes instead of {facts.get('bytes')}. {cure(path.parent)}")
 
@@ -55,7 +60,9 @@ def check_file(path: Path, facts: Facts) -> None:
         CheckpointError: names the file and the cure.
     """
     check_size(path, facts)
-    if sha256_of_file(path) != facts.get("sha256"):
+    with reading(path, "file that can be read", f"; {cure(path.parent).rstrip('.')}"):
+        found = sha256_of_file(path)
+    if found != facts.get("sha256"):
         raise CheckpointError(
             f"{path} is damaged or of another checkpoint: its SHA-256 is not the one in {INFO_FILE}. "
             f"{cure(path.parent)}"
@@ -84,17 +91,45 @@ def reading(path: Path, what: str, cure: str = "") -> Iterator[None]:
     except LongmixError:
         raise
     except Exception as error:  # its bytes may happen to mean anything
-        reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{path} holds no {what} ({reason}){cure}.") from error
+        raise CheckpointError(f"{path} holds no {what} ({reason_of(error)}){cure}.") from error
 
 
-def load_tensors(path: Path, format_number: int, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What was saved in a file other than a checkpoint, without running code of the file's; call inside `reading`.
+def reason_of(error: Exception) -> str:
+    """What went wrong while a file was read, in one short line."""
+    if isinstance(error, OSError):
+        return str(error.strerror or error)
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return "it does not fit in memory"
+    text = " ".join(str(error).split())
+    short = text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}..."
+    return short if type(error) is ValueError else f"{type(error).__name__}: {short}"
+
+
+def as_state(content: Any) -> dict[str, Any]:
+    """A saved state whose keys are texts and whose weights are tensors of plain numbers; call inside `reading`.
 
     Raises:
-        CheckpointError: it is of another format.
+        ValueError: it is something else.
     """
-    content = torch.load(path, map_location=device, weights_only=True)
-    if content["format"] != format_number:
-        raise CheckpointError(f"{path} has format {content['format']}; this version of longmix reads {format_number}.")
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ValueError(f"it holds a {type(content).__name__} in the place of a state")
+    step = content.get("step")
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise ValueError(f"its step is {step!r}"[:LONGEST_REASON])
+    if not isinstance(content.get("model", {}), dict):
+        raise ValueError("its model is no dict of weights")
+    for name, weight in content.get("model", {}).items():
+        check_weight(name, weight)
     return content
+
+
+def check_weight(name: Any, weight: Any) -> None:
+    """Refuse what is not a tensor of plain numbers in CPU memory or on the disk.
+
+    Raises:
+        ValueError: names it.
+    """
+    if not isinstance(name, str) or not isinstance(weight, Tensor):
+        raise ValueError(f"{name!r} is no weight"[:LONGEST_REASON])
+    if weight.layout != torch.strided or weight.is_meta or weight.is_quantized:
+        raise ValueError(f"{name} is not a tensor of plain numbers")

@@ -5,6 +5,7 @@ in any process is the same error in all of them, and `.metadata` is read without
 """
 
 import errno
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,25 @@ from longmix.checkpoints.metadata import FILE as METADATA_FILE
 from longmix.checkpoints.metadata import read_metadata
 from longmix.checkpoints.processes import Processes
 from longmix.checkpoints.progress import Advance, silent
-from longmix.checkpoints.reading import Facts, check_file, check_size, cure, facts_of, read_info, reading
+from longmix.checkpoints.reading import (
+    INFO_FILE,
+    Facts,
+    as_state,
+    check_file,
+    check_size,
+    cure,
+    facts_of,
+    read_info,
+    reading,
+)
+from longmix.checkpoints.tensor_files import check_archive
 from longmix.checkpoints.tensors import Name, Piece
+from longmix.errors import CheckpointError
 
 RUN_FILE = "run.pt"
+
+SLACK_BYTES = 64 << 20
+"""By so much the tensors may claim to exceed their files before they are refused instead of allocated."""
 
 
 def write_shards(folder: Path, pieces: dict[Name, Piece], processes: Processes) -> dict[str, Facts]:
@@ -71,14 +87,18 @@ class ShardedCheckpoint:
 
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
-        self.files: dict[str, Facts] = read_info(checkpoint).get("files", {})
+        self.files = _files_of(checkpoint)
         for name in {METADATA_FILE, RUN_FILE, *self.files}:
             check_size(checkpoint / name, self.files.get(name, {}))
         self._check(METADATA_FILE)
         self._metadata = read_metadata(checkpoint, set(self.files))
         entries: dict[Name, Any] = self._metadata.state_dict_metadata
-        self.shapes: dict[Name, torch.Size] = {name: entry.size for name, entry in entries.items()}
-        self.dtypes: dict[Name, torch.dtype] = {name: entry.properties.dtype for name, entry in entries.items()}
+        with reading(checkpoint / METADATA_FILE, "description of shards", f"; {cure(checkpoint).rstrip('.')}"):
+            self.shapes: dict[Name, torch.Size] = {name: torch.Size(entry.size) for name, entry in entries.items()}
+            self.dtypes: dict[Name, torch.dtype] = {name: entry.properties.dtype for name, entry in entries.items()}
+            needed = sum(self.dtypes[name].itemsize * math.prod(shape) for name, shape in self.shapes.items())
+            if needed > sum(facts["bytes"] for facts in self.files.values()) + SLACK_BYTES:
+                raise ValueError("its tensors need more bytes than its files have")
 
     def rest(self) -> dict[str, Any]:
         """The state without weights and without the optimizers' tensors.
@@ -89,7 +109,8 @@ class ShardedCheckpoint:
         self._check(RUN_FILE)
         path = self.checkpoint / RUN_FILE
         with reading(path, "state", f"; {cure(self.checkpoint).rstrip('.')}"):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            check_archive(path)
+            return as_state(torch.load(path, map_location="cpu", weights_only=True))
 
     def read_into(self, targets: dict[Name, Tensor], processes: Processes, advance: Advance = silent) -> None:
         """Fill `targets`, once each shard has been verified by one of the processes; all processes must call it.
@@ -122,6 +143,17 @@ class ShardedCheckpoint:
             reader.set_up_storage_reader(self._metadata, is_coordinator=True)
             plan = planner.finish_plan(reader.prepare_local_plan(planner.create_local_plan()))
             reader.read_data(plan, planner).wait()
+
+
+def _files_of(checkpoint: Path) -> dict[str, Facts]:
+    """Size and SHA-256 of each file, by names that lead nowhere else."""
+    files = read_info(checkpoint).get("files", {})
+    if not isinstance(files, dict) or not all(isinstance(facts, dict) for facts in files.values()):
+        raise CheckpointError(f"{checkpoint / INFO_FILE} does not say which files there are. {cure(checkpoint)}")
+    for name in files:
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise CheckpointError(f"{checkpoint / INFO_FILE} names {name!r}, which is no file. {cure(checkpoint)}")
+    return files
 
 
 class _PiecePlanner(DefaultSavePlanner):

@@ -5,15 +5,20 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from longmix.checkpoints.load import ALIASES, SHARDED, WHOLE
 from longmix.checkpoints.processes import Processes
 from longmix.checkpoints.reading import INFO_FILE, facts_of, read_info
+from longmix.checkpoints.tensor_files import write_tensors
 from longmix.checkpoints.tensors import Name, Piece
-from longmix.checkpoints.whole import write_whole
+from longmix.checkpoints.whole import STATE_FILE, write_whole
 from longmix.errors import CheckpointError
 from longmix.files import atomic_directory, remove_directory, remove_leftovers, storage_errors, write_json
+
+NAME = re.compile(r"step-\d{8,}")
+"""Of the folder of a checkpoint."""
+
+OWN_FILES = (INFO_FILE, STATE_FILE, ".metadata")
+"""A folder that has one of these is a checkpoint."""
 
 
 class CheckpointStore:
@@ -78,7 +83,7 @@ class CheckpointStore:
             files = write_shards(folder, pieces, processes)
 
             def commit() -> None:
-                torch.save({**rest, ALIASES: aliases}, folder / RUN_FILE)
+                write_tensors(folder / RUN_FILE, {**rest, ALIASES: aliases})
                 files[RUN_FILE] = facts_of(folder / RUN_FILE)
                 about = {"format": SHARDED, "step": rest["step"], "processes": processes.size, "files": files}
                 write_json(folder / INFO_FILE, info | about)
@@ -91,7 +96,7 @@ class CheckpointStore:
         """Committed checkpoints, oldest first."""
         if not self.folder.is_dir():
             return []
-        return sorted(path for path in self.folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name))
+        return sorted(path for path in self.folder.iterdir() if NAME.fullmatch(path.name))
 
     def latest(self) -> Path | None:
         """The newest committed checkpoint."""
@@ -110,6 +115,11 @@ class CheckpointStore:
             if path != best:
                 remove_directory(path)
         remove_leftovers(self.folder)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is a checkpoint, be it damaged, and not the folder of a run."""
+    return NAME.fullmatch(path.name) is not None or any((path / name).exists() for name in OWN_FILES)
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -1,14 +1,15 @@
 """All of a state in one file, which one process writes."""
 
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from longmix.checkpoints.processes import Processes
 from longmix.checkpoints.progress import Advance, silent
-from longmix.checkpoints.reading import Facts, check_file, cure, facts_of, read_info, reading
+from longmix.checkpoints.reading import Facts, as_state, check_file, cure, facts_of, read_info, reading
+from longmix.checkpoints.tensor_files import check_archive, write_tensors
 from longmix.checkpoints.tensors import IN_TENSORS, Name, own_part, own_slice, split
 from longmix.errors import CheckpointError
 
@@ -18,24 +19,8 @@ STATE_FILE = "state.pt"
 def write_whole(folder: Path, state: dict[str, Any], advance: Advance = silent) -> Facts:
     """Write a state, telling `advance` the bytes, and return size and SHA-256 of its file."""
     path = folder / STATE_FILE
-    with path.open("wb") as stream:
-        torch.save(state, _Counted(stream, advance))
+    write_tensors(path, state, advance)
     return facts_of(path)
-
-
-class _Counted:
-    """A stream that tells how much is written to it."""
-
-    def __init__(self, stream: BinaryIO, advance: Advance) -> None:
-        self._stream, self._advance = stream, advance
-
-    def write(self, content: Any) -> int:
-        count = self._stream.write(content)
-        self._advance(count)
-        return count
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
 
 def read_whole(checkpoint: Path, *, mapped: bool = False) -> dict[str, Any]:
@@ -51,7 +36,8 @@ def read_whole(checkpoint: Path, *, mapped: bool = False) -> dict[str, Any]:
     path = checkpoint / STATE_FILE
     check_file(path, read_info(checkpoint))
     with reading(path, "state", f"; {cure(checkpoint).rstrip('.')}"):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        check_archive(path)
+        return as_state(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
 
 
 class WholeCheckpoint:
@@ -60,7 +46,8 @@ class WholeCheckpoint:
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
         state = read_whole(checkpoint, mapped=True)
-        self._tensors, rest = split({key: state[key] for key in IN_TENSORS if key in state})
+        with reading(checkpoint / STATE_FILE, "state", f"; {cure(checkpoint).rstrip('.')}"):
+            self._tensors, rest = split({key: state[key] for key in IN_TENSORS if key in state})
         self._rest = state | rest
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
         self.dtypes = {name: tensor.dtype for name, tensor in self._tensors.items()}

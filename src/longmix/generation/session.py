@@ -4,7 +4,6 @@ One object serves all mixers and mixtures of them: a state per layer, of which n
 begin with the batch. It can be saved and gone on with, and one row can be forked into many.
 """
 
-import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -13,12 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longmix.checkpoints import load_tensors, reading
-from longmix.errors import CheckpointError
-from longmix.files import replace_file
+from longmix.checkpoints import load_tensors, reading, save_tensors
 from longmix.model.backbone import LanguageModel
 
-FORMAT = 1
+FORMAT, WITHOUT_DIGEST = 2, 1
 PREFILL_TOKENS = 4096
 """Tokens of a prompt, over all rows, that pass the model at once: what bounds its memory."""
 
@@ -97,21 +94,42 @@ class Session:
             "batch": self.batch,
             "about": about,
         }
-        replace_file(path, lambda temporary: torch.save(content, temporary))
+        save_tensors(path, content)
 
     @classmethod
     def load(cls, path: Path, model: LanguageModel, device: torch.device) -> tuple["Session", dict[str, Any]]:
         """What `save` wrote, and its `about`; loading runs no code of the file's.
 
         Raises:
-            CheckpointError: there is no such file, or it is damaged or of another format.
+            CheckpointError: there is no such file, or it is damaged, of another format or of another model.
         """
-        with reading(path, "saved generation"):
-            content = load_tensors(path, FORMAT, device)
+        content = load_tensors(
+            path, "saved generation", format_number=FORMAT, without_digest=WITHOUT_DIGEST, device=device
+        )
+        with reading(path, "saved generation of this model"):
             session = cls.__new__(cls)
-            session.model, session.state = model, _restored(content["state"])
-            session.logits, session.length, session.batch = content["logits"], content["length"], content["batch"]
-            return session, content["about"]
+            session.model, session.batch, session.length = model, content["batch"], content["length"]
+            session.logits, about = content["logits"], content["about"]
+            session._check_sizes()
+            begun = model.init_state(session.batch)
+            session.state = _Restorer(begun, session.batch).restored(content["state"], begun)
+            if not isinstance(about, dict):
+                raise ValueError("it does not say what it is of")
+            session._check_goes_on(device)
+        return session, about
+
+    def _check_sizes(self) -> None:
+        for name, number in (("batch", self.batch), ("length", self.length)):
+            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+                raise ValueError(f"its {name} is {number!r}")
+        wanted = (self.batch, self.model.head.weight.shape[0])
+        logits = self.logits
+        if not (isinstance(logits, Tensor) and logits.is_floating_point() and tuple(logits.shape) == wanted):
+            raise ValueError(f"its scores do not have the shape {list(wanted)}")
+
+    def _check_goes_on(self, device: torch.device) -> None:
+        """One more token on a copy: sizes that do not fit each other show at once, whatever the mixers remember."""
+        self.fork(1).step(torch.zeros(self.batch, dtype=torch.int64, device=device))
 
 
 def mapped(state: Any, change: Any) -> Any:
@@ -145,19 +163,71 @@ def _plain(state: Any) -> Any:
         return [_plain(part) for part in state]
     else:
         return state
-    kind = f"{type(state).__module__}.{type(state).__qualname__}"
-    return {"class": kind, "fields": {name: _plain(part) for name, part in named.items()}}
+    return {"class": _kind(state), "fields": {name: _plain(part) for name, part in named.items()}}
 
 
-def _restored(plain: Any) -> Any:
-    if isinstance(plain, list):
-        return [_restored(part) for part in plain]
-    if not isinstance(plain, dict):
+class _Restorer:
+    """Puts states together again from what `_plain` made of them.
+
+    Args:
+        begun: the model's state before the first token, which says of which classes a state is. No other class is
+            looked for, so that a file cannot name one.
+        batch: rows, with which every tensor of a state begins.
+    """
+
+    def __init__(self, begun: Any, batch: int) -> None:
+        self._kinds: dict[str, type] = {}
+        self._batch = batch
+        self._collect(begun)
+
+    def _collect(self, state: Any) -> None:
+        if is_dataclass(state) and not isinstance(state, type):
+            parts = [getattr(state, field.name) for field in fields(state)]
+        elif isinstance(state, list | tuple):
+            parts = list(state)
+        else:
+            return
+        if type(state) not in (list, tuple):
+            self._kinds[_kind(state)] = type(state)
+        for part in parts:
+            self._collect(part)
+
+    def restored(self, plain: Any, like: Any) -> Any:
+        """A state from its plain form.
+
+        Args:
+            plain: as it was read.
+            like: the state before the first token in its place; None if there is none to compare with.
+
+        Raises:
+            ValueError: it is of another class, or a tensor is of another kind.
+        """
+        if isinstance(plain, Tensor):
+            self._check_tensor(plain, like)
+            return plain
+        if isinstance(plain, list):
+            if isinstance(like, list | tuple) and len(like) != len(plain) and not hasattr(like, "_fields"):
+                raise ValueError(f"it has {len(plain)} states in the place of {len(like)}")
+            others = list(like) if isinstance(like, list | tuple) and len(like) == len(plain) else [None] * len(plain)
+            return [self.restored(part, other) for part, other in zip(plain, others, strict=True)]
+        if isinstance(plain, dict):
+            kind = self._kinds.get(plain["class"])
+            if kind is None or (is_dataclass(like) and type(like) is not kind):
+                raise ValueError(f"it names {plain['class']}, which is no state of this model")
+            parts = plain["fields"].items()
+            return kind(**{name: self.restored(part, getattr(like, name, None)) for name, part in parts})
+        if like is not None and plain is not None and type(plain) is not type(like):
+            raise ValueError(f"it holds {plain!r} in the place of a {type(like).__name__}")
         return plain
-    module, _, name = plain["class"].rpartition(".")
-    if module.split(".")[0] not in ("longmix", "longmix_kernels"):
-        raise CheckpointError(f"a saved generation names {plain['class']}, which is not part of longmix.")
-    kind = getattr(importlib.import_module(module), name)
-    if not (is_dataclass(kind) or hasattr(kind, "_fields")):
-        raise CheckpointError(f"a saved generation names {plain['class']}, which is not a state.")
-    return kind(**{name: _restored(part) for name, part in plain["fields"].items()})
+
+    def _check_tensor(self, found: Tensor, like: Any) -> None:
+        wrong = found.layout != torch.strided or found.is_meta or found.is_quantized
+        wrong = wrong or found.ndim < 1 or found.shape[0] != self._batch
+        if isinstance(like, Tensor):
+            wrong = wrong or found.ndim != like.ndim or found.is_floating_point() != like.is_floating_point()
+        if wrong:
+            raise ValueError(f"it holds a tensor of shape {list(found.shape)} that is no state of this model")
+
+
+def _kind(state: Any) -> str:
+    return f"{type(state).__module__}.{type(state).__qualname__}"

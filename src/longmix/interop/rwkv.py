@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from longmix.checkpoints import chosen_checkpoint, load_checkpoint
+from longmix.checkpoints import chosen_checkpoint, load_checkpoint, save_tensors
 from longmix.errors import ConfigError, LongmixError
-from longmix.files import replace_file
 from longmix.mixers.rwkv7 import RWKV7, SHIFTS, LowRank
 from longmix.model.backbone import LanguageModel
 from longmix.model.blocks import Block
@@ -93,7 +92,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         weights = rwkv_weights(model_from_checkpoint(load_checkpoint(chosen_checkpoint(arguments.checkpoint))))
-        replace_file(arguments.output, lambda temporary: torch.save(weights, temporary))
+        save_tensors(arguments.output, weights)
     except LongmixError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -3,17 +3,19 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from longmix.checkpoints import load_tensors, reading
+from longmix.checkpoints import load_tensors, reading, save_tensors
+from longmix.checkpoints.reading import check_weight
 from longmix.config import Node
 from longmix.errors import CheckpointError, ConfigError
-from longmix.files import replace_file
 from longmix.mixers.recurrent import RecurrentMixer
 from longmix.model.backbone import LanguageModel
 
-FORMAT = 1
+FORMAT, WITHOUT_DIGEST = 2, 1
+SHOWN = 4
+"""Differences that a message lists."""
+
 MARK = ".tuned."
 """What the names of these parameters, and of no others, have in them."""
 
@@ -43,10 +45,30 @@ def tuned_states(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_weights(model: LanguageModel, weights: dict[str, Tensor]) -> None:
-    """Load a model's weights; states among them are given a place first."""
+    """Load a model's weights; states among them are given a place first.
+
+    Raises:
+        CheckpointError: they are not the model's, or of other shapes or types.
+    """
     if tuned_states(weights):
         tune_states(model, _features(weights))
-    model.load_state_dict(weights)
+    _fill(model, weights, model.state_dict())
+
+
+def _fill(model: LanguageModel, weights: dict[str, Tensor], needed: dict[str, Tensor]) -> None:
+    """Load `weights`, which must be like those in `needed`."""
+    problems = [f"{name} is missing" for name in needed if name not in weights]
+    for name, weight in weights.items():
+        if name not in needed:
+            problems.append(f"{name} is not a part of the model")
+        elif weight.shape != needed[name].shape:
+            problems.append(f"{name} has shape {list(weight.shape)} instead of {list(needed[name].shape)}")
+        elif weight.is_floating_point() != needed[name].is_floating_point():
+            problems.append(f"{name} is {weight.dtype} instead of {needed[name].dtype}")
+    if problems:
+        more = f", and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise CheckpointError(f"these weights are of another model: {'; '.join(problems[:SHOWN])}{more}.")
+    model.load_state_dict(weights, strict=False)
 
 
 def _features(weights: dict[str, Tensor]) -> int:
@@ -68,7 +90,7 @@ def save_states(path: Path, checkpoint: dict[str, Any]) -> None:
         "model": config["model"],
         "states": {name: state.clone() for name, state in tuned_states(checkpoint["model"]).items()},
     }
-    replace_file(path, lambda temporary: torch.save(content, temporary))
+    save_tensors(path, content)
 
 
 def load_states(model: LanguageModel, path: Path, config: Node) -> None:
@@ -83,10 +105,21 @@ def load_states(model: LanguageModel, path: Path, config: Node) -> None:
         CheckpointError: there is no such file, or it is damaged or of another model.
     """
     path = path / "states.pt" if path.is_dir() else path
-    with reading(path, "states", "; give the states.pt of a run with trainable=states"):
-        content = load_tensors(path, FORMAT)
+    cure = "; give the states.pt of a run with trainable=states"
+    content = load_tensors(path, "file of states", format_number=FORMAT, without_digest=WITHOUT_DIGEST, cure=cure)
+    with reading(path, "states", cure):
         states = content["states"]
+        for name, weight in states.items():
+            check_weight(name, weight)
+            if MARK not in name:
+                raise ValueError(f"{name} is no state")
+        if not states or not {"mixer", "model"} <= content.keys():
+            raise ValueError("it does not say of which model they are")
     if content["mixer"] != config["mixer"] or content["model"] != config["model"]:
         raise CheckpointError(f"the states in {path} are of another model; give those tuned from this checkpoint.")
-    tune_states(model, _features(states))
-    model.load_state_dict({**model.state_dict(), **states})
+    with reading(path, "states of this model", cure):
+        tune_states(model, _features(states))
+        try:
+            _fill(model, states, tuned_states(model.state_dict()))
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
