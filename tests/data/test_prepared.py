@@ -1,5 +1,6 @@
 """Token files in shards, shuffled in groups; read from folders and from remote storage, a few shards at a time."""
 
+import json
 from pathlib import Path
 
 import fsspec
@@ -13,6 +14,7 @@ from longmix.data import prepared, windows
 from longmix.data.command import prepare_splits
 from longmix.data.preparation import Preparation, prepare
 from longmix.data.prepared import LEAST_SHARDS, PreparedData, RemoteShards, prepared_tokenizer
+from longmix.data.sealed import read_manifest, seal, sha256_of_json
 from longmix.data.tokenizers import BpeTokenizer, ByteTokenizer, tokenizer_from_state
 from longmix.data.windows import TrainWindows, order_key
 from longmix.errors import ConfigError, DataError
@@ -144,6 +146,103 @@ class TestRemote:
         filesystem.pipe(shard, bytes(content))
         with pytest.raises(DataError, match=r"tokens-00000\.bin cannot be used: expected SHA-256 .* upload"):
             data_at(remote, tmp_path).token_file("train").tokens[:10]
+
+    def test_an_altered_copy_is_fetched_again(self, remote, tmp_path, caplog):
+        first = data_at(remote, tmp_path).token_file("train")
+        wanted, offsets = np.array(first.tokens), np.array(first.offsets)
+        for path in [*first.folder.glob("tokens-*.bin"), *first.folder.glob("offsets*.bin")]:
+            content = bytearray(path.read_bytes())
+            content[5] ^= 1
+            path.write_bytes(content)
+        prepared._verified.clear()  # as in another process
+        again = data_at(remote, tmp_path).token_file("train")
+        np.testing.assert_array_equal(np.asarray(again.tokens), wanted)
+        np.testing.assert_array_equal(again.offsets, offsets)
+        assert "is not what was fetched" in caplog.text
+
+    def test_a_copy_that_changes_while_a_process_uses_it_is_fetched_again(self, remote, tmp_path):
+        token_file = data_at(remote, tmp_path).token_file("train")
+        path = token_file.source.fetch("tokens-00000.bin")
+        before = path.read_bytes()
+        path.unlink()
+        path.write_bytes(bytes(len(before)))
+        assert token_file.source.fetch("tokens-00000.bin").read_bytes() == before
+
+    def test_data_made_anew_with_equal_sizes_are_fetched_anew(self, remote, tmp_path):
+        old = np.array(data_at(remote, tmp_path).token_file("validation").tokens)
+        filesystem = fsspec.filesystem("memory")
+        places = {
+            split: prepared.find_splits(remote)[split].removeprefix("memory:/") for split in ("train", "validation")
+        }
+        filesystem.rm("/bucket", recursive=True)
+        corpus = ListCorpus(train=[text.swapcase() for text in TEXTS], validation=[t.swapcase() for t in TEXTS[:9]])
+        for split in corpus.splits:
+            made = prepare(corpus, ByteTokenizer(), split, tmp_path / "new", Preparation(shard_tokens=100))
+            filesystem.put(str(made.folder), places[split], recursive=True)
+        new = data_at(remote, tmp_path).token_file("validation")
+        assert len(new.tokens) == len(old) and (np.asarray(new.tokens) != old).any()
+        names = [path.name for path in new.folder.glob("*.bin")]
+        assert len(names) == len({name.rpartition("-")[0] for name in names})  # no copies of the old data stay
+
+    @pytest.mark.parametrize("place", ["folder", "remote"])
+    def test_a_token_that_the_tokenizer_does_not_have_is_refused_by_name(self, tmp_path, remote, place):
+        prepare(ListCorpus(train=TEXTS), ByteTokenizer(), "train", tmp_path / "made")
+        (made,) = [path for path in (tmp_path / "made").iterdir() if path.is_dir()]
+        tokens = np.fromfile(made / "tokens-00000.bin", "<u2")
+        tokens[7] = 257
+        tokens.tofile(made / "tokens-00000.bin")
+        manifest = read_manifest(made / "manifest.json")
+        (made / "manifest.json").unlink()
+        del manifest["files"]
+        seal(made, manifest)
+        path = str(tmp_path / "made")
+        if place == "remote":
+            fsspec.filesystem("memory").put(path, "/bucket/wrong", recursive=True)
+            path = "memory://bucket/wrong"
+        with pytest.raises(
+            DataError, match=r"tokens-00000\S*\.bin cannot be used: it holds the token 257, .* 0 to 256"
+        ):
+            data_at(path, tmp_path).token_file("train").tokens[:1]
+
+    @pytest.mark.parametrize(
+        ("entry", "value"),
+        [
+            ("dtype", "|O"),
+            ("dtype", 3),
+            ("shards", []),
+            ("shards", [0]),
+            ("shards", ["1"]),
+            ("shards", {}),
+            ("tokens", 10**30),
+            ("tokens", -1),
+            ("documents", None),
+            ("documents", 1e9),
+            ("vocab_size", True),
+            ("separator_id", 999),
+            ("separator_id", None),
+            ("tokenizer", 5),
+            ("key", None),
+            ("files", []),
+            ("files", {"../x": {"bytes": 1, "sha256": ""}}),
+            ("files", {"x": {"bytes": "1", "sha256": ""}}),
+            ("files", {"x": None}),
+            ("files", {}),
+        ],
+    )
+    def test_a_manifest_of_other_types_is_refused_by_name(self, tmp_path, entry, value):
+        made = prepare(ListCorpus(train=TEXTS[:5]), ByteTokenizer(), "train", tmp_path / "made").folder
+        manifest = read_manifest(made / "manifest.json") | {entry: value}
+        manifest["manifest_sha256"] = sha256_of_json(manifest)
+        (made / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(DataError, match=str(made)):
+            data_at(tmp_path / "made", tmp_path).token_file("train")
+
+    @pytest.mark.parametrize("content", ['{"kind": "bytds"}', "[]", "{", '{"kind": "library"}', "[" * 10**6])
+    def test_a_damaged_tokenizer_is_refused_by_name(self, tmp_path, content):
+        made = prepare(ListCorpus(train=TEXTS[:5]), ByteTokenizer(), "train", tmp_path / "made").folder
+        (made / "tokenizer_state.json").write_text(content)
+        with pytest.raises(DataError, match=r"tokenizer_state\.json"):
+            prepared_tokenizer(str(tmp_path / "made"))
 
     def test_a_storage_that_fails_for_a_while_is_tried_again(self, remote, tmp_path, monkeypatch):
         monkeypatch.setattr("longmix.data.patience.FIRST_PAUSE_SECONDS", 0.001)

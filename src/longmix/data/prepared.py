@@ -1,8 +1,8 @@
 """Token files that were prepared elsewhere, read from a folder or from storage that `fsspec` knows, shard by shard."""
 
+import contextlib
 import functools
 import hashlib
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,11 +13,12 @@ from longmix.data.corpus import SPLITS
 from longmix.data.datamodule import DataOptions, TokenData
 from longmix.data.patience import Patience
 from longmix.data.sealed import MANIFEST, read_manifest
-from longmix.data.token_files import FORMAT_VERSION, OFFSETS, TOKENIZER, TokenFile
+from longmix.data.token_files import FORMAT_VERSION, TOKENIZER, TokenFile, check_manifest
 from longmix.data.tokenizers import Tokenizer, tokenizer_from_state
 from longmix.data.windows import SHARDS_TOGETHER
 from longmix.errors import ConfigError, DataError
-from longmix.files import replace_file, sha256_of_file
+from longmix.files import remove_leftovers, replace_file, sha256_of_file
+from longmix.reading import read_json, require_regular
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ LEAST_SHARDS = 2 * SHARDS_TOGETHER
 class RemoteShards:
     """The files of a token file in remote storage, and local copies of those in use; see `ShardSource`.
 
+    Copies are named by their content, so that data which are made anew at the same place are never mixed with old ones.
     Several processes may share the copies: one that is deleted while another reads it stays readable there.
 
     Attributes:
@@ -47,17 +49,65 @@ class RemoteShards:
     most_shards: int
 
     def fetch(self, name: str) -> Path:
-        """See `ShardSource.fetch`; a copy is checked against size and hash before it is used."""
-        path = self.local / name
+        """See `ShardSource.fetch`; a process checks the hash of a copy before it uses it for the first time."""
+        path = self.copy_of(name)
         facts = self.files[name]
-        if not (path.is_file() and path.stat().st_size == facts["bytes"]):
+        if not _is_verified(path, facts["sha256"]):
             logger.info("fetching %s/%s, %s bytes", self.url, name, f"{facts['bytes']:,}")
             download(f"{self.url}/{name}", path, facts["sha256"])
+            _remember(path)
         return path
+
+    def copy_of(self, name: str) -> Path:
+        """Where the copy of a file is, or would be."""
+        stem, dot, suffix = name.partition(".")
+        return self.local / f"{stem}-{self.files[name]['sha256'][:16]}{dot}{suffix}"
+
+    def remove_outdated(self) -> None:
+        """Delete copies of files that are no longer there, as they were before the data were made anew."""
+        current = {self.copy_of(name).name for name in self.files}
+        for path in self.local.glob("*.bin"):
+            if path.name not in current:
+                path.unlink(missing_ok=True)
+        remove_leftovers(self.local)
 
     def release(self, name: str) -> None:
         """See `ShardSource.release`."""
-        (self.local / name).unlink(missing_ok=True)
+        self.copy_of(name).unlink(missing_ok=True)
+
+
+_verified: dict[Path, tuple[int, int, int]] = {}
+"""Copies whose hash this process has checked: inode, size and time of the last change at that moment."""
+
+
+def _is_verified(path: Path, sha256: str) -> bool:
+    """Whether a copy is there and right; an altered one is not, and will be replaced."""
+    try:
+        if _verified.get(path) == _identity(path):
+            return True
+        before = _identity(path)
+        if sha256_of_file(path) != sha256:
+            logger.warning("%s is not what was fetched; fetching it again.", path)
+            return False
+        _verified[path] = before
+        return True
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read: {error.strerror or error}. Delete the folder {path.parent}."
+        ) from error
+
+
+def _remember(path: Path) -> None:
+    with contextlib.suppress(OSError):  # another process may have deleted it already
+        _verified[path] = _identity(path)
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    require_regular(path)
+    facts = path.stat()
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
 def download(url: str, path: Path, sha256: str | None = None) -> None:
@@ -107,14 +157,16 @@ def open_remote(url: str, cache_dir: Path, most_shards: int) -> TokenFile:
     local = _local_folder(url, cache_dir)
     download(f"{url}/{MANIFEST}", local / MANIFEST)
     manifest = read_manifest(local / MANIFEST)
-    if manifest["format_version"] != FORMAT_VERSION:
+    if manifest.get("format_version") != FORMAT_VERSION:
         raise DataError(
-            f"{url} has format {manifest['format_version']}; this version of longmix reads {FORMAT_VERSION}. Prepare "
-            "it again."
+            f"{url} has format {manifest.get('format_version')}; this version of longmix reads {FORMAT_VERSION}. "
+            "Prepare it again."
         )
     source = RemoteShards(url, local, manifest["files"], most_shards)
-    source.fetch(OFFSETS)
+    check_manifest(local / MANIFEST, manifest)
     token_file = TokenFile(local, manifest, source)
+    token_file.check_sizes()
+    source.remove_outdated()
     token_file.check_offsets()
     return token_file
 
@@ -171,9 +223,10 @@ def prepared_tokenizer(path: str, cache_dir: str = "~/.cache/longmix") -> Tokeni
         local = _local_folder(folder, Path(cache_dir).expanduser())
         download(f"{folder}/{TOKENIZER}", local / TOKENIZER)
     try:
-        return tokenizer_from_state(json.loads((local / TOKENIZER).read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError) as error:
+        state = read_json(local / TOKENIZER)
+    except (OSError, ValueError) as error:
         raise DataError(f"{folder}/{TOKENIZER} cannot be read: {error}") from error
+    return tokenizer_from_state(state, f"{folder}/{TOKENIZER}")
 
 
 def _local_folder(url: str, cache_dir: Path) -> Path:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from longmix.errors import DataError
 from longmix.files import atomic_directory, remove_leftovers, sha256_of_file, storage_errors, write_json
+from longmix.reading import read_json, require_regular
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +102,11 @@ def open_sealed(folder: Path, expected: dict[str, Any], verify: Verify = "auto")
     return manifest
 
 
+def is_hashed(size: int, verify: Verify) -> bool:
+    """Whether a file of so many bytes is read when its folder is opened."""
+    return verify == "sha256" or (verify == "auto" and size <= AUTO_HASH_LIMIT_BYTES)
+
+
 def damaged(path: Path, reason: str) -> DataError:
     """The error for a file that cannot be used; the cure is always to let its folder be built again."""
     return DataError(f"{path} cannot be used: {reason}. Delete the folder {path.parent}; it will be built again.")
@@ -113,12 +119,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
         DataError: it is missing, or not what longmix wrote there.
     """
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = read_json(path)
     except FileNotFoundError as error:
         raise damaged(path, "it does not exist") from error
     except (OSError, ValueError) as error:
         raise damaged(path, f"it cannot be read as JSON ({error})") from error
-    if not isinstance(manifest, dict) or "manifest_sha256" not in manifest:
+    if "manifest_sha256" not in manifest or not _names_files(manifest.get("files")):
         raise damaged(path, "it is not a manifest written by longmix")
     found = manifest.pop("manifest_sha256")
     expected = sha256_of_json(manifest)
@@ -127,15 +133,31 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def _names_files(files: Any) -> bool:
+    """Whether a manifest's files are names, which lead to no other folder, with their facts."""
+    return isinstance(files, dict) and all(
+        "/" not in name
+        and name not in ("", ".", "..")
+        and isinstance(facts, dict)
+        and isinstance(facts.get("bytes"), int)
+        and isinstance(facts.get("sha256"), str)
+        for name, facts in files.items()
+    )
+
+
 def _check_file(path: Path, facts: dict[str, Any], verify: Verify) -> None:
     try:
+        require_regular(path)
         size = path.stat().st_size
     except OSError as error:
         raise damaged(path, f"expected {facts['bytes']:,} bytes but {error.strerror or error}") from error
     if size != facts["bytes"]:
         raise damaged(path, f"expected {facts['bytes']:,} bytes but found {size:,}")
-    if verify == "size" or (verify == "auto" and size > AUTO_HASH_LIMIT_BYTES):
+    if not is_hashed(size, verify):
         return
-    found = sha256_of_file(path)
+    try:
+        found = sha256_of_file(path)
+    except OSError as error:
+        raise damaged(path, f"it cannot be read ({error.strerror or error})") from error
     if found != facts["sha256"]:
         raise damaged(path, f"expected SHA-256 {facts['sha256']} but found {found}")

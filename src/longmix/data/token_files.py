@@ -13,21 +13,53 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 
-from longmix.data.sealed import Verify, damaged, open_sealed
+from longmix.data.sealed import MANIFEST, Verify, damaged, is_hashed, open_sealed
+from longmix.errors import DataError
 
 FORMAT_VERSION = 2
 OFFSET_DTYPE = np.dtype("<i8")
 OFFSETS = "offsets.bin"
 TOKENIZER = "tokenizer_state.json"
+DTYPES = ("<u2", "<u4")
+TRIES = 3
+CHECKED_TOGETHER = 1 << 22
+"""Tokens that are looked at together; what bounds the memory."""
 
 
 def shard_name(number: int) -> str:
     """The file name of a shard."""
     return f"tokens-{number:05d}.bin"
+
+
+def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Refuse a manifest that lacks what a token file needs, or has it of another type.
+
+    Raises:
+        DataError: names the entry.
+    """
+    counts = {name: manifest.get(name) for name in ("documents", "tokens", "bytes", "vocab_size")}
+    shards = manifest.get("shards")
+    wrong = [name for name, count in counts.items() if not _is_count(count)]
+    if not isinstance(shards, list) or not shards or not all(_is_count(count) and count > 0 for count in shards):
+        wrong.append("shards")
+    elif not wrong and sum(shards) != counts["tokens"]:
+        wrong.append("tokens")
+    if manifest.get("dtype") not in DTYPES:
+        wrong.append("dtype")
+    separator, vocab_size = manifest.get("separator_id"), manifest.get("vocab_size")
+    if not (_is_count(separator) and _is_count(vocab_size) and separator < vocab_size):
+        wrong.append("separator_id")
+    wrong += [name for name in ("key", "tokenizer") if not isinstance(manifest.get(name), str)]
+    if wrong:
+        raise damaged(path, f"it says nothing sensible of {', '.join(wrong)}")
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 class ShardSource(Protocol):
@@ -144,8 +176,12 @@ class TokenFile:
             DataError: a file is missing, damaged, truncated or does not fit the rest; names it and the cure.
         """
         manifest = open_sealed(folder, {"format_version": FORMAT_VERSION, **(expected or {})}, verify)
+        check_manifest(folder / MANIFEST, manifest)
         token_file = cls(folder, manifest)
         token_file.check_offsets()
+        for number, count in enumerate(token_file.shards):
+            if is_hashed(count * token_file.dtype.itemsize, verify):
+                token_file.check_ids(number)
         return token_file
 
     @functools.cached_property
@@ -164,7 +200,7 @@ class TokenFile:
     @functools.cached_property
     def offsets(self) -> np.ndarray:
         """Where each document starts in `tokens`, and the end: memory-mapped int64 [num_documents + 1]."""
-        return np.memmap(self.folder / OFFSETS, dtype=OFFSET_DTYPE, mode="r")
+        return np.memmap(self._path(OFFSETS), dtype=OFFSET_DTYPE, mode="r")
 
     @property
     def dtype(self) -> np.dtype:
@@ -192,6 +228,11 @@ class TokenFile:
         return self.manifest["bytes"]
 
     @property
+    def vocab_size(self) -> int:
+        """How many ids the tokenizer has; all tokens are below."""
+        return self.manifest["vocab_size"]
+
+    @property
     def separator_id(self) -> int:
         """The id that starts every document."""
         return self.manifest["separator_id"]
@@ -202,13 +243,38 @@ class TokenFile:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
 
-    def _map(self, number: int) -> np.ndarray:
-        name = shard_name(number)
-        path = self.folder / name if self.source is None else self.source.fetch(name)
-        return np.memmap(path, dtype=self.dtype, mode="r")
+    def _path(self, name: str) -> Path:
+        return self.folder / name if self.source is None else self.source.fetch(name)
 
-    def check_offsets(self) -> None:
-        """Refuse counts, files and offsets that do not fit together.
+    def _map(self, number: int) -> np.ndarray:
+        if self.source is None:
+            return np.memmap(self.folder / shard_name(number), dtype=self.dtype, mode="r")
+        for _ in range(TRIES):
+            path = self.source.fetch(shard_name(number))
+            try:
+                shard = np.memmap(path, dtype=self.dtype, mode="r")
+            except FileNotFoundError:  # another process was done with its copy at this very moment
+                continue
+            self._check_ids(path, shard)
+            return shard
+        raise DataError(f"{path} is deleted as soon as it has been fetched; give each job a data.cache_dir of its own.")
+
+    def check_ids(self, number: int) -> None:
+        """Refuse a shard with an id that the tokenizer does not have.
+
+        Raises:
+            DataError: names the file.
+        """
+        self._check_ids(self.folder / shard_name(number), self._map(number))
+
+    def _check_ids(self, path: Path, shard: np.ndarray) -> None:
+        largest = max(int(shard[i : i + CHECKED_TOGETHER].max()) for i in range(0, len(shard), CHECKED_TOGETHER))
+        if largest >= self.vocab_size:
+            known = f"its tokenizer has the tokens 0 to {self.vocab_size - 1}"
+            raise damaged(path, f"it holds the token {largest}, and {known}")
+
+    def check_sizes(self) -> None:
+        """Refuse counts and sizes of files that do not fit together.
 
         Raises:
             DataError: names the file.
@@ -218,6 +284,14 @@ class TokenFile:
         for name, size in sizes.items():
             if self.manifest["files"].get(name, {}).get("bytes") != size:
                 raise damaged(self.folder / name, f"the manifest's counts need {size:,} bytes")
+
+    def check_offsets(self) -> None:
+        """Refuse counts, files and offsets that do not fit together.
+
+        Raises:
+            DataError: names the file.
+        """
+        self.check_sizes()
         offsets = self.offsets
         if offsets[0] != 0 or offsets[-1] != self.num_tokens or np.any(np.diff(offsets) < 1):
             raise damaged(self.folder / OFFSETS, f"its offsets do not rise from 0 to {self.num_tokens:,}")
