@@ -8,13 +8,16 @@ HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 JOINERS = "\u200c\u200d"
 """Formats that scripts and emoji need between their letters; they move nothing else."""
 
+LINES = "\n\t"
+"""What text of several lines keeps."""
+
 
 def printable(text: object, keep: str = "") -> str:
     r"""`text` with every character that could steer a terminal written as an escape such as `\x1b`.
 
     Args:
         text: is turned into a string first.
-        keep: characters that stay, such as `"\n\t"` for text of several lines.
+        keep: characters that stay, such as `LINES`.
     """
     return "".join(
         letter if letter in keep or letter in JOINERS or unicodedata.category(letter) not in HIDDEN else _escape(letter)

@@ -154,8 +154,9 @@ def test_the_task_counts_and_measures(costed, tmp_path, capsys):
     assert [row["context"] for row in report["measured"]] == [8, 32]
     for row in report["measured"]:
         assert row["milliseconds"] > 0 and row["state_bytes"] == row["counted_state_bytes"] == 4 * 4 * 4 * 8
-    assert json.loads((tmp_path / "out/decode_cost_step1.json").read_text()) == report
-    assert image.imread(tmp_path / "out/decode_cost_step1.png")[..., :3].std() > 0.05
+    (saved,) = (tmp_path / "out").glob("decode_cost_*_step1_*.json")
+    assert json.loads(saved.read_text()).items() >= report.items()
+    assert image.imread(saved.with_suffix(".png"))[..., :3].std() > 0.05
     assert "mixing costs less than flash attention's: from 1,024 tokens" in capsys.readouterr().out
 
 

@@ -10,14 +10,15 @@ from matplotlib import image
 from longmix.analysis.effective_attention import EngineCall, engine_call
 from longmix.analysis.gates import gate_statistics
 from longmix.analysis.state_sizes import held_bytes, log_root_mean_square
-from longmix.analysis.states import EXPLODES, LayerStates, _print, grown
+from longmix.analysis.states import EXPLODES, LayerStates, _print, _without_size, grown, kind_of
 from longmix.checkpoints import find_checkpoint, load_checkpoint
 from longmix.config import build
 from longmix.data.tokenizers import tokenizer_from_state
 from longmix.errors import ConfigError
 from longmix.evaluation.run import evaluate
-from longmix.mixers.base import ModelShape
+from longmix.mixers.base import Mixer, ModelShape
 from longmix.mixers.deltanet import GatedDelta
+from longmix.mixers.flash import Flash
 from longmix.mixers.mlstm import MLSTM
 from longmix.mixers.rwkv7 import RWKV7
 from longmix.mixers.softmax import AttentionState
@@ -113,14 +114,20 @@ class TestGrowth:
         assert grown(self.rows((8, [0.0]), (16, [1.0])), trained=8) == math.inf
 
     def test_positions_are_binned_and_averaged(self):
-        layer = LayerStates("RWKV7", recurrent=True)
+        layer = LayerStates("RWKV7", "recurrent")
         layer.sizes = [(position, torch.tensor([float(position)]).log()) for position in (3, 8, 9, 16)]
         assert [row["position"] for row in layer.by_position(8)] == [8, 16]
         assert [row["rms"][0] for row in layer.by_position(8)] == pytest.approx([5.5, 12.5])
 
     @pytest.mark.parametrize(("growth", "told"), [(EXPLODES / 2, False), (2 * EXPLODES, True), (math.inf, True)])
     def test_an_explosion_is_pointed_out(self, capsys, growth, told):
-        layer = {"mixer": "RWKV7", "bytes": {32: 64}, "growth": growth, "gates": [{"half_life": 3.0}]}
+        layer = {
+            "mixer": "RWKV7",
+            "kind": "recurrent",
+            "bytes": {32: 64},
+            "growth": growth,
+            "gates": [{"half_life": 3.0}],
+        }
         layer["states"] = self.rows((32, [1.0]))
         _print({"trained_seq_len": 8, "length": 32, "split": "validation", "layers": [layer]})
         assert ("layer 0 RWKV7: a state EXPLODES" in capsys.readouterr().out) is told
@@ -164,9 +171,10 @@ def test_the_task_reports_what_the_model_holds(monitored, run_folder, tmp_path, 
     assert [set(head) for head in recurrent["gates"]] == [
         {"half_life_low", "half_life", "half_life_high", "removal"}
     ] * 2
-    written = json.loads((tmp_path / "out/states_validation_step2.json").read_text())
+    (saved,) = (tmp_path / "out").glob("states_*_validation_step2_*.json")
+    written = json.loads(saved.read_text())
     assert written["layers"][0]["states"] == recurrent["states"]
-    assert image.imread(tmp_path / "out/states_validation_step2.png")[..., :3].std() > 0.05
+    assert image.imread(saved.with_suffix(".png"))[..., :3].std() > 0.05
     assert "RWKV7" in capsys.readouterr().out
 
 
@@ -180,11 +188,22 @@ def first_window(checkpoint: dict, length: int) -> torch.Tensor:
 def test_a_model_without_recurrent_state_is_told_so(monitored, run_training, shared_cache, capsys):
     folder = run_training("mixer=flash", "seq_len=16", "max_steps=1", f"data.cache_dir={shared_cache}")
     report = monitored(folder, "task.states.windows=1", "task.states.points=4")
-    assert "no layer of this model has a recurrent state" in capsys.readouterr().out
+    assert "Flash: a softmax mixer has no recurrent state; the bytes of its cache are above" in capsys.readouterr().out
     assert list(report["layers"][0]["bytes"].values()) == [2 * 4 * 32 * length for length in (32, 64, 96, 128)]
+
+
+def test_of_a_foreign_state_only_the_bytes_are_claimed():
+    class Moving(Mixer):
+        """Somebody's own mixer, neither recurrent nor softmax."""
+
+    kinds = {mixer.__class__.__name__: kind_of(mixer) for mixer in (Moving(), Flash(ModelShape(16, 1, 2), 0))}
+    assert kinds == {"Moving": "other", "Flash": "cache"}
+    (words,) = _without_size([{"mixer": "Moving", "kind": "other"}, {"mixer": "RWKV7", "kind": "recurrent"}])
+    assert words.startswith("of the state of Moving only the bytes are known: a mixer that derives from RecurrentMixer")
+    assert "cache" not in words
 
 
 @pytest.mark.parametrize("setting", ["length", "windows", "points"])
 def test_impossible_settings_are_refused(monitored, run_folder, setting):
-    with pytest.raises(ConfigError, match=rf"task\.states\.{setting}=0 must be at least 1"):
+    with pytest.raises(ConfigError, match=rf"task\.states\.{setting}=0 must be from 1"):
         monitored(run_folder, f"task.states.{setting}=0")

@@ -78,8 +78,8 @@ class TestLengths:
             assert result["loss"] == pytest.approx(expected.mean().item(), rel=1e-5)
             assert result["bits_per_byte"] == pytest.approx(expected.mean().item() / math.log(2), rel=1e-5)
             assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
-        saved = tmp_path / "results" / "context_lengths_validation_step2"
-        assert json.loads(saved.with_suffix(".json").read_text()) == json.loads(json.dumps(report))
+        (saved,) = (tmp_path / "results").glob("context_lengths_*_validation_step2_*.json")
+        assert json.loads(saved.read_text()).items() >= json.loads(json.dumps(report)).items()
         assert image.imread(saved.with_suffix(".png")).std() > 0
         printed = capsys.readouterr().out
         figures = [*report["lengths"].values(), *report["by_position"]]

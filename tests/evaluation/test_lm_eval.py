@@ -214,8 +214,8 @@ class TestTasks:
         assert 0 <= results["flowers_written"]["exact_match"] <= 1
         assert report["examples"] == {"flowers": 3, "flowers_written": 3, "flowers_read": 2}
         assert (report["max_length"], report["step"]) == (TRAINED, 60)
-        saved = tmp_path / "results" / "lm_eval_flowers_flowers_written_flowers_read_step60.json"
-        assert json.loads(saved.read_text()) == report and not saved.with_suffix(".png").exists()
+        (saved,) = (tmp_path / "results").glob("lm_eval_flowers_flowers_written_flowers_read_step60_*.json")
+        assert json.loads(saved.read_text()).items() >= report.items() and not saved.with_suffix(".png").exists()
         printed = capsys.readouterr().out
         assert f"{results['flowers']['acc']:.4f}" in printed and "wrote" in printed
 

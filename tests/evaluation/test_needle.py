@@ -157,8 +157,15 @@ def of_recaller(model: Recaller, folder: Path, tmp_path: Path, lengths: list[int
     )
     data = SimpleNamespace(tokenizer=ByteTokenizer(), token_file={"validation": text}.get)
     words = {"split": "validation", "seq_len": lengths, "batch_size": 3, "max_tokens": None}
-    subject = Subject(restored, data, words, tmp_path / "results")
+    subject = Unsaved(restored, data, words, tmp_path / "results")
     return needle(subject, [1], DEPTHS, needles=2, seed=0, statement=STATEMENT, question=QUESTION)
+
+
+class Unsaved(Subject):
+    """A model that came from no checkpoint, of which no file could say what it is of."""
+
+    def save(self, *result, **words):
+        pass
 
 
 class TestModels:
@@ -239,8 +246,8 @@ class TestEvaluate:
             assert [cell["token_accuracy"] for cell in cells] == pytest.approx(hits[1:].tolist())
         printed = capsys.readouterr().out
         assert all(f"{cell['accuracy']:.2f} {cell['gain']:+.2f}" in printed for cell in report["cells"])
-        saved = tmp_path / "evaluation" / "needle_validation_step2"
-        assert json.loads(saved.with_suffix(".json").read_text()) == report
+        (saved,) = (tmp_path / "evaluation").glob("needle_*_validation_step2_*.json")
+        assert json.loads(saved.read_text()).items() >= json.loads(json.dumps(report)).items()
         assert image.imread(saved.with_suffix(".png")).std() > 0
 
         monkeypatch.setattr(reading, "TOKENS_AT_ONCE", 50)

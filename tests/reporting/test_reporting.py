@@ -299,7 +299,8 @@ class TestSweep:
         # a folder of a sweep has commas and equal signs in its name, which Hydra must not read
         done = run_process("evaluate.py", f"checkpoint={folders[2]}", "seq_len=[64,128]", "max_tokens=256")
         assert done.code == 0, done.err
-        report = json.loads((folders[2] / "evaluation" / "loss_validation_step2.json").read_text())
+        (saved_loss,) = (folders[2] / "evaluation").glob("loss_*_validation_step2_*.json")
+        report = json.loads(saved_loss.read_text())
         assert set(report["lengths"]) == {"64", "128"}
         assert report["lengths"]["64"]["bits_per_byte"] == pytest.approx(saved["2,seed=1,seq_len=64"]["bits_per_byte"])
         assert sorted(path.name for path in tmp_path.iterdir()) == ["multirun"]

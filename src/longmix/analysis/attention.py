@@ -14,12 +14,15 @@ from longmix.analysis.effective_attention import layer_inputs, mixing
 from longmix.data.loaders import Batch
 from longmix.errors import ConfigError
 from longmix.evaluation.loss import to_device
+from longmix.evaluation.provenance import model_facts
 from longmix.evaluation.subject import Subject, tracked
 from longmix.model.backbone import LanguageModel
 from longmix.restore import Restored, restore
 
 USUAL_LENGTH, MOST_TOKENS = 1024, 8192
 """Tokens of a window that are taken if none are asked for, and the most that may be: a matrix has their square."""
+
+MOST_WINDOWS = 100_000
 
 COLUMNS = {
     "entropy": ("entropy", ".2f"),
@@ -50,12 +53,14 @@ def attention(
     Raises:
         ConfigError: an impossible number, a mixer whose values are not known, another tokenizer.
         CheckpointError: there is no such other checkpoint.
+        DataError: the split has fewer tokens than `length`.
     """
     length = min(subject.trained_seq_len, USUAL_LENGTH) if length is None else length
     if not 2 <= length <= MOST_TOKENS:
         raise ConfigError(f"task.attention.length={length} must be from 2 to {MOST_TOKENS}; matrices have its square.")
-    if windows < 1:
-        raise ConfigError(f"task.attention.windows={windows} must be at least 1.")
+    if not 1 <= windows <= MOST_WINDOWS:
+        raise ConfigError(f"task.attention.windows={windows} must be from 1 to {MOST_WINDOWS}.")
+    subject.check_length(length, "task.attention.length")
     models = {_name(subject.restored, {}): subject.restored}
     for path in others or []:
         other = _restored(subject, path)
@@ -67,13 +72,14 @@ def attention(
     for name, of_model in layers.items():
         Console().print(_table(name, of_model))
     first = next(iter(models))
-    suffix = f"{subject.split}_step{subject.step}"
+    settings: dict[str, Any] = {"length": length, "windows": windows}
     title = f"effective attention of {first}\nsigned shares of each row, {length} tokens of {subject.split}"
     own = {**report, "models": {first: reports[first]}}
-    subject.save(f"attention_{suffix}", own, draw_model(layers[first], length, title))
+    subject.save("attention", own, draw_model(layers[first], length, title), settings)
     if len(models) > 1:
         title = f"effective attention, mean over heads\nthe same {length} tokens of {subject.split}"
-        subject.save(f"attention_comparison_{suffix}", report, draw_comparison(dict(layers), length, title))
+        settings["others"] = [model_facts(restored, None)["weights"] for restored in list(models.values())[1:]]
+        subject.save("attention_comparison", report, draw_comparison(dict(layers), length, title), settings)
     return report
 
 

@@ -14,6 +14,7 @@ from longmix.analysis.cost_model import StepCost, first_context, intensity, step
 from longmix.analysis.state_sizes import held_bytes
 from longmix.errors import ConfigError
 from longmix.evaluation.loss import to_device
+from longmix.evaluation.memory import check_memory
 from longmix.evaluation.subject import Subject, tracked
 from longmix.generation.session import Session
 from longmix.mixers.base import ModelShape
@@ -22,6 +23,12 @@ from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model
 from longmix.reporting.plots import draw_curves, new_figure
 from longmix.training.accelerators import ACCELERATORS, Accelerator, by_word
+
+STEPS_READ = 1024
+"""Tokens after a context that are read from the data; further steps read them again."""
+
+LARGEST = 2**40
+"""Of contexts, steps and sequences."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -53,7 +60,8 @@ def decode_cost(
         from which on mixing costs more than parameters, and less than with flash; None if that is not so at the last.
 
     Raises:
-        ConfigError: an impossible or unknown setting.
+        ConfigError: an impossible or unknown setting, or more memory than there is.
+        DataError: the split has fewer tokens than are read.
     """
     contexts = sorted({2**n for n in range(10, 17)} if contexts is None else set(contexts))
     quarter = max(1, subject.trained_seq_len // 4)
@@ -78,7 +86,9 @@ def decode_cost(
         "measured": _measured(subject, measured, steps),
     }
     _print(report)
-    subject.save(f"decode_cost_step{subject.step}", report, _drawn(report))
+    settings = {"contexts": contexts, "hardware": accelerator.name, "batch": batch, "dtype": dtype}
+    settings |= {"measured": measured, "steps": steps}
+    subject.save("decode_cost", report, _drawn(report), settings, of_data=bool(measured))
     return report
 
 
@@ -116,11 +126,11 @@ def _checked(
 ) -> Accelerator:
     task = "task.decode_cost"
     for name, numbers in (("contexts", contexts), ("measured", measured)):
-        if any(number < 1 for number in numbers) or (name == "contexts" and not numbers):
-            raise ConfigError(f"{task}.{name}={numbers} must be whole numbers from 1.")
+        if any(not 1 <= number <= LARGEST for number in numbers) or (name == "contexts" and not numbers):
+            raise ConfigError(f"{task}.{name}={numbers} must be whole numbers from 1 to {LARGEST}.")
     for name, number in (("batch", batch), ("steps", steps)):
-        if number < 1:
-            raise ConfigError(f"{task}.{name}={number} must be at least 1.")
+        if not 1 <= number <= LARGEST:
+            raise ConfigError(f"{task}.{name}={number} must be from 1 to {LARGEST}.")
     accelerator = by_word(hardware)
     if accelerator is None:
         raise ConfigError(f"{task}.hardware={hardware} is unknown; use one of {', '.join(ACCELERATORS)}.")
@@ -132,7 +142,10 @@ def _checked(
 def _measured(subject: Subject, contexts: list[int], steps: int) -> list[dict[str, float]]:
     if not contexts:
         return []
-    length = max(contexts) + steps
+    length = max(contexts) + min(steps, STEPS_READ)
+    if max(contexts) > subject.trained_seq_len:
+        subject.check_length(length, "task.decode_cost.measured and the steps after it")
+    check_memory(subject.model, length, subject.restored, f"task.decode_cost.measured={contexts}")
     loader = subject.data.evaluation_loader(subject.split, length, 1, length)
     tokens = to_device(next(iter(loader)), subject.restored.device)["tokens"][0]
     rows = []

@@ -121,7 +121,11 @@ def mixing(mixer: Mixer, x: Tensor, **options: Any) -> Mixing:
 
         return Mixing(call.value, call.output, run_engine(torch.zeros_like(call.value)), run_engine)
     if not isinstance(mixer, SoftmaxAttention):
-        raise ValueError(f"{type(mixer).__name__} is neither a recurrent nor a softmax mixer; its values are not known")
+        raise ValueError(
+            f"{type(mixer).__name__} derives from neither RecurrentMixer (longmix.mixers.recurrent), whose engine takes "
+            "the values, nor SoftmaxAttention (longmix.mixers.softmax), which has projections `value` and `output`; so "
+            "it is not known which values it mixes"
+        )
 
     def run(values: Tensor | None) -> tuple[Tensor, Tensor]:
         return _between(mixer, values, lambda: mixer(x, **options))

@@ -19,12 +19,18 @@ from longmix.analysis.state_sizes import held_bytes, log_root_mean_square
 from longmix.data.loaders import Batch
 from longmix.errors import ConfigError
 from longmix.evaluation.loss import to_device
+from longmix.evaluation.memory import check_memory
 from longmix.evaluation.subject import Subject, tracked
+from longmix.mixers.base import Mixer
 from longmix.mixers.recurrent import RecurrentMixer
+from longmix.mixers.softmax import SoftmaxAttention
 from longmix.reporting.plots import draw_curves, new_figure
 
 TIMES_TRAINED = 8
 """How long windows are by default, in trained lengths."""
+
+LARGEST_COUNT = 2**40
+"""Of tokens, windows and pieces."""
 
 EXPLODES = 10.0
 """A state that grows by more than this beyond the trained length is pointed out."""
@@ -36,15 +42,20 @@ class LayerStates:
 
     Attributes:
         mixer: its name.
-        recurrent: whether it has a state that is one tensor per head.
+        kind: "recurrent" has a state that is one tensor per head, "cache" is a softmax mixer's, "other" is neither.
         sizes: of a recurrent one: position in the document, and log root mean square of each head's state [H].
         bytes: bytes of what a row remembers after so many tokens, whatever their documents.
     """
 
     mixer: str
-    recurrent: bool
+    kind: str
     sizes: list[tuple[int, Tensor]] = field(default_factory=list)
     bytes: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether its state has a size."""
+        return self.kind == "recurrent"
 
     def by_position(self, width: int) -> list[dict[str, Any]]:
         """Mean over documents of the root mean square, of positions `width` apart: `{"position", "rms": [head]}`."""
@@ -59,39 +70,64 @@ def states(subject: Subject, length: int | None = None, windows: int = 4, points
 
     Args:
         subject: what to analyse.
-        length: tokens of a window; None takes 8 trained lengths. States begin anew with each document in it.
+        length: tokens of a window; None takes 8 trained lengths, or what the split has. States begin anew with each
+            document in it.
         windows: how many windows, evenly spread over the split.
         points: pieces of a window.
 
     Returns:
-        `{"split", "step", "trained_seq_len", "length", "layers": [{"mixer", "bytes": {tokens: bytes}}]}`, and for
+        `{"split", "step", "trained_seq_len", "length", "layers": [{"mixer", "kind", "bytes": {tokens: bytes}}]}`, and for
         layers with a recurrent state also `"states": [{"position", "rms": [head]}]`, `"growth"`, the largest of a
         head's quotients of the last size by that at the trained length (None: no document is longer), and
         `"gates": [head]`, see `gate_statistics`.
 
     Raises:
-        ConfigError: an impossible number.
+        ConfigError: an impossible number, or more memory than there is.
+        DataError: the split has fewer tokens than `length`.
     """
-    length = TIMES_TRAINED * subject.trained_seq_len if length is None else length
     for name, number in (("length", length), ("windows", windows), ("points", points)):
-        if number < 1:
-            raise ConfigError(f"task.states.{name}={number} must be at least 1.")
+        if number is not None and not 1 <= number <= LARGEST_COUNT:
+            raise ConfigError(f"task.states.{name}={number} must be from 1 to {LARGEST_COUNT}.")
+    length = _length(subject, length)
     width = -(-length // points)
-    layers = [LayerStates(type(mixer).__name__, isinstance(mixer, RecurrentMixer)) for mixer in subject.model.mixers()]
+    check_memory(subject.model, width, subject.restored, f"task.states.length={length} in {points} pieces")
+    layers = [LayerStates(type(mixer).__name__, kind_of(mixer)) for mixer in subject.model.mixers()]
     for batch in _windows(subject, length, windows):
         read_window(subject, batch, width, layers)
     gates = _gates(subject, min(length, subject.trained_seq_len), windows)
     report: dict[str, Any] = {"split": subject.split, "step": subject.step, "length": length}
     report |= {"trained_seq_len": subject.trained_seq_len, "layers": []}
     for layer, of_layer in zip(layers, gates, strict=True):
-        report["layers"].append({"mixer": layer.mixer, "bytes": layer.bytes})
+        report["layers"].append({"mixer": layer.mixer, "kind": layer.kind, "bytes": layer.bytes})
         if layer.recurrent:
             sizes = layer.by_position(width)
             growth = grown(sizes, subject.trained_seq_len)
             report["layers"][-1] |= {"states": sizes, "growth": growth, "gates": of_layer}
     _print(report)
-    subject.save(f"states_{subject.split}_step{subject.step}", report, _drawn(report))
+    settings = {"length": length, "windows": windows, "points": points}
+    subject.save("states", report, _drawn(report), settings)
     return report
+
+
+def kind_of(mixer: Mixer) -> str:
+    """What a mixer remembers, see `LayerStates`."""
+    if isinstance(mixer, RecurrentMixer):
+        return "recurrent"
+    return "cache" if isinstance(mixer, SoftmaxAttention) else "other"
+
+
+def _length(subject: Subject, asked: int | None) -> int:
+    """What was asked for, or 8 trained lengths as far as the split has so many tokens.
+
+    Raises:
+        DataError: the split has fewer tokens than were asked for.
+    """
+    if asked is not None:
+        subject.check_length(asked, "task.states.length")
+        return asked
+    tokens = subject.data.content(subject.split)["tokens"]
+    most = TIMES_TRAINED * subject.trained_seq_len
+    return most if tokens is None else min(most, max(tokens, subject.trained_seq_len))
 
 
 @torch.no_grad()
@@ -147,8 +183,8 @@ def _print(report: dict[str, Any]) -> None:
     console, trained = Console(), report["trained_seq_len"]
     console.print(_table(report))
     recurrent = [(index, layer) for index, layer in enumerate(report["layers"]) if "states" in layer]
-    if not recurrent:
-        console.print("no layer of this model has a recurrent state: its layers are caches, whose bytes are above")
+    for words in _without_size(report["layers"]):
+        console.print(words, soft_wrap=True)
     for index, layer in recurrent:
         growth, last = layer["growth"], layer["states"][-1]["position"]
         if growth is not None and not growth <= EXPLODES:
@@ -157,6 +193,22 @@ def _print(report: dict[str, Any]) -> None:
                 f"as after {trained:,}",
                 soft_wrap=True,
             )
+
+
+def _without_size(layers: list[dict[str, Any]]) -> list[str]:
+    """Why some layers have bytes alone."""
+    kinds = {kind: sorted({layer["mixer"] for layer in layers if layer["kind"] == kind}) for kind in ("cache", "other")}
+    found = []
+    if kinds["cache"]:
+        found.append(
+            f"{', '.join(kinds['cache'])}: a softmax mixer has no recurrent state; the bytes of its cache are above"
+        )
+    if kinds["other"]:
+        found.append(
+            f"of the state of {', '.join(kinds['other'])} only the bytes are known: a mixer that derives from "
+            "RecurrentMixer (longmix.mixers.recurrent) also shows how large its state grows and what its gates do"
+        )
+    return found
 
 
 def _table(report: dict[str, Any]) -> Table:

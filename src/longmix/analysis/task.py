@@ -18,6 +18,9 @@ from longmix.reporting.plots import new_figure
 VOCABULARY = 8
 """Of the tokens that nothing can predict; few, so that little training is needed to use a leak."""
 
+MOST_TOKENS = 65_536
+"""Of an audited row; it takes float64 and, with some mixers, the square of its length."""
+
 TOKENS_PER_STEP = 512
 """Of that training."""
 
@@ -40,10 +43,11 @@ def causality(subject: Subject, length: int = 96, entropy_length: int = 8, entro
     Raises:
         ConfigError: fewer than 8 tokens to audit or 2 to train on, or negative steps.
     """
-    if length < 8:
-        raise ConfigError(f"task.causality.length={length} must be at least 8.")
-    if entropy_length < 2:
-        raise ConfigError(f"task.causality.entropy_length={entropy_length} must be at least 2.")
+    for name, number, least in (("length", length, 8), ("entropy_length", entropy_length, 2)):
+        if number < least:
+            raise ConfigError(f"task.causality.{name}={number} must be at least {least}.")
+        if number > MOST_TOKENS:
+            raise ConfigError(f"task.causality.{name}={number} must be at most {MOST_TOKENS}.")
     if entropy_steps < 0:
         raise ConfigError(f"task.causality.entropy_steps={entropy_steps} must be at least 0.")
     console = Console()
@@ -68,7 +72,8 @@ def causality(subject: Subject, length: int = 96, entropy_length: int = 8, entro
             soft_wrap=True,
         )
     console.print("causal: nothing leaks" if causal else "NOT CAUSAL: its loss is not that of a language model")
-    subject.save(f"causality_step{subject.step}", report, _drawn(found))
+    settings = {"length": length, "entropy_length": entropy_length, "entropy_steps": entropy_steps}
+    subject.save("causality", report, _drawn(found), settings, of_data=False)
     return report
 
 

@@ -26,6 +26,10 @@ def chosen_checkpoint(path: Path | str, except_run: Path | None = None) -> Path:
     Raises:
         CheckpointError: there is none.
     """
+    if not str(path):  # an unset variable; the path of no letters is the working folder
+        raise CheckpointError(
+            "the name of a checkpoint is empty; give the folder of a run, or last for the newest one."
+        )
     if str(path) != LAST:
         return find_checkpoint(Path(path))
     checkpoint = last_checkpoint(except_run)

@@ -163,6 +163,15 @@ class TokenData(lightning.LightningDataModule):
             "seed": self.seed,
         }
 
+    def content(self, split: str) -> dict[str, Any]:
+        """What fixes the tokens of a split, JSON-able, and `tokens`, how many there are (None: as many as one likes).
+
+        Raises:
+            DataError: there is no such split.
+        """
+        files = self.token_files(split)
+        return {"keys": [file.manifest["key"] for file in files], "tokens": sum(file.num_tokens for file in files)}
+
     def summary(self) -> dict[str, Any]:
         """What a log or checkpoint says about the data, JSON-able: settings, hashes, counts of the splits in use."""
         return {

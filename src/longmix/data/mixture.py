@@ -178,6 +178,10 @@ class MixtureData(TokenData):
         place = {"seq_len": self.seq_len, "batch_size": self.batch_size, "seed": self.seed}
         return {"train_keys": dict(zip(self.corpora, keys, strict=True)), "shares": self.counts, **place}
 
+    def content(self, split: str) -> dict[str, Any]:
+        """See `TokenData.content`."""
+        return {**super().content(split), "shares": self.counts}
+
     def summary(self) -> dict[str, Any]:
         """See `TokenData.summary`; tokens of each split over all corpora."""
         opened = sorted({split for _, split in self._files}, key=SPLITS.index)

@@ -158,6 +158,11 @@ class NeedleData(TokenData):
         words = {"statement": self.forms.statement, "question": self.forms.question}
         return {**super().fingerprint(), "needles": self.counts, "answer_share": self.answer_share, **words}
 
+    def content(self, split: str) -> dict[str, Any]:
+        """See `TokenData.content`."""
+        words = {"statement": self.forms.statement, "question": self.forms.question}
+        return {**super().content(split), "needles": self.counts, **words}
+
     def summary(self) -> dict[str, Any]:
         """See `TokenData.summary`."""
         return {**super().summary(), **self.fingerprint()}

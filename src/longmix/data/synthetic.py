@@ -135,6 +135,12 @@ class SyntheticData(TokenData):
         place = {"seq_len": self.seq_len, "batch_size": self.batch_size, "seed": self.seed}
         return {"task": self.corpus.name, **settings, **place}
 
+    def content(self, split: str) -> dict[str, Any]:
+        """See `TokenData.content`."""
+        check_split(self.corpus, split)
+        settings: dict[str, Any] = dataclasses.asdict(self.task)  # type: ignore[call-overload]
+        return {"task": self.corpus.name, **settings, "seed": self.seed if split == "train" else 0, "tokens": None}
+
     def summary(self) -> dict[str, Any]:
         """See `TokenData.summary`."""
         tokens = dict.fromkeys(SPLITS, EVALUATED_EXAMPLES * self.seq_len) | {"train": self.train_tokens_per_epoch}

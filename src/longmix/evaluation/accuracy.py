@@ -21,12 +21,12 @@ def accuracy(subject: Subject) -> dict[str, Any]:
     """Share of targets that the most likely token is, at every context length asked for, overall and by position.
 
     Returns:
-        `{"split", "step", "data", "lengths": {seq_len: {accuracy, targets, state_bytes, by_position: [{start, end,
+        `{"split", "step", "trained_seq_len", "precision", "data", "lengths": {seq_len: {accuracy, targets, state_bytes, by_position: [{start, end,
         accuracy, targets}]}}}`; `state_bytes` is what the model remembers of a row in the end.
     """
-    results = {length: _at_length(subject, length) for length in subject.seq_lens()}
+    results = {length: _at_length(subject, length) for length in subject.checked_seq_lens()}
     name, split = subject.data.label, subject.split
-    report = {"split": split, "step": subject.step, "data": name, "lengths": results}
+    report = {**subject.heading(), "data": name, "lengths": results}
     table = Table(title=f"{name}, {split} split")
     for column in ("seq_len", "accuracy", "targets", "state, bytes"):
         table.add_column(column, justify="right")
@@ -36,7 +36,7 @@ def accuracy(subject: Subject) -> dict[str, Any]:
     Console().print(table)
     figure = drawn_by_position(results, "accuracy", f"{name}: accuracy by position", "share of targets met")
     figure.axes[0].set_ylim(-0.02, 1.02)
-    subject.save(f"accuracy_{name}_{split}_step{subject.step}", report, figure)
+    subject.save("accuracy", report, figure, {"seq_len": list(results), "max_tokens": subject.words["max_tokens"]})
     return report
 
 

@@ -34,7 +34,7 @@ def loss_by_position(subject: Subject, prefixes: int | None = None) -> dict[str,
     """
     if prefixes is not None and prefixes < 1:
         raise ConfigError(f"task.loss.prefixes={prefixes} must be at least 1, or null for all targets in one pass.")
-    results = {length: _at_length(subject, length, prefixes) for length in subject.seq_lens()}
+    results = {length: _at_length(subject, length, prefixes) for length in subject.checked_seq_lens()}
     report: dict[str, Any] = {**subject.heading(), "lengths": results}
     report |= {} if prefixes is None else {"prefixes": prefixes}
     console = Console()
@@ -42,7 +42,8 @@ def loss_by_position(subject: Subject, prefixes: int | None = None) -> dict[str,
     console.print(_position_table(results))
     figure = drawn_by_position(results, "loss", f"{subject.split} loss by position", "nats per token")
     name = "loss" if prefixes is None else "loss_prefixes"
-    subject.save(f"{name}_{subject.split}_step{subject.step}", report, figure)
+    settings = {"prefixes": prefixes, "seq_len": list(results), "max_tokens": subject.words["max_tokens"]}
+    subject.save(name, report, figure, settings)
     return report
 
 

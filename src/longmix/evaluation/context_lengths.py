@@ -58,7 +58,8 @@ def context_lengths(subject: Subject, factors: list[float], scored: int | None =
         "by_position": _inside_documents(subject, text, documents, lengths[-1]),
     }
     _print(report)
-    subject.save(f"context_lengths_{subject.split}_step{subject.step}", report, _drawn(report))
+    settings = {"lengths": lengths, "scored": scored, "max_tokens": subject.words["max_tokens"]}
+    subject.save("context_lengths", report, _drawn(report), settings)
     return report
 
 

@@ -3,6 +3,7 @@
 import difflib
 import importlib.metadata
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,10 @@ def lm_eval(
         "versions": found["versions"],
     }
     Console().print(_table(report))
-    subject.save(f"lm_eval_{'_'.join(tasks)[:LONGEST_NAME]}_step{subject.step}", report, None)
+    settings = {key: report[key] for key in ("max_length", "num_fewshot", "limit", "seed", "harness")}
+    settings |= {"tasks": tasks, "include_path": include_path}
+    name = re.sub(r"[^\w.-]+", "-", "_".join(tasks), flags=re.ASCII)[:LONGEST_NAME]
+    subject.save(f"lm_eval_{name}", report, None, settings, of_data=False)
     return report
 
 

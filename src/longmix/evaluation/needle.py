@@ -22,6 +22,8 @@ from longmix.evaluation.reading import context_lengths_of, last_hidden, text_of
 from longmix.evaluation.subject import Subject, tracked
 from longmix.reporting.plots import draw_heat_map, new_figure
 
+MOST_NEEDLES = 100_000
+
 
 class Answer(NamedTuple):
     """What the model gave for one row: the share of the value's tokens it chose, and the value's log probability."""
@@ -81,15 +83,16 @@ def needle(
         "without": [{"seq_len": length, **_control(found[row, :, 0])} for row, length in enumerate(lengths)],
     }
     _print(report, lengths, depths)
-    subject.save(f"needle_{subject.split}_step{subject.step}", report, _drawn(report, lengths, depths))
+    settings = {"lengths": lengths, "depths": depths, "needles": needles, "seed": seed, **vars(forms)}
+    subject.save("needle", report, _drawn(report, lengths, depths), settings)
     return report
 
 
 def _check(depths: list[float], needles: int, seed: int) -> None:
     if not depths or min(depths) < 0 or max(depths) > 1:
         raise ConfigError(f"task.needle.depths={depths} must be a list of numbers from 0 to 1.")
-    if needles < 1:
-        raise ConfigError(f"task.needle.needles={needles} must be at least 1.")
+    if not 1 <= needles <= MOST_NEEDLES:
+        raise ConfigError(f"task.needle.needles={needles} must be from 1 to {MOST_NEEDLES}.")
     if seed < 0:
         raise ConfigError(f"task.needle.seed={seed} must be at least 0.")
 

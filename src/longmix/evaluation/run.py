@@ -1,45 +1,118 @@
 """`evaluate(config)`: from a checkpoint's folder to tables, JSON files and pictures."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 
 from longmix import config as configuration
 from longmix.config import Node, build
-from longmix.errors import ConfigError
+from longmix.data.datamodule import TokenData
+from longmix.data.synthetic import SyntheticData
+from longmix.data.tokenizers import NumberTokenizer
+from longmix.errors import ConfigError, Interrupted, LongmixError, ProcessLost
+from longmix.evaluation.provenance import is_own
 from longmix.evaluation.subject import Subject
 from longmix.model.backbone import LanguageModel
-from longmix.restore import restore
+from longmix.printable import LINES, printable
+from longmix.restore import Restored, restore
+
+LARGEST = 2**62
+"""Of numbers that count tokens and windows; beyond it nothing can be indexed."""
 
 
 def evaluate(config: DictConfig) -> dict[str, Any]:
     """Run the tasks of `config` on its checkpoint and return the report of each by its name.
 
+    A task that is refused, or fails, says so on standard error, and the others take place.
+
     Raises:
-        LongmixError: see `longmix.errors`.
+        LongmixError: see `longmix.errors`; of several tasks, after the last of them.
     """
     words = configuration.resolved(config)
     configuration.check_keys(words, configuration.EvaluateConfig)
     tasks = _checked_tasks(words["task"])
     _check_numbers(words)
     restored = restore(words)
-    model, trained = restored.model, restored.config
-    data = build(
-        words["data"] or trained["data"],
-        "data",
-        tokenizer=restored.tokenizer,
-        seq_len=trained["seq_len"],
-        batch_size=1,
-        seed=trained["seed"],
-    )
-    for task in tasks.values():
-        if not _takes_leaky(task):
-            _refuse_leaky(model)
     home = _home(restored.checkpoint) if words["states"] is None else _folder(Path(words["states"]))
     output = Path(words["output"]) if words["output"] else home / "evaluation"
-    subject = Subject(restored, data, words, output)
-    return {name: build(task, f"task.{name}", subject=subject) for name, task in tasks.items()}
+    own_data = is_own(words["data"], restored.config["data"])
+    subject = Subject(restored, _data(words, restored), words, output, own_data)
+    reports: dict[str, Any] = {}
+    errors: list[LongmixError] = []
+    for name, task in tasks.items():
+        try:
+            with _memory_errors(name):
+                if not _takes_leaky(task):
+                    _refuse_leaky(restored.model)
+                reports[name] = build(task, f"task.{name}", subject=subject)
+        except (Interrupted, ProcessLost):
+            raise
+        except LongmixError as error:
+            if len(tasks) == 1:
+                raise
+            errors.append(error)
+            print(f"task={name}: {type(error).__name__}: {printable(error, keep=LINES)}", file=sys.stderr)
+    if errors:
+        raise _of_several(errors, f"{len(errors)} of {len(tasks)} tasks failed; each said why above.")
+    return reports
+
+
+def _of_several(errors: list[LongmixError], message: str) -> LongmixError:
+    """One error for several, with the exit code of the first."""
+    error = LongmixError(message)
+    error.exit_code = errors[0].exit_code
+    return error
+
+
+@contextmanager
+def _memory_errors(task: str) -> Iterator[None]:
+    """Turn a refused allocation into one line.
+
+    Raises:
+        ConfigError: names the task and what to change.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        words = str(error).splitlines()[0] if str(error) else "memory is used up"
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if not known:
+            raise
+        raise ConfigError(
+            f"task={task} takes more memory than there is ({words}); give a smaller batch_size or seq_len, or shorter "
+            "lengths of the task."
+        ) from error
+
+
+def _data(words: Node, restored: Restored) -> TokenData:
+    """The data that are evaluated on.
+
+    Raises:
+        ConfigError: the checkpoint names none and neither do the words, or the model does not know their tokens.
+    """
+    node = words["data"] or restored.config["data"]
+    if node is None:
+        raise ConfigError(f"{restored.checkpoint} says nothing of data; add data=, such as data=sotu.")
+    place = {"tokenizer": restored.tokenizer, "seq_len": restored.config["seq_len"]}
+    data: TokenData = build(node, "data", **place, batch_size=1, seed=restored.config["seed"])
+    numbers = isinstance(restored.tokenizer, NumberTokenizer)
+    if isinstance(data, SyntheticData) and not numbers:
+        raise ConfigError(
+            f"data are a synthetic task, {data.label}, of {data.expected_vocab_size:,} numbers, and the model of "
+            f"{restored.checkpoint} was trained on text, with {restored.tokenizer.vocab_size:,} tokens; evaluate a "
+            "model that was trained on the task, or give data of text."
+        )
+    if numbers and not isinstance(data, SyntheticData):
+        raise ConfigError(
+            f"data are text, {data.label}, and the model of {restored.checkpoint} was trained on a synthetic task: its "
+            f"{restored.tokenizer.vocab_size:,} tokens are numbers. Leave data= out, or evaluate a model of text."
+        )
+    return data
 
 
 def _checked_tasks(tasks: Any) -> dict[str, Node]:
@@ -78,11 +151,11 @@ def _refuse_leaky(model: LanguageModel) -> None:
 
 def _check_numbers(words: Node) -> None:
     for key in ("batch_size", "max_tokens"):
-        if words[key] is not None and words[key] < 1:
-            raise ConfigError(f"{key}={words[key]} must be at least 1.")
+        if words[key] is not None and not 1 <= words[key] <= LARGEST:
+            raise ConfigError(f"{key}={words[key]} must be at least 1{' and at most 2**62' * (words[key] > 1)}.")
     lengths = words["seq_len"]
     if lengths is None:
         return
     listed = lengths if isinstance(lengths, list) else [lengths]
-    if not listed or any(type(length) is not int or length < 1 for length in listed):
+    if not listed or any(type(length) is not int or not 1 <= length <= LARGEST for length in listed):
         raise ConfigError(f"seq_len={lengths!r} must be a whole number from 1, or a list of them.")

@@ -12,10 +12,14 @@ from rich.progress import track
 from longmix.config import Node
 from longmix.data.datamodule import TokenData
 from longmix.data.loaders import Batch
+from longmix.errors import ConfigError, DataError
+from longmix.evaluation import provenance
 from longmix.evaluation.loss import to_device
+from longmix.evaluation.memory import check_memory
 from longmix.evaluation.statistics import LossStatistics
 from longmix.files import replace_file, replace_json, storage_errors
 from longmix.model.backbone import LanguageModel
+from longmix.printable import printable
 from longmix.restore import Restored
 
 if TYPE_CHECKING:
@@ -35,12 +39,14 @@ class Subject:
         data: gives batches of any split and length.
         words: the resolved words of `evaluate.py`.
         output: folder for results.
+        own_data: the data are those that the checkpoint was trained on.
     """
 
     restored: Restored
     data: TokenData
     words: Node
     output: Path
+    own_data: bool = True
 
     @property
     def model(self) -> LanguageModel:
@@ -69,6 +75,52 @@ class Subject:
             return [self.trained_seq_len]
         return sorted(set(asked if isinstance(asked, list) else [asked]))
 
+    def checked_seq_lens(self) -> list[int]:
+        """`seq_lens`, each of which the split and this machine have room for.
+
+        Raises:
+            DataError: the split has fewer tokens than a length, or there is no such split.
+            ConfigError: the memory that is free does not hold a row.
+        """
+        lengths = self.seq_lens()
+        for length in lengths:
+            self.check_length(length, "seq_len")
+            self.check_memory(length, "seq_len")
+        return lengths
+
+    def check_length(self, length: int, key: str) -> None:
+        """Refuse windows longer than the split; those of the trained length are padded instead.
+
+        Raises:
+            DataError: names both numbers, or says that there is no such split.
+        """
+        tokens = self.data.content(self.split)["tokens"]
+        if tokens is not None and length > max(tokens, self.trained_seq_len):
+            raise DataError(
+                f"{key}={length} is more than the {self.split} split of {self.data.label} has, {tokens:,} tokens; give "
+                f"at most {max(tokens, self.trained_seq_len)}, or data with more text."
+            )
+
+    def check_memory(self, length: int, key: str) -> None:
+        """Refuse windows whose activations cannot fit into the memory that is free.
+
+        Args:
+            length: tokens of a window.
+            key: the word or setting that gave it.
+
+        Raises:
+            ConfigError: names the numbers.
+        """
+        tokens = min(self.rows(length), self.windows(length)) * length
+        check_memory(self.model, tokens, self.restored, f"{key}={length}")
+
+    def windows(self, length: int) -> int:
+        """How many windows of that length are evaluated."""
+        try:
+            return len(self.data.evaluation_windows(self.split, length, self.words["max_tokens"]))
+        except OverflowError as error:
+            raise ConfigError(f"max_tokens={self.words['max_tokens']} is more than can be counted.") from error
+
     def rows(self, seq_len: int) -> int:
         """Windows of that length at once."""
         return self.words["batch_size"] or max(1, TOKENS_AT_ONCE // seq_len)
@@ -93,22 +145,45 @@ class Subject:
         place = {"split": self.split, "step": self.step, "trained_seq_len": self.trained_seq_len}
         return place | {"precision": self.restored.precision}
 
-    def save(self, name: str, report: dict[str, Any], figure: "Figure | None") -> None:
-        """Write `name`.json and, of a figure, `name`.png into the folder for results, and say so.
+    def save(
+        self,
+        task: str,
+        report: dict[str, Any],
+        figure: "Figure | None",
+        settings: dict[str, Any],
+        of_data: bool = True,
+    ) -> None:
+        """Write a result as JSON and, of a figure, as PNG into the folder for results, and say so.
+
+        The file says besides the report of which weights, data, settings, versions and day it is, and its name differs
+        from that of every other result but an earlier one of the very same (`longmix.evaluation.provenance`).
+
+        Args:
+            task: the name begins with it.
+            report: figures.
+            figure: to draw.
+            settings: of the task, and the words that it went by.
+            of_data: the task has read the split.
 
         Raises:
             StorageError: they cannot be written.
         """
         from longmix.reporting.plots import save_figure
+        from longmix.training.run import versions
 
+        facts: dict[str, Any] = provenance.model_facts(self.restored, self.words["states"])
+        if of_data:
+            facts |= provenance.data_facts(self.data, self.split, self.own_data)
+        facts |= {"task": task, "settings": settings, "versions": versions(), "date": provenance.now()}
+        name = provenance.file_name(task, facts)
         with storage_errors(self.output):
             self.output.mkdir(parents=True, exist_ok=True)
         written = f"wrote {self.output / name}.json"
         if figure is not None:
             replace_file(self.output / f"{name}.png", lambda path: save_figure(figure, path))
             written += f" and {name}.png"
-        replace_json(self.output / f"{name}.json", report)
-        Console().print(written, highlight=False, markup=False, soft_wrap=True)
+        replace_json(self.output / f"{name}.json", facts | report)
+        Console().print(printable(written), highlight=False, markup=False, soft_wrap=True)
 
 
 def tracked(items: Iterable[Item] | Sequence[Item], description: str, total: int | None = None) -> Iterator[Item]:

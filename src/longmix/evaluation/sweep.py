@@ -7,9 +7,11 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from longmix.checkpoints import CheckpointStore, find_checkpoint
-from longmix.errors import CheckpointError, ConfigError, DataError, LongmixError
+from longmix.checkpoints import CheckpointStore, chosen_checkpoint, find_checkpoint
+from longmix.checkpoints.last import LAST
+from longmix.errors import CheckpointError, ConfigError, Interrupted, LongmixError, ProcessLost
 from longmix.evaluation.run import evaluate
+from longmix.printable import LINES, printable
 
 
 def evaluate_all(config: DictConfig) -> dict[Path, dict[str, Any]]:
@@ -23,7 +25,15 @@ def evaluate_all(config: DictConfig) -> dict[Path, dict[str, Any]]:
     Raises:
         LongmixError: see `evaluate`; and if a run of several was refused.
     """
-    folder = Path() if OmegaConf.is_missing(config, "checkpoint") else Path(config.checkpoint)
+    if OmegaConf.is_missing(config, "checkpoint") or not config.checkpoint:
+        raise ConfigError(
+            "no value was given for: checkpoint. Give the folder of a run, of one of its checkpoints or of a sweep, such "
+            "as checkpoint=runs/NAME; checkpoint=last is the newest run."
+        )
+    if config.checkpoint == LAST:
+        chosen = {"checkpoint": str(chosen_checkpoint(LAST))}
+        config = cast(DictConfig, OmegaConf.merge(config, chosen))
+    folder = Path(config.checkpoint)
     runs = runs_below(folder)
     if not runs:
         return {folder: evaluate(config)}
@@ -32,13 +42,17 @@ def evaluate_all(config: DictConfig) -> dict[Path, dict[str, Any]]:
             raise ConfigError(f"{word}={config[word]} is of one run, and {folder} holds {len(runs)}; leave it out.")
     reports = {}
     for number, run in enumerate(runs, start=1):
-        Console().print(f"{number} of {len(runs)}: {run}", highlight=False, markup=False, soft_wrap=True)
+        words = f"{number} of {len(runs)}: {printable(run)}"
+        Console().print(words, highlight=False, markup=False, soft_wrap=True)
         try:
             reports[run] = evaluate(cast(DictConfig, OmegaConf.merge(config, {"checkpoint": str(run)})))
-        except (ConfigError, DataError, CheckpointError) as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        except (Interrupted, ProcessLost):
+            raise
+        except LongmixError as error:
+            print(f"{type(error).__name__}: {printable(error, keep=LINES)}", file=sys.stderr)
     if len(reports) < len(runs):
-        raise LongmixError(f"{len(runs) - len(reports)} of {len(runs)} runs were not evaluated; each said why above.")
+        failed = f"{len(runs) - len(reports)} of {len(runs)} runs"
+        raise LongmixError(f"{failed} were not evaluated, or not by every task; each said why above.")
     return reports
 
 

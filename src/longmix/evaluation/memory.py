@@ -1,0 +1,46 @@
+"""Whether windows fit into the memory that is free, before it is taken."""
+
+from pathlib import Path
+
+import torch
+
+from longmix.errors import ConfigError
+from longmix.model.backbone import LanguageModel
+from longmix.restore import Restored
+
+MEMINFO = Path("/proc/meminfo")
+
+
+def check_memory(model: LanguageModel, tokens: int, restored: Restored, key: str) -> None:
+    """Refuse a pass over so many tokens if its activations alone are larger than the memory that is free.
+
+    What is counted is less than any mixer takes, so that nothing is refused that fits.
+
+    Args:
+        model: to pass through.
+        tokens: of all rows together.
+        restored: says device and precision.
+        key: the setting that asked for it, for the message.
+
+    Raises:
+        ConfigError: names the numbers and the cure.
+    """
+    free = free_bytes(restored.device)
+    width = 2 if restored.precision == "bf16" else 4
+    needed = tokens * (8 + 2 * model.shape.d_model * width)  # ids and targets; a block's input and its norm
+    if free is not None and needed > free:
+        raise ConfigError(
+            f"{key}: {tokens:,} tokens at once take more than {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB of "
+            "memory are free; give shorter windows, or a smaller batch_size."
+        )
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that is free on a device; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = MEMINFO.read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration):
+        return None

@@ -1,0 +1,102 @@
+"""What a result is of: the checkpoint, the data, the settings and the machine; and the file name that follows from it."""
+
+import hashlib
+import json
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longmix.checkpoints import read_info
+from longmix.config import Node
+from longmix.data.datamodule import TokenData
+from longmix.files import sha256_of_file
+from longmix.restore import Restored
+
+DIGEST_LETTERS = 8
+"""Hex digits in a file's name: two of a thousand results in one folder share them once in 8,000 such folders."""
+
+LONGEST_LABEL = 60
+"""Letters of the data's name in a file's name."""
+
+IRRELEVANT = ("cache_dir", "num_workers", "validation_tokens", "local_shards")
+"""Settings of data that change no token of a split."""
+
+
+def model_facts(restored: Restored, states: str | None) -> dict[str, Any]:
+    """Which weights were evaluated, and how: `checkpoint`, its `weights` (a digest), `step`, `states`, `precision`.
+
+    Args:
+        restored: the model.
+        states: file or folder of the states that documents begin from, if any.
+    """
+    info = read_info(restored.checkpoint)
+    return {
+        "checkpoint": str(restored.checkpoint),
+        "weights": digest([info.get("sha256"), info.get("files")]),
+        "step": restored.state["step"],
+        "trained_seq_len": restored.config["seq_len"],
+        "states": None if states is None else _states_facts(Path(states)),
+        "precision": restored.precision,
+        "device": torch.cuda.get_device_name() if restored.device.type == "cuda" else "CPU",
+    }
+
+
+def _states_facts(path: Path) -> dict[str, str]:
+    file = path / "states.pt" if path.is_dir() else path
+    return {"file": str(file), "sha256": sha256_of_file(file)}
+
+
+def data_facts(data: TokenData, split: str, is_own: bool) -> dict[str, Any]:
+    """What was read: `corpus`, `data_fingerprint`, `own_data`, `tokenizer`, `split` and `split_tokens`.
+
+    Args:
+        data: what the task read.
+        split: which part of it.
+        is_own: the data are those of the checkpoint.
+    """
+    content = data.content(split)
+    return {
+        "corpus": data.label,
+        "data_fingerprint": digest(content),
+        "own_data": is_own,
+        "tokenizer": data.tokenizer.fingerprint(),
+        "split": split,
+        "split_tokens": content.get("tokens"),
+    }
+
+
+def is_own(given: Node | None, trained: Node | None) -> bool:
+    """Whether the word `data` means the data that the checkpoint was trained on."""
+    return given is None or _relevant(given) == _relevant(trained or {})
+
+
+def _relevant(node: Node) -> Node:
+    return {key: value for key, value in node.items() if key not in IRRELEVANT}
+
+
+def now() -> str:
+    """The time in UTC, as ISO 8601 has it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def file_name(task: str, facts: dict[str, Any]) -> str:
+    """A name that is the same for the same result and differs where data, states, split, weights or settings do."""
+    fixed = {
+        key: facts.get(key) for key in ("weights", "precision", "device", "data_fingerprint", "tokenizer", "split")
+    }
+    states = facts["states"] and facts["states"]["sha256"]
+    place = [_short(str(facts["corpus"])), facts["split"]] if facts.get("corpus") else []
+    mark = digest([task, fixed, states, facts["settings"]])[:DIGEST_LETTERS]
+    return "_".join([task, *place, f"step{facts['step']}", mark])
+
+
+def _short(label: str) -> str:
+    return re.sub(r"[^\w.+-]+", "-", label, flags=re.ASCII).strip("-.")[:LONGEST_LABEL] or "data"
+
+
+def digest(content: Any) -> str:
+    """Hex SHA-256 of a JSON-able value."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
