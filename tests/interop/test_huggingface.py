@@ -28,6 +28,7 @@ from longmix.interop.huggingface import folder as folders  # noqa: E402
 from longmix.interop.huggingface.__main__ import main  # noqa: E402
 from longmix.interop.huggingface.export import export  # noqa: E402
 from longmix.interop.huggingface.load import import_folder  # noqa: E402
+from longmix.interop.huggingface.model import CACHE_FIELD, CACHE_NAMES  # noqa: E402
 from longmix.interop.huggingface.tokenizer import byte_letters, huggingface_tokenizer  # noqa: E402
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -226,13 +227,39 @@ def test_beams_samples_and_a_kept_cache(saved, tmp_path):
         assert torch.equal(*pair)
     with torch.no_grad():
         first = theirs(ids[:, :5], use_cache=True)
-        second = theirs(ids[:, 5:], past_key_values=first.past_key_values)
+        second = theirs(ids[:, 5:], past_key_values=first[CACHE_FIELD])
         whole = theirs(ids)
-    assert whole.past_key_values is None
-    assert second.past_key_values.get_seq_length() == 9
+    assert whole.get(CACHE_FIELD) is None
+    assert second[CACHE_FIELD].get_seq_length() == 9
     torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), whole.logits, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="cannot take tokens back"):
-        second.past_key_values.crop(3)
+        second[CACHE_FIELD].crop(3)
+
+
+@pytest.mark.parametrize("mixer", ["rwkv7", "flash"])
+def test_generate_goes_on_from_the_cache_of_an_earlier_call(saved, tmp_path, mixer):
+    run, _ = saved(f"mixer={mixer}", *EXTRA.get(mixer, ()))
+    export(run, tmp_path / "folder", "longmix")
+    theirs, ids = loaded(tmp_path / "folder"), tokens(2, 9)
+    options = {"do_sample": False, "eos_token_id": None, "return_dict_in_generate": True, "output_logits": True}
+    first = theirs.generate(ids, max_new_tokens=4, **options)
+    more = torch.cat([first.sequences, tokens(2, 3)], 1)
+    alone = theirs.generate(more, max_new_tokens=5, **options)
+    going_on = theirs.generate(more, max_new_tokens=5, **{CACHE_FIELD: first[CACHE_FIELD]}, **options)
+    torch.testing.assert_close(going_on.logits, alone.logits, rtol=0, atol=1e-5)
+
+
+def test_a_cache_has_the_names_of_old_and_new_versions(saved, tmp_path):
+    run, _ = saved("mixer=retention")
+    export(run, tmp_path / "folder", "longmix")
+    theirs, ids = loaded(tmp_path / "folder"), tokens(2, 9)
+    with torch.no_grad():
+        caches = [theirs(ids[:, :5], use_cache=True)[CACHE_FIELD] for _ in CACHE_NAMES]
+        ends = [theirs(ids[:, 5:], **{name: cache}) for name, cache in zip(CACHE_NAMES, caches, strict=True)]
+        assert torch.equal(ends[0].logits, ends[1].logits)
+        assert ends[0][CACHE_FIELD] is caches[0]
+        with pytest.raises(ValueError, match="cache and past_key_values are two names of one thing"):
+            theirs(ids, **dict(zip(CACHE_NAMES, caches, strict=True)))
 
 
 def test_the_loss_is_that_of_the_next_token(saved, tmp_path):

@@ -5,6 +5,7 @@ a document of its own, which the text does not see; a folder that lacks a weight
 draw it anew and warn.
 """
 
+from dataclasses import fields
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,12 @@ from longmix.model.states import tune_states
 
 MODEL_TYPE = "longmix"
 
+CACHE_NAMES = ("cache", "past_key_values")
+"""What transformers calls a model's memory: the first from 5.24 on, the second until 5.23."""
+
+CACHE_FIELD = next(name for name in CACHE_NAMES if name in {field.name for field in fields(CausalLMOutputWithPast)})
+"""The name that the installed version gives it in outputs, where its `generate` looks for it."""
+
 
 class LongmixConfig(PreTrainedConfig):
     """The `config.json` of type `longmix`.
@@ -35,7 +42,7 @@ class LongmixConfig(PreTrainedConfig):
     """
 
     model_type = MODEL_TYPE
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = list(CACHE_NAMES)  # noqa: RUF012
 
     def __init__(
         self,
@@ -109,6 +116,11 @@ class StateCache(Cache):
         super().__init__(layers=[])
         self.state = state
         self.length = 0
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """No layer is of transformers' linear kind: the length is known, so `generate` leaves out what was read."""
+        return [False]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens so far."""
@@ -204,6 +216,7 @@ class LongmixForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
+        cache: StateCache | None = None,
         past_key_values: StateCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -215,7 +228,7 @@ class LongmixForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: int64 [B, T].
             attention_mask: [B, S], S being T and the tokens in the cache; 0 for padding before or after a row's text.
-            past_key_values: of an earlier output, to go on from.
+            cache, past_key_values: of an earlier output, to go on from; give it by one of the two names.
             labels: int64 [B, T], not shifted; -100 where nothing is to be predicted. While training, the mixers'
                 auxiliary losses are added.
             use_cache: whether to return a cache.
@@ -223,10 +236,12 @@ class LongmixForCausalLM(PreTrainedModel, GenerationMixin):
             return_dict: False for a tuple.
 
         Raises:
-            ValueError: a mask of another length, or with padding in the middle of a row.
+            ValueError: a mask of another length, or with padding in the middle of a row; or two caches.
         """
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache and past_key_values are two names of one thing; give one of them.")
         batch, length = input_ids.shape
-        cache = past_key_values
+        cache = past_key_values if cache is None else cache
         if cache is None and use_cache:
             cache = StateCache(self.model.init_state(batch))
         past = 0 if cache is None else cache.length
@@ -243,7 +258,8 @@ class LongmixForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
             loss = loss + sum(output.losses.values()) if self.training else loss
-        result = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        held: dict[str, Any] = {CACHE_FIELD: cache}
+        result = CausalLMOutputWithPast(loss=loss, logits=logits, **held)
         return result.to_tuple() if return_dict is False else result
 
 
