@@ -1,19 +1,16 @@
-"""Generation: every mixer's session against full passes, sampling, text as it comes, and the entry point."""
+"""Generation: every mixer's session against full passes, and the entry point."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from longmix.checkpoints import save_tensors
+from longmix.checkpoints import CheckpointStore, find_checkpoint, load_checkpoint, save_tensors
 from longmix.config import resolved
-from longmix.data.tokenizers import ByteTokenizer
-from longmix.errors import CheckpointError, ConfigError, DataError
+from longmix.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from longmix.generation import session as sessions
 from longmix.generation.run import generate
-from longmix.generation.sampling import Sampling
 from longmix.generation.session import Session
-from longmix.generation.text import Row
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model
 
@@ -86,85 +83,6 @@ def test_a_constant_state_does_not_grow(model, request):
     assert (sizes[0] == sizes[1]) == (request.node.callspec.params["model"] == "rwkv7")
 
 
-def plain_probabilities(logits: list[float], top_k: int | None, top_p: float, min_p: float) -> list[float]:
-    """The filters one after the other, token by token."""
-    kept = {i: torch.tensor(x, dtype=torch.float64).exp().item() for i, x in enumerate(logits)}
-
-    def shares() -> dict[int, float]:
-        return {i: x / sum(kept.values()) for i, x in kept.items()}
-
-    def largest() -> list[int]:
-        return sorted(kept, key=lambda i: -kept[i])
-
-    kept = {i: kept[i] for i in largest()[:top_k]}
-    total, nucleus = 0.0, []
-    for i in largest():
-        if total < top_p:
-            nucleus.append(i)
-        total += shares()[i]
-    kept = {i: kept[i] for i in nucleus}
-    least = min_p * max(shares().values())
-    kept = {i: x for i, x in kept.items() if shares()[i] >= least}
-    return [shares().get(i, 0.0) for i in range(len(logits))]
-
-
-@pytest.mark.parametrize("top_k", [None, 1, 5, 100])
-@pytest.mark.parametrize("top_p", [0.05, 0.6, 1.0])
-@pytest.mark.parametrize("min_p", [0.0, 0.3, 1.0])
-def test_filters_keep_what_they_say(top_k, top_p, min_p):
-    logits = torch.randn(3, 12, generator=torch.Generator().manual_seed(4))
-    found = Sampling(0.7, top_k, top_p, min_p).probabilities(logits)
-    for row in range(3):
-        wanted = plain_probabilities((logits[row].double() / 0.7).tolist(), top_k, top_p, min_p)
-        torch.testing.assert_close(found[row], torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-12)
-
-
-def test_draws_follow_the_probabilities_and_the_seed():
-    logits = torch.tensor([[0.0, 1.0, 2.0]]).expand(4000, -1)
-    sampling = Sampling(temperature=0.5)
-    draws = [sampling.draw(logits, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
-    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
-    shares = draws[0].bincount(minlength=3) / 4000
-    torch.testing.assert_close(shares, torch.tensor([0.0, 2.0, 4.0]).softmax(0), rtol=0, atol=0.03)
-    assert (Sampling(temperature=0.0).draw(logits, torch.Generator()) == 2).all()
-
-
-@pytest.mark.parametrize(
-    ("settings", "name"),
-    [
-        ({"temperature": -1.0}, "temperature"),
-        ({"top_k": 0}, "top_k"),
-        ({"top_p": 0.0}, "top_p"),
-        ({"min_p": 2.0}, "min_p"),
-    ],
-)
-def test_impossible_sampling_is_refused(settings, name):
-    with pytest.raises(ConfigError, match=f"{name}="):
-        Sampling(**settings)
-
-
-def streamed(text: bytes, *stop: str) -> tuple[list[str], Row]:
-    row = Row(ByteTokenizer(), stop)
-    pieces = [row.take(token) for token in text if not row.ended]
-    return [*pieces, row.finish()], row
-
-
-def test_characters_come_whole():
-    pieces, row = streamed("aé€𝄞z".encode())
-    assert [piece for piece in pieces if piece] == ["a", "é", "€", "𝄞", "z"] and row.text == "aé€𝄞z"
-    assert "".join(streamed(b"a\xff\xfe\xfd\xfcb")[0]).startswith("a\ufffd")
-    assert streamed("é".encode()[:1])[1].text == "\ufffd"
-
-
-def test_nothing_of_a_stop_is_shown():
-    pieces, row = streamed(b"one. two. END three", "END", "three")
-    assert "".join(pieces) == row.text == "one. two. " and row.ended
-    pieces, row = streamed(b"one EN", "END")
-    assert "".join(pieces) == row.text == "one EN" and not row.ended
-    row = Row(ByteTokenizer(), ["xyz"])
-    assert [row.take(token) for token in (97, 120, 256)] == ["", "", "ax"] and row.ended and row.finish() == ""
-
-
 @pytest.fixture(scope="module")
 def run_folder(run_training, shared_cache):
     words = ("mixer=rwkv7+flash", "mixer.rwkv7.head_dim=16", "model.num_layers=2", "seq_len=64", "max_steps=3")
@@ -209,6 +127,10 @@ def test_clear_errors(generated, tmp_path, run_training, shared_cache):
     for words, kind, message in (
         (["max_tokens=0"], ConfigError, "max_tokens=0"),
         (["samples=0"], ConfigError, "samples=0"),
+        (["seed=-1"], ConfigError, "seed=-1 must lie between 0 and"),
+        (["seed=4294967296"], ConfigError, "seed=4294967296 must lie between 0 and"),
+        (["temperature=nan"], ConfigError, "temperature=nan must be a number from 0"),
+        (["temperature=inf"], ConfigError, "temperature=inf must be a number from 0"),
         (["stop=['']"], ConfigError, "empty text"),
         (["prompt=[]"], ConfigError, "empty list"),
         (["prompt=a", f"prompt_file={tmp_path}/latin"], ConfigError, "not both"),
@@ -220,6 +142,16 @@ def test_clear_errors(generated, tmp_path, run_training, shared_cache):
     ):
         with pytest.raises(kind, match=message):
             generated(*words)
+
+
+def test_weights_that_are_no_numbers_are_one_clear_error(generated, run_folder, tmp_path):
+    state = load_checkpoint(find_checkpoint(run_folder))
+    state["model"]["norm.weight"][0] = torch.nan
+    store = CheckpointStore(tmp_path / "broken" / "checkpoints")
+    store.save(state, {})
+    for temperature in (0, 1):
+        with pytest.raises(NonFiniteError, match="the checkpoint's weights hold such numbers"):
+            generated(f"checkpoint={tmp_path}/broken", f"temperature={temperature}", "max_tokens=2")
 
 
 def changed_class(content: dict, name: str) -> None:

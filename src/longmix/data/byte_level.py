@@ -8,7 +8,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -182,6 +182,15 @@ def byte_letters() -> list[str]:
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def bytes_of_letters(token: str) -> bytes:
+    """The bytes that a token's letters stand for; a token with any other letter stands for its own UTF-8 bytes."""
+    found = [_BYTES_BY_LETTER.get(letter) for letter in token]
+    return token.encode() if None in found else bytes(cast(list[int], found))
+
+
+_BYTES_BY_LETTER = {letter: byte for byte, letter in enumerate(byte_letters())}
 
 
 class ByteRepertoire:

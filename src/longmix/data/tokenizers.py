@@ -20,6 +20,7 @@ from longmix.data.byte_level import (
     UTF8_BYTES,
     ByteRepertoire,
     bytes_by_token,
+    bytes_of_letters,
     first_inexact,
     library_errors,
     open_library,
@@ -81,6 +82,14 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """The text of these ids; separators give nothing, bytes that are not UTF-8 become U+FFFD."""
+
+    def token_content(self, token: int) -> bytes:
+        """The bytes that an id stands for; none for special ids and ids without a token.
+
+        The bytes of some ids one after the other, decoded as UTF-8, are what `decode` gives. As it stands, this is for
+        tokenizers whose ids stand for whole characters.
+        """
+        return self.decode([token]).encode()
 
     @abstractmethod
     def token_bytes(self) -> np.ndarray:
@@ -171,6 +180,10 @@ class ByteTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         """See `Tokenizer.decode`."""
         return bytes(int(i) for i in ids if i != self.separator_id).decode(errors="replace")
+
+    def token_content(self, token: int) -> bytes:
+        """See `Tokenizer.token_content`."""
+        return bytes([token]) if token != self.separator_id else b""
 
     def token_bytes(self) -> np.ndarray:
         """See `Tokenizer.token_bytes`."""
@@ -271,6 +284,11 @@ class LibraryTokenizer(Tokenizer):
         """See `Tokenizer.decode`."""
         with library_errors(self._source, "cannot decode these ids"):
             return self._library.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def token_content(self, token: int) -> bytes:
+        """See `Tokenizer.token_content`."""
+        content = self._library.id_to_token(token)
+        return b"" if content is None or self._token_bytes[token] == 0 else bytes_of_letters(content)
 
     def token_bytes(self) -> np.ndarray:
         """See `Tokenizer.token_bytes`."""

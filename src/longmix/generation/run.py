@@ -53,6 +53,8 @@ def generate(config: DictConfig) -> Generated:
     for key in ("max_tokens", "samples"):
         if words[key] < 1:
             raise ConfigError(f"{key}={words[key]} must be at least 1.")
+    if words["seed"] is not None and not 0 <= words["seed"] <= configuration.LARGEST_SEED:
+        raise ConfigError(f"seed={words['seed']} must lie between 0 and {configuration.LARGEST_SEED}.")
     if "" in words["stop"]:
         raise ConfigError("stop has an empty text, which every text ends with; leave it out.")
     prompts = _prompts(words)
@@ -60,7 +62,7 @@ def generate(config: DictConfig) -> Generated:
     generator = torch.Generator().manual_seed(words["seed"] or 0)
     with restored.autocast():
         session, ids = _begun(words, restored, prompts, generator)
-        rows = [Row(restored.tokenizer, words["stop"]) for _ in ids]
+        rows = [Row(restored.tokenizer, words["stop"], before) for before in ids]
         began = time.perf_counter()
         _write_on(session, rows, ids, sampling, generator, words["max_tokens"])
     seconds = time.perf_counter() - began

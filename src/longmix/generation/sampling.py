@@ -1,11 +1,15 @@
 """How the next token is chosen from its scores."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from longmix.errors import ConfigError
+from longmix.errors import ConfigError, NonFiniteError
+
+GREEDY_BELOW = 1e-9
+"""Below this temperature the most likely token has all of the probability, unless scores tie."""
 
 
 @dataclass(frozen=True)
@@ -13,8 +17,8 @@ class Sampling:
     """What is left of a distribution before a token is drawn; each filter works on what the one before it left.
 
     Attributes:
-        temperature: scores are divided by it; 0 takes the most likely token.
-        top_k: keep so many of the most likely tokens; None keeps all.
+        temperature: scores are divided by it; 0, and whatever is below `GREEDY_BELOW`, takes the most likely token.
+        top_k: keep so many of the most likely tokens; None keeps all, as does a number above the vocabulary.
         top_p: keep the fewest most likely tokens that have this probability together (Holtzman et al. 2020, arXiv
             1904.09751).
         min_p: keep tokens of at least this share of the largest probability (Nguyen et al. 2024, arXiv 2407.01082).
@@ -29,8 +33,8 @@ class Sampling:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ConfigError(f"temperature={self.temperature} must be at least 0.")
+        if not 0 <= self.temperature < math.inf:  # not a number is refused too
+            raise ConfigError(f"temperature={self.temperature} must be a number from 0; 0 takes the most likely token.")
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"top_k={self.top_k} must be at least 1, or null for all.")
         if not 0 < self.top_p <= 1:
@@ -39,13 +43,15 @@ class Sampling:
             raise ConfigError(f"min_p={self.min_p} must be from 0 to 1.")
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Float64 probabilities [..., V] of logits [..., V]; the temperature must be above 0."""
-        scores = logits.double() / self.temperature
+        """Float64 probabilities [..., V] of finite logits [..., V]; the temperature must be above 0."""
+        logits = logits.double()
+        scores = (logits - logits.amax(-1, keepdim=True)) / self.temperature  # at most 0, so that nothing overflows
         if self.top_k is not None and self.top_k < scores.shape[-1]:
-            least = scores.topk(self.top_k, -1).values[..., -1:]
-            scores = scores.masked_fill(scores < least, -torch.inf)
+            best = scores.topk(self.top_k, -1)
+            scores = torch.full_like(scores, -torch.inf).scatter(-1, best.indices, best.values)
         if self.top_p < 1:
-            ordered, places = scores.softmax(-1).sort(-1, descending=True)
+            ordered, places = scores.sort(-1, descending=True)
+            ordered = ordered.softmax(-1)
             enough = ordered.cumsum(-1) - ordered >= self.top_p
             scores = scores.masked_fill(torch.zeros_like(enough).scatter(-1, places, enough), -torch.inf)
         probabilities = scores.softmax(-1)
@@ -56,8 +62,19 @@ class Sampling:
         return probabilities
 
     def draw(self, logits: Tensor, generator: torch.Generator) -> Tensor:
-        """A token for each row of logits [B, V], int64 [B]; the generator is on the CPU, whatever the device."""
-        if self.temperature == 0:
+        """A token for each row of logits [B, V], int64 [B]; the generator is on the CPU, whatever the device.
+
+        Raises:
+            NonFiniteError: a score is infinite or not a number.
+        """
+        finite = logits.isfinite().all(-1)
+        if not finite.all():
+            raise NonFiniteError(
+                f"the scores of the next token are infinite or not a number in {int((~finite).sum())} of {len(logits)} "
+                "rows: the checkpoint's weights hold such numbers, or bf16 is too short for them. Use another "
+                "checkpoint, or precision=float32."
+            )
+        if self.temperature < GREEDY_BELOW:
             return logits.argmax(-1)
         probabilities = self.probabilities(logits).cpu()
         return torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(logits.device)

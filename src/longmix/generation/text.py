@@ -1,70 +1,78 @@
 """From tokens to text while they come: whole characters only, and nothing past a stop."""
 
+import codecs
 from collections.abc import Sequence
 
 from longmix.data.tokenizers import Tokenizer
 
-UNFINISHED = "�"
-"""What bytes that are no character yet decode to."""
-
-LONGEST_CHARACTER = 4
-"""Bytes; as many tokens without a whole character are none."""
+LONGEST_BEGINNING = 3
+"""Bytes of a character of UTF-8 that is not whole yet."""
 
 
 class Row:
-    """The generated text of one row.
+    """The generated text of one row: what comes piece by piece is together what decoding all tokens at once gives.
+
+    A row ends at a stop, at an id that ends a text, or where another document begins.
 
     Args:
         tokenizer: turns tokens to text.
         stop: texts that end the row, of which nothing is kept.
+        before: ids that the row goes on from; their last character may lack bytes that are still to come.
 
     Attributes:
         text: so far, without what might become a stop.
         count: tokens taken.
-        ended: whether a stop or the end of the document was met.
+        ended: whether the row has met its end.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], before: Sequence[int] = ()) -> None:
         self.tokenizer, self.stop = tokenizer, list(stop)
         self.text, self.count, self.ended = "", 0, False
-        self._pending: list[int] = []
+        self._ends = {tokenizer.separator_id, *tokenizer.end_ids}
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._decoder.decode(_last_bytes(tokenizer, before))
         self._held = ""
         self._longest = max((len(text) for text in self.stop), default=0)
 
     def take(self, token: int) -> str:
         """Add a token and return the text that is certain now and was not before."""
         self.count += 1
-        if token == self.tokenizer.separator_id:
-            return self._end(self._held + self._decoded(final=True))
-        self._pending.append(token)
-        self._held += self._decoded(final=len(self._pending) >= LONGEST_CHARACTER)
-        found = [place for place in map(self._held.find, self.stop) if place >= 0]
-        if found:
-            return self._end(self._held[: min(found)])
-        certain = len(self._held) - max(self._longest - 1, 0)
-        return self._keep(max(certain, 0))
+        if token in self._ends:
+            return self._finished()
+        self._held += self._decoder.decode(self.tokenizer.token_content(token))
+        if self._meets_stop():
+            return self._keep(len(self._held))
+        return self._keep(max(len(self._held) - max(self._longest - 1, 0), 0))
 
     def finish(self) -> str:
         """Return what was held back; call when no token follows."""
         if self.ended:
             return ""
-        self._held += self._decoded(final=True)
+        return self._finished(ended=False)
+
+    def _finished(self, ended: bool = True) -> str:
+        self._held += self._decoder.decode(b"", final=True)
+        self.ended = self._meets_stop() or ended
         return self._keep(len(self._held))
 
-    def _decoded(self, final: bool) -> str:
-        text = self.tokenizer.decode(self._pending)
-        if text.endswith(UNFINISHED) and not final:
-            return ""
-        self._pending = []
-        return text
-
-    def _end(self, text: str) -> str:
-        self.ended = True
-        self.text += text
-        self._held = ""
-        return text
+    def _meets_stop(self) -> bool:
+        """Whether a stop is among what is held; if so, the row ends before it."""
+        found = [place for place in map(self._held.find, self.stop) if place >= 0]
+        if found:
+            self.ended, self._held = True, self._held[: min(found)]
+        return self.ended
 
     def _keep(self, count: int) -> str:
         new, self._held = self._held[:count], self._held[count:]
         self.text += new
         return new
+
+
+def _last_bytes(tokenizer: Tokenizer, ids: Sequence[int]) -> bytes:
+    """The end of the bytes that ids stand for: where the beginning of a character can lie."""
+    last = b""
+    for token in reversed(ids):
+        last = tokenizer.token_content(int(token)) + last
+        if len(last) >= LONGEST_BEGINNING:
+            break
+    return last[-LONGEST_BEGINNING:]
