@@ -86,7 +86,7 @@ def test_text_for_a_model_of_numbers(evaluated, number_run, task):
 
 
 def test_numbers_for_a_model_of_other_numbers(evaluated, number_run):
-    with pytest.raises(ConfigError, match="data.task has .* tokens and the model"):
+    with pytest.raises(ConfigError, match=r"data\.task has .* tokens and the model"):
         evaluated("data=mqar", "task=accuracy", checkpoint=number_run)
 
 
@@ -121,9 +121,9 @@ def test_memory_is_read_from_the_system(tmp_path, monkeypatch):
     ],
 )
 def test_a_refused_allocation_is_one_line(error, refused):
-    with pytest.raises(ConfigError if refused else RuntimeError, match="task=loss takes more" if refused else "shapes"):
-        with _memory_errors("loss"):
-            raise error
+    kind, words = (ConfigError, "task=loss takes more") if refused else (RuntimeError, "shapes")
+    with pytest.raises(kind, match=words), _memory_errors("loss"):
+        raise error
 
 
 class TestSeveralTasks:
@@ -136,6 +136,6 @@ class TestSeveralTasks:
         assert sorted(path.name.split("_")[0] for path in (tmp_path / "out").glob("*.json")) == ["accuracy", "loss"]
 
     def test_a_setting_that_does_not_exist_stops_before_the_first(self, evaluated, tmp_path):
-        with pytest.raises(ConfigError, match="unknown key task.needle.x"):
+        with pytest.raises(ConfigError, match=r"unknown key task\.needle\.x"):
             evaluated("task=[loss,needle]", "+task.needle.x=1")
         assert not (tmp_path / "out").exists()

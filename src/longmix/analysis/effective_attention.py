@@ -122,8 +122,8 @@ def mixing(mixer: Mixer, x: Tensor, **options: Any) -> Mixing:
         return Mixing(call.value, call.output, run_engine(torch.zeros_like(call.value)), run_engine)
     if not isinstance(mixer, SoftmaxAttention):
         raise ValueError(
-            f"{type(mixer).__name__} derives from neither RecurrentMixer (longmix.mixers.recurrent), whose engine takes "
-            "the values, nor SoftmaxAttention (longmix.mixers.softmax), which has projections `value` and `output`; so "
+            f"{type(mixer).__name__} derives from neither RecurrentMixer (longmix.mixers.recurrent), whose engine "
+            "takes the values, nor SoftmaxAttention (longmix.mixers.softmax), which has projections `value` and `output`; so "
             "it is not known which values it mixes"
         )
 

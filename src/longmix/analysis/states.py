@@ -76,8 +76,8 @@ def states(subject: Subject, length: int | None = None, windows: int = 4, points
         points: pieces of a window.
 
     Returns:
-        `{"split", "step", "trained_seq_len", "length", "layers": [{"mixer", "kind", "bytes": {tokens: bytes}}]}`, and for
-        layers with a recurrent state also `"states": [{"position", "rms": [head]}]`, `"growth"`, the largest of a
+        `{"split", "step", "trained_seq_len", "length", "layers": [{"mixer", "kind", "bytes": {tokens: bytes}}]}`,
+        and for layers with a recurrent state also `"states": [{"position", "rms": [head]}]`, `"growth"`, the largest of a
         head's quotients of the last size by that at the trained length (None: no document is longer), and
         `"gates": [head]`, see `gate_statistics`.
 

@@ -21,7 +21,8 @@ def accuracy(subject: Subject) -> dict[str, Any]:
     """Share of targets that the most likely token is, at every context length asked for, overall and by position.
 
     Returns:
-        `{"split", "step", "trained_seq_len", "precision", "data", "lengths": {seq_len: {accuracy, targets, state_bytes, by_position: [{start, end,
+        `{"split", "step", "trained_seq_len", "precision", "data", "lengths": {seq_len: {accuracy, targets,
+        state_bytes, by_position: [{start, end,
         accuracy, targets}]}}}`; `state_bytes` is what the model remembers of a row in the end.
     """
     results = {length: _at_length(subject, length) for length in subject.checked_seq_lens()}

@@ -30,8 +30,8 @@ def check_memory(model: LanguageModel, tokens: int, restored: Restored, key: str
     needed = tokens * (8 + 2 * model.shape.d_model * width)  # ids and targets; a block's input and its norm
     if free is not None and needed > free:
         raise ConfigError(
-            f"{key}: {tokens:,} tokens at once take more than {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB of "
-            "memory are free; give shorter windows, or a smaller batch_size."
+            f"{key}: {tokens:,} tokens at once take more than {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB "
+            "of memory are free; give shorter windows, or a smaller batch_size."
         )
 
 

@@ -1,4 +1,4 @@
-"""What a result is of: the checkpoint, the data, the settings and the machine; and the file name that follows from it."""
+"""What a result is of: the checkpoint, the data, settings and machine; and the file name that follows from it."""
 
 import hashlib
 import json

@@ -27,8 +27,8 @@ def evaluate_all(config: DictConfig) -> dict[Path, dict[str, Any]]:
     """
     if OmegaConf.is_missing(config, "checkpoint") or not config.checkpoint:
         raise ConfigError(
-            "no value was given for: checkpoint. Give the folder of a run, of one of its checkpoints or of a sweep, such "
-            "as checkpoint=runs/NAME; checkpoint=last is the newest run."
+            "no value was given for: checkpoint. Give the folder of a run, of one of its checkpoints or of a sweep, "
+            "such as checkpoint=runs/NAME; checkpoint=last is the newest run."
         )
     if config.checkpoint == LAST:
         chosen = {"checkpoint": str(chosen_checkpoint(LAST))}
