@@ -77,8 +77,8 @@ def states(subject: Subject, length: int | None = None, windows: int = 4, points
 
     Returns:
         `{"split", "step", "trained_seq_len", "length", "layers": [{"mixer", "kind", "bytes": {tokens: bytes}}]}`,
-        and for layers with a recurrent state also `"states": [{"position", "rms": [head]}]`, `"growth"`, the largest of a
-        head's quotients of the last size by that at the trained length (None: no document is longer), and
+        and for layers with a recurrent state also `"states": [{"position", "rms": [head]}]`, `"growth"`, the largest of
+        a head's quotients of the last size by that at the trained length (None: no document is longer), and
         `"gates": [head]`, see `gate_statistics`.
 
     Raises:
