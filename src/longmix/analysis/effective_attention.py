@@ -123,8 +123,8 @@ def mixing(mixer: Mixer, x: Tensor, **options: Any) -> Mixing:
     if not isinstance(mixer, SoftmaxAttention):
         raise ValueError(
             f"{type(mixer).__name__} derives from neither RecurrentMixer (longmix.mixers.recurrent), whose engine "
-            "takes the values, nor SoftmaxAttention (longmix.mixers.softmax), which has projections `value` and `output`; "
-            "so it is not known which values it mixes"
+            "takes the values, nor SoftmaxAttention (longmix.mixers.softmax), which has projections `value` and "
+            "`output`; so it is not known which values it mixes"
         )
 
     def run(values: Tensor | None) -> tuple[Tensor, Tensor]:
