@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from longmix.data.corpus import SPLITS, CountedReading, Reading, SplitByContent, check_split
-from longmix.data.local_files import find_files, identify_files, refuse_overlap
+from longmix.data.local_files import Stamp, check_unchanged, find_files, identify_files, refuse_overlap
 from longmix.data.patience import reason_of
 from longmix.data.records import texts_of
 from longmix.data.stream import TOGETHER, Limit, Stream, StreamReading, identify_stream
@@ -90,9 +90,14 @@ class _LocalFiles(SplitByContent):
         }
         refuse_overlap(sources)
         super().__init__(sources, validation_fraction, test_fraction)
+        self._stamps: dict[Path, Stamp] = {}
+
+    def check_unchanged(self) -> None:
+        """See `longmix.data.corpus.check_unchanged`."""
+        check_unchanged(self._stamps)
 
     def _identify(self, source: list[Path]) -> dict[str, Any]:
-        return identify_files(source)
+        return identify_files(source, self._stamps)
 
 
 class TextFiles(_LocalFiles):

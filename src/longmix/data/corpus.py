@@ -103,6 +103,17 @@ def check_split(corpus: Corpus, split: str) -> None:
         raise DataError(f"the corpus {corpus.name} has no split {split!r}; it has {', '.join(corpus.splits)}")
 
 
+def check_unchanged(corpus: Corpus) -> None:
+    """Refuse what was read of a corpus that is no longer what `fingerprint` identified, where it can tell.
+
+    Raises:
+        DataError: names the file that changed.
+    """
+    check = getattr(corpus, "check_unchanged", None)
+    if check is not None:
+        check()
+
+
 def read_documents(corpus: Corpus, split: str) -> Iterator[str]:
     """The documents of a split, with failures to read told apart from failures to write.
 

@@ -3,10 +3,11 @@
 import glob
 import hashlib
 import os
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from longmix.errors import ConfigError, DataError
 from longmix.files import sha256_of_file
@@ -62,15 +63,67 @@ def _find(key: str, path: Path, suffix: str) -> list[Path]:
     return files
 
 
-def identify_files(files: Sequence[Path]) -> dict[str, Any]:
+class Stamp(NamedTuple):
+    """What shows that a file has not changed since it was hashed.
+
+    Attributes:
+        inode, size, changed_at: of the file before it was hashed; `changed_at` in nanoseconds.
+        sha256: of a file that had changed shortly before, so that another change could bear the same time; else None.
+    """
+
+    inode: int
+    size: int
+    changed_at: int
+    sha256: str | None = None
+
+
+RECENT_NANOSECONDS = 2 * 10**9
+"""File systems tell two changes apart only if so much lies between them."""
+
+
+def check_unchanged(stamps: dict[Path, Stamp]) -> None:
+    """Refuse files that are no longer what was hashed.
+
+    Raises:
+        DataError: names the file.
+    """
+    for file, stamp in stamps.items():
+        try:
+            changed = _stamp(file) != stamp._replace(sha256=None)
+            changed = changed or (stamp.sha256 is not None and sha256_of_file(file) != stamp.sha256)
+        except OSError:
+            changed = True
+        if changed:
+            raise DataError(
+                f"{file} changed while it was read, and its tokens would pass for those of the old content. Leave the "
+                "files as they are until they have been read, and run again."
+            )
+
+
+def _stamp(file: Path) -> Stamp:
+    facts = file.stat()
+    return Stamp(facts.st_ino, facts.st_size, facts.st_mtime_ns)
+
+
+def identify_files(files: Sequence[Path], stamps: dict[Path, Stamp] | None = None) -> dict[str, Any]:
     """Count, total size and one SHA-256 over the relative name, size and content of each file; no time stamps.
+
+    Args:
+        files: to read.
+        stamps: is given a stamp of each file, for `check_unchanged`.
 
     Raises:
         DataError: a file cannot be read.
     """
     common = Path(os.path.commonpath([file.parent for file in files]))
     with ThreadPoolExecutor() as pool:
-        facts = list(pool.map(_size_and_hash, files))
+        found = list(pool.map(_stamp_and_hash, files))
+    facts = [(stamp.size, content) for stamp, content in found]
+    if stamps is not None:
+        now = time.time_ns()
+        for file, (stamp, content) in zip(files, found, strict=True):
+            recent = now - stamp.changed_at < RECENT_NANOSECONDS
+            stamps[file] = stamp._replace(sha256=content) if recent else stamp
     digest = hashlib.sha256()
     for file, (size, content) in zip(files, facts, strict=True):
         digest.update(f"{file.relative_to(common).as_posix()}\0{size}\0{content}\n".encode(errors="surrogateescape"))
@@ -91,8 +144,8 @@ def refuse_overlap(sources: dict[str, list[Path]]) -> None:
                 raise DataError(f"{file} is given for both the {owner} and the {split} split; keep them apart")
 
 
-def _size_and_hash(file: Path) -> tuple[int, str]:
+def _stamp_and_hash(file: Path) -> tuple[Stamp, str]:
     try:
-        return file.stat().st_size, sha256_of_file(file)
+        return _stamp(file), sha256_of_file(file)
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror or error}") from error

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from longmix.data.corpus import Corpus, num_parts, read_part
+from longmix.data.corpus import Corpus, check_unchanged, num_parts, read_part
 from longmix.data.encoding import Encoded, Encoder, batches_of, encode_in_order
 from longmix.data.sealed import open_sealed, seal
 from longmix.data.token_files import OFFSET_DTYPE, shard_name
@@ -195,6 +195,7 @@ class _PartMaker:
             piece.tokens.unlink()
             return counts["empty_documents"]
         piece.lengths.write_bytes(np.concatenate(lengths).astype(OFFSET_DTYPE).tobytes())
+        check_unchanged(self._work.corpus)
         with atomic_directory(self._kept / piece.tokens.name) as kept:
             _place(piece.tokens, kept / TOKENS)
             shutil.copyfile(piece.lengths, kept / LENGTHS)

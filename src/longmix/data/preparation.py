@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from longmix.data.corpus import Corpus, check_split
+from longmix.data.corpus import Corpus, check_split, check_unchanged
 from longmix.data.encoding import killed, start_pool
 from longmix.data.pieces import COUNTS, Advance, Part, Piece, Work, make_part
 from longmix.data.progress import progress_bar
@@ -101,6 +101,7 @@ def _fill(folder: Path, work: Work, workers: int, made: list[int]) -> dict[str, 
     """Write shards, offsets and the tokenizer; returns the rest of the manifest. `made`: tokens of each new piece."""
     with progress_bar(f"tokenising the {work.place}") as advance:
         parts = _make_parts(work, folder, workers, advance)
+    check_unchanged(work.corpus)
     pieces = [piece for part in parts for piece in part.pieces]
     counts = {name: sum(piece.counts[name] for piece in pieces) for name in COUNTS}
     counts["empty_documents"] += sum(part.empty_documents for part in parts)

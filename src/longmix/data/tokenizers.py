@@ -25,7 +25,7 @@ from longmix.data.byte_level import (
     library_errors,
     open_library,
 )
-from longmix.data.corpus import Corpus
+from longmix.data.corpus import Corpus, check_unchanged
 from longmix.data.local_files import user_path
 from longmix.data.sealed import build_once, open_sealed, sha256_of_json
 from longmix.errors import ConfigError, DataError
@@ -387,6 +387,7 @@ class BpeTokenizer(LibraryTokenizer):
 
         def write(temporary: Path) -> dict[str, Any]:
             library = train_bpe(corpus, SEPARATOR, **self._settings)
+            check_unchanged(corpus)
             (temporary / TOKENIZER_JSON).write_text(library.to_str(pretty=True), encoding="utf-8")
             return expected
 
