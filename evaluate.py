@@ -3,6 +3,11 @@
 python evaluate.py checkpoint=runs/NAME     `python evaluate.py -h` lists the words.
 """
 
+from longmix import startup
+
+if __name__ == "__main__":
+    startup.begin()  # before the imports, which take seconds
+
 import hydra
 from omegaconf import DictConfig
 

@@ -3,16 +3,23 @@
 python train.py mixer=flash seq_len=16384     `python train.py -h` lists the words, `--cfg job` prints every setting.
 """
 
+from longmix import startup
+
+if __name__ == "__main__":
+    startup.begin(resumable=True)  # before the imports, which take seconds
+
 import hydra
 from omegaconf import DictConfig
 
 from longmix import cli
+from longmix.training.signals import resumable
 
 cli.register()
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 @cli.entry_point
+@resumable
 def main(config: DictConfig) -> float | None:
     """Check the configuration, then train; the validation loss is what a sweep's search makes small."""
     from longmix.training.run import train  # torch and lightning take seconds to import

@@ -20,9 +20,9 @@ from omegaconf import OmegaConf
 
 from longmix.config import EvaluateConfig, GenerateConfig, PrepareConfig, TrainConfig
 from longmix.errors import ConfigError, Interrupted, LongmixError, ProcessLost
+from longmix.startup import INTERRUPTED
 from longmix.training.place import leave, own_place
 
-INTERRUPTED = 130
 LONGEST_FILE_NAME = 200  # file systems take 255 bytes; a few are left for what others add
 PATH_WORDS = ("checkpoint", "states", "resume", "output", "prompt_file", "load", "save")
 TEXT_WORDS = ("prompt",)

@@ -39,6 +39,7 @@ class LoopConfig:
         sharded_checkpoints: each process writes what it has; false: the first all of it to one file; null: with fsdp.
         async_checkpoints: write while training goes on, which waits for a copy in CPU memory only.
         nonfinite: what a non-finite loss or gradient does: "stop" the run, or "skip" that step and count it.
+        max_skips: the run stops all the same when so many steps in a row were skipped.
     """
 
     gradient_clip: float | None = 1.0
@@ -49,6 +50,11 @@ class LoopConfig:
     sharded_checkpoints: bool | None = None
     async_checkpoints: bool = False
     nonfinite: str = "stop"
+    max_skips: int = 20
+
+
+LOOP_COUNTS = ("log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "max_skips")
+"""Settings of the loop that are at least 1, where they are not null."""
 
 
 @dataclass
@@ -416,7 +422,7 @@ def check_words(config: Node) -> None:
         "batch_size": config["batch_size"],
         "max_steps": config["max_steps"],
         "max_tokens": config["max_tokens"],
-        **{f"loop.{key}": loop[key] for key in ("log_every", "validate_every", "checkpoint_every", "keep_checkpoints")},
+        **{f"loop.{key}": loop[key] for key in LOOP_COUNTS},
         **{f"match.{key}": match[key] for key in ("parameters", "multiple")},
     }
     for key, value in at_least_one.items():

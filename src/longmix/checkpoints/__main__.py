@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from longmix import startup
 from longmix.checkpoints.consolidate import consolidate
 from longmix.checkpoints.last import chosen_checkpoint
 from longmix.errors import LongmixError
@@ -29,4 +30,5 @@ def main(words: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    startup.begin()
     sys.exit(main())

@@ -40,6 +40,7 @@ class Saver:
 
     Attributes:
         last: the newest checkpoint that was committed.
+        saved_step: of the last call of `save`.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Saver:
         self.store, self.keep, self.processes = store, keep, processes
         self.sharded, self.asynchronous = sharded, asynchronous
         self.last: Path | None = None
+        self.saved_step: int | None = None
         self._memory: dict[Name, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -64,6 +66,7 @@ class Saver:
             StorageError: this checkpoint, or the one before, could not be written; the same in all processes.
         """
         self.wait()
+        self.saved_step = state["step"]
         parts = {key: state[key] for key in IN_TENSORS}
         tensors, rest = split(parts)
         tensors, aliases = without_aliases(tensors)

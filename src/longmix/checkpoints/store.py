@@ -12,7 +12,7 @@ from longmix.checkpoints.tensor_files import write_tensors
 from longmix.checkpoints.tensors import Name, Piece
 from longmix.checkpoints.whole import STATE_FILE, write_whole
 from longmix.errors import CheckpointError
-from longmix.files import atomic_directory, remove_directory, remove_leftovers, storage_errors, write_json
+from longmix.files import atomic_directory, remove_directory, remove_leftovers, replace_json, storage_errors, write_json
 
 NAME = re.compile(r"step-\d{8,}")
 """Of the folder of a checkpoint."""
@@ -91,6 +91,14 @@ class CheckpointStore:
 
             processes.first(commit)
         return target
+
+    def add_info(self, checkpoint: Path, more: dict[str, Any]) -> None:
+        """Add what became known of a committed checkpoint since, such as its validation, to its `info.json`.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        replace_json(checkpoint / INFO_FILE, read_info(checkpoint) | more)
 
     def all(self) -> list[Path]:
         """Committed checkpoints, oldest first."""

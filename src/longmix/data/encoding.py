@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
@@ -165,6 +166,8 @@ def killed() -> DataError:
 
 
 def _begin(initialize: Any, *arguments: Any) -> None:
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # sent to all processes at once; the parent decides, and ends this one
     threading.Thread(target=_end_with_parent, daemon=True).start()
     initialize(*arguments)
 

@@ -13,6 +13,7 @@ from rich.progress import track
 
 from longmix import config as configuration
 from longmix.config import Node
+from longmix.console import is_gone
 from longmix.data.tokenizers import Tokenizer
 from longmix.errors import ConfigError, DataError
 from longmix.generation.sampling import Sampling
@@ -42,7 +43,7 @@ def generate(config: DictConfig) -> Generated:
     """Go on from the prompt of `config`.
 
     A single row is written to the standard output as it comes, several of them at the end; how fast it went is said on
-    the standard error.
+    the standard error. Once nobody reads the output any more, as behind `| head`, no more is generated.
 
     Raises:
         LongmixError: see `longmix.errors`.
@@ -165,7 +166,7 @@ def _write_on(
                 own.append(token)
                 _show(row.take(token), alone)
         session.step(tokens)
-        if all(row.ended for row in rows):
+        if all(row.ended for row in rows) or is_gone(sys.stdout):
             break
     for number, row in enumerate(rows, 1):
         rest = row.finish()

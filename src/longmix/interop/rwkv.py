@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from longmix import startup
 from longmix.checkpoints import chosen_checkpoint, load_checkpoint, save_tensors
 from longmix.errors import ConfigError, LongmixError
 from longmix.mixers.rwkv7 import RWKV7, SHIFTS, LowRank
@@ -100,4 +101,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    startup.begin()
     main()

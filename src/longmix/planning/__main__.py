@@ -7,6 +7,7 @@ and plan.png. Exits with 0 where the run fits, 1 where it does not, 2 for imposs
 import sys
 from pathlib import Path
 
+from longmix import startup
 from longmix.errors import LongmixError
 
 DOES_NOT_FIT = 1
@@ -51,4 +52,5 @@ def _run(words: list[str], output: Path | None) -> int:
 
 
 if __name__ == "__main__":
+    startup.begin()
     sys.exit(main())

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import _functional_collectives as functional_collectives
 
+from longmix import startup
 from longmix.config import build
 from longmix.errors import ConfigError, LongmixError
 from longmix.planning.memory import GIB
@@ -248,4 +249,5 @@ def _write(path: Path, outcomes: list[Outcome]) -> None:
 
 
 if __name__ == "__main__":
+    startup.begin()
     sys.exit(main())

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from longmix import startup
 from longmix.errors import LongmixError
 from longmix.reporting.report import write_report
 from longmix.reporting.runs import find_runs, table
@@ -34,4 +35,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    startup.begin()
     sys.exit(main())

@@ -8,16 +8,27 @@ METRICS_FILE = "metrics.csv"
 Metrics = dict[str, float]
 
 
-def read_metrics(folder: Path) -> list[Metrics]:
-    """Rows of a run's metrics file without their empty cells; none if there is no such file."""
+def read_cells(folder: Path) -> list[dict[str, str]]:
+    """Rows of a run's metrics file as they are written there, without empty cells; none if there is no such file.
+
+    Rows that are no numbers are left out: the last line of a killed process may be cut short.
+    """
     path = folder / METRICS_FILE
     if not path.exists():
         return []
-    rows: list[Metrics] = []
-    with path.open(newline="", encoding="utf-8") as stream:
-        for row in csv.DictReader(stream):
-            try:
-                rows.append({key: float(value) for key, value in row.items() if value})
-            except (TypeError, ValueError):
-                continue  # the last line of a killed process may be cut short
+    with path.open(newline="", encoding="utf-8", errors="replace") as stream:
+        rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(stream)]
+    return [row for row in rows if "step" in row and _are_numbers(row)]
+
+
+def read_metrics(folder: Path) -> list[Metrics]:
+    """Rows of a run's metrics file without their empty cells; none if there is no such file."""
+    rows = [{key: float(value) for key, value in row.items()} for row in read_cells(folder)]
     return [row | {"step": int(row["step"])} for row in rows]
+
+
+def _are_numbers(row: dict[str, str]) -> bool:
+    try:
+        return int(row["step"]) >= 0 and all(float(value) is not None for value in row.values())
+    except (TypeError, ValueError):
+        return False

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from longmix.checkpoints.processes import Processes
+from longmix.checkpoints.tensors import Name, own_part, split
 from longmix.data.loaders import Batch
 from longmix.mixers.base import MixerOutput
 from longmix.model.backbone import ModelOutput
@@ -49,6 +50,39 @@ def first_nonfinite(
         where = where or _watched_pass(model, batch, run, finds, precision)
     model.zero_grad(set_to_none=True)
     return where
+
+
+def nonfinite_tensor(state: dict[str, Any], processes: Processes | None = None) -> str | None:
+    """Name a weight, buffer or optimizer value that is not finite, in what `named_state` gave; all must call it.
+
+    Each process looks at its part of what is divided, once, and waits for its device once.
+
+    Returns:
+        A phrase such as "the weight head.weight" or "exp_avg of the weight head.weight in the optimizer, on process 1".
+    """
+    named = {name: own_part(tensor) for name, tensor in split(state)[0].items()}
+    named = {name: part for name, part in named.items() if part.is_floating_point() and part.numel()}
+    by_device: dict[torch.device, dict[Name, Tensor]] = {}
+    for name, part in named.items():
+        # the extremes of NaN are NaN; on a CPU this is many times faster than torch.isfinite
+        by_device.setdefault(part.device, {})[name] = torch.stack(torch.aminmax(part)).double()
+    suspects = set()
+    for extremes in by_device.values():
+        finite = torch.isfinite(torch.stack(list(extremes.values()))).all(-1).tolist()
+        suspects |= {name for name, is_finite in zip(extremes, finite, strict=True) if not is_finite}
+    found = next((name for name in named if name in suspects), None)
+    place = None if found is None else _described(found)
+    places = [place] if processes is None else processes.each(lambda: place)
+    rank, place = next(((rank, place) for rank, place in enumerate(places) if place is not None), (0, None))
+    return place if place is None or len(places) == 1 else f"{place}, on process {rank}"
+
+
+def _described(name: Name) -> str:
+    part, _, rest = name.partition("/")
+    if part == "model":
+        return f"the weight {rest}"
+    weight, _, value = rest.split("/", 2)[-1].rpartition("/")
+    return f"{value} of the weight {weight} in the optimizer"
 
 
 class Finds:

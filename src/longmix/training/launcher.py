@@ -19,7 +19,7 @@ import torch.distributed as dist
 from longmix.errors import Interrupted, NonFiniteError, ProcessLost
 from longmix.training.place import LAUNCHER_PID, local_environment
 from longmix.training.processes import how_to_continue
-from longmix.training.signals import SignalWatch
+from longmix.training.signals import SignalWatch, process_watch
 
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 5.0
@@ -61,24 +61,27 @@ def launch(command: Sequence[str], count: int, timeout: float, folder: Path) -> 
 
     Raises:
         ProcessLost: one was killed or stalled.
+        Interrupted: a signal ended them before the first of them could say so.
         SystemExit: one ended with an error, and has said so; the exit code is its.
     """
     meeting = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # outlives any of the processes
-    signals = SignalWatch()
-    signals.install()
+    signals = process_watch()
     workers: list[Worker] = []
-    try:
-        for rank in range(count):
-            process = subprocess.Popen(command, env=_environment(rank, count, meeting.port))
-            workers.append(Worker(rank, process))  # each at once, for the case that starting the next one fails
-        _wait(workers, signals)
-        failure = _failure(workers, timeout)
-    finally:
-        for worker in workers:
-            worker.process.kill()
-        for worker in workers:
-            worker.process.wait()
-        signals.remove()
+    with signals.noting():
+        try:
+            for rank in range(count):
+                process = subprocess.Popen(command, env=_environment(rank, count, meeting.port))
+                workers.append(Worker(rank, process))  # each at once, for the case that starting the next one fails
+            _wait(workers, signals)
+            failure = _failure(workers, timeout)
+            interruption = _interruption(workers, signals, folder)
+        finally:
+            for worker in workers:
+                worker.process.kill()
+            for worker in workers:
+                worker.process.wait()
+    if interruption is not None:
+        raise interruption
     if isinstance(failure, int) and failure:
         sys.exit(failure)
     if isinstance(failure, str):
@@ -106,6 +109,19 @@ def _wait(workers: list[Worker], signals: SignalWatch) -> None:
             for worker in workers:
                 worker.process.send_signal(signals.received)
         time.sleep(POLL_SECONDS)
+
+
+def _interruption(workers: list[Worker], signals: SignalWatch, folder: Path) -> Interrupted | None:
+    """What a signal came to where the first process, which speaks for all, could not say it; None if it did."""
+    codes = [worker.code for worker in workers]
+    ends = {Interrupted.exit_code, ProcessLost.exit_code}  # those that lose one that was signalled alone are lost
+    if signals.received is not None:
+        ends.add(-signals.received)  # it came before Python had begun to watch for it
+    asked = signals.received is not None or Interrupted.exit_code in codes
+    if not asked or codes[0] == Interrupted.exit_code or not set(codes) <= ends | {0} or set(codes) == {0}:
+        return None
+    name = "a signal" if signals.received is None else signals.received.name
+    return Interrupted(f"{name} ended the run. {how_to_continue(folder)}", signals.earlier_handler())
 
 
 def _failure(workers: list[Worker], timeout: float) -> str | int:

@@ -1,15 +1,21 @@
-"""Where metrics go. Losing a remote logger never costs a run; a disk too full for rows is too full for checkpoints."""
+"""Where metrics go. Neither a remote logger that is lost nor a disk that is full costs a run."""
 
 import csv
+import io
 import logging
 import secrets
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from longmix.files import storage_errors
-from longmix.reporting.metrics import METRICS_FILE, Metrics, read_metrics
+from longmix.reporting.metrics import METRICS_FILE, Metrics, read_cells
 
 INIT_TIMEOUT_SECONDS = 30
+
+Row = Mapping[str, Any]
+"""A row of the file: a number or its text by column."""
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +32,9 @@ class MetricLog(Protocol):
     def close(self, exit_code: int) -> None:
         """Finish; 0 for a run that ended well."""
 
+    def upload_command(self) -> str | None:
+        """What to type to send what was kept on this machine to where it should go; None if there is nothing to do."""
+
 
 class NoLog:
     """Keeps nothing."""
@@ -39,47 +48,85 @@ class NoLog:
     def close(self, exit_code: int) -> None:
         """Nothing to finish."""
 
+    def upload_command(self) -> str | None:
+        """Nothing to send."""
+        return None
+
 
 class CsvLog:
     """`metrics.csv` in the run's folder: a row per call, a column per metric, empty where a row has none.
 
-    A resumed run drops the rows of steps it will take again, so that every step stands there once.
+    A resumed run drops the rows of steps it will take again, so that every step stands there once. Rows that cannot be
+    written wait in memory: a full disk ends a run where its checkpoints are written, not here.
     """
 
     def __init__(self) -> None:
         self.path = Path()
         self.columns: list[str] = []
+        self._waiting: list[Row] = []
 
     def open(self, folder: Path, config: dict[str, Any], name: str, first_step: int) -> None:
-        """See `MetricLog.open`."""
+        """See `MetricLog.open`.
+
+        Raises:
+            StorageError: the file cannot be written; nothing is trained yet.
+        """
         self.path = folder / METRICS_FILE
-        rows = [row for row in read_metrics(folder) if row["step"] <= first_step] if first_step else []
+        rows = [row for row in read_cells(folder) if int(row["step"]) <= first_step] if first_step else []
         self.columns = list(dict.fromkeys(["step", *(key for row in rows for key in row)]))
         with storage_errors(self.path):
             self._rewrite(rows)
 
     def write(self, step: int, metrics: Metrics) -> None:
         """See `MetricLog.write`."""
-        row = {"step": step, **metrics}
-        with storage_errors(self.path):
-            new = [key for key in row if key not in self.columns]
-            if new:
-                rows = read_metrics(self.path.parent)
-                self.columns += new
-                self._rewrite(rows)
-            with self.path.open("a", newline="", encoding="utf-8") as stream:
-                csv.DictWriter(stream, self.columns, restval="").writerow(row)
+        self._waiting.append({"step": step, **metrics})
+        try:
+            self._append()
+        except OSError as error:
+            if len(self._waiting) == 1:
+                log.warning("%s cannot be written: %s; training goes on.", self.path, error.strerror or error)
+        else:
+            self._waiting = []
 
-    def _rewrite(self, rows: list[Metrics]) -> None:
+    def _append(self) -> None:
+        new = list(dict.fromkeys(key for row in self._waiting for key in row if key not in self.columns))
+        if new:
+            columns = self.columns
+            try:
+                self.columns = columns + new
+                self._rewrite(read_cells(self.path.parent))
+            except OSError:
+                self.columns = columns
+                raise
+        text = io.StringIO()
+        csv.DictWriter(text, self.columns, restval="").writerows(self._waiting)
+        with self.path.open("ab", buffering=0) as stream:
+            size = stream.tell()
+            content = text.getvalue().encode()
+            try:
+                while content:
+                    content = content[stream.write(content) :]
+            except OSError:
+                stream.truncate(size)  # a row that is cut short would spoil the next one
+                raise
+
+    def _rewrite(self, rows: Sequence[Row]) -> None:
         temporary = self.path.with_suffix(".csv.tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, self.columns, restval="")
-            writer.writeheader()
-            writer.writerows(rows)
-        temporary.replace(self.path)
+        try:
+            with temporary.open("w", newline="", encoding="utf-8") as stream:
+                writer = csv.DictWriter(stream, self.columns, restval="")
+                writer.writeheader()
+                writer.writerows(rows)
+            temporary.replace(self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def close(self, exit_code: int) -> None:
-        """Every row is on the disk already."""
+        """Every row that could be written is on the disk already."""
+
+    def upload_command(self) -> str | None:
+        """See `MetricLog.upload_command`."""
+        return None
 
 
 class WandbLog(CsvLog):
@@ -166,3 +213,11 @@ class WandbLog(CsvLog):
             except Exception as error:
                 log.warning("wandb did not finish (%s); metrics are in %s.", error, self.path)
             self.run = None
+
+    def upload_command(self) -> str | None:
+        """See `MetricLog.upload_command`; one command sends all that this run did offline."""
+        if not any(self.path.parent.glob("wandb/offline-run-*")):
+            return None
+        folder = self.path.parent
+        folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+        return f"wandb sync {shlex.quote(str(folder / 'wandb'))}/offline-run-*"

@@ -19,14 +19,14 @@ from torch.distributed import ProcessGroup
 from longmix.checkpoints import Checkpoint
 from longmix.checkpoints.processes import Processes
 from longmix.data.loaders import Batch
-from longmix.errors import NonFiniteError
+from longmix.errors import CheckpointError, NonFiniteError
 from longmix.mixers.measures import Measure, accumulate
 from longmix.mixers.running import finish_step
 from longmix.model.backbone import LanguageModel, ModelOutput
 from longmix.model.head import IGNORE_INDEX
 from longmix.recipe import recipe_of, set_recipe
 from longmix.training import parallel
-from longmix.training.diagnosis import first_nonfinite
+from longmix.training.diagnosis import first_nonfinite, nonfinite_tensor
 from longmix.training.optimizers import PEAK
 from longmix.training.saved_state import named_state, restore_state
 
@@ -64,6 +64,7 @@ class TrainingModule(LightningModule):
         micro_batch_size: rows of one forward and backward pass; None takes the whole share at once.
         gradient_clip: largest norm of the gradient; None never clips.
         skip_nonfinite: leave a step with a non-finite loss or gradient out and count it, instead of stopping.
+        max_skips: the run stops when so many steps in a row are left out.
         slices: how many processes, of neighbouring ranks, share each row of their batch.
         timeout: seconds that they wait for each other.
         processes: all that train.
@@ -79,6 +80,7 @@ class TrainingModule(LightningModule):
         micro_batch_size: int | None,
         gradient_clip: float | None,
         skip_nonfinite: bool,
+        max_skips: int = 20,
         slices: int = 1,
         timeout: float = 600.0,
         processes: Processes | None = None,
@@ -93,12 +95,15 @@ class TrainingModule(LightningModule):
         self.micro_batch_size = micro_batch_size
         self.gradient_clip = gradient_clip
         self.skip_nonfinite = skip_nonfinite
+        self.max_skips = max_skips
         self.slices = slices
         self.timeout = timeout
         self.processes = processes or Processes()
         self.row_group: ProcessGroup | None = None
         self.steps_taken = 0
         self.steps_skipped = 0
+        self.skips_in_a_row = 0
+        self.how_to_continue: Callable[[], str] = str
         self.record: StepRecord
 
     def configure_model(self) -> None:
@@ -135,8 +140,11 @@ class TrainingModule(LightningModule):
             for optimizer in self.trainer.optimizers:
                 optimizer.step()
             self.steps_taken += 1
+            self.skips_in_a_row = 0
         elif self.skip_nonfinite:
+            self._check_skips()
             self.steps_skipped += 1
+            self.skips_in_a_row += 1
         else:
             raise NonFiniteError(self._nonfinite_report(batch))
         finish_step(self.model, taken, self.sum_over_processes)
@@ -215,8 +223,26 @@ class TrainingModule(LightningModule):
         return (
             f"step {self.step + 1} gave a loss of {self.record.loss.item():.4g} and a gradient norm of "
             f"{self.record.gradient_norm.item():.4g}. First non-finite: {where or 'not reproduced by a second pass'}. "
-            "The weights were not changed and the last checkpoint is untouched; continue from it with resume=auto and "
-            "a lower optimizer.learning_rate, or leave such steps out with loop.nonfinite=skip."
+            f"The step was not taken. {self.how_to_continue()} A lower optimizer.learning_rate may prevent it; "
+            "loop.nonfinite=skip leaves single steps of this kind out."
+        )
+
+    def _check_skips(self) -> None:
+        """A step may be left out where the next one can do better, which it cannot if it begins from NaN.
+
+        Raises:
+            NonFiniteError: a weight or an optimizer's value is not finite, or too many steps in a row were left out.
+        """
+        place = nonfinite_tensor(named_state(self.model, self.trainer.optimizers), self.processes)
+        if place is not None:
+            reason = f"{place} is not finite, so that no step from here on can be taken"
+        elif self.skips_in_a_row + 1 >= self.max_skips:
+            reason = f"{self.max_skips} steps in a row gave a loss or a gradient that is not finite (loop.max_skips)"
+        else:
+            return
+        raise NonFiniteError(
+            f"at step {self.step + 1}, {reason}. {self.how_to_continue()} A lower optimizer.learning_rate may prevent "
+            "it."
         )
 
     def capture(self) -> dict[str, Any]:
@@ -236,9 +262,15 @@ class TrainingModule(LightningModule):
             processes: all that train.
 
         Raises:
-            CheckpointError: see `restore_state`.
+            CheckpointError: see `restore_state`; or a weight is not finite.
         """
         restore_state(self.model, self.trainer.optimizers, saved, state["optimizers"], processes)
+        place = nonfinite_tensor(named_state(self.model, self.trainer.optimizers), processes)
+        if place is not None:  # earlier versions saved such states
+            raise CheckpointError(
+                f"{saved.checkpoint} cannot be continued: {place} is not finite. Delete it and continue from an older "
+                "checkpoint beside it, or begin a new run with a lower optimizer.learning_rate."
+            )
         self.steps_skipped = state["steps_skipped"]
         self.steps_taken = state["step"] - state["steps_skipped"]
 

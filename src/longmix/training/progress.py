@@ -41,17 +41,22 @@ class ProgressDisplay:
         self.bar.add_task("training", total=self.total_steps, completed=self.first_step, figures="")
         self.bar.start()
 
-    def advance(self, step: int) -> None:
-        """One step further."""
+    @property
+    def is_live(self) -> bool:
+        """Whether a bar is shown, which has something to say after each step."""
+        return self.bar is not None
+
+    def advance(self, step: int, loss: float, rate: float) -> None:
+        """One step further, with its loss and the tokens per second since the last figures; for the bar alone."""
         if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], completed=step)
+            self.bar.update(self.bar.task_ids[0], completed=step, figures=_figures(loss, rate))
 
     def show(self, step: int, metrics: Metrics) -> None:
-        """New training figures."""
-        figures = f"loss {metrics['train/loss']:.3f}  {metrics['throughput/tokens_per_second']:,.0f} tokens/s"
-        if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], figures=figures)
-        else:
+        """New training figures, as a line where there is no bar."""
+        if self.bar is None:
+            figures = _figures(metrics["train/loss"], metrics["throughput/tokens_per_second"])
+            if "train/recall" in metrics:
+                figures += f"  recall {metrics['train/recall']:.3f}"
             self.console.print(f"step {step}/{self.total_steps}  {figures}  left {self._left(step)}", highlight=False)
 
     def message(self, text: str) -> None:
@@ -67,6 +72,10 @@ class ProgressDisplay:
     def _left(self, step: int) -> str:
         done = max(1, step - self.first_step)
         return duration((time.monotonic() - self.started) / done * (self.total_steps - step))
+
+
+def _figures(loss: float, rate: float) -> str:
+    return f"loss {loss:.3f}  {rate:,.0f} tokens/s"
 
 
 def duration(seconds: float) -> str:

@@ -28,6 +28,7 @@ from longmix.model.build import build_model, check_model
 from longmix.model.matching import match_parameters
 from longmix.model.states import save_states
 from longmix.parallel.slices import check_slices
+from longmix.startup import seconds_since_begin
 from longmix.training import launcher, processes
 from longmix.training.hardware import TrainerSettings
 from longmix.training.loggers import NoLog
@@ -36,7 +37,7 @@ from longmix.training.origin import Origin, begin
 from longmix.training.place import own_place, process_rank
 from longmix.training.progress import ProgressDisplay
 from longmix.training.resume import Start, choose_start, find_start
-from longmix.training.summary import print_header, training_flops_per_token, write_summary
+from longmix.training.summary import SUMMARY_FILE, print_header, training_flops_per_token, write_summary
 from longmix.training.supervisor import Supervisor
 
 PACKAGES = ("longmix", "torch", "triton", "lightning", "hydra-core", "wandb", "tokenizers", "datasets", "numpy")
@@ -110,7 +111,9 @@ def _train(
     supervisor = _supervisor(node, data, start, model, is_first)
     exit_code = 1
     try:
-        if start.step < module.total_steps:
+        if start.step < module.total_steps or not supervisor.is_validated(start.step):
+            if is_first:
+                (start.folder / SUMMARY_FILE).unlink(missing_ok=True)  # what is there is of fewer steps
             with processes.losses_explained(settings.timeout, start.folder):
                 _fit(settings, module, data, supervisor, start)
         exit_code = 0
@@ -121,7 +124,10 @@ def _train(
     latest = supervisor.store.latest()
     if node["trainable"] == "states" and latest is not None:
         save_states(start.folder / "states.pt", load_checkpoint(latest))
-    return write_summary(node, start.folder, model, supervisor, time.monotonic() - began)
+    seconds = time.monotonic() - began
+    if HydraConfig.get().mode == RunMode.RUN:  # of a sweep, the command has other runs too
+        seconds = seconds_since_begin(seconds)
+    return write_summary(node, start.folder, model, supervisor, seconds)
 
 
 def check_config(node: Node, tokenizer: Tokenizer | None = None) -> tuple[TrainerSettings, TokenData]:
@@ -206,6 +212,7 @@ def _module(node: Node, model: LanguageModel, settings: TrainerSettings, everyon
         micro_batch_size=settings.micro_batch_size,
         gradient_clip=node["loop"]["gradient_clip"],
         skip_nonfinite=node["loop"]["nonfinite"] == "skip",
+        max_skips=node["loop"]["max_skips"],
         slices=settings.slices,
         timeout=settings.timeout,
         processes=everyone,
@@ -255,10 +262,17 @@ def _fit(
         num_sanity_val_steps=0,
         limit_val_batches=0,
     )
-    try:
-        trainer.fit(module, datamodule=data)
-    finally:
-        supervisor.close(trainer)
+    # its handler would exchange a word with processes that may be gone
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    with supervisor.signals.noting():
+        try:
+            trainer.fit(module, datamodule=data)
+        except SystemExit as end:  # which Lightning makes of Ctrl-C
+            if isinstance(end.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
+            raise
+        finally:
+            supervisor.close()
 
 
 def strategy_of(settings: TrainerSettings) -> Any:

@@ -1,55 +1,153 @@
-"""SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 as a request to save and stop at the next step boundary."""
+"""Signals that ask a run to end: at once while there is nothing to save, between two steps once there is.
 
+Nothing heavy is imported here, as the entry points ask for the watch before anything else.
+"""
+
+import contextlib
+import enum
 import functools
+import os
 import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from longmix.errors import Interrupted, ProcessLost
+
+if TYPE_CHECKING:
+    import torch
 
 REQUEUE = (signal.SIGUSR1, signal.SIGUSR2)
 """Slurm sends the one that it was told to before a job's time is over, or to make room; submitit chooses SIGUSR2."""
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, *REQUEUE)
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, *REQUEUE)
 """The later ones count for more where several come."""
 
 SAME_PRESS_SECONDS = 1.0
 """A terminal sends Ctrl-C to all processes, and launchers pass it on: within this time it is the same one."""
 
 
+class Answer(enum.Enum):
+    """What a signal does."""
+
+    EXIT = enum.auto()
+    """End the process there and then; for the time of the imports, in which an exception may get lost."""
+    RAISE = enum.auto()
+    """Raise KeyboardInterrupt, so that all clear up behind themselves; for as long as there is nothing to save."""
+    NOTE = enum.auto()
+    """Remember it; the run saves and stops at the next step boundary."""
+
+
 class SignalWatch:
-    """Notes a signal; a second Ctrl-C acts at once, for those who cannot wait."""
+    """Answers signals for this process; a second Ctrl-C acts at once, for those who cannot wait.
+
+    Attributes:
+        received: the signal that counts, once there was one.
+        answer: what the next one does.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.answer = Answer.NOTE
         self._since = 0.0
         self._previous: dict[signal.Signals, Any] = {}
+        self._process = 0
+
+    @property
+    def installed(self) -> bool:
+        """Whether signals come here."""
+        return bool(self._previous)
 
     def install(self) -> None:
-        """Take the signals over from whoever had them."""
-        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        """Take the signals over from whoever had them; only the main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self._process = os.getpid()
+        for number in SIGNALS:
+            before = signal.getsignal(number)
+            if number == signal.SIGHUP and before == signal.SIG_IGN:
+                continue  # nohup wants the run to outlive its terminal
+            if before != self._note:
+                self._previous[number] = before
+                signal.signal(number, self._note)
 
     def remove(self) -> None:
-        """Give the signals back."""
+        """Give the signals back, and forget what came."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        self._previous = {}
+        self._previous, self.received, self.answer = {}, None, Answer.NOTE
+
+    def exit_at_once(self) -> None:
+        """From here on a signal ends the process; see `Answer.EXIT`."""
+        self.answer = Answer.EXIT
+        self.install()
+
+    @contextlib.contextmanager
+    def raising(self) -> Iterator[None]:
+        """From here on a signal raises KeyboardInterrupt, now if one has come; gives back what it took."""
+        with self._given_back():
+            self.answer = Answer.RAISE
+            self.check()
+            yield
+
+    @contextlib.contextmanager
+    def noting(self) -> Iterator[None]:
+        """From here on a signal is noted, also behind this block if signals came here before it."""
+        with self._given_back():
+            self.answer = Answer.NOTE
+            yield
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if a signal came whose exception got lost in a callback or in somebody's `except`."""
+        if self.received is not None and self.answer is Answer.RAISE:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def _given_back(self) -> Iterator[None]:
+        was_installed = self.installed
+        self.install()
+        try:
+            yield
+        finally:
+            if not was_installed:
+                self.remove()
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        if self.received is None:
+        if os.getpid() != self._process:
+            return  # a worker that was forked: the process that it works for decides
+        first = self.received is None
+        if first:
             self._since = time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() - self._since > SAME_PRESS_SECONDS:
-            raise KeyboardInterrupt
         if self.received not in REQUEUE:  # SIGTERM may come first where Slurm makes room, and would not requeue
             self.received = signal.Signals(number)
+        if self.answer is Answer.EXIT:
+            self.exit_now()
+        again = number == signal.SIGINT and time.monotonic() - self._since > SAME_PRESS_SECONDS
+        if (first and self.answer is Answer.RAISE) or (not first and again):
+            raise KeyboardInterrupt
 
-    def anywhere(self, device: torch.device, failed: bool = False) -> bool:
+    def exit_now(self) -> None:
+        """Say so and end the process, with nothing of Python's in between: this may be any moment."""
+        with contextlib.suppress(OSError):
+            os.write(2, f"Interrupted: {self.before_the_first_step()}\n".encode())
+        os._exit(Interrupted.exit_code)
+
+    def before_the_first_step(self) -> str:
+        """What to say of a run that was asked to end before it had done anything."""
+        assert self.received is not None
+        return (
+            f"{self.received.name} came before this command's first step; nothing was lost. Run the same command again."
+        )
+
+    def anywhere(self, device: "torch.device", failed: bool = False) -> bool:
         """Whether any process was asked to stop, or `failed`, which counts for more than a signal.
 
-        All processes must ask at the same step, and note the same signal.
+        All processes must ask at the same moment, and note the same signal.
         """
+        import torch
+
         index = -1 if self.received is None else SIGNALS.index(self.received)
         index = len(SIGNALS) if failed else index
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -68,3 +166,40 @@ class SignalWatch:
         """
         handler = self._previous.get(self.received) if self.received in REQUEUE else None
         return functools.partial(handler, self.received, None) if callable(handler) else None
+
+
+@functools.cache
+def process_watch() -> SignalWatch:
+    """The one that answers for this process; signals are the process's too."""
+    return SignalWatch()
+
+
+def resumable(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Have signals end `task` at any moment with `Interrupted`, until it notes them itself to save its state first."""
+
+    @functools.wraps(task)
+    def run(config: Any) -> Any:
+        watch = process_watch()
+        with watch.raising():
+            try:
+                return task(config)
+            except Interrupted:
+                raise
+            except (KeyboardInterrupt, Exception) as error:
+                text = _interruption(watch, error)
+                if text is None:
+                    raise
+                raise Interrupted(text, watch.earlier_handler()) from None
+
+    return run
+
+
+def _interruption(watch: SignalWatch, error: BaseException) -> str | None:
+    """What to say where `error` came of a signal; None where it did not, or where Ctrl-C came twice."""
+    if watch.received is None:
+        return None
+    if isinstance(error, ProcessLost):
+        return f"{watch.received.name} came, and another process ended first. Run the same command with resume=auto."
+    if watch.answer is Answer.RAISE:
+        return watch.before_the_first_step()
+    return None

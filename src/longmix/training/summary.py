@@ -1,5 +1,6 @@
 """What a run says of itself at its beginning and its end."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,10 @@ from longmix.training.progress import duration
 
 if TYPE_CHECKING:
     from longmix.training.supervisor import Supervisor
+
+SUMMARY_FILE = "summary.json"
+LOG_WIDTH = 160
+"""Columns where the output is no terminal: a path should not be cut."""
 
 
 def mixer_name(config: Node) -> str:
@@ -74,7 +79,10 @@ def matched(config: Node, parameters: int) -> dict[str, Any] | None:
 def write_summary(
     config: Node, folder: Path, model: LanguageModel, supervisor: "Supervisor", wall_seconds: float
 ) -> dict[str, Any]:
-    """Write `summary.json`, print its main figures, and return it."""
+    """Write `summary.json`, print its main figures, and return it.
+
+    Its `validation` is of the last step: `validation["step"]` equals `steps`.
+    """
     state, versions = supervisor.state, supervisor.identity["versions"]
     tokens = total_steps(config) * tokens_per_step(config)
     summary = {
@@ -84,6 +92,7 @@ def write_summary(
         "parameters": model.parameter_counts(),
         "match": matched(config, model.parameter_counts()["total"]),
         "training_flops_per_token": training_flops_per_token(model, config["seq_len"]),
+        "steps": total_steps(config),
         "tokens": tokens,
         "tokens_per_step": tokens_per_step(config),
         "training_seconds": state.training_seconds,
@@ -95,16 +104,19 @@ def write_summary(
         "checkpoint": str(supervisor.store.latest()),
         "versions": versions,
     }
-    replace_json(folder / "summary.json", summary)
+    replace_json(folder / SUMMARY_FILE, summary)
     validation = summary["validation"]
     rows = {
         "validation": f"{validation['bits_per_byte']:.4f} bits/byte, loss {validation['loss']:.4f}, "
         f"perplexity {validation['perplexity']:.3f} on {validation['tokens']:,} tokens",
         "trained": f"{tokens:,} tokens in {duration(summary['training_seconds'])} "
-        f"({summary['tokens_per_second']:,.0f} tokens/s); this process took {duration(wall_seconds)}",
+        f"({summary['tokens_per_second']:,.0f} tokens/s); {duration(wall_seconds)} from start to end",
         "checkpoint": _shown(supervisor.store.latest()),
         "logs": _shown(folder),
     }
+    command = supervisor.metric_log.upload_command()
+    if command is not None:
+        rows["upload"] = command
     _print(rows)
     return summary
 
@@ -122,4 +134,11 @@ def _print(rows: dict[str, str]) -> None:
     table.add_column(overflow="fold")
     for name, text in rows.items():
         table.add_row(name, text)
-    Console(stderr=True).print(table, highlight=False)
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else LOG_WIDTH)
+    with console.capture() as capture:
+        console.print(table, highlight=False)
+    text = capture.get()
+    if not console.is_terminal:  # a log needs no blanks up to its right edge
+        text = "\n".join(line.rstrip() for line in text.split("\n"))
+    sys.stderr.write(text)
+    sys.stderr.flush()

@@ -11,21 +11,28 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from longmix.checkpoints import Checkpoint, CheckpointStore
 from longmix.checkpoints.processes import Processes
+from longmix.checkpoints.reading import read_info
 from longmix.checkpoints.saver import Saver
+from longmix.checkpoints.tensors import IN_TENSORS
 from longmix.config import tokens_per_step
 from longmix.data.datamodule import TokenData
-from longmix.errors import Interrupted
+from longmix.errors import Interrupted, NonFiniteError
 from longmix.evaluation.loss import evaluate_loss
 from longmix.evaluation.statistics import LossStatistics
 from longmix.mixers.measures import figures
 from longmix.reporting.metrics import Metrics
 from longmix.training import parallel, random_state
+from longmix.training.diagnosis import nonfinite_tensor
 from longmix.training.hardware import peak_flops, peak_memory_bytes, reset_peak_memory
 from longmix.training.loggers import MetricLog
 from longmix.training.module import TrainingModule
+from longmix.training.processes import how_to_continue
 from longmix.training.progress import ProgressDisplay
-from longmix.training.signals import SignalWatch
+from longmix.training.signals import process_watch
 from longmix.training.summary import training_flops_per_token
+
+BY_POSITION = "validation_by_position"
+"""Entry of a checkpoint's `info.json`, beside `validation`, where the validation came after the checkpoint."""
 
 
 @dataclass
@@ -74,20 +81,37 @@ class Supervisor(Callback):
         self.metric_log, self.progress, self.identity = metric_log, progress, identity
         self.resume_from, self.saved = resume_from, saved
         self.loop = config["loop"]
-        self.signals = SignalWatch()
+        self.signals = process_watch()
         self.state = RunState(**resume_from["run"]) if resume_from is not None else RunState()
+        if saved is not None and resume_from is not None and not self.is_validated(resume_from["step"]):
+            info = read_info(saved.checkpoint)  # a validation may have followed
+            if info.get("validation", {}).get("step") == resume_from["step"] and BY_POSITION in info:
+                self.state.validation, self.state.validation_by_position = info["validation"], info[BY_POSITION]
         self.clock = time.perf_counter()
         self.seconds_since_log, self.steps_since_log = 0.0, 0
         self.saver: Saver | None = None
+        self.first_step = 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Of a run that took all its steps and lacks their validation, that alone; there is nothing to train on."""
+        module = cast(TrainingModule, pl_module)
+        if self.resume_from is not None and self.resume_from["step"] == module.total_steps:
+            self._begin(trainer, module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The optimizers exist now: put everything back, then take the signals over from Lightning."""
-        module = cast(TrainingModule, pl_module)
+        """The optimizers exist now, and nothing draws random numbers between this and the first step."""
+        self._begin(trainer, cast(TrainingModule, pl_module))
+        self.clock = time.perf_counter()
+
+    def _begin(self, trainer: Trainer, module: TrainingModule) -> None:
+        """Put everything back, and make up for the validation that a signal cut short."""
         processes = Processes(parallel.own_group(module.timeout))
+        module.how_to_continue = lambda: how_to_continue(self.store.folder.parent)
         if self.resume_from is not None and self.saved is not None:
             module.restore(self.resume_from, self.saved, processes)
             random_state.restore(random_state.of_process(self.resume_from["random"], processes.rank))
             self.resume_from = self.saved = None
+            self.first_step = module.step
         wanted = self.loop["sharded_checkpoints"]
         self.saver = Saver(
             self.store,
@@ -99,53 +123,109 @@ class Supervisor(Callback):
         reset_peak_memory(module.device)
         # says what validation covers, before the bar takes the terminal
         self.data.evaluation_windows("validation", self.config["seq_len"], self.data.validation_tokens)
-        self.signals.install()
+        if self.signals.anywhere(module.device):
+            raise Interrupted(self.signals.before_the_first_step(), self.signals.earlier_handler())
         self.progress.open()
-        self.clock = time.perf_counter()
+        last = module.step == module.total_steps
+        if module.step and (last or self._due("validate_every", module.step)) and not self.is_validated(module.step):
+            self._validate_and_keep(trainer, module)
+
+    def is_validated(self, step: int) -> bool:
+        """Whether the last validation is of `step`."""
+        return self.state.validation.get("step") == step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """The step is over; the clock stands still until the end of this method."""
+        """The step is over; the clock stands still until the end of this method.
+
+        What was learned is saved before anything is shown, and before a last validation, which may take long.
+        """
         module = cast(TrainingModule, pl_module)
         elapsed = time.perf_counter() - self.clock
         self.seconds_since_log += elapsed
         self.steps_since_log += 1
         self.state.training_seconds += elapsed
         last = module.step == module.total_steps
-        self.progress.advance(module.step)
-        if self._due("log_every", module.step) or last:
-            self._log(trainer, module)
-        if self._due("validate_every", module.step) or last:
-            self.validate(trainer, module)
         assert self.saver is not None
         stop = self.signals.anywhere(module.device, self.saver.failed)  # if a checkpoint failed, saving says so
-        if self._due("checkpoint_every", module.step) or last or stop:
+        rate = self._rate()
+        metrics = self._log(trainer, module) if self._due("log_every", module.step) or last else None
+        validates = last or self._due("validate_every", module.step)
+        saves = self._due("checkpoint_every", module.step)
+        if last or stop or (saves and not validates):
             self.save(module)
-        if last or stop:
-            self.saver.wait()
-        if stop and not last:
-            self._stop(trainer, module)
+        if self.progress.is_live:
+            self.progress.advance(module.step, module.record.loss.item(), rate)
+        if metrics is not None and trainer.is_global_zero:
+            self.progress.show(module.step, metrics)
+        if stop:
+            self._stop(module)
+        if validates:
+            self._validate_and_keep(trainer, module, save=saves and not last)
         self.clock = time.perf_counter()
 
     def _due(self, key: str, step: int) -> bool:
         every = self.loop[key]
         return every is not None and step % every == 0
 
-    def _stop(self, trainer: Trainer, module: TrainingModule) -> None:
-        received, hand_on = self.signals.received, self.signals.earlier_handler()
-        assert received is not None and self.saver is not None
-        self.close(trainer)
-        raise Interrupted(
-            f"{received.name} ended the run after step {module.step} of {module.total_steps}; {self.saver.last} "
-            "holds its state. Run the same command with resume=auto to continue.",
-            hand_on,
+    def _validate_and_keep(self, trainer: Trainer, module: TrainingModule, save: bool = False) -> None:
+        """Validate; a signal ends that, and the run. The figures of a step that is saved already join its checkpoint.
+
+        Args:
+            save: the step's checkpoint comes with its validation.
+
+        Raises:
+            NonFiniteError: the last validation gave no number.
+        """
+        assert self.saver is not None
+        done = self.validate(trainer, module)
+        if save or not (done or self._is_saved(module.step)):
+            self.save(module)
+        if not done:
+            self._stop(module)
+        if module.step == module.total_steps:
+            self.saver.wait()
+            self._check_last_validation(module)
+        if not save and self._is_saved(module.step):
+            self._add_to_checkpoint(module)
+
+    def _is_saved(self, step: int) -> bool:
+        return self.saver is not None and step in (self.first_step, self.saver.saved_step)
+
+    def _check_last_validation(self, module: TrainingModule) -> None:
+        loss = self.state.validation["loss"]
+        if math.isfinite(loss):
+            return
+        raise NonFiniteError(
+            f"the validation after the last step, {module.step}, gave a loss of {loss:.4g}, although all weights are "
+            "finite: what the model computes of them is not. Begin a new run with a lower optimizer.learning_rate, or "
+            "from an older checkpoint."
         )
 
-    def close(self, trainer: Trainer) -> None:
-        """Give the terminal and the signals back, however the run ended."""
-        self.progress.close()
-        self.signals.remove()
+    def _add_to_checkpoint(self, module: TrainingModule) -> None:
+        assert self.saver is not None
+        self.saver.wait()
+        checkpoint = self.store.path(module.step)
+        figures = {"validation": self.state.validation, BY_POSITION: self.state.validation_by_position}
+        self.saver.processes.first(lambda: self.store.add_info(checkpoint, figures) if checkpoint.is_dir() else None)
 
-    def _log(self, trainer: Trainer, module: TrainingModule) -> None:
+    def _stop(self, module: TrainingModule) -> None:
+        received = self.signals.received
+        assert received is not None and self.saver is not None
+        self.saver.wait()
+        self.progress.close()
+        last = module.step == module.total_steps
+        when = ", before its last validation was done" if last else f" after step {module.step} of {module.total_steps}"
+        raise Interrupted(
+            f"{received.name} ended the run{when}; {self.store.path(module.step)} "
+            "holds its state. Run the same command with resume=auto to continue.",
+            self.signals.earlier_handler(),
+        )
+
+    def close(self) -> None:
+        """Give the terminal back, however the run ended."""
+        self.progress.close()
+
+    def _log(self, trainer: Trainer, module: TrainingModule) -> Metrics:
         record = module.record
         statistics = self._statistics(module)
         statistics.update(record.token_losses, record.batch["targets"], record.batch["document_ids"])
@@ -167,10 +247,14 @@ class Supervisor(Callback):
         }
         if trainer.is_global_zero:
             self.metric_log.write(module.step, metrics)
-            self.progress.show(module.step, metrics)
+        return metrics
+
+    def _rate(self) -> float:
+        """Tokens per second since the last row of the log."""
+        return self.steps_since_log * tokens_per_step(self.config) / max(self.seconds_since_log, 1e-9)
 
     def _throughput(self, trainer: Trainer, module: TrainingModule) -> Metrics:
-        rate = self.steps_since_log * tokens_per_step(self.config) / max(self.seconds_since_log, 1e-9)
+        rate = self._rate()
         self.seconds_since_log, self.steps_since_log = 0.0, 0
         flops = training_flops_per_token(module.model, self.config["seq_len"]) * rate
         peak_memory = parallel.largest(peak_memory_bytes(module.device), module.device)
@@ -189,8 +273,19 @@ class Supervisor(Callback):
         token_bytes = torch.as_tensor(self.data.token_bytes)
         return LossStatistics(token_bytes, self.config["seq_len"], module.device)
 
-    def validate(self, trainer: Trainer, module: TrainingModule) -> None:
-        """Loss on the validation windows; a signal ends it early and leaves the last figures as they were."""
+    def validate(self, trainer: Trainer, module: TrainingModule) -> bool:
+        """Loss on the validation windows; a signal to any process ends it in all, and leaves the last figures.
+
+        Returns:
+            Whether it was done.
+        """
+        stopped = False
+
+        def goes_on() -> bool:
+            nonlocal stopped
+            stopped = self.signals.anywhere(module.device)
+            return not stopped
+
         groups = trainer.world_size // module.slices
         batches = self.data.evaluation_loader(
             "validation",
@@ -206,17 +301,17 @@ class Supervisor(Callback):
             self._statistics(module),
             device=module.device,
             precision=trainer.precision_plugin.forward_context,
-            after_batch=lambda: self.signals.received is None or trainer.world_size > 1,
+            after_batch=goes_on,
             run=module.run,
             own=module.own,
         )
-        if self.signals.received is not None and trainer.world_size == 1:
-            return
+        if stopped:
+            return False
         statistics.reduce()
         self.state.validation = {**statistics.summary(), "step": module.step}
         self.state.validation_by_position = statistics.by_position()
         if not trainer.is_global_zero:
-            return
+            return True
         names = ("loss", "perplexity", "bits_per_byte")
         metrics = {f"validation/{name}": self.state.validation[name] for name in names}
         self.metric_log.write(module.step, metrics | _positions("validation", statistics))
@@ -224,9 +319,15 @@ class Supervisor(Callback):
             f"step {module.step}/{module.total_steps}  validation loss {metrics['validation/loss']:.4f}  "
             f"{metrics['validation/bits_per_byte']:.4f} bits/byte"
         )
+        return True
 
     def save(self, module: TrainingModule) -> None:
-        """One checkpoint, then old ones go; all processes must call it."""
+        """One checkpoint, then old ones go; all processes must call it.
+
+        Raises:
+            NonFiniteError: the state is not finite. It is not saved, as nothing could go on from it.
+            StorageError: it cannot be written.
+        """
         assert self.saver is not None
         self.saver.wait()
         state = {
@@ -236,7 +337,13 @@ class Supervisor(Callback):
             "run": vars(self.state),
             **self.identity,
         }
-        validation = self.state.validation if self.state.validation.get("step") == module.step else {}
+        place = nonfinite_tensor({key: state[key] for key in IN_TENSORS}, self.saver.processes)
+        if place is not None:
+            raise NonFiniteError(
+                f"after step {module.step}, {place} is not finite, and no checkpoint was written. "
+                f"{how_to_continue(self.store.folder.parent)} A lower optimizer.learning_rate may prevent it."
+            )
+        validation = self.state.validation if self.is_validated(module.step) else {}
         self.saver.save(state, {"tokens": module.step * tokens_per_step(self.config), "validation": validation})
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

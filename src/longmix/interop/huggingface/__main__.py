@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from longmix import startup
 from longmix.errors import LongmixError
 from longmix.interop.huggingface.export import DTYPES, KINDS, export
 from longmix.interop.huggingface.load import import_folder
@@ -51,4 +52,5 @@ def _import(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    startup.begin()
     main()

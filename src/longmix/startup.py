@@ -1,0 +1,62 @@
+"""The first line of every entry point: from there on neither a signal nor a lost terminal gives a traceback.
+
+Nothing heavy is imported here: the imports that follow take seconds.
+"""
+
+import os
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from longmix.console import protect_output
+from longmix.training.signals import process_watch
+
+BEGAN = "LONGMIX_BEGAN"
+"""Environment variable with the time at which the command began, for the processes that it starts."""
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C where nothing can be continued."""
+
+
+def begin(resumable: bool = False) -> None:
+    """Protect the output, note the time, and answer signals with one line.
+
+    Args:
+        resumable: the command may be run again after any signal, and says so by its exit code.
+    """
+    protect_output()
+    os.environ.setdefault(BEGAN, str(time.time()))
+    sys.excepthook = _without_traceback
+    sys.unraisablehook = _unraisable
+    if resumable:
+        process_watch().exit_at_once()
+
+
+def seconds_since_begin(otherwise: float) -> float:
+    """How long the command of this process has run, or `otherwise` where no entry point began it."""
+    return time.time() - float(os.environ[BEGAN]) if BEGAN in os.environ else otherwise
+
+
+def _without_traceback(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> Any:
+    """Ctrl-C before the entry point's task has begun; whatever else there is shows its traceback."""
+    if not issubclass(kind, KeyboardInterrupt):
+        return sys.__excepthook__(kind, error, traceback)
+    return _end()
+
+
+def _unraisable(what: Any) -> Any:
+    """Python drops what a handler raises inside a destructor or a callback; for Ctrl-C the process ends here."""
+    if not issubclass(what.exc_type, KeyboardInterrupt):
+        return sys.__unraisablehook__(what)
+    return _end()
+
+
+def _end() -> None:
+    watch = process_watch()
+    if watch.received is not None:
+        watch.exit_now()
+    print("Interrupted.", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(INTERRUPTED)
