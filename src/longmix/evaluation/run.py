@@ -20,6 +20,7 @@ from longmix.evaluation.subject import Subject
 from longmix.model.backbone import LanguageModel
 from longmix.printable import LINES, printable
 from longmix.restore import Restored, restore
+from longmix.trust import checked_data
 
 LARGEST = 2**62
 """Of numbers that count tokens and windows; beyond it nothing can be indexed."""
@@ -95,9 +96,9 @@ def _data(words: Node, restored: Restored) -> TokenData:
     Raises:
         ConfigError: the checkpoint names none and neither do the words, or the model does not know their tokens.
     """
-    node = words["data"] or restored.config["data"]
-    if node is None:
+    if words["data"] is None and restored.config["data"] is None:
         raise ConfigError(f"{restored.checkpoint} says nothing of data; add data=, such as data=sotu.")
+    node = words["data"] or checked_data(restored.config, words["trust"])
     place = {"tokenizer": restored.tokenizer, "seq_len": restored.config["seq_len"]}
     data: TokenData = build(node, "data", **place, batch_size=1, seed=restored.config["seed"])
     numbers = isinstance(restored.tokenizer, NumberTokenizer)

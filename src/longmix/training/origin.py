@@ -8,11 +8,12 @@ from hydra.core.hydra_config import HydraConfig
 
 from longmix.checkpoints import chosen_checkpoint, load_checkpoint
 from longmix.checkpoints.last import LAST
-from longmix.config import Node, refuse_untrusted
+from longmix.config import Node
 from longmix.data.tokenizers import Tokenizer, tokenizer_from_state
 from longmix.errors import ConfigError
 from longmix.model.backbone import LanguageModel
 from longmix.model.states import load_weights, tune_states
+from longmix.trust import check_model_nodes
 
 TAKEN = ("mixer", "model", "tokenizer")
 """The nodes of the configuration that come from the checkpoint."""
@@ -58,7 +59,7 @@ class Origin:
             node["checkpoint"] = str(chosen_checkpoint(LAST, Path(HydraConfig.get().runtime.output_dir)))
         state = load_checkpoint(chosen_checkpoint(node["checkpoint"]), optimizers=False)
         trained = state["config"]
-        refuse_untrusted({key: trained[key] for key in TAKEN}, "config", {"longmix"})
+        check_model_nodes(trained, node["trust"])
         node.update({key: trained[key] for key in TAKEN})
         return cls(state, tokenizer_from_state(state["tokenizer"]))
 

@@ -153,6 +153,8 @@ def check_config(node: Node, tokenizer: Tokenizer | None = None) -> tuple[Traine
         "trainer": set(),
         "logger": set(),
     }
+    if tokenizer is not None:  # it comes from a checkpoint, whose node is not to be looked up
+        del supplied["tokenizer"]
     for group, names in supplied.items():
         configuration.check(node[group], group, names)
     build(node["schedule"], "schedule")

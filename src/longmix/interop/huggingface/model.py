@@ -14,13 +14,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from longmix.config import Node, refuse_untrusted
+from longmix.config import Node
 from longmix.errors import CheckpointError, ConfigError
 from longmix.generation.session import mapped
 from longmix.mixers.recurrent import RecurrentMixer
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model
 from longmix.model.states import tune_states
+from longmix.trust import check_model_nodes
 
 MODEL_TYPE = "longmix"
 
@@ -92,14 +93,13 @@ def trusted_nodes(config: Node) -> Node:
     Raises:
         ConfigError: it names one.
     """
-    nodes = {key: config[key] for key in ("model", "mixer")}
     try:
-        refuse_untrusted(nodes, "config", {"longmix"})
+        check_model_nodes(config)
     except ConfigError as error:
         raise ConfigError(
             f"{str(error).partition(';')[0]}; these folders hold models of longmix's own parts."
         ) from None
-    return nodes
+    return {key: config[key] for key in ("model", "mixer")}
 
 
 class StateCache(Cache):
