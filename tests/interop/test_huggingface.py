@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from longmix.interop.huggingface.__main__ import main  # noqa: E402
 from longmix.interop.huggingface.export import export  # noqa: E402
 from longmix.interop.huggingface.load import import_folder  # noqa: E402
 from longmix.interop.huggingface.model import CACHE_FIELD, CACHE_NAMES  # noqa: E402
+from longmix.interop.huggingface.seal import check_seal  # noqa: E402
 from longmix.interop.huggingface.tokenizer import byte_letters, huggingface_tokenizer  # noqa: E402
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -415,6 +417,17 @@ def changed_config(**settings):
     return apply
 
 
+def unsealed(folder: Path) -> None:
+    """Make a folder what earlier versions wrote, without the hashes of its files."""
+    path = folder / folders.OWN_FILE
+    content = json.loads(path.read_text())
+    del content["files"], content["own_sha256"]
+    path.write_text(json.dumps(content))
+    config = json.loads((folder / "config.json").read_text())
+    del config["exported_by"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 HEAD = "model.head.weight"
 DAMAGE = {
     "no-config": (
@@ -465,6 +478,14 @@ def test_a_damaged_folder_is_one_error(saved, tmp_path, command):
         damage(tmp_path / name)
         code, (line,) = command("import", tmp_path / name, tmp_path / "back")
         assert code == 2, name
+        assert f"{tmp_path / name}/" in line, name
+        assert "Export the folder again" in line, name
+        earlier = tmp_path / f"{name}-earlier"
+        code, _ = command("export", run, earlier)
+        unsealed(earlier)
+        damage(earlier)
+        code, (line,) = command("import", earlier, tmp_path / "back")
+        assert code == 2, name
         assert message in line, name
     assert command("import", tmp_path / "nowhere", tmp_path / "back")[1][0].startswith(
         "CheckpointError: there is no folder"
@@ -478,9 +499,66 @@ def test_a_damaged_folder_is_one_error(saved, tmp_path, command):
     assert "already holds a checkpoint" in command("import", tmp_path / "good", tmp_path / "back")[1][0]
 
 
+def test_every_damage_to_an_exported_folder_is_refused_by_the_name_of_its_file(saved, tmp_path):
+    run, _ = saved("mixer=lightning")
+    export(run, tmp_path / "folder")
+    drawn = random.Random(0)
+    read = [path for path in sorted((tmp_path / "folder").iterdir()) if path.name != "README.md"]
+    assert {path.name for path in read} >= {"config.json", "longmix.json", "model.safetensors", "tokenizer.json"}
+    for path in read:
+        content = path.read_bytes()
+        damages = [content[:size] for size in (0, len(content) // 2, len(content) - 2)] + [content + b"x", None]
+        for _ in range(40):
+            changed = bytearray(content)
+            place = drawn.randrange(8 * len(content))
+            changed[place // 8] ^= 1 << place % 8
+            damages.append(bytes(changed))
+        for damage in damages:
+            path.unlink()
+            if damage is None and path.name == folders.OWN_FILE:
+                path.write_bytes(content)
+                continue  # it is an option to do without
+            if damage is not None:
+                path.write_bytes(damage)
+            with pytest.raises(CheckpointError, match=re.escape(str(path))):
+                import_folder(tmp_path / "folder", tmp_path / "back")
+            if path.name != folders.WEIGHTS:
+                with pytest.raises(CheckpointError, match=re.escape(str(path))):
+                    check_seal(tmp_path / "folder", weights=False)
+            path.write_bytes(content)
+    import_folder(tmp_path / "folder", tmp_path / "back")
+
+
+def test_folders_of_earlier_versions_and_those_that_lost_their_own_file_are_read_with_a_warning(
+    saved, tmp_path, caplog
+):
+    run, model = saved("mixer=flash", NO_NORM)
+    for name, change, words in (
+        ("earlier", unsealed, "holds no SHA-256, as earlier versions wrote it"),
+        ("lost", lambda folder: (folder / folders.OWN_FILE).unlink(), "has lost its longmix.json"),
+    ):
+        export(run, tmp_path / name)
+        change(tmp_path / name)
+        caplog.clear()
+        import_folder(tmp_path / name, tmp_path / f"{name}-back")
+        assert [words in record.getMessage() for record in caplog.records if record.name.startswith("longmix")] == [
+            True
+        ]
+        assert same_weights(tmp_path / f"{name}-back", model)
+
+
+def test_transformers_loader_refuses_a_changed_configuration(saved, tmp_path):
+    run, _ = saved("mixer=lightning")
+    export(run, tmp_path / "folder")
+    changed_config(initializer_range=0.5)(tmp_path / "folder")
+    with pytest.raises(CheckpointError, match=r"config\.json is not the file that was exported"):
+        loaded(tmp_path / "folder")
+
+
 def test_foreign_classes_and_lost_weights_are_refused_by_transformers_loader_too(saved, tmp_path):
     run, _ = saved("mixer=lightning")
     export(run, tmp_path / "folder")
+    unsealed(tmp_path / "folder")
     changed_weights(lambda weights: weights.pop(HEAD))(tmp_path / "folder")
     with pytest.raises(LongmixError, match=r"lacks model.head.weight"):
         loaded(tmp_path / "folder")

@@ -15,6 +15,7 @@ from longmix.errors import ConfigError
 from longmix.files import atomic_directory, write_json
 from longmix.interop.huggingface import llama
 from longmix.interop.huggingface.folder import FORMAT, OWN_FILE, WEIGHTS, require_transformers
+from longmix.interop.huggingface.seal import MARK, sealed
 from longmix.interop.huggingface.tokenizer import huggingface_tokenizer
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import model_from_checkpoint
@@ -87,13 +88,15 @@ def export(checkpoint: Path, folder: Path, kind: str = "auto", dtype: str = "flo
     fast = huggingface_tokenizer(tokenizer)
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, key, tokenizer.separator_id if tokenizer.separator_id >= 0 else None)
+    for key, value in MARK.items():
+        setattr(config, key, value)
     written = _filled(config, weights, DTYPES[dtype])
     about: dict[str, Any] = {key: state[key] for key in ("step", "config", "tokenizer", "versions") if key in state}
     done = Exported(config.model_type, written.num_parameters(), dtype)
     with atomic_directory(folder) as temporary:
         _save(written, temporary)
         fast.save_pretrained(temporary)
-        write_json(temporary / OWN_FILE, {"format": FORMAT, **about})
+        write_json(temporary / OWN_FILE, sealed(temporary, {"format": FORMAT, **about}))
         (temporary / "README.md").write_text(_card(done, folder.name, model, about), encoding="utf-8")
         replaced = folder.with_name(f".{folder.name}.replaced")
         if folder.exists():

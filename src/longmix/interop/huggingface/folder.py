@@ -3,13 +3,14 @@
 `longmix.json` is there for the way back: the training configuration and the tokenizer exactly as they were.
 """
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from longmix import reading
+from longmix.checkpoints.reading import reason_of
 from longmix.errors import CheckpointError, ConfigError
 
 OWN_FILE = "longmix.json"
@@ -41,12 +42,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path.parent} is not a folder of a model: it has no {path.name}.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return reading.read_json(path)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} cannot be read: it holds no JSON object.")
-    return content
+        raise CheckpointError(f"{path} cannot be read: {reason_of(error)}.") from error
 
 
 def read_own(folder: Path) -> dict[str, Any] | None:
@@ -77,7 +75,6 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: there are none as safetensors, or they are damaged.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     names = [WEIGHTS]
@@ -92,8 +89,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             raise CheckpointError(f"{path} is missing; of weights only safetensors are read.")
         try:
             weights |= load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} is damaged: {error}.") from error
+        except Exception as error:  # SafetensorError, and what torch raises of types and sizes it does not know
+            raise CheckpointError(f"{path} is damaged: {reason_of(error)}.") from error
     return weights
 
 

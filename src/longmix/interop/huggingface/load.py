@@ -20,6 +20,7 @@ from longmix.interop.huggingface.folder import (
     read_weights,
     require_transformers,
 )
+from longmix.interop.huggingface.seal import OWN_HASH, check_seal
 from longmix.model.build import build_model
 from longmix.model.states import tune_states
 
@@ -57,6 +58,7 @@ def import_folder(folder: Path, target: Path, separator: str | None = None) -> I
     store = CheckpointStore(target / "checkpoints")
     if store.latest() is not None:
         raise ConfigError(f"{target} already holds a checkpoint; give another folder.")
+    check_seal(folder)
     theirs = _read_config(folder)
     own = read_own(folder)
     if own is not None and separator is not None:
@@ -68,7 +70,7 @@ def import_folder(folder: Path, target: Path, separator: str | None = None) -> I
         state = {"step": 0, "config": _configuration(nodes, tokenizer, theirs), "tokenizer": tokenizer.state()}
     else:
         _check_same(folder, theirs, own["config"])
-        state = {key: value for key, value in own.items() if key != "format"}
+        state = {key: value for key, value in own.items() if key not in ("format", "files", OWN_HASH)}
         tokenizer = tokenizer_from_state(state["tokenizer"])
     if tokenizer.vocab_size > theirs.vocab_size:
         raise DataError(

@@ -6,6 +6,7 @@ draw it anew and warn.
 """
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from longmix.config import Node
 from longmix.errors import CheckpointError, ConfigError
 from longmix.generation.session import mapped
+from longmix.interop.huggingface.seal import check_seal
 from longmix.mixers.recurrent import RecurrentMixer
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model
@@ -181,6 +183,9 @@ class LongmixForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             CheckpointError: the folder lacks weights, or has others.
         """
+        name = args[0] if args else options.get("pretrained_model_name_or_path")
+        if name is not None and Path(name).is_dir():
+            check_seal(Path(name), weights=False)  # which would be read twice
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **options)
         model, info = loaded
         for key, text in (("missing_keys", "lacks"), ("unexpected_keys", "has, beyond the model's weights,")):
