@@ -5,6 +5,7 @@ between tokenizers. A text that a vocabulary cannot write is refused, or altered
 each document is never produced from text; a document that spells out `<|endoftext|>` is encoded as those characters.
 """
 
+import copy
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -289,6 +290,20 @@ class LibraryTokenizer(Tokenizer):
         """See `Tokenizer.token_content`."""
         content = self._library.id_to_token(token)
         return b"" if content is None or self._token_bytes[token] == 0 else bytes_of_letters(content)
+
+    def token_name(self, token: int) -> str:
+        """How the vocabulary writes an id."""
+        return str(self._library.id_to_token(token))
+
+    def ending_at(self, end_ids: Sequence[int]) -> "LibraryTokenizer":
+        """The same tokenizer with other `end_ids`.
+
+        Raises:
+            ConfigError: one is not an id.
+        """
+        other = copy.copy(self)
+        other._end_ids = _checked_ends(end_ids, self.vocab_size, self._source)
+        return other
 
     def token_bytes(self) -> np.ndarray:
         """See `Tokenizer.token_bytes`."""

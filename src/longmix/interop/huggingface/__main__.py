@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 from longmix import startup
+from longmix.data.byte_level import MISSING_BYTES
+from longmix.data.tokenizers import LibraryTokenizer
 from longmix.errors import LongmixError
 from longmix.interop.huggingface.export import DTYPES, KINDS, export
 from longmix.interop.huggingface.load import import_folder
@@ -36,6 +38,11 @@ def _parser() -> argparse.ArgumentParser:
     back.add_argument("folder", type=Path, help="with config.json, safetensors and tokenizer.json")
     back.add_argument("checkpoint", type=Path, help="folder to write the checkpoint to")
     back.add_argument("--separator", help="the token that starts each document; default: the one that begins a text")
+    back.add_argument(
+        "--missing-bytes",
+        choices=MISSING_BYTES,
+        help="what happens to characters that the tokenizer has no tokens for; default: refuse",
+    )
     back.set_defaults(run=_import)
     return parser
 
@@ -46,9 +53,12 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    done = import_folder(arguments.folder, arguments.checkpoint, arguments.separator)
+    done = import_folder(arguments.folder, arguments.checkpoint, arguments.separator, arguments.missing_bytes)
     hint = "" if done.has_data else "; it says nothing of data, so evaluate.py needs data="
     print(f"wrote {done.checkpoint} from a model of type {done.model_type}{hint}")
+    if isinstance(done.tokenizer, LibraryTokenizer):
+        ends = ", ".join(map(done.tokenizer.token_name, done.tokenizer.end_ids))
+        print(f"documents begin with {done.tokenizer.token_name(done.tokenizer.separator_id)}, texts end at {ends}")
 
 
 if __name__ == "__main__":

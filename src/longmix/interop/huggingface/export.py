@@ -16,6 +16,7 @@ from longmix.files import atomic_directory, write_json
 from longmix.interop.huggingface import llama
 from longmix.interop.huggingface.folder import FORMAT, OWN_FILE, WEIGHTS, require_transformers
 from longmix.interop.huggingface.seal import MARK, sealed
+from longmix.interop.huggingface.specials import write_specials
 from longmix.interop.huggingface.tokenizer import huggingface_tokenizer
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import model_from_checkpoint
@@ -86,8 +87,7 @@ def export(checkpoint: Path, folder: Path, kind: str = "auto", dtype: str = "flo
     tokenizer = tokenizer_from_state(state["tokenizer"])
     config, weights = _as_llama(model, state["config"], kind) or _as_longmix(model, state["config"])
     fast = huggingface_tokenizer(tokenizer)
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(config, key, tokenizer.separator_id if tokenizer.separator_id >= 0 else None)
+    write_specials(config, tokenizer)
     for key, value in MARK.items():
         setattr(config, key, value)
     written = _filled(config, weights, DTYPES[dtype])

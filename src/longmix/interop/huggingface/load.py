@@ -21,6 +21,7 @@ from longmix.interop.huggingface.folder import (
     require_transformers,
 )
 from longmix.interop.huggingface.seal import OWN_HASH, check_seal
+from longmix.interop.huggingface.specials import TOKENIZER, read_tokenizer
 from longmix.model.build import build_model
 from longmix.model.states import tune_states
 
@@ -33,20 +34,26 @@ class Imported:
         checkpoint: the folder that was written.
         model_type: of `config.json`.
         has_data: whether the folder said on which data the model was trained; without, evaluate.py needs `data=`.
+        tokenizer: of the checkpoint.
     """
 
     checkpoint: Path
     model_type: str
     has_data: bool
+    tokenizer: Tokenizer
 
 
-def import_folder(folder: Path, target: Path, separator: str | None = None) -> Imported:
+def import_folder(
+    folder: Path, target: Path, separator: str | None = None, missing_bytes: str | None = None
+) -> Imported:
     """Write a checkpoint of the model in a folder; its weights are float32, which holds the shorter types exactly.
 
     Args:
         folder: of type longmix, or of Llama's family.
         target: folder for the checkpoint, as a run has it.
         separator: the token that starts each document; None takes what the folder begins texts with, else ends them.
+        missing_bytes: what happens to characters that the tokenizer has no tokens for, "refuse" or "replace"; None
+            refuses them.
 
     Raises:
         CheckpointError: the folder is missing, damaged, or not what it says.
@@ -61,13 +68,15 @@ def import_folder(folder: Path, target: Path, separator: str | None = None) -> I
     check_seal(folder)
     theirs = _read_config(folder)
     own = read_own(folder)
-    if own is not None and separator is not None:
-        raise ConfigError(f"{folder / OWN_FILE} holds the tokenizer as it was; leave --separator out.")
+    for word, given in (("--separator", separator), ("--missing-bytes", missing_bytes)):
+        if own is not None and given is not None:
+            raise ConfigError(f"{folder / OWN_FILE} holds the tokenizer as it was; leave {word} out.")
     state: dict[str, Any]
+    tokenizer: Tokenizer
     if own is None:
         nodes = _nodes(theirs)
-        tokenizer = _foreign_tokenizer(folder, theirs, separator)
-        state = {"step": 0, "config": _configuration(nodes, tokenizer, theirs), "tokenizer": tokenizer.state()}
+        tokenizer = read_tokenizer(folder, theirs, separator, missing_bytes or "refuse")
+        state = {"step": 0, "config": _configuration(nodes, tokenizer.state(), theirs), "tokenizer": tokenizer.state()}
     else:
         _check_same(folder, theirs, own["config"])
         state = {key: value for key, value in own.items() if key not in ("format", "files", OWN_HASH)}
@@ -79,7 +88,7 @@ def import_folder(folder: Path, target: Path, separator: str | None = None) -> I
     state["model"] = _weights(folder, theirs, state["config"])
     source = {"imported": theirs.model_type, "tokens": 0, "validation": {}}
     checkpoint = store.save(state, source)
-    return Imported(checkpoint, theirs.model_type, state["config"]["data"] is not None)
+    return Imported(checkpoint, theirs.model_type, state["config"]["data"] is not None, tokenizer)
 
 
 def _read_config(folder: Path) -> Any:
@@ -126,37 +135,13 @@ def _check_same(folder: Path, theirs: Any, config: Node) -> None:
         )
 
 
-def _foreign_tokenizer(folder: Path, theirs: Any, separator: str | None) -> Tokenizer:
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise DataError(f"{folder} has no tokenizer.json, which is the form of tokenizers that longmix reads.")
-    return TokenizerFile(str(path), _separator(folder, theirs) if separator is None else separator)
-
-
-def _separator(folder: Path, theirs: Any) -> str:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # whatever is wrong with it
-        reason = " ".join(str(error).split())
-        raise DataError(f"the tokenizer in {folder} cannot be read: {type(error).__name__}: {reason}") from error
-    separator = tokenizer.bos_token or tokenizer.eos_token
-    if separator is None:
-        raise DataError(
-            f"the tokenizer in {folder} names no token that begins or ends a text; give one by --separator."
-        )
-    return str(separator)
-
-
-def _configuration(nodes: Node, tokenizer: Tokenizer, theirs: Any) -> Node:
+def _configuration(nodes: Node, tokenizer: Node, theirs: Any) -> Node:
     """What the entry points read of a training configuration; there are no data to go with a foreign model."""
-    saved = tokenizer.state()
-    place = {"_target_": f"{TokenizerFile.__module__}.TokenizerFile", "path": "tokenizer.json"}
+    options = {key: tokenizer[key] for key in ("separator", "missing_bytes", "end_ids") if key in tokenizer}
     return {
         **nodes,
         "data": None,
-        "tokenizer": {**place, "separator": saved["separator"]},
+        "tokenizer": {"_target_": f"{TokenizerFile.__module__}.TokenizerFile", "path": TOKENIZER, **options},
         "seq_len": theirs.max_position_embeddings,
         "batch_size": 1,
         "seed": 0,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from longmix.data.byte_level import byte_letters
 from longmix.data.tokenizers import SEPARATOR, ByteTokenizer, LibraryTokenizer, NumberTokenizer, Tokenizer
 from longmix.errors import ConfigError
+from longmix.interop.huggingface.specials import end_token
 
 if TYPE_CHECKING:
     import tokenizers
@@ -31,7 +32,8 @@ def huggingface_tokenizer(tokenizer: Tokenizer) -> Any:
         library = _bytes() if isinstance(tokenizer, ByteTokenizer) else _library(tokenizer)
         separator = str(library.id_to_token(tokenizer.separator_id))
         _begin_with(library, separator, tokenizer.separator_id)
-        specials = {"bos_token": separator, "eos_token": separator, "pad_token": separator}
+        end = str(library.id_to_token(end_token(tokenizer)))
+        specials = {"bos_token": separator, "eos_token": end, "pad_token": end}
     else:
         raise ConfigError(f"a {type(tokenizer).__name__} has no form that AutoTokenizer loads.")
     return PreTrainedTokenizerFast(
