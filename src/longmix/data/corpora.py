@@ -4,18 +4,16 @@ A corpus never alters a document. Splits are fixed by the content itself (by yea
 where no split is named), so that adding files never moves a document from one split to another.
 """
 
-import glob
 import hashlib
-import tempfile
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from longmix.data.corpus import SPLITS, CountedReading, Reading, SplitByContent, check_split
 from longmix.data.local_files import Stamp, check_unchanged, find_files, identify_files, refuse_overlap
 from longmix.data.patience import reason_of
-from longmix.data.records import texts_of
+from longmix.data.records import texts_of, texts_of_json, uncompressed
 from longmix.data.stream import TOGETHER, Limit, Stream, StreamReading, identify_stream
 from longmix.errors import ConfigError, DataError
 
@@ -73,6 +71,7 @@ class _LocalFiles(SplitByContent):
     """A corpus in local files."""
 
     _suffix: str
+    _divides_one = True
 
     def __init__(
         self,
@@ -82,6 +81,8 @@ class _LocalFiles(SplitByContent):
         validation_fraction: float,
         test_fraction: float,
     ) -> None:
+        if path is None:
+            raise ConfigError("data.corpus.path is required; give a file, a folder, a pattern, or a list of these.")
         given = {"train": ("path", path), "validation": ("validation", validation), "test": ("test", test)}
         sources = {
             split: find_files(f"data.corpus.{key}", paths, self._suffix)
@@ -106,7 +107,8 @@ class TextFiles(_LocalFiles):
     Read without `datasets`, whose text reader turns every CR LF into LF: a corpus must not alter its documents.
 
     Args:
-        path: file, folder (all `.txt` files below it) or glob pattern, or a list of these; the training documents.
+        path: file, folder (all `.txt` files below it) or glob pattern, or a list of these; the training documents. A
+            single file is divided by position: its end is held out.
         validation: likewise for validation; without it, `validation_fraction` of `path` is held out.
         test: likewise for test; without it, `test_fraction` of `path` is held out.
         validation_fraction: share of the documents of `path` held out for validation, chosen by their content.
@@ -144,10 +146,7 @@ class TextFiles(_LocalFiles):
 
 
 class _TableFiles(_LocalFiles):
-    """A corpus in local files of records, one record a document, streamed through `datasets`.
-
-    Not by `load_dataset`, which asks a server on the network even when it reads a local file.
-    """
+    """A corpus in local files of records, one record a document."""
 
     def __init__(
         self,
@@ -162,18 +161,17 @@ class _TableFiles(_LocalFiles):
         self._field = field
 
     @abstractmethod
-    def _open(self, file: Path, scratch: str) -> Iterable[dict[str, Any]]:
-        """The records of one file; `scratch` is for the lock files of `datasets`, nothing is copied there."""
+    def _texts(self, file: Path) -> Iterator[str]:
+        """The documents of one file."""
 
     def _read(self, source: list[Path]) -> Iterator[str]:
-        with tempfile.TemporaryDirectory() as scratch:
-            for file in source:
-                try:
-                    yield from texts_of(self._open(file, scratch), self._field, str(file))
-                except DataError:
-                    raise
-                except Exception as error:  # `datasets` lets through whatever its readers raise
-                    raise DataError(f"{file} cannot be read as {self.name}: {reason_of(error)}") from error
+        for file in source:
+            try:
+                yield from self._texts(file)
+            except DataError:
+                raise
+            except Exception as error:  # readers raise many kinds
+                raise DataError(f"{file} cannot be read as {self.name}: {reason_of(error)}") from error
 
     def _compute_fingerprint(self) -> dict[str, Any]:
         return {**super()._compute_fingerprint(), "field": self._field}
@@ -181,6 +179,8 @@ class _TableFiles(_LocalFiles):
 
 class JsonLines(_TableFiles):
     """Local JSON Lines (also compressed, if the path says so): one object a line, one of its fields the document.
+
+    Read as `json.loads` reads each line; no other field matters. A file may also be one array of objects.
 
     Args:
         path: file, folder (all `.jsonl` files below it) or glob pattern, or a list of these; the training documents.
@@ -198,12 +198,9 @@ class JsonLines(_TableFiles):
     name = "jsonl"
     _suffix = ".jsonl"
 
-    def _open(self, file: Path, scratch: str) -> Iterable[dict[str, Any]]:
-        from datasets import Dataset
-
-        if file.stat().st_size == 0:
-            return []
-        return Dataset.from_json(glob.escape(str(file)), streaming=True, cache_dir=scratch)
+    def _texts(self, file: Path) -> Iterator[str]:
+        with file.open("rb") as stream, uncompressed(stream, file) as lines:
+            yield from texts_of_json(lines, self._field, str(file))
 
 
 class ParquetFiles(_TableFiles):
@@ -212,17 +209,15 @@ class ParquetFiles(_TableFiles):
     name = "parquet"
     _suffix = ".parquet"
 
-    def _open(self, file: Path, scratch: str) -> Iterable[dict[str, Any]]:
-        from datasets import Dataset
+    def _texts(self, file: Path) -> Iterator[str]:
         from pyarrow import parquet
 
-        metadata = parquet.read_metadata(file)
-        if metadata.num_rows == 0:
-            return []
-        # A table may hold far more than its text. A missing field is reported from the full record.
-        names = metadata.schema.to_arrow_schema().names
-        columns = [self._field] if self._field in names else None
-        return Dataset.from_parquet(glob.escape(str(file)), streaming=True, cache_dir=scratch, columns=columns)
+        with parquet.ParquetFile(file) as table:
+            # A table may hold far more than its text. A missing field is reported from the full record.
+            columns = [self._field] if self._field in table.schema_arrow.names else None
+            batches = table.iter_batches(batch_size=TOGETHER, columns=columns)
+            rows = (row for batch in batches for row in batch.to_pylist())
+            yield from texts_of(rows, self._field, str(file))
 
 
 class HubDataset(SplitByContent):

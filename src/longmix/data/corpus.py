@@ -1,6 +1,7 @@
 """What a corpus is, and how one source of documents is divided into splits."""
 
 import hashlib
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import islice
@@ -8,7 +9,19 @@ from typing import Any, Protocol, runtime_checkable
 
 from longmix.errors import ConfigError, DataError
 
+logger = logging.getLogger(__name__)
+
 SPLITS = ("train", "validation", "test")
+
+NEAR_CHARACTERS = 1000
+"""So far before its share of a single document a split may begin, to begin with a line."""
+
+EXAMPLE_OF_SPLIT = {
+    "train": "data.corpus.validation_fraction=0.1",
+    "validation": "data.corpus.validation=my/validation.txt, or data.corpus.validation_fraction=0.5 for few documents",
+    "test": "data.corpus.test=my/test.txt, or data.corpus.test_fraction=0 for none",
+}
+"""Of a setting that cures a split without documents."""
 
 
 class Corpus(Protocol):
@@ -130,11 +143,13 @@ def read_documents(corpus: Corpus, split: str) -> Iterator[str]:
 class SplitByContent(ABC):
     """A corpus with one source for training, out of which splits without a source of their own are cut.
 
-    Which documents are cut out depends on nothing but their text and the fractions.
+    Which documents are cut out depends on nothing but their text and the fractions. A source of one document alone is
+    divided by position instead where `_divides_one` says so: its last part is for test, the one before for validation.
     """
 
     name: str
     splits: tuple[str, ...]
+    _divides_one = False
 
     def __init__(self, sources: dict[str, Any], validation_fraction: float, test_fraction: float) -> None:
         for name, fraction in (("validation_fraction", validation_fraction), ("test_fraction", test_fraction)):
@@ -176,9 +191,24 @@ class SplitByContent(ABC):
 
     def _compute_fingerprint(self) -> dict[str, Any]:
         sources = {split: self._identify(source) for split, source in self._sources.items()}
-        return {"kind": type(self).__name__, "sources": sources, "fractions": self._fractions}
+        how = {}
+        if self._only_document() is not None:
+            how = {"divided": "by position"}
+            parts = ", then ".join(f"{fraction:g} for {split}" for split, fraction in self._fractions.items())
+            logger.info("the corpus %s is one document; of its end this share is held out: %s", self.name, parts)
+        return {"kind": type(self).__name__, "sources": sources, "fractions": self._fractions, **how}
+
+    def _only_document(self) -> str | None:
+        """The document that is divided by position; None where they are divided by content."""
+        if not (self._divides_one and self._fractions):
+            return None
+        first = list(islice((text for text in self._read(self._sources["train"]) if text), 2))
+        return first[0] if len(first) == 1 else None
 
     def _cut(self, split: str) -> Iterator[str]:
+        if (only := self._only_document()) is not None:
+            yield self._piece_of(only, split)
+            return
         seen = kept = 0
         for text in self._read(self._sources["train"]):
             seen += 1
@@ -189,8 +219,23 @@ class SplitByContent(ABC):
             raise DataError(
                 f"none of the {seen} documents of the corpus {self.name} fell into its {split} split (they are "
                 f"divided by their content; fractions: {self._fractions}). Change data.corpus.validation_fraction or "
-                "data.corpus.test_fraction, or give data.corpus.validation or data.corpus.test a source of its own."
+                "data.corpus.test_fraction, or give data.corpus.validation or data.corpus.test a source of its own, "
+                f"such as {EXAMPLE_OF_SPLIT[split]}."
             )
+
+    def _piece_of(self, text: str, split: str) -> str:
+        """Train, then validation, then test; each begins after a line's end if one is near."""
+        bounds, share = [len(text)], 0.0
+        near = min(NEAR_CHARACTERS, round(len(text) * min(self._fractions.values()) / 4))
+        for name in ("test", "validation"):
+            fraction = self._fractions.get(name, 0.0)
+            share += fraction
+            place = round(len(text) * (1 - share))
+            line_end = text.rfind("\n", max(0, place - near), place)
+            bounds.append((place if line_end < 0 else line_end + 1) if fraction else bounds[-1])
+        test, validation = bounds[1], bounds[2]
+        start, stop = {"train": (0, validation), "validation": (validation, test), "test": (test, len(text))}[split]
+        return text[start:stop]
 
     def _split_of(self, text: str) -> str:
         digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()

@@ -2,7 +2,6 @@
 
 import functools
 import logging
-from pathlib import Path
 from typing import Any, TypedDict
 
 import lightning
@@ -11,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from longmix.data.corpus import Corpus
 from longmix.data.loaders import EvaluationBatches, TrainSteps, load, local_share
+from longmix.data.local_files import user_path
 from longmix.data.preparation import Preparation, prepare
 from longmix.data.token_files import TokenFile
 from longmix.data.tokenizers import Tokenizer
@@ -82,7 +82,7 @@ class TokenData(lightning.LightningDataModule):
         self.seq_len = seq_len
         self.batch_size = batch_size
         self.seed = seed
-        self.cache_dir = Path(cache_dir).expanduser()
+        self.cache_dir = user_path("data.cache_dir", cache_dir)
         self.num_workers = num_workers
         self.validation_tokens = validation_tokens
         self.start_step = 0

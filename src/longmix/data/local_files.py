@@ -2,15 +2,23 @@
 
 import glob
 import hashlib
+import logging
 import os
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from longmix.errors import ConfigError, DataError
 from longmix.files import sha256_of_file
+
+logger = logging.getLogger(__name__)
+
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+MOST_KINDS = 6
+"""Of files that are left out, named in one line."""
 
 
 def user_path(key: str, value: str | os.PathLike[str]) -> Path:
@@ -23,7 +31,7 @@ def user_path(key: str, value: str | os.PathLike[str]) -> Path:
     Raises:
         ConfigError: it is empty, as an unset variable of the shell leaves it, or no path.
     """
-    text = os.fspath(value)
+    text = value if isinstance(value, str) else os.fspath(value)
     if not text.strip():
         raise ConfigError(f"{key} is empty; was a variable of the shell not set? Give a path, or leave {key} out.")
     if "\0" in text:
@@ -35,32 +43,101 @@ def user_path(key: str, value: str | os.PathLike[str]) -> Path:
 
 
 def find_files(key: str, paths: str | Sequence[str], suffix: str) -> list[Path]:
-    """All files that one path or several name, sorted and without repeats.
+    """All files that one path or several name, sorted; each once, however many links and paths lead to it.
 
     Args:
         key: the setting the paths come from, for the error message.
-        paths: each a file, a folder (all files ending in `suffix` below it) or a glob pattern; `~` is expanded.
+        paths: each a file, a folder (all files ending in `suffix`, in small or capital letters, below it) or a glob
+            pattern; `~` is expanded. Names that begin with a dot are passed over. Links are followed.
         suffix: such as ".txt".
 
     Raises:
+        ConfigError: a path is empty.
         DataError: a path names no file.
     """
     given = [paths] if isinstance(paths, str) else list(paths)
     if not given:
         raise DataError(f"{key} is an empty list; give a file, a folder or a pattern")
-    return sorted({file for path in given for file in _find(key, Path(path).expanduser(), suffix)})
+    expanded = [user_path(key, path) for path in given]
+    found = sorted({file for path in expanded for file in _find(key, path, suffix)})
+    by_target: dict[Path, Path] = {}
+    for file in found:
+        target = file.resolve()
+        if target not in by_target or file == target:
+            by_target[target] = file
+    return sorted(by_target.values())
 
 
 def _find(key: str, path: Path, suffix: str) -> list[Path]:
     if path.is_file():
         return [path.absolute()]
-    pattern = f"{glob.escape(str(path))}/**/*{suffix}" if path.is_dir() else str(path)
-    # `Path.glob` takes no absolute pattern
-    files = [Path(file).absolute() for file in glob.glob(pattern, recursive=True) if Path(file).is_file()]  # noqa: PTH207
+    if path.is_dir():
+        return _files_below(key, path.absolute(), suffix)
+    files = [Path(file).absolute() for file in _matches(str(path)) if Path(file).is_file()]
     if not files:
-        found_nothing = f"no file matches {pattern}" if glob.has_magic(pattern) else f"there is no file {path}"
+        found_nothing = f"no file matches {path}" if glob.has_magic(str(path)) else f"there is no file {path}"
         raise DataError(f"{key}: {found_nothing} (the working folder is {Path.cwd()})")
     return files
+
+
+def _files_below(key: str, folder: Path, suffix: str) -> list[Path]:
+    """The files of the kind that is wanted; one line in the log counts the others."""
+    wanted: list[Path] = []
+    others: list[Path] = []
+    for path in (path for inner in _folders(folder) for path in _entries(inner) if not path.is_dir()):
+        is_wanted = path.name.lower().endswith(suffix) and path.is_file()
+        (wanted if is_wanted else others).append(path)
+    kinds = Counter(_kind(path) for path in others)
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(MOST_KINDS))
+    counts += ", ..." if len(kinds) > MOST_KINDS else ""
+    if not wanted:
+        named = [kind for kind, _ in kinds.most_common() if kind.startswith(".")]
+        there = f"; there are {counts}" if others else ""
+        there += f". A pattern such as {folder}/**/*{named[0]} takes them" if named else ""
+        raise DataError(f"{key}: no file matches {folder}/**/*{suffix} (the working folder is {Path.cwd()}){there}")
+    if others:
+        logger.warning("%s=%s takes its %s %s; left out: %s", key, folder, f"{len(wanted):,}", suffix, counts)
+    return wanted
+
+
+def _kind(path: Path) -> str:
+    if not path.is_file():
+        return "broken links" if path.is_symlink() else "devices or pipes"
+    return "".join(path.suffixes[-2:]) if path.suffix in COMPRESSED else path.suffix or "without a suffix"
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    """As `glob.glob`, but no folder is entered twice where `**` meets links, which may lead around in circles."""
+    whole = f"{pattern}/*" if pattern.endswith("/**") or pattern == "**" else pattern
+    head, mark, rest = whole.partition("**/")
+    if not mark or (head and not head.endswith("/")):
+        yield from glob.glob(whole, recursive=True)  # noqa: PTH207 - `Path.glob` takes no absolute pattern
+        return
+    starts = glob.glob(head) if glob.has_magic(head) else [head or "."]  # noqa: PTH207
+    for start in sorted(starts):
+        for folder in _folders(Path(start)):
+            yield from _matches(f"{glob.escape(str(folder))}/{rest or '*'}")
+
+
+def _folders(start: Path) -> Iterator[Path]:
+    """A folder and those below it, each once: by its shortest path, and by its own rather than by that of a link."""
+    seen: set[Path] = set()
+    level = [start]
+    while level:
+        inner: list[Path] = []
+        for folder in sorted(level, key=lambda path: (path.is_symlink(), path)):
+            if (target := folder.resolve()) not in seen:
+                seen.add(target)
+                yield folder
+                inner += [path for path in _entries(folder) if path.is_dir()]
+        level = inner
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"cannot read the folder {folder}: {error.strerror or error}") from error
 
 
 class Stamp(NamedTuple):
@@ -124,6 +201,12 @@ def identify_files(files: Sequence[Path], stamps: dict[Path, Stamp] | None = Non
         for file, (stamp, content) in zip(files, found, strict=True):
             recent = now - stamp.changed_at < RECENT_NANOSECONDS
             stamps[file] = stamp._replace(sha256=content) if recent else stamp
+    contents = [content for size, content in facts if size]
+    if repeats := len(contents) - len(set(contents)):
+        logger.warning(
+            "%s of the %s files below %s repeat the content of another; all of them count",
+            *(f"{repeats:,}", f"{len(files):,}", common),
+        )
     digest = hashlib.sha256()
     for file, (size, content) in zip(files, facts, strict=True):
         digest.update(f"{file.relative_to(common).as_posix()}\0{size}\0{content}\n".encode(errors="surrogateescape"))

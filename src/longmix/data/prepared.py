@@ -11,6 +11,7 @@ from typing import Any, Unpack
 
 from longmix.data.corpus import SPLITS
 from longmix.data.datamodule import DataOptions, TokenData
+from longmix.data.local_files import user_path
 from longmix.data.patience import Patience
 from longmix.data.sealed import MANIFEST, read_manifest
 from longmix.data.token_files import FORMAT_VERSION, TOKENIZER, TokenFile, check_manifest
@@ -287,6 +288,7 @@ class PreparedData(TokenData):
                 f"data.local_shards={local_shards} must be at least {LEAST_SHARDS}: windows are shuffled within "
                 f"{SHARDS_TOGETHER} shards at a time."
             )
+        user_path("data.path", path)  # refuses an empty one
         self.path, self.local_shards = path.rstrip("/"), local_shards
 
     @functools.cached_property

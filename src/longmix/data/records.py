@@ -1,9 +1,14 @@
-"""The documents in the records of a table: one of its fields."""
+"""The documents in the records of a table or of a file of JSON: one of their fields."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import IO, Any, cast
 
+from longmix.data.json_records import JsonRecords
 from longmix.errors import DataError
+
+FIELD_WITHIN_BYTES = 10 << 20
+"""A file of JSON none of whose records so far has the field is refused; a wrong name should not cost an hour."""
 
 
 def texts_of(records: Iterable[dict[str, Any]], field: str, place: str, first: int = 0) -> Iterator[str]:
@@ -20,10 +25,81 @@ def texts_of(records: Iterable[dict[str, Any]], field: str, place: str, first: i
     """
     for number, record in enumerate(records, first):
         if number == first and field not in record:
-            raise DataError(
-                f"data.corpus.field: the records of {place} have no field {field!r}; they have {', '.join(record)}"
-            )
+            raise _no_field(field, place, record)
         text = record.get(field)
         if text is not None and not isinstance(text, str):
             raise DataError(f"field {field!r} of record {number} of {place} holds {type(text).__name__}, not text")
         yield text or ""
+
+
+def texts_of_json(stream: IO[bytes], field: str, name: str) -> Iterator[str]:
+    """The text field of each record of a file of JSON; see `JsonRecords`.
+
+    A record that is null, or whose field is null or missing, gives an empty document.
+
+    Args:
+        stream: the bytes of the file, uncompressed.
+        field: which at least one of the first records must have.
+        name: of the file, for messages.
+
+    Raises:
+        DataError: the file is damaged, the field is missing in all of them, or one holds something else.
+    """
+    records = JsonRecords(stream, name)
+    others: dict[str, None] = {}
+    found = False
+    for record in records:
+        if record is not None and not isinstance(record, dict):
+            raise DataError(f"line {records.line:,} of {name} holds a {type(record).__name__}, not an object")
+        text = (record or {}).get(field)
+        if not found and record is not None:
+            found = field in record
+            others.update(dict.fromkeys(record))
+            if not found and records.bytes_read > FIELD_WITHIN_BYTES:
+                raise _no_field(field, name, others)
+        if text is not None and not isinstance(text, str):
+            raise DataError(
+                f"field {field!r} of record {records.record} of {name} (line {records.line:,}) holds "
+                f"{type(text).__name__}, not text"
+            )
+        if text and not text.isascii() and (place := _surrogate_in(text)) is not None:
+            raise DataError(
+                f"field {field!r} in line {records.line:,} of {name} holds a lone surrogate at character {place:,}, "
+                "which is not Unicode text; repair or remove that line"
+            )
+        yield text or ""
+    if others and not found:
+        raise _no_field(field, name, others)
+
+
+def _no_field(field: str, name: str, others: Iterable[str]) -> DataError:
+    return DataError(f"data.corpus.field: the records of {name} have no field {field!r}; they have {', '.join(others)}")
+
+
+def _surrogate_in(text: str) -> int | None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
+def uncompressed(stream: IO[bytes], name: str | Path) -> IO[bytes]:
+    """The bytes behind a compression that the end of the name tells, such as .gz, .bz2, .xz, .zip or .zst.
+
+    Raises:
+        DataError: it is not compressed so, or what reads it is not installed.
+    """
+    from fsspec.compression import compr
+    from fsspec.utils import infer_compression
+
+    kind = infer_compression(str(name))
+    if kind is None:
+        suffix = Path(str(name)).suffix
+        if suffix in (".zst", ".zstd"):
+            raise DataError(f"{name} is compressed by zstd, which needs: pip install zstandard")
+        return stream
+    try:
+        return cast(IO[bytes], compr[kind](stream, mode="rb"))
+    except Exception as error:  # each compression has its own kinds
+        raise DataError(f"{name} cannot be decompressed: {type(error).__name__}: {error}") from error
