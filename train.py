@@ -28,4 +28,4 @@ def main(config: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, "train")

@@ -11,6 +11,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from longmix import cli
+from longmix.command_line.help import help_text
+from longmix.command_line.schema import Schema
 from longmix.config import resolved, total_steps
 from longmix.errors import ConfigError
 from longmix.model.matching import count_parameters, match_parameters
@@ -66,8 +68,9 @@ class TestPlugins:
         return [path.relative_to(ROOT / "configs") for path in sorted((ROOT / "configs" / "hydra").glob("*/*.yaml"))]
 
     def test_help_lists_them(self):
-        text = cli.help_text(ROOT / "train.py")
-        assert "\nhydra/launcher: processes, slurm\nhydra/sweeper: search\n" in text
+        text = " ".join(help_text(Schema("train", ROOT / "configs")).split())
+        assert "hydra/launcher=basic where the runs of a sweep (-m) take place: processes, slurm" in text
+        assert "hydra/sweeper=basic which values a sweep (-m) tries: search" in text
         assert {path.stem for path in self.choices()} == set(PACKAGES)
 
     def test_absent_package_is_named_with_its_extra(self, monkeypatch):
@@ -88,7 +91,7 @@ class TestPlugins:
         monkeypatch.setattr(sys, "argv", ["train.py", "-m", "hydra/sweeper=search"])
         monkeypatch.setattr(cli, "PLUGINS", {"no-such-package": ("sweep", {"hydra/sweeper=search"})})
         with pytest.raises(SystemExit) as caught:
-            cli.register()
+            cli.run(lambda: None, "train")
         assert caught.value.code == 2
         assert capsys.readouterr().err.startswith("ConfigError: hydra/sweeper=search needs no-such-package; pip")
 

@@ -1,31 +1,37 @@
-"""What the entry points share before anything heavy is imported: one-line errors, run names, mixer patterns."""
+"""What the entry points share before anything heavy is imported: words for Hydra, help, one-line errors, exit codes."""
 
 import contextlib
 import functools
 import importlib.metadata
 import re
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from hydra.core.config_store import ConfigStore
+import hydra._internal.hydra as hydra_commands
+import hydra._internal.utils as hydra_utils
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.object_type import ObjectType
-from hydra.core.plugins import Plugins
-from hydra.errors import CompactHydraException
-from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
+from hydra.errors import CompactHydraException, HydraException
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from longmix.config import EvaluateConfig, GenerateConfig, PrepareConfig, TrainConfig
+from longmix.command_line import values
+from longmix.command_line.explain import explained, misformed, wrong_sweep
+from longmix.command_line.help import help_text, version_text
+from longmix.command_line.register import file_name as file_name
+from longmix.command_line.register import register_types as register_types
+from longmix.command_line.register import windows as windows
+from longmix.command_line.schema import Schema, configs_folder
+from longmix.command_line.words import Word, divided, is_sweep
 from longmix.errors import ConfigError, Interrupted, LongmixError, ProcessLost
 from longmix.startup import INTERRUPTED
 from longmix.training.place import leave, own_place
 
-LONGEST_FILE_NAME = 200  # file systems take 255 bytes; a few are left for what others add
-PATH_WORDS = ("checkpoint", "states", "resume", "output", "prompt_file", "load", "save")
-TEXT_WORDS = ("prompt",)
+DEFECT = 1
+REPORT = "run_and_report"  # what Hydra does with every error
 PLUGINS = {
     "hydra-optuna-sweeper": ("sweep", {"hydra/sweeper=search", "hydra/sweeper=optuna"}),
     "hydra-submitit-launcher": (
@@ -37,42 +43,46 @@ PLUGINS = {
 
 
 def register() -> None:
-    """Make schemas, resolvers and mixer patterns known to Hydra, and put the command line right."""
-    register_types()
-    sys.argv[1:] = command_line(sys.argv[1:])
-    if sys.argv[1:] in (["-h"], ["--help"]):
-        print(help_text(Path(sys.argv[0]).resolve()))
-        sys.exit(0)
-    try:
-        check_plugins(sys.argv[1:])
-    except ConfigError as error:
-        print(f"ConfigError: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-
-
-def register_types() -> None:
     """Make schemas, resolvers and mixer patterns known to Hydra."""
-    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
-    ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
-    ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)
-    ConfigStore.instance().store(name="prepare_schema", node=PrepareConfig)
-    OmegaConf.register_new_resolver("file_name", file_name, replace=True)
-    OmegaConf.register_new_resolver("windows", windows, replace=True)
-    Plugins.instance().register(MixerPatternSource)
+    register_types()
 
 
-def help_text(script: Path) -> str:
-    """The help that a script's configuration holds, with every group's choices.
+def run(main: Callable[[], Any], command: str) -> None:
+    """Run a function that `hydra.main` made as the command line says; whatever is refused is one line and exit code 2.
 
-    Hydra's own `--help` also lists its internal groups, which takes longer than everything else together.
+    Args:
+        main: takes its words from `sys.argv`, which is put right before.
+        command: "train", "evaluate", "generate" or "prepare".
     """
-    configs = script.parent / "configs"
-    choices: dict[str, list[str]] = {}
-    for path in sorted(configs.glob("*/**/*.yaml")):
-        choices.setdefault(path.parent.relative_to(configs).as_posix(), []).append(path.stem)
-    groups = [f"{group}: {', '.join(names)}" for group, names in sorted(choices.items())]
-    template = OmegaConf.load(configs / f"{script.stem}.yaml").hydra.help.template
-    return template.replace("$APP_CONFIG_GROUPS", "\n".join(groups))
+    speak_everywhere()
+    given = sys.argv[1:]
+    try:
+        schema = Schema(command, configs_folder())
+        answer = answered(schema, given)
+        if answer is not None:
+            print(answer)
+            return
+        sys.argv[1:] = command_line(schema, given)
+        with _refusals_in_one_line(schema, given):
+            main()
+    except LongmixError as error:
+        _end(error)
+
+
+def speak_everywhere() -> None:
+    """Let no message fail at a character that the terminal's encoding lacks."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):  # replaced by a test, or closed
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+def answered(schema: Schema, arguments: Sequence[str]) -> str | None:
+    """What `-h` and `--version` print; None where the command is to be run."""
+    if "--version" in arguments:
+        return version_text()
+    if {"-h", "--help"} & set(arguments):
+        return help_text(schema, [word for word in arguments if not word.startswith("-")])
+    return None
 
 
 def check_plugins(arguments: list[str]) -> None:
@@ -89,41 +99,105 @@ def check_plugins(arguments: list[str]) -> None:
                 raise ConfigError(f"{choice} needs {package}; pip install 'longmix[{extra}]' brings it.") from None
 
 
-def command_line(arguments: list[str]) -> list[str]:
-    """The arguments as Hydra should see them: `--cfg job` prints values, and what is a path or a prompt stays as it is.
+def command_line(schema: Schema, arguments: Sequence[str]) -> list[str]:
+    """The arguments as Hydra should see them: values by their type, and `--cfg job` prints values.
 
-    A sweep names its folders like `0,seed=1`, which Hydra would refuse or take for a list unless it is quoted.
+    Raises:
+        ConfigError: an option, or the form of a word, is wrong.
     """
-    arguments = [_quoted(argument) for argument in arguments]
-    asks_for_job = re.search(r"(^| )(--cfg|-c)[ =]?job( |$)", " ".join(arguments))
-    return [*arguments, "--resolve"] if asks_for_job and "--resolve" not in arguments else arguments
+    if {"-sc", "--shell-completion"} & set(arguments):
+        return list(arguments)
+    options, given = divided(arguments)
+    if given and "--cfg" not in options:
+        check_plugins(given)
+    words = [Word.read(argument) for argument in given]
+    sweep = is_sweep(options, given)
+    problem = misformed(schema, words, sweep) or (wrong_sweep(schema, words) if sweep else None)
+    if problem:
+        raise ConfigError(problem)
+    written = as_hydra_reads(schema, words, sweep)
+    asks_for_job = re.search(r"(^| )(--cfg|-c)[ =]?job( |$)", " ".join(options))
+    return [*options, *(["--resolve"] if asks_for_job and "--resolve" not in options else []), *written]
 
 
-def _quoted(argument: str) -> str:
-    word, _, text = argument.partition("=")
-    is_path = word in PATH_WORDS and not re.fullmatch(r"[\w./-]*", text, re.ASCII) and Path(text).exists()
-    is_text = word in TEXT_WORDS and text[:1] not in ("", "[", "'", '"')
-    if not (is_path or is_text):
-        return argument
-    return hydra_word(word, text)
+def as_hydra_reads(schema: Schema, words: Sequence[Word], sweep: bool = False) -> list[str]:
+    """The words with each value in Hydra's grammar, by what the word takes."""
+    written = []
+    for word in words:
+        takes = schema.takes(word, words) if word.value is not None and word.sign != "~" else None
+        if takes is None or word.value is None:
+            written.append(word.given)
+        else:
+            written.append(f"{word.sign}{word.name}={values.as_hydra_reads(word.value, takes, sweep)}")
+    return written
 
 
 def hydra_word(word: str, text: str) -> str:
     """`word=text` as an argument from which Hydra reads `text` as it is."""
-    # Hydra reads a backslash as itself unless a quote follows, and `${` as an interpolation.
-    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text, count=0)
-    escaped = escaped.replace("${", "\\${")
-    return f"{word}='{escaped}'"
+    return f"{word}={values.in_quotes(text)}"
 
 
-def file_name(text: str) -> str:
-    """`text` without what is awkward in a folder's name, and not longer than a file system takes."""
-    return re.sub(r"[^\w.,=-]+", "-", str(text), flags=re.ASCII).strip("-")[:LONGEST_FILE_NAME]
+@contextlib.contextmanager
+def _refusals_in_one_line(schema: Schema, given: Sequence[str]) -> Iterator[None]:
+    """Turn what Hydra raises before the task into a `ConfigError`; a defect keeps its traceback from the task on."""
+
+    def call(function: Callable[[], Any]) -> Any:
+        return function()
+
+    modules = (hydra_utils, hydra_commands)
+    originals = [vars(module)[REPORT] for module in modules]
+    for module in modules:  # Hydra's own prints every error at length, and exits with 1
+        setattr(module, REPORT, call)
+    try:
+        yield
+    except LongmixError:
+        raise
+    except RunFailed as failed:
+        sys.exit(failed.exit_code)
+    except Exception as error:
+        frames = _frames_of_task(error)
+        if frames is not None:
+            traceback.print_exception(type(error), error, frames)
+            sys.exit(DEFECT)
+        raise ConfigError(_refusal(schema, given, error)) from error
+    finally:
+        for module, original in zip(modules, originals, strict=True):
+            setattr(module, REPORT, original)
+        GlobalHydra.instance().clear()
 
 
-def windows(tokens: int, seq_len: int) -> int:
-    """How many windows of `seq_len` tokens make `tokens` together, rounded down, and at least one."""
-    return max(1, tokens // seq_len)
+def _refusal(schema: Schema, given: Sequence[str], error: Exception) -> str:
+    options, words = divided(given)
+    if isinstance(error, OSError) and not isinstance(error, HydraException):
+        key = "hydra.sweep.dir" if is_sweep(options, words) else "hydra.run.dir"
+        return f"{key}={error.filename} cannot be made: {error.strerror}."
+    if not isinstance(error, HydraException | OmegaConfBaseException | ValueError | TypeError):
+        raise error
+    return explained(schema, words, is_sweep(options, words), error)
+
+
+def _frames_of_task(error: BaseException) -> Any:
+    """The traceback from the task on; None if the task had not begun."""
+    frames = error.__traceback__
+    while frames is not None:
+        code = frames.tb_frame.f_code
+        if code.co_filename == __file__ and code.co_qualname == "entry_point.<locals>.run":
+            return frames.tb_next or frames
+        frames = frames.tb_next
+    return None
+
+
+def _end(error: LongmixError) -> NoReturn:
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)
+
+
+class RunFailed(CompactHydraException):
+    """A run of a sweep that was refused or failed; its message is printed already."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def entry_point(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -144,7 +218,7 @@ def entry_point(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
             if isinstance(error, Interrupted) and error.hand_on is not None:
                 return error.hand_on()
             if HydraConfig.get().mode == RunMode.MULTIRUN and not isinstance(error, Interrupted):
-                raise CompactHydraException(message) from None
+                raise RunFailed(message, error.exit_code) from None
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
             print("Interrupted.", file=sys.stderr)
@@ -172,61 +246,3 @@ def _remove_unused_folder() -> None:
     if folder != Path.cwd():
         with contextlib.suppress(OSError):  # it holds something, and stays
             folder.rmdir()
-
-
-class MixerPatternSource(ConfigSource):
-    """Composes `mixer=<name>*<count>+<name>...` from the files in configs/mixer.
-
-    `mixer=sliding_window*3+flash` makes the node
-
-        pattern: [sliding_window, sliding_window, sliding_window, flash]     # repeated over the layers
-        sliding_window: <configs/mixer/sliding_window.yaml>
-        flash: <configs/mixer/flash.yaml>
-
-    so that `mixer.sliding_window.window=128` reaches one member's settings.
-    """
-
-    @staticmethod
-    def scheme() -> str:
-        """The scheme that `hydra.searchpath` names."""
-        return "mixer-pattern"
-
-    def load_config(self, config_path: str) -> ConfigResult:
-        """The synthesised node for a pattern."""
-        pattern = _parsed_pattern(config_path)
-        if pattern is None:
-            raise ConfigLoadError(f"{config_path} is not a mixer pattern")
-        members = list(dict.fromkeys(pattern))
-        config = OmegaConf.create({"defaults": [f"{name}@{name}" for name in members], "pattern": pattern})
-        return ConfigResult(
-            config=config, path=f"{self.scheme()}://{config_path}", provider=self.provider, header={"package": None}
-        )
-
-    def available(self) -> bool:
-        """There is nothing to reach."""
-        return True
-
-    def is_group(self, config_path: str) -> bool:
-        """Patterns are options of a group, not groups."""
-        return False
-
-    def is_config(self, config_path: str) -> bool:
-        """Whether `config_path` is a pattern, which a plain name is not."""
-        return _parsed_pattern(config_path) is not None
-
-    def list(self, config_path: str, results_filter: ObjectType | None) -> "list[str]":
-        """Patterns cannot be listed."""
-        return []
-
-
-def _parsed_pattern(config_path: str) -> "list[str] | None":
-    group, _, text = config_path.removesuffix(".yaml").partition("/")
-    if group != "mixer" or not re.search(r"[*+]", text):
-        return None
-    pattern: list[str] = []
-    for term in text.split("+"):
-        match = re.fullmatch(r"(\w+)(?:\*([1-9]\d*))?", term)
-        if match is None:
-            return None
-        pattern += [match[1]] * int(match[2] or 1)
-    return pattern

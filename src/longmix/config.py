@@ -94,18 +94,25 @@ class TrainConfig:
     """The words of the command line.
 
     Attributes:
-        mixer, model, data, tokenizer, optimizer, schedule, trainer, logger: config groups.
-        seq_len: tokens a training window holds.
+        mixer: what mixes the sequence; a pattern such as sliding_window*3+flash repeats over the layers.
+        model: the model's size.
+        data: what is trained on.
+        tokenizer: how text becomes tokens.
+        optimizer: how weights follow their gradients.
+        schedule: the course of the learning rate.
+        trainer: which devices, and how they share the work.
+        logger: where metrics go.
+        seq_len: tokens in a training window.
         batch_size: windows per optimizer step, over all devices.
         max_steps: optimizer steps to train.
-        max_tokens: tokens to train; with `max_steps` too, the smaller of the two counts.
+        max_tokens: tokens to train; with max_steps too, the smaller of the two counts.
         seed: of weights, data order and everything else that is drawn.
         name: the run's name; its folder is `runs/<name>`.
-        resume: "auto" to continue the newest run of this configuration, or a checkpoint's or run's folder.
+        resume: auto continues the newest run of this configuration; or the folder of a run or checkpoint.
         checkpoint: folder of a run or checkpoint whose weights a new run begins from; model, mixer and tokenizer are
             its own.
-        trust: full names of classes besides longmix's own that `checkpoint` may name.
-        trainable: "all", or "states" to train the states before documents and nothing else.
+        trust: full names of classes besides longmix's own that checkpoint may name.
+        trainable: all, or states: train the states before documents and nothing else.
         tuning: see `TuningConfig`.
         match: see `MatchConfig`.
         loop: see `LoopConfig`.
@@ -125,8 +132,8 @@ class TrainConfig:
     max_tokens: int | None = None
     seed: int = 0
     name: str = MISSING
-    resume: str | None = None
-    checkpoint: str | None = None
+    resume: str | None = field(default=None, metadata={"path": True})
+    checkpoint: str | None = field(default=None, metadata={"path": True})
     trust: list[str] = field(default_factory=list)
     trainable: str = "all"
     tuning: TuningConfig = field(default_factory=TuningConfig)
@@ -141,29 +148,29 @@ class EvaluateConfig:
     Attributes:
         checkpoint: folder of a checkpoint, of a run (its newest checkpoint), or of a sweep (every run's newest one).
         states: file of trained states that documents begin from, or the folder of the run that wrote it.
-        task: what to evaluate, by name; one or several choices of a config group.
-        data: other data than the checkpoint's, a config group; null keeps its own.
-        split: "train", "validation" or "test".
-        seq_len: context length or lengths; null takes the trained one.
+        task: what to evaluate; one choice or a list.
+        data: other data than the checkpoint's; null keeps its own.
+        split: train, validation or test.
+        seq_len: context length, or a list of them; null takes the trained one.
         max_tokens: evenly spread windows of about so many tokens; null takes the whole split.
         batch_size: windows at once; null takes about 16k tokens.
-        device: "auto", "cpu" or "cuda".
-        precision: "auto" is bf16 on a GPU and float32 on a CPU; or "float32", "bf16".
+        device: auto, cpu or cuda.
+        precision: auto is bf16 on a GPU and float32 on a CPU; or float32, bf16.
         output: folder for results; null takes `evaluation/` in the run's folder.
         trust: full names of classes besides longmix's own that the checkpoint may name.
     """
 
-    checkpoint: str = MISSING
-    states: str | None = None
+    checkpoint: str = field(default=MISSING, metadata={"path": True})
+    states: str | None = field(default=None, metadata={"path": True})
     task: Any = MISSING
     data: Any = None
     split: str = "validation"
-    seq_len: Any = None
+    seq_len: Any = field(default=None, metadata={"takes": int | list[int] | None})
     max_tokens: int | None = None
     batch_size: int | None = None
     device: str = "auto"
     precision: str = "auto"
-    output: str | None = None
+    output: str | None = field(default=None, metadata={"path": True})
     trust: list[str] = field(default_factory=list)
 
 
@@ -177,17 +184,23 @@ class GenerateConfig:
         prompt_file: a UTF-8 file with the prompt instead.
         max_tokens: tokens to generate for each row.
         samples: continuations of each prompt.
-        temperature, top_k, top_p, min_p: see `longmix.generation.sampling.Sampling`.
-        seed: of what is drawn; null is 0, and with `load` goes on with what was saved.
-        stop: texts that end a row.
+        temperature: below 1 makes likely tokens likelier; 0 always takes the likeliest.
+        top_k: draw among so many likeliest tokens; null among all.
+        top_p: draw among the likeliest tokens that have this probability together.
+        min_p: leave out tokens less likely than this share of the likeliest.
+        seed: of what is drawn; null is 0, and with load goes on with what was saved.
+        stop: texts that end a row, such as [###].
         states: file of trained states that documents begin from, or the folder of the run that wrote it.
-        load, save: files of an earlier call to go on from, and to go on from later.
-        device, precision, trust: see `EvaluateConfig`.
+        load: file of an earlier call to go on from.
+        save: file to go on from later.
+        device: auto, cpu or cuda.
+        precision: auto is bf16 on a GPU and float32 on a CPU; or float32, bf16.
+        trust: full names of classes besides longmix's own that the checkpoint may name.
     """
 
-    checkpoint: str = MISSING
-    prompt: Any = ""
-    prompt_file: str | None = None
+    checkpoint: str = field(default=MISSING, metadata={"path": True})
+    prompt: Any = field(default="", metadata={"takes": str | list[str], "literal": True})
+    prompt_file: str | None = field(default=None, metadata={"path": True})
     max_tokens: int = 256
     samples: int = 1
     temperature: float = 1.0
@@ -195,10 +208,10 @@ class GenerateConfig:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int | None = None
-    stop: list[str] = field(default_factory=list)
-    states: str | None = None
-    load: str | None = None
-    save: str | None = None
+    stop: list[str] = field(default_factory=list, metadata={"literal": True})
+    states: str | None = field(default=None, metadata={"path": True})
+    load: str | None = field(default=None, metadata={"path": True})
+    save: str | None = field(default=None, metadata={"path": True})
     device: str = "auto"
     precision: str = "auto"
     trust: list[str] = field(default_factory=list)
@@ -209,9 +222,11 @@ class PrepareConfig:
     """The words of `prepare.py`.
 
     Attributes:
-        data, tokenizer: config groups.
-        splits: which token files to make; null makes all.
-        workers, shard_tokens: see `longmix.data.preparation.Preparation`.
+        data: what to prepare.
+        tokenizer: how text becomes tokens.
+        splits: which token files to make, such as [train,validation]; null makes all.
+        workers: processes that tokenise besides this one, and read too what is streamed.
+        shard_tokens: a shard ends with the documents that fill it.
     """
 
     data: Any = MISSING

@@ -228,18 +228,12 @@ def test_a_saved_text_of_anything_else_is_refused_by_name_and_runs_no_code(model
         " ",
     ],
 )
-def test_a_prompt_is_taken_literally(text, monkeypatch):
-    from hydra import compose, initialize_config_dir
-
+def test_a_prompt_is_taken_literally(text, compose_config):
     from longmix import cli
+    from longmix.command_line.schema import Schema
 
-    monkeypatch.setattr("sys.argv", ["generate.py", "checkpoint=x", f"prompt={text}"])
-    cli.register()
-    import sys
-
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("generate", overrides=sys.argv[1:])
-    assert str(config.prompt) == text
+    words = cli.command_line(Schema("generate", CONFIGS), ["checkpoint=x", f"prompt={text}"])
+    assert compose_config(*words, entry_point="generate").prompt == text
 
 
 def test_the_command_line(run_process, run_folder):

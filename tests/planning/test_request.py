@@ -58,7 +58,7 @@ REFUSED = {
     "gpus": (["gpus=0"], "gpus=0 must be a whole number"),
     "gpus-text": (["gpus=many"], "gpus=many must be"),
     "unknown": (["seq_length=5"], "seq_length"),
-    "mixer": (["mixer=flush"], "mixer/flush"),
+    "mixer": (["mixer=flush"], "mixer=flush does not exist. Did you mean flash"),
     "setting": (["mixer=flash", "+mixer.widow=3"], "mixer.widow"),
     "heads": (["model.num_heads=3"], "model.num_heads=3"),
     "devices": (["trainer.devices=0"], "trainer.devices=0"),

@@ -207,9 +207,9 @@ def two_steps(request: Request) -> None:
 
 def mixers() -> list[str]:
     """The names of all mixers."""
-    from longmix.planning.request import configs
+    from longmix.command_line.schema import configs_folder
 
-    return sorted(path.stem for path in (configs() / "mixer").glob("*.yaml"))
+    return sorted(path.stem for path in (configs_folder() / "mixer").glob("*.yaml"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

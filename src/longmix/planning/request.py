@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,6 +14,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from longmix import cli
 from longmix import config as configuration
+from longmix.command_line.explain import explained, misformed
+from longmix.command_line.register import register_types
+from longmix.command_line.schema import Schema, configs_folder
+from longmix.command_line.words import Word
 from longmix.config import Node, build
 from longmix.errors import ConfigError
 from longmix.model.backbone import LanguageModel
@@ -24,8 +27,6 @@ from longmix.planning.rehearsal import Precision
 from longmix.training.accelerators import ACCELERATORS, Accelerator, by_word
 
 Strategy = Literal["single", "ddp", "fsdp"]
-
-CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 @dataclass(frozen=True)
@@ -217,28 +218,22 @@ def _accelerator(word: str) -> tuple[Accelerator | None, int]:
     return found, found.memory_bytes
 
 
-def configs() -> Path:
-    """The folder of the configuration: that of the checkout, else the one here.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    for folder in (CONFIGS, Path.cwd() / "configs"):
-        if (folder / "train.yaml").exists():
-            return folder
-    raise ConfigError(f"there is no train.yaml in {CONFIGS} or ./configs; run this from the repository's folder.")
-
-
-def _composed(words: list[str]) -> tuple[Node, tuple[str, str]]:
+def _composed(given: list[str]) -> tuple[Node, tuple[str, str]]:
     """The resolved configuration, and the words for mixer and model."""
-    cli.register_types()
+    register_types()
+    folder = configs_folder()
+    schema = Schema("train", folder)
+    words = [Word.read(word) for word in given]
+    problem = misformed(schema, words, sweep=False)
+    if problem:
+        raise ConfigError(problem)
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(configs()), version_base="1.3"):
-            config = compose("train", overrides=["name=plan", *words], return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        message = " ".join(str(error).split())
-        raise ConfigError(message.partition(" Config search path")[0]) from error
+        with initialize_config_dir(str(folder), version_base="1.3"):
+            overrides = ["name=plan", *cli.as_hydra_reads(schema, words)]
+            config = compose("train", overrides=overrides, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
+        raise ConfigError(explained(schema, given, False, error)) from error
     choices = config.hydra.runtime.choices
     labels = choices["mixer"], choices["model"]
     with open_dict(config):

@@ -1,0 +1,92 @@
+"""What Hydra must know before it composes: the schemas, the resolvers, and mixers that are patterns."""
+
+import re
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.object_type import ObjectType
+from hydra.core.plugins import Plugins
+from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
+from omegaconf import OmegaConf
+
+from longmix.config import EvaluateConfig, GenerateConfig, PrepareConfig, TrainConfig
+
+LONGEST_FILE_NAME = 200  # file systems take 255 bytes; a few are left for what others add
+
+
+def register_types() -> None:
+    """Make schemas, resolvers and mixer patterns known to Hydra."""
+    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+    ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
+    ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)
+    ConfigStore.instance().store(name="prepare_schema", node=PrepareConfig)
+    OmegaConf.register_new_resolver("file_name", file_name, replace=True)
+    OmegaConf.register_new_resolver("windows", windows, replace=True)
+    Plugins.instance().register(MixerPatternSource)
+
+
+def file_name(text: str) -> str:
+    """`text` without what is awkward in a folder's name, and not longer than a file system takes."""
+    return re.sub(r"[^\w.,=-]+", "-", str(text), flags=re.ASCII).strip("-")[:LONGEST_FILE_NAME]
+
+
+def windows(tokens: int, seq_len: int) -> int:
+    """How many windows of `seq_len` tokens make `tokens` together, rounded down, and at least one."""
+    return max(1, tokens // seq_len)
+
+
+class MixerPatternSource(ConfigSource):
+    """Composes `mixer=<name>*<count>+<name>...` from the files in configs/mixer.
+
+    `mixer=sliding_window*3+flash` makes the node
+
+        pattern: [sliding_window, sliding_window, sliding_window, flash]     # repeated over the layers
+        sliding_window: <configs/mixer/sliding_window.yaml>
+        flash: <configs/mixer/flash.yaml>
+
+    so that `mixer.sliding_window.window=128` reaches one member's settings.
+    """
+
+    @staticmethod
+    def scheme() -> str:
+        """The scheme that `hydra.searchpath` names."""
+        return "mixer-pattern"
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """The synthesised node for a pattern."""
+        pattern = _parsed_pattern(config_path)
+        if pattern is None:
+            raise ConfigLoadError(f"{config_path} is not a mixer pattern")
+        members = list(dict.fromkeys(pattern))
+        config = OmegaConf.create({"defaults": [f"{name}@{name}" for name in members], "pattern": pattern})
+        return ConfigResult(
+            config=config, path=f"{self.scheme()}://{config_path}", provider=self.provider, header={"package": None}
+        )
+
+    def available(self) -> bool:
+        """There is nothing to reach."""
+        return True
+
+    def is_group(self, config_path: str) -> bool:
+        """Patterns are options of a group, not groups."""
+        return False
+
+    def is_config(self, config_path: str) -> bool:
+        """Whether `config_path` is a pattern, which a plain name is not."""
+        return _parsed_pattern(config_path) is not None
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> "list[str]":
+        """Patterns cannot be listed."""
+        return []
+
+
+def _parsed_pattern(config_path: str) -> "list[str] | None":
+    group, _, text = config_path.removesuffix(".yaml").partition("/")
+    if group != "mixer" or not re.search(r"[*+]", text):
+        return None
+    pattern: list[str] = []
+    for term in text.split("+"):
+        match = re.fullmatch(r"(\w+)(?:\*([1-9]\d*))?", term)
+        if match is None:
+            return None
+        pattern += [match[1]] * int(match[2] or 1)
+    return pattern

@@ -1,0 +1,189 @@
+"""What each word of a command takes: from the configuration's dataclasses, and the signatures behind `_target_`."""
+
+import dataclasses
+import functools
+import re
+import typing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from longmix.command_line import values
+from longmix.command_line.values import Takes
+from longmix.command_line.words import Word
+from longmix.config import EvaluateConfig, GenerateConfig, PrepareConfig, TrainConfig, locate, settings
+from longmix.errors import ConfigError, LongmixError
+
+SCHEMAS: dict[str, type] = {
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "generate": GenerateConfig,
+    "prepare": PrepareConfig,
+}
+"""By command, the dataclass of its words."""
+
+HYDRA_PATHS = {key: Takes(str, path=True) for key in ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")}
+
+
+class Schema:
+    """What the words of one command are.
+
+    Args:
+        command: "train", "evaluate", "generate" or "prepare".
+        configs: the folder of the configuration.
+        own: further words of it, with what each takes.
+    """
+
+    def __init__(self, command: str, configs: Path, own: dict[str, Takes] | None = None) -> None:
+        self.command = command
+        self.configs = configs
+        self.words = HYDRA_PATHS | _of_dataclass(SCHEMAS[command]) | (own or {})
+        self.all_groups = sorted(
+            {path.parent.relative_to(configs).as_posix() for path in configs.glob("*/**/*.yaml")} - {"."}
+        )
+
+    @functools.cached_property
+    def groups(self) -> dict[str, Any]:
+        """The config groups it takes, with the default of each."""
+        found: dict[str, Any] = {}
+        for entry in self.primary.defaults:
+            if isinstance(entry, DictConfig):
+                found |= {str(key): value for key, value in entry.items() if not str(key).startswith("override ")}
+        return found
+
+    @functools.cached_property
+    def primary(self) -> Any:
+        """The command's own YAML file."""
+        return OmegaConf.load(self.configs / f"{self.command}.yaml")
+
+    def choices(self, group: str) -> list[str]:
+        """What a group can be."""
+        return sorted(path.stem for path in (self.configs / group).glob("*.yaml"))
+
+    def takes_several(self, group: str) -> bool:
+        """Whether a group may be a list of choices."""
+        return OmegaConf.is_list(self.groups.get(group))
+
+    def is_group(self, name: str) -> bool:
+        """Whether a word chooses a file instead of giving a value."""
+        group = name.partition("@")[0]
+        return group in self.groups or "/" in group or (group in self.all_groups and group not in self.words)
+
+    def takes(self, word: Word, words: Sequence[Word]) -> Takes | None:
+        """What a word takes beside the others of its command line; None if it is not known.
+
+        The classes of a group are imported for it only where Hydra might read the value as something else.
+        """
+        if word.name in self.words:
+            return self.words[word.name]
+        if "." not in word.name or self.is_group(word.name) or word.name.startswith("hydra."):
+            return None
+        return None if self._is_settled(word) else self.setting(word.name, words)
+
+    def setting(self, name: str, words: Sequence[Word]) -> Takes | None:
+        """What a setting of a group takes, such as data.corpus.path."""
+        try:
+            node = self.composed(words)
+        except Exception:
+            return None  # said in full as the command begins
+        return _setting(node, name)
+
+    def composed(self, words: Iterable[Word]) -> Any:
+        """The configuration with the groups that the words choose, nothing resolved.
+
+        Raises:
+            HydraException: a choice does not exist.
+        """
+        chosen = [_choice(word) for word in words if self._shapes(word)]
+        return _composed(self.command, self.configs, tuple(chosen))
+
+    def _shapes(self, word: Word) -> bool:
+        if word.value is None or word.sign == "~":
+            return False
+        return self.is_group(word.name) or (word.sign != "" and values.is_plain(word.value))
+
+    def _is_settled(self, word: Word) -> bool:
+        """Whether Hydra reads the value rightly whatever the class: a plain text, or a number among numbers."""
+        value = word.value or ""
+        if values.is_plain(value) or value.lower() in ("true", "false", "null"):
+            return value.lower() != "true" or self._only_numbers(word.name)
+        if not re.fullmatch(r"\[?[-+]?[\d.]+([eE]-\d+)?(,[-+]?[\d.]+([eE]-\d+)?)*\]?", value, re.ASCII):
+            return False
+        return self._only_numbers(word.name)
+
+    def _only_numbers(self, name: str) -> bool:
+        group, _, rest = name.partition(".")
+        leaf = rest.rpartition(".")[2]
+        found = re.findall(rf"^\s*{re.escape(leaf)}:[ ]*(.*?)[ ]*(?:#.*)?$", self._text(group), re.MULTILINE)
+        return bool(found) and all(re.fullmatch(r"true|false|\[?[-\d._e, ]+\]?", value) for value in found)
+
+    def _text(self, group: str) -> str:
+        files = (self.configs / group).glob("*.yaml")
+        return "\n".join(path.read_text(encoding="utf-8") for path in files)
+
+
+def _choice(word: Word) -> str:
+    """A word that chooses, as one run of a sweep has it."""
+    first = values.split(word.value or "")[0]
+    return f"{word.sign}{word.name}={first}"
+
+
+@functools.lru_cache(maxsize=8)
+def _composed(command: str, configs: Path, overrides: tuple[str, ...]) -> Any:
+    from longmix.command_line.register import register_types
+
+    register_types()
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(configs), version_base="1.3"):
+            composed = compose(command, overrides=list(overrides), return_hydra_config=True)
+    finally:
+        GlobalHydra.instance().hydra = outer
+    return OmegaConf.to_container(composed, resolve=False)
+
+
+def _setting(node: Any, name: str) -> Takes | None:
+    *parents, leaf = name.split(".")
+    hints: dict[str, Any] = {}
+    for part in [*parents, leaf]:
+        if isinstance(node, dict) and "_target_" in node:
+            try:
+                hints = settings(locate(str(node["_target_"]), name))
+            except LongmixError:
+                return None
+        if part == leaf and part in hints:
+            return Takes(hints[part])
+        node = node.get(part) if isinstance(node, dict) else None
+    return None
+
+
+def _of_dataclass(schema: type, prefix: str = "") -> dict[str, Takes]:
+    """Dotted words with what each takes; config groups take nothing."""
+    found: dict[str, Takes] = {}
+    hints = typing.get_type_hints(schema)
+    for entry in dataclasses.fields(schema):
+        hint = entry.metadata.get("takes", hints[entry.name])
+        if dataclasses.is_dataclass(hint):
+            found |= _of_dataclass(typing.cast(type, hint), f"{prefix}{entry.name}.")
+        elif hint is not Any:
+            path, literal = (bool(entry.metadata.get(key)) for key in ("path", "literal"))
+            found[f"{prefix}{entry.name}"] = Takes(hint, path, literal)
+    return found
+
+
+def configs_folder() -> Path:
+    """The folder of the configuration: that of the checkout, else the one here.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    checkout = Path(__file__).parents[3] / "configs"
+    for folder in (checkout, Path.cwd() / "configs"):
+        if (folder / "train.yaml").exists():
+            return folder
+    raise ConfigError(f"there is no train.yaml in {checkout} or ./configs; run this from the repository's folder.")

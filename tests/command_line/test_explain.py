@@ -1,0 +1,130 @@
+"""Every command line that Hydra would refuse is refused in one line that names the word and the cure."""
+
+import pytest
+
+from longmix.errors import DataError
+
+REFUSED = [
+    ("train", "mixer=flahs", "mixer=flahs does not exist. Did you mean flash? Choices are: block_sparse,"),
+    ("train", "model=huge", "model=huge does not exist. Choices are: 125m,"),
+    ("train", "experiment=shotout", "Did you mean shootout?"),
+    ("evaluate", "checkpoint=x task=los", "task=los does not exist. Did you mean loss?"),
+    ("evaluate", "checkpoint=x task=[loss,los]", "task=los does not exist."),
+    ("train", "optimizer.lr=1", "unknown word optimizer.lr. Did you mean optimizer.learning_rate?"),
+    ("train", "lr=1", "unknown word lr. Did you mean optimizer.learning_rate? Words are: mixer, model,"),
+    ("train", "mixr=flash", "unknown word mixr. Did you mean mixer?"),
+    ("train", "model.n_layers=3", "Did you mean model.num_layers?"),
+    ("train", "mixer=sliding_window mixer.windw=3", "unknown word mixer.windw. Did you mean mixer.window?"),
+    ("train", "mixer.window=3", "mixer.window is a setting of mixer=hyper,"),
+    ("train", "hydra.foo=1", "unknown word hydra.foo."),
+    ("train", "data.corpus.path=books/", "data.corpus.path is a setting of data=jsonl, data=parquet and data=text;"),
+    ("evaluate", "checkpoint=x task.needle.seed=1", "which is not chosen; add task=needle."),
+    ("evaluate", "checkpoint=x task=needle task.needle.lengths=1", "Did you mean task.needle.depths?"),
+    ("evaluate", "mixer=rwkv7", "mixer=rwkv7 cannot be chosen here: mixer comes from the checkpoint."),
+    ("generate", "checkpoint=x model.d_model=3", "cannot be chosen here: model comes from the checkpoint."),
+    ("prepare", "mixer=rwkv7", "mixer is not a word of prepare.py. Words there are: data, tokenizer,"),
+    ("train", "~x", "~x: there is no x to leave out."),
+    ("train", "+seed=1", "+seed=1: seed is there already; write seed=1."),
+    ("train", "max_steps 5", "max_steps has no value; write max_steps=5."),
+    ("train", "--max_steps 5", "there is no option --max_steps. Words have no dashes: max_steps=5."),
+    ("train", "--max-steps=5", "there is no option --max-steps=5. Words have no dashes: max_steps=5."),
+    ("train", "-x", "there is no option -x."),
+    ("train", "--cfg nojob", "argument --cfg/-c: invalid choice: 'nojob'"),
+    ("train", "--config-name nope", "Cannot find primary config 'nope'."),
+    ("train", "--run --multirun", "Only one of --run, --multirun, --cfg,"),
+    ("train", "help", "help is not a word; python train.py -h prints the help."),
+    ("train", "rwkv7", "rwkv7 stands alone; write block=rwkv7 or mixer=rwkv7"),
+    ("train", "seqlen", "seqlen is neither word=value nor an option. Did you mean seq_len=VALUE?"),
+    ("generate", "checkpoint=x prompt=Fellow citizens all", "quote the word: 'prompt=Fellow citizens all'."),
+    ("train", "=5", "=5 has no name before the equals sign."),
+    ("train", "müxer=5", "müxer is no name of a word. Did you mean mixer?"),
+    ("train", "name=\udcff", "name=\\udcff is not valid UTF-8."),
+    ("train", "mixer=sliding_window*0+flash", "the count '0' of sliding_window must be a whole number from 1."),
+    ("train", "mixer=sliding_window*x+flash", "the count 'x' of sliding_window must be a whole number from 1."),
+    ("train", "mixer=sliding_window+", "mixer=sliding_window+ has nothing on one side of a +;"),
+    ("train", "mixer=sliding_windw*2+flash", "there is no mixer 'sliding_windw'. Did you mean sliding_window?"),
+    ("train", "mixer=flash,rwkv7", "gives several values; write -m mixer=flash,rwkv7 for one run with each."),
+    ("train", "mixer=[flash,rwkv7]", "mixer=[flash,rwkv7] is a list; mixer takes one choice."),
+    ("train", "mixer=null", "mixer=null does not exist."),
+    ("train", "mixer=", "mixer= does not exist."),
+    ("train", "seq_len=1,2", "seq_len=1,2 gives several values. -m seq_len=1,2 makes one run with each."),
+    ("train", "seq_len=x", "seq_len=x is not a whole number."),
+    ("train", "seq_len=3.5", "seq_len=3.5 is not a whole number."),
+    ("train", "seq_len=16k", "seq_len=16k is not a whole number. Write seq_len=16000 or seq_len=16384."),
+    ("train", "seq_len=ü", "seq_len=ü is not a whole number."),
+    ("train", "seq_len=${nothing}", "seq_len=${nothing}: hydra.run.dir: Interpolation key 'nothing' not found."),
+    ("train", "seed=null", "seed=null is not a whole number."),
+    ("train", "name=null", "name=null is not text."),
+    ("train", "loop=[]", "loop: Cannot merge DictConfig with ListConfig."),
+    ("generate", "checkpoint=x stop=###", "stop=### is not a list, each text. A list is 'stop=[###]'."),
+    ("train", "-m seq_len=choice()", "seq_len=choice() is not a whole number."),
+    ("train", "-m seq_len=range(1,1)", "seq_len=range(1,1) holds no value, so the sweep would have no run."),
+    ("train", "-m seq_len=range(1,5,0)", "seq_len=range(1,5,0) is no sweep:"),
+    ("train", "-m seq_len=1,", "seq_len=1, is not a whole number."),
+    ("train", "-m mixer=flash,flahs", "mixer=flahs does not exist. Did you mean flash?"),
+    ("train", "hydra.run.dir=/proc/x", "hydra.run.dir=/proc/x cannot be made: No such file or directory."),
+    ("train", "-m hydra.sweep.dir=/proc/x", "hydra.sweep.dir=/proc/x cannot be made: No such file or directory."),
+    ("train", "hydra/launcher=nix", "hydra/launcher=nix does not exist. Choices are: basic,"),
+    ("train", "hydra.mode=FOO", "hydra.mode: Invalid value 'FOO', expected one of [RUN, MULTIRUN]."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("command", "line", "expected"),
+    REFUSED,
+    ids=[f"{case[0]} {case[1]}".encode("ascii", "backslashreplace").decode() for case in REFUSED],
+)
+def test_refused_in_one_line(run_words, tmp_path, command, line, expected):
+    outcome = run_words(command, *line.split(" "))
+    assert (outcome.code, outcome.configs) == (2, [])
+    (message,) = outcome.err.splitlines()
+    assert message.startswith("ConfigError: ") and expected in message
+    assert message.endswith((".", "?")) and "HYDRA_FULL_ERROR" not in message
+    assert list(tmp_path.glob("runs/*")) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "line", "key", "value"),
+    [
+        ("train", "seed=1 seed=2", "seed", 2),
+        ("train", "max_tokens=3e6", "max_tokens", 3_000_000),
+        ("train", "name=ü", "name", "ü"),
+        ("generate", "checkpoint=x", "prompt", ""),
+        ("evaluate", "checkpoint=x data=text data.corpus.path=a,b", "split", "validation"),
+    ],
+)
+def test_accepted(run_words, command, line, key, value):
+    outcome = run_words(command, *line.split(" "))
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.configs[0][key] == value
+
+
+def test_a_sweep_runs_each(run_words):
+    outcome = run_words("train", "-m", "name=ü b,c", "seed=1,2")
+    assert outcome.code == 0
+    assert [(config["name"], config["seed"]) for config in outcome.configs] == [
+        ("ü b", 1),
+        ("ü b", 2),
+        ("c", 1),
+        ("c", 2),
+    ]
+
+
+def test_a_sweep_ends_with_the_code_of_its_failure(run_words):
+    def fail(config):
+        if config.seed == 1:
+            raise DataError("no data.")
+
+    outcome = run_words("train", "-m", "seed=1,2", task=fail)
+    assert outcome.code == 2 and len(outcome.configs) == 2
+    assert "DataError: no data.\n" in outcome.err and "Traceback" not in outcome.err
+
+
+def test_a_defect_keeps_its_traceback(run_words):
+    outcome = run_words("train", task=lambda config: 1 / 0)
+    assert outcome.code == 1
+    assert "Traceback" in outcome.err and "ZeroDivisionError" in outcome.err and "_run_hydra" not in outcome.err
+
+
+def test_values_that_the_schema_cannot_know_are_the_tasks(run_words):
+    assert run_words("train", "+x=1").configs[0]["x"] == 1
