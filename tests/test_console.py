@@ -1,11 +1,15 @@
 """Output that cannot be written: the work goes on, and ends with its own exit code and without noise."""
 
+import io
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from longmix.console import protect_output
 
 PROGRAM = """
 import logging, sys
@@ -113,3 +117,15 @@ sys.exit(5)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (130, "Interrupted.\n")
+
+
+def test_a_character_that_the_encoding_lacks_is_written_by_its_number(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(logging, "raiseExceptions", True)
+    protect_output()
+    print("тексты")
+    print("after")
+    sys.stdout.flush()
+    assert written.getvalue().decode() == "\\u0442\\u0435\\u043a\\u0441\\u0442\\u044b\nafter\n"

@@ -54,7 +54,6 @@ def run(main: Callable[[], Any], command: str) -> None:
         main: takes its words from `sys.argv`, which is put right before.
         command: "train", "evaluate", "generate" or "prepare".
     """
-    speak_everywhere()
     given = sys.argv[1:]
     try:
         schema = Schema(command, configs_folder())
@@ -67,13 +66,6 @@ def run(main: Callable[[], Any], command: str) -> None:
             main()
     except LongmixError as error:
         _end(error)
-
-
-def speak_everywhere() -> None:
-    """Let no message fail at a character that the terminal's encoding lacks."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError):  # replaced by a test, or closed
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def answered(schema: Schema, arguments: Sequence[str]) -> str | None:

@@ -4,6 +4,7 @@ Nothing heavy is imported here, as the entry points protect their output before 
 """
 
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -70,6 +71,8 @@ def protect_output() -> None:
         stream = getattr(sys, name)
         if stream is None:
             stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123  (it stays open to the end)
+        if isinstance(stream, io.TextIOWrapper):  # a character that the encoding lacks must not end a message
+            stream.reconfigure(errors="backslashreplace")
         if not isinstance(stream, LastingStream):
             setattr(sys, name, LastingStream(stream))
     logging.raiseExceptions = False  # a handler that cannot write would print a traceback for each record

@@ -67,3 +67,26 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path, capsys):
 def test_help_names_the_words(capsys):
     assert main(["--help"]) == 0
     assert "gpus=N" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "there is nothing to plan; give at least one word."),
+        (["output="], "output= names no folder."),
+        (["mixer=flahs"], "mixer=flahs does not exist. Did you mean flash?"),
+        (["mixr=flash"], "unknown word mixr. Did you mean mixer?"),
+        (["help"], "help is not a word"),
+        (["seq_len=16k"], "Write seq_len=16000 or seq_len=16384."),
+        (["gpus=1e1", "gpu=x"], "gpu=x is not in the table"),
+    ],
+)
+def test_refused_by_name(words, message, capsys):
+    assert main(words) == 2
+    printed = capsys.readouterr().err
+    assert message in printed.splitlines()[0] and "Search path" not in printed
+
+
+def test_whole_numbers_in_any_form(capsys):
+    assert main([*SMALL[:-1], "gpu=cpu", "seq_len=1e2"]) == 0
+    assert "seq_len=100" in capsys.readouterr().out

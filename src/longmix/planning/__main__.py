@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from longmix import startup
-from longmix.errors import LongmixError
+from longmix.errors import ConfigError, LongmixError
 
 DOES_NOT_FIT = 1
 
@@ -19,9 +19,15 @@ def main(words: list[str] | None = None) -> int:
     if set(words) & {"-h", "--help"}:
         print(__doc__)
         return 0
+    if not words:
+        print(f"ConfigError: there is nothing to plan; give at least one word.\n\n{__doc__}", file=sys.stderr)
+        return ConfigError.exit_code
     outputs = [word.removeprefix("output=") for word in words if word.startswith("output=")]
     try:
-        return _run([word for word in words if not word.startswith("output=")], Path(outputs[-1]) if outputs else None)
+        if "" in outputs:
+            raise ConfigError("output= names no folder.")
+        folder = Path(outputs[-1]).expanduser() if outputs else None
+        return _run([word for word in words if not word.startswith("output=")], folder)
     except LongmixError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code

@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from longmix import cli
 from longmix import config as configuration
+from longmix.command_line import values
 from longmix.command_line.explain import explained, misformed
 from longmix.command_line.register import register_types
 from longmix.command_line.schema import Schema, configs_folder
@@ -204,6 +205,7 @@ def _divided(words: list[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def _count(text: str) -> int:
+    text = values.as_hydra_reads(text, values.Takes(int), sweep=False)
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise ConfigError(f"gpus={text} must be a whole number, at least 1.")
     return int(text)
