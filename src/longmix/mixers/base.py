@@ -3,10 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from longmix.errors import ConfigError
 from longmix.mixers.measures import Metric
+from longmix.parallel.slices import Slices
 
 
 @dataclass(frozen=True)
@@ -50,16 +52,20 @@ class Mixer(nn.Module):
             in that layer itself (Zhou et al. 2024, arXiv 2410.17897).
         leaky: whether later tokens change outputs before them; training warns of it, and evaluation refuses it
             unless every prefix is run alone.
+        sliced: whether `forward` takes `Slices` as its state. Without it context parallelism hands whole rows to every
+            process, which is as exact, but divides neither the mixer's work nor its memory.
     """
 
     value_residual = False
     leaky = False
+    sliced = False
 
     def forward(self, x: Tensor, *, state: Any = None, document_ids: Tensor | None = None) -> MixerOutput:
-        """Mix `x` [B, T, D] along T; `document_ids` int32 [B, T] is non-decreasing along T.
+        """Mix `x` [B, T, D] along T; `document_ids` int32 [B, T] is non-decreasing along T, and may begin anywhere.
 
-        With a state, `document_ids` continue the ids passed before; None continues each row's last document. A state
-        may be `longmix.parallel.slices.Slices`: then x is this process's slice of longer rows, and no state comes back.
+        With a state, `document_ids` continue the ids passed before; None continues each row's last document, which is
+        document 0 where no ids were passed yet. Where `sliced` is set, a state may be
+        `longmix.parallel.slices.Slices`: then x is this process's slice of longer rows, and no state comes back.
         """
         raise NotImplementedError
 
@@ -78,6 +84,35 @@ class Mixer(nn.Module):
     def flops(self, length: int) -> int:
         """Floating-point operations of one forward pass over one row of `length` tokens, projections included."""
         raise NotImplementedError
+
+
+def checked_sizes(
+    x: Tensor, width: int, document_ids: Tensor | None = None, state: Any = None, states: tuple[type, ...] = ()
+) -> tuple[int, int]:
+    """B and T of what a mixer is called with.
+
+    Args:
+        x, document_ids, state: see `Mixer.forward`.
+        width: the model's.
+        states: what a state may be.
+
+    Raises:
+        ValueError: `x` is not [B, T, width], or has no row or no token; `document_ids` are not integers [B, T]; the
+            state is another mixer's, or has another number of rows.
+    """
+    if x.dim() != 3 or x.shape[2] != width or 0 in x.shape:
+        raise ValueError(f"x has shape {list(x.shape)}; allowed is [B, T, {width}] with every size at least 1")
+    batch, length, _ = x.shape
+    if document_ids is not None:
+        kind, shape = document_ids.dtype, list(document_ids.shape)
+        if kind not in (torch.int32, torch.int64) or shape != [batch, length]:
+            raise ValueError(f"document_ids is {kind} {shape}; allowed is torch.int32 [{batch}, {length}], as x")
+    if state is not None and states and not isinstance(state, states):
+        raise ValueError(f"state is a {type(state).__name__}; allowed is {states[0].__name__}, from init_state")
+    rows = getattr(state, "next_position", None)
+    if rows is not None and len(rows) != batch and not isinstance(state, Slices):
+        raise ValueError(f"state has {len(rows)} rows and x has {batch}; allowed are as many")
+    return batch, length
 
 
 def divided(whole: int, parts: int, whole_key: str, parts_key: str) -> int:

@@ -1,5 +1,9 @@
 """Fixed block-sparse attention: which blocks of keys a block of queries sees depends on their places alone.
 
+Every document is cut into blocks of its own, from its first token on. Where each row is one document, one list of
+blocks serves all rows. With packed documents, or rows that wait behind padding, blocks begin anywhere: then the keys
+that a query sees are a few contiguous runs, and attention to each run is merged through its logsumexp, exactly.
+
 sink_local   the first blocks and the latest ones (Xiao et al. 2024, arXiv 2309.17453)
 stripe       the latest blocks and every stride-th block (Child et al. 2019, arXiv 1904.10509)
 butterfly    the blocks 0, 1, 2, 4, 8, ... before the own one (Dao et al. 2022, arXiv 2205.14135)
@@ -7,23 +11,37 @@ butterfly    the blocks 0, 1, 2, 4, 8, ... before the own one (Dao et al. 2022, 
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Unpack
+from typing import NamedTuple, Unpack
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from longmix.errors import ConfigError
 from longmix.mixers.base import ModelShape
 from longmix.mixers.measures import Metric
 from longmix.mixers.softmax import HeadOptions, Rows, SoftmaxAttention
-from longmix_kernels.attention import BlockList, attention, butterfly_blocks, sink_and_local_blocks, stripe_blocks
+from longmix_kernels.attention import (
+    BlockList,
+    attention,
+    butterfly_blocks,
+    merge,
+    positions_from_document_ids,
+    sink_and_local_blocks,
+    stripe_blocks,
+)
+
+
+class Run(NamedTuple):
+    """Keys that queries see, as `attention` takes them: int32 [B, 1, Tq], and the order of keys [B, 1, Tk] or None."""
+
+    lo: Tensor
+    hi: Tensor
+    key_rows: Tensor | None = None
 
 
 class BlockSparse(SoftmaxAttention):
-    """Causal attention to listed blocks. Blocks are counted from the beginning of the row, not of the document.
-
-    So a packed document sees nothing of its neighbours, but less or more of itself than it would alone: use this mixer
-    with one document a row where that matters.
+    """Causal attention to listed blocks, counted from the beginning of the document.
 
     Args:
         shape, layer_index: see `SoftmaxAttention`, as `options`.
@@ -68,12 +86,45 @@ class BlockSparse(SoftmaxAttention):
             return build(blocks * block, block, device=device, **sizes)
 
         self.block = block
+        self.layout = layout
+        self.sink, self.local, self.stride = sink, local, stride
         self.lists = lists
 
     def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Metric]]:
-        """The engine, which walks through the listed blocks only."""
-        blocks = self.lists(-(-rows.key.shape[1] // self.block), rows.key.device)
-        return attention(rows.query, rows.key, rows.value, blocks=blocks, document_ids=rows.document_ids), {}
+        """The engine, which walks through the listed blocks only; with documents, through the runs of their blocks."""
+        tensors = rows.query, rows.key, rows.value
+        if rows.document_ids is None:
+            return attention(*tensors, blocks=self.lists(-(-rows.key.shape[1] // self.block), rows.key.device)), {}
+        runs = self._runs(rows.document_ids, rows.query.shape[1])
+        parts = [attention(*tensors, **run._asdict(), return_logsumexp=True) for run in runs]
+        return merge(parts)[0] if len(parts) > 1 else parts[0][0], {}
+
+    def _runs(self, document_ids: Tensor, queries: int) -> list[Run]:
+        """The runs of keys that the last queries see, the latest blocks first; no key is in two of them."""
+        keys = document_ids.shape[1]
+        row = torch.arange(keys, dtype=torch.int32, device=document_ids.device)
+        position = positions_from_document_ids(document_ids)
+        last = slice(keys - queries, None)
+        first, number, end = (row - position)[:, last], (position // self.block)[:, last], (row + 1)[None, last]
+        latest = {"butterfly": 2}.get(self.layout, self.local)
+        near = first + (number + 1 - latest).clamp(min=0) * self.block
+        runs = [_run(near, end.expand_as(near))]
+        if self.layout == "sink_local" and self.sink:
+            runs.append(_run(first, torch.minimum(first + self.sink * self.block, near)))
+        elif self.layout == "stripe":
+            # Keys of stripes come first in the order of keys, so that those before `near` lie side by side.
+            striped = position // self.block % self.stride == self.stride - 1
+            before = F.pad(striped.cumsum(1, dtype=torch.int32), (1, 0))
+            place = torch.where(striped, before[:, :-1], before[:, -1:] + row - before[:, :-1])
+            key_rows = torch.empty_like(place).scatter_(1, place.long(), row.expand_as(place))
+            runs.append(_run(before.gather(1, first.long()), before.gather(1, near.long()), key_rows))
+        elif self.layout == "butterfly":
+            distance = 2
+            while distance * self.block < keys:
+                lo = first + (number - distance).clamp(min=0) * self.block
+                runs.append(_run(lo, torch.where(number >= distance, lo + self.block, lo)))
+                distance *= 2
+        return runs
 
     def visible_pairs(self, length: int) -> int:
         """All of a block before the own one, a triangle of that."""
@@ -82,3 +133,9 @@ class BlockSparse(SoftmaxAttention):
         rows = ends.clamp(max=length) - (ends - self.block)
         earlier = mask.tril(-1).sum(1)
         return int((rows * (earlier * self.block) + mask.diagonal() * rows * (rows + 1) // 2).sum())
+
+
+def _run(lo: Tensor, hi: Tensor, key_rows: Tensor | None = None) -> Run:
+    """The run with bounds [B, Tq], the same for all heads."""
+    order = None if key_rows is None else key_rows[:, None]
+    return Run(lo[:, None].contiguous(), hi[:, None].contiguous(), order)

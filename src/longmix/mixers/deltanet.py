@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longmix.errors import ConfigError
-from longmix.mixers.base import MixerOutput, ModelShape, divided
+from longmix.mixers.base import MixerOutput, ModelShape, checked_sizes, divided
 from longmix.mixers.convolution import ShortConvolution
 from longmix.mixers.linear import HeadwiseNorm
 from longmix.mixers.recurrences import DecayRecurrence, DeltaRecurrence, widened
@@ -179,7 +179,8 @@ class GatedDelta(RecurrentMixer):
         self, x: Tensor, *, state: RecurrentState | Slices | None = None, document_ids: Tensor | None = None
     ) -> MixerOutput:
         """See `Mixer.forward`."""
-        ids = continued_ids(document_ids, state, *x.shape[:2])
+        batch, length = checked_sizes(x, self.query.in_features, document_ids, state, (RecurrentState, Slices))
+        ids = continued_ids(document_ids, state, batch, length)
         projected = torch.cat([self.query(x), self.key(x), self.value(x)], -1)
         recent = self.recent(projected, state, ids)
         query, key, value = self._heads(projected if self.convolution is None else self.convolution(projected, *recent))
@@ -209,7 +210,7 @@ class GatedDelta(RecurrentMixer):
         recurrence: Recurrence = DeltaRecurrence()
         if self.strength is None:
             recurrence = DecayRecurrence(query, log_decay, self.key_dim**-0.5)
-        found, carried = self.run_engine(run, recurrence, state, ids, len(x))
+        found, carried = self.run_engine(run, recurrence, state, document_ids, batch)
         mixed = self.head_norm(self.recall(found, query)).flatten(2)
         if self.gate is not None:
             gate = self.gate(x)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from longmix.errors import ConfigError
-from longmix.mixers.base import MixerOutput, ModelShape, divided
+from longmix.mixers.base import MixerOutput, ModelShape, checked_sizes, divided
 from longmix.mixers.convolution import ShortConvolution
 from longmix.mixers.recurrences import DecayRecurrence, NormalizedRecurrence
 from longmix.mixers.recurrent import Recurrence, RecurrentMixer, RecurrentState, continued_ids
@@ -123,7 +123,7 @@ class LinearMixer(RecurrentMixer):
         self, x: Tensor, *, state: RecurrentState | Slices | None = None, document_ids: Tensor | None = None
     ) -> MixerOutput:
         """See `Mixer.forward`."""
-        batch, length, _ = x.shape
+        batch, length = checked_sizes(x, self.d_model, document_ids, state, (RecurrentState, Slices))
         ids = continued_ids(document_ids, state, batch, length)
         last_id, next_position = (None, None) if state is None else (state.last_id, state.next_position)
         positions = token_positions(ids, last_id, next_position, length, x.device)
@@ -148,7 +148,7 @@ class LinearMixer(RecurrentMixer):
         recurrence: Recurrence = DecayRecurrence(query, log_decay, self.key_dim**-0.5)
         if self.normalize and log_input is not None:
             recurrence = NormalizedRecurrence(key, value, log_decay, log_input)
-        read, carried = self.run_engine(run, recurrence, state, ids, batch)
+        read, carried = self.run_engine(run, recurrence, state, document_ids, batch)
         gated = self.activate(self.output_gate(x)) * self.head_norm(self.recall(read, query)).flatten(2)
         after = self.next_state(carried, recent, x, state, ids)
         return MixerOutput(self.output(gated), after, metrics=self.state_metrics(carried, state))

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longmix.mixers.recurrent import Run, over_documents, select
+from longmix.mixers.recurrent import Run, goes_on, over_documents, select
 from longmix.parallel.slices import Slices
 from longmix_kernels.linear import LinearState
 
@@ -94,7 +94,8 @@ class NormalizedRecurrence:
         self, run: Run, fresh: LinearState, slices: Slices, ids: Tensor | None
     ) -> tuple[Tensor, LinearState]:
         """See `Recurrence`."""
-        return over_documents(run, fresh, self._entering(fresh, slices, ids), slices.last_id, ids)
+        continues = None if ids is None else goes_on(slices, ids)
+        return over_documents(run, fresh, self._entering(fresh, slices, ids), continues, ids)
 
     def _entering(self, fresh: LinearState, slices: Slices, ids: Tensor | None) -> LinearState:
         """The state before this slice, in a scale at which nothing overflows."""
@@ -167,6 +168,6 @@ def _corrected(output: Tensor, reads: Tensor, entering: Tensor, slices: Slices, 
     """Output [B, T, H, V] with what tokens whose document goes on from before read [B, T, H, K] from E."""
     found = torch.einsum("bthk,bhkv->bthv", reads.to(entering.dtype), entering)
     if ids is not None and slices.last_id is not None:
-        goes_on = ids == slices.last_id[:, None]
-        found = torch.where(goes_on[..., None, None], found, 0.0)
+        continues = ids == slices.last_id[:, None]
+        found = torch.where(continues[..., None, None], found, 0.0)
     return output + found.to(output.dtype)

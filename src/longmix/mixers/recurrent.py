@@ -40,9 +40,10 @@ class RecurrentState:
     Attributes:
         carried: the engine's state after the last token, tensors [B, ...].
         recent: [B, K, C], the last inputs of a short convolution or token shift; K may be 0.
-        recent_ids: int32 [B, K], their documents, -1 before the first token.
-        last_id: int32 [B], the document of the last token, -1 before the first.
-        next_position: int64 [B], the position within its document that the next token of each row would take.
+        recent_ids: int32 [B, K], their documents; any before the first token, where inputs are zero.
+        last_id: int32 [B], the document of the last token; before the first one, of a row without ids.
+        next_position: int64 [B], the position within its document that the next token of each row would take; 0 before
+            the first token of a row, and only there.
     """
 
     carried: Any
@@ -57,7 +58,7 @@ class Recent(NamedTuple):
 
     Attributes:
         before: [B, K, C], zero before the first token.
-        ids: int32 [B, K + T], the documents of both, -1 before the first token; None if all are one.
+        ids: int32 [B, K + T], the documents of both, any before the first token; None if all are one.
     """
 
     before: Tensor
@@ -82,6 +83,7 @@ class RecurrentMixer(Mixer):
         tuned: what state tuning trains; None without it.
     """
 
+    sliced = True
     past: int = 0
     recent_channels: int = 0
 
@@ -124,14 +126,21 @@ class RecurrentMixer(Mixer):
     def run_engine(
         self, run: Run, recurrence: Recurrence, state: RecurrentState | Slices | None, ids: Tensor | None, batch: int
     ) -> tuple[Tensor, Any]:
-        """Output [B, T, ...] and final state of the engine, from a state or from the beginning."""
+        """Output [B, T, ...] and final state of the engine, from a state or from the beginning.
+
+        Args:
+            run, recurrence: the engine, and what it does to its state.
+            state: see `Mixer.forward`.
+            ids: int32 [B, T]; None where the last document of each row goes on.
+            batch: B.
+        """
         fresh = None if state is None and self.tuned is None else self.fresh(batch)
         if state is None:
             return run(fresh, ids)
         if isinstance(state, Slices):
             with torch.autocast(next(self.parameters()).device.type, enabled=False):  # states stay exact
                 return recurrence.over_slice(run, fresh, state, ids)
-        return over_documents(run, fresh, state.carried, state.last_id, ids)
+        return over_documents(run, fresh, state.carried, None if ids is None else goes_on(state, ids), ids)
 
     def recent(self, x: Tensor, state: RecurrentState | Slices | None, ids: Tensor | None) -> Recent:
         """What came before `x` [B, T, ...]."""
@@ -141,7 +150,7 @@ class RecurrentMixer(Mixer):
             earlier = x.new_empty(0) if ids is None else state.ids_before(self.past)
         elif state is None:
             before = x.new_zeros(batch, self.past, self.recent_channels)
-            earlier = torch.full((batch, self.past), -1, dtype=torch.int32, device=x.device)
+            earlier = torch.zeros(batch, self.past, dtype=torch.int32, device=x.device)
         else:
             before, earlier = state.recent, state.recent_ids
         return Recent(before, None if ids is None else torch.cat([earlier, ids.int()], 1))
@@ -182,7 +191,7 @@ class RecurrentMixer(Mixer):
         """See `Mixer.init_state`."""
         weight = next(self.parameters())
         recent = weight.new_zeros(batch, self.past, self.recent_channels)
-        ids = torch.full((batch, self.past + 1), -1, dtype=torch.int32, device=weight.device)
+        ids = torch.zeros(batch, self.past + 1, dtype=torch.int32, device=weight.device)
         position = torch.zeros(batch, dtype=torch.int64, device=weight.device)
         return RecurrentState(self.fresh(batch), recent, ids[:, 1:], ids[:, 0], position)
 
@@ -208,11 +217,29 @@ def continued_ids(
     """Ids of new tokens: as given, or each row's last document going on."""
     if document_ids is not None or not isinstance(state, RecurrentState):
         return document_ids
-    return state.last_id.clamp(min=0)[:, None].expand(batch, length)
+    return state.last_id[:, None].expand(batch, length)
+
+
+class Before(Protocol):
+    """What of a state, or of earlier slices, says which document the last token was of."""
+
+    @property
+    def last_id(self) -> Tensor | None:
+        """int [B], its document."""
+
+    @property
+    def next_position(self) -> Tensor:
+        """int [B], the position after it; 0 where there was none."""
+
+
+def goes_on(before: Before, ids: Tensor) -> Tensor:
+    """bool [B]: whether the first of new tokens, of documents `ids` [B, T], is of the document before, or the first."""
+    assert before.last_id is not None
+    return (before.next_position == 0) | (ids[:, 0] == before.last_id)
 
 
 def over_documents(
-    run: Run, fresh: Any, carried: Any, last_id: Tensor | None, ids: Tensor | None
+    run: Run, fresh: Any, carried: Any, goes_on: Tensor | None, ids: Tensor | None
 ) -> tuple[Tensor, Any]:
     """Run an engine on from a state: only the document that goes on sees it, others begin from the fresh state.
 
@@ -220,17 +247,19 @@ def over_documents(
         run: the engine.
         fresh: its state before a document, tensors [B, ...].
         carried: its state before these tokens, in the same form.
-        last_id: int32 [B], the document of that, -1 before the first.
+        goes_on: bool [B], whether the first new token is of its document.
         ids: int32 [B, T], the new tokens' documents; None if all are of that.
     """
-    if ids is None or last_id is None:
+    if ids is None or goes_on is None:
         return run(carried, None)
-    goes_on = (last_id < 0) | (ids[:, 0] == last_id)
     carried = select(goes_on, carried, fresh)
+    if ids.shape[1] == 1:
+        return run(carried, None)
     first = ids == ids[:, :1]
-    output, final = run(carried, None if first.all() else ids)
-    if first.all():
-        return output, final
+    # A compiled graph cannot depend on values; what it computes besides is thrown away.
+    if not torch.compiler.is_compiling() and first.all():
+        return run(carried, None)
+    output, final = run(carried, ids)
     # An engine starts every document from one state, so rows with several documents are run from both.
     other_output, other_final = run(fresh, ids)
     first_document = first.view(*first.shape, *[1] * (output.dim() - 2))

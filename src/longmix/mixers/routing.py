@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from longmix.errors import ConfigError
 from longmix.mixers import routing_modes as modes
-from longmix.mixers.base import MixerOutput, ModelShape
+from longmix.mixers.base import MixerOutput, ModelShape, checked_sizes
 from longmix.mixers.centroids import ScoreThreshold, SphericalKMeans, unit, usage
 from longmix.mixers.labelled import empty_rows
 from longmix.mixers.measures import Metric
 from longmix.mixers.rotary import rotary_angles, rotate, token_positions
 from longmix.mixers.routing_cache import Rings, RoutingState, with_rings
+from longmix.mixers.scatterbrain_summaries import numbered
 from longmix.mixers.softmax import HeadOptions, Rows, Selection, SoftmaxAttention
 from longmix.parallel.slices import Slices
 from longmix_kernels.attention import Ordering, attention, merge
@@ -238,43 +239,46 @@ class Routing(SoftmaxAttention):
 
     def _continue(self, x: Tensor, state: RoutingState, ids: Tensor | None) -> MixerOutput:
         """Go on from rings."""
-        batch, length, _ = x.shape
         past = state.recent
-        # Document ids begin anywhere, but never with -1.
-        last_id = torch.full((batch,), -1, dtype=torch.int32, device=x.device)
+        batch, length = checked_sizes(x, self.d_model, ids, past)
+        last_id = torch.zeros(batch, dtype=torch.int32, device=x.device)
         if past.document_ids is not None:
             last_id = past.document_ids[:, -1]
         if ids is None:
-            ids = last_id.clamp(min=0)[:, None].expand(batch, length)
+            ids = last_id[:, None].expand(batch, length)
         query, key, value = self.project(x)
         positions = token_positions(ids, last_id, past.next_position, length, x.device)
         chosen = self.select(x, query, key, positions)
         cosine, sine = rotary_angles(positions, self.head_dim, self.rotary_base)
         query, key = (rotate(heads, cosine, sine).to(value.dtype) for heads in (query, key))
         local, routed = self._divided(Rows(query, key, value, ids, chosen.query_labels, chosen.key_labels))
-        if past.document_ids is not None:
+        if past.document_ids is None:  # nothing is in the rings: they belong to no document
+            routed.document_ids = numbered(ids, torch.zeros_like(last_id, dtype=torch.bool))
+        else:
+            routed.document_ids = numbered(ids, ids[:, 0] == last_id)
             local.key = torch.cat((past.key.to(local.key.dtype), local.key), 1)
             local.value = torch.cat((past.value.to(local.value.dtype), local.value), 1)
             local.document_ids = torch.cat((past.document_ids, ids), 1)
         recent = self._kept(local, positions[:, -1].expand(batch) + 1)
-        mixed, rings = self._on_rings(routed, state.rings, ids, last_id)
+        mixed, rings = self._on_rings(routed, state.rings)
         output = self.output(torch.cat((*self._windowed(local), mixed), 2).flatten(2))
         return MixerOutput(output, RoutingState(recent, rings), chosen.losses, chosen.metrics)
 
-    def _on_rings(self, rows: Rows, rings: Rings, ids: Tensor, last_id: Tensor) -> tuple[Tensor, Rings]:
-        """Output of the routed heads, and the rings with the new keys."""
+    def _on_rings(self, rows: Rows, rings: Rings) -> tuple[Tensor, Rings]:
+        """Output of the routed heads, and the rings, which hold document 0, with the new keys."""
         rows = modes.copied(rows)
         assert rows.key_labels is not None and rows.document_ids is not None
         new_keys = rows.key, rows.value, rows.key_labels[..., 0]
-        goes_on, new_ids = ids[:, -1] == last_id, rows.document_ids
+        new_ids = rows.document_ids
+        goes_on, ring_ids = new_ids[:, -1] == 0, torch.zeros_like(new_ids[:, 0])
         if rows.query.shape[1] == 1:
             rings = rings.kept_of(goes_on)
             if self.shared_qk:
                 return self._one(rows, rings), rings.written(*new_keys)
             rings = rings.written(*new_keys)
             return self._one(rows, rings), rings
-        mixed, _ = self._latest(with_rings(rows, rings, new_ids, last_id))
-        return mixed, rings.kept_of(goes_on).written(*new_keys, new_ids == ids[:, -1:])
+        mixed, _ = self._latest(with_rings(rows, rings, new_ids, ring_ids))
+        return mixed, rings.kept_of(goes_on).written(*new_keys, new_ids == new_ids[:, -1:])
 
     def _one(self, rows: Rows, rings: Rings) -> Tensor:
         """Output of one query for each row [B, 1, H, head_dim], from the rings of its clusters alone."""

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longmix.errors import ConfigError
-from longmix.mixers.base import MixerOutput, ModelShape, divided
+from longmix.mixers.base import MixerOutput, ModelShape, checked_sizes, divided
 from longmix.mixers.convolution import token_shift
 from longmix.mixers.linear import HeadwiseNorm
 from longmix.mixers.recurrences import DeltaRecurrence, widened
@@ -158,7 +158,8 @@ class RWKV7(RecurrentMixer):
         first_value: Tensor | None = None,
     ) -> MixerOutput:
         """See `Mixer.forward`; `first_value` [B, T, D] is what the first layer returned as that."""
-        ids = continued_ids(document_ids, state, *x.shape[:2])
+        batch, length = checked_sizes(x, self.recent_channels, document_ids, state, (RecurrentState, Slices))
+        ids = continued_ids(document_ids, state, batch, length)
         recent = self.recent(x, state, ids)
         change = token_shift(x, *recent) - x
         of_query, of_decay, of_key, of_value, of_rate, of_gate = (
@@ -188,7 +189,7 @@ class RWKV7(RecurrentMixer):
                 min_log_decay=-DECAY_LIMIT,
             )
 
-        found, carried = self.run_engine(run, DeltaRecurrence(), state, ids, len(x))
+        found, carried = self.run_engine(run, DeltaRecurrence(), state, document_ids, batch)
         bonus = (query * key * self._heads(self.bonus)).sum(-1, keepdim=True) * value
         normed = self.head_norm(self.recall(found, query))
         gated = (normed + bonus.to(found.dtype)).flatten(2) * self.gate(of_gate)

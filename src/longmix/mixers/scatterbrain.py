@@ -19,6 +19,7 @@ speeches in rows of 2,048, and is the default.
 
 import math
 import warnings
+from dataclasses import replace
 from typing import Any, Unpack
 
 import torch
@@ -26,13 +27,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longmix.errors import ConfigError
-from longmix.mixers.base import MixerOutput, ModelShape
+from longmix.mixers.base import MixerOutput, ModelShape, checked_sizes
 from longmix.mixers.features import FeatureMap, check_kind, enough_features, predicted_error
 from longmix.mixers.measures import Mean, MeanProduct, Metric
+from longmix.mixers.recurrent import goes_on
 from longmix.mixers.rotary import rotary_angles, rotate, token_positions
 from longmix.mixers.scatterbrain_cache import Keys, Queries, ScatterbrainState, recent_limit, state_after
 from longmix.mixers.scatterbrain_slices import after_earlier_slices, after_sums
-from longmix.mixers.scatterbrain_summaries import GONE, Blocks, Part, no_summaries, pooled
+from longmix.mixers.scatterbrain_summaries import Blocks, Part, no_summaries, numbered, pooled
 from longmix.mixers.softmax import HeadOptions, SoftmaxAttention
 from longmix.parallel.slices import Slices
 from longmix_kernels.attention import attention, merge
@@ -127,7 +129,7 @@ class Scatterbrain(SoftmaxAttention):
 
     def forward(self, x: Tensor, *, state: Any = None, document_ids: Tensor | None = None) -> MixerOutput:
         """See `Mixer.forward`."""
-        batch, length, _ = x.shape
+        batch, length = checked_sizes(x, self.d_model, document_ids, state, (ScatterbrainState, Slices))
         if state is None or isinstance(state, Slices):
             last_id, next_position = (None, None) if state is None else (state.last_id, state.next_position)
             positions = token_positions(document_ids, last_id, next_position, length, x.device)
@@ -137,17 +139,18 @@ class Scatterbrain(SoftmaxAttention):
             output, metrics = self._merged(queries, keys, None, None, result)
             return MixerOutput(output, metrics=metrics)
 
-        last_id = state.last_id
-        ids = last_id.clamp(min=0)[:, None].expand(batch, length) if document_ids is None else document_ids.int()
-        positions = token_positions(ids, last_id, state.next_position, length, x.device)
-        queries, new = self._rows(x, positions, ids)
-        keys, before = state.followed_by(new), state.kept_of(ids[:, 0] == last_id)
+        ids = state.last_id[:, None].expand(batch, length) if document_ids is None else document_ids.int()
+        positions = token_positions(ids, state.last_id, state.next_position, length, x.device)
+        continues = goes_on(state, ids)
+        number = numbered(ids, continues)
+        queries, new = self._rows(x, positions, number)
+        keys, before = state.followed_by(new), state.kept_of(continues)
         result = self._attend(queries, keys, None if self.summaries else before.far)
-        output, metrics = self._merged(queries, keys, before, ids == last_id[:, None], result)
+        output, metrics = self._merged(queries, keys, before, number == 0, result)
         # Only a document that fills the call from its first token on has sums from before.
-        before = before.kept_of(ids[:, 0] == ids[:, -1])
-        next_position = positions[:, -1].expand(batch) + 1
-        after = state_after(keys, before, next_position, self.block, self.past_blocks, self._scale())
+        before = before.kept_of(number[:, 0] == number[:, -1])
+        before = replace(before, last_id=ids[:, -1], next_position=positions[:, -1].expand(batch) + 1)
+        after = state_after(keys, before, self.block, self.past_blocks, self._scale())
         return MixerOutput(output, after, metrics=metrics)
 
     def _after_earlier_slices(self, new: Keys, slices: Slices) -> tuple[Keys, FeatureState | None]:
@@ -240,7 +243,7 @@ class Scatterbrain(SoftmaxAttention):
         """See `Mixer.init_state`."""
         weight = self.value.weight
         none = weight.new_empty(batch, 0, self.num_kv_heads, self.head_dim)
-        last_id = torch.full((batch,), GONE, dtype=torch.int32, device=weight.device)
+        last_id = torch.zeros(batch, dtype=torch.int32, device=weight.device)
         features: Tensor | None = None
         far: Any = None
         if self.num_features:

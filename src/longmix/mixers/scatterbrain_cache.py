@@ -50,10 +50,11 @@ class ScatterbrainState:
     """What `Scatterbrain` remembers.
 
     Attributes:
-        recent: the latest keys, as many in each row; those that the next token does not see have the id `GONE`.
+        recent: the latest keys, as many in each row; of document 0, or `GONE` if the next token does not see them.
         far: sums over, or summaries of, the others of the document that goes on; None without either.
-        last_id: int32 [B], the document of the last token, -1 before the first.
-        next_position: int64 [B], the position within its document that the next token of each row would take.
+        last_id: int32 [B], the document of the last token; before the first one, of a row without ids.
+        next_position: int64 [B], the position within its document that the next token of each row would take; 0 before
+            the first token of a row, and only there.
         rings: the latest of those keys by label, where keys are selected by content; else None.
     """
 
@@ -85,48 +86,49 @@ class ScatterbrainState:
             torch.cat((self.recent.key.to(new.key.dtype), new.key), 1),
             torch.cat((self.recent.value.to(new.value.dtype), new.value), 1),
             features,
-            torch.cat((self.recent.document_ids, new.document_ids), 1),
+            # States that were saved by longmix 0.1 have the last document's id in place of 0.
+            torch.cat((self.recent.document_ids.clamp(max=0), new.document_ids), 1),
             labels,
         )
 
 
-def state_after(
-    keys: Keys, before: ScatterbrainState, next_position: Tensor, block: int, past: int, scale: float
-) -> ScatterbrainState:
+def state_after(keys: Keys, before: ScatterbrainState, block: int, past: int, scale: float) -> ScatterbrainState:
     """The state after the last of `keys`: blocks that the next token does not see exactly leave for the far side.
 
     Args:
-        keys: recent and new ones.
-        before: the state before the new ones, `kept_of` the rows whose document then is that of the last key.
-        next_position: int64 [B], of the next token in that document.
+        keys: recent and new ones, their documents numbered.
+        before: the state before the new ones, `kept_of` the rows whose document then is that of the last key, with the
+            `last_id` and `next_position` after it.
         block, past: tokens of a block, and how many are seen before the own one.
         scale: of the scores in a summary.
     """
     ids, length = keys.document_ids, keys.key.shape[1]
     assert ids is not None
-    far, rings = before.far, before.rings
+    far, rings, next_position = before.far, before.rings, before.next_position
     live = ids == ids[:, -1:]
     position = next_position[:, None] - torch.arange(length, 0, -1, device=ids.device)
     begin = (next_position // block - past).clamp(min=0) * block
     leaves = live & (position < begin[:, None])
-    if keys.features is not None and leaves.any():
+    # A compiled graph cannot depend on values, and takes in nothing where nothing leaves.
+    some_leave = torch.compiler.is_compiling() or bool(leaves.any())
+    if keys.features is not None and some_leave:
         if isinstance(far, Summaries):
             blocks = Blocks.of(ids, ids.shape[0], length, block, ids.device)
             found = blocks.summaries(keys.features, keys.key, keys.value, scale)
             far = far.followed_by(Summaries(*found, blocks.that_leave(leaves, ids)))
         elif far is not None:
             far = absorb(far, keys.features, keys.value, leaves)
-    if rings is not None and keys.labels is not None and leaves.any():
+    if rings is not None and keys.labels is not None and some_leave:
         rings = rings.written(keys.key, keys.value, keys.labels[..., 0], leaves)
     start = max(0, length - recent_limit(block, past))
     recent = Keys(
         keys.key[:, start:].clone(),
         keys.value[:, start:].clone(),
         None if keys.features is None else keys.features[:, start:].clone(),
-        torch.where(live & ~leaves, ids, GONE)[:, start:],
+        torch.where(live & ~leaves, 0, GONE).int()[:, start:],
         None if keys.labels is None else keys.labels[:, start:].clone(),
     )
-    return ScatterbrainState(recent, far, ids[:, -1], next_position, rings)
+    return replace(before, recent=recent, far=far, rings=rings)
 
 
 def recent_limit(block: int, past: int) -> int:

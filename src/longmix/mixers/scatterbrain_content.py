@@ -115,9 +115,9 @@ class ScatterbrainContent(Scatterbrain):
         gone, held = rows.document_ids == GONE, before.rings.key.shape[2] - 1
         limits = held + self._first_exact(rows)
         # Ids must not decrease, so a key that is gone stays in its document and joins the bucket that nobody is in.
-        ids = torch.where(gone, before.last_id[:, None], rows.document_ids)
+        ids, number = torch.where(gone, 0, rows.document_ids), torch.zeros_like(before.last_id)
         labels = torch.where(gone[..., None, None], self.buckets, rows.key_labels)
-        return self._selected(with_rings(replace(rows, key_labels=labels), before.rings, ids, before.last_id), limits)
+        return self._selected(with_rings(replace(rows, key_labels=labels), before.rings, ids, number), limits)
 
     def _selected_by_one(self, rows: Rows, rings: Rings) -> Part:
         """The same for one query of each row, which sees all keys outside rings exactly."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from longmix.mixers.recurrent import select
 from longmix.mixers.scatterbrain_cache import Keys, recent_limit
-from longmix.mixers.scatterbrain_summaries import GONE
+from longmix.mixers.scatterbrain_summaries import GONE, numbered
 from longmix.parallel.slices import Slices
 from longmix_kernels.scatter import FeatureState, absorb, empty_state
 
@@ -48,7 +48,8 @@ def after_sums(new: Keys, slices: Slices, block: int, past: int) -> tuple[Keys, 
     begin = (next_position // block - past).clamp(min=0) * block
     goes_on = ids[:, :first] == last_id
     live = goes_on & (position >= begin)
-    keys = replace(keys, document_ids=torch.cat((torch.where(live, ids[:, :first], GONE), ids[:, first:]), 1))
+    number = numbered(ids)
+    keys = replace(keys, document_ids=torch.cat((torch.where(live, number[:, :first], GONE), number[:, first:]), 1))
     if new.features is None or keys.features is None:
         return keys, None
     far = _sums_before(new, slices, limit)

@@ -15,10 +15,22 @@ from torch import Tensor
 from longmix_kernels.attention import attention, positions_from_document_ids
 
 GONE = -1
-"""The document of a summary, or key, that no later query may see; ids begin anywhere else."""
+"""The document of a summary, or key, that no later query may see; others are `numbered`, from 0 on."""
 
 Part = tuple[Tensor, Tensor]
 """Output [B, T, H, head_dim] and logsumexp [B, T, H] of attention to some keys."""
+
+
+def numbered(document_ids: Tensor, goes_on: Tensor | None = None) -> Tensor:
+    """Number the documents of [B, T] within each row, int32: whatever their ids, from 0 on, or 1 where not `goes_on`.
+
+    Args:
+        document_ids: integer [B, T].
+        goes_on: bool [B], whether the first is the document before, which is number 0; None for all.
+    """
+    first = torch.zeros_like(document_ids[:, :1], dtype=torch.bool) if goes_on is None else ~goes_on[:, None]
+    begins = torch.cat((first, document_ids[:, 1:] != document_ids[:, :-1]), 1)
+    return begins.cumsum(1, dtype=torch.int32)
 
 
 @dataclass(frozen=True)

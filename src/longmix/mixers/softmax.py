@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longmix.errors import ConfigError
-from longmix.mixers.base import Mixer, MixerOutput, ModelShape, divided
+from longmix.mixers.base import Mixer, MixerOutput, ModelShape, checked_sizes, divided
 from longmix.mixers.measures import Metric
 from longmix.mixers.rotary import rotary_angles, rotate, token_positions
 from longmix.parallel.slices import Slices
@@ -120,6 +120,8 @@ class SoftmaxAttention(Mixer):
         ConfigError: heads that do not divide, an odd head size, a base that is not above 1.
     """
 
+    sliced = True
+
     def __init__(
         self,
         shape: ModelShape,
@@ -196,7 +198,7 @@ class SoftmaxAttention(Mixer):
         self, x: Tensor, *, state: AttentionState | Slices | None = None, document_ids: Tensor | None = None
     ) -> MixerOutput:
         """See `Mixer.forward`."""
-        batch, length, _ = x.shape
+        batch, length = checked_sizes(x, self.d_model, document_ids, state, (AttentionState, Slices))
         query, key, value = self.project(x)
         document_ids = _continued_ids(document_ids, state, batch, length)
         last_id, next_position = (None, None) if state is None else (state.last_id, state.next_position)

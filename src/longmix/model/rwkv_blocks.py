@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from longmix.mixers.base import Mixer, MixerOutput, ModelShape
+from longmix.mixers.base import Mixer, MixerOutput, ModelShape, checked_sizes
 from longmix.mixers.convolution import token_shift
 from longmix.mixers.recurrent import RecurrentMixer, RecurrentState, continued_ids
 from longmix.parallel.slices import Slices
@@ -67,7 +67,7 @@ class ChannelMix(RecurrentMixer):
         self, x: Tensor, *, state: RecurrentState | Slices | None = None, document_ids: Tensor | None = None
     ) -> MixerOutput:
         """See `Mixer.forward`."""
-        ids = continued_ids(document_ids, state, *x.shape[:2])
+        ids = continued_ids(document_ids, state, *checked_sizes(x, self.recent_channels, document_ids, state))
         recent = self.recent(x, state, ids)
         mixed = x + (token_shift(x, *recent) - x) * self.shift.to(x.dtype)
         hidden = self.key(mixed).relu().square()
