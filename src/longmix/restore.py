@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from longmix.checkpoints import chosen_checkpoint, load_checkpoint
+from longmix.checkpoints import chosen_checkpoint
+from longmix.checkpoints.contents import load_model_state, rebuilding
 from longmix.config import Node
 from longmix.data.tokenizers import Tokenizer, tokenizer_from_state
 from longmix.errors import ConfigError
@@ -15,6 +16,8 @@ from longmix.model.backbone import LanguageModel
 from longmix.model.build import model_from_checkpoint
 from longmix.model.states import load_states
 from longmix.trust import check_model_nodes
+
+DEFAULTS: Node = {"states": None, "device": "auto", "precision": "auto", "trust": []}
 
 
 @dataclass(frozen=True)
@@ -49,22 +52,31 @@ class Restored:
         return nullcontext()
 
 
-def restore(words: Node) -> Restored:
+def restore(words: Node | str | Path) -> Restored:
     """Rebuild what the words `checkpoint`, `states`, `device`, `precision` and `trust` say.
+
+    Args:
+        words: of these, those that are absent have the entry points' defaults; or the checkpoint's folder, or that of
+            its run, alone.
 
     Raises:
         ConfigError: a device or precision that there is not, or a checkpoint that names a class outside `trust`.
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
+    given = words if isinstance(words, dict) else {"checkpoint": words}
+    words = {**DEFAULTS, **given}
     device, precision = _place(words)
     checkpoint = chosen_checkpoint(words["checkpoint"])
-    state = load_checkpoint(checkpoint, optimizers=False)
+    state = load_model_state(checkpoint)
     trained = state["config"]
-    check_model_nodes(trained, words["trust"])
-    model = model_from_checkpoint(state)
+    with rebuilding(checkpoint):
+        check_model_nodes(trained, words["trust"])
+        model = model_from_checkpoint(state)
+        tokenizer = tokenizer_from_state(state["tokenizer"])
+        if not 1 <= tokenizer.vocab_size <= model.vocab_size:
+            raise ValueError(f"its tokenizer has {tokenizer.vocab_size:,} ids, and its model {model.vocab_size:,}")
     if words["states"] is not None:
         load_states(model, Path(words["states"]), trained)
-    tokenizer = tokenizer_from_state(state["tokenizer"])
     return Restored(checkpoint, state, model.to(device).eval(), tokenizer, device, precision)
 
 

@@ -95,9 +95,7 @@ def load_tensors(
         content = torch.load(path, map_location=device, weights_only=True)
         number = content["format"] if isinstance(content, dict) else None
         if number not in (format_number, without_digest) or isinstance(number, bool):
-            raise CheckpointError(
-                f"{path} has format {number}; this version of longmix reads {format_number} of a {what}{cure}."
-            )
+            raise CheckpointError(f"{path} has format {number}; this version of longmix reads {format_number}{cure}.")
         if not verified and number != without_digest:
             raise ValueError("its SHA-256 is missing")
     if not verified:

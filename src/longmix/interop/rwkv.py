@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from longmix import startup
-from longmix.checkpoints import chosen_checkpoint, load_checkpoint, save_tensors
+from longmix.checkpoints import chosen_checkpoint, save_tensors
+from longmix.checkpoints.contents import load_model_state, rebuilding
 from longmix.errors import ConfigError, LongmixError
 from longmix.mixers.rwkv7 import RWKV7, SHIFTS, LowRank
 from longmix.model.backbone import LanguageModel
 from longmix.model.blocks import Block
 from longmix.model.build import model_from_checkpoint
 from longmix.model.rwkv_blocks import ChannelMix
+from longmix.trust import check_model_nodes
 
 SHIFT_LETTERS = {"query": "r", "decay": "w", "key": "k", "value": "v", "rate": "a", "gate": "g"}
 
@@ -31,10 +33,14 @@ def rwkv_weights(model: LanguageModel) -> dict[str, Tensor]:
     Raises:
         ConfigError: a layer is not RWKV-7's.
     """
-    weights = {"emb.weight": model.embedding.weight, "head.weight": model.head.weight, **_norm("ln_out", model.norm)}
     for index, block in enumerate(model.blocks):
         if not (isinstance(block, Block) and isinstance(block.mixer, RWKV7) and isinstance(block.mlp, ChannelMix)):
             raise ConfigError(f"layer {index} is not RWKV-7's; this format needs mixer=rwkv7 and block=rwkv7.")
+    weights = {"emb.weight": model.embedding.weight, "head.weight": model.head.weight, **_norm("ln_out", model.norm)}
+    for index, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
+        assert isinstance(block.mixer, RWKV7)
+        assert isinstance(block.mlp, ChannelMix)
         prefix = f"blocks.{index}"
         if index == 0:
             weights |= _norm(f"{prefix}.ln0", model.embedding_norm)
@@ -92,7 +98,11 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="file to write, ending in .pth")
     arguments = parser.parse_args()
     try:
-        weights = rwkv_weights(model_from_checkpoint(load_checkpoint(chosen_checkpoint(arguments.checkpoint))))
+        checkpoint = chosen_checkpoint(arguments.checkpoint)
+        state = load_model_state(checkpoint)
+        with rebuilding(checkpoint):
+            check_model_nodes(state["config"])
+            weights = rwkv_weights(model_from_checkpoint(state))
         save_tensors(arguments.output, weights)
     except LongmixError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

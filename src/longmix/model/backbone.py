@@ -20,6 +20,9 @@ from longmix.model.blocks import Block, BlockStyle, Standard
 from longmix.model.head import token_losses, token_losses_and_peaks
 from longmix.parallel.slices import Slices
 
+MOST_LAYERS = 10_000
+"""Far beyond what anybody trains; a configuration from somewhere else might ask for more than could ever be built."""
+
 MixerFactory = Callable[[ModelShape, int], Mixer]
 """Builds the mixer of one layer from the model's shape and the layer's index."""
 
@@ -84,6 +87,8 @@ class LanguageModel(nn.Module):
         for key, size in sizes.items():
             if size < 1:
                 raise ConfigError(f"model.{key}={size} must be at least 1.")
+        if num_layers > MOST_LAYERS:
+            raise ConfigError(f"model.num_layers={num_layers} must be at most {MOST_LAYERS:,}.")
         if norm_eps <= 0:
             raise ConfigError(f"model.norm_eps={norm_eps} must be above 0.")
         if logit_penalty < 0:

@@ -8,7 +8,7 @@ from longmix.config import Node, build, check, unknown_key
 from longmix.errors import ConfigError
 from longmix.mixers.base import Mixer, ModelShape
 from longmix.model.backbone import LanguageModel, MixerFactory
-from longmix.model.states import load_weights
+from longmix.model.states import check_weights, load_weights
 
 MIXER_ARGUMENTS = {"shape", "layer_index"}
 CHECK_VOCABULARY = 2
@@ -63,8 +63,15 @@ def check_model(config: Node) -> None:
 
 
 def model_from_checkpoint(state: dict[str, Any]) -> LanguageModel:
-    """Rebuild a model with its weights from the state that `load_checkpoint` returned."""
+    """Rebuild a model with its weights from the state that `load_checkpoint` returned.
+
+    Raises:
+        CheckpointError: the weights are not those of the model that the configuration describes; found out before any
+            memory is taken.
+    """
     vocab_size = state["model"]["embedding.weight"].shape[0]
+    with torch.device("meta"):
+        check_weights(build_model(state["config"], vocab_size), state["model"])
     model = build_model(state["config"], vocab_size)
     load_weights(model, state["model"])
     return model

@@ -50,13 +50,22 @@ def load_weights(model: LanguageModel, weights: dict[str, Tensor]) -> None:
     Raises:
         CheckpointError: they are not the model's, or of other shapes or types.
     """
+    check_weights(model, weights)
+    model.load_state_dict(weights)
+
+
+def check_weights(model: LanguageModel, weights: dict[str, Tensor]) -> None:
+    """Refuse weights that are not a model's, which may be without memory; states among them are given a place first.
+
+    Raises:
+        CheckpointError: names what differs.
+    """
     if tuned_states(weights):
         tune_states(model, _features(weights))
-    _fill(model, weights, model.state_dict())
+    _check_like(weights, model.state_dict())
 
 
-def _fill(model: LanguageModel, weights: dict[str, Tensor], needed: dict[str, Tensor]) -> None:
-    """Load `weights`, which must be like those in `needed`."""
+def _check_like(weights: dict[str, Tensor], needed: dict[str, Tensor]) -> None:
     problems = [f"{name} is missing" for name in needed if name not in weights]
     for name, weight in weights.items():
         if name not in needed:
@@ -68,7 +77,6 @@ def _fill(model: LanguageModel, weights: dict[str, Tensor], needed: dict[str, Te
     if problems:
         more = f", and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise CheckpointError(f"these weights are of another model: {'; '.join(problems[:SHOWN])}{more}.")
-    model.load_state_dict(weights, strict=False)
 
 
 def _features(weights: dict[str, Tensor]) -> int:
@@ -106,7 +114,7 @@ def load_states(model: LanguageModel, path: Path, config: Node) -> None:
     """
     path = path / "states.pt" if path.is_dir() else path
     cure = "; give the states.pt of a run with trainable=states"
-    content = load_tensors(path, "file of states", format_number=FORMAT, without_digest=WITHOUT_DIGEST, cure=cure)
+    content = load_tensors(path, "states", format_number=FORMAT, without_digest=WITHOUT_DIGEST, cure=cure)
     with reading(path, "states", cure):
         states = content["states"]
         for name, weight in states.items():
@@ -120,6 +128,7 @@ def load_states(model: LanguageModel, path: Path, config: Node) -> None:
     with reading(path, "states of this model", cure):
         tune_states(model, _features(states))
         try:
-            _fill(model, states, tuned_states(model.state_dict()))
+            _check_like(states, tuned_states(model.state_dict()))
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
+        model.load_state_dict(states, strict=False)

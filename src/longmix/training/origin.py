@@ -6,7 +6,8 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from longmix.checkpoints import chosen_checkpoint, load_checkpoint
+from longmix.checkpoints import chosen_checkpoint
+from longmix.checkpoints.contents import load_model_state, rebuilding
 from longmix.checkpoints.last import LAST
 from longmix.config import Node
 from longmix.data.tokenizers import Tokenizer, tokenizer_from_state
@@ -57,11 +58,13 @@ class Origin:
                 raise ConfigError(f"{word} comes from checkpoint={node['checkpoint']}; leave one of the two out.")
         if node["checkpoint"] == LAST:  # the configuration that is kept names the run itself
             node["checkpoint"] = str(chosen_checkpoint(LAST, Path(HydraConfig.get().runtime.output_dir)))
-        state = load_checkpoint(chosen_checkpoint(node["checkpoint"]), optimizers=False)
+        checkpoint = chosen_checkpoint(node["checkpoint"])
+        state = load_model_state(checkpoint)
         trained = state["config"]
-        check_model_nodes(trained, node["trust"])
-        node.update({key: trained[key] for key in TAKEN})
-        return cls(state, tokenizer_from_state(state["tokenizer"]))
+        with rebuilding(checkpoint):
+            check_model_nodes(trained, node["trust"])
+            node.update({key: trained[key] for key in TAKEN})
+            return cls(state, tokenizer_from_state(state["tokenizer"]))
 
 
 def begin(model: LanguageModel, node: Node, origin: Origin | None) -> None:

@@ -11,6 +11,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from longmix.checkpoints import Checkpoint, CheckpointStore, chosen_checkpoint, open_checkpoint
+from longmix.checkpoints.contents import check_run_state, rebuilding
 from longmix.checkpoints.processes import Processes
 from longmix.config import Node, flattened
 from longmix.errors import CheckpointError, ConfigError
@@ -150,6 +151,8 @@ def _load(config: Node, checkpoint: Path) -> tuple[Checkpoint, dict[str, Any]]:
     state = saved.rest()
     if "run" not in state:
         raise CheckpointError(f"{checkpoint} holds a model and no run to continue; begin from it with checkpoint=.")
+    with rebuilding(checkpoint):
+        check_run_state(state)
     _check_same(config, state["config"], checkpoint)
     return saved, state
 

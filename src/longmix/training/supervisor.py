@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from longmix.checkpoints import Checkpoint, CheckpointStore
+from longmix.checkpoints.contents import rebuilding
 from longmix.checkpoints.processes import Processes
 from longmix.checkpoints.reading import read_info
 from longmix.checkpoints.saver import Saver
@@ -82,7 +83,10 @@ class Supervisor(Callback):
         self.resume_from, self.saved = resume_from, saved
         self.loop = config["loop"]
         self.signals = process_watch()
-        self.state = RunState(**resume_from["run"]) if resume_from is not None else RunState()
+        self.state = RunState()
+        if resume_from is not None:
+            with rebuilding(store.folder if saved is None else saved.checkpoint):
+                self.state = RunState(**resume_from["run"])
         if saved is not None and resume_from is not None and not self.is_validated(resume_from["step"]):
             info = read_info(saved.checkpoint)  # a validation may have followed
             if info.get("validation", {}).get("step") == resume_from["step"] and BY_POSITION in info:
@@ -109,7 +113,8 @@ class Supervisor(Callback):
         module.how_to_continue = lambda: how_to_continue(self.store.folder.parent)
         if self.resume_from is not None and self.saved is not None:
             module.restore(self.resume_from, self.saved, processes)
-            random_state.restore(random_state.of_process(self.resume_from["random"], processes.rank))
+            with rebuilding(self.saved.checkpoint):
+                random_state.restore(random_state.of_process(self.resume_from["random"], processes.rank))
             self.resume_from = self.saved = None
             self.first_step = module.step
         wanted = self.loop["sharded_checkpoints"]

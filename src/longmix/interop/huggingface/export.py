@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longmix.checkpoints import chosen_checkpoint, load_checkpoint
+from longmix.checkpoints import chosen_checkpoint
+from longmix.checkpoints.contents import load_model_state, rebuilding
 from longmix.config import Node
 from longmix.data.tokenizers import tokenizer_from_state
 from longmix.errors import ConfigError
@@ -82,9 +83,10 @@ def export(checkpoint: Path, folder: Path, kind: str = "auto", dtype: str = "flo
         raise ConfigError(f"--as is one of {', '.join(KINDS)}, and --dtype one of {', '.join(DTYPES)}.")
     _check_target(folder, force)
     path = chosen_checkpoint(checkpoint)
-    state = load_checkpoint(path)
-    model = model_from_checkpoint(_trusted(state))
-    tokenizer = tokenizer_from_state(state["tokenizer"])
+    state = load_model_state(path)
+    with rebuilding(path):
+        model = model_from_checkpoint(_trusted(state))
+        tokenizer = tokenizer_from_state(state["tokenizer"])
     config, weights = _as_llama(model, state["config"], kind) or _as_longmix(model, state["config"])
     fast = huggingface_tokenizer(tokenizer)
     write_specials(config, tokenizer)

@@ -1,0 +1,145 @@
+"""What a checkpoint must hold before a model is built of it: every key, of the right type, sizes that fit each other.
+
+A file whose hash is right may still be of another program, or made by hand. Looked at once, here, it is one error that
+names the checkpoint, and not whatever the code that uses it would stumble over.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from longmix.checkpoints.load import load_checkpoint
+from longmix.checkpoints.reading import reason_of
+from longmix.errors import CheckpointError, LongmixError, NonFiniteError
+
+CONFIG_KEYS = ("model", "mixer", "data", "tokenizer", "seq_len", "seed")
+DEEPEST = 50
+"""Levels of a configuration; the deepest of ours has about ten."""
+
+
+def load_model_state(checkpoint: Path) -> dict[str, Any]:
+    """The state in a checkpoint but the optimizers, in which all is there that a model is rebuilt of.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the checkpoint is not of a model.
+    """
+    state = load_checkpoint(checkpoint, optimizers=False)
+    with rebuilding(checkpoint):
+        check_model_state(state)
+    return state
+
+
+def check_model_state(state: dict[str, Any]) -> None:
+    """Refuse a state that lacks what a model is rebuilt of; call inside `rebuilding`.
+
+    Raises:
+        ValueError: names the entry.
+    """
+    _is_dict(state, "tokenizer")
+    config = _is_dict(state, "config")
+    lacking = [key for key in CONFIG_KEYS if key not in config]
+    if lacking:
+        raise ValueError(f"its config lacks {', '.join(lacking)}")
+    _check_node(config, "config", 0)
+    model, _ = _is_dict(config, "model"), _is_dict(config, "mixer")
+    _check_counts(config, {"seq_len": 1, "seed": 0})
+    weights = _is_dict(state, "model")
+    embedding = weights.get("embedding.weight")
+    if not isinstance(embedding, Tensor) or embedding.ndim != 2 or 0 in embedding.shape:
+        raise ValueError("it has no embedding.weight of two dimensions")
+    _check_sizes(model, weights, embedding)
+
+
+def check_run_state(state: dict[str, Any]) -> None:
+    """Refuse a state without what training goes on from, weights apart; call inside `rebuilding`.
+
+    Raises:
+        ValueError: names the entry.
+    """
+    config = _is_dict(state, "config")
+    _check_node(config, "config", 0)
+    for key in ("run", "data_fingerprint"):
+        _is_dict(state, key)
+    _check_counts(state, {"step": 0, "steps_skipped": 0})
+    randoms = state.get("random")
+    randoms = randoms if isinstance(randoms, list) else [randoms]
+    if not randoms or not all(isinstance(one, dict) for one in randoms):
+        raise ValueError("its random is no list of states")
+    optimizers = state.get("optimizers")
+    if not isinstance(optimizers, list):
+        raise ValueError("its optimizers is no list")
+    for optimizer in optimizers:
+        groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
+        if not isinstance(groups, list) or not isinstance(optimizer.get("state"), dict):
+            raise ValueError("its optimizers are no optimizers")
+        if not all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups):
+            raise ValueError("its optimizers have no groups of parameters")
+
+
+@contextlib.contextmanager
+def rebuilding(checkpoint: Path) -> Iterator[None]:
+    """Name the checkpoint in whatever goes wrong while something is built of its content.
+
+    Raises:
+        CheckpointError: for what only a content of another kind can cause.
+        LongmixError: of the same kind, with the checkpoint's name.
+    """
+    try:
+        yield
+    except NonFiniteError:
+        raise
+    except LongmixError as error:
+        if str(checkpoint) in str(error):
+            raise
+        raise type(error)(f"{checkpoint}: {error}") from error
+    except Exception as error:  # whatever the content may happen to mean
+        raise CheckpointError(
+            f"{checkpoint} holds no model that longmix can use ({reason_of(error)}). Give another checkpoint."
+        ) from error
+
+
+def _is_dict(node: dict[str, Any], key: str) -> dict[str, Any]:
+    value = node.get(key)
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"its {key} is {_short(value)}" if key in node else f"it has no {key}")
+    return value
+
+
+def _check_counts(node: dict[str, Any], least: dict[str, int]) -> None:
+    for key, smallest in least.items():
+        value = node.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
+            raise ValueError(f"its {key} is {_short(value)}")
+
+
+def _check_node(value: Any, key: str, depth: int) -> None:
+    """Refuse a configuration with other things than YAML can hold."""
+    if depth > DEEPEST:
+        raise ValueError(f"its {key} is nested too deeply")
+    if isinstance(value, dict):
+        for name, part in value.items():
+            if not isinstance(name, str):
+                raise ValueError(f"its {key} has a key {_short(name)}")
+            _check_node(part, f"{key}.{name}", depth + 1)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _check_node(part, key, depth + 1)
+    elif value is not None and not isinstance(value, bool | int | float | str):
+        raise ValueError(f"its {key} is a {type(value).__name__}")
+
+
+def _check_sizes(model: dict[str, Any], weights: dict[str, Any], embedding: Tensor) -> None:
+    """Refuse sizes that are not those of the weights, before memory is asked for."""
+    blocks = {match[1] for name in weights if (match := re.match(r"blocks\.(\d+)\.", name))}
+    for key, found in (("num_layers", len(blocks)), ("d_model", embedding.shape[1])):
+        if isinstance(model.get(key), int) and model[key] != found:
+            raise ValueError(f"its config says model.{key}={_short(model[key])}, and its weights are of {found}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value) if isinstance(value, str | int | float | bool | None) else f"a {type(value).__name__}"
+    return text if len(text) < 60 else f"{text[:60]}..."
