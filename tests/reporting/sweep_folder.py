@@ -9,10 +9,12 @@ from longmix.training.loggers import CsvLog
 STEPS = (10, 20, 30)
 
 
-def write_run(folder: Path, mixer: str, seq_len: int, bits: float, speed: float, **changes: Any) -> Path:
-    """A finished run; `changes` replace entries of its summary."""
+def write_run(
+    folder: Path, mixer: str, seq_len: int, bits: float, speed: float, config: str = "seed: 0\n", **changes: Any
+) -> Path:
+    """A finished run with its configuration; `changes` replace entries of its summary."""
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text("seed: 0\n")
+    (folder / "config.yaml").write_text(config)
     log = CsvLog()
     log.open(folder, {}, "name", 0)
     for step in STEPS:

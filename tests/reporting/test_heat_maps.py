@@ -53,25 +53,26 @@ class TestDraw:
 
 class TestReport:
     def test_evaluated_runs_side_by_side(self, sweep):
-        runs, _ = find_runs([sweep])
-        assert [(name, run.folder.name[0], needle.accuracy) for name, run, needle in found_needles(runs)] == [
+        found = find_runs([sweep])
+        runs = found.runs
+        assert [(name, run.folder.name[0], needle.accuracy) for name, run, needle, _ in found_needles(runs)] == [
             ("slow", "0", FOUND),
             ("fast", "1", FOUND),
         ]
-        page = html(runs, panels_of(runs), "sweep")
+        page = html(found, panels_of(runs), sweep)
         assert page.count('class="cell"') == 12 and page.index("Needles found") < page.index("All runs")
         assert '<figure class="mark c1" data-mixer="slow"><h3>slow</h3>' in page
         assert "<th>needle</th>" in page and page.count("not evaluated") == 4  # two measures of two runs
 
     def test_picture(self, sweep, capsys):
-        runs, _ = find_runs([sweep])
-        write_report(runs, sweep)
+        found = find_runs([sweep])
+        write_report(found, sweep)
         picture = image.imread(sweep / "panels" / "needles.png")
         assert picture.shape[1] > 1.8 * picture.shape[0] and picture.std() > 0
 
     def test_nothing_where_none_was_evaluated(self, tmp_path):
-        runs, _ = find_runs([write_sweep(tmp_path)])
-        assert section(runs, {"slow": 0, "fast": 1}) == ""
-        write_report(runs, tmp_path)
+        found = find_runs([write_sweep(tmp_path)])
+        assert section(found.runs, {"slow": 0, "fast": 1}) == ""
+        write_report(found, tmp_path)
         assert not (tmp_path / "panels" / "needles.png").exists()
         assert "Needles found" not in (tmp_path / "report.html").read_text()

@@ -8,11 +8,11 @@ from xml.etree import ElementTree
 import pytest
 from sweep_folder import write_evaluation, write_needles, write_run, write_sweep
 
-from longmix.reporting.colours import DARK, LIGHT, colour_numbers
+from longmix.reporting.axes import Axis, doubling_ticks, nice_ticks, tick_labels
 from longmix.reporting.page import html
 from longmix.reporting.panels import Panel, Series, panels_of
 from longmix.reporting.runs import find_runs
-from longmix.reporting.svg import NAME_GAP, Axis, draw, nice_ticks, spread, tick_labels
+from longmix.reporting.svg import NAME_GAP, crosses, draw, spread
 
 VOID = {"meta"}
 
@@ -53,8 +53,8 @@ def sweep(tmp_path):
 
 
 def page_of(folder) -> tuple[Page, str]:
-    runs, _ = find_runs([folder])
-    text = html(runs, panels_of(runs), folder.name)
+    found = find_runs([folder])
+    text = html(found, panels_of(found.runs), folder)
     return Page(text), text
 
 
@@ -96,7 +96,7 @@ class TestPage:
             "not audited",
         ]
         assert page.under("badge").count("not evaluated") == 3
-        assert "<th>mqar</th>" in text and ">0.750<" in text and ">0.500<" not in text
+        assert "<th>mqar</th>" in text and ">75.0 %<" in text and ">50.0 %<" not in text
         assert "task=causality" in text and "task=needle" in text
 
     def test_who_recalls_best(self, sweep):
@@ -104,8 +104,22 @@ class TestPage:
             write_needles(sweep / name, [32], [0.0], [[found]])
         page, text = page_of(sweep)
         assert page.under("winner") == ["slow", "fast", "fast", "fast", "slow", "fast", "fast"]
-        assert page.under("figure")[3] == "75.0%" and page.under("next")[3] == "then slow, 50.0%"
+        assert page.under("figure")[3] == "75.0 %" and page.under("next")[3] == "then slow, 50.0 %"
         assert page.under("next")[-1] == "not measured" and "best recall, needle<" in text
+
+    def test_nobody_wins_with_nothing_or_with_what_others_have(self, sweep):
+        for name in ("0,mixer=slow,seq_len=32", "1,mixer=fast,seq_len=32"):
+            write_needles(sweep / name, [32], [0.0], [[0.0]])
+        for name in ("2,mixer=slow,seq_len=64", "3,mixer=fast,seq_len=64"):
+            write_needles(sweep / name, [64], [0.0], [[0.75]])
+        page, text = page_of(sweep)
+        assert page.under("winner") == ["slow", "fast", "fast"] * 2, "of loss, speed and memory alone"
+        assert "none above 0.0 %" in page.under("next") and "a tie: slow, fast" in page.under("next")
+        assert ">0.0 %<" in text and 'class="bar best" style="--share:0.000' not in text
+
+    def test_a_run_that_diverged_does_not_win(self, sweep):
+        write_run(sweep / "nan", "nan", 32, float("nan"), 100.0)
+        assert page_of(sweep)[0].under("winner")[0] == "slow"
 
     def test_a_run_that_was_not_evaluated_says_so(self, sweep):
         page, text = page_of(sweep)
@@ -138,15 +152,6 @@ class TestPage:
         write_run(tmp_path / "b", "flash", 32, 2.0, 600.0)
         page, text = page_of(tmp_path)
         assert "<b>" not in text and "<b>&amp" in page.under("winner") + page.under("name")
-
-
-class TestColours:
-    def test_by_name_not_by_order(self):
-        assert colour_numbers(["b", "a", "b"]) == colour_numbers(["a", "b"]) == {"a": 0, "b": 1}
-
-    def test_palettes_fit(self):
-        assert len(LIGHT) == len(DARK) == len(set(LIGHT)) == len(set(DARK))
-        assert colour_numbers(f"m{index:02}" for index in range(len(LIGHT) + 1))[f"m{len(LIGHT)}"] == 0
 
 
 class TestSvg:
@@ -184,12 +189,14 @@ class TestSvg:
                 apart = apart or one[0] + one[2] <= other[0] or other[0] + other[2] <= one[0]
                 assert one is other or apart
 
-    def test_a_name_ends_before_its_point_at_the_right_edge(self):
+    def test_a_name_at_the_right_edge_stays_inside(self):
         series = [Series(name, "m", [x], [y]) for name, x, y in (("first", 1.0, 1.0), ("a_long_name", 2.0, 3.0))]
         root = ElementTree.fromstring(draw(Panel("key", "", "", "x", "y", series, kind="points"), {"m": 0}))
         (group,) = [group for group in root.iter("g") if group.find("text").text == "a_long_name"]
         text, point = group.find("text"), group.find("circle")
-        assert text.get("text-anchor") == "end" and float(text.get("x")) < float(point.get("cx"))
+        width = 7.0 * len("a_long_name")
+        left = float(text.get("x")) - {"start": 0, "middle": width / 2, "end": width}[text.get("text-anchor")]
+        assert left + width <= 560 and float(point.get("cx")) + width > 560
 
     def test_one_value_alone(self):
         panel = Panel("key", "section", "title", "x", "y", [Series("a", "m", [16], [3.0])], log_x=True)
@@ -199,9 +206,45 @@ class TestSvg:
         axis = Axis([7.0, 9.5], 300, 0, from_zero=True)
         assert axis(0) == 300 and axis.ticks == [0, 2, 4, 6, 8, 10] and axis(10) == 0
 
+    def test_shares_of_nothing_have_the_axis_of_what_might_have_been(self):
+        axis = Axis([0.0, 0.0], 300, 0, from_zero=True)
+        assert axis.ticks == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0]) and axis(0) == 300 and axis(1) == 0
+
+    def test_names_are_not_crossed_by_the_front(self):
+        places = [(1.0, 1.0), (2.0, 2.0), (3.0, 3.0), (4.0, 4.0)]  # all on the front, which rises to the right
+        series = [Series(f"mlstm_tfla_{index}", "m", [x], [y]) for index, (x, y) in enumerate(places)]
+        root = ElementTree.fromstring(draw(Panel("key", "", "", "x", "y", series, kind="points"), {"m": 0}))
+        strokes = [
+            ((float(line.get("x1")), float(line.get("y1"))), (float(line.get("x2")), float(line.get("y2"))))
+            for line in root.iter("line")
+            if line.get("class") == "front"
+        ]
+        assert len(strokes) == 3
+        for text in (text for text in root.iter("text") if text.get("class") == "name"):
+            width, y = 7.0 * len(text.text), float(text.get("y")) - 4
+            left = float(text.get("x")) - {"start": 0, "middle": width / 2, "end": width}[text.get("text-anchor")]
+            assert not any(crosses((left, y - 7, left + width, y + 7), *stroke) for stroke in strokes), text.text
+
+    @pytest.mark.parametrize(
+        ("start", "end", "expected"),
+        [
+            pytest.param((0, 0), (10, 10), True, id="through"),
+            pytest.param((0, 5), (10, 5), True, id="level"),
+            pytest.param((0, 0), (3, 3), False, id="before"),
+            pytest.param((0, 9), (10, 9), False, id="above"),
+            pytest.param((5, 5), (5, 5.5), True, id="inside"),
+            pytest.param((0, 8), (2, 12), False, id="past a corner"),
+        ],
+    )
+    def test_crossing(self, start, end, expected):
+        assert crosses((4, 4, 6, 6), start, end) is expected
+
     def test_log_axis_doubles(self):
         axis = Axis([16, 64], 0, 300, log=True)
         assert axis.ticks == [16, 32, 64]
+        assert doubling_ticks([100.0]) == [100.0], "a single length has a tick"
+        assert doubling_ticks([100.0, 120.0]) == [100.0, 120.0]
+        assert len(doubling_ticks([1.0, 2.0**30])) <= 9
         assert axis(32) - axis(16) == pytest.approx(axis(64) - axis(32))
 
     @pytest.mark.parametrize(

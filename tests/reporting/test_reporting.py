@@ -62,7 +62,7 @@ def write_run(folder: Path, bits_per_byte: float = 2.0, finished: bool = True, l
 
 
 def labels(*paths: Path) -> list[str]:
-    return [run.label for run in find_runs(list(paths))[0]]
+    return [run.label for run in find_runs(list(paths)).runs]
 
 
 def check_picture(path: Path) -> None:
@@ -76,9 +76,9 @@ class TestFindRuns:
         for name, bits in {"a": 2.0, "b": 1.0, "c": math.nan, "d": 3.0}.items():
             write_run(tmp_path / name, bits)
         unfinished = write_run(tmp_path / "e", finished=False)
-        runs, left_out = find_runs([tmp_path])
-        assert [run.label for run in runs] == ["b", "a", "d", "c"]
-        assert left_out == [unfinished]
+        found = find_runs([tmp_path])
+        assert [run.label for run in found.runs] == ["b", "a", "d", "c"]
+        assert [run.folder for run in found.unfinished] == [unfinished] and found.damaged == []
 
     def test_a_run_counts_once(self, tmp_path, monkeypatch):
         run = write_run(tmp_path / "runs" / "a")
@@ -115,13 +115,7 @@ class TestFindRuns:
         ("prepare", "message"),
         [
             pytest.param(lambda folder: None, "there is no .*sweep; give the folder", id="missing"),
-            pytest.param(Path.mkdir, "no finished run at or below .*sweep: none has a summary.json", id="empty"),
-            pytest.param(lambda folder: write_run(folder / "a", finished=False), "no finished run", id="none finished"),
-            pytest.param(
-                lambda folder: (write_run(folder / "a") / "summary.json").write_text("{"),
-                "a/summary.json is damaged",
-                id="damaged summary",
-            ),
+            pytest.param(Path.mkdir, "no run at or below .*sweep: no folder there has a config.yaml", id="empty"),
         ],
     )
     def test_refuses(self, tmp_path, prepare, message):
@@ -132,7 +126,7 @@ class TestFindRuns:
 
 class TestRun:
     def test_row(self, tmp_path):
-        ((run,), _) = find_runs([write_run(tmp_path / "a", 2.0)])
+        (run,) = find_runs([write_run(tmp_path / "a", 2.0)]).runs
         assert run.row() == {
             "run": "a",
             "mixer": "flash",
@@ -153,16 +147,16 @@ class TestRun:
         folder = write_run(tmp_path / "a")
         summary = json.loads((folder / "summary.json").read_text())
         (folder / "summary.json").write_text(json.dumps(summary | {"peak_memory_bytes": 3 * 2**30}))
-        ((run,), _) = find_runs([folder])
+        (run,) = find_runs([folder]).runs
         assert run.row()["peak_gib"] == 3.0
 
     def test_curve_takes_rows_that_have_both(self, tmp_path):
-        ((run,), _) = find_runs([write_run(tmp_path / "a", 2.0)])
+        (run,) = find_runs([write_run(tmp_path / "a", 2.0)]).runs
         assert run.curve("validation/bits_per_byte") == ([10, 20], [2.1, 2.05])
         assert run.curve("nothing") == ([], [])
 
     def test_without_a_log(self, tmp_path):
-        ((run,), _) = find_runs([write_run(tmp_path / "a", logged=False)])
+        (run,) = find_runs([write_run(tmp_path / "a", logged=False)]).runs
         assert run.row()["peak_gib"] is None
         assert run.curve("validation/bits_per_byte") == ([], [])
 
@@ -187,9 +181,12 @@ class TestCommand:
         rows = [line for line in written.out.splitlines() if line.startswith("│")]
         cells = [[cell.strip() for cell in row.strip("│").split("│")] for row in rows]
         assert [row[0] for row in cells] == ["second", "first"]
-        assert cells[0][1:6] == ["flash", "32", "23,744", "1,280", "1.5000"]
-        assert cells[0][7:] == ["1,234", "1.2500", "2.0000", "not evaluated", "not evaluated"]
-        assert f"not finished, left out: {unfinished}\n" in written.out
+        assert cells[0][1:] == ["flash", "1.500", "1.040", "1,234", "1.2", "2.00"]
+        assert "all runs: 32 tokens of context, 23,744 parameters, 1,280 tokens trained on\n" in written.out
+        assert (
+            f"not finished: {unfinished}: step 20, train loss 3.0000 at step 20, validation 2.0500 bits/byte at step"
+            in (written.out)
+        )
         assert all(f"wrote {tmp_path}/{name}\n" in written.out for name in FILES)
         saved = json.loads((tmp_path / "runs.json").read_text())
         assert [row["run"] for row in saved] == ["second", "first"]
@@ -211,8 +208,8 @@ class TestCommand:
         write_needles(tmp_path / "first", [32, 64], [0.5], [[0.75, 0.25]])
         write_evaluation(tmp_path / "second", "causality_step9", causal=False, step=9)
         rows = [line for line in report(tmp_path)[1].out.splitlines() if line.startswith("│")]
-        cells = [[cell.strip() for cell in row.strip("│").split("│")][10:] for row in rows]
-        assert cells == [["0.7500", "6.7500", "not evaluated"], ["not evaluated", "not evaluated", "LEAKS"]]
+        cells = [[cell.strip() for cell in row.strip("│").split("│")] for row in rows]
+        assert [row[-3:] for row in cells] == [["75.0 %", "+6.75 nats", "-"], ["-", "-", "LEAKS"]]
 
     def test_runs_without_a_log_have_a_picture_too(self, tmp_path, report):
         write_run(tmp_path / "a", logged=False)
@@ -224,7 +221,7 @@ class TestCommand:
         unfinished = write_run(tmp_path / "[red]b", finished=False)
         code, written = report(tmp_path)
         assert code == 0
-        assert "│ [bold]a" in written.out and f"left out: {unfinished}\n" in written.out
+        assert "│ [bold]a" in written.out and f"not finished: {unfinished}: step 20" in written.out
 
     def test_output_folder_is_made(self, tmp_path, report):
         write_run(tmp_path / "a")
@@ -244,8 +241,7 @@ class TestCommand:
         assert report(tmp_path)[1].out == first
 
     def test_write_report_returns_what_it_wrote(self, tmp_path):
-        runs, _ = find_runs([write_run(tmp_path / "a")])
-        written = write_report(runs, tmp_path)
+        written = write_report(find_runs([write_run(tmp_path / "a")]), tmp_path)
         assert sorted(path.name for path in written) == FILES
         assert all(path.exists() for path in written)
 
@@ -293,7 +289,7 @@ class TestSweep:
         assert list(saved) == sorted(saved, key=lambda label: saved[label]["bits_per_byte"])
         assert len({row["bits_per_byte"] for row in saved.values()}) == 4
         assert all(f"│ {label} " in done.out for label in saved)
-        assert f"not finished, left out: {unfinished}" in done.out
+        assert f"not finished: {unfinished}" in done.out
         check_picture(sweep / "runs.png")
 
         # a folder of a sweep has commas and equal signs in its name, which Hydra must not read

@@ -3,14 +3,18 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from longmix import startup
-from longmix.errors import LongmixError
+from longmix.errors import DataError, LongmixError
+from longmix.printable import LINES, printable
 from longmix.reporting.report import write_report
-from longmix.reporting.runs import find_runs, table
+from longmix.reporting.runs import Found, find_runs
+from longmix.reporting.table import table
+
+LOG_WIDTH = 100
+"""Letters of a line where the output is no terminal."""
 
 
 def main() -> int:
@@ -19,19 +23,35 @@ def main() -> int:
     parser.add_argument("folders", nargs="+", type=Path, help="folders of sweeps or runs; searched through")
     parser.add_argument("--output", type=Path, help="where the files go; the first folder if not given")
     arguments = parser.parse_args()
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    as_it_is: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
+    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
     try:
-        runs, unfinished = find_runs(arguments.folders)
-        console.print(table(runs))
-        for folder in unfinished:
-            console.print(f"not finished, left out: {folder}", **as_it_is)
-        for path in write_report(runs, arguments.output or arguments.folders[0]):
-            console.print(f"wrote {path}", **as_it_is)
+        found = find_runs(arguments.folders)
+        _print(found, console)
+        if not found.runs:
+            places = ", ".join(map(str, arguments.folders))
+            raise DataError(f"no finished run at or below {places}: none has a summary.json that can be read.")
+        for path in write_report(found, arguments.output or arguments.folders[0]):
+            _line(console, f"wrote {path}")
     except LongmixError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{type(error).__name__}: {printable(error, keep=LINES)}", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def _print(found: Found, console: Console) -> None:
+    if found.runs:
+        shown, notes = table(found.runs, console.width)
+        console.print(shown)
+        for note in notes:
+            _line(console, note)
+    for run in found.unfinished:
+        _line(console, f"not finished: {run.folder}: {run.figures}")
+    for path, reason in found.damaged:
+        _line(console, f"damaged, left out: {path}: {reason}")
+
+
+def _line(console: Console, words: str) -> None:
+    console.print(printable(words), highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,23 @@
-"""What `evaluate.py` left beside a run: whether its model is causal, what it recalls, and which needles it finds."""
+"""What `evaluate.py` left beside a run: whether its model is causal, what it recalls, and which needles it finds.
 
-import json
+Results on other data than the run was trained on, or of another split, are measures of their own: their names say so.
+"""
+
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from longmix.errors import DataError
+from longmix.files import sha256_of_file
+from longmix.reading import read_json
+from longmix.reporting.summaries import number
 
-NEEDLE_GAIN = "needle gain"
+NEEDLE, NEEDLE_GAIN = "needle", "needle gain"
+GAIN = " gain"
+"""What the names of measures in nats end in; the others are shares."""
+
+KINDS = ("causality_", "accuracy_", "needle_")
+USUAL_SPLIT = "validation"
 
 Recall = dict[str, dict[int, float]]
 """A measure's values by context length, by the measure's name."""
@@ -42,60 +51,136 @@ class Evaluations:
     Attributes:
         causal: what `task=causality` found; None where it has not run.
         recall: shares of targets met by `task=accuracy`, under the name of its data; and by `task=needle`, under
-            "needle", beside what the needle adds to the value's log probability, in nats, under `NEEDLE_GAIN`.
-        needle: the latter two by depth; None where `task=needle` has not run.
+            "needle", beside what the needle adds to the value's log probability, in nats, under `NEEDLE_GAIN`. Names of
+            results on other data than the run's, or of another split, say of which.
+        needles: the latter two by depth, by the name of the measure.
         state_bytes: what the model remembered of a row then, by the name of the data, where `task=accuracy` said so.
+        damaged: results that cannot be read, and why.
     """
 
     causal: bool | None = None
     recall: Recall = field(default_factory=dict)
-    needle: NeedleMap | None = None
+    needles: dict[str, NeedleMap] = field(default_factory=dict)
     state_bytes: Recall = field(default_factory=dict)
+    damaged: tuple[tuple[Path, str], ...] = ()
+
+    @property
+    def needle(self) -> NeedleMap | None:
+        """The map of needles in the run's own data, or else in others; None where `task=needle` has not run."""
+        return self.needles.get(NEEDLE, next(iter(self.needles.values()), None))
+
+
+def is_gain(measure: str) -> bool:
+    """Whether a measure is in nats and not a share."""
+    return measure.endswith(GAIN)
 
 
 def read_evaluations(run: Path) -> Evaluations:
-    """The results in a run's folder `evaluation`; empty where there are none.
+    """The results in a run's folder `evaluation`; empty where there are none. What is damaged is left out and named."""
+    found = Evaluations()
+    causal: bool | None = None
+    damaged: list[tuple[Path, str]] = []
+    steps: dict[str, int] = {}
+    for path, report in _oldest_first(run, damaged):
+        try:
+            if path.name.startswith("causality_"):
+                if not isinstance(report["causal"], bool):
+                    raise ValueError("its causal is neither true nor false")
+                causal = report["causal"]
+            elif path.name.startswith("accuracy_"):
+                _take_accuracy(found, report, steps)
+            else:
+                _take_needles(found, report)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            damaged.append((path, _reason(error)))
+    return Evaluations(causal, found.recall, found.needles, found.state_bytes, tuple(damaged))
 
-    Raises:
-        DataError: a result is damaged.
-    """
-    causal, recall, needle, state_bytes = None, Recall(), None, Recall()
-    for name, report in _oldest_first(run / "evaluation"):
-        if name.startswith("causality_"):
-            causal = bool(report["causal"])
-        elif name.startswith("accuracy_"):
-            rows = {int(length): row for length, row in report["lengths"].items()}
-            recall[report["data"]] = {length: row["accuracy"] for length, row in rows.items()}
-            known = {length: row["state_bytes"] for length, row in rows.items() if "state_bytes" in row}
-            state_bytes[report["data"]] = known
-        elif name.startswith("needle_"):
-            needle = _needle_map(report)
-            recall["needle"] = _over_depths(needle.lengths, needle.accuracy)
-            recall[NEEDLE_GAIN] = _over_depths(needle.lengths, needle.gain)
-    return Evaluations(causal, recall, needle, state_bytes)
 
-
-def _oldest_first(folder: Path) -> list[tuple[str, dict[str, Any]]]:
+def _oldest_first(run: Path, damaged: list[tuple[Path, str]]) -> list[tuple[Path, dict[str, Any]]]:
     reports = []
-    for path in sorted(folder.glob("*.json")):
-        if not path.name.startswith(("causality_", "accuracy_", "needle_")):
+    for path in sorted((run / "evaluation").glob("*.json")):
+        if not path.name.startswith(KINDS):
             continue
         try:
-            reports.append((path.name, json.loads(path.read_text(encoding="utf-8"))))
-        except ValueError as error:
-            raise DataError(f"{path} is damaged: {error}. Delete it to leave this result out.") from error
-    return sorted(reports, key=lambda named: named[1]["step"])
+            report = read_json(path)
+            number(report, "step", 0, whole=True)
+            if _is_of(run, report):
+                reports.append((path, report))
+        except (OSError, ValueError) as error:
+            damaged.append((path, _reason(error)))
+    return sorted(reports, key=lambda named: (named[1]["step"], str(named[1].get("date", ""))))
+
+
+def _is_of(run: Path, report: dict[str, Any]) -> bool:
+    """Whether a result is of the run's model, and not of the same with states that another run has tuned."""
+    states = report.get("states")
+    if states is None:
+        return True
+    own = run / "states.pt"
+    return isinstance(states, dict) and own.is_file() and sha256_of_file(own) == states.get("sha256")
+
+
+def _measure(report: dict[str, Any], name: str) -> str:
+    """What a result measures: its name, and data and split where they are not the run's own."""
+    if report.get("own_data") is False:
+        name += f" in {report['corpus']}" if name == NEEDLE else ""
+        name += f" ({str(report['data_fingerprint'])[:6]})"
+    split = report.get("split", USUAL_SPLIT)
+    return name if split == USUAL_SPLIT else f"{name}, {split}"
+
+
+def _take_accuracy(found: Evaluations, report: dict[str, Any], steps: dict[str, int]) -> None:
+    if not isinstance(report["data"], str):
+        raise ValueError("its data is no name")
+    measure = _measure(report, report["data"])
+    rows = {_length(key): row for key, row in report["lengths"].items()}
+    shares = {length: number(row, "accuracy", 0, 1) for length, row in rows.items()}
+    known = {length: number(row, "state_bytes", 0) for length, row in rows.items() if "state_bytes" in row}
+    newer = steps.get(measure) != report["step"]  # lengths of one step add up; an older step is over
+    steps[measure] = report["step"]
+    before = {} if newer else found.recall[measure]
+    found.recall[measure] = dict(sorted((before | shares).items()))
+    found.state_bytes[measure] = ({} if newer else found.state_bytes[measure]) | known
+
+
+def _take_needles(found: Evaluations, report: dict[str, Any]) -> None:
+    measure = _measure(report, NEEDLE)
+    needle = _needle_map(report)
+    found.needles[measure] = needle
+    found.recall[measure] = _over_depths(needle.lengths, needle.accuracy)
+    found.recall[measure + GAIN] = _over_depths(needle.lengths, needle.gain)
+
+
+def _length(key: str) -> int:
+    length = int(key)
+    if length < 1:
+        raise ValueError(f"its context length {length} is below 1")
+    return length
 
 
 def _needle_map(report: dict[str, Any]) -> NeedleMap:
-    cells = {(cell["depth"], cell["seq_len"]): cell for cell in report["cells"]}
+    cells = {}
+    for cell in report["cells"]:
+        place = number(cell, "depth", 0, 1), number(cell, "seq_len", 1, whole=True)
+        cells[place] = {"accuracy": number(cell, "accuracy", 0, 1), "gain": number(cell, "gain", -1e9, 1e9)}
+    if not cells:
+        raise ValueError("its cells are empty")
     depths, lengths = (sorted({place[axis] for place in cells}) for axis in (0, 1))
     accuracy, gain = (
         [[cells[depth, length][figure] for length in lengths] for depth in depths] for figure in ("accuracy", "gain")
     )
-    return NeedleMap(lengths, depths, accuracy, gain, report["trained_seq_len"], report["needles"])
+    trained, needles = (number(report, key, 1, whole=True) for key in ("trained_seq_len", "needles"))
+    return NeedleMap(lengths, depths, accuracy, gain, trained, needles)
 
 
 def _over_depths(lengths: list[int], figures: list[list[float]]) -> dict[int, float]:
     """The mean over the needle's depths at each length."""
     return {length: fmean(column) for length, column in zip(lengths, zip(*figures, strict=True), strict=True)}
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"it lacks {error.args[0]}"
+    if isinstance(error, TypeError | AttributeError):
+        return "it has another form than results have"
+    return str(error)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from longmix.reporting.panels import by_length
 from longmix.reporting.runs import Run
+from longmix.reporting.settings import block_of, corpus_of, tokenizer_of
 
 EQUAL_PARAMETERS = 0.04
 """Two models within the default `match.tolerance` of one number differ by no more than this."""
@@ -24,8 +25,12 @@ class Fact:
 
 
 def fairness(runs: list[Run]) -> list[Fact]:
-    """Parameters, tokens, steps, repetitions, leaks and machines of runs that are laid side by side."""
-    return [_parameters(runs), _tokens(runs), _repetitions(runs), *_leaks(runs), *_machine(runs)]
+    """Parameters, tokens, data, blocks, repetitions, leaks and machines of runs that are laid side by side."""
+    return [
+        *(_parameters(runs), _tokens(runs)),
+        *(*_data(runs), *_blocks(runs), *_learning_rates(runs)),
+        *(_repetitions(runs), *_leaks(runs), *_machine(runs)),
+    ]
 
 
 def _parameters(runs: list[Run]) -> Fact:
@@ -47,6 +52,50 @@ def _tokens(runs: list[Run]) -> Fact:
     if steps != more_steps:
         return Fact(f"{smallest:,} tokens each, but {steps:,} to {more_steps:,} in a step", False)
     return Fact(f"{smallest:,} tokens each, {steps:,} in a step", True)
+
+
+def _data(runs: list[Run]) -> list[Fact]:
+    """Different data, or different tokens of them: losses of such runs are of different questions."""
+    corpora = sorted({corpus for run in runs if (corpus := corpus_of(run.settings)) is not None})
+    if len(corpora) > 1:
+        return [Fact(f"trained on different data: {_listed(corpora)}; their losses do not compare", False)]
+    tokenizers = sorted({words for run in runs if (words := tokenizer_of(run.settings)) is not None})
+    if len(tokenizers) > 1:
+        return [Fact(f"different tokenizers: {_listed(tokenizers)}; bits per byte compare, losses do not", False)]
+    return [Fact(f"data: {corpus}", None) for corpus in corpora]
+
+
+def _blocks(runs: list[Run]) -> list[Fact]:
+    """Mixers that ran in another layer than most: what they win or lose may be the layer's."""
+    mixers: dict[str, list[str]] = {}
+    for run in runs:
+        block = block_of(run.settings)
+        if block is not None:
+            mixers.setdefault(block, []).append(run.summary["mixer"])
+    if len(mixers) < 2:
+        return []
+    usual = max(mixers, key=lambda block: len(mixers[block]))
+    return [
+        Fact(
+            f"{_listed(sorted(set(names)))} ran in another block ({block}) than the others ({usual}): a difference may "
+            "be the block's",
+            False,
+        )
+        for block, names in mixers.items()
+        if block != usual
+    ]
+
+
+def _learning_rates(runs: list[Run]) -> list[Fact]:
+    rates = {run.settings["optimizer.learning_rate"] for run in runs if "optimizer.learning_rate" in run.settings}
+    if len(rates) < 2 or not all(isinstance(rate, int | float) for rate in rates):
+        return []
+    return [Fact(f"learning rates from {min(rates):g} to {max(rates):g}", None)]
+
+
+def _listed(words: list[str], most: int = 4) -> str:
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return "; ".join(words[:most]) + more
 
 
 def _repetitions(runs: list[Run]) -> Fact:

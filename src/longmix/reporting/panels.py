@@ -1,6 +1,7 @@
 """What a report shows of its runs: each panel is data, which the page draws as SVG and `plots` as PNG."""
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +9,12 @@ from typing import Literal
 
 import numpy as np
 
-from longmix.reporting.evaluations import NEEDLE_GAIN
+from longmix.reporting.evaluations import is_gain
+from longmix.reporting.quality import quality_of
 from longmix.reporting.runs import Curve, Run, measures_of
+
+ENOUGH_POINTS = 4
+"""Validations that make a curve; of fewer, training tells more."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Panel:
         kind: lines, or a point each.
         log_x: the horizontal axis doubles.
         from_zero: the vertical axis begins at 0, so that heights compare.
+        up: high is good.
     """
 
     key: str
@@ -51,24 +57,12 @@ class Panel:
     kind: Literal["lines", "points"] = "lines"
     log_x: bool = False
     from_zero: bool = False
+    up: bool = False
 
 
-@dataclass(frozen=True)
-class Quality:
-    """By what runs are ranked: bits per byte, or nats where tokens stand for no text."""
-
-    key: str
-    unit: str
-
-    def of(self, run: Run) -> float:
-        """The run's value; small is good."""
-        return run.summary["validation"][self.key]
-
-
-def quality_of(runs: list[Run]) -> Quality:
-    """Bits per byte if all runs have them."""
-    has_bytes = all(math.isfinite(run.summary["validation"]["bits_per_byte"]) for run in runs)
-    return Quality("bits_per_byte", "bits/byte") if has_bytes else Quality("loss", "nats/token")
+def file_word(measure: str) -> str:
+    """A measure's name as a part of a file's; other results may have named it."""
+    return re.sub(r"[^\w.=-]+", "_", measure.strip(), flags=re.ASCII)[:60].strip("_") or "measure"
 
 
 def by_length(runs: list[Run]) -> dict[int, list[Run]]:
@@ -109,11 +103,12 @@ def _trade_offs(runs: list[Run]) -> list[Panel]:
         Panel(
             f"trade_off_{length}",
             "What quality costs",
-            f"at {length:,} tokens; best is low and far right",
+            f"at {length:,} tokens; best is {'high' if quality.more_is_better else 'low'} and far right",
             "training speed, tokens per second",
             f"validation, {quality.unit}",
             _series(group, names, lambda run: ([run.summary["tokens_per_second"]], [quality.of(run)])),
             kind="points",
+            up=quality.more_is_better,
         )
         for length, group in by_length(runs).items()
         if len(group) > 1
@@ -122,8 +117,9 @@ def _trade_offs(runs: list[Run]) -> list[Panel]:
 
 def _curves(runs: list[Run]) -> list[Panel]:
     names, quality = names_of(runs), quality_of(runs)
-    split = "validation" if all(len(run.curve(f"validation/{quality.key}")[0]) > 1 for run in runs) else "train"
-    column = f"{split}/{quality.key}"
+    column = _learning_column(runs, quality.key)
+    split, _, key = column.partition("/")
+    unit = quality.unit if key == quality.key else "nats/token"
 
     def against_tokens(run: Run) -> Curve:
         steps, values = run.curve(column)
@@ -139,7 +135,7 @@ def _curves(runs: list[Run]) -> list[Panel]:
             f"Learning, by {words}",
             f"at {length:,} tokens",
             label,
-            f"{split}, {quality.unit}",
+            f"{split}, {unit}",
             _series(group, names, curve),
         )
         for key, words, label, curve in (
@@ -150,9 +146,23 @@ def _curves(runs: list[Run]) -> list[Panel]:
     ]
 
 
+def _learning_column(runs: list[Run], key: str) -> str:
+    """The metric whose curve says most: of the validation where it was often made, else of the training steps."""
+    validations = [len(run.curve(f"validation/{key}")[0]) for run in runs]
+    if min(validations) >= ENOUGH_POINTS:
+        return f"validation/{key}"
+    for column in (f"train/{key}", "train/loss"):
+        points = [len(run.curve(column)[0]) for run in runs]
+        if min(points) > min(validations) or (min(validations) < 2 and any(points)):
+            return column
+    return f"validation/{key}"
+
+
 def seconds_by_step(run: Run) -> Curve:
     """Steps, and the seconds in training steps until then, as the logged speeds add up to them."""
-    steps, rates = run.curve("throughput/tokens_per_second")
+    logged = zip(*run.curve("throughput/tokens_per_second"), strict=True)
+    measured = [(step, rate) for step, rate in logged if rate > 0]
+    steps, rates = [step for step, _ in measured], [rate for _, rate in measured]
     taken = np.diff([0.0, *steps]) * run.summary["tokens_per_step"]
     return [0.0, *steps], [0.0, *np.cumsum(taken / np.asarray(rates)).tolist()]
 
@@ -220,11 +230,11 @@ def _recall(runs: list[Run]) -> list[Panel]:
 
     return [
         Panel(
-            f"recall_{measure.replace(' ', '_')}_{length}",
+            f"recall_{file_word(measure)}_{length}",
             "Recall",
             measure if len(lengths) == 1 else f"{measure}, trained at {length:,} tokens",
             "context length, tokens",
-            "nats that the needle adds" if measure == NEEDLE_GAIN else "share of targets met",
+            "nats that the needle adds" if is_gain(measure) else "share of targets met",
             _series(group, names, curve(measure)),
             log_x=True,
             from_zero=True,
@@ -249,7 +259,7 @@ def _capacity(runs: list[Run]) -> list[Panel]:
 
     return [
         Panel(
-            f"capacity_{measure.replace(' ', '_')}_{length}",
+            f"capacity_{file_word(measure)}_{length}",
             "Recall",
             f"{measure} at {length:,} tokens, by state",
             "bytes of a row's state",

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -11,7 +12,15 @@ matplotlib.use("Agg")  # no display is needed, and none is looked for
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from longmix.printable import printable
+
 Curve = tuple[Sequence[float], Sequence[float]]
+
+
+def plain(text: str) -> str:
+    """Text for a picture in which no letter has a meaning: a dollar sign would begin a formula."""
+    shown = printable(text).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown  # a legend leaves such names out
 
 
 def draw_curves(
@@ -24,17 +33,20 @@ def draw_curves(
     log_x: bool = False,
     marker: str = "",
     colours: Sequence[str] | None = None,
+    dashes: Sequence[tuple[int, ...]] | None = None,
 ) -> None:
-    """One line per entry of `curves`, a pair of x and y values; `colours` has one of each."""
+    """One line per entry of `curves`, a pair of x and y values; `colours` and `dashes` have one of each."""
     for index, (label, (x, y)) in enumerate(curves.items()):
-        colour = None if colours is None else colours[index]
-        axes.plot(x, y, marker=marker, markersize=3, linewidth=1.4, label=label, color=colour)
+        style: dict[str, Any] = {} if colours is None else {"color": colours[index]}
+        if dashes is not None and dashes[index]:
+            style["linestyle"] = (0, dashes[index])
+        axes.plot(x, y, marker=marker, markersize=3, linewidth=1.4, label=plain(label), **style)
     if log_x:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_title(title)
+    axes.set_title(plain(title))
     axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
+    axes.set_ylabel(plain(y_label))
     axes.grid(alpha=0.3)
     if len(curves) > 1:
         axes.legend(fontsize="small")
@@ -72,7 +84,7 @@ def draw_heat_map(
     axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
     axes.set_xlabel(f"tokens of context; trained up to the line, {trained_seq_len:,}")
     axes.set_ylabel("depth")
-    axes.set_title(title)
+    axes.set_title(plain(title))
     axes.figure.colorbar(image, ax=axes)
 
 

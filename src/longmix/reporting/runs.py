@@ -1,33 +1,25 @@
-"""Reads finished runs and lays them side by side."""
+"""Reads runs: finished ones with their figures, unfinished ones as far as they came, damaged ones by name."""
 
-import json
+import csv
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-from rich.table import Table
-
 from longmix.errors import DataError
+from longmix.printable import printable
+from longmix.reading import require_regular
 from longmix.reporting.evaluations import Evaluations, read_evaluations
-from longmix.reporting.metrics import Metrics, read_metrics
+from longmix.reporting.metrics import METRICS_FILE, Metrics, read_metrics
+from longmix.reporting.quality import ranked
+from longmix.reporting.settings import Settings, is_synthetic, read_settings
+from longmix.reporting.summaries import Unfinished, read_summary
 
 Curve = tuple[list[float], list[float]]
 
-COLUMNS = {
-    "run": "run",
-    "mixer": "mixer",
-    "seq_len": "seq_len",
-    "parameters": "parameters",
-    "tokens": "tokens",
-    "bits_per_byte": "bits/byte",
-    "loss": "loss",
-    "tokens_per_second": "tokens/s",
-    "training_seconds": "seconds",
-    "peak_gib": "peak GiB",
-}
+LARGEST_METRICS = 2**31
+"""Bytes of a metrics file that is read."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +32,7 @@ class Run:
         summary: its `summary.json`.
         metrics: the rows of its `metrics.csv`; none if it was not logged.
         evaluations: what `evaluate.py` found.
+        settings: what its `config.yaml` says; none if that cannot be read.
     """
 
     folder: Path
@@ -47,10 +40,12 @@ class Run:
     summary: dict[str, Any]
     metrics: list[Metrics]
     evaluations: Evaluations
+    settings: Settings = field(default_factory=dict)
 
     def curve(self, column: str, x: str = "step") -> Curve:
-        """The values of one metric against another, where a row has both."""
+        """The values of one metric against another, where a row has both and they are finite."""
         points = [(row[x], row[column]) for row in self.metrics if x in row and column in row]
+        points = [point for point in points if all(map(math.isfinite, point))]
         return [point[0] for point in points], [point[1] for point in points]
 
     def row(self) -> dict[str, Any]:
@@ -63,7 +58,7 @@ class Run:
             "seq_len": self.summary["seq_len"],
             "parameters": self.summary["parameters"]["total"],
             "tokens": self.summary["tokens"],
-            "bits_per_byte": validation["bits_per_byte"],
+            "bits_per_byte": None if is_synthetic(self.settings) else validation["bits_per_byte"],
             "loss": validation["loss"],
             "tokens_per_second": self.summary["tokens_per_second"],
             "training_seconds": self.summary["training_seconds"],
@@ -85,46 +80,119 @@ class Run:
         return max((row["memory/peak_gib"] for row in self.metrics if "memory/peak_gib" in row), default=None)
 
 
+@dataclass(frozen=True)
+class UnfinishedRun:
+    """A run that has not come to its end, or was killed before it.
+
+    Attributes:
+        folder: where it lies.
+        figures: how far it came, in words.
+    """
+
+    folder: Path
+    figures: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """All runs at or below some folders.
+
+    Attributes:
+        runs: the finished ones, best first.
+        unfinished: the others.
+        damaged: files that cannot be read and were left out, with the reason; a run whose summary is among them is left
+            out altogether.
+    """
+
+    runs: list[Run]
+    unfinished: list[UnfinishedRun] = field(default_factory=list)
+    damaged: list[tuple[Path, str]] = field(default_factory=list)
+
+
 def measures_of(runs: list[Run]) -> list[str]:
     """Every measure of recall that some run was evaluated by."""
     return list(dict.fromkeys(measure for run in runs for measure in run.evaluations.recall))
 
 
-def find_runs(paths: list[Path]) -> tuple[list[Run], list[Path]]:
-    """All finished runs at or below `paths`, and the folders of unfinished ones.
+def find_runs(paths: list[Path]) -> Found:
+    """All runs at or below `paths`. One that is damaged or unfinished keeps no other from being read.
 
     Raises:
-        DataError: a path does not exist, a summary is damaged, or there is no finished run.
+        DataError: a path does not exist, or there is no run at all.
     """
-    folders: dict[Path, Path] = {}  # a run that lies below two of the paths counts once
+    folders = _folders(paths)
+    if not folders:
+        raise DataError(f"no run at or below {', '.join(map(str, paths))}: no folder there has a config.yaml.")
+    read: list[tuple[Path, dict[str, Any]]] = []
+    found = Found([])
+    for folder in folders:
+        try:
+            summary = read_summary(folder)
+            metrics = _metrics(folder, found.damaged)
+            steps = summary["tokens"] / summary["tokens_per_step"]
+            if max((row["step"] for row in metrics), default=0) > steps:  # it goes on after an earlier end
+                raise Unfinished
+            read.append((folder, {"summary": summary, "metrics": metrics}))
+        except Unfinished:
+            found.unfinished.append(UnfinishedRun(folder, _figures(_metrics(folder, found.damaged))))
+        except (OSError, ValueError) as error:
+            found.damaged.append((folder / "summary.json", _reason(error)))
+    labels = _labels([folder for folder, _ in read]) if read else []
+    for (folder, content), label in zip(read, labels, strict=True):
+        settings, problem = read_settings(folder)
+        evaluations = read_evaluations(folder)
+        found.damaged.extend([] if problem is None else [(folder / "config.yaml", problem)])
+        found.damaged.extend(evaluations.damaged)
+        found.runs.append(Run(folder, label, evaluations=evaluations, settings=settings, **content))
+    found.runs[:] = ranked(found.runs)
+    return found
+
+
+def _folders(paths: list[Path]) -> list[Path]:
+    """Folders with a configuration; one that lies below two of the paths counts once."""
+    folders: dict[Path, Path] = {}
     for path in paths:
         if not path.exists():
             raise DataError(f"there is no {path}; give the folder of a sweep or of runs.")
         for config in sorted(path.rglob("config.yaml")):
             if "wandb" not in config.relative_to(path).parts:
                 folders.setdefault(config.parent.resolve(), config.parent)
-    finished = [folder for folder in folders.values() if (folder / "summary.json").is_file()]
-    if not finished:
-        raise DataError(f"no finished run at or below {', '.join(map(str, paths))}: none has a summary.json.")
-    runs = [
-        Run(folder, label, _summary(folder), read_metrics(folder), read_evaluations(folder))
-        for folder, label in zip(finished, _labels(finished), strict=True)
-    ]
-    return sorted(runs, key=_rank), [folder for folder in folders.values() if folder not in finished]
+    return list(folders.values())
 
 
-def _summary(folder: Path) -> dict[str, Any]:
-    path = folder / "summary.json"
+def _metrics(folder: Path, damaged: list[tuple[Path, str]]) -> list[Metrics]:
+    """The rows of a metrics file; none of a damaged one, which is named."""
+    path = folder / METRICS_FILE
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is damaged: {error}. Delete it to leave this run out.") from error
+        if path.exists() or path.is_symlink():
+            require_regular(path)
+            if path.stat().st_size > LARGEST_METRICS:
+                raise ValueError(f"it is larger than {LARGEST_METRICS:,} bytes")
+        return read_metrics(folder)
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, csv.Error) as error:
+        if (path, _reason(error)) not in damaged:
+            damaged.append((path, _reason(error)))
+        return []
 
 
-def _rank(run: Run) -> tuple[bool, float]:
-    """Best first; a validation that is not a number comes last."""
-    bits_per_byte = run.summary["validation"]["bits_per_byte"]
-    return math.isnan(bits_per_byte), bits_per_byte
+def _figures(metrics: list[Metrics]) -> str:
+    """How far a run came and its last figures, in words."""
+    if not metrics:
+        return "nothing logged yet"
+    words = [f"step {int(max(row['step'] for row in metrics)):,}"]
+    for split in ("train", "validation"):
+        for key, unit in ((f"{split}/recall", ""), (f"{split}/bits_per_byte", " bits/byte"), (f"{split}/loss", "")):
+            rows = [row for row in metrics if key in row and math.isfinite(row[key])]
+            if rows:
+                name = key.replace("/", " ").replace("bits_per_byte", "").strip()
+                words.append(f"{name} {rows[-1][key]:.4f}{unit} at step {int(rows[-1]['step']):,}")
+                break
+    return ", ".join(words)
+
+
+def _reason(error: Exception) -> str:
+    words = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+    return printable(words.strip().rstrip(".")) or type(error).__name__
 
 
 def _labels(folders: list[Path]) -> list[str]:
@@ -137,31 +205,3 @@ def _labels(folders: list[Path]) -> list[str]:
     resolved = [folder.resolve() for folder in folders]
     common = os.path.commonpath(folder.parent for folder in resolved)
     return [folder.relative_to(common).as_posix() for folder in resolved]
-
-
-def table(runs: list[Run]) -> Table:
-    """The runs as a table, best validation first."""
-    result = Table(title="runs, best validation first")
-    for column in COLUMNS.values():
-        left = column in ("run", "mixer")
-        result.add_column(column, justify="left" if left else "right", overflow="fold" if left else "ellipsis")
-    measures = measures_of(runs) or ["recall"]
-    for name in (*measures, "causal"):
-        result.add_column(escape(name), justify="right", overflow="fold")
-    for run in runs:
-        row = run.row()
-        recalled = (run.recalled(measure) for measure in measures)
-        result.add_row(
-            *(_cell(row[name]) for name in COLUMNS),
-            *("not evaluated" if value is None else _cell(value) for value in recalled),
-            {True: "yes", False: "LEAKS", None: "not evaluated"}[run.evaluations.causal],
-        )
-    return result
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4f}"
-    return f"{value:,}" if isinstance(value, int) else escape(str(value))

@@ -3,10 +3,10 @@
 Every mark has the class of its mixer's colour and `data-mixer`, by which the page dims the others.
 """
 
-import math
-from html import escape
 from itertools import pairwise
 
+from longmix.reporting.axes import Axis, tick_labels
+from longmix.reporting.markup import Attribute, Markup, joined, tag
 from longmix.reporting.panels import Panel, Series
 
 WIDTH, HEIGHT = 560, 320
@@ -19,68 +19,8 @@ LETTER = 7.0
 """About the width of one in a name."""
 RADIUS = 6
 """Of a point."""
-UNITS = ((1e9, "G"), (1e6, "M"), (1e4, "k"))
-"""From which size ticks are told in which unit; thousands from ten thousand on."""
-
-
-class Axis:
-    """Maps values to pixels.
-
-    Args:
-        values: what has to fit.
-        first, last: pixels of the smallest and the largest.
-        log: the axis doubles; values must be above 0.
-        from_zero: the smallest is 0.
-    """
-
-    def __init__(self, values: list[float], first: float, last: float, log: bool = False, from_zero: bool = False):
-        self.log, self.first, self.last = log, first, last
-        low, high = min(values), max(values)
-        if log:
-            self.low, self.high = math.log2(low), math.log2(high)
-            self.ticks = [2.0**power for power in range(math.ceil(self.low), math.floor(self.high) + 1)]
-            margin = 0.03 * (self.high - self.low)
-        elif from_zero and low >= 0 < high:
-            self.ticks = nice_ticks(0.0, high)
-            step = self.ticks[1] - self.ticks[0]
-            if self.ticks[-1] < high:
-                self.ticks.append(self.ticks[-1] + step)
-            self.low, self.high, margin = 0.0, self.ticks[-1], 0.0
-        else:
-            self.low, self.high = low, high
-            self.ticks = nice_ticks(low, high)
-            margin = 0.05 * (high - low)
-        self.low, self.high = self.low - margin, self.high + margin
-        if self.high == self.low:
-            self.low, self.high = self.low - 1, self.high + 1
-
-    def __call__(self, value: float) -> float:
-        """The pixel of a value."""
-        place = math.log2(value) if self.log else value
-        return self.first + (place - self.low) / (self.high - self.low) * (self.last - self.first)
-
-
-def nice_ticks(low: float, high: float, count: int = 6) -> list[float]:
-    """About `count` round numbers from `low` to `high`."""
-    span = high - low
-    if span <= 0:
-        return [low]
-    rough = span / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough)
-    first = math.ceil(low / step - 1e-9)
-    return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def tick_labels(ticks: list[float]) -> list[str]:
-    """Ticks in words, all in the same unit but for powers of two, which are 512, 1k, 2k."""
-    if all(tick >= 1 and math.log2(tick).is_integer() for tick in ticks):
-        return [f"{tick:g}" if tick < 1024 else f"{tick / 1024:g}k" for tick in ticks]
-    largest = max(map(abs, ticks), default=0.0)
-    size, letter = next(
-        ((min(size, 1e3 if letter == "k" else size), letter) for size, letter in UNITS if largest >= size), (1.0, "")
-    )
-    return [f"{tick / size:,.10g}{letter if tick else ''}" for tick in ticks]
+LONGEST_NAME = 32
+"""Letters of a name in a panel."""
 
 
 def spread(wanted: list[float], gap: float, low: float, high: float) -> list[float]:
@@ -107,115 +47,137 @@ def spread(wanted: list[float], gap: float, low: float, high: float) -> list[flo
     return found
 
 
-def draw(panel: Panel, colours: dict[str, int]) -> str:
+def draw(panel: Panel, colours: dict[str, int]) -> Markup:
     """The panel as an `<svg>` element."""
     xs = [value for series in panel.series for value in series.x]
     ys = [value for series in panel.series for value in series.y]
     x = Axis(xs, LEFT, WIDTH - _right(panel), log=panel.log_x and min(xs) > 0)
     y = Axis(ys, HEIGHT - BOTTOM, TOP, from_zero=panel.from_zero)
     marks = _points(panel, colours, x, y) if panel.kind == "points" else _lines(panel, colours, x, y)
-    label = escape(f"{panel.section}, {panel.title}: {panel.y_label} over {panel.x_label}")
-    return "\n".join(
-        [
-            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">',
-            *_grid(panel, x, y),
-            *marks,
-            "</svg>",
-        ]
-    )
+    label = f"{panel.section}, {panel.title}: {panel.y_label} over {panel.x_label}"
+    place = {"viewBox": f"0 0 {WIDTH} {HEIGHT}", "role": "img", "aria_label": label}
+    return tag("svg", "\n", joined([*_grid(panel, x, y), *marks]), "\n", **place)
 
 
 def _right(panel: Panel) -> float:
     """Space right of the axes."""
-    longest = max(len(series.name) for series in panel.series)
+    longest = max(len(_shown(series.name)) for series in panel.series)
     return MARGIN if panel.kind == "points" else min(MARGIN + LETTER * longest, WIDTH / 2)
 
 
-def _grid(panel: Panel, x: Axis, y: Axis) -> list[str]:
+def _shown(name: str) -> str:
+    """A name as a panel has room for it; the whole of it is told where it is pointed at."""
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}\u2026"
+
+
+def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> Markup:
+    return tag("line", class_=kind, x1=f"{x1:.1f}", x2=f"{x2:.1f}", y1=f"{y1:.1f}", y2=f"{y2:.1f}")
+
+
+def _text(kind: str, x: float, y: float, words: str, anchor: str | None = None, transform: str | None = None) -> Markup:
+    return tag("text", words, class_=kind, x=f"{x:.1f}", y=f"{y:.1f}", text_anchor=anchor, transform=transform)
+
+
+def _grid(panel: Panel, x: Axis, y: Axis) -> list[Markup]:
     right, bottom = x.last, HEIGHT - BOTTOM
     parts = []
     for tick, words in zip(y.ticks, tick_labels(y.ticks), strict=True):
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{words}</text>')
+        parts.append(_line("grid", LEFT, y(tick), right, y(tick)))
+        parts.append(_text("tick", LEFT - 8, y(tick) + 4, words, "end"))
     for tick, words in zip(x.ticks, tick_labels(x.ticks), strict=True):
-        parts.append(f'<line class="stroke" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
-        parts.append(f'<text class="tick" x="{x(tick):.1f}" y="{bottom + 18}" text-anchor="middle">{words}</text>')
-    parts.append(f'<line class="stroke" x1="{LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
-    parts.append(f'<text class="axis" x="{(LEFT + right) / 2}" y="{HEIGHT - 6}">{escape(panel.x_label)}</text>')
+        parts.append(_line("stroke", x(tick), bottom, x(tick), bottom + 4))
+        parts.append(_text("tick", x(tick), bottom + 18, words, "middle"))
     middle = (TOP + bottom) / 2
-    turned = f'transform="rotate(-90 12 {middle})"'
-    parts.append(f'<text class="axis" x="12" y="{middle}" {turned}>{escape(panel.y_label)}</text>')
+    parts.append(_line("stroke", LEFT, bottom, right, bottom))
+    parts.append(_text("axis", (LEFT + right) / 2, HEIGHT - 6, panel.x_label))
+    parts.append(_text("axis", 12, middle, panel.y_label, transform=f"rotate(-90 12 {middle})"))
     return parts
 
 
-def _open(series: Series, colours: dict[str, int]) -> str:
-    return f'<g class="mark c{colours[series.mixer]}" data-mixer="{escape(series.mixer)}">'
+def _mark(series: Series, colours: dict[str, int], parts: list[Markup]) -> Markup:
+    return tag("g", *parts, class_=f"mark c{colours[series.mixer]}", data_mixer=series.mixer)
 
 
-def _dot(panel: Panel, series: Series, x: Axis, y: Axis, index: int, radius: float) -> str:
+def _dot(panel: Panel, series: Series, x: Axis, y: Axis, index: int, radius: float) -> Markup:
     """A marker that tells its values when it is pointed at."""
     values = series.x[index], series.y[index]
     words = f"{series.name}: {values[1]:,.4g} {panel.y_label}, {values[0]:,.0f} {panel.x_label}"
-    place = f'cx="{x(values[0]):.1f}" cy="{y(values[1]):.1f}"'
-    return f'<circle {place} r="{radius}"><title>{escape(words)}</title></circle>'
+    place: dict[str, Attribute] = {"cx": f"{x(values[0]):.1f}", "cy": f"{y(values[1]):.1f}", "r": radius}
+    return tag("circle", tag("title", words), **place)
 
 
-def _lines(panel: Panel, colours: dict[str, int], x: Axis, y: Axis) -> list[str]:
+def _lines(panel: Panel, colours: dict[str, int], x: Axis, y: Axis) -> list[Markup]:
     ends = [y(series.y[-1]) for series in panel.series]
     names = spread(ends, NAME_GAP, TOP + 4, HEIGHT - BOTTOM)
     column = x.last + 16
-    parts = []
+    found = []
     for series, end, name in zip(panel.series, ends, names, strict=True):
         path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in zip(series.x, series.y, strict=True))
-        parts.append(_open(series, colours))
-        parts.append(f'<polyline points="{path}"/>')
+        parts = [tag("polyline", points=path)]
         few = len(series.x) <= 24
         shown = range(len(series.x)) if few else range(len(series.x) - 1, len(series.x))
-        parts.extend(_dot(panel, series, x, y, index, 2.6) for index in shown)
-        last = x(series.x[-1])
-        parts.append(f'<line class="leader" x1="{last + 4:.1f}" y1="{end:.1f}" x2="{column - 3}" y2="{name:.1f}"/>')
-        parts.append(f'<text class="name" x="{column}" y="{name + 4:.1f}">{escape(series.name)}</text></g>')
-    return parts
+        parts += [_dot(panel, series, x, y, index, 2.6) for index in shown]
+        parts.append(_line("leader", x(series.x[-1]) + 4, end, column - 3, name))
+        parts.append(_text("name", column, name + 4, _shown(series.name)))
+        found.append(_mark(series, colours, parts))
+    return found
 
 
-def _points(panel: Panel, colours: dict[str, int], x: Axis, y: Axis) -> list[str]:
+def _points(panel: Panel, colours: dict[str, int], x: Axis, y: Axis) -> list[Markup]:
     """Points with their names beside them, the best ones joined: no run is both faster and better than those."""
     places = [(x(series.x[0]), y(series.y[0])) for series in panel.series]
-    front = sorted(place for place in places if not any(o[0] > place[0] and o[1] > place[1] for o in places))
-    parts = [
-        f'<line class="front" x1="{a[0]:.1f}" y1="{a[1]:.1f}" x2="{b[0]:.1f}" y2="{b[1]:.1f}"/>'
-        for a, b in pairwise(front)
-    ]
+    sign = -1 if panel.up else 1  # pixels count downward: the best is low, or high where more is better
+    beaten = [any(o[0] > p[0] and sign * o[1] > sign * p[1] for o in places) for p in places]
+    front = sorted(place for place, is_beaten in zip(places, beaten, strict=True) if not is_beaten)
+    strokes = list(pairwise(front))
+    found = [_line("front", *a, *b) for a, b in strokes]
     taken = [(a - RADIUS, b - RADIUS, a + RADIUS, b + RADIUS) for a, b in places]
     for series, place in sorted(zip(panel.series, places, strict=True), key=lambda pair: pair[1][1]):
-        box = _free_box(place, LETTER * len(series.name), taken)
+        box = free_box(place, LETTER * len(_shown(series.name)), taken, strokes)
         taken.append(box)
-        parts.append(_open(series, colours))
-        parts.append(_dot(panel, series, x, y, 0, RADIUS))
-        middle = f'x="{_anchored(box, place)[0]:.1f}" y="{(box[1] + box[3]) / 2 + 4:.1f}"'
-        middle += f' text-anchor="{_anchored(box, place)[1]}"'
-        parts.append(f'<text class="name" {middle}>{escape(series.name)}</text></g>')
-    return parts
+        left, anchor = _anchored(box, place)
+        name = _text("name", left, (box[1] + box[3]) / 2 + 4, _shown(series.name), anchor)
+        found.append(_mark(series, colours, [_dot(panel, series, x, y, 0, RADIUS), name]))
+    return found
 
 
+Point = tuple[float, float]
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom."""
 
 
-def _free_box(place: tuple[float, float], width: float, taken: list[Box]) -> Box:
-    """Where a name of that width touches nothing: right of its point, left, above, below, or else right of it."""
-    across, along = RADIUS + 5 + width / 2, NAME_GAP + 1
+def free_box(place: Point, width: float, taken: list[Box], strokes: list[tuple[Point, Point]]) -> Box:
+    """Where a name of that width touches neither names, points nor lines, as near to its point as there is room."""
+    across, along = RADIUS + 5 + width / 2, NAME_GAP + 1.0
+    beside = [(across, 0.0), (-across, 0.0), (0.0, -along), (0.0, along)]
+    corners = [(side * across, down * along * far) for far in (1, 2, 3, 4) for down in (-1, 1) for side in (1, -1)]
     boxes = []
-    for right, down in ((across, 0.0), (-across, 0.0), (0.0, -along), (0.0, along), (across, -along), (across, along)):
+    for right, down in (*beside, *corners):
         middle = place[0] + right, place[1] + down
         box = (middle[0] - width / 2, middle[1] - NAME_GAP / 2, middle[0] + width / 2, middle[1] + NAME_GAP / 2)
-        if box[0] >= LEFT and box[2] <= WIDTH and not any(_overlap(box, other) for other in taken):
+        inside = box[0] >= LEFT and box[2] <= WIDTH and box[1] >= 0 and box[3] <= HEIGHT - BOTTOM
+        touched = any(_overlap(box, other) for other in taken) or any(crosses(box, *stroke) for stroke in strokes)
+        if inside and not touched:
             return box
         boxes.append(box)
     return boxes[0]
 
 
-def _anchored(box: Box, place: tuple[float, float]) -> tuple[float, str]:
+def crosses(box: Box, start: Point, end: Point) -> bool:
+    """Whether a straight line passes through a box (clipped to it side by side, after Liang and Barsky)."""
+    first, last = 0.0, 1.0
+    for axis in (0, 1):
+        length = end[axis] - start[axis]
+        if length == 0:
+            if not box[axis] < start[axis] < box[axis + 2]:
+                return False
+            continue
+        near, far = sorted(((box[axis] - start[axis]) / length, (box[axis + 2] - start[axis]) / length))
+        first, last = max(first, near), min(last, far)
+    return first < last
+
+
+def _anchored(box: Box, place: Point) -> tuple[float, str]:
     """The text's x and anchor: its near side stays where it is, however wide its letters turn out."""
     if box[0] > place[0]:
         return box[0], "start"
