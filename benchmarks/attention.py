@@ -23,6 +23,7 @@ from benchmarks import results, timing
 from benchmarks.attention_providers import FEATURES, LEGEND, NAMES, OURS, SDPA, WINDOW, Shape, providers
 from benchmarks.command import DTYPES, Parser, positive
 from benchmarks.comparison import PASSES, TRAINING, Comparison, carry_out
+from longmix.files import replace_text
 
 LENGTHS = tuple(1024 << power for power in range(7))
 CUDA_TOKENS, CUDA_COLUMNS, CPU_HEADS = 65536, 2048, 4
@@ -158,7 +159,7 @@ def report(path: Path, content: results.Record) -> str:
         "\n".join(["bars", *results.verdict_lines(content["bars"])]),
     ]
     text = "\n\n".join(section for section in sections if section) + "\n"
-    path.with_suffix(".txt").write_text(text, encoding="utf-8")
+    replace_text(path.with_suffix(".txt"), text)
     label = "times faster than the fastest SDPA"
     results.draw(path.with_suffix(".png"), records, title=head, ours=OURS, speedup="over_sdpa", speedup_label=label)
     return text
@@ -178,7 +179,7 @@ def count_waste(options: argparse.Namespace) -> int:
     )
     path = options.out / "attention_waste.json"
     results.write_json(path, {"benchmark": "attention_waste", "heads": work.WASTE_HEADS, "results": rows})
-    path.with_suffix(".txt").write_text(text, encoding="utf-8")
+    replace_text(path.with_suffix(".txt"), text)
     print(f"{text}\nwritten: {path}, .txt")
     return 0
 

@@ -25,6 +25,7 @@ from longmix.analysis.causality import EntropyFinding, Finding, audit, entropy_t
 from longmix.analysis.scale import scale_model
 from longmix.analysis.task import draw_changes
 from longmix.config import Node
+from longmix.files import replace_text
 from longmix.mixers.base import Mixer, MixerOutput, ModelShape
 from longmix.mixers.routing_modes import CAUSAL, LEAKY
 from longmix.reporting.plots import new_figure, save_figure
@@ -202,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     title = f"Causality, rows of {options.length}; trained for {options.steps} steps on rows of {options.short}"
     probes = [finding.probe for finding in next(iter(found.values()))]
     text = "\n\n".join([title, table(records, probes), FOOTNOTE]) + "\n"
-    path.with_suffix(".txt").write_text(text, encoding="utf-8")
+    replace_text(path.with_suffix(".txt"), text)
     draw(path.with_suffix(".png"), found, records)
     print(f"{text}\nwritten: {path}, .txt, .png")
     return int(any(row["causal"] == row["control"] for row in records))

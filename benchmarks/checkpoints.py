@@ -24,6 +24,7 @@ from longmix.checkpoints import CheckpointStore
 from longmix.checkpoints.processes import Processes
 from longmix.checkpoints.saver import Saver
 from longmix.checkpoints.whole import STATE_FILE
+from longmix.files import replace_text
 from longmix.mixers.flash import Flash
 from longmix.model.backbone import LanguageModel
 from longmix.recipe import recipe_of, set_recipe
@@ -151,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results.write_json(path, content)
         title = f"{content['parameters']:,} parameters with AdamW over {content['processes']} processes"
         text = "\n\n".join([title, results.text_table(content["results"], COLUMNS), FOOTNOTE]) + "\n"
-        path.with_suffix(".txt").write_text(text, encoding="utf-8")
+        replace_text(path.with_suffix(".txt"), text)
         print(f"{text}\nwritten: {path}, .txt")
     return 0
 

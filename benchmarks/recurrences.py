@@ -13,6 +13,7 @@ import torch
 from benchmarks import results, timing
 from benchmarks.command import DTYPES, Parser, positive
 from benchmarks.comparison import PASSES, Comparison, Provider, carry_out
+from longmix.files import replace_text
 
 CPU_BATCH = 2
 SEED = 0
@@ -247,6 +248,6 @@ class Publication:
             "\n".join(["bars", *results.verdict_lines(content["bars"])]),
         ]
         text = "\n\n".join(section for section in sections if section) + "\n"
-        path.with_suffix(".txt").write_text(text, encoding="utf-8")
+        replace_text(path.with_suffix(".txt"), text)
         self.draw(path.with_suffix(".png"), records, head, settings)
         return text

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from benchmarks import results
 from benchmarks.command import RESULTS, Parser, positive
+from longmix.files import replace_text
 from longmix.mixers.features import FeatureMap, predicted_error
 from longmix.reporting.plots import draw_curves, new_figure, save_figure
 from longmix_kernels.attention import attention
@@ -149,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sizes = f"T = {options.length}, head dimension {options.dim}, blocks of {options.block}, one past block"
     sections = [f"Scatterbrain against softmax attention, {sizes}", results.text_table(records, COLUMNS), FOOTNOTE]
     text = "\n\n".join(sections) + "\n"
-    path.with_suffix(".txt").write_text(text, encoding="utf-8")
+    replace_text(path.with_suffix(".txt"), text)
     draw(path.with_suffix(".png"), records, sizes)
     print(f"{text}\nwritten: {path}, .txt, .png")
     return 0

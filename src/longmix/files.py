@@ -63,6 +63,11 @@ def replace_json(path: Path, content: Any) -> None:
     replace_file(path, lambda temporary: write_json(temporary, content))
 
 
+def replace_text(path: Path, content: str) -> None:
+    """Replace one text file in a single step; see `replace_file`."""
+    replace_file(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
+
+
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Replace one file in a single step, so that a reader sees the old content or the new; `write` fills it.
 

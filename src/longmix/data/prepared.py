@@ -1,6 +1,7 @@
 """Token files that were prepared elsewhere, read from a folder or from storage that `fsspec` knows, shard by shard."""
 
 import contextlib
+import errno
 import functools
 import hashlib
 import logging
@@ -133,6 +134,10 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
             patience.pause(error, str(error))
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""What a disk that is full answers; trying again does not help."""
+
+
 class _Unreachable(Exception):
     """What a remote file system raises that may be over soon."""
 
@@ -143,6 +148,8 @@ def _copy(filesystem: Any, remote: str, path: Path, url: str, sha256: str | None
     except (FileNotFoundError, PermissionError) as error:
         raise DataError(f"{type(error).__name__}: {error}") from error
     except Exception as error:  # each file system has its own kinds
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise
         raise _Unreachable(f"{type(error).__name__}: {error}") from error
     found = sha256_of_file(path)
     if sha256 is not None and found != sha256:
