@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from longmix.checkpoints import find_checkpoint, load_checkpoint
+from longmix.data.tokenizers import ByteTokenizer
 from longmix.errors import ConfigError, DataError
 from longmix.evaluation import reading
 from longmix.evaluation.run import evaluate
@@ -137,6 +138,13 @@ class TestRequests:
         )
         assert stopped == expected[0][: expected[0].index(stop)] and other == greedy(contexts[1], 3, TRAINED)
 
+    def test_generation_ends_at_every_end_of_a_text(self, harness_model, monkeypatch):
+        asked = requests(("roses are", {"until": [], "max_gen_toks": 12}))
+        (text,) = harness_model().generate_until(asked)
+        monkeypatch.setattr(ByteTokenizer, "end_ids", (7, ord(text[4])))
+        assert harness_model().generate_until(asked) == [text[: text.index(text[4])]]
+        assert (harness_model().eot_token_id, harness_model().prefix_token_id) == (7, SEPARATOR)
+
     def test_sampling_is_seeded(self, harness_model):
         wanted = {"until": ["\n"], "do_sample": True, "temperature": 3.0, "max_gen_toks": 20}
         first, second = (harness_model().generate_until(requests(("roses", dict(wanted)))) for _ in range(2))
@@ -248,7 +256,7 @@ def test_refused(evaluated, overrides, words):
 
 def test_without_the_harness_it_says_what_to_install(evaluated, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'longmix\[lm_eval\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'longmix\[lm-eval\]'"):
         evaluated("task.lm_eval.tasks=flowers")
 
 

@@ -129,6 +129,7 @@ def test_clear_errors(generated, tmp_path, run_training, shared_cache):
     for words, kind, message in (
         (["max_tokens=0"], ConfigError, "max_tokens=0"),
         (["samples=0"], ConfigError, "samples=0"),
+        (["samples=1000000000000"], ConfigError, "more memory than there is .*; give fewer samples, or fewer prompts"),
         (["seed=-1"], ConfigError, "seed=-1 must lie between 0 and"),
         (["seed=4294967296"], ConfigError, "seed=4294967296 must lie between 0 and"),
         (["temperature=nan"], ConfigError, "temperature=nan must be a number from 0"),

@@ -149,6 +149,8 @@ def test_a_model_that_always_ends_writes_one_token(tmp_path, write, says):
     imported(speaker(tmp_path / "folder", says, *LLAMA3), run)
     assert write(run) == [says]  # another document begins where the separator is
     assert written_by_transformers(tmp_path / "folder") == [says] * (6 if says == BEGIN else 1)
+    export(run, tmp_path / "own", "longmix")
+    assert written_by_transformers(tmp_path / "own") == [says] * (6 if says == BEGIN else 1)
 
 
 def test_another_separator_ends_texts_too(tmp_path, write):

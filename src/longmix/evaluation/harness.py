@@ -42,7 +42,12 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The separator."""
+        """The first id that ends a text."""
+        return self.subject.restored.tokenizer.end_ids[0]
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The separator, which begins every text."""
         return self.subject.restored.tokenizer.separator_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
@@ -54,7 +59,7 @@ class HarnessModel(TemplateLM):
     ) -> list[Scored]:
         pairs = []
         for _, context, continuation in requests:
-            begun = context if context[:1] == [self.eot_token_id] else [self.eot_token_id, *context]
+            begun = context if context[:1] == [self.prefix_token_id] else [self.prefix_token_id, *context]
             pairs.append((begun, continuation))
         self._say_truncated(sum(len(a) + len(b) > self.max_length + 1 for a, b in pairs), len(pairs))
         return self._scored(pairs)
@@ -73,7 +78,7 @@ class HarnessModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continuations of contexts until a stop, the separator, or the task's number of tokens."""
+        """Continuations of contexts until a stop, an id that ends a text, or the task's number of tokens."""
         groups: dict[str, list[int]] = defaultdict(list)
         settings = [normalize_gen_kwargs(request.args[1]) for request in requests]
         for number, wanted in enumerate(settings):
@@ -95,7 +100,7 @@ class HarnessModel(TemplateLM):
         results: list[Scored] = [(0.0, True)] * len(rows)
         order = sorted((number for number in range(len(rows)) if counts[number] > 0), key=lambda n: -len(rows[n]))
         for batch in tracked(list(self._batches(order, rows)), "requests"):
-            tokens = torch.full((len(batch), len(rows[batch[0]]) - 1), self.eot_token_id)
+            tokens = torch.full((len(batch), len(rows[batch[0]]) - 1), self.prefix_token_id)
             targets = torch.full_like(tokens, IGNORE_INDEX)
             for place, number in enumerate(batch):
                 row, end = torch.tensor(rows[number]), len(rows[number]) - 1
@@ -140,7 +145,7 @@ class HarnessModel(TemplateLM):
             top_k=wanted.get("top_k"),
             top_p=wanted.get("top_p", 1.0),
         )
-        prompts = [[self.eot_token_id, *context][-room:] for context in contexts]
+        prompts = [[self.prefix_token_id, *context][-room:] for context in contexts]
         at_once = self.subject.rows(self.max_length)
         texts: list[str] = []
         for start in tracked(range(0, len(prompts), at_once), "generating"):

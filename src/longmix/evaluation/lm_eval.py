@@ -96,7 +96,7 @@ def _check(
     if isinstance(subject.restored.tokenizer, NumberTokenizer):
         raise ConfigError("task=lm_eval needs a model of text, and this one was trained on a synthetic task.")
     if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError("task=lm_eval needs the lm-evaluation-harness; pip install 'longmix[lm_eval]' brings it.")
+        raise ConfigError("task=lm_eval needs the lm-evaluation-harness; pip install 'longmix[lm-eval]' brings it.")
 
 
 def _evaluated(

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 
 from longmix import config as configuration
+from longmix.allocation import allocation_errors
 from longmix.config import Node, build
 from longmix.data.datamodule import TokenData
 from longmix.data.synthetic import SyntheticData
@@ -77,17 +77,8 @@ def _memory_errors(task: str) -> Iterator[None]:
     Raises:
         ConfigError: names the task and what to change.
     """
-    try:
+    with allocation_errors(f"task={task}", "give a smaller batch_size or seq_len, or shorter lengths of the task."):
         yield
-    except (MemoryError, RuntimeError) as error:
-        words = str(error).splitlines()[0] if str(error) else "memory is used up"
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
-        if not known:
-            raise
-        raise ConfigError(
-            f"task={task} takes more memory than there is ({words}); give a smaller batch_size or seq_len, or shorter "
-            "lengths of the task."
-        ) from error
 
 
 def _data(words: Node, restored: Restored) -> TokenData:

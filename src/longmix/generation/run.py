@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import track
 
 from longmix import config as configuration
+from longmix.allocation import allocation_errors
 from longmix.config import Node
 from longmix.console import is_gone
 from longmix.data.tokenizers import Tokenizer
@@ -61,7 +62,7 @@ def generate(config: DictConfig) -> Generated:
     prompts = _prompts(words)
     restored = restore(words)
     generator = torch.Generator().manual_seed(words["seed"] or 0)
-    with restored.autocast():
+    with restored.autocast(), allocation_errors("generating so many rows", "give fewer samples, or fewer prompts."):
         session, ids = _begun(words, restored, prompts, generator)
         rows = [Row(restored.tokenizer, words["stop"], before) for before in ids]
         began = time.perf_counter()

@@ -1,0 +1,29 @@
+"""One line instead of a traceback where memory does not suffice."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from longmix.errors import ConfigError
+
+
+@contextmanager
+def allocation_errors(what: str, cure: str) -> Iterator[None]:
+    """Turn a refused allocation, on a CPU or a GPU, into one line.
+
+    Args:
+        what: takes the memory.
+        cure: what to change.
+
+    Raises:
+        ConfigError: names both.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        words = str(error).splitlines()[0] if str(error) else "memory is used up"
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if not known:
+            raise
+        raise ConfigError(f"{what} takes more memory than there is ({words}); {cure}") from error
