@@ -67,6 +67,11 @@ def test_the_comparison_sees_what_is_not_exchanged(pool, node_of, words):
     assert {"output", "losses", "embedding.weight"} <= set(changed)
 
 
+def test_a_mixer_that_knows_nothing_of_slices(pool, node_of):
+    node = node_of("flash")
+    check(pool, {**node, "mixer": {"_target_": "moving.Moving"}})
+
+
 @pytest.mark.parametrize("checkpointing", ["none", "block"])
 def test_a_hybrid_with_values_of_its_first_layer(pool, node_of, checkpointing):
     """Layers of several kinds, and with activation checkpointing, which exchanges again in the backward pass."""

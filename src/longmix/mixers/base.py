@@ -67,15 +67,15 @@ class Mixer(nn.Module):
         document 0 where no ids were passed yet. Where `sliced` is set, a state may be
         `longmix.parallel.slices.Slices`: then x is this process's slice of longer rows, and no state comes back.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} lacks forward(x, *, state, document_ids)")
 
     def init_state(self, batch: int) -> Any:
-        """The state before the first token, for `batch` rows."""
-        raise NotImplementedError
+        """The state before the first token, for `batch` rows: a pytree whose tensors begin with the row."""
+        raise NotImplementedError(f"{type(self).__name__} lacks init_state(batch)")
 
     def state_bytes(self, length: int) -> int:
         """Bytes of state one row holds after `length` tokens."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} lacks state_bytes(length)")
 
     def step_bytes(self, length: int) -> int:
         """Bytes of state that decoding one token after `length` others reads and writes; all of it by default."""
@@ -83,7 +83,7 @@ class Mixer(nn.Module):
 
     def flops(self, length: int) -> int:
         """Floating-point operations of one forward pass over one row of `length` tokens, projections included."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} lacks flops(length)")
 
 
 def checked_sizes(

@@ -10,7 +10,9 @@ from typing import Any, Protocol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longmix.errors import ConfigError
 from longmix.mixers.base import Mixer, MixerOutput, ModelShape
+from longmix.mixers.whole_rows import over_whole_rows
 from longmix.parallel.slices import Slices
 from longmix.recipe import Recipe, set_recipe
 
@@ -63,6 +65,8 @@ class Standard:
 class SwiGLU(Mixer):
     """W_down (silu(W_gate x) * W_up x), Shazeer 2020, arXiv 2002.05202; it mixes channels and remembers no token."""
 
+    sliced = True
+
     def __init__(self, shape: ModelShape, hidden: int) -> None:
         super().__init__()
         self.gate = nn.Linear(shape.d_model, hidden, bias=False)
@@ -86,6 +90,24 @@ class SwiGLU(Mixer):
     def flops(self, length: int) -> int:
         """See `Mixer.flops`."""
         return 2 * length * (self.gate.weight.numel() + self.up.weight.numel() + self.down.weight.numel())
+
+
+def called(mixer: Mixer, x: Tensor, state: Any, document_ids: Tensor | None, **shared: Tensor | None) -> MixerOutput:
+    """What a mixer returns, of a slice too if it knows of none.
+
+    Raises:
+        ConfigError: it is no `MixerOutput`, or `y` has another shape than x.
+    """
+    if isinstance(state, Slices) and not mixer.sliced:
+        output = over_whole_rows(mixer, x, state, **shared)
+    else:
+        output = mixer(x, state=state, document_ids=document_ids, **shared)
+    name = type(mixer).__name__
+    if not isinstance(output, MixerOutput):
+        raise ConfigError(f"{name}.forward returned a {type(output).__name__}; it must return MixerOutput(y, state).")
+    if output.y.shape != x.shape:
+        raise ConfigError(f"{name}.forward returned y of shape {list(output.y.shape)}; x has {list(x.shape)}.")
+    return output
 
 
 @dataclass
@@ -118,9 +140,9 @@ class Block(nn.Module):
         """
         shared = {"first_value": first_value} if self.mixer.value_residual else {}
         mixer_state, mlp_state = (None, None) if state is None else (state.mixer, state.channel_mixer)
-        mixed = self.mixer(self.mixer_norm(x), state=mixer_state, document_ids=document_ids, **shared)
+        mixed = called(self.mixer, self.mixer_norm(x), mixer_state, document_ids, **shared)
         x = x + mixed.y
-        channels = self.mlp(self.mlp_norm(x), state=mlp_state, document_ids=document_ids)
+        channels = called(self.mlp, self.mlp_norm(x), mlp_state, document_ids)
         return MixerOutput(
             y=x + channels.y,
             state=None if state is None else BlockState(mixed.state, channels.state),

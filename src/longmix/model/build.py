@@ -1,5 +1,6 @@
 """From the configuration's `model` and `mixer` nodes to a model."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -13,6 +14,14 @@ from longmix.model.states import check_weights, load_weights
 MIXER_ARGUMENTS = {"shape", "layer_index"}
 CHECK_VOCABULARY = 2
 
+REQUIRED = {
+    "forward": "forward(x, *, state, document_ids)",
+    "init_state": "init_state(batch)",
+    "state_bytes": "state_bytes(length)",
+    "flops": "flops(length)",
+}
+"""What a mixer's class must define, and how it is called."""
+
 
 def mixer_factory(node: Node) -> MixerFactory:
     """Builds each layer's mixer from the `mixer` node.
@@ -24,7 +33,7 @@ def mixer_factory(node: Node) -> MixerFactory:
     """
     if "pattern" not in node:
         check(node, "mixer", MIXER_ARGUMENTS)
-        return lambda shape, layer_index: build(node, "mixer", shape=shape, layer_index=layer_index)
+        return lambda shape, layer_index: _built(node, "mixer", shape, layer_index)
     pattern = node["pattern"]
     if not isinstance(pattern, list) or not pattern:
         raise ConfigError(f"mixer.pattern={pattern!r} is not a list of at least one member's name.")
@@ -40,11 +49,57 @@ def mixer_factory(node: Node) -> MixerFactory:
     def from_pattern(shape: ModelShape, layer_index: int) -> Mixer:
         name = pattern[layer_index % len(pattern)]
         try:
-            return build(node[name], f"mixer.{name}", shape=shape, layer_index=layer_index)
+            return _built(node[name], f"mixer.{name}", shape, layer_index)
         except ConfigError as error:  # a mixer speaks of itself as `mixer`
             raise ConfigError(str(error).replace("mixer.", f"mixer.{name}.")) from error
 
     return from_pattern
+
+
+def _built(node: Node, key: str, shape: ModelShape, layer_index: int) -> Mixer:
+    """A layer's mixer, with everything that a model calls it for.
+
+    Raises:
+        ConfigError: it is no mixer, or its class lacks something; the message says what.
+    """
+    try:
+        mixer = build(node, key, shape=shape, layer_index=layer_index)
+    except (TypeError, AttributeError) as error:
+        raise ConfigError(f"{key}._target_={node['_target_']} cannot be built: {error}.") from error
+    check_mixer(mixer, f"{key}._target_={node['_target_']}")
+    return mixer
+
+
+def check_mixer(mixer: Any, what: str) -> None:
+    """Refuse what lacks a part of the contract in `longmix.mixers.base.Mixer`, before any work is done with it.
+
+    Args:
+        mixer: what was built.
+        what: names it in the message.
+
+    Raises:
+        ConfigError: naming the class and each method that it lacks, or the arguments that its `forward` does not take.
+    """
+    name = type(mixer).__name__
+    if not isinstance(mixer, Mixer):
+        raise ConfigError(f"{what} is a {name}; it must be a subclass of longmix.mixers.base.Mixer.")
+    lacking = [words for method, words in REQUIRED.items() if _inherited(type(mixer), method)]
+    if lacking:
+        raise ConfigError(
+            f"{what}: {name} lacks {', '.join(lacking)}; longmix.mixers.base.Mixer says what each returns."
+        )
+    given = {"state": None, "document_ids": None, **({"first_value": None} if mixer.value_residual else {})}
+    try:
+        inspect.signature(mixer.forward).bind(None, **given)
+    except TypeError as error:
+        signature = f"forward(self, x, *, {', '.join(f'{argument}=None' for argument in given)})"
+        raise ConfigError(f"{what}: {name}.forward must be {signature}: {error}.") from error
+
+
+def _inherited(kind: type, method: str) -> bool:
+    """Whether a class has nothing but the base's method, which only says what is wanted."""
+    found: bool = getattr(kind, method) is getattr(Mixer, method)
+    return found
 
 
 def build_model(config: Node, vocab_size: int) -> LanguageModel:

@@ -37,7 +37,7 @@ def match_parameters(config: Node, vocab_size: int) -> Node:
         )
     width, count = _nearest(config, vocab_size)
     if abs(count / match["parameters"] - 1) > match["tolerance"]:
-        raise ConfigError(_refusal(config, width, count))
+        raise ConfigError(_refusal(config, width, count, vocab_size))
     return with_width(config, width)
 
 
@@ -67,8 +67,14 @@ def _nearest(config: Node, vocab_size: int) -> tuple[int, int]:
     return step * multiple, count(step)
 
 
-def _refusal(config: Node, width: int, count: int) -> str:
+def _refusal(config: Node, width: int, count: int, vocab_size: int) -> str:
     match = config["match"]
+    if count_parameters(with_width(config, 2 * width), vocab_size) == count:
+        return (
+            f"match.parameters={match['parameters']:,} chooses model.mlp_hidden, which changes nothing in this model "
+            f"of {count:,}: its block sets the width itself. Set model.block.channel_factor=null, or "
+            "match.parameters=null."
+        )
     target, multiple = match["parameters"], match["multiple"]
     found = (
         f"match.parameters={target:,} cannot be met within match.tolerance={match['tolerance']}: the nearest model has "

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from longmix.errors import ConfigError
 from longmix.mixers.base import Mixer, MixerOutput, ModelShape, checked_sizes
 from longmix.mixers.convolution import token_shift
 from longmix.mixers.recurrent import RecurrentMixer, RecurrentState, continued_ids
@@ -19,7 +20,20 @@ from longmix.recipe import Recipe, set_recipe
 
 
 class RWKVBlocks:
-    """A `longmix.model.blocks.BlockStyle`: LayerNorm, and channel mixing with a token shift."""
+    """A `longmix.model.blocks.BlockStyle`: LayerNorm, and channel mixing with a token shift.
+
+    Args:
+        channel_factor: inner width of the channel mixing over that of the model, 4 as published; None makes it as large
+            as the SwiGLU that it stands for, so that models of one `mlp_hidden` have about as many weights.
+
+    Raises:
+        ConfigError: a factor that is not positive.
+    """
+
+    def __init__(self, channel_factor: float | None = None) -> None:
+        if channel_factor is not None and channel_factor <= 0:
+            raise ConfigError(f"model.block.channel_factor={channel_factor} must be positive, or null.")
+        self.channel_factor = channel_factor
 
     def norm(self, shape: ModelShape) -> nn.Module:
         """See `BlockStyle`."""
@@ -30,8 +44,10 @@ class RWKVBlocks:
         return self.norm(shape)
 
     def channel_mixer(self, shape: ModelShape, layer_index: int, hidden: int) -> Mixer:
-        """Two matrices of 3/2 the width instead of three; 4 d_model, as published, where `hidden` is 8/3 d_model."""
-        return ChannelMix(shape, layer_index, 3 * hidden // 2)
+        """Two matrices of 3/2 the width instead of three, unless `channel_factor` says how wide they are."""
+        # This is never 2 modulo 3, as 4 d_model is at 2048 and at half of all powers of two: hence the factor.
+        width = 3 * hidden // 2 if self.channel_factor is None else round(self.channel_factor * shape.d_model)
+        return ChannelMix(shape, layer_index, max(1, width))
 
     def begin(self, embedding: nn.Embedding, head: nn.Linear) -> None:
         """Uniform embeddings, and an orthogonal head; a shared matrix begins as the head."""

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longmix.errors import ConfigError
-from longmix.parallel.exchange import mean_over, rows_before
+from longmix.parallel.exchange import exchanged, mean_over, rows_before
 
 BALANCED_FROM = 8192
 """By then what balance saves of exact attention, 2 T^2 (W - 1) D operations for each head of size D, outweighs moving
@@ -105,6 +105,10 @@ class Slices:
     def before(self, x: Tensor, limit: int | None = None) -> Tensor:
         """Rows of earlier slices of `x` [B, T, ...], T the same in all: the last `limit`, or all; see `rows_before`."""
         return rows_before(x, limit, self.group)
+
+    def whole(self, x: Tensor) -> Tensor:
+        """The whole rows [B, seq_len, ...] of which `x` [B, T, ...] is this process's slice."""
+        return exchanged(x, [(0, self.length)] * self.size, [self.length] * self.size, self.group)
 
     def just_before(self, x: Tensor, count: int) -> Tensor:
         """[B, count, C], the last `count` rows before those of `x` [B, T, C]; zero before the first."""

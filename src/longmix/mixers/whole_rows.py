@@ -1,0 +1,34 @@
+"""Context parallelism for a mixer that knows nothing of slices: every process has the whole rows mixed.
+
+The slices of all processes are put together, the mixer runs over the rows from their beginning, and each process takes
+its own slice of what comes out. So outputs, gradients and auxiliary losses are exact for any mixer; but neither its
+work nor its memory is divided. A mixer that sets `sliced` takes `Slices` itself and does better.
+"""
+
+import warnings
+from typing import Any
+
+from torch import Tensor
+
+from longmix.mixers.base import Mixer, MixerOutput
+from longmix.parallel.slices import Slices
+
+
+def over_whole_rows(mixer: Mixer, x: Tensor, slices: Slices, **shared: Tensor | None) -> MixerOutput:
+    """What `mixer` returns for this process's slice x [B, T, D] of longer rows.
+
+    Args:
+        mixer: any.
+        x: the slice.
+        slices: where it lies.
+        shared: tensors [B, T, ...] of the slice that the mixer takes besides, or None.
+    """
+    warnings.warn(
+        f"{type(mixer).__name__} knows nothing of slices, so context parallelism has every process mix whole rows: "
+        "exact, but neither work nor memory of this mixer is divided.",
+        stacklevel=2,
+    )
+    others: dict[str, Any] = {name: None if part is None else slices.whole(part) for name, part in shared.items()}
+    output = mixer(slices.whole(x), document_ids=slices.whole_ids, **others)
+    first_value = None if output.first_value is None else slices.own(output.first_value)
+    return MixerOutput(slices.own(output.y), None, output.losses, output.metrics, first_value)
