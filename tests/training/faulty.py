@@ -80,6 +80,47 @@ def nan_gradient() -> None:
     at(STEP, spoil)
 
 
+def before_the_data(number: signal.Signals) -> None:
+    from longmix.data.datamodule import TokenData
+
+    TokenData.prepare_data = lambda self: os.kill(os.getpid(), number)
+
+
+def inf_state() -> None:
+    """An optimizer's value is infinite in a way that no loss shows: the weight stays as it is."""
+
+    def spoil(module) -> None:
+        for optimizer in module.trainer.optimizers:
+            for state in optimizer.state.values():
+                state["exp_avg_sq"].view(-1)[0] = float("inf")
+
+    at(STEP, spoil)
+
+
+def signalled_in_the_last_validation() -> None:
+    """SIGTERM behind the first batch of it."""
+    from longmix.training.signals import process_watch
+    from longmix.training.supervisor import Supervisor
+
+    original = Supervisor.validate
+
+    def validate(self, trainer, module):
+        if module.step == module.total_steps:
+            ask, asked = process_watch().anywhere, []
+
+            def anywhere(device):
+                asked.append(True)
+                if len(asked) == 2:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                print(f"asked {len(asked)}", flush=True)
+                return ask(device)
+
+            process_watch().anywhere = anywhere
+        return original(self, trainer, module)
+
+    Supervisor.validate = validate
+
+
 def handler_before() -> None:
     """Someone has SIGUSR2 before the run, as submitit does; the run is told to end by it."""
 
@@ -100,6 +141,9 @@ FAULTS = {
     "sigusr2": handler_before,
     "nan-output": nan_output,
     "nan-gradient": nan_gradient,
+    "inf-state": inf_state,
+    "signalled-in-the-last-validation": signalled_in_the_last_validation,
+    "signalled-in-the-data": lambda: before_the_data(signal.SIGTERM),
     "full-disk": full_disk,
 }
 

@@ -173,6 +173,40 @@ def test_a_step_that_is_nan_in_one_process_is_left_out_by_all(run, tmp_path):
     assert all(torch.isfinite(weight).all() for weight in state["model"].values())
 
 
+def test_a_state_that_is_infinite_in_one_process_is_saved_by_none(run, tmp_path):
+    ended = run("inf-state:1", "trainer=ddp", "optimizer=adamw")
+    assert [end.code for end in ended] == [NonFiniteError.exit_code] * 2, ended[0].text + ended[1].text
+    assert "after step 6, exp_avg_sq of the weight" in message(ended[0].text)
+    assert "in the optimizer on process 1 is not finite, and no checkpoint was written." in message(ended[0].text)
+    assert "step-00000003; run the same command with resume=auto" in message(ended[0].text)
+    assert not says_anything(ended[1].text)
+    assert checkpoints(tmp_path) == ["step-00000003"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "slices"])
+def test_a_signal_to_one_process_ends_the_last_validation_of_all(strategy, run, tmp_path, straight):
+    ended = run("signalled-in-the-last-validation:1", *STRATEGIES[strategy], "data.validation_tokens=2048")
+    assert [end.code for end in ended] == [Interrupted.exit_code] * 2, ended[0].text + ended[1].text
+    assert "SIGTERM ended the run, before its last validation was done" in ended[0].text
+    assert not says_anything(ended[1].text.replace("asked", ""))
+    assert re.findall(r"asked \d+", ended[1].text) == ["asked 1", "asked 2"]  # of more batches
+    assert checkpoints(tmp_path)[-1] == "step-00000008"
+    ended = run("", *STRATEGIES[strategy], "data.validation_tokens=2048", "resume=auto")
+    assert [end.code for end in ended] == [0, 0], ended[0].text
+    assert "steps    8 to 8" in ended[0].text
+    assert "validation loss" in ended[0].text
+    assert (tmp_path / "runs/run/summary.json").exists()
+
+
+def test_a_signal_before_the_first_step_of_several_processes(run, tmp_path):
+    ended = run("signalled-in-the-data:all", "trainer=ddp")
+    assert [end.code for end in ended] == [Interrupted.exit_code] * 2, ended[0].text + ended[1].text
+    assert "SIGTERM came before this command's first step; nothing was lost" in message(ended[0].text)
+    assert not says_anything(ended[1].text)
+    assert "Traceback" not in ended[0].text + ended[1].text
+    assert checkpoints(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     ("strategy", "full", "more"),
     [

@@ -58,7 +58,7 @@ def nonfinite_tensor(state: dict[str, Any], processes: Processes | None = None) 
     Each process looks at its part of what is divided, once, and waits for its device once.
 
     Returns:
-        A phrase such as "the weight head.weight" or "exp_avg of the weight head.weight in the optimizer, on process 1".
+        A phrase such as "the weight head.weight" or "exp_avg of the weight head.weight in the optimizer on process 1".
     """
     named = {name: own_part(tensor) for name, tensor in split(state)[0].items()}
     named = {name: part for name, part in named.items() if part.is_floating_point() and part.numel()}
@@ -74,7 +74,7 @@ def nonfinite_tensor(state: dict[str, Any], processes: Processes | None = None) 
     place = None if found is None else _described(found)
     places = [place] if processes is None else processes.each(lambda: place)
     rank, place = next(((rank, place) for rank, place in enumerate(places) if place is not None), (0, None))
-    return place if place is None or len(places) == 1 else f"{place}, on process {rank}"
+    return place if place is None or len(places) == 1 else f"{place} on process {rank}"
 
 
 def _described(name: Name) -> str:
