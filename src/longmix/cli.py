@@ -28,7 +28,7 @@ from longmix.command_line.schema import Schema, configs_folder
 from longmix.command_line.words import Word, divided, is_sweep
 from longmix.errors import ConfigError, Interrupted, LongmixError, ProcessLost
 from longmix.startup import INTERRUPTED
-from longmix.training.place import leave, own_place
+from longmix.training.place import leave, own_place, process_rank
 
 DEFECT = 1
 REPORT = "run_and_report"  # what Hydra does with every error
@@ -206,7 +206,8 @@ def entry_point(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
             message = f"{type(error).__name__}: {error}"
             if _speaks(error):
                 print(message, file=sys.stderr)
-            _remove_unused_folder()
+            if not isinstance(error, Interrupted) or process_rank() == 0:  # the first may be about to use the folder
+                _remove_unused_folder()
             if isinstance(error, Interrupted) and error.hand_on is not None:
                 return error.hand_on()
             if HydraConfig.get().mode == RunMode.MULTIRUN and not isinstance(error, Interrupted):

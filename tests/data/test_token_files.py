@@ -125,6 +125,39 @@ def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
 
+CUT_SHORT = """
+import os, sys
+from pathlib import Path
+from list_corpus import ListCorpus
+from longmix.data import encoding
+from longmix.data.preparation import Preparation, prepare
+from longmix.data.tokenizers import ByteTokenizer
+from longmix.errors import DataError
+encoding.BATCH_DOCUMENTS = 1
+texts = ["word " * 4000, "text " * 4000]
+file = prepare(ListCorpus(train=texts), ByteTokenizer(), "train", Path(sys.argv[2]), Preparation(int(sys.argv[3])))
+assert len(file.shards) == int(sys.argv[4])
+assert file.tokens[len(file.tokens) - 1] == ord(" ") and file.offsets[-1] == len(file.tokens)
+os.truncate(file.folder / sys.argv[1], 0)
+try:
+    file.tokens[len(file.tokens) - 1], file.offsets[-1]
+except DataError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "shard_tokens", "shards"),
+    [("tokens-00000.bin", 1 << 27, 1), ("tokens-00001.bin", 100, 2), ("offsets.bin", 1 << 27, 1)],
+)
+def test_a_file_that_is_cut_short_while_it_is_in_use_is_one_error(name, shard_tokens, shards, tmp_path):
+    """In a process of its own, which the kernel would end."""
+    command = [sys.executable, "-c", CUT_SHORT, name, str(tmp_path), str(shard_tokens), str(shards)]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert f"{name} cannot be used: it was cut short while it was in use" in done.stdout
+
+
 def edit_manifest(file: Path, reseal: bool, **changes) -> None:
     """Change entries, with or without making the manifest's own hash fit again."""
     manifest = {**json.loads(file.read_text()), **changes}

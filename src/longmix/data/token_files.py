@@ -62,6 +62,16 @@ def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+def check_whole(mapped: np.ndarray) -> None:
+    """Refuse a mapped file that was cut short since: what reads behind its end is killed without a word (SIGBUS).
+
+    Raises:
+        DataError: names the file.
+    """
+    if isinstance(mapped, np.memmap) and mapped._mmap.size() < mapped.nbytes:  # type: ignore[attr-defined]
+        raise damaged(Path(str(mapped.filename)), "it was cut short while it was in use")
+
+
 class ShardSource(Protocol):
     """Where shards come from if they do not lie beside the manifest."""
 
@@ -146,6 +156,7 @@ class ShardedTokens:
                 self._close_shard(oldest)
             shard = self._open_shard(number)
         self._open[number] = shard
+        check_whole(shard)
         return shard
 
 
@@ -184,9 +195,21 @@ class TokenFile:
                 token_file.check_ids(number)
         return token_file
 
-    @functools.cached_property
+    @property
     def tokens(self) -> np.ndarray | ShardedTokens:
-        """All tokens, uint16 or uint32 [num_tokens], memory-mapped; of several shards to be read piece by piece."""
+        """All tokens, uint16 or uint32 [num_tokens], memory-mapped; of several shards to be read piece by piece.
+
+        To be asked for before each reading, as that is when the file is seen to be whole.
+
+        Raises:
+            DataError: it was cut short.
+        """
+        if isinstance(self._tokens, np.ndarray):
+            check_whole(self._tokens)
+        return self._tokens
+
+    @functools.cached_property
+    def _tokens(self) -> np.ndarray | ShardedTokens:
         if self.source is None and len(self.shards) == 1:
             return self._map(0)
         source = self.source
@@ -197,9 +220,18 @@ class TokenFile:
             self.shards, self.dtype, self._map, lambda number: release(shard_name(number)), source.most_shards
         )
 
-    @functools.cached_property
+    @property
     def offsets(self) -> np.ndarray:
-        """Where each document starts in `tokens`, and the end: memory-mapped int64 [num_documents + 1]."""
+        """Where each document starts in `tokens`, and the end: memory-mapped int64 [num_documents + 1].
+
+        Raises:
+            DataError: the file was cut short.
+        """
+        check_whole(self._offsets)
+        return self._offsets
+
+    @functools.cached_property
+    def _offsets(self) -> np.ndarray:
         return np.memmap(self._path(OFFSETS), dtype=OFFSET_DTYPE, mode="r")
 
     @property
