@@ -1,12 +1,15 @@
 import json
+import math
 import random
 import resource
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
 from longmix.checkpoints import CheckpointStore, find_checkpoint, load_checkpoint
+from longmix.checkpoints import store as store_module
 from longmix.errors import CheckpointError, StorageError
 from longmix.training import random_state
 
@@ -116,3 +119,60 @@ def test_random_states_survive_a_checkpoint(store):
     drawn = [torch.rand(3).tolist(), np.random.randn(3).tolist(), random.random(), random.gauss(0, 1)]
     random_state.restore(load_checkpoint(path)["random"])
     assert [torch.rand(3).tolist(), np.random.randn(3).tolist(), random.random(), random.gauss(0, 1)] == drawn
+
+
+class TestSameStepTwice:
+    """What was saved is what is there: an old checkpoint never stands for a new one."""
+
+    def test_the_new_one_takes_the_place(self, store):
+        store.save(state(7), {})
+        path = store.save({**state(7), "model": {"weight": torch.ones(3)}}, {})
+        assert torch.equal(load_checkpoint(path)["model"]["weight"], torch.ones(3))
+        assert [path.name for path in store.folder.iterdir()] == ["step-00000007"]
+
+    def test_the_old_one_stays_if_the_new_one_fails(self, store, monkeypatch):
+        path = store.save(state(7), {})
+
+        def fail(*_):
+            raise OSError("no room")
+
+        monkeypatch.setattr(store_module, "write_whole", fail)
+        with pytest.raises(StorageError, match="no room"):
+            store.save(state(7), {"new": True})
+        assert load_checkpoint(path)["step"] == 7
+        assert [path.name for path in store.folder.iterdir()] == ["step-00000007"]
+
+    @pytest.mark.parametrize("old_is_gone", [False, True])
+    def test_killed_in_between_there_is_one_of_them(self, store, old_is_gone):
+        old = store.save(state(7), {})
+        new = store.save(state(8), {}).rename(store.folder / "step-00000007.new")
+        assert store.all() == [old]
+        if old_is_gone:
+            shutil.rmtree(old)
+        store.recover()
+        assert load_checkpoint(old)["step"] == (8 if old_is_gone else 7)
+        assert not new.exists()
+
+
+class TestPruneAmongWhatOthersLeft:
+    def test_a_link_goes_and_what_it_leads_to_stays(self, store, tmp_path):
+        moved = store.save(state(1), {}).rename(tmp_path / "moved")
+        (store.folder / "step-00000001").symlink_to(moved)
+        store.save(state(2), {})
+        store.prune(keep=1)
+        assert [path.name for path in store.folder.iterdir()] == ["step-00000002"]
+        assert load_checkpoint(moved)["step"] == 1
+
+    @pytest.mark.parametrize("content", ["", "{", "[]", '{"validation": []}', "9" * 50, "[" * 100_000])
+    def test_a_damaged_one_stays_and_does_not_count(self, store, caplog, content):
+        for step, loss in ((1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (5, math.nan)):
+            store.save(state(step), {"validation": {"loss": loss}})
+        (store.path(4) / "info.json").write_text(content)
+        store.prune(keep=2)
+        store.prune(keep=2)
+        left = [path.name[-1] for path in store.all()]
+        readable = content == '{"validation": []}'
+        assert left == (["1", "4", "5"] if readable else ["1", "3", "4", "5"])
+        warned = [record for record in caplog.records if "step-00000004 is left as it is" in record.getMessage()]
+        assert len(warned) == (0 if readable else 1)
+        assert store.best() == store.path(1)

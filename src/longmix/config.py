@@ -12,7 +12,7 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -20,6 +20,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from longmix.errors import ConfigError
+from longmix.naming import check_name
 
 Node = dict[str, Any]
 
@@ -105,10 +106,11 @@ class TrainConfig:
         seq_len: tokens in a training window.
         batch_size: windows per optimizer step, over all devices.
         max_steps: optimizer steps to train.
-        max_tokens: tokens to train; with max_steps too, the smaller of the two counts.
+        max_tokens: tokens to train; with max_steps on the command line that counts, with both there the smaller.
         seed: of weights, data order and everything else that is drawn.
         name: the run's name; its folder is `runs/<name>`.
-        resume: auto continues the newest run of this configuration; or the folder of a run or checkpoint.
+        resume: auto continues `runs/<name>`, or without a name the newest run of this configuration; or the folder of a
+            run or checkpoint.
         checkpoint: folder of a run or checkpoint whose weights a new run begins from; model, mixer and tokenizer are
             its own.
         trust: full names of classes besides longmix's own that checkpoint may name.
@@ -479,8 +481,7 @@ def check_words(config: Node) -> None:
         raise ConfigError(f"seed={config['seed']} must lie between 0 and {LARGEST_SEED}.")
     if not 0 <= match["tolerance"] < 1:
         raise ConfigError(f"match.tolerance={match['tolerance']} must be at least 0 and below 1.")
-    if not config["name"]:
-        raise ConfigError("name is empty; it names the run's folder.")
+    check_name(config["name"])
     if loop["gradient_clip"] is not None and not loop["gradient_clip"] > 0:
         raise ConfigError(f"loop.gradient_clip={loop['gradient_clip']} must be above 0, or null to never clip.")
     if loop["nonfinite"] not in ("stop", "skip"):
@@ -492,14 +493,35 @@ def tokens_per_step(config: Node) -> int:
     return config["seq_len"] * config["batch_size"]
 
 
+def with_limits(config: Node, words: Iterable[str]) -> Node:
+    """The configuration with the limit that the command line gives in the place of the other, which a file set.
+
+    Of two limits that the command line gives, or that files give, both stay, and the smaller counts.
+
+    Args:
+        config: the resolved configuration.
+        words: of the command line.
+    """
+    given = {word.lstrip("+").partition("=")[0] for word in words if word.partition("=")[2] not in ("null", "")}
+    for key, other in (("max_steps", "max_tokens"), ("max_tokens", "max_steps")):
+        if key in given and other not in given:
+            return {**config, other: None}
+    return config
+
+
+def step_limits(config: Node) -> dict[str, int]:
+    """Optimizer steps of the whole run by each of `max_steps` and `max_tokens` that is set."""
+    limits = {}
+    if config["max_steps"] is not None:
+        limits["max_steps"] = config["max_steps"]
+    if config["max_tokens"] is not None:
+        limits["max_tokens"] = -(-config["max_tokens"] // tokens_per_step(config))
+    return limits
+
+
 def total_steps(config: Node) -> int:
     """Optimizer steps of the whole run: `max_steps`, or as many as `max_tokens` needs, whichever is smaller."""
-    limits = []
-    if config["max_steps"] is not None:
-        limits.append(config["max_steps"])
-    if config["max_tokens"] is not None:
-        limits.append(-(-config["max_tokens"] // tokens_per_step(config)))
-    return min(limits)
+    return min(step_limits(config).values())
 
 
 def flattened(node: Node, prefix: str = "") -> dict[str, Any]:

@@ -14,6 +14,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,19 @@ def atomic_directory(target: Path) -> Iterator[Path]:
                 if not target.is_dir():
                     raise
             sync_file(target.parent)
+
+
+def free_folder(folder: Path) -> Path:
+    """Make a folder that nobody had: `folder`, or with `_2`, `_3`, ... behind its name."""
+    for number in count(1):
+        place = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            place.mkdir()
+        except FileExistsError:
+            continue
+        return place
+    raise AssertionError
 
 
 def remove_directory(target: Path) -> None:

@@ -34,6 +34,11 @@ class Lock:
         """The open file; `adopt` turns it into a lock in a process that it is passed on to."""
         return self._descriptor
 
+    @property
+    def is_held(self) -> bool:
+        """Whether it has been neither released nor passed on."""
+        return self._descriptor >= 0
+
     def release(self, *, remove: bool = False) -> None:
         """Give the lock back; releasing twice does nothing.
 
@@ -94,8 +99,7 @@ def try_lock(path: Path, note: str | None = None) -> Lock | None:
                     return None
             if _is_at(descriptor, path):
                 if note is not None:
-                    os.ftruncate(descriptor, 0)
-                    os.pwrite(descriptor, note.encode(), 0)
+                    _write(descriptor, note)
                 return Lock(path, descriptor, owner)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -104,9 +108,15 @@ def try_lock(path: Path, note: str | None = None) -> Lock | None:
         os.close(descriptor)  # whoever held it before has deleted the file: this one is nobody's
 
 
-def adopt(path: Path, descriptor: int) -> Lock:
-    """The lock that the process which started this one held, and passed on as an open file."""
+def adopt(path: Path, descriptor: int, note: str | None = None) -> Lock:
+    """The lock that the process which started this one held, and passed on as an open file.
+
+    Raises:
+        OSError: the descriptor is no open file.
+    """
     os.set_inheritable(descriptor, False)
+    if note is not None:
+        _write(descriptor, note)
     owner = path.with_name(f".{path.name}.owner")
     if owner.exists():
         owner.write_text(json.dumps(_process()), encoding="utf-8")
@@ -136,6 +146,11 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
+
+
+def _write(descriptor: int, note: str) -> None:
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, note.encode(), 0)
 
 
 def _own(owner: Path) -> bool:

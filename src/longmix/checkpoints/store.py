@@ -1,7 +1,11 @@
 """The folder of a run's checkpoints: what is committed, what is best, what may go."""
 
+import logging
+import math
 import re
-from contextlib import ExitStack
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,20 @@ from longmix.checkpoints.tensor_files import write_tensors
 from longmix.checkpoints.tensors import Name, Piece
 from longmix.checkpoints.whole import STATE_FILE, write_whole
 from longmix.errors import CheckpointError
-from longmix.files import atomic_directory, remove_directory, remove_leftovers, replace_json, storage_errors, write_json
+from longmix.files import (
+    atomic_directory,
+    free_folder,
+    remove_directory,
+    remove_leftovers,
+    replace_json,
+    storage_errors,
+    write_json,
+)
+
+NEW = ".new"
+"""Behind the name of a complete checkpoint that is about to take the place of another of the same step."""
+
+log = logging.getLogger(__name__)
 
 NAME = re.compile(r"step-\d{8,}")
 """Of the folder of a checkpoint."""
@@ -30,13 +47,14 @@ class CheckpointStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._warned: set[Path] = set()
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step is, or would be."""
         return self.folder / f"step-{step:08d}"
 
     def save(self, state: dict[str, Any], info: dict[str, Any]) -> Path:
-        """Write one whole checkpoint and return its folder.
+        """Write one whole checkpoint and return its folder; one of the same step that was there gives way to it.
 
         Args:
             state: tensors, numbers, texts, and lists and dicts of them; `state["step"]` names the checkpoint.
@@ -46,9 +64,7 @@ class CheckpointStore:
             StorageError: the disk is full or the folder cannot be written; older checkpoints are untouched.
         """
         target = self.path(state["step"])
-        if target.exists():
-            return target
-        with atomic_directory(target) as folder:
+        with self._committing(target) as folder:
             facts = write_whole(folder, state)
             write_json(folder / INFO_FILE, info | {"format": WHOLE, "step": state["step"]} | facts)
         return target
@@ -77,9 +93,7 @@ class CheckpointStore:
 
         target = self.path(rest["step"])
         with storage_errors(target), ExitStack() as stack:
-            folder = processes.first(lambda: None if target.exists() else stack.enter_context(atomic_directory(target)))
-            if folder is None:
-                return target
+            folder = processes.first(lambda: stack.enter_context(self._committing(target)))
             files = write_shards(folder, pieces, processes)
 
             def commit() -> None:
@@ -111,18 +125,83 @@ class CheckpointStore:
         return next(reversed(self.all()), None)
 
     def best(self) -> Path | None:
-        """The checkpoint with the lowest validation loss among those that have one."""
-        losses = {path: read_info(path).get("validation", {}).get("loss") for path in self.all()}
+        """The checkpoint with the lowest validation loss among those that have one and can be read."""
+        losses = {path: _validation_loss(info) for path, info in self._readable().items()}
         known = {path: loss for path, loss in losses.items() if loss is not None}
         return min(known, key=lambda path: known[path]) if known else None
 
     def prune(self, keep: int) -> None:
-        """Delete all but the newest `keep` and the best one, and what killed processes left behind."""
+        """Delete all but the newest `keep` and the best one, and what killed processes left behind.
+
+        A checkpoint that cannot be read does not count and stays, for whoever may want to look at it.
+        """
         best = self.best()
-        for path in self.all()[:-keep]:
+        for path in list(self._readable())[:-keep]:
             if path != best:
                 remove_directory(path)
         remove_leftovers(self.folder)
+
+    def set_aside_after(self, step: int) -> Path | None:
+        """Move the checkpoints of later steps into a folder of their own here, which is returned if there are any.
+
+        They can be evaluated and continued there; they are neither pruned nor the newest of the run any more.
+
+        Raises:
+            StorageError: they may not be moved.
+        """
+        later = [path for path in self.all() if _step_of(path) > step]
+        if not later:
+            return None
+        with storage_errors(self.folder):
+            aside = free_folder(self.folder / f"set-aside-{time.strftime('%Y-%m-%d_%H-%M-%S')}")
+            for path in reversed(later):  # killed in between, the newest that is left belongs to those before it
+                path.rename(aside / path.name)
+        return aside
+
+    def recover(self) -> None:
+        """Give a checkpoint its name that was complete when its process was killed just before it had it."""
+        for path in self.folder.glob(f"step-*{NEW}"):
+            target = path.with_name(path.name.removesuffix(NEW))
+            with storage_errors(target):
+                remove_directory(path) if target.exists() else path.rename(target)
+
+    @contextmanager
+    def _committing(self, target: Path) -> Iterator[Path]:
+        """A folder that becomes `target` once all of it is on the disk; until then an older one keeps that name."""
+        fresh = target.with_name(target.name + NEW) if target.exists() else target
+        if fresh != target and fresh.exists():
+            remove_directory(fresh)
+        with atomic_directory(fresh) as folder:
+            yield folder
+        if fresh != target:
+            remove_directory(target)
+            with storage_errors(target):
+                fresh.rename(target)
+
+    def _readable(self) -> dict[Path, dict[str, Any]]:
+        """What `info.json` says of each checkpoint, oldest first, without those where it cannot be read."""
+        found = {}
+        for path in self.all():
+            try:
+                info = read_info(path)
+                if not isinstance(info, dict):
+                    raise CheckpointError(f"{path / INFO_FILE} holds no JSON object.")
+                found[path] = info
+            except CheckpointError as error:
+                if path not in self._warned:
+                    log.warning("%s is left as it is, and does not count: %s", path, error)
+                self._warned.add(path)
+        return found
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _validation_loss(info: dict[str, Any]) -> float | None:
+    validation = info.get("validation")
+    loss = validation.get("loss") if isinstance(validation, dict) else None
+    return float(loss) if isinstance(loss, int | float) and math.isfinite(loss) else None
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -8,6 +8,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
 from omegaconf import OmegaConf
 
+from longmix import naming
 from longmix.config import EvaluateConfig, GenerateConfig, PrepareConfig, TrainConfig
 
 LONGEST_FILE_NAME = 200  # file systems take 255 bytes; a few are left for what others add
@@ -20,6 +21,7 @@ def register_types() -> None:
     ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)
     ConfigStore.instance().store(name="prepare_schema", node=PrepareConfig)
     OmegaConf.register_new_resolver("file_name", file_name, replace=True)
+    naming.register()
     OmegaConf.register_new_resolver("windows", windows, replace=True)
     Plugins.instance().register(MixerPatternSource)
 

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from longmix.errors import Interrupted, NonFiniteError, ProcessLost
+from longmix.locks import Lock
+from longmix.training.claims import PASSED_ON
 from longmix.training.place import LAUNCHER_PID, local_environment
 from longmix.training.processes import how_to_continue
 from longmix.training.signals import SignalWatch, process_watch
@@ -48,7 +50,7 @@ class Worker:
         return False
 
 
-def launch(command: Sequence[str], count: int, timeout: float, folder: Path) -> None:
+def launch(command: Sequence[str], count: int, timeout: float, folder: Path, lock: Lock | None = None) -> None:
     """Run `command` as `count` processes that find each other, and wait for all of them.
 
     Signals that ask for an end are passed on, and the run saves and ends as one process would.
@@ -58,6 +60,7 @@ def launch(command: Sequence[str], count: int, timeout: float, folder: Path) -> 
         count: processes.
         timeout: seconds that a process waits for another, for messages.
         folder: of the run; holds its checkpoints.
+        lock: of that folder; the first process takes it over, and this one holds it no longer.
 
     Raises:
         ProcessLost: one was killed or stalled.
@@ -70,8 +73,14 @@ def launch(command: Sequence[str], count: int, timeout: float, folder: Path) -> 
     with signals.noting():
         try:
             for rank in range(count):
-                process = subprocess.Popen(command, env=_environment(rank, count, meeting.port))
+                environment, passed = _environment(rank, count, meeting.port), []
+                if rank == 0 and lock is not None:
+                    environment[PASSED_ON] = f"{lock.descriptor}:{lock.path.absolute()}"
+                    passed = [lock.descriptor]
+                process = subprocess.Popen(command, env=environment, pass_fds=passed)
                 workers.append(Worker(rank, process))  # each at once, for the case that starting the next one fails
+                if passed and lock is not None:
+                    lock.forget()
             _wait(workers, signals)
             failure = _failure(workers, timeout)
             interruption = _interruption(workers, signals, folder)

@@ -223,8 +223,8 @@ class TrainingModule(LightningModule):
         return (
             f"step {self.step + 1} gave a loss of {self.record.loss.item():.4g} and a gradient norm of "
             f"{self.record.gradient_norm.item():.4g}. First non-finite: {where or 'not reproduced by a second pass'}. "
-            f"The step was not taken. {self.how_to_continue()} A lower optimizer.learning_rate may prevent it; "
-            "loop.nonfinite=skip leaves single steps of this kind out."
+            f"The step was not taken. {self.how_to_continue()} The same rate may well end "
+            "here again; loop.nonfinite=skip leaves single steps of this kind out."
         )
 
     def _check_skips(self) -> None:
@@ -240,10 +240,7 @@ class TrainingModule(LightningModule):
             reason = f"{self.max_skips} steps in a row gave a loss or a gradient that is not finite (loop.max_skips)"
         else:
             return
-        raise NonFiniteError(
-            f"at step {self.step + 1}, {reason}. {self.how_to_continue()} A lower optimizer.learning_rate may prevent "
-            "it."
-        )
+        raise NonFiniteError(f"at step {self.step + 1}, {reason}. {self.how_to_continue()}")
 
     def capture(self) -> dict[str, Any]:
         """Everything of this module that a checkpoint needs; tensors are those of this process, and not copied."""

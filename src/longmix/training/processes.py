@@ -112,7 +112,10 @@ def how_to_continue(folder: Path | None) -> str:
     checkpoint = None if folder is None else CheckpointStore(folder / "checkpoints").latest()
     if checkpoint is None:
         return "There is no checkpoint yet; run the same command again."
-    return f"The last checkpoint is {checkpoint}; run the same command with resume=auto to continue."
+    return (
+        f"The last checkpoint is {checkpoint}; run the same command with resume=auto to continue. With other settings, "
+        f"such as a lower optimizer.learning_rate, it goes on with resume={folder}."
+    )
 
 
 def _is_of_transport(error: BaseException) -> bool:

@@ -1,48 +1,31 @@
-"""Where a run starts: fresh, or from a checkpoint that fits it."""
+"""Where a run starts: fresh, or from a checkpoint that fits it, in a folder that is its own."""
 
 import contextlib
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-from omegaconf import OmegaConf
-
-from longmix.checkpoints import Checkpoint, CheckpointStore, chosen_checkpoint, open_checkpoint
+from longmix.checkpoints import Checkpoint, CheckpointStore, open_checkpoint
 from longmix.checkpoints.contents import check_run_state, rebuilding
 from longmix.checkpoints.processes import Processes
-from longmix.config import Node, flattened
-from longmix.errors import CheckpointError, ConfigError
-from longmix.files import remove_leftovers, storage_errors
-from longmix.training.place import was_restarted
-
-MUST_MATCH = (
-    "mixer",
-    "model",
-    "data.corpus",
-    "tokenizer",
-    "optimizer._target_",
-    "seq_len",
-    "batch_size",
-    "seed",
-    "trainable",
-    "tuning",
-)
-"""Keys that fix what the saved numbers mean; a run may not be continued with others."""
-
-SAME_RUN = (*MUST_MATCH, "optimizer", "schedule", "max_steps", "max_tokens", "checkpoint")
-"""Keys that tell `resume=auto` whether an earlier run is this one."""
-
-SHOWN_DIFFERENCES = 5
+from longmix.config import Node, total_steps
+from longmix.errors import CheckpointError
+from longmix.files import remove_leftovers
+from longmix.locks import Lock
+from longmix.training.choosing import Choice, choose_start, write_config
+from longmix.training.claims import remove_unused
+from longmix.training.identity import CONFIG_FILE, announce, check_continues
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Start:
-    """Where a run begins.
+    """Where a run begins; a context, at whose end the run's folder is free for others.
+
+    A run that fails before `begin` leaves no folder that was not there before.
 
     Attributes:
         folder: the run's folder.
@@ -50,6 +33,9 @@ class Start:
         state: the checkpoint's state without weights and optimizers' tensors, or None for a fresh run.
         created: Hydra's folder for this process, removed if it stays empty because the run lives elsewhere.
         saved: the checkpoint, which holds the tensors.
+        name: the run's name.
+        is_new: the folder was made for this run.
+        lock: of the folder; None in all processes but the first.
     """
 
     folder: Path
@@ -57,24 +43,59 @@ class Start:
     state: dict[str, Any] | None
     created: Path
     saved: Checkpoint | None = None
+    name: str = ""
+    is_new: bool = False
+    lock: Lock | None = None
+    begun: bool = False
 
-    def take_folder(self, config: Node) -> None:
-        """Write the configuration into the run's folder, and clear away what killed processes left there.
+    def __enter__(self) -> "Start":
+        self.leave_created()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def begin(self, config: Node) -> None:
+        """Write the configuration that takes effect now into the run's folder, and clear what is in the way there.
+
+        Later checkpoints of a run that goes back to an earlier one are moved aside, and what killed processes left is
+        deleted. The configuration of a run that has nothing left to train stays as it is. Only the first process may
+        call it, and only once everything that can be refused has been.
 
         Raises:
             StorageError: the folder cannot be written.
         """
-        self.leave_created()
-        with storage_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(OmegaConf.create(config), self.folder / "config.yaml")
-        remove_leftovers(self.folder / "checkpoints")
+        self.begun = True
+        store = CheckpointStore(self.folder / "checkpoints")
+        remove_leftovers(store.folder)
+        if self.state is not None:
+            aside = store.set_aside_after(self.step)
+            if aside is not None:
+                _set_results_aside(self.folder, self.step, aside)
+                log.info("The run goes back to step %d; what it had saved after that is in %s.", self.step, aside)
+            announce(self.state["config"], config, self.step)
+        if self.step < total_steps(config):
+            write_config(self.folder, config)
+
+    def config_of(self, config: Node) -> Node:
+        """The configuration under the run's own name, and with the checkpoint that it once began from."""
+        origin = config["checkpoint"] or (self.state or {}).get("config", {}).get("checkpoint")
+        return {**config, "name": self.name, "checkpoint": origin}
 
     def leave_created(self) -> None:
         """Remove the folder that Hydra made for this process, if the run lives elsewhere."""
         if self.folder != self.created:
+            remove_unused(self.created)
+
+    def release(self) -> None:
+        """Let others use the folder; one that was made for a run that never began is removed."""
+        if self.lock is None or not self.lock.is_held:
+            return
+        if self.is_new and not self.begun:
             with contextlib.suppress(OSError):
-                self.created.rmdir()
+                (self.folder / CONFIG_FILE).unlink(missing_ok=True)
+        self.lock.release(remove=True)
+        remove_unused(self.folder)
 
     def check_data(self, fingerprint: dict[str, Any]) -> None:
         """Refuse to continue on other data than the checkpoint saw.
@@ -95,8 +116,8 @@ class Start:
         )
 
 
-def find_start(config: Node, folder: Path, processes: Processes | None = None) -> Start:
-    """Decide by `resume` where the run in Hydra's output `folder` begins.
+def find_start(config: Node, folder: Path, processes: Processes | None = None, *, named: bool = True) -> Start:
+    """Decide by `resume` where the run in Hydra's output `folder` begins, and hold its folder.
 
     Of several processes, which may each have a folder of their own and look at different moments, the first decides.
 
@@ -104,46 +125,59 @@ def find_start(config: Node, folder: Path, processes: Processes | None = None) -
         config: the resolved configuration.
         folder: Hydra's, for this process.
         processes: all that train, which must all call it; None for one.
+        named: the user chose the folder; it is the run's, and no other run is looked for.
 
     Raises:
-        ConfigError: a fresh run would mix with an earlier one in the same folder.
+        ConfigError: the folder is another process's, or a fresh run would mix with an earlier one in it.
         CheckpointError: the checkpoint is missing, damaged, or of another model, corpus or batch.
     """
     processes = processes or Processes()
-    home, checkpoint = processes.first(lambda: choose_start(config, folder))
-    if checkpoint is None:
-        return Start(home, 0, None, folder)
-    loaded: list[tuple[Checkpoint, dict[str, Any]]] = []
-    processes.each(lambda: loaded.append(_load(config, checkpoint)))  # they exchange errors, and not what is loaded
-    saved, state = loaded[0]
-    return Start(home, state["step"], state, folder, saved)
+    locks: list[Lock] = []
+    start: Start | None = None
+
+    def choose() -> Choice:
+        choice, lock = choose_start(config, folder, named)
+        locks.append(lock)
+        return choice
+
+    try:
+        choice = processes.first(choose)
+        lock = locks[0] if locks else None
+        start = Start(choice.folder, 0, None, folder, None, choice.name, choice.is_new, lock)
+        checkpoint = choice.checkpoint
+        if checkpoint is not None:
+            found: list[tuple[Checkpoint, dict[str, Any]]] = []
+            # the processes exchange errors, and not what is loaded
+            processes.each(lambda: found.append(_load(config, checkpoint)))
+            start.saved, start.state = found[0]
+            start.step = start.state["step"]
+    except BaseException:
+        for lock in locks:
+            (start or Start(lock.path.parent, 0, None, folder, lock=lock)).release()
+        if start is not None:
+            start.leave_created()
+        raise
+    return start
 
 
-def choose_start(config: Node, folder: Path) -> tuple[Path, Path | None]:
-    """The folder where the run in Hydra's output `folder` goes on, and the checkpoint it begins from, if any.
+def start_alone(config: Node, folder: Path, named: bool) -> Start:
+    """The folder that `find_start` would find, held for the first of several processes that are yet to be started."""
+    choice, lock = choose_start(config, folder, named)
+    return Start(choice.folder, 0, None, folder, name=choice.name, is_new=choice.is_new, lock=lock)
 
-    A command that its launcher runs again after a failure continues what it began in the same folder, whatever `resume`
-    says.
 
-    Raises:
-        ConfigError, CheckpointError: as in `find_start`, but for what only a checkpoint's content tells.
-    """
-    own = CheckpointStore(folder / "checkpoints").latest()
-    resume = config["resume"]
-    if resume is None:
-        if own is not None and not was_restarted():
-            raise ConfigError(
-                f"{folder} already holds a run ({own.name}); continue it with resume=auto, or choose another name."
-            )
-        return folder, own
-    if resume == "auto":
-        checkpoint = own or _newest_of_same_run(config, folder)
-        if checkpoint is None:
-            log.info("resume=auto: no earlier run of this configuration; starting a new one.")
-            return folder, None
-    else:
-        checkpoint = chosen_checkpoint(resume)
-    return _home(checkpoint, folder), checkpoint
+def _set_results_aside(folder: Path, step: int, aside: Path) -> None:
+    """Move what tells of later steps than `step` to the checkpoints that it is of."""
+    results = [path for path in folder.glob("evaluation/*") if _latest_step_in(path.name) > step]
+    for path in [*results, folder / "summary.json"]:
+        if path.is_file():
+            target = aside / path.relative_to(folder)
+            target.parent.mkdir(exist_ok=True)
+            path.rename(target)
+
+
+def _latest_step_in(name: str) -> int:
+    return max(map(int, re.findall(r"step-?(\d+)", name)), default=-1)
 
 
 def _load(config: Node, checkpoint: Path) -> tuple[Checkpoint, dict[str, Any]]:
@@ -153,57 +187,5 @@ def _load(config: Node, checkpoint: Path) -> tuple[Checkpoint, dict[str, Any]]:
         raise CheckpointError(f"{checkpoint} holds a model and no run to continue; begin from it with checkpoint=.")
     with rebuilding(checkpoint):
         check_run_state(state)
-    _check_same(config, state["config"], checkpoint)
+    check_continues(state["config"], config, checkpoint, state["step"])
     return saved, state
-
-
-def _home(checkpoint: Path, folder: Path) -> Path:
-    """The run goes on in its folder, unless it is continued from the middle: then the rest of it stays as it is."""
-    store = CheckpointStore(checkpoint.parent)
-    if checkpoint.parent.name == "checkpoints" and store.latest() == checkpoint:
-        return checkpoint.parent.parent
-    log.info("%s is not the newest checkpoint of its run; continuing in %s.", checkpoint, folder)
-    return folder
-
-
-def _newest_of_same_run(config: Node, folder: Path) -> Path | None:
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        candidates = folder.parent.parent.glob("*/*")
-    else:
-        candidates = folder.parent.glob("*")
-    found = []
-    for candidate in candidates:
-        latest = CheckpointStore(candidate / "checkpoints").latest()
-        path = candidate / "config.yaml"
-        if latest is None or not path.is_file():
-            continue
-        saved = OmegaConf.to_container(OmegaConf.load(path))
-        if all(_value(saved, key) == _value(config, key) for key in SAME_RUN):
-            found.append((latest.stat().st_mtime, latest))
-    return max(found)[1] if found else None
-
-
-def _check_same(config: Node, saved: Node, checkpoint: Path) -> None:
-    changed = [difference for key in MUST_MATCH for difference in _differences(saved, config, key)]
-    if changed:
-        more = f" and {len(changed) - SHOWN_DIFFERENCES} more" if len(changed) > SHOWN_DIFFERENCES else ""
-        raise CheckpointError(
-            f"{checkpoint} is of another run: {'; '.join(changed[:SHOWN_DIFFERENCES])}{more}. Use its settings, or "
-            "start a new run."
-        )
-
-
-def _differences(saved: Node, config: Node, key: str) -> list[str]:
-    """Every setting at or below `key` that is not the same, as a phrase."""
-    before, now = (flattened({key: _value(node, key)}) for node in (saved, config))
-    return [
-        f"{name} was {before.get(name, 'absent')} and is {now.get(name, 'absent')}"
-        for name in {**before, **now}
-        if before.get(name, "absent") != now.get(name, "absent")
-    ]
-
-
-def _value(config: Any, dotted: str) -> Any:
-    for part in dotted.split("."):
-        config = config.get(part) if isinstance(config, dict) else None
-    return config

@@ -27,16 +27,18 @@ from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model, check_model
 from longmix.model.matching import match_parameters
 from longmix.model.states import save_states
+from longmix.naming import RunPlace
 from longmix.parallel.slices import check_slices
 from longmix.startup import seconds_since_begin
 from longmix.training import launcher, processes
+from longmix.training.claims import remove_unused
 from longmix.training.hardware import TrainerSettings
 from longmix.training.loggers import NoLog
 from longmix.training.module import TrainingModule
 from longmix.training.origin import Origin, begin
 from longmix.training.place import own_place, process_rank
 from longmix.training.progress import ProgressDisplay
-from longmix.training.resume import Start, choose_start, find_start
+from longmix.training.resume import Start, find_start, start_alone
 from longmix.training.summary import SUMMARY_FILE, print_header, training_flops_per_token, write_summary
 from longmix.training.supervisor import Supervisor
 
@@ -51,24 +53,27 @@ def train(config: DictConfig) -> dict[str, Any]:
     Raises:
         LongmixError: see `longmix.errors`; each has its exit code.
     """
-    node = configuration.resolved(config)
+    node = configuration.with_limits(configuration.resolved(config), HydraConfig.get().overrides.task)
     origin = Origin.of(node)
     settings, data = check_config(node, None if origin is None else origin.tokenizer)
     node = match_parameters(node, data.expected_vocab_size)
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    place = RunPlace.of(config, node)
+    node["name"] = place.name
+    if place.folder != (created := Path(HydraConfig.get().runtime.output_dir)):
+        remove_unused(created)  # the checkpoint gives the run another name than Hydra could know
     if settings.world_size == 1:
-        return _train(node, settings, data, origin, folder, Processes())
+        return _train(node, settings, data, origin, place, Processes())
     if own_place() is None:
-        _start_processes(node, settings, data, folder)
+        _start_processes(node, settings, data, place)
         return {}
     with processes.losses_explained(settings.timeout):
         everyone = processes.connect(settings)
-        summary = _train(node, settings, data, origin, folder, everyone)
+        summary = _train(node, settings, data, origin, place, everyone)
     processes.disconnect()
     return summary
 
 
-def _start_processes(node: Node, settings: TrainerSettings, data: TokenData, folder: Path) -> None:
+def _start_processes(node: Node, settings: TrainerSettings, data: TokenData, place: RunPlace) -> None:
     """Refuse what can be refused and prepare the data once, then have this command run by several processes."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         raise ConfigError(
@@ -80,24 +85,34 @@ def _start_processes(node: Node, settings: TrainerSettings, data: TokenData, fol
             f"trainer.num_nodes={settings.num_nodes}: start the processes on each machine with torchrun or srun, which "
             "say where the others are."
         )
-    home, _ = choose_start(node, folder)
-    data.prepare_data()
-    words = [hydra_word("hydra.run.dir", str(folder)), hydra_word("name", node["name"])]
-    launcher.launch([sys.executable, *sys.orig_argv[1:], *words], settings.devices_here, settings.timeout, home)
+    with start_alone(node, place.folder, place.named) as start:
+        data.prepare_data()
+        words = [hydra_word("hydra.run.dir", str(start.folder)), hydra_word("name", start.name)]
+        command = [sys.executable, *sys.orig_argv[1:], *words]
+        launcher.launch(command, settings.devices_here, settings.timeout, start.folder, start.lock)
 
 
 def _train(
-    node: Node, settings: TrainerSettings, data: TokenData, origin: Origin | None, folder: Path, everyone: Processes
+    node: Node, settings: TrainerSettings, data: TokenData, origin: Origin | None, place: RunPlace, everyone: Processes
 ) -> dict[str, Any]:
     began = time.monotonic()
     quieten()
     seed_everything(node["seed"], settings.num_threads)
-    start = find_start(node, folder, everyone)
+    with find_start(node, place.folder, everyone, named=place.named) as start:
+        return _train_from(start, start.config_of(node), settings, data, origin, everyone, began)
+
+
+def _train_from(
+    start: Start,
+    node: Node,
+    settings: TrainerSettings,
+    data: TokenData,
+    origin: Origin | None,
+    everyone: Processes,
+    began: float,
+) -> dict[str, Any]:
     is_first = process_rank() == 0
-    if is_first:
-        start.take_folder(node)
-    else:
-        start.leave_created()
+    if not is_first:
         logging.disable(logging.INFO)
     data.prepare_data()
     data.setup("fit")
@@ -106,6 +121,7 @@ def _train(
     begin(model, node, origin)
     if is_first:
         print_header(node, start.folder, model, data, settings, start.step)
+    everyone.first(lambda: start.begin(node))
 
     module = _module(node, model, settings, everyone)
     supervisor = _supervisor(node, data, start, model, is_first)

@@ -109,9 +109,12 @@ class _SavedOptimizer:
                 self.state[number] = values
 
     def load(self) -> None:
-        """Give the optimizer what was read."""
+        """Give the optimizer what was read; its settings stay those of the configuration it was built from."""
         counts = iter(range(sum(len(group["params"]) for group in self.groups)))
-        groups = [{**group, "params": [next(counts) for _ in group["params"]]} for group in self.groups]
+        groups = [
+            {**group, **built, "params": [next(counts) for _ in group["params"]]}
+            for group, built in zip(self.groups, self.optimizer.param_groups, strict=True)
+        ]
         self.optimizer.load_state_dict({"state": self.state, "param_groups": groups})
 
 

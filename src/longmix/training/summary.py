@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 from rich.table import Table
 
-from longmix.config import Node, tokens_per_step, total_steps
+from longmix.config import Node, step_limits, tokens_per_step, total_steps
 from longmix.data.datamodule import TokenData
 from longmix.files import replace_json
 from longmix.model.backbone import LanguageModel
@@ -56,6 +56,10 @@ def print_header(
         f"{settings.strategy} x {settings.world_size}"
         + (f", rows in {settings.slices} slices" if settings.slices > 1 else ""),
     }
+    limits = step_limits(config)
+    if len(limits) == 2:
+        holds, other = sorted(limits, key=lambda key: limits[key])
+        rows["limit"] = f"{holds}={config[holds]:,}; {other}={config[other]:,} would be {limits[other]:,} steps"
     match = matched(config, counts["total"])
     if match is not None:
         rows["matched"] = (

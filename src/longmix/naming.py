@@ -1,0 +1,193 @@
+"""Names of runs and sweeps, and the folders they stand for.
+
+A run is `runs/<name>`; a sweep is `multirun/<time>`, and each of its runs is named by the words that were swept. What
+the clock names is never shared: two that begin in one second get two folders.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from longmix.errors import ConfigError
+from longmix.files import free_folder
+from longmix.training.place import process_rank
+
+RUNS = "runs"
+LONGEST_NAME_BYTES = 240  # file systems take 255
+LONGEST_SWEEP_NAME = 120
+CLOCK = "${now:"
+"""What a name has in it before it is resolved if the clock gives it, and not the user."""
+
+
+def register() -> None:
+    """Make the resolvers of configs/train.yaml known to OmegaConf."""
+    OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
+    OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that leaves the folder of runs, or that is hard to see, to type or to store.
+
+    `/` puts a run into a subfolder, and blanks may stand inside.
+
+    Raises:
+        ConfigError: says what is wrong with it and what is allowed.
+    """
+    problem = _problem(name)
+    if problem is not None:
+        raise ConfigError(f"name={name!r} {problem}. A name is one folder below {RUNS}/, or several as in study/first.")
+
+
+def _problem(name: str) -> str | None:
+    if not name:
+        return "is empty; it names the run's folder"
+    if name.startswith("/") or (len(name) > 1 and name[1] == ":") or ".." in name.split("/"):
+        return f"leads out of {RUNS}/; leave out what comes before the last part"
+    for part in name.split("/"):
+        if not part:
+            return "has an empty part between two slashes"
+        if part.startswith("."):
+            return f"has a part that begins with a dot, {part!r}, and such folders are hidden"
+        if part != part.strip() or not part.isprintable():
+            return "has blanks at an end, or characters that cannot be seen"
+        if len(part.encode(errors="replace")) > LONGEST_NAME_BYTES:
+            return f"is longer than {LONGEST_NAME_BYTES} bytes"
+    return None
+
+
+def run_folder(name: Any) -> str:
+    """The folder that Hydra makes for a run; for a name that will be refused it is one that harms nobody."""
+    return f"{RUNS}/{name}" if _problem(str(name)) is None else f"{RUNS}/.refused"
+
+
+@dataclass(frozen=True)
+class RunPlace:
+    """Where the command line puts a run.
+
+    Attributes:
+        folder: the run's, unless it is continued elsewhere.
+        name: the run's.
+        named: the user chose them, and not the clock; in a sweep, whose runs are numbered, this tells of the name.
+    """
+
+    folder: Path
+    name: str
+    named: bool
+
+    @classmethod
+    def of(cls, config: DictConfig, node: dict[str, Any]) -> "RunPlace":
+        """The place of the run that Hydra has begun.
+
+        Args:
+            config: the configuration of the task, not yet resolved.
+            node: the resolved one, with mixer and model of the checkpoint that the run begins from.
+
+        Raises:
+            ConfigError: see `check_name`.
+        """
+        name, hydra = node["name"], HydraConfig.get()
+        check_name(name)
+        folder = Path(hydra.runtime.output_dir)
+        by_clock = CLOCK in str(OmegaConf.to_container(config, resolve=False)["name"])  # type: ignore[index,call-overload]
+        if hydra.mode == RunMode.MULTIRUN:
+            return cls(folder, f"{folder.parent.name}_{folder.name}" if by_clock else name, not by_clock)
+        if not by_clock or folder != Path(run_folder(name)).absolute():
+            return cls(folder, name, True)
+        own = _with_own_mixer(name, node)
+        return cls(folder.with_name(own), own, False)
+
+
+def _with_own_mixer(name: str, node: dict[str, Any]) -> str:
+    """The name that the clock gave, with mixer and model of the checkpoint that the run begins from."""
+    if node["checkpoint"] is None:
+        return name
+    choices = HydraConfig.get().runtime.choices
+    model, mixer = node["model"], node["mixer"]
+    of_checkpoint = "+".join(mixer["pattern"]) if "pattern" in mixer else str(mixer["_target_"]).split(".")[-2]
+    own = f"{_file_name(of_checkpoint)}_{model['num_layers']}x{model['d_model']}"
+    return name.replace(f"_{_file_name(choices['mixer'])}_{choices['model']}_", f"_{own}_", 1)
+
+
+def swept_words() -> list[str]:
+    """The words that differ between the runs of this sweep; none outside a sweep."""
+    hydra = HydraConfig.get()
+    if hydra.mode != RunMode.MULTIRUN:
+        return []
+    same = set(hydra.job.config.override_dirname.exclude_keys)
+    return [word for word in map(_key, hydra.overrides.task) if word not in same]
+
+
+def sweep_name(number: Any, words: str) -> str:
+    """The folder of a sweep's run: its number, and what was swept in it, as in `0,mixer=flash,seed=1`.
+
+    What is too long for a folder's name is shortened value by value, so that none loses what tells it from the others.
+    """
+    parts = [_file_name(word) for word in words.split(",")] if words else []
+    room = LONGEST_SWEEP_NAME // max(1, len(parts))
+    if len(",".join(parts)) > LONGEST_SWEEP_NAME:
+        parts = [_shortened(part, room) for part in parts]
+    return ",".join([str(number), *filter(None, parts)])
+
+
+def _shortened(part: str, room: int) -> str:
+    """The beginning and the end of a word, with what tells it from another that has both in common."""
+    if len(part) <= room:
+        return part
+    own = hashlib.sha256(part.encode()).hexdigest()[:6]
+    left = max(room - len(own) - 2, 2)
+    return f"{part[: left // 2]}~{part[-(left - left // 2) :]}~{own}"
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w.=+~-]+", "-", str(text), flags=re.ASCII).strip("-")
+
+
+class SweepFolder(Callback):
+    """Gives each sweep a folder of its own before Hydra makes it, and names the runs in it by the swept words alone.
+
+    What it decides goes on as words of the command line, as each run of a sweep is composed anew, maybe elsewhere.
+    """
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """See `hydra.experimental.callback.Callback`."""
+        hydra = config.hydra
+        same = same_words(hydra.overrides.task, (hydra.sweeper.get("params") or {}).keys())
+        quoted = ",".join(f"'{word}'" for word in same)
+        words = [f"hydra.job.config.override_dirname.exclude_keys=[{quoted}]"]
+        by_clock = CLOCK in str(OmegaConf.to_container(hydra.sweep, resolve=False)["dir"])  # type: ignore[index,call-overload]
+        if by_clock and process_rank() == 0:
+            folder = free_folder(Path(str(hydra.sweep.dir)))
+            words.append(f"hydra.sweep.dir='{folder}'")
+            with open_dict(hydra):
+                hydra.sweep.dir = str(folder)
+        with open_dict(hydra):
+            hydra.overrides.hydra.extend(words)
+
+
+def same_words(words: Iterable[str], swept: Iterable[str] = ()) -> list[str]:
+    """The words of a sweep's command line that all of its runs have alike.
+
+    Args:
+        words: as they were given.
+        swept: others that the sweeper varies.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_overrides(list(words))
+    return [
+        override.key_or_group
+        for override in parsed
+        if not override.is_sweep_override() and override.key_or_group not in set(swept)
+    ]
+
+
+def _key(word: str) -> str:
+    return word.lstrip("+~").partition("=")[0].partition("@")[0]

@@ -1,0 +1,221 @@
+"""What makes two runs the same run, and what may change when one is continued. docs/runs.md has the same tables."""
+
+import inspect
+import logging
+from pathlib import Path
+from typing import Any
+
+from longmix.checkpoints import CheckpointStore, open_checkpoint
+from longmix.config import (
+    LoopConfig,
+    Node,
+    TrainConfig,
+    TuningConfig,
+    build,
+    flattened,
+    locate,
+    settings,
+    step_limits,
+)
+from longmix.errors import CheckpointError, ConfigError, LongmixError
+from longmix.reading import read_yaml
+from longmix.training import schedules
+
+CONFIG_FILE = "config.yaml"
+
+FREE = {
+    "name": "it says where the run is",
+    "resume": "it says how it was started",
+    "logger": "it says where metrics go",
+    "trust": "it says what may be loaded",
+    "match": "it chooses model.mlp_hidden, which counts",
+    "loop.log_every": "logging changes nothing",
+    "loop.validate_every": "validation leaves weights, random numbers and data as they are",
+    "loop.checkpoint_every": "saving changes nothing",
+    "loop.keep_checkpoints": "saving changes nothing",
+    "loop.sharded_checkpoints": "both forms hold the same tensors",
+    "loop.async_checkpoints": "both ways write the same tensors",
+    "loop.max_skips": "it says when to give up",
+    "data.cache_dir": "what is kept there is verified by its content",
+    "data.num_workers": "batches are the same, whoever reads them",
+    "data.local_shards": "it says how much is kept at hand",
+    "model.activation_checkpointing": "what is computed again is the same again",
+    "trainer.devices": "another place, the same sums but for rounding",
+    "trainer.num_nodes": "another place, the same sums but for rounding",
+    "trainer.strategy": "another place, the same sums but for rounding",
+    "trainer.context_parallel": "another place, the same sums but for rounding",
+    "trainer.compile": "the same sums but for rounding",
+    "trainer.micro_batch_size": "the same sums but for rounding",
+    "trainer.num_threads": "the same sums but for rounding",
+    "trainer.timeout": "it says how long to wait",
+}
+"""Settings that cannot change a run's result, each with its reason; every other one does, and makes another run."""
+
+FIXED = {
+    "mixer": "the weights are the mixer's",
+    "model": "the weights are the model's",
+    "data.corpus": "the place in the data is the corpus's",
+    "tokenizer": "the embedding's rows are the tokenizer's",
+    "optimizer._target_": "the moments are the optimizer's",
+    "seq_len": "the place in the data counts windows of this length",
+    "batch_size": "the place in the data counts steps of this size",
+    "seed": "it orders the data",
+    "trainable": "it says which weights have moments",
+    "tuning": "it adds weights",
+}
+"""Settings that a run cannot be continued with other values of, each with its reason; all others take effect."""
+
+SHOWN_DIFFERENCES = 5
+ABSENT = "absent"
+KNOWN_SCHEDULES = {
+    f"{schedule.__module__}.{schedule.__name__}": schedule
+    for schedule in (schedules.WarmupCosine, schedules.WarmupStableDecay)
+}
+
+Changes = dict[str, tuple[Any, Any]]
+"""Settings that differ: what each was, and what it is."""
+
+log = logging.getLogger(__name__)
+
+
+def changes(saved: Node, config: Node, counting: tuple[str, ...] = ()) -> Changes:
+    """Every setting that can change a run's result and has another value.
+
+    The two limits count as the steps that they allow. A setting that one side lacks, as versions of longmix add some,
+    has its default there.
+
+    Args:
+        saved, config: resolved configurations, the earlier first.
+        counting: words that count even if they are in `FREE`, with what is below them.
+    """
+    before, now = _leaves(saved), _leaves(config)
+    found: Changes = {}
+    for key in {**before, **now}:
+        if _is_below(key, FREE) and not _is_below(key, counting):
+            continue
+        old = before[key] if key in before else _default(config, key)
+        new = now[key] if key in now else _default(config, key)
+        if old != new:
+            found[key] = (old, new)
+    return found
+
+
+def phrases(found: Changes) -> str:
+    """Changes in words, the first few of them."""
+    shown = [f"{key} was {was} and is {value}" for key, (was, value) in list(found.items())[:SHOWN_DIFFERENCES]]
+    more = f" and {len(found) - SHOWN_DIFFERENCES} more" if len(found) > SHOWN_DIFFERENCES else ""
+    return "; ".join(shown) + more
+
+
+def check_continues(saved: Node, config: Node, checkpoint: Path, step: int) -> None:
+    """Refuse to continue a run with settings that cannot take effect in it.
+
+    Raises:
+        CheckpointError: names what differs.
+    """
+    found = changes(saved, config)
+    fixed = {key: change for key, change in found.items() if _is_below(key, FIXED)}
+    if fixed:
+        raise CheckpointError(
+            f"{checkpoint} is of another run: {phrases(fixed)}. Use its settings, or start a new run."
+        )
+    origin = found.pop("checkpoint", (None, None))
+    if None not in origin:
+        raise CheckpointError(
+            f"{checkpoint} is of a run that began from {origin[0]}, not from {origin[1]}; leave checkpoint= out, or "
+            "start a new run."
+        )
+    if found and step >= _steps(config):
+        raise CheckpointError(
+            f"{checkpoint} has taken {step} of {_steps(config)} steps, so that nothing is left to train with other "
+            f"settings: {phrases(found)}. Ask for more steps, use its settings, or start a new run under another name."
+        )
+
+
+def announce(saved: Node, config: Node, step: int) -> None:
+    """Log every setting that takes effect from the next step, and how the learning rate changes there."""
+    found = changes(saved, config)
+    found.pop("checkpoint", None)
+    for key, (was, value) in found.items():
+        log.info("%s was %s and is %s from step %d.", key, was, value, step + 1)
+    before, now = _learning_rate(saved, step, own=config), _learning_rate(config, step)
+    if before is not None and now is not None and abs(before - now) > 1e-9 * abs(before):
+        log.info("The learning rate of step %d is %.4g; with the earlier settings it was %.4g.", step + 1, now, before)
+
+
+def read_config(run: Path) -> Node | None:
+    """The configuration of the run in a folder; None if there is no run, or it cannot be read, which is logged.
+
+    Where `config.yaml` is damaged, the one in the newest checkpoint takes its place.
+    """
+    latest = CheckpointStore(run / "checkpoints").latest()
+    if not (run / CONFIG_FILE).exists() and latest is None:
+        return None
+    try:
+        return read_yaml(run / CONFIG_FILE)
+    except ConfigError as error:
+        problem: LongmixError = error
+    if latest is not None:
+        try:
+            return dict(open_checkpoint(latest).rest()["config"])
+        except (LongmixError, KeyError, TypeError, ValueError) as error:
+            problem = error if isinstance(error, LongmixError) else problem
+    log.warning("%s is passed over: %s", run, problem)
+    return None
+
+
+def _is_below(key: str, keys: Any) -> bool:
+    return any(key == other or key.startswith(f"{other}.") for other in keys)
+
+
+def _leaves(node: Node) -> dict[str, Any]:
+    limits = ("max_steps", "max_tokens")
+    flat = flattened({key: value for key, value in node.items() if key not in limits})
+    try:
+        return flat | {"steps": _steps(node)}
+    except (KeyError, TypeError, ValueError, ArithmeticError):  # whoever wrote the file meant something else
+        return flat | {key: node.get(key) for key in limits}
+
+
+def _steps(node: Node) -> int:
+    return min(step_limits(node).values())
+
+
+def _default(config: Node, key: str) -> Any:
+    """The value of a setting that is not there: the default in what takes it, as this command's `_target_`s name it."""
+    *above, name = key.split(".")
+    node: Any = config
+    for part in above:
+        node = node.get(part) if isinstance(node, dict) else None
+    if not above or above == ["loop"] or above == ["tuning"]:
+        return vars({"loop": LoopConfig, "tuning": TuningConfig}[above[0]]() if above else TrainConfig()).get(
+            name, ABSENT
+        )
+    if not isinstance(node, dict) or "_target_" not in node:
+        return ABSENT
+    target = locate(node["_target_"], key)
+    parameter = inspect.signature(target).parameters.get(name)
+    if parameter is None or parameter.default is inspect.Parameter.empty or name not in settings(target):
+        return ABSENT
+    return list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
+
+
+def _learning_rate(config: Node, step: int, own: Node | None = None) -> float | None:
+    """The peak of the first optimizer times the schedule's factor; None where that cannot be told.
+
+    Args:
+        config: a resolved configuration.
+        step: counted from 0.
+        own: that of this command, if `config` comes from a file, which may have no other schedule built than this one's
+            or ours.
+    """
+    node = config["schedule"]
+    target = str(node.get("_target_")) if isinstance(node, dict) else ""
+    try:
+        if own is None or target == own["schedule"]["_target_"]:
+            schedule = build(node, "schedule")
+        else:
+            schedule = KNOWN_SCHEDULES[target](**{key: node[key] for key in node if key != "_target_"})
+        return float(config["optimizer"]["learning_rate"] * schedule(step, _steps(config)))
+    except (LongmixError, KeyError, TypeError, ValueError, ArithmeticError):
+        return None
