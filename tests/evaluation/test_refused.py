@@ -126,6 +126,13 @@ def test_a_refused_allocation_is_one_line(error, refused):
         raise error
 
 
+def test_numbers_have_no_bytes(evaluated, number_run, capsys):
+    report = evaluated("task=loss", "max_tokens=64", checkpoint=number_run)["loss"]
+    assert set(report["lengths"][16]) == {"loss", "perplexity", "tokens", "by_position"}
+    printed = capsys.readouterr().out
+    assert "bits/byte" not in printed and "task=accuracy says how many are recalled" in printed
+
+
 class TestSeveralTasks:
     def test_an_error_in_one_leaves_the_others(self, evaluated, tmp_path, capsys):
         words = "task=[needle,loss,accuracy]", "seq_len=16"  # a needle has no room in 16 tokens

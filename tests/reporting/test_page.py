@@ -131,6 +131,54 @@ class TestPage:
         for command in ("task=causality", "task=needle", "seq_len=2048,8192"):
             assert command in text
 
+    def test_commands_name_the_folder_as_a_shell_takes_it(self, tmp_path):
+        sweep = tmp_path / "a sweep"
+        write_sweep(sweep)
+        _, text = page_of(sweep)
+        assert f"checkpoint=&#x27;{sweep}&#x27; task=causality" in text and "FOLDER" not in text
+        for run in list(sweep.iterdir())[1:]:
+            write_evaluation(run, "causality_step9", causal=True, step=9)
+        (lacking,) = [run.folder for run in find_runs([sweep]).runs if run.evaluations.causal is None]
+        assert f"checkpoint=&#x27;{lacking}&#x27; task=causality" in page_of(sweep)[1]
+
+    def test_sections_of_one_panel_stand_side_by_side(self, sweep, tmp_path):
+        write_run(tmp_path / "one" / "a", "flash", 32, 2.0, 500.0)
+        write_run(tmp_path / "one" / "b", "gla", 32, 2.5, 400.0)
+        assert 'class="wide"' not in page_of(tmp_path / "one")[1]
+        assert page_of(sweep)[1].count('<section class="wide">') == 5
+
+    def test_says_what_was_compared(self, tmp_path):
+        config = """
+seed: {seed}
+batch_size: 2
+data: {{corpus: {{_target_: longmix.data.corpora.TextFiles, path: {path}}}}}
+tokenizer: {{_target_: longmix.data.tokenizers.ByteTokenizer}}
+optimizer: {{_target_: longmix.training.optimizers.muon, learning_rate: {rate}}}
+model: {{d_model: 128, num_layers: 6, num_heads: 2, block: {{_target_: longmix.model.blocks.{block}}}}}
+mixer: {{x: {seed}}}
+name: {seed}
+"""
+        for seed, mixer, block in ((1, "flash", "Standard"), (2, "gla", "Standard"), (3, "rwkv7", "RWKVBlocks")):
+            text = config.format(seed=seed, path="books" if seed < 3 else "web", rate=0.01 * seed, block=block)
+            write_run(tmp_path / mixer, mixer, 32, 2.0 + seed, 500.0, config=text)
+        page, text = page_of(tmp_path)
+        for words in (
+            "6 layers, d_model 128, heads 2",
+            "TextFiles path=books; TextFiles path=web",
+            "1; 2; 3",
+            "0.01; 0.02; 0.03",
+            "2 windows, 1,000 tokens a step",
+            "torch 2.13.0",
+            "ByteTokenizer",
+        ):
+            assert f">{words}<" in text, words
+        warnings = page.under("warn")
+        assert any(
+            words.startswith("rwkv7 ran in another block (RWKVBlocks) than the others (Sta") for words in warnings
+        )
+        assert any("trained on different data: TextFiles path=books; TextFiles path=web" in words for words in warnings)
+        assert ">optimizer.learning_rate<" in text and ">mixer.x<" not in text and ">name<" not in text
+
     def test_nothing_is_missing(self, sweep):
         for run in sweep.iterdir():
             write_evaluation(run, "causality_step9", causal=True, step=9)

@@ -86,6 +86,24 @@ class TestPanels:
         assert (quality_of(runs).unit, quality_of(runs).of(runs[0])) == ("nats/token", 1.25)
 
 
+SYNTHETIC = "data: {_target_: longmix.data.synthetic.SyntheticData, task: {_target_: x.Mqar}}\n"
+
+
+class TestQuality:
+    def test_of_synthetic_data_is_recall_where_all_say_it(self, tmp_path):
+        for name, bits, recall in (("a", 1.0, 0.25), ("b", 2.0, 0.5)):
+            validation = {"bits_per_byte": bits, "loss": bits, "recall": recall}
+            write_run(tmp_path / name, name, 32, bits, 500.0, config=SYNTHETIC, validation=validation)
+        runs = runs_of(tmp_path)
+        assert quality_of(runs).unit == "recall" and [run.label for run in runs] == ["b", "a"]
+        assert panel(tmp_path, "trade_off_32")[1].up and runs[0].row()["bits_per_byte"] is None
+
+    def test_of_synthetic_data_is_else_the_loss_and_never_bits(self, tmp_path):
+        for name, bits in (("a", 1.0), ("b", 2.0)):
+            write_run(tmp_path / name, name, 32, bits, 500.0, config=SYNTHETIC)
+        assert quality_of(runs_of(tmp_path)).unit == "nats/token"
+
+
 class TestNames:
     def test_mixer_unless_it_repeats(self, sweep):
         write_run(sweep / "4,mixer=slow,seq_len=64,seed=1", "slow", 64, 2.5, 700.0)
@@ -117,6 +135,34 @@ class TestEvaluations:
         assert found.needle == NeedleMap(
             [32, 64], [0.0, 1.0], [[1.0, 0.0], [1.0, 0.5]], [[9.0, 0.0], [9.0, 4.5]], 32, needles=8
         )
+
+    def test_other_data_splits_and_states_are_no_results_of_the_run(self, tmp_path):
+        lengths = {"32": {"accuracy": 0.25}}
+        place = {"data": "mqar", "step": 9, "lengths": lengths}
+        write_evaluation(tmp_path, "accuracy_a", **place, own_data=True, split="validation", date="2026-01-01")
+        for number, changes in enumerate(({"own_data": False}, {"own_data": True, "split": "test"})):
+            other = {
+                **place,
+                "lengths": {"32": {"accuracy": 0.75}},
+                "data_fingerprint": "abcdef0123",
+                "date": "2026-02-01",
+            }
+            write_evaluation(tmp_path, f"accuracy_{number}", **other | changes)
+        elsewhere = {"states": {"file": "x", "sha256": "0" * 64}, "lengths": {"32": {"accuracy": 1.0}}}
+        write_evaluation(tmp_path, "accuracy_states", **place | elsewhere)
+        found = read_evaluations(tmp_path)
+        assert found.recall == {"mqar": {32: 0.25}, "mqar (abcdef)": {32: 0.75}, "mqar, test": {32: 0.75}}
+        assert found.damaged == ()
+
+    def test_lengths_of_one_step_add_up_and_the_newer_day_counts(self, tmp_path):
+        for name, step, lengths, date in (
+            ("a", 9, {"16": {"accuracy": 1.0}}, "2026-01-01"),
+            ("b", 10, {"32": {"accuracy": 0.5}}, "2026-01-02"),
+            ("c", 10, {"64": {"accuracy": 0.25}}, "2026-01-03"),
+            ("d", 10, {"32": {"accuracy": 0.75}}, "2026-01-04"),
+        ):
+            write_evaluation(tmp_path, f"accuracy_{name}", data="mqar", step=step, lengths=lengths, date=date)
+        assert read_evaluations(tmp_path).recall == {"mqar": {32: 0.75, 64: 0.25}}
 
     def test_newest_step_counts(self, tmp_path):
         for step, causal in ((9, True), (10, False), (1, True)):

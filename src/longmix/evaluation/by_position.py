@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from longmix.data.loaders import Batch
+from longmix.data.tokenizers import NumberTokenizer
 from longmix.errors import ConfigError
 from longmix.evaluation.loss import evaluate_loss
 from longmix.evaluation.prefixes import prefix_ends, prefixes_alone, rows_whole
@@ -26,8 +27,9 @@ def loss_by_position(subject: Subject, prefixes: int | None = None) -> dict[str,
             targets in one pass.
 
     Returns:
-        `{"split", "step", "lengths": {seq_len: {loss, perplexity, bits_per_byte, tokens, bytes, by_position}}}`; with
-        prefixes also their number, and for each length `whole_rows`, the same targets' summary in one pass.
+        `{"split", "step", "lengths": {seq_len: {loss, perplexity, bits_per_byte, tokens, bytes, by_position}}}`, of a
+        synthetic task without `bits_per_byte` and `bytes`; with prefixes also their number, and for each length
+        `whole_rows`, the same targets' summary in one pass.
 
     Raises:
         ConfigError: fewer than 1 prefix.
@@ -35,10 +37,16 @@ def loss_by_position(subject: Subject, prefixes: int | None = None) -> dict[str,
     if prefixes is not None and prefixes < 1:
         raise ConfigError(f"task.loss.prefixes={prefixes} must be at least 1, or null for all targets in one pass.")
     results = {length: _at_length(subject, length, prefixes) for length in subject.checked_seq_lens()}
+    numbers = isinstance(subject.data.tokenizer, NumberTokenizer)
+    if numbers:
+        results = {length: _without_bytes(result) for length, result in results.items()}
     report: dict[str, Any] = {**subject.heading(), "lengths": results}
     report |= {} if prefixes is None else {"prefixes": prefixes}
     console = Console()
     console.print(_overall_table(results, subject.split))
+    if numbers:
+        words = "tokens of a synthetic task stand for no bytes; task=accuracy says how many are recalled"
+        console.print(words, soft_wrap=True)
     console.print(_position_table(results))
     figure = drawn_by_position(results, "loss", f"{subject.split} loss by position", "nats per token")
     name = "loss" if prefixes is None else "loss_prefixes"
@@ -58,6 +66,12 @@ def _at_length(subject: Subject, length: int, prefixes: int | None) -> dict[str,
     whole = _statistics(subject, length, rows_whole(subject.batches(length), ends))
     alone = _statistics(subject, length, prefixes_alone(subject.batches(length), ends))
     return {**alone.summary(), "by_position": alone.by_position(), "whole_rows": whole.summary()}
+
+
+def _without_bytes(result: dict[str, Any]) -> dict[str, Any]:
+    """A result, and those within it, without what is said of bytes."""
+    kept = {key: value for key, value in result.items() if key not in ("bits_per_byte", "bytes")}
+    return {key: _without_bytes(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def _statistics(subject: Subject, length: int, batches: Iterable[Batch]) -> LossStatistics:
@@ -80,13 +94,14 @@ def drawn_by_position(results: dict[int, dict[str, Any]], figure_of: str, title:
 
 def _overall_table(results: dict[int, dict[str, Any]], split: str) -> Table:
     table = Table(title=f"{split} split")
-    columns = ["seq_len", "loss", "perplexity", "bits/byte", "tokens"]
+    figures = {"loss": "loss", "perplexity": "perplexity", "bits_per_byte": "bits/byte"}
+    figures = {key: name for key, name in figures.items() if all(key in result for result in results.values())}
+    columns = ["seq_len", *figures.values(), "tokens"]
     for column in [*columns, *(["loss in whole rows"] if any("whole_rows" in r for r in results.values()) else [])]:
         table.add_column(column, justify="right")
     for length, result in results.items():
-        figures = (result["loss"], result["perplexity"], result["bits_per_byte"])
         whole = [f"{result['whole_rows']['loss']:.4f}"] if "whole_rows" in result else []
-        table.add_row(f"{length:,}", *(f"{figure:.4f}" for figure in figures), f"{result['tokens']:,}", *whole)
+        table.add_row(f"{length:,}", *(f"{result[key]:.4f}" for key in figures), f"{result['tokens']:,}", *whole)
     return table
 
 

@@ -10,7 +10,7 @@ from longmix.reporting.markup import Markup, joined, tag
 from longmix.reporting.panels import by_length, names_of
 from longmix.reporting.quality import quality_of
 from longmix.reporting.runs import Run, measures_of
-from longmix.reporting.table import share, speed
+from longmix.reporting.table import nats, share, speed
 
 
 class Column(NamedTuple):
@@ -59,7 +59,7 @@ def _columns(runs: list[Run]) -> list[Column]:
 
 def _recall(measure: str) -> Column:
     missing = tag("span", "not evaluated", class_="badge")
-    words: Callable[[float], str] = "{:+.2f}".format if is_gain(measure) else share
+    words: Callable[[float], str] = nats if is_gain(measure) else share
     return Column(measure, lambda run: run.recalled(measure), words, 1, missing)
 
 

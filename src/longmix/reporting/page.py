@@ -70,7 +70,8 @@ def _sections(panels: list[Panel], colours: dict[str, int]) -> Markup:
         figures = [tag("figure", tag("h3", panel.title), draw(panel, colours)) for panel in group]
         body = tag("div", joined(figures), class_="panels")
         sections.append(tag("section", tag("h2", name), body, class_="wide" if len(figures) > 1 else None))
-    return tag("div", joined(sections), class_="sections")
+    single = sum('class="wide"' not in section for section in sections)
+    return tag("div", joined(sections), class_="sections thirds" if single == 3 else "sections")
 
 
 def _left_out(found: Found) -> Markup:

@@ -13,8 +13,8 @@ from longmix.reporting.evaluations import is_gain
 from longmix.reporting.quality import quality_of
 from longmix.reporting.runs import Run, measures_of
 
-NARROWEST_NAME = 44
-"""Letters of a run's name that are not given up for another column."""
+LONGEST_NAME, FOLDED_NAME = 44, 24
+"""Letters up to which a run's name is not folded to give another column room, and of the lines of one that is."""
 
 CAUSAL = {True: "yes", False: "LEAKS", None: "-"}
 
@@ -62,7 +62,7 @@ def table(runs: list[Run], width: int) -> tuple[Table, list[str]]:
 
 def _width(columns: list[Column]) -> int:
     """Of the whole table, if names are folded as far as they may be."""
-    widths = [min(column.width, NARROWEST_NAME) if column.left else column.width for column in columns]
+    widths = [FOLDED_NAME if column.left and column.width > LONGEST_NAME else column.width for column in columns]
     return sum(widths) + 3 * len(columns) + 1
 
 
@@ -105,7 +105,7 @@ def _figures(
 
 
 def _recall(measure: str, runs: list[Run]) -> Column:
-    form: Callable[[float], str] = "{:+.2f} nats".format if is_gain(measure) else share
+    form: Callable[[float], str] = (lambda value: f"{nats(value)} nats") if is_gain(measure) else share
     return _figures(printable(measure), runs, lambda run: run.recalled(measure), form, 4 + is_gain(measure))
 
 
@@ -117,6 +117,11 @@ def _names_say(runs: list[Run], key: str) -> bool:
 def speed(value: float) -> str:
     """A number without decimals where it is large."""
     return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def nats(value: float) -> str:
+    """A gain with its sign, which nothing at all has not."""
+    return "0.00" if abs(value) < 0.005 else f"{value:+.2f}"
 
 
 def share(value: float) -> str:
