@@ -6,7 +6,9 @@ import os
 import socket
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow
 import pytest
@@ -246,13 +248,88 @@ class TestHubDataset:
             calls.append((arguments, settings))
             return datasets.Dataset.from_dict({"body": ["a", None, "b"], "image": [1, 2, 3]})
 
+        builder = SimpleNamespace(config=SimpleNamespace())
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: builder)
         corpus = HubDataset("some/set", config="en", field="body", revision="abc", validation="dev")
         assert list(corpus.documents("validation")) == ["a", "", "b"]
         assert calls == [(("some/set", "en"), {"split": "dev", "revision": "abc"})]
         wrong_field = HubDataset("some/set")
         with pytest.raises(DataError, match=r"split 'train' of some/set have no field 'text'; they have body, image"):
             list(wrong_field.documents("train"))
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    @pytest.mark.parametrize("shape", ["folder", "data_files"])
+    def test_json_is_read_as_it_stands(self, tmp_path, monkeypatch, streaming, shape):
+        """`datasets` would take dates for time stamps, and refuse a field whose type changes."""
+        monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+        texts = ["2024-01-22", "2024-01-23", "", "é\u2028\0"]
+        write_jsonl(tmp_path / "set", [*texts[:2], None, texts[3]])
+        with (tmp_path / "set" / "b.jsonl").open("w") as stream:
+            stream.write(
+                '{"text": "other", "number": "text", "date": "2024-01-01"}\n{"text": "x", "date": "unknown"}\n'
+            )
+        if shape == "folder":
+            corpus = HubDataset(str(tmp_path / "set"), validation_fraction=0, streaming=streaming)
+        else:
+            files = str(tmp_path / "set" / "*.jsonl")
+            corpus = HubDataset("json", data_files=files, validation_fraction=0, streaming=streaming)
+        assert list(corpus.documents("train")) == [*texts, "other", "x"]
+        assert corpus.fingerprint()["sources"]["train"].get("rows", 6) == 6
+
+    def test_an_identity_of_json_is_that_of_its_table(self, tmp_path, monkeypatch):
+        """A run that was prepared through a table of `datasets` goes on."""
+        import datasets
+
+        monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+        name = str(write_jsonl(tmp_path / "set"))
+        table = datasets.load_dataset(name, split="train")
+        found = HubDataset(name).fingerprint()["sources"]["train"]
+        assert found == {"split": "train", "rows": len(table), "fingerprint": table._fingerprint}
+
+    def test_csv_holds_texts(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+        (tmp_path / "a.csv").write_text("text,number\n001,1\nNA,2\n2024-01-01,x\nnull,\n")
+        corpus = HubDataset("csv", data_files=str(tmp_path / "a.csv"), validation_fraction=0, streaming=True)
+        assert list(corpus.documents("train")) == ["001", "NA", "2024-01-01", "null"]
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    @pytest.mark.parametrize("values", [[1, 2], [b"a", b"b"], [date(2024, 1, 1)], [1.5], [True], [["a"]]])
+    def test_a_parquet_column_of_another_type_is_refused(self, tmp_path, monkeypatch, streaming, values):
+        monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+        parquet.write_table(pyarrow.table({"text": values}), tmp_path / "a.parquet")
+        local = ParquetFiles(str(tmp_path / "a.parquet"), validation_fraction=0)
+        settings = {"data_files": str(tmp_path / "a.parquet"), "validation_fraction": 0, "streaming": streaming}
+        for corpus in (local, HubDataset("parquet", **settings)):
+            with pytest.raises(DataError, match=r"field 'text' of record 0 of .* holds \w+, not text"):
+                list(corpus.documents("train"))
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_a_hub_that_cannot_be_reached_is_one_error_at_once(self, tmp_path, streaming):
+        """It took 27 s and 22 lines, most of them twice."""
+        script = (
+            "import logging, socket, sys, time\n"
+            "logging.basicConfig(level=logging.INFO)\n"
+            "def refuse(*_, **__): raise OSError(101, 'Network is unreachable')\n"
+            "socket.create_connection = socket.getaddrinfo = refuse\n"
+            "from longmix.data.corpora import HubDataset\n"
+            "slept = []; time.sleep = slept.append\n"
+            f"corpus = HubDataset('allenai/c4', config='en', streaming={streaming})\n"
+            "try: corpus.fingerprint()\n"
+            "except Exception as error: print(type(error).__name__, error, sum(slept))\n"
+        )
+        environment = {name: value for name, value in os.environ.items() if "PROXY" not in name.upper()}
+        environment |= {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+        result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+        assert result.stderr == ""
+        (line,) = result.stdout.splitlines()
+        assert line.startswith("DataError cannot load split 'train' of the data set 'allenai/c4'")
+        assert "huggingface.co cannot be reached (Network is unreachable), and no copy is in the cache" in line
+        assert line.endswith(" 0")
 
     def test_without_network_says_what_to_do_instead(self, tmp_path):
         script = "from longmix.data.corpora import HubDataset; HubDataset('allenai/c4', config='en').fingerprint()"

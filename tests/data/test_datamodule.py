@@ -13,6 +13,7 @@ from list_corpus import ListCorpus, random_text
 from omegaconf import OmegaConf
 
 from longmix.data.datamodule import TokenData
+from longmix.data.mixture import MixtureData
 from longmix.data.tokenizers import BpeTokenizer, ByteTokenizer
 from longmix.errors import ConfigError, DataError
 
@@ -274,3 +275,34 @@ class TestConfigs:
         node = OmegaConf.load(CONFIGS / "tokenizer" / "file.yaml")
         with pytest.raises(hydra.errors.InstantiationException, match=r"tokenizer\.path: cannot read no\.json"):
             hydra.utils.instantiate(node, path="no.json")
+
+
+class TestRoom:
+    """A window longer than the text to train on is refused before a model is built; in validation it is said."""
+
+    def of(self, tmp_path, seq_len, **documents) -> TokenData:
+        corpus = ListCorpus(**documents)
+        return TokenData(corpus, ByteTokenizer(), seq_len=seq_len, batch_size=1, seed=0, cache_dir=str(tmp_path))
+
+    def test_train(self, tmp_path):
+        data = self.of(tmp_path, 1_000_000_000, train=["a" * 99], validation=["b"])
+        data.setup("validate")
+        with pytest.raises(ConfigError, match=r"seq_len=1000000000 is longer than the train split in .* 100 tokens"):
+            data.setup("fit")
+
+    def test_validation(self, tmp_path, caplog):
+        self.of(tmp_path, 100, train=["a" * 99], validation=["b" * 98]).setup("fit")
+        assert "seq_len=100 is longer than the validation split in list-validation" in caplog.text
+        assert "which has 99 tokens" in caplog.text
+
+    def test_enough(self, tmp_path, caplog):
+        self.of(tmp_path, 100, train=["a" * 99], validation=["b" * 99]).setup("fit")
+        assert not caplog.records
+
+    def test_every_part_of_a_mixture(self, tmp_path):
+        corpora = {"long": ListCorpus(train=["a" * 999], validation=["b" * 99]), "short": ListCorpus(train=["c" * 9])}
+        data = MixtureData(
+            corpora, {"long": 1, "short": 1}, ByteTokenizer(), seq_len=64, batch_size=1, seed=0, cache_dir=str(tmp_path)
+        )
+        with pytest.raises(ConfigError, match=r"seq_len=64 is longer than the train split in .* 10 tokens"):
+            data.setup("fit")

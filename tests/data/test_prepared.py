@@ -9,7 +9,7 @@ import pytest
 from list_corpus import ListCorpus, distinct_documents
 
 from longmix.checkpoints import find_checkpoint, load_checkpoint
-from longmix.config import resolved
+from longmix.config import build, resolved
 from longmix.data import prepared, windows
 from longmix.data.command import prepare_splits
 from longmix.data.preparation import Preparation, prepare
@@ -356,3 +356,11 @@ class TestCommand:
     def test_synthetic_data_need_nothing(self, compose_config):
         with pytest.raises(DataError, match="made when they are needed"):
             prepare_splits(compose_config("data=mqar", entry_point="prepare"))
+
+
+@pytest.mark.parametrize("data", ["sotu", "mqar", "text"])
+def test_its_tokenizer_alone_names_the_data_it_needs(data, compose_config):
+    words = ["data.corpus.path=x"] if data == "text" else []
+    node = resolved(compose_config("tokenizer=prepared", f"data={data}", *words))["tokenizer"]
+    with pytest.raises(ConfigError, match=r"tokenizer=prepared is .* give data=prepared data\.path=FOLDER too"):
+        build(node, "tokenizer")

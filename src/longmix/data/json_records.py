@@ -4,9 +4,12 @@ Nothing is guessed about their fields: those that are not read may appear late, 
 holds one record and a chunk of the file, however long a line or an array is.
 """
 
+import gzip
 import json
+import lzma
 import math
 import re
+import zipfile
 import zlib
 from collections.abc import Iterator
 from typing import IO, Any
@@ -17,6 +20,9 @@ CHUNK_BYTES = 1 << 20
 
 UNFINISHED_CHARACTERS = 16
 """An error so near the end of what was read may be a word, number or escape that was cut there."""
+
+DAMAGE = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zipfile.BadZipFile, zlib.error)
+"""What compressions raise for content that is cut or altered."""
 
 BLANKS = re.compile(r"[ \t\n\r]*")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -143,9 +149,7 @@ class JsonRecords:
         is_first = not self._bytes_before and not self._tail and not self._text
         try:
             chunk = self._stream.read(max(size, LONGEST_MARK) if is_first else size)
-        except (EOFError, OSError, zlib.error) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise  # of the storage, not of the compression
+        except DAMAGE as error:
             raise DataError(f"{self._name} is cut or damaged: {' '.join(str(error).split())}") from error
         if is_first:
             for mark, kind in OTHER_KINDS:

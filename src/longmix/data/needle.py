@@ -103,6 +103,8 @@ class NeedleData(TokenData):
         ConfigError: an impossible setting; from `prepare_data`: needles and questions take more than `seq_len` tokens.
     """
 
+    windows_are_text = False
+
     def __init__(
         self,
         corpus: Corpus,

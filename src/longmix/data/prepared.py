@@ -215,16 +215,22 @@ def find_splits(path: str) -> dict[str, str]:
     return {split: f"{path}/{folders[0]}" for split, folders in found.items() if folders}
 
 
-def prepared_tokenizer(path: str, cache_dir: str = "~/.cache/longmix") -> Tokenizer:
+def prepared_tokenizer(path: str | None, cache_dir: str = "~/.cache/longmix") -> Tokenizer:
     """The tokenizer that the token files at a path or URL were made with.
 
     Args:
-        path: as `data.path`.
+        path: as `data.path`; None where the data are of another kind.
         cache_dir: where a remote one is copied to.
 
     Raises:
+        ConfigError: there is no path.
         DataError: there are no token files, or the tokenizer cannot be read.
     """
+    if path is None:
+        raise ConfigError(
+            "tokenizer=prepared is the tokenizer that the token files of data=prepared were made with: give "
+            "data=prepared data.path=FOLDER too, or another tokenizer, such as tokenizer=bpe."
+        )
     folder = find_splits(path.rstrip("/"))["train"]
     local = local_path(folder)
     if local is None:

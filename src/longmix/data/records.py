@@ -1,5 +1,6 @@
 """The documents in the records of a table or of a file of JSON: one of their fields."""
 
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
@@ -100,6 +101,15 @@ def uncompressed(stream: IO[bytes], name: str | Path) -> IO[bytes]:
             raise DataError(f"{name} is compressed by zstd, which needs: pip install zstandard")
         return stream
     try:
+        if kind == "zip":
+            _refuse_several(zipfile.ZipFile(stream).namelist(), name)
         return cast(IO[bytes], compr[kind](stream, mode="rb"))
+    except DataError:
+        raise
     except Exception as error:  # each compression has its own kinds
         raise DataError(f"{name} cannot be decompressed: {type(error).__name__}: {error}") from error
+
+
+def _refuse_several(members: list[str], name: str | Path) -> None:
+    if len(members) != 1:
+        raise DataError(f"{name} holds {len(members)} files, of which one would be read; unpack it.")

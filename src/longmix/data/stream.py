@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from longmix.data.hub_access import quiet_libraries
+from longmix.data.json_files import JsonFiles
 from longmix.data.local_files import identify_files
 from longmix.data.patience import Patience, reason_of
 from longmix.data.records import texts_of
@@ -100,7 +102,7 @@ class Stream:
     """The files of a split as records that come one after the other; small to pickle.
 
     Args:
-        records: an `IterableDataset`.
+        records: an `IterableDataset`, or `JsonFiles`.
         files: its paths or URLs.
         field: the field that holds the text.
         place: for messages.
@@ -121,6 +123,7 @@ class Stream:
 
     def texts(self, number: int, first: int) -> Iterator[str]:
         """The documents of a file from record `first` on."""
+        quiet_libraries()
         records = self._records.shard(num_shards=self.num_files, index=number)
         groups, skipped = self._rest(records, number, first) if first else ([records], 0)
         rows = islice((row for group in groups for row in _rows(group, self.field)), first - skipped, None)
@@ -142,6 +145,9 @@ class Stream:
 
 def _rows(records: Any, field: str) -> Iterator[dict[str, Any]]:
     """Records with nothing but their text; all of them as they are if that lacks."""
+    if isinstance(records, JsonFiles):
+        yield from records.rows()
+        return
     for table in records.with_format("arrow").iter(TOGETHER):
         if field in table.column_names:
             yield from ({field: text} for text in table[field].to_pylist())

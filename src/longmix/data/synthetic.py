@@ -72,6 +72,8 @@ class SyntheticData(TokenData):
         ConfigError: the task does not fit into `seq_len`, or is not the one that the model was trained on.
     """
 
+    windows_are_text = False
+
     def __init__(
         self,
         task: SyntheticTask,
