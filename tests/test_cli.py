@@ -6,7 +6,9 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import CompactHydraException
@@ -315,3 +317,28 @@ class TestEntryPoint:
         with pytest.raises(SystemExit) as caught:
             self.failing(Interrupted("x"))(compose_config("hydra.mode=MULTIRUN", output=folder))
         assert caught.value.code == 75
+
+
+@pytest.mark.parametrize(
+    ("raised", "words"),
+    [
+        (lambda: torch.empty(1 << 50), r"not enough memory: \d+ bytes more were asked for"),
+        (lambda: [0] * (1 << 60), "not enough memory"),
+        (lambda: np.empty(1 << 60, np.uint8), "not enough memory: Unable to allocate"),
+        (
+            lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")),
+            "not enough memory: 2.00 GiB",
+        ),
+    ],
+    ids=["torch", "python", "numpy", "cuda"],
+)
+def test_a_lack_of_memory_is_one_line(raised, words):
+    def act():
+        result = raised()
+        return next(result) if hasattr(result, "__next__") else result
+
+    with pytest.raises(ConfigError, match=words) as caught, cli.memory_explained():
+        act()
+    assert "\n" not in str(caught.value)
+    with pytest.raises(RuntimeError, match="another"), cli.memory_explained():
+        raise RuntimeError("another")

@@ -201,7 +201,8 @@ def entry_point(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
     @functools.wraps(task)
     def run(config: Any) -> Any:
         try:
-            result = task(config)
+            with memory_explained():
+                result = task(config)
         except LongmixError as error:
             message = f"{type(error).__name__}: {error}"
             if _speaks(error):
@@ -221,6 +222,31 @@ def entry_point(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return result
 
     return run
+
+
+@contextlib.contextmanager
+def memory_explained() -> Iterator[None]:
+    """Turn a lack of memory, which Python and torch each show in their way, into one error.
+
+    Raises:
+        ConfigError: says how much was asked for, where that is known.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, MemoryError):
+            asked = text
+        elif "can't allocate memory" in text or type(error).__name__ == "OutOfMemoryError":
+            found = re.search(r"[Tt]ried to allocate ([\d.]+ [KMGT]?i?[Bb](?:ytes)?)", text)
+            asked = found[1] if found else ""
+        else:
+            raise
+        more = f": {asked} more were asked for" if asked else ""
+        raise ConfigError(
+            f"there is not enough memory{more}. A smaller model, seq_len or batch_size (or trainer.micro_batch_size) "
+            "needs less; python -m longmix.planning tells how much."
+        ) from error
 
 
 def _speaks(error: LongmixError) -> bool:

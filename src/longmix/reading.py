@@ -112,9 +112,15 @@ def _check_events(text: str) -> None:
         raise ValueError("it is empty")
 
 
+def shortened(text: object) -> str:
+    """What a library or a file says, as one line of bounded length."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]}..."
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     if isinstance(error, OSError):
         return str(error.strerror or error)
-    return " ".join(str(error).split()).rstrip(".")
+    return shortened(error).rstrip(".")

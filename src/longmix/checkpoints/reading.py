@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longmix.errors import CheckpointError, LongmixError
 from longmix.files import sha256_of_file
-from longmix.reading import LONGEST_REASON, read_json, require_regular
+from longmix.reading import LONGEST_REASON, read_json, require_regular, shortened
 
 INFO_FILE = "info.json"
 
@@ -100,8 +100,7 @@ def reason_of(error: Exception) -> str:
         return str(error.strerror or error)
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return "it does not fit in memory"
-    text = " ".join(str(error).split())
-    short = text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}..."
+    short = shortened(error)
     return short if type(error) is ValueError else f"{type(error).__name__}: {short}"
 
 

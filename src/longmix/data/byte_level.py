@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from longmix.errors import ConfigError, DataError
+from longmix.reading import shortened
 
 if TYPE_CHECKING:
     import tokenizers
@@ -80,7 +81,7 @@ def library_errors(source: str, doing: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise DataError(f"{source} {doing} ({' '.join(str(error).split()) or type(error).__name__})") from error
+        raise DataError(f"{source} {doing} ({shortened(error) or type(error).__name__})") from error
 
 
 def open_library(text: str, separator: str, source: str) -> "tokenizers.Tokenizer":

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from longmix.errors import DataError
 from longmix.files import atomic_directory, remove_leftovers, sha256_of_file, storage_errors, write_json
-from longmix.reading import read_json, require_regular
+from longmix.reading import read_json, require_regular, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,9 @@ def is_hashed(size: int, verify: Verify) -> bool:
 
 def damaged(path: Path, reason: str) -> DataError:
     """The error for a file that cannot be used; the cure is always to let its folder be built again."""
-    return DataError(f"{path} cannot be used: {reason}. Delete the folder {path.parent}; it will be built again.")
+    return DataError(
+        f"{path} cannot be used: {shortened(reason)}. Delete the folder {path.parent}; it will be built again."
+    )
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from longmix.checkpoints import CheckpointStore
+from longmix.checkpoints.contents import check_model_state, rebuilding
 from longmix.config import Node
 from longmix.data.tokenizers import Tokenizer, TokenizerFile, tokenizer_from_state
 from longmix.errors import CheckpointError, ConfigError, DataError
@@ -24,6 +25,7 @@ from longmix.interop.huggingface.seal import OWN_HASH, check_seal
 from longmix.interop.huggingface.specials import TOKENIZER, read_tokenizer
 from longmix.model.build import build_model
 from longmix.model.states import tune_states
+from longmix.reading import shortened
 
 
 @dataclass(frozen=True)
@@ -65,27 +67,33 @@ def import_folder(
     store = CheckpointStore(target / "checkpoints")
     if store.latest() is not None:
         raise ConfigError(f"{target} already holds a checkpoint; give another folder.")
-    check_seal(folder)
-    theirs = _read_config(folder)
-    own = read_own(folder)
-    for word, given in (("--separator", separator), ("--missing-bytes", missing_bytes)):
-        if own is not None and given is not None:
-            raise ConfigError(f"{folder / OWN_FILE} holds the tokenizer as it was; leave {word} out.")
-    state: dict[str, Any]
-    tokenizer: Tokenizer
-    if own is None:
-        nodes = _nodes(theirs)
-        tokenizer = read_tokenizer(folder, theirs, separator, missing_bytes or "refuse")
-        state = {"step": 0, "config": _configuration(nodes, tokenizer.state(), theirs), "tokenizer": tokenizer.state()}
-    else:
-        _check_same(folder, theirs, own["config"])
-        state = {key: value for key, value in own.items() if key not in ("format", "files", OWN_HASH)}
-        tokenizer = tokenizer_from_state(state["tokenizer"])
-    if tokenizer.vocab_size > theirs.vocab_size:
-        raise DataError(
-            f"the tokenizer in {folder} has {tokenizer.vocab_size:,} ids, and the model {theirs.vocab_size:,}."
-        )
-    state["model"] = _weights(folder, theirs, state["config"])
+    with rebuilding(folder):
+        check_seal(folder)
+        theirs = _read_config(folder)
+        own = read_own(folder)
+        for word, given in (("--separator", separator), ("--missing-bytes", missing_bytes)):
+            if own is not None and given is not None:
+                raise ConfigError(f"{folder / OWN_FILE} holds the tokenizer as it was; leave {word} out.")
+        state: dict[str, Any]
+        tokenizer: Tokenizer
+        if own is None:
+            nodes = _nodes(theirs)
+            tokenizer = read_tokenizer(folder, theirs, separator, missing_bytes or "refuse")
+            state = {
+                "step": 0,
+                "config": _configuration(nodes, tokenizer.state(), theirs),
+                "tokenizer": tokenizer.state(),
+            }
+        else:
+            _check_same(folder, theirs, own["config"])
+            state = {key: value for key, value in own.items() if key not in ("format", "files", OWN_HASH)}
+            tokenizer = tokenizer_from_state(state["tokenizer"], str(folder / OWN_FILE))
+        if tokenizer.vocab_size > theirs.vocab_size:
+            raise DataError(
+                f"the tokenizer in {folder} has {tokenizer.vocab_size:,} ids, and the model {theirs.vocab_size:,}."
+            )
+        state["model"] = _weights(folder, theirs, state["config"])
+        check_model_state(state)
     source = {"imported": theirs.model_type, "tokens": 0, "validation": {}}
     checkpoint = store.save(state, source)
     return Imported(checkpoint, theirs.model_type, state["config"]["data"] is not None, tokenizer)
@@ -99,12 +107,13 @@ def _read_config(folder: Path) -> Any:
     known = ["longmix", *llama.ARCHITECTURES]
     if kind not in known:
         raise ConfigError(
-            f"{folder} holds a model of type {kind!r}; the types that can be read are {', '.join(known)}."
+            f"{folder} holds a model of type {shortened(repr(kind))}; the types that can be read are "
+            f"{', '.join(known)}."
         )
     try:
         return AutoConfig.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # checks of transformers raise whatever they like
-        reason = " ".join(str(error).split())
+        reason = shortened(error)
         raise CheckpointError(f"{folder / 'config.json'} cannot be read: {type(error).__name__}: {reason}") from error
 
 
