@@ -563,10 +563,10 @@ def test_foreign_classes_and_lost_weights_are_refused_by_transformers_loader_too
     with pytest.raises(LongmixError, match=r"lacks model.head.weight"):
         loaded(tmp_path / "folder")
     changed_config(mixer={"_target_": "os.system"})(tmp_path / "folder")
-    with pytest.raises(LongmixError, match=r"config.mixer=os.system is not part of longmix; these folders hold"):
+    with pytest.raises(LongmixError, match=r"mixer=os.system is not part of longmix; these folders hold"):
         loaded(tmp_path / "folder")
     (tmp_path / "folder" / folders.OWN_FILE).unlink()
-    with pytest.raises(LongmixError, match=r"config.mixer=os.system is not part of longmix"):
+    with pytest.raises(LongmixError, match=r"mixer=os.system is not part of longmix"):
         import_folder(tmp_path / "folder", tmp_path / "back")
 
 
