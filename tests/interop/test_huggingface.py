@@ -176,7 +176,7 @@ def test_shorter_types_are_read_exactly_and_tied_heads_stay_tied(tmp_path):
 
 
 def test_an_imported_model_is_evaluated_and_trained(tmp_path, composed, compose_config):
-    foreign(tmp_path / "folder", "Qwen3")
+    foreign(tmp_path / "folder", "Qwen3", eos_token_id=[7, 9])
     import_folder(tmp_path / "folder", tmp_path / "run")
     (tmp_path / "text").mkdir()
     for name in "abcdefgh":
@@ -190,6 +190,8 @@ def test_an_imported_model_is_evaluated_and_trained(tmp_path, composed, compose_
     after = json.loads((tmp_path / "tuned" / "summary.json").read_text())["validation"]["loss"]
     assert math.isfinite(before)
     assert after < before - 0.5
+    state = load_checkpoint(find_checkpoint(tmp_path / "tuned"))
+    assert tokenizer_from_state(state["tokenizer"]).end_ids == (256, 7, 9)
     with pytest.raises(CheckpointError, match=r"holds a model and no run to continue; begin from it with checkpoint="):
         train(composed([f"resume={tmp_path / 'run'}", *data, *loop], "train", tmp_path / "resumed"))
 
