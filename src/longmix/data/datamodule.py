@@ -144,6 +144,11 @@ class TokenData(lightning.LightningDataModule):
             self._token_files[split] = prepare(self.corpus, self.tokenizer, split, self.cache_dir, self.preparation)
         return self._token_files[split]
 
+    @property
+    def part_names(self) -> list[str]:
+        """What the user calls the corpus of each of `token_files`."""
+        return [self.corpus.name]
+
     def token_files(self, split: str) -> list[TokenFile]:
         """All token files of a split; here there is one."""
         return [self.token_file(split)]
@@ -168,10 +173,11 @@ class TokenData(lightning.LightningDataModule):
     def _check_room(self) -> None:
         """Refuse windows that hold more than there is to train on; say it where they hold more than the validation."""
         for split in ("train", "validation"):
-            for token_file in self.token_files(split) if split in self.splits else []:
+            files = self.token_files(split) if split in self.splits else []
+            for name, token_file in zip(self.part_names, files, strict=False):
                 if token_file.num_tokens >= self.seq_len:
                     continue
-                place = f"the {split} split in {token_file.folder.name}, which has {token_file.num_tokens:,} tokens"
+                place = f"the {split} split of {name}, which has {token_file.num_tokens:,} tokens"
                 if split == "train":
                     raise ConfigError(
                         f"seq_len={self.seq_len} is longer than {place}. Take at most that, or train on more text."

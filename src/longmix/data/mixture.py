@@ -136,11 +136,18 @@ class MixtureData(TokenData):
         self.counts = shared_out(self.weights)
         self._files: dict[tuple[str, str], TokenFile] = {}
 
+    @property
+    def part_names(self) -> list[str]:
+        """See `TokenData.part_names`."""
+        return list(self.corpora)
+
     def token_files(self, split: str) -> list[TokenFile]:
         """See `TokenData.token_files`; one of every corpus."""
         for name, corpus in self.corpora.items():
             if (name, split) not in self._files:
-                self._files[name, split] = prepare(corpus, self.tokenizer, split, self.cache_dir, self.preparation)
+                self._files[name, split] = prepare(
+                    corpus, self.tokenizer, split, self.cache_dir, self.preparation, label=name
+                )
         return [self._files[name, split] for name in self.corpora]
 
     def token_file(self, split: str) -> TokenFile:

@@ -41,6 +41,7 @@ class Work:
         key: of the token file; pieces of another one are not used.
         pieces: folder of what survives.
         shard_tokens: a piece ends with the batch of documents that fills it, or with the part.
+        label: what messages call the corpus; empty for its own name.
     """
 
     corpus: Corpus
@@ -49,6 +50,7 @@ class Work:
     key: str
     pieces: Path
     shard_tokens: int
+    label: str = ""
 
     @property
     def parts(self) -> int:
@@ -63,7 +65,7 @@ class Work:
     @property
     def place(self) -> str:
         """For messages."""
-        return f"{self.split} split of {self.corpus.name}"
+        return f"{self.split} split of {self.label or self.corpus.name}"
 
 
 class Piece(NamedTuple):

@@ -52,7 +52,12 @@ class Preparation:
 
 
 def prepare(
-    corpus: Corpus, tokenizer: Tokenizer, split: str, cache_dir: Path, preparation: Preparation | None = None
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    split: str,
+    cache_dir: Path,
+    preparation: Preparation | None = None,
+    label: str = "",
 ) -> TokenFile:
     """Return the token file of a split, tokenising it first if no earlier run has.
 
@@ -65,6 +70,7 @@ def prepare(
         split: one of `corpus.splits`.
         cache_dir: folder of token files, created when missing.
         preparation: how to do it.
+        label: what messages call the corpus; empty for its own name.
 
     Raises:
         DataError: the split is unknown or empty, a document cannot be encoded, or a cached file is damaged.
@@ -78,7 +84,7 @@ def prepare(
     folder = cache_dir / f"{re.sub(r'[^A-Za-z0-9_-]+', '-', corpus.name)}-{split}-{key[:16]}"
     header = {"format_version": FORMAT_VERSION, "key": key, **identity}
     pieces = folder.with_name(f".{folder.name}.pieces")
-    work = Work(corpus, tokenizer, split, key, pieces, preparation.shard_tokens)
+    work = Work(corpus, tokenizer, split, key, pieces, preparation.shard_tokens, label)
     made: list[int] = []
     built = build_once(folder, lambda temporary: {**header, **_fill(temporary, work, preparation.workers, made)})
     shutil.rmtree(pieces, ignore_errors=True)
@@ -86,7 +92,7 @@ def prepare(
     seconds = time.monotonic() - started_at
     logger.info(
         "%s %s: %s documents, %s tokens, %s bytes, %s empty documents left out; %s in %.1f s%s: %s",
-        corpus.name,
+        label or corpus.name,
         split,
         *(f"{token_file.manifest[name]:,}" for name in COUNTS),
         "tokenised" if built else "found in the cache",
