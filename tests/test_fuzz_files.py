@@ -378,6 +378,7 @@ def fuzz(kind: Kind, folder: Path, cases: int, seed: int = 0, hostile: bool = Fa
             text = str(error)
             assert str(folder) in text, f"case {case}: no file named: {text}"
             assert "\n" not in text, f"case {case}: {text}"
+            assert "\x1b" not in text, f"case {case}: {text}"
             assert len(text) < 2000, f"case {case}: {text}"
             outcome.refused += 1
         except BaseException as error:

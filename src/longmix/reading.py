@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from longmix.errors import ConfigError
+from longmix.printable import printable
 
 LARGEST_TEXT_BYTES = 64 << 20
 """Of a JSON file that is read whole; the largest that longmix writes are tokenizers, of some MiB."""
@@ -112,10 +113,10 @@ def _check_events(text: str) -> None:
         raise ValueError("it is empty")
 
 
-def shortened(text: object) -> str:
-    """What a library or a file says, as one line of bounded length."""
-    line = " ".join(str(text).split())
-    return line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]}..."
+def shortened(text: object, limit: int = LONGEST_REASON) -> str:
+    """What a library or a file says, as one line of at most `limit` letters in which nothing steers a terminal."""
+    line = printable(" ".join(str(text).split()))
+    return line if len(line) <= limit else f"{line[:limit]}..."
 
 
 def _reason(error: Exception) -> str:

@@ -15,8 +15,10 @@ from torch import Tensor
 from longmix.checkpoints.load import load_checkpoint
 from longmix.checkpoints.reading import reason_of
 from longmix.errors import CheckpointError, LongmixError, NonFiniteError
+from longmix.reading import shortened
 
 CONFIG_KEYS = ("model", "mixer", "data", "tokenizer", "seq_len", "seed")
+LONGEST_MESSAGE = 900
 DEEPEST = 50
 """Levels of a configuration; the deepest of ours has about ten."""
 
@@ -93,9 +95,12 @@ def rebuilding(checkpoint: Path) -> Iterator[None]:
     except NonFiniteError:
         raise
     except LongmixError as error:
-        if str(checkpoint) in str(error):
+        text = shortened(error, LONGEST_MESSAGE)
+        if str(checkpoint) not in text:
+            text = f"{checkpoint}: {text}"
+        if text == str(error):
             raise
-        raise type(error)(f"{checkpoint}: {error}") from error
+        raise type(error)(text) from error
     except Exception as error:  # whatever the content may happen to mean
         raise CheckpointError(
             f"{checkpoint} holds no model that longmix can use ({reason_of(error)}). Give another checkpoint."

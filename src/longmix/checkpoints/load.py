@@ -12,6 +12,7 @@ from longmix.checkpoints.reading import as_state, cure, read_info, reading
 from longmix.checkpoints.tensors import join
 from longmix.checkpoints.whole import WholeCheckpoint, read_whole
 from longmix.errors import CheckpointError
+from longmix.reading import shortened
 
 if TYPE_CHECKING:  # it imports torch.distributed.tensor, which takes a second
     from longmix.checkpoints.sharded import ShardedCheckpoint
@@ -88,5 +89,6 @@ def _rest_of(checkpoint: Path) -> AbstractContextManager[None]:
 def _format(checkpoint: Path) -> int:
     number = read_info(checkpoint).get("format")
     if number not in (WHOLE, SHARDED) or not isinstance(number, int):
-        raise CheckpointError(f"{checkpoint} has format {number}; this version of longmix reads {WHOLE} and {SHARDED}.")
+        found = shortened(number)
+        raise CheckpointError(f"{checkpoint} has format {found}; this version of longmix reads {WHOLE} and {SHARDED}.")
     return number

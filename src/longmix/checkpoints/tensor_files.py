@@ -19,7 +19,7 @@ from longmix.checkpoints.progress import Advance, silent
 from longmix.checkpoints.reading import reading
 from longmix.errors import CheckpointError
 from longmix.files import HASH_CHUNK_BYTES, replace_file
-from longmix.reading import require_regular
+from longmix.reading import require_regular, shortened
 
 TAG = b"longmix sha256 "
 COMMENT_BYTES = len(TAG) + 64
@@ -95,7 +95,8 @@ def load_tensors(
         content = torch.load(path, map_location=device, weights_only=True)
         number = content["format"] if isinstance(content, dict) else None
         if number not in (format_number, without_digest) or isinstance(number, bool):
-            raise CheckpointError(f"{path} has format {number}; this version of longmix reads {format_number}{cure}.")
+            found = shortened(number)
+            raise CheckpointError(f"{path} has format {found}; this version of longmix reads {format_number}{cure}.")
         if not verified and number != without_digest:
             raise ValueError("its SHA-256 is missing")
     if not verified:

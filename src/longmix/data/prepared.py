@@ -20,7 +20,7 @@ from longmix.data.tokenizers import Tokenizer, tokenizer_from_state
 from longmix.data.windows import SHARDS_TOGETHER
 from longmix.errors import ConfigError, DataError
 from longmix.files import remove_leftovers, replace_file, sha256_of_file
-from longmix.reading import read_json, require_regular
+from longmix.reading import read_json, require_regular, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -166,10 +166,8 @@ def open_remote(url: str, cache_dir: Path, most_shards: int) -> TokenFile:
     download(f"{url}/{MANIFEST}", local / MANIFEST)
     manifest = read_manifest(local / MANIFEST)
     if manifest.get("format_version") != FORMAT_VERSION:
-        raise DataError(
-            f"{url} has format {manifest.get('format_version')}; this version of longmix reads {FORMAT_VERSION}. "
-            "Prepare it again."
-        )
+        found = shortened(manifest.get("format_version"))
+        raise DataError(f"{url} has format {found}; this version of longmix reads {FORMAT_VERSION}. Prepare it again.")
     source = RemoteShards(url, local, manifest["files"], most_shards)
     check_manifest(local / MANIFEST, manifest)
     token_file = TokenFile(local, manifest, source)

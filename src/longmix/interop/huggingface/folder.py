@@ -58,7 +58,9 @@ def read_own(folder: Path) -> dict[str, Any] | None:
         return None
     content = read_json(path)
     if content.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {content.get('format')}; this version of longmix reads {FORMAT}.")
+        raise CheckpointError(
+            f"{path} has format {reading.shortened(content.get('format'))}; this version of longmix reads {FORMAT}."
+        )
     config = content.get("config")
     lacking = {"step", "tokenizer"} - set(content)
     lacking |= {"model", "mixer", "data", "tokenizer", "seq_len", "seed"} - set(
