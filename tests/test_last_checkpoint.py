@@ -1,12 +1,15 @@
 """`checkpoint=last`: the run that wrote a checkpoint last, whatever it is called and whether or not it is finished."""
 
 import os
+import shutil
 
 import pytest
 import torch
 
-from longmix.checkpoints import CheckpointStore, chosen_checkpoint
+from longmix.checkpoints import CheckpointStore, chosen_checkpoint, find_checkpoint, load_checkpoint
+from longmix.config import resolved
 from longmix.errors import CheckpointError
+from longmix.training.origin import Origin
 
 
 @pytest.fixture
@@ -49,3 +52,17 @@ def test_a_control_character_of_a_name_is_shown(tmp_path, monkeypatch, capsys):
     CheckpointStore(tmp_path / "runs" / "a\x1b[31m" / "checkpoints").save({"step": 1}, {})
     chosen_checkpoint("last")
     assert "\x1b" not in capsys.readouterr().err
+
+
+def test_training_begins_from_it_and_notes_which(run_training, compose_config, tmp_path, monkeypatch):
+    run = run_training("data=parity", "seq_len=16")
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(run, tmp_path / "runs" / "first")
+    monkeypatch.chdir(tmp_path)
+    node = resolved(compose_config("checkpoint=last", "data=parity", "seq_len=16", "logger=csv", "trainer=cpu"))
+    origin = Origin.of(node)
+    assert node["checkpoint"] == "runs/first/checkpoints/step-00000002"
+    assert torch.equal(
+        origin.state["model"]["embedding.weight"],
+        load_checkpoint(find_checkpoint(run))["model"]["embedding.weight"],
+    )

@@ -1,5 +1,6 @@
 """Statistics of matrices against numbers worked out by hand, and `evaluate.py task=attention`."""
 
+import io
 import json
 import math
 from types import SimpleNamespace
@@ -7,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from matplotlib import image
+from rich.console import Console
 
-from longmix.analysis.attention import _analysed, analyse
-from longmix.analysis.attention_figures import CELLS, draw_map, evenly, shrunk
+from longmix.analysis.attention import COLUMNS, _analysed, _table, analyse
+from longmix.analysis.attention_figures import CELLS, LayerMaps, draw_comparison, draw_map, draw_model, evenly, shrunk
 from longmix.analysis.attention_statistics import (
     AttentionStatistics,
     by_distance,
@@ -21,7 +23,7 @@ from longmix.errors import ConfigError
 from longmix.evaluation.run import evaluate
 from longmix.model.backbone import LanguageModel
 from longmix.model.blocks import SwiGLU
-from longmix.reporting.plots import new_figure, plt
+from longmix.reporting.plots import new_figure, plain, plt
 
 LENGTH = 16
 
@@ -212,6 +214,16 @@ class TestTask:
             folder = run_training(*words, f"data.cache_dir={shared_cache}")
             with pytest.raises(ConfigError, match="later tokens decide what Routing computes"):
                 analysed(f"task.attention.others=[{folder}]")
+
+
+def test_a_name_that_could_be_markup_or_a_formula(capsys):
+    heads = [dict.fromkeys(COLUMNS, 1.0) | {"histogram": [1.0]}]
+    layers = [LayerMaps("Flash", torch.ones(1, 4, 4), heads)]
+    name = "[/red]$x^{$\x1b[31m"
+    Console().print(_table(name, layers))
+    assert r"[/red]$x^{$\x1b[31m" in capsys.readouterr().out.replace("\n", "")
+    for figure in (draw_comparison({name: layers, "b": layers}, 4, "t"), draw_model(layers, 4, plain(name))):
+        figure.savefig(io.BytesIO(), format="png")
 
 
 def test_the_first_window_is_drawn_and_all_are_averaged(small_model):

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from longmix.checkpoints import find_checkpoint, load_checkpoint
+from longmix.config import build, resolved
+from longmix.data.tokenizers import NumberTokenizer
+from longmix.errors import DataError
 from longmix.evaluation.provenance import file_name, is_own
 from longmix.evaluation.run import evaluate
 from longmix.model.build import model_from_checkpoint
@@ -141,3 +144,16 @@ def test_awkward_names_of_data_make_usable_file_names():
     name = file_name("loss", facts)
     assert re.fullmatch(r"loss_a-b-31m_test_step3_[0-9a-f]{8}", name)
     assert len(file_name("loss", facts | {"corpus": "x" * 500})) < 120
+
+
+def test_content_of_synthetic_data_is_their_settings(compose_config):
+    def content(*words: str, split: str = "test") -> dict:
+        node = resolved(compose_config("data=mqar", "seq_len=64", *words))
+        place = {"tokenizer": NumberTokenizer(8192), "seq_len": 64, "batch_size": 1, "seed": node["seed"]}
+        return build(node["data"], "data", **place).content(split)
+
+    assert content() == content("data.validation_tokens=7") == content("seed=3")
+    assert content() != content("data.task.pairs=4") and content() != content("data.task.power=0.5")
+    assert content(split="train") != content("seed=3", split="train"), "training examples follow from the seed"
+    with pytest.raises(DataError, match="no split 'dev'"):
+        content(split="dev")

@@ -231,6 +231,15 @@ class TestFairness:
         write_run(sweep / "other", "other", 32, 2.0, 100.0, **changes)
         assert self.facts(sweep)[words] is good
 
+    def test_other_content_of_the_same_data(self, tmp_path):
+        for number, key in enumerate(("a", "a", "b")):
+            marks = {"train_key": key, "seq_len": 32 * (1 + number), "batch_size": 2, "seed": number}
+            write_run(tmp_path / str(number), f"m{number}", 32, 2.0, 100.0, data_fingerprint=marks)
+        words = "the data had other content, or other tokens, in some runs; their losses do not compare"
+        assert self.facts(tmp_path)[words] is False
+        write_run(tmp_path / "x" / "y", "m", 32, 2.0, 100.0, data_fingerprint=3)
+        assert words not in self.facts(tmp_path / "x")
+
     def test_a_leak(self, sweep):
         write_evaluation(sweep / "0,mixer=slow,seq_len=32", "causality_step9", causal=False, step=9)
         assert self.facts(sweep)["slow sees later tokens: its loss is not that of a language model"] is False

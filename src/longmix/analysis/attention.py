@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from longmix.analysis.attention_figures import LayerMaps, draw_comparison, draw_model, shrunk
@@ -17,6 +18,8 @@ from longmix.evaluation.loss import to_device
 from longmix.evaluation.provenance import model_facts
 from longmix.evaluation.subject import Subject, tracked
 from longmix.model.backbone import LanguageModel
+from longmix.printable import printable
+from longmix.reporting.plots import plain
 from longmix.restore import Restored, restore
 
 USUAL_LENGTH, MOST_TOKENS = 1024, 8192
@@ -73,7 +76,7 @@ def attention(
         Console().print(_table(name, of_model))
     first = next(iter(models))
     settings: dict[str, Any] = {"length": length, "windows": windows}
-    title = f"effective attention of {first}\nsigned shares of each row, {length} tokens of {subject.split}"
+    title = f"effective attention of {plain(first)}\nsigned shares of each row, {length} tokens of {subject.split}"
     own = {**report, "models": {first: reports[first]}}
     subject.save("attention", own, draw_model(layers[first], length, title), settings)
     if len(models) > 1:
@@ -142,7 +145,8 @@ def _reported(restored: Restored, layers: list[LayerMaps]) -> dict[str, Any]:
 
 def _table(name: str, layers: list[LayerMaps]) -> Table:
     table = Table(
-        title=f"effective attention of {name}: entropy in nats, mean distance in tokens, distance within which 90 % of "
+        title=f"effective attention of {escape(printable(name))}: entropy in nats, mean distance in tokens, "
+        "distance within which 90 % of "
         "the mass lies, effective rank, negative mass, mass on the first token of the document"
     )
     table.add_column("layer", no_wrap=True)

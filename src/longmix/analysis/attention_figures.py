@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from longmix.reporting.plots import plt
+from longmix.reporting.plots import plain, plt
 
 DECADES = 4
 """The smallest share that is coloured is 10 to the power of minus this."""
@@ -80,7 +80,7 @@ def draw_comparison(models: dict[str, Sequence[LayerMaps]], length: int, title: 
             if index >= len(layers):
                 line[column].axis("off")
                 continue
-            heading = f"{name}\n" if index == rows[0] else ""
+            heading = f"{plain(name)}\n" if index == rows[0] else ""
             shares = layers[index].shares.mean(0)
             image = draw_map(line[column], shares, length, f"{heading}layer {index}, {layers[index].mixer}")
         histograms = [torch.tensor([head["histogram"] for head in layer.heads]).mean(0) for layer in layers]

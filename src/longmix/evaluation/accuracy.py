@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from longmix.data.windows import IGNORE_INDEX
 from longmix.evaluation.by_position import drawn_by_position
 from longmix.evaluation.subject import Subject
 from longmix.model.head import SLICE_ELEMENTS
+from longmix.printable import printable
 
 BINS = 16
 """Of positions, all equally long."""
@@ -28,7 +30,7 @@ def accuracy(subject: Subject) -> dict[str, Any]:
     results = {length: _at_length(subject, length) for length in subject.checked_seq_lens()}
     name, split = subject.data.label, subject.split
     report = {**subject.heading(), "data": name, "lengths": results}
-    table = Table(title=f"{name}, {split} split")
+    table = Table(title=escape(printable(f"{name}, {split} split")))
     for column in ("seq_len", "accuracy", "targets", "state, bytes"):
         table.add_column(column, justify="right")
     for length, result in results.items():

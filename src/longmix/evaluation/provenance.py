@@ -1,7 +1,5 @@
 """What a result is of: the checkpoint, the data, settings and machine; and the file name that follows from it."""
 
-import hashlib
-import json
 import re
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,6 +10,7 @@ import torch
 from longmix.checkpoints import read_info
 from longmix.config import Node
 from longmix.data.datamodule import TokenData
+from longmix.data.sealed import sha256_of_json
 from longmix.files import sha256_of_file
 from longmix.restore import Restored
 
@@ -35,7 +34,7 @@ def model_facts(restored: Restored, states: str | None) -> dict[str, Any]:
     info = read_info(restored.checkpoint)
     return {
         "checkpoint": str(restored.checkpoint),
-        "weights": digest([info.get("sha256"), info.get("files")]),
+        "weights": sha256_of_json([info.get("sha256"), info.get("files")]),
         "step": restored.state["step"],
         "trained_seq_len": restored.config["seq_len"],
         "states": None if states is None else _states_facts(Path(states)),
@@ -60,7 +59,7 @@ def data_facts(data: TokenData, split: str, is_own: bool) -> dict[str, Any]:
     content = data.content(split)
     return {
         "corpus": data.label,
-        "data_fingerprint": digest(content),
+        "data_fingerprint": sha256_of_json(content),
         "own_data": is_own,
         "tokenizer": data.tokenizer.fingerprint(),
         "split": split,
@@ -89,14 +88,9 @@ def file_name(task: str, facts: dict[str, Any]) -> str:
     }
     states = facts["states"] and facts["states"]["sha256"]
     place = [_short(str(facts["corpus"])), facts["split"]] if facts.get("corpus") else []
-    mark = digest([task, fixed, states, facts["settings"]])[:DIGEST_LETTERS]
+    mark = sha256_of_json([task, fixed, states, facts["settings"]])[:DIGEST_LETTERS]
     return "_".join([task, *place, f"step{facts['step']}", mark])
 
 
 def _short(label: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", label, flags=re.ASCII).strip("-.")[:LONGEST_LABEL] or "data"
-
-
-def digest(content: Any) -> str:
-    """Hex SHA-256 of a JSON-able value."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 
 from longmix.config import Node
@@ -190,4 +191,5 @@ def tracked(items: Iterable[Item] | Sequence[Item], description: str, total: int
     """`items` beneath a progress bar on standard error, where that is a terminal."""
     terminal = Console(stderr=True)
     hidden = not terminal.is_terminal
-    yield from track(items, description, total=total, console=terminal, transient=True, disable=hidden)
+    shown = escape(printable(description))  # a run's name may stand in it
+    yield from track(items, shown, total=total, console=terminal, transient=True, disable=hidden)

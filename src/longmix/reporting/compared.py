@@ -4,12 +4,15 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
+from longmix.data.sealed import sha256_of_json
 from longmix.reporting.markup import Markup, joined, tag
 from longmix.reporting.runs import Run
 from longmix.reporting.settings import block_of, corpus_of, differing, recipe_of, tokenizer_of
 
 MOST_VALUES = 6
 """Different values of a setting that are written out."""
+
+DIGEST_LETTERS = 12
 
 MOST_SETTINGS = 30
 """Settings that differ and are written out; the others are counted."""
@@ -31,6 +34,7 @@ def rows_of(runs: list[Run]) -> list[Row]:
     """Everything that a reader needs to know what the figures are of; what no run says is left out."""
     of: dict[str, Callable[[Run], Any]] = {
         "data": lambda run: corpus_of(run.settings),
+        "data's content": content_of,
         "tokenizer": lambda run: tokenizer_of(run.settings),
         "mixers": lambda run: run.summary["mixer"],
         "model": _sizes,
@@ -52,6 +56,15 @@ def rows_of(runs: list[Run]) -> list[Row]:
         for name, get in of.items()
     ]
     return [row for row in rows if row.values]
+
+
+def content_of(run: Run) -> str | None:
+    """A digest of the training data's tokens, whatever was cut of them; None of a run that does not say."""
+    fingerprint = run.summary.get("data_fingerprint")
+    if not isinstance(fingerprint, dict):
+        return None
+    kept = {key: value for key, value in fingerprint.items() if key not in ("seq_len", "batch_size", "seed")}
+    return sha256_of_json(kept)[:DIGEST_LETTERS]
 
 
 def section(runs: list[Run]) -> Markup:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from longmix.reporting.compared import content_of
 from longmix.reporting.panels import by_length
 from longmix.reporting.runs import Run
 from longmix.reporting.settings import block_of, corpus_of, tokenizer_of
@@ -59,6 +60,9 @@ def _data(runs: list[Run]) -> list[Fact]:
     corpora = sorted({corpus for run in runs if (corpus := corpus_of(run.settings)) is not None})
     if len(corpora) > 1:
         return [Fact(f"trained on different data: {_listed(corpora)}; their losses do not compare", False)]
+    contents = {content for run in runs if (content := content_of(run)) is not None}
+    if len(contents) > 1:
+        return [Fact("the data had other content, or other tokens, in some runs; their losses do not compare", False)]
     tokenizers = sorted({words for run in runs if (words := tokenizer_of(run.settings)) is not None})
     if len(tokenizers) > 1:
         return [Fact(f"different tokenizers: {_listed(tokenizers)}; bits per byte compare, losses do not", False)]

@@ -106,6 +106,7 @@ def write_summary(
         "validation": state.validation,
         "validation_by_position": state.validation_by_position,
         "checkpoint": str(supervisor.store.latest()),
+        "data_fingerprint": supervisor.identity["data_fingerprint"],
         "versions": versions,
     }
     replace_json(folder / SUMMARY_FILE, summary)
