@@ -230,4 +230,4 @@ def test_the_example_file_is_a_mixture(source, tmp_path, monkeypatch, compose_co
     node = {**OmegaConf.to_container(OmegaConf.load(root / "configs" / "data" / "mixture.yaml")), **given}
     data = build(node, "data", tokenizer=ByteTokenizer(), seq_len=4, batch_size=1, seed=0)
     assert data.part_names == list(given["weights"])
-    assert next(data.corpora["web"].documents("train")) == "a pag"
+    assert next(data.corpora["web"].documents("train")) == "a page"
