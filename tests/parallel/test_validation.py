@@ -105,7 +105,9 @@ def memory(group: dist.ProcessGroup, case: Case) -> tuple[float, int]:
 
 def module_of(case: Case, slices: int) -> TrainingModule:
     options = {"micro_batch_size": None, "gradient_clip": None, "skip_nonfinite": False}
-    return TrainingModule(case.model(), None, None, total_steps=1, **options, slices=slices)
+    model = case.model()
+    model.measures_hits = True
+    return TrainingModule(model, None, None, total_steps=1, **options, slices=slices)
 
 
 def in_processes(group: dist.ProcessGroup, case: Case, count: int, slices: int) -> tuple[dict[str, Any], set[int]]:

@@ -1,3 +1,6 @@
+import resource
+import subprocess
+
 import pytest
 
 from longmix.reporting.metrics import read_metrics
@@ -101,3 +104,59 @@ def test_wandb_that_fails_later_is_left_behind(tmp_path, caplog):
     log.write(2, {"a": 2.0})
     assert caplog.text.count("gone") == 1
     assert len(read_metrics(tmp_path)) == 2
+
+
+def test_integers_stay_integers_when_a_run_is_resumed(tmp_path):
+    """So do all other texts: a resumed run changes no byte of the rows that stay."""
+    log = CsvLog()
+    log.open(tmp_path, {}, "name", 0)
+    log.write(1, {"train/tokens": 1280, "loss": 0.1, "tiny": 1e-30})
+    log.write(2, {"train/tokens": 2560, "loss": 1 / 3})
+    before = (tmp_path / "metrics.csv").read_bytes()
+    CsvLog().open(tmp_path, {}, "name", 2)
+    assert (tmp_path / "metrics.csv").read_bytes() == before
+    log.write(3, {"train/tokens": 3840, "new": 7})
+    assert (
+        b"1,1280,0.1,1e-30,\r\n2,2560,0.3333333333333333,,\r\n3,3840,,,7\r\n" in (tmp_path / "metrics.csv").read_bytes()
+    )
+
+
+def test_a_full_disk_warns_once_and_the_rows_follow(tmp_path, caplog):
+    """Past the limit every write fails with an OSError, as it does on a full disk."""
+    log = CsvLog()
+    log.open(tmp_path, {}, "name", 0)
+    log.write(1, {"a": 1.0})
+    before = (tmp_path / "metrics.csv").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 2, limits[1]))
+    try:
+        log.write(2, {"a": 2.25})
+        log.write(3, {"a": 3.25, "b": 1})
+        assert (tmp_path / "metrics.csv").read_bytes() == before
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caplog.text.count("cannot be written") == 1
+    log.write(4, {"a": 4.25})
+    rows = [(row["step"], row["a"], row.get("b")) for row in read_metrics(tmp_path)]
+    assert rows == [(1, 1.0, None), (2, 2.25, None), (3, 3.25, 1.0), (4, 4.25, None)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv"]
+
+
+@pytest.mark.parametrize("damage", [b"2,\xff\n", b"step two,1.0\n", b"2,1.0e", b"nan,1\n", b"2.5,1\n"])
+def test_a_damaged_row_is_left_out(damage, tmp_path):
+    (tmp_path / "metrics.csv").write_bytes(b"step,a\n1,1.5\n" + damage)
+    assert read_metrics(tmp_path) == [{"step": 1, "a": 1.5}]
+
+
+def test_an_offline_wandb_run_says_how_to_send_it(tmp_path, no_key, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs/my run"
+    folder.mkdir(parents=True)
+    assert CsvLog().upload_command() is None
+    log = WandbLog(project="test")
+    log.open(folder, {"seed": 1}, "name", 0)
+    log.close(0)
+    command = log.upload_command()
+    assert command == "wandb sync 'runs/my run/wandb'/offline-run-*"
+    found = subprocess.run(["bash", "-c", command.replace("wandb sync", "ls -d")], capture_output=True, text=True)
+    assert found.stdout.startswith("runs/my run/wandb/offline-run-")

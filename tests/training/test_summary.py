@@ -1,6 +1,7 @@
 """`summary.json`: what reports compare."""
 
 import json
+import time
 
 import pytest
 
@@ -32,3 +33,33 @@ def test_machine_and_costs(summary):
     assert summary["device"] == "CPU"
     assert summary["training_flops_per_token"] > 6 * summary["parameters"]["non_embedding"] / 2
     assert summary["tokens"] == 2 * summary["tokens_per_step"] == 128
+
+
+def test_a_synthetic_task_says_how_many_targets_it_met(run_training, capsys):
+    folder = run_training("data=mqar", "data.task.pairs=2", "mixer=flash", "seq_len=32", "loop.log_every=1")
+    written = capsys.readouterr().err
+    summary = json.loads((folder / "summary.json").read_text())
+    rows = read_metrics(folder)
+    assert 0 <= summary["validation"]["recall"] <= 1
+    assert [row["validation/recall"] for row in rows if "validation/recall" in row] == [summary["validation"]["recall"]]
+    assert sum("train/recall" in row for row in rows) == 2
+    assert not any("bits_per_byte" in key for row in rows for key in row)
+    assert "bits/byte" not in written
+    assert f"{summary['validation']['recall']:.4f} recall" in written
+
+
+def test_a_summary_says_to_which_step_its_validation_belongs(summary):
+    assert summary["validation"]["step"] == summary["steps"] == 2
+
+
+def test_a_log_has_no_blanks_at_the_end_of_its_lines_and_no_broken_paths(run_training, tiny_overrides, capsys):
+    folder = run_training(*tiny_overrides, "mixer=flash", "seq_len=32")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line != line.rstrip()] == []
+    assert any(line.endswith(str(folder / "checkpoints/step-00000002")) for line in lines)
+
+
+def test_time_is_that_of_the_whole_command(run_training, tiny_overrides, capsys, monkeypatch):
+    monkeypatch.setenv("LONGMIX_BEGAN", str(time.time() - 7200))
+    run_training(*tiny_overrides, "mixer=flash", "seq_len=32", "hydra.mode=RUN")
+    assert "; 2:00:" in capsys.readouterr().err

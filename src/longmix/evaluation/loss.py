@@ -58,7 +58,7 @@ def evaluate_loss(
             moved = to_device(batch, device)
             with precision():
                 output = run(moved)
-            statistics.update(output.token_losses, own(moved)["targets"], moved["document_ids"])
+            statistics.update(output.token_losses, own(moved)["targets"], moved["document_ids"], output.hits)
             if not after_batch():
                 break
     finally:

@@ -29,9 +29,20 @@ class LossStatistics:
         self.count_by_position = torch.zeros(seq_len, dtype=torch.int64, device=device)
         self.text_loss = torch.zeros((), dtype=torch.float64, device=device)
         self.bytes = torch.zeros((), dtype=torch.int64, device=device)
+        self.hits = torch.zeros((), dtype=torch.int64, device=device)
+        self._counts_hits = False
 
-    def update(self, token_losses: Tensor, targets: Tensor, document_ids: Tensor | None) -> None:
-        """Add one batch: losses [B, T] in nats, targets int64 [B, T], document_ids int32 [B, T] or None."""
+    def update(
+        self, token_losses: Tensor, targets: Tensor, document_ids: Tensor | None, hits: Tensor | None = None
+    ) -> None:
+        """Add one batch: losses [B, T] in nats, targets int64 [B, T], document_ids int32 [B, T] or None.
+
+        Args:
+            hits: bool [B, T], the targets that were met, for their share.
+        """
+        if hits is not None:
+            self._counts_hits = True
+            self.hits += (hits & (targets != IGNORE_INDEX)).sum()
         losses = token_losses.detach().to(torch.float64)
         if document_ids is None:
             positions = torch.arange(targets.shape[1], device=targets.device).expand_as(targets)
@@ -47,11 +58,14 @@ class LossStatistics:
     def reduce(self) -> None:
         """Add the sums of all processes, where there are several."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            for total in (self.loss_by_position, self.count_by_position, self.text_loss, self.bytes):
+            for total in (self.loss_by_position, self.count_by_position, self.text_loss, self.bytes, self.hits):
                 torch.distributed.all_reduce(total)
 
     def summary(self) -> dict[str, float]:
-        """`loss` in nats per target, `perplexity`, `bits_per_byte`, and the counts `tokens` and `bytes`."""
+        """`loss` in nats per target, `perplexity`, `bits_per_byte`, and the counts `tokens` and `bytes`.
+
+        Where `update` was told of hits, also `recall`, the share of targets that were met.
+        """
         tokens, byte_count = int(self.count_by_position.sum()), int(self.bytes)
         loss = float(self.loss_by_position.sum()) / max(1, tokens)
         return {
@@ -60,7 +74,7 @@ class LossStatistics:
             "bits_per_byte": float(self.text_loss) / math.log(2) / byte_count if byte_count else math.nan,
             "tokens": tokens,
             "bytes": byte_count,
-        }
+        } | ({"recall": int(self.hits) / max(1, tokens)} if self._counts_hits else {})
 
     def by_position(self, buckets: list[tuple[int, int]] | None = None) -> list[dict[str, Any]]:
         """Mean loss per bucket `start <= position < end`; buckets without targets are left out.

@@ -17,7 +17,7 @@ from longmix.errors import ConfigError
 from longmix.mixers.base import Mixer, ModelShape
 from longmix.mixers.measures import Metric
 from longmix.model.blocks import Block, BlockStyle, Standard
-from longmix.model.head import token_losses, token_losses_and_peaks
+from longmix.model.head import hits, token_losses, token_losses_and_peaks
 from longmix.parallel.slices import Slices
 
 MOST_LAYERS = 10_000
@@ -35,6 +35,7 @@ class ModelOutput:
         hidden: [B, T, D], normalised; `LanguageModel.logits` turns it into scores.
         token_losses: float32 [B, T] in nats when targets were given, else empty.
         state: one entry per layer when a state was passed in.
+        hits: bool [B, T], the targets that are the most likely token, where `LanguageModel.measures_hits` asks for it.
         losses: auxiliary losses summed over the layers, by name.
         metrics: the mixers' metrics as `layer_<index>/<name>`.
     """
@@ -42,6 +43,7 @@ class ModelOutput:
     hidden: Tensor
     token_losses: Tensor
     state: list[Any] | None = None
+    hits: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
     metrics: dict[str, Metric] = field(default_factory=dict)
 
@@ -66,6 +68,9 @@ class LanguageModel(nn.Module):
     Raises:
         ConfigError: a size below 1, or heads that do not divide; the message names the key.
     """
+
+    measures_hits = False
+    """Whether outputs say which targets were met: for tasks in which a near miss is worth nothing."""
 
     def __init__(
         self,
@@ -147,6 +152,8 @@ class LanguageModel(nn.Module):
             output.losses["logit_penalty"] = self.logit_penalty / 2 * peaks.square().mean()
         elif targets is not None:
             output.token_losses = token_losses(output.hidden, self.head.weight, targets)
+        if targets is not None and self.measures_hits:
+            output.hits = hits(output.hidden, self.head.weight, targets)
         return output
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -36,6 +36,15 @@ def token_losses_and_peaks(hidden: Tensor, weight: Tensor, targets: Tensor) -> t
     return losses, peaks
 
 
+@torch.no_grad()
+def hits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Which targets are the most likely token: bool [...], False where there is none; arguments as `token_losses`."""
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    pieces = rows.split(max(1, SLICE_ELEMENTS // weight.shape[0]))
+    chosen = torch.cat([F.linear(piece, weight).argmax(-1) for piece in pieces])
+    return chosen.reshape(targets.shape) == targets
+
+
 def _in_slices(hidden: Tensor, weight: Tensor, targets: Tensor, with_peaks: bool) -> list[Tensor]:
     rows, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     slice_rows = max(1, SLICE_ELEMENTS // weight.shape[0])

@@ -41,6 +41,7 @@ class StepRecord:
         loss: mean loss per valid token of the global batch, in nats.
         gradient_norm: norm of the whole gradient before clipping.
         token_losses, batch: of this process, for the loss by position.
+        hits: of this process, which targets were met, where the model measures it.
         metrics: what the mixers measured in this process, all micro-batches together.
         losses: auxiliary losses by name, likewise; a step's is the mean over micro-batches and processes.
     """
@@ -49,6 +50,7 @@ class StepRecord:
     gradient_norm: Tensor
     token_losses: Tensor
     batch: Batch
+    hits: Tensor | None = None
     metrics: dict[str, Measure] = field(default_factory=dict)
     losses: dict[str, Measure] = field(default_factory=dict)
 
@@ -161,6 +163,7 @@ class TrainingModule(LightningModule):
         micro_batches = split_batch(batch, self.micro_batch_size)
         valid = self._valid_tokens(batch)
         token_losses: list[Tensor] = []
+        hits: list[Tensor] = []
         metrics: dict[str, Measure] = {}
         auxiliary_losses: dict[str, Measure] = {}
         for index, micro_batch in enumerate(micro_batches):
@@ -172,11 +175,21 @@ class TrainingModule(LightningModule):
                     loss = loss + auxiliary / len(micro_batches)
                 self.manual_backward(loss)
             token_losses.append(losses.detach())
+            if output.hits is not None:
+                hits.append(output.hits)
             accumulate(metrics, output.metrics)
             accumulate(auxiliary_losses, output.losses)
         together = torch.cat(token_losses)
         total = self.sum_over_processes(together.sum()) / self._world_size()
-        return StepRecord(total / valid, together.new_zeros(()), together, self.own(batch), metrics, auxiliary_losses)
+        return StepRecord(
+            total / valid,
+            together.new_zeros(()),
+            together,
+            self.own(batch),
+            torch.cat(hits) if hits else None,
+            metrics,
+            auxiliary_losses,
+        )
 
     def run(self, batch: Batch) -> ModelOutput:
         """The model's output; of this process's slice if rows are shared, with token losses of 0 outside it."""

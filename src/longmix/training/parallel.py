@@ -58,6 +58,8 @@ def run_slice(model: LanguageModel, batch: Batch, group: dist.ProcessGroup) -> M
     tokens, targets = slices.own(batch["tokens"]), slices.own(batch["targets"])
     output = model(tokens, targets, state=model.slice_state(slices), document_ids=slices.ids)
     output.token_losses = slices.placed(output.token_losses, 0.0)
+    if output.hits is not None:
+        output.hits = slices.placed(output.hits, False)
     return output
 
 

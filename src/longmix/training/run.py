@@ -21,6 +21,7 @@ from longmix.checkpoints.processes import Processes
 from longmix.cli import hydra_word
 from longmix.config import Node, build, total_steps
 from longmix.data.datamodule import TokenData
+from longmix.data.synthetic import SyntheticData
 from longmix.data.tokenizers import Tokenizer
 from longmix.errors import ConfigError, DataError
 from longmix.model.backbone import LanguageModel
@@ -119,6 +120,7 @@ def _train_from(
     everyone.each(lambda: start.check_data(data.fingerprint()))
     model = build_model(node, data.vocab_size if origin is None else origin.vocab_size)
     begin(model, node, origin)
+    model.measures_hits = isinstance(data, SyntheticData)
     if is_first:
         print_header(node, start.folder, model, data, settings, start.step)
     everyone.first(lambda: start.begin(node))

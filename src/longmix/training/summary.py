@@ -1,6 +1,7 @@
 """What a run says of itself at its beginning and its end."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from longmix.training.supervisor import Supervisor
 
 SUMMARY_FILE = "summary.json"
+QUALITIES = {"recall": "recall", "bits_per_byte": "bits/byte"}
+"""The unit behind each figure that `quality_of` may name."""
+
 LOG_WIDTH = 160
 """Columns where the output is no terminal: a path should not be cut."""
 
@@ -31,6 +35,12 @@ def mixer_name(config: Node) -> str:
     if "pattern" in node:
         return "+".join(node["pattern"])
     return node["_target_"].split(".")[-2]
+
+
+def quality_of(figures: Mapping[str, float]) -> tuple[str, float]:
+    """The name and value of the figure that says most: of synthetic tasks the recall, whose tokens have no bytes."""
+    name = "recall" if "recall" in figures else "bits_per_byte"
+    return name, figures[name]
 
 
 def training_flops_per_token(model: LanguageModel, seq_len: int) -> float:
@@ -111,8 +121,9 @@ def write_summary(
     }
     replace_json(folder / SUMMARY_FILE, summary)
     validation = summary["validation"]
+    quality, value = quality_of(validation)
     rows = {
-        "validation": f"{validation['bits_per_byte']:.4f} bits/byte, loss {validation['loss']:.4f}, "
+        "validation": f"{value:.4f} {QUALITIES[quality]}, loss {validation['loss']:.4f}, "
         f"perplexity {validation['perplexity']:.3f} on {validation['tokens']:,} tokens",
         "trained": f"{tokens:,} tokens in {duration(summary['training_seconds'])} "
         f"({summary['tokens_per_second']:,.0f} tokens/s); {duration(wall_seconds)} from start to end",

@@ -30,7 +30,8 @@ from longmix.training.module import TrainingModule
 from longmix.training.processes import how_to_continue
 from longmix.training.progress import ProgressDisplay
 from longmix.training.signals import process_watch
-from longmix.training.summary import training_flops_per_token
+from longmix.training.space import checkpoint_bytes, warn_of_space
+from longmix.training.summary import QUALITIES, quality_of, training_flops_per_token
 
 BY_POSITION = "validation_by_position"
 """Entry of a checkpoint's `info.json`, beside `validation`, where the validation came after the checkpoint."""
@@ -149,6 +150,8 @@ class Supervisor(Callback):
         self.seconds_since_log += elapsed
         self.steps_since_log += 1
         self.state.training_seconds += elapsed
+        if module.step == self.first_step + 1 and trainer.is_global_zero:
+            self._warn_of_space(module)
         last = module.step == module.total_steps
         assert self.saver is not None
         stop = self.signals.anywhere(module.device, self.saver.failed)  # if a checkpoint failed, saving says so
@@ -167,6 +170,12 @@ class Supervisor(Callback):
         if validates:
             self._validate_and_keep(trainer, module, save=saves and not last)
         self.clock = time.perf_counter()
+
+    def _warn_of_space(self, module: TrainingModule) -> None:
+        """Behind the first step, as the optimizers have nothing before."""
+        every = self.loop["checkpoint_every"] or module.total_steps
+        to_write = -(-module.total_steps // every) - self.first_step // every
+        warn_of_space(self.store, checkpoint_bytes(module.capture()), self.loop["keep_checkpoints"], to_write)
 
     def _due(self, key: str, step: int) -> bool:
         every = self.loop[key]
@@ -233,15 +242,15 @@ class Supervisor(Callback):
     def _log(self, trainer: Trainer, module: TrainingModule) -> Metrics:
         record = module.record
         statistics = self._statistics(module)
-        statistics.update(record.token_losses, record.batch["targets"], record.batch["document_ids"])
+        statistics.update(record.token_losses, record.batch["targets"], record.batch["document_ids"], record.hits)
         statistics.reduce()
-        loss = record.loss.item()
+        loss, quality = record.loss.item(), quality_of(statistics.summary())
         measured = {f"train/{name}": measure for name, measure in record.losses.items()}
         measured |= {f"mixer/{name}": measure for name, measure in record.metrics.items()}
         metrics: Metrics = {
             "train/loss": loss,
             "train/perplexity": math.exp(min(loss, 700.0)),
-            "train/bits_per_byte": statistics.summary()["bits_per_byte"],
+            f"train/{quality[0]}": quality[1],
             "train/learning_rate": module.learning_rate(),
             "train/gradient_norm": record.gradient_norm.item(),
             "train/tokens": module.step * tokens_per_step(self.config),
@@ -317,12 +326,13 @@ class Supervisor(Callback):
         self.state.validation_by_position = statistics.by_position()
         if not trainer.is_global_zero:
             return True
-        names = ("loss", "perplexity", "bits_per_byte")
+        quality, value = quality_of(self.state.validation)
+        names = ("loss", "perplexity", quality)
         metrics = {f"validation/{name}": self.state.validation[name] for name in names}
         self.metric_log.write(module.step, metrics | _positions("validation", statistics))
         self.progress.message(
             f"step {module.step}/{module.total_steps}  validation loss {metrics['validation/loss']:.4f}  "
-            f"{metrics['validation/bits_per_byte']:.4f} bits/byte"
+            f"{value:.4f} {QUALITIES[quality]}"
         )
         return True
 
