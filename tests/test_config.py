@@ -23,6 +23,7 @@ from longmix.config import (
     settings,
     total_steps,
     unknown_key,
+    unlimited_windows,
 )
 from longmix.data.corpus import Corpus
 from longmix.errors import ConfigError, LongmixError
@@ -205,6 +206,40 @@ class TestDefaults:
         assert total_steps(words) == expected
 
 
+@pytest.mark.parametrize(
+    ("overrides", "notes"),
+    [
+        (
+            ["mixer=sliding_window", "mixer.window=4096", "seq_len=64"],
+            ["mixer.window=4096 limits nothing at seq_len=64"],
+        ),
+        (["mixer=sliding_window", "mixer.window=64", "seq_len=64"], ["mixer.window=64 limits nothing at seq_len=64"]),
+        (["mixer=sliding_window", "mixer.window=63", "seq_len=64"], []),
+        (["mixer=flash", "seq_len=64"], []),
+        (
+            ["mixer=sliding_window*3+flash", "mixer.sliding_window.window=64", "seq_len=64"],
+            ["mixer.sliding_window.window=64 limits nothing at seq_len=64"],
+        ),
+    ],
+)
+def test_a_window_as_long_as_the_rows_is_noted(compose_config, overrides, notes):
+    assert unlimited_windows(resolved(compose_config(*overrides))) == notes
+
+
+@pytest.mark.parametrize(
+    ("word", "value"), [("seq_len", "x"), ("seed", None), ("loop.log_every", [1]), ("name", 3), ("match.tolerance", {})]
+)
+def test_words_of_a_checkpoint_have_their_types(compose_config, word, value):
+    config = resolved(compose_config())
+    *parents, leaf = word.split(".")
+    place = config
+    for part in parents:
+        place = place[part]
+    place[leaf] = value
+    with pytest.raises(ConfigError, match=rf"^{re.escape(f'{word}={value!r}')} is not "):
+        check_config(config)
+
+
 # Case: name, overrides, and words the message must contain.
 REFUSED = [
     ("an unknown word added", ["+seqlen=3"], ["unknown key seqlen", "Did you mean seq_len?"]),
@@ -272,7 +307,7 @@ REFUSED = [
     ("no validation every 0 steps", ["loop.validate_every=0"], ["loop.validate_every=0", "at least 1"]),
     ("no checkpoint kept", ["loop.keep_checkpoints=0"], ["loop.keep_checkpoints=0", "at least 1"]),
     ("a clip of 0", ["loop.gradient_clip=0"], ["loop.gradient_clip=0", "above 0"]),
-    ("a clip that is no number", ["loop.gradient_clip=nan"], ["loop.gradient_clip=nan", "above 0"]),
+    ("a clip that is no number", ["loop.gradient_clip=nan"], ["loop.gradient_clip=nan", "a number or null"]),
     ("a rate of 0", ["optimizer.learning_rate=0"], ["optimizer.learning_rate=0", "above 0"]),
     ("a rate that is no number", ["optimizer.learning_rate=nan"], ["optimizer.learning_rate=nan", "number"]),
     ("an infinite rate", ["optimizer.learning_rate=inf"], ["optimizer.learning_rate=inf", "number"]),
@@ -320,6 +355,22 @@ REFUSED = [
         ["trainer=cpu", "trainer.devices=2"],
         ["trainer.strategy=single", "trainer=ddp"],
     ),
+    (
+        "fewer keys than none",
+        ["mixer=mlstm_tfla", "mixer.key_factor=-1"],
+        ["mixer.key_factor=-1", "at least a channel"],
+    ),
+    ("less than a value", ["mixer=gated_deltanet", "mixer.value_factor=1e-9"], ["mixer.value_factor=1e-09", "channel"]),
+    ("no clusters", ["mixer=routing", "mixer.clusters=0"], ["mixer.clusters=0 must be at least 1"]),
+    ("no block", ["mixer=block_sparse", "mixer.block=0"], ["mixer.block=0 must be at least 1"]),
+    ("a block below none", ["mixer=block_sparse", "mixer.block=-1"], ["mixer.block=-1 must be at least 1"]),
+    ("a radius that overflows", ["mixer=scatterbrain", "mixer.radius=1e9"], ["mixer.radius=1000000000.0", "at most"]),
+    ("a seed beyond 64 bits", ["mixer=hyper", f"mixer.hash_seed={10**30}"], ["mixer.hash_seed=1000", "whole number"]),
+    ("a law too steep", ["data=mqar", "data.task.power=1e9"], ["data.task.power=1000000000.0", "at most"]),
+    ("a vocabulary too large", ["data=mqar", "data.task.vocabulary=1000000000"], ["data.task.vocabulary", "at most"]),
+    ("a decay below none", ["optimizer.weight_decay=-1"], ["optimizer.weight_decay=-1 must be at least 0"]),
+    ("a path too long", ["data=text", f"data.corpus.path={'x' * 5000}"], ["data.corpus.path=xxx", "longer than"]),
+    ("yes for auto", ["resume=yes"], ["resume=yes", "Did you mean auto?"]),
     ("no threads", ["trainer.num_threads=0"], ["trainer.num_threads=0", "at least 1"]),
     ("a pattern with an unknown name", ["mixer=flash+nope"], ["mixer/nope"]),
     ("a wrong value in a pattern", ["mixer=flash+sliding_window", "+mixer.flash.x=1"], ["unknown key mixer.flash.x"]),

@@ -13,7 +13,8 @@ import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -23,6 +24,9 @@ from longmix.errors import ConfigError
 from longmix.naming import check_name
 
 Node = dict[str, Any]
+
+LARGEST_INTEGER = 2**63 - 1
+"""What torch and NumPy take."""
 
 PLAIN_MODULES = ("builtins", "pathlib", "typing", "types", "collections.abc")
 """Classes from these are values, which no node stands for."""
@@ -429,7 +433,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is float:
         return _fits(value, int) or (isinstance(value, float) and math.isfinite(value))
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST_INTEGER
     if origin is tuple and arguments[-1] is not Ellipsis:
         return isinstance(value, list | tuple) and len(value) == len(arguments) and all(map(_fits, value, arguments))
     if origin in (list, tuple, Sequence):
@@ -463,6 +467,7 @@ def check_words(config: Node) -> None:
     check_keys(config["loop"], LoopConfig, "loop.")
     check_keys(config["tuning"], TuningConfig, "tuning.")
     check_keys(config["match"], MatchConfig, "match.")
+    _check_types(config, TrainConfig)
     loop, match = config["loop"], config["match"]
     at_least_one = {
         "seq_len": config["seq_len"],
@@ -481,11 +486,43 @@ def check_words(config: Node) -> None:
         raise ConfigError(f"seed={config['seed']} must lie between 0 and {LARGEST_SEED}.")
     if not 0 <= match["tolerance"] < 1:
         raise ConfigError(f"match.tolerance={match['tolerance']} must be at least 0 and below 1.")
+    if (
+        str(config["resume"]).lower() in ("yes", "true", "on", "1", "newest", "latest")
+        and not Path(config["resume"]).exists()
+    ):
+        raise ConfigError(f"resume={config['resume']} is not there. Did you mean auto? Else give the folder of a run.")
     check_name(config["name"])
     if loop["gradient_clip"] is not None and not loop["gradient_clip"] > 0:
         raise ConfigError(f"loop.gradient_clip={loop['gradient_clip']} must be above 0, or null to never clip.")
     if loop["nonfinite"] not in ("stop", "skip"):
         raise ConfigError(f"loop.nonfinite={loop['nonfinite']!r} is not one of stop, skip.")
+
+
+def _check_types(node: Node, schema: type, prefix: str = "") -> None:
+    """Refuse values that are not of their dataclass's types, which a checkpoint or `+key=value` may bring.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    hints = typing.get_type_hints(schema)
+    for entry in fields(schema):
+        hint, value = entry.metadata.get("takes", hints[entry.name]), node[entry.name]
+        if is_dataclass(hint):
+            _check_types(value, typing.cast(type, hint), f"{prefix}{entry.name}.")
+        elif not _fits(value, hint):
+            raise ConfigError(f"{prefix}{entry.name}={value!r} is not {_described(hint)}.")
+
+
+def unlimited_windows(config: Node) -> list[str]:
+    """Settings of a window that limits nothing, as it is as long as the rows; a note for the user."""
+    mixer = config["mixer"]
+    nodes = {f"mixer.{name}": part for name, part in mixer.items() if isinstance(part, dict)} or {"mixer": mixer}
+    return [
+        f"{place}.{key}={value} limits nothing at seq_len={config['seq_len']}"
+        for place, node in nodes.items()
+        for key, value in node.items()
+        if key in ("window", "local_window") and isinstance(value, int) and value >= config["seq_len"]
+    ]
 
 
 def tokens_per_step(config: Node) -> int:

@@ -75,10 +75,12 @@ def divided(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         if name not in known and not _joined(argument, takes_value):
             raise ConfigError(_unknown_option(argument, rest, known))
         options.append(argument)
-        if name in takes_value and "=" not in argument and rest and not rest[0].startswith("-"):
-            optional = takes_value[name]
-            if not optional or "=" not in rest[0]:
-                options.append(rest.pop(0))
+        if name not in takes_value or "=" in argument:
+            continue
+        if rest and not rest[0].startswith("-") and not (takes_value[name] and "=" in rest[0]):
+            options.append(rest.pop(0))
+        elif takes_value[name]:
+            options.append("all")  # of --info; or the word that follows would be taken for its value
     parser.parse_args(options)
     return options, words
 

@@ -17,6 +17,9 @@ from longmix.files import sha256_of_file
 logger = logging.getLogger(__name__)
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+LONGEST_PATH, LONGEST_NAME = 4095, 255
+"""Bytes of a path and of a name in it, on Linux."""
+
 MOST_KINDS = 6
 """Of files that are left out, named in one line."""
 
@@ -36,6 +39,8 @@ def user_path(key: str, value: str | os.PathLike[str]) -> Path:
         raise ConfigError(f"{key} is empty; was a variable of the shell not set? Give a path, or leave {key} out.")
     if "\0" in text:
         raise ConfigError(f"{key}={text!r} holds a NUL character, which no path can.")
+    if len(os.fsencode(text)) > LONGEST_PATH or any(len(os.fsencode(part)) > LONGEST_NAME for part in text.split("/")):
+        raise ConfigError(f"{key}={text[:50]}... is longer than a path can be.")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:  # ~name of nobody

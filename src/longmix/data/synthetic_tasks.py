@@ -14,6 +14,9 @@ import numpy as np
 from longmix.data.windows import IGNORE_INDEX
 from longmix.errors import ConfigError
 
+LARGEST_VOCABULARY = 1 << 24  # of which half are made into an array for each example
+LARGEST_POWER = 16.0
+
 
 class Example(NamedTuple):
     """One sequence.
@@ -91,8 +94,10 @@ class MultiQueryRecall:
         require_at_least(pairs=(min(self._choices()), 1), vocabulary=(self.vocabulary, 4))
         if max(self._choices()) > self.vocabulary // 2 - 1:
             raise ConfigError(f"data.task.pairs={self.pairs} are more than a vocabulary of {self.vocabulary} has keys.")
-        if self.power <= 0:
-            raise ConfigError(f"data.task.power={self.power} must be above 0.")
+        if not 0 < self.power <= LARGEST_POWER:
+            raise ConfigError(f"data.task.power={self.power} must be above 0 and at most {LARGEST_POWER}.")
+        if self.vocabulary > LARGEST_VOCABULARY:
+            raise ConfigError(f"data.task.vocabulary={self.vocabulary} must be at most {LARGEST_VOCABULARY}.")
 
     @property
     def vocab_size(self) -> int:

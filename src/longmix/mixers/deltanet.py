@@ -146,6 +146,9 @@ class GatedDelta(RecurrentMixer):
             raise ConfigError(f"mixer.convolution={convolution} must be 0, which is none, or at least 2 tokens.")
         width = shape.d_model
         key_width, value_width = round(key_factor * width), round(value_factor * width)
+        for name, factor, size in (("key", key_factor, key_width), ("value", value_factor, value_width)):
+            if size < 1:
+                raise ConfigError(f"mixer.{name}_factor={factor} of model.d_model={width} is less than one channel.")
         heads = max(LEAST_HEADS, key_width // KEY_DIM) if num_heads is None else num_heads
         self.key_dim = divided(key_width, heads, "mixer.key_factor * model.d_model", "mixer.num_heads")
         self.value_dim = divided(value_width, heads, "mixer.value_factor * model.d_model", "mixer.num_heads")

@@ -95,6 +95,10 @@ class LinearMixer(RecurrentMixer):
         self.d_model, self.num_heads, self.normalize = shape.d_model, num_heads, normalize
         self.value_dim = divided(shape.d_model, num_heads, "model.d_model", "mixer.num_heads")
         key_width = round(key_factor * shape.d_model)
+        if key_width < 1:
+            raise ConfigError(
+                f"mixer.key_factor={key_factor} of model.d_model={shape.d_model} must be at least a channel."
+            )
         self.key_dim = divided(key_width, num_heads, "mixer.key_factor * model.d_model", "mixer.num_heads")
         if convolution < 0 or convolution == 1:
             raise ConfigError(f"mixer.convolution={convolution} must be 0, which is none, or at least 2 tokens.")

@@ -114,7 +114,7 @@ class Routing(SoftmaxAttention):
             raise ConfigError(f"mixer.mode={self.mode} is unknown; use one of {', '.join(known)}.")
         if centroids not in ("learned", "random"):
             raise ConfigError(f"mixer.centroids={centroids} is unknown; use learned or random.")
-        for key in ("window", "local_window", "block", "clusters_per_query", "clusters_per_key"):
+        for key in ("clusters", "window", "local_window", "block", "clusters_per_query", "clusters_per_key"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"mixer.{key}={getattr(self, key)} must be at least 1.")
         for key in ("clusters_per_query", *(("clusters_per_key",) if self.mode == "threshold" else ())):

@@ -40,6 +40,8 @@ from longmix.parallel.slices import Slices
 from longmix_kernels.attention import attention, merge
 from longmix_kernels.scatter import FeatureState, ScatterResult, empty_state, scatter_attention
 
+LARGEST_RADIUS = 300.0  # cosh(2 radius) stays a float64
+
 
 class ScatterbrainOptions(HeadOptions, total=False):
     """The settings that forms of Scatterbrain share; see `Scatterbrain`."""
@@ -119,6 +121,8 @@ class Scatterbrain(SoftmaxAttention):
             raise ConfigError(f"mixer.past_blocks={self.past_blocks} must be at least 0, which is the own block alone.")
         if self.radius <= 0:
             raise ConfigError(f"mixer.radius={self.radius} must be above 0.")
+        if self.radius > LARGEST_RADIUS:
+            raise ConfigError(f"mixer.radius={self.radius} must be at most {LARGEST_RADIUS}: exp(2 radius) overflows.")
         if self.summaries and self.num_features:
             raise ConfigError(
                 f"mixer.summaries=true and mixer.num_features={self.num_features} would count far keys twice; "

@@ -189,7 +189,9 @@ def _check_settings(betas: Sequence[float], **settings: float | None) -> None:
     for key, value in settings.items():
         if value is None:
             continue
-        if value < 0 or (value == 0 and key != "weight_decay" and key != "momentum"):
-            raise ConfigError(f"optimizer.{key}={value} must be above 0.")
+        may_be_zero = key in ("weight_decay", "momentum")
+        if value < 0 or (value == 0 and not may_be_zero):
+            least = "at least 0" if may_be_zero else "above 0"
+            raise ConfigError(f"optimizer.{key}={value} must be {least}.")
         if key == "momentum" and value >= 1:
             raise ConfigError(f"optimizer.momentum={value} must be below 1.")

@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 from rich.table import Table
 
-from longmix.config import Node, step_limits, tokens_per_step, total_steps
+from longmix.config import Node, step_limits, tokens_per_step, total_steps, unlimited_windows
 from longmix.data.datamodule import TokenData
 from longmix.files import replace_json
 from longmix.model.backbone import LanguageModel
@@ -77,6 +77,8 @@ def print_header(
             f"model.mlp_hidden={match['mlp_hidden']}; {steps * per_step:,} tokens, as in every run of max_tokens and "
             f"{per_step:,} tokens a step"
         )
+    for number, note in enumerate(unlimited_windows(config)):
+        rows["note" if number == 0 else f"note {number + 1}"] = note
     _print(rows)
 
 
