@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from longmix.errors import ProcessLost
+from longmix.errors import Interrupted, ProcessLost
 from longmix.training import launcher
 
 WORKER = """
@@ -26,6 +26,7 @@ if kind == "signal":
 if kind == "exit":
     sys.exit(int(value))
 if kind == "late":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a run that closes its log only notes it
     time.sleep(1.5)
     open("late", "w").close()
     sys.exit(int(value))
@@ -48,6 +49,36 @@ def launch(*does: str, folder: Path = Path("runs/x")) -> None:
 
 def is_running(rank: int) -> bool:
     return Path(f"/proc/{Path(f'{rank}.pid').read_text()}").exists()
+
+
+@pytest.mark.parametrize(
+    "does", [("exit=75", "sleep"), ("sleep", "exit=75"), ("exit=75", "exit=75", "sleep"), ("exit=75", STOPPED)]
+)
+def test_a_process_that_was_signalled_alone_takes_the_others_along(does, monkeypatch):
+    monkeypatch.setattr(launcher, "CLOSING_SECONDS", 1.0)
+    with pytest.raises(SystemExit) as raised:
+        launch(*does)
+    assert raised.value.code == Interrupted.exit_code
+    assert not any(is_running(rank) for rank in range(len(does)))
+
+
+def test_where_the_first_process_could_not_say_so_the_launcher_does():
+    with pytest.raises(Interrupted, match="There is no checkpoint yet; run the same command again"):
+        launch(LOST, "exit=75")
+
+
+def test_a_signal_before_python_watches_for_it_is_no_failure():
+    """The processes have the system's own answer to SIGTERM, as in their first milliseconds."""
+    worker = "import os, time; open(os.environ['RANK'] + '.up', 'w'); time.sleep(30)"
+
+    def send() -> None:
+        while not all(Path(f"{rank}.up").exists() for rank in range(2)):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=send).start()
+    with pytest.raises(Interrupted, match="SIGTERM ended the run"):
+        launcher.launch([sys.executable, "-S", "-c", worker], 2, 60, Path("runs/x"))
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,9 @@ POLL_SECONDS = 0.05
 GRACE_SECONDS = 5.0
 """How long the others may take to notice that one is gone; a process that waits on a GPU would never."""
 
+CLOSING_SECONDS = 60.0
+"""How long the others may take to end once one has ended as a signal asked: a log may have to be sent."""
+
 TOGETHER = (0, NonFiniteError.exit_code, Interrupted.exit_code)
 """Exit codes that all processes come to: the others are on their way, and may take their time to close a log."""
 
@@ -82,15 +85,17 @@ def launch(command: Sequence[str], count: int, timeout: float, folder: Path, loc
                 if passed and lock is not None:
                     lock.forget()
             _wait(workers, signals)
-            failure = _failure(workers, timeout)
-            interruption = _interruption(workers, signals, folder)
+            interrupted = _were_interrupted(workers, signals)
+            failure = Interrupted.exit_code if interrupted else _failure(workers, timeout)
+            name = "a signal" if signals.received is None else signals.received.name
+            hand_on = signals.earlier_handler()
         finally:
             for worker in workers:
                 worker.process.kill()
             for worker in workers:
                 worker.process.wait()
-    if interruption is not None:
-        raise interruption
+    if interrupted and workers[0].code != Interrupted.exit_code:  # which speaks for all
+        raise Interrupted(f"{name} ended the run. {how_to_continue(folder)}", hand_on)
     if isinstance(failure, int) and failure:
         sys.exit(failure)
     if isinstance(failure, str):
@@ -107,30 +112,32 @@ def _environment(rank: int, count: int, port: int) -> dict[str, str]:
 
 def _wait(workers: list[Worker], signals: SignalWatch) -> None:
     """Until all have ended, or one has failed and the others had time to notice."""
-    deadline, passed_on = None, False
+    deadline, closing, passed_on = None, None, False
     while any(worker.code is None for worker in workers):
+        number = signals.received
+        if any(worker.code == Interrupted.exit_code for worker in workers):
+            number = number or signal.SIGTERM  # one was signalled alone, and the others may wait for it
+            closing = time.monotonic() + CLOSING_SECONDS if closing is None else closing
+            if time.monotonic() > closing:
+                return
         if deadline is None and any(worker.code not in (None, *TOGETHER) for worker in workers):
             deadline = time.monotonic() + GRACE_SECONDS
         if deadline is not None and time.monotonic() > deadline:
             return
-        if signals.received is not None and not passed_on:
+        if number is not None and not passed_on:
             passed_on = True
             for worker in workers:
-                worker.process.send_signal(signals.received)
+                worker.process.send_signal(number)
         time.sleep(POLL_SECONDS)
 
 
-def _interruption(workers: list[Worker], signals: SignalWatch, folder: Path) -> Interrupted | None:
-    """What a signal came to where the first process, which speaks for all, could not say it; None if it did."""
-    codes = [worker.code for worker in workers]
-    ends = {Interrupted.exit_code, ProcessLost.exit_code}  # those that lose one that was signalled alone are lost
-    if signals.received is not None:
-        ends.add(-signals.received)  # it came before Python had begun to watch for it
-    asked = signals.received is not None or Interrupted.exit_code in codes
-    if not asked or codes[0] == Interrupted.exit_code or not set(codes) <= ends | {0} or set(codes) == {0}:
-        return None
-    name = "a signal" if signals.received is None else signals.received.name
-    return Interrupted(f"{name} ended the run. {how_to_continue(folder)}", signals.earlier_handler())
+def _were_interrupted(workers: list[Worker], signals: SignalWatch) -> bool:
+    """Whether they ended as a signal asked: to us, or to one of them, without which others may be lost."""
+    codes = {worker.code for worker in workers}
+    if signals.received is None and Interrupted.exit_code not in codes:
+        return False
+    early = -(signals.received or signal.SIGTERM)  # it came before Python had begun to watch for it
+    return codes != {0} and codes <= {0, Interrupted.exit_code, ProcessLost.exit_code, early}
 
 
 def _failure(workers: list[Worker], timeout: float) -> str | int:
