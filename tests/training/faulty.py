@@ -133,7 +133,21 @@ def handler_before() -> None:
         end_with(signal.SIGUSR2)
 
 
+def kill_in_the_configuration() -> None:
+    """Half of `config.yaml` is written."""
+    original = Path.write_text
+
+    def write_text(self, text, *arguments, **options):
+        if "config.yaml" not in self.name:
+            return original(self, text, *arguments, **options)
+        original(self, text[: len(text) // 2], *arguments, **options)
+        return os.kill(os.getpid(), signal.SIGKILL)
+
+    Path.write_text = write_text
+
+
 FAULTS = {
+    "kill-in-the-configuration": kill_in_the_configuration,
     "kill": lambda: end_with(signal.SIGKILL),
     "kill-once": kill_first_attempt,
     "stop": stopped_in_a_step,

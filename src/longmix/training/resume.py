@@ -67,7 +67,8 @@ class Start:
         """
         self.begun = True
         store = CheckpointStore(self.folder / "checkpoints")
-        remove_leftovers(store.folder)
+        for folder in (self.folder, store.folder):
+            remove_leftovers(folder)
         if self.state is not None:
             aside = store.set_aside_after(self.step)
             if aside is not None:
