@@ -3,6 +3,7 @@
 import gzip
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -110,6 +111,12 @@ class TestFolders:
         assert record.getMessage().startswith(message)
         for part in ("1 .txt.gz", "1 without a suffix", "1 broken links", "1 devices or pipes"):
             assert part in record.getMessage()
+
+    def test_names_that_would_steer_a_terminal_are_shown_as_escapes(self, tree, caplog):
+        (tree / "x.\x1b[31m").write_text("x")
+        Path(os.fsdecode(os.fsencode(tree) + b"/y.\xff")).write_text("x")
+        assert found(tree) == ["a.txt", "b.txt"]
+        assert caplog.records[0].getMessage().endswith("left out: 1 .\\x1b[31m, 1 .\\udcff")
 
     def test_nothing_left_out_says_nothing(self, tree, caplog):
         found(tree)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from longmix.errors import ConfigError, DataError
 from longmix.files import sha256_of_file
+from longmix.printable import printable
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,8 @@ def _files_below(key: str, folder: Path, suffix: str) -> list[Path]:
 def _kind(path: Path) -> str:
     if not path.is_file():
         return "broken links" if path.is_symlink() else "devices or pipes"
-    return "".join(path.suffixes[-2:]) if path.suffix in COMPRESSED else path.suffix or "without a suffix"
+    suffix = "".join(path.suffixes[-2:]) if path.suffix in COMPRESSED else path.suffix
+    return printable(suffix) or "without a suffix"
 
 
 def _matches(pattern: str) -> Iterator[str]:
