@@ -127,10 +127,12 @@ def test_a_refused_allocation_is_one_line(error, refused):
 
 
 def test_numbers_have_no_bytes(evaluated, number_run, capsys):
-    report = evaluated("task=loss", "max_tokens=64", checkpoint=number_run)["loss"]
-    assert set(report["lengths"][16]) == {"loss", "perplexity", "tokens", "by_position"}
+    reports = evaluated("task=[loss,accuracy]", "max_tokens=64", checkpoint=number_run)
+    found = reports["loss"]["lengths"][16]
+    assert set(found) == {"loss", "perplexity", "recall", "tokens", "by_position"}
+    assert found["recall"] == reports["accuracy"]["lengths"][16]["accuracy"]
     printed = capsys.readouterr().out
-    assert "bits/byte" not in printed and "task=accuracy says how many are recalled" in printed
+    assert "bits/byte" not in printed and "recall" in printed
 
 
 class TestSeveralTasks:

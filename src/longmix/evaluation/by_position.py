@@ -1,6 +1,7 @@
 """`evaluate.py task=loss`: loss, perplexity and bits per byte, overall and by position."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -28,25 +29,23 @@ def loss_by_position(subject: Subject, prefixes: int | None = None) -> dict[str,
 
     Returns:
         `{"split", "step", "lengths": {seq_len: {loss, perplexity, bits_per_byte, tokens, bytes, by_position}}}`, of a
-        synthetic task without `bits_per_byte` and `bytes`; with prefixes also their number, and for each length
-        `whole_rows`, the same targets' summary in one pass.
+        synthetic task `recall` in the place of `bits_per_byte` and `bytes`; with prefixes also their number, and for
+        each length `whole_rows`, the same targets' summary in one pass.
 
     Raises:
         ConfigError: fewer than 1 prefix.
     """
     if prefixes is not None and prefixes < 1:
         raise ConfigError(f"task.loss.prefixes={prefixes} must be at least 1, or null for all targets in one pass.")
-    results = {length: _at_length(subject, length, prefixes) for length in subject.checked_seq_lens()}
     numbers = isinstance(subject.data.tokenizer, NumberTokenizer)
-    if numbers:
+    with _hits_measured(subject, numbers):
+        results = {length: _at_length(subject, length, prefixes) for length in subject.checked_seq_lens()}
+    if numbers:  # they stand for no bytes
         results = {length: _without_bytes(result) for length, result in results.items()}
     report: dict[str, Any] = {**subject.heading(), "lengths": results}
     report |= {} if prefixes is None else {"prefixes": prefixes}
     console = Console()
     console.print(_overall_table(results, subject.split))
-    if numbers:
-        words = "tokens of a synthetic task stand for no bytes; task=accuracy says how many are recalled"
-        console.print(words, soft_wrap=True)
     console.print(_position_table(results))
     figure = drawn_by_position(results, "loss", f"{subject.split} loss by position", "nats per token")
     name = "loss" if prefixes is None else "loss_prefixes"
@@ -66,6 +65,16 @@ def _at_length(subject: Subject, length: int, prefixes: int | None) -> dict[str,
     whole = _statistics(subject, length, rows_whole(subject.batches(length), ends))
     alone = _statistics(subject, length, prefixes_alone(subject.batches(length), ends))
     return {**alone.summary(), "by_position": alone.by_position(), "whole_rows": whole.summary()}
+
+
+@contextmanager
+def _hits_measured(subject: Subject, wanted: bool) -> Iterator[None]:
+    """The model says which targets it meets meanwhile, where that is wanted."""
+    subject.model.measures_hits = wanted
+    try:
+        yield
+    finally:
+        subject.model.measures_hits = False
 
 
 def _without_bytes(result: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +103,7 @@ def drawn_by_position(results: dict[int, dict[str, Any]], figure_of: str, title:
 
 def _overall_table(results: dict[int, dict[str, Any]], split: str) -> Table:
     table = Table(title=f"{split} split")
-    figures = {"loss": "loss", "perplexity": "perplexity", "bits_per_byte": "bits/byte"}
+    figures = {"loss": "loss", "perplexity": "perplexity", "bits_per_byte": "bits/byte", "recall": "recall"}
     figures = {key: name for key, name in figures.items() if all(key in result for result in results.values())}
     columns = ["seq_len", *figures.values(), "tokens"]
     for column in [*columns, *(["loss in whole rows"] if any("whole_rows" in r for r in results.values()) else [])]:
