@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from longmix_kernels import flop_formulas
+
 Function = Callable[..., tuple[torch.Tensor, ...]]
 
 
@@ -30,6 +32,7 @@ def differentiable(
     incoming: int,
     saved: Sequence[int],
     outgoing: int,
+    flops: Callable[..., int],
 ) -> Function:
     """Register `operator` and `operator`_backward, both with autocast off, and return the first.
 
@@ -45,6 +48,7 @@ def differentiable(
         incoming: how many results have a gradient; they come first.
         saved: which results the backward gets.
         outgoing: how many inputs have a gradient; they come first and are tensors.
+        flops: what `FlopCounterMode` counts for a forward, from the inputs; see `flop_formulas`.
     """
 
     def run(first: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
@@ -86,4 +90,5 @@ def differentiable(
         return *given, *(None for _ in inputs[outgoing:])
 
     node.register_autograd(differentiate, setup_context=save)
+    flop_formulas.register(operator, flops, incoming + len(saved))
     return node

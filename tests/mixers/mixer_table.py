@@ -134,11 +134,15 @@ SMALL = {
 """Settings that make a file's mixer small enough to forget within the few tokens of a test. A new file needs none."""
 
 
-def configured(path: Path) -> Mixer:
-    """The mixer of a file in configs/mixer."""
+def settings_of(path: Path) -> Node:
+    """What a file in configs/mixer sets."""
     node = OmegaConf.to_container(OmegaConf.load(path))
-    settings: Node = {name: value for name, value in node.items() if name != "defaults"}  # type: ignore[union-attr]
-    mixer: Mixer = build({**settings, **SMALL.get(path.stem, {})}, "mixer", shape=SHAPE, layer_index=0)
+    return {str(name): value for name, value in node.items() if name != "defaults"}  # type: ignore[union-attr]
+
+
+def configured(path: Path) -> Mixer:
+    """The mixer of a file in configs/mixer, made small."""
+    mixer: Mixer = build({**settings_of(path), **SMALL.get(path.stem, {})}, "mixer", shape=SHAPE, layer_index=0)
     return awake(mixer) if isinstance(mixer, MLSTM | RWKV7) else mixer
 
 

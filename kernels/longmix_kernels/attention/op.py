@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from longmix_kernels.attention import checks
 from longmix_kernels.attention.blocked import blocked_backward, blocked_forward
 from longmix_kernels.attention.bounds import check_row_bounds, row_bounds
+from longmix_kernels.attention.flops import attention_flops
 from longmix_kernels.attention.pattern import SCHEMA, BlockList, Pattern
 from longmix_kernels.attention.reference import attention_reference
 from longmix_kernels.operators import deferred, differentiable
@@ -215,6 +216,7 @@ def _engine(name: str, forward: Callable[..., tuple], backward: Callable[..., tu
         incoming=2,
         saved=(0, 1),
         outgoing=3,
+        flops=attention_flops,
     )
 
 

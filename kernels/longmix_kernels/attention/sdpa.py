@@ -13,6 +13,10 @@ from torch.nn import attention as torch_attention
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
+from longmix_kernels.attention.flops import count_torch_on_a_cpu
+
+count_torch_on_a_cpu()
+
 _FLASH_PACKAGES = {"FA3": ("flash_attn_interface", (9,)), "FA4": ("flash_attn.cute.interface", (9, 10))}
 """torch's name of an exchangeable flash implementation: its module and the compute capabilities (major) it is for."""
 

@@ -7,8 +7,19 @@ those of products of matrices, multiply-adds counted twice, weights between toke
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from longmix_kernels.linear.cost import Work
+
+
+def call_flops(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_decay: torch.Tensor, read: Any, *_: Any
+) -> int:
+    """Operations of a call by its definition: an update and a reading of the state per row, and two with a low rank."""
+    return (4 if read is None else 8) * query.numel() * value.shape[3]
+
 
 SPAN = 100.0
 """Largest exponent of 2 that weights of rows or columns of a chunk may have.

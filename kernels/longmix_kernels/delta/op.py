@@ -6,6 +6,7 @@ import torch
 
 from longmix_kernels.delta import reference
 from longmix_kernels.delta.checks import TRITON_MAX_DIM, check_decay, check_inputs, check_promise, check_state
+from longmix_kernels.delta.cost import call_flops
 from longmix_kernels.delta.launch import KEPT, kept_by_triton
 from longmix_kernels.operators import deferred, differentiable
 from longmix_kernels.runtime import backend_of_call
@@ -120,6 +121,7 @@ def _engine(
         incoming=2,
         saved=range(2, 2 + kept),
         outgoing=7,
+        flops=call_flops,
     )
 
 

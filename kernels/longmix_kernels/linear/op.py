@@ -6,6 +6,7 @@ import torch
 
 from longmix_kernels.linear import reference
 from longmix_kernels.linear.checks import TRITON_MAX_DIM, check_gates, check_inputs, check_state
+from longmix_kernels.linear.cost import call_flops
 from longmix_kernels.linear.state import LinearState
 from longmix_kernels.operators import deferred, differentiable
 from longmix_kernels.runtime import backend_of_call
@@ -123,6 +124,7 @@ def _engine(name: str, forward: Callable[..., tuple], backward: Callable[..., tu
         incoming=3,
         saved=(0, 4, 5),
         outgoing=8,
+        flops=call_flops,
     )
 
 

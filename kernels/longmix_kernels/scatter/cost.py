@@ -7,12 +7,36 @@ counted twice. A token here is a token of a query head, and a key head has `grou
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import torch
+
+from longmix_kernels.flop_formulas import has_values
 from longmix_kernels.linear.cost import Work
+from longmix_kernels.scatter.bounds import exact_bounds
 
 FORWARD = ("exact", "sums", "scan", "merge")
 BACKWARD = ("exact_backward", "sums_again", "scan_again", "grad_query", "grad_sums", "grad_scan", "grad_key")
 """The kernels of a call, in the order in which they run; those of the exact part are the attention engine's."""
+
+
+def call_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, features: Any, *rest: Any) -> int:
+    """Operations of a call by its definition.
+
+    2 (D + Dv) for every exact pair; for every row that has keys far away, sums over keys and their reading by queries.
+    """
+    *_, document_ids, block_size, past_blocks, _scale = rest
+    batch, queries, heads, dim = query.shape
+    if document_ids is not None and not has_values(document_ids):
+        document_ids = None
+    device = torch.device("cpu") if document_ids is None else document_ids.device
+    first, lo, hi = exact_bounds(document_ids, queries, key.shape[1], block_size, past_blocks, device)
+    rows = batch // lo.shape[0]
+    pairs = 2 * (dim + value.shape[3]) * heads * rows * int((hi - lo).sum())
+    if features is None:
+        return pairs
+    far = rows * int((lo > first).sum())
+    return pairs + 2 * far * (heads + key.shape[2]) * features.shape[3] * (value.shape[3] + 1)
 
 
 @dataclass(frozen=True)

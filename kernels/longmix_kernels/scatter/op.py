@@ -9,6 +9,7 @@ from longmix_kernels.attention.checks import TRITON_MAX_DIM, check_inputs
 from longmix_kernels.operators import deferred, differentiable
 from longmix_kernels.runtime import backend_of_call, check_chunks
 from longmix_kernels.scatter import checks
+from longmix_kernels.scatter.cost import call_flops
 from longmix_kernels.scatter.reference import scatter_reference
 from longmix_kernels.scatter.state import FeatureState
 
@@ -112,6 +113,7 @@ def _engine(name: str, forward: Callable[..., tuple], backward: Callable[..., tu
         incoming=2,
         saved=(0, 1),
         outgoing=8,
+        flops=call_flops,
     )
 
 

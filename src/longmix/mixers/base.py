@@ -115,6 +115,22 @@ def checked_sizes(
     return batch, length
 
 
+TOKENS, COUNT, FACTOR, SEED, REAL = 2**30, 2**16, 64, 2**32, 1e6
+"""The most that settings may be: lengths in tokens; features, ranks and the like; widths over the model's; seeds, of
+either sign; and other numbers, of either sign. What makes sense is far below; what is beyond overflows somewhere."""
+
+
+def at_most(most: float, **settings: float | None) -> None:
+    """Refuse settings of a mixer beyond plus or minus `most`; None is fine.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    for name, value in settings.items():
+        if value is not None and not -most <= value <= most:
+            raise ConfigError(f"mixer.{name}={value} is out of range; it must be from {-most:,} to {most:,}.")
+
+
 def divided(whole: int, parts: int, whole_key: str, parts_key: str) -> int:
     """`whole // parts`, or a `ConfigError` that names both keys and lists divisors when it does not divide."""
     if parts < 1 or whole % parts:

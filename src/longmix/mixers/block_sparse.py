@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longmix.errors import ConfigError
-from longmix.mixers.base import ModelShape
+from longmix.mixers.base import TOKENS, ModelShape, at_most
 from longmix.mixers.measures import Metric
 from longmix.mixers.softmax import HeadOptions, Rows, SoftmaxAttention
 from longmix_kernels.attention import (
@@ -60,7 +60,7 @@ class BlockSparse(SoftmaxAttention):
         shape: ModelShape,
         layer_index: int,
         *,
-        layout: str,
+        layout: str = "sink_local",
         block: int = 128,
         sink: int = 1,
         local: int = 4,
@@ -68,6 +68,15 @@ class BlockSparse(SoftmaxAttention):
         **options: Unpack[HeadOptions],
     ) -> None:
         super().__init__(shape, layer_index, **options)
+        at_most(TOKENS, block=block, sink=sink, local=local, stride=stride)
+        for name, number, least in (
+            ("block", block, 16),
+            ("sink", sink, 0),
+            ("local", local, 1),
+            ("stride", stride, 1),
+        ):
+            if number < least:
+                raise ConfigError(f"mixer.{name}={number} must be at least {least}.")
         builders: dict[str, tuple[Callable[..., BlockList], dict[str, int]]] = {
             "sink_local": (sink_and_local_blocks, {"sink": sink, "local": local}),
             "stripe": (stripe_blocks, {"local": local, "stride": stride}),
@@ -113,7 +122,7 @@ class BlockSparse(SoftmaxAttention):
         near = first + (number + 1 - latest).clamp(min=0) * self.block
         runs = [_run(near, end.expand_as(near))]
         if self.layout == "sink_local" and self.sink:
-            runs.append(_run(first, torch.minimum(first + self.sink * self.block, near)))
+            runs.append(_run(first, torch.minimum(first + min(self.sink * self.block, keys), near)))
         elif self.layout == "stripe":
             # Keys of stripes come first in the order of keys, so that those before `near` lie side by side.
             striped = position // self.block % self.stride == self.stride - 1

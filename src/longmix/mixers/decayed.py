@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longmix.errors import ConfigError
-from longmix.mixers.base import ModelShape
+from longmix.mixers.base import REAL, ModelShape, at_most
 from longmix.mixers.linear import LinearMixer, LinearOptions
 from longmix.mixers.rotary import rotary_angles, rotate
 from longmix.recipe import Recipe, set_recipe
@@ -58,13 +58,14 @@ class Decayed(LinearMixer):
         shape: ModelShape,
         layer_index: int,
         *,
-        decay: str,
+        decay: str = "alibi",
         num_heads: int | None = None,
         rotary_base: float | None = None,
         activation: str = "none",
         output_gate: str = "silu",
         **options: Unpack[LinearOptions],
     ) -> None:
+        at_most(REAL**2, rotary_base=rotary_base)
         heads = shape.num_heads if num_heads is None else num_heads
         super().__init__(shape, layer_index, num_heads=heads, **options)
         for name, word, words in (

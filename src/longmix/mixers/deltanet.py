@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longmix.errors import ConfigError
-from longmix.mixers.base import MixerOutput, ModelShape, checked_sizes, divided
+from longmix.mixers.base import COUNT, FACTOR, MixerOutput, ModelShape, at_most, checked_sizes, divided
 from longmix.mixers.convolution import ShortConvolution
-from longmix.mixers.linear import HeadwiseNorm
+from longmix.mixers.linear import HeadwiseNorm, check_norm_eps
 from longmix.mixers.recurrences import DecayRecurrence, DeltaRecurrence, widened
 from longmix.mixers.recurrent import Recurrence, RecurrentMixer, RecurrentState, continued_ids
 from longmix.parallel.slices import Slices
@@ -116,8 +116,8 @@ class GatedDelta(RecurrentMixer):
         shape: ModelShape,
         layer_index: int,
         *,
-        decay: str,
-        output_gate: str,
+        decay: str = "head",
+        output_gate: str = "silu",
         delta: bool = True,
         num_heads: int | None = None,
         key_factor: float = 1.0,
@@ -128,6 +128,9 @@ class GatedDelta(RecurrentMixer):
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
+        check_norm_eps(norm_eps)
+        at_most(COUNT, convolution=convolution, decay_rank=decay_rank, gate_rank=gate_rank)
+        at_most(FACTOR, key_factor=key_factor, value_factor=value_factor)
         for name, word, words in (("decay", decay, DECAYS), ("output_gate", output_gate, GATES)):
             if word not in words:
                 raise ConfigError(f"mixer.{name}={word} is unknown; use {', '.join(words[:-1])} or {words[-1]}.")

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longmix.errors import ConfigError
-from longmix.mixers.base import ModelShape
+from longmix.mixers.base import SEED, ModelShape, at_most
 from longmix.mixers.labelled import Part
 from longmix.mixers.measures import Metric
 from longmix.mixers.softmax import HeadOptions, Rows, Selection
@@ -49,9 +49,9 @@ class Hyper(HashAttention):
         shape: ModelShape,
         layer_index: int,
         *,
-        buckets: int,
-        window: int,
-        sample: float,
+        buckets: int = 16,
+        window: int = 128,
+        sample: float = 0.015625,
         sample_seed: int = 0,
         center_decay: float | None = 0.9,
         hash_seed: int = 0,
@@ -70,6 +70,7 @@ class Hyper(HashAttention):
             raise ConfigError(f"mixer.window={window} must be at least 1: a token sees itself.")
         if not 0 < sample < 1:
             raise ConfigError(f"mixer.sample={sample} must be a chance between 0 and 1.")
+        at_most(SEED, sample_seed=sample_seed)
         self.sample = sample
         generator = torch.Generator().manual_seed(1_000_003 * sample_seed + layer_index)
         self.register_buffer("salt", torch.randint(2**31, (self.num_kv_heads,), generator=generator))

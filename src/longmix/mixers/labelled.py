@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from longmix.errors import ConfigError
-from longmix.mixers.base import ModelShape
+from longmix.mixers.base import COUNT, TOKENS, ModelShape, at_most
 from longmix.mixers.measures import Mean, Measure, Metric
 from longmix.mixers.softmax import HeadOptions, Rows, SoftmaxAttention
 from longmix.parallel.slices import Slices
@@ -47,6 +47,7 @@ class LabelledAttention(SoftmaxAttention):
         **options: Unpack[HeadOptions],
     ) -> None:
         super().__init__(shape, layer_index, **options)
+        at_most(TOKENS, window=window)
         if window < 0:
             raise ConfigError(f"mixer.window={window} must be at least 0, which is none.")
         self.num_labels = num_labels
@@ -147,6 +148,7 @@ class AngularHash(nn.Module):
 
     def __init__(self, heads: int, head_dim: int, buckets: int, rounds: int, seed: int) -> None:
         super().__init__()
+        at_most(COUNT, buckets=buckets, rounds=rounds)
         if buckets < 2 or buckets % 2:
             raise ConfigError(f"mixer.buckets={buckets} must be even and at least 2: directions and their opposites.")
         if rounds < 1:

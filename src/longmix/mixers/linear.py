@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from longmix.errors import ConfigError
-from longmix.mixers.base import MixerOutput, ModelShape, checked_sizes, divided
+from longmix.mixers.base import COUNT, FACTOR, REAL, MixerOutput, ModelShape, at_most, checked_sizes, divided
 from longmix.mixers.convolution import ShortConvolution
 from longmix.mixers.recurrences import DecayRecurrence, NormalizedRecurrence
 from longmix.mixers.recurrent import Recurrence, RecurrentMixer, RecurrentState, continued_ids
@@ -54,6 +54,17 @@ class HeadwiseNorm(nn.Module):
         return (scaled if self.bias is None else scaled + self.bias.view(x.shape[-2:])).to(x.dtype)
 
 
+def check_norm_eps(norm_eps: float) -> None:
+    """Refuse a head-wise norm that would divide by the root of a negative number.
+
+    Raises:
+        ConfigError: it is negative, or out of range.
+    """
+    at_most(REAL, norm_eps=norm_eps)
+    if norm_eps < 0:
+        raise ConfigError(f"mixer.norm_eps={norm_eps} must not be negative.")
+
+
 class LinearOptions(TypedDict, total=False):
     """The settings that all mixers on this engine share; see `LinearMixer`."""
 
@@ -76,7 +87,8 @@ class LinearMixer(RecurrentMixer):
         convolution: tokens that a short convolution mixes for queries, keys and gates; 0 for none.
 
     Raises:
-        ConfigError: heads that do not divide, an unknown norm, a convolution of fewer than 2 tokens.
+        ConfigError: heads that do not divide, an unknown norm, a convolution of fewer than 2 tokens, a number out of
+            range.
     """
 
     def __init__(
@@ -92,6 +104,10 @@ class LinearMixer(RecurrentMixer):
         convolution: int = 0,
     ) -> None:
         super().__init__()
+        check_norm_eps(norm_eps)
+        at_most(COUNT, convolution=convolution)
+        if not 0 < key_factor <= FACTOR:
+            raise ConfigError(f"mixer.key_factor={key_factor} must be positive and at most {FACTOR}.")
         self.d_model, self.num_heads, self.normalize = shape.d_model, num_heads, normalize
         self.value_dim = divided(shape.d_model, num_heads, "model.d_model", "mixer.num_heads")
         key_width = round(key_factor * shape.d_model)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longmix.errors import ConfigError
-from longmix.mixers.base import ModelShape
+from longmix.mixers.base import REAL, ModelShape, at_most
 from longmix.mixers.linear import LinearMixer, LinearOptions
 from longmix.recipe import Recipe, set_recipe
 
@@ -49,6 +49,9 @@ class MLSTM(LinearMixer):
         forget_bias: tuple[float, float] = (3.0, 6.0),
         **options: Unpack[LinearOptions],
     ) -> None:
+        at_most(REAL, gate_cap=gate_cap, input_bias=input_bias)
+        for bias in forget_bias:
+            at_most(REAL, forget_bias=bias)
         heads = max(4, shape.d_model // 512) if num_heads is None else num_heads
         super().__init__(shape, layer_index, num_heads=heads, normalize=gate == "exp", **options)
         if gate not in ("sig", "exp"):

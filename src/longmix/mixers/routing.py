@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from longmix.errors import ConfigError
 from longmix.mixers import routing_modes as modes
-from longmix.mixers.base import MixerOutput, ModelShape, checked_sizes
+from longmix.mixers.base import COUNT, REAL, SEED, TOKENS, MixerOutput, ModelShape, at_most, checked_sizes
 from longmix.mixers.centroids import ScoreThreshold, SphericalKMeans, unit, usage
 from longmix.mixers.labelled import empty_rows
 from longmix.mixers.measures import Metric
@@ -61,8 +61,8 @@ class Routing(SoftmaxAttention):
         layer_index: int,
         *,
         mode: str = "argmax_window",
-        clusters: int,
-        window: int,
+        clusters: int = 16,
+        window: int = 512,
         local_heads: int | None = None,
         local_window: int = 256,
         shared_qk: bool = True,
@@ -77,6 +77,10 @@ class Routing(SoftmaxAttention):
         **options: Unpack[HeadOptions],
     ) -> None:
         super().__init__(shape, layer_index, **options)
+        at_most(TOKENS, window=window, local_window=local_window, block=block)
+        at_most(COUNT, clusters=clusters, clusters_per_key=clusters_per_key)
+        at_most(REAL, commitment=commitment)
+        at_most(SEED, centroid_seed=centroid_seed)
         group = self.num_heads // self.num_kv_heads
         self.mode = mode
         self.clusters = clusters
@@ -114,7 +118,11 @@ class Routing(SoftmaxAttention):
             raise ConfigError(f"mixer.mode={self.mode} is unknown; use one of {', '.join(known)}.")
         if centroids not in ("learned", "random"):
             raise ConfigError(f"mixer.centroids={centroids} is unknown; use learned or random.")
-        for key in ("clusters", "window", "local_window", "block", "clusters_per_query", "clusters_per_key"):
+        if self.clusters < 2:
+            raise ConfigError(f"mixer.clusters={self.clusters} must be at least 2; mixer=sliding_window has none.")
+        if not 0 < self.share < 1:
+            raise ConfigError(f"mixer.share={self.share} must be between 0 and 1, or null for 1 / mixer.clusters.")
+        for key in ("window", "local_window", "block", "clusters_per_query", "clusters_per_key"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"mixer.{key}={getattr(self, key)} must be at least 1.")
         for key in ("clusters_per_query", *(("clusters_per_key",) if self.mode == "threshold" else ())):

@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longmix.errors import ConfigError
-from longmix.mixers.base import MixerOutput, ModelShape, checked_sizes, divided
+from longmix.mixers.base import COUNT, MixerOutput, ModelShape, at_most, checked_sizes, divided
 from longmix.mixers.convolution import token_shift
-from longmix.mixers.linear import HeadwiseNorm
+from longmix.mixers.linear import HeadwiseNorm, check_norm_eps
 from longmix.mixers.recurrences import DeltaRecurrence, widened
 from longmix.mixers.recurrent import RecurrentMixer, RecurrentState, continued_ids
 from longmix.parallel.slices import Slices
@@ -103,6 +103,8 @@ class RWKV7(RecurrentMixer):
         norm_eps: float = 64e-5,
     ) -> None:
         super().__init__()
+        check_norm_eps(norm_eps)
+        at_most(COUNT, decay_rank=decay_rank, rate_rank=rate_rank, value_rank=value_rank, gate_rank=gate_rank)
         width = self.recent_channels = shape.d_model
         self.head_dim = head_dim
         self.num_heads = divided(width, head_dim, "model.d_model", "mixer.head_dim")

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longmix.errors import ConfigError
-from longmix.mixers.base import MixerOutput, ModelShape, checked_sizes
+from longmix.mixers.base import COUNT, REAL, SEED, TOKENS, MixerOutput, ModelShape, at_most, checked_sizes
 from longmix.mixers.features import FeatureMap, check_kind, enough_features, predicted_error
 from longmix.mixers.measures import Mean, MeanProduct, Metric
 from longmix.mixers.recurrent import goes_on
@@ -94,6 +94,10 @@ class Scatterbrain(SoftmaxAttention):
         **options: Unpack[HeadOptions],
     ) -> None:
         super().__init__(shape, layer_index, **options)
+        at_most(TOKENS, block=block)
+        at_most(COUNT, past_blocks=past_blocks, num_features=num_features, sinks=sinks)
+        at_most(REAL, radius=radius)
+        at_most(SEED, feature_seed=feature_seed)
         self.block, self.past_blocks, self.summaries = block, past_blocks, summaries
         self.num_features, self.radius, self.one_softmax = num_features, radius, one_softmax
         self._check(sinks)

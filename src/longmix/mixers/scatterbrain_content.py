@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from longmix.errors import ConfigError
-from longmix.mixers.base import ModelShape
+from longmix.mixers.base import SEED, TOKENS, ModelShape, at_most
 from longmix.mixers.labelled import AngularHash
 from longmix.mixers.routing_cache import Rings, with_rings
 from longmix.mixers.scatterbrain import Scatterbrain, ScatterbrainOptions
@@ -54,8 +54,8 @@ class ScatterbrainContent(Scatterbrain):
         shape: ModelShape,
         layer_index: int,
         *,
-        buckets: int,
-        window: int,
+        buckets: int = 16,
+        window: int = 128,
         center_decay: float | None = 0.9,
         hash_seed: int = 0,
         **settings: Unpack[ScatterbrainOptions],
@@ -63,6 +63,8 @@ class ScatterbrainContent(Scatterbrain):
         super().__init__(shape, layer_index, **settings)
         if window < 1:
             raise ConfigError(f"mixer.window={window} must be at least 1; mixer=scatterbrain selects no keys.")
+        at_most(TOKENS, window=window)
+        at_most(SEED, hash_seed=hash_seed)
         self.buckets, self.window = buckets, window
         self.hash = AngularHash(self.num_kv_heads, self.head_dim, buckets, 1, 1_000_003 * hash_seed + layer_index)
         self.query_center = running_center(self.num_heads, self.head_dim, center_decay)

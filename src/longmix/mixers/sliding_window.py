@@ -5,7 +5,7 @@ from typing import Unpack
 from torch import Tensor
 
 from longmix.errors import ConfigError
-from longmix.mixers.base import ModelShape
+from longmix.mixers.base import TOKENS, ModelShape, at_most
 from longmix.mixers.measures import Metric
 from longmix.mixers.softmax import HeadOptions, Rows, SoftmaxAttention
 from longmix_kernels.attention import attention
@@ -25,10 +25,11 @@ class SlidingWindow(SoftmaxAttention):
         shape: ModelShape,
         layer_index: int,
         *,
-        window: int,
+        window: int = 256,
         **options: Unpack[HeadOptions],
     ) -> None:
         super().__init__(shape, layer_index, **options)
+        at_most(TOKENS, window=window)
         if window < 1:
             raise ConfigError(f"mixer.window={window} must be at least 1: a token sees itself.")
         self.window = window

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longmix.errors import ConfigError
-from longmix.mixers.base import Mixer, MixerOutput, ModelShape, checked_sizes, divided
+from longmix.mixers.base import REAL, Mixer, MixerOutput, ModelShape, at_most, checked_sizes, divided
 from longmix.mixers.measures import Metric
 from longmix.mixers.rotary import rotary_angles, rotate, token_positions
 from longmix.parallel.slices import Slices
@@ -133,6 +133,7 @@ class SoftmaxAttention(Mixer):
         qk_norm: bool = True,
     ) -> None:
         super().__init__()
+        at_most(REAL**2, rotary_base=rotary_base)
         heads_key = "model.num_heads" if num_heads is None else "mixer.num_heads"
         self.num_heads = shape.num_heads if num_heads is None else num_heads
         self.head_dim = divided(shape.d_model, self.num_heads, "model.d_model", heads_key)

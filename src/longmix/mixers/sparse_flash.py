@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from longmix.errors import ConfigError
-from longmix.mixers.base import ModelShape
+from longmix.mixers.base import REAL, SEED, ModelShape, at_most
 from longmix.mixers.labelled import AngularHash, LabelledAttention
 from longmix.mixers.measures import Mean, Metric
 from longmix.mixers.running import RunningMean
@@ -48,7 +48,7 @@ class HashAttention(LabelledAttention):
         shape: ModelShape,
         layer_index: int,
         *,
-        buckets: int,
+        buckets: int = 16,
         rounds: int = 1,
         shared_qk: bool = False,
         see_self: bool = True,
@@ -76,6 +76,7 @@ class HashAttention(LabelledAttention):
         self.shared_qk = shared_qk
         if shared_qk:
             del self.key, self.key_norm
+        at_most(SEED, hash_seed=hash_seed)
         seed = 1_000_003 * hash_seed + layer_index
         self.hash = AngularHash(self.num_kv_heads, self.head_dim, buckets, rounds, seed)
         self.query_center = running_center(self.num_heads, self.head_dim, center_decay)
@@ -153,7 +154,7 @@ class DropAttention(LabelledAttention):
         shape: ModelShape,
         layer_index: int,
         *,
-        keep: float,
+        keep: float = 0.5,
         score: str = "learned",
         balance: float = 1.0,
         window: int = 0,
@@ -173,6 +174,8 @@ class DropAttention(LabelledAttention):
             raise ConfigError(f"mixer.score={score} is unknown; use learned or random.")
         if balance < 0:
             raise ConfigError(f"mixer.balance={balance} must not be negative.")
+        at_most(REAL, balance=balance)
+        at_most(SEED, drop_seed=drop_seed)
         self.keep = keep
         self.balance = balance
         both = self.num_heads + self.num_kv_heads
