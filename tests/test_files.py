@@ -55,7 +55,9 @@ def test_leftovers_of_dead_processes_go_and_those_of_live_ones_stay(tmp_path, co
     assert [path.name for path in tmp_path.iterdir()] == ["alive"]
 
 
-@pytest.mark.parametrize("isolated", [(), ("unshare", "--pid", "--fork")], ids=["same", "another-pid-namespace"])
+@pytest.mark.parametrize(
+    "isolated", [(), ("unshare", "--pid", "--fork", "--mount-proc")], ids=["same", "another-pid-namespace"]
+)
 def test_a_writer_that_another_process_cannot_see_keeps_what_it_writes(tmp_path, isolated):
     if isolated and subprocess.run([*isolated, "true"], capture_output=True, check=False).returncode:
         pytest.skip("no pid namespaces here")

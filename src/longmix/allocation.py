@@ -1,9 +1,7 @@
-"""One line instead of a traceback where memory does not suffice."""
+"""One line instead of a traceback where memory does not suffice; nothing heavy is imported here."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import torch
 
 from longmix.errors import ConfigError
 
@@ -23,7 +21,8 @@ def allocation_errors(what: str, cure: str) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         words = str(error).splitlines()[0] if str(error) else "memory is used up"
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+        known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        known = known or "allocate memory" in str(error)
         if not known:
             raise
         raise ConfigError(f"{what} takes more memory than there is ({words}); {cure}") from error

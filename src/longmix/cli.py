@@ -18,6 +18,7 @@ from hydra.errors import CompactHydraException, HydraException
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
+from longmix.allocation import allocation_errors
 from longmix.command_line import values
 from longmix.command_line.explain import explained, misformed, wrong_sweep
 from longmix.command_line.help import help_text, version_text
@@ -192,6 +193,9 @@ class RunFailed(CompactHydraException):
         self.exit_code = exit_code
 
 
+NEEDS_LESS = "give a smaller model, seq_len or batch_size; python -m longmix.planning tells how much is needed."
+
+
 def entry_point(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Run a Hydra task; an error meant for the user is printed alone and ends the process with its exit code.
 
@@ -201,7 +205,7 @@ def entry_point(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
     @functools.wraps(task)
     def run(config: Any) -> Any:
         try:
-            with memory_explained():
+            with allocation_errors("this", NEEDS_LESS):
                 result = task(config)
         except LongmixError as error:
             message = f"{type(error).__name__}: {error}"
@@ -222,31 +226,6 @@ def entry_point(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return result
 
     return run
-
-
-@contextlib.contextmanager
-def memory_explained() -> Iterator[None]:
-    """Turn a lack of memory, which Python and torch each show in their way, into one error.
-
-    Raises:
-        ConfigError: says how much was asked for, where that is known.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        text = str(error)
-        if isinstance(error, MemoryError):
-            asked = text
-        elif "can't allocate memory" in text or type(error).__name__ == "OutOfMemoryError":
-            found = re.search(r"[Tt]ried to allocate ([\d.]+ [KMGT]?i?[Bb](?:ytes)?)", text)
-            asked = found[1] if found else ""
-        else:
-            raise
-        more = f": {asked} more were asked for" if asked else ""
-        raise ConfigError(
-            f"there is not enough memory{more}. A smaller model, seq_len or batch_size (or trainer.micro_batch_size) "
-            "needs less; python -m longmix.planning tells how much."
-        ) from error
 
 
 def _speaks(error: LongmixError) -> bool:

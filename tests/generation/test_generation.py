@@ -189,6 +189,35 @@ WRONG = {
 }
 
 
+RESAVED = {
+    "no-ids": lambda about: about.pop("ids"),
+    "ids-text": lambda about: about.update(ids="ab"),
+    "fewer-rows": lambda about: about["ids"].clear(),
+    "more-rows": lambda about: about["ids"].append([1]),
+    "row-text": lambda about: about.update(ids=["ab"]),
+    "large-id": lambda about: about["ids"][0].append(10**9),
+    "negative-id": lambda about: about["ids"][0].append(-1),
+    "true-id": lambda about: about["ids"][0].append(True),
+    "long-row": lambda about: about["ids"][0].extend([1] * 1000),
+    "no-generator": lambda about: about.pop("generator"),
+    "generator-text": lambda about: about.update(generator="x"),
+    "generator-short": lambda about: about.update(generator=about["generator"][:7]),
+    "generator-float": lambda about: about.update(generator=about["generator"].float()),
+}
+
+
+def test_a_saved_text_with_other_tokens_is_refused_by_name(generated, tmp_path):
+    generated("max_tokens=3", "prompt=ab", f"save={tmp_path}/saved")
+    generated("max_tokens=1", f"load={tmp_path}/saved")
+    for name, change in RESAVED.items():
+        content = torch.load(tmp_path / "saved", weights_only=True)
+        change(content["about"])
+        save_tensors(tmp_path / name, content)
+        with pytest.raises(CheckpointError, match=name) as caught:
+            generated("max_tokens=1", f"load={tmp_path / name}")
+        assert "\n" not in str(caught.value), name
+
+
 def shrink(plain, change=lambda x: x[..., :-1]):
     """Change every tensor of a state in its plain form."""
     items = plain.items() if isinstance(plain, dict) else enumerate(plain) if isinstance(plain, list) else ()

@@ -50,7 +50,9 @@ def check_size(path: Path, facts: Facts) -> None:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {reason_of(error)}. {cure(path.parent)}") from error
     if size != facts.get("bytes"):
-        raise CheckpointError(f"{path} has {size} bytes instead of {facts.get('bytes')}. {cure(path.parent)}")
+        raise CheckpointError(
+            f"{path} has {size} bytes instead of {shortened(facts.get('bytes'))}. {cure(path.parent)}"
+        )
 
 
 def check_file(path: Path, facts: Facts) -> None:

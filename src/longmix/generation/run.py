@@ -13,6 +13,7 @@ from rich.progress import track
 
 from longmix import config as configuration
 from longmix.allocation import allocation_errors
+from longmix.checkpoints import reading
 from longmix.config import Node
 from longmix.console import is_gone
 from longmix.data.tokenizers import Tokenizer
@@ -109,9 +110,10 @@ def _begun(
         session, about = Session.load(Path(words["load"]), restored.model, restored.device)
         if {key: about.get(key) for key in _identity(restored)} != _identity(restored):
             raise ConfigError(f"load={words['load']} was saved with another checkpoint; give that one.")
-        if words["seed"] is None:
-            generator.set_state(about["generator"].cpu())
-        ids = about["ids"]
+        with reading(Path(words["load"]), "saved generation of this model"):
+            if words["seed"] is None:
+                generator.set_state(about["generator"].cpu())
+            ids = _saved_ids(about, session, restored.tokenizer)
     else:
         ids = [_encoded(restored.tokenizer, prompt) for prompt in prompts]
         session = Session(restored.model, len(ids))
@@ -122,6 +124,26 @@ def _begun(
         Console(stderr=True).print(text, highlight=False)
     samples = words["samples"]
     return session.fork(samples), [list(row) for row in ids for _ in range(samples)]
+
+
+def _saved_ids(about: dict[str, Any], session: Session, tokenizer: Tokenizer) -> list[list[int]]:
+    """The tokens of a saved generation's rows; call inside `reading`.
+
+    Raises:
+        ValueError: they are not tokens, or of other rows.
+    """
+    ids = about["ids"]
+    known = range(max(tokenizer.vocab_size, session.model.vocab_size))
+    if not isinstance(ids, list) or len(ids) != session.batch:
+        raise ValueError(f"it does not hold the tokens of {session.batch} rows")
+    for row in ids:
+        if (
+            not isinstance(row, list)
+            or len(row) > session.length
+            or not all(type(i) is int and i in known for i in row)
+        ):
+            raise ValueError("a row holds what is no token of the model, or more tokens than were read")
+    return ids
 
 
 def _identity(restored: Restored) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from longmix.checkpoints import load_tensors, reading, save_tensors
+from longmix.checkpoints.reading import check_weight
 from longmix.model.backbone import LanguageModel
 
 FORMAT, WITHOUT_DIGEST = 2, 1
@@ -124,6 +125,7 @@ class Session:
                 raise ValueError(f"its {name} is {number!r}")
         wanted = (self.batch, self.model.head.weight.shape[0])
         logits = self.logits
+        check_weight("the scores", logits)
         if not (isinstance(logits, Tensor) and logits.is_floating_point() and tuple(logits.shape) == wanted):
             raise ValueError(f"its scores do not have the shape {list(wanted)}")
 
