@@ -3,10 +3,10 @@
 import pytest
 import torch
 from mixer_table import MIXERS, SHAPE, scatterbrain
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from longmix.analysis.causality import audit, mixer_function
+from longmix.analysis.state_sizes import held_bytes
 from longmix.errors import ConfigError
 from longmix.mixers.base import Mixer, ModelShape
 from longmix.mixers.block_sparse import BlockSparse
@@ -18,9 +18,7 @@ from longmix.mixers.labelled import LabelledAttention
 from longmix.mixers.mlstm import MLSTM
 from longmix.mixers.recurrent import RecurrentMixer
 from longmix.mixers.routing import Routing
-from longmix.mixers.routing_cache import RoutingState
 from longmix.mixers.rwkv7 import RWKV7
-from longmix.mixers.scatterbrain_cache import ScatterbrainState
 from longmix.mixers.scatterbrain_content import ScatterbrainContent
 from longmix.mixers.sliding_window import SlidingWindow
 from longmix.mixers.sparse_flash import DropAttention, HashAttention
@@ -126,24 +124,10 @@ def test_without_a_state_none_is_returned(mixer):
 
 def test_state_bytes_are_what_the_state_holds(mixer):
     output = mixer(inputs(), state=mixer.init_state(2))
+    held, _ = held_bytes(output.state)
+    assert held == 2 * mixer.state_bytes(29)
     if isinstance(mixer, RecurrentMixer):
-        held = sum(x.nbytes for x in tree_leaves((output.state.carried, output.state.recent)) if x is not None) // 2
         assert mixer.state_bytes(29) == mixer.state_bytes(10**6)
-    elif isinstance(output.state, ScatterbrainState):
-        recent = output.state.recent
-        far = output.state.far
-        far = (far.key, far.value) if mixer.summaries else far
-        rings = output.state.rings
-        rings = None if rings is None else (rings.key, rings.value)
-        cached = tree_leaves((recent.key, recent.value, recent.features, recent.labels, far, rings))
-        held = sum(x.nbytes for x in cached if x is not None) // 2
-    elif isinstance(output.state, RoutingState):
-        recent, rings = output.state.recent, output.state.rings
-        held = sum(x.nbytes for x in (recent.key, recent.value, rings.key, rings.value)) // 2
-    else:
-        cached = output.state.key, output.state.value, output.state.key_labels
-        held = sum(x.nbytes for x in cached if x is not None) // 2
-    assert held == mixer.state_bytes(29)
 
 
 def test_flops_equal_the_counted_matrix_products():

@@ -20,6 +20,8 @@ def held_bytes(state: Any) -> tuple[int, int]:
         named = {field.name: getattr(state, field.name) for field in fields(state)}
     elif isinstance(state, tuple) and hasattr(state, "_asdict"):
         named = state._asdict()
+    elif isinstance(state, dict):
+        named = {str(name): part for name, part in state.items()}
     elif isinstance(state, list | tuple):
         named = {str(place): part for place, part in enumerate(state)}
     else:
