@@ -1,10 +1,14 @@
 import os
 import signal
+import subprocess
+import sys
+import time
 from signal import SIGINT, SIGTERM, SIGUSR1, SIGUSR2
 
 import pytest
 import torch
 
+from longmix.errors import Interrupted
 from longmix.training import signals
 from longmix.training.signals import SignalWatch
 
@@ -68,6 +72,36 @@ def test_who_had_the_signal_is_told_of_those_that_ask_for_a_requeue_alone(number
         assert told == [(number, None)]
     else:
         assert hand_on is None
+
+
+HANGS = """
+import os, sys, time
+from longmix.training import signals
+signals.PATIENCE_SECONDS = 0.5
+watch = signals.process_watch()
+with watch.raising(), watch.noting(worth_saving={worth_saving}):
+    print("up", flush=True)
+    time.sleep(3)  # in the place of a call that waits for another process
+sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize(("worth_saving", "code"), [(False, Interrupted.exit_code), (True, 7)])
+def test_a_process_that_waits_for_others_with_nothing_to_save_ends(worth_saving, code):
+    command = [sys.executable, "-c", HANGS.format(worth_saving=worth_saving)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "up\n"
+        process.send_signal(SIGUSR1)
+        assert process.wait(60) == code
+        assert ("SIGUSR1 came before this command's first step" in process.stderr.read()) == (code == 75)
+
+
+def test_a_watch_that_was_removed_ends_nothing(monkeypatch):
+    monkeypatch.setattr(signals, "PATIENCE_SECONDS", 0.05)
+    watch = SignalWatch()
+    with watch.noting(worth_saving=False):
+        send(SIGTERM)
+    time.sleep(0.3)
 
 
 def test_nobody_is_told_where_nobody_had_the_signal(watch):

@@ -284,7 +284,7 @@ def _fit(
     )
     # its handler would exchange a word with processes that may be gone
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-    with supervisor.signals.noting():
+    with supervisor.signals.noting(worth_saving=False):
         try:
             trainer.fit(module, datamodule=data)
         except SystemExit as end:  # which Lightning makes of Ctrl-C

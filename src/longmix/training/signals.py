@@ -25,6 +25,9 @@ REQUEUE = (signal.SIGUSR1, signal.SIGUSR2)
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, *REQUEUE)
 """The later ones count for more where several come."""
 
+PATIENCE_SECONDS = 10.0
+"""How long a signal waits for a call in C++ while there is nothing to save: it may be for a process that is gone."""
+
 SAME_PRESS_SECONDS = 1.0
 """A terminal sends Ctrl-C to all processes, and launchers pass it on: within this time it is the same one."""
 
@@ -46,6 +49,7 @@ class SignalWatch:
     Attributes:
         received: the signal that counts, once there was one.
         answer: what the next one does.
+        worth_saving: whether the process has something to save, and so as much time as that takes.
     """
 
     def __init__(self) -> None:
@@ -54,6 +58,8 @@ class SignalWatch:
         self._since = 0.0
         self._previous: dict[signal.Signals, Any] = {}
         self._process = 0
+        self.worth_saving = False
+        self._wakeup: int | None = None
 
     @property
     def installed(self) -> bool:
@@ -72,12 +78,32 @@ class SignalWatch:
             if before != self._note:
                 self._previous[number] = before
                 signal.signal(number, self._note)
+        if self._wakeup is None:
+            reader, self._wakeup = os.pipe()
+            os.set_blocking(self._wakeup, False)
+            signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+            threading.Thread(target=self._end_what_hangs, args=(reader, self._wakeup), daemon=True).start()
+
+    def _end_what_hangs(self, reader: int, wakeup: int) -> None:
+        """In a thread: end the process where its main thread does not come to it, as it waits for others in C++."""
+        while number := os.read(reader, 1):
+            if number[0] in SIGNALS:
+                time.sleep(PATIENCE_SECONDS)
+                if self._wakeup == wakeup and not self.worth_saving and os.getpid() == self._process:
+                    self.received = self.received or signal.Signals(number[0])
+                    if self.earlier_handler() is None:
+                        self.exit_now()
+        os.close(reader)
 
     def remove(self) -> None:
         """Give the signals back, and forget what came."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if self._wakeup is not None:
+            signal.set_wakeup_fd(-1)
+            os.close(self._wakeup)
         self._previous, self.received, self.answer = {}, None, Answer.NOTE
+        self._wakeup, self.worth_saving = None, False
 
     def exit_at_once(self) -> None:
         """From here on a signal ends the process; see `Answer.EXIT`."""
@@ -88,15 +114,15 @@ class SignalWatch:
     def raising(self) -> Iterator[None]:
         """From here on a signal raises KeyboardInterrupt, now if one has come; gives back what it took."""
         with self._given_back():
-            self.answer = Answer.RAISE
+            self.answer, self.worth_saving = Answer.RAISE, False
             self.check()
             yield
 
     @contextlib.contextmanager
-    def noting(self) -> Iterator[None]:
+    def noting(self, worth_saving: bool = True) -> Iterator[None]:
         """From here on a signal is noted, also behind this block if signals came here before it."""
         with self._given_back():
-            self.answer = Answer.NOTE
+            self.answer, self.worth_saving = Answer.NOTE, worth_saving
             yield
 
     def check(self) -> None:
@@ -189,7 +215,9 @@ def resumable(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
                 text = _interruption(watch, error)
                 if text is None:
                     raise
-                raise Interrupted(text, watch.earlier_handler()) from None
+                interrupted = Interrupted(text, watch.earlier_handler())
+                interrupted.shared = not isinstance(error, ProcessLost)  # the first process may be the one that is gone
+                raise interrupted from None
 
     return run
 
@@ -199,7 +227,7 @@ def _interruption(watch: SignalWatch, error: BaseException) -> str | None:
     if watch.received is None:
         return None
     if isinstance(error, ProcessLost):
-        return f"{watch.received.name} came, and another process ended first. Run the same command with resume=auto."
+        return f"{watch.received.name} came, and {error}"
     if watch.answer is Answer.RAISE:
         return watch.before_the_first_step()
     return None

@@ -131,6 +131,7 @@ class Supervisor(Callback):
         self.data.evaluation_windows("validation", self.config["seq_len"], self.data.validation_tokens)
         if self.signals.anywhere(module.device):
             raise Interrupted(self.signals.before_the_first_step(), self.signals.earlier_handler())
+        self.signals.worth_saving = True  # and all processes have come this far
         self.progress.open()
         last = module.step == module.total_steps
         if module.step and (last or self._due("validate_every", module.step)) and not self.is_validated(module.step):
