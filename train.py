@@ -22,9 +22,12 @@ cli.register()
 @resumable
 def main(config: DictConfig) -> float | None:
     """Check the configuration, then train; the validation loss is what a sweep's search makes small."""
-    from longmix.training.run import train  # torch and lightning take seconds to import
+    from longmix.allocation import allocation_errors  # torch and lightning take seconds to import
+    from longmix.training.run import train
 
-    return train(config).get("validation", {}).get("loss")
+    cure = "make seq_len, batch_size or the model smaller, or trainer.micro_batch_size."
+    with allocation_errors("training", cure):
+        return train(config).get("validation", {}).get("loss")
 
 
 if __name__ == "__main__":

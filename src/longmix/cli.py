@@ -28,6 +28,7 @@ from longmix.command_line.register import windows as windows
 from longmix.command_line.schema import Schema, configs_folder
 from longmix.command_line.words import Word, divided, is_sweep
 from longmix.errors import ConfigError, Interrupted, LongmixError, ProcessLost
+from longmix.printable import LINES, printable
 from longmix.startup import INTERRUPTED
 from longmix.training.place import leave, own_place, process_rank
 
@@ -181,7 +182,7 @@ def _frames_of_task(error: BaseException) -> Any:
 
 
 def _end(error: LongmixError) -> NoReturn:
-    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    print(f"{type(error).__name__}: {printable(error, keep=LINES)}", file=sys.stderr)
     sys.exit(error.exit_code)
 
 
@@ -210,7 +211,7 @@ def entry_point(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
         except LongmixError as error:
             message = f"{type(error).__name__}: {error}"
             if _speaks(error):
-                print(message, file=sys.stderr)
+                print(printable(message, keep=LINES), file=sys.stderr)
             if not isinstance(error, Interrupted) or process_rank() == 0:  # the first may be about to use the folder
                 _remove_unused_folder()
             if isinstance(error, Interrupted) and error.hand_on is not None:

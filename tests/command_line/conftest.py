@@ -1,5 +1,6 @@
 """A command run in this process, as far as its task."""
 
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,8 @@ def call(capsys: pytest.CaptureFixture, command: str, arguments: list[str], task
             task(config)
 
     before = sys.argv
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
     sys.argv = [f"{command}.py", *arguments]
     capsys.readouterr()
     try:
@@ -52,6 +55,7 @@ def call(capsys: pytest.CaptureFixture, command: str, arguments: list[str], task
         outcome.code = end.code
     finally:
         sys.argv = before
+        root.handlers[:], root.level = handlers, level  # Hydra's log to streams that end with the test
         HydraConfig.instance().cfg = None
     outcome.out, outcome.err = capsys.readouterr()
     return outcome

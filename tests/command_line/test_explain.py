@@ -84,6 +84,25 @@ def test_refused_in_one_line(run_words, tmp_path, command, line, expected):
 
 
 @pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        ("prepare", "~hydra.mode=choice(1,2)"),
+        ("evaluate", "--cfg +data="),
+        ("evaluate", "--info ++task="),
+        ("train", ""),
+    ],
+)
+def test_no_message_is_longer_than_a_screen(run_words, command, line):
+    outcome = run_words(command, *f"{line}{'x' * 5000}".split(" "))
+    assert outcome.code == 2 and len(outcome.err.splitlines()) == 1 and len(outcome.err) < 1500
+
+
+def test_no_character_of_a_message_steers_the_terminal(run_words):
+    assert "\x1b" not in run_words("train", "\x1b[31mseed").err
+    assert "\x1b" not in run_words("train", "seq_len=\x1b[31m").err
+
+
+@pytest.mark.parametrize(
     ("command", "line", "key", "value"),
     [
         ("train", "seed=1 seed=2", "seed", 2),

@@ -1,10 +1,10 @@
 """Why a command line was refused, in one line that names the word and the cure."""
 
 import difflib
+import os
 import re
 import shlex
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -20,6 +20,7 @@ from longmix.config import _described, _fits
 NAME = re.compile(r"[A-Za-z_][\w/-]*(\.(\w|-)+)*(@[\w.:]*)?", re.ASCII)
 PATTERN_TERM = re.compile(r"([\w-]+)(?:\*([1-9]\d*))?", re.ASCII)
 SHOWN = 120  # characters of a word that a message repeats
+LONGEST = 800  # characters of a message of Hydra's own
 FROM_CHECKPOINT = {"mixer", "model", "block", "tokenizer", "optimizer", "data"}
 
 
@@ -89,7 +90,7 @@ def _alone(schema: Schema, words: Sequence[Word], place: int) -> str:
         return f"{_shown(word.given)} stands alone; write {' or '.join(chosen)}."
     if word.given.lower() in ("help", "?", "usage"):
         return f"{word.given} is not a word; {program} -h prints the help."
-    if "checkpoint" in schema.words and Path(word.given).exists():
+    if "checkpoint" in schema.words and os.path.exists(word.given):  # noqa: PTH110 (Path fails at a name too long)
         return f"{_shown(word.given)} stands alone; write {_quoted(f'checkpoint={word.given}')}."
     close = _close(word.given, [*schema.words, *schema.groups])
     hint = f" Did you mean {close}=VALUE?" if close else ""
@@ -341,6 +342,7 @@ def _cleaned(error: BaseException) -> str:
     text = str(inner) or str(error) or type(error).__name__
     text = re.split(r"\n\s*(?:Config s|S)earch path:|\nSee https://|\n\s*full_key:|\n\s*reference_type=", text)[0]
     text = " ".join(text.split()).replace("To append to your config use +", "Add it with +")
+    text = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
     text = text if text.endswith(".") else f"{text}."
     return f"{key}: {text}" if key and key not in text else text
 

@@ -11,6 +11,7 @@ from hydra._internal.utils import get_args_parser
 
 from longmix.errors import ConfigError
 
+LONGEST = 800  # characters of a message of argparse's own
 SWEEP_OPTIONS = {"-m", "--multirun"}
 
 
@@ -45,7 +46,7 @@ class Word:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}.")
+        raise ConfigError(f"{message[:LONGEST]}.")
 
 
 def divided(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
