@@ -41,6 +41,7 @@ def check_model_state(state: dict[str, Any]) -> None:
     Raises:
         ValueError: names the entry.
     """
+    _check_counts(state, {"step": 0})
     _is_dict(state, "tokenizer")
     config = _is_dict(state, "config")
     lacking = [key for key in CONFIG_KEYS if key not in config]

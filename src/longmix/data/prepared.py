@@ -153,7 +153,7 @@ def _copy(filesystem: Any, remote: str, path: Path, url: str, sha256: str | None
         raise _Unreachable(f"{type(error).__name__}: {error}") from error
     found = sha256_of_file(path)
     if sha256 is not None and found != sha256:
-        raise DataError(f"expected SHA-256 {sha256} but found {found}; upload {url} again")
+        raise DataError(f"expected SHA-256 {shortened(sha256)} but found {found}; upload {url} again")
 
 
 def open_remote(url: str, cache_dir: Path, most_shards: int) -> TokenFile:
