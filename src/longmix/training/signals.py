@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,14 @@ class Answer(enum.Enum):
     """Remember it; the run saves and stops at the next step boundary."""
 
 
+@dataclass(eq=False)
+class _Wakeup:
+    """A pipe into which the system writes the number of each signal, also where Python does not come to run."""
+
+    reader: int
+    writer: int
+
+
 class SignalWatch:
     """Answers signals for this process; a second Ctrl-C acts at once, for those who cannot wait.
 
@@ -59,7 +68,7 @@ class SignalWatch:
         self._previous: dict[signal.Signals, Any] = {}
         self._process = 0
         self.worth_saving = False
-        self._wakeup: int | None = None
+        self._wakeup: _Wakeup | None = None
 
     @property
     def installed(self) -> bool:
@@ -79,21 +88,21 @@ class SignalWatch:
                 self._previous[number] = before
                 signal.signal(number, self._note)
         if self._wakeup is None:
-            reader, self._wakeup = os.pipe()
-            os.set_blocking(self._wakeup, False)
-            signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
-            threading.Thread(target=self._end_what_hangs, args=(reader, self._wakeup), daemon=True).start()
+            self._wakeup = _Wakeup(*os.pipe())
+            os.set_blocking(self._wakeup.writer, False)
+            signal.set_wakeup_fd(self._wakeup.writer, warn_on_full_buffer=False)
+            threading.Thread(target=self._end_what_hangs, args=(self._wakeup,), daemon=True).start()
 
-    def _end_what_hangs(self, reader: int, wakeup: int) -> None:
+    def _end_what_hangs(self, wakeup: "_Wakeup") -> None:
         """In a thread: end the process where its main thread does not come to it, as it waits for others in C++."""
-        while number := os.read(reader, 1):
+        while number := os.read(wakeup.reader, 1):
             if number[0] in SIGNALS:
                 time.sleep(PATIENCE_SECONDS)
-                if self._wakeup == wakeup and not self.worth_saving and os.getpid() == self._process:
+                if self._wakeup is wakeup and not self.worth_saving and os.getpid() == self._process:
                     self.received = self.received or signal.Signals(number[0])
                     if self.earlier_handler() is None:
                         self.exit_now()
-        os.close(reader)
+        os.close(wakeup.reader)
 
     def remove(self) -> None:
         """Give the signals back, and forget what came."""
@@ -101,7 +110,7 @@ class SignalWatch:
             signal.signal(number, handler)
         if self._wakeup is not None:
             signal.set_wakeup_fd(-1)
-            os.close(self._wakeup)
+            os.close(self._wakeup.writer)
         self._previous, self.received, self.answer = {}, None, Answer.NOTE
         self._wakeup, self.worth_saving = None, False
 
