@@ -41,6 +41,11 @@ def linear_attention(
     for float64 inputs. Exactly differentiable, once, in all tensors but `document_ids`, also through the returned
     state; its `log_scale` counts as a constant there, since what it means is multiplied into the other two.
 
+    With `normalize`, the gradient of a query that is nearly orthogonal to n_t is a small difference of large terms, and
+    float32 loses digits of it in any order. With `log_input` from -15 to 15, the mixers' cap, it stayed within 3e-4 of
+    float64 in random draws, relative to the largest; up to 300 it was lost, token by token as in chunks of any size,
+    and outputs were right to 2e-3. In float64 the implementations agree.
+
     Args:
         query: [B, T, H, Dk], float16, bfloat16, float32 or float64.
         key: [B, T, H, Dk], same dtype.
