@@ -47,6 +47,14 @@ EXIT_CODES = {
 }
 
 
+NUMBERS = {
+    "train.py": {"seed": 0, "loop.gradient_clip": 1.0, "loop.async_checkpoints": "false"},
+    "generate.py": {"samples": 1, "temperature": 1.0, "min_p": 0.0},
+    "prepare.py": {"workers": 0},
+}
+"""Defaults as -h shows them: numbers are no switches, though 1 == True."""
+
+
 def imported_packages(import_times: str) -> set[str]:
     """Top-level packages in the output of `python -X importtime`."""
     return set(re.findall(r"^import time:.*\|\s*(\w+)\s*$", import_times, re.MULTILINE))
@@ -67,6 +75,8 @@ class TestProcesses:
         assert done.code == 0
         listed = re.findall(r"^  ([\w/]+)[.\w]*=", done.out, re.MULTILINE)
         assert {entry.name for entry in fields(schema)} <= set(listed)
+        defaults = [f"  {name}={value} " for name, value in NUMBERS.get(program, {}).items()]
+        assert [text for text in defaults if text not in done.out] == []
         mixers = sorted(path.stem for path in (CONFIGS / "mixer").glob("*.yaml"))
         assert (f"layers: {', '.join(mixers)} " in " ".join(done.out.split())) == (schema is TrainConfig)
         assert {"hydra", "longmix"} <= imported_packages(done.err)

@@ -10,7 +10,14 @@ import pytest
 
 from longmix import files
 from longmix.errors import StorageError
-from longmix.files import atomic_directory, remove_directory, remove_leftovers, replace_file, replace_json
+from longmix.files import (
+    atomic_directory,
+    check_replaceable,
+    remove_directory,
+    remove_leftovers,
+    replace_file,
+    replace_json,
+)
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
@@ -120,6 +127,15 @@ def test_a_device_or_folder_is_not_replaced_by_a_file(tmp_path):
         with pytest.raises(StorageError, match="not a regular file"):
             replace_json(tmp_path / name, {})
     assert stat.S_ISFIFO((tmp_path / "fifo").stat().st_mode)
+
+
+def test_a_place_is_checked_before_the_work(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for name, words in (("folder", "not a regular file"), ("missing/x", "there is no folder")):
+        with pytest.raises(StorageError, match=words):
+            check_replaceable(tmp_path / name)
+    check_replaceable(tmp_path / "folder" / "x")
+    assert list((tmp_path / "folder").iterdir()) == []
 
 
 def test_names_as_long_as_the_file_system_takes(tmp_path):

@@ -103,6 +103,9 @@ class TestSweeps:
         words = ["experiment=shootout", "mixer=flash,rwkv7", "+a=1", "seed=range(3)", "model.d_model=64", "lr=2"]
         assert same_words(words, ["lr"]) == ["experiment", "a", "model.d_model"]
 
+    def test_of_two_equal_words_the_last_one_says_whether_it_was_swept(self):
+        assert same_words(["seq_len=64", "seed=1,2", "seq_len=32,64", "seed=1"]) == ["seed"]
+
     def test_each_sweep_has_a_folder_of_its_own(self, compose_config, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         folders = []

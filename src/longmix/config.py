@@ -20,7 +20,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from longmix.errors import ConfigError
+from longmix.errors import ConfigError, settings_at
 from longmix.naming import check_name
 
 Node = dict[str, Any]
@@ -294,7 +294,8 @@ def build(node: Node, key: str, **supplied: Any) -> Any:
     own = {
         name: _built_value(value, hints[name], f"{key}.{name}") for name, value in node.items() if name != "_target_"
     }
-    return target(**own, **supplied)
+    with settings_at(key if key.startswith("data.corpora.") else "data.corpus", "data.corpus"):
+        return target(**own, **supplied)
 
 
 def _built_value(value: Any, hint: Any, key: str) -> Any:

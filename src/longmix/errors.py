@@ -5,7 +5,9 @@ entry points print that message alone and exit with `exit_code`; any other excep
 its traceback.
 """
 
-from collections.abc import Callable
+import contextlib
+import re
+from collections.abc import Callable, Iterator
 
 
 class LongmixError(Exception):
@@ -18,6 +20,17 @@ class LongmixError(Exception):
 
     exit_code = 2
     shared = False
+
+
+@contextlib.contextmanager
+def settings_at(place: str, usual: str) -> Iterator[None]:
+    """Errors that name settings of `usual`, such as data.corpus, name those of `place`, such as data.corpora.books."""
+    try:
+        yield
+    except LongmixError as error:
+        if place != usual:
+            error.args = tuple(re.sub(rf"\b{re.escape(usual)}(?=[.=:])", place, str(text)) for text in error.args)
+        raise
 
 
 class ConfigError(LongmixError):

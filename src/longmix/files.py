@@ -77,14 +77,28 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         StorageError: it cannot be written, or the name is that of a folder or a device.
     """
+    check_replaceable(path)
     with storage_errors(path):
-        if path.exists() and not path.is_file():  # a rename would put a file in the place of /dev/null
-            raise OSError(errno.EINVAL, "it is not a regular file")
         with _temporary(path) as temporary:
             write(temporary)
             sync_file(temporary)
             temporary.replace(path)
         sync_file(path.parent)
+
+
+def check_replaceable(path: Path) -> None:
+    """Refuse a place that `replace_file` could not write to: ask before work whose result goes there.
+
+    Raises:
+        StorageError: its folder is missing or may not be written to, or the name is that of a folder or a device.
+    """
+    with storage_errors(path):
+        if path.exists() and not path.is_file():  # a rename would put a file in the place of /dev/null
+            raise OSError(errno.EINVAL, "it is not a regular file")
+        if not path.parent.is_dir():
+            raise OSError(errno.ENOENT, f"there is no folder {path.parent}")
+        if not os.access(path.parent, os.W_OK):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 @contextlib.contextmanager

@@ -182,11 +182,8 @@ def same_words(words: Iterable[str], swept: Iterable[str] = ()) -> list[str]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     parsed = OverridesParser.create().parse_overrides(list(words))
-    return [
-        override.key_or_group
-        for override in parsed
-        if not override.is_sweep_override() and override.key_or_group not in set(swept)
-    ]
+    last = {override.key_or_group: override for override in parsed}  # of two equal words the last one counts
+    return [name for name, override in last.items() if not override.is_sweep_override() and name not in set(swept)]
 
 
 def _key(word: str) -> str:

@@ -41,6 +41,7 @@ REFUSED = [
     ("train", "name=\udcff", "name=\\udcff is not valid UTF-8."),
     ("train", "mixer=sliding_window*0+flash", "the count '0' of sliding_window must be a whole number from 1."),
     ("train", "mixer=sliding_window*x+flash", "the count 'x' of sliding_window must be a whole number from 1."),
+    ("train", "mixer=flash+sliding_window*99999", "99999 layers of sliding_window are too many; give at most 9999."),
     ("train", "mixer=sliding_window+", "mixer=sliding_window+ has nothing on one side of a +;"),
     ("train", "mixer=sliding_windw*2+flash", "there is no mixer 'sliding_windw'. Did you mean sliding_window?"),
     ("train", "mixer=flash,rwkv7", "gives several values; write -m mixer=flash,rwkv7 for one run with each."),

@@ -166,6 +166,26 @@ def test_a_wrong_setting_of_a_corpus_is_named(words, compose_config):
         check_config(config)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("path=nowhere", r"^data\.corpora\.digits\.path: there is no file nowhere"),
+        ("validation=null", r"Change data\.corpora\.digits\.validation_fraction .* such as data\.corpora\.digits\."),
+    ],
+)
+def test_errors_name_the_settings_of_the_corpus(words, compose_config, tmp_path, change, message):
+    (tmp_path / "digits" / "b.txt").write_text("2718281828459045 " * 30)  # of two documents none is held out
+    config = compose_config(
+        *words,
+        f"data.corpora.digits.{change}",
+        f"data.cache_dir={tmp_path}/cache",
+        "tokenizer=bytes",
+        entry_point="prepare",
+    )
+    with pytest.raises(DataError, match=message):
+        prepare_splits(config)
+
+
 def test_tokenizer_reads_all_corpora(make):
     assert list(make().corpus.documents("train")) == [*DOCUMENTS[:2], *DOCUMENTS[3:5]]
 

@@ -7,7 +7,7 @@ import torch
 
 from longmix.checkpoints import CheckpointStore, find_checkpoint, load_checkpoint, save_tensors
 from longmix.config import resolved
-from longmix.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from longmix.errors import CheckpointError, ConfigError, DataError, NonFiniteError, StorageError
 from longmix.generation import session as sessions
 from longmix.generation.run import generate
 from longmix.generation.session import Session
@@ -266,6 +266,21 @@ def test_a_prompt_is_taken_literally(text, compose_config):
 
     words = cli.command_line(Schema("generate", CONFIGS), ["checkpoint=x", f"prompt={text}"])
     assert compose_config(*words, entry_point="generate").prompt == text
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "message"),
+    [
+        (["prompt=null"], ConfigError, "prompt=null is no text"),
+        (["prompt=[a,null]"], ConfigError, "prompt=null is no text"),
+        (["prompt=a", "save=missing/x.state"], StorageError, "there is no folder missing"),
+        (["prompt=a", "save=/dev/null"], StorageError, "not a regular file"),
+    ],
+)
+def test_refused_before_anything_is_read(generated, monkeypatch, words, error, message):
+    monkeypatch.setattr("longmix.generation.run.restore", lambda words: pytest.fail("the model was loaded"))
+    with pytest.raises(error, match=message):
+        generated(*words)
 
 
 def test_the_command_line(run_process, run_folder):

@@ -141,6 +141,8 @@ def _wrong_pattern(choices: list[str], pattern: str) -> str | None:
             return f"mixer={_shown(pattern)}: there is no mixer {name!r}.{hint} Choices are: {', '.join(choices)}."
         if star and not re.fullmatch(r"[1-9]\d*", count, re.ASCII):
             return f"mixer={_shown(pattern)}: the count {count!r} of {name} must be a whole number from 1."
+        if len(count) > 4:  # a list of a thousand million names fills the memory before anything else is looked at
+            return f"mixer={_shown(pattern)}: {count} layers of {name} are too many; give at most 9999."
     return None
 
 

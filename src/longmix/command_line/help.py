@@ -94,7 +94,9 @@ def _written(value: Any) -> str:
         return "(required)" if value == "???" else "(date, time, mixer, model, seq_len)" if "${" in value else value
     if isinstance(value, list):
         return f"[{','.join(map(_written, value))}]"
-    return {None: "null", True: "true", False: "false"}.get(value, str(value))
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)  # 1 == True, so numbers stay out of the table
 
 
 def _entry(head: str, text: str) -> list[str]:

@@ -14,7 +14,7 @@ from longmix.data.preparation import prepare
 from longmix.data.token_files import TokenFile
 from longmix.data.tokenizers import Tokenizer
 from longmix.data.windows import EvaluationWindows, TrainWindows, Window, check_seq_len, order_key, permutation
-from longmix.errors import ConfigError, DataError
+from longmix.errors import ConfigError, DataError, settings_at
 
 BLOCK = 1000
 """Windows among which every corpus has exactly its share, rounded; shares are kept to a thousandth."""
@@ -145,9 +145,10 @@ class MixtureData(TokenData):
         """See `TokenData.token_files`; one of every corpus."""
         for name, corpus in self.corpora.items():
             if (name, split) not in self._files:
-                self._files[name, split] = prepare(
-                    corpus, self.tokenizer, split, self.cache_dir, self.preparation, label=name
-                )
+                with settings_at(f"data.corpora.{name}", "data.corpus"):
+                    self._files[name, split] = prepare(
+                        corpus, self.tokenizer, split, self.cache_dir, self.preparation, label=name
+                    )
         return [self._files[name, split] for name in self.corpora]
 
     def token_file(self, split: str) -> TokenFile:

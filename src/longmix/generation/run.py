@@ -18,6 +18,7 @@ from longmix.config import Node
 from longmix.console import is_gone
 from longmix.data.tokenizers import Tokenizer
 from longmix.errors import ConfigError, DataError
+from longmix.files import check_replaceable
 from longmix.generation.sampling import Sampling
 from longmix.generation.session import Session
 from longmix.generation.text import Row
@@ -61,6 +62,8 @@ def generate(config: DictConfig) -> Generated:
     if "" in words["stop"]:
         raise ConfigError("stop has an empty text, which every text ends with; leave it out.")
     prompts = _prompts(words)
+    if words["save"] is not None:
+        check_replaceable(Path(words["save"]))
     restored = restore(words)
     generator = torch.Generator().manual_seed(words["seed"] or 0)
     with restored.autocast(), allocation_errors("generating so many rows", "give fewer samples, or fewer prompts."):
@@ -84,6 +87,8 @@ def generate(config: DictConfig) -> Generated:
 
 def _prompts(words: Node) -> list[str]:
     given = words["prompt"] if isinstance(words["prompt"], list) else [words["prompt"]]
+    if None in given:
+        raise ConfigError("prompt=null is no text; leave prompt out, or write 'prompt=\"null\"' for the text null.")
     if words["load"] is not None:
         if words["prompt_file"] is not None or given != [""]:
             raise ConfigError("load goes on with the text that was saved; leave prompt and prompt_file out.")
