@@ -14,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from longmix.checkpoints import CheckpointStore, load_checkpoint
 from longmix.data.datamodule import TokenData
 from longmix.errors import Interrupted
+from longmix.files import _host
 from longmix.reporting.metrics import read_metrics
 from longmix.training import run as run_module
 from longmix.training import supervisor as supervisor_module
@@ -152,6 +153,23 @@ def test_killed_behind_the_last_validation_it_is_not_done_again(train, straight,
     monkeypatch.setattr(supervisor_module.Supervisor, "validate", None)
     train(folder, "resume=auto")
     assert_same_run(folder, straight)
+
+
+def test_killed_between_the_figures_of_a_validation_and_its_checkpoint_they_are_noted_once(
+    train, straight, folder, monkeypatch
+):
+    def killed(_store: CheckpointStore, checkpoint: Path, _figures: dict) -> None:
+        (checkpoint / f".info.json.{_host()}.r0123456789abcdef.tmp.lock").touch()  # what replace_file leaves at a kill
+        raise SystemExit(9)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(CheckpointStore, "add_info", killed)
+        patched.setattr(supervisor_module.Supervisor, "_due", lambda *_: False)
+        train(folder)
+    train(folder, "resume=auto")
+    rows = [row for row in read_metrics(folder) if "validation/loss" in row]
+    assert [row["step"] for row in rows] == [STEPS]
+    assert not list(folder.rglob("*.tmp*"))
 
 
 def test_the_last_checkpoint_has_its_validation_and_so_may_be_the_best(straight):

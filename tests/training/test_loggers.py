@@ -1,8 +1,11 @@
+import os
 import resource
 import subprocess
+from pathlib import Path
 
 import pytest
 
+from longmix.errors import StorageError
 from longmix.reporting.metrics import read_metrics
 from longmix.training.loggers import CsvLog, WandbLog
 
@@ -28,6 +31,36 @@ def test_a_resumed_log_drops_the_steps_that_come_again_and_a_torn_line(tmp_path)
     again.open(tmp_path, {}, "name", 3)
     again.write(4, {"a": 40.0})
     assert [(row["step"], row["a"]) for row in read_metrics(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+
+
+@pytest.mark.parametrize("damage", ["9" * 200_000, '"', '"' + "x\n" * 100_000, "\0", "1,2,3"])
+def test_a_damaged_line_takes_no_others_with_it(damage, tmp_path):
+    (tmp_path / "metrics.csv").write_text(f"step,a\n1,1.0\n2,{damage}\n3,3.0\n")
+    CsvLog().open(tmp_path, {}, "name", 3)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 3]
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["folder", "fifo"])
+def test_what_is_no_file_is_one_error_and_nothing_waits(make, tmp_path):
+    make(tmp_path / "metrics.csv")
+    with pytest.raises(StorageError, match=r"metrics\.csv: it is not a regular file"):
+        CsvLog().open(tmp_path, {}, "name", 3)
+
+
+def test_a_validation_that_comes_again_stands_there_once(tmp_path):
+    log = CsvLog()
+    log.open(tmp_path, {}, "name", 0)
+    log.write(2, {"train/loss": 1.0})
+    log.write(2, {"validation/loss": 2.0})
+    again = CsvLog()
+    again.open(tmp_path, {}, "name", 2)
+    again.write(2, {"validation/loss": 2.5})
+    again.write(3, {"train/loss": 3.0})
+    assert [(row["step"], row.get("validation/loss")) for row in read_metrics(tmp_path)] == [
+        (2, None),
+        (2, 2.5),
+        (3, None),
+    ]
 
 
 def test_a_fresh_log_begins_empty(tmp_path):

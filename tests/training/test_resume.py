@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from longmix.checkpoints import CheckpointStore, find_checkpoint
 from longmix.config import resolved
-from longmix.errors import CheckpointError, ConfigError
+from longmix.errors import CheckpointError, ConfigError, StorageError
 from longmix.training import claims
 from longmix.training.claims import try_claim
 from longmix.training.resume import Start, find_start
@@ -412,6 +412,8 @@ class TestWhatMayChange:
         assert OmegaConf.load(tmp_path / "run" / "config.yaml").checkpoint == "runs/a"
         with pytest.raises(CheckpointError, match="began from runs/a, not from runs/b"):
             find_start(auto({**config, "checkpoint": "runs/b"}), tmp_path / "run")
+        with pytest.raises(CheckpointError, match="not from fresh weights; give checkpoint=runs/a,"):
+            find_start(auto({**config, "model": {**config["model"], "d_model": 8}}), tmp_path / "run")
 
     def test_other_data_are_refused_by_what_differs(self, tmp_path, config):
         saved_run(tmp_path / "old", config, 3)
@@ -423,6 +425,12 @@ class TestWhatMayChange:
 
 
 class TestRefused:
+    def test_a_lock_that_links_to_nowhere_is_one_error(self, tmp_path, config):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run/.lock").symlink_to(tmp_path / "nowhere/lock")
+        with pytest.raises(StorageError, match="No such file"):
+            find_start(auto(config), tmp_path / "run")
+
     @pytest.mark.parametrize("named", [True, False])
     def test_leaves_no_folder(self, tmp_path, config, named):
         with find_start(config, tmp_path / "run", named=named) as start:

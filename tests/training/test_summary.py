@@ -6,6 +6,7 @@ import time
 import pytest
 
 from longmix.reporting.metrics import read_metrics
+from longmix.training import summary as summary_module
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,12 @@ def test_a_log_has_no_blanks_at_the_end_of_its_lines_and_no_broken_paths(run_tra
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if line != line.rstrip()] == []
     assert any(line.endswith(str(folder / "checkpoints/step-00000002")) for line in lines)
+
+
+@pytest.mark.parametrize("name", ["[red]", "[/b]"])
+def test_brackets_in_names_and_paths_are_no_markup(name, capsys):
+    summary_module._print({"logs": f"runs/{name}"})
+    assert f"runs/{name}" in capsys.readouterr().err
 
 
 def test_time_is_that_of_the_whole_command(run_training, tiny_overrides, capsys, monkeypatch):

@@ -70,8 +70,11 @@ def try_claim(folder: Path) -> Lock | None:
             return adopt(path, int(passed[0]), note)
         while True:
             folder.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # one that was refused has just removed the folder
+            try:
                 return try_lock(path, note)
+            except FileNotFoundError:  # one that was refused has just removed the folder
+                if path.is_symlink():  # to nowhere
+                    raise
 
 
 def is_claimed(folder: Path) -> bool:

@@ -115,15 +115,15 @@ def check_continues(saved: Node, config: Node, checkpoint: Path, step: int) -> N
     """
     found = changes(saved, config)
     fixed = {key: change for key, change in found.items() if _is_below(key, FIXED)}
+    origin = found.pop("checkpoint", (None, None))
+    if origin[0] is not None and (origin[1] is not None or fixed):
+        raise CheckpointError(
+            f"{checkpoint} is of a run that began from {origin[0]}, not from {origin[1] or 'fresh weights'}; give "
+            f"checkpoint={origin[0]}, or start a new run."
+        )
     if fixed:
         raise CheckpointError(
             f"{checkpoint} is of another run: {phrases(fixed)}. Use its settings, or start a new run."
-        )
-    origin = found.pop("checkpoint", (None, None))
-    if None not in origin:
-        raise CheckpointError(
-            f"{checkpoint} is of a run that began from {origin[0]}, not from {origin[1]}; leave checkpoint= out, or "
-            "start a new run."
         )
     if found and step >= _steps(config):
         raise CheckpointError(

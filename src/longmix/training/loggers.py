@@ -1,5 +1,6 @@
 """Where metrics go. Neither a remote logger that is lost nor a disk that is full costs a run."""
 
+import contextlib
 import csv
 import io
 import logging
@@ -63,6 +64,7 @@ class CsvLog:
     def __init__(self) -> None:
         self.path = Path()
         self.columns: list[str] = []
+        self._first_step = 0
         self._waiting: list[Row] = []
 
     def open(self, folder: Path, config: dict[str, Any], name: str, first_step: int) -> None:
@@ -71,14 +73,17 @@ class CsvLog:
         Raises:
             StorageError: the file cannot be written; nothing is trained yet.
         """
-        self.path = folder / METRICS_FILE
-        rows = [row for row in read_cells(folder) if int(row["step"]) <= first_step] if first_step else []
-        self.columns = list(dict.fromkeys(["step", *(key for row in rows for key in row)]))
+        self.path, self._first_step = folder / METRICS_FILE, first_step
         with storage_errors(self.path):
+            rows = [row for row in read_cells(folder) if int(row["step"]) <= first_step] if first_step else []
+            self.columns = list(dict.fromkeys(["step", *(key for row in rows for key in row)]))
             self._rewrite(rows)
 
     def write(self, step: int, metrics: Metrics) -> None:
         """See `MetricLog.write`."""
+        if step == self._first_step:
+            with contextlib.suppress(OSError):
+                self._drop(step, metrics)
         self._waiting.append({"step": step, **metrics})
         try:
             self._append()
@@ -87,6 +92,13 @@ class CsvLog:
                 log.warning("%s cannot be written: %s; training goes on.", self.path, error.strerror or error)
         else:
             self._waiting = []
+
+    def _drop(self, step: int, metrics: Metrics) -> None:
+        """Leave out what comes again: a process may be killed between this row and the checkpoint that says so."""
+        rows = read_cells(self.path.parent)
+        kept = [row for row in rows if int(row["step"]) != step or not any(row.get(key) for key in metrics)]
+        if len(kept) < len(rows):
+            self._rewrite(kept)
 
     def _append(self) -> None:
         new = list(dict.fromkeys(key for row in self._waiting for key in row if key not in self.columns))

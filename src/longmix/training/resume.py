@@ -67,7 +67,7 @@ class Start:
         """
         self.begun = True
         store = CheckpointStore(self.folder / "checkpoints")
-        for folder in (self.folder, store.folder):
+        for folder in (self.folder, self.folder / "evaluation", store.folder, *store.all()):
             remove_leftovers(folder)
         if self.state is not None:
             aside = store.set_aside_after(self.step)

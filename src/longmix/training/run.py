@@ -24,6 +24,7 @@ from longmix.data.datamodule import TokenData
 from longmix.data.synthetic import SyntheticData
 from longmix.data.tokenizers import Tokenizer
 from longmix.errors import ConfigError, DataError
+from longmix.files import storage_errors
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model, check_model
 from longmix.model.matching import match_parameters
@@ -131,7 +132,8 @@ def _train_from(
     try:
         if start.step < module.total_steps or not supervisor.is_validated(start.step):
             if is_first:
-                (start.folder / SUMMARY_FILE).unlink(missing_ok=True)  # what is there is of fewer steps
+                with storage_errors(start.folder / SUMMARY_FILE):
+                    (start.folder / SUMMARY_FILE).unlink(missing_ok=True)  # what is there is of fewer steps
             with processes.losses_explained(settings.timeout, start.folder):
                 _fit(settings, module, data, supervisor, start)
         exit_code = 0

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from longmix.config import Node, step_limits, tokens_per_step, total_steps, unlimited_windows
 from longmix.data.datamodule import TokenData
@@ -151,7 +152,7 @@ def _print(rows: dict[str, str]) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, text in rows.items():
-        table.add_row(name, text)
+        table.add_row(name, Text(text))  # names and paths may hold brackets, which are no markup
     console = Console(stderr=True, width=None if sys.stderr.isatty() else LOG_WIDTH)
     with console.capture() as capture:
         console.print(table, highlight=False)
