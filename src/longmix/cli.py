@@ -59,6 +59,7 @@ def run(main: Callable[[], Any], command: str) -> None:
     given = sys.argv[1:]
     try:
         schema = Schema(command, configs_folder())
+        schema.search(given)
         answer = answered(schema, given)
         if answer is not None:
             print(answer)

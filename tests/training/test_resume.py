@@ -255,6 +255,13 @@ class TestUnnamed:
         for resume, place in ((newest, ("old", 6)), (tmp_path / "old", ("old", 6)), (older, ("new", 3))):
             assert found({**config, "resume": str(resume)}, tmp_path / "new", named=False) == place
 
+    def test_a_path_may_be_relative(self, tmp_path, config, monkeypatch):
+        saved_run(tmp_path / "old", config, 3, 6)
+        monkeypatch.chdir(tmp_path)
+        for resume in ("old", "old/checkpoints/step-00000006", "./old/../old"):
+            start = begun({**config, "resume": resume}, tmp_path / "new", named=False)
+            assert (start.folder.resolve(), start.step) == (tmp_path / "old", 6)
+
 
 class TestSweep:
     def test_auto_finds_runs_of_other_sweeps(self, tmp_path, config, sweep):

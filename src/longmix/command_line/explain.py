@@ -227,7 +227,7 @@ def _file_has(schema: Schema, group: str, choice: str, parents: list[str], leaf:
     from omegaconf import OmegaConf
 
     try:
-        node: Any = OmegaConf.to_container(OmegaConf.load(schema.configs / group / f"{choice}.yaml"), resolve=False)
+        node: Any = OmegaConf.to_container(OmegaConf.load(schema.file(group, choice)), resolve=False)
     except Exception:
         return False
     for part in parents:

@@ -140,7 +140,7 @@ def _pages_of(schema: Schema, word: str) -> Iterator[str]:
         if plain not in schema.choices(group):
             raise ConfigError(unknown_key(f"{group}={plain}", plain, schema.choices(group)).replace("Keys", "Choices"))
         place = {"task": f"task.{plain}", "block": "model"}.get(group, group.replace("/", "."))
-        text = (schema.configs / group / f"{plain}.yaml").read_text(encoding="utf-8").rstrip()
+        text = schema.file(group, plain).read_text(encoding="utf-8").rstrip()
         rows = [line for line in text.splitlines() if not line.startswith("# @package")]
         scope = "words of the top" if group == "experiment" else f"{place}.SETTING=VALUE"
         yield f"{group}={plain} ({scope})\n" + textwrap.indent("\n".join(rows), "  ") + "\n"

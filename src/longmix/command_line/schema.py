@@ -36,11 +36,15 @@ class Schema:
         command: "train", "evaluate", "generate" or "prepare".
         configs: the folder of the configuration.
         own: further words of it, with what each takes.
+
+    Attributes:
+        folders: where choices are looked for: `configs`, and the folders of `--config-dir` and `hydra.searchpath`.
     """
 
     def __init__(self, command: str, configs: Path, own: dict[str, Takes] | None = None) -> None:
         self.command = command
         self.configs = configs
+        self.folders = [configs]
         self.words = HYDRA_PATHS | _of_dataclass(SCHEMAS[command]) | (own or {})
         self.all_groups = sorted(
             {path.parent.relative_to(configs).as_posix() for path in configs.glob("*/**/*.yaml")} - {"."}
@@ -62,7 +66,29 @@ class Schema:
 
     def choices(self, group: str) -> list[str]:
         """What a group can be."""
-        return sorted(path.stem for path in (self.configs / group).glob("*.yaml"))
+        return sorted({path.stem for folder in self.folders for path in (folder / group).glob("*.yaml")})
+
+    def file(self, group: str, choice: str) -> Path:
+        """The file of a choice; the command's own comes first."""
+        files = [folder / group / f"{choice}.yaml" for folder in self.folders]
+        return next((path for path in files if path.is_file()), files[0])
+
+    def search(self, arguments: Sequence[str]) -> None:
+        """Look for choices in the folders too that the arguments name.
+
+        Raises:
+            ConfigError: that of `--config-dir` is not there.
+        """
+        for number, argument in enumerate(arguments):
+            name, equals, value = argument.partition("=")
+            if name in ("--config-dir", "-cd") and (equals or arguments[number + 1 :]):
+                folder = Path(value if equals else arguments[number + 1])
+                if not folder.is_dir():
+                    raise ConfigError(f"{name}: there is no folder {folder}.")
+                self.folders.append(folder)
+            elif name.lstrip("+") == "hydra.searchpath":
+                items = [item.strip().strip("'\"").removeprefix("file://") for item in value.strip("[]").split(",")]
+                self.folders += [Path(item) for item in items if item and "://" not in item]
 
     def takes_several(self, group: str) -> bool:
         """Whether a group may be a list of choices."""
@@ -99,6 +125,10 @@ class Schema:
             HydraException: a choice does not exist.
         """
         chosen = [_choice(word) for word in words if self._shapes(word)]
+        if self.folders[1:]:
+            own = OmegaConf.select(self.primary, "hydra.searchpath", default=[])  # that of patterns of mixers
+            places = [*own, *(str(folder.absolute()) for folder in self.folders[1:])]
+            chosen.append(f"hydra.searchpath=[{','.join(map(values.in_quotes, places))}]")
         return _composed(self.command, self.configs, tuple(chosen))
 
     def _shapes(self, word: Word) -> bool:
@@ -122,7 +152,7 @@ class Schema:
         return bool(found) and all(re.fullmatch(r"true|false|\[?[-\d._e, ]+\]?", value) for value in found)
 
     def _text(self, group: str) -> str:
-        files = (self.configs / group).glob("*.yaml")
+        files = (path for folder in self.folders for path in (folder / group).glob("*.yaml"))
         return "\n".join(path.read_text(encoding="utf-8") for path in files)
 
 

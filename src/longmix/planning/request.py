@@ -225,6 +225,7 @@ def _composed(given: list[str]) -> tuple[Node, tuple[str, str]]:
     register_types()
     folder = configs_folder()
     schema = Schema("train", folder)
+    schema.search(given)
     words = [Word.read(word) for word in given]
     problem = misformed(schema, words, sweep=False)
     if problem:

@@ -131,7 +131,8 @@ def _from_checkpoint(config: Node, folder: Path, named: bool, resume: str) -> tu
     """Continue a checkpoint: in its run if that has the chosen folder, or if none was chosen and it is the newest."""
     checkpoint = chosen_checkpoint(resume)
     run = _run_of(checkpoint)
-    newest = run is not None and CheckpointStore(run / "checkpoints").latest() == checkpoint
+    latest = None if run is None else CheckpointStore(run / "checkpoints").latest()
+    newest = latest is not None and _is_same(latest, checkpoint)  # one of the two may be relative
     if run is None or not (_is_same(run, folder) or (newest and not named)):
         if not named:
             log.info("%s is not the newest checkpoint of its run; a new run continues it.", checkpoint)
