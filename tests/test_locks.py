@@ -190,3 +190,11 @@ def test_other_errors_are_raised(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(OSError, match="input/output"):
         try_lock(tmp_path / "lock")
+
+
+def test_a_full_disk_takes_the_note_alone(tmp_path, limited_file_size):
+    with limited_file_size(0):
+        lock = try_lock(tmp_path / "file", "who")
+    assert lock is not None
+    lock.release(remove=True)
+    assert not list(tmp_path.iterdir())

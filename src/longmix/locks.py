@@ -15,6 +15,8 @@ from typing import Any
 UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 """What file systems answer that know no locks, as Lustre may without its mount option `flock`."""
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class Lock:
     """A lock that this process holds until it is released, or until the process ends.
@@ -150,7 +152,11 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 def _write(descriptor: int, note: str) -> None:
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, note.encode(), 0)
+    try:
+        os.pwrite(descriptor, note.encode(), 0)
+    except OSError as error:
+        if error.errno not in FULL:  # a lock without its note is a lock; what is written next says that it is full
+            raise
 
 
 def _own(owner: Path) -> bool:

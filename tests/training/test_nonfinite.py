@@ -200,3 +200,15 @@ def test_every_mixer_begins_finite(compose_config):
 def test_max_skips_is_at_least_one(train):
     with pytest.raises(ConfigError, match=r"loop\.max_skips"):
         train("loop.max_skips=0")
+
+
+def test_a_first_step_that_fails_names_an_older_checkpoint(train, folder, monkeypatch):
+    train("max_steps=6", "loop.keep_checkpoints=9")
+    restore = TrainingModule.restore
+    monkeypatch.setattr(
+        TrainingModule, "restore", lambda self, *parts: (restore(self, *parts), spoil_gradient(self, math.inf))
+    )
+    older = CheckpointStore(folder / "checkpoints").path(3)
+    with pytest.raises(NonFiniteError, match=r"first step from .*step-00000006, from which nothing goes on") as failed:
+        train("resume=auto")
+    assert f"go back with resume={older} name=" in str(failed.value)

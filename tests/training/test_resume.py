@@ -333,6 +333,8 @@ class TestGoingBack:
         begun(config, tmp_path / "run")
         CheckpointStore(tmp_path / "run" / "checkpoints").save(run_state(config, 7), {})
         assert found(config, tmp_path / "run") == ("run", 7)
+        slower = {**config, "optimizer": {**config["optimizer"], "learning_rate": 1e-5}}  # requeued before it began
+        assert found(slower, tmp_path / "run") == ("run", 5)
         monkeypatch.delenv("SLURM_RESTART_COUNT")
         assert found(config, tmp_path / "run") == ("run", 5)
 

@@ -141,7 +141,7 @@ def _from_checkpoint(config: Node, folder: Path, named: bool, resume: str) -> tu
         lock = claim(folder)
         with _released_if_refused(lock):
             own = _newest(folder)
-            if own is not None and not (was_restarted() and _began_from(folder, resume)):
+            if own is not None and not (was_restarted() and _began_so(folder, config)):
                 raise ConfigError(
                     f"{folder} already holds a run ({own.name}), and {checkpoint} is not of it; continue it with "
                     "resume=auto, or choose another name."
@@ -151,7 +151,7 @@ def _from_checkpoint(config: Node, folder: Path, named: bool, resume: str) -> tu
     with _released_if_refused(lock):
         own = _newest(run)
         names_a_run = not (Path(resume) / INFO_FILE).is_file()
-        if own is not None and (names_a_run or (was_restarted() and _began_from(run, resume))):
+        if own is not None and (names_a_run or (was_restarted() and _began_so(run, config))):
             checkpoint = own  # another process may have gone on until it gave the folder up
         return _at(config, run, checkpoint), lock
 
@@ -211,10 +211,11 @@ def _is_same(one: Path, other: Path) -> bool:
     return one.resolve() == other.resolve()
 
 
-def _began_from(folder: Path, resume: str) -> bool:
-    """Whether the run in a folder was last begun by `resume`, as config.yaml there says."""
+def _began_so(folder: Path, config: Node) -> bool:
+    """Whether the run in a folder was last begun by this `resume` with these settings, as config.yaml there says."""
     with contextlib.suppress(LongmixError):
-        return read_yaml(folder / CONFIG_FILE).get("resume") == resume
+        saved = read_yaml(folder / CONFIG_FILE)
+        return saved.get("resume") == config["resume"] and not changes(saved, config).keys() - {"checkpoint"}
     return False
 
 

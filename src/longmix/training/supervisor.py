@@ -111,7 +111,7 @@ class Supervisor(Callback):
     def _begin(self, trainer: Trainer, module: TrainingModule) -> None:
         """Put everything back, and make up for the validation that a signal cut short."""
         processes = Processes(parallel.own_group(module.timeout))
-        module.how_to_continue = lambda: how_to_continue(self.store.folder.parent)
+        module.how_to_continue = lambda: self._how_to_continue(module.step)
         if self.resume_from is not None and self.saved is not None:
             module.restore(self.resume_from, self.saved, processes)
             with rebuilding(self.saved.checkpoint):
@@ -136,6 +136,17 @@ class Supervisor(Callback):
         last = module.step == module.total_steps
         if module.step and (last or self._due("validate_every", module.step)) and not self.is_validated(module.step):
             self._validate_and_keep(trainer, module)
+
+    def _how_to_continue(self, step: int) -> str:
+        """Behind a step that could not be taken; the first one from a checkpoint fails again with whatever settings."""
+        begun = self.store.path(self.first_step)
+        older = [path for path in self.store.all() if path.name < begun.name]
+        if step != self.first_step or not older:
+            return how_to_continue(self.store.folder.parent)
+        return (
+            f"It is the first step from {begun}, from which nothing goes on; go back with resume={older[-1]} "
+            f"name={self.config['name']} and a lower optimizer.learning_rate."
+        )
 
     def is_validated(self, step: int) -> bool:
         """Whether the last validation is of `step`."""
