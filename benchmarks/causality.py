@@ -50,12 +50,27 @@ the row were changed; and of a document alone against itself in a row. below: bi
 loss is below the entropy of its tokens, with its standard error."""
 
 
-class UpperHalf(Mixer):
+class Control(Mixer):
+    """A mixer that leaks and remembers nothing: it is looked at in full passes alone."""
+
+    leaky = True
+
+    def init_state(self, batch: int) -> None:
+        """There is none."""
+
+    def state_bytes(self, length: int) -> int:
+        """See `Mixer.state_bytes`."""
+        return 0
+
+    def flops(self, length: int) -> int:
+        """See `Mixer.flops`."""
+        return 2 * length * sum(weight.numel() for weight in self.parameters())
+
+
+class UpperHalf(Control):
     """A control that leaks: lets a token through if its score is in the upper half of its row, as in Mixture-of-Depths
     (Raposo et al. 2024, arXiv 2404.02258).
     """
-
-    leaky = True
 
     def __init__(self, shape: ModelShape, layer_index: int) -> None:
         super().__init__()
@@ -69,10 +84,8 @@ class UpperHalf(Mixer):
         return MixerOutput(self.output(x * chosen * score.sigmoid()))
 
 
-class RowMean(Mixer):
+class RowMean(Control):
     """A control that leaks: the mean of the whole row, as a block that is summarised before it is complete."""
-
-    leaky = True
 
     def __init__(self, shape: ModelShape, layer_index: int) -> None:
         super().__init__()
