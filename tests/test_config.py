@@ -261,7 +261,7 @@ REFUSED = [
     ("a word taken away", ["~seq_len"], ["seq_len"]),
     ("a group taken away", ["~mixer"], ["no value", "mixer"]),
     ("the loop taken away", ["~loop"], ["no value", "loop"]),
-    ("a required setting taken away", ["mixer=sliding_window", "~mixer.window"], ["mixer.window has no value"]),
+    ("a required setting taken away", ["~model.num_heads"], ["model.num_heads has no value"]),
     ("no path of the corpus", ["data=text"], ["no value", "data.corpus.path"]),
     ("no path of the tokenizer", ["tokenizer=file"], ["no value", "tokenizer.path"]),
     ("an interpolation of nothing", ["data.cache_dir=${nope}"], ["data.cache_dir", "nope"]),
@@ -358,13 +358,13 @@ REFUSED = [
     (
         "fewer keys than none",
         ["mixer=mlstm_tfla", "mixer.key_factor=-1"],
-        ["mixer.key_factor=-1", "at least a channel"],
+        ["mixer.key_factor=-1", "must be positive"],
     ),
     ("less than a value", ["mixer=gated_deltanet", "mixer.value_factor=1e-9"], ["mixer.value_factor=1e-09", "channel"]),
-    ("no clusters", ["mixer=routing", "mixer.clusters=0"], ["mixer.clusters=0 must be at least 1"]),
+    ("no clusters", ["mixer=routing", "mixer.clusters=0"], ["mixer.clusters=0 must be at least 2"]),
     ("no block", ["mixer=block_sparse", "mixer.block=0"], ["mixer.block=0 must be at least 1"]),
     ("a block below none", ["mixer=block_sparse", "mixer.block=-1"], ["mixer.block=-1 must be at least 1"]),
-    ("a radius that overflows", ["mixer=scatterbrain", "mixer.radius=1e9"], ["mixer.radius=1000000000.0", "at most"]),
+    ("a radius that overflows", ["mixer=scatterbrain", "mixer.radius=1e9"], ["mixer.radius=1000000000.0", "must be"]),
     ("a seed beyond 64 bits", ["mixer=hyper", f"mixer.hash_seed={10**30}"], ["mixer.hash_seed=1000", "whole number"]),
     ("a law too steep", ["data=mqar", "data.task.power=1e9"], ["data.task.power=1000000000.0", "at most"]),
     ("a vocabulary too large", ["data=mqar", "data.task.vocabulary=1000000000"], ["data.task.vocabulary", "at most"]),
@@ -596,8 +596,10 @@ class TestFits:
     @pytest.mark.parametrize(
         ("hint", "good", "bad"),
         [
-            pytest.param(int, [0, -3, 10**400], [True, 1.0, "1", None, [1]], id="int"),
-            pytest.param(float, [0, -3, 0.5, 10**400], [True, "1.0", None, float("nan"), float("inf")], id="float"),
+            pytest.param(int, [0, -3, 2**63 - 1], [2**63, 10**400, True, 1.0, "1", None, [1]], id="int"),
+            pytest.param(
+                float, [0, -3, 0.5, 1e300], [10**400, True, "1.0", None, float("nan"), float("inf")], id="float"
+            ),
             pytest.param(bool, [True, False], [0, 1, "true", None], id="bool"),
             pytest.param(str, ["", "x"], [1, None, ["x"]], id="str"),
             pytest.param(Any, [1, None, [], {}], [], id="anything"),
