@@ -162,7 +162,7 @@ def test_what_no_value_causes_is_the_offset(make):
 
 
 def test_a_mixer_without_known_values_is_refused():
-    with pytest.raises(ValueError, match="SwiGLU is neither a recurrent nor a softmax mixer"):
+    with pytest.raises(ValueError, match=r"SwiGLU derives from neither RecurrentMixer .* nor SoftmaxAttention"):
         mixing(SwiGLU(SHAPE, 8).double(), inputs())
 
 

@@ -109,10 +109,13 @@ class _SavedOptimizer:
                 self.state[number] = values
 
     def load(self) -> None:
-        """Give the optimizer what was read; its settings stay those of the configuration it was built from."""
+        """Give the optimizer what was read; its settings stay those of the configuration it was built from.
+
+        The rate, which the next step sets anew from its peak and the schedule, is the saved one until then.
+        """
         counts = iter(range(sum(len(group["params"]) for group in self.groups)))
         groups = [
-            {**group, **built, "params": [next(counts) for _ in group["params"]]}
+            {**group, **built, "lr": group["lr"], "params": [next(counts) for _ in group["params"]]}
             for group, built in zip(self.groups, self.optimizer.param_groups, strict=True)
         ]
         self.optimizer.load_state_dict({"state": self.state, "param_groups": groups})
