@@ -20,6 +20,12 @@ from longmix import cli
 
 ROOT = Path(__file__).parents[1]
 
+# nohup and shells that start a job in the background have signals ignored, also in what the tests start
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side share the cores; more threads than cores crawl
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("MKL_NUM_THREADS", "1")
