@@ -36,7 +36,7 @@ def test_what_a_transport_raises_becomes_one_message(error, what, tmp_path):
     assert text.startswith("process 1 of 2: another process")
     assert what in text
     assert "third_party" not in text
-    assert text.endswith("checkpoints/step-00000003; run the same command with resume=auto to continue.")
+    assert "checkpoints/step-00000003; run the same command with resume=auto to continue." in text
 
 
 def test_it_is_found_below_what_it_led_to():
