@@ -36,7 +36,10 @@ def test_what_a_transport_raises_becomes_one_message(error, what, tmp_path):
     assert text.startswith("process 1 of 2: another process")
     assert what in text
     assert "third_party" not in text
-    assert "checkpoints/step-00000003; run the same command with resume=auto to continue." in text
+    assert text.endswith(
+        "checkpoints/step-00000003; run the same command with resume=auto to continue. With other settings, such as a "
+        f"lower optimizer.learning_rate, it goes on with resume={tmp_path}."
+    )
 
 
 def test_it_is_found_below_what_it_led_to():
