@@ -3,6 +3,7 @@
 import functools
 import operator
 import re
+import signal
 from dataclasses import fields
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from longmix.errors import (
     StorageError,
 )
 from longmix.training.place import Place
+from longmix.training.signals import SIGNALS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -243,6 +245,14 @@ class TestMixerPatternSource:
 
 
 class TestEntryPoint:
+    @pytest.fixture(autouse=True)
+    def signals(self):
+        """A run that was interrupted ignores what comes after; the tests go on."""
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        yield
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
     @pytest.fixture
     def folder(self, tmp_path) -> Path:
         """The run's folder as Hydra makes it before the task begins."""

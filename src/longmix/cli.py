@@ -31,6 +31,7 @@ from longmix.errors import ConfigError, Interrupted, LongmixError, ProcessLost
 from longmix.printable import LINES, printable
 from longmix.startup import INTERRUPTED
 from longmix.training.place import leave, own_place, process_rank
+from longmix.training.signals import ignore_signals
 
 DEFECT = 1
 REPORT = "run_and_report"  # what Hydra does with every error
@@ -217,6 +218,8 @@ def entry_point(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
                 _remove_unused_folder()
             if isinstance(error, Interrupted) and error.hand_on is not None:
                 return error.hand_on()
+            if isinstance(error, Interrupted):
+                ignore_signals(of_terminal=own_place() is not None)  # Ctrl-C still ends a lone one that hangs
             if HydraConfig.get().mode == RunMode.MULTIRUN and not isinstance(error, Interrupted):
                 raise RunFailed(message, error.exit_code) from None
             sys.exit(error.exit_code)

@@ -24,6 +24,7 @@ kind, _, value = does[rank].partition("=")
 if kind == "signal":
     os.kill(os.getpid(), int(value))
 if kind == "exit":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as a run does at its end
     sys.exit(int(value))
 if kind == "late":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a run that closes its log only notes it

@@ -108,3 +108,35 @@ def test_a_watch_that_was_removed_ends_nothing(monkeypatch):
 def test_nobody_is_told_where_nobody_had_the_signal(watch):
     send(SIGUSR1)
     assert watch.earlier_handler() is None
+
+
+ENDING = """
+import os, signal, sys
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from types import SimpleNamespace
+from longmix import cli
+from longmix.errors import Interrupted
+
+class Late:
+    def __del__(self, kill=os.kill, own=os.getpid(), number=int(sys.argv[1])):
+        kill(own, number)
+
+os.late = Late()  # goes when Python takes modules apart, which has given the signals back by then
+HydraConfig.get = lambda: SimpleNamespace(mode=RunMode.RUN, runtime=SimpleNamespace(output_dir="."))
+
+@cli.entry_point
+def task(config):
+    raise Interrupted("saved.")
+
+task(None)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize("place", [{}, {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}])
+def test_a_signal_on_the_way_out_leaves_the_exit_code(number, place, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", ENDING, str(int(number))], env=os.environ | place, cwd=tmp_path, capture_output=True
+    )
+    assert (done.returncode, done.stderr) == (75, b"Interrupted: saved.\n")

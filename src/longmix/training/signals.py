@@ -209,6 +209,20 @@ def process_watch() -> SignalWatch:
     return SignalWatch()
 
 
+def ignore_signals(of_terminal: bool) -> None:
+    """Have this process reach its own exit code, as all is saved: signals may come twice, and launchers pass them on.
+
+    Python gives signals back to the system on its way out, unless they are ignored, and the next one would kill it.
+
+    Args:
+        of_terminal: whether Ctrl-C is among them.
+    """
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            if of_terminal or number != signal.SIGINT:
+                signal.signal(number, signal.SIG_IGN)
+
+
 def resumable(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Have signals end `task` at any moment with `Interrupted`, until it notes them itself to save its state first."""
 
