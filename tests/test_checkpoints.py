@@ -3,14 +3,27 @@ import math
 import random
 import resource
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from longmix.checkpoints import CheckpointStore, find_checkpoint, load_checkpoint
+from longmix.checkpoints import (
+    CheckpointStore,
+    chosen_checkpoint,
+    find_checkpoint,
+    load_checkpoint,
+    load_tensors,
+    open_checkpoint,
+    read_info,
+    save_tensors,
+)
 from longmix.checkpoints import store as store_module
-from longmix.errors import CheckpointError, StorageError
+from longmix.checkpoints.consolidate import consolidate
+from longmix.checkpoints.contents import load_model_state
+from longmix.checkpoints.last import last_checkpoint
+from longmix.errors import CheckpointError, ConfigError, StorageError
 from longmix.training import random_state
 
 
@@ -102,6 +115,96 @@ def test_find_checkpoint_takes_a_checkpoint_a_run_or_its_folder(store):
     latest = store.save(state(2), {})
     for path in (latest, store.folder, store.folder.parent):
         assert find_checkpoint(path) == latest
+
+
+class TestKilledBetweenTwoRenames:
+    """A checkpoint that was to take the place of one of its step is complete under `.new`, and the other is gone."""
+
+    @pytest.fixture
+    def killed(self, store):
+        older = store.save(state(1), {})
+        newest = store.save(state(2), {"validation": {"loss": 1.0}})
+        newest.rename(newest.with_name(newest.name + ".new"))
+        return older, newest
+
+    def test_every_reader_finds_it(self, store, killed, tmp_path, monkeypatch):
+        _, newest = killed
+        monkeypatch.chdir(tmp_path)
+        waiting = newest.with_name(newest.name + ".new")
+        for path in (newest, waiting, store.folder, store.folder.parent):
+            assert find_checkpoint(path) == waiting
+            assert load_checkpoint(path)["step"] == 2
+            assert open_checkpoint(path).rest()["step"] == 2
+        assert (store.latest(), store.best()) == (waiting, waiting)
+        (tmp_path / "runs").symlink_to(tmp_path / "nothing")
+        store.folder.parent.rename(tmp_path / "multirun")
+        assert last_checkpoint().name == "step-00000002.new"
+
+    def test_alone_it_is_a_run(self, store, killed):
+        older, newest = killed
+        shutil.rmtree(older)
+        assert find_checkpoint(store.folder.parent).name == "step-00000002.new"
+        store.recover()
+        assert find_checkpoint(newest.with_name(newest.name + ".new")) == newest
+
+    def test_one_that_is_being_committed_is_not_counted_twice(self, store, killed):
+        older, newest = killed
+        store.save(state(2), {})
+        assert newest.with_name(newest.name + ".new").exists()
+        assert store.all() == [older, newest]
+        assert find_checkpoint(newest) == newest
+
+    def test_at_any_of_its_moments_one_of_the_two_is_found(self, store, monkeypatch):
+        """Killed before each rename and each deletion in turn."""
+        moments = 0
+        for moment in range(9):
+            path = store.save(state(3) | {"which": "old"}, {})
+            with monkeypatch.context() as patched:
+                killed_before(patched, moment)
+                try:
+                    store.save(state(3) | {"which": "new"}, {})
+                except KeyboardInterrupt:
+                    moments += 1
+            assert load_checkpoint(store.folder.parent)["which"] in ("old", "new")
+            assert load_checkpoint(path)["step"] == 3
+            store.recover()
+            assert store.all() == [path]
+        assert 3 <= moments < 9
+
+
+def killed_before(patched, moment: int) -> None:
+    """Nothing is renamed or deleted any more from the `moment`-th time on."""
+    done = []
+
+    def counted(original):
+        def call(*arguments, **options):
+            if len(done) >= moment:
+                raise KeyboardInterrupt
+            done.append(original)
+            return original(*arguments, **options)
+
+        return call
+
+    patched.setattr(Path, "rename", counted(Path.rename))
+    patched.setattr(shutil, "rmtree", counted(shutil.rmtree))
+
+
+def test_paths_may_be_texts(store, tmp_path):
+    path = store.save(state(1), {"validation": {"loss": 1.0}})
+    text = str(path)
+    assert find_checkpoint(text) == find_checkpoint(str(store.folder.parent)) == chosen_checkpoint(text) == path
+    assert CheckpointStore(str(store.folder)).latest() == path
+    CheckpointStore(str(store.folder)).add_info(text, {"more": 1})
+    assert read_info(text)["more"] == 1
+    assert load_checkpoint(text)["step"] == open_checkpoint(text).rest()["step"] == 1
+    save_tensors(f"{tmp_path}/file.pt", {"format": 1, "a": torch.ones(2)})
+    assert load_tensors(f"{tmp_path}/file.pt", "tensors", format_number=1)["a"].tolist() == [1, 1]
+    with pytest.raises(CheckpointError, match="there is no nowhere"):
+        find_checkpoint("nowhere")
+    with pytest.raises(ConfigError, match="is in one file already"):
+        consolidate(text, f"{tmp_path}/out")
+    with pytest.raises(CheckpointError, match="holds no model that longmix"):
+        load_model_state(text)
 
 
 def test_find_checkpoint_says_what_is_wrong(tmp_path):

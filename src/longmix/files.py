@@ -182,6 +182,21 @@ def remove_directory(target: Path) -> None:
             shutil.rmtree(doomed)
 
 
+def replace_directory(target: Path, fresh: Path) -> None:
+    """Give the folder `fresh` the name `target`; what had that name is deleted, of a link the link alone.
+
+    Killed between its two renames, it leaves `fresh` under its own name and nothing under `target`.
+
+    Raises:
+        StorageError: it may not be renamed or deleted.
+    """
+    with storage_errors(target), _temporary(target) as doomed:
+        target.rename(doomed)
+        fresh.rename(target)
+        _delete(doomed)
+        sync_file(target.parent)
+
+
 def remove_leftovers(parent: Path) -> None:
     """Delete the temporary files and folders in `parent` whose writers are gone; those of live ones stay.
 

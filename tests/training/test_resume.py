@@ -345,6 +345,27 @@ class TestGoingBack:
         assert found({**config, "resume": str(aside)}, tmp_path / "run") == ("run", 10)
 
 
+class TestKilledBetweenTwoRenames:
+    """The only checkpoint of the run was about to take the place of another of its step."""
+
+    @pytest.fixture
+    def killed(self, tmp_path, config):
+        (path,) = saved_run(tmp_path / "old", config, 3)
+        path.rename(path.with_name(path.name + ".new"))
+        return path
+
+    @pytest.mark.parametrize("named", [True, False])
+    @pytest.mark.parametrize("resume", ["auto", "old", "old/checkpoints", "old/checkpoints/step-00000003"])
+    def test_it_is_continued(self, tmp_path, config, killed, monkeypatch, resume, named):
+        monkeypatch.chdir(tmp_path)
+        start = begun({**config, "resume": resume}, tmp_path / ("old" if named else "new"), named=named)
+        assert (start.folder.resolve(), start.step) == (tmp_path / "old", 3)
+        assert CheckpointStore(tmp_path / "old/checkpoints").all() == [killed]
+
+    def test_a_branch_begins_from_it(self, tmp_path, config, killed):
+        assert found({**config, "resume": str(tmp_path / "old")}, tmp_path / "new") == ("new", 3)
+
+
 class TestWhatMayChange:
     @pytest.mark.parametrize(
         ("key", "value", "words"),

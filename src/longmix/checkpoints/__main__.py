@@ -7,6 +7,7 @@ from pathlib import Path
 from longmix import startup
 from longmix.checkpoints.consolidate import consolidate
 from longmix.checkpoints.last import chosen_checkpoint
+from longmix.checkpoints.store import final_name
 from longmix.errors import LongmixError
 
 
@@ -20,7 +21,7 @@ def main(words: list[str] | None = None) -> int:
     arguments = parser.parse_args(words)
     try:
         checkpoint = chosen_checkpoint(arguments.checkpoint)
-        output = arguments.output or checkpoint.with_name(f"{checkpoint.name}-whole")
+        output = arguments.output or checkpoint.with_name(f"{final_name(checkpoint.name)}-whole")
         consolidate(checkpoint, output)
     except LongmixError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

@@ -10,7 +10,7 @@ from longmix.errors import ConfigError
 from longmix.files import atomic_directory, write_json
 
 
-def consolidate(checkpoint: Path, target: Path) -> None:
+def consolidate(checkpoint: Path | str, target: Path | str) -> None:
     """Write the whole form of a sharded checkpoint, in one process; it takes as much memory as the state.
 
     Args:
@@ -22,6 +22,7 @@ def consolidate(checkpoint: Path, target: Path) -> None:
         ConfigError: it is whole already, or the target is there.
         StorageError: the target cannot be written.
     """
+    checkpoint, target = Path(checkpoint), Path(target)
     info = read_info(checkpoint)
     if info.get("format") == WHOLE:
         raise ConfigError(f"{checkpoint} is in one file already.")

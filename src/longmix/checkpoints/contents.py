@@ -23,7 +23,7 @@ DEEPEST = 50
 """Levels of a configuration; the deepest of ours has about ten."""
 
 
-def load_model_state(checkpoint: Path) -> dict[str, Any]:
+def load_model_state(checkpoint: Path | str) -> dict[str, Any]:
     """The state in a checkpoint but the optimizers, in which all is there that a model is rebuilt of.
 
     Raises:
@@ -84,7 +84,7 @@ def check_run_state(state: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def rebuilding(checkpoint: Path) -> Iterator[None]:
+def rebuilding(checkpoint: Path | str) -> Iterator[None]:
     """Name the checkpoint in whatever goes wrong while something is built of its content.
 
     Raises:

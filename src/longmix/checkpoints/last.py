@@ -14,7 +14,7 @@ ROOTS = ("runs", "multirun")
 """Where `train.py` puts runs."""
 
 
-def chosen_checkpoint(path: Path | str, except_run: Path | None = None) -> Path:
+def chosen_checkpoint(path: Path | str, except_run: Path | str | None = None) -> Path:
     """The checkpoint folder that a user's word means: see `find_checkpoint`; `last` is that of the newest run.
 
     Which run that is goes to standard error in one line. A folder called `last` is reached as `./last`.
@@ -31,14 +31,14 @@ def chosen_checkpoint(path: Path | str, except_run: Path | None = None) -> Path:
             "the name of a checkpoint is empty; give the folder of a run, or last for the newest one."
         )
     if str(path) != LAST:
-        return find_checkpoint(Path(path))
+        return find_checkpoint(path)
     checkpoint = last_checkpoint(except_run)
     made = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(_made(checkpoint)))
     print(f"last is {printable(checkpoint)}, of {made}", file=sys.stderr)
     return checkpoint
 
 
-def last_checkpoint(except_run: Path | None = None) -> Path:
+def last_checkpoint(except_run: Path | str | None = None) -> Path:
     """The checkpoint that was written last by any run, finished or not, below `runs/` and `multirun/` here.
 
     Raises:
@@ -48,7 +48,7 @@ def last_checkpoint(except_run: Path | None = None) -> Path:
     found = [
         checkpoint
         for store in stores
-        if except_run is None or store.folder.parent.resolve() != except_run.resolve()
+        if except_run is None or store.folder.parent.resolve() != Path(except_run).resolve()
         for checkpoint in store.all()
         if (checkpoint / INFO_FILE).is_file()
     ]

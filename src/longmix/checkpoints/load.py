@@ -79,7 +79,7 @@ def _one_of(path: Path | str) -> Path:
     from longmix.checkpoints.store import find_checkpoint, is_checkpoint
 
     path = Path(path)
-    return path if is_checkpoint(path) else find_checkpoint(path)
+    return path if is_checkpoint(path) and path.exists() else find_checkpoint(path)
 
 
 def _rest_of(checkpoint: Path) -> AbstractContextManager[None]:

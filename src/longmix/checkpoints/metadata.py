@@ -43,7 +43,7 @@ class _Unpickler(pickle.Unpickler):
         )
 
 
-def read_metadata(checkpoint: Path, files: set[str]) -> Metadata:
+def read_metadata(checkpoint: Path | str, files: set[str]) -> Metadata:
     """Where the tensors of a sharded checkpoint lie, read without running code.
 
     Args:
@@ -53,6 +53,7 @@ def read_metadata(checkpoint: Path, files: set[str]) -> Metadata:
     Raises:
         CheckpointError: it is damaged, or names another class, or a file outside `files`.
     """
+    checkpoint = Path(checkpoint)
     path = checkpoint / FILE
     with reading(path, "description of shards", f"; {cure(checkpoint).rstrip('.')}"), path.open("rb") as stream:
         unpickler = _Unpickler(stream)

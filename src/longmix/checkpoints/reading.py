@@ -18,30 +18,32 @@ Facts = dict[str, Any]
 """`bytes` and `sha256` of a file."""
 
 
-def facts_of(path: Path) -> Facts:
+def facts_of(path: Path | str) -> Facts:
     """Size and SHA-256 of a file."""
+    path = Path(path)
     return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
 
 
-def read_info(checkpoint: Path) -> dict[str, Any]:
+def read_info(checkpoint: Path | str) -> dict[str, Any]:
     """The `info.json` of a checkpoint folder.
 
     Raises:
         CheckpointError: it is missing or no JSON object.
     """
-    path = checkpoint / INFO_FILE
+    path = Path(checkpoint) / INFO_FILE
     try:
         return read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {reason_of(error)}. {cure(checkpoint)}") from error
 
 
-def check_size(path: Path, facts: Facts) -> None:
+def check_size(path: Path | str, facts: Facts) -> None:
     """Refuse a file of a checkpoint that is missing or has another size than it was written with.
 
     Raises:
         CheckpointError: names the file and the cure.
     """
+    path = Path(path)
     try:
         require_regular(path)
         size = path.stat().st_size
@@ -55,12 +57,13 @@ def check_size(path: Path, facts: Facts) -> None:
         )
 
 
-def check_file(path: Path, facts: Facts) -> None:
+def check_file(path: Path | str, facts: Facts) -> None:
     """Refuse a file of a checkpoint that is not, byte for byte, the one that was written; reads 1 MiB at a time.
 
     Raises:
         CheckpointError: names the file and the cure.
     """
+    path = Path(path)
     check_size(path, facts)
     with reading(path, "file that can be read", f"; {cure(path.parent).rstrip('.')}"):
         found = sha256_of_file(path)
@@ -71,13 +74,13 @@ def check_file(path: Path, facts: Facts) -> None:
         )
 
 
-def cure(checkpoint: Path) -> str:
+def cure(checkpoint: Path | str) -> str:
     """What to do about a damaged checkpoint."""
     return f"Delete {checkpoint} and use an older checkpoint beside it."
 
 
 @contextlib.contextmanager
-def reading(path: Path, what: str, cure: str = "") -> Iterator[None]:
+def reading(path: Path | str, what: str, cure: str = "") -> Iterator[None]:
     """Turn whatever a damaged file raises while it is read into one error.
 
     Args:

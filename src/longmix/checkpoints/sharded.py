@@ -41,7 +41,7 @@ SLACK_BYTES = 64 << 20
 """By so much the tensors may claim to exceed their files before they are refused instead of allocated."""
 
 
-def write_shards(folder: Path, pieces: dict[Name, Piece], processes: Processes) -> dict[str, Facts]:
+def write_shards(folder: Path | str, pieces: dict[Name, Piece], processes: Processes) -> dict[str, Facts]:
     """Write each process's pieces to a file of its own and to the disk; all processes must call it.
 
     Returns:
@@ -50,6 +50,7 @@ def write_shards(folder: Path, pieces: dict[Name, Piece], processes: Processes) 
     Raises:
         OSError: in all processes, naming the rank that could not write and why.
     """
+    folder = Path(folder)
     planner, writer = _PiecePlanner(), _Writer(folder, single_file_per_rank=True, sync_files=True, thread_count=1)
     planner.set_up_planner(dict(pieces), is_coordinator=processes.is_first)
     writer.set_up_storage_writer(processes.is_first)
@@ -85,8 +86,8 @@ class ShardedCheckpoint:
         CheckpointError: a file is missing or truncated, or `.metadata` is damaged; shards are not read yet.
     """
 
-    def __init__(self, checkpoint: Path) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Path | str) -> None:
+        self.checkpoint = checkpoint = Path(checkpoint)
         self.files = _files_of(checkpoint)
         for name in {METADATA_FILE, RUN_FILE, *self.files}:
             check_size(checkpoint / name, self.files.get(name, {}))

@@ -21,6 +21,7 @@ from longmix.files import (
     free_folder,
     remove_directory,
     remove_leftovers,
+    replace_directory,
     replace_json,
     storage_errors,
     write_json,
@@ -31,8 +32,8 @@ NEW = ".new"
 
 log = logging.getLogger(__name__)
 
-NAME = re.compile(r"step-\d{8,}")
-"""Of the folder of a checkpoint."""
+NAME = re.compile(r"step-(\d{8,})(\.new)?")
+"""Of the folder of a checkpoint, be it about to take another's place."""
 
 OWN_FILES = (INFO_FILE, STATE_FILE, ".metadata")
 """A folder that has one of these is a checkpoint."""
@@ -45,8 +46,8 @@ class CheckpointStore:
         folder: holds one folder per checkpoint; made on the first save.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
         self._warned: set[Path] = set()
 
     def path(self, step: int) -> Path:
@@ -106,19 +107,24 @@ class CheckpointStore:
             processes.first(commit)
         return target
 
-    def add_info(self, checkpoint: Path, more: dict[str, Any]) -> None:
+    def add_info(self, checkpoint: Path | str, more: dict[str, Any]) -> None:
         """Add what became known of a committed checkpoint since, such as its validation, to its `info.json`.
 
         Raises:
             StorageError: it cannot be written.
         """
-        replace_json(checkpoint / INFO_FILE, read_info(checkpoint) | more)
+        replace_json(Path(checkpoint) / INFO_FILE, read_info(checkpoint) | more)
 
     def all(self) -> list[Path]:
-        """Committed checkpoints, oldest first."""
+        """Committed checkpoints, oldest first.
+
+        Where a process was killed while a checkpoint took the place of another, that is the complete folder `.new`.
+        """
         if not self.folder.is_dir():
             return []
-        return sorted(path for path in self.folder.iterdir() if NAME.fullmatch(path.name))
+        found = {path.name: path for path in self.folder.iterdir() if NAME.fullmatch(path.name)}
+        committed = [path for name, path in found.items() if not (name.endswith(NEW) and final_name(name) in found)]
+        return sorted(committed, key=_step_of)
 
     def latest(self) -> Path | None:
         """The newest committed checkpoint."""
@@ -174,9 +180,7 @@ class CheckpointStore:
         with atomic_directory(fresh) as folder:
             yield folder
         if fresh != target:
-            remove_directory(target)
-            with storage_errors(target):
-                fresh.rename(target)
+            replace_directory(target, fresh)
 
     def _readable(self) -> dict[Path, dict[str, Any]]:
         """What `info.json` says of each checkpoint, oldest first, without those where it cannot be read."""
@@ -194,8 +198,15 @@ class CheckpointStore:
         return found
 
 
+def final_name(name: str) -> str:
+    """The name of a checkpoint's folder once it has taken the place of another of its step."""
+    return name.removesuffix(NEW)
+
+
 def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
+    match = NAME.fullmatch(checkpoint.name)
+    assert match is not None
+    return int(match[1])
 
 
 def _validation_loss(info: dict[str, Any]) -> float | None:
@@ -204,17 +215,22 @@ def _validation_loss(info: dict[str, Any]) -> float | None:
     return float(loss) if isinstance(loss, int | float) and math.isfinite(loss) else None
 
 
-def is_checkpoint(path: Path) -> bool:
+def is_checkpoint(path: Path | str) -> bool:
     """Whether a folder is a checkpoint, be it damaged, and not the folder of a run."""
+    path = Path(path)
     return NAME.fullmatch(path.name) is not None or any((path / name).exists() for name in OWN_FILES)
 
 
-def find_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: Path | str) -> Path:
     """The checkpoint folder that `path` means: itself, or the newest of a run's folder.
 
     Raises:
         CheckpointError: there is none.
     """
+    path = Path(path)
+    if NAME.fullmatch(path.name) and not path.exists():  # it was about to take another's place, or has done so
+        final = path.with_name(final_name(path.name))
+        path = next((other for other in (final, final.with_name(final.name + NEW)) if other.exists()), path)
     if (path / INFO_FILE).is_file():
         return path
     for folder in (path / "checkpoints", path):

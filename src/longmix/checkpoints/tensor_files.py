@@ -27,13 +27,13 @@ COMMENT_BYTES = len(TAG) + 64
 logger = logging.getLogger(__name__)
 
 
-def write_tensors(path: Path, content: Any, advance: Advance = silent) -> None:
+def write_tensors(path: Path | str, content: Any, advance: Advance = silent) -> None:
     """Write a file as torch.save does, telling `advance` the bytes; given a path, torch would hide a full disk.
 
     Raises:
         OSError, RuntimeError: see `longmix.files.refusal_of`.
     """
-    with path.open("wb") as stream:
+    with Path(path).open("wb") as stream:
         torch.save(content, _Counted(stream, advance))
 
 
@@ -52,7 +52,7 @@ class _Counted:
         return getattr(self._stream, name)
 
 
-def save_tensors(path: Path, content: Any) -> None:
+def save_tensors(path: Path | str, content: Any) -> None:
     """Replace a file of tensors, numbers, texts, and lists and dicts of them; its digest goes with it.
 
     Raises:
@@ -63,11 +63,11 @@ def save_tensors(path: Path, content: Any) -> None:
         write_tensors(temporary, content)
         _add_digest(temporary)
 
-    replace_file(path, write)
+    replace_file(Path(path), write)
 
 
 def load_tensors(
-    path: Path,
+    path: Path | str,
     what: str,
     *,
     format_number: int,
@@ -88,6 +88,7 @@ def load_tensors(
     Raises:
         CheckpointError: there is no such file, it is damaged, or of another format.
     """
+    path = Path(path)
     with reading(path, what, cure):
         require_regular(path)
         verified = _verify(path)
@@ -104,12 +105,13 @@ def load_tensors(
     return content
 
 
-def check_archive(path: Path) -> None:
+def check_archive(path: Path | str) -> None:
     """Refuse an archive that would grow while it is read, as torch's files never do.
 
     Raises:
         ValueError, zipfile.BadZipFile: it is compressed, larger inside than outside, or no archive.
     """
+    path = Path(path)
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):

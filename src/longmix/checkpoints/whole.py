@@ -16,14 +16,14 @@ from longmix.errors import CheckpointError
 STATE_FILE = "state.pt"
 
 
-def write_whole(folder: Path, state: dict[str, Any], advance: Advance = silent) -> Facts:
+def write_whole(folder: Path | str, state: dict[str, Any], advance: Advance = silent) -> Facts:
     """Write a state, telling `advance` the bytes, and return size and SHA-256 of its file."""
-    path = folder / STATE_FILE
+    path = Path(folder) / STATE_FILE
     write_tensors(path, state, advance)
     return facts_of(path)
 
 
-def read_whole(checkpoint: Path, *, mapped: bool = False) -> dict[str, Any]:
+def read_whole(checkpoint: Path | str, *, mapped: bool = False) -> dict[str, Any]:
     """A state on the CPU, verified.
 
     Args:
@@ -33,7 +33,7 @@ def read_whole(checkpoint: Path, *, mapped: bool = False) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing or damaged, or names code.
     """
-    path = checkpoint / STATE_FILE
+    path = Path(checkpoint) / STATE_FILE
     check_file(path, read_info(checkpoint))
     with reading(path, "state", f"; {cure(checkpoint).rstrip('.')}"):
         check_archive(path)
@@ -43,8 +43,8 @@ def read_whole(checkpoint: Path, *, mapped: bool = False) -> dict[str, Any]:
 class WholeCheckpoint:
     """A checkpoint of format 1, verified; its tensors stay on the disk until they are read. See `ShardedCheckpoint`."""
 
-    def __init__(self, checkpoint: Path) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Path | str) -> None:
+        self.checkpoint = checkpoint = Path(checkpoint)
         state = read_whole(checkpoint, mapped=True)
         with reading(checkpoint / STATE_FILE, "state", f"; {cure(checkpoint).rstrip('.')}"):
             self._tensors, rest = split({key: state[key] for key in IN_TENSORS if key in state})

@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from longmix.checkpoints import CheckpointStore, chosen_checkpoint
+from longmix.checkpoints import CheckpointStore, chosen_checkpoint, find_checkpoint
 from longmix.checkpoints.reading import INFO_FILE
 from longmix.config import Node
 from longmix.errors import ConfigError, LongmixError
@@ -107,7 +107,8 @@ def _newest_or_new(config: Node, folder: Path, named: bool) -> tuple[Choice, Loc
         if with_checkpoint:
             run = max(with_checkpoint, key=lambda run: with_checkpoint[run].stat().st_mtime)
             lock = claim(run)
-            return _at(config, run, with_checkpoint[run]), lock
+            with _released_if_refused(lock):
+                return _at(config, run, _newest(run)), lock
         log.info("resume=auto: no earlier run of this configuration; starting a new one.")
         if not in_sweep:
             return _new(config, folder)
@@ -153,7 +154,7 @@ def _from_checkpoint(config: Node, folder: Path, named: bool, resume: str) -> tu
         names_a_run = not (Path(resume) / INFO_FILE).is_file()
         if own is not None and (names_a_run or (was_restarted() and _began_so(run, config))):
             checkpoint = own  # another process may have gone on until it gave the folder up
-        return _at(config, run, checkpoint), lock
+        return _at(config, run, find_checkpoint(checkpoint)), lock
 
 
 def _new(config: Node, folder: Path) -> tuple[Choice, Lock]:
