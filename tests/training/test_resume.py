@@ -320,6 +320,71 @@ class TestGoingBack:
         (line,) = [record.getMessage() for record in caplog.records if "set-aside" in record.getMessage()]
         assert line == f"The run goes back to step 5; what it had saved after that is in {aside}."
 
+    @pytest.mark.parametrize("again", ["auto", "same"])
+    @pytest.mark.parametrize("moment", range(6))
+    def test_killed_at_any_moment_of_it_nothing_later_stays(self, tmp_path, config, monkeypatch, moment, again):
+        """Before each rename in turn; the next command continues, or goes back once more."""
+        older, _ = saved_run(tmp_path / "run", config, 5, 10)
+        (tmp_path / "run/evaluation").mkdir()
+        files = ["evaluation/loss_step-data_validation_step5_ab.json", "evaluation/loss_validation_step10_cd.json"]
+        files += ["summary.json", "states.pt"]
+        for name in files:
+            (tmp_path / "run" / name).write_text('{"steps": 10}')
+        words = {**config, "resume": str(older)}
+        with monkeypatch.context() as patched:
+            renamed = []
+            original = Path.rename
+
+            def rename(self, target):
+                if len(renamed) >= moment:
+                    raise KeyboardInterrupt
+                renamed.append(target)
+                return original(self, target)
+
+            patched.setattr(Path, "rename", rename)
+            try:
+                begun(words, tmp_path / "run")
+            except KeyboardInterrupt:
+                pass
+            else:
+                assert moment > 3
+        moved = moment > 0
+        start = begun(auto(config) if again == "auto" else words, tmp_path / "run")
+        left = sorted(path.relative_to(tmp_path / "run").as_posix() for path in (tmp_path / "run").rglob("*.*"))
+        left = [name for name in left if not name.startswith("checkpoints")]
+        if again == "auto" and not moved:
+            assert (start.step, len(left)) == (10, 5)
+            return
+        assert start.step == 5
+        assert left == ["config.yaml", files[0]]
+        asides = [path for path in (tmp_path / "run/checkpoints").glob("set-aside-*") if any(path.iterdir())]
+        assert len(asides) == 1
+        assert all((asides[0] / name).exists() for name in files[1:])
+
+    def test_results_of_a_run_whose_checkpoints_were_deleted_are_set_aside(self, tmp_path, config):
+        saved_run(tmp_path / "run", config)
+        (tmp_path / "run/evaluation").mkdir()
+        (tmp_path / "run/evaluation/loss_validation_step10_cd.json").touch()
+        (tmp_path / "run/summary.json").write_text('{"steps": 10}')
+        begun(config, tmp_path / "run")
+        assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+            "checkpoints",
+            "config.yaml",
+            "evaluation",
+        ]
+        assert list((tmp_path / "run/evaluation").iterdir()) == []
+
+    def test_a_finished_run_keeps_its_results(self, tmp_path, config):
+        config = {**config, "max_steps": 5}
+        saved_run(tmp_path / "run", config, 5)
+        (tmp_path / "run/evaluation").mkdir()
+        (tmp_path / "run/evaluation/loss_step2000-data_validation_step5_cd.json").touch()
+        (tmp_path / "run/summary.json").write_text('{"steps": 5}')
+        (tmp_path / "run/states.pt").touch()
+        before = sorted((tmp_path / "run").rglob("*"))
+        begun(auto(config), tmp_path / "run")
+        assert sorted((tmp_path / "run").rglob("*")) == before
+
     def test_nothing_is_moved_before_all_is_known_to_fit(self, tmp_path, config):
         older, newest = saved_run(tmp_path / "run", config, 5, 10)
         with find_start({**config, "resume": str(older)}, tmp_path / "run") as start, pytest.raises(CheckpointError):

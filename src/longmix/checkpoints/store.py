@@ -30,6 +30,9 @@ from longmix.files import (
 NEW = ".new"
 """Behind the name of a complete checkpoint that is about to take the place of another of the same step."""
 
+ASIDE = "set-aside-"
+"""Begins the name of a folder of checkpoints of steps that the run took again."""
+
 log = logging.getLogger(__name__)
 
 NAME = re.compile(r"step-(\d{8,})(\.new)?")
@@ -124,7 +127,7 @@ class CheckpointStore:
             return []
         found = {path.name: path for path in self.folder.iterdir() if NAME.fullmatch(path.name)}
         committed = [path for name, path in found.items() if not (name.endswith(NEW) and final_name(name) in found)]
-        return sorted(committed, key=_step_of)
+        return sorted(committed, key=step_of)
 
     def latest(self) -> Path | None:
         """The newest committed checkpoint."""
@@ -155,11 +158,11 @@ class CheckpointStore:
         Raises:
             StorageError: they may not be moved.
         """
-        later = [path for path in self.all() if _step_of(path) > step]
+        later = [path for path in self.all() if step_of(path) > step]
         if not later:
             return None
         with storage_errors(self.folder):
-            aside = free_folder(self.folder / f"set-aside-{time.strftime('%Y-%m-%d_%H-%M-%S')}")
+            aside = new_aside(self.folder)
             for path in reversed(later):  # killed in between, the newest that is left belongs to those before it
                 path.rename(aside / path.name)
         return aside
@@ -198,12 +201,18 @@ class CheckpointStore:
         return found
 
 
+def new_aside(folder: Path) -> Path:
+    """A new folder, among a run's checkpoints, for those of steps that the run takes again."""
+    return free_folder(folder / f"{ASIDE}{time.strftime('%Y-%m-%d_%H-%M-%S')}")
+
+
 def final_name(name: str) -> str:
     """The name of a checkpoint's folder once it has taken the place of another of its step."""
     return name.removesuffix(NEW)
 
 
-def _step_of(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """The step that the folder of a checkpoint is named by."""
     match = NAME.fullmatch(checkpoint.name)
     assert match is not None
     return int(match[1])

@@ -16,6 +16,9 @@ FORMAT, WITHOUT_DIGEST = 2, 1
 SHOWN = 4
 """Differences that a message lists."""
 
+STATES_FILE = "states.pt"
+"""In the folder of a run with trainable=states."""
+
 MARK = ".tuned."
 """What the names of these parameters, and of no others, have in them."""
 
@@ -112,7 +115,7 @@ def load_states(model: LanguageModel, path: Path, config: Node) -> None:
     Raises:
         CheckpointError: there is no such file, or it is damaged or of another model.
     """
-    path = path / "states.pt" if path.is_dir() else path
+    path = path / STATES_FILE if path.is_dir() else path
     cure = "; give the states.pt of a run with trainable=states"
     content = load_tensors(path, "states", format_number=FORMAT, without_digest=WITHOUT_DIGEST, cure=cure)
     with reading(path, "states", cure):

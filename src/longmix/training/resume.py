@@ -10,13 +10,17 @@ from typing import Any
 from longmix.checkpoints import Checkpoint, CheckpointStore, open_checkpoint
 from longmix.checkpoints.contents import check_run_state, rebuilding
 from longmix.checkpoints.processes import Processes
+from longmix.checkpoints.store import ASIDE, new_aside, step_of
 from longmix.config import Node, total_steps
 from longmix.errors import CheckpointError
-from longmix.files import remove_leftovers
+from longmix.files import remove_leftovers, storage_errors
 from longmix.locks import Lock
+from longmix.model.states import STATES_FILE
+from longmix.reading import read_json
 from longmix.training.choosing import Choice, choose_start, write_config
 from longmix.training.claims import remove_unused
 from longmix.training.identity import CONFIG_FILE, announce, check_continues
+from longmix.training.summary import SUMMARY_FILE
 
 log = logging.getLogger(__name__)
 
@@ -69,11 +73,11 @@ class Start:
         store = CheckpointStore(self.folder / "checkpoints")
         for folder in (self.folder, self.folder / "evaluation", store.folder, *store.all()):
             remove_leftovers(folder)
+        aside = store.set_aside_after(self.step)
+        aside = _set_results_aside(self.folder, self.step, aside)
+        if aside is not None:
+            log.info("The run goes back to step %d; what it had saved after that is in %s.", self.step, aside)
         if self.state is not None:
-            aside = store.set_aside_after(self.step)
-            if aside is not None:
-                _set_results_aside(self.folder, self.step, aside)
-                log.info("The run goes back to step %d; what it had saved after that is in %s.", self.step, aside)
             announce(self.state["config"], config, self.step)
         if self.step < total_steps(config):
             write_config(self.folder, config)
@@ -167,18 +171,49 @@ def start_alone(config: Node, folder: Path, named: bool) -> Start:
     return Start(choice.folder, 0, None, folder, name=choice.name, is_new=choice.is_new, lock=lock)
 
 
-def _set_results_aside(folder: Path, step: int, aside: Path) -> None:
-    """Move what tells of later steps than `step` to the checkpoints that it is of."""
-    results = [path for path in folder.glob("evaluation/*") if _latest_step_in(path.name) > step]
-    for path in [*results, folder / "summary.json"]:
-        if path.is_file():
-            target = aside / path.relative_to(folder)
-            target.parent.mkdir(exist_ok=True)
-            path.rename(target)
+def _set_results_aside(folder: Path, step: int, aside: Path | None) -> Path | None:
+    """Move what tells of later steps than `step` to the checkpoints that it is of; returns where to, if anything went.
+
+    Args:
+        aside: where those checkpoints have just gone; None if there were none, as after a process that was killed when
+            it had moved them, whose folder then takes the results too.
+
+    Raises:
+        StorageError: it may not be moved.
+    """
+    results = [path for path in folder.glob("evaluation/*") if _step_in(path.name) > step]
+    if aside is not None or results or _steps_of_summary(folder) > step:
+        results = [folder / STATES_FILE, *results, folder / SUMMARY_FILE]  # the last one tells of those that remain
+    results = [path for path in results if path.is_file()]
+    if results:
+        with storage_errors(folder):
+            names = [path.relative_to(folder) for path in results]
+            aside = aside or _earlier_aside(folder / "checkpoints", step, names)
+            for path, name in zip(results, names, strict=True):
+                (aside / name).parent.mkdir(exist_ok=True)
+                path.rename(aside / name)
+    return aside
 
 
-def _latest_step_in(name: str) -> int:
-    return max(map(int, re.findall(r"step-?(\d+)", name)), default=-1)
+def _earlier_aside(checkpoints: Path, step: int, names: list[Path]) -> Path:
+    """Where the checkpoints of later steps went last, unless their results are there; else a new folder."""
+    for folder in sorted(checkpoints.glob(f"{ASIDE}*"), reverse=True):
+        latest = CheckpointStore(folder).latest()
+        if latest is not None and step_of(latest) > step and not any((folder / name).exists() for name in names):
+            return folder
+    return new_aside(checkpoints)
+
+
+def _step_in(name: str) -> int:
+    found = re.findall(r"step-?(\d+)", name)
+    return int(found[-1]) if found else -1
+
+
+def _steps_of_summary(folder: Path) -> int:
+    with contextlib.suppress(OSError, ValueError):
+        steps = read_json(folder / SUMMARY_FILE).get("steps")
+        return steps if isinstance(steps, int) else -1
+    return -1
 
 
 def _load(config: Node, checkpoint: Path) -> tuple[Checkpoint, dict[str, Any]]:
