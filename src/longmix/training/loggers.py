@@ -228,6 +228,8 @@ class WandbLog(CsvLog):
 
     def upload_command(self) -> str | None:
         """See `MetricLog.upload_command`; one command sends all that this run did offline."""
+        if self.path == Path():  # not opened, as nothing was left to do
+            return None
         if not any(self.path.parent.glob("wandb/offline-run-*")):
             return None
         folder = self.path.parent

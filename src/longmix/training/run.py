@@ -28,7 +28,7 @@ from longmix.files import storage_errors
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model, check_model
 from longmix.model.matching import match_parameters
-from longmix.model.states import save_states
+from longmix.model.states import STATES_FILE, save_states
 from longmix.naming import RunPlace
 from longmix.parallel.slices import check_slices
 from longmix.startup import seconds_since_begin
@@ -41,7 +41,14 @@ from longmix.training.origin import Origin, begin
 from longmix.training.place import own_place, process_rank
 from longmix.training.progress import ProgressDisplay
 from longmix.training.resume import Start, find_start, start_alone
-from longmix.training.summary import SUMMARY_FILE, print_header, training_flops_per_token, write_summary
+from longmix.training.summary import (
+    SUMMARY_FILE,
+    print_header,
+    print_summary,
+    read_own_summary,
+    training_flops_per_token,
+    write_summary,
+)
 from longmix.training.supervisor import Supervisor
 
 PACKAGES = ("longmix", "torch", "triton", "lightning", "hydra-core", "wandb", "tokenizers", "datasets", "numpy")
@@ -127,27 +134,24 @@ def _train_from(
     everyone.first(lambda: start.begin(node))
 
     module = _module(node, model, settings, everyone)
-    supervisor = _supervisor(node, data, start, model, is_first)
-    exit_code = 1
-    try:
-        if start.step < module.total_steps or not supervisor.is_validated(start.step):
-            if is_first:
-                with storage_errors(start.folder / SUMMARY_FILE):
-                    (start.folder / SUMMARY_FILE).unlink(missing_ok=True)  # what is there is of fewer steps
-            with processes.losses_explained(settings.timeout, start.folder):
-                _fit(settings, module, data, supervisor, start)
-        exit_code = 0
-    finally:
-        supervisor.metric_log.close(exit_code)
+    supervisor = _supervisor(node, data, start, is_first)
+    is_done = start.step == module.total_steps and supervisor.is_validated(start.step)
+    if not is_done:
+        _fit_logged(settings, module, data, supervisor, start, is_first)
     if not is_first:
         return {}
+    states = start.folder / STATES_FILE
     latest = supervisor.store.latest()
-    if node["trainable"] == "states" and latest is not None:
-        save_states(start.folder / "states.pt", load_checkpoint(latest))
+    if node["trainable"] == "states" and latest is not None and not (is_done and states.exists()):
+        save_states(states, load_checkpoint(latest))
     seconds = time.monotonic() - began
     if HydraConfig.get().mode == RunMode.RUN:  # of a sweep, the command has other runs too
         seconds = seconds_since_begin(seconds)
-    return write_summary(node, start.folder, model, supervisor, seconds)
+    summary = read_own_summary(start.folder, module.total_steps) if is_done else None
+    if summary is None:
+        summary = write_summary(node, start.folder, model, supervisor)
+    print_summary(summary, start.folder, supervisor, seconds)
+    return summary
 
 
 def check_config(node: Node, tokenizer: Tokenizer | None = None) -> tuple[TrainerSettings, TokenData]:
@@ -241,23 +245,45 @@ def _module(node: Node, model: LanguageModel, settings: TrainerSettings, everyon
     )
 
 
-def _supervisor(node: Node, data: TokenData, start: Start, model: LanguageModel, is_first: bool) -> Supervisor:
+def _supervisor(node: Node, data: TokenData, start: Start, is_first: bool) -> Supervisor:
     identity = {
         "tokenizer": data.tokenizer.state(),
         "data_fingerprint": data.fingerprint(),
         "versions": versions(),
     }
-    facts = {
-        "parameters": model.parameter_counts(),
-        "training_flops_per_token": training_flops_per_token(model, node["seq_len"]),
-        "train_tokens_per_epoch": data.train_tokens_per_epoch,
-        "versions": identity["versions"],
-    }
     metric_log = build(node["logger"], "logger") if is_first else NoLog()
-    metric_log.open(start.folder, configuration.flattened(node | facts), node["name"], start.step)
     progress = ProgressDisplay(total_steps(node), start.step, enabled=is_first)
     store = CheckpointStore(start.folder / "checkpoints")
     return Supervisor(node, data, store, metric_log, progress, identity, start.state, start.saved)
+
+
+def _fit_logged(
+    settings: TrainerSettings,
+    module: TrainingModule,
+    data: TokenData,
+    supervisor: Supervisor,
+    start: Start,
+    is_first: bool,
+) -> None:
+    """Train what is left, between the opening and the end of the log."""
+    node, metric_log = supervisor.config, supervisor.metric_log
+    facts = {
+        "parameters": module.model.parameter_counts(),
+        "training_flops_per_token": training_flops_per_token(module.model, node["seq_len"]),
+        "train_tokens_per_epoch": data.train_tokens_per_epoch,
+        "versions": supervisor.identity["versions"],
+    }
+    metric_log.open(start.folder, configuration.flattened(node | facts), node["name"], start.step)
+    exit_code = 1
+    try:
+        if is_first:
+            with storage_errors(start.folder / SUMMARY_FILE):
+                (start.folder / SUMMARY_FILE).unlink(missing_ok=True)  # what is there is of fewer steps
+        with processes.losses_explained(settings.timeout, start.folder):
+            _fit(settings, module, data, supervisor, start)
+        exit_code = 0
+    finally:
+        metric_log.close(exit_code)
 
 
 def _fit(

@@ -14,6 +14,7 @@ from longmix.config import Node, step_limits, tokens_per_step, total_steps, unli
 from longmix.data.datamodule import TokenData
 from longmix.files import replace_json
 from longmix.model.backbone import LanguageModel
+from longmix.reporting.summaries import Unfinished, number, read_summary
 from longmix.training.hardware import TrainerSettings
 from longmix.training.progress import duration
 
@@ -93,10 +94,19 @@ def matched(config: Node, parameters: int) -> dict[str, Any] | None:
     return {"target": target, "parameters": parameters, "difference": difference, "mlp_hidden": width}
 
 
-def write_summary(
-    config: Node, folder: Path, model: LanguageModel, supervisor: "Supervisor", wall_seconds: float
-) -> dict[str, Any]:
-    """Write `summary.json`, print its main figures, and return it.
+def read_own_summary(folder: Path, steps: int) -> dict[str, Any] | None:
+    """The `summary.json` of a run that took `steps` steps and has nothing left to do; None if that must be written."""
+    try:
+        summary = read_summary(folder)
+        for key in ("perplexity", "tokens"):
+            number(summary["validation"], key, 0, finite=False)
+    except (Unfinished, OSError, ValueError):
+        return None
+    return summary if summary.get("steps") == steps == summary["validation"].get("step") else None
+
+
+def write_summary(config: Node, folder: Path, model: LanguageModel, supervisor: "Supervisor") -> dict[str, Any]:
+    """Write `summary.json` and return it.
 
     Its `validation` is of the last step: `validation["step"]` equals `steps`.
     """
@@ -123,12 +133,17 @@ def write_summary(
         "versions": versions,
     }
     replace_json(folder / SUMMARY_FILE, summary)
+    return summary
+
+
+def print_summary(summary: dict[str, Any], folder: Path, supervisor: "Supervisor", wall_seconds: float) -> None:
+    """The main figures of a run, how long the command took, and where everything is."""
     validation = summary["validation"]
     quality, value = quality_of(validation)
     rows = {
         "validation": f"{value:.4f} {QUALITIES[quality]}, loss {validation['loss']:.4f}, "
         f"perplexity {validation['perplexity']:.3f} on {validation['tokens']:,} tokens",
-        "trained": f"{tokens:,} tokens in {duration(summary['training_seconds'])} "
+        "trained": f"{summary['tokens']:,} tokens in {duration(summary['training_seconds'])} "
         f"({summary['tokens_per_second']:,.0f} tokens/s); {duration(wall_seconds)} from start to end",
         "checkpoint": _shown(supervisor.store.latest()),
         "logs": _shown(folder),
@@ -137,7 +152,6 @@ def write_summary(
     if command is not None:
         rows["upload"] = command
     _print(rows)
-    return summary
 
 
 def _shown(path: Path | None) -> str:
