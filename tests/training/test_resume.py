@@ -104,6 +104,24 @@ class TestNamed:
         assert found(config, tmp_path / "run") == ("run", 0)
         saved_run(tmp_path / "run", config, 3)
         assert found(config, tmp_path / "run") == ("run", 3)
+        (tmp_path / "run" / "config.yaml").write_text("")
+        assert found(config, tmp_path / "run") == ("run", 3)
+
+    @pytest.mark.parametrize("variable", ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"])
+    @pytest.mark.parametrize(
+        "earlier",
+        [{"seed": 4}, {"resume": "runs/other"}, {"optimizer": {"learning_rate": 0.1}}, {"max_steps": 4}],
+        ids=str,
+    )
+    def test_a_command_that_had_not_begun_does_not_take_an_older_run_for_its_own(
+        self, tmp_path, config, monkeypatch, variable, earlier
+    ):
+        monkeypatch.setenv(variable, "1")
+        saved_run(tmp_path / "run", merged(config, earlier), 3)
+        before = (tmp_path / "run" / "config.yaml").read_bytes()
+        with pytest.raises(ConfigError, match=r"run already holds a run \(step-00000003\)"):
+            find_start(config, tmp_path / "run")
+        assert (tmp_path / "run" / "config.yaml").read_bytes() == before
 
     def test_auto_looks_in_that_folder_only(self, tmp_path, config):
         saved_run(tmp_path / "a", config, 3)

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from longmix.checkpoints import CheckpointStore, chosen_checkpoint, find_checkpoint
 from longmix.checkpoints.reading import INFO_FILE
 from longmix.config import Node
-from longmix.errors import ConfigError, LongmixError
+from longmix.errors import ConfigError
 from longmix.files import replace_file
 from longmix.locks import Lock
 from longmix.naming import RUNS, swept_words
@@ -46,7 +46,7 @@ def choose_start(config: Node, folder: Path, named: bool) -> tuple[Choice, Lock]
     """Where the run in Hydra's output `folder` goes on, and the lock of that place.
 
     A command that its launcher runs again after a failure continues what it began in the same folder, whatever `resume`
-    says.
+    says. A run there of other settings, or that another word of `resume` began, is not its own.
 
     Raises:
         ConfigError, CheckpointError: as in `find_start`, but for what only a checkpoint's content tells.
@@ -79,7 +79,7 @@ def _in_own_folder(config: Node, folder: Path) -> tuple[Choice, Lock]:
     lock = claim(folder)
     with _released_if_refused(lock):
         own = _newest(folder)
-        if own is not None and config["resume"] is None and not was_restarted():
+        if own is not None and config["resume"] is None and not (was_restarted() and _began_so(folder, config)):
             raise ConfigError(
                 f"{folder} already holds a run ({own.name}); continue it with resume=auto, or choose another name."
             )
@@ -213,11 +213,11 @@ def _is_same(one: Path, other: Path) -> bool:
 
 
 def _began_so(folder: Path, config: Node) -> bool:
-    """Whether the run in a folder was last begun by this `resume` with these settings, as config.yaml there says."""
-    with contextlib.suppress(LongmixError):
-        saved = read_yaml(folder / CONFIG_FILE)
-        return saved.get("resume") == config["resume"] and not changes(saved, config).keys() - {"checkpoint"}
-    return False
+    """Whether the run in a folder was last begun by this `resume` with these settings, as its configuration says."""
+    saved = read_config(folder)
+    if saved is None or saved.get("resume") != config["resume"]:
+        return False
+    return not changes(saved, config).keys() - {"checkpoint"}
 
 
 @contextlib.contextmanager

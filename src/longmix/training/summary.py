@@ -79,8 +79,8 @@ def print_header(
             f"model.mlp_hidden={match['mlp_hidden']}; {steps * per_step:,} tokens, as in every run of max_tokens and "
             f"{per_step:,} tokens a step"
         )
-    for number, note in enumerate(unlimited_windows(config)):
-        rows["note" if number == 0 else f"note {number + 1}"] = note
+    for index, note in enumerate(unlimited_windows(config)):
+        rows["note" if index == 0 else f"note {index + 1}"] = note
     _print(rows)
 
 
