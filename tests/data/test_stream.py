@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import fsspec
 import numpy as np
 import pyarrow
@@ -28,6 +29,8 @@ from longmix.errors import ConfigError, DataError
 TEXTS = [f"document {number} " + "abcdefgh"[number % 8] * (7 * number % 60) for number in range(120)]
 TEXTS[7] = TEXTS[61] = ""
 PER_FILE, PER_GROUP = 40, 15
+TELLS_GROUPS = int(datasets.__version__.partition(".")[0]) >= 5
+"""Whether the library gives the row groups of a parquet file apart."""
 HOW = Preparation(shard_tokens=300)
 
 
@@ -207,11 +210,12 @@ class TestKills:
         wanted = [number for number, text in enumerate(TEXTS) if text and corpus._split_of(text) == "train"]
         if at not in wanted:
             pytest.fail("the document it died at must be one of the train split")
-        if kind == "json":  # no file that is done is read again
+        by_group = kind == "parquet" and TELLS_GROUPS
+        if not by_group:  # no file that is done is read again
             assert again == at // PER_FILE * PER_FILE
         else:  # nor a row group; a shard has about twelve documents
             assert again % PER_FILE % PER_GROUP == 0 and again >= at - PER_GROUP - 16
-        assert (again > 0) == (at > (PER_FILE if kind == "json" else PER_GROUP))
+        assert (again > 0) == (at > (PER_GROUP if by_group else PER_FILE))
 
     @formats
     def test_a_file_is_read_from_any_record(self, tmp_path, kind, rows_read):
@@ -219,7 +223,7 @@ class TestKills:
         for first in range(0, PER_FILE + 1):
             rows_read.clear()
             assert list(corpus._stream("train").texts(1, first)) == TEXTS[PER_FILE + first : 2 * PER_FILE]
-            skipped = first - first % PER_GROUP if kind == "parquet" and first < PER_FILE else 0
+            skipped = first - first % PER_GROUP if kind == "parquet" and TELLS_GROUPS and first < PER_FILE else 0
             assert first == PER_FILE or len(rows_read) == PER_FILE - skipped
 
     def test_parts_that_are_done_are_not_read_again(self, tmp_path, rows_read):
