@@ -1,6 +1,8 @@
 """NaN and infinity, wherever they come from: no checkpoint holds them, and the run says so with its exit code."""
 
 import math
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,10 +10,10 @@ import pytest
 import torch
 from hydra.core.hydra_config import HydraConfig
 
-from longmix.checkpoints import CheckpointStore, load_checkpoint
+from longmix.checkpoints import CheckpointStore, load_checkpoint, read_info
 from longmix.checkpoints.tensors import split
 from longmix.config import resolved
-from longmix.errors import CheckpointError, ConfigError, NonFiniteError
+from longmix.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError
 from longmix.model.build import build_model
 from longmix.training import run as run_module
 from longmix.training import supervisor as supervisor_module
@@ -139,6 +141,77 @@ def test_a_single_step_is_left_out(train, folder, monkeypatch):
     train("loop.nonfinite=skip", "loop.max_skips=2")
     assert checkpoints(folder)[9]["steps_skipped"] == 1
     assert_finite(folder)
+
+
+class TestRowOfSkippedSteps:
+    """Its weights are those of the step before it, and may be past recovery: it pushes out no older checkpoint."""
+
+    WORDS = ("loop.nonfinite=skip", "loop.keep_checkpoints=1", "max_steps=60")
+
+    @pytest.fixture
+    def skipping(self, monkeypatch):
+        """`skipping(range(4, 9), signal_at=6)` skips the steps behind these, and signals in one."""
+        original = TrainingModule._accumulate
+
+        def skip(steps, signal_at=None):
+            def accumulate(self, batch):
+                record = original(self, batch)
+                if self.step in steps:
+                    record.loss = record.loss * math.nan
+                if self.step == signal_at:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return record
+
+            monkeypatch.setattr(TrainingModule, "_accumulate", accumulate)
+
+        return skip
+
+    def test_it_leaves_the_checkpoint_before_it_and_names_one_to_go_back_to(self, train, folder, skipping):
+        skipping(range(8, 60))
+        words = (*self.WORDS, "loop.keep_checkpoints=2")
+        with pytest.raises(NonFiniteError, match="20 steps in a row .*The last checkpoint is .*step-00000006"):
+            train(*words)
+        assert list(checkpoints(folder)) == [3, 6]
+        skipping(range(6, 60))
+        older = CheckpointStore(folder / "checkpoints").path(3)
+        with pytest.raises(NonFiniteError, match=r"No step was taken since .*step-00000006, from which") as failed:
+            train(*words, "resume=auto")
+        assert f"go back with resume={older} name=" in str(failed.value)
+        assert list(checkpoints(folder)) == [3, 6]
+
+    def test_a_checkpoint_that_was_due_comes_with_the_next_step_taken(self, train, folder, skipping):
+        skipping(range(5, 7))
+        train("loop.nonfinite=skip", "loop.keep_checkpoints=9")
+        assert list(checkpoints(folder)) == [3, 8, 9]
+
+    def test_one_that_a_signal_asks_for_stands_beside_the_others(self, train, folder, skipping):
+        skipping(range(4, 60), signal_at=13)
+        with pytest.raises(Interrupted):
+            train(*self.WORDS)
+        store = CheckpointStore(folder / "checkpoints")
+        assert [path.name for path in store.all()] == ["step-00000003", "step-00000014"]
+        assert read_info(store.latest())["skips_in_a_row"] == 10
+        skipping(range(14, 60), signal_at=16)
+        with pytest.raises(Interrupted):
+            train(*self.WORDS, "resume=auto")
+        assert [path.name for path in store.all()] == ["step-00000003", "step-00000017"]
+        assert checkpoints(folder)[17]["skips_in_a_row"] == 13
+        with pytest.raises(NonFiniteError, match=r"at step 24, 20 steps in a row .*resume=.*step-00000003"):
+            train(*self.WORDS, "resume=auto")  # the row goes on
+        skipping(())
+        train(*self.WORDS, "resume=auto", "max_steps=19")
+        assert [path.name for path in store.all()] == ["step-00000019"]
+
+    def test_one_of_an_earlier_version_says_nothing_of_a_row(self, train, folder, monkeypatch):
+        capture = TrainingModule.capture
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                TrainingModule,
+                "capture",
+                lambda self: {key: value for key, value in capture(self).items() if key != "skips_in_a_row"},
+            )
+            train("max_steps=3")
+        assert train("max_steps=6", "resume=auto")["steps"] == 6
 
 
 def test_a_last_validation_that_is_no_number_is_no_success(train, folder, monkeypatch):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from longmix.checkpoints.load import load_checkpoint
 from longmix.checkpoints.reading import reason_of
+from longmix.checkpoints.store import SKIPS_IN_A_ROW
 from longmix.errors import CheckpointError, LongmixError, NonFiniteError
 from longmix.reading import shortened
 
@@ -68,6 +69,8 @@ def check_run_state(state: dict[str, Any]) -> None:
     for key in ("run", "data_fingerprint"):
         _is_dict(state, key)
     _check_counts(state, {"step": 0, "steps_skipped": 0})
+    if SKIPS_IN_A_ROW in state:
+        _check_counts(state, {SKIPS_IN_A_ROW: 0})
     randoms = state.get("random")
     randoms = randoms if isinstance(randoms, list) else [randoms]
     if not randoms or not all(isinstance(one, dict) for one in randoms):

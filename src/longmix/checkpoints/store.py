@@ -38,6 +38,10 @@ log = logging.getLogger(__name__)
 NAME = re.compile(r"step-(\d{8,})(\.new)?")
 """Of the folder of a checkpoint, be it about to take another's place."""
 
+SKIPS_IN_A_ROW = "skips_in_a_row"
+"""Entry of a state and of `info.json`: so many steps just before the checkpoint were left out, with
+loop.nonfinite=skip, so that its weights are those of an earlier step."""
+
 OWN_FILES = (INFO_FILE, STATE_FILE, ".metadata")
 """A folder that has one of these is a checkpoint."""
 
@@ -142,11 +146,15 @@ class CheckpointStore:
     def prune(self, keep: int) -> None:
         """Delete all but the newest `keep` and the best one, and what killed processes left behind.
 
-        A checkpoint that cannot be read does not count and stays, for whoever may want to look at it.
+        A checkpoint behind steps that were left out does not push out others: of such ones the newest is kept besides,
+        until a step is taken again. One that cannot be read does not count and stays, for whoever may want to look at
+        it.
         """
-        best = self.best()
-        for path in list(self._readable())[:-keep]:
-            if path != best:
+        found = self._readable()
+        taken = [path for path, info in found.items() if not info.get(SKIPS_IN_A_ROW)]
+        kept = {self.best(), *taken[-keep:], *list(found)[-1:]}
+        for path in found:
+            if path not in kept:
                 remove_directory(path)
         remove_leftovers(self.folder)
 

@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 
 from longmix.checkpoints import Checkpoint
 from longmix.checkpoints.processes import Processes
+from longmix.checkpoints.store import SKIPS_IN_A_ROW
 from longmix.data.loaders import Batch
 from longmix.errors import CheckpointError, NonFiniteError
 from longmix.mixers.measures import Measure, accumulate
@@ -260,6 +261,7 @@ class TrainingModule(LightningModule):
         return {
             "step": self.step,
             "steps_skipped": self.steps_skipped,
+            SKIPS_IN_A_ROW: self.skips_in_a_row,
             **named_state(self.model, self.trainer.optimizers),
         }
 
@@ -282,6 +284,7 @@ class TrainingModule(LightningModule):
                 "checkpoint beside it, or begin a new run with a lower optimizer.learning_rate."
             )
         self.steps_skipped = state["steps_skipped"]
+        self.skips_in_a_row = state.get(SKIPS_IN_A_ROW, 0)  # earlier versions did not say
         self.steps_taken = state["step"] - state["steps_skipped"]
 
 

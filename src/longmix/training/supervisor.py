@@ -14,6 +14,7 @@ from longmix.checkpoints.contents import rebuilding
 from longmix.checkpoints.processes import Processes
 from longmix.checkpoints.reading import read_info
 from longmix.checkpoints.saver import Saver
+from longmix.checkpoints.store import SKIPS_IN_A_ROW
 from longmix.checkpoints.tensors import IN_TENSORS
 from longmix.config import tokens_per_step
 from longmix.data.datamodule import TokenData
@@ -96,6 +97,7 @@ class Supervisor(Callback):
         self.seconds_since_log, self.steps_since_log = 0.0, 0
         self.saver: Saver | None = None
         self.first_step = 0
+        self.save_is_due = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Of a run that took all its steps and lacks their validation, that alone; there is nothing to train on."""
@@ -111,7 +113,7 @@ class Supervisor(Callback):
     def _begin(self, trainer: Trainer, module: TrainingModule) -> None:
         """Put everything back, and make up for the validation that a signal cut short."""
         processes = Processes(parallel.own_group(module.timeout))
-        module.how_to_continue = lambda: self._how_to_continue(module.step)
+        module.how_to_continue = lambda: self._how_to_continue(module)
         if self.resume_from is not None and self.saved is not None:
             module.restore(self.resume_from, self.saved, processes)
             with rebuilding(self.saved.checkpoint):
@@ -137,14 +139,15 @@ class Supervisor(Callback):
         if module.step and (last or self._due("validate_every", module.step)) and not self.is_validated(module.step):
             self._validate_and_keep(trainer, module)
 
-    def _how_to_continue(self, step: int) -> str:
+    def _how_to_continue(self, module: TrainingModule) -> str:
         """Behind a step that could not be taken; the first one from a checkpoint fails again with whatever settings."""
         begun = self.store.path(self.first_step)
         older = [path for path in self.store.all() if path.name < begun.name]
-        if step != self.first_step or not older:
+        if module.step - module.skips_in_a_row > self.first_step or not older:
             return how_to_continue(self.store.folder.parent)
+        which = "No step was taken since" if module.skips_in_a_row else "It is the first step from"
         return (
-            f"It is the first step from {begun}, from which nothing goes on; go back with resume={older[-1]} "
+            f"{which} {begun}, from which nothing goes on; go back with resume={older[-1]} "
             f"name={self.config['name']} and a lower optimizer.learning_rate."
         )
 
@@ -170,7 +173,8 @@ class Supervisor(Callback):
         rate = self._rate()
         metrics = self._log(trainer, module) if self._due("log_every", module.step) or last else None
         validates = last or self._due("validate_every", module.step)
-        saves = self._due("checkpoint_every", module.step)
+        self.save_is_due = self.save_is_due or self._due("checkpoint_every", module.step)
+        saves = self.save_is_due and not module.skips_in_a_row  # what was left out changed no weight
         if last or stop or (saves and not validates):
             self.save(module)
         if self.progress.is_live:
@@ -357,6 +361,7 @@ class Supervisor(Callback):
         """
         assert self.saver is not None
         self.saver.wait()
+        self.save_is_due = False
         state = {
             **module.capture(),
             "config": self.config,
@@ -371,7 +376,9 @@ class Supervisor(Callback):
                 f"{how_to_continue(self.store.folder.parent)} A lower optimizer.learning_rate may prevent it."
             )
         validation = self.state.validation if self.is_validated(module.step) else {}
-        self.saver.save(state, {"tokens": module.step * tokens_per_step(self.config), "validation": validation})
+        info = {"tokens": module.step * tokens_per_step(self.config), "validation": validation}
+        skips = {SKIPS_IN_A_ROW: module.skips_in_a_row} if module.skips_in_a_row else {}
+        self.saver.save(state, info | skips)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """A run that fails leaves the checkpoint that is being written; one that is interrupted twice does not wait."""
