@@ -169,7 +169,7 @@ class TestRowOfSkippedSteps:
     def test_it_leaves_the_checkpoint_before_it_and_names_one_to_go_back_to(self, train, folder, skipping):
         skipping(range(8, 60))
         words = (*self.WORDS, "loop.keep_checkpoints=2")
-        with pytest.raises(NonFiniteError, match="20 steps in a row .*The last checkpoint is .*step-00000006"):
+        with pytest.raises(NonFiniteError, match=r"20 steps in a row .*The last checkpoint is .*step-00000006"):
             train(*words)
         assert list(checkpoints(folder)) == [3, 6]
         skipping(range(6, 60))
