@@ -1,17 +1,25 @@
 """Training that begins from a checkpoint: all weights on other data, or states before documents alone."""
 
+import logging
 import math
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
-from longmix.checkpoints import find_checkpoint, load_checkpoint
+from longmix.checkpoints import CheckpointStore, find_checkpoint, load_checkpoint
+from longmix.checkpoints.processes import Processes
+from longmix.config import resolved
 from longmix.errors import CheckpointError, ConfigError
 from longmix.evaluation.run import evaluate
 from longmix.model.build import model_from_checkpoint
+from longmix.training.identity import changes
+from longmix.training.origin import Origin
+from longmix.training.resume import find_start
 from longmix.training.run import train
 
 LOOP = ("logger=csv", "batch_size=2", "seq_len=32", "max_steps=4", "data.validation_tokens=256", "trainer=cpu")
@@ -29,7 +37,7 @@ def run(composed):
     """`run(folder, "seq_len=32", ...)` trains in a new folder and returns it."""
 
     def train_in(folder: Path, *overrides: str) -> Path:
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         try:
             train(composed([*LOOP, *overrides], "train", folder))
         finally:
@@ -150,6 +158,96 @@ def test_all_weights_go_on_from_the_checkpoint(trained, corpora, tmp_path, run):
     saved = load_checkpoint(find_checkpoint(again))
     assert saved["config"]["mixer"] == load_checkpoint(find_checkpoint(base))["config"]["mixer"]
     assert saved["tokenizer"]["kind"] == "library"
+
+
+@pytest.fixture
+def base(trained, tmp_path) -> Path:
+    """A copy of a trained run, for tests that change it."""
+    return Path(shutil.copytree(trained("rwkv7"), tmp_path / "runs" / "base"))
+
+
+def train_on(base: Path) -> None:
+    """As if the run had gone on: it has a newer checkpoint."""
+    state = load_checkpoint(base)
+    state["model"]["embedding.weight"] += 1
+    CheckpointStore(base / "checkpoints").save(state | {"step": state["step"] + 1}, {})
+
+
+class TestTheRunItBeganFromGoesOn:
+    def test_an_unnamed_run_is_another_then(self, base, compose_config, tmp_path, monkeypatch, corpora, caplog):
+        monkeypatch.chdir(tmp_path)
+        caplog.set_level(logging.INFO)
+
+        def begins(word: str) -> tuple[str, int]:
+            node = resolved(compose_config(*LOOP, f"checkpoint={word}", "resume=auto", *corpora["prose"]))
+            Origin.of(node)
+            folder = tmp_path / "runs" / f"run{len(list((tmp_path / 'runs').iterdir()))}"
+            with find_start(node, folder, named=False) as start:
+                if not start.step:
+                    config = start.config_of(node)
+                    start.begin(config)
+                    facts = {"data_fingerprint": {}, "run": {}, "steps_skipped": 0, "random": {}, "optimizers": []}
+                    CheckpointStore(start.folder / "checkpoints").save({"step": 4, "config": config, **facts}, {})
+                return start.folder.name, start.step
+
+        first = find_checkpoint(base)
+        assert begins("runs/base") == ("run1", 0)
+        for word in ("runs/base", str(base), str(first.relative_to(tmp_path))):
+            assert begins(word) == ("run1", 4), word
+        train_on(base)
+        assert begins("runs/base") == ("run2", 0)
+        assert begins("runs/base") == ("run2", 4)
+        assert begins(str(first)) == ("run1", 4)
+        config = OmegaConf.load(tmp_path / "runs/run1/config.yaml")
+        assert (config.checkpoint, config.origin.checkpoint) == ("runs/base", str(first))
+        del config["origin"]  # as earlier versions wrote it
+        OmegaConf.save(config, tmp_path / "runs/run1/config.yaml")
+        shutil.rmtree(tmp_path / "runs/run2")
+        assert begins("runs/base") == ("run2", 0)
+        assert "run1 did not keep which weights it began from; resume=" in caplog.text
+
+    def test_a_sweep_tells_them_apart_too(self, base, compose_config):
+        nodes = []
+        for _ in range(2):
+            nodes.append(resolved(compose_config(*LOOP, f"checkpoint={base}", "resume=auto")))
+            Origin.of(nodes[-1])
+            train_on(base)
+        ((key, (was, now)),) = changes(*nodes, ("seed",)).items()
+        assert (key, Path(was).name, Path(now).name) == ("checkpoint", "step-00000060", "step-00000061")
+        assert changes(nodes[0], nodes[0]) == {}
+
+    @pytest.mark.parametrize(("word", "how"), [("run", "on"), ("last", "on"), ("run", "gone"), ("step", "gone")])
+    def test_a_named_run_is_continued(self, base, corpora, tmp_path, run, monkeypatch, how, word):
+        monkeypatch.chdir(tmp_path)
+        given = {"run": str(base), "last": "last", "step": str(find_checkpoint(base))}[word]
+        words = (f"checkpoint={given}", *corpora["prose"])
+        folder = run(tmp_path / "mine", *words, "max_steps=2")
+        began = OmegaConf.load(folder / "config.yaml").origin
+        train_on(base) if how == "on" else shutil.rmtree(base)
+        run(folder, *words, "resume=auto", "max_steps=4")
+        assert find_checkpoint(folder).name == "step-00000004"
+        assert OmegaConf.load(folder / "config.yaml").origin == began
+        other = f"checkpoint={tmp_path}/other"
+        with pytest.raises(CheckpointError, match=r"began from .*, not from .*other; give checkpoint="):
+            run(folder, other, *corpora["prose"], "resume=auto", "max_steps=5")
+
+    def test_a_run_that_began_afresh_is_none_that_began_elsewhere(self, base, corpora, run):
+        word = f"checkpoint={find_checkpoint(base)}"
+        with pytest.raises(CheckpointError, match=r"began from fresh weights, not from .*; leave checkpoint out"):
+            run(base, word, *corpora["prose"], "resume=auto", "max_steps=70")
+
+
+def test_processes_that_found_different_weights_do_not_begin():
+    class Others(Processes):
+        def each(self, work):
+            return [work(), {"checkpoint": "runs/a/checkpoints/step-00000006", "weights": "b"}]
+
+    record = {"checkpoint": "runs/a/checkpoints/step-00000003", "weights": "a"}
+    with pytest.raises(
+        CheckpointError, match=r"Give one of its checkpoints, such as checkpoint=runs/a/.*step-00000006"
+    ):
+        Origin({}, None, record).check_same(Others())
+    Origin({}, None, record).check_same(Processes())
 
 
 def test_a_tuning_run_resumes_exactly(trained, corpora, tmp_path, run):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longmix.data.sealed import sha256_of_json
 from longmix.errors import CheckpointError, LongmixError
 from longmix.files import sha256_of_file
 from longmix.reading import LONGEST_REASON, read_json, require_regular, shortened
@@ -35,6 +36,16 @@ def read_info(checkpoint: Path | str) -> dict[str, Any]:
         return read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {reason_of(error)}. {cure(checkpoint)}") from error
+
+
+def weights_digest(checkpoint: Path | str) -> str:
+    """What is the same for the same files of a checkpoint, wherever its folder is, and differs for others.
+
+    Raises:
+        CheckpointError: its `info.json` is missing or damaged.
+    """
+    info = read_info(checkpoint)
+    return sha256_of_json([info.get("sha256"), info.get("files")])
 
 
 def check_size(path: Path | str, facts: Facts) -> None:

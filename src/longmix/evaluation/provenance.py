@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from longmix.checkpoints import read_info
+from longmix.checkpoints.reading import weights_digest
 from longmix.config import Node
 from longmix.data.datamodule import TokenData
 from longmix.data.sealed import sha256_of_json
@@ -31,10 +31,9 @@ def model_facts(restored: Restored, states: str | None) -> dict[str, Any]:
         restored: the model.
         states: file or folder of the states that documents begin from, if any.
     """
-    info = read_info(restored.checkpoint)
     return {
         "checkpoint": str(restored.checkpoint),
-        "weights": sha256_of_json([info.get("sha256"), info.get("files")]),
+        "weights": weights_digest(restored.checkpoint),
         "step": restored.state["step"],
         "trained_seq_len": restored.config["seq_len"],
         "states": None if states is None else _states_facts(Path(states)),

@@ -19,7 +19,7 @@ from longmix.locks import Lock
 from longmix.naming import RUNS, swept_words
 from longmix.reading import read_yaml
 from longmix.training.claims import LOCK_FILE, claim, claim_new, deciding, in_use, is_claimed, remove_unused
-from longmix.training.identity import CONFIG_FILE, changes, phrases, read_config
+from longmix.training.identity import CONFIG_FILE, changes, is_unknown_origin, phrases, read_config
 from longmix.training.place import was_restarted
 
 log = logging.getLogger(__name__)
@@ -99,6 +99,8 @@ def _newest_or_new(config: Node, folder: Path, named: bool) -> tuple[Choice, Loc
             saved = read_config(run) if run.is_dir() else None
             if saved is not None and not changes(saved, config, counting):
                 found.append(run)
+            elif saved is not None and is_unknown_origin(saved, config):
+                log.info("%s did not keep which weights it began from; resume=%s continues it.", run, run)
         for run in found:
             if is_claimed(run):
                 raise ConfigError(f"{in_use(run)} It has this configuration, and resume=auto would continue it.")

@@ -65,6 +65,9 @@ FIXED = {
 }
 """Settings that a run cannot be continued with other values of, each with its reason; all others take effect."""
 
+ORIGIN = "origin"
+"""Entry of a configuration: what `checkpoint` meant when the run began, a folder and the digest of its files."""
+
 SHOWN_DIFFERENCES = 5
 ABSENT = "absent"
 KNOWN_SCHEDULES = {
@@ -82,7 +85,7 @@ def changes(saved: Node, config: Node, counting: tuple[str, ...] = ()) -> Change
     """Every setting that can change a run's result and has another value.
 
     The two limits count as the steps that they allow. A setting that one side lacks, as versions of longmix add some,
-    has its default there.
+    has its default there. `checkpoint` counts as the weights that it meant.
 
     Args:
         saved, config: resolved configurations, the earlier first.
@@ -97,6 +100,11 @@ def changes(saved: Node, config: Node, counting: tuple[str, ...] = ()) -> Change
         new = now[key] if key in now else _default(config, key)
         if old != new:
             found[key] = (old, new)
+    found.pop("checkpoint", None)
+    if saved.get("checkpoint") != config.get("checkpoint") or config.get("checkpoint") is not None:
+        was, now = (node.get(ORIGIN) or {} for node in (saved, config))
+        if was.get("weights") is None or was.get("weights") != now.get("weights"):
+            found["checkpoint"] = (_shown_origin(saved), _shown_origin(config))
     return found
 
 
@@ -115,11 +123,14 @@ def check_continues(saved: Node, config: Node, checkpoint: Path, step: int) -> N
     """
     found = changes(saved, config)
     fixed = {key: change for key, change in found.items() if _is_below(key, FIXED)}
-    origin = found.pop("checkpoint", (None, None))
-    if origin[0] is not None and (origin[1] is not None or fixed):
+    found.pop("checkpoint", None)
+    began, given = saved.get("checkpoint"), config.get("checkpoint")
+    if (given is not None and not _is_same_origin(saved, config)) or (given is None and began is not None and fixed):
+        fresh = "fresh weights"
+        cure = f"give checkpoint={began}" if began is not None else "leave checkpoint out"
         raise CheckpointError(
-            f"{checkpoint} is of a run that began from {origin[0]}, not from {origin[1] or 'fresh weights'}; give "
-            f"checkpoint={origin[0]}, or start a new run."
+            f"{checkpoint} is of a run that began from {began or fresh}, not from {given or fresh}; {cure}, or start a "
+            "new run."
         )
     if fixed:
         raise CheckpointError(
@@ -164,13 +175,34 @@ def read_config(run: Path) -> Node | None:
     return None
 
 
+def is_unknown_origin(saved: Node, config: Node) -> bool:
+    """Whether a run began from the same word as this command, and an earlier version did not keep which weights."""
+    same_word = saved.get("checkpoint") is not None and saved.get("checkpoint") == config.get("checkpoint")
+    return same_word and not saved.get(ORIGIN) and changes(saved, config).keys() == {"checkpoint"}
+
+
+def _is_same_origin(saved: Node, config: Node) -> bool:
+    """Whether a run that goes on began from what the command line names, be it by a word that means more by now."""
+    began, given = saved.get("checkpoint"), str(config["checkpoint"])
+    if began is None:
+        return False
+    was, now = (node.get(ORIGIN) or {} for node in (saved, config))
+    places = [began, *([was["checkpoint"]] if "checkpoint" in was else [])]
+    same_place = Path(given).absolute().resolve() in [Path(place).absolute().resolve() for place in places]
+    return same_place or (was.get("weights") is not None and was.get("weights") == now.get("weights"))
+
+
+def _shown_origin(node: Node) -> str | None:
+    return (node.get(ORIGIN) or {}).get("checkpoint") or node.get("checkpoint")
+
+
 def _is_below(key: str, keys: Any) -> bool:
     return any(key == other or key.startswith(f"{other}.") for other in keys)
 
 
 def _leaves(node: Node) -> dict[str, Any]:
     limits = ("max_steps", "max_tokens")
-    flat = flattened({key: value for key, value in node.items() if key not in limits})
+    flat = flattened({key: value for key, value in node.items() if key not in (*limits, ORIGIN)})
     try:
         return flat | {"steps": _steps(node)}
     except (KeyError, TypeError, ValueError, ArithmeticError):  # whoever wrote the file meant something else

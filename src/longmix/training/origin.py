@@ -5,15 +5,20 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 
-from longmix.checkpoints import chosen_checkpoint
+from longmix.checkpoints import CheckpointStore, chosen_checkpoint
 from longmix.checkpoints.contents import load_model_state, rebuilding
-from longmix.checkpoints.last import LAST
+from longmix.checkpoints.last import LAST, last_checkpoint
+from longmix.checkpoints.processes import Processes
+from longmix.checkpoints.reading import weights_digest
 from longmix.config import Node
 from longmix.data.tokenizers import Tokenizer, tokenizer_from_state
-from longmix.errors import ConfigError
+from longmix.errors import CheckpointError, ConfigError
 from longmix.model.backbone import LanguageModel
 from longmix.model.states import load_weights, tune_states
+from longmix.training.identity import ORIGIN
+from longmix.training.place import was_restarted
 from longmix.trust import check_model_nodes
 
 TAKEN = ("mixer", "model", "tokenizer")
@@ -22,15 +27,18 @@ TAKEN = ("mixer", "model", "tokenizer")
 
 @dataclass(frozen=True)
 class Origin:
-    """A checkpoint to begin from.
+    """A checkpoint to begin from; of a run that goes on for certain, its own, as the first one may be gone by now.
 
     Attributes:
         state: what is in it but the optimizers.
         tokenizer: the one it was trained with.
+        record: which checkpoint the command line names, as `config.yaml` keeps it: its folder as `checkpoint`, and the
+            digest of its `weights`; None if there is none any more.
     """
 
     state: dict[str, Any]
     tokenizer: Tokenizer
+    record: dict[str, str] | None
 
     @property
     def vocab_size(self) -> int:
@@ -41,10 +49,13 @@ class Origin:
     def of(cls, node: Node) -> "Origin | None":
         """What `node["checkpoint"]` names; model, mixer and tokenizer in `node` are replaced by the checkpoint's.
 
+        `node["origin"]` becomes the record, for runs to be told apart whose `checkpoint` is the same word.
+
         Raises:
             CheckpointError: there is none, or it is damaged.
             ConfigError: the command line also says what comes from the checkpoint, or `trainable` is wrong.
         """
+        node.pop(ORIGIN, None)  # of a run's config.yaml that was given as a configuration
         if node["trainable"] not in ("all", "states"):
             raise ConfigError(f"trainable={node['trainable']!r} is not one of all, states.")
         for key, value in node["tuning"].items():
@@ -56,15 +67,55 @@ class Origin:
             word = override.lstrip("+~").partition("=")[0]
             if word.split(".")[0] in (*TAKEN, "block"):
                 raise ConfigError(f"{word} comes from checkpoint={node['checkpoint']}; leave one of the two out.")
+        own = continued_checkpoint(node)
+        state = None if own is None else load_model_state(own)
         if node["checkpoint"] == LAST:  # the configuration that is kept names the run itself
-            node["checkpoint"] = str(chosen_checkpoint(LAST, Path(HydraConfig.get().runtime.output_dir)))
-        checkpoint = chosen_checkpoint(node["checkpoint"])
-        state = load_model_state(checkpoint)
+            began = None if state is None else state["config"].get("checkpoint")
+            folder = Path(HydraConfig.get().runtime.output_dir)
+            node["checkpoint"] = str(began or chosen_checkpoint(LAST, folder))
+        try:
+            named = chosen_checkpoint(node["checkpoint"])
+            record = {"checkpoint": str(named.absolute()), "weights": weights_digest(named)}
+        except CheckpointError:
+            if own is None:
+                raise
+            named, record = own, None
+        checkpoint = own or named
+        state = load_model_state(checkpoint) if state is None else state
         trained = state["config"]
         with rebuilding(checkpoint):
             check_model_nodes(trained, node["trust"])
-            node.update({key: trained[key] for key in TAKEN})
-            return cls(state, tokenizer_from_state(state["tokenizer"]))
+            node.update({key: trained[key] for key in TAKEN} | {ORIGIN: record})
+            return cls(state, tokenizer_from_state(state["tokenizer"]), record)
+
+    def check_same(self, processes: Processes) -> None:
+        """Refuse to begin where the processes have found different weights, as the run there was being trained.
+
+        Raises:
+            CheckpointError: names checkpoints that do not change; the same in all processes, which must all call it.
+        """
+        records = processes.each(lambda: self.record)
+        found = sorted({record["checkpoint"] for record in records if record is not None})
+        if any(record != records[0] for record in records):
+            raise CheckpointError(
+                f"the run that checkpoint= names went on while the processes began: they found {' and '.join(found)}. "
+                f"Give one of its checkpoints, such as checkpoint={found[-1]}."
+            )
+
+
+def continued_checkpoint(node: Node) -> Path | None:
+    """The checkpoint that this command goes on from whatever its other settings; None if it may begin.
+
+    What it goes on from holds model, mixer, tokenizer and weights.
+    """
+    resume, hydra = node["resume"], HydraConfig.get()
+    if resume == LAST:
+        return last_checkpoint()
+    if resume not in (None, "auto"):
+        return chosen_checkpoint(resume)
+    if hydra.mode == RunMode.MULTIRUN or not (resume == "auto" or was_restarted()):
+        return None
+    return CheckpointStore(Path(hydra.runtime.output_dir) / "checkpoints").latest()
 
 
 def begin(model: LanguageModel, node: Node, origin: Origin | None) -> None:

@@ -19,7 +19,7 @@ from longmix.model.states import STATES_FILE
 from longmix.reading import read_json
 from longmix.training.choosing import Choice, choose_start, write_config
 from longmix.training.claims import remove_unused
-from longmix.training.identity import CONFIG_FILE, announce, check_continues
+from longmix.training.identity import CONFIG_FILE, ORIGIN, announce, check_continues
 from longmix.training.summary import SUMMARY_FILE
 
 log = logging.getLogger(__name__)
@@ -84,8 +84,13 @@ class Start:
 
     def config_of(self, config: Node) -> Node:
         """The configuration under the run's own name, and with the checkpoint that it once began from."""
-        origin = config["checkpoint"] or (self.state or {}).get("config", {}).get("checkpoint")
-        return {**config, "name": self.name, "checkpoint": origin}
+        config = {**config, "name": self.name}
+        if self.state is None:
+            return config
+        saved = self.state["config"]
+        config = {key: value for key, value in config.items() if key != ORIGIN}
+        record = {ORIGIN: saved[ORIGIN]} if saved.get(ORIGIN) else {}
+        return {**config, "checkpoint": saved.get("checkpoint"), **record}
 
     def leave_created(self) -> None:
         """Remove the folder that Hydra made for this process, if the run lives elsewhere."""

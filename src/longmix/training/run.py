@@ -35,6 +35,7 @@ from longmix.startup import seconds_since_begin
 from longmix.training import launcher, processes
 from longmix.training.claims import remove_unused
 from longmix.training.hardware import TrainerSettings
+from longmix.training.identity import ORIGIN
 from longmix.training.loggers import NoLog
 from longmix.training.module import TrainingModule
 from longmix.training.origin import Origin, begin
@@ -107,6 +108,8 @@ def _train(
     began = time.monotonic()
     quieten()
     seed_everything(node["seed"], settings.num_threads)
+    if origin is not None:
+        origin.check_same(everyone)
     with find_start(node, place.folder, everyone, named=place.named) as start:
         return _train_from(start, start.config_of(node), settings, data, origin, everyone, began)
 
@@ -168,7 +171,7 @@ def check_config(node: Node, tokenizer: Tokenizer | None = None) -> tuple[Traine
         ConfigError: naming the key.
         DataError: the corpus has no validation split.
     """
-    configuration.check_words(node)
+    configuration.check_words({key: value for key, value in node.items() if key != ORIGIN})
     supplied = {
         "data": {"tokenizer", "seq_len", "batch_size", "seed"},
         "tokenizer": set(),
