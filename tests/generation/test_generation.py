@@ -206,6 +206,24 @@ RESAVED = {
 }
 
 
+def test_a_saved_text_goes_on_with_its_own_weights_alone(compose_config, run_folder, tmp_path):
+    """Another run's checkpoint may be of the same step."""
+
+    def generated(folder, *words):
+        return generate(compose_config(f"checkpoint={folder}", "max_tokens=2", *words, entry_point="generate"))
+
+    generated(run_folder, "prompt=ab", f"save={tmp_path}/saved")
+    state = load_checkpoint(run_folder)
+    state["model"]["embedding.weight"] += 1
+    CheckpointStore(tmp_path / "other" / "checkpoints").save(state, {})
+    with pytest.raises(ConfigError, match="was saved with another checkpoint"):
+        generated(tmp_path / "other", f"load={tmp_path}/saved")
+    content = torch.load(tmp_path / "saved", weights_only=True)
+    del content["about"]["weights"]  # as earlier versions wrote it
+    save_tensors(tmp_path / "earlier", content)
+    generated(run_folder, f"load={tmp_path}/earlier")
+
+
 def test_a_saved_text_with_other_tokens_is_refused_by_name(generated, tmp_path):
     generated("max_tokens=3", "prompt=ab", f"save={tmp_path}/saved")
     generated("max_tokens=1", f"load={tmp_path}/saved")

@@ -14,6 +14,8 @@ from rich.progress import track
 from longmix import config as configuration
 from longmix.allocation import allocation_errors
 from longmix.checkpoints import reading
+from longmix.checkpoints.reading import weights_digest
+from longmix.checkpoints.store import final_name
 from longmix.config import Node
 from longmix.console import is_gone
 from longmix.data.tokenizers import Tokenizer
@@ -113,7 +115,9 @@ def _begun(
     """A session that has read the prompts, or the saved one, and the tokens of its rows."""
     if words["load"] is not None:
         session, about = Session.load(Path(words["load"]), restored.model, restored.device)
-        if {key: about.get(key) for key in _identity(restored)} != _identity(restored):
+        own = _identity(restored)
+        about.setdefault("weights", own["weights"])  # earlier versions did not say
+        if {key: about.get(key) for key in own} != own:
             raise ConfigError(f"load={words['load']} was saved with another checkpoint; give that one.")
         with reading(Path(words["load"]), "saved generation of this model"):
             if words["seed"] is None:
@@ -152,7 +156,11 @@ def _saved_ids(about: dict[str, Any], session: Session, tokenizer: Tokenizer) ->
 
 
 def _identity(restored: Restored) -> dict[str, Any]:
-    return {"checkpoint": restored.checkpoint.name, "tokenizer": restored.tokenizer.fingerprint()}
+    return {
+        "checkpoint": final_name(restored.checkpoint.name),
+        "weights": weights_digest(restored.checkpoint),
+        "tokenizer": restored.tokenizer.fingerprint(),
+    }
 
 
 def _encoded(tokenizer: Tokenizer, prompt: str) -> list[int]:
