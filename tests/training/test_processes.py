@@ -13,8 +13,10 @@ LOST = {
     "refused": (RuntimeError(GLOO + "timed out connecting: Connection refused"), "another process is gone"),
     "meeting": (dist.DistStoreError("wait timeout after 8000ms, keys: /store_based_barrier"), "trainer.timeout=8 sec"),
     "nccl": (dist.DistBackendError("NCCL communicator was aborted on rank 1."), "another process is gone"),
+    "group": (dist.DistNetworkError("Connection reset by peer"), "another process is gone (Connection reset by peer)"),
 }
 OWN = [
+    dist.DistNetworkError("The server socket has failed to listen on any local network address. EADDRINUSE"),
     RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
     RuntimeError("DataLoader timed out after 5 seconds"),
     RuntimeError("ProcessGroupGloo does not support alltoall"),

@@ -119,5 +119,6 @@ def how_to_continue(folder: Path | None) -> str:
 
 
 def _is_of_transport(error: BaseException) -> bool:
-    text = str(error)
-    return isinstance(error, RuntimeError) and TRANSPORT.search(text) is not None and LOSS.search(text) is not None
+    if not isinstance(error, RuntimeError) or LOSS.search(str(error)) is None:
+        return False
+    return isinstance(error, dist.DistError) or TRANSPORT.search(str(error)) is not None
