@@ -7,12 +7,13 @@ import torch
 
 from longmix.checkpoints import CheckpointStore, find_checkpoint, load_checkpoint, save_tensors
 from longmix.config import resolved
+from longmix.data.tokenizers import ByteTokenizer
 from longmix.errors import CheckpointError, ConfigError, DataError, NonFiniteError, StorageError
 from longmix.generation import session as sessions
 from longmix.generation.run import generate
 from longmix.generation.session import Session
 from longmix.model.backbone import LanguageModel
-from longmix.model.build import build_model
+from longmix.model.build import build_model, model_from_checkpoint
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MIXERS = sorted(path.stem for path in (CONFIGS / "mixer").glob("*.yaml"))
@@ -108,6 +109,48 @@ def test_a_saved_text_goes_on_as_if_it_had_never_stopped(generated, tmp_path, ca
     assert generated(f"load={tmp_path}/here", "max_tokens=8", "seed=9").ids != whole.ids
     forks = generated(f"load={tmp_path}/here", "max_tokens=8", "samples=3")
     assert len({tuple(row) for row in forks.ids}) == 3
+
+
+def early_letter(texts: list[str]) -> str:
+    """A letter that one of the texts has soon and another has not."""
+    return next(
+        letter
+        for text in texts
+        for letter in text[1:8]
+        if letter.isascii() and letter.isalnum() and not all(letter in other for other in texts)
+    )
+
+
+SAMPLES = ("prompt=[The state,Of]", "samples=2", "seed=3")
+
+
+def test_rows_that_ended_early_are_saved_as_they_stood_at_their_end(generated, run_folder, tmp_path):
+    stop = early_letter(generated(*SAMPLES, "max_tokens=20").texts)
+    short = generated(*SAMPLES, "max_tokens=20", f"stop=[{stop}]", f"save={tmp_path}/here")
+    assert len({len(row) for row in short.ids}) > 2
+    model = model_from_checkpoint(load_checkpoint(find_checkpoint(run_folder))).eval()
+    saved, about = Session.load(tmp_path / "here", model, torch.device("cpu"))
+    assert about["ids"] == short.ids
+    rest = generated(f"load={tmp_path}/here", "temperature=0", "max_tokens=9")
+    for row, ids in enumerate(short.ids):
+        torch.testing.assert_close(saved.logits[row], last_logits(model, torch.tensor(ids)), rtol=0, atol=1e-4)
+        for _ in range(9):
+            ids.append(int(last_logits(model, torch.tensor(ids)).argmax()))
+    assert rest.ids == short.ids
+
+
+def test_rows_whose_text_ended_stay_as_they_are(generated, tmp_path, monkeypatch, capsys):
+    end = early_letter(generated(*SAMPLES, "max_tokens=20").texts)
+    monkeypatch.setattr(ByteTokenizer, "end_ids", property(lambda self: (ord(end),)))
+    whole = generated(*SAMPLES, "max_tokens=28")
+    short = generated(*SAMPLES, "max_tokens=20", f"save={tmp_path}/here")
+    assert min(map(len, short.ids)) < 20
+    assert generated(f"load={tmp_path}/here", "max_tokens=8").ids == whole.ids
+    one = generated("prompt=The state", "max_tokens=4000", "seed=3", f"save={tmp_path}/one")
+    assert one.ids[0][-1] == ord(end)
+    capsys.readouterr()
+    assert generated(f"load={tmp_path}/one", "max_tokens=8").ids == one.ids
+    assert "every text in the saved generation has ended" in capsys.readouterr().err
 
 
 def test_rows_are_those_of_each_prompt_alone(generated, tmp_path, capsys):

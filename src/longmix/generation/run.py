@@ -48,7 +48,9 @@ def generate(config: DictConfig) -> Generated:
     """Go on from the prompt of `config`.
 
     A single row is written to the standard output as it comes, several of them at the end; how fast it went is said on
-    the standard error. Once nobody reads the output any more, as behind `| head`, no more is generated.
+    the standard error. Once nobody reads the output any more, as behind `| head`, no more is generated. Every row is
+    saved as it stands at its own end. Loaded, it goes on as if it had never stopped: beyond a stop, and not beyond the
+    end of its text.
 
     Raises:
         LongmixError: see `longmix.errors`.
@@ -70,21 +72,25 @@ def generate(config: DictConfig) -> Generated:
     generator = torch.Generator().manual_seed(words["seed"] or 0)
     with restored.autocast(), allocation_errors("generating so many rows", "give fewer samples, or fewer prompts."):
         session, ids = _begun(words, restored, prompts, generator)
-        rows = [Row(restored.tokenizer, words["stop"], before) for before in ids]
+        rows = [Row(restored.tokenizer, words["stop"], before, words["load"] is not None) for before in ids]
         began = time.perf_counter()
         _write_on(session, rows, ids, sampling, generator, words["max_tokens"])
-    seconds = time.perf_counter() - began
+        seconds, state_bytes = time.perf_counter() - began, session.state_bytes()
     produced = sum(row.count for row in rows)
     console = Console(stderr=True)
+    if words["load"] is not None and produced == 0:
+        console.print("every text in the saved generation has ended; nothing was added", highlight=False)
     console.print(
         f"{produced:,} tokens in {seconds:.2f} s ({produced / seconds:,.1f} tokens/s); "
-        f"state {session.state_bytes() / 2**20:.2f} MiB after {session.length:,} tokens",
+        f"state {state_bytes / 2**20:.2f} MiB after {session.length:,} tokens",
         highlight=False,
     )
     if words["save"] is not None:
-        session.save(Path(words["save"]), {"ids": ids, "generator": generator.get_state(), **_identity(restored)})
+        with restored.autocast(), allocation_errors("saving so many rows", "give fewer samples, or fewer prompts."):
+            standing = session if len({row.count for row in rows}) == 1 else session.standing_at(ids)
+        standing.save(Path(words["save"]), {"ids": ids, "generator": generator.get_state(), **_identity(restored)})
         console.print(f"saved to {words['save']}; load={words['save']} goes on", highlight=False, markup=False)
-    return Generated([row.text for row in rows], ids, produced / seconds, session.state_bytes())
+    return Generated([row.text for row in rows], ids, produced / seconds, state_bytes)
 
 
 def _prompts(words: Node) -> list[str]:
@@ -195,6 +201,8 @@ def _write_on(
         disable=alone or not terminal.is_terminal,
     )
     for _ in steps:
+        if all(row.ended for row in rows) or is_gone(sys.stdout):
+            break
         assert session.logits is not None
         tokens = sampling.draw(session.logits, generator)
         for row, own, token in zip(rows, ids, tokens.tolist(), strict=True):
@@ -202,8 +210,6 @@ def _write_on(
                 own.append(token)
                 _show(row.take(token), alone)
         session.step(tokens)
-        if all(row.ended for row in rows) or is_gone(sys.stdout):
-            break
     for number, row in enumerate(rows, 1):
         rest = row.finish()
         if not alone:

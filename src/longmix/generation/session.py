@@ -77,6 +77,20 @@ class Session:
         forked.logits = None if self.logits is None else self.logits.repeat_interleave(count, 0)
         return forked
 
+    def standing_at(self, rows: Sequence[Sequence[int]]) -> "Session":
+        """A session of the same rows that has read these tokens of each and nothing else.
+
+        Rows advance together, so that one which ended early has read tokens that are not part of its text. What a mixer
+        remembers cannot be taken back; the tokens are read again, from the first on.
+
+        Args:
+            rows: all tokens of each row.
+        """
+        session = Session(self.model, len(rows))
+        device = self.model.head.weight.device
+        session.prefill([torch.tensor(row, device=device) for row in rows])
+        return session
+
     def state_bytes(self) -> int:
         """Bytes of all tensors that are remembered."""
         return sum(x.nbytes for x in _tensors(self.state))

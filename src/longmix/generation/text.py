@@ -18,6 +18,7 @@ class Row:
         tokenizer: turns tokens to text.
         stop: texts that end the row, of which nothing is kept.
         before: ids that the row goes on from; their last character may lack bytes that are still to come.
+        generated: whether `before` was generated, so that an end among its ids is the row's.
 
     Attributes:
         text: so far, without what might become a stop.
@@ -25,10 +26,14 @@ class Row:
         ended: whether the row has met its end.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], before: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str], before: Sequence[int] = (), generated: bool = False
+    ) -> None:
         self.tokenizer, self.stop = tokenizer, list(stop)
-        self.text, self.count, self.ended = "", 0, False
         self._ends = {tokenizer.separator_id, *tokenizer.end_ids}
+        # the separator that a text begins with does not end it
+        self.ended = generated and len(before) > 1 and before[-1] in self._ends
+        self.text, self.count = "", 0
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._decoder.decode(_last_bytes(tokenizer, before))
         self._held = ""
