@@ -378,7 +378,7 @@ def check(node: Any, key: str, supplied: set[str], kind: type | None = None) -> 
         elif holds_target(value):
             raise ConfigError(f"{key}.{name} holds a `_target_`, and it must be {_described(hints[name])}.")
         elif not _fits(value, hints[name]):
-            raise ConfigError(f"{key}.{name}={value!r} is not {_described(hints[name])}.")
+            raise ConfigError(f"{key}.{name}={_as_given(value)} is not {_described(hints[name])}.")
 
 
 @functools.cache
@@ -446,6 +446,10 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint) if inspect.isclass(hint) else True
 
 
+def _as_given(value: Any) -> str:
+    return "null" if value is None else repr(value)
+
+
 def _described(hint: Any) -> str:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -511,7 +515,7 @@ def _check_types(node: Node, schema: type, prefix: str = "") -> None:
         if is_dataclass(hint):
             _check_types(value, typing.cast(type, hint), f"{prefix}{entry.name}.")
         elif not _fits(value, hint):
-            raise ConfigError(f"{prefix}{entry.name}={value!r} is not {_described(hint)}.")
+            raise ConfigError(f"{prefix}{entry.name}={_as_given(value)} is not {_described(hint)}.")
 
 
 def unlimited_windows(config: Node) -> list[str]:

@@ -1,5 +1,6 @@
 """Corpora: splits, exact texts, fingerprints, and errors that name what is wrong."""
 
+import csv
 import gzip
 import json
 import os
@@ -15,6 +16,7 @@ import pytest
 from pyarrow import parquet
 
 from longmix.data.corpora import HubDataset, JsonLines, ParquetFiles, Sotu, TextFiles
+from longmix.data.corpus import SplitByContent
 from longmix.data.patience import reason_of
 from longmix.errors import ConfigError, DataError
 
@@ -221,9 +223,46 @@ class TestLocalFiles:
         with pytest.raises(ConfigError, match=message):
             TextFiles(str(write_text(tmp_path)), **fractions)
 
-    def test_split_that_no_document_fell_into(self, tmp_path):
-        corpus = TextFiles(str(write_text(tmp_path)), validation_fraction=1e-9)
-        with pytest.raises(DataError, match=r"none of the 4 documents .* data\.corpus\.validation_fraction"):
+    @pytest.mark.parametrize(
+        ("count", "fractions"),
+        [(2, (1e-9, 0)), (3, (1e-9, 1e-9)), (4, (1e-9, 0)), (30, (1e-9, 1e-9)), (30, (0.2, 1e-9))],
+    )
+    def test_a_split_that_chance_gave_none_gets_one_document(self, tmp_path, count, fractions, caplog):
+        texts = [f"document {number}" for number in range(count)]
+        settings = dict(zip(("validation_fraction", "test_fraction"), fractions, strict=True))
+        corpus = TextFiles(str(write_text(tmp_path / "a", texts)), **settings)
+        splits = {split: list(corpus.documents(split)) for split in corpus.splits}
+        assert sorted(text for own in splits.values() for text in own) == sorted(texts)
+        assert all(splits.values())
+        assert len(splits["validation"]) == 1 or fractions[0] > 0.1
+        again = TextFiles(str(write_text(tmp_path / "b", ["", *texts[::-1]])), **settings)
+        assert sorted(again.documents("validation")) == sorted(splits["validation"])
+        caplog.set_level("INFO")
+        assert corpus.fingerprint()["lent"]
+        assert "few documents" in caplog.text
+
+    def test_where_chance_holds_out_some_nothing_changes(self, tmp_path, monkeypatch):
+        folder = str(write_text(tmp_path, [f"document {number}" for number in range(200)]))
+        corpus = TextFiles(folder)
+        assert "lent" not in corpus.fingerprint()
+        found = {split: list(corpus.documents(split)) for split in corpus.splits}
+        monkeypatch.setattr(SplitByContent, "_lent_texts", lambda self: {})
+        assert {split: list(TextFiles(folder).documents(split)) for split in corpus.splits} == found
+        assert TextFiles(folder).fingerprint() == corpus.fingerprint()
+
+    @pytest.mark.parametrize("texts", [["same"] * 4, ["", "only", ""]], ids=["equal", "one-and-empty-ones"])
+    def test_a_corpus_that_cannot_be_divided(self, tmp_path, texts):
+        corpus = JsonLines(str(write_jsonl(tmp_path, texts)), validation_fraction=1e-9, test_fraction=1e-9)
+        if texts[0]:
+            with pytest.raises(DataError, match=r"none of the 4 documents .* data\.corpus\.validation_fraction"):
+                list(corpus.documents("validation"))
+        else:
+            assert "lent" not in corpus.fingerprint()  # it is divided by position
+
+    def test_of_many_documents_none_is_lent(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("longmix.data.corpus.FEW_DOCUMENTS", 20)
+        corpus = JsonLines(str(write_jsonl(tmp_path, [f"document {n}" for n in range(21)])), validation_fraction=1e-9)
+        with pytest.raises(DataError, match="none of the 21 documents"):
             list(corpus.documents("validation"))
 
 
@@ -289,12 +328,70 @@ class TestHubDataset:
         found = HubDataset(name).fingerprint()["sources"]["train"]
         assert found == {"split": "train", "rows": len(table), "fingerprint": table._fingerprint}
 
-    def test_csv_holds_texts(self, tmp_path, monkeypatch):
+    WORDS = (
+        *("NA", "null", "NaN", "nan", "None", "N/A", "NULL", "<NA>", "#N/A", "n/a", "-nan", "true", "False", "inf"),
+        *("001", "1", "1.0", "1e3", "-0", "2024-01-01", "12:30", "", " x ", 'a "b", c', "é\u2028"),
+    )
+
+    @pytest.mark.parametrize("streaming", [False, True], ids=["stored", "streamed"])
+    @pytest.mark.parametrize("kind", ["csv", "csv.gz", "json", "jsonl", "parquet"])
+    def test_words_are_texts_to_every_reader(self, tmp_path, monkeypatch, kind, streaming):
         monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
-        (tmp_path / "a.csv").write_text("text,number\n001,1\nNA,2\n2024-01-01,x\nnull,\n")
-        corpus = HubDataset("csv", data_files=str(tmp_path / "a.csv"), validation_fraction=0, streaming=True)
-        assert list(corpus.documents("train")) == ["001", "NA", "2024-01-01", "null"]
+        file = tmp_path / f"a.{kind}"
+        rows = [{"text": word, "other": "" if number % 2 else number} for number, word in enumerate(self.WORDS)]
+        if kind == "parquet":
+            parquet.write_table(pyarrow.table({"text": self.WORDS}), file)
+        elif kind.startswith("csv"):
+            with gzip.open(file, "wt", newline="") if kind == "csv.gz" else file.open("w", newline="") as stream:
+                writer = csv.DictWriter(stream, ["text", "other"])
+                writer.writeheader()
+                writer.writerows(rows)
+        else:
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        name = {"jsonl": "json"}.get(kind, kind.partition(".")[0])
+        corpora = [HubDataset(name, data_files=str(file), validation_fraction=0, streaming=streaming)]
+        if kind in ("jsonl", "parquet"):
+            corpora.append((JsonLines if kind == "jsonl" else ParquetFiles)(str(file), validation_fraction=0))
+        for corpus in corpora:
+            assert tuple(corpus.documents("train")) == self.WORDS
+            corpus.fingerprint()
+
+    @pytest.mark.parametrize("streaming", [False, True], ids=["stored", "streamed"])
+    def test_files_of_csv(self, tmp_path, monkeypatch, streaming):
+        """Beyond a chunk of 10,000 records; with columns that change their type, short records and lines in quotes."""
+        monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+        texts = [*map(str, range(20_000)), "NA", "two\nlines", "last"]
+        lines = [f"{number},{text}" for number, text in enumerate(texts[:-2])]
+        (tmp_path / "a.csv").write_text("n,text\n" + "\n".join(lines) + '\nx,"two\nlines"\n,last\n5\n')
+        (tmp_path / "b.csv").write_text("text,n\nb,1\n")
+        (tmp_path / "c.csv").write_text("")
+        settings = {"validation_fraction": 0, "streaming": streaming}
+        corpus = HubDataset("csv", data_files=str(tmp_path / "*.csv"), **settings)
+        assert list(corpus.documents("train")) == [*texts, "", "b"]
+        for content, message in (
+            (b"body,n\nx,1\n", r"have no field 'text'; they have body, n"),
+            (b"text,n\nx,1,2,3\ny,1,2,3,4\n", r"bad\.csv of .* cannot be read as CSV: "),
+            (b"text\ncaf\xe9\n", r"bad\.csv of .* cannot be read as CSV: .*utf-8"),
+        ):
+            (tmp_path / "bad.csv").write_bytes(content)
+            with pytest.raises(DataError, match=message):
+                list(HubDataset("csv", data_files=str(tmp_path / "bad.csv"), **settings).documents("train"))
+
+    def test_an_identity_of_csv_is_that_of_its_table_unless_that_lost_words(self, tmp_path, monkeypatch):
+        import datasets
+
+        monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+        for words, differs in ((["a", "b"], False), (["a", "NA"], True)):
+            file = str(tmp_path / "a.csv")
+            Path(file).write_text("text\n" + "\n".join(words) + "\n")
+            table = datasets.load_dataset("csv", data_files=file, split="train")
+            found = HubDataset("csv", data_files=file).fingerprint()["sources"]["train"]
+            expected = {"split": "train", "rows": len(table), "fingerprint": table._fingerprint}
+            assert (found != expected) == differs
+            assert found.items() >= expected.items()
 
     @pytest.mark.parametrize("streaming", [False, True])
     @pytest.mark.parametrize("values", [[1, 2], [b"a", b"b"], [date(2024, 1, 1)], [1.5], [True], [["a"]]])

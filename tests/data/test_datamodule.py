@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from longmix.data.datamodule import TokenData
 from longmix.data.mixture import MixtureData
 from longmix.data.tokenizers import BpeTokenizer, ByteTokenizer
-from longmix.errors import ConfigError, DataError
+from longmix.errors import ConfigError, DataError, ProcessLost, StorageError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -56,7 +56,35 @@ def check_equal(first, second) -> None:
     assert all(map(equal, first, second))
 
 
+class Failing:
+    """Windows of which one cannot be read."""
+
+    def __init__(self, windows, error: Exception) -> None:
+        self._windows, self._error = windows, error
+
+    def sample(self, index: int):
+        if index == 5:
+            raise self._error
+        return self._windows.sample(index)
+
+
 class TestTrainLoader:
+    @pytest.mark.parametrize("num_workers", [0, 1, 2])
+    @pytest.mark.parametrize("kind", [DataError, ConfigError, StorageError, ProcessLost])
+    def test_an_error_in_a_worker_comes_as_it_was_raised(self, make, num_workers, kind):
+        data = make(num_workers=num_workers)
+        data.train_windows = Failing(data.train_windows, kind("tokens-00003.bin is damaged. Delete it."))
+        batches = iter(data.train_loader(0, 60))
+        assert next(batches)["tokens"].shape == (4, 32)
+        with pytest.raises(kind, match=r"^tokens-00003\.bin is damaged\. Delete it\.$"):
+            next(batches)
+
+    def test_a_defect_in_a_worker_keeps_its_traceback(self, make):
+        data = make(num_workers=1)
+        data.train_windows = Failing(data.train_windows, AssertionError("a defect"))
+        with pytest.raises(AssertionError, match=r"(?s)worker process 0.*in sample.*a defect"):
+            list(data.train_loader(0, 3))
+
     def test_items(self, make):
         batch = next(batch for batch in make().train_loader(0, 50) if batch["document_ids"] is not None)
         assert list(batch) == ["tokens", "targets", "document_ids"]

@@ -1,7 +1,9 @@
 """Which local files a path means: each once, by whatever links; what is left out is said; an empty path is refused."""
 
+import contextlib
 import gzip
 import os
+import tempfile
 import threading
 from pathlib import Path
 
@@ -11,8 +13,10 @@ from longmix.config import build, resolved
 from longmix.data.corpora import JsonLines, ParquetFiles, TextFiles
 from longmix.data.datamodule import TokenData
 from longmix.data.local_files import find_files, user_path
+from longmix.data.preparation import prepare
 from longmix.data.tokenizers import ByteTokenizer
 from longmix.errors import ConfigError, DataError
+from longmix.training.run import check_config
 
 
 def found(path, suffix=".txt") -> list[str]:
@@ -233,11 +237,16 @@ class TestOneDocument:
         (tmp_path / "b.txt").write_text("x")
         assert "divided" not in TextFiles(str(tmp_path)).fingerprint()
 
-    def test_two_documents_are_divided_by_content_as_before(self, tmp_path):
+    def test_two_documents_are_divided_by_content(self, tmp_path):
         for number in range(2):
             (tmp_path / f"{number}.txt").write_text(f"document {number}")
         corpus = TextFiles(str(tmp_path), validation_fraction=1e-9)
-        assert list(corpus.documents("train")) == ["document 0", "document 1"]
+        assert (list(corpus.documents("train")), list(corpus.documents("validation"))) == (
+            ["document 1"],
+            ["document 0"],
+        )
+        (tmp_path / "1.txt").write_text("document 0")
+        corpus = TextFiles(str(tmp_path), validation_fraction=1e-9)
         with pytest.raises(DataError, match=r"none of the 2 documents .* such as data\.corpus\.validation=my/valid"):
             list(corpus.documents("validation"))
 
@@ -248,3 +257,56 @@ class TestOneDocument:
         data.setup()
         assert next(iter(data.train_loader(0, 1)))["tokens"].shape == (2, 64)
         assert len(data.val_dataloader()) > 10
+
+
+class TestWhatIsNoCorpus:
+    """One line each, of what is there and what to give."""
+
+    @pytest.mark.parametrize("kind", [TextFiles, JsonLines, ParquetFiles])
+    @pytest.mark.parametrize(
+        ("make", "message"),
+        [
+            (
+                lambda path: Path("/dev/null"),
+                "/dev/null is a device, pipe or socket; give a file, a folder or a pattern",
+            ),
+            (lambda path: os.mkfifo(path), " is a device, pipe or socket"),
+            (lambda path: path.mkdir(), r"no file matches .*; there are no files$"),
+        ],
+        ids=["device", "pipe", "empty-folder"],
+    )
+    def test_by_its_kind(self, tmp_path, kind, make, message):
+        path = make(tmp_path / "here") or tmp_path / "here"
+        with pytest.raises(DataError, match=rf"^data\.corpus\.path: .*{message}"):
+            kind(str(path))
+
+    @pytest.mark.parametrize("kind", [TextFiles, JsonLines])
+    def test_files_without_text(self, tmp_path, kind):
+        for name in "ab":
+            (tmp_path / f"{name}{kind._suffix}").touch()
+        with pytest.raises(DataError, match=r"holds no text \(\d empty documents\); give it files with text"):
+            prepare(kind(str(tmp_path)), ByteTokenizer(), "train", tmp_path / "cache")
+
+    @pytest.mark.parametrize("mode", [0o000, 0o444, 0o333], ids=["nothing", "listing", "entering"])
+    @pytest.mark.parametrize("place", [".", "inner", "inner/a.txt", "inner/*.txt"])
+    def test_a_folder_that_may_not_be_read(self, mode, place):
+        """Not below pytest's folder, which no other user may enter."""
+        with tempfile.TemporaryDirectory() as base, contextlib.ExitStack() as stack:
+            Path(base).chmod(0o755)
+            folder = Path(base) / "locked"
+            (folder / "inner").mkdir(parents=True)
+            (folder / "inner" / "a.txt").write_text("text")
+            folder.chmod(mode)
+            stack.callback(folder.chmod, 0o755)
+            if os.geteuid() == 0:
+                os.seteuid(65534)
+                stack.callback(os.seteuid, 0)
+            if mode == 0o333 and place != ".":
+                assert TextFiles(str(folder / place), validation_fraction=0)
+                return
+            with pytest.raises(DataError, match=r"locked.*: Permission denied|there is no file|no file matches"):
+                TextFiles(str(folder / place))
+
+    def test_null(self, compose_config):
+        with pytest.raises(ConfigError, match=r"^data\.corpus\.path=null is not text or a list, each text\.$"):
+            check_config(resolved(compose_config("data=text", "data.corpus.path=null")))

@@ -18,6 +18,7 @@ from longmix.data.sealed import read_manifest, seal, sha256_of_json
 from longmix.data.tokenizers import BpeTokenizer, ByteTokenizer, tokenizer_from_state
 from longmix.data.windows import TrainWindows, order_key
 from longmix.errors import ConfigError, DataError
+from longmix.training.run import train
 
 TEXTS = [f"document number {number}: " + "abcdefgh"[number % 8] * (number % 50) for number in range(200)]
 
@@ -364,3 +365,45 @@ def test_its_tokenizer_alone_names_the_data_it_needs(data, compose_config):
     node = resolved(compose_config("tokenizer=prepared", f"data={data}", *words))["tokenizer"]
     with pytest.raises(ConfigError, match=r"tokenizer=prepared is .* give data=prepared data\.path=FOLDER too"):
         build(node, "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def train_alone(tmp_path_factory) -> Path:
+    """Token files of a train split, and none for validation."""
+    cache = tmp_path_factory.mktemp("alone")
+    prepare(ListCorpus(train=TEXTS), ByteTokenizer(), "train", cache)
+    return cache
+
+
+class TestWithoutValidation:
+    @pytest.mark.parametrize("place", ["folder", "remote"])
+    def test_is_refused_before_the_first_step(self, train_alone, place, tmp_path):
+        path = str(train_alone)
+        if place == "remote":
+            fsspec.filesystem("memory").put(path, "/alone/tokens", recursive=True)
+            path = "memory://alone/tokens"
+        message = "has no token file of a validation split, which training needs. Run prepare.py with data.corpus.valid"
+        data = data_at(path, tmp_path)
+        for use in (data.prepare_data, lambda: data.setup("fit")):
+            with pytest.raises(DataError, match=message):
+                use()
+        assert data.token_file("train").num_documents == len(TEXTS)  # evaluations and the like read it
+
+    def test_leaves_no_run(self, train_alone, compose_config, tmp_path):
+        words = ("data=prepared", f"data.path={train_alone}", "tokenizer=prepared", "logger=csv", "trainer=cpu")
+        (tmp_path / "run").mkdir()
+        with pytest.raises(DataError, match="which training needs"):
+            train(compose_config(*words, "seq_len=32", "name=x", output=tmp_path / "run"))
+        assert not list(tmp_path.glob("run/*"))
+
+    def test_prepare_says_so(self, compose_config, tmp_path, capsys):
+        (tmp_path / "texts").mkdir()
+        for number in range(9):
+            (tmp_path / "texts" / f"{number}.txt").write_text(f"document {number}")
+        for fraction, said in ((0, "a validation split is needed"), (0.05, "without the texts: python train.py")):
+            words = [f"data.corpus.path={tmp_path}/texts", f"data.cache_dir={tmp_path}/cache{fraction}"]
+            words.append(f"data.corpus.validation_fraction={fraction}")
+            prepare_splits(compose_config("data=text", *words, entry_point="prepare"))
+            out = capsys.readouterr().out
+            assert said in out
+            assert ("python train.py" in out) == (fraction > 0)

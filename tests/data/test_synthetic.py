@@ -1,6 +1,7 @@
 """Synthetic tasks are what they say, the same for everyone, and can be trained on and evaluated like any data."""
 
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from longmix.data.windows import IGNORE_INDEX
 from longmix.errors import ConfigError, DataError
 from longmix.evaluation.run import evaluate
 from longmix.generation.run import generate
+from longmix.training.run import train
 
 
 def examples(task, length: int, count: int = 50):
@@ -223,6 +225,21 @@ def test_every_task_has_its_word(compose_config, name, setting, value):
     node = resolved(compose_config(f"data={name}"))["data"]
     assert node["task"][setting] == value
     build(node, "data", tokenizer=ByteTokenizer(), seq_len=64, batch_size=1, seed=0)
+
+
+TASKS = sorted(
+    path.stem
+    for path in (Path(__file__).parents[2] / "configs" / "data").glob("*.yaml")
+    if "SyntheticData" in path.read_text() or path.stem in ("parity", "s3", "s5", "selective_copying")
+)
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("word", ["tokenizer=bpe", "tokenizer=bytes", "tokenizer.vocab_size=300"])
+def test_a_tokenizer_has_no_use(compose_config, name, word):
+    words = [word] if word.startswith("tokenizer=") else ["tokenizer=bpe", word]
+    with pytest.raises(ConfigError, match=r"has no use: .*[Ll]eave (it|tokenizer=) out"):
+        train(compose_config(f"data={name}", *words, "logger=csv", "trainer=cpu"))
 
 
 def test_a_split_that_there_is_not():

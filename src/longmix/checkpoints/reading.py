@@ -1,7 +1,7 @@
 """What every reader of saved files shares: nothing is believed before it is verified, and nothing runs code."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +148,31 @@ def check_weight(name: Any, weight: Any) -> None:
         raise ValueError(f"{name!r} is no weight"[:LONGEST_REASON])
     if weight.layout != torch.strided or weight.is_meta or weight.is_quantized:
         raise ValueError(f"{name} is not a tensor of plain numbers")
+
+
+SHOWN = 4
+"""Differences that a message lists."""
+
+
+def weight_differences(
+    found: dict[str, Tensor], needed: dict[str, Tensor], unread: Callable[[Tensor], str | None] = lambda weight: None
+) -> str | None:
+    """What tells weights from those of a model, in one line; None if nothing does.
+
+    Args:
+        found: as read.
+        needed: the model's, which may be without memory.
+        unread: says why a weight of the right shape cannot be taken all the same.
+    """
+    problems = [f"{name} is missing" for name in needed if name not in found]
+    for name, weight in found.items():
+        if name not in needed:
+            problems.append(f"{name} is not a part of the model")
+        elif weight.shape != needed[name].shape:
+            problems.append(f"{name} has shape {list(weight.shape)} instead of {list(needed[name].shape)}")
+        elif reason := unread(weight):
+            problems.append(f"{name} is {reason}")
+        elif weight.is_floating_point() != needed[name].is_floating_point():
+            problems.append(f"{name} is {weight.dtype} instead of {needed[name].dtype}")
+    more = f", and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    return "; ".join(problems[:SHOWN]) + more or None

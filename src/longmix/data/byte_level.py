@@ -7,6 +7,9 @@ never has, and control characters that their training texts did not hold. The li
 import contextlib
 import json
 import logging
+import os
+import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     import tokenizers
 
 logger = logging.getLogger(__name__)
+
+STANDARD_ERROR = 2
 
 MISSING_BYTES = ("refuse", "replace")
 """What is done with a character one of whose bytes has no token."""
@@ -75,13 +80,56 @@ def library_errors(source: str, doing: str) -> Iterator[None]:
     A lone surrogate stays a UnicodeEncodeError: it is a fault of the text.
     """
     try:
-        yield
+        with _panics_unprinted():
+            yield
     except (DataError, UnicodeEncodeError):
         raise
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not isinstance(error, Exception) and not _is_panic(error):
             raise
         raise DataError(f"{source} {doing} ({shortened(error) or type(error).__name__})") from error
+
+
+_held = threading.Lock()
+"""By the thread that has the standard error kept back."""
+
+
+@contextlib.contextmanager
+def _panics_unprinted() -> Iterator[None]:
+    """Keep the standard error back, and drop it if the code within ends in an error.
+
+    Rust writes several lines about a panic to the descriptor itself before Python hears of it. What else was written
+    meanwhile, such as by a progress bar in another thread, follows when there was no panic.
+    """
+    if not _held.acquire(blocking=False):
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        stack.callback(_held.release)
+        try:
+            terminal = os.dup(STANDARD_ERROR)
+            written = stack.enter_context(tempfile.TemporaryFile(buffering=0))
+        except OSError:  # there is no standard error, or no room for a file
+            yield
+            return
+        stack.callback(os.close, terminal)
+        os.dup2(written.fileno(), STANDARD_ERROR)
+        try:
+            yield
+        except BaseException as error:
+            if _is_panic(error):
+                written.truncate(0)
+            raise
+        finally:
+            os.dup2(terminal, STANDARD_ERROR)
+            if written.seek(0, os.SEEK_END):
+                written.seek(0)
+                with contextlib.suppress(OSError):
+                    os.write(STANDARD_ERROR, written.read())
+
+
+def _is_panic(error: BaseException) -> bool:
+    return type(error).__name__ == "PanicException"
 
 
 def open_library(text: str, separator: str, source: str) -> "tokenizers.Tokenizer":

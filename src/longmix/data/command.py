@@ -53,7 +53,11 @@ def prepare_splits(config: DictConfig) -> list[dict[str, Any]]:
             place = {"shards": len(token_file.shards), "folder": str(token_file.folder)}
             files.append({"corpus": corpus, "split": split, **counts, **place})
     _print(files, time.monotonic() - began)
-    _print_uses(Path(files[0]["folder"]).parent)
+    if {"train", "validation"} <= {file["split"] for file in files} or words["splits"] is not None:
+        _print_uses(Path(files[0]["folder"]).parent)
+    else:
+        text = "to train on them, a validation split is needed: give data.corpus.validation_fraction above 0."
+        Console().print(text, highlight=False)
     return files
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from longmix.data.corpus import SPLITS, CountedReading, Reading, SplitByContent, check_split
 from longmix.data.hub_access import hub_access
-from longmix.data.json_files import JsonFiles, downloaded_json, files_of_split, reads_json
 from longmix.data.local_files import Stamp, check_unchanged, find_files, identify_files, refuse_overlap
 from longmix.data.patience import reason_of
+from longmix.data.record_files import RecordFiles, downloaded, files_of_split, of_builder, text_alone
 from longmix.data.records import texts_of, texts_of_json, uncompressed
 from longmix.data.stream import TOGETHER, Limit, Stream, StreamReading, identify_stream
 from longmix.errors import ConfigError, DataError
@@ -314,9 +314,9 @@ class HubDataset(SplitByContent):
         if self._streaming:
             return {"split": source, **self._load(source)[1]}
         records = self._load(source)
-        if isinstance(records, JsonFiles):  # the same as of a table of these files
+        if isinstance(records, RecordFiles):  # the same as of a table of these files
             fingerprint = self._opened_builder()._get_dataset_fingerprint(source)
-            return {"split": source, "rows": sum(1 for _ in records.texts()), "fingerprint": fingerprint}
+            return {"split": source, **records.identity(), "fingerprint": fingerprint}
         return {"split": source, "rows": len(records), "fingerprint": records._fingerprint}
 
     def _read(self, source: str) -> Iterator[str]:
@@ -324,7 +324,7 @@ class HubDataset(SplitByContent):
             stream = self._stream(source)
             return iter(StreamReading(stream, range(stream.num_files), self._limit))
         records = self._load(source)
-        if isinstance(records, JsonFiles):
+        if isinstance(records, RecordFiles):
             return self._limit.take(records.texts())
         if self._field in records.column_names:
             records = records.select_columns([self._field])
@@ -358,8 +358,9 @@ class HubDataset(SplitByContent):
         from datasets import load_dataset
 
         builder = self._opened_builder()
-        if reads_json(builder):
-            return downloaded_json(builder, source, self._field, self._place(source))
+        files = downloaded(builder, source, self._field, self._place(source))
+        if files is not None:
+            return files
         return load_dataset(self.name, self._config, split=source, **self._origin())
 
     def _opened_builder(self) -> Any:
@@ -371,12 +372,11 @@ class HubDataset(SplitByContent):
 
     def _open_stream(self, source: str) -> tuple[Stream, dict[str, Any]]:
         builder = self._opened_builder()
-        if reads_json(builder):
+        if of_builder(builder, [], self._field, "") is not None:
             files = files_of_split(builder, source)
-            records = JsonFiles(files, self._field, self._place(source))
-            return Stream(records, files, self._field, self._place(source)), identify_stream(files)
-        if type(builder.config).__name__ == "CsvConfig":
-            builder.config.converters, builder.config.na_filter = {self._field: str}, False  # 001 and NA are texts
+            read = of_builder(builder, files, self._field, self._place(source))
+            return Stream(read, files, self._field, self._place(source)), identify_stream(files)
+        text_alone(builder, self._field)
         records = builder.as_streaming_dataset(split=source)
         if self._field in (records.column_names or ()) and hasattr(builder.config, "columns"):
             # Parquet: nothing but the text comes over the network, and not a whole row group at a time.

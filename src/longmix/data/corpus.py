@@ -16,6 +16,9 @@ SPLITS = ("train", "validation", "test")
 NEAR_CHARACTERS = 1000
 """So far before its share of a single document a split may begin, to begin with a line."""
 
+FEW_DOCUMENTS = 10_000
+"""In a corpus of more, a split without documents is no accident of chance, but of its fraction."""
+
 EXAMPLE_OF_SPLIT = {
     "train": "data.corpus.validation_fraction=0.1",
     "validation": "data.corpus.validation=my/validation.txt, or data.corpus.validation_fraction=0.5 for few documents",
@@ -143,8 +146,11 @@ def read_documents(corpus: Corpus, split: str) -> Iterator[str]:
 class SplitByContent(ABC):
     """A corpus with one source for training, out of which splits without a source of their own are cut.
 
-    Which documents are cut out depends on nothing but their text and the fractions. A source of one document alone is
-    divided by position instead where `_divides_one` says so: its last part is for test, the one before for validation.
+    Which documents are cut out depends on nothing but their text and the fractions: each text has a place between 0 and
+    1, and the lowest places are for test, the next ones for validation. Where chance gives a split none, it is given
+    the text of the lowest place among those for training, if another is left to train on. A source of one document
+    alone is divided by position instead where `_divides_one` says so: its last part is for test, the one before for
+    validation.
     """
 
     name: str
@@ -166,6 +172,7 @@ class SplitByContent(ABC):
                 f"({test_fraction}) must not exceed 1 together"
             )
         self._fingerprint: dict[str, Any] | None = None
+        self._lent: dict[str, str] | None = None
         self.splits = tuple(split for split in SPLITS if split in self._sources or split in self._fractions)
 
     @abstractmethod
@@ -191,11 +198,17 @@ class SplitByContent(ABC):
 
     def _compute_fingerprint(self) -> dict[str, Any]:
         sources = {split: self._identify(source) for split, source in self._sources.items()}
-        how = {}
+        how: dict[str, Any] = {}
         if self._only_document() is not None:
             how = {"divided": "by position"}
             parts = ", then ".join(f"{fraction:g} for {split}" for split, fraction in self._fractions.items())
             logger.info("the corpus %s is one document; of its end this share is held out: %s", self.name, parts)
+        elif lent := self._lent_texts():
+            how = {"lent": lent}
+            logger.info(
+                "the corpus %s has so few documents that chance gave its %s split none; one is held out all the same",
+                *(self.name, " and its ".join(lent.values())),
+            )
         return {"kind": type(self).__name__, "sources": sources, "fractions": self._fractions, **how}
 
     def _only_document(self) -> str | None:
@@ -204,6 +217,29 @@ class SplitByContent(ABC):
             return None
         first = list(islice((text for text in self._read(self._sources["train"]) if text), 2))
         return first[0] if len(first) == 1 else None
+
+    def _lent_texts(self) -> dict[str, str]:
+        """Texts that a split is given because chance gave it none: the digest of each, and the split.
+
+        Reads no further than to the first document of every split, or to the end of a few.
+        """
+        if self._lent is None:
+            lacking = [split for split in ("validation", "test") if split in self._fractions]
+            places: dict[str, float] = {}  # of texts for training
+            texts = (text for text in self._read(self._sources["train"]) if text) if lacking else iter(())
+            for text in islice(texts, FEW_DOCUMENTS):
+                split = self._split_by_chance(text)
+                if split == "train":
+                    places[_digest(text).hex()] = _place(text)
+                elif split in lacking:
+                    lacking.remove(split)
+                    if not lacking:
+                        break
+            if lacking and next(texts, None) is not None:
+                lacking = []
+            lendable = sorted(places, key=lambda digest: places[digest])[:-1]
+            self._lent = dict(zip(lendable, lacking, strict=False))
+        return self._lent
 
     def _cut(self, split: str) -> Iterator[str]:
         if (only := self._only_document()) is not None:
@@ -238,11 +274,21 @@ class SplitByContent(ABC):
         return text[start:stop]
 
     def _split_of(self, text: str) -> str:
-        digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
-        position = int.from_bytes(digest, "big") / 2**64
-        upper = 0.0
+        lent = self._lent_texts()
+        return (lent and lent.get(_digest(text).hex())) or self._split_by_chance(text)
+
+    def _split_by_chance(self, text: str) -> str:
+        place, upper = _place(text), 0.0
         for split in ("test", "validation"):
             upper += self._fractions.get(split, 0.0)
-            if position < upper:
+            if place < upper:
                 return split
         return "train"
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
+
+
+def _place(text: str) -> float:
+    return int.from_bytes(_digest(text), "big") / 2**64

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from longmix.data.windows import IGNORE_INDEX, EvaluationWindows, TrainWindows, Window
-from longmix.errors import ConfigError
+from longmix.errors import ConfigError, LongmixError
 
 
 class Batch(TypedDict):
@@ -89,13 +90,46 @@ class EvaluationBatches(Dataset[Batch]):
         return collate(self._windows[place] for place in places)
 
 
+@dataclass(frozen=True)
+class _Failed:
+    """What a worker hands over in the place of a batch: torch would put its own lines around the error's."""
+
+    error: LongmixError
+
+
+class _Careful(Dataset[Any]):
+    """Batches, or the error meant for the user that making one raised."""
+
+    def __init__(self, batches: Dataset[Batch]) -> None:
+        self._batches = batches
+
+    def __getitem__(self, item: int) -> Batch | _Failed:
+        try:
+            return self._batches[item]
+        except LongmixError as error:
+            return _Failed(error)
+
+
+class _Loader(DataLoader[Any]):
+    """A loader that raises a worker's error as the worker raised it."""
+
+    def __iter__(self) -> Any:
+        for batch in super().__iter__():
+            if isinstance(batch, _Failed):
+                raise batch.error
+            yield batch
+
+
 def load(batches: Dataset[Batch], items: range, num_workers: int) -> DataLoader[Any]:
-    """A sized loader over `items` of `batches`; the number of workers changes its speed and nothing else."""
+    """A sized loader over `items` of `batches`; the number of workers changes its speed and nothing else.
+
+    What a batch raises as a `LongmixError` comes as it is, from a worker too.
+    """
     if num_workers > 0:
         # Workers never tokenise; unless told, tokenizers < 0.23 warns in each one forked after it ran in parallel.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    return DataLoader(
-        batches,
+    return _Loader(
+        _Careful(batches),
         batch_size=None,
         sampler=items,
         num_workers=num_workers,

@@ -65,12 +65,15 @@ def find_files(key: str, paths: str | Sequence[str], suffix: str) -> list[Path]:
     if not given:
         raise DataError(f"{key} is an empty list; give a file, a folder or a pattern")
     expanded = [user_path(key, path) for path in given]
-    found = sorted({file for path in expanded for file in _find(key, path, suffix)})
-    by_target: dict[Path, Path] = {}
-    for file in found:
-        target = file.resolve()
-        if target not in by_target or file == target:
-            by_target[target] = file
+    try:
+        found = sorted({file for path in expanded for file in _find(key, path, suffix)})
+        by_target: dict[Path, Path] = {}
+        for file in found:
+            target = file.resolve()
+            if target not in by_target or file == target:
+                by_target[target] = file
+    except OSError as error:  # such as a folder that may be listed and not entered
+        raise DataError(f"{key}: cannot read {error.filename}: {error.strerror or error}") from error
     return sorted(by_target.values())
 
 
@@ -79,6 +82,8 @@ def _find(key: str, path: Path, suffix: str) -> list[Path]:
         return [path.absolute()]
     if path.is_dir():
         return _files_below(key, path.absolute(), suffix)
+    if path.exists():
+        raise DataError(f"{key}: {path} is a device, pipe or socket; give a file, a folder or a pattern")
     files = [Path(file).absolute() for file in _matches(str(path)) if Path(file).is_file()]
     if not files:
         found_nothing = f"no file matches {path}" if glob.has_magic(str(path)) else f"there is no file {path}"
@@ -98,7 +103,7 @@ def _files_below(key: str, folder: Path, suffix: str) -> list[Path]:
     counts += ", ..." if len(kinds) > MOST_KINDS else ""
     if not wanted:
         named = [kind for kind, _ in kinds.most_common() if kind.startswith(".")]
-        there = f"; there are {counts}" if others else ""
+        there = f"; there are {counts}" if others else "; there are no files"
         there += f". A pattern such as {folder}/**/*{named[0]} takes them" if named else ""
         raise DataError(f"{key}: no file matches {folder}/**/*{suffix} (the working folder is {Path.cwd()}){there}")
     if others:

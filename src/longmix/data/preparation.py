@@ -114,7 +114,8 @@ def _fill(folder: Path, work: Work, workers: int, made: list[int]) -> dict[str, 
     if not pieces:
         raise DataError(
             f"the {work.split} split of the corpus {work.corpus.name} holds no text "
-            f"({counts['empty_documents']} empty documents); if it is held out of another split, hold out or take more"
+            f"({counts['empty_documents']} empty documents); give it files with text, or if it is held out of another "
+            "split, hold out or take more"
         )
     made += [piece.counts["tokens"] for part in parts for piece in part.pieces[part.found :]]
     shards = _join(folder, pieces, work.shard_tokens)

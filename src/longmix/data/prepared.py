@@ -312,6 +312,19 @@ class PreparedData(TokenData):
         """The splits that there are; those of training are taken for granted until the path has been read."""
         return tuple(self.folders) if "folders" in self.__dict__ else self.corpus.splits
 
+    def prepare_data(self) -> None:
+        """Open the token files that training needs.
+
+        Raises:
+            DataError: there are none of a validation split.
+        """
+        if "validation" not in self.folders:
+            raise DataError(
+                f"data.path={self.path} has no token file of a validation split, which training needs. Run prepare.py "
+                "with data.corpus.validation_fraction above 0, or with files for data.corpus.validation."
+            )
+        super().prepare_data()
+
     def token_file(self, split: str) -> TokenFile:
         """The token file of a split."""
         if split not in self.folders:

@@ -26,7 +26,7 @@ def texts_of(records: Iterable[dict[str, Any]], field: str, place: str, first: i
     """
     for number, record in enumerate(records, first):
         if number == first and field not in record:
-            raise _no_field(field, place, record)
+            raise no_field(field, place, record)
         text = record.get(field)
         if text is not None and not isinstance(text, str):
             raise DataError(f"field {field!r} of record {number} of {place} holds {type(text).__name__}, not text")
@@ -57,7 +57,7 @@ def texts_of_json(stream: IO[bytes], field: str, name: str) -> Iterator[str]:
             found = field in record
             others.update(dict.fromkeys(record))
             if not found and records.bytes_read > FIELD_WITHIN_BYTES:
-                raise _no_field(field, name, others)
+                raise no_field(field, name, others)
         if text is not None and not isinstance(text, str):
             raise DataError(
                 f"field {field!r} of record {records.record} of {name} (line {records.line:,}) holds "
@@ -70,10 +70,11 @@ def texts_of_json(stream: IO[bytes], field: str, name: str) -> Iterator[str]:
             )
         yield text or ""
     if others and not found:
-        raise _no_field(field, name, others)
+        raise no_field(field, name, others)
 
 
-def _no_field(field: str, name: str, others: Iterable[str]) -> DataError:
+def no_field(field: str, name: str, others: Iterable[str]) -> DataError:
+    """The error for records that have other fields than the one that is to hold the text."""
     return DataError(f"data.corpus.field: the records of {name} have no field {field!r}; they have {', '.join(others)}")
 
 

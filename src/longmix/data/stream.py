@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from longmix.data.hub_access import quiet_libraries
-from longmix.data.json_files import JsonFiles
 from longmix.data.local_files import identify_files
 from longmix.data.patience import Patience, reason_of
+from longmix.data.record_files import RecordFiles
 from longmix.data.records import texts_of
 from longmix.data.sealed import sha256_of_json
 from longmix.errors import ConfigError, DataError
@@ -102,7 +102,7 @@ class Stream:
     """The files of a split as records that come one after the other; small to pickle.
 
     Args:
-        records: an `IterableDataset`, or `JsonFiles`.
+        records: an `IterableDataset`, or `RecordFiles`.
         files: its paths or URLs.
         field: the field that holds the text.
         place: for messages.
@@ -145,7 +145,7 @@ class Stream:
 
 def _rows(records: Any, field: str) -> Iterator[dict[str, Any]]:
     """Records with nothing but their text; all of them as they are if that lacks."""
-    if isinstance(records, JsonFiles):
+    if isinstance(records, RecordFiles):
         yield from records.rows()
         return
     for table in records.with_format("arrow").iter(TOGETHER):

@@ -11,7 +11,7 @@ from longmix.data.corpus import SPLITS, check_split
 from longmix.data.datamodule import TokenData
 from longmix.data.synthetic_tasks import SyntheticTask
 from longmix.data.token_files import TokenFile
-from longmix.data.tokenizers import NumberTokenizer, Tokenizer
+from longmix.data.tokenizers import ByteTokenizer, NumberTokenizer, Tokenizer
 from longmix.data.windows import Window, check_seq_len
 from longmix.errors import ConfigError, DataError
 
@@ -64,7 +64,8 @@ class SyntheticData(TokenData):
 
     Args:
         task: makes the examples.
-        tokenizer: ignored in training, since tokens are numbers; in evaluation it must have the task's vocabulary.
+        tokenizer: of numbers, with the task's vocabulary, in evaluation; in training there is none to choose, and
+            `ByteTokenizer`, which stands where none was chosen, is passed over.
         seq_len, batch_size, seed, num_workers: see `TokenData`.
         validation_tokens: how much each validation takes.
 
@@ -95,6 +96,11 @@ class SyntheticData(TokenData):
             num_workers=num_workers,
             validation_tokens=validation_tokens,
         )
+        if not isinstance(tokenizer, NumberTokenizer | ByteTokenizer):
+            raise ConfigError(
+                f"data.task makes numbers, not text, so that a tokenizer of text ({type(tokenizer).__name__}) has no "
+                "use: leave tokenizer= out, and begin from no model of text."
+            )
         if isinstance(tokenizer, NumberTokenizer) and tokenizer.vocab_size != task.vocab_size:
             raise ConfigError(
                 f"data.task has {task.vocab_size} tokens and the model {tokenizer.vocab_size}; give the task it was "

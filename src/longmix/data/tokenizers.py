@@ -30,6 +30,7 @@ from longmix.data.corpus import Corpus, check_unchanged
 from longmix.data.local_files import user_path
 from longmix.data.sealed import build_once, open_sealed, sha256_of_json
 from longmix.errors import ConfigError, DataError
+from longmix.reading import read_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -226,16 +227,6 @@ class LibraryTokenizer(Tokenizer):
         missing_bytes: str = "refuse",
         end_ids: Sequence[int] | None = None,
     ) -> None:
-        self._load(json, separator, source, missing_bytes, end_ids)
-
-    def _load(
-        self,
-        json: str,
-        separator: str,
-        source: str,
-        missing_bytes: str = "refuse",
-        end_ids: Sequence[int] | None = None,
-    ) -> None:
         self._json, self._separator, self._source = json, separator, source
         self._library = open_library(json, separator, source)
         self._token_bytes = bytes_by_token(self._library, source)
@@ -354,9 +345,10 @@ class TokenizerFile(LibraryTokenizer):
     ) -> None:
         file = user_path("tokenizer.path", path)
         try:
-            json = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"tokenizer.path: cannot read {path} ({error})") from error
+            json = read_bytes(file).decode()
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise DataError(f"tokenizer.path: cannot read {path} ({reason})") from error
         super().__init__(json, separator, f"tokenizer.path {path}", missing_bytes, end_ids)
         self._say_what_lacks(path)
 
@@ -408,5 +400,5 @@ class BpeTokenizer(LibraryTokenizer):
 
         build_once(folder, write)
         open_sealed(folder, expected)
-        self._load((folder / TOKENIZER_JSON).read_text(encoding="utf-8"), SEPARATOR, source=str(folder))
+        super().__init__((folder / TOKENIZER_JSON).read_text(encoding="utf-8"), SEPARATOR, source=str(folder))
         return self

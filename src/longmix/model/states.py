@@ -6,16 +6,13 @@ from typing import Any
 from torch import Tensor
 
 from longmix.checkpoints import load_tensors, reading, save_tensors
-from longmix.checkpoints.reading import check_weight
+from longmix.checkpoints.reading import check_weight, weight_differences
 from longmix.config import Node
 from longmix.errors import CheckpointError, ConfigError
 from longmix.mixers.recurrent import RecurrentMixer
 from longmix.model.backbone import LanguageModel
 
 FORMAT, WITHOUT_DIGEST = 2, 1
-SHOWN = 4
-"""Differences that a message lists."""
-
 STATES_FILE = "states.pt"
 """In the folder of a run with trainable=states."""
 
@@ -69,17 +66,8 @@ def check_weights(model: LanguageModel, weights: dict[str, Tensor]) -> None:
 
 
 def _check_like(weights: dict[str, Tensor], needed: dict[str, Tensor]) -> None:
-    problems = [f"{name} is missing" for name in needed if name not in weights]
-    for name, weight in weights.items():
-        if name not in needed:
-            problems.append(f"{name} is not a part of the model")
-        elif weight.shape != needed[name].shape:
-            problems.append(f"{name} has shape {list(weight.shape)} instead of {list(needed[name].shape)}")
-        elif weight.is_floating_point() != needed[name].is_floating_point():
-            problems.append(f"{name} is {weight.dtype} instead of {needed[name].dtype}")
-    if problems:
-        more = f", and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise CheckpointError(f"these weights are of another model: {'; '.join(problems[:SHOWN])}{more}.")
+    if differences := weight_differences(weights, needed):
+        raise CheckpointError(f"these weights are of another model: {differences}.")
 
 
 def _features(weights: dict[str, Tensor]) -> int:

@@ -2,9 +2,11 @@
 
 import logging
 import platform
+import re
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
@@ -66,6 +68,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     node = configuration.with_limits(configuration.resolved(config), HydraConfig.get().overrides.task)
     origin = Origin.of(node)
     settings, data = check_config(node, None if origin is None else origin.tokenizer)
+    _check_tokenizer_is_used(data, HydraConfig.get().overrides.task)
     node = match_parameters(node, data.expected_vocab_size)
     place = RunPlace.of(config, node)
     node["name"] = place.name
@@ -81,6 +84,12 @@ def train(config: DictConfig) -> dict[str, Any]:
         summary = _train(node, settings, data, origin, place, everyone)
     processes.disconnect()
     return summary
+
+
+def _check_tokenizer_is_used(data: TokenData, words: Sequence[str]) -> None:
+    given = [word for word in words if re.match(r"\+*tokenizer[.=]", word)]
+    if given and isinstance(data, SyntheticData):
+        raise ConfigError(f"{given[0]} has no use: data.task makes numbers, not text. Leave it out.")
 
 
 def _start_processes(node: Node, settings: TrainerSettings, data: TokenData, place: RunPlace) -> None:

@@ -10,14 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from longmix import reading
-from longmix.checkpoints.reading import reason_of
+from longmix.checkpoints.reading import reason_of, weight_differences
 from longmix.errors import CheckpointError, ConfigError
 
 OWN_FILE = "longmix.json"
 FORMAT = 1
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-SHOWN = 4
 
 
 def require_transformers() -> None:
@@ -107,18 +106,14 @@ def check_weights(folder: Path, found: dict[str, Tensor], needed: dict[str, Tens
     Raises:
         CheckpointError: some are missing, too many, of another shape or of a type that holds no plain numbers.
     """
-    problems = [f"{name} is missing" for name in needed if name not in found]
-    for name, weight in found.items():
-        if name not in needed:
-            problems.append(f"{name} is not a part of the model")
-        elif weight.shape != needed[name].shape:
-            problems.append(f"{name} has shape {list(weight.shape)} instead of {list(needed[name].shape)}")
-        elif weight.is_floating_point() != needed[name].is_floating_point() or weight.element_size() not in (2, 4, 8):
-            problems.append(f"{name} is {str(weight.dtype).removeprefix('torch.')}, which is not read")
-        elif weight.element_size() == 8 and weight.is_floating_point():
-            problems.append(f"{name} is float64, of which float32 would lose digits")
-    if problems:
-        more = f", and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise CheckpointError(
-            f"the weights in {folder} are not those of its config.json: {'; '.join(problems[:SHOWN])}{more}."
-        )
+    if differences := weight_differences(found, needed, _unread):
+        raise CheckpointError(f"the weights in {folder} are not those of its config.json: {differences}.")
+
+
+def _unread(weight: Tensor) -> str | None:
+    """Why a tensor's type is not taken; None where it is."""
+    if weight.element_size() not in (2, 4, 8):
+        return f"{str(weight.dtype).removeprefix('torch.')}, which is not read"
+    if weight.element_size() == 8 and weight.is_floating_point():
+        return "float64, of which float32 would lose digits"
+    return None

@@ -185,7 +185,7 @@ class LongmixForCausalLM(PreTrainedModel, GenerationMixin):
         """
         name = args[0] if args else options.get("pretrained_model_name_or_path")
         if name is not None and Path(name).is_dir():
-            check_seal(Path(name), weights=False)  # which would be read twice
+            check_seal(Path(name))
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **options)
         model, info = loaded
         for key, text in (("missing_keys", "lacks"), ("unexpected_keys", "has, beyond the model's weights,")):

@@ -27,7 +27,7 @@ def sealed(folder: Path, about: dict[str, Any]) -> dict[str, Any]:
     return {**content, OWN_HASH: sha256_of_json(content)}
 
 
-def check_seal(folder: Path, *, weights: bool = True) -> None:
+def check_seal(folder: Path) -> None:
     """Refuse an exported folder with a file that is not, byte for byte, the one that was written.
 
     A folder without `longmix.json` is another's, and nothing is known of its files. One that an earlier version
@@ -35,7 +35,6 @@ def check_seal(folder: Path, *, weights: bool = True) -> None:
 
     Args:
         folder: to look at.
-        weights: hash these too; else only their size is looked at.
 
     Raises:
         CheckpointError: names the file.
@@ -58,13 +57,13 @@ def check_seal(folder: Path, *, weights: bool = True) -> None:
     if found != sha256_of_json(content) or not isinstance(files, dict):
         raise CheckpointError(f"{own} is damaged: its content does not have the SHA-256 it names. {CURE}")
     for name, facts in files.items():
-        _check(folder / Path(name).name, facts, weights or not name.endswith(".safetensors"))
+        _check(folder / Path(name).name, facts)
 
 
-def _check(path: Path, facts: Any, whole: bool) -> None:
+def _check(path: Path, facts: Any) -> None:
     try:
         require_regular(path)
-        found = facts_of(path) if whole else {**facts, "bytes": path.stat().st_size}
+        found = facts_of(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {reason_of(error)}. {CURE}") from error
     if found != facts:
