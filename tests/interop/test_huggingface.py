@@ -382,6 +382,19 @@ def test_what_llamas_family_has_not_is_refused_by_name(saved, tmp_path, override
             {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
             r"rope_parameters.rope_type='linear'",
         ),
+        (
+            "Llama",
+            {
+                "rope_parameters": {
+                    **{"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5, "low_freq_factor": 1.0},
+                    **{"high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+                }
+            },
+            "rope_parameters.rope_type='llama3' in config.json: longmix has 'default' alone",
+        ),
+        ("Llama", {"mlp_bias": True}, "mlp_bias=True in config.json: longmix has False alone"),
+        ("Qwen3", {"attention_bias": True}, "attention_bias=True in config.json: longmix has False alone"),
+        ("Mistral", {"head_dim": 16}, "head_dim=16 in config.json: longmix has"),
         ("GPT2", {}, "a model of type 'gpt2'; the types that can be read are longmix, llama, mistral, qwen3"),
     ],
 )
@@ -390,8 +403,9 @@ def test_what_longmix_has_not_is_refused_by_name(tmp_path, kind, settings, messa
         transformers.GPT2Config().save_pretrained(tmp_path / "folder")
     else:
         foreign(tmp_path / "folder", kind, **settings)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as caught:
         import_folder(tmp_path / "folder", tmp_path / "run")
+    assert re.fullmatch(r"[^\n]*\.", str(caught.value))
     assert not (tmp_path / "run").exists()
 
 
