@@ -222,6 +222,8 @@ def entry_point(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
                 ignore_signals(of_terminal=own_place() is not None)  # Ctrl-C still ends a lone one that hangs
             if HydraConfig.get().mode == RunMode.MULTIRUN and not isinstance(error, Interrupted):
                 raise RunFailed(message, error.exit_code) from None
+            if isinstance(error, ProcessLost):
+                leave(error.exit_code)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
             print("Interrupted.", file=sys.stderr)

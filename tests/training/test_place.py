@@ -126,3 +126,21 @@ def test_who_is_waited_for_ends_before_anything_can_abort_it(variables, code, en
     words = "import atexit, sys; from longmix.training.place import leave; atexit.register(print, 'closed', end='')"
     done = subprocess.run([sys.executable, "-c", f"{words}; leave(); sys.exit(1)"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (code, "closed")
+
+
+def test_a_process_that_has_lost_another_ends_at_once(compose_config, monkeypatch, tmp_path):
+    """The interpreter's own way out takes seconds then, in gloo's threads."""
+    from longmix import cli
+    from longmix.errors import ProcessLost
+
+    monkeypatch.chdir(tmp_path)
+    config = compose_config()
+    left = []
+    monkeypatch.setattr(cli, "leave", left.append)
+
+    def task(_):
+        raise ProcessLost("another process is gone")
+
+    with pytest.raises(SystemExit) as ended:
+        cli.entry_point(task)(config)
+    assert left == [ended.value.code] == [ProcessLost.exit_code]

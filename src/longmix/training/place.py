@@ -89,11 +89,11 @@ def end_with_parent() -> None:
         raise ProcessLost(f"process {launcher}, which started this one, is gone.")
 
 
-def leave() -> None:
-    """End this process now that its work is done, if torchrun or our launcher waits for it; others it leaves as it was.
+def leave(code: int = 0) -> None:
+    """End this process at once if torchrun or our launcher waits for it: its work is done, or another one is lost.
 
     Gloo's threads may outlive the interpreter's way out, whereupon C++ aborts a process that had succeeded (seen once
-    in some hundred runs), and those that wait would take the run for failed.
+    in some hundred runs), and those that wait would take the run for failed. Behind a lost process they take seconds.
     """
     place = own_place()
     if place is None or place.launcher == "srun":
@@ -102,7 +102,7 @@ def leave() -> None:
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def was_restarted() -> bool:
