@@ -22,6 +22,7 @@ from longmix.allocation import allocation_errors
 from longmix.command_line import values
 from longmix.command_line.explain import explained, misformed, wrong_sweep
 from longmix.command_line.help import help_text, version_text
+from longmix.command_line.places import without_repetition
 from longmix.command_line.register import file_name as file_name
 from longmix.command_line.register import register_types as register_types
 from longmix.command_line.register import windows as windows
@@ -77,7 +78,7 @@ def answered(schema: Schema, arguments: Sequence[str]) -> str | None:
     if "--version" in arguments:
         return version_text()
     if {"-h", "--help"} & set(arguments):
-        return help_text(schema, [word for word in arguments if not word.startswith("-")])
+        return help_text(schema, divided(arguments)[1])
     return None
 
 
@@ -119,7 +120,7 @@ def command_line(schema: Schema, arguments: Sequence[str]) -> list[str]:
 def as_hydra_reads(schema: Schema, words: Sequence[Word], sweep: bool = False) -> list[str]:
     """The words with each value in Hydra's grammar, by what the word takes."""
     written = []
-    for word in words:
+    for word in without_repetition(words):
         takes = schema.takes(word, words) if word.value is not None and word.sign != "~" else None
         if takes is None or word.value is None:
             written.append(word.given)

@@ -50,6 +50,18 @@ def misformed(schema: Schema, words: Sequence[Word], sweep: bool) -> str | None:
     return next(filter(None, (_wrong_group(schema, word, sweep) for word in words)), None)
 
 
+def unknown_word(schema: Schema, name: str) -> str | None:
+    """Why there is no such word beside the defaults, with the nearest one; None if there is."""
+    if not name:
+        return "an empty text is no name of a word."
+    group = re.split("[.@]", name)[0]
+    if group in schema.all_groups and group not in schema.groups and group not in schema.words:
+        return _foreign(schema, Word.read(name))
+    if "/" in name or "@" in name:
+        return f"there is no group {_shown(name)}. Groups are: {', '.join(schema.groups)}."
+    return _wrong_word(schema, schema.composed([]), Word(name, "", name, None))
+
+
 def _problems(schema: Schema, words: list[Word], sweep: bool, error: BaseException) -> Iterable[str | None]:
     yield misformed(schema, words, sweep)
     try:
@@ -125,6 +137,12 @@ def _wrong_choice(schema: Schema, group: str, choice: str) -> str | None:
         return None
     if group == "mixer" and re.search(r"[*+]", choice):
         return _wrong_pattern(choices, choice)
+    return no_such_choice(schema, group, choice)
+
+
+def no_such_choice(schema: Schema, group: str, choice: str) -> str:
+    """That a group has no such choice, with the nearest one."""
+    choices = schema.choices(group)
     close = _close(choice, choices)
     hint = f" Did you mean {close}?" if close else ""
     return f"{group}={_shown(choice)} does not exist.{hint} Choices are: {', '.join(choices)}."
@@ -208,6 +226,9 @@ def _unknown(schema: Schema, node: dict[str, Any], word: Word) -> str:
     if guess and depth < len(parents):
         guess = ".".join([guess, *parents[depth + 1 :], leaf])
         guess = guess if _exists(node, guess) else f"{place}.{meant}" if place else meant
+    if not guess and group in schema.groups and depth == 1:
+        meant = _close(wanted, _settings_of_choices(schema, group))
+        guess = f"{group}.{meant}" if meant else ""
     if not guess:
         guess = _by_leaf(node, leaf)
     hint = f" Did you mean {guess}?" if guess else ""
@@ -233,6 +254,20 @@ def _file_has(schema: Schema, group: str, choice: str, parents: list[str], leaf:
     for part in parents:
         node = node.get(part) if isinstance(node, dict) else None
     return isinstance(node, dict) and leaf in node
+
+
+def _settings_of_choices(schema: Schema, group: str) -> set[str]:
+    """The settings that any choice of a group has."""
+    from omegaconf import OmegaConf
+
+    found: set[str] = set()
+    for choice in schema.choices(group):
+        try:
+            node = OmegaConf.load(schema.file(group, choice))
+        except Exception:
+            continue  # Hydra says what is wrong with the file where it is chosen
+        found |= {str(key) for key in node} if OmegaConf.is_dict(node) else set()
+    return found - {"_target_", "defaults"}
 
 
 def _by_leaf(node: dict[str, Any], leaf: str) -> str:

@@ -2,10 +2,12 @@
 
 import re
 
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
 from longmix import naming
@@ -24,6 +26,7 @@ def register_types() -> None:
     naming.register()
     OmegaConf.register_new_resolver("windows", windows, replace=True)
     Plugins.instance().register(MixerPatternSource)
+    Plugins.instance().register(MixerPatternPlace)
 
 
 def file_name(text: str) -> str:
@@ -50,7 +53,7 @@ class MixerPatternSource(ConfigSource):
 
     @staticmethod
     def scheme() -> str:
-        """The scheme that `hydra.searchpath` names."""
+        """The scheme of its place in Hydra's search path."""
         return "mixer-pattern"
 
     def load_config(self, config_path: str) -> ConfigResult:
@@ -79,6 +82,14 @@ class MixerPatternSource(ConfigSource):
     def list(self, config_path: str, results_filter: ObjectType | None) -> "list[str]":
         """Patterns cannot be listed."""
         return []
+
+
+class MixerPatternPlace(SearchPathPlugin):
+    """Has Hydra look for patterns of mixers in every command, whatever `hydra.searchpath` names besides."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Add the place of patterns."""
+        search_path.append("longmix", f"{MixerPatternSource.scheme()}://mixer")
 
 
 def _parsed_pattern(config_path: str) -> "list[str] | None":

@@ -13,10 +13,12 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from longmix.command_line import values
+from longmix.command_line.places import SEARCH_PATH, folder_of, search_places
 from longmix.command_line.values import Takes
 from longmix.command_line.words import Word
 from longmix.config import EvaluateConfig, GenerateConfig, PrepareConfig, TrainConfig, locate, settings
 from longmix.errors import ConfigError, LongmixError
+from longmix.printable import printable
 
 SCHEMAS: dict[str, type] = {
     "train": TrainConfig,
@@ -39,13 +41,17 @@ class Schema:
 
     Attributes:
         folders: where choices are looked for: `configs`, and the folders of `--config-dir` and `hydra.searchpath`.
+        searchpath: places that the command line adds, as Hydra reads them.
     """
 
     def __init__(self, command: str, configs: Path, own: dict[str, Takes] | None = None) -> None:
         self.command = command
         self.configs = configs
         self.folders = [configs]
-        self.words = HYDRA_PATHS | _of_dataclass(SCHEMAS[command]) | (own or {})
+        self.searchpath: list[str] = []
+        self.words = (
+            HYDRA_PATHS | {SEARCH_PATH: Takes(list[str], path=True)} | _of_dataclass(SCHEMAS[command]) | (own or {})
+        )
         self.all_groups = sorted(
             {path.parent.relative_to(configs).as_posix() for path in configs.glob("*/**/*.yaml")} - {"."}
         )
@@ -77,18 +83,15 @@ class Schema:
         """Look for choices in the folders too that the arguments name.
 
         Raises:
-            ConfigError: that of `--config-dir` is not there.
+            ConfigError: one of them is not there.
         """
-        for number, argument in enumerate(arguments):
-            name, equals, value = argument.partition("=")
-            if name in ("--config-dir", "-cd") and (equals or arguments[number + 1 :]):
-                folder = Path(value if equals else arguments[number + 1])
-                if not folder.is_dir():
-                    raise ConfigError(f"{name}: there is no folder {folder}.")
-                self.folders.append(folder)
-            elif name.lstrip("+") == "hydra.searchpath":
-                items = [item.strip().strip("'\"").removeprefix("file://") for item in value.strip("[]").split(",")]
-                self.folders += [Path(item) for item in items if item and "://" not in item]
+        places = search_places(arguments, self.folders)
+        for name, place in places:
+            folder = folder_of(place)
+            if folder is not None and not folder.is_dir():
+                raise ConfigError(f"{name}: there is no folder {printable(place)}.")
+            self.folders += [folder] if folder else []
+        self.searchpath = [place for _, place in places]
 
     def takes_several(self, group: str) -> bool:
         """Whether a group may be a list of choices."""
@@ -125,10 +128,9 @@ class Schema:
             HydraException: a choice does not exist.
         """
         chosen = [_choice(word) for word in words if self._shapes(word)]
-        if self.folders[1:]:
-            own = OmegaConf.select(self.primary, "hydra.searchpath", default=[])  # that of patterns of mixers
-            places = [*own, *(str(folder.absolute()) for folder in self.folders[1:])]
-            chosen.append(f"hydra.searchpath=[{','.join(map(values.in_quotes, places))}]")
+        if self.searchpath:
+            places = [place if "://" in place else str(Path(place).absolute()) for place in self.searchpath]
+            chosen.append(f"{SEARCH_PATH}=[{','.join(map(values.in_quotes, places))}]")
         return _composed(self.command, self.configs, tuple(chosen))
 
     def _shapes(self, word: Word) -> bool:

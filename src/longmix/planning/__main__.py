@@ -16,14 +16,14 @@ DOES_NOT_FIT = 1
 def main(words: list[str] | None = None) -> int:
     """Print the plan, write it where asked to, and return the exit code."""
     words = sys.argv[1:] if words is None else words
-    if set(words) & {"-h", "--help"}:
-        print(__doc__)
-        return 0
     if not words:
         print(f"ConfigError: there is nothing to plan; give at least one word.\n\n{__doc__}", file=sys.stderr)
         return ConfigError.exit_code
     outputs = [word.removeprefix("output=") for word in words if word.startswith("output=")]
     try:
+        if set(words) & {"-h", "--help"}:
+            print(_help(words))
+            return 0
         if "" in outputs:
             raise ConfigError("output= names no folder.")
         folder = Path(outputs[-1]).expanduser() if outputs else None
@@ -31,6 +31,20 @@ def main(words: list[str] | None = None) -> int:
     except LongmixError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
+
+
+def _help(words: list[str]) -> str:
+    """What this command does, or what the words of `train.py` mean that are asked about."""
+    from longmix import cli
+    from longmix.command_line.schema import Schema, configs_folder
+
+    asked = [word for word in words if word.partition("=")[0] not in ("gpus", "gpu", "output")]
+    if not [word for word in asked if not word.startswith("-")]:
+        return __doc__ or ""
+    cli.register()
+    schema = Schema("train", configs_folder())
+    schema.search(asked)
+    return cli.answered(schema, asked) or ""
 
 
 def _run(words: list[str], output: Path | None) -> int:

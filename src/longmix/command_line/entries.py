@@ -1,0 +1,86 @@
+"""Words with their defaults and meanings, as the help prints them."""
+
+import dataclasses
+import inspect
+import re
+import textwrap
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from longmix.command_line.schema import SCHEMAS, Schema
+
+WIDTH = 120
+
+
+def meanings(schema: type) -> dict[str, str]:
+    """What each field of a dataclass means, as its docstring says."""
+    text = inspect.cleandoc(schema.__doc__ or "").partition("Attributes:\n")[2]
+    entries = re.findall(r"^    (\w[\w, ]*): ((?:.|\n(?!    \w[\w, ]*: |\S))*)", text, re.MULTILINE)
+    return {
+        name: " ".join(meaning.split()).rstrip(".").replace("`", "")
+        for names, meaning in entries
+        for name in names.split(", ")
+    }
+
+
+def words(schema: Schema) -> Iterator[tuple[str, Any, str]]:
+    """Dotted words that give a value: name, default, meaning."""
+    primary = OmegaConf.to_container(schema.primary, resolve=False)
+    yield from _words_of(SCHEMAS[schema.command], typing.cast(dict[str, Any], primary), set(schema.groups))
+
+
+def _words_of(
+    schema: type, values: dict[str, Any], groups: set[str], prefix: str = ""
+) -> Iterator[tuple[str, Any, str]]:
+    hints, texts = typing.get_type_hints(schema), meanings(schema)
+    for each in dataclasses.fields(schema):
+        if each.name in groups:
+            continue
+        if dataclasses.is_dataclass(hints[each.name]):
+            inner = typing.cast(type, hints[each.name])
+            yield from _words_of(inner, values.get(each.name, {}), set(), f"{each.name}.")
+        else:
+            yield f"{prefix}{each.name}", values.get(each.name), texts[each.name]
+
+
+def written(value: Any) -> str:
+    """A default as a command line would have it."""
+    if isinstance(value, str):
+        return "(required)" if value == "???" else "(date, time, mixer, model, seq_len)" if "${" in value else value
+    if isinstance(value, list):
+        return f"[{','.join(map(written, value))}]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)  # 1 == True, so numbers stay out of the table
+
+
+def entry(head: str, text: str) -> list[str]:
+    """A word and its meaning, the latter in a column."""
+    indent = " " * 34
+    lines = textwrap.wrap(text, WIDTH - len(indent), break_on_hyphens=False)
+    first = f"  {head}".ljust(len(indent))
+    if len(first) > len(indent):
+        return [first, *(indent + line for line in lines)]
+    return [first + lines[0], *(indent + line for line in lines[1:])]
+
+
+def group_lines(schema: Schema, group: str, default: Any) -> list[str]:
+    """A group with its default, its meaning and its choices."""
+    texts = meanings(SCHEMAS[schema.command])
+    shown = written(list(default) if isinstance(default, list) or OmegaConf.is_list(default) else default)
+    meaning = texts.get(group) or GROUP_MEANINGS[group]
+    return entry(f"{group}={shown}", f"{meaning}: {', '.join(schema.choices(group))}")
+
+
+GROUP_MEANINGS = {
+    "block": "the layer around the mixer; a mixer may bring its own",
+    "experiment": "a set of words in a file, which other words go on to change",
+    "hydra/launcher": "where the runs of a sweep (-m) take place",
+    "hydra/sweeper": "which values a sweep (-m) tries",
+}
+"""Groups that are no field of a dataclass."""
+
+SWEEP_GROUPS = ("hydra/launcher", "hydra/sweeper")

@@ -1,0 +1,101 @@
+"""Where a command line has Hydra look for files of the user's own."""
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from longmix.command_line import values
+from longmix.command_line.values import Takes
+from longmix.command_line.words import Word
+from longmix.errors import ConfigError
+from longmix.printable import printable
+
+SEARCH_PATH = "hydra.searchpath"
+CONFIG_DIR = ("--config-dir", "-cd")
+CONFIG_NAME = ("--config-name", "-cn")
+
+
+def search_places(arguments: Sequence[str], folders: Sequence[Path]) -> list[tuple[str, str]]:
+    """The places that the arguments add, in Hydra's order, each with the option or word that names it.
+
+    Args:
+        arguments: of the command line.
+        folders: where the file of `--config-name` may lie besides the folder of `--config-dir`.
+
+    Raises:
+        ConfigError: `hydra.searchpath` is no list, or has a sign before it, with which Hydra would not look there.
+    """
+    directory = _last_value(arguments, CONFIG_DIR)
+    places = [] if directory is None else [(CONFIG_DIR[0], directory)]
+    words = [word for word in map(Word.read, arguments) if word.name == SEARCH_PATH and word.value is not None]
+    if words:
+        return places + [(SEARCH_PATH, place) for place in _items(words[-1])]
+    name = _last_value(arguments, CONFIG_NAME)
+    return places if name is None else places + _of_file(name, [*folders, *(Path(place) for _, place in places)])
+
+
+def without_repetition(words: Sequence[Word]) -> list[Word]:
+    """The words with the last `hydra.searchpath` only; of several Hydra would take the first."""
+    several = [word for word in words if word.name == SEARCH_PATH]
+    return [word for word in words if word.name != SEARCH_PATH or word is several[-1]]
+
+
+def folder_of(place: str) -> Path | None:
+    """The folder of a place: a path, or a package behind pkg://; None where it is something else."""
+    scheme, separator, rest = place.rpartition("://")
+    if not separator or scheme == "file":
+        return Path(rest)
+    if scheme != "pkg":
+        return None
+    try:
+        found = importlib.util.find_spec(rest.replace("/", "."))
+    except (ImportError, ValueError):
+        found = None
+    inside = list(found.submodule_search_locations or ()) if found else []
+    return Path(inside[0] if inside else rest)
+
+
+def _last_value(arguments: Sequence[str], option: tuple[str, str]) -> str | None:
+    found = None
+    for number, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name in option:
+            found = value if equals else "".join(arguments[number + 1 : number + 2])
+    return found
+
+
+def _items(word: Word) -> list[str]:
+    value = (word.value or "").strip()
+    if word.sign:
+        raise ConfigError(f"{word.sign}{SEARCH_PATH} stands with {word.sign}; write {SEARCH_PATH}=[FOLDER].")
+    if value.lower() == "null":
+        return []
+    if not values.is_list(value):
+        raise ConfigError(f"{SEARCH_PATH}={printable(value)} is not a list; write {SEARCH_PATH}=[{printable(value)}].")
+    try:
+        written = values.as_hydra_reads(value, Takes(list[str], path=True), sweep=False)
+        places: Any = OverridesParser.create().parse_override(f"{SEARCH_PATH}={written}").value()
+    except HydraException:
+        places = None
+    if not isinstance(places, list):
+        raise ConfigError(f"{SEARCH_PATH}={printable(value)} is not a list of folders.")
+    return [str(place) for place in places]
+
+
+def _of_file(name: str, folders: Sequence[Path]) -> list[tuple[str, str]]:
+    """The places that a configuration of the user's own names."""
+    for folder in folders:
+        file = folder / f"{name.removesuffix('.yaml')}.yaml"
+        if file.is_file():
+            try:
+                places = OmegaConf.select(OmegaConf.load(file), SEARCH_PATH, default=None)  # type: ignore[arg-type]
+            except (OmegaConfBaseException, OSError, ValueError):
+                return []  # Hydra says what is wrong with it
+            return [(f"{SEARCH_PATH} of {file}", str(place)) for place in places or []]
+    return []
