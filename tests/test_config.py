@@ -14,10 +14,10 @@ from omegaconf import OmegaConf
 from longmix.config import (
     EvaluateConfig,
     TrainConfig,
-    _fits,
     build,
     check,
     check_keys,
+    fits,
     locate,
     resolved,
     settings,
@@ -627,5 +627,5 @@ class TestFits:
         ],
     )
     def test_table(self, hint, good, bad):
-        assert [value for value in good if not _fits(value, hint)] == []
-        assert [value for value in bad if _fits(value, hint)] == []
+        assert [value for value in good if not fits(value, hint)] == []
+        assert [value for value in bad if fits(value, hint)] == []

@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import json
+import pickle
 import sys
 from pathlib import Path
 
@@ -131,3 +132,9 @@ class TestAtWork:
         assert len({summary["validation"]["loss"] for summary in summaries}) == 2
         assert all(summary["match"]["mlp_hidden"] == 32 for summary in summaries)
         assert len(list((tmp_path / "sweep" / ".submitit").glob("*/*_result.pkl"))) == 2
+
+
+def test_a_failed_run_is_handed_on_by_other_processes():
+    """Launchers pickle what a run's process raised."""
+    failed = pickle.loads(pickle.dumps(cli.RunFailed("ConfigError: wrong.", 2)))
+    assert str(failed) == "ConfigError: wrong." and failed.exit_code == 2

@@ -29,6 +29,7 @@ from longmix.command_line.register import windows as windows
 from longmix.command_line.schema import Schema, configs_folder
 from longmix.command_line.words import Word, divided, is_sweep
 from longmix.errors import ConfigError, Interrupted, LongmixError, ProcessLost
+from longmix.notices import begin_run
 from longmix.printable import LINES, printable
 from longmix.startup import INTERRUPTED
 from longmix.training.place import leave, own_place, process_rank
@@ -196,6 +197,9 @@ class RunFailed(CompactHydraException):
         super().__init__(message)
         self.exit_code = exit_code
 
+    def __reduce__(self) -> tuple[type["RunFailed"], tuple[str, int]]:  # a launcher's process hands it on
+        return RunFailed, (str(self), self.exit_code)
+
 
 NEEDS_LESS = "give a smaller model, seq_len or batch_size; python -m longmix.planning tells how much is needed."
 
@@ -208,6 +212,7 @@ def entry_point(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
     @functools.wraps(task)
     def run(config: Any) -> Any:
+        begin_run()
         try:
             with allocation_errors("this", NEEDS_LESS):
                 result = task(config)

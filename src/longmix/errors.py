@@ -29,7 +29,9 @@ def settings_at(place: str, usual: str) -> Iterator[None]:
         yield
     except LongmixError as error:
         if place != usual:
-            error.args = tuple(re.sub(rf"\b{re.escape(usual)}(?=[.=:])", place, str(text)) for text in error.args)
+            rest = place.removeprefix(usual) if place.startswith(usual) else "\0"  # what names the place already stays
+            named = re.compile(rf"\b{re.escape(usual)}(?!{re.escape(rest)})(?=[.:])")
+            error.args = tuple(named.sub(lambda _: place, str(text)) for text in error.args)
         raise
 
 

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from longmix.console import protect_output
+from longmix.notices import show_in_one_line
 from longmix.training.signals import process_watch
 
 BEGAN = "LONGMIX_BEGAN"
@@ -26,6 +27,7 @@ def begin(resumable: bool = False) -> None:
         resumable: the command may be run again after any signal, and says so by its exit code.
     """
     protect_output()
+    show_in_one_line()
     os.environ.setdefault(BEGAN, str(time.time()))
     sys.excepthook = _without_traceback
     sys.unraisablehook = _unraisable

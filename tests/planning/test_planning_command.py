@@ -90,3 +90,8 @@ def test_refused_by_name(words, message, capsys):
 def test_whole_numbers_in_any_form(capsys):
     assert main([*SMALL[:-1], "gpu=cpu", "seq_len=1e2"]) == 0
     assert "seq_len=100" in capsys.readouterr().out
+
+
+def test_one_window_is_singular(capsys):
+    main([*SMALL, "mixer=lightning"])
+    assert "1 window a step, 1 at a time" in " ".join(capsys.readouterr().out.split())

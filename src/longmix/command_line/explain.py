@@ -15,7 +15,7 @@ from longmix.command_line import values
 from longmix.command_line.schema import Schema
 from longmix.command_line.values import Takes
 from longmix.command_line.words import Word
-from longmix.config import _described, _fits
+from longmix.config import fits, misfit
 
 NAME = re.compile(r"[A-Za-z_][\w/-]*(\.(\w|-)+)*(@[\w.:]*)?", re.ASCII)
 PATTERN_TERM = re.compile(r"([\w-]+)(?:\*([1-9]\d*))?", re.ASCII)
@@ -310,7 +310,7 @@ def _wrong_value(schema: Schema, word: Word, words: list[Word], sweep: bool) -> 
         override = OverridesParser.create().parse_override(f"{word.name}={written}")
     except Exception:
         if takes:
-            return f"{_shown(word.given)} is not {_described(takes.hint)}.{_cure(word, takes)}"
+            return f"{_shown(word.given)} {_misfit(word.value, takes)}{_cure(word, takes)}"
         cure = shlex.quote(f"{word.name}='{word.value}'")
         return (
             f"{_shown(word.given)} cannot be read; a text with such characters needs quotes of its own: {_shown(cure)}"
@@ -321,9 +321,14 @@ def _wrong_value(schema: Schema, word: Word, words: list[Word], sweep: bool) -> 
             return f"{_shown(word.given)} gives several values. {cure}-m {_shown(word.given)} makes one run with each."
         return _wrong_sweep(word, override, takes)
     value = override.value()
-    if takes and not (isinstance(value, str) and "${" in value) and not _fits(value, takes.hint):
-        return f"{_shown(word.given)} is not {_described(takes.hint)}.{_cure(word, takes)}"
+    if takes and not (isinstance(value, str) and "${" in value) and not fits(value, takes.hint):
+        return f"{_shown(word.given)} {_misfit(word.value, takes)}{_cure(word, takes)}"
     return None
+
+
+def _misfit(text: str, takes: Takes) -> str:
+    """What is wrong with a value as it was typed, of which a number may be too large."""
+    return misfit(values.numbers(text), takes.hint) if takes.whole else misfit(text, takes.hint)
 
 
 def _cure(word: Word, takes: Takes) -> str:
@@ -359,8 +364,8 @@ def _wrong_sweep(word: Word, override: Any, takes: Takes | None) -> str | None:
         return f"{_shown(word.given)} holds no value, so the sweep would have no run."
     for value in found:
         text = getattr(value, "text", value)
-        if takes and not _fits(text, takes.hint):
-            return f"{word.name}={_shown(str(text))} is not {_described(takes.hint)}."
+        if takes and not fits(text, takes.hint):
+            return f"{word.name}={_shown(str(text))} {_misfit(str(text), takes)}"
     return None
 
 

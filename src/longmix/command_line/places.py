@@ -94,7 +94,7 @@ def _of_file(name: str, folders: Sequence[Path]) -> list[tuple[str, str]]:
         file = folder / f"{name.removesuffix('.yaml')}.yaml"
         if file.is_file():
             try:
-                places = OmegaConf.select(OmegaConf.load(file), SEARCH_PATH, default=None)  # type: ignore[arg-type]
+                places = OmegaConf.select(OmegaConf.load(file), SEARCH_PATH, default=None)
             except (OmegaConfBaseException, OSError, ValueError):
                 return []  # Hydra says what is wrong with it
             return [(f"{SEARCH_PATH} of {file}", str(place)) for place in places or []]

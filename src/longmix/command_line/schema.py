@@ -28,7 +28,8 @@ SCHEMAS: dict[str, type] = {
 }
 """By command, the dataclass of its words."""
 
-HYDRA_PATHS = {key: Takes(str, path=True) for key in ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")}
+HYDRA_WORDS = {key: Takes(str, path=True) for key in ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")}
+HYDRA_WORDS |= {SEARCH_PATH: Takes(list[str], path=True)}
 
 
 class Schema:
@@ -49,9 +50,7 @@ class Schema:
         self.configs = configs
         self.folders = [configs]
         self.searchpath: list[str] = []
-        self.words = (
-            HYDRA_PATHS | {SEARCH_PATH: Takes(list[str], path=True)} | _of_dataclass(SCHEMAS[command]) | (own or {})
-        )
+        self.words = HYDRA_WORDS | _of_dataclass(SCHEMAS[command]) | (own or {})
         self.all_groups = sorted(
             {path.parent.relative_to(configs).as_posix() for path in configs.glob("*/**/*.yaml")} - {"."}
         )

@@ -114,6 +114,16 @@ def _whole(value: str, takes: Takes) -> str:
     return str(int(number)) if is_whole else value
 
 
+def numbers(value: str) -> Any:
+    """The number that was typed, or the list of numbers; anything else as the text it is."""
+    if is_list(value):
+        return [numbers(item) for item in items(value)]
+    if NUMBER.fullmatch(value) is None:
+        return value
+    number = Decimal(value.replace("_", ""))
+    return int(number) if number == number.to_integral_value() else float(number)
+
+
 def _text(value: str, takes: Takes) -> str:
     quote = quoted_by(value)
     if quote == "'":

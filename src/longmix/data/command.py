@@ -18,6 +18,7 @@ from longmix.data.datamodule import TokenData
 from longmix.data.preparation import Preparation
 from longmix.data.prepared import find_splits
 from longmix.errors import ConfigError, DataError
+from longmix.wording import counted
 
 OWN_WORDS = ("shard_tokens", "workers", "splits")
 """Of prepare.py, which train.py does not have."""
@@ -63,7 +64,7 @@ def prepare_splits(config: DictConfig) -> list[dict[str, Any]]:
 
 def _print(files: list[dict[str, Any]], seconds: float) -> None:
     tokens = sum(file["tokens"] for file in files)
-    table = Table(title=f"{tokens:,} tokens in {seconds:,.1f} s")
+    table = Table(title=f"{counted(tokens, 'token')} in {seconds:,.1f} s")
     for column in ("corpus", "split", "documents", "tokens", "bytes", "shards"):
         table.add_column(column, justify="left" if column in ("corpus", "split") else "right")
     for file in files:

@@ -36,6 +36,7 @@ class Sotu:
     """
 
     name = "sotu"
+    usual_place = "data.corpus"
     splits = SPLITS
 
     def __init__(self) -> None:

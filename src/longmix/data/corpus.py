@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
 from longmix.errors import ConfigError, DataError
+from longmix.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +156,7 @@ class SplitByContent(ABC):
 
     name: str
     splits: tuple[str, ...]
+    usual_place = "data.corpus"
     _divides_one = False
 
     def __init__(self, sources: dict[str, Any], validation_fraction: float, test_fraction: float) -> None:
@@ -253,7 +255,8 @@ class SplitByContent(ABC):
                 yield text
         if seen and not kept:
             raise DataError(
-                f"none of the {seen} documents of the corpus {self.name} fell into its {split} split (they are "
+                f"none of the {counted(seen, 'document')} of the corpus {self.name} fell into its {split} split "
+                "(they are "
                 f"divided by their content; fractions: {self._fractions}). Change data.corpus.validation_fraction or "
                 "data.corpus.test_fraction, or give data.corpus.validation or data.corpus.test a source of its own, "
                 f"such as {EXAMPLE_OF_SPLIT[split]}."

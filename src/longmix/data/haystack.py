@@ -7,6 +7,7 @@ import numpy as np
 from longmix.data.token_files import TokenFile
 from longmix.data.tokenizers import Tokenizer
 from longmix.errors import ConfigError, DataError
+from longmix.wording import counted
 
 KEYS = (
     *("Aberdeen", "Bergen", "Cologne", "Dresden", "Exeter", "Florence", "Ghent", "Hanover", "Inverness", "Jena"),
@@ -118,7 +119,8 @@ def haystack_rows(
     fixed = 1 + len(needle.statement) + len(end)
     if fixed >= length:
         raise ConfigError(
-            f"a context of {length} tokens has no room for a haystack: needle and question take {fixed}. Give larger "
+            f"a context of {counted(length, 'token')} has no room for a haystack: needle and question take "
+            f"{fixed}. Give larger "
             "lengths by seq_len or task.needle.factors, or shorter texts."
         )
     without = stretch(text, needle.place, length - 1 - len(end))
@@ -153,7 +155,8 @@ def stretch(text: TokenFile, place: float, count: int) -> np.ndarray:
     tokens = tokens[tokens != text.separator_id][:count]
     if len(tokens) < count:
         raise DataError(
-            f"the split has {text.num_tokens:,} tokens, too few for a haystack of {count:,}; give shorter lengths by "
+            f"the split has {counted(text.num_tokens, 'token')}, too few for a haystack of {count:,}; give "
+            "shorter lengths by "
             "seq_len, or another split."
         )
     return tokens

@@ -13,6 +13,7 @@ import numpy as np
 
 from longmix.data.windows import IGNORE_INDEX
 from longmix.errors import ConfigError
+from longmix.wording import counted
 
 LARGEST_VOCABULARY = 1 << 24  # of which half are made into an array for each example
 LARGEST_POWER = 16.0
@@ -54,7 +55,7 @@ def require_room(needed: int, length: int, what: str) -> None:
         ConfigError: says what needs them.
     """
     if needed > length:
-        raise ConfigError(f"seq_len={length} is too short for {what}, which take {needed} tokens.")
+        raise ConfigError(f"seq_len={length} is too short for {what}, which take {counted(needed, 'token')}.")
 
 
 def require_at_least(**settings: tuple[int, int]) -> None:
@@ -106,7 +107,7 @@ class MultiQueryRecall:
 
     def example(self, random: np.random.Generator, length: int) -> Example:
         """See `SyntheticTask`."""
-        require_room(4 * max(self._choices()), length, f"{max(self._choices())} pairs and their queries")
+        require_room(4 * max(self._choices()), length, f"{counted(max(self._choices()), 'pair')} and their queries")
         pairs = int(random.choice(self._choices()))
         half = self.vocabulary // 2
         keys = random.choice(np.arange(1, half), pairs, replace=False)

@@ -17,6 +17,7 @@ from longmix.evaluation.statistics import position_buckets
 from longmix.evaluation.subject import Subject, tracked
 from longmix.model.head import token_losses
 from longmix.reporting.plots import draw_curves, new_figure
+from longmix.wording import counted
 
 
 def context_lengths(subject: Subject, factors: list[float], scored: int | None = None) -> dict[str, Any]:
@@ -69,7 +70,8 @@ def _reached(asked: list[int], text: TokenFile, split: str) -> list[int]:
     lengths = [length for length in asked if length < longest]
     if not lengths:
         raise DataError(
-            f"the longest document of the {split} split has {longest:,} tokens, not more than the shortest context of "
+            f"the longest document of the {split} split has {counted(longest, 'token')}, not more than the "
+            "shortest context of "
             f"{asked[0]:,}; give shorter lengths, such as seq_len=[{max(1, longest // 4)},{max(1, longest // 2)}]."
         )
     if lengths != asked:
@@ -139,7 +141,10 @@ def _inside_documents(subject: Subject, text: TokenFile, starts: np.ndarray, len
 
 def _print(report: dict[str, Any]) -> None:
     console, trained = Console(), report["trained_seq_len"]
-    lengths = Table(title=f"{report['split']} split: the same {report['scored']} tokens of {report['windows']} windows")
+    lengths = Table(
+        title=f"{report['split']} split: the same {counted(report['scored'], 'token')} of "
+        f"{counted(report['windows'], 'window')}"
+    )
     for column in ("context", "of trained", "loss", "perplexity", "bits/byte", "targets"):
         lengths.add_column(column, justify="right")
     for length, result in report["lengths"].items():
@@ -147,7 +152,9 @@ def _print(report: dict[str, Any]) -> None:
         share = f"{length / trained:g}x"
         lengths.add_row(f"{length:,}", share, *(f"{figure:.4f}" for figure in figures), f"{result['tokens']:,}")
     console.print(lengths)
-    positions = Table(title=f"loss by position in {report['documents']} documents; * beyond the trained length")
+    positions = Table(
+        title=f"loss by position in {counted(report['documents'], 'document')}; * beyond the trained length"
+    )
     positions.add_column("position", justify="right")
     positions.add_column("nats per token", justify="right")
     for row in report["by_position"]:
@@ -163,7 +170,7 @@ def _drawn(report: dict[str, Any]) -> Figure:
     title = f"{report['split']}: the same targets"
     draw_curves(by_length, curve, title=title, x_label="tokens of context", y_label="nats", log_x=True, marker="o")
     curve = {"loss": ([row["end"] for row in rows], [row["loss"] for row in rows])}
-    title, x_label = f"{report['documents']} documents from their start", "position in the document, up to"
+    title, x_label = f"{counted(report['documents'], 'document')} from the start", "position in the document, up to"
     draw_curves(by_position, curve, title=title, x_label=x_label, y_label="nats", log_x=True, marker="o")
     for axes in (by_length, by_position):
         axes.axvline(report["trained_seq_len"], color="grey", linestyle="--", linewidth=1, label="trained length")

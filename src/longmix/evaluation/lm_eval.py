@@ -13,6 +13,7 @@ from rich.table import Table
 from longmix.data.tokenizers import NumberTokenizer
 from longmix.errors import ConfigError, DataError
 from longmix.evaluation.subject import Subject
+from longmix.wording import counted
 
 BOOTSTRAPS = 1000
 """For standard errors of figures that are no means, such as perplexities; the harness's own 100,000 take minutes."""
@@ -154,7 +155,9 @@ def _figures(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def _table(report: dict[str, Any]) -> Table:
-    table = Table(title=f"lm-evaluation-harness {report['harness']}, contexts of up to {report['max_length']:,} tokens")
+    table = Table(
+        title=f"lm-evaluation-harness {report['harness']}, contexts of up to {counted(report['max_length'], 'token')}"
+    )
     for column in ("task", "metric", "figure", "+-", "examples"):
         table.add_column(column, justify="left" if column in ("task", "metric") else "right")
     for task, figures in report["results"].items():

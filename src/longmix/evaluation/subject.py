@@ -18,10 +18,11 @@ from longmix.evaluation import provenance
 from longmix.evaluation.loss import to_device
 from longmix.evaluation.memory import check_memory
 from longmix.evaluation.statistics import LossStatistics
-from longmix.files import replace_file, replace_json, storage_errors
+from longmix.files import replace_json, storage_errors
 from longmix.model.backbone import LanguageModel
 from longmix.printable import printable
 from longmix.restore import Restored
+from longmix.wording import counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -98,7 +99,8 @@ class Subject:
         tokens = self.data.content(self.split)["tokens"]
         if tokens is not None and length > max(tokens, self.trained_seq_len):
             raise DataError(
-                f"{key}={length} is more than the {self.split} split of {self.data.label} has, {tokens:,} tokens; give "
+                f"{key}={length} is more than the {self.split} split of {self.data.label} has, "
+                f"{counted(tokens, 'token')}; give "
                 f"at most {max(tokens, self.trained_seq_len)}, or data with more text."
             )
 
@@ -181,7 +183,7 @@ class Subject:
             self.output.mkdir(parents=True, exist_ok=True)
         written = f"wrote {self.output / name}.json"
         if figure is not None:
-            replace_file(self.output / f"{name}.png", lambda path: save_figure(figure, path))
+            save_figure(figure, self.output / f"{name}.png")
             written += f" and {name}.png"
         replace_json(self.output / f"{name}.json", facts | report)
         Console().print(printable(written), highlight=False, markup=False, soft_wrap=True)

@@ -11,6 +11,7 @@ from longmix.checkpoints import CheckpointStore, chosen_checkpoint, find_checkpo
 from longmix.checkpoints.last import LAST
 from longmix.errors import CheckpointError, ConfigError, Interrupted, LongmixError, ProcessLost
 from longmix.evaluation.run import evaluate
+from longmix.notices import begin_run
 from longmix.printable import LINES, printable
 
 
@@ -42,6 +43,7 @@ def evaluate_all(config: DictConfig) -> dict[Path, dict[str, Any]]:
             raise ConfigError(f"{word}={config[word]} is of one run, and {folder} holds {len(runs)}; leave it out.")
     reports = {}
     for number, run in enumerate(runs, start=1):
+        begin_run()
         words = f"{number} of {len(runs)}: {printable(run)}"
         Console().print(words, highlight=False, markup=False, soft_wrap=True)
         try:

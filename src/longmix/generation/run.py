@@ -25,6 +25,7 @@ from longmix.generation.sampling import Sampling
 from longmix.generation.session import Session
 from longmix.generation.text import Row
 from longmix.restore import Restored, restore
+from longmix.wording import counted
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ def generate(config: DictConfig) -> Generated:
     if words["load"] is not None and produced == 0:
         console.print("every text in the saved generation has ended; nothing was added", highlight=False)
     console.print(
-        f"{produced:,} tokens in {seconds:.2f} s ({produced / seconds:,.1f} tokens/s); "
-        f"state {state_bytes / 2**20:.2f} MiB after {session.length:,} tokens",
+        f"{counted(produced, 'token')} in {seconds:.2f} s ({produced / seconds:,.1f} tokens/s); "
+        f"state {state_bytes / 2**20:.2f} MiB after {counted(session.length, 'token')}",
         highlight=False,
     )
     if words["save"] is not None:
@@ -135,7 +136,7 @@ def _begun(
         began = time.perf_counter()
         session.prefill([torch.tensor(row, device=restored.device) for row in ids])
         seconds, count = time.perf_counter() - began, sum(map(len, ids))
-        text = f"read {count:,} tokens in {seconds:.2f} s ({count / seconds:,.0f} tokens/s)"
+        text = f"read {counted(count, 'token')} in {seconds:.2f} s ({count / seconds:,.0f} tokens/s)"
         Console(stderr=True).print(text, highlight=False)
     samples = words["samples"]
     return session.fork(samples), [list(row) for row in ids for _ in range(samples)]
@@ -150,7 +151,7 @@ def _saved_ids(about: dict[str, Any], session: Session, tokenizer: Tokenizer) ->
     ids = about["ids"]
     known = range(max(tokenizer.vocab_size, session.model.vocab_size))
     if not isinstance(ids, list) or len(ids) != session.batch:
-        raise ValueError(f"it does not hold the tokens of {session.batch} rows")
+        raise ValueError(f"it does not hold the tokens of {counted(session.batch, 'row')}")
     for row in ids:
         if (
             not isinstance(row, list)
@@ -195,7 +196,7 @@ def _write_on(
     terminal = Console(stderr=True)
     steps = track(
         range(max_tokens),
-        f"{len(rows)} rows",
+        counted(len(rows), "row"),
         console=terminal,
         transient=True,
         disable=alone or not terminal.is_terminal,

@@ -93,7 +93,10 @@ def _time_mixing(mixer: RWKV7) -> dict[str, Tensor]:
 
 def main() -> None:
     """See the head of this file."""
-    parser = argparse.ArgumentParser(description="Write a checkpoint of RWKV-7 in the format of the rwkv package.")
+    parser = argparse.ArgumentParser(
+        prog="python -m longmix.interop.rwkv",
+        description="Write a checkpoint of RWKV-7 in the format of the rwkv package.",
+    )
     parser.add_argument("checkpoint", type=Path, help="folder of a run or checkpoint")
     parser.add_argument("output", type=Path, help="file to write, ending in .pth")
     arguments = parser.parse_args()

@@ -54,11 +54,13 @@ class Mixer(nn.Module):
             unless every prefix is run alone.
         sliced: whether `forward` takes `Slices` as its state. Without it context parallelism hands whole rows to every
             process, which is as exact, but divides neither the mixer's work nor its memory.
+        usual_place: what its messages call its settings by; in a pattern they name the member instead.
     """
 
     value_residual = False
     leaky = False
     sliced = False
+    usual_place = "mixer"
 
     def forward(self, x: Tensor, *, state: Any = None, document_ids: Tensor | None = None) -> MixerOutput:
         """Mix `x` [B, T, D] along T; `document_ids` int32 [B, T] is non-decreasing along T, and may begin anywhere.

@@ -11,7 +11,6 @@ token that shares its query and key does not see itself, whose score would outwe
 of its cluster.
 """
 
-import warnings
 from typing import Any, NoReturn, Unpack
 
 import torch
@@ -27,6 +26,7 @@ from longmix.mixers.rotary import rotary_angles, rotate, token_positions
 from longmix.mixers.routing_cache import Rings, RoutingState, with_rings
 from longmix.mixers.scatterbrain_summaries import numbered
 from longmix.mixers.softmax import HeadOptions, Rows, Selection, SoftmaxAttention
+from longmix.notices import notice
 from longmix.parallel.slices import Slices
 from longmix_kernels.attention import Ordering, attention, merge
 
@@ -105,11 +105,10 @@ class Routing(SoftmaxAttention):
             self.threshold = ScoreThreshold(heads, clusters, self.head_dim, self.share, centroid_decay)
         self.leaky = mode == modes.LEAKY
         if self.leaky:
-            warnings.warn(
+            notice(
                 f"mixer.mode={mode} lets later tokens decide what earlier ones see, so its losses are not those of a "
                 "language model, and evaluate.py takes it with task.loss.prefixes only; mixer.mode=argmax_window is "
-                "causal.",
-                stacklevel=2,
+                "causal."
             )
 
     def _check(self, group: int, centroids: str) -> None:

@@ -18,7 +18,6 @@ speeches in rows of 2,048, and is the default.
 """
 
 import math
-import warnings
 from dataclasses import replace
 from typing import Any, Unpack
 
@@ -36,6 +35,7 @@ from longmix.mixers.scatterbrain_cache import Keys, Queries, ScatterbrainState, 
 from longmix.mixers.scatterbrain_slices import after_earlier_slices, after_sums
 from longmix.mixers.scatterbrain_summaries import Blocks, Part, no_summaries, numbered, pooled
 from longmix.mixers.softmax import HeadOptions, SoftmaxAttention
+from longmix.notices import notice
 from longmix.parallel.slices import Slices
 from longmix_kernels.attention import attention, merge
 from longmix_kernels.scatter import FeatureState, ScatterResult, empty_state, scatter_attention
@@ -112,10 +112,10 @@ class Scatterbrain(SoftmaxAttention):
                 nn.Parameter(torch.zeros(sinks, self.num_kv_heads, self.head_dim)) for _ in range(2)
             )
         if kind == "favor" and 0 < num_features < enough_features(radius):
-            warnings.warn(
+            notice(
                 f"mixer.num_features={num_features} is below exp(2 * mixer.radius) = {enough_features(radius)}: the "
-                f"weight of a far key is off by {predicted_error(radius, num_features):.0%} of itself on average.",
-                stacklevel=2,
+                f"weight of a far key is off by {predicted_error(radius, num_features):.0%} of itself on average. "
+                f"Set mixer.num_features={enough_features(radius)}, or a smaller mixer.radius."
             )
 
     def _check(self, sinks: int) -> None:

@@ -5,13 +5,24 @@ its own slice of what comes out. So outputs, gradients and auxiliary losses are 
 work nor its memory is divided. A mixer that sets `sliced` takes `Slices` itself and does better.
 """
 
-import warnings
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from longmix.mixers.base import Mixer, MixerOutput
+from longmix.notices import notice
 from longmix.parallel.slices import Slices
+
+
+def warn_of_whole_rows(model: nn.Module) -> None:
+    """Say which mixers of a model that is trained with context parallelism run over whole rows."""
+    for name in sorted(
+        {type(part).__name__ for part in model.modules() if isinstance(part, Mixer) and not part.sliced}
+    ):
+        notice(
+            f"trainer.context_parallel divides neither the work nor the memory of {name}, as it does not set `sliced`: "
+            "every process mixes whole rows, which is exact. docs/add_a_mixer.md says how a mixer takes slices."
+        )
 
 
 def over_whole_rows(mixer: Mixer, x: Tensor, slices: Slices, **shared: Tensor | None) -> MixerOutput:
@@ -23,11 +34,6 @@ def over_whole_rows(mixer: Mixer, x: Tensor, slices: Slices, **shared: Tensor | 
         slices: where it lies.
         shared: tensors [B, T, ...] of the slice that the mixer takes besides, or None.
     """
-    warnings.warn(
-        f"{type(mixer).__name__} knows nothing of slices, so context parallelism has every process mix whole rows: "
-        "exact, but neither work nor memory of this mixer is divided.",
-        stacklevel=2,
-    )
     others: dict[str, Any] = {name: None if part is None else slices.whole(part) for name, part in shared.items()}
     output = mixer(slices.whole(x), document_ids=slices.whole_ids, **others)
     first_value = None if output.first_value is None else slices.own(output.first_value)

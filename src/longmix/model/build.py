@@ -48,10 +48,7 @@ def mixer_factory(node: Node) -> MixerFactory:
 
     def from_pattern(shape: ModelShape, layer_index: int) -> Mixer:
         name = pattern[layer_index % len(pattern)]
-        try:
-            return _built(node[name], f"mixer.{name}", shape, layer_index)
-        except ConfigError as error:  # a mixer speaks of itself as `mixer`
-            raise ConfigError(str(error).replace("mixer.", f"mixer.{name}.")) from error
+        return _built(node[name], f"mixer.{name}", shape, layer_index)
 
     return from_pattern
 

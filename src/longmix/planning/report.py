@@ -11,6 +11,7 @@ from longmix.planning.advice import Advice
 from longmix.planning.memory import CONTEXT_BYTES, GIB, USABLE
 from longmix.planning.plan import Plan, Planner
 from longmix.planning.traffic import ASSUMPTIONS
+from longmix.wording import counted
 
 LENGTHS = 6
 """Context lengths of the picture, each twice the one before it; the last but one is the planned one."""
@@ -49,7 +50,7 @@ def _title(planner: Planner, plan: Plan) -> str:
     return (
         f"model={request.labels[1]} mixer={request.labels[0]} ({parameters:,} parameters), "
         f"seq_len={choice.seq_len:,}, on {request.gpus} x {device}, {choice.strategy}{divided}, {request.precision}: "
-        f"{request.batch_size(choice)} windows a step, {choice.micro_batch_size} at a time on each device, "
+        f"{counted(request.batch_size(choice), 'window')} a step, {choice.micro_batch_size} at a time on each device, "
         f"{'blocks recomputed' if choice.checkpointed else 'everything kept'} for the backward pass"
     )
 

@@ -26,6 +26,7 @@ from longmix.model.build import build_model, check_model
 from longmix.model.matching import match_parameters
 from longmix.planning.rehearsal import Precision
 from longmix.training.accelerators import ACCELERATORS, Accelerator, by_word
+from longmix.wording import counted
 
 Strategy = Literal["single", "ddp", "fsdp"]
 
@@ -98,13 +99,14 @@ class Request:
         rows, rest = divmod(batch_size, replicas)
         if rest or not rows:
             raise ConfigError(
-                f"batch_size={batch_size} does not divide over {replicas} replicas (gpus={self.gpus}, "
+                f"batch_size={batch_size} does not divide over {counted(replicas, 'replica')} (gpus={self.gpus}, "
                 f"trainer.context_parallel={choice.context_parallel}); give a multiple of {replicas}."
             )
         if rows % choice.micro_batch_size:
             raise ConfigError(
-                f"trainer.micro_batch_size={choice.micro_batch_size} does not divide the {rows} windows that each of "
-                f"{replicas} replicas has of batch_size={batch_size}."
+                f"trainer.micro_batch_size={choice.micro_batch_size} does not divide the "
+                f"{counted(rows, 'window')} that each of "
+                f"{counted(replicas, 'replica')} has of batch_size={batch_size}."
             )
         return rows
 

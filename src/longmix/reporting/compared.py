@@ -8,6 +8,7 @@ from longmix.data.sealed import sha256_of_json
 from longmix.reporting.markup import Markup, joined, tag
 from longmix.reporting.runs import Run
 from longmix.reporting.settings import block_of, corpus_of, differing, recipe_of, tokenizer_of
+from longmix.wording import counted
 
 MOST_VALUES = 6
 """Different values of a setting that are written out."""
@@ -101,7 +102,7 @@ def _sizes(run: Run) -> str | None:
     known = {word: run.settings[key] for key, word in names.items() if key in run.settings}
     if not known:
         return None
-    words = [f"{known['layers']} layers"] * ("layers" in known)
+    words = [counted(known["layers"], "layer")] * ("layers" in known)
     words += [f"{word} {known[word]}" for word in ("d_model", "heads") if word in known]
     if "model.mlp_hidden" in run.settings and run.settings.get("match.parameters") is None:  # chosen, and not fitted
         words.append(f"mlp_hidden {run.settings['model.mlp_hidden']}")
@@ -111,7 +112,7 @@ def _sizes(run: Run) -> str | None:
 def _batch(run: Run) -> str:
     per_step = f"{run.summary['tokens_per_step']:,} tokens a step"
     rows = run.settings.get("batch_size")
-    return per_step if rows is None else f"{rows} windows, {per_step}"
+    return per_step if rows is None else f"{counted(rows, 'window')}, {per_step}"
 
 
 def _versions(run: Run) -> str | None:

@@ -7,6 +7,7 @@ from longmix.reporting.compared import content_of
 from longmix.reporting.panels import by_length
 from longmix.reporting.runs import Run
 from longmix.reporting.settings import block_of, corpus_of, tokenizer_of
+from longmix.wording import counted
 
 EQUAL_PARAMETERS = 0.04
 """Two models within the default `match.tolerance` of one number differ by no more than this."""
@@ -106,7 +107,7 @@ def _repetitions(runs: list[Run]) -> Fact:
     mixers = [[run.summary["mixer"] for run in group] for group in by_length(runs).values()]
     fewest = min(group.count(mixer) for group in mixers for mixer in group)
     if fewest > 1:
-        return Fact(f"at least {fewest} runs of each mixer and length", True)
+        return Fact(f"at least {counted(fewest, 'run')} of each mixer and length", True)
     return Fact("one run of a mixer and length: small differences may be chance", None)
 
 

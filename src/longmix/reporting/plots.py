@@ -12,6 +12,7 @@ matplotlib.use("Agg")  # no display is needed, and none is looked for
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from longmix.files import replace_file
 from longmix.printable import printable
 
 Curve = tuple[Sequence[float], Sequence[float]]
@@ -101,7 +102,13 @@ def new_figure(panels: int, columns: int | None = None) -> tuple[plt.Figure, lis
 
 
 def save_figure(figure: plt.Figure, path: Path) -> Path:
-    """Write the figure as PNG and forget it."""
-    figure.savefig(path, dpi=130, format="png")
-    plt.close(figure)
+    """Write the figure as PNG in one step, so that no half picture replaces a whole one, and forget it.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    try:
+        replace_file(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
+    finally:
+        plt.close(figure)
     return path

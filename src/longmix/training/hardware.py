@@ -12,6 +12,7 @@ import torch
 from longmix.errors import ConfigError
 from longmix.training.accelerators import by_driver_name
 from longmix.training.place import own_place
+from longmix.wording import counted
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
@@ -130,8 +131,9 @@ class TrainerSettings:
             raise ConfigError(f"batch_size={batch_size} does not divide over {apart}{together} processes.")
         if self.micro_batch_size is not None and share % self.micro_batch_size:
             raise ConfigError(
-                f"trainer.micro_batch_size={self.micro_batch_size} does not divide the {share} windows that each of "
-                f"{apart} processes has of batch_size={batch_size}."
+                f"trainer.micro_batch_size={self.micro_batch_size} does not divide the "
+                f"{counted(share, 'window')} that each of "
+                f"{counted(apart, 'process', 'processes')} has of batch_size={batch_size}."
             )
 
     @property

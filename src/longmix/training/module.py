@@ -251,7 +251,8 @@ class TrainingModule(LightningModule):
         if place is not None:
             reason = f"{place} is not finite, so that no step from here on can be taken"
         elif self.skips_in_a_row + 1 >= self.max_skips:
-            reason = f"{self.max_skips} steps in a row gave a loss or a gradient that is not finite (loop.max_skips)"
+            steps = "step" if self.max_skips == 1 else "steps"
+            reason = f"{self.max_skips} {steps} in a row gave a loss or a gradient that is not finite (loop.max_skips)"
         else:
             return
         raise NonFiniteError(f"at step {self.step + 1}, {reason}. {self.how_to_continue()}")

@@ -27,6 +27,7 @@ from longmix.data.synthetic import SyntheticData
 from longmix.data.tokenizers import Tokenizer
 from longmix.errors import ConfigError, DataError
 from longmix.files import storage_errors
+from longmix.mixers.whole_rows import warn_of_whole_rows
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model, check_model
 from longmix.model.matching import match_parameters
@@ -239,6 +240,8 @@ def seed_everything(seed: int, num_threads: int | None = None) -> None:
 
 
 def _module(node: Node, model: LanguageModel, settings: TrainerSettings, everyone: Processes) -> TrainingModule:
+    if settings.slices > 1:
+        warn_of_whole_rows(model)
     if settings.compile:
         for block in model.blocks:
             block.compile()

@@ -17,6 +17,7 @@ from longmix.model.backbone import LanguageModel
 from longmix.reporting.summaries import Unfinished, number, read_summary
 from longmix.training.hardware import TrainerSettings
 from longmix.training.progress import duration
+from longmix.wording import counted
 
 if TYPE_CHECKING:
     from longmix.training.supervisor import Supervisor
@@ -62,7 +63,7 @@ def print_header(
         "run": _shown(folder),
         "model": f"{mixer_name(config)}, {counts['total']:,} parameters, {flops / 1e6:,.1f} MFLOP per trained token",
         "data": f"{data.label}: " + ", ".join(f"{count:,} {name} tokens" for name, count in splits.items()),
-        "steps": f"{first_step:,} to {steps:,} of {per_step:,} tokens: "
+        "steps": f"{first_step:,} to {steps:,} of {counted(per_step, 'token')}: "
         f"{steps * per_step / data.train_tokens_per_epoch:.2f} epochs",
         "machine": f"{'GPU' if settings.on_gpu else 'CPU'}, {settings.precision_in_use}, "
         f"{settings.strategy} x {settings.world_size}"
@@ -71,13 +72,15 @@ def print_header(
     limits = step_limits(config)
     if len(limits) == 2:
         holds, other = sorted(limits, key=lambda key: limits[key])
-        rows["limit"] = f"{holds}={config[holds]:,}; {other}={config[other]:,} would be {limits[other]:,} steps"
+        rows["limit"] = (
+            f"{holds}={config[holds]:,}; {other}={config[other]:,} would be {counted(limits[other], 'step')}"
+        )
     match = matched(config, counts["total"])
     if match is not None:
         rows["matched"] = (
             f"{match['parameters']:,} parameters for {match['target']:,} ({match['difference']:+.2%}) with "
             f"model.mlp_hidden={match['mlp_hidden']}; {steps * per_step:,} tokens, as in every run of max_tokens and "
-            f"{per_step:,} tokens a step"
+            f"{counted(per_step, 'token')} a step"
         )
     for index, note in enumerate(unlimited_windows(config)):
         rows["note" if index == 0 else f"note {index + 1}"] = note
@@ -142,7 +145,7 @@ def print_summary(summary: dict[str, Any], folder: Path, supervisor: "Supervisor
     quality, value = quality_of(validation)
     rows = {
         "validation": f"{value:.4f} {QUALITIES[quality]}, loss {validation['loss']:.4f}, "
-        f"perplexity {validation['perplexity']:.3f} on {validation['tokens']:,} tokens",
+        f"perplexity {validation['perplexity']:.3f} on {counted(validation['tokens'], 'token')}",
         "trained": f"{summary['tokens']:,} tokens in {duration(summary['training_seconds'])} "
         f"({summary['tokens_per_second']:,.0f} tokens/s); {duration(wall_seconds)} from start to end",
         "checkpoint": _shown(supervisor.store.latest()),

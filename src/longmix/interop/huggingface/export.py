@@ -21,6 +21,7 @@ from longmix.interop.huggingface.specials import write_specials
 from longmix.interop.huggingface.tokenizer import huggingface_tokenizer
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import model_from_checkpoint
+from longmix.wording import counted
 
 KINDS = ("auto", "longmix", "llama")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,7 +33,7 @@ tags: [longmix]
 # {name}
 
 A language model of type `{model_type}`: {parameters:,} parameters, {vocab_size:,} token ids, trained with
-longmix for {step:,} steps at {seq_len:,} tokens of context.
+longmix for {steps} at {seq_len:,} tokens of context.
 
 ```python
 {register}from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -174,7 +175,7 @@ def _card(done: Exported, name: str, model: LanguageModel, about: dict[str, Any]
         model_type=done.model_type,
         parameters=done.parameters,
         vocab_size=model.embedding.num_embeddings,
-        step=about["step"],
+        steps=counted(about["step"], "step"),
         seq_len=about["config"]["seq_len"],
         register=REGISTER if done.model_type == "longmix" else "",
         own_file=OWN_FILE,

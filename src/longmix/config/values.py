@@ -1,0 +1,92 @@
+"""Whether a value is of the type that a setting has, and how a message says that it is not."""
+
+import inspect
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+LARGEST_INTEGER = 2**63 - 1
+"""What torch and NumPy take."""
+
+LARGEST_SEED = 2**32 - 1
+"""What NumPy's global generator takes."""
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value from YAML or the command line is one of the type `hint`; a number must be finite."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, option) for option in arguments)
+    if origin is typing.Literal:
+        return any(value == option and type(value) is type(option) for option in arguments)
+    if hint is type(None) or hint is None:
+        return value is None
+    if hint is float:
+        return fits(value, int) or (isinstance(value, float) and math.isfinite(value))
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST_INTEGER
+    if origin is tuple and arguments[-1] is not Ellipsis:
+        return isinstance(value, list | tuple) and len(value) == len(arguments) and all(map(fits, value, arguments))
+    if origin in (list, tuple, Sequence):
+        return isinstance(value, list | tuple) and all(fits(item, arguments[0]) for item in value)
+    if origin in (dict, Mapping):
+        return isinstance(value, dict)
+    if getattr(hint, "_is_protocol", False):  # such an object comes from a node of its own
+        return False
+    return isinstance(value, hint) if inspect.isclass(hint) else True
+
+
+def described(hint: Any) -> str:
+    """What values of a type are, in words."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(described(option) for option in arguments)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin in (list, tuple, Sequence):
+        return f"a list, each {' or '.join(described(item) for item in arguments if item is not Ellipsis)}"
+    if origin in (dict, Mapping):
+        return f"a dict of names and values, each {described(arguments[1])}"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    if hint not in names and inspect.isclass(hint):
+        return f"a {hint.__name__}; it needs a `_target_`"
+    return names.get(hint, str(hint).replace("typing.", ""))
+
+
+def as_given(value: Any) -> str:
+    """A value as a message repeats it."""
+    return "null" if value is None else repr(value)
+
+
+def misfit(value: Any, hint: Any) -> str:
+    """What is wrong with a value that is not of a type: the end of a sentence that begins with the setting.
+
+    Args:
+        value: as it came from YAML or the command line.
+        hint: the type.
+    """
+    found = too_large(value) if whole(hint) else ""
+    return found or f"is not {described(hint)}."
+
+
+def too_large(value: Any) -> str:
+    """That a whole number, or one in a list, is beyond those that torch and NumPy take; "" if it is not."""
+    if isinstance(value, list | tuple):
+        return next(filter(None, map(too_large, value)), "")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return ""
+    if value != int(value) or abs(value) <= LARGEST_INTEGER:
+        return ""
+    size, way = ("small", "down to -") if value < 0 else ("large", "up to ")
+    return f"is too {size}; whole numbers go {way}{LARGEST_INTEGER}."
+
+
+def whole(hint: Any) -> bool:
+    """Whether a type takes whole numbers, or lists of them, and no other numbers."""
+    options = {hint, *typing.get_args(hint)}
+    options |= {inner for option in options for inner in typing.get_args(option)}
+    return int in options and float not in options

@@ -1,0 +1,54 @@
+"""Warnings of longmix's own: one line on the terminal, once in each run and not once in each layer or process.
+
+Nothing heavy is imported here. Where longmix is used as a library, they are Python warnings like any other.
+"""
+
+import sys
+import warnings
+from typing import Any
+
+from longmix.printable import printable
+
+
+class LongmixWarning(UserWarning):
+    """Something that works and is hardly what was wanted; the message names the setting and the cure."""
+
+
+_said: set[str] = set()
+"""Messages that this run has shown."""
+
+
+def notice(message: str) -> None:
+    """Warn of a setting.
+
+    Args:
+        message: one line that names the setting and the cure.
+    """
+    warnings.warn(message, LongmixWarning, stacklevel=3)
+
+
+def begin_run() -> None:
+    """From here on messages count as not shown yet, as another run begins."""
+    _said.clear()
+
+
+def show_in_one_line() -> None:
+    """Show longmix's own warnings without file and line; those of libraries stay as Python shows them."""
+    show = warnings.showwarning
+
+    def showwarning(message: Any, category: type[Warning], *place: Any, **options: Any) -> None:
+        if not issubclass(category, LongmixWarning):
+            show(message, category, *place, **options)
+        elif str(message) not in _said:
+            _said.add(str(message))
+            if _is_first_process():
+                print(f"Warning: {printable(message)}", file=sys.stderr)
+
+    warnings.showwarning = showwarning
+    warnings.simplefilter("always", LongmixWarning, append=True)  # _said knows better than Python what was shown
+
+
+def _is_first_process() -> bool:
+    from longmix.training.place import process_rank
+
+    return process_rank() == 0
