@@ -20,7 +20,7 @@ cli.register()
 @cli.entry_point
 def main(config: DictConfig) -> None:
     """Tokenise every split that is not in the cache."""
-    from longmix.data.command import prepare_splits  # lightning takes seconds to import
+    from longmix.data.prepare_run import prepare_splits
 
     prepare_splits(config)
 

@@ -12,7 +12,7 @@ import hydra
 from omegaconf import DictConfig
 
 from longmix import cli
-from longmix.training.signals import resumable
+from longmix.distributed.signals import resumable
 
 cli.register()
 

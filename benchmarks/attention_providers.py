@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks import attention_work as work
 from benchmarks import timing
 from benchmarks.comparison import PASSES, TRAINING, Provider, Workload, both_passes
-from longmix.mixers.features import FeatureMap
+from longmix.mixers.parts.features import FeatureMap
 from longmix_kernels.attention import Ordering, attention, launch, order_by_label, row_bounds, sink_and_local_blocks
 from longmix_kernels.scatter import scatter_attention
 

@@ -26,8 +26,8 @@ from longmix.analysis.scale import scale_model
 from longmix.analysis.task import draw_changes
 from longmix.config import Node
 from longmix.files import replace_text
-from longmix.mixers.base import Mixer, MixerOutput, ModelShape
-from longmix.mixers.routing_modes import CAUSAL, LEAKY
+from longmix.mixers.parts.base import Mixer, MixerOutput, ModelShape
+from longmix.mixers.parts.routing_modes import CAUSAL, LEAKY
 from longmix.reporting.plots import new_figure, save_figure
 
 CONFIGS = results.ROOT / "configs"

@@ -21,14 +21,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from benchmarks import results
 from benchmarks.command import RESULTS, Parser, positive
 from longmix.checkpoints import CheckpointStore
-from longmix.checkpoints.processes import Processes
 from longmix.checkpoints.saver import Saver
 from longmix.checkpoints.whole import STATE_FILE
+from longmix.distributed.agreement import Processes
 from longmix.files import replace_text
 from longmix.mixers.flash import Flash
 from longmix.model.backbone import LanguageModel
 from longmix.recipe import recipe_of, set_recipe
-from longmix.training import parallel
+from longmix.training import strategies
 from longmix.training.optimizers import adamw
 from longmix.training.saved_state import named_state
 
@@ -70,7 +70,7 @@ class Run:
         )
         self.parameters = sum(weight.numel() for weight in self.model.parameters())
         recipes = {name: recipe_of(weight) for name, weight in self.model.named_parameters()}
-        parallel.shard(self.model, init_device_mesh("cpu", (dist.get_world_size(),)), "32-true")
+        strategies.shard(self.model, init_device_mesh("cpu", (dist.get_world_size(),)), "32-true")
         for name, weight in self.model.named_parameters():
             set_recipe(weight, recipes[name])
         self.optimizers = adamw(dict(self.model.named_parameters()), learning_rate=1e-4)
@@ -88,7 +88,7 @@ class Run:
     def saved(self, way: str, folder: Path, options: argparse.Namespace) -> results.Record:
         """Figures of one way of saving."""
         sharded, asynchronous = WAYS[way]
-        processes = Processes(parallel.own_group())
+        processes = Processes(strategies.own_group())
         saver = Saver(CheckpointStore(folder / way), 1, processes, sharded=sharded, asynchronous=asynchronous)
         blocked, committed, meanwhile = [], [], []
         alone = [self.step() for _ in range(options.saves)]
@@ -97,7 +97,7 @@ class Run:
             began = time.perf_counter()
             saver.save({"step": number, **named_state(self.model, self.optimizers)}, {})
             blocked.append(time.perf_counter() - began)
-            while parallel.largest(int(saver.writing), torch.device("cpu")):
+            while strategies.largest(int(saver.writing), torch.device("cpu")):
                 meanwhile.append(self.step())
             saver.wait()
             committed.append(time.perf_counter() - began)
@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             dist.init_process_group("gloo", init_method=f"file://{own}/meeting", rank=0, world_size=1)
         try:
-            content = measure(options, Path(Processes(parallel.own_group()).first(lambda: own)))
+            content = measure(options, Path(Processes(strategies.own_group()).first(lambda: own)))
             first = dist.get_rank() == 0
         finally:
             dist.destroy_process_group()

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from benchmarks import results
 from benchmarks.command import RESULTS, Parser, positive
 from longmix.files import replace_text
-from longmix.mixers.features import FeatureMap, predicted_error
+from longmix.mixers.parts.features import FeatureMap, predicted_error
 from longmix.reporting.plots import draw_curves, new_figure, save_figure
 from longmix_kernels.attention import attention
 from longmix_kernels.scatter import scatter_attention

@@ -20,6 +20,8 @@ from longmix import cli
 from longmix.command_line.register import MixerPatternSource
 from longmix.command_line.schema import Schema
 from longmix.config import EvaluateConfig, GenerateConfig, LoopConfig, PrepareConfig, TrainConfig
+from longmix.distributed.ranks import Place
+from longmix.distributed.signals import SIGNALS
 from longmix.errors import (
     CheckpointError,
     ConfigError,
@@ -30,8 +32,6 @@ from longmix.errors import (
     ProcessLost,
     StorageError,
 )
-from longmix.training.place import Place
-from longmix.training.signals import SIGNALS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

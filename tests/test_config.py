@@ -25,7 +25,7 @@ from longmix.config import (
     unknown_key,
     unlimited_windows,
 )
-from longmix.data.corpus import Corpus
+from longmix.data.corpora.corpus import Corpus
 from longmix.errors import ConfigError, LongmixError
 from longmix.mixers.flash import Flash
 from longmix.mixers.sliding_window import SlidingWindow
@@ -63,7 +63,10 @@ def group_files() -> list[Any]:
 NEEDS = {"tokenizer=prepared": ["data=prepared", "data.path=given"]}
 """Choices that take a setting from another group's."""
 
-GIVEN = {"data.corpora": {"speeches": {"_target_": "longmix.data.corpora.Sotu"}}, "data.weights": {"speeches": 1.0}}
+GIVEN = {
+    "data.corpora": {"speeches": {"_target_": "longmix.data.corpora.sotu.Sotu"}},
+    "data.weights": {"speeches": 1.0},
+}
 """Values that the user must give and that are not text."""
 
 

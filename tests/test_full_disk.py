@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from longmix.checkpoints import CheckpointStore, save_tensors
-from longmix.checkpoints.processes import Processes
 from longmix.checkpoints.tensors import pieces
 from longmix.config import resolved
-from longmix.data.preparation import Preparation, prepare
 from longmix.data.prepared import download
-from longmix.data.tokenizers import BpeTokenizer, ByteTokenizer
+from longmix.data.tokens.preparation import Preparation, prepare
+from longmix.data.tokens.tokenizers import BpeTokenizer, ByteTokenizer
+from longmix.distributed.agreement import Processes
 from longmix.errors import StorageError
 from longmix.files import replace_json, replace_text
 from longmix.generation.session import Session
 from longmix.model.build import build_model
-from longmix.model.states import save_states
+from longmix.model.tuned_states_file import save_states
 
 TEXTS = [f"document number {number} " * 20 for number in range(30)]
 

@@ -20,19 +20,19 @@ import pytest
 import torch
 
 from longmix.checkpoints import CheckpointStore, load_checkpoint, save_tensors
-from longmix.checkpoints.processes import Processes
 from longmix.checkpoints.reading import facts_of
 from longmix.checkpoints.tensors import pieces
 from longmix.config import resolved
 from longmix.data import prepared as remote
-from longmix.data.preparation import Preparation, prepare
 from longmix.data.prepared import PreparedData, prepared_tokenizer
-from longmix.data.sealed import read_manifest, sha256_of_json
-from longmix.data.tokenizers import BpeTokenizer, ByteTokenizer, TokenizerFile
+from longmix.data.tokens.preparation import Preparation, prepare
+from longmix.data.tokens.sealed_folder import read_manifest, sha256_of_json
+from longmix.data.tokens.tokenizers import BpeTokenizer, ByteTokenizer, TokenizerFile
+from longmix.distributed.agreement import Processes
 from longmix.errors import LongmixError
 from longmix.generation.session import Session
 from longmix.model.build import build_model, model_from_checkpoint
-from longmix.model.states import load_states, save_states, tune_states
+from longmix.model.tuned_states_file import load_states, save_states, tune_states
 from longmix.reading import read_yaml
 from longmix.restore import restore
 
@@ -266,7 +266,7 @@ def all_kinds(node: dict[str, Any]) -> dict[str, Kind]:
         remote._verified.clear()
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(remote, "local_path", lambda url: None)
-            patched.setattr("longmix.data.patience.FIRST_PAUSE_SECONDS", 0.0)
+            patched.setattr("longmix.data.corpora.retry.FIRST_PAUSE_SECONDS", 0.0)
             shutil.rmtree(folder.parent / "cache", ignore_errors=True)
             opened = data(folder).token_file("train")
             return flat([np.asarray(opened.tokens), np.asarray(opened.offsets), opened.manifest])

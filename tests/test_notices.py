@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from longmix import notices
-from longmix.mixers.base import ModelShape
+from longmix.mixers.parts.base import ModelShape
 from longmix.mixers.routing import Routing
 from longmix.mixers.scatterbrain import Scatterbrain
 

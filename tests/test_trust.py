@@ -18,14 +18,14 @@ from longmix.data.datamodule import TokenData
 from longmix.errors import CheckpointError, ConfigError, LongmixError
 from longmix.evaluation.run import evaluate
 from longmix.generation.run import generate
-from longmix.mixers.base import Mixer
+from longmix.mixers.parts.base import Mixer
 from longmix.model.backbone import LanguageModel
 from longmix.model.blocks import Standard
 from longmix.model.rwkv_blocks import RWKVBlocks
 from longmix.training.run import train
 from longmix.trust import check_model_nodes, checked_data
 
-LAUNCH = "longmix.training.launcher.launch"
+LAUNCH = "longmix.training.process_launcher.launch"
 
 
 def attack(flag: Path) -> dict:
@@ -61,7 +61,7 @@ def callables() -> dict[str, object]:
 def configurations(composed, tmp_path_factory) -> list[dict]:
     """Training configurations that have, between them, every place where a node may stand."""
     folder = tmp_path_factory.mktemp("configurations")
-    mixture = "data.corpora={a:{_target_:longmix.data.corpora.Sotu}}", "data.weights={a:1.0}"
+    mixture = "data.corpora={a:{_target_:longmix.data.corpora.sotu.Sotu}}", "data.weights={a:1.0}"
     choices = (
         ["mixer=routing"],
         ["mixer=sliding_window*2+flash", "data=mqar"],
@@ -211,7 +211,7 @@ class TestData:
         "shape", [str, lambda text: [text], lambda text: {"train": [text]}], ids=["text", "list", "dict"]
     )
     def test_protocols_that_interpret_are_refused(self, configurations, path, shape):
-        node = {"_target_": "longmix.data.corpora.HubDataset", "name": "parquet", "data_files": shape(path)}
+        node = {"_target_": "longmix.data.corpora.hub.HubDataset", "name": "parquet", "data_files": shape(path)}
         config = with_node(configurations[0], ("data", "corpus"), node)
         with pytest.raises(ConfigError, match="give them on the command line with data="):
             checked_data(config)

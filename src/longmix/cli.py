@@ -28,12 +28,12 @@ from longmix.command_line.register import register_types as register_types
 from longmix.command_line.register import windows as windows
 from longmix.command_line.schema import Schema, configs_folder
 from longmix.command_line.words import Word, divided, is_sweep
+from longmix.distributed.ranks import leave, own_place, process_rank
+from longmix.distributed.signals import ignore_signals
 from longmix.errors import ConfigError, Interrupted, LongmixError, ProcessLost
 from longmix.notices import begin_run
 from longmix.printable import LINES, printable
 from longmix.startup import INTERRUPTED
-from longmix.training.place import leave, own_place, process_rank
-from longmix.training.signals import ignore_signals
 
 DEFECT = 1
 REPORT = "run_and_report"  # what Hydra does with every error

@@ -16,9 +16,9 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from longmix.distributed.ranks import process_rank
 from longmix.errors import ConfigError
 from longmix.files import free_folder
-from longmix.training.place import process_rank
 
 RUNS = "runs"
 LONGEST_NAME_BYTES = 240  # file systems take 255

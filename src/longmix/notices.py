@@ -49,6 +49,6 @@ def show_in_one_line() -> None:
 
 
 def _is_first_process() -> bool:
-    from longmix.training.place import process_rank
+    from longmix.distributed.ranks import process_rank
 
     return process_rank() == 0

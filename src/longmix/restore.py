@@ -10,11 +10,11 @@ import torch
 from longmix.checkpoints import chosen_checkpoint
 from longmix.checkpoints.contents import load_model_state, rebuilding
 from longmix.config import Node
-from longmix.data.tokenizers import Tokenizer, tokenizer_from_state
+from longmix.data.tokens.tokenizers import Tokenizer, tokenizer_from_state
 from longmix.errors import ConfigError
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import model_from_checkpoint
-from longmix.model.states import load_states
+from longmix.model.tuned_states_file import load_states
 from longmix.trust import check_model_nodes
 
 DEFAULTS: Node = {"states": None, "device": "auto", "precision": "auto", "trust": []}

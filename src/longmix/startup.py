@@ -10,8 +10,8 @@ from types import TracebackType
 from typing import Any
 
 from longmix.console import protect_output
+from longmix.distributed.signals import process_watch
 from longmix.notices import show_in_one_line
-from longmix.training.signals import process_watch
 
 BEGAN = "LONGMIX_BEGAN"
 """Environment variable with the time at which the command began, for the processes that it starts."""

@@ -40,7 +40,7 @@ def check_model_nodes(config: Node, trust: Collection[str] = ()) -> None:
         CheckpointError: a node is missing or is no node.
         ConfigError: names the key, what stands there and how to allow it.
     """
-    from longmix.mixers.base import Mixer
+    from longmix.mixers.parts.base import Mixer
     from longmix.model.backbone import LanguageModel
 
     _check_trust_words(trust)

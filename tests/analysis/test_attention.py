@@ -165,7 +165,7 @@ class TestTask:
         own, other = report["models"].values()
         assert report["length"] == 40 and report["windows"] == 2
         assert [(layer["mixer"], len(layer["heads"])) for layer in own["layers"]] == [("Flash", 2), ("RWKV7", 2)]
-        assert [layer["mixer"] for layer in other["layers"]] == ["HashAttention"]
+        assert [layer["mixer"] for layer in other["layers"]] == ["SparseFlash"]
         assert own["layers"][0]["heads"][0]["negative_mass"] == 0 < own["layers"][1]["heads"][0]["negative_mass"]
         for layer in own["layers"]:
             assert sum(layer["heads"][1]["histogram"]) == pytest.approx(1)

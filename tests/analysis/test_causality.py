@@ -12,9 +12,9 @@ from longmix.checkpoints import find_checkpoint
 from longmix.config import resolved
 from longmix.errors import ConfigError
 from longmix.evaluation.run import evaluate
-from longmix.mixers.base import Mixer, MixerOutput, ModelShape
 from longmix.mixers.flash import Flash
-from longmix.mixers.mlstm import MLSTM
+from longmix.mixers.mlstm_tfla import MLSTMTFLA
+from longmix.mixers.parts.base import Mixer, MixerOutput, ModelShape
 from longmix.mixers.routing import Routing
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model
@@ -117,12 +117,12 @@ class Peeking(Mixer):
         return MixerOutput(self.output(next_token(x, None)))
 
 
-@pytest.mark.parametrize(("mixer", "passes"), [(Flash, True), (MLSTM, True), (Peeking, False)])
+@pytest.mark.parametrize(("mixer", "passes"), [(Flash, True), (MLSTMTFLA, True), (Peeking, False)])
 def test_only_a_leak_beats_the_entropy(mixer, passes):
     torch.manual_seed(0)
 
     def made(shape, index):
-        return MLSTM(shape, index, num_heads=2) if mixer is MLSTM else mixer(shape, index)
+        return MLSTMTFLA(shape, index, num_heads=2) if mixer is MLSTMTFLA else mixer(shape, index)
 
     model = LanguageModel(made, 8, d_model=16, num_layers=1, num_heads=2, mlp_hidden=16)
     finding = entropy_test(model, seq_len=32, steps=150, batch_size=4)
@@ -188,7 +188,7 @@ def run_folder(run_training, shared_cache):
 def test_the_task_reports_model_and_layers(run_folder, compose_config, tmp_path, capsys):
     words = (f"checkpoint={run_folder}", "task=causality", "task.causality.entropy_steps=3", f"output={tmp_path}/out")
     report = evaluate(compose_config(*words, entry_point="evaluate"))["causality"]
-    assert report["causal"] and list(report["findings"]) == ["model", "layer 0 HashAttention", "scale model"]
+    assert report["causal"] and list(report["findings"]) == ["model", "layer 0 SparseFlash", "scale model"]
     written = json.loads(next((tmp_path / "out").glob("*.json")).read_text())
     assert written["findings"]["model"][0]["probe"] == "last token"
     assert written["entropy"]["entropy"] == pytest.approx(2.0794, abs=1e-4) and written["entropy_length"] == 8

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from longmix.analysis.effective_attention import engine_call, layer_inputs, mixing, recorded_calls
-from longmix.mixers import linear
-from longmix.mixers.base import MixerOutput, ModelShape
-from longmix.mixers.deltanet import GatedDelta
 from longmix.mixers.flash import Flash
-from longmix.mixers.linear import HeadwiseNorm
-from longmix.mixers.mlstm import MLSTM
-from longmix.mixers.recurrent import RecurrentMixer
-from longmix.mixers.rotary import rotary_angles, rotate
+from longmix.mixers.mlstm_tfla import MLSTMTFLA
+from longmix.mixers.parts import linear
+from longmix.mixers.parts.base import MixerOutput, ModelShape
+from longmix.mixers.parts.gated_memory import GatedMemory
+from longmix.mixers.parts.norms import HeadwiseNorm
+from longmix.mixers.parts.recurrent import RecurrentMixer
+from longmix.mixers.parts.rotary import rotary_angles, rotate
 from longmix.mixers.rwkv7 import RWKV7
 from longmix.mixers.scatterbrain import Scatterbrain
 from longmix.model.blocks import SwiGLU
@@ -104,8 +104,8 @@ def test_flash_has_its_softmax():
     "make",
     [
         pytest.param(lambda: RWKV7(SHAPE, 0, head_dim=16), id="rwkv7"),
-        pytest.param(lambda: GatedDelta(SHAPE, 0, decay="channel", output_gate="none", num_heads=3), id="kda"),
-        pytest.param(lambda: GatedDelta(SHAPE, 0, decay="sigmoid", output_gate="none", delta=False), id="gla"),
+        pytest.param(lambda: GatedMemory(SHAPE, 0, decay="channel", output_gate="none", num_heads=3), id="kda"),
+        pytest.param(lambda: GatedMemory(SHAPE, 0, decay="sigmoid", output_gate="none", delta=False), id="gla"),
     ],
 )
 @torch.no_grad()
@@ -130,7 +130,7 @@ def test_a_delta_rule_has_its_products_of_transitions(make):
 @torch.no_grad()
 def test_an_mlstm_has_its_decayed_products_over_the_normaliser():
     torch.manual_seed(0)
-    mixer, x = MLSTM(SHAPE, 0, gate="exp", num_heads=3, input_bias=1.0).double(), inputs()
+    mixer, x = MLSTMTFLA(SHAPE, 0, gate="exp", num_heads=3, input_bias=1.0).double(), inputs()
     query, key = mixer.query_and_key(x, torch.arange(LENGTH)[None])
     log_decay, log_input = mixer.gates(x)
     total = log_decay.cumsum(1).transpose(1, 2)
@@ -140,8 +140,8 @@ def test_an_mlstm_has_its_decayed_products_over_the_normaliser():
     assert_close(mixing(mixer, x).matrix(), wanted)
 
 
-def tuned() -> MLSTM:
-    mixer = MLSTM(SHAPE, 0, num_heads=3, input_bias=1.0)
+def tuned() -> MLSTMTFLA:
+    mixer = MLSTMTFLA(SHAPE, 0, num_heads=3, input_bias=1.0)
     mixer.tune_states()
     return mixer
 
@@ -166,7 +166,7 @@ def test_a_mixer_without_known_values_is_refused():
         mixing(SwiGLU(SHAPE, 8).double(), inputs())
 
 
-class Twice(MLSTM):
+class Twice(MLSTMTFLA):
     """Asks its engine twice."""
 
     def forward(self, x, **options) -> MixerOutput:
@@ -181,7 +181,7 @@ def test_a_mixer_that_asks_its_engine_twice_is_refused():
 
 def test_the_engines_are_back_even_after_an_error():
     engine = linear.linear_attention
-    with pytest.raises(RuntimeError, match="in between"), recorded_calls(MLSTM(SHAPE, 0, num_heads=3)):
+    with pytest.raises(RuntimeError, match="in between"), recorded_calls(MLSTMTFLA(SHAPE, 0, num_heads=3)):
         assert linear.linear_attention is not engine
         raise RuntimeError("in between")
     assert linear.linear_attention is engine

@@ -13,15 +13,15 @@ from longmix.analysis.state_sizes import held_bytes, log_root_mean_square
 from longmix.analysis.states import EXPLODES, LayerStates, _print, _without_size, grown, kind_of
 from longmix.checkpoints import find_checkpoint, load_checkpoint
 from longmix.config import build
-from longmix.data.tokenizers import tokenizer_from_state
+from longmix.data.tokens.tokenizers import tokenizer_from_state
 from longmix.errors import ConfigError
 from longmix.evaluation.run import evaluate
-from longmix.mixers.base import Mixer, ModelShape
-from longmix.mixers.deltanet import GatedDelta
 from longmix.mixers.flash import Flash
-from longmix.mixers.mlstm import MLSTM
+from longmix.mixers.mlstm_tfla import MLSTMTFLA
+from longmix.mixers.parts.base import Mixer, ModelShape
+from longmix.mixers.parts.gated_memory import GatedMemory
+from longmix.mixers.parts.softmax import AttentionState
 from longmix.mixers.rwkv7 import RWKV7
-from longmix.mixers.softmax import AttentionState
 from longmix.model.build import model_from_checkpoint
 from longmix_kernels.linear import LinearState
 
@@ -80,14 +80,14 @@ class TestGates:
     def test_of_mixers_are_what_their_equations_say(self):
         torch.manual_seed(0)
         x = inputs()
-        delta = GatedDelta(SHAPE, 0, decay="none", output_gate="none", num_heads=3).double()
+        delta = GatedMemory(SHAPE, 0, decay="none", output_gate="none", num_heads=3).double()
         (call,) = [engine_call(delta, x)]
         strengths = (x @ delta.strength.weight.T).sigmoid().mean((0, 1))
         found = gate_statistics([call])
         assert [head["removal"] for head in found] == pytest.approx(strengths.tolist(), rel=1e-5)
         assert all(head["half_life"] is None and "input_gate" not in head for head in found)
 
-        mlstm = MLSTM(SHAPE, 0, num_heads=3).double()
+        mlstm = MLSTMTFLA(SHAPE, 0, num_heads=3).double()
         gate = mlstm.input_gate
         wanted = (15 * ((x @ gate.weight.T + gate.bias) / 15).tanh()).sigmoid().mean((0, 1))
         found = gate_statistics([engine_call(mlstm, x)])

@@ -24,7 +24,7 @@ OTHERS = {
 
 
 def task_of(command):
-    from longmix.data.command import prepare_splits
+    from longmix.data.prepare_run import prepare_splits
     from longmix.evaluation.run import evaluate
     from longmix.generation.run import generate
     from longmix.training.run import check_config

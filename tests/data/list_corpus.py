@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from longmix.data.corpus import check_split
-from longmix.data.tokenizers import Tokenizer
+from longmix.data.corpora.corpus import check_split
+from longmix.data.tokens.tokenizers import Tokenizer
 
 
 class ListCorpus:

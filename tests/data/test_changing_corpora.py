@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from longmix.data import local_files
-from longmix.data.corpora import JsonLines, TextFiles
-from longmix.data.preparation import Preparation, prepare
-from longmix.data.tokenizers import BpeTokenizer, ByteTokenizer
+from longmix.data.corpora import local_files
+from longmix.data.corpora.files import JsonLines, TextFiles
+from longmix.data.tokens.preparation import Preparation, prepare
+from longmix.data.tokens.tokenizers import BpeTokenizer, ByteTokenizer
 from longmix.errors import DataError
 
 

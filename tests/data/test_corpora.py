@@ -15,9 +15,11 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from longmix.data.corpora import HubDataset, JsonLines, ParquetFiles, Sotu, TextFiles
-from longmix.data.corpus import SplitByContent
-from longmix.data.patience import reason_of
+from longmix.data.corpora.corpus import SplitByContent
+from longmix.data.corpora.files import JsonLines, ParquetFiles, TextFiles
+from longmix.data.corpora.hub import HubDataset
+from longmix.data.corpora.retry import reason_of
+from longmix.data.corpora.sotu import Sotu
 from longmix.errors import ConfigError, DataError
 
 TEXTS = ["first\r\ndocument é", "second\n\n", "third \U0001f642", "fourth"]
@@ -260,7 +262,7 @@ class TestLocalFiles:
             assert "lent" not in corpus.fingerprint()  # it is divided by position
 
     def test_of_many_documents_none_is_lent(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("longmix.data.corpus.FEW_DOCUMENTS", 20)
+        monkeypatch.setattr("longmix.data.corpora.corpus.FEW_DOCUMENTS", 20)
         corpus = JsonLines(str(write_jsonl(tmp_path, [f"document {n}" for n in range(21)])), validation_fraction=1e-9)
         with pytest.raises(DataError, match="none of the 21 documents"):
             list(corpus.documents("validation"))
@@ -413,7 +415,7 @@ class TestHubDataset:
             "logging.basicConfig(level=logging.INFO)\n"
             "def refuse(*_, **__): raise OSError(101, 'Network is unreachable')\n"
             "socket.create_connection = socket.getaddrinfo = refuse\n"
-            "from longmix.data.corpora import HubDataset\n"
+            "from longmix.data.corpora.files import HubDataset\n"
             "slept = []; time.sleep = slept.append\n"
             f"corpus = HubDataset('allenai/c4', config='en', streaming={streaming})\n"
             "try: corpus.fingerprint()\n"
@@ -429,7 +431,9 @@ class TestHubDataset:
         assert line.endswith(" 0")
 
     def test_without_network_says_what_to_do_instead(self, tmp_path):
-        script = "from longmix.data.corpora import HubDataset; HubDataset('allenai/c4', config='en').fingerprint()"
+        script = (
+            "from longmix.data.corpora.files import HubDataset; HubDataset('allenai/c4', config='en').fingerprint()"
+        )
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
         result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
         message = result.stderr.strip().splitlines()[-1]

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from longmix.data.datamodule import TokenData
 from longmix.data.mixture import MixtureData
-from longmix.data.tokenizers import BpeTokenizer, ByteTokenizer
+from longmix.data.tokens.tokenizers import BpeTokenizer, ByteTokenizer
 from longmix.errors import ConfigError, DataError, ProcessLost, StorageError
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -11,10 +11,10 @@ import zipfile
 
 import pytest
 
-from longmix.data import json_records
-from longmix.data.corpora import JsonLines
-from longmix.data.json_records import JsonRecords
-from longmix.data.records import texts_of_json
+from longmix.data.corpora import json_records
+from longmix.data.corpora.files import JsonLines
+from longmix.data.corpora.json_records import JsonRecords
+from longmix.data.corpora.records import texts_of_json
 from longmix.errors import DataError
 
 
@@ -174,7 +174,7 @@ def test_a_change_beyond_the_first_blocks(name, tmp_path):
 
 
 def test_a_wrong_field_is_met_early(tmp_path, monkeypatch):
-    monkeypatch.setattr("longmix.data.records.FIELD_WITHIN_BYTES", 1000)
+    monkeypatch.setattr("longmix.data.corpora.records.FIELD_WITHIN_BYTES", 1000)
     monkeypatch.setattr(json_records, "CHUNK_BYTES", 100)
     stream = io.BytesIO(lines({"body": "a"}) * 1000)
     with pytest.raises(DataError, match="have no field 'text'; they have body"):

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from longmix.config import build, resolved
-from longmix.data.corpora import JsonLines, ParquetFiles, TextFiles
+from longmix.data.corpora.files import JsonLines, ParquetFiles, TextFiles
+from longmix.data.corpora.local_files import find_files, user_path
 from longmix.data.datamodule import TokenData
-from longmix.data.local_files import find_files, user_path
-from longmix.data.preparation import prepare
-from longmix.data.tokenizers import ByteTokenizer
+from longmix.data.tokens.preparation import prepare
+from longmix.data.tokens.tokenizers import ByteTokenizer
 from longmix.errors import ConfigError, DataError
 from longmix.training.run import check_config
 

@@ -10,9 +10,9 @@ from list_corpus import CodePointTokenizer, ListCorpus, distinct_documents
 from omegaconf import OmegaConf
 
 from longmix.config import build, resolved
-from longmix.data.command import prepare_splits
 from longmix.data.mixture import BLOCK, MixtureData, shared_out
-from longmix.data.tokenizers import ByteTokenizer
+from longmix.data.prepare_run import prepare_splits
+from longmix.data.tokens.tokenizers import ByteTokenizer
 from longmix.errors import ConfigError, DataError
 from longmix.training.run import check_config
 
@@ -149,7 +149,7 @@ def words(tmp_path) -> list[str]:
     (tmp_path / "digits" / "a.txt").write_text("3141592653589793 " * 30)
     (tmp_path / "held_out.txt").write_text("to be 31415 ")
     corpora = ",".join(
-        f"{name}:{{_target_:longmix.data.corpora.TextFiles,path:'{tmp_path}/{name}',validation:'{tmp_path}/held_out.txt'}}"
+        f"{name}:{{_target_:longmix.data.corpora.files.TextFiles,path:'{tmp_path}/{name}',validation:'{tmp_path}/held_out.txt'}}"
         for name in ("letters", "digits")
     )
     return ["data=mixture", f"data.corpora={{{corpora}}}", "data.weights={letters:2,digits:1}"]
@@ -200,7 +200,7 @@ class TestPrepare:
             for number in range(30):
                 (tmp_path / name / f"{number}.txt").write_text(f"document {number} of {name}")
         corpora = ",".join(
-            f"{name}:{{_target_:longmix.data.corpora.TextFiles,path:'{tmp_path / name}',validation_fraction:0.2}}"
+            f"{name}:{{_target_:longmix.data.corpora.files.TextFiles,path:'{tmp_path / name}',validation_fraction:0.2}}"
             for name in ("books", "web")
         )
         weights = "data.weights={books:2,web:1}"

@@ -8,11 +8,11 @@ import pytest
 import torch
 from list_corpus import ListCorpus
 
+from longmix.batch import IGNORE_INDEX
 from longmix.config import build, resolved
-from longmix.data.haystack import KEYS, QUESTION, STATEMENT
-from longmix.data.needle import NeedleData
-from longmix.data.tokenizers import BpeTokenizer, ByteTokenizer
-from longmix.data.windows import IGNORE_INDEX
+from longmix.data.synthetic.haystack import KEYS, QUESTION, STATEMENT
+from longmix.data.synthetic.needle import NeedleData
+from longmix.data.tokens.tokenizers import BpeTokenizer, ByteTokenizer
 from longmix.errors import ConfigError, DataError
 from longmix.evaluation.run import evaluate
 from longmix.training.run import check_config
@@ -169,7 +169,9 @@ def run_folder(run_training, tmp_path_factory):
     for split, seed in (("train", 0), ("validation", 9)):
         (folder / split).mkdir()
         (folder / split / "speech.txt").write_text(speech(seed, 150))
-    corpus = f"{{_target_: longmix.data.corpora.TextFiles, path: {folder}/train, validation: {folder}/validation}}"
+    corpus = (
+        f"{{_target_: longmix.data.corpora.files.TextFiles, path: {folder}/train, validation: {folder}/validation}}"
+    )
     return run_training(
         "data=needle",
         "~data.corpus",

@@ -11,11 +11,11 @@ from list_corpus import ListCorpus, distinct_documents
 from longmix.checkpoints import find_checkpoint, load_checkpoint
 from longmix.config import build, resolved
 from longmix.data import prepared, windows
-from longmix.data.command import prepare_splits
-from longmix.data.preparation import Preparation, prepare
+from longmix.data.prepare_run import prepare_splits
 from longmix.data.prepared import LEAST_SHARDS, PreparedData, RemoteShards, prepared_tokenizer
-from longmix.data.sealed import read_manifest, seal, sha256_of_json
-from longmix.data.tokenizers import BpeTokenizer, ByteTokenizer, tokenizer_from_state
+from longmix.data.tokens.preparation import Preparation, prepare
+from longmix.data.tokens.sealed_folder import read_manifest, seal, sha256_of_json
+from longmix.data.tokens.tokenizers import BpeTokenizer, ByteTokenizer, tokenizer_from_state
 from longmix.data.windows import TrainWindows, order_key
 from longmix.errors import ConfigError, DataError
 from longmix.training.run import train
@@ -25,7 +25,7 @@ TEXTS = [f"document number {number}: " + "abcdefgh"[number % 8] * (number % 50) 
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
-    monkeypatch.setattr("longmix.data.encoding.BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr("longmix.data.tokens.encoding.BATCH_DOCUMENTS", 3)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def folder(tmp_path_factory) -> Path:
     """Token files of a train split in some fifty shards, and of a validation split in one."""
     cache = tmp_path_factory.mktemp("prepared")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("longmix.data.encoding.BATCH_DOCUMENTS", 3)
+        patched.setattr("longmix.data.tokens.encoding.BATCH_DOCUMENTS", 3)
         corpus = ListCorpus(train=TEXTS, validation=TEXTS[:9])
         for split in corpus.splits:
             prepare(corpus, ByteTokenizer(), split, cache, Preparation(shard_tokens=100))
@@ -246,7 +246,7 @@ class TestRemote:
             prepared_tokenizer(str(tmp_path / "made"))
 
     def test_a_storage_that_fails_for_a_while_is_tried_again(self, remote, tmp_path, monkeypatch):
-        monkeypatch.setattr("longmix.data.patience.FIRST_PAUSE_SECONDS", 0.001)
+        monkeypatch.setattr("longmix.data.corpora.retry.FIRST_PAUSE_SECONDS", 0.001)
         filesystem, failures = fsspec.filesystem("memory"), [TimeoutError("slow"), ConnectionError("gone")]
         get_file = type(filesystem).get_file
 

@@ -19,11 +19,11 @@ from fsspec.implementations.memory import MemoryFileSystem
 from list_corpus import ListCorpus, PartedList
 from pyarrow import parquet
 
-from longmix.data import stream
-from longmix.data.command import prepare_splits
-from longmix.data.corpora import HubDataset
-from longmix.data.preparation import Preparation, prepare
-from longmix.data.tokenizers import ByteTokenizer
+from longmix.data.corpora import stream
+from longmix.data.corpora.hub import HubDataset
+from longmix.data.prepare_run import prepare_splits
+from longmix.data.tokens.preparation import Preparation, prepare
+from longmix.data.tokens.tokenizers import ByteTokenizer
 from longmix.errors import ConfigError, DataError
 
 TEXTS = [f"document {number} " + "abcdefgh"[number % 8] * (7 * number % 60) for number in range(120)]
@@ -61,8 +61,8 @@ def write_set(folder: Path, kind: str, texts: list[str] = TEXTS) -> str:
 def offline(monkeypatch, tmp_path):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    monkeypatch.setattr("longmix.data.encoding.BATCH_DOCUMENTS", 4)
-    monkeypatch.setattr("longmix.data.patience.FIRST_PAUSE_SECONDS", 0.0001)
+    monkeypatch.setattr("longmix.data.tokens.encoding.BATCH_DOCUMENTS", 4)
+    monkeypatch.setattr("longmix.data.corpora.retry.FIRST_PAUSE_SECONDS", 0.0001)
     monkeypatch.setattr(stream, "TOGETHER", 3)
 
 
@@ -277,9 +277,9 @@ SLOW = """
 import sys, time
 from pathlib import Path
 from longmix.data import encoding, stream
-from longmix.data.corpora import HubDataset
-from longmix.data.preparation import Preparation, prepare
-from longmix.data.tokenizers import ByteTokenizer
+from longmix.data.corpora.files import HubDataset
+from longmix.data.tokens.preparation import Preparation, prepare
+from longmix.data.tokens.tokenizers import ByteTokenizer
 encoding.BATCH_DOCUMENTS = 4
 
 class Slow(ByteTokenizer):
@@ -502,8 +502,8 @@ class TestCommands:
     def test_a_mixture_may_hold_a_stream(self, tmp_path, run_training):
         name = write_set(tmp_path / "set", "json")
         corpora = (
-            f"data.corpora={{far:{{_target_:longmix.data.corpora.HubDataset,name:'{name}',streaming:true,"
-            "max_documents:100,validation_fraction:0.2},sotu:{_target_:longmix.data.corpora.Sotu}}"
+            f"data.corpora={{far:{{_target_:longmix.data.corpora.hub.HubDataset,name:'{name}',streaming:true,"
+            "max_documents:100,validation_fraction:0.2},sotu:{_target_:longmix.data.corpora.sotu.Sotu}}"
         )
         words = ["data=mixture", corpora, "data.weights={far:2,sotu:1}", f"data.cache_dir={tmp_path}/cache"]
         run_training(*words, "seq_len=32")

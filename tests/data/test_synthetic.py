@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from longmix.batch import IGNORE_INDEX
 from longmix.config import build, resolved
-from longmix.data.synthetic import SyntheticData, SyntheticWindows
-from longmix.data.synthetic_tasks import Copying, GroupWords, Induction, MultiQueryRecall
-from longmix.data.tokenizers import ByteTokenizer, NumberTokenizer, tokenizer_from_state
-from longmix.data.variable_tracking import VariableTracking
-from longmix.data.windows import IGNORE_INDEX
+from longmix.data.synthetic.base import SyntheticData, SyntheticWindows
+from longmix.data.synthetic.tasks import Copying, GroupWords, Induction, MultiQueryRecall
+from longmix.data.synthetic.variable_tracking import VariableTracking
+from longmix.data.tokens.tokenizers import ByteTokenizer, NumberTokenizer, tokenizer_from_state
 from longmix.errors import ConfigError, DataError
 from longmix.evaluation.run import evaluate
 from longmix.generation.run import generate

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from list_corpus import CodePointTokenizer, ListCorpus, random_text
 
-from longmix.data import encoding, pieces, preparation, progress, sealed, token_files
-from longmix.data.preparation import Preparation, prepare
-from longmix.data.sealed import sha256_of_json
-from longmix.data.token_files import TokenFile
-from longmix.data.tokenizers import BpeTokenizer, ByteTokenizer
+from longmix.data import progress
+from longmix.data.tokens import encoding, preparation, sealed_folder, token_files, tokenize_part
+from longmix.data.tokens.preparation import Preparation, prepare
+from longmix.data.tokens.sealed_folder import sha256_of_json
+from longmix.data.tokens.token_files import TokenFile
+from longmix.data.tokens.tokenizers import BpeTokenizer, ByteTokenizer
 from longmix.errors import ConfigError, DataError, LongmixError, StorageError
 
 DOCUMENTS = ["first document", "ä", "a\r\nthird " * 50]
@@ -92,7 +93,7 @@ class TestCache:
     def test_second_time_is_found(self, tmp_path, caplog, monkeypatch):
         caplog.set_level("INFO")
         first = prepare(ListCorpus(train=DOCUMENTS), ByteTokenizer(), "train", tmp_path)
-        monkeypatch.setattr(pieces, "Encoder", lambda *_: pytest.fail("tokenised again"))
+        monkeypatch.setattr(tokenize_part, "Encoder", lambda *_: pytest.fail("tokenised again"))
         second = prepare(ListCorpus(train=DOCUMENTS), ByteTokenizer(), "train", tmp_path)
         assert second == first
         assert "found in the cache" in caplog.records[-1].message
@@ -130,8 +131,8 @@ import os, sys
 from pathlib import Path
 from list_corpus import ListCorpus
 from longmix.data import encoding
-from longmix.data.preparation import Preparation, prepare
-from longmix.data.tokenizers import ByteTokenizer
+from longmix.data.tokens.preparation import Preparation, prepare
+from longmix.data.tokens.tokenizers import ByteTokenizer
 from longmix.errors import DataError
 encoding.BATCH_DOCUMENTS = 1
 texts = ["word " * 4000, "text " * 4000]
@@ -288,7 +289,7 @@ class TestShards:
             token_file.folder.joinpath(f"tokens-{number:05d}.bin").write_bytes(bytes(2 * count))
         (token_file.folder / "manifest.json").unlink()
         manifest = {name: value for name, value in token_file.manifest.items() if name != "files"}
-        sealed.seal(token_file.folder, {**manifest, "shards": [first - 1, second + 1, *rest]})
+        sealed_folder.seal(token_file.folder, {**manifest, "shards": [first - 1, second + 1, *rest]})
         with pytest.raises(DataError, match="a document lies in two shards"):
             TokenFile.open(token_file.folder)
 
@@ -312,13 +313,13 @@ class TestDamage:
         (prepared.folder / "offsets.bin").write_bytes(offsets.tobytes())
         (prepared.folder / "manifest.json").unlink()
         manifest = {name: value for name, value in prepared.manifest.items() if name != "files"}
-        sealed.seal(prepared.folder, manifest)
+        sealed_folder.seal(prepared.folder, manifest)
         with pytest.raises(DataError, match=r"offsets\.bin cannot be used: its offsets do not rise from 0 to 469"):
             TokenFile.open(prepared.folder)
 
     def test_large_files_are_hashed_only_on_request(self, prepared, monkeypatch):
         flip_byte(prepared.folder / "tokens-00000.bin")
-        monkeypatch.setattr(sealed, "AUTO_HASH_LIMIT_BYTES", 100)
+        monkeypatch.setattr(sealed_folder, "AUTO_HASH_LIMIT_BYTES", 100)
         TokenFile.open(prepared.folder)
         with pytest.raises(DataError, match=r"tokens-00000\.bin cannot be used: expected SHA-256"):
             TokenFile.open(prepared.folder, verify="sha256")
@@ -372,7 +373,7 @@ sys.path[:0] = [{helpers!r}]
 from pathlib import Path
 from list_corpus import ListCorpus
 from longmix.data import encoding, preparation
-from longmix.data.tokenizers import ByteTokenizer
+from longmix.data.tokens.tokenizers import ByteTokenizer
 {setup}
 logging.basicConfig(level="INFO")
 folder = Path(sys.argv[1])

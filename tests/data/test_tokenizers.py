@@ -9,10 +9,10 @@ from list_corpus import ListCorpus, random_text
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Library
 
-from longmix.data.byte_level import UTF8_BYTES, byte_letters, library_errors
-from longmix.data.corpora import Sotu
-from longmix.data.encoding import Batch, Encoder
-from longmix.data.tokenizers import (
+from longmix.data.corpora.sotu import Sotu
+from longmix.data.tokens.byte_level import UTF8_BYTES, byte_letters, library_errors
+from longmix.data.tokens.encoding import Batch, Encoder
+from longmix.data.tokens.tokenizers import (
     SEPARATOR,
     BpeTokenizer,
     ByteTokenizer,
@@ -121,7 +121,7 @@ class TestBpe:
         BpeTokenizer(300).prepare(speeches, tmp_path)
         trained = []
         monkeypatch.setattr(
-            "longmix.data.tokenizers.train_bpe", lambda *_, **settings: trained.append(settings) or 1 / 0
+            "longmix.data.tokens.tokenizers.train_bpe", lambda *_, **settings: trained.append(settings) or 1 / 0
         )
         assert BpeTokenizer(300).prepare(speeches, tmp_path).vocab_size == 300
         others = [

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from list_corpus import CodePointTokenizer, ListCorpus, distinct_documents
 
-from longmix.data.preparation import prepare
-from longmix.data.token_files import TokenFile
-from longmix.data.windows import IGNORE_INDEX, EvaluationWindows, TrainWindows, permutation
+from longmix.batch import IGNORE_INDEX
+from longmix.data.tokens.preparation import prepare
+from longmix.data.tokens.token_files import TokenFile
+from longmix.data.windows import EvaluationWindows, TrainWindows, permutation
 from longmix.errors import ConfigError
 
 SEPARATOR = CodePointTokenizer.separator_id

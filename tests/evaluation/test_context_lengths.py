@@ -12,7 +12,7 @@ from matplotlib import image
 from longmix.checkpoints import find_checkpoint, load_checkpoint
 from longmix.errors import ConfigError, DataError
 from longmix.evaluation import context_lengths as module
-from longmix.evaluation import reading
+from longmix.evaluation import prefill
 from longmix.evaluation.run import evaluate
 from longmix.model.build import model_from_checkpoint
 
@@ -134,7 +134,7 @@ class TestInsideDocuments:
 @pytest.mark.parametrize("at_once", [10, 100])
 def test_pieces_change_nothing(evaluated, monkeypatch, at_once):
     whole = evaluated("seq_len=[8,64]")
-    monkeypatch.setattr(reading, "TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr(prefill, "TOKENS_AT_ONCE", at_once)
     pieces = evaluated("seq_len=[8,64]")
     for length, result in whole["lengths"].items():
         assert pieces["lengths"][length]["loss"] == pytest.approx(result["loss"], rel=1e-5)

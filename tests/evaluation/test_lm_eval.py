@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from longmix.checkpoints import find_checkpoint, load_checkpoint
-from longmix.data.tokenizers import ByteTokenizer
+from longmix.data.tokens.tokenizers import ByteTokenizer
 from longmix.errors import ConfigError, DataError
-from longmix.evaluation import reading
+from longmix.evaluation import prefill
 from longmix.evaluation.run import evaluate
 from longmix.evaluation.subject import Subject
 from longmix.model.build import model_from_checkpoint
@@ -92,7 +92,7 @@ class TestRequests:
     @pytest.mark.parametrize("batch_size", [1, 4, None])
     @pytest.mark.parametrize("at_once", [20, 16384])
     def test_loglikelihood_equals_plain_torch(self, harness_model, model, monkeypatch, caplog, batch_size, at_once):
-        monkeypatch.setattr(reading, "TOKENS_AT_ONCE", at_once)
+        monkeypatch.setattr(prefill, "TOKENS_AT_ONCE", at_once)
         with caplog.at_level(logging.WARNING):
             found = harness_model(batch_size=batch_size).loglikelihood(requests(*self.PAIRS), disable_tqdm=True)
         assert "2 of 6 contexts are longer than task.lm_eval.max_length=48 and lose their beginning" in caplog.text

@@ -12,13 +12,13 @@ import torch
 from matplotlib import image
 
 from longmix.checkpoints import find_checkpoint, load_checkpoint
-from longmix.data.corpora import TextFiles
-from longmix.data.haystack import Forms, draw_needle, haystack_rows
-from longmix.data.preparation import prepare
-from longmix.data.token_files import TokenFile
-from longmix.data.tokenizers import BpeTokenizer, ByteTokenizer, Tokenizer
+from longmix.data.corpora.files import TextFiles
+from longmix.data.synthetic.haystack import Forms, draw_needle, haystack_rows
+from longmix.data.tokens.preparation import prepare
+from longmix.data.tokens.token_files import TokenFile
+from longmix.data.tokens.tokenizers import BpeTokenizer, ByteTokenizer, Tokenizer
 from longmix.errors import ConfigError, DataError
-from longmix.evaluation import reading
+from longmix.evaluation import prefill
 from longmix.evaluation.needle import needle
 from longmix.evaluation.run import evaluate
 from longmix.evaluation.subject import Subject
@@ -250,7 +250,7 @@ class TestEvaluate:
         assert json.loads(saved.read_text()).items() >= json.loads(json.dumps(report)).items()
         assert image.imread(saved.with_suffix(".png")).std() > 0
 
-        monkeypatch.setattr(reading, "TOKENS_AT_ONCE", 50)
+        monkeypatch.setattr(prefill, "TOKENS_AT_ONCE", 50)
         pieces = evaluated("seq_len=[150,220]", "task.needle.depths=[0,0.5,1]")
         for whole, part in zip(report["cells"], pieces["cells"], strict=True):
             assert part["gain"] == pytest.approx(whole["gain"], abs=1e-4)

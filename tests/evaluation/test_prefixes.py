@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from longmix.data.loaders import Batch
-from longmix.data.windows import IGNORE_INDEX
+from longmix.batch import IGNORE_INDEX, Batch
 from longmix.evaluation.loss import evaluate_loss
 from longmix.evaluation.prefixes import prefix_ends, prefixes_alone, rows_whole
 from longmix.evaluation.statistics import LossStatistics

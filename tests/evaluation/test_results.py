@@ -9,12 +9,12 @@ import pytest
 
 from longmix.checkpoints import find_checkpoint, load_checkpoint
 from longmix.config import build, resolved
-from longmix.data.tokenizers import NumberTokenizer
+from longmix.data.tokens.tokenizers import NumberTokenizer
 from longmix.errors import DataError
 from longmix.evaluation.provenance import file_name, is_own
 from longmix.evaluation.run import evaluate
 from longmix.model.build import model_from_checkpoint
-from longmix.model.states import save_states, tune_states
+from longmix.model.tuned_states_file import save_states, tune_states
 
 TEXTS = {"mine": "to be or not to be, that is the question. ", "other": "the cat sat on the mat and looked at it. "}
 

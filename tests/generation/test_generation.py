@@ -7,7 +7,7 @@ import torch
 
 from longmix.checkpoints import CheckpointStore, find_checkpoint, load_checkpoint, save_tensors
 from longmix.config import resolved
-from longmix.data.tokenizers import ByteTokenizer
+from longmix.data.tokens.tokenizers import ByteTokenizer
 from longmix.errors import CheckpointError, ConfigError, DataError, NonFiniteError, StorageError
 from longmix.generation import session as sessions
 from longmix.generation.run import generate
@@ -208,7 +208,7 @@ WRONG = {
     "function": (lambda x: changed_class(x, "torch.serialization.load"), "no state of this model"),
     "own-function": (lambda x: changed_class(x, "longmix.cli.help_text"), "no state of this model"),
     "own-class": (lambda x: changed_class(x, "longmix.data.prepared.RemoteShards"), "no state of this model"),
-    "other-mixer": (lambda x: changed_class(x, "longmix.mixers.routing_cache.RoutingCache"), "no state of this model"),
+    "other-mixer": (lambda x: changed_class(x, "longmix.mixers.parts.rings.RoutingCache"), "no state of this model"),
     "no-class": (lambda x: x["state"].__setitem__(0, {}), "class"),
     "fewer-layers": (lambda x: x["state"].pop(), "2 states in the place of 3"),
     "no-layers": (lambda x: x.update(state=5), "in the place of a list"),

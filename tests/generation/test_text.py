@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from longmix.data.byte_level import byte_letters
-from longmix.data.tokenizers import ByteTokenizer, LibraryTokenizer, NumberTokenizer, Tokenizer
+from longmix.data.tokens.byte_level import byte_letters
+from longmix.data.tokens.tokenizers import ByteTokenizer, LibraryTokenizer, NumberTokenizer, Tokenizer
 from longmix.generation.text import Row
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from longmix.checkpoints import find_checkpoint, load_checkpoint
-from longmix.data.tokenizers import (
+from longmix.data.tokens.tokenizers import (
     ByteTokenizer,
     LibraryTokenizer,
     NumberTokenizer,

@@ -15,12 +15,12 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from longmix.checkpoints import CheckpointStore, find_checkpoint, load_checkpoint
 from longmix.config import resolved
-from longmix.data.tokenizers import PROBE, ByteTokenizer, LibraryTokenizer, NumberTokenizer, tokenizer_from_state
+from longmix.data.tokens.tokenizers import PROBE, ByteTokenizer, LibraryTokenizer, NumberTokenizer, tokenizer_from_state
 from longmix.errors import CheckpointError, ConfigError, LongmixError, StorageError
 from longmix.evaluation.run import evaluate
 from longmix.generation.session import Session
 from longmix.model.build import build_model, model_from_checkpoint
-from longmix.model.states import tune_states
+from longmix.model.tuned_states_file import tune_states
 from longmix.training.run import train
 
 transformers = pytest.importorskip("transformers", reason="transformers is an optional extra")
@@ -350,7 +350,10 @@ def test_numbers_are_tokens_of_their_own(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("mixer=retention",), r"mixer=longmix.mixers.decayed.Decayed is not in Llama's family; use --as longmix"),
+        (
+            ("mixer=retention",),
+            r"mixer=longmix.mixers.parts.head_decay.HeadDecay is not in Llama's family; use --as longmix",
+        ),
         (("mixer=rwkv7", "mixer.head_dim=32"), r"model.block=longmix.model.rwkv_blocks.RWKVBlocks is not in Llama's"),
         (
             ("mixer=sliding_window+flash", "mixer.sliding_window.qk_norm=false", "mixer.flash.qk_norm=false"),
@@ -360,7 +363,7 @@ def test_numbers_are_tokens_of_their_own(tmp_path):
             ("mixer=sliding_window+flash", "mixer.flash.rotary_base=7"),
             r"mixer.flash.rotary_base=7 is not that of the first layer, 10000.0",
         ),
-        (("mixer=flash+retention",), r"mixer.retention=longmix.mixers.decayed.Decayed is not in"),
+        (("mixer=flash+retention",), r"mixer.retention=longmix.mixers.parts.head_decay.HeadDecay is not in"),
     ],
 )
 def test_what_llamas_family_has_not_is_refused_by_name(saved, tmp_path, overrides, message):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from longmix.checkpoints import find_checkpoint, load_checkpoint
-from longmix.data.tokenizers import Tokenizer, tokenizer_from_state
+from longmix.data.tokens.tokenizers import Tokenizer, tokenizer_from_state
 from longmix.evaluation.run import evaluate
 from longmix.generation.run import generate
 from longmix.generation.session import Session

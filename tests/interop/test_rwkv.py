@@ -11,12 +11,12 @@ import torch
 
 from longmix.errors import ConfigError
 from longmix.interop.rwkv import rwkv_weights
-from longmix.mixers.base import ModelShape
 from longmix.mixers.flash import Flash
+from longmix.mixers.parts.base import ModelShape
 from longmix.mixers.rwkv7 import RWKV7
 from longmix.model.backbone import LanguageModel
 from longmix.model.rwkv_blocks import RWKVBlocks
-from longmix.model.states import tune_states
+from longmix.model.tuned_states_file import tune_states
 
 THEIRS = """
 import json, sys, torch

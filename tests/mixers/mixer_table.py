@@ -8,19 +8,20 @@ import torch
 from omegaconf import OmegaConf
 
 from longmix.config import Node, build
-from longmix.mixers.base import Mixer, ModelShape
 from longmix.mixers.block_sparse import BlockSparse
-from longmix.mixers.decayed import Decayed
-from longmix.mixers.deltanet import GatedDelta
 from longmix.mixers.flash import Flash
 from longmix.mixers.hyper import Hyper
-from longmix.mixers.mlstm import MLSTM
+from longmix.mixers.mlstm_tfla import MLSTMTFLA
+from longmix.mixers.parts.base import Mixer, ModelShape
+from longmix.mixers.parts.gated_memory import GatedMemory
+from longmix.mixers.parts.head_decay import HeadDecay
 from longmix.mixers.routing import Routing
 from longmix.mixers.rwkv7 import RWKV7, LowRank
 from longmix.mixers.scatterbrain import Scatterbrain
 from longmix.mixers.scatterbrain_content import ScatterbrainContent
 from longmix.mixers.sliding_window import SlidingWindow
-from longmix.mixers.sparse_flash import DropAttention, HashAttention
+from longmix.mixers.sparse_flash import SparseFlash
+from longmix.mixers.sparse_flash_drop import SparseFlashDrop
 
 SHAPE = ModelShape(d_model=48, num_layers=2, num_heads=3)
 
@@ -31,14 +32,14 @@ MIXERS: dict[str, Callable[[], Mixer]] = {
     "window-1": lambda: SlidingWindow(SHAPE, 0, window=1),
     "window-7": lambda: SlidingWindow(SHAPE, 0, window=7),
     "window-longer-than-row": lambda: SlidingWindow(SHAPE, 0, window=500, num_kv_heads=1),
-    "hash": lambda: HashAttention(SHAPE, 0, buckets=4),
-    "hash-grouped": lambda: HashAttention(SHAPE, 0, buckets=4, num_kv_heads=1),
-    "hash-shared": lambda: HashAttention(SHAPE, 0, buckets=4, shared_qk=True),
-    "hash-shared-strict": lambda: HashAttention(SHAPE, 0, buckets=4, shared_qk=True, see_self=False),
-    "hash-rounds-window": lambda: HashAttention(SHAPE, 0, buckets=6, rounds=3, window=5),
-    "drop-learned": lambda: DropAttention(SHAPE, 0, keep=0.5, num_kv_heads=1),
-    "drop-learned-window": lambda: DropAttention(SHAPE, 0, keep=0.3, window=3),
-    "drop-random": lambda: DropAttention(SHAPE, 0, keep=0.6, score="random"),
+    "hash": lambda: SparseFlash(SHAPE, 0, buckets=4),
+    "hash-grouped": lambda: SparseFlash(SHAPE, 0, buckets=4, num_kv_heads=1),
+    "hash-shared": lambda: SparseFlash(SHAPE, 0, buckets=4, shared_qk=True),
+    "hash-shared-strict": lambda: SparseFlash(SHAPE, 0, buckets=4, shared_qk=True, see_self=False),
+    "hash-rounds-window": lambda: SparseFlash(SHAPE, 0, buckets=6, rounds=3, window=5),
+    "drop-learned": lambda: SparseFlashDrop(SHAPE, 0, keep=0.5, num_kv_heads=1),
+    "drop-learned-window": lambda: SparseFlashDrop(SHAPE, 0, keep=0.3, window=3),
+    "drop-random": lambda: SparseFlashDrop(SHAPE, 0, keep=0.6, score="random"),
     "hyper": lambda: Hyper(SHAPE, 0, buckets=4, window=4, sample=0.4),
     "hyper-grouped": lambda: Hyper(SHAPE, 0, buckets=2, window=2, sample=0.7, num_kv_heads=1),
     "blocks-sink-local": lambda: BlockSparse(SHAPE, 0, layout="sink_local", block=16, sink=1, local=1),
@@ -71,21 +72,21 @@ MIXERS: dict[str, Callable[[], Mixer]] = {
     "scatterbrain-content-grouped": lambda: content(block=2, past_blocks=0, window=2, num_kv_heads=1, sinks=1),
     "scatterbrain-content-no-features": lambda: content(num_features=0, one_softmax=True, buckets=2, window=30),
     "scatterbrain-content-summaries": lambda: content(num_features=0, summaries=True),
-    "mlstm-sig": lambda: awake(MLSTM(SHAPE, 0)),
-    "mlstm-exp": lambda: awake(MLSTM(SHAPE, 0, gate="exp", num_heads=3, norm="layer")),
-    "mlstm-convolution": lambda: awake(MLSTM(SHAPE, 0, num_heads=2, convolution=4)),
-    "lightning": lambda: Decayed(SHAPE, 0, decay="alibi", activation="silu", output_gate="sigmoid"),
-    "retention": lambda: Decayed(SHAPE, 1, decay="retention", rotary_base=10_000.0, convolution=2),
-    "simple-gla": lambda: Decayed(SHAPE, 0, decay="learned", key_factor=1.0),
+    "mlstm-sig": lambda: awake(MLSTMTFLA(SHAPE, 0)),
+    "mlstm-exp": lambda: awake(MLSTMTFLA(SHAPE, 0, gate="exp", num_heads=3, norm="layer")),
+    "mlstm-convolution": lambda: awake(MLSTMTFLA(SHAPE, 0, num_heads=2, convolution=4)),
+    "lightning": lambda: HeadDecay(SHAPE, 0, decay="alibi", activation="silu", output_gate="sigmoid"),
+    "retention": lambda: HeadDecay(SHAPE, 1, decay="retention", rotary_base=10_000.0, convolution=2),
+    "simple-gla": lambda: HeadDecay(SHAPE, 0, decay="learned", key_factor=1.0),
     "rwkv7": lambda: awake(RWKV7(SHAPE, 0, head_dim=16)),
     "rwkv7-later": lambda: awake(Later(SHAPE, 1, head_dim=16)),
-    "deltanet": lambda: GatedDelta(SHAPE, 0, decay="none", output_gate="none", num_heads=3),
-    "gated-deltanet": lambda: GatedDelta(SHAPE, 0, decay="head", output_gate="silu", key_factor=0.5),
-    "kda": lambda: GatedDelta(SHAPE, 0, decay="channel", output_gate="low_rank", num_heads=2),
-    "gla": lambda: GatedDelta(
+    "deltanet": lambda: GatedMemory(SHAPE, 0, decay="none", output_gate="none", num_heads=3),
+    "gated-deltanet": lambda: GatedMemory(SHAPE, 0, decay="head", output_gate="silu", key_factor=0.5),
+    "kda": lambda: GatedMemory(SHAPE, 0, decay="channel", output_gate="low_rank", num_heads=2),
+    "gla": lambda: GatedMemory(
         SHAPE, 1, decay="sigmoid", output_gate="silu", delta=False, key_factor=0.5, convolution=0
     ),
-    "delta-no-convolution": lambda: GatedDelta(SHAPE, 0, decay="sigmoid", output_gate="low_rank", convolution=0),
+    "delta-no-convolution": lambda: GatedMemory(SHAPE, 0, decay="sigmoid", output_gate="low_rank", convolution=0),
 }
 
 
@@ -111,7 +112,7 @@ class Later(RWKV7):
 def awake(mixer: Mixer) -> Mixer:
     """With weights that do something: what begins at zero, or at a bias of -10, hides what comes before it."""
     with torch.no_grad():
-        if isinstance(mixer, MLSTM):
+        if isinstance(mixer, MLSTMTFLA):
             mixer.input_gate.bias.fill_(1.0)
             asleep = [mixer.output_gate, mixer.input_gate, mixer.forget_gate]
         else:
@@ -143,7 +144,7 @@ def settings_of(path: Path) -> Node:
 def configured(path: Path) -> Mixer:
     """The mixer of a file in configs/mixer, made small."""
     mixer: Mixer = build({**settings_of(path), **SMALL.get(path.stem, {})}, "mixer", shape=SHAPE, layer_index=0)
-    return awake(mixer) if isinstance(mixer, MLSTM | RWKV7) else mixer
+    return awake(mixer) if isinstance(mixer, MLSTMTFLA | RWKV7) else mixer
 
 
 FILES = sorted((Path(__file__).parents[2] / "configs/mixer").glob("*.yaml"))

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from longmix.mixers.base import ModelShape
 from longmix.mixers.block_sparse import BlockSparse
+from longmix.mixers.parts.base import ModelShape
 
 SHAPE = ModelShape(d_model=32, num_layers=1, num_heads=2)
 LAYOUTS = {

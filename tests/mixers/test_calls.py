@@ -5,9 +5,9 @@ import torch
 from mixer_table import CONFIGURED, MIXERS, SHAPE
 from torch.utils._pytree import tree_leaves
 
-from longmix.mixers.base import Mixer
-from longmix.mixers.decayed import Decayed
 from longmix.mixers.flash import Flash
+from longmix.mixers.parts.base import Mixer
+from longmix.mixers.parts.head_decay import HeadDecay
 from longmix.model.rwkv_blocks import ChannelMix
 
 CALLED = {**MIXERS, "channel-mix": lambda: ChannelMix(SHAPE, 0, 24)}
@@ -56,7 +56,7 @@ def test_ids_and_states_that_do_not_fit_the_tokens_are_refused(mixer):
 
 
 def test_a_state_of_another_mixer_is_refused():
-    attention, decayed = Flash(SHAPE, 0), Decayed(SHAPE, 0, decay="alibi")
+    attention, decayed = Flash(SHAPE, 0), HeadDecay(SHAPE, 0, decay="alibi")
     x = torch.zeros(2, 3, WIDTH)
     with pytest.raises(ValueError, match="state is a RecurrentState; allowed is AttentionState, from init_state"):
         attention(x, state=decayed.init_state(2))

@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from longmix.mixers.base import ModelShape
-from longmix.mixers.centroids import ScoreThreshold, SphericalKMeans, unit, usage
+from longmix.mixers.parts.base import ModelShape
+from longmix.mixers.parts.between_steps import finish_step
+from longmix.mixers.parts.centroids import ScoreThreshold, SphericalKMeans, unit, usage
 from longmix.mixers.routing import Routing
-from longmix.mixers.running import finish_step
 
 SHAPE = ModelShape(d_model=48, num_layers=2, num_heads=4)
 

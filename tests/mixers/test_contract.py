@@ -8,20 +8,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from longmix.analysis.causality import audit, mixer_function
 from longmix.analysis.state_sizes import held_bytes
 from longmix.errors import ConfigError
-from longmix.mixers.base import Mixer, ModelShape
 from longmix.mixers.block_sparse import BlockSparse
-from longmix.mixers.decayed import Decayed
-from longmix.mixers.deltanet import GatedDelta
 from longmix.mixers.flash import Flash
 from longmix.mixers.hyper import Hyper
-from longmix.mixers.labelled import LabelledAttention
-from longmix.mixers.mlstm import MLSTM
-from longmix.mixers.recurrent import RecurrentMixer
+from longmix.mixers.mlstm_tfla import MLSTMTFLA
+from longmix.mixers.parts.base import Mixer, ModelShape
+from longmix.mixers.parts.by_label import LabelAttention
+from longmix.mixers.parts.gated_memory import GatedMemory
+from longmix.mixers.parts.head_decay import HeadDecay
+from longmix.mixers.parts.recurrent import RecurrentMixer
 from longmix.mixers.routing import Routing
 from longmix.mixers.rwkv7 import RWKV7
 from longmix.mixers.scatterbrain_content import ScatterbrainContent
 from longmix.mixers.sliding_window import SlidingWindow
-from longmix.mixers.sparse_flash import DropAttention, HashAttention
+from longmix.mixers.sparse_flash import SparseFlash
+from longmix.mixers.sparse_flash_drop import SparseFlashDrop
 
 SPLITS = {"whole": (29,), "steps": (1,) * 29, "mixed": (5, 1, 1, 13, 1, 8)}
 
@@ -76,8 +77,8 @@ def test_later_tokens_never_change_earlier_outputs(mixer):
         changed = x.clone()
         changed[:, cut + 1 :] = 1e4 * torch.randn_like(changed[:, cut + 1 :])
         after = mixer(changed).y[:, : cut + 1]
-        steep = isinstance(mixer, GatedDelta) and mixer.decay is not None
-        if steep or isinstance(mixer, LabelledAttention | Routing | ScatterbrainContent):
+        steep = isinstance(mixer, GatedMemory) and mixer.decay is not None
+        if steep or isinstance(mixer, LabelAttention | Routing | ScatterbrainContent):
             torch.testing.assert_close(after, before[:, : cut + 1], rtol=0, atol=1e-12)
         else:
             assert torch.equal(after, before[:, : cut + 1])
@@ -145,8 +146,8 @@ def test_visible_pairs_of_a_window(window, length, pairs):
     assert SlidingWindow(SHAPE, 0, window=window).visible_pairs(length) == pairs
 
 
-def delta(**changes) -> GatedDelta:
-    return GatedDelta(SHAPE, 0, **{"decay": "head", "output_gate": "silu", **changes})
+def delta(**changes) -> GatedMemory:
+    return GatedMemory(SHAPE, 0, **{"decay": "head", "output_gate": "silu", **changes})
 
 
 REFUSED = {
@@ -157,20 +158,20 @@ REFUSED = {
     "odd-head": (lambda: Flash(SHAPE, 0, num_heads=16), "even"),
     "base": (lambda: Flash(SHAPE, 0, rotary_base=1.0), "mixer.rotary_base"),
     "window": (lambda: SlidingWindow(SHAPE, 0, window=0), "mixer.window=0"),
-    "odd-buckets": (lambda: HashAttention(SHAPE, 0, buckets=5), "mixer.buckets=5 must be even"),
-    "rounds": (lambda: HashAttention(SHAPE, 0, buckets=4, rounds=0), "mixer.rounds=0"),
-    "negative-window": (lambda: HashAttention(SHAPE, 0, buckets=4, window=-1), "mixer.window=-1"),
+    "odd-buckets": (lambda: SparseFlash(SHAPE, 0, buckets=5), "mixer.buckets=5 must be even"),
+    "rounds": (lambda: SparseFlash(SHAPE, 0, buckets=4, rounds=0), "mixer.rounds=0"),
+    "negative-window": (lambda: SparseFlash(SHAPE, 0, buckets=4, window=-1), "mixer.window=-1"),
     "shared-grouped": (
-        lambda: HashAttention(SHAPE, 0, buckets=4, shared_qk=True, num_kv_heads=1),
+        lambda: SparseFlash(SHAPE, 0, buckets=4, shared_qk=True, num_kv_heads=1),
         "mixer.shared_qk=true .* mixer.num_kv_heads=1 must be .* 3",
     ),
     "window-without-self": (
-        lambda: HashAttention(SHAPE, 0, buckets=4, see_self=False, window=4),
+        lambda: SparseFlash(SHAPE, 0, buckets=4, see_self=False, window=4),
         "mixer.see_self=false contradicts mixer.window=4",
     ),
-    "keep": (lambda: DropAttention(SHAPE, 0, keep=1.0), "mixer.keep=1.0"),
-    "score": (lambda: DropAttention(SHAPE, 0, keep=0.5, score="norm"), "mixer.score=norm is unknown"),
-    "balance": (lambda: DropAttention(SHAPE, 0, keep=0.5, balance=-1.0), "mixer.balance=-1.0"),
+    "keep": (lambda: SparseFlashDrop(SHAPE, 0, keep=1.0), "mixer.keep=1.0"),
+    "score": (lambda: SparseFlashDrop(SHAPE, 0, keep=0.5, score="norm"), "mixer.score=norm is unknown"),
+    "balance": (lambda: SparseFlashDrop(SHAPE, 0, keep=0.5, balance=-1.0), "mixer.balance=-1.0"),
     "hyper-window": (lambda: Hyper(SHAPE, 0, buckets=4, window=0, sample=0.5), "mixer.window=0"),
     "hyper-sample": (lambda: Hyper(SHAPE, 0, buckets=4, window=4, sample=0.0), "mixer.sample=0.0"),
     "pattern": (lambda: BlockSparse(SHAPE, 0, layout="ring"), "mixer.layout=ring is unknown"),
@@ -190,16 +191,16 @@ REFUSED = {
         lambda: scatterbrain(features="elu", num_features=-1),
         "mixer.num_features=-1 must be at least 0",
     ),
-    "gate": (lambda: MLSTM(SHAPE, 0, gate="relu"), "mixer.gate=relu is unknown"),
-    "gate-cap": (lambda: MLSTM(SHAPE, 0, gate_cap=0.0), "mixer.gate_cap=0.0"),
-    "forget-bias": (lambda: MLSTM(SHAPE, 0, forget_bias=(3.0,)), "mixer.forget_bias"),
-    "mlstm-heads": (lambda: MLSTM(SHAPE, 0, num_heads=7), "mixer.num_heads=7 does not divide model.d_model=48"),
-    "key-heads": (lambda: MLSTM(SHAPE, 0, num_heads=16), "mixer.num_heads=16 does not divide mixer.key_factor"),
-    "norm": (lambda: MLSTM(SHAPE, 0, norm="batch"), "mixer.norm=batch is unknown"),
-    "convolution": (lambda: MLSTM(SHAPE, 0, convolution=1), "mixer.convolution=1"),
-    "decay": (lambda: Decayed(SHAPE, 0, decay="fast"), "mixer.decay=fast is unknown"),
-    "activation": (lambda: Decayed(SHAPE, 0, decay="alibi", activation="relu"), "mixer.activation=relu"),
-    "decayed-base": (lambda: Decayed(SHAPE, 0, decay="alibi", rotary_base=0.5), "mixer.rotary_base=0.5"),
+    "gate": (lambda: MLSTMTFLA(SHAPE, 0, gate="relu"), "mixer.gate=relu is unknown"),
+    "gate-cap": (lambda: MLSTMTFLA(SHAPE, 0, gate_cap=0.0), "mixer.gate_cap=0.0"),
+    "forget-bias": (lambda: MLSTMTFLA(SHAPE, 0, forget_bias=(3.0,)), "mixer.forget_bias"),
+    "mlstm-heads": (lambda: MLSTMTFLA(SHAPE, 0, num_heads=7), "mixer.num_heads=7 does not divide model.d_model=48"),
+    "key-heads": (lambda: MLSTMTFLA(SHAPE, 0, num_heads=16), "mixer.num_heads=16 does not divide mixer.key_factor"),
+    "norm": (lambda: MLSTMTFLA(SHAPE, 0, norm="batch"), "mixer.norm=batch is unknown"),
+    "convolution": (lambda: MLSTMTFLA(SHAPE, 0, convolution=1), "mixer.convolution=1"),
+    "decay": (lambda: HeadDecay(SHAPE, 0, decay="fast"), "mixer.decay=fast is unknown"),
+    "activation": (lambda: HeadDecay(SHAPE, 0, decay="alibi", activation="relu"), "mixer.activation=relu"),
+    "decayed-base": (lambda: HeadDecay(SHAPE, 0, decay="alibi", rotary_base=0.5), "mixer.rotary_base=0.5"),
     "delta-decay": (lambda: delta(decay="fast"), "mixer.decay=fast is unknown; use none, head, channel or sigmoid"),
     "delta-gate": (lambda: delta(output_gate="relu"), "mixer.output_gate=relu is unknown; use none, silu or low_rank"),
     "delta-heads": (lambda: delta(num_heads=7), "mixer.num_heads=7 does not divide mixer.key_factor"),

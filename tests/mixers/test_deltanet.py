@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 
-from longmix.mixers import deltanet
-from longmix.mixers.base import ModelShape
-from longmix.mixers.deltanet import GatedDelta, LogDecay
+from longmix.mixers.parts import gated_memory
+from longmix.mixers.parts.base import ModelShape
+from longmix.mixers.parts.gated_memory import GatedMemory, LogDecay
 from longmix.recipe import recipe_of
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "mixer"
@@ -19,14 +19,14 @@ DELTA = NAMES[:3]
 SHAPE = ModelShape(d_model=48, num_layers=3, num_heads=2)
 
 
-def configured(name: str, shape: ModelShape = SHAPE, **changes) -> GatedDelta:
+def configured(name: str, shape: ModelShape = SHAPE, **changes) -> GatedMemory:
     settings = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"))
-    assert settings.pop("_target_") == "longmix.mixers.deltanet.GatedDelta"
+    assert settings.pop("_target_") == "longmix.mixers.parts.gated_memory.GatedMemory"
     torch.manual_seed(0)
-    return GatedDelta(shape, 0, **{**settings, **changes})
+    return GatedMemory(shape, 0, **{**settings, **changes})
 
 
-def heads(x: torch.Tensor, mixer: GatedDelta) -> torch.Tensor:
+def heads(x: torch.Tensor, mixer: GatedMemory) -> torch.Tensor:
     return x.reshape(*x.shape[:2], mixer.num_heads, -1)
 
 
@@ -44,7 +44,7 @@ def softplus_decay(step: torch.Tensor, log_rate: torch.Tensor) -> torch.Tensor:
     return -torch.exp(log_rate) * torch.log1p(torch.exp(step))
 
 
-def published(name: str, mixer: GatedDelta, x: torch.Tensor) -> torch.Tensor:
+def published(name: str, mixer: GatedMemory, x: torch.Tensor) -> torch.Tensor:
     """The whole mixer as its paper has it, with the recurrence of flash-linear-attention."""
     w = dict(mixer.named_parameters())
     query, key, value = (x @ w[f"{part}.weight"].T for part in ("query", "key", "value"))
@@ -212,13 +212,13 @@ def test_ranks_can_be_chosen():
 def engine(monkeypatch):
     """What the engine was last given, by name."""
     given = {}
-    run = deltanet.delta_rule
+    run = gated_memory.delta_rule
 
     def spy(query, key, value, **options):
         given.update(options, query=query, key=key, value=value)
         return run(query, key, value, **options)
 
-    monkeypatch.setattr(deltanet, "delta_rule", spy)
+    monkeypatch.setattr(gated_memory, "delta_rule", spy)
     return given
 
 

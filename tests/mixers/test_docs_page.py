@@ -13,7 +13,7 @@ import yaml
 from mixer_table import SHAPE
 
 from longmix.config import check, resolved
-from longmix.mixers.base import Mixer
+from longmix.mixers.parts.base import Mixer
 from longmix.model.build import build_model
 
 PAGE = (Path(__file__).parents[2] / "docs/add_a_mixer.md").read_text(encoding="utf-8")

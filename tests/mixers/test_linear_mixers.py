@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from longmix.mixers.base import ModelShape
-from longmix.mixers.convolution import ShortConvolution
-from longmix.mixers.decayed import Decayed, alibi_decay, retention_decay
-from longmix.mixers.linear import HeadwiseNorm
-from longmix.mixers.mlstm import MLSTM
+from longmix.mixers.mlstm_tfla import MLSTMTFLA
+from longmix.mixers.parts.base import ModelShape
+from longmix.mixers.parts.convolution import ShortConvolution
+from longmix.mixers.parts.head_decay import HeadDecay, alibi_decay, retention_decay
+from longmix.mixers.parts.norms import HeadwiseNorm
 from longmix.recipe import recipe_of
 
 SHAPE = ModelShape(d_model=64, num_layers=6, num_heads=2)
@@ -19,7 +19,7 @@ SHAPE = ModelShape(d_model=64, num_layers=6, num_heads=2)
 def test_the_published_initial_weights():
     torch.manual_seed(0)
     shape = ModelShape(d_model=1024, num_layers=24, num_heads=16)
-    mixer = MLSTM(shape, 0)
+    mixer = MLSTMTFLA(shape, 0)
     for projection in (mixer.query, mixer.key, mixer.value):
         assert abs(projection.weight.std() / math.sqrt(2 / (5 * 1024)) - 1) < 0.01
     assert abs(mixer.output.weight.std() / (2 / (24 * 32)) - 1) < 0.01
@@ -29,7 +29,7 @@ def test_the_published_initial_weights():
     assert torch.equal(mixer.forget_gate.bias, torch.tensor([3.0, 4.0, 5.0, 6.0]))
     assert recipe_of(mixer.input_gate.weight).role == "scalar" and recipe_of(mixer.query.weight).role == "matrix"
     assert recipe_of(mixer.head_norm.weight).role == "scalar"
-    convolved = MLSTM(shape, 0, convolution=4).convolution
+    convolved = MLSTMTFLA(shape, 0, convolution=4).convolution
     assert recipe_of(convolved.weight).role == "scalar"
 
 
@@ -39,21 +39,21 @@ def test_the_published_initial_weights():
 )
 def test_the_published_head_sizes(d_model, heads, key_dim, value_dim):
     with torch.device("meta"):
-        mixer = MLSTM(ModelShape(d_model, 24, 16), 0)
+        mixer = MLSTMTFLA(ModelShape(d_model, 24, 16), 0)
     assert (mixer.num_heads, mixer.key_dim, mixer.value_dim) == (heads, key_dim, value_dim)
 
 
 def test_seven_billion_parameters():
     """xLSTM 7B: 32 blocks of this mixer and a SwiGLU of 10944, and 50304 tokens, embedded and untied: 6.865e9."""
     with torch.device("meta"):
-        mixer = MLSTM(ModelShape(4096, 32, 32), 0)
+        mixer = MLSTMTFLA(ModelShape(4096, 32, 32), 0)
     block = sum(x.numel() for x in mixer.parameters()) + 3 * 4096 * 10944 + 2 * 4096
     assert round((32 * block + 2 * 50304 * 4096 + 4096) / 1e9, 3) == 6.865
 
 
 @pytest.mark.parametrize("gate", ["sig", "exp"])
 def test_gates_are_soft_capped_and_never_rounded(gate):
-    mixer = MLSTM(SHAPE, 0, gate=gate)
+    mixer = MLSTMTFLA(SHAPE, 0, gate=gate)
     with torch.no_grad():
         mixer.input_gate.weight.normal_(std=100.0)
         mixer.forget_gate.weight.normal_()
@@ -87,12 +87,12 @@ def test_constant_decays_are_as_published():
     first, last = alibi_decay(8, 0, 12), alibi_decay(8, 11, 12)
     torch.testing.assert_close(first, -(1 + 1e-5) * 2.0 ** -torch.arange(1.0, 9.0))
     torch.testing.assert_close(last, -1e-5 * 2.0 ** -torch.arange(1.0, 9.0))
-    assert "log_decay" in Decayed(SHAPE, 0, decay="alibi").state_dict()
+    assert "log_decay" in HeadDecay(SHAPE, 0, decay="alibi").state_dict()
 
 
 def test_a_learned_decay_begins_gently_and_learns():
     torch.manual_seed(0)
-    mixer, x = Decayed(SHAPE, 0, decay="learned"), F.rms_norm(torch.randn(2, 30, 64), (64,))
+    mixer, x = HeadDecay(SHAPE, 0, decay="learned"), F.rms_norm(torch.randn(2, 30, 64), (64,))
     log_decay, _ = mixer.gates(x)
     assert 0.94 < log_decay.exp().mean() < 0.97
     mixer(x).y.square().sum().backward()

@@ -1,6 +1,6 @@
 import torch
 
-from longmix.mixers.rotary import rotary_angles, rotate
+from longmix.mixers.parts.rotary import rotary_angles, rotate
 
 
 def test_rotation_is_multiplication_by_a_complex_number():

@@ -9,14 +9,14 @@ from torch.nn import functional as F
 
 from longmix.config import resolved
 from longmix.errors import ConfigError
-from longmix.mixers import routing_modes as modes
-from longmix.mixers.base import ModelShape
-from longmix.mixers.measures import Measure
-from longmix.mixers.rotary import rotary_angles, rotate
+from longmix.mixers.parts import routing_modes as modes
+from longmix.mixers.parts.base import ModelShape
+from longmix.mixers.parts.between_steps import finish_step
+from longmix.mixers.parts.metrics import Measure
+from longmix.mixers.parts.rotary import rotary_angles, rotate
+from longmix.mixers.parts.softmax import Rows
 from longmix.mixers.routing import Routing
-from longmix.mixers.running import finish_step
 from longmix.mixers.sliding_window import SlidingWindow
-from longmix.mixers.softmax import Rows
 from longmix.model.build import build_model
 
 SHAPE = ModelShape(d_model=48, num_layers=2, num_heads=3)

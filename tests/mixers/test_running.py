@@ -5,9 +5,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from longmix.errors import ConfigError
-from longmix.mixers.base import ModelShape
-from longmix.mixers.running import RunningMean, finish_step
-from longmix.mixers.sparse_flash import HashAttention
+from longmix.mixers.parts.base import ModelShape
+from longmix.mixers.parts.between_steps import RunningMean, finish_step
+from longmix.mixers.sparse_flash import SparseFlash
 
 SHAPE = ModelShape(d_model=48, num_layers=2, num_heads=3)
 
@@ -54,7 +54,7 @@ def test_recomputing_a_pass_changes_neither_gradients_nor_the_mean():
     results = []
     for recompute in (False, True):
         torch.manual_seed(0)
-        mixer, x = HashAttention(SHAPE, 0, buckets=4), torch.randn(2, 30, 48, requires_grad=True)
+        mixer, x = SparseFlash(SHAPE, 0, buckets=4), torch.randn(2, 30, 48, requires_grad=True)
         for _ in range(2):
             y = (checkpoint(mixer, x, use_reentrant=False) if recompute else mixer(x)).y
             (grad,) = torch.autograd.grad(y.square().sum(), x)
@@ -67,10 +67,10 @@ def test_recomputing_a_pass_changes_neither_gradients_nor_the_mean():
 
 def test_the_mean_is_saved_and_restored():
     torch.manual_seed(0)
-    mixer = HashAttention(SHAPE, 0, buckets=4)
+    mixer = SparseFlash(SHAPE, 0, buckets=4)
     mixer(torch.randn(2, 30, 48))
     finish_step(mixer, True, alone)
-    other = HashAttention(SHAPE, 0, buckets=4)
+    other = SparseFlash(SHAPE, 0, buckets=4)
     other.load_state_dict(mixer.state_dict())
     assert torch.equal(other.query_center.value, mixer.query_center.value) and other.query_center.updates == 1
 
@@ -81,7 +81,7 @@ def test_centering_spreads_vectors_that_lean_one_way():
     x = torch.randn(1, 2000, 48) + 3 * torch.randn(48)
     shares = {}
     for decay in (None, 0.5):
-        mixer = HashAttention(SHAPE, 0, buckets=8, center_decay=decay)
+        mixer = SparseFlash(SHAPE, 0, buckets=8, center_decay=decay)
         for _ in range(3):
             shares[decay] = mixer(x).metrics["largest_label"].figure()
             finish_step(mixer, True, alone)
@@ -93,4 +93,4 @@ def test_an_impossible_decay_is_refused(decay):
     with pytest.raises(ConfigError, match="decay"):
         RunningMean((2,), decay)
     with pytest.raises(ConfigError, match=r"mixer\.center_decay"):
-        HashAttention(SHAPE, 0, buckets=4, center_decay=decay)
+        SparseFlash(SHAPE, 0, buckets=4, center_decay=decay)

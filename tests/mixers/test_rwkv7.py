@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from longmix.errors import ConfigError
-from longmix.mixers.base import ModelShape
 from longmix.mixers.flash import Flash
+from longmix.mixers.parts.base import ModelShape
 from longmix.mixers.rwkv7 import RWKV7, default_rank
 from longmix.model.backbone import LanguageModel
 from longmix.model.rwkv_blocks import ChannelMix, RWKVBlocks

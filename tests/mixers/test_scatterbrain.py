@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longmix.errors import ConfigError
-from longmix.mixers.base import ModelShape
-from longmix.mixers.features import FEATURES, FeatureMap, enough_features, orthogonal_projections, predicted_error
 from longmix.mixers.flash import Flash
-from longmix.mixers.rotary import rotary_angles, rotate
+from longmix.mixers.parts.base import ModelShape
+from longmix.mixers.parts.features import FEATURES, FeatureMap, enough_features, orthogonal_projections, predicted_error
+from longmix.mixers.parts.rotary import rotary_angles, rotate
 from longmix.mixers.scatterbrain import Scatterbrain
 from longmix.mixers.scatterbrain_content import ScatterbrainContent
 

@@ -6,10 +6,10 @@ from mixer_table import FILES, SHAPE, settings_of
 
 from longmix.config import build, locate, settings
 from longmix.errors import ConfigError
-from longmix.mixers.base import ModelShape
-from longmix.mixers.decayed import Decayed
-from longmix.mixers.deltanet import GatedDelta
-from longmix.mixers.mlstm import MLSTM
+from longmix.mixers.mlstm_tfla import MLSTMTFLA
+from longmix.mixers.parts.base import ModelShape
+from longmix.mixers.parts.gated_memory import GatedMemory
+from longmix.mixers.parts.head_decay import HeadDecay
 from longmix.mixers.routing import Routing
 from longmix.mixers.rwkv7 import RWKV7
 from longmix.mixers.scatterbrain import Scatterbrain
@@ -24,7 +24,7 @@ def test_a_class_needs_no_settings(target):
     assert mixer(torch.zeros(1, 3, 64)).y.shape == (1, 3, 64)
 
 
-ALONE = [path for path in FILES if settings_of(path)["_target_"].rpartition(".")[2] not in ("Decayed", "GatedDelta")]
+ALONE = [path for path in FILES if settings_of(path)["_target_"].rpartition(".")[2] not in ("HeadDecay", "GatedMemory")]
 """Files that are the only one of their class."""
 
 
@@ -60,12 +60,12 @@ def test_absurd_numbers_are_refused_by_name(path, name, value):
 
 REFUSED = {
     "mlstm-key-factor": (
-        lambda: MLSTM(SHAPE, 0, key_factor=-1),
+        lambda: MLSTMTFLA(SHAPE, 0, key_factor=-1),
         r"mixer.key_factor=-1 must be positive and at most 64",
     ),
-    "lightning-key-factor": (lambda: Decayed(SHAPE, 0, key_factor=0.0), r"mixer.key_factor=0.0 must be positive"),
-    "linear-norm-eps": (lambda: Decayed(SHAPE, 0, norm_eps=-1e-6), r"mixer.norm_eps=-1e-06 must not be negative"),
-    "delta-norm-eps": (lambda: GatedDelta(SHAPE, 0, norm_eps=-1.0), r"mixer.norm_eps=-1.0 must not be negative"),
+    "lightning-key-factor": (lambda: HeadDecay(SHAPE, 0, key_factor=0.0), r"mixer.key_factor=0.0 must be positive"),
+    "linear-norm-eps": (lambda: HeadDecay(SHAPE, 0, norm_eps=-1e-6), r"mixer.norm_eps=-1e-06 must not be negative"),
+    "delta-norm-eps": (lambda: GatedMemory(SHAPE, 0, norm_eps=-1.0), r"mixer.norm_eps=-1.0 must not be negative"),
     "rwkv7-norm-eps": (lambda: RWKV7(SHAPE, 0, head_dim=16, norm_eps=-1.0), r"mixer.norm_eps=-1.0 must not be"),
     "clusters": (lambda: Routing(SHAPE, 0, clusters=0), r"mixer.clusters=0 must be at least 2"),
     "one-cluster": (lambda: Routing(SHAPE, 0, clusters=1), r"mixer.clusters=1 must be at least 2"),
@@ -73,7 +73,10 @@ REFUSED = {
         lambda: Scatterbrain(SHAPE, 0, feature_seed=2**63),
         r"mixer.feature_seed=9223372036854775808 is out of ra",
     ),
-    "cap": (lambda: MLSTM(SHAPE, 0, gate_cap=1e300), r"mixer.gate_cap=1e\+300 is out of range; it must be from -1,000"),
+    "cap": (
+        lambda: MLSTMTFLA(SHAPE, 0, gate_cap=1e300),
+        r"mixer.gate_cap=1e\+300 is out of range; it must be from -1,000",
+    ),
 }
 
 

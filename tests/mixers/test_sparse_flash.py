@@ -8,13 +8,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longmix.mixers import hyper as hyper_module
-from longmix.mixers.base import ModelShape
 from longmix.mixers.flash import Flash
 from longmix.mixers.hyper import Hyper
-from longmix.mixers.labelled import AngularHash, LabelledAttention
-from longmix.mixers.rotary import rotary_angles, rotate
-from longmix.mixers.softmax import Rows
-from longmix.mixers.sparse_flash import DropAttention, HashAttention, pseudo_random
+from longmix.mixers.parts.base import ModelShape
+from longmix.mixers.parts.by_label import LabelAttention
+from longmix.mixers.parts.hashing import AngularHash, pseudo_random
+from longmix.mixers.parts.rotary import rotary_angles, rotate
+from longmix.mixers.parts.softmax import Rows
+from longmix.mixers.sparse_flash import SparseFlash
+from longmix.mixers.sparse_flash_drop import SparseFlashDrop
 
 SHAPE = ModelShape(d_model=48, num_layers=2, num_heads=3)
 LENGTH = 40
@@ -25,14 +27,14 @@ def inputs(seed: int = 2) -> Tensor:
     return torch.randn(2, LENGTH, SHAPE.d_model, dtype=torch.float64, generator=generator)
 
 
-def like_flash(mixer: LabelledAttention) -> Flash:
+def like_flash(mixer: LabelAttention) -> Flash:
     """Flash with the same weights."""
     flash = Flash(SHAPE, 0, num_kv_heads=mixer.num_kv_heads).double()
     flash.load_state_dict({name: x for name, x in mixer.state_dict().items() if name in flash.state_dict()})
     return flash
 
 
-def masked(mixer: LabelledAttention, x: Tensor, visible: Tensor) -> Tensor:
+def masked(mixer: LabelAttention, x: Tensor, visible: Tensor) -> Tensor:
     """The mixer's output from its definition: rotated heads, a mask bool [B, H, T, T], one softmax."""
     query, key, value = mixer.project(x)
     cosine, sine = rotary_angles(torch.arange(LENGTH)[None], mixer.head_dim, mixer.rotary_base)
@@ -71,7 +73,7 @@ def test_a_bucket_is_the_nearest_direction(heads, rounds):
 )
 def test_hash_attention_from_its_definition(options):
     torch.manual_seed(0)
-    mixer = HashAttention(SHAPE, 0, buckets=4, **options).double()
+    mixer = SparseFlash(SHAPE, 0, buckets=4, **options).double()
     x = inputs()
     query, key, _ = mixer.project(x)
     query_bucket, key_bucket = (buckets_by_definition(mixer.hash, y)[..., 0].transpose(1, 2) for y in (query, key))
@@ -84,7 +86,7 @@ def test_hash_attention_from_its_definition(options):
 @pytest.mark.parametrize("score", ["learned", "random"])
 def test_drop_attention_from_its_definition(score):
     torch.manual_seed(0)
-    mixer = DropAttention(SHAPE, 0, keep=0.5, score=score).double()
+    mixer = SparseFlashDrop(SHAPE, 0, keep=0.5, score=score).double()
     x = inputs()
     if score == "random":
         kept = (pseudo_random(torch.arange(LENGTH)[None], mixer.salt) < 0.5).expand(2, -1, -1)
@@ -106,8 +108,8 @@ def test_drop_attention_from_its_definition(score):
 def test_a_window_over_everything_is_flash():
     torch.manual_seed(0)
     for mixer in (
-        HashAttention(SHAPE, 0, buckets=4, rounds=2, window=LENGTH),
-        DropAttention(SHAPE, 0, keep=0.5, score="random", window=LENGTH),
+        SparseFlash(SHAPE, 0, buckets=4, rounds=2, window=LENGTH),
+        SparseFlashDrop(SHAPE, 0, keep=0.5, score="random", window=LENGTH),
         Hyper(SHAPE, 0, buckets=4, window=LENGTH, sample=0.5),
     ):
         mixer = mixer.double()
@@ -163,21 +165,21 @@ def test_pseudo_random_numbers_are_uniform_and_independent():
 
 def test_directions_are_saved_and_never_drawn_again():
     torch.manual_seed(0)
-    first = HashAttention(SHAPE, 1, buckets=8)
+    first = SparseFlash(SHAPE, 1, buckets=8)
     torch.manual_seed(99)
-    second = HashAttention(SHAPE, 1, buckets=8)
+    second = SparseFlash(SHAPE, 1, buckets=8)
     assert torch.equal(first.hash.directions, second.hash.directions)
     assert "hash.directions" in first.state_dict()
-    others = HashAttention(SHAPE, 2, buckets=8), HashAttention(SHAPE, 1, buckets=8, hash_seed=1)
+    others = SparseFlash(SHAPE, 2, buckets=8), SparseFlash(SHAPE, 1, buckets=8, hash_seed=1)
     assert all(not torch.equal(first.hash.directions, other.hash.directions) for other in others)
     x = inputs().float()
     assert torch.equal(first(x).y, first(x).y) and torch.equal(first.train()(x).y, first.eval()(x).y)
     for seed in ("salt",):
-        assert seed in DropAttention(SHAPE, 0, keep=0.5, score="random").state_dict()
+        assert seed in SparseFlashDrop(SHAPE, 0, keep=0.5, score="random").state_dict()
         assert seed in Hyper(SHAPE, 0, buckets=4, window=4, sample=0.5).state_dict()
 
 
-class RankedHash(HashAttention):
+class RankedHash(SparseFlash):
     """Buckets by rank among all tokens, as HyperAttention's: later tokens choose for earlier ones."""
 
     def select(self, x, query, key, positions):
@@ -188,7 +190,7 @@ class RankedHash(HashAttention):
         return chosen
 
 
-def leak(mixer: LabelledAttention) -> tuple[float, bool]:
+def leak(mixer: LabelAttention) -> tuple[float, bool]:
     """Largest change of an output before a changed token, and whether any choice before it changed."""
     seen, worst, moved = [], 0.0, False
     select = mixer.select
@@ -209,10 +211,10 @@ def leak(mixer: LabelledAttention) -> tuple[float, bool]:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: HashAttention(SHAPE, 0, buckets=4),
-        lambda: HashAttention(SHAPE, 0, buckets=4, shared_qk=True, rounds=2),
-        lambda: DropAttention(SHAPE, 0, keep=0.5),
-        lambda: DropAttention(SHAPE, 0, keep=0.5, score="random"),
+        lambda: SparseFlash(SHAPE, 0, buckets=4),
+        lambda: SparseFlash(SHAPE, 0, buckets=4, shared_qk=True, rounds=2),
+        lambda: SparseFlashDrop(SHAPE, 0, keep=0.5),
+        lambda: SparseFlashDrop(SHAPE, 0, keep=0.5, score="random"),
         lambda: Hyper(SHAPE, 0, buckets=4, window=4, sample=0.3),
     ],
     ids=["hash", "hash-shared", "drop-learned", "drop-random", "hyper"],
@@ -232,7 +234,7 @@ def test_a_choice_by_rank_is_caught():
 def test_the_kept_share_begins_as_wanted_and_is_held_there():
     torch.manual_seed(0)
     shape = ModelShape(d_model=128, num_layers=2, num_heads=4)
-    mixer = DropAttention(shape, 0, keep=0.3)
+    mixer = SparseFlashDrop(shape, 0, keep=0.3)
     x = F.rms_norm(torch.randn(4, 500, 128), (128,))
     output = mixer(x)
     dropped = [output.metrics[name].figure() for name in ("dropped_keys", "dropped_queries")]
@@ -251,7 +253,7 @@ def test_the_kept_share_begins_as_wanted_and_is_held_there():
 
 def test_occupancy_says_how_even_the_labels_are():
     torch.manual_seed(0)
-    mixer = HashAttention(ModelShape(128, 2, 2), 0, buckets=8)
+    mixer = SparseFlash(ModelShape(128, 2, 2), 0, buckets=8)
     even = mixer(torch.randn(1, 4000, 128)).metrics
     assert 1.0 <= even["largest_label"].figure() < 1.3 and even["empty_rows"].figure() < 0.02
     one = mixer(torch.randn(1, 1, 128).expand(1, 500, 128)).metrics

@@ -6,19 +6,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from longmix.mixers.base import ModelShape
 from longmix.mixers.flash import Flash
-from longmix.mixers.mlstm import MLSTM
+from longmix.mixers.mlstm_tfla import MLSTMTFLA
+from longmix.mixers.parts.base import ModelShape
+from longmix.mixers.parts.state_tuning import FeatureMemory
 from longmix.mixers.rwkv7 import RWKV7
-from longmix.mixers.tuned import FeatureMemory
 from longmix.model.backbone import LanguageModel
-from longmix.model.states import load_weights, tune_states
+from longmix.model.tuned_states_file import load_weights, tune_states
 
 SHAPE = ModelShape(d_model=48, num_layers=2, num_heads=3)
 MIXERS = {
     "rwkv7": lambda: RWKV7(SHAPE, 1, head_dim=16),
-    "mlstm-sig": lambda: MLSTM(SHAPE, 0, num_heads=3, input_bias=0.0),
-    "mlstm-exp": lambda: MLSTM(SHAPE, 0, num_heads=3, gate="exp", input_bias=0.0),
+    "mlstm-sig": lambda: MLSTMTFLA(SHAPE, 0, num_heads=3, input_bias=0.0),
+    "mlstm-exp": lambda: MLSTMTFLA(SHAPE, 0, num_heads=3, gate="exp", input_bias=0.0),
 }
 
 
@@ -108,7 +108,7 @@ def test_nothing_is_observed_in_evaluation_or_kept_from_a_step_left_out():
 def test_a_memory_is_loaded_with_the_weights():
     def model() -> LanguageModel:
         return LanguageModel(
-            lambda shape, index: MLSTM(shape, index, num_heads=3) if index else Flash(shape, index),
+            lambda shape, index: MLSTMTFLA(shape, index, num_heads=3) if index else Flash(shape, index),
             30,
             d_model=48,
             num_layers=2,

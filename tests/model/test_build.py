@@ -9,7 +9,7 @@ from torch import nn
 
 from longmix.config import resolved
 from longmix.errors import ConfigError
-from longmix.mixers.base import Mixer, MixerOutput
+from longmix.mixers.parts.base import Mixer, MixerOutput
 from longmix.model.build import build_model, check_model
 
 SMALL = ("model.d_model=16", "model.num_layers=1", "model.num_heads=2", "model.mlp_hidden=8")
@@ -78,7 +78,7 @@ CANNOT_BE_BUILT = {
     "first-value": (NoValue, r"NoValue.forward must be .*first_value=None\): .*'first_value'"),
     "not-begun": (NotBegun, r"NotBegun cannot be built: .*__init__\(\) call"),
     "other-arguments": (OtherArguments, r"OtherArguments cannot be built: .*positional"),
-    "no-mixer": (NotAMixer, "is a NotAMixer; it must be a subclass of longmix.mixers.base.Mixer"),
+    "no-mixer": (NotAMixer, "is a NotAMixer; it must be a subclass of longmix.mixers.parts.base.Mixer"),
 }
 
 

@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 
+from longmix.accelerators import ACCELERATORS
+from longmix.planning.arguments import read
+from longmix.planning.dry_run import Part, Rehearsal, Setting
 from longmix.planning.memory import Division
 from longmix.planning.optimizer import OptimizerNeeds
-from longmix.planning.rehearsal import Part, Rehearsal, Setting
-from longmix.planning.request import read
 from longmix.planning.traffic import (
     BANDWIDTH_SHARE,
     LINK_SHARE,
@@ -17,7 +18,6 @@ from longmix.planning.traffic import (
     traffic_of,
     training_flops,
 )
-from longmix.training.accelerators import ACCELERATORS
 
 SETTING = Setting(1, 64, "bf16-mixed", sharded=False, accumulates=False, checkpointed=False, device="cuda")
 ENDS = Part(0, 0, 0, 0, 4_000, 0, 1_000, moved=10**9)

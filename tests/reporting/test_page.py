@@ -151,8 +151,8 @@ class TestPage:
         config = """
 seed: {seed}
 batch_size: 2
-data: {{corpus: {{_target_: longmix.data.corpora.TextFiles, path: {path}}}}}
-tokenizer: {{_target_: longmix.data.tokenizers.ByteTokenizer}}
+data: {{corpus: {{_target_: longmix.data.corpora.files.TextFiles, path: {path}}}}}
+tokenizer: {{_target_: longmix.data.tokens.tokenizers.ByteTokenizer}}
 optimizer: {{_target_: longmix.training.optimizers.muon, learning_rate: {rate}}}
 model: {{d_model: 128, num_layers: 6, num_heads: 2, block: {{_target_: longmix.model.blocks.{block}}}}}
 mixer: {{x: {seed}}}

@@ -86,7 +86,7 @@ class TestPanels:
         assert (quality_of(runs).unit, quality_of(runs).of(runs[0])) == ("nats/token", 1.25)
 
 
-SYNTHETIC = "data: {_target_: longmix.data.synthetic.SyntheticData, task: {_target_: x.Mqar}}\n"
+SYNTHETIC = "data: {_target_: longmix.data.synthetic.base.SyntheticData, task: {_target_: x.Mqar}}\n"
 
 
 class TestQuality:

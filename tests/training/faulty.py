@@ -99,7 +99,7 @@ def inf_state() -> None:
 
 def signalled_in_the_last_validation() -> None:
     """SIGTERM behind the first batch of it."""
-    from longmix.training.signals import process_watch
+    from longmix.distributed.signals import process_watch
     from longmix.training.supervisor import Supervisor
 
     original = Supervisor.validate
@@ -178,7 +178,7 @@ def print_weights_at_the_end() -> None:
 
 def run_train(words: list[str]) -> None:
     """train.py, with the fault if it is this process's."""
-    from longmix.training.place import own_place, process_rank
+    from longmix.distributed.ranks import own_place, process_rank
 
     fault, _, rank = os.environ.get("FAULT", "").partition(":")
     if fault and own_place() is not None and rank in (str(process_rank()), "all"):

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from longmix.checkpoints import CheckpointStore, store
+from longmix.distributed.signals import SignalWatch
 from longmix.errors import NonFiniteError, StorageError
 from longmix.training.module import TrainingModule
 from longmix.training.run import train
-from longmix.training.signals import SignalWatch
 
 Runs = Callable[..., Path]
 

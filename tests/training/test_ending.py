@@ -13,13 +13,13 @@ from hydra.core.hydra_config import HydraConfig
 
 from longmix.checkpoints import CheckpointStore, load_checkpoint
 from longmix.data.datamodule import TokenData
+from longmix.distributed.signals import SIGNALS, resumable
 from longmix.errors import Interrupted
 from longmix.files import _host
-from longmix.reporting.metrics import read_metrics
+from longmix.metrics import read_metrics
 from longmix.training import run as run_module
 from longmix.training import supervisor as supervisor_module
 from longmix.training.module import TrainingModule
-from longmix.training.signals import SIGNALS, resumable
 
 STEPS = 8
 WORDS = ["seq_len=32", f"max_steps={STEPS}", "loop.log_every=1", "loop.validate_every=4", "loop.checkpoint_every=3"]
@@ -178,7 +178,7 @@ def test_the_last_checkpoint_has_its_validation_and_so_may_be_the_best(straight)
 
 
 def test_a_second_ctrl_c_acts_at_once(train, folder, monkeypatch):
-    monkeypatch.setattr("longmix.training.signals.SAME_PRESS_SECONDS", -1.0)
+    monkeypatch.setattr("longmix.distributed.signals.SAME_PRESS_SECONDS", -1.0)
 
     def twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from longmix.errors import StorageError
-from longmix.reporting.metrics import read_metrics
+from longmix.metrics import read_metrics
 from longmix.training.loggers import CsvLog, WandbLog
 
 

@@ -8,9 +8,9 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from longmix.errors import NonFiniteError
-from longmix.mixers.base import MixerOutput
 from longmix.mixers.flash import Flash
-from longmix.mixers.sparse_flash import HashAttention
+from longmix.mixers.parts.base import MixerOutput
+from longmix.mixers.sparse_flash import SparseFlash
 from longmix.model.backbone import LanguageModel
 from longmix.model.head import IGNORE_INDEX
 from longmix.training.diagnosis import first_nonfinite
@@ -71,7 +71,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(rows):
 def test_running_means_move_once_a_step_whatever_the_micro_batches():
     centers = []
     for rows in (None, 1):
-        mixer = functools.partial(HashAttention, buckets=4)
+        mixer = functools.partial(SparseFlash, buckets=4)
         net = trained(model(mixer), [batch(0), batch(2)], micro_batch_size=rows).model
         centers.append(net.blocks[1].mixer.key_center)
     assert all(center.updates == 2 for center in centers) and centers[0].value.any()
@@ -79,7 +79,7 @@ def test_running_means_move_once_a_step_whatever_the_micro_batches():
 
 
 def test_a_step_left_out_moves_no_running_mean():
-    class ExplodingHash(HashAttention):
+    class ExplodingHash(SparseFlash):
         def forward(self, x, *, state=None, document_ids=None):
             output = super().forward(x, state=state, document_ids=document_ids)
             return MixerOutput(output.y * float("nan"))

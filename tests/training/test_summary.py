@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hydra.core.hydra_config import HydraConfig
 
-from longmix.reporting.metrics import read_metrics
+from longmix.metrics import read_metrics
 from longmix.training import run as run_module
 from longmix.training import summary as summary_module
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from longmix.analysis.attention_figures import LayerMaps, draw_comparison, draw_model, shrunk
 from longmix.analysis.attention_statistics import AttentionStatistics, signed_shares
 from longmix.analysis.effective_attention import layer_inputs, mixing
-from longmix.data.loaders import Batch
+from longmix.batch import Batch
 from longmix.errors import ConfigError
 from longmix.evaluation.loss import to_device
 from longmix.evaluation.provenance import model_facts

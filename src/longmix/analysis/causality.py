@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from longmix.mixers.base import Mixer
+from longmix.mixers.parts.base import Mixer
 from longmix.model.backbone import LanguageModel
 
 Function = Callable[[Tensor, Tensor | None], Tensor]
@@ -210,7 +210,7 @@ def entropy_test(
         seed: of the tokens.
         after_step: called after every step, for a progress bar.
     """
-    from longmix.mixers.running import finish_step
+    from longmix.mixers.parts.between_steps import finish_step
 
     device = model.embedding.weight.device
     generator = torch.Generator().manual_seed(seed)

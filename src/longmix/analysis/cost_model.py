@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from longmix.mixers.base import Mixer
+from longmix.accelerators import Accelerator
+from longmix.mixers.parts.base import Mixer
 from longmix.model.backbone import LanguageModel
-from longmix.training.accelerators import Accelerator
 
 
 def intensity(accelerator: Accelerator, dtype: torch.dtype) -> float:

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from longmix.accelerators import ACCELERATORS, Accelerator, by_word
 from longmix.analysis.cost_model import StepCost, first_context, intensity, step_cost
 from longmix.analysis.state_sizes import held_bytes
 from longmix.errors import ConfigError
@@ -17,12 +18,11 @@ from longmix.evaluation.loss import to_device
 from longmix.evaluation.memory import check_memory
 from longmix.evaluation.subject import Subject, tracked
 from longmix.generation.session import Session
-from longmix.mixers.base import ModelShape
 from longmix.mixers.flash import Flash
+from longmix.mixers.parts.base import ModelShape
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model
 from longmix.reporting.plots import draw_curves, new_figure
-from longmix.training.accelerators import ACCELERATORS, Accelerator, by_word
 
 STEPS_READ = 1024
 """Tokens after a context that are read from the data; further steps read them again."""

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longmix.mixers.base import Mixer
-from longmix.mixers.recurrent import RecurrentMixer
-from longmix.mixers.softmax import SoftmaxAttention
+from longmix.mixers.parts.base import Mixer
+from longmix.mixers.parts.recurrent import RecurrentMixer
+from longmix.mixers.parts.softmax import SoftmaxAttention
 from longmix.model.backbone import LanguageModel
 
 ENGINES = ("linear_attention", "delta_rule")
@@ -122,9 +122,9 @@ def mixing(mixer: Mixer, x: Tensor, **options: Any) -> Mixing:
         return Mixing(call.value, call.output, run_engine(torch.zeros_like(call.value)), run_engine)
     if not isinstance(mixer, SoftmaxAttention):
         raise ValueError(
-            f"{type(mixer).__name__} derives from neither RecurrentMixer (longmix.mixers.recurrent), whose engine "
-            "takes the values, nor SoftmaxAttention (longmix.mixers.softmax), which has projections `value` and "
-            "`output`; so it is not known which values it mixes"
+            f"{type(mixer).__name__} derives from neither RecurrentMixer (longmix.mixers.parts.recurrent), whose "
+            "engine takes the values, nor SoftmaxAttention (longmix.mixers.parts.softmax), which has projections "
+            "`value` and `output`; so it is not known which values it mixes"
         )
 
     def run(values: Tensor | None) -> tuple[Tensor, Tensor]:

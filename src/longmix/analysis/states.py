@@ -16,14 +16,14 @@ from torch import Tensor
 from longmix.analysis.effective_attention import engine_call, layer_inputs
 from longmix.analysis.gates import gate_statistics
 from longmix.analysis.state_sizes import held_bytes, log_root_mean_square
-from longmix.data.loaders import Batch
+from longmix.batch import Batch
 from longmix.errors import ConfigError
 from longmix.evaluation.loss import to_device
 from longmix.evaluation.memory import check_memory
 from longmix.evaluation.subject import Subject, tracked
-from longmix.mixers.base import Mixer
-from longmix.mixers.recurrent import RecurrentMixer
-from longmix.mixers.softmax import SoftmaxAttention
+from longmix.mixers.parts.base import Mixer
+from longmix.mixers.parts.recurrent import RecurrentMixer
+from longmix.mixers.parts.softmax import SoftmaxAttention
 from longmix.reporting.plots import draw_curves, new_figure
 
 TIMES_TRAINED = 8
@@ -206,7 +206,7 @@ def _without_size(layers: list[dict[str, Any]]) -> list[str]:
     if kinds["other"]:
         found.append(
             f"of the state of {', '.join(kinds['other'])} only the bytes are known: a mixer that derives from "
-            "RecurrentMixer (longmix.mixers.recurrent) also shows how large its state grows and what its gates do"
+            "RecurrentMixer (longmix.mixers.parts.recurrent) also shows how large its state grows and what its gates do"
         )
     return found
 

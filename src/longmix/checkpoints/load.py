@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any, Union
 
 import torch
 
-from longmix.checkpoints.processes import Processes
 from longmix.checkpoints.progress import bytes_bar
 from longmix.checkpoints.reading import as_state, cure, read_info, reading
 from longmix.checkpoints.tensors import join
 from longmix.checkpoints.whole import WholeCheckpoint, read_whole
+from longmix.distributed.agreement import Processes
 from longmix.errors import CheckpointError
 from longmix.reading import shortened
 

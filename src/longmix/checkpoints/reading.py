@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longmix.data.sealed import sha256_of_json
+from longmix.data.tokens.sealed_folder import sha256_of_json
 from longmix.errors import CheckpointError, LongmixError
 from longmix.files import sha256_of_file
 from longmix.reading import LONGEST_REASON, read_json, require_regular, shortened

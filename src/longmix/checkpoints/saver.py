@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longmix.checkpoints.processes import Processes
 from longmix.checkpoints.store import CheckpointStore
 from longmix.checkpoints.tensors import (
     IN_TENSORS,
@@ -22,6 +21,7 @@ from longmix.checkpoints.tensors import (
     whole,
     without_aliases,
 )
+from longmix.distributed.agreement import Processes
 from longmix.errors import StorageError
 from longmix.files import storage_errors
 

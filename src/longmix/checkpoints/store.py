@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from longmix.checkpoints.load import ALIASES, SHARDED, WHOLE
-from longmix.checkpoints.processes import Processes
 from longmix.checkpoints.reading import INFO_FILE, facts_of, read_info
 from longmix.checkpoints.tensor_files import write_tensors
 from longmix.checkpoints.tensors import Name, Piece
 from longmix.checkpoints.whole import STATE_FILE, write_whole
+from longmix.distributed.agreement import Processes
 from longmix.errors import CheckpointError
 from longmix.files import (
     atomic_directory,

@@ -39,7 +39,7 @@ LOOP_COUNTS = ("log_every", "validate_every", "checkpoint_every", "keep_checkpoi
 
 @dataclass
 class TuningConfig:
-    """What `trainable=states` trains besides the states; see `longmix.mixers.tuned`.
+    """What `trainable=states` trains besides the states; see `longmix.mixers.parts.state_tuning`.
 
     Attributes:
         features: size of a memory that each head reads through kernel features; 0 for none.

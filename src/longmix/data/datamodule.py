@@ -8,12 +8,12 @@ import lightning
 import numpy as np
 from torch.utils.data import DataLoader
 
-from longmix.data.corpus import Corpus
+from longmix.data.corpora.corpus import Corpus
+from longmix.data.corpora.local_files import user_path
 from longmix.data.loaders import EvaluationBatches, TrainSteps, load, local_share
-from longmix.data.local_files import user_path
-from longmix.data.preparation import Preparation, prepare
-from longmix.data.token_files import TokenFile
-from longmix.data.tokenizers import Tokenizer
+from longmix.data.tokens.preparation import Preparation, prepare
+from longmix.data.tokens.token_files import TokenFile
+from longmix.data.tokens.tokenizers import Tokenizer
 from longmix.data.windows import EvaluationWindows, TrainWindows, check_seq_len, order_key
 from longmix.errors import ConfigError
 

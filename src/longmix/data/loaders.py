@@ -3,28 +3,15 @@
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from longmix.data.windows import IGNORE_INDEX, EvaluationWindows, TrainWindows, Window
+from longmix.batch import IGNORE_INDEX, Batch
+from longmix.data.windows import EvaluationWindows, TrainWindows, Window
 from longmix.errors import ConfigError, LongmixError
-
-
-class Batch(TypedDict):
-    """Rows of windows.
-
-    Attributes:
-        tokens: int64 [b, T].
-        targets: int64 [b, T], `IGNORE_INDEX` where nothing is to be predicted.
-        document_ids: int32 [b, T], or None when no row holds a boundary between documents.
-    """
-
-    tokens: torch.Tensor
-    targets: torch.Tensor
-    document_ids: torch.Tensor | None
 
 
 def collate(windows: Iterable[Window]) -> Batch:

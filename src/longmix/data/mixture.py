@@ -8,11 +8,11 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from longmix.data.corpus import SPLITS, Corpus, check_split
+from longmix.data.corpora.corpus import SPLITS, Corpus, check_split
 from longmix.data.datamodule import DataOptions, TokenData
-from longmix.data.preparation import prepare
-from longmix.data.token_files import TokenFile
-from longmix.data.tokenizers import Tokenizer
+from longmix.data.tokens.preparation import prepare
+from longmix.data.tokens.token_files import TokenFile
+from longmix.data.tokens.tokenizers import Tokenizer
 from longmix.data.windows import EvaluationWindows, TrainWindows, Window, check_seq_len, order_key, permutation
 from longmix.errors import ConfigError, DataError, settings_at
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
-from longmix.data.corpus import SPLITS
+from longmix.data.corpora.corpus import SPLITS
+from longmix.data.corpora.local_files import user_path
+from longmix.data.corpora.retry import Patience
 from longmix.data.datamodule import DataOptions, TokenData
-from longmix.data.local_files import user_path
-from longmix.data.patience import Patience
-from longmix.data.sealed import MANIFEST, read_manifest
-from longmix.data.token_files import FORMAT_VERSION, TOKENIZER, TokenFile, check_manifest
-from longmix.data.tokenizers import Tokenizer, tokenizer_from_state
+from longmix.data.tokens.sealed_folder import MANIFEST, read_manifest
+from longmix.data.tokens.token_files import FORMAT_VERSION, TOKENIZER, TokenFile, check_manifest
+from longmix.data.tokens.tokenizers import Tokenizer, tokenizer_from_state
 from longmix.data.windows import SHARDS_TOGETHER
 from longmix.errors import ConfigError, DataError
 from longmix.files import remove_leftovers, replace_file, sha256_of_file

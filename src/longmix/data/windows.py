@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from longmix.data.token_files import TokenFile
+from longmix.batch import IGNORE_INDEX
+from longmix.data.tokens.token_files import TokenFile
 from longmix.errors import ConfigError
-
-IGNORE_INDEX = -100
 
 SHARDS_TOGETHER = 16
 """Shards whose documents are mixed: 4 GiB of the usual size, 2 billion tokens of uint16."""

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from longmix.data.windows import IGNORE_INDEX
+from longmix.batch import IGNORE_INDEX
 from longmix.evaluation.by_position import drawn_by_position
 from longmix.evaluation.subject import Subject
 from longmix.model.head import SLICE_ELEMENTS

@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from longmix.data.loaders import Batch
-from longmix.data.tokenizers import NumberTokenizer
+from longmix.batch import Batch
+from longmix.data.tokens.tokenizers import NumberTokenizer
 from longmix.errors import ConfigError
 from longmix.evaluation.loss import evaluate_loss
 from longmix.evaluation.prefixes import prefix_ends, prefixes_alone, rows_whole

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from longmix.data.token_files import TokenFile
+from longmix.data.tokens.token_files import TokenFile
 from longmix.errors import ConfigError, DataError
-from longmix.evaluation.reading import context_lengths_of, last_hidden, pieces_of_hidden, text_of
+from longmix.evaluation.prefill import context_lengths_of, last_hidden, pieces_of_hidden, text_of
 from longmix.evaluation.statistics import position_buckets
 from longmix.evaluation.subject import Subject, tracked
 from longmix.model.head import token_losses

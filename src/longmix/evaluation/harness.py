@@ -11,7 +11,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
-from longmix.evaluation.reading import pieces_of_hidden
+from longmix.evaluation.prefill import pieces_of_hidden
 from longmix.evaluation.subject import Subject, tracked
 from longmix.generation.sampling import Sampling
 from longmix.generation.session import Session

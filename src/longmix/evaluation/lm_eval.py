@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from longmix.data.tokenizers import NumberTokenizer
+from longmix.data.tokens.tokenizers import NumberTokenizer
 from longmix.errors import ConfigError, DataError
 from longmix.evaluation.subject import Subject
 from longmix.wording import counted

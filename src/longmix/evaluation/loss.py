@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-from longmix.data.loaders import Batch
+from longmix.batch import Batch
 from longmix.evaluation.statistics import LossStatistics
 from longmix.model.backbone import ModelOutput
 

@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from longmix.data.haystack import Forms, Needle, draw_needle, haystack_rows
-from longmix.data.needle import NeedleData
-from longmix.data.token_files import TokenFile
+from longmix.data.synthetic.haystack import Forms, Needle, draw_needle, haystack_rows
+from longmix.data.synthetic.needle import NeedleData
+from longmix.data.tokens.token_files import TokenFile
 from longmix.errors import ConfigError
-from longmix.evaluation.reading import context_lengths_of, last_hidden, text_of
+from longmix.evaluation.prefill import context_lengths_of, last_hidden, text_of
 from longmix.evaluation.subject import Subject, tracked
 from longmix.reporting.plots import draw_heat_map, new_figure
 

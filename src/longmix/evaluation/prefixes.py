@@ -9,8 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from longmix.data.loaders import Batch
-from longmix.data.windows import IGNORE_INDEX
+from longmix.batch import IGNORE_INDEX, Batch
 
 
 def prefix_ends(length: int, prefixes: int) -> list[int]:

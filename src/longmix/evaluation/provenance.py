@@ -10,7 +10,7 @@ import torch
 from longmix.checkpoints.reading import weights_digest
 from longmix.config import Node
 from longmix.data.datamodule import TokenData
-from longmix.data.sealed import sha256_of_json
+from longmix.data.tokens.sealed_folder import sha256_of_json
 from longmix.files import sha256_of_file
 from longmix.restore import Restored
 

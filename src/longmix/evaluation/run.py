@@ -12,8 +12,8 @@ from longmix import config as configuration
 from longmix.allocation import allocation_errors
 from longmix.config import Node, build
 from longmix.data.datamodule import TokenData
-from longmix.data.synthetic import SyntheticData
-from longmix.data.tokenizers import NumberTokenizer
+from longmix.data.synthetic.base import SyntheticData
+from longmix.data.tokens.tokenizers import NumberTokenizer
 from longmix.errors import ConfigError, Interrupted, LongmixError, ProcessLost
 from longmix.evaluation.provenance import is_own
 from longmix.evaluation.subject import Subject

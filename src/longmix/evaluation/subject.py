@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 
+from longmix.batch import Batch
 from longmix.config import Node
 from longmix.data.datamodule import TokenData
-from longmix.data.loaders import Batch
 from longmix.errors import ConfigError, DataError
 from longmix.evaluation import provenance
 from longmix.evaluation.loss import to_device

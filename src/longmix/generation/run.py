@@ -18,7 +18,7 @@ from longmix.checkpoints.reading import weights_digest
 from longmix.checkpoints.store import final_name
 from longmix.config import Node
 from longmix.console import is_gone
-from longmix.data.tokenizers import Tokenizer
+from longmix.data.tokens.tokenizers import Tokenizer
 from longmix.errors import ConfigError, DataError
 from longmix.files import check_replaceable
 from longmix.generation.sampling import Sampling

@@ -3,7 +3,7 @@
 import codecs
 from collections.abc import Sequence
 
-from longmix.data.tokenizers import Tokenizer
+from longmix.data.tokens.tokenizers import Tokenizer
 
 LONGEST_BEGINNING = 3
 """Bytes of a character of UTF-8 that is not whole yet."""

@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from longmix.mixers.measures import Metric
-from longmix.mixers.softmax import Rows, SoftmaxAttention
-from longmix.parallel.balance import balanced, rows_needed
-from longmix.parallel.slices import Slices
+from longmix.distributed.balance import balanced, rows_needed
+from longmix.distributed.slices import Slices
+from longmix.mixers.parts.metrics import Metric
+from longmix.mixers.parts.softmax import Rows, SoftmaxAttention
 from longmix_kernels.attention import attention, sdpa
 
 

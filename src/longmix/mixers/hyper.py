@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longmix.errors import ConfigError
-from longmix.mixers.base import SEED, ModelShape, at_most
-from longmix.mixers.labelled import Part
-from longmix.mixers.measures import Metric
-from longmix.mixers.softmax import HeadOptions, Rows, Selection
-from longmix.mixers.sparse_flash import HashAttention, pseudo_random
+from longmix.mixers.parts.base import SEED, ModelShape, at_most
+from longmix.mixers.parts.by_label import Part
+from longmix.mixers.parts.hashing import pseudo_random
+from longmix.mixers.parts.metrics import Metric
+from longmix.mixers.parts.softmax import HeadOptions, Rows, Selection
+from longmix.mixers.sparse_flash import SparseFlash
 from longmix_kernels.attention import Ordering, attention, order_by_label
 
 _SAMPLED, _NOT_SAMPLED = 0, 1
@@ -30,11 +31,11 @@ _EXCLUDED = -(2.0**14)
 """Added to the score of a pair before scaling: with a scale of at least 1 / 16 its weight is exp(-1024) = 0."""
 
 
-class Hyper(HashAttention):
+class Hyper(SparseFlash):
     """Exact window, exact buckets, and an unbiased estimate of the rest.
 
     Args:
-        shape, layer_index: see `HashAttention`, as `options`.
+        shape, layer_index: see `SparseFlash`, as `options`.
         sample: chance of a key to be a sample, in (0, 1).
         sample_seed: of the choice of samples.
 

@@ -16,18 +16,18 @@ from typing import Any, NoReturn, Unpack
 import torch
 from torch import Tensor, nn
 
+from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
-from longmix.mixers import routing_modes as modes
-from longmix.mixers.base import COUNT, REAL, SEED, TOKENS, MixerOutput, ModelShape, at_most, checked_sizes
-from longmix.mixers.centroids import ScoreThreshold, SphericalKMeans, unit, usage
-from longmix.mixers.labelled import empty_rows
-from longmix.mixers.measures import Metric
-from longmix.mixers.rotary import rotary_angles, rotate, token_positions
-from longmix.mixers.routing_cache import Rings, RoutingState, with_rings
-from longmix.mixers.scatterbrain_summaries import numbered
-from longmix.mixers.softmax import HeadOptions, Rows, Selection, SoftmaxAttention
+from longmix.mixers.parts import routing_modes as modes
+from longmix.mixers.parts.base import COUNT, REAL, SEED, TOKENS, MixerOutput, ModelShape, at_most, checked_sizes
+from longmix.mixers.parts.by_label import empty_rows
+from longmix.mixers.parts.centroids import ScoreThreshold, SphericalKMeans, unit, usage
+from longmix.mixers.parts.metrics import Metric
+from longmix.mixers.parts.rings import Rings, RoutingState, with_rings
+from longmix.mixers.parts.rotary import rotary_angles, rotate, token_positions
+from longmix.mixers.parts.scatterbrain_summaries import numbered
+from longmix.mixers.parts.softmax import HeadOptions, Rows, Selection, SoftmaxAttention
 from longmix.notices import notice
-from longmix.parallel.slices import Slices
 from longmix_kernels.attention import Ordering, attention, merge
 
 

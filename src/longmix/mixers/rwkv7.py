@@ -23,13 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
-from longmix.mixers.base import COUNT, MixerOutput, ModelShape, at_most, checked_sizes, divided
-from longmix.mixers.convolution import token_shift
-from longmix.mixers.linear import HeadwiseNorm, check_norm_eps
-from longmix.mixers.recurrences import DeltaRecurrence, widened
-from longmix.mixers.recurrent import RecurrentMixer, RecurrentState, continued_ids
-from longmix.parallel.slices import Slices
+from longmix.mixers.parts.base import COUNT, MixerOutput, ModelShape, at_most, checked_sizes, divided
+from longmix.mixers.parts.convolution import token_shift
+from longmix.mixers.parts.norms import HeadwiseNorm, check_norm_eps
+from longmix.mixers.parts.recurrent import RecurrentMixer, RecurrentState, continued_ids
+from longmix.mixers.parts.recurrent_slices import DeltaRecurrence, widened
 from longmix.recipe import Recipe, set_recipe
 from longmix_kernels.delta import delta_rule
 

@@ -25,18 +25,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
-from longmix.mixers.base import COUNT, REAL, SEED, TOKENS, MixerOutput, ModelShape, at_most, checked_sizes
-from longmix.mixers.features import FeatureMap, check_kind, enough_features, predicted_error
-from longmix.mixers.measures import Mean, MeanProduct, Metric
-from longmix.mixers.recurrent import goes_on
-from longmix.mixers.rotary import rotary_angles, rotate, token_positions
-from longmix.mixers.scatterbrain_cache import Keys, Queries, ScatterbrainState, recent_limit, state_after
-from longmix.mixers.scatterbrain_slices import after_earlier_slices, after_sums
-from longmix.mixers.scatterbrain_summaries import Blocks, Part, no_summaries, numbered, pooled
-from longmix.mixers.softmax import HeadOptions, SoftmaxAttention
+from longmix.mixers.parts.base import COUNT, REAL, SEED, TOKENS, MixerOutput, ModelShape, at_most, checked_sizes
+from longmix.mixers.parts.features import FeatureMap, check_kind, enough_features, predicted_error
+from longmix.mixers.parts.metrics import Mean, MeanProduct, Metric
+from longmix.mixers.parts.recurrent import goes_on
+from longmix.mixers.parts.rotary import rotary_angles, rotate, token_positions
+from longmix.mixers.parts.scatterbrain_cache import Keys, Queries, ScatterbrainState, recent_limit, state_after
+from longmix.mixers.parts.scatterbrain_slices import after_earlier_slices, after_sums
+from longmix.mixers.parts.scatterbrain_summaries import Blocks, Part, no_summaries, numbered, pooled
+from longmix.mixers.parts.softmax import HeadOptions, SoftmaxAttention
 from longmix.notices import notice
-from longmix.parallel.slices import Slices
 from longmix_kernels.attention import attention, merge
 from longmix_kernels.scatter import FeatureState, ScatterResult, empty_state, scatter_attention
 

@@ -20,17 +20,16 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
-from longmix.mixers.base import SEED, TOKENS, ModelShape, at_most
-from longmix.mixers.labelled import AngularHash
-from longmix.mixers.routing_cache import Rings, with_rings
+from longmix.mixers.parts.base import SEED, TOKENS, ModelShape, at_most
+from longmix.mixers.parts.hashing import AngularHash, centered, running_center
+from longmix.mixers.parts.rings import Rings, with_rings
+from longmix.mixers.parts.scatterbrain_cache import Keys, Queries, ScatterbrainState, recent_limit
+from longmix.mixers.parts.scatterbrain_slices import after_earlier_slices
+from longmix.mixers.parts.scatterbrain_summaries import GONE, Part
+from longmix.mixers.parts.softmax import Rows, Selection
 from longmix.mixers.scatterbrain import Scatterbrain, ScatterbrainOptions
-from longmix.mixers.scatterbrain_cache import Keys, Queries, ScatterbrainState, recent_limit
-from longmix.mixers.scatterbrain_slices import after_earlier_slices
-from longmix.mixers.scatterbrain_summaries import GONE, Part
-from longmix.mixers.softmax import Rows, Selection
-from longmix.mixers.sparse_flash import centered, running_center
-from longmix.parallel.slices import Slices
 from longmix_kernels.attention import attention, order_by_label
 from longmix_kernels.scatter import FeatureState
 from longmix_kernels.scatter.bounds import exact_bounds
@@ -43,7 +42,7 @@ class ScatterbrainContent(Scatterbrain):
         shape, layer_index, settings: see `Scatterbrain`.
         buckets: of the hash that selects keys, even.
         window: keys of its bucket that a query sees at most, the latest ones.
-        center_decay, hash_seed: see `HashAttention`.
+        center_decay, hash_seed: see `SparseFlash`.
 
     Raises:
         ConfigError: naming the setting.

@@ -5,9 +5,9 @@ from typing import Unpack
 from torch import Tensor
 
 from longmix.errors import ConfigError
-from longmix.mixers.base import TOKENS, ModelShape, at_most
-from longmix.mixers.measures import Metric
-from longmix.mixers.softmax import HeadOptions, Rows, SoftmaxAttention
+from longmix.mixers.parts.base import TOKENS, ModelShape, at_most
+from longmix.mixers.parts.metrics import Metric
+from longmix.mixers.parts.softmax import HeadOptions, Rows, SoftmaxAttention
 from longmix_kernels.attention import attention
 
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
-from longmix.mixers.base import Mixer, ModelShape
-from longmix.mixers.measures import Metric
+from longmix.mixers.parts.base import Mixer, ModelShape
+from longmix.mixers.parts.metrics import Metric
 from longmix.model.blocks import Block, BlockStyle, Standard
 from longmix.model.head import hits, token_losses, token_losses_and_peaks
-from longmix.parallel.slices import Slices
 
 MOST_LAYERS = 10_000
 """Far beyond what anybody trains; a configuration from somewhere else might ask for more than could ever be built."""

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
-from longmix.mixers.base import Mixer, MixerOutput, ModelShape
-from longmix.mixers.whole_rows import over_whole_rows
-from longmix.parallel.slices import Slices
+from longmix.mixers.parts.base import Mixer, MixerOutput, ModelShape
+from longmix.mixers.parts.whole_rows import over_whole_rows
 from longmix.recipe import Recipe, set_recipe
 
 

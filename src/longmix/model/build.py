@@ -7,9 +7,9 @@ import torch
 
 from longmix.config import Node, build, check, unknown_key
 from longmix.errors import ConfigError
-from longmix.mixers.base import Mixer, ModelShape
+from longmix.mixers.parts.base import Mixer, ModelShape
 from longmix.model.backbone import LanguageModel, MixerFactory
-from longmix.model.states import check_weights, load_weights
+from longmix.model.tuned_states_file import check_weights, load_weights
 
 MIXER_ARGUMENTS = {"shape", "layer_index"}
 CHECK_VOCABULARY = 2
@@ -68,7 +68,7 @@ def _built(node: Node, key: str, shape: ModelShape, layer_index: int) -> Mixer:
 
 
 def check_mixer(mixer: Any, what: str) -> None:
-    """Refuse what lacks a part of the contract in `longmix.mixers.base.Mixer`, before any work is done with it.
+    """Refuse what lacks a part of the contract in `longmix.mixers.parts.base.Mixer`, before any work is done with it.
 
     Args:
         mixer: what was built.
@@ -79,11 +79,11 @@ def check_mixer(mixer: Any, what: str) -> None:
     """
     name = type(mixer).__name__
     if not isinstance(mixer, Mixer):
-        raise ConfigError(f"{what} is a {name}; it must be a subclass of longmix.mixers.base.Mixer.")
+        raise ConfigError(f"{what} is a {name}; it must be a subclass of longmix.mixers.parts.base.Mixer.")
     lacking = [words for method, words in REQUIRED.items() if _inherited(type(mixer), method)]
     if lacking:
         raise ConfigError(
-            f"{what}: {name} lacks {', '.join(lacking)}; longmix.mixers.base.Mixer says what each returns."
+            f"{what}: {name} lacks {', '.join(lacking)}; longmix.mixers.parts.base.Mixer says what each returns."
         )
     given = {"state": None, "document_ids": None, **({"first_value": None} if mixer.value_residual else {})}
     try:

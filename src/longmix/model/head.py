@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from longmix.data.windows import IGNORE_INDEX
+from longmix.batch import IGNORE_INDEX
 
 SLICE_ELEMENTS = 1 << 24
 """Logits held at once: 64 MiB in float32."""

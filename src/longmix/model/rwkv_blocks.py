@@ -11,11 +11,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
-from longmix.mixers.base import Mixer, MixerOutput, ModelShape, checked_sizes
-from longmix.mixers.convolution import token_shift
-from longmix.mixers.recurrent import RecurrentMixer, RecurrentState, continued_ids
-from longmix.parallel.slices import Slices
+from longmix.mixers.parts.base import Mixer, MixerOutput, ModelShape, checked_sizes
+from longmix.mixers.parts.convolution import token_shift
+from longmix.mixers.parts.recurrent import RecurrentMixer, RecurrentState, continued_ids
 from longmix.recipe import Recipe, set_recipe
 
 

@@ -51,10 +51,10 @@ def _run(words: list[str], output: Path | None) -> int:
     from rich.console import Console
 
     from longmix.files import replace_json, storage_errors
-    from longmix.planning import advice, report, request
+    from longmix.planning import advice, arguments, report
     from longmix.planning.plan import Planner
 
-    planner = Planner(request.read(words))
+    planner = Planner(arguments.read(words))
     plan = planner.plan()
     fits = plan.memory.fits
     change = None if fits else advice.smallest_change(planner)

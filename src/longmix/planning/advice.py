@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from longmix.errors import ConfigError
+from longmix.planning.arguments import Choice, Request
 from longmix.planning.plan import Plan, Planner
-from longmix.planning.request import Choice, Request
 
 KINDS = ("micro_batch_size", "checkpointed", "strategy", "context_parallel", "seq_len")
 

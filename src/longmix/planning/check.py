@@ -26,11 +26,11 @@ from torch.distributed import _functional_collectives as functional_collectives
 
 from longmix import startup
 from longmix.config import build
+from longmix.distributed.ranks import local_environment
 from longmix.errors import ConfigError, LongmixError
+from longmix.planning.arguments import Request, read
 from longmix.planning.memory import GIB
 from longmix.planning.plan import Planner
-from longmix.planning.request import Request, read
-from longmix.training.place import local_environment
 
 CPU_SIZES = ("model=tiny", "model.num_layers=3", "seq_len=1024", "batch_size=2")
 GPU_SIZES = ("model=125m", "seq_len=8192", "batch_size=2", "tokenizer=bpe", "tokenizer.vocab_size=32000")
@@ -161,7 +161,7 @@ def two_steps(request: Request) -> None:
     from lightning.pytorch import Trainer
     from torch.utils.data import DataLoader
 
-    from longmix.data.loaders import Batch
+    from longmix.batch import Batch
     from longmix.model.build import build_model
     from longmix.training.hardware import TrainerSettings
     from longmix.training.module import TrainingModule

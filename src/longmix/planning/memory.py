@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from longmix.model.backbone import LanguageModel
+from longmix.planning.arguments import Choice
+from longmix.planning.dry_run import Part, Rehearsal, Setting
 from longmix.planning.optimizer import OptimizerNeeds
-from longmix.planning.rehearsal import Part, Rehearsal, Setting
-from longmix.planning.request import Choice
 
 GIB = 2**30
 

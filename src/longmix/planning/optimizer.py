@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from longmix.config import Node, build
 from longmix.model.backbone import LanguageModel
-from longmix.planning.ledger import Ledger, bytes_of, empty_like
+from longmix.planning.memory_tracker import Ledger, bytes_of, empty_like
 from longmix.recipe import Recipe, recipe_of, set_recipe
 from longmix.training.optimizers import Float32Muon
 

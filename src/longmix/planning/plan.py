@@ -7,10 +7,10 @@ from typing import Any, Literal
 import torch
 
 from longmix.model.backbone import LanguageModel
+from longmix.planning.arguments import Choice, Request
+from longmix.planning.dry_run import Ends, Rehearsal, Setting, rehearse, rehearse_ends
 from longmix.planning.memory import Division, Memory, memory_needed
 from longmix.planning.optimizer import OptimizerNeeds, optimizer_needs
-from longmix.planning.rehearsal import Ends, Rehearsal, Setting, rehearse, rehearse_ends
-from longmix.planning.request import Choice, Request
 from longmix.planning.traffic import StepTime, Traffic, step_time, traffic_of, training_flops
 
 

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from typing import cast
 
+from longmix.accelerators import Accelerator
 from longmix.model.backbone import LanguageModel
 from longmix.model.blocks import Block
 from longmix.model.head import SLICE_ELEMENTS
+from longmix.planning.dry_run import Rehearsal, Setting
 from longmix.planning.memory import Division
 from longmix.planning.optimizer import OptimizerNeeds
-from longmix.planning.rehearsal import Rehearsal, Setting
-from longmix.training.accelerators import Accelerator
 
 UTILISATION = 0.6
 """Share of peak arithmetic that products of matrices reach."""

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from longmix.errors import DataError
+from longmix.metrics import METRICS_FILE, Metrics, read_metrics
 from longmix.printable import printable
 from longmix.reading import require_regular
 from longmix.reporting.evaluations import Evaluations, read_evaluations
-from longmix.reporting.metrics import METRICS_FILE, Metrics, read_metrics
 from longmix.reporting.quality import ranked
 from longmix.reporting.settings import Settings, is_synthetic, read_settings
 from longmix.reporting.summaries import Unfinished, read_summary

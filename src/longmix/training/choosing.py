@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from longmix.checkpoints import CheckpointStore, chosen_checkpoint, find_checkpoint
 from longmix.checkpoints.reading import INFO_FILE
 from longmix.config import Node
+from longmix.distributed.ranks import was_restarted
 from longmix.errors import ConfigError
 from longmix.files import replace_file
 from longmix.locks import Lock
@@ -20,7 +21,6 @@ from longmix.naming import RUNS, swept_words
 from longmix.reading import read_yaml
 from longmix.training.claims import LOCK_FILE, claim, claim_new, deciding, in_use, is_claimed, remove_unused
 from longmix.training.identity import CONFIG_FILE, changes, is_unknown_origin, phrases, read_config
-from longmix.training.place import was_restarted
 
 log = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
+from longmix.distributed.ranks import was_restarted
 from longmix.errors import ConfigError
 from longmix.files import storage_errors
 from longmix.locks import Lock, adopt, holder, try_lock
-from longmix.training.place import was_restarted
 
 LOCK_FILE = ".lock"
 PASSED_ON = "LONGMIX_RUN_LOCK"

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from longmix.checkpoints.processes import Processes
+from longmix.batch import Batch
 from longmix.checkpoints.tensors import Name, own_part, split
-from longmix.data.loaders import Batch
-from longmix.mixers.base import MixerOutput
+from longmix.distributed.agreement import Processes
+from longmix.mixers.parts.base import MixerOutput
 from longmix.model.backbone import ModelOutput
 
 

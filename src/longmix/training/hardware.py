@@ -9,9 +9,9 @@ from typing import Literal
 
 import torch
 
+from longmix.accelerators import by_driver_name
+from longmix.distributed.ranks import own_place
 from longmix.errors import ConfigError
-from longmix.training.accelerators import by_driver_name
-from longmix.training.place import own_place
 from longmix.wording import counted
 
 
@@ -53,8 +53,8 @@ class TrainerSettings:
             one, or every GPU for a strategy of several processes.
         num_nodes: how many machines; torchrun and srun say it themselves.
         strategy: "single", "ddp" or "fsdp".
-        context_parallel: how many of the processes share each row, a slice for each (`longmix.parallel.slices`); None
-            for all of them.
+        context_parallel: how many of the processes share each row, a slice for each (`longmix.distributed.slices`);
+            None for all of them.
         precision: "auto" is bf16-mixed on a GPU and 32-true on a CPU, where bf16 is emulated.
         compile: torch.compile each block.
         micro_batch_size: windows of one forward and backward pass; None takes a process's whole share of `batch_size`.

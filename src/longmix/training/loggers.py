@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from longmix.files import storage_errors
-from longmix.reporting.metrics import METRICS_FILE, Metrics, read_cells
+from longmix.metrics import METRICS_FILE, Metrics, read_cells
 
 INIT_TIMEOUT_SECONDS = 30
 

@@ -16,17 +16,17 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from longmix.batch import Batch
 from longmix.checkpoints import Checkpoint
-from longmix.checkpoints.processes import Processes
 from longmix.checkpoints.store import SKIPS_IN_A_ROW
-from longmix.data.loaders import Batch
+from longmix.distributed.agreement import Processes
 from longmix.errors import CheckpointError, NonFiniteError
-from longmix.mixers.measures import Measure, accumulate
-from longmix.mixers.running import finish_step
+from longmix.mixers.parts.between_steps import finish_step
+from longmix.mixers.parts.metrics import Measure, accumulate
 from longmix.model.backbone import LanguageModel, ModelOutput
 from longmix.model.head import IGNORE_INDEX
 from longmix.recipe import recipe_of, set_recipe
-from longmix.training import parallel
+from longmix.training import strategies
 from longmix.training.diagnosis import first_nonfinite, nonfinite_tensor
 from longmix.training.optimizers import PEAK
 from longmix.training.saved_state import named_state, restore_state
@@ -112,9 +112,9 @@ class TrainingModule(LightningModule):
     def configure_model(self) -> None:
         """Lightning asks once the processes exist; only a strategy with a device mesh divides the model."""
         if self.slices > 1 and self.row_group is None:
-            self.row_group = parallel.row_group(self.slices, self.timeout)
-        if self.device_mesh is not None and not parallel.is_sharded(self.model):
-            parallel.shard(self.model, self.device_mesh["data_parallel"], self.trainer.precision)
+            self.row_group = strategies.row_group(self.slices, self.timeout)
+        if self.device_mesh is not None and not strategies.is_sharded(self.model):
+            strategies.shard(self.model, self.device_mesh["data_parallel"], self.trainer.precision)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """Lightning asks for the optimizers after the model is on its device."""
@@ -195,16 +195,16 @@ class TrainingModule(LightningModule):
     def run(self, batch: Batch) -> ModelOutput:
         """The model's output; of this process's slice if rows are shared, with token losses of 0 outside it."""
         if self.row_group is not None:
-            return parallel.run_slice(self.model, batch, self.row_group)
+            return strategies.run_slice(self.model, batch, self.row_group)
         return self.model(batch["tokens"], batch["targets"], document_ids=batch["document_ids"])
 
     def own(self, batch: Batch) -> Batch:
         """The batch with the targets that this process alone counts."""
-        return batch if self.row_group is None else parallel.own_targets(batch, self.row_group)
+        return batch if self.row_group is None else strategies.own_targets(batch, self.row_group)
 
     def _clip(self, record: StepRecord) -> None:
         gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
-        norm = parallel.whole(torch.nn.utils.get_total_norm(gradients))
+        norm = strategies.whole(torch.nn.utils.get_total_norm(gradients))
         if self.gradient_clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.gradient_clip, norm)
         record.gradient_norm = norm

@@ -5,7 +5,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from longmix.reporting.metrics import Metrics
+from longmix.metrics import Metrics
 
 
 class ProgressDisplay:

@@ -9,13 +9,13 @@ from typing import Any
 
 from longmix.checkpoints import Checkpoint, CheckpointStore, open_checkpoint
 from longmix.checkpoints.contents import check_run_state, rebuilding
-from longmix.checkpoints.processes import Processes
 from longmix.checkpoints.store import ASIDE, new_aside, step_of
 from longmix.config import Node, total_steps
+from longmix.distributed.agreement import Processes
 from longmix.errors import CheckpointError
 from longmix.files import remove_leftovers, storage_errors
 from longmix.locks import Lock
-from longmix.model.states import STATES_FILE
+from longmix.model.tuned_states_file import STATES_FILE
 from longmix.reading import read_json
 from longmix.training.choosing import Choice, choose_start, write_config
 from longmix.training.claims import remove_unused

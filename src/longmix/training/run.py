@@ -19,30 +19,29 @@ from omegaconf import DictConfig
 
 from longmix import config as configuration
 from longmix.checkpoints import CheckpointStore, load_checkpoint
-from longmix.checkpoints.processes import Processes
 from longmix.cli import hydra_word
 from longmix.config import Node, build, total_steps
 from longmix.data.datamodule import TokenData
-from longmix.data.synthetic import SyntheticData
-from longmix.data.tokenizers import Tokenizer
+from longmix.data.synthetic.base import SyntheticData
+from longmix.data.tokens.tokenizers import Tokenizer
+from longmix.distributed.agreement import Processes
+from longmix.distributed.ranks import own_place, process_rank
+from longmix.distributed.slices import check_slices
 from longmix.errors import ConfigError, DataError
 from longmix.files import storage_errors
-from longmix.mixers.whole_rows import warn_of_whole_rows
+from longmix.mixers.parts.whole_rows import warn_of_whole_rows
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model, check_model
 from longmix.model.matching import match_parameters
-from longmix.model.states import STATES_FILE, save_states
+from longmix.model.tuned_states_file import STATES_FILE, save_states
 from longmix.naming import RunPlace
-from longmix.parallel.slices import check_slices
 from longmix.startup import seconds_since_begin
-from longmix.training import launcher, processes
+from longmix.training import connection, process_launcher
 from longmix.training.claims import remove_unused
 from longmix.training.hardware import TrainerSettings
 from longmix.training.identity import ORIGIN
 from longmix.training.loggers import NoLog
 from longmix.training.module import TrainingModule
-from longmix.training.origin import Origin, begin
-from longmix.training.place import own_place, process_rank
 from longmix.training.progress import ProgressDisplay
 from longmix.training.resume import Start, find_start, start_alone
 from longmix.training.summary import (
@@ -54,6 +53,7 @@ from longmix.training.summary import (
     write_summary,
 )
 from longmix.training.supervisor import Supervisor
+from longmix.training.warm_start import Origin, begin
 
 PACKAGES = ("longmix", "torch", "triton", "lightning", "hydra-core", "wandb", "tokenizers", "datasets", "numpy")
 
@@ -80,10 +80,10 @@ def train(config: DictConfig) -> dict[str, Any]:
     if own_place() is None:
         _start_processes(node, settings, data, place)
         return {}
-    with processes.losses_explained(settings.timeout):
-        everyone = processes.connect(settings)
+    with connection.losses_explained(settings.timeout):
+        everyone = connection.connect(settings)
         summary = _train(node, settings, data, origin, place, everyone)
-    processes.disconnect()
+    connection.disconnect()
     return summary
 
 
@@ -109,7 +109,7 @@ def _start_processes(node: Node, settings: TrainerSettings, data: TokenData, pla
         data.prepare_data()
         words = [hydra_word("hydra.run.dir", str(start.folder)), hydra_word("name", start.name)]
         command = [sys.executable, *sys.orig_argv[1:], *words]
-        launcher.launch(command, settings.devices_here, settings.timeout, start.folder, start.lock)
+        process_launcher.launch(command, settings.devices_here, settings.timeout, start.folder, start.lock)
 
 
 def _train(
@@ -294,7 +294,7 @@ def _fit_logged(
         if is_first:
             with storage_errors(start.folder / SUMMARY_FILE):
                 (start.folder / SUMMARY_FILE).unlink(missing_ok=True)  # what is there is of fewer steps
-        with processes.losses_explained(settings.timeout, start.folder):
+        with connection.losses_explained(settings.timeout, start.folder):
             _fit(settings, module, data, supervisor, start)
         exit_code = 0
     finally:
@@ -312,7 +312,7 @@ def _fit(
         accelerator="gpu" if settings.on_gpu else "cpu",
         devices=settings.devices_here,
         num_nodes=settings.world_size // settings.devices_here,
-        plugins=[processes.cluster_environment()],
+        plugins=[connection.cluster_environment()],
         strategy=strategy_of(settings),
         precision=settings.precision_in_use,
         max_epochs=1,

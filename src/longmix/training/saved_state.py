@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from longmix.checkpoints import Checkpoint
-from longmix.checkpoints.processes import Processes
 from longmix.checkpoints.tensors import split, without_aliases
+from longmix.distributed.agreement import Processes
 from longmix.errors import CheckpointError
 
 

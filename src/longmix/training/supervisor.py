@@ -11,26 +11,26 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from longmix.checkpoints import Checkpoint, CheckpointStore
 from longmix.checkpoints.contents import rebuilding
-from longmix.checkpoints.processes import Processes
 from longmix.checkpoints.reading import read_info
 from longmix.checkpoints.saver import Saver
 from longmix.checkpoints.store import SKIPS_IN_A_ROW
 from longmix.checkpoints.tensors import IN_TENSORS
 from longmix.config import tokens_per_step
 from longmix.data.datamodule import TokenData
+from longmix.distributed.agreement import Processes
+from longmix.distributed.signals import process_watch
 from longmix.errors import Interrupted, NonFiniteError
 from longmix.evaluation.loss import evaluate_loss
 from longmix.evaluation.statistics import LossStatistics
-from longmix.mixers.measures import figures
-from longmix.reporting.metrics import Metrics
-from longmix.training import parallel, random_state
+from longmix.metrics import Metrics
+from longmix.mixers.parts.metrics import figures
+from longmix.training import random_state, strategies
+from longmix.training.connection import how_to_continue
 from longmix.training.diagnosis import nonfinite_tensor
 from longmix.training.hardware import peak_flops, peak_memory_bytes, reset_peak_memory
 from longmix.training.loggers import MetricLog
 from longmix.training.module import TrainingModule
-from longmix.training.processes import how_to_continue
 from longmix.training.progress import ProgressDisplay
-from longmix.training.signals import process_watch
 from longmix.training.space import checkpoint_bytes, warn_of_space
 from longmix.training.summary import QUALITIES, quality_of, training_flops_per_token
 
@@ -112,7 +112,7 @@ class Supervisor(Callback):
 
     def _begin(self, trainer: Trainer, module: TrainingModule) -> None:
         """Put everything back, and make up for the validation that a signal cut short."""
-        processes = Processes(parallel.own_group(module.timeout))
+        processes = Processes(strategies.own_group(module.timeout))
         module.how_to_continue = lambda: self._how_to_continue(module)
         if self.resume_from is not None and self.saved is not None:
             module.restore(self.resume_from, self.saved, processes)
@@ -125,7 +125,7 @@ class Supervisor(Callback):
             self.store,
             self.loop["keep_checkpoints"],
             processes,
-            sharded=parallel.is_sharded(module.model) if wanted is None else wanted,
+            sharded=strategies.is_sharded(module.model) if wanted is None else wanted,
             asynchronous=self.loop["async_checkpoints"],
         )
         reset_peak_memory(module.device)
@@ -287,7 +287,7 @@ class Supervisor(Callback):
         rate = self._rate()
         self.seconds_since_log, self.steps_since_log = 0.0, 0
         flops = training_flops_per_token(module.model, self.config["seq_len"]) * rate
-        peak_memory = parallel.largest(peak_memory_bytes(module.device), module.device)
+        peak_memory = strategies.largest(peak_memory_bytes(module.device), module.device)
         self.state.peak_memory_bytes = max(self.state.peak_memory_bytes, peak_memory)
         metrics = {
             "throughput/tokens_per_second": rate,

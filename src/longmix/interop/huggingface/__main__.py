@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 from longmix import startup
-from longmix.data.byte_level import MISSING_BYTES
-from longmix.data.tokenizers import LibraryTokenizer
+from longmix.data.tokens.byte_level import MISSING_BYTES
+from longmix.data.tokens.tokenizers import LibraryTokenizer
 from longmix.errors import LongmixError
 from longmix.interop.huggingface.export import DTYPES, KINDS, export
 from longmix.interop.huggingface.load import import_folder

@@ -11,7 +11,7 @@ from torch import Tensor
 from longmix.checkpoints import chosen_checkpoint
 from longmix.checkpoints.contents import load_model_state, rebuilding
 from longmix.config import Node
-from longmix.data.tokenizers import tokenizer_from_state
+from longmix.data.tokens.tokenizers import tokenizer_from_state
 from longmix.errors import ConfigError
 from longmix.files import atomic_directory, write_json
 from longmix.interop.huggingface import llama

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from longmix.config import Node, locate, settings
 from longmix.errors import ConfigError
-from longmix.mixers.base import Mixer
 from longmix.mixers.flash import Flash
+from longmix.mixers.parts.base import Mixer
 from longmix.mixers.sliding_window import SlidingWindow
 from longmix.model.backbone import LanguageModel
 from longmix.model.blocks import Standard

@@ -10,7 +10,7 @@ from torch import Tensor
 from longmix.checkpoints import CheckpointStore
 from longmix.checkpoints.contents import check_model_state, rebuilding
 from longmix.config import Node
-from longmix.data.tokenizers import Tokenizer, TokenizerFile, tokenizer_from_state
+from longmix.data.tokens.tokenizers import Tokenizer, TokenizerFile, tokenizer_from_state
 from longmix.errors import CheckpointError, ConfigError, DataError
 from longmix.interop.huggingface import llama
 from longmix.interop.huggingface.folder import (
@@ -24,7 +24,7 @@ from longmix.interop.huggingface.folder import (
 from longmix.interop.huggingface.seal import OWN_HASH, check_seal
 from longmix.interop.huggingface.specials import TOKENIZER, read_tokenizer
 from longmix.model.build import build_model
-from longmix.model.states import tune_states
+from longmix.model.tuned_states_file import tune_states
 from longmix.reading import shortened
 
 

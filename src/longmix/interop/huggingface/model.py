@@ -19,10 +19,10 @@ from longmix.config import Node
 from longmix.errors import CheckpointError, ConfigError
 from longmix.generation.session import mapped
 from longmix.interop.huggingface.seal import check_seal
-from longmix.mixers.recurrent import RecurrentMixer
+from longmix.mixers.parts.recurrent import RecurrentMixer
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model
-from longmix.model.states import tune_states
+from longmix.model.tuned_states_file import tune_states
 from longmix.trust import check_model_nodes
 
 MODEL_TYPE = "longmix"

@@ -9,7 +9,7 @@ is the token that begins texts there.
 from pathlib import Path
 from typing import Any
 
-from longmix.data.tokenizers import LibraryTokenizer, Tokenizer, TokenizerFile
+from longmix.data.tokens.tokenizers import LibraryTokenizer, Tokenizer, TokenizerFile
 from longmix.errors import CheckpointError, DataError
 from longmix.interop.huggingface.folder import read_json
 

@@ -8,8 +8,8 @@ spelled out in a text is text.
 
 from typing import TYPE_CHECKING, Any
 
-from longmix.data.byte_level import byte_letters
-from longmix.data.tokenizers import SEPARATOR, ByteTokenizer, LibraryTokenizer, NumberTokenizer, Tokenizer
+from longmix.data.tokens.byte_level import byte_letters
+from longmix.data.tokens.tokenizers import SEPARATOR, ByteTokenizer, LibraryTokenizer, NumberTokenizer, Tokenizer
 from longmix.errors import ConfigError
 from longmix.interop.huggingface.specials import end_token
 

@@ -1,0 +1,22 @@
+"""What the data give and the model takes: one batch of windows."""
+
+from typing import TypedDict
+
+import torch
+
+IGNORE_INDEX = -100
+"""A target where nothing is to be predicted."""
+
+
+class Batch(TypedDict):
+    """Rows of windows.
+
+    Attributes:
+        tokens: int64 [b, T].
+        targets: int64 [b, T], `IGNORE_INDEX` where nothing is to be predicted.
+        document_ids: int32 [b, T], or None when no row holds a boundary between documents.
+    """
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    document_ids: torch.Tensor | None

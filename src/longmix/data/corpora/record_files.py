@@ -1,0 +1,185 @@
+"""Files of JSON and CSV on this machine or at URLs, read record by record; `datasets` would guess a schema for them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import IO, Any
+
+from longmix.data.corpora.records import no_field, texts_of_json, uncompressed
+from longmix.errors import DataError
+from longmix.reading import shortened
+
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
+
+ALTERING = ("converters", "true_values", "false_values", "na_values", "keep_default_na", "na_filter", "usecols")
+"""Settings of a reader of CSV that make something else of a text, or leave its column out."""
+
+
+NOTHING_TO_PANDAS = frozenset(
+    (
+        *("#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN"),
+        *("<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"),
+    )
+)
+"""Texts that a table of `datasets` lost, and that are told from it by what identifies the corpus."""
+
+
+class RecordFiles(ABC):
+    """The records of some files, each with nothing but its text; small to pickle.
+
+    Args:
+        files: paths or URLs that `fsspec` knows; the end of each tells its compression.
+        field: the field that holds the text.
+        place: for messages.
+        names: of the files, where they lie under other names, such as in a cache.
+    """
+
+    def __init__(self, files: Sequence[str], field: str, place: str, names: Sequence[str] | None = None) -> None:
+        self.files, self.field, self.place = list(files), field, place
+        self.names = self.files if names is None else list(names)
+
+    @property
+    def num_shards(self) -> int:
+        """How many files there are."""
+        return len(self.files)
+
+    def shard(self, num_shards: int, index: int) -> "RecordFiles":
+        """One of the files; as `IterableDataset.shard` for as many shards as there are files."""
+        if num_shards != self.num_shards:
+            raise ValueError(f"{self.num_shards} files cannot be divided into {num_shards} shards")
+        return self.part(index)
+
+    @abstractmethod
+    def part(self, index: int) -> "RecordFiles":
+        """One of the files."""
+
+    @abstractmethod
+    def texts_of_file(self, content: IO[bytes], name: str) -> Iterator[str]:
+        """The documents of a file.
+
+        Raises:
+            DataError: see `texts`.
+        """
+
+    def texts(self) -> Iterator[str]:
+        """The documents of all files.
+
+        Raises:
+            DataError: a file is damaged or has no such field; names file and line.
+        """
+        import fsspec
+
+        for file, name in zip(self.files, self.names, strict=True):
+            with fsspec.open(file, "rb") as stream, uncompressed(stream, name) as content:
+                yield from self.texts_of_file(content, f"{name} of {self.place}")
+
+    def identity(self) -> dict[str, Any]:
+        """What identifies the documents beside the files: how many there are. Reads all of them."""
+        return {"rows": sum(1 for _ in self.texts())}
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The documents of all files as records."""
+        return ({self.field: text} for text in self.texts())
+
+
+class JsonFiles(RecordFiles):
+    """The records of files of JSON; see `RecordFiles` and `longmix.data.corpora.json_records`."""
+
+    def part(self, index: int) -> "JsonFiles":
+        """See `RecordFiles.part`."""
+        return JsonFiles([self.files[index]], self.field, self.place, [self.names[index]])
+
+    def texts_of_file(self, content: IO[bytes], name: str) -> Iterator[str]:
+        """See `RecordFiles.texts_of_file`."""
+        return texts_of_json(content, self.field, name)
+
+
+class CsvFiles(RecordFiles):
+    """The records of files of CSV: a field is what stands between its separators and quotes, whatever it says.
+
+    `datasets` would guess a type for each column: 001 would become a number, and NA or null nothing.
+
+    Args:
+        files, field, place, names: see `RecordFiles`.
+        settings: for `pandas.read_csv`; those that make something else of a text are left out.
+    """
+
+    def __init__(
+        self, files: Sequence[str], field: str, place: str, names: Sequence[str] | None = None, **settings: Any
+    ) -> None:
+        super().__init__(files, field, place, names)
+        self._settings = {name: value for name, value in settings.items() if name not in ALTERING}
+
+    def part(self, index: int) -> "CsvFiles":
+        """See `RecordFiles.part`."""
+        return CsvFiles([self.files[index]], self.field, self.place, [self.names[index]], **self._settings)
+
+    def texts_of_file(self, content: IO[bytes], name: str) -> Iterator[str]:
+        """See `RecordFiles.texts_of_file`."""
+        import pandas
+
+        try:
+            for rows in pandas.read_csv(content, iterator=True, dtype=object, na_filter=False, **self._settings):
+                if self.field not in rows.columns:
+                    raise no_field(self.field, name, map(str, rows.columns))
+                yield from (text if isinstance(text, str) else "" for text in rows[self.field])
+        except pandas.errors.EmptyDataError:
+            return
+        except ValueError as error:  # pandas' errors of format are
+            raise DataError(f"{name} cannot be read as CSV: {shortened(error)}") from error
+
+    def identity(self) -> dict[str, Any]:
+        """See `RecordFiles.identity`; it tells documents from those that a table of `datasets` has in their place."""
+        rows = lost = 0
+        for text in self.texts():
+            rows += 1
+            lost += text in NOTHING_TO_PANDAS
+        return {"rows": rows, "words": "as they stand"} if lost else {"rows": rows}
+
+
+def of_builder(builder: Any, files: Sequence[str], field: str, place: str, names: Any = None) -> RecordFiles | None:
+    """The records of files as a builder of `datasets` would read them; None if it reads archives or another format."""
+    config, kind = builder.config, type(builder.config).__name__
+    given = [str(file) for files in (getattr(config, "data_files", None) or {}).values() for file in files]
+    if not given or any(file.lower().endswith(ARCHIVES) or "::" in file for file in given):
+        return None
+    if kind == "JsonConfig" and getattr(config, "field", None) is None:
+        return JsonFiles(files, field, place, names)
+    if kind == "CsvConfig":
+        return CsvFiles(files, field, place, names, **config.pd_read_csv_kwargs)
+    return None
+
+
+def files_of_split(builder: Any, split: str) -> list[str]:
+    """The files of a split.
+
+    Raises:
+        ValueError: there is no such split.
+    """
+    files = builder.config.data_files
+    if split not in files:
+        raise ValueError(f"Bad split: {split}. There are {', '.join(map(str, files))}")
+    return [str(file) for file in files[split]]
+
+
+def downloaded(builder: Any, split: str, field: str, place: str) -> RecordFiles | None:
+    """The files of a split in the cache of `datasets`, downloaded if they are not there; None as `of_builder`.
+
+    Raises:
+        DataError: these are archives of CSV.
+        ValueError: there is no such split.
+    """
+    from datasets import DownloadConfig, DownloadManager
+
+    if of_builder(builder, [], field, place) is None:
+        if type(builder.config).__name__ == "CsvConfig":
+            raise DataError(f"{place} is CSV in archives, of which data.corpus.streaming=true alone reads every text")
+        return None
+    files = files_of_split(builder, split)
+    manager = DownloadManager(builder.dataset_name, download_config=DownloadConfig(token=builder.token))
+    return of_builder(builder, [str(path) for path in manager.download(files)], field, place, files)
+
+
+def text_alone(builder: Any, field: str) -> None:
+    """Let a builder of `datasets` that reads archives of CSV take the field for text, whatever it says."""
+    if type(builder.config).__name__ == "CsvConfig":
+        builder.config.converters, builder.config.na_filter = {field: str}, False

@@ -1,0 +1,94 @@
+"""`prepare_splits(config)`: what `prepare.py` does."""
+
+import logging
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from longmix import config as configuration
+from longmix.config import build
+from longmix.data.datamodule import TokenData
+from longmix.data.prepared import find_splits
+from longmix.data.tokens.preparation import Preparation
+from longmix.errors import ConfigError, DataError
+from longmix.wording import counted
+
+OWN_WORDS = ("shard_tokens", "workers", "splits")
+"""Of prepare.py, which train.py does not have."""
+
+ANY_LENGTH = 65536
+"""Token files do not depend on it; a synthetic task has room in so many."""
+
+
+def prepare_splits(config: DictConfig) -> list[dict[str, Any]]:
+    """Make the token files that `config` describes and are not there, and print where they lie.
+
+    Returns:
+        For each token file its corpus, as the user calls it, split, folder, documents, tokens, bytes and shards.
+
+    Raises:
+        LongmixError: see `longmix.errors`.
+    """
+    words = configuration.resolved(config)
+    configuration.check_keys(words, configuration.PrepareConfig)
+    preparation = Preparation(words["shard_tokens"], words["workers"])
+    tokenizer = build(words["tokenizer"], "tokenizer")
+    data: TokenData = build(words["data"], "data", tokenizer=tokenizer, seq_len=ANY_LENGTH, batch_size=1, seed=0)
+    data.preparation = preparation
+    splits = list(data.splits) if words["splits"] is None else words["splits"]
+    unknown = [split for split in splits if split not in data.splits]
+    if unknown or not splits:
+        raise ConfigError(f"splits={splits} must be among those of the data: {', '.join(data.splits)}.")
+    logging.getLogger("longmix").setLevel(logging.INFO)
+    began, files = time.monotonic(), []
+    for split in splits:
+        for corpus, token_file in zip(data.part_names, data.token_files(split), strict=True):
+            counts = {name: token_file.manifest[name] for name in ("documents", "tokens", "bytes")}
+            place = {"shards": len(token_file.shards), "folder": str(token_file.folder)}
+            files.append({"corpus": corpus, "split": split, **counts, **place})
+    _print(files, time.monotonic() - began)
+    if {"train", "validation"} <= {file["split"] for file in files} or words["splits"] is not None:
+        _print_uses(Path(files[0]["folder"]).parent)
+    else:
+        text = "to train on them, a validation split is needed: give data.corpus.validation_fraction above 0."
+        Console().print(text, highlight=False)
+    return files
+
+
+def _print(files: list[dict[str, Any]], seconds: float) -> None:
+    tokens = sum(file["tokens"] for file in files)
+    table = Table(title=f"{counted(tokens, 'token')} in {seconds:,.1f} s")
+    for column in ("corpus", "split", "documents", "tokens", "bytes", "shards"):
+        table.add_column(column, justify="left" if column in ("corpus", "split") else "right")
+    for file in files:
+        table.add_row(
+            escape(file["corpus"]),
+            file["split"],
+            *(f"{file[name]:,}" for name in ("documents", "tokens", "bytes", "shards")),
+        )
+    console = Console()
+    console.print(table)
+    for file in files:
+        console.print(file["folder"], highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_uses(cache_dir: Path) -> None:
+    """The commands that train on what was made."""
+    console = Console()
+    if HydraConfig.initialized():
+        words = [word for word in HydraConfig.get().overrides.task if word.partition("=")[0] not in OWN_WORDS]
+        line = shlex.join(["python", "train.py", *words])
+        console.print(f"to train on them:  {line}", highlight=False, markup=False, soft_wrap=True)
+    try:
+        find_splits(str(cache_dir))
+    except DataError:  # several corpora share the folder
+        return
+    line = shlex.join(["python", "train.py", "data=prepared", f"data.path={cache_dir}", "tokenizer=prepared"])
+    console.print(f"without the texts: {line}", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,76 @@
+"""Reading contexts of any length in bounded memory, and the lengths and texts that evaluations of length go through."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from longmix.data.tokens.token_files import TokenFile
+from longmix.data.tokens.tokenizers import NumberTokenizer
+from longmix.errors import ConfigError
+from longmix.evaluation.subject import TOKENS_AT_ONCE, Subject
+
+
+def context_lengths_of(subject: Subject, factors: list[float], key: str) -> list[int]:
+    """The lengths of the word `seq_len`, or the trained one times each of `factors`; shortest first.
+
+    Args:
+        subject: what is evaluated.
+        factors: multiples of the trained length.
+        key: where they stand in the configuration.
+
+    Raises:
+        ConfigError: there is none, or one of them is not above 0.
+    """
+    if subject.words["seq_len"] is not None:
+        return subject.seq_lens()
+    if not factors or min(factors) <= 0:
+        raise ConfigError(f"{key}={factors} must be a list of multiples of the trained length, each above 0.")
+    return sorted({max(1, round(factor * subject.trained_seq_len)) for factor in factors})
+
+
+def text_of(subject: Subject, task: str) -> TokenFile:
+    """The tokens of the subject's split, for a task that needs text.
+
+    Raises:
+        ConfigError: the data are a synthetic task.
+        DataError: there is no such split.
+    """
+    if isinstance(subject.data.tokenizer, NumberTokenizer):
+        raise ConfigError(
+            f"task={task} reads text, and the data are a synthetic task; use task=accuracy with several seq_len."
+        )
+    return subject.data.token_file(subject.split)
+
+
+def pieces_of_hidden(subject: Subject, tokens: Tensor) -> Iterator[Tensor]:
+    """What the model says at each place of some rows, each row one document, without gradients.
+
+    Rows of more than `TOKENS_AT_ONCE` tokens together pass in pieces, with the model's state between them, so that
+    nothing but the state grows with their length.
+
+    Args:
+        subject: holds the model.
+        tokens: int64 [B, T], on the model's device.
+
+    Yields:
+        [B, t, D], one after the other until all T places are there; `LanguageModel.logits` turns it into scores.
+    """
+    model, rows = subject.model, len(tokens)
+    whole = tokens.numel() <= TOKENS_AT_ONCE
+    state = None if whole else model.init_state(rows)
+    for piece in tokens.split(tokens.shape[1] if whole else max(1, TOKENS_AT_ONCE // rows), 1):
+        with torch.no_grad(), subject.restored.autocast():
+            output = model(piece, state=state)
+        state = output.state
+        yield output.hidden
+
+
+def last_hidden(subject: Subject, tokens: Tensor, count: int) -> Tensor:
+    """The last `count` places of `pieces_of_hidden`, [B, count, D]."""
+    left, kept = tokens.shape[1], []
+    for hidden in pieces_of_hidden(subject, tokens):
+        left -= hidden.shape[1]
+        if left < count:
+            kept.append(hidden[:, -(count - left) :])
+    return torch.cat(kept, 1)

@@ -1,0 +1,1 @@
+"""What mixers share: their contract, bases, and parts."""

@@ -1,0 +1,143 @@
+"""What every sequence mixer promises: one signature, for training, prefill and decode alike."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longmix.distributed.slices import Slices
+from longmix.errors import ConfigError
+from longmix.mixers.parts.metrics import Metric
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes a mixer is told about the model around it."""
+
+    d_model: int
+    num_layers: int
+    num_heads: int
+    norm_eps: float = 1e-6
+
+
+@dataclass
+class MixerOutput:
+    """What a mixer returns.
+
+    Attributes:
+        y: [B, T, D], dtype of the input.
+        state: what the next call needs to continue after these tokens; None unless a state was passed in.
+        losses: auxiliary losses by name, scalars with gradients, added to the training loss.
+        metrics: by name, logged per layer without further wiring: each a `Measure`, or a detached scalar that is a
+            mean over tokens.
+        first_value: what a mixer with a value residual gives to those after it.
+    """
+
+    y: Tensor
+    state: Any = None
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    first_value: Tensor | None = None
+
+
+class Mixer(nn.Module):
+    """Base of the sequence mixers. A subclass is one file: projections, gates, ordering; an engine does the work.
+
+    `forward` with a state continues the sequence: a prefill in any split followed by single-token steps gives the same
+    outputs as one full pass. Without a state it is a full pass from the beginning and returns no state.
+
+    Attributes:
+        value_residual: whether `forward` also takes `first_value`, what the first such layer returned as that, or None
+            in that layer itself (Zhou et al. 2024, arXiv 2410.17897).
+        leaky: whether later tokens change outputs before them; training warns of it, and evaluation refuses it
+            unless every prefix is run alone.
+        sliced: whether `forward` takes `Slices` as its state. Without it context parallelism hands whole rows to every
+            process, which is as exact, but divides neither the mixer's work nor its memory.
+        usual_place: what its messages call its settings by; in a pattern they name the member instead.
+    """
+
+    value_residual = False
+    leaky = False
+    sliced = False
+    usual_place = "mixer"
+
+    def forward(self, x: Tensor, *, state: Any = None, document_ids: Tensor | None = None) -> MixerOutput:
+        """Mix `x` [B, T, D] along T; `document_ids` int32 [B, T] is non-decreasing along T, and may begin anywhere.
+
+        With a state, `document_ids` continue the ids passed before; None continues each row's last document, which is
+        document 0 where no ids were passed yet. Where `sliced` is set, a state may be
+        `longmix.distributed.slices.Slices`: then x is this process's slice of longer rows, and no state comes back.
+        """
+        raise NotImplementedError(f"{type(self).__name__} lacks forward(x, *, state, document_ids)")
+
+    def init_state(self, batch: int) -> Any:
+        """The state before the first token, for `batch` rows: a pytree whose tensors begin with the row."""
+        raise NotImplementedError(f"{type(self).__name__} lacks init_state(batch)")
+
+    def state_bytes(self, length: int) -> int:
+        """Bytes of state one row holds after `length` tokens."""
+        raise NotImplementedError(f"{type(self).__name__} lacks state_bytes(length)")
+
+    def step_bytes(self, length: int) -> int:
+        """Bytes of state that decoding one token after `length` others reads and writes; all of it by default."""
+        return self.state_bytes(length)
+
+    def flops(self, length: int) -> int:
+        """Floating-point operations of one forward pass over one row of `length` tokens, projections included."""
+        raise NotImplementedError(f"{type(self).__name__} lacks flops(length)")
+
+
+def checked_sizes(
+    x: Tensor, width: int, document_ids: Tensor | None = None, state: Any = None, states: tuple[type, ...] = ()
+) -> tuple[int, int]:
+    """B and T of what a mixer is called with.
+
+    Args:
+        x, document_ids, state: see `Mixer.forward`.
+        width: the model's.
+        states: what a state may be.
+
+    Raises:
+        ValueError: `x` is not [B, T, width], or has no row or no token; `document_ids` are not integers [B, T]; the
+            state is another mixer's, or has another number of rows.
+    """
+    if x.dim() != 3 or x.shape[2] != width or 0 in x.shape:
+        raise ValueError(f"x has shape {list(x.shape)}; allowed is [B, T, {width}] with every size at least 1")
+    batch, length, _ = x.shape
+    if document_ids is not None:
+        kind, shape = document_ids.dtype, list(document_ids.shape)
+        if kind not in (torch.int32, torch.int64) or shape != [batch, length]:
+            raise ValueError(f"document_ids is {kind} {shape}; allowed is torch.int32 [{batch}, {length}], as x")
+    if state is not None and states and not isinstance(state, states):
+        raise ValueError(f"state is a {type(state).__name__}; allowed is {states[0].__name__}, from init_state")
+    rows = getattr(state, "next_position", None)
+    if rows is not None and len(rows) != batch and not isinstance(state, Slices):
+        raise ValueError(f"state has {len(rows)} rows and x has {batch}; allowed are as many")
+    return batch, length
+
+
+TOKENS, COUNT, FACTOR, SEED, REAL = 2**30, 2**16, 64, 2**32, 1e6
+"""The most that settings may be: lengths in tokens; features, ranks and the like; widths over the model's; seeds, of
+either sign; and other numbers, of either sign. What makes sense is far below; what is beyond overflows somewhere."""
+
+
+def at_most(most: float, **settings: float | None) -> None:
+    """Refuse settings of a mixer beyond plus or minus `most`; None is fine.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    for name, value in settings.items():
+        if value is not None and not -most <= value <= most:
+            raise ConfigError(f"mixer.{name}={value} is out of range; it must be from {-most:,} to {most:,}.")
+
+
+def divided(whole: int, parts: int, whole_key: str, parts_key: str) -> int:
+    """`whole // parts`, or a `ConfigError` that names both keys and lists divisors when it does not divide."""
+    if parts < 1 or whole % parts:
+        divisors = [d for d in range(1, min(whole, 128) + 1) if whole % d == 0]
+        raise ConfigError(
+            f"{parts_key}={parts} does not divide {whole_key}={whole}; use one of {', '.join(map(str, divisors))}."
+        )
+    return whole // parts

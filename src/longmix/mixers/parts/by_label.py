@@ -1,0 +1,126 @@
+"""Attention to the keys that carry the query's label, and exactly to the last few keys whatever theirs.
+
+Labels come from a token and its position alone, so later tokens cannot change what an earlier one sees. Rows are sorted
+by (document, label, position), so that every query's keys are one contiguous run; parts are merged through their
+logsumexp, exactly and with all gradients.
+"""
+
+from typing import Unpack
+
+import torch
+from torch import Tensor
+
+from longmix.distributed.slices import Slices
+from longmix.errors import ConfigError
+from longmix.mixers.parts.base import TOKENS, ModelShape, at_most
+from longmix.mixers.parts.metrics import Mean, Measure, Metric
+from longmix.mixers.parts.softmax import HeadOptions, Rows, SoftmaxAttention
+from longmix_kernels.attention import Ordering, attention, merge, order_by_label
+
+Part = tuple[Tensor, Tensor]
+"""Output [B, Tq, Hq, head_dim] and logsumexp [B, Tq, Hq] of attention to some of the keys."""
+
+
+class LabelAttention(SoftmaxAttention):
+    """Base of the mixers that label their tokens in `select`.
+
+    Args:
+        shape, layer_index, options: see `SoftmaxAttention`.
+        num_labels: how many different labels there are.
+        rounds: labels per token; a query sees the keys that share any. A key that shares several counts as often.
+        window: number of latest keys, its own included, that a query sees exactly and in any case; 0 for none.
+        see_self: without a window, whether a query sees its own key if labels agree.
+
+    Raises:
+        ConfigError: a window below 0.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        layer_index: int,
+        *,
+        num_labels: int,
+        rounds: int = 1,
+        window: int = 0,
+        see_self: bool = True,
+        **options: Unpack[HeadOptions],
+    ) -> None:
+        super().__init__(shape, layer_index, **options)
+        at_most(TOKENS, window=window)
+        if window < 0:
+            raise ConfigError(f"mixer.window={window} must be at least 0, which is none.")
+        self.num_labels = num_labels
+        self.rounds = rounds
+        self.window = window
+        self.gap = window or (0 if see_self else 1)
+
+    def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Metric]]:
+        """Merge the rounds, the window, and what a subclass adds."""
+        tensors = rows.query, rows.key, rows.value
+        orderings = [self.ordering(rows, turn) for turn in range(self.rounds)]
+        parts = [attention(*tensors, **order._asdict(), return_logsumexp=True) for order in orderings]
+        if self.window:
+            parts.append(attention(*tensors, window=self.window, document_ids=rows.document_ids, return_logsumexp=True))
+        parts += self.further_parts(rows)
+        output = parts[0][0] if len(parts) == 1 else merge(parts)[0]
+        return output, self.occupancy(rows, orderings) if self.training else {}
+
+    def attend_after(self, rows: Rows, slices: Slices) -> tuple[Tensor, dict[str, Metric]]:
+        """As the base; the last slice sees the labels of whole rows."""
+        mixed, metrics = super().attend_after(rows, slices)
+        largest = metrics.get("largest_label")
+        if isinstance(largest, Measure):
+            metrics["largest_label"] = largest.in_last_slice(slices)
+        return mixed, metrics
+
+    def further_parts(self, rows: Rows) -> list[Part]:
+        """Attention to more keys, none of which the labels and the window let a query see already."""
+        return []
+
+    def ordering(self, rows: Rows, turn: int) -> Ordering:
+        """Sort the rows by their labels of one round."""
+        assert rows.query_labels is not None and rows.key_labels is not None
+        query_labels, key_labels = rows.query_labels[..., turn], rows.key_labels[..., turn]
+        shared = rows.query_labels is rows.key_labels
+        return order_by_label(
+            query_labels,
+            None if shared else key_labels,
+            num_labels=self.num_labels,
+            document_ids=rows.document_ids,
+            gap=self.gap,
+        )
+
+    @torch.no_grad()
+    def occupancy(self, rows: Rows, orderings: list[Ordering]) -> dict[str, Metric]:
+        """`largest_label`: the largest share of a row's keys with one label, times the number of labels, so 1 is even.
+
+        `empty_rows`: the share of queries whose label no key in reach carries, in any round.
+        """
+        assert rows.key_labels is not None
+        shares = torch.nn.functional.one_hot(rows.key_labels.long(), self.num_labels).float().mean(1)
+        return {"largest_label": Mean.of(shares.amax(-1) * self.num_labels), "empty_rows": empty_rows(orderings)}
+
+    def state_bytes(self, length: int) -> int:
+        """Bytes of keys, values and labels (int32) that one row holds after `length` tokens."""
+        return super().state_bytes(length) + 4 * length * self.num_kv_heads * self.rounds
+
+    def step_bytes(self, length: int) -> int:
+        """As the base, and the labels of all keys."""
+        return super().step_bytes(length) + self.state_bytes(length) - SoftmaxAttention.state_bytes(self, length)
+
+    def window_pairs(self, length: int) -> int:
+        """Query-key pairs in the window of `length` tokens."""
+        full = min(self.window, length)
+        return full * (full + 1) // 2 + (length - full) * full
+
+    def pairs_in_reach(self, length: int) -> int:
+        """Query-key pairs that labels decide about, in one row of `length` tokens."""
+        reach = max(0, length - self.gap)
+        return reach * (reach + 1) // 2
+
+
+def empty_rows(orderings: list[Ordering]) -> Measure:
+    """The share of queries that see no key of their label; where `hi` is a query's own place, it sees itself."""
+    empty = [order.lo < 0 if order.hi is None else order.lo >= order.hi for order in orderings]
+    return Mean.of(torch.stack(empty))

@@ -1,0 +1,277 @@
+"""The delta rule as it is gated in DeltaNet, gated DeltaNet and Kimi Delta Attention; and GLA, which has only the gate.
+
+With q, k, v = silu(convolution(W x)), q and k scaled to length 1, and write strengths beta = sigma(W_beta x), per head
+
+    S_t = (1 - beta_t k_t k_t^T) diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T       what is held at k_t moves towards v_t
+    y_t = W_o (gate(x_t) * norm(S_t^T q_t / sqrt(d)))
+
+deltanet        g = 0, no gate (Yang et al. 2024, arXiv 2406.06484)
+gated_deltanet  g = -A softplus(w . x + b), one number per head; gate = silu(W_g x) (Yang et al. 2024, arXiv 2412.06464)
+kda             g = -A softplus(W_up W_down x + b), one per channel of k; gate = sigma(W_gup W_gdown x) (Kimi Team 2025,
+                arXiv 2510.26692)
+gla             g = logsigmoid(W_up W_down x + b) / 16; S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T with q, k, v = W x as
+                they are; gate = silu(W_g x) (Yang et al. 2023, arXiv 2312.06635)
+
+Notable: with beta in (0, 1) no transition has an eigenvalue outside [0, 1]. A and b begin as in Mamba-2 (Dao and Gu
+2024, arXiv 2405.21060), so that heads remember from one token to a thousand; the authors' code for gated DeltaNet draws
+A from 0 on, whose logarithm may be infinite. Published codes differ in how their projections begin; here they do as in
+this project's other linear attention. The norm has weights for each head, where theirs share those of one.
+"""
+
+import math
+from typing import TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longmix.distributed.slices import Slices
+from longmix.errors import ConfigError
+from longmix.mixers.parts.base import COUNT, FACTOR, MixerOutput, ModelShape, at_most, checked_sizes, divided
+from longmix.mixers.parts.convolution import ShortConvolution
+from longmix.mixers.parts.norms import HeadwiseNorm, check_norm_eps
+from longmix.mixers.parts.recurrent import Recurrence, RecurrentMixer, RecurrentState, continued_ids
+from longmix.mixers.parts.recurrent_slices import DecayRecurrence, DeltaRecurrence, widened
+from longmix.recipe import Recipe, set_recipe
+from longmix_kernels.delta import delta_rule
+
+DECAYS = ("none", "head", "channel", "sigmoid")
+GATES = ("none", "silu", "low_rank")
+
+UNIT_EPS = 1e-6
+"""Added to the square of the length of a query or key before it is divided by that, as in flash-linear-attention."""
+
+RATES = 1.0, 16.0
+"""A begins uniformly between these, as in Mamba-2."""
+
+STEPS = 1e-3, 0.1
+"""softplus(b) begins between these, its logarithm uniformly, as in Mamba-2."""
+
+SIGMOID_DIVISOR, SIGMOID_RANK = 16.0, 16
+"""Of GLA's decay, which so begins at 0.96 a token."""
+
+KEY_DIM, LEAST_HEADS = 128, 4
+"""As many heads as have keys this wide, but at least this many: the published sizes of DeltaNet, KDA and GLA."""
+
+
+class LogDecay(nn.Module):
+    """x [B, T, width] -> log decay, at most 0, in float32 or better, also under autocast.
+
+    Args:
+        width: of the input.
+        heads, key_dim: of the state.
+        kind: "head" for one number per head, [B, T, heads]; "channel" for -A softplus(.) and "sigmoid" for
+            logsigmoid(.) / 16 of each channel of the keys, [B, T, heads, key_dim].
+        rank: of the product that the latter two are made with.
+    """
+
+    def __init__(self, width: int, heads: int, key_dim: int, kind: str, rank: int) -> None:
+        super().__init__()
+        self.kind, self.heads = kind, heads
+        columns = heads if kind == "head" else heads * key_dim
+        self.down = None if kind == "head" else nn.Linear(width, rank, bias=False)
+        self.up = nn.Linear(width if kind == "head" else rank, columns, bias=False)
+        self.bias = nn.Parameter(torch.zeros(columns))
+        self.log_rate: nn.Parameter | None = None
+        if kind != "sigmoid":
+            self.log_rate = nn.Parameter(torch.empty(heads).uniform_(*RATES).log())
+            step = torch.empty(columns).uniform_(math.log(STEPS[0]), math.log(STEPS[1])).exp()
+            with torch.no_grad():
+                self.bias.copy_(step + (-torch.expm1(-step)).log())
+        for weight in (layer.weight for layer in self.modules() if isinstance(layer, nn.Linear)):
+            set_recipe(weight, Recipe("scalar"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        step = _exactly(self.up, x if self.down is None else _exactly(self.down, x)) + self.bias
+        if self.log_rate is None:
+            return F.logsigmoid(step).unflatten(-1, (self.heads, -1)) / SIGMOID_DIVISOR
+        rate = self.log_rate.to(step.dtype).exp()
+        if self.kind == "head":
+            return -rate * F.softplus(step)
+        return -rate.unsqueeze(-1) * F.softplus(step).unflatten(-1, (self.heads, -1))
+
+
+class GatedMemoryOptions(TypedDict, total=False):
+    """The settings that the mixers of this kind share; see `GatedMemory`."""
+
+    num_heads: int | None
+    value_factor: float
+    decay_rank: int | None
+    gate_rank: int | None
+    norm_eps: float
+
+
+class GatedMemory(RecurrentMixer):
+    """See the head of this file.
+
+    Args:
+        shape: sizes of the model around the mixer.
+        layer_index: which layer this is, from 0.
+        decay: "none", "head", "channel" or "sigmoid", see `LogDecay`.
+        output_gate: "none", "silu", or "low_rank", which is a sigmoid of a product of two thin matrices.
+        delta: replace what the state holds at a key, with unit queries and keys; else add to it.
+        num_heads: heads, each with its own state; None takes one for every 128 channels of keys, and at least 4.
+        key_factor, value_factor: width of queries and keys, and of values, over that of the model.
+        convolution: tokens that a short convolution mixes, of queries, keys and values; 0 for none, nor its SiLU.
+        decay_rank, gate_rank: of the thin matrices; None takes the values of a head, and 16 for a "sigmoid" decay.
+        norm_eps: of the head-wise norm of what is read from the state.
+
+    Raises:
+        ConfigError: an unknown word, heads that do not divide, a factor that is not positive, a convolution of 1 token,
+            a rank below 1 or of no thin matrix.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        layer_index: int,
+        *,
+        decay: str = "head",
+        output_gate: str = "silu",
+        delta: bool = True,
+        num_heads: int | None = None,
+        key_factor: float = 1.0,
+        value_factor: float = 1.0,
+        convolution: int = 4,
+        decay_rank: int | None = None,
+        gate_rank: int | None = None,
+        norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        check_norm_eps(norm_eps)
+        at_most(COUNT, convolution=convolution, decay_rank=decay_rank, gate_rank=gate_rank)
+        at_most(FACTOR, key_factor=key_factor, value_factor=value_factor)
+        for name, word, words in (("decay", decay, DECAYS), ("output_gate", output_gate, GATES)):
+            if word not in words:
+                raise ConfigError(f"mixer.{name}={word} is unknown; use {', '.join(words[:-1])} or {words[-1]}.")
+        for name, rank, word, thin in (
+            ("decay_rank", decay_rank, decay, "channel or sigmoid"),
+            ("gate_rank", gate_rank, output_gate, "low_rank"),
+        ):
+            if rank is not None and rank < 1:
+                raise ConfigError(f"mixer.{name}={rank} must be at least 1, or null.")
+            if rank is not None and word not in thin.split(" or "):
+                raise ConfigError(f"mixer.{name}={rank} is the rank of {thin}, not of {word}; use null.")
+        for name, factor in (("key_factor", key_factor), ("value_factor", value_factor)):
+            if factor <= 0:
+                raise ConfigError(f"mixer.{name}={factor} must be positive.")
+        if convolution < 0 or convolution == 1:
+            raise ConfigError(f"mixer.convolution={convolution} must be 0, which is none, or at least 2 tokens.")
+        width = shape.d_model
+        key_width, value_width = round(key_factor * width), round(value_factor * width)
+        for name, factor, size in (("key", key_factor, key_width), ("value", value_factor, value_width)):
+            if size < 1:
+                raise ConfigError(f"mixer.{name}_factor={factor} of model.d_model={width} is less than one channel.")
+        heads = max(LEAST_HEADS, key_width // KEY_DIM) if num_heads is None else num_heads
+        self.key_dim = divided(key_width, heads, "mixer.key_factor * model.d_model", "mixer.num_heads")
+        self.value_dim = divided(value_width, heads, "mixer.value_factor * model.d_model", "mixer.num_heads")
+        self.num_heads, self.output_gate = heads, output_gate
+
+        self.query = nn.Linear(width, key_width, bias=False)
+        self.key = nn.Linear(width, key_width, bias=False)
+        self.value = nn.Linear(width, value_width, bias=False)
+        self.strength = nn.Linear(width, heads, bias=False) if delta else None
+        rank = decay_rank or (SIGMOID_RANK if decay == "sigmoid" else self.value_dim)
+        self.decay = None if decay == "none" else LogDecay(width, heads, self.key_dim, decay, rank)
+        self.gate: nn.Module | None = None
+        if output_gate == "silu":
+            self.gate = nn.Linear(width, value_width, bias=False)
+        elif output_gate == "low_rank":
+            rank = gate_rank or self.value_dim
+            self.gate = nn.Sequential(nn.Linear(width, rank, bias=False), nn.Linear(rank, value_width, bias=False))
+        self.head_norm = HeadwiseNorm(heads, self.value_dim, "rms", norm_eps)
+        self.output = nn.Linear(value_width, width, bias=False)
+        self.past, self.recent_channels = max(convolution - 1, 0), 2 * key_width + value_width
+        self.convolution = ShortConvolution(self.recent_channels, convolution) if convolution else None
+
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+        nn.init.normal_(self.output.weight, std=value_width**-0.5 / math.sqrt(2 * shape.num_layers))
+        if self.strength is not None:
+            set_recipe(self.strength.weight, Recipe("scalar"))
+
+    def forward(
+        self, x: Tensor, *, state: RecurrentState | Slices | None = None, document_ids: Tensor | None = None
+    ) -> MixerOutput:
+        """See `Mixer.forward`."""
+        batch, length = checked_sizes(x, self.query.in_features, document_ids, state, (RecurrentState, Slices))
+        ids = continued_ids(document_ids, state, batch, length)
+        projected = torch.cat([self.query(x), self.key(x), self.value(x)], -1)
+        recent = self.recent(projected, state, ids)
+        query, key, value = self._heads(projected if self.convolution is None else self.convolution(projected, *recent))
+        log_decay = self.log_decay(x)
+        read = write = None
+        if self.strength is not None:
+            query, write = _unit(query), _unit(key)
+            key = write * _exactly(self.strength, x).sigmoid().unsqueeze(-1)
+            kept = log_decay if log_decay.dim() == 4 else log_decay.unsqueeze(-1)
+            read = (-kept.exp() * key).to(value.dtype)
+            query, key, write = (part.to(value.dtype) for part in (query, key, write))
+
+        def run(initial: Tensor | None, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+            return delta_rule(
+                query,
+                key,
+                widened(value, initial),
+                log_decay=log_decay,
+                low_rank_read=read,
+                low_rank_write=write,
+                scale=self.key_dim**-0.5,
+                initial_state=initial,
+                document_ids=ids,
+                min_log_decay=0.0 if self.decay is None else None,
+            )
+
+        recurrence: Recurrence = DeltaRecurrence()
+        if self.strength is None:
+            recurrence = DecayRecurrence(query, log_decay, self.key_dim**-0.5)
+        found, carried = self.run_engine(run, recurrence, state, document_ids, batch)
+        mixed = self.head_norm(self.recall(found, query)).flatten(2)
+        if self.gate is not None:
+            gate = self.gate(x)
+            mixed = mixed * (F.silu(gate) if self.output_gate == "silu" else gate.sigmoid())
+        after = self.next_state(carried, recent, projected, state, ids)
+        return MixerOutput(self.output(mixed), after, metrics=self.state_metrics(carried, state))
+
+    def log_decay(self, x: Tensor) -> Tensor:
+        """Log decay of x [B, T, D], one per head [B, T, H] or channel [B, T, H, key_dim], in float32 or better."""
+        if self.decay is not None:
+            return self.decay(x)
+        return x.new_zeros(*x.shape[:2], self.num_heads, dtype=torch.promote_types(x.dtype, torch.float32))
+
+    def zeros(self, batch: int) -> Tensor:
+        """See `RecurrentMixer.zeros`."""
+        weight = self.value.weight
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        return weight.new_zeros(batch, self.num_heads, self.key_dim, self.value_dim, dtype=exact)
+
+    def flops(self, length: int) -> int:
+        """Projections, and per head and token a reading and an update of the state, twice each with the delta rule.
+
+        Each of them takes 2 key_dim * value_dim.
+        """
+        weights = sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
+        convolved = 0 if self.convolution is None else self.convolution.flops(length)
+        products = 2 if self.strength is None else 4
+        entries = self.num_heads * self.key_dim * self.value_dim
+        return 2 * length * weights + convolved + 2 * products * length * entries
+
+    def _heads(self, mixed: Tensor) -> list[Tensor]:
+        """Query, key and value [B, T, H, .] of [B, T, 2 keys + values]."""
+        widths = [self.num_heads * dim for dim in (self.key_dim, self.key_dim, self.value_dim)]
+        return [part.unflatten(-1, (self.num_heads, -1)) for part in mixed.split(widths, -1)]
+
+
+def _exactly(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer without bias, in float32 or better, also under autocast."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.to(exact), layer.weight.to(exact))
+
+
+def _unit(x: Tensor) -> Tensor:
+    """[..., K] at length 1 along K, in float32 or better."""
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    return exact * (exact.square().sum(-1, keepdim=True) + UNIT_EPS).rsqrt()

@@ -1,0 +1,125 @@
+"""Linear attention with one decay per head: Lightning Attention-2, retention and simple gated linear attention.
+
+C_t = exp(f_t) C_{t-1} + k_t v_t^T,    y_t = W_o (gate(W_g x_t) * norm(C_t^T q_t / sqrt(d)))
+
+lightning    f constant, by ALiBi's slopes, gentler in deeper layers (Qin et al. 2024, arXiv 2401.04658)
+retention    f constant, log(1 - 2^(-5 - h)), with rotary positions (Sun et al. 2023, arXiv 2307.08621)
+simple_gla   f_t = logsigmoid(w . x_t + b) / 16, learned (Yang et al. 2024, arXiv 2312.06635, with a scalar gate)
+"""
+
+import math
+from typing import Unpack
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longmix.errors import ConfigError
+from longmix.mixers.parts.base import REAL, ModelShape, at_most
+from longmix.mixers.parts.linear import LinearMixer, LinearOptions
+from longmix.mixers.parts.rotary import rotary_angles, rotate
+from longmix.recipe import Recipe, set_recipe
+
+_LEARNED_DIVISOR = 16.0
+"""A learned log decay is logsigmoid of a number around 0, divided by this: it begins at 0.96 a token."""
+
+
+def alibi_decay(heads: int, layer_index: int, num_layers: int) -> Tensor:
+    """-2^(-8 (h + 1) / H), times a factor that falls from 1 in the first layer to 1e-5 in the last: float32 [H]."""
+    depth = 1 - layer_index / max(num_layers - 1, 1) + 1e-5
+    return -depth * 2.0 ** (-8 * torch.arange(1, heads + 1) / heads)
+
+
+def retention_decay(heads: int, layer_index: int, num_layers: int) -> Tensor:
+    """log(1 - 2^(-5 - h)): float32 [H]."""
+    return torch.log1p(-(2.0 ** (-5 - torch.arange(heads).float())))
+
+
+DECAYS = {"alibi": alibi_decay, "retention": retention_decay, "learned": None}
+
+
+class HeadDecayOptions(LinearOptions, total=False):
+    """The settings that the mixers of this kind share; see `HeadDecay`."""
+
+    num_heads: int | None
+
+
+class HeadDecay(LinearMixer):
+    """Linear attention whose decay depends on the head, and on the token only where it is learned.
+
+    Args:
+        shape, layer_index, options: see `LinearMixer`.
+        decay: "alibi", "retention" or "learned".
+        num_heads: heads; None takes the model's.
+        rotary_base: wavelength base of rotary positions; None for no positions.
+        activation: "silu" on queries and keys, or "none".
+        output_gate: "silu" or "sigmoid".
+
+    Raises:
+        ConfigError: besides those of the base, an unknown word, a rotary base that is not above 1, an odd head size.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        layer_index: int,
+        *,
+        decay: str = "alibi",
+        num_heads: int | None = None,
+        rotary_base: float | None = None,
+        activation: str = "none",
+        output_gate: str = "silu",
+        **options: Unpack[LinearOptions],
+    ) -> None:
+        at_most(REAL**2, rotary_base=rotary_base)
+        heads = shape.num_heads if num_heads is None else num_heads
+        super().__init__(shape, layer_index, num_heads=heads, **options)
+        for name, word, words in (
+            ("decay", decay, DECAYS),
+            ("activation", activation, ("silu", "none")),
+            ("output_gate", output_gate, ("silu", "sigmoid")),
+        ):
+            if word not in words:
+                raise ConfigError(f"mixer.{name}={word} is unknown; use {', '.join(words)}.")
+        if rotary_base is not None and (rotary_base <= 1 or self.key_dim % 2):
+            raise ConfigError(
+                f"mixer.rotary_base={rotary_base} must be above 1, and the key head size {self.key_dim} even."
+            )
+        self.rotary_base, self.activation, self.gate_activation = rotary_base, activation, output_gate
+        slopes = DECAYS[decay]
+        self.decay: nn.Linear | None = None
+        if slopes is None:
+            self.decay = nn.Linear(self.d_model, self.num_heads)
+            nn.init.normal_(self.decay.weight, std=self.d_model**-0.5)
+            nn.init.zeros_(self.decay.bias)
+            set_recipe(self.decay.weight, Recipe("scalar"))
+        else:
+            self.register_buffer("log_decay", slopes(self.num_heads, layer_index, shape.num_layers))
+        for projection in (self.query, self.key, self.value, self.output_gate):
+            nn.init.normal_(projection.weight, std=self.d_model**-0.5)
+        nn.init.normal_(self.output.weight, std=self.d_model**-0.5 / math.sqrt(2 * shape.num_layers))
+
+    log_decay: Tensor
+
+    def gates(self, x: Tensor) -> tuple[Tensor, None]:
+        """The log decay, in float32 or better; there is no input gate."""
+        exact = torch.promote_types(x.dtype, torch.float32)
+        if self.decay is None:
+            return self.log_decay.to(exact), None
+        with torch.autocast(x.device.type, enabled=False):
+            gate = F.linear(x.to(exact), self.decay.weight.to(exact), self.decay.bias.to(exact))
+        return F.logsigmoid(gate) / _LEARNED_DIVISOR, None
+
+    def activate(self, gate: Tensor) -> Tensor:
+        """See `LinearMixer.activate`."""
+        return F.silu(gate) if self.gate_activation == "silu" else gate.sigmoid()
+
+    def query_and_key(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """See `LinearMixer.query_and_key`; activated, and rotated if so configured."""
+        query, key = super().query_and_key(x, positions)
+        if self.activation == "silu":
+            query, key = F.silu(query), F.silu(key)
+        if self.rotary_base is not None:
+            angles = rotary_angles(positions, self.key_dim, self.rotary_base)
+            query, key = rotate(query, *angles), rotate(key, *angles)
+        return query, key

@@ -1,0 +1,145 @@
+"""What the mixers on scalar-gated linear attention share: projections, output gate, head-wise norm, recurrent state.
+
+    C_t = exp(f_t) C_{t-1} + exp(i_t) k_t v_t^T,    y_t = W_o (gate(x_t) * norm(C_t^T q_t / sqrt(d)))
+
+A subclass says what the decay f_t and the input gate i_t are.
+"""
+
+from typing import TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from longmix.distributed.slices import Slices
+from longmix.errors import ConfigError
+from longmix.mixers.parts.base import COUNT, FACTOR, MixerOutput, ModelShape, at_most, checked_sizes, divided
+from longmix.mixers.parts.convolution import ShortConvolution
+from longmix.mixers.parts.norms import HeadwiseNorm, check_norm_eps
+from longmix.mixers.parts.recurrent import Recurrence, RecurrentMixer, RecurrentState, continued_ids
+from longmix.mixers.parts.recurrent_slices import DecayRecurrence, NormalizedRecurrence
+from longmix.mixers.parts.rotary import token_positions
+from longmix_kernels.linear import LinearState, linear_attention
+
+
+class LinearOptions(TypedDict, total=False):
+    """The settings that all mixers on this engine share; see `LinearMixer`."""
+
+    key_factor: float
+    norm: str
+    norm_eps: float
+    convolution: int
+
+
+class LinearMixer(RecurrentMixer):
+    """Base of the mixers on the `linear` engine; a subclass defines `gates` and initialises its own weights.
+
+    Args:
+        shape: sizes of the model around the mixer.
+        layer_index: which layer this is, from 0.
+        num_heads: heads, each with its own state.
+        normalize: divide by the normaliser, as mLSTM's exponential gate needs.
+        key_factor: width of queries and keys as a share of the model's; values are as wide as the model.
+        norm, norm_eps: head-wise norm of what is read from the state.
+        convolution: tokens that a short convolution mixes for queries, keys and gates; 0 for none.
+
+    Raises:
+        ConfigError: heads that do not divide, an unknown norm, a convolution of fewer than 2 tokens, a number out of
+            range.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        layer_index: int,
+        *,
+        num_heads: int,
+        normalize: bool = False,
+        key_factor: float = 0.5,
+        norm: str = "rms",
+        norm_eps: float = 1e-6,
+        convolution: int = 0,
+    ) -> None:
+        super().__init__()
+        check_norm_eps(norm_eps)
+        at_most(COUNT, convolution=convolution)
+        if not 0 < key_factor <= FACTOR:
+            raise ConfigError(f"mixer.key_factor={key_factor} must be positive and at most {FACTOR}.")
+        self.d_model, self.num_heads, self.normalize = shape.d_model, num_heads, normalize
+        self.value_dim = divided(shape.d_model, num_heads, "model.d_model", "mixer.num_heads")
+        key_width = round(key_factor * shape.d_model)
+        if key_width < 1:
+            raise ConfigError(
+                f"mixer.key_factor={key_factor} of model.d_model={shape.d_model} must be at least a channel."
+            )
+        self.key_dim = divided(key_width, num_heads, "mixer.key_factor * model.d_model", "mixer.num_heads")
+        if convolution < 0 or convolution == 1:
+            raise ConfigError(f"mixer.convolution={convolution} must be 0, which is none, or at least 2 tokens.")
+        self.query = nn.Linear(self.d_model, key_width, bias=False)
+        self.key = nn.Linear(self.d_model, key_width, bias=False)
+        self.value = nn.Linear(self.d_model, self.d_model, bias=False)
+        self.output_gate = nn.Linear(self.d_model, self.d_model, bias=False)
+        self.output = nn.Linear(self.d_model, self.d_model, bias=False)
+        self.head_norm = HeadwiseNorm(num_heads, self.value_dim, norm, norm_eps)
+        self.convolution = ShortConvolution(self.d_model, convolution) if convolution else None
+        self.past, self.recent_channels = max(convolution - 1, 0), shape.d_model
+
+    def gates(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Log decay [B, T, H] or [H], and log input gate [B, T, H] or None, in float32 or better, of x [B, T, D]."""
+        raise NotImplementedError
+
+    def activate(self, gate: Tensor) -> Tensor:
+        """Activation of the output gate."""
+        return gate.sigmoid()
+
+    def query_and_key(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Query and key [B, T, H, key_dim] of x [B, T, D] at positions [B or 1, T]."""
+        return self.query(x).unflatten(-1, (self.num_heads, -1)), self.key(x).unflatten(-1, (self.num_heads, -1))
+
+    def forward(
+        self, x: Tensor, *, state: RecurrentState | Slices | None = None, document_ids: Tensor | None = None
+    ) -> MixerOutput:
+        """See `Mixer.forward`."""
+        batch, length = checked_sizes(x, self.d_model, document_ids, state, (RecurrentState, Slices))
+        ids = continued_ids(document_ids, state, batch, length)
+        last_id, next_position = (None, None) if state is None else (state.last_id, state.next_position)
+        positions = token_positions(ids, last_id, next_position, length, x.device)
+        recent = self.recent(x, state, ids)
+        mixed = x if self.convolution is None else self.convolution(x, *recent)
+        query, key = self.query_and_key(mixed, positions)
+        value = self.value(x).unflatten(-1, (self.num_heads, -1))
+        log_decay, log_input = self.gates(mixed)
+
+        def run(initial: LinearState | None, ids: Tensor | None) -> tuple[Tensor, LinearState]:
+            return linear_attention(
+                query,
+                key,
+                value,
+                log_decay=log_decay,
+                log_input=log_input,
+                normalize=self.normalize,
+                initial_state=initial,
+                document_ids=ids,
+            )
+
+        recurrence: Recurrence = DecayRecurrence(query, log_decay, self.key_dim**-0.5)
+        if self.normalize and log_input is not None:
+            recurrence = NormalizedRecurrence(key, value, log_decay, log_input)
+        read, carried = self.run_engine(run, recurrence, state, document_ids, batch)
+        gated = self.activate(self.output_gate(x)) * self.head_norm(self.recall(read, query)).flatten(2)
+        after = self.next_state(carried, recent, x, state, ids)
+        return MixerOutput(self.output(gated), after, metrics=self.state_metrics(carried, state))
+
+    def zeros(self, batch: int) -> LinearState:
+        """See `RecurrentMixer.zeros`."""
+        weight = self.value.weight
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        memory = weight.new_zeros(batch, self.num_heads, self.key_dim, self.value_dim, dtype=exact)
+        if not self.normalize:
+            return LinearState(memory)
+        return LinearState(memory, memory.new_zeros(memory.shape[:3]), memory.new_zeros(memory.shape[:2]))
+
+    def flops(self, length: int) -> int:
+        """Projections, and per head and token one update and one reading of the state, 2 key_dim * value_dim each."""
+        weights = sum(layer.weight.numel() for layer in self.children() if isinstance(layer, nn.Linear))
+        convolved = 0 if self.convolution is None else self.convolution.flops(length)
+        return 2 * length * weights + convolved + 4 * length * self.num_heads * self.key_dim * self.value_dim

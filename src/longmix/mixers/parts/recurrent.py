@@ -1,0 +1,275 @@
+"""What mixers with a constant-size state share: going on, restarting at each document, and states that are tuned."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from longmix.distributed.slices import Slices
+from longmix.mixers.parts.base import Mixer
+from longmix.mixers.parts.metrics import Metric, RootMeanSquare
+from longmix.mixers.parts.rotary import token_positions
+from longmix.mixers.parts.state_tuning import TunedState
+
+Run = Callable[[Any, Tensor | None], tuple[Tensor, Any]]
+"""An engine, given the state before each document and the document ids: output [B, T, ...] and final state."""
+
+
+class Recurrence(Protocol):
+    """What a mixer's engine does to its state, for a slice of the sequence that other slices come before."""
+
+    def over_slice(self, run: Run, fresh: Any, slices: Slices, ids: Tensor | None) -> tuple[Tensor, Any]:
+        """Output of this process's slice, and the state after it and all that is before it.
+
+        Args:
+            run: the engine.
+            fresh: its state before a document, tensors [B, ...].
+            slices: what comes before.
+            ids: int32 [B, T], the slice's documents.
+        """
+        ...
+
+
+@dataclass
+class RecurrentState:
+    """What a recurrent mixer remembers.
+
+    Attributes:
+        carried: the engine's state after the last token, tensors [B, ...].
+        recent: [B, K, C], the last inputs of a short convolution or token shift; K may be 0.
+        recent_ids: int32 [B, K], their documents; any before the first token, where inputs are zero.
+        last_id: int32 [B], the document of the last token; before the first one, of a row without ids.
+        next_position: int64 [B], the position within its document that the next token of each row would take; 0 before
+            the first token of a row, and only there.
+    """
+
+    carried: Any
+    recent: Tensor
+    recent_ids: Tensor
+    last_id: Tensor
+    next_position: Tensor
+
+
+class Recent(NamedTuple):
+    """The inputs just before some tokens, for a short convolution or token shift.
+
+    Attributes:
+        before: [B, K, C], zero before the first token.
+        ids: int32 [B, K + T], the documents of both, any before the first token; None if all are one.
+    """
+
+    before: Tensor
+    ids: Tensor | None
+
+    def followed_by(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The last K of these and the new inputs `x` [B, T, C], and their documents [B, K]."""
+        assert self.ids is not None
+        start = x.shape[1]
+        return torch.cat([self.before.to(x.dtype), x], 1)[:, start:], self.ids[:, start:]
+
+
+class RecurrentMixer(Mixer):
+    """Base of the mixers whose state does not grow with the length.
+
+    A subclass says how large its state is, with `zeros`, `past` and `recent_channels`, and its `forward` hands its
+    engine to `run_engine` and returns `next_state`.
+
+    Attributes:
+        past: earlier tokens that a convolution or token shift sees.
+        recent_channels: how wide what it sees is.
+        tuned: what state tuning trains; None without it.
+    """
+
+    sliced = True
+    past: int = 0
+    recent_channels: int = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tuned: TunedState | None = None
+
+    def zeros(self, batch: int) -> Any:
+        """The engine's state before a document for `batch` rows: a tensor or a named tuple of them, [B, H, ...]."""
+        raise NotImplementedError
+
+    def tune_states(self, features: int = 0, decorrelation: float = 0.0) -> None:
+        """Make the state before each document a parameter, zero at first: one for all rows, in float32 or better.
+
+        It can then be trained alone ("state tuning", after RWKV-LM). A log scale is left as it is: it divides out.
+
+        Args:
+            features, decorrelation: of a memory besides; see `TunedState`.
+        """
+        parts = _named_parts(self.zeros(1))
+        initial = {name: part[0] for name, part in parts.items() if name != "log_scale"}
+        self.tuned = TunedState(initial, features, decorrelation)
+
+    def fresh(self, batch: int) -> Any:
+        """The state before each document: as tuned, else zeros."""
+        zeros = self.zeros(batch)
+        if self.tuned is None:
+            return zeros
+        parts = _named_parts(zeros)
+        for name, parameter in self.tuned.initial.items():
+            parts[name] = parameter.unsqueeze(0).expand_as(parts[name])
+        return parts["memory"] if isinstance(zeros, Tensor) else type(zeros)(**parts)
+
+    def recall(self, read: Tensor, query: Tensor) -> Tensor:
+        """What the engine read [B, T, H, V] for `query` [B, T, H, K], and what the tuned memory adds to that."""
+        if self.tuned is None or self.tuned.memory is None:
+            return read
+        return read + self.tuned.memory(query).to(read.dtype)
+
+    def run_engine(
+        self, run: Run, recurrence: Recurrence, state: RecurrentState | Slices | None, ids: Tensor | None, batch: int
+    ) -> tuple[Tensor, Any]:
+        """Output [B, T, ...] and final state of the engine, from a state or from the beginning.
+
+        Args:
+            run, recurrence: the engine, and what it does to its state.
+            state: see `Mixer.forward`.
+            ids: int32 [B, T]; None where the last document of each row goes on.
+            batch: B.
+        """
+        fresh = None if state is None and self.tuned is None else self.fresh(batch)
+        if state is None:
+            return run(fresh, ids)
+        if isinstance(state, Slices):
+            with torch.autocast(next(self.parameters()).device.type, enabled=False):  # states stay exact
+                return recurrence.over_slice(run, fresh, state, ids)
+        return over_documents(run, fresh, state.carried, None if ids is None else goes_on(state, ids), ids)
+
+    def recent(self, x: Tensor, state: RecurrentState | Slices | None, ids: Tensor | None) -> Recent:
+        """What came before `x` [B, T, ...]."""
+        batch = x.shape[0]
+        if isinstance(state, Slices):
+            before = state.just_before(x, self.past)
+            earlier = x.new_empty(0) if ids is None else state.ids_before(self.past)
+        elif state is None:
+            before = x.new_zeros(batch, self.past, self.recent_channels)
+            earlier = torch.zeros(batch, self.past, dtype=torch.int32, device=x.device)
+        else:
+            before, earlier = state.recent, state.recent_ids
+        return Recent(before, None if ids is None else torch.cat([earlier, ids.int()], 1))
+
+    def next_state(
+        self, carried: Any, recent: Recent, x: Tensor, state: RecurrentState | Slices | None, ids: Tensor | None
+    ) -> RecurrentState | None:
+        """The state after `x`, which a convolution or token shift saw, and `recent` before it; None without a state.
+
+        Nor is there one after a slice.
+
+        Args:
+            carried: the engine's final state.
+            recent: what came before x.
+            x: [B, T, C].
+            state: the state before.
+            ids: int32 [B, T], documents of the new tokens.
+        """
+        if not isinstance(state, RecurrentState):
+            return None
+        assert ids is not None
+        batch, length = ids.shape
+        positions = token_positions(ids, state.last_id, state.next_position, length, ids.device)
+        return RecurrentState(carried, *recent.followed_by(x), ids[:, -1], positions[:, -1].expand(batch) + 1)
+
+    def state_metrics(self, carried: Any, state: Any) -> dict[str, Metric]:
+        """Root mean square of each head's state at the end of the rows: it may grow if transitions do not contract.
+
+        Args:
+            carried: the engine's final state.
+            state: what the call went on from.
+        """
+        memory = _named_parts(carried)["memory"].detach()
+        sizes = [RootMeanSquare.of(head).in_last_slice(state) for head in memory.unbind(1)]
+        return {f"state_rms_head_{head}": size for head, size in enumerate(sizes)}
+
+    def init_state(self, batch: int) -> RecurrentState:
+        """See `Mixer.init_state`."""
+        weight = next(self.parameters())
+        recent = weight.new_zeros(batch, self.past, self.recent_channels)
+        ids = torch.zeros(batch, self.past + 1, dtype=torch.int32, device=weight.device)
+        position = torch.zeros(batch, dtype=torch.int64, device=weight.device)
+        return RecurrentState(self.fresh(batch), recent, ids[:, 1:], ids[:, 0], position)
+
+    def state_bytes(self, length: int) -> int:
+        """Bytes of state one row holds, whatever its length."""
+        held = sum(part.nbytes for part in tree_leaves(self.zeros(1)) if part is not None)
+        return held + self.past * self.recent_channels * next(self.parameters()).element_size()
+
+    def step_bytes(self, length: int) -> int:
+        """All of the state is read and written."""
+        return 2 * self.state_bytes(length)
+
+
+def _named_parts(state: Any) -> dict[str, Tensor]:
+    """The tensors of an engine's state by name; a state that is one tensor is its memory."""
+    parts = {"memory": state} if isinstance(state, Tensor) else state._asdict()
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def continued_ids(
+    document_ids: Tensor | None, state: RecurrentState | Slices | None, batch: int, length: int
+) -> Tensor | None:
+    """Ids of new tokens: as given, or each row's last document going on."""
+    if document_ids is not None or not isinstance(state, RecurrentState):
+        return document_ids
+    return state.last_id[:, None].expand(batch, length)
+
+
+class Before(Protocol):
+    """What of a state, or of earlier slices, says which document the last token was of."""
+
+    @property
+    def last_id(self) -> Tensor | None:
+        """int [B], its document."""
+
+    @property
+    def next_position(self) -> Tensor:
+        """int [B], the position after it; 0 where there was none."""
+
+
+def goes_on(before: Before, ids: Tensor) -> Tensor:
+    """bool [B]: whether the first of new tokens, of documents `ids` [B, T], is of the document before, or the first."""
+    assert before.last_id is not None
+    return (before.next_position == 0) | (ids[:, 0] == before.last_id)
+
+
+def over_documents(
+    run: Run, fresh: Any, carried: Any, goes_on: Tensor | None, ids: Tensor | None
+) -> tuple[Tensor, Any]:
+    """Run an engine on from a state: only the document that goes on sees it, others begin from the fresh state.
+
+    Args:
+        run: the engine.
+        fresh: its state before a document, tensors [B, ...].
+        carried: its state before these tokens, in the same form.
+        goes_on: bool [B], whether the first new token is of its document.
+        ids: int32 [B, T], the new tokens' documents; None if all are of that.
+    """
+    if ids is None or goes_on is None:
+        return run(carried, None)
+    carried = select(goes_on, carried, fresh)
+    if ids.shape[1] == 1:
+        return run(carried, None)
+    first = ids == ids[:, :1]
+    # A compiled graph cannot depend on values; what it computes besides is thrown away.
+    if not torch.compiler.is_compiling() and first.all():
+        return run(carried, None)
+    output, final = run(carried, ids)
+    # An engine starts every document from one state, so rows with several documents are run from both.
+    other_output, other_final = run(fresh, ids)
+    first_document = first.view(*first.shape, *[1] * (output.dim() - 2))
+    return torch.where(first_document, output, other_output), select(first[:, -1], final, other_final)
+
+
+def select(rows: Tensor, chosen: Any, others: Any) -> Any:
+    """Tensors [B, ...] of one state where `rows` [B] is set, and of another elsewhere."""
+
+    def either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+        return None if a is None or b is None else torch.where(rows.view(-1, *[1] * (a.dim() - 1)), a, b)
+
+    return tree_map(either, chosen, others)

@@ -1,0 +1,301 @@
+"""What every softmax-attention mixer shares: projections, query-key norm, rotary positions and the key-value cache.
+
+    q_i = rotate(norm(W_q x_i)),  k_j = rotate(norm(W_k x_j)),  v_j = W_v x_j
+    y_i = W_o sum_j softmax_j(q_i . k_j / sqrt(d)) v_j        over the j that the subclass lets i see
+
+A subclass may choose what sees what by the content of the tokens: then it gives every query and key labels, before the
+rotation, and the keys' labels are cached with the keys.
+
+Notable: grouped key-value heads; RMSNorm on each query and key head before the rotation (Henry et al. 2020, arXiv
+2010.04245; the form of Qwen3), which bounds the scores by sqrt(d); positions restart at each document.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longmix.distributed.slices import Slices
+from longmix.errors import ConfigError
+from longmix.mixers.parts.base import REAL, Mixer, MixerOutput, ModelShape, at_most, checked_sizes, divided
+from longmix.mixers.parts.metrics import Metric
+from longmix.mixers.parts.rotary import rotary_angles, rotate, token_positions
+
+
+@dataclass
+class AttentionState:
+    """Keys and values seen so far.
+
+    Attributes:
+        key, value: [B, S, Hkv, head_dim].
+        key_labels: integer [B, S, Hkv, R] where the mixer labels its tokens, else None.
+        document_ids: int32 [B, S], or None while every row is one document.
+        next_position: int64 [B], the position within its document that the next token of each row would take.
+    """
+
+    key: Tensor
+    value: Tensor
+    key_labels: Tensor | None
+    document_ids: Tensor | None
+    next_position: Tensor
+
+    @property
+    def last_id(self) -> Tensor | None:
+        """int [B], the document of the last token; None before the first."""
+        return None if self.key.shape[1] == 0 else _cached_ids(self)[:, -1]
+
+
+@dataclass
+class Selection:
+    """What a mixer chose for some tokens, from each token and its position alone.
+
+    Attributes:
+        query_labels: integer [B, T, Hq, R].
+        key_labels: integer [B, T, Hkv, R].
+        query_gate: [B, T, Hq], factor on the output heads; None for 1.
+        key_gate: [B, T, Hkv], factor on the values; None for 1.
+        means: means over the tokens, with gradients, that `SoftmaxAttention.losses_of` makes losses of; None for none.
+        losses, metrics: as in `MixerOutput`.
+    """
+
+    query_labels: Tensor
+    key_labels: Tensor
+    query_gate: Tensor | None = None
+    key_gate: Tensor | None = None
+    means: Tensor | None = None
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, Metric] = field(default_factory=dict)
+
+
+@dataclass
+class Rows:
+    """What attention is over: the queries are the last Tq of Tk positions.
+
+    Attributes:
+        query: [B, Tq, Hq, head_dim]; key, value: [B, Tk, Hkv, head_dim].
+        document_ids: int32 [B, Tk], or None while every row is one document.
+        query_labels: [B, Tq, Hq, R] and key_labels: [B, Tk, Hkv, R], as selected; None where nothing is.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    document_ids: Tensor | None = None
+    query_labels: Tensor | None = None
+    key_labels: Tensor | None = None
+
+
+class HeadOptions(TypedDict, total=False):
+    """The settings that all softmax mixers share; see `SoftmaxAttention`."""
+
+    num_heads: int | None
+    num_kv_heads: int | None
+    rotary_base: float
+    qk_norm: bool
+
+
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm whose weight follows the input's dtype, since torch's fused kernel takes no mixture of dtypes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., head_dim] -> [..., head_dim]."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class SoftmaxAttention(Mixer):
+    """Base of the softmax mixers; a subclass says in `attend` which keys a query sees, and in `visible_pairs` how many.
+
+    Args:
+        shape: sizes of the model around the mixer.
+        layer_index: which layer this is, from 0.
+        num_heads: query heads; None takes the model's.
+        num_kv_heads: key-value heads, a divisor of `num_heads`; None gives every query head its own.
+        rotary_base: wavelength base of the rotary embedding.
+        qk_norm: RMSNorm on query and key heads.
+
+    Raises:
+        ConfigError: heads that do not divide, an odd head size, a base that is not above 1.
+    """
+
+    sliced = True
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        layer_index: int,
+        *,
+        num_heads: int | None = None,
+        num_kv_heads: int | None = None,
+        rotary_base: float = 10_000.0,
+        qk_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        at_most(REAL**2, rotary_base=rotary_base)
+        heads_key = "model.num_heads" if num_heads is None else "mixer.num_heads"
+        self.num_heads = shape.num_heads if num_heads is None else num_heads
+        self.head_dim = divided(shape.d_model, self.num_heads, "model.d_model", heads_key)
+        self.num_kv_heads = self.num_heads if num_kv_heads is None else num_kv_heads
+        divided(self.num_heads, self.num_kv_heads, heads_key, "mixer.num_kv_heads")
+        if self.head_dim % 2:
+            raise ConfigError(
+                f"rotary positions need an even head size; {heads_key}={self.num_heads} gives {self.head_dim}."
+            )
+        if rotary_base <= 1:
+            raise ConfigError(f"mixer.rotary_base={rotary_base} must be above 1.")
+        self.d_model = shape.d_model
+        self.rotary_base = rotary_base
+
+        kv_width = self.num_kv_heads * self.head_dim
+        self.query = nn.Linear(self.d_model, self.d_model, bias=False)
+        self.key = nn.Linear(self.d_model, kv_width, bias=False)
+        self.value = nn.Linear(self.d_model, kv_width, bias=False)
+        self.output = nn.Linear(self.d_model, self.d_model, bias=False)
+        self.query_norm = HeadNorm(self.head_dim, eps=shape.norm_eps) if qk_norm else nn.Identity()
+        self.key_norm = HeadNorm(self.head_dim, eps=shape.norm_eps) if qk_norm else nn.Identity()
+
+        for projection in (self.query, self.key, self.value):
+            nn.init.normal_(projection.weight, std=self.d_model**-0.5)
+        nn.init.normal_(self.output.weight, std=self.d_model**-0.5 / math.sqrt(2 * shape.num_layers))
+
+    def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Metric]]:
+        """Mix the values: the output heads [B, Tq, Hq, head_dim], and metrics."""
+        raise NotImplementedError
+
+    def attend_after(self, rows: Rows, slices: Slices) -> tuple[Tensor, dict[str, Metric]]:
+        """The same for a slice, of which `rows` has nothing but its own keys."""
+        return self.attend(after_earlier_slices(rows, slices, self.rows_of_earlier_slices()))
+
+    def visible_pairs(self, length: int) -> int:
+        """Query-key pairs the mixer computes in one row of `length` tokens, per query head."""
+        raise NotImplementedError
+
+    def cached_keys(self) -> int | None:
+        """How many past keys a later query can still see; None for all."""
+        return None
+
+    def rows_of_earlier_slices(self) -> int | None:
+        """How many rows of earlier slices a slice needs; None for all."""
+        return self.cached_keys()
+
+    def select(self, x: Tensor, query: Tensor, key: Tensor, positions: Tensor) -> Selection | None:
+        """Label the tokens x [B, T, D] at positions [B or 1, T], from query and key before the rotation; or None."""
+        return None
+
+    def losses_of(self, means: Tensor) -> dict[str, Tensor]:
+        """Auxiliary losses of what `select` returned as `means`, which are over the whole rows here."""
+        return {}
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query [B, T, Hq, head_dim], key and value [B, T, Hkv, head_dim], normalised and not yet rotated."""
+        query, key, value = (
+            layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.query, self.key, self.value)
+        )
+        return self.query_norm(query), self.key_norm(key), value
+
+    def forward(
+        self, x: Tensor, *, state: AttentionState | Slices | None = None, document_ids: Tensor | None = None
+    ) -> MixerOutput:
+        """See `Mixer.forward`."""
+        batch, length = checked_sizes(x, self.d_model, document_ids, state, (AttentionState, Slices))
+        query, key, value = self.project(x)
+        document_ids = _continued_ids(document_ids, state, batch, length)
+        last_id, next_position = (None, None) if state is None else (state.last_id, state.next_position)
+        positions = token_positions(document_ids, last_id, next_position, length, x.device)
+        chosen = self.select(x, query, key, positions)
+        if chosen is not None and chosen.key_gate is not None:
+            value = value * chosen.key_gate.unsqueeze(-1).to(value.dtype)
+        if chosen is not None and chosen.means is not None:
+            chosen.losses |= self.losses_of(state.mean(chosen.means) if isinstance(state, Slices) else chosen.means)
+        cosine, sine = rotary_angles(positions, self.head_dim, self.rotary_base)
+        query, key = (rotate(x, cosine, sine).to(value.dtype) for x in (query, key))
+
+        rows = Rows(query, key, value, document_ids)
+        if chosen is not None:
+            rows.query_labels, rows.key_labels = chosen.query_labels, chosen.key_labels
+        new_state = None
+        if isinstance(state, AttentionState):
+            rows = _continued(rows, state)
+            new_state = self._kept(rows, positions[:, -1].expand(batch) + 1)
+        mixed, metrics = self.attend_after(rows, state) if isinstance(state, Slices) else self.attend(rows)
+        if chosen is None:
+            return MixerOutput(self.output(mixed.flatten(2)), new_state, metrics=metrics)
+        if chosen.query_gate is not None:
+            mixed = mixed * chosen.query_gate.unsqueeze(-1).to(mixed.dtype)
+        return MixerOutput(self.output(mixed.flatten(2)), new_state, chosen.losses, chosen.metrics | metrics)
+
+    def _kept(self, rows: Rows, next_position: Tensor) -> AttentionState:
+        limit = self.cached_keys()
+        start = 0 if limit is None else max(0, rows.key.shape[1] - limit)
+        if start:
+            rows = Rows(
+                rows.query,
+                rows.key[:, start:].clone(),
+                rows.value[:, start:].clone(),
+                document_ids=None if rows.document_ids is None else rows.document_ids[:, start:].clone(),
+                key_labels=None if rows.key_labels is None else rows.key_labels[:, start:].clone(),
+            )
+        return AttentionState(rows.key, rows.value, rows.key_labels, rows.document_ids, next_position)
+
+    def init_state(self, batch: int) -> AttentionState:
+        """An empty cache for `batch` rows, on the mixer's device and in its dtype."""
+        weight = self.value.weight
+        empty = weight.new_empty(batch, 0, self.num_kv_heads, self.head_dim)
+        return AttentionState(empty, empty, None, None, torch.zeros(batch, dtype=torch.int64, device=weight.device))
+
+    def state_bytes(self, length: int) -> int:
+        """Bytes of keys and values one row holds after `length` tokens."""
+        limit = self.cached_keys()
+        rows = length if limit is None else min(length, limit)
+        return 2 * rows * self.num_kv_heads * self.head_dim * self.value.weight.element_size()
+
+    def step_bytes(self, length: int) -> int:
+        """Keys and values that the next token sees, its own among them."""
+        seen = self.visible_pairs(length + 1) - self.visible_pairs(length)
+        return 2 * seen * self.num_kv_heads * self.head_dim * self.value.weight.element_size()
+
+    def flops(self, length: int) -> int:
+        """Projections, and 2 * head_dim for the score and for the value of every visible pair."""
+        weights = sum(layer.weight.numel() for layer in self.children() if isinstance(layer, nn.Linear))
+        return 2 * length * weights + 4 * self.num_heads * self.head_dim * self.visible_pairs(length)
+
+
+def _continued_ids(
+    document_ids: Tensor | None, state: AttentionState | Slices | None, batch: int, length: int
+) -> Tensor | None:
+    """Ids of the new tokens: as given, or each row's last document going on."""
+    if document_ids is not None or not isinstance(state, AttentionState) or state.document_ids is None:
+        return document_ids
+    return state.document_ids[:, -1:].expand(batch, length)
+
+
+def _cached_ids(state: AttentionState) -> Tensor:
+    if state.document_ids is not None:
+        return state.document_ids
+    return torch.zeros(state.key.shape[:2], dtype=torch.int32, device=state.key.device)
+
+
+def _continued(rows: Rows, state: AttentionState) -> Rows:
+    """The same queries with the cached keys before the new ones."""
+    ids, labels = rows.document_ids, rows.key_labels
+    if ids is not None:
+        ids = torch.cat((_cached_ids(state), ids), dim=1)
+    if labels is not None and state.key_labels is not None:
+        labels = torch.cat((state.key_labels, labels), dim=1)
+    # An empty cache is in the dtype of the weights, which under autocast is not that of the keys.
+    past_key, past_value = state.key.to(rows.key.dtype), state.value.to(rows.value.dtype)
+    key, value = torch.cat((past_key, rows.key), dim=1), torch.cat((past_value, rows.value), dim=1)
+    return replace(rows, key=key, value=value, document_ids=ids, key_labels=labels)
+
+
+def after_earlier_slices(rows: Rows, slices: Slices, limit: int | None) -> Rows:
+    """The same queries with the last `limit` keys of earlier slices, or all of them, before those of this one."""
+
+    def after(x: Tensor) -> Tensor:
+        return torch.cat((slices.before(x, limit), x), dim=1)
+
+    labels = None if rows.key_labels is None else after(rows.key_labels)
+    ids = slices.ids_from(limit)
+    return replace(rows, key=after(rows.key), value=after(rows.value), document_ids=ids, key_labels=labels)

@@ -1,0 +1,40 @@
+"""Context parallelism for a mixer that knows nothing of slices: every process has the whole rows mixed.
+
+The slices of all processes are put together, the mixer runs over the rows from their beginning, and each process takes
+its own slice of what comes out. So outputs, gradients and auxiliary losses are exact for any mixer; but neither its
+work nor its memory is divided. A mixer that sets `sliced` takes `Slices` itself and does better.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from longmix.distributed.slices import Slices
+from longmix.mixers.parts.base import Mixer, MixerOutput
+from longmix.notices import notice
+
+
+def warn_of_whole_rows(model: nn.Module) -> None:
+    """Say which mixers of a model that is trained with context parallelism run over whole rows."""
+    for name in sorted(
+        {type(part).__name__ for part in model.modules() if isinstance(part, Mixer) and not part.sliced}
+    ):
+        notice(
+            f"trainer.context_parallel divides neither the work nor the memory of {name}, as it does not set `sliced`: "
+            "every process mixes whole rows, which is exact. docs/add_a_mixer.md says how a mixer takes slices."
+        )
+
+
+def over_whole_rows(mixer: Mixer, x: Tensor, slices: Slices, **shared: Tensor | None) -> MixerOutput:
+    """What `mixer` returns for this process's slice x [B, T, D] of longer rows.
+
+    Args:
+        mixer: any.
+        x: the slice.
+        slices: where it lies.
+        shared: tensors [B, T, ...] of the slice that the mixer takes besides, or None.
+    """
+    others: dict[str, Any] = {name: None if part is None else slices.whole(part) for name, part in shared.items()}
+    output = mixer(slices.whole(x), document_ids=slices.whole_ids, **others)
+    first_value = None if output.first_value is None else slices.own(output.first_value)
+    return MixerOutput(slices.own(output.y), None, output.losses, output.metrics, first_value)

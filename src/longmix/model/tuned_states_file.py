@@ -1,0 +1,125 @@
+"""States before a document that were trained: which parameters they are, and the small file that holds nothing else."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from longmix.checkpoints import load_tensors, reading, save_tensors
+from longmix.checkpoints.reading import check_weight, weight_differences
+from longmix.config import Node
+from longmix.errors import CheckpointError, ConfigError
+from longmix.mixers.parts.recurrent import RecurrentMixer
+from longmix.model.backbone import LanguageModel
+
+FORMAT, WITHOUT_DIGEST = 2, 1
+STATES_FILE = "states.pt"
+"""In the folder of a run with trainable=states."""
+
+MARK = ".tuned."
+"""What the names of these parameters, and of no others, have in them."""
+
+
+def tune_states(model: LanguageModel, features: int = 0, decorrelation: float = 0.0) -> list[str]:
+    """Give every recurrent mixer a trainable state before each document; returns the names of these parameters.
+
+    Args:
+        model: to change.
+        features, decorrelation: of a memory besides; see `longmix.mixers.parts.state_tuning`.
+
+    Raises:
+        ConfigError: no mixer of the model has a state of constant size.
+    """
+    recurrent = [mixer for mixer in model.mixers() if isinstance(mixer, RecurrentMixer)]
+    if not recurrent:
+        kinds = ", ".join(sorted({type(mixer).__name__ for mixer in model.mixers()}))
+        raise ConfigError(f"trainable=states needs a mixer with a recurrent state, and the model's is {kinds}.")
+    for mixer in recurrent:
+        mixer.tune_states(features, decorrelation)
+    return [name for name, _ in model.named_parameters() if MARK in name]
+
+
+def tuned_states(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of a model's weights that are states before a document, by name."""
+    return {name: weight for name, weight in weights.items() if MARK in name}
+
+
+def load_weights(model: LanguageModel, weights: dict[str, Tensor]) -> None:
+    """Load a model's weights; states among them are given a place first.
+
+    Raises:
+        CheckpointError: they are not the model's, or of other shapes or types.
+    """
+    check_weights(model, weights)
+    model.load_state_dict(weights)
+
+
+def check_weights(model: LanguageModel, weights: dict[str, Tensor]) -> None:
+    """Refuse weights that are not a model's, which may be without memory; states among them are given a place first.
+
+    Raises:
+        CheckpointError: names what differs.
+    """
+    if tuned_states(weights):
+        tune_states(model, _features(weights))
+    _check_like(weights, model.state_dict())
+
+
+def _check_like(weights: dict[str, Tensor], needed: dict[str, Tensor]) -> None:
+    if differences := weight_differences(weights, needed):
+        raise CheckpointError(f"these weights are of another model: {differences}.")
+
+
+def _features(weights: dict[str, Tensor]) -> int:
+    """Size of the memories among a model's weights; 0 if there are none."""
+    return next((weight.shape[-1] for name, weight in weights.items() if name.endswith(".memory.whitening")), 0)
+
+
+def save_states(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Write the states of a checkpoint's weights to a file of their own, [H, K, V] each (keys by values).
+
+    Raises:
+        StorageError: the file cannot be written; what was there before stays.
+    """
+    config = checkpoint["config"]
+    content = {
+        "format": FORMAT,
+        "layout": "[heads, keys, values]",
+        "mixer": config["mixer"],
+        "model": config["model"],
+        "states": {name: state.clone() for name, state in tuned_states(checkpoint["model"]).items()},
+    }
+    save_tensors(path, content)
+
+
+def load_states(model: LanguageModel, path: Path, config: Node) -> None:
+    """Let every document begin from the states in a file that `save_states` wrote.
+
+    Args:
+        model: without states of its own, or with ones that are replaced.
+        path: the file, or the folder of the run that wrote it.
+        config: the configuration of the model.
+
+    Raises:
+        CheckpointError: there is no such file, or it is damaged or of another model.
+    """
+    path = path / STATES_FILE if path.is_dir() else path
+    cure = "; give the states.pt of a run with trainable=states"
+    content = load_tensors(path, "states", format_number=FORMAT, without_digest=WITHOUT_DIGEST, cure=cure)
+    with reading(path, "states", cure):
+        states = content["states"]
+        for name, weight in states.items():
+            check_weight(name, weight)
+            if MARK not in name:
+                raise ValueError(f"{name} is no state")
+        if not states or not {"mixer", "model"} <= content.keys():
+            raise ValueError("it does not say of which model they are")
+    if content["mixer"] != config["mixer"] or content["model"] != config["model"]:
+        raise CheckpointError(f"the states in {path} are of another model; give those tuned from this checkpoint.")
+    with reading(path, "states of this model", cure):
+        tune_states(model, _features(states))
+        try:
+            _check_like(states, tuned_states(model.state_dict()))
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        model.load_state_dict(states, strict=False)

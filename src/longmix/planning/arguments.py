@@ -1,0 +1,257 @@
+"""The words of a plan: those of `train.py`, and what machines there are."""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from longmix import cli
+from longmix import config as configuration
+from longmix.accelerators import ACCELERATORS, Accelerator, by_word
+from longmix.command_line import values
+from longmix.command_line.explain import explained, misformed
+from longmix.command_line.register import register_types
+from longmix.command_line.schema import Schema, configs_folder
+from longmix.command_line.words import Word
+from longmix.config import Node, build
+from longmix.errors import ConfigError
+from longmix.model.backbone import LanguageModel
+from longmix.model.build import build_model, check_model
+from longmix.model.matching import match_parameters
+from longmix.planning.dry_run import Precision
+from longmix.wording import counted
+
+Strategy = Literal["single", "ddp", "fsdp"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What may be changed so that a run fits.
+
+    Attributes:
+        seq_len: tokens of a window.
+        strategy: "single", "ddp" or "fsdp".
+        context_parallel: processes that share a window.
+        micro_batch_size: windows of one forward and backward pass.
+        checkpointed: recompute blocks in the backward pass.
+    """
+
+    seq_len: int
+    strategy: Strategy
+    context_parallel: int
+    micro_batch_size: int
+    checkpointed: bool
+
+
+@dataclass(frozen=True)
+class Request:
+    """A run to plan.
+
+    Attributes:
+        node: its resolved configuration.
+        labels: the words for mixer and model.
+        vocab_size: token ids.
+        accelerator: of the table; None for a CPU.
+        memory_bytes: of one device.
+        gpus: devices of all machines together, one process each.
+        given_batch_size: windows of a step over all processes; None gives each replica one.
+        precision: as in `TrainerSettings`.
+        choice: what was asked for.
+        notes: what was chosen because no word said it.
+    """
+
+    node: Node
+    labels: tuple[str, str]
+    vocab_size: int
+    accelerator: Accelerator | None
+    memory_bytes: int
+    gpus: int
+    given_batch_size: int | None
+    precision: Precision
+    choice: Choice
+    notes: tuple[str, ...]
+
+    def model(self) -> LanguageModel:
+        """The model on the meta device, in the dtype of its weights."""
+        with torch.device("meta"):
+            return build_model(self.node, self.vocab_size)
+
+    def rows(self, choice: Choice) -> int:
+        """Windows of a step that one process, or the processes that share windows, take.
+
+        Raises:
+            ConfigError: something does not divide; names the words.
+        """
+        replicas = self._replicas(choice)
+        if choice.seq_len % choice.context_parallel:
+            raise ConfigError(
+                f"trainer.context_parallel={choice.context_parallel} does not divide seq_len={choice.seq_len}: every "
+                "process has an equal slice."
+            )
+        batch_size = self.batch_size(choice)
+        rows, rest = divmod(batch_size, replicas)
+        if rest or not rows:
+            raise ConfigError(
+                f"batch_size={batch_size} does not divide over {counted(replicas, 'replica')} (gpus={self.gpus}, "
+                f"trainer.context_parallel={choice.context_parallel}); give a multiple of {replicas}."
+            )
+        if rows % choice.micro_batch_size:
+            raise ConfigError(
+                f"trainer.micro_batch_size={choice.micro_batch_size} does not divide the "
+                f"{counted(rows, 'window')} that each of "
+                f"{counted(replicas, 'replica')} has of batch_size={batch_size}."
+            )
+        return rows
+
+    def batch_size(self, choice: Choice) -> int:
+        """Windows of a step over all processes."""
+        return self._replicas(choice) if self.given_batch_size is None else self.given_batch_size
+
+    def _replicas(self, choice: Choice) -> int:
+        replicas, rest = divmod(self.gpus, choice.context_parallel)
+        if rest or not replicas:
+            raise ConfigError(f"trainer.context_parallel={choice.context_parallel} does not divide gpus={self.gpus}.")
+        return replicas
+
+
+def read(words: list[str]) -> Request:
+    """A request from the words of a command line.
+
+    Besides the words of `train.py`: `gpus` (devices of all machines, 1) and `gpu` (a name of the table of accelerators,
+    or "cpu"; H200). Without `batch_size`, every replica has one window.
+
+    Raises:
+        ConfigError: an unknown word, accelerator or choice, something that does not divide, or what cannot be planned.
+    """
+    own, others = _divided(words)
+    accelerator, memory = _accelerator(own.get("gpu", "H200"))
+    node, labels = _composed(others)
+    _check(node)
+    trainer = node["trainer"]
+    vocab_size = _vocab_size(node)
+    node = match_parameters(node, vocab_size)
+    gpus = _count(own.get("gpus", str((trainer["devices"] or 1) * trainer["num_nodes"])))
+    notes = []
+    strategy = trainer["strategy"]
+    if strategy == "single" and gpus > 1:
+        strategy = "ddp"
+        notes.append(f"trainer=ddp, as gpus={gpus}; trainer=fsdp divides weights, gradients and optimizer too")
+    batch_size = node["batch_size"]
+    if not any(word.lstrip("+").startswith(("batch_size=", "experiment=")) for word in others):
+        batch_size = None
+        notes.append("one window for each replica, as no batch_size was given")
+    if trainer["compile"]:
+        notes.append("trainer.compile=true saves memory and time that this plan does not count on")
+    precision = trainer["precision"]
+    if precision == "auto":
+        precision = "32-true" if accelerator is None else "bf16-mixed"
+    choice = Choice(
+        seq_len=node["seq_len"],
+        strategy=strategy,
+        context_parallel=gpus if trainer["context_parallel"] is None else trainer["context_parallel"],
+        micro_batch_size=1,
+        checkpointed=node["model"]["activation_checkpointing"] == "block",
+    )
+    request = Request(node, labels, vocab_size, accelerator, memory, gpus, batch_size, precision, choice, tuple(notes))
+    rows = trainer["micro_batch_size"] or request.rows(choice)
+    request = dataclasses.replace(request, choice=dataclasses.replace(choice, micro_batch_size=rows))
+    request.rows(request.choice)
+    return request
+
+
+def _check(node: Node) -> None:
+    """Refuse what `train.py` would refuse, but for what this machine lacks, and what cannot be planned."""
+    configuration.check_words(node)
+    for group, supplied in SUPPLIED.items():
+        configuration.check(node[group], group, supplied)
+    check_model(node)
+    for key in ("devices", "num_nodes", "context_parallel", "micro_batch_size"):
+        value = node["trainer"][key]
+        if value is not None and value < 1:
+            raise ConfigError(f"trainer.{key}={value} must be at least 1.")
+    for word in ("checkpoint", "resume"):
+        if node[word] is not None:
+            raise ConfigError(f"{word}={node[word]} cannot be planned; give model, mixer and tokenizer of that run.")
+    if node["trainable"] != "all":
+        raise ConfigError(f"trainable={node['trainable']} is not planned for; a plan is for trainable=all.")
+
+
+SUPPLIED: dict[str, set[str]] = {
+    "optimizer": {"parameters"},
+    "trainer": set(),
+    "model": {"mixer_factory", "vocab_size"},
+    "data": {"tokenizer", "seq_len", "batch_size", "seed"},
+}
+"""What longmix gives to the callables of a group."""
+
+OWN_WORDS = ("gpus", "gpu")
+
+
+def _divided(words: list[str]) -> tuple[dict[str, str], list[str]]:
+    own: dict[str, str] = {}
+    others = []
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name in OWN_WORDS and equals:
+            own[name] = value
+        else:
+            others.append(word)
+    return own, others
+
+
+def _count(text: str) -> int:
+    text = values.as_hydra_reads(text, values.Takes(int), sweep=False)
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"gpus={text} must be a whole number, at least 1.")
+    return int(text)
+
+
+def _accelerator(word: str) -> tuple[Accelerator | None, int]:
+    if word.lower() == "cpu":
+        return None, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    found = by_word(word)
+    if found is None:
+        raise ConfigError(f"gpu={word} is not in the table; use one of {', '.join(ACCELERATORS)}, or cpu.")
+    return found, found.memory_bytes
+
+
+def _composed(given: list[str]) -> tuple[Node, tuple[str, str]]:
+    """The resolved configuration, and the words for mixer and model."""
+    register_types()
+    folder = configs_folder()
+    schema = Schema("train", folder)
+    schema.search(given)
+    words = [Word.read(word) for word in given]
+    problem = misformed(schema, words, sweep=False)
+    if problem:
+        raise ConfigError(problem)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(folder), version_base="1.3"):
+            overrides = ["name=plan", *cli.as_hydra_reads(schema, words)]
+            config = compose("train", overrides=overrides, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
+        raise ConfigError(explained(schema, given, False, error)) from error
+    choices = config.hydra.runtime.choices
+    labels = choices["mixer"], choices["model"]
+    with open_dict(config):
+        del config["hydra"]
+    return configuration.resolved(config), labels
+
+
+def _vocab_size(node: Node) -> int:
+    """Token ids, as far as they are known before data are read."""
+    data: Any = build(
+        node["data"],
+        "data",
+        tokenizer=build(node["tokenizer"], "tokenizer"),
+        **{name: node[name] for name in ("seq_len", "batch_size", "seed")},
+    )
+    return data.expected_vocab_size

@@ -1,0 +1,243 @@
+"""What each part of a model needs for one forward and backward pass, found by running it on tensors without memory.
+
+The code that will train is what runs, on fake tensors of the real sizes: no formula has to follow it, and a mixer that
+is added is planned for like the others. Layers that are alike are run once. Autocast is that of the CPU, which differs
+from a GPU's in operators that our code does in float32 by itself.
+"""
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from longmix.model.backbone import LanguageModel
+from longmix.model.blocks import Block
+from longmix.planning.fakes import LastSlice, gpu_functions
+from longmix.planning.memory_tracker import Ledger, bytes_of, empty_like
+from longmix_kernels.runtime import assumed_device
+
+Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a part is run.
+
+    Attributes:
+        rows, length: windows of one forward and backward pass, and their tokens.
+        precision: as in `TrainerSettings`.
+        sharded: weights come in the precision of the computation, as FSDP gathers them.
+        accumulates: gradients of an earlier micro-batch are there already.
+        checkpointed: blocks keep their input and compute the rest again.
+        device: "cuda" or "cpu", which decides between implementations of the engines.
+        slices: processes that share each window; this one has the last slice.
+    """
+
+    rows: int
+    length: int
+    precision: Precision
+    sharded: bool
+    accumulates: bool
+    checkpointed: bool
+    device: Literal["cuda", "cpu"]
+    slices: int = 1
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Dtype of the weights that the forward pass sees."""
+        low = self.precision == "bf16-true" or (self.precision == "bf16-mixed" and self.sharded)
+        return torch.bfloat16 if low else torch.float32
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a part of the model needs, in bytes, its weights not counted.
+
+    Attributes:
+        output: what it hands on.
+        kept: what it keeps from the forward to the backward pass, besides its input and output.
+        forward: the most it holds besides while it runs forward.
+        backward: the most that is added while it runs backward, its gradients included unless they accumulate.
+        gradients: its weights' gradients as the backward pass leaves them.
+        copies: its weights in lower precision, which autocast keeps through the step.
+        parameters: number of its weights.
+        moved: bytes that operators other than products of matrices read and write, in both passes.
+        received: bytes that a forward pass gets from other slices of the same windows.
+    """
+
+    output: int
+    kept: int
+    forward: int
+    backward: int
+    gradients: int
+    copies: int
+    parameters: int
+    moved: int
+    received: int = 0
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """A model's parts: what is before and after the layers, as one, and the layers."""
+
+    ends: Part
+    layers: list[Part]
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What is before and after the layers, run once, and the dtype of what the layers get."""
+
+    part: Part
+    dtype: torch.dtype
+
+
+def rehearse_ends(model: LanguageModel, setting: Setting) -> Ends:
+    """Run a model without its layers: embedding, last norm and loss.
+
+    Args:
+        model: on the meta device; it is not changed.
+        setting: how it is run; whether blocks are checkpointed makes no difference.
+    """
+    outside = copy.copy(model)
+    outside._modules = {**model._modules, "blocks": nn.ModuleList()}
+    outside = copy.deepcopy(outside)
+    with assumed_device(setting.device), FakeTensorMode(allow_non_fake_inputs=True):
+        return _ends(outside, setting)
+
+
+def rehearse(model: LanguageModel, setting: Setting, ends: Ends) -> Rehearsal:
+    """Run a layer of each kind.
+
+    Args:
+        model: on the meta device; it is not changed.
+        setting: how it is run.
+        ends: of the same model and setting.
+    """
+    model.flops(setting.length)  # a mixer may prepare what depends on the length alone, which takes real tensors
+    blocks = [cast(Block, block) for block in model.blocks]
+    kinds = [_kind(block) for block in blocks]
+    copies = {kind: copy.deepcopy(blocks[kinds.index(kind)]) for kind in dict.fromkeys(kinds)}
+    with assumed_device(setting.device), FakeTensorMode(allow_non_fake_inputs=True):
+        stage = _Stage(setting, model.shape.d_model, ends.dtype)
+        layers = {kind: stage.block(block) for kind, block in copies.items()}
+    return Rehearsal(ends.part, [layers[kind] for kind in kinds])
+
+
+def _kind(block: Block) -> Any:
+    """Layers of one kind have the same code and sizes; one that gives a value residual lacks the weights to take it."""
+    shapes = tuple((name, tuple(weight.shape)) for name, weight in block.named_parameters())
+    settings = tuple((name, value) for name, value in vars(block.mixer).items() if isinstance(value, int | str))
+    return type(block.mixer), shapes, settings
+
+
+class _Stage:
+    """Runs blocks one after another, each on an input of its own; what the first gives to the others is kept."""
+
+    def __init__(self, setting: Setting, width: int, dtype: torch.dtype) -> None:
+        self.setting = setting
+        self.shape, self.dtype = (setting.rows, setting.length, width), dtype
+        self.ids = torch.empty(self.shape[:2], dtype=torch.int32)
+        self.first_value: Tensor | None = None
+        self.first_sizes: tuple[torch.Size, torch.dtype] | None = None
+        self.received = 0
+        self.slices = LastSlice(setting.slices, setting.length) if setting.slices > 1 else None
+
+    def block(self, block: Block) -> Part:
+        """Run one block."""
+        _materialise(block, self.setting)
+        x = torch.empty(self.shape, dtype=self.dtype, requires_grad=True)
+        given = self.first_value
+        inputs = (x, None, self.ids, given) if self.slices is None else (x, block.slice_state(self.slices), None, given)
+
+        def call() -> tuple[Tensor, list[Tensor], Any]:
+            again = self.setting.checkpointed
+            result = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
+            if result.first_value is not None:
+                self.first_sizes = result.first_value.shape, result.first_value.dtype
+            self.received = 0 if self.slices is None else self.slices.taken()
+            return result.y, list(result.losses.values()), result.first_value
+
+        part = _measured(call, block, [x, self.ids, *([] if given is None else [given])], self.setting)
+        if given is None and self.first_sizes is not None:
+            shape, dtype = self.first_sizes
+            self.first_value = torch.empty(shape, dtype=dtype, requires_grad=True)
+        return dataclasses.replace(part, received=self.received)
+
+
+def _ends(model: LanguageModel, setting: Setting) -> Ends:
+    tied = model.head.weight is model.embedding.weight
+    _materialise(model, setting)
+    if tied:
+        model.head.weight = model.embedding.weight
+    tokens = torch.empty(setting.rows, setting.length, dtype=torch.int64)
+    with _autocast(setting):
+        dtype = model.embedding_norm(model.embedding(tokens)).dtype
+
+    def call() -> tuple[Tensor, list[Tensor], Any]:
+        output = model(tokens, tokens)
+        return output.token_losses, list(output.losses.values()), None
+
+    return Ends(_measured(call, model, [tokens], setting), dtype)
+
+
+def _materialise(module: nn.Module, setting: Setting) -> None:
+    """Put fake tensors in the places of those on the meta device, weights in the dtype of the forward pass."""
+    module.train()
+    kept = {id(buffer) for buffer in module.buffers()} if setting.precision != "bf16-true" else set()
+    module._apply(lambda x: empty_like(x, None if id(x) in kept else setting.weight_dtype))
+
+
+def _measured(
+    call: Callable[[], tuple[Tensor, list[Tensor], Any]], module: nn.Module, inputs: list[Tensor], setting: Setting
+) -> Part:
+    """Run forward and backward, and note what was held.
+
+    Args:
+        call: gives the output, further losses, and what else is handed on.
+        module: whose weights and buffers exist already.
+        inputs: what else exists already.
+        setting: how it is run.
+    """
+    weights = list(module.parameters())
+    functions = gpu_functions() if setting.device == "cuda" else contextlib.nullcontext()
+    with Ledger([*weights, *module.buffers(), *inputs]) as ledger, _autocast(setting), functions:
+        call()
+        copies = ledger.mark()
+        output, losses, others = call()
+        kept = ledger.live - copies - bytes_of(output)
+        forward, moved = ledger.peak - ledger.live, ledger.moved
+        if setting.accumulates:
+            for weight in weights:
+                weight.grad = empty_like(weight)
+        roots = [output, *losses]
+        gradients = [empty_like(root) for root in roots]
+        del losses, others
+        start = ledger.mark()
+        torch.autograd.backward(roots, gradients)
+        backward = ledger.peak - start
+        moved += ledger.moved
+    return Part(
+        output=bytes_of(output),
+        kept=kept,
+        forward=forward,
+        backward=backward,
+        gradients=bytes_of(*(weight.grad for weight in weights if weight.grad is not None)),
+        copies=copies,
+        parameters=sum(weight.numel() for weight in weights),
+        moved=moved,
+    )
+
+
+@contextlib.contextmanager
+def _autocast(setting: Setting) -> Iterator[None]:
+    """As Lightning does it: around a whole training step, so that low-precision weights are kept through it."""
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=setting.precision == "bf16-mixed"):
+        yield

@@ -1,0 +1,84 @@
+"""What a GPU does otherwise than a CPU with the same line of code, and what other processes send, for rehearsals."""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longmix.distributed.slices import Slices
+from longmix_kernels.launching import replaced
+
+
+def gpu_functions() -> contextlib.AbstractContextManager[None]:
+    """Replace, for fake tensors on a CPU, the functions for which CUDA has a kernel that keeps less."""
+    return replaced(vars(F), "rms_norm", _rms_norm)
+
+
+def _rms_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    return _FusedRMSNorm.apply(input, weight)
+
+
+class _FusedRMSNorm(torch.autograd.Function):
+    """`aten::_fused_rms_norm`, which keeps its input and one number per row; on a CPU each step of it is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
+        """Empty, in the shape and dtype of `x`."""
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Empty gradients."""
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), None if weight is None else torch.empty_like(weight)
+
+
+class LastSlice(Slices):
+    """The last of `size` slices of `length` tokens, which gets the most from others; their processes do not exist.
+
+    Rows are one document, and exact attention does not share its work.
+    """
+
+    def __init__(self, size: int, length: int) -> None:
+        self.group, self.rank, self.size, self.length = None, size - 1, size, length
+        self.balanced = False
+        self.whole_ids = self.ids = self.last_id = self.filled = None
+        self.next_position = torch.tensor([self.start])
+        self._received = 0
+
+    def taken(self) -> int:
+        """Bytes of all rows that were given since the last time."""
+        received, self._received = self._received, 0
+        return received
+
+    def before(self, x: Tensor, limit: int | None = None) -> Tensor:
+        """Empty rows, as many as other slices would give."""
+        there = self.rank * x.shape[1]
+        rows: Tensor = _Received.apply(x, there if limit is None else min(limit, there))
+        self._received += rows.nbytes
+        return rows
+
+    def whole(self, x: Tensor) -> Tensor:
+        """Empty rows, and these."""
+        return torch.cat((self.before(x), x), 1)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """As if all slices were alike."""
+        return x
+
+
+class _Received(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, count: int) -> Tensor:
+        ctx.shape = x.shape
+        return x.new_empty(x.shape[0], count, *x.shape[2:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.new_empty(ctx.shape), None

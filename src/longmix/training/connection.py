@@ -1,0 +1,124 @@
+"""Several processes of one run: how they meet, and what one says that has lost the others."""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from longmix.checkpoints import CheckpointStore
+from longmix.distributed.agreement import Processes
+from longmix.distributed.ranks import Place, end_with_parent, own_place
+from longmix.errors import ProcessLost
+from longmix.training.hardware import TrainerSettings
+
+if TYPE_CHECKING:
+    from lightning.fabric.plugins import ClusterEnvironment
+
+TRANSPORT = re.compile("gloo|nccl|socket|store", re.IGNORECASE)
+LOSS = re.compile("time(d )?out|peer|pipe|refused|closed|abort|remote process", re.IGNORECASE)
+"""What the messages about a lost process have in common: Gloo raises plain RuntimeErrors, for other reasons too."""
+
+
+def cluster_environment() -> "ClusterEnvironment":
+    """What tells Lightning who started the processes; it is not left to guess, nor to put jobs back into a queue."""
+    from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+
+    place = own_place()
+    if place is None:
+        return LightningEnvironment()
+    return SLURMEnvironment(auto_requeue=False) if place.launcher == "srun" else TorchElasticEnvironment()
+
+
+def connect(settings: TrainerSettings) -> Processes:
+    """Meet the other processes, to decide alike with them; Lightning finds them connected.
+
+    From here on this process is asked to stop when the one that started it ends.
+
+    Raises:
+        ProcessLost: they did not all come within `settings.timeout` seconds, or their launcher is gone.
+    """
+    place = own_place()
+    assert place is not None
+    end_with_parent()
+    device = torch.device("cuda", place.local_rank) if settings.on_gpu else None
+    if device is not None:
+        torch.cuda.set_device(device)
+    environment = cluster_environment()
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
+    timeout = timedelta(seconds=settings.timeout)
+    store, _, _ = next(rendezvous("env://", place.rank, place.world_size, timeout=timeout))
+    # torchrun's store outlives a restart, and what it holds of processes that are gone must not be taken for new
+    store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(
+        "gloo" if device is None else "nccl",
+        store=store,
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timeout,
+        device_id=device,
+    )
+    return Processes(dist.group.WORLD if device is None else dist.new_group(backend="gloo", timeout=timeout))
+
+
+def disconnect() -> None:
+    """Part with the other processes, once nothing is to be exchanged any more."""
+    dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def losses_explained(timeout: float, folder: Path | None = None) -> Iterator[None]:
+    """Turn what a transport raises when another process ends or stays silent into one error.
+
+    Args:
+        timeout: seconds that `trainer.timeout` allows.
+        folder: of the run, as far as known; holds the last checkpoint.
+
+    Raises:
+        ProcessLost: says what happened and how to continue.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None and not _is_of_transport(cause):
+            cause = cause.__cause__ or cause.__context__
+        place = own_place()
+        if cause is None or place is None:
+            raise
+        raise ProcessLost(_explained(cause, place, timeout, folder)) from error
+
+
+def _explained(cause: BaseException, place: Place, timeout: float, folder: Path | None) -> str:
+    reason = re.sub(r"^\[\S+\] ", "", str(cause).strip().splitlines()[0]).split(". ")[0]  # without a place in C++
+    if re.search(r"time(d )?out(?! connecting)", reason, re.IGNORECASE):
+        what = (
+            f"another process gave no sign for trainer.timeout={timeout:g} seconds; if it was at work, give more with "
+            f"trainer.timeout={4 * timeout:g}"
+        )
+    else:
+        what = "another process is gone"
+    return f"process {place.rank} of {place.world_size}: {what} ({reason}). {how_to_continue(folder)}"
+
+
+def how_to_continue(folder: Path | None) -> str:
+    """Where the last checkpoint of the run in `folder` is, and what continues from it."""
+    checkpoint = None if folder is None else CheckpointStore(folder / "checkpoints").latest()
+    if checkpoint is None:
+        return "There is no checkpoint yet; run the same command again."
+    return (
+        f"The last checkpoint is {checkpoint}; run the same command with resume=auto to continue. With other settings, "
+        f"such as a lower optimizer.learning_rate, it goes on with resume={folder}."
+    )
+
+
+def _is_of_transport(error: BaseException) -> bool:
+    if not isinstance(error, RuntimeError) or LOSS.search(str(error)) is None:
+        return False
+    return isinstance(error, dist.DistError) or TRANSPORT.search(str(error)) is not None

@@ -1,0 +1,92 @@
+"""How a model is divided over processes, and what its processes exchange; the model itself knows nothing of it."""
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from longmix.batch import Batch
+from longmix.distributed.slices import Slices
+from longmix.model.backbone import LanguageModel, ModelOutput
+from longmix.model.head import IGNORE_INDEX
+
+
+def shard(model: LanguageModel, mesh: DeviceMesh, precision: str) -> None:
+    """Divide weights, gradients and optimizer state over `mesh` in place (FSDP2), block by block.
+
+    Args:
+        model: the model; its parameters are replaced, so what was attached to them is gone.
+        mesh: one-dimensional.
+        precision: "bf16-mixed" computes in bf16 from float32 shards and reduces gradients in float32.
+    """
+    policy = MixedPrecisionPolicy()
+    if precision == "bf16-mixed":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard` was applied."""
+    return isinstance(model, FSDPModule)
+
+
+def whole(value: Any) -> Any:
+    """A tensor divided over processes as one tensor on each; anything else as it is. All processes must call it."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def row_group(size: int, timeout: float = 600.0) -> dist.ProcessGroup:
+    """The group of `size` neighbouring processes that this one shares its rows with; all processes must call it.
+
+    They wait `timeout` seconds for each other. It is a group of its own also where it has all processes, so that its
+    exchanges and those of gradients never mix.
+    """
+    own, _ = dist.new_subgroups(size, timeout=timedelta(seconds=timeout))
+    return own
+
+
+def run_slice(model: LanguageModel, batch: Batch, group: dist.ProcessGroup) -> ModelOutput:
+    """Run this process's slice of a batch's rows; token losses come back in whole rows, 0 outside the slice."""
+    slices = _slices(batch, group)
+    tokens, targets = slices.own(batch["tokens"]), slices.own(batch["targets"])
+    output = model(tokens, targets, state=model.slice_state(slices), document_ids=slices.ids)
+    output.token_losses = slices.placed(output.token_losses, 0.0)
+    if output.hits is not None:
+        output.hits = slices.placed(output.hits, False)
+    return output
+
+
+def own_targets(batch: Batch, group: dist.ProcessGroup) -> Batch:
+    """The batch with targets in this process's slice alone, so that none counts twice."""
+    slices = _slices(batch, group)
+    return {**batch, "targets": slices.placed(slices.own(batch["targets"]), IGNORE_INDEX)}
+
+
+def largest(value: int, device: torch.device) -> int:
+    """The largest of what all processes give; all must call it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    found = torch.tensor(value, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
+def _slices(batch: Batch, group: dist.ProcessGroup) -> Slices:
+    return Slices(batch["tokens"].shape[1], batch["document_ids"], group)
+
+
+def own_group(timeout: float = 600.0) -> dist.ProcessGroup | None:
+    """A group of all processes that works on the CPU and that nothing else uses; None where there is one process.
+
+    They wait `timeout` seconds for each other.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))

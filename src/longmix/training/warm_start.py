@@ -1,0 +1,132 @@
+"""Training that begins from the weights of a checkpoint: all of them on other data, or its initial states alone."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
+from longmix.checkpoints import CheckpointStore, chosen_checkpoint
+from longmix.checkpoints.contents import load_model_state, rebuilding
+from longmix.checkpoints.last import LAST, last_checkpoint
+from longmix.checkpoints.reading import weights_digest
+from longmix.config import Node
+from longmix.data.tokens.tokenizers import Tokenizer, tokenizer_from_state
+from longmix.distributed.agreement import Processes
+from longmix.distributed.ranks import was_restarted
+from longmix.errors import CheckpointError, ConfigError
+from longmix.model.backbone import LanguageModel
+from longmix.model.tuned_states_file import load_weights, tune_states
+from longmix.training.identity import ORIGIN
+from longmix.trust import check_model_nodes
+
+TAKEN = ("mixer", "model", "tokenizer")
+"""The nodes of the configuration that come from the checkpoint."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A checkpoint to begin from; of a run that goes on for certain, its own, as the first one may be gone by now.
+
+    Attributes:
+        state: what is in it but the optimizers.
+        tokenizer: the one it was trained with.
+        record: which checkpoint the command line names, as `config.yaml` keeps it: its folder as `checkpoint`, and the
+            digest of its `weights`; None if there is none any more.
+    """
+
+    state: dict[str, Any]
+    tokenizer: Tokenizer
+    record: dict[str, str] | None
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding; imported models may have more than their tokenizer has ids."""
+        return self.state["model"]["embedding.weight"].shape[0]
+
+    @classmethod
+    def of(cls, node: Node) -> "Origin | None":
+        """What `node["checkpoint"]` names; model, mixer and tokenizer in `node` are replaced by the checkpoint's.
+
+        `node["origin"]` becomes the record, for runs to be told apart whose `checkpoint` is the same word.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged.
+            ConfigError: the command line also says what comes from the checkpoint, or `trainable` is wrong.
+        """
+        node.pop(ORIGIN, None)  # of a run's config.yaml that was given as a configuration
+        if node["trainable"] not in ("all", "states"):
+            raise ConfigError(f"trainable={node['trainable']!r} is not one of all, states.")
+        for key, value in node["tuning"].items():
+            if value < 0:
+                raise ConfigError(f"tuning.{key}={value} must be at least 0.")
+        if node["checkpoint"] is None:
+            return None
+        for override in HydraConfig.get().overrides.task:
+            word = override.lstrip("+~").partition("=")[0]
+            if word.split(".")[0] in (*TAKEN, "block"):
+                raise ConfigError(f"{word} comes from checkpoint={node['checkpoint']}; leave one of the two out.")
+        own = continued_checkpoint(node)
+        state = None if own is None else load_model_state(own)
+        if node["checkpoint"] == LAST:  # the configuration that is kept names the run itself
+            began = None if state is None else state["config"].get("checkpoint")
+            folder = Path(HydraConfig.get().runtime.output_dir)
+            node["checkpoint"] = str(began or chosen_checkpoint(LAST, folder))
+        try:
+            named = chosen_checkpoint(node["checkpoint"])
+            record = {"checkpoint": str(named.absolute()), "weights": weights_digest(named)}
+        except CheckpointError:
+            if own is None:
+                raise
+            named, record = own, None
+        checkpoint = own or named
+        state = load_model_state(checkpoint) if state is None else state
+        trained = state["config"]
+        with rebuilding(checkpoint):
+            check_model_nodes(trained, node["trust"])
+            node.update({key: trained[key] for key in TAKEN} | {ORIGIN: record})
+            return cls(state, tokenizer_from_state(state["tokenizer"]), record)
+
+    def check_same(self, processes: Processes) -> None:
+        """Refuse to begin where the processes have found different weights, as the run there was being trained.
+
+        Raises:
+            CheckpointError: names checkpoints that do not change; the same in all processes, which must all call it.
+        """
+        records = processes.each(lambda: self.record)
+        found = sorted({record["checkpoint"] for record in records if record is not None})
+        if any(record != records[0] for record in records):
+            raise CheckpointError(
+                f"the run that checkpoint= names went on while the processes began: they found {' and '.join(found)}. "
+                f"Give one of its checkpoints, such as checkpoint={found[-1]}."
+            )
+
+
+def continued_checkpoint(node: Node) -> Path | None:
+    """The checkpoint that this command goes on from whatever its other settings; None if it may begin.
+
+    What it goes on from holds model, mixer, tokenizer and weights.
+    """
+    resume, hydra = node["resume"], HydraConfig.get()
+    if resume == LAST:
+        return last_checkpoint()
+    if resume not in (None, "auto"):
+        return chosen_checkpoint(resume)
+    if hydra.mode == RunMode.MULTIRUN or not (resume == "auto" or was_restarted()):
+        return None
+    return CheckpointStore(Path(hydra.runtime.output_dir) / "checkpoints").latest()
+
+
+def begin(model: LanguageModel, node: Node, origin: Origin | None) -> None:
+    """Load the weights of the origin, and with `trainable=states` train nothing but states before documents.
+
+    Raises:
+        ConfigError: there are no such states in the model.
+    """
+    if origin is not None:
+        load_weights(model, origin.state["model"])
+    if node["trainable"] == "states":
+        states = set(tune_states(model, **node["tuning"]))
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(name in states)

@@ -1,0 +1,111 @@
+"""Rows in slices, one to a process, give what one process gives: outputs, losses and every gradient."""
+
+import pytest
+from pool import SIZES
+from sliced import Case, cut_off, in_one_process, in_slices, largest_error, together
+
+from longmix.distributed.slices import check_slices
+from longmix.errors import ConfigError
+
+MIXERS = {
+    "flash": "flash num_kv_heads=1",
+    "window": "sliding_window window=4",
+    "window-longer-than-a-slice": "sliding_window window=27",
+    "lightning": "lightning",
+    "retention": "retention",
+    "simple-gla": "simple_gla convolution=3",
+    "mlstm-sig": "mlstm_tfla input_bias=-1 num_heads=2",
+    "mlstm-exp": "mlstm_tfla gate=exp input_bias=1 num_heads=2",
+    "rwkv7": "rwkv7 head_dim=12",
+    "deltanet": "deltanet num_heads=2",
+    "gated-deltanet": "gated_deltanet num_heads=2 convolution=14",  # which reaches across a whole slice
+    "kda": "kda num_heads=2",
+    "gla": "gla num_heads=2",
+    "hash": "sparse_flash buckets=4",
+    "hash-shared": "sparse_flash buckets=4 shared_qk=true rounds=2",
+    "drop": "sparse_flash_drop window=3",
+    "hyper": "hyper buckets=4 window=3 sample=0.4",
+    "blocks": "block_sparse block=16 local=1",
+    "routing": "routing clusters=3 window=4 local_window=5",
+    "routing-separate": "routing clusters=3 window=4 shared_qk=false",
+    "routing-full": "routing clusters=3 window=4 mode=argmax_full",
+    "routing-prefix": "routing clusters=3 window=4 mode=prefix_topk block=6",
+    "routing-threshold": "routing clusters=3 window=4 mode=threshold",
+    "scatterbrain": "scatterbrain block=3 num_features=16",
+    "scatterbrain-near-as-slices": "scatterbrain block=6 num_features=16",  # 11 exact keys are remembered
+    "scatterbrain-near-beyond-slices": "scatterbrain block=8 num_features=16",
+    "scatterbrain-long-blocks": "scatterbrain block=30 num_features=16 sinks=1",
+    "scatterbrain-single-tokens": "scatterbrain block=1 past_blocks=0 num_features=16",
+    "scatterbrain-own-block": "scatterbrain block=4 past_blocks=0 num_features=0",
+    "scatterbrain-summaries": "scatterbrain block=4 num_features=0 summaries=true",
+    "content": "scatterbrain_content block=3 num_features=16 window=3",
+}
+
+
+def check(pool, node, tuned=False):
+    """Plain and packed rows, in all numbers of slices."""
+    for packed in (False, True):
+        case = Case(node, packed, tuned)
+        wanted = in_one_process(case)
+        for size in SIZES:
+            error, name = largest_error(together(pool.run(size, in_slices, case)), wanted)
+            assert error <= 1e-12, f"{name} in {size} slices{', packed' if packed else ''}"
+
+
+@pytest.mark.parametrize("words", MIXERS.values(), ids=MIXERS)
+def test_slices_equal_one_process(pool, node_of, words):
+    check(pool, node_of(words))
+
+
+@pytest.mark.parametrize(
+    "words", ["flash", "rwkv7 head_dim=12", "mlstm_tfla num_heads=2", "sliding_window", "scatterbrain block=3"]
+)
+def test_the_comparison_sees_what_is_not_exchanged(pool, node_of, words):
+    case = Case(node_of(words))
+    wanted, found = in_one_process(case), together(pool.run(2, cut_off, case))
+    changed = [name for name, x in wanted.items() if largest_error({name: found[name]}, {name: x})[0] > 1e-6]
+    assert {"output", "losses", "embedding.weight"} <= set(changed)
+
+
+def test_a_mixer_that_knows_nothing_of_slices(pool, node_of):
+    node = node_of("flash")
+    check(pool, {**node, "mixer": {"_target_": "moving.Moving"}})
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "block"])
+def test_a_hybrid_with_values_of_its_first_layer(pool, node_of, checkpointing):
+    """Layers of several kinds, and with activation checkpointing, which exchanges again in the backward pass."""
+    members = {"rwkv7": "head_dim=12", "mlstm_tfla": "num_heads=2", "sliding_window": "window=5"}
+    nodes = {name: node_of(f"{name} {setting}") for name, setting in members.items()}
+    node, mixers = nodes["rwkv7"], {name: nodes[name]["mixer"] for name in members}
+    node["mixer"] = {"pattern": ["rwkv7", "mlstm_tfla", "rwkv7", "sliding_window"], **mixers}
+    node["model"] |= {"num_layers": 4, "activation_checkpointing": checkpointing, "logit_penalty": 1e-2}
+    check(pool, node)
+
+
+@pytest.mark.parametrize("words", ["kda num_heads=2", "gla num_heads=2", "mlstm_tfla gate=exp num_heads=2"])
+def test_documents_that_begin_from_tuned_states(pool, node_of, words):
+    check(pool, node_of(words), tuned=True)
+
+
+@pytest.mark.parametrize("words", ["kda num_heads=2", "mlstm_tfla gate=exp num_heads=2", "scatterbrain block=3"])
+def test_mixed_precision_loses_no_more_in_slices(pool, node_of, words):
+    node = node_of(words)
+    exact, mixed = (in_one_process(Case(node, mixed=mixed)) for mixed in (False, True))
+    found = together(pool.run(4, in_slices, Case(node, mixed=True)))
+    for name in mixed:
+        ours, theirs = ((x[name] - exact[name]).norm() for x in (found, mixed))
+        assert ours <= 1.5 * theirs, name
+
+
+def test_the_published_routing_is_refused(pool, node_of):
+    case = Case(node_of("routing clusters=3 window=4 mode=sequence_topk"))
+    with pytest.raises(RuntimeError, match=r"ConfigError: mixer\.mode=sequence_topk .* slice by slice"):
+        pool.run(2, in_slices, case)
+
+
+@pytest.mark.parametrize("seq_len", [2, 45, 46])
+def test_slices_of_unequal_length_are_refused(seq_len):
+    with pytest.raises(ConfigError, match=f"seq_len={seq_len} does not divide into slices for 4 processes"):
+        check_slices(seq_len, 4)
+    check_slices(48, 4)

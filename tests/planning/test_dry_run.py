@@ -1,0 +1,162 @@
+"""The rehearsal on tensors without memory, against what real models keep for their backward pass."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from longmix.model.backbone import LanguageModel
+from longmix.model.build import build_model
+from longmix.planning.arguments import Request, read
+from longmix.planning.dry_run import Part, Rehearsal, Setting, rehearse, rehearse_ends
+
+MIXERS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs" / "mixer").glob("*.yaml"))
+SIZES = {"narrow": (64, 160, 2), "wide": (128, 96, 1)}
+"""Width, tokens, windows."""
+
+CASES = [(mixer, "narrow") for mixer in MIXERS]
+CASES += [(mixer, "wide") for mixer in ("flash", "kda", "rwkv7")]
+
+
+def request(*words: str, width: int = 64, length: int = 128) -> Request:
+    sizes = (f"model.d_model={width}", "model.num_layers=2", f"model.mlp_hidden={2 * width}", f"seq_len={length}")
+    return read(["gpu=cpu", *sizes, *words])
+
+
+def setting(rows: int = 1, length: int = 128, **changes) -> Setting:
+    usual = {
+        "precision": "32-true",
+        "sharded": False,
+        "accumulates": False,
+        "checkpointed": False,
+        "device": "cpu",
+    }
+    return Setting(rows, length, **(usual | changes))
+
+
+def rehearsed(model: LanguageModel, how: Setting) -> Rehearsal:
+    return rehearse(model, how, rehearse_ends(model, how))
+
+
+def saved_bytes(model: LanguageModel, tokens: Tensor, ids: Tensor) -> int:
+    """What autograd keeps of a forward pass, storages counted once; neither weights and buffers nor inputs."""
+    storages: dict[int, Tensor] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storages[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with saved_tensors_hooks(pack, lambda x: x):
+        output = model(tokens, tokens, document_ids=ids)
+    for known in (tokens, ids, *model.parameters(), *model.buffers()):
+        storages.pop(known.untyped_storage().data_ptr(), None)
+    del output
+    return sum(x.untyped_storage().nbytes() for x in storages.values())
+
+
+@pytest.mark.parametrize(("mixer", "size"), CASES, ids=map("-".join, CASES))
+def test_what_is_kept_is_what_autograd_saves(mixer, size):
+    width, length, rows = SIZES[size]
+    asked = request(f"mixer={mixer}", width=width, length=length)
+    found = rehearsed(asked.model(), setting(rows, length))
+    predicted = found.ends.kept + sum(part.kept + part.output for part in found.layers)
+
+    model = build_model(asked.node, asked.vocab_size).train()
+    tokens = torch.randint(asked.vocab_size, (rows, length))
+    measured = saved_bytes(model, tokens, torch.zeros(rows, length, dtype=torch.int32))
+    assert predicted == pytest.approx(measured, rel=0.05)
+    assert found.layers[1].parameters == sum(weight.numel() for weight in model.blocks[1].parameters())
+
+
+def test_the_model_stays_as_it_is():
+    model = request("mixer=rwkv7").model()
+    weights = dict(model.named_parameters())
+    rehearsed(model, setting())
+    assert dict(model.named_parameters()) == weights
+    assert {weight.device.type for weight in weights.values()} == {"meta"}
+    assert len(model.blocks) == 2
+
+
+def test_a_checkpointed_block_keeps_its_input_alone():
+    model = request("mixer=mlstm_tfla").model()
+    kept, again = rehearsed(model, setting()), rehearsed(model, setting(checkpointed=True))
+    assert again.ends == kept.ends
+    for before, after in zip(kept.layers, again.layers, strict=True):
+        assert after.kept == 0
+        assert before.kept <= after.backward < before.kept + before.backward + 8 * before.output
+
+
+def test_every_kind_of_layer_is_rehearsed_on_its_own():
+    found = rehearsed(request("mixer=flash+mlstm_tfla", "model.num_layers=4").model(), setting())
+    assert found.layers[1] == found.layers[3] != found.layers[2]
+    alone = rehearsed(request("mixer=mlstm_tfla").model(), setting())
+    assert found.layers[1] == alone.layers[1]
+
+
+def test_a_window_twice_as_long_keeps_twice_as_much():
+    model = request("mixer=sliding_window").model()
+    short, long = (rehearsed(model, setting(1, length)).layers[1] for length in (256, 512))
+    assert long.kept == pytest.approx(2 * short.kept, rel=0.01)
+
+
+def test_autocast_holds_its_copies_of_matrices_through_the_step():
+    model = request("mixer=flash").model()
+    part = rehearsed(model, setting(precision="bf16-mixed", device="cuda")).layers[1]
+    matrices = sum(weight.numel() for weight in model.blocks[1].parameters() if weight.dim() == 2)
+    assert part.copies == 2 * matrices
+    assert part.gradients == 4 * part.parameters
+
+
+def test_gathered_weights_need_no_copies_and_leave_gradients_in_their_dtype():
+    model = request("mixer=flash").model()
+    part = rehearsed(model, setting(precision="bf16-mixed", device="cuda", sharded=True)).layers[1]
+    assert part.copies == 0
+    assert part.gradients == 2 * part.parameters
+
+
+def test_on_a_gpu_norms_keep_their_input_alone():
+    model = request("mixer=flash", "mixer.qk_norm=false").model()
+    cpu, gpu = (rehearsed(model, setting(device=device)).layers[1] for device in ("cpu", "cuda"))
+    rows = 128 * 4
+    steps = 2 * (64 + 1 - 1) * rows  # of each norm's row: its input scaled, kept besides the input; one number in both
+    assert cpu.kept - gpu.kept == pytest.approx(steps, abs=2 * rows)
+
+
+def test_on_a_gpu_the_delta_rule_keeps_the_states_of_its_chunks():
+    model = request("mixer=deltanet").model()
+    cpu, gpu = (rehearsed(model, setting(device=device)).layers[1].kept for device in ("cpu", "cuda"))
+    heads, dim, chunks = 4, 16, 128 // 64
+    assert gpu - cpu > 4 * heads * chunks * dim * dim
+
+
+def test_gradients_that_accumulate_are_not_part_of_the_backward_pass():
+    model = request("mixer=flash", "model.mlp_hidden=4096").model()
+    first, later = (rehearsed(model, setting(1, 16, accumulates=again)).layers[1] for again in (False, True))
+    assert isinstance(first, Part)
+    assert later.backward < first.backward - first.gradients / 4
+
+
+RECEIVED = {  # numbers that a layer gets of the other three slices of 128 tokens, for each window; 2 heads of 32
+    "flash": ("mixer=flash", 3 * 128 * 2 * 64),
+    "window": ("mixer=sliding_window mixer.window=33", 32 * 2 * 64),
+    "lightning": ("mixer=lightning", 3 * 2 * (16 * 32 + 16)),
+    "routing": ("mixer=routing", 3 * 128 * (2 * 64 + 1)),
+}
+
+
+@pytest.mark.parametrize(("words", "numbers"), RECEIVED.values(), ids=RECEIVED)
+def test_a_slice_gets_what_its_mixers_ask_for(words, numbers):
+    for checkpointed in (False, True):
+        found = rehearsed(request(*words.split()).model(), setting(2, slices=4, checkpointed=checkpointed))
+        assert [part.received for part in found.layers] == [4 * 2 * numbers] * 2, checkpointed
+        assert found.ends.received == 0
+
+
+def test_a_slice_keeps_the_keys_it_got_unless_it_gets_them_again():
+    model = request("mixer=flash").model()
+    alone, shared = (rehearsed(model, setting(slices=slices)).layers[1] for slices in (1, 4))
+    assert shared.kept - alone.kept >= shared.received
+    again = rehearsed(model, setting(slices=4, checkpointed=True)).layers[1]
+    assert again.kept == 0 and again.backward > shared.backward + shared.received
