@@ -26,10 +26,11 @@ from longmix.config import resolved
 from longmix.data import prepared as remote
 from longmix.data.prepared import PreparedData, prepared_tokenizer
 from longmix.data.tokens.preparation import Preparation, prepare
-from longmix.data.tokens.sealed_folder import read_manifest, sha256_of_json
+from longmix.data.tokens.sealed_folder import read_manifest
 from longmix.data.tokens.tokenizers import BpeTokenizer, ByteTokenizer, TokenizerFile
 from longmix.distributed.agreement import Processes
 from longmix.errors import LongmixError
+from longmix.files import sha256_of_json
 from longmix.generation.session import Session
 from longmix.model.build import build_model, model_from_checkpoint
 from longmix.model.tuned_states_file import load_states, save_states, tune_states

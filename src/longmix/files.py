@@ -277,3 +277,8 @@ def _is_process(pid: int) -> bool:
 
 def _host() -> str:
     return "".join(letter if letter.isalnum() else "-" for letter in socket.gethostname())[: LONGEST_NAME_BYTES // 2]
+
+
+def sha256_of_json(content: Any) -> str:
+    """Hex SHA-256 of a JSON-able value; the same for equal values whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

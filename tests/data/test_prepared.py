@@ -14,10 +14,11 @@ from longmix.data import prepared, windows
 from longmix.data.prepare_run import prepare_splits
 from longmix.data.prepared import LEAST_SHARDS, PreparedData, RemoteShards, prepared_tokenizer
 from longmix.data.tokens.preparation import Preparation, prepare
-from longmix.data.tokens.sealed_folder import read_manifest, seal, sha256_of_json
+from longmix.data.tokens.sealed_folder import read_manifest, seal
 from longmix.data.tokens.tokenizers import BpeTokenizer, ByteTokenizer, tokenizer_from_state
 from longmix.data.windows import TrainWindows, order_key
 from longmix.errors import ConfigError, DataError
+from longmix.files import sha256_of_json
 from longmix.training.run import train
 
 TEXTS = [f"document number {number}: " + "abcdefgh"[number % 8] * (number % 50) for number in range(200)]

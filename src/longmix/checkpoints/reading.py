@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longmix.data.tokens.sealed_folder import sha256_of_json
+from longmix.aliases import renewed
 from longmix.errors import CheckpointError, LongmixError
-from longmix.files import sha256_of_file
+from longmix.files import sha256_of_file, sha256_of_json
 from longmix.reading import LONGEST_REASON, read_json, require_regular, shortened
 
 INFO_FILE = "info.json"
@@ -135,7 +135,7 @@ def as_state(content: Any) -> dict[str, Any]:
         raise ValueError("its model is no dict of weights")
     for name, weight in content.get("model", {}).items():
         check_weight(name, weight)
-    return content
+    return content | {"config": renewed(content["config"])} if "config" in content else content
 
 
 def check_weight(name: Any, weight: Any) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from longmix.aliases import path_now
 from longmix.config.values import as_given, described, fits, misfit
 from longmix.errors import ConfigError, settings_at
 
@@ -24,7 +25,7 @@ PLAIN_MODULES = ("builtins", "pathlib", "typing", "types", "collections.abc")
 
 def locate(path: str, key: str) -> Callable[..., Any]:
     """Import the class or function a `_target_` names; a `ConfigError` names `key` if there is none."""
-    module_name, _, name = str(path).rpartition(".")
+    module_name, _, name = path_now(str(path)).rpartition(".")
     try:
         target = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:

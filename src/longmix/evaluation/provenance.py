@@ -10,8 +10,7 @@ import torch
 from longmix.checkpoints.reading import weights_digest
 from longmix.config import Node
 from longmix.data.datamodule import TokenData
-from longmix.data.tokens.sealed_folder import sha256_of_json
-from longmix.files import sha256_of_file
+from longmix.files import sha256_of_file, sha256_of_json
 from longmix.restore import Restored
 
 DIGEST_LETTERS = 8

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longmix.aliases import path_now
 from longmix.checkpoints import load_tensors, reading, save_tensors
 from longmix.checkpoints.reading import check_weight
 from longmix.model.backbone import LanguageModel
@@ -227,7 +228,7 @@ class _Restorer:
             others = list(like) if isinstance(like, list | tuple) and len(like) == len(plain) else [None] * len(plain)
             return [self.restored(part, other) for part, other in zip(plain, others, strict=True)]
         if isinstance(plain, dict):
-            kind = self._kinds.get(plain["class"])
+            kind = self._kinds.get(path_now(plain["class"]))
             if kind is None or (is_dataclass(like) and type(like) is not kind):
                 raise ValueError(f"it names {plain['class']}, which is no state of this model")
             parts = plain["fields"].items()

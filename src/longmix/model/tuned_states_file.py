@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from longmix.aliases import renewed
 from longmix.checkpoints import load_tensors, reading, save_tensors
 from longmix.checkpoints.reading import check_weight, weight_differences
 from longmix.config import Node
@@ -114,7 +115,7 @@ def load_states(model: LanguageModel, path: Path, config: Node) -> None:
                 raise ValueError(f"{name} is no state")
         if not states or not {"mixer", "model"} <= content.keys():
             raise ValueError("it does not say of which model they are")
-    if content["mixer"] != config["mixer"] or content["model"] != config["model"]:
+    if any(renewed(content[key]) != config[key] for key in ("mixer", "model")):
         raise CheckpointError(f"the states in {path} are of another model; give those tuned from this checkpoint.")
     with reading(path, "states of this model", cure):
         tune_states(model, _features(states))

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from longmix.data.tokens.sealed_folder import sha256_of_json
+from longmix.files import sha256_of_json
 from longmix.reporting.markup import Markup, joined, tag
 from longmix.reporting.runs import Run
 from longmix.reporting.settings import block_of, corpus_of, differing, recipe_of, tokenizer_of

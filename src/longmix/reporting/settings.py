@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from longmix.aliases import renewed
 from longmix.config import flattened
 from longmix.errors import ConfigError
 from longmix.reading import read_yaml
@@ -21,7 +22,7 @@ NOT_THE_EXPERIMENT = (
 def read_settings(folder: Path) -> tuple[Settings, str | None]:
     """The settings of a run, and what is wrong with them, if anything."""
     try:
-        return flattened(read_yaml(folder / "config.yaml")), None
+        return flattened(renewed(read_yaml(folder / "config.yaml"))), None
     except (ConfigError, OSError, ValueError, TypeError, AttributeError) as error:
         return {}, str(error)
 

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from longmix.aliases import renewed
 from longmix.checkpoints import CheckpointStore, open_checkpoint
 from longmix.config import (
     LoopConfig,
@@ -163,7 +164,7 @@ def read_config(run: Path) -> Node | None:
     if not (run / CONFIG_FILE).exists() and latest is None:
         return None
     try:
-        return read_yaml(run / CONFIG_FILE)
+        return renewed(read_yaml(run / CONFIG_FILE))
     except ConfigError as error:
         problem: LongmixError = error
     if latest is not None:

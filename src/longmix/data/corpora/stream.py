@@ -21,8 +21,8 @@ from longmix.data.corpora.local_files import identify_files
 from longmix.data.corpora.record_files import RecordFiles
 from longmix.data.corpora.records import texts_of
 from longmix.data.corpora.retry import Patience, reason_of
-from longmix.data.tokens.sealed_folder import sha256_of_json
 from longmix.errors import ConfigError, DataError
+from longmix.files import sha256_of_json
 
 TRIES = 8
 """Of a stream in a row: two minutes of pauses in all."""

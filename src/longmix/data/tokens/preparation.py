@@ -18,12 +18,12 @@ import numpy as np
 from longmix.data.corpora.corpus import Corpus, check_split, check_unchanged
 from longmix.data.progress import progress_bar
 from longmix.data.tokens.encoding import killed, start_pool
-from longmix.data.tokens.sealed_folder import build_once, sha256_of_json
+from longmix.data.tokens.sealed_folder import build_once
 from longmix.data.tokens.token_files import FORMAT_VERSION, OFFSET_DTYPE, OFFSETS, TOKENIZER, TokenFile, shard_name
 from longmix.data.tokens.tokenize_part import COUNTS, Advance, Part, Piece, Work, make_part
 from longmix.data.tokens.tokenizers import Tokenizer
 from longmix.errors import ConfigError, DataError
-from longmix.files import write_json
+from longmix.files import sha256_of_json, write_json
 
 logger = logging.getLogger(__name__)
 

@@ -6,15 +6,13 @@ refused by name before anything is computed from it.
 
 import contextlib
 import fcntl
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from longmix.errors import DataError
-from longmix.files import atomic_directory, remove_leftovers, sha256_of_file, storage_errors, write_json
+from longmix.files import atomic_directory, remove_leftovers, sha256_of_file, sha256_of_json, storage_errors, write_json
 from longmix.reading import read_json, require_regular, shortened
 
 logger = logging.getLogger(__name__)
@@ -23,11 +21,6 @@ Verify = Literal["auto", "size", "sha256"]
 
 MANIFEST = "manifest.json"
 AUTO_HASH_LIMIT_BYTES = 1 << 30
-
-
-def sha256_of_json(content: Any) -> str:
-    """Hex SHA-256 of a JSON-able value; the same for equal values whatever the order of their keys."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def build_once(folder: Path, write: Callable[[Path], dict[str, Any]]) -> bool:

@@ -28,8 +28,9 @@ from longmix.data.tokens.byte_level import (
     library_errors,
     open_library,
 )
-from longmix.data.tokens.sealed_folder import build_once, open_sealed, sha256_of_json
+from longmix.data.tokens.sealed_folder import build_once, open_sealed
 from longmix.errors import ConfigError, DataError
+from longmix.files import sha256_of_json
 from longmix.reading import read_bytes
 
 logger = logging.getLogger(__name__)

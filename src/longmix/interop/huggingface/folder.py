@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from longmix import reading
+from longmix.aliases import renewed
 from longmix.checkpoints.reading import reason_of, weight_differences
 from longmix.errors import CheckpointError, ConfigError
 
@@ -67,7 +68,7 @@ def read_own(folder: Path) -> dict[str, Any] | None:
     )
     if lacking:
         raise CheckpointError(f"{path} lacks {', '.join(sorted(lacking))}; without that file the model alone is read.")
-    return content
+    return content | {"config": renewed(config)}
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

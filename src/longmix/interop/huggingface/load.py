@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longmix.aliases import renewed
 from longmix.checkpoints import CheckpointStore
 from longmix.checkpoints.contents import check_model_state, rebuilding
 from longmix.config import Node
@@ -131,7 +132,7 @@ def _check_same(folder: Path, theirs: Any, config: Node) -> None:
 
     nodes = trusted_nodes(config)
     if theirs.model_type == "longmix":
-        said = {"model": theirs.model, "mixer": theirs.mixer}
+        said = renewed({"model": theirs.model, "mixer": theirs.mixer})
         different = [key for key in nodes if nodes[key] != said[key]]
     else:
         with torch.device("meta"):

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from longmix.aliases import renewed
 from longmix.config import Node
 from longmix.errors import CheckpointError, ConfigError
 from longmix.generation.session import mapped
@@ -95,13 +96,14 @@ def trusted_nodes(config: Node) -> Node:
     Raises:
         ConfigError: it names one.
     """
+    nodes = renewed({key: config.get(key) for key in ("model", "mixer")})
     try:
-        check_model_nodes(config)
+        check_model_nodes(nodes)
     except ConfigError as error:
         raise ConfigError(
             f"{str(error).partition(';')[0]}; these folders hold models of longmix's own parts."
         ) from None
-    return {key: config[key] for key in ("model", "mixer")}
+    return nodes
 
 
 class StateCache(Cache):

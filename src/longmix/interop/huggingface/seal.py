@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from longmix.checkpoints.reading import facts_of, reason_of
-from longmix.data.tokens.sealed_folder import sha256_of_json
 from longmix.errors import CheckpointError
+from longmix.files import sha256_of_json
 from longmix.interop.huggingface.folder import OWN_FILE
 from longmix.reading import read_json, require_regular
 
