@@ -137,4 +137,4 @@ class TestAtWork:
 def test_a_failed_run_is_handed_on_by_other_processes():
     """Launchers pickle what a run's process raised."""
     failed = pickle.loads(pickle.dumps(cli.RunFailed("ConfigError: wrong.", 2)))
-    assert str(failed) == "ConfigError: wrong." and failed.exit_code == 2
+    assert str(failed) == "ConfigError: wrong." and failed.exit_code == 2 and failed.elsewhere

@@ -151,6 +151,8 @@ def _refusals_in_one_line(schema: Schema, given: Sequence[str]) -> Iterator[None
     except LongmixError:
         raise
     except RunFailed as failed:
+        if failed.elsewhere:
+            print(printable(failed, keep=LINES), file=sys.stderr)
         sys.exit(failed.exit_code)
     except Exception as error:
         frames = _frames_of_task(error)
@@ -191,14 +193,19 @@ def _end(error: LongmixError) -> NoReturn:
 
 
 class RunFailed(CompactHydraException):
-    """A run of a sweep that was refused or failed; its message is printed already."""
+    """A run of a sweep that was refused or failed.
 
-    def __init__(self, message: str, exit_code: int) -> None:
+    Attributes:
+        exit_code: the run's.
+        elsewhere: it ran in a launcher's process, which printed the message to a log; here it is not printed yet.
+    """
+
+    def __init__(self, message: str, exit_code: int, elsewhere: bool = False) -> None:
         super().__init__(message)
-        self.exit_code = exit_code
+        self.exit_code, self.elsewhere = exit_code, elsewhere
 
-    def __reduce__(self) -> tuple[type["RunFailed"], tuple[str, int]]:  # a launcher's process hands it on
-        return RunFailed, (str(self), self.exit_code)
+    def __reduce__(self) -> tuple[type["RunFailed"], tuple[str, int, bool]]:  # a launcher's process hands it on
+        return RunFailed, (str(self), self.exit_code, True)
 
 
 NEEDS_LESS = "give a smaller model, seq_len or batch_size; python -m longmix.planning tells how much is needed."
