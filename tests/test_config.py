@@ -239,7 +239,8 @@ def test_words_of_a_checkpoint_have_their_types(compose_config, word, value):
     for part in parents:
         place = place[part]
     place[leaf] = value
-    with pytest.raises(ConfigError, match=rf"^{re.escape(f'{word}={value!r}')} is not "):
+    shown = "null" if value is None else repr(value)
+    with pytest.raises(ConfigError, match=rf"^{re.escape(f'{word}={shown}')} is not "):
         check_config(config)
 
 
