@@ -23,12 +23,13 @@ from benchmarks.command import RESULTS, Parser, positive, progress
 from longmix import cli
 from longmix.analysis.causality import EntropyFinding, Finding, audit, entropy_test, model_function
 from longmix.analysis.scale import scale_model
-from longmix.analysis.task import draw_changes
+from longmix.analysis.task import CHANGES_HEIGHT, draw_changes
 from longmix.config import Node
 from longmix.files import replace_text
 from longmix.mixers.parts.base import Mixer, MixerOutput, ModelShape
 from longmix.mixers.parts.routing_modes import CAUSAL, LEAKY
-from longmix.reporting.plots import new_figure, save_figure
+from longmix.reporting.plots import AROUND, drawing, new_figure, save_figure, set_title
+from longmix.reporting.style import INK, SOFT, nth_style
 
 CONFIGS = results.ROOT / "configs"
 MODES = {f"routing, {mode}": {"mode": mode} for mode in CAUSAL[1:]}
@@ -158,19 +159,21 @@ def table(records: Sequence[results.Record], probes: Sequence[str]) -> str:
 
 def draw(path: Path, found: dict[str, list[Finding]], records: Sequence[results.Record]) -> None:
     """Draw the changes, and beside them how far each mixer's loss is below the entropy."""
-    figure, (changes, below) = new_figure(2)
-    figure.set_size_inches(12, 1.5 + 0.28 * len(records))
-    draw_changes(figure, changes, found)
-    places = range(len(records))
-    colors = ["tab:green" if row["causal"] else "tab:red" for row in records]
-    errors = [3 * row["bits_error"] for row in records]
-    below.barh(places, [row["bits_below"] for row in records], xerr=errors, color=colors)
-    below.set_yticks(places, [row["mixer"] for row in records])
-    below.set_ylim(len(records) - 0.5, -0.5)
-    below.axvline(0.0, color="black", linewidth=0.8)
-    below.set_xscale("symlog", linthresh=0.01)
-    below.set_xlabel("bits per token, with three standard errors")
-    below.set_title("trained loss below the entropy")
+    with drawing():
+        figure, (changes, below) = new_figure(2, width=600, height=CHANGES_HEIGHT * len(records) + AROUND)
+        draw_changes(changes, found)
+        places = range(len(records))
+        colours = [nth_style(0 if row["causal"] else 1).light for row in records]
+        errors = [3 * row["bits_error"] for row in records]
+        below.barh(places, [row["bits_below"] for row in records], xerr=errors, color=colours, ecolor=SOFT)
+        below.set_yticks(places, [row["mixer"] for row in records])
+        below.set_ylim(len(records) - 0.5, -0.5)
+        below.grid(visible=False)
+        below.axvline(0.0, color=INK, linewidth=0.8)
+        below.set_xscale("symlog", linthresh=0.01)
+        below.xaxis.set_major_formatter("{x:g}")
+        below.set_xlabel("bits per token, with three standard errors")
+        set_title(below, "trained loss below the entropy")
     save_figure(figure, path)
 
 

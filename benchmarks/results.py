@@ -17,18 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cycler import Cycler, cycler
-from matplotlib import pyplot as plt
-from matplotlib.ticker import LogLocator
 
 from longmix.files import replace_json
-from longmix.reporting.plots import Curve, draw_curves, save_figure
+from longmix.reporting.plots import HEIGHT, WIDTH, Curve, draw_curves, drawing, new_figure, save_figure
+from longmix.reporting.style import INK, PALETTE, Style, nth_style
 from longmix_kernels.report import PEAK_BYTES, PEAK_FLOPS
 
 Record = dict[str, Any]
 
 ROOT = Path(__file__).parents[1]
-_COLORS = ("blue", "orange", "green", "red", "purple", "brown", "pink", "gray", "olive", "cyan")
 
 
 @dataclass(frozen=True)
@@ -246,44 +243,37 @@ def draw(
     """
     groups = sorted({(record["dim"], record["pass"]) for record in records})
     providers = list(dict.fromkeys(record["provider"] for record in records))
-    size = (5.2 * len(groups), 7.6)
-    figure, axes = plt.subplots(2, len(groups), figsize=size, squeeze=False, layout="constrained")
-    figure.suptitle(textwrap.fill(title, 70 * len(groups)), fontsize="medium")
-    styles = _styles(providers, ours)
-    for column, (dim, direction) in enumerate(groups):
-        here = [record for record in records if (record["dim"], record["pass"]) == (dim, direction)]
-        for panel, key, label in ((axes[0, column], time, time_label), (axes[1, column], speedup, speedup_label)):
-            panel.set_prop_cycle(styles)
-            # A provider without a point keeps its place, so that all panels agree on colours.
-            curves = {provider: _curve(here, provider, x, key) for provider in providers}
-            draw_curves(
-                panel,
-                curves,
-                title=f"{direction}, head dimension {dim}",
-                x_label=x_label,
-                y_label=label,
-                log_x=True,
-                marker="o",
-            )
-            panel.set_yscale("log")
-            panel.xaxis.set_major_formatter("{x:,.0f}")
-            panel.yaxis.set_major_formatter("{x:g}")
-            panel.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-            panel.yaxis.set_minor_formatter("{x:g}")
-        if legend := axes[1, column].get_legend():
-            legend.remove()
-        axes[1, column].axhline(1.0, color="black", linewidth=0.8)
+    rows = ((time, time_label), (speedup, speedup_label))
+    with drawing():
+        heading = textwrap.fill(title, 62 * len(groups))
+        figure, panels = new_figure(2 * len(groups), len(groups), width=WIDTH + 60, height=HEIGHT + 20, title=heading)
+        places = iter(panels)
+        for key, label in rows:
+            for dim, direction in groups:
+                here = [record for record in records if (record["dim"], record["pass"]) == (dim, direction)]
+                # A provider without a point keeps its place, so that all panels agree on colours.
+                curves = {provider: _curve(here, provider, x, key) for provider in providers}
+                words: dict[str, Any] = {
+                    "title": f"{direction}, head dimension {dim}",
+                    "x_label": x_label,
+                    "y_label": label,
+                }
+                axes = next(places)
+                words |= {"x_label": x_label, "styles": _styles(providers, ours)}
+                draw_curves(axes, curves, log_x=True, log_y=True, **words)
+                if key == speedup:
+                    axes.axhline(1.0, color=INK, linewidth=1, zorder=1)
     save_figure(figure, path)
 
 
-def _styles(providers: Sequence[str], ours: Collection[str]) -> Cycler:
-    colors, dashes, used = [], [], {True: 0, False: 0}
+def _styles(providers: Sequence[str], ours: Collection[str]) -> list[Style]:
+    """Solid lines of ours, and dashed ones of the others, each in their order."""
+    found, used = [], {True: 0, False: 0}
     for provider in providers:
         own = provider in ours
-        colors.append(f"tab:{_COLORS[used[own] % len(_COLORS)]}")
-        dashes.append("-" if own else "--")
+        found.append(nth_style(used[own] % len(PALETTE) + (0 if own else len(PALETTE))))
         used[own] += 1
-    return cycler("color", colors) + cycler("linestyle", dashes)
+    return found
 
 
 def _curve(records: Sequence[Record], provider: str, x: str, y: str) -> Curve:

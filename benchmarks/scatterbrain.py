@@ -12,6 +12,7 @@ import functools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -20,7 +21,7 @@ from benchmarks import results
 from benchmarks.command import RESULTS, Parser, positive
 from longmix.files import replace_text
 from longmix.mixers.parts.features import FeatureMap, predicted_error
-from longmix.reporting.plots import draw_curves, new_figure, save_figure
+from longmix.reporting.plots import WIDTH, draw_curves, drawing, new_figure, save_figure
 from longmix_kernels.attention import attention
 from longmix_kernels.scatter import scatter_attention
 
@@ -121,20 +122,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def draw(path: Path, records: Sequence[results.Record], title: str) -> None:
     """Draw error over R, a panel for each kind of tokens."""
-    figure, panels = new_figure(len(KEPT))
-    figure.suptitle(title, fontsize="medium")
-    for panel, kind in zip(panels, KEPT, strict=True):
-        curves: dict[str, tuple[list[float], list[float]]] = {}
-        for record in records:
-            if record["tokens"] == kind:
-                name = record["method"] + (f", m = {record['features']}" if record["features"] else "")
-                x, y = curves.setdefault(name, ([], []))
-                x.append(record["radius"])
-                y.append(record["error"])
-        label = "relative error of the output"
-        draw_curves(panel, curves, title=kind, x_label="R, largest score", y_label=label, log_x=True, marker="o")
-        panel.set_yscale("log")
-        panel.xaxis.set_major_formatter("{x:g}")
+    with drawing():
+        figure, panels = new_figure(len(KEPT), width=WIDTH + 80, title=title)
+        for panel, kind in zip(panels, KEPT, strict=True):
+            curves: dict[str, tuple[list[float], list[float]]] = {}
+            for record in records:
+                if record["tokens"] == kind:
+                    name = record["method"] + (f", m = {record['features']}" if record["features"] else "")
+                    x, y = curves.setdefault(name, ([], []))
+                    x.append(record["radius"])
+                    y.append(record["error"])
+            words: dict[str, Any] = {"x_label": "R, largest score", "y_label": "relative error of the output"}
+            draw_curves(panel, curves, title=kind, log_x=True, log_y=True, **words)
     save_figure(figure, path)
 
 

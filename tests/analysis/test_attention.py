@@ -23,7 +23,7 @@ from longmix.errors import ConfigError
 from longmix.evaluation.run import evaluate
 from longmix.model.backbone import LanguageModel
 from longmix.model.blocks import SwiGLU
-from longmix.reporting.plots import new_figure, plain, plt
+from longmix.reporting.plots import new_figure
 
 LENGTH = 16
 
@@ -146,7 +146,6 @@ def test_colours_are_logarithmic_and_tell_signs():
     assert shown.get_array().tolist() == [pytest.approx(row) for row in ([1, 0, 0], [-0.5, 0.5, 0], [0, -1, 0])]
     colours = shown.cmap(shown.norm(shown.get_array()))
     assert colours[0, 0, 0] > colours[0, 0, 2] and colours[2, 1, 0] < colours[2, 1, 2]  # red and blue
-    plt.close(axes.figure)
 
 
 class TestTask:
@@ -222,7 +221,7 @@ def test_a_name_that_could_be_markup_or_a_formula(capsys):
     name = "[/red]$x^{$\x1b[31m"
     Console().print(_table(name, layers))
     assert r"[/red]$x^{$\x1b[31m" in capsys.readouterr().out.replace("\n", "")
-    for figure in (draw_comparison({name: layers, "b": layers}, 4, "t"), draw_model(layers, 4, plain(name))):
+    for figure in (draw_comparison({name: layers, "b": layers}, 4, "t"), draw_model(layers, 4, name)):
         figure.savefig(io.BytesIO(), format="png")
 
 

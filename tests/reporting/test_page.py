@@ -1,20 +1,16 @@
-"""The page and its pictures: well-formed, whole in one file, the right winners, names that do not touch."""
+"""The page: well-formed, whole in one file, the same every time, the right winners."""
 
 import re
 from html.parser import HTMLParser
-from itertools import pairwise
-from xml.etree import ElementTree
 
 import pytest
 from sweep_folder import write_evaluation, write_needles, write_run, write_sweep
 
-from longmix.reporting.axes import Axis, doubling_ticks, nice_ticks, tick_labels
 from longmix.reporting.page import html
-from longmix.reporting.panels import Panel, Series, panels_of
+from longmix.reporting.panels import panels_of
 from longmix.reporting.runs import find_runs
-from longmix.reporting.svg import NAME_GAP, crosses, draw, spread
 
-VOID = {"meta"}
+VOID = {"meta", "input"}
 
 
 class Page(HTMLParser):
@@ -61,9 +57,19 @@ def page_of(folder) -> tuple[Page, str]:
 class TestPage:
     def test_needs_nothing_else(self, sweep):
         page, text = page_of(sweep)
-        assert [value for _, name, value in page.attributes if name in ("src", "href")] == []
+        links = [value for _, name, value in page.attributes if name in ("src", "href", "xlink:href")]
+        ids = [value for _, name, value in page.attributes if name == "id"]
+        assert {link[1:] for link in links} <= set(ids) and all(link.startswith("#") for link in links)
+        assert len(ids) == len(set(ids)), "no two pictures share an id"
         assert "http" not in text and "url(" not in text and "@import" not in text
-        assert text.count("<svg") == 10 and "$" not in re.sub(r"<script>.*</script>", "", text, flags=re.DOTALL)
+        assert text.count("<svg") == 10 + 2 and "$" not in re.sub(r"<script>.*</script>", "", text, flags=re.DOTALL)
+
+    def test_is_the_same_every_time(self, sweep):
+        assert page_of(sweep)[1] == page_of(sweep)[1]
+
+    def test_figures_stand_in_rows_without_empty_cells(self, sweep):
+        widths = re.findall(r'<div class="of(\d)"><figure>', page_of(sweep)[1])
+        assert widths == list("3333332222"), "ten panels"
 
     def test_winners_by_length(self, sweep):
         page, _ = page_of(sweep)
@@ -78,9 +84,18 @@ class TestPage:
 
     def test_a_mixer_has_one_colour_everywhere(self, sweep):
         _, text = page_of(sweep)
-        marks = set(re.findall(r'class="mark (c\d)" data-mixer="(\w+)"', text))
-        chips = set(re.findall(r'<button class="(c\d)" data-mixer="(\w+)"', text))
-        assert marks == chips == {("c0", "fast"), ("c1", "slow")}
+        chips = re.findall(r'<label class="(c\d)"><input type="checkbox" id="pick\d"/><svg.*?</svg>(\w+)</label>', text)
+        rows = set(re.findall(r'<tr class="mark (c\d)"><td class="left c\d".*?</span>(\w+)</td>', text))
+        names = set(re.findall(r'<g class="mark (c\d)"><text [^>]*>(\w+)</text>', text))
+        assert set(chips) == rows == names == {("c0", "fast"), ("c1", "slow")}
+        for number in (0, 1):
+            assert f"body:has(.c{number}:hover) .mark:not(.c{number})" in text
+            assert f"body:has(#pick{number}:checked) .mark.c{number}" in text
+
+    def test_pictures_have_the_colours_of_the_page(self, sweep):
+        svgs = "".join(re.findall(r'<svg viewBox="0 0 400 .*?</svg>', page_of(sweep)[1], flags=re.DOTALL))
+        assert set(re.findall(r"#[0-9a-f]{6}", svgs)) == set() and "font-family" not in svgs
+        assert {"var(--colour)", "var(--ink)", "var(--soft)", "var(--rule)"} >= set(re.findall(r"var\(--\w+\)", svgs))
 
     def test_badges_and_recall(self, sweep):
         runs = sorted(sweep.iterdir())
@@ -141,12 +156,6 @@ class TestPage:
         (lacking,) = [run.folder for run in find_runs([sweep]).runs if run.evaluations.causal is None]
         assert f"checkpoint=&#x27;{lacking}&#x27; task=causality" in page_of(sweep)[1]
 
-    def test_sections_of_one_panel_stand_side_by_side(self, sweep, tmp_path):
-        write_run(tmp_path / "one" / "a", "flash", 32, 2.0, 500.0)
-        write_run(tmp_path / "one" / "b", "gla", 32, 2.5, 400.0)
-        assert 'class="wide"' not in page_of(tmp_path / "one")[1]
-        assert page_of(sweep)[1].count('<section class="wide">') == 5
-
     def test_says_what_was_compared(self, tmp_path):
         config = """
 seed: {seed}
@@ -199,137 +208,4 @@ name: {seed}
         write_run(tmp_path / "a", "<b>&amp", 32, 2.0, 500.0)
         write_run(tmp_path / "b", "flash", 32, 2.0, 600.0)
         page, text = page_of(tmp_path)
-        assert "<b>" not in text and "<b>&amp" in page.under("winner") + page.under("name")
-
-
-class TestSvg:
-    def panel(self, *ends: float, **words) -> Panel:
-        series = [Series(f"name{index}", "m", [1, 2, 4], [5.0, 4.0, end]) for index, end in enumerate(ends)]
-        return Panel("key", "section", "title", "x", "y", series, **words)
-
-    def test_is_xml_and_lines_have_their_points(self):
-        root = ElementTree.fromstring(draw(self.panel(1.0, 2.0), {"m": 0}))
-        lines = [line.get("points").split() for line in root.iter("polyline")]
-        assert [len(line) for line in lines] == [3, 3]
-        down = [float(line[-1].split(",")[1]) for line in lines]
-        assert down[0] > down[1] > float(lines[0][0].split(",")[1])  # pixels count downward
-
-    def test_names_at_line_ends_do_not_touch(self):
-        root = ElementTree.fromstring(draw(self.panel(*[2.0 + index / 1000 for index in range(9)]), {"m": 0}))
-        heights = sorted(float(text.get("y")) for text in root.iter("text") if text.get("class") == "name")
-        assert all(b - a >= NAME_GAP - 0.2 for a, b in pairwise(heights))
-        assert heights[0] > 0 and heights[-1] < float(root.get("viewBox").split()[3])
-
-    def test_points_are_named_beside_themselves(self):
-        places = [(100.0, 2.0), (103.0, 2.02), (106.0, 2.0), (300.0, 5.0)]  # three close together
-        series = [Series(f"name{index}", "m", [x], [y]) for index, (x, y) in enumerate(places)]
-        panel = Panel("key", "section", "title", "x", "y", series, kind="points")
-        root = ElementTree.fromstring(draw(panel, {"m": 0}))
-        boxes = []
-        for text in (text for text in root.iter("text") if text.get("class") == "name"):
-            width = 7.0 * len(text.text)
-            left = float(text.get("x")) - {"start": 0, "middle": width / 2, "end": width}[text.get("text-anchor")]
-            boxes.append((left, float(text.get("y")), width))
-        for one in boxes:
-            assert one[0] >= 0 and one[0] + one[2] <= 560
-            for other in boxes:
-                apart = abs(one[1] - other[1]) >= NAME_GAP - 0.2
-                apart = apart or one[0] + one[2] <= other[0] or other[0] + other[2] <= one[0]
-                assert one is other or apart
-
-    def test_a_name_at_the_right_edge_stays_inside(self):
-        series = [Series(name, "m", [x], [y]) for name, x, y in (("first", 1.0, 1.0), ("a_long_name", 2.0, 3.0))]
-        root = ElementTree.fromstring(draw(Panel("key", "", "", "x", "y", series, kind="points"), {"m": 0}))
-        (group,) = [group for group in root.iter("g") if group.find("text").text == "a_long_name"]
-        text, point = group.find("text"), group.find("circle")
-        width = 7.0 * len("a_long_name")
-        left = float(text.get("x")) - {"start": 0, "middle": width / 2, "end": width}[text.get("text-anchor")]
-        assert left + width <= 560 and float(point.get("cx")) + width > 560
-
-    def test_one_value_alone(self):
-        panel = Panel("key", "section", "title", "x", "y", [Series("a", "m", [16], [3.0])], log_x=True)
-        assert "nan" not in draw(panel, {"m": 0})
-
-    def test_from_zero_begins_at_zero_and_ends_on_a_tick(self):
-        axis = Axis([7.0, 9.5], 300, 0, from_zero=True)
-        assert axis(0) == 300 and axis.ticks == [0, 2, 4, 6, 8, 10] and axis(10) == 0
-
-    def test_shares_of_nothing_have_the_axis_of_what_might_have_been(self):
-        axis = Axis([0.0, 0.0], 300, 0, from_zero=True)
-        assert axis.ticks == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0]) and axis(0) == 300 and axis(1) == 0
-
-    def test_names_are_not_crossed_by_the_front(self):
-        places = [(1.0, 1.0), (2.0, 2.0), (3.0, 3.0), (4.0, 4.0)]  # all on the front, which rises to the right
-        series = [Series(f"mlstm_tfla_{index}", "m", [x], [y]) for index, (x, y) in enumerate(places)]
-        root = ElementTree.fromstring(draw(Panel("key", "", "", "x", "y", series, kind="points"), {"m": 0}))
-        strokes = [
-            ((float(line.get("x1")), float(line.get("y1"))), (float(line.get("x2")), float(line.get("y2"))))
-            for line in root.iter("line")
-            if line.get("class") == "front"
-        ]
-        assert len(strokes) == 3
-        for text in (text for text in root.iter("text") if text.get("class") == "name"):
-            width, y = 7.0 * len(text.text), float(text.get("y")) - 4
-            left = float(text.get("x")) - {"start": 0, "middle": width / 2, "end": width}[text.get("text-anchor")]
-            assert not any(crosses((left, y - 7, left + width, y + 7), *stroke) for stroke in strokes), text.text
-
-    @pytest.mark.parametrize(
-        ("start", "end", "expected"),
-        [
-            pytest.param((0, 0), (10, 10), True, id="through"),
-            pytest.param((0, 5), (10, 5), True, id="level"),
-            pytest.param((0, 0), (3, 3), False, id="before"),
-            pytest.param((0, 9), (10, 9), False, id="above"),
-            pytest.param((5, 5), (5, 5.5), True, id="inside"),
-            pytest.param((0, 8), (2, 12), False, id="past a corner"),
-        ],
-    )
-    def test_crossing(self, start, end, expected):
-        assert crosses((4, 4, 6, 6), start, end) is expected
-
-    def test_log_axis_doubles(self):
-        axis = Axis([16, 64], 0, 300, log=True)
-        assert axis.ticks == [16, 32, 64]
-        assert doubling_ticks([100.0]) == [100.0], "a single length has a tick"
-        assert doubling_ticks([100.0, 120.0]) == [100.0, 120.0]
-        assert len(doubling_ticks([1.0, 2.0**30])) <= 9
-        assert axis(32) - axis(16) == pytest.approx(axis(64) - axis(32))
-
-    @pytest.mark.parametrize(
-        ("low", "high", "ticks"),
-        [
-            (0, 10, [0, 2, 4, 6, 8, 10]),
-            (2.31, 2.69, [2.4, 2.5, 2.6]),
-            (-1, 1, [-1, -0.5, 0, 0.5, 1]),
-            (3, 3, [3]),
-        ],
-    )
-    def test_nice_ticks(self, low, high, ticks):
-        assert nice_ticks(low, high) == pytest.approx(ticks)
-
-    @pytest.mark.parametrize(
-        ("ticks", "labels"),
-        [
-            ([256, 512, 1024, 65536], ["256", "512", "1k", "64k"]),
-            ([0, 2500, 5000], ["0", "2,500", "5,000"]),
-            ([0, 5000, 10_000], ["0", "5k", "10k"]),
-            ([200_000, 1_000_000], ["0.2M", "1M"]),
-            ([2.4, 2.5], ["2.4", "2.5"]),
-        ],
-    )
-    def test_tick_labels_share_a_unit(self, ticks, labels):
-        assert tick_labels(ticks) == labels
-
-    @pytest.mark.parametrize(
-        ("wanted", "places"),
-        [
-            ([10, 50], [10, 50]),
-            ([10, 10], [5, 15]),
-            ([20, 10, 12], [24, 4, 14]),
-            ([0, 0], [0, 10]),
-            ([99, 100], [90, 100]),
-            ([30, 39, 60], [29.5, 39.5, 60]),
-        ],
-    )
-    def test_spread(self, wanted, places):
-        assert spread(wanted, 10, 0, 100) == pytest.approx(places)
+        assert "<b>" not in text and [words for _, words in page.text].count("<b>&amp") == 6

@@ -96,7 +96,7 @@ class TestQuality:
             write_run(tmp_path / name, name, 32, bits, 500.0, config=SYNTHETIC, validation=validation)
         runs = runs_of(tmp_path)
         assert quality_of(runs).unit == "recall" and [run.label for run in runs] == ["b", "a"]
-        assert panel(tmp_path, "trade_off_32")[1].up and runs[0].row()["bits_per_byte"] is None
+        assert panel(tmp_path, "trade_off_32")[1].best == "high" and runs[0].row()["bits_per_byte"] is None
 
     def test_of_synthetic_data_is_else_the_loss_and_never_bits(self, tmp_path):
         for name, bits in (("a", 1.0), ("b", 2.0)):
@@ -110,8 +110,16 @@ class TestNames:
         names = {folder.name: name for folder, name in names_of(runs_of(sweep)).items()}
         assert names["0,mixer=slow,seq_len=32"] == "slow"
         assert names["3,mixer=fast,seq_len=64"] == "fast"
-        assert names["2,mixer=slow,seq_len=64"] == "2,mixer=slow,seq_len=64"
-        assert names["4,mixer=slow,seq_len=64,seed=1"] == "4,mixer=slow,seq_len=64,seed=1"
+        assert names["2,mixer=slow,seq_len=64"] == "2,mixer=slow,seq_len=64", "nothing else tells it"
+        assert names["4,mixer=slow,seq_len=64,seed=1"] == "slow seed=1"
+
+    def test_settings_that_two_runs_share_do_not_name_them(self, tmp_path):
+        for number in range(2):
+            write_run(tmp_path / f"{number},mixer=a,seed=1", "a", 32, 2.0, 500.0)
+        write_run(tmp_path / "2,mixer=a,seed=2", "a", 32, 2.0, 500.0)
+        names = {folder.name: name for folder, name in names_of(runs_of(tmp_path)).items()}
+        assert names["2,mixer=a,seed=2"] == "a seed=2"
+        assert len(set(names.values())) == 3
 
 
 class TestEvaluations:
@@ -186,7 +194,13 @@ class TestEvaluations:
         assert row["causal"] is False and row["mqar at 32"] == 1.0 and row["mqar at 64"] == 0.5
         curves, shown = panel(sweep, "recall_mqar_32")
         assert curves == {"slow": ([32, 64], [1.0, 0.5])}
-        assert shown.title == "mqar, trained at 32 tokens"
+        assert shown.title == "mqar, trained at 32 tokens" and shown.kind == "lines"
+
+    def test_lines_of_one_point_each_are_points(self, sweep):
+        for name in ("0,mixer=slow,seq_len=32", "1,mixer=fast,seq_len=32"):
+            write_evaluation(sweep / name, "accuracy_x", data="mqar", step=9, lengths={"32": {"accuracy": 1.0}})
+        shown = panel(sweep, "recall_mqar_32")[1]
+        assert shown.kind == "points" and shown.best is None
 
     def test_recall_by_state_joins_the_sizes_of_a_mixer(self, sweep):
         wide = write_run(sweep / "4,mixer=slow,seq_len=32,model.d_model=128", "slow", 32, 2.0, 500.0)

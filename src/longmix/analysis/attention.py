@@ -19,7 +19,6 @@ from longmix.evaluation.provenance import model_facts
 from longmix.evaluation.subject import Subject, tracked
 from longmix.model.backbone import LanguageModel
 from longmix.printable import printable
-from longmix.reporting.plots import plain
 from longmix.restore import Restored, restore
 
 USUAL_LENGTH, MOST_TOKENS = 1024, 8192
@@ -76,7 +75,7 @@ def attention(
         Console().print(_table(name, of_model))
     first = next(iter(models))
     settings: dict[str, Any] = {"length": length, "windows": windows}
-    title = f"effective attention of {plain(first)}\nsigned shares of each row, {length} tokens of {subject.split}"
+    title = f"effective attention of {first}\nsigned shares of each row, {length} tokens of {subject.split}"
     own = {**report, "models": {first: reports[first]}}
     subject.save("attention", own, draw_model(layers[first], length, title), settings)
     if len(models) > 1:

@@ -5,18 +5,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from longmix.reporting.plots import plain, plt
+from longmix.reporting.plots import drawing, new_figure, plain
+from longmix.reporting.style import INK
 
 DECADES = 4
 """The smallest share that is coloured is 10 to the power of minus this."""
 
 CELLS = 160
 """Most cells along a side of a heat map: more would be smaller than a pixel."""
+
+SIDE = 205
+"""Points of a heat map with its names."""
 
 MOST_SHOWN = 8
 """Most layers, and heads, in one picture; of more, so many evenly spread ones."""
@@ -52,10 +57,11 @@ def evenly(count: int, most: int = MOST_SHOWN) -> list[int]:
     return sorted({round(place * (count - 1) / (most - 1)) for place in range(most)})
 
 
+@drawing()
 def draw_model(layers: Sequence[LayerMaps], length: int, title: str) -> Figure:
     """A row for each layer: a heat map of each head, and where the mass of each lies."""
     rows, columns = evenly(len(layers)), evenly(max(len(layer.heads) for layer in layers))
-    figure, axes = _grid(len(rows), len(columns) + 1)
+    figure, axes = _grid(len(rows), len(columns) + 1, title)
     image = None
     for line, index in zip(axes, rows, strict=True):
         layer = layers[index]
@@ -66,14 +72,15 @@ def draw_model(layers: Sequence[LayerMaps], length: int, title: str) -> Figure:
             image = draw_map(place, layer.shares[head], length, f"layer {index}, head {head}\n{_caption(layer, head)}")
         line[0].set_ylabel(f"{layer.mixer}\nquery", fontsize="small")
         shown = {f"head {head}": layer.heads[head]["histogram"] for head in columns if head < len(layer.heads)}
-        draw_histogram(line[-1], shown, "mass by distance")
-    return _finished(figure, axes, image, title)
+        draw_histogram(line[-1], shown, "mass by distance", named=line is axes[0])
+    return _finished(figure, axes, image)
 
 
+@drawing()
 def draw_comparison(models: dict[str, Sequence[LayerMaps]], length: int, title: str) -> Figure:
     """A column for each model, a row for each layer with the mean over its heads, and below where their mass lies."""
     rows = evenly(max(map(len, models.values())))
-    figure, axes = _grid(len(rows) + 1, len(models))
+    figure, axes = _grid(len(rows) + 1, len(models), title)
     image = None
     for column, (name, layers) in enumerate(models.items()):
         for line, index in zip(axes, rows, strict=False):
@@ -85,11 +92,11 @@ def draw_comparison(models: dict[str, Sequence[LayerMaps]], length: int, title: 
             image = draw_map(line[column], shares, length, f"{heading}layer {index}, {layers[index].mixer}")
         histograms = [torch.tensor([head["histogram"] for head in layer.heads]).mean(0) for layer in layers]
         shown = {f"layer {index}": histograms[index].tolist() for index in evenly(len(layers))}
-        draw_histogram(axes[-1][column], shown, "mass by distance, mean over heads")
+        draw_histogram(axes[-1][column], shown, "mass by distance, mean over heads", named=column == 0)
     highest = max(place.get_ylim()[1] for place in axes[-1])
     for place in axes[-1]:
         place.set_ylim(0, highest)
-    return _finished(figure, axes, image, title)
+    return _finished(figure, axes, image)
 
 
 def draw_map(axes: Axes, shares: Tensor, length: int, title: str) -> Any:
@@ -103,15 +110,16 @@ def draw_map(axes: Axes, shares: Tensor, length: int, title: str) -> Any:
         extent=(0, length, length, 0),
         interpolation="nearest",
     )
-    axes.set_title(title, fontsize="small")
+    axes.grid(visible=False)
+    axes.set_title(title, fontsize="x-small")
     axes.set_xticks([0, length], ["0", str(length)], fontsize="x-small")
     axes.set_yticks([0, length], ["0", str(length)], fontsize="x-small")
     return image
 
 
-def draw_histogram(axes: Axes, histograms: dict[str, list[float]], title: str) -> None:
-    """A line for each head or layer: the share of the mass in each of `distance_bins`."""
-    colours = plt.get_cmap("viridis")
+def draw_histogram(axes: Axes, histograms: dict[str, list[float]], title: str, named: bool = True) -> None:
+    """A line for each head or layer, the later the lighter: the share of the mass in each of `distance_bins`."""
+    colours = colormaps["viridis"]
     for index, (name, shares) in enumerate(histograms.items()):
         colour = colours(0.9 * index / max(len(histograms) - 1, 1))
         axes.plot(shares, marker="o", markersize=2.5, linewidth=1.2, color=colour, label=name)
@@ -122,9 +130,9 @@ def draw_histogram(axes: Axes, histograms: dict[str, list[float]], title: str) -
     axes.set_ylim(0, None)
     axes.set_box_aspect(1)
     axes.tick_params(axis="y", labelsize="x-small")
-    axes.set_title(title, fontsize="small")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="x-small")
+    axes.set_title(title, fontsize="x-small")
+    if named:
+        axes.legend(fontsize="x-small", labelcolor=INK, handlelength=1.2, borderpad=0)
 
 
 def _caption(layer: LayerMaps, head: int) -> str:
@@ -132,14 +140,12 @@ def _caption(layer: LayerMaps, head: int) -> str:
     return f"90 % within {found['receptive_field']:.0f}, {100 * found['negative_mass']:.0f} % negative"
 
 
-def _grid(rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:
-    size = (2.6 * columns + 0.8, 2.6 * rows + 0.6)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    return figure, [list(line) for line in axes]
+def _grid(rows: int, columns: int, title: str) -> tuple[Figure, list[list[Axes]]]:
+    figure, axes = new_figure(rows * columns, columns, width=SIDE, height=SIDE, title=title)
+    return figure, [axes[row * columns : (row + 1) * columns] for row in range(rows)]
 
 
-def _finished(figure: Figure, axes: list[list[Axes]], image: Any, title: str) -> Figure:
-    figure.suptitle(title, fontsize="medium")
+def _finished(figure: Figure, axes: list[list[Axes]], image: Any) -> Figure:
     for place in axes[-1]:
         place.set_xlabel("distance, tokens" if place.lines else "key", fontsize="x-small")
     bar = figure.colorbar(image, ax=[place for line in axes for place in line], shrink=0.6, aspect=40, pad=0.01)
@@ -148,5 +154,7 @@ def _finished(figure: Figure, axes: list[list[Axes]], image: Any, title: str) ->
     ticks = [*(-place for place in places), 0, *reversed(places)]
     texts = [f"{100 * 10.0**-n:g} %" for n in exponents]
     bar.set_ticks(ticks, labels=[*(f"-{text}" for text in texts), f"< {100 * 10.0**-DECADES:g} %", *reversed(texts)])
-    bar.set_label("share of the row's mass")
+    bar.set_label("share of the row's mass", fontsize="x-small")
+    bar.ax.tick_params(labelsize="x-small")
+    bar.outline.set_visible(False)
     return figure

@@ -22,7 +22,7 @@ from longmix.mixers.flash import Flash
 from longmix.mixers.parts.base import ModelShape
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model
-from longmix.reporting.plots import draw_curves, new_figure
+from longmix.reporting.plots import draw_curves, drawing, new_figure
 
 STEPS_READ = 1024
 """Tokens after a context that are read from the data; further steps read them again."""
@@ -206,6 +206,7 @@ def _measured_table(rows: list[dict[str, float]]) -> Table:
     return table
 
 
+@drawing()
 def _drawn(report: dict[str, Any]) -> Figure:
     """eFLOP and bytes held by context, and measured times."""
     figure, panels = new_figure(3 if report["measured"] else 2)
@@ -217,33 +218,16 @@ def _drawn(report: dict[str, Any]) -> Figure:
         "mixing": (contexts, [row["mixing"] for row in counted]),
         "mixing, flash": (contexts, [row["mixing"] for row in flash]),
     }
-    title = f"one token, {report['hardware']}, {report['dtype']}, batch {report['batch']}"
-    draw_curves(panels[0], curves, title=title, x_label="tokens of context", y_label="eFLOP", log_x=True, marker="o")
     held = {
         name: (contexts, [row["held_bytes"] / 1e6 for row in rows])
         for name, rows in (("this", counted), ("flash", flash))
     }
-    draw_curves(
-        panels[1],
-        held,
-        title="state of one sequence",
-        x_label="tokens of context",
-        y_label="MB",
-        log_x=True,
-        marker="o",
-    )
-    for axes in panels[:2]:
-        axes.set_yscale("log")
+    words: dict[str, Any] = {"x_label": "tokens of context", "log_x": True}
+    title = f"one token, {report['hardware']}, {report['dtype']}, batch {report['batch']}"
+    draw_curves(panels[0], curves, title=title, y_label="eFLOP", log_y=True, **words)
+    draw_curves(panels[1], held, title="state of one sequence", y_label="MB", log_y=True, **words)
     if report["measured"]:
         times = [row["context"] for row in report["measured"]], [row["milliseconds"] for row in report["measured"]]
-        draw_curves(
-            panels[2],
-            {"": times},
-            title="measured here",
-            x_label="tokens of context",
-            y_label="ms/token",
-            log_x=True,
-            marker="o",
-        )
+        draw_curves(panels[2], {"": times}, title="measured here", y_label="ms/token", **words)
         panels[2].set_ylim(0, 1.2 * max(times[1]))
     return figure

@@ -24,7 +24,9 @@ from longmix.evaluation.subject import Subject, tracked
 from longmix.mixers.parts.base import Mixer
 from longmix.mixers.parts.recurrent import RecurrentMixer
 from longmix.mixers.parts.softmax import SoftmaxAttention
-from longmix.reporting.plots import draw_curves, new_figure
+from longmix.reporting.labels import short
+from longmix.reporting.plots import decimal_axis, draw_curves, draw_trained, drawing, new_figure, set_title
+from longmix.reporting.style import INK, nth_style
 
 TIMES_TRAINED = 8
 """How long windows are by default, in trained lengths."""
@@ -241,56 +243,45 @@ def _range(values: list[float | None]) -> str:
     return low if low == high else f"{low}-{high}"
 
 
+@drawing()
 def _drawn(report: dict[str, Any]) -> Figure:
     """Sizes by position and half-lives of recurrent layers, and the bytes of all."""
     recurrent = {f"{i} {layer['mixer']}": layer for i, layer in enumerate(report["layers"]) if "states" in layer}
+    trained = report["trained_seq_len"]
     figure, panels = new_figure(3 if recurrent else 1)
     kinds = Counter((layer["mixer"], tuple(layer["bytes"].items())) for layer in report["layers"])
     curves = {
         f"{count} x {mixer}": ([tokens for tokens, _ in held], [count * size / 1024 for _, size in held])
         for (mixer, held), count in kinds.items()
     }
-    draw_curves(panels[-1], curves, title="what a row remembers", x_label="tokens read", y_label="KiB", log_x=True)
-    panels[-1].legend(fontsize="small")
-    panels[-1].set_yscale("log")
+    words: dict[str, Any] = {"title": "what a row remembers", "x_label": "tokens read", "y_label": "KiB"}
+    draw_curves(panels[-1], curves, log_x=True, log_y=True, **words)
     if not recurrent:
         return figure
     sizes = {
         name: ([row["position"] for row in layer["states"]], [max(row["rms"]) for row in layer["states"]])
         for name, layer in recurrent.items()
     }
-    draw_curves(
-        panels[0],
-        sizes,
-        title="size of the largest head's state",
-        x_label="tokens of the document",
-        y_label="root mean square",
-    )
-    panels[0].set_yscale("log")
-    panels[0].axvline(report["trained_seq_len"], color="black", linestyle="--", linewidth=0.8)
-    panels[0].text(report["trained_seq_len"], panels[0].get_ylim()[1], " trained", fontsize="x-small", va="top")
-    _draw_half_lives(panels[1], recurrent, report["trained_seq_len"])
+    words = {"title": "size of the largest head's state", "x_label": "tokens of the document"}
+    draw_curves(panels[0], sizes, y_label="root mean square", log_y=True, **words)
+    draw_trained(panels[0], trained)
+    _draw_half_lives(panels[1], recurrent, trained)
     return figure
 
 
 def _draw_half_lives(axes: Axes, layers: dict[str, dict[str, Any]], trained: int) -> None:
     """A mark for each head; the bar through it spans 80 % of the head's channels."""
+    colour = nth_style(0).light
     for place, layer in enumerate(layers.values()):
         gates = [gate for gate in layer["gates"] if gate["half_life"] is not None]
         heads = len(layer["gates"])
         for head, gate in enumerate(gates):
             x = place + 0.6 * ((head + 0.5) / heads - 0.5)
-            axes.plot(
-                [x, x],
-                [gate["half_life_low"], gate["half_life_high"] or gate["half_life"]],
-                color="tab:blue",
-                linewidth=1,
-                alpha=0.5,
-            )
-            axes.plot(x, gate["half_life"], marker="o", markersize=3, color="tab:blue")
-    axes.axhline(trained, color="black", linestyle="--", linewidth=0.8)
-    axes.set_yscale("log")
-    axes.set_xticks(range(len(layers)), list(layers), rotation=20, ha="right", fontsize="x-small")
-    axes.set_title("half-life of each head's state")
+            span = [gate["half_life_low"], gate["half_life_high"] or gate["half_life"]]
+            axes.plot([x, x], span, color=colour, linewidth=1.2, alpha=0.5)
+            axes.plot(x, gate["half_life"], marker="o", markersize=4, color=colour)
+    axes.axhline(trained, color=INK, linestyle=(0, (4, 3)), linewidth=1)
+    decimal_axis(axes)
+    axes.set_xticks(range(len(layers)), [short(name) for name in layers], rotation=20, ha="right")
+    set_title(axes, "half-life of each head's state")
     axes.set_ylabel("tokens; dashed: trained length")
-    axes.grid(alpha=0.3)

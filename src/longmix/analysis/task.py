@@ -1,6 +1,7 @@
 """`evaluate.py task=causality`: the audit of a checkpoint's model and of each of its mixers, as table and picture."""
 
 import copy
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,11 +10,19 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from longmix.analysis.causality import EntropyFinding, Finding, audit, entropy_test, mixer_function, model_function
+from longmix.analysis.causality import (
+    TOLERANCE,
+    EntropyFinding,
+    Finding,
+    audit,
+    entropy_test,
+    mixer_function,
+    model_function,
+)
 from longmix.analysis.scale import scale_model
 from longmix.errors import ConfigError
 from longmix.evaluation.subject import Subject
-from longmix.reporting.plots import new_figure
+from longmix.reporting.plots import AROUND, draw_cells, drawing, new_figure
 
 VOCABULARY = 8
 """Of the tokens that nothing can predict; few, so that little training is needed to use a leak."""
@@ -23,6 +32,9 @@ MOST_TOKENS = 65_536
 
 TOKENS_PER_STEP = 512
 """Of that training."""
+
+CHANGES_WIDTH, CHANGES_HEIGHT = 620, 24
+"""Points of the picture, and of a line of it."""
 
 
 def causality(subject: Subject, length: int = 96, entropy_length: int = 8, entropy_steps: int = 200) -> dict[str, Any]:
@@ -118,18 +130,25 @@ def _table(found: dict[str, list[Finding]]) -> Table:
     return table
 
 
+@drawing()
 def _drawn(found: dict[str, list[Finding]]) -> Any:
-    figure, (axes,) = new_figure(1)
-    draw_changes(figure, axes, found)
+    figure, (axes,) = new_figure(1, width=CHANGES_WIDTH, height=CHANGES_HEIGHT * len(found) + AROUND)
+    draw_changes(axes, found)
     return figure
 
 
-def draw_changes(figure: Any, axes: Any, found: dict[str, list[Finding]]) -> None:
-    """Draw the largest change that each probe found in each part."""
+def draw_changes(axes: Any, found: dict[str, list[Finding]]) -> None:
+    """Draw the largest change that each probe found in each part: blue from rounding, red from a leak."""
     probes = [finding.probe for finding in next(iter(found.values()))]
     changes = torch.tensor([[finding.change for finding in findings] for findings in found.values()])
-    image = axes.imshow(changes.clamp(1e-17, 1e2).log10().numpy(), vmin=-17, vmax=2, cmap="RdYlGn_r", aspect="auto")
-    axes.set_xticks(range(len(probes)), probes, rotation=20, ha="right")
-    axes.set_yticks(range(len(found)), list(found))
-    axes.set_title("log10 of the largest change before a changed token")
-    figure.colorbar(image, ax=axes)
+    middle = math.log10(TOLERANCE)
+    draw_cells(
+        axes,
+        changes.clamp(1e-17, 1e2).log10().numpy(),
+        columns=[probe.replace(" ", "\n") for probe in probes],
+        rows=list(found),
+        limits=(2 * middle - 2, 2),
+        colours="RdBu_r",
+        words=[[f"{f.change:.0e}".replace("0e+00", "0") for f in findings] for findings in found.values()],
+        title="largest change before a changed token",
+    )

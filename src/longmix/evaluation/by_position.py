@@ -15,7 +15,7 @@ from longmix.evaluation.loss import evaluate_loss
 from longmix.evaluation.prefixes import prefix_ends, prefixes_alone, rows_whole
 from longmix.evaluation.statistics import LossStatistics
 from longmix.evaluation.subject import Subject
-from longmix.reporting.plots import draw_curves, new_figure
+from longmix.reporting.plots import draw_curves, drawing, new_figure
 
 
 def loss_by_position(subject: Subject, prefixes: int | None = None) -> dict[str, Any]:
@@ -89,6 +89,7 @@ def _statistics(subject: Subject, length: int, batches: Iterable[Batch]) -> Loss
     return evaluate_loss(subject.model, batches, statistics, device=restored.device, precision=restored.autocast)
 
 
+@drawing()
 def drawn_by_position(results: dict[int, dict[str, Any]], figure_of: str, title: str, y_label: str) -> Figure:
     """One curve for each context length of what the rows of its `by_position` call `figure_of`."""
     figure, (axes,) = new_figure(1)
@@ -97,7 +98,7 @@ def drawn_by_position(results: dict[int, dict[str, Any]], figure_of: str, title:
         for length, rows in ((length, result["by_position"]) for length, result in results.items())
     }
     x_label = "tokens of context, up to"
-    draw_curves(axes, curves, title=title, x_label=x_label, y_label=y_label, log_x=True, marker="o")
+    draw_curves(axes, curves, title=title, x_label=x_label, y_label=y_label, log_x=True)
     return figure
 
 

@@ -16,7 +16,7 @@ from longmix.evaluation.prefill import context_lengths_of, last_hidden, pieces_o
 from longmix.evaluation.statistics import position_buckets
 from longmix.evaluation.subject import Subject, tracked
 from longmix.model.head import token_losses
-from longmix.reporting.plots import draw_curves, new_figure
+from longmix.reporting.plots import draw_curves, draw_trained, drawing, new_figure
 from longmix.wording import counted
 
 
@@ -163,16 +163,16 @@ def _print(report: dict[str, Any]) -> None:
     console.print(positions)
 
 
+@drawing()
 def _drawn(report: dict[str, Any]) -> Figure:
     figure, (by_length, by_position) = new_figure(2)
     lengths, rows = report["lengths"], report["by_position"]
     curve = {"loss": (list(lengths), [result["loss"] for result in lengths.values()])}
     title = f"{report['split']}: the same targets"
-    draw_curves(by_length, curve, title=title, x_label="tokens of context", y_label="nats", log_x=True, marker="o")
+    draw_curves(by_length, curve, title=title, x_label="tokens of context", y_label="nats", log_x=True)
     curve = {"loss": ([row["end"] for row in rows], [row["loss"] for row in rows])}
     title, x_label = f"{counted(report['documents'], 'document')} from the start", "position in the document, up to"
-    draw_curves(by_position, curve, title=title, x_label=x_label, y_label="nats", log_x=True, marker="o")
+    draw_curves(by_position, curve, title=title, x_label=x_label, y_label="nats", log_x=True)
     for axes in (by_length, by_position):
-        axes.axvline(report["trained_seq_len"], color="grey", linestyle="--", linewidth=1, label="trained length")
-        axes.legend(fontsize="small")
+        draw_trained(axes, report["trained_seq_len"])
     return figure

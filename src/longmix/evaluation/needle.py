@@ -20,7 +20,7 @@ from longmix.data.tokens.token_files import TokenFile
 from longmix.errors import ConfigError
 from longmix.evaluation.prefill import context_lengths_of, last_hidden, text_of
 from longmix.evaluation.subject import Subject, tracked
-from longmix.reporting.plots import draw_heat_map, new_figure
+from longmix.reporting.plots import AROUND, CELL, draw_needles, drawing, new_figure
 
 MOST_NEEDLES = 100_000
 
@@ -150,17 +150,17 @@ def _print(report: dict[str, Any], lengths: list[int], depths: list[float]) -> N
     Console().print(table)
 
 
+@drawing()
 def _drawn(report: dict[str, Any], lengths: list[int], depths: list[float]) -> Figure:
-    figure, (found, gained) = new_figure(2)
+    figure, (found, gained) = new_figure(2, height=CELL * len(depths) + AROUND)
     grids = {
         name: np.array([cell[name] for cell in report["cells"]]).reshape(len(lengths), len(depths)).T
         for name in ("accuracy", "gain")
     }
     reach = max(1.0, float(np.abs(grids["gain"]).max()))
-    title = f"{report['split']}: share of {report['needles']} needles found"
     trained: Any = {"trained_seq_len": report["trained_seq_len"]}
-    draw_heat_map(found, grids["accuracy"], lengths, depths, title=title, limits=(0, 1), colours="viridis", **trained)
-    title = "nats that the needle adds to its value"
-    limits = -reach, reach
-    draw_heat_map(gained, grids["gain"], lengths, depths, title=title, limits=limits, colours="RdYlGn", **trained)
+    title = f"{report['split']}: share of {report['needles']} needles found"
+    draw_needles(found, grids["accuracy"], lengths, depths, title=title, **trained)
+    title, limits = "nats that the needle adds to its value", (-reach, reach)
+    draw_needles(gained, grids["gain"], lengths, depths, title=title, limits=limits, colours="RdBu", **trained)
     return figure

@@ -123,25 +123,27 @@ def lengths(planner: Planner) -> list[Plan]:
 
 def draw(planner: Planner, plans: list[Plan], path: Path) -> Path:
     """Stacked bars of memory over the context length, and the device's limit as a line."""
-    from longmix.reporting.plots import new_figure, save_figure
+    from longmix.reporting.plots import drawing, new_figure, save_figure, set_title
+    from longmix.reporting.style import INK, nth_style
 
-    figure, (axes,) = new_figure(1)
-    names = list(dict.fromkeys(name for plan in plans for name in plan.memory.parts))
-    labels = [f"{plan.choice.seq_len:,}" for plan in plans]
-    bottom = [0.0] * len(plans)
-    for name in names:
-        heights = [plan.memory.parts.get(name, 0) / GIB for plan in plans]
-        axes.bar(labels, heights, bottom=bottom, label=name)
-        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-    limit = plans[0].memory.limit / GIB
-    axes.axhline(limit, color="black", linestyle="--", linewidth=1.2, label="limit")
-    request, choice = planner.request, planner.request.choice
-    device = "CPU" if request.accelerator is None else request.accelerator.name
-    axes.set_title(f"{request.labels[1]}, {request.labels[0]}, {request.gpus} x {device}, {choice.strategy}")
-    axes.set_xlabel("context length, tokens")
-    axes.set_ylabel("GiB per device")
-    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-    return save_figure(figure, path)
+    with drawing():
+        figure, (axes,) = new_figure(1, width=620, height=320)
+        names = list(dict.fromkeys(name for plan in plans for name in plan.memory.parts))
+        labels = [f"{plan.choice.seq_len:,}" for plan in plans]
+        bottom = [0.0] * len(plans)
+        for number, name in enumerate(names):
+            heights = [plan.memory.parts.get(name, 0) / GIB for plan in plans]
+            hatch = "" if nth_style(number).dash == () else "//"
+            axes.bar(labels, heights, bottom=bottom, label=name, color=nth_style(number).light, hatch=hatch)
+            bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+        axes.axhline(plans[0].memory.limit / GIB, color=INK, linestyle=(0, (4, 3)), linewidth=1.2, label="limit")
+        request, choice = planner.request, planner.request.choice
+        device = "CPU" if request.accelerator is None else request.accelerator.name
+        set_title(axes, f"{request.labels[1]}, {request.labels[0]}, {request.gpus} x {device}, {choice.strategy}")
+        axes.set_xlabel("context length, tokens")
+        axes.set_ylabel("GiB per device")
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), reverse=True)
+        return save_figure(figure, path)
 
 
 def as_json(

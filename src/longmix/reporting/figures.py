@@ -39,7 +39,8 @@ def figures_table(runs: list[Run], colours: dict[str, int]) -> Markup:
     for run in runs:
         group = groups[run.summary["seq_len"]]
         cells = [_name(run, names, colours), *(_cell(run, group, runs, column) for column in columns)]
-        rows.append(tag("tr", *cells, _badge(run.evaluations.causal), data_mixer=run.summary["mixer"]))
+        mark = f"mark c{colours[run.summary['mixer']]}"
+        rows.append(tag("tr", *cells, _badge(run.evaluations.causal), class_=mark))
     return tag("table", tag("thead", tag("tr", *heads)), tag("tbody", joined(rows)), class_="figures")
 
 

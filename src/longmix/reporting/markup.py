@@ -7,7 +7,7 @@ from typing import Union
 
 from longmix.printable import LINES, printable
 
-VOID = frozenset({"meta", "br", "line", "circle", "rect", "polyline"})
+VOID = frozenset({"meta", "br", "path", "use", "input"})
 """Elements without content."""
 
 

@@ -6,17 +6,17 @@ it is built of elements that escape by themselves (`longmix.reporting.markup`).
 
 import shlex
 from importlib import resources
-from itertools import groupby
 from pathlib import Path
 
-from longmix.reporting import compared, heat_maps
-from longmix.reporting.colours import colour_numbers, style_sheet
+from longmix.reporting import compared
 from longmix.reporting.fairness import Fact, fairness
 from longmix.reporting.figures import figures_table
 from longmix.reporting.markup import Markup, filled, joined, tag
 from longmix.reporting.panels import Panel, by_length
+from longmix.reporting.pictures import COLUMNS, found_needles, needles_svg, panel_svg
+from longmix.reporting.plots import balanced
 from longmix.reporting.runs import Found, Run
-from longmix.reporting.svg import draw
+from longmix.reporting.style import OUTLINES, colour_numbers, style_of, style_sheet
 from longmix.reporting.verdicts import verdicts
 
 
@@ -41,8 +41,8 @@ def html(found: Found, panels: list[Panel], folder: Path) -> str:
         verdicts=cells,
         verdict_columns=columns,
         chips=[_chip(mixer, colours) for mixer in sorted(colours)],
-        sections=_sections(panels, colours),
-        needles=heat_maps.section(runs, colours),
+        panels=_panels(panels, colours),
+        needles=_needles(runs, colours),
         table=figures_table(runs, colours),
         compared=compared.section(runs),
         left_out=_left_out(found),
@@ -59,19 +59,52 @@ def _fact(fact: Fact) -> Markup:
 
 
 def _chip(mixer: str, colours: dict[str, int]) -> Markup:
-    words = {"data_mixer": mixer, "aria_pressed": "false"}
-    return tag("button", tag("span", class_="dot"), mixer, class_=f"c{colours[mixer]}", **words)
+    """A mixer of the legend; a box that is ticked picks it out, without a script."""
+    style, number = style_of(mixer), colours[mixer]
+    line = tag("path", class_="stroke", d="M0 5H26", stroke_dasharray=" ".join(f"{part:g}" for part in style.dash))
+    sample = tag("svg", line, tag("path", d=OUTLINES[style.marker]), viewBox="0 0 26 10", aria_hidden="true")
+    return tag("label", tag("input", type="checkbox", id=f"pick{number}"), sample, mixer, class_=f"c{number}")
 
 
-def _sections(panels: list[Panel], colours: dict[str, int]) -> Markup:
-    """A section for each heading; those of one panel stand side by side, so that the page is used in its width."""
-    sections = []
-    for name, group in groupby(panels, lambda panel: panel.section):
-        figures = [tag("figure", tag("h3", panel.title), draw(panel, colours)) for panel in group]
-        body = tag("div", joined(figures), class_="panels")
-        sections.append(tag("section", tag("h2", name), body, class_="wide" if len(figures) > 1 else None))
-    single = sum('class="wide"' not in section for section in sections)
-    return tag("div", joined(sections), class_="sections thirds" if single == 3 else "sections")
+def _in_rows(figures: list[Markup]) -> Markup:
+    """Figures in rows without empty cells: each is as wide as those beside it."""
+    rows = balanced(len(figures), COLUMNS)
+    widths = [f"of{size}" for size in rows for _ in range(size)]
+    cells = [tag("div", figure, class_=width) for figure, width in zip(figures, widths, strict=True)]
+    return tag("div", joined(cells), class_="panels")
+
+
+def _panels(panels: list[Panel], colours: dict[str, int]) -> Markup:
+    figures = [
+        tag(
+            "figure",
+            tag("h3", panel.section),
+            tag("p", panel.title, class_="soft"),
+            panel_svg(panel, f"p{number}", colours),
+        )
+        for number, panel in enumerate(panels)
+    ]
+    return _in_rows(figures)
+
+
+def _needles(runs: list[Run], colours: dict[str, int]) -> Markup:
+    """The maps of needles of all runs that have one; nothing where none has."""
+    figures = [
+        tag(
+            "figure",
+            tag("h3", tag("span", class_="dot"), found.title),
+            needles_svg(found, f"n{n}"),
+            class_=f"mark c{colours[found.run.summary['mixer']]}",
+        )
+        for n, found in enumerate(found_needles(runs))
+    ]
+    if not figures:
+        return Markup("")
+    words = (
+        "Share of hidden facts that are found, by their depth, from the first token (0) to the question (1), and by "
+        "the length of the context. The line ends the lengths that were trained."
+    )
+    return joined([tag("h2", "Needles found"), tag("p", words, class_="soft"), _in_rows(figures)])
 
 
 def _left_out(found: Found) -> Markup:

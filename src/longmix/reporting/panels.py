@@ -1,9 +1,9 @@
-"""What a report shows of its runs: each panel is data, which the page draws as SVG and `plots` as PNG."""
+"""What a report shows of its runs: each panel is data, which `longmix.reporting.pictures` draws."""
 
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -45,7 +45,7 @@ class Panel:
         kind: lines, or a point each.
         log_x: the horizontal axis doubles.
         from_zero: the vertical axis begins at 0, so that heights compare.
-        up: high is good.
+        best: of points, the best are joined, which are far right and low, or high.
     """
 
     key: str
@@ -57,7 +57,7 @@ class Panel:
     kind: Literal["lines", "points"] = "lines"
     log_x: bool = False
     from_zero: bool = False
-    up: bool = False
+    best: Literal["low", "high"] | None = None
 
 
 def file_word(measure: str) -> str:
@@ -72,18 +72,40 @@ def by_length(runs: list[Run]) -> dict[int, list[Run]]:
 
 
 def names_of(runs: list[Run]) -> dict[Path, str]:
-    """By folder: the mixer where that tells a run from the others of its context length, else the run's label."""
+    """By folder: the mixer where that tells a run from the others of its context length.
+
+    Else the mixer and what the run's label says besides mixer, length and number, or the label where even that is none.
+    """
     mixers = [(run.summary["mixer"], run.summary["seq_len"]) for run in runs]
-    return {
-        run.folder: run.summary["mixer"] if mixers.count(pair) == 1 else run.label
+    names = [
+        run.summary["mixer"] if mixers.count(pair) == 1 else _with_settings(run)
         for run, pair in zip(runs, mixers, strict=True)
+    ]
+    pairs = [(name, run.summary["seq_len"]) for name, run in zip(names, runs, strict=True)]
+    return {
+        run.folder: name if pairs.count(pair) == 1 else run.label
+        for run, name, pair in zip(runs, names, pairs, strict=True)
     }
+
+
+def _with_settings(run: Run) -> str:
+    """The mixer and the settings in a sweep's name, or the label of a run that has another name."""
+    told = {f"mixer={run.summary['mixer']}", f"seq_len={run.summary['seq_len']}"}
+    parts = [part for part in run.label.split(",") if part not in told and not part.isdecimal()]
+    if not parts or not all("=" in part for part in parts):
+        return run.label
+    return " ".join([run.summary["mixer"], *parts])
 
 
 def panels_of(runs: list[Run]) -> list[Panel]:
     """Every panel that the runs have data for, in the page's order."""
     panels = [*_trade_offs(runs), *_curves(runs), *_positions(runs), *_costs(runs), *_recall(runs), *_capacity(runs)]
-    return [panel for panel in panels if panel.series]
+    return [_as_points(panel) for panel in panels if panel.series]
+
+
+def _as_points(panel: Panel) -> Panel:
+    """Lines of one point each are points."""
+    return replace(panel, kind="points") if all(len(series.x) == 1 for series in panel.series) else panel
 
 
 def _series(runs: Iterable[Run], names: dict[Path, str], curve: Callable[[Run], Curve]) -> list[Series]:
@@ -108,7 +130,7 @@ def _trade_offs(runs: list[Run]) -> list[Panel]:
             f"validation, {quality.unit}",
             _series(group, names, lambda run: ([run.summary["tokens_per_second"]], [quality.of(run)])),
             kind="points",
-            up=quality.more_is_better,
+            best="high" if quality.more_is_better else "low",
         )
         for length, group in by_length(runs).items()
         if len(group) > 1

@@ -1,18 +1,22 @@
-"""A mixer has one colour, whatever else is on the page; colours can be told apart and read."""
+"""A mixer looks the same, whatever else is on the page; mixers can be told apart and read, whoever looks."""
 
-import colorsys
 from itertools import combinations
 from pathlib import Path
 
 import pytest
 
-from longmix.reporting.colours import KNOWN, colour_numbers, style_of, style_sheet
+from longmix.reporting.style import KNOWN, OUTLINES, PALETTE, colour_numbers, nth_style, style_of, style_sheet
 
 MIXERS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs" / "mixer").glob("*.yaml"))
 WHITE, BLACK = "#fcfbf9", "#15171a"
 
-DEUTERANOPIA = ((0.367, 0.861, -0.228), (0.280, 0.673, 0.047), (-0.012, 0.043, 0.969))
-"""Linear RGB as people see it who lack green cones (Machado et al. 2009)."""
+SEEN = {
+    "all cones": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "no green": ((0.367, 0.861, -0.228), (0.280, 0.673, 0.047), (-0.012, 0.043, 0.969)),
+    "no red": ((0.152, 1.053, -0.205), (0.115, 0.786, 0.099), (-0.004, -0.048, 1.052)),
+    "no blue": ((1.256, -0.077, -0.179), (-0.078, 0.931, 0.148), (0.005, 0.691, 0.304)),
+}
+"""Linear RGB as people see it who lack a kind of cones (Machado et al. 2009)."""
 
 
 def linear(colour: str) -> list[float]:
@@ -25,13 +29,12 @@ def contrast(one: str, other: str) -> float:
     return (max(light) + 0.05) / (min(light) + 0.05)
 
 
-def distance(one: str, other: str, seen=None) -> float:
+def distance(one: str, other: str, seen) -> float:
     """In OKLab, where 0.02 is about what can just be told apart."""
 
     def lab(colour: str) -> list[float]:
-        r, g, b = linear(colour)
-        if seen is not None:
-            r, g, b = (max(0.0, sum(w * p for w, p in zip(row, (r, g, b), strict=True))) for row in seen)
+        given = linear(colour)
+        r, g, b = (max(0.0, sum(w * p for w, p in zip(row, given, strict=True))) for row in seen)
         long, middle, short = (
             (0.4122 * r + 0.5363 * g + 0.0514 * b) ** (1 / 3),
             (0.2119 * r + 0.6807 * g + 0.1074 * b) ** (1 / 3),
@@ -53,25 +56,33 @@ def test_every_mixer_of_longmix_has_a_fixed_style():
 @pytest.mark.parametrize("name", [*KNOWN, "sliding_window*3+flash", "theirs", "漢字", "x\ud800"])
 def test_can_be_read_on_its_page(name):
     style = style_of(name)
-    assert contrast(style.light, WHITE) >= 3 and contrast(style.dark, BLACK) >= 4.5
+    assert contrast(style.light, WHITE) >= 3.9 and contrast(style.dark, BLACK) >= 4.5 and style.marker in OUTLINES
 
 
-def test_can_be_told_apart():
-    for one, other in combinations(KNOWN, 2):
-        a, b = KNOWN[one], KNOWN[other]
-        assert a.light != b.light and a.dark != b.dark
-        assert distance(a.light, b.light) > 0.035, (one, other)
-        if a.dash == b.dash:  # without green cones lightness and the kind of line must do
-            assert distance(a.light, b.light, DEUTERANOPIA) > 0.035, (one, other)
+@pytest.mark.parametrize("seen", SEEN.values(), ids=SEEN)
+def test_colours_can_be_told_apart(seen):
+    for one, other in combinations(PALETTE, 2):
+        for a, b in zip(one, other, strict=True):
+            assert distance(a, b, seen) > 0.07, (a, b)
+
+
+def test_no_two_known_mixers_look_alike():
+    assert len(set(KNOWN.values())) == len(KNOWN)
+    for one, other in combinations(KNOWN.values(), 2):  # those of one colour differ in line and in marker
+        assert one.light != other.light or (one.dash != other.dash and one.marker != other.marker)
 
 
 def test_of_an_unknown_mixer_follows_from_its_name():
     names = [f"mine_{number}" for number in range(60)]
     styles = {name: style_of(name) for name in names}
     assert styles == {name: style_of(name) for name in reversed(names)}
-    assert len({style.light for style in styles.values()}) > 55
-    hues = {round(12 * colorsys.rgb_to_hls(*linear(style.light))[0]) for style in styles.values()}
-    assert len(hues) >= 8
+    assert len(set(styles.values())) > 35 and not set(styles.values()) & set(KNOWN.values())
+    assert {style.light for style in styles.values()} == {light for light, _ in PALETTE}
+
+
+def test_in_order_colours_come_before_lines():
+    styles = [nth_style(number) for number in range(24)]
+    assert len(set(styles)) == 24 and all(style.dash == () for style in styles[:8]) and styles[8].dash
 
 
 def test_the_style_sheet_says_the_same_whoever_else_is_there():
@@ -79,4 +90,4 @@ def test_the_style_sheet_says_the_same_whoever_else_is_there():
         return sheet.partition(f".c{number}{{--colour:")[2][:7]
 
     alone, many = colour_numbers(["rwkv7"]), colour_numbers(["zzz", "rwkv7", "aaa", "flash"])
-    assert colour(style_sheet(alone), alone["rwkv7"]) == colour(style_sheet(many), many["rwkv7"]) == "#d1490c"
+    assert colour(style_sheet(alone), alone["rwkv7"]) == colour(style_sheet(many), many["rwkv7"]) == "#c85f10"
