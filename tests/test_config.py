@@ -297,7 +297,7 @@ REFUSED = [
         ["tokenizer=bytes", "data._target_=longmix.training.loggers.NoLog"],
         ["data._target_"],
     ),
-    ("no corpus", ["data.corpus=null"], ["data.corpus=None", "Corpus"]),
+    ("no corpus", ["data.corpus=null"], ["data.corpus=null", "Corpus"]),
     ("a number for a corpus", ["data.corpus=3"], ["data.corpus=3", "Corpus"]),
     ("no tokens", ["seq_len=0"], ["seq_len=0", "at least 1"]),
     ("no windows", ["batch_size=0"], ["batch_size=0", "at least 1"]),

@@ -415,7 +415,7 @@ class TestHubDataset:
             "logging.basicConfig(level=logging.INFO)\n"
             "def refuse(*_, **__): raise OSError(101, 'Network is unreachable')\n"
             "socket.create_connection = socket.getaddrinfo = refuse\n"
-            "from longmix.data.corpora.files import HubDataset\n"
+            "from longmix.data.corpora.hub import HubDataset\n"
             "slept = []; time.sleep = slept.append\n"
             f"corpus = HubDataset('allenai/c4', config='en', streaming={streaming})\n"
             "try: corpus.fingerprint()\n"
@@ -431,9 +431,7 @@ class TestHubDataset:
         assert line.endswith(" 0")
 
     def test_without_network_says_what_to_do_instead(self, tmp_path):
-        script = (
-            "from longmix.data.corpora.files import HubDataset; HubDataset('allenai/c4', config='en').fingerprint()"
-        )
+        script = "from longmix.data.corpora.hub import HubDataset; HubDataset('allenai/c4', config='en').fingerprint()"
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
         result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
         message = result.stderr.strip().splitlines()[-1]

@@ -277,7 +277,7 @@ SLOW = """
 import sys, time
 from pathlib import Path
 from longmix.data import encoding, stream
-from longmix.data.corpora.files import HubDataset
+from longmix.data.corpora.hub import HubDataset
 from longmix.data.tokens.preparation import Preparation, prepare
 from longmix.data.tokens.tokenizers import ByteTokenizer
 encoding.BATCH_DOCUMENTS = 4
