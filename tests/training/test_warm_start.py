@@ -280,11 +280,14 @@ def test_states_that_do_not_fit_are_refused(trained, corpora, tmp_path, run, bit
     tuned = run(
         tmp_path / "tuned", "experiment=state_tuning", f"checkpoint={trained('rwkv7')}", "max_steps=1", *corpora["code"]
     )
+    trained_on = run(tmp_path / "on", f"checkpoint={trained('rwkv7')}", "max_steps=1", *corpora["code"])
     evaluation = (corpora["code"], tmp_path / "out")
     with pytest.raises(CheckpointError, match="of another model"):
         bits_per_byte(trained("mlstm-exp"), *evaluation, f"states={tuned}/states.pt")
     with pytest.raises(CheckpointError, match="holds no states"):
         bits_per_byte(trained("rwkv7"), *evaluation, f"states={tmp_path}/absent.pt")
+    with pytest.raises(CheckpointError, match="tuned with other weights than these"):
+        bits_per_byte(trained_on, *evaluation, f"states={tuned}/states.pt")
     os.truncate(tuned / "states.pt", 100)
     with pytest.raises(CheckpointError, match="holds no states"):
         bits_per_byte(trained("rwkv7"), *evaluation, f"states={tuned}/states.pt")

@@ -1,8 +1,10 @@
 """States before a document that were trained: which parameters they are, and the small file that holds nothing else."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from longmix.aliases import renewed
@@ -43,6 +45,15 @@ def tune_states(model: LanguageModel, features: int = 0, decorrelation: float = 
 def tuned_states(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Those of a model's weights that are states before a document, by name."""
     return {name: weight for name, weight in weights.items() if MARK in name}
+
+
+def _digest_of_others(weights: dict[str, Tensor]) -> str:
+    """SHA-256 of the weights that are no states, which states fit alone; hexadecimal."""
+    digest = hashlib.sha256()
+    for name in sorted(name for name in weights if MARK not in name):
+        digest.update(f"{name} {weights[name].dtype}".encode())
+        digest.update(weights[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_weights(model: LanguageModel, weights: dict[str, Tensor]) -> None:
@@ -88,6 +99,7 @@ def save_states(path: Path, checkpoint: dict[str, Any]) -> None:
         "layout": "[heads, keys, values]",
         "mixer": config["mixer"],
         "model": config["model"],
+        "weights": _digest_of_others(checkpoint["model"]),
         "states": {name: state.clone() for name, state in tuned_states(checkpoint["model"]).items()},
     }
     save_tensors(path, content)
@@ -102,7 +114,8 @@ def load_states(model: LanguageModel, path: Path, config: Node) -> None:
         config: the configuration of the model.
 
     Raises:
-        CheckpointError: there is no such file, or it is damaged or of another model.
+        CheckpointError: there is no such file, or it is damaged, of another model or of other weights. Files that
+            earlier versions wrote do not say of which weights they are.
     """
     path = path / STATES_FILE if path.is_dir() else path
     cure = "; give the states.pt of a run with trainable=states"
@@ -117,6 +130,11 @@ def load_states(model: LanguageModel, path: Path, config: Node) -> None:
             raise ValueError("it does not say of which model they are")
     if any(renewed(content[key]) != config[key] for key in ("mixer", "model")):
         raise CheckpointError(f"the states in {path} are of another model; give those tuned from this checkpoint.")
+    if content.get("weights", own := _digest_of_others(model.state_dict())) != own:
+        raise CheckpointError(
+            f"the states in {path} were tuned with other weights than these; give a checkpoint of the run that tuned "
+            "them, or the one that it began from."
+        )
     with reading(path, "states of this model", cure):
         tune_states(model, _features(states))
         try:
