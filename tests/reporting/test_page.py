@@ -188,6 +188,12 @@ name: {seed}
         assert any("trained on different data: TextFiles path=books; TextFiles path=web" in words for words in warnings)
         assert ">optimizer.learning_rate<" in text and ">mixer.x<" not in text and ">name<" not in text
 
+    def test_a_setting_of_sizes_that_is_missing_or_no_number(self, tmp_path):
+        for number, config in enumerate(("model: {d_model: 64}\n", "model: {num_layers: x}\nbatch_size: x\n")):
+            write_run(tmp_path / str(number), f"m{number}", 32, 2.0 + number, 500.0, config=config)
+        _, text = page_of(tmp_path)
+        assert ">d_model 64; x layers<" in text and ">1,000 tokens a step; x windows, 1,000 tokens a step<" in text
+
     def test_nothing_is_missing(self, sweep):
         for run in sweep.iterdir():
             write_evaluation(run, "causality_step9", causal=True, step=9)

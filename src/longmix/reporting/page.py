@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 
 from longmix.reporting import compared
-from longmix.reporting.fairness import Fact, fairness
+from longmix.reporting.compared import Fact, fairness
 from longmix.reporting.figures import figures_table
 from longmix.reporting.markup import Markup, filled, joined, tag
 from longmix.reporting.panels import Panel, by_length
