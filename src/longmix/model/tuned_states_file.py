@@ -52,7 +52,7 @@ def _digest_of_others(weights: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(name for name in weights if MARK not in name):
         digest.update(f"{name} {weights[name].dtype}".encode())
-        digest.update(weights[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(weights[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
