@@ -130,11 +130,6 @@ def as_hydra_reads(schema: Schema, words: Sequence[Word], sweep: bool = False) -
     return written
 
 
-def hydra_word(word: str, text: str) -> str:
-    """`word=text` as an argument from which Hydra reads `text` as it is."""
-    return f"{word}={values.in_quotes(text)}"
-
-
 @contextlib.contextmanager
 def _refusals_in_one_line(schema: Schema, given: Sequence[str]) -> Iterator[None]:
     """Turn what Hydra raises before the task into a `ConfigError`; a defect keeps its traceback from the task on."""

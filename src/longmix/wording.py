@@ -1,4 +1,7 @@
-"""Words of messages that depend on a number."""
+"""Words of messages: what depends on a number, and what was probably meant."""
+
+import difflib
+from collections.abc import Iterable
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:
@@ -10,3 +13,9 @@ def counted(count: int, noun: str, plural: str = "") -> str:
         plural: of several; `noun` and "s" if not given.
     """
     return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
+
+
+def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
+    """The one of `names` that is most like `name`; empty if none is like it."""
+    found = difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)
+    return found[0] if found else ""

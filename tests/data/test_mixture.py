@@ -219,7 +219,7 @@ class TestPrepare:
     def test_the_line_that_uses_the_result(self, tmp_path, run_process):
         finished = run_process("prepare.py", *self.words(tmp_path), "tokenizer=bytes", "workers=0")
         (line,) = [line for line in finished.out.splitlines() if line.startswith("to train on them:")]
-        assert line.startswith("to train on them:  python train.py data=mixture 'data.corpora={books:")
+        assert line.startswith("to train on them:  longmix train data=mixture 'data.corpora={books:")
         assert line.endswith(" tokenizer=bytes") and "workers" not in line
         assert "data=prepared" not in finished.out  # two corpora share the folder
 
@@ -227,7 +227,7 @@ class TestPrepare:
 def test_the_line_for_prepared_data(tmp_path, compose_config, capsys):
     words = ["data=sotu", "tokenizer=bytes", f"data.cache_dir={tmp_path}", "splits=[train]"]
     prepare_splits(compose_config(*words, entry_point="prepare"))
-    expected = f"without the texts: python train.py data=prepared data.path={tmp_path} tokenizer=prepared"
+    expected = f"without the texts: longmix train data=prepared data.path={tmp_path} tokenizer=prepared"
     assert expected in capsys.readouterr().out
 
 

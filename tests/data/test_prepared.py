@@ -401,10 +401,10 @@ class TestWithoutValidation:
         (tmp_path / "texts").mkdir()
         for number in range(9):
             (tmp_path / "texts" / f"{number}.txt").write_text(f"document {number}")
-        for fraction, said in ((0, "a validation split is needed"), (0.05, "without the texts: python train.py")):
+        for fraction, said in ((0, "a validation split is needed"), (0.05, "without the texts: longmix train")):
             words = [f"data.corpus.path={tmp_path}/texts", f"data.cache_dir={tmp_path}/cache{fraction}"]
             words.append(f"data.corpus.validation_fraction={fraction}")
             prepare_splits(compose_config("data=text", *words, entry_point="prepare"))
             out = capsys.readouterr().out
             assert said in out
-            assert ("python train.py" in out) == (fraction > 0)
+            assert ("longmix train" in out) == (fraction > 0)

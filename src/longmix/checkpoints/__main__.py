@@ -8,12 +8,13 @@ from longmix import startup
 from longmix.checkpoints.consolidate import consolidate
 from longmix.checkpoints.last import chosen_checkpoint
 from longmix.checkpoints.store import final_name
+from longmix.command_line.program import as_called
 from longmix.errors import LongmixError
 
 
 def main(words: list[str] | None = None) -> int:
     """See the head of this file; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m longmix.checkpoints")
+    parser = argparse.ArgumentParser(prog=as_called("python -m longmix.checkpoints"))
     commands = parser.add_subparsers(required=True, metavar="consolidate")
     command = commands.add_parser("consolidate", help="write a sharded checkpoint in one file")
     command.add_argument("checkpoint", type=Path, help="folder of a run (its newest checkpoint) or of a checkpoint")

@@ -1,6 +1,5 @@
 """Why a command line was refused, in one line that names the word and the cure."""
 
-import difflib
 import os
 import re
 import shlex
@@ -12,10 +11,12 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from longmix.command_line import values
+from longmix.command_line.program import program
 from longmix.command_line.schema import Schema
 from longmix.command_line.values import Takes
 from longmix.command_line.words import Word
 from longmix.config import fits, misfit
+from longmix.wording import nearest
 
 NAME = re.compile(r"[A-Za-z_][\w/-]*(\.(\w|-)+)*(@[\w.:]*)?", re.ASCII)
 PATTERN_TERM = re.compile(r"([\w-]+)(?:\*([1-9]\d*))?", re.ASCII)
@@ -81,7 +82,7 @@ def _problems(schema: Schema, words: list[Word], sweep: bool, error: BaseExcepti
 def _alone(schema: Schema, words: Sequence[Word], place: int) -> str:
     """A word without "=": a forgotten equals sign, a text that the shell cut, or a choice without its group."""
     word = words[place]
-    program = f"python {schema.command}.py"
+    called = program(schema.command)
     before = words[place - 1] if place else None
     takes = schema.words.get(before.name) if before and before.value is not None else None
     if before and takes and takes.text and not schema.is_group(word.given):
@@ -101,12 +102,12 @@ def _alone(schema: Schema, words: Sequence[Word], place: int) -> str:
     if chosen:
         return f"{_shown(word.given)} stands alone; write {' or '.join(chosen)}."
     if word.given.lower() in ("help", "?", "usage"):
-        return f"{word.given} is not a word; {program} -h prints the help."
+        return f"{word.given} is not a word; {called} -h prints the help."
     if "checkpoint" in schema.words and os.path.exists(word.given):  # noqa: PTH110 (Path fails at a name too long)
         return f"{_shown(word.given)} stands alone; write {_quoted(f'checkpoint={word.given}')}."
-    close = _close(word.given, [*schema.words, *schema.groups])
+    close = nearest(word.given, [*schema.words, *schema.groups])
     hint = f" Did you mean {close}=VALUE?" if close else ""
-    return f"{_shown(word.given)} is neither word=value nor an option.{hint} {program} -h lists the words."
+    return f"{_shown(word.given)} is neither word=value nor an option.{hint} {called} -h lists the words."
 
 
 def _wrong_group(schema: Schema, word: Word, sweep: bool) -> str | None:
@@ -143,7 +144,7 @@ def _wrong_choice(schema: Schema, group: str, choice: str) -> str | None:
 def no_such_choice(schema: Schema, group: str, choice: str) -> str:
     """That a group has no such choice, with the nearest one."""
     choices = schema.choices(group)
-    close = _close(choice, choices)
+    close = nearest(choice, choices)
     hint = f" Did you mean {close}?" if close else ""
     return f"{group}={_shown(choice)} does not exist.{hint} Choices are: {', '.join(choices)}."
 
@@ -154,7 +155,7 @@ def _wrong_pattern(choices: list[str], pattern: str) -> str | None:
         if not term:
             return f"mixer={_shown(pattern)} has nothing on one side of a +; write it like sliding_window*3+flash."
         if name not in choices:
-            close = _close(name, choices)
+            close = nearest(name, choices)
             hint = f" Did you mean {close}?" if close else ""
             return f"mixer={_shown(pattern)}: there is no mixer {name!r}.{hint} Choices are: {', '.join(choices)}."
         if star and not re.fullmatch(r"[1-9]\d*", count, re.ASCII):
@@ -190,7 +191,7 @@ def _wrong_word(schema: Schema, node: dict[str, Any], word: Word) -> str | None:
     if word.sign == "~":
         return f"{_shown(word.given)}: there is no {name} to leave out."
     if not NAME.fullmatch(name):
-        close = _close(name, _dotted(node))
+        close = nearest(name, _dotted(node))
         return f"{_shown(name)} is no name of a word." + (f" Did you mean {close}?" if close else "")
     return _unknown(schema, node, word)
 
@@ -221,13 +222,13 @@ def _unknown(schema: Schema, node: dict[str, Any], word: Word) -> str:
     if not place:
         keys = [key for key in keys if key != "hydra"]
         keys += [name for name in schema.groups if name not in keys]
-    meant = _close(wanted, keys)
+    meant = nearest(wanted, keys)
     guess = f"{place}.{meant}" if place and meant else meant
     if guess and depth < len(parents):
         guess = ".".join([guess, *parents[depth + 1 :], leaf])
         guess = guess if _exists(node, guess) else f"{place}.{meant}" if place else meant
     if not guess and group in schema.groups and depth == 1:
-        meant = _close(wanted, _settings_of_choices(schema, group))
+        meant = nearest(wanted, _settings_of_choices(schema, group))
         guess = f"{group}.{meant}" if meant else ""
     if not guess:
         guess = _by_leaf(node, leaf)
@@ -279,7 +280,7 @@ def _by_leaf(node: dict[str, Any], leaf: str) -> str:
         return by_leaf[leaf]
     if leaf in initials:
         return initials[leaf]
-    close = _close(leaf, by_leaf, cutoff=0.7)
+    close = nearest(leaf, by_leaf, cutoff=0.7)
     return by_leaf[close] if close else ""
 
 
@@ -377,7 +378,7 @@ def _cleaned(error: BaseException) -> str:
     inner = causes[-1]
     if isinstance(inner, MissingConfigException) and inner.options and inner.missing_cfg_file:
         group, _, choice = inner.missing_cfg_file.rpartition("/")
-        close = _close(choice, inner.options)
+        close = nearest(choice, inner.options)
         hint = f" Did you mean {close}?" if close else ""
         return f"{group}={_shown(choice)} does not exist.{hint} Choices are: {', '.join(inner.options)}."
     key = getattr(inner, "full_key", None)
@@ -392,11 +393,6 @@ def _cleaned(error: BaseException) -> str:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
-
-
-def _close(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
-    found = difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)
-    return found[0] if found else ""
 
 
 def _shown(text: str) -> str:

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 
 from omegaconf import OmegaConf
 
+import longmix
 from longmix.command_line.entries import SWEEP_GROUPS, entry, group_lines, words, written
 from longmix.command_line.pages import pages_of
+from longmix.command_line.program import as_called
 from longmix.command_line.schema import Schema
 
 VERSIONED = ("torch", "triton", "lightning", "hydra-core")
@@ -37,7 +39,7 @@ def help_text(schema: Schema, asked: Sequence[str] = ()) -> str:
         groups += [line for group in SWEEP_GROUPS for line in group_lines(schema, group, "basic")]
     own = [line for name, default, text in words(schema) for line in entry(f"{name}={written(default)}", text)]
     chosen = ["Words that choose a file", *groups, "", "Other words"] if groups else ["Words"]
-    return "\n".join([head.rstrip(), "", *chosen, *own, "", RULES.rstrip()])
+    return "\n".join([as_called(head.rstrip()), "", *chosen, *own, "", RULES.rstrip()])
 
 
 def version_text() -> str:
@@ -48,4 +50,4 @@ def version_text() -> str:
             found.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             continue
-    return f"longmix {importlib.metadata.version('longmix')} ({', '.join(found)})"
+    return f"longmix {longmix.__version__} ({', '.join(found)})"

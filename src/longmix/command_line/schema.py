@@ -208,13 +208,13 @@ def _of_dataclass(schema: type, prefix: str = "") -> dict[str, Takes]:
 
 
 def configs_folder() -> Path:
-    """The folder of the configuration: that of the checkout, else the one here.
+    """The folder of the configuration: in an installed package its own, in a checkout the one beside `src/`.
 
     Raises:
         ConfigError: there is none.
     """
-    checkout = Path(__file__).parents[3] / "configs"
-    for folder in (checkout, Path.cwd() / "configs"):
-        if (folder / "train.yaml").exists():
+    package = Path(__file__).parents[1]
+    for folder in (package / "configs", package.parents[1] / "configs"):
+        if (folder / "train.yaml").is_file():
             return folder
-    raise ConfigError(f"there is no train.yaml in {checkout} or ./configs; run this from the repository's folder.")
+    raise ConfigError(f"there is no train.yaml in {package / 'configs'}; install longmix anew.")

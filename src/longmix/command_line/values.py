@@ -142,6 +142,11 @@ def _unquoted(value: str) -> str:
         return re.sub(r'(\\*)\\"', lambda match: match[1][: len(match[1]) // 2] + '"', value[1:-1])
 
 
+def hydra_word(word: str, text: str) -> str:
+    """`word=text` as an argument from which Hydra reads `text` as it is."""
+    return f"{word}={in_quotes(text)}"
+
+
 def in_quotes(text: str, literal: bool = True) -> str:
     """The text in single quotes, from which Hydra reads it as it is.
 

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from longmix import config as configuration
+from longmix.command_line.program import program
 from longmix.config import build
 from longmix.data.datamodule import TokenData
 from longmix.data.prepared import find_splits
@@ -84,11 +85,12 @@ def _print_uses(cache_dir: Path) -> None:
     console = Console()
     if HydraConfig.initialized():
         words = [word for word in HydraConfig.get().overrides.task if word.partition("=")[0] not in OWN_WORDS]
-        line = shlex.join(["python", "train.py", *words])
+        line = f"{program('train')} {shlex.join(words)}".rstrip()
         console.print(f"to train on them:  {line}", highlight=False, markup=False, soft_wrap=True)
     try:
         find_splits(str(cache_dir))
     except DataError:  # several corpora share the folder
         return
-    line = shlex.join(["python", "train.py", "data=prepared", f"data.path={cache_dir}", "tokenizer=prepared"])
+    words = ["data=prepared", f"data.path={cache_dir}", "tokenizer=prepared"]
+    line = f"{program('train')} {shlex.join(words)}"
     console.print(f"without the texts: {line}", highlight=False, markup=False, soft_wrap=True)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from longmix import startup
+from longmix.command_line.program import as_called
 from longmix.errors import ConfigError, LongmixError
 
 DOES_NOT_FIT = 1
@@ -17,7 +18,10 @@ def main(words: list[str] | None = None) -> int:
     """Print the plan, write it where asked to, and return the exit code."""
     words = sys.argv[1:] if words is None else words
     if not words:
-        print(f"ConfigError: there is nothing to plan; give at least one word.\n\n{__doc__}", file=sys.stderr)
+        print(
+            f"ConfigError: there is nothing to plan; give at least one word.\n\n{as_called(__doc__ or '')}",
+            file=sys.stderr,
+        )
         return ConfigError.exit_code
     outputs = [word.removeprefix("output=") for word in words if word.startswith("output=")]
     try:
@@ -40,7 +44,7 @@ def _help(words: list[str]) -> str:
 
     asked = [word for word in words if word.partition("=")[0] not in ("gpus", "gpu", "output")]
     if not [word for word in asked if not word.startswith("-")]:
-        return __doc__ or ""
+        return as_called(__doc__ or "")
     cli.register()
     schema = Schema("train", configs_folder())
     schema.search(asked)

@@ -2,11 +2,13 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from longmix import startup
+from longmix.command_line.program import as_called
 from longmix.errors import DataError, LongmixError
 from longmix.printable import LINES, printable
 from longmix.reporting.report import write_report
@@ -17,20 +19,20 @@ LOG_WIDTH = 100
 """Letters of a line where the output is no terminal."""
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table, write the report into the first folder, and return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m longmix.reporting", description=__doc__)
+    parser = argparse.ArgumentParser(prog=as_called("python -m longmix.reporting"), description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="folders of sweeps or runs; searched through")
     parser.add_argument("--output", type=Path, help="where the files go; the first folder if not given")
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
     try:
-        found = find_runs(arguments.folders)
+        found = find_runs(options.folders)
         _print(found, console)
         if not found.runs:
-            places = ", ".join(map(str, arguments.folders))
+            places = ", ".join(map(str, options.folders))
             raise DataError(f"no finished run at or below {places}: none has a summary.json that can be read.")
-        for path in write_report(found, arguments.output or arguments.folders[0]):
+        for path in write_report(found, options.output or options.folders[0]):
             _line(console, f"wrote {path}")
     except LongmixError as error:
         print(f"{type(error).__name__}: {printable(error, keep=LINES)}", file=sys.stderr)

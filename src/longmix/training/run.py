@@ -17,9 +17,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+import longmix
 from longmix import config as configuration
 from longmix.checkpoints import CheckpointStore, load_checkpoint
-from longmix.cli import hydra_word
+from longmix.command_line.values import hydra_word
 from longmix.config import Node, build, total_steps
 from longmix.data.datamodule import TokenData
 from longmix.data.synthetic.base import SyntheticData
@@ -55,7 +56,7 @@ from longmix.training.summary import (
 from longmix.training.supervisor import Supervisor
 from longmix.training.warm_start import Origin, begin
 
-PACKAGES = ("longmix", "torch", "triton", "lightning", "hydra-core", "wandb", "tokenizers", "datasets", "numpy")
+PACKAGES = ("torch", "triton", "lightning", "hydra-core", "wandb", "tokenizers", "datasets", "numpy")
 
 
 def train(config: DictConfig) -> dict[str, Any]:
@@ -352,7 +353,7 @@ def strategy_of(settings: TrainerSettings) -> Any:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that matter for repeating a run."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+    found = {"python": platform.python_version(), "platform": platform.platform(), "longmix": longmix.__version__}
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)

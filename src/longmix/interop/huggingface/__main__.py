@@ -2,9 +2,11 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from longmix import startup
+from longmix.command_line.program import as_called
 from longmix.data.tokens.byte_level import MISSING_BYTES
 from longmix.data.tokens.tokenizers import LibraryTokenizer
 from longmix.errors import LongmixError
@@ -12,9 +14,9 @@ from longmix.interop.huggingface.export import DTYPES, KINDS, export
 from longmix.interop.huggingface.load import import_folder
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Export or import, as the arguments say."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(words)
     try:
         arguments.run(arguments)
     except LongmixError as error:
@@ -24,7 +26,8 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m longmix.interop.huggingface", description="Checkpoints to Hugging Face folders, and back."
+        prog=as_called("python -m longmix.interop.huggingface"),
+        description="Checkpoints to Hugging Face folders, and back.",
     )
     commands = parser.add_subparsers(required=True, metavar="export|import")
     out = commands.add_parser("export", help="write a checkpoint as a folder that transformers loads")
@@ -54,7 +57,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def _import(arguments: argparse.Namespace) -> None:
     done = import_folder(arguments.folder, arguments.checkpoint, arguments.separator, arguments.missing_bytes)
-    hint = "" if done.has_data else "; it says nothing of data, so evaluate.py needs data="
+    hint = "" if done.has_data else "; it says nothing of data, so an evaluation needs data="
     print(f"wrote {done.checkpoint} from a model of type {done.model_type}{hint}")
     if isinstance(done.tokenizer, LibraryTokenizer):
         ends = ", ".join(map(done.tokenizer.token_name, done.tokenizer.end_ids))

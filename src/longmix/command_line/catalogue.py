@@ -1,0 +1,216 @@
+"""The commands of the console: what each is for, what runs it, and its words where Hydra does not know them.
+
+Nothing heavy is imported here.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from longmix.errors import ConfigError
+from longmix.wording import nearest
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A word of a command that Hydra does not compose.
+
+    Attributes:
+        name: as in `name=value`.
+        meaning: one line.
+        default: as the help shows it; "???" must be given.
+        place: may stand without its name too, in the order of the table.
+        many: takes a list.
+        switch: takes true or false.
+    """
+
+    name: str
+    meaning: str
+    default: str = "null"
+    place: bool = False
+    many: bool = False
+    switch: bool = False
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of the console.
+
+    Attributes:
+        name: the first word after `longmix`.
+        about: what it does, in one line.
+        hydra: the command whose words Hydra composes; None where `module` does the work.
+        module: has `main(arguments)`, which returns an exit code.
+        adds: arguments besides the user's.
+        words: what it takes where Hydra does not know it; none where the module explains itself.
+        examples: lines for the help.
+    """
+
+    name: str
+    about: str
+    hydra: str | None = None
+    module: str | None = None
+    adds: tuple[str, ...] = ()
+    words: tuple[Argument, ...] = ()
+    examples: tuple[str, ...] = ()
+
+    def help(self) -> str:
+        """What `-h` prints."""
+        width = max(len(f"{word.name}={word.default}") for word in self.words)
+        lines = [f"  {f'{word.name}={word.default}':<{width}}  {word.meaning}" for word in self.words]
+        places = " ".join(word.name.upper() + "..." * word.many for word in self.words if word.place)
+        note = f"{places} may stand without their names, in this order." if places else ""
+        examples = ["", *(f"  {example}" for example in self.examples)] if self.examples else []
+        return "\n".join([f"longmix {self.name}: {self.about}", *examples, "", "Words", *lines, "", note]).rstrip()
+
+    def options(self, given: Sequence[str]) -> list[str]:
+        """The arguments for `module`: `name=value` becomes `--name value`, or its place; options stay as they are.
+
+        Raises:
+            ConfigError: an unknown word, or one that is missing.
+        """
+        if not self.words:
+            return list(given)
+        known = {word.name: word for word in self.words}
+        places: dict[str, list[str]] = {word.name: [] for word in self.words if word.place}
+        options, alone = [], []
+        for argument in given:
+            found = re.fullmatch(r"(\w+)=(.*)", argument, re.DOTALL)
+            if found and found[1] in places:
+                places[found[1]] = _listed(found[2]) if known[found[1]].many else [found[2]]
+            elif found and found[1] in known:
+                options += _option(known[found[1]], found[2])
+            elif found and not argument.startswith("-") and not any(known[name].many for name in places):
+                close = nearest(found[1], known)
+                hint = f" Did you mean {close}?" if close else ""
+                raise ConfigError(f"unknown word {found[1]}.{hint} Words are: {', '.join(known)}.")
+            else:
+                alone.append(argument)
+        return [*self._placed(places, alone), *options]
+
+    def _placed(self, places: dict[str, list[str]], alone: list[str]) -> list[str]:
+        """What stands without a name goes to the places that no name has filled."""
+        if any(argument.startswith("-") for argument in alone):
+            return [*(value for values in places.values() for value in values), *alone]  # `module` explains its options
+        for name in places:
+            if not places[name]:
+                count = len(alone) if self._word(name).many else 1
+                places[name], alone = alone[:count], alone[count:]
+        missing = [name for name, values in places.items() if not values and self._word(name).default == "???"]
+        if missing:
+            raise ConfigError(
+                f"no value was given for: {', '.join(missing)}. `longmix {self.name} -h` lists the words."
+            )
+        if alone:
+            raise ConfigError(f"{alone[0]} is a word too many. `longmix {self.name} -h` lists the words.")
+        return [value for values in places.values() for value in values]
+
+    def _word(self, name: str) -> Argument:
+        return next(word for word in self.words if word.name == name)
+
+
+def _option(word: Argument, value: str) -> list[str]:
+    option = f"--{word.name.replace('_', '-')}"
+    if word.switch:
+        if value not in ("true", "false"):
+            raise ConfigError(f"{word.name}={value} is not one of true, false.")
+        return [option] if value == "true" else []
+    return [option, *(_listed(value) if word.many else [value])]
+
+
+def _listed(value: str) -> list[str]:
+    inner = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+    return [part.strip() for part in inner.split(",")]
+
+
+_CHECKPOINT = "folder of a run or of a checkpoint"
+
+_COMMANDS = (
+    Command("train", "train a language model whose sequence mixer is one word", hydra="train"),
+    Command("evaluate", "evaluate a checkpoint, or all of a sweep", hydra="evaluate"),
+    Command("generate", "generate text from a checkpoint", hydra="generate"),
+    Command("prepare", "make the token files of a corpus ahead of training", hydra="prepare"),
+    Command(
+        "report",
+        "runs side by side, as a table, one HTML page, pictures and data",
+        module="longmix.reporting.__main__",
+        words=(
+            Argument("folders", "folders of sweeps or runs; searched through", "???", place=True, many=True),
+            Argument("output", "where the files go; null takes the first folder"),
+        ),
+        examples=("longmix report runs", "longmix report multirun/DATE runs/NAME output=compared"),
+    ),
+    Command(
+        "plan",
+        "memory, traffic and time of a run on machines that need not be here",
+        module="longmix.planning.__main__",
+    ),
+    Command(
+        "export",
+        "write a checkpoint as a folder that transformers loads",
+        module="longmix.interop.huggingface.__main__",
+        adds=("export",),
+        words=(
+            Argument("checkpoint", _CHECKPOINT, "???", place=True),
+            Argument("folder", "to write", "???", place=True),
+            Argument("as", "auto, llama or longmix; llama needs nothing of longmix to run", "auto"),
+            Argument("dtype", "of the weights", "float32"),
+            Argument("force", "replace the folder if it is there", "false", switch=True),
+        ),
+        examples=("longmix export runs/NAME exported", "longmix export checkpoint=runs/NAME folder=exported as=llama"),
+    ),
+    Command(
+        "import",
+        "make a checkpoint of a Hugging Face folder",
+        module="longmix.interop.huggingface.__main__",
+        adds=("import",),
+        words=(
+            Argument("folder", "with config.json, safetensors and tokenizer.json", "???", place=True),
+            Argument("checkpoint", "folder to write the checkpoint to", "???", place=True),
+            Argument("separator", "the token that starts each document; null: the one that begins a text"),
+            Argument("missing_bytes", "what happens to characters that the tokenizer has no tokens for; null: refuse"),
+        ),
+        examples=("longmix import SmolLM-135M runs/smol",),
+    ),
+    Command(
+        "consolidate",
+        "write a sharded checkpoint in one file",
+        module="longmix.checkpoints.__main__",
+        adds=("consolidate",),
+        words=(
+            Argument("checkpoint", f"{_CHECKPOINT}; of a run its newest one", "???", place=True),
+            Argument("output", "folder to make; null: the checkpoint's name with -whole", place=True),
+        ),
+        examples=("longmix consolidate runs/NAME",),
+    ),
+    Command(
+        "audit",
+        "whether a checkpoint's model and each of its mixers are causal",
+        hydra="evaluate",
+        adds=("task=causality",),
+    ),
+    Command(
+        "kernels", "compile the GPU kernels without a GPU: registers, memory, faults", module="longmix_kernels.report"
+    ),
+)
+
+CATALOGUE = {command.name: command for command in _COMMANDS}
+"""By name, in the order of the help."""
+
+
+def overview() -> str:
+    """What `longmix` alone prints."""
+    width = max(map(len, CATALOGUE))
+    lines = [f"  {name:<{width}}  {command.about}" for name, command in CATALOGUE.items()]
+    return "\n".join(
+        [
+            "longmix trains language models at 8k-64k context and lets one word choose what mixes the sequence.",
+            "",
+            "  longmix train mixer=flash seq_len=16384",
+            "",
+            "Commands",
+            *lines,
+            "",
+            "`longmix COMMAND -h` lists the words of a command, `longmix --version` the versions.",
+        ]
+    )
