@@ -276,7 +276,8 @@ class TestKills:
 SLOW = """
 import sys, time
 from pathlib import Path
-from longmix.data import encoding, stream
+from longmix.data.corpora import stream
+from longmix.data.tokens import encoding
 from longmix.data.corpora.hub import HubDataset
 from longmix.data.tokens.preparation import Preparation, prepare
 from longmix.data.tokens.tokenizers import ByteTokenizer

@@ -130,7 +130,7 @@ CUT_SHORT = """
 import os, sys
 from pathlib import Path
 from list_corpus import ListCorpus
-from longmix.data import encoding
+from longmix.data.tokens import encoding
 from longmix.data.tokens.preparation import Preparation, prepare
 from longmix.data.tokens.tokenizers import ByteTokenizer
 from longmix.errors import DataError
@@ -372,7 +372,7 @@ import logging, sys, time
 sys.path[:0] = [{helpers!r}]
 from pathlib import Path
 from list_corpus import ListCorpus
-from longmix.data import encoding, preparation
+from longmix.data.tokens import encoding, preparation
 from longmix.data.tokens.tokenizers import ByteTokenizer
 {setup}
 logging.basicConfig(level="INFO")

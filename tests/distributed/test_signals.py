@@ -76,7 +76,7 @@ def test_who_had_the_signal_is_told_of_those_that_ask_for_a_requeue_alone(number
 
 HANGS = """
 import os, sys, time
-from longmix.training import signals
+from longmix.distributed import signals
 signals.PATIENCE_SECONDS = 0.5
 watch = signals.process_watch()
 with watch.raising(), watch.noting(worth_saving={worth_saving}):
