@@ -1,8 +1,9 @@
 """What the data give and the model takes: one batch of windows."""
 
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
-import torch
+if TYPE_CHECKING:  # preparing data needs no torch, which takes seconds to import
+    import torch
 
 IGNORE_INDEX = -100
 """A target where nothing is to be predicted."""
@@ -17,6 +18,6 @@ class Batch(TypedDict):
         document_ids: int32 [b, T], or None when no row holds a boundary between documents.
     """
 
-    tokens: torch.Tensor
-    targets: torch.Tensor
-    document_ids: torch.Tensor | None
+    tokens: "torch.Tensor"
+    targets: "torch.Tensor"
+    document_ids: "torch.Tensor | None"

