@@ -11,7 +11,7 @@ Advance = Callable[[int], None]
 
 
 def silent(_: int) -> None:
-    """Where nobody watches."""
+    """Take bytes and show nothing."""
 
 
 @contextlib.contextmanager

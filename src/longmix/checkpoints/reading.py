@@ -39,7 +39,7 @@ def read_info(checkpoint: Path | str) -> dict[str, Any]:
 
 
 def weights_digest(checkpoint: Path | str) -> str:
-    """What is the same for the same files of a checkpoint, wherever its folder is, and differs for others.
+    """A digest of a checkpoint's files. It does not depend on where the folder is.
 
     Raises:
         CheckpointError: its `info.json` is missing or damaged.
@@ -86,7 +86,7 @@ def check_file(path: Path | str, facts: Facts) -> None:
 
 
 def cure(checkpoint: Path | str) -> str:
-    """What to do about a damaged checkpoint."""
+    """The sentence that tells the user what to do about a damaged checkpoint."""
     return f"Delete {checkpoint} and use an older checkpoint beside it."
 
 
@@ -111,7 +111,7 @@ def reading(path: Path | str, what: str, cure: str = "") -> Iterator[None]:
 
 
 def reason_of(error: Exception) -> str:
-    """What went wrong while a file was read, in one short line."""
+    """The reason of a reading error, in one short line."""
     if isinstance(error, OSError):
         return str(error.strerror or error)
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
@@ -157,7 +157,7 @@ SHOWN = 4
 def weight_differences(
     found: dict[str, Tensor], needed: dict[str, Tensor], unread: Callable[[Tensor], str | None] = lambda weight: None
 ) -> str | None:
-    """What tells weights from those of a model, in one line; None if nothing does.
+    """How weights differ from those of a model, in one line; None if they fit.
 
     Args:
         found: as read.

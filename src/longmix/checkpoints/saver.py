@@ -82,7 +82,7 @@ class Saver:
             self._commit(write)
 
     def wait(self) -> None:
-        """Return once nothing is being written.
+        """Wait until nothing is being written.
 
         Raises:
             StorageError: the last checkpoint could not be written; the same in all processes, and once only.
@@ -96,12 +96,12 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether `wait` would raise; other processes may learn it a little later, and their `wait` raises too."""
+        """Whether `wait` would raise. Other processes may learn of it a little later; their `wait` raises too."""
         return self._error is not None
 
     @property
     def writing(self) -> bool:
-        """Whether `wait` would wait."""
+        """Whether a checkpoint is being written."""
         return self._thread is not None and self._thread.is_alive()
 
     def _shards(
@@ -133,7 +133,7 @@ class Saver:
         return write
 
     def _copies(self, tensors: dict[Name, Tensor]) -> dict[Name, Tensor]:
-        """Copies in CPU memory, the same memory each time: what was in it is on the disk by now."""
+        """Copies in CPU memory. The memory is used again each time, because its last content is on the disk."""
         on_gpu = False
         for name, tensor in tensors.items():
             if name not in self._memory:

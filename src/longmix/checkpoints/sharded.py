@@ -173,7 +173,7 @@ class _LoadPlanner(DefaultLoadPlanner):
     advance: Advance = staticmethod(silent)
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """DCP has filled this part of a tensor."""
+        """Called by DCP when it has filled this part of a tensor."""
         self.advance(tensor.nbytes)
 
 

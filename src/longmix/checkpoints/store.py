@@ -115,7 +115,7 @@ class CheckpointStore:
         return target
 
     def add_info(self, checkpoint: Path | str, more: dict[str, Any]) -> None:
-        """Add what became known of a committed checkpoint since, such as its validation, to its `info.json`.
+        """Add facts that came later, such as the validation loss, to the `info.json` of a committed checkpoint.
 
         Raises:
             StorageError: it cannot be written.
@@ -159,7 +159,7 @@ class CheckpointStore:
         remove_leftovers(self.folder)
 
     def set_aside_after(self, step: int) -> Path | None:
-        """Move the checkpoints of later steps into a folder of their own here, which is returned if there are any.
+        """Move the checkpoints of later steps into a folder of their own; returns it, or None if there are none.
 
         They can be evaluated and continued there; they are neither pruned nor the newest of the run any more.
 
@@ -176,7 +176,7 @@ class CheckpointStore:
         return aside
 
     def recover(self) -> None:
-        """Give a checkpoint its name that was complete when its process was killed just before it had it."""
+        """Rename a checkpoint that was complete when its process was killed just before the rename."""
         for path in self.folder.glob(f"step-*{NEW}"):
             target = path.with_name(path.name.removesuffix(NEW))
             with storage_errors(target):
@@ -210,7 +210,7 @@ class CheckpointStore:
 
 
 def new_aside(folder: Path) -> Path:
-    """A new folder, among a run's checkpoints, for those of steps that the run takes again."""
+    """A new folder, beside a run's checkpoints, for checkpoints of steps that the run will take again."""
     return free_folder(folder / f"{ASIDE}{time.strftime('%Y-%m-%d_%H-%M-%S')}")
 
 
@@ -233,7 +233,7 @@ def _validation_loss(info: dict[str, Any]) -> float | None:
 
 
 def is_checkpoint(path: Path | str) -> bool:
-    """Whether a folder is a checkpoint, be it damaged, and not the folder of a run."""
+    """Whether a folder is a checkpoint, possibly a damaged one, and not the folder of a run."""
     path = Path(path)
     return NAME.fullmatch(path.name) is not None or any((path / name).exists() for name in OWN_FILES)
 

@@ -42,7 +42,7 @@ def join(tensors: dict[Name, Tensor], rest: Any) -> Any:
 
 
 def without_aliases(tensors: dict[Name, Tensor]) -> tuple[dict[Name, Tensor], dict[Name, Name]]:
-    """Each memory once, and for the names left out the one that stays: tied weights have several names."""
+    """Each memory once, and for every name left out the name that stays: tied weights have several names."""
     first: dict[Any, Name] = {}
     kept: dict[Name, Tensor] = {}
     aliases: dict[Name, Name] = {}
@@ -57,7 +57,7 @@ def without_aliases(tensors: dict[Name, Tensor]) -> tuple[dict[Name, Tensor], di
 
 
 def is_divided(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, whose module takes a second to import."""
+    """Whether a tensor is a DTensor, without the import of its module, which takes a second."""
     return hasattr(tensor, "full_tensor")
 
 

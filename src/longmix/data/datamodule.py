@@ -100,12 +100,12 @@ class TokenData(lightning.LightningDataModule):
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer, trained if it is of a kind that is."""
+        """The tokenizer, trained first if it is one that learns from the corpus."""
         return self._given_tokenizer.prepare(self.corpus, self.cache_dir)
 
     @property
     def expected_vocab_size(self) -> int:
-        """`vocab_size` as far as it is known before anything is read: a trained tokenizer may stay below it."""
+        """The vocabulary size before anything is read. A tokenizer that is trained later may have fewer ids."""
         return self._given_tokenizer.vocab_size
 
     @property
@@ -120,7 +120,7 @@ class TokenData(lightning.LightningDataModule):
 
     @property
     def label(self) -> str:
-        """What results on these data are called after."""
+        """The name that results on these data carry."""
         return self.corpus.name
 
     @property
@@ -146,11 +146,11 @@ class TokenData(lightning.LightningDataModule):
 
     @property
     def part_names(self) -> list[str]:
-        """What the user calls the corpus of each of `token_files`."""
+        """The user's name for the corpus of each of `token_files`."""
         return [self.corpus.name]
 
     def token_files(self, split: str) -> list[TokenFile]:
-        """All token files of a split; here there is one."""
+        """All token files of a split. A single corpus has one."""
         return [self.token_file(split)]
 
     def prepare_data(self) -> None:
@@ -171,7 +171,7 @@ class TokenData(lightning.LightningDataModule):
             self._has_room = True
 
     def _check_room(self) -> None:
-        """Refuse windows that hold more than there is to train on; say it where they hold more than the validation."""
+        """Refuse windows longer than the train split; log it if they are longer than the validation split."""
         for split in ("train", "validation"):
             files = self.token_files(split) if split in self.splits else []
             for name, token_file in zip(self.part_names, files, strict=False):
@@ -189,7 +189,7 @@ class TokenData(lightning.LightningDataModule):
                 )
 
     def fingerprint(self) -> dict[str, Any]:
-        """What fixes the batch of every step, JSON-able; a run may resume only where this is the same."""
+        """What fixes the batch of every step, JSON-able. A run resumes only if this is unchanged."""
         return {
             "train_key": order_key(self.token_file("train")),
             "seq_len": self.seq_len,
@@ -207,7 +207,7 @@ class TokenData(lightning.LightningDataModule):
         return {"keys": [file.manifest["key"] for file in files], "tokens": sum(file.num_tokens for file in files)}
 
     def summary(self) -> dict[str, Any]:
-        """What a log or checkpoint says about the data, JSON-able: settings, hashes, counts of the splits in use."""
+        """Settings, hashes and counts of the splits in use, JSON-able, for logs and checkpoints."""
         return {
             "corpus": self.corpus.name,
             "tokenizer": self.tokenizer.fingerprint(),
@@ -219,7 +219,7 @@ class TokenData(lightning.LightningDataModule):
         }
 
     def evaluation_windows(self, split: str, seq_len: int, max_tokens: int | None) -> EvaluationWindows:
-        """The windows an evaluation of a split goes through; they tell how many of its tokens they cover."""
+        """The windows that an evaluation of a split reads. They know how many of its tokens they cover."""
         key = (split, seq_len, max_tokens)
         if key not in self._evaluation_windows:
             windows = EvaluationWindows(self.token_file(split), seq_len, max_tokens)

@@ -21,7 +21,7 @@ def collate(windows: Iterable[Window]) -> Batch:
 
 
 def local_share(batch_size: int, rank: int, world_size: int) -> range:
-    """Which of a step's `batch_size` sequences `rank` takes: an equal, contiguous slice.
+    """The rows of a step that `rank` takes: an equal, contiguous part of `batch_size`.
 
     Raises:
         ConfigError: `batch_size` is not a multiple of `world_size`.
@@ -79,13 +79,13 @@ class EvaluationBatches(Dataset[Batch]):
 
 @dataclass(frozen=True)
 class _Failed:
-    """What a worker hands over in the place of a batch: torch would put its own lines around the error's."""
+    """An error that a worker returns in the place of a batch. Raised in the worker, torch would wrap its text."""
 
     error: LongmixError
 
 
 class _Careful(Dataset[Any]):
-    """Batches, or the error meant for the user that making one raised."""
+    """Batches. If making one raises an error meant for the user, that error takes its place."""
 
     def __init__(self, batches: Dataset[Batch]) -> None:
         self._batches = batches

@@ -20,7 +20,7 @@ BLOCK = 1000
 """Windows among which every corpus has exactly its share, rounded; shares are kept to a thousandth."""
 
 STREAM = 1 << 40
-"""Of the random order within blocks; epochs of windows use the numbers from 0."""
+"""The random stream that orders windows within a block; epochs of windows use the streams from 0."""
 
 
 class JoinedCorpus:
@@ -42,12 +42,12 @@ class JoinedCorpus:
         self.splits = tuple(split for split in SPLITS if all(split in corpus.splits for corpus in corpora.values()))
 
     def documents(self, split: str) -> Iterator[str]:
-        """See `Corpus.documents`."""
+        """The documents of all corpora, one corpus after the other."""
         check_split(self, split)
         return (text for corpus in self.corpora.values() for text in corpus.documents(split))
 
     def fingerprint(self) -> dict[str, Any]:
-        """See `Corpus.fingerprint`."""
+        """The fingerprints of all corpora."""
         return {"kind": "JoinedCorpus", "corpora": {name: part.fingerprint() for name, part in self.corpora.items()}}
 
 
@@ -73,7 +73,7 @@ class MixedWindows:
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def sample(self, global_index: int) -> Window:
-        """See `TrainWindows.sample`."""
+        """The window at a running index that goes through the epochs one after the other."""
         number, index = self.place(global_index)
         return self._sources[number].sample(index)
 
@@ -89,7 +89,7 @@ class MixedWindows:
 
 
 class MixedEvaluation:
-    """Windows of several corpora one after the other; see `EvaluationWindows`."""
+    """Evaluation windows of several corpora, one corpus after the other."""
 
     def __init__(self, parts: list[EvaluationWindows]) -> None:
         self._parts = parts
@@ -138,11 +138,11 @@ class MixtureData(TokenData):
 
     @property
     def part_names(self) -> list[str]:
-        """See `TokenData.part_names`."""
+        """The names of the corpora, as the configuration has them."""
         return list(self.corpora)
 
     def token_files(self, split: str) -> list[TokenFile]:
-        """See `TokenData.token_files`; one of every corpus."""
+        """The token files of a split, one of every corpus."""
         for name, corpus in self.corpora.items():
             if (name, split) not in self._files:
                 with settings_at(f"data.corpora.{name}", "data.corpus"):
@@ -152,7 +152,7 @@ class MixtureData(TokenData):
         return [self._files[name, split] for name in self.corpora]
 
     def token_file(self, split: str) -> TokenFile:
-        """There is not one: what reads whole documents needs one corpus.
+        """Refused: a mixture has no single token file, and a task that reads whole documents needs one corpus.
 
         Raises:
             DataError: always.
@@ -161,7 +161,7 @@ class MixtureData(TokenData):
 
     @functools.cached_property
     def train_windows(self) -> MixedWindows:  # type: ignore[override]
-        """See `TokenData.train_windows`."""
+        """The training windows of all corpora, mixed by their shares."""
         windows = [TrainWindows(token_file, self.seq_len, self.seed) for token_file in self.token_files("train")]
         return MixedWindows(windows, list(self.counts.values()), self.seed)
 
@@ -171,7 +171,7 @@ class MixtureData(TokenData):
         return sum(token_file.num_tokens for token_file in self.token_files("train"))
 
     def evaluation_windows(self, split: str, seq_len: int, max_tokens: int | None) -> MixedEvaluation:  # type: ignore[override]
-        """See `TokenData.evaluation_windows`."""
+        """The windows of a split, one corpus after the other; each corpus has its share of `max_tokens`."""
         check_seq_len(seq_len)
         check_split(self.corpus, split)
         shares = [None if max_tokens is None else max(1, max_tokens * count // BLOCK) for count in self.counts.values()]
@@ -181,17 +181,17 @@ class MixtureData(TokenData):
         )
 
     def fingerprint(self) -> dict[str, Any]:
-        """See `TokenData.fingerprint`."""
+        """What fixes the batch of every step, JSON-able."""
         keys = [order_key(token_file) for token_file in self.token_files("train")]
         place = {"seq_len": self.seq_len, "batch_size": self.batch_size, "seed": self.seed}
         return {"train_keys": dict(zip(self.corpora, keys, strict=True)), "shares": self.counts, **place}
 
     def content(self, split: str) -> dict[str, Any]:
-        """See `TokenData.content`."""
+        """What fixes the tokens of a split, JSON-able."""
         return {**super().content(split), "shares": self.counts}
 
     def summary(self) -> dict[str, Any]:
-        """See `TokenData.summary`; tokens of each split over all corpora."""
+        """Settings, hashes and counts for logs and checkpoints; tokens of a split are summed over all corpora."""
         opened = sorted({split for _, split in self._files}, key=SPLITS.index)
         return {
             **self.fingerprint(),

@@ -51,7 +51,7 @@ class RemoteShards:
     most_shards: int
 
     def fetch(self, name: str) -> Path:
-        """See `ShardSource.fetch`; a process checks the hash of a copy before it uses it for the first time."""
+        """A local copy of a shard. Each process checks the hash of a copy before it uses it for the first time."""
         path = self.copy_of(name)
         facts = self.files[name]
         if not _is_verified(path, facts["sha256"]):
@@ -74,7 +74,7 @@ class RemoteShards:
         remove_leftovers(self.local)
 
     def release(self, name: str) -> None:
-        """See `ShardSource.release`."""
+        """Delete the local copy, which is not needed for now."""
         self.copy_of(name).unlink(missing_ok=True)
 
 
@@ -267,7 +267,7 @@ class PreparedCorpus:
         raise DataError("token files hold no text to train a tokenizer on; train with tokenizer=prepared.")
 
     def fingerprint(self) -> dict[str, Any]:
-        """See `Corpus.fingerprint`; which token files there are is told by `PreparedData.fingerprint`."""
+        """The kind alone; `PreparedData.fingerprint` identifies the token files."""
         return {"kind": "PreparedCorpus"}
 
 

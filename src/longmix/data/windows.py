@@ -18,7 +18,7 @@ SHARDS_TOGETHER = 16
 """Shards whose documents are mixed: 4 GiB of the usual size, 2 billion tokens of uint16."""
 
 SHARD_STREAM = 1 << 41
-"""Of the random order of shards; epochs use the numbers from 0, mixtures those from 2**40."""
+"""The random stream that orders shards; epochs use the streams from 0, mixtures those from 2**40."""
 
 
 class Window(NamedTuple):
@@ -147,7 +147,7 @@ class TrainWindows:
 
 
 def order_key(token_file: TokenFile) -> str:
-    """What fixes the windows of a token file besides seed and length: its content, and its shards if they matter."""
+    """What fixes the windows of a token file, besides seed and length: its content, and its shards if they matter."""
     key = token_file.manifest["key"]
     return key if len(token_file.shards) <= SHARDS_TOGETHER else f"{key} in shards of {token_file.shards}"
 
@@ -198,7 +198,7 @@ def check_seq_len(seq_len: int) -> None:
 
 
 def _within(order: np.ndarray, items: np.ndarray, sizes: list[int]) -> np.ndarray:
-    """`items`, each run of one of `sizes` in the order in which its items come in `order`."""
+    """`items` in runs of `sizes`; within each run they follow `order`."""
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
     runs = np.split(items, np.cumsum(sizes)[:-1])

@@ -71,7 +71,7 @@ class _Exchange(torch.autograd.Function):
 
 
 def _all_to_all(rows: Tensor, sent: list[int], got: list[int], group: Any) -> Tensor:
-    """Send rows [n, B, ...], so many to each process, and return those that come, [B, m, ...]."""
+    """Send a number of rows [n, B, ...] to each process, and return the rows that arrive, [B, m, ...]."""
     received = rows.new_empty(sum(got), *rows.shape[1:])
     dist.all_to_all_single(received, rows.contiguous(), got, sent, group=group)
     return received.transpose(0, 1)

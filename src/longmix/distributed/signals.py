@@ -34,7 +34,7 @@ SAME_PRESS_SECONDS = 1.0
 
 
 class Answer(enum.Enum):
-    """What a signal does."""
+    """What a signal does to the process."""
 
     EXIT = enum.auto()
     """End the process there and then; for the time of the imports, in which an exception may get lost."""
@@ -72,7 +72,7 @@ class SignalWatch:
 
     @property
     def installed(self) -> bool:
-        """Whether signals come here."""
+        """Whether this object answers signals now."""
         return bool(self._previous)
 
     def install(self) -> None:
@@ -105,7 +105,7 @@ class SignalWatch:
         os.close(wakeup.reader)
 
     def remove(self) -> None:
-        """Give the signals back, and forget what came."""
+        """Restore the earlier handlers, and forget signals that came."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         if self._wakeup is not None:
@@ -164,7 +164,7 @@ class SignalWatch:
             raise KeyboardInterrupt
 
     def exit_now(self) -> None:
-        """Say so and end the process, with nothing of Python's in between: this may be any moment."""
+        """Print a message and end the process without Python's own clean-up, because this may be any moment."""
         with contextlib.suppress(OSError):
             os.write(2, f"Interrupted: {self.before_the_first_step()}\n".encode())
         os._exit(Interrupted.exit_code)
@@ -205,7 +205,7 @@ class SignalWatch:
 
 @functools.cache
 def process_watch() -> SignalWatch:
-    """The one that answers for this process; signals are the process's too."""
+    """The watch of this process. There is one, because signals belong to the process."""
     return SignalWatch()
 
 

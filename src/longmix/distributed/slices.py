@@ -81,7 +81,7 @@ class Slices:
         return x[:, self.start : self.start + self.length]
 
     def placed(self, x: Tensor, elsewhere: float) -> Tensor:
-        """`x` [B, length] in its place in whole rows, [B, seq_len], with a number elsewhere."""
+        """Whole rows [B, seq_len] with `x` [B, length] in its place and a fill value elsewhere."""
         after = self.length * (self.size - self.rank - 1)
         return F.pad(x, (self.start, after), value=elsewhere)
 
@@ -116,7 +116,7 @@ class Slices:
         return F.pad(rows, (0, 0, count - rows.shape[1], 0))
 
     def each_before(self, x: Tensor) -> Tensor:
-        """What each earlier slice gave for `x` [B, ...]: [B, rank, ...]."""
+        """The `x` [B, ...] of each earlier slice: [B, rank, ...]."""
         return self.before(x.unsqueeze(1))
 
     def mean(self, x: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class MetricLog(Protocol):
         """Finish; 0 for a run that ended well."""
 
     def upload_command(self) -> str | None:
-        """What to type to send what was kept on this machine to where it should go; None if there is nothing to do."""
+        """The command that uploads metrics kept on this machine; None if there is nothing to upload."""
 
 
 class NoLog:
@@ -68,7 +68,7 @@ class CsvLog:
         self._waiting: list[Row] = []
 
     def open(self, folder: Path, config: dict[str, Any], name: str, first_step: int) -> None:
-        """See `MetricLog.open`.
+        """Begin the file, or continue it after `first_step`.
 
         Raises:
             StorageError: the file cannot be written; nothing is trained yet.
@@ -80,7 +80,7 @@ class CsvLog:
             self._rewrite(rows)
 
     def write(self, step: int, metrics: Metrics) -> None:
-        """See `MetricLog.write`."""
+        """Record metrics of one step."""
         if step == self._first_step:
             with contextlib.suppress(OSError):
                 self._drop(step, metrics)
@@ -94,7 +94,7 @@ class CsvLog:
             self._waiting = []
 
     def _drop(self, step: int, metrics: Metrics) -> None:
-        """Leave out what comes again: a process may be killed between this row and the checkpoint that says so."""
+        """Drop rows of steps that will be taken again: a kill may come between a row and the checkpoint of its step."""
         rows = read_cells(self.path.parent)
         kept = [row for row in rows if int(row["step"]) != step or not any(row.get(key) for key in metrics)]
         if len(kept) < len(rows):
@@ -137,7 +137,7 @@ class CsvLog:
         """Every row that could be written is on the disk already."""
 
     def upload_command(self) -> str | None:
-        """See `MetricLog.upload_command`."""
+        """None: the file is where it should be."""
         return None
 
 
@@ -163,7 +163,7 @@ class WandbLog(CsvLog):
         self.run: Any = None
 
     def open(self, folder: Path, config: dict[str, Any], name: str, first_step: int) -> None:
-        """See `MetricLog.open`; the run's id is kept in `wandb_id.txt`, so that a resumed run continues it."""
+        """Begin both logs. The run's id is kept in `wandb_id.txt`, so that a resumed run continues it."""
         super().open(folder, config, name, first_step)
         try:
             self.run = self._started(folder, config, name)
@@ -208,7 +208,7 @@ class WandbLog(CsvLog):
         return run
 
     def write(self, step: int, metrics: Metrics) -> None:
-        """See `MetricLog.write`."""
+        """Record metrics of one step."""
         super().write(step, metrics)
         if self.run is not None:
             try:
@@ -218,7 +218,7 @@ class WandbLog(CsvLog):
                 self.run = None
 
     def close(self, exit_code: int) -> None:
-        """See `MetricLog.close`."""
+        """Finish both logs; 0 for a run that ended well."""
         if self.run is not None:
             try:
                 self.run.finish(exit_code=exit_code)
@@ -227,7 +227,7 @@ class WandbLog(CsvLog):
             self.run = None
 
     def upload_command(self) -> str | None:
-        """See `MetricLog.upload_command`; one command sends all that this run did offline."""
+        """The command that sends all that this run logged offline; None if there is nothing to send."""
         if self.path == Path():  # not opened, as nothing was left to do
             return None
         if not any(self.path.parent.glob("wandb/offline-run-*")):

@@ -36,7 +36,7 @@ OptimizerBuilder = Callable[[dict[str, torch.nn.Parameter]], list[torch.optim.Op
 
 @dataclass
 class StepRecord:
-    """What one training step leaves for the callbacks; tensors stay on the device until someone logs them.
+    """The results of one training step, for the callbacks. Tensors stay on the device until they are logged.
 
     Attributes:
         loss: mean loss per valid token of the global batch, in nats.
@@ -242,7 +242,7 @@ class TrainingModule(LightningModule):
         )
 
     def _check_skips(self) -> None:
-        """A step may be left out where the next one can do better, which it cannot if it begins from NaN.
+        """Refuse to skip a step if a weight or optimizer value is not finite: the next step would fail as well.
 
         Raises:
             NonFiniteError: a weight or an optimizer's value is not finite, or too many steps in a row were left out.

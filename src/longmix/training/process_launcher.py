@@ -47,7 +47,7 @@ class Worker:
         return self.process.poll()
 
     def is_stopped(self) -> bool:
-        """Whether a signal has stopped it, so far as the system tells."""
+        """Whether a signal has suspended the process, as far as the system tells."""
         with contextlib.suppress(OSError):
             return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
         return False
@@ -141,7 +141,7 @@ def _were_interrupted(workers: list[Worker], signals: SignalWatch) -> bool:
 
 
 def _failure(workers: list[Worker], timeout: float) -> str | int:
-    """What went wrong first, as a sentence, or the exit code of a process that has said it itself."""
+    """What failed first, as a sentence; or the exit code of a process that has printed its own message."""
     codes = [worker.code for worker in workers]
     killed = [worker for worker in workers if (worker.code or 0) < 0]
     for worker in killed:

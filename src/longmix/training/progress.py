@@ -47,12 +47,12 @@ class ProgressDisplay:
         return self.bar is not None
 
     def advance(self, step: int, loss: float, rate: float) -> None:
-        """One step further, with its loss and the tokens per second since the last figures; for the bar alone."""
+        """Move the bar by a step, with its loss and the tokens per second since the last figures."""
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=step, figures=_figures(loss, rate))
 
     def show(self, step: int, metrics: Metrics) -> None:
-        """New training figures, as a line where there is no bar."""
+        """Show new training figures: in the bar, or as a line without one."""
         if self.bar is None:
             figures = _figures(metrics["train/loss"], metrics["throughput/tokens_per_second"])
             if "train/recall" in metrics:
@@ -60,7 +60,7 @@ class ProgressDisplay:
             self.console.print(f"step {step}/{self.total_steps}  {figures}  left {self._left(step)}", highlight=False)
 
     def message(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         self.console.print(text, highlight=False)
 
     def close(self) -> None:

@@ -122,7 +122,7 @@ class _SavedOptimizer:
 
 
 def _named(groups: list[list[Any]], names: list[str]) -> list[list[Any]]:
-    """Parameters by name where torch counted them; as they are if they have names already."""
+    """Optimizer values by the names of parameters. torch counts parameters; names that are there already stay."""
     return [[names[which] if isinstance(which, int) and which < len(names) else which for which in g] for g in groups]
 
 
@@ -136,7 +136,7 @@ def _by_parameter(shapes: Iterable[str], prefix: str) -> dict[str, list[str]]:
 
 
 def _like(weight: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Memory for an optimizer's value: divided as its parameter is, if of its shape."""
+    """Memory for an optimizer's value, divided among processes like its parameter if it has the same shape."""
     if shape == weight.shape:
         return torch.empty_like(weight, dtype=dtype, requires_grad=False)
     return torch.empty(shape, dtype=dtype)

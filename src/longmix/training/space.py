@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 def checkpoint_bytes(state: dict[str, Any]) -> int:
-    """Size of a checkpoint of `state`, whole or in shards, but for what is not weights and optimizer values."""
+    """Bytes of weights and optimizer values in a checkpoint of `state`, whole or in shards."""
     tensors, _ = without_aliases(split({key: state[key] for key in IN_TENSORS})[0])
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
@@ -42,5 +42,5 @@ def warn_of_space(store: CheckpointStore, size: int, keep: int, to_write: int) -
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above that is there."""
+    """The folder, or the nearest folder above it that exists."""
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())

@@ -83,7 +83,7 @@ def _slices(batch: Batch, group: dist.ProcessGroup) -> Slices:
 
 
 def own_group(timeout: float = 600.0) -> dist.ProcessGroup | None:
-    """A group of all processes that works on the CPU and that nothing else uses; None where there is one process.
+    """A group of all processes on the CPU that nothing else uses; None if there is one process.
 
     They wait `timeout` seconds for each other.
     """

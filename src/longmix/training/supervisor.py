@@ -40,7 +40,7 @@ BY_POSITION = "validation_by_position"
 
 @dataclass
 class RunState:
-    """What outlives a process besides the module: figures that a resumed run continues.
+    """Figures that a resumed run continues, besides the module.
 
     Attributes:
         training_seconds: time spent in steps, over all processes of the run's history.
@@ -100,7 +100,7 @@ class Supervisor(Callback):
         self.save_is_due = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Of a run that took all its steps and lacks their validation, that alone; there is nothing to train on."""
+        """Validate a run that took all its steps and lacks the last validation; there is nothing left to train."""
         module = cast(TrainingModule, pl_module)
         if self.resume_from is not None and self.resume_from["step"] == module.total_steps:
             self._begin(trainer, module)
@@ -156,7 +156,7 @@ class Supervisor(Callback):
         return self.state.validation.get("step") == step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """The step is over; the clock stands still until the end of this method.
+        """Log, validate, save and obey signals after a step; the clock of the speed stands still meanwhile.
 
         What was learned is saved before anything is shown, and before a last validation, which may take long.
         """
@@ -169,6 +169,7 @@ class Supervisor(Callback):
             self._warn_of_space(module)
         last = module.step == module.total_steps
         assert self.saver is not None
+        # All processes learn of a signal here, so that none goes on to a collective that another has left.
         stop = self.signals.anywhere(module.device, self.saver.failed)  # if a checkpoint failed, saving says so
         rate = self._rate()
         metrics = self._log(trainer, module) if self._due("log_every", module.step) or last else None
@@ -188,7 +189,7 @@ class Supervisor(Callback):
         self.clock = time.perf_counter()
 
     def _warn_of_space(self, module: TrainingModule) -> None:
-        """Behind the first step, as the optimizers have nothing before."""
+        """Warn after the first step, because optimizers have no state before it."""
         every = self.loop["checkpoint_every"] or module.total_steps
         to_write = -(-module.total_steps // every) - self.first_step // every
         warn_of_space(self.store, checkpoint_bytes(module.capture()), self.loop["keep_checkpoints"], to_write)
@@ -252,7 +253,7 @@ class Supervisor(Callback):
         )
 
     def close(self) -> None:
-        """Give the terminal back, however the run ended."""
+        """Remove the bar from the terminal, however the run ended."""
         self.progress.close()
 
     def _log(self, trainer: Trainer, module: TrainingModule) -> Metrics:
@@ -353,7 +354,7 @@ class Supervisor(Callback):
         return True
 
     def save(self, module: TrainingModule) -> None:
-        """One checkpoint, then old ones go; all processes must call it.
+        """Save a checkpoint, then delete old ones; all processes must call it.
 
         Raises:
             NonFiniteError: the state is not finite. It is not saved, as nothing could go on from it.

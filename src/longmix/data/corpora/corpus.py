@@ -25,7 +25,7 @@ EXAMPLE_OF_SPLIT = {
     "validation": "data.corpus.validation=my/validation.txt, or data.corpus.validation_fraction=0.5 for few documents",
     "test": "data.corpus.test=my/test.txt, or data.corpus.test_fraction=0 for none",
 }
-"""Of a setting that cures a split without documents."""
+"""Settings that give documents to a split that has none."""
 
 
 class Corpus(Protocol):
@@ -60,7 +60,7 @@ class Reading(Protocol):
 
     @property
     def position(self) -> Any:
-        """JSON-able: where to go on after the document that came last."""
+        """Where to go on after the document that was read last; JSON-able."""
         ...
 
     def __iter__(self) -> Iterator[str]: ...
@@ -71,7 +71,7 @@ class PartedCorpus(Corpus, Protocol):
     """A corpus that need not be read from its beginning; pickled, it can be read by several processes."""
 
     def parts(self, split: str) -> int:
-        """In how many parts a split can be read; one after the other they are `documents`."""
+        """The number of parts in which a split can be read; one after the other they give `documents`."""
         ...
 
     def read(self, split: str, part: int, position: Any = None) -> Reading:
@@ -99,12 +99,12 @@ class CountedReading:
 
 
 def num_parts(corpus: Corpus, split: str) -> int:
-    """In how many parts a split can be read; most corpora have one."""
+    """The number of parts in which a split can be read; most corpora have one."""
     return corpus.parts(split) if isinstance(corpus, PartedCorpus) else 1
 
 
 def read_part(corpus: Corpus, split: str, part: int, position: Any) -> Reading:
-    """See `PartedCorpus.read`."""
+    """The documents of a part of any corpus; a corpus without parts is read whole."""
     if isinstance(corpus, PartedCorpus):
         return corpus.read(split, part, position)
     return CountedReading(corpus, split, position)
@@ -121,7 +121,7 @@ def check_split(corpus: Corpus, split: str) -> None:
 
 
 def check_unchanged(corpus: Corpus) -> None:
-    """Refuse what was read of a corpus that is no longer what `fingerprint` identified, where it can tell.
+    """Refuse a corpus that changed after `fingerprint` identified it, if the corpus can tell.
 
     Raises:
         DataError: names the file that changed.
@@ -132,7 +132,7 @@ def check_unchanged(corpus: Corpus) -> None:
 
 
 def read_documents(corpus: Corpus, split: str) -> Iterator[str]:
-    """The documents of a split, with failures to read told apart from failures to write.
+    """The documents of a split; a failure to read them becomes an error of its own, not one of writing.
 
     Raises:
         DataError: the split does not exist, or a document cannot be read.
@@ -186,14 +186,14 @@ class SplitByContent(ABC):
         """What identifies the content of one source."""
 
     def documents(self, split: str) -> Iterator[str]:
-        """See `Corpus.documents`."""
+        """The documents of a split, in an order that never changes."""
         check_split(self, split)
         if split != "train" and split in self._sources:
             return self._read(self._sources[split])
         return self._cut(split)
 
     def fingerprint(self) -> dict[str, Any]:
-        """See `Corpus.fingerprint`; computed once, for it reads all the content."""
+        """What identifies the documents. It is computed once, because it reads all the content."""
         if self._fingerprint is None:
             self._fingerprint = self._compute_fingerprint()
         return self._fingerprint

@@ -47,7 +47,7 @@ class _LocalFiles(SplitByContent):
         self._stamps: dict[Path, Stamp] = {}
 
     def check_unchanged(self) -> None:
-        """See `longmix.data.corpora.corpus.check_unchanged`."""
+        """Refuse files that changed after the fingerprint was computed."""
         check_unchanged(self._stamps)
 
     def _identify(self, source: list[Path]) -> dict[str, Any]:

@@ -79,12 +79,12 @@ class HubDataset(SplitByContent):
         return {**self.__dict__, "_builder": None}
 
     def parts(self, split: str) -> int:
-        """See `PartedCorpus.parts`: the files of a stream; where a limit falls is known only by reading in order."""
+        """The number of files of a stream; 1 with a limit, because only reading in order shows where it falls."""
         check_split(self, split)
         return self._stream(self._source(split)).num_files if self._streaming and not self._limit.as_dict() else 1
 
     def read(self, split: str, part: int, position: Any = None) -> Reading:
-        """See `PartedCorpus.read`."""
+        """The documents of a part, from a position on."""
         if not self._streaming:
             return CountedReading(self, split, position)
         stream = self._stream(self._source(split))

@@ -60,12 +60,12 @@ class JsonRecords:
 
     @property
     def bytes_read(self) -> int:
-        """Of the file so far, in chunks."""
+        """Bytes of the file read so far, counted in chunks."""
         return self._bytes_before
 
     @property
     def line(self) -> int:
-        """Where the record that came last begins, counted from 1."""
+        """The line, counted from 1, in which the last record began."""
         return self._line_at(self._start)
 
     def __iter__(self) -> Iterator[Any]:
@@ -123,7 +123,7 @@ class JsonRecords:
                 raise self._broken("its values are nested too deeply", self._start) from error
 
     def _skip_blanks(self) -> bool:
-        """Go to the next character that is not blank; False at the end of the file."""
+        """Go to the next character that is not blank. Returns False at the end of the file."""
         while True:
             self._start = BLANKS.match(self._text, self._start).end()  # type: ignore[union-attr]
             if self._start < len(self._text):
@@ -132,7 +132,7 @@ class JsonRecords:
                 return False
 
     def _read(self, size: int) -> bool:
-        """Drop what is done and add about `size` bytes; False at the end of the file."""
+        """Drop the text that was parsed and read about `size` bytes more. Returns False at the end of the file."""
         chunk = b"" if self._end else self._bytes(size)
         if not chunk:
             self._end = True
@@ -163,7 +163,7 @@ class JsonRecords:
         return chunk
 
     def _decoded(self, data: bytes) -> str:
-        """Text of whole characters; a character that is cut at the end waits for the rest of it."""
+        """The bytes as text. A character that is cut at the end waits for its other bytes."""
         try:
             text, self._tail = data.decode(), b""
         except UnicodeDecodeError as error:

@@ -39,7 +39,7 @@ class RecordFiles(ABC):
 
     @property
     def num_shards(self) -> int:
-        """How many files there are."""
+        """The number of files."""
         return len(self.files)
 
     def shard(self, num_shards: int, index: int) -> "RecordFiles":
@@ -73,7 +73,7 @@ class RecordFiles(ABC):
                 yield from self.texts_of_file(content, f"{name} of {self.place}")
 
     def identity(self) -> dict[str, Any]:
-        """What identifies the documents beside the files: how many there are. Reads all of them."""
+        """The number of documents, which identifies them together with the files. Reads all of them."""
         return {"rows": sum(1 for _ in self.texts())}
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -85,11 +85,11 @@ class JsonFiles(RecordFiles):
     """The records of files of JSON; see `RecordFiles` and `longmix.data.corpora.json_records`."""
 
     def part(self, index: int) -> "JsonFiles":
-        """See `RecordFiles.part`."""
+        """One of the files."""
         return JsonFiles([self.files[index]], self.field, self.place, [self.names[index]])
 
     def texts_of_file(self, content: IO[bytes], name: str) -> Iterator[str]:
-        """See `RecordFiles.texts_of_file`."""
+        """The documents of a file."""
         return texts_of_json(content, self.field, name)
 
 
@@ -110,11 +110,11 @@ class CsvFiles(RecordFiles):
         self._settings = {name: value for name, value in settings.items() if name not in ALTERING}
 
     def part(self, index: int) -> "CsvFiles":
-        """See `RecordFiles.part`."""
+        """One of the files."""
         return CsvFiles([self.files[index]], self.field, self.place, [self.names[index]], **self._settings)
 
     def texts_of_file(self, content: IO[bytes], name: str) -> Iterator[str]:
-        """See `RecordFiles.texts_of_file`."""
+        """The documents of a file."""
         import pandas
 
         try:
@@ -128,7 +128,7 @@ class CsvFiles(RecordFiles):
             raise DataError(f"{name} cannot be read as CSV: {shortened(error)}") from error
 
     def identity(self) -> dict[str, Any]:
-        """See `RecordFiles.identity`; it tells documents from those that a table of `datasets` has in their place."""
+        """The number of documents, and a mark if a table of `datasets` would have lost some of their words."""
         rows = lost = 0
         for text in self.texts():
             rows += 1

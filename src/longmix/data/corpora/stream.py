@@ -76,17 +76,17 @@ class Limit:
                 raise ConfigError(f"data.corpus.{name}={value} must be at least 1, or null for all.")
 
     def as_dict(self) -> dict[str, int]:
-        """Those that are given."""
+        """The limits that are set."""
         given = {"max_documents": self.max_documents, "max_bytes": self.max_bytes}
         return {name: value for name, value in given.items() if value is not None}
 
     def reached(self, documents: int, num_bytes: int) -> bool:
-        """Whether so much is enough."""
+        """Whether these counts reach the limit."""
         enough_documents = self.max_documents is not None and documents >= self.max_documents
         return enough_documents or (self.max_bytes is not None and num_bytes >= self.max_bytes)
 
     def take(self, texts: Iterator[str]) -> Iterator[str]:
-        """The texts up to the limit; no more of them are asked for."""
+        """The texts up to the limit; nothing is read beyond it."""
         documents = num_bytes = 0
         while not self.reached(documents, num_bytes) and (text := next(texts, None)) is not None:
             yield text
@@ -94,7 +94,7 @@ class Limit:
             num_bytes += self.count(text)
 
     def count(self, text: str) -> int:
-        """The bytes of a text, or 0 where they do not matter."""
+        """The bytes of a text, or 0 if no limit counts bytes."""
         return len(text.encode(errors="surrogatepass")) if self.max_bytes is not None else 0
 
 
@@ -113,11 +113,11 @@ class Stream:
 
     @property
     def num_files(self) -> int:
-        """How many files can be read apart."""
+        """The number of files, each of which can be read alone."""
         return self._records.num_shards
 
     def name(self, number: int) -> str:
-        """Of a file, for messages."""
+        """The name of a file in messages."""
         file = self._files[number] if len(self._files) == self.num_files else f"file {number} (counted from 0)"
         return f"{file} of {self._place}"
 

@@ -16,7 +16,7 @@ from longmix.data.windows import Window, check_seq_len
 from longmix.errors import ConfigError, DataError
 
 EVALUATED_EXAMPLES = 1000
-"""Of a split, unless told otherwise."""
+"""Examples that an evaluation of a split reads by default."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class SyntheticWindows:
 
 @dataclass(frozen=True)
 class SyntheticCorpus:
-    """What `TokenData` says of its corpus."""
+    """Name and splits of a synthetic task, in the place of a corpus."""
 
     name: str
     splits: tuple[str, ...] = SPLITS
@@ -111,7 +111,7 @@ class SyntheticData(TokenData):
 
     @functools.cached_property
     def train_windows(self) -> SyntheticWindows:  # type: ignore[override]
-        """See `TokenData.train_windows`."""
+        """Training examples without end."""
         return SyntheticWindows(self.task, self.seq_len, "train", self.seed, 100 * EVALUATED_EXAMPLES)
 
     @property
@@ -120,7 +120,7 @@ class SyntheticData(TokenData):
         return self.train_windows.windows_per_epoch * self.seq_len
 
     def token_file(self, split: str) -> TokenFile:
-        """There is none.
+        """Refused: examples are made when they are needed, so there is no token file.
 
         Raises:
             DataError: always.
@@ -128,29 +128,29 @@ class SyntheticData(TokenData):
         raise DataError(f"examples of {self.corpus.name} are made when they are needed; there is nothing to prepare.")
 
     def prepare_data(self) -> None:
-        """There is nothing to prepare."""
+        """Do nothing: examples are made when they are needed."""
 
     def evaluation_windows(self, split: str, seq_len: int, max_tokens: int | None) -> SyntheticWindows:  # type: ignore[override]
-        """See `TokenData.evaluation_windows`; without `max_tokens` a thousand examples."""
+        """The examples that an evaluation reads; a thousand without `max_tokens`."""
         check_seq_len(seq_len)
         check_split(self.corpus, split)
         count = EVALUATED_EXAMPLES if max_tokens is None else max(1, max_tokens // seq_len)
         return SyntheticWindows(self.task, seq_len, split, self.seed, count)
 
     def fingerprint(self) -> dict[str, Any]:
-        """See `TokenData.fingerprint`."""
+        """What fixes the batch of every step, JSON-able."""
         settings: dict[str, Any] = dataclasses.asdict(self.task)  # type: ignore[call-overload]
         place = {"seq_len": self.seq_len, "batch_size": self.batch_size, "seed": self.seed}
         return {"task": self.corpus.name, **settings, **place}
 
     def content(self, split: str) -> dict[str, Any]:
-        """See `TokenData.content`."""
+        """What fixes the examples of a split, JSON-able."""
         check_split(self.corpus, split)
         settings: dict[str, Any] = dataclasses.asdict(self.task)  # type: ignore[call-overload]
         return {"task": self.corpus.name, **settings, "seed": self.seed if split == "train" else 0, "tokens": None}
 
     def summary(self) -> dict[str, Any]:
-        """See `TokenData.summary`."""
+        """The task and its settings for logs and checkpoints, JSON-able."""
         tokens = dict.fromkeys(SPLITS, EVALUATED_EXAMPLES * self.seq_len) | {"train": self.train_tokens_per_epoch}
         return {
             **self.fingerprint(),

@@ -96,7 +96,7 @@ def draw_value(random: np.random.Generator) -> int:
 def haystack_rows(
     needle: Needle, text: TokenFile, tokenizer: Tokenizer, depths: list[float], length: int
 ) -> np.ndarray:
-    """The needle in a haystack at every depth, and before them all the same without it.
+    """Rows with the needle at every depth; the row before them has no needle.
 
     A row is the separator, the text, the question and all but the last token of the value. Without the needle there is
     more of the text in front, so that whatever follows the needle is in its place.
@@ -140,7 +140,7 @@ def hidden(haystack: np.ndarray, statements: list[np.ndarray], depths: list[floa
 
 
 def stretch(text: TokenFile, place: float, count: int) -> np.ndarray:
-    """So many tokens of text; twice as many are looked at, since each document may be a token behind a separator.
+    """A stretch of text tokens. Twice as many are read, because each document may be one token and a separator.
 
     Args:
         text: where they are cut from, across documents, separators left out.

@@ -43,11 +43,11 @@ class NeedleRows:
 
     @property
     def vocab_size(self) -> int:
-        """See `SyntheticTask`."""
+        """Tokens are below this."""
         return self.tokenizer.vocab_size
 
     def example(self, random: np.random.Generator, length: int) -> Example:
-        """See `SyntheticTask`; keys differ, and depths and the order of questions have nothing to do with each other.
+        """One row of `length` tokens. Keys differ; the order of the questions is independent of the depths.
 
         Raises:
             ConfigError: the needles leave no room for text.
@@ -70,7 +70,7 @@ class NeedleRows:
         return Example(row[:-1], np.where(wanted, row[1:], IGNORE_INDEX))
 
     def _others_for(self, answers: int, most: int) -> int:
-        """How many tokens besides `answers` are to be predicted."""
+        """The number of tokens, besides `answers`, that the model has to predict."""
         if self.answer_share is None:
             return most
         return min(most, round(answers * (1 / self.answer_share - 1)))
@@ -130,12 +130,12 @@ class NeedleData(TokenData):
 
     @property
     def label(self) -> str:
-        """See `TokenData.label`."""
+        """The name that results on these data carry."""
         return f"needles_{self.corpus.name}"
 
     @functools.cached_property
     def train_windows(self) -> SyntheticWindows:  # type: ignore[override]
-        """See `TokenData.train_windows`; an epoch is as many rows as the text would fill."""
+        """Training rows; an epoch has as many rows as the text would fill."""
         rows = -(-self.train_tokens_per_epoch // self.seq_len)
         return SyntheticWindows(self._rows("train", self.answer_share), self.seq_len, "train", self.seed, rows)
 
@@ -143,29 +143,29 @@ class NeedleData(TokenData):
         return NeedleRows(self.token_file(split), self.tokenizer, self.forms, self.counts, answer_share)
 
     def prepare_data(self) -> None:
-        """See `TokenData.prepare_data`; then refuse rows that the longest keys have no room in."""
+        """Make the token files, then refuse rows that are too short for the longest keys."""
         super().prepare_data()
         needles = [self.forms.needle(self.tokenizer, key, LARGEST_VALUE) for key in KEYS]
         sizes = sorted(len(one.statement) + len(one.question) + len(one.value) for one in needles)
         _require_room(max(self.counts), sum(sizes[-max(self.counts) :]), self.seq_len)
 
     def evaluation_windows(self, split: str, seq_len: int, max_tokens: int | None) -> SyntheticWindows:  # type: ignore[override]
-        """See `TokenData.evaluation_windows`; without `max_tokens` a thousand rows."""
+        """The rows that an evaluation reads; a thousand without `max_tokens`."""
         check_seq_len(seq_len)
         check_split(self.corpus, split)
         count = EVALUATED_EXAMPLES if max_tokens is None else max(1, max_tokens // seq_len)
         return SyntheticWindows(self._rows(split, 1.0), seq_len, split, self.seed, count)
 
     def fingerprint(self) -> dict[str, Any]:
-        """See `TokenData.fingerprint`."""
+        """What fixes the batch of every step, JSON-able."""
         words = {"statement": self.forms.statement, "question": self.forms.question}
         return {**super().fingerprint(), "needles": self.counts, "answer_share": self.answer_share, **words}
 
     def content(self, split: str) -> dict[str, Any]:
-        """See `TokenData.content`."""
+        """What fixes the rows of a split, JSON-able."""
         words = {"statement": self.forms.statement, "question": self.forms.question}
         return {**super().content(split), "needles": self.counts, **words}
 
     def summary(self) -> dict[str, Any]:
-        """See `TokenData.summary`."""
+        """The task, its settings and the text for logs and checkpoints, JSON-able."""
         return {**super().summary(), **self.fingerprint()}

@@ -32,7 +32,7 @@ class Example(NamedTuple):
 
 
 class SyntheticTask(Protocol):
-    """What makes examples; any dataclass that answers this can be named as `_target_`."""
+    """Makes examples. Any dataclass with these members can be named as `_target_`."""
 
     @property
     def vocab_size(self) -> int:
@@ -102,11 +102,11 @@ class MultiQueryRecall:
 
     @property
     def vocab_size(self) -> int:
-        """See `SyntheticTask`."""
+        """Tokens are below this."""
         return self.vocabulary
 
     def example(self, random: np.random.Generator, length: int) -> Example:
-        """See `SyntheticTask`."""
+        """One example of `length` tokens."""
         require_room(4 * max(self._choices()), length, f"{counted(max(self._choices()), 'pair')} and their queries")
         pairs = int(random.choice(self._choices()))
         half = self.vocabulary // 2
@@ -145,11 +145,11 @@ class Copying:
 
     @property
     def vocab_size(self) -> int:
-        """See `SyntheticTask`; the last two are noise and mark."""
+        """Tokens are below this; the last two are noise and mark."""
         return self.symbols + 2
 
     def example(self, random: np.random.Generator, length: int) -> Example:
-        """See `SyntheticTask`."""
+        """One example of `length` tokens."""
         require_room(2 * self.count, length, f"{self.count} symbols twice")
         noise, mark = self.symbols, self.symbols + 1
         content = random.integers(self.symbols, size=self.count)
@@ -178,11 +178,11 @@ class Induction:
 
     @property
     def vocab_size(self) -> int:
-        """See `SyntheticTask`; the last one is the mark."""
+        """Tokens are below this; the last one is the mark."""
         return self.symbols + 1
 
     def example(self, random: np.random.Generator, length: int) -> Example:
-        """See `SyntheticTask`."""
+        """One example of `length` tokens."""
         require_room(3, length, "a mark, what follows it, and the mark again,")
         tokens = random.integers(self.symbols, size=length)
         targets = np.full(length, IGNORE_INDEX)
@@ -211,11 +211,11 @@ class GroupWords:
 
     @property
     def vocab_size(self) -> int:
-        """See `SyntheticTask`."""
+        """Tokens are below this."""
         return len(_products(self.things))
 
     def example(self, random: np.random.Generator, length: int) -> Example:
-        """See `SyntheticTask`."""
+        """One example of `length` tokens."""
         products = _products(self.things)
         tokens = random.integers(len(products), size=length)
         product, targets = 0, []
@@ -227,7 +227,7 @@ class GroupWords:
 
 @functools.cache
 def _products(things: int) -> list[list[int]]:
-    """Numbers of the products of any two permutations: of what was there so far, and of the one applied to it."""
+    """The number of the product of any two permutations: first the product so far, then the one applied to it."""
     elements = list(permutations(range(things)))
     numbers = {element: number for number, element in enumerate(elements)}
     return [[numbers[tuple(first[thing] for thing in second)] for second in elements] for first in elements]

@@ -47,7 +47,7 @@ class VariableTracking:
 
     @property
     def vocab_size(self) -> int:
-        """See `SyntheticTask`; variables, then values, noise, the mark of an assignment and that of the question."""
+        """Tokens are below this: variables, values, noise, the mark of an assignment, and that of the question."""
         return self.variables + self.values + self.noise + 2
 
     @property
@@ -55,7 +55,7 @@ class VariableTracking:
         return self.chains * (self.hops + 1)
 
     def example(self, random: np.random.Generator, length: int) -> Example:
-        """See `SyntheticTask`."""
+        """One example of `length` tokens."""
         asked = 1 + (self._assignments if self.question == "value" else self.hops + 1)
         count = self._assignments
         require_room(3 * count + asked, length, f"{count} assignments and the question")

@@ -104,7 +104,7 @@ def prepare(
 
 
 def _fill(folder: Path, work: Work, workers: int, made: list[int]) -> dict[str, Any]:
-    """Write shards, offsets and the tokenizer; returns the rest of the manifest. `made`: tokens of each new piece."""
+    """Write shards, offsets, tokenizer; append the tokens of new pieces to `made`; return the rest of the manifest."""
     with progress_bar(f"tokenising the {work.place}") as advance:
         parts = _make_parts(work, folder, workers, advance)
     check_unchanged(work.corpus)

@@ -96,7 +96,7 @@ def open_sealed(folder: Path, expected: dict[str, Any], verify: Verify = "auto")
 
 
 def is_hashed(size: int, verify: Verify) -> bool:
-    """Whether a file of so many bytes is read when its folder is opened."""
+    """Whether opening a folder hashes a file of this many bytes."""
     return verify == "sha256" or (verify == "auto" and size <= AUTO_HASH_LIMIT_BYTES)
 
 

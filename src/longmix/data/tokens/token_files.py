@@ -77,7 +77,7 @@ class ShardSource(Protocol):
 
     @property
     def most_shards(self) -> int:
-        """How many are kept open at a time."""
+        """The number of shards that are kept open at a time."""
         ...
 
     def fetch(self, name: str) -> Path:
@@ -89,7 +89,7 @@ class ShardSource(Protocol):
         ...
 
     def release(self, name: str) -> None:
-        """The local copy is not needed for now."""
+        """Say that the local copy is not needed for now."""
         ...
 
 
@@ -236,12 +236,12 @@ class TokenFile:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the tokens."""
+        """The type of the tokens."""
         return np.dtype(self.manifest["dtype"])
 
     @property
     def shards(self) -> list[int]:
-        """Tokens of each shard."""
+        """The number of tokens in each shard."""
         return self.manifest["shards"]
 
     @property
@@ -261,7 +261,7 @@ class TokenFile:
 
     @property
     def vocab_size(self) -> int:
-        """How many ids the tokenizer has; all tokens are below."""
+        """The number of ids that the tokenizer has; every token is below it."""
         return self.manifest["vocab_size"]
 
     @property

@@ -32,7 +32,7 @@ COUNTS = ("documents", "tokens", "bytes", "empty_documents")
 
 @dataclass(frozen=True)
 class Work:
-    """What is tokenised.
+    """The split to tokenise, and how.
 
     Attributes:
         corpus: where the documents come from.
@@ -54,17 +54,17 @@ class Work:
 
     @property
     def parts(self) -> int:
-        """In how many parts the split is read."""
+        """The number of parts in which the split is read."""
         return num_parts(self.corpus, self.split)
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the tokens."""
+        """The type of the tokens."""
         return np.dtype("<u2" if self.tokenizer.vocab_size <= MAX_TOKENS_UINT16 else "<u4")
 
     @property
     def place(self) -> str:
-        """For messages."""
+        """The name of the part in messages."""
         return f"{self.split} split of {self.label or self.corpus.name}"
 
 
@@ -139,7 +139,7 @@ class _PartMaker:
         return Part(self._pieces, after, found)
 
     def _take_pieces(self) -> None:
-        """Go on from what an earlier process completed."""
+        """Take over the pieces that an earlier process completed."""
         while (kept := self._kept / shard_name(len(self._pieces))).is_dir():
             manifest = open_sealed(kept, {"key": self._work.key})
             piece = self._new_piece({name: manifest[name] for name in COUNTS})
@@ -211,7 +211,7 @@ class _PartMaker:
 
 
 def _up_to(batches: Iterator[Encoded], tokens: int) -> Iterator[Encoded]:
-    """Batches until there are so many tokens."""
+    """Batches, until they hold the given number of tokens."""
     for batch in batches:
         yield batch
         tokens -= len(batch.tokens)

@@ -41,7 +41,7 @@ TOKENIZER_JSON = "tokenizer.json"
 
 
 class Tokenizer(ABC):
-    """What every tokenizer answers.
+    """The interface of every tokenizer.
 
     Attributes:
         vocab_size: number of ids; all ids are below it.
@@ -144,7 +144,7 @@ class NumberTokenizer(Tokenizer):
         self.vocab_size = vocab_size
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """See `Tokenizer.encode_batch`.
+        """Token ids of each text, int32 [number of tokens].
 
         Raises:
             DataError: a word of the text is not a number below `vocab_size`.
@@ -158,15 +158,15 @@ class NumberTokenizer(Tokenizer):
         return [np.array([int(word) for word in row], np.int32) for row in words]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """See `Tokenizer.decode`; a blank follows each number."""
+        """The ids as numbers, with a blank after each."""
         return "".join(f"{int(i)} " for i in ids)
 
     def token_bytes(self) -> np.ndarray:
-        """See `Tokenizer.token_bytes`."""
+        """Number of UTF-8 bytes each id stands for, int32 [vocab_size]."""
         return np.ones(self.vocab_size, np.int32)
 
     def state(self) -> dict[str, Any]:
-        """See `Tokenizer.state`."""
+        """Everything `tokenizer_from_state` needs, JSON-able."""
         return {"kind": "numbers", "vocab_size": self.vocab_size}
 
 
@@ -177,23 +177,23 @@ class ByteTokenizer(Tokenizer):
     separator_id = 256
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """See `Tokenizer.encode_batch`."""
+        """Token ids of each text, int32 [number of tokens]."""
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """See `Tokenizer.decode`."""
+        """The text of these ids; bytes that are not UTF-8 become U+FFFD."""
         return bytes(int(i) for i in ids if i != self.separator_id).decode(errors="replace")
 
     def token_content(self, token: int) -> bytes:
-        """See `Tokenizer.token_content`."""
+        """The bytes that an id stands for; none for special ids."""
         return bytes([token]) if token != self.separator_id else b""
 
     def token_bytes(self) -> np.ndarray:
-        """See `Tokenizer.token_bytes`."""
+        """Number of UTF-8 bytes each id stands for, int32 [vocab_size]."""
         return np.array([1] * 256 + [0], np.int32)
 
     def state(self) -> dict[str, Any]:
-        """See `Tokenizer.state`."""
+        """Everything `tokenizer_from_state` needs, JSON-able."""
         return {"kind": "bytes"}
 
 
@@ -257,15 +257,15 @@ class LibraryTokenizer(Tokenizer):
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """See `Tokenizer.end_ids`."""
+        """Ids that end a generated text."""
         return super().end_ids if self._end_ids is None else self._end_ids
 
     def admit(self, text: str) -> str:
-        """See `Tokenizer.admit`."""
+        """The text as it is encoded: missing bytes are refused or replaced."""
         return self._repertoire.admit(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """See `Tokenizer.encode_batch`; the library spreads the texts over all cores."""
+        """Token ids of each text; the library spreads the texts over all cores."""
         return self._encoded([self.admit(text) for text in texts])
 
     def _encoded(self, texts: list[str]) -> list[np.ndarray]:
@@ -274,12 +274,12 @@ class LibraryTokenizer(Tokenizer):
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """See `Tokenizer.decode`."""
+        """The text of these ids; bytes that are not UTF-8 become U+FFFD."""
         with library_errors(self._source, "cannot decode these ids"):
             return self._library.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def token_content(self, token: int) -> bytes:
-        """See `Tokenizer.token_content`."""
+        """The bytes that an id stands for; none for special ids."""
         content = self._library.id_to_token(token)
         return b"" if content is None or self._token_bytes[token] == 0 else bytes_of_letters(content)
 
@@ -298,11 +298,11 @@ class LibraryTokenizer(Tokenizer):
         return other
 
     def token_bytes(self) -> np.ndarray:
-        """See `Tokenizer.token_bytes`."""
+        """Number of UTF-8 bytes each id stands for, int32 [vocab_size]."""
         return self._token_bytes.copy()
 
     def state(self) -> dict[str, Any]:
-        """See `Tokenizer.state`."""
+        """Everything `tokenizer_from_state` needs, JSON-able."""
         state: dict[str, Any] = {"kind": "library", "json": self._json, "separator": self._separator}
         if self.missing_bytes != "refuse":
             state["missing_bytes"] = self.missing_bytes
