@@ -1,7 +1,6 @@
 """The README's pictures, drawn again from the results beside this file: `python -m benchmarks.pictures`.
 
-Training curves are of `python train.py` with `mixer=flash` and `rwkv7`, and of `seq_len=16384 batch_size=1
-max_tokens=409600` with `flash`, `mlstm_tfla` and `rwkv7`; the other results name their commands.
+The results name the commands that they are of.
 """
 
 import argparse

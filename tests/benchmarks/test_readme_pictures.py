@@ -24,7 +24,7 @@ def test_needles_have_their_places():
         assert found.accuracy[place[0]][place[1]] == cell["accuracy"]
 
 
-@pytest.mark.parametrize("name", ["mqar", "needle", "shootout"])
+@pytest.mark.parametrize("name", pictures.pictures(RESULTS))
 def test_draws_what_is_asked_for(tmp_path, capsys, name):
     assert pictures.main([name, "--out", str(tmp_path / "new")]) == 0
     (path,) = (tmp_path / "new").iterdir()
