@@ -122,6 +122,7 @@ def _rwkv7(
         log_decay=log_decay,
         low_rank_read=read,
         low_rank_write=write,
+        scale=1.0,
         min_log_decay=-DECAY_LIMIT,
     )[0]
 

@@ -21,7 +21,7 @@ import torch
 from longmix.files import replace_json
 from longmix.reporting.plots import HEIGHT, WIDTH, Curve, draw_curves, drawing, new_figure, save_figure
 from longmix.reporting.style import INK, PALETTE, Style, nth_style
-from longmix_kernels.report import PEAK_BYTES, PEAK_FLOPS
+from longmix_kernels.accelerators import H200
 
 Record = dict[str, Any]
 
@@ -150,12 +150,12 @@ def environment(device: torch.device, dtype: str) -> Record:
 
 def peak_flops(environment: Mapping[str, Any]) -> float | None:
     """Peak rate of the tensor cores where it is known: on an H200, for 16-bit inputs."""
-    return PEAK_FLOPS[2] if _is_known(environment) else None
+    return H200.flops(2) if _is_known(environment) else None
 
 
 def peak_bytes(environment: Mapping[str, Any]) -> float | None:
     """Peak rate of the memory where that of the tensor cores is known."""
-    return PEAK_BYTES if _is_known(environment) else None
+    return H200.bandwidth if _is_known(environment) else None
 
 
 def _is_known(environment: Mapping[str, Any]) -> bool:

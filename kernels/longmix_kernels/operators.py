@@ -1,94 +1,175 @@
-"""Registering an engine's forward and backward as torch operators, so that autograd and torch.compile see two nodes."""
+"""Registering an engine's forward and backward as torch operators, so that autograd and torch.compile see two nodes.
+
+torch's `FlopCounterMode` counts these nodes: the products of their mathematics, not of how they are tiled. A forward
+counts two operations for each multiply-add of a score, a value, an update or a reading of a state; a backward counts
+twice its forward, and nothing that is computed again. So a count does not depend on backend or chunk size, and is what
+the mixers' own `flops` say: exactly where positions decide what a token sees, and by the pairs that there are where
+content does. Bounds are read for that, which waits for the device; fake tensors count as plain causal rows.
+"""
 
 import importlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+from typing import Any, Self, TypeVar, get_type_hints
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils.flop_counter import register_flop_formula
 
-from longmix_kernels import flop_formulas
+Tensors = tuple[torch.Tensor, ...]
+Function = Callable[..., Tensors]
 
-Function = Callable[..., tuple[torch.Tensor, ...]]
+
+class Inputs:
+    """What an engine's implementations get: a frozen dataclass of tensors and numbers, in the order of the operator."""
+
+    @classmethod
+    def schema(cls) -> str:
+        """Return how the inputs pass through a torch operator."""
+        hints = get_type_hints(cls)
+        return ", ".join(
+            f"{_SCHEMA_TYPES[hints[field.name]]} {field.name}{'=None' if field.default is None else ''}"
+            for field in fields(cls)  # type: ignore[arg-type]
+        )
+
+    def flat(self) -> tuple[Any, ...]:
+        """Return the arguments that `schema` names."""
+        return tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
+
+    @classmethod
+    def of(cls, flat: Iterable[Any]) -> Self:
+        """Return the inputs that `flat` gave."""
+        return cls(*flat)
+
+
+AnyInputs = TypeVar("AnyInputs", bound=Inputs)
+
+_SCHEMA_TYPES: dict[Any, str] = {
+    torch.Tensor: "Tensor",
+    torch.Tensor | None: "Tensor?",
+    bool: "bool",
+    float: "float",
+    float | None: "float?",
+    int: "int",
+    int | None: "int?",
+}
 
 
 def deferred(path: str) -> Function:
     """Return a function by its dotted path, whose module is imported when it is called: importing Triton takes long."""
     module, _, name = path.rpartition(".")
 
-    def call(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    def call(*arguments: Any) -> Tensors:
         return getattr(importlib.import_module(module), name)(*arguments)
 
     return call
 
 
+def implementation(engine: str, name: str, inputs: type[AnyInputs], **options: Any) -> Callable[[AnyInputs], Tensors]:
+    """Register the "blocked" or "triton" functions of an engine by their names; see `differentiable` for `options`."""
+    forward, backward = (f"{name}{direction if name == 'triton' else ''}" for direction in ("_forward", "_backward"))
+    return differentiable(
+        f"longmix::{engine}_{name}",
+        inputs,
+        forward=deferred(f"longmix_kernels.{engine}.{forward}.{name}_forward"),
+        backward=deferred(f"longmix_kernels.{engine}.{backward}.{name}_backward"),
+        **options,
+    )
+
+
 def differentiable(
     operator: str,
-    inputs: str,
+    inputs: type[AnyInputs],
     *,
-    forward: Function,
+    forward: Callable[[AnyInputs], Tensors],
     backward: Function,
-    empty: Function,
+    empty: Callable[[AnyInputs], Tensors],
     results: int,
     incoming: int,
     saved: Sequence[int],
     outgoing: int,
-    flops: Callable[..., int],
-) -> Function:
-    """Register `operator` and `operator`_backward, both with autocast off, and return the first.
+    flops: Callable[[AnyInputs], int],
+    check: Callable[[AnyInputs], None] = lambda _: None,
+) -> Callable[[AnyInputs], Tensors]:
+    """Register `operator` and `operator`_backward, both with autocast off, and return a function that calls the first.
 
     Args:
         operator: name with namespace.
-        inputs: schema of the inputs; the first is the tensor whose device counts.
+        inputs: their class; the first is the tensor whose device counts.
         forward: computes the results from the inputs.
         backward: computes the gradients of the first `outgoing` inputs, in their shapes and dtypes, an empty tensor for
-            an input that is None. It gets the gradients of the first `incoming` results, None for zero but in the first
-            place, then the saved results, then the inputs.
+            an input that is None. It gets the inputs, then the gradients of the first `incoming` results, None for zero
+            but in the first place, then the saved results.
         empty: makes the results without computing them.
         results: how many tensors the forward returns.
         incoming: how many results have a gradient; they come first.
         saved: which results the backward gets.
         outgoing: how many inputs have a gradient; they come first and are tensors.
-        flops: what `FlopCounterMode` counts for a forward, from the inputs; see `flop_formulas`.
+        flops: what `FlopCounterMode` counts for a forward.
+        check: called before the forward, when tensors have values.
     """
+    before = incoming + len(saved)
 
-    def run(first: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+    def run(first: torch.Tensor, *rest: Any) -> Tensors:
         with torch.autocast(first.device.type, enabled=False):
-            return forward(first, *rest)
+            call = inputs.of((first, *rest))
+            check(call)
+            return forward(call)
 
-    def run_backward(grad: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+    def run_backward(grad: torch.Tensor, *rest: Any) -> Tensors:
         with torch.autocast(grad.device.type, enabled=False):
-            return backward(grad, *rest)
+            return backward(inputs.of(rest[before - 1 :]), grad, *rest[: before - 1])
 
     grads = ", ".join(f"Tensor{'?' if index else ''} grad_{index}" for index in range(incoming))
     kept = "".join(f", Tensor saved_{index}" for index in saved)
-    schema = f"({inputs}) -> ({', '.join(['Tensor'] * results)})"
+    schema = f"({inputs.schema()}) -> ({', '.join(['Tensor'] * results)})"
     node = torch.library.custom_op(operator, run, mutates_args=(), schema=schema)
-    schema = f"({grads}{kept}, {inputs}) -> ({', '.join(['Tensor'] * outgoing)})"
+    schema = f"({grads}{kept}, {inputs.schema()}) -> ({', '.join(['Tensor'] * outgoing)})"
     backward_node = torch.library.custom_op(f"{operator}_backward", run_backward, mutates_args=(), schema=schema)
-    node.register_fake(empty)
+
+    def make_empty(*flat: Any) -> Tensors:
+        return empty(inputs.of(flat))
+
+    node.register_fake(make_empty)
 
     @backward_node.register_fake
-    def _(grad, *rest):
-        given = rest[incoming - 1 + len(saved) :][:outgoing]
+    def _(grad: torch.Tensor, *rest: Any) -> Tensors:
+        given = rest[before - 1 :][:outgoing]
         return tuple(grad.new_empty(0) if x is None else x.new_empty(x.shape) for x in given)
 
-    def save(ctx, inputs, output):
+    def save(ctx: Any, inputs: tuple, output: Tensors) -> None:
         ctx.places = [index for index, x in enumerate(inputs) if isinstance(x, torch.Tensor)]
         ctx.others = [None if isinstance(x, torch.Tensor) else x for x in inputs]
         ctx.save_for_backward(*(output[index] for index in saved), *(inputs[index] for index in ctx.places))
         ctx.set_materialize_grads(False)
 
-    def differentiate(ctx, *grads):
+    def differentiate(ctx: Any, *grads: torch.Tensor | None) -> tuple:
         kept = ctx.saved_tensors  # activation checkpointing hands these out once
         results, tensors = kept[: len(saved)], kept[len(saved) :]
-        inputs = list(ctx.others)
+        flat = list(ctx.others)
         for index, x in zip(ctx.places, tensors, strict=True):
-            inputs[index] = x
-        first = torch.zeros_like(empty(*inputs)[0]) if grads[0] is None else grads[0]
-        found = backward_node(first, *grads[1:incoming], *results, *inputs)
-        given = [None if x is None else grad for grad, x in zip(found, inputs[:outgoing], strict=True)]
-        return *given, *(None for _ in inputs[outgoing:])
+            flat[index] = x
+        first = torch.zeros_like(make_empty(*flat)[0]) if grads[0] is None else grads[0]
+        found = backward_node(first, *grads[1:incoming], *results, *flat)
+        given = [None if x is None else grad for grad, x in zip(found, flat[:outgoing], strict=True)]
+        return *given, *(None for _ in flat[outgoing:])
 
     node.register_autograd(differentiate, setup_context=save)
-    flop_formulas.register(operator, flops, incoming + len(saved))
-    return node
+    _count(operator, lambda *flat: flops(inputs.of(flat)), before)
+    return lambda call_inputs: node(*call_inputs.flat())
+
+
+def _count(operator: str, formula: Callable[..., int], before_inputs: int) -> None:
+    """Let torch count an operator and its backward, the inputs of which come after `before_inputs` others."""
+    namespace, name = operator.split("::")
+    operators = getattr(torch.ops, namespace)
+
+    def forward(*flat: Any, out_val: Any = None) -> int:
+        with unset_fake_temporarily():
+            return formula(*flat)
+
+    def backward(*flat: Any, out_val: Any = None) -> int:
+        return 2 * forward(*flat[before_inputs:])
+
+    register_flop_formula(getattr(operators, name), get_raw=True)(forward)
+    register_flop_formula(getattr(operators, f"{name}_backward"), get_raw=True)(backward)

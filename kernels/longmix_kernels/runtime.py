@@ -88,6 +88,11 @@ def is_readable(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
 
 
+def has_values(x: torch.Tensor) -> bool:
+    """Say whether a tensor holds numbers, and not shapes alone."""
+    return x.device.type != "meta" and not isinstance(x, FakeTensor)
+
+
 def check_device(name: str, x: torch.Tensor, query: torch.Tensor) -> None:
     """Check that a tensor is where the query is.
 

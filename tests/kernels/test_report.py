@@ -1,76 +1,78 @@
-"""Rung 4: what the kernels compile to, for GPUs that this machine need not have."""
+"""The report of all engines: what it prints, writes and refuses, and what counts as a fault."""
 
 import json
-import os
 
 import pytest
+from engine_contract import CLEAN, SPILLING, WITHOUT_WGMMA, Compiled
 
-from longmix_kernels import report
-from longmix_kernels.attention import launch
-from longmix_kernels.compiling import Compiled
-from longmix_kernels.report import Build
+from longmix_kernels import aot, report
+from longmix_kernels.attention import report as attention
+from longmix_kernels.delta import report as delta
+from longmix_kernels.linear import report as linear
+from longmix_kernels.scatter import report as scatter
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
-
-CLEAN = Compiled(
-    registers=200, spills=0, stack=0, shared=1000, tensor_cores={"mma": 0, "wgmma": 8, "tcgen05": 0}, serialized=False
-)
-
-
-TENSOR_CORES = {80: "mma", 90: "wgmma", 100: "tcgen05"}
-# Rows are permuted where bounds are sorted labels' documents; the others have bounds in closed form.
-FEATURES = [("documents", "permuted"), ("causal", "alibi"), ("causal", "blocks")]
-
-
-def name(build: Build) -> str:
-    return f"{build.kernel}-sm{build.architecture}-d{build.dim}-{build.mode}-{build.feature}"
+# By engine: options for one small table, the columns it begins with, and its kernels.
+COMMANDS = {
+    "attention": (["--dim", "64"], ["dim", "mode", "feature"], attention.launch.KERNELS),
+    "linear": (["--dims", "64/64", "--gate", "sig"], ["dims", "gate"], (*linear.launch.TILED, "gates", "grad_gates")),
+    "delta": (["--dims", "64/64", "--decay", "bounded"], ["dims", "form", "decay"], delta.launch.KERNELS),
+    "scatter": (["--sizes", "64/64", "--block", "128"], ["sizes", "block"], scatter.launch.KERNELS),
+}
+REPORTS = {"attention": attention, "linear": linear, "delta": delta, "scatter": scatter}
 
 
-def featured(architectures, dims) -> list[Build]:
-    return [
-        build
-        for mode, feature in FEATURES
-        for build in report.table_builds(architectures, dims, ("bf16",), (mode,), (feature,))
-    ]
+@pytest.mark.parametrize("engine", report.ENGINES)
+def test_command_prints_tables_and_writes_json(engine, tmp_path, capsys, monkeypatch):
+    options, columns, kernels = COMMANDS[engine]
+    results = dict.fromkeys(kernels, CLEAN) | {kernels[1]: SPILLING}
+    monkeypatch.setattr(aot.Build, "compile", lambda build: results[build.kernel])
+    path = tmp_path / "report.json"
+    arguments = [engine, "--arch", "90", *options, "--json", str(path)]
+    assert report.main(arguments) == 1
+    lines = capsys.readouterr().out.splitlines()
+    head = ["kernel", "arch", "dtype", *columns]
+    assert lines[0].split()[: len(head)] == head
+    assert [line.split()[0] for line in lines[1 : len(kernels) + 1]] == list(kernels)
+    assert lines[2].endswith("spills 24 bytes") and lines[1].endswith("-")
+    written = json.loads(path.read_text())[engine]
+    assert [row["kernel"] for row in written["kernels"]] == list(kernels)
+    assert written["kernels"][0]["registers"] == 200 and written["kernels"][1]["spills"] == 24
+    assert written["costs"] == REPORTS[engine].costs()
+    results[kernels[1]] = CLEAN
+    assert report.main(arguments) == 0
 
 
-def assert_clean(build: Build) -> None:
-    compiled = report.compile_kernel(build)
-    assert compiled.faults(build) == []
-    assert compiled.tensor_cores[TENSOR_CORES[build.architecture]] > 0
+def test_without_an_engine_all_are_reported(tmp_path, capsys):
+    path = tmp_path / "report.json"
+    assert report.main(["--cost-only", "--json", str(path)]) == 0
+    written = json.loads(path.read_text())
+    assert {engine: found["costs"] for engine, found in written.items()} == {
+        engine: module.costs() for engine, module in REPORTS.items()
+    }
+    printed = capsys.readouterr().out.splitlines()
+    assert [line for line in printed if line in report.ENGINES] == list(report.ENGINES)
 
 
 @pytest.mark.parametrize(
-    "build",
-    [*report.table_builds(launch.ARCHITECTURES, (128,), ("bf16",), ("causal",)), *featured((90,), (64, 128))],
-    ids=name,
+    ("arguments", "message"),
+    [
+        (["attention", "--dim", "300"], "--dim got [300]; allowed are 1 to 256"),
+        (["linear", "--dims", "64"], "--dims got ['64']; allowed are pairs"),
+        (["linear", "--dims", "600/64"], "--dims got ['600/64']; allowed are pairs"),
+        (["delta", "--dims", "300/64"], "--dims got ['300/64']; allowed are pairs"),
+        (["delta", "--dims", "64/0"], "--dims got ['64/0']; allowed are pairs"),
+        (["scatter", "--sizes", "64/300"], "--sizes got ['64/300']; allowed are pairs"),
+        (["scatter", "--sizes", "0/64"], "--sizes got ['0/64']; allowed are pairs"),
+        (["scatter", "--block", "0"], "--block got [0]; allowed are at least 1"),
+        (["--dim", "64"], "unrecognized arguments: --dim 64"),
+        (["softmax"], "unrecognized arguments: softmax"),
+    ],
+    ids=" ".join,
 )
-def test_compiles_without_spills_and_with_tensor_cores(build):
-    assert_clean(build)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("build", featured((80, 100), (64, 128)), ids=name)
-def test_every_feature_compiles_without_spills(build):
-    assert_clean(build)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "build", report.table_builds(launch.ARCHITECTURES, launch.WIDTHS, ("bf16",), ("causal",)), ids=name
-)
-def test_every_entry_of_the_table_compiles_without_spills(build):
-    faults = report.compile_kernel(build).faults(build)
-    if faults and (build.kernel, build.architecture, build.dim) == ("grad_key_value", 90, 256):
-        pytest.xfail(f"clean under Triton 3.6 only: {faults}")
-    assert faults == []
-
-
-def test_a_kernel_too_large_is_found_out():
-    """Four warps cannot hold two [128, 128] sums in float32."""
-    build = Build("grad_key_value", 80, "bf16", 128, 128, config=launch.LaunchConfig(64, 128, 4, 2))
-    faults = report.compile_kernel(build).faults(build)
-    assert any("spills" in fault for fault in faults) and any("stack" in fault for fault in faults)
+def test_what_makes_no_sense_is_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        report.main(arguments)
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -81,74 +83,32 @@ def test_a_kernel_too_large_is_found_out():
         ({"stack": 16}, "bf16", "uses 16 bytes of stack"),
         ({"shared": 10**6}, "bf16", "wants 1000000 bytes of shared memory"),
         ({"serialized": True}, "bf16", "serializes wgmma"),
-        ({"tensor_cores": {"mma": 8, "wgmma": 0, "tcgen05": 0}}, "fp16", "has no wgmma"),
-        ({"tensor_cores": {"mma": 0, "wgmma": 0, "tcgen05": 0}}, "fp32", None),
+        ({"tensor_cores": WITHOUT_WGMMA.tensor_cores}, "fp16", "has no wgmma"),
+        ({"tensor_cores": WITHOUT_WGMMA.tensor_cores}, "fp32", None),
     ],
 )
 def test_what_counts_as_a_fault(changed, dtype, fault):
     compiled = Compiled(**{**vars(CLEAN), **changed})
-    assert compiled.faults(Build("forward", 90, dtype, 64, 64)) == ([] if fault is None else [fault])
+    assert attention.Build("forward", 90, dtype, 64, 64).faults(compiled) == ([] if fault is None else [fault])
 
 
-def test_roofline_counts_the_work():
-    config = launch.LaunchConfig(128, 64, 8, 2)
-    forward = report.roofline(Build("forward", 90, "bf16", 128, 64, config=config))
-    assert forward.tile_flops == 2 * 128 * 64 * (128 + 64)
-    assert forward.tile_bytes == 64 * (128 + 64) * 2
-    assert forward.tile_exponentials == 128 * 64
-    # The whole backward is seven products per score where the forward is two.
-    builds = [Build(kernel, 90, "bf16", 128, 128) for kernel in launch.KERNELS]
-    first, *backward = (report.roofline(build) for build in builds)
-    assert sum(x.flop_seconds for x in backward) == pytest.approx(3.5 * first.flop_seconds)
-    # 2 * B * H * N^2 * D operations of a causal forward at 989 TFLOP/s.
-    assert first.flop_seconds == pytest.approx(2 * 16 * 16384**2 * 128 / 989e12, rel=1e-3)
-    assert first.limit == "products" and first.floor_seconds == first.flop_seconds
-    # At 64 columns an exponential takes as long as its products.
-    narrow = report.roofline(Build("forward", 90, "bf16", 64, 64))
-    assert narrow.exponential_seconds == pytest.approx(narrow.flop_seconds, rel=0.02)
-
-
-def test_roofline_compares_both_ways_to_permute_rows():
-    rows = 16 * 16384
-    for dim in (64, 128):
-        plain, *permuted = (
-            report.roofline(Build(kernel, 90, "bf16", dim, dim, feature=feature))
-            for kernel, feature in (("forward", "plain"), *((kernel, "permuted") for kernel in launch.KERNELS))
-        )
-        # Query, key, value and output once, and a logsumexp; in the kernel, two row numbers besides.
-        assert plain.call_bytes == rows * (4 * dim * 2 + 4) and plain.before_bytes is None
-        assert permuted[0].call_bytes == plain.call_bytes + rows * 8
-        # Beforehand, all of it is read and written once more.
-        assert permuted[0].before_bytes == 3 * plain.call_bytes
-        assert all(x.before_bytes > x.call_bytes for x in permuted)
-    config = launch.LaunchConfig(128, 64, 8, 2)
-    steps = [
-        report.roofline(Build("forward", 90, "bf16", 64, 64, feature=feature, config=config)).tile_bytes
-        for feature in ("plain", "permuted")
-    ]
-    assert steps[1] - steps[0] == 64 * 4
-
-
-def test_command_prints_a_table_and_writes_json(tmp_path, capsys, monkeypatch):
-    results = {"forward": CLEAN, "grad_query": Compiled(**{**vars(CLEAN), "spills": 24}), "grad_key_value": CLEAN}
-    monkeypatch.setattr(report, "compile_kernel", lambda build: results[build.kernel])
-    path = tmp_path / "report.json"
-    assert report.main(["--arch", "90", "--dim", "64", "--dtype", "bf16", "--json", str(path)]) == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[:5] == ["kernel", "arch", "dtype", "dim", "mode"]
-    assert [line.split()[0] for line in lines[1:4]] == list(launch.KERNELS)
-    assert lines[2].endswith("spills 24 bytes") and lines[1].endswith("-")
-    rows = json.loads(path.read_text())
-    assert [row["kernel"] for row in rows] == list(launch.KERNELS)
-    assert rows[0]["registers"] == 200 and rows[1]["spills"] == 24 and rows[0]["wgmma"] == 8
-    results["grad_query"] = CLEAN
-    capsys.readouterr()
-    assert report.main(["--arch", "90", "--dim", "64", "--dtype", "bf16", "--feature", "plain", "permuted"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[5] for line in lines[:3]] == ["feature", "plain", "permuted"]
-
-
-def test_a_head_dimension_out_of_range_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        report.main(["--dim", "300"])
-    assert "--dim got [300]; allowed are 1 to 256" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("build", "wanted"),
+    [
+        (delta.Build("prepare", 90, "bf16", 64, 64), True),
+        (delta.Build("prepare", 90, "bf16", 64, 64, decay="exact"), False),
+        (delta.Build("scan", 90, "bf16", 64, 64, decay="exact"), True),
+        (delta.Build("scan", 90, "bf16", 16, 64), False),
+        (delta.Build("prepare", 80, "bf16", 64, 64), False),
+        (linear.Build("output", 90, "bf16", 64, 64), True),
+        (linear.Build("gates", 90, "bf16", 64, 64), False),
+        (scatter.Build("merge", 90, "bf16", 64, 64), True),
+        (scatter.Build("merge", 90, "bf16", 64, 64, block_size=32), False),
+        (scatter.Build("sums", 90, "bf16", 20, 64), False),
+        (scatter.Build("scan", 90, "bf16", 64, 64), False),
+        (scatter.Build("merge", 80, "bf16", 64, 64), False),
+    ],
+    ids=str,
+)
+def test_wgmma_is_wanted_where_tiles_have_the_rows_for_it(build, wanted):
+    assert build.faults(WITHOUT_WGMMA) == (["has no wgmma"] if wanted else [])

@@ -19,6 +19,7 @@ from functools import cached_property, reduce
 import torch
 from torch.nn import functional as F
 
+from longmix_kernels.attention.inputs import Inputs
 from longmix_kernels.attention.panels import PanelMath, panel_math
 from longmix_kernels.attention.pattern import Pattern
 from longmix_kernels.attention.permutation import put_rows, take_rows
@@ -27,18 +28,12 @@ from longmix_kernels.attention.tiling import Panel, Tile, plan_blocks, plan_tile
 _MASKS_KEPT = 16
 
 
-def blocked_forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    pattern: Pattern,
-    scale: float,
-    math: PanelMath | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute attention; arguments and results as `attention_reference`, with the bounds in `pattern`.
+def blocked_forward(inputs: Inputs, math: PanelMath | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the output [B, Tq, Hq, Dv] and the logsumexp [B, Tq, Hq]; the pattern has bounds.
 
     `math` overrides how a panel is computed.
     """
+    query, key, value, pattern, scale = inputs.query, inputs.key, inputs.value, inputs.pattern, inputs.scale
     math = math or panel_math(query.device)
     query = take_rows(query, pattern.query_rows)
     key, value = (take_rows(x, pattern.key_rows) for x in (key, value))
@@ -67,25 +62,22 @@ def blocked_forward(
 
 
 def blocked_backward(
+    inputs: Inputs,
     grad_output: torch.Tensor,
     grad_logsumexp: torch.Tensor | None,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    pattern: Pattern,
     output: torch.Tensor,
     logsumexp: torch.Tensor,
-    scale: float,
     math: PanelMath | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of query, key and value, in their shapes and dtypes.
 
     Args:
+        inputs, math: as in the forward.
         grad_output: [B, Tq, Hq, Dv].
         grad_logsumexp: [B, Tq, Hq], or None for zero; what it holds for rows that see nothing is not looked at.
-        query, key, value, pattern, scale, math: as in the forward.
-        output, logsumexp: what it returned.
+        output, logsumexp: what the forward returned.
     """
+    query, key, value, pattern, scale = inputs.query, inputs.key, inputs.value, inputs.pattern, inputs.scale
     math = math or panel_math(query.device)
     key, value = (take_rows(x, pattern.key_rows) for x in (key, value))
     query, output, logsumexp, grad_output = (

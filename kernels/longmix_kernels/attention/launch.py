@@ -1,27 +1,27 @@
 """How the attention kernels are launched: tiles, warps and stages per architecture, and the arguments of a call.
 
-Nothing here imports Triton. `TABLE` is the one place that says how a kernel is launched; `overridden` replaces an entry
-for a benchmark or a test. The entries are fixed, so no length and no batch size ever starts a search or a compile.
+Nothing here imports Triton; see `longmix_kernels.launch`.
 """
 
 import contextlib
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
-from longmix_kernels.attention.pattern import Pattern
+from longmix_kernels import launch
+from longmix_kernels.attention.inputs import Inputs
 from longmix_kernels.attention.permutation import put_rows, take_rows
-from longmix_kernels.launching import architecture_of, dim_constants, is_padded, replaced, unit_stride
+from longmix_kernels.launch import LaunchTable, dim_constants, is_padded, known_architecture, unit_stride
 
 KERNELS = ("forward", "grad_query", "grad_key_value")
-ARCHITECTURES = (80, 90, 100)
-"""Compute capabilities, times ten, that the table has entries for. Others use the newest that is not newer."""
+WIDTHS = (64, 96, 128, 192, 256)
+"""The head dimensions, of keys or of values, up to which an entry is for."""
 
 
 @dataclass(frozen=True)
-class LaunchConfig:
+class LaunchConfig(launch.LaunchConfig):
     """One way to launch a kernel.
 
     Attributes:
@@ -40,8 +40,8 @@ class LaunchConfig:
     fold: bool = False
 
     def tiles(self) -> dict[str, int]:
-        """Return the compile-time arguments of a kernel."""
-        return {"ROWS": self.rows, "KEYS": self.keys}
+        """Return the sizes of tiles as compile-time arguments."""
+        return {"ROWS": self.rows, "KEYS": self.keys, "FOLD": self.fold}
 
     def within(self, block: int) -> "LaunchConfig":
         """Return the same with tiles that fit into blocks of this many rows and keys; 0 stands for no blocks."""
@@ -51,38 +51,16 @@ class LaunchConfig:
         warps = min(self.warps, 4) if block < 64 else self.warps
         return replace(self, rows=min(self.rows, block), keys=min(self.keys, block), warps=warps)
 
-    def options(self) -> dict[str, int | bool]:
-        """Return the options of the compiler; from Triton 3.10 on, multiply-adds are no longer its default."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
-
-
-Key = tuple[str, int, int, int]
-"""Kernel, architecture, bytes of an element, and the largest head dimension that the entry is for."""
-
-WIDTHS = (64, 96, 128, 192, 256)
-"""The head dimensions, of keys or of values, up to which an entry is for."""
-
-
-Row = tuple[int, int, int, int] | tuple[int, int, int, int, bool]
-
-
-def _entries(architecture: int, size: int, table: Mapping[str, Sequence[Row]]) -> dict[Key, LaunchConfig]:
-    return {
-        (kernel, architecture, size, width): LaunchConfig(*row)
-        for kernel, rows in table.items()
-        for width, row in zip(WIDTHS, rows, strict=True)
-    }
-
 
 # One row per entry of WIDTHS: rows, keys, warps, stages and perhaps fold. Each is a tile that was found to compile
 # without a spill at that head dimension, causal, under Triton 3.6 and 3.9 (the last of sm_90: 3.6 only).
 # None has been timed.
-_AMPERE: dict[str, Sequence[Row]] = {
+_AMPERE = {
     "forward": ((64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 4, 2), (64, 16, 4, 2), (64, 32, 8, 2)),
     "grad_query": ((128, 64, 8, 3), (64, 32, 4, 2), (64, 64, 8, 2), (64, 16, 8, 1), (64, 64, 8, 1)),
     "grad_key_value": ((32, 128, 8, 3), (16, 128, 8, 2), (16, 128, 8, 2), (32, 32, 8, 1), (16, 64, 8, 1)),
 }
-_HOPPER: dict[str, Sequence[Row]] = {
+_HOPPER = {
     "forward": ((128, 128, 8, 3), (128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
     "grad_query": ((128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)),
     "grad_key_value": (
@@ -93,23 +71,18 @@ _HOPPER: dict[str, Sequence[Row]] = {
         (16, 64, 8, 2),
     ),
 }
-_BLACKWELL: dict[str, Sequence[Row]] = {
+_BLACKWELL = {
     "forward": ((128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 2)),
     "grad_query": ((64, 64, 4, 3), (128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)),
     "grad_key_value": ((64, 128, 8, 1), (32, 128, 8, 1), (32, 128, 8, 1), (32, 64, 8, 1), (16, 32, 8, 1)),
 }
-# Products of float32 run outside the tensor cores, on every architecture alike; they are for checks, and may spill.
-_FLOAT32: dict[str, Sequence[Row]] = {
-    "forward": ((32, 16, 8, 1),) * 5,
-    "grad_query": ((16, 16, 8, 1),) * 5,
-    "grad_key_value": ((16, 32, 8, 1),) * 5,
-}
-TABLE: dict[Key, LaunchConfig] = {
-    **_entries(80, 2, _AMPERE),
-    **_entries(90, 2, _HOPPER),
-    **_entries(100, 2, _BLACKWELL),
-    **{key: config for architecture in ARCHITECTURES for key, config in _entries(architecture, 4, _FLOAT32).items()},
-}
+TABLE = LaunchTable(
+    LaunchConfig,
+    WIDTHS,
+    {80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL},
+    float32={"forward": (32, 16, 8, 1), "grad_query": (16, 16, 8, 1), "grad_key_value": (16, 32, 8, 1)},
+    interpreted=dict.fromkeys(KERNELS, LaunchConfig(rows=32, keys=32, warps=1, stages=1)),
+)
 # What needs more registers than a plain call: per feature, entries that replace those of the table. With these, 64
 # and 128 columns compile without a spill, causal and with documents, under Triton 3.6 and 3.9. What still spills is
 # `grad_key_value` on sm_90 beyond 128 columns, with a feature or with columns to mask. None has been timed.
@@ -147,14 +120,7 @@ NARROWER: dict[str, dict[tuple[str, int, int], LaunchConfig]] = {
 }
 """Entries for a kernel, an architecture and a head dimension, for elements of two bytes."""
 
-_INTERPRETED = LaunchConfig(rows=32, keys=32, warps=1, stages=1)
-_overrides: dict[str, LaunchConfig] = {}
 _gather_before = False
-
-
-def overridden(kernel: str, config: LaunchConfig) -> contextlib.AbstractContextManager[None]:
-    """Launch a kernel with this configuration, whatever the architecture, while the context lasts."""
-    return replaced(_overrides, kernel, config)
 
 
 @contextlib.contextmanager
@@ -176,30 +142,24 @@ def table_entry(kernel: str, architecture: int, size: int, width: int, features:
 
     `features` are keys of `NARROWER`; if several have an entry, the smallest tile with the fewest stages is returned.
     """
-    known = max(a for a in ARCHITECTURES if a <= architecture)
-    width = min(w for w in WIDTHS if w >= width)
-    narrower = [NARROWER[name].get((kernel, known, width)) for name in features] if size == 2 else []
+    known, covering = known_architecture(architecture), TABLE.covering(width)
+    narrower = [NARROWER[name].get((kernel, known, covering)) for name in features] if size == 2 else []
     found = [config for config in narrower if config is not None]
-    return min(
-        found, key=lambda config: (config.rows * config.keys, config.stages), default=TABLE[kernel, known, size, width]
-    )
+    plain = TABLE.entry(kernel, architecture, size, width)
+    return min(found, key=lambda config: (config.rows * config.keys, config.stages), default=plain)
 
 
-class Call:
+class Call(launch.Call[LaunchConfig]):
     """The tensors and numbers of one call, as the kernels take them.
 
     Query and key rows are taken in the order `query_order` and `key_order` in the kernels, or have been copied into the
     order `query_rows` and `key_rows` before, and results are to be put back.
     """
 
-    def __init__(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        pattern: Pattern,
-        scale: float,
-    ) -> None:
+    TABLE = TABLE
+
+    def __init__(self, inputs: Inputs) -> None:
+        query, key, value, pattern = inputs.query, inputs.key, inputs.value, inputs.pattern
         lo, hi, window = pattern.lo, pattern.hi, pattern.window
         orders = pattern.query_rows, pattern.key_rows
         self.query_rows, self.key_rows = orders if _gather_before else (None, None)
@@ -209,7 +169,7 @@ class Call:
         self.batch, self.queries, self.heads, self.dim = query.shape
         _, self.keys, self.key_heads, self.value_dim = value.shape
         self.group = self.heads // self.key_heads
-        self.scale = scale
+        self.scale = inputs.scale
         # A row sees no more than all keys, and i + window must stay within int32.
         self.window = 0 if window is None else min(window, self.keys)
         if hi is not None:
@@ -245,10 +205,6 @@ class Call:
         """Return scale * log2(e), never 0: a hidden score is -inf before the multiplication, and L is divided by it."""
         return math.copysign(max(abs(self.scale), 1e-30), self.scale) * math.log2(math.e)
 
-    def strides(self, *others: torch.Tensor) -> list[int]:
-        """Strides of batch, row and head of query, key, value and other tensors [B, T, H, D]."""
-        return [stride for x in (self.query, self.key, self.value, *others) for stride in x.stride()[:3]]
-
     def row_strides(self, *rows: torch.Tensor | None) -> list[int]:
         """Strides of batch and head of tensors [B or 1, H or 1, T], 0 where one is shared and where there is none."""
         return [0 if x is None or x.shape[axis] == 1 else x.stride(axis) for x in rows for axis in (0, 1)]
@@ -263,26 +219,27 @@ class Call:
         }
         return [name for name in NARROWER if has[name]]
 
+    def entry(self, kernel: str, architecture: int, size: int) -> LaunchConfig:
+        """Return the table's configuration of a kernel for this call."""
+        return table_entry(kernel, architecture, size, max(self.dim, self.value_dim), self.features())
+
+    def fitted(self, kernel: str, config: LaunchConfig) -> LaunchConfig:
+        """Return the configuration with tiles that fit into the call's blocks."""
+        return config.within(self.block)
+
+    def programs(self, kernel: str, config: LaunchConfig) -> int:
+        """Return how many programs a kernel takes."""
+        if kernel == "grad_key_value":
+            return -(-self.keys // config.keys) * self.batch * self.key_heads
+        return -(-self.queries // config.rows) * self.batch * self.heads
+
     def constants(self) -> dict[str, object]:
-        """Return the compile-time arguments that every kernel takes."""
+        """Return the compile-time arguments besides tiles."""
         return {
             "MODE": self.mode,
             "BLOCK": self.block,
             "GATHER_QUERY": self.query_order is not None and self.query_rows is None,
             "GATHER_KEY": self.key_order is not None and self.key_rows is None,
+            "NEGATIVE_SCALE": self.scale_log2() < 0,
             **dim_constants(self.dim, self.value_dim),
-            "UPCAST": self.query.device.type == "cpu",
         }
-
-
-def launch_config(kernel: str, call: Call) -> LaunchConfig:
-    """Return the configuration with which to launch a kernel for this call."""
-    if kernel in _overrides:
-        config = _overrides[kernel]
-    elif call.query.device.type == "cpu":
-        config = _INTERPRETED
-    else:
-        width = max(call.dim, call.value_dim)
-        architecture, size = architecture_of(call.query.device), call.query.element_size()
-        config = table_entry(kernel, architecture, size, width, call.features())
-    return config.within(call.block)

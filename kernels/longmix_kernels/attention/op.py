@@ -1,18 +1,18 @@
 """The public attention function."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Literal, overload
 
 import torch
 from torch.nn import functional as F
 
 from longmix_kernels.attention import checks
-from longmix_kernels.attention.blocked import blocked_backward, blocked_forward
 from longmix_kernels.attention.bounds import check_row_bounds, row_bounds
-from longmix_kernels.attention.flops import attention_flops
-from longmix_kernels.attention.pattern import SCHEMA, BlockList, Pattern
+from longmix_kernels.attention.cost import call_flops
+from longmix_kernels.attention.inputs import Inputs
+from longmix_kernels.attention.pattern import BlockList, Pattern
 from longmix_kernels.attention.reference import attention_reference
-from longmix_kernels.operators import deferred, differentiable
+from longmix_kernels.operators import implementation
 from longmix_kernels.runtime import backend_of_call
 
 BACKENDS = ("reference", "blocked", "triton")
@@ -27,13 +27,13 @@ def attention(
     *,
     causal: bool = ...,
     window: int | None = ...,
-    document_ids: torch.Tensor | None = ...,
     lo: torch.Tensor | None = ...,
     hi: torch.Tensor | None = ...,
     query_rows: torch.Tensor | None = ...,
     key_rows: torch.Tensor | None = ...,
     alibi_slopes: torch.Tensor | None = ...,
     blocks: BlockList | None = ...,
+    document_ids: torch.Tensor | None = ...,
     scale: float | None = ...,
     return_logsumexp: Literal[False] = ...,
     backend: str | None = ...,
@@ -48,13 +48,13 @@ def attention(
     *,
     causal: bool = ...,
     window: int | None = ...,
-    document_ids: torch.Tensor | None = ...,
     lo: torch.Tensor | None = ...,
     hi: torch.Tensor | None = ...,
     query_rows: torch.Tensor | None = ...,
     key_rows: torch.Tensor | None = ...,
     alibi_slopes: torch.Tensor | None = ...,
     blocks: BlockList | None = ...,
+    document_ids: torch.Tensor | None = ...,
     scale: float | None = ...,
     return_logsumexp: Literal[True],
     backend: str | None = ...,
@@ -68,13 +68,13 @@ def attention(
     *,
     causal: bool = True,
     window: int | None = None,
-    document_ids: torch.Tensor | None = None,
     lo: torch.Tensor | None = None,
     hi: torch.Tensor | None = None,
     query_rows: torch.Tensor | None = None,
     key_rows: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
     blocks: BlockList | None = None,
+    document_ids: torch.Tensor | None = None,
     scale: float | None = None,
     return_logsumexp: bool = False,
     backend: str | None = None,
@@ -91,7 +91,6 @@ def attention(
         value: [B, Tk, Hkv, Dv], same dtype.
         causal: a row sees no key after its own position; otherwise it sees all keys of its document.
         window: number of keys a row sees at most, its own position included; needs `causal`.
-        document_ids: int32 or int64 [B, Tk], non-decreasing along Tk; rows see the keys of their own document only.
         lo: int32 [B or 1, Hq or 1, Tq], first key row that a query row sees; non-decreasing along Tq. Replaces
             `window` and `document_ids`.
         hi: as `lo`, one past the last key row seen. Replaces `causal`; comes with `lo`.
@@ -101,6 +100,7 @@ def attention(
         alibi_slopes: float32 [Hq]; adds slope * (key position - query position), at most 0, to the scores; positions
             count rows before permutation. Not differentiable in the slopes.
         blocks: of the keys above, a row sees those in the listed blocks only; not together with `lo`, `hi` and rows.
+        document_ids: int32 or int64 [B, Tk], non-decreasing along Tk; rows see the keys of their own document only.
         scale: factor on the scores, D ** -0.5 by default.
         return_logsumexp: return the logsumexp of each row's scores too (natural logarithm).
         backend: "reference" (the definition, memory Tq * Tk), "blocked" (tiles, memory linear in Tq + Tk) or "triton"
@@ -133,15 +133,14 @@ def attention(
     closed = backend == "triton"
     lo, hi = _bounds(query, key, causal, window, document_ids, lo, hi, closed)
     pattern = Pattern(lo, hi, query_rows, key_rows, alibi_slopes, blocks, causal, window)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    inputs = Inputs(query, key, value, pattern, query.shape[-1] ** -0.5 if scale is None else scale)
     if backend == "reference":
-        if query.device.type == "cpu" and not torch.compiler.is_compiling():
-            _check_values(pattern, key.shape[1])
+        if not torch.compiler.is_compiling():
+            _check_values(inputs)
         with torch.autocast(query.device.type, enabled=False):
-            output, logsumexp = attention_reference(query, key, value, pattern, scale)
+            output, logsumexp = attention_reference(query, key, value, pattern, inputs.scale)
     else:
-        run = _triton if backend == "triton" else _blocked
-        output, logsumexp = run(query, key, value, *pattern.flat(), scale)
+        output, logsumexp = _IMPLEMENTATIONS[backend](inputs)
     if missing:
         output, logsumexp = output[:, missing:], logsumexp[:, missing:]
     return (output, logsumexp) if return_logsumexp else output
@@ -179,50 +178,35 @@ def _bounds(
     return first, None if closed and causal else end
 
 
-def _check_values(pattern: Pattern, keys: int) -> None:
-    """Check the values of bounds and rows, which are on the CPU."""
+def _check_values(inputs: Inputs) -> None:
+    """Check the values of bounds and rows on the CPU, where to read them takes no wait."""
+    pattern = inputs.pattern
+    if inputs.query.device.type != "cpu":
+        return
     if pattern.lo is not None and pattern.hi is not None:
-        check_row_bounds(pattern.lo, pattern.hi, keys)
+        check_row_bounds(pattern.lo, pattern.hi, inputs.key.shape[1])
     checks.check_permutation("query_rows", pattern.query_rows)
     checks.check_permutation("key_rows", pattern.key_rows)
 
 
-def _engine(name: str, forward: Callable[..., tuple], backward: Callable[..., tuple]) -> Callable[..., tuple]:
-    """Register an implementation; it is called with a pattern where the operators have its parts."""
+def _empty(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    query, exact = inputs.query, torch.promote_types(inputs.query.dtype, torch.float32)
+    output = query.new_empty(*query.shape[:3], inputs.value.shape[3])
+    return output, query.new_empty(query.shape[:3], dtype=exact)
 
-    def run(query, key, value, *rest):
-        *flat, scale = rest
-        pattern = Pattern.of(flat)
-        if query.device.type == "cpu":
-            _check_values(pattern, key.shape[1])
-        return forward(query, key, value, pattern, scale)
 
-    def run_backward(grad_output, grad_logsumexp, output, logsumexp, query, key, value, *rest):
-        *flat, scale = rest
-        return backward(grad_output, grad_logsumexp, query, key, value, Pattern.of(flat), output, logsumexp, scale)
-
-    def empty(query, key, value, *rest):
-        exact = torch.promote_types(query.dtype, torch.float32)
-        output = query.new_empty(*query.shape[:3], value.shape[3])
-        return output, query.new_empty(query.shape[:3], dtype=exact)
-
-    return differentiable(
-        f"longmix::attention_{name}",
-        f"Tensor query, Tensor key, Tensor value, {SCHEMA}, float scale",
-        forward=run,
-        backward=run_backward,
-        empty=empty,
+_IMPLEMENTATIONS = {
+    name: implementation(
+        "attention",
+        name,
+        Inputs,
+        empty=_empty,
         results=2,
         incoming=2,
         saved=(0, 1),
         outgoing=3,
-        flops=attention_flops,
+        flops=call_flops,
+        check=_check_values,
     )
-
-
-_blocked = _engine("blocked", blocked_forward, blocked_backward)
-_triton = _engine(
-    "triton",
-    deferred("longmix_kernels.attention.triton_forward.triton_forward"),
-    deferred("longmix_kernels.attention.triton_backward.triton_backward"),
-)
+    for name in ("blocked", "triton")
+}

@@ -1,6 +1,5 @@
 """What an attention call is besides query, key and value: which keys a row sees, in which order, with what bias."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,13 +35,6 @@ class BlockList(NamedTuple):
         return mask
 
 
-SCHEMA = (
-    "Tensor? lo, Tensor? hi, Tensor? query_rows, Tensor? key_rows, Tensor? alibi_slopes, Tensor? row_offsets, "
-    "Tensor? row_blocks, Tensor? key_offsets, Tensor? key_blocks, int block_size, bool causal, int? window"
-)
-"""How a pattern passes through a torch operator; see `Pattern.flat`."""
-
-
 @dataclass(frozen=True)
 class Pattern:
     """Which keys each query row sees, in which order rows are taken, and what is added to their scores.
@@ -74,16 +66,3 @@ class Pattern:
         """Return `lo` and `hi`, which must be there."""
         assert self.lo is not None and self.hi is not None
         return self.lo, self.hi
-
-    def flat(self) -> tuple[object, ...]:
-        """Return the arguments that `SCHEMA` names."""
-        size, *lists = (0, None, None, None, None) if self.blocks is None else self.blocks
-        orders = self.query_rows, self.key_rows, self.alibi_slopes
-        return self.lo, self.hi, *orders, *lists, size, self.causal, self.window
-
-    @classmethod
-    def of(cls, flat: Iterable[object]) -> "Pattern":
-        """Return the pattern that `flat` gave."""
-        lo, hi, query_rows, key_rows, slopes, *lists, size, causal, window = flat
-        blocks = BlockList(size, *lists) if size else None  # type: ignore[arg-type]
-        return cls(lo, hi, query_rows, key_rows, slopes, blocks, causal, window)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from torch.nn import attention as torch_attention
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
-from longmix_kernels.attention.flops import count_torch_on_a_cpu
+from longmix_kernels.attention.cost import count_torch_on_a_cpu
 
 count_torch_on_a_cpu()
 

@@ -14,38 +14,33 @@ adding to dQ atomically would need: the price of equal bits in every run.
 """
 
 import torch
-import triton
 
 from longmix_kernels.attention.bounds import key_bounds
-from longmix_kernels.attention.launch import Call, launch_config
-from longmix_kernels.attention.pattern import Pattern
+from longmix_kernels.attention.inputs import Inputs
+from longmix_kernels.attention.launch import Call
 from longmix_kernels.attention.triton_grad_key_value import grad_key_value_kernel
 from longmix_kernels.attention.triton_grad_query import grad_query_kernel
-from longmix_kernels.launching import on_device, unit_stride
+from longmix_kernels.launch import strides, unit_stride
 
 
 def triton_backward(
+    inputs: Inputs,
     grad_output: torch.Tensor,
     grad_logsumexp: torch.Tensor | None,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    pattern: Pattern,
     output: torch.Tensor,
     logsumexp: torch.Tensor,
-    scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of query, key and value, in their shapes and dtypes.
 
     Args:
+        inputs: as in the forward.
         grad_output: [B, Tq, Hq, Dv].
         grad_logsumexp: [B, Tq, Hq], or None for zero; what it holds for rows that see nothing is not looked at.
-        query, key, value, pattern, scale: as in the forward.
-        output, logsumexp: what it returned.
+        output, logsumexp: what the forward returned.
     """
-    call = Call(query, key, value, pattern, scale)
+    call = Call(inputs)
     grads = [x.new_empty(x.shape) for x in (call.query, call.key, call.value)]
-    output, grad_output = (unit_stride(call.take_queries(x.to(query.dtype))) for x in (output, grad_output))
+    output, grad_output = (unit_stride(call.take_queries(x.to(call.query.dtype))) for x in (output, grad_output))
     logsumexp = call.take_queries(logsumexp).contiguous()
     if grad_logsumexp is not None:
         grad_logsumexp = call.take_queries(grad_logsumexp.float()).contiguous()
@@ -56,69 +51,55 @@ def triton_backward(
         hi = call.lo if call.hi is None else call.hi
         first_row, end_row = key_bounds(call.lo, hi, call.keys)
         first_row = None if call.hi is None else first_row
-    constants = call.constants()
-    with on_device(call.query):
-        config = launch_config("grad_query", call)
-        grad_query_kernel[(triton.cdiv(call.queries, config.rows) * call.batch * call.heads,)](
-            call.query,
-            call.key,
-            call.value,
-            call.lo,
-            call.hi,
-            call.query_order,
-            call.key_order,
-            call.alibi_slopes,
-            call.row_offsets,
-            call.row_blocks,
-            output,
-            logsumexp,
-            grad_output,
-            grad_logsumexp,
-            grads[0],
-            shift,
-            minus_delta,
-            call.scale,
-            call.scale_log2(),
-            call.queries,
-            call.keys,
-            call.heads,
-            call.group,
-            call.window,
-            *call.strides(output, grad_output),
-            *call.row_strides(call.lo, call.hi, call.query_order, call.key_order),
-            **constants,
-            **config.tiles(),
-            **config.options(),
-        )
-        config = launch_config("grad_key_value", call)
-        grad_key_value_kernel[(triton.cdiv(call.keys, config.keys) * call.batch * call.key_heads,)](
-            call.query,
-            call.key,
-            call.value,
-            first_row,
-            end_row,
-            call.query_order,
-            call.key_order,
-            call.alibi_slopes,
-            call.key_offsets,
-            call.key_blocks,
-            grad_output,
-            shift,
-            minus_delta,
-            grads[1],
-            grads[2],
-            call.scale,
-            call.scale_log2(),
-            call.queries,
-            call.keys,
-            call.heads,
-            call.group,
-            call.window,
-            *call.strides(grad_output),
-            *call.row_strides(first_row, end_row, call.query_order, call.key_order),
-            **constants,
-            FOLD=config.fold,
-            **config.tiles(),
-            **config.options(),
-        )
+    sizes = call.queries, call.keys, call.heads, call.group, call.window
+    call.launch(
+        "grad_query",
+        grad_query_kernel,
+        call.query,
+        call.key,
+        call.value,
+        call.lo,
+        call.hi,
+        call.query_order,
+        call.key_order,
+        call.alibi_slopes,
+        call.row_offsets,
+        call.row_blocks,
+        output,
+        logsumexp,
+        grad_output,
+        grad_logsumexp,
+        grads[0],
+        shift,
+        minus_delta,
+        call.scale,
+        call.scale_log2(),
+        *sizes,
+        *strides(call.query, call.key, call.value, output, grad_output),
+        *call.row_strides(call.lo, call.hi, call.query_order, call.key_order),
+    )
+    call.launch(
+        "grad_key_value",
+        grad_key_value_kernel,
+        call.query,
+        call.key,
+        call.value,
+        first_row,
+        end_row,
+        call.query_order,
+        call.key_order,
+        call.alibi_slopes,
+        call.key_offsets,
+        call.key_blocks,
+        grad_output,
+        shift,
+        minus_delta,
+        grads[1],
+        grads[2],
+        call.scale,
+        call.scale_log2(),
+        *sizes,
+        *strides(call.query, call.key, call.value, grad_output),
+        *call.row_strides(first_row, end_row, call.query_order, call.key_order),
+    )
     return call.put_queries(grads[0]), call.put_keys(grads[1]), call.put_keys(grads[2])

@@ -8,18 +8,12 @@ import torch
 import triton
 import triton.language as tl
 
-from longmix_kernels.attention.launch import Call, launch_config
-from longmix_kernels.attention.pattern import Pattern
-from longmix_kernels.attention.triton_tiles import (
-    load_slope,
-    load_tile,
-    product,
-    row_numbers,
-    store_tile,
-    with_alibi,
-)
+from longmix_kernels.attention.inputs import Inputs
+from longmix_kernels.attention.launch import Call
+from longmix_kernels.attention.triton_tiles import load_slope, load_tile, row_numbers, store_tile, with_alibi
 from longmix_kernels.attention.triton_walk import cover, keys_of_rows, program_tile, step_start
-from longmix_kernels.launching import on_device
+from longmix_kernels.launch import strides
+from longmix_kernels.tiles import product
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "heads", "group", "window"])
@@ -179,49 +173,33 @@ def forward_kernel(
     tl.store(logsumexp + own.to(tl.int64) * heads, natural, mask=rows < queries)
 
 
-def triton_forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    pattern: Pattern,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute attention, as `attention_reference` does; bounds that have a closed form may be None.
-
-    Args:
-        query, key, value, scale: as in `attention_reference`; head dimensions up to 256, no float64.
-        pattern: its bounds may be None where they have a closed form.
-    """
-    call = Call(query, key, value, pattern, scale)
-    output = call.query.new_empty(*query.shape[:3], value.shape[3])
-    logsumexp = call.query.new_empty(query.shape[:3], dtype=torch.float32)
-    config = launch_config("forward", call)
-    tiles = triton.cdiv(call.queries, config.rows)
-    with on_device(call.query):
-        forward_kernel[(tiles * call.batch * call.heads,)](
-            call.query,
-            call.key,
-            call.value,
-            call.lo,
-            call.hi,
-            call.query_order,
-            call.key_order,
-            call.alibi_slopes,
-            call.row_offsets,
-            call.row_blocks,
-            output,
-            logsumexp,
-            call.scale_log2(),
-            call.queries,
-            call.keys,
-            call.heads,
-            call.group,
-            call.window,
-            *call.strides(),
-            *call.row_strides(call.lo, call.hi, call.query_order, call.key_order),
-            NEGATIVE_SCALE=call.scale_log2() < 0,
-            **call.constants(),
-            **config.tiles(),
-            **config.options(),
-        )
+def triton_forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the output [B, Tq, Hq, Dv] and the logsumexp [B, Tq, Hq]; head dimensions up to 256, no float64."""
+    call = Call(inputs)
+    output = call.query.new_empty(*call.query.shape[:3], call.value_dim)
+    logsumexp = call.query.new_empty(call.query.shape[:3], dtype=torch.float32)
+    call.launch(
+        "forward",
+        forward_kernel,
+        call.query,
+        call.key,
+        call.value,
+        call.lo,
+        call.hi,
+        call.query_order,
+        call.key_order,
+        call.alibi_slopes,
+        call.row_offsets,
+        call.row_blocks,
+        output,
+        logsumexp,
+        call.scale_log2(),
+        call.queries,
+        call.keys,
+        call.heads,
+        call.group,
+        call.window,
+        *strides(call.query, call.key, call.value),
+        *call.row_strides(call.lo, call.hi, call.query_order, call.key_order),
+    )
     return call.put_queries(output), call.put_queries(logsumexp)

@@ -6,7 +6,6 @@ import triton.language as tl
 from longmix_kernels.attention.triton_tiles import (
     load_slope,
     load_tile,
-    product,
     row_numbers,
     spread,
     store_tile,
@@ -14,6 +13,7 @@ from longmix_kernels.attention.triton_tiles import (
     with_alibi,
 )
 from longmix_kernels.attention.triton_walk import cover, program_tile, rows_of_keys, step_start
+from longmix_kernels.tiles import product
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "heads", "group", "window"])

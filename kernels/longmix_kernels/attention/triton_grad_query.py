@@ -3,15 +3,9 @@
 import triton
 import triton.language as tl
 
-from longmix_kernels.attention.triton_tiles import (
-    load_slope,
-    load_tile,
-    product,
-    row_numbers,
-    store_tile,
-    with_alibi,
-)
+from longmix_kernels.attention.triton_tiles import load_slope, load_tile, row_numbers, store_tile, with_alibi
 from longmix_kernels.attention.triton_walk import cover, keys_of_rows, program_tile, step_start
+from longmix_kernels.tiles import product
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "heads", "group", "window"])

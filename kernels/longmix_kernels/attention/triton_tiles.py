@@ -1,6 +1,6 @@
 """What the attention kernels do with a tile: loads, stores, products, and ALiBi's bias.
 
-A head dimension is taken in two powers of two, `*_MAIN` columns and then `*_REST` (see `launching.split_dim`). Only
+A head dimension is taken in two powers of two, `*_MAIN` columns and then `*_REST` (see `launch.split_dim`). Only
 columns past the true dimension are masked.
 
 Rows may be taken in an order of their own, which the kernels read as they go: everything about a row but its place in
@@ -101,17 +101,6 @@ def load_slope(alibi_slopes, head, scale_log2):
 def with_alibi(scores, slope, key_position, row_position):
     """Add slope * (key position - row position); float32 holds positions below 2 ** 24 and their difference exactly."""
     return scores + slope * (key_position.to(tl.float32) - row_position.to(tl.float32))
-
-
-@triton.jit
-def product(a, b, total, UPCAST: tl.constexpr):
-    """Return total + a b in float32; float32 operands are not rounded to TF32.
-
-    `UPCAST` is for the interpreter, whose bfloat16 products are wrong without notice.
-    """
-    if UPCAST:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision="ieee")
 
 
 @triton.jit

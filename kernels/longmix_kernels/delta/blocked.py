@@ -19,32 +19,20 @@ import torch
 
 from longmix_kernels.delta.blocked_call import BlockedCall, Run, parts
 from longmix_kernels.delta.blocked_weights import ChunkWeights
+from longmix_kernels.delta.inputs import Inputs
 
 
-def blocked_forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    log_decay: torch.Tensor,
-    low_rank_read: torch.Tensor | None,
-    low_rank_write: torch.Tensor | None,
-    initial_state: torch.Tensor | None,
-    document_ids: torch.Tensor | None,
-    scale: float,
-    chunk_size: int | None,
-    min_log_decay: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the output [B, T, H, V] and the state after the last token [B, H, K, V]; arguments as `delta_rule`'s.
+def blocked_forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the output [B, T, H, V] and the state after the last token [B, H, K, V].
 
     Decays are looked at, so that nothing needs to be promised of them: `min_log_decay` changes nothing.
     """
-    tensors = query, key, value, log_decay, low_rank_read, low_rank_write, initial_state, document_ids
-    batch, _, heads, dim = query.shape
-    output = query.new_empty(value.shape)
-    final = log_decay.new_empty(batch, heads, dim, value.shape[-1])
+    batch, _, heads, dim = inputs.query.shape
+    output = inputs.query.new_empty(inputs.value.shape)
+    final = inputs.log_decay.new_empty(batch, heads, dim, inputs.value.shape[-1])
     space: dict[str, torch.Tensor] = {}
-    for part in parts(query, value, chunk_size):
-        call = BlockedCall(part, space, *tensors, scale, chunk_size)
+    for part in parts(inputs):
+        call = BlockedCall(part, inputs, space)
         state = call.initial
         for run in call.runs():
             weights = call.weights(run, outputs=True)
@@ -59,32 +47,19 @@ def blocked_forward(
 
 
 def blocked_backward(
-    grad_output: torch.Tensor,
-    grad_state: torch.Tensor | None,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    log_decay: torch.Tensor,
-    low_rank_read: torch.Tensor | None,
-    low_rank_write: torch.Tensor | None,
-    initial_state: torch.Tensor | None,
-    document_ids: torch.Tensor | None,
-    scale: float,
-    chunk_size: int | None,
-    min_log_decay: float | None = None,
+    inputs: Inputs, grad_output: torch.Tensor, grad_state: torch.Tensor | None
 ) -> tuple[torch.Tensor, ...]:
     """Return the gradients of the first seven inputs, empty where an input is None.
 
     Args:
+        inputs: as in the forward.
         grad_output: [B, T, H, V].
         grad_state: [B, H, K, V], of the final state, or None for zero.
-        query and others: as in the forward.
     """
-    inputs = query, key, value, log_decay, low_rank_read, low_rank_write, initial_state
-    grads = [grad_output.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs]
+    grads = [grad_output.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs.flat()[:7]]
     space: dict[str, torch.Tensor] = {}
-    for part in parts(query, value, chunk_size):
-        call = BlockedCall(part, space, *inputs, document_ids, scale, chunk_size)
+    for part in parts(inputs):
+        call = BlockedCall(part, inputs, space)
         leaving = torch.zeros_like(call.initial)
         if grad_state is not None:
             leaving.copy_(part.states(grad_state).reshape(leaving.shape))
@@ -96,7 +71,7 @@ def blocked_backward(
             for grad, rows in zip(grads, found, strict=False):
                 if rows is not None:
                     call.put(part.tokens(grad), run, rows)
-        if initial_state is not None:
+        if call.has_state:
             grad_initial += leaving
             part.states(grads[6]).copy_(grad_initial.view(call.batch, call.heads, *leaving.shape[1:]))
     return tuple(grads)

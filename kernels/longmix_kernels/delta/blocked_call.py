@@ -8,6 +8,7 @@ import torch
 
 from longmix_kernels.delta.blocked_products import Documents
 from longmix_kernels.delta.blocked_weights import ChunkWeights
+from longmix_kernels.delta.inputs import Inputs
 
 CHUNK = 16
 IN_CACHE = 2**18
@@ -44,33 +45,21 @@ class Run(NamedTuple):
 class BlockedCall:
     """A part of a call, X = B * H sequences of chunks; a run of G chunks of L tokens is copied to [G * X, n, L, D]."""
 
-    def __init__(
-        self,
-        part: Part,
-        space: dict[str, torch.Tensor],
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        log_decay: torch.Tensor,
-        low_rank_read: torch.Tensor | None,
-        low_rank_write: torch.Tensor | None,
-        initial_state: torch.Tensor | None,
-        document_ids: torch.Tensor | None,
-        scale: float,
-        chunk_size: int | None,
-    ) -> None:
-        self.query, self.key, self.value, self.log_decay = map(part.tokens, (query, key, value, log_decay))
-        self.low_rank_read = None if low_rank_read is None else part.tokens(low_rank_read)
-        self.low_rank_write = None if low_rank_write is None else part.tokens(low_rank_write)
-        self.document_ids = None if document_ids is None else document_ids[part.batch]
-        self.scale, self.chunk_size, self._space = scale, chunk_size, space
+    def __init__(self, part: Part, inputs: Inputs, space: dict[str, torch.Tensor]) -> None:
+        tensors = inputs.query, inputs.key, inputs.value, inputs.log_decay
+        self.query, self.key, self.value, self.log_decay = map(part.tokens, tensors)
+        self.low_rank_read, self.low_rank_write = (
+            None if x is None else part.tokens(x) for x in (inputs.low_rank_read, inputs.low_rank_write)
+        )
+        self.document_ids = None if inputs.document_ids is None else inputs.document_ids[part.batch]
+        self.scale, self.chunk_size, self._space = inputs.scale, inputs.chunk_size, space
         self.batch, self.length, self.heads, self.dim = self.query.shape
-        self.value_dim, self.sequences = value.shape[-1], self.batch * self.heads
-        self.has_state = initial_state is not None
+        self.value_dim, self.sequences = inputs.value.shape[-1], self.batch * self.heads
+        self.has_state = inputs.initial_state is not None
         state = self.sequences, self.dim, self.value_dim
-        self.initial = log_decay.new_zeros(state)
-        if initial_state is not None:
-            self.initial.copy_(part.states(initial_state).reshape(state))
+        self.initial = inputs.log_decay.new_zeros(state)
+        if inputs.initial_state is not None:
+            self.initial.copy_(part.states(inputs.initial_state).reshape(state))
 
     def runs(self) -> Iterator[Run]:
         """Runs of chunks that cover all tokens; what is left over makes one shorter chunk."""
@@ -146,10 +135,10 @@ class BlockedCall:
         return Documents(ids, begins, begins.cumsum(-1) == 0)
 
 
-def parts(query: torch.Tensor, value: torch.Tensor, chunk_size: int | None) -> Iterator[Part]:
+def parts(inputs: Inputs) -> Iterator[Part]:
     """Split sequences so that a chunk of each of a part stays in cache."""
-    batch, length, heads, dim = query.shape
-    of_a_chunk = min(chunk_size or CHUNK, length) * (2 * dim + value.shape[-1])
+    batch, length, heads, dim = inputs.query.shape
+    of_a_chunk = min(inputs.chunk_size or CHUNK, length) * (2 * dim + inputs.value.shape[-1])
     most = min(TOGETHER, max(1, torch.get_num_threads(), IN_CACHE // of_a_chunk))
     rows = max(1, most // heads)
     for first in range(0, batch, rows):

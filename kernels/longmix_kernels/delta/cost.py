@@ -7,19 +7,9 @@ those of products of matrices, multiply-adds counted twice, weights between toke
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-
-from longmix_kernels.linear.cost import Work
-
-
-def call_flops(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_decay: torch.Tensor, read: Any, *_: Any
-) -> int:
-    """Operations of a call by its definition: an update and a reading of the state per row, and two with a low rank."""
-    return (4 if read is None else 8) * query.numel() * value.shape[3]
-
+from longmix_kernels.cost import Work, per_row
+from longmix_kernels.delta.inputs import Inputs
 
 SPAN = 100.0
 """Largest exponent of 2 that weights of rows or columns of a chunk may have.
@@ -36,6 +26,11 @@ WIDEST = ((64, 64), (128, 32), (256, 16))
 FORWARD = ("prepare", "scan")
 BACKWARD = ("grad_scan", "grad_value", "grad_key")
 """The kernels of a call, in the order in which they run."""
+
+
+def call_flops(inputs: Inputs) -> int:
+    """Operations of a call by its definition: an update and a reading of the state per row, and two with a low rank."""
+    return (4 if inputs.low_rank_read is None else 8) * inputs.query.numel() * inputs.value.shape[3]
 
 
 def choose_chunk(
@@ -101,10 +96,7 @@ def kernel_work(setting: Setting) -> Mapping[str, Work]:
     pairs, value_pairs, through = 2 * chunk * dim, 2 * chunk * value_dim, 2 * dim * value_dim
     merges = low * 4 * chunk * chunk * int(math.log2(chunk // 16))
     moves = low * through * dim / chunk
-
-    def work(flops: float, numbers: float) -> Work:
-        return Work(setting.rows * flops, setting.rows * numbers)
-
+    work = per_row(setting.rows)
     return {
         "prepare": work(
             (4 if low else 1) * (pairs + value_pairs)

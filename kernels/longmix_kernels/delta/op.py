@@ -1,14 +1,13 @@
 """The public function of the delta rule."""
 
-from collections.abc import Callable
-
 import torch
 
 from longmix_kernels.delta import reference
 from longmix_kernels.delta.checks import TRITON_MAX_DIM, check_decay, check_inputs, check_promise, check_state
 from longmix_kernels.delta.cost import call_flops
+from longmix_kernels.delta.inputs import Inputs
 from longmix_kernels.delta.launch import KEPT, kept_by_triton
-from longmix_kernels.operators import deferred, differentiable
+from longmix_kernels.operators import implementation
 from longmix_kernels.runtime import backend_of_call
 
 BACKENDS = ("reference", "blocked", "triton")
@@ -23,9 +22,9 @@ def delta_rule(
     log_decay: torch.Tensor,
     low_rank_read: torch.Tensor | None = None,
     low_rank_write: torch.Tensor | None = None,
-    scale: float = 1.0,
     initial_state: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
+    scale: float | None = None,
     chunk_size: int | None = None,
     min_log_decay: float | None = None,
     backend: str | None = None,
@@ -46,9 +45,9 @@ def delta_rule(
         log_decay: [B, T, H, K], or [B, T, H] for all of a head, float32 (float64 with float64 inputs), at most 0.
         low_rank_read: [B, T, H, K], dtype of `query`; comes with `low_rank_write`, None for zeros.
         low_rank_write: [B, T, H, K], dtype of `query`.
-        scale: factor on the queries.
         initial_state: [B, H, K, V], before each document, dtype of `log_decay`; None for zeros.
         document_ids: int32 or int64 [B, T], non-decreasing along T; each document begins from the initial state.
+        scale: factor on the queries, K ** -0.5 by default; RWKV-7 has 1.
         chunk_size: tokens between two states that are computed; "triton" takes fewer where its registers or the decay
             ask for it. None lets the implementation choose.
         min_log_decay: a promise that no `log_decay` is smaller, by which "triton" takes longer chunks: up to 64 tokens
@@ -72,6 +71,7 @@ def delta_rule(
     check_decay(query, log_decay)
     check_state(query, value, initial_state)
     backend = backend_of_call(backend, BACKENDS, TRITON_MAX_DIM, query=query, value=value)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     if backend == "reference":
         exact = log_decay.dtype
         zeros = torch.zeros_like(query)
@@ -81,41 +81,28 @@ def delta_rule(
         write = zeros if low_rank_write is None else low_rank_write
         with torch.autocast(query.device.type, enabled=False):
             return reference.recurrent(query, key, value, log_decay, read, write, initial_state, document_ids, scale)
-    run = _triton if backend == "triton" else _blocked
     tensors = query, key, value, log_decay, low_rank_read, low_rank_write, initial_state, document_ids
-    output, state, *_ = run(*tensors, scale, chunk_size, min_log_decay)
+    output, state, *_ = _IMPLEMENTATIONS[backend](Inputs(*tensors, scale, chunk_size, min_log_decay))
     return output, state
 
 
-_INPUTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor log_decay, Tensor? low_rank_read, Tensor? low_rank_write, "
-    "Tensor? initial_state, Tensor? document_ids, float scale, int? chunk_size, "
-    "float? min_log_decay=None"
-)
+def _empty(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    batch, _, heads, dim = inputs.query.shape
+    value_dim = inputs.value.shape[-1]
+    state = inputs.query.new_empty(batch, heads, dim, value_dim, dtype=inputs.log_decay.dtype)
+    return inputs.query.new_empty(*inputs.query.shape[:3], value_dim), state
 
 
-def _engine(
-    name: str, forward: Callable[..., tuple], backward: Callable[..., tuple], keeps: Callable[..., tuple] | None = None
-) -> Callable[..., tuple]:
-    """Register an implementation.
+def _empty_and_kept(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    return *_empty(inputs), *kept_by_triton(inputs)
 
-    The forward returns output and final state, and then what it keeps for the backward: `keeps` makes that without
-    computing it, from the inputs. The backward gets the gradients of output and final state (None for zero), what was
-    kept and the inputs, and returns a gradient for each of the first seven inputs, empty where the input is None.
-    """
-    kept = 0 if keeps is None else KEPT
 
-    def empty(query, key, value, log_decay, *rest):
-        batch, _, heads, dim = query.shape
-        state = query.new_empty(batch, heads, dim, value.shape[-1], dtype=log_decay.dtype)
-        others = () if keeps is None else keeps(query, key, value, log_decay, *rest)
-        return query.new_empty(*query.shape[:3], value.shape[-1]), state, *others
-
-    return differentiable(
-        f"longmix::delta_{name}",
-        _INPUTS,
-        forward=forward,
-        backward=backward,
+# Output and final state, and from "triton" what it keeps for the backward; gradients of the first seven inputs.
+_IMPLEMENTATIONS = {
+    name: implementation(
+        "delta",
+        name,
+        Inputs,
         empty=empty,
         results=2 + kept,
         incoming=2,
@@ -123,16 +110,5 @@ def _engine(
         outgoing=7,
         flops=call_flops,
     )
-
-
-_blocked = _engine(
-    "blocked",
-    deferred("longmix_kernels.delta.blocked.blocked_forward"),
-    deferred("longmix_kernels.delta.blocked.blocked_backward"),
-)
-_triton = _engine(
-    "triton",
-    deferred("longmix_kernels.delta.triton_forward.triton_forward"),
-    deferred("longmix_kernels.delta.triton_backward.triton_backward"),
-    kept_by_triton,
-)
+    for name, empty, kept in (("blocked", _empty, 0), ("triton", _empty_and_kept, KEPT))
+}

@@ -1,27 +1,17 @@
-"""What every launch configuration compiles to, and what a call costs: `python -m longmix_kernels.delta.report`.
-
-Nothing runs and no GPU is needed. Each kernel is compiled ahead of time for each architecture of the launch table; one
-that spills, uses stack, wants more shared memory than there is, or misses `wgmma` on sm_90 where its tiles have 64 rows
-makes the command exit with 1. The costs are *estimates*, not measurements: the operations and bytes of `cost`, each
-tensor read or written once per kernel, and the least time that they take at the peak rates of an H200.
-"""
+"""What the delta kernels compile to, and what a call costs: see `longmix_kernels.report`."""
 
 import argparse
-import importlib
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from longmix_kernels.compiling import DTYPES, Compiled, as_table, compile_for, concluded, pairs
+from longmix_kernels import aot
+from longmix_kernels.cost import pass_rows
 from longmix_kernels.delta import cost, launch
+from longmix_kernels.report import read_pairs
 
 DIMS = ((64, 64), (128, 128), (256, 256))
 """Head dimensions of keys and values."""
-
-FEATURES = ("plain", "documents", "state", "documents-state")
-"""What a call has besides; "state" is an initial state."""
 
 DECAYS = ("bounded", "exact")
 """Whether a bound of the decays is promised, RWKV-7's, or none."""
@@ -29,30 +19,48 @@ DECAYS = ("bounded", "exact")
 FORMS = ("low-rank", "diagonal")
 """Transitions with low-rank reads and writes, or without."""
 
+FEATURES = ("plain", "documents", "state", "documents-state")
+"""What a call has besides; "state" is an initial state."""
+
 RWKV7 = -0.6065306597126334
 """RWKV-7's bound of the log decay."""
+
+ROWS = 8 * 4096 * 64
+"""Tokens times heads of the setting in which costs are given: RWKV-7 of width 4096, 8 sequences of 4096 tokens."""
+
+DESIGNED = {64: 5250, 32: 7200, 16: 11000}
+"""Bytes per token of a head, forward and backward with 64/64, that the design page counts, by chunk.
+
+It counts one kernel for all gradients of a chunk, and what is kept for the backward once.
+"""
+
+OTHERS = 22300
+"""The same, counted for the kernels of flash-linear-attention 0.6.0 in chunks of 64."""
+
+NOTE = (
+    f"A row is a token of a head, and times are for {ROWS} of them. The column `designed` counts one kernel for all "
+    f"gradients of a chunk; by the same count, flash-linear-attention moves {OTHERS} bytes at 64."
+)
 
 _MODULES = {"grad_scan": "scan"}
 _LOW_RANK = ("low_rank_read", "low_rank_write", "transitions", "inverses", "removed", "grad_removed")
 _LOW_RANK_GRADS = ("grad_read", "grad_write")
-_FLOAT32 = ("log_decay", "states", "kept", "initial", "final", "grad_final", "grad_states", "grad_initial")
+_STATES = ("states", "kept", "initial", "final", "grad_final", "grad_states", "grad_initial")
 
 
 @dataclass(frozen=True)
-class Build:
+class Build(aot.Build):
     """One kernel to compile.
 
     Attributes:
-        kernel: one of `launch.KERNELS`.
+        dim, value_dim: of keys and of values.
         decay: one of `DECAYS`.
+        feature: one of `FEATURES`.
         form: one of `FORMS`.
         chunk: None for that of the cost model.
         config: None for that of the launch table.
     """
 
-    kernel: str
-    architecture: int
-    dtype: str
     dim: int
     value_dim: int
     decay: str = "bounded"
@@ -61,11 +69,21 @@ class Build:
     chunk: int | None = None
     config: launch.LaunchConfig | None = None
 
+    FUNCTIONS: ClassVar = {
+        kernel: f"longmix_kernels.delta.triton_{_MODULES.get(kernel, kernel)}.{kernel}_kernel"
+        for kernel in launch.KERNELS
+    }
+    TYPES: ClassVar = {
+        **dict.fromkeys(("length", "heads"), "i32"),
+        **dict.fromkeys(("scale", "floor"), "fp32"),
+        "document_ids": "*i32",
+        **dict.fromkeys(("log_decay", "grad_log_decay", *_STATES), "*fp32"),
+    }
+
     def launch_config(self) -> launch.LaunchConfig:
         """Return the configuration to compile."""
-        config = self.config or launch.table_entry(
-            self.kernel, self.architecture, DTYPES[self.dtype], self.dim, self.value_dim
-        )
+        sizes = self.architecture, aot.DTYPES[self.dtype], self.dim, self.value_dim
+        config = self.config or launch.table_entry(self.kernel, *sizes)
         return config.within(self.chunk_size(), self.dim, self.value_dim)
 
     def chunk_size(self) -> int:
@@ -75,52 +93,34 @@ class Build:
 
     def constants(self) -> dict[str, Any]:
         """Return the compile-time arguments, of which a kernel takes those it has."""
-        config = self.launch_config()
-        documents, state = self.feature.startswith("documents"), self.feature.endswith("state")
-        constants: dict[str, Any] = {
+        absent: list[str] = []
+        if not self.feature.startswith("documents"):
+            absent += ["document_ids"]
+        if not self.feature.endswith("state"):
+            absent += ["initial", "grad_initial"]
+        if self.form == "diagonal":
+            absent += [*_LOW_RANK, *_LOW_RANK_GRADS]
+        return {
             "BOUNDED": self.decay == "bounded",
             "CHUNK": self.chunk_size(),
             "DIM": self.dim,
             "VALUE_DIM": self.value_dim,
             "PIECE": launch.piece(self.dim),
-            "PRECISION": launch.precision_of(DTYPES[self.dtype]),
+            "PRECISION": launch.precision_of(aot.DTYPES[self.dtype]),
             "UPCAST": False,
             "stride_decay_column": 1,
-            **config.tiles(),
+            **self.launch_config().tiles(),
+            **dict.fromkeys(absent),
         }
-        absent: list[str] = []
-        if not documents:
-            absent += ["document_ids"]
-        if not state:
-            absent += ["initial", "grad_initial"]
-        if self.form == "diagonal":
-            absent += [*_LOW_RANK, *_LOW_RANK_GRADS]
-        return constants | dict.fromkeys(absent)
 
-    def faults(self, compiled: Compiled) -> list[str]:
-        """Name what must not be."""
-        rows = launch.piece(self.dim) if self.kernel in launch.SCANS else self.chunk_size()
-        return compiled.faults(self, with_wgmma=rows >= 64)
+    def columns(self) -> dict[str, Any]:
+        """Return what a report says of it."""
+        head = {"dims": f"{self.dim}/{self.value_dim}", "form": self.form, "decay": self.decay}
+        return {**head, "feature": self.feature, "chunk": self.chunk_size()}
 
-
-def _kernel(name: str) -> Any:
-    module = importlib.import_module(f"longmix_kernels.delta.triton_{_MODULES.get(name, name)}")
-    return getattr(module, f"{name}_kernel")
-
-
-def compile_kernel(build: Build) -> Compiled:
-    """Compile a kernel as the launcher would for aligned tensors, and read what ptxas says about it."""
-    kernel, config = _kernel(build.kernel), build.launch_config()
-
-    def type_of(name: str) -> str:
-        if name in ("length", "heads"):
-            return "i32"
-        if name in ("scale", "floor"):
-            return "fp32"
-        float32 = name in _FLOAT32 or name == "grad_log_decay"
-        return "*i32" if name == "document_ids" else "*fp32" if float32 else f"*{build.dtype}"
-
-    return compile_for(kernel, type_of, build.constants(), build.architecture, config.options())
+    def wants_wgmma(self) -> bool:
+        """Say whether its tiles have 64 rows: tokens of a chunk, or rows of a state."""
+        return (launch.piece(self.dim) if self.kernel in launch.SCANS else self.chunk_size()) >= 64
 
 
 def table_builds(
@@ -143,93 +143,29 @@ def table_builds(
     ]
 
 
-def as_row(build: Build, compiled: Compiled) -> dict[str, Any]:
-    """Return everything known about a kernel as one flat record."""
-    return {
-        "kernel": build.kernel,
-        "arch": f"sm_{build.architecture}",
-        "dtype": build.dtype,
-        "dims": f"{build.dim}/{build.value_dim}",
-        "form": build.form,
-        "decay": build.decay,
-        "feature": build.feature,
-        "chunk": build.chunk_size(),
-        **asdict(build.launch_config()),
-        **compiled.columns(),
-        "faults": ", ".join(build.faults(compiled)),
-    }
-
-
-ROWS = 8 * 4096 * 64
-"""Tokens times heads of the setting in which costs are given: RWKV-7 of width 4096, 8 sequences of 4096 tokens."""
-
-DESIGNED = {64: 5250, 32: 7200, 16: 11000}
-"""Bytes per token of a head, forward and backward with 64/64, that the design page counts, by chunk.
-
-It counts one kernel for all gradients of a chunk, and what is kept for the backward once.
-"""
-
-OTHERS = 22300
-"""The same, counted for the kernels of flash-linear-attention 0.6.0 in chunks of 64."""
-
-
-def cost_rows() -> list[dict[str, Any]]:
-    """Return the predicted work and least time of every kernel and of whole passes."""
-    rows = []
-    for dim, value_dim, chunk in ((64, 64, 64), (64, 64, 32), (64, 64, 16), (128, 128, 32), (256, 256, 16)):
-        for form in FORMS:
-            kernels = cost.kernel_work(cost.Setting(ROWS, dim, value_dim, chunk, form == "low-rank"))
-            parts = {name: [work] for name, work in kernels.items()}
-            parts |= {
-                name: [kernels[kernel] for kernel in order]
-                for name, order in (("forward", cost.FORWARD), ("backward", cost.BACKWARD), ("both", kernels))
-            }
-            for name, works in parts.items():
-                compared = name == "both" and form == "low-rank" and dim == 64
-                rows.append(
-                    {
-                        "dims": f"{dim}/{value_dim}",
-                        "chunk": chunk,
-                        "form": form,
-                        "kernel": name,
-                        "bytes_per_row": sum(work.bytes for work in works) / ROWS,
-                        "designed": DESIGNED[chunk] if compared else "",
-                        "kflop_per_row": sum(work.flops for work in works) / ROWS / 1e3,
-                        "h200_floor_ms": sum(work.seconds for work in works) * 1e3,
-                    }
-                )
-    return rows
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Compile, print both tables, and return 1 if a kernel has a fault."""
-    parser = argparse.ArgumentParser(
-        prog="python -m longmix_kernels.delta.report", description="Compile without a GPU."
-    )
-    parser.add_argument("--arch", type=int, nargs="+", choices=launch.ARCHITECTURES, default=launch.ARCHITECTURES)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that decide what is compiled."""
     parser.add_argument("--dims", nargs="+", default=[f"{a}/{b}" for a, b in DIMS], help="head dimensions, as 64/64")
     parser.add_argument("--decay", nargs="+", choices=DECAYS, default=DECAYS)
     parser.add_argument("--form", nargs="+", choices=FORMS, default=("low-rank",), help="of transitions")
     parser.add_argument("--feature", nargs="+", choices=FEATURES, default=("plain",), help="what a call has besides")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--cost-only", action="store_true", help="compile nothing")
-    parser.add_argument("--json", type=Path, help="write the records here too")
-    options = parser.parse_args(arguments)
-    dims = pairs(parser, "--dims", options.dims, "64/64", (256, 256))
+
+
+def builds(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Build]:
+    """Return the kernels that the options ask for; the parser ends the command where they make no sense."""
+    dims = read_pairs(parser, "--dims", options.dims, "64/64", (256, 256))
+    return table_builds(options.arch, dims, options.decay, options.feature, options.form, options.dtype)
+
+
+def costs(options: argparse.Namespace | None = None) -> list[dict[str, Any]]:
+    """Return the work of every kernel and of whole passes, in the setting of RWKV-7."""
     rows = []
-    if not options.cost_only:
-        builds = table_builds(options.arch, dims, options.decay, options.feature, options.form, options.dtype)
-        rows = [as_row(build, compile_kernel(build)) for build in builds]
-        print(as_table(rows), end="\n\n")
-    costs = cost_rows()
-    print(as_table(costs))
-    print(
-        f"\nEstimates, not measurements: a row is a token of a head, and times are for {ROWS} of them at an H200's "
-        "peak rates, each tensor once per kernel; a pass is the sum of its kernels. The column `designed` counts one "
-        f"kernel for all gradients of a chunk; by the same count, flash-linear-attention moves {OTHERS} bytes at 64."
-    )
-    return concluded(rows, options.json, {"kernels": rows, "costs": costs})
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    for dim, value_dim, chunk in ((64, 64, 64), (64, 64, 32), (64, 64, 16), (128, 128, 32), (256, 256, 16)):
+        for form in FORMS:
+            kernels = cost.kernel_work(cost.Setting(ROWS, dim, value_dim, chunk, form == "low-rank"))
+            passes = pass_rows(kernels, cost.FORWARD, cost.BACKWARD, ROWS)
+            head = {"dims": f"{dim}/{value_dim}", "chunk": chunk, "form": form}
+            for kernel, columns in passes.items():
+                designed = kernel == "both" and form == "low-rank" and dim == 64
+                rows.append({**head, "kernel": kernel, **columns, "designed": DESIGNED[chunk] if designed else ""})
+    return rows

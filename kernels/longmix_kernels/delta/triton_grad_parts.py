@@ -7,12 +7,7 @@ from longmix_kernels.delta.triton_tiles import (
     load_row,
     rows_at,
 )
-from longmix_kernels.linear.triton_tiles import (
-    load_block,
-    load_block_transposed,
-    load_tile,
-    product,
-)
+from longmix_kernels.tiles import load_block, load_block_transposed, load_tile, product
 
 
 @triton.jit

@@ -23,7 +23,7 @@ from longmix_kernels.delta.triton_tiles import (
     pair_mask,
     wide_product,
 )
-from longmix_kernels.linear.triton_tiles import load_block, load_tile, product, program_head, store_tile
+from longmix_kernels.tiles import load_block, load_tile, product, program_head, store_tile
 
 
 @triton.jit(do_not_specialize=["length", "heads"])

@@ -24,15 +24,7 @@ from longmix_kernels.delta.triton_tiles import (
     pair_mask,
     wide_product,
 )
-from longmix_kernels.linear.triton_tiles import load_tile, product, program_head, store_tile
-
-
-@triton.jit
-def store_block(matrix, block, row, HEIGHT: tl.constexpr, column, WIDTH: tl.constexpr):
-    """Store a block of a contiguous matrix [HEIGHT, WIDTH], in its dtype."""
-    rows, columns = row + tl.arange(0, block.shape[0]), column + tl.arange(0, block.shape[1])
-    mask = (rows[:, None] < HEIGHT) & (columns[None, :] < WIDTH)
-    tl.store(matrix + rows[:, None] * WIDTH + columns[None, :], block.to(matrix.dtype.element_ty), mask=mask)
+from longmix_kernels.tiles import load_tile, product, program_head, store_block, store_tile
 
 
 @triton.jit(do_not_specialize=["length", "heads"])

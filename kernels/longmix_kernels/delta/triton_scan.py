@@ -12,14 +12,14 @@ keeps its block of S in float32, in one or two pieces of `PIECE` rows, and round
 import triton
 import triton.language as tl
 
-from longmix_kernels.delta.triton_prepare import store_block
-from longmix_kernels.linear.triton_tiles import (
+from longmix_kernels.tiles import (
     load_block,
     load_block_transposed,
     load_tile,
     load_tile_transposed,
     product,
     program_head,
+    store_block,
     store_tile,
 )
 

@@ -4,7 +4,7 @@ Rows of a chunk are queries q and low-rank reads a; columns are keys k and low-r
 the decays after j up to i (a read: up to i - 1), exp2(G_i - G_j) with G the sums of decays in base 2. Two ways:
 
     bounded    both sides are scaled by exp2(+-(G - G_middle)), and their products are taken at once. The caller has
-               promised a bound on the decays by which the exponents stay within +-100 (`launch.SPAN`).
+               promised a bound on the decays by which the exponents stay within +-100 (`cost.SPAN`).
                Pairs that are not seen may overflow; they are left out by selection, never by a factor of 0.
     exact      row after row, weights are products of decays: nothing is divided by, so any decay will do. 16 tokens.
 
@@ -14,7 +14,7 @@ Rows past the end of a sequence have zero keys, values and decays, and belong to
 import triton
 import triton.language as tl
 
-from longmix_kernels.linear.triton_tiles import product, tile_places
+from longmix_kernels.tiles import product, tile_places
 
 
 @triton.jit

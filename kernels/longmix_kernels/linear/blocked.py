@@ -17,52 +17,48 @@ import torch
 
 from longmix_kernels.linear.blocked_call import BlockedCall, Run, Tensors, parts
 from longmix_kernels.linear.blocked_weights import ChunkWeights
+from longmix_kernels.linear.inputs import Inputs
 
 
-def blocked_forward(*inputs) -> Tensors:
-    """Return output, final memory, normaliser and log scale, and per row the log scale and what divides it, signed.
-
-    Args:
-        inputs: query, key, value, log_decay, log_input, memory, normalizer, log_scale, document_ids, normalize, scale
-            and chunk_size, as `linear_attention` has them, None where there is none.
-    """
-    query, _, value, log_decay, *_, normalize, _, _ = inputs
+def blocked_forward(inputs: Inputs) -> Tensors:
+    """Return output, final memory, normaliser and log scale, and per row the log scale and what divides it, signed."""
+    query, value, log_decay = inputs.query, inputs.value, inputs.log_decay
     batch, _, heads, dim = query.shape
     shapes = (batch, heads, dim, value.shape[-1]), (batch, heads, dim), (batch, heads), log_decay.shape, log_decay.shape
     results = [query.new_empty(value.shape)]
-    results += [log_decay.new_empty(shape if normalize or i == 0 else 0) for i, shape in enumerate(shapes)]
+    results += [log_decay.new_empty(shape if inputs.normalize or i == 0 else 0) for i, shape in enumerate(shapes)]
     space: dict[str, torch.Tensor] = {}
     for part in parts(inputs):
         views = (part.states if 1 <= i <= 3 else part.tokens for i in range(6))
-        _forward(
-            BlockedCall(*part.inputs(inputs), space=space), *(view(x) for view, x in zip(views, results, strict=True))
-        )
+        call = BlockedCall(part.inputs(inputs), space)
+        _forward(call, *(view(x) for view, x in zip(views, results, strict=True)))
     return tuple(results)
 
 
 def blocked_backward(
+    inputs: Inputs,
     grad_output: torch.Tensor,
     grad_memory: torch.Tensor | None,
     grad_normalizer: torch.Tensor | None,
     output: torch.Tensor,
     row_scale: torch.Tensor,
     along: torch.Tensor,
-    *inputs,
 ) -> Tensors:
     """Return the gradients of the first eight inputs, empty where an input is None.
 
     Args:
+        inputs: as in the forward.
         grad_output: [B, T, H, Dv].
         grad_memory, grad_normalizer: of the final state, or None for zero.
         output, row_scale, along: the first and the last two results of the forward.
-        inputs: as there.
     """
-    query, key, value, log_decay, log_input, *state = inputs[:8]
-    grads = [x.new_empty(x.shape) for x in (query, key, value, log_decay, log_decay)]
+    tokens = inputs.query, inputs.key, inputs.value, inputs.log_decay, inputs.log_decay
+    grads = [x.new_empty(x.shape) for x in tokens]
+    state = inputs.memory, inputs.normalizer, inputs.log_scale
     grads += [grad_output.new_empty(0) if x is None else x.new_empty(x.shape) for x in state]
     space: dict[str, torch.Tensor] = {}
     for part in parts(inputs):
-        call = BlockedCall(*part.inputs(inputs), space=space)
+        call = BlockedCall(part.inputs(inputs), space)
         final = [None if x is None else part.states(x) for x in (grad_memory, grad_normalizer)]
         results = [part.tokens(x) for x in (grad_output, output, row_scale, along)]
         grad_tokens, grad_states = [part.tokens(x) for x in grads[:5]], [part.states(x) for x in grads[5:]]
@@ -71,7 +67,7 @@ def blocked_backward(
             call.split_state(grad_initial, *grad_states[:2])
         if call.has_state and call.normalize:
             grad_states[2].copy_((grad_initial * call.initial).sum((1, 2)).view(grad_states[2].shape))
-    if log_input is None:
+    if inputs.log_input is None:
         grads[4] = grad_output.new_empty(0)
     return tuple(grads)
 

@@ -1,12 +1,14 @@
 """The inputs of a blocked call: which chunks are computed together, and how tensors are brought into that form."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from math import prod
 from typing import NamedTuple, TypeVar
 
 import torch
 
 from longmix_kernels.linear.blocked_weights import LONGEST_CHUNK, ChunkWeights, InitialWeights
+from longmix_kernels.linear.inputs import Inputs
 
 Tensors = tuple[torch.Tensor, ...]
 Item = TypeVar("Item")
@@ -33,18 +35,34 @@ class Part(NamedTuple):
         """View their part of [B, H, ...], or of an empty tensor all."""
         return x[self.batch, self.heads] if x.numel() else x
 
-    def inputs(self, inputs: Sequence) -> list:
-        """Views of their part of the inputs of a call."""
-        views = [self.tokens] * 5 + [self.states] * 3 + [lambda ids: ids[self.batch]]
-        return [None if x is None else view(x) for x, view in zip(inputs, views, strict=False)] + list(inputs[9:])
+    def inputs(self, inputs: Inputs) -> Inputs:
+        """Return the inputs of a call with views of their part of its tensors."""
+
+        def tokens(x: torch.Tensor | None) -> torch.Tensor | None:
+            return None if x is None else self.tokens(x)
+
+        def states(x: torch.Tensor | None) -> torch.Tensor | None:
+            return None if x is None else self.states(x)
+
+        return replace(
+            inputs,
+            query=self.tokens(inputs.query),
+            key=self.tokens(inputs.key),
+            value=self.tokens(inputs.value),
+            log_decay=self.tokens(inputs.log_decay),
+            log_input=tokens(inputs.log_input),
+            memory=states(inputs.memory),
+            normalizer=states(inputs.normalizer),
+            log_scale=states(inputs.log_scale),
+            document_ids=None if inputs.document_ids is None else inputs.document_ids[self.batch],
+        )
 
 
-def parts(inputs: Sequence) -> Iterator[Part]:
+def parts(inputs: Inputs) -> Iterator[Part]:
     """Split batch rows and heads into parts, each small enough for a few of its chunks to stay in cache."""
-    query, chunk_size = inputs[0], inputs[-1]
-    batch, length, heads, dim = query.shape
-    of_a_token = 2 * dim + inputs[2].shape[-1]
-    of_a_sequence = CHUNKS_IN_CACHE * chunk_length(of_a_token - dim, length, chunk_size) * of_a_token
+    batch, length, heads, dim = inputs.query.shape
+    of_a_token = 2 * dim + inputs.value.shape[-1]
+    of_a_sequence = CHUNKS_IN_CACHE * chunk_length(of_a_token - dim, length, inputs.chunk_size) * of_a_token
     most = max(1, IN_CACHE * torch.get_num_threads() // of_a_sequence)
     rows, some = max(1, most // heads), min(most, heads)
     for row in range(0, batch, rows):
@@ -78,32 +96,16 @@ class BlockedCall:
     `space` is memory to compute in, which parts share: to touch new memory costs more than to compute in it.
     """
 
-    def __init__(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        log_decay: torch.Tensor,
-        log_input: torch.Tensor | None,
-        memory: torch.Tensor | None,
-        normalizer: torch.Tensor | None,
-        log_scale: torch.Tensor | None,
-        document_ids: torch.Tensor | None,
-        normalize: bool,
-        scale: float,
-        chunk_size: int | None,
-        *,
-        space: dict[str, torch.Tensor],
-    ) -> None:
-        self.query, self.key, self.value = query, key, value
-        self.log_decay, self.log_input, self.document_ids = log_decay, log_input, document_ids
-        self.normalize, self.scale, self.chunk_size = normalize, scale, chunk_size
-        self.batch, self.length, self.heads, self.dim = query.shape
-        self.value_dim, self.sequences = value.shape[-1], self.batch * self.heads
-        self.has_state = memory is not None
-        self.initial = self.join_state(memory, normalizer)
-        zero = log_decay.new_zeros(self.sequences)
-        self.initial_scale = (zero if log_scale is None else log_scale.reshape(-1)).double()
+    def __init__(self, inputs: Inputs, space: dict[str, torch.Tensor]) -> None:
+        self.query, self.key, self.value = inputs.query, inputs.key, inputs.value
+        self.log_decay, self.log_input, self.document_ids = inputs.log_decay, inputs.log_input, inputs.document_ids
+        self.normalize, self.scale, self.chunk_size = inputs.normalize, inputs.scale, inputs.chunk_size
+        self.batch, self.length, self.heads, self.dim = self.query.shape
+        self.value_dim, self.sequences = self.value.shape[-1], self.batch * self.heads
+        self.has_state = inputs.memory is not None
+        self.initial = self.join_state(inputs.memory, inputs.normalizer)
+        scale = self.log_decay.new_zeros(self.sequences) if inputs.log_scale is None else inputs.log_scale.reshape(-1)
+        self.initial_scale = scale.double()
         self.plan = self._plan()
         self._space = space
 

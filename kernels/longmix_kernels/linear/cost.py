@@ -13,38 +13,18 @@ numbers per token.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-
-# NVIDIA H200 SXM: dense bf16 tensor cores and HBM3e.
-PEAK_FLOPS = 989e12
-PEAK_BYTES = 4.8e12
-
-
-def call_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> int:
-    """Operations of a call by its definition: an update and a reading of the state per row, 2 Dk Dv each."""
-    return 4 * query.numel() * value.shape[3]
-
+from longmix_kernels.accelerators import H200
+from longmix_kernels.cost import Work, per_row
+from longmix_kernels.linear.inputs import Inputs
 
 SMALLEST_CHUNK, LONGEST_CHUNK = 16, 1024
 _TILE = 64
 
 
-@dataclass(frozen=True)
-class Work:
-    """Operations of matrix products, and bytes that have to pass between chip and memory."""
-
-    flops: float
-    bytes: float
-
-    def __add__(self, other: "Work") -> "Work":
-        return Work(self.flops + other.flops, self.bytes + other.bytes)
-
-    @property
-    def seconds(self) -> float:
-        """The least time on an H200."""
-        return max(self.flops / PEAK_FLOPS, self.bytes / PEAK_BYTES)
+def call_flops(inputs: Inputs) -> int:
+    """Operations of a call by its definition: an update and a reading of the state per row, 2 Dk Dv each."""
+    return 4 * inputs.query.numel() * inputs.value.shape[3]
 
 
 @dataclass(frozen=True)
@@ -78,10 +58,7 @@ def kernel_work(setting: Setting) -> Mapping[str, Work]:
     narrow, wide = setting.size * dim, setting.size * value_dim
     # The states, and the normalisers in float32.
     state = (memory * setting.state_size + 4 * dim * normalize) / chunk
-
-    def work(flops: float, numbers: float) -> Work:
-        return Work(setting.rows * flops, setting.rows * numbers)
-
+    work = per_row(setting.rows)
     kernels = {
         "gates": work(0, 4 * (8 + normalize)),
         "states": work(2 * memory, narrow + wide + 8 + state),
@@ -113,7 +90,7 @@ def default_chunk(dim: int, value_dim: int, length: int) -> int:
     and the next smaller power of two is taken, not above 256: published kernels were fastest at 128 to 256, below what
     their model says. With I of an H200, F = 3/4.
     """
-    intensity, visited = PEAK_FLOPS / PEAK_BYTES, 0.75
+    intensity, visited = H200.flops(2) / H200.bandwidth, 0.75
     best = math.sqrt((2 * dim * value_dim * (1 + 4 * intensity) + 5) / (visited * (2 * (dim + value_dim) + 6) + 1))
     chunk = min(max(1 << int(math.log2(best)), _TILE), 256)
     return clamp_chunk(chunk, length)

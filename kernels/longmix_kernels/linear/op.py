@@ -1,14 +1,13 @@
 """The public function of scalar-gated linear attention."""
 
-from collections.abc import Callable
-
 import torch
 
 from longmix_kernels.linear import reference
 from longmix_kernels.linear.checks import TRITON_MAX_DIM, check_gates, check_inputs, check_state
 from longmix_kernels.linear.cost import call_flops
+from longmix_kernels.linear.inputs import Inputs
 from longmix_kernels.linear.state import LinearState
-from longmix_kernels.operators import deferred, differentiable
+from longmix_kernels.operators import implementation
 from longmix_kernels.runtime import backend_of_call
 
 BACKENDS = ("reference", "blocked", "triton")
@@ -23,9 +22,9 @@ def linear_attention(
     log_decay: torch.Tensor,
     log_input: torch.Tensor | None = None,
     normalize: bool = False,
-    scale: float | None = None,
     initial_state: LinearState | None = None,
     document_ids: torch.Tensor | None = None,
+    scale: float | None = None,
     chunk_size: int | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, LinearState]:
@@ -53,9 +52,9 @@ def linear_attention(
         log_decay: [B, T, H] or [H], float32 (float64 with float64 inputs), at most 0.
         log_input: [B, T, H], same dtype as `log_decay`; None for 0. Without `normalize` at most 0 is safe, with it any.
         normalize: divide by the normaliser, and keep the state in a running scale so that nothing overflows.
-        scale: factor on the queries, Dk ** -0.5 by default.
         initial_state: before each document; None for zeros.
         document_ids: int32 or int64 [B, T], non-decreasing along T; each document begins from the initial state.
+        scale: factor on the queries, Dk ** -0.5 by default.
         chunk_size: tokens between two states that are computed; None lets the implementation choose.
         backend: "reference" (token by token), "blocked" (chunks, in torch) or "triton" (the same on a CUDA device, no
             float64, Dk and Dv up to 512). None picks "triton" where it covers the call on a CUDA device, and "blocked"
@@ -79,11 +78,11 @@ def linear_attention(
         gate = torch.zeros_like(log_decay) if log_input is None else log_input
         with torch.autocast(query.device.type, enabled=False):
             return reference.recurrent(query, key, value, log_decay, gate, state, document_ids, normalize, scale)
-    run = _triton if backend == "triton" else _blocked
     memory, normalizer, log_scale = initial_state or (None, None, None)
-    gates = log_decay, log_input
-    results = run(query, key, value, *gates, memory, normalizer, log_scale, document_ids, normalize, scale, chunk_size)
-    output, memory, normalizer, log_scale = results[:4]
+    tensors = query, key, value, log_decay, log_input, memory, normalizer, log_scale, document_ids
+    output, memory, normalizer, log_scale, *_ = _IMPLEMENTATIONS[backend](
+        Inputs(*tensors, normalize, scale, chunk_size)
+    )
     return output, LinearState(memory, normalizer, log_scale) if normalize else LinearState(memory)
 
 
@@ -97,49 +96,31 @@ def zero_state(query: torch.Tensor, value: torch.Tensor, normalize: bool) -> Lin
     return LinearState(memory, memory.new_zeros(batch, heads, dim), memory.new_zeros(batch, heads))
 
 
-_INPUTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor log_decay, Tensor? log_input, Tensor? memory, Tensor? normalizer, "
-    "Tensor? log_scale, Tensor? document_ids, bool normalize, float scale, int? chunk_size"
-)
+def _empty(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    """Output, final state, and per row the log scale and denominator that the backward wants.
 
-
-def _engine(name: str, forward: Callable[..., tuple], backward: Callable[..., tuple]) -> Callable[..., tuple]:
-    """Register an implementation.
-
-    The forward returns the output, the final state (empty tensors for what there is not), and per row the log scale
-    and denominator [B, T, H] that the backward wants (empty without `normalize`). The backward returns one gradient for
-    each of the first eight inputs, empty where the input is None.
+    Without `normalize`, all but output and memory are empty.
     """
+    query, value_dim = inputs.query, inputs.value.shape[-1]
+    batch, length, heads, dim = query.shape
+    exact = torch.promote_types(query.dtype, torch.float32)
+    shapes = [(batch, heads, dim), (batch, heads), (batch, length, heads), (batch, length, heads)]
+    others = [query.new_empty(shape if inputs.normalize else (0,), dtype=exact) for shape in shapes]
+    final = query.new_empty(batch, heads, dim, value_dim, dtype=exact)
+    return query.new_empty(*query.shape[:3], value_dim), final, *others
 
-    def empty(query, key, value, log_decay, log_input, memory, normalizer, log_scale, document_ids, normalize, *rest):
-        batch, length, heads, dim = query.shape
-        exact = torch.promote_types(query.dtype, torch.float32)
-        shapes = [(batch, heads, dim), (batch, heads), (batch, length, heads), (batch, length, heads)]
-        others = [query.new_empty(shape if normalize else (0,), dtype=exact) for shape in shapes]
-        final = query.new_empty(batch, heads, dim, value.shape[-1], dtype=exact)
-        return query.new_empty(*query.shape[:3], value.shape[-1]), final, *others
 
-    return differentiable(
-        f"longmix::linear_{name}",
-        _INPUTS,
-        forward=forward,
-        backward=backward,
-        empty=empty,
+_IMPLEMENTATIONS = {
+    name: implementation(
+        "linear",
+        name,
+        Inputs,
+        empty=_empty,
         results=6,
         incoming=3,
         saved=(0, 4, 5),
         outgoing=8,
         flops=call_flops,
     )
-
-
-_blocked = _engine(
-    "blocked",
-    deferred("longmix_kernels.linear.blocked.blocked_forward"),
-    deferred("longmix_kernels.linear.blocked.blocked_backward"),
-)
-_triton = _engine(
-    "triton",
-    deferred("longmix_kernels.linear.triton_forward.triton_forward"),
-    deferred("longmix_kernels.linear.triton_backward.triton_backward"),
-)
+    for name in ("blocked", "triton")
+}

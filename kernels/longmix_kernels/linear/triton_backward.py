@@ -21,13 +21,15 @@ import torch
 import triton
 import triton.language as tl
 
-from longmix_kernels.linear.launch import Call, launch_config, on_device, unit_stride
+from longmix_kernels.launch import contiguous, given, strides, unit_stride
+from longmix_kernels.linear.inputs import Inputs
+from longmix_kernels.linear.launch import Call
 from longmix_kernels.linear.triton_forward import compute_gates, compute_states
 from longmix_kernels.linear.triton_gates import grad_gates_kernel
 from longmix_kernels.linear.triton_grad_key_value import grad_key_value_kernel
 from longmix_kernels.linear.triton_grad_query import grad_query_kernel
 from longmix_kernels.linear.triton_states import grad_states_kernel
-from longmix_kernels.linear.triton_tiles import load_tile, program_head
+from longmix_kernels.tiles import load_tile, program_head
 
 
 @triton.jit(do_not_specialize=["length", "heads"])
@@ -76,180 +78,147 @@ def grad_rows_kernel(
 
 
 def triton_backward(
+    inputs: Inputs,
     grad_output: torch.Tensor,
     grad_memory: torch.Tensor | None,
     grad_normalizer: torch.Tensor | None,
     output: torch.Tensor,
     row_log_scale: torch.Tensor,
     denominator: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    log_decay: torch.Tensor,
-    log_input: torch.Tensor | None,
-    memory: torch.Tensor | None,
-    normalizer: torch.Tensor | None,
-    log_scale: torch.Tensor | None,
-    document_ids: torch.Tensor | None,
-    normalize: bool,
-    scale: float,
-    chunk_size: int | None,
 ) -> tuple[torch.Tensor, ...]:
-    """Return the gradients of the eight differentiable inputs, in their shapes and dtypes; empty for those of None.
+    """Return the gradients of the eight differentiable inputs, in their shapes and dtypes; empty for an input of None.
 
     Args:
+        inputs: as in the forward.
         grad_output: [B, T, H, Dv].
         grad_memory: float32 [B, H, Dk, Dv], of the final state, or None for zero.
         grad_normalizer: float32 [B, H, Dk], likewise.
         output, row_log_scale, denominator: what the forward returned.
-        query, key, value, log_decay, log_input, memory, normalizer, log_scale, document_ids, normalize, scale,
-            chunk_size: as in the forward.
     """
-    call = Call(
-        query,
-        key,
-        value,
-        log_decay,
-        log_input,
-        memory,
-        normalizer,
-        log_scale,
-        document_ids,
-        normalize,
-        scale,
-        chunk_size,
-    )
-    output, grad_output = (unit_stride(x.to(query.dtype)) for x in (output, grad_output))
-    grad_memory, grad_normalizer = (None if x is None else x.contiguous() for x in (grad_memory, grad_normalizer))
+    call = Call(inputs)
+    output, grad_output = (unit_stride(x.to(call.query.dtype)) for x in (output, grad_output))
+    grad_memory, grad_normalizer = contiguous(grad_memory, grad_normalizer)
     has_final = grad_memory is not None or grad_normalizer is not None
-    with on_device(call.query):
-        gates = compute_gates(call, row_log_scale.contiguous() if normalize else None)
-        row_whole, row_rest, column_whole, column_rest, read, write = gates.unbind()
-        grad_rest, grad_read, delta = row_rest, read, None
-        if normalize:
-            grad_rest, grad_read, delta = gates.new_empty(3, *row_rest.shape).unbind()
-            config = launch_config("grad_rows", call)
-            grad_rows_kernel[(triton.cdiv(call.length, config.rows) * call.batch * call.heads,)](
-                output,
-                grad_output,
-                row_log_scale,
-                denominator,
-                row_rest,
-                read,
-                grad_rest,
-                grad_read,
-                delta,
-                call.length,
-                call.heads,
-                *call.strides(output, grad_output),
-                VALUE_DIM=call.value_dim,
-                ROWS=config.rows,
-                BLOCK=config.block,
-                **config.options(),
-            )
-        states, normalizers, final_memory, final_normalizer = compute_states(call, gates, with_final=has_final)
-        grad_states, grad_normalizers = call.new_states()
-        grad_initial = None if memory is None else gates.new_empty(memory.shape)
-        grad_initial_normalizer = None if normalizer is None else gates.new_empty(normalizer.shape)
-        config = launch_config("grad_states", call)
-        grad_states_kernel[(call.state_programs(config),)](
-            call.query,
+    gates = compute_gates(call, row_log_scale.contiguous() if call.normalize else None)
+    row_whole, row_rest, column_whole, column_rest, read, write = gates.unbind()
+    grad_rest, grad_read, delta = row_rest, read, None
+    if call.normalize:
+        grad_rest, grad_read, delta = gates.new_empty(3, *row_rest.shape).unbind()
+        call.launch(
+            "grad_rows",
+            grad_rows_kernel,
+            output,
             grad_output,
-            call.document_ids,
-            grad_memory,
-            grad_normalizer,
+            row_log_scale,
+            denominator,
+            row_rest,
             read,
+            grad_rest,
             grad_read,
             delta,
-            grad_states,
-            grad_normalizers,
-            grad_initial,
-            grad_initial_normalizer,
-            call.scale,
             call.length,
             call.heads,
-            *call.strides(call.query, grad_output),
-            INITIAL=memory is not None,
-            **call.state_constants(config),
+            *strides(output, grad_output),
         )
-        grads = [x.new_empty(x.shape) for x in (call.query, call.key, call.value)]
-        query_sum, key_sum = gates.new_empty(2, *row_rest.shape).unbind()
-        constants = call.constants()
-        strides = call.strides(call.query, call.key, call.value, grad_output)
-        config = launch_config("grad_query", call)
-        grad_query_kernel[(triton.cdiv(call.length, config.rows) * call.batch * call.heads,)](
+    states, normalizers, final_memory, final_normalizer = compute_states(call, gates, with_final=has_final)
+    grad_states, grad_normalizers = call.new_states()
+    grad_initial, grad_initial_normalizer = (
+        None if x is None else gates.new_empty(x.shape) for x in (call.memory, call.normalizer)
+    )
+    call.launch(
+        "grad_states",
+        grad_states_kernel,
+        call.query,
+        grad_output,
+        call.document_ids,
+        grad_memory,
+        grad_normalizer,
+        read,
+        grad_read,
+        delta,
+        grad_states,
+        grad_normalizers,
+        grad_initial,
+        grad_initial_normalizer,
+        call.scale,
+        call.length,
+        call.heads,
+        *strides(call.query, grad_output),
+    )
+    grads = [x.new_empty(x.shape) for x in (call.query, call.key, call.value)]
+    query_sum, key_sum = gates.new_empty(2, *row_rest.shape).unbind()
+    of_inputs = strides(call.query, call.key, call.value, grad_output)
+    call.launch(
+        "grad_query",
+        grad_query_kernel,
+        call.query,
+        call.key,
+        call.value,
+        grad_output,
+        call.document_ids,
+        call.memory,
+        call.normalizer,
+        states,
+        normalizers,
+        row_whole,
+        grad_rest,
+        column_whole,
+        column_rest,
+        grad_read,
+        delta,
+        grads[0],
+        query_sum,
+        call.scale,
+        call.length,
+        call.heads,
+        *of_inputs,
+    )
+    both = (grads[1], grads[2], key_sum)
+    apart = (grads[1], None, key_sum), (None, grads[2], None)
+    for wanted in (both,) if call.config("grad_key_value").fused else apart:
+        call.launch(
+            "grad_key_value",
+            grad_key_value_kernel,
             call.query,
             call.key,
             call.value,
             grad_output,
             call.document_ids,
-            call.memory,
-            call.normalizer,
-            states,
-            normalizers,
+            grad_states,
+            grad_normalizers,
             row_whole,
             grad_rest,
             column_whole,
             column_rest,
-            grad_read,
+            write,
             delta,
-            grads[0],
-            query_sum,
+            *wanted,
             call.scale,
             call.length,
             call.heads,
-            *strides,
-            **constants,
-            **config.tiles(),
-            **config.options(),
+            *of_inputs,
         )
-        constants.pop("INITIAL")
-        config = launch_config("grad_key_value", call)
-        both = (grads[1], grads[2], key_sum)
-        for wanted in (both,) if config.fused else ((grads[1], None, key_sum), (None, grads[2], None)):
-            grad_key_value_kernel[(triton.cdiv(call.length, config.keys) * call.batch * call.heads,)](
-                call.query,
-                call.key,
-                call.value,
-                grad_output,
-                call.document_ids,
-                grad_states,
-                grad_normalizers,
-                row_whole,
-                grad_rest,
-                column_whole,
-                column_rest,
-                write,
-                delta,
-                *wanted,
-                call.scale,
-                call.length,
-                call.heads,
-                *strides,
-                **constants,
-                **config.tiles(),
-                **config.options(),
-            )
-        # <C_T, dC_T> + <n_T, dn_T>, and the same of the initial state, which is what a log scale's gradient is.
-        final_sum = inner(final_memory, grad_memory, final_normalizer, grad_normalizer) if has_final else None
-        grad_log_decay = gates.new_empty(log_decay.shape)
-        grad_log_input = None if log_input is None else gates.new_empty(log_input.shape)
-        config = launch_config("grad_gates", call)
-        grad_gates_kernel[(call.batch * call.heads,)](
-            query_sum,
-            key_sum,
-            final_sum,
-            call.document_ids,
-            grad_log_decay,
-            grad_log_input,
-            call.length,
-            call.heads,
-            ROWS=config.rows,
-            **config.options(),
-        )
-    grad_log_scale = None if log_scale is None else inner(memory, grad_initial, normalizer, grad_initial_normalizer)
+    # <C_T, dC_T> + <n_T, dn_T>, and the same of the initial state, which is what a log scale's gradient is.
+    final_sum = inner(final_memory, grad_memory, final_normalizer, grad_normalizer) if has_final else None
+    grad_log_decay = gates.new_empty(call.log_decay.shape)
+    grad_log_input = None if call.log_input is None else gates.new_empty(call.log_input.shape)
+    call.launch(
+        "grad_gates",
+        grad_gates_kernel,
+        query_sum,
+        key_sum,
+        final_sum,
+        call.document_ids,
+        grad_log_decay,
+        grad_log_input,
+        call.length,
+        call.heads,
+    )
+    grad_log_scale = None
+    if call.log_scale is not None:
+        grad_log_scale = inner(call.memory, grad_initial, call.normalizer, grad_initial_normalizer)
     others = grad_log_input, grad_initial, grad_initial_normalizer, grad_log_scale
-    return *grads, grad_log_decay, *(grad_output.new_empty(0) if x is None else x for x in others)
+    return *grads, grad_log_decay, *given(grad_output, *others)
 
 
 def inner(

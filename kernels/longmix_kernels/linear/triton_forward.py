@@ -14,17 +14,13 @@ import torch
 import triton
 import triton.language as tl
 
-from longmix_kernels.linear.launch import Call, launch_config, on_device
+from longmix_kernels.launch import given, strides
+from longmix_kernels.linear.inputs import Inputs
+from longmix_kernels.linear.launch import Call
 from longmix_kernels.linear.triton_gates import gates_kernel, scales_kernel
 from longmix_kernels.linear.triton_states import states_kernel
-from longmix_kernels.linear.triton_tiles import (
-    load_block,
-    load_tile,
-    pair_weights,
-    product,
-    program_head,
-    store_tile,
-)
+from longmix_kernels.linear.triton_weights import pair_weights
+from longmix_kernels.tiles import load_block, load_tile, product, program_head, store_tile
 
 
 @triton.jit(do_not_specialize=["length", "heads"])
@@ -182,8 +178,9 @@ def output_kernel(
 def compute_gates(call: Call, row_log_scale: torch.Tensor | None) -> torch.Tensor:
     """Return what gates contribute to weights, six float32 vectors [6, B, H, T]; see `gates_kernel`."""
     gates = call.query.new_empty(6, call.batch, call.heads, call.length, dtype=torch.float32)
-    config = launch_config("gates", call)
-    gates_kernel[(call.chunks * call.batch * call.heads,)](
+    call.launch(
+        "gates",
+        gates_kernel,
         call.log_decay,
         call.log_input,
         call.document_ids,
@@ -192,11 +189,7 @@ def compute_gates(call: Call, row_log_scale: torch.Tensor | None) -> torch.Tenso
         *gates.unbind(),
         call.length,
         call.heads,
-        *call.gate_strides(),
-        NORMALIZE=call.normalize,
-        INITIAL=call.memory is not None,
-        CHUNK=call.chunk,
-        **config.options(),
+        *strides(call.log_decay, call.log_input),
     )
     return gates
 
@@ -216,8 +209,9 @@ def compute_states(
         final_memory = call.query.new_empty(call.batch, call.heads, call.dim, call.value_dim, dtype=torch.float32)
         if call.normalize:
             final_normalizer = final_memory.new_empty(call.batch, call.heads, call.dim)
-    config = launch_config("states", call)
-    states_kernel[(call.state_programs(config),)](
+    call.launch(
+        "states",
+        states_kernel,
         call.key,
         call.value,
         call.document_ids,
@@ -231,96 +225,59 @@ def compute_states(
         final_normalizer,
         call.length,
         call.heads,
-        *call.strides(call.key, call.value),
-        **call.state_constants(config),
+        *strides(call.key, call.value),
     )
     return states, normalizers, final_memory, final_normalizer
 
 
-def triton_forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    log_decay: torch.Tensor,
-    log_input: torch.Tensor | None,
-    memory: torch.Tensor | None,
-    normalizer: torch.Tensor | None,
-    log_scale: torch.Tensor | None,
-    document_ids: torch.Tensor | None,
-    normalize: bool,
-    scale: float,
-    chunk_size: int | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute linear attention, with the arguments of `linear_attention` and the initial state taken apart.
+def triton_forward(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    """Compute linear attention; no float64, head dimensions up to 512.
 
     Returns:
         The output [B, T, H, Dv]; the final memory, normaliser and log scale; and for the backward the log scale of each
-        row in base 2 and its denominator, float32 [B, T, H]. What there is only with `normalize` is empty without.
+        row in base 2 and its denominator, float32 [B, T, H]. Without `normalize`, all but the first two are empty.
     """
-    call = Call(
-        query,
-        key,
-        value,
-        log_decay,
-        log_input,
-        memory,
-        normalizer,
-        log_scale,
-        document_ids,
-        normalize,
-        scale,
-        chunk_size,
-    )
+    call = Call(inputs)
     output = call.query.new_empty(call.batch, call.length, call.heads, call.value_dim)
     row_log_scale = denominator = final_log_scale = None
-    if normalize:
+    if call.normalize:
         row_log_scale = call.query.new_empty(call.batch, call.length, call.heads, dtype=torch.float32)
         denominator = call.query.new_empty(call.batch, call.length, call.heads, dtype=torch.float32)
         final_log_scale = call.query.new_empty(call.batch, call.heads, dtype=torch.float32)
-    with on_device(call.query):
-        if normalize:
-            config = launch_config("scales", call)
-            scales_kernel[(call.batch * call.heads,)](
-                call.log_decay,
-                call.log_input,
-                call.document_ids,
-                call.log_scale,
-                row_log_scale,
-                final_log_scale,
-                call.length,
-                call.heads,
-                *call.gate_strides(),
-                ROWS=config.rows,
-                **config.options(),
-            )
-        gates = compute_gates(call, row_log_scale)
-        states, normalizers, final_memory, final_normalizer = compute_states(call, gates, with_final=True)
-        config = launch_config("output", call)
-        output_kernel[(triton.cdiv(call.length, config.rows) * call.batch * call.heads,)](
-            call.query,
-            call.key,
-            call.value,
+        call.launch(
+            "scales",
+            scales_kernel,
+            call.log_decay,
+            call.log_input,
             call.document_ids,
-            call.memory,
-            call.normalizer,
-            states,
-            normalizers,
-            *gates[:5].unbind(),
+            call.log_scale,
             row_log_scale,
-            output,
-            denominator,
-            call.scale,
+            final_log_scale,
             call.length,
             call.heads,
-            *call.strides(call.query, call.key, call.value),
-            **call.constants(),
-            **config.tiles(),
-            **config.options(),
+            *strides(call.log_decay, call.log_input),
         )
-    assert final_memory is not None
-
-    def given(x: torch.Tensor | None) -> torch.Tensor:
-        return query.new_empty(0, dtype=torch.float32) if x is None else x
-
-    kept = given(row_log_scale), given(denominator)
-    return output, final_memory, given(final_normalizer), given(final_log_scale), *kept
+    gates = compute_gates(call, row_log_scale)
+    states, normalizers, final_memory, final_normalizer = compute_states(call, gates, with_final=True)
+    call.launch(
+        "output",
+        output_kernel,
+        call.query,
+        call.key,
+        call.value,
+        call.document_ids,
+        call.memory,
+        call.normalizer,
+        states,
+        normalizers,
+        *gates[:5].unbind(),
+        row_log_scale,
+        output,
+        denominator,
+        call.scale,
+        call.length,
+        call.heads,
+        *strides(call.query, call.key, call.value),
+    )
+    results = final_memory, final_normalizer, final_log_scale, row_log_scale, denominator
+    return output, *given(gates, *results)

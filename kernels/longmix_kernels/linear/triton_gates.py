@@ -17,7 +17,8 @@ exp2(m_t) is exact, and it needs no scores: max-plus sums of the gates alone giv
 import triton
 import triton.language as tl
 
-from longmix_kernels.linear.triton_tiles import program_head, to_base_2, to_fixed, to_float, whole_and_rest
+from longmix_kernels.linear.triton_weights import to_base_2, to_fixed, to_float, whole_and_rest
+from longmix_kernels.tiles import program_head
 
 # Added to the path of a first token, so that nothing from before it can be the largest.
 _CUT = tl.constexpr(-1e30)

@@ -3,14 +3,8 @@
 import triton
 import triton.language as tl
 
-from longmix_kernels.linear.triton_tiles import (
-    load_block_transposed,
-    load_tile,
-    pair_weights,
-    product,
-    program_head,
-    store_tile,
-)
+from longmix_kernels.linear.triton_weights import pair_weights
+from longmix_kernels.tiles import load_block_transposed, load_tile, product, program_head, store_tile
 
 
 @triton.jit(do_not_specialize=["length", "heads"])

@@ -13,7 +13,7 @@ where a document that begins puts the initial state in the place of C_in, and ta
 import triton
 import triton.language as tl
 
-from longmix_kernels.linear.triton_tiles import load_tile, load_tile_transposed, product, program_head
+from longmix_kernels.tiles import load_tile, load_tile_transposed, product, program_head
 
 
 @triton.jit(do_not_specialize=["length", "heads"])

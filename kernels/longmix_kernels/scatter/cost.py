@@ -7,36 +7,37 @@ counted twice. A token here is a token of a query head, and a key head has `grou
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from longmix_kernels.flop_formulas import has_values
-from longmix_kernels.linear.cost import Work
+from longmix_kernels.cost import Work, per_row
+from longmix_kernels.runtime import has_values
 from longmix_kernels.scatter.bounds import exact_bounds
+from longmix_kernels.scatter.inputs import Inputs
 
 FORWARD = ("exact", "sums", "scan", "merge")
 BACKWARD = ("exact_backward", "sums_again", "scan_again", "grad_query", "grad_sums", "grad_scan", "grad_key")
 """The kernels of a call, in the order in which they run; those of the exact part are the attention engine's."""
 
 
-def call_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, features: Any, *rest: Any) -> int:
+def call_flops(inputs: Inputs) -> int:
     """Operations of a call by its definition.
 
     2 (D + Dv) for every exact pair; for every row that has keys far away, sums over keys and their reading by queries.
     """
-    *_, document_ids, block_size, past_blocks, _scale = rest
-    batch, queries, heads, dim = query.shape
-    if document_ids is not None and not has_values(document_ids):
-        document_ids = None
-    device = torch.device("cpu") if document_ids is None else document_ids.device
-    first, lo, hi = exact_bounds(document_ids, queries, key.shape[1], block_size, past_blocks, device)
+    batch, queries, heads, dim = inputs.query.shape
+    keys, key_heads, value_dim = inputs.value.shape[1:]
+    ids = inputs.document_ids
+    if ids is not None and not has_values(ids):
+        ids = None
+    device = torch.device("cpu") if ids is None else ids.device
+    first, lo, hi = exact_bounds(ids, queries, keys, inputs.block_size, inputs.past_blocks, device)
     rows = batch // lo.shape[0]
-    pairs = 2 * (dim + value.shape[3]) * heads * rows * int((hi - lo).sum())
-    if features is None:
+    pairs = 2 * (dim + value_dim) * heads * rows * int((hi - lo).sum())
+    if inputs.query_features is None:
         return pairs
     far = rows * int((lo > first).sum())
-    return pairs + 2 * far * (heads + key.shape[2]) * features.shape[3] * (value.shape[3] + 1)
+    return pairs + 2 * far * (heads + key_heads) * inputs.query_features.shape[3] * (value_dim + 1)
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,7 @@ def kernel_work(setting: Setting) -> Mapping[str, Work]:
     seen = setting.past_blocks * setting.block_size + (setting.block_size + 1) / 2
     products = 2 * seen * (setting.dim + setting.value_dim)
     through = 2 * setting.features * setting.value_dim
-
-    def work(flops: float, numbers: float) -> Work:
-        return Work(setting.rows * flops, setting.rows * numbers)
-
+    work = per_row(setting.rows)
     scan = work(0, 2 * sums)
     key_sums = work(share * through, share * (logs + wide) + sums)
     return {
@@ -109,10 +107,7 @@ def blocked_work(setting: Setting) -> Mapping[str, Work]:
     share = 1 / setting.group
     sums = share * 4 * setting.features * (setting.value_dim + 2) / setting.block_size
     through = 2 * setting.features * (setting.value_dim + 1)
-
-    def work(flops: float, numbers: float) -> Work:
-        return Work(setting.rows * flops, setting.rows * numbers)
-
+    work = per_row(setting.rows)
     # Key sums: features copied, maximum, difference, exponential, product; values copied and padded. Then each block's
     # sums are added to a total (read, read, written) and copied.
     key_sums = work(share * through, share * (9 * logs + kept + 5 * wide) + 6 * sums)

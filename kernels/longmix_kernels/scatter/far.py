@@ -5,13 +5,14 @@ With rows r_j = [v_j, 1] a scan over blocks gives, entering each block of querie
 scale is the largest logarithm that entered: one key at least then counts with weight 1, and none with more.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
 from longmix_kernels.scatter.bounds import Span
+from longmix_kernels.scatter.inputs import Inputs
 from longmix_kernels.scatter.state import lowest
 
 Sums = tuple[torch.Tensor, torch.Tensor]
@@ -68,11 +69,13 @@ class FarSpan:
 
     Args:
         span: the document.
-        inputs: of the call, see `blocked.blocked_forward`.
+        inputs: of the call.
     """
 
-    def __init__(self, span: Span, inputs: Sequence) -> None:
-        _, _, value, query_features, key_features, memory, normalizer, log_scale, _, block_size, past_blocks, _ = inputs
+    def __init__(self, span: Span, inputs: Inputs) -> None:
+        value, query_features, key_features = inputs.value, inputs.query_features, inputs.key_features
+        block_size, past_blocks = inputs.block_size, inputs.past_blocks
+        assert query_features is not None and key_features is not None
         self.value, self.query_features, self.key_features = value, query_features, key_features
         self.exact = query_features.dtype
         self.batch, self.past_blocks = span.batch, past_blocks
@@ -89,8 +92,9 @@ class FarSpan:
         self.empty = nothing, key_features.new_zeros(shape)
         self.initial: Sums | None = None
         if span.with_state:
-            sums = torch.cat([memory[span.batch], normalizer[span.batch].unsqueeze(-1)], -1)
-            self.initial = log_scale[span.batch].flatten(0, 1), sums.flatten(0, 1)
+            state = inputs.memory, inputs.normalizer, inputs.log_scale
+            memory, normalizer, log_scale = (x[span.batch].flatten(0, 1) for x in state if x is not None)
+            self.initial = log_scale, torch.cat([memory, normalizer.unsqueeze(-1)], -1)
         in_cache = IN_CACHE * torch.get_num_threads() // (shape[0] * block_size * sum(shape[1:]))
         self.at_a_time = max(1, in_cache if value.device.type == "cpu" else blocks)
 

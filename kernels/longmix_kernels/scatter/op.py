@@ -1,15 +1,15 @@
 """The public function of block-local attention with far keys through features."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from longmix_kernels.attention.checks import TRITON_MAX_DIM, check_inputs
-from longmix_kernels.operators import deferred, differentiable
+from longmix_kernels.operators import implementation
 from longmix_kernels.runtime import backend_of_call, check_chunks
 from longmix_kernels.scatter import checks
 from longmix_kernels.scatter.cost import call_flops
+from longmix_kernels.scatter.inputs import Inputs
 from longmix_kernels.scatter.reference import scatter_reference
 from longmix_kernels.scatter.state import FeatureState
 
@@ -86,44 +86,31 @@ def scatter_attention(
     tensors, sizes = (query, key, value, query_features, key_features), (block_size, past_blocks, scale)
     if backend == "reference":
         with torch.autocast(query.device.type, enabled=False):
-            found = scatter_reference(*tensors, initial_state, document_ids, *sizes)
+            output, logsumexp, exact_logsumexp = scatter_reference(*tensors, initial_state, document_ids, *sizes)
     else:
-        run = _triton if backend == "triton" else _blocked
-        found = run(*tensors, *(initial_state or (None, None, None)), document_ids, *sizes)
-    output, logsumexp, exact_logsumexp = found
+        memory, normalizer, log_scale = initial_state or (None, None, None)
+        inputs = Inputs(*tensors, memory, normalizer, log_scale, document_ids, *sizes)
+        output, logsumexp, exact_logsumexp = _IMPLEMENTATIONS[backend](inputs)
     return ScatterResult(output, logsumexp, exact_logsumexp.detach())
 
 
-def _engine(name: str, forward: Callable[..., tuple], backward: Callable[..., tuple]) -> Callable[..., tuple]:
-    """Register an implementation; the backward returns one gradient for each of the first eight inputs."""
+def _empty(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    query, exact = inputs.query, torch.promote_types(inputs.query.dtype, torch.float32)
+    rows = [query.new_empty(query.shape[:3], dtype=exact) for _ in range(2)]
+    return query.new_empty(*query.shape[:3], inputs.value.shape[3]), *rows
 
-    def empty(query, key, value, *rest):
-        exact = torch.promote_types(query.dtype, torch.float32)
-        rows = [query.new_empty(query.shape[:3], dtype=exact) for _ in range(2)]
-        return query.new_empty(*query.shape[:3], value.shape[3]), *rows
 
-    return differentiable(
-        f"longmix::scatter_{name}",
-        "Tensor query, Tensor key, Tensor value, Tensor? query_features, Tensor? key_features, Tensor? memory, "
-        "Tensor? normalizer, Tensor? log_scale, Tensor? document_ids, int block_size, int past_blocks, float scale",
-        forward=forward,
-        backward=backward,
-        empty=empty,
+_IMPLEMENTATIONS = {
+    name: implementation(
+        "scatter",
+        name,
+        Inputs,
+        empty=_empty,
         results=3,
         incoming=2,
         saved=(0, 1),
         outgoing=8,
         flops=call_flops,
     )
-
-
-_blocked = _engine(
-    "blocked",
-    deferred("longmix_kernels.scatter.blocked.blocked_forward"),
-    deferred("longmix_kernels.scatter.blocked.blocked_backward"),
-)
-_triton = _engine(
-    "triton",
-    deferred("longmix_kernels.scatter.triton_forward.triton_forward"),
-    deferred("longmix_kernels.scatter.triton_backward.triton_backward"),
-)
+    for name in ("blocked", "triton")
+}

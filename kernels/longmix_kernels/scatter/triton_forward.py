@@ -5,68 +5,60 @@ numbers and two logsumexps per row pass through memory once more than in one ker
 twice. Sums over far keys are taken of all blocks at once and then carried from block to block.
 """
 
-from collections.abc import Sequence
-
 import torch
 
+from longmix_kernels.attention.inputs import Inputs as ExactInputs
 from longmix_kernels.attention.pattern import Pattern
 from longmix_kernels.attention.triton_forward import triton_forward as exact_forward
+from longmix_kernels.launch import strides
 from longmix_kernels.scatter.bounds import exact_bounds
-from longmix_kernels.scatter.launch import Call, launch_config, on_device, strides
+from longmix_kernels.scatter.inputs import Inputs
+from longmix_kernels.scatter.launch import Call
 from longmix_kernels.scatter.triton_merge import merge_kernel
 from longmix_kernels.scatter.triton_scan import scan_kernel
 from longmix_kernels.scatter.triton_sums import sums_kernel
 
 
-def triton_forward(*inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute attention, as `blocked.blocked_forward` does; no float64, head dimensions up to 256."""
-    query, key, value = inputs[:3]
-    output, exact_logsumexp = exact_forward(query, key, value, exact_pattern(inputs), inputs[-1])
+def triton_forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return output, logsumexp and the logsumexp of the exact part; no float64, head dimensions up to 256."""
+    output, exact_logsumexp = exact_forward(exact_inputs(inputs))
     logsumexp = exact_logsumexp.clone()
-    if not has_far_keys(inputs):
+    if not inputs.has_far_keys():
         return output, logsumexp, exact_logsumexp
-    call = Call(*inputs)
-    with on_device(call.value):
-        sums = entering_sums(call)
-        config = launch_config("merge", call)
-        row_tiles, value_tiles = call.row_tiles(config), -(-call.value_dim // config.values)
-        merge_kernel[(call.slots * row_tiles * value_tiles * call.batch * call.heads,)](
-            call.blocks,
-            call.query_features,
-            *sums,
-            exact_logsumexp,
-            logsumexp,
-            output,
-            row_tiles,
-            call.slots,
-            call.heads,
-            call.group,
-            call.queries,
-            call.stride_blocks,
-            *strides(call.query_features),
-            **call.product_constants(config),
-        )
+    call = Call(inputs)
+    call.launch(
+        "merge",
+        merge_kernel,
+        call.blocks,
+        call.query_features,
+        *entering_sums(call),
+        exact_logsumexp,
+        logsumexp,
+        output,
+        call.row_tiles("merge"),
+        call.slots,
+        call.heads,
+        call.group,
+        call.queries,
+        call.stride_blocks,
+        *strides(call.query_features),
+    )
     return output, logsumexp, exact_logsumexp
 
 
-def exact_pattern(inputs: Sequence) -> Pattern:
-    """Return which keys are seen exactly."""
-    query, key, *_, document_ids, block_size, past_blocks, _ = inputs
-    sizes = query.shape[1], key.shape[1], block_size, past_blocks
-    return Pattern(exact_bounds(document_ids, *sizes, query.device)[1], None)
-
-
-def has_far_keys(inputs: Sequence) -> bool:
-    """Say whether a query can see a key, or an initial state, through features."""
-    _, key, _, features, _, memory, *_, block_size, past_blocks, _ = inputs
-    return features is not None and (memory is not None or key.shape[1] > (past_blocks + 1) * block_size)
+def exact_inputs(inputs: Inputs) -> ExactInputs:
+    """Return the part of a call that the attention engine does: `hi` has a closed form."""
+    queries, keys, device = inputs.query.shape[1], inputs.key.shape[1], inputs.query.device
+    _, lo, _ = exact_bounds(inputs.document_ids, queries, keys, inputs.block_size, inputs.past_blocks, device)
+    return ExactInputs(inputs.query, inputs.key, inputs.value, Pattern(lo, None), inputs.scale)
 
 
 def entering_sums(call: Call) -> list[torch.Tensor]:
     """Return scales, total weights and sums of the far keys of every block that has any."""
     scales, weights, sums = found = call.new_sums()
-    config = launch_config("sums", call)
-    sums_kernel[call.sums_programs(config)](
+    call.launch(
+        "sums",
+        sums_kernel,
         call.blocks,
         call.key_features,
         call.value,
@@ -83,20 +75,17 @@ def entering_sums(call: Call) -> list[torch.Tensor]:
         call.keys,
         call.stride_blocks,
         *strides(call.key_features, call.value),
-        **call.product_constants(config),
     )
-    config = launch_config("scan", call)
-    scan_kernel[call.scan_programs(config)](
+    call.launch(
+        "scan",
+        scan_kernel,
         call.blocks,
-        scales,
-        weights,
-        sums,
+        *found,
         call.memory,
         call.normalizer,
         call.log_scale,
         call.slots,
         call.key_heads,
         call.stride_blocks,
-        **call.constants(config),
     )
     return found

@@ -9,7 +9,6 @@ d_a = h_a / W_a and the weights p_ja = phi_a(k_j) W_a,
 import triton
 import triton.language as tl
 
-from longmix_kernels.linear.triton_tiles import load_tile, product, program_head, store_tile
 from longmix_kernels.scatter.triton_tiles import (
     LOWEST,
     load_averages,
@@ -17,6 +16,7 @@ from longmix_kernels.scatter.triton_tiles import (
     load_logs,
     load_slot,
 )
+from longmix_kernels.tiles import load_tile, product, program_head, store_tile
 
 
 @triton.jit(do_not_specialize=["row_tiles", "block_size", "slots", "heads", "keys", "stride_blocks"])

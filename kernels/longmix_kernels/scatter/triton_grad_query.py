@@ -6,8 +6,8 @@ D_i = o_i . dO_i - dL_i        dlog phi_a(q_i) = exp(t_ia - L_i) (dO_i . u_a - D
 import triton
 import triton.language as tl
 
-from longmix_kernels.linear.triton_tiles import load_tile, product, program_head, store_tile
 from longmix_kernels.scatter.triton_tiles import load_averages_transposed, load_logs, load_slot
+from longmix_kernels.tiles import load_tile, product, program_head, store_tile
 
 
 @triton.jit(do_not_specialize=["row_tiles", "slots", "heads", "group", "queries", "stride_blocks"])

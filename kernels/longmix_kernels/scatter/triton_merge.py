@@ -7,8 +7,8 @@ o = exp(L_exact - L) o_exact + sum_a exp(t_ia - L) u_a
 import triton
 import triton.language as tl
 
-from longmix_kernels.linear.triton_tiles import load_tile, product, program_head, store_tile
 from longmix_kernels.scatter.triton_tiles import LOWEST, load_averages, load_logs, load_slot
+from longmix_kernels.tiles import load_tile, product, program_head, store_tile
 
 
 @triton.jit(do_not_specialize=["row_tiles", "slots", "heads", "group", "queries", "stride_blocks"])

@@ -9,8 +9,8 @@ one program only.
 import triton
 import triton.language as tl
 
-from longmix_kernels.linear.triton_tiles import program_head
 from longmix_kernels.scatter.triton_tiles import LOWEST, load_slot
+from longmix_kernels.tiles import program_head
 
 
 @triton.jit

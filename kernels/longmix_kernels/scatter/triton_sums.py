@@ -10,9 +10,8 @@ and its queries to what later keys are seen by. Rows are multiplied by weights o
 import triton
 import triton.language as tl
 
-from longmix_kernels.delta.triton_prepare import store_block
-from longmix_kernels.linear.triton_tiles import load_tile, load_tile_transposed, product, program_head
 from longmix_kernels.scatter.triton_tiles import LOWEST, load_slot
+from longmix_kernels.tiles import load_tile, load_tile_transposed, product, program_head, store_block
 
 
 @triton.jit(do_not_specialize=["block_size", "slots", "heads", "group", "length", "stride_blocks"])

@@ -8,7 +8,7 @@ average is no larger than a row, and so in half precision does not overflow howe
 import triton
 import triton.language as tl
 
-from longmix_kernels.linear.triton_tiles import load_block, load_block_transposed
+from longmix_kernels.tiles import load_block, load_block_transposed
 
 LOWEST = tl.constexpr(-4e37)
 """The logarithm of nothing: finite, as are sums of a few, so that differences of such are no NaN."""

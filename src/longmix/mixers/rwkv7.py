@@ -186,6 +186,7 @@ class RWKV7(RecurrentMixer):
                 log_decay=log_decay,
                 low_rank_read=read,
                 low_rank_write=write,
+                scale=1.0,
                 initial_state=initial,
                 document_ids=ids,
                 min_log_decay=-DECAY_LIMIT,

@@ -31,8 +31,7 @@ from longmix.mixers.parts.scatterbrain_summaries import GONE, Part
 from longmix.mixers.parts.softmax import Rows, Selection
 from longmix.mixers.scatterbrain import Scatterbrain, ScatterbrainOptions
 from longmix_kernels.attention import attention, order_by_label
-from longmix_kernels.scatter import FeatureState
-from longmix_kernels.scatter.bounds import exact_bounds
+from longmix_kernels.scatter import FeatureState, exact_bounds
 
 
 class ScatterbrainContent(Scatterbrain):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longmix.distributed.slices import Slices
-from longmix_kernels.launching import replaced
+from longmix_kernels.launch import replaced
 
 
 def gpu_functions() -> contextlib.AbstractContextManager[None]:

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from longmix_kernels.attention import order_by_label
 from longmix_kernels.attention.blocked import blocked_backward, blocked_forward
 from longmix_kernels.attention.bounds import row_bounds
+from longmix_kernels.attention.inputs import Inputs
 from longmix_kernels.attention.panels import FLASH, MATMUL, PanelMath, _row_folds
 from longmix_kernels.attention.pattern import Pattern
 from longmix_kernels.attention.reference import attention_reference
@@ -45,9 +46,9 @@ def expected_results(case: Case, dtype: torch.dtype, through_logsumexp: bool) ->
 def blocked_results(case: Case, dtype: torch.dtype, math: PanelMath, through_logsumexp: bool) -> list[torch.Tensor]:
     tensors, pattern, scale = case.inputs(dtype)
     tensors = [x.detach() for x in tensors]
-    output, logsumexp = blocked_forward(*tensors, pattern, scale, math)
+    output, logsumexp = blocked_forward(Inputs(*tensors, pattern, scale), math)
     grad_output, grad_logsumexp = (None if x is None else x.to(dtype) for x in incoming(case, through_logsumexp))
-    grads = blocked_backward(grad_output, grad_logsumexp, *tensors, pattern, output, logsumexp, scale, math)
+    grads = blocked_backward(Inputs(*tensors, pattern, scale), grad_output, grad_logsumexp, output, logsumexp, math)
     return [output, logsumexp, *grads]
 
 
@@ -114,10 +115,9 @@ def test_packed_documents_equal_each_document_alone(math):
         own = slice(start, start + length)
         query, key, value = (x.detach()[:, own] for x in tensors)
         pattern = Pattern(*row_bounds(length, length))
-        output, logsumexp = blocked_forward(query, key, value, pattern, scale, math)
-        grads = blocked_backward(
-            grad_output[:, own], grad_logsumexp[:, own], query, key, value, pattern, output, logsumexp, scale, math
-        )
+        inputs = Inputs(query, key, value, pattern, scale)
+        output, logsumexp = blocked_forward(inputs, math)
+        grads = blocked_backward(inputs, grad_output[:, own], grad_logsumexp[:, own], output, logsumexp, math)
         for name, alone, together in zip(RESULTS, (output, logsumexp, *grads), packed, strict=True):
             assert_close(together[:, own], alone, TOLERANCE[torch.float64], f"{name} of the document at {start}")
         start += length
@@ -129,12 +129,12 @@ def test_later_tokens_change_nothing_before_them(bounds, math):
     case = Case("causality", bounds, queries=300, batch=1)
     tensors, pattern, scale = case.inputs(torch.float32)
     query, key, value = (x.detach() for x in tensors)
-    before = blocked_forward(query, key, value, pattern, scale, math)
+    before = blocked_forward(Inputs(query, key, value, pattern, scale), math)
     for token in (1, 120, 299):
         changed = [x.clone() for x in (query, key, value)]
         for x in changed:
             x[:, token:] = 1e6 * torch.randn_like(x[:, token:])
-        after = blocked_forward(*changed, pattern, scale, math)
+        after = blocked_forward(Inputs(*changed, pattern, scale), math)
         for old, new in zip(before, after, strict=True):
             assert torch.equal(old[:, :token], new[:, :token])
             assert not torch.equal(old[:, token], new[:, token])
@@ -145,14 +145,14 @@ def test_rows_that_see_nothing_ignore_the_gradients_they_receive(math):
     case = Case("empty", ragged(sparse=True), batch=1)
     tensors, pattern, scale = case.inputs(torch.float64)
     tensors = [x.detach() for x in tensors]
-    output, logsumexp = blocked_forward(*tensors, pattern, scale, math)
+    output, logsumexp = blocked_forward(Inputs(*tensors, pattern, scale), math)
     grad_output, grad_logsumexp = incoming(case, True)
     empty = logsumexp.isneginf()
     assert empty.any() and not empty.all() and not output[empty].any()
-    wanted = blocked_backward(grad_output, grad_logsumexp, *tensors, pattern, output, logsumexp, scale, math)
+    wanted = blocked_backward(Inputs(*tensors, pattern, scale), grad_output, grad_logsumexp, output, logsumexp, math)
     grad_logsumexp = grad_logsumexp.masked_fill(empty, torch.nan)
     grad_output = grad_output.masked_fill(empty.unsqueeze(-1), 1e30)
-    grads = blocked_backward(grad_output, grad_logsumexp, *tensors, pattern, output, logsumexp, scale, math)
+    grads = blocked_backward(Inputs(*tensors, pattern, scale), grad_output, grad_logsumexp, output, logsumexp, math)
     assert not grads[0][empty].any()
     for grad, want in zip(grads, wanted, strict=True):
         assert torch.equal(grad, want)
@@ -191,8 +191,8 @@ def test_no_tensor_grows_with_the_square_of_the_length(make, math):
         query, key, value = (torch.randn(1, length, 1, 8) for _ in range(3))
         pattern = make(length)
         with LargestTensor() as largest:
-            output, logsumexp = blocked_forward(query, key, value, pattern, 0.3, math)
-            blocked_backward(output, logsumexp, query, key, value, pattern, output, logsumexp, 0.3, math)
+            output, logsumexp = blocked_forward(Inputs(query, key, value, pattern, 0.3), math)
+            blocked_backward(Inputs(query, key, value, pattern, 0.3), output, logsumexp, output, logsumexp, math)
         of_a_panel = math.sizes.rows * max(math.sizes.masked_keys, math.sizes.repeated_keys)
         assert 8 * length <= largest.elements <= of_a_panel + 16 * length < length * length // 4
 
@@ -206,8 +206,8 @@ def test_a_call_leaves_no_tensor_behind(make):
     gc.disable()
     try:
         before = sum(type(x) is torch.Tensor for x in gc.get_objects())
-        output, logsumexp = blocked_forward(query, key, value, pattern, 0.3)
-        blocked_backward(output, logsumexp, query, key, value, pattern, output, logsumexp, 0.3)
+        output, logsumexp = blocked_forward(Inputs(query, key, value, pattern, 0.3))
+        blocked_backward(Inputs(query, key, value, pattern, 0.3), output, logsumexp, output, logsumexp)
         del output, logsumexp
         after = sum(type(x) is torch.Tensor for x in gc.get_objects())
     finally:
@@ -243,8 +243,8 @@ def test_work_outside_the_bounds_is_skipped(bounds, waste, math):
     tensors, pattern, scale = case.inputs(torch.float32)
     tensors = [x.detach() for x in tensors]
     math, scores = counted(math)
-    output, logsumexp = blocked_forward(*tensors, pattern, scale, math)
-    blocked_backward(output, logsumexp, *tensors, pattern, output, logsumexp, scale, math)
+    output, logsumexp = blocked_forward(Inputs(*tensors, pattern, scale), math)
+    blocked_backward(Inputs(*tensors, pattern, scale), output, logsumexp, output, logsumexp, math)
     lo, hi = pattern.bounds()
     needed = 2 * int((hi - lo).sum())
     rows = 2 * case.queries
@@ -264,10 +264,10 @@ def test_heads_with_equal_bounds_share_their_panels():
 
     spying = FLASH._replace(forward=forward)
     shared = Pattern(*(x[:1] for x in pattern.bounds()))
-    blocked_forward(*tensors, shared, scale, spying)
+    blocked_forward(Inputs(*tensors, shared, scale), spying)
     assert shapes == [(3, 4)]
     shapes.clear()
-    blocked_forward(*tensors, pattern, scale, spying)
+    blocked_forward(Inputs(*tensors, pattern, scale), spying)
     assert shapes == [(1, 4)] * 3
 
 

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longmix_kernels.attention import attention, blocked, butterfly_blocks, row_bounds, sink_and_local_blocks
+from longmix_kernels.attention.inputs import Inputs
 from longmix_kernels.attention.panels import MATMUL
 
 CASE = Case("op", built([40, 30], window=20), heads=4, value_dim=24)
@@ -181,14 +182,13 @@ OPERATOR_CASES = ["causal-T17", "documents-gqa-v48", "ragged-empty-rows", "permu
 def test_operators_are_registered_correctly(name, dtype):
     case = next(case for case in CASES if case.name == name)
     inputs, pattern, scale = case.inputs(dtype)
-    flat = pattern.flat()
-    torch.library.opcheck(torch.ops.longmix.attention_blocked.default, (*inputs, *flat, scale))
-    inputs = [x.detach() for x in inputs]
-    output, logsumexp = torch.ops.longmix.attention_blocked(*inputs, *flat, scale)
+    torch.library.opcheck(torch.ops.longmix.attention_blocked.default, Inputs(*inputs, pattern, scale).flat())
+    flat = Inputs(*(x.detach() for x in inputs), pattern, scale).flat()
+    output, logsumexp = torch.ops.longmix.attention_blocked(*flat)
     for grad_logsumexp in (None, torch.ones_like(logsumexp)):
         torch.library.opcheck(
             torch.ops.longmix.attention_blocked_backward.default,
-            (torch.ones_like(output), grad_logsumexp, output, logsumexp, *inputs, *flat, scale),
+            (torch.ones_like(output), grad_logsumexp, output, logsumexp, *flat),
         )
 
 

@@ -221,9 +221,9 @@ def test_without_a_gradient_of_the_logsumexp():
 def test_any_tile_sizes(tiles):
     config = launch.LaunchConfig(*tiles, warps=1, stages=1)
     with (
-        launch.overridden("forward", config),
-        launch.overridden("grad_query", config),
-        launch.overridden("grad_key_value", config),
+        launch.TABLE.override("forward", config),
+        launch.TABLE.override("grad_query", config),
+        launch.TABLE.override("grad_key_value", config),
     ):
         compare(shape("ragged", ragged(), queries=130), {})
         compare(shape("window", queries=130), {"window": 70})

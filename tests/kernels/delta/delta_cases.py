@@ -75,10 +75,10 @@ class Case:
 
 
 def call(function, case: Case, inputs: dict[str, torch.Tensor | None], **options) -> list[torch.Tensor]:
-    """Call `delta_rule` and return output and final state."""
+    """Call `delta_rule`, with RWKV-7's scale unless there is another, and return output and final state."""
     query, key, value = (inputs[name] for name in INPUTS[:3])
     others = {name: inputs[name] for name in INPUTS[3:]}
-    options = {"document_ids": case.document_ids(), "chunk_size": case.chunk_size, **options}
+    options = {"document_ids": case.document_ids(), "chunk_size": case.chunk_size, "scale": 1.0, **options}
     return list(function(query, key, value, **others, **options))
 
 

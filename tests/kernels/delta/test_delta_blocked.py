@@ -9,6 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from longmix_kernels.delta import blocked_call, blocked_weights, delta_rule
+from longmix_kernels.delta.blocked import blocked_backward, blocked_forward
+from longmix_kernels.delta.inputs import Inputs
 
 every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=("float64", "float32"))
 
@@ -198,15 +200,13 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("decay", [FASTEST_DECAY, -5.0])
 def test_no_tensor_is_larger_than_an_input_or_a_run(decay):
-    from longmix_kernels.delta.blocked import blocked_backward, blocked_forward
-
     for length in (4096, 16384):
         tensors = [torch.randn(1, length, 2, 16) for _ in range(3)]
         low_rank = [0.1 * torch.randn(1, length, 2, 16) for _ in range(2)]
-        inputs = *tensors, torch.full((1, length, 2, 16), decay), *low_rank, None, None, 1.0, None
+        inputs = Inputs(*tensors, torch.full((1, length, 2, 16), decay), *low_rank, None, None, 1.0, None)
         with LargestTensor() as largest:
-            output, state = blocked_forward(*inputs)
-            blocked_backward(output, state, *inputs)
+            output, state = blocked_forward(inputs)
+            blocked_backward(inputs, output, state)
         assert largest.elements <= max(32 * length, 4 * blocked_call.IN_CACHE)
 
 

@@ -101,5 +101,5 @@ def test_writing_what_was_read_replaces_it():
     torch.manual_seed(0)
     key, value = F.normalize(torch.randn(1, 20, 1, 8, dtype=torch.float64), dim=-1), torch.randn(1, 20, 1, 4).double()
     decay = torch.zeros(1, 20, 1, dtype=torch.float64)
-    options = {"log_decay": decay, "low_rank_read": -key, "low_rank_write": key, "backend": "reference"}
+    options = {"log_decay": decay, "low_rank_read": -key, "low_rank_write": key, "scale": 1.0, "backend": "reference"}
     assert_close(delta_rule(key, key, value, **options)[0], value, 1e-13, "output")

@@ -1,78 +1,24 @@
 """The Triton backend as the public function sees it; and the interpreter tests, in a process of their own."""
 
 import math
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from delta_cases import FASTEST_DECAY, INPUTS, Case, call
+from engine_contract import assert_passes_in_the_interpreter
 
 from longmix_kernels.delta import cost, delta_rule, launch
-
-HERE = Path(__file__).parent
-
-
-def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=HERE,
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=550,
-    )
+from longmix_kernels.delta.inputs import Inputs
 
 
 def call_of(dim: int = 16, value_dim: int = 16, length: int = 20, chunk_size=None, bound=FASTEST_DECAY) -> launch.Call:
     query, value = torch.zeros(1, length, 2, dim), torch.zeros(1, length, 2, value_dim)
-    return launch.Call(query, query, value, query, None, None, None, None, 1.0, chunk_size, bound)
+    return launch.Call(Inputs(query, query, value, query, None, None, None, None, 1.0, chunk_size, bound))
 
 
 def test_interpreter_matches_reference():
-    """Rung 3: a whole test file in a process that has TRITON_INTERPRET=1 from the start."""
-    file = "test_delta_triton_interpreted.py"
-    done = run_python("-m", "pytest", "-q", "-rfEs", "-p", "no:cacheprovider", file, TRITON_INTERPRET="1")
-    summary = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr
-    print(f"interpreter: {summary}")
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", summary)
-    assert passed is not None and int(passed[1]) >= 50
-    assert "skipped" not in summary
-
-
-def test_importing_the_engine_does_not_import_triton():
-    code = (
-        "import sys; sys.modules['triton'] = None\n"
-        "import torch\n"
-        "from longmix_kernels.delta import launch, delta_rule\n"
-        "x = torch.ones(1, 4, 1, 8)\n"
-        "delta_rule(x, x, x, log_decay=torch.zeros(1, 4, 1))\n"
-        "try: delta_rule(x, x, x, log_decay=torch.zeros(1, 4, 1), backend='triton')\n"
-        "except ValueError as error: print(error)\n"
-    )
-    done = run_python("-c", code)
-    assert done.returncode == 0, done.stderr
-    assert "backend='triton' got tensors on cpu" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("dtype", "dims", "message"),
-    [
-        (torch.float64, (16, 16), r"got query of dtype torch.float64; allowed are torch.float16, torch.b"),
-        (torch.float32, (257, 16), r"got query with head dimension 257; allowed are 1 to 256"),
-        (torch.float32, (16, 300), r"got value with head dimension 300; allowed are 1 to 256"),
-    ],
-    ids=["float64", "query-257", "value-300"],
-)
-def test_what_is_not_covered_is_refused(dtype, dims, message):
-    query, value = (torch.zeros(1, 20, 2, dim, dtype=dtype) for dim in dims)
-    decay = torch.zeros(1, 20, 2, dtype=torch.promote_types(dtype, torch.float32))
-    with pytest.raises(ValueError, match=message):
-        delta_rule(query, query, value, log_decay=decay, backend="triton")
+    assert_passes_in_the_interpreter(Path(__file__).with_name("test_delta_triton_interpreted.py"), at_least=50)
 
 
 @pytest.mark.parametrize("bound", [0.1, -math.inf, math.nan])
@@ -147,30 +93,8 @@ def test_chunks_follow_from_the_promise(dims, length, bound, wish, expected):
         assert cost.exponent(expected[0], bound) <= cost.SPAN
 
 
-def test_every_architecture_has_every_entry():
-    for kernel in launch.KERNELS:
-        for architecture in launch.ARCHITECTURES:
-            for size in (2, 4):
-                for width in launch.WIDTHS:
-                    config = launch.TABLE[kernel, architecture, size, width]
-                    assert launch.table_entry(kernel, architecture, size, width, 16) is config
-                    assert launch.table_entry(kernel, architecture + 6, size, 16, width - 1) is config
-
-
 @pytest.mark.parametrize(
     ("dim", "block"), [(1, 16), (16, 16), (48, 64), (64, 64), (80, 32), (96, 32), (100, 64), (144, 32), (256, 64)]
 )
 def test_blocks_waste_no_more_than_they_must(dim, block):
     assert launch.fit(64, dim) == block
-
-
-def test_an_override_ends_with_its_context():
-    config = launch.LaunchConfig(16, 16, 1, 1)
-    call = call_of()
-    default = launch.launch_config("prepare", call)
-    with launch.overridden("prepare", config), launch.overridden("prepare", default):
-        assert launch.launch_config("prepare", call) == default
-    assert launch.launch_config("prepare", call) == default
-    with launch.overridden("prepare", config):
-        assert launch.launch_config("prepare", call) == config
-        assert launch.launch_config("scan", call) != config or default == config

@@ -14,6 +14,7 @@ from delta_cases import FASTEST_DECAY, INPUTS, Case, assert_close, call, gradien
 from guarded import beside, guarded_buffers, surrounded
 
 from longmix_kernels.delta import delta_rule, launch
+from longmix_kernels.delta.inputs import Inputs
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in a process of its own")
 
@@ -121,7 +122,7 @@ def test_the_longest_chunks_at_their_bound(bound, chunk):
     """Every decay is as fast as promised: the largest exponents that there can be."""
     case = small("bound", length=70, documents=(40,))
     ours, _ = prepared(case, lambda x: torch.full_like(x, bound))
-    assert launch.Call(*ours.values(), None, 1.0, None, bound).chunk == chunk
+    assert launch.Call(Inputs(*ours.values(), None, 1.0, None, bound)).chunk == chunk
     compare(case, bound, lambda x: torch.full_like(x, bound))
 
 
@@ -152,7 +153,7 @@ def test_any_tile_sizes(tiles):
     config = launch.LaunchConfig(*tiles, warps=1, stages=1)
     with ExitStack() as stack:
         for kernel in launch.KERNELS:
-            stack.enter_context(launch.overridden(kernel, config))
+            stack.enter_context(launch.TABLE.override(kernel, config))
         compare(small("bounded", length=70, dim=48, value_dim=80, documents=(20, 30)), FASTEST_DECAY)
         compare(small("exact", length=12, dim=40, value_dim=20, documents=(7,)), None)
 
@@ -193,7 +194,7 @@ def test_one_decay_a_head_is_read_without_a_copy_and_ids_may_be_large():
     ours, exact = prepared(case)
     expanded = ours["log_decay"].unsqueeze(-1).expand(-1, -1, -1, case.dim)
     tensors = [expanded if name == "log_decay" else ours[name] for name in INPUTS]
-    assert launch.Call(*tensors, None, 1.0, None, -1.0).log_decay.data_ptr() == ours["log_decay"].data_ptr()
+    assert launch.Call(Inputs(*tensors, None, 1.0, None, -1.0)).log_decay.data_ptr() == ours["log_decay"].data_ptr()
     ids = ((torch.arange(case.length) >= 25) * 2**40).view(1, -1)
     options = {"document_ids": ids, "min_log_decay": FASTEST_DECAY}
     found, expected = (

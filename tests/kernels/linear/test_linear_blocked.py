@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from longmix_kernels.linear import LinearState, blocked, blocked_call, linear_attention
+from longmix_kernels.linear.inputs import Inputs
 
 MORE = [
     *(
@@ -304,10 +305,10 @@ def test_what_is_computed_in_does_not_grow_with_the_length(normalize, chunk_size
     for length in (4096, 16384):
         query, key, value = (torch.randn(1, length, 1, 4) for _ in range(3))
         gate = torch.full((1, length, 1), -0.1)
-        inputs = query, key, value, gate, gate, None, None, None, None, normalize, 0.5, chunk_size
+        inputs = Inputs(query, key, value, gate, gate, None, None, None, None, normalize, 0.5, chunk_size)
         with LargestTensor() as largest:
-            output, _, _, _, *rows = blocked.blocked_forward(*inputs)
-            blocked.blocked_backward(output, None, None, output, *rows, *inputs)
+            output, _, _, _, *rows = blocked.blocked_forward(inputs)
+            blocked.blocked_backward(inputs, output, None, None, output, *rows)
         of_a_run = 2**17 if chunk_size is None else 2**21
         assert 4 * length <= largest.elements <= max(4 * length, of_a_run) < length * length // 4
 

@@ -190,7 +190,7 @@ def test_the_first_token_outweighs_all_later_ones():
     def strengthen(made: dict) -> None:
         made["log_input"][:, 0] += 110.0
 
-    with launch.overridden("scales", replace(launch.OTHERS["scales"], rows=16)):
+    with launch.TABLE.override("scales", replace(launch.TABLE.interpreted["scales"], rows=16)):
         results, expected = both(
             small("first", Positive, length=40, chunk_size=16, with_state=False), change=strengthen
         )
@@ -251,9 +251,9 @@ def test_any_tile_sizes(tiles, fused):
     config = launch.LaunchConfig(*tiles, warps=1, stages=1, fused=fused)
     with ExitStack() as stack:
         for kernel in launch.TILED:
-            stack.enter_context(launch.overridden(kernel, config))
+            stack.enter_context(launch.TABLE.override(kernel, config))
         for kernel in ("scales", "grad_rows", "grad_gates"):
-            stack.enter_context(launch.overridden(kernel, replace(config, rows=32)))
+            stack.enter_context(launch.TABLE.override(kernel, replace(config, rows=32)))
         compare(small("exp", length=100, dim=24, value_dim=40, documents=(50, 40), chunk_size=64))
         compare(small("sig", length=100, dim=40, value_dim=24, chunk_size=64, **SIG))
 

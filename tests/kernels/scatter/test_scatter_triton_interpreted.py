@@ -190,7 +190,7 @@ def test_any_tile_sizes(tiles):
     config, scan = launch.LaunchConfig(*tiles, warps=1, stages=1), launch.LaunchConfig(0, 4, 0, 1, 2)
     with ExitStack() as stack:
         for kernel in launch.KERNELS:
-            stack.enter_context(launch.overridden(kernel, scan if kernel in launch.SCANS else config))
+            stack.enter_context(launch.TABLE.override(kernel, scan if kernel in launch.SCANS else config))
         sizes = {"features": 20, "value_dim": 20, "block_size": 20, "past_blocks": 0}
         compare(small("tiles", length=45, with_state=True, documents=(41,), **sizes))
 

@@ -1,11 +1,8 @@
-"""What the linear-attention kernels do with a tile: loads, stores, exact sums of gates, and the weights between tokens.
+"""What the Triton kernels of all engines do with a tile: which one a program is for, loads, stores and products.
 
-A head dimension is taken in two powers of two, `*_MAIN` columns and then `*_REST` (see `split_dim`). Only columns past
-the true dimension are masked. Rows are masked everywhere, since with chunks most tiles lie on an edge.
-
-Logarithms are in base 2. Sums of them are whole multiples of 2 ** -32 in int64, so that they are exact: a gate is held
-to +-8192, and the 1024 of a chunk add up to less than 2 ** 23. As float32 a sum is a pair of whole number and rest in
-[0, 1], whose differences are as exact as the rests.
+A tile is some rows of one head's matrix [T, WIDTH]; a block is a part of a contiguous matrix, such as a state. Rows are
+masked everywhere, since with chunks most tiles lie on an edge; columns are masked only where a tile reaches past the
+true dimension. This module imports Triton, so only modules named `triton_*` import it.
 """
 
 import triton
@@ -80,6 +77,14 @@ def load_block_transposed(
 
 
 @triton.jit
+def store_block(matrix, block, row, HEIGHT: tl.constexpr, column, WIDTH: tl.constexpr):
+    """Store a block of a contiguous matrix [HEIGHT, WIDTH], in its dtype."""
+    rows, columns = row + tl.arange(0, block.shape[0]), column + tl.arange(0, block.shape[1])
+    mask = (rows[:, None] < HEIGHT) & (columns[None, :] < WIDTH)
+    tl.store(matrix + rows[:, None] * WIDTH + columns[None, :], block.to(matrix.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def product(a, b, total, UPCAST: tl.constexpr):
     """Return total + a b in float32; float32 operands are not rounded to TF32.
 
@@ -88,35 +93,3 @@ def product(a, b, total, UPCAST: tl.constexpr):
     if UPCAST:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, total, input_precision="ieee")
-
-
-@triton.jit
-def to_base_2(gate):
-    """A natural logarithm in base 2, held to +-8192: past that every weight is 0 or without meaning."""
-    return tl.minimum(tl.maximum(gate * 1.4426950408889634, -8192.0), 8192.0)
-
-
-@triton.jit
-def to_fixed(x):
-    """float32 to multiples of 2 ** -32."""
-    return (x * 4294967296.0).to(tl.int64)
-
-
-@triton.jit
-def to_float(fixed):
-    """Multiples of 2 ** -32 to float32, rounded once."""
-    return fixed.to(tl.float32) * 2.3283064365386963e-10
-
-
-@triton.jit
-def whole_and_rest(fixed):
-    """Multiples of 2 ** -32 as two float32: a whole number, exact below 2 ** 24, and a rest in [0, 1]."""
-    whole = fixed >> 32
-    return whole.to(tl.float32), to_float(fixed - (whole << 32))
-
-
-@triton.jit
-def pair_weights(row_whole, row_rest, column_whole, column_rest, visible):
-    """Weights [rows, columns] from the vectors of both, already spread; 0 where not visible."""
-    weights = tl.exp2((row_whole + column_whole) + (row_rest + column_rest))
-    return tl.where(visible, weights, 0.0)

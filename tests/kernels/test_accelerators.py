@@ -1,6 +1,6 @@
 import pytest
 
-from longmix.accelerators import ACCELERATORS, by_driver_name, by_word
+from longmix_kernels.accelerators import ACCELERATORS, by_driver_name, by_word
 
 DRIVER_NAMES = {
     "NVIDIA GB200": "GB200",

@@ -1,0 +1,144 @@
+"""What attention costs by its mathematics. Estimates; nothing here is measured.
+
+Per pair of a query and a key, the forward multiplies D + Dv columns, the gradient of queries 2 D + Dv and that of keys
+and values 2 (D + Dv). Every tensor is read or written once per kernel; all else stays on the chip.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from longmix_kernels.attention.bounds import row_bounds
+from longmix_kernels.attention.inputs import Inputs
+from longmix_kernels.attention.launch import LaunchConfig
+from longmix_kernels.attention.pattern import Pattern
+from longmix_kernels.cost import Work
+from longmix_kernels.runtime import has_values
+
+FORWARD = ("forward",)
+BACKWARD = ("grad_query", "grad_key_value")
+"""The kernels of a call, in the order in which they run."""
+
+# What each kernel reads or writes per row: matrices of D and of Dv columns, and float32 numbers; and which of these
+# would be copied to put rows in order.
+_MOVED = {"forward": (2, 2, 1), "grad_query": (3, 3, 4), "grad_key_value": (3, 3, 2)}
+_COPIED = {"forward": (2, 2, 1), "grad_query": (3, 3, 2), "grad_key_value": (1, 1, 0)}
+
+
+def call_flops(inputs: Inputs) -> int:
+    """Operations of a call by its definition: 2 (D + Dv) for every pair of a query and a key that it sees."""
+    columns = inputs.query.shape[3] + inputs.value.shape[3]
+    return 2 * columns * visible_pairs(inputs.query, inputs.key, inputs.pattern)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A causal call [B, T, H, D] with as many key heads, `rows` being B T H.
+
+    Attributes:
+        rows: tokens times heads.
+        length: T.
+        dim, value_dim: of keys and of values.
+        size: bytes of a number of query, key and value.
+        permuted: whether rows are taken in an order of their own, in the kernels.
+    """
+
+    rows: int
+    length: int
+    dim: int
+    value_dim: int
+    size: int = 2
+    permuted: bool = False
+
+
+def kernel_work(setting: Setting) -> Mapping[str, Work]:
+    """Return the work of every kernel."""
+    scores = setting.rows * (setting.length + 1) // 2
+    order = 8 * setting.permuted  # each row, and on average each step, reads the number of a row, an int32
+    return {
+        kernel: Work(
+            2 * scores * _columns(kernel, setting.dim, setting.value_dim),
+            setting.rows * (_row_bytes(_MOVED[kernel], setting) + order),
+            scores,
+            setting.size,
+        )
+        for kernel in (*FORWARD, *BACKWARD)
+    }
+
+
+def copying_bytes(kernel: str, setting: Setting) -> int:
+    """Return the bytes of a kernel and of copies around it that put rows in order, instead of loads that do.
+
+    A copy reads and writes. The arithmetic of its indices is not counted.
+    """
+    return setting.rows * (_row_bytes(_MOVED[kernel], setting) + 2 * _row_bytes(_COPIED[kernel], setting))
+
+
+def tile_work(kernel: str, config: LaunchConfig, setting: Setting) -> Work:
+    """Return the work of one step of a kernel's inner loop: the products of a tile, and the bytes that it loads."""
+    over_rows = kernel == "grad_key_value"
+    loaded = (setting.dim + setting.value_dim) * setting.size + 8 * over_rows + 4 * setting.permuted
+    scores = config.rows * config.keys
+    flops = 2 * scores * _columns(kernel, setting.dim, setting.value_dim)
+    return Work(flops, (config.rows if over_rows else config.keys) * loaded, scores, setting.size)
+
+
+def _columns(kernel: str, dim: int, value_dim: int) -> int:
+    """Columns that go through a product, per score."""
+    both = dim + value_dim
+    return {"forward": both, "grad_query": both + dim, "grad_key_value": 2 * both}[kernel]
+
+
+def _row_bytes(counts: tuple[int, int, int], setting: Setting) -> int:
+    matrices, value_matrices, numbers = counts
+    return (matrices * setting.dim + value_matrices * setting.value_dim) * setting.size + 4 * numbers
+
+
+def visible_pairs(query: torch.Tensor, key: torch.Tensor, pattern: Pattern) -> int:
+    """Pairs of all rows and heads."""
+    batch, queries, heads, _ = query.shape
+    keys = key.shape[1]
+    lo, hi = (None if x is None or not has_values(x) else x for x in (pattern.lo, pattern.hi))
+    first, end = row_bounds(queries, keys, causal=pattern.causal, window=pattern.window, device="cpu")
+    if lo is not None:
+        first, end = lo, end.to(lo.device)
+    if hi is not None:
+        end = hi
+    first, end = torch.broadcast_tensors(first, end)
+    repeats = batch // first.shape[0] * (heads // first.shape[1])
+    if pattern.blocks is None or not has_values(pattern.blocks.row_blocks):
+        return repeats * int((end - first).clamp(min=0).sum())
+    size = pattern.blocks.size
+    begin = size * torch.arange(pattern.blocks.row_offsets.shape[0] - 1, device=first.device)
+    overlap = (torch.minimum(end.unsqueeze(-1), begin + size) - torch.maximum(first.unsqueeze(-1), begin)).clamp(min=0)
+    block = torch.arange(keys - queries, keys, device=first.device) // size
+    return repeats * int((overlap * pattern.blocks.mask()[block]).sum())
+
+
+def count_torch_on_a_cpu() -> None:
+    """Let torch count its own kernel for plain causal attention on a CPU, where it has no formula for it.
+
+    For its CUDA kernels it has, which count the whole square of a causal call.
+    """
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    if forward in flop_registry or backward in flop_registry:
+        return
+
+    def count(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool) -> int:
+        batch, heads, queries, dim = query.shape
+        pairs = queries * (queries + 1) // 2 if causal else queries * key.shape[2]
+        return 2 * batch * heads * pairs * (dim + value.shape[3])
+
+    def run(query: Any, key: Any, value: Any, *options: Any, is_causal: bool = False, **_: Any) -> int:
+        return count(query, key, value, options[1] if len(options) > 1 else is_causal)
+
+    def run_backward(grad: Any, *inputs: Any, **_: Any) -> int:
+        query, key, value, _output, _logsumexp, _dropout, is_causal = inputs
+        return 2 * count(query, key, value, is_causal)
+
+    register_flop_formula(forward, get_raw=True)(run)
+    register_flop_formula(backward, get_raw=True)(run_backward)

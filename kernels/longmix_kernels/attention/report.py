@@ -1,0 +1,158 @@
+"""What the attention kernels compile to, and what a causal call costs: see `longmix_kernels.report`."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from longmix_kernels import aot
+from longmix_kernels.attention import cost, launch
+from longmix_kernels.cost import pass_rows
+from longmix_kernels.launch import dim_constants, is_padded
+
+FEATURES = ("plain", "permuted", "alibi", "blocks")
+"""What a call has besides bounds."""
+
+MODES = ("full", "causal", "window", "documents", "bounds")
+"""Where bounds come from."""
+
+BLOCK = 128
+"""Rows of a block where a kernel is compiled for a block list."""
+
+HEADS, LENGTH = 16, 16384
+"""The setting in which costs are given, with batch 1."""
+
+NOTE = (
+    f"Costs are for causal calls with batch 1, {HEADS} heads and T = {LENGTH}. Permuted rows are taken in their order "
+    "by the kernels' loads; `copied` has copies around the kernels put them in order. Tiles are those of one step of "
+    "the inner loop."
+)
+
+_LISTS = ("row_offsets", "row_blocks", "key_offsets", "key_blocks")
+_FEATURE_TENSORS = {"permuted": ("query_order", "key_order"), "alibi": ("alibi_slopes",), "blocks": _LISTS}
+
+
+@dataclass(frozen=True)
+class Build(aot.Build):
+    """One kernel to compile.
+
+    Attributes:
+        dim, value_dim: of keys and of values.
+        mode: one of `MODES`.
+        feature: one of `FEATURES`.
+        config: None for that of the launch table.
+    """
+
+    dim: int
+    value_dim: int
+    mode: str = "causal"
+    feature: str = "plain"
+    config: launch.LaunchConfig | None = None
+
+    FUNCTIONS: ClassVar = {
+        kernel: f"longmix_kernels.attention.triton_{kernel}.{kernel}_kernel" for kernel in launch.KERNELS
+    }
+    TYPES: ClassVar = {
+        **dict.fromkeys(("queries", "keys", "heads", "group", "window"), "i32"),
+        **dict.fromkeys(("scale", "scale_log2"), "fp32"),
+        **dict.fromkeys(("lo", "hi", "first_row", "end_row", "query_order", "key_order", *_LISTS), "*i32"),
+        **dict.fromkeys(("logsumexp", "grad_logsumexp", "shift", "minus_delta", "alibi_slopes"), "*fp32"),
+    }
+
+    def launch_config(self) -> launch.LaunchConfig:
+        """Return the configuration to compile."""
+        features = [self.feature] if self.feature != "plain" else []
+        if is_padded(self.dim) or is_padded(self.value_dim):
+            features.append("padded")
+        width = max(self.dim, self.value_dim)
+        entry = launch.table_entry(self.kernel, self.architecture, aot.DTYPES[self.dtype], width, features)
+        return (self.config or entry).within(BLOCK if self.feature == "blocks" else 0)
+
+    def constants(self) -> dict[str, Any]:
+        """Return the compile-time arguments, of which a kernel takes those it has."""
+        absent = [name for feature, names in _FEATURE_TENSORS.items() if feature != self.feature for name in names]
+        if self.mode != "bounds":
+            absent += ["hi", "first_row"]
+        if self.mode not in ("bounds", "documents"):
+            absent += ["lo", "end_row"]
+        return {
+            "MODE": self.mode,
+            "BLOCK": BLOCK if self.feature == "blocks" else 0,
+            "GATHER_QUERY": self.feature == "permuted",
+            "GATHER_KEY": self.feature == "permuted",
+            "NEGATIVE_SCALE": False,
+            "UPCAST": False,
+            **dim_constants(self.dim, self.value_dim),
+            **self.launch_config().tiles(),
+            **dict.fromkeys(absent),
+        }
+
+    def columns(self) -> dict[str, Any]:
+        """Return what a report says of it, the work of one step of its inner loop included."""
+        tile = cost.tile_work(self.kernel, self.launch_config(), self.setting())
+        return {
+            "dim": self.dim,
+            "mode": self.mode,
+            "feature": self.feature,
+            "tile_mflop": tile.flops / 1e6,
+            "tile_kib": tile.bytes / 1024,
+            "tile_kexp": tile.exponentials / 1e3,
+        }
+
+    def setting(self) -> cost.Setting:
+        """Return the call that costs are given for."""
+        return _setting(self.dim, self.value_dim, aot.DTYPES[self.dtype], self.feature == "permuted")
+
+
+def _setting(dim: int, value_dim: int, size: int = 2, permuted: bool = False) -> cost.Setting:
+    return cost.Setting(HEADS * LENGTH, LENGTH, dim, value_dim, size, permuted)
+
+
+def table_builds(
+    architectures: Sequence[int],
+    dims: Sequence[int],
+    dtypes: Sequence[str] = ("bf16",),
+    modes: Sequence[str] = ("causal",),
+    features: Sequence[str] = ("plain",),
+) -> list[Build]:
+    """Return every kernel for every combination."""
+    return [
+        Build(kernel, architecture, dtype, dim, dim, mode, feature)
+        for architecture in architectures
+        for dtype in dtypes
+        for dim in dims
+        for kernel in launch.KERNELS
+        for mode in modes
+        for feature in features
+    ]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that decide what is compiled."""
+    parser.add_argument("--dim", type=int, nargs="+", default=launch.WIDTHS, help="head dimensions, 1 to 256")
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=("causal",), help="where bounds come from")
+    parser.add_argument("--feature", nargs="+", choices=FEATURES, default=("plain",), help="what a call has besides")
+
+
+def builds(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Build]:
+    """Return the kernels that the options ask for; the parser ends the command where they make no sense."""
+    if not all(1 <= dim <= max(launch.WIDTHS) for dim in options.dim):
+        parser.error(f"--dim got {options.dim}; allowed are 1 to {max(launch.WIDTHS)}")
+    return table_builds(options.arch, options.dim, (options.dtype,), options.mode, options.feature)
+
+
+def costs(options: argparse.Namespace | None = None) -> list[dict[str, Any]]:
+    """Return the work of every kernel and of whole passes, at two head dimensions."""
+    passes = {"forward": cost.FORWARD, "backward": cost.BACKWARD, "both": (*cost.FORWARD, *cost.BACKWARD)}
+    rows = []
+    for dim in (64, 128):
+        for permuted in (False, True):
+            setting = _setting(dim, dim, permuted=permuted)
+            kernels = cost.kernel_work(setting)
+            for kernel, columns in pass_rows(kernels, cost.FORWARD, cost.BACKWARD, setting.rows).items():
+                of_pass = passes.get(kernel, (kernel,))
+                copied = sum(cost.copying_bytes(name, setting) for name in of_pass) / setting.rows if permuted else ""
+                limit = kernels[kernel].limit if kernel in kernels else ""
+                head = {"dim": dim, "rows": "permuted" if permuted else "in order", "kernel": kernel}
+                rows.append({**head, **columns, "copied_bytes_per_row": copied, "limit": limit})
+    return rows

@@ -1,0 +1,243 @@
+"""How the kernels of every engine are launched: fixed configurations per architecture, and a call that hands them over.
+
+Nothing here imports Triton. An engine's `launch` has its `TABLE`, the one place that says how its kernels are launched,
+and its `Call`, which knows grids and compile-time arguments. Entries are fixed, so no length and no batch size ever
+starts a search or a compile; `LaunchTable.override` replaces one for a benchmark or a test.
+"""
+
+import contextlib
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+
+from longmix_kernels.accelerators import ARCHITECTURES
+
+Value = TypeVar("Value")
+Config = TypeVar("Config", bound="LaunchConfig")
+
+Key = tuple[str, int, int, int]
+"""Kernel, architecture, bytes of an element, and the largest width that the entry is for."""
+
+Rows = Sequence[Sequence[int]]
+"""The arguments of a kernel's configurations, one for each width."""
+
+
+class LaunchConfig:
+    """One way to launch a kernel: engines add the sizes of its tiles.
+
+    Attributes:
+        warps: warps of a program.
+        stages: steps that loads are ahead of their use.
+    """
+
+    warps: int
+    stages: int
+
+    def tiles(self) -> dict[str, int]:
+        """Return the sizes of tiles as compile-time arguments, of which a kernel takes those it has."""
+        raise NotImplementedError
+
+    def options(self) -> dict[str, int | bool]:
+        """Return the compiler's options. Fused multiply-adds are asked for, since Triton 3.10 no longer uses them."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
+
+class LaunchTable(Generic[Config]):
+    """The configurations of an engine's kernels.
+
+    Args:
+        config: their class.
+        widths: what an entry is for, in the engine's measure: the largest head dimension, or the sum of both.
+        tuned: for inputs of two bytes, by architecture and kernel, the arguments of `config` for each width.
+        float32: for inputs of four bytes, by kernel, for every architecture and width. Their products run outside the
+            tensor cores; they are for checks, and may spill.
+        interpreted: by kernel, for tensors on the CPU in Triton's interpreter.
+    """
+
+    def __init__(
+        self,
+        config: type[Config],
+        widths: Sequence[int],
+        tuned: Mapping[int, Mapping[str, Rows]],
+        float32: Mapping[str, Sequence[int]],
+        interpreted: Mapping[str, Config],
+    ) -> None:
+        self.widths = tuple(widths)
+        self.interpreted = interpreted
+        self.overrides: dict[str, Config] = {}
+        self.entries: dict[Key, Config] = {}
+        for architecture, kernels in tuned.items():
+            for kernel, rows in kernels.items():
+                for width, row in zip(widths, rows, strict=True):
+                    self.entries[kernel, architecture, 2, width] = config(*row)
+                    self.entries[kernel, architecture, 4, width] = config(*float32[kernel])
+
+    def entry(self, kernel: str, architecture: int, size: int, width: int) -> Config:
+        """Return the configuration of a kernel for elements of `size` bytes and up to this width."""
+        return self.entries[kernel, known_architecture(architecture), size, self.covering(width)]
+
+    def covering(self, width: int) -> int:
+        """Return the smallest of the table's widths that is enough."""
+        return min(known for known in self.widths if known >= width)
+
+    def override(self, kernel: str, config: Config) -> contextlib.AbstractContextManager[None]:
+        """Launch a kernel with this configuration, whatever the architecture, while the context lasts."""
+        return replaced(self.overrides, kernel, config)
+
+
+class Call(ABC, Generic[Config]):
+    """The tensors and numbers of one call, as an engine's kernels take them."""
+
+    TABLE: ClassVar[LaunchTable]
+
+    query: torch.Tensor
+    """Its device and dtype decide how kernels are launched."""
+
+    @abstractmethod
+    def entry(self, kernel: str, architecture: int, size: int) -> Config:
+        """Return the table's configuration of a kernel for this call."""
+
+    @abstractmethod
+    def fitted(self, kernel: str, config: Config) -> Config:
+        """Return the configuration with tiles no larger than this call has use for."""
+
+    @abstractmethod
+    def programs(self, kernel: str, config: Config) -> int:
+        """Return how many programs a kernel takes."""
+
+    @abstractmethod
+    def constants(self) -> dict[str, Any]:
+        """Return the compile-time arguments besides tiles, of which a kernel takes those it has."""
+
+    def config(self, kernel: str) -> Config:
+        """Return the configuration with which to launch a kernel."""
+        if kernel in self.TABLE.overrides:
+            config = self.TABLE.overrides[kernel]
+        elif self.query.device.type == "cpu":
+            config = self.TABLE.interpreted[kernel]
+        else:
+            config = self.entry(kernel, architecture_of(self.query.device), self.query.element_size())
+        return self.fitted(kernel, config)
+
+    def launch(self, kernel: str, function: Any, *arguments: Any) -> None:
+        """Launch a kernel on the device of the call.
+
+        Args:
+            kernel: its name in the launch table.
+            function: the kernel, under `triton.jit`.
+            arguments: those that are no compile-time constants, in order.
+        """
+        config = self.config(kernel)
+        constants = {**self.constants(), **config.tiles(), "UPCAST": self.query.device.type == "cpu"}
+        taken = {name: constant for name, constant in constants.items() if name in function.arg_names}
+        with on_device(self.query):
+            function[(self.programs(kernel, config),)](*arguments, **taken, **config.options())
+
+
+def strides(*tensors: torch.Tensor | None) -> list[int]:
+    """Return the strides of batch, row and head of tensors [B, T, H, ...], 0 for None."""
+    return [stride for x in tensors for stride in ((0, 0, 0) if x is None else x.stride()[:3])]
+
+
+def unit_stride(x: torch.Tensor) -> torch.Tensor:
+    """Return the tensor itself if its last axis has unit stride, else a contiguous copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Return contiguous tensors, None for None."""
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
+def given(like: torch.Tensor, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """Return tensors, with an empty one in place of None, as operators return them."""
+    return tuple(like.new_empty(0) if x is None else x for x in tensors)
+
+
+def small_ids(document_ids: torch.Tensor | None) -> torch.Tensor | None:
+    """Return document ids [B, T] as contiguous int32; larger ones are counted anew, since only changes matter."""
+    if document_ids is None or document_ids.dtype == torch.int32:
+        return None if document_ids is None else document_ids.contiguous()
+    changes = document_ids[:, 1:] != document_ids[:, :-1]
+    return torch.nn.functional.pad(changes.cumsum(1), (1, 0)).int()
+
+
+def cover(size: int) -> int:
+    """Return the smallest power of two, at least 16, that covers a head dimension."""
+    return max(1 << (size - 1).bit_length(), 16)
+
+
+def fit(block: int, dim: int) -> int:
+    """Return a block of columns that wastes few of them: no larger than `dim` needs.
+
+    It is halved, down to 32, as long as all blocks together then cover fewer columns.
+    """
+    block = min(block, cover(dim))
+    while block > 32 and -(-dim // (block // 2)) * (block // 2) < -(-dim // block) * block:
+        block //= 2
+    return block
+
+
+def split_dim(dim: int) -> tuple[int, int]:
+    """Return the powers of two, at least 16, that cover a head dimension; the second is 0 if the first is enough.
+
+    48, 80, 96, 144, 160 and 192 waste nothing (32 + 16, 64 + 16, 64 + 32, 128 + 16, 128 + 32, 128 + 64), where one
+    power of two would waste up to 60 %; 112, 176 and 240 waste 16 columns, 224 wastes 32 and 208 wastes 48.
+    """
+    main = max(1 << (dim.bit_length() - 1), 16)
+    rest = max(1 << (dim - main - 1).bit_length(), 16) if dim > main else 0
+    # Two equal parts would only be a slower way to take the next power of two.
+    return (2 * main, 0) if rest == main else (main, rest)
+
+
+def is_padded(dim: int) -> bool:
+    """Say whether columns past a head dimension have to be masked."""
+    return sum(split_dim(dim)) > dim
+
+
+def dim_constants(dim: int, value_dim: int) -> dict[str, int]:
+    """Return the compile-time arguments that say how both head dimensions are split."""
+    main, rest = split_dim(dim)
+    value_main, value_rest = split_dim(value_dim)
+    return {
+        "DIM": dim,
+        "DIM_MAIN": main,
+        "DIM_REST": rest,
+        "VALUE_DIM": value_dim,
+        "VALUE_MAIN": value_main,
+        "VALUE_REST": value_rest,
+    }
+
+
+def known_architecture(architecture: int) -> int:
+    """Return the newest architecture with entries that is not newer than this one."""
+    return max(known for known in ARCHITECTURES if known <= architecture)
+
+
+@functools.cache
+def architecture_of(device: torch.device) -> int:
+    """Return the compute capability of a CUDA device, times ten."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Make the device of a tensor the current one; Triton launches on that."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def replaced(table: dict[str, Value], key: str, value: Value) -> Iterator[None]:
+    """Put a value into a table while the context lasts."""
+    before = table.get(key)
+    table[key] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del table[key]
+        else:
+            table[key] = before
