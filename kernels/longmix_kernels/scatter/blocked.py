@@ -52,8 +52,8 @@ def blocked_backward(
         grad_logsumexp: [B, Tq, Hq], or None for zero.
         output, logsumexp: the first two results of the forward.
     """
-    exact, grad_output = _exact_inputs(inputs), grad_output.to(logsumexp.dtype)
     far = [grad_output.new_empty(0) if x is None else x.new_zeros(x.shape) for x in inputs.flat()[3:8]]
+    exact, grad_output = _exact_inputs(inputs), grad_output.to(logsumexp.dtype)
     *near, grad_value = attention.blocked_backward(exact, grad_output, grad_logsumexp, output, logsumexp)
     delta = (grad_output * output).sum(-1)
     if grad_logsumexp is not None:
