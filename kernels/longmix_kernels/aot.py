@@ -89,8 +89,16 @@ class Build(ABC):
 
     def compile(self) -> Compiled:
         """Compile as the launcher would for aligned tensors, and read what ptxas says about it."""
-        module, _, function = self.FUNCTIONS[self.kernel].rpartition(".")
-        return _compile(getattr(importlib.import_module(module), function), self)
+        return _compile(self.function(), self)
+
+    def function(self) -> Any:
+        """Return the kernel."""
+        module, _, name = self.FUNCTIONS[self.name()].rpartition(".")
+        return getattr(importlib.import_module(module), name)
+
+    def name(self) -> str:
+        """Return which of `FUNCTIONS` is compiled."""
+        return self.kernel
 
     def faults(self, compiled: Compiled) -> list[str]:
         """Name what must not be."""

@@ -43,6 +43,7 @@ NOTE = (
 )
 
 _MODULES = {"grad_scan": "scan"}
+_FUNCTIONS = (*launch.KERNELS[:-1], "grad_key_bounded", "grad_key_exact")
 _LOW_RANK = ("low_rank_read", "low_rank_write", "transitions", "inverses", "removed", "grad_removed")
 _LOW_RANK_GRADS = ("grad_read", "grad_write")
 _STATES = ("states", "kept", "initial", "final", "grad_final", "grad_states", "grad_initial")
@@ -70,8 +71,7 @@ class Build(aot.Build):
     config: launch.LaunchConfig | None = None
 
     FUNCTIONS: ClassVar = {
-        kernel: f"longmix_kernels.delta.triton_{_MODULES.get(kernel, kernel)}.{kernel}_kernel"
-        for kernel in launch.KERNELS
+        name: f"longmix_kernels.delta.triton_{_MODULES.get(name, name)}.{name}_kernel" for name in _FUNCTIONS
     }
     TYPES: ClassVar = {
         **dict.fromkeys(("length", "heads"), "i32"),
@@ -79,6 +79,10 @@ class Build(aot.Build):
         "document_ids": "*i32",
         **dict.fromkeys(("log_decay", "grad_log_decay", *_STATES), "*fp32"),
     }
+
+    def name(self) -> str:
+        """Return which of `FUNCTIONS` is compiled."""
+        return f"grad_key_{self.decay}" if self.kernel == "grad_key" else self.kernel
 
     def launch_config(self) -> launch.LaunchConfig:
         """Return the configuration to compile."""

@@ -1,14 +1,16 @@
 """The delta rule on a GPU, backward; deterministic, because no two programs add to one number.
 
 The gradients of states go back through the chunks' maps, which the forward kept (`triton_scan`). Then every chunk is on
-its own: first values and what is removed (`triton_grad_value`), then all else (`triton_grad_key`).
+its own: first values and what is removed (`triton_grad_value`), then all else (`triton_grad_key_bounded` where a bound
+of decays is promised, else `triton_grad_key_exact`).
 """
 
 import torch
 
 from longmix_kernels.delta.inputs import Inputs
 from longmix_kernels.delta.launch import Call
-from longmix_kernels.delta.triton_grad_key import grad_key_kernel
+from longmix_kernels.delta.triton_grad_key_bounded import grad_key_bounded_kernel
+from longmix_kernels.delta.triton_grad_key_exact import grad_key_exact_kernel
 from longmix_kernels.delta.triton_grad_value import grad_value_kernel
 from longmix_kernels.delta.triton_scan import grad_scan_kernel
 from longmix_kernels.launch import contiguous, given, strides, unit_stride
@@ -74,7 +76,7 @@ def triton_backward(
     )
     call.launch(
         "grad_key",
-        grad_key_kernel,
+        grad_key_bounded_kernel if call.bounded else grad_key_exact_kernel,
         *tokens,
         removed,
         grad_removed,

@@ -1,0 +1,246 @@
+"""The delta rule on a GPU, backward as in `triton_grad_key_bounded`, but for any decays: chunks of 16 tokens.
+
+A difference of sums would lose what small decays have beside large ones. So pairs of tokens are gone through row by
+row, their weights found again as products of decays, and every sum for a decay holds just the pairs that it is in.
+"""
+
+import triton
+import triton.language as tl
+
+from longmix_kernels.delta.triton_grad_parts import (
+    Rows,
+    Sizes,
+    chunk_documents,
+    kept_grad,
+    load_columns,
+    own_grads,
+    program_chunk,
+    read_grad,
+    state_grad,
+    weight_grad,
+)
+from longmix_kernels.delta.triton_tiles import decay_sums, load_decay, load_row, masked_sum, pair_mask, rows_at
+from longmix_kernels.tiles import store_tile
+
+
+@triton.jit
+def exact_pair_grads(
+    queries,
+    reads,
+    log_decay,
+    k,  # [16, BLOCK]
+    b,
+    grad_qk,  # [columns, rows] gradients of weights, 0 where a row does not see an earlier column
+    grad_qb,
+    grad_ak,
+    grad_ab,
+    start,
+    length,
+    stride_decay_row,
+    stride_decay_column,
+    column,
+    floor,
+    LOW_RANK: tl.constexpr,
+    SIZES: tl.constexpr,
+):
+    """Return what pairs of 16 tokens give queries, keys, decays, low-rank reads and low-rank writes, [16, BLOCK]."""
+    BLOCK: tl.constexpr = SIZES.BLOCK
+    DIM: tl.constexpr = SIZES.DIM
+    place = tl.arange(0, 16)
+    weight = tl.zeros([16, BLOCK], tl.float32)
+    dq, dk, dg, da, db = weight, weight, weight, weight, weight
+    for row in range(0, 16):
+        token = start + row
+        inside = token < length
+        here = place == row
+        terms = tl.zeros([16, BLOCK], tl.float32)
+        if LOW_RANK:
+            a = load_row(reads.pointer, token, inside, reads.stride, 1, column, BLOCK, DIM).to(tl.float32)[None, :]
+            of_key = tl.sum(tl.where(here[None, :], grad_ak, 0.0), 1)[:, None]
+            of_write = tl.sum(tl.where(here[None, :], grad_ab, 0.0), 1)[:, None]
+            found = weight * (of_key * k + of_write * b)
+            terms += found * a
+            da += tl.where(here[:, None], tl.sum(found, 0)[None, :], 0.0)
+            dk += weight * of_key * a
+            db += weight * of_write * a
+        decay = load_row(log_decay, token, inside, stride_decay_row, stride_decay_column, column, BLOCK, DIM)
+        kept = tl.exp2(tl.maximum(decay, floor) * 1.4426950408889634)
+        weight = tl.where(here[:, None], 1.0, weight * kept[None, :])
+        q = load_row(queries.pointer, token, inside, queries.stride, 1, column, BLOCK, DIM).to(tl.float32)[None, :]
+        of_key = tl.sum(tl.where(here[None, :], grad_qk, 0.0), 1)[:, None]
+        found = weight * (of_key * k)
+        dk += weight * of_key * q
+        if LOW_RANK:
+            of_write = tl.sum(tl.where(here[None, :], grad_qb, 0.0), 1)[:, None]
+            found += weight * (of_write * b)
+            db += weight * of_write * q
+        dq += tl.where(here[:, None], tl.sum(found, 0)[None, :], 0.0)
+        # The row's own decay is in pairs with its query, and in none with its low-rank read.
+        dg += tl.where(here[:, None], tl.sum(found * q, 0)[None, :], 0.0)
+        terms += found * q
+        dg += tl.where((place < row)[:, None], tl.cumsum(rows_at(terms, place - 1, 16), 0), 0.0)
+    return dq, dk, dg, da, db
+
+
+@triton.jit(do_not_specialize=["length", "heads"])
+def grad_key_exact_kernel(
+    query,  # [B, T, H, DIM]
+    key,  # [B, T, H, DIM]
+    value,  # [B, T, H, VALUE_DIM]
+    log_decay,  # float32 [B, T, H, DIM]
+    low_rank_read,  # [B, T, H, DIM], or None
+    low_rank_write,  # [B, T, H, DIM], or None
+    document_ids,  # int32 [B, T], contiguous, or None
+    initial,  # float32 [B, H, DIM, VALUE_DIM], contiguous, or None
+    grad_output,  # [B, T, H, VALUE_DIM]
+    states,  # float32 [B, H, chunks, DIM, VALUE_DIM], what enters each chunk
+    grad_states,  # float32 [B, H, chunks, DIM, VALUE_DIM], of what leaves each chunk
+    removed,  # [B, H, T, VALUE_DIM], u, or None
+    grad_removed,  # [B, H, T, VALUE_DIM], dx, or None
+    grad_query,  # [B, T, H, DIM], contiguous, as all that are written
+    grad_key,
+    grad_log_decay,  # float32
+    grad_read,
+    grad_write,
+    scale,
+    floor,
+    length,
+    heads,
+    stride_query_batch,
+    stride_query_row,
+    stride_query_head,
+    stride_key_batch,
+    stride_key_row,
+    stride_key_head,
+    stride_value_batch,
+    stride_value_row,
+    stride_value_head,
+    stride_decay_batch,
+    stride_decay_row,
+    stride_decay_head,
+    stride_decay_column,
+    stride_read_batch,
+    stride_read_row,
+    stride_read_head,
+    stride_write_batch,
+    stride_write_row,
+    stride_write_head,
+    stride_grad_output_batch,
+    stride_grad_output_row,
+    stride_grad_output_head,
+    CHUNK: tl.constexpr,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Write the gradients of one chunk of one head."""
+    DOCUMENTS: tl.constexpr = document_ids is not None
+    LOW_RANK: tl.constexpr = low_rank_read is not None
+    WITH_INITIAL: tl.constexpr = DOCUMENTS and initial is not None
+    LOW: tl.constexpr = key.dtype.element_ty
+    SIZES: tl.constexpr = Sizes(DIM, VALUE_DIM, BLOCK, VALUE_BLOCK, LOW, UPCAST)
+    chunk, batch, head, start, there = program_chunk(length, heads, CHUNK)
+    sequence = batch * heads + head
+    place = (sequence * tl.cdiv(length, CHUNK) + chunk) * (DIM * VALUE_DIM)
+    states += place
+    grad_states += place
+    written = (batch * length * heads + head) * DIM
+    log_decay += batch * stride_decay_batch + head * stride_decay_head
+    queries = Rows(query + batch * stride_query_batch + head * stride_query_head, stride_query_row)
+    keys = Rows(key + batch * stride_key_batch + head * stride_key_head, stride_key_row)
+    v = Rows(value + batch * stride_value_batch + head * stride_value_head, stride_value_row)
+    dy = Rows(grad_output + batch * stride_grad_output_batch + head * stride_grad_output_head, stride_grad_output_row)
+    reads, writes, u, dx = keys, keys, v, dy
+    if LOW_RANK:
+        reads = Rows(low_rank_read + batch * stride_read_batch + head * stride_read_head, stride_read_row)
+        writes = Rows(low_rank_write + batch * stride_write_batch + head * stride_write_head, stride_write_row)
+        u = Rows(removed + sequence * length * VALUE_DIM, VALUE_DIM)
+        dx = Rows(grad_removed + sequence * length * VALUE_DIM, VALUE_DIM)
+        grad_read += written
+        grad_write += written
+    if initial is not None:
+        initial += sequence * (DIM * VALUE_DIM)
+    if DOCUMENTS:
+        document_ids += batch * length
+    own, carried, held, later, restart = chunk_documents(document_ids, start, there, length, CHUNK)
+
+    # Gradients of weights, [columns, rows].
+    mask = pair_mask(own, CHUNK, True, True, DOCUMENTS)
+    qk = weight_grad(v, dy, start, there, mask, scale, SIZES, tl.float32)
+    qb, ak, ab = qk, qk, qk
+    if LOW_RANK:
+        qb = weight_grad(u, dy, start, there, mask, scale, SIZES, tl.float32)
+        ak = weight_grad(v, dx, start, there, mask, 1.0, SIZES, tl.float32)
+        ab = weight_grad(u, dx, start, there, mask, 1.0, SIZES, tl.float32)
+    own_key, own_write = own_grads(dy, v, u, start, there, scale, LOW_RANK, SIZES)
+
+    for column in range(0, DIM, BLOCK):
+        # All [CHUNK, BLOCK]; one gradient after the other, as far as it is due to states, then what pairs give it.
+        decay = load_decay(log_decay, start, there, stride_decay_row, stride_decay_column, column, BLOCK, DIM, floor)
+        _total, prefix, before, suffix = decay_sums(decay, own, CHUNK, False, DOCUMENTS, PRECISION)
+        left = tl.exp2(suffix)
+        k, q = load_columns(keys, start, there, column, SIZES), load_columns(queries, start, there, column, SIZES)
+        b = k
+        if LOW_RANK:
+            a = load_columns(reads, start, there, column, SIZES)
+            b = load_columns(writes, start, there, column, SIZES)
+        pair_dq, pair_dk, dg, pair_da, pair_db = exact_pair_grads(
+            queries,
+            reads,
+            log_decay,
+            k,
+            b,
+            qk,
+            qb,
+            ak,
+            ab,
+            start,
+            length,
+            stride_decay_row,
+            stride_decay_column,
+            column,
+            floor,
+            LOW_RANK,
+            SIZES,
+        )
+
+        dq = read_grad(dy, states, initial, start, carried, later, column, WITH_INITIAL, SIZES)
+        dq *= tl.exp2(prefix) * scale
+        dg += masked_sum(pair_mask(own, CHUNK, False, True, DOCUMENTS), q * dq, PRECISION)
+        dq += pair_dq
+        dq += own_key[:, None] * k
+        if LOW_RANK:
+            dq += own_write[:, None] * b
+        store_tile(grad_query + written, dq, start, there, heads * DIM, column, BLOCK, DIM)
+
+        if LOW_RANK:
+            da = read_grad(dx, states, initial, start, carried, later, column, WITH_INITIAL, SIZES)
+            da *= tl.exp2(before)
+            dg += masked_sum(pair_mask(own, CHUNK, True, True, DOCUMENTS), a * da, PRECISION)
+            da += pair_da
+            store_tile(grad_read, da, start, there, heads * DIM, column, BLOCK, DIM)
+
+        passed = kept_grad(states, initial, grad_states, restart, column, DOCUMENTS, SIZES)
+        passed *= tl.exp2(tl.sum(tl.where(held[:, None], decay, 0.0), 0))
+        dk = tl.zeros([CHUNK, BLOCK], tl.float32)
+        dk = state_grad(v, grad_states, dk, start, held, column, SIZES)
+        dk *= left
+        dg += masked_sum(pair_mask(own, CHUNK, True, False, DOCUMENTS), k * dk, PRECISION)
+        dk += pair_dk
+        dk += own_key[:, None] * q
+        store_tile(grad_key + written, dk, start, there, heads * DIM, column, BLOCK, DIM)
+
+        if LOW_RANK:
+            db = tl.zeros([CHUNK, BLOCK], tl.float32)
+            db = state_grad(u, grad_states, db, start, held, column, SIZES)
+            db *= left
+            dg += masked_sum(pair_mask(own, CHUNK, True, False, DOCUMENTS), b * db, PRECISION)
+            db += pair_db
+            db += own_write[:, None] * q
+            store_tile(grad_write, db, start, there, heads * DIM, column, BLOCK, DIM)
+
+        dg += tl.where(held[:, None], passed[None, :], 0.0)
+        store_tile(grad_log_decay + written, dg, start, there, heads * DIM, column, BLOCK, DIM)
