@@ -219,7 +219,7 @@ class TestPrepare:
     def test_the_line_that_uses_the_result(self, tmp_path, run_process):
         finished = run_process("prepare.py", *self.words(tmp_path), "tokenizer=bytes", "workers=0")
         (line,) = [line for line in finished.out.splitlines() if line.startswith("to train on them:")]
-        assert line.startswith("to train on them:  longmix train data=mixture 'data.corpora={books:")
+        assert line.startswith("to train on them:  python train.py data=mixture 'data.corpora={books:")
         assert line.endswith(" tokenizer=bytes") and "workers" not in line
         assert "data=prepared" not in finished.out  # two corpora share the folder
 

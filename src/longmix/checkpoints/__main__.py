@@ -13,7 +13,7 @@ from longmix.errors import LongmixError
 
 
 def main(words: list[str] | None = None) -> int:
-    """See the head of this file; returns the exit code."""
+    """Run `consolidate` with these words, or with those of the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog=as_called("python -m longmix.checkpoints"))
     commands = parser.add_subparsers(required=True, metavar="consolidate")
     command = commands.add_parser("consolidate", help="write a sharded checkpoint in one file")

@@ -31,7 +31,7 @@ about 4 T (W - 1) D more numbers: at 400 TFLOP/s and 300 GB/s from T = 5,000 on.
 
 
 class Slices:
-    """See the head of this file. A mixer that is given this as its state returns none.
+    """The slice of each row that this process has; a mixer that gets it as its state returns none.
 
     Args:
         seq_len: tokens of a whole row.

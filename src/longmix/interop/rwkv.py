@@ -92,7 +92,7 @@ def _time_mixing(mixer: RWKV7) -> dict[str, Tensor]:
 
 
 def main() -> None:
-    """See the head of this file."""
+    """Write a checkpoint of RWKV-7 in the format of the rwkv package, as the command line says."""
     parser = argparse.ArgumentParser(
         prog="python -m longmix.interop.rwkv",
         description="Write a checkpoint of RWKV-7 in the format of the rwkv package.",

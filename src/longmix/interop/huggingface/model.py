@@ -155,7 +155,7 @@ class StateCache(Cache):
 
 
 class LongmixForCausalLM(PreTrainedModel, GenerationMixin):
-    """See the head of this file.
+    """A longmix model as transformers' `AutoModelForCausalLM` and `generate` take it.
 
     It has no `inputs_embeds`, no attention maps and no assisted decoding, which would have to take tokens back. Mixers
     that learn between optimizer steps (running means, centroids) do so in longmix's own training alone.
@@ -180,7 +180,7 @@ class LongmixForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **options: Any) -> Any:
-        """See `PreTrainedModel.from_pretrained`.
+        """Load an exported folder, after its files have been verified; arguments as of transformers.
 
         Raises:
             CheckpointError: the folder lacks weights, or has others.
