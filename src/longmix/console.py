@@ -48,7 +48,7 @@ class LastingStream:
                 self._give_up()
 
     def _give_up(self) -> None:
-        """From here on the descriptor leads nowhere: what is still buffered must not fail at the interpreter's end."""
+        """Point the descriptor at the null device, so that buffered text does not fail when the interpreter ends."""
         self.gone = True
         with contextlib.suppress(OSError, ValueError):
             _point_at_nothing(self._stream.fileno())

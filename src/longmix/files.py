@@ -119,7 +119,7 @@ def storage_errors(target: Path) -> Iterator[None]:
 
 
 def refusal_of(error: Exception) -> OSError | None:
-    """The operating system's refusal that `error` is or came of: torch.save meets one and fails to end its file."""
+    """The OSError behind `error`: torch.save hides it, because it then fails to end its file."""
     found: BaseException | None = error
     while found is not None and not isinstance(found, OSError):
         found = found.__cause__ or found.__context__
@@ -128,7 +128,7 @@ def refusal_of(error: Exception) -> OSError | None:
 
 @contextlib.contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
-    """Fill a folder beside `target` and give it the name `target` in one rename, once all of it is on the disk.
+    """Fill a temporary folder, and rename it to `target` once all of it is on the disk.
 
     A folder that carries the name `target` is therefore complete. If the block fails, what it wrote is removed; if the
     process is killed, a folder with a temporary name is left behind for `remove_leftovers`. If another process
@@ -153,7 +153,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
 
 
 def free_folder(folder: Path) -> Path:
-    """Make a folder that nobody had: `folder`, or with `_2`, `_3`, ... behind its name."""
+    """Make a new folder: `folder`, or if that exists one with `_2`, `_3`, ... behind its name."""
     for number in count(1):
         place = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +166,7 @@ def free_folder(folder: Path) -> Path:
 
 
 def remove_directory(target: Path) -> None:
-    """Delete a folder; it loses its name first, so that a half-deleted folder never looks complete.
+    """Delete a folder. It is renamed first, so that a half-deleted folder never looks complete.
 
     Of a link to a folder the link goes and the folder stays.
 
@@ -183,7 +183,7 @@ def remove_directory(target: Path) -> None:
 
 
 def replace_directory(target: Path, fresh: Path) -> None:
-    """Give the folder `fresh` the name `target`; what had that name is deleted, of a link the link alone.
+    """Rename the folder `fresh` to `target`. An older `target` is deleted; of a link only the link.
 
     Killed between its two renames, it leaves `fresh` under its own name and nothing under `target`.
 
@@ -217,7 +217,7 @@ def remove_leftovers(parent: Path) -> None:
 
 @contextlib.contextmanager
 def _temporary(target: Path) -> Iterator[Path]:
-    """A name beside `target` that nothing else has; what bears it at the end of the block is removed."""
+    """A new name beside `target`. Whatever has this name at the end of the block is deleted."""
     name = os.fsdecode(os.fsencode(target.name)[:LONGEST_NAME_BYTES])
     temporary = target.with_name(f".{name}.{_host()}.r{secrets.token_hex(8)}.tmp")
     lock = try_lock(_lock_of(temporary))
@@ -237,7 +237,7 @@ def _lock_of(temporary: Path) -> Path:
 
 
 def _delete_if_free(temporary: Path) -> None:
-    """Delete what no living process holds; a writer has locked before it begins, so that this takes nothing of it."""
+    """Delete a file that no living process holds. Writers lock before they begin, so theirs stay."""
     lock = try_lock(_lock_of(temporary))
     if lock is not None:
         try:
@@ -248,7 +248,7 @@ def _delete_if_free(temporary: Path) -> None:
 
 
 def _delete(path: Path) -> None:
-    """Delete a file, a link or a folder, as far as it may be."""
+    """Delete a file, a link or a folder, as far as permissions allow."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -256,7 +256,7 @@ def _delete(path: Path) -> None:
 
 
 def _age(temporary: Path) -> float:
-    """Seconds since anything of it changed."""
+    """Seconds since a file, or anything in a folder, changed."""
     paths = [path for path in (temporary, _lock_of(temporary)) if path.exists()]
     if temporary.is_dir():
         paths += temporary.iterdir()

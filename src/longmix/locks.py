@@ -38,7 +38,7 @@ class Lock:
 
     @property
     def is_held(self) -> bool:
-        """Whether it has been neither released nor passed on."""
+        """Whether this process still holds the lock: it was neither released nor passed on."""
         return self._descriptor >= 0
 
     def release(self, *, remove: bool = False) -> None:
@@ -160,7 +160,7 @@ def _write(descriptor: int, note: str) -> None:
 
 
 def _own(owner: Path) -> bool:
-    """Make the file that stands for a lock; one whose process is gone is replaced."""
+    """Make the file that stands for a lock. A file whose process is gone is replaced."""
     for _ in range(2):
         try:
             descriptor = os.open(owner, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
@@ -175,7 +175,7 @@ def _own(owner: Path) -> bool:
 
 
 def _remove_stale(owner: Path) -> bool:
-    """Delete what a process left that is gone; whether it may be tried again to make the file."""
+    """Delete the file of a process that is gone; returns whether making the file may be tried again."""
     try:
         content = owner.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -197,7 +197,7 @@ def _remove_stale(owner: Path) -> bool:
 
 
 def _process(pid: int | None = None) -> dict[str, Any]:
-    """What tells a process from all others: machine, pid, and where the system says it, namespace and start."""
+    """The identity of a process: machine, pid and, where the system says it, namespace and start time."""
     pid = os.getpid() if pid is None else pid
     facts: dict[str, Any] = {"host": socket.gethostname(), "pid": pid, "namespace": None, "start": None}
     with contextlib.suppress(OSError):

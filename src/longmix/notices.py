@@ -11,7 +11,7 @@ from longmix.printable import printable
 
 
 class LongmixWarning(UserWarning):
-    """Something that works and is hardly what was wanted; the message names the setting and the cure."""
+    """A setting that works but is probably not what was wanted; the message names it and the cure."""
 
 
 _said: set[str] = set()
@@ -28,7 +28,7 @@ def notice(message: str) -> None:
 
 
 def begin_run() -> None:
-    """From here on messages count as not shown yet, as another run begins."""
+    """Begin another run: every message may be shown again."""
     _said.clear()
 
 

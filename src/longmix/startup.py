@@ -41,7 +41,7 @@ def seconds_since_begin(otherwise: float) -> float:
 
 
 def _without_traceback(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> Any:
-    """Ctrl-C before the entry point's task has begun; whatever else there is shows its traceback."""
+    """Answer Ctrl-C before the task has begun with one line; other errors show their traceback."""
     if not issubclass(kind, KeyboardInterrupt):
         return sys.__excepthook__(kind, error, traceback)
     return _end()

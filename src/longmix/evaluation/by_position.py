@@ -69,7 +69,7 @@ def _at_length(subject: Subject, length: int, prefixes: int | None) -> dict[str,
 
 @contextmanager
 def _hits_measured(subject: Subject, wanted: bool) -> Iterator[None]:
-    """The model says which targets it meets meanwhile, where that is wanted."""
+    """Have the model record which targets it meets, if recall is wanted."""
     subject.model.measures_hits = wanted
     try:
         yield
@@ -78,7 +78,7 @@ def _hits_measured(subject: Subject, wanted: bool) -> Iterator[None]:
 
 
 def _without_bytes(result: dict[str, Any]) -> dict[str, Any]:
-    """A result, and those within it, without what is said of bytes."""
+    """A result, and the results within it, without figures that count bytes."""
     kept = {key: value for key, value in result.items() if key not in ("bits_per_byte", "bytes")}
     return {key: _without_bytes(value) if isinstance(value, dict) else value for key, value in kept.items()}
 

@@ -65,7 +65,7 @@ def context_lengths(subject: Subject, factors: list[float], scored: int | None =
 
 
 def _reached(asked: list[int], text: TokenFile, split: str) -> list[int]:
-    """The lengths that some document is longer than."""
+    """The lengths that at least one document exceeds."""
     longest = int(np.diff(text.offsets).max())
     lengths = [length for length in asked if length < longest]
     if not lengths:
@@ -81,7 +81,7 @@ def _reached(asked: list[int], text: TokenFile, split: str) -> list[int]:
 
 
 def _windows(text: TokenFile, length: int, max_tokens: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Where windows of `length` tokens and one more begin that lie inside one document, and those that begin one.
+    """Starts of windows of `length` + 1 tokens that lie inside one document, and of those that begin one.
 
     Of either as many, evenly spread, as `max_tokens` allows, and at least one.
     """

@@ -91,7 +91,7 @@ class HarnessModel(TemplateLM):
         return texts
 
     def _scored(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Scored]:
-        """What continuations have after their contexts, the longest first, so that rows side by side are alike long.
+        """Scores of continuations after their contexts. The longest come first: rows of a batch then differ little.
 
         Rows are padded behind: no mixer that is evaluated lets later tokens change what comes before them.
         """
@@ -136,7 +136,7 @@ class HarnessModel(TemplateLM):
         return [(likely, wrong == 0) for likely, wrong in zip(total.tolist(), missed.tolist(), strict=True)]
 
     def _continued(self, contexts: list[list[int]], wanted: Any) -> list[str]:
-        """Continuations of contexts that are to be continued alike."""
+        """Continuations of contexts that share their stops and their limit."""
         steps = min(wanted["max_gen_toks"], self.max_length - 1)
         room = self.max_length - steps
         self._say_truncated(sum(len(context) + 1 > room for context in contexts), len(contexts))

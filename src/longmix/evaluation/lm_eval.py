@@ -128,7 +128,7 @@ def _evaluated(
 
 
 def _manager(tasks: list[str], include_path: str | None) -> Any:
-    """What finds the tasks: in the folder alone if all are there, for going through the harness's own takes a while."""
+    """The harness's index of tasks. If the folder has all of them, the harness's own are not indexed, which is slow."""
     from lm_eval.tasks import TaskManager
 
     if include_path is not None:

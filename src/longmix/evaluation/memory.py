@@ -36,7 +36,7 @@ def check_memory(model: LanguageModel, tokens: int, restored: Restored, key: str
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that is free on a device; None where the system does not say."""
+    """Free memory of a device; None if the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

@@ -26,7 +26,7 @@ MOST_NEEDLES = 100_000
 
 
 class Answer(NamedTuple):
-    """What the model gave for one row: the share of the value's tokens it chose, and the value's log probability."""
+    """The result of one row: the share of the value's tokens that the model chose, and the value's log probability."""
 
     hits: float
     log_probability: float
@@ -107,7 +107,7 @@ def _forms(subject: Subject, statement: str | None, question: str | None) -> For
 
 
 def _answers(subject: Subject, text: TokenFile, one: Needle, depths: list[float], length: int) -> list[Answer]:
-    """Without the needle, and with it at every depth."""
+    """Answers without the needle, and with it at every depth."""
     rows = torch.from_numpy(haystack_rows(one, text, subject.data.tokenizer, depths, length))
     value = torch.from_numpy(one.value.astype(np.int64)).to(subject.restored.device)
     answers = []

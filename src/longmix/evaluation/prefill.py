@@ -44,7 +44,7 @@ def text_of(subject: Subject, task: str) -> TokenFile:
 
 
 def pieces_of_hidden(subject: Subject, tokens: Tensor) -> Iterator[Tensor]:
-    """What the model says at each place of some rows, each row one document, without gradients.
+    """Hidden vectors at each place of some rows, piece by piece, without gradients. Each row is one document.
 
     Rows of more than `TOKENS_AT_ONCE` tokens together pass in pieces, with the model's state between them, so that
     nothing but the state grows with their length.

@@ -67,7 +67,7 @@ class Subject:
 
     @property
     def trained_seq_len(self) -> int:
-        """Tokens of a training window."""
+        """Tokens in a training window of the checkpoint."""
         return self.restored.config["seq_len"]
 
     def seq_lens(self) -> list[int]:
@@ -118,14 +118,14 @@ class Subject:
         check_memory(self.model, tokens, self.restored, f"{key}={length}")
 
     def windows(self, length: int) -> int:
-        """How many windows of that length are evaluated."""
+        """The number of windows of a length that are evaluated."""
         try:
             return len(self.data.evaluation_windows(self.split, length, self.words["max_tokens"]))
         except OverflowError as error:
             raise ConfigError(f"max_tokens={self.words['max_tokens']} is more than can be counted.") from error
 
     def rows(self, seq_len: int) -> int:
-        """Windows of that length at once."""
+        """Windows of a length that are evaluated at once."""
         return self.words["batch_size"] or max(1, TOKENS_AT_ONCE // seq_len)
 
     def batches(self, seq_len: int, data: TokenData | None = None) -> Iterator[Batch]:
@@ -144,7 +144,7 @@ class Subject:
         return LossStatistics(torch.as_tensor(self.data.token_bytes), seq_len, self.restored.device)
 
     def heading(self) -> dict[str, Any]:
-        """What a report says of the split and the model it is of."""
+        """The heading of a report: its model and split."""
         place = {"split": self.split, "step": self.step, "trained_seq_len": self.trained_seq_len}
         return place | {"precision": self.restored.precision}
 

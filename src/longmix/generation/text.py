@@ -40,7 +40,7 @@ class Row:
         self._longest = max((len(text) for text in self.stop), default=0)
 
     def take(self, token: int) -> str:
-        """Add a token and return the text that is certain now and was not before."""
+        """Add a token and return the text that has become certain."""
         self.count += 1
         if token in self._ends:
             return self._finished()
@@ -50,7 +50,7 @@ class Row:
         return self._keep(max(len(self._held) - max(self._longest - 1, 0), 0))
 
     def finish(self) -> str:
-        """Return what was held back; call when no token follows."""
+        """Return the text that was held back; call it after the last token."""
         if self.ended:
             return ""
         return self._finished(ended=False)
@@ -61,7 +61,7 @@ class Row:
         return self._keep(len(self._held))
 
     def _meets_stop(self) -> bool:
-        """Whether a stop is among what is held; if so, the row ends before it."""
+        """Whether the text held back contains a stop; if so, the row ends before it."""
         found = [place for place in map(self._held.find, self.stop) if place >= 0]
         if found:
             self.ended, self._held = True, self._held[: min(found)]

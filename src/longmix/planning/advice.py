@@ -17,7 +17,7 @@ SHORTEST = 256
 
 @dataclass(frozen=True)
 class Advice:
-    """A change and what comes of it.
+    """A change of the settings, and the plan with it.
 
     Attributes:
         words: what to add to the command line.
@@ -92,14 +92,14 @@ def _steps(planner: Planner, kind: str) -> Iterator[Choice]:
 
 
 def _halves(number: int, least: int = 1) -> Iterator[int]:
-    """Half of it, a quarter ... down to `least`."""
+    """Half of a number, a quarter, and so on, down to `least`."""
     while number // 2 >= least:
         number //= 2
         yield number
 
 
 def _asked(planner: Planner, choice: Choice) -> Advice | None:
-    """The planner's answer; None where the change is impossible."""
+    """The plan of a choice; None if the choice is impossible."""
     try:
         return Advice(words(planner.request, choice), planner.plan(choice))
     except ConfigError:
@@ -107,7 +107,7 @@ def _asked(planner: Planner, choice: Choice) -> Advice | None:
 
 
 def words(request: Request, choice: Choice) -> tuple[str, ...]:
-    """What to add to the request's command line for a choice."""
+    """The words that add a choice to the request's command line."""
     spelled = {"seq_len": "seq_len={}", "strategy": "trainer={}", "context_parallel": "trainer.context_parallel={}"}
     asked = request.choice
     found = []

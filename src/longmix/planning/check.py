@@ -75,7 +75,7 @@ class Outcome:
 
     @property
     def error(self) -> float:
-        """Of what was predicted, relative to what was measured."""
+        """Error of the prediction relative to the measurement."""
         return self.predicted / self.measured - 1
 
 
@@ -124,7 +124,7 @@ def _on_cpu(request: Request) -> int:
 
 
 def _in_processes(request: Request) -> int:
-    """The most that any of several processes held, on this machine's CPU."""
+    """The largest memory of any of several processes on this machine's CPU."""
     from torch import multiprocessing
 
     with socket.socket() as found:
@@ -146,7 +146,7 @@ def _of_one(rank: int, request: Request, port: int, peaks: Any) -> None:
 
 
 def _then_pause(exchange: Callable[..., Any]) -> Callable[..., Any]:
-    """Let gloo's threads drop what was exchanged first: the profiler sees only what this thread frees."""
+    """Wait until gloo's threads have freed their buffers: the profiler sees only memory that this thread frees."""
 
     def paused(*arguments: Any, **options: Any) -> Any:
         result = exchange(*arguments, **options)

@@ -53,23 +53,23 @@ class LastSlice(Slices):
         self._received = 0
 
     def taken(self) -> int:
-        """Bytes of all rows that were given since the last time."""
+        """Bytes of all rows handed out since the last call."""
         received, self._received = self._received, 0
         return received
 
     def before(self, x: Tensor, limit: int | None = None) -> Tensor:
-        """Empty rows, as many as other slices would give."""
+        """As many empty rows as the other slices would give."""
         there = self.rank * x.shape[1]
         rows: Tensor = _Received.apply(x, there if limit is None else min(limit, there))
         self._received += rows.nbytes
         return rows
 
     def whole(self, x: Tensor) -> Tensor:
-        """Empty rows, and these."""
+        """Empty rows for the other slices, followed by these."""
         return torch.cat((self.before(x), x), 1)
 
     def mean(self, x: Tensor) -> Tensor:
-        """As if all slices were alike."""
+        """`x` itself, as if all slices were alike."""
         return x
 
 

@@ -46,7 +46,7 @@ class Memory:
 
     @property
     def fits(self) -> bool:
-        """Whether a device can give that."""
+        """Whether the device has this much memory."""
         return self.total <= self.limit
 
 
@@ -68,7 +68,7 @@ class Division:
 
     @staticmethod
     def of(choice: Choice, processes: int, rows: int) -> "Division":
-        """From what was chosen, and the windows of a process."""
+        """The division that a choice makes, for the windows of one process."""
         return Division(processes, choice.context_parallel, choice.strategy, rows // choice.micro_batch_size)
 
 
@@ -113,7 +113,7 @@ def memory_needed(
 
 @dataclass(frozen=True)
 class Moment:
-    """What is held at one moment besides what is held always."""
+    """Memory that is held at one moment only."""
 
     name: str
     gradients: int
@@ -122,7 +122,7 @@ class Moment:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of the parts."""
         return self.gradients + self.activations + self.working
 
 
@@ -164,7 +164,7 @@ def _lasting_of(parameters: int, part: Part, setting: Setting, division: Divisio
 
 
 def communication_buffers(rehearsal: Rehearsal, setting: Setting, division: Division) -> int:
-    """Bytes of what is gathered, exchanged or kept for that."""
+    """Bytes of buffers for gathering and exchange."""
     found = 0
     largest = max(part.parameters for part in rehearsal.layers)
     if setting.sharded and division.processes > 1:

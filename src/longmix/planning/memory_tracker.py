@@ -34,7 +34,7 @@ class Ledger(TorchDispatchMode):
         self.live = self.peak = self.moved = 0
 
     def mark(self) -> int:
-        """Begin to watch peak and traffic anew; returns what is held now."""
+        """Reset peak and traffic; returns the bytes held now."""
         self.peak, self.moved = self.live, 0
         return self.live
 
@@ -51,7 +51,7 @@ class Ledger(TorchDispatchMode):
         return result
 
     def _enter(self, x: Tensor) -> bool:
-        """Count a tensor's storage unless that was done; says whether it is new."""
+        """Count a tensor's storage once; returns whether it is new."""
         storage = x.untyped_storage()
         if storage._cdata in self._held:
             return False

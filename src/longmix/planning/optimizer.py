@@ -18,7 +18,7 @@ from longmix.training.optimizers import Float32Muon
 
 @dataclass(frozen=True)
 class OptimizerNeeds:
-    """In bytes, for undivided weights.
+    """Bytes that optimizers need for undivided weights.
 
     Attributes:
         state: from one step to the next.
@@ -32,7 +32,7 @@ class OptimizerNeeds:
 def optimizer_needs(
     model: LanguageModel, node: Node, dtype: torch.dtype, device: Literal["cuda", "cpu"]
 ) -> OptimizerNeeds:
-    """Take one step after another had made the state.
+    """Measure a second step, because the first one makes the optimizer's state.
 
     Args:
         model: on the meta device.

@@ -47,7 +47,7 @@ class Planner:
         self._optimizer: OptimizerNeeds | None = None
 
     def optimizer(self) -> OptimizerNeeds:
-        """What the optimizers hold of undivided weights."""
+        """Bytes that the optimizers hold for undivided weights."""
         if self._optimizer is None:
             dtype = torch.bfloat16 if self.request.precision == "bf16-true" else torch.float32
             self._optimizer = optimizer_needs(self.model, self.request.node["optimizer"], dtype, self.device)
@@ -62,7 +62,7 @@ class Planner:
         return self._rehearsals[setting]
 
     def plan(self, choice: Choice | None = None) -> Plan:
-        """Plan the request, or it with another choice.
+        """Plan the request as it is, or with another choice.
 
         Raises:
             ConfigError: something does not divide.

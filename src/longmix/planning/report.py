@@ -18,7 +18,7 @@ LENGTHS = 6
 
 
 def shown(planner: Planner, plan: Plan, advice: Advice | None, singles: list[Advice]) -> Group:
-    """What a terminal shows."""
+    """The plan as text for a terminal."""
     request, memory = planner.request, plan.memory
     table = Table(title=_title(planner, plan), title_justify="left", box=None, show_header=False, padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
@@ -111,7 +111,7 @@ def _gib(size: float) -> str:
 
 
 def lengths(planner: Planner) -> list[Plan]:
-    """Plans at a few context lengths around the one asked for, as far as they divide."""
+    """Plans at a few context lengths around the requested one, where the settings divide."""
     choice = planner.request.choice
     found = []
     for power in range(2 - LENGTHS, 2):
@@ -149,7 +149,7 @@ def draw(planner: Planner, plans: list[Plan], path: Path) -> Path:
 def as_json(
     planner: Planner, plan: Plan, advice: Advice | None, singles: list[Advice], plans: list[Plan]
 ) -> dict[str, Any]:
-    """Everything as plain values."""
+    """The whole report as plain values, for JSON."""
     return {
         **planner.report(plan),
         "notes": list(planner.request.notes),

@@ -50,7 +50,7 @@ class Traffic:
 
 
 def traffic_of(model: LanguageModel, rehearsal: Rehearsal, setting: Setting, division: Division) -> Traffic:
-    """Count the bytes of ring collectives: (W - 1) / W of what is gathered or scattered, twice that if all-reduced."""
+    """Count the bytes of ring collectives: (W - 1) / W of a gathered or scattered tensor, twice that if all-reduced."""
     processes = division.processes
     ends, layers = rehearsal.ends.parameters, sum(part.parameters for part in rehearsal.layers)
     size = 2 if setting.precision == "bf16-true" else 4
@@ -70,7 +70,7 @@ def traffic_of(model: LanguageModel, rehearsal: Rehearsal, setting: Setting, div
 
 
 def training_flops(model: LanguageModel, rows: int, length: int, checkpointed: bool) -> tuple[int, int]:
-    """Floating-point operations of a step on `rows` windows: what the model asks for, and what is computed.
+    """Floating-point operations of a step on `rows` windows: those of the model, and those with recomputation.
 
     A backward pass takes twice the forward one; recomputed blocks, and a head in slices, go forward once more.
     """
@@ -102,7 +102,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """Of the whole step."""
+        """Seconds of the whole step."""
         return max(self.products + self.others, self.exchange) + self.context
 
 

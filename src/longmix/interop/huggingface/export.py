@@ -50,7 +50,7 @@ REGISTER = "import longmix.interop.huggingface  # makes the type known; pip inst
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """The result of an export.
 
     Attributes:
         model_type: of `config.json`.

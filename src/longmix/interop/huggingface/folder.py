@@ -21,7 +21,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def require_transformers() -> None:
-    """Say how to get what this needs.
+    """Refuse with the command that installs transformers if it is missing.
 
     Raises:
         ConfigError: transformers or safetensors is not installed.
@@ -112,7 +112,7 @@ def check_weights(folder: Path, found: dict[str, Tensor], needed: dict[str, Tens
 
 
 def _unread(weight: Tensor) -> str | None:
-    """Why a tensor's type is not taken; None where it is."""
+    """The reason why a tensor's type is refused; None if it is accepted."""
     if weight.element_size() not in (2, 4, 8):
         return f"{str(weight.dtype).removeprefix('torch.')}, which is not read"
     if weight.element_size() == 8 and weight.is_floating_point():

@@ -31,7 +31,7 @@ from longmix.reading import shortened
 
 @dataclass(frozen=True)
 class Imported:
-    """What was read and written.
+    """The result of an import.
 
     Attributes:
         checkpoint: the folder that was written.

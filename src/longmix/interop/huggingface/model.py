@@ -76,7 +76,7 @@ class LongmixConfig(PreTrainedConfig):
 
     @classmethod
     def of(cls, model: LanguageModel, config: Node) -> "LongmixConfig":
-        """What describes a model and the configuration it was trained with.
+        """The description of a model and of the configuration it was trained with.
 
         Raises:
             ConfigError: it has a part that is not of longmix.
@@ -107,7 +107,7 @@ def trusted_nodes(config: Node) -> Node:
 
 
 class StateCache(Cache):
-    """What a model remembers of the tokens so far, in the place of keys and values.
+    """The states of a model's mixers after the tokens so far, in the place of keys and values.
 
     Args:
         state: of `LanguageModel.init_state`, one entry per layer.
@@ -139,7 +139,7 @@ class StateCache(Cache):
         self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Have every row `repeats` times."""
+        """Repeat every row `repeats` times."""
         self._change(lambda x: x.repeat_interleave(repeats, 0))
 
     def crop(self, *_: Any) -> None:

@@ -66,7 +66,7 @@ def _separator(folder: Path, named: Any) -> str:
 
 
 def _end_ids(folder: Path, theirs: Any, named: int | None) -> list[int]:
-    """Without repetition; the tokenizer's own comes first, so that `end_token` finds it again."""
+    """The ids without repetition. The tokenizer's own comes first, so that `end_token` finds it again."""
     found = [] if named is None else [named]
     found += _ids_of(theirs.eos_token_id, folder / "config.json", "eos_token_id")
     if (folder / GENERATION).is_file():
