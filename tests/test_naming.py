@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from longmix.config import check_words, resolved, step_limits, total_steps, with_limits
 from longmix.errors import ConfigError
-from longmix.naming import RunPlace, SweepFolder, check_name, run_folder, same_words, sweep_name
+from longmix.naming import RunPlace, SweepFolder, check_name, mixer_word, run_folder, same_words, sweep_name
 
 
 class TestNames:
@@ -146,3 +146,17 @@ class TestLimits:
     def test_both(self, compose_config):
         words = ["max_steps=5", "max_tokens=2048"]
         assert step_limits(with_limits(resolved(compose_config(*words)), words)) == {"max_steps": 5, "max_tokens": 2}
+
+
+@pytest.mark.parametrize(
+    ("node", "word"),
+    [
+        ({"_target_": "longmix.mixers.mlstm_tfla.MLSTMTFLA"}, "mlstm_tfla"),
+        ({"_target_": "longmix.mixers.flash.Flash", "window": 3}, "flash"),
+        ({"_target_": "somebody.SSD"}, "SSD"),
+        ({"_target_": "somebody.mixers.SSD"}, "SSD"),
+        ({"pattern": ["flash", "ssd"], "flash": {}, "ssd": {}}, "flash+ssd"),
+    ],
+)
+def test_a_mixer_is_one_word(node, word):
+    assert mixer_word(node) == word

@@ -111,9 +111,20 @@ def _with_own_mixer(name: str, node: dict[str, Any]) -> str:
         return name
     choices = HydraConfig.get().runtime.choices
     model, mixer = node["model"], node["mixer"]
-    of_checkpoint = "+".join(mixer["pattern"]) if "pattern" in mixer else str(mixer["_target_"]).split(".")[-2]
-    own = f"{_file_name(of_checkpoint)}_{model['num_layers']}x{model['d_model']}"
+    own = f"{_file_name(mixer_word(mixer))}_{model['num_layers']}x{model['d_model']}"
     return name.replace(f"_{_file_name(choices['mixer'])}_{choices['model']}_", f"_{own}_", 1)
+
+
+def mixer_word(mixer: dict[str, Any]) -> str:
+    """A mixer's node in a word: the members of a pattern, or the module of its class, which is named like its file.
+
+    A class of another package, whose module may have any name, is called by its own.
+    """
+    if "pattern" in mixer:
+        return "+".join(mixer["pattern"])
+    path, _, kind = str(mixer["_target_"]).rpartition(".")
+    module = path.rpartition(".")[2]
+    return module if module.replace("_", "").lower() == kind.lower() else kind
 
 
 def swept_words() -> list[str]:

@@ -6,24 +6,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from hydra.core.hydra_config import HydraConfig
+from small_mixers import small_mixer
 
 from longmix.config import Node, resolved
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model
-
-SMALL = {
-    "block": 16,
-    "window": 8,
-    "local_window": 8,
-    "clusters": 4,
-    "buckets": 4,
-    "local": 1,
-    "stride": 2,
-    "sample": 0.3,
-    "num_features": 8,
-    "head_dim": 16,
-}
-"""Settings of mixers at which 45 tokens show what 16,384 do with the usual ones; those that are 0 or null stay so."""
 
 VOCABULARY = 20
 
@@ -38,8 +25,8 @@ def small_config(composed, tmp_path_factory) -> Callable[..., Node]:
         sizes = ("model.d_model=64", "model.num_layers=2", "model.num_heads=4", "model.mlp_hidden=32")
         config = resolved(composed([*sizes, *overrides], "train", folder))
         HydraConfig.instance().cfg = None
-        node = config["mixer"]
-        node |= {key: value for key, value in SMALL.items() if node.get(key)}
+        if "pattern" not in config["mixer"]:
+            config["mixer"] = small_mixer(config["mixer"], 8)
         return config
 
     return compose

@@ -10,11 +10,11 @@ from matplotlib import image
 from longmix.accelerators import ACCELERATORS
 from longmix.analysis.cost_model import StepCost, first_context, intensity, step_cost
 from longmix.analysis.decode_cost import measure, with_flash
-from longmix.analysis.state_sizes import held_bytes
 from longmix.errors import ConfigError
 from longmix.evaluation.run import evaluate
 from longmix.generation.session import Session
 from longmix.mixers.parts.recurrent import RecurrentMixer
+from longmix.mixers.parts.states import held_bytes
 
 NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "configs/mixer").glob("*.yaml"))
 

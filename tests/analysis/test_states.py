@@ -7,9 +7,9 @@ import pytest
 import torch
 from matplotlib import image
 
-from longmix.analysis.effective_attention import EngineCall, engine_call
+from longmix.analysis.effective_attention import engine_call
 from longmix.analysis.gates import gate_statistics
-from longmix.analysis.state_sizes import held_bytes, log_root_mean_square
+from longmix.analysis.state_sizes import log_root_mean_square
 from longmix.analysis.states import EXPLODES, LayerStates, _print, _without_size, grown, kind_of
 from longmix.checkpoints import find_checkpoint, load_checkpoint
 from longmix.config import build
@@ -20,7 +20,9 @@ from longmix.mixers.flash import Flash
 from longmix.mixers.mlstm_tfla import MLSTMTFLA
 from longmix.mixers.parts.base import Mixer, ModelShape
 from longmix.mixers.parts.gated_memory import GatedMemory
+from longmix.mixers.parts.looked_into import EngineCall
 from longmix.mixers.parts.softmax import AttentionState
+from longmix.mixers.parts.states import held_bytes
 from longmix.mixers.rwkv7 import RWKV7
 from longmix.model.build import model_from_checkpoint
 from longmix_kernels.linear import LinearState

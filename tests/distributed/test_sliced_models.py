@@ -1,27 +1,23 @@
 """Rows in slices, one to a process, give what one process gives: outputs, losses and every gradient."""
 
+from pathlib import Path
+
 import pytest
 from pool import SIZES
 from sliced import Case, cut_off, in_one_process, in_slices, largest_error, together
+from small_mixers import small_mixer
 
 from longmix.distributed.slices import check_slices
 from longmix.errors import ConfigError
 
-MIXERS = {
+VARIANTS = {
     "flash": "flash num_kv_heads=1",
     "window": "sliding_window window=4",
     "window-longer-than-a-slice": "sliding_window window=27",
-    "lightning": "lightning",
-    "retention": "retention",
     "simple-gla": "simple_gla convolution=3",
     "mlstm-sig": "mlstm_tfla input_bias=-1 num_heads=2",
     "mlstm-exp": "mlstm_tfla gate=exp input_bias=1 num_heads=2",
-    "rwkv7": "rwkv7 head_dim=12",
-    "deltanet": "deltanet num_heads=2",
     "gated-deltanet": "gated_deltanet num_heads=2 convolution=14",  # which reaches across a whole slice
-    "kda": "kda num_heads=2",
-    "gla": "gla num_heads=2",
-    "hash": "sparse_flash buckets=4",
     "hash-shared": "sparse_flash buckets=4 shared_qk=true rounds=2",
     "drop": "sparse_flash_drop window=3",
     "hyper": "hyper buckets=4 window=3 sample=0.4",
@@ -42,6 +38,9 @@ MIXERS = {
 }
 
 
+FILES = sorted(path.stem for path in (Path(__file__).parents[2] / "configs/mixer").glob("*.yaml"))
+
+
 def check(pool, node, tuned=False):
     """Plain and packed rows, in all numbers of slices."""
     for packed in (False, True):
@@ -52,9 +51,19 @@ def check(pool, node, tuned=False):
             assert error <= 1e-12, f"{name} in {size} slices{', packed' if packed else ''}"
 
 
-@pytest.mark.parametrize("words", MIXERS.values(), ids=MIXERS)
+@pytest.mark.parametrize("words", VARIANTS.values(), ids=VARIANTS)
 def test_slices_equal_one_process(pool, node_of, words):
     check(pool, node_of(words))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_takes_slices(pool, node_of, name):
+    node = node_of(name)
+    node["model"]["d_model"] = 32
+    node["mixer"] = small_mixer(node["mixer"], 4)
+    if "input_bias" in node["mixer"]:
+        node["mixer"]["input_bias"] = -1  # at -10 what is read is as small as rounding
+    check(pool, node)
 
 
 @pytest.mark.parametrize(

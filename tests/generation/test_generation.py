@@ -1,9 +1,13 @@
 """Generation: every mixer's session against full passes, and the entry point."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
+from small_mixers import small_mixer
+from torch import nn
+from torch.utils._pytree import register_pytree_node
 
 from longmix.checkpoints import CheckpointStore, find_checkpoint, load_checkpoint, save_tensors
 from longmix.config import resolved
@@ -12,6 +16,8 @@ from longmix.errors import CheckpointError, ConfigError, DataError, NonFiniteErr
 from longmix.generation import session as sessions
 from longmix.generation.run import generate
 from longmix.generation.session import Session
+from longmix.mixers.parts.base import Mixer, MixerOutput
+from longmix.mixers.parts.states import held_bytes, mixer_state
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model, model_from_checkpoint
 
@@ -19,13 +25,6 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 MIXERS = sorted(path.stem for path in (CONFIGS / "mixer").glob("*.yaml"))
 STACKS = [*MIXERS, "rwkv7+flash+mlstm_tfla", "sparse_flash+gated_deltanet"]
 SMALL = ("model.d_model=64", "model.num_layers=3", "model.num_heads=2", "model.mlp_hidden=32")
-EXTRA = {
-    "block_sparse": ("mixer.block=16", "mixer.local=1"),  # several blocks in so short a prompt
-    "scatterbrain": ("mixer.block=8",),
-    "scatterbrain_content": ("mixer.block=8",),
-    "rwkv7": ("mixer.head_dim=32",),
-    "rwkv7+flash+mlstm_tfla": ("mixer.rwkv7.head_dim=32",),
-}
 
 
 @pytest.fixture
@@ -33,7 +32,8 @@ def model(compose_config, request) -> LanguageModel:
     """A small model with the mixer or pattern that the test is given, with noise on every weight."""
     torch.manual_seed(0)
     name = request.param
-    made = build_model(resolved(compose_config(f"mixer={name}", *SMALL, *EXTRA.get(name, ()))), vocab_size=20)
+    config = resolved(compose_config(f"mixer={name}", *SMALL))
+    made = build_model({**config, "mixer": small_mixer(config["mixer"], 8)}, vocab_size=20)
     with torch.no_grad():
         for weight in made.parameters():
             weight.add_(0.05 * torch.randn_like(weight))
@@ -204,14 +204,27 @@ def changed_class(content: dict, name: str) -> None:
     content["state"][0] = {"class": name, "fields": {}}
 
 
+WRONG_OBJECTS = {
+    "function": (lambda x: changed_class(x, "torch.serialization.load"), "it lacks"),
+    "own-function": (lambda x: changed_class(x, "longmix.cli.help_text"), "it lacks"),
+    "own-class": (lambda x: changed_class(x, "longmix.data.prepared.RemoteShards"), "it lacks"),
+    "no-fields": (lambda x: x["state"].__setitem__(0, {}), "fields"),
+    "fewer-layers": (lambda x: x["state"].pop(), r"it lacks \[2\].mixer"),
+    "more-layers": (lambda x: x["state"].append(x["state"][0]), r"'\[3\].mixer[^ ]*', which is in no state"),
+}
+"""Only files of format 2, which nest lists and objects, can be wrong so."""
+
+WRONG_NAMES = {
+    "stranger": (lambda x: x["state"].update({"[0].mixer.keys": torch.zeros(2, 1)}), "is in no state of this model"),
+    "number-name": (lambda x: x["state"].update({3: torch.zeros(2, 1)}), "3, which is in no state of this model"),
+    "missing": (lambda x: x["state"].pop(next(iter(x["state"]))), r"it lacks \[0\].mixer"),
+    "text": (lambda x: x["state"].update({next(iter(x["state"])): "text"}), "'text' in the place of a"),
+    "list": (lambda x: x.update(state=list(x["state"].values())), "in the place of a state"),
+}
+"""Only files of format 3, which hold tensors by name, can be wrong so."""
+
 WRONG = {
-    "function": (lambda x: changed_class(x, "torch.serialization.load"), "no state of this model"),
-    "own-function": (lambda x: changed_class(x, "longmix.cli.help_text"), "no state of this model"),
-    "own-class": (lambda x: changed_class(x, "longmix.data.prepared.RemoteShards"), "no state of this model"),
-    "other-mixer": (lambda x: changed_class(x, "longmix.mixers.parts.rings.RoutingCache"), "no state of this model"),
-    "no-class": (lambda x: x["state"].__setitem__(0, {}), "class"),
-    "fewer-layers": (lambda x: x["state"].pop(), "2 states in the place of 3"),
-    "no-layers": (lambda x: x.update(state=5), "in the place of a list"),
+    "no-layers": (lambda x: x.update(state=5), "saved generation of this model"),
     "no-state": (lambda x: x.pop("state"), "state"),
     "tensor-as-state": (lambda x: x.update(state=torch.zeros(2)), "saved generation"),
     "other-batch": (lambda x: x.update(batch=3), "shape"),
@@ -223,10 +236,10 @@ WRONG = {
     "no-logits": (lambda x: x.update(logits=None), "scores"),
     "about-list": (lambda x: x.update(about=[]), "what it is of"),
     "about-missing": (lambda x: x.pop("about"), "about"),
-    "format-text": (lambda x: x.update(format="2"), "has format 2"),
+    "format-text": (lambda x: x.update(format="3"), "has format 3"),
     "format-true": (lambda x: x.update(format=True), "has format True"),
     "format-missing": (lambda x: x.pop("format"), "format"),
-    "later-format": (lambda x: x.update(format=3), "has format 3"),
+    "later-format": (lambda x: x.update(format=4), "has format 4"),
     "truncated-state": (lambda x: shrink(x["state"]), "saved generation of this model"),
     "meta": (lambda x: shrink(x["state"], lambda t: t.to("meta")), "saved generation of this model"),
 }
@@ -294,14 +307,122 @@ def test_a_saved_text_of_anything_else_is_refused_by_name_and_runs_no_code(model
     session = Session(model, 2)
     session.prefill(prompts(7, 7))
     session.save(tmp_path / "saved", {})
-    for name, (change, words) in WRONG.items():
-        content = torch.load(tmp_path / "saved", weights_only=True)
-        change(content)
-        save_tensors(tmp_path / name, content)
-        with pytest.raises(CheckpointError, match=words) as caught:
-            Session.load(tmp_path / name, model, torch.device("cpu"))
-        assert str(tmp_path / name) in str(caught.value)
-        assert "\n" not in str(caught.value)
+    for number, cases in ((2, WRONG | WRONG_OBJECTS), (3, WRONG | WRONG_NAMES)):
+        for name, (change, words) in cases.items():
+            content = torch.load(tmp_path / "saved", weights_only=True)
+            if number == 2:
+                content |= {"format": 2, "state": nested(session.state)}
+            change(content)
+            save_tensors(tmp_path / name, content)
+            with pytest.raises(CheckpointError, match=words) as caught:
+                Session.load(tmp_path / name, model, torch.device("cpu"))
+            assert str(tmp_path / name) in str(caught.value)
+            assert "\n" not in str(caught.value)
+
+
+def nested(state):
+    """A state as files of format 2 hold it."""
+    if isinstance(state, torch.Tensor | int | None):
+        return state
+    if isinstance(state, list):
+        return [nested(part) for part in state]
+    names = getattr(state, "_fields", None) or [field.name for field in dataclasses.fields(state)]
+    fields = {name: nested(getattr(state, name)) for name in names}
+    return {"class": f"{type(state).__module__}.{type(state).__qualname__}", "fields": fields}
+
+
+@pytest.mark.parametrize("model", STACKS, indirect=True)
+def test_a_file_of_the_format_before_goes_on_alike(model, tmp_path):
+    session = Session(model, 2)
+    session.prefill(prompts(37, 5))
+    session.save(tmp_path / "saved", {})
+    content = torch.load(tmp_path / "saved", weights_only=True)
+    assert content["format"] == 3
+    save_tensors(tmp_path / "earlier", content | {"format": 2, "state": nested(session.state)})
+    now, earlier = (Session.load(tmp_path / name, model, torch.device("cpu"))[0] for name in ("saved", "earlier"))
+    for each in (now, earlier, session):
+        each.step(torch.tensor([3, 4]))
+    assert torch.equal(now.logits, session.logits) and torch.equal(earlier.logits, session.logits)
+
+
+@mixer_state(bookkeeping=("count",))
+@dataclasses.dataclass
+class Sum:
+    total: torch.Tensor
+    count: torch.Tensor
+
+
+class Summing(Mixer):
+    """Of another package: the sum of all tokens, remembered in a class, a dict and a node that has no names."""
+
+    def __init__(self, shape, layer_index):
+        super().__init__()
+        self.matrix = nn.Linear(shape.d_model, shape.d_model)
+
+    def forward(self, x, *, state=None, document_ids=None):
+        own = Sum(x.new_zeros(x.shape[0], x.shape[2]), x.new_zeros(x.shape[0])) if state is None else state["sum"]
+        total = own.total[:, None] + x.cumsum(1)
+        after = None if state is None else {**state, "sum": Sum(total[:, -1], own.count + x.shape[1])}
+        return MixerOutput(self.matrix(total), after)
+
+    def init_state(self, batch):
+        return {"sum": Sum(self.matrix.weight.new_zeros(batch, self.matrix.in_features), torch.zeros(batch))}
+
+    def state_bytes(self, length):
+        return self.matrix.weight[0].nbytes
+
+    def flops(self, length):
+        return 2 * length * self.matrix.weight.numel()
+
+
+class Pair:
+    def __init__(self, *parts):
+        self.parts = parts
+
+
+register_pytree_node(Pair, lambda pair: (list(pair.parts), None), lambda parts, _: Pair(*parts))
+
+
+class Paired(Summing):
+    def init_state(self, batch):
+        return {**super().init_state(batch), "pair": Pair(torch.zeros(batch), torch.zeros(batch, 2))}
+
+
+class Unknown(Summing):
+    def init_state(self, batch):
+        return {**super().init_state(batch), "pair": object()}
+
+
+class Turned(Summing):
+    def init_state(self, batch):
+        return {**super().init_state(batch), "pair": torch.zeros(3, batch)}
+
+
+def of_another_package(kind) -> LanguageModel:
+    torch.manual_seed(0)
+    return LanguageModel(kind, 20, d_model=16, num_layers=2, num_heads=2, mlp_hidden=8).double().eval()
+
+
+@pytest.mark.parametrize("kind", [Summing, Paired])
+def test_a_mixer_of_another_package_is_forked_saved_and_loaded(kind, tmp_path):
+    model = of_another_package(kind)
+    session = Session(model, 2)
+    session.prefill(prompts(7, 7))
+    session.fork(3).save(tmp_path / "saved", {})
+    loaded, _ = Session.load(tmp_path / "saved", model, torch.device("cpu"))
+    assert type(loaded.state[0].mixer["sum"]) is Sum and loaded.state_bytes() == 3 * session.state_bytes()
+    assert held_bytes(loaded.state)[0] >= 6 * model.state_bytes(7)
+    loaded.step(torch.tensor([5] * 6))
+    session.step(torch.tensor([5] * 2))
+    torch.testing.assert_close(loaded.logits, session.logits.repeat_interleave(3, 0), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [(Unknown, r"Unknown.init_state\(2\) holds a object, which is no pytree"), (Turned, "the row")]
+)
+def test_a_state_that_cannot_be_forked_is_refused_at_once(kind, words):
+    with pytest.raises(ConfigError, match=words):
+        Session(of_another_package(kind), 2)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
+from small_mixers import small_mixer
 
 from longmix.config import Node, build
 from longmix.mixers.block_sparse import BlockSparse
@@ -106,7 +107,7 @@ class Later(RWKV7):
     """With a value of the first layer, which the model around a mixer would give it."""
 
     def forward(self, x, **options):
-        return super().forward(x, first_value=x.flip(-1), **options)
+        return super().forward(x, value_residual=x.flip(-1), **options)
 
 
 def awake(mixer: Mixer) -> Mixer:
@@ -122,19 +123,6 @@ def awake(mixer: Mixer) -> Mixer:
     return mixer
 
 
-SMALL = {
-    "block_sparse": {"block": 16, "local": 1},
-    "hyper": {"window": 4, "buckets": 4, "sample": 0.3},
-    "routing": {"clusters": 3, "window": 4, "local_window": 5},
-    "rwkv7": {"head_dim": 16},
-    "scatterbrain": {"block": 4, "num_features": 8},
-    "scatterbrain_content": {"block": 4, "num_features": 8, "buckets": 4, "window": 3},
-    "sliding_window": {"window": 7},
-    "sparse_flash": {"buckets": 4},
-}
-"""Settings that make a file's mixer small enough to forget within the few tokens of a test. A new file needs none."""
-
-
 def settings_of(path: Path) -> Node:
     """What a file in configs/mixer sets."""
     node = OmegaConf.to_container(OmegaConf.load(path))
@@ -142,9 +130,15 @@ def settings_of(path: Path) -> Node:
 
 
 def configured(path: Path) -> Mixer:
-    """The mixer of a file in configs/mixer, made small."""
-    mixer: Mixer = build({**settings_of(path), **SMALL.get(path.stem, {})}, "mixer", shape=SHAPE, layer_index=0)
-    return awake(mixer) if isinstance(mixer, MLSTMTFLA | RWKV7) else mixer
+    """The mixer of a file in configs/mixer, made small, with no weight at zero, which would hide what is before it."""
+    mixer: Mixer = build(small_mixer(settings_of(path), 4), "mixer", shape=SHAPE, layer_index=0)
+    if isinstance(mixer, MLSTMTFLA | RWKV7):
+        return awake(mixer)
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            if parameter.dim() > 1 and not parameter.abs().max() > 0:
+                parameter.normal_(std=SHAPE.d_model**-0.5)
+    return mixer
 
 
 FILES = sorted((Path(__file__).parents[2] / "configs/mixer").glob("*.yaml"))

@@ -6,7 +6,6 @@ from mixer_table import MIXERS, SHAPE, scatterbrain
 from torch.utils.flop_counter import FlopCounterMode
 
 from longmix.analysis.causality import audit, mixer_function
-from longmix.analysis.state_sizes import held_bytes
 from longmix.errors import ConfigError
 from longmix.mixers.block_sparse import BlockSparse
 from longmix.mixers.flash import Flash
@@ -17,6 +16,7 @@ from longmix.mixers.parts.by_label import LabelAttention
 from longmix.mixers.parts.gated_memory import GatedMemory
 from longmix.mixers.parts.head_decay import HeadDecay
 from longmix.mixers.parts.recurrent import RecurrentMixer
+from longmix.mixers.parts.states import held_bytes
 from longmix.mixers.routing import Routing
 from longmix.mixers.rwkv7 import RWKV7
 from longmix.mixers.scatterbrain_content import ScatterbrainContent

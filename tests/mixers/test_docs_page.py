@@ -13,7 +13,9 @@ import yaml
 from mixer_table import SHAPE
 
 from longmix.config import check, resolved
+from longmix.generation.session import Session
 from longmix.mixers.parts.base import Mixer
+from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model
 
 PAGE = (Path(__file__).parents[2] / "docs/add_a_mixer.md").read_text(encoding="utf-8")
@@ -21,7 +23,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 SETTINGS = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)]
 
 
-@pytest.fixture(params=BLOCKS, ids=["SSD", "Moving"])
+@pytest.fixture(params=BLOCKS, ids=["SSD", "Hawk"])
 def page(request, monkeypatch) -> ModuleType:
     """A block of code as a module of another package."""
     module = ModuleType("somebody")
@@ -31,7 +33,7 @@ def page(request, monkeypatch) -> ModuleType:
 
 
 def kind_of(page: ModuleType) -> type[Mixer]:
-    return next(kind for name, kind in vars(page).items() if name in ("SSD", "Moving"))
+    return next(kind for name, kind in vars(page).items() if name in ("SSD", "Hawk"))
 
 
 @pytest.fixture
@@ -77,6 +79,17 @@ def test_the_page_trains_in_bfloat16(page, compose_config):
     with torch.autocast("cpu", torch.bfloat16):
         model(tokens, tokens).token_losses.mean().backward()
     assert all(weight.grad.isfinite().all() for weight in model.parameters())
+
+
+def test_the_page_is_saved_and_loaded(page, tmp_path):
+    model = LanguageModel(kind_of(page), 20, d_model=16, num_layers=2, num_heads=2, mlp_hidden=8).double().eval()
+    session = Session(model, 2)
+    session.prefill([torch.arange(7), torch.arange(5)])
+    session.save(tmp_path / "saved", {})
+    loaded, _ = Session.load(tmp_path / "saved", model, torch.device("cpu"))
+    for each in (session, loaded):
+        each.step(torch.tensor([3, 4]))
+    assert torch.equal(loaded.logits, session.logits)
 
 
 @pytest.mark.parametrize("page", BLOCKS[:1], indirect=True, ids=["SSD"])

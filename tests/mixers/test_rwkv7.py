@@ -75,12 +75,14 @@ def time_mix(p: dict[str, torch.Tensor], x: torch.Tensor, first: torch.Tensor | 
 def test_equals_the_formulas_token_by_token(layer):
     mixer = shaken(RWKV7(SHAPE, layer, head_dim=16))
     x, first = random(2, 23, 48, seed=1), random(2, 23, 48, seed=2) if layer else None
-    output = mixer(x, first_value=first)
+    output = mixer(x, value_residual=first)
     weights = dict(mixer.named_parameters())
     for row in range(2):
         wanted, value = time_mix(weights, x[row], None if first is None else first[row], 16)
         torch.testing.assert_close(output.y[row], wanted, rtol=0, atol=1e-11)
-        torch.testing.assert_close(output.first_value[row], value if first is None else first[row], rtol=0, atol=1e-13)
+        torch.testing.assert_close(
+            output.value_residual[row], value if first is None else first[row], rtol=0, atol=1e-13
+        )
 
 
 def test_channel_mixing_equals_its_formula():
@@ -223,8 +225,8 @@ def test_later_layers_read_the_first_value():
         )
     tokens = torch.arange(24).view(2, 12)
     net(tokens, tokens).token_losses.sum().backward()
-    assert seen[1][0]["first_value"] is None
-    assert seen[3][0]["first_value"] is seen[1][1].first_value
+    assert seen[1][0]["value_residual"] is None
+    assert seen[3][0]["value_residual"] is seen[1][1].value_residual
     assert net.blocks[3].mixer.value_base.grad.abs().max() > 1e-9
 
 
@@ -283,15 +285,17 @@ def test_compiles_as_one_graph():
     mixer = shaken(RWKV7(SHAPE, 1, head_dim=16)).float()
     x, first = random(2, 20, 48).float(), random(2, 20, 48, seed=1).float()
     compiled = torch.compile(mixer, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x, first_value=first).y, mixer(x, first_value=first).y, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        compiled(x, value_residual=first).y, mixer(x, value_residual=first).y, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_runs_in_mixed_precision():
     mixer = shaken(RWKV7(SHAPE, 1, head_dim=16)).float()
     x, first = random(2, 40, 48).float(), random(2, 40, 48, seed=1).float()
-    exact = mixer(x, first_value=first).y
+    exact = mixer(x, value_residual=first).y
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rounded = mixer(x, first_value=first.bfloat16()).y
+        rounded = mixer(x, value_residual=first.bfloat16()).y
     assert rounded.dtype == torch.bfloat16
     assert (rounded.float() - exact).norm() < 0.03 * exact.norm()
     rounded.float().sum().backward()

@@ -75,7 +75,7 @@ CANNOT_BE_BUILT = {
     "nothing": (without("forward", "flops", "init_state", "state_bytes"), r"forward\(.*init_state\(.*flops\(length\)"),
     "only-x": (OnlyX, r"OnlyX.forward must be forward\(self, x, \*, state=None, document_ids=None\): .*'state'"),
     "another-argument": (Positional, r"Positional.forward must be forward\(self, x, \*, .*'mask'"),
-    "first-value": (NoValue, r"NoValue.forward must be .*first_value=None\): .*'first_value'"),
+    "first-value": (NoValue, r"NoValue.forward must be .*value_residual=None\): .*'value_residual'"),
     "not-begun": (NotBegun, r"NotBegun cannot be built: .*__init__\(\) call"),
     "other-arguments": (OtherArguments, r"OtherArguments cannot be built: .*positional"),
     "no-mixer": (NotAMixer, "is a NotAMixer; it must be a subclass of longmix.mixers.parts.base.Mixer"),

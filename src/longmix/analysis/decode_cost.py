@@ -12,7 +12,6 @@ from rich.table import Table
 
 from longmix.accelerators import ACCELERATORS, Accelerator, by_word
 from longmix.analysis.cost_model import StepCost, first_context, intensity, step_cost
-from longmix.analysis.state_sizes import held_bytes
 from longmix.errors import ConfigError
 from longmix.evaluation.loss import to_device
 from longmix.evaluation.memory import check_memory
@@ -20,6 +19,7 @@ from longmix.evaluation.subject import Subject, tracked
 from longmix.generation.session import Session
 from longmix.mixers.flash import Flash
 from longmix.mixers.parts.base import ModelShape
+from longmix.mixers.parts.states import held_bytes
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model
 from longmix.reporting.plots import draw_curves, drawing, new_figure

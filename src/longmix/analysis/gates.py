@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from longmix.analysis.effective_attention import EngineCall
+from longmix.mixers.parts.looked_into import EngineCall
 
 QUANTILES = {"half_life_low": 0.1, "half_life": 0.5, "half_life_high": 0.9}
 """Of the channels of a head."""

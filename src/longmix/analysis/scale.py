@@ -10,16 +10,10 @@ import warnings
 
 import torch
 
-from longmix.config import Node
+from longmix.config import Node, locate
 from longmix.errors import ConfigError
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model
-
-SIZES = ("window", "local_window", "block")
-"""Settings of mixers that say how many tokens are seen, or stay together."""
-
-LEAST_BLOCK = 16
-"""Mixers whose blocks are tiles of the attention engine have none below."""
 
 
 def scale_model(config: Node, length: int, vocab_size: int) -> LanguageModel:
@@ -35,17 +29,22 @@ def scale_model(config: Node, length: int, vocab_size: int) -> LanguageModel:
     mixer, model = small["mixer"], small["model"]
     model["num_layers"] = min(model["num_layers"], max(2, len(mixer.get("pattern", ()))))
     for node in [mixer[name] for name in dict.fromkeys(mixer["pattern"])] if "pattern" in mixer else [mixer]:
-        for name in SIZES:
-            if isinstance(node.get(name), int):
-                _shrink(small, node, name, max(1, length // 4))
+        for name, least in sizes_of(node).items():
+            _shrink(small, node, name, max(1, length // 4), least)
     with warnings.catch_warnings(action="ignore"):  # what there is to say was said of the model itself
         return build_model(small, vocab_size)
 
 
-def _shrink(config: Node, node: Node, name: str, most: int) -> None:
+def sizes_of(node: Node) -> dict[str, int]:
+    """The sizes that a mixer's node sets, of those that its class names in `Mixer.sizes`, and the least of each."""
+    sizes = locate(node["_target_"], "mixer").sizes
+    return {name: least for name, least in sizes.items() if isinstance(node.get(name), int)}
+
+
+def _shrink(config: Node, node: Node, name: str, most: int, least: int) -> None:
     """Set a size to at most `most`, or to the least that its mixer takes."""
     before = node[name]
-    for size in (most, LEAST_BLOCK, before):
+    for size in (most, least, before):
         node[name] = min(before, size)
         try:
             with torch.device("meta"), warnings.catch_warnings(action="ignore"):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longmix.analysis.effective_attention import engine_call, layer_inputs
 from longmix.analysis.gates import gate_statistics
-from longmix.analysis.state_sizes import held_bytes, log_root_mean_square
+from longmix.analysis.state_sizes import log_root_mean_square
 from longmix.batch import Batch
 from longmix.errors import ConfigError
 from longmix.evaluation.loss import to_device
@@ -24,6 +24,7 @@ from longmix.evaluation.subject import Subject, tracked
 from longmix.mixers.parts.base import Mixer
 from longmix.mixers.parts.recurrent import RecurrentMixer
 from longmix.mixers.parts.softmax import SoftmaxAttention
+from longmix.mixers.parts.states import held_bytes
 from longmix.reporting.labels import short
 from longmix.reporting.plots import decimal_axis, draw_curves, draw_trained, drawing, new_figure, set_title
 from longmix.reporting.style import INK, nth_style

@@ -71,6 +71,7 @@ def load_tensors(
     what: str,
     *,
     format_number: int,
+    earlier: tuple[int, ...] = (),
     without_digest: int | None = None,
     device: torch.device | str = "cpu",
     cure: str = "",
@@ -81,6 +82,7 @@ def load_tensors(
         path: the file.
         what: it should hold, for messages.
         format_number: the content's "format".
+        earlier: formats before it that are read as well.
         without_digest: an earlier format whose files have no digest; they are read with a warning.
         device: where the tensors go.
         cure: what to do about a file that cannot be used, for messages; begins with "; ".
@@ -95,7 +97,7 @@ def load_tensors(
         check_archive(path)
         content = torch.load(path, map_location=device, weights_only=True)
         number = content["format"] if isinstance(content, dict) else None
-        if number not in (format_number, without_digest) or isinstance(number, bool):
+        if number not in (format_number, *earlier, without_digest) or isinstance(number, bool):
             found = shortened(number)
             raise CheckpointError(f"{path} has format {found}; this version of longmix reads {format_number}{cure}.")
         if not verified and number != without_digest:

@@ -133,7 +133,7 @@ def _takes_leaky(task: Node) -> bool:
 def _refuse_leaky(model: LanguageModel) -> None:
     for index, mixer in enumerate(model.mixers()):
         if mixer.leaky:
-            setting = f"mixer.mode={mixer.mode}" if hasattr(mixer, "mode") else f"mixer {type(mixer).__name__}"
+            setting = mixer.leaky_setting or f"mixer {type(mixer).__name__}"
             raise ConfigError(
                 f"the checkpoint was trained with {setting}, in which later tokens change what layer {index} computes "
                 "for earlier ones: its loss is not that of a language model. Train with a causal mode or mixer; or "

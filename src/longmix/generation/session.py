@@ -1,23 +1,26 @@
 """A model in the middle of some rows of text: what it remembers, and the scores of the next token.
 
-One object serves all mixers and mixtures of them: a state per layer, of which nothing is known here but that tensors
-begin with the batch. It can be saved and gone on with, and one row can be forked into many.
+One object serves all mixers and mixtures of them, of other packages too: a state per layer, of which nothing is known
+here but that it is a pytree whose tensors begin with the batch. It can be saved and gone on with, and one row can be
+forked into many.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_structure, tree_unflatten
 
-from longmix.aliases import path_now
 from longmix.checkpoints import load_tensors, reading, save_tensors
 from longmix.checkpoints.reading import check_weight
+from longmix.mixers.parts.states import mapped, named_leaves, total_bytes
 from longmix.model.backbone import LanguageModel
 
-FORMAT, WITHOUT_DIGEST = 2, 1
+FORMAT, WITH_CLASSES, WITHOUT_DIGEST = 3, 2, 1
+"""Format 3 has the leaves of a state by name; earlier ones have nested lists and objects with the names of classes."""
+
 PREFILL_TOKENS = 4096
 """Tokens of a prompt, over all rows, that pass the model at once: what bounds its memory."""
 
@@ -94,7 +97,7 @@ class Session:
 
     def state_bytes(self) -> int:
         """Bytes of all tensors that are remembered."""
-        return sum(x.nbytes for x in _tensors(self.state))
+        return total_bytes(self.state)
 
     def save(self, path: Path, about: dict[str, Any]) -> None:
         """Write everything needed to go on, and `about`, which must be of tensors, numbers and texts.
@@ -104,7 +107,7 @@ class Session:
         """
         content = {
             "format": FORMAT,
-            "state": _plain(self.state),
+            "state": named_leaves(self.state),
             "logits": self.logits,
             "length": self.length,
             "batch": self.batch,
@@ -120,15 +123,22 @@ class Session:
             CheckpointError: there is no such file, or it is damaged, of another format or of another model.
         """
         content = load_tensors(
-            path, "saved generation", format_number=FORMAT, without_digest=WITHOUT_DIGEST, device=device
+            path,
+            "saved generation",
+            format_number=FORMAT,
+            earlier=(WITH_CLASSES,),
+            without_digest=WITHOUT_DIGEST,
+            device=device,
         )
         with reading(path, "saved generation of this model"):
             session = cls.__new__(cls)
             session.model, session.batch, session.length = model, content["batch"], content["length"]
             session.logits, about = content["logits"], content["about"]
             session._check_sizes()
-            begun = model.init_state(session.batch)
-            session.state = _Restorer(begun, session.batch).restored(content["state"], begun)
+            leaves = content["state"] if content["format"] == FORMAT else _by_name(content["state"])
+            if not isinstance(leaves, dict):
+                raise ValueError(f"it holds a {type(leaves).__name__} in the place of a state")
+            session.state = _restored(leaves, model.init_state(session.batch), session.batch)
             if not isinstance(about, dict):
                 raise ValueError("it does not say what it is of")
             session._check_goes_on(device)
@@ -149,102 +159,47 @@ class Session:
         self.fork(1).step(torch.zeros(self.batch, dtype=torch.int64, device=device))
 
 
-def mapped(state: Any, change: Any) -> Any:
-    """A state with `change` applied to every tensor in it."""
-    if isinstance(state, Tensor):
-        return change(state)
-    if is_dataclass(state) and not isinstance(state, type):
-        return type(state)(**{field.name: mapped(getattr(state, field.name), change) for field in fields(state)})
-    if isinstance(state, tuple) and hasattr(state, "_fields"):
-        return type(state)(*(mapped(part, change) for part in state))
-    if isinstance(state, list | tuple):
-        return type(state)(mapped(part, change) for part in state)
-    if isinstance(state, dict):
-        return {key: mapped(part, change) for key, part in state.items()}
-    return state
+def _restored(found: dict[str, Any], begun: Any, batch: int) -> Any:
+    """A state of the leaves that a file holds by name, in the structure of the state before the first token.
 
+    No class is looked for that a file names: a state is of the classes that the model's is of.
 
-def _tensors(state: Any) -> Iterator[Tensor]:
-    found: list[Tensor] = []
-    mapped(state, found.append)
-    return iter(found)
-
-
-def _plain(state: Any) -> Any:
-    """A state as lists, dicts, tensors and numbers; an object becomes its class's name and its fields."""
-    if is_dataclass(state) and not isinstance(state, type):
-        named = {field.name: getattr(state, field.name) for field in fields(state)}
-    elif isinstance(state, tuple) and hasattr(state, "_asdict"):
-        named = state._asdict()
-    elif isinstance(state, list | tuple):
-        return [_plain(part) for part in state]
-    else:
-        return state
-    return {"class": _kind(state), "fields": {name: _plain(part) for name, part in named.items()}}
-
-
-class _Restorer:
-    """Puts states together again from what `_plain` made of them.
-
-    Args:
-        begun: the model's state before the first token, which says of which classes a state is. No other class is
-            looked for, so that a file cannot name one.
-        batch: rows, with which every tensor of a state begins.
+    Raises:
+        ValueError: they are not the leaves of such a state.
     """
-
-    def __init__(self, begun: Any, batch: int) -> None:
-        self._kinds: dict[str, type] = {}
-        self._batch = batch
-        self._collect(begun)
-
-    def _collect(self, state: Any) -> None:
-        if is_dataclass(state) and not isinstance(state, type):
-            parts = [getattr(state, field.name) for field in fields(state)]
-        elif isinstance(state, list | tuple):
-            parts = list(state)
-        else:
-            return
-        if type(state) not in (list, tuple):
-            self._kinds[_kind(state)] = type(state)
-        for part in parts:
-            self._collect(part)
-
-    def restored(self, plain: Any, like: Any) -> Any:
-        """A state from its plain form.
-
-        Args:
-            plain: as it was read.
-            like: the state before the first token in its place; None if there is none to compare with.
-
-        Raises:
-            ValueError: it is of another class, or a tensor is of another kind.
-        """
-        if isinstance(plain, Tensor):
-            self._check_tensor(plain, like)
-            return plain
-        if isinstance(plain, list):
-            if isinstance(like, list | tuple) and len(like) != len(plain) and not hasattr(like, "_fields"):
-                raise ValueError(f"it has {len(plain)} states in the place of {len(like)}")
-            others = list(like) if isinstance(like, list | tuple) and len(like) == len(plain) else [None] * len(plain)
-            return [self.restored(part, other) for part, other in zip(plain, others, strict=True)]
-        if isinstance(plain, dict):
-            kind = self._kinds.get(path_now(plain["class"]))
-            if kind is None or (is_dataclass(like) and type(like) is not kind):
-                raise ValueError(f"it names {plain['class']}, which is no state of this model")
-            parts = plain["fields"].items()
-            return kind(**{name: self.restored(part, getattr(like, name, None)) for name, part in parts})
-        if like is not None and plain is not None and type(plain) is not type(like):
-            raise ValueError(f"it holds {plain!r} in the place of a {type(like).__name__}")
-        return plain
-
-    def _check_tensor(self, found: Tensor, like: Any) -> None:
-        wrong = found.layout != torch.strided or found.is_meta or found.is_quantized
-        wrong = wrong or found.ndim < 1 or found.shape[0] != self._batch
-        if isinstance(like, Tensor):
-            wrong = wrong or found.ndim != like.ndim or found.is_floating_point() != like.is_floating_point()
-        if wrong:
-            raise ValueError(f"it holds a tensor of shape {list(found.shape)} that is no state of this model")
+    known, structure = named_leaves(begun), tree_structure(begun)
+    if stranger := next((name for name in found if name not in known), None):
+        raise ValueError(f"it holds {stranger!r}, which is in no state of this model")
+    leaves = []
+    for name, like in known.items():
+        if name not in found and like is not None:
+            raise ValueError(f"it lacks {name}, which every state of this model has")
+        leaf = found.get(name)
+        if isinstance(leaf, Tensor):
+            _check_tensor(leaf, like, batch)
+        elif like is not None and type(leaf) is not type(like):
+            raise ValueError(f"it holds {leaf!r} in the place of a {type(like).__name__}")
+        elif like is None and leaf is not None:
+            raise ValueError(f"it holds {leaf!r} in the place of a tensor")
+        leaves.append(leaf)
+    return tree_unflatten(leaves, structure)
 
 
-def _kind(state: Any) -> str:
-    return f"{type(state).__module__}.{type(state).__qualname__}"
+def _check_tensor(found: Tensor, like: Any, batch: int) -> None:
+    wrong = found.layout != torch.strided or found.is_meta or found.is_quantized
+    wrong = wrong or found.ndim < 1 or found.shape[0] != batch or not isinstance(like, Tensor | None)
+    if isinstance(like, Tensor):
+        wrong = wrong or found.ndim != like.ndim or found.is_floating_point() != like.is_floating_point()
+    if wrong:
+        raise ValueError(f"it holds a tensor of shape {list(found.shape)} that is no state of this model")
+
+
+def _by_name(nested: Any, place: str = "") -> dict[str, Any]:
+    """The leaves by name of a state as files of format 2 hold it: lists, and the fields of objects by name."""
+    if isinstance(nested, list):
+        parts = [_by_name(part, f"{place}[{number}]") for number, part in enumerate(nested)]
+    elif isinstance(nested, dict):
+        parts = [_by_name(part, f"{place}.{name}") for name, part in nested["fields"].items()]
+    else:
+        return {place: nested}
+    return {name: leaf for part in parts for name, leaf in part.items()}

@@ -11,7 +11,7 @@ butterfly    the blocks 0, 1, 2, 4, 8, ... before the own one (Dao et al. 2022, 
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple, Unpack
+from typing import ClassVar, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -54,6 +54,9 @@ class BlockSparse(SoftmaxAttention):
     Raises:
         ConfigError: besides those of the base, an unknown layout, a size that is not allowed.
     """
+
+    sizes: ClassVar = {"block": 16}  # a tile of the engine
+    small: ClassVar = {"local": 1, "stride": 2}
 
     def __init__(
         self,
@@ -134,6 +137,10 @@ class BlockSparse(SoftmaxAttention):
                 runs.append(_run(lo, torch.where(number >= distance, lo + self.block, lo)))
                 distance *= 2
         return runs
+
+    def prepare(self, length: int) -> None:
+        """The list of blocks, which takes real tensors."""
+        self.lists(-(-length // self.block), torch.device("cpu"))
 
     def visible_pairs(self, length: int) -> int:
         """All of a block before the own one, a triangle of that."""

@@ -11,7 +11,7 @@ and a sampled key of the own bucket is left out, not counted twice.
 """
 
 import math
-from typing import Unpack
+from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor
@@ -42,6 +42,8 @@ class Hyper(SparseFlash):
     Raises:
         ConfigError: besides those of the base, a `sample` outside (0, 1), a window below 1.
     """
+
+    small: ClassVar = {"buckets": 4, "sample": 0.3}
 
     salt: Tensor
 

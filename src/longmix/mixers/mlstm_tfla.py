@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from longmix.errors import ConfigError
 from longmix.mixers.parts.base import REAL, ModelShape, at_most
+from longmix.mixers.parts.exact import exact_linear
 from longmix.mixers.parts.linear import LinearMixer, LinearOptions
 from longmix.recipe import Recipe, set_recipe
 
@@ -81,7 +82,4 @@ class MLSTMTFLA(LinearMixer):
         return F.logsigmoid(forget_gate), input_gate if self.normalize else F.logsigmoid(input_gate)
 
     def _capped(self, projection: nn.Linear, x: Tensor) -> Tensor:
-        exact = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            gate = F.linear(x.to(exact), projection.weight.to(exact), projection.bias.to(exact))
-        return self.gate_cap * (gate / self.gate_cap).tanh()
+        return self.gate_cap * (exact_linear(projection, x) / self.gate_cap).tanh()

@@ -11,7 +11,7 @@ token that shares its query and key does not see itself, whose score would outwe
 of its cluster.
 """
 
-from typing import Any, NoReturn, Unpack
+from typing import Any, ClassVar, NoReturn, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
 from longmix.mixers.parts import routing_modes as modes
-from longmix.mixers.parts.base import COUNT, REAL, SEED, TOKENS, MixerOutput, ModelShape, at_most, checked_sizes
+from longmix.mixers.parts.base import COUNT, REAL, SEED, TOKENS, ModelShape, at_most
 from longmix.mixers.parts.by_label import empty_rows
 from longmix.mixers.parts.centroids import ScoreThreshold, SphericalKMeans, unit, usage
 from longmix.mixers.parts.metrics import Metric
 from longmix.mixers.parts.rings import Rings, RoutingState, with_rings
-from longmix.mixers.parts.rotary import rotary_angles, rotate, token_positions
 from longmix.mixers.parts.scatterbrain_summaries import numbered
-from longmix.mixers.parts.softmax import HeadOptions, Rows, Selection, SoftmaxAttention
+from longmix.mixers.parts.softmax import AttentionState, HeadOptions, Rows, Selection, SoftmaxAttention, continued
 from longmix.notices import notice
 from longmix_kernels.attention import Ordering, attention, merge
 
@@ -54,6 +53,9 @@ class Routing(SoftmaxAttention):
     Raises:
         ConfigError: naming the setting.
     """
+
+    sizes: ClassVar = {"window": 1, "local_window": 1, "block": 1}
+    small: ClassVar = {"clusters": 3}
 
     def __init__(
         self,
@@ -105,6 +107,7 @@ class Routing(SoftmaxAttention):
             self.threshold = ScoreThreshold(heads, clusters, self.head_dim, self.share, centroid_decay)
         self.leaky = mode == modes.LEAKY
         if self.leaky:
+            self.leaky_setting = f"mixer.mode={mode}"
             notice(
                 f"mixer.mode={mode} lets later tokens decide what earlier ones see, so its losses are not those of a "
                 "language model, and evaluate.py takes it with task.loss.prefixes only; mixer.mode=argmax_window is "
@@ -236,40 +239,36 @@ class Routing(SoftmaxAttention):
     def _copies(self) -> int:
         return self.clusters_per_key if self.mode == "threshold" else 1
 
-    def forward(self, x: Tensor, *, state: Any = None, document_ids: Tensor | None = None) -> MixerOutput:
-        """See `Mixer.forward`; without gradients a state with rings is used up."""
-        if isinstance(state, RoutingState):
-            return self._continue(x, state, document_ids)
-        if isinstance(state, Slices) and self.leaky:
-            self._refuse_parts()
-        return super().forward(x, state=state, document_ids=document_ids)
+    def attend_after(self, rows: Rows, slices: Slices) -> tuple[Tensor, dict[str, Metric]]:
+        """As the base.
 
-    def _continue(self, x: Tensor, state: RoutingState, ids: Tensor | None) -> MixerOutput:
-        """Go on from rings."""
-        past = state.recent
-        batch, length = checked_sizes(x, self.d_model, ids, past)
-        last_id = torch.zeros(batch, dtype=torch.int32, device=x.device)
-        if past.document_ids is not None:
-            last_id = past.document_ids[:, -1]
-        if ids is None:
-            ids = last_id[:, None].expand(batch, length)
-        query, key, value = self.project(x)
-        positions = token_positions(ids, last_id, past.next_position, length, x.device)
-        chosen = self.select(x, query, key, positions)
-        cosine, sine = rotary_angles(positions, self.head_dim, self.rotary_base)
-        query, key = (rotate(heads, cosine, sine).to(value.dtype) for heads in (query, key))
-        local, routed = self._divided(Rows(query, key, value, ids, chosen.query_labels, chosen.key_labels))
-        if past.document_ids is None:  # nothing is in the rings: they belong to no document
-            routed.document_ids = numbered(ids, torch.zeros_like(last_id, dtype=torch.bool))
-        else:
-            routed.document_ids = numbered(ids, ids[:, 0] == last_id)
-            local.key = torch.cat((past.key.to(local.key.dtype), local.key), 1)
-            local.value = torch.cat((past.value.to(local.value.dtype), local.value), 1)
-            local.document_ids = torch.cat((past.document_ids, ids), 1)
-        recent = self._kept(local, positions[:, -1].expand(batch) + 1)
+        Raises:
+            ConfigError: `sequence_topk`, which needs the whole sequence at once.
+        """
+        if self.leaky:
+            self._refuse_parts()
+        return super().attend_after(rows, slices)
+
+    def attend_from(self, rows: Rows, state: Any, next_position: Tensor) -> tuple[Tensor, dict[str, Metric], Any]:
+        """As the base; without gradients a state with rings is used up."""
+        if not isinstance(state, RoutingState):
+            return super().attend_from(rows, state, next_position)
+        ids = rows.document_ids
+        assert ids is not None
+        local, routed = self._divided(rows)
+        # Before the first token nothing is in the rings: they belong to no document.
+        begun = torch.zeros_like(ids[:, 0], dtype=torch.bool)
+        if state.recent.document_ids is not None:
+            begun = ids[:, 0] == state.last_id
+        routed.document_ids = numbered(ids, begun)
+        local = continued(local, state.recent)
+        recent = self._kept(local, next_position)
         mixed, rings = self._on_rings(routed, state.rings)
-        output = self.output(torch.cat((*self._windowed(local), mixed), 2).flatten(2))
-        return MixerOutput(output, RoutingState(recent, rings), chosen.losses, chosen.metrics)
+        return torch.cat((*self._windowed(local), mixed), 2), {}, RoutingState(recent, rings)
+
+    def state_type(self) -> type:
+        """See `SoftmaxAttention`."""
+        return RoutingState if self._bounded() else AttentionState
 
     def _on_rings(self, rows: Rows, rings: Rings) -> tuple[Tensor, Rings]:
         """Output of the routed heads, and the rings, which hold document 0, with the new keys."""

@@ -18,6 +18,7 @@ their table. `block=rwkv7` is what surrounds it.
 """
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +28,9 @@ from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
 from longmix.mixers.parts.base import COUNT, MixerOutput, ModelShape, at_most, checked_sizes, divided
 from longmix.mixers.parts.convolution import token_shift
+from longmix.mixers.parts.documents import continued_ids
 from longmix.mixers.parts.norms import HeadwiseNorm, check_norm_eps
-from longmix.mixers.parts.recurrent import RecurrentMixer, RecurrentState, continued_ids
+from longmix.mixers.parts.recurrent import RecurrentMixer, RecurrentState
 from longmix.mixers.parts.recurrent_slices import DeltaRecurrence, widened
 from longmix.recipe import Recipe, set_recipe
 from longmix_kernels.delta import delta_rule
@@ -86,6 +88,8 @@ class RWKV7(RecurrentMixer):
     Raises:
         ConfigError: heads that do not divide, a rank below 1.
     """
+
+    small: ClassVar = {"head_dim": 16}
 
     value_residual = True
     past = 1
@@ -157,9 +161,9 @@ class RWKV7(RecurrentMixer):
         *,
         state: RecurrentState | Slices | None = None,
         document_ids: Tensor | None = None,
-        first_value: Tensor | None = None,
+        value_residual: Tensor | None = None,
     ) -> MixerOutput:
-        """See `Mixer.forward`; `first_value` [B, T, D] is what the first layer returned as that."""
+        """See `Mixer.forward`; `value_residual` [B, T, D] is what the first layer returned as that."""
         batch, length = checked_sizes(x, self.recent_channels, document_ids, state, (RecurrentState, Slices))
         ids = continued_ids(document_ids, state, batch, length)
         recent = self.recent(x, state, ids)
@@ -168,7 +172,7 @@ class RWKV7(RecurrentMixer):
             x + change * shift for shift in self.shifts.to(x.dtype).unbind()
         )
         key, value = self.key(of_key), self.value(of_value)
-        given = value if first_value is None else first_value
+        given = value if value_residual is None else value_residual
         if self.value_mix is not None:
             value = value + (given - value) * (self.value_base + self.value_mix(of_value)).sigmoid().to(value.dtype)
         rate = (self.rate_base + self.rate(of_rate)).sigmoid()
@@ -179,7 +183,8 @@ class RWKV7(RecurrentMixer):
         read, write = -removal.to(value.dtype), (removal * self._heads(rate)).to(value.dtype)
 
         def run(initial: Tensor | None, ids: Tensor | None) -> tuple[Tensor, Tensor]:
-            return delta_rule(
+            return self.call_engine(
+                delta_rule,
                 query,
                 key,
                 widened(value, initial),
@@ -197,7 +202,7 @@ class RWKV7(RecurrentMixer):
         normed = self.head_norm(self.recall(found, query))
         gated = (normed + bonus.to(found.dtype)).flatten(2) * self.gate(of_gate)
         after = self.next_state(carried, recent, x, state, ids)
-        return MixerOutput(self.output(gated), after, metrics=self.state_metrics(carried, state), first_value=given)
+        return MixerOutput(self.output(gated), after, metrics=self.state_metrics(carried, state), value_residual=given)
 
     def log_decay(self, x: Tensor) -> Tensor:
         """log w of x [B, T, D], in float32 or better."""

@@ -19,7 +19,7 @@ speeches in rows of 2,048, and is the default.
 
 import math
 from dataclasses import replace
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -27,15 +27,22 @@ from torch import Tensor, nn
 
 from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
-from longmix.mixers.parts.base import COUNT, REAL, SEED, TOKENS, MixerOutput, ModelShape, at_most, checked_sizes
+from longmix.mixers.parts.base import COUNT, REAL, SEED, TOKENS, ModelShape, at_most
+from longmix.mixers.parts.documents import goes_on
 from longmix.mixers.parts.features import FeatureMap, check_kind, enough_features, predicted_error
 from longmix.mixers.parts.metrics import Mean, MeanProduct, Metric
-from longmix.mixers.parts.recurrent import goes_on
-from longmix.mixers.parts.rotary import rotary_angles, rotate, token_positions
-from longmix.mixers.parts.scatterbrain_cache import Keys, Queries, ScatterbrainState, recent_limit, state_after
+from longmix.mixers.parts.scatterbrain_cache import (
+    FeatureRows,
+    Keys,
+    Queries,
+    ScatterbrainState,
+    parted,
+    recent_limit,
+    state_after,
+)
 from longmix.mixers.parts.scatterbrain_slices import after_earlier_slices, after_sums
 from longmix.mixers.parts.scatterbrain_summaries import Blocks, Part, no_summaries, numbered, pooled
-from longmix.mixers.parts.softmax import HeadOptions, SoftmaxAttention
+from longmix.mixers.parts.softmax import HeadOptions, Rows, SoftmaxAttention
 from longmix.notices import notice
 from longmix_kernels.attention import attention, merge
 from longmix_kernels.scatter import FeatureState, ScatterResult, empty_state, scatter_attention
@@ -76,6 +83,9 @@ class Scatterbrain(SoftmaxAttention):
     Raises:
         ConfigError: naming the setting.
     """
+
+    sizes: ClassVar = {"block": 1}
+    small: ClassVar = {"num_features": 8}
 
     def __init__(
         self,
@@ -135,31 +145,35 @@ class Scatterbrain(SoftmaxAttention):
         if sinks < 0:
             raise ConfigError(f"mixer.sinks={sinks} must be at least 0, which is none.")
 
-    def forward(self, x: Tensor, *, state: Any = None, document_ids: Tensor | None = None) -> MixerOutput:
-        """See `Mixer.forward`."""
-        batch, length = checked_sizes(x, self.d_model, document_ids, state, (ScatterbrainState, Slices))
-        if state is None or isinstance(state, Slices):
-            last_id, next_position = (None, None) if state is None else (state.last_id, state.next_position)
-            positions = token_positions(document_ids, last_id, next_position, length, x.device)
-            queries, new = self._rows(x, positions, document_ids)
-            keys, far = (new, None) if state is None else self._after_earlier_slices(new, state)
-            result = self._attend(queries, keys, far)
-            output, metrics = self._merged(queries, keys, None, None, result)
-            return MixerOutput(output, metrics=metrics)
+    def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Metric]]:
+        """All parts in one softmax."""
+        queries, keys = parted(rows)
+        return self._merged(queries, keys, None, None, self._attend(queries, keys))
 
-        ids = state.last_id[:, None].expand(batch, length) if document_ids is None else document_ids.int()
-        positions = token_positions(ids, state.last_id, state.next_position, length, x.device)
+    def attend_after(self, rows: Rows, slices: Slices) -> tuple[Tensor, dict[str, Metric]]:
+        """The same, with keys of earlier slices and sums over those before them."""
+        queries, new = parted(rows)
+        keys, far = self._after_earlier_slices(new, slices)
+        return self._merged(queries, keys, None, None, self._attend(queries, keys, far))
+
+    def attend_from(self, rows: Rows, state: Any, next_position: Tensor) -> tuple[Tensor, dict[str, Metric], Any]:
+        """The same from a state, and the state after."""
+        assert rows.document_ids is not None
+        ids = rows.document_ids.int()
         continues = goes_on(state, ids)
         number = numbered(ids, continues)
-        queries, new = self._rows(x, positions, number)
+        queries, new = parted(replace(rows, document_ids=number))
         keys, before = state.followed_by(new), state.kept_of(continues)
         result = self._attend(queries, keys, None if self.summaries else before.far)
-        output, metrics = self._merged(queries, keys, before, number == 0, result)
+        mixed, metrics = self._merged(queries, keys, before, number == 0, result)
         # Only a document that fills the call from its first token on has sums from before.
         before = before.kept_of(number[:, 0] == number[:, -1])
-        before = replace(before, last_id=ids[:, -1], next_position=positions[:, -1].expand(batch) + 1)
-        after = state_after(keys, before, self.block, self.past_blocks, self._scale())
-        return MixerOutput(output, after, metrics=metrics)
+        before = replace(before, last_id=ids[:, -1], next_position=next_position)
+        return mixed, metrics, state_after(keys, before, self.block, self.past_blocks, self._scale())
+
+    def state_type(self) -> type:
+        """See `SoftmaxAttention`."""
+        return ScatterbrainState
 
     def _after_earlier_slices(self, new: Keys, slices: Slices) -> tuple[Keys, FeatureState | None]:
         """Keys of earlier slices and of this one, and sums over those before them."""
@@ -168,15 +182,10 @@ class Scatterbrain(SoftmaxAttention):
         with torch.autocast(new.key.device.type, enabled=False):  # sums stay exact
             return after_sums(new, slices, self.block, self.past_blocks)
 
-    def _rows(self, x: Tensor, positions: Tensor, ids: Tensor | None) -> tuple[Queries, Keys]:
-        """Queries and keys, with the features and labels of both."""
-        query, key, value = self.project(x)
-        chosen = self.select(x, query, key, positions)
-        labels = (None, None) if chosen is None else (chosen.query_labels, chosen.key_labels)
-        cosine, sine = rotary_angles(positions, self.head_dim, self.rotary_base)
-        query, key = (rotate(heads, cosine, sine) for heads in (query, key))
+    def rows(self, query: Tensor, key: Tensor, value: Tensor, document_ids: Tensor | None) -> FeatureRows:
+        """As the base, with the features of both."""
         query_features = key_features = None
-        exact = torch.promote_types(x.dtype, torch.float32)
+        exact = torch.promote_types(value.dtype, torch.float32)
         short = [F.normalize(heads.to(exact), dim=-1) for heads in (query, key)]
         if self.features is not None:
             query_features, key_features = (self.features(math.sqrt(self.radius) * heads) for heads in short)
@@ -187,7 +196,7 @@ class Scatterbrain(SoftmaxAttention):
         query, key = query.to(value.dtype), key.to(value.dtype)
         if self.summaries:
             key_features = pooled(query, self.num_kv_heads)
-        return Queries(query, query_features, labels[0]), Keys(key, value, key_features, ids, labels[1])
+        return FeatureRows(query, key, value, document_ids, query_features=query_features, key_features=key_features)
 
     def _attend(self, queries: Queries, keys: Keys, far: Any = None) -> ScatterResult:
         return scatter_attention(
@@ -206,11 +215,11 @@ class Scatterbrain(SoftmaxAttention):
     def _merged(
         self, queries: Queries, keys: Keys, before: Any, goes_on: Tensor | None, result: ScatterResult
     ) -> tuple[Tensor, dict[str, Metric]]:
-        """Output of all parts in one softmax, and metrics; queries where `goes_on` [B, T] see those `before`."""
+        """Output heads of all parts in one softmax, and metrics; queries where `goes_on` [B, T] see those `before`."""
         parts = [(result.output, result.logsumexp), *self._further_parts(queries, keys, before, goes_on)]
         mixed, logsumexp = parts[0] if len(parts) == 1 else merge(parts)
         metrics = self._metrics(queries.query, keys, result.exact_logsumexp - logsumexp) if self.training else {}
-        return self.output(mixed.flatten(2)), metrics
+        return mixed, metrics
 
     def _further_parts(self, queries: Queries, keys: Keys, before: Any, goes_on: Tensor | None) -> list[Part]:
         """Attention to summaries and sinks."""

@@ -15,7 +15,7 @@ a ring of `window` keys for each bucket.
 """
 
 from dataclasses import replace
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
@@ -46,6 +46,9 @@ class ScatterbrainContent(Scatterbrain):
     Raises:
         ConfigError: naming the setting.
     """
+
+    sizes: ClassVar = {"block": 1, "window": 1}
+    small: ClassVar = {"num_features": 8, "buckets": 4}
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """Causal attention to the last `window` tokens (Beltagy et al. 2020, arXiv 2004.05150; the window of Mistral 7B)."""
 
-from typing import Unpack
+from typing import ClassVar, Unpack
 
 from torch import Tensor
 
@@ -19,6 +19,8 @@ class SlidingWindow(SoftmaxAttention):
 
     The other arguments are those of `SoftmaxAttention`.
     """
+
+    sizes: ClassVar = {"window": 1}
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ Unlike the paper's: queries and keys are normalised exactly as in `flash`; hash 
 never drawn again.
 """
 
-from typing import Unpack
+from typing import ClassVar, Unpack
 
 from torch import Tensor
 
@@ -34,6 +34,8 @@ class SparseFlash(LabelAttention):
     Raises:
         ConfigError: besides those of the base, `shared_qk` with grouped heads, `see_self=false` with a window.
     """
+
+    small: ClassVar = {"buckets": 4}
 
     def __init__(
         self,

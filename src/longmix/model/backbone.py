@@ -132,15 +132,15 @@ class LanguageModel(nn.Module):
         """
         x = self.embedding_norm(self.embedding(tokens))
         output = ModelOutput(hidden=x, token_losses=x.new_empty(0), state=None if state is None else [])
-        first_value = None
+        value_residual = None
         for index, block in enumerate(self.blocks):
-            inputs = x, None if state is None else state[index], document_ids, first_value
+            inputs = x, None if state is None else state[index], document_ids, value_residual
             if self.activation_checkpointing == "block" and torch.is_grad_enabled():
                 result = checkpoint(block, *inputs, use_reentrant=False)
             else:
                 result = block(*inputs)
             x = result.y
-            first_value = result.first_value if first_value is None else first_value
+            value_residual = result.value_residual if value_residual is None else value_residual
             if output.state is not None:
                 output.state.append(result.state)
             for name, loss in result.losses.items():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
 from longmix.mixers.parts.base import Mixer, MixerOutput, ModelShape
+from longmix.mixers.parts.states import check_state, mixer_state
 from longmix.mixers.parts.whole_rows import over_whole_rows
 from longmix.recipe import Recipe, set_recipe
 
@@ -110,6 +111,7 @@ def called(mixer: Mixer, x: Tensor, state: Any, document_ids: Tensor | None, **s
     return output
 
 
+@mixer_state()
 @dataclass
 class BlockState:
     """What both branches of a layer remember."""
@@ -129,16 +131,16 @@ class Block(nn.Module):
         self.mlp = style.channel_mixer(shape, layer_index, hidden)
 
     def forward(
-        self, x: Tensor, state: BlockState | None, document_ids: Tensor | None, first_value: Tensor | None
+        self, x: Tensor, state: BlockState | None, document_ids: Tensor | None, value_residual: Tensor | None
     ) -> MixerOutput:
         """The mixer's output with `y` replaced by the block's output [B, T, D], and `state` by a `BlockState`.
 
         Args:
             x: [B, T, D].
             state, document_ids: see `Mixer.forward`.
-            first_value: what the first layer with a value residual gave; None before it.
+            value_residual: what the first layer with a value residual gave; None before it.
         """
-        shared = {"first_value": first_value} if self.mixer.value_residual else {}
+        shared = {"value_residual": value_residual} if self.mixer.value_residual else {}
         mixer_state, mlp_state = (None, None) if state is None else (state.mixer, state.channel_mixer)
         mixed = called(self.mixer, self.mixer_norm(x), mixer_state, document_ids, **shared)
         x = x + mixed.y
@@ -148,12 +150,19 @@ class Block(nn.Module):
             state=None if state is None else BlockState(mixed.state, channels.state),
             losses=mixed.losses,
             metrics=mixed.metrics,
-            first_value=mixed.first_value,
+            value_residual=mixed.value_residual,
         )
 
     def init_state(self, batch: int) -> BlockState:
-        """See `Mixer.init_state`."""
-        return BlockState(self.mixer.init_state(batch), self.mlp.init_state(batch))
+        """See `Mixer.init_state`.
+
+        Raises:
+            ConfigError: a branch's state cannot be forked, saved or counted.
+        """
+        states = [branch.init_state(batch) for branch in (self.mixer, self.mlp)]
+        for branch, state in zip((self.mixer, self.mlp), states, strict=True):
+            check_state(state, type(branch).__name__, batch)
+        return BlockState(*states)
 
     def slice_state(self, slices: Slices) -> BlockState:
         """The state before this process's slice."""

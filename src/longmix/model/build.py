@@ -64,6 +64,8 @@ def _built(node: Node, key: str, shape: ModelShape, layer_index: int) -> Mixer:
     except (TypeError, AttributeError) as error:
         raise ConfigError(f"{key}._target_={node['_target_']} cannot be built: {error}.") from error
     check_mixer(mixer, f"{key}._target_={node['_target_']}")
+    if mixer.kind is None:
+        mixer.kind = key
     return mixer
 
 
@@ -85,7 +87,7 @@ def check_mixer(mixer: Any, what: str) -> None:
         raise ConfigError(
             f"{what}: {name} lacks {', '.join(lacking)}; longmix.mixers.parts.base.Mixer says what each returns."
         )
-    given = {"state": None, "document_ids": None, **({"first_value": None} if mixer.value_residual else {})}
+    given = {"state": None, "document_ids": None, **({"value_residual": None} if mixer.value_residual else {})}
     try:
         inspect.signature(mixer.forward).bind(None, **given)
     except TypeError as error:

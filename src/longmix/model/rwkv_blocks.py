@@ -15,7 +15,8 @@ from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
 from longmix.mixers.parts.base import Mixer, MixerOutput, ModelShape, checked_sizes
 from longmix.mixers.parts.convolution import token_shift
-from longmix.mixers.parts.recurrent import RecurrentMixer, RecurrentState, continued_ids
+from longmix.mixers.parts.documents import continued_ids
+from longmix.mixers.parts.recurrent import RecurrentMixer, RecurrentState
 from longmix.recipe import Recipe, set_recipe
 
 

@@ -8,6 +8,7 @@ from a GPU's in operators that our code does in float32 by itself.
 import contextlib
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -121,7 +122,8 @@ def rehearse(model: LanguageModel, setting: Setting, ends: Ends) -> Rehearsal:
         setting: how it is run.
         ends: of the same model and setting.
     """
-    model.flops(setting.length)  # a mixer may prepare what depends on the length alone, which takes real tensors
+    for mixer in model.mixers():
+        mixer.prepare(setting.slices * setting.length)
     blocks = [cast(Block, block) for block in model.blocks]
     kinds = [_kind(block) for block in blocks]
     copies = {kind: copy.deepcopy(blocks[kinds.index(kind)]) for kind in dict.fromkeys(kinds)}
@@ -132,10 +134,12 @@ def rehearse(model: LanguageModel, setting: Setting, ends: Ends) -> Rehearsal:
 
 
 def _kind(block: Block) -> Any:
-    """Layers of one kind have the same code and sizes; one that gives a value residual lacks the weights to take it."""
-    shapes = tuple((name, tuple(weight.shape)) for name, weight in block.named_parameters())
-    settings = tuple((name, value) for name, value in vars(block.mixer).items() if isinstance(value, int | str))
-    return type(block.mixer), shapes, settings
+    """Layers are alike that were built from one node of settings, with weights of the same shapes, see `Mixer.kind`.
+
+    One that gives a value residual lacks the weights to take it.
+    """
+    weights = itertools.chain(block.named_parameters(), block.named_buffers())
+    return type(block.mixer), block.mixer.kind, tuple((name, tuple(weight.shape)) for name, weight in weights)
 
 
 class _Stage:
@@ -145,7 +149,7 @@ class _Stage:
         self.setting = setting
         self.shape, self.dtype = (setting.rows, setting.length, width), dtype
         self.ids = torch.empty(self.shape[:2], dtype=torch.int32)
-        self.first_value: Tensor | None = None
+        self.value_residual: Tensor | None = None
         self.first_sizes: tuple[torch.Size, torch.dtype] | None = None
         self.received = 0
         self.slices = LastSlice(setting.slices, setting.length) if setting.slices > 1 else None
@@ -154,21 +158,21 @@ class _Stage:
         """Run one block."""
         _materialise(block, self.setting)
         x = torch.empty(self.shape, dtype=self.dtype, requires_grad=True)
-        given = self.first_value
+        given = self.value_residual
         inputs = (x, None, self.ids, given) if self.slices is None else (x, block.slice_state(self.slices), None, given)
 
         def call() -> tuple[Tensor, list[Tensor], Any]:
             again = self.setting.checkpointed
             result = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
-            if result.first_value is not None:
-                self.first_sizes = result.first_value.shape, result.first_value.dtype
+            if result.value_residual is not None:
+                self.first_sizes = result.value_residual.shape, result.value_residual.dtype
             self.received = 0 if self.slices is None else self.slices.taken()
-            return result.y, list(result.losses.values()), result.first_value
+            return result.y, list(result.losses.values()), result.value_residual
 
         part = _measured(call, block, [x, self.ids, *([] if given is None else [given])], self.setting)
         if given is None and self.first_sizes is not None:
             shape, dtype = self.first_sizes
-            self.first_value = torch.empty(shape, dtype=dtype, requires_grad=True)
+            self.value_residual = torch.empty(shape, dtype=dtype, requires_grad=True)
         return dataclasses.replace(part, received=self.received)
 
 

@@ -14,6 +14,7 @@ from longmix.config import Node, step_limits, tokens_per_step, total_steps, unli
 from longmix.data.datamodule import TokenData
 from longmix.files import replace_json
 from longmix.model.backbone import LanguageModel
+from longmix.naming import mixer_word
 from longmix.reporting.summaries import Unfinished, number, read_summary
 from longmix.training.hardware import TrainerSettings
 from longmix.training.progress import duration
@@ -31,13 +32,10 @@ LOG_WIDTH = 160
 
 
 def mixer_name(config: Node) -> str:
-    """The mixer in a word: the one on the command line; of a checkpoint, its class's module or the pattern."""
-    node = config["mixer"]
+    """The mixer in a word: the one on the command line; of a checkpoint, see `longmix.naming.mixer_word`."""
     if config["checkpoint"] is None:
         return HydraConfig.get().runtime.choices["mixer"]
-    if "pattern" in node:
-        return "+".join(node["pattern"])
-    return node["_target_"].split(".")[-2]
+    return mixer_word(config["mixer"])
 
 
 def quality_of(figures: Mapping[str, float]) -> tuple[str, float]:

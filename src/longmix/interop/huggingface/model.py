@@ -18,9 +18,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from longmix.aliases import renewed
 from longmix.config import Node
 from longmix.errors import CheckpointError, ConfigError
-from longmix.generation.session import mapped
 from longmix.interop.huggingface.seal import check_seal
 from longmix.mixers.parts.recurrent import RecurrentMixer
+from longmix.mixers.parts.states import mapped
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model
 from longmix.model.tuned_states_file import tune_states

@@ -1,13 +1,15 @@
 """What every sequence mixer promises: one signature, for training, prefill and decode alike."""
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
+from longmix.mixers.parts.looked_into import EngineCall, ValuePath
 from longmix.mixers.parts.metrics import Metric
 
 
@@ -31,14 +33,14 @@ class MixerOutput:
         losses: auxiliary losses by name, scalars with gradients, added to the training loss.
         metrics: by name, logged per layer without further wiring: each a `Measure`, or a detached scalar that is a
             mean over tokens.
-        first_value: what a mixer with a value residual gives to those after it.
+        value_residual: the value [B, T, D] that a mixer with a value residual gives to those after it.
     """
 
     y: Tensor
     state: Any = None
     losses: dict[str, Tensor] = field(default_factory=dict)
     metrics: dict[str, Metric] = field(default_factory=dict)
-    first_value: Tensor | None = None
+    value_residual: Tensor | None = None
 
 
 class Mixer(nn.Module):
@@ -48,19 +50,32 @@ class Mixer(nn.Module):
     outputs as one full pass. Without a state it is a full pass from the beginning and returns no state.
 
     Attributes:
-        value_residual: whether `forward` also takes `first_value`, what the first such layer returned as that, or None
-            in that layer itself (Zhou et al. 2024, arXiv 2410.17897).
+        value_residual: whether `forward` also takes `value_residual`, what the first such layer returned as that, or
+            None in that layer itself (Zhou et al. 2024, arXiv 2410.17897).
         leaky: whether later tokens change outputs before them; training warns of it, and evaluation refuses it
             unless every prefix is run alone.
+        leaky_setting: the setting that makes it so, such as "mixer.mode=sequence_topk"; None if the class is so.
         sliced: whether `forward` takes `Slices` as its state. Without it context parallelism hands whole rows to every
             process, which is as exact, but divides neither the mixer's work nor its memory.
+        sizes: settings that say how many tokens are seen or stay together, and the least of each. A scale model has
+            smaller ones, so that short rows have something outside them.
+        small: settings at which rows of a few dozen tokens show what rows of thousands do with the usual ones; tests
+            take them, besides smaller `sizes`.
+        kind: what tells layers apart that need unlike memory or time although their weights have the same shapes. The
+            builder sets it to the place of the mixer's settings in the configuration.
         usual_place: what its messages call its settings by; in a pattern they name the member instead.
+        watch: is given every call of the engine while somebody looks into the mixer; None otherwise.
     """
 
     value_residual = False
     leaky = False
+    leaky_setting: str | None = None
     sliced = False
+    sizes: ClassVar[dict[str, int]] = {}
+    small: ClassVar[dict[str, Any]] = {}
+    kind: Hashable = None
     usual_place = "mixer"
+    watch: Callable[[EngineCall], None] | None = None
 
     def forward(self, x: Tensor, *, state: Any = None, document_ids: Tensor | None = None) -> MixerOutput:
         """Mix `x` [B, T, D] along T; `document_ids` int32 [B, T] is non-decreasing along T, and may begin anywhere.
@@ -86,6 +101,35 @@ class Mixer(nn.Module):
     def flops(self, length: int) -> int:
         """Floating-point operations of one forward pass over one row of `length` tokens, projections included."""
         raise NotImplementedError(f"{type(self).__name__} lacks flops(length)")
+
+    def prepare(self, length: int) -> None:
+        """Make what depends on the length of rows alone; nothing by default.
+
+        The planner calls this before it runs the mixer on tensors without memory.
+        """
+
+    def value_path(self) -> ValuePath | None:
+        """The layers between which the mixer is linear in its values; None where its engine is given the values."""
+        return None
+
+    def call_engine(
+        self,
+        engine: Callable[..., tuple[Tensor, Any]],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        **options: Any,
+    ) -> tuple[Tensor, Any]:
+        """What an engine returns, which is shown to whoever looks into the mixer: matrices, states and gates.
+
+        Args:
+            engine: such as `longmix_kernels.linear.linear_attention`; linear in `value`, given everything else.
+            query, key, value, options: what it is given.
+        """
+        result = engine(query, key, value, **options)
+        if self.watch is not None:
+            self.watch(EngineCall(engine, query, key, value, options, result[0]))
+        return result
 
 
 def checked_sizes(

@@ -5,7 +5,7 @@ by (document, label, position), so that every query's keys are one contiguous ru
 logsumexp, exactly and with all gradients.
 """
 
-from typing import Unpack
+from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ class LabelAttention(SoftmaxAttention):
     Raises:
         ConfigError: a window below 0.
     """
+
+    sizes: ClassVar = {"window": 1}
 
     def __init__(
         self,

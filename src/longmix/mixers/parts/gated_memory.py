@@ -29,8 +29,10 @@ from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
 from longmix.mixers.parts.base import COUNT, FACTOR, MixerOutput, ModelShape, at_most, checked_sizes, divided
 from longmix.mixers.parts.convolution import ShortConvolution
+from longmix.mixers.parts.documents import continued_ids
+from longmix.mixers.parts.exact import exact_linear
 from longmix.mixers.parts.norms import HeadwiseNorm, check_norm_eps
-from longmix.mixers.parts.recurrent import Recurrence, RecurrentMixer, RecurrentState, continued_ids
+from longmix.mixers.parts.recurrent import Recurrence, RecurrentMixer, RecurrentState
 from longmix.mixers.parts.recurrent_slices import DecayRecurrence, DeltaRecurrence, widened
 from longmix.recipe import Recipe, set_recipe
 from longmix_kernels.delta import delta_rule
@@ -83,7 +85,7 @@ class LogDecay(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        step = _exactly(self.up, x if self.down is None else _exactly(self.down, x)) + self.bias
+        step = exact_linear(self.up, x if self.down is None else exact_linear(self.down, x)) + self.bias
         if self.log_rate is None:
             return F.logsigmoid(step).unflatten(-1, (self.heads, -1)) / SIGMOID_DIVISOR
         rate = self.log_rate.to(step.dtype).exp()
@@ -205,13 +207,14 @@ class GatedMemory(RecurrentMixer):
         read = write = None
         if self.strength is not None:
             query, write = _unit(query), _unit(key)
-            key = write * _exactly(self.strength, x).sigmoid().unsqueeze(-1)
+            key = write * exact_linear(self.strength, x).sigmoid().unsqueeze(-1)
             kept = log_decay if log_decay.dim() == 4 else log_decay.unsqueeze(-1)
             read = (-kept.exp() * key).to(value.dtype)
             query, key, write = (part.to(value.dtype) for part in (query, key, write))
 
         def run(initial: Tensor | None, ids: Tensor | None) -> tuple[Tensor, Tensor]:
-            return delta_rule(
+            return self.call_engine(
+                delta_rule,
                 query,
                 key,
                 widened(value, initial),
@@ -262,13 +265,6 @@ class GatedMemory(RecurrentMixer):
         """Query, key and value [B, T, H, .] of [B, T, 2 keys + values]."""
         widths = [self.num_heads * dim for dim in (self.key_dim, self.key_dim, self.value_dim)]
         return [part.unflatten(-1, (self.num_heads, -1)) for part in mixed.split(widths, -1)]
-
-
-def _exactly(layer: nn.Linear, x: Tensor) -> Tensor:
-    """The layer without bias, in float32 or better, also under autocast."""
-    exact = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.to(exact), layer.weight.to(exact))
 
 
 def _unit(x: Tensor) -> Tensor:

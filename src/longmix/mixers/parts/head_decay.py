@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from longmix.errors import ConfigError
 from longmix.mixers.parts.base import REAL, ModelShape, at_most
+from longmix.mixers.parts.exact import exact_linear
 from longmix.mixers.parts.linear import LinearMixer, LinearOptions
 from longmix.mixers.parts.rotary import rotary_angles, rotate
 from longmix.recipe import Recipe, set_recipe
@@ -103,12 +104,9 @@ class HeadDecay(LinearMixer):
 
     def gates(self, x: Tensor) -> tuple[Tensor, None]:
         """The log decay, in float32 or better; there is no input gate."""
-        exact = torch.promote_types(x.dtype, torch.float32)
         if self.decay is None:
-            return self.log_decay.to(exact), None
-        with torch.autocast(x.device.type, enabled=False):
-            gate = F.linear(x.to(exact), self.decay.weight.to(exact), self.decay.bias.to(exact))
-        return F.logsigmoid(gate) / _LEARNED_DIVISOR, None
+            return self.log_decay.to(torch.promote_types(x.dtype, torch.float32)), None
+        return F.logsigmoid(exact_linear(self.decay, x)) / _LEARNED_DIVISOR, None
 
     def activate(self, gate: Tensor) -> Tensor:
         """See `LinearMixer.activate`."""

@@ -14,8 +14,9 @@ from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
 from longmix.mixers.parts.base import COUNT, FACTOR, MixerOutput, ModelShape, at_most, checked_sizes, divided
 from longmix.mixers.parts.convolution import ShortConvolution
+from longmix.mixers.parts.documents import continued_ids
 from longmix.mixers.parts.norms import HeadwiseNorm, check_norm_eps
-from longmix.mixers.parts.recurrent import Recurrence, RecurrentMixer, RecurrentState, continued_ids
+from longmix.mixers.parts.recurrent import Recurrence, RecurrentMixer, RecurrentState
 from longmix.mixers.parts.recurrent_slices import DecayRecurrence, NormalizedRecurrence
 from longmix.mixers.parts.rotary import token_positions
 from longmix_kernels.linear import LinearState, linear_attention
@@ -110,7 +111,8 @@ class LinearMixer(RecurrentMixer):
         log_decay, log_input = self.gates(mixed)
 
         def run(initial: LinearState | None, ids: Tensor | None) -> tuple[Tensor, LinearState]:
-            return linear_attention(
+            return self.call_engine(
+                linear_attention,
                 query,
                 key,
                 value,

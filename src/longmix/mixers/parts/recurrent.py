@@ -10,9 +10,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from longmix.distributed.slices import Slices
 from longmix.mixers.parts.base import Mixer
+from longmix.mixers.parts.documents import goes_on
 from longmix.mixers.parts.metrics import Metric, RootMeanSquare
 from longmix.mixers.parts.rotary import token_positions
 from longmix.mixers.parts.state_tuning import TunedState
+from longmix.mixers.parts.states import mixer_state
 
 Run = Callable[[Any, Tensor | None], tuple[Tensor, Any]]
 """An engine, given the state before each document and the document ids: output [B, T, ...] and final state."""
@@ -33,6 +35,7 @@ class Recurrence(Protocol):
         ...
 
 
+@mixer_state(bookkeeping=("recent_ids", "last_id", "next_position"))
 @dataclass
 class RecurrentState:
     """What a recurrent mixer remembers.
@@ -209,33 +212,6 @@ def _named_parts(state: Any) -> dict[str, Tensor]:
     """The tensors of an engine's state by name; a state that is one tensor is its memory."""
     parts = {"memory": state} if isinstance(state, Tensor) else state._asdict()
     return {name: part for name, part in parts.items() if part is not None}
-
-
-def continued_ids(
-    document_ids: Tensor | None, state: RecurrentState | Slices | None, batch: int, length: int
-) -> Tensor | None:
-    """Ids of new tokens: as given, or each row's last document going on."""
-    if document_ids is not None or not isinstance(state, RecurrentState):
-        return document_ids
-    return state.last_id[:, None].expand(batch, length)
-
-
-class Before(Protocol):
-    """What of a state, or of earlier slices, says which document the last token was of."""
-
-    @property
-    def last_id(self) -> Tensor | None:
-        """int [B], its document."""
-
-    @property
-    def next_position(self) -> Tensor:
-        """int [B], the position after it; 0 where there was none."""
-
-
-def goes_on(before: Before, ids: Tensor) -> Tensor:
-    """bool [B]: whether the first of new tokens, of documents `ids` [B, T], is of the document before, or the first."""
-    assert before.last_id is not None
-    return (before.next_position == 0) | (ids[:, 0] == before.last_id)
 
 
 def over_documents(

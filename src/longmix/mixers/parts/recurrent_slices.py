@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longmix.distributed.slices import Slices
-from longmix.mixers.parts.recurrent import Run, goes_on, over_documents, select
+from longmix.mixers.parts.documents import goes_on
+from longmix.mixers.parts.recurrent import Run, over_documents, select
 from longmix_kernels.linear import LinearState
 
 

@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longmix.mixers.parts.softmax import AttentionState, Rows
+from longmix.mixers.parts.states import mixer_state
 
 
+@mixer_state(bookkeeping=("count",))
 @dataclass
 class Rings:
     """The latest keys and values of each cluster, of the document that goes on.
@@ -98,6 +100,7 @@ class Rings:
         return Rings(written[0], written[1], self.count + new[..., :clusters], self.window)
 
 
+@mixer_state()
 @dataclass
 class RoutingState:
     """What `Routing` remembers where it keeps a bounded number of keys.
@@ -109,6 +112,17 @@ class RoutingState:
 
     recent: AttentionState
     rings: Rings
+
+    @property
+    def last_id(self) -> Tensor:
+        """int [B], the document of the last token; before the first one, of a row without ids."""
+        ids = self.recent.document_ids
+        return torch.zeros_like(self.next_position, dtype=torch.int32) if ids is None else ids[:, -1]
+
+    @property
+    def next_position(self) -> Tensor:
+        """int64 [B], see `AttentionState`."""
+        return self.recent.next_position
 
 
 def with_rings(rows: Rows, rings: Rings, ids: Tensor, last_id: Tensor) -> Rows:

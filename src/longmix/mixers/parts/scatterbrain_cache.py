@@ -8,6 +8,8 @@ from torch import Tensor
 from longmix.mixers.parts.recurrent import select
 from longmix.mixers.parts.rings import Rings
 from longmix.mixers.parts.scatterbrain_summaries import GONE, Blocks, Summaries
+from longmix.mixers.parts.softmax import Rows
+from longmix.mixers.parts.states import mixer_state
 from longmix_kernels.scatter import FeatureState, absorb, empty_state
 
 Far = FeatureState | Summaries | None
@@ -27,6 +29,7 @@ class Queries:
     labels: Tensor | None
 
 
+@mixer_state(bookkeeping=("document_ids",))
 @dataclass(frozen=True)
 class Keys:
     """Keys [B, T, Hkv, head_dim] with values and documents.
@@ -45,6 +48,22 @@ class Keys:
     labels: Tensor | None = None
 
 
+@dataclass
+class FeatureRows(Rows):
+    """Rows with log features [B, T, H, .] of queries and of keys, see `Queries` and `Keys`; None without."""
+
+    query_features: Tensor | None = None
+    key_features: Tensor | None = None
+
+
+def parted(rows: Rows) -> tuple[Queries, Keys]:
+    """The queries and the keys of rows that have features."""
+    assert isinstance(rows, FeatureRows)
+    queries = Queries(rows.query, rows.query_features, rows.query_labels)
+    return queries, Keys(rows.key, rows.value, rows.key_features, rows.document_ids, rows.key_labels)
+
+
+@mixer_state(bookkeeping=("last_id", "next_position"))
 @dataclass(frozen=True)
 class ScatterbrainState:
     """What `Scatterbrain` remembers.

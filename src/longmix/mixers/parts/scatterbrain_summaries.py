@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longmix.mixers.parts.states import mixer_state
 from longmix_kernels.attention import attention, positions_from_document_ids
 
 GONE = -1
@@ -33,6 +34,7 @@ def numbered(document_ids: Tensor, goes_on: Tensor | None = None) -> Tensor:
     return begins.cumsum(1, dtype=torch.int32)
 
 
+@mixer_state(bookkeeping=("document_ids",))
 @dataclass(frozen=True)
 class Summaries:
     """Summaries [B, N, Hkv, head_dim] of blocks of the document that goes on, and their documents int32 [B, N].

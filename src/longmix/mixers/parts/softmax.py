@@ -12,7 +12,7 @@ Notable: grouped key-value heads; RMSNorm on each query and key head before the 
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +21,14 @@ from torch import Tensor, nn
 from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
 from longmix.mixers.parts.base import REAL, Mixer, MixerOutput, ModelShape, at_most, checked_sizes, divided
+from longmix.mixers.parts.documents import continued_ids
+from longmix.mixers.parts.looked_into import ValuePath
 from longmix.mixers.parts.metrics import Metric
 from longmix.mixers.parts.rotary import rotary_angles, rotate, token_positions
+from longmix.mixers.parts.states import mixer_state
 
 
+@mixer_state(bookkeeping=("document_ids", "next_position"))
 @dataclass
 class AttentionState:
     """Keys and values seen so far.
@@ -46,6 +50,11 @@ class AttentionState:
     def last_id(self) -> Tensor | None:
         """int [B], the document of the last token; None before the first."""
         return None if self.key.shape[1] == 0 else _cached_ids(self)[:, -1]
+
+    @property
+    def one_document(self) -> bool:
+        """Whether no ids were passed so far."""
+        return self.document_ids is None
 
 
 @dataclass
@@ -160,6 +169,10 @@ class SoftmaxAttention(Mixer):
             nn.init.normal_(projection.weight, std=self.d_model**-0.5)
         nn.init.normal_(self.output.weight, std=self.d_model**-0.5 / math.sqrt(2 * shape.num_layers))
 
+    def value_path(self) -> ValuePath:
+        """From the projection of the values to that of the output: gates of both are between."""
+        return ValuePath(self.value, self.output, self.num_kv_heads, self.num_heads)
+
     def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Metric]]:
         """Mix the values: the output heads [B, Tq, Hq, head_dim], and metrics."""
         raise NotImplementedError
@@ -167,6 +180,22 @@ class SoftmaxAttention(Mixer):
     def attend_after(self, rows: Rows, slices: Slices) -> tuple[Tensor, dict[str, Metric]]:
         """The same for a slice, of which `rows` has nothing but its own keys."""
         return self.attend(after_earlier_slices(rows, slices, self.rows_of_earlier_slices()))
+
+    def attend_from(self, rows: Rows, state: Any, next_position: Tensor) -> tuple[Tensor, dict[str, Metric], Any]:
+        """The same from a state, of which `rows` has nothing but new keys; and the state after them.
+
+        Args:
+            rows: new ones.
+            state: before them, of the class that `state_type` names.
+            next_position: int64 [B], the position after them.
+        """
+        rows = continued(rows, state)
+        after = self._kept(rows, next_position)
+        return *self.attend(rows), after
+
+    def state_type(self) -> type:
+        """The class of states that `forward` goes on from."""
+        return AttentionState
 
     def visible_pairs(self, length: int) -> int:
         """Query-key pairs the mixer computes in one row of `length` tokens, per query head."""
@@ -188,6 +217,10 @@ class SoftmaxAttention(Mixer):
         """Auxiliary losses of what `select` returned as `means`, which are over the whole rows here."""
         return {}
 
+    def rows(self, query: Tensor, key: Tensor, value: Tensor, document_ids: Tensor | None) -> Rows:
+        """What attention is over, of rotated queries and keys."""
+        return Rows(query.to(value.dtype), key.to(value.dtype), value, document_ids)
+
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query [B, T, Hq, head_dim], key and value [B, T, Hkv, head_dim], normalised and not yet rotated."""
         query, key, value = (
@@ -195,36 +228,34 @@ class SoftmaxAttention(Mixer):
         )
         return self.query_norm(query), self.key_norm(key), value
 
-    def forward(
-        self, x: Tensor, *, state: AttentionState | Slices | None = None, document_ids: Tensor | None = None
-    ) -> MixerOutput:
-        """See `Mixer.forward`."""
-        batch, length = checked_sizes(x, self.d_model, document_ids, state, (AttentionState, Slices))
-        query, key, value = self.project(x)
-        document_ids = _continued_ids(document_ids, state, batch, length)
+    def forward(self, x: Tensor, *, state: Any = None, document_ids: Tensor | None = None) -> MixerOutput:
+        """See `Mixer.forward`: positions, projections, labels, rotation, attention, and what is kept of it."""
+        batch, length = checked_sizes(x, self.d_model, document_ids, state, (self.state_type(), Slices))
+        ids = continued_ids(document_ids, state, batch, length)
         last_id, next_position = (None, None) if state is None else (state.last_id, state.next_position)
-        positions = token_positions(document_ids, last_id, next_position, length, x.device)
+        positions = token_positions(ids, last_id, next_position, length, x.device)
+        query, key, value = self.project(x)
         chosen = self.select(x, query, key, positions)
         if chosen is not None and chosen.key_gate is not None:
             value = value * chosen.key_gate.unsqueeze(-1).to(value.dtype)
         if chosen is not None and chosen.means is not None:
             chosen.losses |= self.losses_of(state.mean(chosen.means) if isinstance(state, Slices) else chosen.means)
-        cosine, sine = rotary_angles(positions, self.head_dim, self.rotary_base)
-        query, key = (rotate(x, cosine, sine).to(value.dtype) for x in (query, key))
-
-        rows = Rows(query, key, value, document_ids)
+        angles = rotary_angles(positions, self.head_dim, self.rotary_base)
+        rows = self.rows(rotate(query, *angles), rotate(key, *angles), value, ids)
         if chosen is not None:
             rows.query_labels, rows.key_labels = chosen.query_labels, chosen.key_labels
-        new_state = None
-        if isinstance(state, AttentionState):
-            rows = _continued(rows, state)
-            new_state = self._kept(rows, positions[:, -1].expand(batch) + 1)
-        mixed, metrics = self.attend_after(rows, state) if isinstance(state, Slices) else self.attend(rows)
+        after = None
+        if state is None:
+            mixed, metrics = self.attend(rows)
+        elif isinstance(state, Slices):
+            mixed, metrics = self.attend_after(rows, state)
+        else:
+            mixed, metrics, after = self.attend_from(rows, state, positions[:, -1].expand(batch) + 1)
         if chosen is None:
-            return MixerOutput(self.output(mixed.flatten(2)), new_state, metrics=metrics)
+            return MixerOutput(self.output(mixed.flatten(2)), after, metrics=metrics)
         if chosen.query_gate is not None:
             mixed = mixed * chosen.query_gate.unsqueeze(-1).to(mixed.dtype)
-        return MixerOutput(self.output(mixed.flatten(2)), new_state, chosen.losses, chosen.metrics | metrics)
+        return MixerOutput(self.output(mixed.flatten(2)), after, chosen.losses, chosen.metrics | metrics)
 
     def _kept(self, rows: Rows, next_position: Tensor) -> AttentionState:
         limit = self.cached_keys()
@@ -262,22 +293,13 @@ class SoftmaxAttention(Mixer):
         return 2 * length * weights + 4 * self.num_heads * self.head_dim * self.visible_pairs(length)
 
 
-def _continued_ids(
-    document_ids: Tensor | None, state: AttentionState | Slices | None, batch: int, length: int
-) -> Tensor | None:
-    """Ids of the new tokens: as given, or each row's last document going on."""
-    if document_ids is not None or not isinstance(state, AttentionState) or state.document_ids is None:
-        return document_ids
-    return state.document_ids[:, -1:].expand(batch, length)
-
-
 def _cached_ids(state: AttentionState) -> Tensor:
     if state.document_ids is not None:
         return state.document_ids
     return torch.zeros(state.key.shape[:2], dtype=torch.int32, device=state.key.device)
 
 
-def _continued(rows: Rows, state: AttentionState) -> Rows:
+def continued(rows: Rows, state: AttentionState) -> Rows:
     """The same queries with the cached keys before the new ones."""
     ids, labels = rows.document_ids, rows.key_labels
     if ids is not None:

@@ -36,5 +36,5 @@ def over_whole_rows(mixer: Mixer, x: Tensor, slices: Slices, **shared: Tensor | 
     """
     others: dict[str, Any] = {name: None if part is None else slices.whole(part) for name, part in shared.items()}
     output = mixer(slices.whole(x), document_ids=slices.whole_ids, **others)
-    first_value = None if output.first_value is None else slices.own(output.first_value)
-    return MixerOutput(slices.own(output.y), None, output.losses, output.metrics, first_value)
+    value_residual = None if output.value_residual is None else slices.own(output.value_residual)
+    return MixerOutput(slices.own(output.y), None, output.losses, output.metrics, value_residual)

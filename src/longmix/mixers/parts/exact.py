@@ -1,0 +1,13 @@
+"""Linear layers in float32 or better, also under autocast: gates and decays lose their meaning in half precision."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def exact_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """What the layer makes of x [..., C]: [..., N], float32, or float64 of float64."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    bias: Tensor | None = layer.bias
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.to(exact), layer.weight.to(exact), None if bias is None else bias.to(exact))

@@ -1,0 +1,118 @@
+"""What a mixer remembers is a pytree of tensors: saved, forked and counted leaf by leaf, whoever wrote the mixer.
+
+Tuples, lists, dicts and named tuples are pytrees already. A dataclass becomes one with `mixer_state`, which also says
+which of its fields are bookkeeping, or with `torch.export.register_dataclass`.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from torch import Tensor
+from torch.utils._pytree import (
+    GetAttrKey,
+    KeyEntry,
+    keystr,
+    register_pytree_node,
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_map_only,
+)
+
+from longmix.errors import ConfigError
+
+Kind = TypeVar("Kind", bound=type)
+
+
+class BookkeepingKey(GetAttrKey):
+    """The name of a field that says where a row is and what is valid, and nothing of the tokens."""
+
+
+def mixer_state(*, bookkeeping: Iterable[str] = ()) -> Callable[[Kind], Kind]:
+    """Make a dataclass a state of a mixer; use it as a decorator above `@dataclass`.
+
+    Args:
+        bookkeeping: fields that say where a row is and what is valid, of a few bytes a row or token.
+            `Mixer.state_bytes` counts what is remembered of the tokens and not these.
+    """
+    kept = frozenset(bookkeeping)
+
+    def register(kind: Kind) -> Kind:
+        names = [field.name for field in fields(kind)]
+        keys: list[KeyEntry] = [BookkeepingKey(name) if name in kept else GetAttrKey(name) for name in names]
+        if unknown := kept.difference(names):
+            raise TypeError(f"{kind.__name__} has no field {', '.join(sorted(unknown))}")
+
+        def parts(state: Any) -> list[Any]:
+            return [getattr(state, name) for name in names]
+
+        register_pytree_node(
+            kind,
+            lambda state: (parts(state), None),
+            lambda values, _: kind(*values),
+            flatten_with_keys_fn=lambda state: (list(zip(keys, parts(state), strict=True)), None),
+        )
+        return kind
+
+    return register
+
+
+def mapped(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A state with `change` applied to every tensor in it."""
+    return tree_map_only(Tensor, change, state)
+
+
+def total_bytes(state: Any) -> int:
+    """Bytes of all tensors of a state, bookkeeping included."""
+    return sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
+
+
+def named_leaves(state: Any) -> dict[str, Any]:
+    """The leaves of a state by name, such as `[0].mixer.key`; None where nothing is remembered yet.
+
+    A node of a pytree that was registered without names has its leaves numbered, and so have all others then.
+    """
+    try:
+        return {keystr(path): leaf for path, leaf in tree_flatten_with_path(state)[0]}
+    except ValueError:
+        return {str(number): leaf for number, leaf in enumerate(tree_leaves(state))}
+
+
+def held_bytes(state: Any) -> tuple[int, int]:
+    """Bytes of the tensors of a state over all rows: what it remembers of the tokens, and its bookkeeping."""
+    total = total_bytes(state)
+    try:
+        leaves = tree_flatten_with_path(state)[0]
+    except ValueError:  # a node without names says nothing of bookkeeping
+        return total, 0
+    kept = sum(
+        leaf.nbytes
+        for path, leaf in leaves
+        if isinstance(leaf, Tensor) and any(isinstance(key, BookkeepingKey) for key in path)
+    )
+    return total - kept, kept
+
+
+def check_state(state: Any, mixer: str, batch: int) -> None:
+    """Refuse a state before the first token that could not be forked, saved or counted.
+
+    Args:
+        state: what the mixer's `init_state` returned.
+        mixer: the name of its class.
+        batch: rows.
+
+    Raises:
+        ConfigError: it holds an object that is no pytree, or a tensor that does not begin with the rows.
+    """
+    for leaf in tree_leaves(state):
+        if isinstance(leaf, Tensor):
+            if leaf.ndim < 1 or leaf.shape[0] != batch:
+                raise ConfigError(
+                    f"{mixer}.init_state({batch}) holds a tensor of shape {list(leaf.shape)}; the first axis of every "
+                    f"tensor of a state is the row, of which there are {batch} here."
+                )
+        elif leaf is not None and not isinstance(leaf, int | float | str):
+            raise ConfigError(
+                f"{mixer}.init_state({batch}) holds a {type(leaf).__name__}, which is no pytree: it cannot be forked "
+                "or saved. Use tuples, or put @longmix.mixers.parts.states.mixer_state() above its @dataclass."
+            )
