@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 import test_calls
 import test_contract
+import test_flop_counts
 import torch
 import yaml
 from mixer_table import SHAPE
@@ -68,6 +69,12 @@ def test_the_page_goes_on_from_states(mixer, packed):
         test_contract.test_prefill_and_steps_equal_one_pass(mixer, split, packed)
     for values in test_calls.NUMBERED.values():
         test_calls.test_ids_may_begin_anywhere(mixer, values, (3, 1, 1, 15, 9))
+
+
+def test_the_page_counts_its_products(mixer):
+    x = torch.randn(2, 64, SHAPE.d_model, dtype=torch.float64)
+    with torch.no_grad():
+        assert test_flop_counts.counted(mixer, x) == pytest.approx(2 * mixer.flops(64), rel=1e-3)
 
 
 def test_the_page_trains_in_bfloat16(page, compose_config):

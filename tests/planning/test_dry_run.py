@@ -160,3 +160,9 @@ def test_a_slice_keeps_the_keys_it_got_unless_it_gets_them_again():
     assert shared.kept - alone.kept >= shared.received
     again = rehearsed(model, setting(slices=4, checkpointed=True)).layers[1]
     assert again.kept == 0 and again.backward > shared.backward + shared.received
+
+
+def test_fixed_blocks_are_planned_for_slices():
+    found = rehearsed(request("mixer=block_sparse").model(), setting(1, slices=4))
+    assert found.layers[1].received > 0
+    assert found.layers[0] == found.layers[1]

@@ -37,7 +37,7 @@ def scale_model(config: Node, length: int, vocab_size: int) -> LanguageModel:
 
 def sizes_of(node: Node) -> dict[str, int]:
     """The sizes that a mixer's node sets, of those that its class names in `Mixer.sizes`, and the least of each."""
-    sizes = locate(node["_target_"], "mixer").sizes
+    sizes: dict[str, int] = getattr(locate(node["_target_"], "mixer"), "sizes", {})
     return {name: least for name, least in sizes.items() if isinstance(node.get(name), int)}
 
 
