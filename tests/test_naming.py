@@ -66,7 +66,7 @@ class TestPlace:
     @pytest.mark.parametrize(
         ("mixer", "name"),
         [
-            ({"_target_": "longmix.mixers.mlstm_tfla.MLSTMTFLA"}, "mlstm"),
+            ({"_target_": "longmix.mixers.mlstm_tfla.MLSTMTFLA"}, "mlstm_tfla"),
             ({"pattern": ["sliding_window", "flash"], "flash": {}}, "sliding_window+flash"),
         ],
     )
