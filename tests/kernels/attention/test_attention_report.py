@@ -25,7 +25,7 @@ def featured(architectures, dims) -> list[Build]:
 @compiles
 @pytest.mark.parametrize(
     "build",
-    [*report.table_builds(ARCHITECTURES, (128,), ("bf16",), ("causal",)), *featured((90,), (64, 128))],
+    [*report.table_builds(ARCHITECTURES, (128,), ("bf16",), ("causal",)), *featured((90,), (128,))],
     ids=name,
 )
 def test_compiles_without_spills_and_with_tensor_cores(build):
@@ -34,7 +34,7 @@ def test_compiles_without_spills_and_with_tensor_cores(build):
 
 @compiles
 @pytest.mark.slow
-@pytest.mark.parametrize("build", featured((80, 100), (64, 128)), ids=name)
+@pytest.mark.parametrize("build", [*featured((90,), (64,)), *featured((80, 100), (64, 128))], ids=name)
 def test_every_feature_compiles_without_spills(build):
     assert_clean(build, True)
 

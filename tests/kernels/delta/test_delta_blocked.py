@@ -117,7 +117,7 @@ def test_parts_of_a_call_agree(most, count, monkeypatch):
     inputs = case.inputs(torch.float64)
     of_a_chunk = blocked_call.CHUNK * (2 * case.dim + case.value_dim)
     monkeypatch.setattr(blocked_call, "IN_CACHE", most * of_a_chunk)
-    assert len(list(blocked_call.parts(inputs["query"], inputs["value"], None))) == count
+    assert len(list(blocked_call.parts(Inputs(*inputs.values(), None, 1.0, None)))) == count
     assert_all_close(results(case, inputs), expected, torch.float64)
 
 

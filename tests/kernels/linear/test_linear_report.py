@@ -6,9 +6,12 @@ from engine_contract import ARCHITECTURES, assert_clean, assert_too_large, compi
 from longmix_kernels.linear import cost, launch, report
 from longmix_kernels.linear.report import Build
 
-HOPPER = report.table_builds((90,), ((64, 128), (128, 256)), report.GATES)
+HOPPER = report.table_builds((90,), ((128, 256),), report.GATES)
 # The feature that takes the most registers stands for all, and the smallest and largest heads for those between.
-EVERY = report.table_builds(ARCHITECTURES, (report.DIMS[0], report.DIMS[-1]), report.GATES, ("documents-state",))
+EVERY = [
+    *report.table_builds(ARCHITECTURES, (report.DIMS[0], report.DIMS[-1]), report.GATES, ("documents-state",)),
+    *report.table_builds((90,), ((64, 128),), report.GATES),
+]
 
 
 def name(build: Build) -> str:
