@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from longmix.config import check_words, resolved, step_limits, total_steps, with_limits
 from longmix.errors import ConfigError
+from longmix.invocation import Invocation
 from longmix.naming import RunPlace, SweepFolder, check_name, mixer_word, run_folder, same_words, sweep_name
 
 
@@ -50,14 +51,16 @@ class TestNames:
 
 class TestPlace:
     def place(self, config, **changes) -> RunPlace:
-        return RunPlace.of(config, {**resolved(config), **changes})
+        return RunPlace.of(config, {**resolved(config), **changes}, Invocation.of_command())
 
     def test_a_name_of_the_clock_is_no_users(self, compose_config, monkeypatch):
         config = compose_config("mixer=flash", output=Path("/x"))
         folder = Path(HydraConfig.get().run.dir).absolute()
         assert self.place(config).named  # /x was asked for
         with_folder = compose_config("mixer=flash", output=folder)
-        assert not RunPlace.of(with_folder, {**resolved(with_folder), "name": folder.name}).named
+        assert not RunPlace.of(
+            with_folder, {**resolved(with_folder), "name": folder.name}, Invocation.of_command()
+        ).named
 
     def test_a_users_name(self, compose_config):
         config = compose_config("name=a", output=Path("runs/a").absolute())
@@ -74,7 +77,7 @@ class TestPlace:
         config = compose_config("mixer=flash", "checkpoint=runs/a", "seq_len=64")
         node = {**resolved(config), "mixer": mixer, "model": {"num_layers": 3, "d_model": 32}}
         compose_config("mixer=flash", "checkpoint=runs/a", "seq_len=64", output=Path(f"runs/{node['name']}").absolute())
-        place = RunPlace.of(config, node)
+        place = RunPlace.of(config, node, Invocation.of_command())
         assert place.name == node["name"].replace("_flash_tiny_", f"_{name}_3x32_")
         assert (place.folder, place.named) == (Path(f"runs/{place.name}").absolute(), False)
 

@@ -6,19 +6,18 @@ the clock names is never shared: two that begin in one second get two folders.
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from longmix.distributed.ranks import process_rank
 from longmix.errors import ConfigError
 from longmix.files import free_folder
+from longmix.invocation import Invocation
 
 RUNS = "runs"
 LONGEST_NAME_BYTES = 240  # file systems take 255
@@ -83,33 +82,34 @@ class RunPlace:
     named: bool
 
     @classmethod
-    def of(cls, config: DictConfig, node: dict[str, Any]) -> "RunPlace":
-        """The place of the run that Hydra has begun.
+    def of(cls, config: DictConfig, node: dict[str, Any], invocation: Invocation) -> "RunPlace":
+        """The place of a run.
 
         Args:
             config: the configuration of the task, not yet resolved.
             node: the resolved one, with mixer and model of the checkpoint that the run begins from.
+            invocation: how it was asked for.
 
         Raises:
             ConfigError: see `check_name`.
         """
-        name, hydra = node["name"], HydraConfig.get()
+        name, folder = node["name"], invocation.folder
         check_name(name)
-        folder = Path(hydra.runtime.output_dir)
+        if invocation.named is not None:
+            return cls(folder, name, invocation.named)
         by_clock = CLOCK in str(OmegaConf.to_container(config, resolve=False)["name"])  # type: ignore[index,call-overload]
-        if hydra.mode == RunMode.MULTIRUN:
+        if invocation.in_sweep:
             return cls(folder, f"{folder.parent.name}_{folder.name}" if by_clock else name, not by_clock)
         if not by_clock or folder != Path(run_folder(name)).absolute():
             return cls(folder, name, True)
-        own = _with_own_mixer(name, node)
+        own = _with_own_mixer(name, node, invocation.choices)
         return cls(folder.with_name(own), own, False)
 
 
-def _with_own_mixer(name: str, node: dict[str, Any]) -> str:
+def _with_own_mixer(name: str, node: dict[str, Any], choices: Mapping[str, str]) -> str:
     """The name that the clock gave, with mixer and model of the checkpoint that the run begins from."""
     if node["checkpoint"] is None:
         return name
-    choices = HydraConfig.get().runtime.choices
     model, mixer = node["model"], node["mixer"]
     own = f"{_file_name(mixer_word(mixer))}_{model['num_layers']}x{model['d_model']}"
     return name.replace(f"_{_file_name(choices['mixer'])}_{choices['model']}_", f"_{own}_", 1)
@@ -125,15 +125,6 @@ def mixer_word(mixer: dict[str, Any]) -> str:
     path, _, kind = str(mixer["_target_"]).rpartition(".")
     module = path.rpartition(".")[2]
     return module if module.replace("_", "").lower() == kind.lower() else kind
-
-
-def swept_words() -> list[str]:
-    """The words that differ between the runs of this sweep; none outside a sweep."""
-    hydra = HydraConfig.get()
-    if hydra.mode != RunMode.MULTIRUN:
-        return []
-    same = set(hydra.job.config.override_dirname.exclude_keys)
-    return [word for word in map(_key, hydra.overrides.task) if word not in same]
 
 
 def sweep_name(number: Any, words: str) -> str:
@@ -195,7 +186,3 @@ def same_words(words: Iterable[str], swept: Iterable[str] = ()) -> list[str]:
     parsed = OverridesParser.create().parse_overrides(list(words))
     last = {override.key_or_group: override for override in parsed}  # of two equal words the last one counts
     return [name for name, override in last.items() if not override.is_sweep_override() and name not in set(swept)]
-
-
-def _key(word: str) -> str:
-    return word.lstrip("+~").partition("=")[0].partition("@")[0]

@@ -9,6 +9,7 @@ import torch
 from longmix.checkpoints import CheckpointStore, chosen_checkpoint, find_checkpoint, load_checkpoint
 from longmix.config import resolved
 from longmix.errors import CheckpointError
+from longmix.invocation import Invocation
 from longmix.training.warm_start import Origin
 
 
@@ -60,7 +61,7 @@ def test_training_begins_from_it_and_notes_which(run_training, compose_config, t
     shutil.copytree(run, tmp_path / "runs" / "first")
     monkeypatch.chdir(tmp_path)
     node = resolved(compose_config("checkpoint=last", "data=parity", "seq_len=16", "logger=csv", "trainer=cpu"))
-    origin = Origin.of(node)
+    origin = Origin.of(node, Invocation.of_command())
     assert node["checkpoint"] == "runs/first/checkpoints/step-00000002"
     assert torch.equal(
         origin.state["model"]["embedding.weight"],

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from longmix.checkpoints import CheckpointStore, find_checkpoint
 from longmix.config import resolved
 from longmix.errors import CheckpointError, ConfigError, StorageError
 from longmix.training import claims
+from longmix.training import resume as resuming
 from longmix.training.claims import try_claim
-from longmix.training.resume import Start, find_start
+from longmix.training.resume import Start
 
 
 @pytest.fixture(scope="module")
@@ -32,30 +32,19 @@ def config(composed_once) -> dict:
     return copy.deepcopy(composed_once)
 
 
-class FakeHydra:
-    """What is asked of Hydra's settings."""
-
-    def __init__(self, mode=RunMode.RUN, swept=()):
-        words = [f"{word}=1" for word in swept]
-        self.mode, self.overrides = mode, type("Overrides", (), {"task": words})
-        name = type("Name", (), {"exclude_keys": []})
-        self.job = type("Job", (), {"config": type("Config", (), {"override_dirname": name})})
+SWEPT: list[tuple[str, ...] | None] = [None]
+"""The words of the sweep that the runs of a test are of."""
 
 
-@pytest.fixture(autouse=True)
-def hydra(monkeypatch):
-    """A single run; `hydra(mode, swept)` makes it one of a sweep."""
-
-    def be(*arguments):
-        monkeypatch.setattr(HydraConfig, "get", staticmethod(lambda: FakeHydra(*arguments)))
-
-    be()
-    return be
+def find_start(*arguments, **more) -> Start:
+    return resuming.find_start(*arguments, swept=SWEPT[0], **more)
 
 
 @pytest.fixture
-def sweep(hydra):
-    return lambda *swept: hydra(RunMode.MULTIRUN, swept)
+def sweep():
+    """`sweep("seed")` makes the runs of a test those of a sweep."""
+    yield lambda *words: SWEPT.__setitem__(0, words)
+    SWEPT[0] = None
 
 
 def saved_run(folder: Path, config: dict, *steps: int) -> list[Path]:

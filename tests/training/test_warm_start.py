@@ -16,6 +16,7 @@ from longmix.config import resolved
 from longmix.distributed.agreement import Processes
 from longmix.errors import CheckpointError, ConfigError
 from longmix.evaluation.run import evaluate
+from longmix.invocation import Invocation
 from longmix.model.build import model_from_checkpoint
 from longmix.training.identity import changes
 from longmix.training.resume import find_start
@@ -180,7 +181,7 @@ class TestTheRunItBeganFromGoesOn:
 
         def begins(word: str) -> tuple[str, int]:
             node = resolved(compose_config(*LOOP, f"checkpoint={word}", "resume=auto", *corpora["prose"]))
-            Origin.of(node)
+            Origin.of(node, Invocation.of_command())
             folder = tmp_path / "runs" / f"run{len(list((tmp_path / 'runs').iterdir()))}"
             with find_start(node, folder, named=False) as start:
                 if not start.step:
@@ -210,7 +211,7 @@ class TestTheRunItBeganFromGoesOn:
         nodes = []
         for _ in range(2):
             nodes.append(resolved(compose_config(*LOOP, f"checkpoint={base}", "resume=auto")))
-            Origin.of(nodes[-1])
+            Origin.of(nodes[-1], Invocation.of_command())
             train_on(base)
         ((key, (was, now)),) = changes(*nodes, ("seed",)).items()
         assert (key, Path(was).name, Path(now).name) == ("checkpoint", "step-00000060", "step-00000061")

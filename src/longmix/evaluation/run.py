@@ -26,10 +26,14 @@ LARGEST = 2**62
 """Of numbers that count tokens and windows; beyond it nothing can be indexed."""
 
 
-def evaluate(config: DictConfig) -> dict[str, Any]:
+def evaluate(config: DictConfig, restored: Restored | None = None) -> dict[str, Any]:
     """Run the tasks of `config` on its checkpoint and return the report of each by its name.
 
     A task that is refused, or fails, says so on standard error, and the others take place.
+
+    Args:
+        config: the words.
+        restored: the checkpoint's content, where it is at hand.
 
     Raises:
         LongmixError: see `longmix.errors`; of several tasks, after the last of them.
@@ -38,7 +42,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     configuration.check_keys(words, configuration.EvaluateConfig)
     tasks = _checked_tasks(words["task"])
     _check_numbers(words)
-    restored = restore(words)
+    restored = restored or restore(words)
     home = _home(restored.checkpoint) if words["states"] is None else _folder(Path(words["states"]))
     output = Path(words["output"]) if words["output"] else home / "evaluation"
     own_data = is_own(words["data"], restored.config["data"])

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,23 @@ def generate(config: DictConfig) -> Generated:
     """
     words = configuration.resolved(config)
     configuration.check_keys(words, configuration.GenerateConfig)
+    return _generated(words, lambda: restore(words), shown=True)
+
+
+def continued(words: Node, restored: Restored) -> Generated:
+    """What `generate` returns, of a model that is there already and with nothing printed.
+
+    Args:
+        words: those of `generate.yaml` but the ones that say which model, and where texts are loaded and saved.
+        restored: the model.
+
+    Raises:
+        LongmixError: see `longmix.errors`.
+    """
+    return _generated({**words, "prompt_file": None, "load": None, "save": None}, lambda: restored, shown=False)
+
+
+def _generated(words: Node, model: Callable[[], Restored], shown: bool) -> Generated:
     sampling = Sampling(words["temperature"], words["top_k"], words["top_p"], words["min_p"])
     for key in ("max_tokens", "samples"):
         if words[key] < 1:
@@ -69,16 +87,16 @@ def generate(config: DictConfig) -> Generated:
     prompts = _prompts(words)
     if words["save"] is not None:
         check_replaceable(Path(words["save"]))
-    restored = restore(words)
+    restored = model()
+    console = Console(stderr=True, quiet=not shown)
     generator = torch.Generator().manual_seed(words["seed"] or 0)
     with restored.autocast(), allocation_errors("generating so many rows", "give fewer samples, or fewer prompts."):
-        session, ids = _begun(words, restored, prompts, generator)
+        session, ids = _begun(words, restored, prompts, generator, console)
         rows = [Row(restored.tokenizer, words["stop"], before, words["load"] is not None) for before in ids]
         began = time.perf_counter()
-        _write_on(session, rows, ids, sampling, generator, words["max_tokens"])
+        _write_on(session, rows, ids, sampling, generator, words["max_tokens"], shown)
         seconds, state_bytes = time.perf_counter() - began, session.state_bytes()
     produced = sum(row.count for row in rows)
-    console = Console(stderr=True)
     if words["load"] is not None and produced == 0:
         console.print("every text in the saved generation has ended; nothing was added", highlight=False)
     console.print(
@@ -117,7 +135,7 @@ def _prompts(words: Node) -> list[str]:
 
 
 def _begun(
-    words: Node, restored: Restored, prompts: list[str], generator: torch.Generator
+    words: Node, restored: Restored, prompts: list[str], generator: torch.Generator, console: Console
 ) -> tuple[Session, list[list[int]]]:
     """A session that has read the prompts, or the saved one, and the tokens of its rows."""
     if words["load"] is not None:
@@ -137,7 +155,7 @@ def _begun(
         session.prefill([torch.tensor(row, device=restored.device) for row in ids])
         seconds, count = time.perf_counter() - began, sum(map(len, ids))
         text = f"read {counted(count, 'token')} in {seconds:.2f} s ({count / seconds:,.0f} tokens/s)"
-        Console(stderr=True).print(text, highlight=False)
+        console.print(text, highlight=False)
     samples = words["samples"]
     return session.fork(samples), [list(row) for row in ids for _ in range(samples)]
 
@@ -190,6 +208,7 @@ def _write_on(
     sampling: Sampling,
     generator: torch.Generator,
     max_tokens: int,
+    shown: bool,
 ) -> None:
     """Generate until every row has ended or has `max_tokens`; extends `rows` and `ids`."""
     alone = len(rows) == 1
@@ -199,20 +218,22 @@ def _write_on(
         counted(len(rows), "row"),
         console=terminal,
         transient=True,
-        disable=alone or not terminal.is_terminal,
+        disable=alone or not shown or not terminal.is_terminal,
     )
     for _ in steps:
-        if all(row.ended for row in rows) or is_gone(sys.stdout):
+        if all(row.ended for row in rows) or (shown and is_gone(sys.stdout)):
             break
         assert session.logits is not None
         tokens = sampling.draw(session.logits, generator)
         for row, own, token in zip(rows, ids, tokens.tolist(), strict=True):
             if not row.ended:
                 own.append(token)
-                _show(row.take(token), alone)
+                _show(row.take(token), alone and shown)
         session.step(tokens)
     for number, row in enumerate(rows, 1):
         rest = row.finish()
+        if not shown:
+            continue
         if not alone:
             print(f"--- {number}")
         _show(rest if alone else row.text, True)

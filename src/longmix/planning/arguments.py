@@ -6,20 +6,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
-from omegaconf import open_dict
-from omegaconf.errors import OmegaConfBaseException
 
-from longmix import cli
 from longmix import config as configuration
 from longmix.accelerators import ACCELERATORS, Accelerator, by_word
 from longmix.command_line import values
-from longmix.command_line.explain import explained, misformed
-from longmix.command_line.register import register_types
-from longmix.command_line.schema import Schema, configs_folder
-from longmix.command_line.words import Word
+from longmix.composing import composed
 from longmix.config import Node, build
 from longmix.errors import ConfigError
 from longmix.model.backbone import LanguageModel
@@ -224,26 +215,8 @@ def _accelerator(word: str) -> tuple[Accelerator | None, int]:
 
 def _composed(given: list[str]) -> tuple[Node, tuple[str, str]]:
     """The resolved configuration, and the words for mixer and model."""
-    register_types()
-    folder = configs_folder()
-    schema = Schema("train", folder)
-    schema.search(given)
-    words = [Word.read(word) for word in given]
-    problem = misformed(schema, words, sweep=False)
-    if problem:
-        raise ConfigError(problem)
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(folder), version_base="1.3"):
-            overrides = ["name=plan", *cli.as_hydra_reads(schema, words)]
-            config = compose("train", overrides=overrides, return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
-        raise ConfigError(explained(schema, given, False, error)) from error
-    choices = config.hydra.runtime.choices
-    labels = choices["mixer"], choices["model"]
-    with open_dict(config):
-        del config["hydra"]
-    return configuration.resolved(config), labels
+    made = composed("train", ["name=plan", *given])
+    return made.node, (made.choices["mixer"], made.choices["model"])
 
 
 def _vocab_size(node: Node) -> int:

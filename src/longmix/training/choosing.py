@@ -2,12 +2,10 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from longmix.checkpoints import CheckpointStore, chosen_checkpoint, find_checkpoint
@@ -17,7 +15,7 @@ from longmix.distributed.ranks import was_restarted
 from longmix.errors import ConfigError
 from longmix.files import replace_file
 from longmix.locks import Lock
-from longmix.naming import RUNS, swept_words
+from longmix.naming import RUNS
 from longmix.reading import read_yaml
 from longmix.training.claims import LOCK_FILE, claim, claim_new, deciding, in_use, is_claimed, remove_unused
 from longmix.training.identity import CONFIG_FILE, changes, is_unknown_origin, phrases, read_config
@@ -42,8 +40,8 @@ class Choice:
     is_new: bool = False
 
 
-def choose_start(config: Node, folder: Path, named: bool) -> tuple[Choice, Lock]:
-    """Where the run in Hydra's output `folder` goes on, and the lock of that place.
+def choose_start(config: Node, folder: Path, named: bool, swept: Sequence[str] | None = None) -> tuple[Choice, Lock]:
+    """Where the run that `folder` is for goes on, and the lock of that place.
 
     A command that its launcher runs again after a failure continues what it began in the same folder, whatever `resume`
     says. A run there of other settings, or that another word of `resume` began, is not its own.
@@ -51,11 +49,11 @@ def choose_start(config: Node, folder: Path, named: bool) -> tuple[Choice, Lock]
     Raises:
         ConfigError, CheckpointError: as in `find_start`, but for what only a checkpoint's content tells.
     """
-    resume, in_sweep = config["resume"], HydraConfig.get().mode == RunMode.MULTIRUN
+    resume, in_sweep = config["resume"], swept is not None
     if named and not in_sweep:
         _check_place(folder)
     if resume == "auto" and (in_sweep or not named):
-        return _newest_or_new(config, folder, named)
+        return _newest_or_new(config, folder, named, swept)
     if resume not in (None, "auto"):
         return _from_checkpoint(config, folder, named or in_sweep, resume)
     return _in_own_folder(config, folder) if named or in_sweep else _new(config, folder)
@@ -88,12 +86,12 @@ def _in_own_folder(config: Node, folder: Path) -> tuple[Choice, Lock]:
         return _at(config, folder, own), lock
 
 
-def _newest_or_new(config: Node, folder: Path, named: bool) -> tuple[Choice, Lock]:
+def _newest_or_new(config: Node, folder: Path, named: bool, swept: Sequence[str] | None) -> tuple[Choice, Lock]:
     """Among the runs beside this one, or a sweep's beside this sweep, continue the newest of this configuration."""
-    in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    in_sweep = swept is not None
     parent = folder.parent.parent if in_sweep else folder.parent
     with deciding(parent):
-        counting = (*swept_words(), *(("name",) if named else ()))
+        counting = (*(swept or ()), *(("name",) if named else ()))
         found = []
         for run in parent.glob("*/*" if in_sweep else "*"):
             saved = read_config(run) if run.is_dir() else None

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,14 @@ class Start:
         )
 
 
-def find_start(config: Node, folder: Path, processes: Processes | None = None, *, named: bool = True) -> Start:
+def find_start(
+    config: Node,
+    folder: Path,
+    processes: Processes | None = None,
+    *,
+    named: bool = True,
+    swept: Sequence[str] | None = None,
+) -> Start:
     """Decide by `resume` where the run in Hydra's output `folder` begins, and hold its folder.
 
     Of several processes, which may each have a folder of their own and look at different moments, the first decides.
@@ -136,6 +144,7 @@ def find_start(config: Node, folder: Path, processes: Processes | None = None, *
         folder: Hydra's, for this process.
         processes: all that train, which must all call it; None for one.
         named: the user chose the folder; it is the run's, and no other run is looked for.
+        swept: words that differ between the runs of its sweep; None outside a sweep.
 
     Raises:
         ConfigError: the folder is another process's, or a fresh run would mix with an earlier one in it.
@@ -146,7 +155,7 @@ def find_start(config: Node, folder: Path, processes: Processes | None = None, *
     start: Start | None = None
 
     def choose() -> Choice:
-        choice, lock = choose_start(config, folder, named)
+        choice, lock = choose_start(config, folder, named, swept)
         locks.append(lock)
         return choice
 

@@ -9,12 +9,9 @@ import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 import longmix
@@ -30,6 +27,7 @@ from longmix.distributed.ranks import own_place, process_rank
 from longmix.distributed.slices import check_slices
 from longmix.errors import ConfigError, DataError
 from longmix.files import storage_errors
+from longmix.invocation import Invocation
 from longmix.mixers.parts.whole_rows import warn_of_whole_rows
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model, check_model
@@ -59,31 +57,36 @@ from longmix.training.warm_start import Origin, begin
 PACKAGES = ("torch", "triton", "lightning", "hydra-core", "wandb", "tokenizers", "datasets", "numpy")
 
 
-def train(config: DictConfig) -> dict[str, Any]:
+def train(config: DictConfig, invocation: Invocation | None = None) -> dict[str, Any]:
     """Train as `config` says and return the run's summary.
 
     Everything that can be refused is refused before the data are touched.
 
+    Args:
+        config: may have interpolations.
+        invocation: how the run was asked for; that of the command which Hydra has begun if not given.
+
     Raises:
         LongmixError: see `longmix.errors`; each has its exit code.
     """
-    node = configuration.with_limits(configuration.resolved(config), HydraConfig.get().overrides.task)
-    origin = Origin.of(node)
+    invocation = invocation or Invocation.of_command()
+    node = configuration.with_limits(configuration.resolved(config), invocation.words)
+    origin = Origin.of(node, invocation)
     settings, data = check_config(node, None if origin is None else origin.tokenizer)
-    _check_tokenizer_is_used(data, HydraConfig.get().overrides.task)
+    _check_tokenizer_is_used(data, invocation.words)
     node = match_parameters(node, data.expected_vocab_size)
-    place = RunPlace.of(config, node)
+    place = RunPlace.of(config, node, invocation)
     node["name"] = place.name
-    if place.folder != (created := Path(HydraConfig.get().runtime.output_dir)):
-        remove_unused(created)  # the checkpoint gives the run another name than Hydra could know
+    if place.folder != invocation.folder:
+        remove_unused(invocation.folder)  # the checkpoint gives the run another name than Hydra could know
     if settings.world_size == 1:
-        return _train(node, settings, data, origin, place, Processes())
+        return _train(node, settings, data, origin, place, invocation, Processes())
     if own_place() is None:
-        _start_processes(node, settings, data, place)
+        _start_processes(node, settings, data, place, invocation)
         return {}
     with connection.losses_explained(settings.timeout):
         everyone = connection.connect(settings)
-        summary = _train(node, settings, data, origin, place, everyone)
+        summary = _train(node, settings, data, origin, place, invocation, everyone)
     connection.disconnect()
     return summary
 
@@ -94,9 +97,16 @@ def _check_tokenizer_is_used(data: TokenData, words: Sequence[str]) -> None:
         raise ConfigError(f"{given[0]} has no use: data.task makes numbers, not text. Leave it out.")
 
 
-def _start_processes(node: Node, settings: TrainerSettings, data: TokenData, place: RunPlace) -> None:
+def _start_processes(
+    node: Node, settings: TrainerSettings, data: TokenData, place: RunPlace, invocation: Invocation
+) -> None:
     """Refuse what can be refused and prepare the data once, then have this command run by several processes."""
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
+    if not invocation.is_command and not invocation.in_sweep:
+        raise ConfigError(
+            f"trainer.strategy={settings.strategy} on {settings.world_size} processes: a call from Python cannot start "
+            "them; use `longmix train`, or call it in each process that torchrun starts."
+        )
+    if invocation.in_sweep:
         raise ConfigError(
             f"a sweep (-m) with trainer.strategy={settings.strategy} on {settings.world_size} processes cannot start "
             "its own processes; sweep on one device, or start each run with torchrun."
@@ -114,15 +124,21 @@ def _start_processes(node: Node, settings: TrainerSettings, data: TokenData, pla
 
 
 def _train(
-    node: Node, settings: TrainerSettings, data: TokenData, origin: Origin | None, place: RunPlace, everyone: Processes
+    node: Node,
+    settings: TrainerSettings,
+    data: TokenData,
+    origin: Origin | None,
+    place: RunPlace,
+    invocation: Invocation,
+    everyone: Processes,
 ) -> dict[str, Any]:
     began = time.monotonic()
     quieten()
     seed_everything(node["seed"], settings.num_threads)
     if origin is not None:
         origin.check_same(everyone)
-    with find_start(node, place.folder, everyone, named=place.named) as start:
-        return _train_from(start, start.config_of(node), settings, data, origin, everyone, began)
+    with find_start(node, place.folder, everyone, named=place.named, swept=invocation.swept) as start:
+        return _train_from(start, start.config_of(node), settings, data, origin, invocation, everyone, began)
 
 
 def _train_from(
@@ -131,6 +147,7 @@ def _train_from(
     settings: TrainerSettings,
     data: TokenData,
     origin: Origin | None,
+    invocation: Invocation,
     everyone: Processes,
     began: float,
 ) -> dict[str, Any]:
@@ -144,7 +161,7 @@ def _train_from(
     begin(model, node, origin)
     model.measures_hits = isinstance(data, SyntheticData)
     if is_first:
-        print_header(node, start.folder, model, data, settings, start.step)
+        print_header(node, start.folder, model, data, settings, start.step, invocation.choices)
     everyone.first(lambda: start.begin(node))
 
     module = _module(node, model, settings, everyone)
@@ -159,11 +176,11 @@ def _train_from(
     if node["trainable"] == "states" and latest is not None and not (is_done and states.exists()):
         save_states(states, load_checkpoint(latest))
     seconds = time.monotonic() - began
-    if HydraConfig.get().mode == RunMode.RUN:  # of a sweep, the command has other runs too
+    if invocation.is_command:  # of a sweep, the command has other runs too
         seconds = seconds_since_begin(seconds)
     summary = read_own_summary(start.folder, module.total_steps) if is_done else None
     if summary is None:
-        summary = write_summary(node, start.folder, model, supervisor)
+        summary = write_summary(node, start.folder, model, supervisor, invocation.choices)
     print_summary(summary, start.folder, supervisor, seconds)
     return summary
 

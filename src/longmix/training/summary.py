@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -31,10 +30,10 @@ LOG_WIDTH = 160
 """Columns where the output is no terminal: a path should not be cut."""
 
 
-def mixer_name(config: Node) -> str:
-    """The mixer in a word: the one on the command line; of a checkpoint, see `longmix.naming.mixer_word`."""
-    if config["checkpoint"] is None:
-        return HydraConfig.get().runtime.choices["mixer"]
+def mixer_name(config: Node, choices: Mapping[str, str]) -> str:
+    """The mixer in a word: the one that was chosen; of a checkpoint, or of a node alone, see `mixer_word`."""
+    if config["checkpoint"] is None and "mixer" in choices:
+        return choices["mixer"]
     return mixer_word(config["mixer"])
 
 
@@ -50,7 +49,13 @@ def training_flops_per_token(model: LanguageModel, seq_len: int) -> float:
 
 
 def print_header(
-    config: Node, folder: Path, model: LanguageModel, data: TokenData, settings: TrainerSettings, first_step: int
+    config: Node,
+    folder: Path,
+    model: LanguageModel,
+    data: TokenData,
+    settings: TrainerSettings,
+    first_step: int,
+    choices: Mapping[str, str],
 ) -> None:
     """Sizes, data and machine, before the first step."""
     steps, per_step = total_steps(config), tokens_per_step(config)
@@ -59,7 +64,8 @@ def print_header(
     flops = training_flops_per_token(model, config["seq_len"])
     rows = {
         "run": _shown(folder),
-        "model": f"{mixer_name(config)}, {counts['total']:,} parameters, {flops / 1e6:,.1f} MFLOP per trained token",
+        "model": f"{mixer_name(config, choices)}, {counts['total']:,} parameters, "
+        f"{flops / 1e6:,.1f} MFLOP per trained token",
         "data": f"{data.label}: " + ", ".join(f"{count:,} {name} tokens" for name, count in splits.items()),
         "steps": f"{first_step:,} to {steps:,} of {counted(per_step, 'token')}: "
         f"{steps * per_step / data.train_tokens_per_epoch:.2f} epochs",
@@ -106,7 +112,9 @@ def read_own_summary(folder: Path, steps: int) -> dict[str, Any] | None:
     return summary if summary.get("steps") == steps == summary["validation"].get("step") else None
 
 
-def write_summary(config: Node, folder: Path, model: LanguageModel, supervisor: "Supervisor") -> dict[str, Any]:
+def write_summary(
+    config: Node, folder: Path, model: LanguageModel, supervisor: "Supervisor", choices: Mapping[str, str]
+) -> dict[str, Any]:
     """Write `summary.json` and return it.
 
     Its `validation` is of the last step: `validation["step"]` equals `steps`.
@@ -115,7 +123,7 @@ def write_summary(config: Node, folder: Path, model: LanguageModel, supervisor: 
     tokens = total_steps(config) * tokens_per_step(config)
     summary = {
         "name": config["name"],
-        "mixer": mixer_name(config),
+        "mixer": mixer_name(config, choices),
         "seq_len": config["seq_len"],
         "parameters": model.parameter_counts(),
         "match": matched(config, model.parameter_counts()["total"]),

@@ -4,9 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-
 from longmix.checkpoints import CheckpointStore, chosen_checkpoint
 from longmix.checkpoints.contents import load_model_state, rebuilding
 from longmix.checkpoints.last import LAST, last_checkpoint
@@ -16,6 +13,7 @@ from longmix.data.tokens.tokenizers import Tokenizer, tokenizer_from_state
 from longmix.distributed.agreement import Processes
 from longmix.distributed.ranks import was_restarted
 from longmix.errors import CheckpointError, ConfigError
+from longmix.invocation import Invocation
 from longmix.model.backbone import LanguageModel
 from longmix.model.tuned_states_file import load_weights, tune_states
 from longmix.training.identity import ORIGIN
@@ -46,7 +44,7 @@ class Origin:
         return self.state["model"]["embedding.weight"].shape[0]
 
     @classmethod
-    def of(cls, node: Node) -> "Origin | None":
+    def of(cls, node: Node, invocation: Invocation) -> "Origin | None":
         """What `node["checkpoint"]` names; model, mixer and tokenizer in `node` are replaced by the checkpoint's.
 
         `node["origin"]` becomes the record, for runs to be told apart whose `checkpoint` is the same word.
@@ -63,16 +61,15 @@ class Origin:
                 raise ConfigError(f"tuning.{key}={value} must be at least 0.")
         if node["checkpoint"] is None:
             return None
-        for override in HydraConfig.get().overrides.task:
+        for override in invocation.words:
             word = override.lstrip("+~").partition("=")[0]
             if word.split(".")[0] in (*TAKEN, "block"):
                 raise ConfigError(f"{word} comes from checkpoint={node['checkpoint']}; leave one of the two out.")
-        own = continued_checkpoint(node)
+        own = continued_checkpoint(node, invocation)
         state = None if own is None else load_model_state(own)
         if node["checkpoint"] == LAST:  # the configuration that is kept names the run itself
             began = None if state is None else state["config"].get("checkpoint")
-            folder = Path(HydraConfig.get().runtime.output_dir)
-            node["checkpoint"] = str(began or chosen_checkpoint(LAST, folder))
+            node["checkpoint"] = str(began or chosen_checkpoint(LAST, invocation.folder))
         try:
             named = chosen_checkpoint(node["checkpoint"])
             record = {"checkpoint": str(named.absolute()), "weights": weights_digest(named)}
@@ -103,19 +100,19 @@ class Origin:
             )
 
 
-def continued_checkpoint(node: Node) -> Path | None:
+def continued_checkpoint(node: Node, invocation: Invocation) -> Path | None:
     """The checkpoint that this command goes on from whatever its other settings; None if it may begin.
 
     What it goes on from holds model, mixer, tokenizer and weights.
     """
-    resume, hydra = node["resume"], HydraConfig.get()
+    resume = node["resume"]
     if resume == LAST:
         return last_checkpoint()
     if resume not in (None, "auto"):
         return chosen_checkpoint(resume)
-    if hydra.mode == RunMode.MULTIRUN or not (resume == "auto" or was_restarted()):
+    if invocation.in_sweep or not (resume == "auto" or was_restarted()):
         return None
-    return CheckpointStore(Path(hydra.runtime.output_dir) / "checkpoints").latest()
+    return CheckpointStore(invocation.folder / "checkpoints").latest()
 
 
 def begin(model: LanguageModel, node: Node, origin: Origin | None) -> None:

@@ -1,0 +1,232 @@
+"""longmix from Python: `train` and `load`, which are functions of their arguments.
+
+Neither ends the process, nor leaves anything in Hydra's state. What is refused is a `LongmixError`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from longmix.composing import as_words, composed
+from longmix.config import Node, resolved
+from longmix.data.tokens.tokenizers import Tokenizer
+from longmix.errors import ConfigError
+from longmix.files import free_folder
+from longmix.invocation import Invocation
+from longmix.model.backbone import LanguageModel
+from longmix.naming import RUNS
+from longmix.notices import begin_run
+from longmix.restore import Restored, restore
+
+Words = Sequence[str] | Mapping[str, Any] | DictConfig
+
+WHOLE = ("model", "mixer", "data", "optimizer", "trainer")
+"""Groups that a whole configuration has nodes of."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        folder: of the run: `config.yaml`, `metrics.csv`, `summary.json`, `checkpoints/`.
+        summary: as in `summary.json`; `summary["validation"]["loss"]` is in nats per token. Empty in all processes of a
+            distributed run but the first.
+        checkpoint: the newest one's folder; None if none was kept.
+    """
+
+    folder: Path
+    summary: dict[str, Any]
+    checkpoint: Path | None
+
+    def load(self, **settings: Any) -> "Loaded":
+        """The trained model; see `longmix.load`."""
+        return load(self.folder, **settings)
+
+
+def train(words: Words = (), folder: str | Path | None = None) -> Run:
+    """Train a language model in this process.
+
+    Args:
+        words: what follows `longmix train`, as a list, `["mixer=flash", "seq_len=64"]`, or as a mapping,
+            `{"mixer": "flash", "seq_len": 64}`, in which `{"mixer": {"_target_": "my_package.MyMixer"}}` stands for a
+            choice of one's own; or a whole configuration, such as the content of a run's `config.yaml`.
+        folder: where the run goes; without, one of its own below `runs/`. With the word `resume=auto` a run that is
+            there goes on.
+
+    Raises:
+        ConfigError: an unknown or impossible word, or a folder that holds a run already.
+        NonFiniteError: a loss or gradient was not finite.
+        Interrupted: a signal asked for the end; the state is saved. Signals are looked at in the main thread only.
+        LongmixError: the others of `longmix.errors`.
+    """
+    from longmix.allocation import allocation_errors
+    from longmix.checkpoints import CheckpointStore
+    from longmix.training.run import train as run
+
+    begin_run()
+    node, given, choices = _configuration(words)
+    place = free_folder(Path(RUNS, _clock_name(node, choices))) if folder is None else Path(folder)
+    place = place.absolute()
+    node["name"] = next((node["name"] for word in given if word.startswith("name=")), place.name)
+    place.mkdir(parents=True, exist_ok=True)
+    invocation = Invocation(place, tuple(given), choices, named=folder is not None)
+    try:
+        with allocation_errors("training", "make seq_len, batch_size or the model smaller."):
+            summary = run(OmegaConf.create(node), invocation)
+    except BaseException:
+        if not any(place.iterdir()):
+            place.rmdir()
+        raise
+    last = Path(summary.get("checkpoint", ""))
+    own = last.parents[1] if last.parent.name == "checkpoints" else place  # a run that goes on may lie elsewhere
+    return Run(own, summary, CheckpointStore(own / "checkpoints").latest())
+
+
+def _configuration(words: Words) -> tuple[Node, list[str], Mapping[str, str]]:
+    """The node, the words that made it, and the choices of its groups."""
+    if isinstance(words, str):
+        raise ConfigError(f"{words!r} is one text; give a list of words, such as [{words!r}].")
+    if isinstance(words, DictConfig):
+        return resolved(words), [], {}
+    nodes: dict[str, Any] = {}
+    if isinstance(words, Mapping):
+        if all(isinstance(words.get(group), Mapping) for group in WHOLE):
+            return resolved(OmegaConf.create(dict(words))), [], {}
+        nodes = {str(name): dict(value) for name, value in words.items() if _is_node(value)}
+        given = as_words({str(name): value for name, value in words.items() if name not in nodes})
+    else:
+        given = list(words)
+    made = composed("train", given)
+    choices = {group: choice for group, choice in made.choices.items() if group not in nodes}
+    return {**made.node, **nodes}, given, choices
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, Mapping) and ("_target_" in value or "pattern" in value)
+
+
+def _clock_name(node: Node, choices: Mapping[str, str]) -> str:
+    parts = [datetime.now().strftime("%Y-%m-%d_%H-%M-%S"), *filter(None, map(choices.get, ("mixer", "model")))]
+    return "_".join([*map(str, parts), str(node["seq_len"])])
+
+
+class Loaded:
+    """A trained model, ready to use.
+
+    Attributes:
+        checkpoint: its folder.
+        config: the configuration it was trained with.
+        model: takes token ids [B, T], int64, and returns a `ModelOutput`, whose `hidden` is [B, T, D].
+        tokenizer: the one it was trained with.
+    """
+
+    def __init__(self, restored: Restored, settings: Mapping[str, Any]) -> None:
+        self.checkpoint: Path = restored.checkpoint
+        self.config: Node = restored.config
+        self.model: LanguageModel = restored.model
+        self.tokenizer: Tokenizer = restored.tokenizer
+        self._restored, self._settings = restored, dict(settings)
+
+    def __repr__(self) -> str:
+        parameters = self.model.parameter_counts()["total"]
+        return f"Loaded({str(self.checkpoint)!r}, {parameters:,} parameters, {self._restored.device})"
+
+    def generate(
+        self,
+        prompt: str | Sequence[str] = "",
+        *,
+        max_tokens: int = 256,
+        temperature: float = 1.0,
+        samples: int = 1,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> list[str]:
+        """Go on from a prompt, or from several side by side; nothing is printed.
+
+        Args:
+            prompt: a text or a list of texts.
+            max_tokens: of each row.
+            temperature: 0 takes the most likely token.
+            samples: continuations of each prompt; the prompt is read once.
+            top_k, top_p, min_p: leave out unlikely tokens.
+            seed: the same one gives the same texts.
+            stop: texts that end a row.
+
+        Returns:
+            The continuations, without their prompts; those of one prompt follow each other.
+
+        Raises:
+            ConfigError: an impossible setting.
+            DataError: the prompt is no valid Unicode.
+        """
+        from longmix.generation.run import continued
+
+        words = {
+            "prompt": prompt if isinstance(prompt, str) else list(prompt),
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "samples": samples,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "seed": seed,
+            "stop": list(stop),
+        }
+        begin_run()
+        return continued(words, self._restored).texts
+
+    def evaluate(self, task: str | Sequence[str] = "loss", **words: Any) -> dict[str, Any]:
+        """Run one task, or several.
+
+        Args:
+            task: as in `longmix evaluate task=`; a name, or a list of names.
+            words: others of that command, such as `split="test"` or `seq_len=[512, 1024]`; settings of a task as
+                `**{"task.needle.needles": 4}`. Tables are printed, and files lie in `output`, as there.
+
+        Returns:
+            The task's report, or with a list the reports by name. Losses are in nats per token.
+
+        Raises:
+            ConfigError: an unknown word, or a task that this model cannot take.
+        """
+        from longmix.evaluation.run import evaluate
+
+        names = [task] if isinstance(task, str) else list(task)
+        given = {"checkpoint": str(self.checkpoint), "task": names, **self._settings, **words}
+        begin_run()
+        reports = evaluate(OmegaConf.create(composed("evaluate", as_words(given)).node), self._restored)
+        return reports[task] if isinstance(task, str) else reports
+
+
+def load(
+    checkpoint: str | Path,
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    states: str | Path | None = None,
+    trust: Sequence[str] = (),
+) -> Loaded:
+    """A trained model from its checkpoint alone.
+
+    Args:
+        checkpoint: folder of a run, which means its newest checkpoint, or of a checkpoint; "last" is the newest run.
+        device: "auto", "cpu" or "cuda".
+        precision: "auto" (bf16 on a GPU, float32 on a CPU), "float32" or "bf16".
+        states: `states.pt` of a run with trainable=states, or its folder.
+        trust: full names of classes besides longmix's own that the checkpoint may name. Loading calls nothing else.
+
+    Raises:
+        ConfigError: a device or precision that there is not, or a checkpoint that names a class outside `trust`.
+        CheckpointError: there is no such checkpoint, or it is damaged.
+    """
+    settings: dict[str, Any] = {"device": device, "precision": precision, "trust": list(trust)}
+    settings["states"] = None if states is None else str(states)
+    return Loaded(restore({"checkpoint": str(checkpoint), **settings}), settings)

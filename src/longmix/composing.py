@@ -1,0 +1,103 @@
+"""A command's configuration from words, for callers from Python: Hydra's own state is as it was before."""
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from longmix import cli
+from longmix import config as configuration
+from longmix.command_line.explain import explained, misformed
+from longmix.command_line.register import register_types
+from longmix.command_line.schema import Schema, configs_folder
+from longmix.command_line.words import Word
+from longmix.config import Node
+from longmix.errors import ConfigError
+
+_LOCK = threading.RLock()
+"""Hydra's state is the process's."""
+
+
+@dataclass(frozen=True)
+class Composed:
+    """What words make.
+
+    Attributes:
+        node: the configuration, with every interpolation carried out.
+        choices: the file that each group was chosen from, by group.
+    """
+
+    node: Node
+    choices: Mapping[str, str]
+
+
+def composed(command: str, given: Sequence[str]) -> Composed:
+    """The configuration of a command with these words, as on its command line.
+
+    Args:
+        command: "train", "evaluate", "generate" or "prepare".
+        given: words such as `"seq_len=64"`; no options and no sweeps.
+
+    Raises:
+        ConfigError: an unknown or impossible word.
+    """
+    register_types()
+    folder = configs_folder()
+    schema = Schema(command, folder)
+    schema.search(given)
+    words = [Word.read(word) for word in given]
+    problem = misformed(schema, words, sweep=False)
+    if problem:
+        raise ConfigError(problem)
+    with _own_hydra():
+        try:
+            with initialize_config_dir(str(folder), version_base="1.3"):
+                overrides = cli.as_hydra_reads(schema, words)
+                config = compose(command, overrides=overrides, return_hydra_config=True)
+        except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
+            raise ConfigError(explained(schema, given, False, error)) from error
+        HydraConfig.instance().set_config(config)  # names ask for the choices
+        choices = {str(group): str(choice) for group, choice in config.hydra.runtime.choices.items()}
+        with open_dict(config):
+            del config["hydra"]
+        return Composed(configuration.resolved(config), choices)
+
+
+def as_words(values: Mapping[str, Any]) -> list[str]:
+    """A mapping such as `{"seq_len": 64, "loop": {"log_every": 1}}` as words: texts as on the command line."""
+    words = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            words += as_words({f"{name}.{key}": inner for key, inner in value.items()})
+        else:
+            words.append(f"{name}={_written(value)}")
+    return words
+
+
+def _written(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_written, value))}]"
+    return str(value)
+
+
+@contextmanager
+def _own_hydra() -> Iterator[None]:
+    with _LOCK:
+        outer, settings = GlobalHydra.instance().hydra, HydraConfig.instance().cfg
+        GlobalHydra.instance().clear()
+        try:
+            yield
+        finally:
+            GlobalHydra.instance().hydra, HydraConfig.instance().cfg = outer, settings

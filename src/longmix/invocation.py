@@ -1,0 +1,50 @@
+"""How a run was asked for: what the command line, or a caller from Python, said besides the configuration."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """What a run is told besides its configuration.
+
+    Attributes:
+        folder: where it goes, unless it is continued elsewhere.
+        words: given by the user, as in `seq_len=64`.
+        choices: the file that each group was chosen from, by group.
+        swept: words that differ between the runs of the sweep that it is one of; None outside a sweep.
+        named: the user chose the folder; None where the name tells.
+        is_command: it is all that this process does.
+    """
+
+    folder: Path
+    words: tuple[str, ...] = ()
+    choices: Mapping[str, str] = field(default_factory=dict)
+    swept: tuple[str, ...] | None = None
+    named: bool | None = None
+    is_command: bool = False
+
+    @property
+    def in_sweep(self) -> bool:
+        """Whether it is one of the runs of a sweep."""
+        return self.swept is not None
+
+    @classmethod
+    def of_command(cls) -> "Invocation":
+        """That of the task which Hydra has begun in this process."""
+        hydra = HydraConfig.get()
+        words = tuple(hydra.overrides.task)
+        swept = None
+        if hydra.mode == RunMode.MULTIRUN:
+            same = set(hydra.job.config.override_dirname.exclude_keys)
+            swept = tuple(word for word in map(_key, words) if word not in same)
+        is_command = hydra.mode == RunMode.RUN
+        return cls(Path(hydra.runtime.output_dir), words, dict(hydra.runtime.choices), swept, None, is_command)
+
+
+def _key(word: str) -> str:
+    return word.lstrip("+~").partition("=")[0].partition("@")[0]
