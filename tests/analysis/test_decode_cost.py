@@ -97,9 +97,9 @@ def test_a_step_reads_what_the_mixer_sees(small_model):
     # 500 earlier keys and its own in 4 buckets, and a label of 4 bytes for each head of those that are held
     visible = 501 * 502 // 2 // 4 - 500 * 501 // 2 // 4
     assert step_cost(small_model("sparse_flash"), 500).state_bytes == LAYERS * (visible * number + 4 * HEADS * 500)
-    # the last rows of a block of 16 see that and the one before it, and 8 features have sums of 16 channels and 2 more
+    # the last rows of a block of 8 see that and the one before it, and 8 features have sums of 16 channels and 2 more
     sums = HEADS * 8 * 18 * 8
-    assert step_cost(small_model("scatterbrain"), 16 * 20 - 1).state_bytes == LAYERS * (32 * number + sums)
+    assert step_cost(small_model("scatterbrain"), 8 * 40 - 1).state_bytes == LAYERS * (16 * number + sums)
 
 
 def test_a_tied_head_is_read_whole(small_model):
