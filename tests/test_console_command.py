@@ -1,5 +1,6 @@
 """The console command: its overview, its words, what it refuses, and how messages name it."""
 
+import pickle
 import sys
 
 import pytest
@@ -118,3 +119,10 @@ def test_an_audit_is_an_evaluation_of_causality(monkeypatch):
 def test_an_unknown_command_is_a_configuration_error():
     with pytest.raises(ConfigError, match="Did you mean longmix evaluate"):
         console._command("evalute")
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "prepare"])
+def test_tasks_are_importable_so_that_a_launcher_hands_them_on_by_name(command):
+    from longmix.entry_points import TASKS
+
+    assert pickle.loads(pickle.dumps(TASKS[command])) is TASKS[command]

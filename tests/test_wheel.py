@@ -96,13 +96,14 @@ def test_trains_evaluates_generates_and_reports_in_another_folder(command, train
     assert (trained / "compared/report.html").is_file()
 
 
-def test_plans_and_consolidates(command, trained):
+def test_plans(command, trained):
     assert "1,272,448 parameters" in run(command, "plan", "seq_len=64", "gpu=cpu", folder=trained)
-    assert "wrote" in run(command, "consolidate", "runs/first", folder=trained)
 
 
-def test_trains_on_two_devices_by_its_own_launcher(command, trained):
+def test_trains_on_two_devices_by_its_own_launcher_and_consolidates(command, trained):
     words = [word for word in WORDS if not word.startswith(("trainer=", "batch_size=", "name="))]
     two = ("trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "batch_size=2", "name=two")
-    run(command, "train", *words, *two, folder=trained)
+    run(command, "train", *words, *two, "loop.sharded_checkpoints=true", folder=trained)
     assert (trained / "runs/two/summary.json").is_file()
+    assert "wrote" in run(command, "consolidate", "runs/two", "output=whole", folder=trained)
+    assert (trained / "whole").is_dir()

@@ -23,6 +23,7 @@ from longmix.command_line import values
 from longmix.command_line.explain import explained, misformed, wrong_sweep
 from longmix.command_line.help import help_text, version_text
 from longmix.command_line.places import without_repetition
+from longmix.command_line.program import as_called
 from longmix.command_line.register import file_name as file_name
 from longmix.command_line.register import register_types as register_types
 from longmix.command_line.register import windows as windows
@@ -216,7 +217,7 @@ def entry_point(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def run(config: Any) -> Any:
         begin_run()
         try:
-            with allocation_errors("this", NEEDS_LESS):
+            with allocation_errors("this", as_called(NEEDS_LESS)):
                 result = task(config)
         except LongmixError as error:
             message = f"{type(error).__name__}: {error}"
