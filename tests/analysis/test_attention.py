@@ -242,6 +242,6 @@ def test_a_mixer_that_cannot_be_seen_into_is_named():
     tokens = torch.zeros(1, 8, dtype=torch.int64)
     batch = {"tokens": tokens, "document_ids": None, "targets": tokens}
     with pytest.raises(
-        ConfigError, match="task=attention cannot see into mine: SwiGLU derives from neither RecurrentMixer"
+        ConfigError, match="task=attention cannot see into mine: SwiGLU neither calls its engine by `call_engine`"
     ):
         _analysed("mine", SimpleNamespace(model=model, device="cpu"), [batch])

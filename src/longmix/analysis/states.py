@@ -178,7 +178,10 @@ def _gates(subject: Subject, length: int, windows: int) -> list[list[dict[str, f
             given = layer_inputs(subject.model, batch["tokens"], batch["document_ids"])
             for mixer, (x, options), of_layer in zip(mixers, given, calls, strict=True):
                 if isinstance(mixer, RecurrentMixer):
-                    of_layer.append(engine_call(mixer, x, **options))
+                    try:
+                        of_layer.append(engine_call(mixer, x, **options))
+                    except ValueError as error:
+                        raise ConfigError(f"task=states cannot see the gates of its mixer: {error}.") from error
     return [gate_statistics(of_layer) if of_layer else None for of_layer in calls]
 
 
