@@ -159,7 +159,7 @@ class SweepFolder(Callback):
     """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """See `hydra.experimental.callback.Callback`."""
+        """Called by Hydra before a sweep begins."""
         hydra = config.hydra
         same = same_words(hydra.overrides.task, (hydra.sweeper.get("params") or {}).keys())
         quoted = ",".join(f"'{word}'" for word in same)

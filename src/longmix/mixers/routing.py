@@ -267,7 +267,7 @@ class Routing(SoftmaxAttention):
         return torch.cat((*self._windowed(local), mixed), 2), {}, RoutingState(recent, rings)
 
     def state_type(self) -> type:
-        """See `SoftmaxAttention`."""
+        """The class of the state."""
         return RoutingState if self._bounded() else AttentionState
 
     def _on_rings(self, rows: Rows, rings: Rings) -> tuple[Tensor, Rings]:

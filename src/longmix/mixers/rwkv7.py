@@ -75,7 +75,7 @@ class LowRank(nn.Module):
 
 
 class RWKV7(RecurrentMixer):
-    """See the head of this file.
+    """RWKV-7's time mixing. The head of this file has the equations.
 
     Args:
         shape: sizes of the model around the mixer.
@@ -163,7 +163,7 @@ class RWKV7(RecurrentMixer):
         document_ids: Tensor | None = None,
         value_residual: Tensor | None = None,
     ) -> MixerOutput:
-        """See `Mixer.forward`; `value_residual` [B, T, D] is what the first layer returned as that."""
+        """Mix `x` [B, T, D] along T; `value_residual` [B, T, D] is what the first layer returned as that."""
         batch, length = checked_sizes(x, self.recent_channels, document_ids, state, (RecurrentState, Slices))
         ids = continued_ids(document_ids, state, batch, length)
         recent = self.recent(x, state, ids)
@@ -210,7 +210,7 @@ class RWKV7(RecurrentMixer):
         return -DECAY_LIMIT * (self.decay_base.to(exact) + self.decay(x).to(exact)).sigmoid()
 
     def zeros(self, batch: int) -> Tensor:
-        """See `RecurrentMixer.zeros`; keys by values, where the authors' code has values by keys."""
+        """The empty memory, for `batch` rows: keys by values, where the authors' code has values by keys."""
         exact = torch.promote_types(self.shifts.dtype, torch.float32)
         return self.shifts.new_zeros(batch, self.num_heads, self.head_dim, self.head_dim, dtype=exact)
 

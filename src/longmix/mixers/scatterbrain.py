@@ -65,7 +65,7 @@ class ScatterbrainOptions(HeadOptions, total=False):
 
 
 class Scatterbrain(SoftmaxAttention):
-    """See the head of this file.
+    """Scatterbrain made causal. The head of this file has the equations.
 
     Args:
         shape, layer_index, options: see `SoftmaxAttention`.
@@ -172,7 +172,7 @@ class Scatterbrain(SoftmaxAttention):
         return mixed, metrics, state_after(keys, before, self.block, self.past_blocks, self._scale())
 
     def state_type(self) -> type:
-        """See `SoftmaxAttention`."""
+        """The class of the state."""
         return ScatterbrainState
 
     def _after_earlier_slices(self, new: Keys, slices: Slices) -> tuple[Keys, FeatureState | None]:
@@ -257,7 +257,7 @@ class Scatterbrain(SoftmaxAttention):
         return metrics
 
     def init_state(self, batch: int) -> Any:
-        """See `Mixer.init_state`."""
+        """The state before the first token, for `batch` rows."""
         weight = self.value.weight
         none = weight.new_empty(batch, 0, self.num_kv_heads, self.head_dim)
         last_id = torch.zeros(batch, dtype=torch.int32, device=weight.device)

@@ -35,7 +35,7 @@ from longmix_kernels.scatter import FeatureState, exact_bounds
 
 
 class ScatterbrainContent(Scatterbrain):
-    """See the head of this file.
+    """Scatterbrain that also sees its hash bucket exactly. The head of this file has the equations.
 
     Args:
         shape, layer_index, settings: see `Scatterbrain`.

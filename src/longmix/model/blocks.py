@@ -42,19 +42,19 @@ class Standard:
     """RMSNorm, SwiGLU, and embeddings of size 1."""
 
     def norm(self, shape: ModelShape) -> nn.Module:
-        """See `BlockStyle`."""
+        """The norm before each branch and before the head."""
         return nn.RMSNorm(shape.d_model, eps=shape.norm_eps)
 
     def embedding_norm(self, shape: ModelShape) -> nn.Module:
-        """See `BlockStyle`."""
+        """The identity: embeddings have no norm."""
         return nn.Identity()
 
     def channel_mixer(self, shape: ModelShape, layer_index: int, hidden: int) -> Mixer:
-        """See `BlockStyle`."""
+        """A SwiGLU of `hidden` channels."""
         return SwiGLU(shape, hidden)
 
     def begin(self, embedding: nn.Embedding, head: nn.Linear) -> None:
-        """See `BlockStyle`."""
+        """Initialise embedding and head, and attach their recipes."""
         shared = embedding.weight is head.weight
         small = embedding.embedding_dim**-0.5
         nn.init.normal_(head.weight, std=small)
@@ -78,18 +78,18 @@ class SwiGLU(Mixer):
         nn.init.normal_(self.down.weight, std=hidden**-0.5 / math.sqrt(2 * shape.num_layers))
 
     def forward(self, x: Tensor, *, state: Any = None, document_ids: Tensor | None = None) -> MixerOutput:
-        """See `Mixer.forward`."""
+        """Mix the channels of each token of `x` [B, T, D]."""
         return MixerOutput(self.down(F.silu(self.gate(x)) * self.up(x)))
 
     def init_state(self, batch: int) -> None:
         """There is none."""
 
     def state_bytes(self, length: int) -> int:
-        """See `Mixer.state_bytes`."""
+        """Bytes of state that one row holds after `length` tokens."""
         return 0
 
     def flops(self, length: int) -> int:
-        """See `Mixer.flops`."""
+        """Floating-point operations of one forward pass over one row, projections included."""
         return 2 * length * (self.gate.weight.numel() + self.up.weight.numel() + self.down.weight.numel())
 
 
@@ -154,7 +154,7 @@ class Block(nn.Module):
         )
 
     def init_state(self, batch: int) -> BlockState:
-        """See `Mixer.init_state`.
+        """The state before the first token, for `batch` rows.
 
         Raises:
             ConfigError: a branch's state cannot be forked, saved or counted.
@@ -169,7 +169,7 @@ class Block(nn.Module):
         return BlockState(slices, slices)
 
     def state_bytes(self, length: int) -> int:
-        """See `Mixer.state_bytes`."""
+        """Bytes of state that one row holds after `length` tokens."""
         return self.mixer.state_bytes(length) + self.mlp.state_bytes(length)
 
     def flops(self, length: int) -> int:

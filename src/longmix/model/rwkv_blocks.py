@@ -37,11 +37,11 @@ class RWKVBlocks:
         self.channel_factor = channel_factor
 
     def norm(self, shape: ModelShape) -> nn.Module:
-        """See `BlockStyle`."""
+        """The norm before each branch and before the head."""
         return nn.LayerNorm(shape.d_model, eps=shape.norm_eps)
 
     def embedding_norm(self, shape: ModelShape) -> nn.Module:
-        """See `BlockStyle`."""
+        """A LayerNorm of the embeddings."""
         return self.norm(shape)
 
     def channel_mixer(self, shape: ModelShape, layer_index: int, hidden: int) -> Mixer:
@@ -60,7 +60,7 @@ class RWKVBlocks:
 
 
 class ChannelMix(RecurrentMixer):
-    """See the head of this file.
+    """RWKV-7's channel mixing. The head of this file has the equations.
 
     Args:
         shape: sizes of the model.
@@ -83,7 +83,7 @@ class ChannelMix(RecurrentMixer):
     def forward(
         self, x: Tensor, *, state: RecurrentState | Slices | None = None, document_ids: Tensor | None = None
     ) -> MixerOutput:
-        """See `Mixer.forward`."""
+        """Mix the channels of each token of `x` [B, T, D] with those of the token before it."""
         ids = continued_ids(document_ids, state, *checked_sizes(x, self.recent_channels, document_ids, state))
         recent = self.recent(x, state, ids)
         mixed = x + (token_shift(x, *recent) - x) * self.shift.to(x.dtype)
@@ -94,5 +94,5 @@ class ChannelMix(RecurrentMixer):
         """Only the token before is remembered."""
 
     def flops(self, length: int) -> int:
-        """See `Mixer.flops`."""
+        """Floating-point operations of one forward pass over one row, projections included."""
         return 2 * length * (self.key.weight.numel() + self.value.weight.numel())

@@ -59,7 +59,7 @@ class FeatureMap(nn.Module):
             self.projections = nn.Parameter(drawn)
 
     def forward(self, y: Tensor) -> Tensor:
-        """See the class."""
+        """The features of `y`, as the class says."""
         exact = torch.promote_types(y.dtype, torch.float32)
         with torch.autocast(y.device.type, enabled=False):
             y, projections = y.to(exact), self.projections.to(exact)

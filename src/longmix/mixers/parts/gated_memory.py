@@ -84,7 +84,7 @@ class LogDecay(nn.Module):
             set_recipe(weight, Recipe("scalar"))
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
+        """Log decays of each token of `x`, as the class says."""
         step = exact_linear(self.up, x if self.down is None else exact_linear(self.down, x)) + self.bias
         if self.log_rate is None:
             return F.logsigmoid(step).unflatten(-1, (self.heads, -1)) / SIGMOID_DIVISOR
@@ -105,7 +105,7 @@ class GatedMemoryOptions(TypedDict, total=False):
 
 
 class GatedMemory(RecurrentMixer):
-    """See the head of this file.
+    """A matrix memory with decays and, as an option, the delta rule. The head of this file has the equations.
 
     Args:
         shape: sizes of the model around the mixer.
@@ -197,7 +197,7 @@ class GatedMemory(RecurrentMixer):
     def forward(
         self, x: Tensor, *, state: RecurrentState | Slices | None = None, document_ids: Tensor | None = None
     ) -> MixerOutput:
-        """See `Mixer.forward`."""
+        """Mix `x` [B, T, D] along T, from the beginning or from a state on."""
         batch, length = checked_sizes(x, self.query.in_features, document_ids, state, (RecurrentState, Slices))
         ids = continued_ids(document_ids, state, batch, length)
         projected = torch.cat([self.query(x), self.key(x), self.value(x)], -1)
@@ -245,7 +245,7 @@ class GatedMemory(RecurrentMixer):
         return x.new_zeros(*x.shape[:2], self.num_heads, dtype=torch.promote_types(x.dtype, torch.float32))
 
     def zeros(self, batch: int) -> Tensor:
-        """See `RecurrentMixer.zeros`."""
+        """The empty memory, for `batch` rows."""
         weight = self.value.weight
         exact = torch.promote_types(weight.dtype, torch.float32)
         return weight.new_zeros(batch, self.num_heads, self.key_dim, self.value_dim, dtype=exact)

@@ -109,11 +109,11 @@ class HeadDecay(LinearMixer):
         return F.logsigmoid(exact_linear(self.decay, x)) / _LEARNED_DIVISOR, None
 
     def activate(self, gate: Tensor) -> Tensor:
-        """See `LinearMixer.activate`."""
+        """The output gate after its activation."""
         return F.silu(gate) if self.gate_activation == "silu" else gate.sigmoid()
 
     def query_and_key(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """See `LinearMixer.query_and_key`; activated, and rotated if so configured."""
+        """Queries and keys, activated, and rotated if so configured."""
         query, key = super().query_and_key(x, positions)
         if self.activation == "silu":
             query, key = F.silu(query), F.silu(key)

@@ -99,7 +99,7 @@ class LinearMixer(RecurrentMixer):
     def forward(
         self, x: Tensor, *, state: RecurrentState | Slices | None = None, document_ids: Tensor | None = None
     ) -> MixerOutput:
-        """See `Mixer.forward`."""
+        """Mix `x` [B, T, D] along T, from the beginning or from a state on."""
         batch, length = checked_sizes(x, self.d_model, document_ids, state, (RecurrentState, Slices))
         ids = continued_ids(document_ids, state, batch, length)
         last_id, next_position = (None, None) if state is None else (state.last_id, state.next_position)
@@ -132,7 +132,7 @@ class LinearMixer(RecurrentMixer):
         return MixerOutput(self.output(gated), after, metrics=self.state_metrics(carried, state))
 
     def zeros(self, batch: int) -> LinearState:
-        """See `RecurrentMixer.zeros`."""
+        """The empty memory, for `batch` rows."""
         weight = self.value.weight
         exact = torch.promote_types(weight.dtype, torch.float32)
         memory = weight.new_zeros(batch, self.num_heads, self.key_dim, self.value_dim, dtype=exact)

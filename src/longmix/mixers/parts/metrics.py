@@ -54,7 +54,7 @@ class Mean(Measure):
         return cls(torch.stack([x.sum(dtype=torch.float64), x.new_full((), x.numel(), dtype=torch.float64)]))
 
     def figure(self) -> Tensor:
-        """See `Measure`."""
+        """The logged scalar."""
         return self.sums[0] / self.sums[1]
 
 
@@ -68,7 +68,7 @@ class RootMeanSquare(Mean):
         return super().of(x.square())
 
     def figure(self) -> Tensor:
-        """See `Measure`."""
+        """The logged scalar."""
         return super().figure().sqrt()
 
 
@@ -81,7 +81,7 @@ class MeanProduct(Measure):
         return cls(torch.stack([Mean.of(x).sums, Mean.of(y).sums]))
 
     def figure(self) -> Tensor:
-        """See `Measure`."""
+        """The logged scalar."""
         return (self.sums[:, 0] / self.sums[:, 1]).prod()
 
 
@@ -105,7 +105,7 @@ class LargestShare(Counts):
     """The largest share times the number of labels, on average over the heads: 1 is even."""
 
     def figure(self) -> Tensor:
-        """See `Measure`."""
+        """The logged scalar."""
         return self.shares().amax(-1).mean() * self.sums.shape[-1]
 
 
@@ -113,7 +113,7 @@ class Entropy(Counts):
     """Entropy of the shares over the largest possible, on average over the heads: 1 is even."""
 
     def figure(self) -> Tensor:
-        """See `Measure`."""
+        """The logged scalar."""
         return torch.special.entr(self.shares()).sum(-1).mean() / math.log(self.sums.shape[-1])
 
 
@@ -121,7 +121,7 @@ class Occupied(Counts):
     """The share of labels that come up at all, on average over the heads."""
 
     def figure(self) -> Tensor:
-        """See `Measure`."""
+        """The logged scalar."""
         return (self.sums > 0).double().mean()
 
 

@@ -191,7 +191,7 @@ class RecurrentMixer(Mixer):
         return {f"state_rms_head_{head}": size for head, size in enumerate(sizes)}
 
     def init_state(self, batch: int) -> RecurrentState:
-        """See `Mixer.init_state`."""
+        """The state before the first token, for `batch` rows."""
         weight = next(self.parameters())
         recent = weight.new_zeros(batch, self.past, self.recent_channels)
         ids = torch.zeros(batch, self.past + 1, dtype=torch.int32, device=weight.device)

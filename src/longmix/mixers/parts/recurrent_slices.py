@@ -40,7 +40,7 @@ class DecayRecurrence:
     scale: float
 
     def over_slice(self, run: Run, fresh: Any, slices: Slices, ids: Tensor | None) -> tuple[Tensor, Any]:
-        """See `Recurrence`; states are tensors, or named tuples with a `memory`."""
+        """Run this process's slice; returns the output and the final state, a tensor or a tuple with a `memory`."""
         output, final = run(fresh, ids)
         log_decay = self.log_decay.expand(*self.query.shape[: max(3, self.log_decay.dim())])
         decayed = log_decay.cumsum(1)
@@ -60,7 +60,7 @@ class DeltaRecurrence:
     """The delta rule, whose engine is called with the columns of `widened` values."""
 
     def over_slice(self, run: Run, fresh: Tensor, slices: Slices, ids: Tensor | None) -> tuple[Tensor, Tensor]:
-        """See `Recurrence`."""
+        """Run this process's slice; returns the output and the final state."""
         key_dim, value_dim = fresh.shape[-2:]
         identity = torch.eye(key_dim, dtype=fresh.dtype, device=fresh.device).expand(*fresh.shape[:2], -1, -1)
         outputs, finals = run(torch.cat([fresh, identity], -1), ids)
@@ -94,7 +94,7 @@ class NormalizedRecurrence:
     def over_slice(
         self, run: Run, fresh: LinearState, slices: Slices, ids: Tensor | None
     ) -> tuple[Tensor, LinearState]:
-        """See `Recurrence`."""
+        """Run this process's slice; returns the output and the final state."""
         continues = None if ids is None else goes_on(slices, ids)
         return over_documents(run, fresh, self._entering(fresh, slices, ids), continues, ids)
 

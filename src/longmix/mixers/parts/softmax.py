@@ -229,7 +229,7 @@ class SoftmaxAttention(Mixer):
         return self.query_norm(query), self.key_norm(key), value
 
     def forward(self, x: Tensor, *, state: Any = None, document_ids: Tensor | None = None) -> MixerOutput:
-        """See `Mixer.forward`: positions, projections, labels, rotation, attention, and what is kept of it."""
+        """Mix `x` [B, T, D] along T: positions, projections, labels, rotation, attention, and what is kept of it."""
         batch, length = checked_sizes(x, self.d_model, document_ids, state, (self.state_type(), Slices))
         ids = continued_ids(document_ids, state, batch, length)
         last_id, next_position = (None, None) if state is None else (state.last_id, state.next_position)

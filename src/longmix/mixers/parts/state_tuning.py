@@ -37,7 +37,7 @@ class TunedState(nn.Module):
 
 
 class FeatureMemory(Observed):
-    """See the head of this file.
+    """A trained memory before documents that is read through kernel features.
 
     Args:
         like: [H, K, V], whose sizes and dtype are taken.
