@@ -215,7 +215,7 @@ def _accelerator(word: str) -> tuple[Accelerator | None, int]:
 
 def _composed(given: list[str]) -> tuple[Node, tuple[str, str]]:
     """The resolved configuration, and the words for mixer and model."""
-    made = composed("train", ["name=plan", *given])
+    made = composed("train", given)
     return made.node, (made.choices["mixer"], made.choices["model"])
 
 
