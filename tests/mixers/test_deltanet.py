@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 
+from longmix.config import locate
 from longmix.mixers.parts import gated_memory
 from longmix.mixers.parts.base import ModelShape
 from longmix.mixers.parts.gated_memory import GatedMemory, LogDecay
@@ -21,9 +22,10 @@ SHAPE = ModelShape(d_model=48, num_layers=3, num_heads=2)
 
 def configured(name: str, shape: ModelShape = SHAPE, **changes) -> GatedMemory:
     settings = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"))
-    assert settings.pop("_target_") == "longmix.mixers.parts.gated_memory.GatedMemory"
+    kind = locate(settings.pop("_target_"), "mixer")
+    assert issubclass(kind, GatedMemory)
     torch.manual_seed(0)
-    return GatedMemory(shape, 0, **{**settings, **changes})
+    return kind(shape, 0, **{**settings, **changes})
 
 
 def heads(x: torch.Tensor, mixer: GatedMemory) -> torch.Tensor:
