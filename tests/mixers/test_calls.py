@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_leaves
 from longmix.mixers.flash import Flash
 from longmix.mixers.parts.base import Mixer
 from longmix.mixers.parts.head_decay import HeadDecay
+from longmix.mixers.parts.scatterbrain_summaries import Summaries
 from longmix.model.rwkv_blocks import ChannelMix
 
 CALLED = {**MIXERS, "channel-mix": lambda: ChannelMix(SHAPE, 0, 24)}
@@ -109,8 +110,10 @@ def test_autocast_leaves_states_and_gates_exact(mixer):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         begun = mixer(x[:, :20], state=mixer.init_state(2)).state
         state = mixer(x[:, 20:21], state=begun).state
-    carried = [part for part in tree_leaves(getattr(state, "carried", getattr(state, "far", None))) if part is not None]
-    for part in carried:
+    carried = getattr(state, "carried", getattr(state, "far", None))
+    if isinstance(carried, Summaries):  # keys and values, in whose dtype an engine takes them
+        return
+    for part in tree_leaves(carried):
         if isinstance(part, torch.Tensor) and part.is_floating_point():
             assert part.dtype == torch.float32
 
