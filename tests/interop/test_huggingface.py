@@ -352,7 +352,7 @@ def test_numbers_are_tokens_of_their_own(tmp_path):
     [
         (
             ("mixer=retention",),
-            r"mixer=longmix.mixers.parts.head_decay.HeadDecay is not in Llama's family; use --as longmix",
+            r"mixer=longmix.mixers.retention.Retention is not in Llama's family; use --as longmix",
         ),
         (("mixer=rwkv7", "mixer.head_dim=32"), r"model.block=longmix.model.rwkv_blocks.RWKVBlocks is not in Llama's"),
         (
@@ -363,7 +363,7 @@ def test_numbers_are_tokens_of_their_own(tmp_path):
             ("mixer=sliding_window+flash", "mixer.flash.rotary_base=7"),
             r"mixer.flash.rotary_base=7 is not that of the first layer, 10000.0",
         ),
-        (("mixer=flash+retention",), r"mixer.retention=longmix.mixers.parts.head_decay.HeadDecay is not in"),
+        (("mixer=flash+retention",), r"mixer.retention=longmix.mixers.retention.Retention is not in"),
     ],
 )
 def test_what_llamas_family_has_not_is_refused_by_name(saved, tmp_path, overrides, message):
