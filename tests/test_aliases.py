@@ -131,6 +131,7 @@ def go_on(earlier):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resume", ["name=old", "resume=runs/old"], ids=["named", "by-folder"])
 def test_a_run_goes_on_as_it_would_have(earlier, go_on, shared_cache, resume):
     words = ["resume=auto", resume] if resume.startswith("name") else [resume]
@@ -140,11 +141,13 @@ def test_a_run_goes_on_as_it_would_have(earlier, go_on, shared_cache, resume):
     torch.testing.assert_close([row[1:] for row in found], [row[1:] for row in straight], rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow
 def test_a_saved_generation_goes_on(earlier, go_on):
     words = ["checkpoint=runs/old/checkpoints/step-00000003", "load=saved.pt", "max_tokens=4", "temperature=0"]
     assert "4 tokens in" in go_on("generate.py", *words)
 
 
+@pytest.mark.slow
 def test_an_exported_folder_is_read(earlier, go_on):
     pytest.importorskip("transformers")
     go_on("longmix.interop.huggingface", "import", "exported", "imported")
@@ -154,5 +157,6 @@ def test_an_exported_folder_is_read(earlier, go_on):
     assert "longmix.mixers.gla.GLA" in json.dumps(saved["config"])
 
 
+@pytest.mark.slow
 def test_a_report_names_its_mixers(earlier, go_on):
     assert "retention+gla+sparse_flash_drop+mlstm_tfla" in go_on("longmix.reporting", "runs", "--output", "report")

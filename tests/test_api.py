@@ -92,6 +92,7 @@ class TestTrain:
             again = longmix.train(form, folder=tmp_path / type(form).__name__)
             assert again.summary["validation"]["loss"] == run.summary["validation"]["loss"]
 
+    @pytest.mark.slow
     def test_goes_on_with_resume(self, words, run, tmp_path):
         first = longmix.train({**words, "max_steps": 1}, folder=tmp_path / "run")
         second = longmix.train({**words, "resume": "auto"}, folder=tmp_path / "run")

@@ -99,12 +99,14 @@ class TestProcesses:
         assert imported_packages(done.err) & HEAVY == set()
         assert list(tmp_path.iterdir()) == []
 
+    @pytest.mark.slow
     def test_refused_by_hydra(self, run_process, tmp_path):
         done = run_process("train.py", "mixer.windw=3")
         assert done.code == 2
         assert done.err.startswith("ConfigError: unknown word mixer.windw.") and len(done.err.splitlines()) == 1
         assert list(tmp_path.iterdir()) == []
 
+    @pytest.mark.slow
     def test_refused_by_longmix(self, run_process, tmp_path):
         done = run_process("train.py", "+seqlen=3", "logger=csv", "name=refused")
         assert done.code == 2
@@ -113,6 +115,7 @@ class TestProcesses:
         assert done.out == ""
         assert not (tmp_path / "runs" / "refused").exists()
 
+    @pytest.mark.slow
     def test_refused_run_does_not_end_a_sweep(self, run_process, tmp_path):
         done = run_process("train.py", "-m", "model.num_heads=3,5", "logger=csv", "hydra.sweep.dir=sweep")
         assert done.code == 2

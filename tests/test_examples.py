@@ -24,6 +24,7 @@ def test_every_example_has_a_case():
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(CASES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_an_example_runs(name, tmp_path, shared_cache):
     takes_words, said = CASES[name]

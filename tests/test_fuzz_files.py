@@ -404,6 +404,7 @@ def test_damaged_files_are_refused_by_name_or_read_as_they_were(kinds, tmp_path,
     assert outcome.refused > CASES // 4
 
 
+@pytest.mark.slow
 def test_damaged_exported_folders(composed, tmp_path):
     pytest.importorskip("transformers")
     words = ["model.d_model=16", "model.num_layers=1", "model.num_heads=2", "model.mlp_hidden=16", "trainer=cpu"]

@@ -83,6 +83,7 @@ def faults(base: dict[str, Any], settings: list[tuple[str, ...]]) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_setting_takes_or_refuses_every_value(compose_config, tmp_path, monkeypatch, group):
     monkeypatch.chdir(tmp_path)
@@ -161,6 +162,7 @@ def problem_of(command: str, capsys: pytest.CaptureFixture) -> str | None:
     return None
 
 
+@pytest.mark.slow
 def test_random_command_lines(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -80,6 +80,7 @@ def test_cannot_steer_a_terminal(shown, capsys):
     assert capsys.readouterr().err == "Warning: a\\x1b[2Jb\\nc\n"
 
 
+@pytest.mark.slow
 def test_all_go_one_way():
     """Any other `warnings.warn` would show a path and a line of the source."""
     found = [

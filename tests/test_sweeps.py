@@ -11,7 +11,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from longmix import cli
+from longmix import cli, entry_points
 from longmix.command_line.help import help_text
 from longmix.command_line.schema import Schema
 from longmix.config import resolved, total_steps
@@ -57,10 +57,8 @@ class TestShootout:
 
 
 class TestObjective:
-    def test_is_the_validation_loss(self, composed, tiny_overrides, tmp_path, monkeypatch):
-        monkeypatch.setattr(sys, "argv", ["train.py"])
-        task = importlib.import_module("train").main.__wrapped__
-        objective = task(composed([*tiny_overrides, "seq_len=32"], "train", tmp_path))
+    def test_is_the_validation_loss(self, composed, tiny_overrides, tmp_path):
+        objective = entry_points.train(composed([*tiny_overrides, "seq_len=32"], "train", tmp_path))
         assert objective == json.loads((tmp_path / "summary.json").read_text())["validation"]["loss"]
 
 

@@ -117,6 +117,7 @@ class TestEveryCallable:
             return all(hasattr(member, method) for method in ("documents", "fingerprint"))
         return path[1] == "task" and hasattr(member, "example")
 
+    @pytest.mark.slow
     def test_is_refused_wherever_it_is_no_class_of_the_kind(self, configurations):
         named = callables()
         assert len(named) > 2000 and LAUNCH in named and "longmix.files.Path" in named

@@ -61,6 +61,7 @@ def trained(tmp_path_factory, command) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_it_carries_configurations_types_licence_and_metadata(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -78,6 +79,7 @@ def test_it_carries_configurations_types_licence_and_metadata(wheel):
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "examples/"))]
 
 
+@pytest.mark.slow
 def test_what_runs_is_what_was_installed(command, tmp_path):
     assert run(command, "--version", folder=tmp_path).startswith(f"longmix {longmix.__version__} (torch")
     code = "import longmix, longmix_kernels; print(longmix.__file__, longmix_kernels.__file__)"
@@ -86,6 +88,7 @@ def test_what_runs_is_what_was_installed(command, tmp_path):
     assert "longmix train mixer=flash" in run(command, "train", "-h", folder=tmp_path)
 
 
+@pytest.mark.slow
 def test_trains_evaluates_generates_and_reports_in_another_folder(command, trained):
     assert (trained / "runs/first/summary.json").is_file()
     assert "bits" in run(command, "evaluate", "checkpoint=runs/first", "max_tokens=128", folder=trained)
@@ -96,10 +99,12 @@ def test_trains_evaluates_generates_and_reports_in_another_folder(command, train
     assert (trained / "compared/report.html").is_file()
 
 
+@pytest.mark.slow
 def test_plans(command, trained):
     assert "1,272,448 parameters" in run(command, "plan", "seq_len=64", "gpu=cpu", folder=trained)
 
 
+@pytest.mark.slow
 def test_trains_on_two_devices_by_its_own_launcher_and_consolidates(command, trained):
     words = [word for word in WORDS if not word.startswith(("trainer=", "batch_size=", "name="))]
     two = ("trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "batch_size=2", "name=two")

@@ -157,6 +157,7 @@ class TestTask:
 
         return run
 
+    @pytest.mark.slow
     def test_reports_every_layer_and_head_of_one_checkpoint_beside_another(
         self, analysed, run_folder, other_folder, tmp_path, capsys
     ):
@@ -178,6 +179,7 @@ class TestTask:
             assert image.imread(path.with_suffix(".png"))[..., :3].std() > 0.05
         assert "effective attention of" in capsys.readouterr().out
 
+    @pytest.mark.slow
     def test_the_same_checkpoint_twice_has_two_names(self, analysed, run_folder):
         report = analysed(f"task.attention.others=[{run_folder},{run_folder}]", "task.attention.length=8")
         first, *others = report["models"].values()

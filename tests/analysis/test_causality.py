@@ -131,6 +131,7 @@ def test_only_a_leak_beats_the_entropy(mixer, passes):
     assert finding.entropy == pytest.approx(2.0794, abs=1e-4) and 0 < finding.error < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["sequence_topk", "argmax_window", "threshold"])
 @pytest.mark.filterwarnings("ignore:mixer.mode")
 def test_training_notices_who_else_was_selected(mode):
@@ -185,6 +186,7 @@ def run_folder(run_training, shared_cache):
     return run_training("mixer=sparse_flash+rwkv7", "mixer.rwkv7.head_dim=16", f"data.cache_dir={shared_cache}")
 
 
+@pytest.mark.slow
 def test_the_task_reports_model_and_layers(run_folder, compose_config, tmp_path, capsys):
     words = (f"checkpoint={run_folder}", "task=causality", "task.causality.entropy_steps=3", f"output={tmp_path}/out")
     report = evaluate(compose_config(*words, entry_point="evaluate"))["causality"]

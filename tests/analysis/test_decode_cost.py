@@ -143,6 +143,7 @@ def costed(compose_config, run_folder, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_the_task_counts_and_measures(costed, tmp_path, capsys):
     report = costed("task.decode_cost.steps=2", "task.decode_cost.contexts=[4096,1024]")
     assert [row["context"] for row in report["counted"]] == [1024, 4096]

@@ -150,6 +150,7 @@ def monitored(compose_config, tmp_path):
     return run
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_task_reports_what_the_model_holds(monitored, run_folder, tmp_path, capsys):
     report = monitored(run_folder, "task.states.windows=1", "task.states.points=16")

@@ -23,6 +23,7 @@ def run(tmp_path, capsys):
     return command
 
 
+@pytest.mark.slow
 def test_a_run_leaves_table_picture_and_records(run, tmp_path):
     code, printed, content = run("--lengths", "128", "64", "64")
     assert code == 0

@@ -8,6 +8,7 @@ import torch
 from benchmarks import causality as benchmark
 
 
+@pytest.mark.slow
 def test_a_run_leaves_table_picture_and_records(tmp_path, capsys):
     folder = tmp_path / "results"
     words = ["--mixers", "flash", "scatterbrain_content", "--steps", "40", "--rows", "8"]
@@ -30,6 +31,7 @@ def test_a_run_leaves_table_picture_and_records(tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_a_mixer_that_leaks_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "CONTROLS", {"flash": {"_target_": "longmix.mixers.flash.Flash"}})
     words = ["--mixers", "sliding_window", "--steps", "1", "--rows", "1", "--length", "8"]
@@ -44,6 +46,7 @@ class Asleep(benchmark.RowMean):
         torch.nn.init.zeros_(self.output.weight)
 
 
+@pytest.mark.slow
 def test_trained_weights_are_audited(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "CONTROLS", {"asleep": {"_target_": f"{__name__}.Asleep"}})
     words = ["--mixers", "sliding_window", "--steps", "2", "--rows", "1", "--length", "8"]

@@ -63,6 +63,7 @@ def test_a_length_that_the_peer_does_not_cut(run):
     assert notes["dplr-naive-64"] == "skipped: T must be a multiple of the chunk size 64"
 
 
+@pytest.mark.slow
 def test_a_peer_that_is_not_there_is_noted_and_the_others_go_on(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "fla.ops.generalized_delta_rule.dplr.naive", None)
     code, printed, content = run("--lengths", "64", "--passes", "fwd")

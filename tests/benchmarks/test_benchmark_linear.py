@@ -83,6 +83,7 @@ def test_chunk_sizes_are_compared_at_one_length():
     assert benchmark.parse(["--device", "cpu"]).lengths == [512 << power for power in range(8)]
 
 
+@pytest.mark.slow
 def test_a_peer_that_is_not_there_is_noted_and_the_others_go_on(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlstm_kernels.torch", None)
     code, printed, content = run("--lengths", "64", "--passes", "fwd")

@@ -90,6 +90,7 @@ def test_prediction(history, expected):
     assert timing.predict(history, 4.0) == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_peak_memory_counts_what_is_held_at_once():
     mebi = torch.empty(1 << 20, dtype=torch.uint8)
 
@@ -102,6 +103,7 @@ def test_peak_memory_counts_what_is_held_at_once():
     assert timing.CpuClock().peak_bytes(call) == pytest.approx(4 << 20, rel=0.01)
 
 
+@pytest.mark.slow
 def test_peak_memory_is_not_lowered_by_what_earlier_calls_left_in_cycles(request):
     def call():
         gc.collect()

@@ -225,6 +225,7 @@ def test_other_tensors_than_are_there_are_refused(checkpoint):
             opened.read_into(targets, Processes())
 
 
+@pytest.mark.slow
 def test_consolidated_it_is_a_whole_checkpoint(checkpoint, tmp_path, run_process, capsys):
     done = run_process("longmix.checkpoints", "consolidate", "run")
     whole = checkpoint.with_name("step-00000003-whole")

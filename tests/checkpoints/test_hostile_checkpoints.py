@@ -220,6 +220,7 @@ def test_the_folder_of_a_run_is_understood_and_never_to_be_deleted(base, tmp_pat
             assert "elete" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit_in_memory_is_one_line(base, tmp_path):
     state = {**base, "more": torch.zeros(1 << 28, dtype=torch.uint8)}
     checkpoint = CheckpointStore(tmp_path / "checkpoints").save(state, {})

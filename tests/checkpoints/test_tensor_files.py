@@ -41,6 +41,7 @@ def test_what_was_saved_comes_back_and_torch_alone_reads_it_too(path, caplog):
     assert not caplog.records
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_is_refused(path):
     content = path.read_bytes()
     drawn = random.Random(0)

@@ -119,6 +119,7 @@ def test_accepted(run_words, command, line, key, value):
     assert outcome.configs[0][key] == value
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_each(run_words):
     outcome = run_words("train", "-m", "name=ü b,c", "seed=1,2")
     assert outcome.code == 0
@@ -130,6 +131,7 @@ def test_a_sweep_runs_each(run_words):
     ]
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_with_the_code_of_its_failure(run_words):
     def fail(config):
         if config.seed == 1:

@@ -72,6 +72,7 @@ def test_text_stays_as_it_is(text):
     assert read(text, LITERAL) == text
 
 
+@pytest.mark.slow
 def test_every_random_text_stays_as_it_is():
     for text in random_texts(2000):
         assert read(text, LITERAL) == text

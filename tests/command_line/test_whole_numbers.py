@@ -50,6 +50,7 @@ def test_the_words_are_known():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", SCHEMAS)
 def test_are_accepted_or_refused_by_name(run_words, command):
     task, found = task_of(command), []

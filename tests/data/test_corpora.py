@@ -407,6 +407,7 @@ class TestHubDataset:
             with pytest.raises(DataError, match=r"field 'text' of record 0 of .* holds \w+, not text"):
                 list(corpus.documents("train"))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("streaming", [False, True])
     def test_a_hub_that_cannot_be_reached_is_one_error_at_once(self, tmp_path, streaming):
         """It took 27 s and 22 lines, most of them twice."""
@@ -430,6 +431,7 @@ class TestHubDataset:
         assert "huggingface.co cannot be reached (Network is unreachable), and no copy is in the cache" in line
         assert line.endswith(" 0")
 
+    @pytest.mark.slow
     def test_without_network_says_what_to_do_instead(self, tmp_path):
         script = "from longmix.data.corpora.hub import HubDataset; HubDataset('allenai/c4', config='en').fingerprint()"
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}

@@ -154,6 +154,7 @@ class TestTrainLoader:
         make(num_workers=1).train_loader(0, 1)
         assert os.environ["TOKENIZERS_PARALLELISM"] == after
 
+    @pytest.mark.slow
     def test_windows_can_be_sent_to_spawned_workers(self, make):
         loader = make(num_workers=1).train_loader(0, 3)
         loader.multiprocessing_context = multiprocessing.get_context("spawn")

@@ -216,6 +216,7 @@ class TestPrepare:
         for name in ("books train", "web train", "books validation", "web validation"):
             assert f"{name}: " in caplog.text
 
+    @pytest.mark.slow
     def test_the_line_that_uses_the_result(self, tmp_path, run_process):
         finished = run_process("prepare.py", *self.words(tmp_path), "tokenizer=bytes", "workers=0")
         (line,) = [line for line in finished.out.splitlines() if line.startswith("to train on them:")]

@@ -191,6 +191,7 @@ def run_folder(run_training, tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_a_trained_model_finds_needles_asked_for_as_in_training(run_folder, compose_config, tmp_path):
     words = [f"checkpoint={run_folder}", f"output={tmp_path}/out", "seq_len=[40]", "max_tokens=4000"]
     found = evaluate(compose_config(*words, "task=[accuracy,needle]", entry_point="evaluate"))

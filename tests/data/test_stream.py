@@ -247,6 +247,7 @@ class TestKills:
         shutil.rmtree(max(part.glob("tokens-*.bin")))
         assert prepare(corpus, ByteTokenizer(), "train", tmp_path / "cache", HOW).manifest == straight.manifest
 
+    @pytest.mark.slow
     def test_processes_end_with_the_one_that_was_killed(self, tmp_path):
         name = write_set(tmp_path / "set", "json")
         (tmp_path / "slow.py").write_text(SLOW)

@@ -141,6 +141,7 @@ def data(seed: int = 0, **options) -> SyntheticData:
     )
 
 
+@pytest.mark.slow
 def test_examples_are_pure_functions_of_seed_split_and_number():
     first, second = next(iter(data().train_loader(5, 6))), next(iter(data(num_workers=1).train_loader(5, 6)))
     assert torch.equal(first["tokens"], second["tokens"]) and first["document_ids"] is None
@@ -194,6 +195,7 @@ def run_folder(run_training):
     return run_training(*words, "max_steps=300", "batch_size=32", "model.d_model=64", "data.validation_tokens=480")
 
 
+@pytest.mark.slow
 def test_a_trained_model_recalls(run_folder, compose_config, tmp_path):
     words = [f"checkpoint={run_folder}", f"output={tmp_path}/out", "task=accuracy", "max_tokens=2400"]
     report = evaluate(compose_config(*words, "seq_len=[16,24]", entry_point="evaluate"))["accuracy"]

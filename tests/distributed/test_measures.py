@@ -91,6 +91,7 @@ def test_processes_are_added_up_in_one_exchange():
     assert len(calls) == 1 and figures({}, with_another) == {}
 
 
+@pytest.mark.slow
 def test_only_the_last_slice_tells_of_whole_rows(pool):
     assert pool.run(3, counted_in) == [0.0, 0.0, 2.0]
 

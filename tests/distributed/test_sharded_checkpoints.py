@@ -93,6 +93,7 @@ def test_processes_share_the_writing_and_write_nothing_twice(name, saved):
     assert set(read_info(checkpoint)["files"]) | {"info.json"} == {path.name for path in checkpoint.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["single", "ddp-4-shards", "fsdp-4-shards", "fsdp-4-whole"])
 def test_training_goes_on_while_a_copy_is_written(name, run, tmp_path):
     first, second = "step-00000002", "step-00000003"

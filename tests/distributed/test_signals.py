@@ -86,6 +86,7 @@ sys.exit(7)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("worth_saving", "code"), [(False, Interrupted.exit_code), (True, 7)])
 def test_a_process_that_waits_for_others_with_nothing_to_save_ends(worth_saving, code):
     command = [sys.executable, "-c", HANGS.format(worth_saving=worth_saving)]

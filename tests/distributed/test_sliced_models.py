@@ -81,6 +81,7 @@ def test_a_mixer_that_knows_nothing_of_slices(pool, node_of):
     check(pool, {**node, "mixer": {"_target_": "moving.Moving"}})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["none", "block"])
 def test_a_hybrid_with_values_of_its_first_layer(pool, node_of, checkpointing):
     """Layers of several kinds, and with activation checkpointing, which exchanges again in the backward pass."""

@@ -121,6 +121,7 @@ def in_processes(group: dist.ProcessGroup, case: Case, count: int, slices: int) 
         return validation(case, count, module, rank, size), lengths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", MIXERS.values(), ids=MIXERS)
 def test_processes_validate_as_one(pool, node_of, words):
     """Seven rows divide over neither two nor four; one row leaves groups without any."""

@@ -65,6 +65,7 @@ def losses(run_folder: Path, tokens: list[int], length: int) -> torch.Tensor:
 
 
 class TestLengths:
+    @pytest.mark.slow
     def test_same_targets_after_less_and_more_context(self, evaluated, run_folder, tmp_path, capsys):
         report = evaluated("seq_len=[8,32,64]", "task.context_lengths.scored=5")
         # the first document has room for two windows of 64 tokens and one more, the others have room for one
@@ -85,10 +86,12 @@ class TestLengths:
         figures = [*report["lengths"].values(), *report["by_position"]]
         assert all(f"{row['loss']:.4f}" in printed for row in figures) and "left out" not in printed
 
+    @pytest.mark.slow
     def test_without_a_number_half_of_the_shortest_are_scored(self, evaluated):
         assert evaluated("seq_len=[6,20]")["scored"] == 3
         assert evaluated("seq_len=1")["scored"] == 1
 
+    @pytest.mark.slow
     def test_multiples_of_the_trained_length_that_a_document_reaches(self, evaluated, capsys):
         report = evaluated()
         assert list(report["lengths"]) == [4, 8, 16, 32, 64, 128] and report["scored"] == 2
@@ -96,6 +99,7 @@ class TestLengths:
         assert list(evaluated("task.context_lengths.factors=[0.5,8,8.2]")["lengths"]) == [8, 128]
         assert "left out: 131 tokens; the longest document has 131" in capsys.readouterr().out
 
+    @pytest.mark.slow
     def test_max_tokens_takes_fewer_windows_from_everywhere(self, evaluated, run_folder):
         report = evaluated("seq_len=[8,64]", "max_tokens=150")
         assert (report["windows"], report["documents"]) == (2, 2)
@@ -131,6 +135,7 @@ class TestInsideDocuments:
         ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_once", [10, 100])
 def test_pieces_change_nothing(evaluated, monkeypatch, at_once):
     whole = evaluated("seq_len=[8,64]")

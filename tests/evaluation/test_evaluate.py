@@ -191,6 +191,7 @@ class TestWords:
         assert caught.type is kind
         assert not (tmp_path / "results").exists()
 
+    @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore:mixer.mode")
     def test_a_mixer_that_looks_ahead(self, evaluated, run_training, corpus, tmp_path, capsys):
         words = "mixer=routing", "mixer.mode=sequence_topk", "mixer.clusters=4", "mixer.window=8"
@@ -233,6 +234,7 @@ class TestFiles:
             assert all(f"{figure:.4f}" in printed for figure in figures)
         assert f"wrote {written} and {picture.name}\n" in printed
 
+    @pytest.mark.slow
     def test_of_several_tasks(self, compose_config, run_folder, tmp_path):
         words = f"checkpoint={run_folder}", f"output={tmp_path}/out", "task=[causality,loss,accuracy]"
         reports = evaluate(compose_config(*words, "task.causality.entropy_steps=0", entry_point="evaluate"))
@@ -258,6 +260,7 @@ class TestFiles:
 
 
 class TestCheckpointAlone:
+    @pytest.mark.slow
     def test_is_enough(self, evaluated, copy_of_run, tmp_path):
         expected = evaluated()
         for path in copy_of_run.iterdir():

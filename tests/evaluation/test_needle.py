@@ -221,6 +221,7 @@ def evaluated(compose_config, run_folder, tmp_path):
 
 
 class TestEvaluate:
+    @pytest.mark.slow
     def test_figures_equal_plain_torch_in_any_pieces(
         self, evaluated, run_folder, folder, tmp_path, monkeypatch, capsys
     ):

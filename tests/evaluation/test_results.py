@@ -63,6 +63,7 @@ def results(compose_config, run_folder, tmp_path):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "words", "reads"),
     [
@@ -109,6 +110,7 @@ def test_other_settings_have_other_files(results, more):
     assert results("task=loss", "batch_size=1") == {}, "it changes no figure"
 
 
+@pytest.mark.slow
 def test_other_weights_in_one_folder_of_results(results, run_training, corpora, compose_config, tmp_path):
     out = f"output={tmp_path}/out"
     for seed in (1, 2):
@@ -146,6 +148,7 @@ def test_awkward_names_of_data_make_usable_file_names():
     assert len(file_name("loss", facts | {"corpus": "x" * 500})) < 120
 
 
+@pytest.mark.slow
 def test_content_of_synthetic_data_is_their_settings(compose_config):
     def content(*words: str, split: str = "test") -> dict:
         node = resolved(compose_config("data=mqar", "seq_len=64", *words))

@@ -100,6 +100,7 @@ def generated(compose_config, run_folder):
     return run
 
 
+@pytest.mark.slow
 def test_a_saved_text_goes_on_as_if_it_had_never_stopped(generated, tmp_path, capsys):
     whole = generated("prompt=The state", "max_tokens=20", "seed=3")
     assert capsys.readouterr().out == whole.texts[0] + "\n"
@@ -124,6 +125,7 @@ def early_letter(texts: list[str]) -> str:
 SAMPLES = ("prompt=[The state,Of]", "samples=2", "seed=3")
 
 
+@pytest.mark.slow
 def test_rows_that_ended_early_are_saved_as_they_stood_at_their_end(generated, run_folder, tmp_path):
     stop = early_letter(generated(*SAMPLES, "max_tokens=20").texts)
     short = generated(*SAMPLES, "max_tokens=20", f"stop=[{stop}]", f"save={tmp_path}/here")
@@ -139,6 +141,7 @@ def test_rows_that_ended_early_are_saved_as_they_stood_at_their_end(generated, r
     assert rest.ids == short.ids
 
 
+@pytest.mark.slow
 def test_rows_whose_text_ended_stay_as_they_are(generated, tmp_path, monkeypatch, capsys):
     end = early_letter(generated(*SAMPLES, "max_tokens=20").texts)
     monkeypatch.setattr(ByteTokenizer, "end_ids", property(lambda self: (ord(end),)))
@@ -166,6 +169,7 @@ def test_rows_are_those_of_each_prompt_alone(generated, tmp_path, capsys):
     assert together.state_bytes > 0 and together.tokens_per_second > 0
 
 
+@pytest.mark.slow
 def test_clear_errors(generated, tmp_path, run_training, shared_cache):
     (tmp_path / "latin").write_bytes(b"\xe9t\xe9")
     generated("max_tokens=1", f"save={tmp_path}/saved")
@@ -280,6 +284,7 @@ def test_a_saved_text_goes_on_with_its_own_weights_alone(compose_config, run_fol
     generated(run_folder, f"load={tmp_path}/earlier")
 
 
+@pytest.mark.slow
 def test_a_saved_text_with_other_tokens_is_refused_by_name(generated, tmp_path):
     generated("max_tokens=3", "prompt=ab", f"save={tmp_path}/saved")
     generated("max_tokens=1", f"load={tmp_path}/saved")
@@ -465,6 +470,7 @@ def test_refused_before_anything_is_read(generated, monkeypatch, words, error, m
         generated(*words)
 
 
+@pytest.mark.slow
 def test_the_command_line(run_process, run_folder):
     done = run_process("generate.py", f"checkpoint={run_folder}", "prompt=We, the people", "max_tokens=5")
     assert done.code == 0 and done.out and "tokens/s" in done.err and "MiB" in done.err

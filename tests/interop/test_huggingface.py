@@ -175,6 +175,7 @@ def test_shorter_types_are_read_exactly_and_tied_heads_stay_tied(tmp_path):
     assert torch.equal(model.embedding.weight, theirs.get_input_embeddings().weight.float())
 
 
+@pytest.mark.slow
 def test_an_imported_model_is_evaluated_and_trained(tmp_path, composed, compose_config):
     foreign(tmp_path / "folder", "Qwen3", eos_token_id=[7, 9])
     import_folder(tmp_path / "folder", tmp_path / "run")
@@ -283,6 +284,7 @@ def test_the_loss_is_that_of_the_next_token(saved, tmp_path):
     assert all(weight.grad is not None for weight in theirs.model.embedding.parameters())
 
 
+@pytest.mark.slow
 def test_types_and_tuned_states(saved, tmp_path):
     def tuned(model):
         tune_states(model, features=4)
@@ -487,6 +489,7 @@ def command(monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_a_damaged_folder_is_one_error(saved, tmp_path, command):
     run, _ = saved("mixer=lightning")
     code, (line,) = command("export", run, tmp_path / "good")

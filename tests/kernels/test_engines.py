@@ -116,6 +116,7 @@ def test_the_scale_is_one_over_the_root_of_the_head_dimension(engine, backend):
     )
 
 
+@pytest.mark.slow
 def test_engines_run_without_triton():
     code = (
         "import sys; sys.modules['triton'] = None\n"

@@ -118,6 +118,7 @@ def test_autocast_leaves_states_and_gates_exact(mixer):
             assert part.dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGURED)
 def test_a_step_compiles_into_one_graph(name):
     torch.manual_seed(1)

@@ -191,6 +191,7 @@ def in_a_process(rank: int, folder: str, mode: str) -> None:
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["argmax_window", "threshold"])
 def test_two_processes_have_the_centroids_of_one(mode, tmp_path: Path):
     torch.multiprocessing.spawn(in_a_process, (str(tmp_path), mode), nprocs=2)

@@ -280,6 +280,7 @@ def test_decay_stays_within_its_bounds_and_is_never_rounded():
     assert inside.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph():
     """So that torch.compile may fuse all that is done element by element."""
     mixer = shaken(RWKV7(SHAPE, 1, head_dim=16)).float()

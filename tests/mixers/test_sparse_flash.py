@@ -231,6 +231,7 @@ def test_a_choice_by_rank_is_caught():
     assert worst > 1e-3 and moved
 
 
+@pytest.mark.slow
 def test_the_kept_share_begins_as_wanted_and_is_held_there():
     torch.manual_seed(0)
     shape = ModelShape(d_model=128, num_layers=2, num_heads=4)

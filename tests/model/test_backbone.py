@@ -113,6 +113,7 @@ def test_sizes_below_one_are_refused_by_name(key):
         model(**{key: 0})
 
 
+@pytest.mark.slow
 def test_compiled_model_equals_the_eager_one():
     net, first = model().float(), tokens()
     ids = torch.repeat_interleave(torch.arange(2), torch.tensor([15, 25])).expand(2, -1).int()

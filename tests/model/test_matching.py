@@ -136,6 +136,7 @@ class TestRun:
         model = model_from_checkpoint(load_checkpoint(find_checkpoint(folder)))
         assert model.parameter_counts()["total"] == match["parameters"]
 
+    @pytest.mark.slow
     def test_is_resumed_with_the_same_words(self, composed, tiny_overrides, tmp_path, capsys):
         words = [*tiny_overrides, *self.WORDS]
         train(composed([*words, "max_steps=1"], "train", tmp_path))

@@ -44,6 +44,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("share", "others", "expected"), CASES.values(), ids=CASES)
 def test_the_smallest_change_fits(share, others, expected):
     planner = planner_with(share, *others)
@@ -54,6 +55,7 @@ def test_the_smallest_change_fits(share, others, expected):
     assert fits_again(planner, found.words, found.plan.memory.total, *others)
 
 
+@pytest.mark.slow
 def test_fsdp_is_proposed_where_weights_are_what_is_large():
     words = ("gpus=8", "seq_len=256", "model.d_model=512", "model.mlp_hidden=2048", "optimizer=adamw")
     planner = planner_with(0.4, *words)
@@ -63,6 +65,7 @@ def test_fsdp_is_proposed_where_weights_are_what_is_large():
     assert fits_again(planner, found.words, found.plan.memory.total, *words)
 
 
+@pytest.mark.slow
 def test_more_processes_share_a_window_where_one_is_too_large():
     words = ("gpus=8", "trainer=fsdp", "model.activation_checkpointing=block", "seq_len=8192")
     planner = planner_with(0.4, *words)
@@ -73,6 +76,7 @@ def test_more_processes_share_a_window_where_one_is_too_large():
     assert fits_again(planner, found.words, found.plan.memory.total, *words)
 
 
+@pytest.mark.slow
 def test_a_shorter_window_is_the_last_resort():
     words = ("trainer.micro_batch_size=1", "model.activation_checkpointing=block", "seq_len=4096")
     planner = planner_with(0.45, *words)
@@ -82,6 +86,7 @@ def test_a_shorter_window_is_the_last_resort():
     assert fits_again(planner, found.words, found.plan.memory.total, *words)
 
 
+@pytest.mark.slow
 def test_nothing_is_proposed_where_nothing_fits():
     planner = planner_with(0.0001, "seq_len=512", "batch_size=2")
     assert smallest_change(planner) is None
@@ -89,6 +94,7 @@ def test_nothing_is_proposed_where_nothing_fits():
     assert singles == {"trainer.micro_batch_size": False, "model.activation_checkpointing": False, "seq_len": False}
 
 
+@pytest.mark.slow
 def test_single_changes_say_which_of_them_fit_alone():
     planner = planner_with(0.5, "gpus=2", "batch_size=16")
     found = {advice.words: advice.plan.memory.fits for advice in single_changes(planner)}

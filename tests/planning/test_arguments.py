@@ -19,6 +19,7 @@ def test_without_words_it_is_the_default_run_on_one_gpu():
     assert any("no batch_size" in note for note in request.notes)
 
 
+@pytest.mark.slow
 def test_several_gpus_mean_ddp_unless_something_else_is_said():
     request = read([*SMALL, "gpus=4"])
     assert request.choice.strategy == "ddp"

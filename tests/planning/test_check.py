@@ -21,6 +21,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", CASES.values(), ids=CASES)
 def test_a_step_holds_what_was_planned(words):
     outcome = check.check([*CPU_SIZES, *words])

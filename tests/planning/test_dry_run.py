@@ -131,6 +131,7 @@ def test_on_a_gpu_the_delta_rule_keeps_the_states_of_its_chunks():
     assert gpu - cpu > 4 * heads * chunks * dim * dim
 
 
+@pytest.mark.slow
 def test_gradients_that_accumulate_are_not_part_of_the_backward_pass():
     model = request("mixer=flash", "model.mlp_hidden=4096").model()
     first, later = (rehearsed(model, setting(1, 16, accumulates=again)).layers[1] for again in (False, True))

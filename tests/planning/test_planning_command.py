@@ -16,6 +16,7 @@ SMALL = (
 )
 
 
+@pytest.mark.slow
 def test_a_run_that_fits_is_printed_and_written(tmp_path, capsys):
     assert main([*SMALL, "mixer=lightning", "gpus=2", "batch_size=8", f"output={tmp_path / 'plan'}"]) == 0
     text = capsys.readouterr().out
@@ -36,6 +37,7 @@ def test_a_run_that_fits_is_printed_and_written(tmp_path, capsys):
     assert (tmp_path / "plan" / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_fit_ends_with_1_and_says_what_would(capsys):
     words = ["model=7b", "model.num_layers=2", "mixer=flash", "gpu=rtx4090", "seq_len=8192", "batch_size=8"]
     assert main(words) == 1

@@ -78,6 +78,7 @@ def test_a_summary_with_a_wrong_entry(sweep, key, value):
     assert len(check(sweep, "summary.json")) < 200
 
 
+@pytest.mark.slow
 def test_files_that_are_none(sweep):
     path = sweep / "bad" / "summary.json"
     path.unlink()
@@ -159,6 +160,7 @@ def test_a_result_that_is_none(sweep, task, content):
 
 
 class TestUnfinished:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "make",
         [

@@ -99,6 +99,7 @@ def poison(folder: Path, text: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text", [EVIL, "</script><script>alert(1)</script>", "'\"><img src=x onerror=alert(1)>", FORMULA]
 )
@@ -117,6 +118,7 @@ def test_no_string_of_any_file_becomes_markup(tmp_path, text):
     assert {run.row()["mixer"] for run in found.runs} == {f"{text}1", f"{text}2"}, "data stay as they are"
 
 
+@pytest.mark.slow
 def test_names_of_pictures_lead_nowhere_else(tmp_path):
     run = write_run(tmp_path / "a", "flash", 32, 2.0, 500.0)
     for number, name in enumerate(("../../up", "../../up?", "x" * 300, EVIL)):
@@ -157,6 +159,7 @@ def test_the_terminal_shows_control_characters(tmp_path):
     assert any(r"\x1b[31m" in cell for cell in cells) and not any("\x1b" in cell for cell in cells)
 
 
+@pytest.mark.slow
 def test_names_that_a_picture_might_take_for_formulas(tmp_path):
     for number, name in enumerate(("$x^{$", "a$b$c", "_hidden")):
         write_run(tmp_path / str(number), name, 32, 2.0 + number, 500.0)

@@ -55,6 +55,7 @@ def page_of(folder) -> tuple[Page, str]:
 
 
 class TestPage:
+    @pytest.mark.slow
     def test_needs_nothing_else(self, sweep):
         page, text = page_of(sweep)
         links = [value for _, name, value in page.attributes if name in ("src", "href", "xlink:href")]
@@ -64,24 +65,29 @@ class TestPage:
         assert "http" not in text and "url(" not in text and "@import" not in text
         assert text.count("<svg") == 10 + 2 and "$" not in re.sub(r"<script>.*</script>", "", text, flags=re.DOTALL)
 
+    @pytest.mark.slow
     def test_is_the_same_every_time(self, sweep):
         assert page_of(sweep)[1] == page_of(sweep)[1]
 
+    @pytest.mark.slow
     def test_figures_stand_in_rows_without_empty_cells(self, sweep):
         widths = re.findall(r'<div class="of(\d)"><figure>', page_of(sweep)[1])
         assert widths == list("3333332222"), "ten panels"
 
+    @pytest.mark.slow
     def test_winners_by_length(self, sweep):
         page, _ = page_of(sweep)
         assert page.under("winner") == ["slow", "fast", "fast"] * 2
         assert page.under("figure")[:3] == ["2.320 bits/byte", "1,000 tokens/s", "1.00 GiB"]
         assert page.under("next")[:3] == ["then fast, 3.320", "then slow, 500", "then slow, 3.00"]
 
+    @pytest.mark.slow
     def test_a_leak_does_not_win_by_its_loss(self, sweep):
         write_evaluation(sweep / "0,mixer=slow,seq_len=32", "causality_step9", causal=False, step=9)
         page, _ = page_of(sweep)
         assert page.under("winner") == ["fast", "fast", "fast", "slow", "fast", "fast"]
 
+    @pytest.mark.slow
     def test_a_mixer_has_one_colour_everywhere(self, sweep):
         _, text = page_of(sweep)
         chips = re.findall(r'<label class="(c\d)"><input type="checkbox" id="pick\d"/><svg.*?</svg>(\w+)</label>', text)
@@ -92,11 +98,13 @@ class TestPage:
             assert f"body:has(.c{number}:hover) .mark:not(.c{number})" in text
             assert f"body:has(#pick{number}:checked) .mark.c{number}" in text
 
+    @pytest.mark.slow
     def test_pictures_have_the_colours_of_the_page(self, sweep):
         svgs = "".join(re.findall(r'<svg viewBox="0 0 400 .*?</svg>', page_of(sweep)[1], flags=re.DOTALL))
         assert set(re.findall(r"#[0-9a-f]{6}", svgs)) == set() and "font-family" not in svgs
         assert {"var(--colour)", "var(--ink)", "var(--soft)", "var(--rule)"} >= set(re.findall(r"var\(--\w+\)", svgs))
 
+    @pytest.mark.slow
     def test_badges_and_recall(self, sweep):
         runs = sorted(sweep.iterdir())
         write_evaluation(runs[0], "causality_step9", causal=True, step=9)
@@ -114,6 +122,7 @@ class TestPage:
         assert "<th>mqar</th>" in text and ">75.0 %<" in text and ">50.0 %<" not in text
         assert "task=causality" in text and "task=needle" in text
 
+    @pytest.mark.slow
     def test_who_recalls_best(self, sweep):
         for name, found in (("0,mixer=slow,seq_len=32", 0.5), ("1,mixer=fast,seq_len=32", 0.75)):
             write_needles(sweep / name, [32], [0.0], [[found]])
@@ -122,6 +131,7 @@ class TestPage:
         assert page.under("figure")[3] == "75.0 %" and page.under("next")[3] == "then slow, 50.0 %"
         assert page.under("next")[-1] == "not measured" and "best recall, needle<" in text
 
+    @pytest.mark.slow
     def test_nobody_wins_with_nothing_or_with_what_others_have(self, sweep):
         for name in ("0,mixer=slow,seq_len=32", "1,mixer=fast,seq_len=32"):
             write_needles(sweep / name, [32], [0.0], [[0.0]])
@@ -132,6 +142,7 @@ class TestPage:
         assert "none above 0.0 %" in page.under("next") and "a tie: slow, fast" in page.under("next")
         assert ">0.0 %<" in text and 'class="bar best" style="--share:0.000' not in text
 
+    @pytest.mark.slow
     def test_a_run_that_diverged_does_not_win(self, sweep):
         write_run(sweep / "nan", "nan", 32, float("nan"), 100.0)
         assert page_of(sweep)[0].under("winner")[0] == "slow"
@@ -146,6 +157,7 @@ class TestPage:
         for command in ("task=causality", "task=needle", "seq_len=2048,8192"):
             assert command in text
 
+    @pytest.mark.slow
     def test_commands_name_the_folder_as_a_shell_takes_it(self, tmp_path):
         sweep = tmp_path / "a sweep"
         write_sweep(sweep)
@@ -194,6 +206,7 @@ name: {seed}
         _, text = page_of(tmp_path)
         assert ">d_model 64; x layers<" in text and ">1,000 tokens a step; x windows, 1,000 tokens a step<" in text
 
+    @pytest.mark.slow
     def test_nothing_is_missing(self, sweep):
         for run in sweep.iterdir():
             write_evaluation(run, "causality_step9", causal=True, step=9)

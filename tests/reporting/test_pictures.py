@@ -240,6 +240,7 @@ class TestNeedles:
             ground = int(re.search("fill:#(..)(..)(..)", cell.get("style"))[2], 16)  # of viridis green is the lightness
             assert ("#111111" in text.get("style")) == (ground > 110)
 
+    @pytest.mark.slow
     def test_evaluated_runs_side_by_side(self, tmp_path):
         write_sweep(tmp_path)
         for name in ("0,mixer=slow,seq_len=32", "1,mixer=fast,seq_len=32"):
@@ -255,6 +256,7 @@ class TestNeedles:
         picture = image.imread(tmp_path / "panels" / "needles.png")
         assert picture.shape[1] > 1.8 * picture.shape[0] and picture.std() > 0
 
+    @pytest.mark.slow
     def test_nothing_where_none_was_evaluated(self, tmp_path):
         found = find_runs([write_sweep(tmp_path)])
         write_report(found, tmp_path)

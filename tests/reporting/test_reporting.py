@@ -172,6 +172,7 @@ class TestCommand:
 
         return run
 
+    @pytest.mark.slow
     def test_table_and_files(self, tmp_path, report):
         for name, bits in {"first": 2.5, "second": 1.5}.items():
             write_run(tmp_path / name, bits)
@@ -202,6 +203,7 @@ class TestCommand:
         assert [line["run"] for line in lines] == ["second", "first"]
         assert float(lines[0]["bits_per_byte"]) == 1.5 and lines[0]["causal"] == ""
 
+    @pytest.mark.slow
     def test_recall_and_causality_as_far_as_evaluated(self, tmp_path, report):
         for name, bits in {"first": 1.5, "second": 2.5}.items():
             write_run(tmp_path / name, bits)
@@ -216,6 +218,7 @@ class TestCommand:
         assert report(tmp_path)[0] == 0
         check_picture(tmp_path / "runs.png")
 
+    @pytest.mark.slow
     def test_brackets_of_names_are_no_markup(self, tmp_path, report):
         write_run(tmp_path / "[bold]a")
         unfinished = write_run(tmp_path / "[red]b", finished=False)
@@ -235,11 +238,13 @@ class TestCommand:
         assert written.err == f"DataError: there is no {tmp_path}/nowhere; give the folder of a sweep or of runs.\n"
         assert written.out == ""
 
+    @pytest.mark.slow
     def test_report_again_does_not_count_itself(self, tmp_path, report):
         write_run(tmp_path / "a")
         first = report(tmp_path)[1].out
         assert report(tmp_path)[1].out == first
 
+    @pytest.mark.slow
     def test_write_report_returns_what_it_wrote(self, tmp_path):
         written = write_report(find_runs([write_run(tmp_path / "a")]), tmp_path)
         assert sorted(path.name for path in written) == FILES
@@ -248,6 +253,7 @@ class TestCommand:
 
 @pytest.mark.slow
 class TestSweep:
+    @pytest.mark.slow
     def test_from_the_command_line_to_an_evaluation(self, run_process, tiny_overrides, tmp_path):
         swept = ["seq_len=32,64", "seed=1,2"]
         done = run_process("train.py", "-m", *swept, *tiny_overrides, "loop.log_every=1", "loop.validate_every=1")

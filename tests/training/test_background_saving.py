@@ -54,6 +54,7 @@ def test_a_failed_checkpoint_ends_the_run_at_the_next_step(run, steps, monkeypat
     assert CheckpointStore(tmp_path / "checkpoints").all() == []
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_leaves_the_checkpoint_that_was_being_written(run, steps, monkeypatch, tmp_path):
     original = store.atomic_directory
 
@@ -77,6 +78,7 @@ def test_a_run_that_fails_leaves_the_checkpoint_that_was_being_written(run, step
     assert [path.name for path in CheckpointStore(tmp_path / "checkpoints").all()] == ["step-00000005"]
 
 
+@pytest.mark.slow
 def test_all_checkpoints_are_there_when_a_run_ends(run, steps, tmp_path):
     run()
     assert steps == list(range(1, 10))

@@ -125,6 +125,7 @@ def assert_same_run(folder: Path, straight: Path) -> None:
     assert ours == theirs
 
 
+@pytest.mark.slow
 def test_a_signal_while_a_run_is_restored_comes_before_its_first_step(train, straight, folder, monkeypatch):
     before(TrainingModule, "training_step", lambda: os.kill(os.getpid(), signal.SIGUSR1), monkeypatch, step_is(4))
     with pytest.raises(Interrupted):

@@ -116,6 +116,7 @@ def says_anything(text: str) -> list[str]:
     return [line for line in text.splitlines() if re.match(r"(\w+Error|ProcessLost|Interrupted): ", line)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "dead"), [("ddp", 0), ("fsdp-of-slices", 1)])
 def test_the_others_end_when_one_is_killed(strategy, dead, run, tmp_path):
     ended = run(f"kill:{dead}", *STRATEGIES[strategy])
@@ -127,12 +128,14 @@ def test_the_others_end_when_one_is_killed(strategy, dead, run, tmp_path):
     assert checkpoints(tmp_path) == ["step-00000003"]
 
 
+@pytest.mark.slow
 def test_a_run_of_which_one_was_killed_ends_like_one_that_was_not(killed, run, straight):
     assert checkpoints(killed) == ["step-00000003"]
     assert [end.code for end in run("", "trainer=ddp", "resume=auto")] == [0, 0]
     assert_same_model(killed / "runs/run", straight / "runs/run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "silent"), [("ddp", 1), ("fsdp", 0), ("slices", 1)])
 def test_the_others_end_when_one_stalls_for_longer_than_the_timeout(strategy, silent, run, tmp_path):
     ended = run(f"stop:{silent}", *STRATEGIES[strategy], "trainer.timeout=4", ends=1)
@@ -144,6 +147,7 @@ def test_the_others_end_when_one_stalls_for_longer_than_the_timeout(strategy, si
     assert checkpoints(tmp_path) == ["step-00000003"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "where", "strategy"),
     [
@@ -162,6 +166,7 @@ def test_nan_in_one_process_stops_all_in_the_same_step_and_is_found(fault, where
     assert checkpoints(tmp_path) == ["step-00000003"]
 
 
+@pytest.mark.slow
 def test_a_step_that_is_nan_in_one_process_is_left_out_by_all(run, tmp_path):
     ended = run("nan-output:1", "trainer=ddp", "loop.nonfinite=skip")
     assert [end.code for end in ended] == [0, 0], ended[0].text
@@ -173,6 +178,7 @@ def test_a_step_that_is_nan_in_one_process_is_left_out_by_all(run, tmp_path):
     assert all(torch.isfinite(weight).all() for weight in state["model"].values())
 
 
+@pytest.mark.slow
 def test_a_state_that_is_infinite_in_one_process_is_saved_by_none(run, tmp_path):
     ended = run("inf-state:1", "trainer=ddp", "optimizer=adamw")
     assert [end.code for end in ended] == [NonFiniteError.exit_code] * 2, ended[0].text + ended[1].text
@@ -183,6 +189,7 @@ def test_a_state_that_is_infinite_in_one_process_is_saved_by_none(run, tmp_path)
     assert checkpoints(tmp_path) == ["step-00000003"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "slices"])
 def test_a_signal_to_one_process_ends_the_last_validation_of_all(strategy, run, tmp_path, straight):
     ended = run("signalled-in-the-last-validation:1", *STRATEGIES[strategy], "data.validation_tokens=2048")
@@ -198,6 +205,7 @@ def test_a_signal_to_one_process_ends_the_last_validation_of_all(strategy, run, 
     assert (tmp_path / "runs/run/summary.json").exists()
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_first_step_of_several_processes(run, tmp_path):
     ended = run("signalled-in-the-data:all", "trainer=ddp")
     assert [end.code for end in ended] == [Interrupted.exit_code] * 2, ended[0].text + ended[1].text
@@ -207,6 +215,7 @@ def test_a_signal_before_the_first_step_of_several_processes(run, tmp_path):
     assert checkpoints(tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "full", "more"),
     [
@@ -225,6 +234,7 @@ def test_a_full_disk_in_one_process_ends_all_and_keeps_what_was_saved(strategy, 
     assert checkpoints(tmp_path) == ["step-00000003"]
 
 
+@pytest.mark.slow
 def test_all_processes_start_where_the_first_decides(killed, run):
     """Each has a folder with the time it began in its name, and the second would find nothing to continue."""
     own = [
@@ -237,6 +247,7 @@ def test_all_processes_start_where_the_first_decides(killed, run):
     assert [path.name for path in (killed / "runs").iterdir()] == ["run"]
 
 
+@pytest.mark.slow
 def test_an_error_of_all_is_said_once(killed, run):
     ended = run("", "trainer=ddp")
     assert [end.code for end in ended] == [2, 2]
@@ -244,6 +255,7 @@ def test_an_error_of_all_is_said_once(killed, run):
     assert not says_anything(ended[1].text)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_fewer_processes(killed, run, straight):
     ended = run("", "trainer=ddp", "resume=auto", size=1)
     assert [end.code for end in ended] == [0], ended[0].text
@@ -268,6 +280,7 @@ def srun_places(size: int) -> list[dict[str, str]]:
     return [{name: str(number) for name, number in (same | rank).items()} | texts for rank in ranks]
 
 
+@pytest.mark.slow
 def test_tasks_of_srun_save_and_go_on_when_slurm_runs_them_again(run, tmp_path, straight):
     ended = run("sigusr1:1", "trainer=ddp", places=srun_places(2))
     assert [end.code for end in ended] == [Interrupted.exit_code] * 2, ended[0].text + ended[1].text
@@ -281,6 +294,7 @@ def test_tasks_of_srun_save_and_go_on_when_slurm_runs_them_again(run, tmp_path, 
     assert_same_model(tmp_path / "runs/run", straight / "runs/run")
 
 
+@pytest.mark.slow
 def test_who_had_the_signal_before_is_told_once_the_state_is_saved(run, tmp_path):
     ended = run("sigusr2:all", "trainer=ddp")
     assert [end.code for end in ended] == [0, 0]

@@ -27,6 +27,7 @@ def test_no_peak_is_claimed_for_a_cpu():
     assert peak_flops(torch.device("cpu"), "32-true") is None
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_this_process():
     before = peak_memory_bytes(torch.device("cpu"))
     block = torch.ones(before // 4 + 50_000_000, dtype=torch.float32)

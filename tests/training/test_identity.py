@@ -68,6 +68,7 @@ class TestAtOnce:
         assert seeds == saved
         assert sorted(seeds) == [1, 2]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["name=run", BY_CLOCK], ids=["named", "by-clock"])
     def test_a_job_that_was_submitted_twice_continues_once(self, words, tmp_path, name):
         words = [*words, name, "max_steps=12", "loop.checkpoint_every=4", "loop.keep_checkpoints=9"]
@@ -89,6 +90,7 @@ class TestAtOnce:
 
 
 class TestKilled:
+    @pytest.mark.slow
     def test_while_the_configuration_is_written_it_is_the_old_one(self, words, tmp_path):
         words = [*words, "max_steps=12", "loop.checkpoint_every=4"]
         (killed,) = together([*words, BY_CLOCK], tmp_path, [killed_at("kill")])

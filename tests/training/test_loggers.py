@@ -76,6 +76,7 @@ def no_key(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))  # no ~/.netrc
 
 
+@pytest.mark.slow
 def test_wandb_without_a_key_is_offline_and_keeps_its_id(tmp_path, no_key):
     for first_step in (0, 1):
         log = WandbLog(project="test")
@@ -91,6 +92,7 @@ def test_wandb_without_a_key_is_offline_and_keeps_its_id(tmp_path, no_key):
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_key_without_a_network_falls_back_to_offline(tmp_path, no_key, monkeypatch, caplog):
     import wandb
 
@@ -181,6 +183,7 @@ def test_a_damaged_row_is_left_out(damage, tmp_path):
     assert read_metrics(tmp_path) == [{"step": 1, "a": 1.5}]
 
 
+@pytest.mark.slow
 def test_an_offline_wandb_run_says_how_to_send_it(tmp_path, no_key, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs/my run"

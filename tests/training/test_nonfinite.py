@@ -88,6 +88,7 @@ def spoil(kind: str, value: float, monkeypatch, step: int = 4) -> None:
     monkeypatch.setattr(TrainingModule, "training_step", training_step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "value", "optimizer", "nonfinite"),
     [
@@ -166,6 +167,7 @@ class TestRowOfSkippedSteps:
 
         return skip
 
+    @pytest.mark.slow
     def test_it_leaves_the_checkpoint_before_it_and_names_one_to_go_back_to(self, train, folder, skipping):
         skipping(range(8, 60))
         words = (*self.WORDS, "loop.keep_checkpoints=2")
@@ -184,6 +186,7 @@ class TestRowOfSkippedSteps:
         train("loop.nonfinite=skip", "loop.keep_checkpoints=9")
         assert list(checkpoints(folder)) == [3, 8, 9]
 
+    @pytest.mark.slow
     def test_one_that_a_signal_asks_for_stands_beside_the_others(self, train, folder, skipping):
         skipping(range(4, 60), signal_at=13)
         with pytest.raises(Interrupted):
@@ -202,6 +205,7 @@ class TestRowOfSkippedSteps:
         train(*self.WORDS, "resume=auto", "max_steps=19")
         assert [path.name for path in store.all()] == ["step-00000019"]
 
+    @pytest.mark.slow
     def test_one_of_an_earlier_version_says_nothing_of_a_row(self, train, folder, monkeypatch):
         capture = TrainingModule.capture
         with monkeypatch.context() as patched:
@@ -229,6 +233,7 @@ def test_a_last_validation_that_is_no_number_is_no_success(train, folder, monkey
         assert 9 in checkpoints(folder)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_an_earlier_version_that_is_not_finite_is_refused_by_name(train, folder, monkeypatch):
     with monkeypatch.context() as patched:
         spoil("weight", math.nan, patched, step=6)
@@ -265,6 +270,7 @@ def test_what_is_not_finite_is_named():
     assert nonfinite_tensor({"model": {"empty": torch.zeros(0), "counts": torch.ones(2).long()}}) is None
 
 
+@pytest.mark.slow
 def test_every_mixer_begins_finite(compose_config):
     for path in sorted((Path(__file__).parents[2] / "configs/mixer").glob("*.yaml")):
         node = resolved(compose_config(f"mixer={path.stem}", "model.num_layers=1", "model.d_model=128"))

@@ -126,6 +126,7 @@ def test_success_is_silent():
     launch("exit=0", "exit=0")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("code", "waits"), [(3, True), (75, True), (2, False)])
 def test_what_all_come_to_is_waited_for_and_another_error_is_not(code, waits):
     with pytest.raises(SystemExit) as ended:

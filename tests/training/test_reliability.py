@@ -97,6 +97,7 @@ def assert_same_run(folder: Path, straight: Path) -> None:
         assert rows(folder, column) == rows(straight, column), column
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "checkpoints_left"),
     [
@@ -117,6 +118,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_straight_run(moment, checkpoints_
     assert not list(store.folder.glob(".*")), "leftovers of the killed process were not cleared away"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("moment", "name"), [("sigterm", "SIGTERM"), ("sigint", "SIGINT")])
 def test_a_signal_saves_and_exits_with_its_own_code(moment, name, tmp_path, cache, straight):
     stopped = doomed(moment, tmp_path, cache)
@@ -129,6 +131,7 @@ def test_a_signal_saves_and_exits_with_its_own_code(moment, name, tmp_path, cach
     assert_same_run(tmp_path, straight)
 
 
+@pytest.mark.slow
 def test_a_full_disk_gives_one_error_and_keeps_older_checkpoints(tmp_path, cache, straight):
     failed = doomed("full-disk", tmp_path, cache)
     assert failed.returncode == 2, failed.stderr
@@ -140,6 +143,7 @@ def test_a_full_disk_gives_one_error_and_keeps_older_checkpoints(tmp_path, cache
     assert_same_run(tmp_path, straight)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_refused_by_name_and_the_older_one_resumes(tmp_path, cache, straight):
     assert doomed("sigterm", tmp_path, cache).returncode == 75
     latest = CheckpointStore(tmp_path / "runs/run/checkpoints").latest()
@@ -154,6 +158,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_older_one_resumes(tmp_p
     assert "Traceback" not in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_finished_run_resumes_to_its_summary(straight, cache):
     before = final_state(straight)
     done = resumed(straight, cache)
@@ -162,6 +167,7 @@ def test_a_finished_run_resumes_to_its_summary(straight, cache):
     assert_same(final_state(straight), before)
 
 
+@pytest.mark.slow
 def test_a_fresh_run_does_not_overwrite_an_old_one(straight, cache):
     refused = run([str(ROOT / "train.py")], straight, cache)
     assert refused.returncode == 2
@@ -172,6 +178,7 @@ DIVIDED = ["trainer.strategy=fsdp", "trainer.devices=2", "trainer.context_parall
 """Other divisions: `test_same_curve`."""
 
 
+@pytest.mark.slow
 def test_several_processes_train_as_one(tmp_path, cache, straight):
     done = run([str(ROOT / "train.py"), *DIVIDED], tmp_path, cache)
     assert done.returncode == 0, done.stderr

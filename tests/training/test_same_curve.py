@@ -60,6 +60,7 @@ def alone(tmp_path_factory, shared_cache) -> list[dict[str, float]]:
     return run(tmp_path_factory.mktemp("alone"), shared_cache, 1, [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("division", "size"), CASES, ids=[f"{size}-{name}" for name, size in CASES])
 def test_every_row_of_the_log_is_that_of_one_process(division, size, alone, tmp_path, shared_cache):
     found = run(tmp_path, shared_cache, size, DIVISIONS[division])

@@ -41,6 +41,7 @@ def early(folder: Path) -> Path:
     return folder / "runs/run/checkpoints/step-00000003"
 
 
+@pytest.mark.slow
 def test_each_process_wrote_its_own_shards(divided):
     store = CheckpointStore(divided / "runs/run/checkpoints")
     assert [path.name for path in store.all()] == ["step-00000003", "step-00000006", "step-00000008"]
@@ -55,6 +56,7 @@ def test_each_process_wrote_its_own_shards(divided):
     assert not list(store.folder.glob(".*"))
 
 
+@pytest.mark.slow
 def test_as_many_processes_continue_bit_for_bit(divided, tmp_path, cache):
     done = run(TRAIN, tmp_path, cache, *DIVIDED, f"resume={early(divided)}")
     assert done.returncode == 0, done.stderr
@@ -63,6 +65,7 @@ def test_as_many_processes_continue_bit_for_bit(divided, tmp_path, cache):
         assert_same(ours[part], theirs[part], part)
 
 
+@pytest.mark.slow
 def test_one_process_continues_and_is_evaluated(divided, tmp_path, cache):
     done = run(TRAIN, tmp_path, cache, f"resume={early(divided)}")
     assert done.returncode == 0, done.stderr
@@ -74,6 +77,7 @@ def test_one_process_continues_and_is_evaluated(divided, tmp_path, cache):
             assert float(value) == pytest.approx(float(expected), rel=2e-5), (column, step)
 
 
+@pytest.mark.slow
 def test_a_sharded_run_is_evaluated_as_it_is(divided, run_process, cache):
     done = run_process(
         "evaluate.py",
@@ -87,6 +91,7 @@ def test_a_sharded_run_is_evaluated_as_it_is(divided, run_process, cache):
     assert f"{float(trained):.4f}" in done.out
 
 
+@pytest.mark.slow
 def test_a_signal_waits_for_what_is_being_written(tmp_path, cache):
     stopped = run(doomed_by("sigterm"), tmp_path, cache, BACKGROUND)
     assert stopped.returncode == 75, stopped.stderr
@@ -95,6 +100,7 @@ def test_a_signal_waits_for_what_is_being_written(tmp_path, cache):
     assert store.latest().name == "step-00000005"
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_in_the_background_ends_the_run_soon(tmp_path, cache):
     words = [
         BACKGROUND,

@@ -100,6 +100,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_checkpoint(find_checkpoint(folder))["model"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rwkv7", "mlstm-exp", "hybrid"])
 def test_tuned_states_alone_change_and_lower_the_loss(name, trained, corpora, tmp_path, run, bits_per_byte):
     base = trained(name)
@@ -175,6 +176,7 @@ def train_on(base: Path) -> None:
 
 
 class TestTheRunItBeganFromGoesOn:
+    @pytest.mark.slow
     def test_an_unnamed_run_is_another_then(self, base, compose_config, tmp_path, monkeypatch, corpora, caplog):
         monkeypatch.chdir(tmp_path)
         caplog.set_level(logging.INFO)
@@ -217,6 +219,7 @@ class TestTheRunItBeganFromGoesOn:
         assert (key, Path(was).name, Path(now).name) == ("checkpoint", "step-00000060", "step-00000061")
         assert changes(nodes[0], nodes[0]) == {}
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("word", "how"), [("run", "on"), ("last", "on"), ("run", "gone"), ("step", "gone")])
     def test_a_named_run_is_continued(self, base, corpora, tmp_path, run, monkeypatch, how, word):
         monkeypatch.chdir(tmp_path)
@@ -251,6 +254,7 @@ def test_processes_that_found_different_weights_do_not_begin():
     Origin({}, None, record).check_same(Processes())
 
 
+@pytest.mark.slow
 def test_a_tuning_run_resumes_exactly(trained, corpora, tmp_path, run):
     words = ("experiment=state_tuning", f"checkpoint={trained('rwkv7')}", "loop.checkpoint_every=2", *corpora["code"])
     straight = run(tmp_path / "straight", *words)
@@ -261,6 +265,7 @@ def test_a_tuning_run_resumes_exactly(trained, corpora, tmp_path, run):
     assert (resumed / "states.pt").is_file()
 
 
+@pytest.mark.slow
 def test_what_comes_from_the_checkpoint_may_not_be_given(trained, corpora, tmp_path, run):
     with pytest.raises(ConfigError, match=r"mixer comes from checkpoint=.*leave one of the two out"):
         run(tmp_path / "a", f"checkpoint={trained('flash')}", "mixer=rwkv7", *corpora["prose"])
@@ -277,6 +282,7 @@ def test_clear_errors(trained, corpora, tmp_path, run):
         run(tmp_path / "c", f"checkpoint={tmp_path}/absent", *corpora["prose"])
 
 
+@pytest.mark.slow
 def test_states_that_do_not_fit_are_refused(trained, corpora, tmp_path, run, bits_per_byte):
     tuned = run(
         tmp_path / "tuned", "experiment=state_tuning", f"checkpoint={trained('rwkv7')}", "max_steps=1", *corpora["code"]

@@ -75,6 +75,7 @@ def test_extreme_scores(dtype, case, math):
     assert_matches(case, dtype, math)
 
 
+@pytest.mark.slow
 @every_dtype
 def test_default_tiles_of_a_long_sequence(dtype):
     """Long enough for uncut segments and for rows wider than one masked panel."""

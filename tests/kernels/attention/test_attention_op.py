@@ -156,6 +156,7 @@ def test_autocast_leaves_the_backward_alone(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "dynamic"),
     [("reference", False), ("blocked", False), ("blocked", True)],

@@ -49,6 +49,7 @@ def test_every_entry_of_the_table_compiles_without_spills(build):
     assert faults == []
 
 
+@pytest.mark.slow
 @compiles
 def test_a_kernel_too_large_is_found_out():
     """Four warps cannot hold two [128, 128] sums in float32."""

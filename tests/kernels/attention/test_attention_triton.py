@@ -16,6 +16,7 @@ def inputs(dtype: torch.dtype = torch.float32, dim: int = 16) -> list[torch.Tens
     return [torch.zeros(1, 20, 2, dim, dtype=dtype) for _ in range(3)]
 
 
+@pytest.mark.slow
 def test_interpreter_matches_reference():
     assert_passes_in_the_interpreter(Path(__file__).with_name("test_attention_triton_interpreted.py"), at_least=40)
 

@@ -198,6 +198,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", [FASTEST_DECAY, -5.0])
 def test_no_tensor_is_larger_than_an_input_or_a_run(decay):
     for length in (4096, 16384):

@@ -17,6 +17,7 @@ def call_of(dim: int = 16, value_dim: int = 16, length: int = 20, chunk_size=Non
     return launch.Call(Inputs(query, query, value, query, None, None, None, None, 1.0, chunk_size, bound))
 
 
+@pytest.mark.slow
 def test_interpreter_matches_reference():
     assert_passes_in_the_interpreter(Path(__file__).with_name("test_delta_triton_interpreted.py"), at_least=50)
 

@@ -258,6 +258,7 @@ def test_the_first_token_outweighs_all_later_chunks():
     assert_same(everything(case, inputs), wanted, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [0.0, 3000.0])
 def test_sums_of_decays_and_large_scales_round_away_nothing(shift):
     """A thousand decays whose rests add up, and log scales that float32 holds with few digits after the point."""

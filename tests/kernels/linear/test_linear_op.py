@@ -138,6 +138,7 @@ def test_autocast_leaves_the_call_alone(backend):
         assert all(torch.equal(a, b) for a, b in zip(outside, inside, strict=True))
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compiles_as_one_graph(dynamic, normalize):

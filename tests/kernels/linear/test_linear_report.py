@@ -33,6 +33,7 @@ def test_every_entry_of_the_table_compiles_without_spills(build):
     assert build.faults(build.compile()) == []
 
 
+@pytest.mark.slow
 @compiles
 def test_a_kernel_too_large_is_found_out():
     """Four warps cannot hold [128, 64] and [128, 128] sums in float32."""

@@ -25,6 +25,7 @@ def call_of(
     return launch.Call(Inputs(query, key, value, decay, None, None, None, None, None, False, 1.0, chunk_size))
 
 
+@pytest.mark.slow
 def test_interpreter_matches_reference():
     assert_passes_in_the_interpreter(Path(__file__).with_name("test_linear_triton_interpreted.py"), at_least=50)
 

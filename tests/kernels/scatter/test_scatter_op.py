@@ -98,6 +98,7 @@ def test_autocast_leaves_the_call_alone(backend):
         assert inside[name].dtype == torch.float32 and torch.equal(outside[name], inside[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("changed", [{}, {"features": 0, "with_state": False}], ids=str)
 def test_compiles_as_one_graph(changed, dynamic):

@@ -27,6 +27,7 @@ def test_every_entry_of_the_table_compiles_without_spills(build):
     assert_clean(build, build.kernel not in launch.SCANS)
 
 
+@pytest.mark.slow
 @compiles
 def test_a_kernel_too_large_is_found_out():
     """Four warps cannot hold [128, 256] sums in float32."""

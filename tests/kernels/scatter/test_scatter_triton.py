@@ -16,6 +16,7 @@ def call_of(case: Case, dtype: torch.dtype = torch.float32) -> launch.Call:
     return launch.Call(Inputs(*inputs, case.document_ids(), case.block_size, case.past_blocks, 1.0))
 
 
+@pytest.mark.slow
 def test_interpreter_matches_reference():
     assert_passes_in_the_interpreter(Path(__file__).with_name("test_scatter_triton_interpreted.py"), at_least=50)
 
