@@ -11,7 +11,7 @@ from longmix import startup
 from longmix.command_line.catalogue import CATALOGUE, Command, overview
 from longmix.errors import ConfigError, LongmixError
 from longmix.printable import LINES, printable
-from longmix.wording import nearest
+from longmix.wording import did_you_mean, nearest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,8 +70,8 @@ def _command(name: str) -> Command:
     if name in CATALOGUE:
         return CATALOGUE[name]
     close = nearest(name, CATALOGUE)
-    hint = f" Did you mean longmix {close}?" if close else ""
-    raise ConfigError(f"longmix has no command {printable(name)}.{hint} Commands are: {', '.join(CATALOGUE)}.")
+    meant = did_you_mean(f"longmix {close}" if close else "")
+    raise ConfigError(f"longmix has no command {printable(name)}.{meant} Commands are: {', '.join(CATALOGUE)}.")
 
 
 if __name__ == "__main__":

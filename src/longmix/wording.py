@@ -19,3 +19,8 @@ def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
     """The one of `names` that is most like `name`; empty if none is like it."""
     found = difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)
     return found[0] if found else ""
+
+
+def did_you_mean(meant: str) -> str:
+    """What a message says of what was probably meant, with a blank before it; nothing if `meant` is empty."""
+    return f" Did you mean {meant}?" if meant else ""

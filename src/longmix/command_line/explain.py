@@ -16,10 +16,9 @@ from longmix.command_line.schema import Schema
 from longmix.command_line.values import Takes
 from longmix.command_line.words import Word
 from longmix.config import fits, misfit
-from longmix.wording import nearest
+from longmix.wording import did_you_mean, nearest
 
 NAME = re.compile(r"[A-Za-z_][\w/-]*(\.(\w|-)+)*(@[\w.:]*)?", re.ASCII)
-PATTERN_TERM = re.compile(r"([\w-]+)(?:\*([1-9]\d*))?", re.ASCII)
 SHOWN = 120  # characters of a word that a message repeats
 LONGEST = 800  # characters of a message of Hydra's own
 FROM_CHECKPOINT = {"mixer", "model", "block", "tokenizer", "optimizer", "data"}
@@ -106,8 +105,8 @@ def _alone(schema: Schema, words: Sequence[Word], place: int) -> str:
     if "checkpoint" in schema.words and os.path.exists(word.given):  # noqa: PTH110 (Path fails at a name too long)
         return f"{_shown(word.given)} stands alone; write {_quoted(f'checkpoint={word.given}')}."
     close = nearest(word.given, [*schema.words, *schema.groups])
-    hint = f" Did you mean {close}=VALUE?" if close else ""
-    return f"{_shown(word.given)} is neither word=value nor an option.{hint} {called} -h lists the words."
+    meant = did_you_mean(f"{close}=VALUE" if close else "")
+    return f"{_shown(word.given)} is neither word=value nor an option.{meant} {called} -h lists the words."
 
 
 def _wrong_group(schema: Schema, word: Word, sweep: bool) -> str | None:
@@ -143,10 +142,13 @@ def _wrong_choice(schema: Schema, group: str, choice: str) -> str | None:
 
 def no_such_choice(schema: Schema, group: str, choice: str) -> str:
     """That a group has no such choice, with the nearest one."""
-    choices = schema.choices(group)
-    close = nearest(choice, choices)
-    hint = f" Did you mean {close}?" if close else ""
-    return f"{group}={_shown(choice)} does not exist.{hint} Choices are: {', '.join(choices)}."
+    return does_not_exist(group, choice, schema.choices(group))
+
+
+def does_not_exist(group: str, choice: str, choices: Sequence[str]) -> str:
+    """That a choice is none of those there are."""
+    meant = did_you_mean(nearest(choice, choices))
+    return f"{group}={_shown(choice)} does not exist.{meant} Choices are: {', '.join(choices)}."
 
 
 def _wrong_pattern(choices: list[str], pattern: str) -> str | None:
@@ -155,9 +157,8 @@ def _wrong_pattern(choices: list[str], pattern: str) -> str | None:
         if not term:
             return f"mixer={_shown(pattern)} has nothing on one side of a +; write it like sliding_window*3+flash."
         if name not in choices:
-            close = nearest(name, choices)
-            hint = f" Did you mean {close}?" if close else ""
-            return f"mixer={_shown(pattern)}: there is no mixer {name!r}.{hint} Choices are: {', '.join(choices)}."
+            meant = did_you_mean(nearest(name, choices))
+            return f"mixer={_shown(pattern)}: there is no mixer {name!r}.{meant} Choices are: {', '.join(choices)}."
         if star and not re.fullmatch(r"[1-9]\d*", count, re.ASCII):
             return f"mixer={_shown(pattern)}: the count {count!r} of {name} must be a whole number from 1."
         if len(count) > 4:  # a list of a thousand million names fills the memory before anything else is looked at
@@ -191,8 +192,7 @@ def _wrong_word(schema: Schema, node: dict[str, Any], word: Word) -> str | None:
     if word.sign == "~":
         return f"{_shown(word.given)}: there is no {name} to leave out."
     if not NAME.fullmatch(name):
-        close = nearest(name, _dotted(node))
-        return f"{_shown(name)} is no name of a word." + (f" Did you mean {close}?" if close else "")
+        return f"{_shown(name)} is no name of a word.{did_you_mean(nearest(name, _dotted(node)))}"
     return _unknown(schema, node, word)
 
 
@@ -232,11 +232,10 @@ def _unknown(schema: Schema, node: dict[str, Any], word: Word) -> str:
         guess = f"{group}.{meant}" if meant else ""
     if not guess:
         guess = _by_leaf(node, leaf)
-    hint = f" Did you mean {guess}?" if guess else ""
     where = f"Settings of {place} are" if place else "Words are"
     if place and not keys:
         return f"unknown word {_shown(word.name)}: {place} has no settings of its own."
-    return f"unknown word {_shown(word.name)}.{hint} {where}: {', '.join(keys)}."
+    return f"unknown word {_shown(word.name)}.{did_you_mean(guess)} {where}: {', '.join(keys)}."
 
 
 def _as_choices(group: str, names: list[str]) -> str:
@@ -378,9 +377,7 @@ def _cleaned(error: BaseException) -> str:
     inner = causes[-1]
     if isinstance(inner, MissingConfigException) and inner.options and inner.missing_cfg_file:
         group, _, choice = inner.missing_cfg_file.rpartition("/")
-        close = nearest(choice, inner.options)
-        hint = f" Did you mean {close}?" if close else ""
-        return f"{group}={_shown(choice)} does not exist.{hint} Choices are: {', '.join(inner.options)}."
+        return does_not_exist(group, choice, inner.options)
     key = getattr(inner, "full_key", None)
     text = str(inner) or str(error) or type(error).__name__
     text = re.split(r"\n\s*(?:Config s|S)earch path:|\nSee https://|\n\s*full_key:|\n\s*reference_type=", text)[0]

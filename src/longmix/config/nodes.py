@@ -3,7 +3,6 @@
 The signature is the schema, so adding a mixer or a corpus means writing one class and one YAML file and nothing else.
 """
 
-import difflib
 import functools
 import importlib
 import inspect
@@ -16,6 +15,7 @@ from typing import Any
 from longmix.aliases import path_now
 from longmix.config.values import as_given, described, fits, misfit
 from longmix.errors import ConfigError, settings_at
+from longmix.wording import did_you_mean, nearest
 
 Node = dict[str, Any]
 
@@ -164,9 +164,9 @@ def settings(target: Callable[..., Any]) -> dict[str, Any]:
 
 def unknown_key(full_key: str, name: str, allowed: list[str]) -> str:
     """The message for a key that does not exist."""
-    close = difflib.get_close_matches(name, allowed, n=1)
-    hint = f" Did you mean {close[0]}?" if close else ""
-    return f"unknown key {full_key}.{hint} Keys there are: {', '.join(allowed) or 'none'}."
+    return (
+        f"unknown key {full_key}.{did_you_mean(nearest(name, allowed))} Keys there are: {', '.join(allowed) or 'none'}."
+    )
 
 
 def check_keys(node: Node, schema: type, prefix: str = "") -> None:

@@ -13,7 +13,7 @@ from rich.table import Table
 from longmix.data.tokens.tokenizers import NumberTokenizer
 from longmix.errors import ConfigError, DataError
 from longmix.evaluation.subject import Subject
-from longmix.wording import counted
+from longmix.wording import counted, did_you_mean
 
 BOOTSTRAPS = 1000
 """For standard errors of figures that are no means, such as perplexities; the harness's own 100,000 take minutes."""
@@ -139,8 +139,9 @@ def _manager(tasks: list[str], include_path: str | None) -> Any:
     for name in tasks:
         if name not in manager.all_tasks:
             close = difflib.get_close_matches(name, manager.all_tasks, n=3)
-            hint = f" Did you mean {' or '.join(close)}?" if close else ""
-            raise ConfigError(f"task.lm_eval.tasks: the harness has no task {name!r}.{hint}")
+            raise ConfigError(
+                f"task.lm_eval.tasks: the harness has no task {name!r}.{did_you_mean(' or '.join(close))}"
+            )
     return manager
 
 

@@ -30,6 +30,7 @@ from longmix.training import strategies
 from longmix.training.diagnosis import first_nonfinite, nonfinite_tensor
 from longmix.training.optimizers import PEAK
 from longmix.training.saved_state import named_state, restore_state
+from longmix.wording import counted
 
 OptimizerBuilder = Callable[[dict[str, torch.nn.Parameter]], list[torch.optim.Optimizer]]
 
@@ -251,8 +252,8 @@ class TrainingModule(LightningModule):
         if place is not None:
             reason = f"{place} is not finite, so that no step from here on can be taken"
         elif self.skips_in_a_row + 1 >= self.max_skips:
-            steps = "step" if self.max_skips == 1 else "steps"
-            reason = f"{self.max_skips} {steps} in a row gave a loss or a gradient that is not finite (loop.max_skips)"
+            steps = counted(self.max_skips, "step")
+            reason = f"{steps} in a row gave a loss or a gradient that is not finite (loop.max_skips)"
         else:
             return
         raise NonFiniteError(f"at step {self.step + 1}, {reason}. {self.how_to_continue()}")
