@@ -1,4 +1,4 @@
-"""Where classes are that earlier checkpoints, run folders, exports and saved generations name by another path.
+"""Where classes are that earlier checkpoints, run folders and exports name by another path.
 
 A name that was ever written stays readable: whoever moves or renames a class adds its old path here.
 """
@@ -44,11 +44,6 @@ MODULES = {
     "longmix.data.synthetic_tasks": "longmix.data.synthetic.tasks",
     "longmix.data.tokenizers": "longmix.data.tokens.tokenizers",
     "longmix.data.variable_tracking": "longmix.data.synthetic.variable_tracking",
-    "longmix.mixers.recurrent": "longmix.mixers.parts.recurrent",
-    "longmix.mixers.routing_cache": "longmix.mixers.parts.rings",
-    "longmix.mixers.scatterbrain_cache": "longmix.mixers.parts.scatterbrain_cache",
-    "longmix.mixers.scatterbrain_summaries": "longmix.mixers.parts.scatterbrain_summaries",
-    "longmix.mixers.softmax": "longmix.mixers.parts.softmax",
 }
 """Old path of a module whose other classes kept their names, and its path now."""
 

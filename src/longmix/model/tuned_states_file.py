@@ -130,7 +130,7 @@ def load_states(model: LanguageModel, path: Path, config: Node) -> None:
             raise ValueError("it does not say of which model they are")
     if any(renewed(content[key]) != config[key] for key in ("mixer", "model")):
         raise CheckpointError(f"the states in {path} are of another model; give those tuned from this checkpoint.")
-    if content.get("weights", own := _digest_of_others(model.state_dict())) != own:
+    if "weights" in content and content["weights"] != _digest_of_others(model.state_dict()):
         raise CheckpointError(
             f"the states in {path} were tuned with other weights than these; give a checkpoint of the run that tuned "
             "them, or the one that it began from."

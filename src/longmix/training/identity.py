@@ -102,10 +102,9 @@ def changes(saved: Node, config: Node, counting: tuple[str, ...] = ()) -> Change
         if old != new:
             found[key] = (old, new)
     found.pop("checkpoint", None)
-    if saved.get("checkpoint") != config.get("checkpoint") or config.get("checkpoint") is not None:
-        was, now = (node.get(ORIGIN) or {} for node in (saved, config))
-        if was.get("weights") is None or was.get("weights") != now.get("weights"):
-            found["checkpoint"] = (_shown_origin(saved), _shown_origin(config))
+    both_fresh = saved.get("checkpoint") is None and config.get("checkpoint") is None
+    if not both_fresh and not _began_with_same_weights(saved, config):
+        found["checkpoint"] = (_shown_origin(saved), _shown_origin(config))
     return found
 
 
@@ -187,10 +186,14 @@ def _is_same_origin(saved: Node, config: Node) -> bool:
     began, given = saved.get("checkpoint"), str(config["checkpoint"])
     if began is None:
         return False
-    was, now = (node.get(ORIGIN) or {} for node in (saved, config))
-    places = [began, *([was["checkpoint"]] if "checkpoint" in was else [])]
-    same_place = Path(given).absolute().resolve() in [Path(place).absolute().resolve() for place in places]
-    return same_place or (was.get("weights") is not None and was.get("weights") == now.get("weights"))
+    places = {Path(str(place)).absolute().resolve() for place in (began, _shown_origin(saved))}
+    return Path(given).absolute().resolve() in places or _began_with_same_weights(saved, config)
+
+
+def _began_with_same_weights(saved: Node, config: Node) -> bool:
+    """Whether both say of which weights they began, and of the same ones."""
+    was, now = ((node.get(ORIGIN) or {}).get("weights") for node in (saved, config))
+    return was is not None and was == now
 
 
 def _shown_origin(node: Node) -> str | None:
