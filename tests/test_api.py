@@ -86,6 +86,17 @@ class TestTrain:
         assert GlobalHydra.instance().hydra is None and HydraConfig.instance().cfg is None
         assert (root.handlers, root.level, signal.getsignal(signal.SIGTERM)) == (handlers, level, before)
 
+    @pytest.mark.parametrize("kind", [dict, as_words])
+    def test_a_name_is_that_folder_and_no_other(self, words, tmp_path, monkeypatch, kind):
+        monkeypatch.chdir(tmp_path)
+        given = kind({**words, "max_steps": 1, "name": "study/x"})
+        assert longmix.train(given).folder == tmp_path / "runs" / "study" / "x"
+        with pytest.raises(ConfigError, match="already holds a run"):
+            longmix.train(given)
+        with pytest.raises(ConfigError, match="leads out of runs/"):
+            longmix.train({**words, "name": "../x"})
+        assert [path.name for path in tmp_path.rglob("x")] == ["x"]
+
     def test_a_whole_configuration(self, run, tmp_path):
         config = OmegaConf.load(run.folder / "config.yaml")
         for form in (config, OmegaConf.to_container(config)):

@@ -75,11 +75,14 @@ def test_refusals(called, tmp_path, monkeypatch, arguments, said):
         ("export", ["a", "b", "--as", "llama"], ["a", "b", "--as", "llama"]),
         ("import", ["a", "b", "missing_bytes=drop"], ["a", "b", "--missing-bytes", "drop"]),
         ("report", ["a", "b", "output=c"], ["a", "b", "--output", "c"]),
+        ("report", ["a", "output=null"], ["a"]),
         ("report", ["folders=[a,b]"], ["a", "b"]),
         ("report", ["multirun/0,mixer=flash"], ["multirun/0,mixer=flash"]),
         ("report", ["lr=1"], ["lr=1"]),
         ("consolidate", ["a"], ["a"]),
         ("consolidate", ["output=b", "checkpoint=a"], ["a", "b"]),
+        ("consolidate", ["a", "output=null"], ["a"]),
+        ("import", ["a", "b", "separator=null", "missing_bytes=null"], ["a", "b"]),
     ],
 )
 def test_words_become_the_arguments_of_a_tool(command, words, arguments):

@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from longmix.command_line.words import Word
 from longmix.composing import as_words, composed
 from longmix.config import Node, resolved
 from longmix.data.tokens.tokenizers import Tokenizer
@@ -18,7 +19,7 @@ from longmix.errors import ConfigError
 from longmix.files import free_folder
 from longmix.invocation import Invocation
 from longmix.model.backbone import LanguageModel
-from longmix.naming import RUNS
+from longmix.naming import RUNS, check_name
 from longmix.notices import begin_run
 from longmix.restore import Restored, restore
 
@@ -55,8 +56,8 @@ def train(words: Words = (), folder: str | Path | None = None) -> Run:
         words: what follows `longmix train`, as a list, `["mixer=flash", "seq_len=64"]`, or as a mapping,
             `{"mixer": "flash", "seq_len": 64}`, in which `{"mixer": {"_target_": "my_package.MyMixer"}}` stands for a
             choice of one's own; or a whole configuration, such as the content of a run's `config.yaml`.
-        folder: where the run goes; without, one of its own below `runs/`. With the word `resume=auto` a run that is
-            there goes on.
+        folder: where the run goes; without, `runs/NAME` for the word `name=NAME`, else one of its own below `runs/`.
+            With the word `resume=auto` a run that is there goes on.
 
     Raises:
         ConfigError: an unknown or impossible word, or a folder that holds a run already.
@@ -70,11 +71,17 @@ def train(words: Words = (), folder: str | Path | None = None) -> Run:
 
     begin_run()
     node, given, choices = _configuration(words)
-    place = free_folder(Path(RUNS, _clock_name(node, choices))) if folder is None else Path(folder)
+    is_named = any(Word.read(word).name == "name" for word in given)
+    if is_named:
+        check_name(node["name"])
+    if folder is None:
+        place = Path(RUNS, node["name"]) if is_named else free_folder(Path(RUNS, _clock_name(node, choices)))
+    else:
+        place = Path(folder)
     place = place.absolute()
-    node["name"] = next((node["name"] for word in given if word.startswith("name=")), place.name)
+    node["name"] = node["name"] if is_named else place.name
     place.mkdir(parents=True, exist_ok=True)
-    invocation = Invocation(place, tuple(given), choices, named=folder is not None)
+    invocation = Invocation(place, tuple(given), choices, named=is_named or folder is not None)
     try:
         with allocation_errors("training", "make seq_len, batch_size or the model smaller."):
             summary = run(OmegaConf.create(node), invocation)

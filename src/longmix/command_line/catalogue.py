@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from longmix.errors import ConfigError
-from longmix.wording import nearest
+from longmix.wording import did_you_mean, nearest
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,15 @@ class Command:
         options, alone = [], []
         for argument in given:
             found = re.fullmatch(r"(\w+)=(.*)", argument, re.DOTALL)
+            if found and found[1] in known and found[2] == known[found[1]].default == "null":
+                continue
             if found and found[1] in places:
                 places[found[1]] = _listed(found[2]) if known[found[1]].many else [found[2]]
             elif found and found[1] in known:
                 options += _option(known[found[1]], found[2])
             elif found and not argument.startswith("-") and not any(known[name].many for name in places):
-                close = nearest(found[1], known)
-                hint = f" Did you mean {close}?" if close else ""
-                raise ConfigError(f"unknown word {found[1]}.{hint} Words are: {', '.join(known)}.")
+                meant = did_you_mean(nearest(found[1], known))
+                raise ConfigError(f"unknown word {found[1]}.{meant} Words are: {', '.join(known)}.")
             else:
                 alone.append(argument)
         return [*self._placed(places, alone), *options]
