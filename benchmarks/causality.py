@@ -1,10 +1,10 @@
 """Whether any mixer lets later tokens change earlier ones: `python -m benchmarks.causality`.
 
 Every mixer of `configs/mixer`, all causal modes of routing, and three controls that leak, each as a model of two layers
-(`longmix.analysis.scale`). It is trained on independent, evenly distributed tokens in short rows, where a causal model
-cannot get below the entropy; then its weights are audited in longer rows, in float64: later tokens, or other documents,
-are changed, and no earlier output may be. The controls show what the probes see of a selection by ranks, and what a
-mean over the whole row gives away.
+(`longmix.analysis.causality.scale_model`). It is trained on independent, evenly distributed tokens in short rows, where
+a causal model cannot get below the entropy; then its weights are audited in longer rows, in float64: later tokens, or
+other documents, are changed, and no earlier output may be. The controls show what the probes see of a selection by
+ranks, and what a mean over the whole row gives away.
 """
 
 import argparse
@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from benchmarks import results
 from benchmarks.command import RESULTS, Parser, positive, progress
 from longmix import cli
-from longmix.analysis.causality import EntropyFinding, Finding, audit, entropy_test, model_function
-from longmix.analysis.scale import scale_model
-from longmix.analysis.task import CHANGES_HEIGHT, draw_changes
+from longmix.analysis.causality import EntropyFinding, Finding, audit, entropy_test, model_function, scale_model
 from longmix.config import Node
+from longmix.evaluation.tasks.causality import CHANGES_HEIGHT, draw_changes
 from longmix.files import replace_text
 from longmix.mixers.parts.base import Mixer, MixerOutput, ModelShape
 from longmix.mixers.parts.routing_modes import CAUSAL, LEAKY

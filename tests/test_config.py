@@ -44,7 +44,7 @@ SUPPLIED = {
     "model": {"mixer_factory", "vocab_size"},
     "optimizer": {"parameters"},
     "schedule": set(),
-    "task": {"subject"},
+    "task": set(),
     "tokenizer": set(),
     "trainer": set(),
 }

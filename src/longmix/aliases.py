@@ -10,6 +10,7 @@ DEEPEST = 50
 """Levels of a configuration that are looked through; ours have about ten."""
 
 PARTS = "longmix.mixers.parts"
+TASKS = "longmix.evaluation.tasks"
 
 
 def _head_decay(node: dict[str, Any]) -> str:
@@ -34,8 +35,17 @@ CLASSES = {
     "longmix.mixers.sparse_flash.DropAttention": "longmix.mixers.sparse_flash_drop.SparseFlashDrop",
     "longmix.data.corpora.Sotu": "longmix.data.corpora.sotu.Sotu",
     "longmix.data.corpora.HubDataset": "longmix.data.corpora.hub.HubDataset",
+    "longmix.analysis.attention.attention": f"{TASKS}.attention.Attention",
+    "longmix.analysis.decode_cost.decode_cost": f"{TASKS}.decode_cost.DecodeCost",
+    "longmix.analysis.states.states": f"{TASKS}.states.States",
+    "longmix.analysis.task.causality": f"{TASKS}.causality.Causality",
+    "longmix.evaluation.accuracy.accuracy": f"{TASKS}.accuracy.Accuracy",
+    "longmix.evaluation.by_position.loss_by_position": f"{TASKS}.loss.Loss",
+    "longmix.evaluation.context_lengths.context_lengths": f"{TASKS}.context_lengths.ContextLengths",
+    "longmix.evaluation.lm_eval.lm_eval": f"{TASKS}.lm_eval.LMEval",
+    "longmix.evaluation.needle.needle": f"{TASKS}.needle.Needle",
 }
-"""Old path of a class, and its path now."""
+"""Old path of a class, or of the function that it was, and its path now."""
 
 MODULES = {
     "longmix.data.corpora": "longmix.data.corpora.files",

@@ -31,7 +31,7 @@ def train(config: DictConfig) -> float | None:
 @cli.entry_point
 def evaluate(config: DictConfig) -> None:
     """Rebuild the model from the checkpoint alone, or one after the other those of a sweep, then run the tasks."""
-    from longmix.evaluation.sweep import evaluate_all
+    from longmix.evaluation.run import evaluate_all
 
     evaluate_all(config)
 

@@ -10,8 +10,6 @@ import torch
 from matplotlib import image
 from rich.console import Console
 
-from longmix.analysis.attention import COLUMNS, _analysed, _table, analyse
-from longmix.analysis.attention_figures import CELLS, LayerMaps, draw_comparison, draw_map, draw_model, evenly, shrunk
 from longmix.analysis.attention_statistics import (
     AttentionStatistics,
     by_distance,
@@ -21,6 +19,16 @@ from longmix.analysis.attention_statistics import (
 )
 from longmix.errors import ConfigError
 from longmix.evaluation.run import evaluate
+from longmix.evaluation.tasks.attention import COLUMNS, _analysed, _table, analyse
+from longmix.evaluation.tasks.attention_figures import (
+    CELLS,
+    LayerMaps,
+    draw_comparison,
+    draw_map,
+    draw_model,
+    evenly,
+    shrunk,
+)
 from longmix.model.backbone import LanguageModel
 from longmix.model.blocks import SwiGLU
 from longmix.reporting.plots import new_figure

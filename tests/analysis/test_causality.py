@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from longmix.analysis.causality import audit, entropy_test, mixer_function, model_function
-from longmix.analysis.scale import scale_model
+from longmix.analysis.causality import audit, entropy_test, mixer_function, model_function, scale_model
 from longmix.checkpoints import find_checkpoint
 from longmix.config import resolved
 from longmix.errors import ConfigError

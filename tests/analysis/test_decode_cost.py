@@ -9,9 +9,9 @@ from matplotlib import image
 
 from longmix.accelerators import ACCELERATORS
 from longmix.analysis.cost_model import StepCost, first_context, intensity, step_cost
-from longmix.analysis.decode_cost import measure, with_flash
 from longmix.errors import ConfigError
 from longmix.evaluation.run import evaluate
+from longmix.evaluation.tasks.decode_cost import measure, with_flash
 from longmix.generation.session import Session
 from longmix.mixers.parts.recurrent import RecurrentMixer
 from longmix.mixers.parts.states import held_bytes

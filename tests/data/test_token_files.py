@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from list_corpus import CodePointTokenizer, ListCorpus, random_text
 
-from longmix.data import progress
+from longmix import progress
 from longmix.data.tokens import encoding, preparation, sealed_folder, token_files, tokenize_part
 from longmix.data.tokens.preparation import Preparation, prepare
 from longmix.data.tokens.token_files import TokenFile
@@ -464,7 +464,7 @@ class TestProgressBar:
         monkeypatch.setenv("TERM", "xterm")
         monkeypatch.setattr(sys, "stderr", stream)
         monkeypatch.setattr(progress, "PATIENCE_SECONDS", patience)
-        with progress.progress_bar("tokenising") as advance:
+        with progress.documents_bar("tokenising") as advance:
             advance(3, 2_000_000, 500)
         return stream.getvalue()
 

@@ -11,9 +11,9 @@ from matplotlib import image
 
 from longmix.checkpoints import find_checkpoint, load_checkpoint
 from longmix.errors import ConfigError, DataError
-from longmix.evaluation import context_lengths as module
 from longmix.evaluation import prefill
 from longmix.evaluation.run import evaluate
+from longmix.evaluation.tasks import context_lengths as module
 from longmix.model.build import model_from_checkpoint
 
 SEPARATOR = 256

@@ -47,7 +47,7 @@ def run_folder(run_training, tmp_path_factory) -> Path:
 @pytest.fixture
 def harness_model(run_folder, tmp_path):
     def make(max_length: int = TRAINED, batch_size: int | None = None):
-        from longmix.evaluation.harness import HarnessModel
+        from longmix.evaluation.tasks.harness import HarnessModel
 
         words = {"checkpoint": str(run_folder), "states": None, "device": "cpu", "precision": "auto", "trust": []}
         subject = Subject(restore(words), None, {"batch_size": batch_size}, tmp_path / "results")

@@ -19,9 +19,9 @@ from longmix.data.tokens.token_files import TokenFile
 from longmix.data.tokens.tokenizers import BpeTokenizer, ByteTokenizer, Tokenizer
 from longmix.errors import ConfigError, DataError
 from longmix.evaluation import prefill
-from longmix.evaluation.needle import needle
 from longmix.evaluation.run import evaluate
 from longmix.evaluation.subject import Subject
+from longmix.evaluation.tasks.needle import Needle
 from longmix.model.backbone import ModelOutput
 from longmix.model.build import model_from_checkpoint
 from longmix.reporting.evaluations import read_evaluations
@@ -158,7 +158,7 @@ def of_recaller(model: Recaller, folder: Path, tmp_path: Path, lengths: list[int
     data = SimpleNamespace(tokenizer=ByteTokenizer(), token_file={"validation": text}.get)
     words = {"split": "validation", "seq_len": lengths, "batch_size": 3, "max_tokens": None}
     subject = Unsaved(restored, data, words, tmp_path / "results")
-    return needle(subject, [1], DEPTHS, needles=2, seed=0, statement=STATEMENT, question=QUESTION)
+    return Needle([1], DEPTHS, needles=2, seed=0, statement=STATEMENT, question=QUESTION).run(subject)
 
 
 class Unsaved(Subject):

@@ -5,8 +5,8 @@ import torch
 
 from longmix.batch import IGNORE_INDEX, Batch
 from longmix.evaluation.loss import evaluate_loss
-from longmix.evaluation.prefixes import prefix_ends, prefixes_alone, rows_whole
 from longmix.evaluation.statistics import LossStatistics
+from longmix.evaluation.tasks.loss import prefix_ends, prefixes_alone, rows_whole
 from longmix.mixers.routing import Routing
 from longmix.model.backbone import LanguageModel
 

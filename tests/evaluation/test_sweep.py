@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from longmix.errors import CheckpointError, ConfigError, LongmixError
-from longmix.evaluation.sweep import evaluate_all, runs_below
+from longmix.evaluation.run import evaluate_all, runs_below
 
 
 @pytest.fixture(scope="module")

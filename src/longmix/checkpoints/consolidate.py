@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from longmix.checkpoints.load import WHOLE, load_checkpoint
-from longmix.checkpoints.progress import bytes_bar
 from longmix.checkpoints.reading import INFO_FILE, read_info
 from longmix.checkpoints.whole import write_whole
 from longmix.errors import ConfigError
 from longmix.files import atomic_directory, write_json
+from longmix.progress import bytes_bar
 
 
 def consolidate(checkpoint: Path | str, target: Path | str) -> None:

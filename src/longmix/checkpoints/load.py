@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any, Union
 
 import torch
 
-from longmix.checkpoints.progress import bytes_bar
 from longmix.checkpoints.reading import as_state, cure, read_info, reading
 from longmix.checkpoints.tensors import join
 from longmix.checkpoints.whole import WholeCheckpoint, read_whole
 from longmix.distributed.agreement import Processes
 from longmix.errors import CheckpointError
+from longmix.progress import bytes_bar
 from longmix.reading import shortened
 
 if TYPE_CHECKING:  # it imports torch.distributed.tensor, which takes a second

@@ -18,7 +18,6 @@ from torch.distributed.checkpoint.planner import ReadItem, SavePlan, TensorWrite
 
 from longmix.checkpoints.metadata import FILE as METADATA_FILE
 from longmix.checkpoints.metadata import read_metadata
-from longmix.checkpoints.progress import Advance, silent
 from longmix.checkpoints.reading import (
     INFO_FILE,
     Facts,
@@ -34,6 +33,7 @@ from longmix.checkpoints.tensor_files import check_archive
 from longmix.checkpoints.tensors import Name, Piece
 from longmix.distributed.agreement import Processes
 from longmix.errors import CheckpointError
+from longmix.progress import Advance, silent
 
 RUN_FILE = "run.pt"
 

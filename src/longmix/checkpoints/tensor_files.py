@@ -15,10 +15,10 @@ from typing import Any, BinaryIO
 
 import torch
 
-from longmix.checkpoints.progress import Advance, silent
 from longmix.checkpoints.reading import reading
 from longmix.errors import CheckpointError
 from longmix.files import HASH_CHUNK_BYTES, replace_file
+from longmix.progress import Advance, silent
 from longmix.reading import require_regular, shortened
 
 TAG = b"longmix sha256 "

@@ -1,23 +1,28 @@
-"""`evaluate(config)`: from a checkpoint's folder to tables, JSON files and pictures."""
+"""`evaluate(config)`: from a checkpoint's folder to tables, JSON files and pictures; `evaluate_all`: from a sweep's."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 
 from longmix import config as configuration
 from longmix.allocation import allocation_errors
+from longmix.checkpoints import CheckpointStore, chosen_checkpoint, find_checkpoint
+from longmix.checkpoints.last import LAST
 from longmix.config import Node, build
 from longmix.data.datamodule import TokenData
 from longmix.data.synthetic.base import SyntheticData
 from longmix.data.tokens.tokenizers import NumberTokenizer
-from longmix.errors import ConfigError, Interrupted, LongmixError, ProcessLost
+from longmix.errors import CheckpointError, ConfigError, Interrupted, LongmixError, ProcessLost, settings_at
 from longmix.evaluation.provenance import is_own
 from longmix.evaluation.subject import Subject
+from longmix.evaluation.tasks.base import Task
 from longmix.model.backbone import LanguageModel
+from longmix.notices import begin_run
 from longmix.printable import LINES, printable
 from longmix.restore import Restored, restore
 from longmix.trust import checked_data
@@ -40,7 +45,7 @@ def evaluate(config: DictConfig, restored: Restored | None = None) -> dict[str, 
     """
     words = configuration.resolved(config)
     configuration.check_keys(words, configuration.EvaluateConfig)
-    tasks = _checked_tasks(words["task"])
+    tasks = _built_tasks(words["task"])
     _check_numbers(words)
     restored = restored or restore(words)
     home = _home(restored.checkpoint) if words["states"] is None else _folder(Path(words["states"]))
@@ -51,10 +56,10 @@ def evaluate(config: DictConfig, restored: Restored | None = None) -> dict[str, 
     errors: list[LongmixError] = []
     for name, task in tasks.items():
         try:
-            with _memory_errors(name):
-                if not _takes_leaky(task):
+            with _memory_errors(name), settings_at(f"task.{name}", task.usual_place):
+                if not task.takes_leaky:
                     _refuse_leaky(restored.model)
-                reports[name] = build(task, f"task.{name}", subject=subject)
+                reports[name] = task.run(subject)
         except (Interrupted, ProcessLost):
             raise
         except LongmixError as error:
@@ -65,6 +70,59 @@ def evaluate(config: DictConfig, restored: Restored | None = None) -> dict[str, 
     if errors:
         raise _of_several(errors, f"{len(errors)} of {len(tasks)} tasks failed; each said why above.")
     return reports
+
+
+def evaluate_all(config: DictConfig) -> dict[Path, dict[str, Any]]:
+    """Evaluate a checkpoint, or every run below a folder that is none itself, one after the other.
+
+    A run that is refused does not keep the others from being evaluated.
+
+    Returns:
+        What `evaluate` returned, by the folder that it was given.
+
+    Raises:
+        LongmixError: see `evaluate`; and if a run of several was refused.
+    """
+    if OmegaConf.is_missing(config, "checkpoint") or not config.checkpoint:
+        raise ConfigError(
+            "no value was given for: checkpoint. Give the folder of a run, of one of its checkpoints or of a sweep, "
+            "such as checkpoint=runs/NAME; checkpoint=last is the newest run."
+        )
+    if config.checkpoint == LAST:
+        chosen = {"checkpoint": str(chosen_checkpoint(LAST))}
+        config = cast(DictConfig, OmegaConf.merge(config, chosen))
+    folder = Path(config.checkpoint)
+    runs = runs_below(folder)
+    if not runs:
+        return {folder: evaluate(config)}
+    for word in ("output", "states"):
+        if config[word] is not None:
+            raise ConfigError(f"{word}={config[word]} is of one run, and {folder} holds {len(runs)}; leave it out.")
+    reports = {}
+    for number, run in enumerate(runs, start=1):
+        begin_run()
+        words = f"{number} of {len(runs)}: {printable(run)}"
+        Console().print(words, highlight=False, markup=False, soft_wrap=True)
+        try:
+            reports[run] = evaluate(cast(DictConfig, OmegaConf.merge(config, {"checkpoint": str(run)})))
+        except (Interrupted, ProcessLost):
+            raise
+        except LongmixError as error:
+            print(f"{type(error).__name__}: {printable(error, keep=LINES)}", file=sys.stderr)
+    if len(reports) < len(runs):
+        failed = f"{len(runs) - len(reports)} of {len(runs)} runs"
+        raise LongmixError(f"{failed} were not evaluated, or not by every task; each said why above.")
+    return reports
+
+
+def runs_below(folder: Path) -> list[Path]:
+    """The runs with a checkpoint anywhere below a folder; none if it means a checkpoint itself, or does not exist."""
+    try:
+        find_checkpoint(folder)
+    except CheckpointError:
+        stores = sorted(folder.rglob("checkpoints"))
+        return [store.parent for store in stores if CheckpointStore(store).latest() is not None]
+    return []
 
 
 def _of_several(errors: list[LongmixError], message: str) -> LongmixError:
@@ -111,13 +169,13 @@ def _data(words: Node, restored: Restored) -> TokenData:
     return data
 
 
-def _checked_tasks(tasks: Any) -> dict[str, Node]:
-    """The tasks by name; every one is checked before the first begins."""
-    if not isinstance(tasks, dict) or not tasks or "_target_" in tasks:
-        raise ConfigError(f"task={tasks!r} is no task; give one or several, such as task=[loss,accuracy].")
-    for name, task in tasks.items():
-        configuration.check(task, f"task.{name}", {"subject"})
-    return tasks
+def _built_tasks(nodes: Any) -> dict[str, Task]:
+    """The tasks by name; every one is checked and built before the first begins."""
+    if not isinstance(nodes, dict) or not nodes or "_target_" in nodes:
+        raise ConfigError(f"task={nodes!r} is no task; give one or several, such as task=[loss,accuracy].")
+    for name, node in nodes.items():
+        configuration.check(node, f"task.{name}", set(), Task)
+    return {name: build(node, f"task.{name}") for name, node in nodes.items()}
 
 
 def _home(checkpoint: Path) -> Path:
@@ -126,12 +184,6 @@ def _home(checkpoint: Path) -> Path:
 
 def _folder(path: Path) -> Path:
     return path if path.is_dir() else path.parent
-
-
-def _takes_leaky(task: Node) -> bool:
-    """Whether a task's figures are right of a model in which later tokens change earlier outputs; settings may say."""
-    takes = getattr(configuration.locate(task["_target_"], "task"), "takes_leaky", False)
-    return takes(task) if callable(takes) else takes
 
 
 def _refuse_leaky(model: LanguageModel) -> None:

@@ -1,14 +1,12 @@
 """What a task of `evaluate.py` is given: the model, data, the words of the command line, and a place for results."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import track
 
 from longmix.batch import Batch
 from longmix.config import Node
@@ -21,6 +19,7 @@ from longmix.evaluation.statistics import LossStatistics
 from longmix.files import replace_json, storage_errors
 from longmix.model.backbone import LanguageModel
 from longmix.printable import printable
+from longmix.progress import tracked
 from longmix.restore import Restored
 from longmix.wording import counted
 
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TOKENS_AT_ONCE = 16_384
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -172,7 +169,7 @@ class Subject:
             StorageError: they cannot be written.
         """
         from longmix.reporting.plots import save_figure
-        from longmix.training.run import versions
+        from longmix.versions import versions
 
         facts: dict[str, Any] = provenance.model_facts(self.restored, self.words["states"])
         if of_data:
@@ -187,11 +184,3 @@ class Subject:
             written += f" and {name}.png"
         replace_json(self.output / f"{name}.json", facts | report)
         Console().print(printable(written), highlight=False, markup=False, soft_wrap=True)
-
-
-def tracked(items: Iterable[Item] | Sequence[Item], description: str, total: int | None = None) -> Iterator[Item]:
-    """`items` beneath a progress bar on standard error, where that is a terminal."""
-    terminal = Console(stderr=True)
-    hidden = not terminal.is_terminal
-    shown = escape(printable(description))  # a run's name may stand in it
-    yield from track(items, shown, total=total, console=terminal, transient=True, disable=hidden)

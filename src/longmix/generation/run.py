@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.progress import track
 
 from longmix import config as configuration
 from longmix.allocation import allocation_errors
@@ -25,6 +24,7 @@ from longmix.files import check_replaceable
 from longmix.generation.sampling import Sampling
 from longmix.generation.session import Session
 from longmix.generation.text import Row
+from longmix.progress import tracked
 from longmix.restore import Restored, restore
 from longmix.wording import counted
 
@@ -212,15 +212,7 @@ def _write_on(
 ) -> None:
     """Generate until every row has ended or has `max_tokens`; extends `rows` and `ids`."""
     alone = len(rows) == 1
-    terminal = Console(stderr=True)
-    steps = track(
-        range(max_tokens),
-        counted(len(rows), "row"),
-        console=terminal,
-        transient=True,
-        disable=alone or not shown or not terminal.is_terminal,
-    )
-    for _ in steps:
+    for _ in tracked(range(max_tokens), counted(len(rows), "row"), shown=shown and not alone):
         if all(row.ended for row in rows) or (shown and is_gone(sys.stdout)):
             break
         assert session.logits is not None

@@ -242,7 +242,7 @@ def _line(outcome: Outcome, case: Sequence[str]) -> str:
 
 def _write(path: Path, outcomes: list[Outcome]) -> None:
     from longmix.files import replace_json
-    from longmix.training.run import versions
+    from longmix.versions import versions
 
     records: list[dict[str, Any]] = [dataclasses.asdict(each) | {"error": each.error} for each in outcomes]
     replace_json(path, {"versions": versions(), "cases": records})

@@ -1,20 +1,17 @@
 """`train(config)`: from a configuration to a trained, logged, resumable run."""
 
 import logging
-import platform
 import re
 import sys
 import time
 import warnings
 from collections.abc import Sequence
 from datetime import timedelta
-from importlib import metadata
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 
-import longmix
 from longmix import config as configuration
 from longmix.checkpoints import CheckpointStore, load_checkpoint
 from longmix.command_line.values import hydra_word
@@ -34,6 +31,7 @@ from longmix.model.build import build_model, check_model
 from longmix.model.matching import match_parameters
 from longmix.model.tuned_states_file import STATES_FILE, save_states
 from longmix.naming import RunPlace
+from longmix.progress import ProgressDisplay
 from longmix.startup import seconds_since_begin
 from longmix.training import connection, process_launcher
 from longmix.training.claims import remove_unused
@@ -41,7 +39,6 @@ from longmix.training.hardware import TrainerSettings
 from longmix.training.identity import ORIGIN
 from longmix.training.loggers import NoLog
 from longmix.training.module import TrainingModule
-from longmix.training.progress import ProgressDisplay
 from longmix.training.resume import Start, find_start, start_alone
 from longmix.training.summary import (
     SUMMARY_FILE,
@@ -53,8 +50,7 @@ from longmix.training.summary import (
 )
 from longmix.training.supervisor import Supervisor
 from longmix.training.warm_start import Origin, begin
-
-PACKAGES = ("torch", "triton", "lightning", "hydra-core", "wandb", "tokenizers", "datasets", "numpy")
+from longmix.versions import versions
 
 
 def train(config: DictConfig, invocation: Invocation | None = None) -> dict[str, Any]:
@@ -366,16 +362,3 @@ def strategy_of(settings: TrainerSettings) -> Any:
     if settings.strategy == "ddp":
         return DDPStrategy(timeout=timeout)
     return ModelParallelStrategy(data_parallel_size=settings.world_size, tensor_parallel_size=1, timeout=timeout)
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that matter for repeating a run."""
-    found = {"python": platform.python_version(), "platform": platform.platform(), "longmix": longmix.__version__}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found

@@ -14,9 +14,9 @@ from longmix.data.datamodule import TokenData
 from longmix.files import replace_json
 from longmix.model.backbone import LanguageModel
 from longmix.naming import mixer_word
+from longmix.progress import duration
 from longmix.reporting.summaries import Unfinished, number, read_summary
 from longmix.training.hardware import TrainerSettings
-from longmix.training.progress import duration
 from longmix.wording import counted
 
 if TYPE_CHECKING:

@@ -24,13 +24,13 @@ from longmix.evaluation.loss import evaluate_loss
 from longmix.evaluation.statistics import LossStatistics
 from longmix.metrics import Metrics
 from longmix.mixers.parts.metrics import figures
+from longmix.progress import ProgressDisplay
 from longmix.training import random_state, strategies
 from longmix.training.connection import how_to_continue
 from longmix.training.diagnosis import nonfinite_tensor
 from longmix.training.hardware import peak_flops, peak_memory_bytes, reset_peak_memory
 from longmix.training.loggers import MetricLog
 from longmix.training.module import TrainingModule
-from longmix.training.progress import ProgressDisplay
 from longmix.training.space import checkpoint_bytes, warn_of_space
 from longmix.training.summary import QUALITIES, quality_of, training_flops_per_token
 

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from longmix.data.corpora.corpus import Corpus, check_split, check_unchanged
-from longmix.data.progress import progress_bar
 from longmix.data.tokens.encoding import killed, start_pool
 from longmix.data.tokens.sealed_folder import build_once
 from longmix.data.tokens.token_files import FORMAT_VERSION, OFFSET_DTYPE, OFFSETS, TOKENIZER, TokenFile, shard_name
@@ -24,6 +23,7 @@ from longmix.data.tokens.tokenize_part import COUNTS, Advance, Part, Piece, Work
 from longmix.data.tokens.tokenizers import Tokenizer
 from longmix.errors import ConfigError, DataError
 from longmix.files import sha256_of_json, write_json
+from longmix.progress import documents_bar
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def prepare(
 
 def _fill(folder: Path, work: Work, workers: int, made: list[int]) -> dict[str, Any]:
     """Write shards, offsets, tokenizer; append the tokens of new pieces to `made`; return the rest of the manifest."""
-    with progress_bar(f"tokenising the {work.place}") as advance:
+    with documents_bar(f"tokenising the {work.place}") as advance:
         parts = _make_parts(work, folder, workers, advance)
     check_unchanged(work.corpus)
     pieces = [piece for part in parts for piece in part.pieces]

@@ -12,11 +12,12 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
 from longmix.evaluation.prefill import pieces_of_hidden
-from longmix.evaluation.subject import Subject, tracked
+from longmix.evaluation.subject import Subject
 from longmix.generation.sampling import Sampling
 from longmix.generation.session import Session
 from longmix.generation.text import Row
 from longmix.model.head import IGNORE_INDEX
+from longmix.progress import tracked
 
 logger = logging.getLogger(__name__)
 

@@ -1,5 +1,6 @@
 """`evaluate.py task=context_lengths`: what more context is worth, and how far past its training a model reaches."""
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -14,54 +15,85 @@ from longmix.data.tokens.token_files import TokenFile
 from longmix.errors import ConfigError, DataError
 from longmix.evaluation.prefill import context_lengths_of, last_hidden, pieces_of_hidden, text_of
 from longmix.evaluation.statistics import position_buckets
-from longmix.evaluation.subject import Subject, tracked
+from longmix.evaluation.subject import Subject
+from longmix.evaluation.tasks.base import Answer, Task
 from longmix.model.head import token_losses
+from longmix.progress import tracked
 from longmix.reporting.plots import draw_curves, draw_trained, drawing, new_figure
 from longmix.wording import counted
 
 
-def context_lengths(subject: Subject, factors: list[float], scored: int | None = None) -> dict[str, Any]:
+class ContextLengths(Task):
     """Loss of the same tokens after contexts of several lengths, and loss by position in long documents.
 
     The documents of the split that are longer than the longest context are cut into windows of that length. Of each
     window the last `scored` tokens are predicted, once for every length: a context of length L is the last L tokens of
     the window, so a target has between L - scored and L - 1 tokens before the one that predicts it. Then the same
-    documents are read from their start, and every token up to the longest length is predicted.
+    documents are read from their start, and every token up to the longest length is predicted. The word `max_tokens`
+    bounds the tokens read at the longest length.
 
     Args:
-        subject: what to evaluate; its word `max_tokens` bounds the tokens read at the longest length.
         factors: lengths as multiples of the trained one; the word `seq_len` gives them in tokens instead. A length that
             no document reaches is left out, and it is said so.
         scored: targets at the end of each window; None takes half of the shortest length.
-
-    Returns:
-        `{"split", "step", "trained_seq_len", "precision", "scored", "windows", "documents", "lengths": {seq_len: {loss,
-        perplexity, bits_per_byte, tokens, bytes}}, "by_position": [{start, end, loss, tokens, beyond_trained}]}`
-
-    Raises:
-        ConfigError: impossible lengths, more targets than the shortest length has, or data that are no text.
-        DataError: no document is longer than the shortest length.
     """
-    asked = context_lengths_of(subject, factors, "task.context_lengths.factors")
-    text = text_of(subject, "context_lengths")
-    lengths = _reached(asked, text, subject.split)
-    scored = max(1, lengths[0] // 2) if scored is None else scored
-    if not 1 <= scored <= lengths[0]:
-        raise ConfigError(f"task.context_lengths.scored={scored} must be from 1 to the shortest length, {lengths[0]}.")
-    windows, documents = _windows(text, lengths[-1], subject.words["max_tokens"])
-    results = {length: _after_context(subject, text, windows + lengths[-1], length, scored) for length in lengths}
-    report = {
-        **subject.heading(),
-        "scored": scored,
-        "windows": len(windows),
-        "documents": len(documents),
-        "lengths": results,
-        "by_position": _inside_documents(subject, text, documents, lengths[-1]),
-    }
-    _print(report)
-    settings = {"lengths": lengths, "scored": scored, "max_tokens": subject.words["max_tokens"]}
-    subject.save("context_lengths", report, _drawn(report), settings)
-    return report
+
+    name = "context_lengths"
+
+    def __init__(self, factors: list[float], scored: int | None = None) -> None:
+        self.factors, self.scored = factors, scored
+
+    def ask(self, subject: Subject) -> Answer:
+        """Score the same targets after each length, and documents from their start.
+
+        Returns:
+            `{"split", "step", "trained_seq_len", "precision", "scored", "windows", "documents", "lengths": {seq_len:
+            {loss, perplexity, bits_per_byte, tokens, bytes}}, "by_position": [{start, end, loss, tokens,
+            beyond_trained}]}`
+
+        Raises:
+            ConfigError: impossible lengths, more targets than the shortest length has, or data that are no text.
+            DataError: no document is longer than the shortest length.
+        """
+        asked = context_lengths_of(subject, self.factors, "task.factors")
+        text = text_of(subject, "context_lengths")
+        lengths = _reached(asked, text, subject.split)
+        scored = max(1, lengths[0] // 2) if self.scored is None else self.scored
+        if not 1 <= scored <= lengths[0]:
+            raise ConfigError(f"task.scored={scored} must be from 1 to the shortest length, {lengths[0]}.")
+        max_tokens = subject.words["max_tokens"]
+        windows, documents = _windows(text, lengths[-1], max_tokens)
+        results = {length: _after_context(subject, text, windows + lengths[-1], length, scored) for length in lengths}
+        report = {
+            **subject.heading(),
+            "scored": scored,
+            "windows": len(windows),
+            "documents": len(documents),
+            "lengths": results,
+            "by_position": _inside_documents(subject, text, documents, lengths[-1]),
+        }
+        return Answer(report, {"lengths": lengths, "scored": scored, "max_tokens": max_tokens})
+
+    def tables(self, answer: Answer) -> Iterator[Table]:
+        """Figures after each length, and losses by position."""
+        yield _length_table(answer.report)
+        yield _position_table(answer.report)
+
+    @drawing()
+    def figure(self, answer: Answer) -> Figure:
+        """Loss by length of the context, and by position in documents."""
+        report = answer.report
+        figure, (by_length, by_position) = new_figure(2)
+        lengths, rows = report["lengths"], report["by_position"]
+        curve = {"loss": (list(lengths), [result["loss"] for result in lengths.values()])}
+        title = f"{report['split']}: the same targets"
+        draw_curves(by_length, curve, title=title, x_label="tokens of context", y_label="nats", log_x=True)
+        curve = {"loss": ([row["end"] for row in rows], [row["loss"] for row in rows])}
+        title, x_label = f"{counted(report['documents'], 'document')} from the start", "position in the document, up to"
+        draw_curves(by_position, curve, title=title, x_label=x_label, y_label="nats", log_x=True)
+        for axes in (by_length, by_position):
+            draw_trained(axes, report["trained_seq_len"])
+        return figure
 
 
 def _reached(asked: list[int], text: TokenFile, split: str) -> list[int]:
@@ -139,40 +171,26 @@ def _inside_documents(subject: Subject, text: TokenFile, starts: np.ndarray, len
     return [row | {"beyond_trained": row["start"] >= trained} for row in rows]
 
 
-def _print(report: dict[str, Any]) -> None:
-    console, trained = Console(), report["trained_seq_len"]
-    lengths = Table(
+def _length_table(report: dict[str, Any]) -> Table:
+    table = Table(
         title=f"{report['split']} split: the same {counted(report['scored'], 'token')} of "
         f"{counted(report['windows'], 'window')}"
     )
     for column in ("context", "of trained", "loss", "perplexity", "bits/byte", "targets"):
-        lengths.add_column(column, justify="right")
+        table.add_column(column, justify="right")
     for length, result in report["lengths"].items():
         figures = (result["loss"], result["perplexity"], result["bits_per_byte"])
-        share = f"{length / trained:g}x"
-        lengths.add_row(f"{length:,}", share, *(f"{figure:.4f}" for figure in figures), f"{result['tokens']:,}")
-    console.print(lengths)
-    positions = Table(
-        title=f"loss by position in {counted(report['documents'], 'document')}; * beyond the trained length"
-    )
-    positions.add_column("position", justify="right")
-    positions.add_column("nats per token", justify="right")
+        share = f"{length / report['trained_seq_len']:g}x"
+        table.add_row(f"{length:,}", share, *(f"{figure:.4f}" for figure in figures), f"{result['tokens']:,}")
+    return table
+
+
+def _position_table(report: dict[str, Any]) -> Table:
+    documents = counted(report["documents"], "document")
+    table = Table(title=f"loss by position in {documents}; * beyond the trained length")
+    table.add_column("position", justify="right")
+    table.add_column("nats per token", justify="right")
     for row in report["by_position"]:
         mark = " *" if row["beyond_trained"] else ""
-        positions.add_row(f"{row['start']}-{row['end'] - 1}{mark}", f"{row['loss']:.4f}")
-    console.print(positions)
-
-
-@drawing()
-def _drawn(report: dict[str, Any]) -> Figure:
-    figure, (by_length, by_position) = new_figure(2)
-    lengths, rows = report["lengths"], report["by_position"]
-    curve = {"loss": (list(lengths), [result["loss"] for result in lengths.values()])}
-    title = f"{report['split']}: the same targets"
-    draw_curves(by_length, curve, title=title, x_label="tokens of context", y_label="nats", log_x=True)
-    curve = {"loss": ([row["end"] for row in rows], [row["loss"] for row in rows])}
-    title, x_label = f"{counted(report['documents'], 'document')} from the start", "position in the document, up to"
-    draw_curves(by_position, curve, title=title, x_label=x_label, y_label="nats", log_x=True)
-    for axes in (by_length, by_position):
-        draw_trained(axes, report["trained_seq_len"])
-    return figure
+        table.add_row(f"{row['start']}-{row['end'] - 1}{mark}", f"{row['loss']:.4f}")
+    return table

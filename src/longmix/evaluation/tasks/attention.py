@@ -1,24 +1,26 @@
 """`evaluate.py task=attention`: the effective attention of every layer and head, of one checkpoint or several."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
+from matplotlib.figure import Figure
 from rich.markup import escape
 from rich.table import Table
 
-from longmix.analysis.attention_figures import LayerMaps, draw_comparison, draw_model, shrunk
 from longmix.analysis.attention_statistics import AttentionStatistics, signed_shares
 from longmix.analysis.effective_attention import layer_inputs, mixing
 from longmix.batch import Batch
 from longmix.errors import ConfigError
 from longmix.evaluation.loss import to_device
 from longmix.evaluation.provenance import model_facts
-from longmix.evaluation.subject import Subject, tracked
+from longmix.evaluation.subject import Subject
+from longmix.evaluation.tasks.attention_figures import LayerMaps, draw_comparison, draw_model, shrunk
+from longmix.evaluation.tasks.base import Answer, Task
 from longmix.model.backbone import LanguageModel
 from longmix.printable import printable
+from longmix.progress import tracked
 from longmix.restore import Restored, restore
 
 USUAL_LENGTH, MOST_TOKENS = 1024, 8192
@@ -37,52 +39,84 @@ COLUMNS = {
 """Statistics in the table: heading and format."""
 
 
-def attention(
-    subject: Subject, length: int | None = None, windows: int = 4, others: list[str] | None = None
-) -> dict[str, Any]:
+class Attention(Task):
     """Effective attention over windows of the split: statistics of each head, and heat maps of the first window.
 
     Args:
-        subject: what to analyse.
         length: tokens of a window; None takes those of training, but at most 1024.
         windows: how many windows, evenly spread over the split.
         others: further checkpoints with the same tokenizer, or their runs, to show beside it on the same windows.
 
-    Returns:
-        `{"split", "length", "windows", "models": {name: {"step", "layers": [{"mixer", "heads": [statistics]}]}}}`; see
-        `AttentionStatistics.summary` for the statistics.
-
     Raises:
-        ConfigError: an impossible number, a mixer whose values are not known, another tokenizer.
-        CheckpointError: there is no such other checkpoint.
-        DataError: the split has fewer tokens than `length`.
+        ConfigError: an impossible number.
     """
-    length = min(subject.trained_seq_len, USUAL_LENGTH) if length is None else length
-    if not 2 <= length <= MOST_TOKENS:
-        raise ConfigError(f"task.attention.length={length} must be from 2 to {MOST_TOKENS}; matrices have its square.")
-    if not 1 <= windows <= MOST_WINDOWS:
-        raise ConfigError(f"task.attention.windows={windows} must be from 1 to {MOST_WINDOWS}.")
-    subject.check_length(length, "task.attention.length")
-    models = {_name(subject.restored, {}): subject.restored}
-    for path in others or []:
-        other = _restored(subject, path)
-        models[_name(other, models)] = other
-    batches = list(subject.data.evaluation_loader(subject.split, length, 1, windows * length))
-    layers = {name: _analysed(name, restored, batches) for name, restored in models.items()}
-    reports = {name: _reported(restored, layers[name]) for name, restored in models.items()}
-    report = {"split": subject.split, "length": length, "windows": len(batches), "models": reports}
-    for name, of_model in layers.items():
-        Console().print(_table(name, of_model))
-    first = next(iter(models))
-    settings: dict[str, Any] = {"length": length, "windows": windows}
-    title = f"effective attention of {first}\nsigned shares of each row, {length} tokens of {subject.split}"
-    own = {**report, "models": {first: reports[first]}}
-    subject.save("attention", own, draw_model(layers[first], length, title), settings)
-    if len(models) > 1:
-        title = f"effective attention, mean over heads\nthe same {length} tokens of {subject.split}"
-        settings["others"] = [model_facts(restored, None)["weights"] for restored in list(models.values())[1:]]
-        subject.save("attention_comparison", report, draw_comparison(dict(layers), length, title), settings)
-    return report
+
+    name = "attention"
+
+    def __init__(self, length: int | None = None, windows: int = 4, others: list[str] | None = None) -> None:
+        if length is not None and not 2 <= length <= MOST_TOKENS:
+            raise ConfigError(f"task.length={length} must be from 2 to {MOST_TOKENS}; matrices have its square.")
+        if not 1 <= windows <= MOST_WINDOWS:
+            raise ConfigError(f"task.windows={windows} must be from 1 to {MOST_WINDOWS}.")
+        self.length, self.windows, self.others = length, windows, others or []
+
+    def ask(self, subject: Subject) -> Answer:
+        """Analyse the model, and the others on the same windows.
+
+        Returns:
+            `{"split", "length", "windows", "models": {name: {"step", "layers": [{"mixer", "heads": [statistics]}]}}}`;
+            see `AttentionStatistics.summary` for the statistics.
+
+        Raises:
+            ConfigError: a mixer whose values are not known, another tokenizer, windows of one token.
+            CheckpointError: there is no such other checkpoint.
+            DataError: the split has fewer tokens than `length`.
+        """
+        length = min(subject.trained_seq_len, USUAL_LENGTH) if self.length is None else self.length
+        if length < 2:
+            raise ConfigError(f"the model was trained on windows of {length} token; give task.length from 2 on.")
+        subject.check_length(length, "task.length")
+        models = {_name(subject.restored, {}): subject.restored}
+        for path in self.others:
+            other = _restored(subject, path)
+            models[_name(other, models)] = other
+        batches = list(subject.data.evaluation_loader(subject.split, length, 1, self.windows * length))
+        layers = {name: _analysed(name, restored, batches) for name, restored in models.items()}
+        reports = {name: _reported(restored, layers[name]) for name, restored in models.items()}
+        report = {"split": subject.split, "length": length, "windows": len(batches), "models": reports}
+        return Answer(report, {"length": length, "windows": self.windows}, shown=Shown(layers, list(models.values())))
+
+    def tables(self, answer: Answer) -> Iterator[Table]:
+        """Statistics of every head, model by model."""
+        for name, layers in answer.shown.layers.items():
+            yield _table(name, layers)
+
+    def figure(self, answer: Answer) -> Figure:
+        """Heat maps of the subject's heads."""
+        (name, layers), length = next(iter(answer.shown.layers.items())), answer.report["length"]
+        split = answer.report["split"]
+        title = f"effective attention of {name}\nsigned shares of each row, {length} tokens of {split}"
+        return draw_model(layers, length, title)
+
+    def save(self, subject: Subject, answer: Answer) -> None:
+        """Write what is the subject's alone, and beside others a comparison of all."""
+        report, shown, settings = answer.report, answer.shown, answer.settings or {}
+        first = next(iter(report["models"]))
+        own = {**report, "models": {first: report["models"][first]}}
+        subject.save(self.name, own, self.figure(answer), settings)
+        if len(shown.models) > 1:
+            length = report["length"]
+            title = f"effective attention, mean over heads\nthe same {length} tokens of {report['split']}"
+            others = [model_facts(restored, None)["weights"] for restored in shown.models[1:]]
+            figure = draw_comparison(dict(shown.layers), length, title)
+            subject.save("attention_comparison", report, figure, {**settings, "others": others})
+
+
+class Shown(NamedTuple):
+    """What the tables and pictures need: the layers of each model by its name, and the models."""
+
+    layers: dict[str, list[LayerMaps]]
+    models: list[Restored]
 
 
 def analyse(model: LanguageModel, batches: Iterable[Batch]) -> list[LayerMaps]:
@@ -117,12 +151,12 @@ def _restored(subject: Subject, path: str) -> Restored:
     other = restore({**subject.words, "checkpoint": path, "states": None})
     if other.state["tokenizer"] != subject.restored.state["tokenizer"]:
         raise ConfigError(
-            f"task.attention.others names {path}, which has another tokenizer than {subject.restored.checkpoint}: "
+            f"task.others names {path}, which has another tokenizer than {subject.restored.checkpoint}: "
             "they cannot read the same windows."
         )
     leaky = [type(mixer).__name__ for mixer in other.model.mixers() if mixer.leaky]
     if leaky:
-        raise ConfigError(f"task.attention.others names {path}, in which later tokens decide what {leaky[0]} computes.")
+        raise ConfigError(f"task.others names {path}, in which later tokens decide what {leaky[0]} computes.")
     return other
 
 

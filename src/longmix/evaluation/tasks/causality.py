@@ -1,4 +1,4 @@
-"""`evaluate.py task=causality`: the audit of a checkpoint's model and of each of its mixers, as table and picture."""
+"""`evaluate.py task=causality`: whether anything later changes anything earlier, in a model and its mixers."""
 
 import copy
 import math
@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
+from matplotlib.figure import Figure
+from rich.console import RenderableType
 from rich.table import Table
 
 from longmix.analysis.causality import (
@@ -18,10 +18,12 @@ from longmix.analysis.causality import (
     entropy_test,
     mixer_function,
     model_function,
+    scale_model,
 )
-from longmix.analysis.scale import scale_model
 from longmix.errors import ConfigError
 from longmix.evaluation.subject import Subject
+from longmix.evaluation.tasks.base import Answer, Task
+from longmix.progress import steps_bar
 from longmix.reporting.plots import AROUND, draw_cells, drawing, new_figure
 
 VOCABULARY = 8
@@ -37,59 +39,76 @@ CHANGES_WIDTH, CHANGES_HEIGHT = 620, 24
 """Points of the picture, and of a line of it."""
 
 
-def causality(subject: Subject, length: int = 96, entropy_length: int = 8, entropy_steps: int = 200) -> dict[str, Any]:
-    """Audit the model and every layer's mixer in float64, and a fresh scale model; train that on unpredictable tokens.
+class Causality(Task):
+    """Audits of the model and every layer's mixer in float64; a fresh scale model trained on unpredictable tokens.
 
     The scale model has the same mixers with smaller windows and blocks (`scale_model`): what selects by content only
     where a row is longer than a window is seen to select there.
 
     Args:
-        subject: what to audit.
         length: tokens of the audited rows.
         entropy_length: tokens of the rows of the training.
         entropy_steps: optimizer steps of the training; 0 leaves it out.
 
-    Returns:
-        `{"causal", "findings": {part: [{probe, change, where, kind}]}, "entropy": {loss, entropy, error} or None}`
-
     Raises:
         ConfigError: fewer than 8 tokens to audit or 2 to train on, or negative steps.
     """
-    for name, number, least in (("length", length, 8), ("entropy_length", entropy_length, 2)):
-        if number < least:
-            raise ConfigError(f"task.causality.{name}={number} must be at least {least}.")
-        if number > MOST_TOKENS:
-            raise ConfigError(f"task.causality.{name}={number} must be at most {MOST_TOKENS}.")
-    if entropy_steps < 0:
-        raise ConfigError(f"task.causality.entropy_steps={entropy_steps} must be at least 0.")
-    console = Console()
-    found = dict(_audited(subject, length))
-    entropy = _trained(subject, entropy_length, entropy_steps) if entropy_steps else None
-    causal = not any(finding.leaks for findings in found.values() for finding in findings)
-    causal = causal and (entropy is None or entropy.passed)
-    report = {
-        "causal": causal,
-        "step": subject.step,
-        "length": length,
-        "entropy_length": entropy_length,
-        "findings": {part: [vars(finding) for finding in findings] for part, findings in found.items()},
-        "entropy": None if entropy is None else vars(entropy),
-    }
-    console.print(_table(found))
-    if entropy is not None:
-        verdict = "not below the entropy" if entropy.passed else "BELOW THE ENTROPY: it learned to use a leak"
-        console.print(
-            f"trained on unpredictable tokens: {entropy.loss:.4f} nats +- {entropy.error:.4f}, entropy "
-            f"{entropy.entropy:.4f}: {verdict}",
-            soft_wrap=True,
-        )
-    console.print("causal: nothing leaks" if causal else "NOT CAUSAL: its loss is not that of a language model")
-    settings = {"length": length, "entropy_length": entropy_length, "entropy_steps": entropy_steps}
-    subject.save("causality", report, _drawn(found), settings, of_data=False)
-    return report
 
+    name = "causality"
+    takes_leaky = True
+    reads_split = False
 
-causality.takes_leaky = True  # type: ignore[attr-defined]
+    def __init__(self, length: int = 96, entropy_length: int = 8, entropy_steps: int = 200) -> None:
+        for name, number, least in (("length", length, 8), ("entropy_length", entropy_length, 2)):
+            if number < least:
+                raise ConfigError(f"task.{name}={number} must be at least {least}.")
+            if number > MOST_TOKENS:
+                raise ConfigError(f"task.{name}={number} must be at most {MOST_TOKENS}.")
+        if entropy_steps < 0:
+            raise ConfigError(f"task.entropy_steps={entropy_steps} must be at least 0.")
+        self.length, self.entropy_length, self.entropy_steps = length, entropy_length, entropy_steps
+
+    def ask(self, subject: Subject) -> Answer:
+        """Probe the model, its mixers and a scale model; train that.
+
+        Returns:
+            `{"causal", "step", "length", "entropy_length", "findings": {part: [{probe, change, where, kind}]},
+            "entropy": {loss, entropy, error} or None}`
+        """
+        found = dict(_audited(subject, self.length))
+        entropy = _trained(subject, self.entropy_length, self.entropy_steps) if self.entropy_steps else None
+        causal = not any(finding.leaks for findings in found.values() for finding in findings)
+        report = {
+            "causal": causal and (entropy is None or entropy.passed),
+            "step": subject.step,
+            "length": self.length,
+            "entropy_length": self.entropy_length,
+            "findings": {part: [vars(finding) for finding in findings] for part, findings in found.items()},
+            "entropy": None if entropy is None else vars(entropy),
+        }
+        lengths = {"length": self.length, "entropy_length": self.entropy_length}
+        return Answer(report, {**lengths, "entropy_steps": self.entropy_steps}, shown=(found, entropy))
+
+    def tables(self, answer: Answer) -> Iterator[RenderableType]:
+        """What each probe found in each part, what training found, and the verdict."""
+        found, entropy = answer.shown
+        yield _table(found)
+        if entropy is not None:
+            verdict = "not below the entropy" if entropy.passed else "BELOW THE ENTROPY: it learned to use a leak"
+            yield (
+                f"trained on unpredictable tokens: {entropy.loss:.4f} nats +- {entropy.error:.4f}, entropy "
+                f"{entropy.entropy:.4f}: {verdict}"
+            )
+        causal = answer.report["causal"]
+        yield "causal: nothing leaks" if causal else "NOT CAUSAL: its loss is not that of a language model"
+
+    @drawing()
+    def figure(self, answer: Answer) -> Figure:
+        """The largest change that each probe found in each part."""
+        found, _ = answer.shown
+        figure, (axes,) = new_figure(1, width=CHANGES_WIDTH, height=CHANGES_HEIGHT * len(found) + AROUND)
+        draw_changes(axes, found)
+        return figure
 
 
 def _audited(subject: Subject, length: int) -> Iterator[tuple[str, list[Finding]]]:
@@ -110,12 +129,9 @@ def _audited(subject: Subject, length: int) -> Iterator[tuple[str, list[Finding]
 def _trained(subject: Subject, length: int, steps: int) -> EntropyFinding:
     torch.manual_seed(0)
     model = scale_model(subject.restored.config, length, VOCABULARY)
-    terminal = Console(stderr=True)
-    with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
-        task = progress.add_task("training on unpredictable tokens", total=steps)
-        rows = max(1, TOKENS_PER_STEP // length)
-        words = {"seq_len": length, "steps": steps, "batch_size": rows}
-        return entropy_test(model, **words, after_step=lambda: progress.advance(task))
+    rows = max(1, TOKENS_PER_STEP // length)
+    with steps_bar("training on unpredictable tokens", steps) as advance:
+        return entropy_test(model, seq_len=length, steps=steps, batch_size=rows, after_step=advance)
 
 
 def _table(found: dict[str, list[Finding]]) -> Table:
@@ -128,13 +144,6 @@ def _table(found: dict[str, list[Finding]]) -> Table:
         kinds = sorted({finding.kind for finding in findings} - {"none"})
         table.add_row(part, *(f"{finding.change:.0e}" for finding in findings), "\n".join(kinds) or "none")
     return table
-
-
-@drawing()
-def _drawn(found: dict[str, list[Finding]]) -> Any:
-    figure, (axes,) = new_figure(1, width=CHANGES_WIDTH, height=CHANGES_HEIGHT * len(found) + AROUND)
-    draw_changes(axes, found)
-    return figure
 
 
 def draw_changes(axes: Any, found: dict[str, list[Finding]]) -> None:

@@ -1,17 +1,19 @@
 """`evaluate.py task=accuracy`: how many targets the model's first choice meets, by context length and position."""
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 import torch
-from rich.console import Console
+from matplotlib.figure import Figure
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
 from longmix.batch import IGNORE_INDEX
-from longmix.evaluation.by_position import drawn_by_position
 from longmix.evaluation.subject import Subject
+from longmix.evaluation.tasks.base import Answer, Task
+from longmix.evaluation.tasks.loss import drawn_by_position
 from longmix.model.head import SLICE_ELEMENTS
 from longmix.printable import printable
 
@@ -19,28 +21,39 @@ BINS = 16
 """Of positions, all equally long."""
 
 
-def accuracy(subject: Subject) -> dict[str, Any]:
-    """Share of targets that the most likely token is, at every context length asked for, overall and by position.
+class Accuracy(Task):
+    """Share of targets that the most likely token is, at every context length asked for, overall and by position."""
 
-    Returns:
-        `{"split", "step", "trained_seq_len", "precision", "data", "lengths": {seq_len: {accuracy, targets,
-        state_bytes, by_position: [{start, end,
-        accuracy, targets}]}}}`; `state_bytes` is what the model remembers of a row in the end.
-    """
-    results = {length: _at_length(subject, length) for length in subject.checked_seq_lens()}
-    name, split = subject.data.label, subject.split
-    report = {**subject.heading(), "data": name, "lengths": results}
-    table = Table(title=escape(printable(f"{name}, {split} split")))
-    for column in ("seq_len", "accuracy", "targets", "state, bytes"):
-        table.add_column(column, justify="right")
-    for length, result in results.items():
-        counts = (f"{result[name]:,}" for name in ("targets", "state_bytes"))
-        table.add_row(f"{length:,}", f"{result['accuracy']:.4f}", *counts)
-    Console().print(table)
-    figure = drawn_by_position(results, "accuracy", f"{name}: accuracy by position", "share of targets met")
-    figure.axes[0].set_ylim(-0.02, 1.02)
-    subject.save("accuracy", report, figure, {"seq_len": list(results), "max_tokens": subject.words["max_tokens"]})
-    return report
+    name = "accuracy"
+
+    def ask(self, subject: Subject) -> Answer:
+        """Count the targets that are met.
+
+        Returns:
+            `{"split", "step", "trained_seq_len", "precision", "data", "lengths": {seq_len: {accuracy, targets,
+            state_bytes, by_position: [{start, end, accuracy, targets}]}}}`; `state_bytes` is what the model remembers
+            of a row in the end.
+        """
+        results = {length: _at_length(subject, length) for length in subject.checked_seq_lens()}
+        return Answer({**subject.heading(), "data": subject.data.label, "lengths": results})
+
+    def tables(self, answer: Answer) -> Iterator[Table]:
+        """Accuracy at each length."""
+        report = answer.report
+        table = Table(title=escape(printable(f"{report['data']}, {report['split']} split")))
+        for column in ("seq_len", "accuracy", "targets", "state, bytes"):
+            table.add_column(column, justify="right")
+        for length, result in report["lengths"].items():
+            counts = (f"{result[name]:,}" for name in ("targets", "state_bytes"))
+            table.add_row(f"{length:,}", f"{result['accuracy']:.4f}", *counts)
+        yield table
+
+    def figure(self, answer: Answer) -> Figure:
+        """Accuracy by position."""
+        title = f"{answer.report['data']}: accuracy by position"
+        figure = drawn_by_position(answer.report["lengths"], "accuracy", title, "share of targets met")
+        figure.axes[0].set_ylim(-0.02, 1.02)
+        return figure
 
 
 @torch.no_grad()

@@ -1,0 +1,96 @@
+"""What every task of `evaluate.py` promises: settings in; then ask a model, report, show tables, draw, and save."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from matplotlib.figure import Figure
+from rich.console import Console, RenderableType
+
+from longmix.config import settings
+from longmix.evaluation.subject import Subject
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a task found out about a model.
+
+    Attributes:
+        report: the figures, of what JSON can hold.
+        settings: what decided the figures besides the model, the data and the split; None takes the settings of the
+            task and the words `seq_len` and `max_tokens`. Two results with equal ones are one and the same.
+        shown: what the tables or the picture need besides the report, such as matrices; it is not kept.
+    """
+
+    report: dict[str, Any]
+    settings: dict[str, Any] | None = None
+    shown: Any = None
+
+
+class Task(ABC):
+    """Base of the tasks. A subclass is one file; `task=NAME` builds it from the settings in `configs/task/NAME.yaml`.
+
+    The arguments of the constructor are the settings. It refuses those that no model could take, with messages that
+    call them `task.NAME_OF_SETTING`, and keeps each as the attribute of its name. Then `run` asks, shows and saves.
+
+    Attributes:
+        name: names of its result files begin with it.
+        takes_leaky: its figures are right also of a model in which later tokens change earlier outputs.
+        reads_split: its figures depend on data and split, which the results then name.
+        usual_place: what its messages call its settings by; with the task's own name in its place the user reads them.
+    """
+
+    name: str
+    takes_leaky = False
+    reads_split = True
+    usual_place: ClassVar[str] = "task"
+
+    @abstractmethod
+    def ask(self, subject: Subject) -> Answer:
+        """Run the model and return what was found.
+
+        Args:
+            subject: the model, its data, and the words of the command line.
+
+        Raises:
+            ConfigError: a setting that this model or machine cannot take.
+            DataError: the split does not have what is asked for.
+        """
+
+    @abstractmethod
+    def tables(self, answer: Answer) -> Iterable[RenderableType]:
+        """What the terminal shows: tables, and lines of text that are not wrapped."""
+
+    def figure(self, answer: Answer) -> Figure | None:
+        """The picture beside the report; None draws none, which is the default."""
+        return None
+
+    def save(self, subject: Subject, answer: Answer) -> None:
+        """Write the report as JSON and the picture as PNG into the folder for results.
+
+        Raises:
+            StorageError: they cannot be written.
+        """
+        subject.save(self.name, answer.report, self.figure(answer), self.used(subject, answer), self.reads_split)
+
+    def used(self, subject: Subject, answer: Answer) -> dict[str, Any]:
+        """What decided the figures, see `Answer.settings`."""
+        if answer.settings is not None:
+            return answer.settings
+        own = {name: getattr(self, name) for name in settings(type(self))}
+        return {**own, "seq_len": subject.seq_lens(), "max_tokens": subject.words["max_tokens"]}
+
+    def run(self, subject: Subject) -> dict[str, Any]:
+        """Ask, print the tables, save, and return the report.
+
+        Raises:
+            ConfigError, DataError: see `ask`.
+            StorageError: see `save`.
+        """
+        answer = self.ask(subject)
+        console = Console()
+        for table in self.tables(answer):
+            console.print(table, soft_wrap=isinstance(table, str))
+        self.save(subject, answer)
+        return answer.report

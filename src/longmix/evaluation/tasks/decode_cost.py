@@ -1,0 +1,242 @@
+"""`evaluate.py task=decode_cost`: what a generated token costs by the length of the context, counted and measured."""
+
+import copy
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import RenderableType
+from rich.table import Table
+
+from longmix.accelerators import ACCELERATORS, by_word
+from longmix.analysis.cost_model import StepCost, first_context, intensity, step_cost
+from longmix.errors import ConfigError
+from longmix.evaluation.loss import to_device
+from longmix.evaluation.memory import check_memory
+from longmix.evaluation.subject import Subject
+from longmix.evaluation.tasks.base import Answer, Task
+from longmix.generation.session import Session
+from longmix.mixers.flash import Flash
+from longmix.mixers.parts.base import ModelShape
+from longmix.mixers.parts.states import held_bytes
+from longmix.model.backbone import LanguageModel
+from longmix.model.build import build_model
+from longmix.progress import tracked
+from longmix.reporting.plots import draw_curves, drawing, new_figure
+
+STEPS_READ = 1024
+"""Tokens after a context that are read from the data; further steps read them again."""
+
+LARGEST = 2**40
+"""Of contexts, steps and sequences."""
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class DecodeCost(Task):
+    """What a token costs on some hardware, beside `mixer=flash` in the same model, and on this machine.
+
+    Args:
+        contexts: tokens before it; None takes powers of two from 1024 to 65536.
+        hardware: name of an accelerator, whose arithmetic and memory are weighed against each other.
+        batch: sequences that are decoded together, in what is counted; what is measured is one.
+        dtype: of weights and caches in what is counted; recurrent states stay in float32.
+        measured: contexts after which decoding is timed; None takes a quarter of the trained length, and that.
+        steps: tokens that are timed after each.
+
+    Raises:
+        ConfigError: an impossible or unknown setting.
+    """
+
+    name = "decode_cost"
+
+    def __init__(
+        self,
+        contexts: list[int] | None = None,
+        hardware: str = "H200",
+        batch: int = 1,
+        dtype: str = "bfloat16",
+        measured: list[int] | None = None,
+        steps: int = 16,
+    ) -> None:
+        for name, numbers in (("contexts", contexts), ("measured", measured)):
+            if any(not 1 <= number <= LARGEST for number in numbers or []) or (name == "contexts" and numbers == []):
+                raise ConfigError(f"task.{name}={numbers} must be whole numbers from 1 to {LARGEST}.")
+        for name, number in (("batch", batch), ("steps", steps)):
+            if not 1 <= number <= LARGEST:
+                raise ConfigError(f"task.{name}={number} must be from 1 to {LARGEST}.")
+        accelerator = by_word(hardware)
+        if accelerator is None:
+            raise ConfigError(f"task.hardware={hardware} is unknown; use one of {', '.join(ACCELERATORS)}.")
+        if dtype not in DTYPES:
+            raise ConfigError(f"task.dtype={dtype} is unknown; use one of {', '.join(DTYPES)}.")
+        self.contexts = sorted({2**n for n in range(10, 17)} if contexts is None else set(contexts))
+        self.hardware, self.batch, self.dtype, self.measured, self.steps = hardware, batch, dtype, measured, steps
+        self.accelerator, self.reads_split = accelerator, measured != []
+
+    def ask(self, subject: Subject) -> Answer:
+        """Count the arithmetic and the bytes, and measure the time.
+
+        Returns:
+            `{"step", "hardware", "intensity", "batch", "dtype", "counted": [row], "flash": [row], "mixing_dominates",
+            "cheaper_than_flash", "measured": [{"context", "milliseconds", "state_bytes", "counted_state_bytes"}]}`.
+            Rows hold the fields of `StepCost` and its eFLOP `parameters`, `mixing` and `total`. The two contexts are
+            the first from which on mixing costs more than parameters, and less than with flash; None if that is not so
+            at the last.
+
+        Raises:
+            ConfigError: more memory than there is.
+            DataError: the split has fewer tokens than are read.
+        """
+        contexts, dtype, trained = self.contexts, DTYPES[self.dtype], subject.trained_seq_len
+        measured = sorted({max(1, trained // 4), trained} if self.measured is None else set(self.measured))
+        balance = intensity(self.accelerator, dtype)
+        with torch.device("meta"):
+            model = build_model(subject.restored.config, subject.model.vocab_size).to(dtype)
+            flash = with_flash(model)
+        counted, baseline = ([step_cost(each, n, self.batch) for n in contexts] for each in (model, flash))
+        pairs = list(zip(counted, baseline, strict=True))
+        report: dict[str, Any] = {
+            "step": subject.step,
+            "hardware": self.accelerator.name,
+            "intensity": balance,
+            "batch": self.batch,
+            "dtype": self.dtype,
+            "counted": [_row(cost, balance) for cost in counted],
+            "flash": [_row(cost, balance) for cost in baseline],
+            "mixing_dominates": first_context(contexts, [c.mixing(balance) > c.parameters(balance) for c in counted]),
+            "cheaper_than_flash": first_context(contexts, [c.mixing(balance) < f.mixing(balance) for c, f in pairs]),
+            "measured": _measured(subject, measured, self.steps),
+        }
+        settings = {"contexts": contexts, **{key: report[key] for key in ("hardware", "batch", "dtype")}}
+        return Answer(report, {**settings, "measured": measured, "steps": self.steps})
+
+    def tables(self, answer: Answer) -> Iterator[RenderableType]:
+        """What is counted at each context, what follows, and what was measured."""
+        report = answer.report
+        yield _counted_table(report)
+        for text, context in (
+            ("mixing costs more than the parameters", report["mixing_dominates"]),
+            ("mixing costs less than flash attention's", report["cheaper_than_flash"]),
+        ):
+            reached = "not at these contexts" if context is None else f"from {context:,} tokens of context on"
+            yield f"{text}: {reached}"
+        if report["measured"]:
+            yield _measured_table(report["measured"])
+
+    @drawing()
+    def figure(self, answer: Answer) -> Figure:
+        """eFLOP and bytes held by context, and measured times."""
+        report = answer.report
+        figure, panels = new_figure(3 if report["measured"] else 2)
+        counted, flash = report["counted"], report["flash"]
+        contexts = [row["context"] for row in counted]
+        curves = {
+            "total": (contexts, [row["total"] for row in counted]),
+            "parameters": (contexts, [row["parameters"] for row in counted]),
+            "mixing": (contexts, [row["mixing"] for row in counted]),
+            "mixing, flash": (contexts, [row["mixing"] for row in flash]),
+        }
+        held = {
+            name: (contexts, [row["held_bytes"] / 1e6 for row in rows])
+            for name, rows in (("this", counted), ("flash", flash))
+        }
+        words: dict[str, Any] = {"x_label": "tokens of context", "log_x": True}
+        title = f"one token, {report['hardware']}, {report['dtype']}, batch {report['batch']}"
+        draw_curves(panels[0], curves, title=title, y_label="eFLOP", log_y=True, **words)
+        draw_curves(panels[1], held, title="state of one sequence", y_label="MB", log_y=True, **words)
+        if report["measured"]:
+            times = [row["context"] for row in report["measured"]], [row["milliseconds"] for row in report["measured"]]
+            draw_curves(panels[2], {"": times}, title="measured here", y_label="ms/token", **words)
+            panels[2].set_ylim(0, 1.2 * max(times[1]))
+        return figure
+
+
+def with_flash(model: LanguageModel) -> LanguageModel:
+    """A copy of a model, on its device, whose mixers are `Flash` with the model's heads."""
+    changed = copy.deepcopy(model)
+    like = model.embedding.weight
+    shape: ModelShape = model.shape
+    for index, block in enumerate(changed.blocks):
+        block.mixer = Flash(shape, index).to(like.device, like.dtype)
+    return changed
+
+
+def measure(model: LanguageModel, tokens: torch.Tensor, context: int, steps: int) -> dict[str, float]:
+    """Decode after `context` of the tokens int64 [context + 1 or more]; the next ones come round and round.
+
+    Returns:
+        `milliseconds`, the median of a step's; `state_bytes`, of what is remembered before the first, without
+        bookkeeping, and `counted_state_bytes`, what the model says it is.
+    """
+    session = Session(model, 1)
+    session.prefill([tokens[:context]])
+    held, _ = held_bytes(session.state)
+    times = []
+    for number in range(steps + 1):
+        begin = _now(tokens.device)
+        session.step(tokens[context + number % (len(tokens) - context)][None])
+        times.append(_now(tokens.device) - begin)
+    seconds = statistics.median(times[1:])  # the first step warms caches up
+    return {"milliseconds": 1000 * seconds, "state_bytes": held, "counted_state_bytes": model.state_bytes(context)}
+
+
+def _measured(subject: Subject, contexts: list[int], steps: int) -> list[dict[str, float]]:
+    if not contexts:
+        return []
+    length = max(contexts) + min(steps, STEPS_READ)
+    if max(contexts) > subject.trained_seq_len:
+        subject.check_length(length, "task.measured and the steps after it")
+    check_memory(subject.model, length, subject.restored, f"task.measured={contexts}")
+    loader = subject.data.evaluation_loader(subject.split, length, 1, length)
+    tokens = to_device(next(iter(loader)), subject.restored.device)["tokens"][0]
+    rows = []
+    for context in tracked(contexts, "decoding"):
+        with subject.restored.autocast():
+            rows.append({"context": context, **measure(subject.model, tokens, context, steps)})
+    return rows
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _row(cost: StepCost, balance: float) -> dict[str, float]:
+    sums = {"parameters": cost.parameters(balance), "mixing": cost.mixing(balance), "total": cost.total(balance)}
+    return {**vars(cost), **sums}
+
+
+def _counted_table(report: dict[str, Any]) -> Table:
+    table = Table(
+        title=f"one generated token on {report['hardware']} in {report['dtype']}, {report['batch']} at a time: eFLOP = "
+        f"FLOP + {report['intensity']:.0f} bytes; each with the share of mixing"
+    )
+    for heading in ("context", "MFLOP", "mixing", "MB", "mixing", "MeFLOP", "mixing", "MB held", "vs flash"):
+        table.add_column(heading, justify="right", no_wrap=heading == "context")
+    for row, flash in zip(report["counted"], report["flash"], strict=True):
+        flops, moved = row["parameter_flops"] + row["mixing_flops"], row["weight_bytes"] + row["state_bytes"]
+        shares = row["mixing_flops"] / flops, row["state_bytes"] / moved, row["mixing"] / row["total"]
+        amounts = flops / 1e6, moved / 1e6, row["total"] / 1e6
+        cells = [text for pair in zip(amounts, shares, strict=True) for text in (f"{pair[0]:,.2f}", f"{pair[1]:.0%}")]
+        against = f"{row['total'] / flash['total']:.2f}x"
+        table.add_row(f"{row['context']:,}", *cells, f"{row['held_bytes'] / 1e6:,.2f}", against)
+    return table
+
+
+def _measured_table(rows: list[dict[str, float]]) -> Table:
+    table = Table(title="measured here, one sequence")
+    for heading in ("context", "ms/token", "state bytes", "as counted"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            f"{row['context']:,}",
+            f"{row['milliseconds']:.2f}",
+            f"{row['state_bytes']:,}",
+            f"{row['counted_state_bytes']:,}",
+        )
+    return table
