@@ -70,7 +70,7 @@ class Run:
         )
         self.parameters = sum(weight.numel() for weight in self.model.parameters())
         recipes = {name: recipe_of(weight) for name, weight in self.model.named_parameters()}
-        strategies.shard(self.model, init_device_mesh("cpu", (dist.get_world_size(),)), "32-true")
+        strategies.shard(self.model, init_device_mesh("cpu", (dist.get_world_size(),)))
         for name, weight in self.model.named_parameters():
             set_recipe(weight, recipes[name])
         self.optimizers = adamw(dict(self.model.named_parameters()), learning_rate=1e-4)

@@ -76,7 +76,7 @@ class Training:
         recipes = {name: recipe_of(weight) for name, weight in self.model.named_parameters()}
         if form.divided:
             assert group is not None
-            strategies.shard(self.model, DeviceMesh.from_group(group, "cpu"), "32-true")
+            strategies.shard(self.model, DeviceMesh.from_group(group, "cpu"))
         for name, weight in self.model.named_parameters():
             set_recipe(weight, recipes[name])
         self.optimizers = muon(dict(self.model.named_parameters()), learning_rate=1e-2)

@@ -40,6 +40,7 @@ DIVISIONS = {
 }
 CASES = [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("slices", 2), ("slices", 4)]
 CASES += [("ddp-of-slices", 4), ("fsdp-of-slices", 2), ("fsdp-of-slices", 4)]
+MIXED = ["trainer.precision=bf16-mixed"]
 OWN = ("throughput/", "memory/")
 """What differs from run to run."""
 
@@ -75,3 +76,18 @@ def test_the_log_says_what_there_is_to_compare(alone):
     assert {"train/commitment", "train/logit_penalty", "validation/loss", "validation/bits_per_byte"} < names
     measured = {name.split("/")[1] for name in names if name.startswith("mixer/")}
     assert measured == {f"layer_{index}" for index in range(1, 6)}
+
+
+@pytest.fixture(scope="module")
+def mixed_alone(tmp_path_factory, shared_cache) -> list[dict[str, float]]:
+    return run(tmp_path_factory.mktemp("mixed"), shared_cache, 1, MIXED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("division", ["ddp", "fsdp", "slices"])
+def test_the_curve_in_mixed_precision_is_that_of_one_process(division, mixed_alone, tmp_path, shared_cache):
+    found = run(tmp_path, shared_cache, 2, [*DIVISIONS[division], *MIXED])
+    assert len(found) == STEPS + 2
+    for row, wanted in zip(found, mixed_alone, strict=True):
+        for name in row.keys() & {"train/loss", "validation/loss"}:
+            assert row[name] == pytest.approx(wanted[name], rel=1e-3), (name, wanted["step"])

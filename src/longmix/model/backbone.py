@@ -19,6 +19,7 @@ from longmix.mixers.parts.base import Mixer, ModelShape
 from longmix.mixers.parts.metrics import Metric
 from longmix.model.blocks import Block, BlockStyle, Standard
 from longmix.model.head import hits, token_losses, token_losses_and_peaks
+from longmix.pytrees import pytree
 
 MOST_LAYERS = 10_000
 """Far beyond what anybody trains; a configuration from somewhere else might ask for more than could ever be built."""
@@ -27,6 +28,7 @@ MixerFactory = Callable[[ModelShape, int], Mixer]
 """Builds the mixer of one layer from the model's shape and the layer's index."""
 
 
+@pytree
 @dataclass
 class ModelOutput:
     """What the model returns.

@@ -115,7 +115,7 @@ class TrainingModule(LightningModule):
         if self.slices > 1 and self.row_group is None:
             self.row_group = strategies.row_group(self.slices, self.timeout)
         if self.device_mesh is not None and not strategies.is_sharded(self.model):
-            strategies.shard(self.model, self.device_mesh["data_parallel"], self.trainer.precision)
+            strategies.shard(self.model, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """Lightning asks for the optimizers after the model is on its device."""

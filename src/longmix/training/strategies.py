@@ -16,17 +16,17 @@ from longmix.model.backbone import LanguageModel, ModelOutput
 from longmix.model.head import IGNORE_INDEX
 
 
-def shard(model: LanguageModel, mesh: DeviceMesh, precision: str) -> None:
+def shard(model: LanguageModel, mesh: DeviceMesh) -> None:
     """Divide weights, gradients and optimizer state over `mesh` in place (FSDP2), block by block.
+
+    Weights and inputs keep their dtype on the way: in bf16-mixed autocast rounds what it rounds in one process, which
+    are the matrices of products. FSDP's own rounding would also take norms, gates, decays and the residual stream.
 
     Args:
         model: the model; its parameters are replaced, so what was attached to them is gone.
         mesh: one-dimensional.
-        precision: "bf16-mixed" computes in bf16 from float32 shards and reduces gradients in float32.
     """
-    policy = MixedPrecisionPolicy()
-    if precision == "bf16-mixed":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)

@@ -11,6 +11,7 @@ from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
 from longmix.mixers.parts.looked_into import EngineCall, ValuePath
 from longmix.mixers.parts.metrics import Metric
+from longmix.pytrees import pytree
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class ModelShape:
     norm_eps: float = 1e-6
 
 
+@pytree
 @dataclass
 class MixerOutput:
     """What a mixer returns.

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from longmix.distributed.slices import Slices
+from longmix.pytrees import pytree
 
 
+@pytree
 @dataclass
 class Measure:
     """Base of the measures; a subclass says in `of` which sums it takes and in `figure` what follows from them.
@@ -25,6 +27,10 @@ class Measure:
     """
 
     sums: Tensor
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        pytree(cls)
 
     def figure(self) -> Tensor:
         """What is logged: scalar."""

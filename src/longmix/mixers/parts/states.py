@@ -6,22 +6,20 @@ which of its fields are bookkeeping, or with `torch.export.register_dataclass`.
 
 from collections.abc import Callable, Iterable
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import (
     GetAttrKey,
     KeyEntry,
     keystr,
-    register_pytree_node,
     tree_flatten_with_path,
     tree_leaves,
     tree_map_only,
 )
 
 from longmix.errors import ConfigError
-
-Kind = TypeVar("Kind", bound=type)
+from longmix.pytrees import Kind, register_fields
 
 
 class BookkeepingKey(GetAttrKey):
@@ -43,16 +41,7 @@ def mixer_state(*, bookkeeping: Iterable[str] = ()) -> Callable[[Kind], Kind]:
         if unknown := kept.difference(names):
             raise TypeError(f"{kind.__name__} has no field {', '.join(sorted(unknown))}")
 
-        def parts(state: Any) -> list[Any]:
-            return [getattr(state, name) for name in names]
-
-        register_pytree_node(
-            kind,
-            lambda state: (parts(state), None),
-            lambda values, _: kind(*values),
-            flatten_with_keys_fn=lambda state: (list(zip(keys, parts(state), strict=True)), None),
-        )
-        return kind
+        return register_fields(kind, keys)
 
     return register
 
