@@ -14,7 +14,7 @@ import longmix
 import longmix_kernels
 from longmix.checkpoints import CheckpointStore, find_checkpoint, load_checkpoint
 from longmix.config import resolved
-from longmix.data.datamodule import TokenData
+from longmix.data.training_data import TrainingData
 from longmix.errors import CheckpointError, ConfigError, LongmixError
 from longmix.evaluation.run import evaluate
 from longmix.generation.run import generate
@@ -102,7 +102,7 @@ def refused(config: dict, part: str) -> bool:
 class TestEveryCallable:
     """Each of several thousand names, in each place, among them every function of the package."""
 
-    KINDS: ClassVar = {"model": LanguageModel, "mixer": Mixer, "data": TokenData}
+    KINDS: ClassVar = {"model": LanguageModel, "mixer": Mixer, "data": TrainingData}
 
     def allowed(self, path: tuple, name: str, member: object) -> bool:
         if not inspect.isclass(member) or member.__module__ != name.rpartition(".")[0]:

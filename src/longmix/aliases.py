@@ -48,6 +48,7 @@ CLASSES = {
 """Old path of a class, or of the function that it was, and its path now."""
 
 MODULES = {
+    "longmix.data.datamodule": "longmix.data.text_data",
     "longmix.data.corpora": "longmix.data.corpora.files",
     "longmix.data.needle": "longmix.data.synthetic.needle",
     "longmix.data.synthetic": "longmix.data.synthetic.base",

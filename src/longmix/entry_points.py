@@ -48,8 +48,9 @@ def generate(config: DictConfig) -> None:
 def prepare(config: DictConfig) -> None:
     """Tokenise every split that is not in the cache."""
     from longmix.data.prepare_run import prepare_splits
+    from longmix.invocation import Invocation
 
-    prepare_splits(config)
+    prepare_splits(config, Invocation.of_command())
 
 
 TASKS: dict[str, Callable[[Any], Any]] = {

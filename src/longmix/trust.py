@@ -62,11 +62,11 @@ def checked_data(config: Node, trust: Collection[str] = ()) -> Node:
     Raises:
         CheckpointError, ConfigError: see `check_model_nodes`.
     """
-    from longmix.data.datamodule import TokenData
+    from longmix.data.training_data import TrainingData
 
     _check_trust_words(trust)
     node = _node(config, "data")
-    _check(node, "data", TokenData, trust)
+    _check(node, "data", TrainingData, trust)
     for key, text in _texts(node, "data"):
         scheme = SCHEME.match(text)
         if scheme is not None and (scheme[2] == "::" or scheme[1].lower() not in STORAGE):

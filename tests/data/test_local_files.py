@@ -12,7 +12,7 @@ import pytest
 from longmix.config import build, resolved
 from longmix.data.corpora.files import JsonLines, ParquetFiles, TextFiles
 from longmix.data.corpora.local_files import find_files, user_path
-from longmix.data.datamodule import TokenData
+from longmix.data.text_data import TokenData
 from longmix.data.tokens.preparation import prepare
 from longmix.data.tokens.tokenizers import ByteTokenizer
 from longmix.errors import ConfigError, DataError

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Library
 
 from longmix.data.corpora.sotu import Sotu
 from longmix.data.tokens.byte_level import UTF8_BYTES, byte_letters, library_errors
-from longmix.data.tokens.encoding import Batch, Encoder
+from longmix.data.tokens.encoding import Encoder, TextBatch
 from longmix.data.tokens.tokenizers import (
     SEPARATOR,
     BpeTokenizer,
@@ -411,7 +411,7 @@ class TestMissingBytes:
         with pytest.raises(DataError, match=message):
             tokenizer.encode(text)
         with pytest.raises(DataError, match=rf"document 7 of the train split of x \(counted from 0\): .*{message}"):
-            Encoder(tokenizer, np.dtype("<u2"), "train split of x")(Batch(6, ["fine", text], None))
+            Encoder(tokenizer, np.dtype("<u2"), "train split of x")(TextBatch(6, ["fine", text], None))
 
     @pytest.mark.parametrize(
         ("lacks", "text", "expected"),
@@ -425,7 +425,7 @@ class TestMissingBytes:
     def test_replaced_if_so_chosen(self, lacks, text, expected, tmp_path, caplog):
         tokenizer = self.of(tmp_path, lacks=lacks, missing_bytes="replace")
         assert tokenizer.decode(tokenizer.encode(text)) == expected
-        encoded = Encoder(tokenizer, np.dtype("<u2"), "train split of x")(Batch(3, ["a", text], None))
+        encoded = Encoder(tokenizer, np.dtype("<u2"), "train split of x")(TextBatch(3, ["a", text], None))
         assert encoded.bytes == 1 + len(expected.encode())
         assert "of the train split of x that the tokenizer has no tokens for are replaced, first in document 4" in (
             caplog.text

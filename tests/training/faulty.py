@@ -81,7 +81,7 @@ def nan_gradient() -> None:
 
 
 def before_the_data(number: signal.Signals) -> None:
-    from longmix.data.datamodule import TokenData
+    from longmix.data.text_data import TokenData
 
     TokenData.prepare_data = lambda self: os.kill(os.getpid(), number)
 

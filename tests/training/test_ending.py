@@ -12,7 +12,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 
 from longmix.checkpoints import CheckpointStore, load_checkpoint
-from longmix.data.datamodule import TokenData
+from longmix.data.text_data import TokenData
 from longmix.distributed.signals import SIGNALS, resumable
 from longmix.errors import Interrupted
 from longmix.files import _host

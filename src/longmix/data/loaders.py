@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from longmix.batch import IGNORE_INDEX, Batch
-from longmix.data.windows import EvaluationWindows, TrainWindows, Window
+from longmix.data.windows import FiniteWindows, OrderedWindows, Window
 from longmix.errors import ConfigError, LongmixError
 
 
@@ -41,7 +41,7 @@ class TrainSteps(Dataset[Batch]):
     Step s covers the running samples [s * batch_size, (s + 1) * batch_size) of `windows`.
     """
 
-    def __init__(self, windows: TrainWindows, batch_size: int, rank: int, world_size: int) -> None:
+    def __init__(self, windows: OrderedWindows, batch_size: int, rank: int, world_size: int) -> None:
         self._windows = windows
         self._batch_size = batch_size
         self._share = local_share(batch_size, rank, world_size)
@@ -57,7 +57,7 @@ class EvaluationBatches(Dataset[Batch]):
     left, its batch is a window without targets.
     """
 
-    def __init__(self, windows: EvaluationWindows, batch_size: int, rank: int, world_size: int) -> None:
+    def __init__(self, windows: FiniteWindows, batch_size: int, rank: int, world_size: int) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
         self._windows = windows

@@ -9,12 +9,12 @@ from typing import Any, Unpack
 import numpy as np
 
 from longmix.data.corpora.corpus import SPLITS, Corpus, check_split
-from longmix.data.datamodule import DataOptions, TokenData
+from longmix.data.text_data import DataOptions, TextData
 from longmix.data.tokens.preparation import prepare
 from longmix.data.tokens.token_files import TokenFile
 from longmix.data.tokens.tokenizers import Tokenizer
 from longmix.data.windows import EvaluationWindows, TrainWindows, Window, check_seq_len, order_key, permutation
-from longmix.errors import ConfigError, DataError, settings_at
+from longmix.errors import ConfigError, settings_at
 
 BLOCK = 1000
 """Windows among which every corpus has exactly its share, rounded; shares are kept to a thousandth."""
@@ -105,8 +105,8 @@ class MixedEvaluation:
         return self._parts[number][place - (self._ends[number - 1] if number else 0)]
 
 
-class MixtureData(TokenData):
-    """Several corpora, each with its share of the training windows, as one source of data; see `TokenData`.
+class MixtureData(TextData):
+    """Several corpora, each with its share of the training windows, as one source of data; see `TextData`.
 
     Each corpus has token files of its own, so that another share or another corpus beside it prepares nothing anew.
     Evaluation takes about as many tokens of each as its share says, or all of all.
@@ -115,7 +115,7 @@ class MixtureData(TokenData):
         corpora: by name.
         weights: share of each by the same names; they need not add up to one.
         tokenizer: shared; if it is trained, on all of them.
-        options: see `TokenData`.
+        options: see `TextData`.
 
     Raises:
         ConfigError: weights and corpora differ in name, or a weight is too small or negative.
@@ -134,43 +134,23 @@ class MixtureData(TokenData):
             raise ConfigError(f"data.weights and data.corpora must have the same names; {', '.join(different)} differ.")
         self.corpora, self.weights = corpora, {name: weights[name] for name in corpora}
         self.counts = shared_out(self.weights)
-        self._files: dict[tuple[str, str], TokenFile] = {}
 
     @property
     def part_names(self) -> list[str]:
         """The names of the corpora, as the configuration has them."""
         return list(self.corpora)
 
-    def token_files(self, split: str) -> list[TokenFile]:
-        """The token files of a split, one of every corpus."""
-        for name, corpus in self.corpora.items():
-            if (name, split) not in self._files:
-                with settings_at(f"data.corpora.{name}", "data.corpus"):
-                    self._files[name, split] = prepare(
-                        corpus, self.tokenizer, split, self.cache_dir, self.preparation, label=name
-                    )
-        return [self._files[name, split] for name in self.corpora]
-
-    def token_file(self, split: str) -> TokenFile:
-        """Refused: a mixture has no single token file, and a task that reads whole documents needs one corpus.
-
-        Raises:
-            DataError: always.
-        """
-        raise DataError(f"a mixture of {', '.join(self.corpora)} is not one text; give the data of one of them.")
+    def _token_file_of(self, name: str, split: str) -> TokenFile:
+        with settings_at(f"data.corpora.{name}", "data.corpus"):
+            return prepare(self.corpora[name], self.tokenizer, split, self.cache_dir, self.preparation, label=name)
 
     @functools.cached_property
-    def train_windows(self) -> MixedWindows:  # type: ignore[override]
+    def train_windows(self) -> MixedWindows:
         """The training windows of all corpora, mixed by their shares."""
         windows = [TrainWindows(token_file, self.seq_len, self.seed) for token_file in self.token_files("train")]
         return MixedWindows(windows, list(self.counts.values()), self.seed)
 
-    @property
-    def train_tokens_per_epoch(self) -> int:
-        """Tokens of all train splits."""
-        return sum(token_file.num_tokens for token_file in self.token_files("train"))
-
-    def evaluation_windows(self, split: str, seq_len: int, max_tokens: int | None) -> MixedEvaluation:  # type: ignore[override]
+    def evaluation_windows(self, split: str, seq_len: int, max_tokens: int | None) -> MixedEvaluation:
         """The windows of a split, one corpus after the other; each corpus has its share of `max_tokens`."""
         check_seq_len(seq_len)
         check_split(self.corpus, split)
@@ -192,15 +172,14 @@ class MixtureData(TokenData):
 
     def summary(self) -> dict[str, Any]:
         """Settings, hashes and counts for logs and checkpoints; tokens of a split are summed over all corpora."""
-        opened = sorted({split for _, split in self._files}, key=SPLITS.index)
         return {
             **self.fingerprint(),
             "corpus": self.corpus.name,
             "tokenizer": self.tokenizer.fingerprint(),
             "vocab_size": self.vocab_size,
             "splits": {
-                split: {"tokens": sum(token_file.num_tokens for token_file in self.token_files(split))}
-                for split in opened
+                split: {"tokens": sum(token_file.num_tokens for token_file in self._token_files[split])}
+                for split in sorted(self._token_files, key=SPLITS.index)
             },
         }
 

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
@@ -15,24 +14,30 @@ from rich.table import Table
 from longmix import config as configuration
 from longmix.command_line.program import program
 from longmix.config import build
-from longmix.data.datamodule import TokenData
 from longmix.data.prepared import find_splits
+from longmix.data.text_data import TextData
 from longmix.data.tokens.preparation import Preparation
+from longmix.data.training_data import build_data
 from longmix.errors import ConfigError, DataError
+from longmix.invocation import Invocation
 from longmix.wording import counted
 
 OWN_WORDS = ("shard_tokens", "workers", "splits")
-"""Of prepare.py, which train.py does not have."""
+"""Words of prepare.py that train.py does not take."""
 
 ANY_LENGTH = 65536
-"""Token files do not depend on it; a synthetic task has room in so many."""
+"""A `seq_len` for data that are not trained on: token files do not depend on it, and every synthetic task fits."""
 
 
-def prepare_splits(config: DictConfig) -> list[dict[str, Any]]:
-    """Make the token files that `config` describes and are not there, and print where they lie.
+def prepare_splits(config: DictConfig, invocation: Invocation | None = None) -> list[dict[str, Any]]:
+    """Make the missing token files of `config`, and print where all of them lie.
+
+    Args:
+        config: may have interpolations.
+        invocation: how the command was asked for; its words are part of the command that is printed for training.
 
     Returns:
-        For each token file its corpus, as the user calls it, split, folder, documents, tokens, bytes and shards.
+        For each token file the user's name of its corpus, its split, folder, documents, tokens, bytes and shards.
 
     Raises:
         LongmixError: see `longmix.errors`.
@@ -41,12 +46,14 @@ def prepare_splits(config: DictConfig) -> list[dict[str, Any]]:
     configuration.check_keys(words, configuration.PrepareConfig)
     preparation = Preparation(words["shard_tokens"], words["workers"])
     tokenizer = build(words["tokenizer"], "tokenizer")
-    data: TokenData = build(words["data"], "data", tokenizer=tokenizer, seq_len=ANY_LENGTH, batch_size=1, seed=0)
-    data.preparation = preparation
+    data = build_data(words["data"], tokenizer, seq_len=ANY_LENGTH, batch_size=1, seed=0)
     splits = list(data.splits) if words["splits"] is None else words["splits"]
     unknown = [split for split in splits if split not in data.splits]
     if unknown or not splits:
         raise ConfigError(f"splits={splits} must be among those of the data: {', '.join(data.splits)}.")
+    if not isinstance(data, TextData):
+        raise DataError(f"examples of {data.source} are made when they are needed; there is nothing to prepare.")
+    data.preparation = preparation
     logging.getLogger("longmix").setLevel(logging.INFO)
     began, files = time.monotonic(), []
     for split in splits:
@@ -56,7 +63,7 @@ def prepare_splits(config: DictConfig) -> list[dict[str, Any]]:
             files.append({"corpus": corpus, "split": split, **counts, **place})
     _print(files, time.monotonic() - began)
     if {"train", "validation"} <= {file["split"] for file in files} or words["splits"] is not None:
-        _print_uses(Path(files[0]["folder"]).parent)
+        _print_uses(Path(files[0]["folder"]).parent, invocation)
     else:
         text = "to train on them, a validation split is needed: give data.corpus.validation_fraction above 0."
         Console().print(text, highlight=False)
@@ -80,11 +87,11 @@ def _print(files: list[dict[str, Any]], seconds: float) -> None:
         console.print(file["folder"], highlight=False, markup=False, soft_wrap=True)
 
 
-def _print_uses(cache_dir: Path) -> None:
-    """The commands that train on what was made."""
+def _print_uses(cache_dir: Path, invocation: Invocation | None) -> None:
+    """Print the commands that train on these token files."""
     console = Console()
-    if HydraConfig.initialized():
-        words = [word for word in HydraConfig.get().overrides.task if word.partition("=")[0] not in OWN_WORDS]
+    if invocation is not None:
+        words = [word for word in invocation.words if word.partition("=")[0] not in OWN_WORDS]
         line = f"{program('train')} {shlex.join(words)}".rstrip()
         console.print(f"to train on them:  {line}", highlight=False, markup=False, soft_wrap=True)
     try:

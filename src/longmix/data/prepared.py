@@ -13,7 +13,7 @@ from typing import Any, Unpack
 from longmix.data.corpora.corpus import SPLITS
 from longmix.data.corpora.local_files import user_path
 from longmix.data.corpora.retry import Patience
-from longmix.data.datamodule import DataOptions, TokenData
+from longmix.data.text_data import DataOptions, TokenData
 from longmix.data.tokens.sealed_folder import MANIFEST, read_manifest
 from longmix.data.tokens.token_files import FORMAT_VERSION, TOKENIZER, TokenFile, check_manifest
 from longmix.data.tokens.tokenizers import Tokenizer, tokenizer_from_state
@@ -248,18 +248,18 @@ def _local_folder(url: str, cache_dir: Path) -> Path:
 
 @dataclass(frozen=True)
 class PreparedCorpus:
-    """What `TokenData` says of its corpus.
+    """Stands for a corpus whose token files are there and whose text is not.
 
     Attributes:
-        name: of the corpus that was prepared.
-        splits: that there are.
+        name: what messages and logs call it.
+        splits: those that training needs.
     """
 
     name: str
     splits: tuple[str, ...]
 
     def documents(self, split: str) -> Iterator[str]:
-        """There is no text any more.
+        """Refused: token files hold tokens, not text.
 
         Raises:
             DataError: always.
@@ -325,17 +325,18 @@ class PreparedData(TokenData):
             )
         super().prepare_data()
 
-    def token_file(self, split: str) -> TokenFile:
-        """The token file of a split."""
+    def token_files(self, split: str) -> list[TokenFile]:
+        """The token file of a split, alone in a list."""
         if split not in self.folders:
             raise DataError(f"data.path={self.path} has no split {split!r}; it has {', '.join(self.folders)}")
-        if split not in self._token_files:
-            folder = self.folders[split]
-            local = local_path(folder)
-            opened = open_remote(folder, self.cache_dir, self.local_shards) if local is None else TokenFile.open(local)
-            if opened.manifest["tokenizer"] != self.tokenizer.fingerprint():
-                raise DataError(
-                    f"{folder} was made with another tokenizer than the one given; train with tokenizer=prepared."
-                )
-            self._token_files[split] = opened
-        return self._token_files[split]
+        return super().token_files(split)
+
+    def _token_file_of(self, name: str, split: str) -> TokenFile:
+        folder = self.folders[split]
+        local = local_path(folder)
+        opened = open_remote(folder, self.cache_dir, self.local_shards) if local is None else TokenFile.open(local)
+        if opened.manifest["tokenizer"] != self.tokenizer.fingerprint():
+            raise DataError(
+                f"{folder} was made with another tokenizer than the one given; train with tokenizer=prepared."
+            )
+        return opened

@@ -6,7 +6,7 @@ process, so a run resumes from a step counter alone and the number of loader wor
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -33,6 +33,26 @@ class Window(NamedTuple):
     tokens: np.ndarray
     targets: np.ndarray
     document_ids: np.ndarray
+
+
+class OrderedWindows(Protocol):
+    """Training windows in an order without end, each a pure function of its running index."""
+
+    @property
+    def windows_per_epoch(self) -> int:
+        """Windows of one epoch."""
+        ...
+
+    def sample(self, global_index: int, /) -> Window:
+        """The window at a running index that goes through the epochs one after the other."""
+
+
+class FiniteWindows(Protocol):
+    """The windows of an evaluation, numbered from 0."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Window: ...
 
 
 class PackedStream:

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from longmix.data.text_data import TextData
 from longmix.data.tokens.token_files import TokenFile
-from longmix.data.tokens.tokenizers import NumberTokenizer
 from longmix.errors import ConfigError
 from longmix.evaluation.subject import TOKENS_AT_ONCE, Subject
 
@@ -36,7 +36,7 @@ def text_of(subject: Subject, task: str) -> TokenFile:
         ConfigError: the data are a synthetic task.
         DataError: there is no such split.
     """
-    if isinstance(subject.data.tokenizer, NumberTokenizer):
+    if not isinstance(subject.data, TextData):
         raise ConfigError(
             f"task={task} reads text, and the data are a synthetic task; use task=accuracy with several seq_len."
         )

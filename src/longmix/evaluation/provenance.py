@@ -9,7 +9,7 @@ import torch
 
 from longmix.checkpoints.reading import weights_digest
 from longmix.config import Node
-from longmix.data.datamodule import TokenData
+from longmix.data.training_data import TrainingData
 from longmix.files import sha256_of_file, sha256_of_json
 from longmix.restore import Restored
 
@@ -46,7 +46,7 @@ def _states_facts(path: Path) -> dict[str, str]:
     return {"file": str(file), "sha256": sha256_of_file(file)}
 
 
-def data_facts(data: TokenData, split: str, is_own: bool) -> dict[str, Any]:
+def data_facts(data: TrainingData, split: str, is_own: bool) -> dict[str, Any]:
     """What was read: `corpus`, `data_fingerprint`, `own_data`, `tokenizer`, `split` and `split_tokens`.
 
     Args:

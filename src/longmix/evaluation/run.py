@@ -14,9 +14,9 @@ from longmix.allocation import allocation_errors
 from longmix.checkpoints import CheckpointStore, chosen_checkpoint, find_checkpoint
 from longmix.checkpoints.last import LAST
 from longmix.config import Node, build
-from longmix.data.datamodule import TokenData
 from longmix.data.synthetic.base import SyntheticData
 from longmix.data.tokens.tokenizers import NumberTokenizer
+from longmix.data.training_data import TrainingData, build_data
 from longmix.errors import CheckpointError, ConfigError, Interrupted, LongmixError, ProcessLost, settings_at
 from longmix.evaluation.provenance import is_own
 from longmix.evaluation.subject import Subject
@@ -143,7 +143,7 @@ def _memory_errors(task: str) -> Iterator[None]:
         yield
 
 
-def _data(words: Node, restored: Restored) -> TokenData:
+def _data(words: Node, restored: Restored) -> TrainingData:
     """The data that are evaluated on.
 
     Raises:
@@ -152,8 +152,8 @@ def _data(words: Node, restored: Restored) -> TokenData:
     if words["data"] is None and restored.config["data"] is None:
         raise ConfigError(f"{restored.checkpoint} says nothing of data; add data=, such as data=sotu.")
     node = words["data"] or checked_data(restored.config, words["trust"])
-    place = {"tokenizer": restored.tokenizer, "seq_len": restored.config["seq_len"]}
-    data: TokenData = build(node, "data", **place, batch_size=1, seed=restored.config["seed"])
+    config = restored.config
+    data = build_data(node, restored.tokenizer, seq_len=config["seq_len"], batch_size=1, seed=config["seed"])
     numbers = isinstance(restored.tokenizer, NumberTokenizer)
     if isinstance(data, SyntheticData) and not numbers:
         raise ConfigError(

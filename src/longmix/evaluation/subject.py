@@ -10,7 +10,7 @@ from rich.console import Console
 
 from longmix.batch import Batch
 from longmix.config import Node
-from longmix.data.datamodule import TokenData
+from longmix.data.training_data import TrainingData
 from longmix.errors import ConfigError, DataError
 from longmix.evaluation import provenance
 from longmix.evaluation.loss import to_device
@@ -42,7 +42,7 @@ class Subject:
     """
 
     restored: Restored
-    data: TokenData
+    data: TrainingData
     words: Node
     output: Path
     own_data: bool = True
@@ -125,7 +125,7 @@ class Subject:
         """Windows of a length that are evaluated at once."""
         return self.words["batch_size"] or max(1, TOKENS_AT_ONCE // seq_len)
 
-    def batches(self, seq_len: int, data: TokenData | None = None) -> Iterator[Batch]:
+    def batches(self, seq_len: int, data: TrainingData | None = None) -> Iterator[Batch]:
         """Windows of the split, of the subject's data or of others, on the model's device and beneath a progress bar.
 
         Raises:

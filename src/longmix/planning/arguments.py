@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -12,6 +12,7 @@ from longmix.accelerators import ACCELERATORS, Accelerator, by_word
 from longmix.command_line import values
 from longmix.composing import composed
 from longmix.config import Node, build
+from longmix.data.training_data import build_data
 from longmix.errors import ConfigError
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model, check_model
@@ -221,10 +222,6 @@ def _composed(given: list[str]) -> tuple[Node, tuple[str, str]]:
 
 def _vocab_size(node: Node) -> int:
     """Token ids, as far as they are known before data are read."""
-    data: Any = build(
-        node["data"],
-        "data",
-        tokenizer=build(node["tokenizer"], "tokenizer"),
-        **{name: node[name] for name in ("seq_len", "batch_size", "seed")},
-    )
-    return data.expected_vocab_size
+    tokenizer = build(node["tokenizer"], "tokenizer")
+    sizes = {name: node[name] for name in ("seq_len", "batch_size", "seed")}
+    return build_data(node["data"], tokenizer, **sizes).expected_vocab_size

@@ -16,9 +16,9 @@ from longmix import config as configuration
 from longmix.checkpoints import CheckpointStore, load_checkpoint
 from longmix.command_line.values import hydra_word
 from longmix.config import Node, build, total_steps
-from longmix.data.datamodule import TokenData
 from longmix.data.synthetic.base import SyntheticData
 from longmix.data.tokens.tokenizers import Tokenizer
+from longmix.data.training_data import TrainingData, build_data
 from longmix.distributed.agreement import Processes
 from longmix.distributed.ranks import own_place, process_rank
 from longmix.distributed.slices import check_slices
@@ -87,14 +87,14 @@ def train(config: DictConfig, invocation: Invocation | None = None) -> dict[str,
     return summary
 
 
-def _check_tokenizer_is_used(data: TokenData, words: Sequence[str]) -> None:
+def _check_tokenizer_is_used(data: TrainingData, words: Sequence[str]) -> None:
     given = [word for word in words if re.match(r"\+*tokenizer[.=]", word)]
     if given and isinstance(data, SyntheticData):
         raise ConfigError(f"{given[0]} has no use: data.task makes numbers, not text. Leave it out.")
 
 
 def _start_processes(
-    node: Node, settings: TrainerSettings, data: TokenData, place: RunPlace, invocation: Invocation
+    node: Node, settings: TrainerSettings, data: TrainingData, place: RunPlace, invocation: Invocation
 ) -> None:
     """Refuse what can be refused and prepare the data once, then have this command run by several processes."""
     if not invocation.is_command and not invocation.in_sweep:
@@ -122,7 +122,7 @@ def _start_processes(
 def _train(
     node: Node,
     settings: TrainerSettings,
-    data: TokenData,
+    data: TrainingData,
     origin: Origin | None,
     place: RunPlace,
     invocation: Invocation,
@@ -141,7 +141,7 @@ def _train_from(
     start: Start,
     node: Node,
     settings: TrainerSettings,
-    data: TokenData,
+    data: TrainingData,
     origin: Origin | None,
     invocation: Invocation,
     everyone: Processes,
@@ -181,7 +181,7 @@ def _train_from(
     return summary
 
 
-def check_config(node: Node, tokenizer: Tokenizer | None = None) -> tuple[TrainerSettings, TokenData]:
+def check_config(node: Node, tokenizer: Tokenizer | None = None) -> tuple[TrainerSettings, TrainingData]:
     """Refuse whatever cannot work, without reading data and without allocating a weight.
 
     Args:
@@ -216,17 +216,16 @@ def check_config(node: Node, tokenizer: Tokenizer | None = None) -> tuple[Traine
     settings: TrainerSettings = build(node["trainer"], "trainer")
     settings.check_batch(node["batch_size"])
     check_slices(node["seq_len"], settings.slices)
-    data: TokenData = build(
+    data = build_data(
         node["data"],
-        "data",
-        tokenizer=build(node["tokenizer"], "tokenizer") if tokenizer is None else tokenizer,
+        build(node["tokenizer"], "tokenizer") if tokenizer is None else tokenizer,
         seq_len=node["seq_len"],
         batch_size=node["batch_size"],
         seed=node["seed"],
     )
     if not {"train", "validation"} <= set(data.splits):
         raise DataError(
-            f"training needs a train and a validation split, and {data.corpus.name} has {', '.join(data.splits)}; give "
+            f"training needs a train and a validation split, and {data.source} has {', '.join(data.splits)}; give "
             "data.corpus.validation files of its own, or a data.corpus.validation_fraction above 0."
         )
     return settings, data
@@ -274,7 +273,7 @@ def _module(node: Node, model: LanguageModel, settings: TrainerSettings, everyon
     )
 
 
-def _supervisor(node: Node, data: TokenData, start: Start, is_first: bool) -> Supervisor:
+def _supervisor(node: Node, data: TrainingData, start: Start, is_first: bool) -> Supervisor:
     identity = {
         "tokenizer": data.tokenizer.state(),
         "data_fingerprint": data.fingerprint(),
@@ -289,7 +288,7 @@ def _supervisor(node: Node, data: TokenData, start: Start, is_first: bool) -> Su
 def _fit_logged(
     settings: TrainerSettings,
     module: TrainingModule,
-    data: TokenData,
+    data: TrainingData,
     supervisor: Supervisor,
     start: Start,
     is_first: bool,
@@ -316,7 +315,7 @@ def _fit_logged(
 
 
 def _fit(
-    settings: TrainerSettings, module: TrainingModule, data: TokenData, supervisor: Supervisor, start: Start
+    settings: TrainerSettings, module: TrainingModule, data: TrainingData, supervisor: Supervisor, start: Start
 ) -> None:
     from lightning.pytorch import Trainer
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from longmix.config import Node, step_limits, tokens_per_step, total_steps, unlimited_windows
-from longmix.data.datamodule import TokenData
+from longmix.data.training_data import TrainingData
 from longmix.files import replace_json
 from longmix.model.backbone import LanguageModel
 from longmix.naming import mixer_word
@@ -52,7 +52,7 @@ def print_header(
     config: Node,
     folder: Path,
     model: LanguageModel,
-    data: TokenData,
+    data: TrainingData,
     settings: TrainerSettings,
     first_step: int,
     choices: Mapping[str, str],

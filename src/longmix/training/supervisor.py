@@ -16,7 +16,7 @@ from longmix.checkpoints.saver import Saver
 from longmix.checkpoints.store import SKIPS_IN_A_ROW
 from longmix.checkpoints.tensors import IN_TENSORS
 from longmix.config import tokens_per_step
-from longmix.data.datamodule import TokenData
+from longmix.data.training_data import TrainingData
 from longmix.distributed.agreement import Processes
 from longmix.distributed.signals import process_watch
 from longmix.errors import Interrupted, NonFiniteError
@@ -72,7 +72,7 @@ class Supervisor(Callback):
     def __init__(
         self,
         config: dict[str, Any],
-        data: TokenData,
+        data: TrainingData,
         store: CheckpointStore,
         metric_log: MetricLog,
         progress: ProgressDisplay,

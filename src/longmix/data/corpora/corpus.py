@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
@@ -116,8 +116,17 @@ def check_split(corpus: Corpus, split: str) -> None:
     Raises:
         DataError: names the split and lists those there are.
     """
-    if split not in corpus.splits:
-        raise DataError(f"the corpus {corpus.name} has no split {split!r}; it has {', '.join(corpus.splits)}")
+    require_split(split, corpus.name, corpus.splits)
+
+
+def require_split(split: str, name: str, splits: Sequence[str]) -> None:
+    """Refuse a split that is not among those of the corpus or task `name`.
+
+    Raises:
+        DataError: names the split and lists those there are.
+    """
+    if split not in splits:
+        raise DataError(f"the corpus {name} has no split {split!r}; it has {', '.join(splits)}")
 
 
 def check_unchanged(corpus: Corpus) -> None:

@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from longmix.data.corpora.corpus import SPLITS, check_split
-from longmix.data.datamodule import TokenData
+from longmix.data.corpora.corpus import SPLITS, require_split
 from longmix.data.synthetic.tasks import SyntheticTask
-from longmix.data.tokens.token_files import TokenFile
 from longmix.data.tokens.tokenizers import ByteTokenizer, NumberTokenizer, Tokenizer
+from longmix.data.training_data import TrainingData
 from longmix.data.windows import Window, check_seq_len
-from longmix.errors import ConfigError, DataError
+from longmix.errors import ConfigError
 
 EVALUATED_EXAMPLES = 1000
 """Examples that an evaluation of a split reads by default."""
@@ -51,29 +50,19 @@ class SyntheticWindows:
         return self.sample(index)
 
 
-@dataclass(frozen=True)
-class SyntheticCorpus:
-    """Name and splits of a synthetic task, in the place of a corpus."""
-
-    name: str
-    splits: tuple[str, ...] = SPLITS
-
-
-class SyntheticData(TokenData):
+class SyntheticData(TrainingData):
     """A synthetic task as data to train and evaluate on; see `longmix.data.synthetic.tasks`.
 
     Args:
         task: makes the examples.
         tokenizer: of numbers, with the task's vocabulary, in evaluation; in training there is none to choose, and
             `ByteTokenizer`, which stands where none was chosen, is passed over.
-        seq_len, batch_size, seed, num_workers: see `TokenData`.
+        seq_len, batch_size, seed, num_workers: see `TrainingData`.
         validation_tokens: how much each validation takes.
 
     Raises:
         ConfigError: the task does not fit into `seq_len`, or is not the one that the model was trained on.
     """
-
-    windows_are_text = False
 
     def __init__(
         self,
@@ -86,10 +75,7 @@ class SyntheticData(TokenData):
         num_workers: int = 0,
         validation_tokens: int | None = 65536,
     ) -> None:
-        name = type(task).__name__
         super().__init__(
-            SyntheticCorpus(name),  # type: ignore[arg-type]
-            NumberTokenizer(task.vocab_size),
             seq_len=seq_len,
             batch_size=batch_size,
             seed=seed,
@@ -107,10 +93,31 @@ class SyntheticData(TokenData):
                 "trained on."
             )
         self.task = task
+        self._tokenizer = NumberTokenizer(task.vocab_size)
         SyntheticWindows(task, seq_len, "train", seed, 1).sample(0)
 
+    @property
+    def source(self) -> str:
+        """The name of the task's class."""
+        return type(self.task).__name__
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Any task has all splits."""
+        return SPLITS
+
+    @property
+    def tokenizer(self) -> NumberTokenizer:
+        """Writes the task's tokens as numbers."""
+        return self._tokenizer
+
+    @property
+    def expected_vocab_size(self) -> int:
+        """The task's number of tokens."""
+        return self.task.vocab_size
+
     @functools.cached_property
-    def train_windows(self) -> SyntheticWindows:  # type: ignore[override]
+    def train_windows(self) -> SyntheticWindows:
         """Training examples without end."""
         return SyntheticWindows(self.task, self.seq_len, "train", self.seed, 100 * EVALUATED_EXAMPLES)
 
@@ -119,42 +126,34 @@ class SyntheticData(TokenData):
         """Tokens of a hundred thousand examples."""
         return self.train_windows.windows_per_epoch * self.seq_len
 
-    def token_file(self, split: str) -> TokenFile:
-        """Refused: examples are made when they are needed, so there is no token file.
-
-        Raises:
-            DataError: always.
-        """
-        raise DataError(f"examples of {self.corpus.name} are made when they are needed; there is nothing to prepare.")
-
     def prepare_data(self) -> None:
         """Do nothing: examples are made when they are needed."""
 
-    def evaluation_windows(self, split: str, seq_len: int, max_tokens: int | None) -> SyntheticWindows:  # type: ignore[override]
+    def evaluation_windows(self, split: str, seq_len: int, max_tokens: int | None) -> SyntheticWindows:
         """The examples that an evaluation reads; a thousand without `max_tokens`."""
         check_seq_len(seq_len)
-        check_split(self.corpus, split)
+        require_split(split, self.source, SPLITS)
         count = EVALUATED_EXAMPLES if max_tokens is None else max(1, max_tokens // seq_len)
         return SyntheticWindows(self.task, seq_len, split, self.seed, count)
 
     def fingerprint(self) -> dict[str, Any]:
         """What fixes the batch of every step, JSON-able."""
-        settings: dict[str, Any] = dataclasses.asdict(self.task)  # type: ignore[call-overload]
+        settings: dict[str, Any] = dataclasses.asdict(self.task)
         place = {"seq_len": self.seq_len, "batch_size": self.batch_size, "seed": self.seed}
-        return {"task": self.corpus.name, **settings, **place}
+        return {"task": self.source, **settings, **place}
 
     def content(self, split: str) -> dict[str, Any]:
         """What fixes the examples of a split, JSON-able."""
-        check_split(self.corpus, split)
-        settings: dict[str, Any] = dataclasses.asdict(self.task)  # type: ignore[call-overload]
-        return {"task": self.corpus.name, **settings, "seed": self.seed if split == "train" else 0, "tokens": None}
+        require_split(split, self.source, SPLITS)
+        settings: dict[str, Any] = dataclasses.asdict(self.task)
+        return {"task": self.source, **settings, "seed": self.seed if split == "train" else 0, "tokens": None}
 
     def summary(self) -> dict[str, Any]:
         """The task and its settings for logs and checkpoints, JSON-able."""
         tokens = dict.fromkeys(SPLITS, EVALUATED_EXAMPLES * self.seq_len) | {"train": self.train_tokens_per_epoch}
         return {
             **self.fingerprint(),
-            "corpus": self.corpus.name,
+            "corpus": self.source,
             "tokenizer": self.tokenizer.fingerprint(),
             "vocab_size": self.vocab_size,
             "splits": {split: {"tokens": count} for split, count in tokens.items()},

@@ -13,10 +13,10 @@ import numpy as np
 
 from longmix.batch import IGNORE_INDEX
 from longmix.data.corpora.corpus import Corpus, check_split
-from longmix.data.datamodule import DataOptions, TokenData
 from longmix.data.synthetic.base import EVALUATED_EXAMPLES, SyntheticWindows
 from longmix.data.synthetic.haystack import KEYS, LARGEST_VALUE, QUESTION, STATEMENT, Forms, draw_value, hidden, stretch
 from longmix.data.synthetic.tasks import Example
+from longmix.data.text_data import DataOptions, TextData
 from longmix.data.tokens.token_files import TokenFile
 from longmix.data.tokens.tokenizers import Tokenizer
 from longmix.data.windows import check_seq_len
@@ -84,7 +84,7 @@ def _require_room(needles: int, taken: int, seq_len: int) -> None:
         )
 
 
-class NeedleData(TokenData):
+class NeedleData(TextData):
     """Rows with facts hidden in the text of a corpus as data to train and evaluate on; see the module.
 
     A row is a pure function of seed, split and number. All but the training split predict values alone, so that their
@@ -98,7 +98,7 @@ class NeedleData(TokenData):
             trains on nothing but answers; None on every token, of which values are so few in a long row that recall is
             learned late or never.
         statement, question: see `Forms`.
-        options: see `TokenData`.
+        options: see `TextData`.
 
     Raises:
         ConfigError: an impossible setting; from `prepare_data`: needles and questions take more than `seq_len` tokens.
@@ -134,7 +134,7 @@ class NeedleData(TokenData):
         return f"needles_{self.corpus.name}"
 
     @functools.cached_property
-    def train_windows(self) -> SyntheticWindows:  # type: ignore[override]
+    def train_windows(self) -> SyntheticWindows:
         """Training rows; an epoch has as many rows as the text would fill."""
         rows = -(-self.train_tokens_per_epoch // self.seq_len)
         return SyntheticWindows(self._rows("train", self.answer_share), self.seq_len, "train", self.seed, rows)
@@ -149,7 +149,7 @@ class NeedleData(TokenData):
         sizes = sorted(len(one.statement) + len(one.question) + len(one.value) for one in needles)
         _require_room(max(self.counts), sum(sizes[-max(self.counts) :]), self.seq_len)
 
-    def evaluation_windows(self, split: str, seq_len: int, max_tokens: int | None) -> SyntheticWindows:  # type: ignore[override]
+    def evaluation_windows(self, split: str, seq_len: int, max_tokens: int | None) -> SyntheticWindows:
         """The rows that an evaluation reads; a thousand without `max_tokens`."""
         check_seq_len(seq_len)
         check_split(self.corpus, split)

@@ -7,7 +7,7 @@ predicted there, or `IGNORE_INDEX`.
 import functools
 from dataclasses import dataclass
 from itertools import permutations
-from typing import NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
@@ -33,6 +33,8 @@ class Example(NamedTuple):
 
 class SyntheticTask(Protocol):
     """Makes examples. Any dataclass with these members can be named as `_target_`."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def vocab_size(self) -> int:

@@ -26,7 +26,7 @@ BATCHES_AHEAD = 3
 """Batches of each process that wait to be tokenised or written."""
 
 
-class Batch(NamedTuple):
+class TextBatch(NamedTuple):
     """Some documents: the number of the first, their texts, and the position of the reading after them."""
 
     first: int
@@ -42,7 +42,7 @@ class Encoded(NamedTuple):
         lengths: of each document in tokens, int64; empty documents have none.
         bytes: of the texts in UTF-8, as they were encoded.
         empty: how many documents were empty.
-        position: see `Batch`.
+        position: see `TextBatch`.
     """
 
     tokens: np.ndarray
@@ -66,7 +66,7 @@ class Encoder:
         self._token_bytes = tokenizer.token_bytes()
         self._has_replaced = False
 
-    def __call__(self, batch: Batch) -> Encoded:
+    def __call__(self, batch: TextBatch) -> Encoded:
         """Encode the documents of a batch.
 
         Raises:
@@ -111,7 +111,7 @@ class Encoder:
             )
 
 
-def batches_of(reading: Reading, first: int) -> Iterator[Batch]:
+def batches_of(reading: Reading, first: int) -> Iterator[TextBatch]:
     """The documents of a reading in batches, numbered from `first` on."""
     texts: list[str] = []
     characters = 0
@@ -119,14 +119,14 @@ def batches_of(reading: Reading, first: int) -> Iterator[Batch]:
         texts.append(text)
         characters += len(text)
         if characters >= BATCH_CHARACTERS or len(texts) >= BATCH_DOCUMENTS:
-            yield Batch(first, texts, reading.position)
+            yield TextBatch(first, texts, reading.position)
             first += len(texts)
             texts, characters = [], 0
     if texts:
-        yield Batch(first, texts, reading.position)
+        yield TextBatch(first, texts, reading.position)
 
 
-def encode_in_order(encode: Encoder, batches: Iterable[Batch], workers: int) -> Generator[Encoded]:
+def encode_in_order(encode: Encoder, batches: Iterable[TextBatch], workers: int) -> Generator[Encoded]:
     """`encode` of every batch, in their order; in several processes a bounded number of batches ahead.
 
     Raises:
@@ -187,5 +187,5 @@ def _install(encode: Encoder) -> None:
     _installed = encode
 
 
-def _encode(batch: Batch) -> Encoded:
+def _encode(batch: TextBatch) -> Encoded:
     return _installed(batch)

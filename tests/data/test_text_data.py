@@ -12,8 +12,8 @@ import torch
 from list_corpus import ListCorpus, random_text
 from omegaconf import OmegaConf
 
-from longmix.data.datamodule import TokenData
 from longmix.data.mixture import MixtureData
+from longmix.data.text_data import TokenData
 from longmix.data.tokens.tokenizers import BpeTokenizer, ByteTokenizer
 from longmix.errors import ConfigError, DataError, ProcessLost, StorageError
 

@@ -1,0 +1,221 @@
+"""`TextData`: data that are read from token files; `TokenData`: windows of the text of one corpus."""
+
+import functools
+import logging
+from typing import Any, TypedDict, Unpack
+
+from longmix.data.corpora.corpus import Corpus
+from longmix.data.corpora.local_files import user_path
+from longmix.data.tokens.preparation import Preparation, prepare
+from longmix.data.tokens.token_files import TokenFile
+from longmix.data.tokens.tokenizers import Tokenizer
+from longmix.data.training_data import TrainingData
+from longmix.data.windows import EvaluationWindows, TrainWindows, order_key
+from longmix.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+
+class DataOptions(TypedDict, total=False):
+    """What `TextData` takes besides corpus and tokenizer; see there."""
+
+    seq_len: int
+    batch_size: int
+    seed: int
+    cache_dir: str
+    num_workers: int
+    validation_tokens: int | None
+
+
+class TextData(TrainingData):
+    """Token files of one or several corpora, made when first asked for. Subclasses say which windows are cut from them.
+
+    Each token file is made once and kept in `cache_dir`, which any number of runs and ranks may share.
+
+    Args:
+        corpus: where the documents come from.
+        tokenizer: how they become tokens.
+        seq_len, batch_size, seed, num_workers, validation_tokens: see `TrainingData`.
+        cache_dir: folder for token files and trained tokenizers.
+
+    Attributes:
+        preparation: how missing token files are made.
+        windows_are_text: a training window is a piece of the train split, which must therefore be longer.
+
+    Raises:
+        ConfigError: a setting is impossible; names it.
+        DataError: from the methods: the corpus, tokenizer or a cached file cannot be used.
+    """
+
+    windows_are_text = True
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        *,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        cache_dir: str = "~/.cache/longmix",
+        num_workers: int = 0,
+        validation_tokens: int | None = 65536,
+    ) -> None:
+        super().__init__(
+            seq_len=seq_len,
+            batch_size=batch_size,
+            seed=seed,
+            num_workers=num_workers,
+            validation_tokens=validation_tokens,
+        )
+        self.corpus = corpus
+        self.cache_dir = user_path("data.cache_dir", cache_dir)
+        self.preparation = Preparation()
+        self._given_tokenizer = tokenizer
+        self._token_files: dict[str, list[TokenFile]] = {}
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, trained first if it is one that learns from the corpus."""
+        return self._given_tokenizer.prepare(self.corpus, self.cache_dir)
+
+    @property
+    def expected_vocab_size(self) -> int:
+        """The vocabulary size before anything is read. A tokenizer that is trained later may have fewer ids."""
+        return self._given_tokenizer.vocab_size
+
+    @property
+    def source(self) -> str:
+        """The name of the corpus."""
+        return self.corpus.name
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits of the corpus."""
+        return self.corpus.splits
+
+    @property
+    def part_names(self) -> list[str]:
+        """The user's name for the corpus of each of `token_files`."""
+        return [self.corpus.name]
+
+    def token_files(self, split: str) -> list[TokenFile]:
+        """The token files of a split, one of each corpus, made or opened when first asked for.
+
+        Raises:
+            DataError: there is no such split, or a token file cannot be made or used.
+        """
+        if split not in self._token_files:
+            self._token_files[split] = [self._token_file_of(name, split) for name in self.part_names]
+        return self._token_files[split]
+
+    def token_file(self, split: str) -> TokenFile:
+        """The one token file of a split, for a task that reads whole documents.
+
+        Raises:
+            DataError: there are several corpora; or see `token_files`.
+        """
+        if len(self.part_names) > 1:
+            names = ", ".join(self.part_names)
+            raise DataError(f"a mixture of {names} is not one text; give the data of one of them.")
+        return self.token_files(split)[0]
+
+    def _token_file_of(self, name: str, split: str) -> TokenFile:
+        """The token file of one corpus, which `name` of `part_names` stands for."""
+        return prepare(self.corpus, self.tokenizer, split, self.cache_dir, self.preparation)
+
+    @property
+    def train_tokens_per_epoch(self) -> int:
+        """Tokens of the train splits, separators included."""
+        return sum(token_file.num_tokens for token_file in self.token_files("train"))
+
+    def prepare_data(self) -> None:
+        """Make the token files that training needs; Lightning calls it on one rank of each node."""
+        for split in ("train", "validation"):
+            if split in self.splits:
+                self.token_files(split)
+
+    def _check_room(self) -> None:
+        """Refuse windows longer than the train split; log it if they are longer than the validation split."""
+        if not self.windows_are_text:
+            return
+        for split in ("train", "validation"):
+            files = self.token_files(split) if split in self.splits else []
+            for name, token_file in zip(self.part_names, files, strict=False):
+                if token_file.num_tokens >= self.seq_len:
+                    continue
+                subject = f"the {split} split of {name}, which has {token_file.num_tokens:,} tokens"
+                if split == "train":
+                    raise ConfigError(
+                        f"seq_len={self.seq_len} is longer than {subject}. Take at most that, or train on more text."
+                    )
+                logger.warning(
+                    "seq_len=%d is longer than %s: its one window is not filled, so that the figures of this "
+                    "validation are those of a shorter context",
+                    *(self.seq_len, subject),
+                )
+
+    def content(self, split: str) -> dict[str, Any]:
+        """What fixes the tokens of a split, JSON-able, and `tokens`, how many there are.
+
+        Raises:
+            DataError: there is no such split.
+        """
+        files = self.token_files(split)
+        return {"keys": [file.manifest["key"] for file in files], "tokens": sum(file.num_tokens for file in files)}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What fixes the batch of every step, JSON-able. A run resumes only if this is unchanged."""
+        return {
+            "train_key": order_key(self.token_file("train")),
+            "seq_len": self.seq_len,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """Settings, hashes and counts of the splits in use, JSON-able, for logs and checkpoints."""
+        return {
+            "corpus": self.corpus.name,
+            "tokenizer": self.tokenizer.fingerprint(),
+            "vocab_size": self.vocab_size,
+            "seq_len": self.seq_len,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "splits": {split: token_file.manifest for split, (token_file,) in self._token_files.items()},
+        }
+
+
+class TokenData(TextData):
+    """The text of one corpus as windows: each token is an input once an epoch.
+
+    Args:
+        corpus: where the documents come from.
+        tokenizer: how they become tokens.
+        options: see `TextData`.
+    """
+
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, **options: Unpack[DataOptions]) -> None:
+        super().__init__(corpus, tokenizer, **options)
+        self._evaluation_windows: dict[tuple[str, int, int | None], EvaluationWindows] = {}
+
+    @functools.cached_property
+    def train_windows(self) -> TrainWindows:
+        """The training windows all steps are cut from."""
+        return TrainWindows(self.token_file("train"), self.seq_len, self.seed)
+
+    def evaluation_windows(self, split: str, seq_len: int, max_tokens: int | None) -> EvaluationWindows:
+        """The windows that an evaluation of a split reads. They know how many of its tokens they cover."""
+        key = (split, seq_len, max_tokens)
+        if key not in self._evaluation_windows:
+            windows = EvaluationWindows(self.token_file(split), seq_len, max_tokens)
+            logger.info(
+                "evaluation covers %s of the %s tokens of the %s split, in %s windows of %s",
+                f"{windows.covered_tokens:,}",
+                f"{windows.total_tokens:,}",
+                split,
+                f"{len(windows):,}",
+                f"{seq_len:,}",
+            )
+            self._evaluation_windows[key] = windows
+        return self._evaluation_windows[key]

@@ -1,0 +1,254 @@
+"""`TrainingData`: everything that training and evaluation ask of data, and the Lightning datamodule for it."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import lightning
+import numpy as np
+from torch.utils.data import DataLoader
+
+from longmix.config import Node, build, check, locate
+from longmix.data.loaders import EvaluationBatches, TrainSteps, load, local_share
+from longmix.data.tokens.tokenizers import Tokenizer
+from longmix.data.windows import FiniteWindows, OrderedWindows, check_seq_len
+from longmix.errors import ConfigError
+
+
+class TrainingData(lightning.LightningDataModule, ABC):
+    """Training windows, evaluation windows and the batches made from them. Each kind of data is a class of its own.
+
+    A kind of data answers the abstract members. Batches, ranks and Lightning's hooks are the same for all.
+
+    Nothing is read or written before `prepare_data`, `setup`, or the first use of what depends on it.
+
+    Args:
+        seq_len: tokens per training window.
+        batch_size: sequences per optimizer step, over all ranks together.
+        seed: fixes the order of the training windows.
+        num_workers: processes that read training batches ahead; 0 reads in the main process.
+        validation_tokens: how much of the validation split `val_dataloader` takes, evenly spread; None for all.
+
+    Attributes:
+        start_step: first optimizer step that `train_dataloader` yields; a resumed run sets it.
+        num_steps: optimizer step that `train_dataloader` ends before; None for one epoch from `start_step`.
+        evaluation_batch_size: sequences per batch of `val_dataloader`, per rank.
+        processes_per_row: neighbouring ranks that are given the same rows.
+
+    Raises:
+        ConfigError: a setting is impossible; names it.
+    """
+
+    def __init__(
+        self,
+        *,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        num_workers: int = 0,
+        validation_tokens: int | None = 65536,
+    ) -> None:
+        super().__init__()
+        check_seq_len(seq_len)
+        local_share(batch_size, rank=0, world_size=1)
+        if num_workers < 0:
+            raise ConfigError(f"data.num_workers must not be negative, got {num_workers}")
+        if validation_tokens is not None and validation_tokens < 1:
+            raise ConfigError(f"data.validation_tokens must be at least 1, or null for all, got {validation_tokens}")
+        self.seq_len = seq_len
+        self.batch_size = batch_size
+        self.seed = seed
+        self.num_workers = num_workers
+        self.validation_tokens = validation_tokens
+        self.start_step = 0
+        self.num_steps: int | None = None
+        self.evaluation_batch_size = 1
+        self.processes_per_row = 1
+        self._has_room = False
+
+    @property
+    @abstractmethod
+    def source(self) -> str:
+        """The name of the corpus or task, for messages."""
+
+    @property
+    @abstractmethod
+    def splits(self) -> tuple[str, ...]:
+        """The names of the splits, "train" first."""
+
+    @property
+    @abstractmethod
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, trained first if it is one that learns from the corpus."""
+
+    @property
+    @abstractmethod
+    def expected_vocab_size(self) -> int:
+        """The vocabulary size before anything is read. A tokenizer that is trained later may have fewer ids."""
+
+    @property
+    @abstractmethod
+    def train_windows(self) -> OrderedWindows:
+        """The training windows that all steps are cut from."""
+
+    @property
+    @abstractmethod
+    def train_tokens_per_epoch(self) -> int:
+        """Tokens of one epoch of training."""
+
+    @abstractmethod
+    def evaluation_windows(self, split: str, seq_len: int, max_tokens: int | None) -> FiniteWindows:
+        """The windows that an evaluation of a split reads.
+
+        Args:
+            split: one of `splits`.
+            seq_len: tokens per window.
+            max_tokens: about so many tokens are read; None for the kind's own default.
+
+        Raises:
+            ConfigError: a setting is impossible.
+            DataError: there is no such split.
+        """
+
+    @abstractmethod
+    def prepare_data(self) -> None:
+        """Make what training needs. Lightning calls it on one rank of each node; a second call does nothing."""
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, Any]:
+        """What fixes the batch of every step, JSON-able. A run resumes only if this is unchanged."""
+
+    @abstractmethod
+    def content(self, split: str) -> dict[str, Any]:
+        """What fixes the tokens of a split, JSON-able, and `tokens`, how many there are; None if they never end.
+
+        Raises:
+            DataError: there is no such split.
+        """
+
+    @abstractmethod
+    def summary(self) -> dict[str, Any]:
+        """Settings, hashes and counts of the splits in use, JSON-able, for logs and checkpoints."""
+
+    @property
+    def label(self) -> str:
+        """The name that results on these data carry."""
+        return self.source
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self.tokenizer.vocab_size
+
+    @property
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes each token id stands for, int32 [vocab_size]."""
+        return self.tokenizer.token_bytes()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the same files on every rank. Called twice, it does nothing the second time.
+
+        Raises:
+            ConfigError: the stage is "fit", and training windows do not fit the data.
+        """
+        self.prepare_data()
+        if stage == "fit" and not self._has_room:
+            self._check_room()
+            self._has_room = True
+
+    def _check_room(self) -> None:
+        """Refuse training windows that the data cannot fill. Examples that are made to measure fill any."""
+
+    def train_loader(self, start_step: int, num_steps: int, rank: int = 0, world_size: int = 1) -> DataLoader[Any]:
+        """A sized iterable over the optimizer steps start_step..num_steps-1; each item is this rank's whole share.
+
+        Returns:
+            A loader of length `num_steps - start_step` whose items are dicts of `tokens` and `targets`, int64
+            [batch_size / world_size, seq_len], and `document_ids`, int32 of the same shape or None where no row
+            holds a document boundary.
+
+        Raises:
+            ConfigError: `batch_size` is not a multiple of `world_size`.
+        """
+        steps = TrainSteps(self.train_windows, self.batch_size, rank, world_size)
+        return load(steps, range(start_step, num_steps), self.num_workers)
+
+    def evaluation_loader(
+        self,
+        split: str,
+        seq_len: int | None = None,
+        batch_size: int = 1,
+        max_tokens: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> DataLoader[Any]:
+        """A sized iterable over this rank's share of a split's windows, in order; items as in `train_loader`.
+
+        Every window comes exactly once over all ranks; the last batch may be smaller.
+
+        Args:
+            split: one of `splits`.
+            seq_len: tokens per window; the training length when not given.
+            batch_size: sequences per batch on this rank.
+            max_tokens: take evenly spread windows of about so many tokens; None for the whole split.
+            rank: this rank.
+            world_size: number of ranks.
+
+        Raises:
+            ConfigError: a setting is impossible.
+            DataError: there is no such split.
+        """
+        windows = self.evaluation_windows(split, self.seq_len if seq_len is None else seq_len, max_tokens)
+        batches = EvaluationBatches(windows, batch_size, rank, world_size)
+        return load(batches, range(len(batches)), num_workers=0)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Lightning's hook for `train_loader`, from `start_step` to `num_steps`."""
+        one_epoch = -(-self.train_windows.windows_per_epoch // self.batch_size)
+        num_steps = self.start_step + one_epoch if self.num_steps is None else self.num_steps
+        (rank, world_size), sharing = self._rank_and_world_size(), self.processes_per_row
+        return self.train_loader(self.start_step, num_steps, rank // sharing, world_size // sharing)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Lightning's hook for `evaluation_loader` on the validation split; empty where there is none."""
+        if "validation" not in self.splits:
+            return []
+        return self.evaluation_loader(
+            "validation",
+            self.seq_len,
+            self.evaluation_batch_size,
+            self.validation_tokens,
+            *self._rank_and_world_size(),
+        )
+
+    def _rank_and_world_size(self) -> tuple[int, int]:
+        if self.trainer is None:
+            return 0, 1
+        return self.trainer.global_rank, self.trainer.world_size
+
+
+INTERFACE = f"{TrainingData.__module__}.{TrainingData.__name__}"
+
+
+def build_data(node: Node, tokenizer: Tokenizer, *, seq_len: int, batch_size: int, seed: int) -> TrainingData:
+    """The data that the `data` node of a configuration describes. Nothing is read or written.
+
+    Args:
+        node: the settings with `_target_`.
+        tokenizer: how text becomes tokens.
+        seq_len, batch_size, seed: see `TrainingData`.
+
+    Raises:
+        ConfigError: a setting is wrong, or what the node names makes no `TrainingData`.
+    """
+    check(node, "data", {"tokenizer", "seq_len", "batch_size", "seed"})
+    lacking = sorted(getattr(locate(node["_target_"], "data"), "__abstractmethods__", ()))
+    if lacking:
+        raise ConfigError(
+            f"data._target_={node['_target_']} lacks {', '.join(lacking)}; {INTERFACE} says what each is."
+        )
+    data = build(node, "data", tokenizer=tokenizer, seq_len=seq_len, batch_size=batch_size, seed=seed)
+    if not isinstance(data, TrainingData):
+        raise ConfigError(
+            f"data._target_={node['_target_']} is a {type(data).__name__}; it must be a subclass of {INTERFACE}."
+        )
+    return data
