@@ -1,9 +1,10 @@
 """`python -m benchmarks.gpu --budget SECONDS --out FOLDER`: prove and measure everything within a budget.
 
-Stages follow each other: the machine, correctness, what only a GPU shows, peers made ready, speed, training. Each result
-is a line in `FOLDER/gpu.jsonl` at once, and `summary.json` and `summary.txt` are written anew after each stage, so that
-whatever ends the command keeps what there is. `--resume` leaves out what passed. `--plan` prints the cases with their
-estimated seconds, and does nothing. On a machine without a GPU the kernels run in Triton's interpreter, at tiny sizes.
+Stages follow each other: the machine, correctness, what only a GPU shows, peers made ready, speed, training. Each
+result is a line in `FOLDER/gpu.jsonl` at once, and `summary.json` and `summary.txt` are written anew after each stage,
+so that whatever ends the command keeps what there is. `--resume` leaves out what passed. `--plan` prints the cases with
+their estimated seconds, and does nothing. `--tune` times the neighbours of the launch tables' rows instead, and writes
+the better ones as `tables.patch`. Without a GPU, Triton's interpreter runs the kernels at tiny sizes.
 """
 
 import argparse
@@ -18,11 +19,12 @@ import torch
 
 from benchmarks import results
 from benchmarks.command import Parser, positive
-from benchmarks.gpu.case import FAILED, PASSED, SKIPPED, Case, Result
+from benchmarks.gpu.case import PASSED, SKIPPED, Case, Result
 from benchmarks.gpu.catalogue import PARALLEL, SHARES, STAGES, every_case
 from benchmarks.gpu.journal import FILE, Journal
 from benchmarks.gpu.pool import Pool
 from benchmarks.gpu.summary import summary_text, write_summary
+from benchmarks.gpu.tuning import tuning_cases
 
 MOST_WORKERS = 10
 SUMMARY_SECONDS = 3.0
@@ -33,12 +35,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m benchmarks.gpu", description="Prove and measure everything within a budget.")
     add = parser.add_argument
     add("--budget", type=positive(float), default=470.0, metavar="SECONDS", help="for everything (default 470)")
-    add("--out", type=Path, required=True, metavar="FOLDER", help="for gpu.jsonl, summaries, a log and compiled kernels")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="for results, a log and compiled kernels")
     add("--only", nargs="+", metavar="NAME", help=f"cases whose names begin so: {', '.join(STAGES)}, or longer")
     add("--resume", action="store_true", help="leave out what passed before in the same folder")
     add("--plan", action="store_true", help="print the cases and their estimated seconds, and do nothing")
     add("--tune", action="store_true", help="time the neighbours of the launch tables' rows, and nothing else")
-    add("--workers", type=positive(int, 64), help=f"processes that share the device (default: up to {MOST_WORKERS})")
+    workers = max(1, min(MOST_WORKERS, (os.cpu_count() or 1) - 4))
+    add("--workers", type=positive(int, 64), default=workers, help=f"processes that share the device ({workers})")
     options = parser.parse_args(arguments)
     parser.make_folder(options.out)
     if (options.out / FILE).exists() and not options.resume and not options.plan:
@@ -106,17 +109,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the options say; 1 if a check failed, a process crashed or nothing was done."""
     options = parse(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    options.workers = options.workers or min(MOST_WORKERS, max(1, (os.cpu_count() or 1) - 4), 10)
-    if options.tune:
-        from benchmarks.gpu.tuning import tuning_cases
-
-        every = tuning_cases(device)
-    else:
-        every = every_case(device)
-    cases = selected(every, options.only)
     if options.plan:
-        print_plan(cases, options.workers)
+        print_plan(selected(tuning_cases() if options.tune else every_case("cuda"), options.only), options.workers)
         return 0
+    if options.tune and device == "cpu":
+        print("python -m benchmarks.gpu: --tune needs a CUDA device", file=sys.stderr)
+        return 2
+    cases = selected(tuning_cases() if options.tune else every_case(device), options.only)
+    if not cases:
+        print(f"python -m benchmarks.gpu: no case begins with {' or '.join(options.only)}", file=sys.stderr)
+        return 2
     os.environ.update(_environment(options.out, device))
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     journal = Journal(options.out / FILE)
@@ -131,6 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pool.close()
         write_summary(options.out, cases, journal)
     print(summary_text(cases, journal))
+    if device == "cpu":
+        print("a CUDA device would be asked for this:")
+        print_plan(selected(every_case("cuda"), options.only), MOST_WORKERS)
     statuses = {journal.results[case.name].status for case in cases if case.name in journal.results}
     return int(not statuses or not statuses <= {PASSED, SKIPPED})
 

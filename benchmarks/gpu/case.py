@@ -2,12 +2,12 @@
 
 import dataclasses
 import importlib
-import os
 import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 PASSED, FAILED, SKIPPED, CRASHED, LATE = "passed", "failed", "skipped", "crashed", "late"
@@ -29,7 +29,7 @@ class Case:
     Attributes:
         stage: the part of the command that it belongs to.
         name: unlike all others.
-        action: "module.function" of this package, which takes `settings` as keywords and returns what was found.
+        action: full name of a function that takes `settings` as keywords and returns what it found.
         settings: of JSON's types.
         seconds: that it takes, as an estimate; it begins only where there is so much time.
         most: seconds after which it is ended.
@@ -87,7 +87,7 @@ def carry_out(case: Case) -> Result:
     began = time.monotonic()
     module, _, function = case.action.rpartition(".")
     try:
-        values = getattr(importlib.import_module(f"benchmarks.gpu.{module}"), function)(**case.settings)
+        values = getattr(importlib.import_module(module), function)(**case.settings)
     except CheckFailed as error:
         return ended(case, FAILED, time.monotonic() - began, str(error))
     except NotPossible as error:
@@ -101,6 +101,6 @@ def carry_out(case: Case) -> Result:
 
 def _in_a_line(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
-    place = f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else "?"
+    place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"
     text = " ".join(str(error).split())[:300]
     return f"{type(error).__name__} at {place}: {text}"

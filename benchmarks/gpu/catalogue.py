@@ -7,8 +7,17 @@ from benchmarks.comparison import FORWARD, TRAINING
 from benchmarks.gpu.case import Case
 from benchmarks.gpu.speed import BENCHMARKS
 
-STAGES = ("machine", "correctness", "hazards", "warm", "speed", "training")
-SHARES = {"machine": 0.05, "correctness": 0.23, "hazards": 0.36, "warm": 0.42, "speed": 0.66, "training": 0.96}
+HERE = __package__
+STAGES = ("machine", "correctness", "hazards", "warm", "speed", "training", "tune")
+SHARES = {
+    "machine": 0.05,
+    "correctness": 0.23,
+    "hazards": 0.36,
+    "warm": 0.42,
+    "speed": 0.66,
+    "training": 0.97,
+    "tune": 1.0,
+}
 """By which share of the budget each stage ends; what one leaves, the next ones have."""
 
 PARALLEL = ("correctness", "hazards", "warm")
@@ -48,7 +57,7 @@ def every_case(device: str) -> list[Case]:
 
 
 def _machine() -> Iterator[Case]:
-    yield Case("machine", "machine/ceilings", "speed.ceilings", {}, seconds=8, most=30)
+    yield Case("machine", "machine/ceilings", f"{HERE}.speed.ceilings", {}, seconds=8, most=30)
 
 
 def _call(engine: str, dim: int, value_dim: int, dtype: str = "bf16", **settings: Any) -> Settings:
@@ -87,16 +96,25 @@ CALLS: Sequence[tuple[str, Settings]] = (
 """Calls of the engines as mixers make them, by name."""
 
 
+ODD: Sequence[tuple[str, int, Settings]] = (
+    ("attention", 72, {"documents": 2}),
+    ("linear", 48, {"kind": "exp", "documents": 2}),
+    ("delta", 80, {"kind": "kda", "documents": 2}),
+    ("scatter", 48, {"features": 40}),
+)
+"""Head dimensions that no power of two is, by engine."""
+
+
 def _correctness() -> Iterator[Case]:
     for name, settings in CALLS:
-        yield Case("correctness", f"correctness/{name}", "correctness.check", settings, seconds=12, most=60)
+        yield Case("correctness", f"correctness/{name}", f"{HERE}.correctness.check", settings, seconds=12, most=60)
 
 
 def _hazards() -> Iterator[Case]:
     def case(name: str, action: str, settings: Settings, seconds: float, most: float, alone: bool = False) -> Case:
-        return Case("hazards", f"hazards/{name}", f"hazards.{action}", settings, seconds, most, alone)
+        return Case("hazards", f"hazards/{name}", f"{HERE}.hazards.{action}", settings, seconds, most, alone)
 
-    long = {"length": LENGTH, "batch": 1, "heads": 2}
+    long: Settings = {"length": LENGTH, "batch": 1, "heads": 2}
     races = (
         ("scatter-fp32", _call("scatter", 64, 64, "fp32", **long)),
         ("scatter", _call("scatter", 64, 64, **long)),
@@ -110,16 +128,11 @@ def _hazards() -> Iterator[Case]:
         yield case(f"race/{name}", "race", settings | {"repetitions": times}, 20, 60)
     for mixer in MIXERS:
         yield case(f"waits/{mixer}", "no_waits", {"mixer": mixer, "length": 2048, "device": "cuda"}, 10, 60)
-    odd = {"batch": 1, "length": 333, "heads": 3}
+    odd: Settings = {"batch": 1, "length": 333, "heads": 3}
     for dtype in ("bf16", "fp32", "fp16"):
-        for name, engine, dim, more in (
-            ("attention", "attention", 72, {"documents": 2}),
-            ("linear", "linear", 48, {"kind": "exp", "documents": 2}),
-            ("delta", "delta", 80, {"kind": "kda", "documents": 2}),
-            ("scatter", "scatter", 48, {"features": 40}),
-        ):
+        for engine, dim, more in ODD:
             settings = _call(engine, dim, dim, dtype, **odd, **more)
-            yield case(f"unaligned/{name}-{dtype}", "unaligned", settings, 12, 60)
+            yield case(f"unaligned/{engine}-{dtype}", "unaligned", settings, 12, 60)
     graphs = ("attention/documents-64", "linear/exp-96-192", "delta/rwkv7-64", "scatter/documents-64")
     for name in graphs:
         yield case(f"graph/{name}", "compiled_engine", dict(CALLS)[name], 20, 90)
@@ -155,7 +168,7 @@ def _warm() -> Iterator[Case]:
         for family in own.families:
             if family.startswith(("fla", "mlstm", "simple")):
                 settings = {"benchmark": benchmark, "family": family, **shapes[benchmark]}
-                yield Case("warm", f"warm/{family}", "speed.warm", settings, seconds=25, most=90)
+                yield Case("warm", f"warm/{family}", f"{HERE}.speed.warm", settings, seconds=25, most=90)
 
 
 def _speed() -> Iterator[Case]:
@@ -169,7 +182,9 @@ def _speed() -> Iterator[Case]:
                 settings = {"benchmark": benchmark, "families": families, "direction": direction, **shape}
                 settings |= {"seconds": 0.25, "limit": 2.0}
                 name = f"speed/{benchmark}-{place}-{direction}{'-flex' if slow else ''}"
-                yield Case("speed", name, "speed.compare", settings, seconds=40 if slow else 12, most=90, alone=True)
+                yield Case(
+                    "speed", name, f"{HERE}.speed.compare", settings, seconds=40 if slow else 12, most=90, alone=True
+                )
 
 
 def _training() -> Iterator[Case]:
@@ -180,12 +195,12 @@ def _training() -> Iterator[Case]:
             name = f"training/{mixer}{'-compiled' if compiled else ''}"
             settings = sizes | {"mixer": mixer, "compiled": compiled, "count": 5}
             seconds, most = (40, 120) if compiled else (12, 60)
-            yield Case("training", name, "training.steps", settings, seconds, most, alone=True)
+            yield Case("training", name, f"{HERE}.training.steps", settings, seconds, most, alone=True)
         if mixers is first and not compiled:
             words = ["mixer=flash", "model=125m", "seq_len=16384", "data=copying", "batch_size=2", "max_steps=10"]
             words += ["loop.validate_every=null", "data.validation_tokens=32768"]
             settings = {"words": words, "seconds": 100.0}
-            yield Case("training", "training/train.py", "training.command", settings, 45, 110, alone=True)
+            yield Case("training", "training/train.py", f"{HERE}.training.command", settings, 45, 110, alone=True)
 
 
 def _on_a_cpu() -> Iterator[Case]:
@@ -197,4 +212,4 @@ def _on_a_cpu() -> Iterator[Case]:
         ("delta/rwkv7", {"engine": "delta", "kind": "rwkv7", "documents": 2}),
         ("scatter/documents", {"engine": "scatter", "features": 16, "block_size": 16, "documents": 2}),
     ):
-        yield Case("correctness", f"correctness/{name}", "correctness.check", sizes | more, seconds=8, most=120)
+        yield Case("correctness", f"correctness/{name}", f"{HERE}.correctness.check", sizes | more, seconds=8, most=120)

@@ -1,4 +1,4 @@
-"""The engines' kernels against their definition in float64: outputs and gradients, twice, with NaN beside the inputs."""
+"""The kernels against their definition in float64: outputs and gradients, repeated, and with NaN beside the inputs."""
 
 from typing import Any
 

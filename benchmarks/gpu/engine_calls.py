@@ -35,9 +35,7 @@ class EngineCall:
         outputs = self.run(leaves, backend)
         generator = torch.Generator(outputs[0].device).manual_seed(1)
         # Rounded to bfloat16, so that calls in every dtype get the same numbers.
-        grads = [
-            torch.randn(x.shape, generator=generator, device=x.device).bfloat16().to(x.dtype) for x in outputs
-        ]
+        grads = [torch.randn(x.shape, generator=generator, device=x.device).bfloat16().to(x.dtype) for x in outputs]
         found = torch.autograd.grad(outputs, list(leaves.values()), grads)
         named = {f"output {number}": x.detach() for number, x in enumerate(outputs)}
         return named | {f"gradient of {name}": x for name, x in zip(leaves, found, strict=True)}
@@ -135,7 +133,8 @@ def _linear(draw: Draw, dim: int, value_dim: int, *, kind: str, documents: int =
     def run(x: Tensors, backend: str) -> tuple[torch.Tensor, ...]:
         gates: dict[str, Any] = {"normalize": kind == "exp"}
         if kind == "decay":
-            rate = torch.arange(heads, device=x["query"].device, dtype=torch.promote_types(x["query"].dtype, torch.float32))
+            exact = torch.promote_types(x["query"].dtype, torch.float32)
+            rate = torch.arange(heads, device=x["query"].device, dtype=exact)
             gates["log_decay"] = torch.log1p(-(2.0 ** (-5 - rate % 8)))
         else:
             gates["log_decay"] = F.logsigmoid(x["forget"])

@@ -60,6 +60,13 @@ class Journal:
     def _write(self, record: Mapping[str, Any]) -> None:
         line = json.dumps(record, sort_keys=True, default=str)
         with self._lock, self.path.open("a", encoding="utf-8") as file:
+            if self._is_torn():
+                file.write("\n")
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+    def _is_torn(self) -> bool:
+        """Whether a command was killed in the middle of its last line."""
+        content = self.path.read_bytes()
+        return bool(content) and not content.endswith(b"\n")

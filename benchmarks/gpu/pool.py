@@ -33,9 +33,7 @@ class Pool:
         self._environment = dict(environment)
         self._workers: list[_Worker] = []
 
-    def run(
-        self, cases: Sequence[Case], count: int, until: float, report: Callable[[Result], None]
-    ) -> Sequence[Case]:
+    def run(self, cases: Sequence[Case], count: int, until: float, report: Callable[[Result], None]) -> Sequence[Case]:
         """Carry cases out in their order, and return those for which no time was left.
 
         Args:

@@ -9,11 +9,12 @@ import torch
 from benchmarks import attention, delta, linear, results, timing
 from benchmarks.attention_providers import NAMES, Shape
 from benchmarks.attention_providers import providers as attention_providers
-from benchmarks.gpu.case import NotPossible
+from benchmarks.command import DTYPES
 from benchmarks.comparison import PASSES, Comparison, Provider, Sized
 from benchmarks.delta_providers import FAMILIES as DELTA_FAMILIES
 from benchmarks.delta_providers import DeltaShape
 from benchmarks.delta_providers import providers as delta_providers
+from benchmarks.gpu.case import NotPossible
 from benchmarks.linear_providers import FAMILIES as LINEAR_FAMILIES
 from benchmarks.linear_providers import LinearShape
 from benchmarks.linear_providers import providers as linear_providers
@@ -46,13 +47,13 @@ def _attention_shape(length: int, dim: int, **place: Any) -> Shape:
 
 
 def _linear_shape(length: int, **place: Any) -> LinearShape:
-    sizes = linear.SIZES["cuda"]
-    return LinearShape(max(1, linear.CUDA_TOKENS // length), length, *sizes.values(), **place)
+    sizes: Any = linear.SIZES["cuda"]
+    return LinearShape(max(1, linear.CUDA_TOKENS // length), length, **sizes, **place)
 
 
 def _delta_shape(length: int, **place: Any) -> DeltaShape:
-    sizes = delta.SIZES["cuda"]
-    return DeltaShape(max(1, delta.CUDA_TOKENS // length), length, *sizes.values(), **place)
+    sizes: Any = delta.SIZES["cuda"]
+    return DeltaShape(max(1, delta.CUDA_TOKENS // length), length, **sizes, **place)
 
 
 def _attention_complete(records: Sequence[results.Record], families: Mapping[str, str]) -> Sequence[results.Record]:
@@ -88,7 +89,14 @@ BENCHMARKS = {
 
 
 def compare(
-    *, benchmark: str, families: Sequence[str], direction: str, seconds: float, limit: float, **shape: Any
+    *,
+    benchmark: str,
+    families: Sequence[str],
+    direction: str,
+    seconds: float,
+    limit: float,
+    device: str = "cuda",
+    **sizes: Any,
 ) -> dict[str, Any]:
     """Times of one pass at one shape, in turns.
 
@@ -98,19 +106,21 @@ def compare(
         direction: the pass.
         seconds: how long to time each call, in sum.
         limit: most seconds that one call may take.
-        shape: what the benchmark's shape is made of, besides dtype and device.
+        device: where.
+        sizes: what the benchmark's shape is made of, besides dtype and device.
     """
-    device, own = torch.device("cuda"), BENCHMARKS[benchmark]
+    place, own = torch.device(device), BENCHMARKS[benchmark]
     every = own.providers()
-    missing = {name: why for name in families if (why := every[name][0].missing(device))}
+    missing = {name: why for name in families if (why := every[name][0].missing(place))}
     here = {name: every[name] for name in families if name not in missing}
     if not here:
         raise NotPossible("; ".join(f"{name} {why}" for name, why in missing.items()))
-    environment = results.environment(device, "bf16")
+    dtype = "bf16" if device == "cuda" else "fp32"
+    environment = results.environment(place, dtype)
     peaks = results.peak_flops(environment), results.peak_bytes(environment)
     listed = [provider for providers in here.values() for provider in providers]
-    run = Comparison(listed, timing.clock_for(device), seconds, limit, *peaks)
-    made = own.shape(dtype=torch.bfloat16, device=device, **shape)
+    run = Comparison(listed, timing.clock_for(place), seconds, limit, *peaks)
+    made = own.shape(dtype=DTYPES[dtype], device=place, **sizes)
     for done in run.compare(made, (direction,), lambda name: None):
         print(done, flush=True)
     names = {provider.name: family for family, providers in here.items() for provider in providers}
@@ -154,7 +164,8 @@ def ceilings() -> dict[str, Any]:
 
 
 def _clock() -> int | None:
+    """MHz of the multiprocessors just now; None where nobody says."""
     try:
         return torch.cuda.clock_rate()
-    except Exception:
+    except Exception:  # without the package that asks the driver
         return None

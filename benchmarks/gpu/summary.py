@@ -9,8 +9,10 @@ from benchmarks.gpu.case import CRASHED, FAILED, LATE, PASSED, SKIPPED, Case, Re
 from benchmarks.gpu.catalogue import STAGES
 from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.speed import BENCHMARKS
+from benchmarks.gpu.tuning import patch
 from longmix.files import replace_text
 
+PATCH = "tables.patch"
 NOT_RUN = "not run"
 STATUSES = (PASSED, FAILED, CRASHED, LATE, SKIPPED, NOT_RUN)
 
@@ -40,7 +42,10 @@ SPEED_COLUMNS = {
 
 def write_summary(folder: Path, cases: Sequence[Case], journal: Journal) -> None:
     """Write `summary.json` and `summary.txt` of what there is by now."""
-    results.write_json(folder / "summary.json", summarised(cases, journal))
+    content = summarised(cases, journal)
+    results.write_json(folder / "summary.json", content)
+    if content["tuned"]:
+        replace_text(folder / PATCH, patch(content["tuned"], results.ROOT))
     replace_text(folder / "summary.txt", summary_text(cases, journal))
 
 
@@ -105,7 +110,10 @@ def summary_text(cases: Sequence[Case], journal: Journal) -> str:
     """All of it to be read."""
     content = summarised(cases, journal)
     head = results.headline(journal.environments[-1]) if journal.environments else "nothing was run"
-    counts = [f"{stage}: {', '.join(f'{n} {s}' for s, n in own.items())}" for stage, own in content["stages"].items() if own]
+    stages = {
+        stage: ", ".join(f"{n} {status}" for status, n in own.items()) for stage, own in content["stages"].items()
+    }
+    counts = [f"{stage}: {text}" for stage, text in stages.items() if text]
     wrong = [f"{record['status']}: {record['case']}: {record['note']}" for record in content["wrong"]]
     skipped = [f"skipped: {name}: {why}" for name, why in content["skipped"].items()]
     sections = [head, "\n".join(counts), "\n".join(wrong), "\n".join(skipped)]
@@ -114,9 +122,19 @@ def summary_text(cases: Sequence[Case], journal: Journal) -> str:
     if content["speed"]:
         sections += [results.text_table(content["speed"], SPEED_COLUMNS)]
         sections += ["\n".join(["bars", *results.verdict_lines(content["bars"])])]
+    if content["tuned"]:
+        sections.append("\n".join(map(_tuned_line, content["tuned"])))
     if content["training"]:
         sections.append(results.text_table(content["training"], TRAINING_COLUMNS))
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _tuned_line(record: Mapping[str, Any]) -> str:
+    name, row, best = f"{record['engine']} {record['kernel']}", record["row"], record["best"]
+    changes = [f"{key} {row[key]} -> {best[key]}" for key in row if row[key] != best[key]]
+    times = [record["times"][text] for text in (record["row_text"], record["best_text"])]
+    what = f"{', '.join(changes)}: {times[0] / times[1]:.3f}x of a pass" if changes else "its row is the best"
+    return f"{name} at {record['width']}: {what}"
 
 
 def _number(value: Any) -> str:

@@ -29,9 +29,7 @@ def steps(
         Also `compile_seconds`, what the first step took, and the losses.
     """
     sizes = {"batch": batch, "length": length, "vocab_size": 50304 if device == "cuda" else 64, "documents": 4}
-    run = trained(
-        [f"mixer={mixer}", *words], **sizes, device=device, dtype="bf16" if device == "cuda" else "fp32"
-    )
+    run = trained([f"mixer={mixer}", *words], **sizes, device=device, dtype="bf16" if device == "cuda" else "fp32")
     if compiled:
         torch._dynamo.reset()
         run.compile()

@@ -55,6 +55,8 @@ class LaunchTable(Generic[Config]):
         float32: for inputs of four bytes, by kernel, for every architecture and width. Their products run outside the
             tensor cores; they are for checks, and may spill.
         interpreted: by kernel, for tensors on the CPU in Triton's interpreter.
+        measured: for inputs of two bytes, by kernel, architecture and width, rows that were found to be faster on a GPU
+            than those of `tuned`; `python -m benchmarks.gpu --tune` proposes them.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class LaunchTable(Generic[Config]):
         tuned: Mapping[int, Mapping[str, Rows]],
         float32: Mapping[str, Sequence[int]],
         interpreted: Mapping[str, Config],
+        measured: Mapping[tuple[str, int, int], Sequence[int]],
     ) -> None:
         self.widths = tuple(widths)
         self.interpreted = interpreted
@@ -74,6 +77,8 @@ class LaunchTable(Generic[Config]):
                 for width, row in zip(widths, rows, strict=True):
                     self.entries[kernel, architecture, 2, width] = config(*row)
                     self.entries[kernel, architecture, 4, width] = config(*float32[kernel])
+        for (kernel, architecture, width), row in measured.items():
+            self.entries[kernel, architecture, 2, width] = config(*row)
 
     def entry(self, kernel: str, architecture: int, size: int, width: int) -> Config:
         """Return the configuration of a kernel for elements of `size` bytes and up to this width."""

@@ -74,6 +74,7 @@ TABLE = LaunchTable(
     {80: _AMPERE, 90: _HOPPER, 100: _HOPPER},
     float32=dict.fromkeys(KERNELS, (32, 32, 8, 1)) | dict.fromkeys(SCANS, (0, 16, 8, 1)),
     interpreted=dict.fromkeys(KERNELS, LaunchConfig(block=64, values=64, warps=1, stages=1)),
+    measured={},
 )
 
 

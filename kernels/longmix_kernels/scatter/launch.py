@@ -83,6 +83,7 @@ TABLE = LaunchTable(
     float32=dict.fromkeys(KERNELS, (32, 32, 32, 4, 1)) | dict.fromkeys(SCANS, (0, 8, 0, 4, 1)),
     interpreted=dict.fromkeys(KERNELS, LaunchConfig(rows=64, features=64, values=64, warps=1, stages=1))
     | dict.fromkeys(SCANS, LaunchConfig(rows=0, features=64, values=0, warps=1, stages=1)),
+    measured={},
 )
 
 
