@@ -26,6 +26,7 @@ WINDOW = 512
 BUCKETS = 16
 BLOCK_SIZE, SINK_BLOCKS, LOCAL_BLOCKS = 128, 1, 8
 PAST_BLOCKS, FEATURES = 1, 64
+DOCUMENTS = 8
 MATH_LENGTH = 2048
 """Longest sequence for torch's math backend, which stores all scores."""
 
@@ -82,6 +83,36 @@ def _window(window: int | None, shape: Shape) -> Workload:
     lo, hi = row_bounds(shape.length, shape.length, window=window)
     pairs = work.visible_pairs(lo, hi) * shape.batch * shape.heads
     return shape.workload(functools.partial(attention, window=window), pairs, (lo, hi))
+
+
+def _documents(shape: Shape) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Ids [B, T] of documents of one length, the first row that each begins in over all rows, and pairs they see."""
+    length = -(-shape.length // DOCUMENTS)
+    ids = (torch.arange(shape.length, device=shape.device) // length).int().expand(shape.batch, -1).contiguous()
+    begins = torch.arange(0, shape.length, length, dtype=torch.int32, device=shape.device)
+    rows = shape.length * torch.arange(shape.batch, dtype=torch.int32, device=shape.device)
+    every = torch.cat([(rows[:, None] + begins).flatten(), rows.new_tensor([shape.batch * shape.length])])
+    sizes = every.diff().tolist()
+    return ids, every, sum(map(work.causal_pairs, sizes)) * shape.heads
+
+
+def _packed(shape: Shape) -> Workload:
+    ids, _, pairs = _documents(shape)
+    return shape.workload(functools.partial(attention, document_ids=ids), pairs)
+
+
+def _varlen(shape: Shape) -> Workload:
+    """torch's FlashAttention of packed documents, with lengths that are known before."""
+    function = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    _, begins, pairs = _documents(shape)
+    longest = int(begins.diff().max())
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        q, k, v = (x.flatten(0, 1) for x in (query, key, value))
+        result: torch.Tensor = function(q, k, v, begins, begins, longest, longest, window_size=(-1, 0))
+        return result.view_as(query)
+
+    return shape.workload(attend, pairs)
 
 
 def _sink_local(shape: Shape) -> Workload:
@@ -232,13 +263,14 @@ def _flex_refuses(shape: Shape, direction: str) -> str:
 
 
 HASH = ("hash-shared", "hash-separate", "hash-shared-copies", "hash-separate-copies")
-OURS = ("dense", "window", *HASH, "routing", "scatterbrain", "drop", "sink-local")
+OURS = ("dense", "window", "documents", *HASH, "routing", "scatterbrain", "drop", "sink-local")
 SDPA = ("sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "sdpa-math")
-NAMES = (*OURS, *SDPA, "flex", "fa3", "fa4")
+NAMES = (*OURS, *SDPA, "varlen", "flex", "fa3", "fa4")
 
 LEGEND = f"""\
 ours:  dense          plain causal attention
        window         the last {WINDOW} keys
+       documents      plain causal attention in {DOCUMENTS} packed documents of one length
        hash-shared    keys in the query's bucket: {BUCKETS} uniform random buckets per head, one for query and key
        hash-separate  the same with buckets of queries and keys drawn independently
        hash-*-copies  the same with rows copied into order before the kernels, instead of gathered by their loads
@@ -249,6 +281,7 @@ ours:  dense          plain causal attention
        drop           half of the queries and half of the keys of each head, at random
        sink-local     the first {SINK_BLOCKS * BLOCK_SIZE} keys and the last {LOCAL_BLOCKS} blocks of {BLOCK_SIZE}
 peers: sdpa-*         torch's backends, each on its own, causal; flash is FlashAttention 2 on CUDA
+       varlen         torch's FlashAttention of the same packed documents
        flex           FlexAttention, compiled, causal
        fa3, fa4       FlashAttention 3 and 4 from their own packages, causal"""
 
@@ -259,6 +292,7 @@ def providers(flex: bool) -> dict[str, Provider]:
     every = [
         Provider("dense", partial(_window, None)),
         Provider("window", partial(_window, WINDOW)),
+        Provider("documents", _packed),
         Provider("hash-shared", partial(_hash, shared=True)),
         Provider("hash-separate", partial(_hash, shared=False)),
         Provider("hash-shared-copies", partial(_hash, shared=True, copies=True), _needs_cuda),
@@ -271,6 +305,7 @@ def providers(flex: bool) -> dict[str, Provider]:
         Provider("sdpa-cudnn", partial(_sdpa, SDPBackend.CUDNN_ATTENTION), _needs_cuda),
         Provider("sdpa-efficient", partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION), _needs_cuda),
         Provider("sdpa-math", partial(_sdpa, SDPBackend.MATH), refuses=_long_math),
+        Provider("varlen", _varlen, _needs_cuda),
         Provider("flex", _flex, partial(_flex_missing, flex), _flex_refuses),
     ]
     for name, module, capabilities in (

@@ -1,4 +1,4 @@
-"""One thread: the cases are small, and waiting for other threads is most of their time on a busy machine."""
+"""One thread, as the cases are small and waiting for others is most of their time; and the order of GPU tests."""
 
 import pytest
 import torch
@@ -10,3 +10,24 @@ def single_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+FIRST = ("half_precision", "one_graph", "memory_beside", "equal_bit_for_bit", "long_sequence", "131072")
+"""Parts of the names of GPU tests, in the order in which they run; the others follow. bfloat16 comes before float16."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """GPU tests run in the order of what they tell, and those that want most of the memory only where asked for."""
+    if "large_memory" not in config.option.markexpr:
+        large = [item for item in items if item.get_closest_marker("large_memory")]
+        config.hook.pytest_deselected(items=large)
+        items[:] = [item for item in items if item not in large]
+    places = [place for place, item in enumerate(items) if item.get_closest_marker("gpu")]
+    ordered = sorted((items[place] for place in places), key=lambda item: _rank(item.name))
+    for place, item in zip(places, ordered, strict=True):
+        items[place] = item
+
+
+def _rank(name: str) -> tuple[int, bool]:
+    found = [place for place, part in enumerate(FIRST) if part in name]
+    return (found[0] if found else len(FIRST), "float16" in name and "bfloat16" not in name)

@@ -242,6 +242,7 @@ def test_causal_at_131072():
     assert not ours[0][:, :-tail].any()
 
 
+@pytest.mark.large_memory
 def test_offsets_beyond_32_bits():
     """Tensors of more than 2 ** 31 numbers: the last rows see a window, and equal the same rows on their own."""
     if torch.cuda.mem_get_info()[0] < 60e9:

@@ -149,6 +149,7 @@ def test_a_long_sequence_ends_as_its_end_does(bound):
     assert all(grad.isfinite().all() for grad in grads.values())
 
 
+@pytest.mark.large_memory
 def test_offsets_beyond_32_bits():
     """Tensors of more than 2 ** 31 numbers: the last document equals the same tokens on their own."""
     if torch.cuda.mem_get_info()[0] < 120e9:

@@ -158,6 +158,7 @@ def test_a_long_sequence_that_one_key_rules(dtype):
     assert_close(result.logsumexp[:, -tail:], wanted.logsumexp, 1e-3, "logsumexp")
 
 
+@pytest.mark.large_memory
 def test_offsets_beyond_32_bits():
     """Sums of more than 2 ** 31 numbers: the last document equals the same tokens on their own."""
     if torch.cuda.mem_get_info()[0] < 60e9:
