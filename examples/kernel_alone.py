@@ -2,7 +2,7 @@
 
 import torch
 
-from longmix_kernels.linear import linear_attention
+from longmix_kernels import linear_attention
 
 if __name__ == "__main__":
     torch.manual_seed(0)

@@ -1,5 +1,8 @@
 """The console command: its overview, its words, what it refuses, and how messages name it."""
 
+import argparse
+import importlib
+import json
 import pickle
 import sys
 
@@ -55,6 +58,16 @@ def test_overview_imports_nothing_heavy(run_process):
         (("export", "a", "b", "dtpye=bf16"), "unknown word dtpye. Did you mean dtype?"),
         (("export", "a", "b", "force=yes"), "force=yes is not one of true, false."),
         (("consolidate", "checkpoint=nowhere"), "nowhere"),
+        (("export", "a", "b", "as=lama"), "as=lama is not one of auto, llama, longmix. Did you mean llama?"),
+        (
+            ("kernels", "engine=atention"),
+            "engine=atention is not one of attention, linear, delta, scatter. Did you mean",
+        ),
+        (("kernels", "delat"), "engine=delat is not one of attention, linear, delta, scatter. Did you mean delta?"),
+        (("kernels", "acrh=90"), "unknown word acrh. Did you mean arch?"),
+        (("kernels", "arch=[90,70]"), "arch=70 is not one of 80, 90, 100."),
+        (("kernels", "gate=exp"), "gate goes with engine=linear. `longmix kernels -h`"),
+        (("kernels", "delta", "gate=exp"), "gate goes with engine=linear, and engine is delta."),
     ],
 )
 def test_refusals(called, tmp_path, monkeypatch, arguments, said):
@@ -80,6 +93,11 @@ def test_refusals(called, tmp_path, monkeypatch, arguments, said):
         ("report", ["multirun/0,mixer=flash"], ["multirun/0,mixer=flash"]),
         ("report", ["lr=1"], ["lr=1"]),
         ("consolidate", ["a"], ["a"]),
+        ("kernels", [], []),
+        ("kernels", ["engine=null", "arch=90"], ["--arch", "90"]),
+        ("kernels", ["arch=[80,90]", "engine=delta"], ["delta", "--arch", "80", "90"]),
+        ("kernels", ["delta", "cost_only=true"], ["delta", "--cost-only"]),
+        ("kernels", ["delta", "--arch", "90"], ["delta", "--arch", "90"]),
         ("consolidate", ["output=b", "checkpoint=a"], ["a", "b"]),
         ("consolidate", ["a", "output=null"], ["a"]),
         ("import", ["a", "b", "separator=null", "missing_bytes=null"], ["a", "b"]),
@@ -87,6 +105,42 @@ def test_refusals(called, tmp_path, monkeypatch, arguments, said):
 )
 def test_words_become_the_arguments_of_a_tool(command, words, arguments):
     assert CATALOGUE[command].options(words) == arguments
+
+
+@pytest.mark.parametrize("engine", ["attention", "linear", "delta", "scatter"])
+def test_words_of_the_kernels_are_the_options_of_their_report(engine):
+    from longmix_kernels import report
+    from longmix_kernels.accelerators import ARCHITECTURES
+    from longmix_kernels.aot import DTYPES
+
+    words = {word.name: word for word in CATALOGUE["kernels"].words}
+    assert words["engine"].choices == report.ENGINES
+    assert words["arch"].choices == tuple(map(str, ARCHITECTURES)) and words["dtype"].choices == tuple(DTYPES)
+    parser = argparse.ArgumentParser(add_help=False)
+    importlib.import_module(f"longmix_kernels.{engine}.report").add_options(parser)
+    options = {option.dest: option for option in parser._actions}
+    assert set(options) == {name for name, word in words.items() if engine in word.only}
+    for name, option in options.items():
+        word = words[name]
+        assert word.many == (option.nargs == "+")
+        assert set(option.choices or ()) <= set(word.choices)
+        if word.default != "null":
+            default = list(map(str, option.default)) if word.many else [option.default]
+            assert word.values(word.default) == default
+
+
+@pytest.mark.parametrize("words", [["json=there/costs.json"], ["scatter", "sizes=64/64", "json=costs.json"]])
+def test_a_report_of_costs_is_written_where_it_can_be(called, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    arguments = ("kernels", "cost_only=true", *words)
+    if "json=costs.json" in words:
+        code, out, _ = called(*arguments)
+        assert code == 0 and "Estimates" in out
+        assert set(json.loads((tmp_path / "costs.json").read_text())) == {"scatter"}
+    else:
+        with pytest.raises(SystemExit) as end:
+            called(*arguments)
+        assert end.value.code == 2
 
 
 @pytest.mark.parametrize("command", [command for command in CATALOGUE.values() if command.words])

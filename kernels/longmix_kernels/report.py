@@ -44,6 +44,8 @@ def _report(engines: Sequence[str], arguments: Sequence[str]) -> int:
     if len(engines) == 1:
         reports[engines[0]].add_options(parser)
     options = parser.parse_args(arguments)
+    if options.json is not None and not options.json.parent.is_dir():
+        parser.error(f"--json={options.json}: there is no folder {options.json.parent}")
     written = {}
     for engine, report in reports.items():
         if len(engines) > 1:

@@ -22,6 +22,8 @@ class Argument:
         place: may stand without its name too, in the order of the table.
         many: takes a list.
         switch: takes true or false.
+        choices: the values that are allowed; any where there are none.
+        only: values of the command's first word that it goes with; any where there are none.
     """
 
     name: str
@@ -30,6 +32,37 @@ class Argument:
     place: bool = False
     many: bool = False
     switch: bool = False
+    choices: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+
+    @property
+    def about(self) -> str:
+        """Its line in the help."""
+        scope = f"of {', '.join(self.only)}: " if self.only else ""
+        choices = f": {', '.join(self.choices)}" if self.choices else ""
+        return f"{scope}{self.meaning}{choices}"
+
+    def values(self, given: str) -> list[str]:
+        """The values in `given`, the text behind the `=`.
+
+        Raises:
+            ConfigError: one of them is not among `choices`.
+        """
+        values = _listed(given) if self.many else [given]
+        for value in values:
+            self.check(value)
+        return values
+
+    def check(self, value: str) -> None:
+        """Refuse a value that is not among `choices`.
+
+        Raises:
+            ConfigError: with the nearest one that is.
+        """
+        allowed = ("true", "false") if self.switch else self.choices
+        if allowed and value not in allowed:
+            meant = did_you_mean(nearest(value, allowed))
+            raise ConfigError(f"{self.name}={value} is not one of {', '.join(allowed)}.{meant}")
 
 
 @dataclass(frozen=True)
@@ -57,9 +90,10 @@ class Command:
     def help(self) -> str:
         """What `-h` prints."""
         width = max(len(f"{word.name}={word.default}") for word in self.words)
-        lines = [f"  {f'{word.name}={word.default}':<{width}}  {word.meaning}" for word in self.words]
-        places = " ".join(word.name.upper() + "..." * word.many for word in self.words if word.place)
-        note = f"{places} may stand without their names, in this order." if places else ""
+        lines = [f"  {f'{word.name}={word.default}':<{width}}  {word.about}" for word in self.words]
+        places = [word.name.upper() + "..." * word.many for word in self.words if word.place]
+        names = "its name" if len(places) == 1 else "their names, in this order"
+        note = f"{' '.join(places)} may stand without {names}." if places else ""
         examples = ["", *(f"  {example}" for example in self.examples)] if self.examples else []
         return "\n".join([f"longmix {self.name}: {self.about}", *examples, "", "Words", *lines, "", note]).rstrip()
 
@@ -73,21 +107,35 @@ class Command:
             return list(given)
         known = {word.name: word for word in self.words}
         places: dict[str, list[str]] = {word.name: [] for word in self.words if word.place}
-        options, alone = [], []
+        options: list[str] = []
+        alone: list[str] = []
+        named: list[Argument] = []
         for argument in given:
             found = re.fullmatch(r"(\w+)=(.*)", argument, re.DOTALL)
             if found and found[1] in known and found[2] == known[found[1]].default == "null":
                 continue
             if found and found[1] in places:
-                places[found[1]] = _listed(found[2]) if known[found[1]].many else [found[2]]
+                places[found[1]] = known[found[1]].values(found[2])
             elif found and found[1] in known:
                 options += _option(known[found[1]], found[2])
+                named.append(known[found[1]])
             elif found and not argument.startswith("-") and not any(known[name].many for name in places):
                 meant = did_you_mean(nearest(found[1], known))
                 raise ConfigError(f"unknown word {found[1]}.{meant} Words are: {', '.join(known)}.")
             else:
                 alone.append(argument)
-        return [*self._placed(places, alone), *options]
+        placed = self._placed(places, alone)
+        for word in named:
+            self._check_goes_with(word, placed[:1])
+        return [*placed, *options]
+
+    def _check_goes_with(self, word: Argument, first: list[str]) -> None:
+        if word.only and not set(first) & set(word.only):
+            raise ConfigError(
+                f"{word.name} goes with {self.words[0].name}={' or '.join(word.only)}"
+                f"{f', and {self.words[0].name} is {first[0]}' if first else ''}. "
+                f"`longmix {self.name} -h` lists the words."
+            )
 
     def _placed(self, places: dict[str, list[str]], alone: list[str]) -> list[str]:
         """What stands without a name goes to the places that no name has filled."""
@@ -97,6 +145,8 @@ class Command:
             if not places[name]:
                 count = len(alone) if self._word(name).many else 1
                 places[name], alone = alone[:count], alone[count:]
+                for value in places[name]:
+                    self._word(name).check(value)
         missing = [name for name, values in places.items() if not values and self._word(name).default == "???"]
         if missing:
             raise ConfigError(
@@ -112,11 +162,10 @@ class Command:
 
 def _option(word: Argument, value: str) -> list[str]:
     option = f"--{word.name.replace('_', '-')}"
+    values = word.values(value)
     if word.switch:
-        if value not in ("true", "false"):
-            raise ConfigError(f"{word.name}={value} is not one of true, false.")
         return [option] if value == "true" else []
-    return [option, *(_listed(value) if word.many else [value])]
+    return [option, *values]
 
 
 def _listed(value: str) -> list[str]:
@@ -154,7 +203,7 @@ _COMMANDS = (
         words=(
             Argument("checkpoint", _CHECKPOINT, "???", place=True),
             Argument("folder", "to write", "???", place=True),
-            Argument("as", "auto, llama or longmix; llama needs nothing of longmix to run", "auto"),
+            Argument("as", "the format; llama needs no longmix to run", "auto", choices=("auto", "llama", "longmix")),
             Argument("dtype", "of the weights", "float32"),
             Argument("force", "replace the folder if it is there", "false", switch=True),
         ),
@@ -191,7 +240,45 @@ _COMMANDS = (
         adds=("task=causality",),
     ),
     Command(
-        "kernels", "compile the GPU kernels without a GPU: registers, memory, faults", module="longmix_kernels.report"
+        "kernels",
+        "compile the GPU kernels without a GPU: registers, memory, faults",
+        module="longmix_kernels.report",
+        words=(
+            Argument("engine", "null: all", place=True, choices=("attention", "linear", "delta", "scatter")),
+            Argument("arch", "architectures, as sm_80 is 80", "[80,90,100]", many=True, choices=("80", "90", "100")),
+            Argument("dtype", "of the inputs", "bf16", choices=("bf16", "fp16", "fp32")),
+            Argument("cost_only", "compile nothing", "false", switch=True),
+            Argument("json", "a file for the records"),
+            Argument("dim", "head dimensions, 1 to 256", many=True, only=("attention",)),
+            Argument(
+                "mode",
+                "where bounds come from",
+                "causal",
+                many=True,
+                choices=("full", "causal", "window", "documents", "bounds"),
+                only=("attention",),
+            ),
+            Argument(
+                "feature",
+                "what a call has besides; attention takes the first four, linear and delta plain and the last three",
+                "plain",
+                many=True,
+                choices=("plain", "permuted", "alibi", "blocks", "documents", "state", "documents-state"),
+                only=("attention", "linear", "delta"),
+            ),
+            Argument("dims", "head dimensions of keys and values, such as 64/128", many=True, only=("linear", "delta")),
+            Argument("gate", "of the input", "[exp,sig]", many=True, choices=("exp", "sig"), only=("linear",)),
+            Argument("states", "how states are stored", "fp32", choices=("fp32", "bf16"), only=("linear",)),
+            Argument(
+                "decay", "of the state", "[bounded,exact]", many=True, choices=("bounded", "exact"), only=("delta",)
+            ),
+            Argument(
+                "form", "of the transitions", "low-rank", many=True, choices=("low-rank", "diagonal"), only=("delta",)
+            ),
+            Argument("sizes", "features and head dimension of values, such as 64/64", many=True, only=("scatter",)),
+            Argument("block", "tokens of a block", "[64,128,256]", many=True, only=("scatter",)),
+        ),
+        examples=("longmix kernels", "longmix kernels engine=attention arch=90 dim=[64,128]"),
     ),
 )
 
