@@ -1,4 +1,4 @@
-"""A sharded checkpoint as a whole one."""
+"""Turns a sharded checkpoint into a whole one."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a checkpoint must hold before a model is built of it: every key, of the right type, sizes that fit each other.
+"""Checks of a checkpoint's content before a model is built from it: every key, types, and sizes that fit.
 
 A file whose hash is right may still be of another program, or made by hand. Looked at once, here, it is one error that
 names the checkpoint, and not whatever the code that uses it would stumble over.
@@ -21,11 +21,11 @@ from longmix.reading import shortened
 CONFIG_KEYS = ("model", "mixer", "data", "tokenizer", "seq_len", "seed")
 LONGEST_MESSAGE = 900
 DEEPEST = 50
-"""Levels of a configuration; the deepest of ours has about ten."""
+"""The most levels of a configuration; longmix's have about ten."""
 
 
 def load_model_state(checkpoint: Path | str) -> dict[str, Any]:
-    """The state in a checkpoint but the optimizers, in which all is there that a model is rebuilt of.
+    """The state in a checkpoint without the optimizers; it holds all that a model is rebuilt from.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the checkpoint is not of a model.
@@ -37,7 +37,7 @@ def load_model_state(checkpoint: Path | str) -> dict[str, Any]:
 
 
 def check_model_state(state: dict[str, Any]) -> None:
-    """Refuse a state that lacks what a model is rebuilt of; call inside `rebuilding`.
+    """Refuse a state that lacks an entry from which a model is rebuilt; call inside `rebuilding`.
 
     Raises:
         ValueError: names the entry.
@@ -59,7 +59,7 @@ def check_model_state(state: dict[str, Any]) -> None:
 
 
 def check_run_state(state: dict[str, Any]) -> None:
-    """Refuse a state without what training goes on from, weights apart; call inside `rebuilding`.
+    """Refuse a state that lacks an entry, besides weights, from which training continues; call inside `rebuilding`.
 
     Raises:
         ValueError: names the entry.
@@ -88,10 +88,10 @@ def check_run_state(state: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def rebuilding(checkpoint: Path | str) -> Iterator[None]:
-    """Name the checkpoint in whatever goes wrong while something is built of its content.
+    """Name the checkpoint in any error raised while something is built from its content.
 
     Raises:
-        CheckpointError: for what only a content of another kind can cause.
+        CheckpointError: for errors that only a content of the wrong kind causes.
         LongmixError: of the same kind, with the checkpoint's name.
     """
     try:
@@ -126,7 +126,7 @@ def _check_counts(node: dict[str, Any], least: dict[str, int]) -> None:
 
 
 def _check_node(value: Any, key: str, depth: int) -> None:
-    """Refuse a configuration with other things than YAML can hold."""
+    """Refuse a configuration with values that YAML cannot hold."""
     if depth > DEEPEST:
         raise ValueError(f"its {key} is nested too deeply")
     if isinstance(value, dict):
@@ -142,7 +142,7 @@ def _check_node(value: Any, key: str, depth: int) -> None:
 
 
 def _check_sizes(model: dict[str, Any], weights: dict[str, Any], embedding: Tensor) -> None:
-    """Refuse sizes that are not those of the weights, before memory is asked for."""
+    """Refuse sizes that differ from those of the weights, before any memory is allocated."""
     blocks = {match[1] for name in weights if (match := re.match(r"blocks\.(\d+)\.", name))}
     for key, found in (("num_layers", len(blocks)), ("d_model", embedding.shape[1])):
         if isinstance(model.get(key), int) and model[key] != found:

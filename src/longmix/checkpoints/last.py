@@ -1,4 +1,4 @@
-"""The word `last` in the place of a checkpoint: the newest run below the working folder."""
+"""The word `last` in place of a checkpoint: the newest run below the working folder."""
 
 import sys
 import time
@@ -11,7 +11,7 @@ from longmix.printable import printable
 
 LAST = "last"
 ROOTS = ("runs", "multirun")
-"""Where `train.py` puts runs."""
+"""The folders in which `train.py` puts runs."""
 
 
 def chosen_checkpoint(path: Path | str, except_run: Path | str | None = None) -> Path:

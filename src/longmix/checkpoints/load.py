@@ -75,7 +75,7 @@ def _open_shards(checkpoint: Path) -> "ShardedCheckpoint":
 
 
 def _one_of(path: Path | str) -> Path:
-    """The checkpoint that a path means; only a folder that is one itself is ever called damaged."""
+    """The checkpoint that a path means. Only a path to a checkpoint itself can lead to an error about damage."""
     from longmix.checkpoints.store import find_checkpoint, is_checkpoint
 
     path = Path(path)

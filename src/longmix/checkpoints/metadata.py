@@ -1,4 +1,4 @@
-"""The `.metadata` of torch.distributed.checkpoint is a pickle, which may name any function; here it may name few."""
+"""Reads `.metadata` of torch.distributed.checkpoint, a pickle that may name any function; here only a few."""
 
 import pickle
 from pathlib import Path

@@ -16,7 +16,7 @@ from longmix.reading import LONGEST_REASON, read_json, require_regular, shortene
 INFO_FILE = "info.json"
 
 Facts = dict[str, Any]
-"""`bytes` and `sha256` of a file."""
+"""The facts of a file: `bytes` and `sha256`."""
 
 
 def facts_of(path: Path | str) -> Facts:
@@ -92,7 +92,7 @@ def cure(checkpoint: Path | str) -> str:
 
 @contextlib.contextmanager
 def reading(path: Path | str, what: str, cure: str = "") -> Iterator[None]:
-    """Turn whatever a damaged file raises while it is read into one error.
+    """Turn any error that a damaged file raises while it is read into one message.
 
     Args:
         path: the file.
@@ -139,7 +139,7 @@ def as_state(content: Any) -> dict[str, Any]:
 
 
 def check_weight(name: Any, weight: Any) -> None:
-    """Refuse what is not a tensor of plain numbers in CPU memory or on the disk.
+    """Refuse a weight that is no tensor of plain numbers in CPU memory or on the disk.
 
     Raises:
         ValueError: names it.
@@ -151,7 +151,7 @@ def check_weight(name: Any, weight: Any) -> None:
 
 
 SHOWN = 4
-"""Differences that a message lists."""
+"""The most differences that a message lists."""
 
 
 def weight_differences(

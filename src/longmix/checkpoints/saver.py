@@ -1,4 +1,4 @@
-"""Saving while training goes on: the step loop waits for copies in CPU memory, a thread hashes and writes them."""
+"""Saves while training continues: the step loop waits for copies in CPU memory; a thread hashes and writes them."""
 
 import copy
 import threading
@@ -133,7 +133,7 @@ class Saver:
         return write
 
     def _copies(self, tensors: dict[Name, Tensor]) -> dict[Name, Tensor]:
-        """Copies in CPU memory. The memory is used again each time, because its last content is on the disk."""
+        """Copies in CPU memory, in the memory of the last copies, whose content is on the disk by now."""
         on_gpu = False
         for name, tensor in tensors.items():
             if name not in self._memory:

@@ -38,7 +38,7 @@ from longmix.progress import Advance, silent
 RUN_FILE = "run.pt"
 
 SLACK_BYTES = 64 << 20
-"""By so much the tensors may claim to exceed their files before they are refused instead of allocated."""
+"""The most that tensors may exceed the size of their files; larger claims are refused, not allocated."""
 
 
 def write_shards(folder: Path | str, pieces: dict[Name, Piece], processes: Processes) -> dict[str, Facts]:
@@ -74,7 +74,7 @@ def write_shards(folder: Path | str, pieces: dict[Name, Piece], processes: Proce
 
 
 class ShardedCheckpoint:
-    """A checkpoint of format 2; what it says of its tensors is read at once, they themselves on demand.
+    """A checkpoint of format 2. Names and shapes of its tensors are read at once, their values on demand.
 
     Args:
         checkpoint: its folder.
@@ -147,7 +147,7 @@ class ShardedCheckpoint:
 
 
 def _files_of(checkpoint: Path) -> dict[str, Facts]:
-    """Size and SHA-256 of each file, by names that lead nowhere else."""
+    """Size and SHA-256 of each file, by plain names without a path."""
     files = read_info(checkpoint).get("files", {})
     if not isinstance(files, dict) or not all(isinstance(facts, dict) for facts in files.values()):
         raise CheckpointError(f"{checkpoint / INFO_FILE} does not say which files there are. {cure(checkpoint)}")
@@ -192,4 +192,4 @@ def _item(name: Name, piece: Piece) -> WriteItem:
 
 class _Writer(FileSystemWriter):
     def storage_meta(self) -> None:
-        """Nothing: it would be the folder's name before it is renamed."""
+        """None, since the folder's name at this time is not its last one."""

@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: what is committed, what is best, what may go."""
+"""The folder of a run's checkpoints: which are committed, which is best, which may be deleted."""
 
 import logging
 import math
@@ -28,22 +28,22 @@ from longmix.files import (
 )
 
 NEW = ".new"
-"""Behind the name of a complete checkpoint that is about to take the place of another of the same step."""
+"""Suffix of a complete checkpoint that is about to replace another of the same step."""
 
 ASIDE = "set-aside-"
-"""Begins the name of a folder of checkpoints of steps that the run took again."""
+"""Prefix of a folder with checkpoints of steps that the run took again."""
 
 log = logging.getLogger(__name__)
 
 NAME = re.compile(r"step-(\d{8,})(\.new)?")
-"""Of the folder of a checkpoint, be it about to take another's place."""
+"""Pattern of a checkpoint's folder name, also of one about to replace another."""
 
 SKIPS_IN_A_ROW = "skips_in_a_row"
 """Entry of a state and of `info.json`: so many steps just before the checkpoint were left out, with
 loop.nonfinite=skip, so that its weights are those of an earlier step."""
 
 OWN_FILES = (INFO_FILE, STATE_FILE, ".metadata")
-"""A folder that has one of these is a checkpoint."""
+"""Files that make a folder a checkpoint."""
 
 
 class CheckpointStore:
@@ -58,7 +58,7 @@ class CheckpointStore:
         self._warned: set[Path] = set()
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of a step is, or would be."""
+        """The folder of a step's checkpoint, whether or not it is there."""
         return self.folder / f"step-{step:08d}"
 
     def save(self, state: dict[str, Any], info: dict[str, Any]) -> Path:
@@ -144,7 +144,7 @@ class CheckpointStore:
         return min(known, key=lambda path: known[path]) if known else None
 
     def prune(self, keep: int) -> None:
-        """Delete all but the newest `keep` and the best one, and what killed processes left behind.
+        """Delete all but the newest `keep` and the best one, and the leftovers of killed processes.
 
         A checkpoint behind steps that were left out does not push out others: of such ones the newest is kept besides,
         until a step is taken again. One that cannot be read does not count and stays, for whoever may want to look at
@@ -194,7 +194,7 @@ class CheckpointStore:
             replace_directory(target, fresh)
 
     def _readable(self) -> dict[Path, dict[str, Any]]:
-        """What `info.json` says of each checkpoint, oldest first, without those where it cannot be read."""
+        """The `info.json` of each checkpoint, oldest first; unreadable ones are left out."""
         found = {}
         for path in self.all():
             try:

@@ -76,7 +76,7 @@ def load_tensors(
     device: torch.device | str = "cpu",
     cure: str = "",
 ) -> dict[str, Any]:
-    """What `save_tensors` wrote, verified; no code of the file's is run.
+    """The verified content of a file that `save_tensors` wrote; none of its code is run.
 
     Args:
         path: the file.
@@ -108,7 +108,7 @@ def load_tensors(
 
 
 def check_archive(path: Path | str) -> None:
-    """Refuse an archive that would grow while it is read, as torch's files never do.
+    """Refuse an archive that would expand while it is read, as torch's files never do.
 
     Raises:
         ValueError, zipfile.BadZipFile: it is compressed, larger inside than outside, or no archive.
@@ -136,7 +136,7 @@ def _add_digest(path: Path) -> None:
 
 
 def _verify(path: Path) -> bool:
-    """Whether the file has a digest, which then is the right one."""
+    """Verify the digest of a file. Returns False where it has none."""
     size = path.stat().st_size - COMMENT_BYTES
     with path.open("rb") as stream:
         stream.seek(max(size, 0))

@@ -11,7 +11,7 @@ Name = str
 """The keys on the way to a tensor, with slashes between: `optimizers/0/state/head.weight/exp_avg`."""
 
 IN_TENSORS = ("model", "optimizers")
-"""The parts of a state whose tensors may be divided over processes."""
+"""The entries of a state whose tensors may be divided over processes."""
 
 
 def split(state: Any) -> tuple[dict[Name, Tensor], Any]:
@@ -31,7 +31,7 @@ def split(state: Any) -> tuple[dict[Name, Tensor], Any]:
 
 
 def join(tensors: dict[Name, Tensor], rest: Any) -> Any:
-    """What `split` took apart; keys above tensors must be texts, and `rest` is changed."""
+    """Undo `split`. Keys above tensors must be texts; `rest` is changed."""
     for name, tensor in tensors.items():
         *parents, key = name.split("/")
         node = rest
@@ -42,7 +42,7 @@ def join(tensors: dict[Name, Tensor], rest: Any) -> Any:
 
 
 def without_aliases(tensors: dict[Name, Tensor]) -> tuple[dict[Name, Tensor], dict[Name, Name]]:
-    """Each memory once, and for every name left out the name that stays: tied weights have several names."""
+    """Keep one name for each memory, as tied weights have several; also maps each name left out to the one kept."""
     first: dict[Any, Name] = {}
     kept: dict[Name, Tensor] = {}
     aliases: dict[Name, Name] = {}
@@ -62,12 +62,12 @@ def is_divided(tensor: Tensor) -> bool:
 
 
 def own_part(tensor: Any) -> Tensor:
-    """The memory that this process has of a tensor."""
+    """The part of a tensor that this process holds."""
     return tensor.detach().to_local() if is_divided(tensor) else tensor.detach()
 
 
 def own_slice(tensor: Any) -> tuple[slice, ...]:
-    """Where the memory that this process has lies in the whole tensor."""
+    """The place of this process's part in the whole tensor."""
     if not is_divided(tensor):
         return tuple(slice(0, size) for size in tensor.shape)
     (chunk,) = tensor.__create_chunk_list__()  # as torch.distributed.checkpoint asks
@@ -75,13 +75,13 @@ def own_slice(tensor: Any) -> tuple[slice, ...]:
 
 
 def whole(tensor: Any) -> Tensor:
-    """A tensor divided over processes as one on each; all processes must call it."""
+    """Gather a tensor that is divided over processes, whole on each; all processes must call it."""
     return tensor.detach().full_tensor() if is_divided(tensor) else tensor.detach()
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What this process writes of a tensor.
+    """The part of a tensor that this process writes.
 
     Attributes:
         part: its memory.
@@ -95,7 +95,7 @@ class Piece:
 
 
 def pieces(tensors: dict[Name, Tensor], rank: int, size: int) -> dict[Name, Piece]:
-    """What the process `rank` of `size` writes, so that together they write everything once.
+    """The pieces that process `rank` of `size` writes; together the processes write everything once.
 
     Each has its part of what is divided; of what all have alike, the largest goes to whoever has least so far.
     """

@@ -1,4 +1,4 @@
-"""All of a state in one file, which one process writes."""
+"""The whole form of a checkpoint: all of the state in one file, which one process writes."""
 
 from pathlib import Path
 from typing import Any

@@ -37,13 +37,13 @@ class Argument:
 
     @property
     def about(self) -> str:
-        """Its line in the help."""
+        """The description of this word in the help."""
         scope = f"of {', '.join(self.only)}: " if self.only else ""
         choices = f": {', '.join(self.choices)}" if self.choices else ""
         return f"{scope}{self.meaning}{choices}"
 
     def values(self, given: str) -> list[str]:
-        """The values in `given`, the text behind the `=`.
+        """The values in `given`, which is the text behind the `=`.
 
         Raises:
             ConfigError: one of them is not among `choices`.
@@ -88,7 +88,7 @@ class Command:
     examples: tuple[str, ...] = ()
 
     def help(self) -> str:
-        """What `-h` prints."""
+        """The text that `-h` prints."""
         width = max(len(f"{word.name}={word.default}") for word in self.words)
         lines = [f"  {f'{word.name}={word.default}':<{width}}  {word.about}" for word in self.words]
         places = [word.name.upper() + "..." * word.many for word in self.words if word.place]
@@ -138,7 +138,7 @@ class Command:
             )
 
     def _placed(self, places: dict[str, list[str]], alone: list[str]) -> list[str]:
-        """What stands without a name goes to the places that no name has filled."""
+        """Give values without a name to the places that no name has filled."""
         if any(argument.startswith("-") for argument in alone):
             return [*(value for values in places.values() for value in values), *alone]  # `module` explains its options
         for name in places:
@@ -283,11 +283,11 @@ _COMMANDS = (
 )
 
 CATALOGUE = {command.name: command for command in _COMMANDS}
-"""By name, in the order of the help."""
+"""The commands by name, in the order of the help."""
 
 
 def overview() -> str:
-    """What `longmix` alone prints."""
+    """The text that `longmix` alone prints."""
     width = max(map(len, CATALOGUE))
     lines = [f"  {name:<{width}}  {command.about}" for name, command in CATALOGUE.items()]
     return "\n".join(

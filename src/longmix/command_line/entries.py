@@ -16,7 +16,7 @@ WIDTH = 120
 
 
 def meanings(schema: type) -> dict[str, str]:
-    """What each field of a dataclass means, as its docstring says."""
+    """The meaning of each field of a dataclass, from its docstring."""
     text = inspect.cleandoc(schema.__doc__ or "").partition("Attributes:\n")[2]
     entries = re.findall(r"^    (\w[\w, ]*): ((?:.|\n(?!    \w[\w, ]*: |\S))*)", text, re.MULTILINE)
     return {
@@ -27,7 +27,7 @@ def meanings(schema: type) -> dict[str, str]:
 
 
 def words(schema: Schema) -> Iterator[tuple[str, Any, str]]:
-    """Dotted words that give a value: name, default, meaning."""
+    """The words that give a value, dotted, each with default and meaning."""
     primary = OmegaConf.to_container(schema.primary, resolve=False)
     yield from _words_of(SCHEMAS[schema.command], typing.cast(dict[str, Any], primary), set(schema.groups))
 
@@ -47,7 +47,7 @@ def _words_of(
 
 
 def written(value: Any) -> str:
-    """A default as a command line would have it."""
+    """A default as it is written on a command line."""
     if isinstance(value, str):
         return "(required)" if value == "???" else "(date, time, mixer, model, seq_len)" if "${" in value else value
     if isinstance(value, list):
@@ -81,6 +81,6 @@ GROUP_MEANINGS = {
     "hydra/launcher": "where the runs of a sweep (-m) take place",
     "hydra/sweeper": "which values a sweep (-m) tries",
 }
-"""Groups that are no field of a dataclass."""
+"""The meanings of groups that no dataclass has a field for."""
 
 SWEEP_GROUPS = ("hydra/launcher", "hydra/sweeper")

@@ -25,7 +25,7 @@ FROM_CHECKPOINT = {"mixer", "model", "block", "tokenizer", "optimizer", "data"}
 
 
 def explained(schema: Schema, given: Sequence[str], sweep: bool, error: BaseException) -> str:
-    """What is wrong with a command line that Hydra refused with `error`."""
+    """The message for a command line that Hydra refused with `error`."""
     words = [Word.read(argument) for argument in given]
     for problem in _problems(schema, words, sweep, error):
         if problem:
@@ -34,7 +34,7 @@ def explained(schema: Schema, given: Sequence[str], sweep: bool, error: BaseExce
 
 
 def misformed(schema: Schema, words: Sequence[Word], sweep: bool) -> str | None:
-    """What is wrong with the form of a word or with a choice, before anything is composed."""
+    """The message for a malformed word or an unknown choice; None if all are well. Composes nothing."""
     for word in words:
         if any("\ud800" <= character <= "\udfff" for character in word.given):
             return f"{_shown(word.given)} is not valid UTF-8."
@@ -51,7 +51,7 @@ def misformed(schema: Schema, words: Sequence[Word], sweep: bool) -> str | None:
 
 
 def unknown_word(schema: Schema, name: str) -> str | None:
-    """Why there is no such word beside the defaults, with the nearest one; None if there is."""
+    """The message for a word that the defaults lack, with the nearest one; None if they have it."""
     if not name:
         return "an empty text is no name of a word."
     group = re.split("[.@]", name)[0]
@@ -79,7 +79,7 @@ def _problems(schema: Schema, words: list[Word], sweep: bool, error: BaseExcepti
 
 
 def _alone(schema: Schema, words: Sequence[Word], place: int) -> str:
-    """A word without "=": a forgotten equals sign, a text that the shell cut, or a choice without its group."""
+    """The message for a word without "=": a forgotten sign, a text that the shell cut, or a choice without group."""
     word = words[place]
     called = program(schema.command)
     before = words[place - 1] if place else None
@@ -141,12 +141,12 @@ def _wrong_choice(schema: Schema, group: str, choice: str) -> str | None:
 
 
 def no_such_choice(schema: Schema, group: str, choice: str) -> str:
-    """That a group has no such choice, with the nearest one."""
+    """The message for an unknown choice of a group, with the nearest one."""
     return does_not_exist(group, choice, schema.choices(group))
 
 
 def does_not_exist(group: str, choice: str, choices: Sequence[str]) -> str:
-    """That a choice is none of those there are."""
+    """The message for a choice that is not among the existing ones."""
     meant = did_you_mean(nearest(choice, choices))
     return f"{group}={_shown(choice)} does not exist.{meant} Choices are: {', '.join(choices)}."
 
@@ -167,7 +167,7 @@ def _wrong_pattern(choices: list[str], pattern: str) -> str | None:
 
 
 def _foreign(schema: Schema, word: Word) -> str:
-    """A group of another command."""
+    """The message for a group that belongs to another command."""
     group = re.split("[.@]", word.name)[0]
     if schema.command in ("evaluate", "generate") and group in FROM_CHECKPOINT:
         return f"{_shown(word.given)} cannot be chosen here: {group} comes from the checkpoint."
@@ -176,7 +176,7 @@ def _foreign(schema: Schema, word: Word) -> str:
 
 
 def _wrong_word(schema: Schema, node: dict[str, Any], word: Word) -> str | None:
-    """A name that does not exist, or that exists where it is to be added."""
+    """The message for a name that does not exist, or that `+` would add although it exists."""
     name = word.name
     if schema.is_group(name) and not name.startswith("hydra/"):
         return None
@@ -257,7 +257,7 @@ def _file_has(schema: Schema, group: str, choice: str, parents: list[str], leaf:
 
 
 def _settings_of_choices(schema: Schema, group: str) -> set[str]:
-    """The settings that any choice of a group has."""
+    """The settings of all choices of a group together."""
     from omegaconf import OmegaConf
 
     found: set[str] = set()
@@ -271,7 +271,7 @@ def _settings_of_choices(schema: Schema, group: str) -> set[str]:
 
 
 def _by_leaf(node: dict[str, Any], leaf: str) -> str:
-    """The full name of a setting somewhere else with this name, these initials, or nearly this name."""
+    """The full name of a setting elsewhere whose last part is, abbreviates, or nearly is this name."""
     dotted = [name for name in _dotted(node) if not name.startswith("hydra.")]
     by_leaf = {name.rpartition(".")[2]: name for name in reversed(dotted)}
     initials = {"".join(part[:1] for part in name.split("_")): full for name, full in by_leaf.items() if "_" in name}
@@ -327,7 +327,7 @@ def _wrong_value(schema: Schema, word: Word, words: list[Word], sweep: bool) -> 
 
 
 def _misfit(text: str, takes: Takes) -> str:
-    """What is wrong with a value as it was typed, of which a number may be too large."""
+    """The message for a value of the wrong type, or a number that is too large."""
     return misfit(values.numbers(text), takes.hint) if takes.whole else misfit(text, takes.hint)
 
 
@@ -344,7 +344,7 @@ def _cure(word: Word, takes: Takes) -> str:
 
 
 def wrong_sweep(schema: Schema, words: Sequence[Word]) -> str | None:
-    """What is wrong with the values of a sweep; Hydra would run nothing and call that success."""
+    """The message for a sweep without values, which Hydra would take for a success without runs."""
     for word in words:
         if values.SWEEP.fullmatch((word.value or "").strip()):
             problem = _wrong_value(schema, word, list(words), sweep=True)
@@ -370,7 +370,7 @@ def _wrong_sweep(word: Word, override: Any, takes: Takes | None) -> str | None:
 
 
 def _cleaned(error: BaseException) -> str:
-    """An error's own words, without the noise."""
+    """The text of an error without Hydra's decoration."""
     causes = [error]
     while isinstance(causes[-1].__cause__, HydraException | OmegaConfBaseException):
         causes.append(causes[-1].__cause__)
@@ -393,7 +393,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _shown(text: str) -> str:
-    """A part of the command line as a message repeats it: on one line, and not endlessly."""
+    """A part of the command line for a message: on one line, and shortened."""
     line = "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
     return line if len(line) <= SHOWN else f"{line[:SHOWN]}..."
 

@@ -1,4 +1,4 @@
-"""What `-h` and `--version` print: every word with its default and meaning, every group with its choices."""
+"""The texts of `-h` and `--version`: every word with default and meaning, every group with its choices."""
 
 import importlib.metadata
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What `-h WORD` prints: the files of a choice, the meaning of a word, or the files that have a setting."""
+"""The text of `-h WORD`: the file of a choice, the meaning of a word, or the files that have a setting."""
 
 import re
 import shlex
@@ -18,7 +18,7 @@ from longmix.printable import printable
 
 
 def pages_of(schema: Schema, argument: str) -> list[str]:
-    """What there is to say about a word.
+    """The help on one word.
 
     Args:
         schema: of the command.
@@ -98,7 +98,7 @@ def _lines_of(text: str, path: list[str]) -> list[str]:
 
 
 def _composed_page(schema: Schema, name: str) -> str:
-    """The value of a word that stands in no file of the command, such as Hydra's own.
+    """The help on a word that no file of the command holds, such as one of Hydra's.
 
     Raises:
         ConfigError: there is no such word.
@@ -119,7 +119,7 @@ def _composed_page(schema: Schema, name: str) -> str:
 
 
 def _place(schema: Schema, group: str, choice: str) -> str:
-    """Where a choice's settings stand in the configuration."""
+    """The key under which a choice's settings stand in the configuration."""
     package = re.match(r"# @package (\S+)", _text(schema, group, choice))
     return package[1] if package else group.replace("/", ".")
 

@@ -1,4 +1,4 @@
-"""Where a command line has Hydra look for files of the user's own."""
+"""The folders in which a command line lets Hydra look for the user's own files."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ def search_places(arguments: Sequence[str], folders: Sequence[Path]) -> list[tup
 
 
 def without_repetition(words: Sequence[Word]) -> list[Word]:
-    """The words with the last `hydra.searchpath` only; of several Hydra would take the first."""
+    """The words with only the last `hydra.searchpath`, since Hydra would take the first of several."""
     several = [word for word in words if word.name == SEARCH_PATH]
     return [word for word in words if word.name != SEARCH_PATH or word is several[-1]]
 
@@ -89,7 +89,7 @@ def _items(word: Word) -> list[str]:
 
 
 def _of_file(name: str, folders: Sequence[Path]) -> list[tuple[str, str]]:
-    """The places that a configuration of the user's own names."""
+    """The places that the user's own configuration names."""
     for folder in folders:
         file = folder / f"{name.removesuffix('.yaml')}.yaml"
         if file.is_file():

@@ -1,4 +1,4 @@
-"""How the user calls a command: `longmix train`, or `python train.py` from the repository's folder.
+"""The user's name for a command: `longmix train`, or `python train.py` in the repository's folder.
 
 Nothing heavy is imported here.
 """
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 SCRIPTS = ("train", "evaluate", "generate", "prepare")
-"""Commands that the repository has a script of too."""
+"""Commands for which the repository has a script too."""
 
 MODULES = {
     "longmix.planning": "longmix plan",
@@ -32,12 +32,12 @@ def is_console() -> bool:
 
 
 def program(command: str) -> str:
-    """How a command is written here: `python train.py` where a script was called, else `longmix train`."""
+    """The name of a command in messages: `python train.py` where a script was called, else `longmix train`."""
     return f"python {command}.py" if is_script() and command in SCRIPTS else f"longmix {command}"
 
 
 def as_called(text: str) -> str:
-    """A text that names scripts and modules, with the commands of the console instead where that was called."""
+    """A text that names scripts and modules; with console commands in their place where the console was called."""
     if not is_console():
         return text
     text = re.sub(rf"\bpython ({'|'.join(SCRIPTS)})\.py\b", r"longmix \1", text)

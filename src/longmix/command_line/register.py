@@ -1,4 +1,4 @@
-"""What Hydra must know before it composes: the schemas, the resolvers, and mixers that are patterns."""
+"""Registers with Hydra, before it composes, the schemas, the resolvers, and patterns of mixers."""
 
 import re
 
@@ -30,12 +30,12 @@ def register_types() -> None:
 
 
 def file_name(text: str) -> str:
-    """`text` without what is awkward in a folder's name, and not longer than a file system takes."""
+    """`text` as a folder's name: without awkward characters, and no longer than a file system allows."""
     return re.sub(r"[^\w.,=-]+", "-", str(text), flags=re.ASCII).strip("-")[:LONGEST_FILE_NAME]
 
 
 def windows(tokens: int, seq_len: int) -> int:
-    """How many windows of `seq_len` tokens make `tokens` together, rounded down, and at least one."""
+    """The number of windows of `seq_len` tokens in `tokens`, rounded down, at least one."""
     return max(1, tokens // seq_len)
 
 
@@ -68,7 +68,7 @@ class MixerPatternSource(ConfigSource):
         )
 
     def available(self) -> bool:
-        """There is nothing to reach."""
+        """True: this source needs no file or package."""
         return True
 
     def is_group(self, config_path: str) -> bool:
@@ -85,7 +85,7 @@ class MixerPatternSource(ConfigSource):
 
 
 class MixerPatternPlace(SearchPathPlugin):
-    """Has Hydra look for patterns of mixers in every command, whatever `hydra.searchpath` names besides."""
+    """Adds patterns of mixers to every command, whatever else `hydra.searchpath` names."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Add the place of patterns."""

@@ -1,4 +1,4 @@
-"""What each word of a command takes: from the configuration's dataclasses, and the signatures behind `_target_`."""
+"""The words of a command and their types, from the configuration's dataclasses and signatures at `_target_`."""
 
 import dataclasses
 import functools
@@ -26,14 +26,14 @@ SCHEMAS: dict[str, type] = {
     "generate": GenerateConfig,
     "prepare": PrepareConfig,
 }
-"""By command, the dataclass of its words."""
+"""The dataclass of each command's words."""
 
 HYDRA_WORDS = {key: Takes(str, path=True) for key in ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")}
 HYDRA_WORDS |= {SEARCH_PATH: Takes(list[str], path=True)}
 
 
 class Schema:
-    """What the words of one command are.
+    """The words of one command.
 
     Args:
         command: "train", "evaluate", "generate" or "prepare".
@@ -57,7 +57,7 @@ class Schema:
 
     @functools.cached_property
     def groups(self) -> dict[str, Any]:
-        """The config groups it takes, with the default of each."""
+        """The command's config groups, each with its default."""
         found: dict[str, Any] = {}
         for entry in self.primary.defaults:
             if isinstance(entry, DictConfig):
@@ -70,7 +70,7 @@ class Schema:
         return OmegaConf.load(self.configs / f"{self.command}.yaml")
 
     def choices(self, group: str) -> list[str]:
-        """What a group can be."""
+        """The choices of a group."""
         return sorted({path.stem for folder in self.folders for path in (folder / group).glob("*.yaml")})
 
     def file(self, group: str, choice: str) -> Path:
@@ -79,7 +79,7 @@ class Schema:
         return next((path for path in files if path.is_file()), files[0])
 
     def search(self, arguments: Sequence[str]) -> None:
-        """Look for choices in the folders too that the arguments name.
+        """Add the folders that the arguments name to those in which choices are looked for.
 
         Raises:
             ConfigError: one of them is not there.
@@ -102,7 +102,7 @@ class Schema:
         return group in self.groups or "/" in group or (group in self.all_groups and group not in self.words)
 
     def takes(self, word: Word, words: Sequence[Word]) -> Takes | None:
-        """What a word takes beside the others of its command line; None if it is not known.
+        """The type of a word on a command line with these others; None if it is unknown.
 
         The classes of a group are imported for it only where Hydra might read the value as something else.
         """
@@ -113,7 +113,7 @@ class Schema:
         return None if self._is_settled(word) else self.setting(word.name, words)
 
     def setting(self, name: str, words: Sequence[Word]) -> Takes | None:
-        """What a setting of a group takes, such as data.corpus.path."""
+        """The type of a setting of a group, such as data.corpus.path."""
         try:
             node = self.composed(words)
         except Exception:
@@ -121,7 +121,7 @@ class Schema:
         return _setting(node, name)
 
     def composed(self, words: Iterable[Word]) -> Any:
-        """The configuration with the groups that the words choose, nothing resolved.
+        """The configuration with the choices of these words, without resolved interpolations.
 
         Raises:
             HydraException: a choice does not exist.
@@ -138,7 +138,7 @@ class Schema:
         return self.is_group(word.name) or (word.sign != "" and values.is_plain(word.value))
 
     def _is_settled(self, word: Word) -> bool:
-        """Whether Hydra reads the value rightly whatever the class: a plain text, or a number among numbers."""
+        """Whether Hydra reads the value correctly for any type: a plain text, or a number among numbers."""
         value = word.value or ""
         if values.is_plain(value) or value.lower() in ("true", "false", "null"):
             return value.lower() != "true" or self._only_numbers(word.name)
@@ -158,7 +158,7 @@ class Schema:
 
 
 def _choice(word: Word) -> str:
-    """A word that chooses, as one run of a sweep has it."""
+    """A word that chooses, with the first value of a sweep."""
     first = values.split(word.value or "")[0]
     return f"{word.sign}{word.name}={first}"
 
@@ -194,7 +194,7 @@ def _setting(node: Any, name: str) -> Takes | None:
 
 
 def _of_dataclass(schema: type, prefix: str = "") -> dict[str, Takes]:
-    """Dotted words with what each takes; config groups take nothing."""
+    """The type of each dotted word; config groups have none."""
     found: dict[str, Takes] = {}
     hints = typing.get_type_hints(schema)
     for entry in dataclasses.fields(schema):

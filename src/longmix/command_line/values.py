@@ -30,7 +30,7 @@ NUMBER = re.compile(r"[+-]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][+-]?\d{1,3})?", r
 
 @dataclass(frozen=True)
 class Takes:
-    """What a word takes.
+    """The type of a word.
 
     Attributes:
         hint: its type.
@@ -44,7 +44,7 @@ class Takes:
 
     @property
     def options(self) -> set[Any]:
-        """The types it may have, of a union each."""
+        """The members of its union, or its one type."""
         union = typing.get_origin(self.hint) in (typing.Union, types.UnionType)
         return set(typing.get_args(self.hint)) if union else {self.hint}
 
@@ -60,7 +60,7 @@ class Takes:
 
     @property
     def whole(self) -> bool:
-        """Whether it may be a whole number, or a list of these, but no text."""
+        """Whether it may be a whole number or a list of these, and may not be a text."""
         numbers = any(option is int or (_is_list(option) and int in typing.get_args(option)) for option in self.options)
         return numbers and not self.text
 
@@ -142,7 +142,7 @@ def _unquoted(value: str) -> str:
 
 
 def hydra_word(word: str, text: str) -> str:
-    """`word=text` as an argument from which Hydra reads `text` as it is."""
+    """The argument from which Hydra reads `word` with exactly this `text`."""
     return f"{word}={in_quotes(text)}"
 
 
@@ -180,7 +180,7 @@ def quoted_by(value: str) -> str:
 
 
 def _end_of_quote(value: str, start: int) -> int:
-    """Where the text goes on after the quote that opens at `start`; 0 if it never closes."""
+    """The position behind the quoted part that opens at `start`; 0 if it never closes."""
     place = start + 1
     while place < len(value):
         if value[place] == "\\":
@@ -204,7 +204,7 @@ def is_list(value: str) -> bool:
 
 
 def items(value: str) -> list[str]:
-    """The items of a list as they were typed, of which those in quotes keep them."""
+    """The items of a list as they were typed, quotes included."""
     inside = value[1:-1]
     return [item.strip() for item in split(inside)] if inside.strip() else []
 

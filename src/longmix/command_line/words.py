@@ -33,14 +33,14 @@ class Word:
 
     @classmethod
     def read(cls, argument: str) -> "Word":
-        """The parts of an argument; every text is one."""
+        """Split an argument; any text is a word."""
         head, equals, value = argument.partition("=")
         sign = re.match(r"\+{0,2}|~", head)[0] or ("~" if head.startswith("~") else "")  # type: ignore[index]
         return cls(argument, sign, head[len(sign) :], value if equals else None)
 
     @property
     def stands_alone(self) -> bool:
-        """Whether it gives no value and removes nothing."""
+        """Whether it neither gives a value nor removes a key."""
         return self.value is None and self.sign != "~"
 
 
@@ -87,7 +87,7 @@ def divided(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _joined(argument: str, takes_value: dict[str, bool]) -> bool:
-    """Whether it is a short option with its value right behind it, such as -cjob."""
+    """Whether it is a short option joined with its value, such as -cjob."""
     return any(argument.startswith(name) for name in takes_value if not name.startswith("--"))
 
 

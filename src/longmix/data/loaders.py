@@ -1,4 +1,4 @@
-"""Batches: what one rank sees of each optimizer step, and of an evaluation."""
+"""Batches: the rows that one process takes of each optimizer step, and of an evaluation."""
 
 import os
 from collections.abc import Iterable
@@ -36,7 +36,7 @@ def local_share(batch_size: int, rank: int, world_size: int) -> range:
 
 
 class TrainSteps(Dataset[Batch]):
-    """Item `step` is the share one rank has of that optimizer step, wherever the run started.
+    """Item `step` is one process's share of that optimizer step, wherever the run started.
 
     Step s covers the running samples [s * batch_size, (s + 1) * batch_size) of `windows`.
     """
@@ -51,10 +51,10 @@ class TrainSteps(Dataset[Batch]):
 
 
 class EvaluationBatches(Dataset[Batch]):
-    """The share one rank has of some evaluation windows, in batches of which the last may be smaller.
+    """One process's share of some evaluation windows, in batches; the last may be smaller.
 
-    All ranks have equally many batches, since models divided over ranks must run in step; where a rank has no window
-    left, its batch is a window without targets.
+    All processes have equally many batches, since models divided over processes must run in step. Where a process has
+    no window left, its batch is a window without targets.
     """
 
     def __init__(self, windows: FiniteWindows, batch_size: int, rank: int, world_size: int) -> None:
@@ -79,13 +79,13 @@ class EvaluationBatches(Dataset[Batch]):
 
 @dataclass(frozen=True)
 class _Failed:
-    """An error that a worker returns in the place of a batch. Raised in the worker, torch would wrap its text."""
+    """An error that a worker returns in place of a batch; torch would wrap the text of one that is raised there."""
 
     error: LongmixError
 
 
 class _Careful(Dataset[Any]):
-    """Batches. If making one raises an error meant for the user, that error takes its place."""
+    """Batches, or in place of a batch the error meant for the user that its making raised."""
 
     def __init__(self, batches: Dataset[Batch]) -> None:
         self._batches = batches
@@ -110,7 +110,7 @@ class _Loader(DataLoader[Any]):
 def load(batches: Dataset[Batch], items: range, num_workers: int) -> DataLoader[Any]:
     """A sized loader over `items` of `batches`; the number of workers changes its speed and nothing else.
 
-    What a batch raises as a `LongmixError` comes as it is, from a worker too.
+    A `LongmixError` arrives as it was raised, from a worker too.
     """
     if num_workers > 0:
         # Workers never tokenise; unless told, tokenizers < 0.23 warns in each one forked after it ran in parallel.

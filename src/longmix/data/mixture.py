@@ -1,4 +1,4 @@
-"""Several corpora in one stream of training windows, each with its share, and no position to remember."""
+"""Several corpora in one stream of training windows, each with its share, without a position to remember."""
 
 import functools
 from bisect import bisect_right
@@ -59,7 +59,7 @@ class MixedWindows:
 
     Args:
         sources: windows of each corpus.
-        counts: how many of a block are of each.
+        counts: how many windows of a block each corpus has.
         seed: of the order within blocks.
 
     Attributes:
@@ -78,7 +78,7 @@ class MixedWindows:
         return self._sources[number].sample(index)
 
     def place(self, global_index: int) -> tuple[int, int]:
-        """Which corpus a window is of, and its running index there."""
+        """The number of the corpus that a window comes from, and the window's running index there."""
         block, place = divmod(global_index, BLOCK)
         if self._order[0] != block:
             self._order = block, permutation(BLOCK, self._seed, STREAM + block)
@@ -109,7 +109,7 @@ class MixtureData(TextData):
     """Several corpora, each with its share of the training windows, as one source of data; see `TextData`.
 
     Each corpus has token files of its own, so that another share or another corpus beside it prepares nothing anew.
-    Evaluation takes about as many tokens of each as its share says, or all of all.
+    Evaluation takes of each corpus about its share of the tokens, or all tokens of all.
 
     Args:
         corpora: by name.
@@ -185,7 +185,7 @@ class MixtureData(TextData):
 
 
 def shared_out(weights: dict[str, float]) -> dict[str, int]:
-    """How many of `BLOCK` windows each weight gives, to the next whole number with the sum kept (largest remainders).
+    """The number of windows of each corpus in a `BLOCK`, rounded by largest remainders so that the sum is kept.
 
     Raises:
         ConfigError: a weight is not above 0, or too small beside the others for one window.

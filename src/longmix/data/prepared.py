@@ -25,10 +25,10 @@ from longmix.reading import read_json, require_regular, shortened
 logger = logging.getLogger(__name__)
 
 TRIES = 4
-"""Of each file."""
+"""How often each file is tried."""
 
 LEAST_SHARDS = 2 * SHARDS_TOGETHER
-"""Local copies that training in groups of shards needs at a time: of the group it is in, and of the next."""
+"""Local copies that training needs at a time: those of the current group of shards and of the next."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,12 @@ class RemoteShards:
         return path
 
     def copy_of(self, name: str) -> Path:
-        """Where the copy of a file is, or would be."""
+        """The path of a file's copy, whether or not the copy is there."""
         stem, dot, suffix = name.partition(".")
         return self.local / f"{stem}-{self.files[name]['sha256'][:16]}{dot}{suffix}"
 
     def remove_outdated(self) -> None:
-        """Delete copies of files that are no longer there, as they were before the data were made anew."""
+        """Delete copies of files that were replaced since, because the data were made anew."""
         current = {self.copy_of(name).name for name in self.files}
         for path in self.local.glob("*.bin"):
             if path.name not in current:
@@ -79,11 +79,11 @@ class RemoteShards:
 
 
 _verified: dict[Path, tuple[int, int, int]] = {}
-"""Copies whose hash this process has checked: inode, size and time of the last change at that moment."""
+"""Copies whose hash this process has checked, with inode, size and time of change at that moment."""
 
 
 def _is_verified(path: Path, sha256: str) -> bool:
-    """Whether a copy is there and right; an altered one is not, and will be replaced."""
+    """Whether a copy is there and right. One that was altered does not count, so that it is replaced."""
     try:
         if _verified.get(path) == _identity(path):
             return True
@@ -135,11 +135,11 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-"""What a disk that is full answers; trying again does not help."""
+"""Error numbers of a full or read-only disk; another try does not help."""
 
 
 class _Unreachable(Exception):
-    """What a remote file system raises that may be over soon."""
+    """A failure of a remote file system that may pass."""
 
 
 def _copy(filesystem: Any, remote: str, path: Path, url: str, sha256: str | None) -> None:

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class DataOptions(TypedDict, total=False):
-    """What `TextData` takes besides corpus and tokenizer; see there."""
+    """The options of `TextData` besides corpus and tokenizer; see there."""
 
     seq_len: int
     batch_size: int

@@ -23,7 +23,7 @@ class TrainingData(lightning.LightningDataModule, ABC):
 
     Args:
         seq_len: tokens per training window.
-        batch_size: sequences per optimizer step, over all ranks together.
+        batch_size: sequences per optimizer step, over all processes together.
         seed: fixes the order of the training windows.
         num_workers: processes that read training batches ahead; 0 reads in the main process.
         validation_tokens: how much of the validation split `val_dataloader` takes, evenly spread; None for all.
@@ -31,8 +31,8 @@ class TrainingData(lightning.LightningDataModule, ABC):
     Attributes:
         start_step: first optimizer step that `train_dataloader` yields; a resumed run sets it.
         num_steps: optimizer step that `train_dataloader` ends before; None for one epoch from `start_step`.
-        evaluation_batch_size: sequences per batch of `val_dataloader`, per rank.
-        processes_per_row: neighbouring ranks that are given the same rows.
+        evaluation_batch_size: sequences per batch of `val_dataloader`, per process.
+        processes_per_row: neighbouring processes that are given the same rows.
 
     Raises:
         ConfigError: a setting is impossible; names it.
@@ -145,7 +145,7 @@ class TrainingData(lightning.LightningDataModule, ABC):
         return self.tokenizer.token_bytes()
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the same files on every rank. Called twice, it does nothing the second time.
+        """Open the same files in every process. Called twice, it does nothing the second time.
 
         Raises:
             ConfigError: the stage is "fit", and training windows do not fit the data.
@@ -159,7 +159,7 @@ class TrainingData(lightning.LightningDataModule, ABC):
         """Refuse training windows that the data cannot fill. Examples that are made to measure fill any."""
 
     def train_loader(self, start_step: int, num_steps: int, rank: int = 0, world_size: int = 1) -> DataLoader[Any]:
-        """A sized iterable over the optimizer steps start_step..num_steps-1; each item is this rank's whole share.
+        """A sized iterable over the optimizer steps start_step..num_steps-1; each item is this process's whole share.
 
         Returns:
             A loader of length `num_steps - start_step` whose items are dicts of `tokens` and `targets`, int64
@@ -181,17 +181,17 @@ class TrainingData(lightning.LightningDataModule, ABC):
         rank: int = 0,
         world_size: int = 1,
     ) -> DataLoader[Any]:
-        """A sized iterable over this rank's share of a split's windows, in order; items as in `train_loader`.
+        """A sized iterable over this process's share of a split's windows, in order; items as in `train_loader`.
 
-        Every window comes exactly once over all ranks; the last batch may be smaller.
+        Every window comes exactly once over all processes; the last batch may be smaller.
 
         Args:
             split: one of `splits`.
             seq_len: tokens per window; the training length when not given.
-            batch_size: sequences per batch on this rank.
+            batch_size: sequences per batch of this process.
             max_tokens: take evenly spread windows of about so many tokens; None for the whole split.
-            rank: this rank.
-            world_size: number of ranks.
+            rank: number of this process.
+            world_size: number of processes.
 
         Raises:
             ConfigError: a setting is impossible.

@@ -33,7 +33,7 @@ from longmix_kernels.attention import (
 
 
 class Run(NamedTuple):
-    """Keys that queries see, as `attention` takes them: int32 [B, 1, Tq], and the order of keys [B, 1, Tk] or None."""
+    """The bounds of the keys that queries see, int32 [B, 1, Tq], and the order of the keys [B, 1, Tk] or None."""
 
     lo: Tensor
     hi: Tensor
@@ -103,7 +103,7 @@ class BlockSparse(SoftmaxAttention):
         self.lists = lists
 
     def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Metric]]:
-        """The engine, which walks through the listed blocks only; with documents, through the runs of their blocks."""
+        """Call the engine, which visits only the listed blocks, or with documents the runs of their blocks."""
         tensors = rows.query, rows.key, rows.value
         if rows.document_ids is None:
             return attention(*tensors, blocks=self.lists(-(-rows.key.shape[1] // self.block), rows.key.device)), {}
@@ -139,11 +139,11 @@ class BlockSparse(SoftmaxAttention):
         return runs
 
     def prepare(self, length: int) -> None:
-        """The list of blocks, which takes real tensors."""
+        """Make the list of blocks now: it needs real tensors, and the planner's have no memory."""
         self.lists(-(-length // self.block), torch.device("cpu"))
 
     def visible_pairs(self, length: int) -> int:
-        """All of a block before the own one, a triangle of that."""
+        """Whole blocks before the own one, and a triangle in the own block."""
         mask = self.lists(-(-length // self.block), torch.device("cpu")).mask()
         ends = torch.arange(1, mask.shape[0] + 1) * self.block
         rows = ends.clamp(max=length) - (ends - self.block)
@@ -152,6 +152,6 @@ class BlockSparse(SoftmaxAttention):
 
 
 def _run(lo: Tensor, hi: Tensor, key_rows: Tensor | None = None) -> Run:
-    """The run with bounds [B, Tq], the same for all heads."""
+    """A run whose bounds [B, Tq] are the same for all heads."""
     order = None if key_rows is None else key_rows[:, None]
     return Run(lo[:, None].contiguous(), hi[:, None].contiguous(), order)

@@ -13,14 +13,14 @@ class Flash(SoftmaxAttention):
     """Every token sees itself and all earlier tokens of its document."""
 
     def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Metric]]:
-        """A plain causal call goes to the provider; documents and later chunks go to our engine, which skips tiles."""
+        """Use the fastest provider where all rows are plainly causal, else our engine, which skips tiles."""
         tensors = rows.query, rows.key, rows.value
         if rows.document_ids is None and rows.query.shape[1] in (1, rows.key.shape[1]):
             return sdpa(*tensors), {}
         return attention(*tensors, document_ids=rows.document_ids), {}
 
     def attend_after(self, rows: Rows, slices: Slices) -> tuple[Tensor, dict[str, Metric]]:
-        """As the base, or with equal work for all slices."""
+        """Attend to earlier slices too. Where slices are balanced, all processes get equal work."""
         if not slices.balanced:
             return super().attend_after(rows, slices)
         key, value = rows_needed(rows.key, slices), rows_needed(rows.value, slices)

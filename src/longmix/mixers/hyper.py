@@ -28,7 +28,7 @@ from longmix_kernels.attention import Ordering, attention, order_by_label
 
 _SAMPLED, _NOT_SAMPLED = 0, 1
 _EXCLUDED = -(2.0**14)
-"""Added to the score of a pair before scaling: with a scale of at least 1 / 16 its weight is exp(-1024) = 0."""
+"""Added to the score of a masked pair before scaling. At a scale of at least 1 / 16 its weight is exp(-1024) = 0."""
 
 
 class Hyper(SparseFlash):
@@ -79,14 +79,14 @@ class Hyper(SparseFlash):
         self.register_buffer("salt", torch.randint(2**31, (self.num_kv_heads,), generator=generator))
 
     def select(self, x: Tensor, query: Tensor, key: Tensor, positions: Tensor) -> Selection:
-        """A second label says which keys are samples."""
+        """The labels of the base, and a second one that marks the sampled keys."""
         buckets = super().select(x, query, key, positions)
         sampled = pseudo_random(positions, self.salt) < self.sample
         sampled = torch.where(sampled, _SAMPLED, _NOT_SAMPLED).int().expand(x.shape[0], -1, -1).unsqueeze(-1)
         return Selection(buckets.query_labels, torch.cat((buckets.key_labels, sampled), -1))
 
     def further_parts(self, rows: Rows) -> list[Part]:
-        """Samples before the window, those of the query's own bucket masked out by one column per bucket."""
+        """Attend to samples before the window. One more column per bucket masks those of the query's own bucket."""
         assert rows.query_labels is not None and rows.key_labels is not None
         same = F.one_hot(rows.query_labels[..., 0].long(), self.num_labels).to(rows.query.dtype) * _EXCLUDED
         bucket = F.one_hot(rows.key_labels[..., 0].long(), self.num_labels).to(rows.key.dtype)
@@ -104,16 +104,16 @@ class Hyper(SparseFlash):
 
     @torch.no_grad()
     def occupancy(self, rows: Rows, orderings: list[Ordering]) -> dict[str, Metric]:
-        """As the base, of the buckets."""
+        """The base's metrics for the buckets; the label of the samples has none."""
         assert rows.key_labels is not None
         buckets = Rows(rows.query, rows.key, rows.value, key_labels=rows.key_labels[..., :1])
         return super().occupancy(buckets, orderings)
 
     def state_bytes(self, length: int) -> int:
-        """As the base, and a second label (int32) per key."""
+        """The base's bytes, and a second label (int32) per key."""
         return super().state_bytes(length) + 4 * length * self.num_kv_heads
 
     def visible_pairs(self, length: int) -> int:
-        """As the base, and the samples, in scores that are wider by one column per bucket."""
+        """The base's pairs, and those with samples, whose scores are wider by one column per bucket."""
         wider = 1 + self.num_labels / (2 * self.head_dim)
         return super().visible_pairs(length) + round(wider * self.sample * self.pairs_in_reach(length))

@@ -149,7 +149,7 @@ class Routing(SoftmaxAttention):
             raise ConfigError(f"mixer.commitment={self.commitment} must not be negative.")
 
     def _share_keys(self) -> None:
-        """Leave keys of their own to the local heads."""
+        """Shrink the key projection to the local heads; routed heads use their queries as keys."""
         if self.local_heads == 0:
             del self.key, self.key_norm
             return
@@ -157,7 +157,7 @@ class Routing(SoftmaxAttention):
         nn.init.normal_(self.key.weight, std=self.d_model**-0.5)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As the base; with `shared_qk` the routed queries are keys."""
+        """Project as the base does; with `shared_qk` the routed heads' queries are their keys too."""
         if not self.shared_qk:
             return super().project(x)
         query, value = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.query, self.value))
@@ -168,7 +168,7 @@ class Routing(SoftmaxAttention):
         return query, torch.cat((key, query[:, :, self.local_heads :].to(key.dtype)), 2), value
 
     def select(self, x: Tensor, query: Tensor, key: Tensor, positions: Tensor) -> Selection:
-        """What the mode wants of the routed heads: clusters, or scores for every cluster."""
+        """Label the routed heads: with clusters, or with scores for every cluster, as the mode needs."""
         queries = unit(query[:, :, self.local_heads :])
         keys = queries if self.shared_qk else unit(key[:, :, self.local_kv_heads :])
         query_scores = self.kmeans.scores(queries.detach())
@@ -202,7 +202,7 @@ class Routing(SoftmaxAttention):
         selection.metrics |= {"quantisation_error": error.detach(), "dead_clusters": self.kmeans.dead()}
 
     def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Metric]]:
-        """Local heads by window, routed heads by the mode."""
+        """Local heads attend to their window, routed heads to what the mode lets them see."""
         local, routed = self._divided(rows)
         mixed, orderings = self._route(routed)
         metrics: dict[str, Metric] = {}
@@ -218,7 +218,7 @@ class Routing(SoftmaxAttention):
         return local, Rows(*routed, rows.query_labels, rows.key_labels)
 
     def _windowed(self, rows: Rows) -> list[Tensor]:
-        """Output of the local heads, if there are any."""
+        """The output of the local heads; empty without local heads."""
         if self.local_heads == 0:
             return []
         tensors = rows.query, rows.key, rows.value
@@ -250,7 +250,7 @@ class Routing(SoftmaxAttention):
         return super().attend_after(rows, slices)
 
     def attend_from(self, rows: Rows, state: Any, next_position: Tensor) -> tuple[Tensor, dict[str, Metric], Any]:
-        """As the base; without gradients a state with rings is used up."""
+        """Continue from a state. Without gradients, rings are changed in place, so the state passed in is used up."""
         if not isinstance(state, RoutingState):
             return super().attend_from(rows, state, next_position)
         ids = rows.document_ids
@@ -271,7 +271,7 @@ class Routing(SoftmaxAttention):
         return RoutingState if self._bounded() else AttentionState
 
     def _on_rings(self, rows: Rows, rings: Rings) -> tuple[Tensor, Rings]:
-        """Output of the routed heads, and the rings, which hold document 0, with the new keys."""
+        """The output of the routed heads, and the rings with the new keys; document 0 is the one that rings hold."""
         rows = modes.copied(rows)
         assert rows.key_labels is not None and rows.document_ids is not None
         new_keys = rows.key, rows.value, rows.key_labels[..., 0]
@@ -287,7 +287,7 @@ class Routing(SoftmaxAttention):
         return mixed, rings.kept_of(goes_on).written(*new_keys, new_ids == new_ids[:, -1:])
 
     def _one(self, rows: Rows, rings: Rings) -> Tensor:
-        """Output of one query for each row [B, 1, H, head_dim], from the rings of its clusters alone."""
+        """The output [B, 1, H, head_dim] of one query per row; it reads only the rings of its clusters."""
         assert rows.query_labels is not None
         parts = []
         for turn in range(rows.query_labels.shape[-1]):
@@ -303,7 +303,7 @@ class Routing(SoftmaxAttention):
         return parts[0][0] if len(parts) == 1 else merge(parts)[0]
 
     def init_state(self, batch: int) -> Any:
-        """Empty rings and a local cache, or for the modes that may see any earlier key a cache of all.
+        """Empty rings and a local cache, or an empty cache of all keys for modes that may see any of them.
 
         Raises:
             ConfigError: `sequence_topk`, which needs the whole sequence at once.
@@ -325,17 +325,17 @@ class Routing(SoftmaxAttention):
         )
 
     def rows_of_earlier_slices(self) -> None:
-        """All: the latest keys of a cluster may be anywhere."""
+        """All rows, since the latest keys of a cluster may be anywhere."""
 
     def _bounded(self) -> bool:
         return self.mode in ("argmax_window", "threshold")
 
     def cached_keys(self) -> int | None:
-        """Of the local heads; one key stays to tell its document."""
+        """The keys that local heads still see, and at least one, which tells its document."""
         return max(1, self.local_window - 1) if self._bounded() else None
 
     def state_bytes(self, length: int) -> int:
-        """Bytes of keys, values, and what the mode keeps of each key's clusters, after `length` tokens."""
+        """Bytes of keys, values and the labels that the mode keeps of each key, after `length` tokens."""
         size = self.value.weight.element_size()
         heads = self.num_kv_heads - self.local_kv_heads
         row = 2 * self.head_dim * size
@@ -366,7 +366,7 @@ class Routing(SoftmaxAttention):
         return self.clusters_per_query * (share * growing * (growing + 1) / 2 + (length - growing) * window)
 
     def flops(self, length: int) -> int:
-        """As the base, and the scores of the centroids."""
+        """The base's operations, and the scores of all centroids."""
         routed = self.num_heads - self.local_heads
         sides = routed if self.shared_qk else routed + self.num_kv_heads - self.local_kv_heads
         return super().flops(length) + 2 * length * sides * self.head_dim * self.clusters

@@ -36,13 +36,13 @@ from longmix.recipe import Recipe, set_recipe
 from longmix_kernels.delta import delta_rule
 
 DECAY_LIMIT = math.exp(-0.5)
-"""No log decay is below minus this."""
+"""Log decays lie between minus this and 0."""
 
 RANK_FACTORS = {"decay": 2.5, "rate": 2.5, "value": 1.7, "gate": 5.0}
-"""A rank is the multiple of 32 that is nearest to this times the root of the width."""
+"""Factor of a rank: the rank is the multiple of 32 that is nearest to this times the root of the width."""
 
 SHIFTS = {"query": 0.2, "decay": 0.9, "key": 0.7, "value": 0.7, "rate": 0.9, "gate": 0.2}
-"""What each input of a token is called that is mixed from it and the one before, and the power of its first weights."""
+"""The six mixtures of a token with the one before it: their names, and the power that begins their weights."""
 
 _PLAIN = Recipe("scalar", weight_decay=False)
 
@@ -134,7 +134,7 @@ class RWKV7(RecurrentMixer):
 
     @torch.no_grad()
     def _begin(self, layer: int, layers: int) -> None:
-        """The initial values of the authors' training code, which divides by 0 where there is one layer; here not."""
+        """Set the initial values of the authors' training code, without its division by 0 for a single layer."""
         width = self.recent_channels
         channel, place = torch.arange(width) / width, torch.arange(width) / max(width - 1, 1)
         depth, rest = layer / max(layers - 1, 1), 1 - layer / layers
@@ -210,7 +210,7 @@ class RWKV7(RecurrentMixer):
         return -DECAY_LIMIT * (self.decay_base.to(exact) + self.decay(x).to(exact)).sigmoid()
 
     def zeros(self, batch: int) -> Tensor:
-        """The empty memory, for `batch` rows: keys by values, where the authors' code has values by keys."""
+        """The empty memory for `batch` rows: keys by values. The authors' code has values by keys."""
         exact = torch.promote_types(self.shifts.dtype, torch.float32)
         return self.shifts.new_zeros(batch, self.num_heads, self.head_dim, self.head_dim, dtype=exact)
 
@@ -229,7 +229,7 @@ def default_rank(name: str, width: int) -> int:
 
 
 def _vector(values: Tensor) -> nn.Parameter:
-    """A parameter that no matrix optimizer takes and no decay."""
+    """A parameter without weight decay that the optimizer does not treat as a matrix."""
     parameter = nn.Parameter(values)
     set_recipe(parameter, _PLAIN)
     return parameter

@@ -146,18 +146,18 @@ class Scatterbrain(SoftmaxAttention):
             raise ConfigError(f"mixer.sinks={sinks} must be at least 0, which is none.")
 
     def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Metric]]:
-        """All parts in one softmax."""
+        """Attend to near keys, sums and sinks in one softmax."""
         queries, keys = parted(rows)
         return self._merged(queries, keys, None, None, self._attend(queries, keys))
 
     def attend_after(self, rows: Rows, slices: Slices) -> tuple[Tensor, dict[str, Metric]]:
-        """The same, with keys of earlier slices and sums over those before them."""
+        """Attend as in `attend`, with near keys of earlier slices and sums over the keys before those."""
         queries, new = parted(rows)
         keys, far = self._after_earlier_slices(new, slices)
         return self._merged(queries, keys, None, None, self._attend(queries, keys, far))
 
     def attend_from(self, rows: Rows, state: Any, next_position: Tensor) -> tuple[Tensor, dict[str, Metric], Any]:
-        """The same from a state, and the state after."""
+        """Attend as in `attend`, continuing from a state; returns the state after the new keys too."""
         assert rows.document_ids is not None
         ids = rows.document_ids.int()
         continues = goes_on(state, ids)
@@ -176,14 +176,14 @@ class Scatterbrain(SoftmaxAttention):
         return ScatterbrainState
 
     def _after_earlier_slices(self, new: Keys, slices: Slices) -> tuple[Keys, FeatureState | None]:
-        """Keys of earlier slices and of this one, and sums over those before them."""
+        """The keys of this slice behind the near keys of earlier slices, and sums over the keys before those."""
         if self.summaries:
             return after_earlier_slices(new, slices), None
         with torch.autocast(new.key.device.type, enabled=False):  # sums stay exact
             return after_sums(new, slices, self.block, self.past_blocks)
 
     def rows(self, query: Tensor, key: Tensor, value: Tensor, document_ids: Tensor | None) -> FeatureRows:
-        """As the base, with the features of both."""
+        """The rows of the base, with the features of queries and keys."""
         query_features = key_features = None
         exact = torch.promote_types(value.dtype, torch.float32)
         short = [F.normalize(heads.to(exact), dim=-1) for heads in (query, key)]
@@ -215,7 +215,7 @@ class Scatterbrain(SoftmaxAttention):
     def _merged(
         self, queries: Queries, keys: Keys, before: Any, goes_on: Tensor | None, result: ScatterResult
     ) -> tuple[Tensor, dict[str, Metric]]:
-        """Output heads of all parts in one softmax, and metrics; queries where `goes_on` [B, T] see those `before`."""
+        """All parts in one softmax, and metrics. Queries where `goes_on` [B, T] is set also see `before`."""
         parts = [(result.output, result.logsumexp), *self._further_parts(queries, keys, before, goes_on)]
         mixed, logsumexp = parts[0] if len(parts) == 1 else merge(parts)
         metrics = self._metrics(queries.query, keys, result.exact_logsumexp - logsumexp) if self.training else {}
@@ -246,7 +246,7 @@ class Scatterbrain(SoftmaxAttention):
 
     @torch.no_grad()
     def _metrics(self, query: Tensor, keys: Keys, exact_share: Tensor) -> dict[str, Metric]:
-        """Mass of the exact part, the largest score it could have, and the far side's predicted error."""
+        """The weight of the exact part, its largest possible score, and the predicted error of the far side."""
         own_key = keys.key[:, -query.shape[1] :]
         lengths = [heads.float().norm(dim=-1) for heads in (query, own_key)]
         radius = MeanProduct.of(lengths[0] * self._scale(), lengths[1])
@@ -285,12 +285,12 @@ class Scatterbrain(SoftmaxAttention):
         return self.num_kv_heads * (recent * rows + sums)
 
     def step_bytes(self, length: int) -> int:
-        """As the base, and the sums."""
+        """The base's bytes, and those of the sums."""
         exact = torch.promote_types(self.value.weight.dtype, torch.float32).itemsize
         return super().step_bytes(length) + self.num_kv_heads * self.num_features * (self.head_dim + 2) * exact
 
     def visible_pairs(self, length: int) -> int:
-        """A triangle in the own block, the blocks before it, and a summary of each earlier one."""
+        """A triangle in the own block, all of the `past_blocks` before it, and one summary for each earlier block."""
         blocks, rest = divmod(length, self.block)
         triangles = blocks * self.block * (self.block + 1) // 2 + rest * (rest + 1) // 2
         past = self.block * sum(min(n, self.past_blocks) for n in range(blocks))
@@ -301,7 +301,7 @@ class Scatterbrain(SoftmaxAttention):
         return pairs
 
     def flops(self, length: int) -> int:
-        """As the base, the sinks, the features, and the sums over keys and their reading by queries."""
+        """The base's operations, and those of sinks, features, sums over keys, and the reads of the sums."""
         sinks = 0 if self.sink_key is None else 4 * length * self.sink_key.shape[0] * self.num_heads * self.head_dim
         if self.features is None:
             return super().flops(length) + sinks

@@ -76,7 +76,7 @@ class ScatterbrainContent(Scatterbrain):
         return Selection(self.hash(centered(query, self.query_center)), self.hash(centered(key, self.key_center)))
 
     def _further_parts(self, queries: Queries, keys: Keys, before: Any, goes_on: Tensor | None) -> list[Part]:
-        """As the base, and attention to the selected keys."""
+        """The base's further parts, and attention to the selected keys."""
         parts = super()._further_parts(queries, keys, before, goes_on)
         rows = Rows(queries.query, keys.key, keys.value, keys.document_ids, queries.labels, keys.labels)
         length = queries.query.shape[1]
@@ -89,7 +89,7 @@ class ScatterbrainContent(Scatterbrain):
         return parts
 
     def _after_earlier_slices(self, new: Keys, slices: Slices) -> tuple[Keys, FeatureState | None]:
-        """All keys of earlier slices: any of them may be selected."""
+        """All keys of earlier slices, since any of them may be selected."""
         return after_earlier_slices(new, slices), None
 
     def _first_exact(self, rows: Rows) -> Tensor:
@@ -113,7 +113,7 @@ class ScatterbrainContent(Scatterbrain):
         return attention(*tensors, **order._asdict(), scale=self._scale(), return_logsumexp=True)
 
     def _selected_after(self, rows: Rows, before: ScatterbrainState) -> Part:
-        """The same with what rings hold of keys before the given ones, of which those that are in rings are `GONE`."""
+        """Attend as in `_selected`, with the keys that rings hold too; rows that are already in rings are `GONE`."""
         assert before.rings is not None and rows.document_ids is not None and rows.key_labels is not None
         gone, held = rows.document_ids == GONE, before.rings.key.shape[2] - 1
         limits = held + self._first_exact(rows)
@@ -123,7 +123,7 @@ class ScatterbrainContent(Scatterbrain):
         return self._selected(with_rings(replace(rows, key_labels=labels), before.rings, ids, number), limits)
 
     def _selected_by_one(self, rows: Rows, rings: Rings) -> Part:
-        """The same for one query of each row, which sees all keys outside rings exactly."""
+        """Attend as in `_selected_after`, for one query per row: it sees all keys outside the rings exactly."""
         assert rows.query_labels is not None
         key, value, there = rings.read(rows.query_labels[:, 0, :, 0])
         key, value = key.to(rows.key.dtype), value.to(rows.value.dtype)
@@ -132,20 +132,20 @@ class ScatterbrainContent(Scatterbrain):
         return attention(*tensors, lo=torch.zeros_like(hi), hi=hi, scale=self._scale(), return_logsumexp=True)
 
     def init_state(self, batch: int) -> Any:
-        """As the base, with empty rings."""
+        """The base's state with empty rings."""
         state, like = super().init_state(batch), self.value.weight
         labels = torch.empty(batch, 0, self.num_kv_heads, 1, dtype=torch.int32, device=like.device)
         rings = Rings.empty(like, batch, self.num_kv_heads, self.buckets, self.window, self.head_dim)
         return replace(state, recent=replace(state.recent, labels=labels), rings=rings)
 
     def state_bytes(self, length: int) -> int:
-        """As the base, the labels (int32) of recent keys, and the rings."""
+        """The base's bytes, those of recent keys' labels (int32), and those of the rings."""
         recent = min(length, recent_limit(self.block, self.past_blocks))
         ring = 2 * self.head_dim * self.value.weight.element_size() * (self.buckets * self.window + 1)
         return super().state_bytes(length) + self.num_kv_heads * (4 * recent + ring)
 
     def visible_pairs(self, length: int) -> int:
-        """As the base, and the selected keys if buckets are equally large."""
+        """The base's pairs, and those with selected keys if all buckets are equally large."""
         pairs = super().visible_pairs(length)
         for start in range((self.past_blocks + 1) * self.block, length, self.block):
             far = start - self.past_blocks * self.block
@@ -153,5 +153,5 @@ class ScatterbrainContent(Scatterbrain):
         return pairs
 
     def flops(self, length: int) -> int:
-        """As the base, and the hash."""
+        """The base's operations, and those of the hash."""
         return super().flops(length) + self.hash.flops(length, self.num_heads + self.num_kv_heads)

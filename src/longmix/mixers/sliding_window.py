@@ -37,7 +37,7 @@ class SlidingWindow(SoftmaxAttention):
         self.window = window
 
     def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Metric]]:
-        """The engine, which skips every tile outside the window."""
+        """Call the engine, which skips every tile outside the window."""
         return attention(rows.query, rows.key, rows.value, window=self.window, document_ids=rows.document_ids), {}
 
     def visible_pairs(self, length: int) -> int:
@@ -46,5 +46,5 @@ class SlidingWindow(SoftmaxAttention):
         return full * (full + 1) // 2 + (length - full) * self.window
 
     def cached_keys(self) -> int:
-        """The next token fills the window's last place itself; one key stays to tell its document."""
+        """`window - 1`, because the next token sees itself too; at least one key, which tells its document."""
         return max(1, self.window - 1)

@@ -77,7 +77,7 @@ class SparseFlash(LabelAttention):
         self.key_center = None if shared_qk else running_center(self.num_kv_heads, self.head_dim, center_decay)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As the base; with `shared_qk` the key is the query."""
+        """Project as the base does; with `shared_qk` the query is the key too."""
         if not self.shared_qk:
             return super().project(x)
         query, value = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.query, self.value))
@@ -85,15 +85,15 @@ class SparseFlash(LabelAttention):
         return query, query, value
 
     def select(self, x: Tensor, query: Tensor, key: Tensor, positions: Tensor) -> Selection:
-        """Hash queries and keys; once if they are one."""
+        """Label queries and keys with their buckets; hash once where query and key are the same."""
         query_labels = self.hash(centered(query, self.query_center))
         return Selection(query_labels, query_labels if self.shared_qk else self.hash(centered(key, self.key_center)))
 
     def visible_pairs(self, length: int) -> int:
-        """Pairs if buckets are equally large."""
+        """The pairs there would be if all buckets were equally large."""
         return self.rounds * self.pairs_in_reach(length) // self.num_labels + self.window_pairs(length)
 
     def flops(self, length: int) -> int:
-        """As the base, and the hash."""
+        """The base's operations, and those of the hash."""
         hashed = self.num_heads + (0 if self.shared_qk else self.num_kv_heads)
         return super().flops(length) + self.hash.flops(length, hashed)

@@ -20,7 +20,7 @@ from longmix.recipe import Recipe, set_recipe
 from longmix_kernels.attention import Ordering
 
 KEPT, DROPPED_KEY, DROPPED_QUERY = range(3)
-"""Labels of `drop`: queries and keys that are dropped share none, so they meet nobody."""
+"""Labels of dropped queries and dropped keys. They differ, so that neither matches anything."""
 
 
 class SparseFlashDrop(LabelAttention):
@@ -83,7 +83,7 @@ class SparseFlashDrop(LabelAttention):
             self.register_buffer("salt", torch.randint(2**31, (both,), generator=generator))
 
     def select(self, x: Tensor, query: Tensor, key: Tensor, positions: Tensor) -> Selection:
-        """Decide for every query and key head."""
+        """Decide which queries and keys each head keeps."""
         if self.score is None:
             kept = pseudo_random(positions, self.salt) < self.keep
             return self._selection(kept.expand(x.shape[0], -1, -1))
@@ -98,7 +98,7 @@ class SparseFlashDrop(LabelAttention):
         return selection
 
     def losses_of(self, means: Tensor) -> dict[str, Tensor]:
-        """`balance`, of the kept share of each head."""
+        """The loss `balance`, which holds the kept share of each head at `keep`."""
         return {"balance": self.balance * (means - self.keep).square().mean()}
 
     def _selection(self, kept: Tensor) -> Selection:
@@ -114,9 +114,9 @@ class SparseFlashDrop(LabelAttention):
         return selection
 
     def occupancy(self, rows: Rows, orderings: list[Ordering]) -> dict[str, Metric]:
-        """Nothing: the dropped shares say it all."""
+        """No metrics; the shares that `select` logs say the same."""
         return {}
 
     def visible_pairs(self, length: int) -> int:
-        """Pairs if `keep` of the queries and of the keys are kept."""
+        """The pairs there are if the share `keep` of queries and of keys is kept."""
         return round(self.keep**2 * self.pairs_in_reach(length)) + self.window_pairs(length)

@@ -22,7 +22,7 @@ from longmix.model.head import hits, token_losses, token_losses_and_peaks
 from longmix.pytrees import pytree
 
 MOST_LAYERS = 10_000
-"""Far beyond what anybody trains; a configuration from somewhere else might ask for more than could ever be built."""
+"""The most layers. Nobody trains as many; a configuration from elsewhere could ask for more than can be built."""
 
 MixerFactory = Callable[[ModelShape, int], Mixer]
 """Builds the mixer of one layer from the model's shape and the layer's index."""
@@ -72,7 +72,7 @@ class LanguageModel(nn.Module):
     """
 
     measures_hits = False
-    """Whether outputs say which targets were met: for tasks in which a near miss is worth nothing."""
+    """Whether outputs say which targets the model's first choice met, as synthetic tasks need it."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""One layer of the language model, and the style of it: norms, channel mixing and how token embeddings begin.
+"""One layer of the language model, and its style: norms, channel mixing, initial embeddings.
 
 Most mixers are compared inside the same style, `Standard`. RWKV-7 is published with another (`model.rwkv_blocks`).
 """
@@ -19,7 +19,7 @@ from longmix.recipe import Recipe, set_recipe
 
 
 class BlockStyle(Protocol):
-    """What surrounds the mixers."""
+    """The style of the layers around the mixers."""
 
     def norm(self, shape: ModelShape) -> nn.Module:
         """The norm before each branch and before the head."""
@@ -82,7 +82,7 @@ class SwiGLU(Mixer):
         return MixerOutput(self.down(F.silu(self.gate(x)) * self.up(x)))
 
     def init_state(self, batch: int) -> None:
-        """There is none."""
+        """The empty state: channels are mixed token by token."""
 
     def state_bytes(self, length: int) -> int:
         """Bytes of state that one row holds after `length` tokens."""
@@ -94,7 +94,7 @@ class SwiGLU(Mixer):
 
 
 def called(mixer: Mixer, x: Tensor, state: Any, document_ids: Tensor | None, **shared: Tensor | None) -> MixerOutput:
-    """What a mixer returns, of a slice too if it knows of none.
+    """Call a mixer and check its output. A mixer without support for slices gets whole rows.
 
     Raises:
         ConfigError: it is no `MixerOutput`, or `y` has another shape than x.
@@ -114,7 +114,7 @@ def called(mixer: Mixer, x: Tensor, state: Any, document_ids: Tensor | None, **s
 @mixer_state()
 @dataclass
 class BlockState:
-    """What both branches of a layer remember."""
+    """The states of both branches of a layer."""
 
     mixer: Any
     channel_mixer: Any

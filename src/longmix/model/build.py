@@ -20,7 +20,7 @@ REQUIRED = {
     "state_bytes": "state_bytes(length)",
     "flops": "flops(length)",
 }
-"""What a mixer's class must define, and how it is called."""
+"""The methods that a mixer's class must define, and how each is called."""
 
 
 def mixer_factory(node: Node) -> MixerFactory:
@@ -54,7 +54,7 @@ def mixer_factory(node: Node) -> MixerFactory:
 
 
 def _built(node: Node, key: str, shape: ModelShape, layer_index: int) -> Mixer:
-    """A layer's mixer, with everything that a model calls it for.
+    """Build the mixer of a layer, and check that it has all methods which a model calls.
 
     Raises:
         ConfigError: it is no mixer, or its class lacks something; the message says what.
@@ -70,7 +70,7 @@ def _built(node: Node, key: str, shape: ModelShape, layer_index: int) -> Mixer:
 
 
 def check_mixer(mixer: Any, what: str) -> None:
-    """Refuse what lacks a part of the contract in `longmix.mixers.parts.base.Mixer`, before any work is done with it.
+    """Refuse a mixer that lacks a part of the contract in `longmix.mixers.parts.base.Mixer`, before any work.
 
     Args:
         mixer: what was built.
@@ -96,7 +96,7 @@ def check_mixer(mixer: Any, what: str) -> None:
 
 
 def _inherited(kind: type, method: str) -> bool:
-    """Whether a class has nothing but the base's method, which only says what is wanted."""
+    """Whether a class inherits the base's method, which only documents the contract."""
     found: bool = getattr(kind, method) is getattr(Mixer, method)
     return found
 

@@ -31,14 +31,14 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def token_losses_and_peaks(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The same, and the largest logit of every position, in the same form; it is there for ignored targets too."""
+    """The losses of `token_losses`, and the largest logit of every position, ignored ones included; float32 [...]."""
     losses, peaks = _in_slices(hidden, weight, targets, with_peaks=True)
     return losses, peaks
 
 
 @torch.no_grad()
 def hits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Which targets are the most likely token: bool [...], False where there is none; arguments as `token_losses`."""
+    """Whether each target is the most likely token: bool [...], False where ignored. Arguments as in `token_losses`."""
     rows = hidden.reshape(-1, hidden.shape[-1])
     pieces = rows.split(max(1, SLICE_ELEMENTS // weight.shape[0]))
     chosen = torch.cat([F.linear(piece, weight).argmax(-1) for piece in pieces])

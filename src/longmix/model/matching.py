@@ -16,7 +16,7 @@ from longmix.model.build import build_model
 
 
 def match_parameters(config: Node, vocab_size: int) -> Node:
-    """`config` with the `model.mlp_hidden` that comes nearest to `match.parameters`; as it is where that is null.
+    """`config` with the `model.mlp_hidden` that comes nearest to `match.parameters`; unchanged where that is null.
 
     What comes back holds nothing that has to be matched again: a checkpoint with it is rebuilt as it stands.
 
@@ -47,13 +47,13 @@ def with_width(config: Node, mlp_hidden: int) -> Node:
 
 
 def count_parameters(config: Node, vocab_size: int) -> int:
-    """Parameters of the model that `config` describes; none of them is allocated."""
+    """The number of parameters of the model that `config` describes, without allocating any."""
     with torch.device("meta"):
         return build_model(config, vocab_size).parameter_counts()["total"]
 
 
 def _nearest(config: Node, vocab_size: int) -> tuple[int, int]:
-    """The width, a multiple of `match.multiple`, whose count is nearest, and that count."""
+    """The width with the nearest number of parameters among multiples of `match.multiple`, and that number."""
     target, multiple = config["match"]["parameters"], config["match"]["multiple"]
 
     @functools.cache

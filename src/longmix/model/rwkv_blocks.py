@@ -91,7 +91,7 @@ class ChannelMix(RecurrentMixer):
         return MixerOutput(self.value(hidden), self.next_state(None, recent, x, state, ids))
 
     def zeros(self, batch: int) -> None:
-        """Only the token before is remembered."""
+        """The empty state: channel mixing remembers only the token before."""
 
     def flops(self, length: int) -> int:
         """Floating-point operations of one forward pass over one row, projections included."""

@@ -1,4 +1,4 @@
-"""States before a document that were trained: which parameters they are, and the small file that holds nothing else."""
+"""Tuned states, the trained states before a document: their parameters, and the small file that holds only them."""
 
 import hashlib
 from pathlib import Path
@@ -17,10 +17,10 @@ from longmix.model.backbone import LanguageModel
 
 FORMAT, WITHOUT_DIGEST = 2, 1
 STATES_FILE = "states.pt"
-"""In the folder of a run with trainable=states."""
+"""The file of tuned states in the folder of a run with trainable=states."""
 
 MARK = ".tuned."
-"""What the names of these parameters, and of no others, have in them."""
+"""Part of the name of every tuned state, and of no other parameter."""
 
 
 def tune_states(model: LanguageModel, features: int = 0, decorrelation: float = 0.0) -> list[str]:
@@ -43,12 +43,12 @@ def tune_states(model: LanguageModel, features: int = 0, decorrelation: float = 
 
 
 def tuned_states(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those of a model's weights that are states before a document, by name."""
+    """The tuned states among a model's weights, by name."""
     return {name: weight for name, weight in weights.items() if MARK in name}
 
 
 def _digest_of_others(weights: dict[str, Tensor]) -> str:
-    """SHA-256 of the weights that are no states, which states fit alone; hexadecimal."""
+    """Hexadecimal SHA-256 of all other weights: tuned states fit no others."""
     digest = hashlib.sha256()
     for name in sorted(name for name in weights if MARK not in name):
         digest.update(f"{name} {weights[name].dtype}".encode())

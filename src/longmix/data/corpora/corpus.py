@@ -1,4 +1,4 @@
-"""What a corpus is, and how one source of documents is divided into splits."""
+"""Corpora, and the division of one source of documents into splits."""
 
 import hashlib
 import logging
@@ -15,21 +15,21 @@ logger = logging.getLogger(__name__)
 SPLITS = ("train", "validation", "test")
 
 NEAR_CHARACTERS = 1000
-"""So far before its share of a single document a split may begin, to begin with a line."""
+"""A split of a single document may begin up to so many characters early, so that it begins with a line."""
 
 FEW_DOCUMENTS = 10_000
-"""In a corpus of more, a split without documents is no accident of chance, but of its fraction."""
+"""Up to so many documents, chance may leave a split empty; in larger corpora its fraction does."""
 
 EXAMPLE_OF_SPLIT = {
     "train": "data.corpus.validation_fraction=0.1",
     "validation": "data.corpus.validation=my/validation.txt, or data.corpus.validation_fraction=0.5 for few documents",
     "test": "data.corpus.test=my/test.txt, or data.corpus.test_fraction=0 for none",
 }
-"""Settings that give documents to a split that has none."""
+"""Settings that give documents to an empty split."""
 
 
 class Corpus(Protocol):
-    """What the token files need of a corpus; any class that answers this can be named as `_target_`.
+    """A source of documents. Any class with these members can be named as `_target_`.
 
     Attributes:
         name: short, used in folder names and the log.
@@ -60,7 +60,7 @@ class Reading(Protocol):
 
     @property
     def position(self) -> Any:
-        """Where to go on after the document that was read last; JSON-able."""
+        """The position after the last document that was read, to continue from; JSON-able."""
         ...
 
     def __iter__(self) -> Iterator[str]: ...
@@ -86,7 +86,7 @@ class PartedCorpus(Corpus, Protocol):
 
 
 class CountedReading:
-    """Reads a split of any corpus; its position is a number of documents, and reading goes on by skipping these."""
+    """A reading of any corpus's split. Its position is a number of documents, which a later reading skips."""
 
     def __init__(self, corpus: Corpus, split: str, position: int | None = None) -> None:
         self.position = position or 0
@@ -192,7 +192,7 @@ class SplitByContent(ABC):
 
     @abstractmethod
     def _identify(self, source: Any) -> dict[str, Any]:
-        """What identifies the content of one source."""
+        """A value that identifies the content of one source."""
 
     def documents(self, split: str) -> Iterator[str]:
         """The documents of a split, in an order that never changes."""
@@ -202,7 +202,7 @@ class SplitByContent(ABC):
         return self._cut(split)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What identifies the documents. It is computed once, because it reads all the content."""
+        """A value that identifies the documents. It is computed once, because that reads all the content."""
         if self._fingerprint is None:
             self._fingerprint = self._compute_fingerprint()
         return self._fingerprint
@@ -230,7 +230,7 @@ class SplitByContent(ABC):
         return first[0] if len(first) == 1 else None
 
     def _lent_texts(self) -> dict[str, str]:
-        """Texts that a split is given because chance gave it none: the digest of each, and the split.
+        """Texts given to splits that chance left empty: the digest of each, and its split.
 
         Reads no further than to the first document of every split, or to the end of a few.
         """
@@ -272,7 +272,7 @@ class SplitByContent(ABC):
             )
 
     def _piece_of(self, text: str, split: str) -> str:
-        """Train, then validation, then test; each begins after a line's end if one is near."""
+        """The part of a single document that a split gets: train first, then validation, then test, cut at lines."""
         bounds, share = [len(text)], 0.0
         near = min(NEAR_CHARACTERS, round(len(text) * min(self._fractions.values()) / 4))
         for name in ("test", "validation"):

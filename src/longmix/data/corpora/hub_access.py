@@ -1,4 +1,4 @@
-"""The Hugging Face hub and what reads from it, with few words: one line where it cannot be reached, none repeated."""
+"""Access to the Hugging Face hub with short messages: one line where it cannot be reached, and no repetition."""
 
 import contextlib
 import logging
@@ -14,10 +14,10 @@ CONNECT_SECONDS = 5.0
 
 @contextlib.contextmanager
 def hub_access(asks_hub: bool) -> Iterator[str | None]:
-    """Use the hub's libraries: they log nothing, and ask no network that is not there.
+    """Use the hub's libraries so that they log nothing, and stay offline where there is no network.
 
-    Without this they try for half a minute and say so in twenty lines; what goes wrong comes as an error anyway. What
-    the cache of `datasets` holds is found without a network too.
+    Otherwise they try for half a minute and say so in twenty lines; failures are raised as errors anyway. Data in the
+    cache of `datasets` are found without a network too.
 
     Args:
         asks_hub: whether the hub itself is needed, and not only files elsewhere.
@@ -42,7 +42,7 @@ def hub_access(asks_hub: bool) -> Iterator[str | None]:
 
 
 def quiet_libraries() -> None:
-    """Let the hub's libraries log nothing: what they report as an error they raise too."""
+    """Silence the logs of the hub's libraries, which raise every error that they log."""
     import datasets
     import huggingface_hub
 
@@ -52,7 +52,7 @@ def quiet_libraries() -> None:
 
 @cache
 def unreachable_reason(endpoint: str) -> str | None:
-    """Why no connection to an address can be made; None if it can, or if a proxy stands between."""
+    """The reason that an address cannot be reached; None if it can, or if a proxy stands between."""
     address = urlsplit(endpoint)
     if {"https", "http", "all"} & set(urllib.request.getproxies()) or os.environ.get("ALL_PROXY"):
         return None

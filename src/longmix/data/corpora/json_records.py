@@ -19,10 +19,10 @@ from longmix.errors import DataError
 CHUNK_BYTES = 1 << 20
 
 UNFINISHED_CHARACTERS = 16
-"""An error so near the end of what was read may be a word, number or escape that was cut there."""
+"""So near the end of a chunk, an error may come from a word, number or escape that the chunk cut."""
 
 DAMAGE = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zipfile.BadZipFile, zlib.error)
-"""What compressions raise for content that is cut or altered."""
+"""Errors that decompression raises for content that is cut or altered."""
 
 BLANKS = re.compile(r"[ \t\n\r]*")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -31,7 +31,7 @@ OTHER_KINDS = (
     *((b"BZh", "compressed by bzip2"), (b"\xfd7zXZ", "compressed by xz"), (b"(\xb5/\xfd", "compressed by zstd")),
     *((b"PK\x03\x04", "a zip archive"), (b"PAR1", "a Parquet file")),
 )
-"""Beginnings of files that hold something else than they are taken for."""
+"""First bytes of other kinds of files, which are refused by name."""
 
 
 LONGEST_MARK = 8
@@ -91,7 +91,7 @@ class JsonRecords:
             raise self._broken("the array has no end", self._start)
 
     def _next_in_array(self, first: bool) -> str:
-        """What follows an item, or the bracket before the first one; a comma is passed over."""
+        """The character at the next item of an array; a comma, or the bracket that ends it, is passed over."""
         if not self._skip_blanks():
             raise self._broken("the array has no end", self._start)
         found = self._text[self._start]
@@ -108,7 +108,7 @@ class JsonRecords:
             raise self._broken("something follows the end of the array", self._start)
 
     def _value(self) -> tuple[Any, int]:
-        """The value at the start, and where it ends; more is read until it is whole."""
+        """Parse the value at the start, reading more until it is whole; returns it and where it ends."""
         while True:
             try:
                 return _decode(self._text, self._start)

@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 LONGEST_PATH, LONGEST_NAME = 4095, 255
-"""Bytes of a path and of a name in it, on Linux."""
+"""The most bytes of a path, and of a name in it, on Linux."""
 
 MOST_KINDS = 6
-"""Of files that are left out, named in one line."""
+"""The most kinds of left-out files that a line of the log names."""
 
 
 def user_path(key: str, value: str | os.PathLike[str]) -> Path:
@@ -92,7 +92,7 @@ def _find(key: str, path: Path, suffix: str) -> list[Path]:
 
 
 def _files_below(key: str, folder: Path, suffix: str) -> list[Path]:
-    """The files of the kind that is wanted; one line in the log counts the others."""
+    """The files with the wanted suffix; one line in the log counts the others."""
     wanted: list[Path] = []
     others: list[Path] = []
     for path in (path for inner in _folders(folder) for path in _entries(inner) if not path.is_dir()):
@@ -119,7 +119,7 @@ def _kind(path: Path) -> str:
 
 
 def _matches(pattern: str) -> Iterator[str]:
-    """As `glob.glob`, but no folder is entered twice where `**` meets links, which may lead around in circles."""
+    """The matches of `glob.glob`, but no folder is entered twice: under `**`, links may lead in circles."""
     whole = f"{pattern}/*" if pattern.endswith("/**") or pattern == "**" else pattern
     head, mark, rest = whole.partition("**/")
     if not mark or (head and not head.endswith("/")):
@@ -153,7 +153,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 class Stamp(NamedTuple):
-    """What shows that a file has not changed since it was hashed.
+    """Facts of a file that show whether it changed after it was hashed.
 
     Attributes:
         inode, size, changed_at: of the file before it was hashed; `changed_at` in nanoseconds.
@@ -171,7 +171,7 @@ RECENT_NANOSECONDS = 2 * 10**9
 
 
 def check_unchanged(stamps: dict[Path, Stamp]) -> None:
-    """Refuse files that are no longer what was hashed.
+    """Refuse files that changed after they were hashed.
 
     Raises:
         DataError: names the file.

@@ -11,7 +11,7 @@ from longmix.reading import shortened
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 
 ALTERING = ("converters", "true_values", "false_values", "na_values", "keep_default_na", "na_filter", "usecols")
-"""Settings of a reader of CSV that make something else of a text, or leave its column out."""
+"""Settings of a CSV reader that would alter texts or drop their column."""
 
 
 NOTHING_TO_PANDAS = frozenset(
@@ -20,11 +20,11 @@ NOTHING_TO_PANDAS = frozenset(
         *("<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"),
     )
 )
-"""Texts that a table of `datasets` lost, and that are told from it by what identifies the corpus."""
+"""Texts that a table of `datasets` lost; a corpus with such texts has another identity than before."""
 
 
 class RecordFiles(ABC):
-    """The records of some files, each with nothing but its text; small to pickle.
+    """The records of some files, each reduced to its text; small to pickle.
 
     Args:
         files: paths or URLs that `fsspec` knows; the end of each tells its compression.
@@ -43,7 +43,7 @@ class RecordFiles(ABC):
         return len(self.files)
 
     def shard(self, num_shards: int, index: int) -> "RecordFiles":
-        """One of the files; as `IterableDataset.shard` for as many shards as there are files."""
+        """One of the files, as `IterableDataset.shard` would return it with one shard per file."""
         if num_shards != self.num_shards:
             raise ValueError(f"{self.num_shards} files cannot be divided into {num_shards} shards")
         return self.part(index)
@@ -73,7 +73,7 @@ class RecordFiles(ABC):
                 yield from self.texts_of_file(content, f"{name} of {self.place}")
 
     def identity(self) -> dict[str, Any]:
-        """The number of documents, which identifies them together with the files. Reads all of them."""
+        """The number of documents; together with the files it identifies them. Reads all of them."""
         return {"rows": sum(1 for _ in self.texts())}
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -94,7 +94,7 @@ class JsonFiles(RecordFiles):
 
 
 class CsvFiles(RecordFiles):
-    """The records of files of CSV: a field is what stands between its separators and quotes, whatever it says.
+    """The records of CSV files. A field is the text between its separators and quotes, never a number or null.
 
     `datasets` would guess a type for each column: 001 would become a number, and NA or null nothing.
 
@@ -180,6 +180,6 @@ def downloaded(builder: Any, split: str, field: str, place: str) -> RecordFiles 
 
 
 def text_alone(builder: Any, field: str) -> None:
-    """Let a builder of `datasets` that reads archives of CSV take the field for text, whatever it says."""
+    """Make a builder of `datasets` that reads archives of CSV treat the field as text, whatever it holds."""
     if type(builder.config).__name__ == "CsvConfig":
         builder.config.converters, builder.config.na_filter = {field: str}, False

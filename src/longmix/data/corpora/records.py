@@ -9,7 +9,7 @@ from longmix.data.corpora.json_records import JsonRecords
 from longmix.errors import DataError
 
 FIELD_WITHIN_BYTES = 10 << 20
-"""A file of JSON none of whose records so far has the field is refused; a wrong name should not cost an hour."""
+"""Bytes after which a JSON file without the field is refused, so that a wrong name does not cost an hour."""
 
 
 def texts_of(records: Iterable[dict[str, Any]], field: str, place: str, first: int = 0) -> Iterator[str]:
@@ -74,7 +74,7 @@ def texts_of_json(stream: IO[bytes], field: str, name: str) -> Iterator[str]:
 
 
 def no_field(field: str, name: str, others: Iterable[str]) -> DataError:
-    """The error for records that have other fields than the one that is to hold the text."""
+    """The error for records that lack the text field; names the fields they have."""
     return DataError(f"data.corpus.field: the records of {name} have no field {field!r}; they have {', '.join(others)}")
 
 

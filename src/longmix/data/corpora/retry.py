@@ -1,4 +1,4 @@
-"""Trying again what a network or a remote storage refused, with pauses."""
+"""Retries with pauses, for failures of a network or remote storage."""
 
 import logging
 import time
@@ -8,17 +8,17 @@ from longmix.errors import DataError
 logger = logging.getLogger(__name__)
 
 FIRST_PAUSE_SECONDS = 1.0
-"""Before a second try; then twice as long each time."""
+"""Seconds before the second try; each further pause is twice as long."""
 
 REASON_CHARACTERS = 300
 
 
 class Patience:
-    """Counts the failures of one thing since it last succeeded.
+    """Counts the failures of an operation since it last succeeded.
 
     Args:
-        what: is tried, as messages name it.
-        tries: failures in a row that are too many.
+        what: the operation, as messages name it.
+        tries: the number of failures in a row that ends it.
     """
 
     def __init__(self, what: str, tries: int) -> None:
@@ -33,7 +33,7 @@ class Patience:
         """Wait after a failure.
 
         Raises:
-            DataError: it was one too many.
+            DataError: this was the last try.
         """
         self._failures += 1
         if self._failures == self.tries:

@@ -1,4 +1,4 @@
-"""Data sets read as they come from the Hugging Face hub or remote storage: nothing of them is stored here.
+"""Data sets streamed from the Hugging Face hub or remote storage; none of it is stored here.
 
 A split is read file by file, and a Parquet file by row groups. A reading that ends in the middle goes on there later:
 files and row groups that are done are not asked for again; of another kind of file what comes before is.
@@ -25,7 +25,7 @@ from longmix.errors import ConfigError, DataError
 from longmix.files import sha256_of_json
 
 TRIES = 8
-"""Of a stream in a row: two minutes of pauses in all."""
+"""Tries of a stream in a row; their pauses take two minutes in all."""
 
 LASTING = (
     *(FileNotFoundError, PermissionError, NotADirectoryError, gzip.BadGzipFile, zlib.error),
@@ -48,16 +48,16 @@ TAGS = (
     "updated",
     "created",
 )
-"""What file systems call the mark by which changed content is told from the former; the strongest first."""
+"""Names that file systems give to the mark of a content's version, the strongest first."""
 
 IDENTIFYING_THREADS = 16
 TOGETHER = 1000
-"""Records that leave Arrow at a time."""
+"""Records that are taken out of Arrow at once."""
 
 
 @dataclass(frozen=True)
 class Limit:
-    """How much of a source is taken, from its beginning.
+    """A limit on how much of a source is read, from its beginning.
 
     Attributes:
         max_documents: the first so many; None for all.
@@ -130,7 +130,7 @@ class Stream:
         return texts_of(rows, self.field, self.name(number), first)
 
     def _rest(self, records: Any, number: int, first: int) -> tuple[list[Any], int]:
-        """What of a file comes from record `first` on, as far as its format tells, and how many records lack."""
+        """The file from near record `first` on, as its format allows, and the number of records left out before."""
         file = self._files[number] if len(self._files) == self.num_files else ""
         if not hasattr(records, "reshard") or not file.endswith(".parquet"):
             return [records], 0
@@ -144,7 +144,7 @@ class Stream:
 
 
 def _rows(records: Any, field: str) -> Iterator[dict[str, Any]]:
-    """Records with nothing but their text; all of them as they are if that lacks."""
+    """Records reduced to their text; whole records if they have no such field."""
     if isinstance(records, RecordFiles):
         yield from records.rows()
         return
@@ -191,7 +191,7 @@ class StreamReading:
 
     @property
     def position(self) -> dict[str, int]:
-        """File (counted from the first of these) and record there that come next, and what was read in all."""
+        """The next file (counted from the first of these), the next record there, and the counts read so far."""
         return dict(self._place)
 
     def __iter__(self) -> Iterator[str]:
@@ -228,7 +228,7 @@ class StreamReading:
 
 
 def identify_stream(files: Sequence[str]) -> dict[str, Any]:
-    """What fixes the content of files at URLs: commits, the content itself of local ones, or the marks of a storage.
+    """What fixes the content of files at URLs: commits, hashes of local files, or the storage's version marks.
 
     Raises:
         DataError: a file cannot be found, or nothing tells whether it has changed.

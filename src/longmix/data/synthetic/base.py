@@ -1,4 +1,4 @@
-"""`SyntheticData`: examples of a synthetic task in the place of a corpus, made when they are needed."""
+"""`SyntheticData`: examples of a synthetic task in place of a corpus, made when they are needed."""
 
 import dataclasses
 import functools

@@ -19,7 +19,7 @@ STATEMENT = " The secret number of {key} is {value}."
 QUESTION = "\n\nWhat is the secret number of {key}? The secret number of {key} is"
 
 SEARCHED_PART = 16
-"""An end of a sentence, or else of a word, is looked for as far as this part of the haystack from the wanted depth."""
+"""One over the share of the haystack around a depth that is searched for the end of a sentence or word."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def draw_needle(tokenizer: Tokenizer, seed: list[int], forms: Forms) -> Needle:
 
 
 def draw_value(random: np.random.Generator) -> int:
-    """Four digits."""
+    """Draw a value of four digits."""
     return int(random.integers(1000, LARGEST_VALUE + 1))
 
 

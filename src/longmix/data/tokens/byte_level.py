@@ -1,4 +1,4 @@
-"""What makes a `tokenizer.json` exact: its parts alter no text, and each byte of a text has a token.
+"""Exact `tokenizer.json` files: their parts alter no text, and each byte of a text has a token.
 
 A byte-level vocabulary writes the bytes of a text as letters. Some vocabularies lack a few of these: bytes that UTF-8
 never has, and control characters that their training texts did not hold. The library drops such a byte without a word.
@@ -26,19 +26,19 @@ logger = logging.getLogger(__name__)
 STANDARD_ERROR = 2
 
 MISSING_BYTES = ("refuse", "replace")
-"""What is done with a character one of whose bytes has no token."""
+"""The ways to treat a character with a byte that has no token."""
 
 SUBSTITUTES = ("\ufffd", "?")
-"""For such a character; the first that the vocabulary can write."""
+"""Replacements of such a character; the first that the vocabulary can write is used."""
 
 UTF8_BYTES = frozenset({*range(0xC0), *range(0xC2, 0xF5)})
 """Bytes that a text in UTF-8 can hold."""
 
 MOST_MISSING = len(UTF8_BYTES) // 2
-"""A vocabulary with fewer bytes has letters that stand for something else."""
+"""The fewest bytes of a byte-level vocabulary; with fewer, its letters stand for something else."""
 
 MOST_IDS = 1 << 24
-"""A table of all ids is kept; a file with larger ones is damaged or means harm."""
+"""The largest id: a table of all ids is kept, and a file with larger ones is damaged or hostile."""
 
 PROBE = "Naïve  cafe\u0301\r\n\tx=0; ﬁ Ω 漢字 🙂\u200d \u00a0<|endoftext|> <s> [MASK]\x00▁ "
 PROBES = (
@@ -91,12 +91,12 @@ def library_errors(source: str, doing: str) -> Iterator[None]:
 
 
 _held = threading.Lock()
-"""By the thread that has the standard error kept back."""
+"""Held by the thread that keeps the standard error back."""
 
 
 @contextlib.contextmanager
 def _panics_unprinted() -> Iterator[None]:
-    """Keep the standard error back, and drop it if the code within ends in an error.
+    """Hold the standard error back, and drop it if the code within raises.
 
     Rust writes several lines about a panic to the descriptor itself before Python hears of it. What else was written
     meanwhile, such as by a progress bar in another thread, follows when there was no panic.

@@ -1,4 +1,4 @@
-"""Documents in batches, and their tokens: in this process, or in several that keep the order."""
+"""Tokenise documents batch by batch, in this process or in several, in order."""
 
 import logging
 import multiprocessing
@@ -53,7 +53,7 @@ class Encoded(NamedTuple):
 
 
 class Encoder:
-    """Turns batches into tokens, and refuses what these do not stand for.
+    """Turns batches into tokens, and refuses texts that the tokens do not reproduce.
 
     Args:
         tokenizer: ready for use.
@@ -151,14 +151,14 @@ def encode_in_order(encode: Encoder, batches: Iterable[TextBatch], workers: int)
 
 
 def start_pool(workers: int, initialize: Any, *arguments: Any) -> ProcessPoolExecutor:
-    """Processes with a core each that begin with `initialize(*arguments)` and end with this process."""
+    """Start a pool of processes, one core each. They call `initialize(*arguments)` first, and end with this process."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     context = multiprocessing.get_context("spawn")  # a fork would inherit locks of threads
     return ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(initialize, *arguments))
 
 
 def killed() -> DataError:
-    """The error for a process of the pool that is gone."""
+    """The error for a process of the pool that was killed."""
     return DataError(
         "a process that tokenises was killed, perhaps for want of memory; run again with fewer workers. Shards that "
         "were complete are kept."
@@ -173,7 +173,7 @@ def _begin(initialize: Any, *arguments: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """A process of a pool would otherwise outlive a killed parent, at work or waiting for some."""
+    """End this process of a pool when its parent is killed; it would outlive it otherwise."""
     if (parent := multiprocessing.parent_process()) is not None:
         parent.join()
         os._exit(1)

@@ -1,4 +1,4 @@
-"""From documents to token files: in pieces that survive a kill, and by several processes if asked."""
+"""From documents to token files, in pieces that survive a kill, and by several processes if wanted."""
 
 import logging
 import re
@@ -62,7 +62,7 @@ def prepare(
     """Return the token file of a split, tokenising it first if no earlier run has.
 
     Memory stays bounded whatever the size of the corpus. Any number of processes may prepare the same split at once:
-    one does the work and the others wait for it. What is killed goes on at the shards it was at.
+    one does the work and the others wait for it. Killed and run again, it continues behind the last whole pieces.
 
     Args:
         corpus: where the documents come from.
@@ -104,7 +104,7 @@ def prepare(
 
 
 def _fill(folder: Path, work: Work, workers: int, made: list[int]) -> dict[str, Any]:
-    """Write shards, offsets, tokenizer; append the tokens of new pieces to `made`; return the rest of the manifest."""
+    """Write shards, offsets and tokenizer; return the rest of the manifest. Token counts of new pieces go to `made`."""
     with documents_bar(f"tokenising the {work.place}") as advance:
         parts = _make_parts(work, folder, workers, advance)
     check_unchanged(work.corpus)
@@ -132,7 +132,7 @@ def _fill(folder: Path, work: Work, workers: int, made: list[int]) -> dict[str, 
 
 
 def _make_parts(work: Work, folder: Path, workers: int, advance: Advance) -> list[Part]:
-    """All parts; several at a time in processes of their own, while of a single one only the batches are shared out."""
+    """Make all parts. Several parts run in processes of their own; a single part shares out its batches."""
     if not workers or work.parts == 1:
         return [make_part(work, number, folder, workers, advance) for number in range(work.parts)]
     if work.parts < workers:
@@ -153,7 +153,7 @@ def _make_parts(work: Work, folder: Path, workers: int, advance: Advance) -> lis
 
 
 def _join(folder: Path, pieces: list[Piece], shard_tokens: int) -> list[int]:
-    """Shards of one piece, or of several small ones together, and the offsets; returns the tokens of each shard."""
+    """Join pieces to shards, several small ones to one, and write the offsets; returns the tokens of each shard."""
     shards: list[int] = []
     end = 0
     with (folder / OFFSETS).open("wb") as offsets:

@@ -1,4 +1,4 @@
-"""Folders that vouch for themselves: a manifest holds the size and SHA-256 of each file and of the manifest itself.
+"""Sealed folders: their manifest holds the size and SHA-256 of each file, and a hash of the manifest itself.
 
 Token files and trained tokenizers are both kept this way, so that a damaged, truncated, foreign or outdated file is
 refused by name before anything is computed from it.
@@ -49,7 +49,7 @@ def build_once(folder: Path, write: Callable[[Path], dict[str, Any]]) -> bool:
 
 @contextlib.contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Wait for other builders of `folder`. This saves work only: were two to build at once, either result would do."""
+    """Wait for other builders of `folder`, to save work; if two built at once, either result would be right."""
     lock = folder.with_name(f".{folder.name}.lock")
     with storage_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
 
 
 def seal(folder: Path, content: dict[str, Any]) -> None:
-    """Write the manifest of a folder that is complete but for it: `content`, and size and SHA-256 of every file."""
+    """Write the manifest of an otherwise complete folder: `content`, and size and SHA-256 of every file."""
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)} for path in folder.iterdir()}
     sealed = {**content, "files": files}
     write_json(folder / MANIFEST, {**sealed, "manifest_sha256": sha256_of_json(sealed)})
@@ -129,7 +129,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _names_files(files: Any) -> bool:
-    """Whether a manifest's files are names, which lead to no other folder, with their facts."""
+    """Whether a manifest names its files by plain names, without a path, each with size and hash."""
     return isinstance(files, dict) and all(
         "/" not in name
         and name not in ("", ".", "..")

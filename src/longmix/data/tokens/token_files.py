@@ -27,7 +27,7 @@ TOKENIZER = "tokenizer_state.json"
 DTYPES = ("<u2", "<u4")
 TRIES = 3
 CHECKED_TOGETHER = 1 << 22
-"""Tokens that are looked at together; what bounds the memory."""
+"""Tokens that are checked at once, to bound the memory."""
 
 
 def shard_name(number: int) -> str:
@@ -36,7 +36,7 @@ def shard_name(number: int) -> str:
 
 
 def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    """Refuse a manifest that lacks what a token file needs, or has it of another type.
+    """Refuse a manifest that lacks an entry of a token file, or has one of the wrong type.
 
     Raises:
         DataError: names the entry.
@@ -63,7 +63,7 @@ def _is_count(value: Any) -> TypeGuard[int]:
 
 
 def check_whole(mapped: np.ndarray) -> None:
-    """Refuse a mapped file that was cut short since: what reads behind its end is killed without a word (SIGBUS).
+    """Refuse a mapped file that was cut short since: reading behind its end kills the process (SIGBUS).
 
     Raises:
         DataError: names the file.
@@ -73,7 +73,7 @@ def check_whole(mapped: np.ndarray) -> None:
 
 
 class ShardSource(Protocol):
-    """Where shards come from if they do not lie beside the manifest."""
+    """A source of shards that do not lie beside the manifest."""
 
     @property
     def most_shards(self) -> int:
@@ -89,7 +89,7 @@ class ShardSource(Protocol):
         ...
 
     def release(self, name: str) -> None:
-        """Say that the local copy is not needed for now."""
+        """Allow the local copy to be deleted for now."""
         ...
 
 

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 MAX_TOKENS_UINT16 = 1 << 16
 
 TOKENS, LENGTHS, END = "tokens.bin", "lengths.bin", "end.json"
-"""Of a piece: its tokens, and the lengths of its documents. Of a part: what is known once it has been read."""
+"""Files of a piece: its tokens, the lengths of its documents. File of a part: facts known once it has been read."""
 
 COUNTS = ("documents", "tokens", "bytes", "empty_documents")
 
@@ -38,8 +38,8 @@ class Work:
         corpus: where the documents come from.
         tokenizer: ready for use.
         split: one of `corpus.splits`.
-        key: of the token file; pieces of another one are not used.
-        pieces: folder of what survives.
+        key: key of the token file; pieces with another key are not used.
+        pieces: folder of the pieces that survive a kill.
         shard_tokens: a piece ends with the batch of documents that fills it, or with the part.
         label: what messages call the corpus; empty for its own name.
     """
@@ -69,10 +69,10 @@ class Work:
 
 
 class Piece(NamedTuple):
-    """A piece that is complete.
+    """A complete piece.
 
     Attributes:
-        tokens: its file.
+        tokens: file of its tokens.
         lengths: file of the lengths of its documents, int64.
         counts: by the names of `COUNTS`.
     """
@@ -83,11 +83,11 @@ class Piece(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A part that has been read.
+    """A part that has been tokenised.
 
     Attributes:
-        pieces: in their order; documents that are empty have none.
-        empty_documents: that come after the last piece.
+        pieces: its pieces in order; empty documents leave none.
+        empty_documents: number of empty documents after the last piece.
         found: how many of the pieces an earlier process made.
     """
 
@@ -97,11 +97,11 @@ class Part(NamedTuple):
 
 
 Advance = Callable[[int, int, int], None]
-"""Told of documents, bytes and tokens that are done."""
+"""Called with the documents, bytes and tokens that are done."""
 
 
 def make_part(work: Work, number: int, folder: Path, workers: int, advance: Advance) -> Part:
-    """Make what is missing of a part.
+    """Make the missing pieces of a part.
 
     Args:
         work: what is tokenised.
@@ -181,7 +181,7 @@ class _PartMaker:
         return after
 
     def _write(self, batches: Iterator[Encoded]) -> int:
-        """A piece, and its second name; of documents that are all empty, their number."""
+        """Write a piece under both its names; if all its documents are empty, return their number instead."""
         counts, lengths = dict.fromkeys(COUNTS, 0), []
         piece, position = self._new_piece(counts), None
         with piece.tokens.open("wb") as tokens:
@@ -220,7 +220,7 @@ def _up_to(batches: Iterator[Encoded], tokens: int) -> Iterator[Encoded]:
 
 
 def _place(source: Path, target: Path) -> None:
-    """The same file under another name, or a copy where the file system has no links."""
+    """Link a file to another name, or copy it where the file system has no links."""
     try:
         os.link(source, target)
     except OSError:

@@ -61,10 +61,10 @@ class Tokenizer(ABC):
         return self
 
     def admit(self, text: str) -> str:
-        """The text as it is encoded: itself, or with what has no tokens replaced if the tokenizer was told to do so.
+        """The text as it is encoded: unchanged, or with characters replaced that have no tokens, if so configured.
 
         Raises:
-            DataError: it holds what has no tokens.
+            DataError: a character has no tokens and none is replaced.
             UnicodeEncodeError: it holds a lone surrogate.
         """
         return text
@@ -284,7 +284,7 @@ class LibraryTokenizer(Tokenizer):
         return b"" if content is None or self._token_bytes[token] == 0 else bytes_of_letters(content)
 
     def token_name(self, token: int) -> str:
-        """How the vocabulary writes an id."""
+        """The name of an id in the vocabulary."""
         return str(self._library.id_to_token(token))
 
     def ending_at(self, end_ids: Sequence[int]) -> "LibraryTokenizer":

@@ -14,7 +14,7 @@ from longmix.errors import ConfigError
 
 
 class Observed(nn.Module):
-    """Base of what learns between optimizer steps from what forward passes showed it.
+    """Base of modules that observe forward passes and learn between optimizer steps.
 
     A subclass says in `summed` which sums of what it is shown it learns from, as one tensor, and in `learn` how. In
     between, sums of several passes and processes are added up.
@@ -32,7 +32,7 @@ class Observed(nn.Module):
 
     @torch.no_grad()
     def observe(self, *shown: Tensor) -> None:
-        """Take what `summed` takes into account at the next update; in evaluation nothing is."""
+        """Add what `summed` makes of the arguments to the next update. In evaluation nothing is added."""
         if not self.training or self.frozen:
             return
         seen = self.summed(*shown)
@@ -40,13 +40,13 @@ class Observed(nn.Module):
 
     @torch.no_grad()
     def apply_observed(self, sum_over_processes: Callable[[Tensor], Tensor]) -> None:
-        """Learn from what was observed since the last time, if anything was, and forget it."""
+        """Learn from all observations since the last update, then forget them."""
         if self._seen is not None:
             self.learn(sum_over_processes(self._seen))
         self.forget()
 
     def forget(self) -> None:
-        """Drop what was observed, as after a step that was left out."""
+        """Drop all observations, as after a step that was left out."""
         self._seen = None
 
     def learn(self, together: Tensor) -> None:
@@ -55,12 +55,12 @@ class Observed(nn.Module):
 
 
 def counted(total: Tensor, count: int) -> Tensor:
-    """A sum, flat, and of how many: what a mean over all passes and processes needs."""
+    """A flat sum and the number of its terms, from which a mean over all passes and processes follows."""
     return torch.cat([total.flatten(), total.new_full((1,), count)])
 
 
 def mean_of(together: Tensor, like: Tensor) -> Tensor:
-    """The mean, in the shape of `like`, from added up `counted` sums."""
+    """The mean of added `counted` sums, in the shape of `like`."""
     return (together[:-1] / together[-1]).view_as(like)
 
 
@@ -87,18 +87,18 @@ class RunningMean(Observed):
         self.register_buffer("updates", torch.zeros(()))
 
     def summed(self, x: Tensor) -> Tensor:
-        """Of [B, T, *shape]."""
+        """The sum over the tokens of `x` [B, T, *shape], and their number."""
         return counted(x.detach().to(self.value.dtype).sum((0, 1)), x.shape[0] * x.shape[1])
 
     def learn(self, together: Tensor) -> None:
-        """Move the value towards what was observed."""
+        """Move the value towards the mean of the observations."""
         kept = torch.clamp(self.updates / (self.updates + 1), max=self.decay)
         self.value.lerp_(mean_of(together, self.value), 1 - kept)
         self.updates += 1
 
 
 def finish_step(model: nn.Module, taken: bool, sum_over_processes: Callable[[Tensor], Tensor]) -> None:
-    """Let a model's `Observed` modules learn after an optimizer step, or forget what a step left out had shown."""
+    """After an optimizer step, let a model's `Observed` modules learn; after a step left out, let them forget."""
     for module in model.modules():
         if isinstance(module, Observed):
             if taken:

@@ -69,7 +69,7 @@ class LabelAttention(SoftmaxAttention):
         return output, self.occupancy(rows, orderings) if self.training else {}
 
     def attend_after(self, rows: Rows, slices: Slices) -> tuple[Tensor, dict[str, Metric]]:
-        """As the base; the last slice sees the labels of whole rows."""
+        """Attend as the base does. Only the last slice sees whole rows, so it alone logs `largest_label`."""
         mixed, metrics = super().attend_after(rows, slices)
         largest = metrics.get("largest_label")
         if isinstance(largest, Measure):
@@ -77,7 +77,7 @@ class LabelAttention(SoftmaxAttention):
         return mixed, metrics
 
     def further_parts(self, rows: Rows) -> list[Part]:
-        """Attention to more keys, none of which the labels and the window let a query see already."""
+        """Attention to further keys, which must be none that labels or window already let the query see."""
         return []
 
     def ordering(self, rows: Rows, turn: int) -> Ordering:
@@ -108,7 +108,7 @@ class LabelAttention(SoftmaxAttention):
         return super().state_bytes(length) + 4 * length * self.num_kv_heads * self.rounds
 
     def step_bytes(self, length: int) -> int:
-        """As the base, and the labels of all keys."""
+        """The base's bytes, and those of all keys' labels."""
         return super().step_bytes(length) + self.state_bytes(length) - SoftmaxAttention.state_bytes(self, length)
 
     def window_pairs(self, length: int) -> int:
@@ -117,7 +117,7 @@ class LabelAttention(SoftmaxAttention):
         return full * (full + 1) // 2 + (length - full) * full
 
     def pairs_in_reach(self, length: int) -> int:
-        """Query-key pairs that labels decide about, in one row of `length` tokens."""
+        """Query-key pairs outside the window in one row of `length` tokens; labels decide about these."""
         reach = max(0, length - self.gap)
         return reach * (reach + 1) // 2
 

@@ -24,8 +24,7 @@ DEAD = 0.01
 """A cluster is dead when its running count is below this share of the mean count."""
 
 _CUT = 0.1
-"""How far the halves of a cluster move apart; they split evenly at any distance, and stay where they were at a small
-one."""
+"""Distance between the halves of a split cluster. Any distance splits it evenly; a small one leaves it in place."""
 
 _BINS = 512
 """Bins of the histogram of scores, which lie in [-1, 1]: a threshold is exact to 1 / 256."""
@@ -159,7 +158,7 @@ class ScoreThreshold(Observed):
         return torch.zeros_like(self.histogram).scatter_add_(-1, place, ones)
 
     def learn(self, together: Tensor) -> None:
-        """Move the histogram, and the threshold to the lower edge of the bin where the share is reached."""
+        """Update the histogram. The threshold becomes the lower edge of the bin in which the share is reached."""
         self.histogram.lerp_(together / together.sum(-1, keepdim=True), 1 - self.decay)
         above = self.histogram.flip(-1).cumsum(-1)
         bins = (above < self.share * above[..., -1:]).sum(-1)

@@ -1,4 +1,4 @@
-"""Which document new tokens are of, and whether it is the one that went before them."""
+"""The documents of new tokens, and whether they continue the document before."""
 
 from typing import Any, Protocol
 
@@ -8,15 +8,15 @@ from longmix.distributed.slices import Slices
 
 
 class Before(Protocol):
-    """What of a state, or of earlier slices, says which document the last token was of."""
+    """The part of a state, or of earlier slices, that says which document the last token belongs to."""
 
     @property
     def last_id(self) -> Tensor | None:
-        """int [B], its document."""
+        """int [B], the document of the last token."""
 
     @property
     def next_position(self) -> Tensor:
-        """int [B], the position after it; 0 where there was none."""
+        """int [B], the position after the last token; 0 before the first."""
 
 
 def continued_ids(document_ids: Tensor | None, state: Any, batch: int, length: int) -> Tensor | None:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def exact_linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """What the layer makes of x [..., C]: [..., N], float32, or float64 of float64."""
+    """The layer's output [..., N] for x [..., C], in float32, or in float64 if x is."""
     exact = torch.promote_types(x.dtype, torch.float32)
     bias: Tensor | None = layer.bias
     with torch.autocast(x.device.type, enabled=False):

@@ -25,7 +25,7 @@ from longmix.errors import ConfigError
 
 FEATURES = ("favor", "learned_exponential", "taylor", "elu")
 SYMMETRIC = ("favor", "learned_exponential")
-"""Those that take each projection with both signs."""
+"""Kinds of features that use each projection with both signs."""
 
 
 class FeatureMap(nn.Module):
@@ -74,7 +74,7 @@ class FeatureMap(nn.Module):
 
 
 def check_kind(kind: str) -> None:
-    """Refuse a kind of features that there is not.
+    """Refuse an unknown kind of features.
 
     Raises:
         ConfigError: it is none of `FEATURES`.

@@ -41,7 +41,7 @@ DECAYS = ("none", "head", "channel", "sigmoid")
 GATES = ("none", "silu", "low_rank")
 
 UNIT_EPS = 1e-6
-"""Added to the square of the length of a query or key before it is divided by that, as in flash-linear-attention."""
+"""Added to the squared length by which a query or key is normalised, as in flash-linear-attention."""
 
 RATES = 1.0, 16.0
 """A begins uniformly between these, as in Mamba-2."""
@@ -50,10 +50,10 @@ STEPS = 1e-3, 0.1
 """softplus(b) begins between these, its logarithm uniformly, as in Mamba-2."""
 
 SIGMOID_DIVISOR, SIGMOID_RANK = 16.0, 16
-"""Of GLA's decay, which so begins at 0.96 a token."""
+"""Divisor of the log decay of GLA, which therefore begins at 0.96 a token."""
 
 KEY_DIM, LEAST_HEADS = 128, 4
-"""As many heads as have keys this wide, but at least this many: the published sizes of DeltaNet, KDA and GLA."""
+"""By default, a head has keys this wide, and there are at least so many heads: the published sizes."""
 
 
 class LogDecay(nn.Module):
@@ -197,7 +197,7 @@ class GatedMemory(RecurrentMixer):
     def forward(
         self, x: Tensor, *, state: RecurrentState | Slices | None = None, document_ids: Tensor | None = None
     ) -> MixerOutput:
-        """Mix `x` [B, T, D] along T, from the beginning or from a state on."""
+        """Mix `x` [B, T, D] along T, from the beginning or continuing from a state."""
         batch, length = checked_sizes(x, self.query.in_features, document_ids, state, (RecurrentState, Slices))
         ids = continued_ids(document_ids, state, batch, length)
         projected = torch.cat([self.query(x), self.key(x), self.value(x)], -1)
@@ -262,7 +262,7 @@ class GatedMemory(RecurrentMixer):
         return 2 * length * weights + convolved + 2 * products * length * entries
 
     def _heads(self, mixed: Tensor) -> list[Tensor]:
-        """Query, key and value [B, T, H, .] of [B, T, 2 keys + values]."""
+        """Split [B, T, 2 keys + values] into query, key and value, each [B, T, H, .]."""
         widths = [self.num_heads * dim for dim in (self.key_dim, self.key_dim, self.value_dim)]
         return [part.unflatten(-1, (self.num_heads, -1)) for part in mixed.split(widths, -1)]
 

@@ -1,4 +1,4 @@
-"""Angular hashes, what centres the vectors that they hash, and pseudo-random numbers by position."""
+"""Angular hashes, the centring of hashed vectors, and pseudo-random numbers by position."""
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ def running_center(heads: int, head_dim: int, decay: float | None) -> RunningMea
 
 
 def centered(x: Tensor, mean: RunningMean | None) -> Tensor:
-    """[B, T, H, D] less the running mean, which learns of it."""
+    """`x` [B, T, H, D] less the running mean, which observes it."""
     if mean is None:
         return x
     mean.observe(x)

@@ -99,7 +99,7 @@ class LinearMixer(RecurrentMixer):
     def forward(
         self, x: Tensor, *, state: RecurrentState | Slices | None = None, document_ids: Tensor | None = None
     ) -> MixerOutput:
-        """Mix `x` [B, T, D] along T, from the beginning or from a state on."""
+        """Mix `x` [B, T, D] along T, from the beginning or continuing from a state."""
         batch, length = checked_sizes(x, self.d_model, document_ids, state, (RecurrentState, Slices))
         ids = continued_ids(document_ids, state, batch, length)
         last_id, next_position = (None, None) if state is None else (state.last_id, state.next_position)

@@ -1,4 +1,4 @@
-"""What a mixer lets analyses see of itself: the calls of its engine, or the layers between which it mixes values."""
+"""How analyses look into a mixer: through its engine calls, or the layers between which it mixes values."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

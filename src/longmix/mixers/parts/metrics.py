@@ -1,7 +1,7 @@
-"""What mixers measure in a forward pass, as sums, so that the figure of a step is of all its tokens.
+"""Metrics that mixers measure in forward passes, as sums, so that a step's metric covers all its tokens.
 
-A step has many forward passes: of micro-batches, of slices of rows, in several processes. Their sums add up. Figures
-that do not, as a root or the largest share, are made of the sums once, and only where somebody logs them.
+A step has many forward passes: of micro-batches, of slices of rows, in several processes. Their sums add up. Metrics
+that do not add up, such as a root or the largest share, are computed from the sums once, where they are logged.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from longmix.pytrees import pytree
 @pytree
 @dataclass
 class Measure:
-    """Base of the measures; a subclass says in `of` which sums it takes and in `figure` what follows from them.
+    """Base of the measures: `of` takes sums of a forward pass, `figure` computes the metric from them.
 
     Attributes:
         sums: float64, of one shape in all passes.
@@ -33,21 +33,21 @@ class Measure:
         pytree(cls)
 
     def figure(self) -> Tensor:
-        """What is logged: scalar."""
+        """The metric as it is logged, a scalar."""
         raise NotImplementedError
 
     def plus(self, other: "Measure") -> Self:
-        """What two passes measured together."""
+        """The measure of two passes together."""
         return dataclasses.replace(self, sums=self.sums + other.sums)
 
     def in_last_slice(self, state: object) -> Self:
-        """Of something that only the end of a row tells: of other slices' processes, nothing."""
+        """The measure itself in the process with the end of the rows, else an empty one: only the end tells it."""
         elsewhere = isinstance(state, Slices) and state.rank < state.size - 1
         return dataclasses.replace(self, sums=torch.zeros_like(self.sums)) if elsewhere else self
 
 
 Metric = Tensor | Measure
-"""What a forward pass says by a name; a plain scalar is a mean, in which every pass counts alike."""
+"""A metric of one forward pass. A plain scalar is a mean, to which every pass contributes equally."""
 
 
 class Mean(Measure):
@@ -56,7 +56,7 @@ class Mean(Measure):
     @classmethod
     @torch.no_grad()
     def of(cls, x: Tensor) -> Self:
-        """Of numbers or booleans."""
+        """The mean of numbers or booleans."""
         return cls(torch.stack([x.sum(dtype=torch.float64), x.new_full((), x.numel(), dtype=torch.float64)]))
 
     def figure(self) -> Tensor:
@@ -70,7 +70,7 @@ class RootMeanSquare(Mean):
     @classmethod
     @torch.no_grad()
     def of(cls, x: Tensor) -> Self:
-        """Of numbers."""
+        """The root mean square of `x`."""
         return super().of(x.square())
 
     def figure(self) -> Tensor:
@@ -83,7 +83,7 @@ class MeanProduct(Measure):
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor) -> Self:
-        """Of numbers of both kinds."""
+        """The mean of `x` times the mean of `y`."""
         return cls(torch.stack([Mean.of(x).sums, Mean.of(y).sums]))
 
     def figure(self) -> Tensor:
@@ -92,18 +92,18 @@ class MeanProduct(Measure):
 
 
 class Counts(Measure):
-    """Base of what follows from how often each label comes up; `sums` are [H, labels]."""
+    """Base of the metrics of label counts; `sums` are [H, labels]."""
 
     @classmethod
     @torch.no_grad()
     def of(cls, labels: Tensor, num_labels: int) -> Self:
-        """Of integer labels [B, T, H]."""
+        """Count integer labels [B, T, H]."""
         places = labels.flatten(0, 1).long().mT
         ones = torch.ones_like(places, dtype=torch.float64)
         return cls(ones.new_zeros(len(places), num_labels).scatter_add_(1, places, ones))
 
     def shares(self) -> Tensor:
-        """Of the labels of each head, [H, labels]."""
+        """The share of each label in each head, [H, labels]."""
         return self.sums / self.sums.sum(-1, keepdim=True)
 
 
@@ -132,14 +132,14 @@ class Occupied(Counts):
 
 
 def accumulate(measures: dict[str, Measure], seen: Mapping[str, Metric]) -> None:
-    """Add what another pass measured."""
+    """Add the metrics of another pass to `totals`."""
     for name, value in seen.items():
         measure = value if isinstance(value, Measure) else Mean.of(value.detach())
         measures[name] = measures[name].plus(measure) if name in measures else measure
 
 
 def figures(measures: dict[str, Measure], sum_over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
-    """The figures over all processes, which must all call it and have the same measures; one exchange for all."""
+    """The metrics over all processes, in one exchange. All must call it with the same measures."""
     if not measures:
         return {}
     flat = sum_over_processes(torch.cat([measure.sums.flatten() for measure in measures.values()]))

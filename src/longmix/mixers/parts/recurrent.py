@@ -1,4 +1,4 @@
-"""What mixers with a constant-size state share: going on, restarting at each document, and states that are tuned."""
+"""The base of mixers with a constant-size state: it continues, restarts at each document, and can be tuned."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ Run = Callable[[Any, Tensor | None], tuple[Tensor, Any]]
 
 
 class Recurrence(Protocol):
-    """What a mixer's engine does to its state, for a slice of the sequence that other slices come before."""
+    """How an engine's state passes through a slice of the sequence that follows other slices."""
 
     def over_slice(self, run: Run, fresh: Any, slices: Slices, ids: Tensor | None) -> tuple[Tensor, Any]:
-        """Output of this process's slice, and the state after it and all that is before it.
+        """Run this process's slice; returns its output, and the state after it and all earlier slices.
 
         Args:
             run: the engine.
@@ -38,7 +38,7 @@ class Recurrence(Protocol):
 @mixer_state(bookkeeping=("recent_ids", "last_id", "next_position"))
 @dataclass
 class RecurrentState:
-    """What a recurrent mixer remembers.
+    """The state of a recurrent mixer.
 
     Attributes:
         carried: the engine's state after the last token, tensors [B, ...].
@@ -121,7 +121,7 @@ class RecurrentMixer(Mixer):
         return parts["memory"] if isinstance(zeros, Tensor) else type(zeros)(**parts)
 
     def recall(self, read: Tensor, query: Tensor) -> Tensor:
-        """What the engine read [B, T, H, V] for `query` [B, T, H, K], and what the tuned memory adds to that."""
+        """The read [B, T, H, V] of the engine for `query` [B, T, H, K], plus that of the tuned memory, if any."""
         if self.tuned is None or self.tuned.memory is None:
             return read
         return read + self.tuned.memory(query).to(read.dtype)
@@ -146,7 +146,7 @@ class RecurrentMixer(Mixer):
         return over_documents(run, fresh, state.carried, None if ids is None else goes_on(state, ids), ids)
 
     def recent(self, x: Tensor, state: RecurrentState | Slices | None, ids: Tensor | None) -> Recent:
-        """What came before `x` [B, T, ...]."""
+        """The inputs just before `x` [B, T, ...], from a state, earlier slices, or zeros."""
         batch = x.shape[0]
         if isinstance(state, Slices):
             before = state.just_before(x, self.past)
@@ -161,9 +161,7 @@ class RecurrentMixer(Mixer):
     def next_state(
         self, carried: Any, recent: Recent, x: Tensor, state: RecurrentState | Slices | None, ids: Tensor | None
     ) -> RecurrentState | None:
-        """The state after `x`, which a convolution or token shift saw, and `recent` before it; None without a state.
-
-        Nor is there one after a slice.
+        """The state after `x`; None without a state, and after a slice.
 
         Args:
             carried: the engine's final state.
@@ -204,12 +202,12 @@ class RecurrentMixer(Mixer):
         return held + self.past * self.recent_channels * next(self.parameters()).element_size()
 
     def step_bytes(self, length: int) -> int:
-        """All of the state is read and written."""
+        """Bytes of the whole state, which each token reads and writes."""
         return 2 * self.state_bytes(length)
 
 
 def _named_parts(state: Any) -> dict[str, Tensor]:
-    """The tensors of an engine's state by name; a state that is one tensor is its memory."""
+    """The tensors of an engine's state by name; a single tensor is named `memory`."""
     parts = {"memory": state} if isinstance(state, Tensor) else state._asdict()
     return {name: part for name, part in parts.items() if part is not None}
 
@@ -217,7 +215,7 @@ def _named_parts(state: Any) -> dict[str, Tensor]:
 def over_documents(
     run: Run, fresh: Any, carried: Any, goes_on: Tensor | None, ids: Tensor | None
 ) -> tuple[Tensor, Any]:
-    """Run an engine on from a state: only the document that goes on sees it, others begin from the fresh state.
+    """Continue an engine from a state. Only the document that goes on sees it; others begin from the fresh state.
 
     Args:
         run: the engine.
@@ -243,7 +241,7 @@ def over_documents(
 
 
 def select(rows: Tensor, chosen: Any, others: Any) -> Any:
-    """Tensors [B, ...] of one state where `rows` [B] is set, and of another elsewhere."""
+    """Choose row by row: tensors [B, ...] of the first state where `rows` [B] is set, else of the second."""
 
     def either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
         return None if a is None or b is None else torch.where(rows.view(-1, *[1] * (a.dim() - 1)), a, b)

@@ -1,4 +1,4 @@
-"""What a slice of the sequence does to a recurrent state, and how it goes on from what earlier slices leave.
+"""Recurrent states across slices of the sequence: how a slice changes them, and continues from earlier slices.
 
 An engine is affine in the state S_0 that a document begins from. With E what a state has more than that,
 
@@ -99,7 +99,7 @@ class NormalizedRecurrence:
         return over_documents(run, fresh, self._entering(fresh, slices, ids), continues, ids)
 
     def _entering(self, fresh: LinearState, slices: Slices, ids: Tensor | None) -> LinearState:
-        """The state before this slice, in a scale at which nothing overflows."""
+        """The state that enters this slice, in a scale at which nothing overflows."""
         memory, normalizer, log_scale = fresh
         assert normalizer is not None and log_scale is not None
         sums = slices.each_before(self._sums(ids))
@@ -119,7 +119,7 @@ class NormalizedRecurrence:
         return LinearState(memory, normalizer, log_scale)
 
     def _sums(self, ids: Tensor | None) -> Tensor:
-        """Of the slice's last document, as columns [B, H, K, V + 3]: memory, normaliser, their scale, the log decay."""
+        """Sums over the slice's last document, as columns [B, H, K, V + 3]: memory, normaliser, scale, log decay."""
         log_decay, log_input = self.log_decay, self.log_input
         if ids is not None:
             other = (ids != ids[:, -1:]).unsqueeze(-1)
@@ -141,7 +141,7 @@ def _memory(state: Any) -> Tensor:
 
 
 def _entering(slices: Slices, added: Tensor, kept: Tensor) -> Tensor:
-    """What the state before this slice has more than a fresh one, E [B, H, K, V].
+    """E [B, H, K, V]: the state that enters this slice, less a fresh one.
 
     Args:
         slices: what comes before.
@@ -158,7 +158,7 @@ def _entering(slices: Slices, added: Tensor, kept: Tensor) -> Tensor:
 
 
 def _passed(slices: Slices, index: int, entering: Tensor, kept: Tensor) -> Tensor:
-    """What a slice leaves of E [B, H, K, V] before it: M E, or nothing if another document begins in it."""
+    """The part of E [B, H, K, V] that a slice passes on: M E, or 0 if another document begins in it."""
     passed = kept @ entering if kept.shape[-1] > 1 else kept * entering
     if slices.filled is None:
         return passed
@@ -166,7 +166,7 @@ def _passed(slices: Slices, index: int, entering: Tensor, kept: Tensor) -> Tenso
 
 
 def _corrected(output: Tensor, reads: Tensor, entering: Tensor, slices: Slices, ids: Tensor | None) -> Tensor:
-    """Output [B, T, H, V] with what tokens whose document goes on from before read [B, T, H, K] from E."""
+    """Add to the output [B, T, H, V] what tokens of a continued document read from E by `reads` [B, T, H, K]."""
     found = torch.einsum("bthk,bhkv->bthv", reads.to(entering.dtype), entering)
     if ids is not None and slices.last_id is not None:
         continues = ids == slices.last_id[:, None]

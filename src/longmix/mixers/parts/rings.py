@@ -1,4 +1,4 @@
-"""What a routed head remembers: for each cluster a ring of its latest keys and values.
+"""Rings, the state of routed heads: for each cluster its latest keys and values.
 
 A key goes to place `count % window` of its cluster's ring, so that a token costs O(window) whatever came before it.
 Where gradients are off rings are written in place: the state that was passed in is used up, as a key-value cache is.
@@ -38,7 +38,7 @@ class Rings:
         return cls(key, value, count, window)
 
     def kept_of(self, rows: Tensor) -> "Rings":
-        """The rings, empty where `rows` [B] is not set."""
+        """The rings of rows where `rows` [B] is set; the others are empty."""
         return replace(self, count=self.count * rows[:, None, None])
 
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,7 +103,7 @@ class Rings:
 @mixer_state()
 @dataclass
 class RoutingState:
-    """What `Routing` remembers where it keeps a bounded number of keys.
+    """The state of `Routing` in the modes that keep a bounded number of keys.
 
     Attributes:
         recent: of the local heads, and how the rows go on.
@@ -147,5 +147,5 @@ def with_rings(rows: Rows, rings: Rings, ids: Tensor, last_id: Tensor) -> Rows:
 
 
 def _take(x: Tensor, rows: Tensor) -> Tensor:
-    """Rows [B, H, n] of `x` [B, H, S, D]: [B, H, n, D]."""
+    """Gather from `x` [B, H, S, D] the rows with indices [B, H, n]: [B, H, n, D]."""
     return x.gather(2, rows.unsqueeze(-1).expand(*rows.shape, x.shape[-1]))

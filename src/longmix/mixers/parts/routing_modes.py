@@ -23,10 +23,10 @@ CAUSAL = ("argmax_window", "argmax_full", "prefix_topk", "threshold")
 LEAKY = "sequence_topk"
 
 _MEAN_EPS = 1e-5
-"""Added to the number of clusters a token is averaged over, as in the code of lucidrains; the authors' adds 0.01."""
+"""Added to a token's number of clusters before the mean over them, as lucidrains' code does; the authors add 0.01."""
 
 _ALIKE = 2.0**-12
-"""Scores, which lie in [-1, 1], are told apart in steps of this, far above the 1e-7 that float32 rounds them by."""
+"""Resolution of scores in [-1, 1]: far above the rounding of float32, 1e-7, so that equal scores stay equal."""
 
 
 def latest(
@@ -66,7 +66,7 @@ def latest(
 
 
 def copied(rows: Rows) -> Rows:
-    """A row for each of the n clusters that a key, labelled [B, Tk, Hkv, n], is in."""
+    """Repeat each key, labelled [B, Tk, Hkv, n], once for each of its n clusters."""
     assert rows.key_labels is not None
     copies, ids = rows.key_labels.shape[-1], rows.document_ids
     key, value = (x.repeat_interleave(copies, 1) for x in (rows.key, rows.value))
@@ -191,10 +191,10 @@ def _members(scores: Tensor, window: int) -> tuple[Tensor, Tensor]:
 
 
 def _count_below(places: Tensor, limits: Tensor) -> Tensor:
-    """How many of a key head's ascending places [B, Hkv, n] are below each limit [B, Hq, m]."""
+    """For each limit [B, Hq, m], count the places of its key head, ascending [B, Hkv, n], that are below it."""
     return torch.searchsorted(places, limits.reshape(*places.shape[:2], -1)).view(limits.shape)
 
 
 def _take(x: Tensor, rows: Tensor) -> Tensor:
-    """Rows [B, n, H] of `x` [B, T, H, D]: [B, n, H, D]."""
+    """Gather from `x` [B, T, H, D] the rows with indices [B, n, H]: [B, n, H, D]."""
     return x.gather(1, rows.unsqueeze(-1).expand(*rows.shape, x.shape[-1]))

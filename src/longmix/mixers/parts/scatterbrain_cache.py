@@ -1,4 +1,4 @@
-"""What Scatterbrain remembers: the latest blocks as keys and values, everything before as sums over features."""
+"""The state of Scatterbrain: the latest blocks as keys and values, all earlier ones as sums over features."""
 
 from dataclasses import dataclass, replace
 
@@ -57,7 +57,7 @@ class FeatureRows(Rows):
 
 
 def parted(rows: Rows) -> tuple[Queries, Keys]:
-    """The queries and the keys of rows that have features."""
+    """The queries and the keys of these rows, apart."""
     assert isinstance(rows, FeatureRows)
     queries = Queries(rows.query, rows.query_features, rows.query_labels)
     return queries, Keys(rows.key, rows.value, rows.key_features, rows.document_ids, rows.key_labels)
@@ -66,7 +66,7 @@ def parted(rows: Rows) -> tuple[Queries, Keys]:
 @mixer_state(bookkeeping=("last_id", "next_position"))
 @dataclass(frozen=True)
 class ScatterbrainState:
-    """What `Scatterbrain` remembers.
+    """The state of `Scatterbrain`.
 
     Attributes:
         recent: the latest keys, as many in each row; of document 0, or `GONE` if the next token does not see them.
@@ -84,7 +84,7 @@ class ScatterbrainState:
     rings: Rings | None = None
 
     def kept_of(self, goes_on: Tensor) -> "ScatterbrainState":
-        """The state with everything but the recent keys empty where `goes_on` [B] is not set."""
+        """The state for rows where `goes_on` [B] is set; the others keep only their recent keys."""
         far = self.far
         if isinstance(far, Summaries):
             far = far.kept_of(goes_on)
@@ -93,7 +93,7 @@ class ScatterbrainState:
         return replace(self, far=far, rings=None if self.rings is None else self.rings.kept_of(goes_on))
 
     def followed_by(self, new: Keys) -> Keys:
-        """Recent keys and new ones."""
+        """The recent keys with new ones behind them."""
         assert new.document_ids is not None and self.recent.document_ids is not None
         features, labels = new.features, new.labels
         if features is not None and self.recent.features is not None:
@@ -151,7 +151,7 @@ def state_after(keys: Keys, before: ScatterbrainState, block: int, past: int, sc
 
 
 def recent_limit(block: int, past: int) -> int:
-    """Most keys that a later token may see exactly besides its own."""
+    """The largest number of earlier keys that a token may see exactly."""
     return (past + 1) * block - 1
 
 

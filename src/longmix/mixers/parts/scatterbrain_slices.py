@@ -1,4 +1,4 @@
-"""What Scatterbrain sees of earlier slices of the sequence, when each process has one.
+"""How Scatterbrain sees earlier slices of the sequence, when each process has one.
 
 Keys that are seen exactly come from the processes that have them. Of all others each process sums up its own, and the
 sums are exchanged: as the border between both moves with whole blocks, each sums up its first and its last rows apart.
@@ -58,7 +58,7 @@ def after_sums(new: Keys, slices: Slices, block: int, past: int) -> tuple[Keys, 
 
 
 def _sums_before(new: Keys, slices: Slices, limit: int) -> FeatureState:
-    """Sums over the keys more than `limit` rows before this slice, of the document of the row before it."""
+    """Sums over the keys that lie more than `limit` rows before this slice, in the document that goes on."""
     nearest = -(-limit // new.key.shape[1])  # the slice that holds the first of those rows, counted back from this one
     found = slices.each_before(_sums(new, slices.ids, nearest * new.key.shape[1] - limit))
     empty = _empty(new)

@@ -23,7 +23,7 @@ Part = tuple[Tensor, Tensor]
 
 
 def numbered(document_ids: Tensor, goes_on: Tensor | None = None) -> Tensor:
-    """Number the documents of [B, T] within each row, int32: whatever their ids, from 0 on, or 1 where not `goes_on`.
+    """Number each row's documents [B, T] from 0 on, or from 1 where not `goes_on`: int32.
 
     Args:
         document_ids: integer [B, T].
@@ -47,11 +47,11 @@ class Summaries:
     document_ids: Tensor
 
     def kept_of(self, rows: Tensor) -> "Summaries":
-        """The summaries, none where `rows` [B] is not set."""
+        """The summaries of rows where `rows` [B] is set; the others have none."""
         return Summaries(self.key, self.value, torch.where(rows[:, None], self.document_ids, GONE))
 
     def followed_by(self, new: "Summaries") -> "Summaries":
-        """These and the new ones that are there."""
+        """These summaries, then the new ones; `GONE` ones come first or are left out."""
         ids = torch.cat((self.document_ids, new.document_ids), 1)
         there = ids != GONE
         order = there.int().argsort(dim=1, stable=True)[:, ids.shape[1] - int(there.sum(1).max()) :]
@@ -61,7 +61,7 @@ class Summaries:
         return Summaries(key, value, ids.gather(1, order))
 
     def attend(self, query: Tensor, sees: Tensor, scale: float) -> Part:
-        """Attention of queries [B, T, H, head_dim] to those that are there, where `sees` [B, T] is set."""
+        """Attend from queries [B, T, H, head_dim] where `sees` [B, T] is set to the summaries that are not `GONE`."""
         hi = torch.full_like(sees, self.key.shape[1], dtype=torch.int32)
         lo = hi - (self.document_ids != GONE).sum(1, keepdim=True).int() * sees
         # Bounds must not decrease, so rows that see nothing have theirs at the end.
@@ -70,7 +70,7 @@ class Summaries:
 
 @dataclass(frozen=True)
 class Blocks:
-    """The blocks of some rows.
+    """Where blocks begin in some rows.
 
     Attributes:
         number: int64 [B, T], which block a row is in, counted through all documents.
@@ -98,7 +98,7 @@ class Blocks:
         return x.new_zeros(x.shape[0], self.count, *x.shape[2:]).scatter_add(1, index, x)
 
     def spread(self, x: Tensor) -> Tensor:
-        """[B, N, ...] to the rows of each block, [B, T, ...]."""
+        """Give the value of each block, [B, N, ...], to all its rows: [B, T, ...]."""
         index = self.number.view(*self.number.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
         return x.gather(1, index)
 
@@ -129,7 +129,7 @@ class Blocks:
 
 
 def _bounded(query: Tensor, key: Tensor, value: Tensor, lo: Tensor, hi: Tensor, scale: float) -> Part:
-    """Attention with bounds [B, T] for all heads."""
+    """Attention with the same bounds [B, T] for all heads."""
     lo, hi = (x[:, None].int().contiguous() for x in (lo, hi))
     return attention(query, key, value, lo=lo, hi=hi, scale=scale, return_logsumexp=True)
 
@@ -140,6 +140,6 @@ def pooled(query: Tensor, key_heads: int) -> Tensor:
 
 
 def no_summaries(like: Tensor, batch: int, heads: int, head_dim: int) -> Summaries:
-    """Nothing, in the dtype and on the device of `like`."""
+    """Zero summaries, in the dtype and on the device of `like`."""
     none = like.new_empty(batch, 0, heads, head_dim)
     return Summaries(none, none, torch.empty(batch, 0, dtype=torch.int32, device=like.device))

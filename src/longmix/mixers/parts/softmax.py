@@ -1,4 +1,4 @@
-"""What every softmax-attention mixer shares: projections, query-key norm, rotary positions and the key-value cache.
+"""The base of softmax attention: projections, query-key norm, rotary positions and the key-value cache.
 
     q_i = rotate(norm(W_q x_i)),  k_j = rotate(norm(W_k x_j)),  v_j = W_v x_j
     y_i = W_o sum_j softmax_j(q_i . k_j / sqrt(d)) v_j        over the j that the subclass lets i see
@@ -59,7 +59,7 @@ class AttentionState:
 
 @dataclass
 class Selection:
-    """What a mixer chose for some tokens, from each token and its position alone.
+    """Labels and gates that a mixer chose for tokens, each from its token and position alone.
 
     Attributes:
         query_labels: integer [B, T, Hq, R].
@@ -81,7 +81,7 @@ class Selection:
 
 @dataclass
 class Rows:
-    """What attention is over: the queries are the last Tq of Tk positions.
+    """The inputs of attention; the queries are the last Tq of the Tk positions.
 
     Attributes:
         query: [B, Tq, Hq, head_dim]; key, value: [B, Tk, Hkv, head_dim].
@@ -170,7 +170,7 @@ class SoftmaxAttention(Mixer):
         nn.init.normal_(self.output.weight, std=self.d_model**-0.5 / math.sqrt(2 * shape.num_layers))
 
     def value_path(self) -> ValuePath:
-        """From the projection of the values to that of the output: gates of both are between."""
+        """The layers from the projection of the values to that of the output; the gates of both lie between."""
         return ValuePath(self.value, self.output, self.num_kv_heads, self.num_heads)
 
     def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Metric]]:
@@ -178,14 +178,14 @@ class SoftmaxAttention(Mixer):
         raise NotImplementedError
 
     def attend_after(self, rows: Rows, slices: Slices) -> tuple[Tensor, dict[str, Metric]]:
-        """The same for a slice, of which `rows` has nothing but its own keys."""
+        """Attend as in `attend` for a slice of longer rows; `rows` holds only the slice's own keys."""
         return self.attend(after_earlier_slices(rows, slices, self.rows_of_earlier_slices()))
 
     def attend_from(self, rows: Rows, state: Any, next_position: Tensor) -> tuple[Tensor, dict[str, Metric], Any]:
-        """The same from a state, of which `rows` has nothing but new keys; and the state after them.
+        """Attend as in `attend`, continuing from a state; also returns the state after the new keys.
 
         Args:
-            rows: new ones.
+            rows: the new queries and keys.
             state: before them, of the class that `state_type` names.
             next_position: int64 [B], the position after them.
         """
@@ -202,11 +202,11 @@ class SoftmaxAttention(Mixer):
         raise NotImplementedError
 
     def cached_keys(self) -> int | None:
-        """How many past keys a later query can still see; None for all."""
+        """The number of past keys that a later query can still see; None for all."""
         return None
 
     def rows_of_earlier_slices(self) -> int | None:
-        """How many rows of earlier slices a slice needs; None for all."""
+        """The number of rows before a slice that it needs; None for all."""
         return self.cached_keys()
 
     def select(self, x: Tensor, query: Tensor, key: Tensor, positions: Tensor) -> Selection | None:
@@ -214,11 +214,11 @@ class SoftmaxAttention(Mixer):
         return None
 
     def losses_of(self, means: Tensor) -> dict[str, Tensor]:
-        """Auxiliary losses of what `select` returned as `means`, which are over the whole rows here."""
+        """Auxiliary losses from the `means` that `select` returned; here they are means over whole rows."""
         return {}
 
     def rows(self, query: Tensor, key: Tensor, value: Tensor, document_ids: Tensor | None) -> Rows:
-        """What attention is over, of rotated queries and keys."""
+        """The inputs of attention, from rotated queries and keys."""
         return Rows(query.to(value.dtype), key.to(value.dtype), value, document_ids)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -229,7 +229,7 @@ class SoftmaxAttention(Mixer):
         return self.query_norm(query), self.key_norm(key), value
 
     def forward(self, x: Tensor, *, state: Any = None, document_ids: Tensor | None = None) -> MixerOutput:
-        """Mix `x` [B, T, D] along T: positions, projections, labels, rotation, attention, and what is kept of it."""
+        """Mix `x` [B, T, D] along T: positions, projections, labels, rotation, attention, output, in this order."""
         batch, length = checked_sizes(x, self.d_model, document_ids, state, (self.state_type(), Slices))
         ids = continued_ids(document_ids, state, batch, length)
         last_id, next_position = (None, None) if state is None else (state.last_id, state.next_position)
@@ -283,12 +283,12 @@ class SoftmaxAttention(Mixer):
         return 2 * rows * self.num_kv_heads * self.head_dim * self.value.weight.element_size()
 
     def step_bytes(self, length: int) -> int:
-        """Keys and values that the next token sees, its own among them."""
+        """Bytes of the keys and values that the next token sees, its own among them."""
         seen = self.visible_pairs(length + 1) - self.visible_pairs(length)
         return 2 * seen * self.num_kv_heads * self.head_dim * self.value.weight.element_size()
 
     def flops(self, length: int) -> int:
-        """Projections, and 2 * head_dim for the score and for the value of every visible pair."""
+        """Projections, and for every visible pair 2 * head_dim for its score and as many for its value."""
         weights = sum(layer.weight.numel() for layer in self.children() if isinstance(layer, nn.Linear))
         return 2 * length * weights + 4 * self.num_heads * self.head_dim * self.visible_pairs(length)
 
@@ -300,7 +300,7 @@ def _cached_ids(state: AttentionState) -> Tensor:
 
 
 def continued(rows: Rows, state: AttentionState) -> Rows:
-    """The same queries with the cached keys before the new ones."""
+    """The same queries; cached keys come before the new ones."""
     ids, labels = rows.document_ids, rows.key_labels
     if ids is not None:
         ids = torch.cat((_cached_ids(state), ids), dim=1)
@@ -313,7 +313,7 @@ def continued(rows: Rows, state: AttentionState) -> Rows:
 
 
 def after_earlier_slices(rows: Rows, slices: Slices, limit: int | None) -> Rows:
-    """The same queries with the last `limit` keys of earlier slices, or all of them, before those of this one."""
+    """The same queries; the last `limit` keys of earlier slices, or all of them, come before this slice's own."""
 
     def after(x: Tensor) -> Tensor:
         return torch.cat((slices.before(x, limit), x), dim=1)

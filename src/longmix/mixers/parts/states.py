@@ -1,4 +1,4 @@
-"""What a mixer remembers is a pytree of tensors: saved, forked and counted leaf by leaf, whoever wrote the mixer.
+"""Mixers' states are pytrees of tensors: saved, forked and counted leaf by leaf, whoever wrote the mixer.
 
 Tuples, lists, dicts and named tuples are pytrees already. A dataclass becomes one with `mixer_state`, which also says
 which of its fields are bookkeeping, or with `torch.export.register_dataclass`.

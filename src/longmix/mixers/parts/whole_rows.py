@@ -1,4 +1,4 @@
-"""Context parallelism for a mixer that knows nothing of slices: every process has the whole rows mixed.
+"""Context parallelism for a mixer without support for slices: every process mixes the whole rows.
 
 The slices of all processes are put together, the mixer runs over the rows from their beginning, and each process takes
 its own slice of what comes out. So outputs, gradients and auxiliary losses are exact for any mixer; but neither its
@@ -15,7 +15,7 @@ from longmix.notices import notice
 
 
 def warn_of_whole_rows(model: nn.Module) -> None:
-    """Say which mixers of a model that is trained with context parallelism run over whole rows."""
+    """Warn of the mixers of a model that run over whole rows under context parallelism."""
     for name in sorted(
         {type(part).__name__ for part in model.modules() if isinstance(part, Mixer) and not part.sliced}
     ):
@@ -26,7 +26,7 @@ def warn_of_whole_rows(model: nn.Module) -> None:
 
 
 def over_whole_rows(mixer: Mixer, x: Tensor, slices: Slices, **shared: Tensor | None) -> MixerOutput:
-    """What `mixer` returns for this process's slice x [B, T, D] of longer rows.
+    """The output of `mixer` for this process's slice x [B, T, D] of longer rows.
 
     Args:
         mixer: any.
