@@ -1,5 +1,6 @@
 """The rehearsal on tensors without memory, against what real models keep for their backward pass."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -101,19 +102,25 @@ def test_a_window_twice_as_long_keeps_twice_as_much():
     assert long.kept == pytest.approx(2 * short.kept, rel=0.01)
 
 
-def test_autocast_holds_its_copies_of_matrices_through_the_step():
+def test_autocast_keeps_its_copies_of_matrices_for_the_backward_pass_alone():
     model = request("mixer=flash").model()
-    part = rehearsed(model, setting(precision="bf16-mixed", device="cuda")).layers[1]
+    rounded = setting(precision="bf16-mixed", device="cuda")
+    part, again = (
+        rehearsed(model, dataclasses.replace(rounded, checkpointed=checkpointed)).layers[1]
+        for checkpointed in (False, True)
+    )
     matrices = sum(weight.numel() for weight in model.blocks[1].parameters() if weight.dim() == 2)
-    assert part.copies == 2 * matrices
+    assert part.kept > 2 * matrices > again.kept
     assert part.gradients == 4 * part.parameters
 
 
-def test_gathered_weights_need_no_copies_and_leave_gradients_in_their_dtype():
+def test_gathered_weights_are_those_of_one_process():
     model = request("mixer=flash").model()
-    part = rehearsed(model, setting(precision="bf16-mixed", device="cuda", sharded=True)).layers[1]
-    assert part.copies == 0
-    assert part.gradients == 2 * part.parameters
+    parts = [
+        rehearsed(model, setting(precision="bf16-mixed", device="cuda", sharded=sharded)).layers[1]
+        for sharded in (True, False)
+    ]
+    assert parts[0] == parts[1]
 
 
 def test_on_a_gpu_norms_keep_their_input_alone():

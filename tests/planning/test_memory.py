@@ -27,10 +27,8 @@ def model():
     return small().model()
 
 
-def part(
-    parameters: int, kept: int = 0, forward: int = 0, backward: int = 0, copies: int = 0, output: int = 10
-) -> Part:
-    return Part(output, kept, forward, backward, 4 * parameters, copies, parameters, moved=0)
+def part(parameters: int, kept: int = 0, forward: int = 0, backward: int = 0, output: int = 10) -> Part:
+    return Part(output, kept, forward, backward, 4 * parameters, parameters, moved=0)
 
 
 def needed(model, rehearsal, setting=SETTING, division=ONE) -> Memory:
@@ -114,7 +112,7 @@ def test_fsdp_divides_weights_gradients_and_optimizer(model):
     parameters = 5 * 10**5 + rehearsal.ends.parameters
     assert memory.parts["weights"] == parameters
     assert memory.parts["optimizer"] == 1_250
-    assert memory.parts["communication"] == 2 * (rehearsal.ends.parameters + 3 * 4 * 10**5) + 4 * 4 * 10**5
+    assert memory.parts["communication"] == 4 * (rehearsal.ends.parameters + 3 * 4 * 10**5) + 4 * 4 * 10**5
     whole = needed(model, rehearsal, setting, Division(4, 1, "fsdp", 2))
     assert whole.parts["gradients"] == parameters  # 4 bytes each over 4 processes
     assert memory.parts["gradients"] <= parameters

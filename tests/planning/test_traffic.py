@@ -20,8 +20,8 @@ from longmix.planning.traffic import (
 )
 
 SETTING = Setting(1, 64, "bf16-mixed", sharded=False, accumulates=False, checkpointed=False, device="cuda")
-ENDS = Part(0, 0, 0, 0, 4_000, 0, 1_000, moved=10**9)
-LAYER = Part(0, 0, 0, 0, 40_000, 0, 10_000, moved=2 * 10**9)
+ENDS = Part(0, 0, 0, 0, 4_000, 1_000, moved=10**9)
+LAYER = Part(0, 0, 0, 0, 40_000, 10_000, moved=2 * 10**9)
 REHEARSAL = Rehearsal(ENDS, [LAYER, LAYER])
 H200 = ACCELERATORS["H200"]
 
@@ -46,7 +46,7 @@ def test_fsdp_gathers_weights_for_each_pass_and_scatters_gradients(model):
     setting = dataclasses.replace(SETTING, sharded=True)
     sent = traffic_of(model, REHEARSAL, setting, Division(8, 1, "fsdp", 3))
     assert sent.gradients == 3 * (4 * 21_000 * 7 // 8)
-    assert sent.weights == 3 * 2 * (1_000 + 2 * 20_000) * 7 // 8
+    assert sent.weights == 3 * 4 * (1_000 + 2 * 20_000) * 7 // 8
     assert sent.total == sent.gradients + sent.weights
 
 

@@ -34,7 +34,7 @@ class Setting:
     Attributes:
         rows, length: windows of one forward and backward pass, and their tokens.
         precision: as in `TrainerSettings`.
-        sharded: weights come in the precision of the computation, as FSDP gathers them.
+        sharded: weights are gathered for each pass, as FSDP does.
         accumulates: gradients of an earlier micro-batch are there already.
         checkpointed: blocks keep their input and compute the rest again.
         device: "cuda" or "cpu", which decides between implementations of the engines.
@@ -52,9 +52,8 @@ class Setting:
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """Dtype of the weights that the forward pass sees."""
-        low = self.precision == "bf16-true" or (self.precision == "bf16-mixed" and self.sharded)
-        return torch.bfloat16 if low else torch.float32
+        """Dtype of the weights that the forward pass sees, gathered ones too; autocast rounds them afterwards."""
+        return torch.bfloat16 if self.precision == "bf16-true" else torch.float32
 
 
 @dataclass(frozen=True)
@@ -63,11 +62,11 @@ class Part:
 
     Attributes:
         output: what it hands on.
-        kept: what it keeps from the forward to the backward pass, besides its input and output.
+        kept: what it keeps from the forward to the backward pass, besides its input and output; under autocast also its
+            matrices in lower precision.
         forward: the most it holds besides while it runs forward.
         backward: the most that is added while it runs backward, its gradients included unless they accumulate.
         gradients: its weights' gradients as the backward pass leaves them.
-        copies: its weights in lower precision, which autocast keeps through the step.
         parameters: number of its weights.
         moved: bytes that operators other than products of matrices read and write, in both passes.
         received: bytes that a forward pass gets from other slices of the same windows.
@@ -78,7 +77,6 @@ class Part:
     forward: int
     backward: int
     gradients: int
-    copies: int
     parameters: int
     moved: int
     received: int = 0
@@ -214,9 +212,9 @@ def _measured(
     functions = gpu_functions() if setting.device == "cuda" else contextlib.nullcontext()
     with Ledger([*weights, *module.buffers(), *inputs]) as ledger, _autocast(setting), functions:
         call()
-        copies = ledger.mark()
+        before = ledger.mark()  # what a first call makes for all others
         output, losses, others = call()
-        kept = ledger.live - copies - bytes_of(output)
+        kept = ledger.live - before - bytes_of(output)
         forward, moved = ledger.peak - ledger.live, ledger.moved
         if setting.accumulates:
             for weight in weights:
@@ -234,7 +232,6 @@ def _measured(
         forward=forward,
         backward=backward,
         gradients=bytes_of(*(weight.grad for weight in weights if weight.grad is not None)),
-        copies=copies,
         parameters=sum(weight.numel() for weight in weights),
         moved=moved,
     )
@@ -242,6 +239,7 @@ def _measured(
 
 @contextlib.contextmanager
 def _autocast(setting: Setting) -> Iterator[None]:
-    """As Lightning does it: around a whole training step, so that low-precision weights are kept through it."""
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=setting.precision == "bf16-mixed"):
+    """As Lightning does it, without the cache of rounded weights."""
+    mixed = setting.precision == "bf16-mixed"
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed, cache_enabled=False):
         yield

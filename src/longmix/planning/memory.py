@@ -96,7 +96,6 @@ def memory_needed(
     shards = division.processes if setting.sharded else 1
     fixed = {
         "weights": parameters * size // shards,
-        "weights in bf16": sum(part.copies for part in parts),
         "optimizer": optimizer.state // shards,
         "data": setting.rows * division.micro_batches * setting.length * division.context_parallel * (8 + 8 + 4),
         "communication": communication_buffers(rehearsal, setting, division),

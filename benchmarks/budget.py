@@ -1,0 +1,229 @@
+"""What a layer of every mixer costs that no clock has to measure: `python -m benchmarks.budget`.
+
+The code that trains is run on fake tensors of the size of `model=125m`, as on a GPU: in bf16-mixed, eager, with the
+engines that a CUDA device gets. A layer's figures are the difference of a model of three layers and one of two, so that
+what is computed once for all layers does not count. Figures are of plain rows and of rows that pack documents.
+
+    operators      operators of torch besides views, each a launch or more where nothing is compiled
+    engine_calls   calls of our kernels' operators
+    saved_bytes    kept from the forward to the backward pass, for each token; weights and their copies aside
+    synchronisations   operators that wait for the device; those of all layers and of the model around them
+
+`--update` writes what it finds to `results/budget.json`; a test lets no figure rise above it.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks import results
+from benchmarks.command import RESULTS, Parser
+from longmix import cli, config
+from longmix.config import Node
+from longmix.files import replace_json
+from longmix.model.backbone import LanguageModel
+from longmix.model.build import build_model
+from longmix.planning.fakes import gpu_functions
+from longmix_kernels.runtime import assumed_device
+
+CONFIGS = results.ROOT / "configs"
+BUDGET = RESULTS / "budget.json"
+LENGTH = 4096
+LAYERS = 2, 3
+
+Figures = dict[str, float]
+"""Of one mixer and one kind of rows, by name."""
+
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "unique_consecutive", "_unique2", "equal", "is_nonzero"}
+"""Operators whose result, or its shape, the host has to read."""
+
+VIEWS = {
+    "view",
+    "_unsafe_view",
+    "t",
+    "transpose",
+    "unsqueeze",
+    "squeeze",
+    "expand",
+    "permute",
+    "slice",
+    "select",
+    "split",
+    "split_with_sizes",
+    "unbind",
+    "detach",
+    "alias",
+    "as_strided",
+    "_reshape_alias",
+    "chunk",
+    "unflatten",
+    "diagonal",
+    "narrow",
+    "lift_fresh",
+    "empty",
+    "empty_like",
+    "new_empty",
+    "empty_strided",
+    "new_empty_strided",
+}
+"""Operators that launch nothing."""
+
+
+class Count(TorchDispatchMode):
+    """Counts operators by name: torch's, our engines', and those that wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: Counter[str] = Counter()
+        self.engine_calls: Counter[str] = Counter()
+        self.waiting: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Count and call."""
+        library, _, name = function._schema.name.partition("::")
+        if library == "longmix":
+            self.engine_calls[name] += 1
+        elif library != "prim" and name.rstrip("_") not in VIEWS:
+            self.operators[name] += 1
+        self.waiting[name] += name in WAITING
+        return function(*args, **(kwargs or {}))
+
+    def figures(self) -> Figures:
+        """Totals."""
+        return {
+            "operators": self.operators.total(),
+            "engine_calls": self.engine_calls.total(),
+            "synchronisations": self.waiting.total(),
+        }
+
+
+def mixers() -> list[str]:
+    """The files of `configs/mixer`."""
+    return sorted(path.stem for path in (CONFIGS / "mixer").glob("*.yaml"))
+
+
+def node_of(*words: str) -> Node:
+    """The resolved configuration of a run with these words."""
+    cli.register()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return config.resolved(compose("train", overrides=[*words, "name=budget"]))
+
+
+def measured(mixer: str) -> dict[str, Figures]:
+    """The figures of a layer of `mixer`, for "plain" and "packed" rows."""
+    return {kind: _of_a_layer(mixer, kind == "packed") for kind in ("plain", "packed")}
+
+
+def _of_a_layer(mixer: str, packed: bool) -> Figures:
+    few, many = (_whole(mixer, layers, packed) for layers in LAYERS)
+    layers = LAYERS[1] - LAYERS[0]
+    return {name: many[name] if name == "synchronisations" else (many[name] - few[name]) / layers for name in many}
+
+
+def _whole(mixer: str, layers: int, packed: bool) -> Figures:
+    """The figures of a whole model, of one row."""
+    node = node_of(f"mixer={mixer}", "model=125m", f"model.num_layers={layers}")
+    with torch.device("meta"):
+        model = build_model(node, 512)
+    for part in model.mixers():
+        part.prepare(LENGTH)
+    with ExitStack() as fakes:
+        for mode in (assumed_device("cuda"), FakeTensorMode(allow_non_fake_inputs=True), gpu_functions()):
+            fakes.enter_context(mode)
+        model._apply(lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu"))
+        return _of_a_step(model.train(), packed)
+
+
+def _of_a_step(model: LanguageModel, packed: bool) -> Figures:
+    tokens = torch.empty(1, LENGTH, dtype=torch.int64)
+    ids = torch.empty(1, LENGTH, dtype=torch.int32) if packed else None
+    kept: dict[int, Tensor] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.untyped_storage()._cdata] = x
+        return x
+
+    with Count() as forward, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            output = model(tokens, tokens, document_ids=ids)
+        loss = output.token_losses.mean() + sum(output.losses.values())
+    matrices = {weight.shape for weight in model.parameters() if weight.dim() > 1}
+    matrices |= {shape[::-1] for shape in matrices}
+    own = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())}
+    sizes = [x.untyped_storage().nbytes() for key, x in kept.items() if key not in own and x.shape not in matrices]
+    with Count() as backward:
+        loss.backward()
+    first, second = forward.figures(), backward.figures()
+    return {
+        "forward_operators": first["operators"],
+        "operators": first["operators"] + second["operators"],
+        "forward_engine_calls": first["engine_calls"],
+        "engine_calls": first["engine_calls"] + second["engine_calls"],
+        "synchronisations": first["synchronisations"] + second["synchronisations"],
+        "saved_bytes": sum(sizes) / LENGTH,
+    }
+
+
+def over(found: dict[str, Figures], budget: dict[str, Figures]) -> list[str]:
+    """What of a mixer's figures exceeds its budget, as sentences."""
+    return [
+        f"{kind} rows: {name} {value:g} is above {budget[kind][name]:g}"
+        for kind, figures in found.items()
+        for name, value in figures.items()
+        if value > budget[kind][name]
+    ]
+
+
+def table(found: dict[str, dict[str, Figures]]) -> str:
+    """Markdown, plain and packed rows side by side."""
+    columns = ("forward_operators", "operators", "engine_calls", "saved_bytes", "synchronisations")
+    lines = ["| mixer | " + " | ".join(name.replace("_", " ") for name in columns) + " |", "|---" * 6 + "|"]
+    for mixer, figures in found.items():
+        plain, packed = figures["plain"], figures["packed"]
+        cells = [f"{plain[name]:,.0f} / {packed[name]:,.0f}" for name in columns]
+        lines.append(f"| {mixer} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = Parser(prog="python -m benchmarks.budget", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("mixers", nargs="*", metavar="MIXER", help="default: all of configs/mixer")
+    parser.add_argument("--update", action="store_true", help=f"write what is found to {BUDGET.name}")
+    parser.add_argument("--out", type=Path, default=BUDGET, help="the table as JSON")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.mixers) - set(mixers()):
+        parser.error(f"unknown mixer {', '.join(sorted(unknown))}; there are {', '.join(mixers())}")
+    return options
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure, print, and write on request; 1 if something rose."""
+    options = parsed(arguments)
+    budget = json.loads(options.out.read_text()) if options.out.exists() else {}
+    found = {name: measured(name) for name in options.mixers or mixers()}
+    print(table(found))
+    risen = [f"{name}: {text}" for name in found if name in budget for text in over(found[name], budget[name])]
+    for line in risen:
+        print(line)
+    if options.update:
+        replace_json(options.out, dict(sorted((budget | found).items())))
+        return 0
+    return int(bool(risen))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
