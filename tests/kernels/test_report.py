@@ -15,7 +15,11 @@ from longmix_kernels.scatter import report as scatter
 COMMANDS = {
     "attention": (["--dim", "64"], ["dim", "mode", "feature"], attention.launch.KERNELS),
     "linear": (["--dims", "64/64", "--gate", "sig"], ["dims", "gate"], (*linear.launch.TILED, "gates", "grad_gates")),
-    "delta": (["--dims", "64/64", "--decay", "bounded"], ["dims", "form", "decay"], delta.launch.KERNELS),
+    "delta": (
+        ["--dims", "64/64", "--decay", "bounded"],
+        ["dims", "form", "decay"],
+        (*delta.launch.KERNELS, "prepare", "scan"),
+    ),
     "scatter": (["--sizes", "64/64", "--block", "128"], ["sizes", "block"], scatter.launch.KERNELS),
 }
 REPORTS = {"attention": attention, "linear": linear, "delta": delta, "scatter": scatter}

@@ -24,8 +24,8 @@ WIDEST = ((64, 64), (128, 32), (256, 16))
 """Up to which head dimension, of keys or of values, a chunk of how many tokens fits into registers."""
 
 FORWARD = ("prepare", "scan")
-BACKWARD = ("grad_scan", "grad_value", "grad_key")
-"""The kernels of a call, in the order in which they run."""
+BACKWARD = ("prepare_again", "scan_again", "grad_scan", "grad_value", "grad_key")
+"""The kernels of a call, in the order in which they run; the forward's run again for states, without outputs."""
 
 
 def call_flops(inputs: Inputs) -> int:
@@ -97,15 +97,16 @@ def kernel_work(setting: Setting) -> Mapping[str, Work]:
     merges = low * 4 * chunk * chunk * int(math.log2(chunk // 16))
     moves = low * through * dim / chunk
     work = per_row(setting.rows)
+    maps = (
+        low * (3 * pairs + 2 * value_pairs) + merges + (2 if low else 1) * through + low * (2 * pairs + 2 * dim * dim)
+    )
+    of_maps = tokens + wide + state + transition + narrow + kept
+    outputs = pairs + (2 if low else 1) * value_pairs
     return {
-        "prepare": work(
-            (4 if low else 1) * (pairs + value_pairs)
-            + merges
-            + (2 if low else 1) * through
-            + low * (2 * pairs + 2 * dim * dim),
-            tokens + 2 * wide + state + transition + narrow + inverse + kept,
-        ),
-        "scan": work(through + moves, 2 * wide + 2 * state + transition + narrow + kept),
+        "prepare": work(maps + outputs, of_maps + wide),
+        "scan": work(through + moves, 2 * wide + state + transition + narrow + kept),
+        "prepare_again": work(maps, of_maps + inverse),
+        "scan_again": work(moves, 2 * state + transition + kept),
         "grad_scan": work(through + moves, wide + state + transition + narrow + kept),
         "grad_value": work(
             (4 if low else 1) * pairs + (6 if low else 1) * value_pairs + (3 if low else 1) * through,

@@ -137,26 +137,6 @@ class Call(launch.Call[LaunchConfig]):
         }
 
 
-KEPT = 5
-"""How many tensors the forward keeps for the backward."""
-
-
-def kept_by_triton(inputs: Inputs) -> tuple[torch.Tensor, ...]:
-    """Return memory for what the forward keeps: states, E, Q, M and shares, in the shapes of `triton_forward`."""
-    query, value_dim = inputs.query, inputs.value.shape[3]
-    batch, length, heads, dim = query.shape
-    chunk, _ = choose_chunk(dim, value_dim, length, inputs.chunk_size, inputs.min_log_decay)
-    chunks = batch, heads, -(-length // chunk), dim
-    low_rank = inputs.low_rank_read is not None
-    return (
-        query.new_empty(*chunks, value_dim, dtype=torch.float32),
-        query.new_empty((*chunks, dim) if low_rank else (0,)),
-        query.new_empty(batch, heads, length, dim),
-        query.new_empty((batch, heads, length, chunk) if low_rank else (0,)),
-        query.new_empty(*chunks, dtype=torch.float32),
-    )
-
-
 def precision_of(size: int) -> str:
     """Return how products of float32 are taken: for inputs of two bytes, three TF32 products stand for one."""
     return "tf32x3" if size == 2 else "ieee"

@@ -6,7 +6,6 @@ from longmix_kernels.delta import reference
 from longmix_kernels.delta.checks import TRITON_MAX_DIM, check_decay, check_inputs, check_promise, check_state
 from longmix_kernels.delta.cost import call_flops
 from longmix_kernels.delta.inputs import Inputs
-from longmix_kernels.delta.launch import KEPT, kept_by_triton
 from longmix_kernels.operators import implementation
 from longmix_kernels.runtime import backend_of_call
 
@@ -82,7 +81,7 @@ def delta_rule(
         with torch.autocast(query.device.type, enabled=False):
             return reference.recurrent(query, key, value, log_decay, read, write, initial_state, document_ids, scale)
     tensors = query, key, value, log_decay, low_rank_read, low_rank_write, initial_state, document_ids
-    output, state, *_ = _IMPLEMENTATIONS[backend](Inputs(*tensors, scale, chunk_size, min_log_decay))
+    output, state = _IMPLEMENTATIONS[backend](Inputs(*tensors, scale, chunk_size, min_log_decay))
     return output, state
 
 
@@ -93,22 +92,18 @@ def _empty(inputs: Inputs) -> tuple[torch.Tensor, ...]:
     return inputs.query.new_empty(*inputs.query.shape[:3], value_dim), state
 
 
-def _empty_and_kept(inputs: Inputs) -> tuple[torch.Tensor, ...]:
-    return *_empty(inputs), *kept_by_triton(inputs)
-
-
-# Output and final state, and from "triton" what it keeps for the backward; gradients of the first seven inputs.
+# Output and final state; gradients of the first seven inputs. Nothing else is kept: the backward computes it again.
 _IMPLEMENTATIONS = {
     name: implementation(
         "delta",
         name,
         Inputs,
-        empty=empty,
-        results=2 + kept,
+        empty=_empty,
+        results=2,
         incoming=2,
-        saved=range(2, 2 + kept),
+        saved=(),
         outgoing=7,
         flops=call_flops,
     )
-    for name, empty, kept in (("blocked", _empty, 0), ("triton", _empty_and_kept, KEPT))
+    for name in BACKENDS[1:]
 }

@@ -60,6 +60,7 @@ class Build(aot.Build):
         form: one of `FORMS`.
         chunk: None for that of the cost model.
         config: None for that of the launch table.
+        again: whether it runs in the backward, without outputs, as `prepare` and `scan` also do.
     """
 
     dim: int
@@ -69,6 +70,7 @@ class Build(aot.Build):
     form: str = "low-rank"
     chunk: int | None = None
     config: launch.LaunchConfig | None = None
+    again: bool = False
 
     FUNCTIONS: ClassVar = {
         name: f"longmix_kernels.delta.triton_{_MODULES.get(name, name)}.{name}_kernel" for name in _FUNCTIONS
@@ -97,7 +99,7 @@ class Build(aot.Build):
 
     def constants(self) -> dict[str, Any]:
         """Return the compile-time arguments, of which a kernel takes those it has."""
-        absent: list[str] = []
+        absent = ["output", "final"] if self.again else ["inverses"] if self.kernel == "prepare" else []
         if not self.feature.startswith("documents"):
             absent += ["document_ids"]
         if not self.feature.endswith("state"):
@@ -120,7 +122,7 @@ class Build(aot.Build):
     def columns(self) -> dict[str, Any]:
         """Return what a report says of it."""
         head = {"dims": f"{self.dim}/{self.value_dim}", "form": self.form, "decay": self.decay}
-        return {**head, "feature": self.feature, "chunk": self.chunk_size()}
+        return {**head, "feature": self.feature, "chunk": self.chunk_size(), "again": self.again}
 
     def wants_wgmma(self) -> bool:
         """Say whether its tiles have 64 rows: tokens of a chunk, or rows of a state."""
@@ -137,13 +139,13 @@ def table_builds(
 ) -> list[Build]:
     """Return every kernel for every combination; the scans do not know how decays are bounded."""
     return [
-        Build(kernel, architecture, dtype, dim, value_dim, decay, feature, form)
+        Build(kernel, architecture, dtype, dim, value_dim, decay, feature, form, again=again)
         for architecture in architectures
         for dim, value_dim in dims
         for form in forms
         for decay in decays
         for feature in features
-        for kernel in launch.KERNELS
+        for kernel, again in [(kernel, False) for kernel in launch.KERNELS] + [("prepare", True), ("scan", True)]
     ]
 
 

@@ -1,7 +1,7 @@
 """The delta rule on a GPU, backward; deterministic, because no two programs add to one number.
 
-The gradients of states go back through the chunks' maps, which the forward kept (`triton_scan`). Then every chunk is on
-its own: first values and what is removed (`triton_grad_value`), then all else (`triton_grad_key_bounded` where a bound
+The forward's kernels run again, for what chunks do and the states between them. The gradients of states go back through
+the chunks' maps (`triton_scan`). Then every chunk is on its own: first values and what is removed (`triton_grad_value`), then all else (`triton_grad_key_bounded` where a bound
 of decays is promised, else `triton_grad_key_exact`).
 """
 
@@ -9,6 +9,7 @@ import torch
 
 from longmix_kernels.delta.inputs import Inputs
 from longmix_kernels.delta.launch import Call
+from longmix_kernels.delta.triton_forward import run_chunks
 from longmix_kernels.delta.triton_grad_key_bounded import grad_key_bounded_kernel
 from longmix_kernels.delta.triton_grad_key_exact import grad_key_exact_kernel
 from longmix_kernels.delta.triton_grad_value import grad_value_kernel
@@ -20,11 +21,6 @@ def triton_backward(
     inputs: Inputs,
     grad_output: torch.Tensor,
     grad_state: torch.Tensor | None,
-    states: torch.Tensor,
-    transitions: torch.Tensor,
-    reads: torch.Tensor,
-    inverses: torch.Tensor,
-    kept: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
     """Return the gradients of the first seven inputs, in their shapes and dtypes; empty for an input of None.
 
@@ -32,13 +28,13 @@ def triton_backward(
         inputs: as in the forward.
         grad_output: [B, T, H, V].
         grad_state: float32 [B, H, K, V], of the final state, or None for zero.
-        states, transitions, reads, inverses, kept: what the forward returned.
     """
     call = Call(inputs)
     grad_output = unit_stride(grad_output.to(call.query.dtype))
     (grad_final,) = contiguous(grad_state)
     grads = [None if x is None else x.new_empty(x.shape) for x in inputs.flat()[:7]]
     grad_query, grad_key, grad_value, grad_log_decay, grad_read, grad_write, grad_initial = grads
+    states, transitions, reads, inverses, kept = run_chunks(call, None, None)
     grad_states = states.new_empty(states.shape)
     removed = grad_removed = None
     if call.low_rank:
@@ -55,7 +51,7 @@ def triton_backward(
         call.document_ids,
         grad_output,
         grad_final,
-        transitions if call.low_rank else None,
+        transitions,
         reads,
         kept,
         grad_states,
@@ -68,7 +64,7 @@ def triton_backward(
         "grad_value",
         grad_value_kernel,
         *tokens,
-        inverses if call.low_rank else None,
+        inverses,
         grad_value,
         removed,
         grad_removed,

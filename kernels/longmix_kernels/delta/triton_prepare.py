@@ -36,11 +36,11 @@ def prepare_kernel(
     low_rank_read,  # [B, T, H, DIM], or None
     low_rank_write,  # [B, T, H, DIM], or None
     document_ids,  # int32 [B, T], contiguous, or None
-    output,  # [B, T, H, VALUE_DIM], contiguous; Y is written
+    output,  # [B, T, H, VALUE_DIM], contiguous; Y is written; None where it is not asked for
     states,  # float32 [B, H, chunks, DIM, VALUE_DIM]; R is written
     transitions,  # [B, H, chunks, DIM, DIM]; E is written; None without low-rank reads
     reads,  # [B, H, T, DIM]; Q is written
-    inverses,  # [B, H, T, CHUNK]; M is written; None without low-rank reads
+    inverses,  # [B, H, T, CHUNK]; M is written; None without low-rank reads, or where it is not asked for
     kept,  # float32 [B, H, chunks, DIM], how much of a state is left
     scale,
     floor,
@@ -86,7 +86,8 @@ def prepare_kernel(
     key += batch * stride_key_batch + head * stride_key_head
     value += batch * stride_value_batch + head * stride_value_head
     log_decay += batch * stride_decay_batch + head * stride_decay_head
-    output += (batch * length * heads + head) * VALUE_DIM
+    if output is not None:
+        output += (batch * length * heads + head) * VALUE_DIM
     states += place * (DIM * VALUE_DIM)
     reads += sequence * length * DIM
     kept += place * DIM
@@ -94,6 +95,7 @@ def prepare_kernel(
         low_rank_read += batch * stride_read_batch + head * stride_read_head
         low_rank_write += batch * stride_write_batch + head * stride_write_head
         transitions += place * (DIM * DIM)
+    if inverses is not None:
         inverses += sequence * length * CHUNK
     if DOCUMENTS:
         document_ids += batch * length
@@ -148,7 +150,8 @@ def prepare_kernel(
                 b = load_tile(low_rank_write, start, there, stride_write_row, column, BLOCK, DIM)
                 ab = wide_product(a * tl.exp2(total - decay), tl.trans(b * tl.exp2(-total)), ab, LOW, UPCAST)
         inverse = inverse_of(tl.where(earlier, ab, 0.0), CHUNK, PRECISION).to(LOW)
-        store_tile(inverses, inverse, start, there, CHUNK, 0, CHUNK, CHUNK)
+        if inverses is not None:
+            store_tile(inverses, inverse, start, there, CHUNK, 0, CHUNK, CHUNK)
     if BOUNDED:
         for column in range(0, DIM, BLOCK):
             decay = load_decay(
@@ -159,7 +162,8 @@ def prepare_kernel(
             inward = tl.exp2(-total)
             q = load_tile(query, start, there, stride_query_row, column, BLOCK, DIM) * tl.exp2(total)
             k = tl.trans(load_tile(key, start, there, stride_key_row, column, BLOCK, DIM) * inward)
-            qk = wide_product(q, k, qk, LOW, UPCAST)
+            if output is not None:
+                qk = wide_product(q, k, qk, LOW, UPCAST)
             if low_rank_read is not None:
                 a = load_tile(low_rank_read, start, there, stride_read_row, column, BLOCK, DIM)
                 ak = wide_product(a * tl.exp2(total - decay), k, ak, LOW, UPCAST)
@@ -173,13 +177,15 @@ def prepare_kernel(
     for value_column in range(0, VALUE_DIM, VALUE_BLOCK):
         # [CHUNK, VALUE_BLOCK].
         v = load_tile(value, start, there, stride_value_row, value_column, VALUE_BLOCK, VALUE_DIM)
-        y = product(qk, v, None, UPCAST)
         u = v
         if low_rank_read is not None:
             x = product(ak, v, None, UPCAST).to(LOW)
             u = product(inverse, x, None, UPCAST).to(LOW)
-            y = product(qb, u, y, UPCAST)
-        store_tile(output, y, start, there, heads * VALUE_DIM, value_column, VALUE_BLOCK, VALUE_DIM)
+        if output is not None:
+            y = product(qk, v, None, UPCAST)
+            if low_rank_read is not None:
+                y = product(qb, u, y, UPCAST)
+            store_tile(output, y, start, there, heads * VALUE_DIM, value_column, VALUE_BLOCK, VALUE_DIM)
         for column in range(0, DIM, BLOCK):
             decay = load_decay(
                 log_decay, start, there, stride_decay_row, stride_decay_column, column, BLOCK, DIM, floor

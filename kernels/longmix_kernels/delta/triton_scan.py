@@ -56,12 +56,12 @@ def gathered(reads, grad_output, total, start, rows, row, PIECE: tl.constexpr, D
 def scan_kernel(
     document_ids,  # int32 [B, T], contiguous, or None
     initial,  # float32 [B, H, DIM, VALUE_DIM], contiguous, or None
-    output,  # [B, T, H, VALUE_DIM], contiguous; holds Y, and then y
-    states,  # float32 [B, H, chunks, DIM, VALUE_DIM]; holds R, and then what enters each chunk
+    output,  # [B, T, H, VALUE_DIM], contiguous; holds Y, and then y; None where states are asked for
+    states,  # float32 [B, H, chunks, DIM, VALUE_DIM]; holds R, and without outputs then what enters each chunk
     transitions,  # [B, H, chunks, DIM, DIM], or None
     reads,  # [B, H, T, DIM]
     kept,  # float32 [B, H, chunks, DIM]
-    final,  # float32 [B, H, DIM, VALUE_DIM], contiguous
+    final,  # float32 [B, H, DIM, VALUE_DIM], contiguous, or None
     length,
     heads,
     CHUNK: tl.constexpr,
@@ -77,11 +77,13 @@ def scan_kernel(
     column = block * VALUE_BLOCK
     sequence = batch * heads + head
     chunks = tl.cdiv(length, CHUNK)
-    output += (batch * length * heads + head) * VALUE_DIM
+    if output is not None:
+        output += (batch * length * heads + head) * VALUE_DIM
     states += sequence * chunks * (DIM * VALUE_DIM)
     reads += sequence * length * DIM
     kept += sequence * chunks * DIM
-    final += sequence * (DIM * VALUE_DIM)
+    if final is not None:
+        final += sequence * (DIM * VALUE_DIM)
     if transitions is not None:
         transitions += sequence * chunks * (DIM * DIM)
     if initial is not None:
@@ -111,41 +113,44 @@ def scan_kernel(
             else:
                 first_one = tl.zeros([PIECE, VALUE_BLOCK], tl.float32)
             one = tl.where(fresh, first_one, one)
-        y = load_tile(output, start, there, heads * VALUE_DIM, column, VALUE_BLOCK, VALUE_DIM).to(tl.float32)
-        q = load_tile(reads, start, carried, DIM, 0, PIECE, DIM)
-        y = product(q, one.to(q.dtype), y, UPCAST)
-        if DIM > PIECE:
-            if DOCUMENTS:
-                if initial is not None:
-                    first_two = load_block(initial, PIECE, PIECE, DIM, column, VALUE_BLOCK, VALUE_DIM)
-                else:
-                    first_two = tl.zeros([PIECE, VALUE_BLOCK], tl.float32)
-                two = tl.where(fresh, first_two, two)
-            q = load_tile(reads, start, carried, DIM, PIECE, PIECE, DIM)
-            y = product(q, two.to(q.dtype), y, UPCAST)
-        if DOCUMENTS and initial is not None:
-            # Rows of documents that begin within the chunk.
-            later = there & (carried == 0)
-            q = load_tile(reads, start, later, DIM, 0, PIECE, DIM)
-            y = product(q, first_one.to(q.dtype), y, UPCAST)
+        if DIM > PIECE and DOCUMENTS:
+            if initial is not None:
+                first_two = load_block(initial, PIECE, PIECE, DIM, column, VALUE_BLOCK, VALUE_DIM)
+            else:
+                first_two = tl.zeros([PIECE, VALUE_BLOCK], tl.float32)
+            two = tl.where(fresh, first_two, two)
+        if output is not None:
+            y = load_tile(output, start, there, heads * VALUE_DIM, column, VALUE_BLOCK, VALUE_DIM).to(tl.float32)
+            q = load_tile(reads, start, carried, DIM, 0, PIECE, DIM)
+            y = product(q, one.to(q.dtype), y, UPCAST)
             if DIM > PIECE:
-                q = load_tile(reads, start, later, DIM, PIECE, PIECE, DIM)
-                y = product(q, first_two.to(q.dtype), y, UPCAST)
-        store_tile(output, y, start, there, heads * VALUE_DIM, column, VALUE_BLOCK, VALUE_DIM)
-        # What enters a chunk is stored where R was, which must have arrived before, so R is added up first.
+                q = load_tile(reads, start, carried, DIM, PIECE, PIECE, DIM)
+                y = product(q, two.to(q.dtype), y, UPCAST)
+            if DOCUMENTS and initial is not None:
+                # Rows of documents that begin within the chunk.
+                later = there & (carried == 0)
+                q = load_tile(reads, start, later, DIM, 0, PIECE, DIM)
+                y = product(q, first_one.to(q.dtype), y, UPCAST)
+                if DIM > PIECE:
+                    q = load_tile(reads, start, later, DIM, PIECE, PIECE, DIM)
+                    y = product(q, first_two.to(q.dtype), y, UPCAST)
+            store_tile(output, y, start, there, heads * VALUE_DIM, column, VALUE_BLOCK, VALUE_DIM)
         next_one = load_block(states, 0, PIECE, DIM, column, VALUE_BLOCK, VALUE_DIM)
-        entering = one
-        if DOCUMENTS:
-            one = tl.where(restart, first_one, one)
-        next_one += one * kept_of(kept, 0, PIECE, DIM)
-        store_block(states, entering, 0, DIM, column, VALUE_DIM)
         if DIM > PIECE:
             next_two = load_block(states, PIECE, PIECE, DIM, column, VALUE_BLOCK, VALUE_DIM)
-            entering = two
-            if DOCUMENTS:
+        if output is None:
+            # What enters a chunk is stored where R was, which every warp must have loaded before.
+            tl.debug_barrier()
+            store_block(states, one, 0, DIM, column, VALUE_DIM)
+            if DIM > PIECE:
+                store_block(states, two, PIECE, DIM, column, VALUE_DIM)
+        if DOCUMENTS:
+            one = tl.where(restart, first_one, one)
+            if DIM > PIECE:
                 two = tl.where(restart, first_two, two)
+        next_one += one * kept_of(kept, 0, PIECE, DIM)
+        if DIM > PIECE:
             next_two += two * kept_of(kept, PIECE, PIECE, DIM)
-            store_block(states, entering, PIECE, DIM, column, VALUE_DIM)
         if transitions is not None:
             next_one = moved(transitions, one, next_one, 0, 0, PIECE, DIM, UPCAST)
         if DIM > PIECE:
@@ -159,9 +164,10 @@ def scan_kernel(
         kept += DIM
         if transitions is not None:
             transitions += DIM * DIM
-    store_block(final, one, 0, DIM, column, VALUE_DIM)
-    if DIM > PIECE:
-        store_block(final, two, PIECE, DIM, column, VALUE_DIM)
+    if final is not None:
+        store_block(final, one, 0, DIM, column, VALUE_DIM)
+        if DIM > PIECE:
+            store_block(final, two, PIECE, DIM, column, VALUE_DIM)
 
 
 @triton.jit(do_not_specialize=["length", "heads"])

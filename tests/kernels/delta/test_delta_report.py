@@ -21,7 +21,8 @@ SPILLING = {
 
 
 def name(build: Build) -> str:
-    return "-".join((build.kernel, f"sm{build.architecture}", str(build.dim), build.form, build.decay, build.feature))
+    kernel = f"{build.kernel}-again" if build.again else build.kernel
+    return "-".join((kernel, f"sm{build.architecture}", str(build.dim), build.form, build.decay, build.feature))
 
 
 @compiles
@@ -53,11 +54,15 @@ def test_work_is_that_of_the_formulas():
     pairs, state = 2 * 64 * 64, 2 * 64 * 32 * 48
     assert kernels["prepare"].flops == pairs * (32 + 48) + state
     assert kernels["scan"].flops == kernels["grad_scan"].flops == state
+    assert kernels["prepare_again"].flops == state
+    assert kernels["scan_again"].flops == 0
     assert kernels["grad_value"].flops == pairs * (32 + 48) + state
     assert kernels["grad_key"].flops == 2 * pairs * (32 + 48) + 2 * state
     tokens, matrix = 64 * (2 * 2 * 32 + 4 * 32), 4 * 32 * 48
     assert kernels["prepare"].bytes == tokens + 64 * 2 * (2 * 48 + 32) + matrix + 4 * 32
-    assert kernels["scan"].bytes == 64 * 2 * (2 * 48 + 32) + 2 * matrix + 4 * 32
+    assert kernels["scan"].bytes == 64 * 2 * (2 * 48 + 32) + matrix + 4 * 32
+    assert kernels["prepare_again"].bytes == kernels["prepare"].bytes - 64 * 2 * 48
+    assert kernels["scan_again"].bytes == 2 * matrix + 4 * 32
     assert kernels["grad_scan"].bytes == 64 * 2 * (48 + 32) + matrix + 4 * 32
 
 
@@ -66,8 +71,10 @@ def test_low_rank_transitions_cost_what_they_should():
     more = {kernel: low_rank[kernel].bytes - plain[kernel].bytes for kernel in plain}
     reads, inverse, transition, matrix, values = 64 * 2 * 2 * 32, 64 * 2 * 64, 2 * 32 * 32, 4 * 32 * 48, 64 * 2 * 48
     assert more == {
-        "prepare": reads + inverse + transition,
+        "prepare": reads + transition,
         "scan": transition,
+        "prepare_again": reads + inverse + transition,
+        "scan_again": transition,
         "grad_scan": transition,
         "grad_value": reads + inverse + matrix + 3 * values,
         "grad_key": 2 * reads + 2 * values,
@@ -78,4 +85,5 @@ def test_predicted_bytes_lie_between_the_design_and_the_peer():
     rows = [row for row in report.costs() if row["designed"] != ""]
     assert [row["chunk"] for row in rows] == [64, 32, 16]
     assert all(row["designed"] < row["bytes_per_row"] < report.OTHERS for row in rows)
-    assert rows[0]["bytes_per_row"] < 0.4 * report.OTHERS
+    # The forward is run again in the backward, which moves 0.04 of that.
+    assert rows[0]["bytes_per_row"] < 0.45 * report.OTHERS
