@@ -28,6 +28,11 @@ def assumed_device(kind: str) -> Iterator[None]:
         _assumed = before
 
 
+def on_gpu(x: torch.Tensor) -> bool:
+    """Say whether a tensor is on a CUDA device, or counts as being on one."""
+    return (_assumed or x.device.type) == "cuda"
+
+
 def choose_backend(backend: str | None, device: torch.device, implemented: tuple[str, ...]) -> str:
     """Return the name of the implementation to run.
 

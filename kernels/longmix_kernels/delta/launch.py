@@ -5,8 +5,6 @@ Nothing here imports Triton; see `longmix_kernels.launch`.
 
 from dataclasses import dataclass, replace
 
-import torch
-
 from longmix_kernels import launch
 from longmix_kernels.delta.cost import choose_chunk
 from longmix_kernels.delta.inputs import Inputs

@@ -1,8 +1,9 @@
 """The delta rule on a GPU, backward; deterministic, because no two programs add to one number.
 
 The forward's kernels run again, for what chunks do and the states between them. The gradients of states go back through
-the chunks' maps (`triton_scan`). Then every chunk is on its own: first values and what is removed (`triton_grad_value`), then all else (`triton_grad_key_bounded` where a bound
-of decays is promised, else `triton_grad_key_exact`).
+the chunks' maps (`triton_scan`). Then every chunk is on its own: first values and what is removed
+(`triton_grad_value`), then all else (`triton_grad_key_bounded` where a bound of decays is promised, else
+`triton_grad_key_exact`).
 """
 
 import torch

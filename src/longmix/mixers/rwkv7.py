@@ -18,7 +18,7 @@ their table. `block=rwkv7` is what surrounds it.
 """
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from longmix.mixers.parts.base import COUNT, MixerOutput, ModelShape, at_most, c
 from longmix.mixers.parts.convolution import token_shift
 from longmix.mixers.parts.documents import continued_ids
 from longmix.mixers.parts.norms import HeadwiseNorm, check_norm_eps
+from longmix.mixers.parts.recomputed import recomputed
 from longmix.mixers.parts.recurrent import RecurrentMixer, RecurrentState
 from longmix.mixers.parts.recurrent_slices import DeltaRecurrence, widened
 from longmix.recipe import Recipe, set_recipe
@@ -68,10 +69,25 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
-        inner = self.down(x)
+        return self.of_thin(self.down(x))
+
+    def of_thin(self, thin: Tensor) -> Tensor:
+        """[..., rank] of `down` -> [..., width]."""
         if self.activation != "none":
-            inner = inner.tanh() if self.activation == "tanh" else inner.sigmoid()
-        return self.up(inner)
+            thin = thin.tanh() if self.activation == "tanh" else thin.sigmoid()
+        return self.up(thin)
+
+
+class Terms(NamedTuple):
+    """What the engine gets of each token, see `delta_rule`, and what is added to its normed output."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    log_decay: Tensor
+    read: Tensor
+    write: Tensor
+    bonus: Tensor
 
 
 class RWKV7(RecurrentMixer):
@@ -171,43 +187,78 @@ class RWKV7(RecurrentMixer):
         of_query, of_decay, of_key, of_value, of_rate, of_gate = (
             x + change * shift for shift in self.shifts.to(x.dtype).unbind()
         )
-        key, value = self.key(of_key), self.value(of_value)
+        query, key, value = self.query(of_query), self.key(of_key), self.value(of_value)
         given = value if value_residual is None else value_residual
-        if self.value_mix is not None:
-            value = value + (given - value) * (self.value_base + self.value_mix(of_value)).sigmoid().to(value.dtype)
-        rate = (self.rate_base + self.rate(of_rate)).sigmoid()
-        removal = F.normalize(self._heads(key * self.removal_scale), dim=-1, eps=1e-12)
-        replacement = key * (1 + (rate - 1) * self.replacement_scale)
-        query, key, value = (self._heads(part.to(value.dtype)) for part in (self.query(of_query), replacement, value))
-        log_decay = self._heads(self.log_decay(of_decay))
-        read, write = -removal.to(value.dtype), (removal * self._heads(rate)).to(value.dtype)
+        thin = self.decay.down(of_decay), self.rate.down(of_rate)
+        mix = None if self.value_mix is None else self.value_mix.down(of_value)
+        made = query, key, value, given, *thin, mix
+        seen = isinstance(state, Slices) or self.tuned is not None or self.watch is not None
+        terms = self._terms(*made) if seen else None
+        bonus = None if terms is None else terms.bonus
 
         def run(initial: Tensor | None, ids: Tensor | None) -> tuple[Tensor, Tensor]:
-            return self.call_engine(
-                delta_rule,
-                query,
-                key,
-                widened(value, initial),
-                log_decay=log_decay,
-                low_rank_read=read,
-                low_rank_write=write,
-                scale=1.0,
-                initial_state=initial,
-                document_ids=ids,
-                min_log_decay=-DECAY_LIMIT,
-            )
+            nonlocal bonus
+            if terms is not None:
+                return self._engine(terms, initial, ids)
+            found, carried, bonus = recomputed(self._read, *made, initial, ids)
+            return found, carried
 
         found, carried = self.run_engine(run, DeltaRecurrence(), state, document_ids, batch)
-        bonus = (query * key * self._heads(self.bonus)).sum(-1, keepdim=True) * value
-        normed = self.head_norm(self.recall(found, query))
-        gated = (normed + bonus.to(found.dtype)).flatten(2) * self.gate(of_gate)
+        if terms is not None:
+            found = self.recall(found, terms.query)
+        gated = recomputed(self._gated, found, bonus, self.gate.down(of_gate))
         after = self.next_state(carried, recent, x, state, ids)
         return MixerOutput(self.output(gated), after, metrics=self.state_metrics(carried, state), value_residual=given)
 
+    def _terms(
+        self, query: Tensor, key: Tensor, value: Tensor, given: Tensor, decay: Tensor, rate: Tensor, mix: Tensor | None
+    ) -> Terms:
+        """What the engine gets, of the projections [B, T, D] and of what is thin of the low-rank ones."""
+        if self.value_mix is not None and self.value_base is not None and mix is not None:
+            share = (self.value_base + self.value_mix.of_thin(mix)).sigmoid().to(value.dtype)
+            value = value + (given - value) * share
+        rate = (self.rate_base + self.rate.of_thin(rate)).sigmoid()
+        removal = F.normalize(self._heads(key * self.removal_scale), dim=-1, eps=1e-12)
+        replacement = key * (1 + (rate - 1) * self.replacement_scale)
+        query, key, value = (self._heads(part.to(value.dtype)) for part in (query, replacement, value))
+        log_decay = self._heads(self._log_decay(self.decay.of_thin(decay)))
+        read, write = -removal.to(value.dtype), (removal * self._heads(rate)).to(value.dtype)
+        bonus = (query * key * self._heads(self.bonus)).sum(-1, keepdim=True) * value
+        return Terms(query, key, value, log_decay, read, write, bonus)
+
+    def _engine(self, terms: Terms, initial: Tensor | None, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Output [B, T, H, head_dim] and final state of the engine."""
+        return self.call_engine(
+            delta_rule,
+            terms.query,
+            terms.key,
+            widened(terms.value, initial),
+            log_decay=terms.log_decay,
+            low_rank_read=terms.read,
+            low_rank_write=terms.write,
+            scale=1.0,
+            initial_state=initial,
+            document_ids=ids,
+            min_log_decay=-DECAY_LIMIT,
+        )
+
+    def _read(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of what `_terms` gets, then the initial state and document ids of the engine; and the bonus."""
+        *made, initial, ids = arguments
+        terms = self._terms(*made)
+        return *self._engine(terms, initial, ids), terms.bonus
+
+    def _gated(self, found: Tensor, bonus: Tensor, gate: Tensor) -> Tensor:
+        """Norm what was read [B, T, H, head_dim], add the bonus, and gate both, to [B, T, D]."""
+        return (self.head_norm(found) + bonus.to(found.dtype)).flatten(2) * self.gate.of_thin(gate)
+
     def log_decay(self, x: Tensor) -> Tensor:
         """log w of x [B, T, D], in float32 or better."""
-        exact = torch.promote_types(x.dtype, torch.float32)
-        return -DECAY_LIMIT * (self.decay_base.to(exact) + self.decay(x).to(exact)).sigmoid()
+        return self._log_decay(self.decay(x))
+
+    def _log_decay(self, raised: Tensor) -> Tensor:
+        exact = torch.promote_types(raised.dtype, torch.float32)
+        return -DECAY_LIMIT * (self.decay_base.to(exact) + raised.to(exact)).sigmoid()
 
     def zeros(self, batch: int) -> Tensor:
         """The empty memory for `batch` rows: keys by values. The authors' code has values by keys."""

@@ -19,7 +19,7 @@ this project's other linear attention. The norm has weights for each head, where
 """
 
 import math
-from typing import TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ from longmix.mixers.parts.convolution import ShortConvolution
 from longmix.mixers.parts.documents import continued_ids
 from longmix.mixers.parts.exact import exact_linear
 from longmix.mixers.parts.norms import HeadwiseNorm, check_norm_eps
+from longmix.mixers.parts.recomputed import recomputed
 from longmix.mixers.parts.recurrent import Recurrence, RecurrentMixer, RecurrentState
 from longmix.mixers.parts.recurrent_slices import DecayRecurrence, DeltaRecurrence, widened
 from longmix.recipe import Recipe, set_recipe
@@ -85,13 +86,32 @@ class LogDecay(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Log decays of each token of `x`, as the class says."""
-        step = exact_linear(self.up, x if self.down is None else exact_linear(self.down, x)) + self.bias
+        return self.of_thin(self.thin(x))
+
+    def thin(self, x: Tensor) -> Tensor:
+        """What is narrow in between: a number per head, or the thin matrix's rank."""
+        return exact_linear(self.up if self.down is None else self.down, x)
+
+    def of_thin(self, thin: Tensor) -> Tensor:
+        """Log decays of what `thin` returned."""
+        step = (thin if self.down is None else exact_linear(self.up, thin)) + self.bias
         if self.log_rate is None:
             return F.logsigmoid(step).unflatten(-1, (self.heads, -1)) / SIGMOID_DIVISOR
         rate = self.log_rate.to(step.dtype).exp()
         if self.kind == "head":
             return -rate * F.softplus(step)
         return -rate.unsqueeze(-1) * F.softplus(step).unflatten(-1, (self.heads, -1))
+
+
+class Terms(NamedTuple):
+    """What the engine gets of each token; see `delta_rule`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    log_decay: Tensor
+    read: Tensor | None = None
+    write: Tensor | None = None
 
 
 class GatedMemoryOptions(TypedDict, total=False):
@@ -202,47 +222,78 @@ class GatedMemory(RecurrentMixer):
         ids = continued_ids(document_ids, state, batch, length)
         projected = torch.cat([self.query(x), self.key(x), self.value(x)], -1)
         recent = self.recent(projected, state, ids)
-        query, key, value = self._heads(projected if self.convolution is None else self.convolution(projected, *recent))
-        log_decay = self.log_decay(x)
-        read = write = None
-        if self.strength is not None:
-            query, write = _unit(query), _unit(key)
-            key = write * exact_linear(self.strength, x).sigmoid().unsqueeze(-1)
-            kept = log_decay if log_decay.dim() == 4 else log_decay.unsqueeze(-1)
-            read = (-kept.exp() * key).to(value.dtype)
-            query, key, write = (part.to(value.dtype) for part in (query, key, write))
+        thin = None if self.decay is None else self.decay.thin(x)
+        strength = None if self.strength is None else exact_linear(self.strength, x)
+        made = projected, *recent, thin, strength
+        seen = isinstance(state, Slices) or self.tuned is not None or self.watch is not None
+        terms = self._terms(*made) if seen else None
 
         def run(initial: Tensor | None, ids: Tensor | None) -> tuple[Tensor, Tensor]:
-            return self.call_engine(
-                delta_rule,
-                query,
-                key,
-                widened(value, initial),
-                log_decay=log_decay,
-                low_rank_read=read,
-                low_rank_write=write,
-                scale=self.key_dim**-0.5,
-                initial_state=initial,
-                document_ids=ids,
-                min_log_decay=0.0 if self.decay is None else None,
-            )
+            if terms is not None:
+                return self._engine(terms, initial, ids)
+            return recomputed(self._read, *made, initial, ids)
 
         recurrence: Recurrence = DeltaRecurrence()
-        if self.strength is None:
-            recurrence = DecayRecurrence(query, log_decay, self.key_dim**-0.5)
+        if terms is not None and self.strength is None:
+            recurrence = DecayRecurrence(terms.query, terms.log_decay, self.key_dim**-0.5)
         found, carried = self.run_engine(run, recurrence, state, document_ids, batch)
-        mixed = self.head_norm(self.recall(found, query)).flatten(2)
-        if self.gate is not None:
-            gate = self.gate(x)
-            mixed = mixed * (F.silu(gate) if self.output_gate == "silu" else gate.sigmoid())
+        if terms is not None:
+            found = self.recall(found, terms.query)
+        mixed = recomputed(self._gated, found, None if self.gate is None else self.gate(x))
         after = self.next_state(carried, recent, projected, state, ids)
         return MixerOutput(self.output(mixed), after, metrics=self.state_metrics(carried, state))
 
+    def _terms(
+        self, projected: Tensor, before: Tensor, ids: Tensor | None, thin: Tensor | None, strength: Tensor | None
+    ) -> Terms:
+        """What the engine gets, of the projections [B, T, 2 keys + values] and what came `before` them."""
+        mixed = projected if self.convolution is None else self.convolution(projected, before, ids)
+        query, key, value = self._heads(mixed)
+        log_decay = self._no_decay(projected) if self.decay is None or thin is None else self.decay.of_thin(thin)
+        if strength is None:
+            return Terms(query, key, value, log_decay)
+        query, write = _unit(query), _unit(key)
+        key = write * strength.sigmoid().unsqueeze(-1)
+        kept = log_decay if log_decay.dim() == 4 else log_decay.unsqueeze(-1)
+        read = -kept.exp() * key
+        query, key, read, write = (part.to(value.dtype) for part in (query, key, read, write))
+        return Terms(query, key, value, log_decay, read, write)
+
     def log_decay(self, x: Tensor) -> Tensor:
         """Log decay of x [B, T, D], one per head [B, T, H] or channel [B, T, H, key_dim], in float32 or better."""
-        if self.decay is not None:
-            return self.decay(x)
-        return x.new_zeros(*x.shape[:2], self.num_heads, dtype=torch.promote_types(x.dtype, torch.float32))
+        return self._no_decay(x) if self.decay is None else self.decay(x)
+
+    def _no_decay(self, x: Tensor) -> Tensor:
+        exact = torch.promote_types(x.dtype, torch.float32)
+        return x.new_zeros(*x.shape[:2], self.num_heads, dtype=exact)
+
+    def _engine(self, terms: Terms, initial: Tensor | None, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Output [B, T, H, value_dim] and final state of the engine."""
+        return self.call_engine(
+            delta_rule,
+            terms.query,
+            terms.key,
+            widened(terms.value, initial),
+            log_decay=terms.log_decay,
+            low_rank_read=terms.read,
+            low_rank_write=terms.write,
+            scale=self.key_dim**-0.5,
+            initial_state=initial,
+            document_ids=ids,
+            min_log_decay=0.0 if self.decay is None else None,
+        )
+
+    def _read(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """The same of what `_terms` gets, then the initial state and document ids of the engine."""
+        *made, initial, ids = arguments
+        return self._engine(self._terms(*made), initial, ids)
+
+    def _gated(self, found: Tensor, gate: Tensor | None) -> Tensor:
+        """Norm and gate what was read [B, T, H, value_dim], to [B, T, values]."""
+        mixed = self.head_norm(found).flatten(2)
+        if gate is None:
+            return mixed
+        return mixed * (F.silu(gate) if self.output_gate == "silu" else gate.sigmoid())
 
     def zeros(self, batch: int) -> Tensor:
         """The empty memory, for `batch` rows."""
