@@ -1,4 +1,4 @@
-"""Where classes are that earlier checkpoints, run folders and exports name by another path.
+"""Old paths of classes, as earlier checkpoints, run folders and exports name them.
 
 A name that was ever written stays readable: whoever moves or renames a class adds its old path here.
 """
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 DEEPEST = 50
-"""Levels of a configuration that are looked through; ours have about ten."""
+"""The most levels of a configuration that are searched; longmix's have about ten."""
 
 PARTS = "longmix.mixers.parts"
 TASKS = "longmix.evaluation.tasks"

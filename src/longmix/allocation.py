@@ -1,4 +1,4 @@
-"""One line instead of a traceback where memory does not suffice; nothing heavy is imported here."""
+"""One line instead of a traceback where memory runs out; nothing heavy is imported here."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ def allocation_errors(what: str, cure: str) -> Iterator[None]:
     """Turn a refused allocation, on a CPU or a GPU, into one line.
 
     Args:
-        what: takes the memory.
+        what: the work that needs the memory, as messages name it.
         cure: what to change.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What the data give and the model takes: one batch of windows."""
+"""Batches of windows, which data give and models take."""
 
 from typing import TYPE_CHECKING, TypedDict
 

@@ -1,4 +1,4 @@
-"""What the entry points share before anything heavy is imported: words for Hydra, help, one-line errors, exit codes."""
+"""The shared beginning of all commands: words for Hydra, help, one-line errors, exit codes. Imports nothing heavy."""
 
 import contextlib
 import functools
@@ -76,7 +76,7 @@ def run(main: Callable[[], Any], command: str) -> None:
 
 
 def answered(schema: Schema, arguments: Sequence[str]) -> str | None:
-    """What `-h` and `--version` print; None where the command is to be run."""
+    """The text that `-h` or `--version` prints; None if the command shall run."""
     if "--version" in arguments:
         return version_text()
     if {"-h", "--help"} & set(arguments):
@@ -133,7 +133,7 @@ def as_hydra_reads(schema: Schema, words: Sequence[Word], sweep: bool = False) -
 
 @contextlib.contextmanager
 def _refusals_in_one_line(schema: Schema, given: Sequence[str]) -> Iterator[None]:
-    """Turn what Hydra raises before the task into a `ConfigError`; a defect keeps its traceback from the task on."""
+    """Turn errors of Hydra before the task into a `ConfigError`; a defect keeps its traceback from the task on."""
 
     def call(function: Callable[[], Any]) -> Any:
         return function()
@@ -245,7 +245,7 @@ def entry_point(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _speaks(error: LongmixError) -> bool:
-    """Whether this process of several is the one to tell the user."""
+    """Whether this process, of several, reports the error to the user."""
     place = own_place()
     if place is None:
         return True
@@ -255,7 +255,7 @@ def _speaks(error: LongmixError) -> bool:
 
 
 def _remove_unused_folder() -> None:
-    """Hydra makes the run's folder before the task begins; a refused run should leave nothing behind."""
+    """Remove the folder that Hydra made before the task, so that a refused run leaves nothing behind."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     if folder != Path.cwd():
         with contextlib.suppress(OSError):  # it holds something, and stays

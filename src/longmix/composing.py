@@ -23,12 +23,12 @@ from longmix.config import Node
 from longmix.errors import ConfigError
 
 _LOCK = threading.RLock()
-"""Hydra's state is the process's."""
+"""Held while Hydra composes, because all threads share its state."""
 
 
 @dataclass(frozen=True)
 class Composed:
-    """What words make.
+    """The configuration that words make.
 
     Attributes:
         node: the configuration, with every interpolation carried out.

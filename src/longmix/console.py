@@ -1,4 +1,4 @@
-"""Output that never ends a run: where a terminal, a pipe or a log's disk is gone, what would go there is dropped.
+"""Output that never ends a run: without terminal, reader or disk space, it is dropped.
 
 Nothing heavy is imported here, as the entry points protect their output before anything else.
 """
@@ -79,7 +79,7 @@ def protect_output() -> None:
 
 
 def is_gone(stream: Any) -> bool:
-    """Whether nobody can read what is written to `stream` any more."""
+    """Whether output to `stream` reaches nobody any more."""
     return isinstance(stream, LastingStream) and stream.gone
 
 

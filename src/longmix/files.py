@@ -24,13 +24,13 @@ from longmix.locks import try_lock
 HASH_CHUNK_BYTES = 1 << 20
 
 LONGEST_NAME_BYTES = 120
-"""Of the target's name in a temporary one: file systems take 255 for all of it."""
+"""The most bytes of the target's name in a temporary name; file systems take 255 in all."""
 
 LOCKED = ".lock"
-"""What the name of a temporary's lock has besides."""
+"""Suffix of the lock beside a temporary file."""
 
 ANOTHER_HOST_SECONDS = 24 * 3600
-"""For so long a leftover of another machine stays untouched: some shared disks keep locks for each machine alone."""
+"""Seconds that leftovers of another machine stay untouched, since some shared disks keep locks per machine."""
 
 _OURS = re.compile(r"\.(?P<name>.*)\.(?P<host>[^.]+)\.(?P<token>r[0-9a-f]{16}|\d+)\.tmp", re.DOTALL)
 """Temporary names; earlier versions had the writer's pid in the place of the token, and no lock."""
@@ -87,7 +87,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def check_replaceable(path: Path) -> None:
-    """Refuse a place that `replace_file` could not write to: ask before work whose result goes there.
+    """Refuse a path that `replace_file` cannot write to. Call it before work whose result goes there.
 
     Raises:
         StorageError: its folder is missing or may not be written to, or the name is that of a folder or a device.

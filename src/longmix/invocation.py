@@ -1,4 +1,4 @@
-"""How a run was asked for: what the command line, or a caller from Python, said besides the configuration."""
+"""How a run was asked for: facts from the command line or a Python caller besides the configuration."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,15 +10,15 @@ from hydra.types import RunMode
 
 @dataclass(frozen=True)
 class Invocation:
-    """What a run is told besides its configuration.
+    """The facts of a call besides its configuration.
 
     Attributes:
-        folder: where it goes, unless it is continued elsewhere.
+        folder: the run's folder, unless it is continued elsewhere.
         words: given by the user, as in `seq_len=64`.
         choices: the file that each group was chosen from, by group.
         swept: words that differ between the runs of the sweep that it is one of; None outside a sweep.
         named: the user chose the folder; None where the name tells.
-        is_command: it is all that this process does.
+        is_command: this process does nothing else.
     """
 
     folder: Path
@@ -35,7 +35,7 @@ class Invocation:
 
     @classmethod
     def of_command(cls) -> "Invocation":
-        """That of the task which Hydra has begun in this process."""
+        """The invocation of the task that Hydra has begun in this process."""
         hydra = HydraConfig.get()
         words = tuple(hydra.overrides.task)
         swept = None

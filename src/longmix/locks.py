@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
-"""What file systems answer that know no locks, as Lustre may without its mount option `flock`."""
+"""Error numbers of file systems without locks, such as Lustre without its mount option `flock`."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

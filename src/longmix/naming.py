@@ -23,7 +23,7 @@ RUNS = "runs"
 LONGEST_NAME_BYTES = 240  # file systems take 255
 LONGEST_SWEEP_NAME = 120
 CLOCK = "${now:"
-"""What a name has in it before it is resolved if the clock gives it, and not the user."""
+"""Part of an unresolved name that the clock gives; names of the user lack it."""
 
 
 def register() -> None:
@@ -63,13 +63,13 @@ def _problem(name: str) -> str | None:
 
 
 def run_folder(name: Any) -> str:
-    """The folder that Hydra makes for a run; for a name that will be refused it is one that harms nobody."""
+    """The folder that Hydra makes for a run; for a name that will be refused, a harmless one."""
     return f"{RUNS}/{name}" if _problem(str(name)) is None else f"{RUNS}/.refused"
 
 
 @dataclass(frozen=True)
 class RunPlace:
-    """Where the command line puts a run.
+    """The place of a run, as the command line tells it.
 
     Attributes:
         folder: the run's, unless it is continued elsewhere.
@@ -116,7 +116,7 @@ def _with_own_mixer(name: str, node: dict[str, Any], choices: Mapping[str, str])
 
 
 def mixer_word(mixer: dict[str, Any]) -> str:
-    """A mixer's node in a word: the members of a pattern, or the module of its class, which is named like its file.
+    """The name of a mixer's node: the members of a pattern, or the module of its class, named like its file.
 
     A class of another package, whose module may have any name, is called by its own.
     """
@@ -175,7 +175,7 @@ class SweepFolder(Callback):
 
 
 def same_words(words: Iterable[str], swept: Iterable[str] = ()) -> list[str]:
-    """The words of a sweep's command line that all of its runs have alike.
+    """The words of a sweep's command line that are the same in all of its runs.
 
     Args:
         words: as they were given.

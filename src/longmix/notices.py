@@ -1,4 +1,4 @@
-"""Warnings of longmix's own: one line on the terminal, once in each run and not once in each layer or process.
+"""longmix's own warnings: one line on the terminal, once a run instead of once a layer or process.
 
 Nothing heavy is imported here. Where longmix is used as a library, they are Python warnings like any other.
 """

@@ -1,15 +1,15 @@
-"""Text from outside (names, generated text, foreign files) as a terminal may show it: nothing in it is a command."""
+"""Makes text from outside (names, generated text, foreign files) safe for a terminal: nothing in it is a command."""
 
 import unicodedata
 
 HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-"""Unicode categories that are not shown as they stand: controls, formats such as the reversal of a line, surrogates."""
+"""Unicode categories that are escaped: controls, formats such as the reversal of a line, surrogates."""
 
 JOINERS = "\u200c\u200d"
 """Formats that scripts and emoji need between their letters; they move nothing else."""
 
 LINES = "\n\t"
-"""What text of several lines keeps."""
+"""Characters that a text of several lines keeps."""
 
 
 def printable(text: object, keep: str = "") -> str:

@@ -1,4 +1,4 @@
-"""What a person sees who waits: bars on standard error where that is a terminal, and plain lines where it is not.
+"""Progress for people who wait: bars on standard error if that is a terminal, else plain lines.
 
 A bar that is wiped at the end leaves its place to the line that says what was done.
 """
@@ -43,7 +43,7 @@ def on_terminal() -> bool:
 
 
 def silent(_: int) -> None:
-    """Take an amount and show nothing."""
+    """Show nothing; stands for `advance` without a bar."""
 
 
 def tracked(

@@ -15,16 +15,16 @@ from longmix.errors import ConfigError
 from longmix.printable import printable
 
 LARGEST_TEXT_BYTES = 64 << 20
-"""Of a JSON file that is read whole; the largest that longmix writes are tokenizers, of some MiB."""
+"""The most bytes of a JSON file; the largest that longmix writes are tokenizers of some MiB."""
 
 LONGEST_REASON = 300
-"""Letters of what a library says of a file, in one of our messages."""
+"""The most letters of a library's text in one of our messages."""
 
 LARGEST_YAML_BYTES = 1 << 20
-"""Of a YAML file; longmix writes some KiB."""
+"""The most bytes of a YAML file; longmix writes some KiB."""
 
 DEEPEST = 64
-"""Levels of nesting in a YAML file; longmix writes about ten."""
+"""The most levels of a YAML file; longmix writes about ten."""
 
 
 def read_bytes(path: Path, limit: int = LARGEST_TEXT_BYTES) -> bytes:
@@ -47,7 +47,7 @@ def read_bytes(path: Path, limit: int = LARGEST_TEXT_BYTES) -> bytes:
 
 
 def require_regular(path: Path) -> None:
-    """Refuse what cannot be read like a file: a folder, a FIFO, a device.
+    """Refuse a path that is no regular file: a folder, a FIFO, a device.
 
     Raises:
         OSError: there is nothing of this name, or it is no regular file.
@@ -93,7 +93,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _check_events(text: str) -> None:
-    """Refuse what a few bytes can make endless, before anything is built of it."""
+    """Refuse YAML that a few bytes can make endless (aliases, deep nesting), before anything is built from it."""
     import yaml
 
     depth, begun = 0, False
@@ -114,7 +114,7 @@ def _check_events(text: str) -> None:
 
 
 def shortened(text: object, limit: int = LONGEST_REASON) -> str:
-    """What a library or a file says, as one line of at most `limit` letters in which nothing steers a terminal."""
+    """A library's or file's text as one line of at most `limit` letters, safe for a terminal."""
     line = printable(" ".join(str(text).split()))
     return line if len(line) <= limit else f"{line[:limit]}..."
 

@@ -1,4 +1,4 @@
-"""A model back from its checkpoint alone, for the entry points that do not train."""
+"""Rebuilds a model from its checkpoint alone, for commands that do not train."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ DEFAULTS: Node = {"states": None, "device": "auto", "precision": "auto", "trust"
 
 @dataclass(frozen=True)
 class Restored:
-    """What a checkpoint held.
+    """The content of a checkpoint, ready to use.
 
     Attributes:
         checkpoint: its folder.
@@ -53,7 +53,7 @@ class Restored:
 
 
 def restore(words: Node | str | Path) -> Restored:
-    """Rebuild what the words `checkpoint`, `states`, `device`, `precision` and `trust` say.
+    """Rebuild the model that the words `checkpoint`, `states`, `device`, `precision` and `trust` describe.
 
     Args:
         words: of these, those that are absent have the entry points' defaults; or the checkpoint's folder, or that of

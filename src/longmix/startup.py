@@ -1,4 +1,4 @@
-"""The first line of every entry point: from there on neither a signal nor a lost terminal gives a traceback.
+"""The first call of every command: from then on neither a signal nor a lost terminal gives a traceback.
 
 Nothing heavy is imported here: the imports that follow take seconds.
 """
@@ -36,7 +36,7 @@ def begin(resumable: bool = False) -> None:
 
 
 def seconds_since_begin(otherwise: float) -> float:
-    """How long the command of this process has run, or `otherwise` where no entry point began it."""
+    """Seconds since this process's command began, or `otherwise` where no command began it."""
     return time.time() - float(os.environ[BEGAN]) if BEGAN in os.environ else otherwise
 
 
@@ -48,7 +48,7 @@ def _without_traceback(kind: type[BaseException], error: BaseException, tracebac
 
 
 def _unraisable(what: Any) -> Any:
-    """Python drops what a handler raises inside a destructor or a callback; for Ctrl-C the process ends here."""
+    """End the process if Ctrl-C came inside a destructor or callback, where Python drops the exception."""
     if not issubclass(what.exc_type, KeyboardInterrupt):
         return sys.__unraisablehook__(what)
     return _end()

@@ -1,4 +1,4 @@
-"""What a file from somewhere else may name: classes of the right kind, and nothing that runs.
+"""Names in files from elsewhere: only classes of the right kind are accepted, and nothing that runs.
 
 The configuration on the command line is its user's word and may name any class or function. A checkpoint or an
 exported folder may come from anybody. Each place of such a file has a kind, a base class, and a name at that place is
@@ -30,7 +30,7 @@ SCHEME = re.compile(r"\s*([a-zA-Z][a-zA-Z0-9+.-]*)(://|::)")
 
 
 def check_model_nodes(config: Node, trust: Collection[str] = ()) -> None:
-    """Refuse the nodes `model` and `mixer` of a checkpoint's configuration if they name anything but their parts.
+    """Refuse nodes `model` and `mixer` of a checkpoint's configuration that name other classes than parts of models.
 
     Args:
         config: the checkpoint's configuration.
@@ -94,7 +94,7 @@ def _check_trust_words(trust: Collection[str]) -> None:
 
 
 def _check(node: Any, key: str, kind: type, trust: Collection[str]) -> None:
-    """Refuse a node whose `_target_`, or that of a node within, is not what the module's head allows."""
+    """Refuse a node if its `_target_`, or that of a node within, breaks the rules in the module's head."""
     if not isinstance(node, dict) or "_target_" not in node:
         raise CheckpointError(f"the checkpoint's {key}={node!r} has no `_target_`, so it is none that longmix wrote.")
     target = _trusted_class(str(node["_target_"]), key, kind, trust)

@@ -1,4 +1,4 @@
-"""Which versions a result comes from."""
+"""Versions that a result depends on."""
 
 import platform
 from importlib import metadata

@@ -1,4 +1,4 @@
-"""Words of messages: what depends on a number, and what was probably meant."""
+"""Parts of messages: nouns with numbers, and the name that was probably meant."""
 
 import difflib
 from collections.abc import Iterable
@@ -22,5 +22,5 @@ def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
 
 
 def did_you_mean(meant: str) -> str:
-    """What a message says of what was probably meant, with a blank before it; nothing if `meant` is empty."""
+    """The sentence " Did you mean ...?" for a message; empty if `meant` is."""
     return f" Did you mean {meant}?" if meant else ""

@@ -1,4 +1,4 @@
-"""Several processes that do one thing: it succeeds in all of them, or the same error is raised in all of them."""
+"""Work that several processes do together: it succeeds in all, or the same error is raised in all."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -29,7 +29,7 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process does what only one may do."""
+        """Whether this is the process that does the work of one, such as writing."""
         return self.rank == 0
 
     def each(self, work: Callable[[], Result]) -> list[Result]:

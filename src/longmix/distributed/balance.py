@@ -15,7 +15,7 @@ from longmix.distributed.slices import Slices
 
 
 def balanced(attend: Callable[[Tensor, int], Tensor], query: Tensor, slices: Slices) -> Tensor:
-    """Attention of this process's queries, of which other processes compute some.
+    """The attention of this process's queries; other processes compute half of it.
 
     Args:
         attend: the outputs [B, T / 2, ...] of some queries [B, T / 2, ...] of any slice, which are the last ones before
@@ -38,7 +38,7 @@ def rows_needed(x: Tensor, slices: Slices) -> Tensor:
 
 
 def _within(end: int, rank: int, length: int) -> int:
-    """How many rows of a slice lie before a place in the row."""
+    """The number of a slice's rows that lie before a place in the row."""
     return min(length, max(0, end - rank * length))
 
 
@@ -47,7 +47,7 @@ def _computed_by(half: int, size: int) -> int:
 
 
 def _swapped(x: Tensor, slices: Slices) -> Tensor:
-    """The halves that this process computes, of the two [B, T, ...] that it has."""
+    """Exchange the two halves that this process holds, [B, T, ...], for the two that it computes."""
     middle, length = slices.length // 2, slices.length
     owners = [half // 2 for half in (slices.rank, 2 * slices.size - 1 - slices.rank)]
     got = [middle * owners.count(rank) for rank in range(slices.size)]
@@ -56,7 +56,7 @@ def _swapped(x: Tensor, slices: Slices) -> Tensor:
 
 
 def _swapped_back(x: Tensor, slices: Slices) -> Tensor:
-    """The two halves that this process has, of those [B, T, ...] that it computed."""
+    """Exchange the two computed halves, [B, T, ...], for the two that this process holds."""
     middle, length = slices.length // 2, slices.length
     to = [half // 2 for half in (slices.rank, 2 * slices.size - 1 - slices.rank)]
     computed_by = [_computed_by(2 * slices.rank + place, slices.size) for place in (0, 1)]

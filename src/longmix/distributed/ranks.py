@@ -1,4 +1,4 @@
-"""Which of a run's processes this one is: torchrun, Slurm's srun and our own launcher say so in the environment.
+"""The place of this process among those of a run, as torchrun, srun or our own launcher tell it in the environment.
 
 Nothing heavy is imported here, as the entry points ask before anything else.
 """
@@ -40,7 +40,7 @@ class Place:
 
 
 def local_environment(rank: int, count: int, port: int) -> dict[str, str]:
-    """What tells one of `count` processes, all on this machine, where it stands and at which port they meet."""
+    """The environment of one of `count` processes on this machine: its place and the port where all meet."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     return {name: str(number) for name, number in (numbers | {"MASTER_PORT": port}).items()} | {
         "MASTER_ADDR": "127.0.0.1"
@@ -48,7 +48,7 @@ def local_environment(rank: int, count: int, port: int) -> dict[str, str]:
 
 
 def own_place() -> Place | None:
-    """Where this process stands, or None if nobody started it together with others.
+    """The place of this process; None if it was started alone.
 
     Raises:
         ConfigError: srun does not say how many processes a machine has.
@@ -75,7 +75,7 @@ def process_rank() -> int:
 
 
 def end_with_parent() -> None:
-    """Have this process asked to stop, by SIGTERM, when torchrun or our launcher ends without it; on Linux only.
+    """Let SIGTERM stop this process when torchrun or our launcher ends before it; on Linux only.
 
     Raises:
         ProcessLost: our own launcher has ended already.

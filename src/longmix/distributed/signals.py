@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     import torch
 
 REQUEUE = (signal.SIGUSR1, signal.SIGUSR2)
-"""Slurm sends the one that it was told to before a job's time is over, or to make room; submitit chooses SIGUSR2."""
+"""Signals of Slurm before a job's time is over, or to make room: sbatch chooses which, submitit SIGUSR2."""
 
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, *REQUEUE)
-"""The later ones count for more where several come."""
+"""Signals by rising weight: of several, the last in this order counts."""
 
 PATIENCE_SECONDS = 10.0
-"""How long a signal waits for a call in C++ while there is nothing to save: it may be for a process that is gone."""
+"""Seconds that a signal waits for a call in C++ with nothing to save; the call may wait for a lost process."""
 
 SAME_PRESS_SECONDS = 1.0
-"""A terminal sends Ctrl-C to all processes, and launchers pass it on: within this time it is the same one."""
+"""Within so many seconds a second Ctrl-C is the first one, passed on by a launcher to processes that had it."""
 
 
 class Answer(enum.Enum):
@@ -170,7 +170,7 @@ class SignalWatch:
         os._exit(Interrupted.exit_code)
 
     def before_the_first_step(self) -> str:
-        """What to say of a run that was asked to end before it had done anything."""
+        """The message of a run that was asked to end before its first step."""
         assert self.received is not None
         return (
             f"{self.received.name} came before this command's first step; nothing was lost. Run the same command again."
@@ -195,7 +195,7 @@ class SignalWatch:
         return index >= 0
 
     def earlier_handler(self) -> Callable[[], None] | None:
-        """What would have taken a signal that asks for a requeue: submitit's, which puts the job back into the queue.
+        """The earlier handler of a signal that asks for a requeue: submitit's, which queues the job again.
 
         To be asked before `remove`, and called once the run is saved and closed.
         """
@@ -210,7 +210,7 @@ def process_watch() -> SignalWatch:
 
 
 def ignore_signals(of_terminal: bool) -> None:
-    """Have this process reach its own exit code, as all is saved: signals may come twice, and launchers pass them on.
+    """Ignore signals from now on: all is saved, and a second signal must not change the exit code.
 
     Python gives signals back to the system on its way out, unless they are ignored, and the next one would kill it.
 
@@ -224,7 +224,7 @@ def ignore_signals(of_terminal: bool) -> None:
 
 
 def resumable(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Have signals end `task` at any moment with `Interrupted`, until it notes them itself to save its state first."""
+    """Let signals end `task` with `Interrupted` at any moment, until the task notes them to save its state first."""
 
     @functools.wraps(task)
     def run(config: Any) -> Any:
@@ -246,7 +246,7 @@ def resumable(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _interruption(watch: SignalWatch, error: BaseException) -> str | None:
-    """What to say where `error` came of a signal; None where it did not, or where Ctrl-C came twice."""
+    """The message for an `error` that a signal caused; None for others, and where Ctrl-C came twice."""
     if watch.received is None:
         return None
     if isinstance(error, ProcessLost):

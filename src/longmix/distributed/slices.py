@@ -87,7 +87,7 @@ class Slices:
 
     @property
     def start(self) -> int:
-        """The place in the row of this slice's first token."""
+        """The position in the row of this slice's first token."""
         return self.rank * self.length
 
     def ids_before(self, count: int) -> Tensor:

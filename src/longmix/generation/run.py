@@ -37,7 +37,7 @@ class Generated:
         texts: of each row, without its prompt; rows of one prompt follow each other.
         ids: tokens of each row, prompt included.
         tokens_per_second: of all rows together, without reading the prompt.
-        state_bytes: what is remembered of all rows.
+        state_bytes: bytes of the state of all rows.
     """
 
     texts: list[str]
@@ -47,7 +47,7 @@ class Generated:
 
 
 def generate(config: DictConfig) -> Generated:
-    """Go on from the prompt of `config`.
+    """Generate text from the prompt of `config`.
 
     A single row is written to the standard output as it comes, several of them at the end; how fast it went is said on
     the standard error. Once nobody reads the output any more, as behind `| head`, no more is generated. Every row is
@@ -63,7 +63,7 @@ def generate(config: DictConfig) -> Generated:
 
 
 def continued(words: Node, restored: Restored) -> Generated:
-    """What `generate` returns, of a model that is there already and with nothing printed.
+    """Generate as `generate` does, with a loaded model and without printing.
 
     Args:
         words: those of `generate.yaml` but the ones that say which model, and where texts are loaded and saved.
@@ -137,7 +137,7 @@ def _prompts(words: Node) -> list[str]:
 def _begun(
     words: Node, restored: Restored, prompts: list[str], generator: torch.Generator, console: Console
 ) -> tuple[Session, list[list[int]]]:
-    """A session that has read the prompts, or the saved one, and the tokens of its rows."""
+    """A session that has read the prompts or was loaded, and the tokens of its rows."""
     if words["load"] is not None:
         session, about = Session.load(Path(words["load"]), restored.model, restored.device)
         own = _identity(restored)

@@ -1,4 +1,4 @@
-"""How the next token is chosen from its scores."""
+"""The choice of the next token from its scores."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ GREEDY_BELOW = 1e-9
 
 @dataclass(frozen=True)
 class Sampling:
-    """What is left of a distribution before a token is drawn; each filter works on what the one before it left.
+    """Filters of a distribution, applied in this order before a token is drawn.
 
     Attributes:
         temperature: scores are divided by it; 0, and whatever is below `GREEDY_BELOW`, takes the most likely token.

@@ -1,7 +1,7 @@
-"""A model in the middle of some rows of text: what it remembers, and the scores of the next token.
+"""A model in the middle of some rows of text: its state, and the scores of the next token.
 
 One object serves all mixers and mixtures of them, of other packages too: a state per layer, of which nothing is known
-here but that it is a pytree whose tensors begin with the batch. It can be saved and gone on with, and one row can be
+here but that it is a pytree whose tensors begin with the batch. It can be saved and continued, and one row can be
 forked into many.
 """
 
@@ -22,11 +22,11 @@ FORMAT, WITH_CLASSES, WITHOUT_DIGEST = 3, 2, 1
 """Format 3 has the leaves of a state by name; earlier ones have nested lists and objects with the names of classes."""
 
 PREFILL_TOKENS = 4096
-"""Tokens of a prompt, over all rows, that pass the model at once: what bounds its memory."""
+"""Tokens of prompts, over all rows, that pass the model at once, which bounds the memory."""
 
 
 class Session:
-    """Rows of text that go on.
+    """Rows of text that can be continued.
 
     Args:
         model: in evaluation mode.
@@ -64,7 +64,7 @@ class Session:
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> None:
-        """Go on by one token a row, int64 [B]."""
+        """Read one more token of each row, int64 [B]."""
         self._advance(tokens[:, None], None)
 
     def _advance(self, tokens: Tensor, ids: Tensor | None) -> None:
@@ -96,7 +96,7 @@ class Session:
         return session
 
     def state_bytes(self) -> int:
-        """Bytes of all tensors that are remembered."""
+        """Bytes of all tensors of the state."""
         return total_bytes(self.state)
 
     def save(self, path: Path, about: dict[str, Any]) -> None:
@@ -117,7 +117,7 @@ class Session:
 
     @classmethod
     def load(cls, path: Path, model: LanguageModel, device: torch.device) -> tuple["Session", dict[str, Any]]:
-        """What `save` wrote, and its `about`; loading runs no code of the file's.
+        """The session that `save` wrote, and its `about`; loading runs no code of the file.
 
         Raises:
             CheckpointError: there is no such file, or it is damaged, of another format or of another model.
@@ -155,14 +155,14 @@ class Session:
             raise ValueError(f"its scores do not have the shape {list(wanted)}")
 
     def _check_goes_on(self, device: torch.device) -> None:
-        """One more token on a copy: sizes that do not fit each other show at once, whatever the mixers remember."""
+        """Read one more token on a copy, so that sizes which do not fit show at once, whatever the mixers."""
         self.fork(1).step(torch.zeros(self.batch, dtype=torch.int64, device=device))
 
 
 def _restored(found: dict[str, Any], begun: Any, batch: int) -> Any:
-    """A state of the leaves that a file holds by name, in the structure of the state before the first token.
+    """The state with the leaves that a file holds by name, in the structure of the empty state.
 
-    No class is looked for that a file names: a state is of the classes that the model's is of.
+    Classes that a file names are never looked up: the structure is that of the model's own state.
 
     Raises:
         ValueError: they are not the leaves of such a state.

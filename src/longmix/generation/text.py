@@ -1,4 +1,4 @@
-"""From tokens to text while they come: whole characters only, and nothing past a stop."""
+"""Tokens to text as they arrive: whole characters only, and nothing behind a stop."""
 
 import codecs
 from collections.abc import Sequence
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from longmix.data.tokens.tokenizers import Tokenizer
 
 LONGEST_BEGINNING = 3
-"""Bytes of a character of UTF-8 that is not whole yet."""
+"""The most bytes of an incomplete UTF-8 character."""
 
 
 class Row:
-    """The generated text of one row: what comes piece by piece is together what decoding all tokens at once gives.
+    """The generated text of one row. Its pieces together equal the text of all tokens decoded at once.
 
     A row ends at a stop, at an id that ends a text, or where another document begins.
 

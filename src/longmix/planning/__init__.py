@@ -1,1 +1,1 @@
-"""What a run will need, before it is started: memory, traffic between devices, and time."""
+"""The needs of a run before it is started: memory, traffic between devices, and time."""

@@ -38,7 +38,7 @@ def main(words: list[str] | None = None) -> int:
 
 
 def _help(words: list[str]) -> str:
-    """What this command does, or what the words of `train.py` mean that are asked about."""
+    """The help of this command, or of the words of `train.py` that are asked about."""
     from longmix import cli
     from longmix.command_line.schema import Schema, configs_folder
 

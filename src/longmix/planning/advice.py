@@ -1,4 +1,4 @@
-"""Which changes make a run fit: every one is asked of the planner itself, the smallest first."""
+"""Changes that make a run fit. The planner itself judges each, the smallest first."""
 
 import dataclasses
 import itertools
@@ -12,7 +12,7 @@ from longmix.planning.plan import Plan, Planner
 KINDS = ("micro_batch_size", "checkpointed", "strategy", "context_parallel", "seq_len")
 
 SHORTEST = 256
-"""Tokens below which no shorter window is proposed."""
+"""The shortest window that is proposed, in tokens."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ def single_changes(planner: Planner) -> list[Advice]:
 def smallest_change(planner: Planner) -> Advice | None:
     """The change of the fewest kinds that fits; a shorter window only where nothing else does.
 
-    Among as many kinds, those count as smaller that cost less: micro-batches, then recomputing, FSDP, and context
-    parallelism, each with as small a step as will do.
+    Among changes of as many kinds, the cheapest counts as smallest: micro-batches, then recomputing, FSDP, and context
+    parallelism, each with the smallest step that suffices.
     """
     asked = planner.request.choice
     for length in (asked.seq_len, *_halves(asked.seq_len, SHORTEST)):

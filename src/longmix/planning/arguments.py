@@ -1,4 +1,4 @@
-"""The words of a plan: those of `train.py`, and what machines there are."""
+"""The words of a plan: those of `train.py`, and the machines."""
 
 import dataclasses
 import os
@@ -25,7 +25,7 @@ Strategy = Literal["single", "ddp", "fsdp"]
 
 @dataclass(frozen=True)
 class Choice:
-    """What may be changed so that a run fits.
+    """The settings that may be changed so that a run fits.
 
     Attributes:
         seq_len: tokens of a window.
@@ -159,7 +159,7 @@ def read(words: list[str]) -> Request:
 
 
 def _check(node: Node) -> None:
-    """Refuse what `train.py` would refuse, but for what this machine lacks, and what cannot be planned."""
+    """Refuse what `train.py` would refuse, except devices that this machine lacks; and what cannot be planned."""
     configuration.check_words(node)
     for group, supplied in SUPPLIED.items():
         configuration.check(node[group], group, supplied)
@@ -181,7 +181,7 @@ SUPPLIED: dict[str, set[str]] = {
     "model": {"mixer_factory", "vocab_size"},
     "data": {"tokenizer", "seq_len", "batch_size", "seed"},
 }
-"""What longmix gives to the callables of a group."""
+"""The arguments that longmix gives to the callables of a group."""
 
 OWN_WORDS = ("gpus", "gpu")
 
@@ -221,7 +221,7 @@ def _composed(given: list[str]) -> tuple[Node, tuple[str, str]]:
 
 
 def _vocab_size(node: Node) -> int:
-    """Token ids, as far as they are known before data are read."""
+    """The number of token ids that is expected before any data are read."""
     tokenizer = build(node["tokenizer"], "tokenizer")
     sizes = {name: node[name] for name in ("seq_len", "batch_size", "seed")}
     return build_data(node["data"], tokenizer, **sizes).expected_vocab_size

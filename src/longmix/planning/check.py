@@ -42,7 +42,7 @@ VARIANTS = (
     ("mixer=sliding_window*2+mlstm_tfla",),
     ("mixer=flash", "seq_len=512", "model.tie_head=true"),
 )
-"""What is checked with one mixer; all mixers are checked with everything else at its default."""
+"""Cases that are checked with one mixer; every mixer is checked with all else at its default."""
 
 TWO = ("trainer.devices=2", "trainer.accelerator=cpu")
 DIVIDED = (
@@ -51,10 +51,10 @@ DIVIDED = (
     ("mixer=flash", "trainer=context_parallel", *TWO),
     ("mixer=mlstm_tfla", "trainer=fsdp", "trainer.context_parallel=2", *TWO),
 )
-"""What is checked with two processes, where the CPU is what is checked."""
+"""Cases that are checked with two processes, on a CPU only."""
 
 LOST_SHARE = 0.01
-"""Of the peak, how much may be left at the end: small things that are kept for the next call."""
+"""Share of the peak that may be left at the end: small buffers kept for the next call."""
 
 
 EXCHANGES = {
@@ -62,12 +62,12 @@ EXCHANGES = {
     functional_collectives: ("wait_tensor",),
 }
 PAUSE = 0.02
-"""Seconds after each of them."""
+"""Seconds of pause after each exchange."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Bytes of one case."""
+    """Predicted and measured bytes of one case."""
 
     words: tuple[str, ...]
     predicted: int
@@ -124,7 +124,7 @@ def _on_cpu(request: Request) -> int:
 
 
 def _in_processes(request: Request) -> int:
-    """The largest memory of any of several processes on this machine's CPU."""
+    """Run several processes on this machine's CPU; returns the largest memory of any of them."""
     from torch import multiprocessing
 
     with socket.socket() as found:

@@ -1,7 +1,7 @@
-"""What each part of a model needs for one forward and backward pass, found by running it on tensors without memory.
+"""The memory that each part of a model needs for a forward and backward pass, found by a run on fake tensors.
 
-The code that will train is what runs, on fake tensors of the real sizes: no formula has to follow it, and a mixer that
-is added is planned for like the others. Layers that are alike are run once. Autocast is that of the CPU, which differs
+The code that will train runs on fake tensors of the real sizes. So no formula has to follow the code, and a new mixer
+is planned like the others. Of equal layers one is run. Autocast is that of the CPU, which differs
 from a GPU's in operators that our code does in float32 by itself.
 """
 
@@ -29,7 +29,7 @@ Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
 
 @dataclass(frozen=True)
 class Setting:
-    """How a part is run.
+    """The conditions of a dry run.
 
     Attributes:
         rows, length: windows of one forward and backward pass, and their tokens.
@@ -52,20 +52,20 @@ class Setting:
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """Dtype of the weights that the forward pass sees, gathered ones too; autocast rounds them afterwards."""
+        """The dtype of the weights in the forward pass, gathered ones too; autocast rounds them afterwards."""
         return torch.bfloat16 if self.precision == "bf16-true" else torch.float32
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a part of the model needs, in bytes, its weights not counted.
+    """The bytes that a part of the model needs besides its weights.
 
     Attributes:
-        output: what it hands on.
-        kept: what it keeps from the forward to the backward pass, besides its input and output; under autocast also its
+        output: its output.
+        kept: tensors kept from the forward to the backward pass, besides input and output; under autocast also the
             matrices in lower precision.
-        forward: the most it holds besides while it runs forward.
-        backward: the most that is added while it runs backward, its gradients included unless they accumulate.
+        forward: the most that it holds besides these during the forward pass.
+        backward: the most that the backward pass adds, gradients included unless they accumulate.
         gradients: its weights' gradients as the backward pass leaves them.
         parameters: number of its weights.
         moved: bytes that operators other than products of matrices read and write, in both passes.
@@ -84,7 +84,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """A model's parts: what is before and after the layers, as one, and the layers."""
+    """The needs of a model's parts: its ends (before and after the layers, as one), and its layers."""
 
     ends: Part
     layers: list[Part]
@@ -92,7 +92,7 @@ class Rehearsal:
 
 @dataclass(frozen=True)
 class Ends:
-    """What is before and after the layers, run once, and the dtype of what the layers get."""
+    """The needs of a model's ends, and the dtype of the input of its layers."""
 
     part: Part
     dtype: torch.dtype
@@ -132,16 +132,16 @@ def rehearse(model: LanguageModel, setting: Setting, ends: Ends) -> Rehearsal:
 
 
 def _kind(block: Block) -> Any:
-    """Layers are alike that were built from one node of settings, with weights of the same shapes, see `Mixer.kind`.
+    """The key of equal layers: built from the same settings, with weights of the same shapes; see `Mixer.kind`.
 
-    One that gives a value residual lacks the weights to take it.
+    A layer that gives a value residual lacks the weights that take one, so its key differs.
     """
     weights = itertools.chain(block.named_parameters(), block.named_buffers())
     return type(block.mixer), block.mixer.kind, tuple((name, tuple(weight.shape)) for name, weight in weights)
 
 
 class _Stage:
-    """Runs blocks one after another, each on an input of its own; what the first gives to the others is kept."""
+    """Runs blocks one after another, each on an input of its own, and keeps the value residual of the first."""
 
     def __init__(self, setting: Setting, width: int, dtype: torch.dtype) -> None:
         self.setting = setting
@@ -191,7 +191,7 @@ def _ends(model: LanguageModel, setting: Setting) -> Ends:
 
 
 def _materialise(module: nn.Module, setting: Setting) -> None:
-    """Put fake tensors in the places of those on the meta device, weights in the dtype of the forward pass."""
+    """Replace tensors on the meta device by fake ones, weights in the dtype of the forward pass."""
     module.train()
     kept = {id(buffer) for buffer in module.buffers()} if setting.precision != "bf16-true" else set()
     module._apply(lambda x: empty_like(x, None if id(x) in kept else setting.weight_dtype))
@@ -200,12 +200,12 @@ def _materialise(module: nn.Module, setting: Setting) -> None:
 def _measured(
     call: Callable[[], tuple[Tensor, list[Tensor], Any]], module: nn.Module, inputs: list[Tensor], setting: Setting
 ) -> Part:
-    """Run forward and backward, and note what was held.
+    """Run forward and backward, and measure the memory that is held.
 
     Args:
-        call: gives the output, further losses, and what else is handed on.
-        module: whose weights and buffers exist already.
-        inputs: what else exists already.
+        call: gives the output, further losses, and other tensors for later layers.
+        module: its weights and buffers exist already.
+        inputs: further tensors that exist already.
         setting: how it is run.
     """
     weights = list(module.parameters())
@@ -239,7 +239,7 @@ def _measured(
 
 @contextlib.contextmanager
 def _autocast(setting: Setting) -> Iterator[None]:
-    """As Lightning does it, without the cache of rounded weights."""
+    """Autocast as Lightning enters it, but without the cache of rounded weights."""
     mixed = setting.precision == "bf16-mixed"
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed, cache_enabled=False):
         yield

@@ -1,4 +1,4 @@
-"""What a GPU does otherwise than a CPU with the same line of code, and what other processes send, for rehearsals."""
+"""Stand-ins for dry runs: GPU kernels that keep less memory than a CPU's, and what other processes send."""
 
 import contextlib
 from collections.abc import Sequence
@@ -24,11 +24,11 @@ def _rms_norm(
 
 
 class _FusedRMSNorm(torch.autograd.Function):
-    """`aten::_fused_rms_norm`, which keeps its input and one number per row; on a CPU each step of it is kept."""
+    """`aten::_fused_rms_norm`, which keeps its input and one number per row; a CPU keeps every intermediate step."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
-        """Empty, in the shape and dtype of `x`."""
+        """An empty output in the shape and dtype of `x`."""
         ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
         return torch.empty_like(x)
 
@@ -40,7 +40,7 @@ class _FusedRMSNorm(torch.autograd.Function):
 
 
 class LastSlice(Slices):
-    """The last of `size` slices of `length` tokens, which gets the most from others; their processes do not exist.
+    """The last of `size` slices, which receives the most; the processes of the others do not exist.
 
     Rows are one document, and exact attention does not share its work.
     """
@@ -58,7 +58,7 @@ class LastSlice(Slices):
         return received
 
     def before(self, x: Tensor, limit: int | None = None) -> Tensor:
-        """As many empty rows as the other slices would give."""
+        """Empty rows in place of those that other slices would send."""
         there = self.rank * x.shape[1]
         rows: Tensor = _Received.apply(x, there if limit is None else min(limit, there))
         self._received += rows.nbytes

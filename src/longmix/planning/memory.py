@@ -1,11 +1,11 @@
-"""How much memory one device needs at the worst moment of a training step, and for what.
+"""The memory that one device needs at the worst moment of a training step, by purpose.
 
-A step is followed through: the forward passes of the layers, the turning point at the loss, the backward passes, the
-optimizer. What is held then is added up from the parts that were rehearsed, and the largest sum counts.
+The plan follows a step: the forward passes of the layers, the turning point at the loss, the backward passes, the
+optimizer. For each moment it adds up the memory of the parts from their dry runs. The largest sum counts.
 
-Assumed, not found by rehearsing: what a CUDA context and NCCL take; the buffers of DDP (a second copy of the gradients)
+Assumed, not found by a dry run: a CUDA context and NCCL; the buffers of DDP (a second copy of the gradients)
 and of FSDP (the ends and two blocks gathered, one more block while it is unpacked, and one block's gradients on their
-way). Left out: what a kernel takes and gives back within one call.
+way). Left out: memory that a kernel allocates and frees within one call.
 """
 
 from collections.abc import Iterator
@@ -19,10 +19,10 @@ from longmix.planning.optimizer import OptimizerNeeds
 GIB = 2**30
 
 CONTEXT_BYTES = GIB
-"""Of a CUDA context with its libraries, and as much again of NCCL where there are several processes."""
+"""Bytes of a CUDA context with its libraries; NCCL takes as much again where there are several processes."""
 
 USABLE = 0.95
-"""Share of what is left that the allocator can hand out; the rest is lost between blocks of different sizes."""
+"""Share of the remaining memory that the allocator can use; the rest is lost between blocks of other sizes."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Memory:
     """Bytes of one device at the worst moment.
 
     Attributes:
-        moment: when that is.
-        parts: what holds how many bytes.
-        limit: how many a device can give.
+        moment: its name.
+        parts: bytes by purpose.
+        limit: bytes that a device can provide.
     """
 
     moment: str
@@ -52,7 +52,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Division:
-    """How a run is divided.
+    """The division of a run over processes and passes.
 
     Attributes:
         processes: all of them.

@@ -14,7 +14,7 @@ PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addmv", "mv", "convolution", "conv
 
 
 class Ledger(TorchDispatchMode):
-    """Keeps account of the storages that operators make while it is active; views of one storage count once.
+    """Counts the storages that operators allocate while it is active; views of one storage count once.
 
     What an operator allocates and frees within itself is not seen. Fake tensors have storages of the right size and no
     memory, so a model of any size can be accounted for anywhere.
@@ -39,7 +39,7 @@ class Ledger(TorchDispatchMode):
         return self.live
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operator and enter what it made."""
+        """Run one operator and count the storages that it made."""
         result = func(*args, **(kwargs or {}))
         made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         new = [self._enter(x) for x in made]

@@ -1,4 +1,4 @@
-"""What the optimizers of a run hold, found by letting them take a step on tensors without memory."""
+"""The memory of a run's optimizers, found by a step of theirs on fake tensors."""
 
 from collections import Counter
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""`make_plan(request)`: memory of a device, traffic between devices and time of a step, of one choice or of another."""
+"""`Planner(request).plan()`: memory of a device, traffic between devices and time of a step, for any choice."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from longmix.planning.traffic import StepTime, Traffic, step_time, traffic_of, t
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run with one choice needs.
+    """The needs of a run with one choice.
 
     Attributes:
         choice: how it is run.
@@ -36,7 +36,7 @@ class Plan:
 
 
 class Planner:
-    """Makes plans of one request; what does not differ between choices is found once."""
+    """Makes plans of one request; results that choices share are computed once."""
 
     def __init__(self, request: Request) -> None:
         self.request = request

@@ -14,7 +14,7 @@ from longmix.planning.traffic import ASSUMPTIONS
 from longmix.wording import counted
 
 LENGTHS = 6
-"""Context lengths of the picture, each twice the one before it; the last but one is the planned one."""
+"""Number of context lengths in the picture. Each is twice the one before; the planned one is the last but one."""
 
 
 def shown(planner: Planner, plan: Plan, advice: Advice | None, singles: list[Advice]) -> Group:

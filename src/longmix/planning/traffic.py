@@ -1,4 +1,4 @@
-"""What devices send to each other in a step, and how long a step takes: estimates, with what they assume."""
+"""Estimates of the bytes that devices exchange in a step and of its time, with their assumptions."""
 
 from dataclasses import dataclass
 from typing import cast
@@ -140,7 +140,7 @@ def step_time(
 
 
 def _link(accelerator: Accelerator, processes: int) -> float:
-    """Bytes per second of a ring: in one node its link, between nodes what the node's network cards have together."""
+    """Bytes per second of a ring: those of the link within one machine, of all network cards between machines."""
     bandwidth = accelerator.link_bandwidth
     if processes > accelerator.node_size:
         bandwidth = min(bandwidth, accelerator.node_size * accelerator.network_bandwidth)

@@ -16,7 +16,7 @@ from longmix.reporting.runs import Found, find_runs
 from longmix.reporting.table import table
 
 LOG_WIDTH = 100
-"""Letters of a line where the output is no terminal."""
+"""Width of the table where the output is no terminal."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""What was compared, with every setting that is not the same in all runs; and whether runs may be compared."""
+"""The table of what was compared, with all settings that differ between runs; and whether the comparison is fair."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,16 +13,16 @@ from longmix.reporting.settings import block_of, corpus_of, differing, recipe_of
 from longmix.wording import counted
 
 MOST_VALUES = 6
-"""Different values of a setting that are written out."""
+"""The most values of a setting that are written out."""
 
 DIGEST_LETTERS = 12
 
 MOST_SETTINGS = 30
-"""Settings that differ and are written out; the others are counted."""
+"""The most differing settings that are written out; the others are counted."""
 
 
 EQUAL_PARAMETERS = 0.04
-"""Two models within the default `match.tolerance` of one number differ by no more than this."""
+"""The largest relative difference of two models that both meet `match.parameters` within the default tolerance."""
 
 
 class Row(NamedTuple):
@@ -38,7 +38,7 @@ class Row(NamedTuple):
 
 
 def rows_of(runs: list[Run]) -> list[Row]:
-    """Everything that a reader needs to know what the figures are of; what no run says is left out."""
+    """The rows that tell a reader what was measured; facts that no run states are left out."""
     of: dict[str, Callable[[Run], Any]] = {
         "data": lambda run: corpus_of(run.settings),
         "data's content": content_of,
@@ -66,7 +66,7 @@ def rows_of(runs: list[Run]) -> list[Row]:
 
 
 def content_of(run: Run) -> str | None:
-    """A digest of the training data's tokens, whatever was cut of them; None of a run that does not say."""
+    """A digest of the training data's tokens, however they were cut into windows; None where a run has none."""
     fingerprint = run.summary.get("data_fingerprint")
     if not isinstance(fingerprint, dict):
         return None
@@ -122,7 +122,7 @@ def _batch(run: Run) -> str:
 
 
 def _number(value: Any, noun: str) -> str:
-    """A setting with its noun; one that is no number stays what it is."""
+    """A number with its noun; any other value as it is."""
     return counted(value, noun) if isinstance(value, int) else f"{value} {noun}s"
 
 
@@ -184,7 +184,7 @@ def _tokens(runs: list[Run]) -> Fact:
 
 
 def _data(runs: list[Run]) -> list[Fact]:
-    """Different data, or different tokens of them: losses of such runs are of different questions."""
+    """Facts about different data, or different tokens of them: losses of such runs do not compare."""
     corpora = sorted({corpus for run in runs if (corpus := corpus_of(run.settings)) is not None})
     if len(corpora) > 1:
         return [Fact(f"trained on different data: {_listed(corpora)}; their losses do not compare", False)]
@@ -198,7 +198,7 @@ def _data(runs: list[Run]) -> list[Fact]:
 
 
 def _blocks(runs: list[Run]) -> list[Fact]:
-    """Mixers that ran in another layer than most: what they win or lose may be the layer's."""
+    """Facts about mixers in another block than most: their lead or lag may come from the block."""
     mixers: dict[str, list[str]] = {}
     for run in runs:
         block = block_of(run.settings)

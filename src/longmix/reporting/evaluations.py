@@ -1,4 +1,4 @@
-"""What `evaluate.py` left beside a run: whether its model is causal, what it recalls, and which needles it finds.
+"""The results of `evaluate.py` beside a run: causality, recall, and the needles it finds.
 
 Results on other data than the run was trained on, or of another split, are measures of their own: their names say so.
 """
@@ -14,7 +14,7 @@ from longmix.reporting.summaries import number
 
 NEEDLE, NEEDLE_GAIN = "needle", "needle gain"
 GAIN = " gain"
-"""What the names of measures in nats end in; the others are shares."""
+"""Suffix of the names of measures in nats; the others are shares."""
 
 KINDS = ("causality_", "accuracy_", "needle_")
 USUAL_SPLIT = "validation"
@@ -25,7 +25,7 @@ Recall = dict[str, dict[int, float]]
 
 @dataclass(frozen=True)
 class NeedleMap:
-    """What `task=needle` found.
+    """The result of `task=needle`.
 
     Attributes:
         lengths: tokens of the contexts, shortest first.
@@ -112,7 +112,7 @@ def _oldest_first(run: Path, damaged: list[tuple[Path, str]]) -> list[tuple[Path
 
 
 def _is_of(run: Path, report: dict[str, Any]) -> bool:
-    """Whether a result is of the run's model, and not of the same with states that another run has tuned."""
+    """Whether a result belongs to the run's model, without states that another run has tuned."""
     states = report.get("states")
     if states is None:
         return True

@@ -1,4 +1,4 @@
-"""The page's table of every figure."""
+"""The page's table of all numbers."""
 
 import math
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from longmix.reporting.table import nats, share, speed
 
 
 class Column(NamedTuple):
-    """A column of figures.
+    """A column of numbers.
 
     Attributes:
         name: its heading.

@@ -1,4 +1,4 @@
-"""Names inside pictures: at the ends of lines or beside points, where they touch neither each other nor anything else.
+"""Names inside pictures, at the ends of lines or beside points, without overlap.
 
 They find their places whenever they are drawn, so that they fit any size and any layout.
 """
@@ -14,17 +14,17 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox, IdentityTransform
 
 LONGEST_NAME = 26
-"""Letters of a name in a picture."""
+"""The most letters of a name in a picture."""
 
 GAP, LEADER = 3.0, 14.0
 """Points between names, and between the axes and the names of lines."""
 
 RADIUS = 5.0
-"""Points around the middle of a point that names keep clear of."""
+"""Distance, in points, that names keep from the middle of a data point."""
 
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]
-"""Left, bottom, right, top."""
+"""A box: left, bottom, right, top."""
 
 
 def short(name: str, most: int = LONGEST_NAME) -> str:
@@ -80,9 +80,9 @@ def overlap(one: Box, other: Box) -> bool:
 def free_box(
     place: Point, size: Point, clear: float, inside: Box, taken: list[Box], strokes: list[tuple[Point, Point]]
 ) -> Box:
-    """Where a name of a width and height touches nothing that is taken and no stroke, as near to its point as it can.
+    """The box of a name nearest to its point that touches no taken box and no stroke.
 
-    Where all is full it stands at the right of its point.
+    Without a free box, the one right of the point.
     """
     width, height = size
     across, along = clear + width / 2, height
@@ -147,7 +147,7 @@ class _Names(Artist):
             part.draw(renderer)
 
     def get_tightbbox(self, renderer: Any = None) -> Bbox:
-        """What the layout leaves room for: nothing, if names stand within the axes."""
+        """The room that the layout reserves: none, as names stand within the axes."""
         return self.home.bbox
 
 
@@ -165,7 +165,7 @@ class EndNames(_Names):
             stroke.set_data([x + 4 * scale, column - 2 * scale], [y, up])
 
     def get_tightbbox(self, renderer: Any = None) -> Bbox:
-        """What the layout leaves room for: the width of the names."""
+        """The room that the layout reserves: the width of the names."""
         box, width = self.home.bbox, max(size[0] for size in self.sizes(renderer))
         return Bbox.from_extents(box.x0, box.y0, box.x1 + LEADER * self.scale + width, box.y1)
 

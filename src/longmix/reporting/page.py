@@ -59,7 +59,7 @@ def _fact(fact: Fact) -> Markup:
 
 
 def _chip(mixer: str, colours: dict[str, int]) -> Markup:
-    """A mixer of the legend; a box that is ticked picks it out, without a script."""
+    """A mixer of the legend with a box that picks it out, without a script."""
     style, number = style_of(mixer), colours[mixer]
     line = tag("path", class_="stroke", d="M0 5H26", stroke_dasharray=" ".join(f"{part:g}" for part in style.dash))
     sample = tag("svg", line, tag("path", d=OUTLINES[style.marker]), viewBox="0 0 26 10", aria_hidden="true")
@@ -120,7 +120,7 @@ def _left_out(found: Found) -> Markup:
 
 
 def _missing(runs: list[Run], folder: Path) -> Markup:
-    """What would fill the gaps, with the command for the runs that lack it."""
+    """The evaluations that runs lack, each with the command that makes it."""
     gaps = []
     unaudited = [run for run in runs if run.evaluations.causal is None]
     if unaudited:
@@ -139,7 +139,7 @@ def _missing(runs: list[Run], folder: Path) -> Markup:
 
 
 def _place(lacking: list[Run], runs: list[Run], folder: Path) -> str:
-    """The one run that lacks something, or the folder of all, as a shell takes it."""
+    """The path of the one run that lacks something, or of the folder of all, quoted for a shell."""
     return shlex.quote(str(lacking[0].folder if len(lacking) == 1 else _common(runs, folder)))
 
 

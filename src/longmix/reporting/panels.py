@@ -1,4 +1,4 @@
-"""What a report shows of its runs: each panel is data, which `longmix.reporting.pictures` draws."""
+"""The panels of a report, as data that `longmix.reporting.pictures` draws."""
 
 import math
 import re
@@ -14,7 +14,7 @@ from longmix.reporting.quality import quality_of
 from longmix.reporting.runs import Curve, Run, measures_of
 
 ENOUGH_POINTS = 4
-"""Validations that make a curve; of fewer, training tells more."""
+"""The fewest validations that make a curve; with fewer, training losses are shown."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Panel:
 
 
 def file_word(measure: str) -> str:
-    """A measure's name as a part of a file's; other results may have named it."""
+    """A measure's name as a part of a file name, made safe since results may name measures freely."""
     return re.sub(r"[^\w.=-]+", "_", measure.strip(), flags=re.ASCII)[:60].strip("_") or "measure"
 
 
@@ -169,7 +169,7 @@ def _curves(runs: list[Run]) -> list[Panel]:
 
 
 def _learning_column(runs: list[Run], key: str) -> str:
-    """The metric whose curve says most: of the validation where it was often made, else of the training steps."""
+    """The metric to show as the learning curve: that of the validations if there are enough, else of the steps."""
     validations = [len(run.curve(f"validation/{key}")[0]) for run in runs]
     if min(validations) >= ENOUGH_POINTS:
         return f"validation/{key}"
@@ -267,7 +267,7 @@ def _recall(runs: list[Run]) -> list[Panel]:
 
 
 def _capacity(runs: list[Run]) -> list[Panel]:
-    """What is recalled at the trained length against what is remembered there: a line for each mixer."""
+    """Recall at the trained length against the size of the state there: a line for each mixer."""
 
     def lines(measure: str, group: list[Run]) -> list[Series]:
         points: dict[str, list[tuple[float, float]]] = {}

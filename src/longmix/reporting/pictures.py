@@ -31,13 +31,13 @@ from longmix.reporting.style import SOFT, style_of
 from longmix.reporting.svg import mark_id, svg
 
 COLUMNS = 3
-"""Panels side by side."""
+"""The most panels side by side."""
 
 NAME_HEIGHT, LEGEND_ROW = 15, 18
-"""Points of a name at the end of a line, and of a line of the legend."""
+"""Height in points of a name at the end of a line, and of a line of the legend."""
 
 MAP_WIDTH = 300
-"""Points of a map of needles."""
+"""Width of a map of needles in points."""
 
 
 class Found(NamedTuple):
@@ -55,7 +55,7 @@ class Found(NamedTuple):
 
 
 def found_needles(runs: list[Run]) -> list[Found]:
-    """All that `task=needle` found, by measure and then in the order of the runs."""
+    """All maps of needles, by measure and then in the order of the runs."""
     names = names_of(runs)
     measures = list(dict.fromkeys(measure for run in runs for measure in run.evaluations.needles))
     return [
@@ -67,7 +67,7 @@ def found_needles(runs: list[Run]) -> list[Found]:
 
 
 def _height(panels: Sequence[Panel]) -> float:
-    """Points that the names of all lines have room in."""
+    """The height in points that holds the names of all lines."""
     most = max((len(panel.series) for panel in panels if panel.kind == "lines"), default=0)
     return max(HEIGHT, NAME_HEIGHT * most + AROUND)
 
@@ -82,7 +82,7 @@ def panel_picture(panel: Panel, width: float = WIDTH) -> Figure:
 
 @drawing()
 def panel_svg(panel: Panel, key: str, colours: dict[str, int]) -> Markup:
-    """One panel for the page, which has its title."""
+    """One panel for the page, without the title, which the page writes."""
     figure, (axes,) = new_figure(1, height=_height([panel]))
     told = draw_panel(axes, panel, colours)
     return svg(figure, f"{panel.section}, {panel.title}: {panel.y_label} over {panel.x_label}", key, told)
@@ -137,7 +137,7 @@ def draw_panel(axes: Axes, panel: Panel, colours: dict[str, int], title: str = "
 
 
 def _told(panel: Panel, line: Line2D, name: str) -> list[str]:
-    """What each point that has a marker says."""
+    """The text of each point that has a marker."""
     points = np.asarray(line.get_xydata())
     shown = points if line.get_markevery() == 1 else points[-1:]
     return [f"{name}: {y:,.4g} {panel.y_label}, {x:,.0f} {panel.x_label}" for x, y in shown]
@@ -163,7 +163,7 @@ def _map_height(needles: NeedleMap) -> float:
 
 @drawing()
 def needles_svg(found: Found, key: str) -> Markup:
-    """One map for the page, which has its title."""
+    """One map for the page, without the title, which the page writes."""
     needles = found.needles
     figure, (axes,) = new_figure(1, width=MAP_WIDTH, height=_map_height(needles) - 14)
     _draw_map(axes, needles)

@@ -1,4 +1,4 @@
-"""The plots longmix draws, all with the same hand: on pages as SVG, everywhere else as PNG."""
+"""The plots of longmix in one style: SVG on pages, PNG everywhere else."""
 
 import math
 import textwrap
@@ -23,31 +23,31 @@ from longmix.reporting.style import INK, PAPER, RULE, SOFT, Style, nth_style
 Curve = tuple[Sequence[float], Sequence[float]]
 
 WIDTH, HEIGHT = 400, 280
-"""Points of a panel."""
+"""Width and height of a panel in points."""
 
 CELL, AROUND = 30, 80
-"""Points of the height of a cell, and of all that stands above and below axes."""
+"""Height in points of a cell, and of everything above and below the axes."""
 
 PAD = 6
-"""Points around a panel."""
+"""Space around a panel in points."""
 
 DPI = 144
-"""Pixels of a PNG for 72 points."""
+"""Pixels of a PNG for each 72 points."""
 
 TITLE_LETTERS = 48
-"""Of a line of a panel's title."""
+"""The most letters of a line of a panel's title."""
 
 MANY_POINTS = 24
-"""Of a line with more points only the last one has a marker."""
+"""The most points of a line that all have markers; on longer lines only the last has one."""
 
 MOST_TICKS = 9
-"""On an axis that doubles."""
+"""The most ticks on an axis that doubles."""
 
 UNITS = ((1e9, "G"), (1e6, "M"), (1e4, "k"))
-"""From which size ticks are told in which unit; thousands from ten thousand on."""
+"""Units of ticks and the size from which each is used; thousands begin at ten thousand."""
 
 LIGHT_CELL = 0.4
-"""Luminance from which on a cell's figure is dark."""
+"""Luminance from which on the number in a cell is written dark."""
 
 SETTINGS: Any = {
     "figure.dpi": 72,
@@ -132,7 +132,7 @@ def save_figure(figure: Figure, path: Path) -> Path:
 
 
 def lay_out(figure: Figure) -> None:
-    """Place everything once; matplotlib itself would do so twice whenever a figure is saved."""
+    """Lay out a figure once; matplotlib itself would do it twice whenever a figure is saved."""
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.execute(figure)
@@ -341,7 +341,7 @@ def draw_needles(
 
 
 def draw_trained(axes: Axes, place: float) -> None:
-    """An upright line, with its name, up to which was trained."""
+    """A named vertical line at the trained length."""
     axes.axvline(place, color=INK, linestyle=(0, (4, 3)), linewidth=1, zorder=1)
     name = axes.annotate(
         "trained", (place, 1), (4, 0), axes.get_xaxis_transform(), "offset points", va="top", color=SOFT
@@ -361,6 +361,6 @@ def draw_legend(place: SubFigure, names: Mapping[str, Style], width: float) -> N
 
 
 def legend_columns(names: Mapping[str, Style], width: float) -> int:
-    """As many as the longest name leaves room for."""
+    """The number of columns for which the longest name leaves room."""
     longest = max((len(short(name)) for name in names), default=1)
     return max(1, min(len(names), int(width / (7 * longest + 50))))

@@ -1,4 +1,4 @@
-"""By what runs are ranked."""
+"""The measure by which runs are ranked."""
 
 import math
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class Quality:
     """Bits per byte of text; of synthetic data recall, or nats where that was not measured.
 
     Attributes:
-        key: of the figure in a validation.
+        key: of the number in a validation.
         unit: in words.
         more_is_better: as with recall.
         decimals: that it is written with.
@@ -34,7 +34,7 @@ class Quality:
         return run.summary["validation"][self.key]
 
     def cost(self, run: "Run") -> float:
-        """The value so that small is good."""
+        """The value, with its sign changed where more is better, so that small is good."""
         return -self.of(run) if self.more_is_better else self.of(run)
 
     def words(self, value: float) -> str:

@@ -13,10 +13,10 @@ from longmix.reporting.plots import save_figure
 from longmix.reporting.runs import Found, Run
 
 PICTURES = "panels"
-"""Folder of one PNG for each panel."""
+"""Folder with one PNG for each panel."""
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""What a text of a CSV file must not begin with: a spreadsheet would take it for a formula and run it."""
+"""First characters that make a spreadsheet run a text of a CSV file as a formula."""
 
 
 def write_report(found: Found, folder: Path) -> list[Path]:
@@ -66,7 +66,7 @@ def _write_csv(runs: list[Run], path: Path) -> None:
 
 
 def _cell(value: Any) -> Any:
-    """A cell that is what it shows: no formula, no control character. Numbers stay numbers."""
+    """A harmless cell: text without formulas and control characters; numbers stay numbers."""
     if not isinstance(value, str):
         return value
     shown = printable(value)

@@ -19,7 +19,7 @@ from longmix.reporting.summaries import Unfinished, read_summary
 Curve = tuple[list[float], list[float]]
 
 LARGEST_METRICS = 2**31
-"""Bytes of a metrics file that is read."""
+"""The most bytes of a metrics file that are read."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Run:
         return [point[0] for point in points], [point[1] for point in points]
 
     def row(self) -> dict[str, Any]:
-        """The figures that people compare."""
+        """The numbers that people compare."""
         validation = self.summary["validation"]
         recall = self.evaluations.recall
         return {
@@ -82,7 +82,7 @@ class Run:
 
 @dataclass(frozen=True)
 class UnfinishedRun:
-    """A run that has not come to its end, or was killed before it.
+    """A run that goes on, or was killed before its end.
 
     Attributes:
         folder: where it lies.
@@ -196,7 +196,7 @@ def _reason(error: Exception) -> str:
 
 
 def _labels(folders: list[Path]) -> list[str]:
-    """Folder names without the settings that all share; paths below their common folder where that is ambiguous."""
+    """Folder names without the settings that all share; where ambiguous, paths below the common folder."""
     parts = [folder.name.split(",") for folder in folders]
     shared = set.intersection(*map(set, parts)) if len(folders) > 1 else set()
     names = [",".join(part for part in own if part not in shared) for own in parts]

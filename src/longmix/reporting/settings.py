@@ -1,4 +1,4 @@
-"""What a run's `config.yaml` says: which data, which model, which recipe. A damaged one says nothing."""
+"""The settings in a run's `config.yaml`: data, model and recipe. A damaged file gives none."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ NOT_THE_EXPERIMENT = (
     *("name", "resume", "logger", "loop.log_every", "loop.keep_checkpoints", "loop.checkpoint_every"),
     *("loop.async_checkpoints", "loop.sharded_checkpoints", "data.cache_dir", "data.num_workers"),
 )
-"""Keys, or their beginnings, that change nothing of what is learned."""
+"""Keys, or prefixes of keys, that do not change what is learned."""
 
 
 def read_settings(folder: Path) -> tuple[Settings, str | None]:

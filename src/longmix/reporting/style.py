@@ -1,4 +1,4 @@
-"""How everything is drawn, without a drawing library: colours, kinds of lines and points, the page's style sheet.
+"""Colours, line styles, markers and the page's style sheet, without a drawing library.
 
 A mixer looks the same in every picture. Eight colours stay apart for people who see few hues, on white and on black;
 mixers of one colour differ in line and marker.
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 INK, SOFT, RULE, PAPER = "#1c1c1e", "#6a6a70", "#e3e0da", "#fffffe"
-"""Text; text that explains; lines of the grid; the ground. Those of a dark page are in `template.html`."""
+"""Colours of text, secondary text, grid and background. Those of a dark page are in `template.html`."""
 
 PALETTE = (
     ("#3c32b6", "#51a0fe"),
@@ -28,10 +28,10 @@ all cones and with one kind less.
 """
 
 LINES: tuple[tuple[tuple[float, ...], str], ...] = (((), "o"), ((6, 2.5), "s"), ((1.5, 1.8), "^"))
-"""Lengths of strokes and gaps, none for a solid line, and the marker that goes with them."""
+"""Dash patterns (lengths of strokes and gaps; empty for a solid line), each with its marker."""
 
 FURTHER_MARKERS = "DvP"
-"""Of mixers that are not in `KNOWN`."""
+"""Markers of mixers that are not in `KNOWN`."""
 
 OUTLINES = {
     "o": "M9 5a4 4 0 1 0 8 0a4 4 0 1 0-8 0",

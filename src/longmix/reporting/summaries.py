@@ -7,11 +7,11 @@ from typing import Any
 from longmix.reading import read_json
 
 LARGEST = 2.0**62
-"""No figure of a run is larger."""
+"""The largest number that a summary may hold."""
 
 
 class Unfinished(Exception):
-    """The run has no figures of its end yet."""
+    """The run has no results of its end yet."""
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""A figure as an `<svg>` element of the page: its colours and letters are the page's, its marks follow the pointer.
+"""Turns a figure into an `<svg>` element with the page's colours and fonts, whose marks follow the pointer.
 
-matplotlib's SVG is read and written anew, element by element, so that it holds nothing but what is known here.
+matplotlib's SVG is read and written anew, element by element, so that it holds only elements known here.
 """
 
 import io
@@ -105,7 +105,7 @@ def _rounded(text: str) -> str:
 
 
 def _style(text: str, marked: bool) -> str:
-    """What the page needs of a style; a font's size and weight, not its family."""
+    """The parts of a style that the page needs: size and weight of a font, not its family."""
     pairs = (part.partition(":")[::2] for part in text.split(";") if ":" in part)
     found = {name.strip(): value.strip() for name, value in pairs}
     if font := re.match(r"(?:(\d+|bold) )?([\d.]+px)", found.pop("font", "")):  # as matplotlib before 3.10 writes it

@@ -14,7 +14,7 @@ from longmix.reporting.quality import quality_of
 from longmix.reporting.runs import Run, measures_of
 
 LONGEST_NAME, FOLDED_NAME = 44, 24
-"""Letters up to which a run's name is not folded to give another column room, and of the lines of one that is."""
+"""Longer names of runs are folded to give other columns room; width of a folded name."""
 
 CAUSAL = {True: "yes", False: "LEAKS", None: "-"}
 
@@ -61,7 +61,7 @@ def table(runs: list[Run], width: int) -> tuple[Table, list[str]]:
 
 
 def _width(columns: list[Column]) -> int:
-    """Of the whole table, if names are folded as far as they may be."""
+    """The width of the table when names are folded as far as allowed."""
     widths = [FOLDED_NAME if column.left and column.width > LONGEST_NAME else column.width for column in columns]
     return sum(widths) + 3 * len(columns) + 1
 
@@ -120,7 +120,7 @@ def speed(value: float) -> str:
 
 
 def nats(value: float) -> str:
-    """A gain with its sign, which nothing at all has not."""
+    """A gain with its sign; zero has none."""
     return "0.00" if abs(value) < 0.005 else f"{value:+.2f}"
 
 

@@ -13,19 +13,19 @@ from longmix.reporting.runs import Run, measures_of
 from longmix.reporting.table import share, speed
 
 MOST_NAMES = 4
-"""Of runs that share a first place."""
+"""The most names of runs that share a first place."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What runs compete in.
+    """A measure in which runs compete.
 
     Attributes:
         heading: of its column.
         value: of a run; None where there is none.
         words: how a value is written.
         unit: after the winner's value.
-        more_is_better: and nothing at all does not win.
+        more_is_better: large values win; zero never does.
     """
 
     heading: str

@@ -149,7 +149,7 @@ def _as_longmix(model: LanguageModel, config: Node) -> tuple[Any, dict[str, Tens
 
 
 def _filled(config: Any, weights: dict[str, Tensor], dtype: torch.dtype) -> Any:
-    """transformers' model of that configuration with these weights; what a mixer holds in float32 anyway stays so."""
+    """transformers' model with these weights; tensors that a mixer always keeps in float32 stay so."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""What such a folder holds besides what transformers writes, and reading it without believing it.
+"""The files that longmix adds to such a folder, and readers that verify them.
 
 `longmix.json` is there for the way back: the training configuration and the tokenizer exactly as they were.
 """
@@ -48,7 +48,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_own(folder: Path) -> dict[str, Any] | None:
-    """What longmix wrote beside the model, if it did.
+    """The content of `longmix.json`; None in a folder that longmix did not write.
 
     Raises:
         CheckpointError: it is damaged or of another format.

@@ -1,4 +1,4 @@
-"""Models that transformers knows: the family of Llama, in which attention is softmax with rotary positions.
+"""Models of Llama's family, which transformers knows: softmax attention with rotary positions.
 
     flash, mixer.qk_norm=false    LlamaForCausalLM
     sliding_window, the same      MistralForCausalLM, whose window counts the token itself as ours does
@@ -40,18 +40,18 @@ NAMES = {
     "mlp.up": "mlp.up_proj",
     "mlp.down": "mlp.down_proj",
 }
-"""Modules, ours and theirs; those of a layer follow its number."""
+"""Names of modules, ours and theirs; those of a layer follow its number."""
 
 MODEL_SETTINGS = {"d_model", "num_layers", "num_heads", "mlp_hidden", "block", "tie_head", "norm_eps"}
-"""What the family has a word for."""
+"""Settings that the family supports."""
 
 TRAINING_SETTINGS = {"logit_penalty", "activation_checkpointing"}
-"""What changes no output."""
+"""Settings that change no output."""
 
 MIXER_SETTINGS = {"num_heads", "num_kv_heads", "rotary_base", "qk_norm", "window"}
 
 IGNORED_WEIGHTS = "rotary_emb.inv_freq"
-"""Computed; older folders hold it."""
+"""Buffers that are computed, and that older folders hold."""
 
 
 def to_theirs(name: str) -> str:
@@ -77,7 +77,7 @@ def _renamed(name: str, names: dict[str, str]) -> str:
 
 
 def described(model: LanguageModel, config: Node) -> dict[str, Any]:
-    """What `config.json` says of a model, `model_type` included.
+    """The content of `config.json` for a model, `model_type` included.
 
     Args:
         model: without weights (on the meta device) or with.

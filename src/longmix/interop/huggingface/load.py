@@ -127,7 +127,7 @@ def _nodes(theirs: Any) -> Node:
 
 
 def _check_same(folder: Path, theirs: Any, config: Node) -> None:
-    """Refuse a `longmix.json` that another model has been put beside."""
+    """Refuse a `longmix.json` that lies beside another model than its own."""
     from longmix.interop.huggingface.model import trusted_nodes
 
     nodes = trusted_nodes(config)
@@ -146,7 +146,7 @@ def _check_same(folder: Path, theirs: Any, config: Node) -> None:
 
 
 def _configuration(nodes: Node, tokenizer: Node, theirs: Any) -> Node:
-    """What the entry points read of a training configuration; there are no data to go with a foreign model."""
+    """The parts of a training configuration that commands read; a foreign model has no data."""
     options = {key: tokenizer[key] for key in ("separator", "missing_bytes", "end_ids") if key in tokenizer}
     return {
         **nodes,

@@ -29,7 +29,7 @@ from longmix.trust import check_model_nodes
 MODEL_TYPE = "longmix"
 
 CACHE_NAMES = ("cache", "past_key_values")
-"""What transformers calls a model's memory: the first from 5.24 on, the second until 5.23."""
+"""transformers' names for a model's cache: the first from 5.24 on, the second until 5.23."""
 
 CACHE_FIELD = next(name for name in CACHE_NAMES if name in {field.name for field in fields(CausalLMOutputWithPast)})
 """The name that the installed version gives it in outputs, where its `generate` looks for it."""
@@ -143,7 +143,7 @@ class StateCache(Cache):
         self._change(lambda x: x.repeat_interleave(repeats, 0))
 
     def crop(self, *_: Any) -> None:
-        """A state cannot forget its latest tokens.
+        """Refused, since a state cannot forget its latest tokens.
 
         Raises:
             ValueError: always.
@@ -196,11 +196,11 @@ class LongmixForCausalLM(PreTrainedModel, GenerationMixin):
         return (model, info) if output_loading_info else model
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Every part of longmix initialises itself."""
+        """Do nothing, since every part of longmix initialises itself."""
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        """No keys and values are prepared: `forward` makes the cache."""
+        """False, since `forward` makes the cache."""
         return False
 
     def get_input_embeddings(self) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What shows that an exported folder is still as it was written: size and SHA-256 of its files, in `longmix.json`."""
+"""The seal of an exported folder: size and SHA-256 of its files in `longmix.json`, which show any change."""
 
 import logging
 from pathlib import Path
