@@ -105,7 +105,7 @@ def rebuilding(checkpoint: Path | str) -> Iterator[None]:
         if text == str(error):
             raise
         raise type(error)(text) from error
-    except Exception as error:  # whatever the content may happen to mean
+    except Exception as error:  # a foreign content can raise any kind
         raise CheckpointError(
             f"{checkpoint} holds no model that longmix can use ({reason_of(error)}). Give another checkpoint."
         ) from error

@@ -26,7 +26,7 @@ def chosen_checkpoint(path: Path | str, except_run: Path | str | None = None) ->
     Raises:
         CheckpointError: there is none.
     """
-    if not str(path):  # an unset variable; the path of no letters is the working folder
+    if not str(path):  # an unset variable; an empty path would mean the working folder
         raise CheckpointError(
             "the name of a checkpoint is empty; give the folder of a run, or last for the newest one."
         )

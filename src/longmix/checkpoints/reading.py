@@ -106,7 +106,7 @@ def reading(path: Path | str, what: str, cure: str = "") -> Iterator[None]:
         yield
     except LongmixError:
         raise
-    except Exception as error:  # its bytes may happen to mean anything
+    except Exception as error:  # damaged bytes can raise any kind
         raise CheckpointError(f"{path} holds no {what} ({reason_of(error)}){cure}.") from error
 
 

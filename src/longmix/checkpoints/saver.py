@@ -65,13 +65,14 @@ class Saver:
         Raises:
             StorageError: this checkpoint, or the one before, could not be written; the same in all processes.
         """
-        self.wait()
+        self.wait()  # the thread still reads the memory of the last copies, and may hold an error to raise
         self.saved_step = state["step"]
         parts = {key: state[key] for key in IN_TENSORS}
         tensors, rest = split(parts)
+        # Tied weights are written once; loading gives both names the same tensor.
         tensors, aliases = without_aliases(tensors)
         rest = {**state, **rest}
-        if self.asynchronous:
+        if self.asynchronous:  # training changes both while the thread writes
             rest, info = copy.deepcopy(rest), copy.deepcopy(info)
         prepare = self._shards if self.sharded else self._file
         write = prepare(tensors, aliases, rest, info)
@@ -118,7 +119,7 @@ class Saver:
     ) -> Callable[[], Path]:
         found = {}
         for name, tensor in tensors.items():
-            gathered = whole(tensor)  # by all processes, one tensor after the other
+            gathered = whole(tensor)  # all processes take part; one tensor at a time bounds the memory
             if self.processes.is_first:
                 found[name] = gathered.cpu() if is_divided(tensor) and not self.asynchronous else gathered
                 if self.asynchronous:
@@ -141,18 +142,19 @@ class Saver:
             self._memory[name].copy_(tensor, non_blocking=True)
             on_gpu |= tensor.is_cuda
         if on_gpu:
-            torch.cuda.current_stream().synchronize()
+            torch.cuda.current_stream().synchronize()  # copies are asynchronous, and training goes on at once
         return {name: self._memory[name] for name in tensors}
 
     def _run(self, write: Callable[[], Path]) -> None:
         try:
             self._commit(write)
-        except BaseException as error:  # for the step loop to raise
+        except BaseException as error:  # the step loop raises it, in `wait`
             self._error = error
 
     def _commit(self, write: Callable[[], Path]) -> None:
         try:
             self.last = write()
+            # Old checkpoints go only once the new one is on the disk, so that a kill never leaves a run without any.
             with storage_errors(self.store.folder):
                 self.processes.first(lambda: self.store.prune(self.keep))
         except StorageError as error:

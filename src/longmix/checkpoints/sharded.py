@@ -56,7 +56,7 @@ def write_shards(folder: Path | str, pieces: dict[Name, Piece], processes: Proce
     writer.set_up_storage_writer(processes.is_first)
 
     def plan_own() -> SavePlan:
-        if not folder.is_dir():  # DCP would make it
+        if not folder.is_dir():  # DCP would make a missing folder
             raise OSError(errno.ENOENT, "the folder is not on a disk that all processes share")
         return writer.prepare_local_plan(planner.create_local_plan())
 

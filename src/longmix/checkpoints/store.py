@@ -171,7 +171,7 @@ class CheckpointStore:
             return None
         with storage_errors(self.folder):
             aside = new_aside(self.folder)
-            for path in reversed(later):  # killed in between, the newest that is left belongs to those before it
+            for path in reversed(later):  # newest first: after a kill in between, those left are still in sequence
                 path.rename(aside / path.name)
         return aside
 
@@ -245,7 +245,7 @@ def find_checkpoint(path: Path | str) -> Path:
         CheckpointError: there is none.
     """
     path = Path(path)
-    if NAME.fullmatch(path.name) and not path.exists():  # it was about to take another's place, or has done so
+    if NAME.fullmatch(path.name) and not path.exists():  # it was about to replace another, or has done so
         final = path.with_name(final_name(path.name))
         path = next((other for other in (final, final.with_name(final.name + NEW)) if other.exists()), path)
     if (path / INFO_FILE).is_file():

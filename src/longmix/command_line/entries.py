@@ -54,7 +54,7 @@ def written(value: Any) -> str:
         return f"[{','.join(map(written, value))}]"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return str(value)  # 1 == True, so numbers stay out of the table
+    return str(value)  # numbers stay out of the table, because 1 == True
 
 
 def entry(head: str, text: str) -> list[str]:

@@ -117,7 +117,7 @@ class Schema:
         try:
             node = self.composed(words)
         except Exception:
-            return None  # said in full as the command begins
+            return None  # the command reports it in full when it begins
         return _setting(node, name)
 
     def composed(self, words: Iterable[Word]) -> Any:

@@ -299,7 +299,7 @@ class PreparedData(TokenData):
                 f"data.local_shards={local_shards} must be at least {LEAST_SHARDS}: windows are shuffled within "
                 f"{SHARDS_TOGETHER} shards at a time."
             )
-        user_path("data.path", path)  # refuses an empty one
+        user_path("data.path", path)  # refuses an empty path
         self.path, self.local_shards = path.rstrip("/"), local_shards
 
     @functools.cached_property

@@ -63,7 +63,7 @@ def _swapped_back(x: Tensor, slices: Slices) -> Tensor:
     got = [middle * computed_by.count(rank) for rank in range(slices.size)]
     sent = [_range(rank, to, middle, length) for rank in range(slices.size)]
     halves = exchanged(x, sent, got, slices.group)
-    # They come in order of rank, and in the second half of the row later ones are computed by earlier processes.
+    # Rows arrive in order of rank. In the second half of the row, earlier processes compute later halves.
     return halves.roll(middle, 1) if computed_by[0] > computed_by[1] else halves
 
 

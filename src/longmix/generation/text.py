@@ -31,7 +31,7 @@ class Row:
     ) -> None:
         self.tokenizer, self.stop = tokenizer, list(stop)
         self._ends = {tokenizer.separator_id, *tokenizer.end_ids}
-        # the separator that a text begins with does not end it
+        # the separator at the beginning of a text does not end it
         self.ended = generated and len(before) > 1 and before[-1] in self._ends
         self.text, self.count = "", 0
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")

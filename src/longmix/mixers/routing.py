@@ -256,7 +256,7 @@ class Routing(SoftmaxAttention):
         ids = rows.document_ids
         assert ids is not None
         local, routed = self._divided(rows)
-        # Before the first token nothing is in the rings: they belong to no document.
+        # Before the first token the rings are empty and belong to no document.
         begun = torch.zeros_like(ids[:, 0], dtype=torch.bool)
         if state.recent.document_ids is not None:
             begun = ids[:, 0] == state.last_id
@@ -295,7 +295,7 @@ class Routing(SoftmaxAttention):
             key, value = key.to(rows.key.dtype), value.to(rows.value.dtype)
             lo, hi = torch.zeros_like(there), there
             if self.shared_qk and self.mode != "threshold" and turn == 0:
-                # Its own key stands first, and is seen where the ring holds none.
+                # The query's own key comes first; it is seen only where the ring is empty.
                 key, value = torch.cat((rows.key, key), 1), torch.cat((rows.value, value), 1)
                 lo, hi = there.clamp(max=1), there + 1
             lo, hi = lo.int().unsqueeze(-1), hi.int().unsqueeze(-1)

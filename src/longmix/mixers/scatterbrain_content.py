@@ -117,7 +117,7 @@ class ScatterbrainContent(Scatterbrain):
         assert before.rings is not None and rows.document_ids is not None and rows.key_labels is not None
         gone, held = rows.document_ids == GONE, before.rings.key.shape[2] - 1
         limits = held + self._first_exact(rows)
-        # Ids must not decrease, so a key that is gone stays in its document and joins the bucket that nobody is in.
+        # Ids must not decrease, so a key that is gone keeps its document and joins a bucket that no query has.
         ids, number = torch.where(gone, 0, rows.document_ids), torch.zeros_like(before.last_id)
         labels = torch.where(gone[..., None, None], self.buckets, rows.key_labels)
         return self._selected(with_rings(replace(rows, key_labels=labels), before.rings, ids, number), limits)

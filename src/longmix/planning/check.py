@@ -118,7 +118,7 @@ def _on_cpu(request: Request) -> int:
     for _, change in sorted(events, key=lambda event: event[0]):
         held += change
         peak = max(peak, held)
-    if abs(held) > LOST_SHARE * peak:  # all that was made has been freed, unless an event is missing
+    if abs(held) > LOST_SHARE * peak:  # everything allocated was freed, unless the profiler lost an event
         raise RuntimeError(f"the profiler lost allocations: {held:,} bytes are left of at most {peak:,}; run it again")
     return peak
 
@@ -176,7 +176,7 @@ def two_steps(request: Request) -> None:
         context_parallel=choice.context_parallel,
         precision=request.precision,
     )
-    torch.manual_seed(0)  # processes that share rows have the same ones
+    torch.manual_seed(0)  # processes that share rows need equal ones
     tokens = torch.randint(request.vocab_size, (rows, choice.seq_len))
     batch = Batch(tokens=tokens, targets=tokens, document_ids=torch.zeros_like(tokens, dtype=torch.int32))
     module = TrainingModule(

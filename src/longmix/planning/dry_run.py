@@ -212,7 +212,7 @@ def _measured(
     functions = gpu_functions() if setting.device == "cuda" else contextlib.nullcontext()
     with Ledger([*weights, *module.buffers(), *inputs]) as ledger, _autocast(setting), functions:
         call()
-        before = ledger.mark()  # what a first call makes for all others
+        before = ledger.mark()  # allocated by a first call for all later ones
         output, losses, others = call()
         kept = ledger.live - before - bytes_of(output)
         forward, moved = ledger.peak - ledger.live, ledger.moved

@@ -136,7 +136,7 @@ def _moments(model: LanguageModel, rehearsal: Rehearsal, setting: Setting, divis
     for index, part in enumerate(layers):
         held += part.kept + part.output
         yield Moment(f"forward of layer {index}", before, held, part.forward)
-    turning = held + ends.kept - stream  # the ends were rehearsed with the stream of one layer between them
+    turning = held + ends.kept - stream  # the dry run of the ends had the stream of one layer between them
     yield Moment("loss", before, turning, max(ends.forward, ends.backward))
     head = _lasting(ends, setting, division)
     if model.head.weight is not model.embedding.weight:

@@ -46,7 +46,7 @@ def optimizer_needs(
         seen: set[tuple[torch.Size, Recipe]] = set()
         for name, weight in model.named_parameters():
             kind = weight.shape, recipe_of(weight)
-            if device == "cpu" or kind not in seen:  # on a CPU matrices of one shape are taken together
+            if device == "cpu" or kind not in seen:  # a CPU updates all matrices of one shape together
                 seen.add(kind)
                 weights[name] = _fake(weight, dtype)
         optimizers = build(node, "optimizer", parameters=weights)

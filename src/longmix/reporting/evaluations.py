@@ -136,7 +136,7 @@ def _take_accuracy(found: Evaluations, report: dict[str, Any], steps: dict[str, 
     rows = {_length(key): row for key, row in report["lengths"].items()}
     shares = {length: number(row, "accuracy", 0, 1) for length, row in rows.items()}
     known = {length: number(row, "state_bytes", 0) for length, row in rows.items() if "state_bytes" in row}
-    newer = steps.get(measure) != report["step"]  # lengths of one step add up; an older step is over
+    newer = steps.get(measure) != report["step"]  # results of an older step are dropped
     steps[measure] = report["step"]
     before = {} if newer else found.recall[measure]
     found.recall[measure] = dict(sorted((before | shares).items()))

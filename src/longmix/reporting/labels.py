@@ -190,5 +190,5 @@ class PointNames(_Names):
             side: Any = "left" if box[0] > x else "right" if box[2] < x else "center"
             near = {"left": box[0], "right": box[2], "center": (box[0] + box[2]) / 2}[side]
             text.set_position((near, middle))
-            text.set_horizontalalignment(side)  # the near side stays, however wide a page's letters are
+            text.set_horizontalalignment(side)  # the near side stays fixed, whatever the width of letters
             stroke.set_data(([x, near], [y, middle]) if abs(middle - y) > 2 * size[1] else ([], []))

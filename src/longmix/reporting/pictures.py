@@ -113,7 +113,7 @@ def draw_panel(axes: Axes, panel: Panel, colours: dict[str, int], title: str = "
     styles = [style_of(series.mixer) for series in panel.series]
     marks = [mark_id(colours.get(series.mixer, 0), index) for index, series in enumerate(panel.series)]
     names = [series.name for series in panel.series]
-    counted = [  # two of one name are told apart by a number, so that none is lost
+    counted = [  # equal names get a number, so that no line is lost
         f"{name} ({names[:place].count(name) + 1})" if names.count(name) > 1 else name
         for place, name in enumerate(names)
     ]

@@ -130,7 +130,7 @@ def find_runs(paths: list[Path]) -> Found:
             summary = read_summary(folder)
             metrics = _metrics(folder, found.damaged)
             steps = summary["tokens"] / summary["tokens_per_step"]
-            if max((row["step"] for row in metrics), default=0) > steps:  # it goes on after an earlier end
+            if max((row["step"] for row in metrics), default=0) > steps:  # the run continued after an earlier end
                 raise Unfinished
             read.append((folder, {"summary": summary, "metrics": metrics}))
         except Unfinished:

@@ -48,7 +48,7 @@ def verdicts(runs: list[Run], colours: dict[str, int]) -> tuple[Markup, int]:
     for length, group in by_length(runs).items():
         cells.append(tag("div", f"{length:,}", class_="length"))
         for measure in measures:
-            heading = tag("div", measure.heading, class_="small")  # where a narrow page has no row of headings
+            heading = tag("div", measure.heading, class_="small")  # for a narrow page, which has no row of headings
             cells.append(tag("div", heading, _verdict(measure, group, names, colours)))
     return joined(cells), len(measures)
 

@@ -166,7 +166,7 @@ class ParquetFiles(_TableFiles):
         from pyarrow import parquet
 
         with parquet.ParquetFile(file) as table:
-            # A table may hold far more than its text. A missing field is reported from the full record.
+            # Only the text is read, as a table may hold far more; an error names the fields of the full record.
             columns = [self._field] if self._field in table.schema_arrow.names else None
             batches = table.iter_batches(batch_size=TOGETHER, columns=columns)
             rows = (row for batch in batches for row in batch.to_pylist())

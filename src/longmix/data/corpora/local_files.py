@@ -44,7 +44,7 @@ def user_path(key: str, value: str | os.PathLike[str]) -> Path:
         raise ConfigError(f"{key}={text[:50]}... is longer than a path can be.")
     try:
         return Path(text).expanduser()
-    except RuntimeError as error:  # ~name of nobody
+    except RuntimeError as error:  # ~name of an unknown user
         raise ConfigError(f"{key}={text}: {error}") from error
 
 
@@ -72,7 +72,7 @@ def find_files(key: str, paths: str | Sequence[str], suffix: str) -> list[Path]:
             target = file.resolve()
             if target not in by_target or file == target:
                 by_target[target] = file
-    except OSError as error:  # such as a folder that may be listed and not entered
+    except OSError as error:  # such as a folder that may be listed but not entered
         raise DataError(f"{key}: cannot read {error.filename}: {error.strerror or error}") from error
     return sorted(by_target.values())
 

@@ -124,7 +124,7 @@ class CsvFiles(RecordFiles):
                 yield from (text if isinstance(text, str) else "" for text in rows[self.field])
         except pandas.errors.EmptyDataError:
             return
-        except ValueError as error:  # pandas' errors of format are
+        except ValueError as error:  # pandas raises ValueErrors for malformed files
             raise DataError(f"{name} cannot be read as CSV: {shortened(error)}") from error
 
     def identity(self) -> dict[str, Any]:

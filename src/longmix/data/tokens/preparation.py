@@ -208,6 +208,6 @@ def _make_part(number: int) -> Part:
 
     def advance(documents: int, num_bytes: int, tokens: int) -> None:
         if stop.is_set():
-            raise KeyboardInterrupt  # nobody waits for the rest of this part
+            raise KeyboardInterrupt  # the run has ended, so nothing needs the rest of this part
 
     return make_part(work, number, folder, 0, advance)

@@ -89,7 +89,7 @@ class SphericalKMeans(Observed):
         with torch.autocast(vectors.device.type, enabled=False):
             member = F.one_hot(labels.long(), clusters).to(exact).unflatten(2, (heads, -1))
             grouped = vectors.detach().to(exact).unflatten(2, (heads, -1))
-            # Several query heads to a key head weigh as one.
+            # The query heads of one key head count together as one.
             weight = heads / labels.shape[2]
             total = torch.einsum("bthgk,bthgd->hkd", member, grouped) * weight
             count = member.sum((0, 1, 3)).unsqueeze(-1) * weight
@@ -97,7 +97,7 @@ class SphericalKMeans(Observed):
 
     def learn(self, together: Tensor) -> None:
         """Move sums, counts and centroids, and revive at most one cluster of each head."""
-        # Shares, not sums: a pass that activation checkpointing computed again was seen twice.
+        # Shares instead of sums, because activation checkpointing shows a recomputed pass twice.
         together = together / together[..., -1:].sum(1, keepdim=True)
         self.sums.lerp_(together[..., :-1], 1 - self.decay)
         self.counts.lerp_(together[..., -1], 1 - self.decay)

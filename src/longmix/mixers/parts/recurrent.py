@@ -230,7 +230,7 @@ def over_documents(
     if ids.shape[1] == 1:
         return run(carried, None)
     first = ids == ids[:, :1]
-    # A compiled graph cannot depend on values; what it computes besides is thrown away.
+    # A compiled graph cannot branch on values, so it computes both cases and drops one.
     if not torch.compiler.is_compiling() and first.all():
         return run(carried, None)
     output, final = run(carried, ids)

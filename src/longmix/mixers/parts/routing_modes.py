@@ -57,7 +57,7 @@ def latest(
         )
         if own:
             assert order.hi is not None
-            # Whoever finds nobody before them is the first key of the run, so that `lo` is their own place.
+            # A query without an earlier key is the first of its run, so `lo` is its own place.
             order = order._replace(hi=torch.maximum(order.hi, order.lo + 1))
         orderings.append(order)
     tensors = rows.query, rows.key, rows.value

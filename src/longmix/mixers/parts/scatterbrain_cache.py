@@ -105,7 +105,7 @@ class ScatterbrainState:
             torch.cat((self.recent.key.to(new.key.dtype), new.key), 1),
             torch.cat((self.recent.value.to(new.value.dtype), new.value), 1),
             features,
-            # States that were saved by longmix 0.1 have the last document's id in place of 0.
+            # States saved by longmix 0.1 have the last document's id where 0 stands now.
             torch.cat((self.recent.document_ids.clamp(max=0), new.document_ids), 1),
             labels,
         )
@@ -128,7 +128,7 @@ def state_after(keys: Keys, before: ScatterbrainState, block: int, past: int, sc
     position = next_position[:, None] - torch.arange(length, 0, -1, device=ids.device)
     begin = (next_position // block - past).clamp(min=0) * block
     leaves = live & (position < begin[:, None])
-    # A compiled graph cannot depend on values, and takes in nothing where nothing leaves.
+    # A compiled graph cannot branch on values, so it always takes keys in, possibly none.
     some_leave = torch.compiler.is_compiling() or bool(leaves.any())
     if keys.features is not None and some_leave:
         if isinstance(far, Summaries):

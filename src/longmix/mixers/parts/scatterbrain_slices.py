@@ -62,7 +62,7 @@ def _sums_before(new: Keys, slices: Slices, limit: int) -> FeatureState:
     nearest = -(-limit // new.key.shape[1])  # the slice that holds the first of those rows, counted back from this one
     found = slices.each_before(_sums(new, slices.ids, nearest * new.key.shape[1] - limit))
     empty = _empty(new)
-    # Zeros: every process has the result of an exchange in its graph.
+    # Zeros, since every process must have the result of an exchange in its graph.
     far = empty._replace(memory=empty.memory + found[:, :0, 0, ..., :-2].sum(1))
     for index in range(slices.rank):
         if slices.filled is not None:

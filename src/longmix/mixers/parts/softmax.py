@@ -235,11 +235,14 @@ class SoftmaxAttention(Mixer):
         last_id, next_position = (None, None) if state is None else (state.last_id, state.next_position)
         positions = token_positions(ids, last_id, next_position, length, x.device)
         query, key, value = self.project(x)
+        # Labels come from unrotated heads: they must depend on content alone, not on where a token stands.
         chosen = self.select(x, query, key, positions)
         if chosen is not None and chosen.key_gate is not None:
             value = value * chosen.key_gate.unsqueeze(-1).to(value.dtype)
         if chosen is not None and chosen.means is not None:
+            # Means first, losses after: a loss of each slice's own mean would differ from that of whole rows.
             chosen.losses |= self.losses_of(state.mean(chosen.means) if isinstance(state, Slices) else chosen.means)
+        # Keys are cached after the rotation, as positions within a document never change.
         angles = rotary_angles(positions, self.head_dim, self.rotary_base)
         rows = self.rows(rotate(query, *angles), rotate(key, *angles), value, ids)
         if chosen is not None:

@@ -72,7 +72,7 @@ def held_bytes(state: Any) -> tuple[int, int]:
     total = total_bytes(state)
     try:
         leaves = tree_flatten_with_path(state)[0]
-    except ValueError:  # a node without names says nothing of bookkeeping
+    except ValueError:  # a node without names cannot tell which leaves are bookkeeping
         return total, 0
     kept = sum(
         leaf.nbytes
