@@ -79,7 +79,7 @@ def check_words(config: Node) -> None:
 
 
 def _check_types(node: Node, schema: type, prefix: str = "") -> None:
-    """Refuse values that are not of their dataclass's types, which a checkpoint or `+key=value` may bring.
+    """Refuse values that do not fit the dataclass's types, as a checkpoint or `+key=value` may bring.
 
     Raises:
         ConfigError: naming the key.

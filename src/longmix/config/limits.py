@@ -1,4 +1,4 @@
-"""What follows from the words of a run: how many steps it takes, and what limits nothing."""
+"""Numbers that follow from the words of a run: its steps, and windows that limit nothing."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,7 +7,7 @@ from longmix.config.nodes import Node
 
 
 def unlimited_windows(config: Node) -> list[str]:
-    """Settings of a window that limits nothing, as it is as long as the rows; a note for the user."""
+    """A note on settings of windows that are as long as the rows and so limit nothing."""
     mixer = config["mixer"]
     nodes = {f"mixer.{name}": part for name, part in mixer.items() if isinstance(part, dict)} or {"mixer": mixer}
     return [
@@ -24,7 +24,7 @@ def tokens_per_step(config: Node) -> int:
 
 
 def with_limits(config: Node, words: Iterable[str]) -> Node:
-    """The configuration with the limit that the command line gives in the place of the other, which a file set.
+    """The configuration in which a limit of the command line replaces the other limit, set by a file.
 
     Of two limits that the command line gives, or that files give, both stay, and the smaller counts.
 

@@ -20,7 +20,7 @@ from longmix.wording import did_you_mean, nearest
 Node = dict[str, Any]
 
 PLAIN_MODULES = ("builtins", "pathlib", "typing", "types", "collections.abc")
-"""Classes from these are values, which no node stands for."""
+"""Classes of these modules are plain values, never nodes."""
 
 
 def locate(path: str, key: str) -> Callable[..., Any]:
@@ -57,7 +57,7 @@ def build(node: Node, key: str, **supplied: Any) -> Any:
 
 
 def _built_value(value: Any, hint: Any, key: str) -> Any:
-    """A setting as its callable takes it: built where the hint is of a kind that comes from nodes, else as it is."""
+    """A setting for its callable: built if the type hint asks for an object from a node, else unchanged."""
     kind, several = node_kind(hint)
     if kind is None:
         return value
@@ -170,9 +170,9 @@ def unknown_key(full_key: str, name: str, allowed: list[str]) -> str:
 
 
 def check_keys(node: Node, schema: type, prefix: str = "") -> None:
-    """Refuse keys that the dataclass `schema` lacks, and the lack of one it has.
+    """Refuse keys that the dataclass `schema` lacks, and missing keys that it has.
 
-    Hydra checks this itself, but for `+key=value` and `~key`.
+    Hydra itself checks this, except for `+key=value` and `~key`.
 
     Raises:
         ConfigError: for an unknown key with the nearest allowed name.

@@ -1,4 +1,4 @@
-"""Whether a value is of the type that a setting has, and how a message says that it is not."""
+"""Checks whether a value fits the type of a setting, and words the message if it does not."""
 
 import inspect
 import math
@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 LARGEST_INTEGER = 2**63 - 1
-"""What torch and NumPy take."""
+"""The largest integer of torch and NumPy."""
 
 LARGEST_SEED = 2**32 - 1
-"""What NumPy's global generator takes."""
+"""The largest seed of NumPy's global generator."""
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -41,7 +41,7 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def described(hint: Any) -> str:
-    """What values of a type are, in words."""
+    """The values of a type, in words."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(described(option) for option in arguments)
@@ -58,12 +58,12 @@ def described(hint: Any) -> str:
 
 
 def as_given(value: Any) -> str:
-    """A value as a message repeats it."""
+    """A value as it is written in messages."""
     return "null" if value is None else repr(value)
 
 
 def misfit(value: Any, hint: Any) -> str:
-    """What is wrong with a value that is not of a type: the end of a sentence that begins with the setting.
+    """The end of a sentence that begins with a setting, and says why its value does not fit its type.
 
     Args:
         value: as it came from YAML or the command line.
@@ -74,7 +74,7 @@ def misfit(value: Any, hint: Any) -> str:
 
 
 def too_large(value: Any) -> str:
-    """That a whole number, or one in a list, is beyond those that torch and NumPy take; "" if it is not."""
+    """The message for a whole number, or one in a list, that torch and NumPy cannot hold; "" if none is."""
     if isinstance(value, list | tuple):
         return next(filter(None, map(too_large, value)), "")
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):

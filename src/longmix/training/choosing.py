@@ -1,4 +1,4 @@
-"""Which folder a command's run goes on in, and from which checkpoint; the folder is held once that is known."""
+"""Chooses the folder and checkpoint in which a command's run continues; the chosen folder is locked at once."""
 
 import contextlib
 import logging
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Choice:
-    """Where a run goes on.
+    """The place where a run begins or continues.
 
     Attributes:
         folder: the run's.
@@ -41,7 +41,7 @@ class Choice:
 
 
 def choose_start(config: Node, folder: Path, named: bool, swept: Sequence[str] | None = None) -> tuple[Choice, Lock]:
-    """Where the run that `folder` is for goes on, and the lock of that place.
+    """The place where the run of `folder` begins or continues, and the lock of that place.
 
     A command that its launcher runs again after a failure continues what it began in the same folder, whatever `resume`
     says. A run there of other settings, or that another word of `resume` began, is not its own.
@@ -158,7 +158,7 @@ def _from_checkpoint(config: Node, folder: Path, named: bool, resume: str) -> tu
 
 
 def _new(config: Node, folder: Path) -> tuple[Choice, Lock]:
-    """A fresh run in a folder that the clock named; its configuration is there before anybody else looks for it."""
+    """A fresh run in a folder named by the clock. It writes its configuration before any other command looks."""
     place, lock = claim_new(folder)
     name = config["name"] if place == folder else config["name"] + place.name.removeprefix(folder.name)
     with _released_if_refused(lock):
@@ -167,9 +167,9 @@ def _new(config: Node, folder: Path) -> tuple[Choice, Lock]:
 
 
 def _at(config: Node, folder: Path, checkpoint: Path | None) -> Choice:
-    """A run in a folder that may hold one: it keeps that one's name if it continues it.
+    """A run in a folder that may hold one; if it continues that run, it keeps its name.
 
-    The configuration of a fresh run is there before anybody else can look for it.
+    A fresh run writes its configuration before any other command can look for it.
     """
     is_new = all(path.name in (CONFIG_FILE, LOCK_FILE) for path in folder.iterdir())
     name = config["name"]
@@ -203,7 +203,7 @@ def _newest(folder: Path) -> Path | None:
 
 
 def _run_of(checkpoint: Path) -> Path | None:
-    """The run that a checkpoint is of; those that a run set aside are still its own."""
+    """The run that a checkpoint belongs to, also if the run has set the checkpoint aside."""
     parents = checkpoint.absolute().parents
     return next((folder.parent for folder in parents if folder.name == "checkpoints"), None)
 
@@ -213,7 +213,7 @@ def _is_same(one: Path, other: Path) -> bool:
 
 
 def _began_so(folder: Path, config: Node) -> bool:
-    """Whether the run in a folder was last begun by this `resume` with these settings, as its configuration says."""
+    """Whether the configuration in a folder says that this `resume` began the run with these settings."""
     saved = read_config(folder)
     if saved is None or saved.get("resume") != config["resume"]:
         return False

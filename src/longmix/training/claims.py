@@ -18,7 +18,7 @@ PASSED_ON = "LONGMIX_RUN_LOCK"
 """Set for the first process that our launcher starts: the open file and the path of the lock that it takes over."""
 
 PATIENCE_SECONDS = 60.0
-"""How long a command waits for another to decide where it starts, or for the one that a launcher has just ended."""
+"""Seconds that a command waits for another to choose its run, or for a process that a launcher just ended."""
 
 POLL_SECONDS = 0.05
 
@@ -91,7 +91,7 @@ def is_claimed(folder: Path) -> bool:
 
 
 def in_use(folder: Path) -> str:
-    """What to say of a folder that another process holds."""
+    """The message for a folder that another process holds."""
     who = holder(folder / LOCK_FILE) or "another process"
     return f"{folder} is being trained right now by {who}. Wait until it ends, stop it, or choose another name."
 
@@ -116,7 +116,7 @@ def deciding(parent: Path) -> Iterator[None]:
 
 
 def remove_unused(folder: Path) -> None:
-    """Remove a folder that nothing was written to."""
+    """Remove a folder if it is empty."""
     if folder.absolute() != Path.cwd():
         with contextlib.suppress(OSError):
             folder.rmdir()

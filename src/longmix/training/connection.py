@@ -1,4 +1,4 @@
-"""Several processes of one run: how they meet, and what one says that has lost the others."""
+"""Connects the processes of one run, and explains the loss of one to the user."""
 
 import contextlib
 import os
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 TRANSPORT = re.compile("gloo|nccl|socket|store", re.IGNORECASE)
 LOSS = re.compile("time(d )?out|peer|pipe|refused|closed|abort|remote process", re.IGNORECASE)
-"""What the messages about a lost process have in common: Gloo raises plain RuntimeErrors, for other reasons too."""
+"""Texts in errors about a lost process: Gloo raises plain RuntimeErrors, for other reasons too."""
 
 
 def cluster_environment() -> "ClusterEnvironment":
-    """What tells Lightning who started the processes; it is not left to guess, nor to put jobs back into a queue."""
+    """Tells Lightning who started the processes, so that it neither guesses nor requeues jobs itself."""
     from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
     place = own_place()
@@ -68,13 +68,13 @@ def connect(settings: TrainerSettings) -> Processes:
 
 
 def disconnect() -> None:
-    """Part with the other processes, once nothing is to be exchanged any more."""
+    """Disconnect from the other processes after the last exchange."""
     dist.destroy_process_group()
 
 
 @contextlib.contextmanager
 def losses_explained(timeout: float, folder: Path | None = None) -> Iterator[None]:
-    """Turn what a transport raises when another process ends or stays silent into one error.
+    """Turn errors of the transport about a lost or silent process into one error.
 
     Args:
         timeout: seconds that `trainer.timeout` allows.
@@ -108,7 +108,7 @@ def _explained(cause: BaseException, place: Place, timeout: float, folder: Path 
 
 
 def how_to_continue(folder: Path | None) -> str:
-    """Where the last checkpoint of the run in `folder` is, and what continues from it."""
+    """The sentence that names the last checkpoint of the run in `folder`, and the word that continues from it."""
     checkpoint = None if folder is None else CheckpointStore(folder / "checkpoints").latest()
     if checkpoint is None:
         return "There is no checkpoint yet; run the same command again."

@@ -1,4 +1,4 @@
-"""Where a non-finite number first appeared: a second pass with every module watched."""
+"""Finds where a non-finite number first appeared, by a second pass with every module watched."""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -86,7 +86,7 @@ def _described(name: Name) -> str:
 
 
 class Finds:
-    """What this process found, and after how many looks: all processes look at the same places in the same order."""
+    """The finding of this process and its number: all processes look at the same places in the same order."""
 
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
@@ -104,7 +104,7 @@ class Finds:
             self.first = (self.looks, place)
 
     def earliest(self) -> str | None:
-        """What was found first, and by which process where there are several; all must call it."""
+        """The first finding of all processes, with the process if there are several; all must call it."""
         firsts = self.processes.each(lambda: self.first)
         found = [(*first, rank) for rank, first in enumerate(firsts) if first is not None]
         if not found:

@@ -1,4 +1,4 @@
-"""What the machine can do: peak arithmetic, memory in use, and the trainer settings that fit it."""
+"""The machine: its peak arithmetic, the memory in use, and the trainer settings."""
 
 import contextlib
 import resource

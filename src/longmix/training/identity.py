@@ -1,4 +1,4 @@
-"""What makes two runs the same run, and what may change when one is continued. docs/runs.md has the same tables."""
+"""The identity of a run: which settings make another run, and which may change on continuing. See docs/runs.md."""
 
 import inspect
 import logging
@@ -64,10 +64,10 @@ FIXED = {
     "trainable": "it says which weights have moments",
     "tuning": "it adds weights",
 }
-"""Settings that a run cannot be continued with other values of, each with its reason; all others take effect."""
+"""Settings that must stay equal when a run continues, each with its reason; all others take effect."""
 
 ORIGIN = "origin"
-"""Entry of a configuration: what `checkpoint` meant when the run began, a folder and the digest of its files."""
+"""Entry of a configuration: the meaning of `checkpoint` as the run began, a folder and the digest of its files."""
 
 SHOWN_DIFFERENCES = 5
 ABSENT = "absent"
@@ -77,7 +77,7 @@ KNOWN_SCHEDULES = {
 }
 
 Changes = dict[str, tuple[Any, Any]]
-"""Settings that differ: what each was, and what it is."""
+"""Changed settings, each with its old and new value."""
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def changes(saved: Node, config: Node, counting: tuple[str, ...] = ()) -> Change
 
     Args:
         saved, config: resolved configurations, the earlier first.
-        counting: words that count even if they are in `FREE`, with what is below them.
+        counting: words that count, with all below them, even if they are in `FREE`.
     """
     before, now = _leaves(saved), _leaves(config)
     found: Changes = {}
@@ -109,7 +109,7 @@ def changes(saved: Node, config: Node, counting: tuple[str, ...] = ()) -> Change
 
 
 def phrases(found: Changes) -> str:
-    """Changes in words, the first few of them."""
+    """The first few changes as text."""
     shown = [f"{key} was {was} and is {value}" for key, (was, value) in list(found.items())[:SHOWN_DIFFERENCES]]
     more = f" and {len(found) - SHOWN_DIFFERENCES} more" if len(found) > SHOWN_DIFFERENCES else ""
     return "; ".join(shown) + more
@@ -191,7 +191,7 @@ def _is_same_origin(saved: Node, config: Node) -> bool:
 
 
 def _began_with_same_weights(saved: Node, config: Node) -> bool:
-    """Whether both say of which weights they began, and of the same ones."""
+    """Whether both record the weights that they began from, and these are the same."""
     was, now = ((node.get(ORIGIN) or {}).get("weights") for node in (saved, config))
     return was is not None and was == now
 
@@ -218,7 +218,7 @@ def _steps(node: Node) -> int:
 
 
 def _default(config: Node, key: str) -> Any:
-    """The value of a setting that is not there: the default in what takes it, as this command's `_target_`s name it."""
+    """The value of an absent setting: the default of the callable that takes it, at this command's `_target_`."""
     *above, name = key.split(".")
     node: Any = config
     for part in above:

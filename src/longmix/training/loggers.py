@@ -1,4 +1,4 @@
-"""Where metrics go. Neither a remote logger that is lost nor a disk that is full costs a run."""
+"""Logs of metrics. Neither a lost remote logger nor a full disk ends a run."""
 
 import contextlib
 import csv
@@ -41,16 +41,16 @@ class NoLog:
     """Keeps nothing."""
 
     def open(self, folder: Path, config: dict[str, Any], name: str, first_step: int) -> None:
-        """Nothing to begin."""
+        """Do nothing."""
 
     def write(self, step: int, metrics: Metrics) -> None:
-        """Nothing to record."""
+        """Do nothing."""
 
     def close(self, exit_code: int) -> None:
-        """Nothing to finish."""
+        """Do nothing."""
 
     def upload_command(self) -> str | None:
-        """Nothing to send."""
+        """None: nothing is kept."""
         return None
 
 
@@ -134,7 +134,7 @@ class CsvLog:
             temporary.unlink(missing_ok=True)
 
     def close(self, exit_code: int) -> None:
-        """Every row that could be written is on the disk already."""
+        """Do nothing: every row that could be written is on the disk already."""
 
     def upload_command(self) -> str | None:
         """None: the file is where it should be."""

@@ -111,14 +111,14 @@ class TrainingModule(LightningModule):
         self.record: StepRecord
 
     def configure_model(self) -> None:
-        """Lightning asks once the processes exist; only a strategy with a device mesh divides the model."""
+        """Divide the model if the strategy has a device mesh. Lightning calls this once the processes exist."""
         if self.slices > 1 and self.row_group is None:
             self.row_group = strategies.row_group(self.slices, self.timeout)
         if self.device_mesh is not None and not strategies.is_sharded(self.model):
             strategies.shard(self.model, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Lightning asks for the optimizers after the model is on its device."""
+        """Build the optimizers. Lightning calls this after the model is on its device."""
         for name, weight in self.model.named_parameters():
             set_recipe(weight, self.recipes[name])  # sharding and moving replace parameters
         trainable = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
@@ -194,13 +194,13 @@ class TrainingModule(LightningModule):
         )
 
     def run(self, batch: Batch) -> ModelOutput:
-        """The model's output; of this process's slice if rows are shared, with token losses of 0 outside it."""
+        """Run the model, on this process's slice if rows are shared; token losses outside the slice are 0."""
         if self.row_group is not None:
             return strategies.run_slice(self.model, batch, self.row_group)
         return self.model(batch["tokens"], batch["targets"], document_ids=batch["document_ids"])
 
     def own(self, batch: Batch) -> Batch:
-        """The batch with the targets that this process alone counts."""
+        """The batch with only those targets that this process counts."""
         return batch if self.row_group is None else strategies.own_targets(batch, self.row_group)
 
     def _clip(self, record: StepRecord) -> None:
@@ -219,7 +219,7 @@ class TrainingModule(LightningModule):
         return self.trainer.world_size
 
     def sum_over_processes(self, value: Tensor) -> Tensor:
-        """The sum of what all processes give, which all of them must call."""
+        """The sum over all processes, which must all call it."""
         return self.trainer.strategy.reduce(value, reduce_op="sum") if self._world_size() > 1 else value
 
     def _gradient_sync(self, last: bool) -> AbstractContextManager:
@@ -259,7 +259,7 @@ class TrainingModule(LightningModule):
         raise NonFiniteError(f"at step {self.step + 1}, {reason}. {self.how_to_continue()}")
 
     def capture(self) -> dict[str, Any]:
-        """Everything of this module that a checkpoint needs; tensors are those of this process, and not copied."""
+        """The state of this module for a checkpoint: this process's parts of the tensors, not copied."""
         return {
             "step": self.step,
             "steps_skipped": self.steps_skipped,
@@ -268,7 +268,7 @@ class TrainingModule(LightningModule):
         }
 
     def restore(self, state: dict[str, Any], saved: Checkpoint, processes: Processes) -> None:
-        """Continue from what `capture` gave; all processes must call it, once the optimizers exist.
+        """Continue from a state that `capture` made; all processes must call it, once the optimizers exist.
 
         Args:
             state: the checkpoint without weights and optimizers' tensors.

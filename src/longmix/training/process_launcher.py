@@ -25,13 +25,13 @@ from longmix.training.connection import how_to_continue
 
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 5.0
-"""How long the others may take to notice that one is gone; a process that waits on a GPU would never."""
+"""Seconds for the others to notice that one is gone; a process that waits on a GPU never would."""
 
 CLOSING_SECONDS = 60.0
-"""How long the others may take to end once one has ended as a signal asked: a log may have to be sent."""
+"""Seconds for the others to end once a signal has ended one; they may have to send a log."""
 
 TOGETHER = (0, NonFiniteError.exit_code, Interrupted.exit_code)
-"""Exit codes that all processes come to: the others are on their way, and may take their time to close a log."""
+"""Exit codes that all processes reach by themselves; the others may still be closing their logs."""
 
 
 @dataclass
@@ -111,7 +111,7 @@ def _environment(rank: int, count: int, port: int) -> dict[str, str]:
 
 
 def _wait(workers: list[Worker], signals: SignalWatch) -> None:
-    """Until all have ended, or one has failed and the others had time to notice."""
+    """Wait until all have ended, or one has failed and the others had time to notice."""
     deadline, closing, passed_on = None, None, False
     while any(worker.code is None for worker in workers):
         number = signals.received
@@ -132,7 +132,7 @@ def _wait(workers: list[Worker], signals: SignalWatch) -> None:
 
 
 def _were_interrupted(workers: list[Worker], signals: SignalWatch) -> bool:
-    """Whether they ended as a signal asked: to us, or to one of them, without which others may be lost."""
+    """Whether a signal ended them, sent to us or to one of them; the others may be lost without that one."""
     codes = {worker.code for worker in workers}
     if signals.received is None and Interrupted.exit_code not in codes:
         return False
@@ -141,7 +141,7 @@ def _were_interrupted(workers: list[Worker], signals: SignalWatch) -> bool:
 
 
 def _failure(workers: list[Worker], timeout: float) -> str | int:
-    """What failed first, as a sentence; or the exit code of a process that has printed its own message."""
+    """A sentence about the first failure, or the exit code of a process that has printed its own message."""
     codes = [worker.code for worker in workers]
     killed = [worker for worker in workers if (worker.code or 0) < 0]
     for worker in killed:

@@ -1,4 +1,4 @@
-"""Where a run starts: fresh, or from a checkpoint that fits it, in a folder that is its own."""
+"""The start of a run: fresh, or from a checkpoint that fits it, in a folder of its own."""
 
 import contextlib
 import logging
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Start:
-    """Where a run begins; a context, at whose end the run's folder is free for others.
+    """The start of a run, as a context; at its end the run's folder is free for others.
 
     A run that fails before `begin` leaves no folder that was not there before.
 
@@ -61,7 +61,7 @@ class Start:
         self.release()
 
     def begin(self, config: Node) -> None:
-        """Write the configuration that takes effect now into the run's folder, and clear what is in the way there.
+        """Write the configuration into the run's folder, and clear outdated files there.
 
         Later checkpoints of a run that goes back to an earlier one are moved aside, and what killed processes left is
         deleted. The configuration of a run that has nothing left to train stays as it is. Only the first process may
@@ -84,7 +84,7 @@ class Start:
             write_config(self.folder, config)
 
     def config_of(self, config: Node) -> Node:
-        """The configuration under the run's own name, and with the checkpoint that it once began from."""
+        """The configuration with the run's own name and the checkpoint that the run once began from."""
         config = {**config, "name": self.name}
         if self.state is None:
             return config
@@ -99,7 +99,7 @@ class Start:
             remove_unused(self.created)
 
     def release(self) -> None:
-        """Let others use the folder; one that was made for a run that never began is removed."""
+        """Unlock the folder, and remove it if it was made for a run that never began."""
         if self.lock is None or not self.lock.is_held:
             return
         if self.is_new and not self.begun:
@@ -180,13 +180,13 @@ def find_start(
 
 
 def start_alone(config: Node, folder: Path, named: bool) -> Start:
-    """The folder that `find_start` would find, held for the first of several processes that are yet to be started."""
+    """The start that `find_start` would find, locked for the first of several processes before they are started."""
     choice, lock = choose_start(config, folder, named)
     return Start(choice.folder, 0, None, folder, name=choice.name, is_new=choice.is_new, lock=lock)
 
 
 def _set_results_aside(folder: Path, step: int, aside: Path | None) -> Path | None:
-    """Move what tells of later steps than `step` to the checkpoints that it is of; returns where to, if anything went.
+    """Move results of steps after `step` to their checkpoints; returns the folder, or None if there were none.
 
     Args:
         aside: where those checkpoints have just gone; None if there were none, as after a process that was killed when
@@ -210,7 +210,7 @@ def _set_results_aside(folder: Path, step: int, aside: Path | None) -> Path | No
 
 
 def _earlier_aside(checkpoints: Path, step: int, names: list[Path]) -> Path:
-    """Where the checkpoints of later steps went last, unless their results are there; else a new folder."""
+    """The folder to which later checkpoints were moved last, unless it has their results already; else a new one."""
     for folder in sorted(checkpoints.glob(f"{ASIDE}*"), reverse=True):
         latest = CheckpointStore(folder).latest()
         if latest is not None and step_of(latest) > step and not any((folder / name).exists() for name in names):

@@ -189,7 +189,7 @@ def check_config(node: Node, tokenizer: Tokenizer | None = None) -> tuple[Traine
         tokenizer: takes the place of the one that the configuration describes.
 
     Returns:
-        What was built on the way: the trainer's settings and the data, not yet prepared.
+        The trainer's settings and the data, not yet prepared.
 
     Raises:
         ConfigError: naming the key.
@@ -232,7 +232,7 @@ def check_config(node: Node, tokenizer: Tokenizer | None = None) -> tuple[Traine
 
 
 def quieten() -> None:
-    """Silence Lightning's advice that does not apply to a loop which does these things itself."""
+    """Silence advice of Lightning that does not apply here, since our loop does these things itself."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning.*")
@@ -293,7 +293,7 @@ def _fit_logged(
     start: Start,
     is_first: bool,
 ) -> None:
-    """Train what is left, between the opening and the end of the log."""
+    """Open the log, train the remaining steps, close the log."""
     node, metric_log = supervisor.config, supervisor.metric_log
     facts = {
         "parameters": module.model.parameter_counts(),
@@ -352,7 +352,7 @@ def _fit(
 
 
 def strategy_of(settings: TrainerSettings) -> Any:
-    """What Lightning's `Trainer` takes as its strategy."""
+    """The strategy for Lightning's `Trainer`."""
     if settings.strategy == "single":
         return "auto"
     from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a model and its optimizers, whether they are divided over processes or not."""
+"""The part of a checkpoint for model and optimizers, divided over processes or not."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -42,7 +42,7 @@ def restore_state(
     groups: list[dict[str, Any]],
     processes: Processes,
 ) -> None:
-    """Put back what `named_state` gave, on however many processes there are now; each reads its part.
+    """Restore a state that `named_state` made, on any number of processes; each reads its part.
 
     Args:
         model, optimizers: as they were built for these processes.
@@ -109,7 +109,7 @@ class _SavedOptimizer:
                 self.state[number] = values
 
     def load(self) -> None:
-        """Give the optimizer what was read; its settings stay those of the configuration it was built from.
+        """Load the read state into the optimizer, which keeps the settings of its configuration.
 
         The rate, which the next step sets anew from its peak and the schedule, is the saved one until then.
         """

@@ -1,4 +1,4 @@
-"""Whether a run's checkpoints will fit on the disk, said while there is time to do something about it."""
+"""Warns early if a run's checkpoints will not fit on the disk."""
 
 import logging
 import shutil

@@ -1,4 +1,4 @@
-"""How a model is divided over processes, and what its processes exchange; the model itself knows nothing of it."""
+"""Division of a model over processes, and their exchanges; the model itself knows nothing of them."""
 
 from datetime import timedelta
 from typing import Any
@@ -70,7 +70,7 @@ def own_targets(batch: Batch, group: dist.ProcessGroup) -> Batch:
 
 
 def largest(value: int, device: torch.device) -> int:
-    """The largest of what all processes give; all must call it."""
+    """The largest value of all processes, which must all call it."""
     if not (dist.is_available() and dist.is_initialized()):
         return value
     found = torch.tensor(value, device=device)

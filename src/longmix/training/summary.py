@@ -1,4 +1,4 @@
-"""What a run says of itself at its beginning and its end."""
+"""The header and the summary that a run prints at its beginning and its end."""
 
 import sys
 from collections.abc import Mapping
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 SUMMARY_FILE = "summary.json"
 QUALITIES = {"recall": "recall", "bits_per_byte": "bits/byte"}
-"""The unit behind each figure that `quality_of` may name."""
+"""The unit of each metric that `quality_of` may name."""
 
 LOG_WIDTH = 160
-"""Columns where the output is no terminal: a path should not be cut."""
+"""Width where the output is no terminal, so that no path is cut."""
 
 
 def mixer_name(config: Node, choices: Mapping[str, str]) -> str:
@@ -38,7 +38,7 @@ def mixer_name(config: Node, choices: Mapping[str, str]) -> str:
 
 
 def quality_of(figures: Mapping[str, float]) -> tuple[str, float]:
-    """The name and value of the figure that says most: of synthetic tasks the recall, whose tokens have no bytes."""
+    """Name and value of the most telling metric: recall for synthetic tasks, whose tokens have no bytes."""
     name = "recall" if "recall" in figures else "bits_per_byte"
     return name, figures[name]
 
@@ -92,7 +92,7 @@ def print_header(
 
 
 def matched(config: Node, parameters: int) -> dict[str, Any] | None:
-    """How near the model's size came to `match.parameters`, and with which width; None where that was not asked for."""
+    """The match with `match.parameters`: difference and width; None if it was not asked for."""
     target = config["match"]["parameters"]
     if target is None:
         return None
@@ -102,7 +102,7 @@ def matched(config: Node, parameters: int) -> dict[str, Any] | None:
 
 
 def read_own_summary(folder: Path, steps: int) -> dict[str, Any] | None:
-    """The `summary.json` of a run that took `steps` steps and has nothing left to do; None if that must be written."""
+    """The `summary.json` of a finished run of `steps` steps; None if it still has to be written."""
     try:
         summary = read_summary(folder)
         for key in ("perplexity", "tokens"):
@@ -146,7 +146,7 @@ def write_summary(
 
 
 def print_summary(summary: dict[str, Any], folder: Path, supervisor: "Supervisor", wall_seconds: float) -> None:
-    """The main figures of a run, how long the command took, and where everything is."""
+    """Print the main metrics of a run, the time of the command, and the paths of its files."""
     validation = summary["validation"]
     quality, value = quality_of(validation)
     rows = {
@@ -164,7 +164,7 @@ def print_summary(summary: dict[str, Any], folder: Path, supervisor: "Supervisor
 
 
 def _shown(path: Path | None) -> str:
-    """`path` as one would type it here."""
+    """`path` as the user would type it in the working folder."""
     if path is None:
         return "none"
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -40,7 +40,7 @@ BY_POSITION = "validation_by_position"
 
 @dataclass
 class RunState:
-    """Figures that a resumed run continues, besides the module.
+    """Values that a resumed run continues, besides the module.
 
     Attributes:
         training_seconds: time spent in steps, over all processes of the run's history.
@@ -106,12 +106,12 @@ class Supervisor(Callback):
             self._begin(trainer, module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The optimizers exist now, and nothing draws random numbers between this and the first step."""
+        """Restore the state. The optimizers exist by now, and nothing draws random numbers before the first step."""
         self._begin(trainer, cast(TrainingModule, pl_module))
         self.clock = time.perf_counter()
 
     def _begin(self, trainer: Trainer, module: TrainingModule) -> None:
-        """Put everything back, and make up for the validation that a signal cut short."""
+        """Restore the state, then repeat a validation that a signal cut short."""
         processes = Processes(strategies.own_group(module.timeout))
         module.how_to_continue = lambda: self._how_to_continue(module)
         if self.resume_from is not None and self.saved is not None:
@@ -140,7 +140,7 @@ class Supervisor(Callback):
             self._validate_and_keep(trainer, module)
 
     def _how_to_continue(self, module: TrainingModule) -> str:
-        """Behind a step that could not be taken; the first one from a checkpoint fails again with whatever settings."""
+        """The advice after a failed step. If it is the first after a checkpoint, the cure is an older checkpoint."""
         begun = self.store.path(self.first_step)
         older = [path for path in self.store.all() if path.name < begun.name]
         if module.step - module.skips_in_a_row > self.first_step or not older:
@@ -156,9 +156,9 @@ class Supervisor(Callback):
         return self.state.validation.get("step") == step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Log, validate, save and obey signals after a step; the clock of the speed stands still meanwhile.
+        """Log, save, obey signals and validate after a step, in this order. The clock of the speed stands still.
 
-        What was learned is saved before anything is shown, and before a last validation, which may take long.
+        The state is saved before anything is shown, and before a last validation, which may take long.
         """
         module = cast(TrainingModule, pl_module)
         elapsed = time.perf_counter() - self.clock
@@ -169,20 +169,24 @@ class Supervisor(Callback):
             self._warn_of_space(module)
         last = module.step == module.total_steps
         assert self.saver is not None
-        # All processes learn of a signal here, so that none goes on to a collective that another has left.
-        stop = self.signals.anywhere(module.device, self.saver.failed)  # if a checkpoint failed, saving says so
+        # First the signals: all processes learn of one here, so that none enters a collective that another has left.
+        # A failed checkpoint counts as one, since saving raises its error.
+        stop = self.signals.anywhere(module.device, self.saver.failed)
         rate = self._rate()
+        # The row is written before the checkpoint: a resumed run drops rows behind its checkpoint, but makes up none.
         metrics = self._log(trainer, module) if self._due("log_every", module.step) or last else None
         validates = last or self._due("validate_every", module.step)
         self.save_is_due = self.save_is_due or self._due("checkpoint_every", module.step)
-        saves = self.save_is_due and not module.skips_in_a_row  # what was left out changed no weight
+        saves = self.save_is_due and not module.skips_in_a_row  # a step left out changed no weight
+        # Saved before the end by a signal, and before the last validation, so that neither can lose a step. Otherwise a
+        # step that is validated is saved after it, and the checkpoint holds the validation.
         if last or stop or (saves and not validates):
             self.save(module)
         if self.progress.is_live:
             self.progress.advance(module.step, module.record.loss.item(), rate)
         if metrics is not None and trainer.is_global_zero:
             self.progress.show(module.step, metrics)
-        if stop:
+        if stop:  # only now: the state is on its way to the disk, and the last loss is shown
             self._stop(module)
         if validates:
             self._validate_and_keep(trainer, module, save=saves and not last)
@@ -199,10 +203,10 @@ class Supervisor(Callback):
         return every is not None and step % every == 0
 
     def _validate_and_keep(self, trainer: Trainer, module: TrainingModule, save: bool = False) -> None:
-        """Validate; a signal ends that, and the run. The figures of a step that is saved already join its checkpoint.
+        """Validate; a signal ends that, and the run. A step that is saved already gets the result into its checkpoint.
 
         Args:
-            save: the step's checkpoint comes with its validation.
+            save: save the step after its validation.
 
         Raises:
             NonFiniteError: the last validation gave no number.
@@ -253,7 +257,7 @@ class Supervisor(Callback):
         )
 
     def close(self) -> None:
-        """Remove the bar from the terminal, however the run ended."""
+        """Remove the bar from the terminal, whatever ended the run."""
         self.progress.close()
 
     def _log(self, trainer: Trainer, module: TrainingModule) -> Metrics:
@@ -305,10 +309,10 @@ class Supervisor(Callback):
         return LossStatistics(token_bytes, self.config["seq_len"], module.device)
 
     def validate(self, trainer: Trainer, module: TrainingModule) -> bool:
-        """Loss on the validation windows; a signal to any process ends it in all, and leaves the last figures.
+        """Measure the loss on validation windows; a signal to any process ends it in all, and keeps the last result.
 
         Returns:
-            Whether it was done.
+            Whether it was completed.
         """
         stopped = False
 
@@ -357,7 +361,7 @@ class Supervisor(Callback):
         """Save a checkpoint, then delete old ones; all processes must call it.
 
         Raises:
-            NonFiniteError: the state is not finite. It is not saved, as nothing could go on from it.
+            NonFiniteError: the state is not finite. It is not saved, as nothing could continue from it.
             StorageError: it cannot be written.
         """
         assert self.saver is not None
@@ -382,7 +386,7 @@ class Supervisor(Callback):
         self.saver.save(state, info | skips)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """A run that fails leaves the checkpoint that is being written; one that is interrupted twice does not wait."""
+        """Finish the checkpoint that is being written, unless the run was interrupted twice."""
         if self.saver is not None and isinstance(exception, Exception):
             with contextlib.suppress(Exception):  # what ended the run is what its user should hear of
                 self.saver.wait()

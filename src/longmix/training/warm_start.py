@@ -1,4 +1,4 @@
-"""Training that begins from the weights of a checkpoint: all of them on other data, or its initial states alone."""
+"""Begins training from a checkpoint's weights: trains all of them, or only the states before documents."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +20,15 @@ from longmix.training.identity import ORIGIN
 from longmix.trust import check_model_nodes
 
 TAKEN = ("mixer", "model", "tokenizer")
-"""The nodes of the configuration that come from the checkpoint."""
+"""Nodes of the configuration that are taken from the checkpoint."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """A checkpoint to begin from; of a run that goes on for certain, its own, as the first one may be gone by now.
+    """The checkpoint to begin from. A run that continues for certain uses its own, as the first may be gone.
 
     Attributes:
-        state: what is in it but the optimizers.
+        state: its content without the optimizers.
         tokenizer: the one it was trained with.
         record: which checkpoint the command line names, as `config.yaml` keeps it: its folder as `checkpoint`, and the
             digest of its `weights`; None if there is none any more.
@@ -86,7 +86,7 @@ class Origin:
             return cls(state, tokenizer_from_state(state["tokenizer"]), record)
 
     def check_same(self, processes: Processes) -> None:
-        """Refuse to begin where the processes have found different weights, as the run there was being trained.
+        """Refuse to begin if processes read different weights, because the run there was still training.
 
         Raises:
             CheckpointError: names checkpoints that do not change; the same in all processes, which must all call it.
@@ -101,9 +101,9 @@ class Origin:
 
 
 def continued_checkpoint(node: Node, invocation: Invocation) -> Path | None:
-    """The checkpoint that this command goes on from whatever its other settings; None if it may begin.
+    """The checkpoint that this command continues for certain; None if it may begin a new run.
 
-    What it goes on from holds model, mixer, tokenizer and weights.
+    That checkpoint holds model, mixer, tokenizer and weights.
     """
     resume = node["resume"]
     if resume == LAST:
