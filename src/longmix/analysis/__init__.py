@@ -1,1 +1,1 @@
-"""What can be asked of a mixer or model without looking inside it."""
+"""Analyses of mixers and models that do not look inside them."""

@@ -1,4 +1,4 @@
-"""What the matrix of a mixer says of it: how many tokens count, how far away, with which sign, in how many dimensions.
+"""Statistics of a mixer's matrix: how many tokens count, how far away, with which sign, in how many dimensions.
 
 Statistics are of the shares |a_ij| / sum_j |a_ij| of each row: most mixers here normalise each head after mixing, so
 that only shares tell. A row without any mass is left out.

@@ -1,4 +1,4 @@
-"""Whether later tokens change what was computed for earlier ones: asked in several ways, none of which looks inside.
+"""Tests whether later tokens change earlier outputs, in several ways that need no look inside.
 
 A leak of *content* has a gradient: an earlier output moves with a later input. A leak of *selection* has none: which
 tokens are attended to, which bucket is full or which rank a score has depends on later ones, as in the published
@@ -38,7 +38,7 @@ MEASURED = 8_192
 
 @dataclass(frozen=True)
 class Finding:
-    """What one probe found.
+    """The finding of one probe.
 
     Attributes:
         probe: its name.
@@ -56,13 +56,13 @@ class Finding:
 
     @property
     def leaks(self) -> bool:
-        """Whether something reached an output that must not."""
+        """Whether an input changed an output that it must not reach."""
         return self.kind in ("content", "selection")
 
 
 @dataclass(frozen=True)
 class EntropyFinding:
-    """What training on tokens that nothing can predict gave.
+    """The result of training on unpredictable tokens.
 
     Attributes:
         loss: nats per token on fresh tokens, after training.

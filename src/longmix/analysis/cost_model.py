@@ -1,4 +1,4 @@
-"""What a generated token costs, arithmetic and memory in one currency (Sadhukhan et al. 2025, arXiv 2506.05333).
+"""The cost of a generated token, arithmetic and memory in one unit (Sadhukhan et al. 2025, arXiv 2506.05333).
 
     eFLOP = FLOP + I * bytes        I = peak arithmetic / memory bandwidth of the hardware, FLOP per byte
 
@@ -45,11 +45,11 @@ class StepCost:
     held_bytes: float
 
     def parameters(self, intensity: float) -> float:
-        """eFLOP of what does not depend on the sequence."""
+        """eFLOP of products with weights, which do not depend on the sequence."""
         return self.parameter_flops + intensity * self.weight_bytes
 
     def mixing(self, intensity: float) -> float:
-        """eFLOP of what does."""
+        """eFLOP of scores, states and caches, which depend on the sequence."""
         return self.mixing_flops + intensity * self.state_bytes
 
     def total(self, intensity: float) -> float:

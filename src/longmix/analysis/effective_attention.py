@@ -27,13 +27,13 @@ from longmix.model.backbone import LanguageModel
 
 @dataclass(frozen=True)
 class Mixing:
-    """How a mixer mixed the values of some tokens.
+    """The linear map from values to outputs by which a mixer mixed some tokens.
 
     Attributes:
-        value: [B, T, Hv, W], which it mixed; Hv divides the number of heads H.
-        output: [B, T, H, W], of that.
-        offset: [B, T, H, W], what it would have been of values that are all 0.
-        run: any values of this shape to what they become.
+        value: [B, T, Hv, W], the values; Hv divides the number of heads H.
+        output: [B, T, H, W], the output for these values.
+        offset: [B, T, H, W], the output for values that are all 0.
+        run: the output for any values of this shape.
     """
 
     value: Tensor
@@ -58,7 +58,7 @@ class Mixing:
 
 @contextmanager
 def recorded_calls(mixer: Mixer) -> Iterator[list[EngineCall]]:
-    """Note every call that a mixer makes to an engine meanwhile, see `Mixer.call_engine`."""
+    """Record every call that a mixer makes to an engine within the context, see `Mixer.call_engine`."""
     calls: list[EngineCall] = []
     before, mixer.watch = mixer.watch, calls.append
     try:

@@ -10,10 +10,10 @@ from torch import Tensor
 from longmix.mixers.parts.looked_into import EngineCall
 
 QUANTILES = {"half_life_low": 0.1, "half_life": 0.5, "half_life_high": 0.9}
-"""Of the channels of a head."""
+"""Quantiles of the channels of a head."""
 
 REMEMBERED = 1e12
-"""A half-life above so many tokens counts as none: the decay is 1 but for rounding."""
+"""A half-life above so many tokens counts as none, since the decay is 1 up to rounding."""
 
 
 def log_root_mean_square(carried: Any) -> Tensor:

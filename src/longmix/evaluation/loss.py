@@ -47,8 +47,8 @@ def evaluate_loss(
         device: where the model is.
         precision: makes the autocast context of one forward pass.
         after_batch: called after each batch; False ends the evaluation early.
-        run: runs a batch, where that is not just a call of the model: of rows shared among processes a slice.
-        own: gives a batch the targets that this process counts, where others count the rest.
+        run: runs a batch; None calls the model. Where processes share rows, it runs this process's slice.
+        own: limits a batch to the targets that this process counts; None counts all.
     """
     run = functools.partial(_whole, model) if run is None else run
     was_training = model.training

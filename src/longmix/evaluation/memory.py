@@ -1,4 +1,4 @@
-"""Whether windows fit into the memory that is free, before it is taken."""
+"""Checks before a pass whether windows fit into the free memory."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ MEMINFO = Path("/proc/meminfo")
 def check_memory(model: LanguageModel, tokens: int, restored: Restored, key: str) -> None:
     """Refuse a pass over so many tokens if its activations alone are larger than the memory that is free.
 
-    What is counted is less than any mixer takes, so that nothing is refused that fits.
+    The estimate is below what any mixer takes, so that nothing that fits is refused.
 
     Args:
         model: to pass through.

@@ -1,4 +1,4 @@
-"""Reading contexts of any length in bounded memory, and the lengths and texts that evaluations of length go through."""
+"""Reads contexts of any length in bounded memory; the lengths and texts of evaluations by length."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""What a result is of: the checkpoint, the data, settings and machine; and the file name that follows from it."""
+"""The provenance of a result: checkpoint, data, settings and machine; and the file name that follows from it."""
 
 import re
 from datetime import UTC, datetime
@@ -14,17 +14,17 @@ from longmix.files import sha256_of_file, sha256_of_json
 from longmix.restore import Restored
 
 DIGEST_LETTERS = 8
-"""Hex digits in a file's name: two of a thousand results in one folder share them once in 8,000 such folders."""
+"""Hex digits in a file's name: among a thousand results in a folder, two collide in one of 8,000 folders."""
 
 LONGEST_LABEL = 60
-"""Letters of the data's name in a file's name."""
+"""The most letters of the data's name in a file's name."""
 
 IRRELEVANT = ("cache_dir", "num_workers", "validation_tokens", "local_shards")
-"""Settings of data that change no token of a split."""
+"""Settings of data that do not change the tokens of a split."""
 
 
 def model_facts(restored: Restored, states: str | None) -> dict[str, Any]:
-    """Which weights were evaluated, and how: `checkpoint`, its `weights` (a digest), `step`, `states`, `precision`.
+    """The evaluated weights: `checkpoint`, its `weights` (a digest), `step`, `states`, `precision`.
 
     Args:
         restored: the model.
@@ -47,7 +47,7 @@ def _states_facts(path: Path) -> dict[str, str]:
 
 
 def data_facts(data: TrainingData, split: str, is_own: bool) -> dict[str, Any]:
-    """What was read: `corpus`, `data_fingerprint`, `own_data`, `tokenizer`, `split` and `split_tokens`.
+    """The data that were read: `corpus`, `data_fingerprint`, `own_data`, `tokenizer`, `split` and `split_tokens`.
 
     Args:
         data: what the task read.

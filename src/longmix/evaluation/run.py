@@ -28,13 +28,13 @@ from longmix.restore import Restored, restore
 from longmix.trust import checked_data
 
 LARGEST = 2**62
-"""Of numbers that count tokens and windows; beyond it nothing can be indexed."""
+"""The largest number of tokens or windows; beyond it nothing can be indexed."""
 
 
 def evaluate(config: DictConfig, restored: Restored | None = None) -> dict[str, Any]:
     """Run the tasks of `config` on its checkpoint and return the report of each by its name.
 
-    A task that is refused, or fails, says so on standard error, and the others take place.
+    A task that is refused, or fails, says so on standard error, and the others still run.
 
     Args:
         config: the words.
@@ -78,7 +78,7 @@ def evaluate_all(config: DictConfig) -> dict[Path, dict[str, Any]]:
     A run that is refused does not keep the others from being evaluated.
 
     Returns:
-        What `evaluate` returned, by the folder that it was given.
+        The reports of `evaluate` by the folder of each run.
 
     Raises:
         LongmixError: see `evaluate`; and if a run of several was refused.
@@ -144,7 +144,7 @@ def _memory_errors(task: str) -> Iterator[None]:
 
 
 def _data(words: Node, restored: Restored) -> TrainingData:
-    """The data that are evaluated on.
+    """The data to evaluate on.
 
     Raises:
         ConfigError: the checkpoint names none and neither do the words, or the model does not know their tokens.

@@ -1,4 +1,4 @@
-"""What a task of `evaluate.py` is given: the model, data, the words of the command line, and a place for results."""
+"""`Subject`, the input of every task: model, data, the words of the command line, and a folder for results."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -18,11 +18,11 @@ from longmix.model.head import SLICE_ELEMENTS
 from longmix.printable import printable
 
 BINS = 16
-"""Of positions, all equally long."""
+"""Number of buckets of positions, all equally long."""
 
 
 class Accuracy(Task):
-    """Share of targets that the most likely token is, at every context length asked for, overall and by position."""
+    """The share of targets that are the most likely token, at every context length, overall and by position."""
 
     name = "accuracy"
 
@@ -82,7 +82,7 @@ def _at_length(subject: Subject, length: int) -> dict[str, Any]:
 
 
 def _first_choices(subject: Subject, hidden: Tensor) -> Tensor:
-    """The most likely token after each position [B, T], from a few positions at a time, so that logits stay small."""
+    """The most likely token after each position, [B, T]; few positions at a time keep the logits small."""
     flat = hidden.flatten(0, 1)
     pieces = flat.split(max(1, SLICE_ELEMENTS // subject.model.vocab_size))
     return torch.cat([subject.model.logits(piece).argmax(-1) for piece in pieces]).view(hidden.shape[:2])

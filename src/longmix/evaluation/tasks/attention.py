@@ -36,7 +36,7 @@ COLUMNS = {
     "negative_mass": ("negative", ".1%"),
     "first_token_mass": ("first", ".1%"),
 }
-"""Statistics in the table: heading and format."""
+"""The statistics in the table, each with heading and format."""
 
 
 class Attention(Task):
@@ -99,7 +99,7 @@ class Attention(Task):
         return draw_model(layers, length, title)
 
     def save(self, subject: Subject, answer: Answer) -> None:
-        """Write what is the subject's alone, and beside others a comparison of all."""
+        """Write the subject's own results, and with other models also a comparison of all."""
         report, shown, settings = answer.report, answer.shown, answer.settings or {}
         first = next(iter(report["models"]))
         own = {**report, "models": {first: report["models"][first]}}
@@ -113,14 +113,14 @@ class Attention(Task):
 
 
 class Shown(NamedTuple):
-    """What the tables and pictures need: the layers of each model by its name, and the models."""
+    """The input of tables and pictures: the models, and the layers of each by its name."""
 
     layers: dict[str, list[LayerMaps]]
     models: list[Restored]
 
 
 def analyse(model: LanguageModel, batches: Iterable[Batch]) -> list[LayerMaps]:
-    """Statistics of every layer over some windows of one length, and its shares in the first row of the first.
+    """Statistics of every layer over some windows of one length, and its shares in the very first row.
 
     Raises:
         ValueError: the values of a mixer are not known.
@@ -161,7 +161,7 @@ def _restored(subject: Subject, path: str) -> Restored:
 
 
 def _name(restored: Restored, taken: dict[str, Restored]) -> str:
-    """The run's name, with its step where two checkpoints have one name."""
+    """The name of a run, with its step where two checkpoints share a name."""
     checkpoint: Path = restored.checkpoint
     name = checkpoint.parent.parent.name if checkpoint.parent.name == "checkpoints" else checkpoint.name
     if name in taken:

@@ -15,7 +15,7 @@ from longmix.reporting.plots import drawing, new_figure, plain
 from longmix.reporting.style import INK
 
 DECADES = 4
-"""The smallest share that is coloured is 10 to the power of minus this."""
+"""The smallest coloured share is 10 to the power of minus this."""
 
 CELLS = 160
 """Most cells along a side of a heat map: more would be smaller than a pixel."""
@@ -29,7 +29,7 @@ MOST_SHOWN = 8
 
 @dataclass(frozen=True)
 class LayerMaps:
-    """What is drawn of a layer.
+    """The content of a layer's pictures.
 
     Attributes:
         mixer: its name.
@@ -118,7 +118,7 @@ def draw_map(axes: Axes, shares: Tensor, length: int, title: str) -> Any:
 
 
 def draw_histogram(axes: Axes, histograms: dict[str, list[float]], title: str, named: bool = True) -> None:
-    """A line for each head or layer, the later the lighter: the share of the mass in each of `distance_bins`."""
+    """The share of the mass in each of `distance_bins`: a line for each head or layer, later ones lighter."""
     colours = colormaps["viridis"]
     for index, (name, shares) in enumerate(histograms.items()):
         colour = colours(0.9 * index / max(len(histograms) - 1, 1))

@@ -1,4 +1,4 @@
-"""What every task of `evaluate.py` promises: settings in; then ask a model, report, show tables, draw, and save."""
+"""The contract of the tasks of `evaluate.py`: settings in; then ask a model, report, show tables, draw, save."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -14,10 +14,10 @@ from longmix.evaluation.subject import Subject
 
 @dataclass(frozen=True)
 class Answer:
-    """What a task found out about a model.
+    """The findings of a task about a model.
 
     Attributes:
-        report: the figures, of what JSON can hold.
+        report: the results, JSON-able.
         settings: what decided the figures besides the model, the data and the split; None takes the settings of the
             task and the words `seq_len` and `max_tokens`. Two results with equal ones are one and the same.
         shown: what the tables or the picture need besides the report, such as matrices; it is not kept.
@@ -48,7 +48,7 @@ class Task(ABC):
 
     @abstractmethod
     def ask(self, subject: Subject) -> Answer:
-        """Run the model and return what was found.
+        """Run the model and return the findings.
 
         Args:
             subject: the model, its data, and the words of the command line.
@@ -60,10 +60,10 @@ class Task(ABC):
 
     @abstractmethod
     def tables(self, answer: Answer) -> Iterable[RenderableType]:
-        """What the terminal shows: tables, and lines of text that are not wrapped."""
+        """The output on the terminal: tables, and lines of text that are not wrapped."""
 
     def figure(self, answer: Answer) -> Figure | None:
-        """The picture beside the report; None draws none, which is the default."""
+        """The picture beside the report; None, the default, for no picture."""
         return None
 
     def save(self, subject: Subject, answer: Answer) -> None:
@@ -75,7 +75,7 @@ class Task(ABC):
         subject.save(self.name, answer.report, self.figure(answer), self.used(subject, answer), self.reads_split)
 
     def used(self, subject: Subject, answer: Answer) -> dict[str, Any]:
-        """What decided the figures, see `Answer.settings`."""
+        """The settings that decided the results, see `Answer.settings`."""
         if answer.settings is not None:
             return answer.settings
         own = {name: getattr(self, name) for name in settings(type(self))}

@@ -1,4 +1,4 @@
-"""`evaluate.py task=causality`: whether anything later changes anything earlier, in a model and its mixers."""
+"""`evaluate.py task=causality`: whether later tokens change earlier outputs, in a model and in its mixers."""
 
 import copy
 import math
@@ -27,16 +27,16 @@ from longmix.progress import steps_bar
 from longmix.reporting.plots import AROUND, draw_cells, drawing, new_figure
 
 VOCABULARY = 8
-"""Of the tokens that nothing can predict; few, so that little training is needed to use a leak."""
+"""Vocabulary of the unpredictable tokens; small, so that little training suffices to use a leak."""
 
 MOST_TOKENS = 65_536
-"""Of an audited row; it takes float64 and, with some mixers, the square of its length."""
+"""The most tokens of an audited row, which takes float64 and, with some mixers, memory by the square."""
 
 TOKENS_PER_STEP = 512
-"""Of that training."""
+"""Tokens of one step of the training on unpredictable tokens."""
 
 CHANGES_WIDTH, CHANGES_HEIGHT = 620, 24
-"""Points of the picture, and of a line of it."""
+"""Width of the picture and height of one of its lines, in points."""
 
 
 class Causality(Task):
@@ -90,7 +90,7 @@ class Causality(Task):
         return Answer(report, {**lengths, "entropy_steps": self.entropy_steps}, shown=(found, entropy))
 
     def tables(self, answer: Answer) -> Iterator[RenderableType]:
-        """What each probe found in each part, what training found, and the verdict."""
+        """The findings of each probe in each part, of the training, and the verdict."""
         found, entropy = answer.shown
         yield _table(found)
         if entropy is not None:

@@ -1,4 +1,4 @@
-"""`evaluate.py task=context_lengths`: what more context is worth, and how far past its training a model reaches."""
+"""`evaluate.py task=context_lengths`: the gain from more context, and the reach beyond the trained length."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -113,9 +113,9 @@ def _reached(asked: list[int], text: TokenFile, split: str) -> list[int]:
 
 
 def _windows(text: TokenFile, length: int, max_tokens: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Starts of windows of `length` + 1 tokens that lie inside one document, and of those that begin one.
+    """Starts of windows of `length` + 1 tokens inside one document, and starts of windows that begin a document.
 
-    Of either as many, evenly spread, as `max_tokens` allows, and at least one.
+    Of each kind at least one and as many as `max_tokens` allows, evenly spread.
     """
     bounds = zip(text.offsets[:-1].tolist(), text.offsets[1:].tolist(), strict=True)
     inside = [np.arange(start, end - length, length) for start, end in bounds if end - start > length]

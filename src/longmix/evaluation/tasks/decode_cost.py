@@ -1,4 +1,4 @@
-"""`evaluate.py task=decode_cost`: what a generated token costs by the length of the context, counted and measured."""
+"""`evaluate.py task=decode_cost`: the cost of a generated token by context length, counted and measured."""
 
 import copy
 import statistics
@@ -28,10 +28,10 @@ from longmix.progress import tracked
 from longmix.reporting.plots import draw_curves, drawing, new_figure
 
 STEPS_READ = 1024
-"""Tokens after a context that are read from the data; further steps read them again."""
+"""Number of tokens after a context that come from the data; further steps repeat them."""
 
 LARGEST = 2**40
-"""Of contexts, steps and sequences."""
+"""The largest length of a context, number of steps, and number of sequences."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -115,7 +115,7 @@ class DecodeCost(Task):
         return Answer(report, {**settings, "measured": measured, "steps": self.steps})
 
     def tables(self, answer: Answer) -> Iterator[RenderableType]:
-        """What is counted at each context, what follows, and what was measured."""
+        """The counted cost at each context, what follows from it, and the measured times."""
         report = answer.report
         yield _counted_table(report)
         for text, context in (
@@ -166,7 +166,7 @@ def with_flash(model: LanguageModel) -> LanguageModel:
 
 
 def measure(model: LanguageModel, tokens: torch.Tensor, context: int, steps: int) -> dict[str, float]:
-    """Decode after `context` of the tokens int64 [context + 1 or more]; the next ones come round and round.
+    """Decode after the first `context` of the tokens, int64 [context + 1 or more]; the rest are repeated in turn.
 
     Returns:
         `milliseconds`, the median of a step's; `state_bytes`, of what is remembered before the first, without

@@ -22,7 +22,7 @@ from longmix.progress import tracked
 logger = logging.getLogger(__name__)
 
 Scored = tuple[float, bool]
-"""Log probability of a continuation in nats, and whether it is what greedy choice gives."""
+"""Log probability of a continuation in nats, and whether greedy choice gives it."""
 
 
 class HarnessModel(TemplateLM):
@@ -137,7 +137,7 @@ class HarnessModel(TemplateLM):
         return [(likely, wrong == 0) for likely, wrong in zip(total.tolist(), missed.tolist(), strict=True)]
 
     def _continued(self, contexts: list[list[int]], wanted: Any) -> list[str]:
-        """Continuations of contexts that share their stops and their limit."""
+        """The continuations of contexts with the same stops and limit."""
         steps = min(wanted["max_gen_toks"], self.max_length - 1)
         room = self.max_length - steps
         self._say_truncated(sum(len(context) + 1 > room for context in contexts), len(contexts))

@@ -20,7 +20,7 @@ BOOTSTRAPS = 1000
 """For standard errors of figures that are no means, such as perplexities; the harness's own 100,000 take minutes."""
 
 LONGEST_NAME = 80
-"""Of the tasks, in the name of the file."""
+"""The most letters of the tasks in a file's name."""
 
 
 class LMEval(Task):
@@ -131,7 +131,7 @@ class LMEval(Task):
 
 
 def _manager(tasks: list[str], include_path: str | None) -> Any:
-    """The harness's index of tasks. If the folder has all of them, the harness's own are not indexed, which is slow."""
+    """The harness's index of tasks. Its own tasks are indexed, which is slow, only if the folder lacks one."""
     from lm_eval.tasks import TaskManager
 
     if include_path is not None:

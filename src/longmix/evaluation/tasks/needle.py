@@ -168,7 +168,7 @@ def _scores(subject: Subject, text: TokenFile, one: haystack.Needle, depths: lis
 
 
 def _cell(with_needle: torch.Tensor, without: torch.Tensor) -> dict[str, float]:
-    """Means over needles; both are [needles, 2] as `Score` has it."""
+    """The means over needles of two arrays of scores [needles, 2]."""
     return {
         "accuracy": (with_needle[:, 0] == 1).double().mean().item(),
         "token_accuracy": with_needle[:, 0].mean().item(),

@@ -1,4 +1,4 @@
-"""`evaluate.py task=states`: how recurrent states grow with the position, what gates do, and what states weigh."""
+"""`evaluate.py task=states`: the growth of recurrent states with the position, gates, and bytes of states."""
 
 import math
 from collections import Counter
@@ -31,10 +31,10 @@ from longmix.reporting.plots import decimal_axis, draw_curves, draw_trained, dra
 from longmix.reporting.style import INK, nth_style
 
 TIMES_TRAINED = 8
-"""How long windows are by default, in trained lengths."""
+"""Default length of windows, in trained lengths."""
 
 LARGEST_COUNT = 2**40
-"""Of tokens, windows and pieces."""
+"""The largest number of tokens, windows and pieces."""
 
 EXPLODES = 10.0
 """A state that grows by more than this beyond the trained length is pointed out."""
@@ -42,13 +42,13 @@ EXPLODES = 10.0
 
 @dataclass
 class LayerStates:
-    """What was seen of one layer.
+    """The observations of one layer.
 
     Attributes:
         mixer: its name.
         kind: "recurrent" has a state that is one tensor per head, "cache" is a softmax mixer's, "other" is neither.
         sizes: of a recurrent one: position in the document, and log root mean square of each head's state [H].
-        bytes: bytes of what a row remembers after so many tokens, whatever their documents.
+        bytes: bytes of a row's state by the number of tokens before, whatever their documents.
     """
 
     mixer: str
@@ -156,14 +156,14 @@ class States(Task):
 
 
 def kind_of(mixer: Mixer) -> str:
-    """What a mixer remembers, see `LayerStates`."""
+    """The kind of a mixer's state, see `LayerStates`."""
     if isinstance(mixer, RecurrentMixer):
         return "recurrent"
     return "cache" if isinstance(mixer, SoftmaxAttention) else "other"
 
 
 def _length(subject: Subject, asked: int | None) -> int:
-    """What was asked for, or 8 trained lengths as far as the split has so many tokens.
+    """The length asked for, or 8 trained lengths, or the whole split if that is shorter.
 
     Raises:
         DataError: the split has fewer tokens than were asked for.
@@ -240,7 +240,7 @@ def exploding(report: dict[str, Any]) -> Iterator[str]:
 
 
 def _without_size(layers: list[dict[str, Any]]) -> list[str]:
-    """Why some layers have bytes alone."""
+    """The note on layers for which only bytes are shown."""
     kinds = {kind: sorted({layer["mixer"] for layer in layers if layer["kind"] == kind}) for kind in ("cache", "other")}
     found = []
     if kinds["cache"]:

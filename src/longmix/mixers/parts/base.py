@@ -1,4 +1,4 @@
-"""What every sequence mixer promises: one signature, for training, prefill and decode alike."""
+"""The contract of every sequence mixer: one signature for training, prefill and decode."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from longmix.pytrees import pytree
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes a mixer is told about the model around it."""
+    """The sizes of the model around a mixer."""
 
     d_model: int
     num_layers: int
@@ -27,7 +27,7 @@ class ModelShape:
 @pytree
 @dataclass
 class MixerOutput:
-    """What a mixer returns.
+    """The output of a mixer.
 
     Attributes:
         y: [B, T, D], dtype of the input.
@@ -105,7 +105,7 @@ class Mixer(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} lacks flops(length)")
 
     def prepare(self, length: int) -> None:
-        """Make what depends on the length of rows alone; nothing by default.
+        """Prepare whatever depends only on the length of rows; nothing by default.
 
         The planner calls this before it runs the mixer on tensors without memory.
         """
@@ -122,11 +122,11 @@ class Mixer(nn.Module):
         value: Tensor,
         **options: Any,
     ) -> tuple[Tensor, Any]:
-        """What an engine returns, which is shown to whoever looks into the mixer: matrices, states and gates.
+        """Call an engine, and show the call to an analysis that looks into the mixer.
 
         Args:
             engine: such as `longmix_kernels.linear.linear_attention`; linear in `value`, given everything else.
-            query, key, value, options: what it is given.
+            query, key, value, options: the engine's arguments.
         """
         result = engine(query, key, value, **options)
         if self.watch is not None:
@@ -137,12 +137,12 @@ class Mixer(nn.Module):
 def checked_sizes(
     x: Tensor, width: int, document_ids: Tensor | None = None, state: Any = None, states: tuple[type, ...] = ()
 ) -> tuple[int, int]:
-    """B and T of what a mixer is called with.
+    """B and T of a mixer's input, after checks of all arguments.
 
     Args:
         x, document_ids, state: see `Mixer.forward`.
         width: the model's.
-        states: what a state may be.
+        states: the classes that a state may have.
 
     Raises:
         ValueError: `x` is not [B, T, width], or has no row or no token; `document_ids` are not integers [B, T]; the

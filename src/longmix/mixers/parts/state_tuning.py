@@ -1,4 +1,4 @@
-"""What state tuning trains in a recurrent mixer: the state before each document, and a memory with more features.
+"""State tuning of a recurrent mixer: it trains the state before each document, and a memory with more features.
 
     state    S_0, which the recurrence goes on from; the layer is affine in it
     memory   y_t += M^T R phi(q_t),   phi_m(q) = exp(sqrt(K) (u_m . q / |q| - 1)),   R <- R - eta (C - diag C) R
@@ -58,7 +58,7 @@ class FeatureMemory(Observed):
         self.register_buffer("whitening", torch.eye(features).expand(heads, -1, -1).contiguous().to(like))
 
     def forward(self, query: Tensor) -> Tensor:
-        """What is read for `query` [B, T, H, K]: [B, T, H, V], in float32 or better."""
+        """The read [B, T, H, V] for `query` [B, T, H, K], in float32 or better."""
         with torch.autocast(query.device.type, enabled=False):
             direction = F.normalize(query.to(self.supports.dtype), dim=-1)
             nearness = torch.einsum("bthk,hmk->bthm", direction, self.supports) - 1
@@ -73,7 +73,7 @@ class FeatureMemory(Observed):
         return counted(total, features.shape[0] * features.shape[1])
 
     def learn(self, together: Tensor) -> None:
-        """Take from the features what they have in common."""
+        """Decorrelate the features by the step in the module's head."""
         mean = mean_of(together, self.whitening)
         crossed = mean - torch.diag_embed(mean.diagonal(dim1=-2, dim2=-1))
         self.whitening -= self.decorrelation * crossed @ self.whitening
