@@ -9,6 +9,7 @@ import pytest
 from list_corpus import ListCorpus, distinct_documents
 
 from longmix.checkpoints import find_checkpoint, load_checkpoint
+from longmix.command_line.program import program
 from longmix.config import build, resolved
 from longmix.data import prepared, windows
 from longmix.data.prepare_run import prepare_splits
@@ -19,6 +20,7 @@ from longmix.data.tokens.tokenizers import BpeTokenizer, ByteTokenizer, tokenize
 from longmix.data.windows import TrainWindows, order_key
 from longmix.errors import ConfigError, DataError
 from longmix.files import sha256_of_json
+from longmix.invocation import Invocation
 from longmix.training.run import train
 
 TEXTS = [f"document number {number}: " + "abcdefgh"[number % 8] * (number % 50) for number in range(200)]
@@ -340,6 +342,20 @@ class TestCommand:
                               "tokenizer=prepared", "seq_len=16")  # fmt: skip
         state = load_checkpoint(find_checkpoint(folder))
         assert state["tokenizer"] == prepared_tokenizer(str(path)).state()
+
+    def test_names_the_command_that_trains_on_it_by_the_words_of_its_invocation(self, words, compose_config, capsys):
+        config = compose_config(*words, "workers=0", entry_point="prepare")
+        invocation = Invocation(Path("unused"), (*words, "workers=0", "tokenizer=bytes"))
+        prepare_splits(config, invocation)
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("to train on them:")]
+        assert [line.split() for line in lines] == [
+            ["to", "train", "on", "them:", *program("train").split(), *words, "tokenizer=bytes"]
+        ]
+
+    def test_called_from_python_it_reads_nothing_of_hydra(self, words, compose_config, capsys):
+        prepare_splits(compose_config(*words, entry_point="prepare"))
+        out = capsys.readouterr().out
+        assert "without the texts:" in out and "to train on them:" not in out
 
     @pytest.mark.parametrize(
         ("given", "message"),

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 from collections.abc import Sequence
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -33,7 +34,8 @@ def help_text(schema: Schema, asked: Sequence[str] = ()) -> str:
     pages = [page for word in asked for page in pages_of(schema, word)]
     if pages:
         return "\n".join(pages)
-    head = OmegaConf.to_container(schema.primary, resolve=False)["hydra"]["help"]["template"]  # type: ignore[index,call-overload]
+    primary: Any = OmegaConf.to_container(schema.primary, resolve=False)
+    head = primary["hydra"]["help"]["template"]
     groups = [line for group, default in schema.groups.items() for line in group_lines(schema, group, default)]
     if schema.command == "train":
         groups += [line for group in SWEEP_GROUPS for line in group_lines(schema, group, "basic")]
