@@ -30,7 +30,7 @@ class DataOptions(TypedDict, total=False):
 class TextData(TrainingData):
     """Token files of one or several corpora, made when first asked for. Subclasses say which windows are cut from them.
 
-    Each token file is made once and kept in `cache_dir`, which any number of runs and ranks may share.
+    Each token file is made once and kept in `cache_dir`, which any number of runs and processes may share.
 
     Args:
         corpus: where the documents come from.
@@ -130,7 +130,7 @@ class TextData(TrainingData):
         return sum(token_file.num_tokens for token_file in self.token_files("train"))
 
     def prepare_data(self) -> None:
-        """Make the token files that training needs; Lightning calls it on one rank of each node."""
+        """Make the token files that training needs; Lightning calls it in one process of each machine."""
         for split in ("train", "validation"):
             if split in self.splits:
                 self.token_files(split)

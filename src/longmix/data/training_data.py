@@ -17,7 +17,7 @@ from longmix.errors import ConfigError
 class TrainingData(lightning.LightningDataModule, ABC):
     """Training windows, evaluation windows and the batches made from them. Each kind of data is a class of its own.
 
-    A kind of data answers the abstract members. Batches, ranks and Lightning's hooks are the same for all.
+    A kind of data answers the abstract members. Batches, processes' shares and Lightning's hooks are the same for all.
 
     Nothing is read or written before `prepare_data`, `setup`, or the first use of what depends on it.
 
@@ -111,7 +111,7 @@ class TrainingData(lightning.LightningDataModule, ABC):
 
     @abstractmethod
     def prepare_data(self) -> None:
-        """Make what training needs. Lightning calls it on one rank of each node; a second call does nothing."""
+        """Make what training needs. Lightning calls it in one process of each machine; a second call does nothing."""
 
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
