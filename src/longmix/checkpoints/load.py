@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, Union
 
 import torch
 
-from longmix.checkpoints.reading import as_state, cure, read_info, reading
+from longmix.checkpoints.reading import ALIASES, SHARDED, WHOLE, as_state, cure, read_info, reading
+from longmix.checkpoints.store import find_checkpoint, is_checkpoint
 from longmix.checkpoints.tensors import join
 from longmix.checkpoints.whole import WholeCheckpoint, read_whole
 from longmix.distributed.agreement import Processes
@@ -16,11 +17,6 @@ from longmix.reading import shortened
 
 if TYPE_CHECKING:  # it imports torch.distributed.tensor, which takes a second
     from longmix.checkpoints.sharded import ShardedCheckpoint
-
-WHOLE = 1
-SHARDED = 2
-ALIASES = "aliases"
-"""Key in the rest of a sharded checkpoint: further names of tensors."""
 
 Checkpoint = Union[WholeCheckpoint, "ShardedCheckpoint"]
 
@@ -76,8 +72,6 @@ def _open_shards(checkpoint: Path) -> "ShardedCheckpoint":
 
 def _one_of(path: Path | str) -> Path:
     """The checkpoint that a path means. Only a path to a checkpoint itself can lead to an error about damage."""
-    from longmix.checkpoints.store import find_checkpoint, is_checkpoint
-
     path = Path(path)
     return path if is_checkpoint(path) and path.exists() else find_checkpoint(path)
 

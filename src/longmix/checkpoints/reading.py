@@ -15,6 +15,12 @@ from longmix.reading import LONGEST_REASON, read_json, require_regular, shortene
 
 INFO_FILE = "info.json"
 
+WHOLE, SHARDED = 1, 2
+"""Formats: one file of everything, or tensors in a file of each process."""
+
+ALIASES = "aliases"
+"""Key in the rest of a sharded checkpoint: further names of tensors."""
+
 Facts = dict[str, Any]
 """The facts of a file: `bytes` and `sha256`."""
 

@@ -9,8 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from longmix.checkpoints.load import ALIASES, SHARDED, WHOLE
-from longmix.checkpoints.reading import INFO_FILE, facts_of, read_info
+from longmix.checkpoints.reading import ALIASES, INFO_FILE, SHARDED, WHOLE, facts_of, read_info
 from longmix.checkpoints.tensor_files import write_tensors
 from longmix.checkpoints.tensors import Name, Piece
 from longmix.checkpoints.whole import STATE_FILE, write_whole
