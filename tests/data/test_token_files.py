@@ -443,6 +443,23 @@ class TestProcesses:
         (folder,) = (tmp_path / "cache").iterdir()
         assert TokenFile.open(folder).num_documents == 5
 
+    @pytest.mark.parametrize("finished", [True, False])
+    def test_without_locks_what_another_has_built_meanwhile_is_taken(self, tmp_path, finished):
+        """The other one's last act is to remove the pieces that both were working on."""
+        folder = tmp_path / "built"
+
+        def write(temporary: Path) -> dict:
+            if finished:
+                folder.mkdir()
+            raise StorageError("could not write a piece: No such file or directory")
+
+        if finished:
+            assert sealed_folder.build_once(folder, write) is False
+        else:
+            with pytest.raises(StorageError):
+                sealed_folder.build_once(folder, write)
+        assert [path.name for path in tmp_path.iterdir()] == ["built"] * finished
+
 
 def test_light_modules_import_neither_torch_nor_lightning_nor_datasets():
     modules = ["corpora.hub", "tokens.preparation", "tokens.tokenizers", "tokens.token_files", "windows"]

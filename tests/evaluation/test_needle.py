@@ -14,6 +14,7 @@ from matplotlib import image
 from longmix.checkpoints import find_checkpoint, load_checkpoint
 from longmix.data.corpora.files import TextFiles
 from longmix.data.synthetic.haystack import Forms, draw_needle, haystack_rows
+from longmix.data.text_data import TokenData
 from longmix.data.tokens.preparation import prepare
 from longmix.data.tokens.token_files import TokenFile
 from longmix.data.tokens.tokenizers import BpeTokenizer, ByteTokenizer, Tokenizer
@@ -146,7 +147,7 @@ class Recaller:
 
 
 def of_recaller(model: Recaller, folder: Path, tmp_path: Path, lengths: list[int]) -> dict:
-    text = prepare(TextFiles(f"{folder}/train", f"{folder}/validation"), ByteTokenizer(), "validation", tmp_path)
+    corpus = TextFiles(f"{folder}/train", f"{folder}/validation")
     restored = SimpleNamespace(
         model=model,
         state={"step": 7},
@@ -155,7 +156,7 @@ def of_recaller(model: Recaller, folder: Path, tmp_path: Path, lengths: list[int
         precision="float32",
         autocast=nullcontext,
     )
-    data = SimpleNamespace(tokenizer=ByteTokenizer(), token_file={"validation": text}.get)
+    data = TokenData(corpus, ByteTokenizer(), seq_len=100, batch_size=3, seed=0, cache_dir=str(tmp_path))
     words = {"split": "validation", "seq_len": lengths, "batch_size": 3, "max_tokens": None}
     subject = Unsaved(restored, data, words, tmp_path / "results")
     return Needle([1], DEPTHS, needles=2, seed=0, statement=STATEMENT, question=QUESTION).run(subject)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from longmix.errors import DataError
+from longmix.errors import DataError, StorageError
 from longmix.files import atomic_directory, remove_leftovers, sha256_of_file, sha256_of_json, storage_errors, write_json
 from longmix.reading import read_json, require_regular, shortened
 
@@ -42,8 +42,14 @@ def build_once(folder: Path, write: Callable[[Path], dict[str, Any]]) -> bool:
         if folder.is_dir():
             return False
         remove_leftovers(folder.parent)
-        with atomic_directory(folder) as temporary:
-            seal(temporary, write(temporary))
+        try:
+            with atomic_directory(folder) as temporary:
+                seal(temporary, write(temporary))
+        except (StorageError, FileNotFoundError):
+            # without locks, another process may have built it just now, and removed what both were working on
+            if not folder.is_dir():
+                raise
+            return False
     return True
 
 
