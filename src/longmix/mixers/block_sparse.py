@@ -95,21 +95,31 @@ class BlockSparse(SoftmaxAttention):
 
         @lru_cache(maxsize=8)
         def lists(blocks: int, device: torch.device) -> BlockList:
-            return build(blocks * block, block, device=device, **sizes)
+            # Their sizes have to be known, for which a GPU would be waited for: so they are made on the CPU.
+            size, *parts = build(blocks * block, block, device="cpu", **sizes)
+            return BlockList(size, *(part.to(device) for part in parts))
 
         self.block = block
         self.layout = layout
         self.sink, self.local, self.stride = sink, local, stride
         self.lists = lists
+        self.prepared: BlockList | None = None
 
     def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Metric]]:
         """Call the engine, which visits only the listed blocks, or with documents the runs of their blocks."""
         tensors = rows.query, rows.key, rows.value
         if rows.document_ids is None:
-            return attention(*tensors, blocks=self.lists(-(-rows.key.shape[1] // self.block), rows.key.device)), {}
+            return attention(*tensors, blocks=self._blocks(rows.key)), {}
         runs = self._runs(rows.document_ids, rows.query.shape[1])
         parts = [attention(*tensors, **run._asdict(), return_logsumexp=True) for run in runs]
         return merge(parts)[0] if len(parts) > 1 else parts[0][0], {}
+
+    def _blocks(self, key: Tensor) -> BlockList:
+        """The list for these keys: as prepared, which a compiled graph takes as an input, else made here."""
+        blocks, ready = -(-key.shape[1] // self.block), self.prepared
+        if ready is not None and ready.row_blocks.device == key.device and ready.row_offsets.shape[0] == blocks + 1:
+            return ready
+        return self.lists(blocks, key.device)
 
     def _runs(self, document_ids: Tensor, queries: int) -> list[Run]:
         """The runs of keys that the last queries see, the latest blocks first; no key is in two of them."""
@@ -139,8 +149,9 @@ class BlockSparse(SoftmaxAttention):
         return runs
 
     def prepare(self, length: int) -> None:
-        """Make the list of blocks now: it needs real tensors, and the planner's have no memory."""
-        self.lists(-(-length // self.block), torch.device("cpu"))
+        """Make the list of blocks now: it needs real tensors and their values, which a compiled graph does not have."""
+        device = self.value.weight.device
+        self.prepared = self.lists(-(-length // self.block), torch.device("cpu") if device.type == "meta" else device)
 
     def visible_pairs(self, length: int) -> int:
         """Whole blocks before the own one, and a triangle in the own block."""

@@ -132,6 +132,8 @@ class LanguageModel(nn.Module):
             state: one entry per layer, from `init_state` or an earlier output, to continue after earlier tokens.
             document_ids: int32 [B, T], non-decreasing along T; None means every row is one document.
         """
+        for mixer in self.mixers() if state is None else ():
+            mixer.prepare(tokens.shape[1])
         x = self.embedding_norm(self.embedding(tokens))
         output = ModelOutput(hidden=x, token_losses=x.new_empty(0), state=None if state is None else [])
         value_residual = None
