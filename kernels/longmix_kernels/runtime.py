@@ -28,9 +28,14 @@ def assumed_device(kind: str) -> Iterator[None]:
         _assumed = before
 
 
+def device_kind(device: torch.device) -> str:
+    """The type of device that tensors on `device` count as being on, such as "cuda"."""
+    return _assumed or device.type
+
+
 def on_gpu(x: torch.Tensor) -> bool:
     """Say whether a tensor is on a CUDA device, or counts as being on one."""
-    return (_assumed or x.device.type) == "cuda"
+    return device_kind(x.device) == "cuda"
 
 
 def choose_backend(backend: str | None, device: torch.device, implemented: tuple[str, ...]) -> str:
@@ -48,7 +53,7 @@ def choose_backend(backend: str | None, device: torch.device, implemented: tuple
         ValueError: `backend` is not a name the engine offers.
     """
     if backend is None:
-        return "triton" if (_assumed or device.type) == "cuda" and "triton" in implemented else "blocked"
+        return "triton" if device_kind(device) == "cuda" and "triton" in implemented else "blocked"
     if backend not in implemented:
         allowed = ", ".join(repr(name) for name in implemented)
         raise ValueError(f"backend={backend!r} is not available here; allowed are None, {allowed}")
@@ -132,7 +137,7 @@ def check_triton_device(device: torch.device) -> None:
     Raises:
         ValueError: it is neither a CUDA device nor the CPU under Triton's interpreter.
     """
-    if (_assumed or device.type) == "cuda" or (device.type == "cpu" and _triton_is_interpreted()):
+    if device_kind(device) == "cuda" or (device.type == "cpu" and _triton_is_interpreted()):
         return
     raise ValueError(
         f"backend='triton' got tensors on {device}; allowed are a CUDA device, or the CPU where TRITON_INTERPRET=1 was "

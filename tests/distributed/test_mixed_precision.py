@@ -79,3 +79,22 @@ def test_a_sharded_model_computes_in_the_dtypes_of_a_whole_one(pool, small_node,
     weights = {name: kind for name, kind in whole.items() if not name.endswith("()")}
     assert set(weights.values()) == {torch.float32}
     assert whole["blocks.0()"] == whole["blocks.1()"] == torch.float32
+
+
+def trained_compiled(group, node, strategy):
+    """As run.py does it: blocks are compiled, then divided."""
+    model = model_of(node)
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+    return trained(group, model, strategy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flash", "mlstm_tfla", "rwkv7"])
+def test_compiled_blocks_train_as_others_under_each_strategy(pool, small_node, name):
+    node = small_node(name)
+    alone = trained_from(None, node, "single")
+    for strategy in ("ddp", "fsdp", "slices"):
+        for run in pool.run(2, trained_compiled, node, strategy):
+            assert run.losses == pytest.approx(alone.losses, rel=1e-3), strategy
+            assert distance(run, alone) < SLICED, strategy

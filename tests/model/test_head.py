@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from longmix.model import head
+from longmix_kernels.runtime import assumed_device
 
 
 @pytest.fixture
@@ -49,6 +50,31 @@ def test_peaks_are_the_largest_logits_and_their_gradient_is_theirs(problem, slic
     plain = F.cross_entropy((hidden @ weight.T).transpose(1, 2), targets, reduction="none")
     expected = torch.autograd.grad(largest.square().mean() + plain.sum(), (hidden, weight))
     torch.testing.assert_close(grads, expected, rtol=0, atol=1e-12)
+
+
+SLICES = [  # tokens, vocabulary, device, slices
+    (2 * 16384, 50_304, "cuda", 13),
+    (2 * 16384, 50_304, "cpu", 99),
+    (2 * 16384, 8_192, "cuda", 2),
+    (65_536, 128_256, "cuda", 63),
+    (4_096, 256, "cpu", 1),
+    (3, 1 << 30, "cuda", 3),
+]
+
+
+@pytest.mark.parametrize(("tokens", "vocabulary", "device", "slices"), SLICES)
+def test_slices_are_as_large_as_the_device_likes(tokens, vocabulary, device, slices, monkeypatch):
+    hidden, weight = torch.empty(1, tokens, 1, device="meta"), torch.empty(vocabulary, 1, device="meta")
+    rows = []
+
+    def losses(piece, *_):
+        rows.append(piece.shape[0])
+        return [piece[:, 0]]
+
+    monkeypatch.setattr(head, "_slice_losses", losses)
+    with assumed_device(device):
+        head.token_losses(hidden, weight, torch.empty(1, tokens, dtype=torch.int64, device="meta"))
+    assert len(rows) == slices and sum(rows) == tokens
 
 
 def test_no_tensor_as_large_as_the_logits_is_made(monkeypatch):

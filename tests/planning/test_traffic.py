@@ -61,14 +61,14 @@ def test_slices_exchange_keys_and_values_in_every_pass(model):
 def test_recomputing_adds_a_forward_pass_of_the_layers(model):
     forward = model.flops(256)
     head = 2 * 256 * 32 * model.vocab_size
-    assert training_flops(model, 3, 256, False) == (9 * forward, 9 * forward)
-    assert training_flops(model, 3, 256, True) == (9 * forward, 9 * forward + 3 * (forward - head))
+    assert training_flops(model, 3, 256, False, "cpu") == (9 * forward, 9 * forward)
+    assert training_flops(model, 3, 256, True, "cpu") == (9 * forward, 9 * forward + 3 * (forward - head))
 
 
 def test_a_head_in_slices_goes_forward_again(model):
     rows = 2**24 // (256 * model.vocab_size) + 1
     head = 2 * 256 * 32 * model.vocab_size
-    asked, computed = training_flops(model, rows, 256, False)
+    asked, computed = training_flops(model, rows, 256, False, "cpu")
     assert computed - asked == rows * head
 
 

@@ -82,3 +82,17 @@ def test_precision_follows_the_device(monkeypatch):
     assert TrainerSettings(accelerator="cpu").precision_in_use == "32-true"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert TrainerSettings(accelerator="gpu").precision_in_use == "bf16-mixed"
+
+
+def test_blocks_are_compiled_on_a_gpu_unless_said_otherwise(monkeypatch):
+    assert not TrainerSettings(accelerator="cpu").compiles
+    assert TrainerSettings(accelerator="cpu", compile=True).compiles
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert TrainerSettings().compiles
+    assert not TrainerSettings(compile=False).compiles
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert not TrainerSettings(compile=False).compiles
+    with pytest.raises(ConfigError, match=r"trainer\.compile needs Triton on a GPU, .* set trainer\.compile=false"):
+        TrainerSettings()

@@ -11,9 +11,23 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from longmix.batch import IGNORE_INDEX
+from longmix_kernels.runtime import device_kind
 
 SLICE_ELEMENTS = 1 << 24
 """Logits held at once: 64 MiB in float32."""
+
+CUDA_SLICE_ELEMENTS = 1 << 27
+"""The same on a GPU, 512 MiB: each slice is some 25 launches, which smaller ones would not outlast."""
+
+
+def slice_rows(vocabulary: int, kind: str) -> int:
+    """How many tokens' logits are formed at once.
+
+    Args:
+        vocabulary: logits of a token.
+        kind: type of the device, such as "cuda".
+    """
+    return max(1, (CUDA_SLICE_ELEMENTS if kind == "cuda" else SLICE_ELEMENTS) // vocabulary)
 
 
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -40,18 +54,18 @@ def token_losses_and_peaks(hidden: Tensor, weight: Tensor, targets: Tensor) -> t
 def hits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Whether each target is the most likely token: bool [...], False where ignored. Arguments as in `token_losses`."""
     rows = hidden.reshape(-1, hidden.shape[-1])
-    pieces = rows.split(max(1, SLICE_ELEMENTS // weight.shape[0]))
+    pieces = rows.split(slice_rows(weight.shape[0], device_kind(rows.device)))
     chosen = torch.cat([F.linear(piece, weight).argmax(-1) for piece in pieces])
     return chosen.reshape(targets.shape) == targets
 
 
 def _in_slices(hidden: Tensor, weight: Tensor, targets: Tensor, with_peaks: bool) -> list[Tensor]:
     rows, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    slice_rows = max(1, SLICE_ELEMENTS // weight.shape[0])
-    if rows.shape[0] <= slice_rows:
+    most = slice_rows(weight.shape[0], device_kind(rows.device))
+    if rows.shape[0] <= most:
         found = _slice_losses(rows, labels, weight, with_peaks)
     else:
-        slices = zip(rows.split(slice_rows), labels.split(slice_rows), strict=True)
+        slices = zip(rows.split(most), labels.split(most), strict=True)
         pieces = [checkpoint(_slice_losses, *piece, weight, with_peaks, use_reentrant=False) for piece in slices]
         found = [torch.cat(parts) for parts in zip(*pieces, strict=True)]
     return [part.reshape(targets.shape) for part in found]

@@ -139,8 +139,8 @@ def read(words: list[str]) -> Request:
     if not any(word.lstrip("+").startswith(("batch_size=", "experiment=")) for word in others):
         batch_size = None
         notes.append("one window for each replica, as no batch_size was given")
-    if trainer["compile"]:
-        notes.append("trainer.compile=true saves memory and time that this plan does not count on")
+    if trainer["compile"] or (trainer["compile"] is None and accelerator is not None):
+        notes.append("compiled blocks save memory and time that this plan does not count on")
     precision = trainer["precision"]
     if precision == "auto":
         precision = "32-true" if accelerator is None else "bf16-mixed"

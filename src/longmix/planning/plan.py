@@ -84,7 +84,7 @@ class Planner:
         rehearsal = self._rehearsal(setting)
         memory = memory_needed(self.model, rehearsal, self.optimizer(), setting, division, request.memory_bytes)
         traffic = traffic_of(self.model, rehearsal, setting, division)
-        whole = training_flops(self.model, rows, choice.seq_len, choice.checkpointed)
+        whole = training_flops(self.model, rows, choice.seq_len, choice.checkpointed, self.device)
         flops = whole[0] / choice.context_parallel, whole[1] / choice.context_parallel
         time = None
         if request.accelerator is not None:

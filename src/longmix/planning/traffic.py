@@ -6,7 +6,7 @@ from typing import cast
 from longmix.accelerators import Accelerator
 from longmix.model.backbone import LanguageModel
 from longmix.model.blocks import Block
-from longmix.model.head import SLICE_ELEMENTS
+from longmix.model.head import slice_rows
 from longmix.planning.dry_run import Rehearsal, Setting
 from longmix.planning.memory import Division
 from longmix.planning.optimizer import OptimizerNeeds
@@ -69,7 +69,9 @@ def traffic_of(model: LanguageModel, rehearsal: Rehearsal, setting: Setting, div
     return Traffic(gradients, weights, context)
 
 
-def training_flops(model: LanguageModel, rows: int, length: int, checkpointed: bool) -> tuple[int, int]:
+def training_flops(
+    model: LanguageModel, rows: int, length: int, checkpointed: bool, device: str
+) -> tuple[int, int]:
     """Floating-point operations of a step on `rows` windows: those of the model, and those with recomputation.
 
     A backward pass takes twice the forward one; recomputed blocks, and a head in slices, go forward once more.
@@ -77,7 +79,7 @@ def training_flops(model: LanguageModel, rows: int, length: int, checkpointed: b
     forward = model.flops(length)
     layers = sum(cast(Block, block).flops(length) for block in model.blocks)
     again = layers if checkpointed else 0
-    if rows * length * model.vocab_size > SLICE_ELEMENTS:
+    if rows * length > slice_rows(model.vocab_size, device):
         again += forward - layers
     return 3 * forward * rows, (3 * forward + again) * rows
 

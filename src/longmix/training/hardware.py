@@ -1,6 +1,7 @@
 """The machine: its peak arithmetic, the memory in use, and the trainer settings."""
 
 import contextlib
+import importlib.util
 import resource
 import sys
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class TrainerSettings:
         context_parallel: how many of the processes share each row, a slice for each (`longmix.distributed.slices`);
             None for all of them.
         precision: "auto" is bf16-mixed on a GPU and 32-true on a CPU, where bf16 is emulated.
-        compile: torch.compile each block.
+        compile: torch.compile each block; None does so on a GPU.
         micro_batch_size: windows of one forward and backward pass; None takes a process's whole share of `batch_size`.
         num_threads: CPU threads; None leaves torch's choice.
         timeout: seconds that a process waits for another before the run ends.
@@ -71,7 +72,7 @@ class TrainerSettings:
     strategy: Literal["single", "ddp", "fsdp"] = "single"
     context_parallel: int | None = 1
     precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true"] = "auto"
-    compile: bool = False
+    compile: bool | None = None
     micro_batch_size: int | None = None
     num_threads: int | None = None
     timeout: float = 600.0
@@ -87,6 +88,11 @@ class TrainerSettings:
         if self.accelerator == "gpu" and not torch.cuda.is_available():
             raise ConfigError(
                 "trainer.accelerator=gpu, but torch sees no CUDA device; use trainer=cpu or trainer=auto."
+            )
+        if self.on_gpu and self.compiles and importlib.util.find_spec("triton") is None:
+            raise ConfigError(
+                "trainer.compile needs Triton on a GPU, which is not installed: pip install triton, or set "
+                "trainer.compile=false."
             )
         if self.strategy == "single" and self.world_size > 1:
             raise ConfigError(
@@ -140,6 +146,11 @@ class TrainerSettings:
     def on_gpu(self) -> bool:
         """Whether the run uses CUDA."""
         return self.accelerator == "gpu" or (self.accelerator == "auto" and torch.cuda.is_available())
+
+    @property
+    def compiles(self) -> bool:
+        """`compile` with None decided."""
+        return self.on_gpu if self.compile is None else self.compile
 
     @property
     def devices_here(self) -> int:

@@ -255,7 +255,7 @@ def seed_everything(seed: int, num_threads: int | None = None) -> None:
 def _module(node: Node, model: LanguageModel, settings: TrainerSettings, everyone: Processes) -> TrainingModule:
     if settings.slices > 1:
         warn_of_whole_rows(model)
-    if settings.compile:
+    if settings.compiles:
         for block in model.blocks:
             block.compile()
     return TrainingModule(

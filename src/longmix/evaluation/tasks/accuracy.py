@@ -14,7 +14,7 @@ from longmix.batch import IGNORE_INDEX
 from longmix.evaluation.subject import Subject
 from longmix.evaluation.tasks.base import Answer, Task
 from longmix.evaluation.tasks.loss import drawn_by_position
-from longmix.model.head import SLICE_ELEMENTS
+from longmix.model.head import slice_rows
 from longmix.printable import printable
 
 BINS = 16
@@ -84,7 +84,7 @@ def _at_length(subject: Subject, length: int) -> dict[str, Any]:
 def _first_choices(subject: Subject, hidden: Tensor) -> Tensor:
     """The most likely token after each position, [B, T]; few positions at a time keep the logits small."""
     flat = hidden.flatten(0, 1)
-    pieces = flat.split(max(1, SLICE_ELEMENTS // subject.model.vocab_size))
+    pieces = flat.split(slice_rows(subject.model.vocab_size, flat.device.type))
     return torch.cat([subject.model.logits(piece).argmax(-1) for piece in pieces]).view(hidden.shape[:2])
 
 

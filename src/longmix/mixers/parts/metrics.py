@@ -73,6 +73,15 @@ class RootMeanSquare(Mean):
         """The root mean square of `x`."""
         return super().of(x.square())
 
+    @classmethod
+    @torch.no_grad()
+    def of_each(cls, x: Tensor, dim: int) -> list[Self]:
+        """Of the numbers at each place along `dim`, in one reduction for all."""
+        squares = x.square().movedim(dim, 0).flatten(1)
+        totals = squares.sum(1, dtype=torch.float64)
+        counts = torch.full_like(totals, squares.shape[1])
+        return [cls(sums) for sums in torch.stack([totals, counts], 1).unbind()]
+
     def figure(self) -> Tensor:
         """The logged scalar."""
         return super().figure().sqrt()

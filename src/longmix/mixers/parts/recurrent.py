@@ -184,9 +184,8 @@ class RecurrentMixer(Mixer):
             carried: the engine's final state.
             state: what the call went on from.
         """
-        memory = _named_parts(carried)["memory"].detach()
-        sizes = [RootMeanSquare.of(head).in_last_slice(state) for head in memory.unbind(1)]
-        return {f"state_rms_head_{head}": size for head, size in enumerate(sizes)}
+        sizes = RootMeanSquare.of_each(_named_parts(carried)["memory"].detach(), 1)
+        return {f"state_rms_head_{head}": size.in_last_slice(state) for head, size in enumerate(sizes)}
 
     def init_state(self, batch: int) -> RecurrentState:
         """The state before the first token, for `batch` rows."""
