@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
 from longmix.mixers.parts.base import Mixer, MixerOutput, ModelShape
+from longmix.mixers.parts.exact import rounded_once
 from longmix.mixers.parts.states import check_state, mixer_state
 from longmix.mixers.parts.whole_rows import over_whole_rows
 from longmix.recipe import Recipe, set_recipe
@@ -79,6 +80,7 @@ class SwiGLU(Mixer):
 
     def forward(self, x: Tensor, *, state: Any = None, document_ids: Tensor | None = None) -> MixerOutput:
         """Mix the channels of each token of `x` [B, T, D]."""
+        x = rounded_once(x)
         return MixerOutput(self.down(F.silu(self.gate(x)) * self.up(x)))
 
     def init_state(self, batch: int) -> None:

@@ -69,9 +69,7 @@ def traffic_of(model: LanguageModel, rehearsal: Rehearsal, setting: Setting, div
     return Traffic(gradients, weights, context)
 
 
-def training_flops(
-    model: LanguageModel, rows: int, length: int, checkpointed: bool, device: str
-) -> tuple[int, int]:
+def training_flops(model: LanguageModel, rows: int, length: int, checkpointed: bool, device: str) -> tuple[int, int]:
     """Floating-point operations of a step on `rows` windows: those of the model, and those with recomputation.
 
     A backward pass takes twice the forward one; recomputed blocks, and a head in slices, go forward once more.

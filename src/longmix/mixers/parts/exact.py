@@ -1,4 +1,4 @@
-"""Linear layers in float32 or better, also under autocast: gates and decays lose their meaning in half precision."""
+"""What autocast rounds: nothing of gates and decays, and the input of several projections once for all."""
 
 import torch
 import torch.nn.functional as F
@@ -11,3 +11,14 @@ def exact_linear(layer: nn.Linear, x: Tensor) -> Tensor:
     bias: Tensor | None = layer.bias
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x.to(exact), layer.weight.to(exact), None if bias is None else bias.to(exact))
+
+
+def rounded_once(x: Tensor) -> Tensor:
+    """`x` as autocast would round it for each of several projections, so that one copy of it is kept for backward.
+
+    Without autocast, and in float64, it is x itself. What must stay exact, as the input of gates, takes x.
+    """
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))

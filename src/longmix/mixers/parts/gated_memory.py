@@ -30,7 +30,7 @@ from longmix.errors import ConfigError
 from longmix.mixers.parts.base import COUNT, FACTOR, MixerOutput, ModelShape, at_most, checked_sizes, divided
 from longmix.mixers.parts.convolution import ShortConvolution
 from longmix.mixers.parts.documents import continued_ids
-from longmix.mixers.parts.exact import exact_linear
+from longmix.mixers.parts.exact import exact_linear, rounded_once
 from longmix.mixers.parts.norms import HeadwiseNorm, check_norm_eps
 from longmix.mixers.parts.recomputed import recomputed
 from longmix.mixers.parts.recurrent import Recurrence, RecurrentMixer, RecurrentState
@@ -220,7 +220,8 @@ class GatedMemory(RecurrentMixer):
         """Mix `x` [B, T, D] along T, from the beginning or continuing from a state."""
         batch, length = checked_sizes(x, self.query.in_features, document_ids, state, (RecurrentState, Slices))
         ids = continued_ids(document_ids, state, batch, length)
-        projected = torch.cat([self.query(x), self.key(x), self.value(x)], -1)
+        rounded = rounded_once(x)
+        projected = torch.cat([layer(rounded) for layer in (self.query, self.key, self.value)], -1)
         recent = self.recent(projected, state, ids)
         thin = None if self.decay is None else self.decay.thin(x)
         strength = None if self.strength is None else exact_linear(self.strength, x)
@@ -239,7 +240,7 @@ class GatedMemory(RecurrentMixer):
         found, carried = self.run_engine(run, recurrence, state, document_ids, batch)
         if terms is not None:
             found = self.recall(found, terms.query)
-        mixed = recomputed(self._gated, found, None if self.gate is None else self.gate(x))
+        mixed = recomputed(self._gated, found, None if self.gate is None else self.gate(rounded))
         after = self.next_state(carried, recent, projected, state, ids)
         return MixerOutput(self.output(mixed), after, metrics=self.state_metrics(carried, state))
 

@@ -15,6 +15,7 @@ from longmix.errors import ConfigError
 from longmix.mixers.parts.base import COUNT, FACTOR, MixerOutput, ModelShape, at_most, checked_sizes, divided
 from longmix.mixers.parts.convolution import ShortConvolution
 from longmix.mixers.parts.documents import continued_ids
+from longmix.mixers.parts.exact import rounded_once
 from longmix.mixers.parts.norms import HeadwiseNorm, check_norm_eps
 from longmix.mixers.parts.recurrent import Recurrence, RecurrentMixer, RecurrentState
 from longmix.mixers.parts.recurrent_slices import DecayRecurrence, NormalizedRecurrence
@@ -106,8 +107,9 @@ class LinearMixer(RecurrentMixer):
         positions = token_positions(ids, last_id, next_position, length, x.device)
         recent = self.recent(x, state, ids)
         mixed = x if self.convolution is None else self.convolution(x, *recent)
-        query, key = self.query_and_key(mixed, positions)
-        value = self.value(x).unflatten(-1, (self.num_heads, -1))
+        rounded = rounded_once(x)
+        query, key = self.query_and_key(rounded if mixed is x else rounded_once(mixed), positions)
+        value = self.value(rounded).unflatten(-1, (self.num_heads, -1))
         log_decay, log_input = self.gates(mixed)
 
         def run(initial: LinearState | None, ids: Tensor | None) -> tuple[Tensor, LinearState]:
@@ -127,7 +129,7 @@ class LinearMixer(RecurrentMixer):
         if self.normalize and log_input is not None:
             recurrence = NormalizedRecurrence(key, value, log_decay, log_input)
         read, carried = self.run_engine(run, recurrence, state, document_ids, batch)
-        gated = self.activate(self.output_gate(x)) * self.head_norm(self.recall(read, query)).flatten(2)
+        gated = self.activate(self.output_gate(rounded)) * self.head_norm(self.recall(read, query)).flatten(2)
         after = self.next_state(carried, recent, x, state, ids)
         return MixerOutput(self.output(gated), after, metrics=self.state_metrics(carried, state))
 

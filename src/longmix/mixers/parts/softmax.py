@@ -22,6 +22,7 @@ from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
 from longmix.mixers.parts.base import REAL, Mixer, MixerOutput, ModelShape, at_most, checked_sizes, divided
 from longmix.mixers.parts.documents import continued_ids
+from longmix.mixers.parts.exact import rounded_once
 from longmix.mixers.parts.looked_into import ValuePath
 from longmix.mixers.parts.metrics import Metric
 from longmix.mixers.parts.rotary import rotary_angles, rotate, token_positions
@@ -234,7 +235,7 @@ class SoftmaxAttention(Mixer):
         ids = continued_ids(document_ids, state, batch, length)
         last_id, next_position = (None, None) if state is None else (state.last_id, state.next_position)
         positions = token_positions(ids, last_id, next_position, length, x.device)
-        query, key, value = self.project(x)
+        query, key, value = self.project(rounded_once(x))
         # Labels come from unrotated heads: they must depend on content alone, not on where a token stands.
         chosen = self.select(x, query, key, positions)
         if chosen is not None and chosen.key_gate is not None:
