@@ -6,13 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from longmix.errors import ConfigError
 from longmix.mixers.flash import Flash
 from longmix.mixers.mlstm_tfla import MLSTMTFLA
-from longmix.mixers.parts.base import ModelShape
+from longmix.mixers.parts.base import Mixer, MixerOutput, ModelShape
 from longmix.mixers.parts.state_tuning import FeatureMemory
 from longmix.mixers.rwkv7 import RWKV7
 from longmix.model.backbone import LanguageModel
-from longmix.model.tuned_states_file import load_weights, tune_states
+from longmix.model.tuned_states_file import load_states, load_weights, save_states, tune_states, tuned_states
 
 SHAPE = ModelShape(d_model=48, num_layers=2, num_heads=3)
 MIXERS = {
@@ -123,3 +124,48 @@ def test_a_memory_is_loaded_with_the_weights():
     load_weights(loaded, saved.state_dict())
     tokens = torch.arange(20)[None]
     assert torch.equal(loaded(tokens).hidden, saved(tokens).hidden)
+
+
+class Mean(Mixer):
+    """The mean of all tokens so far, and of one before them: a state, but on none of the engines."""
+
+    tunes_states = True
+
+    def __init__(self, shape: ModelShape, index: int) -> None:
+        super().__init__()
+        self.width, self.tuned = shape.d_model, None
+
+    def tune_states(self, features: int = 0, decorrelation: float = 0.0) -> None:
+        self.tuned = torch.nn.ParameterDict({"first": torch.zeros(self.width)})
+
+    def forward(self, x, *, state=None, document_ids=None):
+        before = torch.zeros_like(x[0, 0]) if self.tuned is None else self.tuned["first"]
+        count = torch.arange(2, x.shape[1] + 2, dtype=x.dtype)[:, None]
+        return MixerOutput((x.cumsum(1) + before) / count)
+
+
+def model_of(*mixers: type[Mixer]) -> LanguageModel:
+    torch.manual_seed(0)
+    sizes = {"d_model": 48, "num_layers": len(mixers), "num_heads": 3, "mlp_hidden": 16}
+    return LanguageModel(lambda shape, index: mixers[index](shape, index), 30, **sizes)
+
+
+def test_a_mixer_of_another_kind_is_tuned_saved_and_loaded(tmp_path):
+    model = model_of(Mean, Flash)
+    assert tune_states(model) == ["blocks.0.mixer.tuned.first"]
+    tokens = torch.arange(20)[None]
+    model(tokens).hidden.sum().backward()
+    assert model.blocks[0].mixer.tuned["first"].grad.abs().max() > 0
+    torch.nn.init.normal_(model.blocks[0].mixer.tuned["first"])
+    config = {"mixer": {"_target_": "somebody.Mean"}, "model": {"d_model": 48}}
+    save_states(tmp_path / "states.pt", {"config": config, "model": model.state_dict()})
+    assert list(tuned_states(model.state_dict())) == ["blocks.0.mixer.tuned.first"]
+    other = model_of(Mean, Flash)
+    assert not torch.equal(other(tokens).hidden, model(tokens).hidden)
+    load_states(other, tmp_path / "states.pt", config)
+    assert torch.equal(other(tokens).hidden, model(tokens).hidden)
+
+
+def test_a_model_without_such_a_mixer_is_refused():
+    with pytest.raises(ConfigError, match=r"trainable=states needs a mixer with a recurrent state.* is Flash"):
+        tune_states(model_of(Flash, Flash))

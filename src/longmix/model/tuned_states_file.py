@@ -12,7 +12,7 @@ from longmix.checkpoints import load_tensors, reading, save_tensors
 from longmix.checkpoints.reading import check_weight, weight_differences
 from longmix.config import Node
 from longmix.errors import CheckpointError, ConfigError
-from longmix.mixers.parts.recurrent import RecurrentMixer
+from longmix.mixers.parts.base import Mixer
 from longmix.model.backbone import LanguageModel
 
 FORMAT, WITHOUT_DIGEST = 2, 1
@@ -24,22 +24,26 @@ MARK = ".tuned."
 
 
 def tune_states(model: LanguageModel, features: int = 0, decorrelation: float = 0.0) -> list[str]:
-    """Give every recurrent mixer a trainable state before each document; returns the names of these parameters.
+    """Give every mixer that `tunes_states` a trainable state before each document; return these parameters' names.
 
     Args:
         model: to change.
         features, decorrelation: of a memory besides; see `longmix.mixers.parts.state_tuning`.
 
     Raises:
-        ConfigError: no mixer of the model has a state of constant size.
+        ConfigError: no mixer of the model has a state that can be tuned.
     """
-    recurrent = [mixer for mixer in model.mixers() if isinstance(mixer, RecurrentMixer)]
-    if not recurrent:
+    tunable = {name: part for name, part in model.named_modules() if isinstance(part, Mixer) and part.tunes_states}
+    if not tunable:
         kinds = ", ".join(sorted({type(mixer).__name__ for mixer in model.mixers()}))
         raise ConfigError(f"trainable=states needs a mixer with a recurrent state, and the model's is {kinds}.")
-    for mixer in recurrent:
+    for mixer in tunable.values():
         mixer.tune_states(features, decorrelation)
-    return [name for name, _ in model.named_parameters() if MARK in name]
+    return [
+        f"{name}.tuned.{parameter}"
+        for name, mixer in tunable.items()
+        for parameter, _ in mixer.get_submodule("tuned").named_parameters()
+    ]
 
 
 def tuned_states(weights: dict[str, Tensor]) -> dict[str, Tensor]:

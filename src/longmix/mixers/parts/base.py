@@ -65,6 +65,8 @@ class Mixer(nn.Module):
             take them, besides smaller `sizes`.
         kind: what tells layers apart that need unlike memory or time although their weights have the same shapes. The
             builder sets it to the place of the mixer's settings in the configuration.
+        tunes_states: whether `tune_states` is there, which `trainable=states` needs. The submodule `tuned` then holds
+            all that it trains and nothing else; a `states.pt` holds its weights.
         usual_place: what its messages call its settings by; in a pattern they name the member instead.
         watch: is given every call of the engine while somebody looks into the mixer; None otherwise.
     """
@@ -77,6 +79,7 @@ class Mixer(nn.Module):
     small: ClassVar[dict[str, Any]] = {}
     kind: Hashable = None
     usual_place = "mixer"
+    tunes_states = False
     watch: Callable[[EngineCall], None] | None = None
 
     def forward(self, x: Tensor, *, state: Any = None, document_ids: Tensor | None = None) -> MixerOutput:
@@ -109,6 +112,14 @@ class Mixer(nn.Module):
 
         The planner calls this before it runs the mixer on tensors without memory.
         """
+
+    def tune_states(self, features: int = 0, decorrelation: float = 0.0) -> None:
+        """Make what the mixer remembers before each document trainable, as the submodule `tuned`; see `tunes_states`.
+
+        Args:
+            features, decorrelation: of a memory besides; see `longmix.mixers.parts.state_tuning`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} lacks tune_states(features, decorrelation)")
 
     def value_path(self) -> ValuePath | None:
         """The layers between which the mixer is linear in its values; None where its engine is given the values."""

@@ -87,6 +87,7 @@ class RecurrentMixer(Mixer):
     """
 
     sliced = True
+    tunes_states = True
     past: int = 0
     recent_channels: int = 0
 
