@@ -131,11 +131,10 @@ def test_on_a_gpu_norms_keep_their_input_alone():
     assert cpu.kept - gpu.kept == pytest.approx(steps, abs=2 * rows)
 
 
-def test_on_a_gpu_the_delta_rule_keeps_the_states_of_its_chunks():
+def test_on_a_gpu_the_delta_rule_keeps_less_and_makes_it_again():
     model = request("mixer=deltanet").model()
     cpu, gpu = (rehearsed(model, setting(device=device)).layers[1].kept for device in ("cpu", "cuda"))
-    heads, dim, chunks = 4, 16, 128 // 64
-    assert gpu - cpu > 4 * heads * chunks * dim * dim
+    assert gpu < cpu / 2
 
 
 @pytest.mark.slow
