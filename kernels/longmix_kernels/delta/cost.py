@@ -18,9 +18,9 @@ float32 has 126 on either side; the rest is for what is weighted, and for sums. 
 it is at most C / 2 + 1 log decays away.
 """
 
-EXACT_CHUNK, LONGEST_CHUNK = 16, 64
+SHORTEST_CHUNK, LONGEST_CHUNK = 16, 64
 
-WIDEST = ((64, 64), (128, 32), (256, 16))
+WIDEST = ((128, 64), (256, 32))
 """Up to which head dimension, of keys or of values, a chunk of how many tokens fits into registers."""
 
 FORWARD = ("prepare", "scan")
@@ -47,16 +47,15 @@ def choose_chunk(
         chunk_size: what the caller allows at most; None for no wish.
         min_log_decay: what the caller promises, or None.
     """
-    safe = LONGEST_CHUNK
-    while safe > EXACT_CHUNK and (min_log_decay is None or exponent(safe, min_log_decay) > SPAN):
-        safe //= 2
-    if safe == EXACT_CHUNK:
-        return EXACT_CHUNK, False
     width = max(dim, value_dim)
-    chunk = min(chunk_size or next(size for widest, size in WIDEST if width <= widest), safe)
-    while chunk > EXACT_CHUNK and length <= chunk // 2:
+    chunk = min(chunk_size or next(size for widest, size in WIDEST if width <= widest), LONGEST_CHUNK)
+    while chunk > SHORTEST_CHUNK and length <= chunk // 2:
         chunk //= 2
-    return chunk, True
+    safe = chunk
+    while min_log_decay is not None and safe > SHORTEST_CHUNK and exponent(safe, min_log_decay) > SPAN:
+        safe //= 2
+    bounded = min_log_decay is not None and (safe == chunk or safe > SHORTEST_CHUNK)
+    return (safe, True) if bounded else (chunk, False)
 
 
 def exponent(chunk: int, min_log_decay: float) -> float:

@@ -1,12 +1,14 @@
-"""The delta rule on a GPU, backward as in `triton_grad_key_bounded`, but for any decays: chunks of 16 tokens.
+"""The delta rule on a GPU, backward as in `triton_grad_key_bounded`, but for any decays.
 
-A difference of sums would lose what small decays have beside large ones. So pairs of tokens are gone through row by
-row, their weights found again as products of decays, and every sum for a decay holds just the pairs that it is in.
+A difference of sums would lose what small decays have beside large ones. So every sum for a decay holds just the rows,
+columns and pairs that it is in (`triton_exact_grads`).
 """
 
 import triton
 import triton.language as tl
 
+from longmix_kernels.delta.triton_exact_grads import Four, far_pair_grads, near_pair_grads
+from longmix_kernels.delta.triton_exact_pairs import near_of
 from longmix_kernels.delta.triton_grad_parts import (
     Rows,
     Sizes,
@@ -19,67 +21,8 @@ from longmix_kernels.delta.triton_grad_parts import (
     state_grad,
     weight_grad,
 )
-from longmix_kernels.delta.triton_tiles import decay_sums, load_decay, load_row, masked_sum, pair_mask, rows_at
+from longmix_kernels.delta.triton_tiles import decay_sums, load_decay, masked_sum, pair_mask
 from longmix_kernels.tiles import store_tile
-
-
-@triton.jit
-def exact_pair_grads(
-    queries,
-    reads,
-    log_decay,
-    k,  # [16, BLOCK]
-    b,
-    grad_qk,  # [columns, rows] gradients of weights, 0 where a row does not see an earlier column
-    grad_qb,
-    grad_ak,
-    grad_ab,
-    start,
-    length,
-    stride_decay_row,
-    stride_decay_column,
-    column,
-    floor,
-    LOW_RANK: tl.constexpr,
-    SIZES: tl.constexpr,
-):
-    """Return what pairs of 16 tokens give queries, keys, decays, low-rank reads and low-rank writes, [16, BLOCK]."""
-    BLOCK: tl.constexpr = SIZES.BLOCK
-    DIM: tl.constexpr = SIZES.DIM
-    place = tl.arange(0, 16)
-    weight = tl.zeros([16, BLOCK], tl.float32)
-    dq, dk, dg, da, db = weight, weight, weight, weight, weight
-    for row in range(0, 16):
-        token = start + row
-        inside = token < length
-        here = place == row
-        terms = tl.zeros([16, BLOCK], tl.float32)
-        if LOW_RANK:
-            a = load_row(reads.pointer, token, inside, reads.stride, 1, column, BLOCK, DIM).to(tl.float32)[None, :]
-            of_key = tl.sum(tl.where(here[None, :], grad_ak, 0.0), 1)[:, None]
-            of_write = tl.sum(tl.where(here[None, :], grad_ab, 0.0), 1)[:, None]
-            found = weight * (of_key * k + of_write * b)
-            terms += found * a
-            da += tl.where(here[:, None], tl.sum(found, 0)[None, :], 0.0)
-            dk += weight * of_key * a
-            db += weight * of_write * a
-        decay = load_row(log_decay, token, inside, stride_decay_row, stride_decay_column, column, BLOCK, DIM)
-        kept = tl.exp2(tl.maximum(decay, floor) * 1.4426950408889634)
-        weight = tl.where(here[:, None], 1.0, weight * kept[None, :])
-        q = load_row(queries.pointer, token, inside, queries.stride, 1, column, BLOCK, DIM).to(tl.float32)[None, :]
-        of_key = tl.sum(tl.where(here[None, :], grad_qk, 0.0), 1)[:, None]
-        found = weight * (of_key * k)
-        dk += weight * of_key * q
-        if LOW_RANK:
-            of_write = tl.sum(tl.where(here[None, :], grad_qb, 0.0), 1)[:, None]
-            found += weight * (of_write * b)
-            db += weight * of_write * q
-        dq += tl.where(here[:, None], tl.sum(found, 0)[None, :], 0.0)
-        # The row's own decay is in pairs with its query, and in none with its low-rank read.
-        dg += tl.where(here[:, None], tl.sum(found * q, 0)[None, :], 0.0)
-        terms += found * q
-        dg += tl.where((place < row)[:, None], tl.cumsum(rows_at(terms, place - 1, 16), 0), 0.0)
-    return dq, dk, dg, da, db
 
 
 @triton.jit(do_not_specialize=["length", "heads"])
@@ -167,7 +110,7 @@ def grad_key_exact_kernel(
         document_ids += batch * length
     own, carried, held, later, restart = chunk_documents(document_ids, start, there, length, CHUNK)
 
-    # Gradients of weights, [columns, rows].
+    # Gradients of weights, [columns, rows] first, then [rows, columns].
     mask = pair_mask(own, CHUNK, True, True, DOCUMENTS)
     qk = weight_grad(v, dy, start, there, mask, scale, SIZES, tl.float32)
     qb, ak, ab = qk, qk, qk
@@ -175,6 +118,18 @@ def grad_key_exact_kernel(
         qb = weight_grad(u, dy, start, there, mask, scale, SIZES, tl.float32)
         ak = weight_grad(v, dx, start, there, mask, 1.0, SIZES, tl.float32)
         ab = weight_grad(u, dx, start, there, mask, 1.0, SIZES, tl.float32)
+    near = Four(near_of(qk, CHUNK), near_of(qb, CHUNK), near_of(ak, CHUNK), near_of(ab, CHUNK))
+    turned = Four(qk.to(LOW), qb.to(LOW), ak.to(LOW), ab.to(LOW))
+    far = turned
+    if CHUNK > 16:
+        mask = pair_mask(own, CHUNK, True, False, DOCUMENTS)
+        qk = weight_grad(dy, v, start, there, mask, scale, SIZES, LOW)
+        qb, ak, ab = qk, qk, qk
+        if LOW_RANK:
+            qb = weight_grad(dy, u, start, there, mask, scale, SIZES, LOW)
+            ak = weight_grad(dx, v, start, there, mask, 1.0, SIZES, LOW)
+            ab = weight_grad(dx, u, start, there, mask, 1.0, SIZES, LOW)
+        far = Four(qk, qb, ak, ab)
     own_key, own_write = own_grads(dy, v, u, start, there, scale, LOW_RANK, SIZES)
 
     for column in range(0, DIM, BLOCK):
@@ -183,20 +138,17 @@ def grad_key_exact_kernel(
         _total, prefix, before, suffix = decay_sums(decay, own, CHUNK, False, DOCUMENTS, PRECISION)
         left = tl.exp2(suffix)
         k, q = load_columns(keys, start, there, column, SIZES), load_columns(queries, start, there, column, SIZES)
-        b = k
+        a, b = k, k
         if LOW_RANK:
             a = load_columns(reads, start, there, column, SIZES)
             b = load_columns(writes, start, there, column, SIZES)
-        pair_dq, pair_dk, dg, pair_da, pair_db = exact_pair_grads(
+        pair_dq, pair_dk, dg, pair_da, pair_db = near_pair_grads(
             queries,
             reads,
             log_decay,
             k,
             b,
-            qk,
-            qb,
-            ak,
-            ab,
+            near,
             start,
             length,
             stride_decay_row,
@@ -206,6 +158,24 @@ def grad_key_exact_kernel(
             LOW_RANK,
             SIZES,
         )
+        if CHUNK > 16:
+            pair_dq, pair_dk, dg, pair_da, pair_db = far_pair_grads(
+                q,
+                a,
+                k,
+                b,
+                decay,
+                far,
+                turned,
+                pair_dq,
+                pair_dk,
+                dg,
+                pair_da,
+                pair_db,
+                LOW_RANK,
+                PRECISION,
+                SIZES,
+            )
 
         dq = read_grad(dy, states, initial, start, carried, later, column, WITH_INITIAL, SIZES)
         dq *= tl.exp2(prefix) * scale

@@ -13,9 +13,9 @@ result of a product is transposed for another. For the same reason weights are c
 import triton
 import triton.language as tl
 
+from longmix_kernels.delta.triton_exact_pairs import exact_pairs
 from longmix_kernels.delta.triton_tiles import (
     decay_sums,
-    exact_pairs,
     load_decay,
     load_ids,
     load_square,
@@ -111,13 +111,13 @@ def grad_value_kernel(
 
     # [columns, rows] weights, and `ak` as [rows, columns].
     turned_qk = tl.zeros([CHUNK, CHUNK], tl.float32)
-    turned_qb, turned_ak, turned_ab, ak = turned_qk, turned_qk, turned_qk, turned_qk
-    for column in range(0, DIM, BLOCK):
-        k = load_tile(key, start, there, stride_key_row, column, BLOCK, DIM).to(tl.float32)
-        b = k
-        if low_rank_read is not None:
-            b = load_tile(low_rank_write, start, there, stride_write_row, column, BLOCK, DIM).to(tl.float32)
-        if BOUNDED:
+    turned_qb, turned_ak, ak = turned_qk, turned_qk, turned_qk
+    if BOUNDED:
+        for column in range(0, DIM, BLOCK):
+            k = load_tile(key, start, there, stride_key_row, column, BLOCK, DIM).to(tl.float32)
+            b = k
+            if low_rank_read is not None:
+                b = load_tile(low_rank_write, start, there, stride_write_row, column, BLOCK, DIM).to(tl.float32)
             decay = load_decay(
                 log_decay, start, there, stride_decay_row, stride_decay_column, column, BLOCK, DIM, floor
             )
@@ -134,52 +134,52 @@ def grad_value_kernel(
                 turned_qb = wide_product(b * inward, q, turned_qb, LOW, UPCAST)
                 turned_ak = wide_product(k, tl.trans(a), turned_ak, LOW, UPCAST)
                 ak = wide_product(a, tl.trans(k), ak, LOW, UPCAST)
-        else:
-            turned_qk, turned_qb, turned_ak, turned_ab = exact_pairs(
+    else:
+        turned_qk, turned_qb, turned_ak, _turned_ab = exact_pairs(
+            query,
+            low_rank_read,
+            low_rank_write,
+            key,
+            log_decay,
+            start,
+            length,
+            stride_query_row,
+            stride_key_row,
+            stride_decay_row,
+            stride_decay_column,
+            stride_read_row,
+            stride_write_row,
+            floor,
+            BLOCK,
+            DIM,
+            CHUNK,
+            True,
+            PRECISION,
+            UPCAST,
+        )
+        if low_rank_read is not None:
+            _qk, _qb, ak, _ab = exact_pairs(
                 query,
                 low_rank_read,
+                low_rank_write,
+                key,
                 log_decay,
-                k,
-                b,
-                turned_qk,
-                turned_qb,
-                turned_ak,
-                turned_ab,
                 start,
                 length,
                 stride_query_row,
-                stride_read_row,
+                stride_key_row,
                 stride_decay_row,
                 stride_decay_column,
-                column,
+                stride_read_row,
+                stride_write_row,
                 floor,
                 BLOCK,
                 DIM,
-                True,
+                CHUNK,
+                False,
+                PRECISION,
+                UPCAST,
             )
-            if low_rank_read is not None:
-                _qk, _qb, ak, _ab = exact_pairs(
-                    query,
-                    low_rank_read,
-                    log_decay,
-                    k,
-                    b,
-                    turned_qk,
-                    turned_qb,
-                    ak,
-                    turned_ab,
-                    start,
-                    length,
-                    stride_query_row,
-                    stride_read_row,
-                    stride_decay_row,
-                    stride_decay_column,
-                    column,
-                    floor,
-                    BLOCK,
-                    DIM,
-                    False,
-                )
     seen = pair_mask(own, CHUNK, False, True, DOCUMENTS)
     turned_qk = (tl.where(seen, turned_qk, 0.0) * scale).to(LOW)
     if low_rank_read is not None:

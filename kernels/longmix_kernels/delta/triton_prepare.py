@@ -14,9 +14,9 @@ it is nearly 1, and would be rounded.
 import triton
 import triton.language as tl
 
+from longmix_kernels.delta.triton_exact_pairs import exact_pairs
 from longmix_kernels.delta.triton_tiles import (
     decay_sums,
-    exact_pairs,
     inverse_of,
     load_decay,
     load_ids,
@@ -109,33 +109,28 @@ def prepare_kernel(
     qk = tl.zeros([CHUNK, CHUNK], tl.float32)
     qb, ak, ab = qk, qk, qk
     if not BOUNDED:
-        for column in range(0, DIM, BLOCK):
-            k = load_tile(key, start, there, stride_key_row, column, BLOCK, DIM).to(tl.float32)
-            b = k
-            if low_rank_read is not None:
-                b = load_tile(low_rank_write, start, there, stride_write_row, column, BLOCK, DIM).to(tl.float32)
-            qk, qb, ak, ab = exact_pairs(
-                query,
-                low_rank_read,
-                log_decay,
-                k,
-                b,
-                qk,
-                qb,
-                ak,
-                ab,
-                start,
-                length,
-                stride_query_row,
-                stride_read_row,
-                stride_decay_row,
-                stride_decay_column,
-                column,
-                floor,
-                BLOCK,
-                DIM,
-                False,
-            )
+        qk, qb, ak, ab = exact_pairs(
+            query,
+            low_rank_read,
+            low_rank_write,
+            key,
+            log_decay,
+            start,
+            length,
+            stride_query_row,
+            stride_key_row,
+            stride_decay_row,
+            stride_decay_column,
+            stride_read_row,
+            stride_write_row,
+            floor,
+            BLOCK,
+            DIM,
+            CHUNK,
+            False,
+            PRECISION,
+            UPCAST,
+        )
     seen = pair_mask(own, CHUNK, False, False, DOCUMENTS)
     earlier = pair_mask(own, CHUNK, True, False, DOCUMENTS)
     if low_rank_read is not None:

@@ -6,7 +6,7 @@ the decays after j up to i (a read: up to i - 1), exp2(G_i - G_j) with G the sum
     bounded    both sides are scaled by exp2(+-(G - G_middle)), and their products are taken at once. The caller has
                promised a bound on the decays by which the exponents stay within +-100 (`cost.SPAN`).
                Pairs that are not seen may overflow; they are left out by selection, never by a factor of 0.
-    exact      row after row, weights are products of decays: nothing is divided by, so any decay will do. 16 tokens.
+    exact      nothing is divided by, so any decay will do (`triton_exact_pairs`).
 
 Rows past the end of a sequence have zero keys, values and decays, and belong to its last document.
 """
@@ -30,14 +30,6 @@ def load_decay(
     places = log_decay + rows[:, None] * stride_row + columns[None, :] * stride_column
     decay = tl.load(places, mask=there[:, None] & (columns < DIM)[None, :], other=0.0)
     return tl.maximum(decay, floor) * 1.4426950408889634
-
-
-@triton.jit
-def load_row(matrix, row, inside, stride_row, stride_column, column, BLOCK: tl.constexpr, DIM: tl.constexpr):
-    """Load [BLOCK] of one row of a head's matrix, zero where there is none."""
-    columns = column + tl.arange(0, BLOCK)
-    places = matrix + row.to(tl.int64) * stride_row + columns * stride_column
-    return tl.load(places, mask=columns < tl.where(inside, DIM, 0), other=0.0)
 
 
 @triton.jit
@@ -122,65 +114,6 @@ def wide_product(a, b, total, LOW: tl.constexpr, UPCAST: tl.constexpr):
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="tf32")
     else:
         return product(a.to(LOW), b.to(LOW), total, UPCAST)
-
-
-@triton.jit
-def exact_pairs(
-    query,
-    low_rank_read,
-    log_decay,
-    k,  # [16, BLOCK]
-    b,
-    qk,  # [16, 16] weights, added to: of keys in queries
-    qb,  # of low-rank writes in queries
-    ak,  # of keys in low-rank reads
-    ab,
-    start,
-    length,
-    stride_query_row,
-    stride_read_row,
-    stride_decay_row,
-    stride_decay_column,
-    column,
-    floor,
-    BLOCK: tl.constexpr,
-    DIM: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-):
-    """Add the weights between 16 tokens that `BLOCK` columns give, unmasked but for columns after a row."""
-    place = tl.arange(0, 16)
-    weight = tl.zeros([16, BLOCK], tl.float32)
-    for row in range(0, 16):
-        token = start + row
-        inside = token < length
-        here = (place == row)[None, :] if TRANSPOSED else (place == row)[:, None]
-        if low_rank_read is not None:
-            a = load_row(low_rank_read, token, inside, stride_read_row, 1, column, BLOCK, DIM).to(tl.float32)
-            read = weight * a[None, :]
-            of_key, of_write = tl.sum(read * k, 1), tl.sum(read * b, 1)
-            if TRANSPOSED:
-                ak += tl.where(here, of_key[:, None], 0.0)
-                ab += tl.where(here, of_write[:, None], 0.0)
-            else:
-                ak += tl.where(here, of_key[None, :], 0.0)
-                ab += tl.where(here, of_write[None, :], 0.0)
-        decay = load_row(log_decay, token, inside, stride_decay_row, stride_decay_column, column, BLOCK, DIM)
-        kept = tl.exp2(tl.maximum(decay, floor) * 1.4426950408889634)
-        weight = tl.where((place == row)[:, None], 1.0, weight * kept[None, :])
-        q = load_row(query, token, inside, stride_query_row, 1, column, BLOCK, DIM).to(tl.float32)
-        asked = weight * q[None, :]
-        of_key = tl.sum(asked * k, 1)
-        if TRANSPOSED:
-            qk += tl.where(here, of_key[:, None], 0.0)
-        else:
-            qk += tl.where(here, of_key[None, :], 0.0)
-        if low_rank_read is not None:
-            of_write = tl.sum(asked * b, 1)
-            if TRANSPOSED:
-                qb += tl.where(here, of_write[:, None], 0.0)
-            else:
-                qb += tl.where(here, of_write[None, :], 0.0)
-    return qk, qb, ak, ab
 
 
 @triton.jit
