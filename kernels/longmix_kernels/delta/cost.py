@@ -18,10 +18,11 @@ float32 has 126 on either side; the rest is for what is weighted, and for sums. 
 it is at most C / 2 + 1 log decays away.
 """
 
-SHORTEST_CHUNK, LONGEST_CHUNK = 16, 64
+SHORTEST_CHUNK, EXACT_CHUNK, LONGEST_CHUNK = 16, 32, 64
+"""Up to which head dimension, of keys or of values, a bounded chunk of how many tokens fits into registers."""
 
 WIDEST = ((128, 64), (256, 32))
-"""Up to which head dimension, of keys or of values, a chunk of how many tokens fits into registers."""
+"""Up to which head dimension, of keys or of values, a bounded chunk of how many tokens fits into registers."""
 
 FORWARD = ("prepare", "scan")
 BACKWARD = ("prepare_again", "scan_again", "grad_scan", "grad_value", "grad_key")
@@ -47,15 +48,16 @@ def choose_chunk(
         chunk_size: what the caller allows at most; None for no wish.
         min_log_decay: what the caller promises, or None.
     """
+    safe = LONGEST_CHUNK
+    while safe > SHORTEST_CHUNK and (min_log_decay is None or exponent(safe, min_log_decay) > SPAN):
+        safe //= 2
+    bounded = safe > SHORTEST_CHUNK
     width = max(dim, value_dim)
-    chunk = min(chunk_size or next(size for widest, size in WIDEST if width <= widest), LONGEST_CHUNK)
+    fitting = next(size for widest, size in WIDEST if width <= widest) if bounded else EXACT_CHUNK
+    chunk = min(chunk_size or fitting, safe if bounded else EXACT_CHUNK)
     while chunk > SHORTEST_CHUNK and length <= chunk // 2:
         chunk //= 2
-    safe = chunk
-    while min_log_decay is not None and safe > SHORTEST_CHUNK and exponent(safe, min_log_decay) > SPAN:
-        safe //= 2
-    bounded = min_log_decay is not None and (safe == chunk or safe > SHORTEST_CHUNK)
-    return (safe, True) if bounded else (chunk, False)
+    return chunk, bounded
 
 
 def exponent(chunk: int, min_log_decay: float) -> float:

@@ -52,7 +52,7 @@ def delta_rule(
         min_log_decay: a promise that no `log_decay` is smaller, by which "triton" takes longer chunks: up to 64 tokens
             from -2.1 on, up to 32 from -4.07 on; RWKV-7 keeps -exp(-1/2). If it is broken, smaller decays count as what
             was promised, and get the gradient they would have there. Without a promise, or with a smaller one, chunks
-            have 16 tokens, and any decay is exact. The other implementations need no promise, and do not look at it.
+            have up to 32 tokens, and any decay is exact. The other implementations need no promise, nor look at it.
         backend: "reference" (token by token), "blocked" (chunks, in torch) or "triton" (the same on a CUDA device, no
             float64, K and V up to 256). None picks "triton" where it covers the call on a CUDA device, and "blocked"
             elsewhere.

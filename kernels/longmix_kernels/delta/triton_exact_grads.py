@@ -102,6 +102,15 @@ def near_pair_grads(
 
 
 @triton.jit
+def meeting(grad, level):
+    """Gradients of weights [CHUNK, CHUNK] between tokens of one block of 2 ** (level + 1), zero elsewhere."""
+    CHUNK: tl.constexpr = grad.shape[0]
+    if CHUNK > 32:
+        grad = tl.where(same_block(level + 1, CHUNK), grad, 0.0).to(grad.dtype)
+    return grad
+
+
+@triton.jit
 def far_pair_grads(
     q,  # [CHUNK, BLOCK]
     a,
@@ -128,26 +137,26 @@ def far_pair_grads(
         prefix, before, suffix = far_sums(decay, level, CHUNK, PRECISION)
         later = (tl.arange(0, CHUNK) >> level & 1 == 1)[:, None]
         outward, inward = tl.where(later, tl.exp2(prefix), 0.0), tl.where(later, 0.0, tl.exp2(suffix))
-        meet, half = same_block(level + 1, CHUNK), same_block(level, CHUNK)
+        half = same_block(level, CHUNK)
         key, query = (k * inward).to(LOW), (q * outward).to(LOW)
-        found = product(tl.where(meet, grad.qk, 0.0).to(LOW), key, None, UPCAST)
+        found = product(meeting(grad.qk, level), key, None, UPCAST)
         if LOW_RANK:
             write = (b * inward).to(LOW)
-            found = product(tl.where(meet, grad.qb, 0.0).to(LOW), write, found, UPCAST)
+            found = product(meeting(grad.qb, level), write, found, UPCAST)
         found *= outward
         dq += found
         dg += masked_sum(half & (other >= one), q * found, PRECISION)
-        found = product(tl.where(meet, turned.qk, 0.0).to(LOW), query, None, UPCAST)
+        found = product(meeting(turned.qk, level), query, None, UPCAST)
         if LOW_RANK:
             read = tl.where(later, tl.exp2(before), 0.0)
-            of_read = product(tl.where(meet, grad.ak, 0.0).to(LOW), key, None, UPCAST)
-            of_read = product(tl.where(meet, grad.ab, 0.0).to(LOW), write, of_read, UPCAST) * read
+            of_read = product(meeting(grad.ak, level), key, None, UPCAST)
+            of_read = product(meeting(grad.ab, level), write, of_read, UPCAST) * read
             da += of_read
             dg += masked_sum(half & (other > one), a * of_read, PRECISION)
             read = (a * read).to(LOW)
-            found = product(tl.where(meet, turned.ak, 0.0).to(LOW), read, found, UPCAST)
-            of_write = product(tl.where(meet, turned.qb, 0.0).to(LOW), query, None, UPCAST)
-            of_write = product(tl.where(meet, turned.ab, 0.0).to(LOW), read, of_write, UPCAST) * inward
+            found = product(meeting(turned.ak, level), read, found, UPCAST)
+            of_write = product(meeting(turned.qb, level), query, None, UPCAST)
+            of_write = product(meeting(turned.ab, level), read, of_write, UPCAST) * inward
             db += of_write
         found *= inward
         dk += found

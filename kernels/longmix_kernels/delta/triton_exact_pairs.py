@@ -36,11 +36,7 @@ def load_kept(
 @triton.jit
 def near_zeros(CHUNK: tl.constexpr, TRANSPOSED: tl.constexpr):
     """No weights within sub-chunks: [columns, 16] for the rows of each column's sub-chunk, or [16, columns]."""
-    if TRANSPOSED:
-        found = tl.zeros([CHUNK, 16], tl.float32)
-    else:
-        found = tl.zeros([16, CHUNK], tl.float32)
-    return found
+    return tl.zeros([CHUNK, 16] if TRANSPOSED else [16, CHUNK], tl.float32)
 
 
 @triton.jit
@@ -140,10 +136,8 @@ def far_sums(decay, level, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit
 def far_pair(row, column, total, level, CHUNK: tl.constexpr, TRANSPOSED: tl.constexpr, UPCAST: tl.constexpr):
     """Return total plus the weights of columns in rows, of halves of one block of 2 ** (level + 1) tokens."""
-    if TRANSPOSED:
-        found = product(column, tl.trans(row), None, UPCAST)
-    else:
-        found = product(row, tl.trans(column), None, UPCAST)
+    left, right = (column, row) if TRANSPOSED else (row, column)
+    found = product(left, tl.trans(right), None, UPCAST)
     return total + tl.where(same_block(level + 1, CHUNK), found, 0.0)
 
 

@@ -57,8 +57,19 @@ def pair_mask(own, CHUNK: tl.constexpr, STRICT: tl.constexpr, TRANSPOSED: tl.con
 
 @triton.jit
 def masked_sum(mask, x, PRECISION: tl.constexpr):
-    """Sums [CHUNK, BLOCK] of the rows of x that the mask [CHUNK, CHUNK] has, with no difference of larger sums."""
-    return tl.dot(mask.to(tl.float32), x, input_precision=PRECISION)
+    """Sums [CHUNK, BLOCK] of the rows of x that the mask [CHUNK, CHUNK] has, with no difference of larger sums.
+
+    Three bfloat16 hold all bits of a float32, and one holds a mask's.
+    """
+    if PRECISION == "ieee":
+        return tl.dot(mask.to(tl.float32), x, input_precision=PRECISION)
+    else:
+        chosen = mask.to(tl.bfloat16)
+        high = x.to(tl.bfloat16)
+        rest = x - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        total = tl.dot(chosen, (rest - middle.to(tl.float32)).to(tl.bfloat16))
+        return tl.dot(chosen, high, tl.dot(chosen, middle, total))
 
 
 @triton.jit

@@ -71,8 +71,8 @@ def test_only_inputs_are_kept_for_the_backward(backend):
     ("dims", "length", "bound", "wish", "expected"),
     [
         ((64, 64), 4096, FASTEST_DECAY, None, (64, True)),
-        ((128, 64), 4096, FASTEST_DECAY, None, (32, True)),
-        ((64, 256), 4096, FASTEST_DECAY, None, (16, True)),
+        ((128, 64), 4096, FASTEST_DECAY, None, (64, True)),
+        ((64, 256), 4096, FASTEST_DECAY, None, (32, True)),
         ((128, 128), 4096, FASTEST_DECAY, 64, (64, True)),
         ((64, 64), 4096, FASTEST_DECAY, 256, (64, True)),
         ((64, 64), 4096, FASTEST_DECAY, 16, (16, True)),
@@ -83,8 +83,14 @@ def test_only_inputs_are_kept_for_the_backward(backend):
         ((64, 64), 4096, -2.1, None, (64, True)),
         ((64, 64), 4096, -2.11, None, (32, True)),
         ((64, 64), 4096, -4.07, 64, (32, True)),
-        ((64, 64), 4096, -4.08, None, (16, False)),
-        ((64, 64), 4096, None, 64, (16, False)),
+        ((64, 64), 4096, -4.08, None, (32, False)),
+        ((64, 64), 4096, None, 64, (32, False)),
+        ((64, 64), 4096, None, 16, (16, False)),
+        ((64, 64), 16, None, None, (16, False)),
+        # As `model=125m` has them: deltanet; kda; gated_deltanet and gla.
+        ((128, 128), 16384, 0.0, None, (64, True)),
+        ((128, 128), 16384, None, None, (32, False)),
+        ((96, 192), 16384, None, None, (32, False)),
     ],
 )
 def test_chunks_follow_from_the_promise(dims, length, bound, wish, expected):

@@ -46,8 +46,10 @@ BOUNDED = [
     *(small(f"chunk-{n}", chunk_size=n, length=90, documents=(40,)) for n in (16, 32)),
 ]
 EXACT = [
-    *(small(f"T{n}", length=n) for n in (1, 17)),
+    *(small(f"T{n}", length=n) for n in (1, 17, 70)),
     small("correlated", kind="correlated", length=33),
+    small("documents-at-sub-chunk-ends", documents=(16, 16, 3), length=44),
+    small("chunk-16", chunk_size=16, length=36, documents=(20,)),
     Case("two-batch-rows-and-heads", length=17, documents=(9,)),
     small("80-48", dim=80, value_dim=48, length=17),
     small("diagonal-documents", low_rank=False, length=36, documents=(13, 10)),
@@ -115,7 +117,7 @@ DECAYS = {
 
 @pytest.mark.parametrize("change", DECAYS.values(), ids=DECAYS)
 def test_any_decay(change):
-    compare(small("decay", length=20, documents=(5,)), None, change)
+    compare(small("decay", length=45, documents=(5,)), None, change)
 
 
 @pytest.mark.parametrize(("bound", "chunk"), [(0.0, 64), (-2.09, 64), (-4.06, 32)])
@@ -156,7 +158,7 @@ def test_any_tile_sizes(tiles):
         for kernel in launch.KERNELS:
             stack.enter_context(launch.TABLE.override(kernel, config))
         compare(small("bounded", length=70, dim=48, value_dim=80, documents=(20, 30)), FASTEST_DECAY)
-        compare(small("exact", length=12, dim=40, value_dim=20, documents=(7,)), None)
+        compare(small("exact", length=30, dim=40, value_dim=20, documents=(7,)), None)
 
 
 def test_two_runs_are_equal_bit_for_bit():
