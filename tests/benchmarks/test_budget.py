@@ -16,6 +16,12 @@ def test_every_mixer_has_a_budget_without_synchronisations():
     assert not waits
 
 
+@pytest.mark.parametrize("mixer", ["deltanet", "gated_deltanet", "kda", "gla", "rwkv7"])
+def test_the_delta_rule_keeps_little_more_than_attention(mixer):
+    for kind, figures in BUDGET[mixer].items():
+        assert figures["saved_bytes"] <= 1.3 * BUDGET["flash"][kind]["saved_bytes"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mixer", budget.mixers())
 def test_no_figure_of_a_layer_rises(mixer):

@@ -19,7 +19,7 @@ it is at most C / 2 + 1 log decays away.
 """
 
 SHORTEST_CHUNK, EXACT_CHUNK, LONGEST_CHUNK = 16, 32, 64
-"""Up to which head dimension, of keys or of values, a bounded chunk of how many tokens fits into registers."""
+"""Tokens of a chunk: the least; the most without a bound of the decays, for want of registers; the most with one."""
 
 WIDEST = ((128, 64), (256, 32))
 """Up to which head dimension, of keys or of values, a bounded chunk of how many tokens fits into registers."""

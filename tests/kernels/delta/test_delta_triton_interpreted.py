@@ -117,7 +117,7 @@ DECAYS = {
 
 @pytest.mark.parametrize("change", DECAYS.values(), ids=DECAYS)
 def test_any_decay(change):
-    compare(small("decay", length=45, documents=(5,)), None, change)
+    compare(small("decay", length=34, documents=(5,)), None, change)
 
 
 @pytest.mark.parametrize(("bound", "chunk"), [(0.0, 64), (-2.09, 64), (-4.06, 32)])
