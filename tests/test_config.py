@@ -11,19 +11,24 @@ import torch
 from hydra.errors import CompactHydraException
 from omegaconf import OmegaConf
 
+from longmix.command_line.schema import SCHEMAS
 from longmix.config import (
     EvaluateConfig,
     TrainConfig,
     build,
     check,
     check_keys,
+    defaults,
     fits,
     locate,
+    plain,
+    read,
     resolved,
     settings,
     total_steps,
     unknown_key,
     unlimited_windows,
+    words_of,
 )
 from longmix.data.corpora.corpus import Corpus
 from longmix.errors import ConfigError, LongmixError
@@ -633,3 +638,20 @@ class TestFits:
     def test_table(self, hint, good, bad):
         assert [value for value in good if not fits(value, hint)] == []
         assert [value for value in bad if fits(value, hint)] == []
+
+
+class TestWords:
+    @pytest.mark.parametrize("command", SCHEMAS)
+    def test_stand_in_one_place(self, command):
+        """A word's default stands on its field; the command's file says only what a field cannot."""
+        said = set(OmegaConf.load(CONFIGS / f"{command}.yaml")) - {"defaults", "hydra"}
+        fields = defaults(SCHEMAS[command])
+        assert not said & set(fields)
+        assert said <= set(words_of(SCHEMAS[command]))
+
+    def test_ranges_hold_in_every_configuration_that_is_made(self, compose_config):
+        given = resolved(compose_config())
+        assert plain(read(TrainConfig, given)) == given
+        for wrong in ({"seed": -1}, {"loop": given["loop"] | {"nonfinite": "stp"}}, {"tuning": {"features": -1}}):
+            with pytest.raises(ConfigError, match=next(iter(wrong))):
+                read(TrainConfig, given | wrong)

@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from longmix.command_line.schema import SCHEMAS, Schema
+from longmix.config import default_of, words_of
 
 WIDTH = 120
 
@@ -35,15 +36,16 @@ def words(schema: Schema) -> Iterator[tuple[str, Any, str]]:
 def _words_of(
     schema: type, values: dict[str, Any], groups: set[str], prefix: str = ""
 ) -> Iterator[tuple[str, Any, str]]:
-    hints, texts = typing.get_type_hints(schema), meanings(schema)
-    for each in dataclasses.fields(schema):
-        if each.name in groups:
+    texts = meanings(schema)
+    for name, (field, hint) in words_of(schema).items():
+        if name in groups:
             continue
-        if dataclasses.is_dataclass(hints[each.name]):
-            inner = typing.cast(type, hints[each.name])
-            yield from _words_of(inner, values.get(each.name, {}), set(), f"{each.name}.")
+        if dataclasses.is_dataclass(hint):
+            yield from _words_of(typing.cast(type, hint), {}, set(), f"{name}.")
         else:
-            yield f"{prefix}{each.name}", values.get(each.name), texts[each.name]
+            default = default_of(field)
+            value = values.get(name, "???") if default is dataclasses.MISSING else default
+            yield f"{prefix}{name}", value, texts[name]
 
 
 def written(value: Any) -> str:

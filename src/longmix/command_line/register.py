@@ -11,17 +11,17 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
 from longmix import naming
-from longmix.config import EvaluateConfig, GenerateConfig, PrepareConfig, TrainConfig
+from longmix.config import EvaluateConfig, GenerateConfig, PrepareConfig, TrainConfig, hydra_schema
 
 LONGEST_FILE_NAME = 200  # file systems take 255 bytes; a few are left for what others add
 
 
 def register_types() -> None:
     """Make schemas, resolvers and mixer patterns known to Hydra."""
-    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
-    ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
-    ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)
-    ConfigStore.instance().store(name="prepare_schema", node=PrepareConfig)
+    ConfigStore.instance().store(name="train_schema", node=hydra_schema(TrainConfig))
+    ConfigStore.instance().store(name="evaluate_schema", node=hydra_schema(EvaluateConfig))
+    ConfigStore.instance().store(name="generate_schema", node=hydra_schema(GenerateConfig))
+    ConfigStore.instance().store(name="prepare_schema", node=hydra_schema(PrepareConfig))
     OmegaConf.register_new_resolver("file_name", file_name, replace=True)
     naming.register()
     OmegaConf.register_new_resolver("windows", windows, replace=True)

@@ -16,7 +16,8 @@ from longmix.command_line import values
 from longmix.command_line.places import SEARCH_PATH, folder_of, search_places
 from longmix.command_line.values import Takes
 from longmix.command_line.words import Word
-from longmix.config import EvaluateConfig, GenerateConfig, PrepareConfig, TrainConfig, locate, settings
+from longmix.config import EvaluateConfig, GenerateConfig, PrepareConfig, TrainConfig, locate, settings, words_of
+from longmix.config.rules import is_group
 from longmix.errors import ConfigError, LongmixError
 from longmix.printable import printable
 
@@ -196,14 +197,12 @@ def _setting(node: Any, name: str) -> Takes | None:
 def _of_dataclass(schema: type, prefix: str = "") -> dict[str, Takes]:
     """The type of each dotted word; config groups have none."""
     found: dict[str, Takes] = {}
-    hints = typing.get_type_hints(schema)
-    for entry in dataclasses.fields(schema):
-        hint = entry.metadata.get("takes", hints[entry.name])
+    for name, (entry, hint) in words_of(schema).items():
         if dataclasses.is_dataclass(hint):
-            found |= _of_dataclass(typing.cast(type, hint), f"{prefix}{entry.name}.")
-        elif hint is not Any:
+            found |= _of_dataclass(typing.cast(type, hint), f"{prefix}{name}.")
+        elif not is_group(hint):
             path, literal = (bool(entry.metadata.get(key)) for key in ("path", "literal"))
-            found[f"{prefix}{entry.name}"] = Takes(hint, path, literal)
+            found[f"{prefix}{name}"] = Takes(hint, path, literal)
     return found
 
 

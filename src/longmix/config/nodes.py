@@ -9,7 +9,6 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 from longmix.aliases import path_now
@@ -167,20 +166,3 @@ def unknown_key(full_key: str, name: str, allowed: list[str]) -> str:
     return (
         f"unknown key {full_key}.{did_you_mean(nearest(name, allowed))} Keys there are: {', '.join(allowed) or 'none'}."
     )
-
-
-def check_keys(node: Node, schema: type, prefix: str = "") -> None:
-    """Refuse keys that the dataclass `schema` lacks, and missing keys that it has.
-
-    Hydra itself checks this, except for `+key=value` and `~key`.
-
-    Raises:
-        ConfigError: for an unknown key with the nearest allowed name.
-    """
-    allowed = [entry.name for entry in fields(schema)]
-    for name in node:
-        if name not in allowed:
-            raise ConfigError(unknown_key(f"{prefix}{name}", name, allowed))
-    missing = [f"{prefix}{name}" for name in allowed if name not in node]
-    if missing:
-        raise ConfigError(f"no value was given for: {', '.join(missing)}.")

@@ -13,6 +13,7 @@ from longmix.config import (
     TrainConfig,
     TuningConfig,
     build,
+    defaults,
     flattened,
     locate,
     settings,
@@ -224,9 +225,8 @@ def _default(config: Node, key: str) -> Any:
     for part in above:
         node = node.get(part) if isinstance(node, dict) else None
     if not above or above == ["loop"] or above == ["tuning"]:
-        return vars({"loop": LoopConfig, "tuning": TuningConfig}[above[0]]() if above else TrainConfig()).get(
-            name, ABSENT
-        )
+        kind = {"loop": LoopConfig, "tuning": TuningConfig}[above[0]] if above else TrainConfig
+        return defaults(kind).get(name, ABSENT)
     if not isinstance(node, dict) or "_target_" not in node:
         return ABSENT
     target = locate(node["_target_"], key)

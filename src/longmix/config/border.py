@@ -1,0 +1,146 @@
+"""Where configurations come from and go to: OmegaConf and mappings become dataclasses, and these become dicts again.
+
+Inside, everything receives the dataclasses of `longmix.config.commands`. Only `config.yaml`, checkpoints, loggers and
+Hydra hold dicts.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from typing import Any, TypeVar
+
+import omegaconf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from longmix.config.commands import TrainConfig
+from longmix.config.nodes import unknown_key
+from longmix.config.rules import check_values, default_of, is_group, words_of
+from longmix.errors import ConfigError
+from longmix.naming import check_name
+
+Config = TypeVar("Config")
+Plain = dict[str, Any]
+"""A configuration as `config.yaml` and a checkpoint hold it: nested dicts, lists and values."""
+
+
+def read(kind: type[Config], given: DictConfig | Mapping[str, Any]) -> Config:
+    """A command's configuration, every interpolation carried out and every word checked.
+
+    What a choice of a group takes is checked where it is built.
+
+    Args:
+        kind: the command's class.
+        given: what Hydra composed, or the same as dicts.
+
+    Raises:
+        ConfigError: an unknown word, with the nearest that there is; one without a value; a wrong type; a value beyond
+            its range.
+    """
+    values: Plain = resolved(given) if isinstance(given, DictConfig) else dict(typing.cast(Plain, given))
+    check_keys(values, kind)
+    check_values(kind, values)
+    return _made(kind, values)
+
+
+def plain(config: Any) -> Plain:
+    """A configuration as `config.yaml`, checkpoints and loggers hold it, in the order of its fields."""
+    found = {}
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        if value is not None or not entry.metadata.get("record"):
+            found[entry.name] = plain(value) if is_dataclass(value) else value
+    return found
+
+
+def resolved(config: DictConfig) -> Plain:
+    """What Hydra composed as plain dicts and values with every interpolation carried out.
+
+    Raises:
+        ConfigError: a mandatory key has no value, or an interpolation names a key that does not exist.
+    """
+    try:
+        missing = sorted(_without_value(OmegaConf.to_container(config, resolve=False)))
+        if missing:
+            raise ConfigError(f"no value was given for: {', '.join(missing)}.")
+        return typing.cast(Plain, OmegaConf.to_container(config, resolve=True))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}.") from error
+
+
+def check_keys(given: Mapping[str, Any], kind: type, prefix: str = "") -> None:
+    """Refuse keys that a class has no word for, and the lack of one; Hydra lets `+key=value` and `~key` through.
+
+    Raises:
+        ConfigError: for an unknown key with the nearest allowed name.
+    """
+    allowed = words_of(kind)
+    records = {entry.name for entry in dataclasses.fields(typing.cast(Any, kind))} - allowed.keys()
+    for name in given:
+        if name not in allowed and name not in records:
+            raise ConfigError(unknown_key(f"{prefix}{name}", name, list(allowed)))
+    missing = [f"{prefix}{name}" for name in allowed if name not in given]
+    if missing:
+        raise ConfigError(f"no value was given for: {', '.join(missing)}.")
+    for name, (_, hint) in allowed.items():
+        if is_dataclass(hint):
+            if not isinstance(given[name], Mapping):
+                raise ConfigError(f"{prefix}{name}={given[name]!r} is no group of words; give {prefix}{name}.WORD.")
+            check_keys(given[name], typing.cast(type, hint), f"{prefix}{name}.")
+
+
+def hydra_schema(kind: type) -> type:
+    """The dataclass that Hydra is given for a configuration's class: it refuses unknown words and wrong types at once.
+
+    It has the types that OmegaConf knows; `read` checks the rest.
+    """
+    entries: list[tuple[str, Any, Any]] = []
+    for name, (entry, hint) in words_of(kind).items():
+        if is_dataclass(hint):
+            inner = hydra_schema(typing.cast(type, hint))
+            entries.append((name, inner, dataclasses.field(default_factory=inner)))
+            continue
+        default = default_of(entry)
+        value: Any = omegaconf.MISSING if default is dataclasses.MISSING else default
+        own = dataclasses.field(default_factory=value.copy) if isinstance(value, list) else value
+        entries.append((name, _hydra_type(hint), own))
+    return dataclasses.make_dataclass(kind.__name__, entries)
+
+
+def _hydra_type(hint: Any) -> Any:
+    """The type in OmegaConf's words: choices of groups and unions with lists are anything, literals are text."""
+    if is_group(hint):
+        return Any
+    if typing.get_origin(hint) is typing.Literal:
+        return str
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        options = [option for option in typing.get_args(hint) if option is not type(None)]
+        return Any if len(options) > 1 else hint
+    return hint
+
+
+def _made(kind: type[Config], values: Mapping[str, Any]) -> Config:
+    made = {}
+    for name, (_, hint) in words_of(kind).items():
+        made[name] = _made(typing.cast(Any, hint), values[name]) if is_dataclass(hint) else values[name]
+    return kind(**made)
+
+
+def _without_value(value: Any, key: str = "") -> list[str]:
+    """Mandatory keys without a value; `OmegaConf.missing_keys` fails where an interpolation leads to one."""
+    if value == "???":
+        return [key]
+    if isinstance(value, list):
+        return [found for number, part in enumerate(value) for found in _without_value(part, f"{key}[{number}]")]
+    if not isinstance(value, dict):
+        return []
+    return [found for name, part in value.items() for found in _without_value(part, f"{key}.{name}" if key else name)]
+
+
+def check_words(given: Plain) -> None:
+    """Refuse unknown and absent words, and impossible values of the top-level words and the loop."""
+    config = read(TrainConfig, given)
+    config.check_together()
+    check_name(config.name)

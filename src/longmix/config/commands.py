@@ -1,0 +1,300 @@
+"""The configuration of each command: its words with their types, ranges, defaults and meanings.
+
+Everything that a command does receives an instance of its class. Hydra refuses unknown words and wrong types by the
+same classes (`longmix.config.border.hydra_schema`), and the help prints the meanings that stand here. Fields are in the
+order in which `config.yaml` has them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from longmix.config.nodes import Node
+from longmix.config.rules import Rule, above_zero, at_least, between, count_up_to, record, share, word
+from longmix.config.values import LARGEST_SEED
+from longmix.errors import ConfigError
+
+LARGEST_INDEX = 2**62
+"""Of numbers that count tokens and windows; beyond it nothing can be indexed."""
+
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "float32", "bf16"]
+
+
+def _is_length(value: Any) -> bool:
+    lengths = value if isinstance(value, list) else [value]
+    return bool(lengths) and all(1 <= length <= LARGEST_INDEX for length in lengths)
+
+
+COUNT = count_up_to(LARGEST_INDEX, "2**62")
+LENGTHS = Rule(_is_length, "must be a whole number from 1, or a list of them.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """Settings of the training loop that are the same on every machine.
+
+    Attributes:
+        gradient_clip: largest allowed norm of the whole gradient; null never clips.
+        log_every: steps between log rows.
+        validate_every: steps between validations; null validates at the end only.
+        checkpoint_every: steps between checkpoints; null saves at the end only.
+        keep_checkpoints: how many checkpoints stay beside the best one.
+        sharded_checkpoints: each process writes what it has; false: the first all of it to one file; null: with fsdp.
+        async_checkpoints: write while training goes on, which waits for a copy in CPU memory only.
+        nonfinite: what a non-finite loss or gradient does: "stop" the run, or "skip" that step and count it.
+        max_skips: the run stops all the same when so many steps in a row were skipped.
+    """
+
+    gradient_clip: float | None = word(1.0, above_zero(null="never clip"))
+    log_every: int = word(10, at_least(1))
+    validate_every: int | None = word(200, at_least(1))
+    checkpoint_every: int | None = word(200, at_least(1))
+    keep_checkpoints: int = word(2, at_least(1))
+    sharded_checkpoints: bool | None = None
+    async_checkpoints: bool = False
+    nonfinite: Literal["stop", "skip"] = "stop"
+    max_skips: int = word(20, at_least(1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningConfig:
+    """What `trainable=states` trains besides the states; see `longmix.mixers.parts.state_tuning`.
+
+    Attributes:
+        features: size of a memory that each head reads through kernel features; 0 for none.
+        decorrelation: how fast these features are made uncorrelated; 0 leaves them.
+    """
+
+    features: int = word(0, at_least(0))
+    decorrelation: float = word(0.0, at_least(0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchConfig:
+    """Models of equal size whatever the mixer; see `longmix.model.matching`.
+
+    Attributes:
+        parameters: of the whole model; `model.mlp_hidden` is chosen to come nearest. null leaves it.
+        tolerance: largest relative difference that is accepted.
+        multiple: `model.mlp_hidden` is a multiple of it.
+    """
+
+    parameters: int | None = word(None, at_least(1))
+    tolerance: float = word(0.02, share())
+    multiple: int = word(8, at_least(1))
+
+
+@dataclass(frozen=True)
+class OriginRecord:
+    """The weights that a run began from.
+
+    Attributes:
+        checkpoint: the checkpoint's folder.
+        weights: digest of its weights.
+    """
+
+    checkpoint: str
+    weights: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The part of a configuration that a model is built from.
+
+    Attributes:
+        mixer: what mixes the sequence: a choice, or a pattern over choices.
+        model: the model's size.
+    """
+
+    mixer: Node
+    model: Node
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> "ModelConfig":
+        """That of a checkpoint's configuration, or of another mapping with these keys."""
+        return ModelConfig(mixer=stored["mixer"], model=stored["model"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredConfig(ModelConfig):
+    """What a checkpoint says besides: enough to evaluate and to generate, whichever version wrote it.
+
+    Attributes:
+        data: what it was trained on; None of an imported model.
+        tokenizer: how text becomes tokens.
+        seq_len: tokens of a training window.
+        seed: of the run.
+    """
+
+    data: Node | None
+    tokenizer: Node
+    seq_len: int
+    seed: int
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> Self:
+        """That of a checkpoint's configuration, which may have other keys besides."""
+        return cls(**{name: stored[name] for name in ("mixer", "model", "data", "tokenizer", "seq_len", "seed")})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(ModelConfig):
+    """The words of `train.py`.
+
+    Attributes:
+        mixer: what mixes the sequence; a pattern such as sliding_window*3+flash repeats over the layers.
+        model: the model's size.
+        data: what is trained on.
+        tokenizer: how text becomes tokens.
+        optimizer: how weights follow their gradients.
+        schedule: the course of the learning rate.
+        trainer: which devices, and how they share the work.
+        logger: where metrics go.
+        seq_len: tokens in a training window.
+        batch_size: windows per optimizer step, over all devices.
+        max_steps: optimizer steps to train.
+        max_tokens: tokens to train; with max_steps on the command line that counts, with both there the smaller.
+        seed: of weights, data order and everything else that is drawn.
+        name: the run's name; its folder is `runs/<name>`.
+        resume: auto continues `runs/<name>`, or without a name the newest run of this configuration; or the folder of a
+            run or checkpoint.
+        checkpoint: folder of a run or checkpoint whose weights a new run begins from; model, mixer and tokenizer are
+            its own.
+        trust: full names of classes besides longmix's own that checkpoint may name.
+        trainable: all, or states: train the states before documents and nothing else.
+        tuning: see `TuningConfig`.
+        match: see `MatchConfig`.
+        loop: see `LoopConfig`.
+        origin: what `checkpoint` meant when the run began; no word.
+    """
+
+    data: Node
+    tokenizer: Node
+    optimizer: Node
+    schedule: Node
+    trainer: Node
+    logger: Node
+    seq_len: int = word(512, at_least(1))
+    batch_size: int = word(2, at_least(1))
+    max_steps: int | None = word(None, at_least(1))
+    max_tokens: int | None = word(800_000, at_least(1))
+    seed: int = word(0, between(0, LARGEST_SEED))
+    name: str
+    resume: str | None = word(None, path=True)
+    checkpoint: str | None = word(None, path=True)
+    trust: list[str] = word([])
+    trainable: Literal["all", "states"] = "all"
+    tuning: TuningConfig = field(default_factory=TuningConfig)
+    match: MatchConfig = field(default_factory=MatchConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    origin: OriginRecord | None = record()
+
+    def check_together(self) -> None:
+        """Refuse words that do not go together, and those that a look at the disk shows to be wrong.
+
+        Raises:
+            ConfigError: naming the words.
+        """
+        if self.max_steps is None and self.max_tokens is None:
+            raise ConfigError("give max_steps or max_tokens, or training would never end.")
+        is_yes = str(self.resume).lower() in ("yes", "true", "on", "1", "newest", "latest")
+        if self.resume is not None and is_yes and not Path(self.resume).exists():
+            raise ConfigError(f"resume={self.resume} is not there. Did you mean auto? Else give the folder of a run.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """The words of `evaluate.py`.
+
+    Attributes:
+        checkpoint: folder of a checkpoint, of a run (its newest checkpoint), or of a sweep (every run's newest one);
+            last is the newest run.
+        states: file of trained states that documents begin from, or the folder of the run that wrote it.
+        task: what to evaluate; one choice or a list.
+        data: other data than the checkpoint's; null keeps its own.
+        split: train, validation or test.
+        seq_len: context length, or a list of them; null takes the trained one.
+        max_tokens: evenly spread windows of about so many tokens; null takes the whole split.
+        batch_size: windows at once; null takes about 16k tokens.
+        device: auto, cpu or cuda.
+        precision: auto is bf16 on a GPU and float32 on a CPU; or float32, bf16.
+        output: folder for results; null takes `evaluation/` in the run's folder.
+        trust: full names of classes besides longmix's own that the checkpoint may name.
+    """
+
+    checkpoint: str = word(path=True)
+    states: str | None = word(None, path=True)
+    task: Node
+    data: Node | None = None
+    split: str = "validation"
+    seq_len: int | list[int] | None = word(None, LENGTHS)
+    max_tokens: int | None = word(None, COUNT)
+    batch_size: int | None = word(None, COUNT)
+    device: Device = "auto"
+    precision: Precision = "auto"
+    output: str | None = word(None, path=True)
+    trust: list[str] = word([])
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """The words of `generate.py`.
+
+    Attributes:
+        checkpoint: folder of a checkpoint, or of a run (its newest checkpoint).
+        prompt: a text, or a list of texts that go on side by side.
+        prompt_file: a UTF-8 file with the prompt instead.
+        max_tokens: tokens to generate for each row.
+        samples: continuations of each prompt.
+        temperature: below 1 makes likely tokens likelier; 0 always takes the likeliest.
+        top_k: draw among so many likeliest tokens; null among all.
+        top_p: draw among the likeliest tokens that have this probability together.
+        min_p: leave out tokens less likely than this share of the likeliest.
+        seed: of what is drawn; null is 0, and with load goes on with what was saved.
+        stop: texts that end a row, such as [###].
+        states: file of trained states that documents begin from, or the folder of the run that wrote it.
+        load: file of an earlier call to go on from.
+        save: file to go on from later.
+        device: auto, cpu or cuda.
+        precision: auto is bf16 on a GPU and float32 on a CPU; or float32, bf16.
+        trust: full names of classes besides longmix's own that the checkpoint may name.
+    """
+
+    checkpoint: str = word(path=True)
+    prompt: str | list[str] = word("", literal=True)
+    prompt_file: str | None = word(None, path=True)
+    max_tokens: int = word(256, at_least(1))
+    samples: int = word(1, at_least(1))
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = word(None, between(0, LARGEST_SEED))
+    stop: list[str] = word([], literal=True)
+    states: str | None = word(None, path=True)
+    load: str | None = word(None, path=True)
+    save: str | None = word(None, path=True)
+    device: Device = "auto"
+    precision: Precision = "auto"
+    trust: list[str] = word([])
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """The words of `prepare.py`.
+
+    Attributes:
+        data: what to prepare.
+        tokenizer: how text becomes tokens.
+        splits: which token files to make, such as [train,validation]; null makes all.
+        workers: processes that tokenise besides this one, and read too what is streamed.
+        shard_tokens: a shard ends with the documents that fill it.
+    """
+
+    data: Node
+    tokenizer: Node
+    splits: list[str] | None = None
+    workers: int = 0
+    shard_tokens: int = 134_217_728

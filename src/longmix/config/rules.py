@@ -1,0 +1,115 @@
+"""What a word of a command may be besides its type: its range stands on its field, and one checker reads it."""
+
+import dataclasses
+import typing
+from collections.abc import Callable
+from dataclasses import MISSING, Field, is_dataclass
+from typing import Any
+
+from longmix.config.values import as_given, fits, misfit
+from longmix.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Which values of a type are allowed; null always is, where the type has it.
+
+    Attributes:
+        allows: whether a value is allowed.
+        says: the end of a message that begins with the word and its value.
+    """
+
+    allows: Callable[[Any], bool]
+    says: str
+
+
+def at_least(least: int) -> Rule:
+    """Numbers from `least` on."""
+    return Rule(lambda value: value >= least, f"must be at least {least}.")
+
+
+def between(least: int, most: int) -> Rule:
+    """Numbers from `least` to `most`."""
+    return Rule(lambda value: least <= value <= most, f"must lie between {least} and {most}.")
+
+
+def count_up_to(most: int, written: str) -> Rule:
+    """Counts from 1 to `most`, which a message calls `written`."""
+    return Rule(lambda value: 1 <= value <= most, f"must be at least 1 and at most {written}.")
+
+
+def share() -> Rule:
+    """Numbers from 0 on that are below 1."""
+    return Rule(lambda value: 0 <= value < 1, "must be at least 0 and below 1.")
+
+
+def above_zero(null: str) -> Rule:
+    """Numbers above 0; `null` says what null means."""
+    return Rule(lambda value: value > 0, f"must be above 0, or null to {null}.")
+
+
+def word(default: Any = MISSING, rule: Rule | None = None, *, path: bool = False, literal: bool = False) -> Any:
+    """A field of a command's configuration.
+
+    Args:
+        default: its value where nobody gives one, which is not shared: a list is copied. None at all must be given.
+        rule: which values of its type are allowed.
+        path: it names a file or folder.
+        literal: it is text of the user's, which no grammar reads.
+    """
+    metadata = {"rule": rule, "path": path, "literal": literal}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def record() -> Any:
+    """A field that no word gives: longmix itself notes something there."""
+    return dataclasses.field(default=None, metadata={"record": True})
+
+
+def is_word(entry: Field[Any]) -> bool:
+    """Whether a field stands for a word or a group of words."""
+    return not entry.metadata.get("record")
+
+
+def words_of(kind: type) -> dict[str, tuple[Field[Any], Any]]:
+    """Field and type of every word of a configuration's class, by name."""
+    hints = typing.get_type_hints(kind)
+    return {entry.name: (entry, hints[entry.name]) for entry in dataclasses.fields(kind) if is_word(entry)}
+
+
+def default_of(entry: Field[Any]) -> Any:
+    """The value of a field that nobody gives; `dataclasses.MISSING` if it must be given."""
+    return entry.default if entry.default_factory is MISSING else entry.default_factory()
+
+
+def defaults(kind: type) -> dict[str, Any]:
+    """The values of a configuration's words that nobody gives, by name; those that must be given are left out."""
+    values = {name: default_of(entry) for name, (entry, _) in words_of(kind).items()}
+    return {name: value for name, value in values.items() if value is not MISSING}
+
+
+def is_group(hint: Any) -> bool:
+    """Whether words of this type are choices of a group: what a choice takes is checked where it is built."""
+    return typing.get_origin(hint) is dict or any(typing.get_origin(part) is dict for part in typing.get_args(hint))
+
+
+def check_values(kind: type, given: dict[str, Any], prefix: str = "") -> None:
+    """Refuse values that are not of their fields' types or beyond their ranges.
+
+    Raises:
+        ConfigError: naming the word.
+    """
+    for name, (entry, hint) in words_of(kind).items():
+        value, key = given[name], f"{prefix}{name}"
+        if is_group(hint):
+            continue
+        if is_dataclass(hint):
+            check_values(typing.cast(type, hint), value, f"{key}.")
+            continue
+        if not fits(value, hint):
+            raise ConfigError(f"{key}={as_given(value)} {misfit(value, hint)}")
+        rule: Rule | None = entry.metadata.get("rule")
+        if rule is not None and value is not None and not rule.allows(value):
+            raise ConfigError(f"{key}={value} {rule.says}")
