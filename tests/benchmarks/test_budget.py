@@ -16,10 +16,13 @@ def test_every_mixer_has_a_budget_without_synchronisations():
     assert not waits
 
 
-@pytest.mark.parametrize("mixer", ["deltanet", "gated_deltanet", "kda", "gla", "rwkv7"])
-def test_the_delta_rule_keeps_little_more_than_attention(mixer):
+# rwkv7 mixes six inputs of its projections from two tokens each; every one of them is kept.
+@pytest.mark.parametrize(
+    ("mixer", "times"), [("deltanet", 1.05), ("gated_deltanet", 1.05), ("kda", 1.1), ("gla", 1.05), ("rwkv7", 1.4)]
+)
+def test_the_delta_rule_keeps_little_more_than_attention(mixer, times):
     for kind, figures in BUDGET[mixer].items():
-        assert figures["saved_bytes"] <= 1.3 * BUDGET["flash"][kind]["saved_bytes"]
+        assert figures["saved_bytes"] <= times * BUDGET["flash"][kind]["saved_bytes"]
 
 
 @pytest.mark.slow
