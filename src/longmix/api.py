@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from longmix.command_line.words import Word
 from longmix.composing import as_words, composed
-from longmix.config import Node, resolved
+from longmix.config import GenerateConfig, Node, Plain, defaults, read, resolved
 from longmix.data.tokens.tokenizers import Tokenizer
 from longmix.errors import ConfigError
 from longmix.files import free_folder
@@ -134,7 +134,7 @@ class Loaded:
 
     def __init__(self, restored: Restored, settings: Mapping[str, Any]) -> None:
         self.checkpoint: Path = restored.checkpoint
-        self.config: Node = restored.config
+        self.config: Plain = restored.state["config"]
         self.model: LanguageModel = restored.model
         self.tokenizer: Tokenizer = restored.tokenizer
         self._restored, self._settings = restored, dict(settings)
@@ -176,7 +176,8 @@ class Loaded:
         """
         from longmix.generation.run import continued
 
-        words = {
+        given = {
+            "checkpoint": str(self.checkpoint),
             "prompt": prompt if isinstance(prompt, str) else list(prompt),
             "max_tokens": max_tokens,
             "temperature": temperature,
@@ -188,7 +189,7 @@ class Loaded:
             "stop": list(stop),
         }
         begin_run()
-        return continued(words, self._restored).texts
+        return continued(read(GenerateConfig, defaults(GenerateConfig) | given), self._restored).texts
 
     def evaluate(self, task: str | Sequence[str] = "loss", **words: Any) -> dict[str, Any]:
         """Run one task, or several.
@@ -234,6 +235,7 @@ def load(
         ConfigError: a device or precision that there is not, or a checkpoint that names a class outside `trust`.
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
+    restored = restore(str(checkpoint), states=states, device=device, precision=precision, trust=trust)
     settings: dict[str, Any] = {"device": device, "precision": precision, "trust": list(trust)}
     settings["states"] = None if states is None else str(states)
-    return Loaded(restore({"checkpoint": str(checkpoint), **settings}), settings)
+    return Loaded(restored, settings)

@@ -1,5 +1,6 @@
 """Rebuilds a model from its checkpoint alone, for commands that do not train."""
 
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,15 +10,13 @@ import torch
 
 from longmix.checkpoints import chosen_checkpoint
 from longmix.checkpoints.contents import load_model_state, rebuilding
-from longmix.config import Node
+from longmix.config import EvaluateConfig, GenerateConfig, StoredConfig
 from longmix.data.tokens.tokenizers import Tokenizer, tokenizer_from_state
 from longmix.errors import ConfigError
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import model_from_checkpoint
 from longmix.model.tuned_states_file import load_states
 from longmix.trust import check_model_nodes
-
-DEFAULTS: Node = {"states": None, "device": "auto", "precision": "auto", "trust": []}
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,9 @@ class Restored:
     precision: str
 
     @property
-    def config(self) -> Node:
-        """The configuration it was trained with."""
-        return self.state["config"]
+    def config(self) -> StoredConfig:
+        """The configuration it was trained with, as far as every version wrote it."""
+        return StoredConfig.of(self.state["config"])
 
     def autocast(self) -> AbstractContextManager:
         """The context of one forward pass."""
@@ -52,36 +51,53 @@ class Restored:
         return nullcontext()
 
 
-def restore(words: Node | str | Path) -> Restored:
-    """Rebuild the model that the words `checkpoint`, `states`, `device`, `precision` and `trust` describe.
+def restored_for(config: EvaluateConfig | GenerateConfig) -> Restored:
+    """Rebuild the model that the words of a command name; see `restore`."""
+    return restore(
+        config.checkpoint,
+        states=config.states,
+        device=config.device,
+        precision=config.precision,
+        trust=config.trust,
+    )
+
+
+def restore(
+    checkpoint: str | Path,
+    *,
+    states: str | Path | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    trust: Collection[str] = (),
+) -> Restored:
+    """Rebuild a model from its checkpoint.
 
     Args:
-        words: of these, those that are absent have the entry points' defaults; or the checkpoint's folder, or that of
-            its run, alone.
+        checkpoint: its folder, or that of its run.
+        states: file of trained states that documents begin from, or the folder of the run that wrote it.
+        device: auto, cpu or cuda.
+        precision: auto, float32 or bf16.
+        trust: full names of classes besides longmix's own that the checkpoint may name.
 
     Raises:
         ConfigError: a device or precision that there is not, or a checkpoint that names a class outside `trust`.
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
-    given = words if isinstance(words, dict) else {"checkpoint": words}
-    words = {**DEFAULTS, **given}
-    device, precision = _place(words)
-    checkpoint = chosen_checkpoint(words["checkpoint"])
-    state = load_model_state(checkpoint)
-    trained = state["config"]
-    with rebuilding(checkpoint):
-        check_model_nodes(trained, words["trust"])
+    place, precision = _place(device, precision)
+    folder = chosen_checkpoint(checkpoint)
+    state = load_model_state(folder)
+    with rebuilding(folder):
+        check_model_nodes(state["config"], trust)
         model = model_from_checkpoint(state)
         tokenizer = tokenizer_from_state(state["tokenizer"])
         if not 1 <= tokenizer.vocab_size <= model.vocab_size:
             raise ValueError(f"its tokenizer has {tokenizer.vocab_size:,} ids, and its model {model.vocab_size:,}")
-    if words["states"] is not None:
-        load_states(model, Path(words["states"]), trained)
-    return Restored(checkpoint, state, model.to(device).eval(), tokenizer, device, precision)
+    if states is not None:
+        load_states(model, Path(states), state["config"])
+    return Restored(folder, state, model.to(place).eval(), tokenizer, place, precision)
 
 
-def _place(words: Node) -> tuple[torch.device, str]:
-    device, precision = words["device"], words["precision"]
+def _place(device: str, precision: str) -> tuple[torch.device, str]:
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device={device!r} is not one of auto, cpu, cuda.")
     if precision not in ("auto", "float32", "bf16"):

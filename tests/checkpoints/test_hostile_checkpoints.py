@@ -210,7 +210,7 @@ def test_the_folder_of_a_run_is_understood_and_never_to_be_deleted(base, tmp_pat
         assert load_checkpoint(path)["step"] == 1
         assert open_checkpoint(path).checkpoint == checkpoint
         assert restore(path).checkpoint == checkpoint
-        assert restore({"checkpoint": path, "device": "cpu"}).checkpoint == checkpoint
+        assert restore(path, device="cpu").checkpoint == checkpoint
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "empty", tmp_path / "nowhere", tmp_path / "file"):

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from longmix.checkpoints import find_checkpoint, load_checkpoint
+from longmix.config import EvaluateConfig
 from longmix.data.tokens.tokenizers import ByteTokenizer
 from longmix.errors import ConfigError, DataError
 from longmix.evaluation import prefill
 from longmix.evaluation.run import evaluate
 from longmix.evaluation.subject import Subject
 from longmix.model.build import model_from_checkpoint
-from longmix.restore import restore
+from longmix.restore import restored_for
 
 SEPARATOR = 256
 TRAINED = 48
@@ -49,8 +50,8 @@ def harness_model(run_folder, tmp_path):
     def make(max_length: int = TRAINED, batch_size: int | None = None):
         from longmix.evaluation.tasks.harness import HarnessModel
 
-        words = {"checkpoint": str(run_folder), "states": None, "device": "cpu", "precision": "auto", "trust": []}
-        subject = Subject(restore(words), None, {"batch_size": batch_size}, tmp_path / "results")
+        config = EvaluateConfig(checkpoint=str(run_folder), task={}, batch_size=batch_size, device="cpu")
+        subject = Subject(restored_for(config), None, config, tmp_path / "results")
         return HarnessModel(subject, max_length)
 
     return make

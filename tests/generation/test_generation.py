@@ -459,13 +459,13 @@ def test_a_prompt_is_taken_literally(text, compose_config):
     ("words", "error", "message"),
     [
         (["prompt=null"], ConfigError, "prompt=null is no text"),
-        (["prompt=[a,null]"], ConfigError, "prompt=null is no text"),
+        (["prompt=[a,null]"], ConfigError, r"prompt=\['a', None\] is no text"),
         (["prompt=a", "save=missing/x.state"], StorageError, "there is no folder missing"),
         (["prompt=a", "save=/dev/null"], StorageError, "not a regular file"),
     ],
 )
 def test_refused_before_anything_is_read(generated, monkeypatch, words, error, message):
-    monkeypatch.setattr("longmix.generation.run.restore", lambda words: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("longmix.generation.run.restored_for", lambda config: pytest.fail("the model was loaded"))
     with pytest.raises(error, match=message):
         generated(*words)
 

@@ -31,6 +31,9 @@ COUNT = count_up_to(LARGEST_INDEX, "2**62")
 LENGTHS = Rule(_is_length, "must be a whole number from 1, or a list of them.")
 
 
+NO_TEXT = "is no text; leave prompt out, or write 'prompt=\"null\"' for the text null."
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
     """Settings of the training loop that are the same on every machine.
@@ -229,7 +232,7 @@ class EvaluateConfig:
     task: Node
     data: Node | None = None
     split: str = "validation"
-    seq_len: int | list[int] | None = word(None, LENGTHS)
+    seq_len: int | list[int] | None = word(None, LENGTHS, misfit=LENGTHS.says)
     max_tokens: int | None = word(None, COUNT)
     batch_size: int | None = word(None, COUNT)
     device: Device = "auto"
@@ -263,7 +266,7 @@ class GenerateConfig:
     """
 
     checkpoint: str = word(path=True)
-    prompt: str | list[str] = word("", literal=True)
+    prompt: str | list[str] = word("", literal=True, misfit=NO_TEXT)
     prompt_file: str | None = word(None, path=True)
     max_tokens: int = word(256, at_least(1))
     samples: int = word(1, at_least(1))

@@ -48,7 +48,14 @@ def above_zero(null: str) -> Rule:
     return Rule(lambda value: value > 0, f"must be above 0, or null to {null}.")
 
 
-def word(default: Any = MISSING, rule: Rule | None = None, *, path: bool = False, literal: bool = False) -> Any:
+def word(
+    default: Any = MISSING,
+    rule: Rule | None = None,
+    *,
+    path: bool = False,
+    literal: bool = False,
+    misfit: str | None = None,
+) -> Any:
     """A field of a command's configuration.
 
     Args:
@@ -56,8 +63,9 @@ def word(default: Any = MISSING, rule: Rule | None = None, *, path: bool = False
         rule: which values of its type are allowed.
         path: it names a file or folder.
         literal: it is text of the user's, which no grammar reads.
+        misfit: the end of the message for a value of another type, where the type's own says less.
     """
-    metadata = {"rule": rule, "path": path, "literal": literal}
+    metadata = {"rule": rule, "path": path, "literal": literal, "misfit": misfit}
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -109,7 +117,7 @@ def check_values(kind: type, given: dict[str, Any], prefix: str = "") -> None:
             check_values(typing.cast(type, hint), value, f"{key}.")
             continue
         if not fits(value, hint):
-            raise ConfigError(f"{key}={as_given(value)} {misfit(value, hint)}")
+            raise ConfigError(f"{key}={as_given(value)} {entry.metadata.get('misfit') or misfit(value, hint)}")
         rule: Rule | None = entry.metadata.get("rule")
         if rule is not None and value is not None and not rule.allows(value):
             raise ConfigError(f"{key}={value} {rule.says}")

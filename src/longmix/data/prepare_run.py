@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from longmix import config as configuration
 from longmix.command_line.program import program
-from longmix.config import build
+from longmix.config import PrepareConfig, build, read
 from longmix.data.prepared import find_splits
 from longmix.data.text_data import TextData
 from longmix.data.tokens.preparation import Preparation
@@ -42,12 +41,11 @@ def prepare_splits(config: DictConfig, invocation: Invocation | None = None) -> 
     Raises:
         LongmixError: see `longmix.errors`.
     """
-    words = configuration.resolved(config)
-    configuration.check_keys(words, configuration.PrepareConfig)
-    preparation = Preparation(words["shard_tokens"], words["workers"])
-    tokenizer = build(words["tokenizer"], "tokenizer")
-    data = build_data(words["data"], tokenizer, seq_len=ANY_LENGTH, batch_size=1, seed=0)
-    splits = list(data.splits) if words["splits"] is None else words["splits"]
+    own = read(PrepareConfig, config)
+    preparation = Preparation(own.shard_tokens, own.workers)
+    tokenizer = build(own.tokenizer, "tokenizer")
+    data = build_data(own.data, tokenizer, seq_len=ANY_LENGTH, batch_size=1, seed=0)
+    splits = list(data.splits) if own.splits is None else own.splits
     unknown = [split for split in splits if split not in data.splits]
     if unknown or not splits:
         raise ConfigError(f"splits={splits} must be among those of the data: {', '.join(data.splits)}.")
@@ -62,7 +60,7 @@ def prepare_splits(config: DictConfig, invocation: Invocation | None = None) -> 
             place = {"shards": len(token_file.shards), "folder": str(token_file.folder)}
             files.append({"corpus": corpus, "split": split, **counts, **place})
     _print(files, time.monotonic() - began)
-    if {"train", "validation"} <= {file["split"] for file in files} or words["splits"] is not None:
+    if {"train", "validation"} <= {file["split"] for file in files} or own.splits is not None:
         _print_uses(Path(files[0]["folder"]).parent, invocation)
     else:
         text = "to train on them, a validation split is needed: give data.corpus.validation_fraction above 0."

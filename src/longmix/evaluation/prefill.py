@@ -22,7 +22,7 @@ def context_lengths_of(subject: Subject, factors: list[float], key: str) -> list
     Raises:
         ConfigError: there is none, or one of them is not above 0.
     """
-    if subject.words["seq_len"] is not None:
+    if subject.config.seq_len is not None:
         return subject.seq_lens()
     if not factors or min(factors) <= 0:
         raise ConfigError(f"{key}={factors} must be a list of multiples of the trained length, each above 0.")

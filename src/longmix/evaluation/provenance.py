@@ -34,7 +34,7 @@ def model_facts(restored: Restored, states: str | None) -> dict[str, Any]:
         "checkpoint": str(restored.checkpoint),
         "weights": weights_digest(restored.checkpoint),
         "step": restored.state["step"],
-        "trained_seq_len": restored.config["seq_len"],
+        "trained_seq_len": restored.config.seq_len,
         "states": None if states is None else _states_facts(Path(states)),
         "precision": restored.precision,
         "device": torch.cuda.get_device_name() if restored.device.type == "cuda" else "CPU",

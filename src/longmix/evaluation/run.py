@@ -9,11 +9,10 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from longmix import config as configuration
 from longmix.allocation import allocation_errors
 from longmix.checkpoints import CheckpointStore, chosen_checkpoint, find_checkpoint
 from longmix.checkpoints.last import LAST
-from longmix.config import Node, build
+from longmix.config import EvaluateConfig, build, check, read
 from longmix.data.synthetic.base import SyntheticData
 from longmix.data.tokens.tokenizers import NumberTokenizer
 from longmix.data.training_data import TrainingData, build_data
@@ -24,11 +23,8 @@ from longmix.evaluation.tasks.base import Task
 from longmix.model.backbone import LanguageModel
 from longmix.notices import begin_run
 from longmix.printable import LINES, printable
-from longmix.restore import Restored, restore
+from longmix.restore import Restored, restored_for
 from longmix.trust import checked_data
-
-LARGEST = 2**62
-"""The largest number of tokens or windows; beyond it nothing can be indexed."""
 
 
 def evaluate(config: DictConfig, restored: Restored | None = None) -> dict[str, Any]:
@@ -43,15 +39,13 @@ def evaluate(config: DictConfig, restored: Restored | None = None) -> dict[str, 
     Raises:
         LongmixError: see `longmix.errors`; of several tasks, after the last of them.
     """
-    words = configuration.resolved(config)
-    configuration.check_keys(words, configuration.EvaluateConfig)
-    tasks = _built_tasks(words["task"])
-    _check_numbers(words)
-    restored = restored or restore(words)
-    home = _home(restored.checkpoint) if words["states"] is None else _folder(Path(words["states"]))
-    output = Path(words["output"]) if words["output"] else home / "evaluation"
-    own_data = is_own(words["data"], restored.config["data"])
-    subject = Subject(restored, _data(words, restored), words, output, own_data)
+    own = read(EvaluateConfig, config)
+    tasks = _built_tasks(own.task)
+    restored = restored or restored_for(own)
+    home = _home(restored.checkpoint) if own.states is None else _folder(Path(own.states))
+    output = Path(own.output) if own.output else home / "evaluation"
+    own_data = is_own(own.data, restored.config.data)
+    subject = Subject(restored, _data(own, restored), own, output, own_data)
     reports: dict[str, Any] = {}
     errors: list[LongmixError] = []
     for name, task in tasks.items():
@@ -143,17 +137,17 @@ def _memory_errors(task: str) -> Iterator[None]:
         yield
 
 
-def _data(words: Node, restored: Restored) -> TrainingData:
+def _data(own: EvaluateConfig, restored: Restored) -> TrainingData:
     """The data to evaluate on.
 
     Raises:
         ConfigError: the checkpoint names none and neither do the words, or the model does not know their tokens.
     """
-    if words["data"] is None and restored.config["data"] is None:
+    if own.data is None and restored.config.data is None:
         raise ConfigError(f"{restored.checkpoint} says nothing of data; add data=, such as data=sotu.")
-    node = words["data"] or checked_data(restored.config, words["trust"])
+    node = own.data or checked_data(restored.state["config"], own.trust)
     config = restored.config
-    data = build_data(node, restored.tokenizer, seq_len=config["seq_len"], batch_size=1, seed=config["seed"])
+    data = build_data(node, restored.tokenizer, seq_len=config.seq_len, batch_size=1, seed=config.seed)
     numbers = isinstance(restored.tokenizer, NumberTokenizer)
     if isinstance(data, SyntheticData) and not numbers:
         raise ConfigError(
@@ -174,7 +168,7 @@ def _built_tasks(nodes: Any) -> dict[str, Task]:
     if not isinstance(nodes, dict) or not nodes or "_target_" in nodes:
         raise ConfigError(f"task={nodes!r} is no task; give one or several, such as task=[loss,accuracy].")
     for name, node in nodes.items():
-        configuration.check(node, f"task.{name}", set(), Task)
+        check(node, f"task.{name}", set(), Task)
     return {name: build(node, f"task.{name}") for name, node in nodes.items()}
 
 
@@ -195,15 +189,3 @@ def _refuse_leaky(model: LanguageModel) -> None:
                 "for earlier ones: its loss is not that of a language model. Train with a causal mode or mixer; or "
                 "task.loss.prefixes=64 runs the tokens before some targets on their own, which is honest."
             )
-
-
-def _check_numbers(words: Node) -> None:
-    for key in ("batch_size", "max_tokens"):
-        if words[key] is not None and not 1 <= words[key] <= LARGEST:
-            raise ConfigError(f"{key}={words[key]} must be at least 1{' and at most 2**62' * (words[key] > 1)}.")
-    lengths = words["seq_len"]
-    if lengths is None:
-        return
-    listed = lengths if isinstance(lengths, list) else [lengths]
-    if not listed or any(type(length) is not int or not 1 <= length <= LARGEST for length in listed):
-        raise ConfigError(f"seq_len={lengths!r} must be a whole number from 1, or a list of them.")

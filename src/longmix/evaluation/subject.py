@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from longmix.batch import Batch
-from longmix.config import Node
+from longmix.config import EvaluateConfig
 from longmix.data.training_data import TrainingData
 from longmix.errors import ConfigError, DataError
 from longmix.evaluation import provenance
@@ -36,14 +36,14 @@ class Subject:
     Attributes:
         restored: the model and what came with it.
         data: gives batches of any split and length.
-        words: the resolved words of `evaluate.py`.
+        config: the words of `evaluate.py`.
         output: folder for results.
         own_data: the data are those that the checkpoint was trained on.
     """
 
     restored: Restored
     data: TrainingData
-    words: Node
+    config: EvaluateConfig
     output: Path
     own_data: bool = True
 
@@ -60,16 +60,16 @@ class Subject:
     @property
     def split(self) -> str:
         """The split asked for."""
-        return self.words["split"]
+        return self.config.split
 
     @property
     def trained_seq_len(self) -> int:
         """Tokens in a training window of the checkpoint."""
-        return self.restored.config["seq_len"]
+        return self.restored.config.seq_len
 
     def seq_lens(self) -> list[int]:
         """The context lengths asked for, shortest first."""
-        asked = self.words["seq_len"]
+        asked = self.config.seq_len
         if asked is None:
             return [self.trained_seq_len]
         return sorted(set(asked if isinstance(asked, list) else [asked]))
@@ -117,13 +117,13 @@ class Subject:
     def windows(self, length: int) -> int:
         """The number of windows of a length that are evaluated."""
         try:
-            return len(self.data.evaluation_windows(self.split, length, self.words["max_tokens"]))
+            return len(self.data.evaluation_windows(self.split, length, self.config.max_tokens))
         except OverflowError as error:
-            raise ConfigError(f"max_tokens={self.words['max_tokens']} is more than can be counted.") from error
+            raise ConfigError(f"max_tokens={self.config.max_tokens} is more than can be counted.") from error
 
     def rows(self, seq_len: int) -> int:
         """Windows of a length that are evaluated at once."""
-        return self.words["batch_size"] or max(1, TOKENS_AT_ONCE // seq_len)
+        return self.config.batch_size or max(1, TOKENS_AT_ONCE // seq_len)
 
     def batches(self, seq_len: int, data: TrainingData | None = None) -> Iterator[Batch]:
         """Windows of the split, of the subject's data or of others, on the model's device and beneath a progress bar.
@@ -132,7 +132,7 @@ class Subject:
             DataError: there is no such split, or not one window of it.
         """
         data = self.data if data is None else data
-        loader = data.evaluation_loader(self.split, seq_len, self.rows(seq_len), self.words["max_tokens"])
+        loader = data.evaluation_loader(self.split, seq_len, self.rows(seq_len), self.config.max_tokens)
         for batch in tracked(loader, f"seq_len {seq_len}", len(loader)):
             yield to_device(batch, self.restored.device)
 
@@ -171,7 +171,7 @@ class Subject:
         from longmix.reporting.plots import save_figure
         from longmix.versions import versions
 
-        facts: dict[str, Any] = provenance.model_facts(self.restored, self.words["states"])
+        facts: dict[str, Any] = provenance.model_facts(self.restored, self.config.states)
         if of_data:
             facts |= provenance.data_facts(self.data, self.split, self.own_data)
         facts |= {"task": task, "settings": settings, "versions": versions(), "date": provenance.now()}

@@ -11,12 +11,11 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 
-from longmix import config as configuration
 from longmix.allocation import allocation_errors
 from longmix.checkpoints import reading
 from longmix.checkpoints.reading import weights_digest
 from longmix.checkpoints.store import final_name
-from longmix.config import Node
+from longmix.config import GenerateConfig, read
 from longmix.console import is_gone
 from longmix.data.tokens.tokenizers import Tokenizer
 from longmix.errors import ConfigError, DataError
@@ -25,7 +24,7 @@ from longmix.generation.sampling import Sampling
 from longmix.generation.session import Session
 from longmix.generation.text import Row
 from longmix.progress import tracked
-from longmix.restore import Restored, restore
+from longmix.restore import Restored, restored_for
 from longmix.wording import counted
 
 
@@ -57,95 +56,87 @@ def generate(config: DictConfig) -> Generated:
     Raises:
         LongmixError: see `longmix.errors`.
     """
-    words = configuration.resolved(config)
-    configuration.check_keys(words, configuration.GenerateConfig)
-    return _generated(words, lambda: restore(words), shown=True)
+    own = read(GenerateConfig, config)
+    return _generated(own, lambda: restored_for(own), shown=True)
 
 
-def continued(words: Node, restored: Restored) -> Generated:
+def continued(config: GenerateConfig, restored: Restored) -> Generated:
     """Generate as `generate` does, with a loaded model and without printing.
 
     Args:
-        words: those of `generate.yaml` but the ones that say which model, and where texts are loaded and saved.
+        config: without the words that name files: prompt_file, load and save.
         restored: the model.
 
     Raises:
         LongmixError: see `longmix.errors`.
     """
-    return _generated({**words, "prompt_file": None, "load": None, "save": None}, lambda: restored, shown=False)
+    return _generated(config, lambda: restored, shown=False)
 
 
-def _generated(words: Node, model: Callable[[], Restored], shown: bool) -> Generated:
-    sampling = Sampling(words["temperature"], words["top_k"], words["top_p"], words["min_p"])
-    for key in ("max_tokens", "samples"):
-        if words[key] < 1:
-            raise ConfigError(f"{key}={words[key]} must be at least 1.")
-    if words["seed"] is not None and not 0 <= words["seed"] <= configuration.LARGEST_SEED:
-        raise ConfigError(f"seed={words['seed']} must lie between 0 and {configuration.LARGEST_SEED}.")
-    if "" in words["stop"]:
+def _generated(config: GenerateConfig, model: Callable[[], Restored], shown: bool) -> Generated:
+    sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
+    if "" in config.stop:
         raise ConfigError("stop has an empty text, which every text ends with; leave it out.")
-    prompts = _prompts(words)
-    if words["save"] is not None:
-        check_replaceable(Path(words["save"]))
+    prompts = _prompts(config)
+    if config.save is not None:
+        check_replaceable(Path(config.save))
     restored = model()
     console = Console(stderr=True, quiet=not shown)
-    generator = torch.Generator().manual_seed(words["seed"] or 0)
+    generator = torch.Generator().manual_seed(config.seed or 0)
     with restored.autocast(), allocation_errors("generating so many rows", "give fewer samples, or fewer prompts."):
-        session, ids = _begun(words, restored, prompts, generator, console)
-        rows = [Row(restored.tokenizer, words["stop"], before, words["load"] is not None) for before in ids]
+        session, ids = _begun(config, restored, prompts, generator, console)
+        rows = [Row(restored.tokenizer, config.stop, before, config.load is not None) for before in ids]
         began = time.perf_counter()
-        _write_on(session, rows, ids, sampling, generator, words["max_tokens"], shown)
+        _write_on(session, rows, ids, sampling, generator, config.max_tokens, shown)
         seconds, state_bytes = time.perf_counter() - began, session.state_bytes()
     produced = sum(row.count for row in rows)
-    if words["load"] is not None and produced == 0:
+    if config.load is not None and produced == 0:
         console.print("every text in the saved generation has ended; nothing was added", highlight=False)
     console.print(
         f"{counted(produced, 'token')} in {seconds:.2f} s ({produced / seconds:,.1f} tokens/s); "
         f"state {state_bytes / 2**20:.2f} MiB after {counted(session.length, 'token')}",
         highlight=False,
     )
-    if words["save"] is not None:
+    if config.save is not None:
         with restored.autocast(), allocation_errors("saving so many rows", "give fewer samples, or fewer prompts."):
             standing = session if len({row.count for row in rows}) == 1 else session.standing_at(ids)
-        standing.save(Path(words["save"]), {"ids": ids, "generator": generator.get_state(), **_identity(restored)})
-        console.print(f"saved to {words['save']}; load={words['save']} goes on", highlight=False, markup=False)
+        standing.save(Path(config.save), {"ids": ids, "generator": generator.get_state(), **_identity(restored)})
+        console.print(f"saved to {config.save}; load={config.save} goes on", highlight=False, markup=False)
     return Generated([row.text for row in rows], ids, produced / seconds, state_bytes)
 
 
-def _prompts(words: Node) -> list[str]:
-    given = words["prompt"] if isinstance(words["prompt"], list) else [words["prompt"]]
-    if None in given:
-        raise ConfigError("prompt=null is no text; leave prompt out, or write 'prompt=\"null\"' for the text null.")
-    if words["load"] is not None:
-        if words["prompt_file"] is not None or given != [""]:
+def _prompts(config: GenerateConfig) -> list[str]:
+    given = config.prompt if isinstance(config.prompt, list) else [config.prompt]
+    if config.load is not None:
+        if config.prompt_file is not None or given != [""]:
             raise ConfigError("load goes on with the text that was saved; leave prompt and prompt_file out.")
         return []
-    if words["prompt_file"] is None:
+    if config.prompt_file is None:
         if not given:
             raise ConfigError("prompt is an empty list; give a text, or a list of texts.")
         return [str(prompt) for prompt in given]
     if given != [""]:
         raise ConfigError("give prompt or prompt_file, not both.")
     try:
-        return [Path(words["prompt_file"]).read_text(encoding="utf-8")]
+        return [Path(config.prompt_file).read_text(encoding="utf-8")]
     except OSError as error:
-        raise DataError(f"prompt_file={words['prompt_file']} cannot be read: {error.strerror}.") from error
+        raise DataError(f"prompt_file={config.prompt_file} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"prompt_file={words['prompt_file']} is not UTF-8 text: {error}.") from error
+        raise DataError(f"prompt_file={config.prompt_file} is not UTF-8 text: {error}.") from error
 
 
 def _begun(
-    words: Node, restored: Restored, prompts: list[str], generator: torch.Generator, console: Console
+    config: GenerateConfig, restored: Restored, prompts: list[str], generator: torch.Generator, console: Console
 ) -> tuple[Session, list[list[int]]]:
     """A session that has read the prompts or was loaded, and the tokens of its rows."""
-    if words["load"] is not None:
-        session, about = Session.load(Path(words["load"]), restored.model, restored.device)
+    if config.load is not None:
+        session, about = Session.load(Path(config.load), restored.model, restored.device)
         own = _identity(restored)
         about.setdefault("weights", own["weights"])  # earlier versions did not say
         if {key: about.get(key) for key in own} != own:
-            raise ConfigError(f"load={words['load']} was saved with another checkpoint; give that one.")
-        with reading(Path(words["load"]), "saved generation of this model"):
-            if words["seed"] is None:
+            raise ConfigError(f"load={config.load} was saved with another checkpoint; give that one.")
+        with reading(Path(config.load), "saved generation of this model"):
+            if config.seed is None:
                 generator.set_state(about["generator"].cpu())
             ids = _saved_ids(about, session, restored.tokenizer)
     else:
@@ -156,7 +147,7 @@ def _begun(
         seconds, count = time.perf_counter() - began, sum(map(len, ids))
         text = f"read {counted(count, 'token')} in {seconds:.2f} s ({count / seconds:,.0f} tokens/s)"
         console.print(text, highlight=False)
-    samples = words["samples"]
+    samples = config.samples
     return session.fork(samples), [list(row) for row in ids for _ in range(samples)]
 
 

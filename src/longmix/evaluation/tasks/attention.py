@@ -1,6 +1,7 @@
 """`evaluate.py task=attention`: the effective attention of every layer and head, of one checkpoint or several."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from longmix.evaluation.tasks.base import Answer, Task
 from longmix.model.backbone import LanguageModel
 from longmix.printable import printable
 from longmix.progress import tracked
-from longmix.restore import Restored, restore
+from longmix.restore import Restored, restored_for
 
 USUAL_LENGTH, MOST_TOKENS = 1024, 8192
 """Tokens of a window that are taken if none are asked for, and the most that may be: a matrix has their square."""
@@ -148,7 +149,7 @@ def _analysed(name: str, restored: Restored, batches: list[Batch]) -> list[Layer
 
 
 def _restored(subject: Subject, path: str) -> Restored:
-    other = restore({**subject.words, "checkpoint": path, "states": None})
+    other = restored_for(replace(subject.config, checkpoint=path, states=None))
     if other.state["tokenizer"] != subject.restored.state["tokenizer"]:
         raise ConfigError(
             f"task.others names {path}, which has another tokenizer than {subject.restored.checkpoint}: "

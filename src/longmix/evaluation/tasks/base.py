@@ -79,7 +79,7 @@ class Task(ABC):
         if answer.settings is not None:
             return answer.settings
         own = {name: getattr(self, name) for name in settings(type(self))}
-        return {**own, "seq_len": subject.seq_lens(), "max_tokens": subject.words["max_tokens"]}
+        return {**own, "seq_len": subject.seq_lens(), "max_tokens": subject.config.max_tokens}
 
     def run(self, subject: Subject) -> dict[str, Any]:
         """Ask, print the tables, save, and return the report.

@@ -61,7 +61,7 @@ class ContextLengths(Task):
         scored = max(1, lengths[0] // 2) if self.scored is None else self.scored
         if not 1 <= scored <= lengths[0]:
             raise ConfigError(f"task.scored={scored} must be from 1 to the shortest length, {lengths[0]}.")
-        max_tokens = subject.words["max_tokens"]
+        max_tokens = subject.config.max_tokens
         windows, documents = _windows(text, lengths[-1], max_tokens)
         results = {length: _after_context(subject, text, windows + lengths[-1], length, scored) for length in lengths}
         report = {
