@@ -50,7 +50,7 @@ def evaluated(compose_config, text_run, tmp_path):
         (["seq_len=10000000000000000000000"], ConfigError, "seq_len=10000000000000000000000 must be a whole number"),
         (["max_tokens=-5"], ConfigError, "max_tokens=-5 must be at least 1"),
         (["batch_size=-1"], ConfigError, "batch_size=-1 must be at least 1"),
-        (["max_tokens=10000000000000000000000"], ConfigError, r"must be at least 1 and at most 2\*\*62"),
+        (["max_tokens=10000000000000000000000"], ConfigError, "is too large; whole numbers go up to"),
         (["task=states", "task.states.length=99999999"], DataError, "task.states.length=99999999 is more than"),
         (["task=states", "task.states.points=-1"], ConfigError, "task.states.points=-1 must be from 1 to"),
         (["task=states", "task.states.windows=9999999999999999999"], ConfigError, "task.states.windows="),
