@@ -36,7 +36,6 @@ from longmix.startup import seconds_since_begin
 from longmix.training import connection, process_launcher
 from longmix.training.claims import remove_unused
 from longmix.training.hardware import TrainerSettings
-from longmix.training.identity import ORIGIN
 from longmix.training.loggers import NoLog
 from longmix.training.module import TrainingModule
 from longmix.training.resume import Start, find_start, start_alone
@@ -67,6 +66,7 @@ def train(config: DictConfig, invocation: Invocation | None = None) -> dict[str,
     """
     invocation = invocation or Invocation.of_command()
     node = configuration.with_limits(configuration.resolved(config), invocation.words)
+    configuration.check_words(node)
     origin = Origin.of(node, invocation)
     settings, data = check_config(node, None if origin is None else origin.tokenizer)
     _check_tokenizer_is_used(data, invocation.words)
@@ -195,7 +195,7 @@ def check_config(node: Node, tokenizer: Tokenizer | None = None) -> tuple[Traine
         ConfigError: naming the key.
         DataError: the corpus has no validation split.
     """
-    configuration.check_words({key: value for key, value in node.items() if key != ORIGIN})
+    configuration.check_words(node)
     supplied = {
         "data": {"tokenizer", "seq_len", "batch_size", "seed"},
         "tokenizer": set(),

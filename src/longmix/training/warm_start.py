@@ -51,14 +51,9 @@ class Origin:
 
         Raises:
             CheckpointError: there is none, or it is damaged.
-            ConfigError: the command line also says what comes from the checkpoint, or `trainable` is wrong.
+            ConfigError: the command line also says what comes from the checkpoint.
         """
         node.pop(ORIGIN, None)  # of a run's config.yaml that was given as a configuration
-        if node["trainable"] not in ("all", "states"):
-            raise ConfigError(f"trainable={node['trainable']!r} is not one of all, states.")
-        for key, value in node["tuning"].items():
-            if value < 0:
-                raise ConfigError(f"tuning.{key}={value} must be at least 0.")
         if node["checkpoint"] is None:
             return None
         for override in invocation.words:
