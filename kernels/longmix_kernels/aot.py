@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from longmix_kernels.accelerators import SHARED_MEMORY
 from longmix_kernels.launch import LaunchConfig
+from longmix_kernels.races import unordered_stores
 
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 """Triton's names of the element types, and their bytes."""
@@ -32,6 +33,7 @@ class Compiled:
         shared: bytes of shared memory, per program.
         tensor_cores: tensor-core instructions in the PTX: mma.sync, wgmma or tcgen05.mma.
         serialized: whether ptxas had to wait after every wgmma.
+        unordered: arguments that one warp may store to before another has loaded from them, see `races`.
     """
 
     registers: int
@@ -40,6 +42,7 @@ class Compiled:
     shared: int
     tensor_cores: dict[str, int]
     serialized: bool
+    unordered: tuple[str, ...] = ()
 
     def columns(self) -> dict[str, int]:
         """Return what a report says of it."""
@@ -114,6 +117,8 @@ class Build(ABC):
             found.append(f"wants {compiled.shared} bytes of shared memory")
         if compiled.serialized:
             found.append("serializes wgmma")
+        if compiled.unordered:
+            found.append(f"stores to {' and '.join(compiled.unordered)} without a barrier after loading")
         return found
 
     def row(self, compiled: Compiled) -> dict[str, Any]:
@@ -169,4 +174,7 @@ def _compile(kernel: Any, build: Build) -> Compiled:
             "tcgen05": len(re.findall(r"\btcgen05\.mma", ptx)),
         },
         serialized="wgmma.mma_async instructions are serialized" in log,
+        unordered=tuple(
+            [name for name in signature if name not in constants][place] for place in unordered_stores(ptx)
+        ),
     )

@@ -46,7 +46,7 @@ class LaunchConfig(launch.LaunchConfig):
 
     def tiles(self) -> dict[str, int]:
         """Return the sizes of tiles as compile-time arguments."""
-        return {"BLOCK": self.block, "VALUE_BLOCK": self.values}
+        return {"BLOCK": self.block, "VALUE_BLOCK": self.values, "STAGES": self.stages}
 
 
 def piece(dim: int) -> int:

@@ -6,7 +6,9 @@ With what the chunks do (`triton_prepare`), and dY the gradient of the output,
     dS = diag(kept) dS' + E^T dS' + Q^T dY
 
 where a document that begins puts the initial state in the place of S, and takes its gradient away from dS. A program
-keeps its block of S in float32, in one or two pieces of `PIECE` rows, and rounds it only for products.
+keeps its block of S in float32, in one or two pieces of `PIECE` rows, and rounds it only for products. What the scan
+overwrites is loaded by all warps before one of them stores. Loads that are ahead of their use are waited for by all;
+without them, `STAGES` 1, there is a barrier, over which Triton loads nothing ahead.
 """
 
 import triton
@@ -69,6 +71,7 @@ def scan_kernel(
     VALUE_DIM: tl.constexpr,
     PIECE: tl.constexpr,
     VALUE_BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Write `VALUE_BLOCK` columns of every state and of the output of one head, from the first chunk on."""
@@ -134,6 +137,8 @@ def scan_kernel(
                 if DIM > PIECE:
                     q = load_tile(reads, start, later, DIM, PIECE, PIECE, DIM)
                     y = product(q, first_two.to(q.dtype), y, UPCAST)
+            if STAGES == 1:
+                tl.debug_barrier()
             store_tile(output, y, start, there, heads * VALUE_DIM, column, VALUE_BLOCK, VALUE_DIM)
         next_one = load_block(states, 0, PIECE, DIM, column, VALUE_BLOCK, VALUE_DIM)
         if DIM > PIECE:

@@ -35,10 +35,7 @@ def triton_backward(
     grad_output, output, logsumexp = unit_stride(grad_output), unit_stride(output), logsumexp.contiguous()
     grad_features = call.new_grad_features()
     delta = _query_gradients(call, grad_output, grad_logsumexp, output, logsumexp, grad_features[0])
-    scales, weights, sums = call.new_sums()
-    leaving = scales, weights, scales.new_empty(scales.shape), sums
-    _sum_over_queries(call, grad_output, logsumexp, delta, leaving)
-    grad_state = _carry_back(call, leaving)
+    leaving, grad_state = _carry_back(call, _sum_over_queries(call, grad_output, logsumexp, delta))
     _key_gradients(call, leaving, grad_features[1], grads[2])
     return *grads, *grad_features, *grad_state
 
@@ -77,8 +74,10 @@ def _query_gradients(
 
 
 def _sum_over_queries(
-    call: Call, grad_output: torch.Tensor, logsumexp: torch.Tensor, delta: torch.Tensor, leaving: Tensors
-) -> None:
+    call: Call, grad_output: torch.Tensor, logsumexp: torch.Tensor, delta: torch.Tensor
+) -> list[torch.Tensor]:
+    """Return what the queries of each block add to the gradients of earlier keys, see `_new_sums`."""
+    found = _new_sums(call)
     call.launch(
         "grad_sums",
         sums_kernel,
@@ -87,7 +86,7 @@ def _sum_over_queries(
         grad_output,
         logsumexp,
         delta,
-        *leaving,
+        *found,
         call.block_size,
         call.slots,
         call.key_heads,
@@ -96,27 +95,38 @@ def _sum_over_queries(
         call.stride_blocks,
         *strides(call.query_features, grad_output),
     )
+    return found
 
 
-def _carry_back(call: Call, leaving: Tensors) -> Tensors:
-    """Carry the sums over queries to earlier keys, and return the gradients of the initial state."""
+def _new_sums(call: Call) -> list[torch.Tensor]:
+    """Return memory for scales, total weights, D and sums of every slot."""
+    scales, weights, sums = call.new_sums()
+    return [scales, weights, scales.new_empty(scales.shape), sums]
+
+
+def _carry_back(call: Call, found: list[torch.Tensor]) -> tuple[list[torch.Tensor], Tensors]:
+    """Carry the sums over queries to earlier keys; return those sums, and the gradients of the initial state."""
+    leaving = _new_sums(call)
     state = call.memory, call.normalizer, call.log_scale
     grads = [None if x is None else x.new_empty(x.shape) for x in state]
     call.launch(
         "grad_scan",
         grad_scan_kernel,
         call.blocks,
-        *leaving,
+        *found,
         *state,
         *grads,
+        *leaving,
         call.slots,
         call.key_heads,
         call.stride_blocks,
     )
-    return given(call.value, *grads)
+    return leaving, given(call.value, *grads)
 
 
-def _key_gradients(call: Call, leaving: Tensors, grad_key_features: torch.Tensor, grad_value: torch.Tensor) -> None:
+def _key_gradients(
+    call: Call, leaving: list[torch.Tensor], grad_key_features: torch.Tensor, grad_value: torch.Tensor
+) -> None:
     """Write the gradient of the key features, and add to that of the values."""
     call.launch(
         "grad_key",

@@ -56,6 +56,7 @@ def exact_inputs(inputs: Inputs) -> ExactInputs:
 def entering_sums(call: Call) -> list[torch.Tensor]:
     """Return scales, total weights and sums of the far keys of every block that has any."""
     scales, weights, sums = found = call.new_sums()
+    entering = call.new_sums()
     call.launch(
         "sums",
         sums_kernel,
@@ -84,8 +85,9 @@ def entering_sums(call: Call) -> list[torch.Tensor]:
         call.memory,
         call.normalizer,
         call.log_scale,
+        *entering,
         call.slots,
         call.key_heads,
         call.stride_blocks,
     )
-    return found
+    return entering

@@ -99,4 +99,6 @@ def grad_key_kernel(
             total = product(p.to(dtype), g, total, UPCAST)
         near = load_tile(grad_value, start, there, heads * VALUE_DIM, column, VALUE_BLOCK, VALUE_DIM).to(tl.float32)
         result = near + total * tl.exp(highest)[:, None]
+        # All warps have loaded what one of them overwrites.
+        tl.debug_barrier()
         store_tile(grad_value, result, start, there, heads * VALUE_DIM, column, VALUE_BLOCK, VALUE_DIM)

@@ -80,5 +80,7 @@ def merge_kernel(
     output += (batch * queries * heads + head) * VALUE_DIM
     near = load_tile(output, start, there, heads * VALUE_DIM, column, VALUE_BLOCK, VALUE_DIM).to(tl.float32)
     result = near * tl.exp(exact - merged)[:, None] + far * tl.exp(highest - merged)[:, None]
+    # All warps have loaded what one of them overwrites.
+    tl.debug_barrier()
     store_tile(output, result, start, there, heads * VALUE_DIM, column, VALUE_BLOCK, VALUE_DIM)
     tl.store(logsumexp + place, merged, mask=row < tl.where(column == 0, end, 0))

@@ -1,9 +1,12 @@
-"""From the sums of each block to what each block sees, and is seen by: slot after slot, in place.
+"""From the sums of each block to what each block sees, and is seen by: slot after slot.
 
 Forward, a block sees what its predecessor saw and the keys that leave the exact part with it. In reverse, the keys that
 leave with it are seen by its queries and by all that see the keys of the next block. A program keeps `FEATURE_BLOCK`
-features with all their columns in float32, and loads `STAGES` slots ahead: a slot is read before it is written, and by
-one program only.
+features with all their columns in float32, and loads `STAGES` slots ahead.
+
+Results have memory of their own: several warps load a scale and one stores it, so in place each slot would need a
+barrier, and Triton loads nothing ahead over one. While the scan runs, that costs 4 m (Dv + 2) / C bytes per token of a
+head in blocks of C tokens, 4 m (Dv + 3) / C in reverse.
 """
 
 import triton
@@ -29,6 +32,9 @@ def scan_kernel(
     memory,  # float32 [B, H, FEATURES, VALUE_DIM], contiguous, or None
     normalizer,  # float32 [B, H, FEATURES], contiguous, or None
     log_scale,  # as normalizer
+    all_scales,  # as scales, and so on: all that are written
+    all_weights,
+    all_sums,
     slots,
     heads,
     stride_blocks,
@@ -38,7 +44,7 @@ def scan_kernel(
     VALUE_BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Put what a block of queries sees where the sums of keys were that it is the first to see."""
+    """Write what each block of queries sees from the sums of the keys that it is the first to see."""
     block, batch, head = program_head((FEATURES + FEATURE_BLOCK - 1) // FEATURE_BLOCK, heads)
     features, columns = block * FEATURE_BLOCK + tl.arange(0, FEATURE_BLOCK), tl.arange(0, VALUE_BLOCK)
     inside, column_inside = features < FEATURES, (columns < VALUE_DIM)[None, :]
@@ -48,6 +54,9 @@ def scan_kernel(
     scales += sequence * slots * FEATURES + features
     weights += sequence * slots * FEATURES + features
     sums += sequence * slots * (FEATURES * VALUE_DIM) + within
+    all_scales += sequence * slots * FEATURES + features
+    all_weights += sequence * slots * FEATURES + features
+    all_sums += sequence * slots * (FEATURES * VALUE_DIM) + within
 
     scale = tl.full([FEATURE_BLOCK], LOWEST, tl.float32)
     weight = tl.zeros([FEATURE_BLOCK], tl.float32)
@@ -73,12 +82,15 @@ def scan_kernel(
         weight = weight * kept + own_weight * added
         total = total * kept[:, None] + own * added[:, None]
         read = features < tl.where(end > begin, FEATURES, 0)
-        tl.store(scales, scale, mask=read)
-        tl.store(weights, weight, mask=read)
-        tl.store(sums, total, mask=read[:, None] & column_inside)
+        tl.store(all_scales, scale, mask=read)
+        tl.store(all_weights, weight, mask=read)
+        tl.store(all_sums, total, mask=read[:, None] & column_inside)
         scales += FEATURES
         weights += FEATURES
         sums += FEATURES * VALUE_DIM
+        all_scales += FEATURES
+        all_weights += FEATURES
+        all_sums += FEATURES * VALUE_DIM
 
 
 @triton.jit(do_not_specialize=["slots", "heads", "stride_blocks"])
@@ -94,6 +106,10 @@ def grad_scan_kernel(
     grad_memory,  # as memory
     grad_normalizer,  # as normalizer
     grad_log_scale,  # as normalizer
+    all_scales,  # as scales, and so on: all that are written
+    all_weights,
+    all_deltas,
+    all_sums,
     slots,
     heads,
     stride_blocks,
@@ -103,7 +119,7 @@ def grad_scan_kernel(
     VALUE_BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Put what sees a block of keys where the sums of the queries were that see it first."""
+    """Write what sees each block of keys from the sums of the queries that see it first."""
     block, batch, head = program_head((FEATURES + FEATURE_BLOCK - 1) // FEATURE_BLOCK, heads)
     features, columns = block * FEATURE_BLOCK + tl.arange(0, FEATURE_BLOCK), tl.arange(0, VALUE_BLOCK)
     inside, column_inside = features < FEATURES, (columns < VALUE_DIM)[None, :]
@@ -115,6 +131,10 @@ def grad_scan_kernel(
     weights += last * FEATURES + features
     deltas += last * FEATURES + features
     sums += last * (FEATURES * VALUE_DIM) + within
+    all_scales += last * FEATURES + features
+    all_weights += last * FEATURES + features
+    all_deltas += last * FEATURES + features
+    all_sums += last * (FEATURES * VALUE_DIM) + within
 
     scale = tl.full([FEATURE_BLOCK], LOWEST, tl.float32)
     weight = tl.zeros([FEATURE_BLOCK], tl.float32)
@@ -132,10 +152,10 @@ def grad_scan_kernel(
         delta = delta * kept + own_delta * added
         total = total * kept[:, None] + own * added[:, None]
         read = features < tl.where(key_row >= 0, FEATURES, 0)
-        tl.store(scales, scale, mask=read)
-        tl.store(weights, weight, mask=read)
-        tl.store(deltas, delta, mask=read)
-        tl.store(sums, total, mask=read[:, None] & column_inside)
+        tl.store(all_scales, scale, mask=read)
+        tl.store(all_weights, weight, mask=read)
+        tl.store(all_deltas, delta, mask=read)
+        tl.store(all_sums, total, mask=read[:, None] & column_inside)
         if memory is not None:
             place = sequence * FEATURES + features
             if begins == 2:
@@ -156,3 +176,7 @@ def grad_scan_kernel(
         weights -= FEATURES
         deltas -= FEATURES
         sums -= FEATURES * VALUE_DIM
+        all_scales -= FEATURES
+        all_weights -= FEATURES
+        all_deltas -= FEATURES
+        all_sums -= FEATURES * VALUE_DIM
