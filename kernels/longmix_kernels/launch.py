@@ -218,7 +218,17 @@ def dim_constants(dim: int, value_dim: int) -> dict[str, int]:
 
 
 def known_architecture(architecture: int) -> int:
-    """Return the newest architecture with entries that is not newer than this one."""
+    """Return the newest architecture with entries that is not newer than this one.
+
+    Raises:
+        ValueError: all are newer.
+    """
+    if architecture < min(ARCHITECTURES):
+        least = min(ARCHITECTURES)
+        raise ValueError(
+            f"backend='triton' got tensors on a GPU of architecture sm_{architecture}; allowed are sm_{least} and "
+            "newer; backend='blocked' runs on this one"
+        )
     return max(known for known in ARCHITECTURES if known <= architecture)
 
 
