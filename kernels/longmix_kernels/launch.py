@@ -220,6 +220,8 @@ def dim_constants(dim: int, value_dim: int) -> dict[str, int]:
 def known_architecture(architecture: int) -> int:
     """Return the newest architecture with entries that is not newer than this one.
 
+    sm_120 and sm_121 have sm_80's matrix instructions and less shared memory than sm_100, so they take sm_80's entries.
+
     Raises:
         ValueError: all are newer.
     """
@@ -229,7 +231,7 @@ def known_architecture(architecture: int) -> int:
             f"backend='triton' got tensors on a GPU of architecture sm_{architecture}; allowed are sm_{least} and "
             "newer; backend='blocked' runs on this one"
         )
-    return max(known for known in ARCHITECTURES if known <= architecture)
+    return 80 if architecture >= 120 else max(known for known in ARCHITECTURES if known <= architecture)
 
 
 @functools.cache

@@ -49,8 +49,8 @@ def test_only_real_values_on_a_cpu_are_read():
         assert not is_readable(torch.empty(1, 4))
 
 
-@pytest.mark.parametrize(("architecture", "known"), [(80, 80), (86, 80), (90, 90), (103, 100)])
-def test_a_gpu_takes_the_entries_of_the_newest_older_one(architecture, known):
+@pytest.mark.parametrize(("architecture", "known"), [(80, 80), (86, 80), (90, 90), (103, 100), (120, 80), (121, 80)])
+def test_a_gpu_takes_the_entries_of_the_newest_older_one_with_its_instructions(architecture, known):
     assert known_architecture(architecture) == known
 
 
