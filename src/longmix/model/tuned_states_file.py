@@ -33,7 +33,12 @@ def tune_states(model: LanguageModel, features: int = 0, decorrelation: float = 
     Raises:
         ConfigError: no mixer of the model has a state that can be tuned.
     """
-    tunable = {name: part for name, part in model.named_modules() if isinstance(part, Mixer) and part.tunes_states}
+    mixers = model.mixers()  # a channel mixer may be a `Mixer` too, and has nothing to tune
+    tunable = {
+        name: part
+        for name, part in model.named_modules()
+        if isinstance(part, Mixer) and part in mixers and part.tunes_states
+    }
     if not tunable:
         kinds = ", ".join(sorted({type(mixer).__name__ for mixer in model.mixers()}))
         raise ConfigError(f"trainable=states needs a mixer with a recurrent state, and the model's is {kinds}.")
