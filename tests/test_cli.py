@@ -4,7 +4,6 @@ import functools
 import operator
 import re
 import signal
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from longmix import cli
 from longmix.command_line.register import MixerPatternSource
 from longmix.command_line.schema import Schema
 from longmix.config import EvaluateConfig, GenerateConfig, LoopConfig, PrepareConfig, TrainConfig
+from longmix.config.rules import words_of
 from longmix.distributed.ranks import Place
 from longmix.distributed.signals import SIGNALS
 from longmix.errors import (
@@ -76,7 +76,7 @@ class TestProcesses:
         done = run_process(program, "-h", python=("-X", "importtime"))
         assert done.code == 0
         listed = re.findall(r"^  ([\w/]+)[.\w]*=", done.out, re.MULTILINE)
-        assert {entry.name for entry in fields(schema)} <= set(listed)
+        assert set(words_of(schema)) <= set(listed)
         defaults = [f"  {name}={value} " for name, value in NUMBERS.get(program, {}).items()]
         assert [text for text in defaults if text not in done.out] == []
         mixers = sorted(path.stem for path in (CONFIGS / "mixer").glob("*.yaml"))
@@ -91,8 +91,8 @@ class TestProcesses:
         assert done.code == 0
         assert "${" not in done.out and "???" not in done.out
         printed = yaml.safe_load(done.out)
-        assert set(printed) == {entry.name for entry in fields(TrainConfig)}
-        assert set(printed["loop"]) == {entry.name for entry in fields(LoopConfig)}
+        assert set(printed) == set(words_of(TrainConfig))
+        assert set(printed["loop"]) == set(words_of(LoopConfig))
         assert printed["mixer"]["pattern"] == ["sliding_window"] * 3 + ["flash"]
         assert printed["mixer"]["sliding_window"]["window"] == 48
         assert printed["seq_len"] == 96 and printed["name"].endswith("_sliding_window-3-flash_tiny_96")

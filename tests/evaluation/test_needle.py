@@ -12,6 +12,7 @@ import torch
 from matplotlib import image
 
 from longmix.checkpoints import find_checkpoint, load_checkpoint
+from longmix.config import EvaluateConfig
 from longmix.data.corpora.files import TextFiles
 from longmix.data.synthetic.haystack import Forms, draw_needle, haystack_rows
 from longmix.data.text_data import TokenData
@@ -151,14 +152,14 @@ def of_recaller(model: Recaller, folder: Path, tmp_path: Path, lengths: list[int
     restored = SimpleNamespace(
         model=model,
         state={"step": 7},
-        config={"seq_len": 100},
+        config=SimpleNamespace(seq_len=100),
         device=torch.device("cpu"),
         precision="float32",
         autocast=nullcontext,
     )
     data = TokenData(corpus, ByteTokenizer(), seq_len=100, batch_size=3, seed=0, cache_dir=str(tmp_path))
-    words = {"split": "validation", "seq_len": lengths, "batch_size": 3, "max_tokens": None}
-    subject = Unsaved(restored, data, words, tmp_path / "results")
+    config = EvaluateConfig(checkpoint="none", task={}, split="validation", seq_len=lengths, batch_size=3)
+    subject = Unsaved(restored, data, config, tmp_path / "results")
     return Needle([1], DEPTHS, needles=2, seed=0, statement=STATEMENT, question=QUESTION).run(subject)
 
 

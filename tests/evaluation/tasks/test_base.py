@@ -45,7 +45,7 @@ class Saved(SimpleNamespace):
 
 
 def test_the_stages(capsys):
-    subject = Saved(split="test", words={"max_tokens": 7})
+    subject = Saved(split="test", config=SimpleNamespace(max_tokens=7))
     assert Counting(3).run(subject) == {"split": "test"}
     assert capsys.readouterr().out == "test was seen\n"
     settings = {"most": 3, "least": 0, "seq_len": [4, 8], "max_tokens": 7}
