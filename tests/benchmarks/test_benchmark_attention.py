@@ -30,6 +30,7 @@ def test_a_run_leaves_table_picture_and_records(run, tmp_path):
     ours = (
         "dense",
         "window",
+        "documents",
         "hash-shared",
         "hash-separate",
         "routing",

@@ -83,11 +83,15 @@ def mixed_alone(tmp_path_factory, shared_cache) -> list[dict[str, float]]:
     return run(tmp_path_factory.mktemp("mixed"), shared_cache, 1, MIXED)
 
 
+# A slice's partial results are rounded to bf16 before they are added, as gradients are; see test_mixed_precision.
+MIXED_ERROR = {"ddp": 1e-3, "fsdp": 1e-3, "slices": 4e-3}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("division", ["ddp", "fsdp", "slices"])
+@pytest.mark.parametrize("division", MIXED_ERROR)
 def test_the_curve_in_mixed_precision_is_that_of_one_process(division, mixed_alone, tmp_path, shared_cache):
     found = run(tmp_path, shared_cache, 2, [*DIVISIONS[division], *MIXED])
     assert len(found) == STEPS + 2
     for row, wanted in zip(found, mixed_alone, strict=True):
         for name in row.keys() & {"train/loss", "validation/loss"}:
-            assert row[name] == pytest.approx(wanted[name], rel=1e-3), (name, wanted["step"])
+            assert row[name] == pytest.approx(wanted[name], rel=MIXED_ERROR[division]), (name, wanted["step"])

@@ -125,7 +125,12 @@ class Build(aot.Build):
         return {**head, "feature": self.feature, "chunk": self.chunk_size(), "again": self.again}
 
     def wants_wgmma(self) -> bool:
-        """Say whether its tiles have 64 rows: tokens of a chunk, or rows of a state."""
+        """Say whether its tiles have 64 rows: tokens of a chunk, or rows of a state.
+
+        What is run again without a low-rank part adds up keys and values in smaller blocks, and nothing else.
+        """
+        if self.again and self.form == "diagonal":
+            return False
         return (launch.piece(self.dim) if self.kernel in launch.SCANS else self.chunk_size()) >= 64
 
 

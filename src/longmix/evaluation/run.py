@@ -50,9 +50,9 @@ def evaluate(config: DictConfig, restored: Restored | None = None) -> dict[str, 
     errors: list[LongmixError] = []
     for name, task in tasks.items():
         try:
+            if not task.takes_leaky:
+                _refuse_leaky(restored.model)
             with _memory_errors(name), settings_at(f"task.{name}", task.usual_place):
-                if not task.takes_leaky:
-                    _refuse_leaky(restored.model)
                 reports[name] = task.run(subject)
         except (Interrupted, ProcessLost):
             raise
