@@ -25,6 +25,7 @@ from benchmarks.gpu.journal import FILE, Journal
 from benchmarks.gpu.pool import Pool
 from benchmarks.gpu.summary import summary_text, write_summary
 from benchmarks.gpu.tuning import tuning_cases
+from longmix.wording import counted
 
 MOST_WORKERS = 10
 SUMMARY_SECONDS = 3.0
@@ -80,7 +81,6 @@ class Run:
     def __init__(self, cases: Sequence[Case], journal: Journal, pool: Pool, options: argparse.Namespace) -> None:
         self._cases, self._journal, self._pool, self._options = cases, journal, pool, options
         self._began = time.monotonic()
-        self.left: list[Case] = []
 
     def carry_out(self) -> None:
         """Do all stages."""
@@ -93,7 +93,8 @@ class Run:
             together = [case for case in here if not case.alone and stage in PARALLEL]
             alone = [case for case in here if case not in together]
             for cases, count in ((together, self._options.workers), (alone, 1)):
-                self.left += self._pool.run(cases, count, end, self._report)
+                if left := self._pool.run(cases, count, end, self._report):
+                    self._say(f"{stage}: no time for {counted(len(left), 'case')}")
             write_summary(self._options.out, self._cases, self._journal)
 
     def _report(self, result: Result) -> None:
@@ -123,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     journal = Journal(options.out / FILE)
     journal.begin(results.environment(torch.device(device), "bf16" if device == "cuda" else "fp32"))
-    pool = Pool(options.out / "workers.log", {})
+    pool = Pool(options.out / "workers.log")
     run = Run(cases, journal, pool, options)
     try:
         run.carry_out()

@@ -44,10 +44,6 @@ class Case:
     most: float = 60.0
     alone: bool = False
 
-    def record(self) -> dict[str, Any]:
-        """The case as JSON."""
-        return dataclasses.asdict(self)
-
 
 @dataclass(frozen=True)
 class Result:

@@ -7,12 +7,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from benchmarks.command import DTYPES
+from longmix.mixers.rwkv7 import DECAY_LIMIT
 from longmix_kernels import attention, delta_rule, linear_attention, scatter_attention
 from longmix_kernels.attention import order_by_label
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-RWKV7_DECAY = -0.6065306597126334
-"""The smallest log decay of RWKV-7, -exp(-1/2)."""
 
 Tensors = dict[str, torch.Tensor]
 
@@ -164,9 +162,9 @@ def _delta(draw: Draw, dim: int, value_dim: int, *, kind: str, documents: int = 
     def run(x: Tensors, backend: str) -> tuple[torch.Tensor, ...]:
         query, exact = x["query"], torch.promote_types(x["query"].dtype, torch.float32)
         removal = unit.to(query.dtype)
-        bound = {"rwkv7": RWKV7_DECAY, "deltanet": 0.0}.get(kind)
+        bound = {"rwkv7": -DECAY_LIMIT, "deltanet": 0.0}.get(kind)
         if kind == "rwkv7":
-            decay = RWKV7_DECAY * x["decay"].sigmoid()
+            decay = -DECAY_LIMIT * x["decay"].sigmoid()
         elif kind == "deltanet":
             decay = torch.zeros(query.shape[:3], dtype=exact, device=query.device)
         else:

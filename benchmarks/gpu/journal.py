@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.case import LATE, PASSED, SKIPPED, Result
+from benchmarks.gpu.case import PASSED, SKIPPED, Result
 
 FILE = "gpu.jsonl"
 
@@ -52,10 +52,6 @@ class Journal:
     def is_done(self, name: str) -> bool:
         """Whether a case need not be done again: it passed, or there is nothing to do for it here."""
         return name in self.results and self.results[name].status in (PASSED, SKIPPED)
-
-    def was_late(self, name: str) -> bool:
-        """Whether a case took longer than it may."""
-        return name in self.results and self.results[name].status == LATE
 
     def _write(self, record: Mapping[str, Any]) -> None:
         line = json.dumps(record, sort_keys=True, default=str)

@@ -13,8 +13,6 @@ from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model
 from longmix.training.optimizers import PEAK
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
 
 @dataclass
 class Trained:

@@ -10,27 +10,22 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 from benchmarks.gpu.case import CRASHED, LATE, Case, Result, carry_out, ended
 
-START_SECONDS = 120.0
-"""In which a process must have come up."""
-
 
 class Pool:
-    """Processes for cases.
+    """Processes for cases, with the environment that this one has when they start.
 
     Args:
         log: file that takes what they print.
-        environment: variables for them, set before they import anything.
     """
 
-    def __init__(self, log: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, log: Path) -> None:
         self._log = log
-        self._environment = dict(environment)
         self._workers: list[_Worker] = []
 
     def run(self, cases: Sequence[Case], count: int, until: float, report: Callable[[Result], None]) -> Sequence[Case]:
@@ -47,7 +42,7 @@ class Pool:
             waiting.put(case)
         left: list[Case] = []
         while len(self._workers) < min(count, len(cases)):
-            self._workers.append(_Worker(self._log, self._environment))
+            self._workers.append(_Worker(self._log))
         lock = threading.Lock()
 
         def serve(worker: _Worker) -> None:
@@ -83,8 +78,8 @@ class Pool:
 class _Worker:
     """A process, and the next one where it ended."""
 
-    def __init__(self, log: Path, environment: Mapping[str, str]) -> None:
-        self._log, self._environment = log, environment
+    def __init__(self, log: Path) -> None:
+        self._log = log
         self._process: multiprocessing.process.BaseProcess | None = None
         self._connection: Connection | None = None
 
@@ -109,7 +104,7 @@ class _Worker:
         self.stop()
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, str(self._log), self._environment), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, str(self._log)), daemon=True)
         self._process.start()
         theirs.close()
         return self._connection
@@ -129,9 +124,8 @@ class _Worker:
         self._process = self._connection = None
 
 
-def _serve(connection: Connection, log: str, environment: Mapping[str, str]) -> None:
+def _serve(connection: Connection, log: str) -> None:
     """A process's life: cases in, results out."""
-    os.environ.update(environment)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, sys.stdout.fileno())
     os.dup2(file, sys.stderr.fileno())

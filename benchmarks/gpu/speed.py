@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from benchmarks import attention, delta, linear, results, timing
-from benchmarks.attention_providers import NAMES, Shape
+from benchmarks.attention_providers import NAMES, SDPA, Shape
 from benchmarks.attention_providers import providers as attention_providers
 from benchmarks.command import DTYPES
 from benchmarks.comparison import PASSES, Comparison, Provider, Sized
@@ -58,7 +58,7 @@ def _delta_shape(length: int, **place: Any) -> DeltaShape:
 
 def _attention_complete(records: Sequence[results.Record], families: Mapping[str, str]) -> Sequence[results.Record]:
     found = [dict(record) for record in records]
-    results.add_speedup(found, "over_sdpa", [name for name in NAMES if name.startswith("sdpa")])
+    results.add_speedup(found, "over_sdpa", SDPA)
     results.add_speedup(found, "over_dense", ("dense",))
     return found
 

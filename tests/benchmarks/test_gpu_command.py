@@ -1,5 +1,6 @@
 """The GPU command: what it plans, how it survives crashes and cut-offs, and what it makes of results; without a GPU."""
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -35,7 +36,7 @@ class TestPlan:
         assert len({planned.name for planned in cases}) == len(cases)
         for planned in cases:
             assert planned.name.startswith(planned.stage + "/") and 0 < planned.seconds <= planned.most
-            json.dumps(planned.record())
+            json.dumps(dataclasses.asdict(planned))
 
     def test_stages_follow_each_other(self):
         shares = [SHARES[stage] for stage in STAGES]
@@ -68,8 +69,9 @@ class TestPlan:
 
 @pytest.fixture
 def pool(tmp_path, monkeypatch):
+    monkeypatch.setenv("LONGMIX_TEST", "here")
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    found = Pool(tmp_path / "workers.log", {"LONGMIX_TEST": "here"})
+    found = Pool(tmp_path / "workers.log")
     yield found
     found.close()
 

@@ -192,8 +192,7 @@ class RWKV7(RecurrentMixer):
         thin = self.decay.down(of_decay), self.rate.down(of_rate)
         mix = None if self.value_mix is None else self.value_mix.down(of_value)
         made = query, key, value, given, *thin, mix
-        seen = isinstance(state, Slices) or self.tuned is not None or self.watch is not None
-        terms = self._terms(*made) if seen else None
+        terms = self._terms(*made) if self.shows_terms(state) else None
         bonus = None if terms is None else terms.bonus
 
         def run(initial: Tensor | None, ids: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -226,8 +226,7 @@ class GatedMemory(RecurrentMixer):
         thin = None if self.decay is None else self.decay.thin(x)
         strength = None if self.strength is None else exact_linear(self.strength, x)
         made = projected, *recent, thin, strength
-        seen = isinstance(state, Slices) or self.tuned is not None or self.watch is not None
-        terms = self._terms(*made) if seen else None
+        terms = self._terms(*made) if self.shows_terms(state) else None
 
         def run(initial: Tensor | None, ids: Tensor | None) -> tuple[Tensor, Tensor]:
             if terms is not None:

@@ -121,6 +121,10 @@ class RecurrentMixer(Mixer):
             parts[name] = parameter.unsqueeze(0).expand_as(parts[name])
         return parts["memory"] if isinstance(zeros, Tensor) else type(zeros)(**parts)
 
+    def shows_terms(self, state: Any) -> bool:
+        """Whether somebody besides the engine needs what the engine gets, so that it cannot be recomputed unseen."""
+        return isinstance(state, Slices) or self.tuned is not None or self.watch is not None
+
     def recall(self, read: Tensor, query: Tensor) -> Tensor:
         """The read [B, T, H, V] of the engine for `query` [B, T, H, K], plus that of the tuned memory, if any."""
         if self.tuned is None or self.tuned.memory is None:
