@@ -22,15 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import results
 from benchmarks.command import RESULTS, Parser
-from longmix import cli, config
-from longmix.config import Node
+from longmix.composing import composed
 from longmix.files import replace_json
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model
@@ -115,13 +113,6 @@ def mixers() -> list[str]:
     return sorted(path.stem for path in (CONFIGS / "mixer").glob("*.yaml"))
 
 
-def node_of(*words: str) -> Node:
-    """The resolved configuration of a run with these words."""
-    cli.register()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return config.resolved(compose("train", overrides=[*words, "name=budget"]))
-
-
 def measured(mixer: str) -> dict[str, Figures]:
     """The figures of a layer of `mixer`, for "plain" and "packed" rows."""
     return {kind: _of_a_layer(mixer, kind == "packed") for kind in ("plain", "packed")}
@@ -135,7 +126,7 @@ def _of_a_layer(mixer: str, packed: bool) -> Figures:
 
 def _whole(mixer: str, layers: int, packed: bool) -> Figures:
     """The figures of a whole model, of one row."""
-    node = node_of(f"mixer={mixer}", "model=125m", f"model.num_layers={layers}")
+    node = composed("train", [f"mixer={mixer}", "model=125m", f"model.num_layers={layers}"]).node
     with torch.device("meta"):
         model = build_model(node, 512)
     for part in model.mixers():

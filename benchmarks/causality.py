@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from benchmarks import results
 from benchmarks.command import RESULTS, Parser, positive, progress
-from longmix import cli
 from longmix.analysis.causality import EntropyFinding, Finding, audit, entropy_test, model_function, scale_model
+from longmix.composing import composed
 from longmix.config import Node
 from longmix.evaluation.tasks.causality import CHANGES_HEIGHT, draw_changes
 from longmix.files import replace_text
@@ -98,21 +97,17 @@ class RowMean(Control):
 
 def configurations(names: Sequence[str]) -> dict[str, Node]:
     """The `model` and `mixer` nodes of small models with these mixers, and then of routing's modes and the controls."""
-    from hydra import compose, initialize_config_dir
-
-    cli.register()
-    found = {}
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        for name in names:
-            config = compose("train", overrides=[f"mixer={name}", *SIZES])
-            found[name] = {key: OmegaConf.to_container(config[key], resolve=True) for key in ("model", "mixer")}
-        config = compose("train", overrides=["mixer=routing", *SIZES])
-    modes = MODES if "routing" in names else {}
+    found = {name: _small(name) for name in names}
+    modes, routing = MODES if "routing" in names else {}, _small("routing")
     for name, settings in (modes | CONTROLS).items():
-        plain: Any = {key: OmegaConf.to_container(config[key], resolve=True) for key in ("model", "mixer")}
-        mixer = settings if "_target_" in settings else plain["mixer"] | settings
-        found[name] = {"model": plain["model"], "mixer": mixer}
+        mixer = settings if "_target_" in settings else routing["mixer"] | settings
+        found[name] = {"model": routing["model"], "mixer": mixer}
     return found
+
+
+def _small(mixer: str) -> Node:
+    node = composed("train", [f"mixer={mixer}", *SIZES]).node
+    return {key: node[key] for key in ("model", "mixer")}
 
 
 def examined(config: Node, options: argparse.Namespace) -> tuple[list[Finding], EntropyFinding]:

@@ -210,7 +210,7 @@ class Loaded:
         names = [task] if isinstance(task, str) else list(task)
         given = {"checkpoint": str(self.checkpoint), "task": names, **self._settings, **words}
         begin_run()
-        reports = evaluate(OmegaConf.create(composed("evaluate", as_words(given)).node), self._restored)
+        reports = evaluate(composed("evaluate", as_words(given)).node, self._restored)
         return reports[task] if isinstance(task, str) else reports
 
 

@@ -1,7 +1,7 @@
 """`evaluate(config)`: from a checkpoint's folder to tables, JSON files and pictures; `evaluate_all`: from a sweep's."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +27,7 @@ from longmix.restore import Restored, restored_for
 from longmix.trust import checked_data
 
 
-def evaluate(config: DictConfig, restored: Restored | None = None) -> dict[str, Any]:
+def evaluate(config: DictConfig | Mapping[str, Any], restored: Restored | None = None) -> dict[str, Any]:
     """Run the tasks of `config` on its checkpoint and return the report of each by its name.
 
     A task that is refused, or fails, says so on standard error, and the others still run.
