@@ -13,9 +13,10 @@ from omegaconf import OmegaConf
 from longmix.checkpoints import CheckpointStore, find_checkpoint
 from longmix.config import resolved
 from longmix.errors import CheckpointError, ConfigError, StorageError
+from longmix.locks import try_lock
 from longmix.training import claims
 from longmix.training import resume as resuming
-from longmix.training.claims import try_claim
+from longmix.training.claims import LOCK_FILE, try_claim
 from longmix.training.resume import Start
 
 
@@ -134,6 +135,20 @@ class TestNamed:
         ):
             find_start({**config, "resume": resume}, tmp_path / "run")
         assert found({**config, "resume": resume}, tmp_path / "run") == ("run", 0)
+
+    def test_a_lock_that_nobody_signed_yet_is_waited_for(self, tmp_path, config, monkeypatch):
+        folder = tmp_path / "run"
+        folder.mkdir()
+        looks = try_lock(folder / LOCK_FILE)
+        monkeypatch.setattr(claims.time, "sleep", lambda _: looks.release(remove=True))
+        assert found(config, folder) == ("run", 0)
+
+        folder.mkdir(exist_ok=True)
+        signs = try_lock(folder / LOCK_FILE)
+        monkeypatch.setattr(claims.time, "sleep", lambda _: (folder / LOCK_FILE).write_text("process 7 on host"))
+        with pytest.raises(ConfigError, match="run is being trained right now by process 7 on host"):
+            find_start(config, folder)
+        signs.release()
 
     def test_a_run_that_is_continued_by_its_path_is_held(self, tmp_path, config):
         saved_run(tmp_path / "a", config, 3)

@@ -20,6 +20,9 @@ PASSED_ON = "LONGMIX_RUN_LOCK"
 PATIENCE_SECONDS = 60.0
 """Seconds that a command waits for another to choose its run, or for a process that a launcher just ended."""
 
+MOMENT_SECONDS = 2.0
+"""Seconds that a lock without a name on it is waited for: its holder is about to sign it, or only looked."""
+
 POLL_SECONDS = 0.05
 
 
@@ -30,9 +33,11 @@ def claim(folder: Path) -> Lock:
         ConfigError: another process holds it; says which.
         StorageError: it cannot be written.
     """
-    deadline = time.monotonic() + (PATIENCE_SECONDS if was_restarted() else 0)  # whoever was ended may need a moment
+    began = time.monotonic()
+    patience = PATIENCE_SECONDS if was_restarted() else 0  # whoever was ended may need a moment
     while (lock := try_claim(folder)) is None:
-        if time.monotonic() >= deadline:
+        least = 0 if holder(folder / LOCK_FILE) else MOMENT_SECONDS
+        if time.monotonic() >= began + max(patience, least):
             raise ConfigError(in_use(folder))
         time.sleep(POLL_SECONDS)
     return lock
@@ -92,7 +97,10 @@ def is_claimed(folder: Path) -> bool:
 
 def in_use(folder: Path) -> str:
     """The message for a folder that another process holds."""
-    who = holder(folder / LOCK_FILE) or "another process"
+    deadline = time.monotonic() + MOMENT_SECONDS
+    while not (who := holder(folder / LOCK_FILE)) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    who = who or "another process"
     return f"{folder} is being trained right now by {who}. Wait until it ends, stop it, or choose another name."
 
 
