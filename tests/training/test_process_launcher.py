@@ -31,7 +31,7 @@ if kind == "late":
     time.sleep(1.5)
     open("late", "w").close()
     sys.exit(int(value))
-time.sleep(30)
+time.sleep(300)
 """
 
 KILLED, STOPPED, ABORTED = (f"signal={int(n)}" for n in (signal.SIGKILL, signal.SIGSTOP, signal.SIGABRT))
@@ -103,7 +103,7 @@ def test_the_message_names_the_process_that_failed_and_none_is_left(does, words)
     began = time.monotonic()
     with pytest.raises(ProcessLost) as raised:
         launch(*does)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60
     text = str(raised.value)
     for word in [*words, "runs/x/checkpoints/step-00000003", "resume=auto"]:
         assert word in text, text
