@@ -20,8 +20,8 @@ import pytest
 import torch
 
 from longmix.checkpoints import CheckpointStore, load_checkpoint, save_tensors
-from longmix.checkpoints.reading import facts_of
 from longmix.checkpoints.tensors import pieces
+from longmix.checkpoints.verify import facts_of
 from longmix.config import resolved
 from longmix.data import prepared as remote
 from longmix.data.prepared import PreparedData, prepared_tokenizer

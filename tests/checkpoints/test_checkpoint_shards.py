@@ -16,10 +16,10 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from longmix.checkpoints import CheckpointStore, find_checkpoint, load_checkpoint, open_checkpoint, read_info
 from longmix.checkpoints import store as store_module
 from longmix.checkpoints.__main__ import main as consolidate
-from longmix.checkpoints.reading import facts_of
 from longmix.checkpoints.saver import Saver
 from longmix.checkpoints.sharded import ShardedCheckpoint
 from longmix.checkpoints.tensors import pieces
+from longmix.checkpoints.verify import facts_of
 from longmix.distributed.agreement import Processes
 from longmix.errors import CheckpointError
 from longmix.training import random_state

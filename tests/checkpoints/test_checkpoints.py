@@ -22,7 +22,7 @@ from longmix.checkpoints import (
 from longmix.checkpoints import store as store_module
 from longmix.checkpoints.consolidate import consolidate
 from longmix.checkpoints.contents import load_model_state
-from longmix.checkpoints.last import last_checkpoint
+from longmix.checkpoints.find import last_checkpoint
 from longmix.errors import CheckpointError, ConfigError, StorageError
 from longmix.training import random_state
 

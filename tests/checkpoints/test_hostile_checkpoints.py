@@ -144,7 +144,7 @@ def test_a_checkpoint_with_another_content_is_one_line_with_its_name(base, tmp_p
 
 
 def reseal(checkpoint, **more):
-    from longmix.checkpoints.reading import facts_of
+    from longmix.checkpoints.verify import facts_of
 
     info = {"format": 1, "step": 1, **facts_of(checkpoint / "state.pt"), **more}
     (checkpoint / "info.json").write_text(json.dumps(info))

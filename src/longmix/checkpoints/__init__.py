@@ -11,11 +11,11 @@ other file, which are verified before anything is loaded; loading one runs no co
 Either can be continued on any number of processes. `python -m longmix.checkpoints consolidate` makes format 1 of 2.
 """
 
-from longmix.checkpoints.last import chosen_checkpoint
+from longmix.checkpoints.find import chosen_checkpoint, find_checkpoint
 from longmix.checkpoints.load import Checkpoint, load_checkpoint, open_checkpoint
-from longmix.checkpoints.reading import read_info, reading
-from longmix.checkpoints.store import CheckpointStore, find_checkpoint
+from longmix.checkpoints.store import CheckpointStore
 from longmix.checkpoints.tensor_files import load_tensors, save_tensors
+from longmix.checkpoints.verify import read_info, reading
 
 __all__ = [
     "Checkpoint",

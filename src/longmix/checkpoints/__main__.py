@@ -6,7 +6,7 @@ from pathlib import Path
 
 from longmix import startup
 from longmix.checkpoints.consolidate import consolidate
-from longmix.checkpoints.last import chosen_checkpoint
+from longmix.checkpoints.find import chosen_checkpoint
 from longmix.checkpoints.store import final_name
 from longmix.command_line.program import as_called
 from longmix.errors import LongmixError

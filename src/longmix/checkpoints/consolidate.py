@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from longmix.checkpoints.load import load_checkpoint
-from longmix.checkpoints.reading import INFO_FILE, WHOLE, read_info
+from longmix.checkpoints.verify import INFO_FILE, WHOLE, read_info
 from longmix.checkpoints.whole import write_whole
 from longmix.errors import ConfigError
 from longmix.files import atomic_directory, write_json

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from longmix.checkpoints.load import load_checkpoint
-from longmix.checkpoints.reading import reason_of
 from longmix.checkpoints.store import SKIPS_IN_A_ROW
+from longmix.checkpoints.verify import reason_of
 from longmix.errors import CheckpointError, LongmixError, NonFiniteError
 from longmix.reading import shortened
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, Union
 
 import torch
 
-from longmix.checkpoints.reading import ALIASES, SHARDED, WHOLE, as_state, cure, read_info, reading
-from longmix.checkpoints.store import find_checkpoint, is_checkpoint
+from longmix.checkpoints.find import find_checkpoint, is_checkpoint
 from longmix.checkpoints.tensors import join
+from longmix.checkpoints.verify import ALIASES, SHARDED, WHOLE, as_state, cure, read_info, reading
 from longmix.checkpoints.whole import WholeCheckpoint, read_whole
 from longmix.distributed.agreement import Processes
 from longmix.errors import CheckpointError

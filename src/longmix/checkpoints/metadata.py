@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from longmix.checkpoints.reading import cure, reading
+from longmix.checkpoints.verify import cure, reading
 from longmix.errors import CheckpointError
 
 FILE = ".metadata"

@@ -18,7 +18,9 @@ from torch.distributed.checkpoint.planner import ReadItem, SavePlan, TensorWrite
 
 from longmix.checkpoints.metadata import FILE as METADATA_FILE
 from longmix.checkpoints.metadata import read_metadata
-from longmix.checkpoints.reading import (
+from longmix.checkpoints.tensor_files import check_archive
+from longmix.checkpoints.tensors import Name, Piece
+from longmix.checkpoints.verify import (
     INFO_FILE,
     Facts,
     as_state,
@@ -29,8 +31,6 @@ from longmix.checkpoints.reading import (
     read_info,
     reading,
 )
-from longmix.checkpoints.tensor_files import check_archive
-from longmix.checkpoints.tensors import Name, Piece
 from longmix.distributed.agreement import Processes
 from longmix.errors import CheckpointError
 from longmix.progress import Advance, silent

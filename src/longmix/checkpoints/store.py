@@ -9,10 +9,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from longmix.checkpoints.reading import ALIASES, INFO_FILE, SHARDED, WHOLE, facts_of, read_info
 from longmix.checkpoints.tensor_files import write_tensors
 from longmix.checkpoints.tensors import Name, Piece
-from longmix.checkpoints.whole import STATE_FILE, write_whole
+from longmix.checkpoints.verify import ALIASES, INFO_FILE, SHARDED, WHOLE, facts_of, read_info
+from longmix.checkpoints.whole import write_whole
 from longmix.distributed.agreement import Processes
 from longmix.errors import CheckpointError
 from longmix.files import (
@@ -40,9 +40,6 @@ NAME = re.compile(r"step-(\d{8,})(\.new)?")
 SKIPS_IN_A_ROW = "skips_in_a_row"
 """Entry of a state and of `info.json`: so many steps just before the checkpoint were left out, with
 loop.nonfinite=skip, so that its weights are those of an earlier step."""
-
-OWN_FILES = (INFO_FILE, STATE_FILE, ".metadata")
-"""Files that make a folder a checkpoint."""
 
 
 class CheckpointStore:
@@ -229,32 +226,3 @@ def _validation_loss(info: dict[str, Any]) -> float | None:
     validation = info.get("validation")
     loss = validation.get("loss") if isinstance(validation, dict) else None
     return float(loss) if isinstance(loss, int | float) and math.isfinite(loss) else None
-
-
-def is_checkpoint(path: Path | str) -> bool:
-    """Whether a folder is a checkpoint, possibly a damaged one, and not the folder of a run."""
-    path = Path(path)
-    return NAME.fullmatch(path.name) is not None or any((path / name).exists() for name in OWN_FILES)
-
-
-def find_checkpoint(path: Path | str) -> Path:
-    """The checkpoint folder that `path` means: itself, or the newest of a run's folder.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    path = Path(path)
-    if NAME.fullmatch(path.name) and not path.exists():  # it was about to replace another, or has done so
-        final = path.with_name(final_name(path.name))
-        path = next((other for other in (final, final.with_name(final.name + NEW)) if other.exists()), path)
-    if (path / INFO_FILE).is_file():
-        return path
-    for folder in (path / "checkpoints", path):
-        latest = CheckpointStore(folder).latest()
-        if latest is not None:
-            return latest
-    if not path.exists():
-        raise CheckpointError(f"there is no {path}; give the folder of a run or of one of its checkpoints.")
-    raise CheckpointError(
-        f"{path} holds no checkpoint; give the folder of a run, or one of the step-* folders in its checkpoints folder."
-    )

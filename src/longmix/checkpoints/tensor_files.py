@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from longmix.checkpoints.reading import reading
+from longmix.checkpoints.verify import reading
 from longmix.errors import CheckpointError
 from longmix.files import HASH_CHUNK_BYTES, replace_file
 from longmix.progress import Advance, silent

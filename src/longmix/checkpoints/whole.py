@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longmix.checkpoints.reading import Facts, as_state, check_file, cure, facts_of, read_info, reading
 from longmix.checkpoints.tensor_files import check_archive, write_tensors
 from longmix.checkpoints.tensors import IN_TENSORS, Name, own_part, own_slice, split
+from longmix.checkpoints.verify import Facts, as_state, check_file, cure, facts_of, read_info, reading
 from longmix.distributed.agreement import Processes
 from longmix.errors import CheckpointError
 from longmix.progress import Advance, silent

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from longmix.checkpoints.reading import weights_digest
+from longmix.checkpoints.verify import weights_digest
 from longmix.config import Node
 from longmix.data.training_data import TrainingData
 from longmix.files import sha256_of_file, sha256_of_json

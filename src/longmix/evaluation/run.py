@@ -11,7 +11,7 @@ from rich.console import Console
 
 from longmix.allocation import allocation_errors
 from longmix.checkpoints import CheckpointStore, chosen_checkpoint, find_checkpoint
-from longmix.checkpoints.last import LAST
+from longmix.checkpoints.find import LAST
 from longmix.config import EvaluateConfig, build, check, read
 from longmix.data.synthetic.base import SyntheticData
 from longmix.data.tokens.tokenizers import NumberTokenizer

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from longmix.allocation import allocation_errors
 from longmix.checkpoints import reading
-from longmix.checkpoints.reading import weights_digest
 from longmix.checkpoints.store import final_name
+from longmix.checkpoints.verify import weights_digest
 from longmix.config import GenerateConfig, read
 from longmix.console import is_gone
 from longmix.data.tokens.tokenizers import Tokenizer

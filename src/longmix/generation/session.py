@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_structure, tree_unflatten
 
 from longmix.checkpoints import load_tensors, reading, save_tensors
-from longmix.checkpoints.reading import check_weight
+from longmix.checkpoints.verify import check_weight
 from longmix.mixers.parts.states import mapped, named_leaves, total_bytes
 from longmix.model.backbone import LanguageModel
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longmix.aliases import renewed
 from longmix.checkpoints import load_tensors, reading, save_tensors
-from longmix.checkpoints.reading import check_weight, weight_differences
+from longmix.checkpoints.verify import check_weight, weight_differences
 from longmix.config import Node
 from longmix.errors import CheckpointError, ConfigError
 from longmix.mixers.parts.base import Mixer

@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from longmix.checkpoints import CheckpointStore, chosen_checkpoint, find_checkpoint
-from longmix.checkpoints.reading import INFO_FILE
+from longmix.checkpoints.verify import INFO_FILE
 from longmix.config import Node
 from longmix.distributed.ranks import was_restarted
 from longmix.errors import ConfigError

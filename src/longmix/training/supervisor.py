@@ -11,10 +11,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from longmix.checkpoints import Checkpoint, CheckpointStore
 from longmix.checkpoints.contents import rebuilding
-from longmix.checkpoints.reading import read_info
 from longmix.checkpoints.saver import Saver
 from longmix.checkpoints.store import SKIPS_IN_A_ROW
 from longmix.checkpoints.tensors import IN_TENSORS
+from longmix.checkpoints.verify import read_info
 from longmix.config import tokens_per_step
 from longmix.data.training_data import TrainingData
 from longmix.distributed.agreement import Processes

@@ -6,8 +6,8 @@ from typing import Any
 
 from longmix.checkpoints import CheckpointStore, chosen_checkpoint
 from longmix.checkpoints.contents import load_model_state, rebuilding
-from longmix.checkpoints.last import LAST, last_checkpoint
-from longmix.checkpoints.reading import weights_digest
+from longmix.checkpoints.find import LAST, last_checkpoint
+from longmix.checkpoints.verify import weights_digest
 from longmix.config import Node
 from longmix.data.tokens.tokenizers import Tokenizer, tokenizer_from_state
 from longmix.distributed.agreement import Processes

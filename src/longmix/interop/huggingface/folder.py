@@ -11,7 +11,7 @@ from torch import Tensor
 
 from longmix import reading
 from longmix.aliases import renewed
-from longmix.checkpoints.reading import reason_of, weight_differences
+from longmix.checkpoints.verify import reason_of, weight_differences
 from longmix.errors import CheckpointError, ConfigError
 
 OWN_FILE = "longmix.json"

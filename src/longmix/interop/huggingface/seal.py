@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from longmix.checkpoints.reading import facts_of, reason_of
+from longmix.checkpoints.verify import facts_of, reason_of
 from longmix.errors import CheckpointError
 from longmix.files import sha256_of_json
 from longmix.interop.huggingface.folder import OWN_FILE

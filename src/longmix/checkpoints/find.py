@@ -1,17 +1,21 @@
-"""The word `last` in place of a checkpoint: the newest run below the working folder."""
+"""Which checkpoint a word means: a folder of one, the newest of a run, or `last`, that of the newest run here."""
 
 import sys
 import time
 from pathlib import Path
 
-from longmix.checkpoints.reading import INFO_FILE
-from longmix.checkpoints.store import CheckpointStore, find_checkpoint
+from longmix.checkpoints.store import NAME, NEW, CheckpointStore, final_name
+from longmix.checkpoints.verify import INFO_FILE
+from longmix.checkpoints.whole import STATE_FILE
 from longmix.errors import CheckpointError
 from longmix.printable import printable
 
 LAST = "last"
 ROOTS = ("runs", "multirun")
 """The folders in which `train.py` puts runs."""
+
+OWN_FILES = (INFO_FILE, STATE_FILE, ".metadata")
+"""Files that make a folder a checkpoint."""
 
 
 def chosen_checkpoint(path: Path | str, except_run: Path | str | None = None) -> Path:
@@ -58,6 +62,35 @@ def last_checkpoint(except_run: Path | str | None = None) -> Path:
             "folder of a run."
         )
     return max(found, key=lambda checkpoint: (_made(checkpoint), checkpoint.name))
+
+
+def is_checkpoint(path: Path | str) -> bool:
+    """Whether a folder is a checkpoint, possibly a damaged one, and not the folder of a run."""
+    path = Path(path)
+    return NAME.fullmatch(path.name) is not None or any((path / name).exists() for name in OWN_FILES)
+
+
+def find_checkpoint(path: Path | str) -> Path:
+    """The checkpoint folder that `path` means: itself, or the newest of a run's folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(path)
+    if NAME.fullmatch(path.name) and not path.exists():  # it was about to replace another, or has done so
+        final = path.with_name(final_name(path.name))
+        path = next((other for other in (final, final.with_name(final.name + NEW)) if other.exists()), path)
+    if (path / INFO_FILE).is_file():
+        return path
+    for folder in (path / "checkpoints", path):
+        latest = CheckpointStore(folder).latest()
+        if latest is not None:
+            return latest
+    if not path.exists():
+        raise CheckpointError(f"there is no {path}; give the folder of a run or of one of its checkpoints.")
+    raise CheckpointError(
+        f"{path} holds no checkpoint; give the folder of a run, or one of the step-* folders in its checkpoints folder."
+    )
 
 
 def _made(checkpoint: Path) -> float:
