@@ -20,7 +20,7 @@ from longmix.checkpoints import (
     save_tensors,
 )
 from longmix.checkpoints import store as store_module
-from longmix.checkpoints.consolidate import consolidate
+from longmix.checkpoints.__main__ import consolidate
 from longmix.checkpoints.contents import load_model_state
 from longmix.checkpoints.find import last_checkpoint
 from longmix.errors import CheckpointError, ConfigError, StorageError

@@ -6,6 +6,7 @@ in any process is the same error in all of them, and `.metadata` is read without
 
 import errno
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,15 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from longmix.checkpoints.metadata import FILE as METADATA_FILE
-from longmix.checkpoints.metadata import read_metadata
 from longmix.checkpoints.tensor_files import check_archive
 from longmix.checkpoints.tensors import Name, Piece
 from longmix.checkpoints.verify import (
@@ -35,10 +40,28 @@ from longmix.distributed.agreement import Processes
 from longmix.errors import CheckpointError
 from longmix.progress import Advance, silent
 
-RUN_FILE = "run.pt"
+METADATA_FILE, RUN_FILE = ".metadata", "run.pt"
+"""What says where tensors lie, as DCP writes it; and everything else of a state."""
 
 SLACK_BYTES = 64 << 20
 """The most that tensors may exceed the size of their files; larger claims are refused, not allocated."""
+
+_METADATA_CLASSES = {
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+}
+"""What says where tensors lie. `BytesStorageMetadata` is not among them: such entries are pickles of their own, which
+torch would run."""
 
 
 def write_shards(folder: Path | str, pieces: dict[Name, Piece], processes: Processes) -> dict[str, Facts]:
@@ -155,6 +178,46 @@ def _files_of(checkpoint: Path) -> dict[str, Facts]:
         if name in ("", ".", "..") or "/" in name or "\0" in name:
             raise CheckpointError(f"{checkpoint / INFO_FILE} names {name!r}, which is no file. {cure(checkpoint)}")
     return files
+
+
+class _Unpickler(pickle.Unpickler):
+    path: Path
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or name in _METADATA_CLASSES.get(module, ()):
+            return super().find_class(module, name)
+        raise CheckpointError(
+            f"{self.path} names {module}.{name}, which no checkpoint of longmix does: it could run any code. "
+            f"{cure(self.path.parent)}"
+        )
+
+
+def read_metadata(checkpoint: Path | str, files: set[str]) -> Metadata:
+    """Where the tensors of a sharded checkpoint lie, read without running code.
+
+    Args:
+        checkpoint: its folder.
+        files: the names of the files there are to read.
+
+    Raises:
+        CheckpointError: it is damaged, or names another class, or a file outside `files`.
+    """
+    checkpoint = Path(checkpoint)
+    path = checkpoint / METADATA_FILE
+    with reading(path, "description of shards", f"; {cure(checkpoint).rstrip('.')}"), path.open("rb") as stream:
+        unpickler = _Unpickler(stream)
+        unpickler.path = path
+        metadata = unpickler.load()
+        if not all(isinstance(entry, TensorStorageMetadata) for entry in metadata.state_dict_metadata.values()):
+            raise ValueError("an entry that is no tensor")
+        named = {place.relative_path for place in metadata.storage_data.values()}
+    if named - files:
+        raise CheckpointError(
+            f"{path} names {sorted(named - files)[0]}, which is not one of the files of this checkpoint. "
+            f"{cure(checkpoint)}"
+        )
+    return metadata
 
 
 class _PiecePlanner(DefaultSavePlanner):
