@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 
 from benchmarks.command import RESULTS
 from benchmarks.results import ROOT, Record
-from longmix.reporting.evaluations import NeedleMap
 from longmix.reporting.panels import Panel, Series
 from longmix.reporting.pictures import needles_picture, overview, panel_picture
 from longmix.reporting.plots import save_figure
+from longmix.reporting.results import NeedleMap
 
 NEEDLES = 24
 """Of each cell, as the command in the results says."""

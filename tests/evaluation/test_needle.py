@@ -26,7 +26,7 @@ from longmix.evaluation.subject import Subject
 from longmix.evaluation.tasks.needle import Needle
 from longmix.model.backbone import ModelOutput
 from longmix.model.build import model_from_checkpoint
-from longmix.reporting.evaluations import read_evaluations
+from longmix.reporting.results import read_evaluations
 
 STATEMENT = " The secret number of {key} is {value}."
 QUESTION = " Secret number of {key} is"

@@ -9,10 +9,10 @@ import pytest
 from sweep_folder import write_evaluation, write_needles, write_run
 
 from longmix.printable import printable
+from longmix.reporting.__main__ import _write_csv, write_report
 from longmix.reporting.markup import Markup, filled, joined, markup, tag
 from longmix.reporting.page import html
 from longmix.reporting.panels import panels_of
-from longmix.reporting.report import _write_csv, write_report
 from longmix.reporting.runs import find_runs
 from longmix.reporting.table import table
 

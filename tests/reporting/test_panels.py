@@ -4,8 +4,8 @@ import pytest
 from sweep_folder import STEPS, write_evaluation, write_needles, write_run, write_sweep
 
 from longmix.reporting.compared import fairness
-from longmix.reporting.evaluations import NeedleMap, read_evaluations
 from longmix.reporting.panels import names_of, panels_of, quality_of, seconds_by_step
+from longmix.reporting.results import NeedleMap, read_evaluations
 from longmix.reporting.runs import find_runs
 
 

@@ -10,13 +10,13 @@ from matplotlib import image
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from sweep_folder import write_needles, write_sweep
 
-from longmix.reporting.evaluations import NeedleMap
+from longmix.reporting.__main__ import write_report
 from longmix.reporting.labels import EndNames, PointNames, crosses, overlap, short, spread
 from longmix.reporting.page import html
 from longmix.reporting.panels import Panel, Series, panels_of
 from longmix.reporting.pictures import Found, draw_panel, found_needles, needles_svg, overview, panel_svg
 from longmix.reporting.plots import balanced, doubling_ticks, drawing, lay_out, new_figure, plain, tick_labels
-from longmix.reporting.report import write_report
+from longmix.reporting.results import NeedleMap
 from longmix.reporting.runs import find_runs
 from longmix.reporting.svg import _style
 

@@ -12,7 +12,7 @@ from sweep_folder import write_evaluation, write_needles
 
 from longmix.errors import DataError
 from longmix.reporting import __main__ as command
-from longmix.reporting.report import write_report
+from longmix.reporting.__main__ import write_report
 from longmix.reporting.runs import find_runs
 from longmix.training.loggers import CsvLog
 

@@ -10,14 +10,13 @@ from pathlib import Path
 
 from longmix.reporting import compared
 from longmix.reporting.compared import Fact, fairness
-from longmix.reporting.figures import figures_table
 from longmix.reporting.markup import Markup, filled, joined, tag
 from longmix.reporting.panels import Panel, by_length
 from longmix.reporting.pictures import COLUMNS, found_needles, needles_svg, panel_svg
 from longmix.reporting.plots import balanced
 from longmix.reporting.runs import Found, Run
+from longmix.reporting.standings import figures_table, verdicts
 from longmix.reporting.style import OUTLINES, colour_numbers, style_of, style_sheet
-from longmix.reporting.verdicts import verdicts
 
 
 def html(found: Found, panels: list[Panel], folder: Path) -> str:

@@ -9,9 +9,8 @@ from typing import Literal
 
 import numpy as np
 
-from longmix.reporting.evaluations import is_gain
-from longmix.reporting.quality import quality_of
-from longmix.reporting.runs import Curve, Run, measures_of
+from longmix.reporting.results import is_gain
+from longmix.reporting.runs import Curve, Run, measures_of, quality_of
 
 ENOUGH_POINTS = 4
 """The fewest validations that make a curve; with fewer, training losses are shown."""

@@ -8,7 +8,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from longmix.reporting.evaluations import NEEDLE, NeedleMap
 from longmix.reporting.labels import PointNames
 from longmix.reporting.markup import Markup
 from longmix.reporting.panels import Panel, names_of
@@ -26,6 +25,7 @@ from longmix.reporting.plots import (
     new_figure,
     plain,
 )
+from longmix.reporting.results import NEEDLE, NeedleMap
 from longmix.reporting.runs import Run
 from longmix.reporting.style import SOFT, style_of
 from longmix.reporting.svg import mark_id, svg

@@ -9,9 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from longmix.printable import printable
-from longmix.reporting.evaluations import is_gain
-from longmix.reporting.quality import quality_of
-from longmix.reporting.runs import Run, measures_of
+from longmix.reporting.results import is_gain
+from longmix.reporting.runs import Run, measures_of, quality_of
 
 LONGEST_NAME, FOLDED_NAME = 44, 24
 """Longer names of runs are folded to give other columns room; width of a folded name."""

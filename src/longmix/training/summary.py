@@ -15,7 +15,7 @@ from longmix.files import replace_json
 from longmix.model.backbone import LanguageModel
 from longmix.naming import mixer_word
 from longmix.progress import duration
-from longmix.reporting.summaries import Unfinished, number, read_summary
+from longmix.reporting.results import Unfinished, number, read_summary
 from longmix.training.hardware import TrainerSettings
 from longmix.wording import counted
 
