@@ -7,9 +7,8 @@ import torch
 
 from longmix.model.build import build_model
 from longmix.planning.arguments import read
-from longmix.planning.dry_run import Part, Rehearsal, Setting
+from longmix.planning.dry_run import OptimizerNeeds, Part, Rehearsal, Setting, optimizer_needs
 from longmix.planning.memory import CONTEXT_BYTES, USABLE, Division, Memory, memory_needed
-from longmix.planning.optimizer import OptimizerNeeds, optimizer_needs
 
 SETTING = Setting(1, 64, "32-true", sharded=False, accumulates=False, checkpointed=False, device="cpu")
 ONE = Division(processes=1, context_parallel=1, strategy="single", micro_batches=1)

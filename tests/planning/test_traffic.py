@@ -6,9 +6,8 @@ import pytest
 
 from longmix.accelerators import ACCELERATORS
 from longmix.planning.arguments import read
-from longmix.planning.dry_run import Part, Rehearsal, Setting
+from longmix.planning.dry_run import OptimizerNeeds, Part, Rehearsal, Setting
 from longmix.planning.memory import Division
-from longmix.planning.optimizer import OptimizerNeeds
 from longmix.planning.traffic import (
     BANDWIDTH_SHARE,
     LINK_SHARE,

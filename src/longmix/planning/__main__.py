@@ -55,14 +55,14 @@ def _run(words: list[str], output: Path | None) -> int:
     from rich.console import Console
 
     from longmix.files import replace_json, storage_errors
-    from longmix.planning import advice, arguments, report
-    from longmix.planning.plan import Planner
+    from longmix.planning import arguments, report
+    from longmix.planning.plan import Planner, single_changes, smallest_change
 
     planner = Planner(arguments.read(words))
     plan = planner.plan()
     fits = plan.memory.fits
-    change = None if fits else advice.smallest_change(planner)
-    singles = [] if fits else advice.single_changes(planner)
+    change = None if fits else smallest_change(planner)
+    singles = [] if fits else single_changes(planner)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
     console.print(report.shown(planner, plan, change, singles))
     if output is not None:

@@ -1,4 +1,4 @@
-"""The memory that each part of a model needs for a forward and backward pass, found by a run on fake tensors.
+"""The memory that a step needs, found by runs on fake tensors: of each part of a model, and of the optimizers.
 
 The code that will train runs on fake tensors of the real sizes. So no formula has to follow the code, and a new mixer
 is planned like the others. Of equal layers one is run. Autocast is that of the CPU, which differs
@@ -9,6 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -16,12 +17,16 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from longmix.config import Node, build
 from longmix.model.backbone import LanguageModel
 from longmix.model.blocks import Block
 from longmix.planning.fakes import LastSlice, gpu_functions
 from longmix.planning.memory_tracker import Ledger, bytes_of, empty_like
+from longmix.recipe import Recipe, recipe_of, set_recipe
+from longmix.training.optimizers import Float32Muon
 from longmix_kernels.runtime import assumed_device
 
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
@@ -243,3 +248,66 @@ def _autocast(setting: Setting) -> Iterator[None]:
     mixed = setting.precision == "bf16-mixed"
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed, cache_enabled=False):
         yield
+
+
+@dataclass(frozen=True)
+class OptimizerNeeds:
+    """Bytes that optimizers need for undivided weights.
+
+    Attributes:
+        state: from one step to the next.
+        working: the most that a step takes besides.
+    """
+
+    state: int
+    working: int
+
+
+def optimizer_needs(
+    model: LanguageModel, node: Node, dtype: torch.dtype, device: Literal["cuda", "cpu"]
+) -> OptimizerNeeds:
+    """Measure a second step, because the first one makes the optimizer's state.
+
+    Args:
+        model: on the meta device.
+        node: the configuration's `optimizer`.
+        dtype: of weights and gradients.
+        device: "cuda" has torch's own Muon, which takes one matrix after another.
+    """
+    alike = Counter((weight.shape, recipe_of(weight)) for weight in model.parameters())
+    with FakeTensorMode():
+        weights: dict[str, nn.Parameter] = {}
+        seen: set[tuple[torch.Size, Recipe]] = set()
+        for name, weight in model.named_parameters():
+            kind = weight.shape, recipe_of(weight)
+            if device == "cpu" or kind not in seen:  # a CPU updates all matrices of one shape together
+                seen.add(kind)
+                weights[name] = _fake(weight, dtype)
+        optimizers = build(node, "optimizer", parameters=weights)
+        for optimizer in optimizers:
+            _step(optimizer, device)
+        states = {weight: tree_leaves(state) for optimizer in optimizers for weight, state in optimizer.state.items()}
+        tensors = [x for leaves in states.values() for x in leaves if isinstance(x, torch.Tensor)]
+        gradients = [weight.grad for weight in weights.values() if weight.grad is not None]
+        with Ledger([*weights.values(), *gradients, *tensors]) as ledger:
+            for optimizer in optimizers:
+                _step(optimizer, device)
+        held = 0
+        for weight, leaves in states.items():
+            each = bytes_of(*(x for x in leaves if isinstance(x, torch.Tensor)))
+            held += each * (1 if device == "cpu" else alike[weight.shape, recipe_of(weight)])
+    return OptimizerNeeds(held, ledger.peak)
+
+
+def _fake(weight: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    fake = nn.Parameter(empty_like(weight, dtype))
+    fake.grad = empty_like(weight, dtype)
+    set_recipe(fake, recipe_of(weight))
+    return fake
+
+
+def _step(optimizer: torch.optim.Optimizer, device: str) -> None:
+    if device == "cuda" and isinstance(optimizer, Float32Muon):  # fake tensors are on a CPU
+        torch.optim.Muon.step(optimizer)
+    else:
+        optimizer.step()

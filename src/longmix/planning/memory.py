@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 from longmix.model.backbone import LanguageModel
 from longmix.planning.arguments import Choice
-from longmix.planning.dry_run import Part, Rehearsal, Setting
-from longmix.planning.optimizer import OptimizerNeeds
+from longmix.planning.dry_run import OptimizerNeeds, Part, Rehearsal, Setting
 
 GIB = 2**30
 

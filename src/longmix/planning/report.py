@@ -7,9 +7,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from longmix.planning.advice import Advice
 from longmix.planning.memory import CONTEXT_BYTES, GIB, USABLE
-from longmix.planning.plan import Plan, Planner
+from longmix.planning.plan import Advice, Plan, Planner
 from longmix.planning.traffic import ASSUMPTIONS
 from longmix.wording import counted
 

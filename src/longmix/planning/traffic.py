@@ -7,9 +7,8 @@ from longmix.accelerators import Accelerator
 from longmix.model.backbone import LanguageModel
 from longmix.model.blocks import Block
 from longmix.model.head import slice_rows
-from longmix.planning.dry_run import Rehearsal, Setting
+from longmix.planning.dry_run import OptimizerNeeds, Rehearsal, Setting
 from longmix.planning.memory import Division
-from longmix.planning.optimizer import OptimizerNeeds
 
 UTILISATION = 0.6
 """Share of peak arithmetic that products of matrices reach."""

@@ -4,9 +4,8 @@ import dataclasses
 
 import pytest
 
-from longmix.planning.advice import single_changes, smallest_change
 from longmix.planning.arguments import read
-from longmix.planning.plan import Planner
+from longmix.planning.plan import Planner, single_changes, smallest_change
 
 WORDS = (
     "model.d_model=64",
