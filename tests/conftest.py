@@ -1,6 +1,7 @@
 """Fixtures that several test folders share: composed configurations, tiny runs, and the entry points as processes."""
 
 import contextlib
+import functools
 import os
 import resource
 import signal
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -17,6 +19,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
 from longmix import cli
+
+if TYPE_CHECKING:
+    from longmix.model.backbone import LanguageModel
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,6 +46,9 @@ TINY = (
     "trainer=cpu",
 )
 """Overrides of a run that takes a second."""
+
+SMALL_VOCABULARY = 20
+"""Token ids of `small_model`."""
 
 
 def composed(overrides: list[str], entry_point: str, output: Path) -> DictConfig:
@@ -152,3 +160,43 @@ def run_training(tmp_path_factory) -> Callable[..., Path]:
         return folder
 
     return run
+
+
+@pytest.fixture(scope="session")
+def small_config(tmp_path_factory) -> Callable[..., dict[str, Any]]:
+    """The resolved configuration of a small model, composed once a session since that takes longer than the model."""
+    from small_mixers import small_mixer
+
+    from longmix.config import resolved
+
+    folder = tmp_path_factory.mktemp("small")
+
+    @functools.cache
+    def compose_small(*overrides: str) -> dict[str, Any]:
+        sizes = ("model.d_model=64", "model.num_layers=2", "model.num_heads=4", "model.mlp_hidden=32")
+        config = resolved(composed([*sizes, *overrides], "train", folder))
+        HydraConfig.instance().cfg = None
+        if "pattern" not in config["mixer"]:
+            config["mixer"] = small_mixer(config["mixer"], 8)
+        return config
+
+    return compose_small
+
+
+@pytest.fixture
+def small_model(small_config) -> Callable[..., "LanguageModel"]:
+    """`small_model("flash")` is a model of 2 layers with that mixer, with no weight at zero, in evaluation mode."""
+    import torch
+
+    from longmix.model.build import build_model
+
+    def build(mixer: str, *overrides: str, dtype: torch.dtype = torch.float64) -> "LanguageModel":
+        torch.manual_seed(3)
+        model = build_model(small_config(f"mixer={mixer}", *overrides), SMALL_VOCABULARY)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if not parameter.abs().max() > 0:
+                    parameter.normal_(std=0.2)
+        return model.to(dtype).eval()
+
+    return build
