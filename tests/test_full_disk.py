@@ -11,8 +11,9 @@ from longmix.checkpoints import CheckpointStore, save_tensors
 from longmix.checkpoints.tensors import pieces
 from longmix.config import resolved
 from longmix.data.prepared import download
+from longmix.data.tokens.bpe import BpeTokenizer
 from longmix.data.tokens.preparation import Preparation, prepare
-from longmix.data.tokens.tokenizers import BpeTokenizer, ByteTokenizer
+from longmix.data.tokens.tokenizers import ByteTokenizer
 from longmix.distributed.agreement import Processes
 from longmix.errors import StorageError
 from longmix.files import replace_json, replace_text

@@ -25,9 +25,10 @@ from longmix.checkpoints.verify import facts_of
 from longmix.config import resolved
 from longmix.data import prepared as remote
 from longmix.data.prepared import PreparedData, prepared_tokenizer
+from longmix.data.tokens.bpe import BpeTokenizer
 from longmix.data.tokens.preparation import Preparation, prepare
 from longmix.data.tokens.sealed_folder import read_manifest
-from longmix.data.tokens.tokenizers import BpeTokenizer, ByteTokenizer, TokenizerFile
+from longmix.data.tokens.tokenizers import ByteTokenizer, TokenizerFile
 from longmix.distributed.agreement import Processes
 from longmix.errors import LongmixError
 from longmix.files import sha256_of_json

@@ -35,6 +35,8 @@ CLASSES = {
     "longmix.mixers.sparse_flash.DropAttention": "longmix.mixers.sparse_flash_drop.SparseFlashDrop",
     "longmix.data.corpora.Sotu": "longmix.data.corpora.sotu.Sotu",
     "longmix.data.corpora.HubDataset": "longmix.data.corpora.hub.HubDataset",
+    "longmix.data.tokenizers.BpeTokenizer": "longmix.data.tokens.bpe.BpeTokenizer",
+    "longmix.data.tokens.tokenizers.BpeTokenizer": "longmix.data.tokens.bpe.BpeTokenizer",
     "longmix.analysis.attention.attention": f"{TASKS}.attention.Attention",
     "longmix.analysis.decode_cost.decode_cost": f"{TASKS}.decode_cost.DecodeCost",
     "longmix.analysis.states.states": f"{TASKS}.states.States",

@@ -8,8 +8,9 @@ import pytest
 
 from longmix.data.corpora import local_files
 from longmix.data.corpora.files import JsonLines, TextFiles
+from longmix.data.tokens.bpe import BpeTokenizer
 from longmix.data.tokens.preparation import Preparation, prepare
-from longmix.data.tokens.tokenizers import BpeTokenizer, ByteTokenizer
+from longmix.data.tokens.tokenizers import ByteTokenizer
 from longmix.errors import DataError
 
 

@@ -12,7 +12,8 @@ from longmix.batch import IGNORE_INDEX
 from longmix.config import build, resolved
 from longmix.data.synthetic.haystack import KEYS, QUESTION, STATEMENT
 from longmix.data.synthetic.needle import NeedleData
-from longmix.data.tokens.tokenizers import BpeTokenizer, ByteTokenizer
+from longmix.data.tokens.bpe import BpeTokenizer
+from longmix.data.tokens.tokenizers import ByteTokenizer
 from longmix.errors import ConfigError, DataError
 from longmix.evaluation.run import evaluate
 from longmix.training.run import check_config

@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 
 from longmix.data.mixture import MixtureData
 from longmix.data.text_data import TokenData
-from longmix.data.tokens.tokenizers import BpeTokenizer, ByteTokenizer
+from longmix.data.tokens.bpe import BpeTokenizer
+from longmix.data.tokens.tokenizers import ByteTokenizer
 from longmix.errors import ConfigError, DataError, ProcessLost, StorageError
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -15,9 +15,10 @@ import pytest
 from list_corpus import CodePointTokenizer, ListCorpus, random_text
 
 from longmix.data.tokens import encoding, preparation, sealed_folder, token_files, tokenize_part
+from longmix.data.tokens.bpe import BpeTokenizer
 from longmix.data.tokens.preparation import Preparation, prepare
 from longmix.data.tokens.token_files import TokenFile
-from longmix.data.tokens.tokenizers import BpeTokenizer, ByteTokenizer
+from longmix.data.tokens.tokenizers import ByteTokenizer
 from longmix.errors import ConfigError, DataError, LongmixError, StorageError
 from longmix.files import sha256_of_json
 

@@ -10,11 +10,11 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Library
 
 from longmix.data.corpora.sotu import Sotu
+from longmix.data.tokens.bpe import BpeTokenizer
 from longmix.data.tokens.byte_level import UTF8_BYTES, byte_letters, library_errors
 from longmix.data.tokens.encoding import Encoder, TextBatch
 from longmix.data.tokens.tokenizers import (
     SEPARATOR,
-    BpeTokenizer,
     ByteTokenizer,
     NumberTokenizer,
     TokenizerFile,
@@ -121,7 +121,7 @@ class TestBpe:
         BpeTokenizer(300).prepare(speeches, tmp_path)
         trained = []
         monkeypatch.setattr(
-            "longmix.data.tokens.tokenizers.train_bpe", lambda *_, **settings: trained.append(settings) or 1 / 0
+            "longmix.data.tokens.bpe.train_bpe", lambda *_, **settings: trained.append(settings) or 1 / 0
         )
         assert BpeTokenizer(300).prepare(speeches, tmp_path).vocab_size == 300
         others = [

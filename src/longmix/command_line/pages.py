@@ -10,8 +10,9 @@ import yaml
 from omegaconf import OmegaConf
 
 from longmix.command_line.entries import SWEEP_GROUPS, entry, group_lines, words, written
-from longmix.command_line.explain import no_such_choice, unknown_word
+from longmix.command_line.explain import no_such_choice
 from longmix.command_line.schema import Schema
+from longmix.command_line.unknown_words import unknown_word
 from longmix.command_line.words import Word
 from longmix.errors import ConfigError
 from longmix.printable import printable

@@ -12,6 +12,7 @@ from hydra._internal.utils import get_args_parser
 from longmix.errors import ConfigError
 
 LONGEST = 800  # characters of a message of argparse's own
+SHOWN = 120  # characters of an argument that a message repeats
 SWEEP_OPTIONS = {"-m", "--multirun"}
 
 
@@ -108,3 +109,14 @@ def _unknown_option(argument: str, rest: list[str], known: set[str]) -> str:
 def is_sweep(options: Sequence[str], words: Sequence[str]) -> bool:
     """Whether each word may stand for several values."""
     return bool(SWEEP_OPTIONS & set(options)) or "hydra.mode=MULTIRUN" in words
+
+
+def shown(text: str) -> str:
+    """A part of the command line for a message: on one line, and shortened."""
+    line = "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+    return line if len(line) <= SHOWN else f"{line[:SHOWN]}..."
+
+
+def quoted(argument: str) -> str:
+    """An argument as a shell takes it, for a message."""
+    return shown(shlex.quote(argument))

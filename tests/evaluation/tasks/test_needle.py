@@ -16,9 +16,10 @@ from longmix.config import EvaluateConfig
 from longmix.data.corpora.files import TextFiles
 from longmix.data.synthetic.haystack import Forms, draw_needle, haystack_rows
 from longmix.data.text_data import TokenData
+from longmix.data.tokens.bpe import BpeTokenizer
 from longmix.data.tokens.preparation import prepare
 from longmix.data.tokens.token_files import TokenFile
-from longmix.data.tokens.tokenizers import BpeTokenizer, ByteTokenizer, Tokenizer
+from longmix.data.tokens.tokenizers import ByteTokenizer, Tokenizer
 from longmix.errors import ConfigError, DataError
 from longmix.evaluation import prefill
 from longmix.evaluation.run import evaluate

@@ -1,17 +1,67 @@
-"""Training a byte-level BPE on a corpus."""
+"""A byte-level BPE that is trained on the corpus, once for all runs that use it."""
 
 import logging
 import sys
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from longmix.data.corpora.corpus import Corpus, read_documents
-from longmix.errors import DataError
+from longmix.data.corpora.corpus import Corpus, check_unchanged, read_documents
+from longmix.data.tokens.sealed_folder import build_once, open_sealed
+from longmix.data.tokens.tokenizers import SEPARATOR, LibraryTokenizer, Tokenizer
+from longmix.errors import ConfigError, DataError
+from longmix.files import sha256_of_json
 
 if TYPE_CHECKING:
     import tokenizers
 
 logger = logging.getLogger(__name__)
+
+BPE_FORMAT_VERSION = 1
+TOKENIZER_JSON = "tokenizer.json"
+
+
+class BpeTokenizer(LibraryTokenizer):
+    """A byte-level BPE that `prepare` trains on the train split, or takes from the cache if it was trained before.
+
+    Training is deterministic. A small corpus may hold fewer merges than asked for; `vocab_size` is then what was
+    reached, and the log says so. Before `prepare` there are no tokens to encode with.
+
+    Args:
+        vocab_size: all ids: 256 bytes, the merges and the separator.
+        min_frequency: pairs that occur less often are not merged.
+    """
+
+    def __init__(self, vocab_size: int = 4096, min_frequency: int = 2) -> None:
+        if vocab_size < 257:
+            raise ConfigError(
+                f"tokenizer.vocab_size must be at least 257 (256 bytes and a separator), got {vocab_size}"
+            )
+        if min_frequency < 1:
+            raise ConfigError(f"tokenizer.min_frequency must be at least 1, got {min_frequency}")
+        self.vocab_size = vocab_size
+        self._settings = {"vocab_size": vocab_size, "min_frequency": min_frequency}
+
+    def prepare(self, corpus: Corpus, cache_dir: Path) -> Tokenizer:
+        """Train on the corpus's train split, or load what an earlier run trained on the same content.
+
+        Raises:
+            DataError: the cached tokenizer is damaged, or the corpus has no train split.
+        """
+        key = sha256_of_json(["bpe", BPE_FORMAT_VERSION, self._settings, corpus.fingerprint()])
+        expected = {"format_version": BPE_FORMAT_VERSION, "key": key}
+        folder = cache_dir / f"bpe{self._settings['vocab_size']}-{key[:16]}"
+
+        def write(temporary: Path) -> dict[str, Any]:
+            library = train_bpe(corpus, SEPARATOR, **self._settings)
+            check_unchanged(corpus)
+            (temporary / TOKENIZER_JSON).write_text(library.to_str(pretty=True), encoding="utf-8")
+            return expected
+
+        build_once(folder, write)
+        open_sealed(folder, expected)
+        super().__init__((folder / TOKENIZER_JSON).read_text(encoding="utf-8"), SEPARATOR, source=str(folder))
+        return self
 
 
 def train_bpe(corpus: Corpus, separator: str, vocab_size: int, min_frequency: int) -> "tokenizers.Tokenizer":

@@ -14,9 +14,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from longmix.data.corpora.corpus import Corpus, check_unchanged
+from longmix.data.corpora.corpus import Corpus
 from longmix.data.corpora.local_files import user_path
-from longmix.data.tokens.bpe import train_bpe
 from longmix.data.tokens.byte_level import (
     PROBE,
     PROBES,
@@ -28,7 +27,6 @@ from longmix.data.tokens.byte_level import (
     library_errors,
     open_library,
 )
-from longmix.data.tokens.sealed_folder import build_once, open_sealed
 from longmix.errors import ConfigError, DataError
 from longmix.files import sha256_of_json
 from longmix.reading import read_bytes
@@ -36,8 +34,6 @@ from longmix.reading import read_bytes
 logger = logging.getLogger(__name__)
 
 SEPARATOR = "<|endoftext|>"
-BPE_FORMAT_VERSION = 1
-TOKENIZER_JSON = "tokenizer.json"
 
 
 class Tokenizer(ABC):
@@ -360,46 +356,3 @@ class TokenizerFile(LibraryTokenizer):
                 "%s has no token for %d of the %d bytes of UTF-8 (%s); characters that hold one are %s",
                 *(path, len(missing), len(UTF8_BYTES), ", ".join(f"0x{byte:02x}" for byte in missing), done),
             )
-
-
-class BpeTokenizer(LibraryTokenizer):
-    """A byte-level BPE that `prepare` trains on the train split, or takes from the cache if it was trained before.
-
-    Training is deterministic. A small corpus may hold fewer merges than asked for; `vocab_size` is then what was
-    reached, and the log says so. Before `prepare` there are no tokens to encode with.
-
-    Args:
-        vocab_size: all ids: 256 bytes, the merges and the separator.
-        min_frequency: pairs that occur less often are not merged.
-    """
-
-    def __init__(self, vocab_size: int = 4096, min_frequency: int = 2) -> None:
-        if vocab_size < 257:
-            raise ConfigError(
-                f"tokenizer.vocab_size must be at least 257 (256 bytes and a separator), got {vocab_size}"
-            )
-        if min_frequency < 1:
-            raise ConfigError(f"tokenizer.min_frequency must be at least 1, got {min_frequency}")
-        self.vocab_size = vocab_size
-        self._settings = {"vocab_size": vocab_size, "min_frequency": min_frequency}
-
-    def prepare(self, corpus: Corpus, cache_dir: Path) -> "Tokenizer":
-        """Train on the corpus's train split, or load what an earlier run trained on the same content.
-
-        Raises:
-            DataError: the cached tokenizer is damaged, or the corpus has no train split.
-        """
-        key = sha256_of_json(["bpe", BPE_FORMAT_VERSION, self._settings, corpus.fingerprint()])
-        expected = {"format_version": BPE_FORMAT_VERSION, "key": key}
-        folder = cache_dir / f"bpe{self._settings['vocab_size']}-{key[:16]}"
-
-        def write(temporary: Path) -> dict[str, Any]:
-            library = train_bpe(corpus, SEPARATOR, **self._settings)
-            check_unchanged(corpus)
-            (temporary / TOKENIZER_JSON).write_text(library.to_str(pretty=True), encoding="utf-8")
-            return expected
-
-        build_once(folder, write)
-        open_sealed(folder, expected)
-        super().__init__((folder / TOKENIZER_JSON).read_text(encoding="utf-8"), SEPARATOR, source=str(folder))
-        return self
