@@ -65,7 +65,7 @@ class Pool:
 def _serve(rank: int, meeting_place: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting_place}", rank=rank, world_size=MOST)
-    groups = {size: dist.new_group(range(size), backend="gloo") for size in range(2, MOST + 1)}
+    groups = {size: dist.new_group(range(size), backend="gloo") for size in range(1, MOST + 1)}
     while True:
         try:
             size, function, arguments = pickle.loads(pipe.recv_bytes())

@@ -9,6 +9,7 @@ from longmix.mixers.flash import Flash
 from longmix.model.backbone import LanguageModel
 from longmix.recipe import Recipe, set_recipe
 from longmix.training import optimizers
+from longmix.training.batched_muon import BatchedMuon, orthogonalised
 from longmix.training.schedules import WarmupCosine, WarmupStableDecay
 
 
@@ -50,15 +51,17 @@ def test_muon_takes_the_hidden_matrices_and_adamw_the_rest():
     assert settings([rest], named["head.weight"])["lr"] == 0.01
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(24, 16), (16, 24), (16, 16)])
-def test_float32_muon_follows_torchs_muon_to_bf16_accuracy(shape):
+def test_batched_muon_follows_torchs_muon_to_bf16_accuracy(shape, dtype):
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(shape, generator=generator)
     gradients = torch.randn(5, *shape, generator=generator)
     ends = []
-    for kind in (torch.optim.Muon, optimizers.Float32Muon):
+    for kind in (torch.optim.Muon, BatchedMuon):
         weight = nn.Parameter(start.clone())
         optimizer = kind([weight], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        optimizer.iterated_in = dtype
         for gradient in gradients:
             weight.grad = gradient.clone()
             optimizer.step()
@@ -67,9 +70,33 @@ def test_float32_muon_follows_torchs_muon_to_bf16_accuracy(shape):
     assert error < 0.02  # five steps of bfloat16, whose unit roundoff is 0.004
 
 
+def test_matrices_that_step_together_end_as_each_would_alone_to_the_bit():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(24, 16), (16, 24), (24, 16), (16, 16), (24, 16)]
+    starts = [torch.randn(shape, generator=generator) for shape in shapes]
+    gradients = [torch.randn(3, *shape, generator=generator) for shape in shapes]
+    together = [nn.Parameter(start.clone()) for start in starts]
+    slow = [{"params": together[:2], "lr": 0.01, "weight_decay": 0.0}, {"params": together[2:]}]
+    optimizer = BatchedMuon(slow, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for step in range(3):
+        for weight, drawn in zip(together, gradients, strict=True):
+            weight.grad = drawn[step].clone()
+        optimizer.step()
+    for index, (weight, drawn) in enumerate(zip(starts, gradients, strict=True)):
+        rate, decay = (0.01, 0.0) if index < 2 else (0.02, 0.1)
+        average = torch.zeros_like(weight)
+        for gradient in drawn:
+            average.lerp_(gradient, 1 - 0.95)
+            update = gradient.lerp(average, 0.95)
+            direction = orthogonalised(update[None], (3.4445, -4.7750, 2.0315), 5, 1e-7)[0]
+            weight.mul_(1 - rate * decay).sub_(direction, alpha=rate * 0.2 * max(weight.shape) ** 0.5)
+        assert torch.equal(together[index], weight)
+        assert torch.equal(optimizer.state[together[index]]["momentum_buffer"], average)
+
+
 def test_orthogonalised_matrices_have_singular_values_near_one():
     matrices = torch.randn(3, 20, 50, generator=torch.Generator().manual_seed(0))
-    directions = optimizers.orthogonalised(matrices, (3.4445, -4.7750, 2.0315), 5, 1e-7)
+    directions = orthogonalised(matrices, (3.4445, -4.7750, 2.0315), 5, 1e-7)
     values = torch.linalg.svdvals(directions)
     assert values.min() > 0.6
     assert values.max() < 1.3

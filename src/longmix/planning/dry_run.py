@@ -9,7 +9,6 @@ import contextlib
 import copy
 import dataclasses
 import itertools
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -25,8 +24,8 @@ from longmix.model.backbone import LanguageModel
 from longmix.model.blocks import Block
 from longmix.planning.fakes import LastSlice, gpu_functions
 from longmix.planning.memory_tracker import Ledger, bytes_of, empty_like
-from longmix.recipe import Recipe, recipe_of, set_recipe
-from longmix.training.optimizers import Float32Muon
+from longmix.recipe import recipe_of, set_recipe
+from longmix.training.batched_muon import BatchedMuon
 from longmix_kernels.runtime import assumed_device
 
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
@@ -257,10 +256,12 @@ class OptimizerNeeds:
     Attributes:
         state: from one step to the next.
         working: the most that a step takes besides.
+        exchanged: what a step takes besides that if weights are divided, over all processes together.
     """
 
     state: int
     working: int
+    exchanged: int = 0
 
 
 def optimizer_needs(
@@ -272,31 +273,25 @@ def optimizer_needs(
         model: on the meta device.
         node: the configuration's `optimizer`.
         dtype: of weights and gradients.
-        device: "cuda" has torch's own Muon, which takes one matrix after another.
+        device: Muon iterates in bfloat16 on "cuda".
     """
-    alike = Counter((weight.shape, recipe_of(weight)) for weight in model.parameters())
     with FakeTensorMode():
-        weights: dict[str, nn.Parameter] = {}
-        seen: set[tuple[torch.Size, Recipe]] = set()
-        for name, weight in model.named_parameters():
-            kind = weight.shape, recipe_of(weight)
-            if device == "cpu" or kind not in seen:  # a CPU updates all matrices of one shape together
-                seen.add(kind)
-                weights[name] = _fake(weight, dtype)
+        weights = {name: _fake(weight, dtype) for name, weight in model.named_parameters()}
         optimizers = build(node, "optimizer", parameters=weights)
         for optimizer in optimizers:
-            _step(optimizer, device)
-        states = {weight: tree_leaves(state) for optimizer in optimizers for weight, state in optimizer.state.items()}
-        tensors = [x for leaves in states.values() for x in leaves if isinstance(x, torch.Tensor)]
+            if device == "cuda" and isinstance(optimizer, BatchedMuon):  # fake tensors are on a CPU
+                optimizer.iterated_in = torch.bfloat16
+            optimizer.step()
+        leaves = [x for optimizer in optimizers for x in tree_leaves(list(optimizer.state.values()))]
+        tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
         gradients = [weight.grad for weight in weights.values() if weight.grad is not None]
         with Ledger([*weights.values(), *gradients, *tensors]) as ledger:
             for optimizer in optimizers:
-                _step(optimizer, device)
-        held = 0
-        for weight, leaves in states.items():
-            each = bytes_of(*(x for x in leaves if isinstance(x, torch.Tensor)))
-            held += each * (1 if device == "cpu" else alike[weight.shape, recipe_of(weight)])
-    return OptimizerNeeds(held, ledger.peak)
+                optimizer.step()
+        # Of each matrix the rows that are sent, those that are received, and the whole one made of them.
+        matrices = [weight for kind in optimizers if isinstance(kind, BatchedMuon) for weight in kind.state]
+        size = 2 if device == "cuda" else dtype.itemsize
+    return OptimizerNeeds(bytes_of(*tensors), ledger.peak, 3 * size * sum(weight.numel() for weight in matrices))
 
 
 def _fake(weight: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
@@ -304,10 +299,3 @@ def _fake(weight: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
     fake.grad = empty_like(weight, dtype)
     set_recipe(fake, recipe_of(weight))
     return fake
-
-
-def _step(optimizer: torch.optim.Optimizer, device: str) -> None:
-    if device == "cuda" and isinstance(optimizer, Float32Muon):  # fake tensors are on a CPU
-        torch.optim.Muon.step(optimizer)
-    else:
-        optimizer.step()

@@ -100,7 +100,8 @@ def memory_needed(
         "communication": communication_buffers(rehearsal, setting, division),
     }
     everything = sum(_lasting(part, setting, division) for part in parts)
-    step = Moment("optimizer", everything, 0, optimizer.working)
+    exchanged = optimizer.exchanged // shards if shards > 1 else 0
+    step = Moment("optimizer", everything, 0, optimizer.working + exchanged)
     worst = max([*_moments(model, rehearsal, setting, division), step], key=lambda moment: moment.total)
     varying = {"gradients": worst.gradients, "activations": worst.activations, "working": worst.working}
     context = 0 if setting.device == "cpu" else CONTEXT_BYTES * (1 if division.processes == 1 else 2)

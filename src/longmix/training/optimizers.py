@@ -1,17 +1,15 @@
 """Builds torch's optimizers from the recipes that parameters carry (see `longmix.recipe`)."""
 
-import functools
-import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from longmix.errors import ConfigError
 from longmix.recipe import Recipe, recipe_of
+from longmix.training.batched_muon import BatchedMuon
 
 PEAK = "peak_learning_rate"
 """Key of a parameter group that holds its learning rate before the schedule."""
@@ -49,10 +47,10 @@ def muon(
     betas: Sequence[float] = (0.9, 0.95),
     eps: float = 1e-8,
 ) -> list[torch.optim.Optimizer]:
-    """torch's Muon for the hidden matrices (Jordan et al. 2024), AdamW for everything else.
+    """Muon for the hidden matrices (Jordan et al. 2024; `BatchedMuon`), AdamW for everything else.
 
     Updates are scaled to AdamW's root mean square (Liu et al. 2025, arXiv 2502.16982, eq. 4), so that learning rates
-    carry over. On a CPU the same steps are taken in float32 (`Float32Muon`).
+    carry over.
 
     Args:
         parameters: trainable parameters by name.
@@ -76,90 +74,11 @@ def muon(
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
         groups = _groups(matrices, learning_rate, weight_decay)
-        on_cpu = all(weight.device.type == "cpu" for weight in matrices.values())
-        kind = Float32Muon if on_cpu else torch.optim.Muon
-        optimizers.append(kind(groups, momentum=momentum, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(BatchedMuon(groups, momentum=momentum, adjust_lr_fn="match_rms_adamw"))
     if others:
         rate = learning_rate if adamw_learning_rate is None else adamw_learning_rate
         optimizers += adamw(others, learning_rate=rate, weight_decay=weight_decay, betas=betas, eps=eps)
     return optimizers
-
-
-class Float32Muon(torch.optim.Muon):
-    """torch's Muon with its Newton-Schulz iteration in float32, and matrices of one shape iterated together.
-
-    torch iterates in bfloat16, which a CPU without bfloat16 instructions emulates hundreds of times slower. Of matrices
-    whose rows are divided over processes, each process takes some whole ones.
-    """
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step; state and parameter groups are those of `torch.optim.Muon`."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
-            for weight in group["params"]:
-                if weight.grad is not None:
-                    by_shape[weight.shape].append(weight)
-            for weights in by_shape.values():
-                updates = torch.stack([self._momentum(weight, group) for weight in weights])
-                settings = {"coefficients": group["ns_coefficients"], "steps": group["ns_steps"], "eps": group["eps"]}
-                directions = each_whole(functools.partial(orthogonalised, **settings), updates)
-                rate = group["lr"] * 0.2 * math.sqrt(max(weights[0].shape))
-                for weight, direction in zip(weights, directions, strict=True):
-                    weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=rate)
-        return loss
-
-    def _momentum(self, weight: nn.Parameter, group: dict[str, Any]) -> torch.Tensor:
-        state, gradient = self.state[weight], weight.grad
-        assert gradient is not None
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(weight)
-        average = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-        return gradient.lerp(average, group["momentum"]) if group["nesterov"] else average
-
-
-def each_whole(function: Callable[[torch.Tensor], torch.Tensor], matrices: torch.Tensor) -> torch.Tensor:
-    """A function of each matrix of [N, rows, columns], which may be divided over processes: then so is the result."""
-    if not isinstance(matrices, DTensor):
-        return function(matrices)
-    whole = [Replicate()]  # in between, as gloo exchanges no shards for others directly
-    spread = matrices.redistribute(placements=whole).redistribute(placements=[Shard(0)])
-    found = DTensor.from_local(
-        function(spread.to_local()),
-        spread.device_mesh,
-        spread.placements,
-        run_check=False,
-        shape=matrices.shape,
-        stride=matrices.stride(),
-    )
-    return found.redistribute(placements=whole).redistribute(placements=matrices.placements)
-
-
-def orthogonalised(
-    matrices: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
-) -> torch.Tensor:
-    """The nearest semi-orthogonal matrices, roughly: quintic Newton-Schulz iteration (Jordan et al. 2024).
-
-    Singular values end between about 0.7 and 1.2 instead of at 1, which is as good for the optimizer.
-
-    Args:
-        matrices: [N, rows, columns].
-        coefficients: (a, b, c) of x <- a x + b x^3 + c x^5 on the singular values.
-        steps: iterations.
-        eps: smallest norm to divide by.
-    """
-    a, b, c = coefficients
-    tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(eps)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
 
 
 def _groups(parameters: Mapping[str, nn.Parameter], learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
