@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import results
 from benchmarks.command import RESULTS, Parser
 from longmix.composing import composed
+from longmix.config import ModelConfig
 from longmix.files import replace_json
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model
@@ -128,7 +129,7 @@ def _whole(mixer: str, layers: int, packed: bool) -> Figures:
     """The figures of a whole model, of one row."""
     node = composed("train", [f"mixer={mixer}", "model=125m", f"model.num_layers={layers}"]).node
     with torch.device("meta"):
-        model = build_model(node, 512)
+        model = build_model(ModelConfig.of(node), 512)
     for part in model.mixers():
         part.prepare(LENGTH)
     with ExitStack() as fakes:

@@ -188,11 +188,12 @@ def small_model(small_config) -> Callable[..., "LanguageModel"]:
     """`small_model("flash")` is a model of 2 layers with that mixer, with no weight at zero, in evaluation mode."""
     import torch
 
+    from longmix.config import ModelConfig
     from longmix.model.build import build_model
 
     def build(mixer: str, *overrides: str, dtype: torch.dtype = torch.float64) -> "LanguageModel":
         torch.manual_seed(3)
-        model = build_model(small_config(f"mixer={mixer}", *overrides), SMALL_VOCABULARY)
+        model = build_model(ModelConfig.of(small_config(f"mixer={mixer}", *overrides)), SMALL_VOCABULARY)
         with torch.no_grad():
             for parameter in model.parameters():
                 if not parameter.abs().max() > 0:

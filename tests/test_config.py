@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from longmix.command_line.schema import SCHEMAS
 from longmix.config import (
     EvaluateConfig,
+    ModelConfig,
     TrainConfig,
     build,
     check,
@@ -132,7 +133,7 @@ class TestEveryFile:
     def test_mixer_builds_a_model(self, compose_config, name):
         config = resolved(compose_config(f"mixer={name}"))
         with torch.device("meta"):
-            model = build_model(config, vocab_size=257)
+            model = build_model(ModelConfig.of(config), vocab_size=257)
         expected = locate(config["mixer"]["_target_"], "mixer")
         assert [type(block.mixer) for block in model.blocks] == [expected] * config["model"]["num_layers"]
 
@@ -142,7 +143,7 @@ class TestEveryFile:
         vocabulary = re.search(r"(\d+)k vocabulary", comment)
         vocab_size = 257 if "byte vocabulary" in comment else 1000 * int(vocabulary[1]) if vocabulary else 32_000
         with torch.device("meta"):
-            model = build_model(resolved(compose_config(f"model={name}")), vocab_size)
+            model = build_model(ModelConfig.of(resolved(compose_config(f"model={name}"))), vocab_size)
         stated = re.search(r"([\d.]+) (million|billion) parameters", comment)
         if stated:
             expected = float(stated[1]) * {"million": 1e6, "billion": 1e9}[stated[2]]
@@ -151,7 +152,7 @@ class TestEveryFile:
     @pytest.mark.parametrize("name", names("optimizer"))
     def test_optimizer_takes_every_parameter_once(self, compose_config, name):
         config = resolved(compose_config(f"optimizer={name}", "model.num_layers=1", "model.d_model=32"))
-        parameters = dict(build_model(config, vocab_size=257).named_parameters())
+        parameters = dict(build_model(ModelConfig.of(config), vocab_size=257).named_parameters())
         optimizers = build(config["optimizer"], "optimizer", parameters=parameters)
         taken = [id(weight) for each in optimizers for group in each.param_groups for weight in group["params"]]
         assert sorted(taken) == sorted(map(id, parameters.values()))
@@ -477,7 +478,7 @@ class TestMixerPattern:
         config = resolved(compose_config(f"mixer={mixer}", "model.num_layers=6"))
         check_config(config)
         with torch.device("meta"):
-            model = build_model(config, vocab_size=257)
+            model = build_model(ModelConfig.of(config), vocab_size=257)
         kinds = {Flash: "f", SlidingWindow: "s"}
         assert "".join(kinds[type(block.mixer)] for block in model.blocks) == layers
 
@@ -485,7 +486,7 @@ class TestMixerPattern:
         model = ["model.num_layers=4", "model.num_heads=2"]
         mixer = ["mixer=sliding_window+flash", "mixer.sliding_window.window=48", "mixer.flash.num_kv_heads=1"]
         with torch.device("meta"):
-            model = build_model(resolved(compose_config(*model, *mixer)), vocab_size=257)
+            model = build_model(ModelConfig.of(resolved(compose_config(*model, *mixer))), vocab_size=257)
         assert [block.mixer.window for block in model.blocks[::2]] == [48] * 2
         assert [block.mixer.num_kv_heads for block in model.blocks] == [2, 1] * 2
 
@@ -527,7 +528,7 @@ class TestMixerPattern:
         assert config["model"]["block"]["_target_"].endswith(block.__name__)
         assert config["model"]["norm_eps"] == norm_eps
         with torch.device("meta"):
-            model = build_model(config, vocab_size=257)
+            model = build_model(ModelConfig.of(config), vocab_size=257)
         standard = block is Standard
         assert type(model.blocks[0].mlp) is (SwiGLU if standard else ChannelMix)
         assert type(model.embedding_norm) is (torch.nn.Identity if standard else torch.nn.LayerNorm)

@@ -9,7 +9,7 @@ import torch
 
 from longmix.checkpoints import CheckpointStore, save_tensors
 from longmix.checkpoints.tensors import pieces
-from longmix.config import resolved
+from longmix.config import ModelConfig, resolved
 from longmix.data.prepared import download
 from longmix.data.tokens.bpe import BpeTokenizer
 from longmix.data.tokens.preparation import Preparation, prepare
@@ -40,7 +40,7 @@ def trained(tmp_path_factory, composed):
     folder = tmp_path_factory.mktemp("base")
     words = ["model.d_model=32", "model.num_layers=1", "model.num_heads=2", "model.mlp_hidden=32", "mixer=rwkv7"]
     node = resolved(composed([*words, "block=rwkv7", "mixer.head_dim=16", "trainer=cpu"], "train", folder))
-    model, tokenizer = build_model(node, 257), ByteTokenizer()
+    model, tokenizer = build_model(ModelConfig.of(node), 257), ByteTokenizer()
     state = {"step": 1, "config": node, "tokenizer": tokenizer.state(), "model": model.state_dict(), "optimizers": []}
     CheckpointStore(folder / "checkpoints").save(state, {})
     (folder / "remote.bin").write_bytes(bytes(300_000))

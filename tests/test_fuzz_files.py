@@ -22,7 +22,7 @@ import torch
 from longmix.checkpoints import CheckpointStore, load_checkpoint, save_tensors
 from longmix.checkpoints.tensors import pieces
 from longmix.checkpoints.verify import facts_of
-from longmix.config import resolved
+from longmix.config import ModelConfig, resolved
 from longmix.data import prepared as remote
 from longmix.data.prepared import PreparedData, prepared_tokenizer
 from longmix.data.tokens.bpe import BpeTokenizer
@@ -196,7 +196,7 @@ def all_kinds(node: dict[str, Any]) -> dict[str, Kind]:
     """Every kind, for a model of a configuration."""
     torch.manual_seed(0)
     tokenizer = ByteTokenizer()
-    model = build_model(node, 257).eval()
+    model = build_model(ModelConfig.of(node), 257).eval()
     tuned = copy.deepcopy(model)
     tune_states(tuned)
     state = {"step": 1, "config": node, "tokenizer": tokenizer.state(), "model": model.state_dict(), "optimizers": []}
@@ -231,7 +231,7 @@ def all_kinds(node: dict[str, Any]) -> dict[str, Kind]:
 
     def states(folder: Path) -> Any:
         again = copy.deepcopy(model)
-        load_states(again, folder / "states.pt", node)
+        load_states(again, folder / "states.pt", ModelConfig.of(node))
         return flat(dict(again.state_dict()))
 
     def change_states(folder: Path, drawn: random.Random) -> None:

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from longmix import cli, entry_points
 from longmix.command_line.help import help_text
 from longmix.command_line.schema import Schema
-from longmix.config import resolved, total_steps
+from longmix.config import TrainConfig, read, resolved, total_steps
 from longmix.errors import ConfigError
 from longmix.model.matching import count_parameters, match_parameters
 
@@ -38,9 +38,9 @@ def is_installed(package: str) -> bool:
 class TestShootout:
     @pytest.mark.parametrize(("mixer", "width"), [("flash", 352), ("rwkv7", 240)])
     def test_parameters(self, compose_config, mixer, width):
-        config = resolved(compose_config("experiment=shootout", f"mixer={mixer}"))
+        config = read(TrainConfig, compose_config("experiment=shootout", f"mixer={mixer}"))
         matched = match_parameters(config, vocab_size=257)
-        assert matched["model"]["mlp_hidden"] == width
+        assert matched.model.number("mlp_hidden") == width
         assert abs(count_parameters(matched, 257) / 1_270_000 - 1) < 0.02
 
     def test_tokens_and_steps_at_every_length(self, compose_config):

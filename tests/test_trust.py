@@ -203,7 +203,7 @@ class TestData:
             with pytest.raises(ConfigError, match="only holds bytes"):
                 checked_data(with_node(configurations[0], ("data",), node))
         else:
-            assert checked_data(with_node(configurations[0], ("data",), node))["path"] == path
+            assert checked_data(with_node(configurations[0], ("data",), node)).settings["path"] == path
 
     @pytest.mark.parametrize(
         "path", ["reference::x.json", "simplecache::s3://b/x", "ftp://host/x", " git://x", "python://x"]
@@ -219,9 +219,9 @@ class TestData:
 
     def test_a_checkpoint_makes_no_cache_folder(self, configurations, tmp_path):
         config = with_node(configurations[0], ("data", "cache_dir"), str(tmp_path / "absent"))
-        assert "cache_dir" not in checked_data(config)
+        assert "cache_dir" not in checked_data(config).settings
         there = with_node(configurations[0], ("data", "cache_dir"), str(tmp_path))
-        assert checked_data(there)["cache_dir"] == str(tmp_path)
+        assert checked_data(there).settings["cache_dir"] == str(tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ class Restored:
     Attributes:
         checkpoint: its folder.
         state: all that was saved but the optimizers.
+        config: the configuration it was trained with, as far as every version wrote it.
         model: in evaluation mode, on `device`.
         tokenizer: the one it was trained with.
         device: where the model is.
@@ -34,15 +35,11 @@ class Restored:
 
     checkpoint: Path
     state: dict[str, Any]
+    config: StoredConfig
     model: LanguageModel
     tokenizer: Tokenizer
     device: torch.device
     precision: str
-
-    @property
-    def config(self) -> StoredConfig:
-        """The configuration it was trained with, as far as every version wrote it."""
-        return StoredConfig.of(self.state["config"])
 
     def autocast(self) -> AbstractContextManager:
         """The context of one forward pass."""
@@ -88,13 +85,14 @@ def restore(
     state = load_model_state(folder)
     with rebuilding(folder):
         check_model_nodes(state["config"], trust)
+        config = StoredConfig.of(state["config"])
         model = model_from_checkpoint(state)
         tokenizer = tokenizer_from_state(state["tokenizer"])
         if not 1 <= tokenizer.vocab_size <= model.vocab_size:
             raise ValueError(f"its tokenizer has {tokenizer.vocab_size:,} ids, and its model {model.vocab_size:,}")
     if states is not None:
-        load_states(model, Path(states), state["config"])
-    return Restored(folder, state, model.to(place).eval(), tokenizer, place, precision)
+        load_states(model, Path(states), config)
+    return Restored(folder, state, config, model.to(place).eval(), tokenizer, place, precision)
 
 
 def _place(device: str, precision: str) -> tuple[torch.device, str]:

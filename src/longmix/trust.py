@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from longmix.config import Node, holds_target, node_kind, settings
+from longmix.config import Choice, Node, holds_target, node_kind, settings
 from longmix.errors import CheckpointError, ConfigError
 
 OWN_PACKAGES = ("longmix", "longmix_kernels")
@@ -54,8 +54,8 @@ def check_model_nodes(config: Node, trust: Collection[str] = ()) -> None:
             _check(member, f"mixer.{name}", Mixer, trust)
 
 
-def checked_data(config: Node, trust: Collection[str] = ()) -> Node:
-    """The node `data` of a checkpoint's configuration, which names nothing but data, corpora and plain storage.
+def checked_data(config: Node, trust: Collection[str] = ()) -> Choice:
+    """The choice `data` of a checkpoint's configuration, which names nothing but data, corpora and plain storage.
 
     Its `cache_dir` is left out where there is no such folder: a checkpoint makes none.
 
@@ -75,7 +75,7 @@ def checked_data(config: Node, trust: Collection[str] = ()) -> Node:
                 "data, give them on the command line with data=."
             )
     has_cache = Path(str(node.get("cache_dir"))).expanduser().is_dir()
-    return node if has_cache else {name: value for name, value in node.items() if name != "cache_dir"}
+    return Choice.of("data", {name: value for name, value in node.items() if has_cache or name != "cache_dir"})
 
 
 def _node(config: Node, key: str) -> Node:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from longmix.checkpoints import CheckpointStore, find_checkpoint, load_checkpoint, open_checkpoint
-from longmix.config import resolved
+from longmix.config import ModelConfig, resolved
 from longmix.data.tokens.tokenizers import ByteTokenizer
 from longmix.errors import CheckpointError, LongmixError
 from longmix.model.build import build_model
@@ -115,7 +115,7 @@ def base(tmp_path_factory, composed):
     folder = tmp_path_factory.mktemp("base")
     words = ["model.d_model=32", "model.num_layers=1", "model.num_heads=2", "model.mlp_hidden=32", "trainer=cpu"]
     node = resolved(composed(words, "train", folder))
-    model, tokenizer = build_model(node, 257), ByteTokenizer()
+    model, tokenizer = build_model(ModelConfig.of(node), 257), ByteTokenizer()
     return {"step": 1, "config": node, "tokenizer": tokenizer.state(), "model": model.state_dict(), "optimizers": []}
 
 

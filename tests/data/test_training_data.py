@@ -6,7 +6,7 @@ import pytest
 import yaml
 from list_corpus import ListCorpus
 
-from longmix.config import locate
+from longmix.config import Choice, locate
 from longmix.data.mixture import MixtureData
 from longmix.data.prepared import PreparedData
 from longmix.data.synthetic.base import SyntheticData
@@ -100,12 +100,12 @@ def test_what_is_not_training_data_is_refused(target, found):
     node = {"_target_": f"{__name__}.{target.__name__}"}
     message = rf"data\._target_=\S+ is a {found}; it must be a subclass of \S+\.TrainingData\.$"
     with pytest.raises(ConfigError, match=message):
-        build_data(node, ByteTokenizer(), **SIZES)
+        build_data(Choice.of("data", node), ByteTokenizer(), **SIZES)
 
 
 def test_a_kind_of_data_without_windows_is_refused():
     with pytest.raises(ConfigError, match=r"data\._target_=\S+HalfData lacks .*evaluation_windows.*train_windows"):
-        build_data({"_target_": f"{__name__}.HalfData"}, ByteTokenizer(), **SIZES)
+        build_data(Choice.of("data", {"_target_": f"{__name__}.HalfData"}), ByteTokenizer(), **SIZES)
 
 
 def test_training_refuses_it_before_any_work(compose_config):

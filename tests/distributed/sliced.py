@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from longmix.config import ModelConfig
 from longmix.distributed import exchange
 from longmix.distributed.exchange import exchanged
 from longmix.distributed.slices import Slices
@@ -48,7 +49,7 @@ class Case:
     def model(self) -> LanguageModel:
         """With weights of which none begins at zero."""
         torch.manual_seed(3)
-        model = build_model(self.node, VOCABULARY).double()
+        model = build_model(ModelConfig.of(self.node), VOCABULARY).double()
         if self.tuned:
             tune_states(model)
         for weight in model.parameters():

@@ -8,6 +8,7 @@ from sliced import VOCABULARY
 from small_mixers import small_mixer
 from strategic import Trained, dtypes, trained
 
+from longmix.config import ModelConfig
 from longmix.model.build import build_model
 
 FILES = sorted(path.stem for path in (Path(__file__).parents[2] / "configs/mixer").glob("*.yaml"))
@@ -22,7 +23,7 @@ SLICED = 2.0**-6
 def model_of(node: dict) -> torch.nn.Module:
     """In which nothing begins at zero."""
     torch.manual_seed(3)
-    model = build_model(node, VOCABULARY)
+    model = build_model(ModelConfig.of(node), VOCABULARY)
     for weight in model.parameters():
         weight.data += 0.05 * torch.randn_like(weight)
     return model

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from longmix.checkpoints import find_checkpoint, load_checkpoint
-from longmix.config import build, resolved
+from longmix.config import Choice, build, resolved
 from longmix.data.tokens.tokenizers import NumberTokenizer
 from longmix.errors import DataError
 from longmix.evaluation.provenance import file_name, is_own
@@ -136,9 +136,10 @@ def test_states_are_named_by_content(run_folder, compose_config, tmp_path):
 
 
 def test_own_data_are_told_by_what_is_read():
-    trained = {"_target_": "x.Data", "corpus": {"path": "a"}, "cache_dir": "c", "validation_tokens": 4}
-    assert is_own(None, trained) and is_own({**trained, "cache_dir": "d", "validation_tokens": None}, trained)
-    assert not is_own({**trained, "corpus": {"path": "b"}}, trained) and not is_own(trained, None)
+    settings = {"_target_": "x.Data", "corpus": {"path": "a"}, "cache_dir": "c", "validation_tokens": 4}
+    trained = Choice.of("data", settings)
+    assert is_own(None, trained) and is_own(trained.having(cache_dir="d", validation_tokens=None), trained)
+    assert not is_own(trained.having(corpus={"path": "b"}), trained) and not is_own(trained, None)
 
 
 def test_awkward_names_of_data_make_usable_file_names():

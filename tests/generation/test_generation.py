@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._pytree import register_pytree_node
 
 from longmix.checkpoints import CheckpointStore, find_checkpoint, load_checkpoint, save_tensors
-from longmix.config import resolved
+from longmix.config import ModelConfig, resolved
 from longmix.data.tokens.tokenizers import ByteTokenizer
 from longmix.errors import CheckpointError, ConfigError, DataError, NonFiniteError, StorageError
 from longmix.generation import session as sessions
@@ -33,7 +33,7 @@ def model(compose_config, request) -> LanguageModel:
     torch.manual_seed(0)
     name = request.param
     config = resolved(compose_config(f"mixer={name}", *SMALL))
-    made = build_model({**config, "mixer": small_mixer(config["mixer"], 8)}, vocab_size=20)
+    made = build_model(ModelConfig.of({**config, "mixer": small_mixer(config["mixer"], 8)}), vocab_size=20)
     with torch.no_grad():
         for weight in made.parameters():
             weight.add_(0.05 * torch.randn_like(weight))

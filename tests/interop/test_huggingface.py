@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from longmix.checkpoints import CheckpointStore, find_checkpoint, load_checkpoint
-from longmix.config import resolved
+from longmix.config import ModelConfig, resolved
 from longmix.data.tokens.tokenizers import PROBE, ByteTokenizer, LibraryTokenizer, NumberTokenizer, tokenizer_from_state
 from longmix.errors import CheckpointError, ConfigError, LongmixError, StorageError
 from longmix.evaluation.run import evaluate
@@ -55,7 +55,7 @@ def saved(compose_config, tmp_path):
         torch.manual_seed(0)
         tokenizer = tokenizer or ByteTokenizer()
         config = resolved(compose_config(*SMALL, *overrides))
-        model = build_model(config, tokenizer.vocab_size).eval()
+        model = build_model(ModelConfig.of(config), tokenizer.vocab_size).eval()
         change(model)
         with torch.no_grad():
             for weight in model.parameters():

@@ -13,7 +13,7 @@ import torch
 import yaml
 from mixer_table import SHAPE
 
-from longmix.config import check, resolved
+from longmix.config import ModelConfig, check, resolved
 from longmix.generation.session import Session
 from longmix.mixers.parts.base import Mixer
 from longmix.model.backbone import LanguageModel
@@ -81,7 +81,7 @@ def test_the_page_trains_in_bfloat16(page, compose_config):
     node = resolved(
         compose_config("model.d_model=32", "model.num_layers=2", "model.num_heads=2", "model.mlp_hidden=16")
     )
-    model = build_model({**node, "mixer": {"_target_": f"somebody.{kind_of(page).__name__}"}}, 11)
+    model = build_model(ModelConfig.of({**node, "mixer": {"_target_": f"somebody.{kind_of(page).__name__}"}}), 11)
     tokens = torch.randint(11, (2, 20), generator=torch.Generator().manual_seed(1))
     with torch.autocast("cpu", torch.bfloat16):
         model(tokens, tokens).token_losses.mean().backward()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longmix.config import resolved
+from longmix.config import ModelConfig, resolved
 from longmix.errors import ConfigError
 from longmix.mixers.parts import routing_modes as modes
 from longmix.mixers.parts.base import ModelShape
@@ -467,7 +467,7 @@ def test_impossible_settings_are_refused_by_name(settings, words):
 def test_presets_have_the_layers_and_heads_of_the_paper(compose_config, name, layers, local, routed):
     config = resolved(compose_config(f"experiment=routing_{name}", "trainer.accelerator=cpu"))
     with torch.device("meta"):
-        model = build_model(config, vocab_size=1000)
+        model = build_model(ModelConfig.of(config), vocab_size=1000)
     mixers = model.mixers()
     routing = [mixer for mixer in mixers if isinstance(mixer, Routing)]
     assert len(mixers) == layers and len(routing) == (1 if name == "pg19" else layers)

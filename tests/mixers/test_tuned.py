@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from longmix.config import ModelConfig
 from longmix.errors import ConfigError
 from longmix.mixers.flash import Flash
 from longmix.mixers.mlstm_tfla import MLSTMTFLA
@@ -157,12 +158,12 @@ def test_a_mixer_of_another_kind_is_tuned_saved_and_loaded(tmp_path):
     model(tokens).hidden.sum().backward()
     assert model.blocks[0].mixer.tuned["first"].grad.abs().max() > 0
     torch.nn.init.normal_(model.blocks[0].mixer.tuned["first"])
-    config = {"mixer": {"_target_": "somebody.Mean"}, "model": {"d_model": 48}}
+    config = {"mixer": {"_target_": "somebody.Mean"}, "model": {"_target_": "somebody.Model", "d_model": 48}}
     save_states(tmp_path / "states.pt", {"config": config, "model": model.state_dict()})
     assert list(tuned_states(model.state_dict())) == ["blocks.0.mixer.tuned.first"]
     other = model_of(Mean, Flash)
     assert not torch.equal(other(tokens).hidden, model(tokens).hidden)
-    load_states(other, tmp_path / "states.pt", config)
+    load_states(other, tmp_path / "states.pt", ModelConfig.of(config))
     assert torch.equal(other(tokens).hidden, model(tokens).hidden)
 
 

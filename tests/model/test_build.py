@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from longmix.config import resolved
+from longmix.config import ModelConfig, resolved
 from longmix.errors import ConfigError
 from longmix.mixers.parts.base import Mixer, MixerOutput
 from longmix.model.build import build_model, check_model
@@ -96,7 +96,7 @@ def node_of(compose_config, monkeypatch):
 
 
 def test_a_complete_mixer_is_built_and_called(node_of):
-    model = build_model(node_of(Complete), 8)
+    model = build_model(ModelConfig.of(node_of(Complete)), 8)
     output = model(torch.zeros(2, 3, dtype=torch.int64), state=model.init_state(2))
     assert output.hidden.shape == (2, 3, 16) and output.state[0].mixer["seen"].shape == (2,)
 
@@ -104,7 +104,7 @@ def test_a_complete_mixer_is_built_and_called(node_of):
 @pytest.mark.parametrize(("kind", "words"), CANNOT_BE_BUILT.values(), ids=CANNOT_BE_BUILT)
 def test_what_is_missing_is_said_before_any_work(node_of, kind, words):
     with pytest.raises(ConfigError, match=rf"mixer\._target_=somebody\..*{words}"):
-        check_model(node_of(kind))
+        check_model(ModelConfig.of(node_of(kind)))
 
 
 class ReturnsTensor(Complete):
@@ -131,6 +131,6 @@ RETURNS = {
 
 @pytest.mark.parametrize(("kind", "words"), RETURNS.items(), ids=[kind.__name__ for kind in RETURNS])
 def test_what_forward_returns_is_checked_when_it_is_called(node_of, kind, words):
-    model = build_model(node_of(kind), 8)
+    model = build_model(ModelConfig.of(node_of(kind)), 8)
     with pytest.raises(ConfigError, match=words):
         model(torch.zeros(2, 3, dtype=torch.int64))

@@ -8,7 +8,7 @@ import torch._dynamo as dynamo
 from small_mixers import small_mixer
 from torch._dynamo.utils import counters
 
-from longmix.config import resolved
+from longmix.config import ModelConfig, resolved
 from longmix.mixers.parts.between_steps import finish_step
 from longmix.model.build import build_model
 
@@ -36,7 +36,7 @@ def fresh():
 def test_layers_share_whole_graphs(name, packed, compose_config, fresh):
     node = resolved(compose_config(f"mixer={name}", *SMALL))
     node["mixer"] = small_mixer(node["mixer"], 16)
-    model = build_model(node, 47)
+    model = build_model(ModelConfig.of(node), 47)
     for block in model.blocks:
         block.compile(backend="eager")
     tokens = torch.randint(47, (2, LENGTH))

@@ -1,5 +1,6 @@
 """Models of equal size: the width that is chosen, what is refused, and that a run and its checkpoint stand by it."""
 
+import dataclasses
 import json
 import re
 
@@ -8,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from longmix.checkpoints import find_checkpoint, load_checkpoint
-from longmix.config import check_words, resolved
+from longmix.config import TrainConfig, check_words, read, resolved
 from longmix.errors import ConfigError
 from longmix.model.build import build_model, model_from_checkpoint
 from longmix.model.matching import count_parameters, match_parameters, with_width
@@ -23,10 +24,18 @@ def matched(compose_config):
     """`matched("mixer=flash", ...)` is the configuration before and after its width was chosen."""
 
     def run(*overrides: str):
-        config = resolved(compose_config(*SMALL, *overrides))
+        config = read(TrainConfig, compose_config(*SMALL, *overrides))
         return config, match_parameters(config, VOCABULARY)
 
     return run
+
+
+def width_of(config: TrainConfig) -> int:
+    return config.model.number("mlp_hidden")
+
+
+def asked(config: TrainConfig, parameters: int) -> TrainConfig:
+    return dataclasses.replace(config, match=dataclasses.replace(config.match, parameters=parameters))
 
 
 class TestMatchParameters:
@@ -35,7 +44,7 @@ class TestMatchParameters:
         extra = ["mixer.head_dim=16"] if mixer == "rwkv7" else []
         target = 80_000
         before, after = matched(f"mixer={mixer}", f"match.parameters={target}", *extra)
-        width = after["model"]["mlp_hidden"]
+        width = width_of(after)
         assert width % 8 == 0
         real = sum(weight.numel() for weight in build_model(after, VOCABULARY).parameters())
         off = abs(real - target)
@@ -45,8 +54,8 @@ class TestMatchParameters:
 
     def test_nothing_else_changes(self, matched):
         before, after = matched("match.parameters=80_000")
-        assert after["model"]["mlp_hidden"] != before["model"]["mlp_hidden"]
-        assert with_width(after, before["model"]["mlp_hidden"]) == before
+        assert width_of(after) != width_of(before)
+        assert with_width(after, width_of(before)) == before
 
     def test_left_alone_unless_asked_for(self, matched):
         before, after = matched()
@@ -54,34 +63,34 @@ class TestMatchParameters:
 
     @pytest.mark.parametrize("off", [-300, 0, 300])
     def test_either_side_of_the_number(self, compose_config, off):
-        config = resolved(compose_config(*SMALL, "model.mlp_hidden=152"))
-        config["match"]["parameters"] = count_parameters(config, VOCABULARY) + off
-        assert match_parameters(with_width(config, 8), VOCABULARY)["model"]["mlp_hidden"] == 152
+        config = read(TrainConfig, compose_config(*SMALL, "model.mlp_hidden=152"))
+        config = asked(config, count_parameters(config, VOCABULARY) + off)
+        assert match_parameters(with_width(config, 8), VOCABULARY).model.number("mlp_hidden") == 152
 
     def test_halfway_between_two_widths(self, compose_config):
-        config = resolved(compose_config(*SMALL, "model.mlp_hidden=152"))
+        config = read(TrainConfig, compose_config(*SMALL, "model.mlp_hidden=152"))
         counts = [count_parameters(with_width(config, width), VOCABULARY) for width in (152, 160)]
-        config["match"]["parameters"] = sum(counts) // 2
-        assert match_parameters(config, VOCABULARY)["model"]["mlp_hidden"] in (152, 160)
+        config = asked(config, sum(counts) // 2)
+        assert match_parameters(config, VOCABULARY).model.number("mlp_hidden") in (152, 160)
 
     def test_narrowest_feed_forward_within_the_tolerance(self, compose_config):
-        config = resolved(compose_config(*SMALL, "model.mlp_hidden=8"))
-        config["match"]["parameters"] = count_parameters(config, VOCABULARY) - 10
-        assert match_parameters(config, VOCABULARY)["model"]["mlp_hidden"] == 8
+        config = read(TrainConfig, compose_config(*SMALL, "model.mlp_hidden=8"))
+        config = asked(config, count_parameters(config, VOCABULARY) - 10)
+        assert match_parameters(config, VOCABULARY).model.number("mlp_hidden") == 8
 
     def test_multiple(self, matched):
         _, after = matched("match.parameters=80_000", "match.multiple=3")
-        assert after["model"]["mlp_hidden"] % 3 == 0
+        assert width_of(after) % 3 == 0
 
     def test_the_vocabulary_counts(self, compose_config):
-        config = resolved(compose_config(*SMALL, "match.parameters=80_000"))
-        narrow, wide = (match_parameters(config, vocabulary)["model"]["mlp_hidden"] for vocabulary in (257, 600))
+        config = read(TrainConfig, compose_config(*SMALL, "match.parameters=80_000"))
+        narrow, wide = (match_parameters(config, vocabulary).model.number("mlp_hidden") for vocabulary in (257, 600))
         assert narrow > wide
 
     def test_nothing_is_allocated(self, compose_config):
-        config = resolved(compose_config("model=7b", "match.parameters=6_700_000_000"))
-        config["model"]["num_layers"] = 1
-        config["match"]["parameters"] = 500_000_000
+        config = read(TrainConfig, compose_config("model=7b", "match.parameters=6_700_000_000"))
+        config = dataclasses.replace(config, model=config.model.having(num_layers=1))
+        config = asked(config, 500_000_000)
         assert count_parameters(match_parameters(config, VOCABULARY), VOCABULARY) > 490_000_000
         assert torch.get_default_device().type == "cpu"
 
@@ -95,7 +104,7 @@ class TestRefusals:
             "match.parameters=20,000 cannot be met within match.tolerance=0.02: the nearest model"
         )
         count = int(re.search(r"Give match.parameters=([\d,]+) or more", message)[1].replace(",", ""))
-        assert matched(f"match.parameters={count}")[1]["model"]["mlp_hidden"] == 8  # the cure works
+        assert matched(f"match.parameters={count}")[1].model.number("mlp_hidden") == 8  # the cure works
 
     def test_multiple_too_coarse(self, matched):
         with pytest.raises(ConfigError, match=r"Give a smaller match.multiple \(it is 512\) or a larger match.toler"):

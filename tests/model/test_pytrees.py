@@ -10,7 +10,7 @@ from small_mixers import small_mixer
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from longmix.config import resolved
+from longmix.config import ModelConfig, resolved
 from longmix.mixers.parts.base import MixerOutput
 from longmix.mixers.parts.metrics import Entropy, LargestShare, Mean, MeanProduct, Measure, Occupied, RootMeanSquare
 from longmix.model.backbone import LanguageModel, ModelOutput
@@ -53,7 +53,7 @@ def passes(model: LanguageModel) -> list[tuple[str, object]]:
 def test_every_tensor_that_passes_a_module_is_found(name, compose_config):
     node = resolved(compose_config(f"mixer={name}", *SMALL))
     node["mixer"] = small_mixer(node["mixer"], 4)
-    seen = passes(build_model(node, 24))
+    seen = passes(build_model(ModelConfig.of(node), 24))
     kinds = {type(part) for _, passed in seen for part in passed}
     assert {MixerOutput, ModelOutput} <= kinds
     for module, passed in seen:

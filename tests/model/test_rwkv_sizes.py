@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from longmix.config import resolved
+from longmix.config import ModelConfig, TrainConfig, read, resolved
 from longmix.errors import ConfigError
 from longmix.model.build import build_model
 from longmix.model.matching import match_parameters
@@ -33,7 +33,7 @@ def sized(layers: int, width: int, ranks: tuple[int, ...]) -> list[str]:
 @pytest.mark.parametrize(("layers", "width", "ranks", "parameters"), RELEASED.values(), ids=RELEASED)
 def test_released_sizes_are_exact(compose_config, layers, width, ranks, parameters):
     with torch.device("meta"):
-        model = build_model(resolved(compose_config(*sized(layers, width, ranks))), VOCABULARY)
+        model = build_model(read(TrainConfig, compose_config(*sized(layers, width, ranks))), VOCABULARY)
     assert model.parameter_counts()["total"] == parameters
     assert {block.mlp.key.weight.shape for block in model.blocks} == {(4 * width, width)}
 
@@ -45,7 +45,7 @@ def test_without_a_width_of_its_own_the_channel_mixing_keeps_its_size(compose_co
     config = resolved(compose_config(*words))
     assert config["model"]["block"].pop("channel_factor") is None
     with torch.device("meta"):
-        model = build_model(config, 256)
+        model = build_model(ModelConfig.of(config), 256)
     assert model.blocks[0].mlp.key.weight.shape == (max(1, 3 * hidden // 2), 32)
 
 
@@ -56,6 +56,6 @@ def test_a_factor_that_is_not_positive_is_refused():
 
 def test_matching_says_that_the_block_sets_the_width(compose_config):
     sizes = sized(2, 64, (32, 32, 32, 32))
-    config = resolved(compose_config(*sizes, "match.parameters=1000000"))
+    config = read(TrainConfig, compose_config(*sizes, "match.parameters=1000000"))
     with pytest.raises(ConfigError, match=r"Set model.block.channel_factor=null, or match.parameters=null"):
         match_parameters(config, 256)

@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from longmix.checkpoints import CheckpointStore, load_checkpoint, read_info
 from longmix.checkpoints.tensors import split
-from longmix.config import resolved
+from longmix.config import ModelConfig, resolved
 from longmix.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError
 from longmix.model.build import build_model
 from longmix.training import run as run_module
@@ -274,7 +274,7 @@ def test_what_is_not_finite_is_named():
 def test_every_mixer_begins_finite(compose_config):
     for path in sorted((Path(__file__).parents[2] / "configs/mixer").glob("*.yaml")):
         node = resolved(compose_config(f"mixer={path.stem}", "model.num_layers=1", "model.d_model=128"))
-        assert nonfinite_tensor({"model": build_model(node, 20).state_dict()}) is None, path.stem
+        assert nonfinite_tensor({"model": build_model(ModelConfig.of(node), 20).state_dict()}) is None, path.stem
 
 
 def test_max_skips_is_at_least_one(train):

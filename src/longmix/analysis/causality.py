@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from longmix.config import Node, locate
+from longmix.config import ModelConfig, Node, locate
 from longmix.errors import ConfigError
 from longmix.mixers.parts.base import Mixer
 from longmix.model.backbone import LanguageModel
@@ -263,7 +263,7 @@ def scale_model(config: Node, length: int, vocab_size: int) -> LanguageModel:
         for name, least in sizes_of(node).items():
             _shrink(small, node, name, max(1, length // 4), least)
     with warnings.catch_warnings(action="ignore"):  # what there is to say was said of the model itself
-        return build_model(small, vocab_size)
+        return build_model(ModelConfig.of(small), vocab_size)
 
 
 def sizes_of(node: Node) -> dict[str, int]:
@@ -279,7 +279,7 @@ def _shrink(config: Node, node: Node, name: str, most: int, least: int) -> None:
         node[name] = min(before, size)
         try:
             with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-                build_model(config, 1)
+                build_model(ModelConfig.of(config), 1)
         except ConfigError:
             continue
         return

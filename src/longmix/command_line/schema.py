@@ -1,6 +1,5 @@
 """The words of a command and their types, from the configuration's dataclasses and signatures at `_target_`."""
 
-import dataclasses
 import functools
 import re
 import typing
@@ -17,7 +16,7 @@ from longmix.command_line.places import SEARCH_PATH, folder_of, search_places
 from longmix.command_line.values import Takes
 from longmix.command_line.words import Word
 from longmix.config import EvaluateConfig, GenerateConfig, PrepareConfig, TrainConfig, locate, settings, words_of
-from longmix.config.rules import is_group
+from longmix.config.rules import is_group, is_words
 from longmix.errors import ConfigError, LongmixError
 from longmix.printable import printable
 
@@ -198,7 +197,7 @@ def _of_dataclass(schema: type, prefix: str = "") -> dict[str, Takes]:
     """The type of each dotted word; config groups have none."""
     found: dict[str, Takes] = {}
     for name, (entry, hint) in words_of(schema).items():
-        if dataclasses.is_dataclass(hint):
+        if is_words(hint):
             found |= _of_dataclass(typing.cast(type, hint), f"{prefix}{name}.")
         elif not is_group(hint):
             path, literal = (bool(entry.metadata.get(key)) for key in ("path", "literal"))

@@ -1,7 +1,8 @@
 """The configuration: its types, its border to dicts, and the checks that run before any work.
 
 `commands` has each command's words with types, ranges, defaults and meanings, `rules` checks them, `border` makes them
-from what Hydra composed and turns them back into dicts, `nodes` checks and builds what a group's `_target_` names,
+from what Hydra composed and turns them back into dicts, `choices` has what was chosen in a group, `nodes` checks and
+builds what its `_target_` names,
 `values` says whether a value is of a type, `limits` counts a run's steps.
 """
 
@@ -12,6 +13,8 @@ from longmix.config.border import hydra_schema as hydra_schema
 from longmix.config.border import plain as plain
 from longmix.config.border import read as read
 from longmix.config.border import resolved as resolved
+from longmix.config.choices import Choice as Choice
+from longmix.config.choices import Pattern as Pattern
 from longmix.config.commands import EvaluateConfig as EvaluateConfig
 from longmix.config.commands import GenerateConfig as GenerateConfig
 from longmix.config.commands import LoopConfig as LoopConfig

@@ -8,16 +8,17 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import is_dataclass
+from dataclasses import Field, is_dataclass
 from typing import Any, TypeVar
 
 import omegaconf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from longmix.config.choices import Choice, Pattern, choice_or_pattern, choices_by_name, copied
 from longmix.config.commands import TrainConfig
 from longmix.config.nodes import unknown_key
-from longmix.config.rules import check_values, default_of, is_group, words_of
+from longmix.config.rules import check_values, default_of, is_group, is_words, words_of
 from longmix.errors import ConfigError
 from longmix.naming import check_name
 
@@ -51,8 +52,16 @@ def plain(config: Any) -> Plain:
     for entry in dataclasses.fields(config):
         value = getattr(config, entry.name)
         if value is not None or not entry.metadata.get("record"):
-            found[entry.name] = plain(value) if is_dataclass(value) else value
+            found[entry.name] = _plain(value)
     return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Choice | Pattern):
+        return copied(value.entries)
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    return plain(value) if is_dataclass(value) else copied(value)
 
 
 def resolved(config: DictConfig) -> Plain:
@@ -85,7 +94,7 @@ def check_keys(given: Mapping[str, Any], kind: type, prefix: str = "") -> None:
     if missing:
         raise ConfigError(f"no value was given for: {', '.join(missing)}.")
     for name, (_, hint) in allowed.items():
-        if is_dataclass(hint):
+        if is_words(hint):
             if not isinstance(given[name], Mapping):
                 raise ConfigError(f"{prefix}{name}={given[name]!r} is no group of words; give {prefix}{name}.WORD.")
             check_keys(given[name], typing.cast(type, hint), f"{prefix}{name}.")
@@ -98,7 +107,7 @@ def hydra_schema(kind: type) -> type:
     """
     entries: list[tuple[str, Any, Any]] = []
     for name, (entry, hint) in words_of(kind).items():
-        if is_dataclass(hint):
+        if is_words(hint):
             inner = hydra_schema(typing.cast(type, hint))
             entries.append((name, inner, dataclasses.field(default_factory=inner)))
             continue
@@ -123,9 +132,21 @@ def _hydra_type(hint: Any) -> Any:
 
 def _made(kind: type[Config], values: Mapping[str, Any]) -> Config:
     made = {}
-    for name, (_, hint) in words_of(kind).items():
-        made[name] = _made(typing.cast(Any, hint), values[name]) if is_dataclass(hint) else values[name]
+    for name, (entry, hint) in words_of(kind).items():
+        if is_words(hint):
+            made[name] = _made(typing.cast(Any, hint), values[name])
+        else:
+            made[name] = _chosen(name, values[name], entry, hint) if is_group(hint) else values[name]
     return kind(**made)
+
+
+def _chosen(key: str, value: Any, entry: Field[Any], hint: Any) -> Choice | Pattern | dict[str, Choice] | None:
+    if typing.get_origin(hint) is dict:
+        return choices_by_name(key, value, entry.metadata["misfit"])
+    options = typing.get_args(hint)
+    if value is None and type(None) in options:
+        return None
+    return choice_or_pattern(key, value) if Pattern in options else Choice.of(key, value)
 
 
 def _without_value(value: Any, key: str = "") -> list[str]:

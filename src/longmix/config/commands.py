@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from longmix.config.nodes import Node
+from longmix.config.choices import Choice, Pattern, choice_or_pattern
 from longmix.config.rules import Rule, above_zero, at_least, between, count_up_to, record, share, word
 from longmix.config.values import LARGEST_SEED
 from longmix.errors import ConfigError
@@ -111,13 +111,17 @@ class ModelConfig:
         model: the model's size.
     """
 
-    mixer: Node
-    model: Node
+    mixer: Choice | Pattern
+    model: Choice
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> "ModelConfig":
         """That of a checkpoint's configuration, or of another mapping with these keys."""
-        return ModelConfig(mixer=stored["mixer"], model=stored["model"])
+        return ModelConfig(**_model_of(stored))
+
+
+def _model_of(stored: Mapping[str, Any]) -> dict[str, Any]:
+    return {"mixer": choice_or_pattern("mixer", stored["mixer"]), "model": Choice.of("model", stored["model"])}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,15 +135,21 @@ class StoredConfig(ModelConfig):
         seed: of the run.
     """
 
-    data: Node | None
-    tokenizer: Node
+    data: Choice | None
+    tokenizer: Choice
     seq_len: int
     seed: int
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> Self:
         """That of a checkpoint's configuration, which may have other keys besides."""
-        return cls(**{name: stored[name] for name in ("mixer", "model", "data", "tokenizer", "seq_len", "seed")})
+        return cls(
+            **_model_of(stored),
+            data=None if stored["data"] is None else Choice.of("data", stored["data"]),
+            tokenizer=Choice.of("tokenizer", stored["tokenizer"]),
+            seq_len=stored["seq_len"],
+            seed=stored["seed"],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,12 +183,12 @@ class TrainConfig(ModelConfig):
         origin: what `checkpoint` meant when the run began; no word.
     """
 
-    data: Node
-    tokenizer: Node
-    optimizer: Node
-    schedule: Node
-    trainer: Node
-    logger: Node
+    data: Choice
+    tokenizer: Choice
+    optimizer: Choice
+    schedule: Choice
+    trainer: Choice
+    logger: Choice
     seq_len: int = word(512, at_least(1))
     batch_size: int = word(2, at_least(1))
     max_steps: int | None = word(None, at_least(1))
@@ -229,8 +239,8 @@ class EvaluateConfig:
 
     checkpoint: str = word(path=True)
     states: str | None = word(None, path=True)
-    task: Node
-    data: Node | None = None
+    task: dict[str, Choice] = word(misfit="is no task; give one or several, such as task=[loss,accuracy].")
+    data: Choice | None = None
     split: str = "validation"
     seq_len: int | list[int] | None = word(None, LENGTHS, misfit=LENGTHS.says)
     max_tokens: int | None = word(None, COUNT)
@@ -296,8 +306,8 @@ class PrepareConfig:
         shard_tokens: a shard ends with the documents that fill it.
     """
 
-    data: Node
-    tokenizer: Node
+    data: Choice
+    tokenizer: Choice
     splits: list[str] | None = None
     workers: int = 0
     shard_tokens: int = 134_217_728

@@ -34,7 +34,7 @@ def locate(path: str, key: str) -> Callable[..., Any]:
     return target
 
 
-def build(node: Node, key: str, **supplied: Any) -> Any:
+def build(node: Mapping[str, Any], key: str, **supplied: Any) -> Any:
     """Check a `_target_` node against its callable's signature and call it.
 
     Args:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, Field, is_dataclass
 from typing import Any
 
+from longmix.config.choices import Choice, Pattern
 from longmix.config.values import as_given, fits, misfit
 from longmix.errors import ConfigError
 
@@ -100,7 +101,13 @@ def defaults(kind: type) -> dict[str, Any]:
 
 def is_group(hint: Any) -> bool:
     """Whether words of this type are choices of a group: what a choice takes is checked where it is built."""
-    return typing.get_origin(hint) is dict or any(typing.get_origin(part) is dict for part in typing.get_args(hint))
+    options = (hint, *typing.get_args(hint))
+    return any(option in (Choice, Pattern) for option in options)
+
+
+def is_words(hint: Any) -> bool:
+    """Whether a field holds words of its own, as `loop` does."""
+    return is_dataclass(hint) and not is_group(hint)
 
 
 def check_values(kind: type, given: dict[str, Any], prefix: str = "") -> None:
@@ -113,7 +120,7 @@ def check_values(kind: type, given: dict[str, Any], prefix: str = "") -> None:
         value, key = given[name], f"{prefix}{name}"
         if is_group(hint):
             continue
-        if is_dataclass(hint):
+        if is_words(hint):
             check_values(typing.cast(type, hint), value, f"{key}.")
             continue
         if not fits(value, hint):

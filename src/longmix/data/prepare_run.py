@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from longmix.command_line.program import program
-from longmix.config import PrepareConfig, build, read
+from longmix.config import PrepareConfig, read
 from longmix.data.prepared import find_splits
 from longmix.data.text_data import TextData
 from longmix.data.tokens.preparation import Preparation
@@ -43,7 +43,7 @@ def prepare_splits(config: DictConfig, invocation: Invocation | None = None) -> 
     """
     own = read(PrepareConfig, config)
     preparation = Preparation(own.shard_tokens, own.workers)
-    tokenizer = build(own.tokenizer, "tokenizer")
+    tokenizer = own.tokenizer.build()
     data = build_data(own.data, tokenizer, seq_len=ANY_LENGTH, batch_size=1, seed=0)
     splits = list(data.splits) if own.splits is None else own.splits
     unknown = [split for split in splits if split not in data.splits]

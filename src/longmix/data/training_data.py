@@ -7,7 +7,7 @@ import lightning
 import numpy as np
 from torch.utils.data import DataLoader
 
-from longmix.config import Node, build, check, locate
+from longmix.config import Choice
 from longmix.data.loaders import EvaluationBatches, TrainSteps, load, local_share
 from longmix.data.tokens.tokenizers import Tokenizer
 from longmix.data.windows import FiniteWindows, OrderedWindows, check_seq_len
@@ -229,26 +229,24 @@ class TrainingData(lightning.LightningDataModule, ABC):
 INTERFACE = f"{TrainingData.__module__}.{TrainingData.__name__}"
 
 
-def build_data(node: Node, tokenizer: Tokenizer, *, seq_len: int, batch_size: int, seed: int) -> TrainingData:
-    """The data that the `data` node of a configuration describes. Nothing is read or written.
+def build_data(choice: Choice, tokenizer: Tokenizer, *, seq_len: int, batch_size: int, seed: int) -> TrainingData:
+    """The data that the choice `data` of a configuration describes. Nothing is read or written.
 
     Args:
-        node: the settings with `_target_`.
+        choice: what to train on.
         tokenizer: how text becomes tokens.
         seq_len, batch_size, seed: see `TrainingData`.
 
     Raises:
-        ConfigError: a setting is wrong, or what the node names makes no `TrainingData`.
+        ConfigError: a setting is wrong, or what the choice names makes no `TrainingData`.
     """
-    check(node, "data", {"tokenizer", "seq_len", "batch_size", "seed"})
-    lacking = sorted(getattr(locate(node["_target_"], "data"), "__abstractmethods__", ()))
+    choice.check({"tokenizer", "seq_len", "batch_size", "seed"})
+    lacking = sorted(getattr(choice.located(), "__abstractmethods__", ()))
     if lacking:
-        raise ConfigError(
-            f"data._target_={node['_target_']} lacks {', '.join(lacking)}; {INTERFACE} says what each is."
-        )
-    data = build(node, "data", tokenizer=tokenizer, seq_len=seq_len, batch_size=batch_size, seed=seed)
+        raise ConfigError(f"data._target_={choice.target} lacks {', '.join(lacking)}; {INTERFACE} says what each is.")
+    data = choice.build(tokenizer=tokenizer, seq_len=seq_len, batch_size=batch_size, seed=seed)
     if not isinstance(data, TrainingData):
         raise ConfigError(
-            f"data._target_={node['_target_']} is a {type(data).__name__}; it must be a subclass of {INTERFACE}."
+            f"data._target_={choice.target} is a {type(data).__name__}; it must be a subclass of {INTERFACE}."
         )
     return data

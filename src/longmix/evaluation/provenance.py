@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from longmix.checkpoints.verify import weights_digest
-from longmix.config import Node
+from longmix.config import Choice
 from longmix.data.training_data import TrainingData
 from longmix.files import sha256_of_file, sha256_of_json
 from longmix.restore import Restored
@@ -65,13 +65,14 @@ def data_facts(data: TrainingData, split: str, is_own: bool) -> dict[str, Any]:
     }
 
 
-def is_own(given: Node | None, trained: Node | None) -> bool:
+def is_own(given: Choice | None, trained: Choice | None) -> bool:
     """Whether the word `data` means the data that the checkpoint was trained on."""
-    return given is None or _relevant(given) == _relevant(trained or {})
+    return given is None or _relevant(given) == _relevant(trained)
 
 
-def _relevant(node: Node) -> Node:
-    return {key: value for key, value in node.items() if key not in IRRELEVANT}
+def _relevant(choice: Choice | None) -> dict[str, object]:
+    entries = {} if choice is None else choice.entries
+    return {name: value for name, value in entries.items() if name not in IRRELEVANT}
 
 
 def now() -> str:

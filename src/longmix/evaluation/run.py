@@ -12,7 +12,7 @@ from rich.console import Console
 from longmix.allocation import allocation_errors
 from longmix.checkpoints import CheckpointStore, chosen_checkpoint, find_checkpoint
 from longmix.checkpoints.find import LAST
-from longmix.config import EvaluateConfig, build, check, read
+from longmix.config import Choice, EvaluateConfig, read
 from longmix.data.synthetic.base import SyntheticData
 from longmix.data.tokens.tokenizers import NumberTokenizer
 from longmix.data.training_data import TrainingData, build_data
@@ -40,7 +40,7 @@ def evaluate(config: DictConfig | Mapping[str, Any], restored: Restored | None =
         LongmixError: see `longmix.errors`; of several tasks, after the last of them.
     """
     own = read(EvaluateConfig, config)
-    tasks = _built_tasks(own.task)
+    tasks = _built(own.task)
     restored = restored or restored_for(own)
     home = _home(restored.checkpoint) if own.states is None else _folder(Path(own.states))
     output = Path(own.output) if own.output else home / "evaluation"
@@ -145,9 +145,9 @@ def _data(own: EvaluateConfig, restored: Restored) -> TrainingData:
     """
     if own.data is None and restored.config.data is None:
         raise ConfigError(f"{restored.checkpoint} says nothing of data; add data=, such as data=sotu.")
-    node = own.data or checked_data(restored.state["config"], own.trust)
+    choice = own.data or checked_data(restored.state["config"], own.trust)
     config = restored.config
-    data = build_data(node, restored.tokenizer, seq_len=config.seq_len, batch_size=1, seed=config.seed)
+    data = build_data(choice, restored.tokenizer, seq_len=config.seq_len, batch_size=1, seed=config.seed)
     numbers = isinstance(restored.tokenizer, NumberTokenizer)
     if isinstance(data, SyntheticData) and not numbers:
         raise ConfigError(
@@ -163,13 +163,11 @@ def _data(own: EvaluateConfig, restored: Restored) -> TrainingData:
     return data
 
 
-def _built_tasks(nodes: Any) -> dict[str, Task]:
+def _built(choices: Mapping[str, Choice]) -> dict[str, Task]:
     """The tasks by name; every one is checked and built before the first begins."""
-    if not isinstance(nodes, dict) or not nodes or "_target_" in nodes:
-        raise ConfigError(f"task={nodes!r} is no task; give one or several, such as task=[loss,accuracy].")
-    for name, node in nodes.items():
-        check(node, f"task.{name}", set(), Task)
-    return {name: build(node, f"task.{name}") for name, node in nodes.items()}
+    for choice in choices.values():
+        choice.check(set(), Task)
+    return {name: choice.build() for name, choice in choices.items()}
 
 
 def _home(checkpoint: Path) -> Path:

@@ -1,11 +1,11 @@
-"""From the configuration's `model` and `mixer` nodes to a model."""
+"""From the configuration's choices `model` and `mixer` to a model."""
 
 import inspect
 from typing import Any
 
 import torch
 
-from longmix.config import Node, build, check, unknown_key
+from longmix.config import Choice, ModelConfig, Pattern
 from longmix.errors import ConfigError
 from longmix.mixers.parts.base import Mixer, ModelShape
 from longmix.model.backbone import LanguageModel, MixerFactory
@@ -23,49 +23,31 @@ REQUIRED = {
 """The methods that a mixer's class must define, and how each is called."""
 
 
-def mixer_factory(node: Node) -> MixerFactory:
-    """Builds each layer's mixer from the `mixer` node.
-
-    The node is one mixer for all layers, or a pattern over named members that repeats along the layers.
+def mixer_factory(mixer: Choice | Pattern) -> MixerFactory:
+    """Builds each layer's mixer: the same choice in all layers, or the members of a pattern in turn.
 
     Raises:
-        ConfigError: the pattern names a member that has no settings, or a setting is wrong.
+        ConfigError: a setting is wrong.
     """
-    if "pattern" not in node:
-        check(node, "mixer", MIXER_ARGUMENTS)
-        return lambda shape, layer_index: _built(node, "mixer", shape, layer_index)
-    pattern = node["pattern"]
-    if not isinstance(pattern, list) or not pattern:
-        raise ConfigError(f"mixer.pattern={pattern!r} is not a list of at least one member's name.")
-    members = [name for name in node if name != "pattern"]
-    for name in pattern:
-        if name not in members:
-            raise ConfigError(f"mixer.pattern names {name}, which is not among its members {', '.join(members)}.")
-    for name in members:
-        if name not in pattern:
-            raise ConfigError(unknown_key(f"mixer.{name}", name, ["pattern", *dict.fromkeys(pattern)]))
-        check(node[name], f"mixer.{name}", MIXER_ARGUMENTS)
-
-    def from_pattern(shape: ModelShape, layer_index: int) -> Mixer:
-        name = pattern[layer_index % len(pattern)]
-        return _built(node[name], f"mixer.{name}", shape, layer_index)
-
-    return from_pattern
+    for choice in mixer.choices:
+        choice.check(MIXER_ARGUMENTS)
+    layers = [mixer.members[name] for name in mixer.order] if isinstance(mixer, Pattern) else [mixer]
+    return lambda shape, layer_index: _built(layers[layer_index % len(layers)], shape, layer_index)
 
 
-def _built(node: Node, key: str, shape: ModelShape, layer_index: int) -> Mixer:
+def _built(choice: Choice, shape: ModelShape, layer_index: int) -> Mixer:
     """Build the mixer of a layer, and check that it has all methods which a model calls.
 
     Raises:
         ConfigError: it is no mixer, or its class lacks something; the message says what.
     """
     try:
-        mixer = build(node, key, shape=shape, layer_index=layer_index)
+        mixer = choice.build(shape=shape, layer_index=layer_index)
     except (TypeError, AttributeError) as error:
-        raise ConfigError(f"{key}._target_={node['_target_']} cannot be built: {error}.") from error
-    check_mixer(mixer, f"{key}._target_={node['_target_']}")
+        raise ConfigError(f"{choice.key}._target_={choice.target} cannot be built: {error}.") from error
+    check_mixer(mixer, f"{choice.key}._target_={choice.target}")
     if mixer.kind is None:
-        mixer.kind = key
+        mixer.kind = choice.key
     return mixer
 
 
@@ -101,12 +83,20 @@ def _inherited(kind: type, method: str) -> bool:
     return found
 
 
-def build_model(config: Node, vocab_size: int) -> LanguageModel:
-    """The model that a resolved training configuration describes, with fresh weights on the current default device."""
-    return build(config["model"], "model", mixer_factory=mixer_factory(config["mixer"]), vocab_size=vocab_size)
+def build_model(config: ModelConfig, vocab_size: int) -> LanguageModel:
+    """The model that a configuration describes, with fresh weights on the current default device.
+
+    Args:
+        config: of a run, of a checkpoint, or of a mapping by `ModelConfig.of`.
+        vocab_size: number of token ids.
+
+    Raises:
+        ConfigError: a setting of the model or of a mixer is wrong.
+    """
+    return config.model.build(mixer_factory=mixer_factory(config.mixer), vocab_size=vocab_size)
 
 
-def check_model(config: Node) -> None:
+def check_model(config: ModelConfig) -> None:
     """Build the model without memory, so that sizes which do not fit are refused before any work.
 
     Raises:
@@ -124,8 +114,9 @@ def model_from_checkpoint(state: dict[str, Any]) -> LanguageModel:
             memory is taken.
     """
     vocab_size = state["model"]["embedding.weight"].shape[0]
+    config = ModelConfig.of(state["config"])
     with torch.device("meta"):
-        check_weights(build_model(state["config"], vocab_size), state["model"])
-    model = build_model(state["config"], vocab_size)
+        check_weights(build_model(config, vocab_size), state["model"])
+    model = build_model(config, vocab_size)
     load_weights(model, state["model"])
     return model

@@ -6,79 +6,82 @@ The feed-forward is in every layer and the same for all, so its width takes up t
 """
 
 import bisect
+import dataclasses
 import functools
+from typing import TypeVar
 
 import torch
 
-from longmix.config import Node
+from longmix.config import ModelConfig, TrainConfig
 from longmix.errors import ConfigError
 from longmix.model.build import build_model
 
+Sized = TypeVar("Sized", bound=ModelConfig)
 
-def match_parameters(config: Node, vocab_size: int) -> Node:
+
+def match_parameters(config: TrainConfig, vocab_size: int) -> TrainConfig:
     """`config` with the `model.mlp_hidden` that comes nearest to `match.parameters`; unchanged where that is null.
 
     What comes back holds nothing that has to be matched again: a checkpoint with it is rebuilt as it stands.
 
     Args:
-        config: a resolved training configuration that has passed its checks.
+        config: of a run; it has passed its checks.
         vocab_size: number of token ids.
 
     Raises:
         ConfigError: the model comes from a checkpoint, or no width meets the number within `match.tolerance`.
     """
-    match = config["match"]
-    if match["parameters"] is None:
+    target = config.match.parameters
+    if target is None:
         return config
-    if config["checkpoint"] is not None:
+    if config.checkpoint is not None:
         raise ConfigError(
-            f"match.parameters={match['parameters']} asks for a model of that size, and the model comes from "
-            f"checkpoint={config['checkpoint']}; leave one of the two out."
+            f"match.parameters={target} asks for a model of that size, and the model comes from "
+            f"checkpoint={config.checkpoint}; leave one of the two out."
         )
-    width, count = _nearest(config, vocab_size)
-    if abs(count / match["parameters"] - 1) > match["tolerance"]:
-        raise ConfigError(_refusal(config, width, count, vocab_size))
+    width, count = _nearest(config, target, vocab_size)
+    if abs(count / target - 1) > config.match.tolerance:
+        raise ConfigError(_refusal(config, target, width, count, vocab_size))
     return with_width(config, width)
 
 
-def with_width(config: Node, mlp_hidden: int) -> Node:
+def with_width(config: Sized, mlp_hidden: int) -> Sized:
     """`config` with another feed-forward width."""
-    return {**config, "model": {**config["model"], "mlp_hidden": mlp_hidden}}
+    return dataclasses.replace(config, model=config.model.having(mlp_hidden=mlp_hidden))
 
 
-def count_parameters(config: Node, vocab_size: int) -> int:
+def count_parameters(config: ModelConfig, vocab_size: int) -> int:
     """The number of parameters of the model that `config` describes, without allocating any."""
     with torch.device("meta"):
         return build_model(config, vocab_size).parameter_counts()["total"]
 
 
-def _nearest(config: Node, vocab_size: int) -> tuple[int, int]:
+def _nearest(config: TrainConfig, target: int, vocab_size: int) -> tuple[int, int]:
     """The width with the nearest number of parameters among multiples of `match.multiple`, and that number."""
-    target, multiple = config["match"]["parameters"], config["match"]["multiple"]
+    multiple = config.match.multiple
 
     @functools.cache
     def count(step: int) -> int:
         return count_parameters(with_width(config, step * multiple), vocab_size)
 
     # a feed-forward of width h has at least h * d_model weights, so no step from `last` on can be needed
-    last = target // config["model"]["d_model"] // multiple + 2
+    last = target // config.model.number("d_model") // multiple + 2
     above = 1 + bisect.bisect_left(range(1, last), target, key=count)
     step = min((step for step in (above - 1, above) if step), key=lambda step: abs(count(step) - target))
     return step * multiple, count(step)
 
 
-def _refusal(config: Node, width: int, count: int, vocab_size: int) -> str:
-    match = config["match"]
+def _refusal(config: TrainConfig, target: int, width: int, count: int, vocab_size: int) -> str:
+    multiple = config.match.multiple
     if count_parameters(with_width(config, 2 * width), vocab_size) == count:
         return (
-            f"match.parameters={match['parameters']:,} chooses model.mlp_hidden, which changes nothing in this model "
+            f"match.parameters={target:,} chooses model.mlp_hidden, which changes nothing in this model "
             f"of {count:,}: its block sets the width itself. Set model.block.channel_factor=null, or "
             "match.parameters=null."
         )
-    target, multiple = match["parameters"], match["multiple"]
     found = (
-        f"match.parameters={target:,} cannot be met within match.tolerance={match['tolerance']}: the nearest model has "
-        f"{count:,} ({count / target - 1:+.1%}) with model.mlp_hidden={width}"
+        f"match.parameters={target:,} cannot be met within match.tolerance={config.match.tolerance}: the nearest model "
+        f"has {count:,} ({count / target - 1:+.1%}) with model.mlp_hidden={width}"
     )
     if width == multiple and count > target:
         return (

@@ -10,7 +10,7 @@ from torch import Tensor
 from longmix.aliases import renewed
 from longmix.checkpoints import load_tensors, reading, save_tensors
 from longmix.checkpoints.verify import check_weight, weight_differences
-from longmix.config import Node
+from longmix.config import ModelConfig
 from longmix.errors import CheckpointError, ConfigError
 from longmix.mixers.parts.base import Mixer
 from longmix.model.backbone import LanguageModel
@@ -114,7 +114,16 @@ def save_states(path: Path, checkpoint: dict[str, Any]) -> None:
     save_tensors(path, content)
 
 
-def load_states(model: LanguageModel, path: Path, config: Node) -> None:
+def _is_of(content: dict[str, Any], config: ModelConfig) -> bool:
+    """Whether states were tuned in a model of this configuration."""
+    try:
+        own = ModelConfig.of({key: renewed(content[key]) for key in ("mixer", "model")})
+    except ConfigError:
+        return False
+    return (own.mixer, own.model) == (config.mixer, config.model)
+
+
+def load_states(model: LanguageModel, path: Path, config: ModelConfig) -> None:
     """Let every document begin from the states in a file that `save_states` wrote.
 
     Args:
@@ -137,7 +146,7 @@ def load_states(model: LanguageModel, path: Path, config: Node) -> None:
                 raise ValueError(f"{name} is no state")
         if not states or not {"mixer", "model"} <= content.keys():
             raise ValueError("it does not say of which model they are")
-    if any(renewed(content[key]) != config[key] for key in ("mixer", "model")):
+    if not _is_of(content, config):
         raise CheckpointError(f"the states in {path} are of another model; give those tuned from this checkpoint.")
     if "weights" in content and content["weights"] != _digest_of_others(model.state_dict()):
         raise CheckpointError(

@@ -11,7 +11,8 @@ from longmix import config as configuration
 from longmix.accelerators import ACCELERATORS, Accelerator, by_word
 from longmix.command_line import values
 from longmix.composing import composed
-from longmix.config import Node, build
+from longmix.config import Choice as GroupChoice
+from longmix.config import ModelConfig, Node, TrainConfig, build, plain
 from longmix.data.training_data import build_data
 from longmix.errors import ConfigError
 from longmix.model.backbone import LanguageModel
@@ -73,7 +74,7 @@ class Request:
     def model(self) -> LanguageModel:
         """The model on the meta device, in the dtype of its weights."""
         with torch.device("meta"):
-            return build_model(self.node, self.vocab_size)
+            return build_model(ModelConfig.of(self.node), self.vocab_size)
 
     def rows(self, choice: Choice) -> int:
         """Windows of a step that one process, or the processes that share windows, take.
@@ -128,7 +129,7 @@ def read(words: list[str]) -> Request:
     _check(node)
     trainer = node["trainer"]
     vocab_size = _vocab_size(node)
-    node = match_parameters(node, vocab_size)
+    node = plain(match_parameters(configuration.read(TrainConfig, node), vocab_size))
     gpus = _count(own.get("gpus", str((trainer["devices"] or 1) * trainer["num_nodes"])))
     notes = []
     strategy = trainer["strategy"]
@@ -163,7 +164,7 @@ def _check(node: Node) -> None:
     configuration.check_words(node)
     for group, supplied in SUPPLIED.items():
         configuration.check(node[group], group, supplied)
-    check_model(node)
+    check_model(ModelConfig.of(node))
     for key in ("devices", "num_nodes", "context_parallel", "micro_batch_size"):
         value = node["trainer"][key]
         if value is not None and value < 1:
@@ -224,4 +225,4 @@ def _vocab_size(node: Node) -> int:
     """The number of token ids that is expected before any data are read."""
     tokenizer = build(node["tokenizer"], "tokenizer")
     sizes = {name: node[name] for name in ("seq_len", "batch_size", "seed")}
-    return build_data(node["data"], tokenizer, **sizes).expected_vocab_size
+    return build_data(GroupChoice.of("data", node["data"]), tokenizer, **sizes).expected_vocab_size

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch.distributed import _functional_collectives as functional_collectives
 
 from longmix import startup
-from longmix.config import build
+from longmix.config import ModelConfig, build
 from longmix.distributed.ranks import local_environment
 from longmix.errors import ConfigError, LongmixError
 from longmix.planning.arguments import Request, read
@@ -180,7 +180,7 @@ def two_steps(request: Request) -> None:
     tokens = torch.randint(request.vocab_size, (rows, choice.seq_len))
     batch = Batch(tokens=tokens, targets=tokens, document_ids=torch.zeros_like(tokens, dtype=torch.int32))
     module = TrainingModule(
-        build_model(node, request.vocab_size),
+        build_model(ModelConfig.of(node), request.vocab_size),
         lambda parameters: build(node["optimizer"], "optimizer", parameters=parameters),
         build(node["schedule"], "schedule"),
         total_steps=2,

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from longmix import config as configuration
 from longmix.checkpoints import CheckpointStore, load_checkpoint
 from longmix.command_line.values import hydra_word
-from longmix.config import Node, build, total_steps
+from longmix.config import Choice, ModelConfig, Node, build, total_steps
 from longmix.data.synthetic.base import SyntheticData
 from longmix.data.tokens.tokenizers import Tokenizer
 from longmix.data.training_data import TrainingData, build_data
@@ -70,7 +70,8 @@ def train(config: DictConfig, invocation: Invocation | None = None) -> dict[str,
     origin = Origin.of(node, invocation)
     settings, data = check_config(node, None if origin is None else origin.tokenizer)
     _check_tokenizer_is_used(data, invocation.words)
-    node = match_parameters(node, data.expected_vocab_size)
+    matched = match_parameters(configuration.read(configuration.TrainConfig, node), data.expected_vocab_size)
+    node["model"] = configuration.plain(matched)["model"]
     place = RunPlace.of(config, node, invocation)
     node["name"] = place.name
     if place.folder != invocation.folder:
@@ -153,7 +154,7 @@ def _train_from(
     data.prepare_data()
     data.setup("fit")
     everyone.each(lambda: start.check_data(data.fingerprint()))
-    model = build_model(node, data.vocab_size if origin is None else origin.vocab_size)
+    model = build_model(ModelConfig.of(node), data.vocab_size if origin is None else origin.vocab_size)
     begin(model, node, origin)
     model.measures_hits = isinstance(data, SyntheticData)
     if is_first:
@@ -212,12 +213,12 @@ def check_config(node: Node, tokenizer: Tokenizer | None = None) -> tuple[Traine
     with torch.device("meta"):
         weights = {"matrix": torch.nn.Parameter(torch.empty(1, 1)), "vector": torch.nn.Parameter(torch.empty(1))}
         build(node["optimizer"], "optimizer", parameters=weights)
-    check_model(node)
+    check_model(ModelConfig.of(node))
     settings: TrainerSettings = build(node["trainer"], "trainer")
     settings.check_batch(node["batch_size"])
     check_slices(node["seq_len"], settings.slices)
     data = build_data(
-        node["data"],
+        Choice.of("data", node["data"]),
         build(node["tokenizer"], "tokenizer") if tokenizer is None else tokenizer,
         seq_len=node["seq_len"],
         batch_size=node["batch_size"],

@@ -95,7 +95,7 @@ class DecodeCost(Task):
         measured = sorted({max(1, trained // 4), trained} if self.measured is None else set(self.measured))
         balance = intensity(self.accelerator, dtype)
         with torch.device("meta"):
-            model = build_model(subject.restored.state["config"], subject.model.vocab_size).to(dtype)
+            model = build_model(subject.restored.config, subject.model.vocab_size).to(dtype)
             flash = with_flash(model)
         counted, baseline = ([step_cost(each, n, self.batch) for n in contexts] for each in (model, flash))
         pairs = list(zip(counted, baseline, strict=True))

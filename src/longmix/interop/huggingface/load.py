@@ -10,7 +10,7 @@ from torch import Tensor
 from longmix.aliases import renewed
 from longmix.checkpoints import CheckpointStore
 from longmix.checkpoints.contents import check_model_state, rebuilding
-from longmix.config import Node
+from longmix.config import ModelConfig, Node
 from longmix.data.tokens.tokenizers import Tokenizer, TokenizerFile, tokenizer_from_state
 from longmix.errors import CheckpointError, ConfigError, DataError
 from longmix.interop.huggingface import llama
@@ -136,7 +136,7 @@ def _check_same(folder: Path, theirs: Any, config: Node) -> None:
         different = [key for key in nodes if nodes[key] != said[key]]
     else:
         with torch.device("meta"):
-            described = llama.described(build_model(nodes, theirs.vocab_size), nodes)
+            described = llama.described(build_model(ModelConfig.of(nodes), theirs.vocab_size), nodes)
         different = [key for key, value in described.items() if getattr(theirs, key, None) != value]
     if different:
         raise CheckpointError(
@@ -160,7 +160,7 @@ def _configuration(nodes: Node, tokenizer: Node, theirs: Any) -> Node:
 
 def _weights(folder: Path, theirs: Any, config: Node) -> dict[str, Tensor]:
     with torch.device("meta"):
-        model = build_model(config, theirs.vocab_size)
+        model = build_model(ModelConfig.of(config), theirs.vocab_size)
         if getattr(theirs, "tuned_features", None) is not None:
             tune_states(model, theirs.tuned_features)
     weights = read_weights(folder)

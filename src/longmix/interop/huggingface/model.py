@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from longmix.aliases import renewed
-from longmix.config import Node
+from longmix.config import ModelConfig, Node
 from longmix.errors import CheckpointError, ConfigError
 from longmix.interop.huggingface.seal import check_seal
 from longmix.mixers.parts.recurrent import RecurrentMixer
@@ -173,7 +173,7 @@ class LongmixForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: LongmixConfig) -> None:
         super().__init__(config)
         nodes = trusted_nodes({"model": config.model, "mixer": config.mixer})
-        self.model = build_model(nodes, config.vocab_size)
+        self.model = build_model(ModelConfig.of(nodes), config.vocab_size)
         if config.tuned_features is not None:
             tune_states(self.model, config.tuned_features)
         self.post_init()
