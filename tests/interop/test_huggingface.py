@@ -19,6 +19,8 @@ from longmix.data.tokens.tokenizers import PROBE, ByteTokenizer, LibraryTokenize
 from longmix.errors import CheckpointError, ConfigError, LongmixError, StorageError
 from longmix.evaluation.run import evaluate
 from longmix.generation.session import Session
+from longmix.mixers.parts.base import Mixer
+from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model, model_from_checkpoint
 from longmix.model.tuned_states_file import tune_states
 from longmix.training.run import train
@@ -29,7 +31,7 @@ from longmix.interop.huggingface import folder as folders  # noqa: E402
 from longmix.interop.huggingface.__main__ import main  # noqa: E402
 from longmix.interop.huggingface.export import export  # noqa: E402
 from longmix.interop.huggingface.load import import_folder  # noqa: E402
-from longmix.interop.huggingface.model import CACHE_FIELD, CACHE_NAMES  # noqa: E402
+from longmix.interop.huggingface.model import CACHE_FIELD, CACHE_NAMES, LongmixConfig  # noqa: E402
 from longmix.interop.huggingface.seal import check_seal  # noqa: E402
 from longmix.interop.huggingface.tokenizer import byte_letters, huggingface_tokenizer  # noqa: E402
 
@@ -304,6 +306,26 @@ def test_types_and_tuned_states(saved, tmp_path):
     state = load_checkpoint(find_checkpoint(tmp_path / "back-half"))["model"]
     for name, weight in model.state_dict().items():
         assert torch.equal(state[name], weight if ".tuned." in name else weight.bfloat16().float()), name
+
+
+class Remembering(Mixer):
+    """Whose tuned states follow the contract of `Mixer`, without the base of the recurrent mixers."""
+
+    tunes_states = True
+
+    def tune_states(self, features=0, decorrelation=0.0):
+        self.tuned = torch.nn.ParameterDict({"start": torch.zeros(2, 3)})
+
+
+def test_any_mixer_may_have_tuned_states(compose_config):
+    config = resolved(compose_config(*SMALL))
+    for tuned, features in ((False, None), (True, 0)):
+        model = LanguageModel(
+            lambda shape, index: Remembering(), 20, d_model=16, num_layers=2, num_heads=2, mlp_hidden=8
+        )
+        if tuned:
+            tune_states(model)
+        assert LongmixConfig.of(model, config).tuned_features == features
 
 
 def trained_library() -> LibraryTokenizer:

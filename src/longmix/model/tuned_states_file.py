@@ -82,7 +82,7 @@ def check_weights(model: LanguageModel, weights: dict[str, Tensor]) -> None:
         CheckpointError: names what differs.
     """
     if tuned_states(weights):
-        tune_states(model, _features(weights))
+        tune_states(model, memory_features(weights))
     _check_like(weights, model.state_dict())
 
 
@@ -91,7 +91,7 @@ def _check_like(weights: dict[str, Tensor], needed: dict[str, Tensor]) -> None:
         raise CheckpointError(f"these weights are of another model: {differences}.")
 
 
-def _features(weights: dict[str, Tensor]) -> int:
+def memory_features(weights: dict[str, Tensor]) -> int:
     """Size of the memories among a model's weights; 0 if there are none."""
     return next((weight.shape[-1] for name, weight in weights.items() if name.endswith(".memory.whitening")), 0)
 
@@ -154,7 +154,7 @@ def load_states(model: LanguageModel, path: Path, config: ModelConfig) -> None:
             "them, or the one that it began from."
         )
     with reading(path, "states of this model", cure):
-        tune_states(model, _features(states))
+        tune_states(model, memory_features(states))
         try:
             _check_like(states, tuned_states(model.state_dict()))
         except CheckpointError as error:

@@ -19,11 +19,10 @@ from longmix.aliases import renewed
 from longmix.config import ModelConfig, Node
 from longmix.errors import CheckpointError, ConfigError
 from longmix.interop.huggingface.seal import check_seal
-from longmix.mixers.parts.recurrent import RecurrentMixer
 from longmix.mixers.parts.states import mapped
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model
-from longmix.model.tuned_states_file import tune_states
+from longmix.model.tuned_states_file import memory_features, tune_states, tuned_states
 from longmix.trust import check_model_nodes
 
 MODEL_TYPE = "longmix"
@@ -82,10 +81,8 @@ class LongmixConfig(PreTrainedConfig):
             ConfigError: it has a part that is not of longmix.
         """
         nodes = trusted_nodes(config)
-        tuned = [mixer.tuned for mixer in model.mixers() if isinstance(mixer, RecurrentMixer) and mixer.tuned]
-        features = None
-        if tuned:
-            features = 0 if tuned[0].memory is None else tuned[0].memory.content.shape[1]
+        tuned = tuned_states(model.state_dict())
+        features = memory_features(tuned) if tuned else None
         vocab_size = model.embedding.num_embeddings
         return cls(**nodes, vocab_size=vocab_size, max_position_embeddings=config["seq_len"], tuned_features=features)
 
