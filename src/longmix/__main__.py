@@ -59,7 +59,7 @@ def run(command: Command, words: list[str]) -> int:
         run_task(command.hydra)
         return 0
     assert command.module is not None
-    if command.words and {"-h", "--help"} & set(words):
+    if command.words and {"-h", "--help"} & set(words) and not command.besides:
         print(command.help())
         return 0
     options = [*command.adds, *command.options(words)]

@@ -76,8 +76,8 @@ def test_options_with_values_ask_for_nothing(run_words):
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [
-        (["-h"], 0, "gpus=N"),
-        (["-h", "gpus=4"], 0, "gpus=N"),
+        (["-h"], 0, "  gpus=null "),
+        (["-h", "gpus=4"], 0, "  gpus=null "),
         (["--help", "mixer=gla"], 0, "mixer=gla (mixer.SETTING=VALUE)"),
         (["-h", "foo"], 2, "unknown word foo."),
     ],

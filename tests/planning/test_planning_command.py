@@ -1,10 +1,13 @@
 """`python -m longmix.planning`: what it prints and writes, and how it ends."""
 
 import json
+import re
 
 import pytest
 
+from longmix.accelerators import ACCELERATORS
 from longmix.planning.__main__ import main
+from longmix.planning.arguments import OWN, read
 
 SMALL = (
     "model.d_model=64",
@@ -66,9 +69,17 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path, capsys):
     assert "StorageError" in capsys.readouterr().err
 
 
-def test_help_names_the_words(capsys):
+def test_help_is_a_table_of_the_words(capsys):
     assert main(["--help"]) == 0
-    assert "gpus=N" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert [line.split("=")[0].strip() for line in printed.splitlines() if re.match(r"  \w+=\S+  +", line)] == list(OWN)
+    assert "The words of `python train.py` are taken too" in printed
+
+
+def test_the_table_has_the_accelerators_and_defaults():
+    assert OWN["gpu"].choices == (*ACCELERATORS, "cpu")
+    plain, spelled = read([]), read([f"{name}={word.default}" for name, word in OWN.items()])
+    assert (plain.gpus, plain.accelerator) == (spelled.gpus, spelled.accelerator) == (1, ACCELERATORS["H200"])
 
 
 @pytest.mark.parametrize(
@@ -81,6 +92,8 @@ def test_help_names_the_words(capsys):
         (["help"], "help is not a word"),
         (["seq_len=16k"], "Write seq_len=16000 or seq_len=16384."),
         (["gpus=1e1", "gpu=x"], "gpu=x is not in the table"),
+        (["gpuss=2"], "unknown word gpuss. Did you mean gpus?"),
+        (["outpt=plan"], "unknown word outpt. Did you mean output?"),
     ],
 )
 def test_refused_by_name(words, message, capsys):

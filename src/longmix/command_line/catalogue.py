@@ -76,6 +76,7 @@ class Command:
         module: has `main(arguments)`, which returns an exit code.
         adds: arguments besides the user's.
         words: what it takes where Hydra does not know it; none where the module explains itself.
+        besides: the command whose words it takes too; `module` gets all words as they were given.
         examples: lines for the help.
     """
 
@@ -85,6 +86,7 @@ class Command:
     module: str | None = None
     adds: tuple[str, ...] = ()
     words: tuple[Argument, ...] = ()
+    besides: str | None = None
     examples: tuple[str, ...] = ()
 
     def help(self) -> str:
@@ -94,6 +96,8 @@ class Command:
         places = [word.name.upper() + "..." * word.many for word in self.words if word.place]
         names = "its name" if len(places) == 1 else "their names, in this order"
         note = f"{' '.join(places)} may stand without {names}." if places else ""
+        if self.besides:
+            note = f"The words of `longmix {self.besides}` are taken too; `longmix {self.besides} -h` lists them."
         examples = ["", *(f"  {example}" for example in self.examples)] if self.examples else []
         return "\n".join([f"longmix {self.name}: {self.about}", *examples, "", "Words", *lines, "", note]).rstrip()
 
@@ -103,7 +107,7 @@ class Command:
         Raises:
             ConfigError: an unknown word, or one that is missing.
         """
-        if not self.words:
+        if not self.words or self.besides:
             return list(given)
         known = {word.name: word for word in self.words}
         places: dict[str, list[str]] = {word.name: [] for word in self.words if word.place}
@@ -175,6 +179,9 @@ def _listed(value: str) -> list[str]:
 
 _CHECKPOINT = "folder of a run or of a checkpoint"
 
+_GPUS = ("GB200", "B200", "H200", "H100 PCIe", "H100 NVL", "H100", "A100-SXM4-40GB", "A100", "L40S", "RTX 4090")
+"""The table of accelerators, which would import torch."""
+
 _COMMANDS = (
     Command("train", "train a language model whose sequence mixer is one word", hydra="train"),
     Command("evaluate", "evaluate a checkpoint, or all of a sweep", hydra="evaluate"),
@@ -194,6 +201,16 @@ _COMMANDS = (
         "plan",
         "memory, traffic and time of a run on machines that need not be here",
         module="longmix.planning.__main__",
+        words=(
+            Argument("gpus", "how many of all machines together; null: trainer.devices times trainer.num_nodes"),
+            Argument("gpu", "which; cpu is this machine", "H200", choices=(*_GPUS, "cpu")),
+            Argument("output", "folder to write plan.json and plan.png to"),
+        ),
+        besides="train",
+        examples=(
+            "longmix plan model=7b mixer=flash seq_len=65536 gpus=64",
+            "longmix plan experiment=125m_16k gpu=H100 output=plan",
+        ),
     ),
     Command(
         "export",

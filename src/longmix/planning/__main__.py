@@ -1,63 +1,70 @@
 """`python -m longmix.planning model=7b mixer=flash seq_len=65536 gpus=64`: memory, traffic and time of a run.
 
-Takes the words of `train.py`, and gpus=N (1), gpu=NAME (H200; `cpu` is this machine), and output=FOLDER for plan.json
-and plan.png. Exits with 0 where the run fits, 1 where it does not, 2 for impossible words.
+Exits with 0 where the run fits, 1 where it does not, 2 for impossible words.
 """
 
 import sys
 from pathlib import Path
 
 from longmix import startup
-from longmix.command_line.program import as_called
+from longmix.command_line.catalogue import CATALOGUE
+from longmix.command_line.program import is_console
 from longmix.errors import ConfigError, LongmixError
 
 DOES_NOT_FIT = 1
+COMMAND = CATALOGUE["plan"]
 
 
 def main(words: list[str] | None = None) -> int:
     """Print the plan, write it where asked to, and return the exit code."""
     words = sys.argv[1:] if words is None else words
     if not words:
-        print(
-            f"ConfigError: there is nothing to plan; give at least one word.\n\n{as_called(__doc__ or '')}",
-            file=sys.stderr,
-        )
+        print(f"ConfigError: there is nothing to plan; give at least one word.\n\n{_usage()}", file=sys.stderr)
         return ConfigError.exit_code
-    outputs = [word.removeprefix("output=") for word in words if word.startswith("output=")]
     try:
         if set(words) & {"-h", "--help"}:
             print(_help(words))
             return 0
-        if "" in outputs:
-            raise ConfigError("output= names no folder.")
-        folder = Path(outputs[-1]).expanduser() if outputs else None
-        return _run([word for word in words if not word.startswith("output=")], folder)
+        return _run(words)
     except LongmixError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
 
 
+def _usage() -> str:
+    """The table of this command's words, by the names of what was called."""
+    text = COMMAND.help() + "\nExits with 0 where the run fits, 1 where it does not, 2 for impossible words."
+    if is_console():
+        return text
+    return text.replace("longmix plan", "python -m longmix.planning").replace("longmix train", "python train.py")
+
+
 def _help(words: list[str]) -> str:
-    """The help of this command, or of the words of `train.py` that are asked about."""
+    """The help of this command, or on the words that are asked about."""
     from longmix import cli
     from longmix.command_line.schema import Schema, configs_folder
 
-    asked = [word for word in words if word.partition("=")[0] not in ("gpus", "gpu", "output")]
+    own = {word.name for word in COMMAND.words}
+    asked = [word for word in words if word.partition("=")[0] not in own]
     if not [word for word in asked if not word.startswith("-")]:
-        return as_called(__doc__ or "")
+        return _usage()
     cli.register()
     schema = Schema("train", configs_folder())
     schema.search(asked)
     return cli.answered(schema, asked) or ""
 
 
-def _run(words: list[str], output: Path | None) -> int:
+def _run(words: list[str]) -> int:
     from rich.console import Console
 
     from longmix.files import replace_json, storage_errors
     from longmix.planning import arguments, report
     from longmix.planning.plan import Planner, single_changes, smallest_change
 
+    folder = arguments.divided(words)[0].get("output")
+    if folder == "":
+        raise ConfigError("output= names no folder.")
+    output = None if folder is None else Path(folder).expanduser()
     planner = Planner(arguments.read(words))
     plan = planner.plan()
     fits = plan.memory.fits

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +11,7 @@ import torch
 from longmix import config as configuration
 from longmix.accelerators import ACCELERATORS, Accelerator, by_word
 from longmix.command_line import values
+from longmix.command_line.catalogue import CATALOGUE
 from longmix.composing import composed
 from longmix.config import Choice as GroupChoice
 from longmix.config import ModelConfig, Node, TrainConfig, build, plain
@@ -19,7 +21,7 @@ from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model, check_model
 from longmix.model.matching import match_parameters
 from longmix.planning.dry_run import Precision
-from longmix.wording import counted
+from longmix.wording import counted, did_you_mean, nearest
 
 Strategy = Literal["single", "ddp", "fsdp"]
 
@@ -117,14 +119,14 @@ class Request:
 def read(words: list[str]) -> Request:
     """A request from the words of a command line.
 
-    Besides the words of `train.py`: `gpus` (devices of all machines, 1) and `gpu` (a name of the table of accelerators,
-    or "cpu"; H200). Without `batch_size`, every replica has one window.
+    Besides the words of `train.py`: those of `longmix plan`, of which `output` changes nothing here. Without
+    `batch_size`, every replica has one window.
 
     Raises:
         ConfigError: an unknown word, accelerator or choice, something that does not divide, or what cannot be planned.
     """
-    own, others = _divided(words)
-    accelerator, memory = _accelerator(own.get("gpu", "H200"))
+    own, others = divided(words)
+    accelerator, memory = _accelerator(own.get("gpu", OWN["gpu"].default))
     node, labels = _composed(others)
     _check(node)
     trainer = node["trainer"]
@@ -184,19 +186,21 @@ SUPPLIED: dict[str, set[str]] = {
 }
 """The arguments that longmix gives to the callables of a group."""
 
-OWN_WORDS = ("gpus", "gpu")
+OWN = {word.name: word for word in CATALOGUE["plan"].words}
+"""The words of a plan that `train.py` does not have."""
 
 
-def _divided(words: list[str]) -> tuple[dict[str, str], list[str]]:
+def divided(words: list[str]) -> tuple[dict[str, str], list[str]]:
+    """The values of a plan's own words, and all others. A word whose default is null may be given as that."""
     own: dict[str, str] = {}
     others = []
     for word in words:
         name, equals, value = word.partition("=")
-        if name in OWN_WORDS and equals:
+        if name in OWN and equals:
             own[name] = value
         else:
             others.append(word)
-    return own, others
+    return {name: value for name, value in own.items() if not value == OWN[name].default == "null"}, others
 
 
 def _count(text: str) -> int:
@@ -217,8 +221,18 @@ def _accelerator(word: str) -> tuple[Accelerator | None, int]:
 
 def _composed(given: list[str]) -> tuple[Node, tuple[str, str]]:
     """The resolved configuration, and the words for mixer and model."""
-    made = composed("train", given)
+    try:
+        made = composed("train", given)
+    except ConfigError as error:
+        raise _with_own_words(error) from error
     return made.node, (made.choices["mixer"], made.choices["model"])
+
+
+def _with_own_words(error: ConfigError) -> ConfigError:
+    """The error about an unknown word, with the word of a plan that was probably meant."""
+    found = re.match(r"unknown word (\w+)\.(?! Did you)", str(error))
+    meant = nearest(found[1], OWN) if found else ""
+    return ConfigError(f"unknown word {found[1]}.{did_you_mean(meant)}") if found and meant else error
 
 
 def _vocab_size(node: Node) -> int:
