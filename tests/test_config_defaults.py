@@ -1,7 +1,7 @@
 """A choice's file and the class that it names have the same defaults, so that both may be read for the truth."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +34,22 @@ def written(path: Path) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.load(path), resolve=False)  # type: ignore[return-value]
 
 
+def defaults(target: Callable[..., Any]) -> dict[str, Any]:
+    """The defaults of a class's settings, also of those that it hands on to its bases."""
+    inits = [base.__init__ for base in reversed(target.__mro__)] if inspect.isclass(target) else [target]
+    parameters = {name: p for init in inits for name, p in inspect.signature(init).parameters.items()}
+    return {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
+
+
 def differences(group: str, path: Path) -> dict[str, tuple[Any, Any]]:
     """What the file says and the class's default, for every setting where both exist and differ."""
     found = {}
     for key, settings in parts(written(path), f"{group}/{path.stem}"):
-        parameters = inspect.signature(locate(settings["_target_"], key)).parameters
+        known = defaults(locate(settings["_target_"], key))
         for name, value in settings.items():
-            parameter = parameters.get(name)
-            if parameter is None or parameter.default is inspect.Parameter.empty or "${" in str(value):
+            if name not in known or "${" in str(value):
                 continue
-            default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
+            default = list(known[name]) if isinstance(known[name], tuple) else known[name]
             if value != default and not isinstance(value, dict):
                 found[f"{key}.{name}"] = (value, default)
     return found

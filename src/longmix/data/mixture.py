@@ -9,7 +9,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from longmix.data.corpora.corpus import SPLITS, Corpus, check_split
-from longmix.data.text_data import DataOptions, TextData
+from longmix.data.text_data import TextData, TextOptions
 from longmix.data.tokens.preparation import prepare
 from longmix.data.tokens.token_files import TokenFile
 from longmix.data.tokens.tokenizers import Tokenizer
@@ -126,7 +126,7 @@ class MixtureData(TextData):
         corpora: dict[str, Corpus],
         weights: dict[str, float],
         tokenizer: Tokenizer,
-        **options: Unpack[DataOptions],
+        **options: Unpack[TextOptions],
     ) -> None:
         super().__init__(JoinedCorpus(corpora), tokenizer, **options)
         if set(weights) != set(corpora):

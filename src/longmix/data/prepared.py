@@ -13,7 +13,7 @@ from typing import Any, Unpack
 from longmix.data.corpora.corpus import SPLITS
 from longmix.data.corpora.local_files import user_path
 from longmix.data.corpora.retry import Patience
-from longmix.data.text_data import DataOptions, TokenData
+from longmix.data.text_data import TextOptions, TokenData
 from longmix.data.tokens.sealed_folder import MANIFEST, read_manifest
 from longmix.data.tokens.token_files import FORMAT_VERSION, TOKENIZER, TokenFile, check_manifest
 from longmix.data.tokens.tokenizers import Tokenizer, tokenizer_from_state
@@ -291,7 +291,7 @@ class PreparedData(TokenData):
         tokenizer: Tokenizer,
         *,
         local_shards: int = LEAST_SHARDS,
-        **options: Unpack[DataOptions],
+        **options: Unpack[TextOptions],
     ) -> None:
         super().__init__(PreparedCorpus("prepared", SPLITS[:2]), tokenizer, **options)
         if local_shards < LEAST_SHARDS:

@@ -2,29 +2,24 @@
 
 import functools
 import logging
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 from longmix.data.corpora.corpus import Corpus
 from longmix.data.corpora.local_files import user_path
 from longmix.data.tokens.preparation import Preparation, prepare
 from longmix.data.tokens.token_files import TokenFile
 from longmix.data.tokens.tokenizers import Tokenizer
-from longmix.data.training_data import TrainingData
+from longmix.data.training_data import DataOptions, TrainingData
 from longmix.data.windows import EvaluationWindows, TrainWindows, order_key
 from longmix.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
 
-class DataOptions(TypedDict, total=False):
+class TextOptions(DataOptions, total=False):
     """The options of `TextData` besides corpus and tokenizer; see there."""
 
-    seq_len: int
-    batch_size: int
-    seed: int
     cache_dir: str
-    num_workers: int
-    validation_tokens: int | None
 
 
 class TextData(TrainingData):
@@ -35,8 +30,8 @@ class TextData(TrainingData):
     Args:
         corpus: where the documents come from.
         tokenizer: how they become tokens.
-        seq_len, batch_size, seed, num_workers, validation_tokens: see `TrainingData`.
         cache_dir: folder for token files and trained tokenizers.
+        options: those of `TrainingData`.
 
     Attributes:
         preparation: how missing token files are made.
@@ -54,20 +49,10 @@ class TextData(TrainingData):
         corpus: Corpus,
         tokenizer: Tokenizer,
         *,
-        seq_len: int,
-        batch_size: int,
-        seed: int,
         cache_dir: str = "~/.cache/longmix",
-        num_workers: int = 0,
-        validation_tokens: int | None = 65536,
+        **options: Unpack[DataOptions],
     ) -> None:
-        super().__init__(
-            seq_len=seq_len,
-            batch_size=batch_size,
-            seed=seed,
-            num_workers=num_workers,
-            validation_tokens=validation_tokens,
-        )
+        super().__init__(**options)
         self.corpus = corpus
         self.cache_dir = user_path("data.cache_dir", cache_dir)
         self.preparation = Preparation()
@@ -195,7 +180,7 @@ class TokenData(TextData):
         options: see `TextData`.
     """
 
-    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, **options: Unpack[DataOptions]) -> None:
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, **options: Unpack[TextOptions]) -> None:
         super().__init__(corpus, tokenizer, **options)
         self._evaluation_windows: dict[tuple[str, int, int | None], EvaluationWindows] = {}
 

@@ -1,7 +1,7 @@
 """`TrainingData`: everything that training and evaluation ask of data, and the Lightning datamodule for it."""
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import lightning
 import numpy as np
@@ -12,6 +12,16 @@ from longmix.data.loaders import EvaluationBatches, TrainSteps, load, local_shar
 from longmix.data.tokens.tokenizers import Tokenizer
 from longmix.data.windows import FiniteWindows, OrderedWindows, check_seq_len
 from longmix.errors import ConfigError
+
+
+class DataOptions(TypedDict):
+    """The options of all kinds of data; see `TrainingData`."""
+
+    seq_len: int
+    batch_size: int
+    seed: int
+    num_workers: NotRequired[int]
+    validation_tokens: NotRequired[int | None]
 
 
 class TrainingData(lightning.LightningDataModule, ABC):

@@ -3,14 +3,14 @@
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from longmix.data.corpora.corpus import SPLITS, require_split
 from longmix.data.synthetic.tasks import SyntheticTask
 from longmix.data.tokens.tokenizers import ByteTokenizer, NumberTokenizer, Tokenizer
-from longmix.data.training_data import TrainingData
+from longmix.data.training_data import DataOptions, TrainingData
 from longmix.data.windows import Window, check_seq_len
 from longmix.errors import ConfigError
 
@@ -57,8 +57,7 @@ class SyntheticData(TrainingData):
         task: makes the examples.
         tokenizer: of numbers, with the task's vocabulary, in evaluation; in training there is none to choose, and
             `ByteTokenizer`, which stands where none was chosen, is passed over.
-        seq_len, batch_size, seed, num_workers: see `TrainingData`.
-        validation_tokens: how much each validation takes.
+        options: those of `TrainingData`; `validation_tokens` is how much each validation takes.
 
     Raises:
         ConfigError: the task does not fit into `seq_len`, or is not the one that the model was trained on.
@@ -68,20 +67,9 @@ class SyntheticData(TrainingData):
         self,
         task: SyntheticTask,
         tokenizer: Tokenizer,
-        *,
-        seq_len: int,
-        batch_size: int,
-        seed: int,
-        num_workers: int = 0,
-        validation_tokens: int | None = 65536,
+        **options: Unpack[DataOptions],
     ) -> None:
-        super().__init__(
-            seq_len=seq_len,
-            batch_size=batch_size,
-            seed=seed,
-            num_workers=num_workers,
-            validation_tokens=validation_tokens,
-        )
+        super().__init__(**options)
         if not isinstance(tokenizer, NumberTokenizer | ByteTokenizer):
             raise ConfigError(
                 f"data.task makes numbers, not text, so that a tokenizer of text ({type(tokenizer).__name__}) has no "
@@ -94,7 +82,7 @@ class SyntheticData(TrainingData):
             )
         self.task = task
         self._tokenizer = NumberTokenizer(task.vocab_size)
-        SyntheticWindows(task, seq_len, "train", seed, 1).sample(0)
+        SyntheticWindows(task, self.seq_len, "train", self.seed, 1).sample(0)
 
     @property
     def source(self) -> str:

@@ -16,7 +16,7 @@ from longmix.data.corpora.corpus import Corpus, check_split
 from longmix.data.synthetic.base import EVALUATED_EXAMPLES, SyntheticWindows
 from longmix.data.synthetic.haystack import KEYS, LARGEST_VALUE, QUESTION, STATEMENT, Forms, draw_value, hidden, stretch
 from longmix.data.synthetic.tasks import Example
-from longmix.data.text_data import DataOptions, TextData
+from longmix.data.text_data import TextData, TextOptions
 from longmix.data.tokens.token_files import TokenFile
 from longmix.data.tokens.tokenizers import Tokenizer
 from longmix.data.windows import check_seq_len
@@ -114,7 +114,7 @@ class NeedleData(TextData):
         answer_share: float | None = 0.5,
         statement: str = STATEMENT,
         question: str = QUESTION,
-        **options: Unpack[DataOptions],
+        **options: Unpack[TextOptions],
     ) -> None:
         super().__init__(corpus, tokenizer, **options)
         self.counts = needles if isinstance(needles, list) else [needles]
