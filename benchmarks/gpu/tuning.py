@@ -1,6 +1,7 @@
 """Neighbours of the launch tables' rows, timed; what is faster is written as a patch of the tables.
 
-A neighbour differs in one number: a tile twice or half as large, twice or half as many warps, a stage more or less. It
+A neighbour differs in one number: a tile twice or half as large, twice or half as many warps, a stage more or less,
+loads through tensor descriptors or without. It
 is timed in turns with the row of the table, in a whole pass of a call that uses it, and counts as better where it saves
 a share of the pass in two measurements. Results must be those of the table's row, within rounding.
 """
@@ -71,7 +72,7 @@ def tune(*, engine: str, kernel: str, seconds: float = 0.1, **settings: Any) -> 
     width, used = entries[0]
     passes = {used: _pass(call, table, kernel, used)}
     notes: dict[str, str] = {}
-    for row in neighbours(used):
+    for row in neighbours(used, kernel):
         try:
             with table.override(kernel, row):
                 found = call.results("triton")
@@ -103,12 +104,13 @@ def tune(*, engine: str, kernel: str, seconds: float = 0.1, **settings: Any) -> 
     }
 
 
-def neighbours(row: LaunchConfig) -> Iterator[LaunchConfig]:
-    """Rows that differ from this one in a single number."""
+def neighbours(row: LaunchConfig, kernel: str) -> Iterator[LaunchConfig]:
+    """Rows that differ from this one in a single number that makes a difference to the kernel."""
+    used = row.used_by(kernel)
     for entry in dataclasses.fields(row):  # type: ignore[arg-type]
-        value = getattr(row, entry.name)
-        for other in _near(entry.name, value):
-            yield dataclasses.replace(row, **{entry.name: other})  # type: ignore[type-var]
+        if entry.name in used:
+            for other in _near(entry.name, getattr(row, entry.name)):
+                yield dataclasses.replace(row, **{entry.name: other})  # type: ignore[type-var]
 
 
 def _near(name: str, value: int) -> list[int]:

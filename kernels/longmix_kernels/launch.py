@@ -8,7 +8,7 @@ starts a search or a compile; `LaunchTable.override` replaces one for a benchmar
 import contextlib
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -39,6 +39,10 @@ class LaunchConfig:
     def tiles(self) -> dict[str, int]:
         """Return the sizes of tiles as compile-time arguments, of which a kernel takes those it has."""
         raise NotImplementedError
+
+    def used_by(self, kernel: str) -> Collection[str]:
+        """Return the names of the attributes that make a difference to a kernel."""
+        return vars(self).keys()
 
     def options(self) -> dict[str, int | bool]:
         """Return the compiler's options. Fused multiply-adds are asked for, since Triton 3.10 no longer uses them."""

@@ -182,7 +182,7 @@ class TestTuning:
     def test_better_rows_are_a_patch_that_applies(self, engine, kernel, width, tmp_path):
         launch = tuning._launch(engine)
         row = launch.TABLE.entry(kernel, 90, 2, width)
-        best = next(tuning.neighbours(row))
+        best = next(tuning.neighbours(row, kernel))
         record = {"engine": engine, "kernel": kernel, "architecture": 90, "width": width}
         record |= {"row": vars(row), "best": vars(best)}
         diff = tuning.patch([record], ROOT)
@@ -197,8 +197,20 @@ class TestTuning:
 
     def test_neighbours_differ_in_one_number(self):
         row = tuning._launch("linear").TABLE.entry("output", 90, 2, 192)
-        for other in tuning.neighbours(row):
+        for other in tuning.neighbours(row, "output"):
             assert sum(a != b for a, b in zip(vars(row).values(), vars(other).values(), strict=True)) == 1
+
+    def test_only_what_the_kernel_uses_is_varied(self):
+        table = tuning._launch("attention").TABLE
+        for kernel, field in (("forward", "descriptors"), ("grad_query", None), ("grad_key_value", "fold")):
+            row = table.entry(kernel, 90, 2, 64)
+            flags = {
+                name
+                for other in tuning.neighbours(row, kernel)
+                for name in ("descriptors", "fold")
+                if getattr(other, name) != getattr(row, name)
+            }
+            assert flags == ({field} if field else set())
 
 
 class TestActions:

@@ -7,13 +7,14 @@ import contextlib
 import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from longmix_kernels import launch
 from longmix_kernels.attention.inputs import Inputs
 from longmix_kernels.attention.permutation import put_rows, take_rows
-from longmix_kernels.launch import LaunchTable, dim_constants, is_padded, known_architecture, unit_stride
+from longmix_kernels.launch import LaunchTable, dim_constants, is_padded, known_architecture, split_dim, unit_stride
 
 KERNELS = ("forward", "grad_query", "grad_key_value")
 WIDTHS = (64, 96, 128, 192, 256)
@@ -31,6 +32,8 @@ class LaunchConfig(launch.LaunchConfig):
         stages: tiles that loads are ahead of their use.
         fold: start the products of the key and value gradients from the row vectors that are added to them. Saves
             registers where products add up in registers (sm_90), and costs many where they do not (sm_100).
+        descriptors: load whole tiles of keys and values through tensor descriptors (the tensor memory accelerator of
+            sm_90 and newer), where `describable` allows it.
     """
 
     rows: int
@@ -38,6 +41,12 @@ class LaunchConfig(launch.LaunchConfig):
     warps: int
     stages: int
     fold: bool = False
+    descriptors: bool = False
+
+    def used_by(self, kernel: str) -> Collection[str]:
+        """Return the names of the attributes that make a difference to a kernel."""
+        own = {"forward": {"descriptors"}, "grad_query": set(), "grad_key_value": {"fold"}}[kernel]
+        return {"rows", "keys", "warps", "stages", *own}
 
     def tiles(self) -> dict[str, int]:
         """Return the sizes of tiles as compile-time arguments."""
@@ -150,6 +159,17 @@ def table_entry(kernel: str, architecture: int, size: int, width: int, features:
     return min(found, key=lambda config: (config.rows * config.keys, config.stages), default=plain)
 
 
+def describable(x: torch.Tensor) -> bool:
+    """Say whether a tensor descriptor can be made of rows [B, T, H, D], with one power of two of columns.
+
+    Addresses and strides must be multiples of 16 bytes, no stride 0, and a GPU must be sm_90 or newer.
+    """
+    if x.device.type == "cuda" and launch.architecture_of(x.device) < 90:
+        return False
+    aligned = all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
+    return x.numel() > 0 and aligned and x.data_ptr() % 16 == 0 and split_dim(x.shape[3]) == (x.shape[3], 0)
+
+
 class Call(launch.Call[LaunchConfig]):
     """The tensors and numbers of one call, as the kernels take them.
 
@@ -209,6 +229,18 @@ class Call(launch.Call[LaunchConfig]):
     def row_strides(self, *rows: torch.Tensor | None) -> list[int]:
         """Strides of batch and head of tensors [B or 1, H or 1, T], 0 where one is shared and where there is none."""
         return [0 if x is None or x.shape[axis] == 1 else x.stride(axis) for x in rows for axis in (0, 1)]
+
+    def steps(self, kernel: str) -> tuple[Any, Any]:
+        """Descriptors of key and value by which the kernel takes one tile a load; None twice where it uses pointers."""
+        config = self.config(kernel)
+        if not (config.descriptors and self.key_order is None and describable(self.key) and describable(self.value)):
+            return None, None
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        def tiled(x: torch.Tensor) -> Any:
+            return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, config.keys, 1, x.shape[3]])
+
+        return tiled(self.key), tiled(self.value)
 
     def features(self) -> list[str]:
         """Return which entries of `NARROWER` apply."""

@@ -59,6 +59,13 @@ class Build(aot.Build):
         **dict.fromkeys(("logsumexp", "grad_logsumexp", "shift", "minus_delta", "alibi_slopes"), "*fp32"),
     }
 
+    def type_of(self, name: str) -> str:
+        """Return Triton's name of the type of an argument that is no constant."""
+        columns = {"key_steps": self.dim, "value_steps": self.value_dim}.get(name)
+        if columns is None:
+            return super().type_of(name)
+        return f"tensordesc<{self.dtype}[1, {self.launch_config().keys}, 1, {columns}]>"
+
     def launch_config(self) -> launch.LaunchConfig:
         """Return the configuration to compile."""
         features = [self.feature] if self.feature != "plain" else []
@@ -75,6 +82,8 @@ class Build(aot.Build):
             absent += ["hi", "first_row"]
         if self.mode not in ("bounds", "documents"):
             absent += ["lo", "end_row"]
+        if not self.launch_config().descriptors:
+            absent += ["key_steps", "value_steps"]
         return {
             "MODE": self.mode,
             "BLOCK": BLOCK if self.feature == "blocks" else 0,

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from longmix_kernels.attention.inputs import Inputs
 from longmix_kernels.attention.launch import Call
-from longmix_kernels.attention.triton_tiles import load_slope, load_tile, row_numbers, store_tile, with_alibi
+from longmix_kernels.attention.triton_tiles import load_slope, load_step, load_tile, row_numbers, store_tile, with_alibi
 from longmix_kernels.attention.triton_walk import cover, keys_of_rows, program_tile, step_start
 from longmix_kernels.launch import strides
 from longmix_kernels.tiles import product
@@ -28,6 +28,8 @@ def forward_kernel(
     alibi_slopes,  # float32 [Hq], or None
     row_offsets,  # int32 [blocks + 1], or None
     row_blocks,  # int32 [n], or None
+    key_steps,  # descriptors of key and value, whose loads take [1, KEYS, 1, DIM]; or None
+    value_steps,
     output,  # [B, Tq, Hq, VALUE_DIM], contiguous
     logsumexp,  # float32 [B, Tq, Hq], contiguous
     scale_log2,  # scale * log2(e)
@@ -74,8 +76,9 @@ def forward_kernel(
     tile, batch, head = program_tile(tiles, heads)
     start = (tiles - 1 - tile) * ROWS
     query += batch * stride_query_batch + head * stride_query_head
-    key += batch * stride_key_batch + head // group * stride_key_head
-    value += batch * stride_value_batch + head // group * stride_value_head
+    key_head = head // group
+    key += batch * stride_key_batch + key_head * stride_key_head
+    value += batch * stride_value_batch + key_head * stride_value_head
     if MODE == "bounds" or MODE == "documents":
         lo += batch * stride_lo_batch + head * stride_lo_head
     if MODE == "bounds":
@@ -83,7 +86,7 @@ def forward_kernel(
     if query_order is not None:
         query_order += batch * stride_query_order_batch + head * stride_query_order_head
     if key_order is not None:
-        key_order += batch * stride_key_order_batch + head // group * stride_key_order_head
+        key_order += batch * stride_key_order_batch + key_head * stride_key_order_head
     count = 0
     if BLOCK > 0:
         row_offsets += (start + keys - queries) // BLOCK
@@ -122,7 +125,11 @@ def forward_kernel(
             # [ROWS, KEYS] scores from [ROWS, DIM] and [KEYS, DIM].
             place = step_start(step, begin, leading, full_start, trailing_start, 0, row_blocks, KEYS, BLOCK, EDGE)
             columns = row_numbers(key_order, place, end, KEYS, EDGE)
-            k = load_tile(key, place, columns, end, stride_key_row, 0, DIM_MAIN, DIM, EDGE, GATHER_KEY)
+            # Keys that are hidden may be NaN, so steps at an edge mask what they load.
+            if EDGE or key_steps is None:
+                k = load_tile(key, place, columns, end, stride_key_row, 0, DIM_MAIN, DIM, EDGE, GATHER_KEY)
+            else:
+                k = load_step(key_steps, batch, place, key_head, KEYS, DIM_MAIN)
             scores = product(q_main, tl.trans(k), None, UPCAST)
             if DIM_REST > 0:
                 k = load_tile(key, place, columns, end, stride_key_row, DIM_MAIN, DIM_REST, DIM, EDGE, GATHER_KEY)
@@ -145,7 +152,10 @@ def forward_kernel(
             shrink = tl.exp2(highest - subtrahend)
             total = total * shrink + tl.sum(weights, 1)
             highest = new_highest
-            v = load_tile(value, place, columns, end, stride_value_row, 0, VALUE_MAIN, VALUE_DIM, EDGE, GATHER_KEY)
+            if EDGE or value_steps is None:
+                v = load_tile(value, place, columns, end, stride_value_row, 0, VALUE_MAIN, VALUE_DIM, EDGE, GATHER_KEY)
+            else:
+                v = load_step(value_steps, batch, place, key_head, KEYS, VALUE_MAIN)
             weights = weights.to(v.dtype)
             sum_main = product(weights, v, sum_main * shrink[:, None], UPCAST)
             if VALUE_REST > 0:
@@ -191,6 +201,7 @@ def triton_forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         call.alibi_slopes,
         call.row_offsets,
         call.row_blocks,
+        *call.steps("forward"),
         output,
         logsumexp,
         call.scale_log2(),

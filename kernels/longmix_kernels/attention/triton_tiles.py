@@ -71,6 +71,12 @@ def load_tile(
 
 
 @triton.jit
+def load_step(descriptor, batch, start, head, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Load [ROWS, COLUMNS] of a matrix [B, T, H, COLUMNS] from row `start` on; all rows must exist."""
+    return descriptor.load([tl.cast(batch, tl.int32), start, tl.cast(head, tl.int32), 0]).reshape(ROWS, COLUMNS)
+
+
+@triton.jit
 def store_tile(
     matrix,
     tile,

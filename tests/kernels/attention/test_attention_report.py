@@ -1,5 +1,7 @@
 """Rung 4: what the kernels compile to, for GPUs that this machine need not have; and what the cost model predicts."""
 
+from dataclasses import replace
+
 import pytest
 from engine_contract import ARCHITECTURES, assert_clean, assert_too_large, compiles
 
@@ -47,6 +49,15 @@ def test_every_entry_of_the_table_compiles_without_spills(build):
     if faults and (build.kernel, build.architecture, build.dim) == ("grad_key_value", 90, 256):
         pytest.xfail(f"clean under Triton 3.6 only: {faults}")
     assert faults == []
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("architecture", [90, 100])
+def test_loads_through_descriptors_compile_without_spills(architecture, dim):
+    build = Build("forward", architecture, "bf16", dim, dim)
+    assert_clean(replace(build, config=replace(build.launch_config(), descriptors=True)), True)
 
 
 @pytest.mark.slow

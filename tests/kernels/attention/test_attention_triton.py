@@ -72,6 +72,32 @@ def test_a_feature_may_have_a_narrower_entry():
     assert all(key in known for entries in launch.NARROWER.values() for key in entries)
 
 
+CANNOT_BE_DESCRIBED = {
+    "columns": lambda rows: rows(24),
+    "address": lambda rows: rows(72)[..., 2:66],
+    "stride": lambda rows: rows(66)[..., :64],
+    "expanded": lambda rows: rows(64)[:, :, :1].expand(-1, -1, 2, -1),
+    "empty": lambda rows: rows(64)[:0],
+}
+
+
+def test_which_rows_a_descriptor_takes():
+    rows = {name: make(lambda dim: torch.zeros(1, 40, 2, dim)) for name, make in CANNOT_BE_DESCRIBED.items()}
+    assert not any(launch.describable(x) for x in rows.values())
+    described = torch.zeros(1, 40, 2, 64)
+    assert launch.describable(described) and launch.describable(torch.zeros(1, 40, 4, 128)[:, :, 1:3, 64:])
+    with launch.TABLE.override("forward", launch.LaunchConfig(16, 16, 1, 1, descriptors=True)):
+        call = launch.Call(Inputs(described, described, described, Pattern(), 1.0))
+        assert [x.block_shape for x in call.steps("forward")] == [[1, 16, 1, 64]] * 2
+        for x in rows.values():
+            x = x if len(x) else torch.zeros(1, 0, 2, 64)
+            assert launch.Call(Inputs(x, x, x, Pattern(), 1.0)).steps("forward") == (None, None)
+        order = torch.arange(40, dtype=torch.int32).expand(1, 2, 40)
+        permuted = launch.Call(Inputs(described, described, described, Pattern(key_rows=order), 1.0))
+        assert permuted.steps("forward") == (None, None)
+    assert launch.Call(Inputs(described, described, described, Pattern(), 1.0)).steps("forward") == (None, None)
+
+
 @pytest.mark.parametrize("size", [16, 32, 64, 128, 256])
 def test_tiles_divide_a_block(size):
     lists = sink_and_local_blocks(300, size, sink=1, local=1)

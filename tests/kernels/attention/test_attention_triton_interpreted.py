@@ -24,7 +24,7 @@ from attention_cases import (
     sorted_buckets,
     together,
 )
-from guarded import guarded_buffers, surrounded
+from guarded import beside, guarded_buffers, surrounded
 
 from longmix_kernels.attention import (
     attention,
@@ -173,12 +173,12 @@ def call_options(case: Case, options: dict) -> tuple[dict, Pattern]:
     return {**options, **extras}, Pattern(*bounds, **extras)
 
 
-def compare(case: Case, options: dict, through_logsumexp: bool = True) -> None:
+def compare(case: Case, options: dict, through_logsumexp: bool = True, laid=surrounded) -> None:
     options, pattern = call_options(case, options)
     case = replace(case, bounds=lambda case: pattern.bounds())
     tensors, _, scale = case.inputs(torch.float32)
     scale = options.pop("scale", scale)
-    ours = [surrounded(x) for x in tensors]
+    ours = [laid(x) for x in tensors]
     exact = [x.detach().double().requires_grad_() for x in tensors]
     generator = torch.Generator().manual_seed(3)
     expected = attention_reference(*exact, pattern, scale)
@@ -229,6 +229,29 @@ def test_any_tile_sizes(tiles):
         compare(shape("window", queries=130), {"window": 70})
         compare(shape("permuted", ragged(), queries=100, extras=permuted), {})
         compare(shape("blocks-of-64", queries=200, extras=blocks_of_64), {"window": 150})
+
+
+DESCRIBED: list[tuple[Case, dict]] = [
+    (shape("causal", queries=130), {}),
+    (shape("full", queries=130), {"causal": False}),
+    (shape("window", queries=130), {"window": 70}),
+    (shape("prefill-gqa", batch=2, queries=40, keys=130, heads=4), {}),
+    (shape("documents", queries=130), {"document_ids": [100, 1, 29]}),
+    (shape("ragged", ragged(), queries=130), {}),
+    (shape("values-wider", queries=130, dim=16, value_dim=32), {}),
+    (shape("blocks-of-64", queries=200, extras=blocks_of_64), {}),
+    (shape("alibi", queries=130, extras=alibi), {}),
+]
+
+
+@pytest.mark.parametrize(("case", "options"), DESCRIBED, ids=[case.name for case, _ in DESCRIBED])
+def test_loads_through_tensor_descriptors(case, options, monkeypatch):
+    made = []
+    steps = launch.Call.steps
+    monkeypatch.setattr(launch.Call, "steps", lambda call, kernel: made.append(steps(call, kernel)) or made[-1])
+    with launch.TABLE.override("forward", launch.LaunchConfig(16, 32, warps=1, stages=1, descriptors=True)):
+        compare(case, options, laid=beside)
+    assert all(x is not None for pair in made for x in pair)
 
 
 def test_a_gradient_without_strides():
