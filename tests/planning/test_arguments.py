@@ -14,27 +14,27 @@ def test_without_words_it_is_the_default_run_on_one_gpu():
     assert request.accelerator is not None
     assert request.accelerator.name == "H200"
     assert (request.gpus, request.precision, request.vocab_size) == (1, "bf16-mixed", 257)
-    assert request.choice.strategy == "single"
-    assert request.batch_size(request.choice) == 1
+    assert request.variant.strategy == "single"
+    assert request.batch_size(request.variant) == 1
     assert any("no batch_size" in note for note in request.notes)
 
 
 @pytest.mark.slow
 def test_several_gpus_mean_ddp_unless_something_else_is_said():
     request = read([*SMALL, "gpus=4"])
-    assert request.choice.strategy == "ddp"
-    assert request.batch_size(request.choice) == 4
+    assert request.variant.strategy == "ddp"
+    assert request.batch_size(request.variant) == 4
     assert any(note.startswith("trainer=ddp") for note in request.notes)
-    assert read([*SMALL, "gpus=4", "trainer=fsdp"]).choice.strategy == "fsdp"
+    assert read([*SMALL, "gpus=4", "trainer=fsdp"]).variant.strategy == "fsdp"
     assert read([*SMALL, "trainer=ddp", "trainer.devices=2", "trainer.num_nodes=3"]).gpus == 6
 
 
 def test_processes_may_share_windows():
     request = read([*SMALL, "gpus=8", "trainer.context_parallel=4", "batch_size=6", "trainer.micro_batch_size=3"])
-    assert request.choice.context_parallel == 4
-    assert request.rows(request.choice) == 3
+    assert request.variant.context_parallel == 4
+    assert request.rows(request.variant) == 3
     every = read([*SMALL, "gpus=8", "trainer=context_parallel"])
-    assert (every.choice.context_parallel, every.batch_size(every.choice)) == (8, 1)
+    assert (every.variant.context_parallel, every.batch_size(every.variant)) == (8, 1)
 
 
 def test_a_cpu_is_this_machine_in_float32():
@@ -48,7 +48,7 @@ def test_words_of_train_mean_the_same():
     request = read([*SMALL, "mixer=sliding_window*3+flash", "tokenizer=bpe", "batch_size=4", "gpu=rtx4090"])
     assert request.labels[0] == "sliding_window*3+flash"
     assert request.vocab_size == 4096
-    assert request.rows(request.choice) == request.choice.micro_batch_size == 4
+    assert request.rows(request.variant) == request.variant.micro_batch_size == 4
     assert request.model().shape.d_model == 64
     matched = read([*SMALL, "match.parameters=200000"])
     assert matched.model().parameter_counts()["total"] == pytest.approx(200_000, rel=0.02)

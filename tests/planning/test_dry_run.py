@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from longmix.config import ModelConfig
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model
 from longmix.planning.arguments import Request, read
@@ -65,7 +64,7 @@ def test_what_is_kept_is_what_autograd_saves(mixer, size):
     found = rehearsed(asked.model(), setting(rows, length))
     predicted = found.ends.kept + sum(part.kept + part.output for part in found.layers)
 
-    model = build_model(ModelConfig.of(asked.node), asked.vocab_size).train()
+    model = build_model(asked.config, asked.vocab_size).train()
     tokens = torch.randint(asked.vocab_size, (rows, length))
     measured = saved_bytes(model, tokens, torch.zeros(rows, length, dtype=torch.int32))
     assert predicted == pytest.approx(measured, rel=0.05)

@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 import torch
 
-from longmix.config import ModelConfig
 from longmix.model.build import build_model
 from longmix.planning.arguments import read
 from longmix.planning.dry_run import OptimizerNeeds, Part, Rehearsal, Setting, optimizer_needs
@@ -138,8 +137,8 @@ OPTIMIZERS = {"adamw": 8, "muon": 4}
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_optimizers_hold_what_their_classes_make(optimizer, device):
     request = small(f"optimizer={optimizer}", "mixer=flash")
-    needs = optimizer_needs(request.model(), request.node["optimizer"], torch.float32, device)
-    real = build_model(ModelConfig.of(request.node), request.vocab_size)
+    needs = optimizer_needs(request.model(), request.config.optimizer, torch.float32, device)
+    real = build_model(request.config, request.vocab_size)
     matrices = sum(weight.numel() for block in real.blocks for weight in block.parameters() if weight.dim() == 2)
     others = real.parameter_counts()["total"] - matrices
     counters = 4 * sum(1 for weight in real.parameters() if optimizer == "adamw" or weight.dim() != 2)

@@ -4,30 +4,31 @@ import dataclasses
 import os
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from longmix import config as configuration
 from longmix.accelerators import ACCELERATORS, Accelerator, by_word
 from longmix.command_line import values
 from longmix.command_line.catalogue import CATALOGUE
 from longmix.composing import composed
-from longmix.config import Choice as GroupChoice
-from longmix.config import ModelConfig, Node, TrainConfig, build, plain
+from longmix.config import Choice, TrainConfig
+from longmix.config import read as read_config
 from longmix.data.training_data import build_data
 from longmix.errors import ConfigError
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model, check_model
 from longmix.model.matching import match_parameters
+from longmix.naming import check_name
 from longmix.planning.dry_run import Precision
+from longmix.training.hardware import TrainerSettings
 from longmix.wording import counted, did_you_mean, nearest
 
 Strategy = Literal["single", "ddp", "fsdp"]
 
 
 @dataclass(frozen=True)
-class Choice:
+class Variant:
     """The settings that may be changed so that a run fits.
 
     Attributes:
@@ -46,11 +47,44 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Trainer:
+    """Settings of a `TrainerSettings` that a plan depends on; unlike there, this machine need not have the devices."""
+
+    devices: int | None
+    num_nodes: int
+    strategy: Strategy
+    context_parallel: int | None
+    precision: Precision | Literal["auto"]
+    compile: bool | None
+    micro_batch_size: int | None
+
+    @classmethod
+    def of(cls, choice: Choice) -> "Trainer":
+        """The settings of the choice `trainer` of a configuration, whose types have been checked.
+
+        Raises:
+            ConfigError: one is below 1.
+        """
+        usual = {entry.name: entry.default for entry in dataclasses.fields(TrainerSettings)}
+        settings: dict[str, Any] = usual | choice.settings
+        for key in ("devices", "num_nodes", "context_parallel", "micro_batch_size"):
+            if settings[key] is not None and settings[key] < 1:
+                raise ConfigError(f"trainer.{key}={settings[key]} must be at least 1.")
+        return cls(**{entry.name: settings[entry.name] for entry in dataclasses.fields(cls)})
+
+    @property
+    def gpus(self) -> int:
+        """Devices of all machines, where no word says how many."""
+        return (self.devices or 1) * self.num_nodes
+
+
+@dataclass(frozen=True)
 class Request:
     """A run to plan.
 
     Attributes:
-        node: its resolved configuration.
+        config: its words, `match` carried out.
+        trainer: those of its trainer.
         labels: the words for mixer and model.
         vocab_size: token ids.
         accelerator: of the table; None for a CPU.
@@ -58,11 +92,12 @@ class Request:
         gpus: devices of all machines together, one process each.
         given_batch_size: windows of a step over all processes; None gives each replica one.
         precision: as in `TrainerSettings`.
-        choice: what was asked for.
+        variant: what was asked for.
         notes: what was chosen because no word said it.
     """
 
-    node: Node
+    config: TrainConfig
+    trainer: Trainer
     labels: tuple[str, str]
     vocab_size: int
     accelerator: Accelerator | None
@@ -70,49 +105,49 @@ class Request:
     gpus: int
     given_batch_size: int | None
     precision: Precision
-    choice: Choice
+    variant: Variant
     notes: tuple[str, ...]
 
     def model(self) -> LanguageModel:
         """The model on the meta device, in the dtype of its weights."""
         with torch.device("meta"):
-            return build_model(ModelConfig.of(self.node), self.vocab_size)
+            return build_model(self.config, self.vocab_size)
 
-    def rows(self, choice: Choice) -> int:
+    def rows(self, variant: Variant) -> int:
         """Windows of a step that one process, or the processes that share windows, take.
 
         Raises:
             ConfigError: something does not divide; names the words.
         """
-        replicas = self._replicas(choice)
-        if choice.seq_len % choice.context_parallel:
+        replicas = self._replicas(variant)
+        if variant.seq_len % variant.context_parallel:
             raise ConfigError(
-                f"trainer.context_parallel={choice.context_parallel} does not divide seq_len={choice.seq_len}: every "
+                f"trainer.context_parallel={variant.context_parallel} does not divide seq_len={variant.seq_len}: every "
                 "process has an equal slice."
             )
-        batch_size = self.batch_size(choice)
+        batch_size = self.batch_size(variant)
         rows, rest = divmod(batch_size, replicas)
         if rest or not rows:
             raise ConfigError(
                 f"batch_size={batch_size} does not divide over {counted(replicas, 'replica')} (gpus={self.gpus}, "
-                f"trainer.context_parallel={choice.context_parallel}); give a multiple of {replicas}."
+                f"trainer.context_parallel={variant.context_parallel}); give a multiple of {replicas}."
             )
-        if rows % choice.micro_batch_size:
+        if rows % variant.micro_batch_size:
             raise ConfigError(
-                f"trainer.micro_batch_size={choice.micro_batch_size} does not divide the "
+                f"trainer.micro_batch_size={variant.micro_batch_size} does not divide the "
                 f"{counted(rows, 'window')} that each of "
                 f"{counted(replicas, 'replica')} has of batch_size={batch_size}."
             )
         return rows
 
-    def batch_size(self, choice: Choice) -> int:
+    def batch_size(self, variant: Variant) -> int:
         """Windows of a step over all processes."""
-        return self._replicas(choice) if self.given_batch_size is None else self.given_batch_size
+        return self._replicas(variant) if self.given_batch_size is None else self.given_batch_size
 
-    def _replicas(self, choice: Choice) -> int:
-        replicas, rest = divmod(self.gpus, choice.context_parallel)
+    def _replicas(self, variant: Variant) -> int:
+        replicas, rest = divmod(self.gpus, variant.context_parallel)
         if rest or not replicas:
-            raise ConfigError(f"trainer.context_parallel={choice.context_parallel} does not divide gpus={self.gpus}.")
+            raise ConfigError(f"trainer.context_parallel={variant.context_parallel} does not divide gpus={self.gpus}.")
         return replicas
 
 
@@ -127,64 +162,70 @@ def read(words: list[str]) -> Request:
     """
     own, others = divided(words)
     accelerator, memory = _accelerator(own.get("gpu", OWN["gpu"].default))
-    node, labels = _composed(others)
-    _check(node)
-    trainer = node["trainer"]
-    vocab_size = _vocab_size(node)
-    node = plain(match_parameters(configuration.read(TrainConfig, node), vocab_size))
-    gpus = _count(own.get("gpus", str((trainer["devices"] or 1) * trainer["num_nodes"])))
+    config, labels = _composed(others)
+    _check(config)
+    trainer = Trainer.of(config.trainer)
+    vocab_size = _vocab_size(config)
+    config = match_parameters(config, vocab_size)
+    gpus = _count(own.get("gpus", str(trainer.gpus)))
     notes = []
-    strategy = trainer["strategy"]
+    strategy = trainer.strategy
     if strategy == "single" and gpus > 1:
         strategy = "ddp"
         notes.append(f"trainer=ddp, as gpus={gpus}; trainer=fsdp divides weights, gradients and optimizer too")
-    batch_size = node["batch_size"]
+    batch_size: int | None = config.batch_size
     if not any(word.lstrip("+").startswith(("batch_size=", "experiment=")) for word in others):
         batch_size = None
         notes.append("one window for each replica, as no batch_size was given")
-    if trainer["compile"] or (trainer["compile"] is None and accelerator is not None):
+    if trainer.compile or (trainer.compile is None and accelerator is not None):
         notes.append("compiled blocks save memory and time that this plan does not count on")
-    precision = trainer["precision"]
+    precision = trainer.precision
     if precision == "auto":
         precision = "32-true" if accelerator is None else "bf16-mixed"
-    choice = Choice(
-        seq_len=node["seq_len"],
+    variant = Variant(
+        seq_len=config.seq_len,
         strategy=strategy,
-        context_parallel=gpus if trainer["context_parallel"] is None else trainer["context_parallel"],
+        context_parallel=gpus if trainer.context_parallel is None else trainer.context_parallel,
         micro_batch_size=1,
-        checkpointed=node["model"]["activation_checkpointing"] == "block",
+        checkpointed=config.model.entries.get("activation_checkpointing") == "block",
     )
-    request = Request(node, labels, vocab_size, accelerator, memory, gpus, batch_size, precision, choice, tuple(notes))
-    rows = trainer["micro_batch_size"] or request.rows(choice)
-    request = dataclasses.replace(request, choice=dataclasses.replace(choice, micro_batch_size=rows))
-    request.rows(request.choice)
+    request = Request(
+        config=config,
+        trainer=trainer,
+        labels=labels,
+        vocab_size=vocab_size,
+        accelerator=accelerator,
+        memory_bytes=memory,
+        gpus=gpus,
+        given_batch_size=batch_size,
+        precision=precision,
+        variant=variant,
+        notes=tuple(notes),
+    )
+    rows = trainer.micro_batch_size or request.rows(variant)
+    request = dataclasses.replace(request, variant=dataclasses.replace(variant, micro_batch_size=rows))
+    request.rows(request.variant)
     return request
 
 
-def _check(node: Node) -> None:
+def _check(config: TrainConfig) -> None:
     """Refuse what `train.py` would refuse, except devices that this machine lacks; and what cannot be planned."""
-    configuration.check_words(node)
-    for group, supplied in SUPPLIED.items():
-        configuration.check(node[group], group, supplied)
-    check_model(ModelConfig.of(node))
-    for key in ("devices", "num_nodes", "context_parallel", "micro_batch_size"):
-        value = node["trainer"][key]
-        if value is not None and value < 1:
-            raise ConfigError(f"trainer.{key}={value} must be at least 1.")
-    for word in ("checkpoint", "resume"):
-        if node[word] is not None:
-            raise ConfigError(f"{word}={node[word]} cannot be planned; give model, mixer and tokenizer of that run.")
-    if node["trainable"] != "all":
-        raise ConfigError(f"trainable={node['trainable']} is not planned for; a plan is for trainable=all.")
+    config.check_together()
+    check_name(config.name)
+    for choice, supplied in (
+        (config.optimizer, {"parameters"}),
+        (config.trainer, set[str]()),
+        (config.model, {"mixer_factory", "vocab_size"}),
+        (config.data, {"tokenizer", "seq_len", "batch_size", "seed"}),
+    ):
+        choice.check(supplied)
+    check_model(config)
+    for word, given in (("checkpoint", config.checkpoint), ("resume", config.resume)):
+        if given is not None:
+            raise ConfigError(f"{word}={given} cannot be planned; give model, mixer and tokenizer of that run.")
+    if config.trainable != "all":
+        raise ConfigError(f"trainable={config.trainable} is not planned for; a plan is for trainable=all.")
 
-
-SUPPLIED: dict[str, set[str]] = {
-    "optimizer": {"parameters"},
-    "trainer": set(),
-    "model": {"mixer_factory", "vocab_size"},
-    "data": {"tokenizer", "seq_len", "batch_size", "seed"},
-}
-"""The arguments that longmix gives to the callables of a group."""
 
 OWN = {word.name: word for word in CATALOGUE["plan"].words}
 """The words of a plan that `train.py` does not have."""
@@ -219,13 +260,13 @@ def _accelerator(word: str) -> tuple[Accelerator | None, int]:
     return found, found.memory_bytes
 
 
-def _composed(given: list[str]) -> tuple[Node, tuple[str, str]]:
-    """The resolved configuration, and the words for mixer and model."""
+def _composed(given: list[str]) -> tuple[TrainConfig, tuple[str, str]]:
+    """The configuration, and the words for mixer and model."""
     try:
         made = composed("train", given)
     except ConfigError as error:
         raise _with_own_words(error) from error
-    return made.node, (made.choices["mixer"], made.choices["model"])
+    return read_config(TrainConfig, made.node), (made.choices["mixer"], made.choices["model"])
 
 
 def _with_own_words(error: ConfigError) -> ConfigError:
@@ -235,8 +276,8 @@ def _with_own_words(error: ConfigError) -> ConfigError:
     return ConfigError(f"unknown word {found[1]}.{did_you_mean(meant)}") if found and meant else error
 
 
-def _vocab_size(node: Node) -> int:
+def _vocab_size(config: TrainConfig) -> int:
     """The number of token ids that is expected before any data are read."""
-    tokenizer = build(node["tokenizer"], "tokenizer")
-    sizes = {name: node[name] for name in ("seq_len", "batch_size", "seed")}
-    return build_data(GroupChoice.of("data", node["data"]), tokenizer, **sizes).expected_vocab_size
+    tokenizer = config.tokenizer.build()
+    data = build_data(config.data, tokenizer, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed)
+    return data.expected_vocab_size

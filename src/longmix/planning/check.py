@@ -25,7 +25,6 @@ import torch.distributed as dist
 from torch.distributed import _functional_collectives as functional_collectives
 
 from longmix import startup
-from longmix.config import ModelConfig, build
 from longmix.distributed.ranks import local_environment
 from longmix.errors import ConfigError, LongmixError
 from longmix.planning.arguments import Request, read
@@ -168,24 +167,24 @@ def two_steps(request: Request) -> None:
     from longmix.training.run import quieten, strategy_of
 
     quieten()
-    node, choice, rows = request.node, request.choice, request.rows(request.choice)
+    config, variant, rows = request.config, request.variant, request.rows(request.variant)
     settings = TrainerSettings(
         accelerator="cpu" if request.accelerator is None else "gpu",
         devices=request.gpus,
-        strategy=choice.strategy,
-        context_parallel=choice.context_parallel,
+        strategy=variant.strategy,
+        context_parallel=variant.context_parallel,
         precision=request.precision,
     )
     torch.manual_seed(0)  # processes that share rows need equal ones
-    tokens = torch.randint(request.vocab_size, (rows, choice.seq_len))
+    tokens = torch.randint(request.vocab_size, (rows, variant.seq_len))
     batch = Batch(tokens=tokens, targets=tokens, document_ids=torch.zeros_like(tokens, dtype=torch.int32))
     module = TrainingModule(
-        build_model(ModelConfig.of(node), request.vocab_size),
-        lambda parameters: build(node["optimizer"], "optimizer", parameters=parameters),
-        build(node["schedule"], "schedule"),
+        build_model(config, request.vocab_size),
+        lambda parameters: config.optimizer.build(parameters=parameters),
+        config.schedule.build(),
         total_steps=2,
-        micro_batch_size=choice.micro_batch_size,
-        gradient_clip=node["loop"]["gradient_clip"],
+        micro_batch_size=variant.micro_batch_size,
+        gradient_clip=config.loop.gradient_clip,
         skip_nonfinite=False,
         slices=settings.slices,
     )

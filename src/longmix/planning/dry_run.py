@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from longmix.config import Node, build
+from longmix.config import Choice
 from longmix.model.backbone import LanguageModel
 from longmix.model.blocks import Block
 from longmix.planning.fakes import LastSlice, gpu_functions
@@ -265,19 +265,19 @@ class OptimizerNeeds:
 
 
 def optimizer_needs(
-    model: LanguageModel, node: Node, dtype: torch.dtype, device: Literal["cuda", "cpu"]
+    model: LanguageModel, chosen: Choice, dtype: torch.dtype, device: Literal["cuda", "cpu"]
 ) -> OptimizerNeeds:
     """Measure a second step, because the first one makes the optimizer's state.
 
     Args:
         model: on the meta device.
-        node: the configuration's `optimizer`.
+        chosen: the configuration's optimizer.
         dtype: of weights and gradients.
         device: Muon iterates in bfloat16 on "cuda".
     """
     with FakeTensorMode():
         weights = {name: _fake(weight, dtype) for name, weight in model.named_parameters()}
-        optimizers = build(node, "optimizer", parameters=weights)
+        optimizers = chosen.build(parameters=weights)
         for optimizer in optimizers:
             if device == "cuda" and isinstance(optimizer, BatchedMuon):  # fake tensors are on a CPU
                 optimizer.iterated_in = torch.bfloat16

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from longmix.model.backbone import LanguageModel
-from longmix.planning.arguments import Choice
+from longmix.planning.arguments import Variant
 from longmix.planning.dry_run import OptimizerNeeds, Part, Rehearsal, Setting
 
 GIB = 2**30
@@ -56,7 +56,7 @@ class Division:
     Attributes:
         processes: all of them.
         context_parallel: those that share a window.
-        strategy: as in `Choice`.
+        strategy: as in `Variant`.
         micro_batches: forward and backward passes of a process in a step.
     """
 
@@ -66,9 +66,9 @@ class Division:
     micro_batches: int
 
     @staticmethod
-    def of(choice: Choice, processes: int, rows: int) -> "Division":
-        """The division that a choice makes, for the windows of one process."""
-        return Division(processes, choice.context_parallel, choice.strategy, rows // choice.micro_batch_size)
+    def of(variant: Variant, processes: int, rows: int) -> "Division":
+        """The division that a variant makes, for the windows of one process."""
+        return Division(processes, variant.context_parallel, variant.strategy, rows // variant.micro_batch_size)
 
 
 def memory_needed(

@@ -1,4 +1,4 @@
-"""`Planner(request).plan()`: memory of a device, traffic between devices and time of a step, for any choice.
+"""`Planner(request).plan()`: memory of a device, traffic between devices and time of a step, for any variant.
 
 Where a run does not fit, the planner itself judges the changes that may make it fit, the smallest first.
 """
@@ -13,7 +13,7 @@ import torch
 
 from longmix.errors import ConfigError
 from longmix.model.backbone import LanguageModel
-from longmix.planning.arguments import Choice, Request
+from longmix.planning.arguments import Request, Variant
 from longmix.planning.dry_run import Ends, OptimizerNeeds, Rehearsal, Setting, optimizer_needs, rehearse, rehearse_ends
 from longmix.planning.memory import Division, Memory, memory_needed
 from longmix.planning.traffic import StepTime, Traffic, step_time, traffic_of, training_flops
@@ -21,10 +21,10 @@ from longmix.planning.traffic import StepTime, Traffic, step_time, traffic_of, t
 
 @dataclass(frozen=True)
 class Plan:
-    """The needs of a run with one choice.
+    """The needs of a run with one variant.
 
     Attributes:
-        choice: how it is run.
+        variant: how it is run.
         rows: windows of a step on one device, or on those that share windows.
         memory: of one device.
         traffic: of one device in a step.
@@ -32,7 +32,7 @@ class Plan:
         time: of a step; None for a CPU, whose speed no table knows.
     """
 
-    choice: Choice
+    variant: Variant
     rows: int
     memory: Memory
     traffic: Traffic
@@ -41,7 +41,7 @@ class Plan:
 
 
 class Planner:
-    """Makes plans of one request; results that choices share are computed once."""
+    """Makes plans of one request; results that variants share are computed once."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
@@ -55,7 +55,7 @@ class Planner:
         """Bytes that the optimizers hold for undivided weights."""
         if self._optimizer is None:
             dtype = torch.bfloat16 if self.request.precision == "bf16-true" else torch.float32
-            self._optimizer = optimizer_needs(self.model, self.request.node["optimizer"], dtype, self.device)
+            self._optimizer = optimizer_needs(self.model, self.request.config.optimizer, dtype, self.device)
         return self._optimizer
 
     def _rehearsal(self, setting: Setting) -> Rehearsal:
@@ -66,57 +66,57 @@ class Planner:
             self._rehearsals[setting] = rehearse(self.model, setting, self._ends[alike])
         return self._rehearsals[setting]
 
-    def plan(self, choice: Choice | None = None) -> Plan:
-        """Plan the request as it is, or with another choice.
+    def plan(self, variant: Variant | None = None) -> Plan:
+        """Plan the request as it is, or with another variant.
 
         Raises:
             ConfigError: something does not divide.
         """
         request = self.request
-        choice = request.choice if choice is None else choice
-        rows = request.rows(choice)
-        division = Division.of(choice, request.gpus, rows)
+        variant = request.variant if variant is None else variant
+        rows = request.rows(variant)
+        division = Division.of(variant, request.gpus, rows)
         setting = Setting(
-            rows=choice.micro_batch_size,
-            length=choice.seq_len // choice.context_parallel,
+            rows=variant.micro_batch_size,
+            length=variant.seq_len // variant.context_parallel,
             precision=request.precision,
-            sharded=choice.strategy == "fsdp",
-            accumulates=division.micro_batches > 1 and choice.strategy != "fsdp",
-            checkpointed=choice.checkpointed,
+            sharded=variant.strategy == "fsdp",
+            accumulates=division.micro_batches > 1 and variant.strategy != "fsdp",
+            checkpointed=variant.checkpointed,
             device=self.device,
-            slices=choice.context_parallel,
+            slices=variant.context_parallel,
         )
         rehearsal = self._rehearsal(setting)
         memory = memory_needed(self.model, rehearsal, self.optimizer(), setting, division, request.memory_bytes)
         traffic = traffic_of(self.model, rehearsal, setting, division)
-        whole = training_flops(self.model, rows, choice.seq_len, choice.checkpointed, self.device)
-        flops = whole[0] / choice.context_parallel, whole[1] / choice.context_parallel
+        whole = training_flops(self.model, rows, variant.seq_len, variant.checkpointed, self.device)
+        flops = whole[0] / variant.context_parallel, whole[1] / variant.context_parallel
         time = None
         if request.accelerator is not None:
             needs = self.optimizer()
             time = step_time(request.accelerator, flops, rehearsal, needs, traffic, setting, division)
-        return Plan(choice, rows, memory, traffic, flops, time)
+        return Plan(variant, rows, memory, traffic, flops, time)
 
     def at_length(self, seq_len: int) -> Plan:
         """The request at another context length."""
-        return self.plan(dataclasses.replace(self.request.choice, seq_len=seq_len))
+        return self.plan(dataclasses.replace(self.request.variant, seq_len=seq_len))
 
     def report(self, plan: Plan) -> dict[str, Any]:
         """A plan as plain values, for JSON; bytes, seconds and FLOPs."""
         request, time = self.request, plan.time
-        batch_size = request.batch_size(plan.choice)
-        tokens = batch_size * plan.choice.seq_len
+        batch_size = request.batch_size(plan.variant)
+        tokens = batch_size * plan.variant.seq_len
         report: dict[str, Any] = {
             "mixer": request.labels[0],
             "model": request.labels[1],
             "parameters": self.model.parameter_counts(),
-            "state_bytes_per_window": self.model.state_bytes(plan.choice.seq_len),
+            "state_bytes_per_window": self.model.state_bytes(plan.variant.seq_len),
             "gpu": "CPU" if request.accelerator is None else request.accelerator.name,
             "gpus": request.gpus,
             "precision": request.precision,
             "batch_size": batch_size,
             "tokens_per_step": tokens,
-            **dataclasses.asdict(plan.choice),
+            **dataclasses.asdict(plan.variant),
             "memory": plan.memory.parts,
             "memory_total": plan.memory.total,
             "memory_limit": plan.memory.limit,
@@ -157,8 +157,8 @@ def single_changes(planner: Planner) -> list[Advice]:
     found = []
     for kind in KINDS:
         tried: list[Advice] = []
-        for choice in _steps(planner, kind):
-            answer = _asked(planner, choice)
+        for variant in _steps(planner, kind):
+            answer = _asked(planner, variant)
             if answer is not None:
                 tried.append(answer)
                 if answer.plan.memory.fits:
@@ -174,7 +174,7 @@ def smallest_change(planner: Planner) -> Advice | None:
     Among changes of as many kinds, the cheapest counts as smallest: micro-batches, then recomputing, FSDP, and context
     parallelism, each with the smallest step that suffices.
     """
-    asked = planner.request.choice
+    asked = planner.request.variant
     for length in (asked.seq_len, *_halves(asked.seq_len, SHORTEST)):
         start = dataclasses.replace(asked, seq_len=length)
         for number in range(len(KINDS)):
@@ -185,34 +185,36 @@ def smallest_change(planner: Planner) -> Advice | None:
     return None
 
 
-def _first_that_fits(planner: Planner, start: Choice, kinds: tuple[str, ...]) -> Advice | None:
-    values = [[getattr(choice, kind) for choice in _steps(planner, kind)] for kind in kinds]
+def _first_that_fits(planner: Planner, start: Variant, kinds: tuple[str, ...]) -> Advice | None:
+    values = [[getattr(variant, kind) for variant in _steps(planner, kind)] for kind in kinds]
     for combination in itertools.product(*values):
-        choice = dataclasses.replace(start, **dict(zip(kinds, combination, strict=True)))
-        found = _asked(planner, choice)
+        variant = dataclasses.replace(start, **dict(zip(kinds, combination, strict=True)))
+        found = _asked(planner, variant)
         if found is not None and found.plan.memory.fits:
             return found
     return None
 
 
-def _steps(planner: Planner, kind: str) -> Iterator[Choice]:
-    """The choices that differ in one kind of setting alone, the smallest step first."""
+def _steps(planner: Planner, kind: str) -> Iterator[Variant]:
+    """The variants that differ in one kind of setting alone, the smallest step first."""
     request = planner.request
-    choice = request.choice
+    variant = request.variant
     values: list = []
     if kind == "micro_batch_size":
-        values = [rows for rows in _halves(choice.micro_batch_size) if choice.micro_batch_size % rows == 0]
+        values = [rows for rows in _halves(variant.micro_batch_size) if variant.micro_batch_size % rows == 0]
     elif kind == "checkpointed":
-        values = [] if choice.checkpointed else [True]
+        values = [] if variant.checkpointed else [True]
     elif kind == "strategy":
-        values = [] if choice.strategy == "fsdp" or request.gpus == 1 else ["fsdp"]
+        values = [] if variant.strategy == "fsdp" or request.gpus == 1 else ["fsdp"]
     elif kind == "context_parallel":
-        doubled = itertools.takewhile(lambda n: n <= request.gpus, (choice.context_parallel << n for n in range(1, 20)))
+        doubled = itertools.takewhile(
+            lambda n: n <= request.gpus, (variant.context_parallel << n for n in range(1, 20))
+        )
         values = list(doubled)
     else:
-        values = list(_halves(choice.seq_len, SHORTEST))
+        values = list(_halves(variant.seq_len, SHORTEST))
     for value in values:
-        yield dataclasses.replace(choice, **{kind: value})
+        yield dataclasses.replace(variant, **{kind: value})
 
 
 def _halves(number: int, least: int = 1) -> Iterator[int]:
@@ -222,25 +224,25 @@ def _halves(number: int, least: int = 1) -> Iterator[int]:
         yield number
 
 
-def _asked(planner: Planner, choice: Choice) -> Advice | None:
-    """The plan of a choice; None if the choice is impossible."""
+def _asked(planner: Planner, variant: Variant) -> Advice | None:
+    """The plan of a variant; None if the variant is impossible."""
     try:
-        return Advice(words(planner.request, choice), planner.plan(choice))
+        return Advice(words(planner.request, variant), planner.plan(variant))
     except ConfigError:
         return None
 
 
-def words(request: Request, choice: Choice) -> tuple[str, ...]:
-    """The words that add a choice to the request's command line."""
+def words(request: Request, variant: Variant) -> tuple[str, ...]:
+    """The words that add a variant to the request's command line."""
     spelled = {"seq_len": "seq_len={}", "strategy": "trainer={}", "context_parallel": "trainer.context_parallel={}"}
-    asked = request.choice
+    asked = request.variant
     found = []
     for name, text in spelled.items():
-        value = getattr(choice, name)
+        value = getattr(variant, name)
         if value != getattr(asked, name):
             found.append(text.format(value))
-    if choice.micro_batch_size != (request.node["trainer"]["micro_batch_size"] or request.rows(choice)):
-        found.append(f"trainer.micro_batch_size={choice.micro_batch_size}")
-    if choice.checkpointed != asked.checkpointed:
+    if variant.micro_batch_size != (request.trainer.micro_batch_size or request.rows(variant)):
+        found.append(f"trainer.micro_batch_size={variant.micro_batch_size}")
+    if variant.checkpointed != asked.checkpointed:
         found.append("model.activation_checkpointing=block")
     return tuple(found)

@@ -27,7 +27,7 @@ def shown(planner: Planner, plan: Plan, advice: Advice | None, singles: list[Adv
         table.add_row(name, _gib(size), "")
     verdict = "fits" if memory.fits else "does not fit"
     table.add_row("all", _gib(memory.total), f"of {_gib(memory.limit)}: {verdict}; most is held at: {memory.moment}")
-    state = planner.model.state_bytes(plan.choice.seq_len)
+    state = planner.model.state_bytes(plan.variant.seq_len)
     table.add_row("states", _gib(state), "that a window of this length leaves for generation; not held in training")
     table.add_row("", "", "")
     for name, sent in (("gradients", plan.traffic.gradients), ("weights", plan.traffic.weights)):
@@ -42,15 +42,16 @@ def shown(planner: Planner, plan: Plan, advice: Advice | None, singles: list[Adv
 
 
 def _title(planner: Planner, plan: Plan) -> str:
-    request, choice = planner.request, plan.choice
+    request, variant = planner.request, plan.variant
     device = "CPU" if request.accelerator is None else request.accelerator.name
     parameters = planner.model.parameter_counts()["total"]
-    divided = f", {choice.context_parallel} share a window" if choice.context_parallel > 1 else ""
+    divided = f", {variant.context_parallel} share a window" if variant.context_parallel > 1 else ""
     return (
         f"model={request.labels[1]} mixer={request.labels[0]} ({parameters:,} parameters), "
-        f"seq_len={choice.seq_len:,}, on {request.gpus} x {device}, {choice.strategy}{divided}, {request.precision}: "
-        f"{counted(request.batch_size(choice), 'window')} a step, {choice.micro_batch_size} at a time on each device, "
-        f"{'blocks recomputed' if choice.checkpointed else 'everything kept'} for the backward pass"
+        f"seq_len={variant.seq_len:,}, on {request.gpus} x {device}, {variant.strategy}{divided}, {request.precision}: "
+        f"{counted(request.batch_size(variant), 'window')} a step, "
+        f"{variant.micro_batch_size} at a time on each device, "
+        f"{'blocks recomputed' if variant.checkpointed else 'everything kept'} for the backward pass"
     )
 
 
@@ -65,7 +66,7 @@ def _time_rows(planner: Planner, plan: Plan) -> list[tuple[str, str, str]]:
     time = plan.time
     if time is None:
         return [*rows, ("step", "unknown", "the table has no CPUs")]
-    tokens = planner.request.batch_size(plan.choice) * plan.choice.seq_len
+    tokens = planner.request.batch_size(plan.variant) * plan.variant.seq_len
     rows.append(
         (
             "step",
@@ -111,11 +112,11 @@ def _gib(size: float) -> str:
 
 def lengths(planner: Planner) -> list[Plan]:
     """Plans at a few context lengths around the requested one, where the settings divide."""
-    choice = planner.request.choice
+    variant = planner.request.variant
     found = []
     for power in range(2 - LENGTHS, 2):
-        length = choice.seq_len << power if power >= 0 else choice.seq_len >> -power
-        if length >= choice.context_parallel and length % choice.context_parallel == 0:
+        length = variant.seq_len << power if power >= 0 else variant.seq_len >> -power
+        if length >= variant.context_parallel and length % variant.context_parallel == 0:
             found.append(planner.at_length(length))
     return found
 
@@ -128,7 +129,7 @@ def draw(planner: Planner, plans: list[Plan], path: Path) -> Path:
     with drawing():
         figure, (axes,) = new_figure(1, width=620, height=320)
         names = list(dict.fromkeys(name for plan in plans for name in plan.memory.parts))
-        labels = [f"{plan.choice.seq_len:,}" for plan in plans]
+        labels = [f"{plan.variant.seq_len:,}" for plan in plans]
         bottom = [0.0] * len(plans)
         for number, name in enumerate(names):
             heights = [plan.memory.parts.get(name, 0) / GIB for plan in plans]
@@ -136,9 +137,9 @@ def draw(planner: Planner, plans: list[Plan], path: Path) -> Path:
             axes.bar(labels, heights, bottom=bottom, label=name, color=nth_style(number).light, hatch=hatch)
             bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
         axes.axhline(plans[0].memory.limit / GIB, color=INK, linestyle=(0, (4, 3)), linewidth=1.2, label="limit")
-        request, choice = planner.request, planner.request.choice
+        request, variant = planner.request, planner.request.variant
         device = "CPU" if request.accelerator is None else request.accelerator.name
-        set_title(axes, f"{request.labels[1]}, {request.labels[0]}, {request.gpus} x {device}, {choice.strategy}")
+        set_title(axes, f"{request.labels[1]}, {request.labels[0]}, {request.gpus} x {device}, {variant.strategy}")
         axes.set_xlabel("context length, tokens")
         axes.set_ylabel("GiB per device")
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), reverse=True)
