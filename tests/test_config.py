@@ -1,5 +1,6 @@
 """The configuration: every file is usable, every wrong setting is refused by name before any work."""
 
+import dataclasses
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -127,7 +128,7 @@ class TestEveryFile:
 
     @pytest.mark.parametrize("name", names("experiment"))
     def test_experiment_passes_every_check(self, compose_config, name):
-        check_config(filled(compose_config(f"experiment={name}", "trainer.accelerator=cpu")))
+        check_config(read(TrainConfig, filled(compose_config(f"experiment={name}", "trainer.accelerator=cpu"))))
 
     @pytest.mark.parametrize("name", names("mixer"))
     def test_mixer_builds_a_model(self, compose_config, name):
@@ -177,7 +178,7 @@ class TestEveryFile:
 
 class TestDefaults:
     def test_pass_every_check(self, compose_config):
-        check_config(resolved(compose_config()))
+        check_config(read(TrainConfig, compose_config()))
 
     @pytest.mark.parametrize("entry_point", ["train", "evaluate"])
     def test_are_plain_values_once_resolved(self, compose_config, entry_point):
@@ -210,9 +211,9 @@ class TestDefaults:
             pytest.param(3, 64 * 5, 3, id="steps are fewer"),
         ],
     )
-    def test_total_steps(self, max_steps, max_tokens, expected):
-        words = {"seq_len": 32, "batch_size": 2, "max_steps": max_steps, "max_tokens": max_tokens}
-        assert total_steps(words) == expected
+    def test_total_steps(self, compose_config, max_steps, max_tokens, expected):
+        config = read(TrainConfig, compose_config("seq_len=32", "batch_size=2"))
+        assert total_steps(dataclasses.replace(config, max_steps=max_steps, max_tokens=max_tokens)) == expected
 
 
 @pytest.mark.parametrize(
@@ -232,7 +233,7 @@ class TestDefaults:
     ],
 )
 def test_a_window_as_long_as_the_rows_is_noted(compose_config, overrides, notes):
-    assert unlimited_windows(resolved(compose_config(*overrides))) == notes
+    assert unlimited_windows(read(TrainConfig, compose_config(*overrides))) == notes
 
 
 @pytest.mark.parametrize(
@@ -247,7 +248,7 @@ def test_words_of_a_checkpoint_have_their_types(compose_config, word, value):
     place[leaf] = value
     shown = "null" if value is None else repr(value)
     with pytest.raises(ConfigError, match=rf"^{re.escape(f'{word}={shown}')} is not "):
-        check_config(config)
+        check_config(read(TrainConfig, config))
 
 
 # Case: name, overrides, and words the message must contain.
@@ -430,7 +431,7 @@ class TestRefusals:
     )
     def test_names_the_key(self, compose_config, overrides, words):
         with pytest.raises((LongmixError, CompactHydraException)) as caught:
-            check_config(resolved(compose_config(*overrides)))
+            check_config(read(TrainConfig, compose_config(*overrides)))
         error = caught.value
         # Hydra prints the message of its compact errors and that of their cause, and nothing else.
         message = str(error) if isinstance(error, LongmixError) else f"{error}\n{error.__cause__}"
@@ -440,7 +441,7 @@ class TestRefusals:
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
     def test_gpu_that_is_not_there(self, compose_config):
         with pytest.raises(ConfigError, match=r"trainer\.accelerator=gpu.*trainer=cpu"):
-            check_config(resolved(compose_config("trainer=gpu")))
+            check_config(read(TrainConfig, compose_config("trainer=gpu")))
 
     @pytest.mark.parametrize(
         "overrides",
@@ -456,10 +457,10 @@ class TestRefusals:
         ],
     )
     def test_lets_through(self, compose_config, overrides):
-        check_config(resolved(compose_config(*overrides)))
+        check_config(read(TrainConfig, compose_config(*overrides)))
 
     def test_allocates_no_weights(self, compose_config):
-        check_config(resolved(compose_config("model=7b")))  # 27 GB of weights
+        check_config(read(TrainConfig, compose_config("model=7b")))  # 27 GB of weights
 
 
 class TestMixerPattern:
@@ -476,7 +477,7 @@ class TestMixerPattern:
     )
     def test_layers(self, compose_config, mixer, layers):
         config = resolved(compose_config(f"mixer={mixer}", "model.num_layers=6"))
-        check_config(config)
+        check_config(read(TrainConfig, config))
         with torch.device("meta"):
             model = build_model(ModelConfig.of(config), vocab_size=257)
         kinds = {Flash: "f", SlidingWindow: "s"}

@@ -3,7 +3,7 @@
 import pytest
 from config_nodes import Part, Whole
 
-from longmix.config import build
+from longmix.config import TrainConfig, build, read
 from longmix.errors import ConfigError
 
 PART = "config_nodes.Part"
@@ -51,6 +51,6 @@ def test_a_member_of_a_pattern_is_named_once(compose_config):
 
     config = resolved(compose_config("trainer=cpu", "logger=none", "mixer=routing*2+flash", "mixer.routing.clusters=1"))
     with pytest.raises(ConfigError) as refused:
-        check_config(config)
+        check_config(read(TrainConfig, config))
     message = str(refused.value)
     assert message == "mixer.routing.clusters=1 must be at least 2; mixer=sliding_window has none."

@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from longmix import cli
 from longmix.command_line.schema import SCHEMAS
-from longmix.config import resolved
+from longmix.config import TrainConfig, read, resolved
 from longmix.errors import LongmixError
 from longmix.training.run import check_config
 
@@ -57,7 +57,7 @@ def leaves(node: dict[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple
 def refused_or_valid(node: dict[str, Any]) -> str | None:
     """What is wrong with how the configuration was taken; None if nothing is."""
     try:
-        check_config(node)
+        check_config(read(TrainConfig, node))
     except LongmixError as error:
         return f"more than a line: {error}" if "\n" in str(error) else None
     except Exception as error:

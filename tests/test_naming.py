@@ -1,15 +1,25 @@
 """Names of runs and sweeps, and the limits that the command line gives."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from longmix.config import check_words, resolved, step_limits, total_steps, with_limits
+from longmix.config import TrainConfig, read, resolved, step_limits, total_steps, with_limits
 from longmix.errors import ConfigError
 from longmix.invocation import Invocation
-from longmix.naming import RunPlace, SweepFolder, check_name, mixer_word, run_folder, same_words, sweep_name
+from longmix.naming import (
+    RunPlace,
+    SweepFolder,
+    check_name,
+    mixer_word,
+    named_by_clock,
+    run_folder,
+    same_words,
+    sweep_name,
+)
 
 
 class TestNames:
@@ -46,21 +56,20 @@ class TestNames:
         config = compose_config("name=../evil")
         assert HydraConfig.get().run.dir == "runs/.refused"
         with pytest.raises(ConfigError, match="leads out of"):
-            check_words(resolved(config))
+            read(TrainConfig, config).check_together()
 
 
 class TestPlace:
     def place(self, config, **changes) -> RunPlace:
-        return RunPlace.of(config, {**resolved(config), **changes}, Invocation.of_command())
+        own = dataclasses.replace(read(TrainConfig, config), **changes)
+        return RunPlace.of(own, named_by_clock(config), Invocation.of_command())
 
     def test_a_name_of_the_clock_is_no_users(self, compose_config, monkeypatch):
         config = compose_config("mixer=flash", output=Path("/x"))
         folder = Path(HydraConfig.get().run.dir).absolute()
         assert self.place(config).named  # /x was asked for
         with_folder = compose_config("mixer=flash", output=folder)
-        assert not RunPlace.of(
-            with_folder, {**resolved(with_folder), "name": folder.name}, Invocation.of_command()
-        ).named
+        assert not self.place(with_folder, name=folder.name).named
 
     def test_a_users_name(self, compose_config):
         config = compose_config("name=a", output=Path("runs/a").absolute())
@@ -70,15 +79,23 @@ class TestPlace:
         ("mixer", "name"),
         [
             ({"_target_": "longmix.mixers.mlstm_tfla.MLSTMTFLA"}, "mlstm_tfla"),
-            ({"pattern": ["sliding_window", "flash"], "flash": {}}, "sliding_window+flash"),
+            (
+                {
+                    "pattern": ["sliding_window", "flash"],
+                    "flash": {"_target_": "x"},
+                    "sliding_window": {"_target_": "y"},
+                },
+                "sliding_window+flash",
+            ),
         ],
     )
     def test_a_run_from_a_checkpoint_is_named_after_its_model(self, compose_config, mixer, name):
         config = compose_config("mixer=flash", "checkpoint=runs/a", "seq_len=64")
-        node = {**resolved(config), "mixer": mixer, "model": {"num_layers": 3, "d_model": 32}}
-        compose_config("mixer=flash", "checkpoint=runs/a", "seq_len=64", output=Path(f"runs/{node['name']}").absolute())
-        place = RunPlace.of(config, node, Invocation.of_command())
-        assert place.name == node["name"].replace("_flash_tiny_", f"_{name}_3x32_")
+        own = read(TrainConfig, {**resolved(config), "mixer": mixer})
+        own = dataclasses.replace(own, model=own.model.having(num_layers=3, d_model=32))
+        compose_config("mixer=flash", "checkpoint=runs/a", "seq_len=64", output=Path(f"runs/{own.name}").absolute())
+        place = RunPlace.of(own, named_by_clock(config), Invocation.of_command())
+        assert place.name == own.name.replace("_flash_tiny_", f"_{name}_3x32_")
         assert (place.folder, place.named) == (Path(f"runs/{place.name}").absolute(), False)
 
 
@@ -143,12 +160,13 @@ class TestLimits:
         ids=lambda value: ",".join(value) or "defaults" if isinstance(value, list) else "",
     )
     def test_the_command_line_wins_over_files(self, compose_config, words, steps):
-        node = resolved(compose_config(*words))
-        assert total_steps(with_limits(node, HydraConfig.get().overrides.task)) == steps
+        config = read(TrainConfig, compose_config(*words))
+        assert total_steps(with_limits(config, HydraConfig.get().overrides.task)) == steps
 
     def test_both(self, compose_config):
         words = ["max_steps=5", "max_tokens=2048"]
-        assert step_limits(with_limits(resolved(compose_config(*words)), words)) == {"max_steps": 5, "max_tokens": 2}
+        config = read(TrainConfig, compose_config(*words))
+        assert step_limits(with_limits(config, words)) == {"max_steps": 5, "max_tokens": 2}
 
 
 @pytest.mark.parametrize(

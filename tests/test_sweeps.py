@@ -44,8 +44,9 @@ class TestShootout:
         assert abs(count_parameters(matched, 257) / 1_270_000 - 1) < 0.02
 
     def test_tokens_and_steps_at_every_length(self, compose_config):
-        configs = [resolved(compose_config("experiment=shootout", f"seq_len={2**power}")) for power in range(9, 14)]
-        assert [config["batch_size"] for config in configs] == [16, 8, 4, 2, 1]
+        words = [f"seq_len={2**power}" for power in range(9, 14)]
+        configs = [read(TrainConfig, compose_config("experiment=shootout", word)) for word in words]
+        assert [config.batch_size for config in configs] == [16, 8, 4, 2, 1]
         assert {total_steps(config) for config in configs} == {98}
 
     def test_batch_size_can_still_be_given(self, compose_config):

@@ -13,7 +13,7 @@ import pytest
 import longmix
 import longmix_kernels
 from longmix.checkpoints import CheckpointStore, find_checkpoint, load_checkpoint
-from longmix.config import resolved
+from longmix.config import Choice, resolved
 from longmix.data.training_data import TrainingData
 from longmix.errors import CheckpointError, ConfigError, LongmixError
 from longmix.evaluation.run import evaluate
@@ -91,9 +91,13 @@ def with_node(config: dict, path: tuple, node: object) -> dict:
     return changed
 
 
+def of_data(config: dict) -> Choice:
+    return checked_data(Choice.of("data", config["data"]))
+
+
 def refused(config: dict, part: str) -> bool:
     try:
-        checked_data(config) if part == "data" else check_model_nodes(config)
+        of_data(config) if part == "data" else check_model_nodes(config)
     except LongmixError:
         return True
     return False
@@ -201,9 +205,9 @@ class TestData:
         node = {"_target_": "longmix.data.prepared.PreparedData", "path": path}
         if path == "a::b":
             with pytest.raises(ConfigError, match="only holds bytes"):
-                checked_data(with_node(configurations[0], ("data",), node))
+                of_data(with_node(configurations[0], ("data",), node))
         else:
-            assert checked_data(with_node(configurations[0], ("data",), node)).settings["path"] == path
+            assert of_data(with_node(configurations[0], ("data",), node)).settings["path"] == path
 
     @pytest.mark.parametrize(
         "path", ["reference::x.json", "simplecache::s3://b/x", "ftp://host/x", " git://x", "python://x"]
@@ -215,13 +219,13 @@ class TestData:
         node = {"_target_": "longmix.data.corpora.hub.HubDataset", "name": "parquet", "data_files": shape(path)}
         config = with_node(configurations[0], ("data", "corpus"), node)
         with pytest.raises(ConfigError, match="give them on the command line with data="):
-            checked_data(config)
+            of_data(config)
 
     def test_a_checkpoint_makes_no_cache_folder(self, configurations, tmp_path):
         config = with_node(configurations[0], ("data", "cache_dir"), str(tmp_path / "absent"))
-        assert "cache_dir" not in checked_data(config).settings
+        assert "cache_dir" not in of_data(config).settings
         there = with_node(configurations[0], ("data", "cache_dir"), str(tmp_path))
-        assert checked_data(there).settings["cache_dir"] == str(tmp_path)
+        assert of_data(there).settings["cache_dir"] == str(tmp_path)
 
 
 @pytest.fixture(scope="module")

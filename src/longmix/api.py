@@ -3,6 +3,7 @@
 Neither ends the process, nor leaves anything in Hydra's state. What is refused is a `LongmixError`.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from longmix.command_line.words import Word
 from longmix.composing import as_words, composed
-from longmix.config import GenerateConfig, Node, Plain, defaults, read, resolved
+from longmix.config import GenerateConfig, Plain, TrainConfig, defaults, read, resolved
 from longmix.data.tokens.tokenizers import Tokenizer
 from longmix.errors import ConfigError
 from longmix.files import free_folder
@@ -26,7 +27,7 @@ from longmix.restore import Restored, restore
 Words = Sequence[str] | Mapping[str, Any] | DictConfig
 
 WHOLE = ("model", "mixer", "data", "optimizer", "trainer")
-"""Groups that a whole configuration has nodes of."""
+"""Groups that a whole configuration has choices of."""
 
 
 @dataclass(frozen=True)
@@ -70,21 +71,21 @@ def train(words: Words = (), folder: str | Path | None = None) -> Run:
     from longmix.training.run import train as run
 
     begin_run()
-    node, given, choices = _configuration(words)
+    config, given, choices = _configuration(words)
     is_named = any(Word.read(word).name == "name" for word in given)
     if is_named:
-        check_name(node["name"])
+        check_name(config.name)
     if folder is None:
-        place = Path(RUNS, node["name"]) if is_named else free_folder(Path(RUNS, _clock_name(node, choices)))
+        place = Path(RUNS, config.name) if is_named else free_folder(Path(RUNS, _clock_name(config, choices)))
     else:
         place = Path(folder)
     place = place.absolute()
-    node["name"] = node["name"] if is_named else place.name
+    config = config if is_named else dataclasses.replace(config, name=place.name)
     place.mkdir(parents=True, exist_ok=True)
     invocation = Invocation(place, tuple(given), choices, named=is_named or folder is not None)
     try:
         with allocation_errors("training", "make seq_len, batch_size or the model smaller."):
-            summary = run(OmegaConf.create(node), invocation)
+            summary = run(config, invocation)
     except BaseException:
         if not any(place.iterdir()):
             place.rmdir()
@@ -94,32 +95,37 @@ def train(words: Words = (), folder: str | Path | None = None) -> Run:
     return Run(own, summary, CheckpointStore(own / "checkpoints").latest())
 
 
-def _configuration(words: Words) -> tuple[Node, list[str], Mapping[str, str]]:
-    """The node, the words that made it, and the choices of its groups."""
+def _configuration(words: Words) -> tuple[TrainConfig, list[str], Mapping[str, str]]:
+    """The configuration, the words that made it, and the file that each group was chosen from."""
     if isinstance(words, str):
         raise ConfigError(f"{words!r} is one text; give a list of words, such as [{words!r}].")
     if isinstance(words, DictConfig):
-        return resolved(words), [], {}
+        return _whole(words), [], {}
     nodes: dict[str, Any] = {}
     if isinstance(words, Mapping):
         if all(isinstance(words.get(group), Mapping) for group in WHOLE):
-            return resolved(OmegaConf.create(dict(words))), [], {}
+            return _whole(OmegaConf.create(dict(words))), [], {}
         nodes = {str(name): dict(value) for name, value in words.items() if _is_node(value)}
         given = as_words({str(name): value for name, value in words.items() if name not in nodes})
     else:
         given = list(words)
     made = composed("train", given)
     choices = {group: choice for group, choice in made.choices.items() if group not in nodes}
-    return {**made.node, **nodes}, given, choices
+    return read(TrainConfig, OmegaConf.create({**made.node, **nodes})), given, choices
+
+
+def _whole(config: DictConfig) -> TrainConfig:
+    """A whole configuration, which needs no name: the run's folder gives it."""
+    return read(TrainConfig, {"name": RUNS, **resolved(config)})
 
 
 def _is_node(value: Any) -> bool:
     return isinstance(value, Mapping) and ("_target_" in value or "pattern" in value)
 
 
-def _clock_name(node: Node, choices: Mapping[str, str]) -> str:
+def _clock_name(config: TrainConfig, choices: Mapping[str, str]) -> str:
     parts = [datetime.now().strftime("%Y-%m-%d_%H-%M-%S"), *filter(None, map(choices.get, ("mixer", "model")))]
-    return "_".join([*map(str, parts), str(node["seq_len"])])
+    return "_".join([*map(str, parts), str(config.seq_len)])
 
 
 class Loaded:
@@ -134,7 +140,7 @@ class Loaded:
 
     def __init__(self, restored: Restored, settings: Mapping[str, Any]) -> None:
         self.checkpoint: Path = restored.checkpoint
-        self.config: Plain = restored.state["config"]
+        self.config: Plain = restored.written
         self.model: LanguageModel = restored.model
         self.tokenizer: Tokenizer = restored.tokenizer
         self._restored, self._settings = restored, dict(settings)

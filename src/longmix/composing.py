@@ -19,7 +19,7 @@ from longmix.command_line.explain import explained, misformed
 from longmix.command_line.register import register_types
 from longmix.command_line.schema import Schema, configs_folder
 from longmix.command_line.words import Word
-from longmix.config import Node
+from longmix.config import Plain
 from longmix.errors import ConfigError
 
 _LOCK = threading.RLock()
@@ -35,7 +35,7 @@ class Composed:
         choices: the file that each group was chosen from, by group.
     """
 
-    node: Node
+    node: Plain
     choices: Mapping[str, str]
 
 

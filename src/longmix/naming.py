@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -18,6 +18,9 @@ from longmix.distributed.ranks import process_rank
 from longmix.errors import ConfigError
 from longmix.files import free_folder
 from longmix.invocation import Invocation
+
+if TYPE_CHECKING:
+    from longmix.config import TrainConfig
 
 RUNS = "runs"
 LONGEST_NAME_BYTES = 240  # file systems take 255
@@ -82,41 +85,45 @@ class RunPlace:
     named: bool
 
     @classmethod
-    def of(cls, config: DictConfig, node: dict[str, Any], invocation: Invocation) -> "RunPlace":
+    def of(cls, config: "TrainConfig", by_clock: bool, invocation: Invocation) -> "RunPlace":
         """The place of a run.
 
         Args:
-            config: the configuration of the task, not yet resolved.
-            node: the resolved one, with mixer and model of the checkpoint that the run begins from.
+            config: the run's, with mixer and model of the checkpoint that it begins from.
+            by_clock: the clock gave the configuration its name; see `named_by_clock`.
             invocation: how it was asked for.
 
         Raises:
             ConfigError: see `check_name`.
         """
-        name, folder = node["name"], invocation.folder
+        name, folder = config.name, invocation.folder
         check_name(name)
         if invocation.named is not None:
             return cls(folder, name, invocation.named)
-        by_clock = CLOCK in str(OmegaConf.to_container(config, resolve=False)["name"])  # type: ignore[index,call-overload]
         if invocation.in_sweep:
             return cls(folder, f"{folder.parent.name}_{folder.name}" if by_clock else name, not by_clock)
         if not by_clock or folder != Path(run_folder(name)).absolute():
             return cls(folder, name, True)
-        own = _with_own_mixer(name, node, invocation.choices)
+        own = _with_own_mixer(name, config, invocation.choices)
         return cls(folder.with_name(own), own, False)
 
 
-def _with_own_mixer(name: str, node: dict[str, Any], choices: Mapping[str, str]) -> str:
+def named_by_clock(config: DictConfig) -> bool:
+    """Whether the clock gives a configuration its name, which is not yet resolved."""
+    return CLOCK in str(OmegaConf.to_container(config, resolve=False)["name"])  # type: ignore[index,call-overload]
+
+
+def _with_own_mixer(name: str, config: "TrainConfig", choices: Mapping[str, str]) -> str:
     """The name that the clock gave, with mixer and model of the checkpoint that the run begins from."""
-    if node["checkpoint"] is None:
+    if config.checkpoint is None:
         return name
-    model, mixer = node["model"], node["mixer"]
-    own = f"{_file_name(mixer_word(mixer))}_{model['num_layers']}x{model['d_model']}"
+    sizes = f"{config.model.number('num_layers')}x{config.model.number('d_model')}"
+    own = f"{_file_name(mixer_word(config.mixer.entries))}_{sizes}"
     return name.replace(f"_{_file_name(choices['mixer'])}_{choices['model']}_", f"_{own}_", 1)
 
 
-def mixer_word(mixer: dict[str, Any]) -> str:
-    """The name of a mixer's node: the members of a pattern, or the module of its class, named like its file.
+def mixer_word(mixer: Mapping[str, Any]) -> str:
+    """The name of a mixer by the entries of its choice: the members of a pattern, or its module, named like its file.
 
     A class of another package, whose module may have any name, is called by its own.
     """

@@ -4,13 +4,12 @@ from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from longmix.checkpoints import chosen_checkpoint
 from longmix.checkpoints.contents import load_model_state, rebuilding
-from longmix.config import EvaluateConfig, GenerateConfig, StoredConfig
+from longmix.config import EvaluateConfig, GenerateConfig, Plain, StoredConfig
 from longmix.data.tokens.tokenizers import Tokenizer, tokenizer_from_state
 from longmix.errors import ConfigError
 from longmix.model.backbone import LanguageModel
@@ -25,7 +24,8 @@ class Restored:
 
     Attributes:
         checkpoint: its folder.
-        state: all that was saved but the optimizers.
+        step: of the run that saved it.
+        written: the configuration it was trained with, as the checkpoint holds it.
         config: the configuration it was trained with, as far as every version wrote it.
         model: in evaluation mode, on `device`.
         tokenizer: the one it was trained with.
@@ -34,7 +34,8 @@ class Restored:
     """
 
     checkpoint: Path
-    state: dict[str, Any]
+    step: int
+    written: Plain
     config: StoredConfig
     model: LanguageModel
     tokenizer: Tokenizer
@@ -92,7 +93,7 @@ def restore(
             raise ValueError(f"its tokenizer has {tokenizer.vocab_size:,} ids, and its model {model.vocab_size:,}")
     if states is not None:
         load_states(model, Path(states), config)
-    return Restored(folder, state, config, model.to(place).eval(), tokenizer, place, precision)
+    return Restored(folder, state["step"], state["config"], config, model.to(place).eval(), tokenizer, place, precision)
 
 
 def _place(device: str, precision: str) -> tuple[torch.device, str]:

@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from longmix.config import Choice, Node, holds_target, node_kind, settings
+from longmix.config import Choice, Plain, holds_target, node_kind, settings
 from longmix.errors import CheckpointError, ConfigError
 
 OWN_PACKAGES = ("longmix", "longmix_kernels")
@@ -29,7 +29,7 @@ STORAGE = frozenset({"abfs", "abfss", "adl", "az", "file", "gcs", "gs", "hf", "h
 SCHEME = re.compile(r"\s*([a-zA-Z][a-zA-Z0-9+.-]*)(://|::)")
 
 
-def check_model_nodes(config: Node, trust: Collection[str] = ()) -> None:
+def check_model_nodes(config: Plain, trust: Collection[str] = ()) -> None:
     """Refuse nodes `model` and `mixer` of a checkpoint's configuration that name other classes than parts of models.
 
     Args:
@@ -54,10 +54,10 @@ def check_model_nodes(config: Node, trust: Collection[str] = ()) -> None:
             _check(member, f"mixer.{name}", Mixer, trust)
 
 
-def checked_data(config: Node, trust: Collection[str] = ()) -> Choice:
-    """The choice `data` of a checkpoint's configuration, which names nothing but data, corpora and plain storage.
+def checked_data(data: Choice, trust: Collection[str] = ()) -> Choice:
+    """The data of a checkpoint's configuration, which name nothing but data, corpora and plain storage.
 
-    Its `cache_dir` is left out where there is no such folder: a checkpoint makes none.
+    Their `cache_dir` is left out where there is no such folder: a checkpoint makes none.
 
     Raises:
         CheckpointError, ConfigError: see `check_model_nodes`.
@@ -65,20 +65,19 @@ def checked_data(config: Node, trust: Collection[str] = ()) -> Choice:
     from longmix.data.training_data import TrainingData
 
     _check_trust_words(trust)
-    node = _node(config, "data")
-    _check(node, "data", TrainingData, trust)
-    for key, text in _texts(node, "data"):
+    _check(data.entries, "data", TrainingData, trust)
+    for key, text in _texts(data.entries, "data"):
         scheme = SCHEME.match(text)
         if scheme is not None and (scheme[2] == "::" or scheme[1].lower() not in STORAGE):
             raise ConfigError(
                 f"the checkpoint's {key}={text} is not at a kind of storage that only holds bytes. If you want these "
                 "data, give them on the command line with data=."
             )
-    has_cache = Path(str(node.get("cache_dir"))).expanduser().is_dir()
-    return Choice.of("data", {name: value for name, value in node.items() if has_cache or name != "cache_dir"})
+    has_cache = Path(str(data.entries.get("cache_dir"))).expanduser().is_dir()
+    return Choice.of("data", {name: value for name, value in data.entries.items() if has_cache or name != "cache_dir"})
 
 
-def _node(config: Node, key: str) -> Node:
+def _node(config: Plain, key: str) -> Plain:
     node = config.get(key) if isinstance(config, dict) else None
     if not isinstance(node, dict):
         raise CheckpointError(f"the checkpoint's configuration has no node {key!r}, so it is none that longmix wrote.")

@@ -200,7 +200,7 @@ def test_a_link_to_the_weights_is_followed(base, tmp_path):
     checkpoint = CheckpointStore(tmp_path / "checkpoints").save(base, {})
     (checkpoint / "state.pt").rename(tmp_path / "elsewhere.pt")
     (checkpoint / "state.pt").symlink_to(tmp_path / "elsewhere.pt")
-    assert restore(checkpoint).state["step"] == 1
+    assert restore(checkpoint).step == 1
 
 
 def test_the_folder_of_a_run_is_understood_and_never_to_be_deleted(base, tmp_path):

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from longmix.checkpoints import CheckpointStore, chosen_checkpoint, find_checkpoint, load_checkpoint
-from longmix.config import resolved
+from longmix.config import TrainConfig, read
 from longmix.errors import CheckpointError
 from longmix.invocation import Invocation
-from longmix.training.warm_start import Origin
+from longmix.training.warm_start import begins_from
 
 
 @pytest.fixture
@@ -60,9 +60,9 @@ def test_training_begins_from_it_and_notes_which(run_training, compose_config, t
     (tmp_path / "runs").mkdir()
     shutil.copytree(run, tmp_path / "runs" / "first")
     monkeypatch.chdir(tmp_path)
-    node = resolved(compose_config("checkpoint=last", "data=parity", "seq_len=16", "logger=csv", "trainer=cpu"))
-    origin = Origin.of(node, Invocation.of_command())
-    assert node["checkpoint"] == "runs/first/checkpoints/step-00000002"
+    words = ("checkpoint=last", "data=parity", "seq_len=16", "logger=csv", "trainer=cpu")
+    config, origin = begins_from(read(TrainConfig, compose_config(*words)), Invocation.of_command())
+    assert config.checkpoint == "runs/first/checkpoints/step-00000002"
     assert torch.equal(
         origin.state["model"]["embedding.weight"],
         load_checkpoint(find_checkpoint(run))["model"]["embedding.weight"],

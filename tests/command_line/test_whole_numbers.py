@@ -10,7 +10,7 @@ import re
 import pytest
 
 from longmix.command_line.schema import SCHEMAS, Schema, configs_folder
-from longmix.config import resolved
+from longmix.config import TrainConfig, read, resolved
 
 VALUES = ["1e30", "-1", "0", str(2**63), "-1e30", "nan", "inf", "true", "", "1.5", "0x10", "1_0_", "[1]", "null", "7"]
 EVERY = int(os.environ.get("FUZZ_CASES", "30")) >= 1000
@@ -30,7 +30,7 @@ def task_of(command):
     from longmix.training.run import check_config
 
     return {
-        "train": lambda config: check_config(resolved(config)),
+        "train": lambda config: check_config(read(TrainConfig, resolved(config))),
         "evaluate": evaluate,
         "generate": generate,
         "prepare": prepare_splits,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from longmix.config import build, resolved
+from longmix.config import TrainConfig, build, read, resolved
 from longmix.data.corpora.files import JsonLines, ParquetFiles, TextFiles
 from longmix.data.corpora.local_files import find_files, user_path
 from longmix.data.text_data import TokenData
@@ -309,4 +309,4 @@ class TestWhatIsNoCorpus:
 
     def test_null(self, compose_config):
         with pytest.raises(ConfigError, match=r"^data\.corpus\.path=null is not text or a list, each text\.$"):
-            check_config(resolved(compose_config("data=text", "data.corpus.path=null")))
+            check_config(read(TrainConfig, compose_config("data=text", "data.corpus.path=null")))

@@ -9,7 +9,7 @@ import yaml
 from list_corpus import CodePointTokenizer, ListCorpus, distinct_documents
 from omegaconf import OmegaConf
 
-from longmix.config import build, resolved
+from longmix.config import TrainConfig, build, read, resolved
 from longmix.data.mixture import BLOCK, MixtureData, shared_out
 from longmix.data.prepare_run import prepare_splits
 from longmix.data.tokens.tokenizers import ByteTokenizer
@@ -163,7 +163,7 @@ def test_a_run_trains_on_a_mixture(words, run_training, tmp_path):
 def test_a_wrong_setting_of_a_corpus_is_named(words, compose_config):
     config = resolved(compose_config(*words, "+data.corpora.digits.pth=x", "trainer.accelerator=cpu"))
     with pytest.raises(ConfigError, match=r"unknown key data\.corpora\.digits\.pth\. Did you mean path"):
-        check_config(config)
+        check_config(read(TrainConfig, config))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from list_corpus import ListCorpus
 
 from longmix.batch import IGNORE_INDEX
-from longmix.config import build, resolved
+from longmix.config import TrainConfig, build, read, resolved
 from longmix.data.synthetic.haystack import KEYS, QUESTION, STATEMENT
 from longmix.data.synthetic.needle import NeedleData
 from longmix.data.tokens.bpe import BpeTokenizer
@@ -161,7 +161,7 @@ class TestSettings:
         assert (node["data"]["statement"], node["data"]["question"]) == (STATEMENT, QUESTION)
         data = build(node["data"], "data", tokenizer=ByteTokenizer(), seq_len=64, batch_size=1, seed=0)
         assert isinstance(data, NeedleData) and data.counts == [1]
-        check_config(resolved(compose_config("experiment=needle")))
+        check_config(read(TrainConfig, compose_config("experiment=needle")))
 
 
 @pytest.fixture(scope="module")

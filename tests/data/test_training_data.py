@@ -6,7 +6,7 @@ import pytest
 import yaml
 from list_corpus import ListCorpus
 
-from longmix.config import Choice, locate
+from longmix.config import Choice, TrainConfig, locate, read
 from longmix.data.mixture import MixtureData
 from longmix.data.prepared import PreparedData
 from longmix.data.synthetic.base import SyntheticData
@@ -114,4 +114,4 @@ def test_training_refuses_it_before_any_work(compose_config):
     config = configuration.resolved(compose_config("seq_len=32"))
     config["data"] = {"_target_": f"{__name__}.NotData"}
     with pytest.raises(ConfigError, match="it must be a subclass of"):
-        check_config(config)
+        check_config(read(TrainConfig, config))

@@ -70,6 +70,9 @@ def alone(group: dist.ProcessGroup) -> Iterator[None]:
         yield
 
 
+CONFIG = SimpleNamespace(loop=None, seq_len=LENGTH, batch_size=4)
+
+
 class Nothing:
     """A log and a terminal for nobody."""
 
@@ -81,8 +84,7 @@ class Nothing:
 
 
 def validation(case: Case, count: int, module: TrainingModule, rank: int, world_size: int) -> dict[str, Any]:
-    config = {"loop": {}, "seq_len": LENGTH, "batch_size": 4}
-    supervisor = Supervisor(config, Data(count), None, Nothing(), Nothing(), {}, None)
+    supervisor = Supervisor(CONFIG, Data(count), None, Nothing(), Nothing(), {}, None)
     trainer = SimpleNamespace(
         world_size=world_size,
         global_rank=rank,
@@ -95,7 +97,7 @@ def validation(case: Case, count: int, module: TrainingModule, rank: int, world_
 
 def memory(group: dist.ProcessGroup, case: Case) -> tuple[float, int]:
     """What is logged of it, and what the summary gets, by processes that hold 1, 2, ... GiB."""
-    supervisor = Supervisor({"loop": {}, "seq_len": LENGTH, "batch_size": 4}, None, None, None, None, {}, None)
+    supervisor = Supervisor(CONFIG, None, None, None, None, {}, None)
     trainer = SimpleNamespace(precision="32-true", world_size=dist.get_world_size(group))
     held = (dist.get_rank(group) + 1) * 2**30
     with alone(group), patch("longmix.training.supervisor.peak_memory_bytes", lambda _: held):

@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from longmix.checkpoints import find_checkpoint, load_checkpoint
-from longmix.config import TrainConfig, check_words, read, resolved
+from longmix.config import TrainConfig, read
 from longmix.errors import ConfigError
 from longmix.model.build import build_model, model_from_checkpoint
 from longmix.model.matching import count_parameters, match_parameters, with_width
@@ -126,7 +126,7 @@ class TestRefusals:
     )
     def test_impossible_words(self, compose_config, override, message):
         with pytest.raises(ConfigError, match=re.escape(message)):
-            check_words(resolved(compose_config(override)))
+            read(TrainConfig, compose_config(override))
 
 
 class TestRun:

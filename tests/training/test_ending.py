@@ -165,7 +165,7 @@ def test_killed_between_the_figures_of_a_validation_and_its_checkpoint_they_are_
 
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
         patched.setattr(CheckpointStore, "add_info", killed)
-        patched.setattr(supervisor_module.Supervisor, "_due", lambda *_: False)
+        patched.setattr(supervisor_module, "_due", lambda *_: False)
         train(folder)
     train(folder, "resume=auto")
     rows = [row for row in read_metrics(folder) if "validation/loss" in row]

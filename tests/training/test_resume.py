@@ -1,6 +1,7 @@
 """Where a run starts, by `resume`, by its name and by what is in the folders beside it."""
 
 import copy
+import dataclasses
 import logging
 import os
 import re
@@ -11,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from longmix.checkpoints import CheckpointStore, find_checkpoint
-from longmix.config import resolved
+from longmix.config import OriginRecord, TrainConfig, read, resolved
 from longmix.errors import CheckpointError, ConfigError, StorageError
 from longmix.locks import try_lock
 from longmix.training import claims
@@ -37,8 +38,13 @@ SWEPT: list[tuple[str, ...] | None] = [None]
 """The words of the sweep that the runs of a test are of."""
 
 
-def find_start(*arguments, **more) -> Start:
-    return resuming.find_start(*arguments, swept=SWEPT[0], **more)
+def typed(config: dict) -> TrainConfig:
+    """The configuration of a command, with the origin that it found."""
+    return dataclasses.replace(read(TrainConfig, config), origin=OriginRecord.of(config.get("origin")))
+
+
+def find_start(config: dict, folder: Path, **more) -> Start:
+    return resuming.find_start(typed(config), folder, swept=SWEPT[0], **more)
 
 
 @pytest.fixture
@@ -63,7 +69,7 @@ def run_state(config: dict, step: int) -> dict:
 def begun(config: dict, folder: Path, **more) -> Start:
     """A start that is over again, as far as others are concerned."""
     with find_start(config, folder, **more) as start:
-        start.begin(start.config_of(config))
+        start.begin(start.config_of(typed(config)))
     return start
 
 
@@ -188,7 +194,7 @@ class TestUnnamed:
                 assert (first.folder.name, second.folder.name) == ("now", "now_2")
                 assert (first.name, second.name) == ("run", "run_2")
                 assert OmegaConf.load(tmp_path / "now_2" / "config.yaml").name == "run_2"
-            first.begin(config)
+            first.begin(typed(config))
         assert found(config, tmp_path / "now", named=False) == ("now_2", 0)
 
     def test_auto_finds_the_newest_run_of_the_same_configuration(self, tmp_path, config):
@@ -525,7 +531,7 @@ class TestWhatMayChange:
 
     def test_a_run_keeps_the_checkpoint_that_it_began_from(self, tmp_path, config):
         saved_run(tmp_path / "run", {**config, "checkpoint": "runs/a"}, 5)
-        assert begun(auto(config), tmp_path / "run").config_of(config)["checkpoint"] == "runs/a"
+        assert begun(auto(config), tmp_path / "run").config_of(typed(config)).checkpoint == "runs/a"
         assert OmegaConf.load(tmp_path / "run" / "config.yaml").checkpoint == "runs/a"
         with pytest.raises(CheckpointError, match="began from runs/a, not from runs/b"):
             find_start(auto({**config, "checkpoint": "runs/b"}), tmp_path / "run")

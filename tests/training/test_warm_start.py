@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from longmix.checkpoints import CheckpointStore, find_checkpoint, load_checkpoint
-from longmix.config import resolved
+from longmix.config import OriginRecord, TrainConfig, plain, read
 from longmix.distributed.agreement import Processes
 from longmix.errors import CheckpointError, ConfigError
 from longmix.evaluation.run import evaluate
@@ -21,7 +21,7 @@ from longmix.model.build import model_from_checkpoint
 from longmix.training.identity import changes
 from longmix.training.resume import find_start
 from longmix.training.run import train
-from longmix.training.warm_start import Origin
+from longmix.training.warm_start import Origin, begins_from
 
 LOOP = ("logger=csv", "batch_size=2", "seq_len=32", "max_steps=4", "data.validation_tokens=256", "trainer=cpu")
 SMALL = ("model.num_layers=2", "model.d_model=32", "model.mlp_hidden=32")
@@ -182,15 +182,16 @@ class TestTheRunItBeganFromGoesOn:
         caplog.set_level(logging.INFO)
 
         def begins(word: str) -> tuple[str, int]:
-            node = resolved(compose_config(*LOOP, f"checkpoint={word}", "resume=auto", *corpora["prose"]))
-            Origin.of(node, Invocation.of_command())
+            config = read(TrainConfig, compose_config(*LOOP, f"checkpoint={word}", "resume=auto", *corpora["prose"]))
+            config, _ = begins_from(config, Invocation.of_command())
             folder = tmp_path / "runs" / f"run{len(list((tmp_path / 'runs').iterdir()))}"
-            with find_start(node, folder, named=False) as start:
+            with find_start(config, folder, named=False) as start:
                 if not start.step:
-                    config = start.config_of(node)
+                    config = start.config_of(config)
                     start.begin(config)
                     facts = {"data_fingerprint": {}, "run": {}, "steps_skipped": 0, "random": {}, "optimizers": []}
-                    CheckpointStore(start.folder / "checkpoints").save({"step": 4, "config": config, **facts}, {})
+                    store = CheckpointStore(start.folder / "checkpoints")
+                    store.save({"step": 4, "config": plain(config), **facts}, {})
                 return start.folder.name, start.step
 
         first = find_checkpoint(base)
@@ -210,14 +211,15 @@ class TestTheRunItBeganFromGoesOn:
         assert "run1 did not keep which weights it began from; resume=" in caplog.text
 
     def test_a_sweep_tells_them_apart_too(self, base, compose_config):
-        nodes = []
+        configs = []
         for _ in range(2):
-            nodes.append(resolved(compose_config(*LOOP, f"checkpoint={base}", "resume=auto")))
-            Origin.of(nodes[-1], Invocation.of_command())
+            config = read(TrainConfig, compose_config(*LOOP, f"checkpoint={base}", "resume=auto"))
+            configs.append(begins_from(config, Invocation.of_command())[0])
             train_on(base)
-        ((key, (was, now)),) = changes(*nodes, ("seed",)).items()
+        earlier, later = configs
+        ((key, (was, now)),) = changes(plain(earlier), later, ("seed",)).items()
         assert (key, Path(was).name, Path(now).name) == ("checkpoint", "step-00000060", "step-00000061")
-        assert changes(nodes[0], nodes[0]) == {}
+        assert changes(plain(earlier), earlier) == {}
 
     @pytest.mark.slow
     @pytest.mark.parametrize(("word", "how"), [("run", "on"), ("last", "on"), ("run", "gone"), ("step", "gone")])
@@ -244,9 +246,9 @@ class TestTheRunItBeganFromGoesOn:
 def test_processes_that_found_different_weights_do_not_begin():
     class Others(Processes):
         def each(self, work):
-            return [work(), {"checkpoint": "runs/a/checkpoints/step-00000006", "weights": "b"}]
+            return [work(), OriginRecord("runs/a/checkpoints/step-00000006", "b")]
 
-    record = {"checkpoint": "runs/a/checkpoints/step-00000003", "weights": "a"}
+    record = OriginRecord("runs/a/checkpoints/step-00000003", "a")
     with pytest.raises(
         CheckpointError, match=r"Give one of its checkpoints, such as checkpoint=runs/a/.*step-00000006"
     ):

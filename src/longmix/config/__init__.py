@@ -8,7 +8,6 @@ builds what its `_target_` names,
 
 from longmix.config.border import Plain as Plain
 from longmix.config.border import check_keys as check_keys
-from longmix.config.border import check_words as check_words
 from longmix.config.border import hydra_schema as hydra_schema
 from longmix.config.border import plain as plain
 from longmix.config.border import read as read
@@ -26,6 +25,7 @@ from longmix.config.commands import StoredConfig as StoredConfig
 from longmix.config.commands import TrainConfig as TrainConfig
 from longmix.config.commands import TuningConfig as TuningConfig
 from longmix.config.limits import flattened as flattened
+from longmix.config.limits import limits_of as limits_of
 from longmix.config.limits import step_limits as step_limits
 from longmix.config.limits import tokens_per_step as tokens_per_step
 from longmix.config.limits import total_steps as total_steps

@@ -16,11 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from longmix.config.choices import Choice, Pattern, choice_or_pattern, choices_by_name, copied
-from longmix.config.commands import TrainConfig
 from longmix.config.nodes import unknown_key
 from longmix.config.rules import check_values, default_of, is_group, is_words, words_of
 from longmix.errors import ConfigError
-from longmix.naming import check_name
 
 Config = TypeVar("Config")
 Plain = dict[str, Any]
@@ -158,10 +156,3 @@ def _without_value(value: Any, key: str = "") -> list[str]:
     if not isinstance(value, dict):
         return []
     return [found for name, part in value.items() for found in _without_value(part, f"{key}.{name}" if key else name)]
-
-
-def check_words(given: Plain) -> None:
-    """Refuse unknown and absent words, and impossible values of the top-level words and the loop."""
-    config = read(TrainConfig, given)
-    config.check_together()
-    check_name(config.name)

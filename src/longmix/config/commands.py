@@ -14,6 +14,7 @@ from longmix.config.choices import Choice, Pattern, choice_or_pattern
 from longmix.config.rules import Rule, above_zero, at_least, between, count_up_to, record, share, word
 from longmix.config.values import LARGEST_SEED
 from longmix.errors import ConfigError
+from longmix.naming import check_name
 
 LARGEST_INDEX = 2**62
 """Of numbers that count tokens and windows; beyond it nothing can be indexed."""
@@ -100,6 +101,13 @@ class OriginRecord:
 
     checkpoint: str
     weights: str
+
+    @classmethod
+    def of(cls, stored: object) -> "OriginRecord | None":
+        """That of a configuration in a file, which any version may have written; None if it has none."""
+        if not isinstance(stored, Mapping) or not {"checkpoint", "weights"} <= stored.keys():
+            return None
+        return cls(str(stored["checkpoint"]), str(stored["weights"]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +223,7 @@ class TrainConfig(ModelConfig):
         is_yes = str(self.resume).lower() in ("yes", "true", "on", "1", "newest", "latest")
         if self.resume is not None and is_yes and not Path(self.resume).exists():
             raise ConfigError(f"resume={self.resume} is not there. Did you mean auto? Else give the folder of a run.")
+        check_name(self.name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ def model_facts(restored: Restored, states: str | None) -> dict[str, Any]:
     return {
         "checkpoint": str(restored.checkpoint),
         "weights": weights_digest(restored.checkpoint),
-        "step": restored.state["step"],
+        "step": restored.step,
         "trained_seq_len": restored.config.seq_len,
         "states": None if states is None else _states_facts(Path(states)),
         "precision": restored.precision,

@@ -143,10 +143,11 @@ def _data(own: EvaluateConfig, restored: Restored) -> TrainingData:
     Raises:
         ConfigError: the checkpoint names none and neither do the words, or the model does not know their tokens.
     """
-    if own.data is None and restored.config.data is None:
-        raise ConfigError(f"{restored.checkpoint} says nothing of data; add data=, such as data=sotu.")
-    choice = own.data or checked_data(restored.state["config"], own.trust)
-    config = restored.config
+    config, choice = restored.config, own.data
+    if choice is None:
+        if config.data is None:
+            raise ConfigError(f"{restored.checkpoint} says nothing of data; add data=, such as data=sotu.")
+        choice = checked_data(config.data, own.trust)
     data = build_data(choice, restored.tokenizer, seq_len=config.seq_len, batch_size=1, seed=config.seed)
     numbers = isinstance(restored.tokenizer, NumberTokenizer)
     if isinstance(data, SyntheticData) and not numbers:

@@ -55,7 +55,7 @@ class Subject:
     @property
     def step(self) -> int:
         """The checkpoint's step."""
-        return self.restored.state["step"]
+        return self.restored.step
 
     @property
     def split(self) -> str:

@@ -51,7 +51,7 @@ def _built(choice: Choice, shape: ModelShape, layer_index: int) -> Mixer:
     return mixer
 
 
-def check_mixer(mixer: Any, what: str) -> None:
+def check_mixer(mixer: object, what: str) -> None:
     """Refuse a mixer that lacks a part of the contract in `longmix.mixers.parts.base.Mixer`, before any work.
 
     Args:

@@ -19,7 +19,6 @@ from longmix.errors import ConfigError
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model, check_model
 from longmix.model.matching import match_parameters
-from longmix.naming import check_name
 from longmix.planning.dry_run import Precision
 from longmix.training.hardware import TrainerSettings
 from longmix.wording import counted, did_you_mean, nearest
@@ -211,7 +210,6 @@ def read(words: list[str]) -> Request:
 def _check(config: TrainConfig) -> None:
     """Refuse what `train.py` would refuse, except devices that this machine lacks; and what cannot be planned."""
     config.check_together()
-    check_name(config.name)
     for choice, supplied in (
         (config.optimizer, {"parameters"}),
         (config.trainer, set[str]()),

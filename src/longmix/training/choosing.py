@@ -1,6 +1,7 @@
 """Chooses the folder and checkpoint in which a command's run continues; the chosen folder is locked at once."""
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from omegaconf import OmegaConf
 
 from longmix.checkpoints import CheckpointStore, chosen_checkpoint, find_checkpoint
 from longmix.checkpoints.verify import INFO_FILE
-from longmix.config import Node
+from longmix.config import Plain, TrainConfig, plain
 from longmix.distributed.ranks import was_restarted
 from longmix.errors import ConfigError
 from longmix.files import replace_file
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Choice:
+class Place:
     """The place where a run begins or continues.
 
     Attributes:
@@ -40,7 +41,9 @@ class Choice:
     is_new: bool = False
 
 
-def choose_start(config: Node, folder: Path, named: bool, swept: Sequence[str] | None = None) -> tuple[Choice, Lock]:
+def choose_start(
+    config: TrainConfig, folder: Path, named: bool, swept: Sequence[str] | None = None
+) -> tuple[Place, Lock]:
     """The place where the run of `folder` begins or continues, and the lock of that place.
 
     A command that its launcher runs again after a failure continues what it began in the same folder, whatever `resume`
@@ -49,7 +52,7 @@ def choose_start(config: Node, folder: Path, named: bool, swept: Sequence[str] |
     Raises:
         ConfigError, CheckpointError: as in `find_start`, but for what only a checkpoint's content tells.
     """
-    resume, in_sweep = config["resume"], swept is not None
+    resume, in_sweep = config.resume, swept is not None
     if named and not in_sweep:
         _check_place(folder)
     if resume == "auto" and (in_sweep or not named):
@@ -59,34 +62,34 @@ def choose_start(config: Node, folder: Path, named: bool, swept: Sequence[str] |
     return _in_own_folder(config, folder) if named or in_sweep else _new(config, folder)
 
 
-def write_config(folder: Path, config: Node) -> None:
+def write_config(folder: Path, config: TrainConfig) -> None:
     """Replace a run's `config.yaml` in one step; one that says the same stays as it is.
 
     Raises:
         StorageError: it cannot be written.
     """
-    path = folder / CONFIG_FILE
+    path, content = folder / CONFIG_FILE, plain(config)
     with contextlib.suppress(ConfigError):
-        if read_yaml(path) == config:
+        if read_yaml(path) == content:
             return
-    text = OmegaConf.to_yaml(OmegaConf.create(config))
+    text = OmegaConf.to_yaml(OmegaConf.create(content))
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def _in_own_folder(config: Node, folder: Path) -> tuple[Choice, Lock]:
+def _in_own_folder(config: TrainConfig, folder: Path) -> tuple[Place, Lock]:
     lock = claim(folder)
     with _released_if_refused(lock):
         own = _newest(folder)
-        if own is not None and config["resume"] is None and not (was_restarted() and _began_so(folder, config)):
+        if own is not None and config.resume is None and not (was_restarted() and _began_so(folder, config)):
             raise ConfigError(
                 f"{folder} already holds a run ({own.name}); continue it with resume=auto, or choose another name."
             )
-        if own is None and config["resume"] == "auto":
+        if own is None and config.resume == "auto":
             log.info("resume=auto: %s holds no checkpoint; starting a new run.", folder)
         return _at(config, folder, own), lock
 
 
-def _newest_or_new(config: Node, folder: Path, named: bool, swept: Sequence[str] | None) -> tuple[Choice, Lock]:
+def _newest_or_new(config: TrainConfig, folder: Path, named: bool, swept: Sequence[str] | None) -> tuple[Place, Lock]:
     """Among the runs beside this one, or a sweep's beside this sweep, continue the newest of this configuration."""
     in_sweep = swept is not None
     parent = folder.parent.parent if in_sweep else folder.parent
@@ -115,12 +118,12 @@ def _newest_or_new(config: Node, folder: Path, named: bool, swept: Sequence[str]
         return _new_in_sweep(config, folder)
 
 
-def _new_in_sweep(config: Node, folder: Path) -> tuple[Choice, Lock]:
+def _new_in_sweep(config: TrainConfig, folder: Path) -> tuple[Place, Lock]:
     lock = claim(folder)
     with _released_if_refused(lock):
         own = _newest(folder)
         if own is not None:
-            saved = read_config(folder) or {}
+            saved: Plain = read_config(folder) or {}
             raise ConfigError(
                 f"{folder} already holds a run with other settings: {phrases(changes(saved, config))}. Choose another "
                 "hydra.sweep.dir."
@@ -128,7 +131,7 @@ def _new_in_sweep(config: Node, folder: Path) -> tuple[Choice, Lock]:
         return _at(config, folder, None), lock
 
 
-def _from_checkpoint(config: Node, folder: Path, named: bool, resume: str) -> tuple[Choice, Lock]:
+def _from_checkpoint(config: TrainConfig, folder: Path, named: bool, resume: str) -> tuple[Place, Lock]:
     """Continue a checkpoint: in its run if that has the chosen folder, or if none was chosen and it is the newest."""
     checkpoint = chosen_checkpoint(resume)
     run = _run_of(checkpoint)
@@ -137,8 +140,8 @@ def _from_checkpoint(config: Node, folder: Path, named: bool, resume: str) -> tu
     if run is None or not (_is_same(run, folder) or (newest and not named)):
         if not named:
             log.info("%s is not the newest checkpoint of its run; a new run continues it.", checkpoint)
-            choice, lock = _new(config, folder)
-            return Choice(choice.folder, choice.name, checkpoint, choice.is_new), lock
+            place, lock = _new(config, folder)
+            return dataclasses.replace(place, checkpoint=checkpoint), lock
         lock = claim(folder)
         with _released_if_refused(lock):
             own = _newest(folder)
@@ -157,28 +160,28 @@ def _from_checkpoint(config: Node, folder: Path, named: bool, resume: str) -> tu
         return _at(config, run, find_checkpoint(checkpoint)), lock
 
 
-def _new(config: Node, folder: Path) -> tuple[Choice, Lock]:
+def _new(config: TrainConfig, folder: Path) -> tuple[Place, Lock]:
     """A fresh run in a folder named by the clock. It writes its configuration before any other command looks."""
     place, lock = claim_new(folder)
-    name = config["name"] if place == folder else config["name"] + place.name.removeprefix(folder.name)
+    name = config.name if place == folder else config.name + place.name.removeprefix(folder.name)
     with _released_if_refused(lock):
-        write_config(place, {**config, "name": name})
-    return Choice(place, name, None, is_new=True), lock
+        write_config(place, dataclasses.replace(config, name=name))
+    return Place(place, name, None, is_new=True), lock
 
 
-def _at(config: Node, folder: Path, checkpoint: Path | None) -> Choice:
+def _at(config: TrainConfig, folder: Path, checkpoint: Path | None) -> Place:
     """A run in a folder that may hold one; if it continues that run, it keeps its name.
 
     A fresh run writes its configuration before any other command can look for it.
     """
     is_new = all(path.name in (CONFIG_FILE, LOCK_FILE) for path in folder.iterdir())
-    name = config["name"]
+    name = config.name
     run = None if checkpoint is None else _run_of(checkpoint)
     if run is not None and _is_same(run, folder):
         name = str((read_config(run) or {}).get("name") or name)
     if checkpoint is None:
         write_config(folder, config)
-    return Choice(folder, name, checkpoint, is_new)
+    return Place(folder, name, checkpoint, is_new)
 
 
 def _check_place(folder: Path) -> None:
@@ -212,10 +215,10 @@ def _is_same(one: Path, other: Path) -> bool:
     return one.resolve() == other.resolve()
 
 
-def _began_so(folder: Path, config: Node) -> bool:
+def _began_so(folder: Path, config: TrainConfig) -> bool:
     """Whether the configuration in a folder says that this `resume` began the run with these settings."""
     saved = read_config(folder)
-    if saved is None or saved.get("resume") != config["resume"]:
+    if saved is None or saved.get("resume") != config.resume:
         return False
     return not changes(saved, config).keys() - {"checkpoint"}
 

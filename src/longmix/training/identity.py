@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,18 @@ from longmix.aliases import renewed
 from longmix.checkpoints import CheckpointStore, open_checkpoint
 from longmix.config import (
     LoopConfig,
-    Node,
+    OriginRecord,
+    Plain,
     TrainConfig,
     TuningConfig,
     build,
     defaults,
     flattened,
+    limits_of,
     locate,
+    plain,
     settings,
-    step_limits,
+    total_steps,
 )
 from longmix.errors import CheckpointError, ConfigError, LongmixError
 from longmix.reading import read_yaml
@@ -77,35 +81,37 @@ KNOWN_SCHEDULES = {
     for schedule in (schedules.WarmupCosine, schedules.WarmupStableDecay)
 }
 
-Changes = dict[str, tuple[Any, Any]]
+Changes = dict[str, tuple[object, object]]
 """Changed settings, each with its old and new value."""
 
 log = logging.getLogger(__name__)
 
 
-def changes(saved: Node, config: Node, counting: tuple[str, ...] = ()) -> Changes:
+def changes(saved: Plain, config: TrainConfig, counting: tuple[str, ...] = ()) -> Changes:
     """Every setting that can change a run's result and has another value.
 
     The two limits count as the steps that they allow. A setting that one side lacks, as versions of longmix add some,
     has its default there. `checkpoint` counts as the weights that it meant.
 
     Args:
-        saved, config: resolved configurations, the earlier first.
+        saved: the configuration in a run's folder or checkpoint, which any version may have written.
+        config: that of this command.
         counting: words that count, with all below them, even if they are in `FREE`.
     """
-    before, now = _leaves(saved), _leaves(config)
+    own = plain(config)
+    before, now = _leaves(saved), _leaves(own)
     found: Changes = {}
     for key in {**before, **now}:
         if _is_below(key, FREE) and not _is_below(key, counting):
             continue
-        old = before[key] if key in before else _default(config, key)
-        new = now[key] if key in now else _default(config, key)
+        old = before[key] if key in before else _default(own, key)
+        new = now[key] if key in now else _default(own, key)
         if old != new:
             found[key] = (old, new)
     found.pop("checkpoint", None)
-    both_fresh = saved.get("checkpoint") is None and config.get("checkpoint") is None
+    both_fresh = saved.get("checkpoint") is None and config.checkpoint is None
     if not both_fresh and not _began_with_same_weights(saved, config):
-        found["checkpoint"] = (_shown_origin(saved), _shown_origin(config))
+        found["checkpoint"] = (_shown_origin(saved), _shown_origin(own))
     return found
 
 
@@ -116,7 +122,7 @@ def phrases(found: Changes) -> str:
     return "; ".join(shown) + more
 
 
-def check_continues(saved: Node, config: Node, checkpoint: Path, step: int) -> None:
+def check_continues(saved: Plain, config: TrainConfig, checkpoint: Path, step: int) -> None:
     """Refuse to continue a run with settings that cannot take effect in it.
 
     Raises:
@@ -125,7 +131,7 @@ def check_continues(saved: Node, config: Node, checkpoint: Path, step: int) -> N
     found = changes(saved, config)
     fixed = {key: change for key, change in found.items() if _is_below(key, FIXED)}
     found.pop("checkpoint", None)
-    began, given = saved.get("checkpoint"), config.get("checkpoint")
+    began, given = saved.get("checkpoint"), config.checkpoint
     if (given is not None and not _is_same_origin(saved, config)) or (given is None and began is not None and fixed):
         fresh = "fresh weights"
         cure = f"give checkpoint={began}" if began is not None else "leave checkpoint out"
@@ -137,25 +143,27 @@ def check_continues(saved: Node, config: Node, checkpoint: Path, step: int) -> N
         raise CheckpointError(
             f"{checkpoint} is of another run: {phrases(fixed)}. Use its settings, or start a new run."
         )
-    if found and step >= _steps(config):
+    if found and step >= total_steps(config):
         raise CheckpointError(
-            f"{checkpoint} has taken {step} of {_steps(config)} steps, so that nothing is left to train with other "
-            f"settings: {phrases(found)}. Ask for more steps, use its settings, or start a new run under another name."
+            f"{checkpoint} has taken {step} of {total_steps(config)} steps, so that nothing is left to train with "
+            f"other settings: {phrases(found)}. Ask for more steps, use its settings, or start a new run under another "
+            "name."
         )
 
 
-def announce(saved: Node, config: Node, step: int) -> None:
+def announce(saved: Plain, config: TrainConfig, step: int) -> None:
     """Log every setting that takes effect from the next step, and how the learning rate changes there."""
     found = changes(saved, config)
     found.pop("checkpoint", None)
     for key, (was, value) in found.items():
         log.info("%s was %s and is %s from step %d.", key, was, value, step + 1)
-    before, now = _learning_rate(saved, step, own=config), _learning_rate(config, step)
+    own = plain(config)
+    before, now = (_learning_rate(each, step, config.schedule.target) for each in (saved, own))
     if before is not None and now is not None and abs(before - now) > 1e-9 * abs(before):
         log.info("The learning rate of step %d is %.4g; with the earlier settings it was %.4g.", step + 1, now, before)
 
 
-def read_config(run: Path) -> Node | None:
+def read_config(run: Path) -> Plain | None:
     """The configuration of the run in a folder; None if there is no run, or it cannot be read, which is logged.
 
     Where `config.yaml` is damaged, the one in the newest checkpoint takes its place.
@@ -176,52 +184,54 @@ def read_config(run: Path) -> Node | None:
     return None
 
 
-def is_unknown_origin(saved: Node, config: Node) -> bool:
+def is_unknown_origin(saved: Plain, config: TrainConfig) -> bool:
     """Whether a run began from the same word as this command, and an earlier version did not keep which weights."""
-    same_word = saved.get("checkpoint") is not None and saved.get("checkpoint") == config.get("checkpoint")
+    same_word = saved.get("checkpoint") is not None and saved.get("checkpoint") == config.checkpoint
     return same_word and not saved.get(ORIGIN) and changes(saved, config).keys() == {"checkpoint"}
 
 
-def _is_same_origin(saved: Node, config: Node) -> bool:
+def _is_same_origin(saved: Plain, config: TrainConfig) -> bool:
     """Whether a run that goes on began from what the command line names, be it by a word that means more by now."""
-    began, given = saved.get("checkpoint"), str(config["checkpoint"])
+    began, given = saved.get("checkpoint"), str(config.checkpoint)
     if began is None:
         return False
     places = {Path(str(place)).absolute().resolve() for place in (began, _shown_origin(saved))}
     return Path(given).absolute().resolve() in places or _began_with_same_weights(saved, config)
 
 
-def _began_with_same_weights(saved: Node, config: Node) -> bool:
+def _began_with_same_weights(saved: Plain, config: TrainConfig) -> bool:
     """Whether both record the weights that they began from, and these are the same."""
-    was, now = ((node.get(ORIGIN) or {}).get("weights") for node in (saved, config))
-    return was is not None and was == now
+    was = OriginRecord.of(saved.get(ORIGIN))
+    return was is not None and config.origin is not None and was.weights == config.origin.weights
 
 
-def _shown_origin(node: Node) -> str | None:
-    return (node.get(ORIGIN) or {}).get("checkpoint") or node.get("checkpoint")
+def _shown_origin(written: Plain) -> str | None:
+    record = OriginRecord.of(written.get(ORIGIN))
+    return written.get("checkpoint") if record is None else record.checkpoint
 
 
-def _is_below(key: str, keys: Any) -> bool:
+def _is_below(key: str, keys: Iterable[str]) -> bool:
     return any(key == other or key.startswith(f"{other}.") for other in keys)
 
 
-def _leaves(node: Node) -> dict[str, Any]:
+def _leaves(written: Plain) -> dict[str, object]:
     limits = ("max_steps", "max_tokens")
-    flat = flattened({key: value for key, value in node.items() if key not in (*limits, ORIGIN)})
+    flat = flattened({key: value for key, value in written.items() if key not in (*limits, ORIGIN)})
     try:
-        return flat | {"steps": _steps(node)}
+        return flat | {"steps": _steps(written)}
     except (KeyError, TypeError, ValueError, ArithmeticError):  # whoever wrote the file meant something else
-        return flat | {key: node.get(key) for key in limits}
+        return flat | {key: written.get(key) for key in limits}
 
 
-def _steps(node: Node) -> int:
-    return min(step_limits(node).values())
+def _steps(written: Plain) -> int:
+    tokens_of_a_step = written["seq_len"] * written["batch_size"]
+    return min(limits_of(written["max_steps"], written["max_tokens"], tokens_of_a_step).values())
 
 
-def _default(config: Node, key: str) -> Any:
+def _default(written: Plain, key: str) -> object:
     """The value of an absent setting: the default of the callable that takes it, at this command's `_target_`."""
     *above, name = key.split(".")
-    node: Any = config
+    node: Any = written
     for part in above:
         node = node.get(part) if isinstance(node, dict) else None
     if not above or above == ["loop"] or above == ["tuning"]:
@@ -236,22 +246,22 @@ def _default(config: Node, key: str) -> Any:
     return list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
 
 
-def _learning_rate(config: Node, step: int, own: Node | None = None) -> float | None:
+def _learning_rate(written: Plain, step: int, trusted: str) -> float | None:
     """The peak of the first optimizer times the schedule's factor; None where that cannot be told.
 
     Args:
-        config: a resolved configuration.
+        written: a configuration, maybe of a file.
         step: counted from 0.
-        own: that of this command, if `config` comes from a file, which may have no other schedule built than this one's
-            or ours.
+        trusted: the schedule of this command; a file may have no other one built than that or ours.
     """
-    node = config["schedule"]
-    target = str(node.get("_target_")) if isinstance(node, dict) else ""
+    node = written.get("schedule")
+    node = node if isinstance(node, dict) else {}
+    target = str(node.get("_target_"))
     try:
-        if own is None or target == own["schedule"]["_target_"]:
+        if target == trusted:
             schedule = build(node, "schedule")
         else:
             schedule = KNOWN_SCHEDULES[target](**{key: node[key] for key in node if key != "_target_"})
-        return float(config["optimizer"]["learning_rate"] * schedule(step, _steps(config)))
+        return float(written["optimizer"]["learning_rate"] * schedule(step, _steps(written)))
     except (LongmixError, KeyError, TypeError, ValueError, ArithmeticError):
         return None

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 class MetricLog(Protocol):
     """Receives rows of metrics."""
 
-    def open(self, folder: Path, config: dict[str, Any], name: str, first_step: int) -> None:
+    def open(self, folder: Path, config: Mapping[str, object], name: str, first_step: int) -> None:
         """Begin, or continue after `first_step` rows of steps that count."""
 
     def write(self, step: int, metrics: Metrics) -> None:
@@ -40,7 +40,7 @@ class MetricLog(Protocol):
 class NoLog:
     """Keeps nothing."""
 
-    def open(self, folder: Path, config: dict[str, Any], name: str, first_step: int) -> None:
+    def open(self, folder: Path, config: Mapping[str, object], name: str, first_step: int) -> None:
         """Do nothing."""
 
     def write(self, step: int, metrics: Metrics) -> None:
@@ -67,7 +67,7 @@ class CsvLog:
         self._first_step = 0
         self._waiting: list[Row] = []
 
-    def open(self, folder: Path, config: dict[str, Any], name: str, first_step: int) -> None:
+    def open(self, folder: Path, config: Mapping[str, object], name: str, first_step: int) -> None:
         """Begin the file, or continue it after `first_step`.
 
         Raises:
@@ -162,7 +162,7 @@ class WandbLog(CsvLog):
         self.project, self.entity, self.mode, self.tags = project, entity, mode, tags
         self.run: Any = None
 
-    def open(self, folder: Path, config: dict[str, Any], name: str, first_step: int) -> None:
+    def open(self, folder: Path, config: Mapping[str, object], name: str, first_step: int) -> None:
         """Begin both logs. The run's id is kept in `wandb_id.txt`, so that a resumed run continues it."""
         super().open(folder, config, name, first_step)
         try:
@@ -170,7 +170,7 @@ class WandbLog(CsvLog):
         except Exception as error:
             log.warning("wandb did not start (%s); metrics go to %s alone.", error, self.path)
 
-    def _started(self, folder: Path, config: dict[str, Any], name: str) -> Any:
+    def _started(self, folder: Path, config: Mapping[str, object], name: str) -> Any:
         if self._goes_online():
             try:
                 return self._init("online", folder, config, name)
@@ -185,7 +185,7 @@ class WandbLog(CsvLog):
 
         return wandb.login(prompt=False, verify=False)
 
-    def _init(self, mode: Literal["online", "offline"], folder: Path, config: dict[str, Any], name: str) -> Any:
+    def _init(self, mode: Literal["online", "offline"], folder: Path, config: Mapping[str, object], name: str) -> Any:
         import wandb
 
         id_file = folder / "wandb_id.txt"
@@ -200,7 +200,7 @@ class WandbLog(CsvLog):
             resume="allow",
             name=name,
             dir=str(folder),
-            config=config,
+            config=dict(config),
             settings=wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT_SECONDS),
         )
         run.define_metric("step")

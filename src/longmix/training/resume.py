@@ -1,9 +1,10 @@
 """The start of a run: fresh, or from a checkpoint that fits it, in a folder of its own."""
 
 import contextlib
+import dataclasses
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,14 @@ from typing import Any
 from longmix.checkpoints import Checkpoint, CheckpointStore, open_checkpoint
 from longmix.checkpoints.contents import check_run_state, rebuilding
 from longmix.checkpoints.store import ASIDE, new_aside, step_of
-from longmix.config import Node, total_steps
+from longmix.config import OriginRecord, TrainConfig, total_steps
 from longmix.distributed.agreement import Processes
 from longmix.errors import CheckpointError
 from longmix.files import remove_leftovers, storage_errors
 from longmix.locks import Lock
 from longmix.model.tuned_states_file import STATES_FILE
 from longmix.reading import read_json
-from longmix.training.choosing import Choice, choose_start, write_config
+from longmix.training.choosing import Place, choose_start, write_config
 from longmix.training.claims import remove_unused
 from longmix.training.identity import CONFIG_FILE, ORIGIN, announce, check_continues
 from longmix.training.summary import SUMMARY_FILE
@@ -60,7 +61,7 @@ class Start:
     def __exit__(self, *_: object) -> None:
         self.release()
 
-    def begin(self, config: Node) -> None:
+    def begin(self, config: TrainConfig) -> None:
         """Write the configuration into the run's folder, and clear outdated files there.
 
         Later checkpoints of a run that goes back to an earlier one are moved aside, and what killed processes left is
@@ -83,15 +84,15 @@ class Start:
         if self.step < total_steps(config):
             write_config(self.folder, config)
 
-    def config_of(self, config: Node) -> Node:
+    def config_of(self, config: TrainConfig) -> TrainConfig:
         """The configuration with the run's own name and the checkpoint that the run once began from."""
-        config = {**config, "name": self.name}
+        config = dataclasses.replace(config, name=self.name)
         if self.state is None:
             return config
         saved = self.state["config"]
-        config = {key: value for key, value in config.items() if key != ORIGIN}
-        record = {ORIGIN: saved[ORIGIN]} if saved.get(ORIGIN) else {}
-        return {**config, "checkpoint": saved.get("checkpoint"), **record}
+        return dataclasses.replace(
+            config, checkpoint=saved.get("checkpoint"), origin=OriginRecord.of(saved.get(ORIGIN))
+        )
 
     def leave_created(self) -> None:
         """Remove the folder that Hydra made for this process, if the run lives elsewhere."""
@@ -108,7 +109,7 @@ class Start:
         self.lock.release(remove=True)
         remove_unused(self.folder)
 
-    def check_data(self, fingerprint: dict[str, Any]) -> None:
+    def check_data(self, fingerprint: Mapping[str, object]) -> None:
         """Refuse to continue on other data than the checkpoint saw.
 
         Raises:
@@ -128,7 +129,7 @@ class Start:
 
 
 def find_start(
-    config: Node,
+    config: TrainConfig,
     folder: Path,
     processes: Processes | None = None,
     *,
@@ -140,7 +141,7 @@ def find_start(
     Of several processes, which may each have a folder of their own and look at different moments, the first decides.
 
     Args:
-        config: the resolved configuration.
+        config: the words.
         folder: Hydra's, for this process.
         processes: all that train, which must all call it; None for one.
         named: the user chose the folder; it is the run's, and no other run is looked for.
@@ -154,16 +155,16 @@ def find_start(
     locks: list[Lock] = []
     start: Start | None = None
 
-    def choose() -> Choice:
-        choice, lock = choose_start(config, folder, named, swept)
+    def choose() -> Place:
+        place, lock = choose_start(config, folder, named, swept)
         locks.append(lock)
-        return choice
+        return place
 
     try:
-        choice = processes.first(choose)
+        place = processes.first(choose)
         lock = locks[0] if locks else None
-        start = Start(choice.folder, 0, None, folder, None, choice.name, choice.is_new, lock)
-        checkpoint = choice.checkpoint
+        start = Start(place.folder, 0, None, folder, None, place.name, place.is_new, lock)
+        checkpoint = place.checkpoint
         if checkpoint is not None:
             found: list[tuple[Checkpoint, dict[str, Any]]] = []
             # the processes exchange errors, and not what is loaded
@@ -179,10 +180,10 @@ def find_start(
     return start
 
 
-def start_alone(config: Node, folder: Path, named: bool) -> Start:
+def start_alone(config: TrainConfig, folder: Path, named: bool) -> Start:
     """The start that `find_start` would find, locked for the first of several processes before they are started."""
-    choice, lock = choose_start(config, folder, named)
-    return Start(choice.folder, 0, None, folder, name=choice.name, is_new=choice.is_new, lock=lock)
+    place, lock = choose_start(config, folder, named)
+    return Start(place.folder, 0, None, folder, name=place.name, is_new=place.is_new, lock=lock)
 
 
 def _set_results_aside(folder: Path, step: int, aside: Path | None) -> Path | None:
@@ -230,7 +231,7 @@ def _steps_of_summary(folder: Path) -> int:
     return -1
 
 
-def _load(config: Node, checkpoint: Path) -> tuple[Checkpoint, dict[str, Any]]:
+def _load(config: TrainConfig, checkpoint: Path) -> tuple[Checkpoint, dict[str, Any]]:
     saved = open_checkpoint(checkpoint)
     state = saved.rest()
     if "run" not in state:

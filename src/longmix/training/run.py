@@ -1,5 +1,6 @@
 """`train(config)`: from a configuration to a trained, logged, resumable run."""
 
+import dataclasses
 import logging
 import re
 import sys
@@ -12,10 +13,9 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from longmix import config as configuration
 from longmix.checkpoints import CheckpointStore, load_checkpoint
 from longmix.command_line.values import hydra_word
-from longmix.config import Choice, ModelConfig, Node, build, total_steps
+from longmix.config import TrainConfig, flattened, plain, read, total_steps, with_limits
 from longmix.data.synthetic.base import SyntheticData
 from longmix.data.tokens.tokenizers import Tokenizer
 from longmix.data.training_data import TrainingData, build_data
@@ -30,7 +30,7 @@ from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model, check_model
 from longmix.model.matching import match_parameters
 from longmix.model.tuned_states_file import STATES_FILE, save_states
-from longmix.naming import RunPlace
+from longmix.naming import RunPlace, named_by_clock
 from longmix.progress import ProgressDisplay
 from longmix.startup import seconds_since_begin
 from longmix.training import connection, process_launcher
@@ -39,6 +39,7 @@ from longmix.training.hardware import TrainerSettings
 from longmix.training.loggers import NoLog
 from longmix.training.module import TrainingModule
 from longmix.training.resume import Start, find_start, start_alone
+from longmix.training.run_state import Provenance
 from longmix.training.summary import (
     SUMMARY_FILE,
     print_header,
@@ -48,42 +49,42 @@ from longmix.training.summary import (
     write_summary,
 )
 from longmix.training.supervisor import Supervisor
-from longmix.training.warm_start import Origin, begin
+from longmix.training.warm_start import Origin, begin, begins_from
 from longmix.versions import versions
 
 
-def train(config: DictConfig, invocation: Invocation | None = None) -> dict[str, Any]:
+def train(config: TrainConfig | DictConfig, invocation: Invocation | None = None) -> dict[str, Any]:
     """Train as `config` says and return the run's summary.
 
     Everything that can be refused is refused before the data are touched.
 
     Args:
-        config: may have interpolations.
+        config: the words; as Hydra composed them, they may have interpolations.
         invocation: how the run was asked for; that of the command which Hydra has begun if not given.
 
     Raises:
         LongmixError: see `longmix.errors`; each has its exit code.
     """
     invocation = invocation or Invocation.of_command()
-    node = configuration.with_limits(configuration.resolved(config), invocation.words)
-    configuration.check_words(node)
-    origin = Origin.of(node, invocation)
-    settings, data = check_config(node, None if origin is None else origin.tokenizer)
+    by_clock = isinstance(config, DictConfig) and named_by_clock(config)
+    config = with_limits(read(TrainConfig, config) if isinstance(config, DictConfig) else config, invocation.words)
+    config.check_together()
+    config, origin = begins_from(config, invocation)
+    settings, data = check_config(config, None if origin is None else origin.tokenizer)
     _check_tokenizer_is_used(data, invocation.words)
-    matched = match_parameters(configuration.read(configuration.TrainConfig, node), data.expected_vocab_size)
-    node["model"] = configuration.plain(matched)["model"]
-    place = RunPlace.of(config, node, invocation)
-    node["name"] = place.name
+    config = match_parameters(config, data.expected_vocab_size)
+    place = RunPlace.of(config, by_clock, invocation)
+    config = dataclasses.replace(config, name=place.name)
     if place.folder != invocation.folder:
         remove_unused(invocation.folder)  # the checkpoint gives the run another name than Hydra could know
     if settings.world_size == 1:
-        return _train(node, settings, data, origin, place, invocation, Processes())
+        return _train(config, settings, data, origin, place, invocation, Processes())
     if own_place() is None:
-        _start_processes(node, settings, data, place, invocation)
+        _start_processes(config, settings, data, place, invocation)
         return {}
     with connection.losses_explained(settings.timeout):
         everyone = connection.connect(settings)
-        summary = _train(node, settings, data, origin, place, invocation, everyone)
+        summary = _train(config, settings, data, origin, place, invocation, everyone)
     connection.disconnect()
     return summary
 
@@ -95,7 +96,7 @@ def _check_tokenizer_is_used(data: TrainingData, words: Sequence[str]) -> None:
 
 
 def _start_processes(
-    node: Node, settings: TrainerSettings, data: TrainingData, place: RunPlace, invocation: Invocation
+    config: TrainConfig, settings: TrainerSettings, data: TrainingData, place: RunPlace, invocation: Invocation
 ) -> None:
     """Refuse what can be refused and prepare the data once, then have this command run by several processes."""
     if not invocation.is_command and not invocation.in_sweep:
@@ -113,7 +114,7 @@ def _start_processes(
             f"trainer.num_nodes={settings.num_nodes}: start the processes on each machine with torchrun or srun, which "
             "say where the others are."
         )
-    with start_alone(node, place.folder, place.named) as start:
+    with start_alone(config, place.folder, place.named) as start:
         data.prepare_data()
         words = [hydra_word("hydra.run.dir", str(start.folder)), hydra_word("name", start.name)]
         command = [sys.executable, *sys.orig_argv[1:], *words]
@@ -121,7 +122,7 @@ def _start_processes(
 
 
 def _train(
-    node: Node,
+    config: TrainConfig,
     settings: TrainerSettings,
     data: TrainingData,
     origin: Origin | None,
@@ -131,16 +132,16 @@ def _train(
 ) -> dict[str, Any]:
     began = time.monotonic()
     quieten()
-    seed_everything(node["seed"], settings.num_threads)
+    seed_everything(config.seed, settings.num_threads)
     if origin is not None:
         origin.check_same(everyone)
-    with find_start(node, place.folder, everyone, named=place.named, swept=invocation.swept) as start:
-        return _train_from(start, start.config_of(node), settings, data, origin, invocation, everyone, began)
+    with find_start(config, place.folder, everyone, named=place.named, swept=invocation.swept) as start:
+        return _train_from(start, start.config_of(config), settings, data, origin, invocation, everyone, began)
 
 
 def _train_from(
     start: Start,
-    node: Node,
+    config: TrainConfig,
     settings: TrainerSettings,
     data: TrainingData,
     origin: Origin | None,
@@ -154,15 +155,15 @@ def _train_from(
     data.prepare_data()
     data.setup("fit")
     everyone.each(lambda: start.check_data(data.fingerprint()))
-    model = build_model(ModelConfig.of(node), data.vocab_size if origin is None else origin.vocab_size)
-    begin(model, node, origin)
+    model = build_model(config, data.vocab_size if origin is None else origin.vocab_size)
+    begin(model, config, origin)
     model.measures_hits = isinstance(data, SyntheticData)
     if is_first:
-        print_header(node, start.folder, model, data, settings, start.step, invocation.choices)
-    everyone.first(lambda: start.begin(node))
+        print_header(config, start.folder, model, data, settings, start.step, invocation.choices)
+    everyone.first(lambda: start.begin(config))
 
-    module = _module(node, model, settings, everyone)
-    supervisor = _supervisor(node, data, start, is_first)
+    module = _module(config, model, settings, everyone)
+    supervisor = _supervisor(config, data, start, is_first)
     is_done = start.step == module.total_steps and supervisor.is_validated(start.step)
     if not is_done:
         _fit_logged(settings, module, data, supervisor, start, is_first)
@@ -170,23 +171,23 @@ def _train_from(
         return {}
     states = start.folder / STATES_FILE
     latest = supervisor.store.latest()
-    if node["trainable"] == "states" and latest is not None and not (is_done and states.exists()):
+    if config.trainable == "states" and latest is not None and not (is_done and states.exists()):
         save_states(states, load_checkpoint(latest))
     seconds = time.monotonic() - began
     if invocation.is_command:  # of a sweep, the command has other runs too
         seconds = seconds_since_begin(seconds)
     summary = read_own_summary(start.folder, module.total_steps) if is_done else None
     if summary is None:
-        summary = write_summary(node, start.folder, model, supervisor, invocation.choices)
+        summary = write_summary(config, start.folder, model, supervisor, invocation.choices)
     print_summary(summary, start.folder, supervisor, seconds)
     return summary
 
 
-def check_config(node: Node, tokenizer: Tokenizer | None = None) -> tuple[TrainerSettings, TrainingData]:
+def check_config(config: TrainConfig, tokenizer: Tokenizer | None = None) -> tuple[TrainerSettings, TrainingData]:
     """Refuse whatever cannot work, without reading data and without allocating a weight.
 
     Args:
-        node: the resolved configuration.
+        config: the words.
         tokenizer: takes the place of the one that the configuration describes.
 
     Returns:
@@ -196,33 +197,27 @@ def check_config(node: Node, tokenizer: Tokenizer | None = None) -> tuple[Traine
         ConfigError: naming the key.
         DataError: the corpus has no validation split.
     """
-    configuration.check_words(node)
-    supplied = {
-        "data": {"tokenizer", "seq_len", "batch_size", "seed"},
-        "tokenizer": set(),
-        "optimizer": {"parameters"},
-        "schedule": set(),
-        "trainer": set(),
-        "logger": set(),
-    }
-    if tokenizer is not None:  # it comes from a checkpoint, whose node is not to be looked up
-        del supplied["tokenizer"]
-    for group, names in supplied.items():
-        configuration.check(node[group], group, names)
-    build(node["schedule"], "schedule")
+    config.check_together()
+    config.data.check({"tokenizer", "seq_len", "batch_size", "seed"})
+    if tokenizer is None:  # else it comes from a checkpoint, whose choice is not to be looked up
+        config.tokenizer.check(set())
+    config.optimizer.check({"parameters"})
+    for choice in (config.schedule, config.trainer, config.logger):
+        choice.check(set())
+    config.schedule.build()
     with torch.device("meta"):
         weights = {"matrix": torch.nn.Parameter(torch.empty(1, 1)), "vector": torch.nn.Parameter(torch.empty(1))}
-        build(node["optimizer"], "optimizer", parameters=weights)
-    check_model(ModelConfig.of(node))
-    settings: TrainerSettings = build(node["trainer"], "trainer")
-    settings.check_batch(node["batch_size"])
-    check_slices(node["seq_len"], settings.slices)
+        config.optimizer.build(parameters=weights)
+    check_model(config)
+    settings: TrainerSettings = config.trainer.build()
+    settings.check_batch(config.batch_size)
+    check_slices(config.seq_len, settings.slices)
     data = build_data(
-        Choice.of("data", node["data"]),
-        build(node["tokenizer"], "tokenizer") if tokenizer is None else tokenizer,
-        seq_len=node["seq_len"],
-        batch_size=node["batch_size"],
-        seed=node["seed"],
+        config.data,
+        config.tokenizer.build() if tokenizer is None else tokenizer,
+        seq_len=config.seq_len,
+        batch_size=config.batch_size,
+        seed=config.seed,
     )
     if not {"train", "validation"} <= set(data.splits):
         raise DataError(
@@ -253,7 +248,9 @@ def seed_everything(seed: int, num_threads: int | None = None) -> None:
         torch.set_num_threads(num_threads)
 
 
-def _module(node: Node, model: LanguageModel, settings: TrainerSettings, everyone: Processes) -> TrainingModule:
+def _module(
+    config: TrainConfig, model: LanguageModel, settings: TrainerSettings, everyone: Processes
+) -> TrainingModule:
     if settings.slices > 1:
         warn_of_whole_rows(model)
     if settings.compiles:
@@ -261,29 +258,25 @@ def _module(node: Node, model: LanguageModel, settings: TrainerSettings, everyon
             block.compile()
     return TrainingModule(
         model,
-        lambda parameters: build(node["optimizer"], "optimizer", parameters=parameters),
-        build(node["schedule"], "schedule"),
-        total_steps=total_steps(node),
+        lambda parameters: config.optimizer.build(parameters=parameters),
+        config.schedule.build(),
+        total_steps=total_steps(config),
         micro_batch_size=settings.micro_batch_size,
-        gradient_clip=node["loop"]["gradient_clip"],
-        skip_nonfinite=node["loop"]["nonfinite"] == "skip",
-        max_skips=node["loop"]["max_skips"],
+        gradient_clip=config.loop.gradient_clip,
+        skip_nonfinite=config.loop.nonfinite == "skip",
+        max_skips=config.loop.max_skips,
         slices=settings.slices,
         timeout=settings.timeout,
         processes=everyone,
     )
 
 
-def _supervisor(node: Node, data: TrainingData, start: Start, is_first: bool) -> Supervisor:
-    identity = {
-        "tokenizer": data.tokenizer.state(),
-        "data_fingerprint": data.fingerprint(),
-        "versions": versions(),
-    }
-    metric_log = build(node["logger"], "logger") if is_first else NoLog()
-    progress = ProgressDisplay(total_steps(node), start.step, enabled=is_first)
+def _supervisor(config: TrainConfig, data: TrainingData, start: Start, is_first: bool) -> Supervisor:
+    provenance = Provenance(tokenizer=data.tokenizer.state(), data_fingerprint=data.fingerprint(), versions=versions())
+    metric_log = config.logger.build() if is_first else NoLog()
+    progress = ProgressDisplay(total_steps(config), start.step, enabled=is_first)
     store = CheckpointStore(start.folder / "checkpoints")
-    return Supervisor(node, data, store, metric_log, progress, identity, start.state, start.saved)
+    return Supervisor(config, data, store, metric_log, progress, provenance, start.state, start.saved)
 
 
 def _fit_logged(
@@ -295,14 +288,14 @@ def _fit_logged(
     is_first: bool,
 ) -> None:
     """Open the log, train the remaining steps, close the log."""
-    node, metric_log = supervisor.config, supervisor.metric_log
+    config, metric_log = supervisor.config, supervisor.metric_log
     facts = {
         "parameters": module.model.parameter_counts(),
-        "training_flops_per_token": training_flops_per_token(module.model, node["seq_len"]),
+        "training_flops_per_token": training_flops_per_token(module.model, config.seq_len),
         "train_tokens_per_epoch": data.train_tokens_per_epoch,
-        "versions": supervisor.identity["versions"],
+        "versions": supervisor.provenance.versions,
     }
-    metric_log.open(start.folder, configuration.flattened(node | facts), node["name"], start.step)
+    metric_log.open(start.folder, flattened(plain(config) | facts), config.name, start.step)
     exit_code = 1
     try:
         if is_first:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from longmix.config import Node, step_limits, tokens_per_step, total_steps, unlimited_windows
+from longmix.config import TrainConfig, step_limits, tokens_per_step, total_steps, unlimited_windows
 from longmix.data.training_data import TrainingData
 from longmix.files import replace_json
 from longmix.model.backbone import LanguageModel
@@ -30,11 +30,11 @@ LOG_WIDTH = 160
 """Width where the output is no terminal, so that no path is cut."""
 
 
-def mixer_name(config: Node, choices: Mapping[str, str]) -> str:
-    """The mixer in a word: the one that was chosen; of a checkpoint, or of a node alone, see `mixer_word`."""
-    if config["checkpoint"] is None and "mixer" in choices:
+def mixer_name(config: TrainConfig, choices: Mapping[str, str]) -> str:
+    """The mixer in a word: the one that was chosen; of a checkpoint, or of settings alone, see `mixer_word`."""
+    if config.checkpoint is None and "mixer" in choices:
         return choices["mixer"]
-    return mixer_word(config["mixer"])
+    return mixer_word(config.mixer.entries)
 
 
 def quality_of(figures: Mapping[str, float]) -> tuple[str, float]:
@@ -49,7 +49,7 @@ def training_flops_per_token(model: LanguageModel, seq_len: int) -> float:
 
 
 def print_header(
-    config: Node,
+    config: TrainConfig,
     folder: Path,
     model: LanguageModel,
     data: TrainingData,
@@ -61,7 +61,7 @@ def print_header(
     steps, per_step = total_steps(config), tokens_per_step(config)
     counts = model.parameter_counts()
     splits = {name: split["tokens"] for name, split in data.summary()["splits"].items()}
-    flops = training_flops_per_token(model, config["seq_len"])
+    flops = training_flops_per_token(model, config.seq_len)
     rows = {
         "run": _shown(folder),
         "model": f"{mixer_name(config, choices)}, {counts['total']:,} parameters, "
@@ -73,12 +73,10 @@ def print_header(
         f"{settings.strategy} x {settings.world_size}"
         + (f", rows in {settings.slices} slices" if settings.slices > 1 else ""),
     }
-    limits = step_limits(config)
+    limits, given = step_limits(config), {"max_steps": config.max_steps, "max_tokens": config.max_tokens}
     if len(limits) == 2:
         holds, other = sorted(limits, key=lambda key: limits[key])
-        rows["limit"] = (
-            f"{holds}={config[holds]:,}; {other}={config[other]:,} would be {counted(limits[other], 'step')}"
-        )
+        rows["limit"] = f"{holds}={given[holds]:,}; {other}={given[other]:,} would be {counted(limits[other], 'step')}"
     match = matched(config, counts["total"])
     if match is not None:
         rows["matched"] = (
@@ -91,13 +89,13 @@ def print_header(
     _print(rows)
 
 
-def matched(config: Node, parameters: int) -> dict[str, Any] | None:
+def matched(config: TrainConfig, parameters: int) -> dict[str, float] | None:
     """The match with `match.parameters`: difference and width; None if it was not asked for."""
-    target = config["match"]["parameters"]
+    target = config.match.parameters
     if target is None:
         return None
     difference = parameters / target - 1
-    width = config["model"]["mlp_hidden"]
+    width = config.model.number("mlp_hidden")
     return {"target": target, "parameters": parameters, "difference": difference, "mlp_hidden": width}
 
 
@@ -113,21 +111,21 @@ def read_own_summary(folder: Path, steps: int) -> dict[str, Any] | None:
 
 
 def write_summary(
-    config: Node, folder: Path, model: LanguageModel, supervisor: "Supervisor", choices: Mapping[str, str]
+    config: TrainConfig, folder: Path, model: LanguageModel, supervisor: "Supervisor", choices: Mapping[str, str]
 ) -> dict[str, Any]:
     """Write `summary.json` and return it.
 
     Its `validation` is of the last step: `validation["step"]` equals `steps`.
     """
-    state, versions = supervisor.state, supervisor.identity["versions"]
+    state, versions = supervisor.state, supervisor.provenance.versions
     tokens = total_steps(config) * tokens_per_step(config)
     summary = {
-        "name": config["name"],
+        "name": config.name,
         "mixer": mixer_name(config, choices),
-        "seq_len": config["seq_len"],
+        "seq_len": config.seq_len,
         "parameters": model.parameter_counts(),
         "match": matched(config, model.parameter_counts()["total"]),
-        "training_flops_per_token": training_flops_per_token(model, config["seq_len"]),
+        "training_flops_per_token": training_flops_per_token(model, config.seq_len),
         "steps": total_steps(config),
         "tokens": tokens,
         "tokens_per_step": tokens_per_step(config),
@@ -138,7 +136,7 @@ def write_summary(
         "validation": state.validation,
         "validation_by_position": state.validation_by_position,
         "checkpoint": str(supervisor.store.latest()),
-        "data_fingerprint": supervisor.identity["data_fingerprint"],
+        "data_fingerprint": supervisor.provenance.data_fingerprint,
         "versions": versions,
     }
     replace_json(folder / SUMMARY_FILE, summary)

@@ -3,7 +3,6 @@
 import contextlib
 import math
 import time
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -15,7 +14,7 @@ from longmix.checkpoints.saver import Saver
 from longmix.checkpoints.store import SKIPS_IN_A_ROW
 from longmix.checkpoints.tensors import IN_TENSORS
 from longmix.checkpoints.verify import read_info
-from longmix.config import tokens_per_step
+from longmix.config import TrainConfig, plain, tokens_per_step
 from longmix.data.training_data import TrainingData
 from longmix.distributed.agreement import Processes
 from longmix.distributed.signals import process_watch
@@ -31,59 +30,40 @@ from longmix.training.diagnosis import nonfinite_tensor
 from longmix.training.hardware import peak_flops, peak_memory_bytes, reset_peak_memory
 from longmix.training.loggers import MetricLog
 from longmix.training.module import TrainingModule
+from longmix.training.run_state import BY_POSITION, Provenance, RunState
 from longmix.training.space import checkpoint_bytes, warn_of_space
 from longmix.training.summary import QUALITIES, quality_of, training_flops_per_token
-
-BY_POSITION = "validation_by_position"
-"""Entry of a checkpoint's `info.json`, beside `validation`, where the validation came after the checkpoint."""
-
-
-@dataclass
-class RunState:
-    """Values that a resumed run continues, besides the module.
-
-    Attributes:
-        training_seconds: time spent in steps, over all processes of the run's history.
-        peak_memory_bytes: the most that any process held while it trained; see `hardware.peak_memory_bytes`.
-        validation: the last validation's figures, empty before the first.
-        validation_by_position: its loss by position.
-    """
-
-    training_seconds: float = 0.0
-    peak_memory_bytes: int = 0
-    validation: dict[str, float] = field(default_factory=dict)
-    validation_by_position: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Supervisor(Callback):
     """Logs, validates, saves and stops between steps.
 
     Args:
-        config: the resolved configuration; it is saved in every checkpoint.
+        config: the run's; it is saved in every checkpoint.
         data: gives validation batches and the bytes of each token.
         store: where checkpoints go.
         metric_log: where metrics go.
         progress: what the terminal shows.
-        identity: further entries of every checkpoint (tokenizer, data fingerprint, versions).
+        provenance: what every checkpoint says of data and software.
         resume_from: a checkpoint's state to continue from, without what is in `saved`.
         saved: the checkpoint's weights and optimizers' tensors.
     """
 
     def __init__(
         self,
-        config: dict[str, Any],
+        config: TrainConfig,
         data: TrainingData,
         store: CheckpointStore,
         metric_log: MetricLog,
         progress: ProgressDisplay,
-        identity: dict[str, Any],
+        provenance: Provenance,
         resume_from: dict[str, Any] | None,
         saved: Checkpoint | None = None,
     ) -> None:
         self.config, self.data, self.store = config, data, store
-        self.metric_log, self.progress, self.identity = metric_log, progress, identity
+        self.metric_log, self.progress, self.provenance = metric_log, progress, provenance
         self.resume_from, self.saved = resume_from, saved
-        self.loop = config["loop"]
+        self.loop = config.loop
         self.signals = process_watch()
         self.state = RunState()
         if resume_from is not None:
@@ -120,23 +100,23 @@ class Supervisor(Callback):
                 random_state.restore(random_state.of_process(self.resume_from["random"], processes.rank))
             self.resume_from = self.saved = None
             self.first_step = module.step
-        wanted = self.loop["sharded_checkpoints"]
+        wanted = self.loop.sharded_checkpoints
         self.saver = Saver(
             self.store,
-            self.loop["keep_checkpoints"],
+            self.loop.keep_checkpoints,
             processes,
             sharded=strategies.is_sharded(module.model) if wanted is None else wanted,
-            asynchronous=self.loop["async_checkpoints"],
+            asynchronous=self.loop.async_checkpoints,
         )
         reset_peak_memory(module.device)
         # says what validation covers, before the bar takes the terminal
-        self.data.evaluation_windows("validation", self.config["seq_len"], self.data.validation_tokens)
+        self.data.evaluation_windows("validation", self.config.seq_len, self.data.validation_tokens)
         if self.signals.anywhere(module.device):
             raise Interrupted(self.signals.before_the_first_step(), self.signals.earlier_handler())
         self.signals.worth_saving = True  # and all processes have come this far
         self.progress.open()
         last = module.step == module.total_steps
-        if module.step and (last or self._due("validate_every", module.step)) and not self.is_validated(module.step):
+        if module.step and (last or _due(self.loop.validate_every, module.step)) and not self.is_validated(module.step):
             self._validate_and_keep(trainer, module)
 
     def _how_to_continue(self, module: TrainingModule) -> str:
@@ -148,7 +128,7 @@ class Supervisor(Callback):
         which = "No step was taken since" if module.skips_in_a_row else "It is the first step from"
         return (
             f"{which} {begun}, from which nothing goes on; go back with resume={older[-1]} "
-            f"name={self.config['name']} and a lower optimizer.learning_rate."
+            f"name={self.config.name} and a lower optimizer.learning_rate."
         )
 
     def is_validated(self, step: int) -> bool:
@@ -174,9 +154,9 @@ class Supervisor(Callback):
         stop = self.signals.anywhere(module.device, self.saver.failed)
         rate = self._rate()
         # The row is written before the checkpoint: a resumed run drops rows behind its checkpoint, but makes up none.
-        metrics = self._log(trainer, module) if self._due("log_every", module.step) or last else None
-        validates = last or self._due("validate_every", module.step)
-        self.save_is_due = self.save_is_due or self._due("checkpoint_every", module.step)
+        metrics = self._log(trainer, module) if _due(self.loop.log_every, module.step) or last else None
+        validates = last or _due(self.loop.validate_every, module.step)
+        self.save_is_due = self.save_is_due or _due(self.loop.checkpoint_every, module.step)
         saves = self.save_is_due and not module.skips_in_a_row  # a step left out changed no weight
         # Saved before the end by a signal, and before the last validation, so that neither can lose a step. Otherwise a
         # step that is validated is saved after it, and the checkpoint holds the validation.
@@ -194,13 +174,9 @@ class Supervisor(Callback):
 
     def _warn_of_space(self, module: TrainingModule) -> None:
         """Warn after the first step, because optimizers have no state before it."""
-        every = self.loop["checkpoint_every"] or module.total_steps
+        every = self.loop.checkpoint_every or module.total_steps
         to_write = -(-module.total_steps // every) - self.first_step // every
-        warn_of_space(self.store, checkpoint_bytes(module.capture()), self.loop["keep_checkpoints"], to_write)
-
-    def _due(self, key: str, step: int) -> bool:
-        every = self.loop[key]
-        return every is not None and step % every == 0
+        warn_of_space(self.store, checkpoint_bytes(module.capture()), self.loop.keep_checkpoints, to_write)
 
     def _validate_and_keep(self, trainer: Trainer, module: TrainingModule, save: bool = False) -> None:
         """Validate; a signal ends that, and the run. A step that is saved already gets the result into its checkpoint.
@@ -291,7 +267,7 @@ class Supervisor(Callback):
     def _throughput(self, trainer: Trainer, module: TrainingModule) -> Metrics:
         rate = self._rate()
         self.seconds_since_log, self.steps_since_log = 0.0, 0
-        flops = training_flops_per_token(module.model, self.config["seq_len"]) * rate
+        flops = training_flops_per_token(module.model, self.config.seq_len) * rate
         peak_memory = strategies.largest(peak_memory_bytes(module.device), module.device)
         self.state.peak_memory_bytes = max(self.state.peak_memory_bytes, peak_memory)
         metrics = {
@@ -306,7 +282,7 @@ class Supervisor(Callback):
 
     def _statistics(self, module: TrainingModule) -> LossStatistics:
         token_bytes = torch.as_tensor(self.data.token_bytes)
-        return LossStatistics(token_bytes, self.config["seq_len"], module.device)
+        return LossStatistics(token_bytes, self.config.seq_len, module.device)
 
     def validate(self, trainer: Trainer, module: TrainingModule) -> bool:
         """Measure the loss on validation windows; a signal to any process ends it in all, and keeps the last result.
@@ -324,8 +300,8 @@ class Supervisor(Callback):
         groups = trainer.world_size // module.slices
         batches = self.data.evaluation_loader(
             "validation",
-            self.config["seq_len"],
-            module.micro_batch_size or max(1, self.config["batch_size"] // groups),
+            self.config.seq_len,
+            module.micro_batch_size or max(1, self.config.batch_size // groups),
             self.data.validation_tokens,
             rank=trainer.global_rank // module.slices,
             world_size=groups,
@@ -369,10 +345,10 @@ class Supervisor(Callback):
         self.save_is_due = False
         state = {
             **module.capture(),
-            "config": self.config,
+            "config": plain(self.config),
             "random": self.saver.processes.each(random_state.capture),
             "run": vars(self.state),
-            **self.identity,
+            **vars(self.provenance),
         }
         place = nonfinite_tensor({key: state[key] for key in IN_TENSORS}, self.saver.processes)
         if place is not None:
@@ -390,6 +366,10 @@ class Supervisor(Callback):
         if self.saver is not None and isinstance(exception, Exception):
             with contextlib.suppress(Exception):  # what ended the run is what its user should hear of
                 self.saver.wait()
+
+
+def _due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
 
 
 def _positions(split: str, statistics: LossStatistics) -> Metrics:

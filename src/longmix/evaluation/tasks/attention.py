@@ -150,7 +150,7 @@ def _analysed(name: str, restored: Restored, batches: list[Batch]) -> list[Layer
 
 def _restored(subject: Subject, path: str) -> Restored:
     other = restored_for(replace(subject.config, checkpoint=path, states=None))
-    if other.state["tokenizer"] != subject.restored.state["tokenizer"]:
+    if other.tokenizer.state() != subject.restored.tokenizer.state():
         raise ConfigError(
             f"task.others names {path}, which has another tokenizer than {subject.restored.checkpoint}: "
             "they cannot read the same windows."
@@ -166,13 +166,13 @@ def _name(restored: Restored, taken: dict[str, Restored]) -> str:
     checkpoint: Path = restored.checkpoint
     name = checkpoint.parent.parent.name if checkpoint.parent.name == "checkpoints" else checkpoint.name
     if name in taken:
-        name = f"{name} step {restored.state['step']}"
+        name = f"{name} step {restored.step}"
     return name if name not in taken else f"{name} ({len(taken) + 1})"
 
 
 def _reported(restored: Restored, layers: list[LayerMaps]) -> dict[str, Any]:
     return {
-        "step": restored.state["step"],
+        "step": restored.step,
         "layers": [{"mixer": layer.mixer, "heads": layer.heads} for layer in layers],
     }
 
