@@ -65,7 +65,7 @@ def trained(group: dist.ProcessGroup | None, model: LanguageModel, strategy: str
         batch = Batch(**{name: part.chunk(size)[rank] for name, part in batch.items()})
     run: nn.Module = Run(model, size, group if strategy == "slices" else None)
     if strategy == "fsdp":
-        strategies.shard(model, DeviceMesh.from_group(group, "cpu"))
+        strategies.shard(model, DeviceMesh.from_group(group, "cpu"), torch.bfloat16)
     elif strategy != "single":
         run = DistributedDataParallel(run, process_group=group)
 
@@ -100,7 +100,7 @@ def dtypes(group: dist.ProcessGroup | None, model: LanguageModel) -> dict[str, A
         model: whose.
     """
     if group is not None:
-        strategies.shard(model, DeviceMesh.from_group(group, "cpu"))
+        strategies.shard(model, DeviceMesh.from_group(group, "cpu"), torch.bfloat16)
     seen: dict[str, Any] = {}
 
     def note(name: str, module: nn.Module) -> None:

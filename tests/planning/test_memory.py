@@ -7,7 +7,15 @@ import torch
 
 from longmix.model.build import build_model
 from longmix.planning.arguments import read
-from longmix.planning.dry_run import OptimizerNeeds, Part, Rehearsal, Setting, optimizer_needs
+from longmix.planning.dry_run import (
+    OptimizerNeeds,
+    Part,
+    Rehearsal,
+    Setting,
+    optimizer_needs,
+    rehearse,
+    rehearse_ends,
+)
 from longmix.planning.memory import CONTEXT_BYTES, USABLE, Division, Memory, memory_needed
 
 SETTING = Setting(1, 64, "32-true", sharded=False, accumulates=False, checkpointed=False, device="cpu")
@@ -116,6 +124,9 @@ def test_fsdp_divides_weights_gradients_and_optimizer(model):
     assert memory.parts["weights"] == parameters
     assert memory.parts["optimizer"] == 1_250
     assert memory.parts["communication"] == 4 * (rehearsal.ends.parameters + 3 * 4 * 10**5) + 4 * 4 * 10**5
+    rounded = Rehearsal(rehearsal.ends, [dataclasses.replace(rehearsal.layers[0], rounded=10**5), part(10**5)])
+    more = needed(model, rounded, setting, Division(4, 1, "fsdp", 1)).parts["communication"]
+    assert more - memory.parts["communication"] == 4 * 3 * 10**5 + 2 * 10**5
     whole = needed(model, rehearsal, setting, Division(4, 1, "fsdp", 2))
     assert whole.parts["gradients"] == parameters  # 4 bytes each over 4 processes
     assert memory.parts["gradients"] <= parameters
@@ -152,3 +163,16 @@ def test_optimizers_hold_what_their_classes_make(optimizer, device):
         size = 2 if device == "cuda" else 4
         assert 8 * 32 * 32 * (4 + size) <= needs.working <= 8 * 32 * 32 * (4 + 4 * size)
         assert needs.exchanged == 3 * size * matrices
+
+
+@pytest.mark.parametrize(("precision", "rounds"), [("bf16-mixed", True), ("32-true", False), ("bf16-true", False)])
+def test_fsdp_rounds_the_matrices_of_products_on_their_way(precision, rounds):
+    model = small("mixer=gla").model()
+    setting = dataclasses.replace(SETTING, length=64, sharded=True, precision=precision)
+    ends = rehearse_ends(model, setting)
+    rehearsal = rehearse(model, setting, ends)
+    layer = 4 * 32 * 32 + 3 * 48 * 32
+    assert rehearsal.ends.rounded == (model.head.weight.numel() if rounds else 0)
+    for part in rehearsal.layers:
+        assert part.rounded >= layer if rounds else part.rounded == 0
+        assert part.rounded < part.parameters

@@ -49,6 +49,13 @@ def test_fsdp_gathers_weights_for_each_pass_and_scatters_gradients(model):
     assert sent.total == sent.gradients + sent.weights
 
 
+def test_fsdp_gathers_rounded_weights_in_two_bytes(model):
+    setting = dataclasses.replace(SETTING, sharded=True, precision="bf16-mixed")
+    rehearsal = Rehearsal(dataclasses.replace(ENDS, rounded=400), [dataclasses.replace(LAYER, rounded=9_000)] * 2)
+    sent = traffic_of(model, rehearsal, setting, Division(8, 1, "fsdp", 1))
+    assert sent.weights == (600 * 4 + 400 * 2 + 2 * 2 * (1_000 * 4 + 9_000 * 2)) * 7 // 8
+
+
 def test_slices_exchange_keys_and_values_in_every_pass(model):
     rehearsal = Rehearsal(ENDS, [dataclasses.replace(LAYER, received=size) for size in (100, 20)])
     sent = traffic_of(model, rehearsal, SETTING, Division(4, 4, "ddp", 5))

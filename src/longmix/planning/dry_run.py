@@ -26,6 +26,7 @@ from longmix.planning.fakes import LastSlice, gpu_functions
 from longmix.planning.memory_tracker import Ledger, bytes_of, empty_like
 from longmix.recipe import recipe_of, set_recipe
 from longmix.training.batched_muon import BatchedMuon
+from longmix.training.strategies import names_of_product_weights
 from longmix_kernels.runtime import assumed_device
 
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
@@ -56,7 +57,7 @@ class Setting:
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """The dtype of the weights in the forward pass, gathered ones too; autocast rounds them afterwards."""
+        """The dtype of the weights in the forward pass, gathered ones too, although some travel in fewer bytes."""
         return torch.bfloat16 if self.precision == "bf16-true" else torch.float32
 
 
@@ -74,6 +75,7 @@ class Part:
         parameters: number of its weights.
         moved: bytes that operators other than products of matrices read and write, in both passes.
         received: bytes that a forward pass gets from other slices of the same windows.
+        rounded: number of its weights that FSDP gathers in two bytes.
     """
 
     output: int
@@ -84,6 +86,12 @@ class Part:
     parameters: int
     moved: int
     received: int = 0
+    rounded: int = 0
+
+    @property
+    def gathered(self) -> int:
+        """Bytes of its weights on their way to all processes, if FSDP divides them and they are float32."""
+        return 4 * self.parameters - 2 * self.rounded
 
 
 @dataclass(frozen=True)
@@ -112,8 +120,10 @@ def rehearse_ends(model: LanguageModel, setting: Setting) -> Ends:
     outside = copy.copy(model)
     outside._modules = {**model._modules, "blocks": nn.ModuleList()}
     outside = copy.deepcopy(outside)
+    rounded = _rounded(model, setting, lambda name: not name.startswith("blocks."))
     with assumed_device(setting.device), FakeTensorMode(allow_non_fake_inputs=True):
-        return _ends(outside, setting)
+        ends = _ends(outside, setting)
+    return dataclasses.replace(ends, part=dataclasses.replace(ends.part, rounded=rounded))
 
 
 def rehearse(model: LanguageModel, setting: Setting, ends: Ends) -> Rehearsal:
@@ -132,7 +142,18 @@ def rehearse(model: LanguageModel, setting: Setting, ends: Ends) -> Rehearsal:
     with assumed_device(setting.device), FakeTensorMode(allow_non_fake_inputs=True):
         stage = _Stage(setting, model.shape.d_model, ends.dtype)
         layers = {kind: stage.block(block) for kind, block in copies.items()}
+    for kind in layers:
+        prefix = f"blocks.{kinds.index(kind)}."
+        rounded = _rounded(model, setting, lambda name, prefix=prefix: name.startswith(prefix))  # type: ignore[misc]
+        layers[kind] = dataclasses.replace(layers[kind], rounded=rounded)
     return Rehearsal(ends.part, [layers[kind] for kind in kinds])
+
+
+def _rounded(model: LanguageModel, setting: Setting, where: Callable[[str], bool]) -> int:
+    """The number of weights that FSDP gathers in two bytes, of those with names for which `where` holds."""
+    if setting.precision != "bf16-mixed":
+        return 0
+    return sum(model.get_parameter(name).numel() for name in names_of_product_weights(model) if where(name))
 
 
 def _kind(block: Block) -> Any:

@@ -170,6 +170,8 @@ def communication_buffers(rehearsal: Rehearsal, setting: Setting, division: Divi
         size = setting.weight_dtype.itemsize
         reduced = 2 if setting.precision == "bf16-true" else 4
         found += size * (rehearsal.ends.parameters + 3 * largest) + reduced * largest
+        # Where some weights travel rounded, all that a module gathers arrives in memory of its own.
+        found += max((part.gathered for part in (rehearsal.ends, *rehearsal.layers) if part.rounded), default=0)
     elif division.processes > 1:
         found += sum(part.gradients for part in (rehearsal.ends, *rehearsal.layers))
     return found

@@ -57,8 +57,10 @@ def traffic_of(model: LanguageModel, rehearsal: Rehearsal, setting: Setting, div
     weights = context = 0
     if setting.sharded:
         # The ends stay gathered from the forward to the backward pass, a block is gathered for each.
-        gathered = setting.weight_dtype.itemsize * (ends + 2 * layers) * division.micro_batches
-        weights = gathered * (processes - 1) // processes
+        gathered = rehearsal.ends.gathered + 2 * sum(part.gathered for part in rehearsal.layers)
+        if setting.precision == "bf16-true":
+            gathered = size * (ends + 2 * layers)
+        weights = gathered * division.micro_batches * (processes - 1) // processes
         gradients *= division.micro_batches  # each micro-batch scatters its own
     else:
         gradients *= 2

@@ -115,7 +115,8 @@ class TrainingModule(LightningModule):
         if self.slices > 1 and self.row_group is None:
             self.row_group = strategies.row_group(self.slices, self.timeout)
         if self.device_mesh is not None and not strategies.is_sharded(self.model):
-            strategies.shard(self.model, self.device_mesh["data_parallel"])
+            products = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+            strategies.shard(self.model, self.device_mesh["data_parallel"], products)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """Build the optimizers. Lightning calls this after the model is on its device."""

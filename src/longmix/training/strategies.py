@@ -1,5 +1,6 @@
 """Division of a model over processes, and their exchanges; the model itself knows nothing of them."""
 
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -11,12 +12,14 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from longmix.batch import Batch
+from longmix.distributed.rounded_gather import RoundedGather
 from longmix.distributed.slices import Slices
 from longmix.model.backbone import LanguageModel, ModelOutput
 from longmix.model.head import IGNORE_INDEX
+from longmix.recipe import recipe_of
 
 
-def shard(model: LanguageModel, mesh: DeviceMesh) -> None:
+def shard(model: LanguageModel, mesh: DeviceMesh, products: torch.dtype | None = None) -> None:
     """Divide weights, gradients and optimizer state over `mesh` in place (FSDP2), block by block.
 
     Weights and inputs keep their dtype on the way: in bf16-mixed autocast rounds what it rounds in one process, which
@@ -25,11 +28,39 @@ def shard(model: LanguageModel, mesh: DeviceMesh) -> None:
     Args:
         model: the model; its parameters are replaced, so what was attached to them is gone.
         mesh: one-dimensional.
+        products: the dtype to which autocast rounds the factors of products in every pass. The weights that enter
+            products alone are then gathered in it, which halves the traffic and changes nothing. None: there is none.
     """
+    rounded = set() if products is None else names_of_product_weights(model)
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    weights = [weight for name, weight in model.named_parameters() if name in rounded]
+    if products is None or mesh.size() == 1 or any(weight.dtype != torch.float32 for weight in model.parameters()):
+        return
+    for module in (*model.blocks, model):
+        gather = RoundedGather(module, weights, products)
+        if gather.rounded:
+            module.set_custom_all_gather(gather)
+
+
+def names_of_product_weights(model: LanguageModel) -> set[str]:
+    """Weights that nothing reads but products that autocast rounds: hidden matrices, and a head that is not tied.
+
+    Of modules that are not longmix's nobody knows how they use theirs.
+    """
+    names = set(_names_of_matrices(model, ""))
+    return names if model.head.weight is model.embedding.weight else names | {"head.weight"}
+
+
+def _names_of_matrices(module: nn.Module, prefix: str) -> Iterator[str]:
+    for name, child in module.named_children():
+        if type(child) is nn.Linear:
+            if recipe_of(child.weight).role == "matrix":
+                yield f"{prefix}{name}.weight"
+        elif type(child).__module__.startswith(("longmix.", "torch.nn.")):
+            yield from _names_of_matrices(child, f"{prefix}{name}.")
 
 
 def is_sharded(model: nn.Module) -> bool:
