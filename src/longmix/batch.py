@@ -1,6 +1,7 @@
 """Batches of windows, which data give and models take."""
 
-from typing import TYPE_CHECKING, TypedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NotRequired, TypedDict, cast
 
 if TYPE_CHECKING:  # preparing data needs no torch, which takes seconds to import
     import torch
@@ -15,9 +16,29 @@ class Batch(TypedDict):
     Attributes:
         tokens: int64 [b, T].
         targets: int64 [b, T], `IGNORE_INDEX` where nothing is to be predicted.
-        document_ids: int32 [b, T], or None when no row holds a boundary between documents.
+        document_ids: int32 [b, T], or None where rows are never packed with several documents.
+        document_starts: int32 [b, N], where each row's documents start, ascending from 0, and T for all that it does
+            not have; or None. N is at least the number of documents and takes few values.
     """
 
     tokens: "torch.Tensor"
     targets: "torch.Tensor"
     document_ids: "torch.Tensor | None"
+    document_starts: "NotRequired[torch.Tensor | None]"
+
+
+def each(batch: Batch, function: "Callable[[torch.Tensor], torch.Tensor]") -> Batch:
+    """The batch with every tensor replaced by what `function` makes of it."""
+    parts = cast("dict[str, torch.Tensor | None]", batch)
+    return cast(Batch, {name: None if part is None else function(part) for name, part in parts.items()})
+
+
+def first_tokens(batch: Batch, length: int) -> Batch:
+    """The first `length` tokens of every row."""
+    ids, starts = batch["document_ids"], batch.get("document_starts")
+    return Batch(
+        tokens=batch["tokens"][:, :length],
+        targets=batch["targets"][:, :length],
+        document_ids=None if ids is None else ids[:, :length],
+        document_starts=None if starts is None else starts.clamp(max=length),
+    )

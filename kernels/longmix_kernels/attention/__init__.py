@@ -5,6 +5,7 @@ from longmix_kernels.attention.bounds import key_bounds, positions_from_document
 from longmix_kernels.attention.combine import bias_columns, merge
 from longmix_kernels.attention.op import attention
 from longmix_kernels.attention.ordering import Ordering, order_by_label
+from longmix_kernels.attention.packed import packed, packed_supports
 from longmix_kernels.attention.pattern import BlockList
 from longmix_kernels.attention.sdpa import sdpa, sdpa_supports
 
@@ -18,6 +19,8 @@ __all__ = [
     "key_bounds",
     "merge",
     "order_by_label",
+    "packed",
+    "packed_supports",
     "positions_from_document_ids",
     "row_bounds",
     "sdpa",

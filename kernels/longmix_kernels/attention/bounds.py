@@ -73,10 +73,13 @@ def key_bounds(lo: torch.Tensor, hi: torch.Tensor, keys: int) -> tuple[torch.Ten
         `first` and `end`, int32 [B or 1, H or 1, Tk], non-decreasing; `first[j] >= end[j]` when nothing sees key j.
     """
     lo, hi = torch.broadcast_tensors(lo, hi)
-    key = torch.arange(keys, dtype=torch.int32, device=lo.device).expand(*lo.shape[:-1], keys).contiguous()
-    first = torch.searchsorted(hi.contiguous(), key, right=True, out_int32=True)
-    end = torch.searchsorted(lo.contiguous(), key, right=True, out_int32=True)
-    return first, end
+    return rows_up_to(hi, keys), rows_up_to(lo, keys)
+
+
+def rows_up_to(bound: torch.Tensor, keys: int) -> torch.Tensor:
+    """How many rows have a bound [B or 1, H or 1, Tq] of at most j, for each key j: int32 [B or 1, H or 1, keys]."""
+    key = torch.arange(keys, dtype=torch.int32, device=bound.device).expand(*bound.shape[:-1], keys).contiguous()
+    return torch.searchsorted(bound.contiguous(), key, right=True, out_int32=True)
 
 
 def positions_from_document_ids(document_ids: torch.Tensor) -> torch.Tensor:

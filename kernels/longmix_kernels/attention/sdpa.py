@@ -88,13 +88,13 @@ def _kernel_order(device: torch.device) -> list[SDPBackend]:
     """
     major, _ = torch.cuda.get_device_capability(device)
     first = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
-    if major < 9 or _activate_flash(major):
+    if major < 9 or activate_flash(major):
         first.reverse()
     return [*first, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @functools.cache
-def _activate_flash(major: int) -> bool:
+def activate_flash(major: int) -> bool:
     """Put the first FlashAttention package made for this GPU behind torch's flash kernel; False if there is none."""
     known = torch_attention.list_flash_attention_impls()
     for name, (module, capabilities) in _FLASH_PACKAGES.items():
@@ -106,3 +106,8 @@ def _activate_flash(major: int) -> bool:
             torch_attention.activate_flash_attention_impl(name)
             return True
     return False
+
+
+def flash_implementation() -> str | None:
+    """torch's name of the FlashAttention package behind its flash kernel; None for the built-in FlashAttention 2."""
+    return torch_attention.current_flash_attention_impl()

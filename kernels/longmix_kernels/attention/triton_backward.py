@@ -15,7 +15,7 @@ adding to dQ atomically would need: the price of equal bits in every run.
 
 import torch
 
-from longmix_kernels.attention.bounds import key_bounds
+from longmix_kernels.attention.bounds import rows_up_to
 from longmix_kernels.attention.inputs import Inputs
 from longmix_kernels.attention.launch import Call
 from longmix_kernels.attention.triton_grad_key_value import grad_key_value_kernel
@@ -48,9 +48,8 @@ def triton_backward(
     first_row = end_row = None
     if call.lo is not None:
         # Without `hi`, the first row that sees a key has a closed form, and only the end needs the search.
-        hi = call.lo if call.hi is None else call.hi
-        first_row, end_row = key_bounds(call.lo, hi, call.keys)
-        first_row = None if call.hi is None else first_row
+        end_row = rows_up_to(call.lo, call.keys)
+        first_row = None if call.hi is None else rows_up_to(call.hi, call.keys)
     sizes = call.queries, call.keys, call.heads, call.group, call.window
     call.launch(
         "grad_query",

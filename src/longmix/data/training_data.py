@@ -173,8 +173,8 @@ class TrainingData(lightning.LightningDataModule, ABC):
 
         Returns:
             A loader of length `num_steps - start_step` whose items are dicts of `tokens` and `targets`, int64
-            [batch_size / world_size, seq_len], and `document_ids`, int32 of the same shape or None where no row
-            holds a document boundary.
+            [batch_size / world_size, seq_len], and of `document_ids` and `document_starts`, which are None where
+            rows are never packed; see `longmix.batch.Batch`.
 
         Raises:
             ConfigError: `batch_size` is not a multiple of `world_size`.

@@ -27,12 +27,13 @@ class Window(NamedTuple):
     Attributes:
         tokens: inputs, int64 [T].
         targets: the token that follows each input, or `IGNORE_INDEX`, int64 [T].
-        document_ids: which document each input belongs to, counted from 0 in this window, int32 [T].
+        document_ids: which document each input belongs to, counted from 0 in this window, int32 [T]; None where
+            windows are never packed with several documents.
     """
 
     tokens: np.ndarray
     targets: np.ndarray
-    document_ids: np.ndarray
+    document_ids: np.ndarray | None
 
 
 class OrderedWindows(Protocol):

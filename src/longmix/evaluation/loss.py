@@ -7,23 +7,21 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-from longmix.batch import Batch
+from longmix.batch import Batch, each
 from longmix.evaluation.statistics import LossStatistics
 from longmix.model.backbone import ModelOutput
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
-    """Move a batch's tensors; None (no document boundary in the batch) stays None."""
-    ids = batch["document_ids"]
-    return Batch(
-        tokens=batch["tokens"].to(device, non_blocking=True),
-        targets=batch["targets"].to(device, non_blocking=True),
-        document_ids=None if ids is None else ids.to(device, non_blocking=True),
-    )
+    """Move a batch's tensors; None (rows that are not packed) stays None."""
+    return each(batch, lambda x: x.to(device, non_blocking=True))
 
 
-def _whole(model: nn.Module, batch: Batch) -> ModelOutput:
-    return model(batch["tokens"], batch["targets"], document_ids=batch["document_ids"])
+def run_whole(model: nn.Module, batch: Batch) -> ModelOutput:
+    """The output and losses of a `LanguageModel` on a batch."""
+    documents = {"document_ids": batch["document_ids"], "document_starts": batch.get("document_starts")}
+    output: ModelOutput = model(batch["tokens"], batch["targets"], **documents)
+    return output
 
 
 @torch.no_grad()
@@ -50,7 +48,7 @@ def evaluate_loss(
         run: runs a batch; None calls the model. Where processes share rows, it runs this process's slice.
         own: limits a batch to the targets that this process counts; None counts all.
     """
-    run = functools.partial(_whole, model) if run is None else run
+    run = functools.partial(run_whole, model) if run is None else run
     was_training = model.training
     model.eval()
     try:

@@ -6,18 +6,21 @@ from longmix.distributed.balance import balanced, rows_needed
 from longmix.distributed.slices import Slices
 from longmix.mixers.parts.metrics import Metric
 from longmix.mixers.parts.softmax import Rows, SoftmaxAttention
-from longmix_kernels.attention import attention, sdpa
+from longmix_kernels.attention import attention, packed, packed_supports, sdpa
 
 
 class Flash(SoftmaxAttention):
     """Every token sees itself and all earlier tokens of its document."""
 
     def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Metric]]:
-        """Use the fastest provider where all rows are plainly causal, else our engine, which skips tiles."""
+        """Use torch's kernels where rows are plainly causal, or packed on a GPU; else our engine, which skips tiles."""
         tensors = rows.query, rows.key, rows.value
         if rows.document_ids is None and rows.query.shape[1] in (1, rows.key.shape[1]):
             return sdpa(*tensors), {}
-        return attention(*tensors, document_ids=rows.document_ids), {}
+        starts = None if rows.layout is None else rows.layout.starts
+        if starts is not None and packed_supports(*tensors, starts):
+            return packed(*tensors, starts), {}
+        return attention(*tensors, **rows.bounds()), {}
 
     def attend_after(self, rows: Rows, slices: Slices) -> tuple[Tensor, dict[str, Metric]]:
         """Attend to earlier slices too. Where slices are balanced, all processes get equal work."""

@@ -213,16 +213,20 @@ class Routing(SoftmaxAttention):
     def _divided(self, rows: Rows) -> tuple[Rows, Rows]:
         """The local heads, and the routed heads with their labels."""
         heads, kv_heads, ids = self.local_heads, self.local_kv_heads, rows.document_ids
-        local = Rows(rows.query[:, :, :heads], rows.key[:, :, :kv_heads], rows.value[:, :, :kv_heads], ids)
-        routed = (rows.query[:, :, heads:], rows.key[:, :, kv_heads:], rows.value[:, :, kv_heads:], ids)
-        return local, Rows(*routed, rows.query_labels, rows.key_labels)
+        local = rows.query[:, :, :heads], rows.key[:, :, :kv_heads], rows.value[:, :, :kv_heads]
+        routed = rows.query[:, :, heads:], rows.key[:, :, kv_heads:], rows.value[:, :, kv_heads:]
+        labels = rows.query_labels, rows.key_labels
+        return Rows(*local, ids, layout=rows.layout), Rows(*routed, ids, *labels, rows.layout)
 
     def _windowed(self, rows: Rows) -> list[Tensor]:
         """The output of the local heads; empty without local heads."""
         if self.local_heads == 0:
             return []
-        tensors = rows.query, rows.key, rows.value
-        return [attention(*tensors, window=self.local_window, document_ids=rows.document_ids)]
+        return [attention(rows.query, rows.key, rows.value, **rows.bounds(self.local_window))]
+
+    def engine_window(self) -> int:
+        """The window of the local heads."""
+        return self.local_window
 
     def _route(self, rows: Rows) -> tuple[Tensor, list[Ordering]]:
         if self.mode == modes.LEAKY:

@@ -38,7 +38,11 @@ class SlidingWindow(SoftmaxAttention):
 
     def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Metric]]:
         """Call the engine, which skips every tile outside the window."""
-        return attention(rows.query, rows.key, rows.value, window=self.window, document_ids=rows.document_ids), {}
+        return attention(rows.query, rows.key, rows.value, **rows.bounds(self.window)), {}
+
+    def engine_window(self) -> int:
+        """The window."""
+        return self.window
 
     def visible_pairs(self, length: int) -> int:
         """A triangle until the window is full, then `window` keys for every token."""

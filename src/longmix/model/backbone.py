@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
 from longmix.mixers.parts.base import Mixer, ModelShape
+from longmix.mixers.parts.documents import told_apart
+from longmix.mixers.parts.layout import Layout, layouts
 from longmix.mixers.parts.metrics import Metric
 from longmix.model.blocks import Block, BlockStyle, Standard
 from longmix.model.head import hits, token_losses, token_losses_and_peaks
@@ -123,6 +125,7 @@ class LanguageModel(nn.Module):
         *,
         state: Sequence[Any] | None = None,
         document_ids: Tensor | None = None,
+        document_starts: Tensor | None = None,
     ) -> ModelOutput:
         """Run `tokens` int64 [B, T]; with `targets` int64 [B, T] the losses come along.
 
@@ -131,14 +134,19 @@ class LanguageModel(nn.Module):
             targets: the token each position is to predict; `head.IGNORE_INDEX` for none.
             state: one entry per layer, from `init_state` or an earlier output, to continue after earlier tokens.
             document_ids: int32 [B, T], non-decreasing along T; None means every row is one document.
+            document_starts: int32 [B, N], where they start, as in `Batch`. With it `mixer=flash` has FlashAttention on
+                a GPU; not together with a state.
         """
         for mixer in self.mixers() if state is None else ():
             mixer.prepare(tokens.shape[1])
+        if state is None:
+            document_ids = told_apart(document_ids)
+        made = self._layouts(tokens, state, document_ids, document_starts)
         x = self.embedding_norm(self.embedding(tokens))
         output = ModelOutput(hidden=x, token_losses=x.new_empty(0), state=None if state is None else [])
         value_residual = None
         for index, block in enumerate(self.blocks):
-            inputs = x, None if state is None else state[index], document_ids, value_residual
+            inputs = x, None if state is None else state[index], document_ids, value_residual, made[index]
             if self.activation_checkpointing == "block" and torch.is_grad_enabled():
                 result = checkpoint(block, *inputs, use_reentrant=False)
             else:
@@ -159,6 +167,18 @@ class LanguageModel(nn.Module):
         if targets is not None and self.measures_hits:
             output.hits = hits(output.hidden, self.head.weight, targets)
         return output
+
+    def _layouts(
+        self, tokens: Tensor, state: Sequence[Any] | None, document_ids: Tensor | None, document_starts: Tensor | None
+    ) -> list[Layout | None]:
+        """Each layer's layout; layers that need the same share one. None after a state, of which each has its own."""
+        first = state[0].mixer if state else None
+        slices = first if isinstance(first, Slices) else None
+        if state is not None and slices is None:
+            return [None] * len(self.blocks)
+        needs = [mixer.layout_needs() for mixer in self.mixers()]
+        made = layouts({need for need in needs if need is not None}, tokens, document_ids, document_starts, slices)
+        return [None if need is None else made[need] for need in needs]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores over the vocabulary, float32 or better: [..., D] -> [..., V]."""

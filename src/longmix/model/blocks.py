@@ -14,6 +14,7 @@ from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
 from longmix.mixers.parts.base import Mixer, MixerOutput, ModelShape
 from longmix.mixers.parts.exact import rounded_once
+from longmix.mixers.parts.layout import Layout
 from longmix.mixers.parts.states import check_state, mixer_state
 from longmix.mixers.parts.whole_rows import over_whole_rows
 from longmix.recipe import Recipe, set_recipe
@@ -95,8 +96,21 @@ class SwiGLU(Mixer):
         return 2 * length * (self.gate.weight.numel() + self.up.weight.numel() + self.down.weight.numel())
 
 
-def called(mixer: Mixer, x: Tensor, state: Any, document_ids: Tensor | None, **shared: Tensor | None) -> MixerOutput:
+def called(
+    mixer: Mixer,
+    x: Tensor,
+    state: Any,
+    document_ids: Tensor | None,
+    layout: Layout | None = None,
+    **shared: Tensor | None,
+) -> MixerOutput:
     """Call a mixer and check its output. A mixer without support for slices gets whole rows.
+
+    Args:
+        mixer: any.
+        x, state, document_ids: see `Mixer.forward`.
+        layout: where the mixer's `layout_needs` ask for one.
+        shared: tensors [B, T, ...] that the mixer takes besides, or None.
 
     Raises:
         ConfigError: it is no `MixerOutput`, or `y` has another shape than x.
@@ -104,7 +118,8 @@ def called(mixer: Mixer, x: Tensor, state: Any, document_ids: Tensor | None, **s
     if isinstance(state, Slices) and not mixer.sliced:
         output = over_whole_rows(mixer, x, state, **shared)
     else:
-        output = mixer(x, state=state, document_ids=document_ids, **shared)
+        made = {} if layout is None else {"layout": layout}
+        output = mixer(x, state=state, document_ids=document_ids, **made, **shared)
     name = type(mixer).__name__
     if not isinstance(output, MixerOutput):
         raise ConfigError(f"{name}.forward returned a {type(output).__name__}; it must return MixerOutput(y, state).")
@@ -133,7 +148,12 @@ class Block(nn.Module):
         self.mlp = style.channel_mixer(shape, layer_index, hidden)
 
     def forward(
-        self, x: Tensor, state: BlockState | None, document_ids: Tensor | None, value_residual: Tensor | None
+        self,
+        x: Tensor,
+        state: BlockState | None,
+        document_ids: Tensor | None,
+        value_residual: Tensor | None,
+        layout: Layout | None = None,
     ) -> MixerOutput:
         """The mixer's output with `y` replaced by the block's output [B, T, D], and `state` by a `BlockState`.
 
@@ -141,10 +161,11 @@ class Block(nn.Module):
             x: [B, T, D].
             state, document_ids: see `Mixer.forward`.
             value_residual: what the first layer with a value residual gave; None before it.
+            layout: what the mixer's `layout_needs` ask for; None where it makes that itself.
         """
         shared = {"value_residual": value_residual} if self.mixer.value_residual else {}
         mixer_state, mlp_state = (None, None) if state is None else (state.mixer, state.channel_mixer)
-        mixed = called(self.mixer, self.mixer_norm(x), mixer_state, document_ids, **shared)
+        mixed = called(self.mixer, self.mixer_norm(x), mixer_state, document_ids, layout, **shared)
         x = x + mixed.y
         channels = called(self.mlp, self.mlp_norm(x), mlp_state, document_ids)
         return MixerOutput(

@@ -6,6 +6,7 @@ valid tokens of the global batch, whatever their distribution over micro-batches
 whole or not at all; and every moment Lightning can interrupt lies between two optimizer steps.
 """
 
+import operator
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -16,11 +17,12 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from longmix.batch import Batch
+from longmix.batch import Batch, each
 from longmix.checkpoints import Checkpoint
 from longmix.checkpoints.store import SKIPS_IN_A_ROW
 from longmix.distributed.agreement import Processes
 from longmix.errors import CheckpointError, NonFiniteError
+from longmix.evaluation.loss import run_whole
 from longmix.mixers.parts.between_steps import finish_step
 from longmix.mixers.parts.metrics import Measure, accumulate
 from longmix.model.backbone import LanguageModel, ModelOutput
@@ -198,7 +200,7 @@ class TrainingModule(LightningModule):
         """Run the model, on this process's slice if rows are shared; token losses outside the slice are 0."""
         if self.row_group is not None:
             return strategies.run_slice(self.model, batch, self.row_group)
-        return self.model(batch["tokens"], batch["targets"], document_ids=batch["document_ids"])
+        return run_whole(self.model, batch)
 
     def own(self, batch: Batch) -> Batch:
         """The batch with only those targets that this process counts."""
@@ -296,12 +298,5 @@ def split_batch(batch: Batch, rows: int | None) -> list[Batch]:
     size = batch["tokens"].shape[0]
     if rows is None or rows == size:
         return [batch]
-    ids = batch["document_ids"]
-    return [
-        Batch(
-            tokens=batch["tokens"][start : start + rows],
-            targets=batch["targets"][start : start + rows],
-            document_ids=None if ids is None else ids[start : start + rows],
-        )
-        for start in range(0, size, rows)
-    ]
+    cuts = [slice(start, start + rows) for start in range(0, size, rows)]
+    return [each(batch, operator.itemgetter(cut)) for cut in cuts]

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from longmix.batch import Batch
 from longmix.distributed.rounded_gather import RoundedGather
 from longmix.distributed.slices import Slices
+from longmix.mixers.parts.documents import told_apart
 from longmix.model.backbone import LanguageModel, ModelOutput
 from longmix.model.head import IGNORE_INDEX
 from longmix.recipe import recipe_of
@@ -110,7 +111,7 @@ def largest(value: int, device: torch.device) -> int:
 
 
 def _slices(batch: Batch, group: dist.ProcessGroup) -> Slices:
-    return Slices(batch["tokens"].shape[1], batch["document_ids"], group)
+    return Slices(batch["tokens"].shape[1], told_apart(batch["document_ids"]), group)
 
 
 def own_group(timeout: float = 600.0) -> dist.ProcessGroup | None:

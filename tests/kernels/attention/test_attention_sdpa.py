@@ -9,7 +9,7 @@ from torch.nn import attention as torch_attention
 from torch.nn.attention import SDPBackend
 
 from longmix_kernels.attention import attention, sdpa, sdpa_supports
-from longmix_kernels.attention.sdpa import _activate_flash, _kernel_order
+from longmix_kernels.attention.sdpa import _kernel_order, activate_flash
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
@@ -81,9 +81,9 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch_attention, "activate_flash_attention_impl", activated.append)
         return activated
 
-    _activate_flash.cache_clear()
+    activate_flash.cache_clear()
     yield pretend
-    _activate_flash.cache_clear()
+    activate_flash.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ class SyntheticWindows:
         seed = self.seed if self.split == "train" else 0
         random = np.random.default_rng([seed, SPLITS.index(self.split), index])
         tokens, targets = self.task.example(random, self.seq_len)
-        return Window(tokens.astype(np.int64), targets.astype(np.int64), np.zeros(self.seq_len, np.int32))
+        return Window(tokens.astype(np.int64), targets.astype(np.int64), None)
 
     def __len__(self) -> int:
         return self.windows_per_epoch

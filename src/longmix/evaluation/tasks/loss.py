@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from longmix.batch import IGNORE_INDEX, Batch
+from longmix.batch import IGNORE_INDEX, Batch, first_tokens
 from longmix.data.tokens.tokenizers import NumberTokenizer
 from longmix.errors import ConfigError
 from longmix.evaluation.loss import evaluate_loss
@@ -149,13 +149,7 @@ def prefixes_alone(batches: Iterable[Batch], ends: Sequence[int]) -> Iterator[Ba
     """Every prefix of every batch, with its last target only."""
     for batch in batches:
         for end in ends:
-            ids = batch["document_ids"]
-            piece = Batch(
-                tokens=batch["tokens"][:, :end],
-                targets=batch["targets"][:, :end],
-                document_ids=None if ids is None else ids[:, :end],
-            )
-            yield _only(piece, [end])
+            yield _only(first_tokens(batch, end), [end])
 
 
 def rows_whole(batches: Iterable[Batch], ends: Sequence[int]) -> Iterator[Batch]:
@@ -168,4 +162,4 @@ def _only(batch: Batch, ends: Sequence[int]) -> Batch:
     targets = torch.full_like(batch["targets"], IGNORE_INDEX)
     places = torch.tensor(ends, device=targets.device) - 1
     targets[:, places] = batch["targets"][:, places]
-    return Batch(tokens=batch["tokens"], targets=targets, document_ids=batch["document_ids"])
+    return {**batch, "targets": targets}

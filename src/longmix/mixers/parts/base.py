@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
+from longmix.mixers.parts.layout import LayoutNeeds
 from longmix.mixers.parts.looked_into import EngineCall, ValuePath
 from longmix.mixers.parts.metrics import Metric
 from longmix.pytrees import pytree
@@ -106,6 +107,13 @@ class Mixer(nn.Module):
     def flops(self, length: int) -> int:
         """Floating-point operations of one forward pass over one row of `length` tokens, projections included."""
         raise NotImplementedError(f"{type(self).__name__} lacks flops(length)")
+
+    def layout_needs(self) -> LayoutNeeds | None:
+        """What of a `Layout` the mixer uses; None for nothing.
+
+        With it `forward` also takes `layout`, or None to make that itself. Layers that need the same share one.
+        """
+        return None
 
     def prepare(self, length: int) -> None:
         """Prepare whatever depends only on the length of rows; nothing by default.

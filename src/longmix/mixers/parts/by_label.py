@@ -63,7 +63,7 @@ class LabelAttention(SoftmaxAttention):
         orderings = [self.ordering(rows, turn) for turn in range(self.rounds)]
         parts = [attention(*tensors, **order._asdict(), return_logsumexp=True) for order in orderings]
         if self.window:
-            parts.append(attention(*tensors, window=self.window, document_ids=rows.document_ids, return_logsumexp=True))
+            parts.append(attention(*tensors, **rows.bounds(self.window), return_logsumexp=True))
         parts += self.further_parts(rows)
         output = parts[0][0] if len(parts) == 1 else merge(parts)[0]
         return output, self.occupancy(rows, orderings) if self.training else {}
@@ -75,6 +75,10 @@ class LabelAttention(SoftmaxAttention):
         if isinstance(largest, Measure):
             metrics["largest_label"] = largest.in_last_slice(slices)
         return mixed, metrics
+
+    def engine_window(self) -> int | None:
+        """The window, if there is one."""
+        return self.window or None
 
     def further_parts(self, rows: Rows) -> list[Part]:
         """Attention to further keys, which must be none that labels or window already let the query see."""

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from longmix.distributed.slices import Slices
+from longmix_kernels.runtime import is_readable, on_gpu
 
 
 class Before(Protocol):
@@ -39,3 +40,14 @@ def goes_on(before: Before, ids: Tensor) -> Tensor:
     """bool [B]: whether the first of new tokens, of documents `ids` [B, T], is of the document before, or the first."""
     assert before.last_id is not None
     return (before.next_position == 0) | (ids[:, 0] == before.last_id)
+
+
+def told_apart(document_ids: Tensor | None) -> Tensor | None:
+    """The ids integer [B, T]; None where they can be read without a wait, and every row is one document.
+
+    On a CPU such rows take the faster path of rows that are not packed. A GPU would have to be waited for, and batches
+    would take two paths in turn, each with a graph of its own.
+    """
+    if document_ids is None or on_gpu(document_ids) or not is_readable(document_ids):
+        return document_ids
+    return None if bool((document_ids == document_ids[:, :1]).all()) else document_ids

@@ -23,6 +23,7 @@ from longmix.errors import ConfigError
 from longmix.mixers.parts.base import REAL, Mixer, MixerOutput, ModelShape, at_most, checked_sizes, divided
 from longmix.mixers.parts.documents import continued_ids
 from longmix.mixers.parts.exact import rounded_once
+from longmix.mixers.parts.layout import Layout, LayoutNeeds
 from longmix.mixers.parts.looked_into import ValuePath
 from longmix.mixers.parts.metrics import Metric
 from longmix.mixers.parts.rotary import rotary_angles, rotate, token_positions
@@ -88,6 +89,7 @@ class Rows:
         query: [B, Tq, Hq, head_dim]; key, value: [B, Tk, Hkv, head_dim].
         document_ids: int32 [B, Tk], or None while every row is one document.
         query_labels: [B, Tq, Hq, R] and key_labels: [B, Tk, Hkv, R], as selected; None where nothing is.
+        layout: of these rows, where it was made before and all keys are new; else None.
     """
 
     query: Tensor
@@ -96,6 +98,17 @@ class Rows:
     document_ids: Tensor | None = None
     query_labels: Tensor | None = None
     key_labels: Tensor | None = None
+    layout: Layout | None = None
+
+    def bounds(self, window: int | None = None) -> dict[str, Any]:
+        """The arguments with which `attention` sees the own document alone, at most its last `window` keys.
+
+        Args:
+            window: that of the mixer's `layout_needs`.
+        """
+        if self.layout is not None and self.layout.first_key is not None:
+            return {"lo": self.layout.first_key}
+        return {"window": window, "document_ids": self.document_ids}
 
 
 class HeadOptions(TypedDict, total=False):
@@ -202,6 +215,14 @@ class SoftmaxAttention(Mixer):
         """Query-key pairs the mixer computes in one row of `length` tokens, per query head."""
         raise NotImplementedError
 
+    def layout_needs(self) -> LayoutNeeds:
+        """The rotation, and the window that the engine is called with if it is called with one."""
+        return LayoutNeeds(self.head_dim, self.rotary_base, self.engine_window())
+
+    def engine_window(self) -> int | None:
+        """The window in which `attend` calls the engine without labels; None for whole documents."""
+        return None
+
     def cached_keys(self) -> int | None:
         """The number of past keys that a later query can still see; None for all."""
         return None
@@ -229,37 +250,51 @@ class SoftmaxAttention(Mixer):
         )
         return self.query_norm(query), self.key_norm(key), value
 
-    def forward(self, x: Tensor, *, state: Any = None, document_ids: Tensor | None = None) -> MixerOutput:
-        """Mix `x` [B, T, D] along T: positions, projections, labels, rotation, attention, output, in this order."""
+    def forward(
+        self, x: Tensor, *, state: Any = None, document_ids: Tensor | None = None, layout: Layout | None = None
+    ) -> MixerOutput:
+        """Mix `x` [B, T, D] along T: positions, projections, labels, rotation, attention, output, in this order.
+
+        Args:
+            x, state, document_ids: see `Mixer.forward`.
+            layout: what `layouts` makes of these rows; None makes it here, as after a state.
+        """
         batch, length = checked_sizes(x, self.d_model, document_ids, state, (self.state_type(), Slices))
         ids = continued_ids(document_ids, state, batch, length)
-        last_id, next_position = (None, None) if state is None else (state.last_id, state.next_position)
-        positions = token_positions(ids, last_id, next_position, length, x.device)
+        if layout is None or not (state is None or isinstance(state, Slices)):
+            layout = self._layout_after(state, ids, length, x.device)
         query, key, value = self.project(rounded_once(x))
         # Labels come from unrotated heads: they must depend on content alone, not on where a token stands.
-        chosen = self.select(x, query, key, positions)
+        chosen = self.select(x, query, key, layout.positions)
         if chosen is not None and chosen.key_gate is not None:
             value = value * chosen.key_gate.unsqueeze(-1).to(value.dtype)
         if chosen is not None and chosen.means is not None:
             # Means first, losses after: a loss of each slice's own mean would differ from that of whole rows.
             chosen.losses |= self.losses_of(state.mean(chosen.means) if isinstance(state, Slices) else chosen.means)
         # Keys are cached after the rotation, as positions within a document never change.
-        angles = rotary_angles(positions, self.head_dim, self.rotary_base)
+        angles = layout.cosine, layout.sine
         rows = self.rows(rotate(query, *angles), rotate(key, *angles), value, ids)
         if chosen is not None:
             rows.query_labels, rows.key_labels = chosen.query_labels, chosen.key_labels
         after = None
         if state is None:
+            rows.layout = layout
             mixed, metrics = self.attend(rows)
         elif isinstance(state, Slices):
             mixed, metrics = self.attend_after(rows, state)
         else:
-            mixed, metrics, after = self.attend_from(rows, state, positions[:, -1].expand(batch) + 1)
+            mixed, metrics, after = self.attend_from(rows, state, layout.positions[:, -1].expand(batch) + 1)
         if chosen is None:
             return MixerOutput(self.output(mixed.flatten(2)), after, metrics=metrics)
         if chosen.query_gate is not None:
             mixed = mixed * chosen.query_gate.unsqueeze(-1).to(mixed.dtype)
         return MixerOutput(self.output(mixed.flatten(2)), after, chosen.losses, chosen.metrics | metrics)
+
+    def _layout_after(self, state: Any, ids: Tensor | None, length: int, device: torch.device) -> Layout:
+        """Positions and angles of new tokens after a state, or from the beginning; engines make bounds."""
+        last_id, next_position = (None, None) if state is None else (state.last_id, state.next_position)
+        positions = token_positions(ids, last_id, next_position, length, device)
+        return Layout(positions, *rotary_angles(positions, self.head_dim, self.rotary_base))
 
     def _kept(self, rows: Rows, next_position: Tensor) -> AttentionState:
         limit = self.cached_keys()
