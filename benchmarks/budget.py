@@ -21,6 +21,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -30,6 +31,7 @@ from benchmarks import results
 from benchmarks.command import RESULTS, Parser
 from longmix.composing import composed
 from longmix.config import ModelConfig
+from longmix.data.loaders import document_starts
 from longmix.files import replace_json
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model
@@ -40,6 +42,7 @@ CONFIGS = results.ROOT / "configs"
 BUDGET = RESULTS / "budget.json"
 LENGTH = 4096
 LAYERS = 2, 3
+STARTS = torch.from_numpy(document_starts(np.zeros((1, LENGTH), np.int32)))
 
 Figures = dict[str, float]
 """Of one mixer and one kind of rows, by name."""
@@ -141,7 +144,9 @@ def _whole(mixer: str, layers: int, packed: bool) -> Figures:
 
 def _of_a_step(model: LanguageModel, packed: bool) -> Figures:
     tokens = torch.empty(1, LENGTH, dtype=torch.int64)
-    ids = torch.empty(1, LENGTH, dtype=torch.int32) if packed else None
+    documents = {}
+    if packed:
+        documents = {"document_ids": torch.empty(1, LENGTH, dtype=torch.int32), "document_starts": STARTS.clone()}
     kept: dict[int, Tensor] = {}
 
     def pack(x: Tensor) -> Tensor:
@@ -150,7 +155,7 @@ def _of_a_step(model: LanguageModel, packed: bool) -> Figures:
 
     with Count() as forward, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            output = model(tokens, tokens, document_ids=ids)
+            output = model(tokens, tokens, **documents)
         loss = output.token_losses.mean() + sum(output.losses.values())
     matrices = {weight.shape for weight in model.parameters() if weight.dim() > 1}
     matrices |= {shape[::-1] for shape in matrices}

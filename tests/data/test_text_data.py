@@ -87,8 +87,10 @@ class TestTrainLoader:
             list(data.train_loader(0, 3))
 
     def test_items(self, make):
-        batch = next(batch for batch in make().train_loader(0, 50) if batch["document_ids"] is not None)
+        batch = next(iter(make().train_loader(0, 50)))
+        starts = batch.pop("document_starts")
         assert list(batch) == ["tokens", "targets", "document_ids"]
+        assert starts.dtype == torch.int32 and len(starts) == 4
         assert batch["tokens"].dtype == batch["targets"].dtype == torch.int64
         assert batch["document_ids"].dtype == torch.int32
         assert {tuple(tensor.shape) for tensor in batch.values()} == {(4, 32)}
@@ -126,18 +128,17 @@ class TestTrainLoader:
         expected = [data.train_windows.window(epoch, index).tokens for epoch in range(3) for index in range(count)]
         np.testing.assert_array_equal(rows, np.stack(expected))
 
-    def test_document_ids_are_none_only_without_a_boundary(self, make):
-        data = make(batch_size=2)
+    @pytest.mark.parametrize("num_workers", [0, 1])
+    def test_packed_rows_have_ids_and_starts_whether_or_not_a_batch_has_a_boundary(self, make, num_workers):
+        data = make(batch_size=2, num_workers=num_workers)
         seen = set()
         for batch in data.train_loader(0, 200):
-            boundary = bool((batch["tokens"][:, 1:] == data.tokenizer.separator_id).any())
-            assert (batch["document_ids"] is not None) == boundary
-            seen.add(boundary)
+            begins = batch["document_ids"].diff(dim=1) != 0
+            inner = batch["document_starts"] % 32 > 0
+            assert torch.equal(inner.sum(1), begins.sum(1)) and not batch["document_starts"][:, 0].any()
+            assert begins.any() == (batch["tokens"][:, 1:] == data.tokenizer.separator_id).any()
+            seen.add(bool(begins.any()))
         assert seen == {True, False}
-
-    def test_none_survives_a_worker(self, make):
-        loader = make(batch_size=1, num_workers=1).train_loader(0, 40)
-        assert any(batch["document_ids"] is None for batch in loader)
 
     def test_global_random_state_is_left_alone(self, make):
         before = torch.random.get_rng_state()

@@ -123,7 +123,7 @@ def test_gpus_and_packages(monkeypatch, capability, package, dim, covered):
 
 
 def test_a_gpu_waits_for_nothing(monkeypatch):
-    """Fake tensors have no values: whatever waits for one raises. Without a GPU their gradients are made as on a CPU."""
+    """Fake tensors have no values: whatever waits for one raises. Without a GPU, gradients are those of a CPU's."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     activate_flash.cache_clear()

@@ -1,0 +1,59 @@
+"""Batches moved, cut and shortened with what they say of documents, and without."""
+
+import pytest
+import torch
+
+from longmix.batch import Batch, each, first_tokens
+from longmix.data.loaders import collate, document_starts
+from longmix.data.windows import Window
+from longmix.evaluation.loss import to_device
+from longmix.training.module import split_batch
+
+LENGTHS = [(12,), (3, 9), (1, 4, 7), (11, 1)]
+
+
+def packed() -> Batch:
+    """Four rows of 12 tokens."""
+    tokens = torch.arange(48).view(4, 12)
+    ids = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)).int() for row in LENGTHS]
+    rows = zip(tokens.numpy(), (tokens + 1).numpy(), (row.numpy() for row in ids), strict=True)
+    return collate(Window(*row) for row in rows)
+
+
+def plain() -> Batch:
+    """The same rows, never packed; a batch from elsewhere need not have starts."""
+    batch = packed()
+    return Batch(tokens=batch["tokens"], targets=batch["targets"], document_ids=None)
+
+
+@pytest.mark.parametrize("make", [packed, plain])
+def test_what_is_moved_keeps_its_fields(make):
+    moved = to_device(make(), "meta")
+    assert list(moved) == list(make())
+    assert all(x is None or x.device.type == "meta" for x in moved.values())
+
+
+@pytest.mark.parametrize("rows", [None, 1, 2, 4])
+def test_micro_batches_have_the_documents_of_their_rows(rows):
+    batch = packed()
+    parts = split_batch(batch, rows)
+    for name in batch:
+        assert torch.equal(torch.cat([part[name] for part in parts]), batch[name])
+    assert [list(part) for part in split_batch(plain(), 2)] == [["tokens", "targets", "document_ids"]] * 2
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 11, 12])
+def test_a_prefix_has_the_documents_that_begin_in_it(length):
+    short = first_tokens(packed(), length)
+    again = torch.from_numpy(document_starts(short["document_ids"].numpy()))
+    width = max(again.shape[1], short["document_starts"].shape[1])
+    filled = [
+        torch.nn.functional.pad(x, (0, width - x.shape[1]), value=length) for x in (again, short["document_starts"])
+    ]
+    assert torch.equal(*filled)
+    assert first_tokens(plain(), length)["document_starts"] is None
+
+
+def test_every_tensor_is_replaced_and_nothing_else():
+    doubled = each(plain(), lambda x: 2 * x)
+    assert doubled["document_ids"] is None and torch.equal(doubled["tokens"], 2 * packed()["tokens"])
