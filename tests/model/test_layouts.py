@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longmix.config import resolved
+from longmix.config import ModelConfig, resolved
 from longmix.data.loaders import document_starts
 from longmix.mixers import flash
 from longmix.mixers.flash import Flash
@@ -58,7 +58,7 @@ def test_layers_that_share_a_layout_compute_what_each_computes_alone(name, ids, 
     node = resolved(compose_config(f"mixer={name}", *SMALL))
     node["mixer"] = small_mixer(node["mixer"], 16)
     torch.manual_seed(0)
-    model = build_model(node, VOCABULARY).eval()
+    model = build_model(ModelConfig.of(node), VOCABULARY).eval()
     tokens = torch.randint(VOCABULARY, (3, 64), generator=torch.Generator().manual_seed(0))
     shared = outputs(model, tokens, ids)
     monkeypatch.setattr(LanguageModel, "_layouts", lambda self, *_: [None] * len(self.blocks))

@@ -19,8 +19,9 @@ def to_device(batch: Batch, device: torch.device | str) -> Batch:
 
 def run_whole(model: nn.Module, batch: Batch) -> ModelOutput:
     """The output and losses of a `LanguageModel` on a batch."""
-    documents = {"document_ids": batch["document_ids"], "document_starts": batch.get("document_starts")}
-    output: ModelOutput = model(batch["tokens"], batch["targets"], **documents)
+    starts = batch.get("document_starts")
+    given = {} if starts is None else {"document_starts": starts}
+    output: ModelOutput = model(batch["tokens"], batch["targets"], document_ids=batch["document_ids"], **given)
     return output
 
 
