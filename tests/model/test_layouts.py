@@ -108,6 +108,19 @@ def test_positions_and_angles_are_made_once_whatever_the_number_of_layers(kind):
     assert counts == [3, 3]
 
 
+class Older(Flash):
+    """A subclass whose `forward` has no `layout`."""
+
+    def forward(self, x, *, state=None, document_ids=None):
+        return super().forward(x, state=state, document_ids=document_ids)
+
+
+def test_a_subclass_may_do_without_a_layout():
+    tokens = torch.zeros(3, 64, dtype=torch.int64)
+    for one, other in zip(*(outputs(flash_model(2, kind), tokens, PACKED) for kind in (Older, Flash)), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_rows_of_one_document_take_the_plain_path_where_that_costs_no_wait(monkeypatch):
     model, given = flash_model(1), []
     monkeypatch.setattr(backbone, "layouts", lambda needs, tokens, ids, *_: given.append(ids) or {})

@@ -5,7 +5,7 @@ mixers want them; the loss is computed in slices (`model.head`). The model knows
 compilation or parallelism.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -17,7 +17,7 @@ from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
 from longmix.mixers.parts.base import Mixer, ModelShape
 from longmix.mixers.parts.documents import told_apart
-from longmix.mixers.parts.layout import Layout, layouts
+from longmix.mixers.parts.layout import Layout, layouts, takes_layout
 from longmix.mixers.parts.metrics import Metric
 from longmix.model.blocks import Block, BlockStyle, Standard
 from longmix.model.head import hits, token_losses, token_losses_and_peaks
@@ -176,7 +176,7 @@ class LanguageModel(nn.Module):
         slices = first if isinstance(first, Slices) else None
         if state is not None and slices is None:
             return [None] * len(self.blocks)
-        needs = [mixer.layout_needs() for mixer in self.mixers()]
+        needs = [mixer.layout_needs() if takes_layout(cast(Hashable, type(mixer))) else None for mixer in self.mixers()]
         made = layouts({need for need in needs if need is not None}, tokens, document_ids, document_starts, slices)
         return [None if need is None else made[need] for need in needs]
 

@@ -4,6 +4,8 @@ The backbone makes a `Layout` for each `LayoutNeeds` that its mixers name, most 
 A mixer that is called alone, or goes on from a state of its own, makes what it needs itself.
 """
 
+import functools
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +50,13 @@ class Layout:
     sine: Tensor
     first_key: Tensor | None = None
     starts: Tensor | None = None
+
+
+@functools.cache
+def takes_layout(kind: type) -> bool:
+    """Whether a class of mixers has a `forward` with `layout`: a subclass of one that has may do without."""
+    parameters = inspect.signature(kind.forward).parameters.values()  # type: ignore[attr-defined]
+    return any(parameter.name == "layout" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def layouts(
