@@ -21,7 +21,7 @@ from benchmarks import results
 from benchmarks.command import RESULTS, Parser, positive, progress
 from longmix.analysis.causality import EntropyFinding, Finding, audit, entropy_test, model_function, scale_model
 from longmix.composing import composed
-from longmix.config import Node
+from longmix.config import Choice, ModelConfig
 from longmix.evaluation.tasks.causality import CHANGES_HEIGHT, draw_changes
 from longmix.files import replace_text
 from longmix.mixers.parts.base import Mixer, MixerOutput, ModelShape
@@ -95,22 +95,21 @@ class RowMean(Control):
         return MixerOutput(self.output(x.mean(1, keepdim=True).expand_as(x)))
 
 
-def configurations(names: Sequence[str]) -> dict[str, Node]:
-    """The `model` and `mixer` nodes of small models with these mixers, and then of routing's modes and the controls."""
+def configurations(names: Sequence[str]) -> dict[str, ModelConfig]:
+    """Small models with these mixers, and then with routing's modes and the controls."""
     found = {name: _small(name) for name in names}
     modes, routing = MODES if "routing" in names else {}, _small("routing")
     for name, settings in (modes | CONTROLS).items():
-        mixer = settings if "_target_" in settings else routing["mixer"] | settings
-        found[name] = {"model": routing["model"], "mixer": mixer}
+        own = {} if "_target_" in settings else routing.mixer.entries
+        found[name] = ModelConfig(mixer=Choice.of("mixer", {**own, **settings}), model=routing.model)
     return found
 
 
-def _small(mixer: str) -> Node:
-    node = composed("train", [f"mixer={mixer}", *SIZES]).node
-    return {key: node[key] for key in ("model", "mixer")}
+def _small(mixer: str) -> ModelConfig:
+    return ModelConfig.of(composed("train", [f"mixer={mixer}", *SIZES]).node)
 
 
-def examined(config: Node, options: argparse.Namespace) -> tuple[list[Finding], EntropyFinding]:
+def examined(config: ModelConfig, options: argparse.Namespace) -> tuple[list[Finding], EntropyFinding]:
     """Train on unpredictable tokens, and audit the trained weights in longer rows."""
     torch.manual_seed(0)
     trained = scale_model(config, options.short, VOCABULARY)

@@ -153,7 +153,7 @@ SIZES = {
 def test_a_scale_model_is_small_and_the_same(compose_config, name):
     overrides, wanted = SIZES[name]
     config = resolved(compose_config(*overrides))
-    small = scale_model(config, 8, 5)
+    small = scale_model(ModelConfig.of(config), 8, 5)
     mixers, sizes = small.mixers(), {key: getattr(small.mixers()[0], key) for key in wanted}
     assert sizes == wanted and small.vocab_size == 5
     whole = build_model(ModelConfig.of(config), 5).mixers()

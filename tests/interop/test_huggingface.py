@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from longmix.checkpoints import CheckpointStore, find_checkpoint, load_checkpoint
-from longmix.config import ModelConfig, resolved
+from longmix.config import ModelConfig, StoredConfig, resolved
 from longmix.data.tokens.tokenizers import PROBE, ByteTokenizer, LibraryTokenizer, NumberTokenizer, tokenizer_from_state
 from longmix.errors import CheckpointError, ConfigError, LongmixError, StorageError
 from longmix.evaluation.run import evaluate
@@ -318,7 +318,7 @@ class Remembering(Mixer):
 
 
 def test_any_mixer_may_have_tuned_states(compose_config):
-    config = resolved(compose_config(*SMALL))
+    config = StoredConfig.of(resolved(compose_config(*SMALL)))
     for tuned, features in ((False, None), (True, 0)):
         model = LanguageModel(
             lambda shape, index: Remembering(), 20, d_model=16, num_layers=2, num_heads=2, mlp_hidden=8

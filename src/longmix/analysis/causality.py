@@ -7,17 +7,16 @@ Gradients miss the second kind, so inputs are changed for real; and since a mode
 trained on tokens that nothing can predict (`entropy_test`).
 """
 
-import copy
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from longmix.config import ModelConfig, Node, locate
+from longmix.config import Choice, ModelConfig, Pattern
 from longmix.errors import ConfigError
 from longmix.mixers.parts.base import Mixer
 from longmix.model.backbone import LanguageModel
@@ -243,7 +242,7 @@ def entropy_test(
     return EntropyFinding(measured.mean().item(), math.log(model.vocab_size), error.item())
 
 
-def scale_model(config: Node, length: int, vocab_size: int) -> LanguageModel:
+def scale_model(config: ModelConfig, length: int, vocab_size: int) -> LanguageModel:
     """The same mixers in a few layers, with sizes so small that a short row has something outside them.
 
     A selection by ranks leaks what the later tokens have to say in it. The fewer these are, the more of that is about
@@ -251,35 +250,51 @@ def scale_model(config: Node, length: int, vocab_size: int) -> LanguageModel:
     holds the whole row selects nothing. Weights are fresh, on the current default device.
 
     Args:
-        config: a resolved training configuration. Windows and blocks of its mixers become a quarter of a row where they
-            are longer, and of its layers two stay, or as many as its pattern of mixers has.
+        config: of which the model is built. Windows and blocks of its mixers become a quarter of a row where they are
+            longer, and of its layers two stay, or as many as its pattern of mixers has.
         length: tokens of a row.
         vocab_size: of the model.
     """
-    small = copy.deepcopy(config)
-    mixer, model = small["mixer"], small["model"]
-    model["num_layers"] = min(model["num_layers"], max(2, len(mixer.get("pattern", ()))))
-    for node in [mixer[name] for name in dict.fromkeys(mixer["pattern"])] if "pattern" in mixer else [mixer]:
-        for name, least in sizes_of(node).items():
-            _shrink(small, node, name, max(1, length // 4), least)
+    mixer = config.mixer
+    order = len(mixer.order) if isinstance(mixer, Pattern) else 1
+    model = config.model.having(num_layers=min(config.model.number("num_layers"), max(2, order)))
+    small = ModelConfig(mixer=mixer, model=model)
+    for choice in mixer.choices:
+        for name, least in sizes_of(choice).items():
+            small = _with_smaller(small, choice.key, name, max(1, length // 4), least)
     with warnings.catch_warnings(action="ignore"):  # what there is to say was said of the model itself
-        return build_model(ModelConfig.of(small), vocab_size)
+        return build_model(small, vocab_size)
 
 
-def sizes_of(node: Node) -> dict[str, int]:
-    """The sizes that a mixer's node sets, of those that its class names in `Mixer.sizes`, and the least of each."""
-    sizes: dict[str, int] = getattr(locate(node["_target_"], "mixer"), "sizes", {})
-    return {name: least for name, least in sizes.items() if isinstance(node.get(name), int)}
+def sizes_of(choice: Choice) -> dict[str, int]:
+    """The sizes that a mixer's settings give, of those that its class names in `Mixer.sizes`, and the least of each."""
+    sizes: dict[str, int] = getattr(choice.located(), "sizes", {})
+    return {name: least for name, least in sizes.items() if isinstance(choice.settings.get(name), int)}
 
 
-def _shrink(config: Node, node: Node, name: str, most: int, least: int) -> None:
-    """Set a size to at most `most`, or to the least that its mixer takes."""
-    before = node[name]
-    for size in (most, least, before):
-        node[name] = min(before, size)
+def _with_smaller(config: ModelConfig, key: str, name: str, most: int, least: int) -> ModelConfig:
+    """The configuration with a size of one of its mixers at most `most`, or at the least that the mixer takes.
+
+    It stays as it is where no smaller one goes.
+    """
+    before = next(choice for choice in config.mixer.choices if choice.key == key).number(name)
+    for size in (most, least):
+        smaller = replace(config, mixer=_having(config.mixer, key, name, min(before, size)))
         try:
             with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-                build_model(ModelConfig.of(config), 1)
+                build_model(smaller, 1)
         except ConfigError:
             continue
-        return
+        return smaller
+    return config
+
+
+def _having(mixer: Choice | Pattern, key: str, name: str, value: int) -> Choice | Pattern:
+    """A mixer, or a pattern, with one setting of the mixer at a key changed."""
+    if isinstance(mixer, Choice):
+        return mixer.having(**{name: value})
+    members = {
+        member: (choice.having(**{name: value}) if choice.key == key else choice).entries
+        for member, choice in mixer.members.items()
+    }
+    return Pattern.of(mixer.key, {"pattern": list(mixer.order), **members})

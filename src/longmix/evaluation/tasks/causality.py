@@ -122,13 +122,13 @@ def _audited(subject: Subject, length: int) -> Iterator[tuple[str, list[Finding]
     for index, mixer in enumerate(model.mixers()):
         yield f"layer {index} {type(mixer).__name__}", audit(mixer_function(mixer), inputs)
     torch.manual_seed(0)
-    small = scale_model(subject.restored.written, length, VOCABULARY).double().eval()
+    small = scale_model(subject.restored.config, length, VOCABULARY).double().eval()
     yield "scale model", audit(model_function(small), inputs)
 
 
 def _trained(subject: Subject, length: int, steps: int) -> EntropyFinding:
     torch.manual_seed(0)
-    model = scale_model(subject.restored.written, length, VOCABULARY)
+    model = scale_model(subject.restored.config, length, VOCABULARY)
     rows = max(1, TOKENS_PER_STEP // length)
     with steps_bar("training on unpredictable tokens", steps) as advance:
         return entropy_test(model, seq_len=length, steps=steps, batch_size=rows, after_step=advance)

@@ -1,6 +1,7 @@
 """From a checkpoint to a folder of the Hugging Face libraries."""
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from longmix.checkpoints import chosen_checkpoint
 from longmix.checkpoints.contents import load_model_state, rebuilding
-from longmix.config import Node
+from longmix.config import StoredConfig
 from longmix.data.tokens.tokenizers import tokenizer_from_state
 from longmix.errors import ConfigError
 from longmix.files import atomic_directory, write_json
@@ -86,9 +87,11 @@ def export(checkpoint: Path, folder: Path, kind: str = "auto", dtype: str = "flo
     path = chosen_checkpoint(checkpoint)
     state = load_model_state(path)
     with rebuilding(path):
-        model = model_from_checkpoint(_trusted(state))
+        _check_trusted(state["config"])
+        stored = StoredConfig.of(state["config"])
+        model = model_from_checkpoint(state)
         tokenizer = tokenizer_from_state(state["tokenizer"])
-    config, weights = _as_llama(model, state["config"], kind) or _as_longmix(model, state["config"])
+    config, weights = _as_llama(model, stored, kind) or _as_longmix(model, stored)
     fast = huggingface_tokenizer(tokenizer)
     write_specials(config, tokenizer)
     for key, value in MARK.items():
@@ -118,14 +121,13 @@ def _check_target(folder: Path, force: bool) -> None:
         raise ConfigError(f"{folder} is not a folder of a model, so --force does not replace it; give another one.")
 
 
-def _trusted(state: dict[str, Any]) -> dict[str, Any]:
-    from longmix.interop.huggingface.model import trusted_nodes
+def _check_trusted(stored: Mapping[str, Any]) -> None:
+    from longmix.interop.huggingface.model import trusted
 
-    trusted_nodes(state["config"])
-    return state
+    trusted(stored)
 
 
-def _as_llama(model: LanguageModel, config: Node, kind: str) -> tuple[Any, dict[str, Tensor]] | None:
+def _as_llama(model: LanguageModel, config: StoredConfig, kind: str) -> tuple[Any, dict[str, Tensor]] | None:
     """The model as a type of Llama's family; None where "auto" leaves it to ours."""
     from transformers import AutoConfig
 
@@ -137,12 +139,12 @@ def _as_llama(model: LanguageModel, config: Node, kind: str) -> tuple[Any, dict[
         if kind == "auto":
             return None
         raise
-    sizes = {"vocab_size": model.embedding.num_embeddings, "max_position_embeddings": config["seq_len"]}
+    sizes: dict[str, Any] = {"vocab_size": model.embedding.num_embeddings, "max_position_embeddings": config.seq_len}
     theirs = AutoConfig.for_model(**described, **sizes)
     return theirs, {llama.to_theirs(name): weight for name, weight in model.state_dict().items()}
 
 
-def _as_longmix(model: LanguageModel, config: Node) -> tuple[Any, dict[str, Tensor]]:
+def _as_longmix(model: LanguageModel, config: StoredConfig) -> tuple[Any, dict[str, Tensor]]:
     from longmix.interop.huggingface.model import LongmixConfig
 
     return LongmixConfig.of(model, config), {f"model.{name}": weight for name, weight in model.state_dict().items()}

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from longmix.config import Node, locate, settings
+from longmix.config import Choice, ModelConfig, Pattern, settings
 from longmix.errors import ConfigError
 from longmix.mixers.flash import Flash
 from longmix.mixers.parts.base import Mixer
@@ -76,7 +76,7 @@ def _renamed(name: str, names: dict[str, str]) -> str:
     return f"{names.get(module, module)}.{leaf}"
 
 
-def described(model: LanguageModel, config: Node) -> dict[str, Any]:
+def described(model: LanguageModel, config: ModelConfig) -> dict[str, Any]:
     """The content of `config.json` for a model, `model_type` included.
 
     Args:
@@ -86,29 +86,30 @@ def described(model: LanguageModel, config: Node) -> dict[str, Any]:
     Raises:
         ConfigError: names the first setting that no type of the family has.
     """
-    _check_settings(config["model"], "model", MODEL_SETTINGS | TRAINING_SETTINGS)
-    if config["model"].get("block", _STANDARD) not in (_STANDARD, None):
-        raise ConfigError(f"model.block={config['model']['block']['_target_']} is not in Llama's family; {_CURE}")
-    nodes = _layer_nodes(config)
-    for (key, node), mixer in zip(nodes, model.mixers(), strict=True):
+    _check_settings(config.model, MODEL_SETTINGS | TRAINING_SETTINGS)
+    block = config.model.entries.get("block")
+    if block not in (_STANDARD, None):
+        raise ConfigError(f"model.block={Choice.of('model.block', block).target} is not in Llama's family; {_CURE}")
+    choices = _layer_choices(config.mixer, model.shape.num_layers)
+    for choice, mixer in zip(choices, model.mixers(), strict=True):
         if type(mixer) not in (Flash, SlidingWindow):
-            raise ConfigError(f"{key}={node['_target_']} is not in Llama's family; {_CURE}")
-        _check_settings(node, key, MIXER_SETTINGS)
+            raise ConfigError(f"{choice.key}={choice.target} is not in Llama's family; {_CURE}")
+        _check_settings(choice, MIXER_SETTINGS)
     first = model.mixers()[0]
     assert isinstance(first, Flash | SlidingWindow)
     shared = {name: _facts(first)[name] for name in _facts(first) if name != "window"}
-    for (key, _), mixer in zip(nodes, model.mixers(), strict=True):
+    for choice, mixer in zip(choices, model.mixers(), strict=True):
         for name, value in shared.items():
             if _facts(mixer)[name] != value:
                 raise ConfigError(
-                    f"{key}.{name}={_facts(mixer)[name]} is not that of the first layer, {value}; Llama's family has "
-                    f"one for all layers. {_CURE.capitalize()}"
+                    f"{choice.key}.{name}={_facts(mixer)[name]} is not that of the first layer, {value}; Llama's "
+                    f"family has one for all layers. {_CURE.capitalize()}"
                 )
     windows = [_facts(mixer)["window"] for mixer in model.mixers()]
     return {
         "hidden_size": model.shape.d_model,
         "num_hidden_layers": model.shape.num_layers,
-        "intermediate_size": config["model"]["mlp_hidden"],
+        "intermediate_size": config.model.number("mlp_hidden"),
         "num_attention_heads": shared["num_heads"],
         "num_key_value_heads": shared["num_kv_heads"],
         "head_dim": first.head_dim,
@@ -124,24 +125,23 @@ _STANDARD = {"_target_": f"{Standard.__module__}.{Standard.__qualname__}"}
 _CURE = "use --as longmix, which holds any model."
 
 
-def _check_settings(node: Node, key: str, known: set[str]) -> None:
+def _check_settings(choice: Choice, known: set[str]) -> None:
     """Refuse settings beyond the known ones unless they are at their default: their effect would be lost."""
-    target = locate(node["_target_"], key)
+    target = choice.located()
     parameters = inspect.signature(target).parameters
     for name in settings(target):
-        if name in known or name not in node:
+        if name in known or name not in choice.settings:
             continue
-        if name not in parameters or node[name] != parameters[name].default:
-            raise ConfigError(f"{key}.{name}={node[name]!r} cannot be said in Llama's family; {_CURE}")
+        value = choice.settings[name]
+        if name not in parameters or value != parameters[name].default:
+            raise ConfigError(f"{choice.key}.{name}={value!r} cannot be said in Llama's family; {_CURE}")
 
 
-def _layer_nodes(config: Node) -> list[tuple[str, Node]]:
-    """The key and the node of each layer's mixer."""
-    mixer, count = config["mixer"], config["model"]["num_layers"]
-    if "pattern" not in mixer:
-        return [("mixer", mixer)] * count
-    names = [mixer["pattern"][layer % len(mixer["pattern"])] for layer in range(count)]
-    return [(f"mixer.{name}", mixer[name]) for name in names]
+def _layer_choices(mixer: Choice | Pattern, layers: int) -> list[Choice]:
+    """Each layer's mixer."""
+    if isinstance(mixer, Choice):
+        return [mixer] * layers
+    return [mixer.members[mixer.order[layer % len(mixer.order)]] for layer in range(layers)]
 
 
 def _facts(mixer: Mixer) -> dict[str, Any]:
@@ -173,8 +173,8 @@ def _window_settings(windows: list[int | None], qk_norm: bool) -> dict[str, Any]
     return {"model_type": "mistral", "sliding_window": window}
 
 
-def nodes_of(config: Any) -> Node:
-    """The nodes `model` and `mixer` of a model that a `config.json` of the family describes.
+def read_config(config: Any) -> ModelConfig:
+    """What a model is built from that a `config.json` of the family describes.
 
     Args:
         config: transformers' object of it.
@@ -216,7 +216,7 @@ def nodes_of(config: Any) -> Node:
         "rotary_base": float(rope["rope_theta"]),
         "qk_norm": config.model_type == "qwen3",
     }
-    return {"model": model, "mixer": _mixer_node(_windows_of(config), options)}
+    return ModelConfig.of({"model": model, "mixer": _mixer(_windows_of(config), options)})
 
 
 def _windows_of(config: Any) -> list[int | None]:
@@ -231,7 +231,7 @@ def _windows_of(config: Any) -> list[int | None]:
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
-def _mixer_node(windows: list[int | None], options: Node) -> Node:
+def _mixer(windows: list[int | None], options: dict[str, Any]) -> dict[str, Any]:
     flash = {"_target_": f"{Flash.__module__}.{Flash.__qualname__}", **options}
     sliding = {"_target_": f"{SlidingWindow.__module__}.{SlidingWindow.__qualname__}", **options}
     sliding["window"] = next((window for window in windows if window is not None), None)

@@ -10,7 +10,7 @@ from torch import Tensor
 from longmix.aliases import renewed
 from longmix.checkpoints import CheckpointStore
 from longmix.checkpoints.contents import check_model_state, rebuilding
-from longmix.config import ModelConfig, Node
+from longmix.config import Choice, ModelConfig, Plain, StoredConfig, plain
 from longmix.data.tokens.tokenizers import Tokenizer, TokenizerFile, tokenizer_from_state
 from longmix.errors import CheckpointError, ConfigError, DataError
 from longmix.interop.huggingface import llama
@@ -78,11 +78,11 @@ def import_folder(
         state: dict[str, Any]
         tokenizer: Tokenizer
         if own is None:
-            nodes = _nodes(theirs)
+            config = _model_config(theirs)
             tokenizer = read_tokenizer(folder, theirs, separator, missing_bytes or "refuse")
             state = {
                 "step": 0,
-                "config": _configuration(nodes, tokenizer.state(), theirs),
+                "config": plain(_stored(config, tokenizer.state(), theirs)) | {"batch_size": 1},
                 "tokenizer": tokenizer.state(),
             }
         else:
@@ -93,7 +93,7 @@ def import_folder(
             raise DataError(
                 f"the tokenizer in {folder} has {tokenizer.vocab_size:,} ids, and the model {theirs.vocab_size:,}."
             )
-        state["model"] = _weights(folder, theirs, state["config"])
+        state["model"] = _weights(folder, theirs, ModelConfig.of(state["config"]))
         check_model_state(state)
     source = {"imported": theirs.model_type, "tokens": 0, "validation": {}}
     checkpoint = store.save(state, source)
@@ -118,25 +118,25 @@ def _read_config(folder: Path) -> Any:
         raise CheckpointError(f"{folder / 'config.json'} cannot be read: {type(error).__name__}: {reason}") from error
 
 
-def _nodes(theirs: Any) -> Node:
+def _model_config(theirs: Any) -> ModelConfig:
     if theirs.model_type != "longmix":
-        return llama.nodes_of(theirs)
-    from longmix.interop.huggingface.model import trusted_nodes
+        return llama.read_config(theirs)
+    from longmix.interop.huggingface.model import trusted
 
-    return trusted_nodes({"model": theirs.model, "mixer": theirs.mixer})
+    return trusted({"model": theirs.model, "mixer": theirs.mixer})
 
 
-def _check_same(folder: Path, theirs: Any, config: Node) -> None:
+def _check_same(folder: Path, theirs: Any, stored: Plain) -> None:
     """Refuse a `longmix.json` that lies beside another model than its own."""
-    from longmix.interop.huggingface.model import trusted_nodes
+    from longmix.interop.huggingface.model import trusted
 
-    nodes = trusted_nodes(config)
+    config = trusted(stored)
     if theirs.model_type == "longmix":
-        said = renewed({"model": theirs.model, "mixer": theirs.mixer})
-        different = [key for key in nodes if nodes[key] != said[key]]
+        ours, said = plain(config), renewed({"model": theirs.model, "mixer": theirs.mixer})
+        different = [key for key in ours if ours[key] != said[key]]
     else:
         with torch.device("meta"):
-            described = llama.described(build_model(ModelConfig.of(nodes), theirs.vocab_size), nodes)
+            described = llama.described(build_model(config, theirs.vocab_size), config)
         different = [key for key, value in described.items() if getattr(theirs, key, None) != value]
     if different:
         raise CheckpointError(
@@ -145,22 +145,23 @@ def _check_same(folder: Path, theirs: Any, config: Node) -> None:
         )
 
 
-def _configuration(nodes: Node, tokenizer: Node, theirs: Any) -> Node:
-    """The parts of a training configuration that commands read; a foreign model has no data."""
-    options = {key: tokenizer[key] for key in ("separator", "missing_bytes", "end_ids") if key in tokenizer}
-    return {
-        **nodes,
-        "data": None,
-        "tokenizer": {"_target_": f"{TokenizerFile.__module__}.TokenizerFile", "path": TOKENIZER, **options},
-        "seq_len": theirs.max_position_embeddings,
-        "batch_size": 1,
-        "seed": 0,
-    }
+def _stored(config: ModelConfig, tokenizer: Plain, theirs: Any) -> StoredConfig:
+    """The configuration of an imported checkpoint; a foreign model has no data."""
+    options: Plain = {key: tokenizer[key] for key in ("separator", "missing_bytes", "end_ids") if key in tokenizer}
+    file = {"_target_": f"{TokenizerFile.__module__}.TokenizerFile", "path": TOKENIZER, **options}
+    return StoredConfig(
+        model=config.model,
+        mixer=config.mixer,
+        data=None,
+        tokenizer=Choice.of("tokenizer", file),
+        seq_len=theirs.max_position_embeddings,
+        seed=0,
+    )
 
 
-def _weights(folder: Path, theirs: Any, config: Node) -> dict[str, Tensor]:
+def _weights(folder: Path, theirs: Any, config: ModelConfig) -> dict[str, Tensor]:
     with torch.device("meta"):
-        model = build_model(ModelConfig.of(config), theirs.vocab_size)
+        model = build_model(config, theirs.vocab_size)
         if getattr(theirs, "tuned_features", None) is not None:
             tune_states(model, theirs.tuned_features)
     weights = read_weights(folder)

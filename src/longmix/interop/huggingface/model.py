@@ -5,6 +5,7 @@ a document of its own, which the text does not see; a folder that lacks a weight
 draw it anew and warn.
 """
 
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +17,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from longmix.aliases import renewed
-from longmix.config import ModelConfig, Node
+from longmix.config import ModelConfig, Plain, StoredConfig, plain
 from longmix.errors import CheckpointError, ConfigError
 from longmix.interop.huggingface.seal import check_seal
 from longmix.mixers.parts.states import mapped
@@ -38,7 +39,7 @@ class LongmixConfig(PreTrainedConfig):
     """The `config.json` of type `longmix`.
 
     Args:
-        model, mixer: the nodes of the training configuration, of which the model is built.
+        model, mixer: those of the training configuration, as `config.yaml` has them.
         vocab_size: rows of the embedding.
         max_position_embeddings: tokens of a training window; nothing ends there.
         tuned_features: size of a tuned memory beside tuned states, 0 for states alone; None if none were tuned.
@@ -49,8 +50,8 @@ class LongmixConfig(PreTrainedConfig):
 
     def __init__(
         self,
-        model: Node | None = None,
-        mixer: Node | None = None,
+        model: Plain | None = None,
+        mixer: Plain | None = None,
         vocab_size: int = 0,
         max_position_embeddings: int = 0,
         tuned_features: int | None = None,
@@ -74,33 +75,40 @@ class LongmixConfig(PreTrainedConfig):
         return self.model["num_layers"]
 
     @classmethod
-    def of(cls, model: LanguageModel, config: Node) -> "LongmixConfig":
+    def of(cls, model: LanguageModel, config: StoredConfig) -> "LongmixConfig":
         """The description of a model and of the configuration it was trained with.
 
         Raises:
             ConfigError: it has a part that is not of longmix.
         """
-        nodes = trusted_nodes(config)
+        built_from = plain(trusted({"model": config.model.entries, "mixer": config.mixer.entries}))
         tuned = tuned_states(model.state_dict())
         features = memory_features(tuned) if tuned else None
         vocab_size = model.embedding.num_embeddings
-        return cls(**nodes, vocab_size=vocab_size, max_position_embeddings=config["seq_len"], tuned_features=features)
+        return cls(
+            **built_from,
+            vocab_size=vocab_size,
+            max_position_embeddings=config.seq_len,
+            tuned_features=features,
+        )
 
 
-def trusted_nodes(config: Node) -> Node:
-    """The nodes `model` and `mixer` of a configuration that names no class outside longmix: it could call any function.
+def trusted(stored: Mapping[str, Any]) -> ModelConfig:
+    """The part of a stored configuration that a model is built from, which may name classes of longmix alone.
+
+    Others could call any function.
 
     Raises:
         ConfigError: it names one.
     """
-    nodes = renewed({key: config.get(key) for key in ("model", "mixer")})
+    renewed_part = renewed({key: stored.get(key) for key in ("model", "mixer")})
     try:
-        check_model_nodes(nodes)
+        check_model_nodes(renewed_part)
     except ConfigError as error:
         raise ConfigError(
             f"{str(error).partition(';')[0]}; these folders hold models of longmix's own parts."
         ) from None
-    return nodes
+    return ModelConfig.of(renewed_part)
 
 
 class StateCache(Cache):
@@ -169,8 +177,7 @@ class LongmixForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: LongmixConfig) -> None:
         super().__init__(config)
-        nodes = trusted_nodes({"model": config.model, "mixer": config.mixer})
-        self.model = build_model(ModelConfig.of(nodes), config.vocab_size)
+        self.model = build_model(trusted({"model": config.model, "mixer": config.mixer}), config.vocab_size)
         if config.tuned_features is not None:
             tune_states(self.model, config.tuned_features)
         self.post_init()
