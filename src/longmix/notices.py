@@ -27,6 +27,20 @@ def notice(message: str) -> None:
     warnings.warn(message, LongmixWarning, stacklevel=3)
 
 
+def notice_float32_on_gpu(setting: str, instead: str) -> None:
+    """Warn of a precision that was asked for on a GPU, where nothing chooses it by itself.
+
+    Args:
+        setting: the words that ask for it.
+        instead: the words to give.
+    """
+    message = (
+        f"{setting} on a GPU: longmix's float32 kernels leave tensor cores unused; they are slow, and meant for checks."
+        f" Give {instead}, which keeps weights, gates and states in float32."
+    )
+    warnings.warn(message, LongmixWarning, stacklevel=3)
+
+
 def begin_run() -> None:
     """Begin another run: every message may be shown again."""
     _said.clear()

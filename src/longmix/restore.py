@@ -15,6 +15,7 @@ from longmix.errors import ConfigError
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import model_from_checkpoint
 from longmix.model.tuned_states_file import load_states
+from longmix.notices import notice_float32_on_gpu
 from longmix.trust import check_model_nodes
 
 
@@ -105,6 +106,8 @@ def _place(device: str, precision: str) -> tuple[torch.device, str]:
         raise ConfigError("device=cuda, but torch sees no CUDA device; use device=cpu.")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and precision == "float32":
+        notice_float32_on_gpu("precision=float32", "precision=bf16")
     if precision == "auto":
         precision = "bf16" if device == "cuda" else "float32"
     return torch.device(device), precision

@@ -31,6 +31,7 @@ from longmix.model.build import build_model, check_model
 from longmix.model.matching import match_parameters
 from longmix.model.tuned_states_file import STATES_FILE, save_states
 from longmix.naming import RunPlace, named_by_clock
+from longmix.notices import notice_float32_on_gpu
 from longmix.progress import ProgressDisplay
 from longmix.startup import seconds_since_begin
 from longmix.training import connection, process_launcher
@@ -253,6 +254,8 @@ def _module(
 ) -> TrainingModule:
     if settings.slices > 1:
         warn_of_whole_rows(model)
+    if settings.on_gpu and settings.precision_in_use == "32-true":
+        notice_float32_on_gpu("trainer.precision=32-true", "trainer.precision=bf16-mixed")
     if settings.compiles:
         for block in model.blocks:
             block.compile()
