@@ -152,7 +152,7 @@ def of_recaller(model: Recaller, folder: Path, tmp_path: Path, lengths: list[int
     corpus = TextFiles(f"{folder}/train", f"{folder}/validation")
     restored = SimpleNamespace(
         model=model,
-        state={"step": 7},
+        step=7,
         config=SimpleNamespace(seq_len=100),
         device=torch.device("cpu"),
         precision="float32",
