@@ -65,7 +65,7 @@ def test_overview_imports_nothing_heavy(run_process):
         ),
         (("kernels", "delat"), "engine=delat is not one of attention, linear, delta, scatter. Did you mean delta?"),
         (("kernels", "acrh=90"), "unknown word acrh. Did you mean arch?"),
-        (("kernels", "arch=[90,70]"), "arch=70 is not one of 80, 90, 100."),
+        (("kernels", "arch=[90,70]"), "arch=70 is not one of 80, 86, 89, 90, 100, 120."),
         (("kernels", "gate=exp"), "gate goes with engine=linear. `longmix kernels -h`"),
         (("kernels", "delta", "gate=exp"), "gate goes with engine=linear, and engine is delta."),
     ],

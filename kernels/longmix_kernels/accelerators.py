@@ -89,11 +89,20 @@ H200 = ACCELERATORS["H200"]
 H200_EXPONENTIALS = 3.9e12
 """Per second: 16 per cycle and multiprocessor, of which an H200 has 132 at 1.83 GHz."""
 
-SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
-"""Most bytes of shared memory that a program may have, by compute capability times ten."""
+SHARED_MEMORY = {
+    **dict.fromkeys((80, 87), 166_912),
+    **dict.fromkeys((86, 89, 120, 121), 101_376),
+    **dict.fromkeys((90, 100, 103, 110), 232_448),
+}
+"""Most bytes of shared memory that a program may have, by compute capability times ten: A100 has 163 KiB, H100, H200
+and B200 have 227 KiB, and cards such as RTX 3090, 4090, 5090, A6000, A10 and L40S have 99 KiB.
+"""
 
-ARCHITECTURES = tuple(SHARED_MEMORY)
-"""Compute capabilities, times ten, that kernels are tuned for. Others use what is tuned for the newest older one."""
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+"""Compute capabilities, times ten, for which reports and tests compile the kernels."""
+
+TUNED = (80, 86, 90, 100)
+"""Those of which launch tables have entries; `launch.known_architecture` says which entries a GPU takes."""
 
 
 def by_driver_name(name: str) -> Accelerator | None:

@@ -7,13 +7,16 @@ starts a search or a compile; `LaunchTable.override` replaces one for a benchmar
 
 import contextlib
 import functools
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Generic, TypeVar
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 
-from longmix_kernels.accelerators import ARCHITECTURES
+from longmix_kernels.accelerators import TUNED
+from longmix_kernels.runtime import UnsupportedDevice, on_gpu
 
 Value = TypeVar("Value")
 Config = TypeVar("Config", bound="LaunchConfig")
@@ -35,6 +38,20 @@ class LaunchConfig:
 
     warps: int
     stages: int
+
+    def sizes(self) -> dict[str, int]:
+        """Return the fields that are sizes of tiles, powers of two that may be halved down to 16."""
+        raise NotImplementedError
+
+    def smaller(self) -> Self | None:
+        """Return the next configuration that takes less shared memory, or None if there is none.
+
+        It has one stage less, as that keeps the tile; with a single stage, the longest side of the tile is halved.
+        """
+        if self.stages > 1:
+            return replace(self, stages=self.stages - 1)  # type: ignore[type-var]
+        name, size = max(self.sizes().items(), key=lambda item: item[1])
+        return replace(self, **{name: size // 2}) if size > 16 else None  # type: ignore[type-var]
 
     def tiles(self) -> dict[str, int]:
         """Return the sizes of tiles as compile-time arguments, of which a kernel takes those it has."""
@@ -122,14 +139,26 @@ class Call(ABC, Generic[Config]):
         """Return the compile-time arguments besides tiles, of which a kernel takes those it has."""
 
     def config(self, kernel: str) -> Config:
-        """Return the configuration with which to launch a kernel."""
+        """Return the configuration with which to launch a kernel.
+
+        Raises:
+            UnsupportedDevice: the device has too little shared memory for the smallest tile.
+        """
         if kernel in self.TABLE.overrides:
-            config = self.TABLE.overrides[kernel]
-        elif self.query.device.type == "cpu":
-            config = self.TABLE.interpreted[kernel]
-        else:
-            config = self.entry(kernel, architecture_of(self.query.device), self.query.element_size())
-        return self.fitted(kernel, config)
+            return self.fitted(kernel, self.TABLE.overrides[kernel])
+        if not on_gpu(self.query):
+            return self.fitted(kernel, self.TABLE.interpreted[kernel])
+        config = self.fitted(kernel, self.entry(kernel, architecture_of(self.query.device), self.query.element_size()))
+        while _too_large and self.code(kernel, config) in _too_large:
+            smaller = config.smaller()
+            if smaller is None:
+                raise UnsupportedDevice(f"backend='triton': {_too_large[self.code(kernel, config)]}; {_ELSEWHERE}")
+            config = smaller
+        return config
+
+    def code(self, kernel: str, config: Config) -> Hashable:
+        """Return what decides how much of the device a kernel takes, but for tensors that are left out."""
+        return self.query.device, type(self), kernel, self.query.dtype, config, tuple(self.constants().items())
 
     def launch(self, kernel: str, function: Any, *arguments: Any) -> None:
         """Launch a kernel on the device of the call.
@@ -138,12 +167,62 @@ class Call(ABC, Generic[Config]):
             kernel: its name in the launch table.
             function: the kernel, under `triton.jit`.
             arguments: those that are no compile-time constants, in order.
+
+        Raises:
+            TooLarge: the device has less shared memory than the tile takes; the next call takes a smaller one.
         """
         config = self.config(kernel)
-        constants = {**self.constants(), **config.tiles(), "UPCAST": self.query.device.type == "cpu"}
+        constants = {**self.constants(), **config.tiles(), "UPCAST": not on_gpu(self.query)}
         taken = {name: constant for name, constant in constants.items() if name in function.arg_names}
-        with on_device(self.query):
-            function[(self.programs(kernel, config),)](*arguments, **taken, **config.options())
+        try:
+            with on_device(self.query):
+                function[(self.programs(kernel, config),)](*arguments, **taken, **config.options())
+        except Exception as error:
+            if kernel in self.TABLE.overrides or not _is_out_of_resources(error):
+                raise
+            _too_large[self.code(kernel, config)] = reason = f"{function.__name__} takes {_resources(error)}"
+            raise TooLarge(reason) from error
+
+
+class TooLarge(Exception):
+    """A tile takes more shared memory than the device has; if the call is repeated, it takes a smaller tile."""
+
+
+_too_large: dict[Hashable, str] = {}
+"""What was found to have no room on a device, by `Call.code`, and why."""
+
+_ELSEWHERE = "backend='blocked' runs on this one"
+
+
+def with_room(function: Callable[..., Value]) -> Callable[..., Value]:
+    """Return a function that repeats a call with smaller tiles until all its kernels have room on the device.
+
+    Tiles decide about grids and arguments, so the whole call is repeated. That happens once for each kernel, on devices
+    with less shared memory than their launch table expects; a warning says so.
+    """
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Value:
+        while True:
+            try:
+                return function(*arguments)
+            except TooLarge as error:
+                warnings.warn(f"{error}: a smaller tile is taken, which may be slower", stacklevel=2)
+
+    return call
+
+
+def _is_out_of_resources(error: Exception) -> bool:
+    """Say whether Triton found that a kernel takes more than the device has."""
+    from triton.runtime.errors import OutOfResources
+
+    return isinstance(error, OutOfResources)
+
+
+def _resources(error: Any) -> str:
+    """Say what a kernel takes and what there is, by Triton's error."""
+    unit = "bytes of " if "memory" in error.name else ""
+    return f"{error.required} {unit}{error.name}, and the GPU has {error.limit}"
 
 
 def strides(*tensors: torch.Tensor | None) -> list[int]:
@@ -222,20 +301,27 @@ def dim_constants(dim: int, value_dim: int) -> dict[str, int]:
 
 
 def known_architecture(architecture: int) -> int:
-    """Return the newest architecture with entries that is not newer than this one.
+    """Return the architecture whose entries a GPU takes: the newest with entries that is not newer than this one.
 
-    sm_120 and sm_121 have sm_80's matrix instructions and less shared memory than sm_100, so they take sm_80's entries.
+    sm_120 and sm_121 have the matrix instructions and the shared memory of sm_86 and sm_89, so they take its entries;
+    sm_87 has the shared memory of sm_80.
 
     Raises:
-        ValueError: all are newer.
+        UnsupportedDevice: all are newer.
     """
-    if architecture < min(ARCHITECTURES):
-        least = min(ARCHITECTURES)
-        raise ValueError(
-            f"backend='triton' got tensors on a GPU of architecture sm_{architecture}; allowed are sm_{least} and "
-            "newer; backend='blocked' runs on this one"
+    if architecture < min(TUNED):
+        raise UnsupportedDevice(
+            f"backend='triton' got tensors on a GPU of architecture sm_{architecture}; allowed are sm_{min(TUNED)} and "
+            f"newer; {_ELSEWHERE}"
         )
-    return 80 if architecture >= 120 else max(known for known in ARCHITECTURES if known <= architecture)
+    if architecture >= 120:
+        return 86
+    return 80 if architecture == 87 else max(known for known in TUNED if known <= architecture)
+
+
+def with_tiles_of(architecture: int) -> int:
+    """Return the architecture whose narrower entries hold for one with entries: sm_86 takes those of sm_80."""
+    return 80 if architecture == 86 else architecture
 
 
 @functools.cache

@@ -16,6 +16,8 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.flop_counter import register_flop_formula
 
+from longmix_kernels.launch import with_room
+
 Tensors = tuple[torch.Tensor, ...]
 Function = Callable[..., Tensors]
 
@@ -71,8 +73,8 @@ def implementation(engine: str, name: str, inputs: type[AnyInputs], **options: A
     return differentiable(
         f"longmix::{engine}_{name}",
         inputs,
-        forward=deferred(f"longmix_kernels.{engine}.{forward}.{name}_forward"),
-        backward=deferred(f"longmix_kernels.{engine}.{backward}.{name}_backward"),
+        forward=with_room(deferred(f"longmix_kernels.{engine}.{forward}.{name}_forward")),
+        backward=with_room(deferred(f"longmix_kernels.{engine}.{backward}.{name}_backward")),
         **options,
     )
 

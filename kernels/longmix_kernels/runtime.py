@@ -9,6 +9,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What the engines take."""
 
+
+class UnsupportedDevice(ValueError):
+    """A GPU cannot run a kernel: it is too old, or has less shared memory than the smallest tile takes."""
+
+
 _assumed: str | None = None
 """The type of device that tensors count as being on; None for the one they are on."""
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from longmix_kernels.launch import known_architecture
 from longmix_kernels.runtime import assumed_device, check_triton_device, choose_backend, is_readable
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -47,14 +46,3 @@ def test_only_real_values_on_a_cpu_are_read():
     assert not is_readable(ids.to("meta"))
     with FakeTensorMode():
         assert not is_readable(torch.empty(1, 4))
-
-
-@pytest.mark.parametrize(("architecture", "known"), [(80, 80), (86, 80), (90, 90), (103, 100), (120, 80), (121, 80)])
-def test_a_gpu_takes_the_entries_of_the_newest_older_one_with_its_instructions(architecture, known):
-    assert known_architecture(architecture) == known
-
-
-@pytest.mark.parametrize("architecture", [70, 75])
-def test_a_gpu_older_than_all_entries_is_refused_with_the_way_out(architecture):
-    with pytest.raises(ValueError, match=rf"sm_{architecture}; allowed are sm_80 and newer; backend='blocked'"):
-        known_architecture(architecture)

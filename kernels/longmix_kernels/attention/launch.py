@@ -14,7 +14,15 @@ import torch
 from longmix_kernels import launch
 from longmix_kernels.attention.inputs import Inputs
 from longmix_kernels.attention.permutation import put_rows, take_rows
-from longmix_kernels.launch import LaunchTable, dim_constants, is_padded, known_architecture, split_dim, unit_stride
+from longmix_kernels.launch import (
+    LaunchTable,
+    dim_constants,
+    is_padded,
+    known_architecture,
+    split_dim,
+    unit_stride,
+    with_tiles_of,
+)
 
 KERNELS = ("forward", "grad_query", "grad_key_value")
 WIDTHS = (64, 96, 128, 192, 256)
@@ -48,6 +56,10 @@ class LaunchConfig(launch.LaunchConfig):
         own = {"forward": {"descriptors"}, "grad_query": set(), "grad_key_value": {"fold"}}[kernel]
         return {"rows", "keys", "warps", "stages", *own}
 
+    def sizes(self) -> dict[str, int]:
+        """Return the fields that are sizes of tiles."""
+        return {"rows": self.rows, "keys": self.keys}
+
     def tiles(self) -> dict[str, int]:
         """Return the sizes of tiles as compile-time arguments."""
         return {"ROWS": self.rows, "KEYS": self.keys, "FOLD": self.fold}
@@ -69,6 +81,8 @@ _AMPERE = {
     "grad_query": ((128, 64, 8, 3), (64, 32, 4, 2), (64, 64, 8, 2), (64, 16, 8, 1), (64, 64, 8, 1)),
     "grad_key_value": ((32, 128, 8, 3), (16, 128, 8, 2), (16, 128, 8, 2), (32, 32, 8, 1), (16, 64, 8, 1)),
 }
+# sm_80's, but for what takes more than 99 KiB of shared memory.
+_ADA = _AMPERE | {"grad_query": (*_AMPERE["grad_query"][:4], (64, 32, 8, 1))}
 _HOPPER = {
     "forward": ((128, 128, 8, 3), (128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
     "grad_query": ((128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)),
@@ -88,7 +102,7 @@ _BLACKWELL = {
 TABLE = LaunchTable(
     LaunchConfig,
     WIDTHS,
-    {80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL},
+    {80: _AMPERE, 86: _ADA, 90: _HOPPER, 100: _BLACKWELL},
     float32={"forward": (32, 16, 8, 1), "grad_query": (16, 16, 8, 1), "grad_key_value": (16, 32, 8, 1)},
     interpreted=dict.fromkeys(KERNELS, LaunchConfig(rows=32, keys=32, warps=1, stages=1)),
     measured={},
@@ -152,7 +166,7 @@ def table_entry(kernel: str, architecture: int, size: int, width: int, features:
 
     `features` are keys of `NARROWER`; if several have an entry, the smallest tile with the fewest stages is returned.
     """
-    known, covering = known_architecture(architecture), TABLE.covering(width)
+    known, covering = with_tiles_of(known_architecture(architecture)), TABLE.covering(width)
     narrower = [NARROWER[name].get((kernel, known, covering)) for name in features] if size == 2 else []
     found = [config for config in narrower if config is not None]
     plain = TABLE.entry(kernel, architecture, size, width)

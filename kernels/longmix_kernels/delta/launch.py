@@ -44,6 +44,10 @@ class LaunchConfig(launch.LaunchConfig):
         warps = min(self.warps, 4) if chunk == 16 and self.block else self.warps
         return replace(self, block=self.block and fit(self.block, dim), values=fit(self.values, value_dim), warps=warps)
 
+    def sizes(self) -> dict[str, int]:
+        """Return the fields that are sizes of tiles."""
+        return {"block": self.block, "values": self.values}
+
     def tiles(self) -> dict[str, int]:
         """Return the sizes of tiles as compile-time arguments."""
         return {"BLOCK": self.block, "VALUE_BLOCK": self.values, "STAGES": self.stages}
@@ -69,7 +73,7 @@ _HOPPER = _AMPERE | {"grad_value": ((32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 
 TABLE = LaunchTable(
     LaunchConfig,
     WIDTHS,
-    {80: _AMPERE, 90: _HOPPER, 100: _HOPPER},
+    {80: _AMPERE, 86: _AMPERE, 90: _HOPPER, 100: _HOPPER},
     float32=dict.fromkeys(KERNELS, (32, 32, 8, 1)) | dict.fromkeys(SCANS, (0, 16, 8, 1)),
     interpreted=dict.fromkeys(KERNELS, LaunchConfig(block=64, values=64, warps=1, stages=1)),
     measured={},

@@ -20,6 +20,7 @@ from longmix_kernels.launch import (
     small_ids,
     split_dim,
     unit_stride,
+    with_tiles_of,
 )
 from longmix_kernels.linear.cost import clamp_chunk, default_chunk
 from longmix_kernels.linear.inputs import Inputs
@@ -61,6 +62,10 @@ class LaunchConfig(launch.LaunchConfig):
     stages: int
     fused: bool = True
 
+    def sizes(self) -> dict[str, int]:
+        """Return the fields that are sizes of tiles."""
+        return {"rows": self.rows, "keys": self.keys, "block": self.block}
+
     def tiles(self) -> dict[str, int]:
         """Return the sizes of tiles as compile-time arguments."""
         return {"ROWS": self.rows, "KEYS": self.keys, "BLOCK": self.block, "VALUE_BLOCK": self.keys}
@@ -95,6 +100,16 @@ _AMPERE: dict[str, Rows] = {
         (16, 64, 16, 8, 3),
         (16, 64, 16, 8, 2, False),
         (32, 32, 16, 8, 1, False),
+    ),
+}
+# sm_80's, but for what takes more than 99 KiB of shared memory.
+_ADA: dict[str, Rows] = _AMPERE | {
+    "grad_query": (
+        (128, 64, 64, 8, 3),
+        (128, 64, 64, 8, 3),
+        (128, 32, 32, 8, 2),
+        (64, 16, 32, 8, 2),
+        (32, 32, 16, 8, 1),
     ),
 }
 _HOPPER: dict[str, Rows] = {
@@ -146,7 +161,10 @@ _GATED_ROWS: dict[str, Rows] = {kernel: (row,) * len(WIDTHS) for kernel, row in 
 TABLE = LaunchTable(
     LaunchConfig,
     WIDTHS,
-    {80: _AMPERE | _GATED_ROWS, 90: _HOPPER | _GATED_ROWS, 100: _BLACKWELL | _GATED_ROWS},
+    {
+        architecture: kernels | _GATED_ROWS
+        for architecture, kernels in {80: _AMPERE, 86: _ADA, 90: _HOPPER, 100: _BLACKWELL}.items()
+    },
     float32={
         "states": (16, 32, 32, 4, 1),
         "output": (16, 16, 16, 8, 1),
@@ -202,7 +220,7 @@ def table_entry(
     plain = TABLE.entry(kernel, architecture, size, width)
     if not documents or size != 2:
         return plain
-    return WITH_DOCUMENTS.get((kernel, known_architecture(architecture), width), plain)
+    return WITH_DOCUMENTS.get((kernel, with_tiles_of(known_architecture(architecture)), width), plain)
 
 
 class Call(launch.Call[LaunchConfig]):

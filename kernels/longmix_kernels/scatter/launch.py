@@ -18,6 +18,9 @@ KERNELS = ("sums", "scan", "merge", "grad_query", "grad_sums", "grad_scan", "gra
 
 SCANS = ("scan", "grad_scan")
 
+WIDTHS = (128, 256)
+"""The head dimensions of values up to which an entry is for."""
+
 
 @dataclass(frozen=True)
 class LaunchConfig(launch.LaunchConfig):
@@ -50,6 +53,10 @@ class LaunchConfig(launch.LaunchConfig):
         tiles = {"features": fit(self.features, features), "values": fit(self.values, value_dim)}
         return replace(self, rows=rows, warps=warps, **tiles)
 
+    def sizes(self) -> dict[str, int]:
+        """Return the fields that are sizes of tiles and may be halved: a scan has to take all value columns."""
+        return {"rows": self.rows, "features": self.features} | ({"values": self.values} if self.rows else {})
+
     def tiles(self) -> dict[str, int]:
         """Return the sizes of tiles as compile-time arguments; loops without products take the stages only if told."""
         return {
@@ -71,14 +78,21 @@ _AMPERE = {
     "grad_scan": (0, 8, 0, 4, 4),
     "grad_key": (128, 32, 32, 8, 2),
 }
+# Values of 256 columns take more than 99 KiB of shared memory in the tiles of sm_80.
+_ADA_256 = _AMPERE | {"grad_query": (64, 32, 32, 4, 2), "grad_key": (64, 32, 32, 4, 2)}
 _HOPPER = _AMPERE | {"merge": (128, 64, 128, 8, 2), "grad_key": (128, 32, 64, 8, 2)}
 _BLACKWELL = _AMPERE | {"grad_sums": (64, 64, 64, 8, 2), "grad_key": (128, 32, 64, 8, 1)}
 TABLE = LaunchTable(
     LaunchConfig,
-    (0,),
+    WIDTHS,
     {
-        architecture: {kernel: (row,) for kernel, row in kernels.items()}
-        for architecture, kernels in ((80, _AMPERE), (90, _HOPPER), (100, _BLACKWELL))
+        architecture: {kernel: (narrow[kernel], wide[kernel]) for kernel in KERNELS}
+        for architecture, narrow, wide in (
+            (80, _AMPERE, _AMPERE),
+            (86, _AMPERE, _ADA_256),
+            (90, _HOPPER, _HOPPER),
+            (100, _BLACKWELL, _BLACKWELL),
+        )
     },
     float32=dict.fromkeys(KERNELS, (32, 32, 32, 4, 1)) | dict.fromkeys(SCANS, (0, 8, 0, 4, 1)),
     interpreted=dict.fromkeys(KERNELS, LaunchConfig(rows=64, features=64, values=64, warps=1, stages=1))
@@ -87,9 +101,9 @@ TABLE = LaunchTable(
 )
 
 
-def table_entry(kernel: str, architecture: int, size: int) -> LaunchConfig:
-    """Return the configuration of a kernel for values of `size` bytes."""
-    return TABLE.entry(kernel, architecture, size, 0)
+def table_entry(kernel: str, architecture: int, size: int, value_dim: int) -> LaunchConfig:
+    """Return the configuration of a kernel for values of `size` bytes and up to this head dimension."""
+    return TABLE.entry(kernel, architecture, size, value_dim)
 
 
 class Call(launch.Call[LaunchConfig]):
@@ -140,7 +154,7 @@ class Call(launch.Call[LaunchConfig]):
 
     def entry(self, kernel: str, architecture: int, size: int) -> LaunchConfig:
         """Return the table's configuration of a kernel for this call."""
-        return table_entry(kernel, architecture, size)
+        return table_entry(kernel, architecture, size, self.value_dim)
 
     def fitted(self, kernel: str, config: LaunchConfig) -> LaunchConfig:
         """Return the configuration with tiles that waste no more than they must."""

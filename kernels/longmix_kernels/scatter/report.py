@@ -62,7 +62,8 @@ class Build(aot.Build):
 
     def launch_config(self) -> launch.LaunchConfig:
         """Return the configuration to compile."""
-        config = self.config or launch.table_entry(self.kernel, self.architecture, aot.DTYPES[self.dtype])
+        sizes = self.architecture, aot.DTYPES[self.dtype], self.value_dim
+        config = self.config or launch.table_entry(self.kernel, *sizes)
         return config.within(self.block_size, self.features, self.value_dim)
 
     def constants(self) -> dict[str, Any]:

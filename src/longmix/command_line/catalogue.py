@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from longmix.errors import ConfigError
 from longmix.wording import did_you_mean, nearest
 
+_ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+_ALL = f"[{','.join(_ARCHITECTURES)}]"
+
 
 @dataclass(frozen=True)
 class Argument:
@@ -262,7 +265,13 @@ _COMMANDS = (
         module="longmix_kernels.report",
         words=(
             Argument("engine", "null: all", place=True, choices=("attention", "linear", "delta", "scatter")),
-            Argument("arch", "architectures, as sm_80 is 80", "[80,90,100]", many=True, choices=("80", "90", "100")),
+            Argument(
+                "arch",
+                "architectures, as sm_80 is 80",
+                f"[{','.join(_ARCHITECTURES)}]",
+                many=True,
+                choices=_ARCHITECTURES,
+            ),
             Argument("dtype", "of the inputs", "bf16", choices=("bf16", "fp16", "fp32")),
             Argument("cost_only", "compile nothing", "false", switch=True),
             Argument("json", "a file for the records"),

@@ -3,8 +3,9 @@
 from dataclasses import replace
 
 import pytest
-from engine_contract import ARCHITECTURES, assert_clean, assert_too_large, compiles
+from engine_contract import OWN_TILES, assert_clean, assert_too_large, compiles
 
+from longmix_kernels.accelerators import TUNED
 from longmix_kernels.attention import cost, launch, report
 from longmix_kernels.attention.report import Build
 
@@ -27,7 +28,7 @@ def featured(architectures, dims) -> list[Build]:
 @compiles
 @pytest.mark.parametrize(
     "build",
-    [*report.table_builds(ARCHITECTURES, (128,), ("bf16",), ("causal",)), *featured((90,), (128,))],
+    [*report.table_builds(OWN_TILES, (128,), ("bf16",), ("causal",)), *featured((90,), (128,))],
     ids=name,
 )
 def test_compiles_without_spills_and_with_tensor_cores(build):
@@ -43,7 +44,7 @@ def test_every_feature_compiles_without_spills(build):
 
 @compiles
 @pytest.mark.slow
-@pytest.mark.parametrize("build", report.table_builds(ARCHITECTURES, launch.WIDTHS, ("bf16",), ("causal",)), ids=name)
+@pytest.mark.parametrize("build", report.table_builds(TUNED, launch.WIDTHS, ("bf16",), ("causal",)), ids=name)
 def test_every_entry_of_the_table_compiles_without_spills(build):
     faults = build.faults(build.compile())
     if faults and (build.kernel, build.architecture, build.dim) == ("grad_key_value", 90, 256):

@@ -1,7 +1,7 @@
 """Rung 4: what the kernels compile to, for GPUs that this machine need not have; and what the cost model predicts."""
 
 import pytest
-from engine_contract import ARCHITECTURES, assert_clean, assert_too_large, compiles
+from engine_contract import OWN_TILES, assert_clean, assert_too_large, compiles
 
 from longmix_kernels.delta import cost, launch, report
 from longmix_kernels.delta.report import Build
@@ -9,15 +9,15 @@ from longmix_kernels.delta.report import Build
 HOPPER = report.table_builds((90,), ((64, 64),), ("bounded",))
 # The feature that takes the most registers stands for all.
 EVERY = [
-    *report.table_builds(ARCHITECTURES, ((64, 64), (128, 128)), ("bounded",), ("plain", "documents-state")),
-    *report.table_builds(ARCHITECTURES, ((64, 64), (128, 128)), ("exact",), ("documents-state",)),
-    *report.table_builds(ARCHITECTURES, ((64, 64),), ("bounded",), ("documents-state",), ("diagonal",)),
+    *report.table_builds(OWN_TILES, ((64, 64), (128, 128)), ("bounded",), ("plain", "documents-state")),
+    *report.table_builds(OWN_TILES, ((64, 64), (128, 128)), ("exact",), ("documents-state",)),
+    *report.table_builds(OWN_TILES, ((64, 64),), ("bounded",), ("documents-state",), ("diagonal",)),
 ]
 # What still spills: kernel, architecture, how decays are bounded.
 SPILLING = {
     *(("prepare", 80, decay) for decay in report.DECAYS),
     ("grad_value", 100, "bounded"),
-    *((kernel, architecture, "exact") for kernel in ("grad_value", "grad_key") for architecture in ARCHITECTURES),
+    *((kernel, architecture, "exact") for kernel in ("grad_value", "grad_key") for architecture in OWN_TILES),
 }
 
 

@@ -3,7 +3,7 @@
 from importlib.metadata import version
 
 import pytest
-from engine_contract import ARCHITECTURES, assert_clean, assert_too_large, compiles
+from engine_contract import OWN_TILES, assert_clean, assert_too_large, compiles
 
 from longmix_kernels.linear import cost, launch, report
 from longmix_kernels.linear.report import Build
@@ -12,8 +12,13 @@ OLDER_TRITON = tuple(map(int, version("triton").split(".")[:2])) < (3, 9)
 HOPPER = report.table_builds((90,), ((128, 256),), report.GATES)
 # The feature that takes the most registers stands for all, and the smallest and largest heads for those between.
 EVERY = [
-    *report.table_builds(ARCHITECTURES, (report.DIMS[0], report.DIMS[-1]), report.GATES, ("documents-state",)),
+    *report.table_builds(OWN_TILES, (report.DIMS[0], report.DIMS[-1]), report.GATES, ("documents-state",)),
     *report.table_builds((90,), ((64, 128),), report.GATES),
+    *(
+        Build("grad_query", 86, "bf16", *dims, gate, "documents-state")
+        for dims in ((96, 192), (128, 256), (256, 512))
+        for gate in report.GATES
+    ),
 ]
 
 

@@ -1,13 +1,16 @@
 """Rung 4: what the kernels compile to, for GPUs that this machine need not have; and what the cost model predicts."""
 
 import pytest
-from engine_contract import ARCHITECTURES, assert_clean, assert_too_large, compiles
+from engine_contract import OWN_TILES, assert_clean, assert_too_large, compiles
 
 from longmix_kernels.scatter import cost, launch, report
 from longmix_kernels.scatter.report import Build
 
 HOPPER = report.table_builds((90,), ((64, 64),))
-EVERY = report.table_builds(ARCHITECTURES, report.SIZES, report.BLOCKS)
+EVERY = [
+    *report.table_builds(OWN_TILES, report.SIZES, report.BLOCKS),
+    *report.table_builds((86,), ((128, 256), (256, 256)), report.BLOCKS),
+]
 
 
 def name(build: Build) -> str:

@@ -1,0 +1,84 @@
+"""A GPU that is not there: calls on CPU tensors choose tiles and specialise kernels for it, and run nothing."""
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+from longmix_kernels import launch
+from longmix_kernels.accelerators import SHARED_MEMORY
+from longmix_kernels.aot import shared_memory
+from longmix_kernels.runtime import assumed_device
+
+Launched = dict[str, Any]
+
+
+@dataclass
+class SimulatedGPU:
+    """What was launched.
+
+    Attributes:
+        architecture: compute capability, times ten.
+        limit: bytes of shared memory of a program.
+        takes: says how many bytes a launch takes, for want of which nothing is compiled; None compiles and looks.
+        variants: by kernel, what Triton would compile once each.
+        launches: by kernel, arguments, options and grid of each launch, in order.
+        shared: by kernel, bytes of shared memory of each launch.
+        known: the same, by variant.
+    """
+
+    architecture: int
+    limit: int
+    takes: Callable[[Launched], int] | None
+    variants: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    launches: dict[str, list[Launched]] = field(default_factory=lambda: defaultdict(list))
+    shared: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    known: dict[str, int] = field(default_factory=dict)
+
+    def run(self, function: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        """Do what `JITFunction.run` does before it launches."""
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler.compiler import make_backend
+        from triton.runtime.errors import OutOfResources
+        from triton.runtime.jit import create_function_from_signature
+
+        name, target = function.__name__, GPUTarget("cuda", self.architecture, 32)
+        backend = make_backend(target)
+        bind = create_function_from_signature(function.signature, function.params, backend)
+        bound, specialization, _ = bind(*arguments, **options)
+        launched = {**bound, **options, "grid": grid[0]}
+        constants = [(key, x) for key, x in options.items() if key in bound or key.startswith("num_")]
+        key = str((name, specialization, constants))
+        if key not in self.known:
+            packed = function._pack_args(backend, options, bound, specialization, {})
+            self.known[key] = _shared_memory(function, target, *packed) if self.takes is None else self.takes(launched)
+        if self.known[key] > self.limit:
+            raise OutOfResources(self.known[key], self.limit, "shared memory")
+        self.shared[name].append(self.known[key])
+        self.variants[name].add(key)
+        self.launches[name].append(launched)
+
+
+def _shared_memory(function: Any, target: Any, options: Any, signature: Any, constants: Any, attributes: Any) -> int:
+    from triton.compiler import ASTSource
+
+    return shared_memory(ASTSource(function, signature, constants, attributes), target, vars(options))
+
+
+@contextlib.contextmanager
+def simulated_gpu(
+    architecture: int, limit: int | None = None, takes: Callable[[Launched], int] | None = lambda launched: 0
+) -> Iterator[SimulatedGPU]:
+    """Let tensors on the CPU count as being on a GPU of this architecture while the context lasts."""
+    from triton.runtime.jit import JITFunction
+
+    gpu = SimulatedGPU(architecture, SHARED_MEMORY[architecture] if limit is None else limit, takes)
+    with (
+        assumed_device("cuda"),
+        mock.patch.object(launch, "architecture_of", lambda _: architecture),
+        mock.patch.object(launch, "_too_large", {}),
+        mock.patch.object(JITFunction, "run", lambda *arguments, **options: gpu.run(*arguments, **options)),
+    ):
+        yield gpu
