@@ -2,11 +2,24 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
+from triton.runtime.interpreter import InterpretedFunction
 
 GUARD = 64
+
+
+_patching = InterpretedFunction.__call__
+_patched: set[InterpretedFunction] = set()
+
+
+def _called(function: InterpretedFunction, *given: Any, **named: Any) -> Any:
+    if function in _patched:
+        return function.rewrite()(*given, **named)
+    _patched.add(function)
+    return _patching(function, *given, **named)
 
 
 @contextmanager
@@ -15,7 +28,11 @@ def guarded_buffers(monkeypatch: pytest.MonkeyPatch, least: int, complete: bool 
 
     At least so many of them must have been asked for. Unless they are `complete`, some of what is given out may be left
     as it was.
+
+    Meanwhile a function that kernels call patches Triton's language the first time only, which lasts: every time, that
+    would be half of the interpreter's time.
     """
+    monkeypatch.setattr(InterpretedFunction, "__call__", _called)
     buffers: list[tuple[torch.Tensor, int]] = []
     original = torch.Tensor.new_empty
 

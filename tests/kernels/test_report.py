@@ -16,7 +16,7 @@ COMMANDS = {
     "attention": (["--dim", "64"], ["dim", "mode", "feature"], attention.launch.KERNELS),
     "linear": (["--dims", "64/64", "--gate", "sig"], ["dims", "gate"], (*linear.launch.TILED, "gates", "grad_gates")),
     "delta": (
-        ["--dims", "64/64", "--decay", "bounded"],
+        ["--dims", "64/64", "--decay", "exact"],
         ["dims", "form", "decay"],
         (*delta.launch.KERNELS, "prepare", "scan"),
     ),

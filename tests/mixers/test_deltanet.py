@@ -239,7 +239,6 @@ def test_transitions_shrink(name, engine):
     assert eigenvalues.imag.abs().max() < 1e-9
     assert eigenvalues.real.min() > -1e-9 and eigenvalues.real.max() < 1 + 1e-9
     assert engine["scale"] == mixer.key_dim**-0.5
-    assert engine["min_log_decay"] == (0.0 if name == "deltanet" else None)
 
 
 def test_gla_only_adds(engine):

@@ -48,6 +48,8 @@ class BlockedCall:
     def __init__(self, part: Part, inputs: Inputs, space: dict[str, torch.Tensor]) -> None:
         tensors = inputs.query, inputs.key, inputs.value, inputs.log_decay
         self.query, self.key, self.value, self.log_decay = map(part.tokens, tensors)
+        if self.log_decay.dim() == 3:
+            self.log_decay = self.log_decay.unsqueeze(-1)
         self.low_rank_read, self.low_rank_write = (
             None if x is None else part.tokens(x) for x in (inputs.low_rank_read, inputs.low_rank_write)
         )
@@ -100,7 +102,8 @@ class BlockedCall:
         return copy.flatten(0, 2)
 
     def put(self, whole: torch.Tensor, run: Run, rows: torch.Tensor) -> None:
-        """Write a run of [B, T, H, D] from [G * X, L, D]."""
+        """Write a run of [B, T, H, D], or of [B, T, H] for D = 1, from [G * X, L, D]."""
+        whole = whole.unsqueeze(-1) if whole.dim() == 3 else whole
         rows = rows.unflatten(0, (run.chunks, self.batch, self.heads))
         self._view(whole, run).copy_(self._tokens(rows, run))
 

@@ -20,11 +20,11 @@ class StateWeights(NamedTuple):
     """What is needed to go from chunk to chunk, for N chunks of L tokens.
 
     Attributes:
-        kept: [N, K, 1], how much of the entering state is in the leaving one.
+        kept: [N, K, 1], or [N, 1, 1] for all channels: how much of the entering state is in the leaving one.
         entering: [N, R * L, K], what rows read the entering state with.
         writes: [N, P * L, K], what is written to the leaving state.
         inverse: [N, L, L], of 1 minus the weights of low-rank writes in low-rank reads; None without those.
-        kept_initial: [N, K, 1], how much of the initial state is in the leaving one; None where none begins from it.
+        kept_initial: like `kept`, of the initial state in the leaving one; None where none begins from it.
         initial: [N, R * L, K], what rows read the initial state with; None likewise.
     """
 
@@ -66,14 +66,15 @@ class ChunkWeights:
         Args:
             rows: [N, R, L, K], queries if `outputs`, then low-rank reads if there are any.
             columns: [N, P, L, K], keys, then low-rank writes if there are any.
-            log_decay: [N, L, K]; changed.
+            log_decay: [N, L, K], or [N, L, 1] for all channels; changed.
             outputs: whether there are queries.
             documents: where documents begin; None for nowhere.
             has_state: whether they begin from another state than zero.
             space: gives memory to compute in.
         """
         self.rows, self.columns, self.outputs, self.documents, self.space = rows, columns, outputs, documents, space
-        self.count, self.length, _ = log_decay.shape
+        self.count, self.length, decays = log_decay.shape
+        self.per_head = decays == 1
         self.low_rank = columns.shape[1] == 2
         halve = not max(abs(bound.item()) for bound in log_decay.aminmax()) * self.length <= BLOCK_RANGE
         self.meetings, self.prefix, self.suffix = decay_products(log_decay.exp_(), halve, documents, space)
@@ -155,6 +156,8 @@ class ChunkWeights:
         grad_decay = self._decay_terms(self.reads, grad_reads, self._sums(self._row_kinds(length), same))
         grad_decay += self._decay_terms(self.of_states.writes, grad_writes, self._sums(self._column_kinds(length)))
         passed = kept_terms.unsqueeze(1)
+        if self.per_head:
+            passed = passed.sum(-1, keepdim=True)
         grad_decay += passed if self.documents is None else passed * self._open(self.documents)[:, 0]
 
         kinds = grad_reads.unflatten(1, (-1, length))
@@ -209,8 +212,10 @@ class ChunkWeights:
         columns.addcmul_(grad_writes.view(columns.shape), meeting.column_factor.unsqueeze(2))
 
     def _decay_terms(self, weights: torch.Tensor, grads: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
-        """Sums [1 or N, L, kinds * L] of weights times their gradients [N, kinds * L, K]."""
+        """Sums [1 or N, L, kinds * L] of weights times their gradients [N, kinds * L, K], over K for one decay."""
         terms = torch.mul(weights, grads, out=self.space("terms", *weights.shape))
+        if self.per_head:
+            terms = terms.sum(-1, keepdim=True)
         return torch.bmm(sums.expand(len(terms), -1, -1), terms)
 
     def _row_kinds(self, size: int) -> list[torch.Tensor]:

@@ -43,7 +43,7 @@ def check_inputs(
 def check_decay(query: torch.Tensor, log_decay: torch.Tensor) -> None:
     """Check the decay, which stays in float32 whatever the dtype of the queries."""
     exact = torch.promote_types(query.dtype, torch.float32)
-    if log_decay.shape != query.shape:
+    if log_decay.shape not in (query.shape, query.shape[:3]):
         allowed = f"{list(query.shape)} or {list(query.shape[:3])}"
         raise ValueError(f"log_decay has shape {list(log_decay.shape)}; allowed is {allowed}")
     if log_decay.dtype != exact:

@@ -19,14 +19,20 @@ it is at most C / 2 + 1 log decays away.
 """
 
 SHORTEST_CHUNK, EXACT_CHUNK, LONGEST_CHUNK = 16, 32, 64
-"""Tokens of a chunk: the least; the most without a bound of the decays, for want of registers; the most with one."""
+"""Tokens of a chunk: the least; the most for decays of channels without a bound, for want of registers; the most."""
 
 WIDEST = ((128, 64), (256, 32))
-"""Up to which head dimension, of keys or of values, a bounded chunk of how many tokens fits into registers."""
+"""Up to which head dimension, of keys or of values, a chunk of how many tokens fits into registers."""
+
+DECAYS = ("bounded", "exact", "head")
+"""How kernels weight pairs of tokens, see `triton_tiles`: decays of channels with or without a bound, or of heads."""
 
 FORWARD = ("prepare", "scan")
 BACKWARD = ("prepare_again", "scan_again", "grad_scan", "grad_value", "grad_key")
-"""The kernels of a call, in the order in which they run; the forward's run again for states, without outputs."""
+"""The kernels of a call with bounded decays, as they run; the forward's run again for states, without outputs.
+
+For other decays, "grad_query" runs before "grad_key" and takes the rows' half of its work.
+"""
 
 
 def call_flops(inputs: Inputs) -> int:
@@ -35,29 +41,35 @@ def call_flops(inputs: Inputs) -> int:
 
 
 def choose_chunk(
-    dim: int, value_dim: int, length: int, chunk_size: int | None, min_log_decay: float | None
-) -> tuple[int, bool]:
-    """Return how many tokens a chunk has, and whether decays are bounded, so that weights may be products of factors.
+    dim: int,
+    value_dim: int,
+    length: int,
+    chunk_size: int | None,
+    min_log_decay: float | None,
+    per_head: bool = False,
+) -> tuple[int, str]:
+    """Return how many tokens a chunk has, and which of `DECAYS` the kernels take.
 
-    They are not where that would need chunks of less than 32 tokens, which is below -4.07. There, the gradient of a
-    decay would be a small difference of what rows and columns have; exact weights cost operations, but no memory.
+    "bounded" is not taken where it would need chunks of less than 32 tokens, which is below -4.07. There, the gradient
+    of a decay would be a small difference of what rows and columns have; "exact" costs operations, but no memory.
 
     Args:
         dim, value_dim: of keys and of values.
         length: of the sequence; chunks are no longer than needed.
         chunk_size: what the caller allows at most; None for no wish.
         min_log_decay: what the caller promises, or None.
+        per_head: whether each head has one decay.
     """
-    safe = LONGEST_CHUNK
-    while safe > SHORTEST_CHUNK and (min_log_decay is None or exponent(safe, min_log_decay) > SPAN):
-        safe //= 2
-    bounded = safe > SHORTEST_CHUNK
-    width = max(dim, value_dim)
-    fitting = next(size for widest, size in WIDEST if width <= widest) if bounded else EXACT_CHUNK
-    chunk = min(chunk_size or fitting, safe if bounded else EXACT_CHUNK)
+    safe, decay = LONGEST_CHUNK, "head"
+    if not per_head:
+        while safe > SHORTEST_CHUNK and (min_log_decay is None or exponent(safe, min_log_decay) > SPAN):
+            safe //= 2
+        safe, decay = (safe, "bounded") if safe > SHORTEST_CHUNK else (EXACT_CHUNK, "exact")
+    fitting = next(size for widest, size in WIDEST if (dim if per_head else max(dim, value_dim)) <= widest)
+    chunk = min(chunk_size or fitting, safe)
     while chunk > SHORTEST_CHUNK and length <= chunk // 2:
         chunk //= 2
-    return chunk, bounded
+    return chunk, decay
 
 
 def exponent(chunk: int, min_log_decay: float) -> float:

@@ -14,7 +14,7 @@ class Inputs(operators.Inputs):
     Attributes:
         query, key: [B, T, H, K].
         value: [B, T, H, V].
-        log_decay: [B, T, H, K], float32 at least; its last stride may be 0.
+        log_decay: [B, T, H, K], or [B, T, H] where each head has one; float32 at least.
         low_rank_read, low_rank_write: [B, T, H, K], or both None for zeros.
         initial_state: [B, H, K, V], dtype of `log_decay`, or None for zeros.
         document_ids: int32 or int64 [B, T], or None.

@@ -10,7 +10,7 @@ from longmix_kernels.delta.cost import choose_chunk
 from longmix_kernels.delta.inputs import Inputs
 from longmix_kernels.launch import LaunchTable, contiguous, cover, fit, small_ids, strides, unit_stride
 
-KERNELS = ("prepare", "scan", "grad_scan", "grad_value", "grad_key")
+KERNELS = ("prepare", "scan", "grad_scan", "grad_value", "grad_query", "grad_key")
 SCANS = ("scan", "grad_scan")
 
 WIDTHS = (64, 128, 256)
@@ -59,14 +59,15 @@ def piece(dim: int) -> int:
 
 
 # One row per entry of WIDTHS: block, values, warps, stages. Those of the first two columns were found to compile
-# without a spill for bounded decays, with documents and an initial state, in the chunks of 64 tokens that
-# `cost.choose_chunk` takes, for sm_90 under Triton 3.6; `prepare` spills on sm_80 (about 220 bytes). Without a bound,
-# in chunks of 32, `grad_key` spills about 930 bytes, and `grad_value` about 60. None has been timed.
+# without a spill, with documents and an initial state, in the chunks that `cost.choose_chunk` takes, for sm_90 under
+# Triton 3.6. On sm_80 `prepare` spills about 220 bytes for bounded decays and 170 for one decay a head, for which
+# `grad_query` spills 90. None has been timed.
 _AMPERE = {
     "prepare": ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
     "scan": ((0, 32, 4, 3), (0, 16, 8, 2), (0, 16, 8, 1)),
     "grad_scan": ((0, 32, 4, 3), (0, 32, 8, 2), (0, 16, 8, 1)),
     "grad_value": ((16, 16, 8, 1), (16, 16, 8, 1), (16, 32, 8, 1)),
+    "grad_query": ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     "grad_key": ((16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
 }
 _HOPPER = _AMPERE | {"grad_value": ((32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1))}
@@ -103,14 +104,17 @@ class Call(launch.Call[LaunchConfig]):
         self.batch, self.length, self.heads, self.dim = query.shape
         self.value_dim = value.shape[3]
         self.low_rank = self.low_rank_read is not None
-        self.chunk, self.bounded = choose_chunk(self.dim, self.value_dim, self.length, inputs.chunk_size, min_log_decay)
+        self.per_head = self.log_decay.dim() == 3
+        self.chunk, self.decay = choose_chunk(
+            self.dim, self.value_dim, self.length, inputs.chunk_size, min_log_decay, self.per_head
+        )
         # Just below the promise, so that a decay equal to it, rounded to float32, is not clamped.
         self.floor = NO_FLOOR if min_log_decay is None else max(1.0001 * min_log_decay, NO_FLOOR)
         self.chunks = -(-self.length // self.chunk)
 
     def token_strides(self) -> list[int]:
-        """Return the strides of all tensors per token; four of the decays, the last of which may be 0."""
-        decay = self.log_decay.stride()
+        """Return the strides of all tensors per token; four of the decays, the last of which is 0 for one a head."""
+        decay = *strides(self.log_decay), 0 if self.per_head else self.log_decay.stride(3)
         low_rank = strides(self.low_rank_read, self.low_rank_write)
         return [*strides(self.query, self.key, self.value), *decay, *low_rank]
 
@@ -130,7 +134,7 @@ class Call(launch.Call[LaunchConfig]):
     def constants(self) -> dict[str, object]:
         """Return the compile-time arguments besides tiles."""
         return {
-            "BOUNDED": self.bounded,
+            "DECAY": self.decay,
             "CHUNK": self.chunk,
             "DIM": self.dim,
             "VALUE_DIM": self.value_dim,

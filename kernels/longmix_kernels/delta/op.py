@@ -41,7 +41,8 @@ def delta_rule(
         query: [B, T, H, K], float16, bfloat16, float32 or float64.
         key: [B, T, H, K], same dtype.
         value: [B, T, H, V], same dtype.
-        log_decay: [B, T, H, K], or [B, T, H] for all of a head, float32 (float64 with float64 inputs), at most 0.
+        log_decay: [B, T, H, K], or [B, T, H] for all channels of a head, which costs less; float32 (float64 with
+            float64 inputs), at most 0.
         low_rank_read: [B, T, H, K], dtype of `query`; comes with `low_rank_write`, None for zeros.
         low_rank_write: [B, T, H, K], dtype of `query`.
         initial_state: [B, H, K, V], before each document, dtype of `log_decay`; None for zeros.
@@ -49,10 +50,11 @@ def delta_rule(
         scale: factor on the queries, K ** -0.5 by default; RWKV-7 has 1.
         chunk_size: tokens between two states that are computed; "triton" takes fewer where its registers or the decay
             ask for it. None lets the implementation choose.
-        min_log_decay: a promise that no `log_decay` is smaller, by which "triton" takes longer chunks: up to 64 tokens
-            from -2.1 on, up to 32 from -4.07 on; RWKV-7 keeps -exp(-1/2). If it is broken, smaller decays count as what
-            was promised, and get the gradient they would have there. Without a promise, or with a smaller one, chunks
-            have up to 32 tokens, and any decay is exact. The other implementations need no promise, nor look at it.
+        min_log_decay: a promise that no `log_decay` is smaller. With decays of channels, "triton" takes longer chunks
+            by it: up to 64 tokens from -2.1 on, up to 32 from -4.07 on; RWKV-7 keeps -exp(-1/2). Smaller decays then
+            count as what was promised, and get the gradient they would have there. Without a promise, or with a smaller
+            one, chunks have up to 32 tokens, and any decay is exact. One decay a head needs no promise: any is exact,
+            in chunks of up to 64. The other implementations do not look at it.
         backend: "reference" (token by token), "blocked" (chunks, in torch) or "triton" (the same on a CUDA device, no
             float64, K and V up to 256). None picks "triton" where it covers the call on a CUDA device, and "blocked"
             elsewhere.
@@ -65,8 +67,6 @@ def delta_rule(
     """
     check_inputs(query, key, value, low_rank_read, low_rank_write, document_ids, chunk_size)
     check_promise(min_log_decay)
-    if log_decay.dim() == 3:
-        log_decay = log_decay.unsqueeze(-1).expand(*log_decay.shape, query.shape[-1])
     check_decay(query, log_decay)
     check_state(query, value, initial_state)
     backend = backend_of_call(backend, BACKENDS, TRITON_MAX_DIM, query=query, value=value)

@@ -31,7 +31,8 @@ def recurrent(
     """Compute token by token.
 
     Args:
-        query, key, log_decay, low_rank_read, low_rank_write: [B, T, H, K].
+        query, key, low_rank_read, low_rank_write: [B, T, H, K].
+        log_decay: [B, T, H, K], or [B, T, H] for all channels of a head.
         value: [B, T, H, V].
         state: [B, H, K, V], before each document.
         document_ids: integer [B, T], non-decreasing along T, or None.
@@ -44,6 +45,8 @@ def recurrent(
     query, key, value, log_decay, read, write = (
         x.to(exact) for x in (query, key, value, log_decay, low_rank_read, low_rank_write)
     )
+    if log_decay.dim() == 3:
+        log_decay = log_decay.unsqueeze(-1)
     starts = torch.zeros(query.shape[:2], dtype=torch.bool, device=query.device)
     if document_ids is not None:
         starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]

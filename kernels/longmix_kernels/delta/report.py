@@ -13,9 +13,6 @@ from longmix_kernels.report import read_pairs
 DIMS = ((64, 64), (128, 128), (256, 256))
 """Head dimensions of keys and values."""
 
-DECAYS = ("bounded", "exact")
-"""Whether a bound of the decays is promised, RWKV-7's, or none."""
-
 FORMS = ("low-rank", "diagonal")
 """Transitions with low-rank reads and writes, or without."""
 
@@ -43,7 +40,11 @@ NOTE = (
 )
 
 _MODULES = {"grad_scan": "scan"}
-_FUNCTIONS = (*launch.KERNELS[:-1], "grad_key_bounded", "grad_key_exact")
+_FUNCTIONS = (
+    *launch.KERNELS[:-2],
+    *(f"grad_query_{decay}" for decay in cost.DECAYS[1:]),
+    *(f"grad_key_{decay}" for decay in cost.DECAYS),
+)
 _LOW_RANK = ("low_rank_read", "low_rank_write", "transitions", "inverses", "removed", "grad_removed")
 _LOW_RANK_GRADS = ("grad_read", "grad_write")
 _STATES = ("states", "kept", "initial", "final", "grad_final", "grad_states", "grad_initial")
@@ -55,7 +56,7 @@ class Build(aot.Build):
 
     Attributes:
         dim, value_dim: of keys and of values.
-        decay: one of `DECAYS`.
+        decay: one of `cost.DECAYS`; "bounded" with RWKV-7's bound.
         feature: one of `FEATURES`.
         form: one of `FORMS`.
         chunk: None for that of the cost model.
@@ -84,7 +85,7 @@ class Build(aot.Build):
 
     def name(self) -> str:
         """Return which of `FUNCTIONS` is compiled."""
-        return f"grad_key_{self.decay}" if self.kernel == "grad_key" else self.kernel
+        return f"{self.kernel}_{self.decay}" if self.kernel in ("grad_query", "grad_key") else self.kernel
 
     def launch_config(self) -> launch.LaunchConfig:
         """Return the configuration to compile."""
@@ -95,7 +96,7 @@ class Build(aot.Build):
     def chunk_size(self) -> int:
         """Return how many tokens a chunk has."""
         bound = RWKV7 if self.decay == "bounded" else None
-        return cost.choose_chunk(self.dim, self.value_dim, 1 << 20, self.chunk, bound)[0]
+        return cost.choose_chunk(self.dim, self.value_dim, 1 << 20, self.chunk, bound, self.decay == "head")[0]
 
     def constants(self) -> dict[str, Any]:
         """Return the compile-time arguments, of which a kernel takes those it has."""
@@ -107,14 +108,14 @@ class Build(aot.Build):
         if self.form == "diagonal":
             absent += [*_LOW_RANK, *_LOW_RANK_GRADS]
         return {
-            "BOUNDED": self.decay == "bounded",
+            "DECAY": self.decay,
             "CHUNK": self.chunk_size(),
             "DIM": self.dim,
             "VALUE_DIM": self.value_dim,
             "PIECE": launch.piece(self.dim),
             "PRECISION": launch.precision_of(aot.DTYPES[self.dtype]),
             "UPCAST": False,
-            "stride_decay_column": 1,
+            **({} if self.decay == "head" else {"stride_decay_column": 1}),
             **self.launch_config().tiles(),
             **dict.fromkeys(absent),
         }
@@ -137,7 +138,7 @@ class Build(aot.Build):
 def table_builds(
     architectures: Sequence[int],
     dims: Sequence[tuple[int, int]],
-    decays: Sequence[str] = DECAYS,
+    decays: Sequence[str] = cost.DECAYS,
     features: Sequence[str] = ("plain",),
     forms: Sequence[str] = ("low-rank",),
     dtype: str = "bf16",
@@ -151,13 +152,14 @@ def table_builds(
         for decay in decays
         for feature in features
         for kernel, again in [(kernel, False) for kernel in launch.KERNELS] + [("prepare", True), ("scan", True)]
+        if kernel != "grad_query" or decay != "bounded"
     ]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that decide what is compiled."""
     parser.add_argument("--dims", nargs="+", default=[f"{a}/{b}" for a, b in DIMS], help="head dimensions, as 64/64")
-    parser.add_argument("--decay", nargs="+", choices=DECAYS, default=DECAYS)
+    parser.add_argument("--decay", nargs="+", choices=cost.DECAYS, default=cost.DECAYS)
     parser.add_argument("--form", nargs="+", choices=FORMS, default=("low-rank",), help="of transitions")
     parser.add_argument("--feature", nargs="+", choices=FEATURES, default=("plain",), help="what a call has besides")
 

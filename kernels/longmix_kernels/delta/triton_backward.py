@@ -2,8 +2,9 @@
 
 The forward's kernels run again, for what chunks do and the states between them. The gradients of states go back through
 the chunks' maps (`triton_scan`). Then every chunk is on its own: first values and what is removed
-(`triton_grad_value`), then all else (`triton_grad_key_bounded` where a bound of decays is promised, else
-`triton_grad_key_exact`).
+(`triton_grad_value`), then all else: `triton_grad_key_bounded` where a bound of the channels' decays is promised, or
+else first what rows have, then what columns have (`triton_grad_query_head` and `triton_grad_key_head` where each head
+has one decay, `triton_grad_query_exact` and `triton_grad_key_exact` where each channel has its own).
 """
 
 import torch
@@ -13,6 +14,9 @@ from longmix_kernels.delta.launch import Call
 from longmix_kernels.delta.triton_forward import run_chunks
 from longmix_kernels.delta.triton_grad_key_bounded import grad_key_bounded_kernel
 from longmix_kernels.delta.triton_grad_key_exact import grad_key_exact_kernel
+from longmix_kernels.delta.triton_grad_key_head import grad_key_head_kernel
+from longmix_kernels.delta.triton_grad_query_exact import grad_query_exact_kernel
+from longmix_kernels.delta.triton_grad_query_head import grad_query_head_kernel
 from longmix_kernels.delta.triton_grad_value import grad_value_kernel
 from longmix_kernels.delta.triton_scan import grad_scan_kernel
 from longmix_kernels.launch import contiguous, given, strides, unit_stride
@@ -71,17 +75,16 @@ def triton_backward(
         grad_removed,
         *sizes,
     )
-    call.launch(
-        "grad_key",
-        grad_key_bounded_kernel if call.bounded else grad_key_exact_kernel,
-        *tokens,
-        removed,
-        grad_removed,
-        grad_query,
-        grad_key,
-        grad_log_decay,
-        grad_read,
-        grad_write,
-        *sizes,
-    )
+    per_chunk = *tokens, removed, grad_removed
+    if call.decay == "bounded":
+        found = grad_query, grad_key, grad_log_decay, grad_read, grad_write
+        call.launch("grad_key", grad_key_bounded_kernel, *per_chunk, *found, *sizes)
+    else:
+        of_rows, of_columns = (
+            (grad_query_head_kernel, grad_key_head_kernel)
+            if call.decay == "head"
+            else (grad_query_exact_kernel, grad_key_exact_kernel)
+        )
+        call.launch("grad_query", of_rows, *per_chunk, grad_query, grad_log_decay, grad_read, *sizes)
+        call.launch("grad_key", of_columns, *per_chunk, grad_key, grad_log_decay, grad_write, *sizes)
     return given(grad_output, *grads)

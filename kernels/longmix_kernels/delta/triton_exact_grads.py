@@ -1,26 +1,15 @@
-"""What the pairs of tokens of a chunk give queries, keys, low-rank reads and writes and decays, for any decays.
+"""What the pairs of tokens of a chunk give queries, keys, low-rank reads and writes, and decays, for any decays.
 
 Weights are found again as in `triton_exact_pairs`. The gradient of a log decay is the sum of all weights that it is in,
 times their gradients: of pairs of a later row and an earlier column. Every sum here holds just such pairs.
 """
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 
-from longmix_kernels.delta.triton_exact_pairs import far_sums, load_kept, load_rows, same_block
-from longmix_kernels.delta.triton_tiles import masked_sum, rows_at
+from longmix_kernels.delta.triton_exact_pairs import far_sums, load_any, load_kept, same_block
+from longmix_kernels.delta.triton_tiles import masked_sum, neighbour, rows_at
 from longmix_kernels.tiles import product
-
-
-class Four(NamedTuple):
-    """One thing for each kind of pair: keys and low-rank writes in queries, and in low-rank reads."""
-
-    qk: tl.tensor
-    qb: tl.tensor
-    ak: tl.tensor
-    ab: tl.tensor
 
 
 @triton.jit
@@ -48,57 +37,78 @@ def sums_before(x):
 
 
 @triton.jit
-def near_pair_grads(
+def near_row_grads(
     queries,
     reads,
-    log_decay,
+    decays,
     k,  # [CHUNK, BLOCK]
     b,
     grad,  # `Four` of [columns, 16], gradients of weights, 0 where a row does not see an earlier column
     start,
     length,
-    stride_decay_row,
-    stride_decay_column,
     column,
-    floor,
     LOW_RANK: tl.constexpr,
     SIZES: tl.constexpr,
 ):
-    """Return what pairs within sub-chunks give queries, keys, decays, low-rank reads and writes, [CHUNK, BLOCK]."""
-    BLOCK: tl.constexpr = SIZES.BLOCK
-    DIM: tl.constexpr = SIZES.DIM
+    """Return what pairs within sub-chunks give queries, low-rank reads and decays, [CHUNK, BLOCK]."""
     place = tl.arange(0, k.shape[0])
     own = place % 16
-    weight = tl.zeros([k.shape[0], BLOCK], tl.float32)
-    dq, dk, dg, da, db = weight, weight, weight, weight, weight
+    weight = tl.zeros([k.shape[0], SIZES.BLOCK], tl.float32)
+    dq, da, dg = weight, weight, weight
     for row in range(0, 16):
         tokens = start + place - own + row
         inside = tokens < length
-        terms = tl.zeros([k.shape[0], BLOCK], tl.float32)
+        terms = tl.zeros([k.shape[0], SIZES.BLOCK], tl.float32)
         if LOW_RANK:
-            a = load_rows(reads.pointer, tokens, inside, reads.stride, 1, column, BLOCK, DIM)
-            of_key, of_write = of_rows(grad.ak, row), of_rows(grad.ab, row)
-            found = weight * (of_key * k + of_write * b)
-            terms += found * a
+            found = weight * (of_rows(grad.ak, row) * k + of_rows(grad.ab, row) * b)
+            terms += found * load_any(reads, tokens, inside, column, SIZES)
             da += row_sums(found, row)
-            dk += weight * of_key * a
-            db += weight * of_write * a
-        kept = load_kept(log_decay, tokens, inside, stride_decay_row, stride_decay_column, column, floor, BLOCK, DIM)
+        kept = load_kept(decays, tokens, inside, column, SIZES)
         weight = tl.where((own == row)[:, None], 1.0, weight * kept)
-        q = load_rows(queries.pointer, tokens, inside, queries.stride, 1, column, BLOCK, DIM)
-        of_key = of_rows(grad.qk, row)
-        found = weight * (of_key * k)
-        dk += weight * of_key * q
+        found = of_rows(grad.qk, row) * k
         if LOW_RANK:
-            of_write = of_rows(grad.qb, row)
-            found += weight * (of_write * b)
-            db += weight * of_write * q
+            found += of_rows(grad.qb, row) * b
+        found *= weight
         dq += row_sums(found, row)
         # The row's own decay is in pairs with its query, and in none with its low-rank read.
-        dg += row_sums(found * q, row)
-        terms += found * q
-        dg += tl.where((own < row)[:, None], sums_before(terms), 0.0)
-    return dq, dk, dg, da, db
+        found *= load_any(queries, tokens, inside, column, SIZES)
+        dg += row_sums(found, row)
+        dg += tl.where((own < row)[:, None], sums_before(terms + found), 0.0)
+    return dq, da, dg
+
+
+@triton.jit
+def near_column_grads(
+    queries,
+    reads,
+    decays,
+    grad,  # as for `near_row_grads`
+    start,
+    length,
+    column,
+    CHUNK: tl.constexpr,
+    LOW_RANK: tl.constexpr,
+    SIZES: tl.constexpr,
+):
+    """Return what pairs within sub-chunks give keys and low-rank writes, [CHUNK, BLOCK]."""
+    place = tl.arange(0, CHUNK)
+    own = place % 16
+    weight = tl.zeros([CHUNK, SIZES.BLOCK], tl.float32)
+    dk, db = weight, weight
+    for row in range(0, 16):
+        tokens = start + place - own + row
+        inside = tokens < length
+        if LOW_RANK:
+            a = weight * load_any(reads, tokens, inside, column, SIZES)
+            dk += of_rows(grad.ak, row) * a
+            db += of_rows(grad.ab, row) * a
+        kept = load_kept(decays, tokens, inside, column, SIZES)
+        weight = tl.where((own == row)[:, None], 1.0, weight * kept)
+        q = weight * load_any(queries, tokens, inside, column, SIZES)
+        dk += of_rows(grad.qk, row) * q
+        if LOW_RANK:
+            db += of_rows(grad.qb, row) * q
+    return dk, db
 
 
 @triton.jit
@@ -111,57 +121,84 @@ def meeting(grad, level):
 
 
 @triton.jit
-def far_pair_grads(
+def far_row_grads(
     q,  # [CHUNK, BLOCK]
     a,
     k,
     b,
     decay,
     grad,  # `Four` of [rows, columns], gradients of weights, in the dtype of products
-    turned,  # the same as [columns, rows]
     dq,  # [CHUNK, BLOCK], added to
-    dk,
-    dg,
     da,
-    db,
+    dg,
     LOW_RANK: tl.constexpr,
-    PRECISION: tl.constexpr,
     SIZES: tl.constexpr,
 ):
-    """Add what pairs of tokens of different sub-chunks give."""
+    """Add what pairs of tokens of different sub-chunks give queries, low-rank reads and decays after the column.
+
+    A decay is in a pair of two sub-chunks from the boundary between them up to the row, which is added here, or after
+    the column up to the boundary, which `far_column_grads` adds.
+    """
     CHUNK: tl.constexpr = k.shape[0]
-    LOW: tl.constexpr = SIZES.LOW
     UPCAST: tl.constexpr = SIZES.UPCAST
     one, other = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
     for level in range(4, 4 + CHUNK // 32):
-        prefix, before, suffix = far_sums(decay, level, CHUNK, PRECISION)
+        prefix, before, suffix = far_sums(decay, level, CHUNK, SIZES.PRECISION)
         later = (tl.arange(0, CHUNK) >> level & 1 == 1)[:, None]
-        outward, inward = tl.where(later, tl.exp2(prefix), 0.0), tl.where(later, 0.0, tl.exp2(suffix))
-        half = same_block(level, CHUNK)
-        key, query = (k * inward).to(LOW), (q * outward).to(LOW)
+        inward = tl.where(later, 0.0, tl.exp2(suffix))
+        key = (k * inward).to(SIZES.LOW)
         found = product(meeting(grad.qk, level), key, None, UPCAST)
         if LOW_RANK:
-            write = (b * inward).to(LOW)
+            write = (b * inward).to(SIZES.LOW)
             found = product(meeting(grad.qb, level), write, found, UPCAST)
-        found *= outward
+        found *= tl.where(later, tl.exp2(prefix), 0.0)
         dq += found
-        dg += masked_sum(half & (other >= one), q * found, PRECISION)
+        terms = q * found
+        if LOW_RANK:
+            found = product(meeting(grad.ak, level), key, None, UPCAST)
+            found = product(meeting(grad.ab, level), write, found, UPCAST)
+            found *= tl.where(later, tl.exp2(before), 0.0)
+            da += found
+            # A row's own decay is in no pair with its low-rank read: what the next one has counts from here on.
+            terms += rows_at(a * found, neighbour(tl.arange(0, CHUNK) >> level, 1, CHUNK), CHUNK)
+        dg += masked_sum(same_block(level, CHUNK) & (other >= one), terms, SIZES.PRECISION)
+    return dq, da, dg
+
+
+@triton.jit
+def far_column_grads(
+    q,  # [CHUNK, BLOCK]
+    a,
+    k,
+    b,
+    decay,
+    turned,  # `Four` of [columns, rows], gradients of weights, in the dtype of products
+    dk,  # [CHUNK, BLOCK], added to
+    db,
+    dg,
+    LOW_RANK: tl.constexpr,
+    SIZES: tl.constexpr,
+):
+    """Add what pairs of tokens of different sub-chunks give keys, low-rank writes and decays up to the boundary."""
+    CHUNK: tl.constexpr = k.shape[0]
+    UPCAST: tl.constexpr = SIZES.UPCAST
+    one, other = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
+    for level in range(4, 4 + CHUNK // 32):
+        prefix, before, suffix = far_sums(decay, level, CHUNK, SIZES.PRECISION)
+        later = (tl.arange(0, CHUNK) >> level & 1 == 1)[:, None]
+        query = (q * tl.where(later, tl.exp2(prefix), 0.0)).to(SIZES.LOW)
+        inward = tl.where(later, 0.0, tl.exp2(suffix))
         found = product(meeting(turned.qk, level), query, None, UPCAST)
         if LOW_RANK:
-            read = tl.where(later, tl.exp2(before), 0.0)
-            of_read = product(meeting(grad.ak, level), key, None, UPCAST)
-            of_read = product(meeting(grad.ab, level), write, of_read, UPCAST) * read
-            da += of_read
-            dg += masked_sum(half & (other > one), a * of_read, PRECISION)
-            read = (a * read).to(LOW)
+            read = (a * tl.where(later, tl.exp2(before), 0.0)).to(SIZES.LOW)
             found = product(meeting(turned.ak, level), read, found, UPCAST)
-            of_write = product(meeting(turned.qb, level), query, None, UPCAST)
-            of_write = product(meeting(turned.ab, level), read, of_write, UPCAST) * inward
-            db += of_write
         found *= inward
         dk += found
         terms = k * found
         if LOW_RANK:
-            terms += b * of_write
-        dg += masked_sum(half & (other < one), terms, PRECISION)
-    return dq, dk, dg, da, db
+            found = product(meeting(turned.qb, level), query, None, UPCAST)
+            found = product(meeting(turned.ab, level), read, found, UPCAST) * inward
+            db += found
+            terms += b * found
+        dg += masked_sum(same_block(level, CHUNK) & (other < one), terms, SIZES.PRECISION)
+    return dk, db, dg

@@ -9,92 +9,84 @@ so both exponents are at most 0, and the weights are products of matrices. Withi
 decays, row after row, of all sub-chunks at once. A difference of sums would lose small decays beside large ones.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from longmix_kernels.delta.triton_tiles import masked_sum
+from longmix_kernels.delta.triton_tiles import load_decay, masked_sum, neighbour, rows_at
 from longmix_kernels.tiles import product
 
 
-@triton.jit
-def load_rows(matrix, rows, inside, stride_row, stride_column, column, BLOCK: tl.constexpr, DIM: tl.constexpr):
-    """Load [rows, BLOCK] of any rows of a head's matrix, in float32, zero where they are not `inside`."""
-    columns = column + tl.arange(0, BLOCK)
-    places = matrix + rows.to(tl.int64)[:, None] * stride_row + columns[None, :] * stride_column
-    return tl.load(places, mask=inside[:, None] & (columns < DIM)[None, :], other=0.0).to(tl.float32)
+class Four(NamedTuple):
+    """One thing for each kind of pair: keys and low-rank writes in queries, and in low-rank reads."""
+
+    qk: tl.tensor
+    qb: tl.tensor
+    ak: tl.tensor
+    ab: tl.tensor
 
 
 @triton.jit
-def load_kept(
-    log_decay, rows, inside, stride_row, stride_column, column, floor, BLOCK: tl.constexpr, DIM: tl.constexpr
-):
-    """Load what rows keep of a state, [rows, BLOCK], 1 where they are not `inside`."""
-    decay = load_rows(log_decay, rows, inside, stride_row, stride_column, column, BLOCK, DIM)
-    return tl.exp2(tl.maximum(decay, floor) * 1.4426950408889634)
+def load_any(rows, tokens, inside, column, SIZES: tl.constexpr):
+    """Load [tokens, BLOCK] of any rows of a head's matrix, in float32, zero where they are not `inside`."""
+    columns = column + tl.arange(0, SIZES.BLOCK)
+    places = rows.pointer + tokens.to(tl.int64)[:, None] * rows.stride + columns[None, :]
+    return tl.load(places, mask=inside[:, None] & (columns < SIZES.DIM)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
-def near_zeros(CHUNK: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """No weights within sub-chunks: [columns, 16] for the rows of each column's sub-chunk, or [16, columns]."""
-    return tl.zeros([CHUNK, 16] if TRANSPOSED else [16, CHUNK], tl.float32)
+def load_kept(decays, tokens, inside, column, SIZES: tl.constexpr):
+    """Load what rows keep of a state, [tokens, BLOCK], 1 where they are not `inside`."""
+    columns = column + tl.arange(0, SIZES.BLOCK)
+    places = decays.pointer + tokens.to(tl.int64)[:, None] * decays.stride + columns[None, :] * decays.stride_column
+    decay = tl.load(places, mask=inside[:, None] & (columns < SIZES.DIM)[None, :], other=0.0)
+    return tl.exp2(tl.maximum(decay, decays.floor) * 1.4426950408889634)
+
+
+@triton.jit
+def put(near, row, sums, TRANSPOSED: tl.constexpr):
+    """Add the weights [CHUNK] of row `row` of each column's sub-chunk to near ones, as `near_pairs` has them."""
+    if TRANSPOSED:
+        return near + tl.where((tl.arange(0, 16) == row)[None, :], sums[:, None], 0.0)
+    else:
+        return near + tl.where((tl.arange(0, 16) == row)[:, None], sums[None, :], 0.0)
 
 
 @triton.jit
 def near_pairs(
-    query,
-    low_rank_read,
-    log_decay,
+    queries,
+    reads,
+    decays,
     k,  # [CHUNK, BLOCK]
     b,
-    qk,  # as `near_zeros`, weights, added to: of keys in queries
-    qb,  # of low-rank writes in queries
-    ak,  # of keys in low-rank reads
-    ab,
+    near,  # `Four` of weights, [16, columns] for the rows of each column's sub-chunk, or [columns, 16]; added to
     start,
     length,
-    stride_query_row,
-    stride_read_row,
-    stride_decay_row,
-    stride_decay_column,
     column,
-    floor,
-    BLOCK: tl.constexpr,
-    DIM: tl.constexpr,
-    CHUNK: tl.constexpr,
+    LOW_RANK: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    SIZES: tl.constexpr,
 ):
     """Add the weights within sub-chunks that `BLOCK` columns give; 0 for columns after a row."""
-    place = tl.arange(0, CHUNK)
+    place = tl.arange(0, k.shape[0])
     own = place % 16
-    weight = tl.zeros([CHUNK, BLOCK], tl.float32)
+    weight = tl.zeros([k.shape[0], SIZES.BLOCK], tl.float32)
+    qk, qb, ak, ab = near.qk, near.qb, near.ak, near.ab
     for row in range(0, 16):
         tokens = start + place - own + row
         inside = tokens < length
-        here = (tl.arange(0, 16) == row)[None, :] if TRANSPOSED else (tl.arange(0, 16) == row)[:, None]
-        if low_rank_read is not None:
-            read = weight * load_rows(low_rank_read, tokens, inside, stride_read_row, 1, column, BLOCK, DIM)
-            of_key, of_write = tl.sum(read * k, 1), tl.sum(read * b, 1)
-            if TRANSPOSED:
-                ak += tl.where(here, of_key[:, None], 0.0)
-                ab += tl.where(here, of_write[:, None], 0.0)
-            else:
-                ak += tl.where(here, of_key[None, :], 0.0)
-                ab += tl.where(here, of_write[None, :], 0.0)
-        kept = load_kept(log_decay, tokens, inside, stride_decay_row, stride_decay_column, column, floor, BLOCK, DIM)
+        if LOW_RANK:
+            read = weight * load_any(reads, tokens, inside, column, SIZES)
+            ak = put(ak, row, tl.sum(read * k, 1), TRANSPOSED)
+            ab = put(ab, row, tl.sum(read * b, 1), TRANSPOSED)
+        kept = load_kept(decays, tokens, inside, column, SIZES)
         weight = tl.where((own == row)[:, None], 1.0, weight * kept)
-        asked = weight * load_rows(query, tokens, inside, stride_query_row, 1, column, BLOCK, DIM)
-        of_key = tl.sum(asked * k, 1)
-        if TRANSPOSED:
-            qk += tl.where(here, of_key[:, None], 0.0)
-        else:
-            qk += tl.where(here, of_key[None, :], 0.0)
-        if low_rank_read is not None:
-            of_write = tl.sum(asked * b, 1)
-            if TRANSPOSED:
-                qb += tl.where(here, of_write[:, None], 0.0)
-            else:
-                qb += tl.where(here, of_write[None, :], 0.0)
-    return qk, qb, ak, ab
+        asked = weight * load_any(queries, tokens, inside, column, SIZES)
+        qk = put(qk, row, tl.sum(asked * k, 1), TRANSPOSED)
+        if LOW_RANK:
+            qb = put(qb, row, tl.sum(asked * b, 1), TRANSPOSED)
+    return Four(qk, qb, ak, ab)
 
 
 @triton.jit
@@ -128,9 +120,11 @@ def far_sums(decay, level, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
     """Sums of decays within blocks of 2 ** level tokens, [CHUNK, BLOCK]: up to each token, before it, and after it."""
     one, other = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
     same = same_block(level, CHUNK)
+    block = tl.arange(0, CHUNK) >> level
     prefix = masked_sum(same & (other <= one), decay, PRECISION)
-    before = masked_sum(same & (other < one), decay, PRECISION)
-    return prefix, before, masked_sum(same & (other > one), decay, PRECISION)
+    before = rows_at(prefix, neighbour(block, -1, CHUNK), CHUNK)
+    after = masked_sum(same & (other >= one), decay, PRECISION)
+    return prefix, before, rows_at(after, neighbour(block, 1, CHUNK), CHUNK)
 
 
 @triton.jit
@@ -148,108 +142,70 @@ def far_pairs(
     k,
     b,
     decay,
-    qk,  # [CHUNK, CHUNK] weights, added to
-    qb,
-    ak,
-    ab,
-    CHUNK: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
+    far,  # `Four` of [CHUNK, CHUNK] weights, added to
     LOW_RANK: tl.constexpr,
-    LOW: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    SIZES: tl.constexpr,
 ):
     """Add the weights between sub-chunks that `BLOCK` columns give."""
+    CHUNK: tl.constexpr = k.shape[0]
+    LOW: tl.constexpr = SIZES.LOW
+    qk, qb, ak, ab = far.qk, far.qb, far.ak, far.ab
     for level in range(4, 4 + CHUNK // 32):
-        prefix, before, suffix = far_sums(decay, level, CHUNK, PRECISION)
+        prefix, before, suffix = far_sums(decay, level, CHUNK, SIZES.PRECISION)
         later = (tl.arange(0, CHUNK) >> level & 1 == 1)[:, None]
         row = tl.where(later, q * tl.exp2(prefix), 0.0).to(LOW)
         key = tl.where(later, 0.0, k * tl.exp2(suffix)).to(LOW)
-        qk = far_pair(row, key, qk, level, CHUNK, TRANSPOSED, UPCAST)
+        qk = far_pair(row, key, qk, level, CHUNK, TRANSPOSED, SIZES.UPCAST)
         if LOW_RANK:
             write = tl.where(later, 0.0, b * tl.exp2(suffix)).to(LOW)
-            qb = far_pair(row, write, qb, level, CHUNK, TRANSPOSED, UPCAST)
+            qb = far_pair(row, write, qb, level, CHUNK, TRANSPOSED, SIZES.UPCAST)
             row = tl.where(later, a * tl.exp2(before), 0.0).to(LOW)
-            ak = far_pair(row, key, ak, level, CHUNK, TRANSPOSED, UPCAST)
-            ab = far_pair(row, write, ab, level, CHUNK, TRANSPOSED, UPCAST)
-    return qk, qb, ak, ab
+            ak = far_pair(row, key, ak, level, CHUNK, TRANSPOSED, SIZES.UPCAST)
+            ab = far_pair(row, write, ab, level, CHUNK, TRANSPOSED, SIZES.UPCAST)
+    return Four(qk, qb, ak, ab)
 
 
 @triton.jit
 def exact_pairs(
-    query,
-    low_rank_read,
-    low_rank_write,
-    key,
-    log_decay,
+    queries,
+    reads,
+    writes,
+    keys,
+    decays,
     start,
     length,
-    stride_query_row,
-    stride_key_row,
-    stride_decay_row,
-    stride_decay_column,
-    stride_read_row,
-    stride_write_row,
-    floor,
-    BLOCK: tl.constexpr,
-    DIM: tl.constexpr,
     CHUNK: tl.constexpr,
+    LOW_RANK: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    SIZES: tl.constexpr,
 ):
-    """The weights of keys and low-rank writes in queries, and in low-rank reads, [rows, columns] or `TRANSPOSED`.
+    """Return the weights of keys and low-rank writes in queries and in low-rank reads, a `Four`.
 
-    Unmasked, but that a row has nothing of a later column.
+    They are [rows, columns] or `TRANSPOSED`, and unmasked, but that a row has nothing of a later column.
     """
-    LOW_RANK: tl.constexpr = low_rank_read is not None
-    LOW: tl.constexpr = key.dtype.element_ty
     rows = start + tl.arange(0, CHUNK)
     there = rows < length
-    near_qk = near_zeros(CHUNK, TRANSPOSED)
-    near_qb, near_ak, near_ab = near_qk, near_qk, near_qk
-    qk = tl.zeros([CHUNK, CHUNK], tl.float32)
-    qb, ak, ab = qk, qk, qk
-    for column in range(0, DIM, BLOCK):
-        k = load_rows(key, rows, there, stride_key_row, 1, column, BLOCK, DIM)
+    none = tl.zeros([CHUNK, 16] if TRANSPOSED else [16, CHUNK], tl.float32)
+    near = Four(none, none, none, none)
+    none = tl.zeros([CHUNK, CHUNK], tl.float32)
+    far = Four(none, none, none, none)
+    for column in range(0, SIZES.DIM, SIZES.BLOCK):
+        k = load_any(keys, rows, there, column, SIZES)
         a, b = k, k
         if LOW_RANK:
-            b = load_rows(low_rank_write, rows, there, stride_write_row, 1, column, BLOCK, DIM)
-        near_qk, near_qb, near_ak, near_ab = near_pairs(
-            query,
-            low_rank_read,
-            log_decay,
-            k,
-            b,
-            near_qk,
-            near_qb,
-            near_ak,
-            near_ab,
-            start,
-            length,
-            stride_query_row,
-            stride_read_row,
-            stride_decay_row,
-            stride_decay_column,
-            column,
-            floor,
-            BLOCK,
-            DIM,
-            CHUNK,
-            TRANSPOSED,
-        )
+            b = load_any(writes, rows, there, column, SIZES)
+        near = near_pairs(queries, reads, decays, k, b, near, start, length, column, LOW_RANK, TRANSPOSED, SIZES)
         if CHUNK > 16:
-            q = load_rows(query, rows, there, stride_query_row, 1, column, BLOCK, DIM)
+            q = load_any(queries, rows, there, column, SIZES)
             if LOW_RANK:
-                a = load_rows(low_rank_read, rows, there, stride_read_row, 1, column, BLOCK, DIM)
-            decay = load_rows(log_decay, rows, there, stride_decay_row, stride_decay_column, column, BLOCK, DIM)
-            decay = tl.maximum(decay, floor) * 1.4426950408889634
-            qk, qb, ak, ab = far_pairs(
-                q, a, k, b, decay, qk, qb, ak, ab, CHUNK, TRANSPOSED, LOW_RANK, LOW, PRECISION, UPCAST
-            )
-    qk = spread(near_qk, qk, CHUNK, TRANSPOSED)
+                a = load_any(reads, rows, there, column, SIZES)
+            decay = load_decay(decays, start, there, column, SIZES.BLOCK, SIZES.DIM)
+            far = far_pairs(q, a, k, b, decay, far, LOW_RANK, TRANSPOSED, SIZES)
+    qk = spread(near.qk, far.qk, CHUNK, TRANSPOSED)
+    qb, ak, ab = qk, qk, qk
     if LOW_RANK:
-        qb = spread(near_qb, qb, CHUNK, TRANSPOSED)
-        ak = spread(near_ak, ak, CHUNK, TRANSPOSED)
-        ab = spread(near_ab, ab, CHUNK, TRANSPOSED)
-    return qk, qb, ak, ab
+        qb = spread(near.qb, far.qb, CHUNK, TRANSPOSED)
+        ak = spread(near.ak, far.ak, CHUNK, TRANSPOSED)
+        ab = spread(near.ab, far.ab, CHUNK, TRANSPOSED)
+    return Four(qk, qb, ak, ab)

@@ -17,18 +17,26 @@ import triton
 import triton.language as tl
 
 from longmix_kernels.delta.triton_grad_parts import (
-    Rows,
-    Sizes,
     chunk_documents,
     kept_grad,
-    load_columns,
     own_grads,
     program_chunk,
     read_grad,
     state_grad,
     weight_grad,
 )
-from longmix_kernels.delta.triton_tiles import decay_sums, load_decay, middle_of, pair_mask, rows_at, wide_product
+from longmix_kernels.delta.triton_tiles import (
+    Decays,
+    Rows,
+    Sizes,
+    decay_sums,
+    load_columns,
+    load_decay,
+    middle_of,
+    pair_mask,
+    rows_at,
+    wide_product,
+)
 from longmix_kernels.tiles import store_tile
 
 
@@ -100,7 +108,7 @@ def grad_key_bounded_kernel(
     LOW_RANK: tl.constexpr = low_rank_read is not None
     WITH_INITIAL: tl.constexpr = DOCUMENTS and initial is not None
     LOW: tl.constexpr = key.dtype.element_ty
-    SIZES: tl.constexpr = Sizes(DIM, VALUE_DIM, BLOCK, VALUE_BLOCK, LOW, UPCAST)
+    SIZES: tl.constexpr = Sizes(DIM, VALUE_DIM, BLOCK, VALUE_BLOCK, LOW, PRECISION, UPCAST)
     chunk, batch, head, start, there = program_chunk(length, heads, CHUNK)
     sequence = batch * heads + head
     place = (sequence * tl.cdiv(length, CHUNK) + chunk) * (DIM * VALUE_DIM)
@@ -108,6 +116,7 @@ def grad_key_bounded_kernel(
     grad_states += place
     written = (batch * length * heads + head) * DIM
     log_decay += batch * stride_decay_batch + head * stride_decay_head
+    decays = Decays(log_decay, stride_decay_row, stride_decay_column, floor)
     queries = Rows(query + batch * stride_query_batch + head * stride_query_head, stride_query_row)
     keys = Rows(key + batch * stride_key_batch + head * stride_key_head, stride_key_row)
     v = Rows(value + batch * stride_value_batch + head * stride_value_head, stride_value_row)
@@ -143,15 +152,17 @@ def grad_key_bounded_kernel(
 
     for column in range(0, DIM, BLOCK):
         # All [CHUNK, BLOCK]; one gradient after the other, each first as far as it is due to states.
-        decay = load_decay(log_decay, start, there, stride_decay_row, stride_decay_column, column, BLOCK, DIM, floor)
-        total, prefix, before, suffix = decay_sums(decay, own, CHUNK, True, DOCUMENTS, PRECISION)
-        total -= middle_of(total, CHUNK)
+        decay = load_decay(decays, start, there, column, BLOCK, DIM)
+        sums = decay_sums(decay, own, "bounded", DOCUMENTS, PRECISION)
+        prefix, before, suffix = sums.prefix, sums.before, sums.suffix
+        total = sums.total - middle_of(sums.total, CHUNK)
         outward, inward, read = tl.exp2(total), tl.exp2(-total), tl.exp2(total - decay)
         left = tl.exp2(suffix)
-        k, q = load_columns(keys, start, there, column, SIZES), load_columns(queries, start, there, column, SIZES)
+        k = load_columns(keys, start, there, column, SIZES).to(tl.float32)
+        q = load_columns(queries, start, there, column, SIZES).to(tl.float32)
         if LOW_RANK:
-            a = load_columns(reads, start, there, column, SIZES)
-            b = load_columns(writes, start, there, column, SIZES)
+            a = load_columns(reads, start, there, column, SIZES).to(tl.float32)
+            b = load_columns(writes, start, there, column, SIZES).to(tl.float32)
 
         dq = read_grad(dy, states, initial, start, carried, later, column, WITH_INITIAL, SIZES)
         dq *= tl.exp2(prefix) * scale

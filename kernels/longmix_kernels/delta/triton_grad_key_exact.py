@@ -1,28 +1,32 @@
-"""The delta rule on a GPU, backward as in `triton_grad_key_bounded`, but for any decays.
+"""The delta rule on a GPU, backward in keys and low-rank writes, for any decays of channels: one program per chunk.
 
-A difference of sums would lose what small decays have beside large ones. So every sum for a decay holds just the rows,
-columns and pairs that it is in (`triton_exact_grads`).
+It also completes the gradient of the decays, which `triton_grad_query_exact` began.
 """
 
 import triton
 import triton.language as tl
 
-from longmix_kernels.delta.triton_exact_grads import Four, far_pair_grads, near_pair_grads
-from longmix_kernels.delta.triton_exact_pairs import near_of
+from longmix_kernels.delta.triton_exact_grads import far_column_grads, near_column_grads
+from longmix_kernels.delta.triton_exact_pairs import Four, near_of
 from longmix_kernels.delta.triton_grad_parts import (
-    Rows,
-    Sizes,
     chunk_documents,
     kept_grad,
-    load_columns,
     own_grads,
     program_chunk,
-    read_grad,
     state_grad,
     weight_grad,
 )
-from longmix_kernels.delta.triton_tiles import decay_sums, load_decay, masked_sum, pair_mask
-from longmix_kernels.tiles import store_tile
+from longmix_kernels.delta.triton_tiles import (
+    Decays,
+    Rows,
+    Sizes,
+    decay_sums,
+    load_columns,
+    load_decay,
+    masked_sum,
+    pair_mask,
+)
+from longmix_kernels.tiles import load_tile, store_tile
 
 
 @triton.jit(do_not_specialize=["length", "heads"])
@@ -40,10 +44,8 @@ def grad_key_exact_kernel(
     grad_states,  # float32 [B, H, chunks, DIM, VALUE_DIM], of what leaves each chunk
     removed,  # [B, H, T, VALUE_DIM], u, or None
     grad_removed,  # [B, H, T, VALUE_DIM], dx, or None
-    grad_query,  # [B, T, H, DIM], contiguous, as all that are written
-    grad_key,
-    grad_log_decay,  # float32
-    grad_read,
+    grad_key,  # [B, T, H, DIM], contiguous, as all that are written
+    grad_log_decay,  # float32; holds what rows have
     grad_write,
     scale,
     floor,
@@ -82,9 +84,8 @@ def grad_key_exact_kernel(
     """Write the gradients of one chunk of one head."""
     DOCUMENTS: tl.constexpr = document_ids is not None
     LOW_RANK: tl.constexpr = low_rank_read is not None
-    WITH_INITIAL: tl.constexpr = DOCUMENTS and initial is not None
     LOW: tl.constexpr = key.dtype.element_ty
-    SIZES: tl.constexpr = Sizes(DIM, VALUE_DIM, BLOCK, VALUE_BLOCK, LOW, UPCAST)
+    SIZES: tl.constexpr = Sizes(DIM, VALUE_DIM, BLOCK, VALUE_BLOCK, LOW, PRECISION, UPCAST)
     chunk, batch, head, start, there = program_chunk(length, heads, CHUNK)
     sequence = batch * heads + head
     place = (sequence * tl.cdiv(length, CHUNK) + chunk) * (DIM * VALUE_DIM)
@@ -92,6 +93,7 @@ def grad_key_exact_kernel(
     grad_states += place
     written = (batch * length * heads + head) * DIM
     log_decay += batch * stride_decay_batch + head * stride_decay_head
+    decays = Decays(log_decay, stride_decay_row, stride_decay_column, floor)
     queries = Rows(query + batch * stride_query_batch + head * stride_query_head, stride_query_row)
     keys = Rows(key + batch * stride_key_batch + head * stride_key_head, stride_key_row)
     v = Rows(value + batch * stride_value_batch + head * stride_value_head, stride_value_row)
@@ -102,15 +104,14 @@ def grad_key_exact_kernel(
         writes = Rows(low_rank_write + batch * stride_write_batch + head * stride_write_head, stride_write_row)
         u = Rows(removed + sequence * length * VALUE_DIM, VALUE_DIM)
         dx = Rows(grad_removed + sequence * length * VALUE_DIM, VALUE_DIM)
-        grad_read += written
         grad_write += written
     if initial is not None:
         initial += sequence * (DIM * VALUE_DIM)
     if DOCUMENTS:
         document_ids += batch * length
-    own, carried, held, later, restart = chunk_documents(document_ids, start, there, length, CHUNK)
+    own, _carried, held, _later, restart = chunk_documents(document_ids, start, there, length, CHUNK)
 
-    # Gradients of weights, [columns, rows] first, then [rows, columns].
+    # Gradients of weights, [columns, rows].
     mask = pair_mask(own, CHUNK, True, True, DOCUMENTS)
     qk = weight_grad(v, dy, start, there, mask, scale, SIZES, tl.float32)
     qb, ak, ab = qk, qk, qk
@@ -119,98 +120,45 @@ def grad_key_exact_kernel(
         ak = weight_grad(v, dx, start, there, mask, 1.0, SIZES, tl.float32)
         ab = weight_grad(u, dx, start, there, mask, 1.0, SIZES, tl.float32)
     near = Four(near_of(qk, CHUNK), near_of(qb, CHUNK), near_of(ak, CHUNK), near_of(ab, CHUNK))
-    turned = Four(qk.to(LOW), qb.to(LOW), ak.to(LOW), ab.to(LOW))
-    far = turned
-    if CHUNK > 16:
-        mask = pair_mask(own, CHUNK, True, False, DOCUMENTS)
-        qk = weight_grad(dy, v, start, there, mask, scale, SIZES, LOW)
-        qb, ak, ab = qk, qk, qk
-        if LOW_RANK:
-            qb = weight_grad(dy, u, start, there, mask, scale, SIZES, LOW)
-            ak = weight_grad(dx, v, start, there, mask, 1.0, SIZES, LOW)
-            ab = weight_grad(dx, u, start, there, mask, 1.0, SIZES, LOW)
-        far = Four(qk, qb, ak, ab)
+    far = Four(qk.to(LOW), qb.to(LOW), ak.to(LOW), ab.to(LOW))
     own_key, own_write = own_grads(dy, v, u, start, there, scale, LOW_RANK, SIZES)
 
     for column in range(0, DIM, BLOCK):
-        # All [CHUNK, BLOCK]; one gradient after the other, as far as it is due to states, then what pairs give it.
-        decay = load_decay(log_decay, start, there, stride_decay_row, stride_decay_column, column, BLOCK, DIM, floor)
-        _total, prefix, before, suffix = decay_sums(decay, own, CHUNK, False, DOCUMENTS, PRECISION)
-        left = tl.exp2(suffix)
-        k, q = load_columns(keys, start, there, column, SIZES), load_columns(queries, start, there, column, SIZES)
+        # All [CHUNK, BLOCK]; what pairs give, then what is due to states.
+        k = load_columns(keys, start, there, column, SIZES).to(tl.float32)
+        q = load_columns(queries, start, there, column, SIZES).to(tl.float32)
         a, b = k, k
         if LOW_RANK:
-            a = load_columns(reads, start, there, column, SIZES)
-            b = load_columns(writes, start, there, column, SIZES)
-        pair_dq, pair_dk, dg, pair_da, pair_db = near_pair_grads(
-            queries,
-            reads,
-            log_decay,
-            k,
-            b,
-            near,
-            start,
-            length,
-            stride_decay_row,
-            stride_decay_column,
-            column,
-            floor,
-            LOW_RANK,
-            SIZES,
+            a = load_columns(reads, start, there, column, SIZES).to(tl.float32)
+            b = load_columns(writes, start, there, column, SIZES).to(tl.float32)
+        pair_dk, pair_db = near_column_grads(
+            queries, reads, decays, near, start, length, column, CHUNK, LOW_RANK, SIZES
         )
+        dg = load_tile(grad_log_decay + written, start, there, heads * DIM, column, BLOCK, DIM)
+        decay = load_decay(decays, start, there, column, BLOCK, DIM)
         if CHUNK > 16:
-            pair_dq, pair_dk, dg, pair_da, pair_db = far_pair_grads(
-                q,
-                a,
-                k,
-                b,
-                decay,
-                far,
-                turned,
-                pair_dq,
-                pair_dk,
-                dg,
-                pair_da,
-                pair_db,
-                LOW_RANK,
-                PRECISION,
-                SIZES,
-            )
+            pair_dk, pair_db, dg = far_column_grads(q, a, k, b, decay, far, pair_dk, pair_db, dg, LOW_RANK, SIZES)
+        left = tl.exp2(decay_sums(decay, own, "exact", DOCUMENTS, PRECISION).suffix)
 
-        dq = read_grad(dy, states, initial, start, carried, later, column, WITH_INITIAL, SIZES)
-        dq *= tl.exp2(prefix) * scale
-        dg += masked_sum(pair_mask(own, CHUNK, False, True, DOCUMENTS), q * dq, PRECISION)
-        dq += pair_dq
-        dq += own_key[:, None] * k
-        if LOW_RANK:
-            dq += own_write[:, None] * b
-        store_tile(grad_query + written, dq, start, there, heads * DIM, column, BLOCK, DIM)
-
-        if LOW_RANK:
-            da = read_grad(dx, states, initial, start, carried, later, column, WITH_INITIAL, SIZES)
-            da *= tl.exp2(before)
-            dg += masked_sum(pair_mask(own, CHUNK, True, True, DOCUMENTS), a * da, PRECISION)
-            da += pair_da
-            store_tile(grad_read, da, start, there, heads * DIM, column, BLOCK, DIM)
-
-        passed = kept_grad(states, initial, grad_states, restart, column, DOCUMENTS, SIZES)
-        passed *= tl.exp2(tl.sum(tl.where(held[:, None], decay, 0.0), 0))
         dk = tl.zeros([CHUNK, BLOCK], tl.float32)
         dk = state_grad(v, grad_states, dk, start, held, column, SIZES)
         dk *= left
-        dg += masked_sum(pair_mask(own, CHUNK, True, False, DOCUMENTS), k * dk, PRECISION)
+        terms = k * dk
         dk += pair_dk
         dk += own_key[:, None] * q
         store_tile(grad_key + written, dk, start, there, heads * DIM, column, BLOCK, DIM)
-
         if LOW_RANK:
             db = tl.zeros([CHUNK, BLOCK], tl.float32)
             db = state_grad(u, grad_states, db, start, held, column, SIZES)
             db *= left
-            dg += masked_sum(pair_mask(own, CHUNK, True, False, DOCUMENTS), b * db, PRECISION)
+            terms += b * db
             db += pair_db
             db += own_write[:, None] * q
             store_tile(grad_write, db, start, there, heads * DIM, column, BLOCK, DIM)
-
+        dg += masked_sum(pair_mask(own, CHUNK, True, False, DOCUMENTS), terms, PRECISION)
+        passed = kept_grad(states, initial, grad_states, restart, column, DOCUMENTS, SIZES)
+        passed *= tl.exp2(tl.sum(tl.where(held[:, None], decay, 0.0), 0))
         dg += tl.where(held[:, None], passed[None, :], 0.0)
+        # Every warp must have loaded what the rows have before one stores the sum in its place.
+        tl.debug_barrier()
         store_tile(grad_log_decay + written, dg, start, there, heads * DIM, column, BLOCK, DIM)

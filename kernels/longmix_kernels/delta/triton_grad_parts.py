@@ -1,33 +1,10 @@
-"""The parts of the gradients of a chunk that both kernels share: of weights between its tokens, and of states.
-
-What is the same all over a kernel goes as one: the rows of a head as `Rows`, compile-time numbers as `Sizes`.
-"""
-
-from typing import NamedTuple
+"""The parts of the gradients of a chunk that kernels share: of weights between its tokens, and of states."""
 
 import triton
 import triton.language as tl
 
-from longmix_kernels.delta.triton_tiles import load_ids
-from longmix_kernels.tiles import load_block, load_block_transposed, load_tile, product, program_head
-
-
-class Rows(NamedTuple):
-    """A head's matrix [T, ..]: a pointer to its first number, and the stride between rows."""
-
-    pointer: tl.tensor
-    stride: tl.tensor
-
-
-class Sizes(NamedTuple):
-    """Head dimensions, the columns of them that are taken in one step, and how products of inputs are taken."""
-
-    DIM: tl.constexpr
-    VALUE_DIM: tl.constexpr
-    BLOCK: tl.constexpr
-    VALUE_BLOCK: tl.constexpr
-    LOW: tl.constexpr
-    UPCAST: tl.constexpr
+from longmix_kernels.delta.triton_tiles import load_ids, load_values
+from longmix_kernels.tiles import load_block, load_block_transposed, product, program_head
 
 
 @triton.jit
@@ -51,18 +28,6 @@ def chunk_documents(document_ids, start, there, length, CHUNK: tl.constexpr):
     if document_ids is not None:
         carried, held = there & (own == first_id), there & (own == last_id)
     return own, carried, held, there & (carried == 0), first_id != last_id
-
-
-@triton.jit
-def load_columns(rows, start, there, column, SIZES: tl.constexpr):
-    """Load [CHUNK, BLOCK] of a head's keys, or of what has their dimension, in float32."""
-    return load_tile(rows.pointer, start, there, rows.stride, column, SIZES.BLOCK, SIZES.DIM).to(tl.float32)
-
-
-@triton.jit
-def load_values(rows, start, there, column, SIZES: tl.constexpr):
-    """Load [CHUNK, VALUE_BLOCK] of a head's values, or of what has their dimension."""
-    return load_tile(rows.pointer, start, there, rows.stride, column, SIZES.VALUE_BLOCK, SIZES.VALUE_DIM)
 
 
 @triton.jit

@@ -14,16 +14,23 @@ import triton
 import triton.language as tl
 
 from longmix_kernels.delta.triton_exact_pairs import exact_pairs
+from longmix_kernels.delta.triton_grad_parts import chunk_documents, program_chunk
+from longmix_kernels.delta.triton_head_pairs import head_pairs
 from longmix_kernels.delta.triton_tiles import (
-    decay_sums,
+    Decays,
+    Rows,
+    Sizes,
+    column_sums,
+    head_sums,
+    load_columns,
     load_decay,
-    load_ids,
     load_square,
+    load_values,
     middle_of,
     pair_mask,
     wide_product,
 )
-from longmix_kernels.tiles import load_block, load_tile, product, program_head, store_tile
+from longmix_kernels.tiles import load_block, product, store_tile
 
 
 @triton.jit(do_not_specialize=["length", "heads"])
@@ -31,7 +38,7 @@ def grad_value_kernel(
     query,  # [B, T, H, DIM]
     key,  # [B, T, H, DIM]
     value,  # [B, T, H, VALUE_DIM]
-    log_decay,  # float32 [B, T, H, DIM]
+    log_decay,  # float32 [B, T, H, DIM], or [B, T, H]
     low_rank_read,  # [B, T, H, DIM], or None
     low_rank_write,  # [B, T, H, DIM], or None
     document_ids,  # int32 [B, T], contiguous, or None
@@ -69,7 +76,7 @@ def grad_value_kernel(
     stride_grad_output_batch,
     stride_grad_output_row,
     stride_grad_output_head,
-    BOUNDED: tl.constexpr,
+    DECAY: tl.constexpr,
     CHUNK: tl.constexpr,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -80,23 +87,26 @@ def grad_value_kernel(
 ):
     """Write the gradient of the values of one chunk of one head, and what goes with removal."""
     DOCUMENTS: tl.constexpr = document_ids is not None
+    LOW_RANK: tl.constexpr = low_rank_read is not None
     LOW: tl.constexpr = key.dtype.element_ty
-    chunk, batch, head = program_head(tl.cdiv(length, CHUNK), heads)
-    start = chunk * CHUNK
-    there = start + tl.arange(0, CHUNK) < length
+    SIZES: tl.constexpr = Sizes(DIM, VALUE_DIM, BLOCK, VALUE_BLOCK, LOW, PRECISION, UPCAST)
+    chunk, batch, head, start, there = program_chunk(length, heads, CHUNK)
     sequence = batch * heads + head
     place = (sequence * tl.cdiv(length, CHUNK) + chunk) * (DIM * VALUE_DIM)
-    query += batch * stride_query_batch + head * stride_query_head
-    key += batch * stride_key_batch + head * stride_key_head
-    value += batch * stride_value_batch + head * stride_value_head
-    log_decay += batch * stride_decay_batch + head * stride_decay_head
+    queries = Rows(query + batch * stride_query_batch + head * stride_query_head, stride_query_row)
+    keys = Rows(key + batch * stride_key_batch + head * stride_key_head, stride_key_row)
+    values = Rows(value + batch * stride_value_batch + head * stride_value_head, stride_value_row)
     grad_output += batch * stride_grad_output_batch + head * stride_grad_output_head
+    grads = Rows(grad_output, stride_grad_output_row)
+    log_decay += batch * stride_decay_batch + head * stride_decay_head
+    decays = Decays(log_decay, stride_decay_row, stride_decay_column, floor)
     grad_value += (batch * length * heads + head) * VALUE_DIM
     states += place
     grad_states += place
-    if low_rank_read is not None:
-        low_rank_read += batch * stride_read_batch + head * stride_read_head
-        low_rank_write += batch * stride_write_batch + head * stride_write_head
+    reads, writes = keys, keys
+    if LOW_RANK:
+        reads = Rows(low_rank_read + batch * stride_read_batch + head * stride_read_head, stride_read_row)
+        writes = Rows(low_rank_write + batch * stride_write_batch + head * stride_write_head, stride_write_row)
         inverses += sequence * length * CHUNK
         removed += sequence * length * VALUE_DIM
         grad_removed += sequence * length * VALUE_DIM
@@ -104,121 +114,79 @@ def grad_value_kernel(
         initial += sequence * (DIM * VALUE_DIM)
     if DOCUMENTS:
         document_ids += batch * length
-    own, first_id, last_id = load_ids(document_ids, start, tl.minimum(start + CHUNK, length) - 1, there)
-    carried, held = there, there
-    if DOCUMENTS:
-        carried, held = there & (own == first_id), there & (own == last_id)
+    own, carried, held, later, _restart = chunk_documents(document_ids, start, there, length, CHUNK)
 
     # [columns, rows] weights, and `ak` as [rows, columns].
     turned_qk = tl.zeros([CHUNK, CHUNK], tl.float32)
     turned_qb, turned_ak, ak = turned_qk, turned_qk, turned_qk
-    if BOUNDED:
+    if DECAY == "head":
+        turned_qk = head_pairs(queries, keys, decays, start, there, False, True, SIZES)
+        if LOW_RANK:
+            turned_qb = head_pairs(queries, writes, decays, start, there, False, True, SIZES)
+            turned_ak = head_pairs(reads, keys, decays, start, there, True, True, SIZES)
+            ak = head_pairs(reads, keys, decays, start, there, True, False, SIZES)
+    elif DECAY == "bounded":
         for column in range(0, DIM, BLOCK):
-            k = load_tile(key, start, there, stride_key_row, column, BLOCK, DIM).to(tl.float32)
+            k = load_columns(keys, start, there, column, SIZES).to(tl.float32)
             b = k
-            if low_rank_read is not None:
-                b = load_tile(low_rank_write, start, there, stride_write_row, column, BLOCK, DIM).to(tl.float32)
-            decay = load_decay(
-                log_decay, start, there, stride_decay_row, stride_decay_column, column, BLOCK, DIM, floor
-            )
+            if LOW_RANK:
+                b = load_columns(writes, start, there, column, SIZES).to(tl.float32)
+            decay = load_decay(decays, start, there, column, BLOCK, DIM)
             total = tl.cumsum(decay, 0)
             total -= middle_of(total, CHUNK)
             inward = tl.exp2(-total)
-            q = load_tile(query, start, there, stride_query_row, column, BLOCK, DIM)
+            q = load_columns(queries, start, there, column, SIZES)
             q = tl.trans(q * tl.exp2(total))
             k = k * inward
             turned_qk = wide_product(k, q, turned_qk, LOW, UPCAST)
-            if low_rank_read is not None:
-                a = load_tile(low_rank_read, start, there, stride_read_row, column, BLOCK, DIM)
+            if LOW_RANK:
+                a = load_columns(reads, start, there, column, SIZES)
                 a = a * tl.exp2(total - decay)
                 turned_qb = wide_product(b * inward, q, turned_qb, LOW, UPCAST)
                 turned_ak = wide_product(k, tl.trans(a), turned_ak, LOW, UPCAST)
                 ak = wide_product(a, tl.trans(k), ak, LOW, UPCAST)
     else:
-        turned_qk, turned_qb, turned_ak, _turned_ab = exact_pairs(
-            query,
-            low_rank_read,
-            low_rank_write,
-            key,
-            log_decay,
-            start,
-            length,
-            stride_query_row,
-            stride_key_row,
-            stride_decay_row,
-            stride_decay_column,
-            stride_read_row,
-            stride_write_row,
-            floor,
-            BLOCK,
-            DIM,
-            CHUNK,
-            True,
-            PRECISION,
-            UPCAST,
-        )
-        if low_rank_read is not None:
-            _qk, _qb, ak, _ab = exact_pairs(
-                query,
-                low_rank_read,
-                low_rank_write,
-                key,
-                log_decay,
-                start,
-                length,
-                stride_query_row,
-                stride_key_row,
-                stride_decay_row,
-                stride_decay_column,
-                stride_read_row,
-                stride_write_row,
-                floor,
-                BLOCK,
-                DIM,
-                CHUNK,
-                False,
-                PRECISION,
-                UPCAST,
-            )
+        pairs = exact_pairs(queries, reads, writes, keys, decays, start, length, CHUNK, LOW_RANK, True, SIZES)
+        turned_qk, turned_qb, turned_ak = pairs.qk, pairs.qb, pairs.ak
+        if LOW_RANK:
+            ak = exact_pairs(queries, reads, writes, keys, decays, start, length, CHUNK, LOW_RANK, False, SIZES).ak
     seen = pair_mask(own, CHUNK, False, True, DOCUMENTS)
     turned_qk = (tl.where(seen, turned_qk, 0.0) * scale).to(LOW)
-    if low_rank_read is not None:
+    if LOW_RANK:
         earlier = pair_mask(own, CHUNK, True, True, DOCUMENTS)
         turned_qb = (tl.where(seen, turned_qb, 0.0) * scale).to(LOW)
         turned_ak = tl.where(earlier, turned_ak, 0.0).to(LOW)
         ak = tl.where(pair_mask(own, CHUNK, True, False, DOCUMENTS), ak, 0.0).to(LOW)
 
+    of_head = head_sums(decays, own, start, there, DECAY, DOCUMENTS, PRECISION)
     for value_column in range(0, VALUE_DIM, VALUE_BLOCK):
         # [CHUNK, VALUE_BLOCK].
-        dy = load_tile(grad_output, start, there, stride_grad_output_row, value_column, VALUE_BLOCK, VALUE_DIM).to(LOW)
+        dy = load_values(grads, start, there, value_column, SIZES).to(LOW)
         dv = product(turned_qk, dy, None, UPCAST)
         x = dv
         du = dv
-        if low_rank_read is not None:
-            v = load_tile(value, start, there, stride_value_row, value_column, VALUE_BLOCK, VALUE_DIM)
+        if LOW_RANK:
+            v = load_values(values, start, there, value_column, SIZES)
             x = product(ak, v, None, UPCAST)
             du = product(turned_qb, dy, None, UPCAST)
         for column in range(0, DIM, BLOCK):
-            decay = load_decay(
-                log_decay, start, there, stride_decay_row, stride_decay_column, column, BLOCK, DIM, floor
-            )
-            _total, _prefix, before, suffix = decay_sums(decay, own, CHUNK, BOUNDED, DOCUMENTS, PRECISION)
-            left = tl.where(held[:, None], tl.exp2(suffix), 0.0)
+            sums = column_sums(of_head, decays, own, start, there, column, DECAY, DOCUMENTS, SIZES)
+            left = tl.where(held[:, None], tl.exp2(sums.suffix), 0.0)
             grad_state = load_block(grad_states, column, BLOCK, DIM, value_column, VALUE_BLOCK, VALUE_DIM).to(LOW)
-            k = load_tile(key, start, there, stride_key_row, column, BLOCK, DIM)
+            k = load_columns(keys, start, there, column, SIZES)
             dv = product((k * left).to(LOW), grad_state, dv, UPCAST)
-            if low_rank_read is not None:
-                b = load_tile(low_rank_write, start, there, stride_write_row, column, BLOCK, DIM)
+            if LOW_RANK:
+                b = load_columns(writes, start, there, column, SIZES)
                 du = product((b * left).to(LOW), grad_state, du, UPCAST)
                 state = load_block(states, column, BLOCK, DIM, value_column, VALUE_BLOCK, VALUE_DIM).to(LOW)
-                a = load_tile(low_rank_read, start, carried, stride_read_row, column, BLOCK, DIM) * tl.exp2(before)
+                before = tl.exp2(sums.before)
+                a = load_columns(reads, start, carried, column, SIZES) * before
                 x = product(a.to(LOW), state, x, UPCAST)
                 if DOCUMENTS and initial is not None:
-                    later = there & (carried == 0)
                     state = load_block(initial, column, BLOCK, DIM, value_column, VALUE_BLOCK, VALUE_DIM).to(LOW)
-                    a = load_tile(low_rank_read, start, later, stride_read_row, column, BLOCK, DIM)
-                    x = product((a * tl.exp2(before)).to(LOW), state, x, UPCAST)
-        if low_rank_read is not None:
+                    a = load_columns(reads, start, later, column, SIZES)
+                    x = product((a * before).to(LOW), state, x, UPCAST)
+        if LOW_RANK:
             inverse = load_square(inverses, start, there, CHUNK, False)
             u = product(inverse, x.to(LOW), None, UPCAST)
             store_tile(removed, u, start, there, VALUE_DIM, value_column, VALUE_BLOCK, VALUE_DIM)

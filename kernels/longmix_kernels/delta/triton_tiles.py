@@ -1,35 +1,89 @@
 """What the delta kernels do with a chunk: sums of decays, weights between its tokens, and the inverse those need.
 
 Rows of a chunk are queries q and low-rank reads a; columns are keys k and low-rank writes b. Row i meets column j by
-the decays after j up to i (a read: up to i - 1), exp2(G_i - G_j) with G the sums of decays in base 2. Two ways:
+the decays after j up to i (a read: up to i - 1), exp2(G_i - G_j) with G the sums of decays in base 2. There are three
+ways, which kernels take by the word `DECAY`:
 
-    bounded    both sides are scaled by exp2(+-(G - G_middle)), and their products are taken at once. The caller has
-               promised a bound on the decays by which the exponents stay within +-100 (`cost.SPAN`).
-               Pairs that are not seen may overflow; they are left out by selection, never by a factor of 0.
-    exact      nothing is divided by, so any decay will do (`triton_exact_pairs`).
+    head       A head has one decay. The weights of a chunk are one matrix of products of decays, times products of
+               rows and columns; any decay will do (`triton_head_pairs`).
+    bounded    Each channel has its own. Both sides are scaled by exp2(+-(G - G_middle)), and their products are taken
+               at once. The caller has promised a bound on the decays by which the exponents stay within +-100
+               (`cost.SPAN`). Pairs that are not seen may overflow; a selection leaves them out, never a factor of 0.
+    exact      Each channel has its own. Nothing is divided by, so any decay will do (`triton_exact_pairs`).
 
 Rows past the end of a sequence have zero keys, values and decays, and belong to its last document.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from longmix_kernels.tiles import product, tile_places
+from longmix_kernels.tiles import load_tile, product, tile_places
+
+
+class Rows(NamedTuple):
+    """A head's matrix [T, ..]: a pointer to its first number, and the stride between rows."""
+
+    pointer: tl.tensor
+    stride: tl.tensor
+
+
+class Decays(NamedTuple):
+    """A head's log decays [T, DIM], or [T] with a column stride of 0; a smaller one than `floor` counts as that."""
+
+    pointer: tl.tensor
+    stride: tl.tensor
+    stride_column: tl.tensor
+    floor: tl.tensor
+
+
+class Sizes(NamedTuple):
+    """Compile-time numbers of a kernel: head dimensions, the columns of a step, and how products are taken."""
+
+    DIM: tl.constexpr
+    VALUE_DIM: tl.constexpr
+    BLOCK: tl.constexpr
+    VALUE_BLOCK: tl.constexpr
+    LOW: tl.constexpr
+    PRECISION: tl.constexpr
+    UPCAST: tl.constexpr
+
+
+class Sums(NamedTuple):
+    """Decays of a chunk's tokens in base 2, [CHUNK, BLOCK] or for one decay a head [CHUNK, 1], and sums of them.
+
+    `total` is from the chunk's first token up to each token; `prefix` the same, but from the first token of the token's
+    document on; `before` is that up to the token before; `suffix` is of all tokens after the token.
+    """
+
+    decay: tl.tensor
+    total: tl.tensor
+    prefix: tl.tensor
+    before: tl.tensor
+    suffix: tl.tensor
 
 
 @triton.jit
-def load_decay(
-    log_decay, start, there, stride_row, stride_column, column, BLOCK: tl.constexpr, DIM: tl.constexpr, floor
-):
-    """Load [rows, BLOCK] log decays of a head, in base 2 and at least `floor`; 0 where there is none.
+def load_columns(rows, start, there, column, SIZES: tl.constexpr):
+    """Load [CHUNK, BLOCK] of a head's keys, or of what has their dimension."""
+    return load_tile(rows.pointer, start, there, rows.stride, column, SIZES.BLOCK, SIZES.DIM)
 
-    Their last stride may be 0, where all channels of a head share one.
-    """
+
+@triton.jit
+def load_values(rows, start, there, column, SIZES: tl.constexpr):
+    """Load [CHUNK, VALUE_BLOCK] of a head's values, or of what has their dimension."""
+    return load_tile(rows.pointer, start, there, rows.stride, column, SIZES.VALUE_BLOCK, SIZES.VALUE_DIM)
+
+
+@triton.jit
+def load_decay(decays, start, there, column, BLOCK: tl.constexpr, DIM: tl.constexpr):
+    """Load [rows, BLOCK] log decays of a head, in base 2; 0 where there is none."""
     rows = (start + tl.arange(0, there.shape[0])).to(tl.int64)
     columns = column + tl.arange(0, BLOCK)
-    places = log_decay + rows[:, None] * stride_row + columns[None, :] * stride_column
+    places = decays.pointer + rows[:, None] * decays.stride + columns[None, :] * decays.stride_column
     decay = tl.load(places, mask=there[:, None] & (columns < DIM)[None, :], other=0.0)
-    return tl.maximum(decay, floor) * 1.4426950408889634
+    return tl.maximum(decay, decays.floor) * 1.4426950408889634
 
 
 @triton.jit
@@ -73,6 +127,12 @@ def masked_sum(mask, x, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def row_terms(mask, terms):
+    """Sums [CHUNK] of those terms [CHUNK] that each row of the mask [CHUNK, CHUNK] has."""
+    return tl.sum(tl.where(mask, terms[None, :], 0.0), 1)
+
+
+@triton.jit
 def rows_at(x, index, CHUNK: tl.constexpr):
     """Rows of x [CHUNK, BLOCK] by their number [CHUNK], zero for numbers that no row has."""
     place = tl.broadcast_to(tl.minimum(tl.maximum(index, 0), CHUNK - 1)[:, None], x.shape)
@@ -80,21 +140,21 @@ def rows_at(x, index, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def decay_sums(
-    decay,
-    own,
-    CHUNK: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    DOCUMENTS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Sums of decays [CHUNK, BLOCK].
+def neighbour(own, STEP: tl.constexpr, CHUNK: tl.constexpr):
+    """The number [CHUNK] of the row before (`STEP` -1) or after (1) each row; -1 where that has another `own`.
 
-    Returns:
-        From the chunk's first token up to each token; from the first token of the chunk and of the token's document up
-        to it, and up to the one before it; and of all tokens after it.
+    Rows that are moved by this stand for a second sum over them, which would need a mask of its own in registers.
     """
-    if BOUNDED:
+    one, other = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
+    found = (other == one + STEP) & (own[:, None] == own[None, :])
+    return tl.sum(tl.where(found, other + 1, 0), 1) - 1
+
+
+@triton.jit
+def decay_sums(decay, own, DECAY: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr):
+    """Return the `Sums` of decays [CHUNK, BLOCK], or [CHUNK, 1] if `DECAY` is "head"."""
+    CHUNK: tl.constexpr = decay.shape[0]
+    if DECAY == "bounded":
         total = tl.cumsum(decay, 0)
         prefix = total
         if DOCUMENTS:
@@ -105,11 +165,44 @@ def decay_sums(
         suffix = tl.sum(decay, 0)[None, :] - total
     else:
         # A difference would lose small decays beside large ones.
-        prefix = masked_sum(pair_mask(own, CHUNK, False, False, DOCUMENTS), decay, PRECISION)
-        before = masked_sum(pair_mask(own, CHUNK, True, False, DOCUMENTS), decay, PRECISION)
-        suffix = masked_sum(pair_mask(own, CHUNK, True, True, False), decay, PRECISION)
+        prefix = chosen_sum(pair_mask(own, CHUNK, False, False, DOCUMENTS), decay, PRECISION)
+        if DECAY == "head":
+            before = chosen_sum(pair_mask(own, CHUNK, True, False, DOCUMENTS), decay, PRECISION)
+        else:
+            before = rows_at(prefix, neighbour(own, -1, CHUNK), CHUNK)
+        suffix = chosen_sum(pair_mask(own, CHUNK, True, True, False), decay, PRECISION)
         total = prefix
-    return total, prefix, before, suffix
+    return Sums(decay, total, prefix, before, suffix)
+
+
+@triton.jit
+def chosen_sum(mask, x, PRECISION: tl.constexpr):
+    """Sums [CHUNK, BLOCK] of the rows of x that the mask [CHUNK, CHUNK] has, for any number of columns."""
+    if x.shape[1] == 1:
+        return tl.sum(tl.where(mask, tl.trans(x), 0.0), 1)[:, None]
+    else:
+        return masked_sum(mask, x, PRECISION)
+
+
+@triton.jit
+def head_sums(decays, own, start, there, DECAY: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr):
+    """Return the `Sums` that hold for all columns where a head has one decay; nothing of use otherwise."""
+    if DECAY == "head":
+        return decay_sums(load_decay(decays, start, there, 0, 1, 1), own, DECAY, DOCUMENTS, PRECISION)
+    else:
+        return Sums(there, there, there, there, there)
+
+
+@triton.jit
+def column_sums(
+    of_head, decays, own, start, there, column, DECAY: tl.constexpr, DOCUMENTS: tl.constexpr, SIZES: tl.constexpr
+):
+    """Return the `Sums` of `BLOCK` columns: the head's, see `head_sums`, where all columns have the same."""
+    if DECAY == "head":
+        return of_head
+    else:
+        decay = load_decay(decays, start, there, column, SIZES.BLOCK, SIZES.DIM)
+        return decay_sums(decay, own, DECAY, DOCUMENTS, SIZES.PRECISION)
 
 
 @triton.jit

@@ -280,7 +280,6 @@ class GatedMemory(RecurrentMixer):
             scale=self.key_dim**-0.5,
             initial_state=initial,
             document_ids=ids,
-            min_log_decay=0.0 if self.decay is None else None,
         )
 
     def _read(self, *arguments: Any) -> tuple[Tensor, Tensor]:
