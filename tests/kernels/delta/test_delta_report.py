@@ -19,7 +19,6 @@ SPILLING = {
     *(("prepare", 80, decay) for decay in cost.DECAYS),
     ("grad_query", 80, "head"),
     ("grad_query", 80, "exact"),
-    *(("grad_value", architecture, "exact") for architecture in (90, 100)),
     ("grad_value", 100, "bounded"),
 }
 
