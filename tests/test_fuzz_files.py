@@ -227,7 +227,7 @@ def all_kinds(node: dict[str, Any]) -> dict[str, Kind]:
 
     def restored(folder: Path) -> Any:
         done = restore(folder / "step-00000001")
-        return flat([done.state, done.tokenizer.state()])
+        return flat([done.step, done.written, dict(done.model.state_dict()), done.tokenizer.state()])
 
     def states(folder: Path) -> Any:
         again = copy.deepcopy(model)
