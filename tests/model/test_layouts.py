@@ -84,10 +84,12 @@ def test_starts_are_those_of_all_rows():
 class Counted(TorchDispatchMode):
     def __init__(self, *names: str) -> None:
         super().__init__()
-        self.names, self.found = names, 0
+        self.names, self.found, self.kinds = names, 0, set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.found += function._schema.name.removeprefix("aten::") in self.names
+        if function._schema.name.removeprefix("aten::") in self.names:
+            self.found += 1
+            self.kinds.add(args[0].dtype)
         return function(*args, **(kwargs or {}))
 
 
@@ -106,6 +108,17 @@ def test_positions_and_angles_are_made_once_whatever_the_number_of_layers(kind):
             flash_model(layers, kind)(tokens, document_ids=PACKED)
         counts.append(mode.found)
     assert counts == [3, 3]
+
+
+@pytest.mark.parametrize("mixer", ["sparse_flash", "sparse_flash_drop", "hyper", "routing", "scatterbrain_content"])
+@pytest.mark.parametrize("ids", [None, PACKED], ids=["plain", "packed"])
+def test_nothing_wider_than_16_bits_is_sorted(mixer, ids, compose_config):
+    node = resolved(compose_config(f"mixer={mixer}", *SMALL))
+    node["mixer"] = small_mixer(node["mixer"], 16)
+    model = build_model(ModelConfig.of(node), VOCABULARY)
+    with Counted("sort") as sorts, torch.no_grad():
+        model(torch.zeros(3, 64, dtype=torch.int64), document_ids=ids)
+    assert sorts.found >= 2 and max(kind.itemsize for kind in sorts.kinds) <= 2
 
 
 class Older(Flash):

@@ -1,18 +1,19 @@
 """Rows sorted so that a query's keys lie side by side: attention among the tokens that carry one label.
 
-A label is a bucket, a cluster, or "kept". With the code c = (document, label, position) of every row, queries and keys
-sorted by c, and the keys' codes searched for each query's, the keys that a query sees are the run
+A label is a bucket, a cluster, or "kept". Rows are sorted by label; those of one label keep their order, and so ascend
+in document and position. With the code (label, row) of every key, which ascends too, a query sees the run of keys
 
-    lo = first key of its document and label,    hi = one past the last of them at its position - gap or before
+    lo = first key of its label from the first row of its document on
+    hi = one past the last key of its label up to its position - gap, or before
 
 and neither bound ever decreases along the sorted queries, which is all that `attention` asks for. A row's label and
-position say alone what it sees, so nothing later can change it.
+position say alone what it sees, so nothing later can change it. Labels are sorted alone, as numbers of 8 or 16 bits
+where these hold them, which takes a GPU one or two passes over the rows.
 """
 
 from typing import NamedTuple
 
 import torch
-from torch.nn import functional as F
 
 
 class Ordering(NamedTuple):
@@ -38,6 +39,7 @@ def order_by_label(
     members: int | None = None,
     copies: int = 1,
     before: torch.Tensor | None = None,
+    first_rows: torch.Tensor | None = None,
 ) -> Ordering:
     """Let each query see the keys that carry its label, in its document, at least `gap` positions before it.
 
@@ -51,6 +53,7 @@ def order_by_label(
         copies: how many key rows a position has, side by side, each with a label of its own; Tk counts key rows, and
             each query stands at the last one of its position.
         before: integer [B or 1, Tq], in place of `gap`: the key row from which on each query sees none; non-decreasing.
+        first_rows: int32 [B, Tk], the first row of each key row's document, where the caller has it already.
 
     Raises:
         ValueError: a `gap` below 0, `members` or `copies` below 1, copies without labels of the keys, `before` and a
@@ -63,53 +66,80 @@ def order_by_label(
     shared = key_labels is None
     if shared and copies > 1:
         raise ValueError(f"copies={copies} without key_labels; allowed is 1, since queries have one label each")
-    key_labels = query_labels if key_labels is None else key_labels
-    keys, queries = key_labels.shape[1], query_labels.shape[1]
-    base = _document_index(document_ids) * num_labels if document_ids is not None else 0
-    place = torch.arange(keys, device=key_labels.device)
-    key_codes, key_rows = _sorted_codes(key_labels, base, place, keys)
-    if shared:
-        codes, rows = key_codes, key_rows
-    else:
-        stand = place[keys - 1 - (queries - 1) * copies :: copies]
-        codes, rows = _sorted_codes(query_labels, base if isinstance(base, int) else base[:, stand], stand, keys)
+    given = [query_labels] if key_labels is None else [query_labels, key_labels]
+    queries, keys = query_labels.shape[1], given[-1].shape[1]
+    found = _sorted(given, num_labels, keys)
+    query, key = found[0], found[-1]
+    own = slice(keys - 1 - (queries - 1) * copies, None, copies)  # the key rows at which queries stand
+    first = codes = None
+    if document_ids is not None:
+        ids = document_ids.contiguous()
+        first_rows = torch.searchsorted(ids, ids, out_int32=True) if first_rows is None else first_rows
+        first, codes = _taken(first_rows[:, own], query.places), key.codes()
+        if before is not None:
+            ends = torch.searchsorted(ids, ids, right=True, out_int32=True)
+            before = torch.clamp(before, first_rows[:, own], ends[:, own])
 
-    position = codes % keys
-    label_start = codes - position
-    if shared:
-        first = label_start[..., 1:] != label_start[..., :-1]
-        lo = F.pad(first * place[1:], (1, 0)).cummax(-1).values
+    lo = _count_below(key.labels, query.labels) if codes is None else _count_below(codes, query.codes(first))
+    if before is None and shared and gap <= 1:
+        hi = torch.arange(1 - gap, keys + 1 - gap, dtype=torch.int32, device=lo.device).expand_as(lo)
     else:
-        lo = _count_below(key_codes, label_start)
-    if before is not None:
-        limit = before[:, None].long().expand(codes.shape).gather(-1, rows)
-        hi = _count_below(key_codes, label_start + limit)
-    elif shared and gap <= 1:
-        hi = torch.maximum(place + (1 - gap), lo)
-    else:
-        hi = _count_below(key_codes, label_start + (position - gap * copies + 1).clamp(min=0))
+        if before is not None:
+            limit = _taken(before, query.places)
+        else:
+            row = query.rows if keys == queries else query.rows * copies + own.start
+            limit = row + (1 - gap * copies)
+            if gap:
+                limit = limit.clamp(min=0) if first is None else torch.maximum(limit, first)
+        hi = _count_below(key.codes() if codes is None else codes, query.codes(limit))
     if members is not None:
         lo = torch.maximum(lo, hi - members)
     own_place = shared and gap == 0 and before is None
-    return Ordering(lo.int(), None if own_place else hi.int(), rows.int(), key_rows.int())
+    return Ordering(lo, None if own_place else hi, query.rows.int(), key.rows.int())
 
 
-def _sorted_codes(
-    labels: torch.Tensor, base: torch.Tensor | int, position: torch.Tensor, keys: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sorted codes (base + label) * keys + position, int64 [B, H, T], and the rows they come from."""
-    labels = labels.transpose(1, 2).long() + (base if isinstance(base, int) else base[:, None])
-    codes, rows = (labels * keys + position).contiguous().sort(-1)
-    return codes, rows
+class _Sorted(NamedTuple):
+    """Labels in order, and the rows they come from, twice, [B, H, T]; `keys` is how many key rows there are."""
+
+    labels: torch.Tensor
+    places: torch.Tensor
+    rows: torch.Tensor
+    keys: int
+
+    def codes(self, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Labels and rows, their own or others, in one number: label * keys + row."""
+        return torch.add(self.rows if rows is None else rows.to(self.rows.dtype), self.labels, alpha=self.keys)
+
+
+def _sorted(given: list[torch.Tensor], num_labels: int, keys: int) -> list[_Sorted]:
+    """Sort labels [B, T, H] along T, stably; those of queries and keys at once where there are as many of both."""
+    narrow = next((kind for kind, most in _NARROW if num_labels <= most), torch.int64)
+    labels = [x.mT.to(narrow, memory_format=torch.contiguous_format) for x in given]
+    together = len({x.shape[2] for x in labels}) == 1 and len(labels) > 1
+    joined = [torch.cat([x.flatten(0, 1) for x in labels])] if together else labels
+    wide = torch.int32 if num_labels * keys < 2**31 else torch.int64
+    sorts: list[tuple[torch.Tensor, ...]] = []
+    for x in joined:
+        values, places = x.sort(dim=-1, stable=True)
+        sorts.append((values, places, places.to(wide)))
+    if together:
+        sizes = [x.shape[0] * x.shape[1] for x in labels]
+        sorts = list(zip(*(part.split(sizes) for part in sorts[0]), strict=True))
+    every = ([part.view(x.shape) for part in parts] for x, parts in zip(labels, sorts, strict=True))
+    return [_Sorted(values, places, rows, keys) for values, places, rows in every]
+
+
+_NARROW = (torch.uint8, 2**8), (torch.int16, 2**15), (torch.int32, 2**31)
+"""Kinds of numbers, and how many labels each tells apart."""
+
+
+def _taken(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """The numbers [B or 1, T] at rows [B, H, n], int64: [B, H, n]."""
+    return x[:, None].expand(*rows.shape[:2], x.shape[1]).gather(-1, rows)
 
 
 def _count_below(sorted_codes: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """How many of a key head's codes [B, Hkv, Tk] are below each code [B, Hq, Tq]."""
+    """How many of a key head's codes [B, Hkv, Tk] are below each code [B, Hq, Tq], int32."""
     batch, key_heads, _ = sorted_codes.shape
-    return torch.searchsorted(sorted_codes, codes.reshape(batch, key_heads, -1)).view(codes.shape)
-
-
-def _document_index(document_ids: torch.Tensor) -> torch.Tensor:
-    """Number documents 0, 1, ... within each row, int64 [B, T]."""
-    changes = document_ids[:, 1:] != document_ids[:, :-1]
-    return F.pad(changes.long().cumsum(1), (1, 0))
+    found = torch.searchsorted(sorted_codes, codes.reshape(batch, key_heads, -1), out_int32=True)
+    return found.view(codes.shape)

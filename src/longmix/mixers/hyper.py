@@ -95,8 +95,8 @@ class Hyper(SparseFlash):
             torch.full_like(rows.query_labels[..., 0], _SAMPLED),
             rows.key_labels[..., 1],
             num_labels=2,
-            document_ids=rows.document_ids,
             gap=self.gap,
+            **rows.documents(),
         )
         scale = self.head_dim**-0.5
         output, logsumexp = attention(query, key, rows.value, scale=scale, return_logsumexp=True, **order._asdict())

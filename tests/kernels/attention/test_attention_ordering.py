@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from attention_cases import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longmix_kernels.attention import attention, order_by_label
 
@@ -149,3 +150,44 @@ def test_many_labels_and_documents_do_not_overflow():
 def test_impossible_options_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         order_by_label(labels(1), num_labels=4, **options)
+
+
+class Sorts(TorchDispatchMode):
+    """Notes the kind and the size of what is sorted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[torch.dtype, tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.name == "aten::sort":
+            self.found.append((args[0].dtype, tuple(args[0].shape)))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize(
+    ("count", "kind"),
+    [(2, torch.uint8), (256, torch.uint8), (257, torch.int16), (2**15, torch.int16), (2**15 + 1, torch.int32)],
+)
+def test_labels_are_sorted_once_and_as_narrow_numbers(packed, count, kind):
+    """The largest labels there may be, in rows of which a number of 8 bits cannot count."""
+    key_labels, query_labels = (count - 1 - labels(2, length=600, count=2, seed=seed) for seed in (0, 1))
+    ids = DOCUMENTS.repeat_interleave(15, 1) if packed else None
+    for form, shape in ((None, (2, 2, 600)), (key_labels, (8, 600))):
+        with Sorts() as sorts:
+            ordering = order_by_label(query_labels, form, num_labels=count, document_ids=ids, gap=1, members=7)
+        assert sorts.found == [(kind, shape)]
+        keys = query_labels if form is None else form
+        mask = wanted(query_labels, keys, ids, 1, 7)
+        assert torch.equal(visible(ordering, 600, 600, 2, 2), mask)
+
+
+def test_a_caller_may_know_where_documents_begin():
+    first = torch.searchsorted(DOCUMENTS, DOCUMENTS, out_int32=True)
+    for gap in (0, 1, 4):
+        made = [
+            order_by_label(labels(2), labels(2, seed=1), num_labels=4, document_ids=DOCUMENTS, gap=gap, **known)
+            for known in ({}, {"first_rows": first})
+        ]
+        assert all(torch.equal(one, other) for one, other in zip(*made, strict=True))

@@ -93,8 +93,8 @@ class LabelAttention(SoftmaxAttention):
             query_labels,
             None if shared else key_labels,
             num_labels=self.num_labels,
-            document_ids=rows.document_ids,
             gap=self.gap,
+            **rows.documents(),
         )
 
     @torch.no_grad()

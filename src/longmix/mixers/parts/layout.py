@@ -39,6 +39,7 @@ class Layout:
     Attributes:
         positions: integer [B or 1, T], of each token within its document.
         cosine, sine: float32 [B or 1, T, 1, head_dim / 2], of the rotation at these positions.
+        first_row: int32 [B, T], the first token of each token's document; None as `first_key`.
         first_key: int32 [B, 1, T], the first key that a token sees, which is that of its document or of its window;
             None where every row is one document, and for a slice of longer rows.
         starts: int32 [n + 1], where the documents start among the tokens of all rows, see
@@ -48,6 +49,7 @@ class Layout:
     positions: Tensor
     cosine: Tensor
     sine: Tensor
+    first_row: Tensor | None = None
     first_key: Tensor | None = None
     starts: Tensor | None = None
 
@@ -81,19 +83,18 @@ def layouts(
     last_id, next_position = (None, None) if slices is None else (slices.last_id, slices.next_position)
     positions = token_positions(document_ids, last_id, next_position, length, device)
     packed = document_ids is not None and slices is None
+    row = torch.arange(length, dtype=torch.int32, device=device)
+    first_row = row - positions.int() if packed else None
     starts = _of_all_rows(document_starts, length) if packed and document_starts is not None else None
     made = {}
     for need in needs:
-        first_key = _first_keys(positions, need.window) if packed else None
-        made[need] = Layout(positions, *rotary_angles(positions, need.head_dim, need.rotary_base), first_key, starts)
+        angles = rotary_angles(positions, need.head_dim, need.rotary_base)
+        first_key = None
+        if first_row is not None:
+            limited = first_row if need.window is None else torch.maximum(first_row, row - (need.window - 1))
+            first_key = limited[:, None]
+        made[need] = Layout(positions, *angles, first_row, first_key, starts)
     return made
-
-
-def _first_keys(positions: Tensor, window: int | None) -> Tensor:
-    """The first row that each token [B, T] sees, int32 [B, 1, T]."""
-    row = torch.arange(positions.shape[1], dtype=torch.int32, device=positions.device)
-    back = positions.int() if window is None else positions.int().clamp(max=window - 1)
-    return (row - back)[:, None]
 
 
 def _of_all_rows(document_starts: Tensor, length: int) -> Tensor:

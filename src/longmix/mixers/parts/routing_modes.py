@@ -50,10 +50,10 @@ def latest(
             rows.query_labels[..., turn],
             None if own and rows.query.shape[1] == rows.key.shape[1] else rows.key_labels[..., 0],
             num_labels=clusters + 1,
-            document_ids=rows.document_ids,
             gap=int(shared),
             members=window,
             copies=copies,
+            **rows.documents(),
         )
         if own:
             assert order.hi is not None
@@ -72,7 +72,7 @@ def copied(rows: Rows) -> Rows:
     key, value = (x.repeat_interleave(copies, 1) for x in (rows.key, rows.value))
     ids = None if ids is None else ids.repeat_interleave(copies, 1)
     labels = rows.key_labels.transpose(2, 3).flatten(1, 2).unsqueeze(-1)
-    return replace(rows, key=key, value=value, document_ids=ids, key_labels=labels)
+    return replace(rows, key=key, value=value, document_ids=ids, key_labels=labels, layout=None)
 
 
 def prefix_topk(rows: Rows, clusters: int, window: int, block: int, shared: bool) -> tuple[Tensor, list[Ordering]]:
@@ -101,10 +101,11 @@ def prefix_topk(rows: Rows, clusters: int, window: int, block: int, shared: bool
     )
     parts = [attention(*tensors, **own._asdict(), return_logsumexp=True)]
     ends, turn = _finished_blocks(position, queries, block)
-    best, count = _best_of_prefixes(scores, position, ends, min(window, keys))
+    best, count = _best_of_prefixes(scores, position, ends, min(window, keys), block)
     key, value = (_take(x, best) for x in (rows.key, rows.value))
     code = torch.where((turn < 0)[:, None], ends.shape[1] * clusters, turn[:, None] * clusters + labels.mT)
-    code, query_rows = code.sort(dim=-1, stable=True)
+    code, query_rows = code.to(_narrow(ends.shape[1] * clusters)).sort(dim=-1, stable=True)
+    code = code.long()
     # Queries without a finished block come last and see an empty run at the end.
     size = F.pad(count.flatten(2), (0, 1)).repeat_interleave(code.shape[1] // count.shape[1], 1).gather(-1, code)
     lo = code * min(window, keys)
@@ -131,7 +132,7 @@ def _finished_blocks(position: Tensor, queries: int, block: int) -> tuple[Tensor
     return ends, torch.where(own >= block, turn, -1)
 
 
-def _best_of_prefixes(scores: Tensor, position: Tensor, ends: Tensor, window: int) -> tuple[Tensor, Tensor]:
+def _best_of_prefixes(scores: Tensor, position: Tensor, ends: Tensor, window: int, block: int) -> tuple[Tensor, Tensor]:
     """Rows of the best keys of each cluster up to each end within its document, and how many there are.
 
     Returns:
@@ -141,16 +142,30 @@ def _best_of_prefixes(scores: Tensor, position: Tensor, ends: Tensor, window: in
     place = torch.arange(length, device=scores.device)
     # In the first layer equal tokens have equal scores, up to rounding. Of these the earlier one is better: `topk`
     # alone would choose by how long the row is.
-    order = (scores / _ALIKE).round().argsort(dim=1, descending=True, stable=True)
+    order = (scores / _ALIKE).round().to(torch.int16).argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(1, order, place[:, None, None].expand_as(order))
-    best, counts = [], []
-    for end in ends.unbind(1):
-        start = end - position.gather(1, end.clamp(min=0)[:, None])[:, 0]
-        inside = (place >= start[:, None]) & (place <= end[:, None])
-        top = rank.masked_fill(~inside[..., None, None], length).topk(window, dim=1, largest=False)
-        best.append(top.indices.permute(0, 3, 1, 2).flatten(1, 2))
-        counts.append((top.values < length).sum(1))
-    return torch.cat(best, 1), torch.stack(counts, 2)
+    starts = ends - position.gather(1, ends.clamp(min=0))
+    inside = (place >= starts[:, :1]) & (place <= ends[:, :1])
+    ranks = rank.masked_fill(~inside[..., None, None], length).topk(window, dim=1, largest=False).values
+    every = [ranks]
+    # A later list is that of the block before it in its document and the rows of its own block.
+    goes_on = F.pad(starts[:, 1:] == starts[:, :-1], (1, 0)) & (ends >= 0)
+    back = torch.arange(block, device=scores.device)
+    for turn in range(1, ends.shape[1]):
+        rows = ends[:, turn, None] - back
+        new = rank.gather(1, rows.clamp(min=0)[..., None, None].expand(-1, -1, *rank.shape[2:]))
+        new = new.masked_fill((rows < 0)[..., None, None], length)
+        held = ranks.masked_fill(~goes_on[:, turn, None, None, None], length)
+        ranks = torch.cat((held, new), 1).topk(window, dim=1, largest=False).values
+        every.append(ranks)
+    found = torch.stack(every, 1)  # [B, G, window, Hkv, clusters]
+    best = order.gather(1, found.clamp(max=length - 1).flatten(1, 2)).view_as(found)
+    return best.permute(0, 1, 4, 2, 3).flatten(1, 3), (found < length).sum(2).permute(0, 2, 1, 3)
+
+
+def _narrow(largest: int) -> torch.dtype:
+    """The narrowest kind of integers up to `largest`: a GPU sorts these fastest."""
+    return next(kind for kind in (torch.uint8, torch.int16, torch.int64) if largest <= torch.iinfo(kind).max)
 
 
 def sequence_topk(rows: Rows, window: int, shared: bool) -> tuple[Tensor, list[Ordering]]:

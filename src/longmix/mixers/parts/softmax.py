@@ -110,6 +110,10 @@ class Rows:
             return {"lo": self.layout.first_key}
         return {"window": window, "document_ids": self.document_ids}
 
+    def documents(self) -> dict[str, Any]:
+        """The arguments with which `order_by_label` keeps documents apart."""
+        return {"document_ids": self.document_ids, "first_rows": None if self.layout is None else self.layout.first_row}
+
 
 class HeadOptions(TypedDict, total=False):
     """The settings that all softmax mixers share; see `SoftmaxAttention`."""
