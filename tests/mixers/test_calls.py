@@ -3,11 +3,13 @@
 import pytest
 import torch
 from mixer_table import CONFIGURED, MIXERS, SHAPE
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from longmix.mixers.flash import Flash
 from longmix.mixers.parts.base import Mixer
 from longmix.mixers.parts.head_decay import HeadDecay
+from longmix.mixers.parts.recurrent import RecurrentMixer
 from longmix.mixers.parts.scatterbrain_summaries import Summaries
 from longmix.model.rwkv_blocks import ChannelMix
 
@@ -137,3 +139,16 @@ def test_a_step_compiles_into_one_graph(name):
             states = [mixer(x[:, :29], state=mixer.init_state(2), document_ids=ids).state for _ in range(2)]
             found, _ = step(x[:, 29:], states[0])
             torch.testing.assert_close(found, mixer(x[:, 29:], state=states[1]).y)
+
+
+RECURRENT = [name for name, make in CALLED.items() if isinstance(make(), RecurrentMixer)]
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_recurrence_goes_on_with_documents_and_waits_for_nothing(name):
+    """Fake tensors have no values: whatever waits for one raises."""
+    mixer = CALLED[name]()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        x, ids = torch.empty(2, 29, WIDTH), torch.empty(2, 29, dtype=torch.int32)
+        output = mixer(x, state=mixer.init_state(2), document_ids=ids)
+        assert output.y.shape == x.shape and output.state is not None

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longmix.config import ModelConfig, resolved
 from longmix.errors import ConfigError
@@ -474,3 +475,23 @@ def test_presets_have_the_layers_and_heads_of_the_paper(compose_config, name, la
     assert isinstance(mixers[-1], Routing)
     assert all((mixer.local_heads, mixer.num_heads - mixer.local_heads) == (local, routed) for mixer in routing)
     assert all(mixer.clusters * mixer.window == config["seq_len"] for mixer in routing)
+
+
+class Ranked(TorchDispatchMode):
+    """Notes among how many rows the best are looked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[int] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.name == "aten::topk":
+            self.rows.append(args[0].shape[1])
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_list_of_a_prefix_is_made_of_the_one_before_and_its_block():
+    mixer = Routing(SHAPE, 0, mode="prefix_topk", window=8, block=16, clusters=3)
+    with Ranked() as ranked, torch.no_grad():
+        mixer(torch.randn(2, 256, 48))
+    assert ranked.rows == [256, *[8 + 16] * 16]

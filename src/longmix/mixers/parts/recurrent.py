@@ -15,6 +15,7 @@ from longmix.mixers.parts.metrics import Metric, RootMeanSquare
 from longmix.mixers.parts.rotary import token_positions
 from longmix.mixers.parts.state_tuning import TunedState
 from longmix.mixers.parts.states import mixer_state
+from longmix_kernels.runtime import is_readable
 
 Run = Callable[[Any, Tensor | None], tuple[Tensor, Any]]
 """An engine, given the state before each document and the document ids: output [B, T, ...] and final state."""
@@ -234,8 +235,8 @@ def over_documents(
     if ids.shape[1] == 1:
         return run(carried, None)
     first = ids == ids[:, :1]
-    # A compiled graph cannot branch on values, so it computes both cases and drops one.
-    if not torch.compiler.is_compiling() and first.all():
+    # A GPU would have to be waited for, and a compiled graph cannot branch on values: there both cases are computed.
+    if is_readable(first) and first.all():
         return run(carried, None)
     output, final = run(carried, ids)
     # An engine starts every document from one state, so rows with several documents are run from both.
