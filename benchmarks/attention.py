@@ -149,7 +149,7 @@ def save(run: Comparison, environment: results.Record, options: argparse.Namespa
 def report(path: Path, content: results.Record) -> str:
     """Write table and picture beside the JSON of a run, and return the table."""
     head = results.headline(content["environment"])
-    records = sorted(content["results"], key=_place)
+    records = sorted(content["results"], key=_order_key)
     sections = [
         f"attention on {head}",
         results.text_table(records, COLUMNS),
@@ -165,7 +165,7 @@ def report(path: Path, content: results.Record) -> str:
     return text
 
 
-def _place(record: results.Record) -> tuple[int, ...]:
+def _order_key(record: results.Record) -> tuple[int, ...]:
     ranks = PASSES.index(record["pass"]), record["length"], NAMES.index(record["provider"])
     return record["dim"], *ranks
 

@@ -55,8 +55,8 @@ def ordering_bounds(ordering: Ordering) -> tuple[torch.Tensor, torch.Tensor]:
     """`lo` and `hi` [B, H, T] of an ordering, the implied `hi` written out."""
     if ordering.hi is not None:
         return ordering.lo, ordering.hi
-    place = torch.arange(1, ordering.lo.shape[-1] + 1, dtype=torch.int32, device=ordering.lo.device)
-    return ordering.lo, place.expand_as(ordering.lo)
+    ends = torch.arange(1, ordering.lo.shape[-1] + 1, dtype=torch.int32, device=ordering.lo.device)
+    return ordering.lo, ends.expand_as(ordering.lo)
 
 
 def tile_scores(lo: torch.Tensor, hi: torch.Tensor, tile: int) -> int:

@@ -155,11 +155,11 @@ def draw(path: Path, found: dict[str, list[Finding]], records: Sequence[results.
     with drawing():
         figure, (changes, below) = new_figure(2, width=600, height=CHANGES_HEIGHT * len(records) + AROUND)
         draw_changes(changes, found)
-        places = range(len(records))
+        heights = range(len(records))
         colours = [nth_style(0 if row["causal"] else 1).light for row in records]
         errors = [3 * row["bits_error"] for row in records]
-        below.barh(places, [row["bits_below"] for row in records], xerr=errors, color=colours, ecolor=SOFT)
-        below.set_yticks(places, [row["mixer"] for row in records])
+        below.barh(heights, [row["bits_below"] for row in records], xerr=errors, color=colours, ecolor=SOFT)
+        below.set_yticks(heights, [row["mixer"] for row in records])
         below.set_ylim(len(records) - 0.5, -0.5)
         below.grid(visible=False)
         below.axvline(0.0, color=INK, linewidth=0.8)

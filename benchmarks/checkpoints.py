@@ -86,7 +86,7 @@ class Run:
         return time.perf_counter() - began
 
     def saved(self, way: str, folder: Path, options: argparse.Namespace) -> results.Record:
-        """Figures of one way of saving."""
+        """Numbers of one way of saving."""
         sharded, asynchronous = WAYS[way]
         processes = Processes(strategies.own_group())
         saver = Saver(CheckpointStore(folder / way), 1, processes, sharded=sharded, asynchronous=asynchronous)
@@ -158,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(options: argparse.Namespace, folder: Path) -> results.Record:
-    """Figures of all ways; all processes must call it."""
+    """Numbers of all ways; all processes must call it."""
     run = Run(options)
     run.step()
     records = [run.saved(way, folder, options) for way in WAYS]

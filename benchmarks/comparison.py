@@ -163,10 +163,10 @@ class Comparison:
         outcomes = timing.measure(calls, self.clock, seconds=self.seconds, limit=self.limit, announce=announce)
         for name, workload in built.items():
             outcome = outcomes.get(name) or timing.Outcome(note=notes[name])
-            place = {"provider": name, "pass": direction, "dim": shape.dim, "length": shape.length}
+            about = {"provider": name, "pass": direction, "dim": shape.dim, "length": shape.length}
             sizes = {"batch": shape.batch, "heads": shape.heads}
             sizes |= {"tokens": shape.batch * shape.length, "columns": shape.heads * shape.dim}
-            record = place | sizes | _times(outcome)
+            record = about | sizes | _times(outcome)
             if isinstance(workload, Workload):
                 parts = {column: outcomes.get(f"{name}, {column}") for column in workload.parts}
                 record |= {column: _milliseconds(part.median) for column, part in parts.items() if part}

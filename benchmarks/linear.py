@@ -48,17 +48,17 @@ def bars(device: str) -> list[results.Bar | results.FlatBar]:
     heads = f"{sizes['heads']} heads of {sizes['key_dim']}/{sizes['value_dim']}, forward + backward"
     where = {"pass": TRAINING, "heads": sizes["heads"], "key_dim": sizes["key_dim"], "dim": sizes["value_dim"]}
     if device == "cpu":
-        place, needs, where["batch"] = "CPU", {"device": "cpu", "dtype": "fp32"}, CPU_BATCH
+        machine, needs, where["batch"] = "CPU", {"device": "cpu", "dtype": "fp32"}, CPU_BATCH
     else:
-        place, needs, where["tokens"] = "H200", {"device_name": "NVIDIA H200", "dtype": "bf16"}, CUDA_TOKENS
+        machine, needs, where["tokens"] = "H200", {"device_name": "NVIDIA H200", "dtype": "bf16"}, CUDA_TOKENS
 
     def faster(name: str, length: int, rival: str, chunks: Sequence[int], least: float, more: str = "") -> results.Bar:
         rivals = tuple(f"{rival}-{chunk}" for chunk in chunks) or (rival,)
-        text = f"{place}: {name}, {heads}, T = {length}, against {rival}{more}"
+        text = f"{machine}: {name}, {heads}, T = {length}, against {rival}{more}"
         return results.Bar(text, name, rivals, rivals, where | {"length": length}, least, needs)
 
     def flat(name: str) -> results.FlatBar:
-        text = f"{place}: {name}, {heads}, time per token from T = {FLAT_LENGTHS[0]} to {FLAT_LENGTHS[-1]}"
+        text = f"{machine}: {name}, {heads}, time per token from T = {FLAT_LENGTHS[0]} to {FLAT_LENGTHS[-1]}"
         return results.FlatBar(text, name, where, FLAT_LENGTHS, 0.15, needs)
 
     if device == "cpu":

@@ -49,13 +49,13 @@ def shootout(runs: list[Record]) -> Figure:
         ("tokens_per_second", "training speed", "tokens per second"),
         ("peak_gib", "peak memory in training", "GiB"),
     ):
-        place: Any = {
+        common: Any = {
             "section": "What context costs",
             "x_label": "context length, tokens",
             "log_x": True,
             "from_zero": True,
         }
-        panels.append(Panel(key=key, title=title, y_label=label, series=series(runs, "seq_len", key), **place))
+        panels.append(Panel(key=key, title=title, y_label=label, series=series(runs, "seq_len", key), **common))
     return overview(panels, columns=2)
 
 
@@ -75,9 +75,9 @@ def needle(content: Record) -> Figure:
 def needle_map(run: Record) -> NeedleMap:
     """What one run found."""
     cells = {(cell["depth"], cell["seq_len"]): cell for cell in run["cells"]}
-    depths, lengths = (sorted({place[axis] for place in cells}) for axis in (0, 1))
+    depths, lengths = (sorted({cell[axis] for cell in cells}) for axis in (0, 1))
     accuracy, gain = (
-        [[cells[depth, length][figure] for length in lengths] for depth in depths] for figure in ("accuracy", "gain")
+        [[cells[depth, length][measure] for length in lengths] for depth in depths] for measure in ("accuracy", "gain")
     )
     return NeedleMap(lengths, depths, accuracy, gain, run["seq_len"], NEEDLES)
 

@@ -150,13 +150,13 @@ def in_order(
     records: Sequence[results.Record], families: Mapping[str, str], order: Sequence[str]
 ) -> list[results.Record]:
     """Sort by pass, length, family as in `order`, and provider."""
-    places = {name: place for place, name in enumerate(families)}
+    numbers = {name: number for number, name in enumerate(families)}
 
-    def place(record: results.Record) -> tuple[int, ...]:
+    def key(record: results.Record) -> tuple[int, ...]:
         ranks = PASSES.index(record["pass"]), record["length"], order.index(record["family"])
-        return *ranks, places.get(record["provider"], -1)
+        return *ranks, numbers.get(record["provider"], -1)
 
-    return sorted(records, key=place)
+    return sorted(records, key=key)
 
 
 @dataclass(frozen=True)

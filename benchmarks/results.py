@@ -132,7 +132,7 @@ def verdict_lines(verdicts: Sequence[Record]) -> list[str]:
 
 
 def environment(device: torch.device, dtype: str) -> Record:
-    """Everything about the machine and the code that the figures depend on."""
+    """Everything about the machine and the code that the numbers depend on."""
     return {
         "device": device.type,
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
@@ -247,7 +247,7 @@ def draw(
     with drawing():
         heading = textwrap.fill(title, 62 * len(groups))
         figure, panels = new_figure(2 * len(groups), len(groups), width=WIDTH + 60, height=HEIGHT + 20, title=heading)
-        places = iter(panels)
+        free = iter(panels)
         for key, label in rows:
             for dim, direction in groups:
                 here = [record for record in records if (record["dim"], record["pass"]) == (dim, direction)]
@@ -258,7 +258,7 @@ def draw(
                     "x_label": x_label,
                     "y_label": label,
                 }
-                axes = next(places)
+                axes = next(free)
                 words |= {"x_label": x_label, "styles": _styles(providers, ours)}
                 draw_curves(axes, curves, log_x=True, log_y=True, **words)
                 if key == speedup:
@@ -278,7 +278,7 @@ def _styles(providers: Sequence[str], ours: Collection[str]) -> list[Style]:
 
 def _curve(records: Sequence[Record], provider: str, x: str, y: str) -> Curve:
     points = sorted((r[x], r[y]) for r in records if r["provider"] == provider and r[y] is not None)
-    return [place for place, _ in points], [value for _, value in points]
+    return [x for x, _ in points], [value for _, value in points]
 
 
 def version(package: str) -> str | None:

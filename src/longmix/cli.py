@@ -22,12 +22,12 @@ from longmix.allocation import allocation_errors
 from longmix.command_line import values
 from longmix.command_line.explain import explained, misformed, wrong_sweep
 from longmix.command_line.help import help_text, version_text
-from longmix.command_line.places import without_repetition
 from longmix.command_line.program import as_called
 from longmix.command_line.register import file_name as file_name
 from longmix.command_line.register import register_types as register_types
 from longmix.command_line.register import windows as windows
 from longmix.command_line.schema import Schema, configs_folder
+from longmix.command_line.search_path import without_repetition
 from longmix.command_line.words import Word, divided, is_sweep
 from longmix.distributed.ranks import leave, own_place, process_rank
 from longmix.distributed.signals import ignore_signals

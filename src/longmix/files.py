@@ -155,13 +155,13 @@ def atomic_directory(target: Path) -> Iterator[Path]:
 def free_folder(folder: Path) -> Path:
     """Make a new folder: `folder`, or if that exists one with `_2`, `_3`, ... behind its name."""
     for number in count(1):
-        place = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
-        place.parent.mkdir(parents=True, exist_ok=True)
+        candidate = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
+        candidate.parent.mkdir(parents=True, exist_ok=True)
         try:
-            place.mkdir()
+            candidate.mkdir()
         except FileExistsError:
             continue
-        return place
+        return candidate
     raise AssertionError
 
 

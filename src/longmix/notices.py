@@ -50,9 +50,9 @@ def show_in_one_line() -> None:
     """Show longmix's own warnings without file and line; those of libraries stay as Python shows them."""
     show = warnings.showwarning
 
-    def showwarning(message: Any, category: type[Warning], *place: Any, **options: Any) -> None:
+    def showwarning(message: Any, category: type[Warning], *where: Any, **options: Any) -> None:
         if not issubclass(category, LongmixWarning):
-            show(message, category, *place, **options)
+            show(message, category, *where, **options)
         elif str(message) not in _said:
             _said.add(str(message))
             if _is_first_process():

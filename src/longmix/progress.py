@@ -160,13 +160,13 @@ class ProgressDisplay:
             TextColumn("[bold]training"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[numbers]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self.console,
         )
-        self.bar.add_task("training", total=self.total_steps, completed=self.first_step, figures="")
+        self.bar.add_task("training", total=self.total_steps, completed=self.first_step, numbers="")
         self.bar.start()
 
     @property
@@ -175,17 +175,17 @@ class ProgressDisplay:
         return self.bar is not None
 
     def advance(self, step: int, loss: float, rate: float) -> None:
-        """Move the bar by a step, with its loss and the tokens per second since the last figures."""
+        """Move the bar by a step, with its loss and the tokens per second since the last numbers."""
         if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], completed=step, figures=_figures(loss, rate))
+            self.bar.update(self.bar.task_ids[0], completed=step, numbers=_numbers(loss, rate))
 
     def show(self, step: int, metrics: Metrics) -> None:
-        """Show new training figures: in the bar, or as a line without one."""
+        """Show new training numbers: in the bar, or as a line without one."""
         if self.bar is None:
-            figures = _figures(metrics["train/loss"], metrics["throughput/tokens_per_second"])
+            numbers = _numbers(metrics["train/loss"], metrics["throughput/tokens_per_second"])
             if "train/recall" in metrics:
-                figures += f"  recall {metrics['train/recall']:.3f}"
-            self.console.print(f"step {step}/{self.total_steps}  {figures}  left {self._left(step)}", highlight=False)
+                numbers += f"  recall {metrics['train/recall']:.3f}"
+            self.console.print(f"step {step}/{self.total_steps}  {numbers}  left {self._left(step)}", highlight=False)
 
     def message(self, text: str) -> None:
         """Print a line that stays."""
@@ -202,7 +202,7 @@ class ProgressDisplay:
         return duration((time.monotonic() - self.started) / done * (self.total_steps - step))
 
 
-def _figures(loss: float, rate: float) -> str:
+def _numbers(loss: float, rate: float) -> str:
     return f"loss {loss:.3f}  {rate:,.0f} tokens/s"
 
 

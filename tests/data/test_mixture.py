@@ -55,15 +55,15 @@ class TestShares:
         alone = data.train_windows._sources
         places: dict[int, set[int]] = {0: set(), 1: set()}
         for index in range(2 * BLOCK):
-            number, own = data.train_windows.place(index)
+            number, own = data.train_windows.part_and_index(index)
             places[number].add(own)
         assert places == {0: set(range(1500)), 1: set(range(500))}
-        number, own = data.train_windows.place(1234)
+        number, own = data.train_windows.part_and_index(1234)
         np.testing.assert_array_equal(data.train_windows.sample(1234).tokens, alone[number].sample(own).tokens)
 
     def test_the_order_is_random_and_fixed_by_the_seed(self, make):
         first, again, other = (make(seed=seed).train_windows for seed in (0, 0, 1))
-        orders = [[windows.place(index)[0] for index in range(BLOCK)] for windows in (first, again, other)]
+        orders = [[windows.part_and_index(index)[0] for index in range(BLOCK)] for windows in (first, again, other)]
         assert orders[0] == orders[1] != orders[2]
         runs = sum(a != b for a, b in zip(orders[0], orders[0][1:], strict=False))
         assert 300 < runs < 450  # 375 are expected of a random order with one in four

@@ -78,7 +78,7 @@ class TestPage:
     def test_winners_by_length(self, sweep):
         page, _ = page_of(sweep)
         assert page.under("winner") == ["slow", "fast", "fast"] * 2
-        assert page.under("figure")[:3] == ["2.320 bits/byte", "1,000 tokens/s", "1.00 GiB"]
+        assert page.under("number")[:3] == ["2.320 bits/byte", "1,000 tokens/s", "1.00 GiB"]
         assert page.under("next")[:3] == ["then fast, 3.320", "then slow, 500", "then slow, 3.00"]
 
     @pytest.mark.slow
@@ -128,7 +128,7 @@ class TestPage:
             write_needles(sweep / name, [32], [0.0], [[found]])
         page, text = page_of(sweep)
         assert page.under("winner") == ["slow", "fast", "fast", "fast", "slow", "fast", "fast"]
-        assert page.under("figure")[3] == "75.0 %" and page.under("next")[3] == "then slow, 50.0 %"
+        assert page.under("number")[3] == "75.0 %" and page.under("next")[3] == "then slow, 50.0 %"
         assert page.under("next")[-1] == "not measured" and "best recall, needle<" in text
 
     @pytest.mark.slow

@@ -93,8 +93,8 @@ def window_statistics(matrix: Tensor, document_ids: Tensor | None) -> dict[str, 
 def by_distance(shares: Tensor) -> Tensor:
     """Sums of [..., T, T] along its diagonals: [..., T] by the distance i - j from 0 on."""
     length = shares.shape[-1]
-    place = torch.arange(length, device=shares.device)
-    distance = (place[:, None] - place).clamp(min=0).flatten().expand(*shares.shape[:-2], -1)
+    positions = torch.arange(length, device=shares.device)
+    distance = (positions[:, None] - positions).clamp(min=0).flatten().expand(*shares.shape[:-2], -1)
     return shares.new_zeros(shares.shape[:-1]).scatter_add_(-1, distance, shares.tril().flatten(-2))
 
 
@@ -112,10 +112,10 @@ def effective_rank(matrix: Tensor) -> Tensor:
 
 
 def _first_tokens(shares: Tensor, document_ids: Tensor | None) -> Tensor:
-    """Place of the first token of each row's document, [B, H, T, 1]."""
+    """Position of the first token of each row's document, [B, H, T, 1]."""
     batch, heads, length, _ = shares.shape
     first = torch.zeros(batch, length, dtype=torch.int64, device=shares.device)
     if document_ids is not None:
-        place = torch.arange(length, device=shares.device)
-        first = place - positions_from_document_ids(document_ids).long()
+        positions = torch.arange(length, device=shares.device)
+        first = positions - positions_from_document_ids(document_ids).long()
     return first[:, None, :, None].expand(-1, heads, -1, -1)

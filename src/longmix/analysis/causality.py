@@ -163,9 +163,9 @@ def _largest_change(
     scale = (before if scale_of is None else scale_of).square().mean().sqrt().clamp_min(torch.finfo(before.dtype).tiny)
     difference = (after[:, :count] - before[:, :count]).abs().flatten(2).amax(-1) / scale
     difference = torch.where(difference.isnan(), torch.inf, difference)
-    place = int(difference.argmax())
-    row, token = divmod(place, count)
-    return float(difference.flatten()[place]), f"row {row}, token {token + offset}"
+    index = int(difference.argmax())
+    row, token = divmod(index, count)
+    return float(difference.flatten()[index]), f"row {row}, token {token + offset}"
 
 
 def _finding(probe: str, changes: list[tuple[float, str]], kind: str) -> Finding:

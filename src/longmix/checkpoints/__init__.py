@@ -1,7 +1,7 @@
 """Checkpoints that are whole or not there, in one of two forms.
 
 A checkpoint is a folder `step-<number>`. It is filled under another name and renamed once everything is on the disk,
-so a folder of that name is complete. `info.json` (step, validation figures) holds the bytes and the SHA-256 of every
+so a folder of that name is complete. `info.json` (step, validation results) holds the bytes and the SHA-256 of every
 other file, which are verified before anything is loaded; loading one runs no code.
 
     format 1, whole      state.pt: all of the state, written by one process

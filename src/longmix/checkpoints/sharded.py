@@ -211,7 +211,7 @@ def read_metadata(checkpoint: Path | str, files: set[str]) -> Metadata:
         metadata = unpickler.load()
         if not all(isinstance(entry, TensorStorageMetadata) for entry in metadata.state_dict_metadata.values()):
             raise ValueError("an entry that is no tensor")
-        named = {place.relative_path for place in metadata.storage_data.values()}
+        named = {stored.relative_path for stored in metadata.storage_data.values()}
     if named - files:
         raise CheckpointError(
             f"{path} names {sorted(named - files)[0]}, which is not one of the files of this checkpoint. "

@@ -48,9 +48,9 @@ def without_aliases(tensors: dict[Name, Tensor]) -> tuple[dict[Name, Tensor], di
     aliases: dict[Name, Name] = {}
     for name, tensor in tensors.items():
         memory = own_part(tensor)
-        place = (memory.data_ptr(), memory.device, memory.dtype, memory.shape, memory.stride())
-        if memory.numel() and first.setdefault(place, name) != name:
-            aliases[name] = first[place]
+        where = (memory.data_ptr(), memory.device, memory.dtype, memory.shape, memory.stride())
+        if memory.numel() and first.setdefault(where, name) != name:
+            aliases[name] = first[where]
         else:
             kept[name] = tensor
     return kept, aliases
@@ -67,7 +67,7 @@ def own_part(tensor: Any) -> Tensor:
 
 
 def own_slice(tensor: Any) -> tuple[slice, ...]:
-    """The place of this process's part in the whole tensor."""
+    """Where this process's part lies in the whole tensor, a slice for each axis."""
     if not is_divided(tensor):
         return tuple(slice(0, size) for size in tensor.shape)
     (chunk,) = tensor.__create_chunk_list__()  # as torch.distributed.checkpoint asks

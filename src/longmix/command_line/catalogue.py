@@ -22,7 +22,7 @@ class Argument:
         name: as in `name=value`.
         meaning: one line.
         default: as the help shows it; "???" must be given.
-        place: may stand without its name too, in the order of the table.
+        positional: may stand without its name too, in the order of the table.
         many: takes a list.
         switch: takes true or false.
         choices: the values that are allowed; any where there are none.
@@ -32,7 +32,7 @@ class Argument:
     name: str
     meaning: str
     default: str = "null"
-    place: bool = False
+    positional: bool = False
     many: bool = False
     switch: bool = False
     choices: tuple[str, ...] = ()
@@ -96,16 +96,16 @@ class Command:
         """The text that `-h` prints."""
         width = max(len(f"{word.name}={word.default}") for word in self.words)
         lines = [f"  {f'{word.name}={word.default}':<{width}}  {word.about}" for word in self.words]
-        places = [word.name.upper() + "..." * word.many for word in self.words if word.place]
-        names = "its name" if len(places) == 1 else "their names, in this order"
-        note = f"{' '.join(places)} may stand without {names}." if places else ""
+        positional = [word.name.upper() + "..." * word.many for word in self.words if word.positional]
+        names = "its name" if len(positional) == 1 else "their names, in this order"
+        note = f"{' '.join(positional)} may stand without {names}." if positional else ""
         if self.besides:
             note = f"The words of `longmix {self.besides}` are taken too; `longmix {self.besides} -h` lists them."
         examples = ["", *(f"  {example}" for example in self.examples)] if self.examples else []
         return "\n".join([f"longmix {self.name}: {self.about}", *examples, "", "Words", *lines, "", note]).rstrip()
 
     def options(self, given: Sequence[str]) -> list[str]:
-        """The arguments for `module`: `name=value` becomes `--name value`, or its place; options stay as they are.
+        """The arguments for `module`: `name=value` becomes `--name value` or the value alone, options stay.
 
         Raises:
             ConfigError: an unknown word, or one that is missing.
@@ -113,7 +113,7 @@ class Command:
         if not self.words or self.besides:
             return list(given)
         known = {word.name: word for word in self.words}
-        places: dict[str, list[str]] = {word.name: [] for word in self.words if word.place}
+        positional: dict[str, list[str]] = {word.name: [] for word in self.words if word.positional}
         options: list[str] = []
         alone: list[str] = []
         named: list[Argument] = []
@@ -121,17 +121,17 @@ class Command:
             found = re.fullmatch(r"(\w+)=(.*)", argument, re.DOTALL)
             if found and found[1] in known and found[2] == known[found[1]].default == "null":
                 continue
-            if found and found[1] in places:
-                places[found[1]] = known[found[1]].values(found[2])
+            if found and found[1] in positional:
+                positional[found[1]] = known[found[1]].values(found[2])
             elif found and found[1] in known:
                 options += _option(known[found[1]], found[2])
                 named.append(known[found[1]])
-            elif found and not argument.startswith("-") and not any(known[name].many for name in places):
+            elif found and not argument.startswith("-") and not any(known[name].many for name in positional):
                 meant = did_you_mean(nearest(found[1], known))
                 raise ConfigError(f"unknown word {found[1]}.{meant} Words are: {', '.join(known)}.")
             else:
                 alone.append(argument)
-        placed = self._placed(places, alone)
+        placed = self._with_positional(positional, alone)
         for word in named:
             self._check_goes_with(word, placed[:1])
         return [*placed, *options]
@@ -144,24 +144,25 @@ class Command:
                 f"`longmix {self.name} -h` lists the words."
             )
 
-    def _placed(self, places: dict[str, list[str]], alone: list[str]) -> list[str]:
-        """Give values without a name to the places that no name has filled."""
+    def _with_positional(self, positional: dict[str, list[str]], alone: list[str]) -> list[str]:
+        """Give values without a name to the positional words that no name has filled."""
         if any(argument.startswith("-") for argument in alone):
-            return [*(value for values in places.values() for value in values), *alone]  # `module` explains its options
-        for name in places:
-            if not places[name]:
+            # `module` explains its options
+            return [*(value for values in positional.values() for value in values), *alone]
+        for name in positional:
+            if not positional[name]:
                 count = len(alone) if self._word(name).many else 1
-                places[name], alone = alone[:count], alone[count:]
-                for value in places[name]:
+                positional[name], alone = alone[:count], alone[count:]
+                for value in positional[name]:
                     self._word(name).check(value)
-        missing = [name for name, values in places.items() if not values and self._word(name).default == "???"]
+        missing = [name for name, values in positional.items() if not values and self._word(name).default == "???"]
         if missing:
             raise ConfigError(
                 f"no value was given for: {', '.join(missing)}. `longmix {self.name} -h` lists the words."
             )
         if alone:
             raise ConfigError(f"{alone[0]} is a word too many. `longmix {self.name} -h` lists the words.")
-        return [value for values in places.values() for value in values]
+        return [value for values in positional.values() for value in values]
 
     def _word(self, name: str) -> Argument:
         return next(word for word in self.words if word.name == name)
@@ -195,7 +196,7 @@ _COMMANDS = (
         "runs side by side, as a table, one HTML page, pictures and data",
         module="longmix.reporting.__main__",
         words=(
-            Argument("folders", "folders of sweeps or runs; searched through", "???", place=True, many=True),
+            Argument("folders", "folders of sweeps or runs; searched through", "???", positional=True, many=True),
             Argument("output", "where the files go; null takes the first folder"),
         ),
         examples=("longmix report runs", "longmix report multirun/DATE runs/NAME output=compared"),
@@ -221,8 +222,8 @@ _COMMANDS = (
         module="longmix.interop.huggingface.__main__",
         adds=("export",),
         words=(
-            Argument("checkpoint", _CHECKPOINT, "???", place=True),
-            Argument("folder", "to write", "???", place=True),
+            Argument("checkpoint", _CHECKPOINT, "???", positional=True),
+            Argument("folder", "to write", "???", positional=True),
             Argument("as", "the format; llama needs no longmix to run", "auto", choices=("auto", "llama", "longmix")),
             Argument("dtype", "of the weights", "float32"),
             Argument("force", "replace the folder if it is there", "false", switch=True),
@@ -235,8 +236,8 @@ _COMMANDS = (
         module="longmix.interop.huggingface.__main__",
         adds=("import",),
         words=(
-            Argument("folder", "with config.json, safetensors and tokenizer.json", "???", place=True),
-            Argument("checkpoint", "folder to write the checkpoint to", "???", place=True),
+            Argument("folder", "with config.json, safetensors and tokenizer.json", "???", positional=True),
+            Argument("checkpoint", "folder to write the checkpoint to", "???", positional=True),
             Argument("separator", "the token that starts each document; null: the one that begins a text"),
             Argument("missing_bytes", "what happens to characters that the tokenizer has no tokens for; null: refuse"),
         ),
@@ -248,8 +249,8 @@ _COMMANDS = (
         module="longmix.checkpoints.__main__",
         adds=("consolidate",),
         words=(
-            Argument("checkpoint", f"{_CHECKPOINT}; of a run its newest one", "???", place=True),
-            Argument("output", "folder to make; null: the checkpoint's name with -whole", place=True),
+            Argument("checkpoint", f"{_CHECKPOINT}; of a run its newest one", "???", positional=True),
+            Argument("output", "folder to make; null: the checkpoint's name with -whole", positional=True),
         ),
         examples=("longmix consolidate runs/NAME",),
     ),
@@ -264,7 +265,7 @@ _COMMANDS = (
         "compile the GPU kernels without a GPU: registers, memory, faults",
         module="longmix_kernels.report",
         words=(
-            Argument("engine", "null: all", place=True, choices=("attention", "linear", "delta", "scatter")),
+            Argument("engine", "null: all", positional=True, choices=("attention", "linear", "delta", "scatter")),
             Argument(
                 "arch",
                 "architectures, as sm_80 is 80",

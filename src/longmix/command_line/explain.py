@@ -36,9 +36,9 @@ def misformed(schema: Schema, words: Sequence[Word], sweep: bool) -> str | None:
     for word in words:
         if any("\ud800" <= character <= "\udfff" for character in word.given):
             return f"{shown(word.given)} is not valid UTF-8."
-    for place, word in enumerate(words):
+    for index, word in enumerate(words):
         if word.stands_alone:
-            return _alone(schema, words, place)
+            return _alone(schema, words, index)
         if word.sign and not word.name:
             return f"{shown(word.given)} has no name behind {word.sign}."
         if not word.name:
@@ -64,15 +64,15 @@ def _problems(schema: Schema, words: list[Word], sweep: bool, error: BaseExcepti
                 yield f"{shown(word.given)}: {_cleaned(error)}"
 
 
-def _alone(schema: Schema, words: Sequence[Word], place: int) -> str:
+def _alone(schema: Schema, words: Sequence[Word], index: int) -> str:
     """The message for a word without "=": a forgotten sign, a text that the shell cut, or a choice without group."""
-    word = words[place]
+    word = words[index]
     called = program(schema.command)
-    before = words[place - 1] if place else None
+    before = words[index - 1] if index else None
     takes = schema.words.get(before.name) if before and before.value is not None else None
     if before and takes and takes.text and not schema.is_group(word.given):
         run = [before.given]
-        for later in words[place:]:
+        for later in words[index:]:
             if not later.stands_alone:
                 break
             run.append(later.given)
@@ -80,7 +80,7 @@ def _alone(schema: Schema, words: Sequence[Word], place: int) -> str:
             f"{shown(word.given)} stands alone. The shell divides at blanks; quote the word: {quoted(' '.join(run))}."
         )
     if word.given in schema.words or schema.is_group(word.given):
-        following = words[place + 1].given if place + 1 < len(words) else ""
+        following = words[index + 1].given if index + 1 < len(words) else ""
         value = following if following and "=" not in following else "VALUE"
         return f"{shown(word.given)} has no value; write {quoted(f'{word.given}={value}')}."
     chosen = [f"{group}={word.given}" for group in schema.groups if word.given in schema.choices(group)]

@@ -53,7 +53,7 @@ def _file_page(schema: Schema, group: str, choice: str) -> str:
     if choice not in schema.choices(group):
         return f"{group}={choice} is Hydra's own: the runs take place one after the other in this process.\n"
     rows = [line for line in _text(schema, group, choice).splitlines() if not line.startswith("# @package")]
-    scope = "words of the top" if group == "experiment" else f"{_place(schema, group, choice)}.SETTING=VALUE"
+    scope = "words of the top" if group == "experiment" else f"{_key_of(schema, group, choice)}.SETTING=VALUE"
     return f"{group}={choice} ({scope})\n" + textwrap.indent("\n".join(rows), "  ") + "\n"
 
 
@@ -71,13 +71,13 @@ def _settings(schema: Schema, name: str) -> Iterator[str]:
     """The lines about a setting in the file of every choice that has it."""
     for group in (*schema.groups, *SWEEP_GROUPS):
         for choice in schema.choices(group) if group != "experiment" else ():
-            places = [_place(schema, group, choice)]
+            keys = [_key_of(schema, group, choice)]
             if group == "mixer":
-                places.append(f"mixer.{choice}")  # a member of a pattern
-            for place in places:
-                if not name.startswith(f"{place}."):
+                keys.append(f"mixer.{choice}")  # a member of a pattern
+            for key in keys:
+                if not name.startswith(f"{key}."):
                     continue
-                lines = _lines_of(_text(schema, group, choice), name[len(place) + 1 :].split("."))
+                lines = _lines_of(_text(schema, group, choice), name[len(key) + 1 :].split("."))
                 if lines:
                     yield f"{group}={choice} ({name}=VALUE)\n" + textwrap.indent("\n".join(lines), "  ") + "\n"
 
@@ -119,7 +119,7 @@ def _composed_page(schema: Schema, name: str) -> str:
     return "  " + shlex.quote(printable(f"{name}={written(node)}" if node is None else f"{name}={node}"))
 
 
-def _place(schema: Schema, group: str, choice: str) -> str:
+def _key_of(schema: Schema, group: str, choice: str) -> str:
     """The key under which a choice's settings stand in the configuration."""
     package = re.match(r"# @package (\S+)", _text(schema, group, choice))
     return package[1] if package else group.replace("/", ".")

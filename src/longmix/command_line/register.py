@@ -26,7 +26,7 @@ def register_types() -> None:
     naming.register()
     OmegaConf.register_new_resolver("windows", windows, replace=True)
     Plugins.instance().register(MixerPatternSource)
-    Plugins.instance().register(MixerPatternPlace)
+    Plugins.instance().register(MixerPatternEntry)
 
 
 def file_name(text: str) -> str:
@@ -53,7 +53,7 @@ class MixerPatternSource(ConfigSource):
 
     @staticmethod
     def scheme() -> str:
-        """The scheme of its place in Hydra's search path."""
+        """The scheme of its entry in Hydra's search path."""
         return "mixer-pattern"
 
     def load_config(self, config_path: str) -> ConfigResult:
@@ -84,11 +84,11 @@ class MixerPatternSource(ConfigSource):
         return []
 
 
-class MixerPatternPlace(SearchPathPlugin):
+class MixerPatternEntry(SearchPathPlugin):
     """Adds patterns of mixers to every command, whatever else `hydra.searchpath` names."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Add the place of patterns."""
+        """Add the entry of patterns."""
         search_path.append("longmix", f"{MixerPatternSource.scheme()}://mixer")
 
 

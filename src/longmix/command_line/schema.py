@@ -12,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from longmix.command_line import values
-from longmix.command_line.places import SEARCH_PATH, folder_of, search_places
+from longmix.command_line.search_path import SEARCH_PATH, folder_of, search_entries
 from longmix.command_line.values import Takes
 from longmix.command_line.words import Word
 from longmix.config import EvaluateConfig, GenerateConfig, PrepareConfig, TrainConfig, locate, settings, words_of
@@ -42,7 +42,7 @@ class Schema:
 
     Attributes:
         folders: where choices are looked for: `configs`, and the folders of `--config-dir` and `hydra.searchpath`.
-        searchpath: places that the command line adds, as Hydra reads them.
+        searchpath: entries that the command line adds, as Hydra reads them.
     """
 
     def __init__(self, command: str, configs: Path, own: dict[str, Takes] | None = None) -> None:
@@ -84,13 +84,13 @@ class Schema:
         Raises:
             ConfigError: one of them is not there.
         """
-        places = search_places(arguments, self.folders)
-        for name, place in places:
-            folder = folder_of(place)
+        entries = search_entries(arguments, self.folders)
+        for name, entry in entries:
+            folder = folder_of(entry)
             if folder is not None and not folder.is_dir():
-                raise ConfigError(f"{name}: there is no folder {printable(place)}.")
+                raise ConfigError(f"{name}: there is no folder {printable(entry)}.")
             self.folders += [folder] if folder else []
-        self.searchpath = [place for _, place in places]
+        self.searchpath = [entry for _, entry in entries]
 
     def takes_several(self, group: str) -> bool:
         """Whether a group may be a list of choices."""
@@ -128,8 +128,8 @@ class Schema:
         """
         chosen = [_choice(word) for word in words if self._shapes(word)]
         if self.searchpath:
-            places = [place if "://" in place else str(Path(place).absolute()) for place in self.searchpath]
-            chosen.append(f"{SEARCH_PATH}=[{','.join(map(values.in_quotes, places))}]")
+            entries = [entry if "://" in entry else str(Path(entry).absolute()) for entry in self.searchpath]
+            chosen.append(f"{SEARCH_PATH}=[{','.join(map(values.in_quotes, entries))}]")
         return _composed(self.command, self.configs, tuple(chosen))
 
     def _shapes(self, word: Word) -> bool:

@@ -63,7 +63,7 @@ def _unknown(schema: Schema, node: dict[str, Any], word: Word) -> str:
         if not isinstance(parent, dict) or part not in parent:
             break
         parent, depth = parent[part], depth + 1
-    place = ".".join(parents[:depth])
+    known = ".".join(parents[:depth])
     group = parents[0] if parents else ""
     if group in schema.all_groups and group not in schema.groups:
         return foreign(schema, word)
@@ -78,22 +78,22 @@ def _unknown(schema: Schema, node: dict[str, Any], word: Word) -> str:
             return f"{shown(word.name)} is a setting of {_as_choices(group, having)}; add {such}."
     keys = [key for key in parent if key != "_target_"] if isinstance(parent, dict) else []
     wanted = parents[depth] if depth < len(parents) else leaf
-    if not place:
+    if not known:
         keys = [key for key in keys if key != "hydra"]
         keys += [name for name in schema.groups if name not in keys]
     meant = nearest(wanted, keys)
-    guess = f"{place}.{meant}" if place and meant else meant
+    guess = f"{known}.{meant}" if known and meant else meant
     if guess and depth < len(parents):
         guess = ".".join([guess, *parents[depth + 1 :], leaf])
-        guess = guess if _exists(node, guess) else f"{place}.{meant}" if place else meant
+        guess = guess if _exists(node, guess) else f"{known}.{meant}" if known else meant
     if not guess and group in schema.groups and depth == 1:
         meant = nearest(wanted, _settings_of_choices(schema, group))
         guess = f"{group}.{meant}" if meant else ""
     if not guess:
         guess = _by_leaf(node, leaf)
-    where = f"Settings of {place} are" if place else "Words are"
-    if place and not keys:
-        return f"unknown word {shown(word.name)}: {place} has no settings of its own."
+    where = f"Settings of {known} are" if known else "Words are"
+    if known and not keys:
+        return f"unknown word {shown(word.name)}: {known} has no settings of its own."
     return f"unknown word {shown(word.name)}.{did_you_mean(guess)} {where}: {', '.join(keys)}."
 
 

@@ -181,13 +181,13 @@ def quoted_by(value: str) -> str:
 
 def _end_of_quote(value: str, start: int) -> int:
     """The position behind the quoted part that opens at `start`; 0 if it never closes."""
-    place = start + 1
-    while place < len(value):
-        if value[place] == "\\":
-            place += 1
-        elif value[place] == value[start]:
-            return place + 1
-        place += 1
+    index = start + 1
+    while index < len(value):
+        if value[index] == "\\":
+            index += 1
+        elif value[index] == value[start]:
+            return index + 1
+        index += 1
     return 0
 
 
@@ -196,10 +196,10 @@ def is_list(value: str) -> bool:
     if not (value.startswith("[") and value.endswith("]")):
         return False
     depth = 0
-    for place, character in enumerate(value):
+    for index, character in enumerate(value):
         depth += {"[": 1, "]": -1}.get(character, 0)
         if depth == 0:
-            return place == len(value) - 1
+            return index == len(value) - 1
     return True
 
 
@@ -216,14 +216,14 @@ def split(value: str) -> list[str]:
     """
     parts = [""]
     closing: list[str] = []
-    place = 0
-    while place < len(value):
-        character = value[place]
-        if character in "'\"" and not parts[-1].strip() and (end := _end_of_quote(value, place)):
-            parts[-1] += value[place:end]
-            place = end
+    index = 0
+    while index < len(value):
+        character = value[index]
+        if character in "'\"" and not parts[-1].strip() and (end := _end_of_quote(value, index)):
+            parts[-1] += value[index:end]
+            index = end
             continue
-        if character in "[{(" and _closes(value, place):
+        if character in "[{(" and _closes(value, index):
             closing.append({"[": "]", "{": "}", "(": ")"}[character])
         elif closing and character == closing[-1]:
             closing.pop()
@@ -231,7 +231,7 @@ def split(value: str) -> list[str]:
             parts.append("")
         else:
             parts[-1] += character
-        place += 1
+        index += 1
     return parts
 
 

@@ -74,15 +74,15 @@ class MixedWindows:
 
     def sample(self, global_index: int) -> Window:
         """The window at a running index that goes through the epochs one after the other."""
-        number, index = self.place(global_index)
+        number, index = self.part_and_index(global_index)
         return self._sources[number].sample(index)
 
-    def place(self, global_index: int) -> tuple[int, int]:
+    def part_and_index(self, global_index: int) -> tuple[int, int]:
         """The number of the corpus that a window comes from, and the window's running index there."""
-        block, place = divmod(global_index, BLOCK)
+        block, within = divmod(global_index, BLOCK)
         if self._order[0] != block:
             self._order = block, permutation(BLOCK, self._seed, STREAM + block)
-        drawn = int(self._order[1][place])
+        drawn = int(self._order[1][within])
         number = bisect_right(self._ends, drawn)
         start = self._ends[number - 1] if number else 0
         return number, block * (self._ends[number] - start) + drawn - start
@@ -100,9 +100,9 @@ class MixedEvaluation:
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def __getitem__(self, place: int) -> Window:
-        number = bisect_right(self._ends, place)
-        return self._parts[number][place - (self._ends[number - 1] if number else 0)]
+    def __getitem__(self, index: int) -> Window:
+        number = bisect_right(self._ends, index)
+        return self._parts[number][index - (self._ends[number - 1] if number else 0)]
 
 
 class MixtureData(TextData):
@@ -163,8 +163,8 @@ class MixtureData(TextData):
     def fingerprint(self) -> dict[str, Any]:
         """What fixes the batch of every step, JSON-able."""
         keys = [order_key(token_file) for token_file in self.token_files("train")]
-        place = {"seq_len": self.seq_len, "batch_size": self.batch_size, "seed": self.seed}
-        return {"train_keys": dict(zip(self.corpora, keys, strict=True)), "shares": self.counts, **place}
+        sizes = {"seq_len": self.seq_len, "batch_size": self.batch_size, "seed": self.seed}
+        return {"train_keys": dict(zip(self.corpora, keys, strict=True)), "shares": self.counts, **sizes}
 
     def content(self, split: str) -> dict[str, Any]:
         """What fixes the tokens of a split, JSON-able."""

@@ -57,8 +57,8 @@ def prepare_splits(config: DictConfig, invocation: Invocation | None = None) -> 
     for split in splits:
         for corpus, token_file in zip(data.part_names, data.token_files(split), strict=True):
             counts = {name: token_file.manifest[name] for name in ("documents", "tokens", "bytes")}
-            place = {"shards": len(token_file.shards), "folder": str(token_file.folder)}
-            files.append({"corpus": corpus, "split": split, **counts, **place})
+            stored = {"shards": len(token_file.shards), "folder": str(token_file.folder)}
+            files.append({"corpus": corpus, "split": split, **counts, **stored})
     _print(files, time.monotonic() - began)
     if {"train", "validation"} <= {file["split"] for file in files} or own.splits is not None:
         _print_uses(Path(files[0]["folder"]).parent, invocation)

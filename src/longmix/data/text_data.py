@@ -135,7 +135,7 @@ class TextData(TrainingData):
                         f"seq_len={self.seq_len} is longer than {subject}. Take at most that, or train on more text."
                     )
                 logger.warning(
-                    "seq_len=%d is longer than %s: its one window is not filled, so that the figures of this "
+                    "seq_len=%d is longer than %s: its one window is not filled, so that the results of this "
                     "validation are those of a shorter context",
                     *(self.seq_len, subject),
                 )

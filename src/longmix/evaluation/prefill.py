@@ -44,7 +44,7 @@ def text_of(subject: Subject, task: str) -> TokenFile:
 
 
 def pieces_of_hidden(subject: Subject, tokens: Tensor) -> Iterator[Tensor]:
-    """Hidden vectors at each place of some rows, piece by piece, without gradients. Each row is one document.
+    """Hidden vectors at each position of some rows, piece by piece, without gradients. Each row is one document.
 
     Rows of more than `TOKENS_AT_ONCE` tokens together pass in pieces, with the model's state between them, so that
     nothing but the state grows with their length.
@@ -54,7 +54,7 @@ def pieces_of_hidden(subject: Subject, tokens: Tensor) -> Iterator[Tensor]:
         tokens: int64 [B, T], on the model's device.
 
     Yields:
-        [B, t, D], one after the other until all T places are there; `LanguageModel.logits` turns it into scores.
+        [B, t, D], one after the other until all T positions are there; `LanguageModel.logits` turns it into scores.
     """
     model, rows = subject.model, len(tokens)
     whole = tokens.numel() <= TOKENS_AT_ONCE
@@ -67,7 +67,7 @@ def pieces_of_hidden(subject: Subject, tokens: Tensor) -> Iterator[Tensor]:
 
 
 def last_hidden(subject: Subject, tokens: Tensor, count: int) -> Tensor:
-    """The last `count` places of `pieces_of_hidden`, [B, count, D]."""
+    """The last `count` positions of `pieces_of_hidden`, [B, count, D]."""
     left, kept = tokens.shape[1], []
     for hidden in pieces_of_hidden(subject, tokens):
         left -= hidden.shape[1]

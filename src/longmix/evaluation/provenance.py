@@ -86,9 +86,9 @@ def file_name(task: str, facts: dict[str, Any]) -> str:
         key: facts.get(key) for key in ("weights", "precision", "device", "data_fingerprint", "tokenizer", "split")
     }
     states = facts["states"] and facts["states"]["sha256"]
-    place = [_short(str(facts["corpus"])), facts["split"]] if facts.get("corpus") else []
+    data = [_short(str(facts["corpus"])), facts["split"]] if facts.get("corpus") else []
     mark = sha256_of_json([task, fixed, states, facts["settings"]])[:DIGEST_LETTERS]
-    return "_".join([task, *place, f"step{facts['step']}", mark])
+    return "_".join([task, *data, f"step{facts['step']}", mark])
 
 
 def _short(label: str) -> str:

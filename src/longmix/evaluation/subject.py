@@ -142,8 +142,8 @@ class Subject:
 
     def heading(self) -> dict[str, Any]:
         """The heading of a report: its model and split."""
-        place = {"split": self.split, "step": self.step, "trained_seq_len": self.trained_seq_len}
-        return place | {"precision": self.restored.precision}
+        facts = {"split": self.split, "step": self.step, "trained_seq_len": self.trained_seq_len}
+        return facts | {"precision": self.restored.precision}
 
     def save(
         self,
@@ -160,7 +160,7 @@ class Subject:
 
         Args:
             task: the name begins with it.
-            report: figures.
+            report: results.
             figure: to draw.
             settings: of the task, and the words that it went by.
             of_data: the task has read the split.

@@ -50,10 +50,10 @@ class Sampling:
             best = scores.topk(self.top_k, -1)
             scores = torch.full_like(scores, -torch.inf).scatter(-1, best.indices, best.values)
         if self.top_p < 1:
-            ordered, places = scores.sort(-1, descending=True)
+            ordered, indices = scores.sort(-1, descending=True)
             ordered = ordered.softmax(-1)
             enough = ordered.cumsum(-1) - ordered >= self.top_p
-            scores = scores.masked_fill(torch.zeros_like(enough).scatter(-1, places, enough), -torch.inf)
+            scores = scores.masked_fill(torch.zeros_like(enough).scatter(-1, indices, enough), -torch.inf)
         probabilities = scores.softmax(-1)
         if self.min_p > 0:
             least = self.min_p * probabilities.amax(-1, keepdim=True)

@@ -194,12 +194,12 @@ def _check_tensor(found: Tensor, like: Any, batch: int) -> None:
         raise ValueError(f"it holds a tensor of shape {list(found.shape)} that is no state of this model")
 
 
-def _by_name(nested: Any, place: str = "") -> dict[str, Any]:
+def _by_name(nested: Any, path: str = "") -> dict[str, Any]:
     """The leaves by name of a state as files of format 2 hold it: lists, and the fields of objects by name."""
     if isinstance(nested, list):
-        parts = [_by_name(part, f"{place}[{number}]") for number, part in enumerate(nested)]
+        parts = [_by_name(part, f"{path}[{number}]") for number, part in enumerate(nested)]
     elif isinstance(nested, dict):
-        parts = [_by_name(part, f"{place}.{name}") for name, part in nested["fields"].items()]
+        parts = [_by_name(part, f"{path}.{name}") for name, part in nested["fields"].items()]
     else:
-        return {place: nested}
+        return {path: nested}
     return {name: leaf for part in parts for name, leaf in part.items()}

@@ -62,7 +62,7 @@ class Row:
 
     def _meets_stop(self) -> bool:
         """Whether the text held back contains a stop; if so, the row ends before it."""
-        found = [place for place in map(self._held.find, self.stop) if place >= 0]
+        found = [index for index in map(self._held.find, self.stop) if index >= 0]
         if found:
             self.ended, self._held = True, self._held[: min(found)]
         return self.ended

@@ -97,8 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = find_runs(options.folders)
         _print(found, console)
         if not found.runs:
-            places = ", ".join(map(str, options.folders))
-            raise DataError(f"no finished run at or below {places}: none has a summary.json that can be read.")
+            searched = ", ".join(map(str, options.folders))
+            raise DataError(f"no finished run at or below {searched}: none has a summary.json that can be read.")
         for path in write_report(found, options.output or options.folders[0]):
             _line(console, f"wrote {path}")
     except LongmixError as error:
@@ -114,7 +114,7 @@ def _print(found: Found, console: Console) -> None:
         for note in notes:
             _line(console, note)
     for run in found.unfinished:
-        _line(console, f"not finished: {run.folder}: {run.figures}")
+        _line(console, f"not finished: {run.folder}: {run.progress}")
     for path, reason in found.damaged:
         _line(console, f"damaged, left out: {path}: {reason}")
 

@@ -53,8 +53,8 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
             groups[-1] += last
     found = [0.0] * len(wanted)
     for group in groups:
-        for rank, index in enumerate(group):
-            found[index] = first_place(group) + gap * rank
+        for number, index in enumerate(group):
+            found[index] = first_place(group) + gap * number
     return found
 
 
@@ -78,7 +78,7 @@ def overlap(one: Box, other: Box) -> bool:
 
 
 def free_box(
-    place: Point, size: Point, clear: float, inside: Box, taken: list[Box], strokes: list[tuple[Point, Point]]
+    point: Point, size: Point, clear: float, inside: Box, taken: list[Box], strokes: list[tuple[Point, Point]]
 ) -> Box:
     """The box of a name nearest to its point that touches no taken box and no stroke.
 
@@ -90,7 +90,7 @@ def free_box(
     corners = [(side * across, up * along * far) for far in range(1, 7) for up in (1, -1) for side in (1, -1, 0)]
     boxes = []
     for right, up in (*beside, *corners):
-        x, y = min(max(place[0] + right, inside[0] + width / 2), inside[2] - width / 2), place[1] + up
+        x, y = min(max(point[0] + right, inside[0] + width / 2), inside[2] - width / 2), point[1] + up
         box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
         fits = box[1] >= inside[1] and box[3] <= inside[3]
         if fits and not any(overlap(box, b) for b in taken) and not any(crosses(box, *stroke) for stroke in strokes):

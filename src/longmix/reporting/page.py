@@ -1,6 +1,6 @@
 """`report.html`: one file that needs no other and no network, to be read at a glance.
 
-What won and what it cost stands first, then whether the comparison is fair, then the panels, then every figure. All of
+What won and what it cost stands first, then whether the comparison is fair, then the panels, then every number. All of
 it is built of elements that escape by themselves (`longmix.reporting.markup`).
 """
 
@@ -107,10 +107,10 @@ def _needles(runs: list[Run], colours: dict[str, int]) -> Markup:
 
 
 def _left_out(found: Found) -> Markup:
-    """Runs that are not finished, with their last figures, and files that cannot be read, with the reason."""
+    """Runs that are not finished, with their last results, and files that cannot be read, with the reason."""
     parts = []
     if found.unfinished:
-        items = [tag("li", tag("code", str(run.folder)), f": {run.figures}") for run in found.unfinished]
+        items = [tag("li", tag("code", str(run.folder)), f": {run.progress}") for run in found.unfinished]
         parts += [tag("h2", f"Not finished: {_count(len(items), 'run')}"), tag("ul", joined(items), class_="missing")]
     if found.damaged:
         items = [tag("li", tag("code", str(path)), f": {reason}") for path, reason in found.damaged]
@@ -124,11 +124,11 @@ def _missing(runs: list[Run], folder: Path) -> Markup:
     unaudited = [run for run in runs if run.evaluations.causal is None]
     if unaudited:
         words = "Not every run was audited for causality"
-        gaps.append((words, f"python evaluate.py checkpoint={_place(unaudited, runs, folder)} task=causality"))
+        gaps.append((words, f"python evaluate.py checkpoint={_checkpoint(unaudited, runs, folder)} task=causality"))
     unasked = [run for run in runs if not run.evaluations.recall]
     if unasked:
         words = "Not every run was asked what it recalls (task=accuracy for synthetic data)"
-        gaps.append((words, f"python evaluate.py checkpoint={_place(unasked, runs, folder)} task=needle"))
+        gaps.append((words, f"python evaluate.py checkpoint={_checkpoint(unasked, runs, folder)} task=needle"))
     if len(by_length(runs)) < 2:
         gaps.append(("What context costs takes runs of several lengths", "python train.py -m ... seq_len=2048,8192"))
     if not gaps:
@@ -137,7 +137,7 @@ def _missing(runs: list[Run], folder: Path) -> Markup:
     return joined([tag("h2", "Not here"), tag("ul", joined(items), class_="missing")])
 
 
-def _place(lacking: list[Run], runs: list[Run], folder: Path) -> str:
+def _checkpoint(lacking: list[Run], runs: list[Run], folder: Path) -> str:
     """The path of the one run that lacks something, or of the folder of all, quoted for a shell."""
     return shlex.quote(str(lacking[0].folder if len(lacking) == 1 else _common(runs, folder)))
 

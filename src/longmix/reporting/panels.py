@@ -220,7 +220,7 @@ def _costs(runs: list[Run]) -> list[Panel]:
             means = {}
             for length, group in by_length(runs).items():
                 known = [value(run) for run in group if run.summary["mixer"] == mixer]
-                values = [figure for figure in known if figure is not None]
+                values = [value for value in known if value is not None]
                 if values:
                     means[float(length)] = sum(values) / len(values)
             if means:

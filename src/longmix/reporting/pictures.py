@@ -100,9 +100,9 @@ def overview(panels: Sequence[Panel], columns: int = COLUMNS) -> Figure:
     across = max(balanced(len(panels), columns)) * WIDTH
     rows = -(-len(styles) // legend_columns(styles, across))
     footer = LEGEND_ROW * rows + 6 if len(styles) > 1 and len(panels) > 1 else 0
-    figure, places = new_figure(len(panels), columns, height=_height(panels), footer=footer)
-    for place, panel in zip(places, panels, strict=True):
-        draw_panel(place, panel, {}, title=f"{panel.section}\n{panel.title}")
+    figure, panel_axes = new_figure(len(panels), columns, height=_height(panels), footer=footer)
+    for axes, panel in zip(panel_axes, panels, strict=True):
+        draw_panel(axes, panel, {}, title=f"{panel.section}\n{panel.title}")
     if footer:
         draw_legend(figure.subfigs[-1], styles, across)
     return figure
@@ -114,8 +114,8 @@ def draw_panel(axes: Axes, panel: Panel, colours: dict[str, int], title: str = "
     marks = [mark_id(colours.get(series.mixer, 0), index) for index, series in enumerate(panel.series)]
     names = [series.name for series in panel.series]
     counted = [  # equal names get a number, so that no line is lost
-        f"{name} ({names[:place].count(name) + 1})" if names.count(name) > 1 else name
-        for place, name in enumerate(names)
+        f"{name} ({names[:index].count(name) + 1})" if names.count(name) > 1 else name
+        for index, name in enumerate(names)
     ]
     lines = draw_curves(
         axes,
@@ -145,9 +145,9 @@ def _told(panel: Panel, line: Line2D, name: str) -> list[str]:
 
 def _draw_points(axes: Axes, lines: list[Line2D], names: list[str], best: str | None) -> None:
     """Points with their names beside them, the best ones joined: no run is both faster and better than those."""
-    places = [tuple(np.asarray(line.get_xydata())[-1].tolist()) for line in lines]
+    points = [tuple(np.asarray(line.get_xydata())[-1].tolist()) for line in lines]
     sign = 1 if best == "high" else -1
-    front = sorted(p for p in places if not any(o[0] > p[0] and sign * o[1] > sign * p[1] for o in places))
+    front = sorted(p for p in points if not any(o[0] > p[0] and sign * o[1] > sign * p[1] for o in points))
     joined = None
     if best and len(front) > 1:
         (joined,) = axes.plot(*zip(*front, strict=True), color=SOFT, linestyle=(0, (2, 4)), linewidth=1, clip_on=False)
@@ -175,8 +175,8 @@ def needles_picture(maps: Sequence[tuple[str, NeedleMap]]) -> Figure:
     """Maps by name side by side."""
     height = max(_map_height(needles) for _, needles in maps)
     figure, axes = new_figure(len(maps), COLUMNS, width=MAP_WIDTH, height=height)
-    for place, (name, needles) in zip(axes, maps, strict=True):
-        _draw_map(place, needles, f"{name}: share of {needles.needles} found")
+    for own, (name, needles) in zip(axes, maps, strict=True):
+        _draw_map(own, needles, f"{name}: share of {needles.needles} found")
     return figure
 
 

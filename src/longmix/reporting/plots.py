@@ -266,35 +266,35 @@ def draw_cells(
     x_label: str = "",
     y_label: str = "",
 ) -> None:
-    """Figures [rows, columns] as coloured cells, the first row at the top, with text in each that can be read there.
+    """Numbers [rows, columns] as coloured cells, the first row at the top, with text in each that can be read there.
 
     Args:
         axes: where to draw.
-        grid: the figures.
+        grid: the numbers.
         columns, rows: their names.
-        limits: which figures the first and the last colour stand for.
+        limits: which numbers the first and the last colour stand for.
         colours: name of a colour map that people who see few hues can read, such as viridis or RdBu.
-        words: the texts, as the figures are laid out.
+        words: the texts, as the numbers are laid out.
         title, x_label, y_label: texts.
     """
     mesh = axes.pcolormesh(grid, vmin=limits[0], vmax=limits[1], cmap=colours, edgecolors=PAPER, linewidth=1.5)
     mesh.set_clip_on(False)
-    for (row, column), figure in np.ndenumerate(grid):
-        red, green, blue, _ = mesh.cmap(mesh.norm(figure))
+    for (row, column), number in np.ndenumerate(grid):
+        red, green, blue, _ = mesh.cmap(mesh.norm(number))
         dark = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 >= LIGHT_CELL**2
-        place: dict[str, Any] = {
+        text: dict[str, Any] = {
             "ha": "center",
             "va": "center",
             "fontsize": 10.5,
             "color": "#111111" if dark else "#ffffff",
         }
-        axes.text(column + 0.5, row + 0.5, words[row][column], **place)
+        axes.text(column + 0.5, row + 0.5, words[row][column], **text)
     axes.invert_yaxis()
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    axes.set_xticks([place + 0.5 for place in range(len(columns))], [_lines(name) for name in columns])
-    axes.set_yticks([place + 0.5 for place in range(len(rows))], [plain(short(name)) for name in rows])
+    axes.set_xticks([index + 0.5 for index in range(len(columns))], [_lines(name) for name in columns])
+    axes.set_yticks([index + 0.5 for index in range(len(rows))], [plain(short(name)) for name in rows])
     set_title(axes, title)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
@@ -311,15 +311,15 @@ def draw_needles(
     colours: str = "viridis",
     trained_seq_len: int,
 ) -> None:
-    """Figures [depths, lengths] of needles; a line divides lengths trained at from longer ones.
+    """Numbers [depths, lengths] of needles; a line divides lengths trained at from longer ones.
 
     Args:
         axes: where to draw.
-        grid: the figures.
+        grid: the numbers.
         lengths: tokens of context, shortest first.
         depths: from the first token of the context, 0, to the last one, 1.
         title: above it.
-        limits: which figures the first and the last colour stand for.
+        limits: which numbers the first and the last colour stand for.
         colours: name of a colour map.
         trained_seq_len: tokens of a training window.
     """
@@ -330,32 +330,32 @@ def draw_needles(
         rows=[f"{depth:g}" for depth in depths],
         limits=limits,
         colours=colours,
-        words=[[f"{figure:.2f}" for figure in row] for row in grid],
+        words=[[f"{number:.2f}" for number in row] for row in grid],
         title=title,
         x_label=f"tokens of context; trained at {trained_seq_len:,}",
         y_label="depth",
     )
-    place = sum(length <= trained_seq_len for length in lengths)
-    axes.axvline(place, color=PAPER, linewidth=5, clip_on=False)
-    axes.axvline(place, color=INK, linestyle=(0, (4, 3)), linewidth=1.5, clip_on=False)
+    border = sum(length <= trained_seq_len for length in lengths)
+    axes.axvline(border, color=PAPER, linewidth=5, clip_on=False)
+    axes.axvline(border, color=INK, linestyle=(0, (4, 3)), linewidth=1.5, clip_on=False)
 
 
-def draw_trained(axes: Axes, place: float) -> None:
+def draw_trained(axes: Axes, length: float) -> None:
     """A named vertical line at the trained length."""
-    axes.axvline(place, color=INK, linestyle=(0, (4, 3)), linewidth=1, zorder=1)
+    axes.axvline(length, color=INK, linestyle=(0, (4, 3)), linewidth=1, zorder=1)
     name = axes.annotate(
-        "trained", (place, 1), (4, 0), axes.get_xaxis_transform(), "offset points", va="top", color=SOFT
+        "trained", (length, 1), (4, 0), axes.get_xaxis_transform(), "offset points", va="top", color=SOFT
     )
     name.set_bbox({"facecolor": "#ffffff", "edgecolor": "none", "pad": 0.5})
 
 
-def draw_legend(place: SubFigure, names: Mapping[str, Style], width: float) -> None:
+def draw_legend(subfigure: SubFigure, names: Mapping[str, Style], width: float) -> None:
     """The one legend of a figure, in rows as wide as it."""
     handles = [
         Line2D([], [], color=style.light, marker=style.marker, markersize=5, linestyle=(0, style.dash or (1, 0)))
         for style in names.values()
     ]
-    place.legend(
+    subfigure.legend(
         handles, [plain(short(name)) for name in names], ncols=legend_columns(names, width), loc="center", borderpad=0
     )
 

@@ -24,7 +24,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
     """The summary of a finished run.
 
     Raises:
-        Unfinished: there is none, or it has no figures of the last validation.
+        Unfinished: there is none, or it has no results of the last validation.
         OSError, ValueError: it cannot be read, or lacks what every summary has; says what.
     """
     path = folder / "summary.json"
@@ -41,10 +41,10 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def check_summary(summary: dict[str, Any]) -> None:
-    """Refuse a summary that lacks a figure or has one of a wrong kind.
+    """Refuse a summary that lacks a number or has one of a wrong kind.
 
     Raises:
-        ValueError: names the first such figure.
+        ValueError: names the first such number.
     """
     mixer = summary.get("mixer")
     if not isinstance(mixer, str) or not mixer:
@@ -124,10 +124,10 @@ class NeedleMap:
     Attributes:
         lengths: tokens of the contexts, shortest first.
         depths: where the needle lay, from 0 (first) to 1 (right before the question).
-        accuracy: share of values found, a row for each depth with a figure for each length.
+        accuracy: share of values found, a row for each depth with a number for each length.
         gain: what the needle adds to the value's log probability, in nats, likewise.
         trained_seq_len: tokens of a training window.
-        needles: how many each figure is a mean of.
+        needles: how many each number is a mean of.
     """
 
     lengths: list[int]
@@ -255,21 +255,21 @@ def _length(key: str) -> int:
 def _needle_map(report: dict[str, Any]) -> NeedleMap:
     cells = {}
     for cell in report["cells"]:
-        place = number(cell, "depth", 0, 1), number(cell, "seq_len", 1, whole=True)
-        cells[place] = {"accuracy": number(cell, "accuracy", 0, 1), "gain": number(cell, "gain", -1e9, 1e9)}
+        where = number(cell, "depth", 0, 1), number(cell, "seq_len", 1, whole=True)
+        cells[where] = {"accuracy": number(cell, "accuracy", 0, 1), "gain": number(cell, "gain", -1e9, 1e9)}
     if not cells:
         raise ValueError("its cells are empty")
-    depths, lengths = (sorted({place[axis] for place in cells}) for axis in (0, 1))
+    depths, lengths = (sorted({where[axis] for where in cells}) for axis in (0, 1))
     accuracy, gain = (
-        [[cells[depth, length][figure] for length in lengths] for depth in depths] for figure in ("accuracy", "gain")
+        [[cells[depth, length][measure] for length in lengths] for depth in depths] for measure in ("accuracy", "gain")
     )
     trained, needles = (number(report, key, 1, whole=True) for key in ("trained_seq_len", "needles"))
     return NeedleMap(lengths, depths, accuracy, gain, trained, needles)
 
 
-def _over_depths(lengths: list[int], figures: list[list[float]]) -> dict[int, float]:
+def _over_depths(lengths: list[int], rows: list[list[float]]) -> dict[int, float]:
     """The mean over the needle's depths at each length."""
-    return {length: fmean(column) for length, column in zip(lengths, zip(*figures, strict=True), strict=True)}
+    return {length: fmean(column) for length, column in zip(lengths, zip(*rows, strict=True), strict=True)}
 
 
 def _reason(error: Exception) -> str:

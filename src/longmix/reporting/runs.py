@@ -84,11 +84,11 @@ class UnfinishedRun:
 
     Attributes:
         folder: where it lies.
-        figures: how far it came, in words.
+        progress: how far it came, in words.
     """
 
     folder: Path
-    figures: str
+    progress: str
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def find_runs(paths: list[Path]) -> Found:
                 raise Unfinished
             read.append((folder, {"summary": summary, "metrics": metrics}))
         except Unfinished:
-            found.unfinished.append(UnfinishedRun(folder, _figures(_metrics(folder, found.damaged))))
+            found.unfinished.append(UnfinishedRun(folder, _progress(_metrics(folder, found.damaged))))
         except (OSError, ValueError) as error:
             found.damaged.append((folder / "summary.json", _reason(error)))
     labels = _labels([folder for folder, _ in read]) if read else []
@@ -173,8 +173,8 @@ def _metrics(folder: Path, damaged: list[tuple[Path, str]]) -> list[Metrics]:
         return []
 
 
-def _figures(metrics: list[Metrics]) -> str:
-    """How far a run came and its last figures, in words."""
+def _progress(metrics: list[Metrics]) -> str:
+    """How far a run came and its last results, in words."""
     if not metrics:
         return "nothing logged yet"
     words = [f"step {int(max(row['step'] for row in metrics)):,}"]
@@ -261,8 +261,8 @@ def ranked(runs: list[Run]) -> list[Run]:
     """Best first; a value that is no number comes last."""
     quality = quality_of(runs)
 
-    def place(run: Run) -> tuple[bool, float, str]:
+    def key(run: Run) -> tuple[bool, float, str]:
         cost = quality.cost(run)
         return not math.isfinite(cost), cost if math.isfinite(cost) else 0.0, run.label
 
-    return sorted(runs, key=place)
+    return sorted(runs, key=key)

@@ -78,15 +78,15 @@ def _measures(runs: list[Run]) -> list[Measure]:
 
 def _verdict(measure: Measure, group: list[Run], names: dict[Path, str], colours: dict[str, int]) -> Markup:
     """The winner and who comes next; all of those that share the first place; or why there is neither."""
-    known = [(figure, run) for run in group if (figure := measure.value(run)) is not None and math.isfinite(figure)]
+    known = [(number, run) for run in group if (number := measure.value(run)) is not None and math.isfinite(number)]
     if not known:
         return tag("span", "not measured", class_="next")
     ordered = sorted(known, key=lambda pair: -pair[0] if measure.more_is_better else pair[0])
     best = measure.words(ordered[0][0])
     if measure.more_is_better and float(ordered[0][0]) <= 0:
         return tag("span", f"none above {best}", class_="next")
-    first = [run for figure, run in ordered if measure.words(figure) == best]
-    won = tag("div", f"{best}{measure.unit}", class_="figure")
+    first = [run for number, run in ordered if measure.words(number) == best]
+    won = tag("div", f"{best}{measure.unit}", class_="number")
     if len(first) > 1:
         listed = ", ".join(names[run.folder] for run in first[:MOST_NAMES])
         more = f" and {len(first) - MOST_NAMES} more" if len(first) > MOST_NAMES else ""
@@ -105,10 +105,10 @@ class Column(NamedTuple):
 
     Attributes:
         name: its heading.
-        value: the figure of a run; None where there is none.
+        value: the number of a run; None where there is none.
         words: how it is written.
         sense: 1 if large is good, -1 if small is, 0 if neither.
-        missing: the cell of a run without a figure.
+        missing: the cell of a run without a number.
     """
 
     name: str
@@ -119,7 +119,7 @@ class Column(NamedTuple):
 
 
 def figures_table(runs: list[Run], colours: dict[str, int]) -> Markup:
-    """All runs with their figures; the best of a context length in bold, with bars of their share of the largest."""
+    """All runs with their numbers; the best of a context length in bold, with bars of their share of the largest."""
     names, columns, groups = names_of(runs), _columns(runs), by_length(runs)
     heads = [tag("th", "mixer", class_="left"), *(tag("th", column.name) for column in columns), tag("th", "causal")]
     rows = []
@@ -128,7 +128,7 @@ def figures_table(runs: list[Run], colours: dict[str, int]) -> Markup:
         cells = [_name(run, names, colours), *(_cell(run, group, runs, column) for column in columns)]
         mark = f"mark c{colours[run.summary['mixer']]}"
         rows.append(tag("tr", *cells, _badge(run.evaluations.causal), class_=mark))
-    return tag("table", tag("thead", tag("tr", *heads)), tag("tbody", joined(rows)), class_="figures")
+    return tag("table", tag("thead", tag("tr", *heads)), tag("tbody", joined(rows)), class_="numbers")
 
 
 def _columns(runs: list[Run]) -> list[Column]:
@@ -157,19 +157,19 @@ def _name(run: Run, names: dict[Path, str], colours: dict[str, int]) -> Markup:
 
 
 def _cell(run: Run, group: list[Run], runs: list[Run], column: Column) -> Markup:
-    figure = column.value(run)
-    if figure is None or not math.isfinite(figure):
-        return tag("td", column.missing if figure is None else str(figure), data_value="")
-    words = column.words(figure)
+    number = column.value(run)
+    if number is None or not math.isfinite(number):
+        return tag("td", column.missing if number is None else str(number), data_value="")
+    words = column.words(number)
     if not column.sense:
-        return tag("td", words, data_value=figure)
+        return tag("td", words, data_value=number)
     rivals = [other for rival in group if (other := column.value(rival)) is not None and math.isfinite(other)]
     largest = max(other for rival in runs if (other := column.value(rival)) is not None and math.isfinite(other))
     best = max(rivals) if column.sense > 0 else min(rivals)
     shared = [other for other in rivals if column.words(other) == column.words(best)]
-    wins = figure == best and len(rivals) > len(shared) == 1
-    part = max(0.0, figure / largest) if largest > 0 else 0.0
-    return tag("td", words, class_="bar best" if wins else "bar", style=f"--share:{part:.3f}", data_value=figure)
+    wins = number == best and len(rivals) > len(shared) == 1
+    part = max(0.0, number / largest) if largest > 0 else 0.0
+    return tag("td", words, class_="bar best" if wins else "bar", style=f"--share:{part:.3f}", data_value=number)
 
 
 def _badge(causal: bool | None) -> Markup:

@@ -25,13 +25,13 @@ class Column:
     Attributes:
         name: its heading.
         cells: one for each run.
-        rank: which go first where there is no room: the highest.
+        expendable: which go first where there is no room: the highest.
         left: the cells begin at the left.
     """
 
     name: str
     cells: list[str]
-    rank: int = 0
+    expendable: int = 0
     left: bool = False
 
     @property
@@ -44,8 +44,8 @@ def table(runs: list[Run], width: int) -> tuple[Table, list[str]]:
     """The runs, best first, in a table of at most `width` letters; and notes: what all share, what had no room."""
     columns, shared = _columns(runs)
     left_out = []
-    while _width(columns) > width and any(column.rank for column in columns):
-        last = max(columns, key=lambda column: column.rank)
+    while _width(columns) > width and any(column.expendable for column in columns):
+        last = max(columns, key=lambda column: column.expendable)
         columns.remove(last)
         left_out.append(last.name)
     result = Table(title="runs, best validation first", title_justify="left")
@@ -72,7 +72,7 @@ def _columns(runs: list[Run]) -> tuple[list[Column], list[str]]:
         *([] if _names_say(runs, "mixer") else [Column("mixer", [printable(run.summary["mixer"]) for run in runs], 1)]),
     ]
     shared = []
-    for name, rank, of, form in (
+    for name, expendable, of, form in (
         ("seq_len", 0, lambda run: run.summary["seq_len"], "{:,} tokens of context"),
         ("parameters", 3, lambda run: run.summary["parameters"]["total"], "{:,} parameters"),
         ("tokens", 6, lambda run: run.summary["tokens"], "{:,} tokens trained on"),
@@ -83,29 +83,30 @@ def _columns(runs: list[Run]) -> tuple[list[Column], list[str]]:
         if len(set(values)) == 1 and len(runs) > 1:
             shared.append(form.format(values[0]))
         else:
-            columns.append(Column(name, [f"{value:,}" for value in values], rank))
-    columns.append(_figures(quality.unit, runs, quality.of, quality.words))
+            columns.append(Column(name, [f"{value:,}" for value in values], expendable))
+    columns.append(_numbers(quality.unit, runs, quality.of, quality.words))
     if quality.key != "loss":
-        columns.append(_figures("loss", runs, lambda run: run.summary["validation"]["loss"], "{:.3f}".format, 7))
-    columns.append(_figures("tokens/s", runs, lambda run: run.summary["tokens_per_second"], speed, 2))
-    columns.append(_figures("seconds", runs, lambda run: run.summary["training_seconds"], speed, 8))
-    columns.append(_figures("peak GiB", runs, Run.peak_gib, "{:.2f}".format, 5))
+        columns.append(_numbers("loss", runs, lambda run: run.summary["validation"]["loss"], "{:.3f}".format, 7))
+    columns.append(_numbers("tokens/s", runs, lambda run: run.summary["tokens_per_second"], speed, 2))
+    columns.append(_numbers("seconds", runs, lambda run: run.summary["training_seconds"], speed, 8))
+    columns.append(_numbers("peak GiB", runs, Run.peak_gib, "{:.2f}".format, 5))
     columns.extend(_recall(measure, runs) for measure in measures_of(runs))
     if any(run.evaluations.causal is not None for run in runs):
         columns.append(Column("causal", [CAUSAL[run.evaluations.causal] for run in runs], 3))
     return columns, shared
 
 
-def _figures(
-    name: str, runs: list[Run], of: Callable[[Run], float | None], form: Callable[[float], str], rank: int = 0
+def _numbers(
+    name: str, runs: list[Run], of: Callable[[Run], float | None], form: Callable[[float], str], expendable: int = 0
 ) -> Column:
     values = [of(run) for run in runs]
-    return Column(name, ["-" if value is None or not math.isfinite(value) else form(value) for value in values], rank)
+    cells = ["-" if value is None or not math.isfinite(value) else form(value) for value in values]
+    return Column(name, cells, expendable)
 
 
 def _recall(measure: str, runs: list[Run]) -> Column:
     form: Callable[[float], str] = (lambda value: f"{nats(value)} nats") if is_gain(measure) else share
-    return _figures(printable(measure), runs, lambda run: run.recalled(measure), form, 4 + is_gain(measure))
+    return _numbers(printable(measure), runs, lambda run: run.recalled(measure), form, 4 + is_gain(measure))
 
 
 def _names_say(runs: list[Run], key: str) -> bool:

@@ -12,7 +12,7 @@ from rich.console import Console
 from longmix.errors import ConfigError
 from longmix.evaluation.run import evaluate
 from longmix.evaluation.tasks.attention import COLUMNS, _analysed, _table, analyse
-from longmix.evaluation.tasks.attention_figures import (
+from longmix.evaluation.tasks.attention_pictures import (
     CELLS,
     LayerMaps,
     draw_comparison,

@@ -156,9 +156,9 @@ def read_documents(corpus: Corpus, split: str) -> Iterator[str]:
 class SplitByContent(ABC):
     """A corpus with one source for training, out of which splits without a source of their own are cut.
 
-    Which documents are cut out depends on nothing but their text and the fractions: each text has a place between 0 and
-    1, and the lowest places are for test, the next ones for validation. Where chance gives a split none, it is given
-    the text of the lowest place among those for training, if another is left to train on. A source of one document
+    Which documents are cut out depends on nothing but their text and the fractions: each text has a number between 0
+    and 1, and the lowest ones are for test, the next ones for validation. Where chance gives a split none, it is given
+    the text of the lowest number among those for training, if another is left to train on. A source of one document
     alone is divided by position instead where `_divides_one` says so: its last part is for test, the one before for
     validation.
     """
@@ -236,19 +236,19 @@ class SplitByContent(ABC):
         """
         if self._lent is None:
             lacking = [split for split in ("validation", "test") if split in self._fractions]
-            places: dict[str, float] = {}  # of texts for training
+            numbers: dict[str, float] = {}  # of texts for training
             texts = (text for text in self._read(self._sources["train"]) if text) if lacking else iter(())
             for text in islice(texts, FEW_DOCUMENTS):
                 split = self._split_by_chance(text)
                 if split == "train":
-                    places[_digest(text).hex()] = _place(text)
+                    numbers[_digest(text).hex()] = _number(text)
                 elif split in lacking:
                     lacking.remove(split)
                     if not lacking:
                         break
             if lacking and next(texts, None) is not None:
                 lacking = []
-            lendable = sorted(places, key=lambda digest: places[digest])[:-1]
+            lendable = sorted(numbers, key=lambda digest: numbers[digest])[:-1]
             self._lent = dict(zip(lendable, lacking, strict=False))
         return self._lent
 
@@ -278,9 +278,9 @@ class SplitByContent(ABC):
         for name in ("test", "validation"):
             fraction = self._fractions.get(name, 0.0)
             share += fraction
-            place = round(len(text) * (1 - share))
-            line_end = text.rfind("\n", max(0, place - near), place)
-            bounds.append((place if line_end < 0 else line_end + 1) if fraction else bounds[-1])
+            cut = round(len(text) * (1 - share))
+            line_end = text.rfind("\n", max(0, cut - near), cut)
+            bounds.append((cut if line_end < 0 else line_end + 1) if fraction else bounds[-1])
         test, validation = bounds[1], bounds[2]
         start, stop = {"train": (0, validation), "validation": (validation, test), "test": (test, len(text))}[split]
         return text[start:stop]
@@ -290,10 +290,10 @@ class SplitByContent(ABC):
         return (lent and lent.get(_digest(text).hex())) or self._split_by_chance(text)
 
     def _split_by_chance(self, text: str) -> str:
-        place, upper = _place(text), 0.0
+        number, upper = _number(text), 0.0
         for split in ("test", "validation"):
             upper += self._fractions.get(split, 0.0)
-            if place < upper:
+            if number < upper:
                 return split
         return "train"
 
@@ -302,5 +302,5 @@ def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
 
 
-def _place(text: str) -> float:
+def _number(text: str) -> float:
     return int.from_bytes(_digest(text), "big") / 2**64

@@ -120,9 +120,9 @@ class HubDataset(SplitByContent):
             return self._limit.take(records.texts())
         if self._field in records.column_names:
             records = records.select_columns([self._field])
-        return self._limit.take(texts_of(records, self._field, self._place(source)))
+        return self._limit.take(texts_of(records, self._field, self._source_name(source)))
 
-    def _place(self, source: str) -> str:
+    def _source_name(self, source: str) -> str:
         return f"split {source!r} of {self.name}"
 
     def _stream(self, source: str) -> Stream:
@@ -150,7 +150,7 @@ class HubDataset(SplitByContent):
         from datasets import load_dataset
 
         builder = self._opened_builder()
-        files = downloaded(builder, source, self._field, self._place(source))
+        files = downloaded(builder, source, self._field, self._source_name(source))
         if files is not None:
             return files
         return load_dataset(self.name, self._config, split=source, **self._origin())
@@ -166,8 +166,8 @@ class HubDataset(SplitByContent):
         builder = self._opened_builder()
         if of_builder(builder, [], self._field, "") is not None:
             files = files_of_split(builder, source)
-            read = of_builder(builder, files, self._field, self._place(source))
-            return Stream(read, files, self._field, self._place(source)), identify_stream(files)
+            read = of_builder(builder, files, self._field, self._source_name(source))
+            return Stream(read, files, self._field, self._source_name(source)), identify_stream(files)
         text_alone(builder, self._field)
         records = builder.as_streaming_dataset(split=source)
         if self._field in (records.column_names or ()) and hasattr(builder.config, "columns"):
@@ -175,7 +175,7 @@ class HubDataset(SplitByContent):
             builder.config.columns, builder.config.batch_size = [self._field], TOGETHER
             records = builder.as_streaming_dataset(split=source)
         files = list(builder.config.data_files[source])
-        return Stream(records, files, self._field, self._place(source)), identify_stream(files)
+        return Stream(records, files, self._field, self._source_name(source)), identify_stream(files)
 
     def _origin(self) -> dict[str, Any]:
         files = {} if self._data_files is None else {"data_files": self._data_files}

@@ -30,14 +30,14 @@ def hub_access(asks_hub: bool) -> Iterator[str | None]:
     from huggingface_hub import constants
 
     unreachable = unreachable_reason(constants.ENDPOINT) if asks_hub and not constants.HF_HUB_OFFLINE else None
-    places = [(datasets.config, "HF_HUB_OFFLINE"), (constants, "HF_HUB_OFFLINE")] if unreachable else []
-    before = [getattr(module, name) for module, name in places]
-    for module, name in places:
+    flags = [(datasets.config, "HF_HUB_OFFLINE"), (constants, "HF_HUB_OFFLINE")] if unreachable else []
+    before = [getattr(module, name) for module, name in flags]
+    for module, name in flags:
         setattr(module, name, True)
     try:
         yield unreachable
     finally:
-        for (module, name), value in zip(places, before, strict=True):
+        for (module, name), value in zip(flags, before, strict=True):
             setattr(module, name, value)
 
 

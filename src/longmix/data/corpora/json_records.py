@@ -173,16 +173,16 @@ class JsonRecords:
         self._bytes_before += len(data) - len(self._tail)
         return text
 
-    def _not_utf8(self, data: bytes, place: int) -> DataError:
-        line = 1 + self._lines_before + self._text.count("\n", self._start) + data.count(b"\n", 0, place)
-        byte = self._bytes_before + place
+    def _not_utf8(self, data: bytes, offset: int) -> DataError:
+        line = 1 + self._lines_before + self._text.count("\n", self._start) + data.count(b"\n", 0, offset)
+        byte = self._bytes_before + offset
         return DataError(f"{self._name} is not UTF-8 text in line {line:,} (byte {byte:,}); convert or remove it")
 
-    def _line_at(self, place: int) -> int:
-        return 1 + self._lines_before + self._text.count("\n", 0, place)
+    def _line_at(self, offset: int) -> int:
+        return 1 + self._lines_before + self._text.count("\n", 0, offset)
 
-    def _broken(self, reason: str, place: int) -> DataError:
-        line, begins = self._line_at(place), self._line_at(self._start)
+    def _broken(self, reason: str, offset: int) -> DataError:
+        line, begins = self._line_at(offset), self._line_at(self._start)
         within = "" if line == begins else f", in the record that begins in line {begins:,}"
         cause = reason.removesuffix(" at")
         return DataError(f"{self._name} cannot be read as JSON: {cause} (line {line:,}{within}); repair or remove it")

@@ -29,12 +29,12 @@ class RecordFiles(ABC):
     Args:
         files: paths or URLs that `fsspec` knows; the end of each tells its compression.
         field: the field that holds the text.
-        place: for messages.
+        source_name: for messages.
         names: of the files, where they lie under other names, such as in a cache.
     """
 
-    def __init__(self, files: Sequence[str], field: str, place: str, names: Sequence[str] | None = None) -> None:
-        self.files, self.field, self.place = list(files), field, place
+    def __init__(self, files: Sequence[str], field: str, source_name: str, names: Sequence[str] | None = None) -> None:
+        self.files, self.field, self.source_name = list(files), field, source_name
         self.names = self.files if names is None else list(names)
 
     @property
@@ -70,7 +70,7 @@ class RecordFiles(ABC):
 
         for file, name in zip(self.files, self.names, strict=True):
             with fsspec.open(file, "rb") as stream, uncompressed(stream, name) as content:
-                yield from self.texts_of_file(content, f"{name} of {self.place}")
+                yield from self.texts_of_file(content, f"{name} of {self.source_name}")
 
     def identity(self) -> dict[str, Any]:
         """The number of documents; together with the files it identifies them. Reads all of them."""
@@ -86,7 +86,7 @@ class JsonFiles(RecordFiles):
 
     def part(self, index: int) -> "JsonFiles":
         """One of the files."""
-        return JsonFiles([self.files[index]], self.field, self.place, [self.names[index]])
+        return JsonFiles([self.files[index]], self.field, self.source_name, [self.names[index]])
 
     def texts_of_file(self, content: IO[bytes], name: str) -> Iterator[str]:
         """The documents of a file."""
@@ -99,19 +99,19 @@ class CsvFiles(RecordFiles):
     `datasets` would guess a type for each column: 001 would become a number, and NA or null nothing.
 
     Args:
-        files, field, place, names: see `RecordFiles`.
+        files, field, source_name, names: see `RecordFiles`.
         settings: for `pandas.read_csv`; those that make something else of a text are left out.
     """
 
     def __init__(
-        self, files: Sequence[str], field: str, place: str, names: Sequence[str] | None = None, **settings: Any
+        self, files: Sequence[str], field: str, source_name: str, names: Sequence[str] | None = None, **settings: Any
     ) -> None:
-        super().__init__(files, field, place, names)
+        super().__init__(files, field, source_name, names)
         self._settings = {name: value for name, value in settings.items() if name not in ALTERING}
 
     def part(self, index: int) -> "CsvFiles":
         """One of the files."""
-        return CsvFiles([self.files[index]], self.field, self.place, [self.names[index]], **self._settings)
+        return CsvFiles([self.files[index]], self.field, self.source_name, [self.names[index]], **self._settings)
 
     def texts_of_file(self, content: IO[bytes], name: str) -> Iterator[str]:
         """The documents of a file."""
@@ -136,16 +136,18 @@ class CsvFiles(RecordFiles):
         return {"rows": rows, "words": "as they stand"} if lost else {"rows": rows}
 
 
-def of_builder(builder: Any, files: Sequence[str], field: str, place: str, names: Any = None) -> RecordFiles | None:
+def of_builder(
+    builder: Any, files: Sequence[str], field: str, source_name: str, names: Any = None
+) -> RecordFiles | None:
     """The records of files as a builder of `datasets` would read them; None if it reads archives or another format."""
     config, kind = builder.config, type(builder.config).__name__
     given = [str(file) for files in (getattr(config, "data_files", None) or {}).values() for file in files]
     if not given or any(file.lower().endswith(ARCHIVES) or "::" in file for file in given):
         return None
     if kind == "JsonConfig" and getattr(config, "field", None) is None:
-        return JsonFiles(files, field, place, names)
+        return JsonFiles(files, field, source_name, names)
     if kind == "CsvConfig":
-        return CsvFiles(files, field, place, names, **config.pd_read_csv_kwargs)
+        return CsvFiles(files, field, source_name, names, **config.pd_read_csv_kwargs)
     return None
 
 
@@ -161,7 +163,7 @@ def files_of_split(builder: Any, split: str) -> list[str]:
     return [str(file) for file in files[split]]
 
 
-def downloaded(builder: Any, split: str, field: str, place: str) -> RecordFiles | None:
+def downloaded(builder: Any, split: str, field: str, source_name: str) -> RecordFiles | None:
     """The files of a split in the cache of `datasets`, downloaded if they are not there; None as `of_builder`.
 
     Raises:
@@ -170,13 +172,15 @@ def downloaded(builder: Any, split: str, field: str, place: str) -> RecordFiles 
     """
     from datasets import DownloadConfig, DownloadManager
 
-    if of_builder(builder, [], field, place) is None:
+    if of_builder(builder, [], field, source_name) is None:
         if type(builder.config).__name__ == "CsvConfig":
-            raise DataError(f"{place} is CSV in archives, of which data.corpus.streaming=true alone reads every text")
+            raise DataError(
+                f"{source_name} is CSV in archives, of which data.corpus.streaming=true alone reads every text"
+            )
         return None
     files = files_of_split(builder, split)
     manager = DownloadManager(builder.dataset_name, download_config=DownloadConfig(token=builder.token))
-    return of_builder(builder, [str(path) for path in manager.download(files)], field, place, files)
+    return of_builder(builder, [str(path) for path in manager.download(files)], field, source_name, files)
 
 
 def text_alone(builder: Any, field: str) -> None:

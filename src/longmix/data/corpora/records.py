@@ -12,13 +12,13 @@ FIELD_WITHIN_BYTES = 10 << 20
 """Bytes after which a JSON file without the field is refused, so that a wrong name does not cost an hour."""
 
 
-def texts_of(records: Iterable[dict[str, Any]], field: str, place: str, first: int = 0) -> Iterator[str]:
+def texts_of(records: Iterable[dict[str, Any]], field: str, source_name: str, first: int = 0) -> Iterator[str]:
     """The text field of each record; a null one gives an empty document, which the token file counts.
 
     Args:
         records: one after the other.
         field: which must be there in the first of them.
-        place: where they come from, for messages.
+        source_name: where they come from, for messages.
         first: number of the first record there.
 
     Raises:
@@ -26,10 +26,11 @@ def texts_of(records: Iterable[dict[str, Any]], field: str, place: str, first: i
     """
     for number, record in enumerate(records, first):
         if number == first and field not in record:
-            raise no_field(field, place, record)
+            raise no_field(field, source_name, record)
         text = record.get(field)
         if text is not None and not isinstance(text, str):
-            raise DataError(f"field {field!r} of record {number} of {place} holds {type(text).__name__}, not text")
+            kind = type(text).__name__
+            raise DataError(f"field {field!r} of record {number} of {source_name} holds {kind}, not text")
         yield text or ""
 
 
@@ -63,10 +64,10 @@ def texts_of_json(stream: IO[bytes], field: str, name: str) -> Iterator[str]:
                 f"field {field!r} of record {records.record} of {name} (line {records.line:,}) holds "
                 f"{type(text).__name__}, not text"
             )
-        if text and not text.isascii() and (place := _surrogate_in(text)) is not None:
+        if text and not text.isascii() and (character := _surrogate_in(text)) is not None:
             raise DataError(
-                f"field {field!r} in line {records.line:,} of {name} holds a lone surrogate at character {place:,}, "
-                "which is not Unicode text; repair or remove that line"
+                f"field {field!r} in line {records.line:,} of {name} holds a lone surrogate at character "
+                f"{character:,}, which is not Unicode text; repair or remove that line"
             )
         yield text or ""
     if others and not found:

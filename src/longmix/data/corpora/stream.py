@@ -105,11 +105,11 @@ class Stream:
         records: an `IterableDataset`, or `RecordFiles`.
         files: its paths or URLs.
         field: the field that holds the text.
-        place: for messages.
+        source_name: for messages.
     """
 
-    def __init__(self, records: Any, files: Sequence[str], field: str, place: str) -> None:
-        self._records, self._files, self.field, self._place = records, files, field, place
+    def __init__(self, records: Any, files: Sequence[str], field: str, source_name: str) -> None:
+        self._records, self._files, self.field, self._source_name = records, files, field, source_name
 
     @property
     def num_files(self) -> int:
@@ -119,7 +119,7 @@ class Stream:
     def name(self, number: int) -> str:
         """The name of a file in messages."""
         file = self._files[number] if len(self._files) == self.num_files else f"file {number} (counted from 0)"
-        return f"{file} of {self._place}"
+        return f"{file} of {self._source_name}"
 
     def texts(self, number: int, first: int) -> Iterator[str]:
         """The documents of a file from record `first` on."""
@@ -187,35 +187,36 @@ class StreamReading:
         position: dict[str, int] | None = None,
     ) -> None:
         self._stream, self._numbers, self._limit, self._wanted = stream, numbers, limit, wanted
-        self._place = position or {"file": 0, "record": 0, "documents": 0, "bytes": 0}
+        self._position = position or {"file": 0, "record": 0, "documents": 0, "bytes": 0}
 
     @property
     def position(self) -> dict[str, int]:
         """The next file (counted from the first of these), the next record there, and the counts read so far."""
-        return dict(self._place)
+        return dict(self._position)
 
     def __iter__(self) -> Iterator[str]:
-        place = self._place
-        while place["file"] < len(self._numbers) and not self._limit.reached(place["documents"], place["bytes"]):
+        position = self._position
+        limit = self._limit
+        while position["file"] < len(self._numbers) and not limit.reached(position["documents"], position["bytes"]):
             for text in self._file():
-                place["record"] += 1
-                place["documents"] += 1
-                place["bytes"] += self._limit.count(text)
+                position["record"] += 1
+                position["documents"] += 1
+                position["bytes"] += self._limit.count(text)
                 if self._wanted(text):
                     yield text
-                if self._limit.reached(place["documents"], place["bytes"]):
+                if self._limit.reached(position["documents"], position["bytes"]):
                     return
-            place["file"] += 1
-            place["record"] = 0
+            position["file"] += 1
+            position["record"] = 0
 
     def _file(self) -> Iterator[str]:
         """The rest of the file that the position is in."""
-        number = self._numbers[self._place["file"]]
+        number = self._numbers[self._position["file"]]
         name = self._stream.name(number)
         patience = Patience(name, TRIES)
         while True:
             try:
-                for text in self._stream.texts(number, self._place["record"]):
+                for text in self._stream.texts(number, self._position["record"]):
                     patience.succeeded()
                     yield text
                 return

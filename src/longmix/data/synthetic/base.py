@@ -127,8 +127,8 @@ class SyntheticData(TrainingData):
     def fingerprint(self) -> dict[str, Any]:
         """What fixes the batch of every step, JSON-able."""
         settings: dict[str, Any] = dataclasses.asdict(self.task)
-        place = {"seq_len": self.seq_len, "batch_size": self.batch_size, "seed": self.seed}
-        return {"task": self.source, **settings, **place}
+        sizes = {"seq_len": self.seq_len, "batch_size": self.batch_size, "seed": self.seed}
+        return {"task": self.source, **settings, **sizes}
 
     def content(self, split: str) -> dict[str, Any]:
         """What fixes the examples of a split, JSON-able."""

@@ -30,13 +30,13 @@ class Needle:
         statement: what is hidden.
         question: what ends the context.
         value: what is to follow.
-        place: where in the text the haystack begins, as a share of all places it could, 0 <= place < 1.
+        begins: where in the text the haystack begins, as a share of all places it could, 0 <= begins < 1.
     """
 
     statement: np.ndarray
     question: np.ndarray
     value: np.ndarray
-    place: float
+    begins: float
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,12 @@ class Forms:
                 if part not in given:
                     raise ConfigError(f"{name}.{kind}={given!r} must hold {part!r}.")
 
-    def needle(self, tokenizer: Tokenizer, key: str, value: int, place: float = 0.0) -> Needle:
+    def needle(self, tokenizer: Tokenizer, key: str, value: int, begins: float = 0.0) -> Needle:
         """A needle of that key and value."""
         filled = self.statement.replace("{key}", key).replace("{value}", str(value))
         texts = [filled, self.question.replace("{key}", key), f" {value}"]
         hidden_tokens, asked, answer = tokenizer.encode_batch(texts)
-        return Needle(hidden_tokens, asked, answer, place)
+        return Needle(hidden_tokens, asked, answer, begins)
 
 
 def draw_needle(tokenizer: Tokenizer, seed: list[int], forms: Forms) -> Needle:
@@ -81,7 +81,7 @@ def draw_needle(tokenizer: Tokenizer, seed: list[int], forms: Forms) -> Needle:
 
     Args:
         tokenizer: of the model.
-        seed: of key, value and place.
+        seed: of key, value and beginning.
         forms: its words.
     """
     random = np.random.default_rng(seed)
@@ -123,7 +123,7 @@ def haystack_rows(
             f"{fixed}. Give larger "
             "lengths by seq_len or task.needle.factors, or shorter texts."
         )
-    without = stretch(text, needle.place, length - 1 - len(end))
+    without = stretch(text, needle.begins, length - 1 - len(end))
     haystack = without[len(needle.statement) :]
     rows = [without, *(hidden(haystack, [needle.statement], [depth], tokenizer) for depth in depths)]
     return np.stack([np.concatenate([[text.separator_id], row, end]) for row in rows]).astype(np.int64)
@@ -131,26 +131,26 @@ def haystack_rows(
 
 def hidden(haystack: np.ndarray, statements: list[np.ndarray], depths: list[float], tokenizer: Tokenizer) -> np.ndarray:
     """The haystack with each statement at its depth, or at the nearest end of a sentence or word."""
-    places = [_between_sentences(haystack, depth, tokenizer) for depth in depths]
-    first, *later = np.split(haystack, np.sort(places))
+    cuts = [_between_sentences(haystack, depth, tokenizer) for depth in depths]
+    first, *later = np.split(haystack, np.sort(cuts))
     parts = [first]
-    for index, piece in zip(np.argsort(places, kind="stable"), later, strict=True):
+    for index, piece in zip(np.argsort(cuts, kind="stable"), later, strict=True):
         parts += [statements[index], piece]
     return np.concatenate(parts)
 
 
-def stretch(text: TokenFile, place: float, count: int) -> np.ndarray:
+def stretch(text: TokenFile, begins: float, count: int) -> np.ndarray:
     """A stretch of text tokens. Twice as many are read, because each document may be one token and a separator.
 
     Args:
         text: where they are cut from, across documents, separators left out.
-        place: where they begin, as a share of all places they could, 0 <= place < 1.
+        begins: where they begin, as a share of all places they could, 0 <= begins < 1.
         count: how many.
 
     Raises:
         DataError: there are not so many.
     """
-    start = int(place * max(1, text.num_tokens - 2 * count))
+    start = int(begins * max(1, text.num_tokens - 2 * count))
     tokens = text.tokens[start : start + 2 * count]
     tokens = tokens[tokens != text.separator_id][:count]
     if len(tokens) < count:
@@ -163,19 +163,19 @@ def stretch(text: TokenFile, place: float, count: int) -> np.ndarray:
 
 
 def _between_sentences(haystack: np.ndarray, depth: float, tokenizer: Tokenizer) -> int:
-    """The place nearest to `depth` after a sentence; or else after a word, or else just there."""
+    """The index nearest to `depth` after a sentence; or else after a word, or else just there."""
     target = round(depth * len(haystack))
 
-    def after_word(place: int) -> bool:
-        return tokenizer.decode(haystack[place : place + 1])[:1].isspace()
+    def after_word(index: int) -> bool:
+        return tokenizer.decode(haystack[index : index + 1])[:1].isspace()
 
-    def after_sentence(place: int) -> bool:
-        return after_word(place) and tokenizer.decode(haystack[place - 1 : place]).endswith((".", "!", "?"))
+    def after_sentence(index: int) -> bool:
+        return after_word(index) and tokenizer.decode(haystack[index - 1 : index]).endswith((".", "!", "?"))
 
     if 0 < target < len(haystack):
         for is_wanted in (after_sentence, after_word):
             for distance in range(len(haystack) // SEARCHED_PART + 1):
-                for place in (target - distance, target + distance):
-                    if 0 < place < len(haystack) and is_wanted(place):
-                        return place
+                for index in (target - distance, target + distance):
+                    if 0 < index < len(haystack) and is_wanted(index):
+                        return index
     return target

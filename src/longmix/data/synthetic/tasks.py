@@ -117,9 +117,9 @@ class MultiQueryRecall:
         tokens = random.integers(self.vocabulary if self.random_non_queries else 1, size=length)
         targets = np.full(length, IGNORE_INDEX)
         tokens[: 2 * pairs : 2], tokens[1 : 2 * pairs : 2] = keys, values
-        places = np.arange(1, (length - 2 * pairs) // 2 + 1)
-        law = places ** (self.power - 1)
-        chosen = random.choice(len(places), pairs, replace=False, p=law / law.sum())
+        gaps = np.arange(1, (length - 2 * pairs) // 2 + 1)
+        law = gaps ** (self.power - 1)
+        chosen = random.choice(len(gaps), pairs, replace=False, p=law / law.sum())
         at = 2 * pairs + 2 * chosen
         tokens[at], targets[at] = keys, values
         return Example(tokens, targets)
@@ -157,8 +157,9 @@ class Copying:
         content = random.integers(self.symbols, size=self.count)
         before = length - self.count
         tokens = np.full(length, noise)
-        places = np.sort(random.choice(before, self.count, replace=False)) if self.scattered else np.arange(self.count)
-        tokens[places] = content
+        drawn = random.choice(before, self.count, replace=False) if self.scattered else np.arange(self.count)
+        positions = np.sort(drawn)
+        tokens[positions] = content
         tokens[before:] = np.concatenate([[mark], content[:-1]])
         targets = np.full(length, IGNORE_INDEX)
         targets[before:] = content
@@ -188,9 +189,9 @@ class Induction:
         require_room(3, length, "a mark, what follows it, and the mark again,")
         tokens = random.integers(self.symbols, size=length)
         targets = np.full(length, IGNORE_INDEX)
-        place = int(random.integers(length - 2))
-        tokens[[place, length - 1]] = self.symbols
-        targets[length - 1] = tokens[place + 1]
+        position = int(random.integers(length - 2))
+        tokens[[position, length - 1]] = self.symbols
+        targets[length - 1] = tokens[position + 1]
         return Example(tokens, targets)
 
 

@@ -286,11 +286,11 @@ class ByteRepertoire:
             return text
         if self._substitute is not None:
             return text.translate(dict.fromkeys(map(ord, lacking), self._substitute))
-        place = min(text.index(character) for character in lacking)
-        byte = next(byte for byte in text[place].encode() if byte in self.missing)
+        index = min(text.index(character) for character in lacking)
+        byte = next(byte for byte in text[index].encode() if byte in self.missing)
         raise DataError(
-            f"{self._source} has no token for the byte 0x{byte:02x} of the character U+{ord(text[place]):04X} at "
-            f"{place:,} (counted from 0). Take it out of the text, have all such characters replaced by "
+            f"{self._source} has no token for the byte 0x{byte:02x} of the character U+{ord(text[index]):04X} at "
+            f"{index:,} (counted from 0). Take it out of the text, have all such characters replaced by "
             "tokenizer.missing_bytes=replace, or use another tokenizer."
         )
 

@@ -58,11 +58,11 @@ class Encoder:
     Args:
         tokenizer: ready for use.
         dtype: of the tokens.
-        place: where the documents come from, for messages.
+        source_name: where the documents come from, for messages.
     """
 
-    def __init__(self, tokenizer: Tokenizer, dtype: np.dtype, place: str) -> None:
-        self._tokenizer, self._dtype, self._place = tokenizer, dtype, place
+    def __init__(self, tokenizer: Tokenizer, dtype: np.dtype, source_name: str) -> None:
+        self._tokenizer, self._dtype, self._source_name = tokenizer, dtype, source_name
         self._token_bytes = tokenizer.token_bytes()
         self._has_replaced = False
 
@@ -89,16 +89,16 @@ class Encoder:
             admitted = self._tokenizer.admit(text)
         except UnicodeEncodeError as error:
             raise DataError(
-                f"document {number} of the {self._place} (counted from 0) holds a lone surrogate at character "
+                f"document {number} of the {self._source_name} (counted from 0) holds a lone surrogate at character "
                 f"{error.start}, which is not Unicode text; repair or remove that document"
             ) from error
         except DataError as error:
-            raise DataError(f"document {number} of the {self._place} (counted from 0): {error}") from error
+            raise DataError(f"document {number} of the {self._source_name} (counted from 0): {error}") from error
         if admitted != text and not self._has_replaced:
             self._has_replaced = True  # once, not for each of a million documents
             logger.warning(
                 "characters of the %s that the tokenizer has no tokens for are replaced, first in document %d",
-                *(self._place, number),
+                *(self._source_name, number),
             )
         return admitted
 
@@ -106,8 +106,8 @@ class Encoder:
         represented = int(self._token_bytes[ids].sum())
         if represented != size:
             raise DataError(
-                f"document {number} of the {self._place} (counted from 0) has {size:,} bytes but its tokens stand for "
-                f"{represented:,}: the tokenizer does not reproduce it. Use another tokenizer."
+                f"document {number} of the {self._source_name} (counted from 0) has {size:,} bytes but its tokens "
+                f"stand for {represented:,}: the tokenizer does not reproduce it. Use another tokenizer."
             )
 
 

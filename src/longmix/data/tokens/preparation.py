@@ -105,7 +105,7 @@ def prepare(
 
 def _fill(folder: Path, work: Work, workers: int, made: list[int]) -> dict[str, Any]:
     """Write shards, offsets and tokenizer; return the rest of the manifest. Token counts of new pieces go to `made`."""
-    with documents_bar(f"tokenising the {work.place}") as advance:
+    with documents_bar(f"tokenising the {work.source_name}") as advance:
         parts = _make_parts(work, folder, workers, advance)
     check_unchanged(work.corpus)
     pieces = [piece for part in parts for piece in part.pieces]
@@ -136,7 +136,9 @@ def _make_parts(work: Work, folder: Path, workers: int, advance: Advance) -> lis
     if not workers or work.parts == 1:
         return [make_part(work, number, folder, workers, advance) for number in range(work.parts)]
     if work.parts < workers:
-        logger.info("%s: read in %s parts, so that no more of the %s processes work", work.place, work.parts, workers)
+        logger.info(
+            "%s: read in %s parts, so that no more of the %s processes work", work.source_name, work.parts, workers
+        )
     stop = get_context("spawn").Event()
     pool = start_pool(min(workers, work.parts), _install, work, folder, stop)
     try:

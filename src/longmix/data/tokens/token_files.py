@@ -124,17 +124,17 @@ class ShardedTokens:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[:], dtype)
 
-    def __getitem__(self, places: Any) -> Any:
-        if isinstance(places, slice):
-            return self._slice(*places.indices(len(self)))
-        places = np.asarray(places)
-        numbers = np.searchsorted(self._ends, places, side="right")
-        if places.ndim == 0:
-            return self._shard(int(numbers))[places - self._starts[numbers]]
-        found = np.empty(places.shape, self.dtype)
+    def __getitem__(self, indices: Any) -> Any:
+        if isinstance(indices, slice):
+            return self._slice(*indices.indices(len(self)))
+        indices = np.asarray(indices)
+        numbers = np.searchsorted(self._ends, indices, side="right")
+        if indices.ndim == 0:
+            return self._shard(int(numbers))[indices - self._starts[numbers]]
+        found = np.empty(indices.shape, self.dtype)
         for number in np.unique(numbers).tolist():
             here = numbers == number
-            found[here] = self._shard(number)[places[here] - self._starts[number]]
+            found[here] = self._shard(number)[indices[here] - self._starts[number]]
         return found
 
     def _slice(self, start: int, stop: int, step: int) -> np.ndarray:

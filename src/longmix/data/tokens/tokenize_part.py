@@ -63,7 +63,7 @@ class Work:
         return np.dtype("<u2" if self.tokenizer.vocab_size <= MAX_TOKENS_UINT16 else "<u4")
 
     @property
-    def place(self) -> str:
+    def source_name(self) -> str:
         """The name of the part in messages."""
         return f"{self.split} split of {self.label or self.corpus.name}"
 
@@ -131,7 +131,7 @@ class _PartMaker:
         found = len(self._pieces)
         after = self._empty_at_end()
         if found and after is None:
-            logger.info("%s: going on after %s pieces of part %s", self._work.place, found, self._number)
+            logger.info("%s: going on after %s pieces of part %s", self._work.source_name, found, self._number)
         if after is None:
             after = self._make_missing()
             if self._work.parts > 1:
@@ -145,7 +145,7 @@ class _PartMaker:
             piece = self._new_piece({name: manifest[name] for name in COUNTS})
             try:
                 shutil.copyfile(kept / LENGTHS, piece.lengths)
-                _place(kept / TOKENS, piece.tokens)
+                _link_or_copy(kept / TOKENS, piece.tokens)
             except FileNotFoundError:  # without locks, another process may have finished just now
                 break
             self._pieces.append(piece)
@@ -171,8 +171,8 @@ class _PartMaker:
         work = self._work
         first = sum(piece.counts["documents"] + piece.counts["empty_documents"] for piece in self._pieces)
         reading = read_part(work.corpus, work.split, self._number, self._position)
-        place = work.place if work.parts == 1 else f"{work.place}, part {self._number}"
-        encode = Encoder(work.tokenizer, work.dtype, place)
+        source_name = work.source_name if work.parts == 1 else f"{work.source_name}, part {self._number}"
+        encode = Encoder(work.tokenizer, work.dtype, source_name)
         after = 0
         batches = encode_in_order(encode, batches_of(reading, first), self._workers)
         with contextlib.closing(batches):
@@ -199,7 +199,7 @@ class _PartMaker:
         piece.lengths.write_bytes(np.concatenate(lengths).astype(OFFSET_DTYPE).tobytes())
         check_unchanged(self._work.corpus)
         with atomic_directory(self._kept / piece.tokens.name) as kept:
-            _place(piece.tokens, kept / TOKENS)
+            _link_or_copy(piece.tokens, kept / TOKENS)
             shutil.copyfile(piece.lengths, kept / LENGTHS)
             seal(kept, {"key": self._work.key, "position": position, **counts})
         self._pieces.append(piece)
@@ -219,7 +219,7 @@ def _up_to(batches: Iterator[Encoded], tokens: int) -> Iterator[Encoded]:
             return
 
 
-def _place(source: Path, target: Path) -> None:
+def _link_or_copy(source: Path, target: Path) -> None:
     """Link a file to another name, or copy it where the file system has no links."""
     try:
         os.link(source, target)

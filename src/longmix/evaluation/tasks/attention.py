@@ -17,7 +17,7 @@ from longmix.errors import ConfigError
 from longmix.evaluation.loss import to_device
 from longmix.evaluation.provenance import model_facts
 from longmix.evaluation.subject import Subject
-from longmix.evaluation.tasks.attention_figures import LayerMaps, draw_comparison, draw_model, shrunk
+from longmix.evaluation.tasks.attention_pictures import LayerMaps, draw_comparison, draw_model, shrunk
 from longmix.evaluation.tasks.base import Answer, Task
 from longmix.model.backbone import LanguageModel
 from longmix.printable import printable

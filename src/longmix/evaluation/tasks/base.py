@@ -18,7 +18,7 @@ class Answer:
 
     Attributes:
         report: the results, JSON-able.
-        settings: what decided the figures besides the model, the data and the split; None takes the settings of the
+        settings: what decided the results besides the model, the data and the split; None takes the settings of the
             task and the words `seq_len` and `max_tokens`. Two results with equal ones are one and the same.
         shown: what the tables or the picture need besides the report, such as matrices; it is not kept.
     """
@@ -36,8 +36,8 @@ class Task(ABC):
 
     Attributes:
         name: names of its result files begin with it.
-        takes_leaky: its figures are right also of a model in which later tokens change earlier outputs.
-        reads_split: its figures depend on data and split, which the results then name.
+        takes_leaky: its results are right also of a model in which later tokens change earlier outputs.
+        reads_split: its results depend on data and split, which the results then name.
         usual_place: what its messages call its settings by; with the task's own name in its place the user reads them.
     """
 

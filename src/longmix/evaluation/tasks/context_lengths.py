@@ -75,7 +75,7 @@ class ContextLengths(Task):
         return Answer(report, {"lengths": lengths, "scored": scored, "max_tokens": max_tokens})
 
     def tables(self, answer: Answer) -> Iterator[Table]:
-        """Figures after each length, and losses by position."""
+        """Results after each length, and losses by position."""
         yield _length_table(answer.report)
         yield _position_table(answer.report)
 
@@ -146,7 +146,7 @@ def _losses(subject: Subject, hidden: Tensor, targets: Tensor) -> Tensor:
 
 
 def _after_context(subject: Subject, text: TokenFile, ends: np.ndarray, length: int, scored: int) -> dict[str, float]:
-    """Figures of the `scored` tokens up to and with each of `ends`, after `length` tokens of context."""
+    """Results of the `scored` tokens up to and with each of `ends`, after `length` tokens of context."""
     statistics = subject.loss_statistics(scored)
     for batch in _in_batches(subject, ends - length, length, f"context of {length}"):
         tokens = _cut(subject, text, batch, length + 1)
@@ -179,9 +179,9 @@ def _length_table(report: dict[str, Any]) -> Table:
     for column in ("context", "of trained", "loss", "perplexity", "bits/byte", "targets"):
         table.add_column(column, justify="right")
     for length, result in report["lengths"].items():
-        figures = (result["loss"], result["perplexity"], result["bits_per_byte"])
+        numbers = (result["loss"], result["perplexity"], result["bits_per_byte"])
         share = f"{length / report['trained_seq_len']:g}x"
-        table.add_row(f"{length:,}", share, *(f"{figure:.4f}" for figure in figures), f"{result['tokens']:,}")
+        table.add_row(f"{length:,}", share, *(f"{number:.4f}" for number in numbers), f"{result['tokens']:,}")
     return table
 
 

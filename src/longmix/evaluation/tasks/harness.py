@@ -103,10 +103,10 @@ class HarnessModel(TemplateLM):
         for batch in tracked(list(self._batches(order, rows)), "requests"):
             tokens = torch.full((len(batch), len(rows[batch[0]]) - 1), self.prefix_token_id)
             targets = torch.full_like(tokens, IGNORE_INDEX)
-            for place, number in enumerate(batch):
+            for index, number in enumerate(batch):
                 row, end = torch.tensor(rows[number]), len(rows[number]) - 1
-                tokens[place, :end] = row[:-1]
-                targets[place, end - counts[number] : end] = row[-counts[number] :]
+                tokens[index, :end] = row[:-1]
+                targets[index, end - counts[number] : end] = row[-counts[number] :]
             scored = self._sums(tokens.to(self.subject.restored.device), targets.to(self.subject.restored.device))
             for number, result in zip(batch, scored, strict=True):
                 results[number] = result
@@ -127,10 +127,10 @@ class HarnessModel(TemplateLM):
         read = 0
         for hidden in pieces_of_hidden(self.subject, tokens):
             wanted = targets[:, read : read + hidden.shape[1]]
-            row, place = torch.nonzero(wanted != IGNORE_INDEX, as_tuple=True)
+            row, position = torch.nonzero(wanted != IGNORE_INDEX, as_tuple=True)
             with torch.no_grad(), self.subject.restored.autocast():
-                scores = self.subject.model.logits(hidden[row, place]).log_softmax(-1)
-            answers = wanted[row, place]
+                scores = self.subject.model.logits(hidden[row, position]).log_softmax(-1)
+            answers = wanted[row, position]
             total.index_add_(0, row, scores.gather(1, answers[:, None])[:, 0].double())
             missed.index_add_(0, row, (scores.argmax(-1) != answers).long())
             read += hidden.shape[1]

@@ -17,14 +17,14 @@ from longmix.evaluation.tasks.base import Answer, Task
 from longmix.wording import counted, did_you_mean
 
 BOOTSTRAPS = 1000
-"""For standard errors of figures that are no means, such as perplexities; the harness's own 100,000 take minutes."""
+"""For standard errors of values that are no means, such as perplexities; the harness's own 100,000 take minutes."""
 
 LONGEST_NAME = 80
 """The most letters of the tasks in a file's name."""
 
 
 class LMEval(Task):
-    """Tasks of the harness, with the standard errors of its figures where it gives them.
+    """Tasks of the harness, with the standard errors of its values where it gives them.
 
     Most of its own tasks fetch their data. A task of yours is a YAML file in `include_path`; with `dataset_path: json`
     and `dataset_kwargs: {data_files: {test: FILE.jsonl}}` it needs no network.
@@ -71,7 +71,7 @@ class LMEval(Task):
 
         Returns:
             `{"step", "precision", "max_length", "num_fewshot", "limit", "seed", "harness", "results": {task: {metric:
-            figure}}, "examples": {task: number}, "versions": {task: version}}`
+            value}}, "examples": {task: number}, "versions": {task: version}}`
 
         Raises:
             ConfigError: there is no such task, or the model is not one of text.
@@ -94,7 +94,7 @@ class LMEval(Task):
             "step": subject.step,
             "precision": subject.restored.precision,
             **settings,
-            "results": {task: _figures(metrics) for task, metrics in found["results"].items()},
+            "results": {task: _values(metrics) for task, metrics in found["results"].items()},
             "examples": {task: count["effective"] for task, count in found["n-samples"].items()},
             "versions": found["versions"],
         }
@@ -126,7 +126,7 @@ class LMEval(Task):
         return found
 
     def tables(self, answer: Answer) -> Iterator[Table]:
-        """Figures of each task."""
+        """Values of each task."""
         yield _table(answer.report)
 
 
@@ -146,28 +146,28 @@ def _manager(tasks: list[str], include_path: str | None) -> Any:
     return manager
 
 
-def _figures(metrics: dict[str, Any]) -> dict[str, float]:
+def _values(metrics: dict[str, Any]) -> dict[str, float]:
     """The harness's `metric,filter` as `metric`, or `metric (filter)` where the filter is one."""
-    figures = {}
+    values = {}
     for key, value in metrics.items():
         name, _, filtered = key.partition(",")
         if filtered and isinstance(value, int | float):
-            figures[name if filtered == "none" else f"{name} ({filtered})"] = float(value)
-    return figures
+            values[name if filtered == "none" else f"{name} ({filtered})"] = float(value)
+    return values
 
 
 def _table(report: dict[str, Any]) -> Table:
     table = Table(
         title=f"lm-evaluation-harness {report['harness']}, contexts of up to {counted(report['max_length'], 'token')}"
     )
-    for column in ("task", "metric", "figure", "+-", "examples"):
+    for column in ("task", "metric", "value", "+-", "examples"):
         table.add_column(column, justify="left" if column in ("task", "metric") else "right")
-    for task, figures in report["results"].items():
-        for metric, figure in figures.items():
+    for task, values in report["results"].items():
+        for metric, value in values.items():
             name, _, filtered = metric.partition(" ")
             if name.endswith("_stderr"):
                 continue
-            error = figures.get(f"{name}_stderr {filtered}".strip())
+            error = values.get(f"{name}_stderr {filtered}".strip())
             shown = "" if error is None else f"{error:.4f}"
-            table.add_row(task, metric, f"{figure:.4f}", shown, str(report["examples"].get(task, "")))
+            table.add_row(task, metric, f"{value:.4f}", shown, str(report["examples"].get(task, "")))
     return table

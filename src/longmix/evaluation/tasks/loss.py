@@ -68,7 +68,7 @@ class Loss(Task):
         return {**alone.summary(), "by_position": alone.by_position(), "whole_rows": whole.summary()}
 
     def tables(self, answer: Answer) -> Iterator[Table]:
-        """Figures of each length, and losses by position."""
+        """Results of each length, and losses by position."""
         yield _overall_table(answer.report["lengths"], answer.report["split"])
         yield _position_table(answer.report["lengths"])
 
@@ -89,7 +89,7 @@ def _hits_measured(subject: Subject, wanted: bool) -> Iterator[None]:
 
 
 def _without_bytes(result: dict[str, Any]) -> dict[str, Any]:
-    """A result, and the results within it, without figures that count bytes."""
+    """A result, and the results within it, without numbers that count bytes."""
     kept = {key: value for key, value in result.items() if key not in ("bits_per_byte", "bytes")}
     return {key: _without_bytes(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
@@ -115,14 +115,14 @@ def drawn_by_position(results: dict[int, dict[str, Any]], figure_of: str, title:
 
 def _overall_table(results: dict[int, dict[str, Any]], split: str) -> Table:
     table = Table(title=f"{split} split")
-    figures = {"loss": "loss", "perplexity": "perplexity", "bits_per_byte": "bits/byte", "recall": "recall"}
-    figures = {key: name for key, name in figures.items() if all(key in result for result in results.values())}
-    columns = ["seq_len", *figures.values(), "tokens"]
+    measures = {"loss": "loss", "perplexity": "perplexity", "bits_per_byte": "bits/byte", "recall": "recall"}
+    measures = {key: name for key, name in measures.items() if all(key in result for result in results.values())}
+    columns = ["seq_len", *measures.values(), "tokens"]
     for column in [*columns, *(["loss in whole rows"] if any("whole_rows" in r for r in results.values()) else [])]:
         table.add_column(column, justify="right")
     for length, result in results.items():
         whole = [f"{result['whole_rows']['loss']:.4f}"] if "whole_rows" in result else []
-        table.add_row(f"{length:,}", *(f"{result[key]:.4f}" for key in figures), f"{result['tokens']:,}", *whole)
+        table.add_row(f"{length:,}", *(f"{result[key]:.4f}" for key in measures), f"{result['tokens']:,}", *whole)
     return table
 
 
@@ -160,6 +160,6 @@ def rows_whole(batches: Iterable[Batch], ends: Sequence[int]) -> Iterator[Batch]
 
 def _only(batch: Batch, ends: Sequence[int]) -> Batch:
     targets = torch.full_like(batch["targets"], IGNORE_INDEX)
-    places = torch.tensor(ends, device=targets.device) - 1
-    targets[:, places] = batch["targets"][:, places]
+    positions = torch.tensor(ends, device=targets.device) - 1
+    targets[:, positions] = batch["targets"][:, positions]
     return {**batch, "targets": targets}

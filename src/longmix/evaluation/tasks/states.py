@@ -107,8 +107,8 @@ class States(Task):
         """
         length = _length(subject, self.length)
         width = -(-length // self.points)
-        place = f"task.length={length} in {self.points} pieces"
-        check_memory(subject.model, width, subject.restored, place)
+        asked = f"task.length={length} in {self.points} pieces"
+        check_memory(subject.model, width, subject.restored, asked)
         layers = [LayerStates(type(mixer).__name__, kind_of(mixer)) for mixer in subject.model.mixers()]
         for batch in _windows(subject, length, self.windows):
             read_window(subject, batch, width, layers)
@@ -288,11 +288,11 @@ def _range(values: list[float | None]) -> str:
 def _draw_half_lives(axes: Axes, layers: dict[str, dict[str, Any]], trained: int) -> None:
     """A mark for each head; the bar through it spans 80 % of the head's channels."""
     colour = nth_style(0).light
-    for place, layer in enumerate(layers.values()):
+    for index, layer in enumerate(layers.values()):
         gates = [gate for gate in layer["gates"] if gate["half_life"] is not None]
         heads = len(layer["gates"])
         for head, gate in enumerate(gates):
-            x = place + 0.6 * ((head + 0.5) / heads - 0.5)
+            x = index + 0.6 * ((head + 0.5) / heads - 0.5)
             span = [gate["half_life_low"], gate["half_life_high"] or gate["half_life"]]
             axes.plot([x, x], span, color=colour, linewidth=1.2, alpha=0.5)
             axes.plot(x, gate["half_life"], marker="o", markersize=4, color=colour)

@@ -46,15 +46,15 @@ def shrunk(shares: Tensor) -> Tensor:
     """[H, T, T] with at most `CELLS` cells along a side; each is the entry of largest magnitude within it."""
     size = -(-shares.shape[-1] // CELLS)
     padded = F.pad(shares, (0, -shares.shape[-1] % size, 0, -shares.shape[-1] % size))
-    _, places = F.max_pool2d(padded.abs()[None], size, return_indices=True)
-    return padded.flatten(1).gather(1, places[0].flatten(1)).view(places.shape[1:])
+    _, indices = F.max_pool2d(padded.abs()[None], size, return_indices=True)
+    return padded.flatten(1).gather(1, indices[0].flatten(1)).view(indices.shape[1:])
 
 
 def evenly(count: int, most: int = MOST_SHOWN) -> list[int]:
     """At most so many of 0 .. count - 1, evenly spread, the first and the last among them."""
     if count <= most:
         return list(range(count))
-    return sorted({round(place * (count - 1) / (most - 1)) for place in range(most)})
+    return sorted({round(number * (count - 1) / (most - 1)) for number in range(most)})
 
 
 @drawing()
@@ -65,11 +65,11 @@ def draw_model(layers: Sequence[LayerMaps], length: int, title: str) -> Figure:
     image = None
     for line, index in zip(axes, rows, strict=True):
         layer = layers[index]
-        for place, head in zip(line, columns, strict=False):
+        for panel, head in zip(line, columns, strict=False):
             if head >= len(layer.heads):
-                place.axis("off")
+                panel.axis("off")
                 continue
-            image = draw_map(place, layer.shares[head], length, f"layer {index}, head {head}\n{_caption(layer, head)}")
+            image = draw_map(panel, layer.shares[head], length, f"layer {index}, head {head}\n{_caption(layer, head)}")
         line[0].set_ylabel(f"{layer.mixer}\nquery", fontsize="small")
         shown = {f"head {head}": layer.heads[head]["histogram"] for head in columns if head < len(layer.heads)}
         draw_histogram(line[-1], shown, "mass by distance", named=line is axes[0])
@@ -93,9 +93,9 @@ def draw_comparison(models: dict[str, Sequence[LayerMaps]], length: int, title: 
         histograms = [torch.tensor([head["histogram"] for head in layer.heads]).mean(0) for layer in layers]
         shown = {f"layer {index}": histograms[index].tolist() for index in evenly(len(layers))}
         draw_histogram(axes[-1][column], shown, "mass by distance, mean over heads", named=column == 0)
-    highest = max(place.get_ylim()[1] for place in axes[-1])
-    for place in axes[-1]:
-        place.set_ylim(0, highest)
+    highest = max(panel.get_ylim()[1] for panel in axes[-1])
+    for panel in axes[-1]:
+        panel.set_ylim(0, highest)
     return _finished(figure, axes, image)
 
 
@@ -125,8 +125,8 @@ def draw_histogram(axes: Axes, histograms: dict[str, list[float]], title: str, n
         axes.plot(shares, marker="o", markersize=2.5, linewidth=1.2, color=colour, label=name)
     bins = max(len(shares) for shares in histograms.values())
     labels = ["0", *(str(2**n) for n in range(bins - 1))]
-    some = [place for place in range(bins) if place % 2 == 0 or bins < 6]
-    axes.set_xticks(some, [labels[place] for place in some], fontsize="x-small")
+    some = [number for number in range(bins) if number % 2 == 0 or bins < 6]
+    axes.set_xticks(some, [labels[number] for number in some], fontsize="x-small")
     axes.set_ylim(0, None)
     axes.set_box_aspect(1)
     axes.tick_params(axis="y", labelsize="x-small")
@@ -146,12 +146,12 @@ def _grid(rows: int, columns: int, title: str) -> tuple[Figure, list[list[Axes]]
 
 
 def _finished(figure: Figure, axes: list[list[Axes]], image: Any) -> Figure:
-    for place in axes[-1]:
-        place.set_xlabel("distance, tokens" if place.lines else "key", fontsize="x-small")
-    bar = figure.colorbar(image, ax=[place for line in axes for place in line], shrink=0.6, aspect=40, pad=0.01)
+    for panel in axes[-1]:
+        panel.set_xlabel("distance, tokens" if panel.lines else "key", fontsize="x-small")
+    bar = figure.colorbar(image, ax=[panel for line in axes for panel in line], shrink=0.6, aspect=40, pad=0.01)
     exponents = range(0, DECADES, 2)
-    places = [1 - n / DECADES for n in exponents]
-    ticks = [*(-place for place in places), 0, *reversed(places)]
+    values = [1 - n / DECADES for n in exponents]
+    ticks = [*(-value for value in values), 0, *reversed(values)]
     texts = [f"{100 * 10.0**-n:g} %" for n in exponents]
     bar.set_ticks(ticks, labels=[*(f"-{text}" for text in texts), f"< {100 * 10.0**-DECADES:g} %", *reversed(texts)])
     bar.set_label("share of the row's mass", fontsize="x-small")

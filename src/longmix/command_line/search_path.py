@@ -1,4 +1,4 @@
-"""The folders in which a command line lets Hydra look for the user's own files."""
+"""Hydra's search path: the folders in which a command line lets it look for the user's own files."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ CONFIG_DIR = ("--config-dir", "-cd")
 CONFIG_NAME = ("--config-name", "-cn")
 
 
-def search_places(arguments: Sequence[str], folders: Sequence[Path]) -> list[tuple[str, str]]:
-    """The places that the arguments add, in Hydra's order, each with the option or word that names it.
+def search_entries(arguments: Sequence[str], folders: Sequence[Path]) -> list[tuple[str, str]]:
+    """The entries that the arguments add, in Hydra's order, each with the option or word that names it.
 
     Args:
         arguments: of the command line.
@@ -32,12 +32,12 @@ def search_places(arguments: Sequence[str], folders: Sequence[Path]) -> list[tup
         ConfigError: `hydra.searchpath` is no list, or has a sign before it, with which Hydra would not look there.
     """
     directory = _last_value(arguments, CONFIG_DIR)
-    places = [] if directory is None else [(CONFIG_DIR[0], directory)]
+    entries = [] if directory is None else [(CONFIG_DIR[0], directory)]
     words = [word for word in map(Word.read, arguments) if word.name == SEARCH_PATH and word.value is not None]
     if words:
-        return places + [(SEARCH_PATH, place) for place in _items(words[-1])]
+        return entries + [(SEARCH_PATH, entry) for entry in _items(words[-1])]
     name = _last_value(arguments, CONFIG_NAME)
-    return places if name is None else places + _of_file(name, [*folders, *(Path(place) for _, place in places)])
+    return entries if name is None else entries + _of_file(name, [*folders, *(Path(entry) for _, entry in entries)])
 
 
 def without_repetition(words: Sequence[Word]) -> list[Word]:
@@ -46,9 +46,9 @@ def without_repetition(words: Sequence[Word]) -> list[Word]:
     return [word for word in words if word.name != SEARCH_PATH or word is several[-1]]
 
 
-def folder_of(place: str) -> Path | None:
-    """The folder of a place: a path, or a package behind pkg://; None where it is something else."""
-    scheme, separator, rest = place.rpartition("://")
+def folder_of(entry: str) -> Path | None:
+    """The folder of an entry: a path, or a package behind pkg://; None where it is something else."""
+    scheme, separator, rest = entry.rpartition("://")
     if not separator or scheme == "file":
         return Path(rest)
     if scheme != "pkg":
@@ -80,22 +80,22 @@ def _items(word: Word) -> list[str]:
         raise ConfigError(f"{SEARCH_PATH}={printable(value)} is not a list; write {SEARCH_PATH}=[{printable(value)}].")
     try:
         written = values.as_hydra_reads(value, Takes(list[str], path=True), sweep=False)
-        places: Any = OverridesParser.create().parse_override(f"{SEARCH_PATH}={written}").value()
+        entries: Any = OverridesParser.create().parse_override(f"{SEARCH_PATH}={written}").value()
     except HydraException:
-        places = None
-    if not isinstance(places, list):
+        entries = None
+    if not isinstance(entries, list):
         raise ConfigError(f"{SEARCH_PATH}={printable(value)} is not a list of folders.")
-    return [str(place) for place in places]
+    return [str(entry) for entry in entries]
 
 
 def _of_file(name: str, folders: Sequence[Path]) -> list[tuple[str, str]]:
-    """The places that the user's own configuration names."""
+    """The entries that the user's own configuration names."""
     for folder in folders:
         file = folder / f"{name.removesuffix('.yaml')}.yaml"
         if file.is_file():
             try:
-                places = OmegaConf.select(OmegaConf.load(file), SEARCH_PATH, default=None)
+                entries = OmegaConf.select(OmegaConf.load(file), SEARCH_PATH, default=None)
             except (OmegaConfBaseException, OSError, ValueError):
                 return []  # Hydra says what is wrong with it
-            return [(f"{SEARCH_PATH} of {file}", str(place)) for place in places or []]
+            return [(f"{SEARCH_PATH} of {file}", str(entry)) for entry in entries or []]
     return []
