@@ -297,7 +297,12 @@ _COMMANDS = (
             Argument("gate", "of the input", "[exp,sig]", many=True, choices=("exp", "sig"), only=("linear",)),
             Argument("states", "how states are stored", "fp32", choices=("fp32", "bf16"), only=("linear",)),
             Argument(
-                "decay", "of the state", "[bounded,exact]", many=True, choices=("bounded", "exact"), only=("delta",)
+                "decay",
+                "of the state: of channels with a bound or without, or of heads",
+                "[bounded,exact,head]",
+                many=True,
+                choices=("bounded", "exact", "head"),
+                only=("delta",),
             ),
             Argument(
                 "form", "of the transitions", "low-rank", many=True, choices=("low-rank", "diagonal"), only=("delta",)
