@@ -80,6 +80,9 @@ class LaunchTable(Generic[Config]):
             than those of `tuned`; `python -m benchmarks.gpu --tune` proposes them.
     """
 
+    watch: Callable[[str, int, Any], None] | None = None
+    """Is told the kernel, the width and the configuration of each entry that is taken; see `watched`."""
+
     def __init__(
         self,
         config: type[Config],
@@ -103,7 +106,11 @@ class LaunchTable(Generic[Config]):
 
     def entry(self, kernel: str, architecture: int, size: int, width: int) -> Config:
         """Return the configuration of a kernel for elements of `size` bytes and up to this width."""
-        return self.entries[kernel, known_architecture(architecture), size, self.covering(width)]
+        covering = self.covering(width)
+        config = self.entries[kernel, known_architecture(architecture), size, covering]
+        if self.watch is not None:
+            self.watch(kernel, covering, config)
+        return config
 
     def covering(self, width: int) -> int:
         """Return the smallest of the table's widths that is enough."""
@@ -112,6 +119,10 @@ class LaunchTable(Generic[Config]):
     def override(self, kernel: str, config: Config) -> contextlib.AbstractContextManager[None]:
         """Launch a kernel with this configuration, whatever the architecture, while the context lasts."""
         return replaced(self.overrides, kernel, config)
+
+    def watched(self, watch: Callable[[str, int, Any], None]) -> contextlib.AbstractContextManager[None]:
+        """Tell `watch` the kernel, the width and the configuration of each entry taken while the context lasts."""
+        return replaced(vars(self), "watch", watch)
 
 
 class Call(ABC, Generic[Config]):

@@ -195,6 +195,19 @@ class TestTuning:
         assert vars(space["TABLE"].entry(kernel, 90, 2, width)) == vars(best)
         assert tuning.patch([record | {"best": vars(row)}], ROOT) == ""
 
+    def test_the_rows_that_a_call_takes_are_noted(self):
+        table = tuning._launch("linear").TABLE
+        kernels = list(tuning._launch("linear").KERNELS)[:2]
+
+        class Call:
+            def results(self, backend):
+                return {kernel: table.entry(kernel, 90, 2, 150) for kernel in kernels}
+
+        results, taken = tuning._results_and_entries(Call(), table, kernels[1])
+        assert taken == [(table.covering(150), results[kernels[1]])]
+        Call().results("triton")
+        assert len(taken) == 1 and table.watch is None
+
     def test_neighbours_differ_in_one_number(self):
         row = tuning._launch("linear").TABLE.entry("output", 90, 2, 192)
         for other in tuning.neighbours(row, "output"):
