@@ -29,6 +29,7 @@ from longmix.errors import ConfigError
 from longmix.mixers.parts.base import COUNT, MixerOutput, ModelShape, at_most, checked_sizes, divided
 from longmix.mixers.parts.convolution import token_shift
 from longmix.mixers.parts.documents import continued_ids
+from longmix.mixers.parts.exact import rounded_once
 from longmix.mixers.parts.norms import HeadwiseNorm, check_norm_eps
 from longmix.mixers.parts.recomputed import recomputed
 from longmix.mixers.parts.recurrent import RecurrentMixer, RecurrentState
@@ -187,25 +188,23 @@ class RWKV7(RecurrentMixer):
         of_query, of_decay, of_key, of_value, of_rate, of_gate = (
             x + change * shift for shift in self.shifts.to(x.dtype).unbind()
         )
+        of_value = rounded_once(of_value)
         query, key, value = self.query(of_query), self.key(of_key), self.value(of_value)
         given = value if value_residual is None else value_residual
         thin = self.decay.down(of_decay), self.rate.down(of_rate)
         mix = None if self.value_mix is None else self.value_mix.down(of_value)
-        made = query, key, value, given, *thin, mix
-        terms = self._terms(*made) if self.shows_terms(state) else None
-        bonus = None if terms is None else terms.bonus
+        made, gate = (query, key, value, given, *thin, mix), self.gate.down(of_gate)
+        if state is None and not self.shows_terms(state):
+            # In one piece, so that what lies between engine and gate is not kept either.
+            gated, carried = recomputed(self._read, *made, gate, document_ids)
+        else:
+            terms = self._terms(*made)
 
-        def run(initial: Tensor | None, ids: Tensor | None) -> tuple[Tensor, Tensor]:
-            nonlocal bonus
-            if terms is not None:
+            def run(initial: Tensor | None, ids: Tensor | None) -> tuple[Tensor, Tensor]:
                 return self._engine(terms, initial, ids)
-            found, carried, bonus = recomputed(self._read, *made, initial, ids)
-            return found, carried
 
-        found, carried = self.run_engine(run, DeltaRecurrence(), state, document_ids, batch)
-        if terms is not None:
-            found = self.recall(found, terms.query)
-        gated = recomputed(self._gated, found, bonus, self.gate.down(of_gate))
+            found, carried = self.run_engine(run, DeltaRecurrence(), state, document_ids, batch)
+            gated = recomputed(self._gated, self.recall(found, terms.query), terms.bonus, gate)
         after = self.next_state(carried, recent, x, state, ids)
         return MixerOutput(self.output(gated), after, metrics=self.state_metrics(carried, state), value_residual=given)
 
@@ -241,11 +240,16 @@ class RWKV7(RecurrentMixer):
             min_log_decay=-DECAY_LIMIT,
         )
 
-    def _read(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """The same of what `_terms` gets, then the initial state and document ids of the engine; and the bonus."""
-        *made, initial, ids = arguments
+    def _read(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """What is read [B, T, D] from the first token on, normed and gated, and the final state.
+
+        Args:
+            arguments: what `_terms` gets, then what is thin of the gate, and document ids.
+        """
+        *made, gate, ids = arguments
         terms = self._terms(*made)
-        return *self._engine(terms, initial, ids), terms.bonus
+        found, carried = self._engine(terms, None, ids)
+        return self._gated(found, terms.bonus, gate), carried
 
     def _gated(self, found: Tensor, bonus: Tensor, gate: Tensor) -> Tensor:
         """Norm what was read [B, T, H, head_dim], add the bonus, and gate both, to [B, T, D]."""
