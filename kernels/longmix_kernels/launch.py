@@ -130,6 +130,9 @@ class Call(ABC, Generic[Config]):
 
     TABLE: ClassVar[LaunchTable]
 
+    SPREAD: ClassVar[Mapping[str, tuple[str, int]]] = {}
+    """By kernel, the size of a tile that is halved where there are few programs, and the least it may be."""
+
     query: torch.Tensor
     """Its device and dtype decide how kernels are launched."""
 
@@ -159,12 +162,25 @@ class Call(ABC, Generic[Config]):
             return self.fitted(kernel, self.TABLE.overrides[kernel])
         if not on_gpu(self.query):
             return self.fitted(kernel, self.TABLE.interpreted[kernel])
-        config = self.fitted(kernel, self.entry(kernel, architecture_of(self.query.device), self.query.element_size()))
+        device = self.query.device
+        config = self.fitted(kernel, self.entry(kernel, architecture_of(device), self.query.element_size()))
+        config = self.spread(kernel, config, processors_of(device))
         while _too_large and self.code(kernel, config) in _too_large:
             smaller = config.smaller()
             if smaller is None:
                 raise UnsupportedDevice(f"backend='triton': {_too_large[self.code(kernel, config)]}; {_ELSEWHERE}")
             config = smaller
+        return config
+
+    def spread(self, kernel: str, config: Config, processors: int) -> Config:
+        """Return the configuration with a tile halved until every processor of the device has a program.
+
+        A kernel that goes from chunk to chunk is as slow as one program, so with few rows and heads narrower programs
+        end earlier. A tile takes few sizes, those from the table's down to `SPREAD`'s, so few batch sizes compile anew.
+        """
+        name, least = self.SPREAD.get(kernel, ("", 0))
+        while name and getattr(config, name) > least and self.programs(kernel, config) < processors:
+            config = replace(config, **{name: getattr(config, name) // 2})  # type: ignore[type-var]
         return config
 
     def code(self, kernel: str, config: Config) -> Hashable:
@@ -340,6 +356,13 @@ def architecture_of(device: torch.device) -> int:
     """Return the compute capability of a CUDA device, times ten."""
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+@functools.cache
+def processors_of(device: torch.device) -> int:
+    """Return how many multiprocessors a CUDA device has, each of which runs a program."""
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
 
 
 def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:

@@ -69,15 +69,19 @@ def _shared_memory(function: Any, target: Any, options: Any, signature: Any, con
 
 @contextlib.contextmanager
 def simulated_gpu(
-    architecture: int, limit: int | None = None, takes: Callable[[Launched], int] | None = lambda launched: 0
+    architecture: int,
+    limit: int | None = None,
+    takes: Callable[[Launched], int] | None = lambda launched: 0,
+    processors: int = 1,
 ) -> Iterator[SimulatedGPU]:
-    """Let tensors on the CPU count as being on a GPU of this architecture while the context lasts."""
+    """Let tensors on the CPU count as being on a GPU of this architecture and size while the context lasts."""
     from triton.runtime.jit import JITFunction
 
     gpu = SimulatedGPU(architecture, SHARED_MEMORY[architecture] if limit is None else limit, takes)
     with (
         assumed_device("cuda"),
         mock.patch.object(launch, "architecture_of", lambda _: architecture),
+        mock.patch.object(launch, "processors_of", lambda _: processors),
         mock.patch.object(launch, "_too_large", {}),
         mock.patch.object(JITFunction, "run", lambda *arguments, **options: gpu.run(*arguments, **options)),
     ):

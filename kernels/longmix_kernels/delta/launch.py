@@ -4,6 +4,7 @@ Nothing here imports Triton; see `longmix_kernels.launch`.
 """
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from longmix_kernels import launch
 from longmix_kernels.delta.cost import choose_chunk
@@ -70,7 +71,10 @@ _AMPERE = {
     "grad_query": ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     "grad_key": ((16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
 }
-_HOPPER = _AMPERE | {"grad_value": ((16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1))}
+_HOPPER = _AMPERE | {
+    "prepare": ((16, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    "grad_value": ((16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+}
 TABLE = LaunchTable(
     LaunchConfig,
     WIDTHS,
@@ -90,6 +94,7 @@ class Call(launch.Call[LaunchConfig]):
     """The tensors and numbers of one call, as the kernels take them."""
 
     TABLE = TABLE
+    SPREAD: ClassVar = dict.fromkeys(SCANS, ("values", 16))
 
     def __init__(self, inputs: Inputs) -> None:
         query, key, value, min_log_decay = inputs.query, inputs.key, inputs.value, inputs.min_log_decay

@@ -6,6 +6,7 @@ Nothing here imports Triton; see `longmix_kernels.launch`.
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
@@ -227,6 +228,7 @@ class Call(launch.Call[LaunchConfig]):
     """The tensors and numbers of one call, as the kernels take them."""
 
     TABLE = TABLE
+    SPREAD: ClassVar = dict.fromkeys(CARRYING, ("keys", 32))
 
     def __init__(self, inputs: Inputs) -> None:
         query, key, value, chunk_size = inputs.query, inputs.key, inputs.value, inputs.chunk_size
