@@ -1,9 +1,9 @@
 """Mixers of configs/mixer made so small that a few dozen tokens show what thousands do, as their classes say."""
 
-from longmix.config import Node, locate
+from longmix.config import Plain, locate
 
 
-def small_mixer(node: Node, tokens: int) -> Node:
+def small_mixer(node: Plain, tokens: int) -> Plain:
     """A mixer's node, or a pattern of them, with `Mixer.sizes` at most `tokens` and the settings of `Mixer.small`.
 
     What is 0 or null stays so.

@@ -90,10 +90,15 @@ def metrics(folder, trained):
     log.open(folder, {}, "name", 1)
 
 
+def tuned(folder, trained):
+    state = trained[2]
+    save_states(folder / "states.pt", ModelConfig.of(state["config"]), state["model"])
+
+
 WRITERS = {
     "json": (lambda folder, trained: replace_json(folder / "x.json", ["x" * 3000]), 2000),
     "text": (lambda folder, trained: replace_text(folder / "x.txt", "x" * 3000), 2000),
-    "states": (lambda folder, trained: save_states(folder / "states.pt", trained[2]), 500),
+    "states": (tuned, 500),
     "generation": (generation, 3000),
     "rwkv": (rwkv, 20_000),
     "checkpoint": (lambda folder, trained: CheckpointStore(folder).save(trained[2], {}), 20_000),

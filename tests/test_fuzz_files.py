@@ -283,6 +283,9 @@ def all_kinds(node: dict[str, Any]) -> dict[str, Kind]:
         path = folder / "tokenizer.json"
         path.write_text(json.dumps(mutated(json.loads(path.read_text()), drawn)))
 
+    def tuned(folder: Path) -> None:
+        save_states(folder / "states.pt", ModelConfig.of(tuned_state["config"]), tuned_state["model"])
+
     def yaml(folder: Path) -> None:
         from omegaconf import OmegaConf
 
@@ -291,7 +294,7 @@ def all_kinds(node: dict[str, Any]) -> dict[str, Kind]:
     return {
         "whole": Kind(whole, restored, change=change_whole),
         "sharded": Kind(sharded, restored, change=change_sharded),
-        "states": Kind(lambda f: save_states(f / "states.pt", tuned_state), states, change=change_states),
+        "states": Kind(tuned, states, change=change_states),
         "generation": Kind(
             save_session,
             session,

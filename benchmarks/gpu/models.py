@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from longmix.composing import composed
-from longmix.config import ModelConfig, build
+from longmix.config import TrainConfig, read
 from longmix.mixers.parts.between_steps import finish_step
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model
@@ -72,12 +72,12 @@ def trained(
         dtype: "bf16" or "fp32".
         documents: in each row, of equal length.
     """
-    config = composed("train", [*words, "logger=none"]).node
+    config = read(TrainConfig, composed("train", [*words, "logger=none"]).node)
     torch.manual_seed(0)
     with torch.device(device):
-        model = build_model(ModelConfig.of(config), vocab_size)
+        model = build_model(config, vocab_size)
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    optimizers = build(config["optimizer"], "optimizer", parameters=weights)
+    optimizers = config.optimizer.build(parameters=weights)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group[PEAK]

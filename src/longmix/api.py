@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -23,6 +23,9 @@ from longmix.model.backbone import LanguageModel
 from longmix.naming import RUNS, check_name
 from longmix.notices import begin_run
 from longmix.restore import Restored, restore
+
+if TYPE_CHECKING:
+    from longmix.training.summary import Summary
 
 Words = Sequence[str] | Mapping[str, Any] | DictConfig
 
@@ -42,7 +45,7 @@ class Run:
     """
 
     folder: Path
-    summary: dict[str, Any]
+    summary: "Summary"
     checkpoint: Path | None
 
     def load(self, **settings: Any) -> "Loaded":

@@ -64,6 +64,6 @@ def test_training_begins_from_it_and_notes_which(run_training, compose_config, t
     config, origin = begins_from(read(TrainConfig, compose_config(*words)), Invocation.of_command())
     assert config.checkpoint == "runs/first/checkpoints/step-00000002"
     assert torch.equal(
-        origin.state["model"]["embedding.weight"],
+        origin.weights["embedding.weight"],
         load_checkpoint(find_checkpoint(run))["model"]["embedding.weight"],
     )

@@ -84,7 +84,7 @@ class Nothing:
 
 
 def validation(case: Case, count: int, module: TrainingModule, rank: int, world_size: int) -> dict[str, Any]:
-    supervisor = Supervisor(CONFIG, Data(count), None, Nothing(), Nothing(), {}, None)
+    supervisor = Supervisor(CONFIG, Data(count), None, Nothing(), Nothing(), None, None)
     trainer = SimpleNamespace(
         world_size=world_size,
         global_rank=rank,
@@ -97,7 +97,7 @@ def validation(case: Case, count: int, module: TrainingModule, rank: int, world_
 
 def memory(group: dist.ProcessGroup, case: Case) -> tuple[float, int]:
     """What is logged of it, and what the summary gets, by processes that hold 1, 2, ... GiB."""
-    supervisor = Supervisor(CONFIG, None, None, None, None, {}, None)
+    supervisor = Supervisor(CONFIG, None, None, None, None, None, None)
     trainer = SimpleNamespace(precision="32-true", world_size=dist.get_world_size(group))
     held = (dist.get_rank(group) + 1) * 2**30
     with alone(group), patch("longmix.training.supervisor.peak_memory_bytes", lambda _: held):

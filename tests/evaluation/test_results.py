@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from longmix.checkpoints import find_checkpoint, load_checkpoint
-from longmix.config import Choice, build, resolved
+from longmix.config import Choice, ModelConfig, build, resolved
 from longmix.data.tokens.tokenizers import NumberTokenizer
 from longmix.errors import DataError
 from longmix.evaluation.provenance import file_name, is_own
@@ -125,7 +125,7 @@ def test_states_are_named_by_content(run_folder, compose_config, tmp_path):
     checkpoint = load_checkpoint(find_checkpoint(run_folder))
     model = model_from_checkpoint(checkpoint)
     tune_states(model)
-    save_states(tuned / "states.pt", {**checkpoint, "model": model.state_dict()})
+    save_states(tuned / "states.pt", ModelConfig.of(checkpoint["config"]), model.state_dict())
     words = f"checkpoint={run_folder}", f"states={tuned}", "task=loss"
     evaluate(compose_config(*words, entry_point="evaluate"))
     (path,) = (tuned / "evaluation").glob("loss_*.json")

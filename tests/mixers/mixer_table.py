@@ -8,7 +8,7 @@ import torch
 from omegaconf import OmegaConf
 from small_mixers import small_mixer
 
-from longmix.config import Node, build
+from longmix.config import Plain, build
 from longmix.mixers.block_sparse import BlockSparse
 from longmix.mixers.flash import Flash
 from longmix.mixers.hyper import Hyper
@@ -123,7 +123,7 @@ def awake(mixer: Mixer) -> Mixer:
     return mixer
 
 
-def settings_of(path: Path) -> Node:
+def settings_of(path: Path) -> Plain:
     """What a file in configs/mixer sets."""
     node = OmegaConf.to_container(OmegaConf.load(path))
     return {str(name): value for name, value in node.items() if name != "defaults"}  # type: ignore[union-attr]

@@ -159,7 +159,7 @@ def test_a_mixer_of_another_kind_is_tuned_saved_and_loaded(tmp_path):
     assert model.blocks[0].mixer.tuned["first"].grad.abs().max() > 0
     torch.nn.init.normal_(model.blocks[0].mixer.tuned["first"])
     config = {"mixer": {"_target_": "somebody.Mean"}, "model": {"_target_": "somebody.Model", "d_model": 48}}
-    save_states(tmp_path / "states.pt", {"config": config, "model": model.state_dict()})
+    save_states(tmp_path / "states.pt", ModelConfig.of(config), model.state_dict())
     assert list(tuned_states(model.state_dict())) == ["blocks.0.mixer.tuned.first"]
     other = model_of(Mean, Flash)
     assert not torch.equal(other(tokens).hidden, model(tokens).hidden)

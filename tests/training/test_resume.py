@@ -86,7 +86,7 @@ def auto(config: dict, **more) -> dict:
 class TestNamed:
     def test_a_fresh_run_starts_at_zero_in_its_own_folder(self, tmp_path, config):
         start = begun(config, tmp_path / "run")
-        assert (start.folder, start.step, start.state) == (tmp_path / "run", 0, None)
+        assert (start.folder, start.step, start.saved) == (tmp_path / "run", 0, None)
 
     def test_a_fresh_run_refuses_a_folder_with_checkpoints(self, tmp_path, config):
         saved_run(tmp_path / "run", config, 3)

@@ -31,7 +31,6 @@ from longmix.config.limits import tokens_per_step as tokens_per_step
 from longmix.config.limits import total_steps as total_steps
 from longmix.config.limits import unlimited_windows as unlimited_windows
 from longmix.config.limits import with_limits as with_limits
-from longmix.config.nodes import Node as Node
 from longmix.config.nodes import build as build
 from longmix.config.nodes import check as check
 from longmix.config.nodes import holds_target as holds_target

@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import Field, is_dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import omegaconf
 from omegaconf import DictConfig, OmegaConf
@@ -20,12 +20,15 @@ from longmix.config.nodes import unknown_key
 from longmix.config.rules import check_values, default_of, is_group, is_words, words_of
 from longmix.errors import ConfigError
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 Config = TypeVar("Config")
 Plain = dict[str, Any]
 """A configuration as `config.yaml` and a checkpoint hold it: nested dicts, lists and values."""
 
 
-def read(kind: type[Config], given: DictConfig | Mapping[str, Any]) -> Config:
+def read(kind: type[Config], given: DictConfig | Mapping[str, object]) -> Config:
     """A command's configuration, every interpolation carried out and every word checked.
 
     What a choice of a group takes is checked where it is built.
@@ -44,7 +47,7 @@ def read(kind: type[Config], given: DictConfig | Mapping[str, Any]) -> Config:
     return _made(kind, values)
 
 
-def plain(config: Any) -> Plain:
+def plain(config: "DataclassInstance") -> Plain:
     """A configuration as `config.yaml`, checkpoints and loggers hold it, in the order of its fields."""
     found = {}
     for entry in dataclasses.fields(config):
@@ -54,12 +57,12 @@ def plain(config: Any) -> Plain:
     return found
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     if isinstance(value, Choice | Pattern):
         return copied(value.entries)
     if isinstance(value, dict):
         return {name: _plain(part) for name, part in value.items()}
-    return plain(value) if is_dataclass(value) else copied(value)
+    return plain(value) if is_dataclass(value) and not isinstance(value, type) else copied(value)
 
 
 def resolved(config: DictConfig) -> Plain:
@@ -77,7 +80,7 @@ def resolved(config: DictConfig) -> Plain:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}.") from error
 
 
-def check_keys(given: Mapping[str, Any], kind: type, prefix: str = "") -> None:
+def check_keys(given: Mapping[str, object], kind: type, prefix: str = "") -> None:
     """Refuse keys that a class has no word for, and the lack of one; Hydra lets `+key=value` and `~key` through.
 
     Raises:
@@ -93,9 +96,10 @@ def check_keys(given: Mapping[str, Any], kind: type, prefix: str = "") -> None:
         raise ConfigError(f"no value was given for: {', '.join(missing)}.")
     for name, (_, hint) in allowed.items():
         if is_words(hint):
-            if not isinstance(given[name], Mapping):
-                raise ConfigError(f"{prefix}{name}={given[name]!r} is no group of words; give {prefix}{name}.WORD.")
-            check_keys(given[name], typing.cast(type, hint), f"{prefix}{name}.")
+            inner = given[name]
+            if not isinstance(inner, Mapping):
+                raise ConfigError(f"{prefix}{name}={inner!r} is no group of words; give {prefix}{name}.WORD.")
+            check_keys(inner, typing.cast(type, hint), f"{prefix}{name}.")
 
 
 def hydra_schema(kind: type) -> type:
@@ -110,7 +114,7 @@ def hydra_schema(kind: type) -> type:
             entries.append((name, inner, dataclasses.field(default_factory=inner)))
             continue
         default = default_of(entry)
-        value: Any = omegaconf.MISSING if default is dataclasses.MISSING else default
+        value: object = omegaconf.MISSING if default is dataclasses.MISSING else default
         own = dataclasses.field(default_factory=value.copy) if isinstance(value, list) else value
         entries.append((name, _hydra_type(hint), own))
     return dataclasses.make_dataclass(kind.__name__, entries)
@@ -128,17 +132,17 @@ def _hydra_type(hint: Any) -> Any:
     return hint
 
 
-def _made(kind: type[Config], values: Mapping[str, Any]) -> Config:
+def _made(kind: type[Config], values: Mapping[str, object]) -> Config:
     made = {}
     for name, (entry, hint) in words_of(kind).items():
         if is_words(hint):
-            made[name] = _made(typing.cast(Any, hint), values[name])
+            made[name] = _made(hint, typing.cast(Plain, values[name]))
         else:
             made[name] = _chosen(name, values[name], entry, hint) if is_group(hint) else values[name]
     return kind(**made)
 
 
-def _chosen(key: str, value: Any, entry: Field[Any], hint: Any) -> Choice | Pattern | dict[str, Choice] | None:
+def _chosen(key: str, value: object, entry: Field[Any], hint: Any) -> Choice | Pattern | dict[str, Choice] | None:
     if typing.get_origin(hint) is dict:
         return choices_by_name(key, value, entry.metadata["misfit"])
     options = typing.get_args(hint)
@@ -147,7 +151,7 @@ def _chosen(key: str, value: Any, entry: Field[Any], hint: Any) -> Choice | Patt
     return choice_or_pattern(key, value) if Pattern in options else Choice.of(key, value)
 
 
-def _without_value(value: Any, key: str = "") -> list[str]:
+def _without_value(value: object, key: str = "") -> list[str]:
     """Mandatory keys without a value; `OmegaConf.missing_keys` fails where an interpolation leads to one."""
     if value == "???":
         return [key]

@@ -130,7 +130,7 @@ class Pattern:
         return tuple(self.members.values())
 
 
-def copied(value: Any) -> Any:
+def copied(value: object) -> Any:
     """Nested dicts and lists anew, so that whoever changes the given ones changes no configuration."""
     if isinstance(value, Mapping):
         return {name: copied(part) for name, part in value.items()}

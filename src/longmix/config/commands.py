@@ -23,7 +23,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "float32", "bf16"]
 
 
-def _is_length(value: Any) -> bool:
+def _is_length(value: int | list[int]) -> bool:
     lengths = value if isinstance(value, list) else [value]
     return bool(lengths) and all(1 <= length <= LARGEST_INDEX for length in lengths)
 
@@ -123,12 +123,12 @@ class ModelConfig:
     model: Choice
 
     @classmethod
-    def of(cls, stored: Mapping[str, Any]) -> "ModelConfig":
+    def of(cls, stored: Mapping[str, object]) -> "ModelConfig":
         """That of a checkpoint's configuration, or of another mapping with these keys."""
         return ModelConfig(**_model_of(stored))
 
 
-def _model_of(stored: Mapping[str, Any]) -> dict[str, Any]:
+def _model_of(stored: Mapping[str, object]) -> dict[str, Any]:
     return {"mixer": choice_or_pattern("mixer", stored["mixer"]), "model": Choice.of("model", stored["model"])}
 
 

@@ -16,8 +16,6 @@ from longmix.config.values import as_given, described, fits, misfit
 from longmix.errors import ConfigError, settings_at
 from longmix.wording import did_you_mean, nearest
 
-Node = dict[str, Any]
-
 PLAIN_MODULES = ("builtins", "pathlib", "typing", "types", "collections.abc")
 """Classes of these modules are plain values, never nodes."""
 
@@ -34,7 +32,7 @@ def locate(path: str, key: str) -> Callable[..., Any]:
     return target
 
 
-def build(node: Mapping[str, Any], key: str, **supplied: Any) -> Any:
+def build(node: Mapping[str, object], key: str, **supplied: Any) -> Any:
     """Check a `_target_` node against its callable's signature and call it.
 
     Args:
@@ -44,7 +42,7 @@ def build(node: Mapping[str, Any], key: str, **supplied: Any) -> Any:
         supplied: arguments that longmix gives; the configuration may not set them.
     """
     check(node, key, set(supplied))
-    target = locate(node["_target_"], key)
+    target = locate(str(node["_target_"]), key)
     hints = settings(target)
     with settings_at(key, getattr(target, "usual_place", key)):
         own = {
@@ -55,7 +53,7 @@ def build(node: Mapping[str, Any], key: str, **supplied: Any) -> Any:
         return target(**own, **supplied)
 
 
-def _built_value(value: Any, hint: Any, key: str) -> Any:
+def _built_value(value: object, hint: Any, key: str) -> Any:
     """A setting for its callable: built if the type hint asks for an object from a node, else unchanged."""
     kind, several = node_kind(hint)
     if kind is None:
@@ -92,14 +90,14 @@ def node_kind(hint: Any) -> tuple[type | None, bool]:
     return (hint if is_kind else None), False
 
 
-def holds_target(value: Any) -> bool:
+def holds_target(value: object) -> bool:
     """Whether a `_target_` stands anywhere in a setting."""
     if isinstance(value, dict):
         return "_target_" in value or any(map(holds_target, value.values()))
     return isinstance(value, list | tuple) and any(map(holds_target, value))
 
 
-def check(node: Any, key: str, supplied: set[str], kind: type | None = None) -> None:
+def check(node: object, key: str, supplied: set[str], kind: type | None = None) -> None:
     """Refuse unknown, missing and wrongly typed settings of a `_target_` node, naming the key.
 
     A node within is allowed where the signature asks for an object of some class or protocol, and nowhere else.

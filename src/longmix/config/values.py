@@ -14,7 +14,7 @@ LARGEST_SEED = 2**32 - 1
 """The largest seed of NumPy's global generator."""
 
 
-def fits(value: Any, hint: Any) -> bool:
+def fits(value: object, hint: Any) -> bool:
     """Whether a value from YAML or the command line is one of the type `hint`; a number must be finite."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
@@ -57,12 +57,12 @@ def described(hint: Any) -> str:
     return names.get(hint, str(hint).replace("typing.", ""))
 
 
-def as_given(value: Any) -> str:
+def as_given(value: object) -> str:
     """A value as it is written in messages."""
     return "null" if value is None else repr(value)
 
 
-def misfit(value: Any, hint: Any) -> str:
+def misfit(value: object, hint: Any) -> str:
     """The end of a sentence that begins with a setting, and says why its value does not fit its type.
 
     Args:
@@ -73,7 +73,7 @@ def misfit(value: Any, hint: Any) -> str:
     return found or f"is not {described(hint)}."
 
 
-def too_large(value: Any) -> str:
+def too_large(value: object) -> str:
     """The message for a whole number, or one in a list, that torch and NumPy cannot hold; "" if none is."""
     if isinstance(value, list | tuple):
         return next(filter(None, map(too_large, value)), "")

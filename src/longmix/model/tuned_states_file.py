@@ -10,7 +10,7 @@ from torch import Tensor
 from longmix.aliases import renewed
 from longmix.checkpoints import load_tensors, reading, save_tensors
 from longmix.checkpoints.verify import check_weight, weight_differences
-from longmix.config import ModelConfig
+from longmix.config import ModelConfig, plain
 from longmix.errors import CheckpointError, ConfigError
 from longmix.mixers.parts.base import Mixer
 from longmix.model.backbone import LanguageModel
@@ -96,20 +96,25 @@ def memory_features(weights: dict[str, Tensor]) -> int:
     return next((weight.shape[-1] for name, weight in weights.items() if name.endswith(".memory.whitening")), 0)
 
 
-def save_states(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Write the states of a checkpoint's weights to a file of their own, [H, K, V] each (keys by values).
+def save_states(path: Path, config: ModelConfig, weights: dict[str, Tensor]) -> None:
+    """Write the states among a model's weights to a file of their own, [H, K, V] each (keys by values).
+
+    Args:
+        path: of the file.
+        config: the model's.
+        weights: all of the model's.
 
     Raises:
         StorageError: the file cannot be written; what was there before stays.
     """
-    config = checkpoint["config"]
+    written = plain(config)
     content = {
         "format": FORMAT,
         "layout": "[heads, keys, values]",
-        "mixer": config["mixer"],
-        "model": config["model"],
-        "weights": _digest_of_others(checkpoint["model"]),
-        "states": {name: state.clone() for name, state in tuned_states(checkpoint["model"]).items()},
+        "mixer": written["mixer"],
+        "model": written["model"],
+        "weights": _digest_of_others(weights),
+        "states": {name: state.clone() for name, state in tuned_states(weights).items()},
     }
     save_tensors(path, content)
 

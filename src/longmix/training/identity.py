@@ -9,12 +9,12 @@ from typing import Any
 from longmix.aliases import renewed
 from longmix.checkpoints import CheckpointStore, open_checkpoint
 from longmix.config import (
+    Choice,
     LoopConfig,
     OriginRecord,
     Plain,
     TrainConfig,
     TuningConfig,
-    build,
     defaults,
     flattened,
     limits_of,
@@ -259,7 +259,7 @@ def _learning_rate(written: Plain, step: int, trusted: str) -> float | None:
     target = str(node.get("_target_"))
     try:
         if target == trusted:
-            schedule = build(node, "schedule")
+            schedule = Choice.of("schedule", node).build()
         else:
             schedule = KNOWN_SCHEDULES[target](**{key: node[key] for key in node if key != "_target_"})
         return float(written["optimizer"]["learning_rate"] * schedule(step, _steps(written)))

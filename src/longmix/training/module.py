@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from longmix.batch import Batch, each
-from longmix.checkpoints import Checkpoint
 from longmix.checkpoints.store import SKIPS_IN_A_ROW
 from longmix.distributed.agreement import Processes
 from longmix.errors import CheckpointError, NonFiniteError
@@ -31,6 +30,7 @@ from longmix.recipe import recipe_of, set_recipe
 from longmix.training import strategies
 from longmix.training.diagnosis import first_nonfinite, nonfinite_tensor
 from longmix.training.optimizers import PEAK
+from longmix.training.run_state import SavedRun
 from longmix.training.saved_state import named_state, restore_state
 from longmix.wording import counted
 
@@ -270,27 +270,25 @@ class TrainingModule(LightningModule):
             **named_state(self.model, self.trainer.optimizers),
         }
 
-    def restore(self, state: dict[str, Any], saved: Checkpoint, processes: Processes) -> None:
+    def restore(self, saved: SavedRun, processes: Processes) -> None:
         """Continue from a state that `capture` made; all processes must call it, once the optimizers exist.
 
         Args:
-            state: the checkpoint without weights and optimizers' tensors.
-            saved: where these are.
+            saved: the run.
             processes: all that train.
 
         Raises:
             CheckpointError: see `restore_state`; or a weight is not finite.
         """
-        restore_state(self.model, self.trainer.optimizers, saved, state["optimizers"], processes)
+        restore_state(self.model, self.trainer.optimizers, saved.tensors, saved.optimizers, processes)
         place = nonfinite_tensor(named_state(self.model, self.trainer.optimizers), processes)
         if place is not None:  # earlier versions saved such states
             raise CheckpointError(
                 f"{saved.checkpoint} cannot be continued: {place} is not finite. Delete it and continue from an older "
                 "checkpoint beside it, or begin a new run with a lower optimizer.learning_rate."
             )
-        self.steps_skipped = state["steps_skipped"]
-        self.skips_in_a_row = state.get(SKIPS_IN_A_ROW, 0)  # earlier versions did not say
-        self.steps_taken = state["step"] - state["steps_skipped"]
+        self.steps_skipped, self.skips_in_a_row = saved.steps_skipped, saved.skips_in_a_row
+        self.steps_taken = saved.step - saved.steps_skipped
 
 
 def split_batch(batch: Batch, rows: int | None) -> list[Batch]:

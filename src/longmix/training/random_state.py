@@ -6,8 +6,11 @@ from typing import Any
 import numpy as np
 import torch
 
+GeneratorStates = dict[str, Any]
+"""The states of one process's generators, by library."""
 
-def capture() -> dict[str, Any]:
+
+def capture() -> GeneratorStates:
     """States of torch (CPU and this process's CUDA device), NumPy's legacy generator and Python's `random`."""
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
@@ -19,7 +22,7 @@ def capture() -> dict[str, Any]:
     }
 
 
-def restore(state: dict[str, Any]) -> None:
+def restore(state: GeneratorStates) -> None:
     """Put every generator of this process back; a CUDA state from elsewhere goes to the device that is here."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():  # older checkpoints hold one for each device
@@ -30,7 +33,7 @@ def restore(state: dict[str, Any]) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
 
 
-def of_process(states: list[dict[str, Any]] | dict[str, Any], rank: int) -> dict[str, Any]:
+def of_process(states: list[GeneratorStates] | GeneratorStates, rank: int) -> GeneratorStates:
     """Which of the saved states a process continues with.
 
     On as many processes as before, each goes on with its own. On more, process r takes that of r modulo the number

@@ -7,9 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from longmix.checkpoints import Checkpoint, CheckpointStore, open_checkpoint
+from longmix.checkpoints import CheckpointStore, open_checkpoint
 from longmix.checkpoints.contents import check_run_state, rebuilding
 from longmix.checkpoints.store import ASIDE, new_aside, step_of
 from longmix.config import OriginRecord, TrainConfig, total_steps
@@ -22,6 +21,7 @@ from longmix.reading import read_json
 from longmix.training.choosing import Place, choose_start, write_config
 from longmix.training.claims import remove_unused
 from longmix.training.identity import CONFIG_FILE, ORIGIN, announce, check_continues
+from longmix.training.run_state import SavedRun
 from longmix.training.summary import SUMMARY_FILE
 
 log = logging.getLogger(__name__)
@@ -35,24 +35,25 @@ class Start:
 
     Attributes:
         folder: the run's folder.
-        step: steps already taken.
-        state: the checkpoint's state without weights and optimizers' tensors, or None for a fresh run.
+        saved: the run as its checkpoint holds it, or None for a fresh run.
         created: Hydra's folder for this process, removed if it stays empty because the run lives elsewhere.
-        saved: the checkpoint, which holds the tensors.
         name: the run's name.
         is_new: the folder was made for this run.
         lock: of the folder; None in all processes but the first.
     """
 
     folder: Path
-    step: int
-    state: dict[str, Any] | None
+    saved: SavedRun | None
     created: Path
-    saved: Checkpoint | None = None
     name: str = ""
     is_new: bool = False
     lock: Lock | None = None
     begun: bool = False
+
+    @property
+    def step(self) -> int:
+        """Steps already taken."""
+        return 0 if self.saved is None else self.saved.step
 
     def __enter__(self) -> "Start":
         self.leave_created()
@@ -79,19 +80,19 @@ class Start:
         aside = _set_results_aside(self.folder, self.step, aside)
         if aside is not None:
             log.info("The run goes back to step %d; what it had saved after that is in %s.", self.step, aside)
-        if self.state is not None:
-            announce(self.state["config"], config, self.step)
+        if self.saved is not None:
+            announce(self.saved.written, config, self.step)
         if self.step < total_steps(config):
             write_config(self.folder, config)
 
     def config_of(self, config: TrainConfig) -> TrainConfig:
         """The configuration with the run's own name and the checkpoint that the run once began from."""
         config = dataclasses.replace(config, name=self.name)
-        if self.state is None:
+        if self.saved is None:
             return config
-        saved = self.state["config"]
+        written = self.saved.written
         return dataclasses.replace(
-            config, checkpoint=saved.get("checkpoint"), origin=OriginRecord.of(saved.get(ORIGIN))
+            config, checkpoint=written.get("checkpoint"), origin=OriginRecord.of(written.get(ORIGIN))
         )
 
     def leave_created(self) -> None:
@@ -115,9 +116,9 @@ class Start:
         Raises:
             CheckpointError: names what differs.
         """
-        if self.state is None or self.state["data_fingerprint"] == fingerprint:
+        if self.saved is None or self.saved.data_fingerprint == fingerprint:
             return
-        saved = self.state["data_fingerprint"]
+        saved = self.saved.data_fingerprint
         changed = [
             f"{key} was {saved.get(key)} and is {value}"
             for key, value in fingerprint.items()
@@ -163,17 +164,16 @@ def find_start(
     try:
         place = processes.first(choose)
         lock = locks[0] if locks else None
-        start = Start(place.folder, 0, None, folder, None, place.name, place.is_new, lock)
+        start = Start(place.folder, None, folder, place.name, place.is_new, lock)
         checkpoint = place.checkpoint
         if checkpoint is not None:
-            found: list[tuple[Checkpoint, dict[str, Any]]] = []
+            found: list[SavedRun] = []
             # the processes exchange errors, and not what is loaded
             processes.each(lambda: found.append(_load(config, checkpoint)))
-            start.saved, start.state = found[0]
-            start.step = start.state["step"]
+            start.saved = found[0]
     except BaseException:
         for lock in locks:
-            (start or Start(lock.path.parent, 0, None, folder, lock=lock)).release()
+            (start or Start(lock.path.parent, None, folder, lock=lock)).release()
         if start is not None:
             start.leave_created()
         raise
@@ -183,7 +183,7 @@ def find_start(
 def start_alone(config: TrainConfig, folder: Path, named: bool) -> Start:
     """The start that `find_start` would find, locked for the first of several processes before they are started."""
     place, lock = choose_start(config, folder, named)
-    return Start(place.folder, 0, None, folder, name=place.name, is_new=place.is_new, lock=lock)
+    return Start(place.folder, None, folder, name=place.name, is_new=place.is_new, lock=lock)
 
 
 def _set_results_aside(folder: Path, step: int, aside: Path | None) -> Path | None:
@@ -231,12 +231,13 @@ def _steps_of_summary(folder: Path) -> int:
     return -1
 
 
-def _load(config: TrainConfig, checkpoint: Path) -> tuple[Checkpoint, dict[str, Any]]:
-    saved = open_checkpoint(checkpoint)
-    state = saved.rest()
-    if "run" not in state:
+def _load(config: TrainConfig, checkpoint: Path) -> SavedRun:
+    opened = open_checkpoint(checkpoint)
+    content = opened.rest()
+    if "run" not in content:
         raise CheckpointError(f"{checkpoint} holds a model and no run to continue; begin from it with checkpoint=.")
     with rebuilding(checkpoint):
-        check_run_state(state)
-    check_continues(state["config"], config, checkpoint, state["step"])
-    return saved, state
+        check_run_state(content)
+        saved = SavedRun.of(opened, content)
+    check_continues(saved.written, config, checkpoint, saved.step)
+    return saved

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from longmix.checkpoints import CheckpointStore, load_checkpoint
 from longmix.command_line.values import hydra_word
-from longmix.config import TrainConfig, flattened, plain, read, total_steps, with_limits
+from longmix.config import ModelConfig, TrainConfig, flattened, plain, read, total_steps, with_limits
 from longmix.data.synthetic.base import SyntheticData
 from longmix.data.tokens.tokenizers import Tokenizer
 from longmix.data.training_data import TrainingData, build_data
@@ -43,6 +43,7 @@ from longmix.training.resume import Start, find_start, start_alone
 from longmix.training.run_state import Provenance
 from longmix.training.summary import (
     SUMMARY_FILE,
+    Summary,
     print_header,
     print_summary,
     read_own_summary,
@@ -54,7 +55,7 @@ from longmix.training.warm_start import Origin, begin, begins_from
 from longmix.versions import versions
 
 
-def train(config: TrainConfig | DictConfig, invocation: Invocation | None = None) -> dict[str, Any]:
+def train(config: TrainConfig | DictConfig, invocation: Invocation | None = None) -> Summary:
     """Train as `config` says and return the run's summary.
 
     Everything that can be refused is refused before the data are touched.
@@ -130,7 +131,7 @@ def _train(
     place: RunPlace,
     invocation: Invocation,
     everyone: Processes,
-) -> dict[str, Any]:
+) -> Summary:
     began = time.monotonic()
     quieten()
     seed_everything(config.seed, settings.num_threads)
@@ -149,7 +150,7 @@ def _train_from(
     invocation: Invocation,
     everyone: Processes,
     began: float,
-) -> dict[str, Any]:
+) -> Summary:
     is_first = process_rank() == 0
     if not is_first:
         logging.disable(logging.INFO)
@@ -173,7 +174,8 @@ def _train_from(
     states = start.folder / STATES_FILE
     latest = supervisor.store.latest()
     if config.trainable == "states" and latest is not None and not (is_done and states.exists()):
-        save_states(states, load_checkpoint(latest))
+        content = load_checkpoint(latest)
+        save_states(states, ModelConfig.of(content["config"]), content["model"])
     seconds = time.monotonic() - began
     if invocation.is_command:  # of a sweep, the command has other runs too
         seconds = seconds_since_begin(seconds)
@@ -279,7 +281,7 @@ def _supervisor(config: TrainConfig, data: TrainingData, start: Start, is_first:
     metric_log = config.logger.build() if is_first else NoLog()
     progress = ProgressDisplay(total_steps(config), start.step, enabled=is_first)
     store = CheckpointStore(start.folder / "checkpoints")
-    return Supervisor(config, data, store, metric_log, progress, provenance, start.state, start.saved)
+    return Supervisor(config, data, store, metric_log, progress, provenance, start.saved)
 
 
 def _fit_logged(

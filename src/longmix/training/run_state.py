@@ -1,6 +1,13 @@
 """What a checkpoint says of a run besides its module: what it continues with, and what it was made with."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from longmix.checkpoints import Checkpoint
+from longmix.checkpoints.store import SKIPS_IN_A_ROW
+from longmix.config import Plain
+from longmix.training.random_state import GeneratorStates
 
 BY_POSITION = "validation_by_position"
 """Entry of a checkpoint's `info.json`, beside `validation`, where the validation came after the checkpoint."""
@@ -36,3 +43,49 @@ class Provenance:
     tokenizer: dict[str, object]
     data_fingerprint: dict[str, object]
     versions: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedRun:
+    """A run as a checkpoint holds it; any version may have written it.
+
+    Attributes:
+        tensors: the checkpoint, whose tensors are read later, by each process its part.
+        step: steps taken.
+        steps_skipped, skips_in_a_row: steps left out, and how many of them were the last ones.
+        written: the run's configuration.
+        data_fingerprint: of the data it was trained on.
+        run: the values that go on.
+        random: the generators' states, of each process or of the first alone.
+        optimizers: of each optimizer its groups and its state but for the tensors.
+    """
+
+    tensors: Checkpoint
+    step: int
+    steps_skipped: int
+    skips_in_a_row: int
+    written: Plain
+    data_fingerprint: dict[str, object]
+    run: RunState
+    random: list[GeneratorStates] | GeneratorStates
+    optimizers: list[dict[str, Any]]
+
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint's folder."""
+        return Path(self.tensors.checkpoint)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, content: dict[str, Any]) -> "SavedRun":
+        """That of a checkpoint's content, which has passed `check_run_state`; call inside `rebuilding`."""
+        return cls(
+            tensors=checkpoint,
+            step=content["step"],
+            steps_skipped=content["steps_skipped"],
+            skips_in_a_row=content.get(SKIPS_IN_A_ROW, 0),  # earlier versions did not say
+            written=content["config"],
+            data_fingerprint=content["data_fingerprint"],
+            run=RunState(**content["run"]),
+            random=content["random"],
+            optimizers=content["optimizers"],
+        )

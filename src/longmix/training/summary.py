@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +28,29 @@ QUALITIES = {"recall": "recall", "bits_per_byte": "bits/byte"}
 
 LOG_WIDTH = 160
 """Width where the output is no terminal, so that no path is cut."""
+
+
+class Summary(TypedDict, total=False):
+    """The content of a run's `summary.json`; empty in all processes of a distributed run but the first."""
+
+    name: str
+    mixer: str
+    seq_len: int
+    parameters: dict[str, int]
+    match: dict[str, float] | None
+    training_flops_per_token: float
+    steps: int
+    tokens: int
+    tokens_per_step: int
+    training_seconds: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+    device: str
+    validation: dict[str, float]
+    validation_by_position: list[dict[str, float]]
+    checkpoint: str
+    data_fingerprint: dict[str, object]
+    versions: dict[str, str]
 
 
 def mixer_name(config: TrainConfig, choices: Mapping[str, str]) -> str:
@@ -99,7 +122,7 @@ def matched(config: TrainConfig, parameters: int) -> dict[str, float] | None:
     return {"target": target, "parameters": parameters, "difference": difference, "mlp_hidden": width}
 
 
-def read_own_summary(folder: Path, steps: int) -> dict[str, Any] | None:
+def read_own_summary(folder: Path, steps: int) -> Summary | None:
     """The `summary.json` of a finished run of `steps` steps; None if it still has to be written."""
     try:
         summary = read_summary(folder)
@@ -107,19 +130,20 @@ def read_own_summary(folder: Path, steps: int) -> dict[str, Any] | None:
             number(summary["validation"], key, 0, finite=False)
     except (Unfinished, OSError, ValueError):
         return None
-    return summary if summary.get("steps") == steps == summary["validation"].get("step") else None
+    is_done = summary.get("steps") == steps == summary["validation"].get("step")
+    return cast(Summary, summary) if is_done else None
 
 
 def write_summary(
     config: TrainConfig, folder: Path, model: LanguageModel, supervisor: "Supervisor", choices: Mapping[str, str]
-) -> dict[str, Any]:
+) -> Summary:
     """Write `summary.json` and return it.
 
     Its `validation` is of the last step: `validation["step"]` equals `steps`.
     """
     state, versions = supervisor.state, supervisor.provenance.versions
     tokens = total_steps(config) * tokens_per_step(config)
-    summary = {
+    summary: Summary = {
         "name": config.name,
         "mixer": mixer_name(config, choices),
         "seq_len": config.seq_len,
@@ -143,13 +167,13 @@ def write_summary(
     return summary
 
 
-def print_summary(summary: dict[str, Any], folder: Path, supervisor: "Supervisor", wall_seconds: float) -> None:
+def print_summary(summary: Summary, folder: Path, supervisor: "Supervisor", wall_seconds: float) -> None:
     """Print the main metrics of a run, the time of the command, and the paths of its files."""
     validation = summary["validation"]
     quality, value = quality_of(validation)
     rows = {
         "validation": f"{value:.4f} {QUALITIES[quality]}, loss {validation['loss']:.4f}, "
-        f"perplexity {validation['perplexity']:.3f} on {counted(validation['tokens'], 'token')}",
+        f"perplexity {validation['perplexity']:.3f} on {counted(int(validation['tokens']), 'token')}",
         "trained": f"{summary['tokens']:,} tokens in {duration(summary['training_seconds'])} "
         f"({summary['tokens_per_second']:,.0f} tokens/s); {duration(wall_seconds)} from start to end",
         "checkpoint": _shown(supervisor.store.latest()),

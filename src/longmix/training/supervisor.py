@@ -1,6 +1,7 @@
 """What happens between two steps, in one place and one order: measure, validate, save, obey signals."""
 
 import contextlib
+import dataclasses
 import math
 import time
 from typing import Any, cast
@@ -8,7 +9,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from longmix.checkpoints import Checkpoint, CheckpointStore
+from longmix.checkpoints import CheckpointStore
 from longmix.checkpoints.contents import rebuilding
 from longmix.checkpoints.saver import Saver
 from longmix.checkpoints.store import SKIPS_IN_A_ROW
@@ -30,7 +31,7 @@ from longmix.training.diagnosis import nonfinite_tensor
 from longmix.training.hardware import peak_flops, peak_memory_bytes, reset_peak_memory
 from longmix.training.loggers import MetricLog
 from longmix.training.module import TrainingModule
-from longmix.training.run_state import BY_POSITION, Provenance, RunState
+from longmix.training.run_state import BY_POSITION, Provenance, RunState, SavedRun
 from longmix.training.space import checkpoint_bytes, warn_of_space
 from longmix.training.summary import QUALITIES, quality_of, training_flops_per_token
 
@@ -45,8 +46,7 @@ class Supervisor(Callback):
         metric_log: where metrics go.
         progress: what the terminal shows.
         provenance: what every checkpoint says of data and software.
-        resume_from: a checkpoint's state to continue from, without what is in `saved`.
-        saved: the checkpoint's weights and optimizers' tensors.
+        saved: the run to continue; None for a fresh one.
     """
 
     def __init__(
@@ -57,21 +57,17 @@ class Supervisor(Callback):
         metric_log: MetricLog,
         progress: ProgressDisplay,
         provenance: Provenance,
-        resume_from: dict[str, Any] | None,
-        saved: Checkpoint | None = None,
+        saved: SavedRun | None,
     ) -> None:
         self.config, self.data, self.store = config, data, store
         self.metric_log, self.progress, self.provenance = metric_log, progress, provenance
-        self.resume_from, self.saved = resume_from, saved
+        self.saved = saved
         self.loop = config.loop
         self.signals = process_watch()
-        self.state = RunState()
-        if resume_from is not None:
-            with rebuilding(store.folder if saved is None else saved.checkpoint):
-                self.state = RunState(**resume_from["run"])
-        if saved is not None and resume_from is not None and not self.is_validated(resume_from["step"]):
+        self.state = RunState() if saved is None else dataclasses.replace(saved.run)
+        if saved is not None and not self.is_validated(saved.step):
             info = read_info(saved.checkpoint)  # a validation may have followed
-            if info.get("validation", {}).get("step") == resume_from["step"] and BY_POSITION in info:
+            if info.get("validation", {}).get("step") == saved.step and BY_POSITION in info:
                 self.state.validation, self.state.validation_by_position = info["validation"], info[BY_POSITION]
         self.clock = time.perf_counter()
         self.seconds_since_log, self.steps_since_log = 0.0, 0
@@ -82,7 +78,7 @@ class Supervisor(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validate a run that took all its steps and lacks the last validation; there is nothing left to train."""
         module = cast(TrainingModule, pl_module)
-        if self.resume_from is not None and self.resume_from["step"] == module.total_steps:
+        if self.saved is not None and self.saved.step == module.total_steps:
             self._begin(trainer, module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -94,11 +90,11 @@ class Supervisor(Callback):
         """Restore the state, then repeat a validation that a signal cut short."""
         processes = Processes(strategies.own_group(module.timeout))
         module.how_to_continue = lambda: self._how_to_continue(module)
-        if self.resume_from is not None and self.saved is not None:
-            module.restore(self.resume_from, self.saved, processes)
+        if self.saved is not None:
+            module.restore(self.saved, processes)
             with rebuilding(self.saved.checkpoint):
-                random_state.restore(random_state.of_process(self.resume_from["random"], processes.rank))
-            self.resume_from = self.saved = None
+                random_state.restore(random_state.of_process(self.saved.random, processes.rank))
+            self.saved = None
             self.first_step = module.step
         wanted = self.loop.sharded_checkpoints
         self.saver = Saver(

@@ -3,7 +3,8 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from torch import Tensor
 
 from longmix.checkpoints import CheckpointStore, chosen_checkpoint
 from longmix.checkpoints.contents import load_model_state, rebuilding
@@ -28,19 +29,19 @@ class Origin:
     """The checkpoint to begin from. A run that continues for certain uses its own, as the first may be gone.
 
     Attributes:
-        state: its content without the optimizers.
+        weights: the model's.
         tokenizer: the one it was trained with.
         record: which checkpoint the command line names, as `config.yaml` keeps it; None if there is none any more.
     """
 
-    state: dict[str, Any]
+    weights: dict[str, Tensor]
     tokenizer: Tokenizer
     record: OriginRecord | None
 
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding; imported models may have more than their tokenizer has ids."""
-        return self.state["model"]["embedding.weight"].shape[0]
+        return self.weights["embedding.weight"].shape[0]
 
     def check_same(self, processes: Processes) -> None:
         """Refuse to begin if processes read different weights, because the run there was still training.
@@ -99,7 +100,7 @@ def begins_from(config: TrainConfig, invocation: Invocation) -> tuple[TrainConfi
             checkpoint=word,
             origin=record,
         )
-        return config, Origin(state, tokenizer_from_state(state["tokenizer"]), record)
+        return config, Origin(state["model"], tokenizer_from_state(state["tokenizer"]), record)
 
 
 def continued_checkpoint(config: TrainConfig, invocation: Invocation) -> Path | None:
@@ -124,7 +125,7 @@ def begin(model: LanguageModel, config: TrainConfig, origin: Origin | None) -> N
         ConfigError: there are no such states in the model.
     """
     if origin is not None:
-        load_weights(model, origin.state["model"])
+        load_weights(model, origin.weights)
     if config.trainable == "states":
         states = set(tune_states(model, config.tuning.features, config.tuning.decorrelation))
         for name, weight in model.named_parameters():
