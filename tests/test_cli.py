@@ -20,7 +20,7 @@ from longmix.command_line.register import MixerPatternSource
 from longmix.command_line.schema import Schema
 from longmix.config import EvaluateConfig, GenerateConfig, LoopConfig, PrepareConfig, TrainConfig
 from longmix.config.rules import words_of
-from longmix.distributed.ranks import Place
+from longmix.distributed.ranks import Ranks
 from longmix.distributed.signals import SIGNALS
 from longmix.errors import (
     CheckpointError,
@@ -297,7 +297,7 @@ class TestEntryPoint:
     def test_of_several_processes_one_speaks(
         self, compose_config, folder, capsys, monkeypatch, kind, rank, launcher, speaks
     ):
-        monkeypatch.setattr(cli, "own_place", lambda: Place(rank, 2, rank, 2, launcher))
+        monkeypatch.setattr(cli, "own_ranks", lambda: Ranks(rank, 2, rank, 2, launcher))
         with pytest.raises(SystemExit) as caught:
             self.failing(kind("x"))(compose_config(output=folder))
         assert caught.value.code == kind.exit_code

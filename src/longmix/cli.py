@@ -29,7 +29,7 @@ from longmix.command_line.register import windows as windows
 from longmix.command_line.schema import Schema, configs_folder
 from longmix.command_line.search_path import without_repetition
 from longmix.command_line.words import Word, divided, is_sweep
-from longmix.distributed.ranks import leave, own_place, process_rank
+from longmix.distributed.ranks import leave, own_ranks, process_rank
 from longmix.distributed.signals import ignore_signals
 from longmix.errors import ConfigError, Interrupted, LongmixError, ProcessLost
 from longmix.notices import begin_run
@@ -228,7 +228,7 @@ def entry_point(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
             if isinstance(error, Interrupted) and error.hand_on is not None:
                 return error.hand_on()
             if isinstance(error, Interrupted):
-                ignore_signals(of_terminal=own_place() is not None)  # Ctrl-C still ends a lone one that hangs
+                ignore_signals(of_terminal=own_ranks() is not None)  # Ctrl-C still ends a lone one that hangs
             if HydraConfig.get().mode == RunMode.MULTIRUN and not isinstance(error, Interrupted):
                 raise RunFailed(message, error.exit_code) from None
             if isinstance(error, ProcessLost):
@@ -237,7 +237,7 @@ def entry_point(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
         except KeyboardInterrupt:
             print("Interrupted.", file=sys.stderr)
             sys.exit(INTERRUPTED)
-        if own_place() is not None and HydraConfig.get().mode == RunMode.RUN:
+        if own_ranks() is not None and HydraConfig.get().mode == RunMode.RUN:
             leave()
         return result
 
@@ -246,12 +246,12 @@ def entry_point(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 def _speaks(error: LongmixError) -> bool:
     """Whether this process, of several, reports the error to the user."""
-    place = own_place()
-    if place is None:
+    ranks = own_ranks()
+    if ranks is None:
         return True
-    if isinstance(error, ProcessLost) and place.launcher == "longmix":
+    if isinstance(error, ProcessLost) and ranks.launcher == "longmix":
         return False  # the launcher knows more
-    return place.rank == 0 or not error.shared
+    return ranks.rank == 0 or not error.shared
 
 
 def _remove_unused_folder() -> None:

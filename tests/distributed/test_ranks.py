@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from longmix.distributed.ranks import LAUNCHER_PID, Place, own_place, process_rank, was_restarted
+from longmix.distributed.ranks import LAUNCHER_PID, Ranks, own_ranks, process_rank, was_restarted
 from longmix.errors import ConfigError
 from longmix.training.hardware import TrainerSettings
 
@@ -29,29 +29,29 @@ def environment(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("variables", "place"),
+    ("variables", "ranks"),
     [
         ({}, None),
-        (TORCHRUN, Place(5, 8, 1, 4, "torchrun")),
-        (TORCHRUN | {LAUNCHER_PID: 1}, Place(5, 8, 1, 4, "longmix")),
-        (SRUN, Place(5, 8, 1, 4, "srun")),
-        (SRUN | TORCHRUN | {"RANK": 2}, Place(2, 8, 1, 4, "torchrun")),
+        (TORCHRUN, Ranks(5, 8, 1, 4, "torchrun")),
+        (TORCHRUN | {LAUNCHER_PID: 1}, Ranks(5, 8, 1, 4, "longmix")),
+        (SRUN, Ranks(5, 8, 1, 4, "srun")),
+        (SRUN | TORCHRUN | {"RANK": 2}, Ranks(2, 8, 1, 4, "torchrun")),
         (SRUN | {"SLURM_STEP_NUM_TASKS": 1}, None),
         (BATCH_SCRIPT, None),
         ({"RANK": 1, "WORLD_SIZE": 2}, None),
     ],
     ids=["alone", "torchrun", "longmix", "srun", "torchrun-in-a-task", "one-task", "batch-script", "others"],
 )
-def test_the_place_is_what_the_launcher_says(variables, place, environment):
+def test_the_place_is_what_the_launcher_says(variables, ranks, environment):
     environment(**variables)
-    assert own_place() == place
-    assert process_rank() == (0 if place is None else place.rank)
+    assert own_ranks() == ranks
+    assert process_rank() == (0 if ranks is None else ranks.rank)
 
 
 def test_tasks_without_a_number_for_each_machine_are_refused(environment):
     environment(**{name: value for name, value in SRUN.items() if name != "SLURM_NTASKS_PER_NODE"})
     with pytest.raises(ConfigError, match="--ntasks-per-node"):
-        own_place()
+        own_ranks()
 
 
 @pytest.mark.parametrize(

@@ -178,10 +178,10 @@ def print_weights_at_the_end() -> None:
 
 def run_train(words: list[str]) -> None:
     """train.py, with the fault if it is this process's."""
-    from longmix.distributed.ranks import own_place, process_rank
+    from longmix.distributed.ranks import own_ranks, process_rank
 
     fault, _, rank = os.environ.get("FAULT", "").partition(":")
-    if fault and own_place() is not None and rank in (str(process_rank()), "all"):
+    if fault and own_ranks() is not None and rank in (str(process_rank()), "all"):
         FAULTS[fault]()
     print_weights_at_the_end()
     sys.argv = [sys.argv[0], *words]

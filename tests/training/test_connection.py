@@ -1,7 +1,7 @@
 import pytest
 import torch.distributed as dist
 
-from longmix.distributed.ranks import Place
+from longmix.distributed.ranks import Ranks
 from longmix.errors import ProcessLost
 from longmix.training import connection
 
@@ -25,8 +25,8 @@ OWN = [
 
 
 @pytest.fixture(autouse=True)
-def place(monkeypatch):
-    monkeypatch.setattr(connection, "own_place", lambda: Place(1, 2, 1, 2, "torchrun"))
+def ranks(monkeypatch):
+    monkeypatch.setattr(connection, "own_ranks", lambda: Ranks(1, 2, 1, 2, "torchrun"))
 
 
 @pytest.mark.parametrize(("error", "what"), LOST.values(), ids=LOST)
@@ -60,6 +60,6 @@ def test_other_errors_stay_as_they_are(error):
 
 
 def test_one_process_explains_nothing(monkeypatch):
-    monkeypatch.setattr(connection, "own_place", lambda: None)
+    monkeypatch.setattr(connection, "own_ranks", lambda: None)
     with pytest.raises(RuntimeError, match="closed by peer"), connection.losses_explained(8):
         raise LOST["closed"][0]

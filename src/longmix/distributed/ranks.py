@@ -1,4 +1,4 @@
-"""The place of this process among those of a run, as torchrun, srun or our own launcher tell it in the environment.
+"""The ranks of this process among those of a run, as torchrun, srun or our own launcher tell it in the environment.
 
 Nothing heavy is imported here, as the entry points ask before anything else.
 """
@@ -23,7 +23,7 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 @dataclass(frozen=True)
-class Place:
+class Ranks:
     """A process among those that a launcher started for one run.
 
     Attributes:
@@ -40,15 +40,15 @@ class Place:
 
 
 def local_environment(rank: int, count: int, port: int) -> dict[str, str]:
-    """The environment of one of `count` processes on this machine: its place and the port where all meet."""
+    """The environment of one of `count` processes on this machine: its ranks and the port where all meet."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     return {name: str(number) for name, number in (numbers | {"MASTER_PORT": port}).items()} | {
         "MASTER_ADDR": "127.0.0.1"
     }
 
 
-def own_place() -> Place | None:
-    """The place of this process; None if it was started alone.
+def own_ranks() -> Ranks | None:
+    """The ranks of this process; None if it was started alone.
 
     Raises:
         ConfigError: srun does not say how many processes a machine has.
@@ -57,7 +57,7 @@ def own_place() -> Place | None:
     if all(name in environment for name in TORCH_VARIABLES):
         rank, world_size, local_rank, local_world_size = (int(environment[name]) for name in TORCH_VARIABLES)
         launcher: Literal["longmix", "torchrun"] = "longmix" if LAUNCHER_PID in environment else "torchrun"
-        return Place(rank, world_size, local_rank, local_world_size, launcher)
+        return Ranks(rank, world_size, local_rank, local_world_size, launcher)
     # a batch script has SLURM_NTASKS too; only what srun starts has the number of tasks of its step
     if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
         return None
@@ -65,13 +65,13 @@ def own_place() -> Place | None:
         raise ConfigError("srun started several tasks; say how many on each machine with --ntasks-per-node.")
     numbers = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
     rank, world_size, local_rank, local_world_size = (int(environment[name]) for name in numbers)
-    return Place(rank, world_size, local_rank, local_world_size, "srun")
+    return Ranks(rank, world_size, local_rank, local_world_size, "srun")
 
 
 def process_rank() -> int:
     """This process's rank over all machines, known before any process group exists."""
-    place = own_place()
-    return 0 if place is None else place.rank
+    ranks = own_ranks()
+    return 0 if ranks is None else ranks.rank
 
 
 def end_with_parent() -> None:
@@ -95,8 +95,8 @@ def leave(code: int = 0) -> None:
     Gloo's threads may outlive the interpreter's way out, whereupon C++ aborts a process that had succeeded (seen once
     in some hundred runs), and those that wait would take the run for failed. Behind a lost process they take seconds.
     """
-    place = own_place()
-    if place is None or place.launcher == "srun":
+    ranks = own_ranks()
+    if ranks is None or ranks.launcher == "srun":
         return
     atexit._run_exitfuncs()
     logging.shutdown()

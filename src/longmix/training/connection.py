@@ -14,7 +14,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from longmix.checkpoints import CheckpointStore
 from longmix.distributed.agreement import Processes
-from longmix.distributed.ranks import Place, end_with_parent, own_place
+from longmix.distributed.ranks import Ranks, end_with_parent, own_ranks
 from longmix.errors import ProcessLost
 from longmix.training.hardware import TrainerSettings
 
@@ -30,10 +30,10 @@ def cluster_environment() -> "ClusterEnvironment":
     """Tells Lightning who started the processes, so that it neither guesses nor requeues jobs itself."""
     from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
-    place = own_place()
-    if place is None:
+    ranks = own_ranks()
+    if ranks is None:
         return LightningEnvironment()
-    return SLURMEnvironment(auto_requeue=False) if place.launcher == "srun" else TorchElasticEnvironment()
+    return SLURMEnvironment(auto_requeue=False) if ranks.launcher == "srun" else TorchElasticEnvironment()
 
 
 def connect(settings: TrainerSettings) -> Processes:
@@ -44,23 +44,23 @@ def connect(settings: TrainerSettings) -> Processes:
     Raises:
         ProcessLost: they did not all come within `settings.timeout` seconds, or their launcher is gone.
     """
-    place = own_place()
-    assert place is not None
+    ranks = own_ranks()
+    assert ranks is not None
     end_with_parent()
-    device = torch.device("cuda", place.local_rank) if settings.on_gpu else None
+    device = torch.device("cuda", ranks.local_rank) if settings.on_gpu else None
     if device is not None:
         torch.cuda.set_device(device)
     environment = cluster_environment()
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
     timeout = timedelta(seconds=settings.timeout)
-    store, _, _ = next(rendezvous("env://", place.rank, place.world_size, timeout=timeout))
+    store, _, _ = next(rendezvous("env://", ranks.rank, ranks.world_size, timeout=timeout))
     # torchrun's store outlives a restart, and what it holds of processes that are gone must not be taken for new
     store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(
         "gloo" if device is None else "nccl",
         store=store,
-        rank=place.rank,
-        world_size=place.world_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
         timeout=timeout,
         device_id=device,
     )
@@ -89,13 +89,13 @@ def losses_explained(timeout: float, folder: Path | None = None) -> Iterator[Non
         cause: BaseException | None = error
         while cause is not None and not _is_of_transport(cause):
             cause = cause.__cause__ or cause.__context__
-        place = own_place()
-        if cause is None or place is None:
+        ranks = own_ranks()
+        if cause is None or ranks is None:
             raise
-        raise ProcessLost(_explained(cause, place, timeout, folder)) from error
+        raise ProcessLost(_explained(cause, ranks, timeout, folder)) from error
 
 
-def _explained(cause: BaseException, place: Place, timeout: float, folder: Path | None) -> str:
+def _explained(cause: BaseException, ranks: Ranks, timeout: float, folder: Path | None) -> str:
     reason = re.sub(r"^\[\S+\] ", "", str(cause).strip().splitlines()[0]).split(". ")[0]  # without a place in C++
     if re.search(r"time(d )?out(?! connecting)", reason, re.IGNORECASE):
         what = (
@@ -104,7 +104,7 @@ def _explained(cause: BaseException, place: Place, timeout: float, folder: Path 
         )
     else:
         what = "another process is gone"
-    return f"process {place.rank} of {place.world_size}: {what} ({reason}). {how_to_continue(folder)}"
+    return f"process {ranks.rank} of {ranks.world_size}: {what} ({reason}). {how_to_continue(folder)}"
 
 
 def how_to_continue(folder: Path | None) -> str:

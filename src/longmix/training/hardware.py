@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from longmix.accelerators import by_driver_name
-from longmix.distributed.ranks import own_place
+from longmix.distributed.ranks import own_ranks
 from longmix.errors import ConfigError
 from longmix.wording import counted
 
@@ -84,7 +84,7 @@ class TrainerSettings:
                 raise ConfigError(f"trainer.{key}={value} must be at least 1.")
         if self.timeout <= 0:
             raise ConfigError(f"trainer.timeout={self.timeout:g} must be seconds above 0.")
-        self._check_place()
+        self._check_ranks()
         if self.accelerator == "gpu" and not torch.cuda.is_available():
             raise ConfigError(
                 "trainer.accelerator=gpu, but torch sees no CUDA device; use trainer=cpu or trainer=auto."
@@ -109,18 +109,18 @@ class TrainerSettings:
                 f"trainer.devices={self.devices}, but torch sees {torch.cuda.device_count()} CUDA devices."
             )
 
-    def _check_place(self) -> None:
-        place = own_place()
-        if place is None:
+    def _check_ranks(self) -> None:
+        ranks = own_ranks()
+        if ranks is None:
             return
-        if self.strategy == "single" and place.world_size > 1:
+        if self.strategy == "single" and ranks.world_size > 1:
             raise ConfigError(
-                f"{place.world_size} processes were started, and trainer.strategy=single runs one; use trainer=ddp, "
+                f"{ranks.world_size} processes were started, and trainer.strategy=single runs one; use trainer=ddp, "
                 "trainer=fsdp or trainer=context_parallel."
             )
-        if self.devices is not None and place.world_size != self.world_size:
+        if self.devices is not None and ranks.world_size != self.world_size:
             raise ConfigError(
-                f"{place.world_size} processes were started, but trainer.devices={self.devices} and "
+                f"{ranks.world_size} processes were started, but trainer.devices={self.devices} and "
                 f"trainer.num_nodes={self.num_nodes} ask for {self.world_size}; leave them out, or start as many."
             )
 
@@ -157,17 +157,17 @@ class TrainerSettings:
         """Processes on this machine."""
         if self.devices is not None:
             return self.devices
-        place = own_place()
-        if place is not None:
-            return place.local_world_size
+        ranks = own_ranks()
+        if ranks is not None:
+            return ranks.local_world_size
         return max(1, torch.cuda.device_count()) if self.on_gpu and self.strategy != "single" else 1
 
     @property
     def world_size(self) -> int:
         """Processes on all machines."""
-        place = own_place()
-        if self.devices is None and place is not None:
-            return place.world_size
+        ranks = own_ranks()
+        if self.devices is None and ranks is not None:
+            return ranks.world_size
         return self.devices_here * self.num_nodes
 
     @property

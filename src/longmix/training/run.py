@@ -20,7 +20,7 @@ from longmix.data.synthetic.base import SyntheticData
 from longmix.data.tokens.tokenizers import Tokenizer
 from longmix.data.training_data import TrainingData, build_data
 from longmix.distributed.agreement import Processes
-from longmix.distributed.ranks import own_place, process_rank
+from longmix.distributed.ranks import own_ranks, process_rank
 from longmix.distributed.slices import check_slices
 from longmix.errors import ConfigError, DataError
 from longmix.files import storage_errors
@@ -81,7 +81,7 @@ def train(config: TrainConfig | DictConfig, invocation: Invocation | None = None
         remove_unused(invocation.folder)  # the checkpoint gives the run another name than Hydra could know
     if settings.world_size == 1:
         return _train(config, settings, data, origin, place, invocation, Processes())
-    if own_place() is None:
+    if own_ranks() is None:
         _start_processes(config, settings, data, place, invocation)
         return {}
     with connection.losses_explained(settings.timeout):
