@@ -4,42 +4,44 @@ import json
 import math
 import random
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hf_folders import NO_NORM, SMALL, foreign, loaded, logits_of, same_weights, tokens
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from longmix.checkpoints import CheckpointStore, find_checkpoint, load_checkpoint
-from longmix.config import ModelConfig, StoredConfig, resolved
+from longmix.checkpoints import find_checkpoint, load_checkpoint
+from longmix.config import StoredConfig, resolved
 from longmix.data.tokens.tokenizers import PROBE, ByteTokenizer, LibraryTokenizer, NumberTokenizer, tokenizer_from_state
-from longmix.errors import CheckpointError, ConfigError, LongmixError, StorageError
+from longmix.errors import CheckpointError, ConfigError
 from longmix.evaluation.run import evaluate
 from longmix.generation.session import Session
 from longmix.mixers.parts.base import Mixer
 from longmix.model.backbone import LanguageModel
-from longmix.model.build import build_model, model_from_checkpoint
+from longmix.model.build import model_from_checkpoint
 from longmix.model.tuned_states_file import tune_states
 from longmix.training.run import train
 
 transformers = pytest.importorskip("transformers", reason="transformers is an optional extra")
 
 from longmix.interop.huggingface import folder as folders  # noqa: E402
-from longmix.interop.huggingface.__main__ import main  # noqa: E402
 from longmix.interop.huggingface.export import export  # noqa: E402
 from longmix.interop.huggingface.load import import_folder  # noqa: E402
 from longmix.interop.huggingface.model import CACHE_FIELD, CACHE_NAMES, LongmixConfig  # noqa: E402
-from longmix.interop.huggingface.seal import check_seal  # noqa: E402
 from longmix.interop.huggingface.tokenizer import byte_letters, huggingface_tokenizer  # noqa: E402
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+
+
 MIXERS = sorted(path.stem for path in (CONFIGS / "mixer").glob("*.yaml"))
-SMALL = ("model.d_model=64", "model.num_layers=2", "model.num_heads=4", "model.mlp_hidden=40", "seq_len=48")
+
+
 EXTRA = {"rwkv7": ("mixer.head_dim=32",), "sparse_flash_drop": ("mixer.score=random",), "routing": ("mixer.window=8",)}
-NO_NORM = "mixer.qk_norm=false"
+
+
 FAMILY = {
     "llama": (NO_NORM, "mixer.rotary_base=500"),
     "llama-tied-grouped": (NO_NORM, "model.tie_head=true", "mixer.num_kv_heads=2", "model.norm_eps=1e-3"),
@@ -47,39 +49,6 @@ FAMILY = {
     "mistral": ("mixer=sliding_window", "mixer.window=5", NO_NORM),
     "qwen3-windows": ("mixer=sliding_window+flash", "mixer.sliding_window.window=5"),
 }
-
-
-@pytest.fixture
-def saved(compose_config, tmp_path):
-    """`saved("mixer=flash", ...)` is the folder of a checkpoint with noise on every weight, and its model."""
-
-    def make(*overrides: str, tokenizer=None, change=lambda model: None):
-        torch.manual_seed(0)
-        tokenizer = tokenizer or ByteTokenizer()
-        config = resolved(compose_config(*SMALL, *overrides))
-        model = build_model(ModelConfig.of(config), tokenizer.vocab_size).eval()
-        change(model)
-        with torch.no_grad():
-            for weight in model.parameters():
-                weight.add_(0.05 * torch.randn_like(weight))
-        state = {"step": 7, "model": model.state_dict(), "config": config, "tokenizer": tokenizer.state()}
-        CheckpointStore(tmp_path / "run" / "checkpoints").save(state, {})
-        return tmp_path / "run", model
-
-    return make
-
-
-def tokens(*shape: int) -> torch.Tensor:
-    return torch.randint(257, shape, generator=torch.Generator().manual_seed(1))
-
-
-@torch.no_grad()
-def logits_of(model, ids: torch.Tensor) -> torch.Tensor:
-    return model.logits(model(ids).hidden)
-
-
-def loaded(folder: Path, **options):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
 
 
 @torch.no_grad()
@@ -92,13 +61,6 @@ def written_on(model, ids: torch.Tensor, count: int) -> torch.Tensor:
         rows.append(session.logits.argmax(-1, keepdim=True))
         session.step(rows[-1][:, 0])
     return torch.cat(rows, 1)
-
-
-def same_weights(checkpoint: Path, model) -> bool:
-    found, own = load_checkpoint(find_checkpoint(checkpoint))["model"], model.state_dict()
-    return found.keys() == own.keys() and all(
-        torch.equal(found[name], own[name]) and found[name].dtype == own[name].dtype for name in own
-    )
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -138,21 +100,6 @@ def test_llamas_family_computes_the_same_and_comes_back(saved, tmp_path, overrid
     state = load_checkpoint(find_checkpoint(tmp_path / "alone"))
     assert same_weights(tmp_path / "alone", model)
     assert torch.equal(logits_of(model_from_checkpoint(state).eval(), ids), logits_of(model, ids))
-
-
-def foreign(folder: Path, kind: str = "Llama", tokenizer=None, **settings) -> "transformers.PreTrainedModel":
-    """A small model as transformers draws it, saved with a tokenizer."""
-    torch.manual_seed(2)
-    sizes = {"vocab_size": 272, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 32}
-    config = getattr(transformers, f"{kind}Config")(**{**sizes, **heads, **settings})
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(0.15 * torch.randn_like(weight))
-    model.save_pretrained(folder)
-    huggingface_tokenizer(tokenizer or ByteTokenizer()).save_pretrained(folder)
-    return model
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Mistral"])
@@ -434,228 +381,3 @@ def test_what_longmix_has_not_is_refused_by_name(tmp_path, kind, settings, messa
         import_folder(tmp_path / "folder", tmp_path / "run")
     assert re.fullmatch(r"[^\n]*\.", str(caught.value))
     assert not (tmp_path / "run").exists()
-
-
-def damaged_weights(folder: Path) -> None:
-    path = folder / folders.WEIGHTS
-    path.write_bytes(path.read_bytes()[:-50])
-
-
-def changed_weights(change):
-    def apply(folder: Path) -> None:
-        from safetensors.torch import load_file, save_file
-
-        weights = load_file(folder / folders.WEIGHTS)
-        change(weights)
-        save_file(weights, folder / folders.WEIGHTS, {"format": "pt"})
-
-    return apply
-
-
-def changed_config(**settings):
-    def apply(folder: Path) -> None:
-        path = folder / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
-
-    return apply
-
-
-def unsealed(folder: Path) -> None:
-    """Make a folder what earlier versions wrote, without the hashes of its files."""
-    path = folder / folders.OWN_FILE
-    content = json.loads(path.read_text())
-    del content["files"], content["own_sha256"]
-    path.write_text(json.dumps(content))
-    config = json.loads((folder / "config.json").read_text())
-    del config["exported_by"]
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-HEAD = "model.head.weight"
-DAMAGE = {
-    "no-config": (
-        lambda folder: (folder / "config.json").unlink(),
-        "is not a folder of a model: it has no config.json",
-    ),
-    "not-json": (lambda folder: (folder / "config.json").write_text("{"), "config.json cannot be read"),
-    "cut-weights": (damaged_weights, "model.safetensors is damaged"),
-    "no-weights": (lambda folder: (folder / folders.WEIGHTS).unlink(), "model.safetensors is missing"),
-    "missing": (changed_weights(lambda weights: weights.pop(HEAD)), "head.weight is missing"),
-    "extra": (changed_weights(lambda weights: weights.update(more=torch.ones(1))), "more is not a part of the model"),
-    "shape": (
-        changed_weights(lambda weights: weights.update({HEAD: torch.ones(3, 64)})),
-        "head.weight has shape [3, 64] instead of [257, 64]",
-    ),
-    "float64": (
-        changed_weights(lambda weights: weights.update({HEAD: weights[HEAD].double()})),
-        "is float64, of which",
-    ),
-    "other-model": (changed_config(mixer={"_target_": "longmix.mixers.flash.Flash"}), "another model than its longmix"),
-    "own-file": (lambda folder: (folder / folders.OWN_FILE).write_text('{"format": 1}'), "longmix.json lacks"),
-    "own-format": (lambda folder: (folder / folders.OWN_FILE).write_text('{"format": 9}'), "has format 9"),
-}
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """`command("import", ...)` runs the command line; the exit code and the lines of the error."""
-
-    def run(*words) -> tuple[int, list[str]]:
-        monkeypatch.setattr(sys, "argv", ["huggingface", *map(str, words)])
-        try:
-            main()
-        except SystemExit as end:
-            return int(end.code), capsys.readouterr().err.splitlines()
-        return 0, capsys.readouterr().out.splitlines()
-
-    return run
-
-
-@pytest.mark.slow
-def test_a_damaged_folder_is_one_error(saved, tmp_path, command):
-    run, _ = saved("mixer=lightning")
-    code, (line,) = command("export", run, tmp_path / "good")
-    assert code == 0
-    assert line.startswith("wrote ")
-    for name, (damage, message) in DAMAGE.items():
-        code, _ = command("export", run, tmp_path / name)
-        damage(tmp_path / name)
-        code, (line,) = command("import", tmp_path / name, tmp_path / "back")
-        assert code == 2, name
-        assert f"{tmp_path / name}/" in line, name
-        assert "Export the folder again" in line, name
-        earlier = tmp_path / f"{name}-earlier"
-        code, _ = command("export", run, earlier)
-        unsealed(earlier)
-        damage(earlier)
-        code, (line,) = command("import", earlier, tmp_path / "back")
-        assert code == 2, name
-        assert message in line, name
-    assert command("import", tmp_path / "nowhere", tmp_path / "back")[1][0].startswith(
-        "CheckpointError: there is no folder"
-    )
-    code, (line,) = command("import", tmp_path / "good", tmp_path / "back", "--separator", "<s>")
-    assert "leave --separator out" in line
-    assert not (tmp_path / "back").exists()
-    code, (line,) = command("import", tmp_path / "good", tmp_path / "back")
-    assert code == 0
-    assert "step-00000007 from a model of type longmix" in line
-    assert "already holds a checkpoint" in command("import", tmp_path / "good", tmp_path / "back")[1][0]
-
-
-def test_every_damage_to_an_exported_folder_is_refused_by_the_name_of_its_file(saved, tmp_path):
-    run, _ = saved("mixer=lightning")
-    export(run, tmp_path / "folder")
-    drawn = random.Random(0)
-    read = [path for path in sorted((tmp_path / "folder").iterdir()) if path.name != "README.md"]
-    assert {path.name for path in read} >= {"config.json", "longmix.json", "model.safetensors", "tokenizer.json"}
-    for path in read:
-        content = path.read_bytes()
-        damages = [content[:size] for size in (0, len(content) // 2, len(content) - 2)] + [content + b"x", None]
-        for _ in range(40):
-            changed = bytearray(content)
-            place = drawn.randrange(8 * len(content))
-            changed[place // 8] ^= 1 << place % 8
-            damages.append(bytes(changed))
-        for damage in damages:
-            path.unlink()
-            if damage is None and path.name == folders.OWN_FILE:
-                path.write_bytes(content)
-                continue  # it is an option to do without
-            if damage is not None:
-                path.write_bytes(damage)
-            with pytest.raises(CheckpointError, match=re.escape(str(path))):
-                import_folder(tmp_path / "folder", tmp_path / "back")
-            with pytest.raises(CheckpointError, match=re.escape(str(path))):
-                check_seal(tmp_path / "folder")
-            path.write_bytes(content)
-    import_folder(tmp_path / "folder", tmp_path / "back")
-
-
-def test_folders_of_earlier_versions_and_those_that_lost_their_own_file_are_read_with_a_warning(
-    saved, tmp_path, caplog
-):
-    run, model = saved("mixer=flash", NO_NORM)
-    for name, change, words in (
-        ("earlier", unsealed, "holds no SHA-256, as earlier versions wrote it"),
-        ("lost", lambda folder: (folder / folders.OWN_FILE).unlink(), "has lost its longmix.json"),
-    ):
-        export(run, tmp_path / name)
-        change(tmp_path / name)
-        caplog.clear()
-        import_folder(tmp_path / name, tmp_path / f"{name}-back")
-        assert [words in record.getMessage() for record in caplog.records if record.name.startswith("longmix")] == [
-            True
-        ]
-        assert same_weights(tmp_path / f"{name}-back", model)
-
-
-def flipped_weight(folder: Path) -> None:
-    content = bytearray((folder / folders.WEIGHTS).read_bytes())
-    content[-5] ^= 1
-    (folder / folders.WEIGHTS).write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    ("change", "name"),
-    [(changed_config(initializer_range=0.5), r"config\.json"), (flipped_weight, r"model\.safetensors")],
-    ids=["configuration", "one bit of the weights"],
-)
-def test_transformers_loader_refuses_a_changed_file(saved, tmp_path, change, name):
-    run, _ = saved("mixer=lightning")
-    export(run, tmp_path / "folder")
-    change(tmp_path / "folder")
-    with pytest.raises(CheckpointError, match=rf"{name} is not the file that was exported"):
-        loaded(tmp_path / "folder")
-
-
-def test_foreign_classes_and_lost_weights_are_refused_by_transformers_loader_too(saved, tmp_path):
-    run, _ = saved("mixer=lightning")
-    export(run, tmp_path / "folder")
-    unsealed(tmp_path / "folder")
-    changed_weights(lambda weights: weights.pop(HEAD))(tmp_path / "folder")
-    with pytest.raises(LongmixError, match=r"lacks model.head.weight"):
-        loaded(tmp_path / "folder")
-    changed_config(mixer={"_target_": "os.system"})(tmp_path / "folder")
-    with pytest.raises(LongmixError, match=r"mixer=os.system is not part of longmix; these folders hold"):
-        loaded(tmp_path / "folder")
-    (tmp_path / "folder" / folders.OWN_FILE).unlink()
-    with pytest.raises(LongmixError, match=r"mixer=os.system is not part of longmix"):
-        import_folder(tmp_path / "folder", tmp_path / "back")
-
-
-def test_a_folder_appears_whole_and_is_replaced_only_when_asked(saved, tmp_path, command, monkeypatch):
-    run, _ = saved("mixer=flash")
-    assert command("export", run, tmp_path / "folder", "--as", "longmix")[0] == 0
-    code, (line,) = command("export", run, tmp_path / "folder")
-    assert code == 2
-    assert line.endswith("is there already; give another folder, or --force to replace it.")
-    with monkeypatch.context() as patch:
-        patch.setattr("longmix.interop.huggingface.export._card", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
-        with pytest.raises(StorageError, match="full"):
-            export(run, tmp_path / "folder", force=True)
-    assert json.loads((tmp_path / "folder" / "config.json").read_text())["model_type"] == "longmix"
-    assert command("export", run, tmp_path / "folder", "--force")[0] == 0
-    assert json.loads((tmp_path / "folder" / "config.json").read_text())["model_type"] == "qwen3"
-    assert {path.name for path in tmp_path.iterdir()} == {"folder", "run"}
-    assert "--force does not replace it" in command("export", run, run, "--force")[1][0]
-    assert "there is no" in command("export", tmp_path / "nothing", tmp_path / "other")[1][0]
-
-
-def test_without_the_package_the_cure_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(folders, "find_spec", lambda name: None)
-    for call in (export, import_folder):
-        with pytest.raises(ConfigError, match=r"this needs the package transformers: pip install 'longmix\[interop\]'"):
-            call(tmp_path, tmp_path / "new")
-
-
-def test_no_tokenizer_or_one_that_does_not_fit(tmp_path):
-    foreign(tmp_path / "small", vocab_size=200)
-    with pytest.raises(LongmixError, match="has 257 ids, and the model 200"):
-        import_folder(tmp_path / "small", tmp_path / "run")
-    foreign(tmp_path / "folder")
-    with pytest.raises(LongmixError, match=r"has no token '<s>'"):
-        import_folder(tmp_path / "folder", tmp_path / "run", separator="<s>")
-    (tmp_path / "folder" / "tokenizer.json").unlink()
-    with pytest.raises(LongmixError, match=r"has no tokenizer.json"):
-        import_folder(tmp_path / "folder", tmp_path / "run")
