@@ -130,9 +130,9 @@ def _of_a_layer(mixer: str, packed: bool) -> Figures:
 
 def _whole(mixer: str, layers: int, packed: bool) -> Figures:
     """The figures of a whole model, of one row."""
-    node = composed("train", [f"mixer={mixer}", "model=125m", f"model.num_layers={layers}"]).node
+    words = [f"mixer={mixer}", "model=125m", f"model.num_layers={layers}"]
     with torch.device("meta"):
-        model = build_model(ModelConfig.of(node), 512)
+        model = build_model(ModelConfig.of(composed("train", words).content), 512)
     for part in model.mixers():
         part.prepare(LENGTH)
     with ExitStack() as fakes:

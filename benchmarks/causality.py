@@ -106,7 +106,7 @@ def configurations(names: Sequence[str]) -> dict[str, ModelConfig]:
 
 
 def _small(mixer: str) -> ModelConfig:
-    return ModelConfig.of(composed("train", [f"mixer={mixer}", *SIZES]).node)
+    return ModelConfig.of(composed("train", [f"mixer={mixer}", *SIZES]).content)
 
 
 def examined(config: ModelConfig, options: argparse.Namespace) -> tuple[list[Finding], EntropyFinding]:

@@ -193,4 +193,4 @@ def test_values_become_words(value, word):
 
 def test_texts_arrive_as_they_are(tmp_path):
     for text in ("a, b", "${x}", "it's"):
-        assert composed("generate", as_words({"checkpoint": "c", "prompt": text})).node["prompt"] == text
+        assert composed("generate", as_words({"checkpoint": "c", "prompt": text})).content["prompt"] == text

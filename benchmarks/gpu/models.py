@@ -72,7 +72,7 @@ def trained(
         dtype: "bf16" or "fp32".
         documents: in each row, of equal length.
     """
-    config = read(TrainConfig, composed("train", [*words, "logger=none"]).node)
+    config = read(TrainConfig, composed("train", [*words, "logger=none"]).content)
     torch.manual_seed(0)
     with torch.device(device):
         model = build_model(config, vocab_size)

@@ -104,17 +104,17 @@ def _configuration(words: Words) -> tuple[TrainConfig, list[str], Mapping[str, s
         raise ConfigError(f"{words!r} is one text; give a list of words, such as [{words!r}].")
     if isinstance(words, DictConfig):
         return _whole(words), [], {}
-    nodes: dict[str, Any] = {}
+    chosen: dict[str, Any] = {}
     if isinstance(words, Mapping):
         if all(isinstance(words.get(group), Mapping) for group in WHOLE):
             return _whole(OmegaConf.create(dict(words))), [], {}
-        nodes = {str(name): dict(value) for name, value in words.items() if _is_node(value)}
-        given = as_words({str(name): value for name, value in words.items() if name not in nodes})
+        chosen = {str(name): dict(value) for name, value in words.items() if _is_choice(value)}
+        given = as_words({str(name): value for name, value in words.items() if name not in chosen})
     else:
         given = list(words)
     made = composed("train", given)
-    choices = {group: choice for group, choice in made.choices.items() if group not in nodes}
-    return read(TrainConfig, OmegaConf.create({**made.node, **nodes})), given, choices
+    choices = {group: choice for group, choice in made.choices.items() if group not in chosen}
+    return read(TrainConfig, OmegaConf.create({**made.content, **chosen})), given, choices
 
 
 def _whole(config: DictConfig) -> TrainConfig:
@@ -122,7 +122,7 @@ def _whole(config: DictConfig) -> TrainConfig:
     return read(TrainConfig, {"name": RUNS, **resolved(config)})
 
 
-def _is_node(value: Any) -> bool:
+def _is_choice(value: Any) -> bool:
     return isinstance(value, Mapping) and ("_target_" in value or "pattern" in value)
 
 
@@ -219,7 +219,7 @@ class Loaded:
         names = [task] if isinstance(task, str) else list(task)
         given = {"checkpoint": str(self.checkpoint), "task": names, **self._settings, **words}
         begin_run()
-        reports = evaluate(composed("evaluate", as_words(given)).node, self._restored)
+        reports = evaluate(composed("evaluate", as_words(given)).content, self._restored)
         return reports[task] if isinstance(task, str) else reports
 
 

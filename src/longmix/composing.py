@@ -31,11 +31,11 @@ class Composed:
     """The configuration that words make.
 
     Attributes:
-        node: the configuration, with every interpolation carried out.
+        content: the configuration as dicts, with every interpolation carried out.
         choices: the file that each group was chosen from, by group.
     """
 
-    node: Plain
+    content: Plain
     choices: Mapping[str, str]
 
 

@@ -264,7 +264,7 @@ def _composed(given: list[str]) -> tuple[TrainConfig, tuple[str, str]]:
         made = composed("train", given)
     except ConfigError as error:
         raise _with_own_words(error) from error
-    return read_config(TrainConfig, made.node), (made.choices["mixer"], made.choices["model"])
+    return read_config(TrainConfig, made.content), (made.choices["mixer"], made.choices["model"])
 
 
 def _with_own_words(error: ConfigError) -> ConfigError:
