@@ -78,7 +78,7 @@ def blocked_backward(
 
 
 def _entering_states(call: BlockedCall) -> list[tuple[Run, torch.Tensor]]:
-    """All runs with the state entering each, [X, K, V]."""
+    """Return all runs with the state entering each, [X, K, V]."""
     found, state = [], call.initial
     for run in call.runs():
         found.append((run, state))
@@ -174,7 +174,7 @@ def _backward_states(
     grad_state: torch.Tensor,
     grad_initial: torch.Tensor,
 ) -> torch.Tensor:
-    """The gradients of the states between chunks, [G + 1, X, K, V]; completes those of rows [G * X, R * L, V]."""
+    """Return the gradients of the states between chunks, [G + 1, X, K, V], and complete those of rows."""
     length, width = run.length, call.sequences
     grads = call.space("grad_states", run.chunks + 1, *grad_state.shape)
     grads[-1] = grad_state

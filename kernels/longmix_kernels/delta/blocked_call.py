@@ -64,7 +64,7 @@ class BlockedCall:
             self.initial.copy_(part.states(inputs.initial_state).reshape(state))
 
     def runs(self) -> Iterator[Run]:
-        """Runs of chunks that cover all tokens; what is left over makes one shorter chunk."""
+        """Yield the runs of chunks that cover all tokens; the last chunk may be shorter."""
         length = self.chunk_size or CHUNK
         most = max(1, IN_CACHE // (length * self.sequences * (2 * self.dim + self.value_dim)))
         start = 0
@@ -76,14 +76,14 @@ class BlockedCall:
             start = stop
 
     def space(self, name: str, *shape: int) -> torch.Tensor:
-        """Memory to compute in, the same for each run: to touch new memory costs more than to compute in it."""
+        """Return memory to compute in, the same for each run: to touch new memory costs more than to compute in it."""
         size, held = prod(shape), self._space.get(name)
         if held is None or held.numel() < size:
             held = self._space[name] = self.log_decay.new_empty(size)
         return held[:size].view(shape)
 
     def weights(self, run: Run, outputs: bool) -> ChunkWeights:
-        """The weights of a run; those in its outputs only if `outputs`."""
+        """Return the weights of a run; those in its outputs only if `outputs`."""
         readers = [x for x in (self.query if outputs else None, self.low_rank_read) if x is not None]
         writers = [x for x in (self.key, self.low_rank_write) if x is not None]
         decay = self.take([self.log_decay], run, "log_decay").squeeze(1)
@@ -108,7 +108,7 @@ class BlockedCall:
         self._view(whole, run).copy_(self._tokens(rows, run))
 
     def _count(self, run: Run) -> int:
-        """Tokens in each chunk of a run."""
+        """Return how many tokens each chunk of a run has."""
         return (run.tokens.stop - run.start) // run.chunks
 
     def _tokens(self, x: torch.Tensor, run: Run) -> torch.Tensor:
@@ -120,7 +120,7 @@ class BlockedCall:
         return x[:, run.tokens].unflatten(1, (run.chunks, -1)).permute(1, 0, 3, 2, 4)
 
     def _documents(self, run: Run) -> Documents | None:
-        """Where documents lie in a run; None if none begins there."""
+        """Return where documents lie in a run; None if none begins there."""
         if self.document_ids is None:
             return None
         ids, last = self.document_ids[:, run.tokens], max(run.start - 1, 0)

@@ -212,19 +212,19 @@ class ChunkWeights:
         columns.addcmul_(grad_writes.view(columns.shape), meeting.column_factor.unsqueeze(2))
 
     def _decay_terms(self, weights: torch.Tensor, grads: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
-        """Sums [1 or N, L, kinds * L] of weights times their gradients [N, kinds * L, K], over K for one decay."""
+        """Return `sums` [1 or N, L, kinds * L] of weights times gradients [N, kinds * L, K]; over K for one decay."""
         terms = torch.mul(weights, grads, out=self.space("terms", *weights.shape))
         if self.per_head:
             terms = terms.sum(-1, keepdim=True)
         return torch.bmm(sums.expand(len(terms), -1, -1), terms)
 
     def _row_kinds(self, size: int) -> list[torch.Tensor]:
-        """For each kind of row, [size, size], which rows a token's decay, or the column of the token, is in."""
+        """Return for each kind of row which rows a token's decay, or its column, is in, [size, size]."""
         ones = self.rows.new_ones(size, size)
         return ([ones.triu()] if self.outputs else []) + ([ones.triu(1)] if self.low_rank else [])
 
     def _column_kinds(self, size: int) -> list[torch.Tensor]:
-        """For each kind of column, [size, size], which columns a token's decay is in."""
+        """Return for each kind of column which columns a token's decay is in, [size, size]."""
         return [self.rows.new_ones(size, size).tril(-1)] * self.columns.shape[1]
 
     def _sums(self, kinds: list[torch.Tensor], same: torch.Tensor | None = None) -> torch.Tensor:
@@ -247,15 +247,15 @@ class ChunkWeights:
             reads[:, -1] = torch.where(documents.begins.unsqueeze(-1), rows[:, -1], reads[:, -1])
 
     def _same(self, documents: Documents) -> torch.Tensor:
-        """Which tokens are of the same document, [N, L, L]."""
+        """Return which tokens are of the same document, [N, L, L]."""
         return (documents.ids.unsqueeze(-1) == documents.ids.unsqueeze(-2)).to(self.rows.dtype)
 
     def _carried(self, documents: Documents) -> torch.Tensor:
-        """Which rows read the entering state, [N, 1, L, 1]."""
+        """Return which rows read the entering state, [N, 1, L, 1]."""
         return documents.carried[:, None, :, None].to(self.rows.dtype)
 
     def _open(self, documents: Documents) -> torch.Tensor:
-        """Which tokens are of the document that the leaving state is from, [N, 1, L, 1]."""
+        """Return which tokens are of the document that the leaving state is from, [N, 1, L, 1]."""
         return (documents.ids == documents.ids[:, -1:])[:, None, :, None].to(self.rows.dtype)
 
 

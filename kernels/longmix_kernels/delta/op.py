@@ -28,7 +28,7 @@ def delta_rule(
     min_log_decay: float | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Delta rule: linear attention whose transitions are a diagonal plus a matrix of rank one.
+    """Compute the delta rule: linear attention whose transitions are a diagonal plus a matrix of rank one.
 
     Per head, with decay exp(g_t), state S, and a (read), b (write), k, r on its key side,
 

@@ -14,13 +14,13 @@ from longmix_kernels.tiles import product
 
 @triton.jit
 def of_rows(near, row):
-    """What row `row` of each column's sub-chunk has of near weights [columns, 16], as [columns, 1]."""
+    """Return the weights [columns, 1] that row `row` of each column's sub-chunk has in near ones [columns, 16]."""
     return tl.sum(tl.where((tl.arange(0, 16) == row)[None, :], near, 0.0), 1)[:, None]
 
 
 @triton.jit
 def row_sums(x, row):
-    """Sums of x [CHUNK, BLOCK] over each sub-chunk, put into its row `row`; zero in others."""
+    """Return the sums of x [CHUNK, BLOCK] over each sub-chunk, put into its row `row`; zero in others."""
     BLOCKS: tl.constexpr = x.shape[0] // 16
     sums = tl.sum(tl.reshape(x, [BLOCKS, 16, x.shape[1]]), 1)
     sums = tl.reshape(tl.broadcast_to(sums[:, None, :], [BLOCKS, 16, x.shape[1]]), [x.shape[0], x.shape[1]])
@@ -29,7 +29,7 @@ def row_sums(x, row):
 
 @triton.jit
 def sums_before(x):
-    """Sums of x [CHUNK, BLOCK] over the rows of its sub-chunk before each row."""
+    """Return the sums of x [CHUNK, BLOCK] over the rows of its sub-chunk before each row."""
     CHUNK: tl.constexpr = x.shape[0]
     place = tl.arange(0, CHUNK)
     shifted = tl.where((place % 16 > 0)[:, None], rows_at(x, place - 1, CHUNK), 0.0)
@@ -113,7 +113,7 @@ def near_column_grads(
 
 @triton.jit
 def meeting(grad, level):
-    """Gradients of weights [CHUNK, CHUNK] between tokens of one block of 2 ** (level + 1), zero elsewhere."""
+    """Return gradients of weights [CHUNK, CHUNK] where both tokens are of one block of 2 ** (level + 1), else zero."""
     CHUNK: tl.constexpr = grad.shape[0]
     if CHUNK > 32:
         grad = tl.where(same_block(level + 1, CHUNK), grad, 0.0).to(grad.dtype)
@@ -134,7 +134,7 @@ def far_row_grads(
     LOW_RANK: tl.constexpr,
     SIZES: tl.constexpr,
 ):
-    """Add what pairs of tokens of different sub-chunks give queries, low-rank reads and decays after the column.
+    """Add what pairs of tokens of different sub-chunks give queries, low-rank reads, and decays from the boundary on.
 
     A decay is in a pair of two sub-chunks from the boundary between them up to the row, which is added here, or after
     the column up to the boundary, which `far_column_grads` adds.

@@ -91,7 +91,7 @@ def near_pairs(
 
 @triton.jit
 def spread(near, far, CHUNK: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """All weights of a chunk, [CHUNK, CHUNK]: those within sub-chunks, and `far` ones added."""
+    """Return all weights of a chunk, [CHUNK, CHUNK]: those within sub-chunks, and `far` ones added."""
     BLOCKS: tl.constexpr = CHUNK // 16
     if TRANSPOSED:
         whole = tl.reshape(tl.broadcast_to(near[:, None, :], [CHUNK, BLOCKS, 16]), [CHUNK, CHUNK])
@@ -103,7 +103,7 @@ def spread(near, far, CHUNK: tl.constexpr, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def near_of(whole, CHUNK: tl.constexpr):
-    """Of [columns, rows] what lies within sub-chunks, [columns, 16]."""
+    """Return the part of weights [columns, rows] that lies within sub-chunks, as [columns, 16]."""
     row, column = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
     own = tl.where(row // 16 == column // 16, whole, 0.0)
     return tl.sum(tl.reshape(own, [CHUNK, CHUNK // 16, 16]), 1)
@@ -111,13 +111,13 @@ def near_of(whole, CHUNK: tl.constexpr):
 
 @triton.jit
 def same_block(level, CHUNK: tl.constexpr):
-    """Which tokens are of the same block of 2 ** level tokens, [CHUNK, CHUNK]."""
+    """Return which tokens are of the same block of 2 ** level tokens, [CHUNK, CHUNK]."""
     return tl.arange(0, CHUNK)[:, None] >> level == tl.arange(0, CHUNK)[None, :] >> level
 
 
 @triton.jit
 def far_sums(decay, level, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
-    """Sums of decays within blocks of 2 ** level tokens, [CHUNK, BLOCK]: up to each token, before it, and after it."""
+    """Return sums of decays within blocks of 2 ** level tokens, [CHUNK, BLOCK]: up to, before and after each token."""
     one, other = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
     same = same_block(level, CHUNK)
     block = tl.arange(0, CHUNK) >> level

@@ -42,7 +42,7 @@ from longmix_kernels.tiles import store_tile
 
 @triton.jit
 def later_sum(x, own, CHUNK: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """Sums of x [CHUNK, BLOCK] over each row and those after it in its document."""
+    """Return the sums of x [CHUNK, BLOCK] over each row and those after it in its document."""
     total = tl.cumsum(x, 0, reverse=True)
     if DOCUMENTS:
         total -= rows_at(total, tl.sum((own[None, :] <= own[:, None]).to(tl.int32), 1), CHUNK)

@@ -32,7 +32,7 @@ def chunk_documents(document_ids, start, there, length, CHUNK: tl.constexpr):
 
 @triton.jit
 def weight_grad(rows, columns, start, there, mask, factor, SIZES: tl.constexpr, dtype: tl.constexpr):
-    """Gradients [rows, columns] of weights: products of both, where the mask says.
+    """Return the gradients [rows, columns] of weights: products of both, where the mask says.
 
     One at a time, so that few are held in float32; what is loaded again is near.
     """
@@ -46,7 +46,10 @@ def weight_grad(rows, columns, start, there, mask, factor, SIZES: tl.constexpr, 
 
 @triton.jit
 def own_grads(dy, v, u, start, there, scale, LOW_RANK: tl.constexpr, SIZES: tl.constexpr):
-    """Gradients [CHUNK] of the weights between a query and its own key and low-rank write; no decay is in them."""
+    """Return the gradients [CHUNK] of the weights of a query's own key and of its own low-rank write.
+
+    No decay is in these weights.
+    """
     own_key, own_write = tl.zeros([there.shape[0]], tl.float32), tl.zeros([there.shape[0]], tl.float32)
     for column in range(0, SIZES.VALUE_DIM, SIZES.VALUE_BLOCK):
         grad = load_values(dy, start, there, column, SIZES).to(tl.float32) * scale
@@ -70,7 +73,7 @@ def state_grad(rows, state, total, start, there, column, SIZES: tl.constexpr):
 
 @triton.jit
 def read_grad(rows, states, initial, start, carried, later, column, WITH_INITIAL: tl.constexpr, SIZES: tl.constexpr):
-    """Gradients [CHUNK, BLOCK] of rows that read the entering state, or `later` ones the initial state."""
+    """Return the gradients [CHUNK, BLOCK] of rows that read the entering state, or `later` ones the initial state."""
     total = tl.zeros([carried.shape[0], SIZES.BLOCK], tl.float32)
     total = state_grad(rows, states, total, start, carried, column, SIZES)
     if WITH_INITIAL:
@@ -80,7 +83,10 @@ def read_grad(rows, states, initial, start, carried, later, column, WITH_INITIAL
 
 @triton.jit
 def kept_grad(states, initial, grad_states, restart, column, DOCUMENTS: tl.constexpr, SIZES: tl.constexpr):
-    """Gradients [BLOCK] of how much is kept of a state, the initial one where a document begins within the chunk."""
+    """Return the gradients [BLOCK] of how much is kept of the state that enters.
+
+    It is the initial state where a document begins within the chunk.
+    """
     total = tl.zeros([SIZES.BLOCK], tl.float32)
     for value_column in range(0, SIZES.VALUE_DIM, SIZES.VALUE_BLOCK):
         state = load_block(states, column, SIZES.BLOCK, SIZES.DIM, value_column, SIZES.VALUE_BLOCK, SIZES.VALUE_DIM)

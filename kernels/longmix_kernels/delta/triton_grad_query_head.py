@@ -34,9 +34,21 @@ from longmix_kernels.tiles import product, store_tile
 
 @triton.jit
 def pair_terms(rows, columns, grads, values, start, there, mask, factor, SIZES: tl.constexpr):
-    """Weights of columns in rows times their gradients, [rows, columns]."""
+    """Return the weights of columns in rows times their gradients, [rows, columns]."""
     grad = weight_grad(grads, values, start, there, mask, factor, SIZES, tl.float32)
     return grad * plain_pairs(rows, columns, start, there, False, SIZES)
+
+
+@triton.jit
+def decay_terms(terms, STRICT: tl.constexpr, PRECISION: tl.constexpr):
+    """Return for each decay the sum [CHUNK] of the terms [rows, columns] of pairs that it lies between.
+
+    It lies between a column before its token and a row from its token on, or after it (`STRICT`).
+    """
+    CHUNK: tl.constexpr = terms.shape[0]
+    one, other = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
+    of_rows = masked_sum(other > one if STRICT else other >= one, terms, PRECISION)
+    return tl.sum(tl.where(other < one, of_rows, 0.0), 1)
 
 
 @triton.jit(do_not_specialize=["length", "heads"])
@@ -129,17 +141,16 @@ def grad_query_head_kernel(
     terms = pair_terms(queries, keys, dy, v, start, there, mask, factor, SIZES)
     if LOW_RANK:
         terms += pair_terms(queries, writes, dy, u, start, there, mask, factor, SIZES)
-    later_rows = masked_sum(pair_mask(own, CHUNK, False, True, False), terms, PRECISION)
+    dg = decay_terms(terms, False, PRECISION)
     qk = weight_grad(dy, v, start, there, mask, factor, SIZES, LOW)
     if LOW_RANK:
         qb = weight_grad(dy, u, start, there, mask, factor, SIZES, LOW)
         factor = between(decay, True, False)
         terms = pair_terms(reads, keys, dx, v, start, there, mask, factor, SIZES)
         terms += pair_terms(reads, writes, dx, u, start, there, mask, factor, SIZES)
-        later_rows += masked_sum(pair_mask(own, CHUNK, True, True, False), terms, PRECISION)
+        dg += decay_terms(terms, True, PRECISION)
         ak = weight_grad(dx, v, start, there, mask, factor, SIZES, LOW)
         ab = weight_grad(dx, u, start, there, mask, factor, SIZES, LOW)
-    dg = tl.sum(tl.where(pair_mask(own, CHUNK, True, False, False), later_rows, 0.0), 1)
     own_key, own_write = own_grads(dy, v, u, start, there, scale, LOW_RANK, SIZES)
 
     # What reading states gives decays, by row.

@@ -14,7 +14,7 @@ from longmix_kernels.tiles import product
 
 @triton.jit
 def between(decay, STRICT: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """What is left of each column at each row, [rows, columns] or `TRANSPOSED`, of decays [CHUNK, 1].
+    """Return the share of each column that decays [CHUNK, 1] leave at each row, [rows, columns] or `TRANSPOSED`.
 
     Queries keep what the decays after the column up to the row leave, and reads (`STRICT`) up to the row before. The
     result is 1 where no decay lies between, also for rows before their columns.
@@ -33,7 +33,7 @@ def between(decay, STRICT: tl.constexpr, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def plain_pairs(rows, columns, start, there, TRANSPOSED: tl.constexpr, SIZES: tl.constexpr):
-    """Products of rows and columns of a chunk without decays, [rows, columns] or `TRANSPOSED`, in float32."""
+    """Return products of rows and columns of a chunk without decays, [rows, columns] or `TRANSPOSED`, in float32."""
     total = tl.zeros([there.shape[0], there.shape[0]], tl.float32)
     for column in range(0, SIZES.DIM, SIZES.BLOCK):
         x = load_columns(rows, start, there, column, SIZES)
@@ -49,6 +49,6 @@ def plain_pairs(rows, columns, start, there, TRANSPOSED: tl.constexpr, SIZES: tl
 def head_pairs(
     rows, columns, decays, start, there, STRICT: tl.constexpr, TRANSPOSED: tl.constexpr, SIZES: tl.constexpr
 ):
-    """The weights of one kind of columns in one kind of rows, low-rank reads if `STRICT`; unmasked."""
+    """Return the weights of one kind of columns in one kind of rows, low-rank reads if `STRICT`; unmasked."""
     left = between(load_decay(decays, start, there, 0, 1, 1), STRICT, TRANSPOSED)
     return plain_pairs(rows, columns, start, there, TRANSPOSED, SIZES) * left

@@ -28,7 +28,7 @@ from longmix_kernels.tiles import (
 
 @triton.jit
 def kept_of(kept, row, PIECE: tl.constexpr, DIM: tl.constexpr):
-    """How much is left of `PIECE` rows of a state, [PIECE, 1]."""
+    """Return how much is left of `PIECE` rows of a state, [PIECE, 1]."""
     rows = row + tl.arange(0, PIECE)
     return tl.load(kept + rows, mask=rows < DIM, other=0.0)[:, None]
 

@@ -88,7 +88,10 @@ def load_decay(decays, start, there, column, BLOCK: tl.constexpr, DIM: tl.conste
 
 @triton.jit
 def load_ids(document_ids, start, last, there):
-    """Which document each row of a chunk is of, rows past the end like the `last`; and those of first and last row."""
+    """Return the document of each row of a chunk, and of its first and last row.
+
+    Rows past the end are of the document of the `last`.
+    """
     own = tl.zeros([there.shape[0]], tl.int32)
     first_id, last_id = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
     if document_ids is not None:
@@ -100,7 +103,7 @@ def load_ids(document_ids, start, last, there):
 
 @triton.jit
 def pair_mask(own, CHUNK: tl.constexpr, STRICT: tl.constexpr, TRANSPOSED: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """Which columns rows see: [rows, columns], or `TRANSPOSED`; with `STRICT` only earlier ones, not their own."""
+    """Return which columns rows see, [rows, columns] or `TRANSPOSED`; if `STRICT`, only earlier ones, not their own."""
     one, other = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
     row, column = (other, one) if TRANSPOSED else (one, other)
     mask = row > column if STRICT else row >= column
@@ -111,7 +114,9 @@ def pair_mask(own, CHUNK: tl.constexpr, STRICT: tl.constexpr, TRANSPOSED: tl.con
 
 @triton.jit
 def masked_sum(mask, x, PRECISION: tl.constexpr):
-    """Sums [CHUNK, BLOCK] of the rows of x that the mask [CHUNK, CHUNK] has, with no difference of larger sums.
+    """Return for each row of the mask [CHUNK, CHUNK] the sum of the rows of x that it has, [CHUNK, BLOCK].
+
+    No sum is a difference of larger ones.
 
     Three bfloat16 hold all bits of a float32, and one holds a mask's.
     """
@@ -128,20 +133,20 @@ def masked_sum(mask, x, PRECISION: tl.constexpr):
 
 @triton.jit
 def row_terms(mask, terms):
-    """Sums [CHUNK] of those terms [CHUNK] that each row of the mask [CHUNK, CHUNK] has."""
+    """Return for each row of the mask [CHUNK, CHUNK] the sum [CHUNK] of the terms [CHUNK] that it has."""
     return tl.sum(tl.where(mask, terms[None, :], 0.0), 1)
 
 
 @triton.jit
 def rows_at(x, index, CHUNK: tl.constexpr):
-    """Rows of x [CHUNK, BLOCK] by their number [CHUNK], zero for numbers that no row has."""
+    """Return rows of x [CHUNK, BLOCK] by their number [CHUNK], zero for numbers that no row has."""
     place = tl.broadcast_to(tl.minimum(tl.maximum(index, 0), CHUNK - 1)[:, None], x.shape)
     return tl.where(((index >= 0) & (index < CHUNK))[:, None], tl.gather(x, place, 0), 0.0)
 
 
 @triton.jit
 def neighbour(own, STEP: tl.constexpr, CHUNK: tl.constexpr):
-    """The number [CHUNK] of the row before (`STEP` -1) or after (1) each row; -1 where that has another `own`.
+    """Return the number [CHUNK] of the row before (`STEP` -1) or after (1) each row; -1 where that has another `own`.
 
     Rows that are moved by this stand for a second sum over them, which would need a mask of its own in registers.
     """
@@ -177,7 +182,7 @@ def decay_sums(decay, own, DECAY: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISI
 
 @triton.jit
 def chosen_sum(mask, x, PRECISION: tl.constexpr):
-    """Sums [CHUNK, BLOCK] of the rows of x that the mask [CHUNK, CHUNK] has, for any number of columns."""
+    """Return the same as `masked_sum`, also for x [CHUNK, 1]."""
     if x.shape[1] == 1:
         return tl.sum(tl.where(mask, tl.trans(x), 0.0), 1)[:, None]
     else:
@@ -207,7 +212,7 @@ def column_sums(
 
 @triton.jit
 def middle_of(total, CHUNK: tl.constexpr):
-    """The sum up to the middle of a chunk, [1, BLOCK], from those up to each token."""
+    """Return the sum up to the middle of a chunk, [1, BLOCK], from those up to each token."""
     return tl.sum(tl.where((tl.arange(0, CHUNK) == CHUNK // 2)[:, None], total, 0.0), 0)[None, :]
 
 
@@ -222,7 +227,7 @@ def wide_product(a, b, total, LOW: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def inverse_of(weights, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
-    """The inverse of 1 minus weights [CHUNK, CHUNK] that are zero but below the diagonal, in float32.
+    """Return the inverse of 1 minus weights [CHUNK, CHUNK] that are zero but below the diagonal, in float32.
 
     Blocks of 16 by substitution, all at once; then pairs of neighbours are merged: ((P, 0), (X, R)) has the inverse
     (P', 0; R' X P', R'). Doubling the powers of the weights instead would lose 2 digits at 32 and all of them at 64

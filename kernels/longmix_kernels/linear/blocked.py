@@ -182,7 +182,7 @@ def _run_backward(
 
 
 def _entering_states(call: BlockedCall, row_scale: torch.Tensor) -> torch.Tensor:
-    """The state entering each of N runs, [N, X, Dk, Dv + 1]."""
+    """Return the state entering each of N runs, [N, X, Dk, Dv + 1]."""
     states = call.space("entering", sum(len(runs) for _, runs in call.plan), *call.initial.shape)
     states[0] = call.initial
     for before, state, (run, weights) in zip(states, states[1:], call.runs(row_scale), strict=False):
@@ -198,7 +198,7 @@ def _entering_states(call: BlockedCall, row_scale: torch.Tensor) -> torch.Tensor
 
 
 def _inputs(call: BlockedCall, run: Run) -> Tensors:
-    """Queries times scale, keys and values [G * X, L, D], if normalised with a 1 in each value."""
+    """Return queries times scale, keys, and values [G * X, L, D]; if normalised, with a 1 in each value."""
     query, key = call.take(call.query, run, "query"), call.take(call.key, run, "key")
     return query.mul_(call.scale), key, call.take(call.value, run, "value", ones=call.normalize)
 
@@ -206,7 +206,7 @@ def _inputs(call: BlockedCall, run: Run) -> Tensors:
 def _states(
     call: BlockedCall, weights: ChunkWeights, key: torch.Tensor, value: torch.Tensor, state: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The states between chunks [G + 1, X, Dk, Dv + 1], from the first, and the keys times what they write."""
+    """Return the states between chunks [G + 1, X, Dk, Dv + 1], from the first, and the keys times what they write."""
     states = call.space("states", len(weights.kept) + 1, *state.shape)
     states[0] = state
     writing = _times(key, weights.write, call.space("writing", *key.shape))
@@ -221,7 +221,7 @@ def _states(
 def _grad_states(
     call: BlockedCall, weights: ChunkWeights, reading: torch.Tensor, grad_read: torch.Tensor, grad_state: torch.Tensor
 ) -> torch.Tensor:
-    """The gradients of `_states`, from the last."""
+    """Return the gradients of `_states`, from the last."""
     grads = call.space("grad_states", len(weights.kept) + 1, *grad_state.shape)
     grads[-1] = grad_state
     torch.bmm(reading.mT, grad_read, out=grads[:-1].flatten(0, 1))
@@ -238,7 +238,7 @@ def _grad_read(
     output: torch.Tensor,
     along: torch.Tensor,
 ) -> torch.Tensor:
-    """Gradient of numerator and denominator together, [G * X, L, Dv + 1], or of the output [G * X, L, Dv]."""
+    """Return the gradient of numerator and denominator, [G * X, L, Dv + 1], or of the output [G * X, L, Dv]."""
     grad = call.take(grad_output, run, "grad_read", ones=call.normalize)
     if not call.normalize:
         return grad
@@ -251,7 +251,7 @@ def _grad_read(
 
 
 def _denominator(along: torch.Tensor, weights: ChunkWeights) -> torch.Tensor:
-    """What divides the rows [G * X, L]; never 0, even where exp(-m) is too small for the dtype."""
+    """Return what divides the rows [G * X, L]; never 0, even where exp(-m) is too small for the dtype."""
     least = weights.row_scale.neg().exp_().to(along.dtype).clamp_(min=torch.finfo(along.dtype).tiny)
     return along.abs().maximum(least.view_as(along))
 

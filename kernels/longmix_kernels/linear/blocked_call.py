@@ -71,7 +71,7 @@ def parts(inputs: Inputs) -> Iterator[Part]:
 
 
 def chunk_length(dims: int, length: int, chunk_size: int | None) -> int:
-    """Tokens of a chunk, for dimensions of key and value that sum to `dims`."""
+    """Return how many tokens a chunk has, for dimensions of key and value that sum to `dims`."""
     # Found by measurement: what a longer chunk saves in states it costs within, which is dear for small heads.
     usual = 32 if dims < 256 else 64
     return min(chunk_size or usual, LONGEST_CHUNK, length)
@@ -86,7 +86,7 @@ class Run(NamedTuple):
 
     @property
     def tokens(self) -> slice:
-        """Which tokens they hold."""
+        """Return which tokens they hold."""
         return slice(self.start, self.start + self.chunks * self.length)
 
 
@@ -110,7 +110,7 @@ class BlockedCall:
         self._space = space
 
     def runs(self, row_scale: torch.Tensor | None = None, reverse: bool = False) -> Iterator[tuple[Run, ChunkWeights]]:
-        """Runs of chunks that cover all tokens, with their weights; what is left over makes one shorter chunk.
+        """Yield the runs of chunks that cover all tokens, with their weights; the last chunk may be shorter.
 
         Args:
             row_scale: [B, T, H] if it is known.
@@ -125,14 +125,14 @@ class BlockedCall:
                 yield run, weights.part(slice(first, first + run.chunks))
 
     def space(self, name: str, *shape: int) -> torch.Tensor:
-        """Memory to compute in, the same for each run."""
+        """Return memory to compute in, the same for each run."""
         size, held = prod(shape), self._space.get(name)
         if held is None or held.numel() < size:
             held = self._space[name] = self.log_decay.new_empty(size)
         return held[:size].view(shape)
 
     def restarts(self, weights: ChunkWeights) -> InitialWeights | None:
-        """The weights of the initial state, None where no document begins or the state is zero."""
+        """Return the weights of the initial state, None where no document begins or the state is zero."""
         return weights.initial if self.has_state else None
 
     def take(self, x: torch.Tensor, run: Run, name: str, ones: bool = False) -> torch.Tensor:
@@ -145,7 +145,7 @@ class BlockedCall:
         return copy.view(-1, run.length, copy.shape[-1])
 
     def take_gate(self, x: torch.Tensor, run: Run) -> torch.Tensor:
-        """A run of [B, T, H] as [G, X, L]."""
+        """Return a run of [B, T, H] as [G, X, L]."""
         return self._chunks(x[:, run.tokens], run).reshape(run.chunks, self.sequences, run.length).contiguous()
 
     def put(self, whole: torch.Tensor, run: Run, rows: torch.Tensor) -> None:
@@ -154,7 +154,7 @@ class BlockedCall:
         view.copy_(rows.reshape(view.shape))
 
     def join_state(self, memory: torch.Tensor | None, normalizer: torch.Tensor | None) -> torch.Tensor:
-        """Memory and normaliser, zero where None, as [X, Dk, Dv], or Dv + 1 if normalised."""
+        """Return memory and normaliser as [X, Dk, Dv], or Dv + 1 if normalised; zero where None."""
         state = self.log_decay.new_zeros(self.sequences, self.dim, self.value_dim + self.normalize)
         if memory is not None:
             state[..., : self.value_dim] = memory.flatten(0, 1)
@@ -170,7 +170,7 @@ class BlockedCall:
             normalizer.copy_(state[..., -1])
 
     def _plan(self) -> list[tuple[Run, list[Run]]]:
-        """All runs, grouped into those of which the gates are computed together."""
+        """Return all runs, grouped into those of which the gates are computed together."""
         length = chunk_length(self.dim + self.value_dim, self.length, self.chunk_size)
         of_a_chunk = length * self.sequences * (2 * self.dim + self.value_dim)
         chunks = max(1, IN_CACHE * torch.get_num_threads() // of_a_chunk)
@@ -183,7 +183,7 @@ class BlockedCall:
         return x.unflatten(1, (run.chunks, run.length)).transpose(0, 1).transpose(2, 3)
 
     def _weights(self, run: Run, scale: torch.Tensor, row_scale: torch.Tensor | None) -> ChunkWeights:
-        """Weights of a run; `scale` [X] is that of the entering state, unless `row_scale` is known."""
+        """Return the weights of a run; `scale` [X] is that of the entering state, unless `row_scale` is known."""
         decay = self.take_gate(self.log_decay, run)
         gate = None if self.log_input is None else self.take_gate(self.log_input, run)
         if not self.normalize:
@@ -196,7 +196,7 @@ class BlockedCall:
         return ChunkWeights(decay, gate, self._begins(run), scale, self.initial_scale, rows)
 
     def _begins(self, run: Run) -> torch.Tensor | None:
-        """Where a document begins other than at the first token, [G, X, L]; None for nowhere."""
+        """Return where a document begins other than at the first token, [G, X, L]; None for nowhere."""
         if self.document_ids is None:
             return None
         ids = self.document_ids[:, max(run.start - 1, 0) : run.tokens.stop]

@@ -95,7 +95,7 @@ class ChunkWeights:
             self.read = read.masked_fill_(~self.carried, 0.0)
 
     def part(self, chunks: slice) -> "ChunkWeights":
-        """The weights of some of the chunks."""
+        """Return the weights of some of the chunks."""
         part = copy(self)
         part.total, part.column = self.total[:, chunks], self.column[:, chunks]
         part.row_scale, part.scale = self.row_scale[chunks], self.scale[chunks.start : chunks.stop + 1]
@@ -106,7 +106,7 @@ class ChunkWeights:
         return part
 
     def within(self, out: torch.Tensor) -> torch.Tensor:
-        """Weights of the tokens of a chunk in its rows, [G * X, L, L], zero where the row does not see the token."""
+        """Return the weights of a chunk's tokens in its rows, [G * X, L, L]; zero where a row sees no token."""
         row = _split(torch.stack([self.total[0], self.total[1] - self.row_scale]), self.dtype)
         column = _split(self.column, self.dtype)
         weights = out.view(*row.shape[1:], row.shape[-1])
@@ -120,7 +120,7 @@ class ChunkWeights:
     def grad_gates(
         self, terms: torch.Tensor, read_terms: torch.Tensor, write_terms: torch.Tensor, passed: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradients of log_decay and log_input [G, X, L], from weights times their gradients.
+        """Return the gradients of log_decay and log_input [G, X, L], from weights times their gradients.
 
         Args:
             terms: [G * X, L, L], of each token in each row of its chunk; overwritten.
@@ -146,7 +146,7 @@ class ChunkWeights:
         return earlier.add_(crossing).add_(later).to(self.dtype), written
 
     def _source(self, entering: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
-        """Log scale of the state that each row reads, [..., X, L] for that of the entering one [..., X]."""
+        """Return the log scale of the state that each row reads, [..., X, L], given the entering one [..., X]."""
         source = entering.unsqueeze(-1)
         return source if self.document is None else source.where(self.carried, initial[:, None])
 

@@ -28,7 +28,7 @@ def linear_attention(
     chunk_size: int | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, LinearState]:
-    """Linear attention with a scalar decay and input gate per head and token.
+    """Compute linear attention with a scalar decay and input gate per head and token.
 
     Per head, with decay exp(f_t), input gate exp(i_t), scale s and state (C, n):
 
@@ -97,7 +97,7 @@ def zero_state(query: torch.Tensor, value: torch.Tensor, normalize: bool) -> Lin
 
 
 def _empty(inputs: Inputs) -> tuple[torch.Tensor, ...]:
-    """Output, final state, and per row the log scale and denominator that the backward wants.
+    """Return the output, the final state, and per row the log scale and denominator that the backward wants.
 
     Without `normalize`, all but output and memory are empty.
     """

@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def to_base_2(gate):
-    """A natural logarithm in base 2, held to +-8192: past that every weight is 0 or without meaning."""
+    """Return a natural logarithm in base 2, held to +-8192: past that every weight is 0 or without meaning."""
     return tl.minimum(tl.maximum(gate * 1.4426950408889634, -8192.0), 8192.0)
 
 
@@ -23,19 +23,19 @@ def to_fixed(x):
 
 @triton.jit
 def to_float(fixed):
-    """Multiples of 2 ** -32 to float32, rounded once."""
+    """Return multiples of 2 ** -32 as float32, rounded once."""
     return fixed.to(tl.float32) * 2.3283064365386963e-10
 
 
 @triton.jit
 def whole_and_rest(fixed):
-    """Multiples of 2 ** -32 as two float32: a whole number, exact below 2 ** 24, and a rest in [0, 1]."""
+    """Return multiples of 2 ** -32 as two float32: a whole number, exact below 2 ** 24, and a rest in [0, 1]."""
     whole = fixed >> 32
     return whole.to(tl.float32), to_float(fixed - (whole << 32))
 
 
 @triton.jit
 def pair_weights(row_whole, row_rest, column_whole, column_rest, visible):
-    """Weights [rows, columns] from the vectors of both, already spread; 0 where not visible."""
+    """Return the weights [rows, columns] from the vectors of both, already spread; 0 where not visible."""
     weights = tl.exp2((row_whole + column_whole) + (row_rest + column_rest))
     return tl.where(visible, weights, 0.0)

@@ -22,6 +22,8 @@ CASES = [
     Case("documents-no-state", length=700, dim=64, value_dim=128, documents=DOCUMENTS, with_state=False),
     Case("diagonal", length=300, dim=64, value_dim=128, low_rank=False),
     Case("scalar-decay", length=300, dim=64, value_dim=64, scalar_decay=True),
+    Case("scalar-decay-documents", length=700, dim=96, value_dim=192, documents=DOCUMENTS, scalar_decay=True),
+    Case("scalar-decay-diagonal", length=300, dim=128, value_dim=128, low_rank=False, scalar_decay=True),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 every_bound = pytest.mark.parametrize("bound", [FASTEST_DECAY, None], ids=["bounded", "exact"])

@@ -30,9 +30,9 @@ def small(name: str, **changed) -> Case:
 
 
 BOUNDED = [
-    *(small(f"T{n}", length=n) for n in (1, 15, 16, 17, 63, 65, 130)),
-    *(small(kind, length=130, kind=kind) for kind in ("correlated", "fastest", "identical")),
-    Case("two-batch-rows-and-heads", length=70, documents=(30,)),
+    *(small(f"T{n}", length=n) for n in (1, 16, 17, 65, 130)),
+    *(small(kind, length=70, kind=kind) for kind in ("correlated", "fastest", "identical")),
+    Case("two-batch-rows-and-heads", length=20, documents=(9,)),
     *(small(f"{a}-{b}", dim=a, value_dim=b, length=40) for a, b in ((48, 80), (96, 16), (1, 3))),
     small("144-16-documents", dim=144, length=35, documents=(7, 16)),
     small("256-16", dim=256, length=17, kind="correlated"),
@@ -44,11 +44,10 @@ BOUNDED = [
     small("documents-no-state", documents=(1, 1, 1, 30, 2), with_state=False, length=70),
     small("documents-of-one-token", documents=(1,) * 60, length=70),
     small("documents-at-chunk-ends", documents=(64, 64, 1), length=140),
-    *(small(f"chunk-{n}", chunk_size=n, length=90, documents=(40,)) for n in (16, 32)),
+    *(small(f"chunk-{n}", chunk_size=n, length=n + 20, documents=(n // 2,)) for n in (16, 32)),
 ]
 EXACT = [
     *(small(f"T{n}", length=n) for n in (1, 17, 40)),
-    small("correlated", kind="correlated", length=33),
     small("documents-at-sub-chunk-ends", documents=(16, 16, 3), length=44),
     small("chunk-16", chunk_size=16, length=20, documents=(10,)),
     Case("two-batch-rows-and-heads", length=12, documents=(9,)),
@@ -57,14 +56,13 @@ EXACT = [
     small("documents-of-one-token", documents=(1,) * 15, length=18, with_state=False),
 ]
 HEAD = [
-    *(small(f"T{n}", length=n) for n in (1, 17, 63, 65, 130)),
-    *(small(kind, length=70, kind=kind) for kind in ("correlated", "identical")),
+    *(small(f"T{n}", length=n) for n in (1, 17, 130)),
+    small("correlated", kind="correlated", length=70),
     small("documents", documents=(13, 40, 30)),
     small("documents-no-state", documents=(1, 1, 1, 30, 2), with_state=False, length=70),
     small("chunk-16", chunk_size=16, length=36, documents=(20,)),
-    Case("two-batch-rows-and-heads", length=40, documents=(9,)),
+    Case("two-batch-rows-and-heads", length=12, documents=(9,)),
     small("80-48", dim=80, value_dim=48, length=20),
-    small("144-16-documents", dim=144, length=35, documents=(7, 16)),
     small("diagonal-documents", low_rank=False, length=70, documents=(13, 40)),
     small("no-state", with_state=False, length=70),
 ]
@@ -125,7 +123,7 @@ def test_matches_reference_with_one_decay_a_head(case):
 
 
 DECAYS = {
-    **{f"constant-{-size}": lambda x, size=size: torch.full_like(x, size) for size in (-20.0, -1e4)},
+    "constant": lambda x: torch.full_like(x, -1e4),
     "mostly-open": lambda x: torch.where(torch.rand_like(x) < 0.1, -1e4, 0.1 * x),
     "shut-channels-or-heads": lambda x: torch.where(torch.arange(x.shape[-1]) % 3 == 0, -1e4, x),
     "of-all-sizes": lambda x: -(10.0 ** (8 * torch.rand_like(x) - 4)),
@@ -177,9 +175,9 @@ def test_any_tile_sizes(tiles):
     with ExitStack() as stack:
         for kernel in launch.KERNELS:
             stack.enter_context(launch.TABLE.override(kernel, config))
-        compare(small("bounded", length=40, dim=40, value_dim=80, documents=(9, 20)), FASTEST_DECAY)
-        compare(small("exact", length=20, dim=40, value_dim=20, documents=(7,)), None)
-        compare(small("head", length=40, dim=40, value_dim=20, documents=(7,), scalar_decay=True), None)
+        compare(small("bounded", length=40, dim=40, value_dim=40, documents=(9, 20)), FASTEST_DECAY)
+        compare(small("exact", length=20, dim=20, value_dim=40, documents=(7,)), None)
+        compare(small("head", length=20, dim=40, value_dim=20, documents=(7,), scalar_decay=True), None)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +237,7 @@ def test_one_decay_a_head_is_read_without_a_copy_and_its_gradient_is_as_small():
 
 def test_one_decay_a_head_is_the_same_decay_for_all_channels():
     """Both ways through the kernels, whose weights are found by different sums."""
-    case = small("both", length=40, documents=(13,), scalar_decay=True)
+    case = small("both", length=20, documents=(13,), scalar_decay=True)
     ours, _ = prepared(case)
     wide = ours["log_decay"].detach().unsqueeze(-1).expand(-1, -1, -1, case.dim).requires_grad_()
     found, of_channels = (results(case, x, backend="triton") for x in (ours, {**ours, "log_decay": wide}))
