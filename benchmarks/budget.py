@@ -78,6 +78,7 @@ VIEWS = {
     "new_empty",
     "empty_strided",
     "new_empty_strided",
+    "promote_types",
 }
 """Operators that launch nothing."""
 

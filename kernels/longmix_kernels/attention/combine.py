@@ -1,5 +1,6 @@
 """Attention over several sets of keys merged into one, and low-rank biases as further columns of query and key."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -24,8 +25,7 @@ def merge(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Ten
     shares = (stacked - highest).exp()
     total = shares.sum(0).masked_fill(empty, 1.0)
     shares = (shares / total).unsqueeze(-1)
-    output = sum(share * part for share, part in zip(shares, outputs, strict=True))
-    assert isinstance(output, torch.Tensor)
+    output = functools.reduce(torch.add, (share * part for share, part in zip(shares, outputs, strict=True)))
     return output.to(outputs[0].dtype), (highest + total.log()).masked_fill(empty, -torch.inf)
 
 

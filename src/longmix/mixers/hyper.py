@@ -15,7 +15,6 @@ from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from longmix.errors import ConfigError
 from longmix.mixers.parts.base import SEED, ModelShape, at_most
@@ -26,7 +25,7 @@ from longmix.mixers.parts.softmax import HeadOptions, Rows, Selection
 from longmix.mixers.sparse_flash import SparseFlash
 from longmix_kernels.attention import Ordering, attention, order_by_label
 
-_SAMPLED, _NOT_SAMPLED = 0, 1
+_SAMPLED = 0
 _EXCLUDED = -(2.0**14)
 """Added to the score of a masked pair before scaling. At a scale of at least 1 / 16 its weight is exp(-1024) = 0."""
 
@@ -81,15 +80,16 @@ class Hyper(SparseFlash):
     def select(self, x: Tensor, query: Tensor, key: Tensor, positions: Tensor) -> Selection:
         """The labels of the base, and a second one that marks the sampled keys."""
         buckets = super().select(x, query, key, positions)
-        sampled = pseudo_random(positions, self.salt) < self.sample
-        sampled = torch.where(sampled, _SAMPLED, _NOT_SAMPLED).int().expand(x.shape[0], -1, -1).unsqueeze(-1)
+        passed_over = pseudo_random(positions, self.salt) >= self.sample
+        sampled = passed_over.expand(x.shape[0], -1, -1).unsqueeze(-1).int()  # `_SAMPLED` or 1
         return Selection(buckets.query_labels, torch.cat((buckets.key_labels, sampled), -1))
 
     def further_parts(self, rows: Rows) -> list[Part]:
         """Attend to samples before the window. One more column per bucket masks those of the query's own bucket."""
         assert rows.query_labels is not None and rows.key_labels is not None
-        same = F.one_hot(rows.query_labels[..., 0].long(), self.num_labels).to(rows.query.dtype) * _EXCLUDED
-        bucket = F.one_hot(rows.key_labels[..., 0].long(), self.num_labels).to(rows.key.dtype)
+        every = torch.arange(self.num_labels, dtype=torch.int32, device=rows.query.device)
+        same = (rows.query_labels[..., :1] == every).to(rows.query.dtype) * _EXCLUDED
+        bucket = (rows.key_labels[..., :1] == every).to(rows.key.dtype)
         query, key = torch.cat((rows.query, same), -1), torch.cat((rows.key, bucket), -1)
         order = order_by_label(
             torch.full_like(rows.query_labels[..., 0], _SAMPLED),

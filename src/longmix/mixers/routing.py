@@ -177,7 +177,8 @@ class Routing(SoftmaxAttention):
         best = query_scores.topk(self.clusters_per_query).indices if several else query_scores.argmax(-1, keepdim=True)
         nearest = best[..., 0]
         key_nearest = nearest if self.shared_qk else key_scores.argmax(-1)
-        selection = Selection(best.int(), key_nearest.int().unsqueeze(-1))
+        labels = best.int()
+        selection = Selection(labels, labels[..., :1] if self.shared_qk else key_nearest.int().unsqueeze(-1))
         if self.mode == modes.LEAKY:
             selection.query_labels, selection.key_labels = query_scores, key_scores
         elif self.mode == "prefix_topk":

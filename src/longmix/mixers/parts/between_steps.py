@@ -88,7 +88,7 @@ class RunningMean(Observed):
 
     def summed(self, x: Tensor) -> Tensor:
         """The sum over the tokens of `x` [B, T, *shape], and their number."""
-        return counted(x.detach().to(self.value.dtype).sum((0, 1)), x.shape[0] * x.shape[1])
+        return counted(x.detach().sum((0, 1), dtype=self.value.dtype), x.shape[0] * x.shape[1])
 
     def learn(self, together: Tensor) -> None:
         """Move the value towards the mean of the observations."""

@@ -104,7 +104,8 @@ class LabelAttention(SoftmaxAttention):
         `empty_rows`: the share of queries whose label no key in reach carries, in any round.
         """
         assert rows.key_labels is not None
-        shares = torch.nn.functional.one_hot(rows.key_labels.long(), self.num_labels).float().mean(1)
+        every = torch.arange(self.num_labels, dtype=torch.int32, device=rows.key_labels.device)
+        shares = (rows.key_labels.unsqueeze(-1) == every).float().mean(1)
         return {"largest_label": Mean.of(shares.amax(-1) * self.num_labels), "empty_rows": empty_rows(orderings)}
 
     def state_bytes(self, length: int) -> int:

@@ -87,7 +87,8 @@ class SphericalKMeans(Observed):
         heads, clusters, _ = self.centroids.shape
         exact = self.sums.dtype
         with torch.autocast(vectors.device.type, enabled=False):
-            member = F.one_hot(labels.long(), clusters).to(exact).unflatten(2, (heads, -1))
+            member = labels.unsqueeze(-1) == torch.arange(clusters, device=labels.device)
+            member = member.to(exact).unflatten(2, (heads, -1))
             grouped = vectors.detach().to(exact).unflatten(2, (heads, -1))
             # The query heads of one key head count together as one.
             weight = heads / labels.shape[2]
@@ -107,7 +108,7 @@ class SphericalKMeans(Observed):
 
     def dead(self) -> Tensor:
         """How many clusters of a head are dead, on average over the heads: scalar."""
-        return (self.counts < DEAD * self.counts.mean(-1, keepdim=True)).float().sum(-1).mean()
+        return (self.counts < DEAD * self.counts.mean(-1, keepdim=True)).sum(-1, dtype=torch.float32).mean()
 
     def _revive(self) -> None:
         """Give the emptiest cluster of each head, if it is dead, half of the largest one."""

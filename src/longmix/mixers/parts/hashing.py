@@ -84,7 +84,7 @@ class AngularHash(nn.Module):
             along = (grouped.flatten(2, 3) @ directions).unflatten(-1, (self.rounds, -1))
         nearest = along.abs().argmax(-1)
         opposite = along.gather(-1, nearest.unsqueeze(-1)).squeeze(-1) < 0
-        bucket = (nearest + along.shape[-1] * opposite).int()
+        bucket = torch.add(nearest, opposite, alpha=along.shape[-1]).int()
         return bucket.unflatten(2, grouped.shape[2:4]).transpose(1, 2).flatten(2, 3)
 
     def flops(self, length: int, heads: int) -> int:

@@ -38,7 +38,7 @@ class Layout:
 
     Attributes:
         positions: integer [B or 1, T], of each token within its document.
-        cosine, sine: float32 [B or 1, T, 1, head_dim / 2], of the rotation at these positions.
+        cosine, sine: float32 [B or 1, T, 1, head_dim], of the rotation at these positions, as `rotate` takes them.
         first_row: int32 [B, T], the first token of each token's document; None as `first_key`.
         first_key: int32 [B, 1, T], the first key that a token sees, which is that of its document or of its window;
             None where every row is one document, and for a slice of longer rows.

@@ -7,7 +7,7 @@ from longmix_kernels.attention import positions_from_document_ids
 
 
 def rotary_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotation angles in float32.
+    """Cosine and sine of the rotation angles in float32, in the form that `rotate` takes.
 
     Angles are formed in float32: at position 65536 their spacing is 2^-7 radians for the fastest pair, whose value
     is the exact integer position, so every pair stays accurate to about 4e-3 radians.
@@ -18,17 +18,20 @@ def rotary_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor
         base: wavelength base, 10000 in the paper; larger for long contexts.
 
     Returns:
-        cosine and sine, each [B or 1, T, 1, head_dim / 2].
+        cosine and sine, each [B or 1, T, 1, head_dim]: both halves of a head have the same, but the sine of the first
+        half is negated.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions.to(torch.float32)[..., None] * (base**-exponents)
-    return angles.cos()[:, :, None, :], angles.sin()[:, :, None, :]
+    cosine, sine = angles.cos()[:, :, None], angles.sin()[:, :, None]
+    return torch.cat((cosine, cosine), -1), torch.cat((-sine, sine), -1)
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Rotate `x` [B, T, H, head_dim] by the angles of `rotary_angles`; in float32 or better, returned in x's dtype."""
-    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
-    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    first, second = exact.chunk(2, dim=-1)
+    return (exact * cosine + torch.cat((second, first), dim=-1) * sine).to(x.dtype)
 
 
 def token_positions(
