@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from longmix.errors import ConfigError
 from longmix.mixers.parts.base import REAL, ModelShape, at_most
 from longmix.mixers.parts.exact import exact_linear
+from longmix.mixers.parts.layout import Layout
 from longmix.mixers.parts.linear import LinearMixer, LinearOptions
-from longmix.mixers.parts.rotary import rotary_angles, rotate
+from longmix.mixers.parts.rotary import rotate
 from longmix.recipe import Recipe, set_recipe
 
 _LEARNED_DIVISOR = 16.0
@@ -112,12 +113,11 @@ class HeadDecay(LinearMixer):
         """The output gate after its activation."""
         return F.silu(gate) if self.gate_activation == "silu" else gate.sigmoid()
 
-    def query_and_key(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def query_and_key(self, x: Tensor, layout: Layout | None) -> tuple[Tensor, Tensor]:
         """Queries and keys, activated, and rotated if so configured."""
-        query, key = super().query_and_key(x, positions)
+        query, key = super().query_and_key(x, layout)
         if self.activation == "silu":
             query, key = F.silu(query), F.silu(key)
-        if self.rotary_base is not None:
-            angles = rotary_angles(positions, self.key_dim, self.rotary_base)
-            query, key = rotate(query, *angles), rotate(key, *angles)
+        if self.rotary_base is not None and layout is not None:
+            query, key = (rotate(heads, layout.cosine, layout.sine) for heads in (query, key))
         return query, key

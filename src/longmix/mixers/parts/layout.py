@@ -7,6 +7,7 @@ A mixer that is called alone, or goes on from a state of its own, makes what it 
 import functools
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,6 +96,20 @@ def layouts(
             first_key = limited[:, None]
         made[need] = Layout(positions, *angles, first_row, first_key, starts)
     return made
+
+
+def layout_after(need: LayoutNeeds, state: Any, ids: Tensor | None, length: int, device: torch.device) -> Layout:
+    """The positions and angles of new tokens of one mixer, after a state or from the beginning; engines make bounds.
+
+    Args:
+        need: the mixer's.
+        state: with `last_id` and `next_position`; None for none.
+        ids: integer [B, T], the documents of the new tokens; None for one that goes on.
+        length, device: how many tokens there are, and where.
+    """
+    last_id, next_position = (None, None) if state is None else (state.last_id, state.next_position)
+    positions = token_positions(ids, last_id, next_position, length, device)
+    return Layout(positions, *rotary_angles(positions, need.head_dim, need.rotary_base))
 
 
 def _of_all_rows(document_starts: Tensor, length: int) -> Tensor:

@@ -16,10 +16,10 @@ from longmix.mixers.parts.base import COUNT, FACTOR, MixerOutput, ModelShape, at
 from longmix.mixers.parts.convolution import ShortConvolution
 from longmix.mixers.parts.documents import continued_ids
 from longmix.mixers.parts.exact import rounded_once
+from longmix.mixers.parts.layout import Layout, LayoutNeeds, layout_after
 from longmix.mixers.parts.norms import HeadwiseNorm, check_norm_eps
 from longmix.mixers.parts.recurrent import Recurrence, RecurrentMixer, RecurrentState
 from longmix.mixers.parts.recurrent_slices import DecayRecurrence, NormalizedRecurrence
-from longmix.mixers.parts.rotary import token_positions
 from longmix_kernels.linear import LinearState, linear_attention
 
 
@@ -48,6 +48,8 @@ class LinearMixer(RecurrentMixer):
         ConfigError: heads that do not divide, an unknown norm, a convolution of fewer than 2 tokens, a number out of
             range.
     """
+
+    rotary_base: float | None = None
 
     def __init__(
         self,
@@ -93,22 +95,32 @@ class LinearMixer(RecurrentMixer):
         """Activation of the output gate."""
         return gate.sigmoid()
 
-    def query_and_key(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Query and key [B, T, H, key_dim] of x [B, T, D] at positions [B or 1, T]."""
+    def layout_needs(self) -> LayoutNeeds | None:
+        """The rotation, if there is one."""
+        return None if self.rotary_base is None else LayoutNeeds(self.key_dim, self.rotary_base)
+
+    def query_and_key(self, x: Tensor, layout: Layout | None) -> tuple[Tensor, Tensor]:
+        """Query and key [B, T, H, key_dim] of x [B, T, D]; with a `rotary_base` the layout of its tokens is given."""
         return self.query(x).unflatten(-1, (self.num_heads, -1)), self.key(x).unflatten(-1, (self.num_heads, -1))
 
     def forward(
-        self, x: Tensor, *, state: RecurrentState | Slices | None = None, document_ids: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        state: RecurrentState | Slices | None = None,
+        document_ids: Tensor | None = None,
+        layout: Layout | None = None,
     ) -> MixerOutput:
-        """Mix `x` [B, T, D] along T, from the beginning or continuing from a state."""
+        """Mix `x` [B, T, D] along T, from the beginning or after a state; see `SoftmaxAttention` for `layout`."""
         batch, length = checked_sizes(x, self.d_model, document_ids, state, (RecurrentState, Slices))
         ids = continued_ids(document_ids, state, batch, length)
-        last_id, next_position = (None, None) if state is None else (state.last_id, state.next_position)
-        positions = token_positions(ids, last_id, next_position, length, x.device)
+        need = self.layout_needs()
+        if need is not None and (layout is None or isinstance(state, RecurrentState)):
+            layout = layout_after(need, state, ids, length, x.device)
         recent = self.recent(x, state, ids)
         mixed = x if self.convolution is None else self.convolution(x, *recent)
         rounded = rounded_once(x)
-        query, key = self.query_and_key(rounded if mixed is x else rounded_once(mixed), positions)
+        query, key = self.query_and_key(rounded if mixed is x else rounded_once(mixed), layout)
         value = self.value(rounded).unflatten(-1, (self.num_heads, -1))
         log_decay, log_input = self.gates(mixed)
 

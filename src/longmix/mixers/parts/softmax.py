@@ -23,10 +23,10 @@ from longmix.errors import ConfigError
 from longmix.mixers.parts.base import REAL, Mixer, MixerOutput, ModelShape, at_most, checked_sizes, divided
 from longmix.mixers.parts.documents import continued_ids
 from longmix.mixers.parts.exact import rounded_once
-from longmix.mixers.parts.layout import Layout, LayoutNeeds
+from longmix.mixers.parts.layout import Layout, LayoutNeeds, layout_after
 from longmix.mixers.parts.looked_into import ValuePath
 from longmix.mixers.parts.metrics import Metric
-from longmix.mixers.parts.rotary import rotary_angles, rotate, token_positions
+from longmix.mixers.parts.rotary import rotate
 from longmix.mixers.parts.states import mixer_state
 
 
@@ -266,7 +266,7 @@ class SoftmaxAttention(Mixer):
         batch, length = checked_sizes(x, self.d_model, document_ids, state, (self.state_type(), Slices))
         ids = continued_ids(document_ids, state, batch, length)
         if layout is None or not (state is None or isinstance(state, Slices)):
-            layout = self._layout_after(state, ids, length, x.device)
+            layout = layout_after(self.layout_needs(), state, ids, length, x.device)
         query, key, value = self.project(rounded_once(x))
         # Labels come from unrotated heads: they must depend on content alone, not on where a token stands.
         chosen = self.select(x, query, key, layout.positions)
@@ -293,12 +293,6 @@ class SoftmaxAttention(Mixer):
         if chosen.query_gate is not None:
             mixed = mixed * chosen.query_gate.unsqueeze(-1).to(mixed.dtype)
         return MixerOutput(self.output(mixed.flatten(2)), after, chosen.losses, chosen.metrics | metrics)
-
-    def _layout_after(self, state: Any, ids: Tensor | None, length: int, device: torch.device) -> Layout:
-        """Positions and angles of new tokens after a state, or from the beginning; engines make bounds."""
-        last_id, next_position = (None, None) if state is None else (state.last_id, state.next_position)
-        positions = token_positions(ids, last_id, next_position, length, device)
-        return Layout(positions, *rotary_angles(positions, self.head_dim, self.rotary_base))
 
     def _kept(self, rows: Rows, next_position: Tensor) -> AttentionState:
         limit = self.cached_keys()
