@@ -66,7 +66,8 @@ def test_what_is_kept_is_what_autograd_saves(mixer, size):
 
     model = build_model(asked.config, asked.vocab_size).train()
     tokens = torch.randint(asked.vocab_size, (rows, length))
-    measured = saved_bytes(model, tokens, torch.zeros(rows, length, dtype=torch.int32))
+    packed = (torch.arange(length) >= length // 3).int().expand(rows, -1)  # rows of one document keep less on a CPU
+    measured = saved_bytes(model, tokens, packed)
     assert predicted == pytest.approx(measured, rel=0.05)
     assert found.layers[1].parameters == sum(weight.numel() for weight in model.blocks[1].parameters())
 

@@ -177,7 +177,9 @@ def two_steps(request: Request) -> None:
     )
     torch.manual_seed(0)  # processes that share rows need equal ones
     tokens = torch.randint(request.vocab_size, (rows, variant.seq_len))
-    batch = Batch(tokens=tokens, targets=tokens, document_ids=torch.zeros_like(tokens, dtype=torch.int32))
+    # Rows that pack documents, as is planned for; rows of one document keep less on a CPU.
+    ids = (torch.arange(variant.seq_len) >= variant.seq_len // 3).int().expand(rows, -1).contiguous()
+    batch = Batch(tokens=tokens, targets=tokens, document_ids=ids)
     module = TrainingModule(
         build_model(config, request.vocab_size),
         lambda parameters: config.optimizer.build(parameters=parameters),
