@@ -6,7 +6,7 @@ from typing import Literal, overload
 import torch
 from torch.nn import functional as F
 
-from longmix_kernels.attention import checks
+from longmix_kernels.attention import checks, split, split_launch
 from longmix_kernels.attention.bounds import check_row_bounds, row_bounds
 from longmix_kernels.attention.cost import call_flops
 from longmix_kernels.attention.inputs import Inputs
@@ -139,6 +139,8 @@ def attention(
             _check_values(inputs)
         with torch.autocast(query.device.type, enabled=False):
             output, logsumexp = attention_reference(query, key, value, pattern, inputs.scale)
+    elif backend == "triton" and split_launch.covers(inputs):
+        output, logsumexp = _SPLIT(inputs)
     else:
         output, logsumexp = _IMPLEMENTATIONS[backend](inputs)
     if missing:
@@ -210,3 +212,5 @@ _IMPLEMENTATIONS = {
     )
     for name in ("blocked", "triton")
 }
+
+_SPLIT = split.register(_empty, _check_values)

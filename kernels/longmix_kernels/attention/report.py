@@ -147,7 +147,10 @@ def builds(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list
     """Return the kernels that the options ask for; the parser ends the command where they make no sense."""
     if not all(1 <= dim <= max(launch.WIDTHS) for dim in options.dim):
         parser.error(f"--dim got {options.dim}; allowed are 1 to {max(launch.WIDTHS)}")
-    return table_builds(options.arch, options.dim, (options.dtype,), options.mode, options.feature)
+    from longmix_kernels.attention import split_report  # whose builds are of this module's class
+
+    chosen = options.arch, options.dim, (options.dtype,), options.mode, options.feature
+    return [*table_builds(*chosen), *split_report.builds(*chosen)]
 
 
 def costs(options: argparse.Namespace | None = None) -> list[dict[str, Any]]:
