@@ -115,6 +115,7 @@ def grad_value_kernel(
     if DOCUMENTS:
         document_ids += batch * length
     own, carried, held, later, _restart = chunk_documents(document_ids, start, there, length, CHUNK)
+    of_head = head_sums(decays, own, start, there, DECAY, DOCUMENTS, PRECISION)
 
     # [columns, rows] weights, and `ak` as [rows, columns].
     turned_qk = tl.zeros([CHUNK, CHUNK], tl.float32)
@@ -158,7 +159,6 @@ def grad_value_kernel(
         turned_ak = tl.where(earlier, turned_ak, 0.0).to(LOW)
         ak = tl.where(pair_mask(own, CHUNK, True, False, DOCUMENTS), ak, 0.0).to(LOW)
 
-    of_head = head_sums(decays, own, start, there, DECAY, DOCUMENTS, PRECISION)
     for value_column in range(0, VALUE_DIM, VALUE_BLOCK):
         # [CHUNK, VALUE_BLOCK].
         dy = load_values(grads, start, there, value_column, SIZES).to(LOW)
