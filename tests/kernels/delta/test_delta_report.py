@@ -11,7 +11,9 @@ HOPPER = report.table_builds((90,), ((64, 64),), ("bounded",))
 EVERY = [
     *report.table_builds(OWN_TILES, ((64, 64), (128, 128)), ("bounded",), ("plain", "documents-state")),
     *report.table_builds(OWN_TILES, ((64, 64), (128, 128)), ("exact", "head"), ("documents-state",)),
+    # As `model=125m` has heads of gated_deltanet and gla.
     *report.table_builds((90,), ((96, 192),), ("exact", "head"), ("documents-state",)),
+    *report.table_builds((100,), ((96, 192),), ("head",), ("documents-state",)),
     *report.table_builds(OWN_TILES, ((64, 64),), ("bounded",), ("documents-state",), ("diagonal",)),
 ]
 # What still spills: kernel, architecture, how pairs are weighted.
