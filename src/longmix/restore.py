@@ -82,7 +82,7 @@ def restore(
         ConfigError: a device or precision that there is not, or a checkpoint that names a class outside `trust`.
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
-    place, precision = _place(device, precision)
+    on, precision = _device_and_precision(device, precision)
     folder = chosen_checkpoint(checkpoint)
     state = load_model_state(folder)
     with rebuilding(folder):
@@ -94,10 +94,10 @@ def restore(
             raise ValueError(f"its tokenizer has {tokenizer.vocab_size:,} ids, and its model {model.vocab_size:,}")
     if states is not None:
         load_states(model, Path(states), config)
-    return Restored(folder, state["step"], state["config"], config, model.to(place).eval(), tokenizer, place, precision)
+    return Restored(folder, state["step"], state["config"], config, model.to(on).eval(), tokenizer, on, precision)
 
 
-def _place(device: str, precision: str) -> tuple[torch.device, str]:
+def _device_and_precision(device: str, precision: str) -> tuple[torch.device, str]:
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device={device!r} is not one of auto, cpu, cuda.")
     if precision not in ("auto", "float32", "bf16"):

@@ -76,7 +76,7 @@ class TrainSteps(Dataset[Batch]):
         self._share = local_share(batch_size, rank, world_size)
 
     def __getitem__(self, step: int) -> Batch:
-        return collate(self._windows.sample(step * self._batch_size + place) for place in self._share)
+        return collate(self._windows.sample(step * self._batch_size + number) for number in self._share)
 
 
 class EvaluationBatches(Dataset[Batch]):
@@ -91,7 +91,7 @@ class EvaluationBatches(Dataset[Batch]):
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
         self._windows = windows
         self._batch_size = batch_size
-        self._places = range(rank, len(windows), world_size)
+        self._indices = range(rank, len(windows), world_size)
         largest_share = -(-len(windows) // world_size)
         self._length = -(-largest_share // batch_size)
 
@@ -99,11 +99,11 @@ class EvaluationBatches(Dataset[Batch]):
         return self._length
 
     def __getitem__(self, index: int) -> Batch:
-        places = self._places[index * self._batch_size : (index + 1) * self._batch_size]
-        if not places:
+        indices = self._indices[index * self._batch_size : (index + 1) * self._batch_size]
+        if not indices:
             spare = self._windows[0]
             return collate([spare._replace(targets=np.full_like(spare.targets, IGNORE_INDEX))])
-        return collate(self._windows[place] for place in places)
+        return collate(self._windows[number] for number in indices)
 
 
 @dataclass(frozen=True)

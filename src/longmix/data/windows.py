@@ -135,7 +135,7 @@ class TrainWindows:
         self._epoch: _Epoch | None = None
 
     def window(self, epoch: int, index: int) -> Window:
-        """The window at place `index` (0 <= index < windows_per_epoch) of an epoch."""
+        """The window of number `index` (0 <= index < windows_per_epoch) of an epoch."""
         if self._epoch is None or self._epoch.number != epoch:
             self._epoch = self._shuffle(epoch)
         return self._epoch.stream.window(int(self._epoch.order[index]))
@@ -197,15 +197,15 @@ class EvaluationWindows:
         self.total_tokens = token_file.num_tokens
         total = -(-self.total_tokens // seq_len)
         wanted = total if max_tokens is None else min(total, max(1, max_tokens // seq_len))
-        self._indices = [place * total // wanted for place in range(wanted)]
+        self._indices = [number * total // wanted for number in range(wanted)]
         self._stream = PackedStream(token_file, np.arange(token_file.num_documents), seq_len)
         self.covered_tokens = sum(min(seq_len, self.total_tokens - index * seq_len) for index in self._indices)
 
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, place: int) -> Window:
-        return self._stream.window(self._indices[place])
+    def __getitem__(self, number: int) -> Window:
+        return self._stream.window(self._indices[number])
 
 
 def check_seq_len(seq_len: int) -> None:
@@ -220,10 +220,10 @@ def check_seq_len(seq_len: int) -> None:
 
 def _within(order: np.ndarray, items: np.ndarray, sizes: list[int]) -> np.ndarray:
     """`items` in runs of `sizes`; within each run they follow `order`."""
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
+    turn = np.empty_like(order)
+    turn[order] = np.arange(len(order))
     runs = np.split(items, np.cumsum(sizes)[:-1])
-    return np.concatenate([run[np.argsort(place[run], kind="stable")] for run in runs])
+    return np.concatenate([run[np.argsort(turn[run], kind="stable")] for run in runs])
 
 
 def permutation(size: int, seed: int, stream: int) -> np.ndarray:
