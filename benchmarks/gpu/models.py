@@ -8,6 +8,7 @@ import torch
 
 from longmix.composing import composed
 from longmix.config import TrainConfig, read
+from longmix.data.loaders import document_starts
 from longmix.mixers.parts.between_steps import finish_step
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model
@@ -23,6 +24,7 @@ class Trained:
         optimizers: of its weights.
         rows: tokens int64 [batch, length + 1].
         document_ids: int32 [batch, length].
+        document_starts: as in a batch of the loader, see `longmix.batch.Batch`.
         dtype: "fp32", or "bf16" for products under autocast.
     """
 
@@ -30,6 +32,7 @@ class Trained:
     optimizers: list[torch.optim.Optimizer]
     rows: torch.Tensor
     document_ids: torch.Tensor | None
+    document_starts: torch.Tensor | None
     dtype: str
 
     def step(self) -> torch.Tensor:
@@ -45,7 +48,8 @@ class Trained:
     def loss(self) -> torch.Tensor:
         """The mean loss, with auxiliary losses."""
         with self.precision():
-            output = self.model(self.rows[:, :-1], self.rows[:, 1:], document_ids=self.document_ids)
+            documents = {"document_ids": self.document_ids, "document_starts": self.document_starts}
+            output = self.model(self.rows[:, :-1], self.rows[:, 1:], **documents)
         return output.token_losses.mean() + sum(output.losses.values())
 
     def precision(self) -> contextlib.AbstractContextManager:
@@ -82,7 +86,8 @@ def trained(
         for group in optimizer.param_groups:
             group["lr"] = group[PEAK]
     rows = torch.randint(vocab_size, (batch, length + 1), device=device)
-    ids = None
+    ids = starts = None
     if documents > 1:
-        ids = (torch.arange(length, device=device) * documents // length).int().expand(batch, length).contiguous()
-    return Trained(model.train(), optimizers, rows, ids, dtype)
+        made = (torch.arange(length) * documents // length).int().expand(batch, length).contiguous()
+        ids, starts = made.to(device), torch.from_numpy(document_starts(made.numpy())).to(device)
+    return Trained(model.train(), optimizers, rows, ids, starts, dtype)

@@ -139,3 +139,21 @@ def test_a_gpu_waits_for_nothing(monkeypatch):
                 output.sum().backward()
                 assert all(x.grad.shape == x.shape and x.grad.dtype == torch.bfloat16 for x in tensors)
     activate_flash.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_on_a_gpu_outputs_and_gradients_are_those_of_float64(dim, key_heads):
+    """With documents that have no tokens, in between and at the end."""
+    starts = torch.tensor([0, 300, 1024, 1024, 1024, 1100, 2048, 2048, 2048], dtype=torch.int32)
+    ours = [x.detach().cuda().requires_grad_() for x in inputs(key_heads=key_heads, dim=dim, length=1024)]
+    theirs = [x.detach().double().cpu().requires_grad_() for x in ours]
+    upstream = torch.randn(2, 1024, 4, dim, generator=torch.Generator().manual_seed(1)).bfloat16()
+    output = packed(*ours, starts.cuda())
+    output.backward(upstream.cuda())
+    wanted = attention(*theirs, document_ids=ids_of(starts, 1024))
+    wanted.backward(upstream.double())
+    for one, other in zip([output, *(x.grad for x in ours)], [wanted, *(x.grad for x in theirs)], strict=True):
+        assert_close(one.cpu(), other, 2e-2, "bfloat16")
