@@ -66,6 +66,13 @@ def composed(overrides: list[str], entry_point: str, output: Path) -> DictConfig
 Compose = Callable[..., DictConfig]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def hydra_settings_of_one_file() -> Iterator[None]:
+    """Hydra's settings that a file's fixtures leave do not reach the next file."""
+    yield
+    HydraConfig.instance().cfg = None
+
+
 @pytest.fixture
 def compose_config(tmp_path) -> Iterator[Compose]:
     """`compose_config("seq_len=32", ..., entry_point="train")` composes as the command line does."""
