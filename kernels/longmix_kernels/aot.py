@@ -9,14 +9,14 @@ import re
 import subprocess
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from longmix_kernels.accelerators import SHARED_MEMORY
 from longmix_kernels.launch import LaunchConfig
-from longmix_kernels.races import unordered_stores
+from longmix_kernels.races import in_place, unordered_stores
 
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 """Triton's names of the element types, and their bytes."""
@@ -96,10 +96,26 @@ class Build(ABC):
 
     def shared(self) -> int:
         """Return the bytes of shared memory of a program; takes about half as long as `compile`."""
+        return self._lowered("llir")[1]["shared"]
+
+    def loaded_and_stored(self) -> list[str]:
+        """Return the pointers through which the kernel both loads and stores."""
+        return self._names(in_place(self._lowered("ptx")[0]))
+
+    def unordered(self) -> list[str]:
+        """Return those that one warp may store to before another has loaded from them; takes less than `compile`."""
+        return self._names(unordered_stores(self._lowered("ptx")[0]))
+
+    def _lowered(self, last: str) -> tuple[Any, dict[str, Any]]:
         from triton.backends.compiler import GPUTarget
 
         target = GPUTarget("cuda", self.architecture, 32)
-        return shared_memory(_source(self.function(), self), target, self.launch_config().options())
+        return lowered(_source(self.function(), self), target, self.launch_config().options(), last)
+
+    def _names(self, places: Sequence[int]) -> list[str]:
+        """The arguments at these places of those that are no compile-time constants."""
+        given = [name for name in self.function().arg_names if name not in self.constants()]
+        return [given[place] for place in places]
 
     def function(self) -> Any:
         """Return the kernel."""
@@ -141,13 +157,14 @@ class Build(ABC):
         }
 
 
-def shared_memory(source: Any, target: Any, options: Mapping[str, Any]) -> int:
-    """Return the bytes of shared memory that a program will take, without the compiler's last and longest stages.
+def lowered(source: Any, target: Any, options: Mapping[str, Any], last: str) -> tuple[Any, dict[str, Any]]:
+    """Return what one of the compiler's stages gives, and what is known by then, without the later ones.
 
     Args:
         source: a kernel as `triton.compile` takes it.
         target: the GPU.
         options: of the compiler.
+        last: the stage: "llir", from which on shared memory is known, or "ptx".
     """
     from triton._C.libtriton import ir
     from triton.compiler.compiler import make_backend
@@ -162,9 +179,11 @@ def shared_memory(source: Any, target: Any, options: Mapping[str, Any]) -> int:
     functions = backend.get_codegen_implementation(parsed), backend.get_module_map()
     module = source.make_ir(target, parsed, *functions, context)
     metadata = {"target": target, **vars(parsed)}
-    for name in ("ttir", "ttgir", "llir"):
-        module = stages[name](module, metadata)
-    return metadata["shared"]
+    for name, stage in stages.items():
+        module = stage(module, metadata)
+        if name == last:
+            break
+    return module, metadata
 
 
 def _source(kernel: Any, build: Build) -> Any:
@@ -212,8 +231,5 @@ def _compile(kernel: Any, build: Build) -> Compiled:
             "tcgen05": len(re.findall(r"\btcgen05\.mma", ptx)),
         },
         serialized="wgmma.mma_async instructions are serialized" in log,
-        unordered=tuple(
-            [name for name, kind in source.signature.items() if kind != "constexpr"][place]
-            for place in unordered_stores(ptx)
-        ),
+        unordered=tuple(build._names(unordered_stores(ptx))),
     )

@@ -64,6 +64,17 @@ def unordered_stores(ptx: str) -> list[int]:
     return sorted(found)
 
 
+def in_place(ptx: str) -> list[int]:
+    """Return places of pointer arguments that a kernel both loads from and stores to."""
+    origins = _origins(ptx)
+    accesses: dict[bool, set[int]] = {True: set(), False: set()}
+    for instruction in _instructions(ptx):
+        stores = re.search(r"\bst\.global\b", instruction) is not None
+        if stores or re.search(r"\b(ld\.global|cp\.async\.c[ag])\b", instruction):
+            accesses[stores] |= _arguments(instruction, origins)
+    return sorted(accesses[True] & accesses[False])
+
+
 def _through(
     block: _Block, before: frozenset[_Access], origins: dict[str, set[int]], found: set[int]
 ) -> frozenset[_Access]:

@@ -9,7 +9,7 @@ from unittest import mock
 
 from longmix_kernels import launch
 from longmix_kernels.accelerators import SHARED_MEMORY
-from longmix_kernels.aot import shared_memory
+from longmix_kernels.aot import lowered
 from longmix_kernels.runtime import assumed_device
 
 Launched = dict[str, Any]
@@ -64,7 +64,8 @@ class SimulatedGPU:
 def _shared_memory(function: Any, target: Any, options: Any, signature: Any, constants: Any, attributes: Any) -> int:
     from triton.compiler import ASTSource
 
-    return shared_memory(ASTSource(function, signature, constants, attributes), target, vars(options))
+    source = ASTSource(function, signature, constants, attributes)
+    return lowered(source, target, vars(options), "llir")[1]["shared"]
 
 
 @contextlib.contextmanager

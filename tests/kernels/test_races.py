@@ -1,10 +1,13 @@
 """Whether a warp may overwrite what another has yet to load: found in PTX, and in none of the kernels."""
 
 import pytest
-from engine_contract import compiles
+from engine_contract import OWN_TILES, compiles
 
+from longmix_kernels.accelerators import TUNED
+from longmix_kernels.attention import report as attention_report
 from longmix_kernels.delta import report as delta_report
-from longmix_kernels.races import unordered_stores
+from longmix_kernels.linear import report as linear_report
+from longmix_kernels.races import in_place, unordered_stores
 from longmix_kernels.scatter import report as scatter_report
 
 HEAD = """
@@ -52,6 +55,14 @@ def test_paths_without_a_meeting_of_all_warps(body, found):
     assert unordered_stores(ptx) == found
 
 
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [([LOAD, STORE], [0]), ([STORE, LOAD], [0]), ([COPY, STORE], [0]), ([LOAD, STORE_OTHER], []), ([STORE], [])],
+)
+def test_arguments_that_are_loaded_and_stored(body, found):
+    assert in_place("\n".join([HEAD, ADDRESS, *body, END])) == found
+
+
 # What loads and stores through one argument without a step ahead: all but the bf16 scans of scatter raced.
 DEFAULT = [
     *(scatter_report.Build(kernel, 90, "fp32", 64, 64) for kernel in ("scan", "grad_scan", "merge", "grad_key")),
@@ -66,3 +77,55 @@ DEFAULT = [
 @pytest.mark.parametrize("build", DEFAULT, ids=lambda b: f"{b.kernel}-{b.dtype}-{b.columns()}")
 def test_all_warps_have_loaded_what_one_overwrites(build):
     assert build.compile().unordered == ()
+
+
+IN_PLACE = {("delta", "scan"): "output", ("scatter", "merge"): "output", ("scatter", "grad_key"): "grad_value"}
+"""The kernels that load and store through one argument, and which one that is."""
+
+EVERY_KERNEL = {
+    "attention": attention_report.table_builds((90,), (64,), modes=("bounds",), features=("permuted",)),
+    "linear": linear_report.table_builds((90,), ((64, 64),), ("exp",), ("documents-state",)),
+    "delta": [
+        build
+        for decay in delta_report.DECAYS
+        for build in delta_report.table_builds((90,), ((64, 64),), (decay,), ("documents-state",))
+        if not build.again and (decay == "bounded" or build.kernel == "grad_key")
+    ],
+    "scatter": scatter_report.table_builds((90,), ((64, 64),)),
+}
+EVERY_ROW = [
+    *(
+        delta_report.Build("scan", architecture, dtype, dim, dim, "bounded", "documents-state", form, again=again)
+        for architecture in OWN_TILES
+        for dtype in ("bf16", "fp32")
+        for dim in delta_report.launch.WIDTHS
+        for form in delta_report.FORMS
+        for again in (False, True)
+    ),
+    *(
+        build
+        for dtype in ("bf16", "fp32")
+        for build in scatter_report.table_builds(TUNED, ((64, 64), (256, 128), (256, 256)), (64, 256), dtype)
+        if ("scatter", build.kernel) in IN_PLACE
+    ),
+]
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", EVERY_KERNEL)
+def test_the_kernels_that_load_and_store_through_one_argument_are_known(engine):
+    for build in EVERY_KERNEL[engine]:
+        argument = IN_PLACE.get((engine, build.kernel))
+        assert build.loaded_and_stored() == ([] if argument is None else [argument]), build.kernel
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "build",
+    EVERY_ROW,
+    ids=lambda b: f"{b.kernel}-sm{b.architecture}-{b.dtype}-{'-'.join(map(str, b.columns().values()))}",
+)
+def test_every_row_of_their_tables_orders_stores(build):
+    assert build.unordered() == []
