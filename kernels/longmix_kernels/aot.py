@@ -195,7 +195,8 @@ def _source(kernel: Any, build: Build) -> Any:
     aligned: dict[tuple[int], list[list[Any]]] = {}
     for index, name in enumerate(kernel.arg_names):
         signature[name] = "constexpr" if name in constants else build.type_of(name)
-        if name not in constants and (name.startswith("stride_") or signature[name].startswith("*")):
+        specialized = not kernel.params[index].do_not_specialize
+        if name not in constants and specialized and (name.startswith("stride_") or signature[name].startswith("*")):
             aligned[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, aligned)
 

@@ -7,6 +7,7 @@ starts a search or a compile; `LaunchTable.override` replaces one for a benchmar
 
 import contextlib
 import functools
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
@@ -253,18 +254,51 @@ def _resources(error: Any) -> str:
 
 
 def strides(*tensors: torch.Tensor | None) -> list[int]:
-    """Return the strides of batch, row and head of tensors [B, T, H, ...], 0 for None."""
-    return [stride for x in tensors for stride in ((0, 0, 0) if x is None else x.stride()[:3])]
+    """Return the strides of batch, row and head of tensors [B, T, H, ...], 0 for None.
+
+    The stride of a single batch row is 0, since it is not used: what it is would be another kernel to Triton.
+    """
+    return [stride for x in tensors for stride in ((0, 0, 0) if x is None else (_batch_stride(x), *x.stride()[1:3]))]
+
+
+def _batch_stride(x: torch.Tensor) -> int:
+    return 0 if x.shape[0] == 1 else x.stride(0)
+
+
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """Return the tensor itself if it begins at a multiple of 16 bytes, else a copy.
+
+    Triton compiles a kernel anew for pointers that do not, and such a kernel loads less at once.
+    """
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def unit_stride(x: torch.Tensor) -> torch.Tensor:
-    """Return the tensor itself if its last axis has unit stride, else a contiguous copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """Return the tensor itself if it is `aligned` and its last axis has unit stride, else a copy that is."""
+    return aligned(x if x.stride(-1) == 1 else x.contiguous())
 
 
 def contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """Return contiguous tensors, None for None."""
-    return [None if x is None else x.contiguous() for x in tensors]
+    """Return contiguous and `aligned` tensors, None for None."""
+    return [None if x is None else aligned(x.contiguous()) for x in tensors]
+
+
+def gate(x: torch.Tensor) -> torch.Tensor:
+    """Return a gate [B, T, H, ...] whose batch rows begin at multiples of 16 numbers: itself or a copy.
+
+    Without, every length whose rows begin elsewhere would be another kernel to Triton.
+    """
+    if _batch_stride(x) % 16 == 0:
+        return aligned(x)
+    rows = x.new_empty(x.shape[0], -(-x.shape[1] // 16) * 16, *x.shape[2:])[:, : x.shape[1]]
+    return rows.copy_(x)
+
+
+def vectors(like: torch.Tensor, count: int, *shape: int) -> list[torch.Tensor]:
+    """Return memory for vectors of float32 that are contiguous and `aligned`, on the device of a tensor."""
+    size = math.prod(shape)
+    memory = like.new_empty(count, -(-size // 4) * 4, dtype=torch.float32)
+    return [vector[:size].view(shape) for vector in memory]
 
 
 def given(like: torch.Tensor, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
@@ -275,7 +309,7 @@ def given(like: torch.Tensor, *tensors: torch.Tensor | None) -> tuple[torch.Tens
 def small_ids(document_ids: torch.Tensor | None) -> torch.Tensor | None:
     """Return document ids [B, T] as contiguous int32; larger ones are counted anew, since only changes matter."""
     if document_ids is None or document_ids.dtype == torch.int32:
-        return None if document_ids is None else document_ids.contiguous()
+        return None if document_ids is None else aligned(document_ids.contiguous())
     changes = document_ids[:, 1:] != document_ids[:, :-1]
     return torch.nn.functional.pad(changes.cumsum(1), (1, 0)).int()
 

@@ -87,9 +87,9 @@ EVERY_KERNEL = {
     "linear": linear_report.table_builds((90,), ((64, 64),), ("exp",), ("documents-state",)),
     "delta": [
         build
-        for decay in delta_report.DECAYS
+        for decay in delta_report.cost.DECAYS
         for build in delta_report.table_builds((90,), ((64, 64),), (decay,), ("documents-state",))
-        if not build.again and (decay == "bounded" or build.kernel == "grad_key")
+        if not build.again and (decay == "bounded" or build.kernel in ("grad_query", "grad_key"))
     ],
     "scatter": scatter_report.table_builds((90,), ((64, 64),)),
 }

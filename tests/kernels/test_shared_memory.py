@@ -38,9 +38,8 @@ def every_row(architecture: int, dtype: str, features: bool = False) -> Iterator
     ):
         if build.kernel in linear.launch.TILED:
             yield build
-    yield from delta.table_builds((architecture,), delta.DIMS, ("bounded",), ("documents-state",), dtype=dtype)
-    if features:
-        yield from delta.table_builds((architecture,), delta.DIMS, ("exact",), ("documents-state",), dtype=dtype)
+    decays = delta.cost.DECAYS[: None if features else 1]
+    yield from delta.table_builds((architecture,), delta.DIMS, decays, ("documents-state",), dtype=dtype)
     yield from scatter.table_builds((architecture,), ((256, 128), (256, 256)), (256,), dtype=dtype)
 
 

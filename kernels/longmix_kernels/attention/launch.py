@@ -16,6 +16,7 @@ from longmix_kernels.attention.inputs import Inputs
 from longmix_kernels.attention.permutation import put_rows, take_rows
 from longmix_kernels.launch import (
     LaunchTable,
+    aligned,
     dim_constants,
     is_padded,
     known_architecture,
@@ -215,13 +216,13 @@ class Call(launch.Call[LaunchConfig]):
             self.mode = "causal" if window is None else "window"
         else:
             self.mode = "full"
-        self.alibi_slopes = None if pattern.alibi_slopes is None else pattern.alibi_slopes.contiguous()
+        self.alibi_slopes = None if pattern.alibi_slopes is None else aligned(pattern.alibi_slopes.contiguous())
         # Rows that were copied into order are looked up for their positions alone.
         looked_up = orders if self.alibi_slopes is not None or not _gather_before else (None, None)
         self.query_order, self.key_order = (None if rows is None else unit_stride(rows) for rows in looked_up)
         self.block, *lists = (0, None, None, None, None) if pattern.blocks is None else pattern.blocks
         self.row_offsets, self.row_blocks, self.key_offsets, self.key_blocks = (
-            None if x is None else x.contiguous() for x in lists
+            None if x is None else aligned(x.contiguous()) for x in lists
         )
 
     def take_queries(self, x: torch.Tensor) -> torch.Tensor:

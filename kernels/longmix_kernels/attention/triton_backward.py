@@ -20,7 +20,7 @@ from longmix_kernels.attention.inputs import Inputs
 from longmix_kernels.attention.launch import Call
 from longmix_kernels.attention.triton_grad_key_value import grad_key_value_kernel
 from longmix_kernels.attention.triton_grad_query import grad_query_kernel
-from longmix_kernels.launch import strides, unit_stride
+from longmix_kernels.launch import aligned, strides, unit_stride, vectors
 
 
 def triton_backward(
@@ -41,10 +41,10 @@ def triton_backward(
     call = Call(inputs)
     grads = [x.new_empty(x.shape) for x in (call.query, call.key, call.value)]
     output, grad_output = (unit_stride(call.take_queries(x.to(call.query.dtype))) for x in (output, grad_output))
-    logsumexp = call.take_queries(logsumexp).contiguous()
+    logsumexp = aligned(call.take_queries(logsumexp).contiguous())
     if grad_logsumexp is not None:
-        grad_logsumexp = call.take_queries(grad_logsumexp.float()).contiguous()
-    shift, minus_delta = call.query.new_empty(2, call.batch, call.heads, call.queries, dtype=torch.float32)
+        grad_logsumexp = aligned(call.take_queries(grad_logsumexp.float()).contiguous())
+    shift, minus_delta = vectors(call.query, 2, call.batch, call.heads, call.queries)
     first_row = end_row = None
     if call.lo is not None:
         # Without `hi`, the first row that sees a key has a closed form, and only the end needs the search.

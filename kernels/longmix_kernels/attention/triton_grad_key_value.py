@@ -15,8 +15,20 @@ from longmix_kernels.attention.triton_tiles import (
 from longmix_kernels.attention.triton_walk import cover, program_tile, rows_of_keys, step_start
 from longmix_kernels.tiles import product
 
+STRIDES = [
+    "stride_first_row_batch",
+    "stride_first_row_head",
+    "stride_end_row_batch",
+    "stride_end_row_head",
+    "stride_query_order_batch",
+    "stride_query_order_head",
+    "stride_key_order_batch",
+    "stride_key_order_head",
+]
+"""Those of bounds and orders depend on the length, and a kernel for each length would be compiled."""
 
-@triton.jit(do_not_specialize=["queries", "keys", "heads", "group", "window"])
+
+@triton.jit(do_not_specialize=["queries", "keys", "heads", "group", "window", *STRIDES])
 def grad_key_value_kernel(
     query,  # [B, Tq, Hq, DIM]
     key,  # [B, Tk, Hkv, DIM]

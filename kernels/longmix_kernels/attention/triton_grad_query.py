@@ -7,8 +7,20 @@ from longmix_kernels.attention.triton_tiles import load_slope, load_tile, row_nu
 from longmix_kernels.attention.triton_walk import cover, keys_of_rows, program_tile, step_start
 from longmix_kernels.tiles import product
 
+STRIDES = [
+    "stride_lo_batch",
+    "stride_lo_head",
+    "stride_hi_batch",
+    "stride_hi_head",
+    "stride_query_order_batch",
+    "stride_query_order_head",
+    "stride_key_order_batch",
+    "stride_key_order_head",
+]
+"""Those of bounds and orders depend on the length, and a kernel for each length would be compiled."""
 
-@triton.jit(do_not_specialize=["queries", "keys", "heads", "group", "window"])
+
+@triton.jit(do_not_specialize=["queries", "keys", "heads", "group", "window", *STRIDES])
 def grad_query_kernel(
     query,  # [B, Tq, Hq, DIM]
     key,  # [B, Tk, Hkv, DIM]

@@ -9,7 +9,7 @@ from typing import ClassVar
 from longmix_kernels import launch
 from longmix_kernels.delta.cost import choose_chunk
 from longmix_kernels.delta.inputs import Inputs
-from longmix_kernels.launch import LaunchTable, contiguous, cover, fit, small_ids, strides, unit_stride
+from longmix_kernels.launch import LaunchTable, contiguous, cover, fit, gate, small_ids, strides, unit_stride
 
 KERNELS = ("prepare", "scan", "grad_scan", "grad_value", "grad_query", "grad_key")
 SCANS = ("scan", "grad_scan")
@@ -99,7 +99,7 @@ class Call(launch.Call[LaunchConfig]):
     def __init__(self, inputs: Inputs) -> None:
         query, key, value, min_log_decay = inputs.query, inputs.key, inputs.value, inputs.min_log_decay
         self.query, self.key, self.value = unit_stride(query), unit_stride(key), unit_stride(value)
-        self.log_decay = inputs.log_decay
+        self.log_decay = gate(inputs.log_decay)
         self.low_rank_read, self.low_rank_write = (
             None if x is None else unit_stride(x) for x in (inputs.low_rank_read, inputs.low_rank_write)
         )

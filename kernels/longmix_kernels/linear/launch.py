@@ -17,6 +17,7 @@ from longmix_kernels.launch import (
     contiguous,
     cover,
     dim_constants,
+    gate,
     known_architecture,
     small_ids,
     split_dim,
@@ -233,7 +234,8 @@ class Call(launch.Call[LaunchConfig]):
     def __init__(self, inputs: Inputs) -> None:
         query, key, value, chunk_size = inputs.query, inputs.key, inputs.value, inputs.chunk_size
         self.query, self.key, self.value = unit_stride(query), unit_stride(key), unit_stride(value)
-        self.log_decay, self.log_input = inputs.log_decay, inputs.log_input
+        self.log_decay = gate(inputs.log_decay)
+        self.log_input = None if inputs.log_input is None else gate(inputs.log_input)
         self.memory, self.normalizer, self.log_scale = contiguous(inputs.memory, inputs.normalizer, inputs.log_scale)
         self.document_ids = small_ids(inputs.document_ids)
         self.normalize, self.scale = inputs.normalize, inputs.scale

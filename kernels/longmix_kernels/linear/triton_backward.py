@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from longmix_kernels.launch import contiguous, given, strides, unit_stride
+from longmix_kernels.launch import aligned, contiguous, given, strides, unit_stride, vectors
 from longmix_kernels.linear.inputs import Inputs
 from longmix_kernels.linear.launch import Call
 from longmix_kernels.linear.triton_forward import compute_gates, compute_states
@@ -99,11 +99,11 @@ def triton_backward(
     output, grad_output = (unit_stride(x.to(call.query.dtype)) for x in (output, grad_output))
     grad_memory, grad_normalizer = contiguous(grad_memory, grad_normalizer)
     has_final = grad_memory is not None or grad_normalizer is not None
-    gates = compute_gates(call, row_log_scale.contiguous() if call.normalize else None)
-    row_whole, row_rest, column_whole, column_rest, read, write = gates.unbind()
+    gates = compute_gates(call, aligned(row_log_scale.contiguous()) if call.normalize else None)
+    row_whole, row_rest, column_whole, column_rest, read, write = gates
     grad_rest, grad_read, delta = row_rest, read, None
     if call.normalize:
-        grad_rest, grad_read, delta = gates.new_empty(3, *row_rest.shape).unbind()
+        grad_rest, grad_read, delta = vectors(row_rest, 3, *row_rest.shape)
         call.launch(
             "grad_rows",
             grad_rows_kernel,
@@ -123,7 +123,7 @@ def triton_backward(
     states, normalizers, final_memory, final_normalizer = compute_states(call, gates, with_final=has_final)
     grad_states, grad_normalizers = call.new_states()
     grad_initial, grad_initial_normalizer = (
-        None if x is None else gates.new_empty(x.shape) for x in (call.memory, call.normalizer)
+        None if x is None else row_rest.new_empty(x.shape) for x in (call.memory, call.normalizer)
     )
     call.launch(
         "grad_states",
@@ -146,7 +146,7 @@ def triton_backward(
         *strides(call.query, grad_output),
     )
     grads = [x.new_empty(x.shape) for x in (call.query, call.key, call.value)]
-    query_sum, key_sum = gates.new_empty(2, *row_rest.shape).unbind()
+    query_sum, key_sum = vectors(row_rest, 2, *row_rest.shape)
     of_inputs = strides(call.query, call.key, call.value, grad_output)
     call.launch(
         "grad_query",
@@ -200,8 +200,8 @@ def triton_backward(
         )
     # <C_T, dC_T> + <n_T, dn_T>, and the same of the initial state, which is what a log scale's gradient is.
     final_sum = inner(final_memory, grad_memory, final_normalizer, grad_normalizer) if has_final else None
-    grad_log_decay = gates.new_empty(call.log_decay.shape)
-    grad_log_input = None if call.log_input is None else gates.new_empty(call.log_input.shape)
+    grad_log_decay = row_rest.new_empty(call.log_decay.shape)
+    grad_log_input = None if call.log_input is None else row_rest.new_empty(call.log_input.shape)
     call.launch(
         "grad_gates",
         grad_gates_kernel,

@@ -10,11 +10,13 @@ the gates alone beforehand (`triton_gates`), so the normalised form costs two ro
 second pass. A program owns all columns of its rows' output, so that no product of queries and keys is computed twice.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
-from longmix_kernels.launch import given, strides
+from longmix_kernels.launch import given, strides, vectors
 from longmix_kernels.linear.inputs import Inputs
 from longmix_kernels.linear.launch import Call
 from longmix_kernels.linear.triton_gates import gates_kernel, scales_kernel
@@ -175,9 +177,9 @@ def output_kernel(
         store_tile(output, result, start, there, heads * VALUE_DIM, VALUE_MAIN, VALUE_REST, VALUE_DIM)
 
 
-def compute_gates(call: Call, row_log_scale: torch.Tensor | None) -> torch.Tensor:
-    """Return what gates contribute to weights, six float32 vectors [6, B, H, T]; see `gates_kernel`."""
-    gates = call.query.new_empty(6, call.batch, call.heads, call.length, dtype=torch.float32)
+def compute_gates(call: Call, row_log_scale: torch.Tensor | None) -> list[torch.Tensor]:
+    """Return what gates contribute to weights, six float32 vectors [B, H, T]; see `gates_kernel`."""
+    gates = vectors(call.query, 6, call.batch, call.heads, call.length)
     call.launch(
         "gates",
         gates_kernel,
@@ -186,7 +188,7 @@ def compute_gates(call: Call, row_log_scale: torch.Tensor | None) -> torch.Tenso
         call.document_ids,
         row_log_scale,
         call.log_scale,
-        *gates.unbind(),
+        *gates,
         call.length,
         call.heads,
         *strides(call.log_decay, call.log_input),
@@ -195,7 +197,7 @@ def compute_gates(call: Call, row_log_scale: torch.Tensor | None) -> torch.Tenso
 
 
 def compute_states(
-    call: Call, gates: torch.Tensor, with_final: bool
+    call: Call, gates: Sequence[torch.Tensor], with_final: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Return the states that enter each chunk and their normalisers, and those after the last token if wanted.
 
@@ -270,7 +272,7 @@ def triton_forward(inputs: Inputs) -> tuple[torch.Tensor, ...]:
         call.normalizer,
         states,
         normalizers,
-        *gates[:5].unbind(),
+        *gates[:5],
         row_log_scale,
         output,
         denominator,
@@ -280,4 +282,4 @@ def triton_forward(inputs: Inputs) -> tuple[torch.Tensor, ...]:
         *strides(call.query, call.key, call.value),
     )
     results = final_memory, final_normalizer, final_log_scale, row_log_scale, denominator
-    return output, *given(gates, *results)
+    return output, *given(gates[0], *results)

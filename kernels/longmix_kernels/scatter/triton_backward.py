@@ -8,7 +8,7 @@ way, and carried in reverse.
 import torch
 
 from longmix_kernels.attention.triton_backward import triton_backward as exact_backward
-from longmix_kernels.launch import given, strides, unit_stride
+from longmix_kernels.launch import aligned, given, strides, unit_stride
 from longmix_kernels.scatter.inputs import Inputs
 from longmix_kernels.scatter.launch import Call
 from longmix_kernels.scatter.triton_forward import entering_sums, exact_inputs
@@ -32,7 +32,7 @@ def triton_backward(
     if not inputs.has_far_keys():
         return *grads, *(grad_output.new_empty(0) if x is None else torch.zeros_like(x) for x in inputs.flat()[3:8])
     call = Call(inputs)
-    grad_output, output, logsumexp = unit_stride(grad_output), unit_stride(output), logsumexp.contiguous()
+    grad_output, output, logsumexp = unit_stride(grad_output), unit_stride(output), aligned(logsumexp.contiguous())
     grad_features = call.new_grad_features()
     delta = _query_gradients(call, grad_output, grad_logsumexp, output, logsumexp, grad_features[0])
     leaving, grad_state = _carry_back(call, _sum_over_queries(call, grad_output, logsumexp, delta))
@@ -59,7 +59,7 @@ def _query_gradients(
         output,
         logsumexp,
         grad_output,
-        None if grad_logsumexp is None else grad_logsumexp.float().contiguous(),
+        None if grad_logsumexp is None else aligned(grad_logsumexp.float().contiguous()),
         grad_query_features,
         delta,
         call.row_tiles("grad_query"),
