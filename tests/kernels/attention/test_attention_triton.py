@@ -89,6 +89,7 @@ def test_which_rows_a_descriptor_takes():
     with launch.TABLE.override("forward", launch.LaunchConfig(16, 16, 1, 1, descriptors=True)):
         call = launch.Call(Inputs(described, described, described, Pattern(), 1.0))
         assert [x.block_shape for x in call.steps("forward")] == [[1, 16, 1, 64]] * 2
+        del rows["address"]  # a call copies rows that begin anywhere
         for x in rows.values():
             x = x if len(x) else torch.zeros(1, 0, 2, 64)
             assert launch.Call(Inputs(x, x, x, Pattern(), 1.0)).steps("forward") == (None, None)
