@@ -7,7 +7,6 @@ starts a search or a compile; `LaunchTable.override` replaces one for a benchmar
 
 import contextlib
 import functools
-import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
@@ -290,15 +289,16 @@ def gate(x: torch.Tensor) -> torch.Tensor:
     """
     if _batch_stride(x) % 16 == 0:
         return aligned(x)
-    rows = x.new_empty(x.shape[0], -(-x.shape[1] // 16) * 16, *x.shape[2:])[:, : x.shape[1]]
-    return rows.copy_(x)
+    length = x.shape[1]
+    return torch.nn.functional.pad(x, (*(0, 0) * (x.dim() - 2), 0, -length % 16))[:, :length]
 
 
 def vectors(like: torch.Tensor, count: int, *shape: int) -> list[torch.Tensor]:
-    """Return memory for vectors of float32 that are contiguous and `aligned`, on the device of a tensor."""
-    size = math.prod(shape)
-    memory = like.new_empty(count, -(-size // 4) * 4, dtype=torch.float32)
-    return [vector[:size].view(shape) for vector in memory]
+    """Return memory for vectors of float32, on the device of a tensor.
+
+    Each has its own, which begins where Triton takes it for `aligned`; a part of one for all could begin anywhere.
+    """
+    return [like.new_empty(shape, dtype=torch.float32) for _ in range(count)]
 
 
 def given(like: torch.Tensor, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
