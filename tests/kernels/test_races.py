@@ -79,7 +79,13 @@ def test_all_warps_have_loaded_what_one_overwrites(build):
     assert build.compile().unordered == ()
 
 
-IN_PLACE = {("delta", "scan"): "output", ("scatter", "merge"): "output", ("scatter", "grad_key"): "grad_value"}
+IN_PLACE = {
+    ("delta", "scan"): "output",
+    ("delta", "grad_key_exact"): "grad_log_decay",
+    ("delta", "grad_key_head"): "grad_log_decay",
+    ("scatter", "merge"): "output",
+    ("scatter", "grad_key"): "grad_value",
+}
 """The kernels that load and store through one argument, and which one that is."""
 
 EVERY_KERNEL = {
@@ -103,6 +109,13 @@ EVERY_ROW = [
         for again in (False, True)
     ),
     *(
+        delta_report.Build("grad_key", architecture, dtype, dim, dim, decay, "documents-state")
+        for architecture in OWN_TILES
+        for dtype in ("bf16", "fp32")
+        for dim in delta_report.launch.WIDTHS
+        for decay in ("exact", "head")
+    ),
+    *(
         build
         for dtype in ("bf16", "fp32")
         for build in scatter_report.table_builds(TUNED, ((64, 64), (256, 128), (256, 256)), (64, 256), dtype)
@@ -116,7 +129,7 @@ EVERY_ROW = [
 @pytest.mark.parametrize("engine", EVERY_KERNEL)
 def test_the_kernels_that_load_and_store_through_one_argument_are_known(engine):
     for build in EVERY_KERNEL[engine]:
-        argument = IN_PLACE.get((engine, build.kernel))
+        argument = IN_PLACE.get((engine, build.name()))
         assert build.loaded_and_stored() == ([] if argument is None else [argument]), build.kernel
 
 
