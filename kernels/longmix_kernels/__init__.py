@@ -5,8 +5,8 @@
     delta_rule          linear attention whose transitions are a diagonal plus a matrix of rank one
     scatter_attention   softmax attention, exact for the latest blocks and through features for all before
 
-Each takes `query`, `key` and `value` [B, T, H, D], then by name what is its own, then `initial_state` (but attention),
-`document_ids`, `scale` (D ** -0.5 by default) and `backend`. The engine's own package has what goes with it.
+Each takes `query`, `key` and `value` [B, T, H, D], and by name its own arguments, `initial_state` (except attention),
+`document_ids`, `scale` (D ** -0.5 by default) and `backend`. Helpers of one engine are in that engine's package.
 """
 
 from longmix_kernels.attention import attention

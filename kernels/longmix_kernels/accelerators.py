@@ -1,7 +1,7 @@
-"""What accelerators can do, from their vendors' data sheets: the one table of cost models, reports and planning.
+"""The peak rates of accelerators, from their vendors' data sheets. Cost models, reports and planning read this table.
 
-Peaks are dense: sheets give twice as much with sparsity. Memory is what the sheet calls GB, taken as 10^9 bytes. NVLink
-and PCIe are sold by the sum of both directions; here stands one of them.
+Peaks are those of dense products; sheets also give twice as much, with sparsity. A GB of a sheet counts as 10^9 bytes.
+Sheets give the bandwidth of NVLink and PCIe as the sum of both directions; this table gives one direction.
 """
 
 import re
@@ -12,17 +12,17 @@ TERA, GIGA = 1e12, 1e9
 
 @dataclass(frozen=True)
 class Accelerator:
-    """One device, and what joins it to others.
+    """One device, and the links that join it to others.
 
     Attributes:
         name: part of the name that the driver gives.
-        memory_bytes: on the device.
-        bandwidth: bytes per second between it and its memory.
+        memory_bytes: bytes of the device's memory.
+        bandwidth: bytes per second between the chip and that memory.
         bf16_flops: dense bf16 tensor-core operations per second, summed in float32.
         fp32_flops: float32 operations per second outside the tensor cores, torch's default for float32 products.
-        link_bandwidth: bytes per second and direction to the others of its node.
+        link_bandwidth: bytes per second and direction to the other devices of its node.
         network_bandwidth: bytes per second and direction from its node to other nodes, for each device of the node.
-        node_size: devices that share the fast link.
+        node_size: how many devices share the fast link.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Accelerator:
     node_size: int
 
     def flops(self, size: int) -> float:
-        """Return the operations per second of products of numbers of `size` bytes: 2 for bf16, 4 for fp32."""
+        """Return the peak operations per second for products of numbers of `size` bytes: 2 for bf16, 4 for fp32."""
         return self.bf16_flops if size == 2 else self.fp32_flops
 
 
@@ -49,7 +49,7 @@ def _of(
     network_gb: float,
     node_size: int = 8,
 ) -> Accelerator:
-    """One row, in the units of data sheets: GB, TB/s, TFLOP/s and GB/s."""
+    """Return one row, given in the units of data sheets: GB, TB/s, TFLOP/s and GB/s."""
     return Accelerator(
         name,
         round(memory_gb * GIGA),
@@ -77,41 +77,44 @@ ACCELERATORS = {
         _of("RTX 4090", 24, 1.008, 165, 82.6, 32, 12.5),
     )
 }
-"""By name, in an order in which the first that is part of the driver's name is the right one: H100 is the SXM card,
-A100 the one with 80 GB. Networks are what such nodes usually have, 400 or 200 Gb/s of InfiniBand for each device, and
-not a property of the device; the bridge that joins two PCIe cards is left out.
+"""The accelerators by name. `by_driver_name` takes the first whose name is part of the driver's, so longer names come
+first: H100 is the SXM card, A100 the one with 80 GB. The network is no property of a device; the rows have what such
+nodes usually have, 400 or 200 Gb/s of InfiniBand for each device. The bridge that joins two PCIe cards is left out.
 """
 
 
 H200 = ACCELERATORS["H200"]
-"""The one that the engines' estimates are for."""
+"""The accelerator for which the engines estimate costs."""
 
 H200_EXPONENTIALS = 3.9e12
-"""Per second: 16 per cycle and multiprocessor, of which an H200 has 132 at 1.83 GHz."""
+"""Exponentials per second of an H200: 16 per cycle on each of 132 multiprocessors at 1.83 GHz."""
 
 SHARED_MEMORY = {
     **dict.fromkeys((80, 87), 166_912),
     **dict.fromkeys((86, 89, 120, 121), 101_376),
     **dict.fromkeys((90, 100, 103, 110), 232_448),
 }
-"""Most bytes of shared memory that a program may have, by compute capability times ten: A100 has 163 KiB, H100, H200
-and B200 have 227 KiB, and cards such as RTX 3090, 4090, 5090, A6000, A10 and L40S have 99 KiB.
+"""The most bytes of shared memory that a program may have, by compute capability times ten. A100 has 163 KiB; H100,
+H200 and B200 have 227 KiB; cards such as RTX 3090, 4090, 5090, A6000, A10 and L40S have 99 KiB.
 """
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-"""Compute capabilities, times ten, for which reports and tests compile the kernels."""
+"""The compute capabilities, times ten, for which reports and tests compile the kernels."""
 
 TUNED = (80, 86, 90, 100)
-"""Those of which launch tables have entries; `launch.known_architecture` says which entries a GPU takes."""
+"""The architectures with entries in launch tables; `launch.known_architecture` says which entries a GPU takes."""
 
 
 def by_driver_name(name: str) -> Accelerator | None:
-    """The accelerator whose driver calls it `name`, or None for one that is not in the table."""
+    """Return the accelerator that the driver calls `name`, or None if the table has no such row."""
     return next((found for known, found in ACCELERATORS.items() if known in name), None)
 
 
 def by_word(word: str) -> Accelerator | None:
-    """The accelerator that a word of a command line means, whatever its case, spaces and dashes; None for no such."""
+    """Return the accelerator that a word of a command line means, or None if the table has no such row.
+
+    Case, spaces, dashes and underscores make no difference.
+    """
     return {_plain(name): found for name, found in ACCELERATORS.items()}.get(_plain(word))
 
 

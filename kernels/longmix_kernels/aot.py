@@ -1,4 +1,4 @@
-"""Compiling kernels ahead of time, for GPUs that need not be there, and what came of it.
+"""Compile kernels ahead of time, for GPUs that this machine need not have, and say what came of it.
 
 Registers, spills and stack come from `ptxas --verbose`, tensor-core instructions from the PTX, and shared memory from
 Triton.
@@ -24,16 +24,16 @@ DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 @dataclass(frozen=True)
 class Compiled:
-    """What became of a kernel.
+    """What the compiler made of a kernel.
 
     Attributes:
-        registers: per thread.
-        spills: bytes stored and loaded again for want of registers, per thread.
-        stack: bytes of stack, per thread.
-        shared: bytes of shared memory, per program.
-        tensor_cores: tensor-core instructions in the PTX: mma.sync, wgmma or tcgen05.mma.
-        serialized: whether ptxas had to wait after every wgmma.
-        unordered: arguments that one warp may store to before another has loaded from them, see `races`.
+        registers: registers of a thread.
+        spills: bytes that a thread stores and loads again for want of registers.
+        stack: bytes of a thread's stack.
+        shared: bytes of a program's shared memory.
+        tensor_cores: how many tensor-core instructions the PTX has, by "mma" (mma.sync), "wgmma" and "tcgen05".
+        serialized: whether ptxas makes the kernel wait after every wgmma.
+        unordered: arguments that one warp may store to before another has loaded from them; `races` finds them.
     """
 
     registers: int
@@ -45,19 +45,19 @@ class Compiled:
     unordered: tuple[str, ...] = ()
 
     def columns(self) -> dict[str, int]:
-        """Return what a report says of it."""
+        """Return the report's columns for it, by name."""
         sizes = {"registers": self.registers, "spills": self.spills, "stack": self.stack, "shared": self.shared}
         return {**sizes, **self.tensor_cores}
 
 
 @dataclass(frozen=True)
 class Build(ABC):
-    """One kernel to compile; each engine adds what else decides about its code.
+    """One kernel to compile. Each engine adds the other choices that decide about the kernel's code.
 
     Attributes:
         kernel: its name in the engine's launch table.
-        architecture: compute capability, times ten.
-        dtype: of the inputs, one of `DTYPES`.
+        architecture: the compute capability, times ten.
+        dtype: the element type of the inputs, one of `DTYPES`.
     """
 
     kernel: str
@@ -68,7 +68,7 @@ class Build(ABC):
     """The module and name of every kernel's function."""
 
     TYPES: ClassVar[Mapping[str, str]]
-    """Triton's names of the types of arguments, "*" before a pointer's; pointers to the `dtype` are left out."""
+    """Triton's type of each argument by name, with "*" for a pointer. Arguments left out are pointers to `dtype`."""
 
     @abstractmethod
     def launch_config(self) -> LaunchConfig:
@@ -76,14 +76,14 @@ class Build(ABC):
 
     @abstractmethod
     def constants(self) -> dict[str, Any]:
-        """Return the compile-time arguments, of which a kernel takes those it has; None for tensors left out."""
+        """Return the compile-time arguments, of which a kernel takes those it has; None stands for an absent tensor."""
 
     @abstractmethod
     def columns(self) -> dict[str, Any]:
-        """Return what a report says of it besides kernel, architecture, dtype and configuration."""
+        """Return the report's columns for it, besides kernel, architecture, dtype and configuration."""
 
     def wants_wgmma(self) -> bool:
-        """Say whether its tiles are such that it should have that instruction on sm_90."""
+        """Say whether its tiles are large enough for `wgmma`; without that instruction on sm_90 it then has a fault."""
         return True
 
     def type_of(self, name: str) -> str:
@@ -91,11 +91,11 @@ class Build(ABC):
         return "i32" if name.startswith("stride_") else self.TYPES.get(name, f"*{self.dtype}")
 
     def compile(self) -> Compiled:
-        """Compile as the launcher would for aligned tensors, and read what ptxas says about it."""
+        """Compile the kernel as the launcher would for aligned tensors, and read what ptxas says about it."""
         return _compile(self.function(), self)
 
     def shared(self) -> int:
-        """Return the bytes of shared memory of a program; takes about half as long as `compile`."""
+        """Return the bytes of shared memory of a program. This takes about half as long as `compile`."""
         return self._lowered("llir")[1]["shared"]
 
     def loaded_and_stored(self) -> list[str]:
@@ -103,7 +103,10 @@ class Build(ABC):
         return self._names(in_place(self._lowered("ptx")[0]))
 
     def unordered(self) -> list[str]:
-        """Return those that one warp may store to before another has loaded from them; takes less than `compile`."""
+        """Return the pointers that one warp may store to before another has loaded from them.
+
+        This takes less time than `compile`.
+        """
         return self._names(unordered_stores(self._lowered("ptx")[0]))
 
     def _lowered(self, last: str) -> tuple[Any, dict[str, Any]]:
@@ -113,21 +116,21 @@ class Build(ABC):
         return lowered(_source(self.function(), self), target, self.launch_config().options(), last)
 
     def _names(self, places: Sequence[int]) -> list[str]:
-        """The arguments at these places of those that are no compile-time constants."""
+        """Return the names at these places among the arguments that are no compile-time constants."""
         given = [name for name in self.function().arg_names if name not in self.constants()]
         return [given[place] for place in places]
 
     def function(self) -> Any:
-        """Return the kernel."""
+        """Return the kernel, as `triton.jit` made it."""
         module, _, name = self.FUNCTIONS[self.name()].rpartition(".")
         return getattr(importlib.import_module(module), name)
 
     def name(self) -> str:
-        """Return which of `FUNCTIONS` is compiled."""
+        """Return the key in `FUNCTIONS` of the function to compile."""
         return self.kernel
 
     def faults(self, compiled: Compiled) -> list[str]:
-        """Name what must not be."""
+        """Return what must not be in a compiled kernel, one phrase for each fault; an empty list if there is none."""
         found = []
         if compiled.spills:
             found.append(f"spills {compiled.spills} bytes")
@@ -145,7 +148,7 @@ class Build(ABC):
         return found
 
     def row(self, compiled: Compiled) -> dict[str, Any]:
-        """Return everything known about a kernel as one flat record."""
+        """Return everything known about a kernel as one flat record, a row of the report."""
         return {
             "kernel": self.kernel,
             "arch": f"sm_{self.architecture}",
@@ -158,13 +161,13 @@ class Build(ABC):
 
 
 def lowered(source: Any, target: Any, options: Mapping[str, Any], last: str) -> tuple[Any, dict[str, Any]]:
-    """Return what one of the compiler's stages gives, and what is known by then, without the later ones.
+    """Run the compiler up to one of its stages, and return that stage's result and the metadata so far.
 
     Args:
         source: a kernel as `triton.compile` takes it.
         target: the GPU.
-        options: of the compiler.
-        last: the stage: "llir", from which on shared memory is known, or "ptx".
+        options: the compiler's options.
+        last: the last stage to run: "llir", from which on the metadata have the shared memory, or "ptx".
     """
     from triton._C.libtriton import ir
     from triton.compiler.compiler import make_backend
@@ -187,7 +190,7 @@ def lowered(source: Any, target: Any, options: Mapping[str, Any], last: str) -> 
 
 
 def _source(kernel: Any, build: Build) -> Any:
-    """The kernel as `triton.compile` takes it, specialised as the launcher does for aligned tensors."""
+    """Return the kernel as `triton.compile` takes it, specialised as the launcher does it for aligned tensors."""
     from triton.compiler import ASTSource
 
     constants = {name: constant for name, constant in build.constants().items() if name in kernel.arg_names}

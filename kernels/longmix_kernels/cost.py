@@ -1,6 +1,7 @@
-"""What work costs: operations, bytes and exponentials, and the least time that they take. Estimates, not measurements.
+"""Estimate what work costs: operations, bytes and exponentials, and the least time that they take.
 
-Each engine's `cost` counts the work of its kernels by its mathematics; here is what a count means.
+Each engine's `cost` counts the work of its kernels by its mathematics. This module turns a count into seconds at an
+H200's peak rates. Nothing here is measured.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +16,9 @@ class Work:
     """What a kernel has to do.
 
     Attributes:
-        flops: operations of matrix products, multiply-adds counted twice.
-        bytes: those that have to pass between chip and memory.
-        exponentials: one per score of a softmax; 0 where they do not count.
+        flops: operations of matrix products; a multiply-add counts as two.
+        bytes: bytes that have to pass between chip and memory.
+        exponentials: one per score of a softmax; 0 where they are not counted.
         size: bytes of a number that is multiplied.
     """
 
@@ -32,7 +33,7 @@ class Work:
 
     @property
     def limits(self) -> dict[str, float]:
-        """Seconds on an H200 of each kind of work, at its peak rate."""
+        """Return the seconds that each kind of work takes on an H200 at its peak rate."""
         return {
             "products": self.flops / H200.flops(self.size),
             "bytes": self.bytes / H200.bandwidth,
@@ -41,12 +42,12 @@ class Work:
 
     @property
     def seconds(self) -> float:
-        """The least time on an H200: the longest of the three, as if the others took place meanwhile."""
+        """Return the least seconds on an H200: those of the longest kind, as if the others ran at the same time."""
         return max(self.limits.values())
 
     @property
     def limit(self) -> str:
-        """What takes the longest."""
+        """Return the kind of work that takes the longest."""
         return max(self.limits, key=self.limits.__getitem__)
 
 
@@ -58,12 +59,15 @@ def per_row(rows: int) -> Callable[[float, float], Work]:
 def pass_rows(
     kernels: Mapping[str, Work], forward: Sequence[str], backward: Sequence[str], rows: int
 ) -> dict[str, dict[str, Any]]:
-    """Return what a report says of every kernel, and of "forward", "backward" and "both" as sums of their kernels.
+    """Return a report's columns for every kernel, and for "forward", "backward" and "both" as sums of their kernels.
 
     Args:
-        kernels: the work of every kernel.
-        forward, backward: the kernels of both passes, in order; one that is not in `kernels` does not run.
+        kernels: the work of every kernel by name.
+        forward, backward: the names of the kernels of each pass, in order; one that `kernels` lacks does not run.
         rows: tokens times heads of the call.
+
+    Returns:
+        By name the bytes and the thousands of operations for each row, and the least milliseconds on an H200.
     """
     passes = {"forward": forward, "backward": backward, "both": (*forward, *backward)}
     parts = {name: [work] for name, work in kernels.items()}

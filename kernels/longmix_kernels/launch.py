@@ -1,8 +1,8 @@
-"""How the kernels of every engine are launched: fixed configurations per architecture, and a call that hands them over.
+"""Launch the kernels of every engine: with a fixed configuration per architecture, and with the arguments of a call.
 
-Nothing here imports Triton. An engine's `launch` has its `TABLE`, the one place that says how its kernels are launched,
-and its `Call`, which knows grids and compile-time arguments. Entries are fixed, so no length and no batch size ever
-starts a search or a compile; `LaunchTable.override` replaces one for a benchmark or a test.
+An engine's `launch` has its `TABLE`, the one place that says how its kernels are launched, and its `Call`, which knows
+grids and compile-time arguments. Entries are fixed, so no length and no batch size ever starts a search or a compile;
+`LaunchTable.override` replaces an entry for a benchmark or a test. Nothing here imports Triton.
 """
 
 import contextlib
@@ -22,31 +22,31 @@ Value = TypeVar("Value")
 Config = TypeVar("Config", bound="LaunchConfig")
 
 Key = tuple[str, int, int, int]
-"""Kernel, architecture, bytes of an element, and the largest width that the entry is for."""
+"""What an entry is for: kernel, architecture, bytes of an element, and the largest width."""
 
 Rows = Sequence[Sequence[int]]
-"""The arguments of a kernel's configurations, one for each width."""
+"""The arguments of a kernel's configurations, one row for each width."""
 
 
 class LaunchConfig:
-    """One way to launch a kernel: engines add the sizes of its tiles.
+    """One way to launch a kernel; each engine adds the sizes of its tiles.
 
     Attributes:
-        warps: warps of a program.
-        stages: steps that loads are ahead of their use.
+        warps: how many warps a program has.
+        stages: how many steps loads are ahead of their use.
     """
 
     warps: int
     stages: int
 
     def sizes(self) -> dict[str, int]:
-        """Return the fields that are sizes of tiles, powers of two that may be halved down to 16."""
+        """Return the fields that are sizes of tiles, by name: powers of two that may be halved down to 16."""
         raise NotImplementedError
 
     def smaller(self) -> Self | None:
         """Return the next configuration that takes less shared memory, or None if there is none.
 
-        It has one stage less, as that keeps the tile; with a single stage, the longest side of the tile is halved.
+        A stage less comes first, since it keeps the tile. With a single stage, the longest side of the tile is halved.
         """
         if self.stages > 1:
             return replace(self, stages=self.stages - 1)  # type: ignore[type-var]
@@ -58,11 +58,11 @@ class LaunchConfig:
         raise NotImplementedError
 
     def used_by(self, kernel: str) -> Collection[str]:
-        """Return the names of the attributes that make a difference to a kernel."""
+        """Return the names of the attributes that change a kernel's code."""
         return vars(self).keys()
 
     def options(self) -> dict[str, int | bool]:
-        """Return the compiler's options. Fused multiply-adds are asked for, since Triton 3.10 no longer uses them."""
+        """Return the compiler's options. They ask for fused multiply-adds, which Triton 3.10 no longer uses unasked."""
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
@@ -70,18 +70,19 @@ class LaunchTable(Generic[Config]):
     """The configurations of an engine's kernels.
 
     Args:
-        config: their class.
-        widths: what an entry is for, in the engine's measure: the largest head dimension, or the sum of both.
-        tuned: for inputs of two bytes, by architecture and kernel, the arguments of `config` for each width.
-        float32: for inputs of four bytes, by kernel, for every architecture and width. Their products run outside the
-            tensor cores; they are for checks, and may spill.
-        interpreted: by kernel, for tensors on the CPU in Triton's interpreter.
-        measured: for inputs of two bytes, by kernel, architecture and width, rows that were found to be faster on a GPU
-            than those of `tuned`; `python -m benchmarks.gpu --tune` proposes them.
+        config: the class of the configurations.
+        widths: the largest widths that entries are for, ascending. The engine says what a call's width is: the largest
+            head dimension, or the sum of both.
+        tuned: by architecture and kernel, the arguments of `config` for each width, for inputs of two bytes.
+        float32: by kernel, the arguments for inputs of four bytes, for every architecture and width. Products of such
+            inputs run outside the tensor cores; they are for checks, and may spill.
+        interpreted: by kernel, the configuration for tensors on the CPU in Triton's interpreter.
+        measured: by kernel, architecture and width, the arguments that were faster on a GPU than those of `tuned`, for
+            inputs of two bytes; `python -m benchmarks.gpu --tune` proposes them.
     """
 
     watch: Callable[[str, int, Any], None] | None = None
-    """Is told the kernel, the width and the configuration of each entry that is taken; see `watched`."""
+    """A function that gets the kernel, the width and the configuration of each entry taken; `watched` sets it."""
 
     def __init__(
         self,
@@ -105,7 +106,17 @@ class LaunchTable(Generic[Config]):
             self.entries[kernel, architecture, 2, width] = config(*row)
 
     def entry(self, kernel: str, architecture: int, size: int, width: int) -> Config:
-        """Return the configuration of a kernel for elements of `size` bytes and up to this width."""
+        """Return the configuration of a kernel for one architecture and kind of call.
+
+        Args:
+            kernel: the kernel's name.
+            architecture: the compute capability, times ten.
+            size: bytes of an element.
+            width: the call's width, in the engine's measure.
+
+        Raises:
+            UnsupportedDevice: the table has no entries for so old an architecture.
+        """
         covering = self.covering(width)
         config = self.entries[kernel, known_architecture(architecture), size, covering]
         if self.watch is not None:
@@ -113,7 +124,7 @@ class LaunchTable(Generic[Config]):
         return config
 
     def covering(self, width: int) -> int:
-        """Return the smallest of the table's widths that is enough."""
+        """Return the smallest of the table's widths that is at least this one."""
         return min(known for known in self.widths if known >= width)
 
     def override(self, kernel: str, config: Config) -> contextlib.AbstractContextManager[None]:
@@ -126,15 +137,19 @@ class LaunchTable(Generic[Config]):
 
 
 class Call(ABC, Generic[Config]):
-    """The tensors and numbers of one call, as an engine's kernels take them."""
+    """The tensors and numbers of one call, as an engine's kernels take them.
+
+    In its methods, `kernel` is a kernel's name in the launch table, `config` its configuration, `architecture` a
+    compute capability times ten, and `size` the bytes of an element.
+    """
 
     TABLE: ClassVar[LaunchTable]
 
     SPREAD: ClassVar[Mapping[str, tuple[str, int]]] = {}
-    """By kernel, the size of a tile that is halved where there are few programs, and the least it may be."""
+    """By kernel, the name of the tile's size that `spread` halves where there are few programs, and its least value."""
 
     query: torch.Tensor
-    """Its device and dtype decide how kernels are launched."""
+    """The tensor whose device and dtype decide how kernels are launched."""
 
     @abstractmethod
     def entry(self, kernel: str, architecture: int, size: int) -> Config:
@@ -146,11 +161,11 @@ class Call(ABC, Generic[Config]):
 
     @abstractmethod
     def programs(self, kernel: str, config: Config) -> int:
-        """Return how many programs a kernel takes."""
+        """Return how many programs a kernel is launched with."""
 
     @abstractmethod
     def constants(self) -> dict[str, Any]:
-        """Return the compile-time arguments besides tiles, of which a kernel takes those it has."""
+        """Return the compile-time arguments besides tiles, by name; a kernel takes those it has."""
 
     def config(self, kernel: str) -> Config:
         """Return the configuration with which to launch a kernel.
@@ -175,8 +190,14 @@ class Call(ABC, Generic[Config]):
     def spread(self, kernel: str, config: Config, processors: int) -> Config:
         """Return the configuration with a tile halved until every processor of the device has a program.
 
-        A kernel that goes from chunk to chunk is as slow as one program, so with few rows and heads narrower programs
-        end earlier. A tile takes few sizes, those from the table's down to `SPREAD`'s, so few batch sizes compile anew.
+        A kernel that goes from chunk to chunk takes as long as one program, so with few rows and heads narrower
+        programs end earlier. The size can only be the table's or its halves down to that of `SPREAD`, so few batch
+        sizes start a compile.
+
+        Args:
+            kernel: the kernel's name.
+            config: the configuration, fitted to the call.
+            processors: how many multiprocessors the device has.
         """
         name, least = self.SPREAD.get(kernel, ("", 0))
         while name and getattr(config, name) > least and self.programs(kernel, config) < processors:
@@ -184,7 +205,7 @@ class Call(ABC, Generic[Config]):
         return config
 
     def code(self, kernel: str, config: Config) -> Hashable:
-        """Return what decides how much of the device a kernel takes, but for tensors that are left out."""
+        """Return what decides how much of the device a kernel takes, except which optional tensors are absent."""
         return self.query.device, type(self), kernel, self.query.dtype, config, tuple(self.constants().items())
 
     def launch(self, kernel: str, function: Any, *arguments: Any) -> None:
@@ -193,7 +214,7 @@ class Call(ABC, Generic[Config]):
         Args:
             kernel: its name in the launch table.
             function: the kernel, under `triton.jit`.
-            arguments: those that are no compile-time constants, in order.
+            arguments: the arguments that are no compile-time constants, in order.
 
         Raises:
             TooLarge: the device has less shared memory than the tile takes; the next call takes a smaller one.
@@ -216,7 +237,7 @@ class TooLarge(Exception):
 
 
 _too_large: dict[Hashable, str] = {}
-"""What was found to have no room on a device, by `Call.code`, and why."""
+"""The kernels that had no room on a device, by `Call.code`, and why."""
 
 _ELSEWHERE = "backend='blocked' runs on this one"
 
@@ -225,7 +246,10 @@ def with_room(function: Callable[..., Value]) -> Callable[..., Value]:
     """Return a function that repeats a call with smaller tiles until all its kernels have room on the device.
 
     Tiles decide about grids and arguments, so the whole call is repeated. That happens once for each kernel, on devices
-    with less shared memory than their launch table expects; a warning says so.
+    with less shared memory than the launch table expects. A warning says so.
+
+    Args:
+        function: the call; it raises `TooLarge` where a kernel has no room, and then takes a smaller tile.
     """
 
     @functools.wraps(function)
@@ -240,14 +264,14 @@ def with_room(function: Callable[..., Value]) -> Callable[..., Value]:
 
 
 def _is_out_of_resources(error: Exception) -> bool:
-    """Say whether Triton found that a kernel takes more than the device has."""
+    """Say whether an error of Triton means that a kernel takes more than the device has."""
     from triton.runtime.errors import OutOfResources
 
     return isinstance(error, OutOfResources)
 
 
 def _resources(error: Any) -> str:
-    """Say what a kernel takes and what there is, by Triton's error."""
+    """Return in words what a kernel takes and what the GPU has, from Triton's error."""
     unit = "bytes of " if "memory" in error.name else ""
     return f"{error.required} {unit}{error.name}, and the GPU has {error.limit}"
 
@@ -255,7 +279,7 @@ def _resources(error: Any) -> str:
 def strides(*tensors: torch.Tensor | None) -> list[int]:
     """Return the strides of batch, row and head of tensors [B, T, H, ...], 0 for None.
 
-    The stride of a single batch row is 0, since it is not used: what it is would be another kernel to Triton.
+    A single batch row gets stride 0. Its stride is not used, but Triton would compile a kernel anew for another value.
     """
     return [stride for x in tensors for stride in ((0, 0, 0) if x is None else (_batch_stride(x), *x.stride()[1:3]))]
 
@@ -267,7 +291,7 @@ def _batch_stride(x: torch.Tensor) -> int:
 def aligned(x: torch.Tensor) -> torch.Tensor:
     """Return the tensor itself if it begins at a multiple of 16 bytes, else a copy.
 
-    Triton compiles a kernel anew for pointers that do not, and such a kernel loads less at once.
+    Triton compiles another kernel for other pointers, and that kernel loads less at once.
     """
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
@@ -278,14 +302,14 @@ def unit_stride(x: torch.Tensor) -> torch.Tensor:
 
 
 def contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """Return contiguous and `aligned` tensors, None for None."""
+    """Return the tensors as contiguous and `aligned` ones, None for None."""
     return [None if x is None else aligned(x.contiguous()) for x in tensors]
 
 
 def gate(x: torch.Tensor) -> torch.Tensor:
     """Return a gate [B, T, H, ...] whose batch rows begin at multiples of 16 numbers: itself or a copy.
 
-    Without, every length whose rows begin elsewhere would be another kernel to Triton.
+    Otherwise Triton would compile a kernel anew for lengths whose rows begin elsewhere.
     """
     if _batch_stride(x) % 16 == 0:
         return aligned(x)
@@ -294,20 +318,24 @@ def gate(x: torch.Tensor) -> torch.Tensor:
 
 
 def vectors(like: torch.Tensor, count: int, *shape: int) -> list[torch.Tensor]:
-    """Return memory for vectors of float32, on the device of a tensor.
+    """Return `count` uninitialised float32 tensors of this shape, on the device of `like`.
 
-    Each has its own, which begins where Triton takes it for `aligned`; a part of one for all could begin anywhere.
+    Each has memory of its own, so that it begins where Triton takes it for `aligned`. The parts of one common tensor
+    could begin anywhere.
     """
     return [like.new_empty(shape, dtype=torch.float32) for _ in range(count)]
 
 
 def given(like: torch.Tensor, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    """Return tensors, with an empty one in place of None, as operators return them."""
+    """Return the tensors, with an empty one in place of each None: operators return tensors only."""
     return tuple(like.new_empty(0) if x is None else x for x in tensors)
 
 
 def small_ids(document_ids: torch.Tensor | None) -> torch.Tensor | None:
-    """Return document ids [B, T] as contiguous int32; larger ones are counted anew, since only changes matter."""
+    """Return document ids [B, T] as contiguous int32.
+
+    Ids of int64 may be too large, so they are numbered anew from 0 in each row: only changes matter.
+    """
     if document_ids is None or document_ids.dtype == torch.int32:
         return None if document_ids is None else aligned(document_ids.contiguous())
     changes = document_ids[:, 1:] != document_ids[:, :-1]
@@ -315,14 +343,15 @@ def small_ids(document_ids: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def cover(size: int) -> int:
-    """Return the smallest power of two, at least 16, that covers a head dimension."""
+    """Return the smallest power of two, at least 16, that is no smaller than a head dimension."""
     return max(1 << (size - 1).bit_length(), 16)
 
 
 def fit(block: int, dim: int) -> int:
-    """Return a block of columns that wastes few of them: no larger than `dim` needs.
+    """Return a block of at most `block` columns that wastes few of them on a head dimension.
 
-    It is halved, down to 32, as long as all blocks together then cover fewer columns.
+    The block, a power of two, is no larger than `dim` needs. It is halved, down to 32, as long as all blocks together
+    then cover fewer columns.
     """
     block = min(block, cover(dim))
     while block > 32 and -(-dim // (block // 2)) * (block // 2) < -(-dim // block) * block:
@@ -331,7 +360,7 @@ def fit(block: int, dim: int) -> int:
 
 
 def split_dim(dim: int) -> tuple[int, int]:
-    """Return the powers of two, at least 16, that cover a head dimension; the second is 0 if the first is enough.
+    """Return two powers of two, at least 16, that together cover a head dimension; the second is 0 if one is enough.
 
     48, 80, 96, 144, 160 and 192 waste nothing (32 + 16, 64 + 16, 64 + 32, 128 + 16, 128 + 32, 128 + 64), where one
     power of two would waste up to 60 %; 112, 176 and 240 waste 16 columns, 224 wastes 32 and 208 wastes 48.
@@ -348,7 +377,7 @@ def is_padded(dim: int) -> bool:
 
 
 def dim_constants(dim: int, value_dim: int) -> dict[str, int]:
-    """Return the compile-time arguments that say how both head dimensions are split."""
+    """Return the compile-time arguments that say how `split_dim` splits both head dimensions."""
     main, rest = split_dim(dim)
     value_main, value_rest = split_dim(value_dim)
     return {
@@ -367,8 +396,11 @@ def known_architecture(architecture: int) -> int:
     sm_120 and sm_121 have the matrix instructions and the shared memory of sm_86 and sm_89, so they take its entries;
     sm_87 has the shared memory of sm_80.
 
+    Args:
+        architecture: the GPU's compute capability, times ten.
+
     Raises:
-        UnsupportedDevice: all are newer.
+        UnsupportedDevice: all entries are for newer architectures.
     """
     if architecture < min(TUNED):
         raise UnsupportedDevice(
@@ -381,7 +413,7 @@ def known_architecture(architecture: int) -> int:
 
 
 def with_tiles_of(architecture: int) -> int:
-    """Return the architecture whose narrower entries hold for one with entries: sm_86 takes those of sm_80."""
+    """Return the architecture whose narrower entries an architecture of the table takes: for sm_86 those of sm_80."""
     return 80 if architecture == 86 else architecture
 
 
@@ -394,19 +426,19 @@ def architecture_of(device: torch.device) -> int:
 
 @functools.cache
 def processors_of(device: torch.device) -> int:
-    """Return how many multiprocessors a CUDA device has, each of which runs a program."""
+    """Return how many multiprocessors a CUDA device has; each runs one program at least."""
     count: int = torch.cuda.get_device_properties(device).multi_processor_count
     return count
 
 
 def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Make the device of a tensor the current one; Triton launches on that."""
+    """Return a context in which the tensor's device is the current one, since Triton launches on that."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def replaced(table: dict[str, Value], key: str, value: Value) -> Iterator[None]:
-    """Put a value into a table while the context lasts."""
+    """Put a value into a table while the context lasts, and the former value back afterwards."""
     before = table.get(key)
     table[key] = value
     try:

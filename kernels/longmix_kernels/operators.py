@@ -1,10 +1,10 @@
-"""Registering an engine's forward and backward as torch operators, so that autograd and torch.compile see two nodes.
+"""Register an engine's forward and backward as torch operators, so that autograd and torch.compile see two nodes.
 
-torch's `FlopCounterMode` counts these nodes: the products of their mathematics, not of how they are tiled. A forward
-counts two operations for each multiply-add of a score, a value, an update or a reading of a state; a backward counts
-twice its forward, and nothing that is computed again. So a count does not depend on backend or chunk size, and is what
-the mixers' own `flops` say: exactly where positions decide what a token sees, and by the pairs that there are where
-content does. Bounds are read for that, which waits for the device; fake tensors count as plain causal rows.
+torch's `FlopCounterMode` counts these nodes by their mathematics, not by how a backend tiles them. A forward counts two
+operations for each multiply-add of a score, a value, an update or a reading of a state. A backward counts twice its
+forward, and nothing for what it computes again. So a count depends on neither backend nor chunk size. Where positions
+decide what a token sees, it equals what the mixers' own `flops` say; where content decides, it counts the pairs of the
+call at hand. The count reads bounds, which waits for the device. Fake tensors count as plain causal rows.
 """
 
 import importlib
@@ -23,11 +23,11 @@ Function = Callable[..., Tensors]
 
 
 class Inputs:
-    """What an engine's implementations get: a frozen dataclass of tensors and numbers, in the order of the operator."""
+    """The arguments of one call: a frozen dataclass of tensors and numbers, in the order that the operator has them."""
 
     @classmethod
     def schema(cls) -> str:
-        """Return how the inputs pass through a torch operator."""
+        """Return the argument list of the torch operator, as torch's schemas write it."""
         hints = get_type_hints(cls)
         return ", ".join(
             f"{_SCHEMA_TYPES[hints[field.name]]} {field.name}{'=None' if field.default is None else ''}"
@@ -35,12 +35,12 @@ class Inputs:
         )
 
     def flat(self) -> tuple[Any, ...]:
-        """Return the arguments that `schema` names."""
+        """Return the values of the arguments that `schema` names, in its order."""
         return tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
 
     @classmethod
     def of(cls, flat: Iterable[Any]) -> Self:
-        """Return the inputs that `flat` gave."""
+        """Return the inputs of which `flat` returned these values."""
         return cls(*flat)
 
 
@@ -58,7 +58,10 @@ _SCHEMA_TYPES: dict[Any, str] = {
 
 
 def deferred(path: str) -> Function:
-    """Return a function by its dotted path, whose module is imported when it is called: importing Triton takes long."""
+    """Return a function that calls another one, which is given by its dotted path.
+
+    A call imports the module, not before, since importing Triton takes long.
+    """
     module, _, name = path.rpartition(".")
 
     def call(*arguments: Any) -> Tensors:
@@ -68,7 +71,17 @@ def deferred(path: str) -> Function:
 
 
 def implementation(engine: str, name: str, inputs: type[AnyInputs], **options: Any) -> Callable[[AnyInputs], Tensors]:
-    """Register the "blocked" or "triton" functions of an engine by their names; see `differentiable` for `options`."""
+    """Register an engine's "blocked" or "triton" forward and backward, and return a function that calls the forward.
+
+    Both functions have fixed names: `blocked_forward` and `blocked_backward` are in the engine's module `blocked`, and
+    `triton_forward` and `triton_backward` each in the module of its name.
+
+    Args:
+        engine: the engine's package.
+        name: "blocked" or "triton".
+        inputs: the class of the inputs.
+        options: the other arguments of `differentiable`.
+    """
     forward, backward = (f"{name}{direction if name == 'triton' else ''}" for direction in ("_forward", "_backward"))
     return differentiable(
         f"longmix::{engine}_{name}",
@@ -96,12 +109,12 @@ def differentiable(
     """Register `operator` and `operator`_backward, both with autocast off, and return a function that calls the first.
 
     Args:
-        operator: name with namespace.
-        inputs: their class; the first is the tensor whose device counts.
+        operator: the operator's name with its namespace, such as "longmix::delta_blocked".
+        inputs: the class of the inputs; its first field is the tensor whose device decides.
         forward: computes the results from the inputs.
-        backward: computes the gradients of the first `outgoing` inputs, in their shapes and dtypes, an empty tensor for
-            an input that is None. It gets the inputs, then the gradients of the first `incoming` results, None for zero
-            but in the first place, then the saved results.
+        backward: computes the gradients of the first `outgoing` inputs, in their shapes and dtypes; it returns an empty
+            tensor for an input that is None. It gets the inputs, the gradients of the first `incoming` results, and the
+            saved results. None stands for a gradient of zero, except for the first result.
         empty: makes the results without computing them.
         results: how many tensors the forward returns.
         incoming: how many results have a gradient; they come first.
@@ -146,7 +159,7 @@ def differentiable(
         ctx.set_materialize_grads(False)
 
     def differentiate(ctx: Any, *grads: torch.Tensor | None) -> tuple:
-        kept = ctx.saved_tensors  # activation checkpointing hands these out once
+        kept = ctx.saved_tensors  # read once, since activation checkpointing hands them out only once
         results, tensors = kept[: len(saved)], kept[len(saved) :]
         flat = list(ctx.others)
         for index, x in zip(ctx.places, tensors, strict=True):
@@ -162,7 +175,7 @@ def differentiable(
 
 
 def _count(operator: str, formula: Callable[..., int], before_inputs: int) -> None:
-    """Let torch count an operator and its backward, the inputs of which come after `before_inputs` others."""
+    """Let torch count an operator and its backward. In the backward, `before_inputs` arguments precede the inputs."""
     namespace, name = operator.split("::")
     operators = getattr(torch.ops, namespace)
 

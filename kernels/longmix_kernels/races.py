@@ -1,9 +1,9 @@
-"""Whether one warp of a compiled kernel may overwrite what another has yet to load, read from its PTX.
+"""Find out from a kernel's PTX whether one warp may overwrite what another warp has yet to load.
 
-Warps run apart between barriers, and Triton lets several warps load an element that one of them stores. So between a
-load and a store through one pointer argument all warps must meet: at `bar.sync`, for copies to shared memory (cp.async)
-after they were waited for. Addresses are not compared: a kernel that overwrites other elements than it loads, through
-one argument and without a barrier, is found as well.
+Warps run independently between barriers, and Triton lets several warps load an element that one of them stores. So all
+warps must meet at `bar.sync` between a load and a store through one pointer argument. A copy to shared memory
+(cp.async) must also have been waited for before they meet. Addresses are not compared: a kernel that overwrites other
+elements than it loads, through one argument and without a barrier, is found as well.
 """
 
 import re
@@ -17,11 +17,11 @@ _REGISTER = re.compile(r"%rd\d+")
 
 
 class _Access(NamedTuple):
-    """Something that is loaded and not yet seen by all warps.
+    """A load that some warp may not have finished.
 
     Attributes:
         argument: the place of the pointer argument.
-        copied: whether it is a copy to shared memory that has not been waited for.
+        copied: whether the load is a copy to shared memory that has not been waited for.
     """
 
     argument: int
@@ -30,7 +30,13 @@ class _Access(NamedTuple):
 
 @dataclass
 class _Block:
-    """Instructions without jumps between them, and where they lead."""
+    """Instructions without a jump between them, and the blocks that may come next.
+
+    Attributes:
+        instructions: in the order of the code.
+        targets: labels that the block may jump to.
+        falls: whether the next block of the code may follow.
+    """
 
     instructions: list[str] = field(default_factory=list)
     targets: list[str] = field(default_factory=list)
@@ -38,10 +44,10 @@ class _Block:
 
 
 def unordered_stores(ptx: str) -> list[int]:
-    """Return places of pointer arguments that one warp may store to before another has loaded from them.
+    """Return the places of pointer arguments that one warp may store to before another has loaded from them.
 
     Args:
-        ptx: of one kernel.
+        ptx: the code of one kernel.
     """
     blocks = _blocks(ptx)
     origins = _origins(ptx)
@@ -65,7 +71,11 @@ def unordered_stores(ptx: str) -> list[int]:
 
 
 def in_place(ptx: str) -> list[int]:
-    """Return places of pointer arguments that a kernel both loads from and stores to."""
+    """Return the places of pointer arguments that a kernel both loads from and stores to.
+
+    Args:
+        ptx: the code of one kernel.
+    """
     origins = _origins(ptx)
     accesses: dict[bool, set[int]] = {True: set(), False: set()}
     for instruction in _instructions(ptx):
@@ -78,7 +88,14 @@ def in_place(ptx: str) -> list[int]:
 def _through(
     block: _Block, before: frozenset[_Access], origins: dict[str, set[int]], found: set[int]
 ) -> frozenset[_Access]:
-    """What is loaded and not seen by all warps after a block; add to `found` what it stores to nevertheless."""
+    """Return the loads that may be unfinished after a block; add to `found` the arguments that it stores to too early.
+
+    Args:
+        block: the block.
+        before: the loads that may be unfinished before it.
+        origins: the arguments that each register comes from.
+        found: the arguments found so far.
+    """
     pending = set(before)
     for instruction in block.instructions:
         if re.search(r"\b(bar|barrier)\.sync\b", instruction):
@@ -95,12 +112,15 @@ def _through(
 
 
 def _arguments(instruction: str, origins: dict[str, set[int]]) -> set[int]:
-    """Places of the arguments that the address in global memory comes from; the last one, if there are two."""
+    """Return the places of the arguments that an instruction's address in global memory comes from.
+
+    A copy to shared memory has two addresses; the last one is in global memory.
+    """
     return set().union(*(origins.get(register, set()) for register in _ADDRESS.findall(instruction)[-1:]))
 
 
 def _origins(ptx: str) -> dict[str, set[int]]:
-    """For each 64-bit register the places of the arguments that it was computed from, whatever the path."""
+    """Return for each 64-bit register the places of the arguments that it is computed from, on any path."""
     origins: dict[str, set[int]] = {}
     sources: list[tuple[str, list[str]]] = []
     for instruction in _instructions(ptx):
@@ -123,7 +143,7 @@ def _origins(ptx: str) -> dict[str, set[int]]:
 
 
 def _blocks(ptx: str) -> dict[str, _Block]:
-    """The kernel's blocks by label, in the order in which they stand."""
+    """Return the kernel's blocks by label, in the order of the code."""
     blocks = {"": _Block()}
     block, split = blocks[""], 0
     for instruction in _instructions(ptx):
@@ -145,7 +165,7 @@ def _blocks(ptx: str) -> dict[str, _Block]:
 
 
 def _instructions(ptx: str) -> Iterator[str]:
-    """Labels, with a colon, and instructions, with one space between words and no semicolon."""
+    """Yield labels with a colon, and instructions with one space between words and no semicolon."""
     for line in re.sub(r"//.*|/\*.*?\*/", "", ptx).splitlines():
         for part in line.split(";"):
             instruction = " ".join(part.split()).strip("{} ") if part.strip() in "{}" else " ".join(part.split())

@@ -1,9 +1,9 @@
-"""What the kernels compile to, and what calls cost, without a GPU: `python -m longmix_kernels.report [ENGINE]`.
+"""Report what the kernels compile to and what calls cost, without a GPU: `python -m longmix_kernels.report [ENGINE]`.
 
-Each kernel is compiled ahead of time for each architecture of its launch table. One that spills, uses stack, wants more
-shared memory than there is, or misses `wgmma` on sm_90 where its tiles have the rows for it, makes the command exit
-with 1. Costs are *estimates*, not measurements: operations and bytes of the engines' `cost`, and the least time that
-they take at the peak rates of an H200.
+The command compiles each kernel ahead of time for each architecture. It exits with 1 if a kernel has a fault: it
+spills, uses stack, wants more shared memory than there is, stores without a barrier what another warp has yet to load,
+or misses `wgmma` on sm_90 where its tiles have the rows for it. Costs are *estimates*, not measurements: operations and
+bytes of the engines' `cost`, and the least time that they take at the peak rates of an H200.
 """
 
 import argparse
@@ -19,11 +19,17 @@ from longmix_kernels.accelerators import ARCHITECTURES
 from longmix_kernels.aot import DTYPES
 
 ENGINES = ("attention", "linear", "delta", "scatter")
-"""Their `report` has `add_options`, `builds`, `costs` and `NOTE`, which says in what setting costs are given."""
+"""The engines. The `report` module of each has `add_options`, `builds`, `costs`, and `NOTE`, which names the setting
+that costs are for.
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compile, print the tables, and return 1 if a kernel has a fault."""
+    """Compile the kernels, print the tables, and return the exit code: 1 if a kernel has a fault, else 0.
+
+    Args:
+        arguments: the words of the command line; None for those of this process.
+    """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments or arguments[0] not in ENGINES:
         return _report(ENGINES, arguments)
@@ -67,7 +73,11 @@ def _report(engines: Sequence[str], arguments: Sequence[str]) -> int:
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Lay records out in aligned columns, under their names."""
+    """Return records as text in aligned columns, with the names of the first record's fields above.
+
+    Args:
+        rows: at least one record; all have the same fields in the same order.
+    """
 
     def text(x: Any) -> str:
         if isinstance(x, bool):
@@ -87,11 +97,11 @@ def read_pairs(
     """Read the pairs of an option, such as "64/128", as pairs of numbers; anything else ends the command.
 
     Args:
-        parser: of the command.
+        parser: the command's parser, which reports the error.
         option: the option's name.
-        given: its words.
-        example: a pair for the message.
-        most: the largest of both numbers; 0 for any.
+        given: the words that the option got.
+        example: a pair that the message shows.
+        most: the largest allowed first and second number; 0 for no limit.
     """
     found = [re.fullmatch(r"(\d+)/(\d+)", pair) for pair in given]
     read = [(int(pair[1]), int(pair[2])) for pair in found if pair is not None]

@@ -1,4 +1,4 @@
-"""Choosing the implementation that runs an engine call; shared by all engines. Triton is imported only if asked for."""
+"""Choose the implementation that runs a call, for all engines. Triton is imported only where a call asks for it."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""What the engines take."""
+"""The dtypes that the engines take."""
 
 
 class UnsupportedDevice(ValueError):
@@ -15,15 +15,15 @@ class UnsupportedDevice(ValueError):
 
 
 _assumed: str | None = None
-"""The type of device that tensors count as being on; None for the one they are on."""
+"""The type of device that every tensor counts as being on; None if each counts as being where it is."""
 
 
 @contextlib.contextmanager
 def assumed_device(kind: str) -> Iterator[None]:
-    """Let fake tensors stand for those of a device that is not there, so that calls are planned as they would run.
+    """Let fake tensors count as being on another type of device, so that calls are planned as they would run there.
 
     Args:
-        kind: "cuda" or "cpu".
+        kind: the type of device, "cuda" or "cpu".
     """
     global _assumed
     before, _assumed = _assumed, kind
@@ -34,7 +34,7 @@ def assumed_device(kind: str) -> Iterator[None]:
 
 
 def device_kind(device: torch.device) -> str:
-    """The type of device that tensors on `device` count as being on, such as "cuda"."""
+    """Return the type of device that tensors on `device` count as being on, such as "cuda"."""
     return _assumed or device.type
 
 
@@ -69,9 +69,13 @@ def backend_of_call(backend: str | None, implemented: tuple[str, ...], max_dim: 
     """Return the name of the implementation that runs a call: `choose_backend`, but Triton only where it covers it.
 
     Args:
-        backend, implemented: see `choose_backend`.
-        max_dim: largest head dimension of the Triton kernels.
-        tensors: [B, T, H, D] by name; where they are decides too.
+        backend: the caller's wish; None leaves the choice to the device and the tensors.
+        implemented: the names the engine offers.
+        max_dim: the largest head dimension of the Triton kernels.
+        tensors: the tensors [B, T, H, D] of the call by name; the device of the first decides.
+
+    Returns:
+        The wish itself, or for None "triton" where it covers the call on a CUDA device, and "blocked" elsewhere.
 
     Raises:
         ValueError: `backend` is not offered, or is "triton" and cannot run the call.
@@ -89,7 +93,12 @@ def backend_of_call(backend: str | None, implemented: tuple[str, ...], max_dim: 
 
 
 def triton_limits(max_dim: int, **tensors: torch.Tensor) -> str | None:
-    """Say which of the tensors [B, T, H, D] Triton kernels do not cover, and why; None if they cover all."""
+    """Return which of the tensors [B, T, H, D] the Triton kernels do not cover, and why; None if they cover all.
+
+    Args:
+        max_dim: the largest head dimension of the Triton kernels.
+        tensors: the tensors by name.
+    """
     for name, x in tensors.items():
         if x.dtype == torch.float64:
             return f"{name} of dtype torch.float64; allowed are torch.float16, torch.bfloat16 and torch.float32"
@@ -99,7 +108,7 @@ def triton_limits(max_dim: int, **tensors: torch.Tensor) -> str | None:
 
 
 def is_readable(x: torch.Tensor) -> bool:
-    """Say whether values can be looked at for nothing: on the CPU, outside of compilation, and if there are any."""
+    """Say whether reading values costs no wait: the tensor has values, on the CPU, and nothing is being compiled."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
 
 
@@ -109,21 +118,31 @@ def has_values(x: torch.Tensor) -> bool:
 
 
 def check_device(name: str, x: torch.Tensor, query: torch.Tensor) -> None:
-    """Check that a tensor is where the query is.
+    """Check that a tensor is on the device of the query.
+
+    Args:
+        name: the tensor's name, for the message.
+        x: the tensor.
+        query: the query.
 
     Raises:
-        ValueError: it is not.
+        ValueError: the tensor is on another device.
     """
     if x.device != query.device:
         raise ValueError(f"{name} is on {x.device}; allowed is {query.device}, where query is")
 
 
 def check_chunks(query: torch.Tensor, document_ids: torch.Tensor | None, chunk_size: int | None) -> None:
-    """Check what a chunked recurrence over query [B, T, H, D] is told of documents and chunks.
+    """Check the document ids and the chunk size of a chunked recurrence.
+
+    Args:
+        query: [B, T, H, D].
+        document_ids: int32 or int64 [B, T], non-decreasing along T, or None.
+        chunk_size: a power of two from 16 on, or None.
 
     Raises:
-        ValueError: ids that are no integers [B, T], that decrease (read on the CPU only) or are elsewhere; a chunk size
-            that is no power of two from 16 on.
+        ValueError: an argument is something else, or the ids are on another device than the query. The order of the
+            ids is read on the CPU only.
     """
     if document_ids is not None:
         if document_ids.shape != query.shape[:2] or document_ids.dtype not in (torch.int32, torch.int64):
@@ -151,7 +170,7 @@ def check_triton_device(device: torch.device) -> None:
 
 
 def _triton_is_interpreted() -> bool:
-    """Say whether kernels are defined for the interpreter; Triton decides that when a kernel is defined."""
+    """Say whether Triton defines kernels for its interpreter, which it decides when it defines a kernel."""
     try:
         import triton
     except ImportError:

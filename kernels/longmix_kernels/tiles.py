@@ -1,8 +1,8 @@
-"""What the Triton kernels of all engines do with a tile: which one a program is for, loads, stores and products.
+"""Operations of the Triton kernels of all engines on tiles: which tile a program takes, loads, stores and products.
 
-A tile is some rows of one head's matrix [T, WIDTH]; a block is a part of a contiguous matrix, such as a state. Rows are
-masked everywhere, since with chunks most tiles lie on an edge; columns are masked only where a tile reaches past the
-true dimension. This module imports Triton, so only modules named `triton_*` import it.
+A tile is some rows of one head's matrix [T, WIDTH]; a block is a part of a contiguous matrix, such as a state. Loads
+and stores mask rows everywhere, since with chunks most tiles lie on an edge. They mask columns only where a tile
+reaches past the true dimension. This module imports Triton, so only modules named `triton_*` import it.
 """
 
 import triton
@@ -11,16 +11,17 @@ import triton.language as tl
 
 @triton.jit
 def program_head(tiles, heads):
-    """Which of `tiles` tiles, which batch row and which of `heads` heads a program is for; the last two in int64."""
+    """Return the tile (of `tiles`), the batch row and the head (of `heads`) of this program; the last two in int64."""
     program = tl.program_id(0)
     return program % tiles, (program // tiles // heads).to(tl.int64), (program // tiles % heads).to(tl.int64)
 
 
 @triton.jit
 def tile_places(matrix, start, stride_row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Pointers [ROWS, COLUMNS] into a head's matrix [T, ..], from row `start` and from `column` on.
+    """Return pointers [ROWS, COLUMNS] into a head's matrix [T, ..], from row `start` and from `column` on.
 
-    A row's offset needs int64. One per row costs fewer registers than offsets in int32 from the tile's first number.
+    The offset of a row needs int64. One such offset per row costs fewer registers than int32 offsets of all numbers
+    from the tile's first one.
     """
     rows = (start + tl.arange(0, ROWS)).to(tl.int64)
     return matrix + rows[:, None] * stride_row + (column + tl.arange(0, COLUMNS))[None, :]
@@ -28,7 +29,7 @@ def tile_places(matrix, start, stride_row, column, ROWS: tl.constexpr, COLUMNS: 
 
 @triton.jit
 def tile_mask(there, column, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
-    """Which of [rows, COLUMNS] from `column` on exist, in rows that are there and columns below `WIDTH`."""
+    """Return which numbers of a tile [rows, COLUMNS] exist: in rows that are `there` and in columns below `WIDTH`."""
     mask = there[:, None]
     if WIDTH % COLUMNS != 0:
         mask = mask & (column + tl.arange(0, COLUMNS) < WIDTH)[None, :]
@@ -37,7 +38,7 @@ def tile_mask(there, column, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def load_tile(matrix, start, there, stride_row, column, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
-    """Load [rows, COLUMNS] of a head's matrix [T, WIDTH], see `tile_places`; zero where `tile_mask` says."""
+    """Load [rows, COLUMNS] of a head's matrix [T, WIDTH] from `tile_places`, and zero where `tile_mask` is false."""
     places = tile_places(matrix, start, stride_row, column, there.shape[0], COLUMNS)
     return tl.load(places, mask=tile_mask(there, column, COLUMNS, WIDTH), other=0.0)
 

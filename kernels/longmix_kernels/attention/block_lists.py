@@ -1,4 +1,4 @@
-"""Fixed causal block-sparse patterns (sink and local, stripe, butterfly) as lists of blocks."""
+"""Make lists of blocks for fixed causal block-sparse patterns: sink and local, stripe, butterfly."""
 
 import torch
 
@@ -6,11 +6,11 @@ from longmix_kernels.attention.pattern import BlockList
 
 
 def block_list(mask: torch.Tensor, size: int) -> BlockList:
-    """Turn a mask of blocks into lists.
+    """Return the lists of a mask of blocks.
 
     Args:
         mask: bool [blocks, blocks], whether a row block (first axis) sees a key block.
-        size: rows, and keys, of a block; a power of two, at least 16.
+        size: how many rows, and how many keys, a block has; a power of two, at least 16.
 
     Raises:
         ValueError: `mask` is no square, or `size` is not allowed.
@@ -25,14 +25,19 @@ def block_list(mask: torch.Tensor, size: int) -> BlockList:
 def sink_and_local_blocks(
     length: int, size: int, *, sink: int, local: int, device: torch.device | str | None = None
 ) -> BlockList:
-    """The first `sink` blocks, and the last `local` ones up to a row's own (Xiao et al. 2024, arXiv 2309.17453).
+    """Return lists in which a row sees the first `sink` blocks and the last `local` ones up to its own.
+
+    Source: Xiao et al. 2024, arXiv 2309.17453.
 
     Args:
-        length: keys that the blocks have to cover, Tk.
-        size: rows, and keys, of a block.
-        sink: blocks at the beginning that every row sees.
-        local: blocks up to a row's own, that included.
-        device: where to put the lists.
+        length: how many keys the blocks have to cover, Tk.
+        size: how many rows, and how many keys, a block has; a power of two, at least 16.
+        sink: how many blocks at the beginning every row sees, from 0 on.
+        local: how many blocks up to its own a row sees, its own included.
+        device: the device of the lists.
+
+    Raises:
+        ValueError: a number is not allowed.
     """
     row, key = _blocks(length, size, device, local=local, sink=sink)
     return block_list((key <= row) & ((key < sink) | (row - key < local)), size)
@@ -41,20 +46,33 @@ def sink_and_local_blocks(
 def stripe_blocks(
     length: int, size: int, *, local: int, stride: int, device: torch.device | str | None = None
 ) -> BlockList:
-    """The last `local` blocks up to a row's own, and every `stride`-th block (Child et al. 2019, arXiv 1904.10509).
+    """Return lists in which a row sees the last `local` blocks up to its own, and every `stride`-th block before.
+
+    Source: Child et al. 2019, arXiv 1904.10509.
 
     Args:
         length, size, local, device: as in `sink_and_local_blocks`.
-        stride: blocks from one stripe to the next; the stripes are the last block of each group of `stride`.
+        stride: how many blocks there are from one stripe to the next; a stripe is the last block of each group of
+            `stride`.
+
+    Raises:
+        ValueError: a number is not allowed.
     """
     row, key = _blocks(length, size, device, local=local, stride=stride)
     return block_list((key <= row) & ((key % stride == stride - 1) | (row - key < local)), size)
 
 
 def butterfly_blocks(length: int, size: int, *, device: torch.device | str | None = None) -> BlockList:
-    """A row's own block and those 1, 2, 4, 8, ... blocks before it: log2(blocks) + 1 of them at most.
+    """Return lists in which a row sees its own block and those 1, 2, 4, 8, ... blocks before it.
 
-    The causal half of the butterfly of FlashAttention's block-sparse variant (Dao et al. 2022, arXiv 2205.14135).
+    These are log2(blocks) + 1 blocks at most: the causal half of the butterfly of FlashAttention's block-sparse variant
+    (Dao et al. 2022, arXiv 2205.14135).
+
+    Args:
+        length, size, device: as in `sink_and_local_blocks`.
+
+    Raises:
+        ValueError: a number is not allowed.
     """
     row, key = _blocks(length, size, device)
     distance = row - key
@@ -64,7 +82,7 @@ def butterfly_blocks(length: int, size: int, *, device: torch.device | str | Non
 def _blocks(
     length: int, size: int, device: torch.device | str | None, **at_least_one: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numbers of row blocks [n, 1] and key blocks [1, n]."""
+    """Return the numbers of row blocks [n, 1] and of key blocks [1, n], and check the arguments."""
     for name, number in {"length": length, **at_least_one}.items():
         least = 0 if name == "sink" else 1
         if number < least:
@@ -74,7 +92,7 @@ def _blocks(
 
 
 def _lists(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Offsets and ascending column numbers of each row of a mask."""
+    """Return the offsets and the ascending column numbers of the rows of a mask."""
     offsets = torch.zeros(mask.shape[0] + 1, dtype=torch.int32, device=mask.device)
     offsets[1:] = mask.sum(1).cumsum(0)
     return offsets, mask.nonzero()[:, 1].int()

@@ -1,15 +1,15 @@
-"""Bounded attention tile by tile, in memory linear in the length (FlashAttention-2, Dao 2023, in torch operations).
+"""Compute bounded attention tile by tile, in memory linear in the length (FlashAttention-2, Dao 2023, in torch).
 
-Forward: each tile of query rows goes through the panels of keys it sees; panels are merged through their logsumexp.
-Backward: the weights are recomputed from the logsumexp L, panel by panel and independently of each other:
+Forward, each tile of query rows goes through the panels of keys it sees, and panels are merged through their logsumexp.
+Backward, each panel recomputes its weights from the logsumexp L, independently of the others:
 
     P = exp(S - L)    dV = P^T dO    dS = P * (dO V^T - delta)    dQ = scale dS K    dK = scale dS^T Q
     delta_i = o_i . dO_i - dL_i
 
-The gradient dL of the logsumexp therefore costs nothing but the subtraction; here it rides as one more value column
-(v = 0, dO = 1, o = -dL), so that panels need not know of it.
+The gradient dL of the logsumexp costs one subtraction. Here it is one more value column (v = 0, dO = 1, o = -dL), so
+that panels need not know of it.
 
-Batch rows and heads with equal bounds go through one panel together; those whose bounds differ take turns.
+Batch rows and heads with equal bounds go through a panel together; those whose bounds differ take turns.
 """
 
 from collections.abc import Iterator
@@ -29,9 +29,11 @@ _MASKS_KEPT = 16
 
 
 def blocked_forward(inputs: Inputs, math: PanelMath | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the output [B, Tq, Hq, Dv] and the logsumexp [B, Tq, Hq]; the pattern has bounds.
+    """Return the output [B, Tq, Hq, Dv] and the logsumexp [B, Tq, Hq].
 
-    `math` overrides how a panel is computed.
+    Args:
+        inputs: the call; its pattern must have bounds.
+        math: how to compute a panel; None for what suits the device.
     """
     query, key, value, pattern, scale = inputs.query, inputs.key, inputs.value, inputs.pattern, inputs.scale
     math = math or panel_math(query.device)
@@ -72,9 +74,9 @@ def blocked_backward(
     """Return the gradients of query, key and value, in their shapes and dtypes.
 
     Args:
-        inputs, math: as in the forward.
+        inputs, math: as in `blocked_forward`.
         grad_output: [B, Tq, Hq, Dv].
-        grad_logsumexp: [B, Tq, Hq], or None for zero; what it holds for rows that see nothing is not looked at.
+        grad_logsumexp: [B, Tq, Hq], or None for zero; its values in rows that see nothing are not used.
         output, logsumexp: what the forward returned.
     """
     query, key, value, pattern, scale = inputs.query, inputs.key, inputs.value, inputs.pattern, inputs.scale
@@ -122,8 +124,14 @@ def blocked_backward(
 class _Group:
     """Batch rows and heads that share their bounds, and the views [X, Y, T, ...] in which panels see them.
 
-    X and Y are batch and head; or, where several query heads read one key head, key head and query head within it for
-    one batch row at a time, so that keys expand along Y without a copy.
+    X and Y are batch and head. Where several query heads read one key head, they are key head and query head within it,
+    for one batch row at a time, so that keys expand along Y without a copy.
+
+    Attributes:
+        lo, hi: int32 [Tq], the shared bounds, on the CPU.
+        batch: the batch rows.
+        heads: the query heads.
+        key_heads: the key heads that these read.
     """
 
     lo: torch.Tensor
@@ -133,38 +141,38 @@ class _Group:
     key_heads: slice
 
     def query_rows(self, x: torch.Tensor) -> torch.Tensor:
-        """View [B, Tq, Hq, ...] as [X, Y, Tq, ...]."""
+        """Return [B, Tq, Hq, ...] as a view [X, Y, Tq, ...]."""
         x = x[self.batch, :, self.heads].transpose(1, 2)
         return x[0].unflatten(0, (_length(self.key_heads), -1)) if self.grouped() else x
 
     def key_rows(self, x: torch.Tensor) -> torch.Tensor:
-        """View [B, Tk, Hkv, D] as [X, 1 or Y, Tk, D]."""
+        """Return [B, Tk, Hkv, D] as a view [X, 1 or Y, Tk, D]."""
         x = x[self.batch, :, self.key_heads].transpose(1, 2)
         return x[0].unsqueeze(1) if self.grouped() else x
 
     def bounds(self, rows: slice, keys: slice) -> tuple[int, ...]:
-        """Bounds of some rows relative to the first of some keys and cut off at them: all `lo`, then all `hi`."""
+        """Return the bounds of some rows relative to some keys, and cut off at these: all `lo`, then all `hi`."""
         bounds = torch.stack([self.lo[rows], self.hi[rows]]).sub_(keys.start).clamp_(0, _length(keys))
         return tuple(bounds.flatten().tolist())
 
     def grouped(self) -> bool:
-        """Whether several query heads read one key head."""
+        """Say whether several query heads read one key head."""
         return _length(self.heads) > _length(self.key_heads)
 
 
 class _Plan:
-    """What a call computes: groups of heads, the tiles of each, and what is added to the scores of each panel."""
+    """The plan of a call: the groups of heads, the tiles of each group, and the mask of each panel."""
 
     def __init__(self, pattern: Pattern, query: torch.Tensor, key: torch.Tensor, math: PanelMath) -> None:
         self.pattern, self.math, self.like = pattern, math, query
         self.lo, self.hi = (x.cpu() for x in torch.broadcast_tensors(*pattern.bounds()))
         self.batch, self.queries, self.heads, _ = query.shape
         self.keys, self.key_heads = key.shape[1:3]
-        # The latest masks by bounds; a dict, because a cached method would keep this plan and its tensors alive.
+        # The latest masks by bounds, in a dict, because a cached method would keep this plan and its tensors alive.
         self._masks: dict[tuple[tuple[int, ...], int], tuple[torch.Tensor, torch.Tensor | None]] = {}
 
     def groups(self) -> Iterator[_Group]:
-        """Split batch rows and heads into groups with equal bounds, as large as the views allow."""
+        """Yield groups of batch rows and heads with equal bounds, as large as the views allow."""
         lo, hi, per_key_head = self.lo, self.hi, self.heads // self.key_heads
         together = per_key_head == 1 and _all_equal(lo, hi)
         for rows in [slice(0, self.batch)] if together else [slice(b, b + 1) for b in range(self.batch)]:
@@ -186,7 +194,10 @@ class _Plan:
         return _Group(self.lo[row, head], self.hi[row, head], rows, heads, read)
 
     def turns(self, group: _Group) -> Iterator[tuple[Tile, int]]:
-        """Tiles of a group, and which of X to take: repetitions go through a panel together, one of X at a time."""
+        """Yield each tile of a group, and which of X to take.
+
+        A tile takes all of X at once. The repetitions of a tile go through a panel together, for one of X at a time.
+        """
         outer = _length(group.key_heads if group.grouped() else group.batch)
         for tile in self._tiles(group, _length(group.batch) * _length(group.heads)):
             for turn in range(1 if tile.repeats == 1 else outer):
@@ -204,9 +215,10 @@ class _Plan:
     def mask(
         self, group: _Group, tile: Tile, panel: Panel, turn: int
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """What to add to a panel's scores [rows, keys] or [X, Y, rows, keys], and which rows [rows] see nothing.
+        """Return what to add to a panel's scores, and which of its rows see nothing.
 
-        None stands for nothing to add and for no such row.
+        The first is [rows, keys] or [X, Y, rows, keys], or None if there is nothing to add. The second is [rows], or
+        None if every row sees a key.
         """
         hidden, empty = None, None
         if panel.kind == "masked":
@@ -217,7 +229,10 @@ class _Plan:
         return bias if hidden is None else bias.add_(hidden), empty
 
     def _visibility(self, bounds: tuple[int, ...], keys: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """0 or -inf for each row and key; regular bounds need the same few over and over."""
+        """Return 0 or -inf for each row and key, and which rows see nothing; None if each sees a key.
+
+        The latest results are kept, since regular bounds need the same few again and again.
+        """
         if (bounds, keys) not in self._masks:
             if len(self._masks) == _MASKS_KEPT:
                 del self._masks[next(iter(self._masks))]
@@ -238,7 +253,7 @@ class _Plan:
 
     @cached_property
     def _alibi_rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Slope and position of each row [B, Tq, Hq], and the position of each key [B, Tk, Hkv, 1]."""
+        """Return the slope and the position of each row, [B, Tq, Hq], and the position of each key, [B, Tk, Hkv, 1]."""
         pattern, like = self.pattern, self.like
         assert pattern.alibi_slopes is not None
         row, column = (torch.arange(n, device=like.device)[None, None] for n in (self.queries, self.keys))
@@ -251,7 +266,10 @@ class _Plan:
 
 
 def _rows(x: torch.Tensor, tile: Tile, turn: int) -> torch.Tensor:
-    """View the rows of a tile in [X, Y, Tq, ...] as [X, Y, rows, ...], or if repeated as [Y, repeats, rows, ...]."""
+    """Return the rows of a tile in [X, Y, Tq, ...] as a view [X, Y, rows, ...].
+
+    If the tile is repeated, the view is [Y, repeats, rows, ...].
+    """
     if tile.repeats == 1:
         return x[:, :, tile.rows]
     height = _length(tile.rows)
@@ -260,7 +278,10 @@ def _rows(x: torch.Tensor, tile: Tile, turn: int) -> torch.Tensor:
 
 
 def _keys(x: torch.Tensor, tile: Tile, keys: slice, turn: int) -> torch.Tensor:
-    """View keys in [X, Y, Tk, D] as [X, Y, keys, D], or if repeated, shifted by a tile each, [Y, repeats, keys, D]."""
+    """Return some keys in [X, Y, Tk, D] as a view [X, Y, keys, D].
+
+    If the tile is repeated, the view is [Y, repeats, keys, D]; the next repetition begins a tile's rows further right.
+    """
     if tile.repeats == 1:
         return x[:, :, keys]
     height = _length(tile.rows)
@@ -271,7 +292,8 @@ def _keys(x: torch.Tensor, tile: Tile, keys: slice, turn: int) -> torch.Tensor:
 def _add_to_keys(total: torch.Tensor, part: torch.Tensor, tile: Tile, keys: slice, turn: int) -> None:
     """Add the gradient of a panel's keys to that of all keys [X, 1 or Y, Tk, D].
 
-    Repetitions overlap in their keys, but not within as many keys as they are apart.
+    Repetitions share keys, so one addition may take only as many keys as repetitions are apart: among these, no key
+    occurs twice.
     """
     step = _length(keys) if tile.repeats == 1 else _length(tile.rows)
     for start in range(keys.start, keys.stop, step):
@@ -283,14 +305,17 @@ def _add_to_keys(total: torch.Tensor, part: torch.Tensor, tile: Tile, keys: slic
 def _merge(
     first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Combine the output and logsumexp of two disjoint sets of keys; a row that sees neither stays 0 and -inf."""
+    """Return output and logsumexp of two disjoint sets of keys together; a row that sees neither stays 0 and -inf."""
     total = torch.logaddexp(first[1], second[1])
     share = torch.sigmoid(second[1] - first[1]).masked_fill_(total.isneginf(), 0.0)
     return first[0].lerp_(second[0], share.unsqueeze(-1)), total
 
 
 def _widen(x: torch.Tensor, width: int) -> torch.Tensor:
-    """Pad the last axis with zeros, which changes no score and no output; without copying where nothing is missing."""
+    """Return x with its last axis padded with zeros, which changes no score and no output, and with unit stride.
+
+    Nothing is copied where nothing has to change.
+    """
     if x.shape[-1] < width:
         x = F.pad(x, (0, width - x.shape[-1]))
     # Panels want unit stride along the last axis, and padding keeps whatever order of axes it finds.

@@ -1,11 +1,11 @@
-"""Row bounds: which keys a query row sees, as two int32 numbers per row.
+"""Make and check row bounds, which say by two int32 numbers per row which keys a query row sees.
 
-Query row i sees the contiguous key rows `lo[i] <= j < hi[i]`. Both bounds never decrease along i, so the score tiles
+Query row i sees the contiguous key rows `lo[i] <= j < hi[i]`. Neither bound ever decreases along i, so the score tiles
 that any block of rows needs follow from the bounds of its first and last row alone. Causal, windowed, packed and
-sorted (bucketed, clustered) attention all have this form; a row with `lo[i] >= hi[i]` sees nothing.
+sorted (bucketed, clustered) attention all have this form. A row with `lo[i] >= hi[i]` sees nothing.
 
-When there are fewer queries than keys (decoding, chunked prefill) the queries are the *last* rows: query row i stands
-at key position `i + keys - queries`.
+With fewer queries than keys (decoding, chunked prefill) the queries are the *last* rows: query row i stands at key
+position `i + keys - queries`.
 """
 
 import torch
@@ -25,13 +25,13 @@ def row_bounds(
     """Build the bounds of causal, windowed and packed attention, in any combination.
 
     Args:
-        queries: number of query rows, Tq.
-        keys: number of key rows, Tk.
-        causal: a row sees no key after its own position; otherwise it sees its whole document.
-        window: number of keys a row sees at most, its own position included; needs `causal`.
-        document_ids: integer [B, Tk] or [B, H, Tk], non-decreasing along the last axis; rows see their own document
-            only. Mixers pass the sorted bucket or cluster ids of each head here.
-        device: where to put the bounds; by default that of `document_ids`.
+        queries: how many query rows there are, Tq.
+        keys: how many key rows there are, Tk.
+        causal: whether a row sees no key after its own position; otherwise it sees its whole document.
+        window: how many keys a row sees at most, its own position included; needs `causal`.
+        document_ids: int32 or int64 [B, Tk] or [B, H, Tk], non-decreasing along the last axis; rows see their own
+            document only. Mixers pass the sorted bucket or cluster ids of each head here.
+        device: the device of the bounds; by default that of `document_ids`.
 
     Returns:
         `lo` and `hi`, int32 [B or 1, H or 1, Tq].
@@ -58,7 +58,7 @@ def row_bounds(
 
 
 def key_bounds(lo: torch.Tensor, hi: torch.Tensor, keys: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Transpose row bounds: which query rows see a key.
+    """Return the transposed bounds, which say which query rows see a key.
 
     Key row j is seen by exactly the query rows `first[j] <= i < end[j]` with `lo[i] <= j < hi[i]`: the first row whose
     `hi` exceeds j, up to the first row whose `lo` does. A tile of keys is seen from `first` of its first key to `end`
@@ -67,17 +67,22 @@ def key_bounds(lo: torch.Tensor, hi: torch.Tensor, keys: int) -> tuple[torch.Ten
     Args:
         lo: int32 [B or 1, H or 1, Tq], non-decreasing along the last axis.
         hi: as `lo`.
-        keys: number of key rows, Tk.
+        keys: how many key rows there are, Tk.
 
     Returns:
-        `first` and `end`, int32 [B or 1, H or 1, Tk], non-decreasing; `first[j] >= end[j]` when nothing sees key j.
+        `first` and `end`, int32 [B or 1, H or 1, Tk], non-decreasing; `first[j] >= end[j]` where no row sees key j.
     """
     lo, hi = torch.broadcast_tensors(lo, hi)
     return rows_up_to(hi, keys), rows_up_to(lo, keys)
 
 
 def rows_up_to(bound: torch.Tensor, keys: int) -> torch.Tensor:
-    """How many rows have a bound [B or 1, H or 1, Tq] of at most j, for each key j: int32 [B or 1, H or 1, keys]."""
+    """Return for each key j how many rows have a bound of at most j, int32 [B or 1, H or 1, keys].
+
+    Args:
+        bound: int32 [B or 1, H or 1, Tq], non-decreasing along the last axis.
+        keys: how many key rows there are.
+    """
     key = torch.arange(keys, dtype=torch.int32, device=bound.device).expand(*bound.shape[:-1], keys).contiguous()
     return torch.searchsorted(bound.contiguous(), key, right=True, out_int32=True)
 
@@ -86,10 +91,10 @@ def positions_from_document_ids(document_ids: torch.Tensor) -> torch.Tensor:
     """Return each token's position in its own document, int32 [B, T], counted from 0.
 
     Args:
-        document_ids: integer [B, T], non-decreasing along T.
+        document_ids: int32 or int64 [B, T], non-decreasing along T.
 
     Raises:
-        ValueError: `document_ids` has another shape, dtype or order.
+        ValueError: `document_ids` has another shape, dtype or order. The order is read on the CPU only.
     """
     _check_document_ids(document_ids, 1, document_ids.shape[-1])
     first = torch.searchsorted(document_ids.contiguous(), document_ids.contiguous(), out_int32=True)
@@ -99,10 +104,14 @@ def positions_from_document_ids(document_ids: torch.Tensor) -> torch.Tensor:
 def check_row_bounds(lo: torch.Tensor, hi: torch.Tensor, keys: int) -> None:
     """Check that bounds stay within the keys and never decrease.
 
-    Reads values, so on an accelerator it would wait for the device; call it for CPU tensors only.
+    This reads values, so on an accelerator it would wait for the device; call it for CPU tensors only.
+
+    Args:
+        lo, hi: int32 [B or 1, H or 1, Tq].
+        keys: how many key rows there are, Tk.
 
     Raises:
-        ValueError: names the bound and the first row that breaks the rule.
+        ValueError: a bound breaks a rule; the message names the bound, and the first row that is below the one before.
     """
     for name, bound in (("lo", lo), ("hi", hi)):
         falls = (bound[..., 1:] < bound[..., :-1]).flatten(0, -2).any(0)
@@ -115,7 +124,7 @@ def check_row_bounds(lo: torch.Tensor, hi: torch.Tensor, keys: int) -> None:
 
 
 def _document_extent(document_ids: torch.Tensor, queries: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """First key and one past the last key of every query row's document, int32 [B, H or 1, Tq]."""
+    """Return the first key, and one past the last key, of every query row's document, int32 [B, H or 1, Tq]."""
     ids = document_ids if document_ids.dim() == 3 else document_ids[:, None]
     ids = ids.contiguous()
     own = ids[..., ids.shape[-1] - queries :].contiguous()

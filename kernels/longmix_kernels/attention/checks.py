@@ -1,4 +1,4 @@
-"""What the arguments of an attention call must be; every error names the argument, what it got and what is allowed."""
+"""Check the arguments of an attention call. Every error names the argument, what it got and what is allowed."""
 
 import torch
 
@@ -6,11 +6,20 @@ from longmix_kernels.attention.pattern import BlockList
 from longmix_kernels.runtime import DTYPES, check_device
 
 TRITON_MAX_DIM = 256
-"""Largest head dimension that the Triton kernels cover."""
+"""The largest head dimension that the Triton kernels cover."""
 
 
 def check_inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-    """Check shapes, dtypes and devices against each other."""
+    """Check that query, key and value fit each other.
+
+    Args:
+        query: [B, Tq, Hq, D].
+        key: [B, Tk, Hkv, D], same dtype and device; Hkv divides Hq.
+        value: [B, Tk, Hkv, Dv], same dtype and device.
+
+    Raises:
+        ValueError: a shape, dtype or device is wrong.
+    """
     for name, x, axes in (
         ("query", query, "[B, Tq, Hq, D]"),
         ("key", key, "[B, Tk, Hkv, D]"),
@@ -33,14 +42,31 @@ def check_inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) ->
 
 
 def check_document_ids(key: torch.Tensor, document_ids: torch.Tensor) -> None:
-    """Check the shape and device of document ids [B, Tk]."""
+    """Check the shape and the device of document ids.
+
+    Args:
+        key: [B, Tk, Hkv, D].
+        document_ids: [B, Tk], on the device of `key`.
+
+    Raises:
+        ValueError: they are something else.
+    """
     if document_ids.shape != key.shape[:2]:
         raise ValueError(f"document_ids has shape {list(document_ids.shape)}; allowed is {list(key.shape[:2])}")
     check_device("document_ids", document_ids, key)
 
 
 def check_rows(query: torch.Tensor, key: torch.Tensor, **rows: torch.Tensor | None) -> None:
-    """Check tensors that hold one int32 per row and head; the one named key_rows is about keys, the others queries."""
+    """Check tensors that hold one int32 per row and head, [B or 1, H or 1, T].
+
+    Args:
+        query: [B, Tq, Hq, D].
+        key: [B, Tk, Hkv, D].
+        rows: the tensors by name, or None. `key_rows` is about the rows of key, all others about those of query.
+
+    Raises:
+        ValueError: a shape, dtype or device is wrong.
+    """
     for name, x in rows.items():
         if x is None:
             continue
@@ -54,7 +80,17 @@ def check_rows(query: torch.Tensor, key: torch.Tensor, **rows: torch.Tensor | No
 
 
 def check_permutation(name: str, rows: torch.Tensor | None) -> None:
-    """Check that each row number occurs once. Reads values: for CPU tensors only."""
+    """Check that rows [B or 1, H or 1, T] hold each row number once for each head.
+
+    This reads values; call it for CPU tensors only.
+
+    Args:
+        name: the argument's name, for the message.
+        rows: the row numbers, or None.
+
+    Raises:
+        ValueError: a head's rows are no permutation.
+    """
     if rows is None:
         return
     length = rows.shape[-1]
@@ -65,7 +101,16 @@ def check_permutation(name: str, rows: torch.Tensor | None) -> None:
 
 
 def check_slopes(query: torch.Tensor, slopes: torch.Tensor, causal: bool) -> None:
-    """Check ALiBi's slopes, one per query head."""
+    """Check ALiBi's slopes.
+
+    Args:
+        query: [B, Tq, Hq, D].
+        slopes: float32 [Hq], on the device of `query`.
+        causal: whether the call is causal, which it must be.
+
+    Raises:
+        ValueError: a shape, dtype or device is wrong, the slopes require a gradient, or the call is not causal.
+    """
     if slopes.shape != query.shape[2:3] or slopes.dtype != torch.float32:
         got = f"{slopes.dtype} {list(slopes.shape)}"
         raise ValueError(f"alibi_slopes is {got}; allowed is torch.float32 [{query.shape[2]}], one per query head")
@@ -77,7 +122,16 @@ def check_slopes(query: torch.Tensor, slopes: torch.Tensor, causal: bool) -> Non
 
 
 def check_blocks(query: torch.Tensor, key: torch.Tensor, blocks: BlockList) -> None:
-    """Check that a list has a row block for every key position."""
+    """Check that block lists have blocks for all keys, and that there are no more queries than keys.
+
+    Args:
+        query: [B, Tq, Hq, D].
+        key: [B, Tk, Hkv, D].
+        blocks: the lists.
+
+    Raises:
+        ValueError: the size of a block, or a list's length, dtype or device, is wrong; or Tq is larger than Tk.
+    """
     wanted = -(-key.shape[1] // blocks.size) + 1
     if blocks.size < 16 or blocks.size & (blocks.size - 1):
         raise ValueError(f"blocks.size is {blocks.size}; allowed are powers of two from 16 on")

@@ -1,4 +1,4 @@
-"""Attention over several sets of keys merged into one, and low-rank biases as further columns of query and key."""
+"""Merge attention over several sets of keys, and add low-rank biases as more columns of query and key."""
 
 import functools
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ import torch
 
 
 def merge(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Combine attention over disjoint sets of keys into attention over all of them, exactly and differentiably.
+    """Merge attention over disjoint sets of keys into attention over all of them, exactly and differentiably.
 
     With outputs o_p and logsumexps L_p: L = log sum_p exp(L_p), o = sum_p exp(L_p - L) o_p. A key that is in two sets
     counts twice.
@@ -16,7 +16,8 @@ def merge(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Ten
         parts: output [B, T, H, Dv] and logsumexp [B, T, H] of each set, as `attention` returns them.
 
     Returns:
-        Output, in the dtype of the first, and logsumexp of all sets; 0 and -inf for a row that sees nothing in any.
+        The output over all sets, in the dtype of the first one, and the logsumexp over all sets. A row that sees
+        nothing in any set has 0 and -inf.
     """
     outputs, logsumexps = zip(*parts, strict=True)
     stacked = torch.stack(logsumexps)
@@ -39,18 +40,19 @@ def bias_columns(
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Add the bias `bias_query . bias_key` to every score by widening query and key (FlashBias, arXiv 2505.12044).
 
-    A factor of rank R costs R columns, in half precision 4 R: each factor then is the sum of two digits of the dtype,
-    which holds every whole number up to 131072 in bfloat16, so that positions stay exact. Differentiable in all four.
+    A bias of rank R costs R columns, and 4 R in half precision. There each factor is the sum of two numbers of the
+    dtype, which in bfloat16 represent every whole number up to 131072, so that positions stay exact. The result is
+    differentiable in all four tensors.
 
     Args:
         query: [B, Tq, Hq, D].
         key: [B, Tk, Hkv, D].
         bias_query: [B or 1, Tq, Hq or 1, R], best in float32.
-        bias_key: [B or 1, Tk, Hkv or 1, R].
-        scale: factor on the scores without the bias, D ** -0.5 by default.
+        bias_key: [B or 1, Tk, Hkv or 1, R], likewise.
+        scale: the factor on the scores without the bias, D ** -0.5 by default.
 
     Returns:
-        Query and key with more columns, and the scale to call `attention` with.
+        Query and key with the added columns, and the scale to call `attention` with.
 
     Raises:
         ValueError: the factors do not fit each other, or query and key.
@@ -73,13 +75,19 @@ def bias_columns(
 
 
 def _balance(bias_query: torch.Tensor, bias_key: torch.Tensor) -> torch.Tensor:
-    """Power of two that makes both factors about equally large: 65536 * 4 fits float16 only so (its limit is 65504)."""
+    """Return the power of two that makes both factors about equally large.
+
+    float16 ends at 65504, so products such as 65536 * 4 need factors of like size.
+    """
     query_size, key_size = (x.detach().abs().amax().clamp(min=1e-30) for x in (bias_query, bias_key))
     return (key_size / query_size).log2().mul(0.5).round().exp2()
 
 
 def _digits(x: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Numbers of a dtype that add up to x; all of the gradient goes through the first."""
+    """Return one or two tensors of a dtype that add up to x; the whole gradient goes through the first.
+
+    Two are needed for a dtype of two bytes.
+    """
     first = x.to(dtype)
     if dtype.itemsize > 2:
         return [first]

@@ -1,7 +1,7 @@
-"""What attention costs by its mathematics. Estimates; nothing here is measured.
+"""Estimate what attention costs by its mathematics. Nothing here is measured.
 
-Per pair of a query and a key, the forward multiplies D + Dv columns, the gradient of queries 2 D + Dv and that of keys
-and values 2 (D + Dv). Every tensor is read or written once per kernel; all else stays on the chip.
+For each pair of a query and a key, the forward multiplies D + Dv columns, the gradient of queries 2 D + Dv, and the
+gradient of keys and values 2 (D + Dv). Each kernel reads or writes each tensor once; all else stays on the chip.
 """
 
 from collections.abc import Mapping
@@ -22,28 +22,28 @@ FORWARD = ("forward",)
 BACKWARD = ("grad_query", "grad_key_value")
 """The kernels of a call, in the order in which they run."""
 
-# What each kernel reads or writes per row: matrices of D and of Dv columns, and float32 numbers; and which of these
-# would be copied to put rows in order.
+# For each row, how many vectors of D columns, vectors of Dv columns and float32 numbers a kernel reads or writes
+# (_MOVED), and how many of them copies would have to put in order (_COPIED).
 _MOVED = {"forward": (2, 2, 1), "grad_query": (3, 3, 4), "grad_key_value": (3, 3, 2)}
 _COPIED = {"forward": (2, 2, 1), "grad_query": (3, 3, 2), "grad_key_value": (1, 1, 0)}
 
 
 def call_flops(inputs: Inputs) -> int:
-    """Operations of a call by its definition: 2 (D + Dv) for every pair of a query and a key that it sees."""
+    """Return the operations of a call by its definition: 2 (D + Dv) for each pair of a query and a key that it sees."""
     columns = inputs.query.shape[3] + inputs.value.shape[3]
     return 2 * columns * visible_pairs(inputs.query, inputs.key, inputs.pattern)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A causal call [B, T, H, D] with as many key heads, `rows` being B T H.
+    """The sizes of a causal call with as many key heads as query heads.
 
     Attributes:
-        rows: tokens times heads.
-        length: T.
-        dim, value_dim: of keys and of values.
+        rows: tokens times heads, B T H.
+        length: tokens of a row of the batch, T.
+        dim, value_dim: the head dimensions of keys and of values, D and Dv.
         size: bytes of a number of query, key and value.
-        permuted: whether rows are taken in an order of their own, in the kernels.
+        permuted: whether the kernels take rows in an order of their own.
     """
 
     rows: int
@@ -55,9 +55,9 @@ class Setting:
 
 
 def kernel_work(setting: Setting) -> Mapping[str, Work]:
-    """Return the work of every kernel."""
+    """Return the work of every kernel of a call, by name."""
     scores = setting.rows * (setting.length + 1) // 2
-    order = 8 * setting.permuted  # each row, and on average each step, reads the number of a row, an int32
+    order = 8 * setting.permuted  # an int32, the number of a row, for each row and on average for each step
     return {
         kernel: Work(
             2 * scores * _columns(kernel, setting.dim, setting.value_dim),
@@ -70,15 +70,25 @@ def kernel_work(setting: Setting) -> Mapping[str, Work]:
 
 
 def copying_bytes(kernel: str, setting: Setting) -> int:
-    """Return the bytes of a kernel and of copies around it that put rows in order, instead of loads that do.
+    """Return the bytes of a kernel whose rows copies put in order before and after, with those of the copies.
 
     A copy reads and writes. The arithmetic of its indices is not counted.
+
+    Args:
+        kernel: the kernel's name.
+        setting: the sizes of the call.
     """
     return setting.rows * (_row_bytes(_MOVED[kernel], setting) + 2 * _row_bytes(_COPIED[kernel], setting))
 
 
 def tile_work(kernel: str, config: LaunchConfig, setting: Setting) -> Work:
-    """Return the work of one step of a kernel's inner loop: the products of a tile, and the bytes that it loads."""
+    """Return the work of one step of a kernel's inner loop: the products of a tile, and the bytes that it loads.
+
+    Args:
+        kernel: the kernel's name.
+        config: its tile.
+        setting: the sizes of the call.
+    """
     over_rows = kernel == "grad_key_value"
     loaded = (setting.dim + setting.value_dim) * setting.size + 8 * over_rows + 4 * setting.permuted
     scores = config.rows * config.keys
@@ -87,7 +97,7 @@ def tile_work(kernel: str, config: LaunchConfig, setting: Setting) -> Work:
 
 
 def _columns(kernel: str, dim: int, value_dim: int) -> int:
-    """Columns that go through a product, per score."""
+    """Return how many columns a kernel multiplies for each score."""
     both = dim + value_dim
     return {"forward": both, "grad_query": both + dim, "grad_key_value": 2 * both}[kernel]
 
@@ -98,7 +108,15 @@ def _row_bytes(counts: tuple[int, int, int], setting: Setting) -> int:
 
 
 def visible_pairs(query: torch.Tensor, key: torch.Tensor, pattern: Pattern) -> int:
-    """Pairs of all rows and heads."""
+    """Return how many pairs of a query row and a key it sees there are, over the whole batch and all heads.
+
+    This reads bounds and block lists, which waits for the device. Where they have no values, it counts plain bounds.
+
+    Args:
+        query: [B, Tq, Hq, D].
+        key: [B, Tk, Hkv, D].
+        pattern: which keys a row sees.
+    """
     batch, queries, heads, _ = query.shape
     keys = key.shape[1]
     lo, hi = (None if x is None or not has_values(x) else x for x in (pattern.lo, pattern.hi))
@@ -119,9 +137,9 @@ def visible_pairs(query: torch.Tensor, key: torch.Tensor, pattern: Pattern) -> i
 
 
 def count_torch_on_a_cpu() -> None:
-    """Let torch count its own kernel for plain causal attention on a CPU, where it has no formula for it.
+    """Register a count of operations for torch's own attention kernel on CPUs, for which torch has none.
 
-    For its CUDA kernels it has, which count the whole square of a causal call.
+    torch's counts of its CUDA kernels take the whole square of a causal call; this one takes the pairs that are seen.
     """
     forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -1,6 +1,6 @@
-"""How the attention kernels are launched: tiles, warps and stages per architecture, and the arguments of a call.
+"""Launch the attention kernels: tiles, warps and stages per architecture, and the arguments of a call.
 
-Nothing here imports Triton; see `longmix_kernels.launch`.
+Nothing here imports Triton. `longmix_kernels.launch` has what all engines share.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from longmix_kernels.launch import (
 
 KERNELS = ("forward", "grad_query", "grad_key_value")
 WIDTHS = (64, 96, 128, 192, 256)
-"""The head dimensions, of keys or of values, up to which an entry is for."""
+"""The largest head dimensions, of keys or of values, that the entries are for."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class LaunchConfig(launch.LaunchConfig):
     Attributes:
         rows: query rows of a tile.
         keys: key rows of a tile.
-        warps: warps of a program.
-        stages: tiles that loads are ahead of their use.
-        fold: start the products of the key and value gradients from the row vectors that are added to them. Saves
-            registers where products add up in registers (sm_90), and costs many where they do not (sm_100).
-        descriptors: load whole tiles of keys and values through tensor descriptors (the tensor memory accelerator of
-            sm_90 and newer), where `describable` allows it.
+        warps: how many warps a program has.
+        stages: how many tiles loads are ahead of their use.
+        fold: whether the products of the key and value gradients start from the row vectors that have to be added to
+            them. This saves registers where products add up in registers (sm_90), and costs many elsewhere (sm_100).
+        descriptors: whether tensor descriptors (the tensor memory accelerator of sm_90 and newer) load whole tiles of
+            keys and values, where `describable` allows it.
     """
 
     rows: int
@@ -53,7 +53,7 @@ class LaunchConfig(launch.LaunchConfig):
     descriptors: bool = False
 
     def used_by(self, kernel: str) -> Collection[str]:
-        """Return the names of the attributes that make a difference to a kernel."""
+        """Return the names of the attributes that change a kernel's code."""
         own = {"forward": {"descriptors"}, "grad_query": set(), "grad_key_value": {"fold"}}[kernel]
         return {"rows", "keys", "warps", "stages", *own}
 
@@ -66,7 +66,7 @@ class LaunchConfig(launch.LaunchConfig):
         return {"ROWS": self.rows, "KEYS": self.keys, "FOLD": self.fold}
 
     def within(self, block: int) -> "LaunchConfig":
-        """Return the same with tiles that fit into blocks of this many rows and keys; 0 stands for no blocks."""
+        """Return the same with tiles that fit into blocks of `block` rows and keys; 0 stands for no blocks."""
         if not block or max(self.rows, self.keys) <= block:
             return self
         # More warps than a tile has work for only cost registers.
@@ -74,15 +74,14 @@ class LaunchConfig(launch.LaunchConfig):
         return replace(self, rows=min(self.rows, block), keys=min(self.keys, block), warps=warps)
 
 
-# One row per entry of WIDTHS: rows, keys, warps, stages and perhaps fold. Each is a tile that was found to compile
-# without a spill at that head dimension, causal, under Triton 3.6 and 3.9 (the last of sm_90: 3.6 only).
-# None has been timed.
+# One row per entry of WIDTHS: rows, keys, warps, stages and perhaps fold. Each tile compiles without a spill at that
+# head dimension, causal, under Triton 3.6 and 3.9 (the last of sm_90: 3.6 only). None has been timed.
 _AMPERE = {
     "forward": ((64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 4, 2), (64, 16, 4, 2), (64, 32, 8, 2)),
     "grad_query": ((128, 64, 8, 3), (64, 32, 4, 2), (64, 64, 8, 2), (64, 16, 8, 1), (64, 64, 8, 1)),
     "grad_key_value": ((32, 128, 8, 3), (16, 128, 8, 2), (16, 128, 8, 2), (32, 32, 8, 1), (16, 64, 8, 1)),
 }
-# sm_80's, but for what takes more than 99 KiB of shared memory.
+# The entries of sm_80, except where those take more than 99 KiB of shared memory.
 _ADA = _AMPERE | {"grad_query": (*_AMPERE["grad_query"][:4], (64, 32, 8, 1))}
 _HOPPER = {
     "forward": ((128, 128, 8, 3), (128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
@@ -108,9 +107,9 @@ TABLE = LaunchTable(
     interpreted=dict.fromkeys(KERNELS, LaunchConfig(rows=32, keys=32, warps=1, stages=1)),
     measured={},
 )
-# What needs more registers than a plain call: per feature, entries that replace those of the table. With these, 64
-# and 128 columns compile without a spill, causal and with documents, under Triton 3.6 and 3.9. What still spills is
-# `grad_key_value` on sm_90 beyond 128 columns, with a feature or with columns to mask. None has been timed.
+# A feature needs more registers than a plain call, so these entries replace those of the table where a call has it.
+# With them, 64 and 128 columns compile without a spill, causal and with documents, under Triton 3.6 and 3.9. Only
+# `grad_key_value` on sm_90 still spills beyond 128 columns, with a feature or columns to mask. None has been timed.
 NARROWER: dict[str, dict[tuple[str, int, int], LaunchConfig]] = {
     "permuted": {
         ("forward", 80, 64): LaunchConfig(64, 64, 4, 2),
@@ -143,7 +142,7 @@ NARROWER: dict[str, dict[tuple[str, int, int], LaunchConfig]] = {
         ("grad_key_value", 80, 256): LaunchConfig(32, 32, 8, 1),
     },
 }
-"""Entries for a kernel, an architecture and a head dimension, for elements of two bytes."""
+"""By feature, and by kernel, architecture and head dimension, entries for elements of two bytes that need less."""
 
 _gather_before = False
 
@@ -152,7 +151,8 @@ _gather_before = False
 def gathered_before() -> Iterator[None]:
     """Put rows in order by copies around the kernels, instead of in their loads, while the context lasts.
 
-    The copies cost memory and time once, the loads a row number per row and step: which is faster, a GPU must tell.
+    The copies cost memory and time once; the loads cost a row number for each row and step. Only a GPU can tell which
+    is faster.
     """
     global _gather_before
     before, _gather_before = _gather_before, True
@@ -163,9 +163,18 @@ def gathered_before() -> Iterator[None]:
 
 
 def table_entry(kernel: str, architecture: int, size: int, width: int, features: Collection[str] = ()) -> LaunchConfig:
-    """Return the configuration of a kernel for elements of `size` bytes and head dimensions up to `width`.
+    """Return the configuration of a kernel for one architecture and kind of call.
 
-    `features` are keys of `NARROWER`; if several have an entry, the smallest tile with the fewest stages is returned.
+    Args:
+        kernel: the kernel's name.
+        architecture: the compute capability, times ten.
+        size: bytes of an element.
+        width: the larger head dimension.
+        features: the call's features, keys of `NARROWER`. If several have an entry, the smallest tile with the fewest
+            stages is taken.
+
+    Raises:
+        UnsupportedDevice: the table has no entries for so old an architecture.
     """
     known, covering = with_tiles_of(known_architecture(architecture)), TABLE.covering(width)
     narrower = [NARROWER[name].get((kernel, known, covering)) for name in features] if size == 2 else []
@@ -175,9 +184,10 @@ def table_entry(kernel: str, architecture: int, size: int, width: int, features:
 
 
 def describable(x: torch.Tensor) -> bool:
-    """Say whether a tensor descriptor can be made of rows [B, T, H, D], with one power of two of columns.
+    """Say whether a tensor descriptor can be made of x [B, T, H, D].
 
-    Addresses and strides must be multiples of 16 bytes, no stride 0, and a GPU must be sm_90 or newer.
+    D must be one power of two, at least 16. The address and the strides must be multiples of 16 bytes, and no stride
+    may be 0. A GPU must be sm_90 or newer.
     """
     if x.device.type == "cuda" and launch.architecture_of(x.device) < 90:
         return False
@@ -188,8 +198,9 @@ def describable(x: torch.Tensor) -> bool:
 class Call(launch.Call[LaunchConfig]):
     """The tensors and numbers of one call, as the kernels take them.
 
-    Query and key rows are taken in the order `query_order` and `key_order` in the kernels, or have been copied into the
-    order `query_rows` and `key_rows` before, and results are to be put back.
+    There are two ways to take rows in an order of their own. The kernels load them in the order `query_order` and
+    `key_order`; or, within `gathered_before`, copies have put them in the order `query_rows` and `key_rows`, and
+    `put_queries` and `put_keys` put the results back.
     """
 
     TABLE = TABLE
@@ -226,27 +237,30 @@ class Call(launch.Call[LaunchConfig]):
         )
 
     def take_queries(self, x: torch.Tensor) -> torch.Tensor:
-        """Put rows [B, Tq, Hq, ...] in order, if that is not done in the kernels."""
+        """Return rows [B, Tq, Hq, ...] in order, if the kernels do not order them; else as they are."""
         return take_rows(x, self.query_rows)
 
     def put_queries(self, x: torch.Tensor) -> torch.Tensor:
-        """Undo `take_queries`."""
+        """Return rows [B, Tq, Hq, ...] in the order before `take_queries`."""
         return put_rows(x, self.query_rows)
 
     def put_keys(self, x: torch.Tensor) -> torch.Tensor:
-        """Put rows [B, Tk, Hkv, D] back that were in order because key and value were."""
+        """Return gradients of key or value [B, Tk, Hkv, D] in the order before key and value were put in order."""
         return put_rows(x, self.key_rows)
 
     def scale_log2(self) -> float:
-        """Return scale * log2(e), never 0: a hidden score is -inf before the multiplication, and L is divided by it."""
+        """Return scale * log2(e), but never 0.
+
+        Kernels multiply hidden scores of -inf by it, and divide L by it.
+        """
         return math.copysign(max(abs(self.scale), 1e-30), self.scale) * math.log2(math.e)
 
     def row_strides(self, *rows: torch.Tensor | None) -> list[int]:
-        """Strides of batch and head of tensors [B or 1, H or 1, T], 0 where one is shared and where there is none."""
+        """Return the strides of batch and head of tensors [B or 1, H or 1, T]; 0 for a size of 1, and for None."""
         return [0 if x is None or x.shape[axis] == 1 else x.stride(axis) for x in rows for axis in (0, 1)]
 
     def steps(self, kernel: str) -> tuple[Any, Any]:
-        """Descriptors of key and value by which the kernel takes one tile a load; None twice where it uses pointers."""
+        """Return descriptors of key and value, which load a tile at once; None twice where the kernel uses pointers."""
         config = self.config(kernel)
         if not (config.descriptors and self.key_order is None and describable(self.key) and describable(self.value)):
             return None, None
@@ -258,7 +272,7 @@ class Call(launch.Call[LaunchConfig]):
         return tiled(self.key), tiled(self.value)
 
     def features(self) -> list[str]:
-        """Return which entries of `NARROWER` apply."""
+        """Return the features of this call, which are keys of `NARROWER`."""
         has = {
             "permuted": self.query_order is not None or self.key_order is not None,
             "alibi": self.alibi_slopes is not None,
@@ -276,7 +290,7 @@ class Call(launch.Call[LaunchConfig]):
         return config.within(self.block)
 
     def programs(self, kernel: str, config: LaunchConfig) -> int:
-        """Return how many programs a kernel takes."""
+        """Return how many programs a kernel is launched with."""
         if kernel == "grad_key_value":
             return -(-self.keys // config.keys) * self.batch * self.key_heads
         return -(-self.queries // config.rows) * self.batch * self.heads

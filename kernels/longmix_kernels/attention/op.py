@@ -79,30 +79,31 @@ def attention(
     return_logsumexp: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention in which every query row sees a contiguous run of key rows.
+    """Compute softmax attention in which every query row sees a contiguous run of key rows.
 
-    Scores, softmax and sums are computed in float32, or in float64 for float64 inputs. Differentiable once in query,
-    key and value, through the output and through the logsumexp. With fewer queries than keys the queries are the last
+    Scores, softmax and sums are float32, or float64 for float64 inputs. The results are differentiable once in query,
+    key and value, through the output and through the logsumexp. With fewer queries than keys, the queries are the last
     rows. A row that sees no key has output 0 and logsumexp -inf, and sends no gradient anywhere.
 
     Args:
         query: [B, Tq, Hq, D], float16, bfloat16, float32 or float64.
         key: [B, Tk, Hkv, D], same dtype; Hkv divides Hq, and query head h reads key head h // (Hq / Hkv).
         value: [B, Tk, Hkv, Dv], same dtype.
-        causal: a row sees no key after its own position; otherwise it sees all keys of its document.
-        window: number of keys a row sees at most, its own position included; needs `causal`.
-        lo: int32 [B or 1, Hq or 1, Tq], first key row that a query row sees; non-decreasing along Tq. Replaces
+        causal: whether a row sees no key after its own position; otherwise it sees all keys of its document.
+        window: how many keys a row sees at most, its own position included; needs `causal`.
+        lo: int32 [B or 1, Hq or 1, Tq], the first key row that a query row sees; non-decreasing along Tq. It replaces
             `window` and `document_ids`.
-        hi: as `lo`, one past the last key row seen. Replaces `causal`; comes with `lo`.
+        hi: as `lo`, one past the last key row seen. It replaces `causal`, and comes with `lo`.
         query_rows: int32 [B or 1, Hq or 1, Tq], a permutation of each head's rows: row i of `lo` and `hi` is about row
-            `query_rows[..., i]` of query, output and logsumexp. Comes with `lo`. Sorted rows need no sorted copies.
+            `query_rows[..., i]` of query, output and logsumexp. So sorted rows need no sorted copies. Comes with `lo`.
         key_rows: int32 [B or 1, Hkv or 1, Tk], the same for key and value.
-        alibi_slopes: float32 [Hq]; adds slope * (key position - query position), at most 0, to the scores; positions
-            count rows before permutation. Not differentiable in the slopes.
-        blocks: of the keys above, a row sees those in the listed blocks only; not together with `lo`, `hi` and rows.
+        alibi_slopes: float32 [Hq]; slope * (key position - query position), at most 0, is added to the scores.
+            Positions count rows before permutation. The slopes get no gradient.
+        blocks: which blocks of keys each block of rows sees; a row then sees only those keys of the above that are in
+            listed blocks. Not together with `lo`, `hi`, `query_rows` and `key_rows`.
         document_ids: int32 or int64 [B, Tk], non-decreasing along Tk; rows see the keys of their own document only.
-        scale: factor on the scores, D ** -0.5 by default.
-        return_logsumexp: return the logsumexp of each row's scores too (natural logarithm).
+        scale: the factor on the scores, D ** -0.5 by default.
+        return_logsumexp: whether to return the logsumexp of each row's scores too (natural logarithm).
         backend: "reference" (the definition, memory Tq * Tk), "blocked" (tiles, memory linear in Tq + Tk) or "triton"
             (the same on a CUDA device; no float64, head dimensions up to 256). None picks "triton" where it covers the
             call on a CUDA device, and "blocked" elsewhere.
@@ -149,7 +150,12 @@ def attention(
 
 
 def _check_company(closed: Mapping[str, object], rows: Mapping[str, object]) -> None:
-    """Refuse explicit rows together with what describes them otherwise, and without `lo`."""
+    """Refuse explicit rows without `lo`, or together with arguments that describe bounds in closed form.
+
+    Args:
+        closed: the arguments in closed form by name, None where the caller gave none.
+        rows: the explicit rows by name, likewise.
+    """
     described, given = ([name for name, x in group.items() if x is not None] for group in (closed, rows))
     if given and (described or "lo" not in given):
         names = ", ".join([*given, *described])
@@ -166,7 +172,7 @@ def _bounds(
     hi: torch.Tensor | None,
     closed: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The bounds; with `closed` None for those that have a closed form, after the same checks."""
+    """Return the bounds. If `closed`, a bound that has a closed form is None, after the same checks."""
     queries, keys = query.shape[1], key.shape[1]
     if lo is not None and (hi is not None or closed):
         return lo, hi
@@ -176,12 +182,12 @@ def _bounds(
     first, end = row_bounds(queries, keys, causal=causal, window=window, document_ids=document_ids, device=query.device)
     if lo is not None:
         return lo, end
-    # Packed documents need `lo`, a window included, and `hi` only where it is not the row's own position.
+    # Packed documents need `lo`, which includes a window. They need `hi` only where it is not the row's own position.
     return first, None if closed and causal else end
 
 
 def _check_values(inputs: Inputs) -> None:
-    """Check the values of bounds and rows on the CPU, where to read them takes no wait."""
+    """Check the values of bounds and rows on the CPU, where reading them costs no wait."""
     pattern = inputs.pattern
     if inputs.query.device.type != "cpu":
         return

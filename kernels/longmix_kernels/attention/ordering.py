@@ -1,4 +1,4 @@
-"""Rows sorted so that a query's keys lie side by side: attention among the tokens that carry one label.
+"""Sort rows so that a query's keys lie side by side: attention among the tokens that carry one label.
 
 A label is a bucket, a cluster, or "kept". Rows are sorted by label; those of one label keep their order, and so ascend
 in document and position. With the code (label, row) of every key, which ascends too, a query sees the run of keys
@@ -6,9 +6,9 @@ in document and position. With the code (label, row) of every key, which ascends
     lo = first key of its label from the first row of its document on
     hi = one past the last key of its label up to its position - gap, or before
 
-and neither bound ever decreases along the sorted queries, which is all that `attention` asks for. A row's label and
-position say alone what it sees, so nothing later can change it. Labels are sorted alone, as numbers of 8 or 16 bits
-where these hold them, which takes a GPU one or two passes over the rows.
+and neither bound ever decreases along the sorted queries, which is all that `attention` asks for. What a row sees
+depends on its label and its position alone, so nothing later can change it. The sort takes labels alone, as numbers of
+8 or 16 bits where these are enough; a GPU then needs one or two passes over the rows.
 """
 
 from typing import NamedTuple
@@ -17,10 +17,13 @@ import torch
 
 
 class Ordering(NamedTuple):
-    """Sorted rows and their bounds; `attention(query, key, value, **ordering._asdict())`.
+    """Sorted rows and their bounds, for `attention(query, key, value, **ordering._asdict())`.
 
     Attributes:
-        lo, hi, query_rows, key_rows: see `attention`. `hi` is None where it is the row's own place.
+        lo: int32 [B, Hq, Tq], the first sorted key that a sorted query sees.
+        hi: int32 [B, Hq, Tq], one past the last; None where it is one past the query's own place.
+        query_rows: int32 [B, Hq, Tq], the query row at each sorted place.
+        key_rows: int32 [B, Hkv, Tk], the key row at each sorted place.
     """
 
     lo: torch.Tensor
@@ -41,23 +44,26 @@ def order_by_label(
     before: torch.Tensor | None = None,
     first_rows: torch.Tensor | None = None,
 ) -> Ordering:
-    """Let each query see the keys that carry its label, in its document, at least `gap` positions before it.
+    """Return the order in which each query sees the keys of its label and document, at least `gap` positions before it.
 
     Args:
         query_labels: integer [B, Tq, Hq], 0 <= label < num_labels; the queries are the last of Tk positions.
-        key_labels: integer [B, Tk, Hkv], Hkv a divisor of Hq; None if they are those of the queries.
+        key_labels: integer [B, Tk, Hkv], Hkv a divisor of Hq; None if queries and keys have the same labels.
         num_labels: how many labels there are.
-        document_ids: integer [B, Tk], non-decreasing along Tk.
+        document_ids: integer [B, Tk], non-decreasing along Tk; None if each row is one document.
         gap: 0 lets a query see its own position, 1 does not, w leaves the last w positions to a window.
-        members: how many of those keys it sees at most, the latest ones; None for all.
-        copies: how many key rows a position has, side by side, each with a label of its own; Tk counts key rows, and
+        members: how many of those keys a query sees at most, the latest ones; None for all.
+        copies: how many key rows a position has, side by side, each with a label of its own. Tk counts key rows, and
             each query stands at the last one of its position.
-        before: integer [B or 1, Tq], in place of `gap`: the key row from which on each query sees none; non-decreasing.
-        first_rows: int32 [B, Tk], the first row of each key row's document, where the caller has it already.
+        before: integer [B or 1, Tq], non-decreasing, in place of `gap`: a query sees only key rows before this one.
+        first_rows: int32 [B, Tk], the first row of each key row's document, if the caller has it already.
+
+    Returns:
+        The sorted rows and their bounds.
 
     Raises:
-        ValueError: a `gap` below 0, `members` or `copies` below 1, copies without labels of the keys, `before` and a
-            `gap`.
+        ValueError: `gap` is below 0, or `members` or `copies` below 1; there are several `copies` without
+            `key_labels`; or `before` and a `gap` are given together.
     """
     if before is not None and gap:
         raise ValueError(f"got before and gap={gap}; before says alone how far a query sees")
@@ -99,7 +105,14 @@ def order_by_label(
 
 
 class _Sorted(NamedTuple):
-    """Labels in order, and the rows they come from, twice, [B, H, T]; `keys` is how many key rows there are."""
+    """Sorted labels and the rows they come from.
+
+    Attributes:
+        labels: [B, H, T], ascending.
+        places: int64 [B, H, T], the rows, as indices.
+        rows: the same in int32 where that holds the codes, for arithmetic.
+        keys: how many key rows there are.
+    """
 
     labels: torch.Tensor
     places: torch.Tensor
@@ -107,12 +120,12 @@ class _Sorted(NamedTuple):
     keys: int
 
     def codes(self, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """Labels and rows, their own or others, in one number: label * keys + row."""
+        """Return label * keys + row for each label: by default with its own row, else with one of `rows`."""
         return torch.add(self.rows if rows is None else rows.to(self.rows.dtype), self.labels, alpha=self.keys)
 
 
 def _sorted(given: list[torch.Tensor], num_labels: int, keys: int) -> list[_Sorted]:
-    """Sort labels [B, T, H] along T, stably; those of queries and keys at once where there are as many of both."""
+    """Return labels [B, T, H], stably sorted along T. One sort takes queries and keys if there are as many of both."""
     narrow = next((kind for kind, most in _NARROW if num_labels <= most), torch.int64)
     labels = [x.mT.to(narrow, memory_format=torch.contiguous_format) for x in given]
     together = len({x.shape[2] for x in labels}) == 1 and len(labels) > 1
@@ -130,16 +143,16 @@ def _sorted(given: list[torch.Tensor], num_labels: int, keys: int) -> list[_Sort
 
 
 _NARROW = (torch.uint8, 2**8), (torch.int16, 2**15), (torch.int32, 2**31)
-"""Kinds of numbers, and how many labels each tells apart."""
+"""Integer dtypes, and how many labels each tells apart."""
 
 
 def _taken(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """The numbers [B or 1, T] at rows [B, H, n], int64: [B, H, n]."""
+    """Return the numbers of x [B or 1, T] at rows [B, H, n], which are int64."""
     return x[:, None].expand(*rows.shape[:2], x.shape[1]).gather(-1, rows)
 
 
 def _count_below(sorted_codes: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """How many of a key head's codes [B, Hkv, Tk] are below each code [B, Hq, Tq], int32."""
+    """Return for each code [B, Hq, Tq] how many codes [B, Hkv, Tk] of its key head are below it, int32."""
     batch, key_heads, _ = sorted_codes.shape
     found = torch.searchsorted(sorted_codes, codes.reshape(batch, key_heads, -1), out_int32=True)
     return found.view(codes.shape)

@@ -1,12 +1,12 @@
-"""Causal attention within packed documents through torch's FlashAttention of sequences of unlike lengths.
+"""Compute causal attention within packed documents by torch's FlashAttention for sequences of unlike lengths.
 
-`attention` covers packed documents on every device and in every dtype; this covers what FlashAttention does, in float16
-and bfloat16 on a CUDA GPU. It is `torch.nn.attention.varlen.varlen_attn`: FlashAttention 2, or 3 and 4 where `sdpa`
-puts those behind torch's kernel. Nothing here waits for the device: the documents are given by where they start, in a
-tensor whose length says how many there are at most.
+`attention` covers packed documents on every device and in every dtype. This module covers what FlashAttention does:
+float16 and bfloat16 on a CUDA GPU. It calls `torch.nn.attention.varlen.varlen_attn`, which is FlashAttention 2, or 3
+and 4 where `sdpa` has put those behind torch's kernel. Nothing here waits for the device: a tensor says where the
+documents start, and its length says how many there are at most.
 
-Its backward pass adds to the gradient of the queries in any order, as that of torch's plain causal kernel does, so two
-runs may differ in rounding; `torch.use_deterministic_algorithms(True)` has torch take an order that is fixed.
+FlashAttention's backward pass adds to the gradient of the queries in any order, as that of torch's plain causal kernel
+does. So two runs may differ in rounding; with `torch.use_deterministic_algorithms(True)`, torch takes a fixed order.
 """
 
 import inspect
@@ -20,13 +20,13 @@ from longmix_kernels.attention.sdpa import activate_flash, flash_implementation
 from longmix_kernels.runtime import on_gpu
 
 ROWS_PER_SEQUENCE = 128
-"""FlashAttention's backward pass takes so many rows of memory for each sequence besides those of the tokens."""
+"""How many rows of memory FlashAttention's backward pass takes for each sequence, besides those of the tokens."""
 
 _GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters else {}
-"""Before it had this argument, `varlen_attn` took fewer key heads than query heads unasked."""
+"""The argument that lets `varlen_attn` take fewer key heads than query heads. Versions without it take them unasked."""
 
 _FLASH_4_LEARNS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
-"""Before, torch's bridge to FlashAttention 4 refused the backward pass of what `varlen_attn` calls."""
+"""Whether torch's bridge to FlashAttention 4 has the backward pass for `varlen_attn`; before 2.13 it refuses it."""
 
 
 def packed(
@@ -37,18 +37,18 @@ def packed(
     *,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Causal attention in which a token sees its own document only.
+    """Compute causal attention in which a token sees its own document only.
 
     Args:
-        query: [B, T, Hq, D], float16 or bfloat16.
+        query: [B, T, Hq, D], float16 or bfloat16; D is a multiple of 8, at most 256.
         key: [B, T, Hkv, D], same dtype; Hkv divides Hq.
         value: [B, T, Hkv, D], same dtype.
-        starts: int32 [n + 1], ascending: where the documents start among the B * T tokens of all rows, and at the end
-            B * T itself. Each row begins a document. A start that is repeated is a document without tokens.
-        scale: factor on the scores, D ** -0.5 by default.
+        starts: int32 [n + 1], ascending: where the documents start among the B * T tokens of all rows; the last number
+            is B * T itself. Each row begins a document. A repeated start stands for a document without tokens.
+        scale: the factor on the scores, D ** -0.5 by default.
 
     Returns:
-        The output [B, T, Hq, D].
+        The output [B, T, Hq, D], in the dtype of `query`.
 
     Raises:
         ValueError: `packed_supports` is False for this call.
@@ -67,17 +67,20 @@ def packed(
     longest = query.shape[1]
     grouped = _GROUPED if query.shape[2] != key.shape[2] else {}
     q, k, v = (x.flatten(0, 1) for x in (query, key, value))
-    # A window of (-1, 0) is what it calls causal.
+    # `varlen_attn` has no argument for causal attention; a window of (-1, 0) means it.
     output = attend(q, k, v, starts, starts, longest, longest, window_size=(-1, 0), scale=scale, **grouped)
     result: torch.Tensor = output.view(query.shape)
     return result
 
 
 def packed_supports(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor) -> bool:
-    """Say whether `packed` covers a call, from shapes, dtypes and the device alone.
+    """Say whether `packed` covers a call. This looks at shapes, dtypes and the device, not at values.
 
-    More documents than one for `ROWS_PER_SEQUENCE` tokens are not covered: `attention` visits no tile in vain for them,
-    and takes no memory.
+    It covers at most one document for `ROWS_PER_SEQUENCE` tokens. For more of them `attention` is better: it takes no
+    memory for a document, and visits no tile in vain.
+
+    Args:
+        query, key, value, starts: as in `packed`.
     """
     if not on_gpu(query) or not query.dim() == key.dim() == value.dim() == 4 or starts.dim() != 1:
         return False
@@ -96,10 +99,10 @@ def packed_supports(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
 
 @torch.compiler.assume_constant_result
 def _covers(device: torch.device, head_dim: int) -> bool:
-    """Whether FlashAttention in torch has forward and backward passes for heads of this size on this GPU."""
+    """Say whether FlashAttention in torch has forward and backward passes for heads of this size on this GPU."""
     if head_dim % 8 or head_dim > 256:
         return False
-    if device.type != "cuda":  # it stands for a GPU that is not there, whose memory is being planned
+    if device.type != "cuda":  # the device stands for a GPU that is not there, as when memory is planned
         return True
     if torch.version.hip is not None or not torch.backends.cuda.is_flash_attention_available():
         return False

@@ -1,8 +1,8 @@
-"""Softmax attention of one panel: a block of query rows against a run of keys.
+"""Compute softmax attention of one panel: a block of query rows against a run of keys.
 
-Two implementations with one interface. `FLASH` is torch's own CPU kernel, which keeps a panel's scores in cache;
-`MATMUL` is written in torch operations and runs on any device. Tensors are [X, Y, rows or keys, D], where X and Y are
-batch and head axes in whatever order suits the caller, and all have the same D.
+There are two implementations with one interface. `FLASH` is torch's own CPU kernel, which keeps a panel's scores in
+cache. `MATMUL` is written in torch operations and runs on any device. Tensors are [X, Y, rows or keys, D] with one D
+for all; X and Y are batch and head axes, in either order.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,11 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 class PanelMath(NamedTuple):
-    """How to compute a panel.
+    """The functions that compute a panel, and the tiles that suit them.
 
     Attributes:
         forward: (query, key, value, scale, causal, mask) -> output, logsumexp [X, Y, rows]. A row that sees nothing in
-            this panel has output 0 and an arbitrary finite logsumexp.
+            this panel has output 0 and any finite logsumexp.
         backward: (grad_output, output, logsumexp, query, key, value, scale, causal, mask) -> gradients of query, key
             and value. `output` and `logsumexp` are those of the complete rows, finite throughout.
         sizes: the tiles that suit the implementation, found by measurement.
@@ -32,12 +32,15 @@ class PanelMath(NamedTuple):
     sizes: TileSizes
 
     def sizes_for(self, heads: int) -> TileSizes:
-        """Sizes for panels of so many heads: threads can share the rows of a tile, but not a whole segment."""
+        """Return the sizes of tiles for panels of so many heads.
+
+        With fewer heads than threads no segment stays whole, since threads can share the rows of tiles only.
+        """
         return self.sizes if heads >= torch.get_num_threads() else replace(self.sizes, whole_rows=None)
 
 
 def panel_math(device: torch.device) -> PanelMath:
-    """Return the faster implementation that runs on a device."""
+    """Return the faster of the implementations that run on a device."""
     return FLASH if device.type == "cpu" else MATMUL
 
 
@@ -77,7 +80,7 @@ def _flash_backward(
 
 
 def _row_folds(query: torch.Tensor) -> int:
-    """Into how many heads to fold the rows of a panel: torch's backward works on one head per thread."""
+    """Return into how many heads to fold the rows of a panel, since torch's backward works on one head per thread."""
     outer, heads, rows, _ = query.shape
     folds = -(-torch.get_num_threads() // heads) if outer == 1 else 1
     return folds if rows % folds == 0 else 1

@@ -1,4 +1,4 @@
-"""What an attention call is besides query, key and value: which keys a row sees, in which order, with what bias."""
+"""The pattern of an attention call: which keys a row sees, in which order rows are taken, and what bias is added."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -7,12 +7,13 @@ import torch
 
 
 class BlockList(NamedTuple):
-    """Which blocks of keys each block of rows sees, both ways round; the same for every batch row and head.
+    """Lists of the key blocks that each row block sees, and of the row blocks that see each key block.
 
-    Rows and keys are cut into blocks of `size`, counted by position, so row and key blocks correspond.
+    Rows and keys are cut into blocks of `size` by their positions, so row and key blocks correspond. The lists hold for
+    every batch row and head.
 
     Attributes:
-        size: rows, and keys, of a block; a power of two, at least 16.
+        size: how many rows, and how many keys, a block has; a power of two, at least 16.
         row_offsets: int32 [blocks + 1]; row block r sees `row_blocks[row_offsets[r] : row_offsets[r + 1]]`.
         row_blocks: int32 [n], ascending for each row block.
         key_offsets: int32 [blocks + 1]; key block c is seen by `key_blocks[key_offsets[c] : key_offsets[c + 1]]`.
@@ -40,17 +41,17 @@ class Pattern:
     """Which keys each query row sees, in which order rows are taken, and what is added to their scores.
 
     Attributes:
-        lo: int32 [B or 1, Hq or 1, Tq], first key that a row sees. None only where the closed form of `window` (or 0)
-            is to be used instead.
-        hi: as `lo`, one past the last key; None only where the closed form of `causal` is to be used instead.
+        lo: int32 [B or 1, Hq or 1, Tq], the first key that a row sees; None stands for the closed form of `window`, or
+            for 0 without a window.
+        hi: as `lo`, one past the last key; None stands for the closed form of `causal`.
         query_rows: int32 [B or 1, Hq or 1, Tq], a permutation: row i of the bounds is row `query_rows[i]` of query,
             output and logsumexp. None for the identity.
         key_rows: int32 [B or 1, Hkv or 1, Tk], the same for key and value.
-        alibi_slopes: float32 [Hq]: slope * (key row - query row) is added to the scores, counted before permutation,
-            the last query standing at the last key.
-        blocks: what a row may see of the keys within its bounds; Tk - Tq is a multiple of `blocks.size` then, and
-            there is no permutation.
-        causal, window: read where bounds are None.
+        alibi_slopes: float32 [Hq]: slope * (key row - query row) is added to the scores. Rows are counted before
+            permutation, and the last query stands at the last key.
+        blocks: the blocks in which a row may see keys within its bounds, or None for all. With blocks, Tk - Tq is a
+            multiple of `blocks.size`, and there is no permutation.
+        causal, window: as in `attention`; they matter only where bounds are None.
     """
 
     lo: torch.Tensor | None = None
@@ -63,6 +64,6 @@ class Pattern:
     window: int | None = None
 
     def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return `lo` and `hi`, which must be there."""
+        """Return `lo` and `hi`, neither of which may be None."""
         assert self.lo is not None and self.hi is not None
         return self.lo, self.hi

@@ -1,14 +1,17 @@
-"""Taking the rows of [B, T, H, D] tensors in another order for every batch row and head, and putting them back."""
+"""Take the rows of [B, T, H, D] tensors in another order for every batch row and head, and put them back."""
 
 import torch
 
 
 def take_rows(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    """Return row `rows[b, h, i]` of head h as row i: [B, T, H, ...] -> [B, T, H, ...], kept head by head in memory.
+    """Return row `rows[b, h, i]` of head h as row i, for every batch row b.
 
     Args:
         x: [B, T, H, ...].
         rows: int32 [B or 1, H or 1, T], a permutation of each head's rows; None leaves `x` as it is.
+
+    Returns:
+        [B, T, H, ...]; its memory is head by head.
     """
     if rows is None:
         return x
@@ -18,7 +21,15 @@ def take_rows(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
 
 
 def put_rows(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    """Undo `take_rows`: row i of head h becomes row `rows[b, h, i]`; the result is contiguous."""
+    """Return row i of head h as row `rows[b, h, i]`, which undoes `take_rows`.
+
+    Args:
+        x: [B, T, H, ...].
+        rows: as in `take_rows`.
+
+    Returns:
+        [B, T, H, ...]; contiguous unless `rows` is None.
+    """
     if rows is None:
         return x
     result = x.new_empty(x.shape)
@@ -32,7 +43,7 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
 
 
 def _places(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Where each sorted row lies in [B * T * H], head by head."""
+    """Return where each sorted row lies among the B * T * H rows of x, head by head."""
     batch, length, heads = x.shape[:3]
     head = torch.arange(heads, device=x.device)[:, None]
     row = torch.arange(batch, device=x.device)[:, None, None] * length

@@ -1,4 +1,4 @@
-"""The definition of bounded softmax attention, for any dtype; exact in float64 and differentiated by autograd.
+"""Define bounded softmax attention, for any dtype; float64 is exact, and autograd differentiates it.
 
 For query row i of a head, with S_i = {j : lo_i <= j < hi_i} the keys it sees,
 
@@ -38,8 +38,8 @@ def attention_reference(
         query: [B, Tq, Hq, D].
         key: [B, Tk, Hkv, D].
         value: [B, Tk, Hkv, Dv].
-        pattern: the bounds, which must be there, and the options.
-        scale: factor on the scores.
+        pattern: the bounds, neither of which may be None, and the options.
+        scale: the factor on the scores.
 
     Returns:
         The output [B, Tq, Hq, Dv] in the dtype of `query` and the logsumexp [B, Tq, Hq], float64 for float64 inputs
@@ -78,13 +78,13 @@ def attention_reference(
 
 
 def _listed(blocks: BlockList, queries: int, keys: int) -> torch.Tensor:
-    """bool [Tq, Tk]: whether the list of a row's block has a key's block."""
+    """Return whether the list of a row's block has a key's block, bool [Tq, Tk]."""
     block = torch.arange(keys, device=blocks.row_blocks.device) // blocks.size
     return blocks.mask()[block[keys - queries :, None], block]
 
 
 def _alibi(pattern: Pattern, batch: int, heads: int, group: int, queries: int, keys: int) -> torch.Tensor:
-    """What is added to the scores, [B, Hkv, group, Tq, Tk]."""
+    """Return ALiBi's bias, which is added to the scores, [B, Hkv, group, Tq, Tk]."""
     slopes = pattern.alibi_slopes
     assert slopes is not None
     row, column = torch.arange(queries, device=slopes.device), torch.arange(keys, device=slopes.device)

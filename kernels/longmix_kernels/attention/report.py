@@ -1,4 +1,4 @@
-"""What the attention kernels compile to, and what a causal call costs: see `longmix_kernels.report`."""
+"""Report what the attention kernels compile to, and what a causal call costs, for `longmix_kernels.report`."""
 
 import argparse
 from collections.abc import Sequence
@@ -11,16 +11,16 @@ from longmix_kernels.cost import pass_rows
 from longmix_kernels.launch import dim_constants, is_padded
 
 FEATURES = ("plain", "permuted", "alibi", "blocks")
-"""What a call has besides bounds."""
+"""The features that a call may have besides bounds."""
 
 MODES = ("full", "causal", "window", "documents", "bounds")
-"""Where bounds come from."""
+"""Where bounds may come from; `triton_walk` says what each means."""
 
 BLOCK = 128
-"""Rows of a block where a kernel is compiled for a block list."""
+"""How many rows a block has where a kernel is compiled for a block list."""
 
 HEADS, LENGTH = 16, 16384
-"""The setting in which costs are given, with batch 1."""
+"""The heads and the tokens of the call that costs are for, with batch 1."""
 
 NOTE = (
     f"Costs are for causal calls with batch 1, {HEADS} heads and T = {LENGTH}. Permuted rows are taken in their order "
@@ -37,10 +37,10 @@ class Build(aot.Build):
     """One kernel to compile.
 
     Attributes:
-        dim, value_dim: of keys and of values.
-        mode: one of `MODES`.
-        feature: one of `FEATURES`.
-        config: None for that of the launch table.
+        dim, value_dim: the head dimensions of keys and of values.
+        mode: where bounds come from, one of `MODES`.
+        feature: what the call has besides, one of `FEATURES`.
+        config: the configuration; None for that of the launch table.
     """
 
     dim: int
@@ -76,7 +76,7 @@ class Build(aot.Build):
         return (self.config or entry).within(BLOCK if self.feature == "blocks" else 0)
 
     def constants(self) -> dict[str, Any]:
-        """Return the compile-time arguments, of which a kernel takes those it has."""
+        """Return the compile-time arguments, of which a kernel takes those it has; None stands for an absent tensor."""
         absent = [name for feature, names in _FEATURE_TENSORS.items() if feature != self.feature for name in names]
         if self.mode != "bounds":
             absent += ["hi", "first_row"]
@@ -97,7 +97,7 @@ class Build(aot.Build):
         }
 
     def columns(self) -> dict[str, Any]:
-        """Return what a report says of it, the work of one step of its inner loop included."""
+        """Return the report's columns for it, with the work of one step of its inner loop."""
         tile = cost.tile_work(self.kernel, self.launch_config(), self.setting())
         return {
             "dim": self.dim,
@@ -109,7 +109,7 @@ class Build(aot.Build):
         }
 
     def setting(self) -> cost.Setting:
-        """Return the call that costs are given for."""
+        """Return the sizes of the call that costs are for."""
         return _setting(self.dim, self.value_dim, aot.DTYPES[self.dtype], self.feature == "permuted")
 
 
@@ -124,7 +124,15 @@ def table_builds(
     modes: Sequence[str] = ("causal",),
     features: Sequence[str] = ("plain",),
 ) -> list[Build]:
-    """Return every kernel for every combination."""
+    """Return every kernel for every combination of the arguments.
+
+    Args:
+        architectures: compute capabilities, times ten.
+        dims: head dimensions, of keys and of values alike.
+        dtypes: element types, of `aot.DTYPES`.
+        modes: of `MODES`.
+        features: of `FEATURES`.
+    """
     return [
         Build(kernel, architecture, dtype, dim, dim, mode, feature)
         for architecture in architectures
@@ -137,24 +145,33 @@ def table_builds(
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that decide what is compiled."""
+    """Add the command-line options that decide what is compiled."""
     parser.add_argument("--dim", type=int, nargs="+", default=launch.WIDTHS, help="head dimensions, 1 to 256")
     parser.add_argument("--mode", nargs="+", choices=MODES, default=("causal",), help="where bounds come from")
     parser.add_argument("--feature", nargs="+", choices=FEATURES, default=("plain",), help="what a call has besides")
 
 
 def builds(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Build]:
-    """Return the kernels that the options ask for; the parser ends the command where they make no sense."""
+    """Return the kernels that the options ask for.
+
+    Args:
+        parser: the command's parser; it ends the command if an option makes no sense.
+        options: the parsed options.
+    """
     if not all(1 <= dim <= max(launch.WIDTHS) for dim in options.dim):
         parser.error(f"--dim got {options.dim}; allowed are 1 to {max(launch.WIDTHS)}")
-    from longmix_kernels.attention import split_report  # whose builds are of this module's class
+    from longmix_kernels.attention import split_report  # imported here, since it imports this module
 
     chosen = options.arch, options.dim, (options.dtype,), options.mode, options.feature
     return [*table_builds(*chosen), *split_report.builds(*chosen)]
 
 
 def costs(options: argparse.Namespace | None = None) -> list[dict[str, Any]]:
-    """Return the work of every kernel and of whole passes, at two head dimensions."""
+    """Return the work of every kernel and of whole passes at head dimensions 64 and 128, a record each.
+
+    Args:
+        options: not used; costs have one setting.
+    """
     passes = {"forward": cost.FORWARD, "backward": cost.BACKWARD, "both": (*cost.FORWARD, *cost.BACKWARD)}
     rows = []
     for dim in (64, 128):

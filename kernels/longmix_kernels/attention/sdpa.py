@@ -1,7 +1,7 @@
-"""Plain causal or full attention through the fastest exact kernel that torch has on this machine.
+"""Compute plain causal or full attention by the fastest exact kernel that torch has on this machine.
 
-`attention` covers every set of row bounds; this covers only what torch's own kernels do, and chooses among them. The
-choice follows what torch and the kernels document, not measurements of ours.
+`attention` covers every set of row bounds. This module covers only what torch's own kernels do, and chooses among them
+by what torch and the kernels document; the project has not measured them.
 """
 
 import functools
@@ -18,27 +18,27 @@ from longmix_kernels.attention.cost import count_torch_on_a_cpu
 count_torch_on_a_cpu()
 
 _FLASH_PACKAGES = {"FA3": ("flash_attn_interface", (9,)), "FA4": ("flash_attn.cute.interface", (9, 10))}
-"""torch's name of an exchangeable flash implementation: its module and the compute capabilities (major) it is for."""
+"""By torch's name of a flash implementation, its module and the major compute capabilities that it is for."""
 
 
 def sdpa(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, causal: bool = True, scale: float | None = None
 ) -> torch.Tensor:
-    """Causal or full attention by `torch.nn.functional.scaled_dot_product_attention`.
+    """Compute causal or full attention by `torch.nn.functional.scaled_dot_product_attention`.
 
-    With fewer queries than keys the queries are the last rows (torch's `is_causal` would make them the first); unless
-    there is only one, that costs a mask of Tq * Tk bytes, which `attention` does without. On CUDA the first call of
-    the process activates FlashAttention 3 or 4 in torch when the package is there and the GPU is one it is for.
+    With fewer queries than keys, the queries are the last rows (torch's `is_causal` would make them the first). Unless
+    there is only one query, this costs a mask of Tq * Tk bytes, which `attention` does without. On CUDA, the first call
+    of the process puts FlashAttention 3 or 4 behind torch's kernel if the package is installed and made for the GPU.
 
     Args:
         query: [B, Tq, Hq, D].
         key: [B, Tk, Hkv, D], same dtype; Hkv divides Hq.
         value: [B, Tk, Hkv, Dv], same dtype.
-        causal: a row sees no key after its own position.
-        scale: factor on the scores, D ** -0.5 by default.
+        causal: whether a row sees no key after its own position; otherwise it sees all keys.
+        scale: the factor on the scores, D ** -0.5 by default.
 
     Returns:
-        The output [B, Tq, Hq, Dv].
+        The output [B, Tq, Hq, Dv], in the dtype of `query`.
 
     Raises:
         ValueError: `sdpa_supports` is False for this call.
@@ -67,7 +67,11 @@ def sdpa(
 
 
 def sdpa_supports(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, causal: bool = True) -> bool:
-    """Say whether `sdpa` covers a call: shapes that fit each other, and no row without a key."""
+    """Say whether `sdpa` covers a call: shapes, dtypes and devices fit each other, and every row sees a key.
+
+    Args:
+        query, key, value, causal: as in `sdpa`.
+    """
     if not query.dim() == key.dim() == value.dim() == 4:
         return False
     fits = (
@@ -82,7 +86,7 @@ def sdpa_supports(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *
 
 @torch.compiler.assume_constant_result
 def _kernel_order(device: torch.device) -> list[SDPBackend]:
-    """Kernels in the order to try. Every one refuses what it does not cover; the last covers everything.
+    """Return the kernels in the order to try. Each refuses what it does not cover; the last covers everything.
 
     torch's built-in flash kernel is FlashAttention 2, written for Ampere; cuDNN has kernels for Hopper and Blackwell.
     """
@@ -95,7 +99,14 @@ def _kernel_order(device: torch.device) -> list[SDPBackend]:
 
 @functools.cache
 def activate_flash(major: int) -> bool:
-    """Put the first FlashAttention package made for this GPU behind torch's flash kernel; False if there is none."""
+    """Put the first FlashAttention package that is made for this GPU behind torch's flash kernel.
+
+    Args:
+        major: the first number of the GPU's compute capability.
+
+    Returns:
+        Whether there was such a package.
+    """
     known = torch_attention.list_flash_attention_impls()
     for name, (module, capabilities) in _FLASH_PACKAGES.items():
         if major in capabilities and name in known:
@@ -109,5 +120,5 @@ def activate_flash(major: int) -> bool:
 
 
 def flash_implementation() -> str | None:
-    """torch's name of the FlashAttention package behind its flash kernel; None for the built-in FlashAttention 2."""
+    """Return torch's name of the package behind its flash kernel; None for the built-in FlashAttention 2."""
     return torch_attention.current_flash_attention_impl()

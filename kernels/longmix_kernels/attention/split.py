@@ -1,4 +1,7 @@
-"""Attention with few queries and no gradient, as a torch operator of its own: see `split_launch`."""
+"""Register attention with few queries and no gradient as a torch operator of its own.
+
+`split_launch` says which calls that are, and how their keys are divided.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,11 +21,14 @@ Results = tuple[torch.Tensor, torch.Tensor]
 def register(
     empty: Callable[[Inputs], tuple[torch.Tensor, ...]], check: Callable[[Inputs], None]
 ) -> Callable[[Inputs], Results]:
-    """Register the operator, and return a function that calls it.
+    """Register the operator `longmix::attention_split`, and return a function that calls it.
 
     Args:
         empty: makes the results without computing them.
         check: called before the computation, when tensors have values.
+
+    Returns:
+        A function from the inputs of a call to its output [B, Tq, Hq, Dv] and logsumexp [B, Tq, Hq].
     """
     forward = with_room(deferred("longmix_kernels.attention.triton_split.triton_split"))
 

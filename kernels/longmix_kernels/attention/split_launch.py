@@ -1,8 +1,8 @@
-"""How attention with few queries is launched: keys in parts, each a program of its own, and a merge of the parts.
+"""Launch attention with few queries: one program for each part of the keys, and a merge of the parts.
 
-A decoding step has one program per batch row and head, which walks along all keys while most of the GPU idles. Here a
-program takes a part of the keys, and all query heads that share a key head, whose keys it loads once. Nothing here
-imports Triton; see `longmix_kernels.launch`.
+In the plain forward a decoding step has one program per batch row and head, which walks along all keys while most of
+the GPU idles. Here a program takes a part of the keys, and all query heads that share a key head, so that it loads
+these keys once. Nothing here imports Triton. `longmix_kernels.launch` has what all engines share.
 """
 
 import torch
@@ -17,27 +17,27 @@ from longmix_kernels.runtime import on_gpu
 
 KERNELS = ("split_forward", "split_merge")
 MOST_QUERIES = 15
-"""More fill a tile of the forward kernel by themselves, and have programs enough."""
+"""The most queries for which keys are divided. More queries fill a tile of the forward kernel by themselves."""
 
 ROWS = 16
-"""Rows of a tile, the least that a product takes: queries times the heads that share a key head."""
+"""How many rows a tile has, the least that a product takes. Rows are queries times the heads that share a key head."""
 
 SPLITS = (1, 2, 4, 8, 16, 32, 64)
-"""Into how many parts keys may be cut."""
+"""The numbers of parts into which keys may be cut, ascending."""
 
 LEAST_KEYS = 256
-"""Keys of a part, at least: a part costs the loading of queries, and a row of the result in float32."""
+"""The fewest keys of a part. A part costs the loading of the queries, and a row of the result in float32."""
 
 PROGRAMS_PER_PROCESSOR = 2
-"""Programs that a multiprocessor has room for and needs, so that one loads while another multiplies."""
+"""How many programs a multiprocessor has room for and needs, so that one loads while another multiplies."""
 
 ELSEWHERE = 132
-"""Multiprocessors that are counted on where there is no GPU: those of an H100 or H200."""
+"""How many multiprocessors to assume where there is no GPU: those of an H100 or H200."""
 
 
-# Rows, keys, warps and stages for each of `whole.WIDTHS`; the merge has no tiles. Each compiles without a spill for all
-# modes of bounds and features, and fits into the 99 KiB of shared memory of consumer GPUs; 144 columns alone spill 20
-# bytes, with rows in an order of their own. None has been timed.
+# Rows, keys, warps and stages for each of `whole.WIDTHS`; the merge has no tiles. Each entry compiles without a spill
+# for all modes of bounds and features, and fits into the 99 KiB of shared memory of consumer GPUs. The exception is 144
+# columns with rows in an order of their own, which spill 20 bytes. None has been timed.
 _TUNED = {
     "split_forward": ((16, 64, 4, 4), (16, 32, 4, 4), (16, 64, 4, 3), (16, 32, 8, 3), (16, 32, 4, 3)),
     "split_merge": ((1, 1, 1, 1), (1, 1, 1, 1), (1, 1, 2, 1), (1, 1, 2, 1), (1, 1, 2, 1)),
@@ -53,18 +53,19 @@ TABLE = LaunchTable(
 
 
 class Call(whole.Call):
-    """The tensors and numbers of one call.
+    """The tensors and numbers of one call, as the kernels take them.
 
     Attributes:
-        splits: into how many parts the keys of a tile are cut; with 1 the call is better left to the forward kernel.
+        tiles: how many tiles of rows a key head has.
+        splits: into how many parts the keys of a tile are cut; with 1, the plain forward kernel is the better choice.
     """
 
     TABLE = TABLE
 
     def __init__(self, inputs: Inputs) -> None:
         super().__init__(inputs)
-        self.tiles = -(-self.queries * self.group // ROWS)  # of rows
-        # Of keys behind a document's beginning, or between bounds, only the device knows how many they are.
+        self.tiles = -(-self.queries * self.group // ROWS)
+        # Documents and bounds may hide keys, but only the device knows how many, so all keys count here.
         seen = min(self.keys, self.window + self.queries - 1) if self.mode == "window" else self.keys
         processors = launch.processors_of(self.query.device) if on_gpu(self.query) else ELSEWHERE
         self.splits = splits_of(self.tiles * self.batch * self.key_heads, seen, processors)
@@ -74,11 +75,11 @@ class Call(whole.Call):
         return TABLE.entry(kernel, architecture, size, max(self.dim, self.value_dim))
 
     def fitted(self, kernel: str, config: LaunchConfig) -> LaunchConfig:
-        """Return the configuration as it is: there are no blocks."""
+        """Return the configuration as it is, since `covers` admits no blocks."""
         return config
 
     def programs(self, kernel: str, config: LaunchConfig) -> int:
-        """Return how many programs a kernel takes."""
+        """Return how many programs a kernel is launched with."""
         if kernel == "split_merge":
             return self.batch * self.queries * self.heads
         return self.splits * self.tiles * self.batch * self.key_heads
@@ -89,7 +90,7 @@ class Call(whole.Call):
 
 
 def covers(inputs: Inputs) -> bool:
-    """Say whether a call has few queries and wants no gradient, by what is known while it is compiled."""
+    """Say whether a call has few queries, no block lists and no gradient; all this is known during compilation."""
     if inputs.query.shape[1] > MOST_QUERIES or inputs.pattern.blocks is not None:
         return False
     return not (torch.is_grad_enabled() and any(x.requires_grad for x in (inputs.query, inputs.key, inputs.value)))
@@ -99,9 +100,9 @@ def splits_of(programs: int, keys: int, processors: int) -> int:
     """Return into how many parts to cut the keys that a program would see, so that all multiprocessors have work.
 
     Args:
-        programs: how many there are without cutting.
-        keys: that one of them sees, at most.
-        processors: multiprocessors of the GPU.
+        programs: how many programs there are without cutting.
+        keys: how many keys one of them sees at most.
+        processors: how many multiprocessors the GPU has.
     """
     wanted = PROGRAMS_PER_PROCESSOR * processors / programs
     allowed = [count for count in SPLITS if count == 1 or count * LEAST_KEYS <= keys]

@@ -1,4 +1,4 @@
-"""What the kernels of `split_launch` compile to."""
+"""Report what the kernels of `split_launch` compile to."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from longmix_kernels.attention import launch, report, split_launch
 from longmix_kernels.launch import cover
 
 FEATURES = ("plain", "permuted", "alibi")
-"""What a call may have besides bounds; not block lists."""
+"""The features that a call may have besides bounds; block lists are not among them."""
 
 
 @dataclass(frozen=True)
 class Build(report.Build):
-    """One kernel to compile; see `report.Build`."""
+    """One kernel to compile, with the attributes of `report.Build`."""
 
     FUNCTIONS: ClassVar = {
         kernel: f"longmix_kernels.attention.triton_split.{kernel}_kernel" for kernel in split_launch.KERNELS
@@ -31,12 +31,12 @@ class Build(report.Build):
         return self.config or split_launch.TABLE.entry(self.kernel, self.architecture, size, width)
 
     def constants(self) -> dict[str, Any]:
-        """Return the compile-time arguments, of which a kernel takes those it has."""
+        """Return the compile-time arguments, of which a kernel takes those it has; None stands for an absent tensor."""
         most = max(split_launch.SPLITS)
         return {**super().constants(), "MOST_SPLITS": most, "VALUE_COVER": cover(self.value_dim)}
 
     def columns(self) -> dict[str, Any]:
-        """Return what a report says of it, the work of one step of its inner loop included."""
+        """Return the report's columns for it, with the work of one step of its inner loop."""
         config, merges = self.launch_config(), self.kernel == "split_merge"
         both, scores = self.dim + self.value_dim, config.rows * config.keys
         loaded = self.value_dim * 4 if merges else config.keys * both * aot.DTYPES[self.dtype]
@@ -50,7 +50,7 @@ class Build(report.Build):
         }
 
     def wants_wgmma(self) -> bool:
-        """Say that tiles of 16 rows are too small for it."""
+        """Return False: tiles of 16 rows are too small for that instruction."""
         return False
 
 
@@ -61,7 +61,13 @@ def builds(
     modes: Sequence[str] = ("causal",),
     features: Sequence[str] = ("plain",),
 ) -> list[Build]:
-    """Return every kernel for every combination; the merge, which knows neither modes nor features, once."""
+    """Return every kernel for every combination of the arguments.
+
+    The merge has neither modes nor features, so it takes the first mode and no feature.
+
+    Args:
+        architectures, dims, dtypes, modes, features: as in `report.table_builds`; block lists are left out.
+    """
     return [
         Build(kernel, architecture, dtype, dim, dim, mode, feature)
         for architecture in architectures

@@ -1,11 +1,11 @@
-"""Which parts of the score matrix a set of row bounds needs: tiles of rows, and panels of keys inside a tile.
+"""Find the parts of the score matrix that row bounds need: tiles of rows, and panels of keys inside a tile.
 
-Because both bounds never decrease, everything follows from the bounds of a tile's first and last row:
+Because neither bound ever decreases, everything follows from the bounds of a tile's first and last row:
 
     keys seen by any row    [lo[first], hi[last])
     keys seen by every row  [lo[last], hi[first])
 
-Work outside the first range is never done, and inside the second range no mask is needed.
+Nothing outside the first range is computed, and inside the second range no mask is needed.
 """
 
 from bisect import bisect_right
@@ -19,18 +19,22 @@ from longmix_kernels.attention.pattern import BlockList
 
 
 class Panel(NamedTuple):
-    """The scores of a tile's rows against a run of keys."""
+    """The scores of a tile's rows against a run of keys.
+
+    Attributes:
+        keys: the keys.
+        kind: "full" (every row sees every key), "causal" (a square in which row i sees keys up to i) or "masked".
+    """
 
     keys: slice
     kind: str
-    """"full" (every row sees every key), "causal" (a square, row i sees keys up to i) or "masked"."""
 
 
 class Tile(NamedTuple):
     """A block of query rows and the panels that together cover the keys it sees.
 
-    With `repeats` above 1 it stands for that many tiles, each as many rows further down and as many keys further right
-    as a tile has rows: what a sliding window needs.
+    A tile with `repeats` above 1 stands for that many tiles, as a sliding window needs them. The next one is further
+    down by the rows of a tile, and further right by as many keys.
     """
 
     rows: slice
@@ -43,13 +47,13 @@ class TileSizes:
     """How finely to cut.
 
     Attributes:
-        rows: query rows of a tile.
-        masked_keys: most keys of a masked panel. A tile that sees no more is one such panel; a wider one is split into
-            unmasked interior and masked edges, whose results are then merged.
-        full_keys: most keys of an unmasked panel; None for no limit.
-        whole_rows: a segment that is plain causal or full attention and at least this long is not cut at all; None
-            to cut always.
-        repeated_keys: most keys that a tile and its repetitions see, counted as often as they are seen.
+        rows: how many query rows a tile has.
+        masked_keys: the most keys of a masked panel. A tile that sees no more is one such panel; a wider one is split
+            into an unmasked interior and masked edges, whose results are then merged.
+        full_keys: the most keys of an unmasked panel; None for no limit.
+        whole_rows: the least length of a segment of plain causal or full attention that is not cut at all; None to cut
+            every segment.
+        repeated_keys: the most keys that a tile and its repetitions see; a key counts as often as it is seen.
     """
 
     rows: int
@@ -60,15 +64,14 @@ class TileSizes:
 
 
 def plan_tiles(lo: torch.Tensor, hi: torch.Tensor, sizes: TileSizes) -> Iterator[Tile]:
-    """Yield the tiles that bounds need, in order of their rows; rows that see nothing may be left out.
+    """Yield the tiles that bounds need, in order of their rows. Rows that see nothing may be in no tile.
 
     Args:
-        lo: int32 [Tq] on the CPU, first key seen by a row; non-decreasing.
+        lo: int32 [Tq] on the CPU, the first key that a row sees; non-decreasing.
         hi: as `lo`, one past the last key.
         sizes: how finely to cut.
     """
-    # Within a run of rows where these counts do not change, the bound of every row is one more than that of the row
-    # above.
+    # In a run of rows where these counts stay the same, the bound of every row is one more than that of the row above.
     lo_jumps, hi_jumps = ([0, *(x[1:] - x[:-1] != 1).cumsum(0).tolist()] for x in (lo, hi))
     first_key, end_key = lo.tolist(), hi.tolist()
     for start, stop in _row_blocks(lo, sizes.rows):
@@ -91,12 +94,12 @@ def plan_tiles(lo: torch.Tensor, hi: torch.Tensor, sizes: TileSizes) -> Iterator
 
 
 def plan_blocks(lo: torch.Tensor, hi: torch.Tensor, sizes: TileSizes, blocks: BlockList, keys: int) -> Iterator[Tile]:
-    """Yield a tile for each block of rows: of the keys that its rows see, only those in listed blocks.
+    """Yield a tile for each block of rows, with those keys that its rows see and that are in listed blocks.
 
     Args:
         lo, hi, sizes: as in `plan_tiles`.
         blocks: the lists; `keys - Tq` is a multiple of their size.
-        keys: number of keys, Tk.
+        keys: how many keys there are, Tk.
     """
     offsets, listed = blocks.row_offsets.tolist(), blocks.row_blocks.tolist()
     first_key, end_key = lo.tolist(), hi.tolist()
@@ -115,7 +118,7 @@ def plan_blocks(lo: torch.Tensor, hi: torch.Tensor, sizes: TileSizes, blocks: Bl
 
 
 def _runs(listed: list[int], size: int) -> Iterator[slice]:
-    """The keys of ascending blocks, adjacent ones together."""
+    """Yield the keys of ascending blocks, those of adjacent blocks together."""
     start = 0
     for index, block in enumerate(listed):
         if index + 1 == len(listed) or listed[index + 1] != block + 1:
@@ -128,7 +131,10 @@ def _common(a: slice, b: slice) -> slice:
 
 
 def _row_blocks(lo: torch.Tensor, rows: int) -> Iterator[tuple[int, int]]:
-    """Split the rows where a long run of equal `lo` begins or ends, so that no tile straddles two long segments."""
+    """Yield the first row, and one past the last, of parts that begin and end where a long run of equal `lo` does.
+
+    So no tile straddles two long segments.
+    """
     length = lo.shape[0]
     begins = torch.cat([lo.new_ones(1, dtype=torch.bool), lo[1:] != lo[:-1]]).nonzero().squeeze(-1)
     ends = torch.cat([begins[1:], begins.new_tensor([length])])
@@ -144,7 +150,7 @@ def _row_blocks(lo: torch.Tensor, rows: int) -> Iterator[tuple[int, int]]:
 
 
 def _panels(seen: slice, shared: slice, causal_whole: bool, sizes: TileSizes) -> list[Panel]:
-    """Cover the keys `seen` by a tile, of which every row sees those in `shared`."""
+    """Return the panels that cover the keys `seen` by a tile; every row sees those in `shared`."""
     if causal_whole:
         # Rows and keys past the shared ones form a square whose diagonal starts at the last shared key.
         shared = slice(shared.start, shared.stop - 1)

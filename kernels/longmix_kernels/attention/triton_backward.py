@@ -1,16 +1,17 @@
-"""Bounded attention on a GPU, backward: two kernels, both deterministic because no two programs add to one number.
+"""Compute the backward of bounded attention on a GPU by two kernels.
 
-With P = exp(S - L), the weights recomputed from the logsumexp L, and dS = P * (dO V^T - delta):
+Both are deterministic, because no two programs add to one number. They recompute the weights P = exp(S - L) from the
+logsumexp L. With dS = P * (dO V^T - delta):
 
     dQ = scale dS K        one program per tile of query rows
     dK = scale dS^T Q      one program per tile of keys, all query heads of the group in turn
     dV = P^T dO
     delta_i = o_i . dO_i - dL_i
 
-The gradient dL of the logsumexp costs nothing but the subtraction. The first kernel computes delta for its own rows and
-leaves it, with L in base 2, for the second. That one computes S^T = K Q^T directly, since the transpose of a product
-must not be fed into a product on Hopper. Together seven products per tile instead of the five that a single kernel
-adding to dQ atomically would need: the price of equal bits in every run.
+The gradient dL of the logsumexp costs one subtraction. The first kernel computes delta for its own rows and leaves it,
+with L in base 2, for the second. The second kernel computes S^T = K Q^T directly, since on Hopper the transpose of a
+product must not be fed into a product. Together they take seven products per tile. A single kernel that adds to dQ
+atomically would need five, but two runs would differ in their bits.
 """
 
 import torch
@@ -35,7 +36,7 @@ def triton_backward(
     Args:
         inputs: as in the forward.
         grad_output: [B, Tq, Hq, Dv].
-        grad_logsumexp: [B, Tq, Hq], or None for zero; what it holds for rows that see nothing is not looked at.
+        grad_logsumexp: [B, Tq, Hq], or None for zero; its values in rows that see nothing are not used.
         output, logsumexp: what the forward returned.
     """
     call = Call(inputs)

@@ -1,7 +1,7 @@
-"""Bounded attention on a GPU, forward: one program per tile of query rows (FlashAttention-2, Dao 2023).
+"""Compute the forward of bounded attention on a GPU: one program per tile of query rows (FlashAttention-2, Dao 2023).
 
-The softmax is kept in base 2, with scale * log2(e) folded into one multiply-add per score, and runs online: each step
-of keys rescales what was summed before by exp2(old maximum - new maximum). The sum divides once at the end.
+The softmax is in base 2, so that scale * log2(e) goes into one multiply-add per score. It runs online: each step of
+keys rescales the earlier sums by exp2(old maximum - new maximum). The division by the sum comes once, at the end.
 """
 
 import torch
@@ -25,7 +25,7 @@ STRIDES = [
     "stride_key_order_batch",
     "stride_key_order_head",
 ]
-"""Those of bounds and orders depend on the length, and a kernel for each length would be compiled."""
+"""Strides that are not specialised: those of bounds and orders depend on the length, and each would start a compile."""
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "heads", "group", "window", *STRIDES])
@@ -34,7 +34,7 @@ def forward_kernel(
     key,  # [B, Tk, Hkv, DIM]
     value,  # [B, Tk, Hkv, VALUE_DIM]
     lo,  # int32 [B or 1, Hq or 1, Tq], or None
-    hi,
+    hi,  # as lo
     query_order,  # int32 [B or 1, Hq or 1, Tq], or None: `query_rows` of the pattern
     key_order,  # int32 [B or 1, Hkv or 1, Tk], or None: `key_rows`
     alibi_slopes,  # float32 [Hq], or None
@@ -137,7 +137,7 @@ def forward_kernel(
             # [ROWS, KEYS] scores from [ROWS, DIM] and [KEYS, DIM].
             place = step_start(step, begin, leading, full_start, trailing_start, 0, row_blocks, KEYS, BLOCK, EDGE)
             columns = row_numbers(key_order, place, end, KEYS, EDGE)
-            # Keys that are hidden may be NaN, so steps at an edge mask what they load.
+            # Hidden keys may be NaN, so steps at an edge mask what they load.
             if EDGE or key_steps is None:
                 k = load_tile(key, place, columns, end, stride_key_row, 0, DIM_MAIN, DIM, EDGE, GATHER_KEY)
             else:
@@ -158,7 +158,7 @@ def forward_kernel(
             new_highest = tl.maximum(highest, tl.max(scores, 1) * scale_log2)
             subtrahend = new_highest
             if EDGE:
-                # -inf - -inf is NaN: a row that has seen nothing yet subtracts 0 and keeps weights of 0.
+                # -inf - -inf is NaN, so a row that has seen nothing yet subtracts 0 and keeps weights of 0.
                 subtrahend = tl.where(new_highest == float("-inf"), 0.0, new_highest)
             weights = tl.exp2(scores * scale_log2 - subtrahend[:, None])
             shrink = tl.exp2(highest - subtrahend)
@@ -196,7 +196,11 @@ def forward_kernel(
 
 
 def triton_forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the output [B, Tq, Hq, Dv] and the logsumexp [B, Tq, Hq]; head dimensions up to 256, no float64."""
+    """Return the output [B, Tq, Hq, Dv] and the logsumexp [B, Tq, Hq], float32.
+
+    Args:
+        inputs: the call, with head dimensions up to 256 and no float64.
+    """
     call = Call(inputs)
     output = call.query.new_empty(*call.query.shape[:3], call.value_dim)
     logsumexp = call.query.new_empty(call.query.shape[:3], dtype=torch.float32)

@@ -1,4 +1,7 @@
-"""Bounded attention on a GPU, backward in keys and values: one program per tile of keys; see `triton_backward`."""
+"""Compute the gradients of keys and values on a GPU: one program per tile of keys.
+
+`triton_backward` has the equations, and says what the kernel of the queries leaves for this one.
+"""
 
 import triton
 import triton.language as tl
@@ -25,7 +28,7 @@ STRIDES = [
     "stride_key_order_batch",
     "stride_key_order_head",
 ]
-"""Those of bounds and orders depend on the length, and a kernel for each length would be compiled."""
+"""Strides that are not specialised: those of bounds and orders depend on the length, and each would start a compile."""
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "heads", "group", "window", *STRIDES])
@@ -34,15 +37,15 @@ def grad_key_value_kernel(
     key,  # [B, Tk, Hkv, DIM]
     value,  # [B, Tk, Hkv, VALUE_DIM]
     first_row,  # int32 [B or 1, Hq or 1, Tk], the transposed bounds, or None
-    end_row,
+    end_row,  # as first_row
     query_order,  # int32 [B or 1, Hq or 1, Tq], or None: `query_rows` of the pattern
     key_order,  # int32 [B or 1, Hkv or 1, Tk], or None: `key_rows`
     alibi_slopes,  # float32 [Hq], or None
     key_offsets,  # int32 [blocks + 1], or None
     key_blocks,  # int32 [n], or None
     grad_output,  # [B, Tq, Hq, VALUE_DIM]
-    shift,  # float32 [B, Hq, Tq], in order, as the first kernel wrote it
-    minus_delta,  # float32 [B, Hq, Tq], in order
+    shift,  # float32 [B, Hq, Tq], in order: -L / scale, as `grad_query_kernel` wrote it
+    minus_delta,  # float32 [B, Hq, Tq], in order, as `grad_query_kernel` wrote it
     grad_key,  # [B, Tk, Hkv, DIM], contiguous
     grad_value,  # [B, Tk, Hkv, VALUE_DIM], contiguous
     scale,
@@ -88,7 +91,7 @@ def grad_key_value_kernel(
     FOLD: tl.constexpr,
 ):
     """Write the gradients of `KEYS` keys and values of one key head."""
-    # Early keys are seen by most rows under a causal mask: heavy tiles first.
+    # Under a causal mask most rows see early keys. Heavy tiles go first, so that the last programs are short ones.
     key_heads = heads // group
     tile, batch, key_head = program_tile(tl.cdiv(keys, KEYS), key_heads)
     start = tile * KEYS

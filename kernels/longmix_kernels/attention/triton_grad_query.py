@@ -1,4 +1,7 @@
-"""Bounded attention on a GPU, backward in the queries: one program per tile of query rows; see `triton_backward`."""
+"""Compute the gradients of queries on a GPU: one program per tile of query rows.
+
+`triton_backward` has the equations. This kernel also writes what the kernel of keys and values needs of each row.
+"""
 
 import triton
 import triton.language as tl
@@ -17,7 +20,7 @@ STRIDES = [
     "stride_key_order_batch",
     "stride_key_order_head",
 ]
-"""Those of bounds and orders depend on the length, and a kernel for each length would be compiled."""
+"""Strides that are not specialised: those of bounds and orders depend on the length, and each would start a compile."""
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "heads", "group", "window", *STRIDES])
@@ -26,7 +29,7 @@ def grad_query_kernel(
     key,  # [B, Tk, Hkv, DIM]
     value,  # [B, Tk, Hkv, VALUE_DIM]
     lo,  # int32 [B or 1, Hq or 1, Tq], or None
-    hi,
+    hi,  # as lo
     query_order,  # int32 [B or 1, Hq or 1, Tq], or None: `query_rows` of the pattern
     key_order,  # int32 [B or 1, Hkv or 1, Tk], or None: `key_rows`
     alibi_slopes,  # float32 [Hq], or None
@@ -37,8 +40,8 @@ def grad_query_kernel(
     grad_output,  # [B, Tq, Hq, VALUE_DIM]
     grad_logsumexp,  # float32 [B, Tq, Hq], contiguous, or None
     grad_query,  # [B, Tq, Hq, DIM], contiguous
-    shift,  # float32 [B, Hq, Tq], in order, written: -L / scale; the weights are exp(scale * (score + shift))
-    minus_delta,  # float32 [B, Hq, Tq], in order, written
+    shift,  # written, float32 [B, Hq, Tq], in order: -L / scale; the weights are exp(scale * (score + shift))
+    minus_delta,  # written, float32 [B, Hq, Tq], in order
     scale,
     scale_log2,  # scale * log2(e)
     queries,
@@ -83,8 +86,8 @@ def grad_query_kernel(
     KEYS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Write the query gradient of `ROWS` query rows of one head, and what the other kernel needs to know of them."""
-    # Heavy tiles first, as in the forward.
+    """Write the query gradient of `ROWS` query rows of one head, and their `shift` and `minus_delta`."""
+    # Heavy tiles go first, as in the forward.
     tiles = tl.cdiv(queries, ROWS)
     tile, batch, head = program_tile(tiles, heads)
     start = (tiles - 1 - tile) * ROWS
@@ -146,7 +149,7 @@ def grad_query_kernel(
     empty = natural == float("-inf")
     if grad_logsumexp is not None:
         grad_natural = tl.load(grad_logsumexp + natural_place, mask=inside, other=0.0)
-        # What arrives for a row that sees nothing may be NaN.
+        # The gradient that arrives for a row that sees nothing may be NaN.
         row_delta -= tl.where(empty, 0.0, grad_natural)
     # log2(e) turns the natural logsumexp into the base-2 one.
     row_lse = tl.where(empty, float("inf"), natural * 1.4426950408889634)

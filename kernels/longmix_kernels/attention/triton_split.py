@@ -1,7 +1,7 @@
-"""Attention with few queries on a GPU, forward alone: a partial softmax over each part of the keys, and one merge.
+"""Compute the forward of attention with few queries on a GPU: a softmax over each part of the keys, and one merge.
 
-Rows of a tile are all queries of all heads that share a key head, so that grouped heads load their keys once. The merge
-takes the parts in order, so that two runs are equal bit for bit (flash decoding, Dao et al. 2023).
+This is flash decoding (Dao et al. 2023). The rows of a tile are the queries of all heads that share a key head, so that
+grouped heads load their keys once. The merge takes the parts in order, so two runs are equal bit for bit.
 """
 
 import torch
@@ -19,7 +19,10 @@ from longmix_kernels.tiles import product
 
 @triton.jit
 def load_rows(places, inside, COLUMN: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
-    """Load [rows, COLUMNS] of rows [.., WIDTH] that begin at `places`, from a column on; zero where none is."""
+    """Load [rows, COLUMNS] from column `COLUMN` on of rows of `WIDTH` columns that begin at `places`.
+
+    Rows that are not `inside`, and columns past `WIDTH`, are zero.
+    """
     column = COLUMN + tl.arange(0, COLUMNS)
     there = inside[:, None] & (column < WIDTH)[None, :]
     return tl.load(places[:, None] + column[None, :], mask=there, other=0.0)
@@ -27,7 +30,7 @@ def load_rows(places, inside, COLUMN: tl.constexpr, COLUMNS: tl.constexpr, WIDTH
 
 @triton.jit
 def store_rows(places, rows, inside, COLUMN: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
-    """Store [rows, COLUMNS] where `load_rows` would load it from."""
+    """Store [rows, COLUMNS] where `load_rows` would load them from."""
     column = COLUMN + tl.arange(0, COLUMNS)
     there = inside[:, None] & (column < WIDTH)[None, :]
     tl.store(places[:, None] + column[None, :], rows, mask=there)
@@ -39,7 +42,7 @@ def split_forward_kernel(
     key,  # [B, Tk, Hkv, DIM]
     value,  # [B, Tk, Hkv, VALUE_DIM]
     lo,  # int32 [B or 1, Hq or 1, Tq], or None
-    hi,
+    hi,  # as lo
     query_order,  # int32 [B or 1, Hq or 1, Tq], or None: `query_rows` of the pattern
     key_order,  # int32 [B or 1, Hkv or 1, Tk], or None: `key_rows`
     alibi_slopes,  # float32 [Hq], or None
@@ -84,7 +87,7 @@ def split_forward_kernel(
     KEYS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Write output and logsumexp of `ROWS` rows over one of `splits` parts of the keys that any of them sees."""
+    """Write output and base-2 logsumexp of `ROWS` rows over one of `splits` parts of the keys that any row sees."""
     tiles = tl.cdiv(queries * group, ROWS)
     program = tl.program_id(0)
     split = program % splits
@@ -92,7 +95,7 @@ def split_forward_kernel(
     batch = (program // splits // tiles // key_heads).to(tl.int64)
     key_head = (program // splits // tiles % key_heads).to(tl.int64)
 
-    # Row r is query r // group of the group's head r % group; int64, as offsets are made of them.
+    # Row r is query r // group of head r % group of the group. The heads are int64, since offsets are made of them.
     row = tile * ROWS + tl.arange(0, ROWS)
     inside = row < queries * group
     place = tl.where(inside, row // group, 0)
@@ -111,7 +114,7 @@ def split_forward_kernel(
         key_order += batch * stride_key_order_batch + key_head * stride_key_order_head
     own = number if GATHER_QUERY else place
 
-    # Rows of different heads need not be in order, so this reads all bounds and not those of the first and last row.
+    # Bounds do not ascend from head to head, so this reads those of all rows, and not of the first and last one alone.
     first_key, end_key = keys_of_rows(lo, hi, place, inside, queries, keys, window, MODE)
     sees = first_key < end_key
     begin = tl.min(tl.where(sees, first_key, keys), 0)
@@ -153,7 +156,7 @@ def split_forward_kernel(
         visible = (first_key[:, None] <= places) & (places < end_key[:, None])
         scores = tl.where(visible, scores, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, 1) * scale_log2)
-        # -inf - -inf is NaN: a row that has seen nothing yet subtracts 0 and keeps weights of 0.
+        # -inf - -inf is NaN, so a row that has seen nothing yet subtracts 0 and keeps weights of 0.
         subtrahend = tl.where(new_highest == float("-inf"), 0.0, new_highest)
         weights = tl.exp2(scores * scale_log2 - subtrahend[:, None])
         shrink = tl.exp2(highest - subtrahend)
@@ -190,7 +193,7 @@ def split_merge_kernel(
     VALUE_COVER: tl.constexpr,
     MOST_SPLITS: tl.constexpr,
 ):
-    """Write the output and the logsumexp of one row."""
+    """Merge the parts of one row, and write its output and its natural logsumexp."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, MOST_SPLITS)
     each = tl.load(partial_logsumexp + part * rows.to(tl.int64) + row, mask=part < splits, other=float("-inf"))
@@ -213,7 +216,13 @@ def split_merge_kernel(
 
 
 def triton_split(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what `triton_forward` does, for few queries; keys are cut where that gives the GPU more to do at once."""
+    """Return the output [B, Tq, Hq, Dv] and the logsumexp [B, Tq, Hq], float32, of a call with few queries.
+
+    Keys are cut into parts where that gives the GPU more to do at once; elsewhere `triton_forward` runs.
+
+    Args:
+        inputs: a call that `split_launch.covers`, with head dimensions up to 256 and no float64.
+    """
     call = Call(inputs)
     if call.splits == 1:
         return triton_forward(inputs)

@@ -1,10 +1,10 @@
-"""What the attention kernels do with a tile: loads, stores, products, and ALiBi's bias.
+"""Operations of the attention kernels on a tile: loads, stores, starts of products, and ALiBi's bias.
 
-A head dimension is taken in two powers of two, `*_MAIN` columns and then `*_REST` (see `launch.split_dim`). Only
-columns past the true dimension are masked.
+A head dimension is two powers of two, `*_MAIN` columns and then `*_REST`, as `launch.split_dim` splits it. Loads and
+stores mask only columns past the true dimension.
 
-Rows may be taken in an order of their own, which the kernels read as they go: everything about a row but its place in
-query, key, value, their gradients, output and logsumexp is kept in that order.
+Rows may be taken in an order of their own, which the kernels read as they go. Query, key, value, their gradients,
+output and logsumexp keep each row in its own place; everything else about rows is in the order in which they are taken.
 """
 
 import triton
@@ -13,9 +13,9 @@ import triton.language as tl
 
 @triton.jit
 def row_numbers(order, start, end, ROWS: tl.constexpr, MASKED: tl.constexpr):
-    """Numbers int32 [ROWS], before they were put in order, of the rows from `start` on; 0 from `end` on if `MASKED`.
+    """Return the numbers int32 [ROWS] of the rows that are taken from place `start` on; 0 from `end` on if `MASKED`.
 
-    `order` points to the number of the head's first row; None stands for rows in their own order.
+    `order` points to the number of the head's first row; with None, each row has its place as its number.
     """
     row = start + tl.arange(0, ROWS)
     if order is None:
@@ -28,9 +28,10 @@ def row_numbers(order, start, end, ROWS: tl.constexpr, MASKED: tl.constexpr):
 
 @triton.jit
 def tile_places(matrix, start, numbers, stride_row, COLUMN: tl.constexpr, COLUMNS: tl.constexpr, GATHER: tl.constexpr):
-    """Pointers [rows, COLUMNS] to the rows from `start` on, or with `GATHER` to the rows of these numbers.
+    """Return pointers [rows, COLUMNS] to the rows from `start` on, or with `GATHER` to the rows of these numbers.
 
-    Offsets within a tile fit int32 for row strides below 2 ** 23; a row's own needs int64 beyond T = 65536.
+    Offsets within a tile fit int32 for row strides below 2 ** 23. The offset of a row itself needs int64 beyond
+    T = 65536.
     """
     column = COLUMN + tl.arange(0, COLUMNS)
     if GATHER:
@@ -53,9 +54,9 @@ def load_tile(
     MASKED: tl.constexpr,
     GATHER: tl.constexpr,
 ):
-    """Load [rows, COLUMNS] of a matrix [.., WIDTH] from row `start` and column `COLUMN` on; see `tile_places`.
+    """Load [rows, COLUMNS] of a matrix [.., WIDTH] from `tile_places`, from column `COLUMN` on.
 
-    Columns past `WIDTH` are zero, and so are rows from `end` on if `MASKED`; otherwise all rows must exist.
+    Columns past `WIDTH` are zero. If `MASKED`, rows from `end` on are zero too; otherwise all rows must exist.
     """
     places = tile_places(matrix, start, numbers, stride_row, COLUMN, COLUMNS, GATHER)
     row = tl.arange(0, numbers.shape[0])
@@ -72,7 +73,7 @@ def load_tile(
 
 @triton.jit
 def load_step(descriptor, batch, start, head, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Load [ROWS, COLUMNS] of a matrix [B, T, H, COLUMNS] from row `start` on; all rows must exist."""
+    """Load [ROWS, COLUMNS] of a matrix [B, T, H, COLUMNS] by its descriptor, from row `start` on; all must exist."""
     return descriptor.load([tl.cast(batch, tl.int32), start, tl.cast(head, tl.int32), 0]).reshape(ROWS, COLUMNS)
 
 
@@ -99,19 +100,22 @@ def store_tile(
 
 @triton.jit
 def load_slope(alibi_slopes, head, scale_log2):
-    """ALiBi's slope for scores that are still to be scaled."""
+    """Return ALiBi's slope for scores that are not scaled yet: it is divided by the scale."""
     return tl.load(alibi_slopes + head) * 1.4426950408889634 / scale_log2
 
 
 @triton.jit
 def with_alibi(scores, slope, key_position, row_position):
-    """Add slope * (key position - row position); float32 holds positions below 2 ** 24 and their difference exactly."""
+    """Return scores + slope * (key position - row position).
+
+    float32 represents positions below 2 ** 24, and their differences, exactly.
+    """
     return scores + slope * (key_position.to(tl.float32) - row_position.to(tl.float32))
 
 
 @triton.jit
 def spread(row, KEYS: tl.constexpr, FOLD: tl.constexpr):
-    """What a [KEYS, ROWS] product starts from: 0, or with `FOLD` the row vector that has to be added to it anyway."""
+    """Return what a product [KEYS, ROWS] starts from: 0, or with `FOLD` the row vector that has to be added anyway."""
     start = tl.zeros([KEYS, row.shape[0]], tl.float32)
     if FOLD:
         start += row[None, :]
@@ -120,7 +124,7 @@ def spread(row, KEYS: tl.constexpr, FOLD: tl.constexpr):
 
 @triton.jit
 def unfolded(total, row, FOLD: tl.constexpr):
-    """The product plus the row vector, which is in it already with `FOLD`."""
+    """Return the product with the row vector added; with `FOLD` it is in it already."""
     if not FOLD:
         total += row[None, :]
     return total

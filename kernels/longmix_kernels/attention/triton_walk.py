@@ -1,4 +1,4 @@
-"""Which tiles of the score matrix a program visits: bounds of a tile, and the steps that cover them.
+"""Find the tiles of the score matrix that a program visits: the bounds of its tile, and the steps that cover them.
 
 A tile of rows walks along the other axis of the score matrix in steps. `MODE` says where the bounds come from:
 
@@ -8,8 +8,8 @@ A tile of rows walks along the other axis of the score matrix in steps. `MODE` s
     "documents"  as causal, from the first key `lo` on (a window is in `lo`)      one int32 per row is read
     "bounds"     `lo` and `hi`                                                    two int32 per row are read
 
-With a block list (`BLOCK` > 0) only listed blocks are walked through, laid end to end: a *place* on the walk counts
-their positions alone, and every tile lies within one block, so that no step straddles two.
+With a block list (`BLOCK` > 0) the walk goes through listed blocks only, laid end to end. A *place* on the walk counts
+positions in these blocks alone. Every tile lies within one block, so that no step straddles two.
 """
 
 import triton
@@ -18,14 +18,14 @@ import triton.language as tl
 
 @triton.jit
 def program_tile(tiles, heads):
-    """Which of `tiles` tiles, which batch row and which of `heads` heads a program is for; the last two in int64."""
+    """Return the tile (of `tiles`), the batch row and the head (of `heads`) of this program; the last two in int64."""
     program = tl.program_id(0)
     return program % tiles, (program // tiles // heads).to(tl.int64), (program // tiles % heads).to(tl.int64)
 
 
 @triton.jit
 def keys_of_rows(lo, hi, rows, inside, queries, keys, window, MODE: tl.constexpr):
-    """First key, and one past the last, that each of `rows` sees; none for a row that is not `inside`.
+    """Return the first key, and one past the last, that each of `rows` sees; a row that is not `inside` sees none.
 
     `lo` and `hi` point to the first row of the head's bounds.
     """
@@ -46,9 +46,9 @@ def keys_of_rows(lo, hi, rows, inside, queries, keys, window, MODE: tl.constexpr
 
 @triton.jit
 def rows_of_keys(first_row, end_row, columns, inside, queries, keys, window, MODE: tl.constexpr):
-    """First row, and one past the last, that sees each of the keys `columns`; none for a key that is not `inside`.
+    """Return the first row, and one past the last, that sees each key of `columns`; no row sees one not `inside`.
 
-    `first_row` and `end_row` point to the bounds of the head's first key, transposed as `key_bounds` does.
+    `first_row` and `end_row` point to the bounds of the head's first key, as `key_bounds` transposes them.
     """
     if MODE == "bounds":
         first = tl.load(first_row + columns, mask=inside, other=0)
@@ -67,12 +67,14 @@ def rows_of_keys(first_row, end_row, columns, inside, queries, keys, window, MOD
 
 @triton.jit
 def cover(begin, full_begin, full_end, end, position, listed, count, STEP: tl.constexpr, BLOCK: tl.constexpr):
-    """Cover [begin, end) by steps of `STEP`, of which those inside [full_begin, full_end) need no mask.
+    """Cover [begin, end) by steps of `STEP`. Steps inside [full_begin, full_end) need no mask.
 
-    With a list of `count` blocks, `listed`, only what lies in them is covered; 0 stands at `position` then.
+    With a list of `count` blocks, `listed`, the steps cover only positions in these blocks, and row or key 0 stands at
+    `position`.
 
     Returns where the steps begin; the number of steps on the leading edge; where the full steps begin, and their
-    number; where the trailing edge begins, and its number of steps. See `step_start` for what that means in a list.
+    number; where the trailing edge begins, and its number of steps. With a list these are places on the walk, which
+    `step_start` turns into rows or keys.
     """
     if BLOCK > 0:
         begin = listed_before(begin + position, listed, count, BLOCK) // STEP * STEP
@@ -89,7 +91,7 @@ def cover(begin, full_begin, full_end, end, position, listed, count, STEP: tl.co
 
 @triton.jit
 def listed_before(position, listed, count, BLOCK: tl.constexpr):
-    """How many positions before this one are in listed blocks, which ascend: a binary search."""
+    """Return how many positions before this one are in listed blocks, by a binary search: the list ascends."""
     block = position // BLOCK
     left = position * 0
     # Before position 0 there is nothing to search for.
@@ -116,7 +118,10 @@ def step_start(
     BLOCK: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """Where a step begins; edge steps are counted through the leading edge and on along the trailing one."""
+    """Return the row or key at which a step begins.
+
+    The count of edge steps runs through the leading edge and goes on along the trailing one.
+    """
     if EDGE:
         start = tl.where(step < leading, begin + step * STEP, trailing_start + (step - leading) * STEP)
     else:

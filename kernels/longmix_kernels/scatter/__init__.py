@@ -1,4 +1,4 @@
-"""Softmax attention, exact for the latest blocks and through positive features for everything before: Scatterbrain."""
+"""Scatterbrain: softmax attention, exact for the latest blocks and through positive features for all keys before."""
 
 from longmix_kernels.scatter.bounds import exact_bounds
 from longmix_kernels.scatter.op import ScatterResult, scatter_attention

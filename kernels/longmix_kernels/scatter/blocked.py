@@ -1,18 +1,19 @@
-"""Block-local attention with far keys through features, block by block, in memory linear in the length.
+"""Compute block-local attention with far keys through features block by block, in memory linear in the length.
 
-The exact part is the attention engine's, with the bounds of the blocks; what a query reads of the far keys comes from
-sums over whole blocks (`far`), and the parts are merged through their logsumexp:
+The attention engine computes the exact part, with the bounds of the blocks. What a query reads of the far keys comes
+from sums over whole blocks (`far`). The logsumexps merge both parts:
 
     L = log(exp(L_exact) + exp(L_far))        o = exp(L_exact - L) o_exact + exp(L_far - L) o_far
 
-Backward, with the merged o and L in both parts, D_i = o_i . dO_i - dL_i is all that either needs to know of the other:
+Backward, both parts take the merged o and L. D_i = o_i . dO_i - dL_i is all that one part needs to know of the other:
 
     exact keys   as everywhere in attention, P = exp(S - L)
     far keys     dlog phi_a(q_i) = phi_a(q_i) exp(-L_i) (dO_i . S_a - D_i Z_a)
                  dlog phi_a(k_j) = phi_a(k_j) (v_j . G_a - h_a)        dV_j += sum_a phi_a(k_j) G_a
                  G_a = sum_i phi_a(q_i) exp(-L_i) dO_i    h_a = sum_i phi_a(q_i) exp(-L_i) D_i    j far for i
 
-so that besides attention's own backward there is one scan forward, again for S and Z, and one in reverse, for G and h.
+Besides attention's own backward there is one scan forward, which computes S and Z again, and one in reverse, for G and
+h.
 """
 
 import torch
@@ -28,7 +29,7 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 def blocked_forward(inputs: Inputs) -> Tensors:
-    """Return output, logsumexp and the logsumexp of the exact part."""
+    """Return the output [B, Tq, Hq, Dv], the logsumexp [B, Tq, Hq] and the logsumexp of the exact part, likewise."""
     exact = _exact_inputs(inputs)
     output, exact_logsumexp = attention.blocked_forward(exact)
     logsumexp = exact_logsumexp.clone()
@@ -44,7 +45,7 @@ def blocked_backward(
     output: torch.Tensor,
     logsumexp: torch.Tensor,
 ) -> Tensors:
-    """Return the gradients of the first eight inputs, empty where an input is None.
+    """Return the gradients of the first eight inputs, in their shapes and dtypes; empty where an input is None.
 
     Args:
         inputs: as in the forward.
@@ -65,7 +66,7 @@ def blocked_backward(
 
 
 def _exact_inputs(inputs: Inputs) -> ExactInputs:
-    """The part that the attention engine does, in the dtype of sums, so that nothing is rounded before it is merged."""
+    """Return the part for the attention engine, in the dtype of sums, so that nothing is rounded before the merge."""
     query, key = inputs.query, inputs.key
     sizes = query.shape[1], key.shape[1], inputs.block_size, inputs.past_blocks
     _, lo, hi = exact_bounds(inputs.document_ids, *sizes, query.device)
@@ -75,7 +76,7 @@ def _exact_inputs(inputs: Inputs) -> ExactInputs:
 
 
 def _far_spans(inputs: Inputs) -> list[FarSpan]:
-    """The documents that have far keys."""
+    """Return the documents that have far keys."""
     if inputs.query_features is None:
         return []
     sizes = inputs.query.shape[0], inputs.query.shape[1], inputs.key.shape[1], inputs.exact

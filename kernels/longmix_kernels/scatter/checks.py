@@ -1,4 +1,4 @@
-"""What the arguments of block-local attention with far features must be; every error names what is allowed."""
+"""Check the arguments of block-local attention with far keys. Every error names what is allowed."""
 
 import torch
 
@@ -9,7 +9,17 @@ from longmix_kernels.scatter.state import FeatureState
 def check_features(
     query: torch.Tensor, key: torch.Tensor, query_features: torch.Tensor | None, key_features: torch.Tensor | None
 ) -> None:
-    """Check log features [B, T, H, m] against query and key; they stay in float32 whatever the dtype of those."""
+    """Check log features against query and key; they are float32 whatever the dtype of those, or float64 with float64.
+
+    Args:
+        query: [B, Tq, Hq, D].
+        key: [B, Tk, Hkv, D].
+        query_features: [B, Tq, Hq, m], or None.
+        key_features: [B, Tk, Hkv, m], or None.
+
+    Raises:
+        ValueError: one of them is missing, or has a wrong shape, dtype or device.
+    """
     if (query_features is None) != (key_features is None):
         missing = "query_features" if query_features is None else "key_features"
         raise ValueError(f"{missing} is missing; query_features and key_features come together")
@@ -28,7 +38,17 @@ def check_features(
 
 
 def check_sizes(query: torch.Tensor, key: torch.Tensor, block_size: int, past_blocks: int) -> None:
-    """Check the blocks, and that every query has a key of its own."""
+    """Check the sizes of blocks, and that there are no more queries than keys.
+
+    Args:
+        query: [B, Tq, Hq, D].
+        key: [B, Tk, Hkv, D].
+        block_size: tokens of a block, at least 1.
+        past_blocks: whole blocks before its own that a query sees exactly, at least 0.
+
+    Raises:
+        ValueError: a size is not allowed.
+    """
     if block_size < 1 or past_blocks < 0:
         raise ValueError(
             f"block_size is {block_size} and past_blocks is {past_blocks}; allowed are at least 1 and at least 0"
@@ -40,7 +60,17 @@ def check_sizes(query: torch.Tensor, key: torch.Tensor, block_size: int, past_bl
 def check_state(
     key: torch.Tensor, value: torch.Tensor, key_features: torch.Tensor | None, state: FeatureState | None
 ) -> None:
-    """Check an initial state."""
+    """Check an initial state.
+
+    Args:
+        key: [B, Tk, Hkv, D].
+        value: [B, Tk, Hkv, Dv].
+        key_features: [B, Tk, Hkv, m], or None.
+        state: the state, or None.
+
+    Raises:
+        ValueError: the state comes without features, or has a wrong shape, dtype or device.
+    """
     if state is None:
         return
     if key_features is None:

@@ -1,8 +1,8 @@
-"""What block-local attention with far features costs by its mathematics. Estimates; nothing here is measured.
+"""Estimate what block-local attention with far keys costs by its mathematics. Nothing here is measured.
 
-Bytes are those that have to pass between chip and memory, each tensor read or written once per kernel; what programs
-side by side read again is taken to come from a cache. Operations are those of products of matrices, multiply-adds
-counted twice. A token here is a token of a query head, and a key head has `group` of them.
+Bytes are those that have to pass between chip and memory. Each kernel reads or writes each tensor once; what programs
+side by side read again counts as coming from a cache. Operations are those of products of matrices, and a multiply-add
+counts as two. A token here is a token of a query head, and a key head has `group` query heads.
 """
 
 from collections.abc import Mapping
@@ -21,9 +21,10 @@ BACKWARD = ("exact_backward", "sums_again", "scan_again", "grad_query", "grad_su
 
 
 def call_flops(inputs: Inputs) -> int:
-    """Operations of a call by its definition.
+    """Return the operations of a call by its definition.
 
-    2 (D + Dv) for every exact pair; for every row that has keys far away, sums over keys and their reading by queries.
+    Each exact pair counts 2 (D + Dv). Each row that has far keys counts the sums over keys, and their reading by
+    queries.
     """
     batch, queries, heads, dim = inputs.query.shape
     keys, key_heads, value_dim = inputs.value.shape[1:]
@@ -42,14 +43,15 @@ def call_flops(inputs: Inputs) -> int:
 
 @dataclass(frozen=True)
 class Setting:
-    """A call [B, T, H, D] of whole blocks, `rows` being B T Hq.
+    """The sizes of a call of whole blocks.
 
     Attributes:
-        rows: tokens times query heads.
-        dim, value_dim: of keys and of values.
-        features: m.
-        block_size, past_blocks: C and P.
-        group: query heads of a key head.
+        rows: tokens times query heads, B T Hq.
+        dim, value_dim: the head dimensions of keys and of values, D and Dv.
+        features: how many features there are, m.
+        block_size: tokens of a block, C.
+        past_blocks: whole blocks before its own that a query sees exactly, P.
+        group: how many query heads share a key head.
         size: bytes of a number of query, key and value.
     """
 
@@ -64,13 +66,13 @@ class Setting:
 
 
 def kernel_work(setting: Setting) -> Mapping[str, Work]:
-    """Return the work of every kernel, without documents and initial state."""
+    """Return the work of every kernel of a call without documents and initial state, by name."""
     wide, logs = setting.size * setting.value_dim, 4 * setting.features
     narrow = setting.size * setting.dim
     share = 1 / setting.group
     sums = share * 4 * setting.features * (setting.value_dim + 2) / setting.block_size
     back_sums = share * 4 * setting.features * (setting.value_dim + 3) / setting.block_size
-    # Keys that a query sees exactly, its own block half on average; two products forward, seven backward.
+    # A query sees on average half of its own block exactly. The exact part has two products forward, seven backward.
     seen = setting.past_blocks * setting.block_size + (setting.block_size + 1) / 2
     products = 2 * seen * (setting.dim + setting.value_dim)
     through = 2 * setting.features * setting.value_dim
@@ -81,7 +83,7 @@ def kernel_work(setting: Setting) -> Mapping[str, Work]:
         "exact": work(products, narrow + wide + share * (narrow + wide) + 4),
         "sums": key_sums,
         "scan": scan,
-        # The exact output comes and goes once more; a copy of its logsumexp is made.
+        # The exact output is read and written once more, and its logsumexp is copied.
         "merge": work(through, logs + sums + 2 * wide + 16),
         "exact_backward": work(
             2 * seen * (4 * setting.dim + 3 * setting.value_dim),
@@ -98,22 +100,22 @@ def kernel_work(setting: Setting) -> Mapping[str, Work]:
 
 
 def blocked_work(setting: Setting) -> Mapping[str, Work]:
-    """Return the work of the far part as the operations of `far` do it, every operation reading and writing memory.
+    """Return the work of the far part as the torch operations of `far` do it, each of which reads and writes memory.
 
-    Per token, what is as long as its features and as its values: copies in order, differences, exponentials, products
-    of matrices, and what is copied back.
+    It counts, for each token, vectors as long as its features and as its values: copies into blocks, differences,
+    exponentials, products of matrices, and copies back.
     """
     logs, wide, kept = 4 * setting.features, 4 * (setting.value_dim + 1), setting.size * setting.value_dim
     share = 1 / setting.group
     sums = share * 4 * setting.features * (setting.value_dim + 2) / setting.block_size
     through = 2 * setting.features * (setting.value_dim + 1)
     work = per_row(setting.rows)
-    # Key sums: features copied, maximum, difference, exponential, product; values copied and padded. Then each block's
-    # sums are added to a total (read, read, written) and copied.
+    # Key sums copy features, then take maximum, difference, exponential and product; they copy and pad values. Then
+    # the sums of each block are added to a total (read, read, written) and copied.
     key_sums = work(share * through, share * (9 * logs + kept + 5 * wide) + 6 * sums)
     return {
-        # Logarithms copied, scale added, maximum, difference, exponential, product; output copied, scaled, added to,
-        # and copied back.
+        # Logarithms are copied, then come the added scale, maximum, difference, exponential and product. The output is
+        # copied, scaled, added to and copied back.
         "forward": key_sums + work(through, 10 * logs + sums + 10 * wide),
         "backward": key_sums
         + work(through, 13 * logs + sums + 6 * wide)

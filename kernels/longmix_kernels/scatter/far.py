@@ -1,8 +1,8 @@
-"""Far keys of one document, through sums over its blocks.
+"""Compute what far keys of one document give its queries, through sums over its blocks.
 
-With rows r_j = [v_j, 1] a scan over blocks gives, entering each block of queries, S and Z side by side; with rows
-[dO_i, -D_i] the same scan in reverse gives G and -h. Sums are stored divided by exp(scale), feature by feature, where
-scale is the largest logarithm that entered: one key at least then counts with weight 1, and none with more.
+With rows r_j = [v_j, 1], a scan over blocks gives S and Z, side by side, that enter each block of queries. With rows
+[dO_i, -D_i], the same scan in reverse gives G and -h. Sums are stored divided by exp(scale), feature by feature. The
+scale is the largest logarithm that entered, so at least one key counts with weight 1, and none with more.
 """
 
 from collections.abc import Iterator
@@ -16,28 +16,41 @@ from longmix_kernels.scatter.inputs import Inputs
 from longmix_kernels.scatter.state import lowest
 
 Sums = tuple[torch.Tensor, torch.Tensor]
-"""The scale [..., m] of some sums [..., m, W]."""
+"""A scale [..., m], and the sums [..., m, W] divided by its exponential."""
 
 IN_CACHE = 2**18
-"""How many numbers to compute with at a time for each thread."""
+"""How many numbers each thread computes with at a time, so that they stay in its cache."""
 
 
 @dataclass(frozen=True)
 class _Blocks:
     """Blocks of a document in tensors [B, T, H, W], which become [G * X, R, W] for G blocks and X = B * Hkv.
 
-    R counts the tokens of a block for each query head of a key head in turn. What a block lacks is filled up.
+    R counts the tokens of a block for each query head of a key head in turn. Rows that a block lacks are filled.
+
+    Attributes:
+        batch: the batch rows.
+        origin: the row at which block 0 begins; below 0 if the tensor begins later.
+        stop: one past the document's last row.
+        size: tokens of a block.
+        key_heads: how many key heads there are.
     """
 
     batch: slice
     origin: int
-    """Row at which block 0 begins; below 0 where the tensor begins later."""
     stop: int
     size: int
     key_heads: int
 
     def take(self, x: torch.Tensor, blocks: range, dtype: torch.dtype, fill: float = 0.0) -> torch.Tensor:
-        """Copy the blocks; what comes out may be written to."""
+        """Return a copy of the blocks, [G * X, R, W], which may be written to.
+
+        Args:
+            x: [B, T, H, W].
+            blocks: the numbers of the blocks.
+            dtype: the dtype of the copy.
+            fill: the number in rows that a block lacks.
+        """
         rows, before, after = self._rows(blocks)
         taken = x[self.batch, rows].to(dtype)
         if before or after:
@@ -47,29 +60,29 @@ class _Blocks:
         return ordered.flatten(3, 4).flatten(0, 2)
 
     def view(self, x: torch.Tensor, blocks: range) -> torch.Tensor:
-        """View the rows of the blocks, [B, rows, H, W]."""
+        """Return a view of the rows of the blocks, [B, rows, H, W]."""
         return x[self.batch, self._rows(blocks)[0]]
 
     def rows(self, taken: torch.Tensor, blocks: range) -> torch.Tensor:
-        """Undo `take`: [B, rows, H, W]."""
+        """Return what `take` took in the order of rows, [B, rows, H, W]."""
         rows, before, _ = self._rows(blocks)
         split = taken.unflatten(1, (-1, self.size)).unflatten(0, (len(blocks), -1, self.key_heads))
         every = split.permute(1, 0, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)
         return every[:, before : before + rows.stop - rows.start]
 
     def _rows(self, blocks: range) -> tuple[slice, int, int]:
-        """Rows that are there, and how many are not before and after them."""
+        """Return the rows of the blocks that exist, and how many are missing before and after these."""
         start, stop = (self.origin + number * self.size for number in (blocks.start, blocks.stop))
         there = slice(max(start, 0), min(stop, self.stop))
         return there, there.start - start, stop - there.stop
 
 
 class FarSpan:
-    """What the queries of one document read of its far keys, and the gradients of that.
+    """What the queries of one document read of its far keys, forward and backward.
 
     Args:
         span: the document.
-        inputs: of the call.
+        inputs: the inputs of the call, with features.
     """
 
     def __init__(self, span: Span, inputs: Inputs) -> None:
@@ -99,7 +112,12 @@ class FarSpan:
         self.at_a_time = max(1, in_cache if value.device.type == "cpu" else blocks)
 
     def merge_into(self, output: torch.Tensor, logsumexp: torch.Tensor) -> None:
-        """Merge what the far keys give into output and logsumexp of the exact part, in place."""
+        """Merge what the far keys give into output and logsumexp of the exact part, in place.
+
+        Args:
+            output: [B, Tq, Hq, Dv].
+            logsumexp: [B, Tq, Hq].
+        """
         scales, sums = self._entering()
         logsumexp = logsumexp.unsqueeze(-1)
         for run in self._runs(self.query_blocks):
@@ -122,12 +140,14 @@ class FarSpan:
         grad_key_features: torch.Tensor,
         *grad_initial: torch.Tensor,
     ) -> None:
-        """Write the gradients of features and initial state, and add that of the values.
+        """Write the gradients of features and initial state, and add to that of the values.
 
         Args:
             grad_rows: [B, Tq, Hq, Dv + 1], the gradient of the output and -D.
-            logsumexp: [B, Tq, Hq], of the merged rows.
-            grad_value, grad_query_features, grad_key_features, grad_initial: what to fill.
+            logsumexp: [B, Tq, Hq], the merged one.
+            grad_value: [B, Tk, Hkv, Dv], which is added to.
+            grad_query_features, grad_key_features: in the shapes of the features, zero before.
+            grad_initial: the gradients of memory, normalizer and log scale, to be written if there is a state.
         """
         scales, sums = self._entering()
         leaving = [x.new_empty(len(self.key_blocks), *x.shape) for x in self.empty]
@@ -173,7 +193,7 @@ class FarSpan:
         grad_log_scale.copy_((grad * sums).sum(-1))
 
     def _entering(self) -> Sums:
-        """The sums that each block of queries reads, [N, X, m] and [N, X, m, Dv + 1]."""
+        """Return the sums that each of N blocks of queries reads, [N, X, m] and [N, X, m, Dv + 1]."""
         total = self.empty if self.initial is None else self.initial
         found = [x.new_empty(len(self.query_blocks), *x.shape) for x in total]
         parts = self._key_sums()
@@ -186,7 +206,7 @@ class FarSpan:
         return found[0], found[1]
 
     def _key_sums(self) -> Iterator[Sums]:
-        """The sums of each block of keys."""
+        """Yield the sums of each block of keys, [X, m] and [X, m, Dv + 1]."""
         for run in self._runs(self.key_blocks):
             logs = self.keys.take(self.key_features, run, self.exact)
             yield from _by_block(_block_sums(logs, self._values(run)), run)
@@ -195,7 +215,7 @@ class FarSpan:
         return F.pad(self.keys.take(self.value, run, self.exact), (0, 1), value=1.0)
 
     def _logs(self, run: range) -> torch.Tensor:
-        """Logarithms of the query features of some blocks."""
+        """Return the logarithms of the query features of some blocks."""
         return self.queries.take(self.query_features, run, self.exact, fill=lowest(self.exact))
 
     def _leave(self, total: Sums, leaving: list[torch.Tensor], block: int) -> None:
@@ -204,31 +224,31 @@ class FarSpan:
                 every[block] = x
 
     def _runs(self, blocks: range, reverse: bool = False) -> Iterator[range]:
-        """Split blocks into runs that stay in cache."""
+        """Yield runs of blocks that stay in cache."""
         starts = blocks[:: self.at_a_time]
         for start in reversed(starts) if reverse else starts:
             yield range(start, min(start + self.at_a_time, blocks.stop))
 
 
 def _block_sums(logs: torch.Tensor, rows: torch.Tensor) -> Sums:
-    """Sums over the rows [N, R, W] with weights exp(logs), logs [N, R, m]."""
+    """Return the sums over the rows [N, R, W] with weights exp(logs), logs [N, R, m]."""
     scale = logs.amax(1)
     return scale, torch.bmm((logs - scale.unsqueeze(1)).exp_().mT, rows)
 
 
 def _add(first: Sums, second: Sums) -> Sums:
-    """Add sums of different scales."""
+    """Return the total of two sums of different scales."""
     scale = torch.maximum(first[0], second[0])
     kept, added = ((x[0] - scale).exp_().unsqueeze(-1) for x in (first, second))
     return scale, torch.addcmul(first[1] * kept, second[1], added)
 
 
 def _by_block(sums: Sums, run: range) -> list[Sums]:
-    """The sums of each block of a run."""
+    """Return the sums of each block of a run, one pair for a block."""
     return list(zip(*(x.unflatten(0, (len(run), -1)) for x in sums), strict=True))
 
 
 def _part(run: range, blocks: range, scales: torch.Tensor, sums: torch.Tensor) -> Sums:
-    """What a run of `blocks` reads, [G * X, m] and [G * X, m, W]."""
+    """Return the part of the sums of `blocks` that a run of them reads, [G * X, m] and [G * X, m, W]."""
     some = slice(run.start - blocks.start, run.stop - blocks.start)
     return scales[some].flatten(0, 1), sums[some].flatten(0, 1)

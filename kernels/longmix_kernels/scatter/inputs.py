@@ -1,4 +1,4 @@
-"""What the implementations of block-local attention with far keys get."""
+"""The arguments of one call of block-local attention with far keys, as its implementations take them."""
 
 from dataclasses import dataclass
 
@@ -9,20 +9,20 @@ from longmix_kernels import operators
 
 @dataclass(frozen=True)
 class Inputs(operators.Inputs):
-    """One call, with the initial state taken apart.
+    """The arguments of one call, with the initial state taken apart.
 
     Attributes:
         query: [B, Tq, Hq, D].
         key: [B, Tk, Hkv, D].
         value: [B, Tk, Hkv, Dv].
-        query_features: [B, Tq, Hq, m], log phi(q), or None for no far keys.
-        key_features: [B, Tk, Hkv, m], log phi(k), likewise.
-        memory: [B, Hkv, m, Dv], or None for no initial state.
-        normalizer, log_scale: [B, Hkv, m], there with `memory`.
-        document_ids: int32 or int64 [B, Tk], or None.
+        query_features: [B, Tq, Hq, m], log phi(q); None if no key is far.
+        key_features: [B, Tk, Hkv, m], log phi(k); None if no key is far.
+        memory: [B, Hkv, m, Dv] of the initial state; None without one.
+        normalizer, log_scale: [B, Hkv, m] of the initial state; None without one.
+        document_ids: int32 or int64 [B, Tk]; None if each row is one document.
         block_size: tokens of a block.
         past_blocks: whole blocks before its own that a query sees exactly.
-        scale: factor on the exact scores.
+        scale: the factor on the exact scores.
     """
 
     query: torch.Tensor
@@ -40,7 +40,7 @@ class Inputs(operators.Inputs):
 
     @property
     def exact(self) -> int:
-        """Tokens of a document within which a query sees every key exactly."""
+        """Return how many tokens of a document a query may see exactly; in a shorter document no key is far."""
         return (self.past_blocks + 1) * self.block_size
 
     def has_far_keys(self) -> bool:

@@ -1,7 +1,7 @@
-"""How the scatter kernels are launched: tiles, warps and stages per architecture, and the arguments of a call.
+"""Launch the scatter kernels: tiles, warps and stages per architecture, and the arguments of a call.
 
-Nothing here imports Triton; see `longmix_kernels.launch`. Every kernel takes features and columns in tiles, so none
-depends on how many of these there are.
+Every kernel takes features and columns in tiles, so no kernel limits how many of these there are. Nothing here imports
+Triton. `longmix_kernels.launch` has what all engines share.
 """
 
 from dataclasses import dataclass, replace
@@ -14,12 +14,12 @@ from longmix_kernels.scatter.bounds import read_blocks
 from longmix_kernels.scatter.inputs import Inputs
 
 KERNELS = ("sums", "scan", "merge", "grad_query", "grad_sums", "grad_scan", "grad_key")
-"""In the order of a forward and a backward; `grad_sums` is `sums` for queries instead of keys."""
+"""The kernels in the order of a forward and a backward; `grad_sums` is `sums` for queries instead of keys."""
 
 SCANS = ("scan", "grad_scan")
 
 WIDTHS = (128, 256)
-"""The head dimensions of values up to which an entry is for."""
+"""The largest head dimensions of values that the entries are for."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class LaunchConfig(launch.LaunchConfig):
     """One way to launch a kernel.
 
     Attributes:
-        rows: rows of a block taken in one step; of no meaning to the scans.
-        features: features taken in one step.
-        values: value columns taken in one step; the scans take all of them.
-        warps: warps of a program.
-        stages: steps that loads are ahead of their use.
+        rows: how many rows of a block a step takes; 0 in the scans, which take no rows.
+        features: how many features a step takes.
+        values: how many value columns a step takes; the scans take all of them.
+        warps: how many warps a program has.
+        stages: how many steps loads are ahead of their use.
     """
 
     rows: int
@@ -43,7 +43,12 @@ class LaunchConfig(launch.LaunchConfig):
     def within(self, block_size: int, features: int, value_dim: int) -> "LaunchConfig":
         """Return the same with tiles that waste no more than they must, but have at least 16 rows and columns.
 
-        Fewer rows have work for fewer warps.
+        A tile with fewer rows gets fewer warps, since it has less work.
+
+        Args:
+            block_size: tokens of a block.
+            features: how many features there are.
+            value_dim: the head dimension of values.
         """
         if not self.rows:
             tile = min(self.features, 1 << (features - 1).bit_length())
@@ -54,11 +59,14 @@ class LaunchConfig(launch.LaunchConfig):
         return replace(self, rows=rows, warps=warps, **tiles)
 
     def sizes(self) -> dict[str, int]:
-        """Return the fields that are sizes of tiles and may be halved: a scan has to take all value columns."""
+        """Return the fields that are sizes of tiles and may be halved; in a scan `values` may not, it takes all."""
         return {"rows": self.rows, "features": self.features} | ({"values": self.values} if self.rows else {})
 
     def tiles(self) -> dict[str, int]:
-        """Return the sizes of tiles as compile-time arguments; loops without products take the stages only if told."""
+        """Return the sizes of tiles as compile-time arguments.
+
+        The stages are among them, because Triton stages loops without products only where the loop says so.
+        """
         return {
             "ROWS": self.rows,
             "STAGES": self.stages,
@@ -102,7 +110,17 @@ TABLE = LaunchTable(
 
 
 def table_entry(kernel: str, architecture: int, size: int, value_dim: int) -> LaunchConfig:
-    """Return the configuration of a kernel for values of `size` bytes and up to this head dimension."""
+    """Return the configuration of a kernel for one architecture and kind of call.
+
+    Args:
+        kernel: the kernel's name.
+        architecture: the compute capability, times ten.
+        size: bytes of an element of the values.
+        value_dim: the head dimension of the values.
+
+    Raises:
+        UnsupportedDevice: the table has no entries for so old an architecture.
+    """
     return TABLE.entry(kernel, architecture, size, value_dim)
 
 
@@ -110,10 +128,10 @@ class Call(launch.Call[LaunchConfig]):
     """The tensors and numbers of one call that has features, as the kernels take them.
 
     Attributes:
-        blocks: see `bounds.read_blocks`.
-        slots: how many there are.
-        exact: tokens of a document within which a query sees every key exactly.
-        whole: whether every row is one document from its beginning on, so that positions say what is read.
+        blocks: int32 [B or 1, slots, 4], the table of blocks that `bounds.read_blocks` makes.
+        slots: how many slots the table has for each batch row.
+        exact: how many tokens of a document a query may see exactly.
+        whole: whether every row is one document from its beginning on, so that positions alone say what is far.
     """
 
     TABLE = TABLE
@@ -136,15 +154,15 @@ class Call(launch.Call[LaunchConfig]):
         self.whole = inputs.document_ids is None and self.memory is None
 
     def new_sums(self) -> list[torch.Tensor]:
-        """Return memory for scales, total weights and sums of every slot."""
+        """Return memory for scales, total weights and sums of every slot, float32, in the shapes that kernels take."""
         shape = self.batch, self.key_heads, self.slots, self.features
         return [self.value.new_empty(size, dtype=torch.float32) for size in (shape, shape, (*shape, self.value_dim))]
 
     def new_grad_features(self) -> list[torch.Tensor]:
-        """Return memory for the gradients of both features, zero where no kernel will write."""
+        """Return memory for the gradients of both features; it is zero where no kernel will write."""
         grads = [self.value.new_empty(x.shape, dtype=x.dtype) for x in (self.query_features, self.key_features)]
         if self.whole:
-            # The first blocks of queries have no far keys, and the last blocks of keys are far for none.
+            # The first blocks of queries have no far keys, and the last blocks of keys are far for no query.
             grads[0][:, : max(self.exact - (self.keys - self.queries), 0)].zero_()
             grads[1][:, -(-self.keys // self.block_size) * self.block_size - self.exact :].zero_()
         else:
@@ -161,7 +179,7 @@ class Call(launch.Call[LaunchConfig]):
         return config.within(self.block_size, self.features, self.value_dim)
 
     def programs(self, kernel: str, config: LaunchConfig) -> int:
-        """Return how many programs a kernel takes."""
+        """Return how many programs a kernel is launched with."""
         features, values = -(-self.features // config.features), -(-self.value_dim // config.values)
         if kernel in SCANS:
             return features * self.batch * self.key_heads

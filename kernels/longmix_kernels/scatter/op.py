@@ -21,9 +21,10 @@ class ScatterResult(NamedTuple):
     """What `scatter_attention` returns.
 
     Attributes:
-        output: [B, Tq, Hq, Dv], dtype of the query.
-        logsumexp: [B, Tq, Hq], of all weights before they are normalised, natural logarithm, float32 at least.
-        exact_logsumexp: the same of the exact keys alone, without a gradient: exp(exact_logsumexp - logsumexp) is the
+        output: [B, Tq, Hq, Dv], in the dtype of the query.
+        logsumexp: [B, Tq, Hq], the natural logarithm of a row's sum of weights before they are normalised; float64 for
+            float64 inputs and float32 otherwise.
+        exact_logsumexp: the same for the exact keys alone, without a gradient. exp(exact_logsumexp - logsumexp) is the
             share of the softmax that is exact.
     """
 
@@ -46,13 +47,14 @@ def scatter_attention(
     scale: float | None = None,
     backend: str | None = None,
 ) -> ScatterResult:
-    """Causal softmax attention, exact for the latest blocks and through positive features for what lies before.
+    """Compute causal softmax attention, exact for the latest blocks and through positive features for all keys before.
 
     A document is cut into blocks, counted from its first token. A query sees its own block and `past_blocks` before it
-    exactly, with weights exp(scale * q . k), and all earlier keys of its document with weights phi(q) . phi(k), in one
-    softmax (Chen et al. 2021, arXiv 2110.15343; `reference` has the equations). Nothing is subtracted, and every
-    feature has a running scale of its own, so that no later key moves an earlier row. Sums are float32, or float64 for
-    float64 inputs. Exactly differentiable, once, through output and logsumexp, in all tensors but `document_ids`.
+    exactly, with weights exp(scale * q . k). It sees all earlier keys of its document with weights phi(q) . phi(k), in
+    the same softmax (Chen et al. 2021, arXiv 2110.15343; `reference` has the equations). Nothing is subtracted, and
+    every feature has a running scale of its own, so no later key moves an earlier row. Sums are float32, or float64
+    for float64 inputs. The results are exactly differentiable, once, through output and logsumexp, in all tensors but
+    `document_ids`.
 
     Args:
         query: [B, Tq, Hq, D], float16, bfloat16, float32 or float64; the last Tq of Tk rows.
@@ -61,20 +63,21 @@ def scatter_attention(
         query_features: [B, Tq, Hq, m], log phi(q), finite, float32 (float64 with float64 inputs); None for no far keys.
         key_features: [B, Tk, Hkv, m], log phi(k), finite, same dtype.
         block_size: tokens of a block, at least 1.
-        past_blocks: whole blocks before the own one that are seen exactly, at least 0.
-        initial_state: keys before those given of the document of each row's first query, whose first key given begins a
-            block; None for none. In a row without such keys it must be empty.
-        document_ids: int32 or int64 [B, Tk], non-decreasing along Tk.
-        scale: factor on the exact scores, D ** -0.5 by default.
+        past_blocks: whole blocks before its own that a query sees exactly, at least 0.
+        initial_state: sums over earlier keys of the document of each row's first query, whose first given key then
+            begins a block; None if no row has such keys. For a row without them, the state must be empty.
+        document_ids: int32 or int64 [B, Tk], non-decreasing along Tk; None if each row is one document.
+        scale: the factor on the exact scores, D ** -0.5 by default.
         backend: "reference" (the definition, memory Tq * Tk), "blocked" (tiles, memory linear in Tq + Tk) or "triton"
             (the same on a CUDA device; no float64, head dimensions up to 256). None picks "triton" where it covers the
             call on a CUDA device, and "blocked" elsewhere.
 
     Returns:
-        Output and logsumexps.
+        The output, the logsumexp and the logsumexp of the exact keys.
 
     Raises:
-        ValueError: an argument has a wrong shape, dtype, device or value.
+        ValueError: an argument has a wrong shape, dtype, device or value. The order of `document_ids` is read on the
+            CPU only.
     """
     check_inputs(query, key, value)
     checks.check_sizes(query, key, block_size, past_blocks)

@@ -1,4 +1,4 @@
-"""The definition of Scatterbrain's block-local form, for any dtype; exact in float64 and differentiated by autograd.
+"""Define Scatterbrain's block-local form, for any dtype; float64 is exact, and autograd differentiates it.
 
 For query i of a head, E_i the keys it sees exactly, F_i the earlier keys of its document, and positive features phi,
 
@@ -9,7 +9,7 @@ For query i of a head, E_i the keys it sees exactly, F_i the earlier keys of its
 
 (Chen et al. 2021, arXiv 2110.15343, with a support of blocks: no key is in both sums, so that nothing is subtracted
 and every weight is positive.) Where E[phi(q) . phi(k)] = exp(scale * q . k), as for the features of Choromanski et al.
-2021 (arXiv 2009.14794), every exp(t_ij) is an unbiased estimate. Summed over F_i first, the far keys are m keys more,
+2021 (arXiv 2009.14794), every exp(t_ij) is an unbiased estimate. Summed over F_i first, the far keys act as m more keys
 
     t_ia = log phi_a(q_i) + log Z_a,    u_a = S_a / Z_a,    Z_a = sum_{j in F_i} phi_a(k_j),    S_a = sum phi_a(k_j) v_j
 
@@ -38,7 +38,24 @@ def scatter_reference(
     past_blocks: int,
     scale: float,
 ) -> Tensors:
-    """Compute attention from its definition; arguments and results as `scatter_attention`."""
+    """Compute attention from its definition.
+
+    Args:
+        query: [B, Tq, Hq, D].
+        key: [B, Tk, Hkv, D].
+        value: [B, Tk, Hkv, Dv].
+        query_features: [B, Tq, Hq, m], log phi(q), or None.
+        key_features: [B, Tk, Hkv, m], log phi(k), or None.
+        state: sums over earlier keys, or None.
+        document_ids: int32 or int64 [B, Tk], or None.
+        block_size: tokens of a block.
+        past_blocks: whole blocks before its own that a query sees exactly.
+        scale: the factor on the exact scores.
+
+    Returns:
+        The output [B, Tq, Hq, Dv] in the dtype of `query`, and the logsumexps of all keys and of the exact keys,
+        [B, Tq, Hq], float64 for float64 inputs and float32 otherwise.
+    """
     queries, keys, dtype = query.shape[1], key.shape[1], query.dtype
     group = query.shape[2] // key.shape[2]
     exact = torch.promote_types(dtype, torch.float32)
@@ -64,9 +81,9 @@ def scatter_reference(
         state = empty_state(query, query.shape[0], key.shape[2], log_k.shape[3], value.shape[3])
     memory, normalizer, log_scale = (x.repeat_interleave(group, 1) for x in state)
     log_scale = log_scale.unsqueeze(2)
-    seen = first <= keys - queries  # the initial state is of the first query's document
+    seen = first <= keys - queries  # only rows of the first query's document see the initial state
 
-    # For keys phi_a is divided by exp(largest_a), for queries multiplied.
+    # phi_a of keys is divided by exp(largest_a), and phi_a of queries multiplied by it, so that neither overflows.
     largest = torch.maximum(log_k.detach().amax(2, keepdim=True), log_scale)
     highest = torch.maximum(highest, (log_q.detach() + largest).amax(-1, keepdim=True))
     multiplied = (log_q + largest - highest).exp()
@@ -79,5 +96,5 @@ def scatter_reference(
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """[B, H, T, 1] as [B, T, H]."""
+    """Return x [B, H, T, 1] as [B, T, H]."""
     return x.squeeze(-1).transpose(1, 2).contiguous()

@@ -1,4 +1,4 @@
-"""What the scatter kernels compile to, and what a call costs: see `longmix_kernels.report`."""
+"""Report what the scatter kernels compile to, and what a call costs, for `longmix_kernels.report`."""
 
 import argparse
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ from longmix_kernels.report import read_pairs
 from longmix_kernels.scatter import cost, launch
 
 SIZES = ((64, 64), (128, 64), (256, 64), (64, 128), (128, 128), (256, 128))
-"""Features, and head dimension of values."""
+"""Pairs of features and head dimension of values, for which kernels are compiled."""
 
 BLOCKS = (64, 128, 256)
-"""Tokens of a block; past the rows of a tile, they are compiled for once."""
+"""Tokens of a block for which kernels are compiled. Blocks larger than a tile's rows all have the same kernels."""
 
 ROWS = 16 * 65536
-"""Tokens times heads of the setting in which costs are given."""
+"""Tokens times heads of the call that costs are for."""
 
 NOTE = (
     f"A row is a token of a head, and times are for {ROWS} of them. `far` is without the exact part, which is the "
@@ -35,11 +35,11 @@ class Build(aot.Build):
     """One kernel to compile.
 
     Attributes:
-        features: m.
-        value_dim: columns of values.
+        features: how many features there are, m.
+        value_dim: the head dimension of values.
         block_size: tokens of a block.
-        with_state: whether there is an initial state; only the scans know of it.
-        config: None for that of the launch table.
+        with_state: whether there is an initial state; only the scans have a use for it.
+        config: the configuration; None for that of the launch table.
     """
 
     features: int
@@ -55,7 +55,7 @@ class Build(aot.Build):
     TYPES: ClassVar = {**dict.fromkeys(_INTEGERS, "i32"), "blocks": "*i32"}
 
     def type_of(self, name: str) -> str:
-        """Return Triton's name of the type of an argument that is no constant: all but rows are float32."""
+        """Return Triton's name of the type of an argument that is no constant: all tensors but rows are float32."""
         found = super().type_of(name)
         rows = ("rows", "value", "output", "grad_output", "grad_value")
         return found if name in rows or found[-3:] == "i32" else "*fp32"
@@ -67,17 +67,17 @@ class Build(aot.Build):
         return config.within(self.block_size, self.features, self.value_dim)
 
     def constants(self) -> dict[str, Any]:
-        """Return the compile-time arguments, of which a kernel takes those it has."""
+        """Return the compile-time arguments, of which a kernel takes those it has; None stands for an absent tensor."""
         absent = (*(() if self.with_state else _STATE), *(_OF_QUERIES if self.kernel == "sums" else ()))
         sizes = {"FEATURES": self.features, "VALUE_DIM": self.value_dim, "UPCAST": False}
         return {**sizes, **self.launch_config().tiles(), **dict.fromkeys(absent)}
 
     def columns(self) -> dict[str, Any]:
-        """Return what a report says of it."""
+        """Return the report's columns for it."""
         return {"sizes": f"{self.features}/{self.value_dim}", "block": self.block_size}
 
     def wants_wgmma(self) -> bool:
-        """Say whether its tiles have 64 rows; the scans multiply no matrices, and sums have features for rows."""
+        """Say whether its tiles have 64 rows. The scans multiply no matrices; the rows of sums are features."""
         config = self.launch_config()
         height = config.features if self.kernel in ("sums", "grad_sums") else config.rows
         return height >= 64 and config.rows > 0
@@ -89,7 +89,14 @@ def table_builds(
     block_sizes: Sequence[int] = BLOCKS[1:2],
     dtype: str = "bf16",
 ) -> list[Build]:
-    """Return every kernel for every combination that is not the same code as one before it."""
+    """Return every kernel for every combination of the arguments, but the same code only once.
+
+    Args:
+        architectures: compute capabilities, times ten.
+        sizes: pairs of features and head dimension of values.
+        block_sizes: tokens of a block.
+        dtype: the element type, of `aot.DTYPES`.
+    """
     found: dict[tuple, Build] = {}
     for architecture in architectures:
         for features, value_dim in sizes:
@@ -101,14 +108,19 @@ def table_builds(
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that decide what is compiled."""
+    """Add the command-line options that decide what is compiled."""
     default = [f"{a}/{b}" for a, b in SIZES]
     parser.add_argument("--sizes", nargs="+", default=default, help="features and head dimensions of values, as 64/64")
     parser.add_argument("--block", type=int, nargs="+", default=BLOCKS, help="tokens of a block")
 
 
 def builds(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Build]:
-    """Return the kernels that the options ask for; the parser ends the command where they make no sense."""
+    """Return the kernels that the options ask for.
+
+    Args:
+        parser: the command's parser; it ends the command if an option makes no sense.
+        options: the parsed options.
+    """
     sizes = read_pairs(parser, "--sizes", options.sizes, "64/64", (0, 256))
     if min(options.block) < 1:
         parser.error(f"--block got {options.block}; allowed are at least 1")
@@ -116,7 +128,11 @@ def builds(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list
 
 
 def costs(options: argparse.Namespace | None = None) -> list[dict[str, Any]]:
-    """Return the work of every kernel, of passes, and of the far part of passes, also in torch operations."""
+    """Return the work of every kernel, of passes, and of the far part of passes, also in torch; a record each.
+
+    Args:
+        options: not used; costs have fixed settings.
+    """
     rows = []
     for features, dim, block_size in ((64, 64, 128), (128, 128, 128), (256, 64, 256)):
         setting = cost.Setting(ROWS, dim, dim, features, block_size)

@@ -1,4 +1,4 @@
-"""What is remembered of keys that are seen through their features alone."""
+"""The state that stands for keys which queries see through features alone."""
 
 from typing import NamedTuple
 
@@ -8,13 +8,13 @@ import torch
 class FeatureState(NamedTuple):
     """Sums over keys, feature by feature, in float32, or float64 for float64 inputs.
 
-    The state means `exp(log_scale) * memory` and `exp(log_scale) * normalizer`; how it is divided between the factors
-    is no information, and nothing that a call returns depends on it.
+    The sums are `exp(log_scale) * memory` and `exp(log_scale) * normalizer`. How a sum is divided between the two
+    factors carries no information: nothing that a call returns depends on it.
 
     Attributes:
-        memory: [B, H, m, Dv], the sum of phi_a(k_j) v_j.
-        normalizer: [B, H, m], the sum of phi_a(k_j).
-        log_scale: [B, H, m], the largest log phi_a(k_j); far below every other logarithm where there was no key.
+        memory: [B, H, m, Dv], the sum of phi_a(k_j) v_j over exp(log_scale).
+        normalizer: [B, H, m], the sum of phi_a(k_j) over exp(log_scale).
+        log_scale: [B, H, m], the largest log phi_a(k_j); far below every other logarithm if there was no key.
     """
 
     memory: torch.Tensor
@@ -23,12 +23,20 @@ class FeatureState(NamedTuple):
 
 
 def lowest(dtype: torch.dtype) -> float:
-    """The logarithm of nothing: finite, as are sums of a few, so that differences of such are no NaN."""
+    """Return the number that stands for the logarithm of 0.
+
+    It is finite, and so are sums of a few of it, so that their differences are not NaN.
+    """
     return torch.finfo(dtype).min / 8
 
 
 def empty_state(like: torch.Tensor, batch: int, heads: int, features: int, value_dim: int) -> FeatureState:
-    """Return the state before any key, in the dtype (float32 at least) and on the device of `like`."""
+    """Return the state before any key, on the device of `like`, in its dtype or in float32 if that is wider.
+
+    Args:
+        like: a tensor of the call.
+        batch, heads, features, value_dim: the sizes B, H, m and Dv.
+    """
     exact = torch.promote_types(like.dtype, torch.float32)
     memory = like.new_zeros(batch, heads, features, value_dim, dtype=exact)
     normalizer = like.new_zeros(batch, heads, features, dtype=exact)
@@ -36,15 +44,15 @@ def empty_state(like: torch.Tensor, batch: int, heads: int, features: int, value
 
 
 def absorb(state: FeatureState, key_features: torch.Tensor, value: torch.Tensor, wanted: torch.Tensor) -> FeatureState:
-    """Return the state with more keys: what decoding does with a block that leaves the exact part.
+    """Return the state with more keys added, as decoding does it with a block that leaves the exact part.
 
-    Differentiable in everything but `log_scale`, which counts as a constant.
+    The result is differentiable in everything but `log_scale`, which counts as a constant.
 
     Args:
-        state: of earlier keys.
+        state: the state after earlier keys.
         key_features: [B, T, H, m], log phi(k).
         value: [B, T, H, Dv].
-        wanted: bool [B, T], keys that are to be absorbed.
+        wanted: bool [B, T], whether to add a key.
     """
     if key_features.shape[1] == 0:
         return state

@@ -1,8 +1,8 @@
-"""Block-local attention with far keys through features on a GPU, backward; no two programs add to one number.
+"""Compute the backward of block-local attention with far keys on a GPU; no two programs add to one number.
 
-Nothing is kept of the far keys: their sums are found again, 4 m (Dv + 2) / C bytes per token of a key head that a layer
-does not hold until its backward. Then what each query block adds to the gradients of earlier keys is summed the same
-way, and carried in reverse.
+The forward keeps nothing of the far keys: the backward computes their sums again. That saves a layer 4 m (Dv + 2) / C
+bytes per token of a key head until its backward. What each query block adds to the gradients of earlier keys is summed
+in the same way, and carried in reverse.
 """
 
 import torch
@@ -27,7 +27,14 @@ def triton_backward(
     output: torch.Tensor,
     logsumexp: torch.Tensor,
 ) -> Tensors:
-    """Return the gradients of the first eight inputs, as `blocked.blocked_backward` does."""
+    """Return the gradients of the first eight inputs, in their shapes and dtypes; empty where an input is None.
+
+    Args:
+        inputs: as in the forward.
+        grad_output: [B, Tq, Hq, Dv].
+        grad_logsumexp: [B, Tq, Hq], or None for zero.
+        output, logsumexp: the first two results of the forward.
+    """
     grads = exact_backward(exact_inputs(inputs), grad_output, grad_logsumexp, output, logsumexp)
     if not inputs.has_far_keys():
         return *grads, *(grad_output.new_empty(0) if x is None else torch.zeros_like(x) for x in inputs.flat()[3:8])
@@ -48,7 +55,7 @@ def _query_gradients(
     logsumexp: torch.Tensor,
     grad_query_features: torch.Tensor,
 ) -> torch.Tensor:
-    """Write the gradient of the query features, and return D of rows that see far keys, float32 [B, Tq, Hq]."""
+    """Write the gradient of the query features, and return D, float32 [B, Tq, Hq]; only rows with far keys have it."""
     delta = logsumexp.new_empty(logsumexp.shape)
     call.launch(
         "grad_query",
@@ -76,7 +83,7 @@ def _query_gradients(
 def _sum_over_queries(
     call: Call, grad_output: torch.Tensor, logsumexp: torch.Tensor, delta: torch.Tensor
 ) -> list[torch.Tensor]:
-    """Return what the queries of each block add to the gradients of earlier keys, see `_new_sums`."""
+    """Return what the queries of each block add to the gradients of earlier keys, in the form of `_new_sums`."""
     found = _new_sums(call)
     call.launch(
         "grad_sums",
@@ -99,13 +106,13 @@ def _sum_over_queries(
 
 
 def _new_sums(call: Call) -> list[torch.Tensor]:
-    """Return memory for scales, total weights, D and sums of every slot."""
+    """Return memory for scales, total weights, sums of D, and sums of every slot."""
     scales, weights, sums = call.new_sums()
     return [scales, weights, scales.new_empty(scales.shape), sums]
 
 
 def _carry_back(call: Call, found: list[torch.Tensor]) -> tuple[list[torch.Tensor], Tensors]:
-    """Carry the sums over queries to earlier keys; return those sums, and the gradients of the initial state."""
+    """Carry the sums over queries to earlier keys, and return the sums for each block, and the state's gradients."""
     leaving = _new_sums(call)
     state = call.memory, call.normalizer, call.log_scale
     grads = [None if x is None else x.new_empty(x.shape) for x in state]

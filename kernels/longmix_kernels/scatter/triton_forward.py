@@ -1,8 +1,9 @@
-"""Block-local attention with far keys through features on a GPU, forward.
+"""Compute the forward of block-local attention with far keys on a GPU.
 
-The exact part runs in the attention engine's kernels and is merged, unfused, with what queries read of far keys: 2 Dv
-numbers and two logsumexps per row pass through memory once more than in one kernel, and half precision is rounded
-twice. Sums over far keys are taken of all blocks at once and then carried from block to block.
+The attention engine's kernels compute the exact part, and a kernel of its own merges it with what queries read of far
+keys. Compared with one fused kernel, 2 Dv numbers and two logsumexps per row pass through memory once more, and half
+precision is rounded twice. One kernel sums over the keys of all blocks at once, and the next one carries the sums from
+block to block.
 """
 
 import torch
@@ -20,7 +21,11 @@ from longmix_kernels.scatter.triton_sums import sums_kernel
 
 
 def triton_forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return output, logsumexp and the logsumexp of the exact part; no float64, head dimensions up to 256."""
+    """Return the output [B, Tq, Hq, Dv], the logsumexp [B, Tq, Hq] and that of the exact part, both float32.
+
+    Args:
+        inputs: the call, with head dimensions up to 256 and no float64.
+    """
     output, exact_logsumexp = exact_forward(exact_inputs(inputs))
     logsumexp = exact_logsumexp.clone()
     if not inputs.has_far_keys():
@@ -47,14 +52,14 @@ def triton_forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 
 
 def exact_inputs(inputs: Inputs) -> ExactInputs:
-    """Return the part of a call that the attention engine does: `hi` has a closed form."""
+    """Return the part of a call that the attention engine computes. `hi` is None, since it has a closed form."""
     queries, keys, device = inputs.query.shape[1], inputs.key.shape[1], inputs.query.device
     _, lo, _ = exact_bounds(inputs.document_ids, queries, keys, inputs.block_size, inputs.past_blocks, device)
     return ExactInputs(inputs.query, inputs.key, inputs.value, Pattern(lo, None), inputs.scale)
 
 
 def entering_sums(call: Call) -> list[torch.Tensor]:
-    """Return scales, total weights and sums of the far keys of every block that has any."""
+    """Return scales, total weights and sums, over all far keys, for every block that has any."""
     scales, weights, sums = found = call.new_sums()
     entering = call.new_sums()
     call.launch(

@@ -1,7 +1,7 @@
-"""The gradients of key features and, added to what attention found, of values.
+"""Compute the gradients of key features and of values; the latter are added to those of the attention engine.
 
-With G, h and W summed over the queries that see a block of keys through features, read as averages g_a = G_a / W_a,
-d_a = h_a / W_a and the weights p_ja = phi_a(k_j) W_a,
+G, h and W are sums over the queries that see a block of keys through features. With the averages g_a = G_a / W_a and
+d_a = h_a / W_a, and the weights p_ja = phi_a(k_j) W_a,
 
     dlog phi_a(k_j) = p_ja (v_j . g_a - d_a)        dV_j += sum_a p_ja g_a
 """
@@ -86,7 +86,7 @@ def grad_key_kernel(
         grad = tl.exp(t) * (along - d[None, :])
         store_tile(grad_key_features, grad, start, there, heads * FEATURES, feature, FEATURE_BLOCK, FEATURES)
 
-    # All queries together may weigh a key with more than half precision holds, so weights are divided by the largest.
+    # The weight of a key over all queries may overflow half precision, so weights are divided by the largest one.
     for column in tl.static_range(0, VALUE_DIM, VALUE_BLOCK):
         total = tl.zeros([ROWS, VALUE_BLOCK], tl.float32)
         for feature in range(0, FEATURES, FEATURE_BLOCK):
@@ -99,6 +99,6 @@ def grad_key_kernel(
             total = product(p.to(dtype), g, total, UPCAST)
         near = load_tile(grad_value, start, there, heads * VALUE_DIM, column, VALUE_BLOCK, VALUE_DIM).to(tl.float32)
         result = near + total * tl.exp(highest)[:, None]
-        # All warps have loaded what one of them overwrites.
+        # Every warp must have loaded `near` before one of them overwrites it.
         tl.debug_barrier()
         store_tile(grad_value, result, start, there, heads * VALUE_DIM, column, VALUE_BLOCK, VALUE_DIM)

@@ -1,4 +1,4 @@
-"""The gradient of query features, and for the kernels after it what a row's own output was worth.
+"""Compute the gradient of query features, and D for the kernels that follow.
 
 D_i = o_i . dO_i - dL_i        dlog phi_a(q_i) = exp(t_ia - L_i) (dO_i . u_a - D_i)
 """
@@ -22,7 +22,7 @@ def grad_query_kernel(
     grad_output,  # [B, Tq, Hq, VALUE_DIM]
     grad_logsumexp,  # as logsumexp, or None
     grad_query_features,  # float32 [B, Tq, Hq, FEATURES], contiguous
-    delta,  # as logsumexp
+    delta,  # written, as logsumexp: D
     row_tiles,
     slots,
     heads,  # Hq
@@ -45,7 +45,7 @@ def grad_query_kernel(
     VALUE_BLOCK: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Write the gradients of `ROWS` rows of one block and head."""
+    """Write the gradients of the features, and D, of `ROWS` rows of one block and head."""
     program, batch, head = program_head(slots * row_tiles, heads)
     tile, slot = program % row_tiles, program // row_tiles
     begin, end, _, _ = load_slot(blocks + batch * stride_blocks, slot)

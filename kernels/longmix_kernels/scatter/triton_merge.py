@@ -1,4 +1,4 @@
-"""What queries read of far keys, merged with what they read exactly: one more tile of keys, one for each feature.
+"""Merge what queries read of far keys with what they read exactly. The far keys act as one more key for each feature.
 
 t_ia = log phi_a(q_i) + log Z_a      u_a = S_a / Z_a      L = log(exp(L_exact) + sum_a exp(t_ia))
 o = exp(L_exact - L) o_exact + sum_a exp(t_ia - L) u_a
@@ -20,7 +20,7 @@ def merge_kernel(
     sums,  # float32 [B, Hkv, slots, FEATURES, VALUE_DIM]
     exact_logsumexp,  # float32 [B, Tq, Hq], contiguous
     logsumexp,  # as exact_logsumexp
-    output,  # [B, Tq, Hq, VALUE_DIM], contiguous; holds that of the exact keys, and then that of all
+    output,  # [B, Tq, Hq, VALUE_DIM], contiguous; the output over exact keys before, and over all keys after
     row_tiles,
     slots,
     heads,  # Hq
@@ -74,13 +74,13 @@ def merge_kernel(
 
     place = (batch * queries + row) * heads + head
     exact = tl.load(exact_logsumexp + place, mask=there, other=0.0)
-    # The larger of the two counts with 1.
+    # Both parts are divided by exp(largest), so that no exponential overflows.
     largest = tl.maximum(exact, highest + tl.log(total))
     merged = largest + tl.log(tl.exp(exact - largest) + total * tl.exp(highest - largest))
     output += (batch * queries * heads + head) * VALUE_DIM
     near = load_tile(output, start, there, heads * VALUE_DIM, column, VALUE_BLOCK, VALUE_DIM).to(tl.float32)
     result = near * tl.exp(exact - merged)[:, None] + far * tl.exp(highest - merged)[:, None]
-    # All warps have loaded what one of them overwrites.
+    # Every warp must have loaded `near` before one of them overwrites it.
     tl.debug_barrier()
     store_tile(output, result, start, there, heads * VALUE_DIM, column, VALUE_BLOCK, VALUE_DIM)
     tl.store(logsumexp + place, merged, mask=row < tl.where(column == 0, end, 0))

@@ -1,12 +1,12 @@
-"""From the sums of each block to what each block sees, and is seen by: slot after slot.
+"""Carry the sums of blocks from slot to slot: forward to the blocks that see them, in reverse to the blocks they see.
 
-Forward, a block sees what its predecessor saw and the keys that leave the exact part with it. In reverse, the keys that
-leave with it are seen by its queries and by all that see the keys of the next block. A program keeps `FEATURE_BLOCK`
-features with all their columns in float32, and loads `STAGES` slots ahead.
+Forward, a block sees what its predecessor saw, and the keys that leave the exact part with it. In reverse, the keys
+that leave with it are seen by its queries, and by all queries that see the keys of the next block. A program keeps
+`FEATURE_BLOCK` features with all their columns in float32, and loads `STAGES` slots ahead.
 
-Results have memory of their own: several warps load a scale and one stores it, so in place each slot would need a
-barrier, and Triton loads nothing ahead over one. While the scan runs, that costs 4 m (Dv + 2) / C bytes per token of a
-head in blocks of C tokens, 4 m (Dv + 3) / C in reverse.
+The results have memory of their own. In place, each slot would need a barrier, since several warps load a scale that
+one warp stores; and Triton loads nothing ahead over a barrier. While the scan runs, that costs 4 m (Dv + 2) / C bytes
+per token of a head in blocks of C tokens, and 4 m (Dv + 3) / C in reverse.
 """
 
 import triton
@@ -18,7 +18,7 @@ from longmix_kernels.tiles import program_head
 
 @triton.jit
 def joined(scale, own_scale):
-    """The scale of two sums together, and the factors of both."""
+    """Return the scale of the total of two sums, and the factors that bring both sums to it."""
     new_scale = tl.maximum(scale, own_scale)
     return new_scale, tl.exp(scale - new_scale), tl.exp(own_scale - new_scale)
 
@@ -44,7 +44,7 @@ def scan_kernel(
     VALUE_BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Write what each block of queries sees from the sums of the keys that it is the first to see."""
+    """Write the sums over all keys that each block of queries sees, from those over the keys that it sees first."""
     block, batch, head = program_head((FEATURES + FEATURE_BLOCK - 1) // FEATURE_BLOCK, heads)
     features, columns = block * FEATURE_BLOCK + tl.arange(0, FEATURE_BLOCK), tl.arange(0, VALUE_BLOCK)
     inside, column_inside = features < FEATURES, (columns < VALUE_DIM)[None, :]
@@ -119,7 +119,7 @@ def grad_scan_kernel(
     VALUE_BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Write what sees each block of keys from the sums of the queries that see it first."""
+    """Write the sums over all queries that see each block of keys, from those over the queries that see it first."""
     block, batch, head = program_head((FEATURES + FEATURE_BLOCK - 1) // FEATURE_BLOCK, heads)
     features, columns = block * FEATURE_BLOCK + tl.arange(0, FEATURE_BLOCK), tl.arange(0, VALUE_BLOCK)
     inside, column_inside = features < FEATURES, (columns < VALUE_DIM)[None, :]
@@ -167,7 +167,7 @@ def grad_scan_kernel(
                 tl.store(grad_memory + place_sums, found, mask=inside[:, None] & column_inside)
                 tl.store(grad_normalizer + place, found_delta, mask=inside)
                 tl.store(grad_log_scale + place, along, mask=inside)
-        # The block before is of another document: nothing that came so far sees its keys.
+        # Where sums begin anew, the block before is of another document: no query so far sees its keys.
         scale = tl.where(begins > 0, LOWEST, scale)
         weight = tl.where(begins > 0, 0.0, weight)
         delta = tl.where(begins > 0, 0.0, delta)

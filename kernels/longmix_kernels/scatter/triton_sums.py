@@ -1,10 +1,11 @@
-"""Sums over the rows of each block with one weight per feature, all blocks at once.
+"""Sum over the rows of each block with one weight per feature, all blocks at once.
 
     keys       Z_a = sum_j phi_a(k_j)               S_a = sum_j phi_a(k_j) v_j
     queries    W_a = sum_i phi_a(q_i) exp(-L_i)     G_a = sum_i phi_a(q_i) exp(-L_i) dO_i     h_a with D_i for dO_i
 
-Both go into the slot of the block of queries that sees the keys first: it adds those keys to what earlier blocks see,
-and its queries to what later keys are seen by. Rows are multiplied by weights of their dtype, as in attention.
+Both go into the slot of the block of queries that is the first to see the keys. Its key sums add to those that earlier
+blocks see; its query sums add to those of the queries that see later keys. Weights are rounded to the dtype of the rows
+before the product, as in attention.
 """
 
 import triton
@@ -20,7 +21,7 @@ def sums_kernel(
     logs,  # float32 [B, T, group * H, FEATURES]
     rows,  # [B, T, group * H, VALUE_DIM]
     logsumexp,  # float32 [B, T, group * H], contiguous: taken from the logarithms of queries; None for keys
-    delta,  # as logsumexp
+    delta,  # D, as logsumexp; None for keys
     scales,  # float32 [B, H, slots, FEATURES]
     weights,  # as scales
     deltas,  # as scales; None for keys
@@ -28,7 +29,7 @@ def sums_kernel(
     block_size,
     slots,
     heads,  # H
-    group,  # rows of how many heads enter the sums of one
+    group,  # how many heads of `rows` enter the sums of one head
     length,  # T
     stride_blocks,
     stride_logs_batch,
@@ -44,7 +45,7 @@ def sums_kernel(
     VALUE_BLOCK: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Write a block [FEATURE_BLOCK, VALUE_BLOCK] of the sums of one slot."""
+    """Write a block [FEATURE_BLOCK, VALUE_BLOCK] of the sums of one slot, and once per feature its other results."""
     QUERIES: tl.constexpr = logsumexp is not None
     VALUE_BLOCKS: tl.constexpr = (VALUE_DIM + VALUE_BLOCK - 1) // VALUE_BLOCK
     TILES: tl.constexpr = (FEATURES + FEATURE_BLOCK - 1) // FEATURE_BLOCK * VALUE_BLOCKS

@@ -1,8 +1,9 @@
-"""What the scatter kernels share: the table of blocks, and sums over rows as averages with a logarithm in front.
+"""Loads that the scatter kernels share: the table of blocks, and sums over rows as averages with a logarithm.
 
-Sums over rows r_j with weights w_ja are kept divided by exp(scale_a), the largest weight that entered, so that their
-total weight is at least 1 where there is any. Read, they are exp(log_a) u_a with u_a = sum_j w_ja r_j / sum_j w_ja: an
-average is no larger than a row, and so in half precision does not overflow however many rows there are.
+Sums over rows r_j with weights w_ja are stored divided by exp(scale_a), the largest weight that entered, so that their
+total weight is at least 1 if there is any row. Kernels load them as exp(log_a) u_a with the average
+u_a = sum_j w_ja r_j / sum_j w_ja. An average is no larger than a row, so in half precision it does not overflow,
+however many rows there are.
 """
 
 import triton
@@ -11,19 +12,27 @@ import triton.language as tl
 from longmix_kernels.tiles import load_block, load_block_transposed
 
 LOWEST = tl.constexpr(-4e37)
-"""The logarithm of nothing: finite, as are sums of a few, so that differences of such are no NaN."""
+"""The number that stands for the logarithm of 0. It is finite, and so are sums of a few of it, so that their
+differences are not NaN.
+"""
 
 
 @triton.jit
 def load_slot(blocks, slot):
-    """What `bounds.read_blocks` says: first query row of a slot, one past the last, first key row, how sums begin."""
+    """Return a slot's entry in the table of `bounds.read_blocks`.
+
+    These are the first query row, one past the last, the first key row, and how the sums begin.
+    """
     place = blocks + slot * 4
     return tl.load(place), tl.load(place + 1), tl.load(place + 2), tl.load(place + 3)
 
 
 @triton.jit
 def load_logs(scales, weights, column, FEATURE_BLOCK: tl.constexpr, FEATURES: tl.constexpr):
-    """Logarithms of total weights, [FEATURE_BLOCK], `LOWEST` where there is no weight; and one over what they scale."""
+    """Return the logarithms of total weights, [FEATURE_BLOCK], and one over the weights as they are stored.
+
+    They are `LOWEST` and 0 where there is no weight.
+    """
     columns = column + tl.arange(0, FEATURE_BLOCK)
     there = columns < FEATURES
     scale = tl.load(scales + columns, mask=there, other=0.0)
@@ -45,7 +54,7 @@ def load_averages(
     VALUE_BLOCK: tl.constexpr,
     VALUE_DIM: tl.constexpr,
 ):
-    """Averages [FEATURE_BLOCK, VALUE_BLOCK] from feature `row` and column `column` on."""
+    """Return averages [FEATURE_BLOCK, VALUE_BLOCK] from feature `row` and column `column` on."""
     block = load_block(sums, row, FEATURE_BLOCK, FEATURES, column, VALUE_BLOCK, VALUE_DIM)
     return (block * inverse[:, None]).to(dtype)
 
@@ -62,6 +71,6 @@ def load_averages_transposed(
     VALUE_BLOCK: tl.constexpr,
     VALUE_DIM: tl.constexpr,
 ):
-    """The same averages as [VALUE_BLOCK, FEATURE_BLOCK]."""
+    """Return the same averages as [VALUE_BLOCK, FEATURE_BLOCK]."""
     block = load_block_transposed(sums, row, FEATURE_BLOCK, FEATURES, column, VALUE_BLOCK, VALUE_DIM)
     return (block * inverse[None, :]).to(dtype)

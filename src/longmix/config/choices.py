@@ -1,7 +1,7 @@
-"""What was chosen in the groups of a configuration: a class with its settings, or a pattern over several.
+"""The choices that a configuration makes in its groups: a class with its settings, or a pattern over several.
 
-A choice is a value: two with equal settings are equal, and nobody changes one. What a class takes is checked where the
-choice is built, since only its signature knows.
+A choice is a value: two with equal settings are equal, and nobody changes one. The settings are checked where the
+choice is built, since only the signature of the class says which it takes.
 """
 
 from collections.abc import Mapping
@@ -14,10 +14,10 @@ from longmix.errors import ConfigError
 
 @dataclass(frozen=True)
 class Choice:
-    """A class or function, and what it is called with.
+    """A class or function, and the settings to call it with.
 
     Attributes:
-        key: where the choice stands in the configuration, such as "mixer" or "mixer.flash"; messages begin with it.
+        key: the place of the choice in the configuration, such as "mixer" or "mixer.flash"; messages begin with it.
         entries: `_target_` and the settings, as YAML has them and in its order; a setting may hold choices of its own.
     """
 
@@ -26,10 +26,14 @@ class Choice:
 
     @classmethod
     def of(cls, key: str, value: object) -> "Choice":
-        """The choice that a mapping with `_target_` describes.
+        """Return the choice that a mapping describes.
+
+        Args:
+            key: the place of the choice in the configuration.
+            value: a mapping with `_target_`.
 
         Raises:
-            ConfigError: it is none.
+            ConfigError: the value is no such mapping.
         """
         if not isinstance(value, Mapping) or "_target_" not in value:
             raise ConfigError(
@@ -39,24 +43,24 @@ class Choice:
 
     @property
     def target(self) -> str:
-        """The full name of what is called, as it was given."""
+        """Return the full name of the class or function, as it was given."""
         return str(self.entries["_target_"])
 
     @property
     def settings(self) -> dict[str, object]:
-        """What it is called with."""
+        """Return the settings by name."""
         return {name: value for name, value in self.entries.items() if name != "_target_"}
 
     @property
     def choices(self) -> tuple["Choice", ...]:
-        """Itself, as a pattern of one would say."""
+        """Return the choice itself, as the one member of a pattern."""
         return (self,)
 
     def number(self, name: str) -> int:
-        """A setting that is a whole number.
+        """Return a setting that must be a whole number.
 
         Raises:
-            ConfigError: it has no value, or another one.
+            ConfigError: the setting has no value, or it is something else.
         """
         value = self.entries.get(name)
         if not isinstance(value, int) or isinstance(value, bool):
@@ -64,11 +68,11 @@ class Choice:
         return value
 
     def having(self, **settings: object) -> "Choice":
-        """The same choice with other values of some settings."""
+        """Return the same choice with other values of some settings."""
         return Choice(self.key, {**self.entries, **settings})
 
     def located(self) -> Any:
-        """The class or function.
+        """Return the class or function.
 
         Raises:
             ConfigError: there is none of this name.
@@ -76,11 +80,22 @@ class Choice:
         return locate(self.target, self.key)
 
     def check(self, supplied: set[str], kind: type | None = None) -> None:
-        """Refuse settings that the class does not take, without building anything; see `longmix.config.check`."""
+        """Check the settings as `build` does, but without building anything.
+
+        Args:
+            supplied: the names of the arguments that longmix will give.
+            kind: the class that the choice must be or derive from; None or a protocol allows any.
+
+        Raises:
+            ConfigError: a setting is wrong; the message names its key.
+        """
         check(self.entries, self.key, supplied, kind)
 
     def build(self, **supplied: Any) -> Any:
-        """Check the settings and call the class or function with them, and with arguments that longmix gives.
+        """Check the settings, and return what the class or function returns for them.
+
+        Args:
+            supplied: arguments that longmix gives besides the settings.
 
         Raises:
             ConfigError: a setting is wrong; the message names its key.
@@ -93,7 +108,7 @@ class Pattern:
     """Choices that repeat over the layers, as `mixer=sliding_window*3+flash` asks for.
 
     Attributes:
-        key: where it stands in the configuration.
+        key: the place of the pattern in the configuration.
         entries: `pattern`, the names in the order of the layers, and the settings of each name.
         order: the names in the order of the layers.
         members: the choices by name.
@@ -106,10 +121,14 @@ class Pattern:
 
     @classmethod
     def of(cls, key: str, value: Mapping[str, object]) -> "Pattern":
-        """The pattern that a mapping with `pattern` describes.
+        """Return the pattern that a mapping describes.
+
+        Args:
+            key: the place of the pattern in the configuration.
+            value: a mapping with `pattern` and the settings of each name in it.
 
         Raises:
-            ConfigError: the pattern is empty, or it and the members do not belong together.
+            ConfigError: the pattern is empty, or names a member that is missing, or lacks one that is there.
         """
         order = value["pattern"]
         if not isinstance(order, list) or not order:
@@ -126,31 +145,40 @@ class Pattern:
 
     @property
     def choices(self) -> tuple[Choice, ...]:
-        """The members, each once."""
+        """Return the members, each once."""
         return tuple(self.members.values())
 
 
 def copied(value: object) -> Any:
-    """Nested dicts and lists anew, so that whoever changes the given ones changes no configuration."""
+    """Return a copy of nested dicts and lists, so that a change of the given ones changes no configuration."""
     if isinstance(value, Mapping):
         return {name: copied(part) for name, part in value.items()}
     return [copied(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def choice_or_pattern(key: str, value: object) -> Choice | Pattern:
-    """What a mapping describes; one with `pattern` is a pattern.
+    """Return what a mapping describes: a pattern if it has `pattern`, else a choice.
+
+    Args:
+        key: the place of the value in the configuration.
+        value: the mapping.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: the value describes neither.
     """
     return Pattern.of(key, value) if isinstance(value, Mapping) and "pattern" in value else Choice.of(key, value)
 
 
 def choices_by_name(key: str, value: object, problem: str) -> dict[str, Choice]:
-    """Several choices of one group, by name.
+    """Return several choices of one group, by name.
+
+    Args:
+        key: the place of the group in the configuration.
+        value: a mapping of names to choices.
+        problem: the end of the message if the value is no such mapping, or has no choice.
 
     Raises:
-        ConfigError: there is none, or one that is no choice; `problem` ends the message.
+        ConfigError: there is no choice, or a value that is none.
     """
     if not isinstance(value, Mapping) or not value or "_target_" in value:
         raise ConfigError(f"{key}={value!r} {problem}")

@@ -1,6 +1,6 @@
-"""Functions of whole matrices, where each process has some rows of every matrix.
+"""Compute functions of whole matrices where each process has some rows of every matrix.
 
-Each process takes some of the matrices. Two exchanges are enough, however many matrices there are: one brings the rows
+Each process takes some whole matrices. Two exchanges are enough, however many matrices there are: one brings the rows
 of each matrix to the process that takes it, the other brings the rows of the results back.
 """
 
@@ -17,15 +17,18 @@ Shape = tuple[int, int]
 
 
 class DividedMatrices:
-    """Rows of matrices that are divided over processes as FSDP divides them; all processes must make and use it alike.
+    """Matrices whose rows are divided over processes, as FSDP divides them.
+
+    All processes must make and use it in the same way, since they exchange rows.
 
     Args:
-        shapes: of the whole matrices.
-        group: the processes; the rows of a matrix lie in them by rank, as `torch.chunk` cuts them.
-        like: its dtype and device are those of the rows.
+        shapes: the shapes of the whole matrices.
+        group: the processes; the process of rank r has the part r of the rows, as `torch.chunk` cuts them.
+        like: a tensor with the dtype and device that the rows are to have.
 
     Attributes:
-        rows: for each matrix, this process's rows of it, to be written by the caller.
+        shapes, group: as given.
+        rows: for each matrix, memory for this process's rows of it; the caller writes them before `apply`.
     """
 
     def __init__(self, shapes: Sequence[Shape], group: dist.ProcessGroup, like: Tensor) -> None:
@@ -44,10 +47,10 @@ class DividedMatrices:
         self.rows = pieces
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Replace `rows` by those of the results.
+        """Replace `rows` by those of the function's results. All processes must call it.
 
         Args:
-            function: from stacked matrices [N, rows, columns] of one shape to as many results.
+            function: maps stacked matrices [N, rows, columns] of one shape to results of the same shape.
         """
         lengths = [self._numbers(index, other) for other in range(self._size) for index in self._taken]
         counts = [sum(self._numbers(index, other) for index in self._taken) for other in range(self._size)]
@@ -65,7 +68,7 @@ class DividedMatrices:
         dist.all_to_all_single(self._sent, received, self._counts, counts, group=self.group)
 
     def _range(self, index: int, process: int) -> tuple[int, int]:
-        """The rows of a matrix that a process has."""
+        """Return the first row of a matrix that a process has, and one past the last."""
         rows = self.shapes[index][0]
         each = math.ceil(rows / self._size)
         return min(process * each, rows), min((process + 1) * each, rows)
@@ -75,16 +78,21 @@ class DividedMatrices:
         return (end - first) * self.shapes[index][1]
 
     def _cut(self, stack: Tensor) -> list[Tensor]:
-        """The rows of each process, flat, for one matrix of a stack after the other."""
+        """Return flat views of the rows of each process, for one matrix of a stack after the other."""
         each = math.ceil(stack.shape[1] / self._size) * stack.shape[2]
         flat = stack.flatten(1)
         return [matrix[other * each : (other + 1) * each] for matrix in flat.unbind() for other in range(self._size)]
 
 
 def takers_of(shapes: Sequence[Shape], size: int) -> list[int]:
-    """Which process takes each matrix: the most costly one first, each by the process that has least to do.
+    """Return the rank of the process that takes each matrix, so that all have about as much to do.
 
-    The cost is that of products of a matrix with itself: the smaller side squared times the larger one.
+    The most costly matrix comes first, and each goes to the process that has the least so far. The cost is that of
+    products of a matrix with its transpose: the smaller side squared times the larger one.
+
+    Args:
+        shapes: the shapes of the whole matrices.
+        size: how many processes there are.
     """
     costs = [min(shape) * math.prod(shape) for shape in shapes]
     loads, takers = [0] * size, [0] * len(shapes)
@@ -95,7 +103,7 @@ def takers_of(shapes: Sequence[Shape], size: int) -> list[int]:
 
 
 def copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy each tensor into another one, all in one launch; their dtypes may differ."""
+    """Copy each source into its target, all in one launch; their dtypes may differ."""
     pairs = [(target, source) for target, source in zip(targets, sources, strict=True) if target.numel()]
     if pairs:
         torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])

@@ -1,9 +1,9 @@
-"""FSDP's gathering of weights, where some travel in a shorter dtype than they have.
+"""Gather the weights of FSDP's modules so that some of them travel in a shorter dtype than they have.
 
-FSDP knows one dtype for all weights of a module, in which they are used too. Here each process gets float32 weights, of
-which some were rounded on the way: autocast rounds these before every use, so that rounding them once more changes
-nothing. Half of their bytes are sent. Groups of modules with a dtype of their own would do it without the copies, but
-each module of a group has hooks, at each of which a compiled block breaks.
+FSDP has one dtype for all weights of a module, in which they travel and are used. Here each process gets float32
+weights, some of which were rounded on the way. Autocast rounds these before every use, so rounding them earlier changes
+nothing, and only half of their bytes are sent. Groups of modules with a dtype of their own would need no copies, but
+each module of a group has hooks, and a compiled block breaks at each hook.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -19,15 +19,17 @@ from longmix.distributed.divided_matrices import copy_each
 
 
 class RoundedGather:
-    """What `FSDPModule.set_custom_all_gather` takes for one module whose weights are float32.
+    """The gather of one module whose weights are float32, for `FSDPModule.set_custom_all_gather`.
 
     Args:
-        module: divided by `fully_shard`, over more than one process.
+        module: a module that `fully_shard` divides over more than one process.
         rounded: the weights that travel rounded.
-        dtype: in which, of two bytes.
+        dtype: the dtype in which these travel, of two bytes.
 
     Attributes:
-        exact, rounded: first number and one past the last, for each run of either kind in a process's part.
+        dtype: as given.
+        exact, rounded: the runs of numbers of either kind in a process's part; each is the place of the first number,
+            and one past the last.
     """
 
     def __init__(self, module: nn.Module, rounded: Collection[nn.Parameter], dtype: torch.dtype) -> None:
@@ -44,22 +46,32 @@ class RoundedGather:
             start = stop
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory for the whole weights."""
+        """Return memory of this size for the whole weights."""
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> None:
-        """Gather the weights' own parts, one after the other in `input_tensor`, into as many rows as processes.
+        """Gather each process's part of the weights into one row of the output.
 
         It returns when the work is queued on the current stream, also if `async_op` allows it to return before.
+
+        Args:
+            output_tensor: float32, as many numbers as the parts of all processes have; is written.
+            input_tensor: float32, this process's part: its pieces of the weights, one after the other.
+            group: the processes.
+            async_op: has no effect.
+
+        Raises:
+            RuntimeError: at the first call, the part does not have the weights in the order of the module.
         """
         if self._weights is not None:
             _check_order(self._weights, input_tensor)
             self._weights = None
         processes, length = group.size(), input_tensor.numel()
         exact, rounded = ([stop - start for start, stop in runs] for runs in (self.exact, self.rounded))
-        # Numbers of two bytes each; an even count of them, so that rows of others can be seen as float32.
+        # `border` and `width` count numbers of two bytes. The width is even, so that the exact part of each row can be
+        # viewed as float32.
         border = 2 * sum(exact)
         width = border + -(-sum(rounded) // 2) * 2
         sent = input_tensor.new_empty(width, dtype=self.dtype)
@@ -75,7 +87,7 @@ class RoundedGather:
 
 
 def _own_weights(module: nn.Module) -> list[nn.Parameter]:
-    """A module's weights without those of parts that are divided by themselves, in FSDP's order."""
+    """Return a module's weights in FSDP's order, without those of parts that `fully_shard` divides on their own."""
     found: list[nn.Parameter] = []
     for part in _parts(module):
         for weight in part.parameters(recurse=False):
@@ -85,7 +97,7 @@ def _own_weights(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _parts(module: nn.Module) -> Iterator[nn.Module]:
-    """Modules behind those they consist of."""
+    """Yield a module's parts, each after its own parts, and last the module itself."""
     for child in module.children():
         if not isinstance(child, FSDPModule):
             yield from _parts(child)
@@ -93,14 +105,18 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _piece_size(weight: Tensor) -> int:
-    """Numbers that each process contributes, with those that fill up the last ones' rows."""
+    """Return how many numbers each process contributes, padding of the last processes included."""
     assert isinstance(weight, DTensor)
     each = -(-weight.shape[0] // weight.device_mesh.size())
     return each * weight.shape[1:].numel()
 
 
 def _check_order(weights: list[nn.Parameter], given: Tensor) -> None:
-    """Make sure, once, that FSDP gives the weights in the order that they are taken for."""
+    """Check that FSDP gives this process's weights in the order that is assumed.
+
+    Raises:
+        RuntimeError: it does not.
+    """
     sizes = [_piece_size(weight) for weight in weights]
     right = sum(sizes) == given.numel() and given.dtype == torch.float32
     if right:

@@ -1,4 +1,4 @@
-"""Muon (Jordan et al. 2024) on many matrices at once, whole or divided over processes."""
+"""Run Muon (Jordan et al. 2024) on many matrices at once, whole or divided over processes."""
 
 import functools
 import math
@@ -14,30 +14,40 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from longmix.distributed.divided_matrices import DividedMatrices, copy_each
 
 STACK_NUMBERS = 2**26
-"""Numbers of the matrices that are iterated together: 128 MiB in bfloat16; an iteration holds a few such stacks."""
+"""The most numbers that matrices iterated together have: 128 MiB in bfloat16. An iteration holds a few such stacks."""
 
 Member = tuple[nn.Parameter, dict[str, Any]]
 """A matrix and its parameter group."""
 
 
 class BatchedMuon(torch.optim.Muon):
-    """torch's Muon in few launches: matrices of one shape are iterated together, in bfloat16 on a GPU as torch does it.
+    """torch's Muon in few launches: it iterates matrices of one shape together.
 
-    On a CPU the iteration is in the dtype of the weights: bfloat16 there is emulated, and hundreds of times slower. Of
-    matrices whose rows are divided over processes (FSDP), each process takes some whole ones, in two exchanges a step.
-    Weights get the update of Liu et al. 2025 (arXiv 2502.16982, equation 4): `adjust_lr_fn` has to say so.
+    On a GPU the iteration is in bfloat16, as in torch. On a CPU it is in the dtype of the weights, since bfloat16 there
+    is emulated, and hundreds of times slower. Where the rows of matrices are divided over processes (FSDP), each
+    process takes some whole matrices, by two exchanges a step. Weights get the update of Liu et al. 2025 (arXiv
+    2502.16982, equation 4), so `adjust_lr_fn` has to say that too.
 
     Attributes:
-        iterated_in: the dtype of the iteration whatever the device; None for the above.
+        iterated_in: the dtype of the iteration on every device; None for the choice above.
     """
 
     iterated_in: torch.dtype | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step; state and parameter groups are those of `torch.optim.Muon`.
+        """Take one step; state and parameter groups are those of `torch.optim.Muon`.
 
-        With divided matrices all processes must call it, with gradients of the same ones.
+        With divided matrices all processes must call it, and the same matrices must have gradients.
+
+        Args:
+            closure: computes gradients and returns the loss; None if the gradients are there.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            ValueError: a matrix is divided otherwise than by rows.
         """
         loss = None
         if closure is not None:
@@ -69,7 +79,7 @@ class BatchedMuon(torch.optim.Muon):
             for part in _parts(alike):
                 stack = _local(part[0][0]).new_empty(len(part), *shape, dtype=dtype)
                 self._write_updates(part, stack.unbind())
-                # foreach takes its fast path for equal dtypes and strides alone, and a tall result is a transpose.
+                # foreach is fast only for equal dtypes and strides, and the result of a tall matrix is a transpose.
                 exact = function(stack).to(part[0][0].dtype, memory_format=torch.contiguous_format)
                 _move(part, exact.unbind())
 
@@ -92,7 +102,7 @@ class BatchedMuon(torch.optim.Muon):
             _move(part, directions)
 
     def _write_updates(self, members: list[Member], places: Sequence[Tensor]) -> None:
-        """Take the gradients into the momentum, and write what is to be iterated; of divided ones the own rows."""
+        """Add the gradients to the momentum, and write what is to be iterated; for divided matrices, their own rows."""
         for weight, _ in members:
             if not self.state[weight]:
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
@@ -106,7 +116,7 @@ class BatchedMuon(torch.optim.Muon):
 
 
 def _move(members: list[Member], directions: Sequence[Tensor]) -> None:
-    """Let weights decay, and move them against their directions; of divided ones the own rows."""
+    """Decay weights, and move them against their directions; for divided matrices, their own rows."""
     for group, indices in _by(members, lambda weight, group: (id(group), max(weight.shape))):
         weights = [_local(members[index][0]) for index in indices]
         rate = group["lr"] * 0.2 * math.sqrt(max(members[indices[0]][0].shape))
@@ -115,7 +125,7 @@ def _move(members: list[Member], directions: Sequence[Tensor]) -> None:
 
 
 def _by(members: list[Member], key: Callable[..., Any]) -> Iterator[tuple[dict[str, Any], list[int]]]:
-    """The group of members with equal keys, and their places."""
+    """Yield for members with equal keys their parameter group and their places."""
     found: dict[Any, list[int]] = defaultdict(list)
     for index, member in enumerate(members):
         found[key(*member)].append(index)
@@ -124,7 +134,7 @@ def _by(members: list[Member], key: Callable[..., Any]) -> Iterator[tuple[dict[s
 
 
 def _parts(members: Iterable[Member]) -> Iterator[list[Member]]:
-    """Members in order, in parts that this process iterates or updates at once."""
+    """Yield members in order, in the parts that this process iterates or updates at once."""
     part: list[Member] = []
     numbers = 0
     for weight, group in members:
@@ -137,13 +147,17 @@ def _parts(members: Iterable[Member]) -> Iterator[list[Member]]:
 
 
 def _in_parts(function: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
-    """The function of a stack, of no more at once than `STACK_NUMBERS` or one matrix."""
+    """Return the function of a stack, applied to at most `STACK_NUMBERS` numbers, or one matrix, at once."""
     parts = stack.split(max(1, STACK_NUMBERS // stack[0].numel()))
     return function(stack) if len(parts) == 1 else torch.cat([function(part) for part in parts])
 
 
 def _mesh(weight: Tensor) -> DeviceMesh | None:
-    """The processes over which the rows of a matrix are divided; None for a matrix that each has."""
+    """Return the processes over which the rows of a matrix are divided; None if each process has the whole matrix.
+
+    Raises:
+        ValueError: the matrix is divided otherwise.
+    """
     if not isinstance(weight, DTensor) or weight.device_mesh.size() == 1 or weight.placements == (Replicate(),):
         return None
     if weight.placements != (Shard(0),):
@@ -156,15 +170,18 @@ def _local(x: Tensor) -> Tensor:
 
 
 def orthogonalised(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """The nearest semi-orthogonal matrices, roughly: quintic Newton-Schulz iteration (Jordan et al. 2024).
+    """Return roughly the nearest semi-orthogonal matrices, by a quintic Newton-Schulz iteration (Jordan et al. 2024).
 
     Singular values end between about 0.7 and 1.2 instead of at 1, which is as good for the optimizer.
 
     Args:
         matrices: [N, rows, columns].
         coefficients: (a, b, c) of x <- a x + b x^3 + c x^5 on the singular values.
-        steps: iterations.
-        eps: smallest norm to divide by.
+        steps: how many iterations to take.
+        eps: the smallest norm to divide by.
+
+    Returns:
+        [N, rows, columns], in the dtype of `matrices`.
     """
     a, b, c = coefficients
     tall = matrices.shape[1] > matrices.shape[2]

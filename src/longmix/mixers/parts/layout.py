@@ -1,7 +1,7 @@
-"""Positions, rotary angles and bounds, which a pass's documents fix for all its layers: made once, not per layer.
+"""Make positions, rotary angles and bounds once per pass, since its documents fix them for all layers.
 
 The backbone makes a `Layout` for each `LayoutNeeds` that its mixers name, most often one, and hands it to the blocks.
-A mixer that is called alone, or goes on from a state of its own, makes what it needs itself.
+A mixer that is called alone, or that goes on from a state of its own, makes what it needs itself.
 """
 
 import functools
@@ -19,12 +19,12 @@ from longmix.pytrees import pytree
 
 @dataclass(frozen=True)
 class LayoutNeeds:
-    """What a mixer wants of a layout; mixers that want the same share one.
+    """What a mixer needs of a layout. Mixers with equal needs share one layout.
 
     Attributes:
-        head_dim: size of the heads that are rotated.
-        rotary_base: wavelength base of the rotation.
-        window: of `Layout.first_key`; None for the whole document.
+        head_dim: the dimension of the heads that are rotated.
+        rotary_base: the wavelength base of the rotation.
+        window: how many tokens `Layout.first_key` lets a token see; None for the whole document.
     """
 
     head_dim: int
@@ -38,13 +38,13 @@ class Layout:
     """Where the tokens of a pass stand.
 
     Attributes:
-        positions: integer [B or 1, T], of each token within its document.
-        cosine, sine: float32 [B or 1, T, 1, head_dim], of the rotation at these positions, as `rotate` takes them.
-        first_row: int32 [B, T], the first token of each token's document; None as `first_key`.
-        first_key: int32 [B, 1, T], the first key that a token sees, which is that of its document or of its window;
-            None where every row is one document, and for a slice of longer rows.
-        starts: int32 [n + 1], where the documents start among the tokens of all rows, see
-            `longmix_kernels.attention.packed`; None where the batch does not say.
+        positions: integer [B or 1, T], the position of each token within its document.
+        cosine, sine: float32 [B or 1, T, 1, head_dim], the rotation at these positions, as `rotate` takes it.
+        first_row: int32 [B, T], the first token of each token's document; None where `first_key` is None.
+        first_key: int32 [B, 1, T], the first key that a token sees: the first of its document, or of its window if that
+            begins later. None if every row is one document, and for a slice of longer rows.
+        starts: int32 [n + 1], where the documents start among the tokens of all rows, as
+            `longmix_kernels.attention.packed` takes it; None if the batch does not say.
     """
 
     positions: Tensor
@@ -57,7 +57,7 @@ class Layout:
 
 @functools.cache
 def takes_layout(kind: type) -> bool:
-    """Whether a class of mixers has a `forward` with `layout`: a subclass of one that has may do without."""
+    """Say whether `forward` of a class of mixers takes `layout`; a subclass may lack it where its base class has it."""
     parameters = inspect.signature(kind.forward).parameters.values()  # type: ignore[attr-defined]
     return any(parameter.name == "layout" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
@@ -69,14 +69,14 @@ def layouts(
     document_starts: Tensor | None = None,
     slices: Slices | None = None,
 ) -> dict[LayoutNeeds, Layout]:
-    """The layouts that mixers need in a pass over `tokens` [B, T] from the beginning of rows, or over a slice of rows.
+    """Return the layouts that mixers need in a pass from the beginning of rows, or over a slice of rows.
 
     Args:
-        needs: of all mixers.
-        tokens: says where they are, and how many.
-        document_ids: int32 [B, T]; None where every row is one document.
-        document_starts: int32 [B, N], see `longmix.batch.Batch`; None where the batch does not say.
-        slices: where the tokens are this process's slice of longer rows.
+        needs: the needs of all mixers.
+        tokens: [B, T]; only its shape and device matter.
+        document_ids: int32 [B, T]; None if every row is one document.
+        document_starts: int32 [B, N], as in `longmix.batch.Batch`; None if the batch does not say.
+        slices: the slices, if the tokens are this process's slice of longer rows.
     """
     if not needs:
         return {}
@@ -99,13 +99,16 @@ def layouts(
 
 
 def layout_after(need: LayoutNeeds, state: Any, ids: Tensor | None, length: int, device: torch.device) -> Layout:
-    """The positions and angles of new tokens of one mixer, after a state or from the beginning; engines make bounds.
+    """Return the positions and angles of new tokens of one mixer, after a state or from the beginning.
+
+    The layout has no bounds; the engines make them.
 
     Args:
-        need: the mixer's.
-        state: with `last_id` and `next_position`; None for none.
-        ids: integer [B, T], the documents of the new tokens; None for one that goes on.
-        length, device: how many tokens there are, and where.
+        need: the mixer's needs.
+        state: the mixer's state, with `last_id` and `next_position`; None at the beginning.
+        ids: integer [B, T], the documents of the new tokens; None if one document goes on.
+        length: how many new tokens there are, T.
+        device: their device.
     """
     last_id, next_position = (None, None) if state is None else (state.last_id, state.next_position)
     positions = token_positions(ids, last_id, next_position, length, device)
@@ -113,7 +116,7 @@ def layout_after(need: LayoutNeeds, state: Any, ids: Tensor | None, length: int,
 
 
 def _of_all_rows(document_starts: Tensor, length: int) -> Tensor:
-    """Starts within each of B rows [B, N] as starts among the tokens of all, int32 [B * N + 1]."""
+    """Return starts within each of B rows [B, N] as starts among the tokens of all rows, int32 [B * N + 1]."""
     row = torch.arange(len(document_starts), dtype=torch.int32, device=document_starts.device)
     starts = (document_starts.int() + length * row[:, None]).flatten()
     return torch.nn.functional.pad(starts, (0, 1), value=length * len(document_starts))
