@@ -17,11 +17,14 @@ FIRST = ("half_precision", "one_graph", "memory_beside", "equal_bit_for_bit", "l
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """GPU tests run in the order of what they tell, and those that want most of the memory only where asked for."""
-    if "large_memory" not in config.option.markexpr:
-        large = [item for item in items if item.get_closest_marker("large_memory")]
-        config.hook.pytest_deselected(items=large)
-        items[:] = [item for item in items if item not in large]
+    """GPU tests run in the order of what they tell; what takes most of the memory or an hour only where asked for."""
+    unasked = [name for name in ("large_memory", "every_row") if name not in config.option.markexpr]
+    kept: list[pytest.Item] = []
+    left_out: list[pytest.Item] = []
+    for item in items:
+        (left_out if any(map(item.get_closest_marker, unasked)) else kept).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
     places = [place for place, item in enumerate(items) if item.get_closest_marker("gpu")]
     ordered = sorted((items[place] for place in places), key=lambda item: _rank(item.name))
     for place, item in zip(places, ordered, strict=True):

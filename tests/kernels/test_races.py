@@ -134,7 +134,7 @@ def test_the_kernels_that_load_and_store_through_one_argument_are_known(engine):
 
 
 @compiles
-@pytest.mark.slow
+@pytest.mark.every_row
 @pytest.mark.parametrize(
     "build",
     EVERY_ROW,

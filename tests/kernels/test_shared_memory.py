@@ -55,7 +55,7 @@ def test_a_tile_fits_where_it_is_tight(build):
 
 
 @compiles
-@pytest.mark.slow
+@pytest.mark.every_row
 @pytest.mark.parametrize("build", [*every_row(86, "bf16", True), *every_row(120, "bf16")], ids=name)
 def test_every_row_fits_where_there_is_the_least(build):
     """sm_89 has the code of sm_86; the other architectures stand in the tests of their engines' reports."""
@@ -63,7 +63,7 @@ def test_every_row_fits_where_there_is_the_least(build):
 
 
 @compiles
-@pytest.mark.slow
+@pytest.mark.every_row
 @pytest.mark.parametrize("build", [*every_row(86, "fp32")], ids=name)
 def test_every_row_for_float32_fits(build):
     """Tiles for float32 are the same everywhere, and those of the others have more room."""

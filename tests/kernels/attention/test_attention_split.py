@@ -147,14 +147,14 @@ def test_compiles_without_spills_and_with_tensor_cores(build):
 
 
 @compiles
-@pytest.mark.slow
+@pytest.mark.every_row
 @pytest.mark.parametrize("build", split_report.builds(ARCHITECTURES, (*launch.WIDTHS, 80), modes=("causal",)), ids=name)
 def test_every_entry_of_the_table_compiles_without_spills(build):
     assert_small_and_clean(build)
 
 
 @compiles
-@pytest.mark.slow
+@pytest.mark.every_row
 @pytest.mark.parametrize(
     "build", split_report.builds(ARCHITECTURES, (128, 256), modes=("bounds",), features=split_report.FEATURES), ids=name
 )
