@@ -11,7 +11,8 @@ from longmix.restore import restore
 
 def live_bytes() -> int:
     gc.collect()
-    tensors = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor) and item.device.type == "cpu"]
+    kinds = torch.Tensor, torch.nn.Parameter  # and none without memory, such as fake tensors
+    tensors = [item for item in gc.get_objects() if type(item) in kinds and item.device.type == "cpu"]
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 

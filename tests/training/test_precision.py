@@ -59,7 +59,7 @@ def test_other_precisions_and_places_are_not(gpu, heard, compose_config, precisi
     [("cuda", "float32", True), ("auto", "float32", True), ("cuda", "auto", False), ("cpu", "float32", False)],
 )
 def test_so_are_evaluation_and_generation(gpu, heard, device, precision, said):
-    restore._place(device, precision)
+    restore._device_and_precision(device, precision)
     assert heard() == [SLOW.format("precision=float32", "precision=bf16")] * said
 
 
@@ -68,5 +68,5 @@ def test_a_run_says_it_once(gpu, capsys, monkeypatch):
     with warnings.catch_warnings():
         notices.show_in_one_line()
         for _ in range(3):
-            restore._place("cuda", "float32")
+            restore._device_and_precision("cuda", "float32")
     assert capsys.readouterr().err == f"Warning: {SLOW.format('precision=float32', 'precision=bf16')}\n"
