@@ -14,16 +14,9 @@ import torch
 from longmix_kernels import launch
 from longmix_kernels.attention.inputs import Inputs
 from longmix_kernels.attention.permutation import put_rows, take_rows
-from longmix_kernels.launch import (
-    LaunchTable,
-    aligned,
-    dim_constants,
-    is_padded,
-    known_architecture,
-    split_dim,
-    unit_stride,
-    with_tiles_of,
-)
+from longmix_kernels.columns import dim_constants, is_padded, split_dim
+from longmix_kernels.launch import LaunchTable, known_architecture, with_tiles_of
+from longmix_kernels.tensors import aligned, unit_stride
 
 KERNELS = ("forward", "grad_query", "grad_key_value")
 WIDTHS = (64, 96, 128, 192, 256)

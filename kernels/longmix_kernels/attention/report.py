@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from longmix_kernels import aot
 from longmix_kernels.attention import cost, launch
+from longmix_kernels.columns import dim_constants, is_padded
 from longmix_kernels.cost import pass_rows
-from longmix_kernels.launch import dim_constants, is_padded
 
 FEATURES = ("plain", "permuted", "alibi", "blocks")
 """The features that a call may have besides bounds."""

@@ -12,7 +12,8 @@ from longmix_kernels.accelerators import TUNED
 from longmix_kernels.attention import launch as whole
 from longmix_kernels.attention.inputs import Inputs
 from longmix_kernels.attention.launch import LaunchConfig
-from longmix_kernels.launch import LaunchTable, cover
+from longmix_kernels.columns import cover
+from longmix_kernels.launch import LaunchTable
 from longmix_kernels.runtime import on_gpu
 
 KERNELS = ("split_forward", "split_merge")

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from longmix_kernels import aot
 from longmix_kernels.attention import launch, report, split_launch
-from longmix_kernels.launch import cover
+from longmix_kernels.columns import cover
 
 FEATURES = ("plain", "permuted", "alibi")
 """The features that a call may have besides bounds; block lists are not among them."""

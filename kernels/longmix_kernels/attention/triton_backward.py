@@ -21,7 +21,7 @@ from longmix_kernels.attention.inputs import Inputs
 from longmix_kernels.attention.launch import Call
 from longmix_kernels.attention.triton_grad_key_value import grad_key_value_kernel
 from longmix_kernels.attention.triton_grad_query import grad_query_kernel
-from longmix_kernels.launch import aligned, strides, unit_stride, vectors
+from longmix_kernels.tensors import aligned, strides, unit_stride, vectors
 
 
 def triton_backward(

@@ -12,7 +12,7 @@ from longmix_kernels.attention.inputs import Inputs
 from longmix_kernels.attention.launch import Call
 from longmix_kernels.attention.triton_tiles import load_slope, load_step, load_tile, row_numbers, store_tile, with_alibi
 from longmix_kernels.attention.triton_walk import cover, keys_of_rows, program_tile, step_start
-from longmix_kernels.launch import strides
+from longmix_kernels.tensors import strides
 from longmix_kernels.tiles import product
 
 STRIDES = [

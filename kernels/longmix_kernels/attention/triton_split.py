@@ -13,7 +13,7 @@ from longmix_kernels.attention.split_launch import Call
 from longmix_kernels.attention.triton_forward import triton_forward
 from longmix_kernels.attention.triton_tiles import load_slope, load_tile, row_numbers, with_alibi
 from longmix_kernels.attention.triton_walk import keys_of_rows
-from longmix_kernels.launch import strides
+from longmix_kernels.tensors import strides
 from longmix_kernels.tiles import product
 
 

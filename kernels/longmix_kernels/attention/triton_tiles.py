@@ -1,6 +1,6 @@
 """Operations of the attention kernels on a tile: loads, stores, starts of products, and ALiBi's bias.
 
-A head dimension is two powers of two, `*_MAIN` columns and then `*_REST`, as `launch.split_dim` splits it. Loads and
+A head dimension is two powers of two, `*_MAIN` columns and then `*_REST`, as `columns.split_dim` splits it. Loads and
 stores mask only columns past the true dimension.
 
 Rows may be taken in an order of their own, which the kernels read as they go. Query, key, value, their gradients,

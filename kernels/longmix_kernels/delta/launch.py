@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from longmix_kernels import launch
+from longmix_kernels.columns import cover, fit
 from longmix_kernels.delta.cost import choose_chunk
 from longmix_kernels.delta.inputs import Inputs
-from longmix_kernels.launch import LaunchTable, contiguous, cover, fit, gate, small_ids, strides, unit_stride
+from longmix_kernels.launch import LaunchTable
+from longmix_kernels.tensors import contiguous, gate, small_ids, strides, unit_stride
 
 KERNELS = ("prepare", "scan", "grad_scan", "grad_value", "grad_query", "grad_key")
 SCANS = ("scan", "grad_scan")

@@ -19,7 +19,7 @@ from longmix_kernels.delta.triton_grad_query_exact import grad_query_exact_kerne
 from longmix_kernels.delta.triton_grad_query_head import grad_query_head_kernel
 from longmix_kernels.delta.triton_grad_value import grad_value_kernel
 from longmix_kernels.delta.triton_scan import grad_scan_kernel
-from longmix_kernels.launch import contiguous, given, strides, unit_stride
+from longmix_kernels.tensors import contiguous, given, strides, unit_stride
 
 
 def triton_backward(

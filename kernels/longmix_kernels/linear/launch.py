@@ -11,21 +11,11 @@ from typing import ClassVar
 import torch
 
 from longmix_kernels import launch
-from longmix_kernels.launch import (
-    LaunchTable,
-    Rows,
-    contiguous,
-    cover,
-    dim_constants,
-    gate,
-    known_architecture,
-    small_ids,
-    split_dim,
-    unit_stride,
-    with_tiles_of,
-)
+from longmix_kernels.columns import cover, dim_constants, split_dim
+from longmix_kernels.launch import LaunchTable, Rows, known_architecture, with_tiles_of
 from longmix_kernels.linear.cost import clamp_chunk, default_chunk
 from longmix_kernels.linear.inputs import Inputs
+from longmix_kernels.tensors import contiguous, gate, small_ids, unit_stride
 
 CARRYING = ("states", "grad_states")
 """The kernels that carry a state from chunk to chunk."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from longmix_kernels import aot
+from longmix_kernels.columns import dim_constants
 from longmix_kernels.cost import pass_rows
-from longmix_kernels.launch import dim_constants
 from longmix_kernels.linear import cost, launch
 from longmix_kernels.report import read_pairs
 

@@ -21,7 +21,6 @@ import torch
 import triton
 import triton.language as tl
 
-from longmix_kernels.launch import aligned, contiguous, given, strides, unit_stride, vectors
 from longmix_kernels.linear.inputs import Inputs
 from longmix_kernels.linear.launch import Call
 from longmix_kernels.linear.triton_forward import compute_gates, compute_states
@@ -29,6 +28,7 @@ from longmix_kernels.linear.triton_gates import grad_gates_kernel
 from longmix_kernels.linear.triton_grad_key_value import grad_key_value_kernel
 from longmix_kernels.linear.triton_grad_query import grad_query_kernel
 from longmix_kernels.linear.triton_states import grad_states_kernel
+from longmix_kernels.tensors import aligned, contiguous, given, strides, unit_stride, vectors
 from longmix_kernels.tiles import load_tile, program_head
 
 

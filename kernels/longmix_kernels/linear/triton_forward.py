@@ -16,12 +16,12 @@ import torch
 import triton
 import triton.language as tl
 
-from longmix_kernels.launch import given, strides, vectors
 from longmix_kernels.linear.inputs import Inputs
 from longmix_kernels.linear.launch import Call
 from longmix_kernels.linear.triton_gates import gates_kernel, scales_kernel
 from longmix_kernels.linear.triton_states import states_kernel
 from longmix_kernels.linear.triton_weights import pair_weights
+from longmix_kernels.tensors import given, strides, vectors
 from longmix_kernels.tiles import load_block, load_tile, product, program_head, store_tile
 
 

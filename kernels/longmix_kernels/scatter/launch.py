@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from longmix_kernels import launch
-from longmix_kernels.launch import LaunchTable, contiguous, cover, fit, unit_stride
+from longmix_kernels.columns import cover, fit
+from longmix_kernels.launch import LaunchTable
 from longmix_kernels.scatter.bounds import read_blocks
 from longmix_kernels.scatter.inputs import Inputs
+from longmix_kernels.tensors import contiguous, unit_stride
 
 KERNELS = ("sums", "scan", "merge", "grad_query", "grad_sums", "grad_scan", "grad_key")
 """The kernels in the order of a forward and a backward; `grad_sums` is `sums` for queries instead of keys."""

@@ -8,7 +8,6 @@ in the same way, and carried in reverse.
 import torch
 
 from longmix_kernels.attention.triton_backward import triton_backward as exact_backward
-from longmix_kernels.launch import aligned, given, strides, unit_stride
 from longmix_kernels.scatter.inputs import Inputs
 from longmix_kernels.scatter.launch import Call
 from longmix_kernels.scatter.triton_forward import entering_sums, exact_inputs
@@ -16,6 +15,7 @@ from longmix_kernels.scatter.triton_grad_key import grad_key_kernel
 from longmix_kernels.scatter.triton_grad_query import grad_query_kernel
 from longmix_kernels.scatter.triton_scan import grad_scan_kernel
 from longmix_kernels.scatter.triton_sums import sums_kernel
+from longmix_kernels.tensors import aligned, given, strides, unit_stride
 
 Tensors = tuple[torch.Tensor, ...]
 

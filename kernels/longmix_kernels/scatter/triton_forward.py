@@ -11,13 +11,13 @@ import torch
 from longmix_kernels.attention.inputs import Inputs as ExactInputs
 from longmix_kernels.attention.pattern import Pattern
 from longmix_kernels.attention.triton_forward import triton_forward as exact_forward
-from longmix_kernels.launch import strides
 from longmix_kernels.scatter.bounds import exact_bounds
 from longmix_kernels.scatter.inputs import Inputs
 from longmix_kernels.scatter.launch import Call
 from longmix_kernels.scatter.triton_merge import merge_kernel
 from longmix_kernels.scatter.triton_scan import scan_kernel
 from longmix_kernels.scatter.triton_sums import sums_kernel
+from longmix_kernels.tensors import strides
 
 
 def triton_forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ from engine_contract import assert_passes_in_the_interpreter
 from longmix_kernels.attention import launch, sink_and_local_blocks
 from longmix_kernels.attention.inputs import Inputs
 from longmix_kernels.attention.pattern import Pattern
-from longmix_kernels.launch import split_dim
+from longmix_kernels.columns import split_dim
 
 
 def inputs(dtype: torch.dtype = torch.float32, dim: int = 16) -> list[torch.Tensor]:
