@@ -2,29 +2,34 @@
 
 The code that trains is run on fake tensors of the size of `model=125m`, as on a GPU: in bf16-mixed, eager, with the
 engines that a CUDA device gets. A layer's figures are the difference of a model of three layers and one of two, so that
-what is computed once for all layers does not count. Figures are of plain rows and of rows that pack documents.
+what is computed once for all layers does not count. Figures are of plain rows and of rows that pack documents. Engines
+launch for a simulated H200, which runs nothing.
 
     operators      operators of torch besides views, each a launch or more where nothing is compiled
     engine_calls   calls of our kernels' operators
+    launches       launches of our Triton kernels
     saved_bytes    kept from the forward to the backward pass, for each token; weights and their copies aside
     synchronisations   operators that wait for the device; those of all layers and of the model around them
+    specialisation_keys    kernels that Triton compiles for two layers, plain and packed rows, and all of `SHAPES`
 
 `--update` writes what it finds to `results/budget.json`; a test lets no figure rise above it.
 """
 
 import argparse
 import json
+import math
+import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import results
@@ -36,16 +41,23 @@ from longmix.files import replace_json
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model
 from longmix.planning.fakes import gpu_functions
-from longmix_kernels.runtime import assumed_device
+from longmix_kernels.simulated import FakeCalls, SimulatedGPU, simulated_gpu
 
 CONFIGS = results.ROOT / "configs"
 BUDGET = RESULTS / "budget.json"
 LENGTH = 4096
 LAYERS = 2, 3
-STARTS = torch.from_numpy(document_starts(np.zeros((1, LENGTH), np.int32)))
+KINDS = {"plain": False, "packed": True}
+"""Kinds of rows, and whether they pack documents."""
+
+SHAPES = (1, 1000), (2, 1001), (3, 1008), (2, 1032)
+"""Batch sizes and lengths, odd ones and multiples of 8 and 16, for which a kernel should be one and the same."""
+
+ARCHITECTURE, PROCESSORS = 90, 132
+"""Of the H200."""
 
 Figures = dict[str, float]
-"""Of one mixer and one kind of rows, by name."""
+"""Of one mixer and one kind of rows, by name; "all" are all kinds together."""
 
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "unique_consecutive", "_unique2", "equal", "is_nonzero"}
 """Operators whose result, or its shape, the host has to read."""
@@ -119,35 +131,70 @@ def mixers() -> list[str]:
 
 
 def measured(mixer: str) -> dict[str, Figures]:
-    """The figures of a layer of `mixer`, for "plain" and "packed" rows."""
-    return {kind: _of_a_layer(mixer, kind == "packed") for kind in ("plain", "packed")}
+    """The figures of a layer of `mixer`, for "plain", "packed" and "all" rows."""
+    found = {kind: _of_a_layer(mixer, packed) for kind, packed in KINDS.items()}
+    return {**found, "all": {"specialisation_keys": specialisation_keys(mixer, SHAPES)}}
+
+
+def specialisation_keys(mixer: str, shapes: Sequence[tuple[int, int]]) -> int:
+    """How many kernels Triton compiles for training steps of these batch sizes and lengths."""
+    with _model(mixer, LAYERS[0]) as (model, gpu):
+        for batch, length in shapes:
+            with unset_fake_temporarily():
+                _prepare(model, length)
+            for packed in KINDS.values():
+                _forward(model, batch, length, packed).backward()
+    return gpu.num_variants()
 
 
 def _of_a_layer(mixer: str, packed: bool) -> Figures:
-    few, many = (_whole(mixer, layers, packed) for layers in LAYERS)
+    few, many = (_of_a_model(mixer, layers, packed) for layers in LAYERS)
     layers = LAYERS[1] - LAYERS[0]
     return {name: many[name] if name == "synchronisations" else (many[name] - few[name]) / layers for name in many}
 
 
-def _whole(mixer: str, layers: int, packed: bool) -> Figures:
-    """The figures of a whole model, of one row."""
+@contextmanager
+def _model(mixer: str, layers: int) -> Iterator[tuple[LanguageModel, SimulatedGPU]]:
+    """A model of fake weights, and the GPU that it launches for while the context lasts."""
     words = [f"mixer={mixer}", "model=125m", f"model.num_layers={layers}"]
     with torch.device("meta"):
         model = build_model(ModelConfig.of(composed("train", words).content), 512)
-    for part in model.mixers():
-        part.prepare(LENGTH)
-    with ExitStack() as fakes:
-        for mode in (assumed_device("cuda"), FakeTensorMode(allow_non_fake_inputs=True), gpu_functions()):
+    _prepare(model, LENGTH)
+    with simulated_gpu(ARCHITECTURE, processors=PROCESSORS) as gpu, ExitStack() as fakes:
+        for mode in (FakeTensorMode(allow_non_fake_inputs=True), gpu_functions(), FakeCalls()):
             fakes.enter_context(mode)
         model._apply(lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu"))
-        return _of_a_step(model.train(), packed)
+        yield model.train(), gpu
+
+
+def _prepare(model: LanguageModel, length: int) -> None:
+    for part in model.mixers():
+        part.prepare(length)
+
+
+def _forward(model: LanguageModel, batch: int, length: int, packed: bool) -> Tensor:
+    """The loss of fake rows."""
+    tokens = torch.empty(batch, length, dtype=torch.int64)
+    documents = {}
+    if packed:
+        starts = torch.from_numpy(document_starts(np.zeros((batch, length), np.int32)))
+        documents = {
+            "document_ids": torch.empty(batch, length, dtype=torch.int32),
+            "document_starts": torch.empty_like(starts),
+        }
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        output = model(tokens, tokens, **documents)
+    return output.token_losses.mean() + sum(output.losses.values())
+
+
+def _of_a_model(mixer: str, layers: int, packed: bool) -> Figures:
+    """The figures of a whole model, of one row."""
+    with _model(mixer, layers) as (model, gpu):
+        found = _of_a_step(model, packed)
+    return {**found, "launches": gpu.num_launches()}
 
 
 def _of_a_step(model: LanguageModel, packed: bool) -> Figures:
-    tokens = torch.empty(1, LENGTH, dtype=torch.int64)
-    documents = {}
-    if packed:
-        documents = {"document_ids": torch.empty(1, LENGTH, dtype=torch.int32), "document_starts": STARTS.clone()}
     kept: dict[int, Tensor] = {}
 
     def pack(x: Tensor) -> Tensor:
@@ -155,9 +202,7 @@ def _of_a_step(model: LanguageModel, packed: bool) -> Figures:
         return x
 
     with Count() as forward, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            output = model(tokens, tokens, **documents)
-        loss = output.token_losses.mean() + sum(output.losses.values())
+        loss = _forward(model, 1, LENGTH, packed)
     matrices = {weight.shape for weight in model.parameters() if weight.dim() > 1}
     matrices |= {shape[::-1] for shape in matrices}
     own = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())}
@@ -181,18 +226,19 @@ def over(found: dict[str, Figures], budget: dict[str, Figures]) -> list[str]:
         f"{kind} rows: {name} {value:g} is above {budget[kind][name]:g}"
         for kind, figures in found.items()
         for name, value in figures.items()
-        if value > budget[kind][name]
+        if value > budget.get(kind, {}).get(name, math.inf)
     ]
 
 
 def table(found: dict[str, dict[str, Figures]]) -> str:
     """Markdown, plain and packed rows side by side."""
-    columns = ("forward_operators", "operators", "engine_calls", "saved_bytes", "synchronisations")
-    lines = ["| mixer | " + " | ".join(name.replace("_", " ") for name in columns) + " |", "|---" * 6 + "|"]
+    columns = ("forward_operators", "operators", "engine_calls", "launches", "saved_bytes", "synchronisations")
+    names = [name.replace("_", " ") for name in ("mixer", *columns, "specialisation_keys")]
+    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for mixer, figures in found.items():
         plain, packed = figures["plain"], figures["packed"]
         cells = [f"{plain[name]:,.0f} / {packed[name]:,.0f}" for name in columns]
-        lines.append(f"| {mixer} | " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join([mixer, *cells, str(figures["all"]["specialisation_keys"])]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -203,6 +249,8 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--update", action="store_true", help=f"write what is found to {BUDGET.name}")
     parser.add_argument("--out", type=Path, default=BUDGET, help="the table as JSON")
     options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 is set; unset it, since Triton's interpreter compiles nothing")
     if unknown := set(options.mixers) - set(mixers()):
         parser.error(f"unknown mixer {', '.join(sorted(unknown))}; there are {', '.join(mixers())}")
     return options

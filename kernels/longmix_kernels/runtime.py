@@ -108,8 +108,12 @@ def triton_limits(max_dim: int, **tensors: torch.Tensor) -> str | None:
 
 
 def is_readable(x: torch.Tensor) -> bool:
-    """Say whether reading values costs no wait: the tensor has values, on the CPU, and nothing is being compiled."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
+    """Say whether reading values costs no wait: the tensor has values, on the CPU, and nothing is being compiled.
+
+    A tensor that counts as being on a GPU is not readable: there, reading waits for the device.
+    """
+    on_cpu = x.device.type == "cpu" and not on_gpu(x)
+    return on_cpu and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
 
 
 def has_values(x: torch.Tensor) -> bool:

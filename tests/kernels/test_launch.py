@@ -5,7 +5,6 @@ import warnings
 import pytest
 import torch
 from engine_contract import compiles
-from simulated_gpu import simulated_gpu
 
 from longmix_kernels import attention, delta_rule, linear_attention, scatter_attention
 from longmix_kernels.attention import launch as attention_launch
@@ -14,6 +13,7 @@ from longmix_kernels.launch import known_architecture
 from longmix_kernels.linear import launch as linear_launch
 from longmix_kernels.runtime import UnsupportedDevice
 from longmix_kernels.scatter import launch as scatter_launch
+from longmix_kernels.simulated import simulated_gpu
 
 LAUNCH = {
     "attention": attention_launch,

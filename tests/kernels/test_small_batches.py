@@ -3,13 +3,13 @@
 import pytest
 import torch
 from engine_contract import compiles
-from simulated_gpu import simulated_gpu
 
 from longmix_kernels.delta import launch as delta
 from longmix_kernels.delta.inputs import Inputs as DeltaInputs
 from longmix_kernels.linear import launch as linear
 from longmix_kernels.linear.inputs import Inputs as LinearInputs
 from longmix_kernels.linear.triton_forward import triton_forward
+from longmix_kernels.simulated import simulated_gpu
 
 H200 = 132
 

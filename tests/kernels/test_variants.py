@@ -5,10 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from engine_contract import compiles
-from simulated_gpu import simulated_gpu
 
 from longmix_kernels import attention, delta_rule, linear_attention, scatter_attention
 from longmix_kernels.attention.ordering import order_by_label
+from longmix_kernels.simulated import simulated_gpu
 
 DIM = 64
 SHAPES = [(1, 1000), (2, 1001), (3, 1016), (1, 1007), (2, 1008), (3, 1002), (1, 2000), (1, 1032)]

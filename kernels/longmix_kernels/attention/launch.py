@@ -16,6 +16,7 @@ from longmix_kernels.attention.inputs import Inputs
 from longmix_kernels.attention.permutation import put_rows, take_rows
 from longmix_kernels.columns import dim_constants, is_padded, split_dim
 from longmix_kernels.launch import LaunchTable, known_architecture, with_tiles_of
+from longmix_kernels.runtime import on_gpu
 from longmix_kernels.tensors import aligned, unit_stride
 
 KERNELS = ("forward", "grad_query", "grad_key_value")
@@ -182,7 +183,7 @@ def describable(x: torch.Tensor) -> bool:
     D must be one power of two, at least 16. The address and the strides must be multiples of 16 bytes, and no stride
     may be 0. A GPU must be sm_90 or newer.
     """
-    if x.device.type == "cuda" and launch.architecture_of(x.device) < 90:
+    if on_gpu(x) and launch.architecture_of(x.device) < 90:
         return False
     aligned = all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
     return x.numel() > 0 and aligned and x.data_ptr() % 16 == 0 and split_dim(x.shape[3]) == (x.shape[3], 0)

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from engine_contract import ARCHITECTURES, assert_clean, assert_every_entry, assert_passes_in_the_interpreter, compiles
-from simulated_gpu import simulated_gpu
 from torch.utils.flop_counter import FlopCounterMode
 
 from longmix_kernels.attention import attention, launch, report, sink_and_local_blocks, split_launch, split_report
@@ -13,6 +12,7 @@ from longmix_kernels.attention.inputs import Inputs
 from longmix_kernels.attention.pattern import Pattern
 from longmix_kernels.attention.split_launch import TABLE, Call, covers, splits_of
 from longmix_kernels.attention.split_report import Build
+from longmix_kernels.simulated import simulated_gpu
 
 SHARED_OF_CONSUMER_GPUS = 99 * 1024
 

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from longmix.distributed.slices import Slices
-from longmix_kernels.runtime import is_readable, on_gpu
+from longmix_kernels.runtime import is_readable
 
 
 class Before(Protocol):
@@ -48,6 +48,6 @@ def told_apart(document_ids: Tensor | None) -> Tensor | None:
     On a CPU such rows take the faster path of rows that are not packed. A GPU would have to be waited for, and batches
     would take two paths in turn, each with a graph of its own.
     """
-    if document_ids is None or on_gpu(document_ids) or not is_readable(document_ids):
+    if document_ids is None or not is_readable(document_ids):
         return document_ids
     return None if bool((document_ids == document_ids[:, :1]).all()) else document_ids

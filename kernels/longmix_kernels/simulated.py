@@ -1,4 +1,8 @@
-"""A GPU that is not there: calls on CPU tensors choose tiles and specialise kernels for it, and run nothing."""
+"""A GPU that is not there: calls choose tiles and specialise kernels for it, and run nothing.
+
+`simulated_gpu` does so for calls on CPU tensors, and with `FakeCalls` for those on fake tensors. What kernels would
+write holds whatever memory held before, so only launches and shapes tell anything.
+"""
 
 import contextlib
 from collections import defaultdict
@@ -6,6 +10,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longmix_kernels import launch
 from longmix_kernels.accelerators import SHARED_MEMORY
@@ -24,7 +32,7 @@ class SimulatedGPU:
         limit: bytes of shared memory of a program.
         takes: says how many bytes a launch takes, for want of which nothing is compiled; None compiles and looks.
         variants: by kernel, what Triton would compile once each.
-        launches: by kernel, arguments, options and grid of each launch, in order.
+        launches: by kernel, numbers among the arguments, options and grid of each launch, in order.
         shared: by kernel, bytes of shared memory of each launch.
         known: the same, by variant.
     """
@@ -48,9 +56,10 @@ class SimulatedGPU:
         backend = make_backend(target)
         bind = create_function_from_signature(function.signature, function.params, backend)
         bound, specialization, _ = bind(*arguments, **options)
-        launched = {**bound, **options, "grid": grid[0]}
+        numbers = {key: x for key, x in bound.items() if x is None or isinstance(x, int | float)}
+        launched = {**numbers, **options, "grid": grid[0]}
         constants = [(key, x) for key, x in options.items() if key in bound or key.startswith("num_")]
-        key = str((name, specialization, constants))
+        key = str((function.__module__, name, specialization, constants))
         if key not in self.known:
             packed = function._pack_args(backend, options, bound, specialization, {})
             self.known[key] = _shared_memory(function, target, *packed) if self.takes is None else self.takes(launched)
@@ -59,6 +68,14 @@ class SimulatedGPU:
         self.shared[name].append(self.known[key])
         self.variants[name].add(key)
         self.launches[name].append(launched)
+
+    def num_launches(self) -> int:
+        """Return how many kernels were launched."""
+        return sum(map(len, self.launches.values()))
+
+    def num_variants(self) -> int:
+        """Return how many kernels Triton would compile."""
+        return sum(map(len, self.variants.values()))
 
 
 def _shared_memory(function: Any, target: Any, options: Any, signature: Any, constants: Any, attributes: Any) -> int:
@@ -87,3 +104,28 @@ def simulated_gpu(
         mock.patch.object(JITFunction, "run", lambda *arguments, **options: gpu.run(*arguments, **options)),
     ):
         yield gpu
+
+
+class FakeCalls(TorchDispatchMode):
+    """Lets engines that get fake tensors launch as they would, on zeros in the places of those tensors.
+
+    Enter it within `simulated_gpu`, after the `FakeTensorMode`. What is returned are fake tensors all the same.
+    """
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call, and for an operator of ours launch as well."""
+        library, _, name = function._schema.name.partition("::")
+        launches = library == "longmix" and "_blocked" not in name
+        if launches and any(isinstance(x, FakeTensor) for x in args):
+            with unset_fake_temporarily():
+                function(*(_zeros(x) if isinstance(x, FakeTensor) else x for x in args), **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+def _zeros(fake: torch.Tensor) -> torch.Tensor:
+    """Zeros with the strides of a fake tensor, and as far from the beginning of their memory."""
+    last = sum((size - 1) * stride for size, stride in zip(fake.shape, fake.stride(), strict=True))
+    reach = fake.storage_offset() + (last + 1 if fake.numel() else 0)
+    return torch.zeros(reach, dtype=fake.dtype).as_strided(fake.shape, fake.stride(), fake.storage_offset())
