@@ -134,6 +134,8 @@ class TestTrain:
             ({"model.num_heads": 3}, "model.num_heads=3"),
             (["seq_len"], "seq_len has no value"),
             ("seq_len=3", "give a list of words"),
+            (None, "words=None must be a text or a list of texts"),
+            ([3], "words=[3] must be a text or a list of texts"),
             ({"trainer": "ddp", "trainer.devices": 2, "trainer.accelerator": "cpu"}, "a call from Python cannot start"),
         ],
     )
@@ -162,6 +164,13 @@ class TestLoad:
         assert loaded.generate("Fellow", max_tokens=5, temperature=0) == one
         with pytest.raises(ConfigError, match="max_tokens=0 must be at least 1"):
             loaded.generate(max_tokens=0)
+        for wrong in ({"prompt": None}, {"prompt": 3}, {"stop": None}, {"stop": [3]}):
+            with pytest.raises(ConfigError, match=f"{next(iter(wrong))}=.* must be a text or a list of texts"):
+                loaded.generate(**wrong)
+
+    def test_one_text_is_one_stop(self, loaded):
+        whole = loaded.generate("Fellow", max_tokens=20, temperature=0)[0]
+        assert loaded.generate("Fellow", max_tokens=20, temperature=0, stop=f"{whole[:2]}#~") == [whole]
 
     def test_evaluate_returns_the_report(self, loaded, run):
         report = loaded.evaluate(max_tokens=64)
@@ -171,6 +180,13 @@ class TestLoad:
             loaded.evaluate(splt="test")
         with pytest.raises(ConfigError, match="task=lss does not exist"):
             loaded.evaluate("lss")
+        with pytest.raises(ConfigError, match="task=None must be"):
+            loaded.evaluate(None)
+
+    @pytest.mark.parametrize("word", ["checkpoint", "device", "precision", "states", "trust"])
+    def test_what_was_loaded_is_what_is_evaluated(self, loaded, word):
+        with pytest.raises(ConfigError, match=f"{word} belongs to the loaded model; give it to longmix.load"):
+            loaded.evaluate(max_tokens=64, **{word: "other"})
 
     def test_refusals(self, run, tmp_path):
         with pytest.raises(CheckpointError):

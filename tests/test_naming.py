@@ -59,6 +59,12 @@ class TestNames:
             read(TrainConfig, config).check_together()
 
 
+@pytest.mark.parametrize("word", ["seed=${seed}", "optimizer.learning_rate=${oc.env:NOPE}", "mixer=flash"])
+def test_words_stay_as_they_were_given(compose_config, word):
+    compose_config(word)
+    assert Invocation.of_command().words == (word,)
+
+
 class TestPlace:
     def place(self, config, **changes) -> RunPlace:
         own = dataclasses.replace(read(TrainConfig, config), **changes)

@@ -4,7 +4,7 @@ Neither ends the process, nor leaves anything in Hydra's state. What is refused 
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,7 +17,7 @@ from longmix.composing import as_words, composed
 from longmix.config import GenerateConfig, Plain, TrainConfig, defaults, read, resolved
 from longmix.data.tokens.tokenizers import Tokenizer
 from longmix.errors import ConfigError
-from longmix.files import free_folder
+from longmix.files import free_folder, storage_errors
 from longmix.invocation import Invocation
 from longmix.model.backbone import LanguageModel
 from longmix.naming import RUNS, check_name
@@ -84,7 +84,8 @@ def train(words: Words = (), folder: str | Path | None = None) -> Run:
         place = Path(folder)
     place = place.absolute()
     config = config if is_named else dataclasses.replace(config, name=place.name)
-    place.mkdir(parents=True, exist_ok=True)
+    with storage_errors(place):
+        place.mkdir(parents=True, exist_ok=True)
     invocation = Invocation(place, tuple(given), choices, named=is_named or folder is not None)
     try:
         with allocation_errors("training", "make seq_len, batch_size or the model smaller."):
@@ -111,7 +112,7 @@ def _configuration(words: Words) -> tuple[TrainConfig, list[str], Mapping[str, s
         chosen = {str(name): dict(value) for name, value in words.items() if _is_choice(value)}
         given = as_words({str(name): value for name, value in words.items() if name not in chosen})
     else:
-        given = list(words)
+        given = _texts("words", words)
     made = composed("train", given)
     choices = {group: choice for group, choice in made.choices.items() if group not in chosen}
     return read(TrainConfig, OmegaConf.create({**made.content, **chosen})), given, choices
@@ -163,7 +164,7 @@ class Loaded:
         top_p: float = 1.0,
         min_p: float = 0.0,
         seed: int = 0,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
     ) -> list[str]:
         """Go on from a prompt, or from several side by side; nothing is printed.
 
@@ -174,7 +175,7 @@ class Loaded:
             samples: continuations of each prompt; the prompt is read once.
             top_k, top_p, min_p: leave out unlikely tokens.
             seed: the same one gives the same texts.
-            stop: texts that end a row.
+            stop: a text that ends a row, or several.
 
         Returns:
             The continuations, without their prompts; those of one prompt follow each other.
@@ -187,7 +188,7 @@ class Loaded:
 
         given = {
             "checkpoint": str(self.checkpoint),
-            "prompt": prompt if isinstance(prompt, str) else list(prompt),
+            "prompt": _texts("prompt", prompt) if not isinstance(prompt, str) else prompt,
             "max_tokens": max_tokens,
             "temperature": temperature,
             "samples": samples,
@@ -195,7 +196,7 @@ class Loaded:
             "top_p": top_p,
             "min_p": min_p,
             "seed": seed,
-            "stop": list(stop),
+            "stop": _texts("stop", stop),
         }
         begin_run()
         return continued(read(GenerateConfig, defaults(GenerateConfig) | given), self._restored).texts
@@ -212,15 +213,30 @@ class Loaded:
             The task's report, or with a list the reports by name. Losses are in nats per token.
 
         Raises:
-            ConfigError: an unknown word, or a task that this model cannot take.
+            ConfigError: an unknown word, one that `longmix.load` was given, or a task that this model cannot take.
         """
         from longmix.evaluation.run import evaluate
 
-        names = [task] if isinstance(task, str) else list(task)
+        for word in ("checkpoint", *self._settings):
+            if word in words:
+                raise ConfigError(f"{word} belongs to the loaded model; give it to longmix.load.")
+        names = _texts("task", task)
         given = {"checkpoint": str(self.checkpoint), "task": names, **self._settings, **words}
         begin_run()
         reports = evaluate(composed("evaluate", as_words(given)).content, self._restored)
         return reports[task] if isinstance(task, str) else reports
+
+
+def _texts(name: str, given: str | Sequence[str]) -> list[str]:
+    """One text or several, as a list.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    texts = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [given]
+    if not all(isinstance(text, str) for text in texts):
+        raise ConfigError(f"{name}={given!r} must be a text or a list of texts.")
+    return texts
 
 
 def load(

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,18 @@ class Invocation:
     def of_command(cls) -> "Invocation":
         """The invocation of the task that Hydra has begun in this process."""
         hydra = HydraConfig.get()
-        words = tuple(hydra.overrides.task)
+        words = words_of_task(hydra)
         swept = None
         if hydra.mode == RunMode.MULTIRUN:
             same = set(hydra.job.config.override_dirname.exclude_keys)
             swept = tuple(word for word in map(_key, words) if word not in same)
         is_command = hydra.mode == RunMode.RUN
         return cls(Path(hydra.runtime.output_dir), words, dict(hydra.runtime.choices), swept, None, is_command)
+
+
+def words_of_task(hydra: HydraConf | DictConfig) -> tuple[str, ...]:
+    """The words as they were given: a `${...}` in one is the configuration's, not Hydra's to carry out."""
+    return tuple(OmegaConf.to_container(hydra.overrides.task, resolve=False))  # type: ignore[arg-type]
 
 
 def _key(word: str) -> str:

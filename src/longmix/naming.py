@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from longmix.distributed.ranks import process_rank
 from longmix.errors import ConfigError
 from longmix.files import free_folder
-from longmix.invocation import Invocation
+from longmix.invocation import Invocation, words_of_task
 
 if TYPE_CHECKING:
     from longmix.config import TrainConfig
@@ -168,7 +168,7 @@ class SweepFolder(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra before a sweep begins."""
         hydra = config.hydra
-        same = same_words(hydra.overrides.task, (hydra.sweeper.get("params") or {}).keys())
+        same = same_words(words_of_task(hydra), (hydra.sweeper.get("params") or {}).keys())
         quoted = ",".join(f"'{word}'" for word in same)
         words = [f"hydra.job.config.override_dirname.exclude_keys=[{quoted}]"]
         by_clock = CLOCK in str(OmegaConf.to_container(hydra.sweep, resolve=False)["dir"])  # type: ignore[index,call-overload]
