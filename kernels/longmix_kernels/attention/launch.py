@@ -75,8 +75,11 @@ _AMPERE = {
     "grad_query": ((128, 64, 8, 3), (64, 32, 4, 2), (64, 64, 8, 2), (64, 16, 8, 1), (64, 64, 8, 1)),
     "grad_key_value": ((32, 128, 8, 3), (16, 128, 8, 2), (16, 128, 8, 2), (32, 32, 8, 1), (16, 64, 8, 1)),
 }
-# The entries of sm_80, except where those take more than 99 KiB of shared memory.
-_ADA = _AMPERE | {"grad_query": (*_AMPERE["grad_query"][:4], (64, 32, 8, 1))}
+# The entries of sm_80, except where those take more than 99 KiB of shared memory, or spill (at 128, Triton 3.9).
+_ADA = _AMPERE | {
+    "grad_query": (*_AMPERE["grad_query"][:4], (64, 32, 8, 1)),
+    "grad_key_value": (*_AMPERE["grad_key_value"][:2], (32, 64, 8, 2), *_AMPERE["grad_key_value"][3:]),
+}
 _HOPPER = {
     "forward": ((128, 128, 8, 3), (128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
     "grad_query": ((128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)),

@@ -62,9 +62,9 @@ def piece(dim: int) -> int:
 
 
 # One row per entry of WIDTHS: block, values, warps, stages. Those of the first two columns were found to compile
-# without a spill, with documents and an initial state, in the chunks that `cost.choose_chunk` takes, for sm_90 under
-# Triton 3.6. On sm_80 `prepare` spills about 220 bytes for bounded decays and 170 for one decay a head, for which
-# `grad_query` spills 8; for any decays of channels that spills 32, and on sm_100 8 at 96 / 192. None has been timed.
+# without a spill, with documents and an initial state, in the chunks that `cost.choose_chunk` takes, for sm_90. On
+# sm_80 `prepare` spills up to 240 bytes, on sm_80 and sm_100 some others up to 112: the tests of the report list them.
+# None has been timed.
 _AMPERE = {
     "prepare": ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
     "scan": ((0, 32, 4, 3), (0, 16, 8, 2), (0, 16, 8, 1)),

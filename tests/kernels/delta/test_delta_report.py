@@ -16,12 +16,18 @@ EVERY = [
     *report.table_builds((100,), ((96, 192),), ("head",), ("documents-state",)),
     *report.table_builds(OWN_TILES, ((64, 64),), ("bounded",), ("documents-state",), ("diagonal",)),
 ]
-# What still spills: kernel, architecture, how pairs are weighted.
+# What still spills: kernel, architecture, how pairs are weighted, and most bytes, under Triton 3.6 and 3.9.
 SPILLING = {
-    *(("prepare", 80, decay) for decay in cost.DECAYS),
-    ("grad_query", 80, "head"),
-    ("grad_query", 80, "exact"),
-    ("grad_value", 100, "bounded"),
+    ("prepare", 80, "bounded"): 240,
+    ("prepare", 80, "head"): 200,
+    ("prepare", 80, "exact"): 16,
+    ("prepare", 100, "bounded"): 20,
+    ("grad_query", 80, "head"): 112,
+    ("grad_query", 80, "exact"): 32,
+    ("grad_query", 100, "head"): 56,
+    ("grad_value", 80, "head"): 32,
+    ("grad_value", 100, "bounded"): 16,
+    ("grad_key", 100, "head"): 32,
 }
 
 
@@ -41,10 +47,11 @@ def test_compiles_for_sm_90_without_spills_and_with_wgmma(build):
 @pytest.mark.slow
 @pytest.mark.parametrize("build", EVERY, ids=name)
 def test_every_entry_of_the_table_compiles_without_spills(build):
-    faults = build.faults(build.compile())
-    if faults and (build.kernel, build.architecture, build.decay) in SPILLING:
-        pytest.xfail(f"known: {', '.join(faults)}")
-    assert faults == []
+    compiled = build.compile()
+    known = SPILLING.get((build.kernel, build.architecture, build.decay), 0)
+    if 0 < compiled.spills <= known:
+        pytest.xfail(f"known: spills {compiled.spills} bytes")
+    assert build.faults(compiled) == []
 
 
 @compiles
