@@ -124,12 +124,7 @@ def differentiable(
         check: called before the forward, when tensors have values.
     """
     before = incoming + len(saved)
-
-    def run(first: torch.Tensor, *rest: Any) -> Tensors:
-        with torch.autocast(first.device.type, enabled=False):
-            call = inputs.of((first, *rest))
-            check(call)
-            return forward(call)
+    node = computed(operator, inputs, forward=forward, empty=empty, results=results, flops=flops, check=check)
 
     def run_backward(grad: torch.Tensor, *rest: Any) -> Tensors:
         with torch.autocast(grad.device.type, enabled=False):
@@ -137,15 +132,8 @@ def differentiable(
 
     grads = ", ".join(f"Tensor{'?' if index else ''} grad_{index}" for index in range(incoming))
     kept = "".join(f", Tensor saved_{index}" for index in saved)
-    schema = f"({inputs.schema()}) -> ({', '.join(['Tensor'] * results)})"
-    node = torch.library.custom_op(operator, run, mutates_args=(), schema=schema)
     schema = f"({grads}{kept}, {inputs.schema()}) -> ({', '.join(['Tensor'] * outgoing)})"
     backward_node = torch.library.custom_op(f"{operator}_backward", run_backward, mutates_args=(), schema=schema)
-
-    def make_empty(*flat: Any) -> Tensors:
-        return empty(inputs.of(flat))
-
-    node.register_fake(make_empty)
 
     @backward_node.register_fake
     def _(grad: torch.Tensor, *rest: Any) -> Tensors:
@@ -164,27 +152,51 @@ def differentiable(
         flat = list(ctx.others)
         for index, x in zip(ctx.places, tensors, strict=True):
             flat[index] = x
-        first = torch.zeros_like(make_empty(*flat)[0]) if grads[0] is None else grads[0]
+        first = torch.zeros_like(empty(inputs.of(flat))[0]) if grads[0] is None else grads[0]
         found = backward_node(first, *grads[1:incoming], *results, *flat)
         given = [None if x is None else grad for grad, x in zip(found, flat[:outgoing], strict=True)]
         return *given, *(None for _ in flat[outgoing:])
 
     node.register_autograd(differentiate, setup_context=save)
-    _count(operator, lambda *flat: flops(inputs.of(flat)), before)
+    _count(f"{operator}_backward", lambda *flat: 2 * flops(inputs.of(flat[before:])))
     return lambda call_inputs: node(*call_inputs.flat())
 
 
-def _count(operator: str, formula: Callable[..., int], before_inputs: int) -> None:
-    """Let torch count an operator and its backward. In the backward, `before_inputs` arguments precede the inputs."""
-    namespace, name = operator.split("::")
-    operators = getattr(torch.ops, namespace)
+def computed(
+    operator: str,
+    inputs: type[AnyInputs],
+    *,
+    forward: Callable[[AnyInputs], Tensors],
+    empty: Callable[[AnyInputs], Tensors],
+    results: int,
+    flops: Callable[[AnyInputs], int],
+    check: Callable[[AnyInputs], None] = lambda _: None,
+) -> Any:
+    """Register an operator without a backward, with autocast off, and return it; it takes the inputs one by one.
 
-    def forward(*flat: Any, out_val: Any = None) -> int:
+    Args:
+        operator, inputs, forward, empty, results, flops, check: as those of `differentiable`.
+    """
+
+    def run(first: torch.Tensor, *rest: Any) -> Tensors:
+        with torch.autocast(first.device.type, enabled=False):
+            call = inputs.of((first, *rest))
+            check(call)
+            return forward(call)
+
+    schema = f"({inputs.schema()}) -> ({', '.join(['Tensor'] * results)})"
+    node = torch.library.custom_op(operator, run, mutates_args=(), schema=schema)
+    node.register_fake(lambda *flat: empty(inputs.of(flat)))
+    _count(operator, lambda *flat: flops(inputs.of(flat)))
+    return node
+
+
+def _count(operator: str, formula: Callable[..., int]) -> None:
+    """Let torch count the operations of an operator, by a formula of its arguments."""
+    namespace, name = operator.split("::")
+
+    def count(*flat: Any, out_val: Any = None) -> int:
         with unset_fake_temporarily():
             return formula(*flat)
 
-    def backward(*flat: Any, out_val: Any = None) -> int:
-        return 2 * forward(*flat[before_inputs:])
-
-    register_flop_formula(getattr(operators, name), get_raw=True)(forward)
-    register_flop_formula(getattr(operators, f"{name}_backward"), get_raw=True)(backward)
+    register_flop_formula(getattr(getattr(torch.ops, namespace), name), get_raw=True)(count)

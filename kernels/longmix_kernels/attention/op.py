@@ -6,13 +6,14 @@ from typing import Literal, overload
 import torch
 from torch.nn import functional as F
 
-from longmix_kernels.attention import checks, split, split_launch
+from longmix_kernels.attention import checks, split_launch
 from longmix_kernels.attention.bounds import check_row_bounds, row_bounds
 from longmix_kernels.attention.cost import call_flops
 from longmix_kernels.attention.inputs import Inputs
 from longmix_kernels.attention.pattern import BlockList, Pattern
 from longmix_kernels.attention.reference import attention_reference
-from longmix_kernels.operators import implementation
+from longmix_kernels.launch import with_room
+from longmix_kernels.operators import computed, deferred, implementation
 from longmix_kernels.runtime import backend_of_call, is_readable
 
 BACKENDS = ("reference", "blocked", "triton")
@@ -141,7 +142,7 @@ def attention(
         with torch.autocast(query.device.type, enabled=False):
             output, logsumexp = attention_reference(query, key, value, pattern, inputs.scale)
     elif backend == "triton" and split_launch.covers(inputs):
-        output, logsumexp = _SPLIT(inputs)
+        output, logsumexp = _SPLIT(*inputs.flat())
     else:
         output, logsumexp = _IMPLEMENTATIONS[backend](inputs)
     if missing:
@@ -219,4 +220,13 @@ _IMPLEMENTATIONS = {
     for name in ("blocked", "triton")
 }
 
-_SPLIT = split.register(_empty, _check_values)
+_SPLIT = computed(
+    "longmix::attention_split",
+    Inputs,
+    forward=with_room(deferred("longmix_kernels.attention.triton_split.triton_split")),
+    empty=_empty,
+    results=2,
+    flops=call_flops,
+    check=_check_values,
+)
+"""Attention with few queries and no gradient: `split_launch` says which calls that are, and how keys are divided."""
