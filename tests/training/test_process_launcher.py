@@ -15,19 +15,18 @@ from longmix.training import process_launcher
 WORKER = """
 import os, signal, sys, time
 rank, does = int(os.environ["RANK"]), sys.argv[1:]
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+kind, _, value = does[rank].partition("=")
+ends = kind in ("exit", "late")  # such a run ignores the signal: at its end, or since it closes its log
+signal.signal(signal.SIGTERM, signal.SIG_IGN if ends else lambda *_: sys.exit(75))
 signal.signal(signal.SIGINT, lambda *_: sys.exit(74))
 open(f"{rank}.pid", "w").write(str(os.getpid()))
 while not all(os.path.exists(f"{other}.pid") for other in range(int(os.environ["WORLD_SIZE"]))):
     time.sleep(0.01)
-kind, _, value = does[rank].partition("=")
 if kind == "signal":
     os.kill(os.getpid(), int(value))
 if kind == "exit":
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as a run does at its end
     sys.exit(int(value))
 if kind == "late":
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a run that closes its log only notes it
     time.sleep(1.5)
     open("late", "w").close()
     sys.exit(int(value))
