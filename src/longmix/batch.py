@@ -19,12 +19,15 @@ class Batch(TypedDict):
         document_ids: int32 [b, T], or None where rows are never packed with several documents.
         document_starts: int32 [b, N], where each row's documents start, ascending from 0, and T for all that it does
             not have; or None. N is at least the number of documents and takes few values.
+        continues: bool [b], whether a row's first document is the one that its row of the step before ended with; only
+            where rows read on from step to step.
     """
 
     tokens: "torch.Tensor"
     targets: "torch.Tensor"
     document_ids: "torch.Tensor | None"
     document_starts: "NotRequired[torch.Tensor | None]"
+    continues: "NotRequired[torch.Tensor]"
 
 
 def each(batch: Batch, function: "Callable[[torch.Tensor], torch.Tensor]") -> Batch:

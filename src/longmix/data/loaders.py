@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from longmix.batch import IGNORE_INDEX, Batch
-from longmix.data.windows import FiniteWindows, OrderedWindows, Window
+from longmix.data.windows import ContiguousWindows, FiniteWindows, OrderedWindows, Window
 from longmix.errors import ConfigError, LongmixError
 
 MOST_COMMON = 16
@@ -76,7 +76,11 @@ class TrainSteps(Dataset[Batch]):
         self._share = local_share(batch_size, rank, world_size)
 
     def __getitem__(self, step: int) -> Batch:
-        return collate(self._windows.sample(step * self._batch_size + number) for number in self._share)
+        numbers = [step * self._batch_size + number for number in self._share]
+        batch = collate(self._windows.sample(number) for number in numbers)
+        if isinstance(self._windows, ContiguousWindows):
+            batch["continues"] = torch.tensor([self._windows.continues(number) for number in numbers])
+        return batch
 
 
 class EvaluationBatches(Dataset[Batch]):

@@ -278,6 +278,7 @@ class PreparedData(TokenData):
         path: a folder or URL with one token file's folder for each split, as `prepare.py` leaves them in its cache.
         tokenizer: the one they were made with.
         local_shards: copies of remote shards that a process keeps.
+        order: see `TokenData`.
         options: see `TokenData`.
 
     Raises:
@@ -291,9 +292,10 @@ class PreparedData(TokenData):
         tokenizer: Tokenizer,
         *,
         local_shards: int = LEAST_SHARDS,
+        order: str = "shuffled",
         **options: Unpack[TextOptions],
     ) -> None:
-        super().__init__(PreparedCorpus("prepared", SPLITS[:2]), tokenizer, **options)
+        super().__init__(PreparedCorpus("prepared", SPLITS[:2]), tokenizer, order=order, **options)
         if local_shards < LEAST_SHARDS:
             raise ConfigError(
                 f"data.local_shards={local_shards} must be at least {LEAST_SHARDS}: windows are shuffled within "
@@ -311,6 +313,16 @@ class PreparedData(TokenData):
     def splits(self) -> tuple[str, ...]:
         """The splits that there are; those of training are taken for granted until the path has been read."""
         return tuple(self.folders) if "folders" in self.__dict__ else self.corpus.splits
+
+    def _check_room(self) -> None:
+        shards = self.token_files("train")[0].shards
+        if self.reads_on and local_path(self.folders["train"]) is None and len(shards) > self.local_shards:
+            raise ConfigError(
+                f"data.order=contiguous reads all {len(shards)} shards of the train split at a time, and "
+                f"data.local_shards={self.local_shards} are kept at hand; set data.local_shards={len(shards)}, or "
+                "data.order=shuffled."
+            )
+        super()._check_room()
 
     def prepare_data(self) -> None:
         """Open the token files that training needs.

@@ -10,7 +10,7 @@ from longmix.data.tokens.preparation import Preparation, prepare
 from longmix.data.tokens.token_files import TokenFile
 from longmix.data.tokens.tokenizers import Tokenizer
 from longmix.data.training_data import DataOptions, TrainingData
-from longmix.data.windows import EvaluationWindows, TrainWindows, order_key
+from longmix.data.windows import ContiguousWindows, EvaluationWindows, OrderedWindows, TrainWindows, order_key
 from longmix.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -171,23 +171,52 @@ class TextData(TrainingData):
         }
 
 
+ORDERS = ("shuffled", "contiguous")
+
+
 class TokenData(TextData):
     """The text of one corpus as windows: each token is an input once an epoch.
 
     Args:
         corpus: where the documents come from.
         tokenizer: how they become tokens.
+        order: of the training windows: "shuffled", see `TrainWindows`, or "contiguous", see `ContiguousWindows`.
         options: see `TextData`.
+
+    Raises:
+        ConfigError: an unknown order, or a setting that `TextData` refuses.
     """
 
-    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, **options: Unpack[TextOptions]) -> None:
+    def __init__(
+        self, corpus: Corpus, tokenizer: Tokenizer, *, order: str = "shuffled", **options: Unpack[TextOptions]
+    ) -> None:
         super().__init__(corpus, tokenizer, **options)
+        if order not in ORDERS:
+            raise ConfigError(f"data.order={order} is unknown; use {' or '.join(ORDERS)}.")
+        self.order = order
         self._evaluation_windows: dict[tuple[str, int, int | None], EvaluationWindows] = {}
 
+    @property
+    def reads_on(self) -> bool:
+        """Whether each row of a step goes on where the row of the step before ended."""
+        return self.order == "contiguous"
+
     @functools.cached_property
-    def train_windows(self) -> TrainWindows:
+    def train_windows(self) -> OrderedWindows:
         """The training windows all steps are cut from."""
+        if self.reads_on:
+            return ContiguousWindows(self.token_file("train"), self.seq_len, self.seed, self.batch_size)
         return TrainWindows(self.token_file("train"), self.seq_len, self.seed)
+
+    def _check_room(self) -> None:
+        super()._check_room()
+        _ = self.train_windows  # refuses more rows than there are windows
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What fixes the batch of every step, JSON-able. A run resumes only if this is unchanged."""
+        if not self.reads_on:
+            return super().fingerprint()
+        return {**super().fingerprint(), "train_key": self.token_file("train").manifest["key"], "order": self.order}
 
     def evaluation_windows(self, split: str, seq_len: int, max_tokens: int | None) -> EvaluationWindows:
         """The windows that an evaluation of a split reads. They know how many of its tokens they cover."""

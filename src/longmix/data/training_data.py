@@ -140,6 +140,11 @@ class TrainingData(lightning.LightningDataModule, ABC):
         """Settings, hashes and counts of the splits in use, JSON-able, for logs and checkpoints."""
 
     @property
+    def reads_on(self) -> bool:
+        """Whether each row of a step goes on where the row of the step before ended."""
+        return False
+
+    @property
     def label(self) -> str:
         """The name that results on these data carry."""
         return self.source

@@ -87,6 +87,11 @@ class PackedStream:
         document_ids = np.pad(document_ids, (0, padding), constant_values=document_ids[-1] + 1)
         return Window(inputs, targets, document_ids)
 
+    def is_inside_a_document(self, index: int) -> bool:
+        """Whether window `index` begins after the first token of a document."""
+        document = np.searchsorted(self._ends, index * self._seq_len - 1, side="right")
+        return bool(self._ends[document] > index * self._seq_len)
+
     def _read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [start, stop) of the stream and their document numbers, counted from 0."""
         first, last = np.searchsorted(self._ends, [start, stop - 1], side="right")
@@ -125,9 +130,7 @@ class TrainWindows:
     """
 
     def __init__(self, token_file: TokenFile, seq_len: int, seed: int) -> None:
-        check_seq_len(seq_len)
-        if not 0 <= seed < 2**63:
-            raise ConfigError(f"seed must be between 0 and 2**63 - 1, got {seed}")
+        _check_order(seq_len, seed)
         self.windows_per_epoch = -(-token_file.num_tokens // seq_len)
         self._token_file = token_file
         self._seq_len = seq_len
@@ -173,6 +176,70 @@ def order_key(token_file: TokenFile) -> str:
     return key if len(token_file.shards) <= SHARDS_TOGETHER else f"{key} in shards of {token_file.shards}"
 
 
+class ContiguousWindows:
+    """Training windows in which each row of the batch reads on in a long stretch of the corpus of its own.
+
+    Every epoch the documents are put in a new random order and joined into one stream, which is cut into windows (see
+    `PackedStream`). Each row has a stretch of consecutive windows, and row r of step s + 1 goes on where row r of step
+    s ended. Stretches differ by at most one window: in an epoch's last step, a row whose stretch has ended has padding
+    without targets. So, as in `TrainWindows`, an epoch has every token as an input once.
+
+    Args:
+        token_file: the split to train on.
+        seq_len: tokens per window, at least 1.
+        seed: together with step and row it fixes every window; 0 <= seed < 2**63.
+        rows: of a batch; step s has the running indices from s * rows on.
+
+    Attributes:
+        steps_per_epoch: windows of the longest stretch.
+        windows_per_epoch: of all rows, padding included.
+
+    Raises:
+        ConfigError: a number is impossible, or there are fewer windows than rows.
+    """
+
+    def __init__(self, token_file: TokenFile, seq_len: int, seed: int, rows: int) -> None:
+        _check_order(seq_len, seed)
+        windows = -(-token_file.num_tokens // seq_len)
+        if windows < rows:
+            raise ConfigError(
+                f"data.order=contiguous gives each of batch_size={rows} rows a stretch of its own, and there are only "
+                f"{windows} windows of seq_len={seq_len}; take a smaller batch_size or seq_len, or more text."
+            )
+        self.steps_per_epoch = -(-windows // rows)
+        self.windows_per_epoch = self.steps_per_epoch * rows
+        self._bounds = [row * windows // rows for row in range(rows + 1)]
+        self._token_file, self._seq_len, self._seed = token_file, seq_len, seed
+        self._stream: tuple[int, PackedStream] | None = None
+
+    def sample(self, global_index: int) -> Window:
+        """The window at a running index, which counts the rows of a step, then the steps."""
+        epoch, index = self._place(global_index)
+        if index is None:
+            return _padding(self._seq_len, self._token_file.separator_id)
+        return self._stream_of(epoch).window(index)
+
+    def continues(self, global_index: int) -> bool:
+        """Whether the window's first document is the one that its row's window of the step before ended with."""
+        epoch, index = self._place(global_index)
+        if index is None or index in self._bounds:
+            return False
+        return self._stream_of(epoch).is_inside_a_document(index)
+
+    def _place(self, global_index: int) -> tuple[int, int | None]:
+        """The epoch, and the number of the window in its stream; None where the row's stretch has ended."""
+        step, row = divmod(global_index, len(self._bounds) - 1)
+        epoch, within = divmod(step, self.steps_per_epoch)
+        index = self._bounds[row] + within
+        return epoch, index if index < self._bounds[row + 1] else None
+
+    def _stream_of(self, epoch: int) -> PackedStream:
+        if self._stream is None or self._stream[0] != epoch:
+            documents = permutation(self._token_file.num_documents, self._seed, 2 * epoch)
+            self._stream = epoch, PackedStream(self._token_file, documents, self._seq_len)
+        return self._stream[1]
+
+
 class EvaluationWindows:
     """The windows of a split in the order of its documents, without overlap; see `PackedStream`.
 
@@ -216,6 +283,18 @@ def check_seq_len(seq_len: int) -> None:
     """
     if seq_len < 1:
         raise ConfigError(f"seq_len must be at least 1, got {seq_len}")
+
+
+def _check_order(seq_len: int, seed: int) -> None:
+    check_seq_len(seq_len)
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"seed must be between 0 and 2**63 - 1, got {seed}")
+
+
+def _padding(seq_len: int, separator_id: int) -> Window:
+    """A window of separators without targets."""
+    ids = np.zeros(seq_len, np.int32)
+    return Window(np.full(seq_len, separator_id, np.int64), np.full(seq_len, IGNORE_INDEX, np.int64), ids)
 
 
 def _within(order: np.ndarray, items: np.ndarray, sizes: list[int]) -> np.ndarray:

@@ -61,6 +61,7 @@ FIXED = {
     "mixer": "the weights are the mixer's",
     "model": "the weights are the model's",
     "data.corpus": "the place in the data is the corpus's",
+    "data.order": "the place in the data is the order's",
     "tokenizer": "the embedding's rows are the tokenizer's",
     "optimizer._target_": "the moments are the optimizer's",
     "seq_len": "the place in the data counts windows of this length",
