@@ -53,9 +53,15 @@ def guarded_buffers(monkeypatch: pytest.MonkeyPatch, least: int, complete: bool 
 
 
 def surrounded(x: torch.Tensor) -> torch.Tensor:
-    """What comes per token [B, T, H, ...] as a view into NaN, with other strides."""
-    buffer = torch.full([size + 3 for size in x.shape], torch.nan, dtype=x.dtype)
-    return buffer[tuple(slice(1, size + 1) for size in x.shape)].copy_(x.detach()).requires_grad_()
+    """What comes per token [B, T, H, ...] as a view into NaN, with other strides.
+
+    It begins where kernels read it in place (`longmix_kernels.tensors`): a copy would have no NaN beside it.
+    """
+    *outer, last = x.shape
+    sizes = *(size + 3 for size in outer), 2 * GUARD + last - last % GUARD
+    buffer = torch.full(sizes, torch.nan, dtype=x.dtype)
+    inner = (*(slice(1, size + 1) for size in outer), slice(GUARD, GUARD + last))
+    return buffer[inner].copy_(x.detach()).requires_grad_()
 
 
 def beside(x: torch.Tensor) -> torch.Tensor:
