@@ -110,7 +110,7 @@ def test_every_mixer_has_a_causal_matrix_that_reproduces_it(small_model, name, p
 def test_flash_has_its_softmax():
     torch.manual_seed(0)
     mixer, x = Flash(SHAPE, 0, num_kv_heads=1).double(), inputs()
-    angles = rotary_angles(torch.arange(LENGTH)[None], mixer.head_dim, mixer.rotary_base)
+    angles = rotary_angles(torch.arange(LENGTH)[None], mixer.rotary)
     query, key, _ = mixer.project(x)
     query, key = (rotate(heads, *angles).transpose(1, 2) for heads in (query, key))
     scores = (query @ key.mT) * mixer.head_dim**-0.5

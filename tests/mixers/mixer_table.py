@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -26,10 +27,14 @@ from longmix.mixers.sparse_flash_drop import SparseFlashDrop
 
 SHAPE = ModelShape(d_model=48, num_layers=2, num_heads=3)
 
+YARN: Any = {"rotary_scaling": "yarn", "rotary_factor": 4.0, "rotary_original_length": 16}
+
 MIXERS: dict[str, Callable[[], Mixer]] = {
     "flash": lambda: Flash(SHAPE, 0),
     "flash-grouped": lambda: Flash(SHAPE, 0, num_kv_heads=1),
     "flash-no-norm": lambda: Flash(SHAPE, 0, qk_norm=False),
+    "flash-no-positions": lambda: Flash(SHAPE, 0, rotary_base=None),
+    "window-yarn-fraction": lambda: SlidingWindow(SHAPE, 0, window=7, rotary_fraction=0.5, **YARN),
     "window-1": lambda: SlidingWindow(SHAPE, 0, window=1),
     "window-7": lambda: SlidingWindow(SHAPE, 0, window=7),
     "window-longer-than-row": lambda: SlidingWindow(SHAPE, 0, window=500, num_kv_heads=1),
@@ -78,6 +83,7 @@ MIXERS: dict[str, Callable[[], Mixer]] = {
     "mlstm-convolution": lambda: awake(MLSTMTFLA(SHAPE, 0, num_heads=2, convolution=4)),
     "lightning": lambda: HeadDecay(SHAPE, 0, decay="alibi", activation="silu", output_gate="sigmoid"),
     "retention": lambda: HeadDecay(SHAPE, 1, decay="retention", rotary_base=10_000.0, convolution=2),
+    "retention-yarn": lambda: HeadDecay(SHAPE, 0, decay="retention", rotary_base=100.0, key_factor=1.0, **YARN),
     "simple-gla": lambda: HeadDecay(SHAPE, 0, decay="learned", key_factor=1.0),
     "rwkv7": lambda: awake(RWKV7(SHAPE, 0, head_dim=16)),
     "rwkv7-later": lambda: awake(Later(SHAPE, 1, head_dim=16)),

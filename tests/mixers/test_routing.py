@@ -108,7 +108,7 @@ def defined(mixer: Routing, x: Tensor, ids: Tensor | None) -> Tensor:
         some = query_scores[row, own, head - local], key_scores[row, :, (head - local) // group]
         visible[row, head, own, seen(mixer, *some, own, start)] = True
     positions = torch.arange(LENGTH) - begin
-    cosine, sine = rotary_angles(positions, mixer.head_dim, mixer.rotary_base)
+    cosine, sine = rotary_angles(positions, mixer.rotary)
     query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
     key, value = (y.repeat_interleave(group, 2) for y in (key, value))
     weights = torch.einsum("bihd,bjhd->bhij", query, key) * mixer.head_dim**-0.5

@@ -52,7 +52,7 @@ def defined(mixer: Scatterbrain, x: Tensor, ids: Tensor | None) -> Tensor:
     group, row = mixer.num_heads // mixer.num_kv_heads, torch.arange(x.shape[1])
     positions = row - torch.searchsorted(ids, ids)
     query, key, value = mixer.project(x)
-    cosine, sine = rotary_angles(positions, mixer.head_dim, mixer.rotary_base)
+    cosine, sine = rotary_angles(positions, mixer.rotary)
     query, key = (rotate(heads, cosine, sine) for heads in (query, key))
     unit = [heads / heads.norm(dim=-1, keepdim=True) for heads in (query, key)]
     repeated = [heads.repeat_interleave(group, 2) for heads in (key, value, unit[1])]

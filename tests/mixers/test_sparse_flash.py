@@ -37,7 +37,7 @@ def like_flash(mixer: LabelAttention) -> Flash:
 def masked(mixer: LabelAttention, x: Tensor, visible: Tensor) -> Tensor:
     """The mixer's output from its definition: rotated heads, a mask bool [B, H, T, T], one softmax."""
     query, key, value = mixer.project(x)
-    cosine, sine = rotary_angles(torch.arange(LENGTH)[None], mixer.head_dim, mixer.rotary_base)
+    cosine, sine = rotary_angles(torch.arange(LENGTH)[None], mixer.rotary)
     query, key, value = (y.transpose(1, 2) for y in (rotate(query, cosine, sine), rotate(key, cosine, sine), value))
     mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, enable_gqa=True)
     return mixer.output(mixed.transpose(1, 2).flatten(2))

@@ -17,6 +17,7 @@ from longmix.data.loaders import document_starts
 from longmix.mixers import flash
 from longmix.mixers.flash import Flash
 from longmix.mixers.parts.layout import LayoutNeeds, layouts
+from longmix.mixers.parts.rotary import Rotary
 from longmix.mixers.sliding_window import SlidingWindow
 from longmix.model import backbone
 from longmix.model.backbone import LanguageModel
@@ -68,14 +69,14 @@ def test_layers_that_share_a_layout_compute_what_each_computes_alone(name, ids, 
 
 @pytest.mark.parametrize("window", [None, 1, 7, 500])
 def test_first_keys_are_those_of_the_bounds(window):
-    need = LayoutNeeds(8, 10_000.0, window)
+    need = LayoutNeeds(Rotary(10_000.0, 8), window)
     made = layouts({need}, torch.zeros(3, 64), PACKED)[need]
     wanted, _ = row_bounds(64, 64, window=window, document_ids=PACKED)
     assert torch.equal(made.first_key, wanted) and made.first_key.dtype == torch.int32
 
 
 def test_starts_are_those_of_all_rows():
-    need = LayoutNeeds(8, 10_000.0)
+    need = LayoutNeeds(Rotary(10_000.0, 8))
     starts = layouts({need}, torch.zeros(3, 64), PACKED, starts_of(PACKED))[need].starts
     assert starts.dtype == torch.int32
     assert starts.tolist() == [0, 20, 21, 64, 64, 128, 128, 128, 128, 144, 176, 192, 192]

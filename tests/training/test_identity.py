@@ -46,6 +46,17 @@ def texts(ends: list) -> str:
     return "\n".join(end.text for end in ends)
 
 
+@pytest.mark.parametrize("mixer", ["flash", "sliding_window", "hyper", "retention", "sliding_window+flash"])
+def test_settings_that_a_run_of_an_earlier_version_lacks_have_their_defaults(mixer, compose_config):
+    config = read(TrainConfig, compose_config(f"mixer={mixer}"))
+    saved = plain(config)
+    nodes = [saved["mixer"][name] for name in saved["mixer"]["pattern"]] if "+" in mixer else [saved["mixer"]]
+    for node in nodes:
+        for name in RotaryScalingOptions.__annotations__:
+            del node[name]
+    assert changes(saved, config) == {}
+
+
 class TestAtOnce:
     def test_one_name_is_one_process(self, words, tmp_path):
         ends = together([*words, "name=same", "max_steps=20"], tmp_path, [own("seed=1"), own("seed=2")])

@@ -33,6 +33,7 @@ from longmix.config.limits import unlimited_windows as unlimited_windows
 from longmix.config.limits import with_limits as with_limits
 from longmix.config.nodes import build as build
 from longmix.config.nodes import check as check
+from longmix.config.nodes import default_setting as default_setting
 from longmix.config.nodes import holds_target as holds_target
 from longmix.config.nodes import locate as locate
 from longmix.config.nodes import node_kind as node_kind

@@ -159,6 +159,21 @@ def settings(target: Callable[..., Any]) -> dict[str, Any]:
     return found
 
 
+def default_setting(target: Callable[..., Any], name: str) -> Any:
+    """The value of a setting that nobody gives: that of the callable, or of the base class which takes its options.
+
+    Returns:
+        `inspect.Parameter.empty` where it must be given, or there is no such setting.
+    """
+    if name not in settings(target):
+        return inspect.Parameter.empty
+    for taker in target.__mro__ if inspect.isclass(target) else (target,):
+        parameter = inspect.signature(taker).parameters.get(name)
+        if parameter is not None:
+            return parameter.default
+    return inspect.Parameter.empty
+
+
 def unknown_key(full_key: str, name: str, allowed: list[str]) -> str:
     """The message for a key that does not exist."""
     return (

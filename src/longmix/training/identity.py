@@ -15,12 +15,12 @@ from longmix.config import (
     Plain,
     TrainConfig,
     TuningConfig,
+    default_setting,
     defaults,
     flattened,
     limits_of,
     locate,
     plain,
-    settings,
     total_steps,
 )
 from longmix.errors import CheckpointError, ConfigError, LongmixError
@@ -240,11 +240,10 @@ def _default(written: Plain, key: str) -> object:
         return defaults(kind).get(name, ABSENT)
     if not isinstance(node, dict) or "_target_" not in node:
         return ABSENT
-    target = locate(node["_target_"], key)
-    parameter = inspect.signature(target).parameters.get(name)
-    if parameter is None or parameter.default is inspect.Parameter.empty or name not in settings(target):
+    default = default_setting(locate(node["_target_"], key), name)
+    if default is inspect.Parameter.empty:
         return ABSENT
-    return list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
+    return list(default) if isinstance(default, tuple) else default
 
 
 def _learning_rate(written: Plain, step: int, trusted: str) -> float | None:

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longmix.errors import ConfigError
-from longmix.mixers.parts.base import REAL, ModelShape, at_most
+from longmix.mixers.parts.base import ModelShape
 from longmix.mixers.parts.exact import exact_linear
 from longmix.mixers.parts.layout import Layout
 from longmix.mixers.parts.linear import LinearMixer, LinearOptions
-from longmix.mixers.parts.rotary import rotate
+from longmix.mixers.parts.rotary import Rotary, RotaryScalingOptions, ScalingKind, rotate
 from longmix.recipe import Recipe, set_recipe
 
 _LEARNED_DIVISOR = 16.0
@@ -40,7 +40,7 @@ def retention_decay(heads: int, layer_index: int, num_layers: int) -> Tensor:
 DECAYS = {"alibi": alibi_decay, "retention": retention_decay, "learned": None}
 
 
-class HeadDecayOptions(LinearOptions, total=False):
+class HeadDecayOptions(LinearOptions, RotaryScalingOptions, total=False):
     """The settings that the mixers of this kind share; see `HeadDecay`."""
 
     num_heads: int | None
@@ -53,12 +53,13 @@ class HeadDecay(LinearMixer):
         shape, layer_index, options: see `LinearMixer`.
         decay: "alibi", "retention" or "learned".
         num_heads: heads; None takes the model's.
-        rotary_base: wavelength base of rotary positions; None for no positions.
+        rotary_base, rotary_fraction, rotary_scaling, rotary_factor, rotary_original_length, rotary_options: the rotary
+            positions, none by default; see `longmix.mixers.parts.rotary.Rotary.of`.
         activation: "silu" on queries and keys, or "none".
         output_gate: "silu" or "sigmoid".
 
     Raises:
-        ConfigError: besides those of the base, an unknown word, a rotary base that is not above 1, an odd head size.
+        ConfigError: besides those of the base, an unknown word, positions that make no sense.
     """
 
     def __init__(
@@ -69,11 +70,15 @@ class HeadDecay(LinearMixer):
         decay: str = "alibi",
         num_heads: int | None = None,
         rotary_base: float | None = None,
+        rotary_fraction: float = 1.0,
+        rotary_scaling: ScalingKind | None = None,
+        rotary_factor: float | None = None,
+        rotary_original_length: int | None = None,
+        rotary_options: dict[str, float] | None = None,
         activation: str = "none",
         output_gate: str = "silu",
         **options: Unpack[LinearOptions],
     ) -> None:
-        at_most(REAL**2, rotary_base=rotary_base)
         heads = shape.num_heads if num_heads is None else num_heads
         super().__init__(shape, layer_index, num_heads=heads, **options)
         for name, word, words in (
@@ -83,11 +88,17 @@ class HeadDecay(LinearMixer):
         ):
             if word not in words:
                 raise ConfigError(f"mixer.{name}={word} is unknown; use {', '.join(words)}.")
-        if rotary_base is not None and (rotary_base <= 1 or self.key_dim % 2):
-            raise ConfigError(
-                f"mixer.rotary_base={rotary_base} must be above 1, and the key head size {self.key_dim} even."
-            )
-        self.rotary_base, self.activation, self.gate_activation = rotary_base, activation, output_gate
+        self.rotary = Rotary.of(
+            self.key_dim,
+            f"mixer.key_factor={options.get('key_factor', 0.5)}",
+            rotary_base=rotary_base,
+            rotary_fraction=rotary_fraction,
+            rotary_scaling=rotary_scaling,
+            rotary_factor=rotary_factor,
+            rotary_original_length=rotary_original_length,
+            rotary_options=rotary_options,
+        )
+        self.activation, self.gate_activation = activation, output_gate
         slopes = DECAYS[decay]
         self.decay: nn.Linear | None = None
         if slopes is None:
@@ -118,6 +129,6 @@ class HeadDecay(LinearMixer):
         query, key = super().query_and_key(x, layout)
         if self.activation == "silu":
             query, key = F.silu(query), F.silu(key)
-        if self.rotary_base is not None and layout is not None:
+        if layout is not None:
             query, key = (rotate(heads, layout.cosine, layout.sine) for heads in (query, key))
         return query, key

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from longmix.distributed.slices import Slices
-from longmix.mixers.parts.rotary import rotary_angles, token_positions
+from longmix.mixers.parts.rotary import Rotary, rotary_angles, token_positions
 from longmix.pytrees import pytree
 
 
@@ -22,13 +22,11 @@ class LayoutNeeds:
     """What a mixer needs of a layout. Mixers with equal needs share one layout.
 
     Attributes:
-        head_dim: the dimension of the heads that are rotated.
-        rotary_base: the wavelength base of the rotation.
+        rotary: the rotation; None for none.
         window: how many tokens `Layout.first_key` lets a token see; None for the whole document.
     """
 
-    head_dim: int
-    rotary_base: float
+    rotary: Rotary | None
     window: int | None = None
 
 
@@ -39,7 +37,8 @@ class Layout:
 
     Attributes:
         positions: integer [B or 1, T], the position of each token within its document.
-        cosine, sine: float32 [B or 1, T, 1, head_dim], the rotation at these positions, as `rotate` takes it.
+        cosine, sine: float32 [B or 1, T, 1, channels], the rotation at these positions, as `rotate` takes it; None if
+            nothing rotates.
         first_row: int32 [B, T], the first token of each token's document; None where `first_key` is None.
         first_key: int32 [B, 1, T], the first key that a token sees: the first of its document, or of its window if that
             begins later. None if every row is one document, and for a slice of longer rows.
@@ -48,8 +47,8 @@ class Layout:
     """
 
     positions: Tensor
-    cosine: Tensor
-    sine: Tensor
+    cosine: Tensor | None
+    sine: Tensor | None
     first_row: Tensor | None = None
     first_key: Tensor | None = None
     starts: Tensor | None = None
@@ -89,12 +88,12 @@ def layouts(
     starts = _of_all_rows(document_starts, length) if packed and document_starts is not None else None
     made = {}
     for need in needs:
-        angles = rotary_angles(positions, need.head_dim, need.rotary_base)
+        cosine, sine = _angles(positions, need.rotary)
         first_key = None
         if first_row is not None:
             limited = first_row if need.window is None else torch.maximum(first_row, row - (need.window - 1))
             first_key = limited[:, None]
-        made[need] = Layout(positions, *angles, first_row, first_key, starts)
+        made[need] = Layout(positions, cosine, sine, first_row, first_key, starts)
     return made
 
 
@@ -112,7 +111,11 @@ def layout_after(need: LayoutNeeds, state: Any, ids: Tensor | None, length: int,
     """
     last_id, next_position = (None, None) if state is None else (state.last_id, state.next_position)
     positions = token_positions(ids, last_id, next_position, length, device)
-    return Layout(positions, *rotary_angles(positions, need.head_dim, need.rotary_base))
+    return Layout(positions, *_angles(positions, need.rotary))
+
+
+def _angles(positions: Tensor, rotary: Rotary | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if rotary is None else rotary_angles(positions, rotary)
 
 
 def _of_all_rows(document_starts: Tensor, length: int) -> Tensor:

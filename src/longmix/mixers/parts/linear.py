@@ -20,6 +20,7 @@ from longmix.mixers.parts.layout import Layout, LayoutNeeds, layout_after
 from longmix.mixers.parts.norms import HeadwiseNorm, check_norm_eps
 from longmix.mixers.parts.recurrent import Recurrence, RecurrentMixer, RecurrentState
 from longmix.mixers.parts.recurrent_slices import DecayRecurrence, NormalizedRecurrence
+from longmix.mixers.parts.rotary import Rotary
 from longmix_kernels.linear import LinearState, linear_attention
 
 
@@ -49,7 +50,7 @@ class LinearMixer(RecurrentMixer):
             range.
     """
 
-    rotary_base: float | None = None
+    rotary: Rotary | None = None
 
     def __init__(
         self,
@@ -97,10 +98,10 @@ class LinearMixer(RecurrentMixer):
 
     def layout_needs(self) -> LayoutNeeds | None:
         """The rotation, if there is one."""
-        return None if self.rotary_base is None else LayoutNeeds(self.key_dim, self.rotary_base)
+        return None if self.rotary is None else LayoutNeeds(self.rotary)
 
     def query_and_key(self, x: Tensor, layout: Layout | None) -> tuple[Tensor, Tensor]:
-        """Query and key [B, T, H, key_dim] of x [B, T, D]; with a `rotary_base` the layout of its tokens is given."""
+        """Query and key [B, T, H, key_dim] of x [B, T, D]; with a `rotary` the layout of its tokens is given."""
         return self.query(x).unflatten(-1, (self.num_heads, -1)), self.key(x).unflatten(-1, (self.num_heads, -1))
 
     def forward(

@@ -1,12 +1,112 @@
 """Rotary position embedding (Su et al. 2021, arXiv 2104.09864, eq. 34), half-split layout as in Llama."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self, TypedDict
+
 import torch
 from torch import Tensor
 
+from longmix.errors import ConfigError
+from longmix.mixers.parts.rotary_scaling import MOST, Scaling, ScalingKind, scaling_of
 from longmix_kernels.attention import positions_from_document_ids
 
 
-def rotary_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+class RotaryScalingOptions(TypedDict, total=False):
+    """The settings of rotary positions besides the base; see `Rotary.of`."""
+
+    rotary_fraction: float
+    rotary_scaling: ScalingKind | None
+    rotary_factor: float | None
+    rotary_original_length: int | None
+    rotary_options: dict[str, float] | None
+
+
+POSITIONS = ("rotary_base", *RotaryScalingOptions.__annotations__)
+"""The settings of a mixer that say how positions turn its queries and keys; no weight depends on them."""
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """The rotation of a mixer's queries and keys.
+
+    Attributes:
+        base: wavelength base, 10000 in the paper; larger for long contexts.
+        channels: how many channels of a head are rotated, the first ones; even.
+        scaling: of the frequencies; None for none.
+    """
+
+    base: float
+    channels: int
+    scaling: Scaling | None = None
+
+    @classmethod
+    def of(
+        cls,
+        head_dim: int,
+        heads: str,
+        *,
+        rotary_base: float | None,
+        rotary_fraction: float = 1.0,
+        rotary_scaling: str | None = None,
+        rotary_factor: float | None = None,
+        rotary_original_length: int | None = None,
+        rotary_options: Mapping[str, float] | None = None,
+    ) -> Self | None:
+        """The rotation that a mixer's settings ask for; None without positions.
+
+        Args:
+            head_dim: channels of a head.
+            heads: what sets it, for messages.
+            rotary_base: wavelength base; None rotates nothing, so that the mixer has no positions (NoPE).
+            rotary_fraction: the share of a head's channels that are rotated, the first ones, as in GPT-NeoX.
+            rotary_scaling: a name in `KINDS`, or None.
+            rotary_factor, rotary_original_length: of the scaling.
+            rotary_options: its further attributes by name.
+
+        Raises:
+            ConfigError: a setting is out of range, or is given without that which it belongs to.
+        """
+        if not 0 < rotary_fraction <= 1:
+            raise ConfigError(f"mixer.rotary_fraction={rotary_fraction} must be above 0 and at most 1.")
+        scaling = scaling_of(rotary_scaling, rotary_factor, rotary_original_length, rotary_options)
+        if rotary_base is None:
+            for name, given, least in (("fraction", rotary_fraction, 1), ("scaling", rotary_scaling, None)):
+                if given != least:
+                    raise ConfigError(
+                        f"mixer.rotary_{name}={given} has nothing to rotate: mixer.rotary_base=null is no positions; "
+                        "leave one of the two out."
+                    )
+            return None
+        if not 1 < rotary_base <= MOST:
+            raise ConfigError(f"mixer.rotary_base={rotary_base} must be above 1 and at most {MOST:.0e}, or null.")
+        channels = int(head_dim * rotary_fraction)
+        if channels < 2 or channels % 2:
+            if rotary_fraction == 1:
+                raise ConfigError(
+                    f"rotary positions need an even head size, and {heads} gives {head_dim}; "
+                    "mixer.rotary_base=null does without."
+                )
+            raise ConfigError(
+                f"mixer.rotary_fraction={rotary_fraction} of a head of {head_dim} channels rotates {channels}; it must "
+                "be an even number, at least 2."
+            )
+        return cls(float(rotary_base), channels, scaling)
+
+    @property
+    def attention_factor(self) -> float:
+        """The factor on rotated queries and keys."""
+        return 1.0 if self.scaling is None else self.scaling.attention_factor_in_use
+
+    def frequencies(self, device: torch.device) -> Tensor:
+        """Radians a token for each rotated pair, float32 [channels / 2]; scaled ones are rounded once, from float64."""
+        exact = torch.float32 if self.scaling is None else torch.float64
+        exponents = torch.arange(0, self.channels, 2, device=device, dtype=exact) / self.channels
+        frequencies = self.base**-exponents
+        return frequencies if self.scaling is None else self.scaling.scaled(frequencies, self.base).float()
+
+
+def rotary_angles(positions: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the rotation angles in float32, in the form that `rotate` takes.
 
     Angles are formed in float32: at position 65536 their spacing is 2^-7 radians for the fastest pair, whose value
@@ -14,24 +114,31 @@ def rotary_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor
 
     Args:
         positions: [B or 1, T], any integer dtype.
-        head_dim: even.
-        base: wavelength base, 10000 in the paper; larger for long contexts.
+        rotary: the rotation.
 
     Returns:
-        cosine and sine, each [B or 1, T, 1, head_dim]: both halves of a head have the same, but the sine of the first
-        half is negated.
+        cosine and sine, each [B or 1, T, 1, channels]: both halves of the rotated channels have the same, but the sine
+        of the first half is negated. Both have the factor on rotated queries and keys in them.
     """
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions.to(torch.float32)[..., None] * (base**-exponents)
+    angles = positions.to(torch.float32)[..., None] * rotary.frequencies(positions.device)
     cosine, sine = angles.cos()[:, :, None], angles.sin()[:, :, None]
+    if rotary.attention_factor != 1:
+        cosine, sine = cosine * rotary.attention_factor, sine * rotary.attention_factor
     return torch.cat((cosine, cosine), -1), torch.cat((-sine, sine), -1)
 
 
-def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotate `x` [B, T, H, head_dim] by the angles of `rotary_angles`; in float32 or better, returned in x's dtype."""
-    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+def rotate(x: Tensor, cosine: Tensor | None, sine: Tensor | None) -> Tensor:
+    """Rotate `x` [B, T, H, head_dim] by the angles of `rotary_angles`; in float32 or better, returned in x's dtype.
+
+    Channels beyond those of the angles stay as they are; without angles all do.
+    """
+    if cosine is None or sine is None:
+        return x
+    channels = cosine.shape[-1]
+    exact = x[..., :channels].to(torch.promote_types(x.dtype, torch.float32))
     first, second = exact.chunk(2, dim=-1)
-    return (exact * cosine + torch.cat((second, first), dim=-1) * sine).to(x.dtype)
+    rotated = (exact * cosine + torch.cat((second, first), dim=-1) * sine).to(x.dtype)
+    return rotated if channels == x.shape[-1] else torch.cat((rotated, x[..., channels:]), dim=-1)
 
 
 def token_positions(

@@ -12,21 +12,20 @@ Notable: grouped key-value heads; RMSNorm on each query and key head before the 
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longmix.distributed.slices import Slices
-from longmix.errors import ConfigError
-from longmix.mixers.parts.base import REAL, Mixer, MixerOutput, ModelShape, at_most, checked_sizes, divided
+from longmix.mixers.parts.base import Mixer, MixerOutput, ModelShape, checked_sizes, divided
 from longmix.mixers.parts.documents import continued_ids
 from longmix.mixers.parts.exact import rounded_once
 from longmix.mixers.parts.layout import Layout, LayoutNeeds, layout_after
 from longmix.mixers.parts.looked_into import ValuePath
 from longmix.mixers.parts.metrics import Metric
-from longmix.mixers.parts.rotary import rotate
+from longmix.mixers.parts.rotary import Rotary, RotaryScalingOptions, ScalingKind, rotate
 from longmix.mixers.parts.states import mixer_state
 
 
@@ -115,12 +114,12 @@ class Rows:
         return {"document_ids": self.document_ids, "first_rows": None if self.layout is None else self.layout.first_row}
 
 
-class HeadOptions(TypedDict, total=False):
+class HeadOptions(RotaryScalingOptions, total=False):
     """The settings that all softmax mixers share; see `SoftmaxAttention`."""
 
     num_heads: int | None
     num_kv_heads: int | None
-    rotary_base: float
+    rotary_base: float | None
     qk_norm: bool
 
 
@@ -140,11 +139,12 @@ class SoftmaxAttention(Mixer):
         layer_index: which layer this is, from 0.
         num_heads: query heads; None takes the model's.
         num_kv_heads: key-value heads, a divisor of `num_heads`; None gives every query head its own.
-        rotary_base: wavelength base of the rotary embedding.
+        rotary_base, rotary_fraction, rotary_scaling, rotary_factor, rotary_original_length, rotary_options: the rotary
+            positions; see `longmix.mixers.parts.rotary.Rotary.of`.
         qk_norm: RMSNorm on query and key heads.
 
     Raises:
-        ConfigError: heads that do not divide, an odd head size, a base that is not above 1.
+        ConfigError: heads that do not divide, an odd head size, positions that make no sense.
     """
 
     sliced = True
@@ -156,24 +156,31 @@ class SoftmaxAttention(Mixer):
         *,
         num_heads: int | None = None,
         num_kv_heads: int | None = None,
-        rotary_base: float = 10_000.0,
+        rotary_base: float | None = 10_000.0,
+        rotary_fraction: float = 1.0,
+        rotary_scaling: ScalingKind | None = None,
+        rotary_factor: float | None = None,
+        rotary_original_length: int | None = None,
+        rotary_options: dict[str, float] | None = None,
         qk_norm: bool = True,
     ) -> None:
         super().__init__()
-        at_most(REAL**2, rotary_base=rotary_base)
         heads_key = "model.num_heads" if num_heads is None else "mixer.num_heads"
         self.num_heads = shape.num_heads if num_heads is None else num_heads
         self.head_dim = divided(shape.d_model, self.num_heads, "model.d_model", heads_key)
         self.num_kv_heads = self.num_heads if num_kv_heads is None else num_kv_heads
         divided(self.num_heads, self.num_kv_heads, heads_key, "mixer.num_kv_heads")
-        if self.head_dim % 2:
-            raise ConfigError(
-                f"rotary positions need an even head size; {heads_key}={self.num_heads} gives {self.head_dim}."
-            )
-        if rotary_base <= 1:
-            raise ConfigError(f"mixer.rotary_base={rotary_base} must be above 1.")
+        self.rotary = Rotary.of(
+            self.head_dim,
+            f"{heads_key}={self.num_heads}",
+            rotary_base=rotary_base,
+            rotary_fraction=rotary_fraction,
+            rotary_scaling=rotary_scaling,
+            rotary_factor=rotary_factor,
+            rotary_original_length=rotary_original_length,
+            rotary_options=rotary_options,
+        )
         self.d_model = shape.d_model
-        self.rotary_base = rotary_base
 
         kv_width = self.num_kv_heads * self.head_dim
         self.query = nn.Linear(self.d_model, self.d_model, bias=False)
@@ -221,7 +228,7 @@ class SoftmaxAttention(Mixer):
 
     def layout_needs(self) -> LayoutNeeds:
         """The rotation, and the window that the engine is called with if it is called with one."""
-        return LayoutNeeds(self.head_dim, self.rotary_base, self.engine_window())
+        return LayoutNeeds(self.rotary, self.engine_window())
 
     def engine_window(self) -> int | None:
         """The window in which `attend` calls the engine without labels; None for whole documents."""
