@@ -42,11 +42,19 @@ MIXERS = sorted(path.stem for path in (CONFIGS / "mixer").glob("*.yaml"))
 EXTRA = {"rwkv7": ("mixer.head_dim=32",), "sparse_flash_drop": ("mixer.score=random",), "routing": ("mixer.window=8",)}
 
 
+STRETCHED = ("mixer.rotary_factor=4", "mixer.rotary_original_length=16", "mixer.rotary_base=100")
 FAMILY = {
     "llama": (NO_NORM, "mixer.rotary_base=500"),
     "llama-tied-grouped": (NO_NORM, "model.tie_head=true", "mixer.num_kv_heads=2", "model.norm_eps=1e-3"),
     "qwen3": ("mixer.num_kv_heads=1", "mixer.num_heads=2"),
     "mistral": ("mixer=sliding_window", "mixer.window=5", NO_NORM),
+    "llama-linear": (NO_NORM, "mixer.rotary_scaling=linear", "mixer.rotary_factor=4"),
+    "llama-llama3": (NO_NORM, "mixer.rotary_scaling=llama3", *STRETCHED, "mixer.rotary_options={high_freq_factor:5}"),
+    "mistral-yarn": ("mixer=sliding_window", "mixer.window=25", NO_NORM, "mixer.rotary_scaling=yarn", *STRETCHED),
+    "qwen3-yarn": (
+        *("mixer.rotary_scaling=yarn", *STRETCHED),
+        "mixer.rotary_options={beta_fast:9,truncate:false,attention_factor:1.4}",
+    ),
     "qwen3-windows": ("mixer=sliding_window+flash", "mixer.sliding_window.window=5"),
 }
 
@@ -102,9 +110,23 @@ def test_llamas_family_computes_the_same_and_comes_back(saved, tmp_path, overrid
     assert torch.equal(logits_of(model_from_checkpoint(state).eval(), ids), logits_of(model, ids))
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Mistral"])
-def test_models_of_transformers_are_imported(tmp_path, kind):
-    theirs = foreign(tmp_path / "folder", kind, rope_parameters={"rope_type": "default", "rope_theta": 700.0})
+ROPES = {
+    "default": {},
+    "linear": {"factor": 3.0},
+    "llama3": {
+        **{"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        "original_max_position_embeddings": 16,
+    },
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16, "mscale": 1.0, "mscale_all_dim": 0.5},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "rope"), [("Llama", name) for name in ROPES] + [("Qwen3", "default"), ("Mistral", "yarn")]
+)
+def test_models_of_transformers_are_imported(tmp_path, kind, rope):
+    parameters = {"rope_type": rope, "rope_theta": 700.0, **ROPES[rope]}
+    theirs = foreign(tmp_path / "folder", kind, rope_parameters=parameters)
     done = import_folder(tmp_path / "folder", tmp_path / "run")
     state, ids = load_checkpoint(done.checkpoint), tokens(2, 30)
     with torch.no_grad():
@@ -332,7 +354,13 @@ def test_numbers_are_tokens_of_their_own(tmp_path):
         ),
         (
             ("mixer=sliding_window+flash", "mixer.flash.rotary_base=7"),
-            r"mixer.flash.rotary_base=7 is not that of the first layer, 10000.0",
+            r"mixer.flash.rotary_base=7.0 is not that of the first layer, 10000.0",
+        ),
+        (("mixer.rotary_base=null",), r"mixer.rotary_base=null cannot be said in Llama's family; use --as longmix"),
+        (("mixer.rotary_fraction=0.5",), r"mixer.rotary_fraction=0.5 cannot be said in Llama's family"),
+        (
+            ("mixer=sliding_window+flash", "mixer.flash.rotary_scaling=linear", "mixer.flash.rotary_factor=2"),
+            r"mixer.flash.rotary_scaling=linear is not that of the first layer",
         ),
         (("mixer=flash+retention",), r"mixer.retention=longmix.mixers.retention.Retention is not in"),
     ],
@@ -353,18 +381,13 @@ def test_what_llamas_family_has_not_is_refused_by_name(saved, tmp_path, override
         ("Llama", {"head_dim": 16}, "head_dim=16"),
         (
             "Llama",
-            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-            r"rope_parameters.rope_type='linear'",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            r"rope_parameters.rope_type='dynamic' in config.json: longmix has default, linear, yarn, llama3 alone",
         ),
         (
             "Llama",
-            {
-                "rope_parameters": {
-                    **{"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5, "low_freq_factor": 1.0},
-                    **{"high_freq_factor": 4.0, "original_max_position_embeddings": 32},
-                }
-            },
-            "rope_parameters.rope_type='llama3' in config.json: longmix has 'default' alone",
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": 1e4}},
+            r"rope_parameters.partial_rotary_factor=0.5 in config.json",
         ),
         ("Llama", {"mlp_bias": True}, "mlp_bias=True in config.json: longmix has False alone"),
         ("Qwen3", {"attention_bias": True}, "attention_bias=True in config.json: longmix has False alone"),

@@ -16,9 +16,11 @@ from hydra.core.hydra_config import HydraConfig
 from launched import together, torchrun_places
 
 from longmix.checkpoints import CheckpointStore, load_checkpoint
+from longmix.config import TrainConfig, plain, read
 from longmix.errors import ConfigError
+from longmix.mixers.parts.rotary import RotaryScalingOptions
 from longmix.training.claims import LOCK_FILE, is_claimed
-from longmix.training.identity import FIXED, FREE
+from longmix.training.identity import FIXED, FREE, changes
 from longmix.training.run import train
 
 ROOT = Path(__file__).parents[2]

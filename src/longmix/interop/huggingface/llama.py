@@ -5,8 +5,8 @@
     either with mixer.qk_norm, or a pattern of both     Qwen3ForCausalLM
 
 All three have RMSNorm, SwiGLU, grouped key-value heads and the half-split rotary layout, as `model.blocks.Standard`
-has, so that weights are renamed and nothing else. Rotary frequencies are formed as base^-e here and 1 / base^e there,
-which differ by float32 rounding: about 6e-8 of an angle.
+has, so that weights are renamed and nothing else. Scaled positions are `rope_parameters`. Rotary frequencies are formed
+as base^-e here and 1 / base^e there, which differ by float32 rounding: about 6e-8 of an angle.
 """
 
 import inspect
@@ -16,8 +16,10 @@ from torch import Tensor
 
 from longmix.config import Choice, ModelConfig, Pattern, settings
 from longmix.errors import ConfigError
+from longmix.interop.huggingface.rope import positions_of, read_rope, rope_of
 from longmix.mixers.flash import Flash
 from longmix.mixers.parts.base import Mixer
+from longmix.mixers.parts.rotary import POSITIONS
 from longmix.mixers.sliding_window import SlidingWindow
 from longmix.model.backbone import LanguageModel
 from longmix.model.blocks import Standard
@@ -48,7 +50,7 @@ MODEL_SETTINGS = {"d_model", "num_layers", "num_heads", "mlp_hidden", "block", "
 TRAINING_SETTINGS = {"logit_penalty", "activation_checkpointing"}
 """Settings that change no output."""
 
-MIXER_SETTINGS = {"num_heads", "num_kv_heads", "rotary_base", "qk_norm", "window"}
+MIXER_SETTINGS = {"num_heads", "num_kv_heads", "qk_norm", "window", *POSITIONS}
 
 IGNORED_WEIGHTS = "rotary_emb.inv_freq"
 """Buffers that are computed, and that older folders hold."""
@@ -115,7 +117,7 @@ def described(model: LanguageModel, config: ModelConfig) -> dict[str, Any]:
         "head_dim": first.head_dim,
         "hidden_act": "silu",
         "rms_norm_eps": model.shape.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": float(shared["rotary_base"])},
+        "rope_parameters": rope_of(first.rotary, first.head_dim),
         "tie_word_embeddings": model.head.weight is model.embedding.weight,
         **_window_settings(windows, shared["qk_norm"]),
     }
@@ -149,7 +151,7 @@ def _facts(mixer: Mixer) -> dict[str, Any]:
     return {
         "num_heads": mixer.num_heads,
         "num_kv_heads": mixer.num_kv_heads,
-        "rotary_base": mixer.rotary_base,
+        **positions_of(mixer.rotary, mixer.head_dim),
         "qk_norm": hasattr(mixer.query_norm, "weight"),
         "window": getattr(mixer, "window", None),
     }
@@ -190,7 +192,6 @@ def read_config(config: Any) -> ModelConfig:
         "mlp_bias": (False, getattr(config, "mlp_bias", False)),
         "quantization_config": (None, getattr(config, "quantization_config", None)),
         "head_dim": (config.hidden_size // config.num_attention_heads, head_dim),
-        "rope_parameters.rope_type": ("default", rope.get("rope_type", "default")),
         "rope_parameters.partial_rotary_factor": (1.0, rope.get("partial_rotary_factor", 1.0)),
     }
     for name, (ours, theirs) in needed.items():
@@ -213,7 +214,7 @@ def read_config(config: Any) -> ModelConfig:
     options = {
         "num_heads": None,
         "num_kv_heads": config.num_key_value_heads,
-        "rotary_base": float(rope["rope_theta"]),
+        **read_rope(rope, config.max_position_embeddings),
         "qk_norm": config.model_type == "qwen3",
     }
     return ModelConfig.of({"model": model, "mixer": _mixer(_windows_of(config), options)})
