@@ -15,6 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src/longmix"
 ORDER = (
     "longmix",
     "errors",
+    "paths",
     "locks",
     "files",
     "distributed",

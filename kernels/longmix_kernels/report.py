@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from longmix_kernels.accelerators import ARCHITECTURES
 from longmix_kernels.aot import DTYPES
@@ -22,6 +22,12 @@ ENGINES = ("attention", "linear", "delta", "scatter")
 """The engines. The `report` module of each has `add_options`, `builds`, `costs`, and `NOTE`, which names the setting
 that costs are for.
 """
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Refuse an option in one line; `-h` lists the options."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _report(engines: Sequence[str], arguments: Sequence[str]) -> int:
     reports = {engine: importlib.import_module(f"longmix_kernels.{engine}.report") for engine in engines}
     name = f" {engines[0]}" if len(engines) == 1 else " [{" + ",".join(ENGINES) + "}]"
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"python -m longmix_kernels.report{name}",
         description="Compile kernels without a GPU, and estimate what calls cost. An engine's name shows its options.",
     )
@@ -52,6 +58,8 @@ def _report(engines: Sequence[str], arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if options.json is not None and not options.json.parent.is_dir():
         parser.error(f"--json={options.json}: there is no folder {options.json.parent}")
+    if options.json is not None:
+        _check_writable(parser, options.json)
     written = {}
     for engine, report in reports.items():
         if len(engines) > 1:
@@ -70,6 +78,19 @@ def _report(engines: Sequence[str], arguments: Sequence[str]) -> int:
     if options.json is not None:
         options.json.write_text(json.dumps(written, indent=1) + "\n")
     return int(any(row["faults"] for found in written.values() for row in found["kernels"]))
+
+
+def _check_writable(parser: argparse.ArgumentParser, path: Path) -> None:
+    """Refuse a file for the records that cannot be written, before anything is compiled; none is left behind."""
+    is_new = not path.exists()
+    if not is_new and not path.is_file():  # opening a FIFO would wait
+        parser.error(f"--json={path} cannot be written: it is not a regular file")
+    try:
+        path.open("ab").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        parser.error(f"--json={path} cannot be written: {error.strerror}")
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -69,6 +69,8 @@ def run(command: Command, words: list[str]) -> int:
 def _command(name: str) -> Command:
     if name in CATALOGUE:
         return CATALOGUE[name]
+    if not name.strip():
+        raise ConfigError(f"the name of the command is empty. Commands are: {', '.join(CATALOGUE)}.")
     close = nearest(name, CATALOGUE)
     meant = did_you_mean(f"longmix {close}" if close else "")
     raise ConfigError(f"longmix has no command {printable(name)}.{meant} Commands are: {', '.join(CATALOGUE)}.")

@@ -22,6 +22,7 @@ from longmix.invocation import Invocation
 from longmix.model.backbone import LanguageModel
 from longmix.naming import RUNS, check_name
 from longmix.notices import begin_run
+from longmix.paths import check_path, user_path
 from longmix.restore import Restored, restore
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def train(words: Words = (), folder: str | Path | None = None) -> Run:
     if folder is None:
         place = Path(RUNS, config.name) if is_named else free_folder(Path(RUNS, _clock_name(config, choices)))
     else:
-        place = Path(folder)
+        place = user_path("folder", folder)
     place = place.absolute()
     config = config if is_named else dataclasses.replace(config, name=place.name)
     with storage_errors(place):
@@ -260,6 +261,8 @@ def load(
         ConfigError: a device or precision that there is not, or a checkpoint that names a class outside `trust`.
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
+    if states is not None:
+        check_path("states", str(states))
     restored = restore(str(checkpoint), states=states, device=device, precision=precision, trust=trust)
     settings: dict[str, Any] = {"device": device, "precision": precision, "trust": list(trust)}
     settings["states"] = None if states is None else str(states)

@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -77,8 +78,8 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         StorageError: it cannot be written, or the name is that of a folder or a device.
     """
-    check_replaceable(path)
     with storage_errors(path):
+        _check_place(path)
         with _temporary(path) as temporary:
             write(temporary)
             sync_file(temporary)
@@ -93,12 +94,37 @@ def check_replaceable(path: Path) -> None:
         StorageError: its folder is missing or may not be written to, or the name is that of a folder or a device.
     """
     with storage_errors(path):
-        if path.exists() and not path.is_file():  # a rename would put a file in the place of /dev/null
-            raise OSError(errno.EINVAL, "it is not a regular file")
-        if not path.parent.is_dir():
-            raise OSError(errno.ENOENT, f"there is no folder {path.parent}")
-        if not os.access(path.parent, os.W_OK):
-            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        _check_place(path)
+        _try_to_write(path.parent)
+
+
+def _check_place(path: Path) -> None:
+    if path.exists() and not path.is_file():  # a rename would put a file in the place of /dev/null
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    if not path.parent.is_dir():
+        raise OSError(errno.ENOENT, f"there is no folder {path.parent}")
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written to. Call it before work whose result goes there.
+
+    Nothing is made: the folder that is there, or the nearest one above it, gets a file for a moment.
+
+    Raises:
+        StorageError: a file is in its place or above it, or nothing may be written there.
+    """
+    with storage_errors(folder):
+        there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+        if not there.is_dir():
+            raise OSError(errno.ENOTDIR, f"{there} is not a folder")
+        _try_to_write(there)
+
+
+def _try_to_write(folder: Path) -> None:
+    """Make a file in a folder and delete it: permissions alone say nothing of read-only and special file systems."""
+    descriptor, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=folder)
+    os.close(descriptor)
+    Path(name).unlink()
 
 
 @contextlib.contextmanager

@@ -11,11 +11,12 @@ import pytest
 
 from longmix.config import TrainConfig, build, read, resolved
 from longmix.data.corpora.files import JsonLines, ParquetFiles, TextFiles
-from longmix.data.corpora.local_files import find_files, user_path
+from longmix.data.corpora.local_files import find_files
 from longmix.data.text_data import TokenData
 from longmix.data.tokens.preparation import prepare
 from longmix.data.tokens.tokenizers import ByteTokenizer
 from longmix.errors import ConfigError, DataError
+from longmix.paths import user_path
 from longmix.training.run import check_config
 
 

@@ -86,7 +86,7 @@ def test_the_table_has_the_accelerators_and_defaults():
     ("words", "message"),
     [
         ([], "there is nothing to plan; give at least one word."),
-        (["output="], "output= names no folder."),
+        (["output="], "output is empty; was a variable of the shell not set?"),
         (["mixer=flahs"], "mixer=flahs does not exist. Did you mean flash?"),
         (["mixr=flash"], "unknown word mixr. Did you mean mixer?"),
         (["help"], "help is not a word"),

@@ -1,6 +1,5 @@
 """`python -m longmix.checkpoints consolidate runs/NAME [OUT]`: the newest sharded checkpoint of a run in one file."""
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -10,9 +9,10 @@ from longmix.checkpoints.load import load_checkpoint
 from longmix.checkpoints.store import final_name
 from longmix.checkpoints.verify import INFO_FILE, WHOLE, read_info
 from longmix.checkpoints.whole import write_whole
+from longmix.command_line.options import OptionParser, path_option
 from longmix.command_line.program import as_called
 from longmix.errors import ConfigError, LongmixError
-from longmix.files import atomic_directory, write_json
+from longmix.files import atomic_directory, check_folder, write_json
 from longmix.progress import bytes_bar
 
 
@@ -34,6 +34,7 @@ def consolidate(checkpoint: Path | str, target: Path | str) -> None:
         raise ConfigError(f"{checkpoint} is in one file already.")
     if target.exists():
         raise ConfigError(f"{target} is there already; give another folder.")
+    check_folder(target.parent)
     state = load_checkpoint(checkpoint)
     about = {key: value for key, value in info.items() if key not in ("files", "processes")}
     size = sum(facts["bytes"] for facts in info["files"].values())
@@ -44,13 +45,17 @@ def consolidate(checkpoint: Path | str, target: Path | str) -> None:
 
 def main(words: list[str] | None = None) -> int:
     """Run `consolidate` with these words, or with those of the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog=as_called("python -m longmix.checkpoints"))
+    parser = OptionParser(prog=as_called("python -m longmix.checkpoints"))
     commands = parser.add_subparsers(required=True, metavar="consolidate")
     command = commands.add_parser("consolidate", help="write a sharded checkpoint in one file")
-    command.add_argument("checkpoint", type=Path, help="folder of a run (its newest checkpoint) or of a checkpoint")
-    command.add_argument("output", type=Path, nargs="?", help="folder to make; the checkpoint's name with -whole")
-    arguments = parser.parse_args(words)
+    command.add_argument(
+        "checkpoint", type=path_option, help="folder of a run (its newest checkpoint) or of a checkpoint"
+    )
+    command.add_argument(
+        "output", type=path_option, nargs="?", help="folder to make; the checkpoint's name with -whole"
+    )
     try:
+        arguments = parser.parse_args(words)
         checkpoint = chosen_checkpoint(arguments.checkpoint)
         output = arguments.output or checkpoint.with_name(f"{final_name(checkpoint.name)}-whole")
         consolidate(checkpoint, output)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from longmix.errors import ConfigError
+from longmix.paths import check_path
 from longmix.wording import did_you_mean, nearest
 
 _ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
@@ -25,6 +26,7 @@ class Argument:
         positional: may stand without its name too, in the order of the table.
         many: takes a list.
         switch: takes true or false.
+        path: names a file or folder.
         choices: the values that are allowed; any where there are none.
         only: values of the command's first word that it goes with; any where there are none.
     """
@@ -35,6 +37,7 @@ class Argument:
     positional: bool = False
     many: bool = False
     switch: bool = False
+    path: bool = False
     choices: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
 
@@ -49,7 +52,7 @@ class Argument:
         """The values in `given`, which is the text behind the `=`.
 
         Raises:
-            ConfigError: one of them is not among `choices`.
+            ConfigError: one of them is empty, or not among `choices`.
         """
         values = _listed(given) if self.many else [given]
         for value in values:
@@ -57,7 +60,7 @@ class Argument:
         return values
 
     def check(self, value: str) -> None:
-        """Refuse a value that is not among `choices`.
+        """Refuse a value that is not among `choices`, and an empty one, as an unset variable of the shell leaves it.
 
         Raises:
             ConfigError: with the nearest one that is.
@@ -66,6 +69,10 @@ class Argument:
         if allowed and value not in allowed:
             meant = did_you_mean(nearest(value, allowed))
             raise ConfigError(f"{self.name}={value} is not one of {', '.join(allowed)}.{meant}")
+        if self.path:
+            check_path(self.name, value, needed=self.default == "???")
+        elif not value.strip():
+            raise ConfigError(f"{self.name} is empty; was a variable of the shell not set? Give a value.")
 
 
 @dataclass(frozen=True)
@@ -196,8 +203,10 @@ _COMMANDS = (
         "runs side by side, as a table, one HTML page, pictures and data",
         module="longmix.reporting.__main__",
         words=(
-            Argument("folders", "folders of sweeps or runs; searched through", "???", positional=True, many=True),
-            Argument("output", "where the files go; null takes the first folder"),
+            Argument(
+                "folders", "folders of sweeps or runs; searched through", "???", positional=True, many=True, path=True
+            ),
+            Argument("output", "where the files go; null takes the first folder", path=True),
         ),
         examples=("longmix report runs", "longmix report multirun/DATE runs/NAME output=compared"),
     ),
@@ -208,7 +217,7 @@ _COMMANDS = (
         words=(
             Argument("gpus", "how many of all machines together; null: trainer.devices times trainer.num_nodes"),
             Argument("gpu", "which; cpu is this machine", "H200", choices=(*_GPUS, "cpu")),
-            Argument("output", "folder to write plan.json and plan.png to"),
+            Argument("output", "folder to write plan.json and plan.png to", path=True),
         ),
         besides="train",
         examples=(
@@ -222,8 +231,8 @@ _COMMANDS = (
         module="longmix.interop.huggingface.__main__",
         adds=("export",),
         words=(
-            Argument("checkpoint", _CHECKPOINT, "???", positional=True),
-            Argument("folder", "to write", "???", positional=True),
+            Argument("checkpoint", _CHECKPOINT, "???", positional=True, path=True),
+            Argument("folder", "to write", "???", positional=True, path=True),
             Argument("as", "the format; llama needs no longmix to run", "auto", choices=("auto", "llama", "longmix")),
             Argument("dtype", "of the weights", "float32"),
             Argument("force", "replace the folder if it is there", "false", switch=True),
@@ -236,8 +245,8 @@ _COMMANDS = (
         module="longmix.interop.huggingface.__main__",
         adds=("import",),
         words=(
-            Argument("folder", "with config.json, safetensors and tokenizer.json", "???", positional=True),
-            Argument("checkpoint", "folder to write the checkpoint to", "???", positional=True),
+            Argument("folder", "with config.json, safetensors and tokenizer.json", "???", positional=True, path=True),
+            Argument("checkpoint", "folder to write the checkpoint to", "???", positional=True, path=True),
             Argument("separator", "the token that starts each document; null: the one that begins a text"),
             Argument("missing_bytes", "what happens to characters that the tokenizer has no tokens for; null: refuse"),
         ),
@@ -249,8 +258,8 @@ _COMMANDS = (
         module="longmix.checkpoints.__main__",
         adds=("consolidate",),
         words=(
-            Argument("checkpoint", f"{_CHECKPOINT}; of a run its newest one", "???", positional=True),
-            Argument("output", "folder to make; null: the checkpoint's name with -whole", positional=True),
+            Argument("checkpoint", f"{_CHECKPOINT}; of a run its newest one", "???", positional=True, path=True),
+            Argument("output", "folder to make; null: the checkpoint's name with -whole", positional=True, path=True),
         ),
         examples=("longmix consolidate runs/NAME",),
     ),
@@ -275,7 +284,7 @@ _COMMANDS = (
             ),
             Argument("dtype", "of the inputs", "bf16", choices=("bf16", "fp16", "fp32")),
             Argument("cost_only", "compile nothing", "false", switch=True),
-            Argument("json", "a file for the records"),
+            Argument("json", "a file for the records", path=True),
             Argument("dim", "head dimensions, 1 to 256", many=True, only=("attention",)),
             Argument(
                 "mode",

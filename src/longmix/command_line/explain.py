@@ -12,11 +12,12 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from longmix.command_line import values
 from longmix.command_line.program import program
-from longmix.command_line.schema import Schema
+from longmix.command_line.schema import HYDRA_PATHS, Schema
 from longmix.command_line.unknown_words import foreign, wrong_word
 from longmix.command_line.values import Takes
 from longmix.command_line.words import Word, quoted, shown
 from longmix.config import fits, misfit
+from longmix.paths import empty_path
 from longmix.wording import did_you_mean, nearest
 
 LONGEST = 800  # characters of a message of Hydra's own
@@ -37,10 +38,14 @@ def misformed(schema: Schema, words: Sequence[Word], sweep: bool) -> str | None:
         if any("\ud800" <= character <= "\udfff" for character in word.given):
             return f"{shown(word.given)} is not valid UTF-8."
     for index, word in enumerate(words):
+        if not word.given:
+            return "an argument is empty; was a variable of the shell not set?"
         if word.stands_alone:
             return _alone(schema, words, index)
         if word.sign and not word.name:
             return f"{shown(word.given)} has no name behind {word.sign}."
+        if word.name in HYDRA_PATHS and not values.without_quotes((word.value or "").strip()).strip():
+            return empty_path(word.name)
         if not word.name:
             return f"{shown(word.given)} has no name before the equals sign."
         if values.is_list(word.value or "") and word.name in schema.groups and not schema.takes_several(word.name):

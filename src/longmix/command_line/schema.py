@@ -28,8 +28,8 @@ SCHEMAS: dict[str, type] = {
 }
 """The dataclass of each command's words."""
 
-HYDRA_WORDS = {key: Takes(str, path=True) for key in ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")}
-HYDRA_WORDS |= {SEARCH_PATH: Takes(list[str], path=True)}
+HYDRA_PATHS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
+HYDRA_WORDS = {key: Takes(str, path=True) for key in HYDRA_PATHS} | {SEARCH_PATH: Takes(list[str], path=True)}
 
 
 class Schema:

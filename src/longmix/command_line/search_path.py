@@ -14,6 +14,7 @@ from longmix.command_line import values
 from longmix.command_line.values import Takes
 from longmix.command_line.words import Word
 from longmix.errors import ConfigError
+from longmix.paths import check_path
 from longmix.printable import printable
 
 SEARCH_PATH = "hydra.searchpath"
@@ -32,6 +33,8 @@ def search_entries(arguments: Sequence[str], folders: Sequence[Path]) -> list[tu
         ConfigError: `hydra.searchpath` is no list, or has a sign before it, with which Hydra would not look there.
     """
     directory = _last_value(arguments, CONFIG_DIR)
+    if directory is not None:
+        check_path(CONFIG_DIR[0], directory)
     entries = [] if directory is None else [(CONFIG_DIR[0], directory)]
     words = [word for word in map(Word.read, arguments) if word.name == SEARCH_PATH and word.value is not None]
     if words:
@@ -85,6 +88,8 @@ def _items(word: Word) -> list[str]:
         entries = None
     if not isinstance(entries, list):
         raise ConfigError(f"{SEARCH_PATH}={printable(value)} is not a list of folders.")
+    for entry in entries:
+        check_path(SEARCH_PATH, str(entry))
     return [str(entry) for entry in entries]
 
 

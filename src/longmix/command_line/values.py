@@ -134,6 +134,11 @@ def _text(value: str, takes: Takes) -> str:
     return text if is_plain(text) else in_quotes(text, literal)
 
 
+def without_quotes(value: str) -> str:
+    """The text that a value stands for, whether or not it is in quotes."""
+    return _unquoted(value) if quoted_by(value) else value
+
+
 def _unquoted(value: str) -> str:
     try:
         return str(json.loads(value, strict=False))

@@ -9,6 +9,7 @@ from typing import Any
 from longmix.config.choices import Choice, Pattern
 from longmix.config.values import as_given, fits, misfit
 from longmix.errors import ConfigError
+from longmix.paths import check_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ def word(
     Args:
         default: its value where nobody gives one, which is not shared: a list is copied. None at all must be given.
         rule: which values of its type are allowed.
-        path: it names a file or folder.
+        path: it names a file or folder, and is not empty.
         literal: it is text of the user's, which no grammar reads.
         misfit: the end of the message for a value of another type, where the type's own says less.
     """
@@ -125,6 +126,8 @@ def check_values(kind: type, given: dict[str, Any], prefix: str = "") -> None:
             continue
         if not fits(value, hint):
             raise ConfigError(f"{key}={as_given(value)} {entry.metadata.get('misfit') or misfit(value, hint)}")
+        if entry.metadata.get("path") and value is not None:
+            check_path(key, value, needed=default_of(entry) is MISSING)
         rule: Rule | None = entry.metadata.get("rule")
         if rule is not None and value is not None and not rule.allows(value):
             raise ConfigError(f"{key}={value} {rule.says}")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from longmix.data.corpora.corpus import SPLITS
-from longmix.data.corpora.local_files import user_path
 from longmix.data.corpora.retry import Patience
 from longmix.data.text_data import TextOptions, TokenData
 from longmix.data.tokens.sealed_folder import MANIFEST, read_manifest
@@ -20,6 +19,7 @@ from longmix.data.tokens.tokenizers import Tokenizer, tokenizer_from_state
 from longmix.data.windows import SHARDS_TOGETHER
 from longmix.errors import ConfigError, DataError
 from longmix.files import remove_leftovers, replace_file, sha256_of_file
+from longmix.paths import user_path
 from longmix.reading import read_json, require_regular, shortened
 
 logger = logging.getLogger(__name__)
@@ -221,13 +221,18 @@ def prepared_tokenizer(path: str | None, cache_dir: str = "~/.cache/longmix") ->
         cache_dir: where a remote one is copied to.
 
     Raises:
-        ConfigError: there is no path.
+        ConfigError: there is no path, or it is empty.
         DataError: there are no token files, or the tokenizer cannot be read.
     """
     if path is None:
         raise ConfigError(
             "tokenizer=prepared is the tokenizer that the token files of data=prepared were made with: give "
             "data=prepared data.path=FOLDER too, or another tokenizer, such as tokenizer=bpe."
+        )
+    if not path.strip():
+        raise ConfigError(
+            "tokenizer.path, which follows data.path, is empty; was a variable of the shell not set? Give "
+            "data.path=FOLDER."
         )
     folder = find_splits(path.rstrip("/"))["train"]
     local = local_path(folder)

@@ -5,13 +5,13 @@ import logging
 from typing import Any, Unpack
 
 from longmix.data.corpora.corpus import Corpus
-from longmix.data.corpora.local_files import user_path
 from longmix.data.tokens.preparation import Preparation, prepare
 from longmix.data.tokens.token_files import TokenFile
 from longmix.data.tokens.tokenizers import Tokenizer
 from longmix.data.training_data import DataOptions, TrainingData
 from longmix.data.windows import ContiguousWindows, EvaluationWindows, OrderedWindows, TrainWindows, order_key
 from longmix.errors import ConfigError, DataError
+from longmix.paths import user_path
 
 logger = logging.getLogger(__name__)
 

@@ -20,6 +20,7 @@ from longmix.errors import CheckpointError, ConfigError, Interrupted, LongmixErr
 from longmix.evaluation.provenance import is_own
 from longmix.evaluation.subject import Subject
 from longmix.evaluation.tasks.base import Task
+from longmix.files import check_folder
 from longmix.model.backbone import LanguageModel
 from longmix.notices import begin_run
 from longmix.printable import LINES, printable
@@ -44,6 +45,7 @@ def evaluate(config: DictConfig | Mapping[str, Any], restored: Restored | None =
     restored = restored or restored_for(own)
     home = _home(restored.checkpoint) if own.states is None else _folder(Path(own.states))
     output = Path(own.output) if own.output else home / "evaluation"
+    check_folder(output)
     own_data = is_own(own.data, restored.config.data)
     subject = Subject(restored, _data(own, restored), own, output, own_data)
     reports: dict[str, Any] = {}

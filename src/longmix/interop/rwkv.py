@@ -6,9 +6,7 @@ Matrices keep their order [out, in], but the thin ones, which that format holds 
 ours are [keys, values], theirs [values, keys].
 """
 
-import argparse
 import sys
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +14,9 @@ from torch import Tensor, nn
 from longmix import startup
 from longmix.checkpoints import chosen_checkpoint, save_tensors
 from longmix.checkpoints.contents import load_model_state, rebuilding
+from longmix.command_line.options import OptionParser, path_option
 from longmix.errors import ConfigError, LongmixError
+from longmix.files import check_replaceable
 from longmix.mixers.rwkv7 import RWKV7, SHIFTS, LowRank
 from longmix.model.backbone import LanguageModel
 from longmix.model.blocks import Block
@@ -93,14 +93,15 @@ def _time_mixing(mixer: RWKV7) -> dict[str, Tensor]:
 
 def main() -> None:
     """Write a checkpoint of RWKV-7 in the format of the rwkv package, as the command line says."""
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="python -m longmix.interop.rwkv",
         description="Write a checkpoint of RWKV-7 in the format of the rwkv package.",
     )
-    parser.add_argument("checkpoint", type=Path, help="folder of a run or checkpoint")
-    parser.add_argument("output", type=Path, help="file to write, ending in .pth")
-    arguments = parser.parse_args()
+    parser.add_argument("checkpoint", type=path_option, help="folder of a run or checkpoint")
+    parser.add_argument("output", type=path_option, help="file to write, ending in .pth")
     try:
+        arguments = parser.parse_args()
+        check_replaceable(arguments.output)
         checkpoint = chosen_checkpoint(arguments.checkpoint)
         state = load_model_state(checkpoint)
         with rebuilding(checkpoint):

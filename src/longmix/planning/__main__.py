@@ -4,7 +4,6 @@ Exits with 0 where the run fits, 1 where it does not, 2 for impossible words.
 """
 
 import sys
-from pathlib import Path
 
 from longmix import startup
 from longmix.command_line.catalogue import CATALOGUE
@@ -57,14 +56,15 @@ def _help(words: list[str]) -> str:
 def _run(words: list[str]) -> int:
     from rich.console import Console
 
-    from longmix.files import replace_json, storage_errors
+    from longmix.files import check_folder, replace_json, storage_errors
+    from longmix.paths import user_path
     from longmix.planning import arguments, report
     from longmix.planning.plan import Planner, single_changes, smallest_change
 
     folder = arguments.divided(words)[0].get("output")
-    if folder == "":
-        raise ConfigError("output= names no folder.")
-    output = None if folder is None else Path(folder).expanduser()
+    output = None if folder is None else user_path("output", folder)
+    if output is not None:
+        check_folder(output)
     planner = Planner(arguments.read(words))
     plan = planner.plan()
     fits = plan.memory.fits

@@ -1,6 +1,5 @@
 """`python -m longmix.reporting FOLDER...`: runs side by side, as a table, one HTML page, pictures and data."""
 
-import argparse
 import csv
 import sys
 from collections.abc import Sequence
@@ -10,9 +9,10 @@ from typing import Any
 from rich.console import Console
 
 from longmix import startup
+from longmix.command_line.options import OptionParser, path_option
 from longmix.command_line.program import as_called
 from longmix.errors import DataError, LongmixError
-from longmix.files import replace_file, replace_json, storage_errors
+from longmix.files import check_folder, replace_file, replace_json, storage_errors
 from longmix.printable import LINES, printable
 from longmix.reporting.page import html
 from longmix.reporting.panels import Panel, panels_of
@@ -88,12 +88,14 @@ LOG_WIDTH = 100
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table, write the report into the first folder, and return the exit code."""
-    parser = argparse.ArgumentParser(prog=as_called("python -m longmix.reporting"), description=__doc__)
-    parser.add_argument("folders", nargs="+", type=Path, help="folders of sweeps or runs; searched through")
-    parser.add_argument("--output", type=Path, help="where the files go; the first folder if not given")
-    options = parser.parse_args(arguments)
+    parser = OptionParser(prog=as_called("python -m longmix.reporting"), description=__doc__)
+    parser.add_argument("folders", nargs="+", type=path_option, help="folders of sweeps or runs; searched through")
+    parser.add_argument("--output", type=path_option, help="where the files go; the first folder if not given")
     console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
     try:
+        options = parser.parse_args(arguments)
+        if options.output is not None:
+            check_folder(options.output)
         found = find_runs(options.folders)
         _print(found, console)
         if not found.runs:

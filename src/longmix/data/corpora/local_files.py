@@ -11,41 +11,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from longmix.errors import ConfigError, DataError
+from longmix.errors import DataError
 from longmix.files import sha256_of_file
+from longmix.paths import user_path
 from longmix.printable import printable
 
 logger = logging.getLogger(__name__)
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
-LONGEST_PATH, LONGEST_NAME = 4095, 255
-"""The most bytes of a path, and of a name in it, on Linux."""
-
 MOST_KINDS = 6
 """The most kinds of left-out files that a line of the log names."""
-
-
-def user_path(key: str, value: str | os.PathLike[str]) -> Path:
-    """The path that a setting gives, with `~` expanded.
-
-    Args:
-        key: the setting, for the error message.
-        value: as it was given.
-
-    Raises:
-        ConfigError: it is empty, as an unset variable of the shell leaves it, or no path.
-    """
-    text = value if isinstance(value, str) else os.fspath(value)
-    if not text.strip():
-        raise ConfigError(f"{key} is empty; was a variable of the shell not set? Give a path, or leave {key} out.")
-    if "\0" in text:
-        raise ConfigError(f"{key}={text!r} holds a NUL character, which no path can.")
-    if len(os.fsencode(text)) > LONGEST_PATH or any(len(os.fsencode(part)) > LONGEST_NAME for part in text.split("/")):
-        raise ConfigError(f"{key}={text[:50]}... is longer than a path can be.")
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as error:  # ~name of an unknown user
-        raise ConfigError(f"{key}={text}: {error}") from error
 
 
 def find_files(key: str, paths: str | Sequence[str], suffix: str) -> list[Path]:

@@ -15,7 +15,6 @@ from typing import Any, cast
 import numpy as np
 
 from longmix.data.corpora.corpus import Corpus
-from longmix.data.corpora.local_files import user_path
 from longmix.data.tokens.byte_level import (
     PROBE,
     PROBES,
@@ -29,6 +28,7 @@ from longmix.data.tokens.byte_level import (
 )
 from longmix.errors import ConfigError, DataError
 from longmix.files import sha256_of_json
+from longmix.paths import user_path
 from longmix.reading import read_bytes
 
 logger = logging.getLogger(__name__)

@@ -14,6 +14,7 @@ from longmix.data.tokens.tokenizers import NumberTokenizer
 from longmix.errors import ConfigError, DataError
 from longmix.evaluation.subject import Subject
 from longmix.evaluation.tasks.base import Answer, Task
+from longmix.paths import user_path
 from longmix.wording import counted, did_you_mean
 
 BOOTSTRAPS = 1000
@@ -58,8 +59,10 @@ class LMEval(Task):
                 raise ConfigError(f"task.{name}={value} must be at least {smallest}.")
         if not tasks:
             raise ConfigError("task.tasks is empty; name at least one task.")
-        if include_path is not None and not Path(include_path).is_dir():
-            raise ConfigError(f"task.include_path={include_path} is not a folder.")
+        if include_path is not None:
+            include_path = str(user_path("task.include_path", include_path))
+            if not Path(include_path).is_dir():
+                raise ConfigError(f"task.include_path={include_path} is not a folder.")
         self.tasks = [tasks] if isinstance(tasks, str) else tasks
         self.include_path, self.num_fewshot, self.limit = include_path, num_fewshot, limit
         self.max_length, self.seed = max_length, seed

@@ -3,9 +3,9 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from longmix import startup
+from longmix.command_line.options import OptionParser, path_option
 from longmix.command_line.program import as_called
 from longmix.data.tokens.byte_level import MISSING_BYTES
 from longmix.data.tokens.tokenizers import LibraryTokenizer
@@ -16,30 +16,30 @@ from longmix.interop.huggingface.load import import_folder
 
 def main(words: Sequence[str] | None = None) -> None:
     """Export or import, as the arguments say."""
-    arguments = _parser().parse_args(words)
     try:
+        arguments = _parser().parse_args(words)
         arguments.run(arguments)
     except LongmixError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> OptionParser:
+    parser = OptionParser(
         prog=as_called("python -m longmix.interop.huggingface"),
         description="Checkpoints to Hugging Face folders, and back.",
     )
     commands = parser.add_subparsers(required=True, metavar="export|import")
     out = commands.add_parser("export", help="write a checkpoint as a folder that transformers loads")
-    out.add_argument("checkpoint", type=Path, help="folder of a run or checkpoint")
-    out.add_argument("folder", type=Path, help="to write")
+    out.add_argument("checkpoint", type=path_option, help="folder of a run or checkpoint")
+    out.add_argument("folder", type=path_option, help="to write")
     out.add_argument("--as", dest="kind", choices=KINDS, default="auto", help="llama needs nothing of longmix to run")
     out.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the weights")
     out.add_argument("--force", action="store_true", help="replace the folder if it is there")
     out.set_defaults(run=_export)
     back = commands.add_parser("import", help="make a checkpoint of such a folder")
-    back.add_argument("folder", type=Path, help="with config.json, safetensors and tokenizer.json")
-    back.add_argument("checkpoint", type=Path, help="folder to write the checkpoint to")
+    back.add_argument("folder", type=path_option, help="with config.json, safetensors and tokenizer.json")
+    back.add_argument("checkpoint", type=path_option, help="folder to write the checkpoint to")
     back.add_argument("--separator", help="the token that starts each document; default: the one that begins a text")
     back.add_argument(
         "--missing-bytes",

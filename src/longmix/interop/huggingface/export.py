@@ -14,7 +14,7 @@ from longmix.checkpoints.contents import load_model_state, rebuilding
 from longmix.config import StoredConfig
 from longmix.data.tokens.tokenizers import tokenizer_from_state
 from longmix.errors import ConfigError
-from longmix.files import atomic_directory, write_json
+from longmix.files import atomic_directory, check_folder, write_json
 from longmix.interop.huggingface import llama
 from longmix.interop.huggingface.folder import FORMAT, OWN_FILE, WEIGHTS, require_transformers
 from longmix.interop.huggingface.seal import MARK, sealed
@@ -84,6 +84,7 @@ def export(checkpoint: Path, folder: Path, kind: str = "auto", dtype: str = "flo
     if kind not in KINDS or dtype not in DTYPES:
         raise ConfigError(f"--as is one of {', '.join(KINDS)}, and --dtype one of {', '.join(DTYPES)}.")
     _check_target(folder, force)
+    check_folder(folder.parent)
     path = chosen_checkpoint(checkpoint)
     state = load_model_state(path)
     with rebuilding(path):

@@ -13,6 +13,7 @@ from longmix.checkpoints.contents import check_model_state, rebuilding
 from longmix.config import Choice, ModelConfig, Plain, StoredConfig, plain
 from longmix.data.tokens.tokenizers import Tokenizer, TokenizerFile, tokenizer_from_state
 from longmix.errors import CheckpointError, ConfigError, DataError
+from longmix.files import check_folder
 from longmix.interop.huggingface import llama
 from longmix.interop.huggingface.folder import (
     OWN_FILE,
@@ -68,6 +69,7 @@ def import_folder(
     store = CheckpointStore(target / "checkpoints")
     if store.latest() is not None:
         raise ConfigError(f"{target} already holds a checkpoint; give another folder.")
+    check_folder(store.folder)
     with rebuilding(folder):
         check_seal(folder)
         theirs = _read_config(folder)
