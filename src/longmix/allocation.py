@@ -5,6 +5,9 @@ from contextlib import contextmanager
 
 from longmix.errors import ConfigError
 
+SIGNS = ("allocate memory", "Storage size calculation overflowed")
+"""Parts of torch's messages where there is not enough memory, and where no memory would be enough."""
+
 
 @contextmanager
 def allocation_errors(what: str, cure: str) -> Iterator[None]:
@@ -24,7 +27,7 @@ def allocation_errors(what: str, cure: str) -> Iterator[None]:
             raise ConfigError(str(error)) from error
         words = str(error).splitlines()[0] if str(error) else "memory is used up"
         known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-        known = known or "allocate memory" in str(error)
+        known = known or any(sign in str(error) for sign in SIGNS)
         if not known:
             raise
         raise ConfigError(f"{what} takes more memory than there is ({words}); {cure}") from error

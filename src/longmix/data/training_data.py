@@ -11,6 +11,7 @@ from longmix.config import Choice
 from longmix.data.loaders import EvaluationBatches, TrainSteps, load, local_share
 from longmix.data.tokens.tokenizers import Tokenizer
 from longmix.data.windows import FiniteWindows, OrderedWindows, check_seq_len
+from longmix.distributed.ranks import MOST_ON_A_MACHINE
 from longmix.errors import ConfigError
 
 
@@ -62,6 +63,8 @@ class TrainingData(lightning.LightningDataModule, ABC):
         local_share(batch_size, rank=0, world_size=1)
         if num_workers < 0:
             raise ConfigError(f"data.num_workers must not be negative, got {num_workers}")
+        if num_workers > MOST_ON_A_MACHINE:
+            raise ConfigError(f"data.num_workers={num_workers} must be at most {MOST_ON_A_MACHINE:,}.")
         if validation_tokens is not None and validation_tokens < 1:
             raise ConfigError(f"data.validation_tokens must be at least 1, or null for all, got {validation_tokens}")
         self.seq_len = seq_len

@@ -19,6 +19,9 @@ TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 LAUNCHER_PID = "LONGMIX_LAUNCHER_PID"
 """Set for the processes that `longmix.training.process_launcher` starts: the process that waits for them."""
 
+MOST_ON_A_MACHINE = 4096
+"""The most processes or threads that a word may ask for; a mistyped number would bring the machine to a halt."""
+
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 

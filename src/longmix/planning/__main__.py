@@ -56,6 +56,7 @@ def _help(words: list[str]) -> str:
 def _run(words: list[str]) -> int:
     from rich.console import Console
 
+    from longmix.allocation import allocation_errors
     from longmix.files import check_folder, replace_json, storage_errors
     from longmix.paths import user_path
     from longmix.planning import arguments, report
@@ -65,11 +66,12 @@ def _run(words: list[str]) -> int:
     output = None if folder is None else user_path("output", folder)
     if output is not None:
         check_folder(output)
-    planner = Planner(arguments.read(words))
-    plan = planner.plan()
-    fits = plan.memory.fits
-    change = None if fits else smallest_change(planner)
-    singles = [] if fits else single_changes(planner)
+    with allocation_errors("this model", "give smaller sizes."):
+        planner = Planner(arguments.read(words))
+        plan = planner.plan()
+        fits = plan.memory.fits
+        change = None if fits else smallest_change(planner)
+        singles = [] if fits else single_changes(planner)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
     console.print(report.shown(planner, plan, change, singles))
     if output is not None:

@@ -204,6 +204,12 @@ def read(words: list[str]) -> Request:
     rows = trainer.micro_batch_size or request.rows(variant)
     request = dataclasses.replace(request, variant=dataclasses.replace(variant, micro_batch_size=rows))
     request.rows(request.variant)
+    at_once = request.variant.micro_batch_size * config.seq_len // request.variant.context_parallel
+    if at_once > MOST_TOKENS:
+        raise ConfigError(
+            f"each device would have {at_once:,} tokens at once, and a plan takes at most {MOST_TOKENS:,}; give "
+            "smaller trainer.micro_batch_size, batch_size or seq_len."
+        )
     return request
 
 
@@ -224,6 +230,9 @@ def _check(config: TrainConfig) -> None:
     if config.trainable != "all":
         raise ConfigError(f"trainable={config.trainable} is not planned for; a plan is for trainable=all.")
 
+
+MOST_TOKENS = 2**27
+"""The most tokens of a micro-batch on one device; a plan walks through all of them, which takes minutes for so many."""
 
 OWN = {word.name: word for word in CATALOGUE["plan"].words}
 """The words of a plan that `train.py` does not have."""

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from longmix.accelerators import by_driver_name
-from longmix.distributed.ranks import own_ranks
+from longmix.distributed.ranks import MOST_ON_A_MACHINE, own_ranks
 from longmix.errors import ConfigError
 from longmix.wording import counted
 
@@ -82,6 +82,10 @@ class TrainerSettings:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(f"trainer.{key}={value} must be at least 1.")
+        for key in ("devices", "num_threads"):
+            value = getattr(self, key)
+            if value is not None and value > MOST_ON_A_MACHINE:
+                raise ConfigError(f"trainer.{key}={value} must be at most {MOST_ON_A_MACHINE:,} on one machine.")
         if self.timeout <= 0:
             raise ConfigError(f"trainer.timeout={self.timeout:g} must be seconds above 0.")
         self._check_ranks()

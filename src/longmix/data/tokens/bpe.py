@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BPE_FORMAT_VERSION = 1
+LARGEST_VOCABULARY = 10_000_000
+"""The most ids that are trained; the library takes memory for all of them before it begins."""
 TOKENIZER_JSON = "tokenizer.json"
 
 
@@ -37,6 +39,8 @@ class BpeTokenizer(LibraryTokenizer):
             raise ConfigError(
                 f"tokenizer.vocab_size must be at least 257 (256 bytes and a separator), got {vocab_size}"
             )
+        if vocab_size > LARGEST_VOCABULARY:
+            raise ConfigError(f"tokenizer.vocab_size={vocab_size} must be at most {LARGEST_VOCABULARY:,}.")
         if min_frequency < 1:
             raise ConfigError(f"tokenizer.min_frequency must be at least 1, got {min_frequency}")
         self.vocab_size = vocab_size

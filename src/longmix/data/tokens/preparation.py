@@ -21,6 +21,7 @@ from longmix.data.tokens.sealed_folder import build_once
 from longmix.data.tokens.token_files import FORMAT_VERSION, OFFSET_DTYPE, OFFSETS, TOKENIZER, TokenFile, shard_name
 from longmix.data.tokens.tokenize_part import COUNTS, Advance, Part, Piece, Work, make_part
 from longmix.data.tokens.tokenizers import Tokenizer
+from longmix.distributed.ranks import MOST_ON_A_MACHINE
 from longmix.errors import ConfigError, DataError
 from longmix.files import sha256_of_json, write_json
 from longmix.progress import documents_bar
@@ -38,7 +39,7 @@ class Preparation:
         workers: processes that tokenise, and read too if the corpus has parts; 0 for this one alone.
 
     Raises:
-        ConfigError: a number is too small.
+        ConfigError: a number is too small, or there would be too many processes.
     """
 
     shard_tokens: int = 1 << 27
@@ -49,6 +50,8 @@ class Preparation:
             raise ConfigError(f"shard_tokens={self.shard_tokens} must be at least 1.")
         if self.workers < 0:
             raise ConfigError(f"workers={self.workers} must be at least 0, which is none besides this process.")
+        if self.workers > MOST_ON_A_MACHINE:
+            raise ConfigError(f"workers={self.workers} must be at most {MOST_ON_A_MACHINE:,}.")
 
 
 def prepare(

@@ -1,0 +1,103 @@
+"""Refuses a run whose sizes cannot fit into the memory of this machine, before any of it is taken.
+
+Linux promises more memory than there is, so that a batch of a million million windows is not refused when it is asked
+for but fills the memory later. What is counted here is less than any run takes: `longmix plan` counts all of it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from longmix.command_line.program import as_called
+from longmix.config import TrainConfig
+from longmix.errors import ConfigError
+from longmix.evaluation.memory import free_bytes
+from longmix.model.build import build_model
+from longmix.training.hardware import TrainerSettings
+from longmix.wording import counted
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class LeastMemory:
+    """Bytes that the processes of this machine take at least, by what they are for.
+
+    Attributes:
+        weights: with gradients, where all weights are trained.
+        batch: tokens and targets of a step, int64.
+        activations: what enters each block of a micro-batch, which the backward pass needs.
+    """
+
+    weights: int
+    batch: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.batch + self.activations
+
+
+def least_memory(config: TrainConfig, settings: TrainerSettings, vocab_size: int) -> LeastMemory:
+    """The least that the processes of this machine take together.
+
+    Args:
+        config: of the run.
+        settings: the trainer's.
+        vocab_size: token ids, as many as are expected before the data are read.
+    """
+    with torch.device("meta"):
+        model = build_model(config, vocab_size)
+    here, apart = settings.devices_here, settings.world_size // settings.slices
+    width = 2 if settings.precision_in_use == "bf16-true" else 4
+    copies = 2 if config.trainable == "all" else 1
+    shards = settings.world_size if settings.strategy == "fsdp" else 1
+    rows = config.batch_size // apart
+    length = config.seq_len // settings.slices
+    entering = len(model.blocks) * model.shape.d_model * (4 if settings.precision_in_use == "32-true" else 2)
+    return LeastMemory(
+        weights=here * copies * width * model.parameter_counts()["total"] // shards,
+        batch=here * rows * length * 16,
+        activations=here * (settings.micro_batch_size or rows) * length * entering,
+    )
+
+
+def check_memory(config: TrainConfig, settings: TrainerSettings, vocab_size: int) -> None:
+    """Refuse a run that needs more memory than is free on this machine: on a CPU for all, on GPUs for its batches.
+
+    Raises:
+        ConfigError: with the numbers and the words to change.
+    """
+    least = least_memory(config, settings, vocab_size)
+    free = free_bytes(torch.device("cpu"))
+    needed = least.batch if settings.on_gpu else least.total
+    if free is not None and needed > free:
+        raise _refusal(config, settings, least, free)
+    if settings.on_gpu and settings.world_size == 1:  # of several GPUs, each belongs to a process of its own
+        memory = torch.cuda.get_device_properties(0).total_memory
+        if least.total > memory:
+            raise _refusal(config, settings, least, memory)
+
+
+def _refusal(config: TrainConfig, settings: TrainerSettings, least: LeastMemory, free: int) -> ConfigError:
+    windows = settings.micro_batch_size or config.batch_size // (settings.world_size // settings.slices)
+    parts = {
+        "weights and gradients": least.weights,
+        f"the tokens of batch_size={config.batch_size}": least.batch,
+        f"what {counted(windows, 'window')} of seq_len={config.seq_len} leave for the backward pass": least.activations,
+    }
+    largest = max(parts, key=lambda name: parts[name])
+    return ConfigError(
+        f"training needs at least {least.total / GIB:,.1f} GiB, and {free / GIB:,.1f} GiB are free: {largest} take "
+        f"{parts[largest] / GIB:,.1f} GiB. {CURES[list(parts).index(largest)]}; "
+        + as_called("python -m longmix.planning tells how much is needed.")
+    )
+
+
+CURES = (
+    "Make the model or the vocabulary smaller, or divide it with trainer=fsdp",
+    "Make batch_size or seq_len smaller",
+    "Make trainer.micro_batch_size, batch_size or seq_len smaller",
+)
+"""What to change, by the largest part."""
