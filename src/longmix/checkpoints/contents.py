@@ -15,6 +15,7 @@ from torch import Tensor
 from longmix.checkpoints.load import load_checkpoint
 from longmix.checkpoints.store import SKIPS_IN_A_ROW
 from longmix.checkpoints.verify import reason_of
+from longmix.config import STAGES, reached
 from longmix.errors import CheckpointError, LongmixError, NonFiniteError
 from longmix.reading import shortened
 
@@ -27,12 +28,17 @@ DEEPEST = 50
 def load_model_state(checkpoint: Path | str) -> dict[str, Any]:
     """The state in a checkpoint without the optimizers; it holds all that a model is rebuilt from.
 
+    Its configuration is that of the stage in which it was saved.
+
     Raises:
         CheckpointError: a file is missing or damaged, or the checkpoint is not of a model.
     """
     state = load_checkpoint(checkpoint, optimizers=False)
     with rebuilding(checkpoint):
         check_model_state(state)
+        if state["config"].get(STAGES):
+            state["config"] = reached(state["config"])
+            check_model_state(state)
     return state
 
 

@@ -2,8 +2,8 @@
 
 `commands` has each command's words with types, ranges, defaults and meanings, `rules` checks them, `border` makes them
 from what Hydra composed and turns them back into dicts, `choices` has what was chosen in a group, `nodes` checks and
-builds what its `_target_` names,
-`values` says whether a value is of a type, `limits` counts a run's steps.
+builds what its `_target_` names, `values` says whether a value is of a type. `stages` has what a stage may say and
+`course` which steps it takes, and `limits` counts a run's steps.
 """
 
 from longmix.config.border import Plain as Plain
@@ -24,8 +24,11 @@ from longmix.config.commands import PrepareConfig as PrepareConfig
 from longmix.config.commands import StoredConfig as StoredConfig
 from longmix.config.commands import TrainConfig as TrainConfig
 from longmix.config.commands import TuningConfig as TuningConfig
+from longmix.config.course import Course as Course
+from longmix.config.course import StagePart as StagePart
+from longmix.config.course import course_of as course_of
+from longmix.config.course import limits_of as limits_of
 from longmix.config.limits import flattened as flattened
-from longmix.config.limits import limits_of as limits_of
 from longmix.config.limits import step_limits as step_limits
 from longmix.config.limits import tokens_per_step as tokens_per_step
 from longmix.config.limits import total_steps as total_steps
@@ -42,6 +45,12 @@ from longmix.config.nodes import unknown_key as unknown_key
 from longmix.config.rules import default_of as default_of
 from longmix.config.rules import defaults as defaults
 from longmix.config.rules import words_of as words_of
+from longmix.config.stages import STAGE as STAGE
+from longmix.config.stages import STAGES as STAGES
+from longmix.config.stages import Stage as Stage
+from longmix.config.stages import StageSettings as StageSettings
+from longmix.config.stages import reached as reached
+from longmix.config.stages import settings_of_stages as settings_of_stages
 from longmix.config.values import LARGEST_INTEGER as LARGEST_INTEGER
 from longmix.config.values import LARGEST_SEED as LARGEST_SEED
 from longmix.config.values import described as described

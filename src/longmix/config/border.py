@@ -17,7 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from longmix.config.choices import Choice, Pattern, choice_or_pattern, choices_by_name, copied
 from longmix.config.nodes import unknown_key
-from longmix.config.rules import check_values, default_of, is_group, is_words, words_of
+from longmix.config.rules import check_values, default_of, defaults, is_group, is_words, listed_words, words_of
+from longmix.config.values import LARGEST_INTEGER, whole
 from longmix.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def read(kind: type[Config], given: DictConfig | Mapping[str, object]) -> Config
     """
     values: Plain = resolved(given) if isinstance(given, DictConfig) else dict(typing.cast(Plain, given))
     check_keys(values, kind)
+    values = _with_whole_numbers(kind, values)
     check_values(kind, values)
     return _made(kind, values)
 
@@ -62,7 +64,15 @@ def _plain(value: object) -> Any:
         return copied(value.entries)
     if isinstance(value, dict):
         return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, list) and value and is_dataclass(value[0]):
+        return [_given(item) for item in value]
     return plain(value) if is_dataclass(value) and not isinstance(value, type) else copied(value)
+
+
+def _given(item: "DataclassInstance") -> Plain:
+    """An item of a list of words, with those alone that say something."""
+    usual = defaults(type(item))
+    return {name: value for name, value in plain(item).items() if value != usual[name]}
 
 
 def resolved(config: DictConfig) -> Plain:
@@ -90,7 +100,7 @@ def check_keys(given: Mapping[str, object], kind: type, prefix: str = "") -> Non
     records = {entry.name for entry in dataclasses.fields(typing.cast(Any, kind))} - allowed.keys()
     for name in given:
         if name not in allowed and name not in records:
-            raise ConfigError(unknown_key(f"{prefix}{name}", name, list(allowed)))
+            raise ConfigError(unknown_key(f"{prefix}{name}", str(name), list(allowed)))
     missing = [f"{prefix}{name}" for name in allowed if name not in given]
     if missing:
         raise ConfigError(f"no value was given for: {', '.join(missing)}.")
@@ -100,6 +110,11 @@ def check_keys(given: Mapping[str, object], kind: type, prefix: str = "") -> Non
             if not isinstance(inner, Mapping):
                 raise ConfigError(f"{prefix}{name}={inner!r} is no group of words; give {prefix}{name}.WORD.")
             check_keys(inner, typing.cast(type, hint), f"{prefix}{name}.")
+        items = listed_words(hint)
+        if items is not None and isinstance(given[name], list | tuple):
+            for number, item in enumerate(typing.cast(list[object], given[name])):
+                if isinstance(item, Mapping):
+                    check_keys(defaults(items) | dict(item), items, f"{prefix}{name}[{number}].")
 
 
 def hydra_schema(kind: type) -> type:
@@ -121,8 +136,8 @@ def hydra_schema(kind: type) -> type:
 
 
 def _hydra_type(hint: Any) -> Any:
-    """The type in OmegaConf's words: choices of groups and unions with lists are anything, literals are text."""
-    if is_group(hint):
+    """The type in OmegaConf's words: choices of groups, lists of words and unions are anything, literals are text."""
+    if is_group(hint) or listed_words(hint) is not None:
         return Any
     if typing.get_origin(hint) is typing.Literal:
         return str
@@ -132,11 +147,34 @@ def _hydra_type(hint: Any) -> Any:
     return hint
 
 
+def _with_whole_numbers(kind: type, values: Plain) -> Plain:
+    """The values, in which whole numbers of a list of words may have been written as 3e6, which Hydra reads as 3e6."""
+    found = dict(values)
+    for name, (_, hint) in words_of(kind).items():
+        items = listed_words(hint)
+        given = values[name]
+        if items is None or not isinstance(given, list | tuple) or not all(isinstance(item, Mapping) for item in given):
+            continue
+        counts = [word for word, (_, inner) in words_of(items).items() if whole(inner)]
+        found[name] = [
+            {key: _as_whole(value) if key in counts else value for key, value in item.items()} for item in given
+        ]
+    return found
+
+
+def _as_whole(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) <= LARGEST_INTEGER else value
+
+
 def _made(kind: type[Config], values: Mapping[str, object]) -> Config:
     made = {}
     for name, (entry, hint) in words_of(kind).items():
+        items = listed_words(hint)
         if is_words(hint):
             made[name] = _made(hint, typing.cast(Plain, values[name]))
+        elif items is not None:
+            given = typing.cast(list[Plain] | None, values[name])
+            made[name] = None if given is None else [_made(items, defaults(items) | item) for item in given]
         else:
             made[name] = _chosen(name, values[name], entry, hint) if is_group(hint) else values[name]
     return kind(**made)

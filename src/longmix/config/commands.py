@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 
 from longmix.config.choices import Choice, Pattern, choice_or_pattern
 from longmix.config.rules import Rule, above_zero, at_least, between, count_up_to, record, share, word
+from longmix.config.stages import Stage
 from longmix.config.values import LARGEST_SEED
 from longmix.errors import ConfigError
 from longmix.naming import check_name
@@ -32,6 +33,7 @@ COUNT = count_up_to(LARGEST_INDEX, "2**62")
 LENGTHS = Rule(_is_length, "must be a whole number from 1, or a list of them.")
 
 
+NO_STAGES = f"is no list of stages; write it like '[{Stage.words_as_written},{{seq_len:32768,max_tokens:1e8}}]'."
 NO_TEXT = "is no text; leave prompt out, or write 'prompt=\"null\"' for the text null."
 
 
@@ -177,6 +179,8 @@ class TrainConfig(ModelConfig):
         batch_size: windows per optimizer step, over all devices.
         max_steps: optimizer steps to train.
         max_tokens: tokens to train; with max_steps on the command line that counts, with both there the smaller.
+        stages: parts of the run with words of their own, such as [{seq_len:4096,max_tokens:1e9},{seq_len:32768,
+            max_tokens:1e8}]; what a stage does not say is as in the whole run. See docs/stages.md.
         seed: of weights, data order and everything else that is drawn.
         name: the run's name; its folder is `runs/<name>`.
         resume: auto continues `runs/<name>`, or without a name the newest run of this configuration; or the folder of a
@@ -189,6 +193,7 @@ class TrainConfig(ModelConfig):
         match: see `MatchConfig`.
         loop: see `LoopConfig`.
         origin: what `checkpoint` meant when the run began; no word.
+        stage: in a checkpoint, the number of the stage that it was saved in, from 0; no word.
     """
 
     data: Choice
@@ -201,6 +206,7 @@ class TrainConfig(ModelConfig):
     batch_size: int = word(2, at_least(1))
     max_steps: int | None = word(None, at_least(1))
     max_tokens: int | None = word(800_000, at_least(1))
+    stages: list[Stage] | None = word(None, Rule(bool, "names no stage; leave stages out."), misfit=NO_STAGES)
     seed: int = word(0, between(0, LARGEST_SEED))
     name: str
     resume: str | None = word(None, path=True)
@@ -211,6 +217,7 @@ class TrainConfig(ModelConfig):
     match: MatchConfig = field(default_factory=MatchConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     origin: OriginRecord | None = record()
+    stage: int | None = record()
 
     def check_together(self) -> None:
         """Refuse words that do not go together, and those that a look at the disk shows to be wrong.
@@ -219,7 +226,10 @@ class TrainConfig(ModelConfig):
             ConfigError: naming the words.
         """
         if self.max_steps is None and self.max_tokens is None:
-            raise ConfigError("give max_steps or max_tokens, or training would never end.")
+            endless = [number for number, stage in enumerate(self.stages or ()) if not stage.is_limited]
+            if self.stages is None or endless:
+                where = f" stages[{endless[0]}]" if endless else ""
+                raise ConfigError(f"give{where} max_steps or max_tokens, or training would never end.")
         is_yes = str(self.resume).lower() in ("yes", "true", "on", "1", "newest", "latest")
         if self.resume is not None and is_yes and not Path(self.resume).exists():
             raise ConfigError(f"resume={self.resume} is not there. Did you mean auto? Else give the folder of a run.")

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 
 from longmix.config.commands import TrainConfig
+from longmix.config.course import course_of, limits_of
 
 
 def unlimited_windows(config: TrainConfig) -> list[str]:
@@ -17,7 +18,7 @@ def unlimited_windows(config: TrainConfig) -> list[str]:
 
 
 def tokens_per_step(config: TrainConfig) -> int:
-    """Tokens of one optimizer step over all processes."""
+    """Tokens of one optimizer step over all processes, of a run without stages."""
     return config.seq_len * config.batch_size
 
 
@@ -30,7 +31,8 @@ def with_limits(config: TrainConfig, words: Iterable[str]) -> TrainConfig:
         config: as Hydra composed it.
         words: of the command line.
     """
-    given = {word.lstrip("+").partition("=")[0] for word in words if word.partition("=")[2] not in ("null", "")}
+    last = {name.lstrip("+"): value for name, _, value in (word.partition("=") for word in words)}
+    given = {name for name, value in last.items() if value not in ("null", "")}
     if "max_steps" in given and "max_tokens" not in given:
         return dataclasses.replace(config, max_tokens=None)
     if "max_tokens" in given and "max_steps" not in given:
@@ -39,23 +41,16 @@ def with_limits(config: TrainConfig, words: Iterable[str]) -> TrainConfig:
 
 
 def step_limits(config: TrainConfig) -> dict[str, int]:
-    """Optimizer steps of the whole run by each of `max_steps` and `max_tokens` that is set."""
+    """Optimizer steps of a run without stages by each of `max_steps` and `max_tokens` that is set."""
     return limits_of(config.max_steps, config.max_tokens, tokens_per_step(config))
 
 
-def limits_of(max_steps: int | None, max_tokens: int | None, tokens_of_a_step: int) -> dict[str, int]:
-    """Optimizer steps by each of two limits that is set."""
-    limits = {}
-    if max_steps is not None:
-        limits["max_steps"] = max_steps
-    if max_tokens is not None:
-        limits["max_tokens"] = -(-max_tokens // tokens_of_a_step)
-    return limits
-
-
 def total_steps(config: TrainConfig) -> int:
-    """Optimizer steps of the whole run: `max_steps`, or as many as `max_tokens` needs, whichever is smaller."""
-    return min(step_limits(config).values())
+    """Optimizer steps of the whole run: `max_steps`, or as many as `max_tokens` needs, whichever is smaller.
+
+    Of a run with stages, the steps of all of them.
+    """
+    return course_of(config).total_steps
 
 
 def flattened(nested: Mapping[str, object], prefix: str = "") -> dict[str, object]:

@@ -111,6 +111,15 @@ def is_words(hint: Any) -> bool:
     return is_dataclass(hint) and not is_group(hint)
 
 
+def listed_words(hint: Any) -> type | None:
+    """The class of words that a field holds a list of, as `stages` does; None for any other field."""
+    for option in (hint, *typing.get_args(hint)):
+        inner = typing.get_args(option) if typing.get_origin(option) is list else ()
+        if inner and is_words(inner[0]):
+            return typing.cast(type, inner[0])
+    return None
+
+
 def check_values(kind: type, given: dict[str, Any], prefix: str = "") -> None:
     """Refuse values that are not of their fields' types or beyond their ranges.
 
@@ -128,6 +137,10 @@ def check_values(kind: type, given: dict[str, Any], prefix: str = "") -> None:
             raise ConfigError(f"{key}={as_given(value)} {entry.metadata.get('misfit') or misfit(value, hint)}")
         if entry.metadata.get("path") and value is not None:
             check_path(key, value, needed=default_of(entry) is MISSING)
+        items = listed_words(hint)
+        if items is not None:
+            for number, item in enumerate(value or ()):
+                check_values(items, defaults(items) | item, f"{key}[{number}].")
         rule: Rule | None = entry.metadata.get("rule")
         if rule is not None and value is not None and not rule.allows(value):
             raise ConfigError(f"{key}={value} {rule.says}")

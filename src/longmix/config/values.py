@@ -37,6 +37,8 @@ def fits(value: object, hint: Any) -> bool:
         return isinstance(value, dict)
     if getattr(hint, "_is_protocol", False):  # such an object comes from a node of its own
         return False
+    if hasattr(hint, "words_as_written"):  # a class of words, as a list of stages has
+        return isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
     return isinstance(value, hint) if inspect.isclass(hint) else True
 
 
@@ -51,6 +53,8 @@ def described(hint: Any) -> str:
         return f"a list, each {' or '.join(described(item) for item in arguments if item is not Ellipsis)}"
     if origin in (dict, Mapping):
         return f"a dict of names and values, each {described(arguments[1])}"
+    if hasattr(hint, "words_as_written"):
+        return f"with words such as {hint.words_as_written}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     if hint not in names and inspect.isclass(hint):
         return f"a {hint.__name__}; it needs a `_target_`"

@@ -64,6 +64,15 @@ class TextData(TrainingData):
         """The tokenizer, trained first if it is one that learns from the corpus."""
         return self._given_tokenizer.prepare(self.corpus, self.cache_dir)
 
+    def use_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Take a tokenizer that is ready for use in place of the given one; call it before anything is read."""
+        self._given_tokenizer = tokenizer
+
+    def share_files(self, other: TrainingData) -> None:
+        """Use the token files that data of equal settings have opened; call it before anything is read."""
+        if isinstance(other, TextData):
+            self._token_files = other._token_files
+
     @property
     def expected_vocab_size(self) -> int:
         """The vocabulary size before anything is read. A tokenizer that is trained later may have fewer ids."""

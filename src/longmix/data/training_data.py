@@ -5,8 +5,9 @@ from typing import Any, NotRequired, TypedDict
 
 import lightning
 import numpy as np
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
+from longmix.batch import Batch
 from longmix.config import Choice
 from longmix.data.loaders import EvaluationBatches, TrainSteps, load, local_share
 from longmix.data.tokens.tokenizers import Tokenizer
@@ -148,6 +149,11 @@ class TrainingData(lightning.LightningDataModule, ABC):
         return False
 
     @property
+    def makes_numbers(self) -> bool:
+        """Whether these are examples of a synthetic task, in which a target is met or not, and no text."""
+        return False
+
+    @property
     def label(self) -> str:
         """The name that results on these data carry."""
         return self.source
@@ -187,8 +193,21 @@ class TrainingData(lightning.LightningDataModule, ABC):
         Raises:
             ConfigError: `batch_size` is not a multiple of `world_size`.
         """
-        steps = TrainSteps(self.train_windows, self.batch_size, rank, world_size)
-        return load(steps, range(start_step, num_steps), self.num_workers)
+        return load(self.train_steps(rank, world_size), range(start_step, num_steps), self.num_workers)
+
+    def train_steps(self, rank: int, world_size: int) -> Dataset[Batch]:
+        """One process's share of every optimizer step, by the step's number.
+
+        Raises:
+            ConfigError: `batch_size` is not a multiple of `world_size`.
+        """
+        return TrainSteps(self.train_windows, self.batch_size, rank, world_size)
+
+    def use_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Take a tokenizer that is ready for use in place of the given one; call it before anything is read."""
+
+    def share_files(self, other: "TrainingData") -> None:
+        """Use the files that data of equal settings have opened; call it before anything is read."""
 
     def evaluation_loader(
         self,

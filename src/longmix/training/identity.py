@@ -8,7 +8,10 @@ from typing import Any
 
 from longmix.aliases import renewed
 from longmix.checkpoints import CheckpointStore, open_checkpoint
+from longmix.checkpoints.contents import rebuilding
 from longmix.config import (
+    STAGE,
+    STAGES,
     Choice,
     LoopConfig,
     OriginRecord,
@@ -21,11 +24,13 @@ from longmix.config import (
     limits_of,
     locate,
     plain,
+    settings_of_stages,
     total_steps,
 )
 from longmix.errors import CheckpointError, ConfigError, LongmixError
 from longmix.reading import read_yaml
 from longmix.training import schedules
+from longmix.training.schedules import Span, sections
 
 CONFIG_FILE = "config.yaml"
 
@@ -72,8 +77,17 @@ FIXED = {
 }
 """Settings that must stay equal when a run continues, each with its reason; all others take effect."""
 
+STAGE_WORDS = ("seq_len", "batch_size", "data", "mixer")
+"""Settings of `FIXED` that a stage may have of its own."""
+
+FREE_IN_STAGES = ("micro_batch_size",)
+"""Words of a stage that cannot change a run's result."""
+
 ORIGIN = "origin"
 """Entry of a configuration: the meaning of `checkpoint` as the run began, a folder and the digest of its files."""
+
+UNREADABLE = (KeyError, TypeError, ValueError, ArithmeticError, AttributeError)
+"""Errors that values of other kinds than longmix writes may raise."""
 
 SHOWN_DIFFERENCES = 5
 ABSENT = "absent"
@@ -100,6 +114,16 @@ def changes(saved: Plain, config: TrainConfig, counting: tuple[str, ...] = ()) -
         counting: words that count, with all below them, even if they are in `FREE`.
     """
     own = plain(config)
+    found = _differences(saved, own, counting)
+    found.pop("checkpoint", None)
+    both_fresh = saved.get("checkpoint") is None and config.checkpoint is None
+    if not both_fresh and not _began_with_same_weights(saved, config):
+        found["checkpoint"] = (_shown_origin(saved), _shown_origin(own))
+    return found
+
+
+def _differences(saved: Plain, own: Plain, counting: tuple[str, ...] = ()) -> Changes:
+    """Every setting of two configurations, that of a file and one of this command, that differs and counts."""
     before, now = _leaves(saved), _leaves(own)
     found: Changes = {}
     for key in {**before, **now}:
@@ -109,10 +133,35 @@ def changes(saved: Plain, config: TrainConfig, counting: tuple[str, ...] = ()) -
         new = now[key] if key in now else _default(own, key)
         if old != new:
             found[key] = (old, new)
-    found.pop("checkpoint", None)
-    both_fresh = saved.get("checkpoint") is None and config.checkpoint is None
-    if not both_fresh and not _began_with_same_weights(saved, config):
-        found["checkpoint"] = (_shown_origin(saved), _shown_origin(own))
+    return found
+
+
+def _fixed_changes(saved: Plain, config: TrainConfig, step: int) -> Changes:
+    """Changes of what must stay equal: in stages that have begun, and how long those are that others followed.
+
+    A run without stages is one stage, so that a run may get stages, or lose those that have not begun.
+    """
+    own = plain(config)
+    if not saved.get(STAGES) and config.stages is None:
+        return {key: change for key, change in _differences(saved, own).items() if _is_below(key, FIXED)}
+    before, now = settings_of_stages(saved), settings_of_stages(own)
+    found: Changes = {}
+    start = 0
+    for number, stage in enumerate(before):
+        if start >= step:
+            break
+        place, steps = f"{STAGES}[{number}]", _steps(stage.settings)
+        if number == len(now):
+            found[place] = (f"a stage of {steps} steps", ABSENT)
+            break
+        settings = now[number].settings
+        for key, change in _differences(stage.settings, settings).items():
+            if _is_below(key, FIXED):
+                found[f"{place}.{key}" if _is_below(key, STAGE_WORDS) else key] = change
+        now_steps = _steps(settings)
+        if (now_steps != steps) if start + steps < step else (start + now_steps < step):
+            found[f"the length of {place}"] = (f"{steps} steps", f"{now_steps} steps")
+        start += steps
     return found
 
 
@@ -130,7 +179,8 @@ def check_continues(saved: Plain, config: TrainConfig, checkpoint: Path, step: i
         CheckpointError: names what differs.
     """
     found = changes(saved, config)
-    fixed = {key: change for key, change in found.items() if _is_below(key, FIXED)}
+    with rebuilding(checkpoint):
+        fixed = _fixed_changes(saved, config, step)
     found.pop("checkpoint", None)
     began, given = saved.get("checkpoint"), config.checkpoint
     if (given is not None and not _is_same_origin(saved, config)) or (given is None and began is not None and fixed):
@@ -217,16 +267,30 @@ def _is_below(key: str, keys: Iterable[str]) -> bool:
 
 def _leaves(written: Plain) -> dict[str, object]:
     limits = ("max_steps", "max_tokens")
-    flat = flattened({key: value for key, value in written.items() if key not in (*limits, ORIGIN)})
+    flat = flattened({key: value for key, value in written.items() if key not in (*limits, ORIGIN, STAGE)})
     try:
-        return flat | {"steps": _steps(written)}
-    except (KeyError, TypeError, ValueError, ArithmeticError):  # whoever wrote the file meant something else
+        if written.get(STAGES):
+            flat[STAGES] = [
+                {key: value for key, value in stage.items() if key not in FREE_IN_STAGES} for stage in written[STAGES]
+            ]
+        return flat | {"steps": _all_steps(written)}
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        AttributeError,
+    ):  # whoever wrote the file meant something else
         return flat | {key: written.get(key) for key in limits}
 
 
 def _steps(written: Plain) -> int:
     tokens_of_a_step = written["seq_len"] * written["batch_size"]
     return min(limits_of(written["max_steps"], written["max_tokens"], tokens_of_a_step).values())
+
+
+def _all_steps(written: Plain) -> int:
+    return sum(_steps(stage.settings) for stage in settings_of_stages(written))
 
 
 def _default(written: Plain, key: str) -> object:
@@ -254,14 +318,23 @@ def _learning_rate(written: Plain, step: int, trusted: str) -> float | None:
         step: counted from 0.
         trusted: the schedule of this command; a file may have no other one built than that or ours.
     """
+    try:
+        spans: list[Span] = []
+        stages = settings_of_stages(written)
+        for stage in stages:
+            start = spans[-1].start + spans[-1].steps if spans else 0
+            spans.append(Span(start, _steps(stage.settings), stage.begins_schedule, stage.learning_rate_scale))
+        schedule = sections(spans, lambda number: _schedule(stages[number].settings, trusted))
+        return float(written["optimizer"]["learning_rate"] * schedule(step, spans[-1].start + spans[-1].steps))
+    except (LongmixError, *UNREADABLE):
+        return None
+
+
+def _schedule(written: Plain, trusted: str) -> schedules.Schedule:
     node = written.get("schedule")
     node = node if isinstance(node, dict) else {}
     target = str(node.get("_target_"))
-    try:
-        if target == trusted:
-            schedule = Choice.of("schedule", node).build()
-        else:
-            schedule = KNOWN_SCHEDULES[target](**{key: node[key] for key in node if key != "_target_"})
-        return float(written["optimizer"]["learning_rate"] * schedule(step, _steps(written)))
-    except (LongmixError, KeyError, TypeError, ValueError, ArithmeticError):
-        return None
+    if target == trusted:
+        schedule: schedules.Schedule = Choice.of("schedule", node).build()
+        return schedule
+    return KNOWN_SCHEDULES[target](**{key: node[key] for key in node if key != "_target_"})

@@ -12,6 +12,7 @@ from longmix.checkpoints import CheckpointStore, open_checkpoint
 from longmix.checkpoints.contents import check_run_state, rebuilding
 from longmix.checkpoints.store import ASIDE, new_aside, step_of
 from longmix.config import OriginRecord, TrainConfig, total_steps
+from longmix.data.staged import by_stage
 from longmix.distributed.agreement import Processes
 from longmix.errors import CheckpointError
 from longmix.files import remove_leftovers, storage_errors
@@ -110,23 +111,34 @@ class Start:
         self.lock.release(remove=True)
         remove_unused(self.folder)
 
-    def check_data(self, fingerprint: Mapping[str, object]) -> None:
+    def check_data(self, fingerprint: Mapping[str, object], begun: int = 1) -> None:
         """Refuse to continue on other data than the checkpoint saw.
+
+        Args:
+            fingerprint: of the data of this command.
+            begun: how many stages of the run have begun; the data of later ones may be others by now.
 
         Raises:
             CheckpointError: names what differs.
         """
-        if self.saved is None or self.saved.data_fingerprint == fingerprint:
+        if self.saved is None:
             return
-        saved = self.saved.data_fingerprint
-        changed = [
-            f"{key} was {saved.get(key)} and is {value}"
-            for key, value in fingerprint.items()
-            if saved.get(key) != value
-        ]
-        raise CheckpointError(
-            f"the data are not those of the checkpoint: {'; '.join(changed)}. Restore the corpus, or start a new run."
-        )
+        before, now = by_stage(self.saved.data_fingerprint), by_stage(fingerprint)
+        changed: list[str] = []
+        for number, (saved, own) in enumerate(list(zip(before, now, strict=False))[:begun]):
+            place = f"stage {number + 1}: " if len(now) > 1 else ""
+            changed += [
+                f"{place}{key} was {saved.get(key)} and is {value}"
+                for key, value in own.items()
+                if saved.get(key) != value
+            ]
+            if not changed and saved != own:
+                changed.append(f"{place}they were {saved} and are {own}")
+        if changed:
+            raise CheckpointError(
+                f"the data are not those of the checkpoint: {'; '.join(changed)}. Restore the corpus, or start a new "
+                "run."
+            )
 
 
 def find_start(

@@ -15,13 +15,12 @@ from omegaconf import DictConfig
 
 from longmix.checkpoints import CheckpointStore, load_checkpoint
 from longmix.command_line.values import hydra_word
-from longmix.config import ModelConfig, TrainConfig, flattened, plain, read, total_steps, with_limits
-from longmix.data.synthetic.base import SyntheticData
+from longmix.config import ModelConfig, TrainConfig, course_of, flattened, plain, reached, read, with_limits
+from longmix.data.staged import data_of
 from longmix.data.tokens.tokenizers import Tokenizer
-from longmix.data.training_data import TrainingData, build_data
+from longmix.data.training_data import TrainingData
 from longmix.distributed.agreement import Processes
 from longmix.distributed.ranks import own_ranks, process_rank
-from longmix.distributed.slices import check_slices
 from longmix.errors import ConfigError, DataError
 from longmix.files import storage_errors
 from longmix.invocation import Invocation
@@ -42,13 +41,15 @@ from longmix.training.loggers import NoLog
 from longmix.training.module import TrainingModule
 from longmix.training.resume import Start, find_start, start_alone
 from longmix.training.run_state import Provenance
+from longmix.training.schedules import schedule_of
+from longmix.training.stages import check_stages, check_words_have_effect
 from longmix.training.summary import (
     SUMMARY_FILE,
     Summary,
+    mean_flops_per_token,
     print_header,
     print_summary,
     read_own_summary,
-    training_flops_per_token,
     write_summary,
 )
 from longmix.training.supervisor import Supervisor
@@ -72,6 +73,7 @@ def train(config: TrainConfig | DictConfig, invocation: Invocation | None = None
     by_clock = isinstance(config, DictConfig) and named_by_clock(config)
     config = with_limits(read(TrainConfig, config) if isinstance(config, DictConfig) else config, invocation.words)
     config.check_together()
+    check_words_have_effect(config, invocation.words)
     config, origin = begins_from(config, invocation)
     settings, data = check_config(config, None if origin is None else origin.tokenizer)
     _check_tokenizer_is_used(data, invocation.words)
@@ -95,7 +97,7 @@ def train(config: TrainConfig | DictConfig, invocation: Invocation | None = None
 
 def _check_tokenizer_is_used(data: TrainingData, words: Sequence[str]) -> None:
     given = [word for word in words if re.match(r"\+*tokenizer[.=]", word)]
-    if given and isinstance(data, SyntheticData):
+    if given and data.makes_numbers:
         raise ConfigError(f"{given[0]} has no use: data.task makes numbers, not text. Leave it out.")
 
 
@@ -158,10 +160,10 @@ def _train_from(
         logging.disable(logging.INFO)
     data.prepare_data()
     data.setup("fit")
-    everyone.each(lambda: start.check_data(data.fingerprint()))
+    everyone.each(lambda: start.check_data(data.fingerprint(), course_of(config).begun(start.step)))
     model = build_model(config, data.vocab_size if origin is None else origin.vocab_size)
     begin(model, config, origin)
-    model.measures_hits = isinstance(data, SyntheticData)
+    model.measures_hits = data.makes_numbers
     if is_first:
         print_header(config, start.folder, model, data, settings, start.step, invocation.choices)
     everyone.first(lambda: start.begin(config))
@@ -177,7 +179,7 @@ def _train_from(
     latest = supervisor.store.latest()
     if config.trainable == "states" and latest is not None and not (is_done and states.exists()):
         content = load_checkpoint(latest)
-        save_states(states, ModelConfig.of(content["config"]), content["model"])
+        save_states(states, ModelConfig.of(reached(content["config"])), content["model"])
     seconds = time.monotonic() - began
     if invocation.is_command:  # of a sweep, the command has other runs too
         seconds = seconds_since_begin(seconds)
@@ -203,27 +205,22 @@ def check_config(config: TrainConfig, tokenizer: Tokenizer | None = None) -> tup
         DataError: the corpus has no validation split.
     """
     config.check_together()
-    config.data.check({"tokenizer", "seq_len", "batch_size", "seed"})
+    course = course_of(config)
+    for part in course.parts:
+        part.config.data.check({"tokenizer", "seq_len", "batch_size", "seed"})
     if tokenizer is None:  # else it comes from a checkpoint, whose choice is not to be looked up
         config.tokenizer.check(set())
     config.optimizer.check({"parameters"})
-    for choice in (config.schedule, config.trainer, config.logger):
+    for choice in (*(part.config.schedule for part in course.parts), config.trainer, config.logger):
         choice.check(set())
-    config.schedule.build()
+    schedule_of(course)
     with torch.device("meta"):
         weights = {"matrix": torch.nn.Parameter(torch.empty(1, 1)), "vector": torch.nn.Parameter(torch.empty(1))}
         config.optimizer.build(parameters=weights)
     check_model(config)
     settings: TrainerSettings = config.trainer.build()
-    settings.check_batch(config.batch_size)
-    check_slices(config.seq_len, settings.slices)
-    data = build_data(
-        config.data,
-        config.tokenizer.build() if tokenizer is None else tokenizer,
-        seq_len=config.seq_len,
-        batch_size=config.batch_size,
-        seed=config.seed,
-    )
+    check_stages(config, course, settings)
+    data = data_of(course, config.tokenizer.build() if tokenizer is None else tokenizer)
     if not {"train", "validation"} <= set(data.splits):
         raise DataError(
             f"training needs a train and a validation split, and {data.source} has {', '.join(data.splits)}; give "
@@ -263,11 +260,12 @@ def _module(
     if settings.compiles:
         for block in model.blocks:
             block.compile()
+    course = course_of(config)
     return TrainingModule(
         model,
         lambda parameters: config.optimizer.build(parameters=parameters),
-        config.schedule.build(),
-        total_steps=total_steps(config),
+        schedule_of(course),
+        total_steps=course.total_steps,
         micro_batch_size=settings.micro_batch_size,
         gradient_clip=config.loop.gradient_clip,
         skip_nonfinite=config.loop.nonfinite == "skip",
@@ -281,7 +279,7 @@ def _module(
 def _supervisor(config: TrainConfig, data: TrainingData, start: Start, is_first: bool) -> Supervisor:
     provenance = Provenance(tokenizer=data.tokenizer.state(), data_fingerprint=data.fingerprint(), versions=versions())
     metric_log = config.logger.build() if is_first else NoLog()
-    progress = ProgressDisplay(total_steps(config), start.step, enabled=is_first)
+    progress = ProgressDisplay(course_of(config).total_steps, start.step, enabled=is_first)
     store = CheckpointStore(start.folder / "checkpoints")
     return Supervisor(config, data, store, metric_log, progress, provenance, start.saved)
 
@@ -298,7 +296,7 @@ def _fit_logged(
     config, metric_log = supervisor.config, supervisor.metric_log
     facts = {
         "parameters": module.model.parameter_counts(),
-        "training_flops_per_token": training_flops_per_token(module.model, config.seq_len),
+        "training_flops_per_token": mean_flops_per_token(module.model, course_of(config)),
         "train_tokens_per_epoch": data.train_tokens_per_epoch,
         "versions": supervisor.provenance.versions,
     }

@@ -12,6 +12,12 @@ from longmix.training.random_state import GeneratorStates
 BY_POSITION = "validation_by_position"
 """Entry of a checkpoint's `info.json`, beside `validation`, where the validation came after the checkpoint."""
 
+STAGE_RESULTS = "stages"
+"""Entry beside these: `RunState.stages`."""
+
+FINAL = "validation_final"
+"""The validation after a stage on windows of the last stage's length."""
+
 
 @dataclass
 class RunState:
@@ -22,12 +28,18 @@ class RunState:
         peak_memory_bytes: the most that any process held while it trained; see `hardware.peak_memory_bytes`.
         validation: the last validation's figures, empty before the first.
         validation_by_position: its loss by position.
+        stages: the validation after the last step of each stage that is done, by the number of the stage.
     """
 
     training_seconds: float = 0.0
     peak_memory_bytes: int = 0
     validation: dict[str, float] = field(default_factory=dict)
     validation_by_position: list[dict[str, float]] = field(default_factory=list)
+    stages: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+
+    def entries(self) -> dict[str, Any]:
+        """What a checkpoint holds of it; a run without stages has no entry of them."""
+        return {key: value for key, value in vars(self).items() if key != "stages" or value}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,13 +3,13 @@
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, cast
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from longmix.config import TrainConfig, step_limits, tokens_per_step, total_steps, unlimited_windows
+from longmix.config import Course, TrainConfig, course_of, step_limits, unlimited_windows
 from longmix.data.training_data import TrainingData
 from longmix.files import replace_json
 from longmix.model.backbone import LanguageModel
@@ -31,7 +31,10 @@ LOG_WIDTH = 160
 
 
 class Summary(TypedDict, total=False):
-    """The content of a run's `summary.json`; empty in all processes of a distributed run but the first."""
+    """The content of a run's `summary.json`; empty in all processes of a distributed run but the first.
+
+    Of a run with stages, `stages` has each, and `seq_len` and `tokens_per_step` are the last one's.
+    """
 
     name: str
     mixer: str
@@ -48,6 +51,7 @@ class Summary(TypedDict, total=False):
     device: str
     validation: dict[str, float]
     validation_by_position: list[dict[str, float]]
+    stages: list[dict[str, Any]]
     checkpoint: str
     data_fingerprint: dict[str, object]
     versions: dict[str, str]
@@ -71,6 +75,17 @@ def training_flops_per_token(model: LanguageModel, seq_len: int) -> float:
     return 3 * model.flops(seq_len) / seq_len
 
 
+def mean_flops_per_token(model: LanguageModel, course: Course) -> float:
+    """Floating-point operations of forward and backward per token, over all tokens of a run."""
+    if not course.staged:
+        return training_flops_per_token(model, course.parts[0].config.seq_len)
+    flops = [
+        training_flops_per_token(model, part.config.seq_len) * part.steps * part.tokens_per_step
+        for part in course.parts
+    ]
+    return sum(flops) / course.total_tokens
+
+
 def print_header(
     config: TrainConfig,
     folder: Path,
@@ -81,22 +96,27 @@ def print_header(
     choices: Mapping[str, str],
 ) -> None:
     """Sizes, data and machine, before the first step."""
-    steps, per_step = total_steps(config), tokens_per_step(config)
+    course = course_of(config)
+    steps, tokens = course.total_steps, course.total_tokens
+    per_step = counted(course.parts[0].tokens_per_step, "token")
     counts = model.parameter_counts()
     splits = {name: split["tokens"] for name, split in data.summary()["splits"].items()}
-    flops = training_flops_per_token(model, config.seq_len)
+    flops = mean_flops_per_token(model, course)
     rows = {
         "run": _shown(folder),
         "model": f"{mixer_name(config, choices)}, {counts['total']:,} parameters, "
         f"{flops / 1e6:,.1f} MFLOP per trained token",
         "data": f"{data.label}: " + ", ".join(f"{count:,} {name} tokens" for name, count in splits.items()),
-        "steps": f"{first_step:,} to {steps:,} of {counted(per_step, 'token')}: "
-        f"{steps * per_step / data.train_tokens_per_epoch:.2f} epochs",
+        "steps": f"{first_step:,} to {steps:,} of {f'{tokens:,} tokens in all' if course.staged else per_step}: "
+        f"{tokens / data.train_tokens_per_epoch:.2f} epochs",
         "machine": f"{'GPU' if settings.on_gpu else 'CPU'}, {settings.precision_in_use}, "
         f"{settings.strategy} x {settings.world_size}"
         + (f", rows in {settings.slices} slices" if settings.slices > 1 else ""),
     }
-    limits, given = step_limits(config), {"max_steps": config.max_steps, "max_tokens": config.max_tokens}
+    for part in course.parts if course.staged else ():
+        rows[f"stage {part.number + 1}"] = str(part)
+    limits = {} if course.staged else step_limits(config)
+    given = {"max_steps": config.max_steps, "max_tokens": config.max_tokens}
     if len(limits) == 2:
         holds, other = sorted(limits, key=lambda key: limits[key])
         rows["limit"] = f"{holds}={given[holds]:,}; {other}={given[other]:,} would be {counted(limits[other], 'step')}"
@@ -104,10 +124,11 @@ def print_header(
     if match is not None:
         rows["matched"] = (
             f"{match['parameters']:,} parameters for {match['target']:,} ({match['difference']:+.2%}) with "
-            f"model.mlp_hidden={match['mlp_hidden']}; {steps * per_step:,} tokens, as in every run of max_tokens and "
-            f"{counted(per_step, 'token')} a step"
+            f"model.mlp_hidden={match['mlp_hidden']}; {tokens:,} tokens"
+            + ("" if course.staged else f", as in every run of max_tokens and {per_step} a step")
         )
-    for index, note in enumerate(unlimited_windows(config)):
+    notes = dict.fromkeys(note for part in course.parts for note in unlimited_windows(part.config))
+    for index, note in enumerate(notes):
         rows["note" if index == 0 else f"note {index + 1}"] = note
     _print(rows)
 
@@ -142,17 +163,18 @@ def write_summary(
     Its `validation` is of the last step: `validation["step"]` equals `steps`.
     """
     state, versions = supervisor.state, supervisor.provenance.versions
-    tokens = total_steps(config) * tokens_per_step(config)
+    course = course_of(config)
+    tokens, last = course.total_tokens, course.parts[-1]
     summary: Summary = {
         "name": config.name,
         "mixer": mixer_name(config, choices),
-        "seq_len": config.seq_len,
+        "seq_len": last.config.seq_len,
         "parameters": model.parameter_counts(),
         "match": matched(config, model.parameter_counts()["total"]),
-        "training_flops_per_token": training_flops_per_token(model, config.seq_len),
-        "steps": total_steps(config),
+        "training_flops_per_token": mean_flops_per_token(model, course),
+        "steps": course.total_steps,
         "tokens": tokens,
-        "tokens_per_step": tokens_per_step(config),
+        "tokens_per_step": last.tokens_per_step,
         "training_seconds": state.training_seconds,
         "tokens_per_second": tokens / max(state.training_seconds, 1e-9),
         "peak_memory_bytes": state.peak_memory_bytes,
@@ -163,6 +185,17 @@ def write_summary(
         "data_fingerprint": supervisor.provenance.data_fingerprint,
         "versions": versions,
     }
+    if course.staged:
+        summary["stages"] = [
+            {
+                "seq_len": part.config.seq_len,
+                "batch_size": part.config.batch_size,
+                "steps": part.steps,
+                "tokens_per_step": part.tokens_per_step,
+                **state.stages.get(str(part.number), {}),
+            }
+            for part in course.parts
+        ]
     replace_json(folder / SUMMARY_FILE, summary)
     return summary
 

@@ -6,7 +6,6 @@ import math
 import time
 from typing import Any, cast
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from longmix.checkpoints import CheckpointStore
@@ -15,12 +14,12 @@ from longmix.checkpoints.saver import Saver
 from longmix.checkpoints.store import SKIPS_IN_A_ROW
 from longmix.checkpoints.tensors import IN_TENSORS
 from longmix.checkpoints.verify import read_info
-from longmix.config import TrainConfig, plain, tokens_per_step
+from longmix.config import STAGE, StagePart, TrainConfig, course_of, plain
+from longmix.data.staged import StagedData
 from longmix.data.training_data import TrainingData
 from longmix.distributed.agreement import Processes
 from longmix.distributed.signals import process_watch
 from longmix.errors import Interrupted, NonFiniteError
-from longmix.evaluation.loss import evaluate_loss
 from longmix.evaluation.statistics import LossStatistics
 from longmix.metrics import Metrics
 from longmix.mixers.parts.metrics import figures
@@ -31,9 +30,11 @@ from longmix.training.diagnosis import nonfinite_tensor
 from longmix.training.hardware import peak_flops, peak_memory_bytes, reset_peak_memory
 from longmix.training.loggers import MetricLog
 from longmix.training.module import TrainingModule
-from longmix.training.run_state import BY_POSITION, Provenance, RunState, SavedRun
+from longmix.training.run_state import BY_POSITION, FINAL, STAGE_RESULTS, Provenance, RunState, SavedRun
 from longmix.training.space import checkpoint_bytes, warn_of_space
+from longmix.training.stages import enter
 from longmix.training.summary import QUALITIES, quality_of, training_flops_per_token
+from longmix.training.validation import empty_statistics, validated
 
 
 class Supervisor(Callback):
@@ -63,14 +64,17 @@ class Supervisor(Callback):
         self.metric_log, self.progress, self.provenance = metric_log, progress, provenance
         self.saved = saved
         self.loop = config.loop
+        self.course = course_of(config)
+        self.part = self.course.taken(0 if saved is None else saved.step)
         self.signals = process_watch()
         self.state = RunState() if saved is None else dataclasses.replace(saved.run)
         if saved is not None and not self.is_validated(saved.step):
             info = read_info(saved.checkpoint)  # a validation may have followed
             if info.get("validation", {}).get("step") == saved.step and BY_POSITION in info:
                 self.state.validation, self.state.validation_by_position = info["validation"], info[BY_POSITION]
+                self.state.stages = info.get(STAGE_RESULTS, self.state.stages)
         self.clock = time.perf_counter()
-        self.seconds_since_log, self.steps_since_log = 0.0, 0
+        self.seconds_since_log, self.tokens_since_log = 0.0, 0
         self.saver: Saver | None = None
         self.first_step = 0
         self.save_is_due = False
@@ -96,6 +100,8 @@ class Supervisor(Callback):
                 random_state.restore(random_state.of_process(self.saved.random, processes.rank))
             self.saved = None
             self.first_step = module.step
+        if self.course.staged:
+            enter(self.part, module)
         wanted = self.loop.sharded_checkpoints
         self.saver = Saver(
             self.store,
@@ -106,13 +112,15 @@ class Supervisor(Callback):
         )
         reset_peak_memory(module.device)
         # says what validation covers, before the bar takes the terminal
-        self.data.evaluation_windows("validation", self.config.seq_len, self.data.validation_tokens)
+        for part in self.course.parts:
+            self._data(part).evaluation_windows("validation", part.config.seq_len, self.data.validation_tokens)
         if self.signals.anywhere(module.device):
             raise Interrupted(self.signals.before_the_first_step(), self.signals.earlier_handler())
         self.signals.worth_saving = True  # and all processes have come this far
         self.progress.open()
         last = module.step == module.total_steps
-        if module.step and (last or _due(self.loop.validate_every, module.step)) and not self.is_validated(module.step):
+        due = last or _due(self.loop.validate_every, module.step) or self.course.ends_stage(module.step)
+        if module.step and due and not self.is_validated(module.step):
             self._validate_and_keep(trainer, module)
 
     def _how_to_continue(self, module: TrainingModule) -> str:
@@ -131,6 +139,20 @@ class Supervisor(Callback):
         """Whether the last validation is of `step`."""
         return self.state.validation.get("step") == step
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Begin the stage of the next step."""
+        module = cast(TrainingModule, pl_module)
+        part = self.course.taking(module.step)
+        if part is not self.part:
+            self.part = part
+            enter(part, module)
+        if self.course.staged and module.step in (self.first_step, part.start):
+            self.progress.message(f"stage {part.number + 1} of {len(self.course.parts)}: {part}")
+
+    def _data(self, part: StagePart) -> TrainingData:
+        """The data of a stage."""
+        return self.data.parts[part.number] if isinstance(self.data, StagedData) else self.data
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Log, save, obey signals and validate after a step, in this order. The clock of the speed stands still.
 
@@ -139,7 +161,7 @@ class Supervisor(Callback):
         module = cast(TrainingModule, pl_module)
         elapsed = time.perf_counter() - self.clock
         self.seconds_since_log += elapsed
-        self.steps_since_log += 1
+        self.tokens_since_log += self.part.tokens_per_step
         self.state.training_seconds += elapsed
         if module.step == self.first_step + 1 and trainer.is_global_zero:
             self._warn_of_space(module)
@@ -151,8 +173,9 @@ class Supervisor(Callback):
         rate = self._rate()
         # The row is written before the checkpoint: a resumed run drops rows behind its checkpoint, but makes up none.
         metrics = self._log(trainer, module) if _due(self.loop.log_every, module.step) or last else None
-        validates = last or _due(self.loop.validate_every, module.step)
-        self.save_is_due = self.save_is_due or _due(self.loop.checkpoint_every, module.step)
+        ends_stage = self.course.ends_stage(module.step)
+        validates = last or ends_stage or _due(self.loop.validate_every, module.step)
+        self.save_is_due = self.save_is_due or ends_stage or _due(self.loop.checkpoint_every, module.step)
         saves = self.save_is_due and not module.skips_in_a_row  # a step left out changed no weight
         # Saved before the end by a signal, and before the last validation, so that neither can lose a step. Otherwise a
         # step that is validated is saved after it, and the checkpoint holds the validation.
@@ -212,7 +235,12 @@ class Supervisor(Callback):
         assert self.saver is not None
         self.saver.wait()
         checkpoint = self.store.path(module.step)
-        figures = {"validation": self.state.validation, BY_POSITION: self.state.validation_by_position}
+        figures: dict[str, Any] = {
+            "validation": self.state.validation,
+            BY_POSITION: self.state.validation_by_position,
+        }
+        if self.state.stages:
+            figures[STAGE_RESULTS] = self.state.stages
         self.saver.processes.first(lambda: self.store.add_info(checkpoint, figures) if checkpoint.is_dir() else None)
 
     def _stop(self, module: TrainingModule) -> None:
@@ -234,7 +262,7 @@ class Supervisor(Callback):
 
     def _log(self, trainer: Trainer, module: TrainingModule) -> Metrics:
         record = module.record
-        statistics = self._statistics(module)
+        statistics = empty_statistics(self._data(self.part), self.part, module)
         statistics.update(record.token_losses, record.batch["targets"], record.batch["document_ids"], record.hits)
         statistics.reduce()
         loss, quality = record.loss.item(), quality_of(statistics.summary())
@@ -246,7 +274,8 @@ class Supervisor(Callback):
             f"train/{quality[0]}": quality[1],
             "train/learning_rate": module.learning_rate(),
             "train/gradient_norm": record.gradient_norm.item(),
-            "train/tokens": module.step * tokens_per_step(self.config),
+            "train/tokens": self.course.tokens(module.step),
+            **({"train/stage": self.part.number + 1} if self.course.staged else {}),
             "train/steps_skipped": module.steps_skipped,
             **_positions("train", statistics),
             **figures(measured, module.sum_over_processes),
@@ -258,12 +287,12 @@ class Supervisor(Callback):
 
     def _rate(self) -> float:
         """Tokens per second since the last row of the log."""
-        return self.steps_since_log * tokens_per_step(self.config) / max(self.seconds_since_log, 1e-9)
+        return self.tokens_since_log / max(self.seconds_since_log, 1e-9)
 
     def _throughput(self, trainer: Trainer, module: TrainingModule) -> Metrics:
         rate = self._rate()
-        self.seconds_since_log, self.steps_since_log = 0.0, 0
-        flops = training_flops_per_token(module.model, self.config.seq_len) * rate
+        self.seconds_since_log, self.tokens_since_log = 0.0, 0
+        flops = training_flops_per_token(module.model, self.part.config.seq_len) * rate
         peak_memory = strategies.largest(peak_memory_bytes(module.device), module.device)
         self.state.peak_memory_bytes = max(self.state.peak_memory_bytes, peak_memory)
         metrics = {
@@ -276,56 +305,47 @@ class Supervisor(Callback):
             metrics["throughput/mfu"] = flops / (peak * trainer.world_size)
         return metrics
 
-    def _statistics(self, module: TrainingModule) -> LossStatistics:
-        token_bytes = torch.as_tensor(self.data.token_bytes)
-        return LossStatistics(token_bytes, self.config.seq_len, module.device)
-
     def validate(self, trainer: Trainer, module: TrainingModule) -> bool:
         """Measure the loss on validation windows; a signal to any process ends it in all, and keeps the last result.
+
+        After a stage it is measured on windows of the last stage's length too, which tell all stages' ends apart.
 
         Returns:
             Whether it was completed.
         """
-        stopped = False
 
-        def goes_on() -> bool:
-            nonlocal stopped
-            stopped = self.signals.anywhere(module.device)
-            return not stopped
+        def measured(part: StagePart) -> LossStatistics | None:
+            return validated(self._data(part), part, trainer, module, lambda: not self.signals.anywhere(module.device))
 
-        groups = trainer.world_size // module.slices
-        batches = self.data.evaluation_loader(
-            "validation",
-            self.config.seq_len,
-            module.micro_batch_size or max(1, self.config.batch_size // groups),
-            self.data.validation_tokens,
-            rank=trainer.global_rank // module.slices,
-            world_size=groups,
-        )
-        statistics = evaluate_loss(
-            module.model,
-            batches,
-            self._statistics(module),
-            device=module.device,
-            precision=trainer.precision_plugin.forward_context,
-            after_batch=goes_on,
-            run=module.run,
-            own=module.own,
-        )
-        if stopped:
+        statistics = measured(self.part)
+        if statistics is None:
             return False
-        statistics.reduce()
+        final = None
+        last = self.course.parts[-1]
+        ends_stage = self.course.ends_stage(module.step)
+        if ends_stage:
+            final = statistics if self.part is last else measured(last)
+            if final is None:
+                return False
         self.state.validation = {**statistics.summary(), "step": module.step}
         self.state.validation_by_position = statistics.by_position()
+        if final is not None:
+            self.state.stages = {
+                **self.state.stages,
+                str(self.part.number): {"validation": self.state.validation, FINAL: final.summary()},
+            }
         if not trainer.is_global_zero:
             return True
         quality, value = quality_of(self.state.validation)
         names = ("loss", "perplexity", quality)
         metrics = {f"validation/{name}": self.state.validation[name] for name in names}
+        if final is not None:
+            metrics |= {f"{FINAL}/{name}": value for name, value in final.summary().items() if name in names}
         self.metric_log.write(module.step, metrics | _positions("validation", statistics))
         self.progress.message(
             f"step {module.step}/{module.total_steps}  validation loss {metrics['validation/loss']:.4f}  "
             f"{value:.4f} {QUALITIES[quality]}"
+            + (f"; at {last.config.seq_len:,} tokens {metrics[f'{FINAL}/loss']:.4f}" if final is not None else "")
         )
         return True
 
@@ -341,9 +361,9 @@ class Supervisor(Callback):
         self.save_is_due = False
         state = {
             **module.capture(),
-            "config": plain(self.config),
+            "config": plain(self.config) | ({STAGE: self.part.number} if self.course.staged else {}),
             "random": self.saver.processes.each(random_state.capture),
-            "run": vars(self.state),
+            "run": self.state.entries(),
             **vars(self.provenance),
         }
         place = nonfinite_tensor({key: state[key] for key in IN_TENSORS}, self.saver.processes)
@@ -353,7 +373,7 @@ class Supervisor(Callback):
                 f"{how_to_continue(self.store.folder.parent)} A lower optimizer.learning_rate may prevent it."
             )
         validation = self.state.validation if self.is_validated(module.step) else {}
-        info = {"tokens": module.step * tokens_per_step(self.config), "validation": validation}
+        info = {"tokens": self.course.tokens(module.step), "validation": validation}
         skips = {SKIPS_IN_A_ROW: module.skips_in_a_row} if module.skips_in_a_row else {}
         self.saver.save(state, info | skips)
 

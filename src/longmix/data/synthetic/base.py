@@ -90,6 +90,11 @@ class SyntheticData(TrainingData):
         return type(self.task).__name__
 
     @property
+    def makes_numbers(self) -> bool:
+        """They do: the tokens are numbers."""
+        return True
+
+    @property
     def splits(self) -> tuple[str, ...]:
         """Any task has all splits."""
         return SPLITS

@@ -1,0 +1,71 @@
+"""Stages of a run: what is refused before any work, and what changes where one begins."""
+
+import dataclasses
+from collections.abc import Iterable
+
+import torch
+
+from longmix.config import STAGES, Course, StagePart, TrainConfig
+from longmix.config.stages import LIMITS
+from longmix.data.staged import with_stage
+from longmix.distributed.slices import check_slices
+from longmix.errors import ConfigError
+from longmix.model.build import check_model
+from longmix.training.hardware import TrainerSettings
+from longmix.training.module import TrainingModule
+
+OF_THE_RUN = ("num_workers", "validation_tokens", "cache_dir", "order")
+"""Settings of data that are the same in all stages."""
+
+
+def check_words_have_effect(config: TrainConfig, words: Iterable[str]) -> None:
+    """Refuse words of the command line that every stage replaces.
+
+    Raises:
+        ConfigError: names the word.
+    """
+    if config.stages is None:
+        return
+    given = {name.lstrip("+"): value for name, _, value in (word.partition("=") for word in words)}
+    for name in ("seq_len", "batch_size", *LIMITS):
+        said = LIMITS if name in LIMITS else (name,)
+        if given.get(name, "null") != "null" and all(
+            any(getattr(stage, one) is not None for one in said) for stage in config.stages
+        ):
+            raise ConfigError(f"{name} has no effect: every stage of {STAGES} has its own. Leave it out.")
+
+
+def check_stages(config: TrainConfig, course: Course, settings: TrainerSettings) -> None:
+    """Refuse what cannot work in one of the stages; a run without stages is one.
+
+    Raises:
+        ConfigError: names the word, and of a run with stages the stage.
+    """
+    for part in course.parts:
+        if course.staged:
+            with_stage(part.number, lambda part=part: _check(config, part, settings))
+        else:
+            _check(config, part, settings)
+
+
+def _check(config: TrainConfig, part: StagePart, settings: TrainerSettings) -> None:
+    own = {} if config.stages is None else config.stages[part.number].data or {}
+    for name in OF_THE_RUN:
+        if name in own:
+            raise ConfigError(f"{STAGES}[{part.number}].data.{name}: it is the same in all stages; give data.{name}.")
+    if part.config.mixer is not config.mixer:
+        check_model(part.config)
+    dataclasses.replace(settings, micro_batch_size=part.micro_batch_size).check_batch(part.config.batch_size)
+    check_slices(part.config.seq_len, settings.slices)
+
+
+def enter(part: StagePart, module: TrainingModule) -> None:
+    """Make a module that has left one stage ready for the steps of the next.
+
+    Compiled blocks are compiled anew in each stage, for its shapes alone: a run that is continued inside a stage then
+    takes the same steps as one that came from the stage before.
+    """
+    module.micro_batch_size = part.micro_batch_size
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # pieces of memory for the old shapes would lie between those for the new ones
