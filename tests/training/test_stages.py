@@ -149,7 +149,10 @@ REFUSED = {
     "a range": ("{},{batch_size:0}", "stages[1].batch_size=0 must be at least 1"),
     "a type": ("{seq_len:x}", "stages[0].seq_len='x' is not a whole number"),
     "no text": ("7", "is no list of stages; write it like"),
-    "room, before the first step": ("{},{seq_len:1e8,max_steps:1}", "stages[1]: seq_len=100000000 is longer than the"),
+    "room, before the first step": (
+        "{},{seq_len:101e5,batch_size:1,max_steps:1}",
+        "stages[1]: seq_len=10100000 is longer than the train split",
+    ),
     "a schedule's word": ("{},{schedule:{warmpu:1}}", "unknown key stages[1].schedule.warmpu. Did you mean warmup?"),
     "a schedule's range": ("{},{schedule:{final:3}}", "schedule.final=3"),
     "a word of the data": (

@@ -36,13 +36,12 @@ from longmix.startup import seconds_since_begin
 from longmix.training import connection, process_launcher
 from longmix.training.claims import remove_unused
 from longmix.training.hardware import TrainerSettings
-from longmix.training.least_memory import check_memory
 from longmix.training.loggers import NoLog
 from longmix.training.module import TrainingModule
 from longmix.training.resume import Start, find_start, start_alone
 from longmix.training.run_state import Provenance
 from longmix.training.schedules import schedule_of
-from longmix.training.stages import check_stages, check_words_have_effect
+from longmix.training.stages import check_memory_of_stages, check_stages, check_words_have_effect
 from longmix.training.summary import (
     SUMMARY_FILE,
     Summary,
@@ -78,7 +77,7 @@ def train(config: TrainConfig | DictConfig, invocation: Invocation | None = None
     settings, data = check_config(config, None if origin is None else origin.tokenizer)
     _check_tokenizer_is_used(data, invocation.words)
     config = match_parameters(config, data.expected_vocab_size)
-    check_memory(config, settings, data.expected_vocab_size)
+    check_memory_of_stages(course_of(config), settings, data.expected_vocab_size)
     place = RunPlace.of(config, by_clock, invocation)
     config = dataclasses.replace(config, name=place.name)
     if place.folder != invocation.folder:

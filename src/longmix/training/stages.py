@@ -1,7 +1,8 @@
 """Stages of a run: what is refused before any work, and what changes where one begins."""
 
 import dataclasses
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -12,6 +13,7 @@ from longmix.distributed.slices import check_slices
 from longmix.errors import ConfigError
 from longmix.model.build import check_model
 from longmix.training.hardware import TrainerSettings
+from longmix.training.least_memory import check_memory
 from longmix.training.module import TrainingModule
 
 OF_THE_RUN = ("num_workers", "validation_tokens", "cache_dir", "order")
@@ -41,11 +43,30 @@ def check_stages(config: TrainConfig, course: Course, settings: TrainerSettings)
     Raises:
         ConfigError: names the word, and of a run with stages the stage.
     """
+    each_part(course, lambda part: _check(config, part, settings))
+
+
+def check_memory_of_stages(course: Course, settings: TrainerSettings, vocab_size: int) -> None:
+    """Refuse a run of which a stage needs more memory than is free on this machine; see `check_memory`.
+
+    Raises:
+        ConfigError: with the numbers and the words to change.
+    """
+    each_part(course, lambda part: check_memory(part.config, of_part(settings, part), vocab_size))
+
+
+def each_part(course: Course, action: Callable[[StagePart], None]) -> None:
+    """Call `action` for each part of a run; in a run with stages, its errors say which stage they are about."""
     for part in course.parts:
         if course.staged:
-            with_stage(part.number, lambda part=part: _check(config, part, settings))
+            with_stage(part.number, functools.partial(action, part))
         else:
-            _check(config, part, settings)
+            action(part)
+
+
+def of_part(settings: TrainerSettings, part: StagePart) -> TrainerSettings:
+    """The trainer's settings in a stage."""
+    return dataclasses.replace(settings, micro_batch_size=part.micro_batch_size)
 
 
 def _check(config: TrainConfig, part: StagePart, settings: TrainerSettings) -> None:
@@ -55,7 +76,7 @@ def _check(config: TrainConfig, part: StagePart, settings: TrainerSettings) -> N
             raise ConfigError(f"{STAGES}[{part.number}].data.{name}: it is the same in all stages; give data.{name}.")
     if part.config.mixer is not config.mixer:
         check_model(part.config)
-    dataclasses.replace(settings, micro_batch_size=part.micro_batch_size).check_batch(part.config.batch_size)
+    of_part(settings, part).check_batch(part.config.batch_size)
     check_slices(part.config.seq_len, settings.slices)
 
 
