@@ -134,8 +134,8 @@ class TestTrain:
             ({"model.num_heads": 3}, "model.num_heads=3"),
             (["seq_len"], "seq_len has no value"),
             ("seq_len=3", "give a list of words"),
-            (None, "words=None must be a text or a list of texts"),
-            ([3], "words=[3] must be a text or a list of texts"),
+            (None, "words=None must be a list of words, such as ['seq_len=64'], a mapping"),
+            ([3], "words=[3] must be a list of words"),
             ({"trainer": "ddp", "trainer.devices": 2, "trainer.accelerator": "cpu"}, "a call from Python cannot start"),
         ],
     )

@@ -56,6 +56,8 @@ def test_overview_imports_nothing_heavy(run_process):
         (("export", "folder=out"), "no value was given for: checkpoint."),
         (("export", "a", "b", "c"), "c is a word too many."),
         (("export", "a", "b", "dtpye=bf16"), "unknown word dtpye. Did you mean dtype?"),
+        (("report", "runs", "outptu=x"), "unknown word outptu. Did you mean output? Words are: folders, output."),
+        (("export", "a", "b", "--as", "lama"), "argument --as: invalid choice: 'lama'"),
         (("export", "a", "b", "force=yes"), "force=yes is not one of true, false."),
         (("consolidate", "checkpoint=nowhere"), "nowhere"),
         (("export", "a", "b", "as=lama"), "as=lama is not one of auto, llama, longmix. Did you mean llama?"),

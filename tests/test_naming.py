@@ -35,6 +35,7 @@ class TestNames:
             ("../evil", "leads out of runs/"),
             ("a/../../evil", "leads out of runs/"),
             ("..", "leads out of runs/"),
+            ("a${", "which begins an interpolation"),
             ("/tmp/evil", "leads out of runs/"),
             ("C:evil", "leads out of runs/"),
             (".", "begins with a dot"),

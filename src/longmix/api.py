@@ -113,7 +113,12 @@ def _configuration(words: Words) -> tuple[TrainConfig, list[str], Mapping[str, s
         chosen = {str(name): dict(value) for name, value in words.items() if _is_choice(value)}
         given = as_words({str(name): value for name, value in words.items() if name not in chosen})
     else:
-        given = _texts("words", words)
+        given = list(words) if isinstance(words, Iterable) else [words]
+        if not all(isinstance(word, str) for word in given):
+            raise ConfigError(
+                f"words={words!r} must be a list of words, such as ['seq_len=64'], a mapping, such as "
+                "{'seq_len': 64}, or a whole configuration."
+            )
     made = composed("train", given)
     choices = {group: choice for group, choice in made.choices.items() if group not in chosen}
     return read(TrainConfig, OmegaConf.create({**made.content, **chosen})), given, choices

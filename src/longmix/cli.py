@@ -14,6 +14,7 @@ import hydra._internal.hydra as hydra_commands
 import hydra._internal.utils as hydra_utils
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn
 from hydra.errors import CompactHydraException, HydraException
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
@@ -38,6 +39,7 @@ from longmix.startup import INTERRUPTED
 
 DEFECT = 1
 REPORT = "run_and_report"  # what Hydra does with every error
+VALUE = "return_value"  # what Hydra takes from a run that has ended
 PLUGINS = {
     "hydra-optuna-sweeper": ("sweep", {"hydra/sweeper=search", "hydra/sweeper=optuna"}),
     "hydra-submitit-launcher": (
@@ -122,13 +124,34 @@ def command_line(schema: Schema, arguments: Sequence[str]) -> list[str]:
 def as_hydra_reads(schema: Schema, words: Sequence[Word], sweep: bool = False) -> list[str]:
     """The words with each value in Hydra's grammar, by what the word takes."""
     written = []
-    for word in without_repetition(words):
+    for word in without_repetition(_without_null(schema, words)):
         takes = schema.takes(word, words) if word.value is not None and word.sign != "~" else None
         if takes is None or word.value is None:
             written.append(word.given)
         else:
             written.append(f"{word.sign}{word.name}={values.as_hydra_reads(word.value, takes, sweep)}")
     return written
+
+
+def _without_null(schema: Schema, words: Sequence[Word]) -> list[Word]:
+    """The words without those of a group whose last choice is null, if that is its default: Hydra takes no null."""
+    last = {word.name: word.value for word in words if not word.sign}
+    unset = {
+        name
+        for name, value in last.items()
+        if name in schema.groups and schema.groups[name] is None and (value or "").lower() == "null"
+    }
+    return [word for word in words if word.sign or word.name not in unset]
+
+
+_hydras_value: property = vars(JobReturn)[VALUE]
+
+
+def _return_value(done: JobReturn) -> Any:
+    """The result of a run; of one that was refused, and has said why, Hydra's own would print the words."""
+    if isinstance(done._return_value, RunFailed | LongmixError):
+        raise done._return_value
+    return _hydras_value.__get__(done)
 
 
 @contextlib.contextmanager
@@ -142,6 +165,7 @@ def _refusals_in_one_line(schema: Schema, given: Sequence[str]) -> Iterator[None
     originals = [vars(module)[REPORT] for module in modules]
     for module in modules:  # Hydra's own prints every error at length, and exits with 1
         setattr(module, REPORT, call)
+    setattr(JobReturn, VALUE, property(_return_value, _hydras_value.fset))
     try:
         yield
     except LongmixError:
@@ -159,6 +183,7 @@ def _refusals_in_one_line(schema: Schema, given: Sequence[str]) -> Iterator[None
     finally:
         for module, original in zip(modules, originals, strict=True):
             setattr(module, REPORT, original)
+        setattr(JobReturn, VALUE, _hydras_value)
         GlobalHydra.instance().clear()
 
 

@@ -30,7 +30,7 @@ def settings_at(place: str, usual: str) -> Iterator[None]:
     except LongmixError as error:
         if place != usual:
             rest = place.removeprefix(usual) if place.startswith(usual) else "\0"  # what names the place already stays
-            named = re.compile(rf"\b{re.escape(usual)}(?!{re.escape(rest)})(?=[.:])")
+            named = re.compile(rf"\b{re.escape(usual)}(?!{re.escape(rest)}\b)(?=[.:])")
             error.args = tuple(named.sub(lambda _: place, str(text)) for text in error.args)
         raise
 

@@ -53,6 +53,8 @@ def _problem(name: str) -> str | None:
         return "is empty; it names the run's folder"
     if name.startswith("/") or (len(name) > 1 and name[1] == ":") or ".." in name.split("/"):
         return f"leads out of {RUNS}/; leave out what comes before the last part"
+    if "${" in name:
+        return "holds ${, which begins an interpolation; leave it out"
     for part in name.split("/"):
         if not part:
             return "has an empty part between two slashes"

@@ -56,7 +56,29 @@ REFUSED = [
     ("train", "seq_len=${nothing}", "seq_len=${nothing}: hydra.run.dir: Interpolation key 'nothing' not found."),
     ("train", "seed=null", "seed=null is not a whole number."),
     ("train", "name=null", "name=null is not text."),
-    ("train", "loop=[]", "loop: Cannot merge DictConfig with ListConfig."),
+    ("train", "loop=[]", "loop=[]: loop has no value of its own; its words are: loop.gradient_clip, loop.log_every,"),
+    ("train", "loop=null", "loop=null: loop has no value of its own;"),
+    ("train", "loop=", "loop=: loop has no value of its own;"),
+    ("train", "match=3", "match=3: match has no value of its own; its words are: match.parameters,"),
+    ("train", "-m tuning=1,2", "tuning=1,2: tuning has no value of its own;"),
+    ("train", "~name", "~name: name cannot be left out; without the word it has its default."),
+    ("train", "~max_tokens", "it has its default. For no value write max_tokens=null."),
+    ("train", "~model", "~model: model cannot be left out;"),
+    ("train", "~mixer=flash", "~mixer=flash: mixer cannot be left out;"),
+    ("train", "~loop.log_every", "~loop.log_every: loop.log_every cannot be left out;"),
+    ("train", "-m ~loop seed=1,2", "~loop: loop cannot be left out;"),
+    ("evaluate", "checkpoint=x ~task", "~task: task cannot be left out;"),
+    ("train", "+mixer=flash", "+mixer=flash: mixer has a choice already; write mixer=flash."),
+    ("train", "++mixer=flash", "++mixer=flash: mixer has a choice already; write mixer=flash."),
+    ("train", "+experiment=mqar", "write experiment=mqar."),
+    ("train", "-m experiment=null,mqar", "null is no choice of a sweep;"),
+    ("train", "hydra.run.dir=a${", "hydra.run.dir=a${: the ${ in it begins an interpolation that has no end."),
+    ("train", "data=needle data.task.needles=0", "unknown word data.task.needles. Did you mean data.needles?"),
+    ("train", "seq_len=1_0_", "seq_len=1_0_ is not a whole number."),
+    ("train", "-m mixer=flash,sliding_window mixer.window=4", "mixer.window is no setting of mixer=flash, and every"),
+    ("train", "-m mixer=sliding_window,flash,kda mixer.window=4", "no setting of mixer=flash and mixer=kda, and every"),
+    ("train", "-m mixer=choice(sliding_window,flash) mixer.window=4", "mixer.window is no setting of mixer=flash,"),
+    ("train", "-m mixer=flash,kda mixer.windw=4", "unknown word mixer.windw. Did you mean"),
     ("generate", "checkpoint=x stop=###", "stop=### is not a list, each text. A list is 'stop=[###]'."),
     ("train", "-m seq_len=choice()", "seq_len=choice() is not a whole number."),
     ("train", "-m seq_len=range(1,1)", "seq_len=range(1,1) holds no value, so the sweep would have no run."),
@@ -109,6 +131,10 @@ def test_no_character_of_a_message_steers_the_terminal(run_words):
         ("train", "seed=1 seed=2", "seed", 2),
         ("train", "max_tokens=3e6", "max_tokens", 3_000_000),
         ("train", "name=ü", "name", "ü"),
+        ("train", "experiment=null", "seed", 0),
+        ("train", "experiment=mqar experiment=null", "seq_len", 512),
+        ("evaluate", "checkpoint=x data=null", "data", None),
+        ("train", "max_tokens=3_000_000", "max_tokens", 3_000_000),
         ("generate", "checkpoint=x", "prompt", ""),
         ("evaluate", "checkpoint=x data=text data.corpus.path=a,b", "split", "validation"),
     ],
@@ -140,6 +166,7 @@ def test_a_sweep_ends_with_the_code_of_its_failure(run_words):
     outcome = run_words("train", "-m", "seed=1,2", task=fail)
     assert outcome.code == 2 and len(outcome.configs) == 2
     assert "DataError: no data.\n" in outcome.err and "Traceback" not in outcome.err
+    assert "Error executing job" not in outcome.err
 
 
 def test_a_defect_keeps_its_traceback(run_words):

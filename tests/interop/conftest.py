@@ -40,10 +40,8 @@ def command(monkeypatch, capsys):
         from longmix.interop.huggingface.__main__ import main
 
         monkeypatch.setattr(sys, "argv", ["huggingface", *map(str, words)])
-        try:
-            main()
-        except SystemExit as end:
-            return int(end.code), capsys.readouterr().err.splitlines()
-        return 0, capsys.readouterr().out.splitlines()
+        code = main()
+        printed = capsys.readouterr()
+        return code, (printed.err if code else printed.out).splitlines()
 
     return run

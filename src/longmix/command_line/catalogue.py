@@ -3,6 +3,7 @@
 Nothing heavy is imported here.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -133,7 +134,7 @@ class Command:
             elif found and found[1] in known:
                 options += _option(known[found[1]], found[2])
                 named.append(known[found[1]])
-            elif found and not argument.startswith("-") and not any(known[name].many for name in positional):
+            elif found and not self._may_be_path(argument, found[1]):
                 meant = did_you_mean(nearest(found[1], known))
                 raise ConfigError(f"unknown word {found[1]}.{meant} Words are: {', '.join(known)}.")
             else:
@@ -142,6 +143,12 @@ class Command:
         for word in named:
             self._check_goes_with(word, placed[:1])
         return [*placed, *options]
+
+    def _may_be_path(self, argument: str, name: str) -> bool:
+        """Whether `name=value`, which is none of the words, may be a folder's name: those of a sweep's runs look so."""
+        if not any(word.many and word.path and word.positional for word in self.words):
+            return False
+        return os.path.exists(argument) or not nearest(name, [word.name for word in self.words])  # noqa: PTH110
 
     def _check_goes_with(self, word: Argument, first: list[str]) -> None:
         if word.only and not set(first) & set(word.only):

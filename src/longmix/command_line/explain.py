@@ -8,9 +8,10 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 
 from longmix.command_line import values
+from longmix.command_line.members import wrong_member
 from longmix.command_line.program import program
 from longmix.command_line.schema import HYDRA_PATHS, Schema
 from longmix.command_line.unknown_words import foreign, wrong_word
@@ -44,6 +45,9 @@ def misformed(schema: Schema, words: Sequence[Word], sweep: bool) -> str | None:
             return _alone(schema, words, index)
         if word.sign and not word.name:
             return f"{shown(word.given)} has no name behind {word.sign}."
+        problem = _left_out(schema, word) if word.sign == "~" else _no_section(schema, word)
+        if problem:
+            return problem
         if word.name in HYDRA_PATHS and not values.without_quotes((word.value or "").strip()).strip():
             return empty_path(word.name)
         if not word.name:
@@ -55,6 +59,8 @@ def misformed(schema: Schema, words: Sequence[Word], sweep: bool) -> str | None:
 
 def _problems(schema: Schema, words: list[Word], sweep: bool, error: BaseException) -> Iterable[str | None]:
     yield misformed(schema, words, sweep)
+    if sweep:
+        yield wrong_member(schema, words)
     try:
         node = schema.composed(word for word in words if not word.sign)
     except Exception:
@@ -63,6 +69,10 @@ def _problems(schema: Schema, words: list[Word], sweep: bool, error: BaseExcepti
         yield wrong_word(schema, node, word)
     for word in words:
         yield _wrong_value(schema, word, words, sweep)
+    if any(isinstance(cause, GrammarParseError) for cause in (error, error.__cause__)):
+        for word in words:
+            if "${" in (word.value or ""):
+                yield f"{shown(word.given)}: the ${{ in it begins an interpolation that has no end."
     if isinstance(error, InterpolationResolutionError) or isinstance(error.__cause__, InterpolationResolutionError):
         for word in words:
             if "${" in (word.value or ""):
@@ -100,10 +110,32 @@ def _alone(schema: Schema, words: Sequence[Word], index: int) -> str:
     return f"{shown(word.given)} is neither word=value nor an option.{meant} {called} -h lists the words."
 
 
+def _left_out(schema: Schema, word: Word) -> str | None:
+    """The message for a word that a command needs and `~` would leave out."""
+    if word.name not in schema.words and word.name not in schema.sections and word.name not in schema.groups:
+        return None
+    takes = schema.words.get(word.name)
+    cure = f" For no value write {word.name}=null." if takes and type(None) in takes.options else ""
+    return f"{shown(word.given)}: {word.name} cannot be left out; without the word it has its default.{cure}"
+
+
+def _no_section(schema: Schema, word: Word) -> str | None:
+    """The message for a single value in the place of words, as in loop=null."""
+    inner = schema.sections.get(word.name)
+    if inner is None or word.value is None or word.value.strip().startswith("{"):
+        return None
+    names = ", ".join(f"{word.name}.{name}" for name in inner)
+    return f"{shown(word.given)}: {word.name} has no value of its own; its words are: {names}."
+
+
 def _wrong_group(schema: Schema, word: Word, sweep: bool) -> str | None:
     group = word.name.partition("@")[0]
-    if word.value is None or not schema.is_group(word.name) or word.sign in ("~", "++"):
+    if word.value is None or not schema.is_group(word.name) or word.sign == "~":
         return None
+    if word.sign and word.name in schema.groups:
+        return f"{shown(word.given)}: {group} has a choice already; write {quoted(f'{group}={word.value}')}."
+    if word.sign == "++":
+        return f"{shown(word.given)}: a choice of {group} is added with one +."
     if group not in schema.groups:
         return foreign(schema, word) if group in schema.all_groups and not group.startswith("hydra/") else None
     value = word.value.strip()
@@ -116,6 +148,8 @@ def _wrong_group(schema: Schema, word: Word, sweep: bool) -> str | None:
         several = f"{group}=[{value}]" if schema.takes_several(group) else f"-m {group}={value} for one run with each"
         return f"{shown(word.given)} gives several values; write {several}."
     for part in parts:
+        if len(parts) > 1 and part.strip().lower() == "null":
+            return f"{shown(word.given)}: null is no choice of a sweep; sweep without it, and run that one by itself."
         problem = _wrong_choice(schema, group, part.strip())
         if problem:
             return problem

@@ -56,6 +56,16 @@ class Schema:
         )
 
     @functools.cached_property
+    def sections(self) -> dict[str, list[str]]:
+        """The words that hold others, such as loop, each with the names of these."""
+        found: dict[str, list[str]] = {}
+        for name in self.words:
+            section, dot, rest = name.partition(".")
+            if dot and section != "hydra":
+                found.setdefault(section, []).append(rest)
+        return found
+
+    @functools.cached_property
     def groups(self) -> dict[str, Any]:
         """The command's config groups, each with its default."""
         found: dict[str, Any] = {}

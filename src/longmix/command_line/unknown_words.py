@@ -83,7 +83,9 @@ def _unknown(schema: Schema, node: dict[str, Any], word: Word) -> str:
         keys += [name for name in schema.groups if name not in keys]
     meant = nearest(wanted, keys)
     guess = f"{known}.{meant}" if known and meant else meant
-    if guess and depth < len(parents):
+    if depth < len(parents) and leaf in keys:
+        guess = f"{known}.{leaf}" if known else leaf
+    elif guess and depth < len(parents):
         guess = ".".join([guess, *parents[depth + 1 :], leaf])
         guess = guess if _exists(node, guess) else f"{known}.{meant}" if known else meant
     if not guess and group in schema.groups and depth == 1:

@@ -25,7 +25,8 @@ LARGEST_INTEGER = 2**63 - 1
 PLAIN = re.compile(r"[A-Za-z_./][\w./-]*", re.ASCII)
 RESERVED = {"null", "true", "false", "inf", "nan"}
 SWEEP = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\s*\(.*\)", re.DOTALL)
-NUMBER = re.compile(r"[+-]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][+-]?\d{1,3})?", re.ASCII)
+DIGITS = r"\d+(_\d+)*"  # an underscore stands between two digits
+NUMBER = re.compile(rf"[+-]?({DIGITS}(\.({DIGITS})?)?|\.{DIGITS})([eE][+-]?\d{{1,3}})?", re.ASCII)
 
 
 @dataclass(frozen=True)

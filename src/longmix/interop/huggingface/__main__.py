@@ -14,14 +14,15 @@ from longmix.interop.huggingface.export import DTYPES, KINDS, export
 from longmix.interop.huggingface.load import import_folder
 
 
-def main(words: Sequence[str] | None = None) -> None:
-    """Export or import, as the arguments say."""
+def main(words: Sequence[str] | None = None) -> int:
+    """Export or import, as the arguments say, and return the exit code."""
     try:
         arguments = _parser().parse_args(words)
         arguments.run(arguments)
     except LongmixError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        return error.exit_code
+    return 0
 
 
 def _parser() -> OptionParser:
@@ -66,4 +67,4 @@ def _import(arguments: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     startup.begin()
-    main()
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""Which run of a sweep does not take one of the words: every run gets them all."""
+
+from collections.abc import Sequence
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from longmix.command_line import values
+from longmix.command_line.schema import Schema
+from longmix.command_line.unknown_words import wrong_word
+from longmix.command_line.words import Word
+
+
+def wrong_member(schema: Schema, words: Sequence[Word]) -> str | None:
+    """The message for a setting that some choices of a sweep have and others lack; None if there is no such word."""
+    swept = {word.name: _choices(word) for word in words if not word.sign and schema.is_group(word.name)}
+    firsts = {name: Word.read(f"{name}={choices[0]}") for name, choices in swept.items() if choices}
+    others = [word for word in words if word.name not in swept]
+    for group, choices in swept.items():
+        settings = [word for word in others if word.name.startswith(f"{group}.")]
+        lacking: dict[str, list[str]] = {word.given: [] for word in settings}
+        for choice in choices if len(choices) > 1 and settings else []:
+            chosen = firsts | {group: Word.read(f"{group}={choice}")}
+            try:
+                node = schema.composed([*chosen.values(), *others])
+            except Exception:
+                continue  # it has another fault, which is told by itself
+            for word in settings:
+                if wrong_word(schema, node, word) is not None:
+                    lacking[word.given].append(f"{group}={choice}")
+        for word in settings:
+            if 0 < len(lacking[word.given]) < len(choices):
+                return (
+                    f"{word.name} is no setting of {' and '.join(lacking[word.given])}, and every run of a sweep gets "
+                    f"all words; nothing was run. Sweep the choices that have {word.name} by themselves."
+                )
+    return None
+
+
+def _choices(word: Word) -> list[str]:
+    value = (word.value or "").strip()
+    if not values.SWEEP.fullmatch(value):
+        return [part.strip() for part in values.split(value)]
+    try:
+        override = OverridesParser.create().parse_override(f"{word.name}={value}")
+        return [str(getattr(choice, "text", choice)) for choice in override.sweep_iterator()]
+    except Exception:
+        return []  # a pattern of names, or no sweep at all
