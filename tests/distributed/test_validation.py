@@ -70,7 +70,15 @@ def alone(group: dist.ProcessGroup) -> Iterator[None]:
         yield
 
 
-CONFIG = SimpleNamespace(loop=None, seq_len=LENGTH, batch_size=4)
+CONFIG = SimpleNamespace(
+    loop=None,
+    seq_len=LENGTH,
+    batch_size=4,
+    max_steps=1,
+    max_tokens=None,
+    stages=None,
+    trainer=SimpleNamespace(settings={}),
+)
 
 
 class Nothing:

@@ -17,6 +17,7 @@ from longmix.errors import CheckpointError, ConfigError, Interrupted, NonFiniteE
 from longmix.model.build import build_model
 from longmix.training import run as run_module
 from longmix.training import supervisor as supervisor_module
+from longmix.training import validation as validation_module
 from longmix.training.diagnosis import nonfinite_tensor
 from longmix.training.module import TrainingModule
 
@@ -219,13 +220,13 @@ class TestRowOfSkippedSteps:
 
 
 def test_a_last_validation_that_is_no_number_is_no_success(train, folder, monkeypatch):
-    original = supervisor_module.evaluate_loss
+    original = validation_module.evaluate_loss
 
     def evaluate_loss(model, batches, statistics, **settings):
         statistics.loss_by_position += math.nan
         return original(model, batches, statistics, **settings)
 
-    monkeypatch.setattr(supervisor_module, "evaluate_loss", evaluate_loss)
+    monkeypatch.setattr(validation_module, "evaluate_loss", evaluate_loss)
     for words in ([], ["resume=auto"]):
         with pytest.raises(NonFiniteError, match="the validation after the last step, 9, gave a loss of nan"):
             train(*words)
