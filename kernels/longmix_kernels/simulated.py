@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
@@ -86,6 +85,19 @@ def _shared_memory(function: Any, target: Any, options: Any, signature: Any, con
 
 
 @contextlib.contextmanager
+def _standing_in(holder: Any, **members: Any) -> Iterator[None]:
+    """Let other members of a module or class stand in for its own while the context lasts."""
+    own = {name: vars(holder)[name] for name in members}
+    try:
+        for name, member in members.items():
+            setattr(holder, name, member)
+        yield
+    finally:
+        for name, member in own.items():
+            setattr(holder, name, member)
+
+
+@contextlib.contextmanager
 def simulated_gpu(
     architecture: int,
     limit: int | None = None,
@@ -98,10 +110,8 @@ def simulated_gpu(
     gpu = SimulatedGPU(architecture, SHARED_MEMORY[architecture] if limit is None else limit, takes)
     with (
         assumed_device("cuda"),
-        mock.patch.object(launch, "architecture_of", lambda _: architecture),
-        mock.patch.object(launch, "processors_of", lambda _: processors),
-        mock.patch.object(launch, "_too_large", {}),
-        mock.patch.object(JITFunction, "run", lambda *arguments, **options: gpu.run(*arguments, **options)),
+        _standing_in(launch, architecture_of=lambda _: architecture, processors_of=lambda _: processors, _too_large={}),
+        _standing_in(JITFunction, run=lambda *arguments, **options: gpu.run(*arguments, **options)),
     ):
         yield gpu
 

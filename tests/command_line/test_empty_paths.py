@@ -99,12 +99,10 @@ def test_from_python(monkeypatch, tmp_path, call, said, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_of_an_option(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["rwkv.py", "x", ""])
-    with pytest.raises(SystemExit) as end:
-        rwkv.main()
+def test_of_an_option(capsys):
+    assert rwkv.main(["x", ""]) == 2
     (message,) = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and message.startswith("ConfigError: argument output: it is empty;")
+    assert message.startswith("ConfigError: argument output: it is empty;")
 
 
 def test_a_path_with_interpolation_is_read_first():

@@ -6,7 +6,7 @@ from engine_contract import compiles
 from test_variants import CALLS, tensors
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from longmix_kernels import attention
+from longmix_kernels import attention, launch
 from longmix_kernels.attention.launch import describable
 from longmix_kernels.runtime import is_readable
 from longmix_kernels.simulated import FakeCalls, SimulatedGPU, simulated_gpu
@@ -57,3 +57,13 @@ def test_values_of_a_simulated_gpu_are_not_looked_at():
 def test_descriptors_are_made_where_the_simulated_gpu_has_them(architecture, found):
     with simulated_gpu(architecture):
         assert describable(torch.zeros(1, 16, 2, 64)) == found
+
+
+def test_all_is_as_before_once_the_context_ends():
+    from triton.runtime.jit import JITFunction
+
+    own = vars(JITFunction)["run"], launch.architecture_of, launch.processors_of, launch._too_large
+    with pytest.raises(ZeroDivisionError), simulated_gpu(90):
+        assert launch.architecture_of(None) == 90
+        raise ZeroDivisionError
+    assert (vars(JITFunction)["run"], launch.architecture_of, launch.processors_of, launch._too_large) == own

@@ -8,7 +8,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 from torch import Tensor
 
@@ -25,7 +25,25 @@ DEEPEST = 50
 """The most levels of a configuration; longmix's have about ten."""
 
 
-def load_model_state(checkpoint: Path | str) -> dict[str, Any]:
+class ModelState(TypedDict):
+    """The entries of a checkpoint that a model is rebuilt from; there are more, of which versions may be missing.
+
+    Attributes:
+        step: of the run that saved it.
+        config: the configuration it was trained with, as dicts.
+        tokenizer: its state.
+        model: the weights by name.
+        versions: of the packages that wrote it.
+    """
+
+    step: int
+    config: dict[str, Any]
+    tokenizer: dict[str, Any]
+    model: dict[str, Tensor]
+    versions: NotRequired[dict[str, str]]
+
+
+def load_model_state(checkpoint: Path | str) -> ModelState:
     """The state in a checkpoint without the optimizers; it holds all that a model is rebuilt from.
 
     Its configuration is that of the stage in which it was saved.
@@ -39,7 +57,7 @@ def load_model_state(checkpoint: Path | str) -> dict[str, Any]:
         if state["config"].get(STAGES):
             state["config"] = reached(state["config"])
             check_model_state(state)
-    return state
+    return cast(ModelState, state)
 
 
 def check_model_state(state: dict[str, Any]) -> None:

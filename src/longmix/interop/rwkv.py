@@ -7,6 +7,7 @@ ours are [keys, values], theirs [values, keys].
 """
 
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -91,8 +92,12 @@ def _time_mixing(mixer: RWKV7) -> dict[str, Tensor]:
     return weights
 
 
-def main() -> None:
-    """Write a checkpoint of RWKV-7 in the format of the rwkv package, as the command line says."""
+def main(words: Sequence[str] | None = None) -> int:
+    """Write a checkpoint of RWKV-7 in the format of the rwkv package, and return the exit code.
+
+    Args:
+        words: those of the process if not given.
+    """
     parser = OptionParser(
         prog="python -m longmix.interop.rwkv",
         description="Write a checkpoint of RWKV-7 in the format of the rwkv package.",
@@ -100,7 +105,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=path_option, help="folder of a run or checkpoint")
     parser.add_argument("output", type=path_option, help="file to write, ending in .pth")
     try:
-        arguments = parser.parse_args()
+        arguments = parser.parse_args(words)
         check_replaceable(arguments.output)
         checkpoint = chosen_checkpoint(arguments.checkpoint)
         state = load_model_state(checkpoint)
@@ -110,10 +115,11 @@ def main() -> None:
         save_tensors(arguments.output, weights)
     except LongmixError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        return error.exit_code
     print(f"wrote {len(weights)} tensors to {arguments.output}")
+    return 0
 
 
 if __name__ == "__main__":
     startup.begin()
-    main()
+    sys.exit(main())

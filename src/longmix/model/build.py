@@ -1,10 +1,10 @@
 """From the configuration's choices `model` and `mixer` to a model."""
 
 import inspect
-from typing import Any
 
 import torch
 
+from longmix.checkpoints.contents import ModelState
 from longmix.config import Choice, ModelConfig, Pattern
 from longmix.errors import ConfigError
 from longmix.mixers.parts.base import Mixer, ModelShape
@@ -106,7 +106,7 @@ def check_model(config: ModelConfig) -> None:
         build_model(config, CHECK_VOCABULARY)
 
 
-def model_from_checkpoint(state: dict[str, Any]) -> LanguageModel:
+def model_from_checkpoint(state: ModelState) -> LanguageModel:
     """Rebuild a model with its weights from the state that `load_checkpoint` returned.
 
     Raises:
