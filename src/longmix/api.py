@@ -223,8 +223,8 @@ class Loaded:
         """
         from longmix.evaluation.run import evaluate
 
-        for word in ("checkpoint", *self._settings):
-            if word in words:
+        for word in words:
+            if word.partition(".")[0] in ("checkpoint", *self._settings):
                 raise ConfigError(f"{word} belongs to the loaded model; give it to longmix.load.")
         names = _texts("task", task)
         given = {"checkpoint": str(self.checkpoint), "task": names, **self._settings, **words}
@@ -251,6 +251,7 @@ def load(
     device: str = "auto",
     precision: str = "auto",
     states: str | Path | None = None,
+    mixer: Mapping[str, Any] | None = None,
     trust: Sequence[str] = (),
 ) -> Loaded:
     """A trained model from its checkpoint alone.
@@ -260,15 +261,19 @@ def load(
         device: "auto", "cpu" or "cuda".
         precision: "auto" (bf16 on a GPU, float32 on a CPU), "float32" or "bf16".
         states: `states.pt` of a run with trainable=states, or its folder.
+        mixer: settings that may change after training, as `{"rotary_scaling": "yarn", "rotary_factor": 4, ...}`; in a
+            pattern by its members, `{"flash": {...}}`.
         trust: full names of classes besides longmix's own that the checkpoint may name. Loading calls nothing else.
 
     Raises:
-        ConfigError: a device or precision that there is not, or a checkpoint that names a class outside `trust`.
+        ConfigError: a device or precision that there is not, a setting that may not change, or a checkpoint that names
+            a class outside `trust`.
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
     if states is not None:
         check_path("states", str(states))
-    restored = restore(str(checkpoint), states=states, device=device, precision=precision, trust=trust)
+    restored = restore(str(checkpoint), mixer=mixer, states=states, device=device, precision=precision, trust=trust)
     settings: dict[str, Any] = {"device": device, "precision": precision, "trust": list(trust)}
+    settings |= {"mixer": dict(mixer)} if mixer else {}
     settings["states"] = None if states is None else str(states)
     return Loaded(restored, settings)

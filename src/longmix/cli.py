@@ -125,11 +125,13 @@ def as_hydra_reads(schema: Schema, words: Sequence[Word], sweep: bool = False) -
     """The words with each value in Hydra's grammar, by what the word takes."""
     written = []
     for word in without_repetition(_without_null(schema, words)):
+        # Hydra composes another mixer than the checkpoint's, which may lack the setting.
+        sign = "++" if schema.changes_checkpoint(word, words) else word.sign
         takes = schema.takes(word, words) if word.value is not None and word.sign != "~" else None
         if takes is None or word.value is None:
-            written.append(word.given)
+            written.append(f"{sign}{word.given[len(word.sign) :]}")
         else:
-            written.append(f"{word.sign}{word.name}={values.as_hydra_reads(word.value, takes, sweep)}")
+            written.append(f"{sign}{word.name}={values.as_hydra_reads(word.value, takes, sweep)}")
     return written
 
 

@@ -1,9 +1,10 @@
 """Rebuilds a model from its checkpoint alone, for commands that do not train."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ from longmix.data.tokens.tokenizers import Tokenizer, tokenizer_from_state
 from longmix.errors import ConfigError
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import model_from_checkpoint
+from longmix.model.changes import changed_mixer
 from longmix.model.tuned_states_file import load_states
 from longmix.notices import notice_float32_on_gpu
 from longmix.trust import check_model_nodes
@@ -27,7 +29,8 @@ class Restored:
         checkpoint: its folder.
         step: of the run that saved it.
         written: the configuration it was trained with, as the checkpoint holds it.
-        config: the configuration it was trained with, as far as every version wrote it.
+        config: the configuration it was trained with, as far as every version wrote it, with the mixer as it is used.
+        changes: settings of the mixer that are not those of the training.
         model: in evaluation mode, on `device`.
         tokenizer: the one it was trained with.
         device: where the model is.
@@ -38,6 +41,7 @@ class Restored:
     step: int
     written: Plain
     config: StoredConfig
+    changes: Mapping[str, Any]
     model: LanguageModel
     tokenizer: Tokenizer
     device: torch.device
@@ -54,6 +58,7 @@ def restored_for(config: EvaluateConfig | GenerateConfig) -> Restored:
     """Rebuild the model that the words of a command name; see `restore`."""
     return restore(
         config.checkpoint,
+        mixer=config.mixer,
         states=config.states,
         device=config.device,
         precision=config.precision,
@@ -64,6 +69,7 @@ def restored_for(config: EvaluateConfig | GenerateConfig) -> Restored:
 def restore(
     checkpoint: str | Path,
     *,
+    mixer: Mapping[str, Any] | None = None,
     states: str | Path | None = None,
     device: str = "auto",
     precision: str = "auto",
@@ -73,13 +79,15 @@ def restore(
 
     Args:
         checkpoint: its folder, or that of its run.
+        mixer: settings of its mixer that may change after training, with their values; by members for a pattern.
         states: file of trained states that documents begin from, or the folder of the run that wrote it.
         device: auto, cpu or cuda.
         precision: auto, float32 or bf16.
         trust: full names of classes besides longmix's own that the checkpoint may name.
 
     Raises:
-        ConfigError: a device or precision that there is not, or a checkpoint that names a class outside `trust`.
+        ConfigError: a device or precision that there is not, a setting that may not change, or a checkpoint that names
+            a class outside `trust`.
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
     on, precision = _device_and_precision(device, precision)
@@ -87,14 +95,17 @@ def restore(
     state = load_model_state(folder)
     with rebuilding(folder):
         check_model_nodes(state["config"], trust)
-        config = StoredConfig.of(state["config"])
-        model = model_from_checkpoint(state)
+        trained = StoredConfig.of(state["config"])
+    config = replace(trained, mixer=changed_mixer(trained.mixer, mixer or {}, f"checkpoint={checkpoint}"))
+    with rebuilding(folder):
+        model = model_from_checkpoint(state, config)
         tokenizer = tokenizer_from_state(state["tokenizer"])
         if not 1 <= tokenizer.vocab_size <= model.vocab_size:
             raise ValueError(f"its tokenizer has {tokenizer.vocab_size:,} ids, and its model {model.vocab_size:,}")
     if states is not None:
-        load_states(model, Path(states), config)
-    return Restored(folder, state["step"], state["config"], config, model.to(on).eval(), tokenizer, on, precision)
+        load_states(model, Path(states), trained)
+    model = model.to(on).eval()
+    return Restored(folder, state["step"], state["config"], config, dict(mixer or {}), model, tokenizer, on, precision)
 
 
 def _device_and_precision(device: str, precision: str) -> tuple[torch.device, str]:

@@ -84,3 +84,26 @@ REFUSED = {
 def test_what_does_not_fit_is_refused(make, words):
     with pytest.raises(ConfigError, match=words):
         make()
+
+
+OTHER_VALUES = {
+    **{"rotary_base": 500.0, "rotary_fraction": 0.5, "rotary_scaling": "linear", "rotary_factor": 3.0},
+    **{"window": 5, "local_window": 3, "sample": 0.5, "sink": 2, "local": 3, "stride": 5},
+}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_what_may_change_changes_no_weight(path):
+    node = settings_of(path)
+    kind = locate(node["_target_"], "mixer")
+    assert set(kind.changeable) <= set(settings(kind))
+    if not kind.changeable:
+        return
+    base = {"rotary_base": 10_000.0} if "rotary_base" in node else {}
+    changes = {name: value for name, value in OTHER_VALUES.items() if name in kind.changeable}
+    both = []
+    for given in (base, changes):
+        torch.manual_seed(0)
+        both.append(build({**node, **given}, "mixer", shape=SHAPE, layer_index=0).state_dict())
+    assert both[0].keys() == both[1].keys()
+    assert all(torch.equal(weight, both[1][name]) for name, weight in both[0].items())

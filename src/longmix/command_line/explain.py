@@ -130,6 +130,8 @@ def _no_section(schema: Schema, word: Word) -> str | None:
 
 def _wrong_group(schema: Schema, word: Word, sweep: bool) -> str | None:
     group = word.name.partition("@")[0]
+    if word.name == "mixer" and word.value is not None and "mixer" in schema.words:
+        return foreign(schema, word)
     if word.value is None or not schema.is_group(word.name) or word.sign == "~":
         return None
     if word.sign and word.name in schema.groups:

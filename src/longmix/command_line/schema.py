@@ -111,6 +111,15 @@ class Schema:
         group = name.partition("@")[0]
         return group in self.groups or "/" in group or (group in self.all_groups and group not in self.words)
 
+    def changes_checkpoint(self, word: Word, words: Sequence[Word]) -> bool:
+        """Whether a word on a command line with these others sets something of the mixer of a checkpoint."""
+        if not word.name.startswith("mixer.") or word.value is None or word.sign:
+            return False
+        if self.command in ("evaluate", "generate"):
+            return True
+        given = [other.value for other in words if other.name == "checkpoint"]
+        return bool(given) and given[-1] not in (None, "null")
+
     def takes(self, word: Word, words: Sequence[Word]) -> Takes | None:
         """The type of a word on a command line with these others; None if it is unknown.
 

@@ -130,7 +130,7 @@ def hydra_schema(kind: type) -> type:
             continue
         default = default_of(entry)
         value: object = omegaconf.MISSING if default is dataclasses.MISSING else default
-        own = dataclasses.field(default_factory=value.copy) if isinstance(value, list) else value
+        own = dataclasses.field(default_factory=value.copy) if isinstance(value, list | dict) else value
         entries.append((name, _hydra_type(hint), own))
     return dataclasses.make_dataclass(kind.__name__, entries)
 

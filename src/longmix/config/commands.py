@@ -186,7 +186,7 @@ class TrainConfig(ModelConfig):
         resume: auto continues `runs/<name>`, or without a name the newest run of this configuration; or the folder of a
             run or checkpoint.
         checkpoint: folder of a run or checkpoint whose weights a new run begins from; model, mixer and tokenizer are
-            its own.
+            its own, but for mixer.NAME=VALUE of what may change after training, such as mixer.rotary_scaling.
         trust: full names of classes besides longmix's own that checkpoint may name.
         trainable: all, or states: train the states before documents and nothing else.
         tuning: see `TuningConfig`.
@@ -243,6 +243,7 @@ class EvaluateConfig:
     Attributes:
         checkpoint: folder of a checkpoint, of a run (its newest checkpoint), or of a sweep (every run's newest one);
             last is the newest run.
+        mixer: settings of the checkpoint's mixer that may change after training, such as mixer.rotary_scaling=yarn.
         states: file of trained states that documents begin from, or the folder of the run that wrote it.
         task: what to evaluate; one choice or a list.
         data: other data than the checkpoint's; null keeps its own.
@@ -257,6 +258,7 @@ class EvaluateConfig:
     """
 
     checkpoint: str = word(path=True)
+    mixer: dict[str, Any] = word({})
     states: str | None = word(None, path=True)
     task: dict[str, Choice] = word(misfit="is no task; give one or several, such as task=[loss,accuracy].")
     data: Choice | None = None
@@ -276,6 +278,7 @@ class GenerateConfig:
 
     Attributes:
         checkpoint: folder of a checkpoint, or of a run (its newest checkpoint).
+        mixer: settings of the checkpoint's mixer that may change after training, such as mixer.rotary_scaling=yarn.
         prompt: a text, or a list of texts that go on side by side.
         prompt_file: a UTF-8 file with the prompt instead.
         max_tokens: tokens to generate for each row.
@@ -295,6 +298,7 @@ class GenerateConfig:
     """
 
     checkpoint: str = word(path=True)
+    mixer: dict[str, Any] = word({})
     prompt: str | list[str] = word("", literal=True, misfit=NO_TEXT)
     prompt_file: str | None = word(None, path=True)
     max_tokens: int = word(256, at_least(1))

@@ -61,14 +61,15 @@ def word(
     """A field of a command's configuration.
 
     Args:
-        default: its value where nobody gives one, which is not shared: a list is copied. None at all must be given.
+        default: its value where nobody gives one, which is not shared: a list or dict is copied. None at all must be
+            given.
         rule: which values of its type are allowed.
         path: it names a file or folder, and is not empty.
         literal: it is text of the user's, which no grammar reads.
         misfit: the end of the message for a value of another type, where the type's own says less.
     """
     metadata = {"rule": rule, "path": path, "literal": literal, "misfit": misfit}
-    if isinstance(default, list):
+    if isinstance(default, list | dict):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 

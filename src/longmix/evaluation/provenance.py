@@ -24,7 +24,7 @@ IRRELEVANT = ("cache_dir", "num_workers", "validation_tokens", "local_shards", "
 
 
 def model_facts(restored: Restored, states: str | None) -> dict[str, Any]:
-    """The evaluated weights: `checkpoint`, its `weights` (a digest), `step`, `states`, `precision`.
+    """The evaluated weights: `checkpoint`, its `weights` (a digest), `step`, `states`, `precision`, `mixer` if changed.
 
     Args:
         restored: the model.
@@ -35,6 +35,7 @@ def model_facts(restored: Restored, states: str | None) -> dict[str, Any]:
         "weights": weights_digest(restored.checkpoint),
         "step": restored.step,
         "trained_seq_len": restored.config.seq_len,
+        **({"mixer": dict(restored.changes)} if restored.changes else {}),
         "states": None if states is None else _states_facts(Path(states)),
         "precision": restored.precision,
         "device": torch.cuda.get_device_name() if restored.device.type == "cuda" else "CPU",
@@ -85,6 +86,7 @@ def file_name(task: str, facts: dict[str, Any]) -> str:
     fixed = {
         key: facts.get(key) for key in ("weights", "precision", "device", "data_fingerprint", "tokenizer", "split")
     }
+    fixed |= {"mixer": facts["mixer"]} if "mixer" in facts else {}
     states = facts["states"] and facts["states"]["sha256"]
     data = [_short(str(facts["corpus"])), facts["split"]] if facts.get("corpus") else []
     mark = sha256_of_json([task, fixed, states, facts["settings"]])[:DIGEST_LETTERS]

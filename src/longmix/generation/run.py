@@ -132,7 +132,13 @@ def _begun(
     if config.load is not None:
         session, about = Session.load(Path(config.load), restored.model, restored.device)
         own = _identity(restored)
-        about.setdefault("weights", own["weights"])  # earlier versions did not say
+        about = {"weights": own["weights"], "mixer": {}, **about}  # earlier versions did not say
+        if about["mixer"] != own["mixer"]:
+            before = about["mixer"] or "those of the training"
+            raise ConfigError(
+                f"load={config.load} was saved with other settings of the mixer, {before}; give them as "
+                "mixer.NAME=VALUE."
+            )
         if {key: about.get(key) for key in own} != own:
             raise ConfigError(f"load={config.load} was saved with another checkpoint; give that one.")
         with reading(Path(config.load), "saved generation of this model"):
@@ -176,6 +182,7 @@ def _identity(restored: Restored) -> dict[str, Any]:
         "checkpoint": final_name(restored.checkpoint.name),
         "weights": weights_digest(restored.checkpoint),
         "tokenizer": restored.tokenizer.fingerprint(),
+        "mixer": dict(restored.changes),
     }
 
 

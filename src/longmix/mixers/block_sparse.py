@@ -56,6 +56,7 @@ class BlockSparse(SoftmaxAttention):
     """
 
     sizes: ClassVar = {"block": 16}  # a tile of the engine
+    changeable: ClassVar = (*SoftmaxAttention.changeable, "sink", "local", "stride")
     small: ClassVar = {"local": 1, "stride": 2}
 
     def __init__(

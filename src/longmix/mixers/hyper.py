@@ -42,6 +42,7 @@ class Hyper(SparseFlash):
         ConfigError: besides those of the base, a `sample` outside (0, 1), a window below 1.
     """
 
+    changeable: ClassVar = (*SparseFlash.changeable, "sample")
     small: ClassVar = {"buckets": 4, "sample": 0.3}
 
     salt: Tensor

@@ -55,6 +55,7 @@ class Routing(SoftmaxAttention):
     """
 
     sizes: ClassVar = {"window": 1, "local_window": 1, "block": 1}
+    changeable: ClassVar = (*SoftmaxAttention.changeable, "window", "local_window")
     small: ClassVar = {"clusters": 3}
 
     def __init__(

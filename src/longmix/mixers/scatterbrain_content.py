@@ -48,6 +48,7 @@ class ScatterbrainContent(Scatterbrain):
     """
 
     sizes: ClassVar = {"block": 1, "window": 1}
+    changeable: ClassVar = (*Scatterbrain.changeable, "window")
     small: ClassVar = {"num_features": 8, "buckets": 4}
 
     def __init__(

@@ -21,6 +21,7 @@ class SlidingWindow(SoftmaxAttention):
     """
 
     sizes: ClassVar = {"window": 1}
+    changeable: ClassVar = (*SoftmaxAttention.changeable, "window")
 
     def __init__(
         self,

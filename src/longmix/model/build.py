@@ -106,15 +106,19 @@ def check_model(config: ModelConfig) -> None:
         build_model(config, CHECK_VOCABULARY)
 
 
-def model_from_checkpoint(state: ModelState) -> LanguageModel:
+def model_from_checkpoint(state: ModelState, config: ModelConfig | None = None) -> LanguageModel:
     """Rebuild a model with its weights from the state that `load_checkpoint` returned.
+
+    Args:
+        state: of the checkpoint.
+        config: the configuration to build the model from; None takes the checkpoint's own.
 
     Raises:
         CheckpointError: the weights are not those of the model that the configuration describes; found out before any
             memory is taken.
     """
     vocab_size = state["model"]["embedding.weight"].shape[0]
-    config = ModelConfig.of(state["config"])
+    config = ModelConfig.of(state["config"]) if config is None else config
     with torch.device("meta"):
         check_weights(build_model(config, vocab_size), state["model"])
     model = build_model(config, vocab_size)

@@ -1,8 +1,10 @@
 """Begins training from a checkpoint's weights: trains all of them, or only the states before documents."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -17,11 +19,12 @@ from longmix.distributed.ranks import was_restarted
 from longmix.errors import CheckpointError, ConfigError
 from longmix.invocation import Invocation
 from longmix.model.backbone import LanguageModel
+from longmix.model.changes import changed_mixer
 from longmix.model.tuned_states_file import load_weights, tune_states
 from longmix.trust import check_model_nodes
 
 TAKEN = ("mixer", "model", "tokenizer", "block")
-"""Words that come from the checkpoint."""
+"""Words that come from the checkpoint; settings of the mixer that may change after training may be given besides."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def begins_from(config: TrainConfig, invocation: Invocation) -> tuple[TrainConfi
         return config, None
     for override in invocation.words:
         word = override.lstrip("+~").partition("=")[0]
-        if word.split(".")[0] in TAKEN:
+        if word.split(".")[0] in TAKEN and (override.startswith("~") or not word.startswith("mixer.")):
             raise ConfigError(f"{word} comes from checkpoint={config.checkpoint}; leave one of the two out.")
     own = continued_checkpoint(config, invocation)
     state = None if own is None else load_model_state(own)
@@ -92,15 +95,25 @@ def begins_from(config: TrainConfig, invocation: Invocation) -> tuple[TrainConfi
     with rebuilding(checkpoint):
         check_model_nodes(state["config"], config.trust)
         trained = ModelConfig.of(state["config"])
-        config = dataclasses.replace(
-            config,
-            mixer=trained.mixer,
-            model=trained.model,
-            tokenizer=Choice.of("tokenizer", state["config"]["tokenizer"]),
-            checkpoint=word,
-            origin=record,
-        )
-        return config, Origin(state["model"], tokenizer_from_state(state["tokenizer"]), record)
+        tokenizer = Choice.of("tokenizer", state["config"]["tokenizer"])
+        origin = Origin(state["model"], tokenizer_from_state(state["tokenizer"]), record)
+    mixer = changed_mixer(trained.mixer, _given(config, invocation), f"checkpoint={word}")
+    config = dataclasses.replace(config, mixer=mixer, model=trained.model, tokenizer=tokenizer)
+    return dataclasses.replace(config, checkpoint=word, origin=record), origin
+
+
+def _given(config: TrainConfig, invocation: Invocation) -> dict[str, Any]:
+    """The settings of the mixer on the command line, by the parts of their names."""
+    found: dict[str, Any] = {}
+    for override in invocation.words:
+        _, *parts = override.lstrip("+~").partition("=")[0].split(".")
+        if not override.lstrip("+").startswith("mixer."):
+            continue
+        node, value = found, config.mixer.entries
+        for part in parts[:-1]:
+            node, value = node.setdefault(part, {}), cast(Mapping[str, Any], value[part])
+        node[parts[-1]] = value[parts[-1]]
+    return found
 
 
 def continued_checkpoint(config: TrainConfig, invocation: Invocation) -> Path | None:

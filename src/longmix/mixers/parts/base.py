@@ -64,6 +64,8 @@ class Mixer(nn.Module):
             smaller ones, so that short rows have something outside them.
         small: settings at which rows of a few dozen tokens show what rows of thousands do with the usual ones; tests
             take them, besides smaller `sizes`.
+        changeable: settings that may change after training, because no weight's shape or meaning depends on them:
+            `checkpoint=RUN mixer.NAME=VALUE` takes them.
         kind: what tells layers apart that need unlike memory or time although their weights have the same shapes. The
             builder sets it to the place of the mixer's settings in the configuration.
         tunes_states: whether `tune_states` is there, which `trainable=states` needs. The submodule `tuned` then holds
@@ -78,6 +80,7 @@ class Mixer(nn.Module):
     sliced = False
     sizes: ClassVar[dict[str, int]] = {}
     small: ClassVar[dict[str, Any]] = {}
+    changeable: ClassVar[tuple[str, ...]] = ()
     kind: Hashable = None
     usual_place = "mixer"
     tunes_states = False

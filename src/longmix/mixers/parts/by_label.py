@@ -36,6 +36,7 @@ class LabelAttention(SoftmaxAttention):
     """
 
     sizes: ClassVar = {"window": 1}
+    changeable: ClassVar = (*SoftmaxAttention.changeable, "window")
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ simple_gla   f_t = logsigmoid(w . x_t + b) / 16, learned (Yang et al. 2024, arXi
 """
 
 import math
-from typing import Unpack
+from typing import ClassVar, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from longmix.mixers.parts.base import ModelShape
 from longmix.mixers.parts.exact import exact_linear
 from longmix.mixers.parts.layout import Layout
 from longmix.mixers.parts.linear import LinearMixer, LinearOptions
-from longmix.mixers.parts.rotary import Rotary, RotaryScalingOptions, ScalingKind, rotate
+from longmix.mixers.parts.rotary import POSITIONS, Rotary, RotaryScalingOptions, ScalingKind, rotate
 from longmix.recipe import Recipe, set_recipe
 
 _LEARNED_DIVISOR = 16.0
@@ -61,6 +61,8 @@ class HeadDecay(LinearMixer):
     Raises:
         ConfigError: besides those of the base, an unknown word, positions that make no sense.
     """
+
+    changeable: ClassVar = POSITIONS
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ Notable: grouped key-value heads; RMSNorm on each query and key head before the 
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from longmix.mixers.parts.exact import rounded_once
 from longmix.mixers.parts.layout import Layout, LayoutNeeds, layout_after
 from longmix.mixers.parts.looked_into import ValuePath
 from longmix.mixers.parts.metrics import Metric
-from longmix.mixers.parts.rotary import Rotary, RotaryScalingOptions, ScalingKind, rotate
+from longmix.mixers.parts.rotary import POSITIONS, Rotary, RotaryScalingOptions, ScalingKind, rotate
 from longmix.mixers.parts.states import mixer_state
 
 
@@ -148,6 +148,7 @@ class SoftmaxAttention(Mixer):
     """
 
     sliced = True
+    changeable: ClassVar = POSITIONS
 
     def __init__(
         self,
