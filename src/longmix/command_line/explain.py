@@ -130,7 +130,7 @@ def _no_section(schema: Schema, word: Word) -> str | None:
 
 def _wrong_group(schema: Schema, word: Word, sweep: bool) -> str | None:
     group = word.name.partition("@")[0]
-    if word.name == "mixer" and word.value is not None and "mixer" in schema.words:
+    if word.value is not None and word.name in schema.changed_groups:
         return foreign(schema, word)
     if word.value is None or not schema.is_group(word.name) or word.sign == "~":
         return None

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from longmix.command_line.entries import SWEEP_GROUPS, entry, group_lines, words, written
 from longmix.command_line.explain import no_such_choice
 from longmix.command_line.schema import Schema
-from longmix.command_line.unknown_words import unknown_word
+from longmix.command_line.unknown_words import foreign, unknown_word
 from longmix.command_line.words import Word
 from longmix.errors import ConfigError
 from longmix.printable import printable
@@ -33,6 +33,8 @@ def pages_of(schema: Schema, argument: str) -> list[str]:
         if not word.value:
             return ["\n".join(group_lines(schema, word.name, schema.groups.get(word.name, "basic")))]
         return [_file_page(schema, word.name, choice) for choice in _choices(schema, word.name, word.value)]
+    if word.value and word.name in schema.changed_groups:
+        raise ConfigError(foreign(schema, word))
     lines = _meanings(schema, word.name)
     if lines:
         return ["\n".join(lines)]
@@ -69,7 +71,7 @@ def _meanings(schema: Schema, name: str) -> list[str]:
 
 def _settings(schema: Schema, name: str) -> Iterator[str]:
     """The lines about a setting in the file of every choice that has it."""
-    for group in (*schema.groups, *SWEEP_GROUPS):
+    for group in (*schema.groups, *schema.changed_groups, *SWEEP_GROUPS):
         for choice in schema.choices(group) if group != "experiment" else ():
             keys = [_key_of(schema, group, choice)]
             if group == "mixer":

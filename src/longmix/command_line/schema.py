@@ -111,11 +111,16 @@ class Schema:
         group = name.partition("@")[0]
         return group in self.groups or "/" in group or (group in self.all_groups and group not in self.words)
 
+    @property
+    def changed_groups(self) -> tuple[str, ...]:
+        """Groups whose choice comes from the checkpoint, of `evaluate` and `generate`; their settings may change."""
+        return tuple(group for group in self.all_groups if group in self.words and group not in self.groups)
+
     def changes_checkpoint(self, word: Word, words: Sequence[Word]) -> bool:
         """Whether a word on a command line with these others sets something of the mixer of a checkpoint."""
         if not word.name.startswith("mixer.") or word.value is None or word.sign:
             return False
-        if self.command in ("evaluate", "generate"):
+        if self.changed_groups:
             return True
         given = [other.value for other in words if other.name == "checkpoint"]
         return bool(given) and given[-1] not in (None, "null")
