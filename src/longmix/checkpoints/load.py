@@ -21,12 +21,17 @@ if TYPE_CHECKING:  # it imports torch.distributed.tensor, which takes a second
 Checkpoint = Union[WholeCheckpoint, "ShardedCheckpoint"]
 
 
+OF_TRAINING = ("optimizers", "carried")
+"""The entries of a state that only training goes on with."""
+
+
 def load_checkpoint(checkpoint: Path | str, *, optimizers: bool = True) -> dict[str, Any]:
     """The state saved in a checkpoint folder, on the CPU of one process, after its hashes have been verified.
 
     Args:
         checkpoint: the folder, or that of a run, whose newest checkpoint is taken.
-        optimizers: with their state, which often is twice as large as the weights.
+        optimizers: with their state, which often is twice as large as the weights, and what rows carry from step to
+            step.
 
     Raises:
         CheckpointError: a file is missing, damaged, or of another format; nothing is changed.
@@ -34,13 +39,13 @@ def load_checkpoint(checkpoint: Path | str, *, optimizers: bool = True) -> dict[
     checkpoint = _one_of(checkpoint)
     if _format(checkpoint) == WHOLE:
         state = read_whole(checkpoint)
-        return state if optimizers else {key: value for key, value in state.items() if key != "optimizers"}
+        return state if optimizers else {key: value for key, value in state.items() if key not in OF_TRAINING}
     saved = _open_shards(checkpoint)
     rest = saved.rest()
     with _rest_of(checkpoint):
         aliases: dict[str, str] = rest.pop(ALIASES)
-        if not optimizers:
-            del rest["optimizers"]
+        for key in () if optimizers else OF_TRAINING:
+            rest.pop(key, None)
         tensors = {
             name: torch.empty(shape, dtype=saved.dtypes[name])
             for name, shape in saved.shapes.items()

@@ -67,7 +67,7 @@ class Saver:
         """
         self.wait()  # the thread still reads the memory of the last copies, and may hold an error to raise
         self.saved_step = state["step"]
-        parts = {key: state[key] for key in IN_TENSORS}
+        parts = {key: state[key] for key in IN_TENSORS if key in state}
         tensors, rest = split(parts)
         # Tied weights are written once; loading gives both names the same tensor.
         tensors, aliases = without_aliases(tensors)
@@ -137,7 +137,7 @@ class Saver:
         """Copies in CPU memory, in the memory of the last copies, whose content is on the disk by now."""
         on_gpu = False
         for name, tensor in tensors.items():
-            if name not in self._memory:
+            if name not in self._memory or self._memory[name].shape != tensor.shape:  # carried states may grow
                 self._memory[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self._memory[name].copy_(tensor, non_blocking=True)
             on_gpu |= tensor.is_cuda

@@ -10,7 +10,10 @@ from torch import Tensor
 Name = str
 """The keys on the way to a tensor, with slashes between: `optimizers/0/state/head.weight/exp_avg`."""
 
-IN_TENSORS = ("model", "optimizers")
+TRAINED = ("model", "optimizers")
+"""The entries of a state that training changes step by step."""
+
+IN_TENSORS = (*TRAINED, "carried")
 """The entries of a state whose tensors may be divided over processes."""
 
 

@@ -17,7 +17,7 @@ from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
 from longmix.mixers.parts.base import Mixer, ModelShape
 from longmix.mixers.parts.documents import told_apart
-from longmix.mixers.parts.layout import Layout, layouts, takes_layout
+from longmix.mixers.parts.layout import Layout, LayoutNeeds, layouts, takes_layout
 from longmix.mixers.parts.metrics import Metric
 from longmix.model.blocks import Block, BlockStyle, Standard
 from longmix.model.head import hits, token_losses, token_losses_and_peaks
@@ -132,13 +132,15 @@ class LanguageModel(nn.Module):
         Args:
             tokens: ids.
             targets: the token each position is to predict; `head.IGNORE_INDEX` for none.
-            state: one entry per layer, from `init_state` or an earlier output, to continue after earlier tokens.
+            state: one entry per layer, from `init_state` or an earlier output, to continue after earlier tokens. A
+                layer whose mixer has None in it begins anew.
             document_ids: int32 [B, T], non-decreasing along T; None means every row is one document.
             document_starts: int32 [B, N], where they start, as in `Batch`. With it `mixer=flash` has FlashAttention on
-                a GPU; not together with a state.
+                a GPU; layers that go on from a state do not use it.
         """
-        for mixer in self.mixers() if state is None else ():
-            mixer.prepare(tokens.shape[1])
+        for index, mixer in enumerate(self.mixers()):
+            if state is None or state[index].mixer is None:
+                mixer.prepare(tokens.shape[1])
         if state is None:
             document_ids = told_apart(document_ids)
         made = self._layouts(tokens, state, document_ids, document_starts)
@@ -174,9 +176,10 @@ class LanguageModel(nn.Module):
         """Each layer's layout; layers that need the same share one. None after a state, of which each has its own."""
         first = state[0].mixer if state else None
         slices = first if isinstance(first, Slices) else None
-        if state is not None and slices is None:
-            return [None] * len(self.blocks)
-        needs = [mixer.layout_needs() if takes_layout(cast(Hashable, type(mixer))) else None for mixer in self.mixers()]
+        needs: list[LayoutNeeds | None] = []
+        for index, mixer in enumerate(self.mixers()):
+            shares = slices is not None or state is None or state[index].mixer is None
+            needs.append(mixer.layout_needs() if shares and takes_layout(cast(Hashable, type(mixer))) else None)
         made = layouts({need for need in needs if need is not None}, tokens, document_ids, document_starts, slices)
         return [None if need is None else made[need] for need in needs]
 
@@ -192,6 +195,10 @@ class LanguageModel(nn.Module):
     def init_state(self, batch: int) -> list[Any]:
         """Every layer's state before the first token, for `batch` rows."""
         return [cast(Block, block).init_state(batch) for block in self.blocks]
+
+    def state_between_documents(self, batch: int) -> list[Any]:
+        """Every layer's state for `batch` rows that any document may follow, as training carries it at first."""
+        return [cast(Block, block).state_between_documents(batch) for block in self.blocks]
 
     def slice_state(self, slices: Slices) -> list[Any]:
         """Every layer's state before this process's slice of longer rows."""

@@ -187,6 +187,15 @@ class Block(nn.Module):
             check_state(state, type(branch).__name__, batch)
         return BlockState(*states)
 
+    def state_between_documents(self, batch: int) -> BlockState:
+        """The state that training carries at first, for `batch` rows; None for a branch whose state would grow."""
+        return BlockState(
+            *(
+                branch.state_between_documents(batch) if branch.state_is_bounded() else None
+                for branch in (self.mixer, self.mlp)
+            )
+        )
+
     def slice_state(self, slices: Slices) -> BlockState:
         """The state before this process's slice."""
         return BlockState(slices, slices)

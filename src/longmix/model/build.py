@@ -96,14 +96,14 @@ def build_model(config: ModelConfig, vocab_size: int) -> LanguageModel:
     return config.model.build(mixer_factory=mixer_factory(config.mixer), vocab_size=vocab_size)
 
 
-def check_model(config: ModelConfig) -> None:
-    """Build the model without memory, so that sizes which do not fit are refused before any work.
+def check_model(config: ModelConfig) -> LanguageModel:
+    """The model without memory, built so that sizes which do not fit are refused before any work.
 
     Raises:
         ConfigError: naming the key.
     """
     with torch.device("meta"):
-        build_model(config, CHECK_VOCABULARY)
+        return build_model(config, CHECK_VOCABULARY)
 
 
 def model_from_checkpoint(state: ModelState, config: ModelConfig | None = None) -> LanguageModel:

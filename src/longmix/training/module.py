@@ -28,6 +28,7 @@ from longmix.model.backbone import LanguageModel, ModelOutput
 from longmix.model.head import IGNORE_INDEX
 from longmix.recipe import recipe_of, set_recipe
 from longmix.training import strategies
+from longmix.training.carried import CARRIED, CarriedState, Rows, run_on
 from longmix.training.diagnosis import first_nonfinite, nonfinite_tensor
 from longmix.training.optimizers import PEAK
 from longmix.training.run_state import SavedRun
@@ -48,6 +49,7 @@ class StepRecord:
         hits: of this process, which targets were met, where the model measures it.
         metrics: what the mixers measured in this process, all micro-batches together.
         losses: auxiliary losses by name, likewise; a step's is the mean over micro-batches and processes.
+        carried: the state after each micro-batch, where state is carried.
     """
 
     loss: Tensor
@@ -57,6 +59,7 @@ class StepRecord:
     hits: Tensor | None = None
     metrics: dict[str, Measure] = field(default_factory=dict)
     losses: dict[str, Measure] = field(default_factory=dict)
+    carried: list[Rows] = field(default_factory=list)
 
 
 class TrainingModule(LightningModule):
@@ -74,6 +77,7 @@ class TrainingModule(LightningModule):
         slices: how many processes, of neighbouring ranks, share each row of their batch.
         timeout: seconds that they wait for each other.
         processes: all that train.
+        carried: what each row goes on from, see `longmix.training.carried`; None lets each window begin anew.
     """
 
     def __init__(
@@ -90,6 +94,7 @@ class TrainingModule(LightningModule):
         slices: int = 1,
         timeout: float = 600.0,
         processes: Processes | None = None,
+        carried: CarriedState | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -105,6 +110,7 @@ class TrainingModule(LightningModule):
         self.slices = slices
         self.timeout = timeout
         self.processes = processes or Processes()
+        self.carried = carried
         self.row_group: ProcessGroup | None = None
         self.steps_taken = 0
         self.steps_skipped = 0
@@ -119,6 +125,8 @@ class TrainingModule(LightningModule):
         if self.device_mesh is not None and not strategies.is_sharded(self.model):
             products = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
             strategies.shard(self.model, self.device_mesh["data_parallel"], products)
+        if self.carried is not None and self.carried.mesh is None and self._world_size() > 1:
+            self.carried.mesh = strategies.mesh_of_all(self.device)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """Build the optimizers. Lightning calls this after the model is on its device."""
@@ -148,10 +156,14 @@ class TrainingModule(LightningModule):
                 optimizer.step()
             self.steps_taken += 1
             self.skips_in_a_row = 0
+            if self.carried is not None:
+                self.carried.keep(self.record.carried)
         elif self.skip_nonfinite:
             self._check_skips()
             self.steps_skipped += 1
             self.skips_in_a_row += 1
+            if self.carried is not None:
+                self.carried.forget()
         else:
             raise NonFiniteError(self._nonfinite_report(batch))
         finish_step(self.model, taken, self.sum_over_processes)
@@ -171,9 +183,10 @@ class TrainingModule(LightningModule):
         hits: list[Tensor] = []
         metrics: dict[str, Measure] = {}
         auxiliary_losses: dict[str, Measure] = {}
+        run, carried = self._run_carrying(micro_batches)
         for index, micro_batch in enumerate(micro_batches):
             with self._gradient_sync(last=index == len(micro_batches) - 1):
-                output = self.run(micro_batch)
+                output = run(micro_batch)
                 losses = output.token_losses
                 loss = losses.sum() / valid
                 for auxiliary in output.losses.values():
@@ -194,7 +207,22 @@ class TrainingModule(LightningModule):
             torch.cat(hits) if hits else None,
             metrics,
             auxiliary_losses,
+            carried,
         )
+
+    def _run_carrying(self, batches: list[Batch]) -> tuple[Callable[[Batch], ModelOutput], list[Rows]]:
+        """What runs these micro-batches, in their order, and a list that gets the state after each of them."""
+        after: list[Rows] = []
+        if self.carried is None:
+            return self.run, after
+        states = iter(self.carried.before(batches))
+
+        def run(batch: Batch) -> ModelOutput:
+            output, ended = run_on(self.model, batch, next(states))
+            after.append(ended)
+            return output
+
+        return run, after
 
     def run(self, batch: Batch) -> ModelOutput:
         """Run the model, on this process's slice if rows are shared; token losses outside the slice are 0."""
@@ -231,10 +259,11 @@ class TrainingModule(LightningModule):
         return nullcontext() if last or no_sync is None else no_sync()
 
     def _nonfinite_report(self, batch: Batch) -> str:
+        micro_batches = split_batch(batch, self.micro_batch_size)
         where = first_nonfinite(
             self.model,
-            split_batch(batch, self.micro_batch_size),
-            self.run,
+            micro_batches,
+            self._run_carrying(micro_batches)[0],
             self.processes,
             precision=self.trainer.precision_plugin.forward_context,
         )
@@ -264,6 +293,7 @@ class TrainingModule(LightningModule):
     def capture(self) -> dict[str, Any]:
         """The state of this module for a checkpoint: this process's parts of the tensors, not copied."""
         return {
+            **({} if self.carried is None else {CARRIED: self.carried.named(self.device)}),
             "step": self.step,
             "steps_skipped": self.steps_skipped,
             SKIPS_IN_A_ROW: self.skips_in_a_row,
@@ -280,7 +310,13 @@ class TrainingModule(LightningModule):
         Raises:
             CheckpointError: see `restore_state`; or a weight is not finite.
         """
-        restore_state(self.model, self.trainer.optimizers, saved.tensors, saved.optimizers, processes)
+        more: dict[str, Tensor] = {}
+        if self.carried is not None:
+            carried = self.carried
+            processes.each(lambda: more.update(carried.targets(saved.tensors, self.device)))
+        restore_state(self.model, self.trainer.optimizers, saved.tensors, saved.optimizers, processes, more)
+        if self.carried is not None:
+            self.carried.restore(more)
         place = nonfinite_tensor(named_state(self.model, self.trainer.optimizers), processes)
         if place is not None:  # earlier versions saved such states
             raise CheckpointError(

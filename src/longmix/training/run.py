@@ -30,10 +30,11 @@ from longmix.model.build import build_model, check_model
 from longmix.model.matching import match_parameters
 from longmix.model.tuned_states_file import STATES_FILE, save_states
 from longmix.naming import RunPlace, named_by_clock
-from longmix.notices import notice_float32_on_gpu
+from longmix.notices import notice, notice_float32_on_gpu
 from longmix.progress import ProgressDisplay
 from longmix.startup import seconds_since_begin
 from longmix.training import connection, process_launcher
+from longmix.training.carried import CarriedState, check_carries, layers_begun_anew
 from longmix.training.claims import remove_unused
 from longmix.training.hardware import TrainerSettings
 from longmix.training.loggers import NoLog
@@ -216,7 +217,7 @@ def check_config(config: TrainConfig, tokenizer: Tokenizer | None = None) -> tup
     with torch.device("meta"):
         weights = {"matrix": torch.nn.Parameter(torch.empty(1, 1)), "vector": torch.nn.Parameter(torch.empty(1))}
         config.optimizer.build(parameters=weights)
-    check_model(config)
+    model = check_model(config)
     settings: TrainerSettings = config.trainer.build()
     check_stages(config, course, settings)
     data = data_of(course, config.tokenizer.build() if tokenizer is None else tokenizer)
@@ -225,6 +226,8 @@ def check_config(config: TrainConfig, tokenizer: Tokenizer | None = None) -> tup
             f"training needs a train and a validation split, and {data.source} has {', '.join(data.splits)}; give "
             "data.corpus.validation files of its own, or a data.corpus.validation_fraction above 0."
         )
+    if config.loop.carry_state:
+        check_carries(model, data.reads_on, data.source, settings.slices)
     return settings, data
 
 
@@ -256,6 +259,12 @@ def _module(
         warn_of_whole_rows(model)
     if settings.on_gpu and settings.precision_in_use == "32-true":
         notice_float32_on_gpu("trainer.precision=32-true", "trainer.precision=bf16-mixed")
+    carried = None
+    if config.loop.carry_state:
+        carried = CarriedState(model, config.batch_size)
+        anew = layers_begun_anew(model)
+        if anew is not None:
+            notice(f"loop.carry_state=true: {anew} each window anew, since the state would grow without bound.")
     if settings.compiles:
         for block in model.blocks:
             block.compile()
@@ -272,6 +281,7 @@ def _module(
         slices=settings.slices,
         timeout=settings.timeout,
         processes=everyone,
+        carried=carried,
     )
 
 

@@ -41,6 +41,7 @@ def restore_state(
     saved: Checkpoint,
     groups: list[dict[str, Any]],
     processes: Processes,
+    more: dict[str, Tensor] | None = None,
 ) -> None:
     """Restore a state that `named_state` made, on any number of processes; each reads its part.
 
@@ -49,6 +50,7 @@ def restore_state(
         saved: the checkpoint.
         groups: its "optimizers" without their tensors.
         processes: all that train; all must call it.
+        more: further tensors of the checkpoint that are to be filled, by name.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or of another model or optimizer; the same in all processes.
@@ -70,7 +72,7 @@ def restore_state(
     processes.each(prepare)
     for part in parts:
         live |= part.targets
-    saved.read_into(live, processes)
+    saved.read_into(live | (more or {}), processes)
     for part in parts:
         part.load()
 

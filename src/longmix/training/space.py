@@ -12,8 +12,8 @@ log = logging.getLogger(__name__)
 
 
 def checkpoint_bytes(state: dict[str, Any]) -> int:
-    """Bytes of weights and optimizer values in a checkpoint of `state`, whole or in shards."""
-    tensors, _ = without_aliases(split({key: state[key] for key in IN_TENSORS})[0])
+    """Bytes of weights, optimizer values and carried states in a checkpoint of `state`, whole or in shards."""
+    tensors, _ = without_aliases(split({key: state[key] for key in IN_TENSORS if key in state})[0])
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 

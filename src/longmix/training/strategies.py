@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -82,6 +82,11 @@ def row_group(size: int, timeout: float = 600.0) -> dist.ProcessGroup:
     """
     own, _ = dist.new_subgroups(size, timeout=timedelta(seconds=timeout))
     return own
+
+
+def mesh_of_all(device: torch.device) -> DeviceMesh:
+    """All processes in the order of their ranks; all must call it."""
+    return init_device_mesh(device.type, (dist.get_world_size(),))
 
 
 def run_slice(model: LanguageModel, batch: Batch, group: dist.ProcessGroup) -> ModelOutput:

@@ -12,7 +12,7 @@ from longmix.checkpoints import CheckpointStore
 from longmix.checkpoints.contents import rebuilding
 from longmix.checkpoints.saver import Saver
 from longmix.checkpoints.store import SKIPS_IN_A_ROW
-from longmix.checkpoints.tensors import IN_TENSORS
+from longmix.checkpoints.tensors import TRAINED
 from longmix.checkpoints.verify import read_info
 from longmix.config import STAGE, StagePart, TrainConfig, course_of, plain
 from longmix.data.staged import StagedData
@@ -366,7 +366,7 @@ class Supervisor(Callback):
             "run": self.state.entries(),
             **vars(self.provenance),
         }
-        place = nonfinite_tensor({key: state[key] for key in IN_TENSORS}, self.saver.processes)
+        place = nonfinite_tensor({key: state[key] for key in TRAINED}, self.saver.processes)
         if place is not None:
             raise NonFiniteError(
                 f"after step {module.step}, {place} is not finite, and no checkpoint was written. "

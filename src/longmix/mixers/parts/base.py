@@ -14,6 +14,9 @@ from longmix.mixers.parts.looked_into import EngineCall, ValuePath
 from longmix.mixers.parts.metrics import Metric
 from longmix.pytrees import pytree
 
+FAR = 2**40
+"""More tokens than any row has: a state that is as large after twice as many does not grow."""
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -102,6 +105,17 @@ class Mixer(nn.Module):
     def state_bytes(self, length: int) -> int:
         """Bytes of state one row holds after `length` tokens."""
         raise NotImplementedError(f"{type(self).__name__} lacks state_bytes(length)")
+
+    def state_is_bounded(self) -> bool:
+        """Whether the state stops growing with the length, so that training can carry it from window to window."""
+        return self.state_bytes(FAR) == self.state_bytes(2 * FAR)
+
+    def state_between_documents(self, batch: int) -> Any:
+        """A state for `batch` rows after which any next token begins a document; training carries it at first.
+
+        What tuned states are made of is not in it: they belong to each forward pass.
+        """
+        return self.init_state(batch)
 
     def step_bytes(self, length: int) -> int:
         """Bytes of state that decoding one token after `length` others reads and writes; all of it by default."""

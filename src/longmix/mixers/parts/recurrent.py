@@ -201,6 +201,14 @@ class RecurrentMixer(Mixer):
         position = torch.zeros(batch, dtype=torch.int64, device=weight.device)
         return RecurrentState(self.fresh(batch), recent, ids[:, 1:], ids[:, 0], position)
 
+    def state_between_documents(self, batch: int) -> RecurrentState:
+        """A state for `batch` rows that no token goes on from; each document begins with `fresh`, gradient included."""
+        weight = next(self.parameters())
+        recent = weight.new_zeros(batch, self.past, self.recent_channels)
+        ids = torch.full((batch, self.past + 1), -1, dtype=torch.int32, device=weight.device)
+        position = torch.ones(batch, dtype=torch.int64, device=weight.device)
+        return RecurrentState(self.zeros(batch), recent, ids[:, 1:], ids[:, 0], position)
+
     def state_bytes(self, length: int) -> int:
         """Bytes of state one row holds, whatever its length."""
         held = sum(part.nbytes for part in tree_leaves(self.zeros(1)) if part is not None)
