@@ -51,7 +51,7 @@ class LoopConfig:
         async_checkpoints: write while training goes on, which waits for a copy in CPU memory only.
         nonfinite: what a non-finite loss or gradient does: "stop" the run, or "skip" that step and count it.
         max_skips: the run stops all the same when so many steps in a row were skipped.
-        carry_state: begin each window from the state that its row's last window ended with; takes data.order=contiguous.
+        carry_state: begin each window from the state that its row's last one ended with; takes data.order=contiguous.
     """
 
     gradient_clip: float | None = word(1.0, above_zero(null="never clip"))
