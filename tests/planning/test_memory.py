@@ -91,6 +91,8 @@ def test_a_forward_pass_may_be_the_worst(model):
 def test_the_optimizer_is_the_worst_where_activations_are_small(model):
     rehearsal = Rehearsal(ends_of(model), [part(10**6), part(10**6)])
     memory = memory_needed(model, rehearsal, OptimizerNeeds(5_000, 10**7), SETTING, ONE, LIMIT)
+    carrying = memory_needed(model, rehearsal, OptimizerNeeds(5_000, 10**7), SETTING, ONE, LIMIT, carried=700)
+    assert carrying.parts == {**memory.parts, "carried state": 700}
     assert memory.moment == "optimizer"
     assert memory.parts["gradients"] == 4 * sum(each.parameters for each in (rehearsal.ends, *rehearsal.layers))
     assert memory.parts["working"] == 10**7

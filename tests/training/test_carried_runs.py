@@ -12,7 +12,7 @@ from longmix.errors import ConfigError
 STEPS = 4
 WORDS = [
     "mixer=mlstm_tfla+sliding_window+flash",
-    "mixer.sliding_window.window=100",  # longer than a window: its state still grows as the run is saved
+    "mixer.sliding_window.window=100",  # longer than the windows
     "model.num_layers=3",
     "model.d_model=32",
     "model.num_heads=2",

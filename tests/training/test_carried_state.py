@@ -4,24 +4,27 @@ import copy
 import functools
 import logging
 import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from longmix.errors import ConfigError
+from longmix.errors import CheckpointError, ConfigError
 from longmix.mixers.flash import Flash
 from longmix.mixers.mlstm_tfla import MLSTMTFLA
 from longmix.mixers.parts.gated_memory import GatedMemory
-from longmix.mixers.parts.states import mapped
+from longmix.mixers.parts.states import held_bytes, mapped
 from longmix.mixers.rwkv7 import RWKV7
 from longmix.mixers.sliding_window import SlidingWindow
 from longmix.model.backbone import LanguageModel
 from longmix.model.rwkv_blocks import RWKVBlocks
-from longmix.training.carried import CarriedState, check_carries, layers_begun_anew, run_on
+from longmix.training.carried import CarriedState, carried_bytes, check_carries, layers_begun_anew, run_on
 from longmix.training.module import TrainingModule
 from longmix.training.optimizers import PEAK
 
@@ -86,7 +89,12 @@ class Breaks(TrainingModule):
 
 
 def trained(
-    net: LanguageModel, rate: float = 0.1, carries: bool = True, kind: type[TrainingModule] = TrainingModule, **changes
+    net: LanguageModel,
+    rate: float = 0.1,
+    carries: bool = True,
+    kind: type[TrainingModule] = TrainingModule,
+    on_step: Callable[[], None] = lambda: None,
+    **changes: Any,
 ) -> TrainingModule:
     settings = {"micro_batch_size": None, "gradient_clip": None, "skip_nonfinite": False, **changes}
     module = kind(
@@ -97,6 +105,7 @@ def trained(
         carried=CarriedState(net, ROWS) if carries else None,
         **settings,
     )
+    module.on_train_batch_end = lambda *_: on_step()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = Trainer(accelerator="cpu", max_epochs=1, enable_model_summary=False, **quiet)
     trainer.fit(module, DataLoader(windows(), batch_size=None))
@@ -145,6 +154,22 @@ def test_training_is_truncated_back_propagation_through_time(mixers, rows):
     assert (weights(anew) - weights(net)).abs().max() > 1e-6
 
 
+@pytest.mark.parametrize("mixers", [*MIXERS.values(), HYBRID], ids=[*MIXERS, "hybrid"])
+def test_compiled_blocks_make_no_graph_after_the_second_step(mixers):
+    """Not even where a window of attention is longer than these windows."""
+    torch._dynamo.reset()
+    net = model(mixers)
+    plain = copy.deepcopy(net)
+    for block in net.blocks:
+        block.compile(backend="eager")
+    graphs = []
+    found = trained(net, on_step=lambda: graphs.append(counters["stats"]["unique_graphs"]))
+    torch._dynamo.reset()
+    torch.testing.assert_close(weights(found.model), weights(trained(plain).model), rtol=0, atol=1e-12)
+    assert not counters["graph_break"]
+    assert graphs[1:] == [graphs[1]] * (STEPS - 1)
+
+
 def test_checkpointed_blocks_carry_the_same_state():
     plain = trained(model(MIXERS["delta-window"]))
     again = trained(model(MIXERS["delta-window"], activation_checkpointing="block"))
@@ -181,6 +206,35 @@ def test_after_a_skipped_step_rows_begin_anew():
         output, after = run_on(net, batch, *carried.before([batch]))
         carried.keep([after])
     torch.testing.assert_close(module.record.token_losses, output.token_losses.detach(), rtol=0, atol=1e-12)
+
+
+def test_the_planner_counts_what_a_row_carries():
+    net = model(MIXERS["rwkv7"])
+    carried = CarriedState(net, ROWS)
+    for batch in windows():
+        _, after = run_on(net, batch, *carried.before([batch]))
+        carried.keep([after])
+    assert held_bytes(after.layers)[0] == ROWS * carried_bytes(net)
+
+
+def test_a_run_that_carried_nothing_is_gone_on_with_from_the_beginning():
+    net = model(MIXERS["delta-window"])
+    carried = CarriedState(net, ROWS)
+    saved = SimpleNamespace(shapes={"model/head.weight": (20, 16)}, dtypes={}, checkpoint="run")
+    assert carried.targets(saved, torch.device("cpu")) == {}
+    carried.restore({})
+    assert carried.before(windows()[:1])[0].last_id.tolist() == [0] * ROWS
+
+
+@pytest.mark.parametrize("change", [lambda name: {}, lambda name: {f"{name}x": (ROWS, 3)}, lambda name: {name: (9, 3)}])
+def test_the_state_of_another_model_or_batch_is_refused(change):
+    carried = CarriedState(model(MIXERS["delta-window"]), ROWS)
+    shapes = {f"carried/{name}": leaf.shape for name, leaf in carried.named(torch.device("cpu")).items()}
+    name = "carried/.layers[0].mixer.carried"
+    del shapes[name]
+    saved = SimpleNamespace(shapes=shapes | change(name), dtypes=dict.fromkeys(shapes, torch.float32), checkpoint="run")
+    with pytest.raises(CheckpointError, match="run has "):
+        carried.targets(saved, torch.device("cpu"))
 
 
 def test_what_cannot_carry_is_refused_by_name():

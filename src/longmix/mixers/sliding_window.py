@@ -2,12 +2,13 @@
 
 from typing import ClassVar, Unpack
 
+import torch
 from torch import Tensor
 
 from longmix.errors import ConfigError
 from longmix.mixers.parts.base import TOKENS, ModelShape, at_most
 from longmix.mixers.parts.metrics import Metric
-from longmix.mixers.parts.softmax import HeadOptions, Rows, SoftmaxAttention
+from longmix.mixers.parts.softmax import AttentionState, HeadOptions, Rows, SoftmaxAttention
 from longmix_kernels.attention import attention
 
 
@@ -36,6 +37,13 @@ class SlidingWindow(SoftmaxAttention):
         if window < 1:
             raise ConfigError(f"mixer.window={window} must be at least 1: a token sees itself.")
         self.window = window
+
+    def state_between_documents(self, batch: int) -> AttentionState:
+        """A full cache of keys that no document sees, for `batch` rows: later states have its shape."""
+        weight, sizes = self.value.weight, (batch, self.cached_keys())
+        key, value = (weight.new_zeros(*sizes, self.num_kv_heads, self.head_dim) for _ in range(2))
+        ids = torch.full(sizes, -1, dtype=torch.int32, device=weight.device)
+        return AttentionState(key, value, None, ids, torch.zeros(batch, dtype=torch.int64, device=weight.device))
 
     def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Metric]]:
         """Call the engine, which skips every tile outside the window."""

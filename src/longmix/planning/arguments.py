@@ -14,12 +14,13 @@ from longmix.command_line.catalogue import CATALOGUE
 from longmix.composing import composed
 from longmix.config import Choice, TrainConfig
 from longmix.config import read as read_config
-from longmix.data.training_data import build_data
+from longmix.data.training_data import TrainingData, build_data
 from longmix.errors import ConfigError
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model, check_model
 from longmix.model.matching import match_parameters
 from longmix.planning.dry_run import Precision
+from longmix.training.carried import check_carries, check_undivided_rows
 from longmix.training.hardware import TrainerSettings
 from longmix.wording import counted, did_you_mean, nearest
 
@@ -119,6 +120,8 @@ class Request:
             ConfigError: something does not divide; names the words.
         """
         replicas = self._replicas(variant)
+        if self.config.loop.carry_state:
+            check_undivided_rows(variant.context_parallel)
         if variant.seq_len % variant.context_parallel:
             raise ConfigError(
                 f"trainer.context_parallel={variant.context_parallel} does not divide seq_len={variant.seq_len}: every "
@@ -164,7 +167,10 @@ def read(words: list[str]) -> Request:
     config, labels = _composed(others)
     _check(config)
     trainer = Trainer.of(config.trainer)
-    vocab_size = _vocab_size(config)
+    data = _data(config)
+    vocab_size = data.expected_vocab_size
+    if config.loop.carry_state:
+        check_carries(check_model(config), data.reads_on, data.source, 1)
     config = match_parameters(config, vocab_size)
     gpus = _count(own.get("gpus", str(trainer.gpus)))
     notes = []
@@ -283,8 +289,7 @@ def _with_own_words(error: ConfigError) -> ConfigError:
     return ConfigError(f"unknown word {found[1]}.{did_you_mean(meant)}") if found and meant else error
 
 
-def _vocab_size(config: TrainConfig) -> int:
-    """The number of token ids that is expected before any data are read."""
+def _data(config: TrainConfig) -> TrainingData:
+    """The data, of which nothing is read."""
     tokenizer = config.tokenizer.build()
-    data = build_data(config.data, tokenizer, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed)
-    return data.expected_vocab_size
+    return build_data(config.data, tokenizer, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed)

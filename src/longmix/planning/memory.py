@@ -78,6 +78,7 @@ def memory_needed(
     setting: Setting,
     division: Division,
     limit: int,
+    carried: int = 0,
 ) -> Memory:
     """Add up the worst moment of a step.
 
@@ -88,6 +89,7 @@ def memory_needed(
         setting: of one process.
         division: of the run.
         limit: bytes that a device has.
+        carried: bytes of the states that rows carry from step to step, before a step and after it.
     """
     parts = [rehearsal.ends, *rehearsal.layers]
     size = 2 if setting.precision == "bf16-true" else 4
@@ -98,6 +100,7 @@ def memory_needed(
         "optimizer": optimizer.state // shards,
         "data": setting.rows * division.micro_batches * setting.length * division.context_parallel * (8 + 8 + 4),
         "communication": communication_buffers(rehearsal, setting, division),
+        "carried state": carried,
     }
     everything = sum(_lasting(part, setting, division) for part in parts)
     exchanged = optimizer.exchanged // shards if shards > 1 else 0

@@ -17,6 +17,7 @@ from longmix.planning.arguments import Request, Variant
 from longmix.planning.dry_run import Ends, OptimizerNeeds, Rehearsal, Setting, optimizer_needs, rehearse, rehearse_ends
 from longmix.planning.memory import Division, Memory, memory_needed
 from longmix.planning.traffic import StepTime, Traffic, step_time, traffic_of, training_flops
+from longmix.training.carried import carried_bytes
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,14 @@ class Planner:
             slices=variant.context_parallel,
         )
         rehearsal = self._rehearsal(setting)
-        memory = memory_needed(self.model, rehearsal, self.optimizer(), setting, division, request.memory_bytes)
+        carried = 2 * rows * carried_bytes(self.model) if request.config.loop.carry_state else 0
+        needs = self.optimizer()
+        memory = memory_needed(self.model, rehearsal, needs, setting, division, request.memory_bytes, carried)
         traffic = traffic_of(self.model, rehearsal, setting, division)
         whole = training_flops(self.model, rows, variant.seq_len, variant.checkpointed, self.device)
         flops = whole[0] / variant.context_parallel, whole[1] / variant.context_parallel
         time = None
         if request.accelerator is not None:
-            needs = self.optimizer()
             time = step_time(request.accelerator, flops, rehearsal, needs, traffic, setting, division)
         return Plan(variant, rows, memory, traffic, flops, time)
 

@@ -14,7 +14,7 @@ and micro-batch the row is in.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,8 +25,10 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from longmix.batch import Batch
 from longmix.checkpoints import Checkpoint
 from longmix.errors import CheckpointError, ConfigError
+from longmix.mixers.parts.base import FAR
 from longmix.mixers.parts.states import mapped, named_leaves
 from longmix.model.backbone import LanguageModel, ModelOutput
+from longmix.model.blocks import Block
 from longmix.pytrees import pytree
 from longmix.wording import counted
 
@@ -181,16 +183,25 @@ def check_carries(model: LanguageModel, reads_on: bool, source: str, context_par
             f"loop.carry_state=true needs rows that read on from step to step, which those of {source} do not: give "
             "data.order=contiguous, which data of one corpus have."
         )
-    if context_parallel > 1:
-        raise ConfigError(
-            f"loop.carry_state=true goes from step to step, and with trainer.context_parallel={context_parallel} the "
-            "first slice of a row would need what the last one ended with; leave one of them out."
-        )
+    check_undivided_rows(context_parallel)
     if not any(_carries(model)):
         names = ", ".join(dict.fromkeys(type(mixer).__name__ for mixer in model.mixers()))
         raise ConfigError(
             f"loop.carry_state=true: no layer has a state that stays small ({names} would keep every key); take a "
             "recurrent mixer, mixer=sliding_window, or a pattern with one of them."
+        )
+
+
+def check_undivided_rows(context_parallel: int) -> None:
+    """Refuse to carry the state of rows that are cut into slices.
+
+    Raises:
+        ConfigError: naming the words.
+    """
+    if context_parallel > 1:
+        raise ConfigError(
+            f"loop.carry_state=true goes from step to step, and with trainer.context_parallel={context_parallel} the "
+            "first slice of a row would need what the last one ended with; leave one of them out."
         )
 
 
@@ -204,10 +215,11 @@ def layers_begun_anew(model: LanguageModel) -> str | None:
     return f"{counted(len(names), 'layer')} ({', '.join(dict.fromkeys(names))}) {verb}"
 
 
-def carried_bytes(model: LanguageModel, length: int) -> int:
-    """Bytes that are carried for a row of windows of `length` tokens; the state of a long window is not larger."""
-    mixers = [mixer for mixer, carries in zip(model.mixers(), _carries(model), strict=True) if carries]
-    return sum(mixer.state_bytes(max(length, 2**40)) for mixer in mixers)
+def carried_bytes(model: LanguageModel) -> int:
+    """Bytes that are carried for a row, once it has seen enough tokens to fill every window of attention."""
+    blocks = [cast(Block, block) for block in model.blocks]
+    branches = [branch for block in blocks for branch in (block.mixer, block.mlp) if branch.state_is_bounded()]
+    return sum(branch.state_bytes(FAR) for branch in branches)
 
 
 def _carries(model: LanguageModel) -> Iterator[bool]:
