@@ -70,6 +70,21 @@ def test_the_state_matters(straight, run_training, shared_cache):
     assert not torch.equal(anew["model"]["head.weight"], state_of(straight)["model"]["head.weight"])
 
 
+def test_a_stage_begins_anew_and_resumes_inside_and_at_its_border(run_training, shared_cache):
+    stages = "stages=[{seq_len:32,batch_size:4,max_steps:2},{seq_len:48}]"
+    own = ("seq_len", "batch_size", "max_steps", "loop.checkpoint_every")
+    words = [word for word in WORDS if word.partition("=")[0] not in own]
+    words += [stages, f"data.cache_dir={shared_cache}", "loop.checkpoint_every=1"]
+    whole = run_training(*words)
+    assert {leaf.shape[0] for leaf in state_of(whole, 2)["carried"].values()} == {4}
+    wanted = state_of(whole)
+    assert (wanted["carried"][".layers[0].mixer.next_position"] == 2 * 48).all()
+    for step in (2, 3):
+        again = state_of(run_training(*words, f"resume={whole / f'checkpoints/step-{step:08d}'}"))
+        for part in ("model", "carried"):
+            assert all(torch.equal(again[part][name], leaf) for name, leaf in wanted[part].items())
+
+
 def test_carrying_takes_rows_that_read_on(run_training, shared_cache):
     with pytest.raises(ConfigError, match=r"loop\.carry_state=true needs rows that read on .*data\.order=contiguous"):
         run_training(*WORDS, f"data.cache_dir={shared_cache}", "data.order=shuffled")

@@ -67,6 +67,10 @@ class CarriedState:
         self._blank = mapped(Rows(torch.zeros(1, dtype=torch.int32), model.state_between_documents(1)), Tensor.detach)
         self._parts: list[Rows] = []
 
+    def begin(self, batch_size: int) -> None:
+        """Begin anew with so many rows of all processes together, as a stage does."""
+        self.batch_size, self._parts = batch_size, []
+
     def before(self, batches: Sequence[Batch]) -> list[Rows]:
         """The state before each of a step's micro-batches, which have equally many rows."""
         rows, device = batches[0]["tokens"].shape[0], batches[0]["tokens"].device

@@ -224,6 +224,11 @@ class TrainingModule(LightningModule):
 
         return run, after
 
+    def begin_rows(self, batch_size: int) -> None:
+        """Let rows carry nothing from what came before; from here on there are `batch_size` of them in a step."""
+        if self.carried is not None:
+            self.carried.begin(batch_size)
+
     def run(self, batch: Batch) -> ModelOutput:
         """Run the model, on this process's slice if rows are shared; token losses outside the slice are 0."""
         if self.row_group is not None:

@@ -94,6 +94,7 @@ class Supervisor(Callback):
         """Restore the state, then repeat a validation that a signal cut short."""
         processes = Processes(strategies.own_group(module.timeout))
         module.how_to_continue = lambda: self._how_to_continue(module)
+        module.begin_rows(self.part.config.batch_size)
         if self.saved is not None:
             module.restore(self.saved, processes)
             with rebuilding(self.saved.checkpoint):
@@ -146,6 +147,7 @@ class Supervisor(Callback):
         if part is not self.part:
             self.part = part
             enter(part, module)
+            module.begin_rows(part.config.batch_size)
         if self.course.staged and module.step in (self.first_step, part.start):
             self.progress.message(f"stage {part.number + 1} of {len(self.course.parts)}: {part}")
 
