@@ -10,6 +10,7 @@ from longmix.reporting.markup import Markup, joined, tag
 from longmix.reporting.panels import by_length
 from longmix.reporting.runs import Run
 from longmix.reporting.settings import block_of, corpus_of, differing, recipe_of, tokenizer_of
+from longmix.reporting.stages import is_staged
 from longmix.wording import counted
 
 MOST_VALUES = 6
@@ -116,6 +117,8 @@ def _sizes(run: Run) -> str | None:
 
 
 def _batch(run: Run) -> str:
+    if is_staged(run.summary):
+        return ", then ".join(f"{stage['tokens_per_step']:,}" for stage in run.summary["stages"]) + " tokens a step"
     per_step = f"{run.summary['tokens_per_step']:,} tokens a step"
     rows = run.settings.get("batch_size")
     return per_step if rows is None else f"{_number(rows, 'window')}, {per_step}"
@@ -177,6 +180,8 @@ def _tokens(runs: list[Run]) -> Fact:
     smallest, largest = _range(runs, lambda run: run.summary["tokens"])
     if smallest != largest:
         return Fact(f"{smallest:,} to {largest:,} tokens", False)
+    if any(is_staged(run.summary) for run in runs):
+        return Fact(f"{smallest:,} tokens each, and stages change how many are in a step", False)
     steps, more_steps = _range(runs, lambda run: run.summary["tokens_per_step"])
     if steps != more_steps:
         return Fact(f"{smallest:,} tokens each, but {steps:,} to {more_steps:,} in a step", False)

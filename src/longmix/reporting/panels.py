@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -11,9 +11,13 @@ import numpy as np
 
 from longmix.reporting.results import is_gain
 from longmix.reporting.runs import Curve, Run, measures_of, quality_of
+from longmix.reporting.stages import borders, is_staged, tokens_at
 
 ENOUGH_POINTS = 4
 """The fewest validations that make a curve; with fewer, training losses are shown."""
+
+MOST_BORDERS = 12
+"""The most borders of stages that a panel marks."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Panel:
         log_x: the horizontal axis doubles.
         from_zero: the vertical axis begins at 0, so that heights compare.
         best: of points, the best are joined, which are far right and low, or high.
+        borders: where stages of its runs begin, on the horizontal axis.
     """
 
     key: str
@@ -57,6 +62,7 @@ class Panel:
     log_x: bool = False
     from_zero: bool = False
     best: Literal["low", "high"] | None = None
+    borders: tuple[float, ...] = ()
 
 
 def file_word(measure: str) -> str:
@@ -98,7 +104,8 @@ def _with_settings(run: Run) -> str:
 
 def panels_of(runs: list[Run]) -> list[Panel]:
     """Every panel that the runs have data for, in the page's order."""
-    panels = [*_trade_offs(runs), *_curves(runs), *_positions(runs), *_costs(runs), *_recall(runs), *_capacity(runs)]
+    panels = [*_trade_offs(runs), *_curves(runs), *_stages(runs), *_positions(runs), *_costs(runs)]
+    panels += [*_recall(runs), *_capacity(runs)]
     return [_as_points(panel) for panel in panels if panel.series]
 
 
@@ -144,11 +151,11 @@ def _curves(runs: list[Run]) -> list[Panel]:
 
     def against_tokens(run: Run) -> Curve:
         steps, values = run.curve(column)
-        return [step * run.summary["tokens_per_step"] for step in steps], values
+        return _tokens_at(run, steps), values
 
     def against_time(run: Run) -> Curve:
         steps, values = run.curve(column)
-        return [float(second) for second in np.interp(steps, *seconds_by_step(run))] if steps else [], values
+        return _seconds_at(run, steps), values
 
     return [
         Panel(
@@ -158,12 +165,51 @@ def _curves(runs: list[Run]) -> list[Panel]:
             label,
             f"{split}, {unit}",
             _series(group, names, curve),
+            borders=_borders(group, place),
         )
-        for key, words, label, curve in (
-            ("tokens", "tokens seen", "tokens trained on", against_tokens),
-            ("time", "seconds spent", "seconds in training steps", against_time),
+        for key, words, label, curve, place in (
+            ("tokens", "tokens seen", "tokens trained on", against_tokens, _tokens_at),
+            ("time", "seconds spent", "seconds in training steps", against_time, _seconds_at),
         )
         for length, group in by_length(runs).items()
+    ]
+
+
+def _tokens_at(run: Run, steps: Sequence[float]) -> list[float]:
+    return [tokens_at(run.summary, step) for step in steps]
+
+
+def _seconds_at(run: Run, steps: Sequence[float]) -> list[float]:
+    logged, seconds = seconds_by_step(run)
+    return [float(second) for second in np.interp(_tokens_at(run, steps), _tokens_at(run, logged), seconds)]
+
+
+def _borders(runs: list[Run], place: Callable[[Run, Sequence[float]], list[float]]) -> tuple[float, ...]:
+    """Where stages begin; nothing if they are too many to be told apart."""
+    found = sorted({at for run in runs for at in place(run, borders(run.summary))})
+    return tuple(found) if len(found) <= MOST_BORDERS else ()
+
+
+def _stages(runs: list[Run]) -> list[Panel]:
+    """The loss at the last stage's length over the whole run, with runs that had that length from the start."""
+    names = names_of(runs)
+
+    def curve(run: Run) -> Curve:
+        steps, values = run.curve("validation_final/loss" if is_staged(run.summary) else "validation/loss")
+        return _tokens_at(run, steps), values
+
+    return [
+        Panel(
+            f"stages_{length}",
+            "What stages bring",
+            f"after each stage, at {length:,} tokens",
+            "tokens trained on",
+            f"validation at {length:,} tokens, nats/token",
+            _series(group, names, curve),
+            borders=_borders(group, _tokens_at),
+        )
+        for length, group in by_length(runs).items()
+        if any(is_staged(run.summary) for run in group)
     ]
 
 
@@ -184,7 +230,7 @@ def seconds_by_step(run: Run) -> Curve:
     logged = zip(*run.curve("throughput/tokens_per_second"), strict=True)
     measured = [(step, rate) for step, rate in logged if rate > 0]
     steps, rates = [step for step, _ in measured], [rate for _, rate in measured]
-    taken = np.diff([0.0, *steps]) * run.summary["tokens_per_step"]
+    taken = np.diff([0.0, *_tokens_at(run, steps)])
     return [0.0, *steps], [0.0, *np.cumsum(taken / np.asarray(rates)).tolist()]
 
 

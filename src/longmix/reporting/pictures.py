@@ -17,6 +17,7 @@ from longmix.reporting.plots import (
     HEIGHT,
     WIDTH,
     balanced,
+    draw_borders,
     draw_curves,
     draw_legend,
     draw_needles,
@@ -128,6 +129,7 @@ def draw_panel(axes: Axes, panel: Panel, colours: dict[str, int], title: str = "
         marks=marks,
         names=panel.kind == "lines",
     )
+    draw_borders(axes, panel.borders)
     if panel.kind == "points":
         _draw_points(axes, lines, [plain(name) for name in counted], panel.best)
     if panel.from_zero:

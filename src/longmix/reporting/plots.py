@@ -349,6 +349,17 @@ def draw_trained(axes: Axes, length: float) -> None:
     name.set_bbox({"facecolor": "#ffffff", "edgecolor": "none", "pad": 0.5})
 
 
+def draw_borders(axes: Axes, places: Sequence[float]) -> None:
+    """Vertical lines where stages of a run begin; the first one is named."""
+    for number, place in enumerate(places):
+        axes.axvline(place, color=SOFT, linestyle=(0, (2, 3)), linewidth=1, zorder=1)
+        if number == 0:
+            name = axes.annotate(
+                "stage", (place, 1), (4, -2), axes.get_xaxis_transform(), "offset points", va="top", color=SOFT
+            )
+            name.set_bbox({"facecolor": PAPER, "edgecolor": "none", "pad": 0.5})
+
+
 def draw_legend(subfigure: SubFigure, names: Mapping[str, Style], width: float) -> None:
     """The one legend of a figure, in rows as wide as it."""
     handles = [

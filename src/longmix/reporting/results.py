@@ -58,6 +58,12 @@ def check_summary(summary: dict[str, Any]) -> None:
     validation = _part(summary, "validation")
     for key in ("loss", "bits_per_byte"):  # a run that diverged has NaN, and synthetic data no bytes
         number(validation, key, -LARGEST, finite=False)
+    stages = summary.get("stages", [])
+    if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+        raise ValueError("its stages are no list of stages")
+    for stage in stages:
+        for key in ("seq_len", "steps", "tokens_per_step"):
+            number(stage, key, 1, whole=True)
     rows = summary.get("validation_by_position")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError("its validation_by_position is no list of rows")

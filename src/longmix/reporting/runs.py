@@ -13,6 +13,7 @@ from longmix.printable import printable
 from longmix.reading import require_regular
 from longmix.reporting.results import Evaluations, Unfinished, read_evaluations, read_summary
 from longmix.reporting.settings import Settings, is_synthetic, read_settings
+from longmix.reporting.stages import steps_of
 
 Curve = tuple[list[float], list[float]]
 
@@ -127,8 +128,9 @@ def find_runs(paths: list[Path]) -> Found:
         try:
             summary = read_summary(folder)
             metrics = _metrics(folder, found.damaged)
-            steps = summary["tokens"] / summary["tokens_per_step"]
-            if max((row["step"] for row in metrics), default=0) > steps:  # the run continued after an earlier end
+            if max((row["step"] for row in metrics), default=0) > steps_of(
+                summary
+            ):  # the run continued after an earlier end
                 raise Unfinished
             read.append((folder, {"summary": summary, "metrics": metrics}))
         except Unfinished:
