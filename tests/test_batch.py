@@ -1,12 +1,20 @@
 """Batches moved, cut and shortened with what they say of documents, and without."""
 
+import contextlib
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from longmix.analysis.effective_attention import layer_inputs
 from longmix.batch import Batch, each, first_tokens
 from longmix.data.loaders import collate, document_starts
 from longmix.data.windows import Window
-from longmix.evaluation.loss import to_device
+from longmix.evaluation.loss import run_whole, to_device
+from longmix.evaluation.tasks.accuracy import _at_length as accuracy_at
+from longmix.model.backbone import ModelOutput
 from longmix.training.module import split_batch
 
 LENGTHS = [(12,), (3, 9), (1, 4, 7), (11, 1)]
@@ -57,3 +65,43 @@ def test_a_prefix_has_the_documents_that_begin_in_it(length):
 def test_every_tensor_is_replaced_and_nothing_else():
     doubled = each(plain(), lambda x: 2 * x)
     assert doubled["document_ids"] is None and torch.equal(doubled["tokens"], 2 * packed()["tokens"])
+
+
+class Noting(torch.nn.Module):
+    """A model that notes what it is told of documents."""
+
+    vocab_size = 3
+
+    def mixers(self) -> list:
+        return []
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden
+
+    def state_bytes(self, length: int) -> int:
+        return 0
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None, **documents: torch.Tensor):
+        self.told = documents
+        return ModelOutput(torch.zeros(*tokens.shape, 3), torch.zeros(tokens.shape))
+
+
+def read_for_accuracy(model: Noting, batch: Batch) -> None:
+    restored = SimpleNamespace(device="cpu", autocast=contextlib.nullcontext)
+    accuracy_at(SimpleNamespace(restored=restored, model=model, batches=lambda length: [batch]), 12)
+
+
+@pytest.mark.parametrize("read", [run_whole, layer_inputs, read_for_accuracy])
+@pytest.mark.parametrize("make", [packed, plain])
+def test_whoever_reads_a_batch_tells_the_model_of_all_its_documents(read, make):
+    model, batch = Noting(), make()
+    read(model, batch)
+    assert model.told == {name: batch[name] for name in ("document_ids", "document_starts") if name in batch}
+
+
+def test_nobody_unpacks_the_documents_of_a_batch_by_hand():
+    calls = re.compile(r"""document_ids=\w*(batch|rows|moved)\w*\[.document_ids.\]""")
+    root = Path(__file__).parent.parent
+    files = [*root.glob("src/**/*.py"), *root.glob("benchmarks/**/*.py"), *root.glob("examples/**/*.py")]
+    assert len(files) > 200
+    assert not [str(path) for path in files if calls.search(path.read_text())]

@@ -36,6 +36,15 @@ def each(batch: Batch, function: "Callable[[torch.Tensor], torch.Tensor]") -> Ba
     return cast(Batch, {name: None if part is None else function(part) for name, part in parts.items()})
 
 
+def documents_of(batch: Batch) -> "dict[str, torch.Tensor | None]":
+    """The keyword arguments by which a model is told of the batch's documents.
+
+    Every pass over a batch takes them from here, so that all are computed by the kernels that training uses.
+    """
+    starts = batch.get("document_starts")
+    return {"document_ids": batch["document_ids"], **({} if starts is None else {"document_starts": starts})}
+
+
 def first_tokens(batch: Batch, length: int) -> Batch:
     """The first `length` tokens of every row."""
     ids, starts = batch["document_ids"], batch.get("document_starts")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from longmix.analysis.effective_attention import engine_call, layer_inputs, mixing, recorded_calls
+from longmix.batch import Batch
 from longmix.mixers.flash import Flash
 from longmix.mixers.mlstm_tfla import MLSTMTFLA
 from longmix.mixers.parts.base import Mixer, MixerOutput, ModelShape
@@ -81,7 +82,9 @@ def read_of(mixer: RecurrentMixer, x: torch.Tensor, **options) -> torch.Tensor |
 def test_every_mixer_has_a_causal_matrix_that_reproduces_it(small_model, name, packed):
     model = small_model(name)
     ids = packed_ids().int() if packed else None
-    for mixer, (x, options) in zip(model.mixers(), layer_inputs(model, tokens(), ids), strict=True):
+    for mixer, (x, options) in zip(
+        model.mixers(), layer_inputs(model, Batch(tokens=tokens(), targets=tokens(), document_ids=ids)), strict=True
+    ):
         if not can_be_looked_into(mixer, x, **options):
             continue
         found = mixing(mixer, x, **options)
@@ -211,7 +214,7 @@ def test_nobody_watches_any_more_even_after_an_error():
 def test_the_model_computes_the_same_while_it_is_looked_at(small_model):
     model = small_model("rwkv7")
     before = model(tokens()).hidden
-    given = layer_inputs(model, tokens(), None)
+    given = layer_inputs(model, Batch(tokens=tokens(), targets=tokens(), document_ids=None))
     assert len(given) == 2 and given[0][1]["value_residual"] is None and given[1][1]["value_residual"] is not None
     mixing(model.mixers()[1], given[1][0], **given[1][1]).matrix()
     assert torch.equal(model(tokens()).hidden, before)

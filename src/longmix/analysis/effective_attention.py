@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from longmix.batch import Batch, documents_of
 from longmix.mixers.parts.base import Mixer
 from longmix.mixers.parts.looked_into import EngineCall, ValuePath
 from longmix.model.backbone import LanguageModel
@@ -130,8 +131,8 @@ def _between(path: ValuePath, values: Tensor | None, forward: Callable[[], Any])
     return seen["value"].unflatten(-1, (path.value_heads, -1)), seen["output"].unflatten(-1, (path.heads, -1))
 
 
-def layer_inputs(model: LanguageModel, tokens: Tensor, document_ids: Tensor | None) -> list[tuple[Tensor, dict]]:
-    """What each layer's mixer is given when the model reads `tokens` [B, T]: the input, and its other arguments."""
+def layer_inputs(model: LanguageModel, batch: Batch) -> list[tuple[Tensor, dict]]:
+    """What each layer's mixer is given when the model reads a batch: the input, and its other arguments."""
     found: list[tuple[Tensor, dict]] = []
 
     def note(module: Any, inputs: tuple[Tensor], options: dict[str, Any]) -> None:
@@ -140,5 +141,5 @@ def layer_inputs(model: LanguageModel, tokens: Tensor, document_ids: Tensor | No
     with ExitStack() as undone:
         for mixer in model.mixers():
             undone.callback(mixer.register_forward_pre_hook(note, with_kwargs=True).remove)
-        model(tokens, document_ids=document_ids)
+        model(batch["tokens"], **documents_of(batch))
     return found

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-from longmix.batch import Batch, each
+from longmix.batch import Batch, documents_of, each
 from longmix.evaluation.statistics import LossStatistics
 from longmix.model.backbone import ModelOutput
 
@@ -19,9 +19,7 @@ def to_device(batch: Batch, device: torch.device | str) -> Batch:
 
 def run_whole(model: nn.Module, batch: Batch) -> ModelOutput:
     """The output and losses of a `LanguageModel` on a batch."""
-    starts = batch.get("document_starts")
-    given = {} if starts is None else {"document_starts": starts}
-    output: ModelOutput = model(batch["tokens"], batch["targets"], document_ids=batch["document_ids"], **given)
+    output: ModelOutput = model(batch["tokens"], batch["targets"], **documents_of(batch))
     return output
 
 

@@ -14,20 +14,18 @@ import gc
 import os
 import socket
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.distributed import _functional_collectives as functional_collectives
 
 from longmix import startup
 from longmix.distributed.ranks import local_environment
 from longmix.errors import ConfigError, LongmixError
 from longmix.planning.arguments import Request, read
+from longmix.planning.gloo_memory import note_all_frees
 from longmix.planning.memory import GIB
 from longmix.planning.plan import Planner
 
@@ -54,14 +52,6 @@ DIVIDED = (
 
 LOST_SHARE = 0.01
 """Share of the peak that may be left at the end: small buffers kept for the next call."""
-
-
-EXCHANGES = {
-    dist: ("all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce"),
-    functional_collectives: ("wait_tensor",),
-}
-PAUSE = 0.02
-"""Seconds of pause after each exchange."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +107,7 @@ def _on_cpu(request: Request) -> int:
     for _, change in sorted(events, key=lambda event: event[0]):
         held += change
         peak = max(peak, held)
+    print("HELD",held,len(events),flush=True)
     if abs(held) > LOST_SHARE * peak:  # everything allocated was freed, unless the profiler lost an event
         raise RuntimeError(f"the profiler lost allocations: {held:,} bytes are left of at most {peak:,}; run it again")
     return peak
@@ -138,21 +129,8 @@ def _of_one(rank: int, request: Request, port: int, peaks: Any) -> None:
     """Measure one process, which Lightning takes for one that torchrun started."""
     os.environ |= local_environment(rank, request.gpus, port) | {"TORCHELASTIC_RUN_ID": "check"}
     torch.set_num_threads(1)
-    for module, names in EXCHANGES.items():
-        for name in names:
-            setattr(module, name, _then_pause(getattr(module, name)))
+    note_all_frees()
     peaks.put(_on_cpu(request))
-
-
-def _then_pause(exchange: Callable[..., Any]) -> Callable[..., Any]:
-    """Wait until gloo's threads have freed their buffers: the profiler sees only memory that this thread frees."""
-
-    def paused(*arguments: Any, **options: Any) -> Any:
-        result = exchange(*arguments, **options)
-        time.sleep(PAUSE)
-        return result
-
-    return paused
 
 
 def two_steps(request: Request) -> None:

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from longmix.batch import IGNORE_INDEX
+from longmix.batch import IGNORE_INDEX, documents_of
 from longmix.evaluation.subject import Subject
 from longmix.evaluation.tasks.base import Answer, Task
 from longmix.evaluation.tasks.loss import drawn_by_position
@@ -61,7 +61,7 @@ def _at_length(subject: Subject, length: int) -> dict[str, Any]:
     hits, counts = torch.zeros(2, length, dtype=torch.int64, device=subject.restored.device).unbind()
     for batch in subject.batches(length):
         with subject.restored.autocast():
-            hidden = subject.model(batch["tokens"], document_ids=batch["document_ids"]).hidden
+            hidden = subject.model(batch["tokens"], **documents_of(batch)).hidden
             chosen = _first_choices(subject, hidden)
         valid = batch["targets"] != IGNORE_INDEX
         hits += ((chosen == batch["targets"]) & valid).sum(0)

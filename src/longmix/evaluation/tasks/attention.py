@@ -130,7 +130,7 @@ def analyse(model: LanguageModel, batches: Iterable[Batch]) -> list[LayerMaps]:
     shares = []
     with torch.no_grad():
         for number, batch in enumerate(batches):
-            given = layer_inputs(model, batch["tokens"], batch["document_ids"])
+            given = layer_inputs(model, batch)
             for mixer, (x, options), of_layer in zip(model.mixers(), given, statistics, strict=True):
                 matrix = mixing(mixer, x, **options).matrix()
                 of_layer.update(matrix, batch["document_ids"])

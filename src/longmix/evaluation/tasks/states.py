@@ -218,7 +218,7 @@ def _gates(subject: Subject, length: int, windows: int) -> list[list[dict[str, f
         return [None] * len(mixers)
     for batch in _windows(subject, length, windows):
         with subject.restored.autocast():
-            given = layer_inputs(subject.model, batch["tokens"], batch["document_ids"])
+            given = layer_inputs(subject.model, batch)
             for mixer, (x, options), of_layer in zip(mixers, given, calls, strict=True):
                 if isinstance(mixer, RecurrentMixer):
                     try:
