@@ -68,7 +68,7 @@ def test_a_backward_pass_of_the_last_layers_is_the_worst_where_it_needs_most(mod
     rehearsal = Rehearsal(ends, [part(100, kept=900), part(200, kept=1000, backward=10**6)])
     memory = needed(model, rehearsal)
     assert memory.moment == "backward of layer 1"
-    assert memory.parts["activations"] == 10 + 900 + 10 + 1000 + 10
+    assert memory.parts["activations"] == 10 + 900 + 10 + 1000  # its output is gone with what follows
     assert memory.parts["gradients"] == 4 * model.head.weight.numel()
     assert memory.parts["working"] == 10**6 + 10
 
@@ -78,7 +78,15 @@ def test_gradients_of_later_layers_are_there_in_the_backward_pass_of_earlier_one
     memory = needed(model, rehearsal)
     assert memory.moment == "backward of layer 0"
     assert memory.parts["gradients"] == 4 * (110_000 + model.head.weight.numel())
-    assert memory.parts["activations"] == 2 * 10
+    assert memory.parts["activations"] == 10
+
+
+def test_layers_share_their_layouts_until_the_end_of_the_backward_pass(model):
+    layers = [part(100, backward=10**6), part(100)]
+    alone = needed(model, Rehearsal(ends_of(model), layers))
+    shared = needed(model, Rehearsal(ends_of(model), layers, layouts=300))
+    assert shared.moment == "backward of layer 0"
+    assert shared.parts["activations"] - alone.parts["activations"] == 300
 
 
 def test_a_forward_pass_may_be_the_worst(model):
@@ -125,10 +133,13 @@ def test_fsdp_divides_weights_gradients_and_optimizer(model):
     parameters = 5 * 10**5 + rehearsal.ends.parameters
     assert memory.parts["weights"] == parameters
     assert memory.parts["optimizer"] == 1_250
-    assert memory.parts["communication"] == 4 * (rehearsal.ends.parameters + 3 * 4 * 10**5) + 4 * 4 * 10**5
+    assert memory.moment == "gather of layer 0 again"
+    assert memory.parts["communication"] == 4 * (rehearsal.ends.parameters + 2 * 4 * 10**5 + 10**5)
     rounded = Rehearsal(rehearsal.ends, [dataclasses.replace(rehearsal.layers[0], rounded=10**5), part(10**5)])
-    more = needed(model, rounded, setting, Division(4, 1, "fsdp", 1)).parts["communication"]
-    assert more - memory.parts["communication"] == 4 * 3 * 10**5 + 2 * 10**5
+    more = needed(model, rounded, setting, Division(4, 1, "fsdp", 1))
+    assert more.moment == "gather of layer 1 again"
+    travelling = (4 * 3 + 2) * 10**5
+    assert more.parts["communication"] == 4 * (rehearsal.ends.parameters + 5 * 10**5) + travelling * 5 // 4
     whole = needed(model, rehearsal, setting, Division(4, 1, "fsdp", 2))
     assert whole.parts["gradients"] == parameters  # 4 bytes each over 4 processes
     assert memory.parts["gradients"] <= parameters
@@ -178,3 +189,11 @@ def test_fsdp_rounds_the_matrices_of_products_on_their_way(precision, rounds):
     for part in rehearsal.layers:
         assert part.rounded >= layer if rounds else part.rounded == 0
         assert part.rounded < part.parameters
+
+
+@pytest.mark.parametrize(("mixer", "numbers"), {"flash": 2 * 16 + 2, "gla": 0}.items())
+def test_layouts_are_made_once_for_all_layers(mixer, numbers):
+    model = small(f"mixer={mixer}").model()
+    ends = rehearse_ends(model, SETTING)
+    assert rehearse(model, SETTING, ends).layouts == 4 * 64 * numbers
+    assert rehearse(model, dataclasses.replace(SETTING, rows=3), ends).layouts == 3 * 4 * 64 * numbers

@@ -5,7 +5,7 @@ mixers want them; the loss is computed in slices (`model.head`). The model knows
 compilation or parallelism.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -17,7 +17,7 @@ from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
 from longmix.mixers.parts.base import Mixer, ModelShape
 from longmix.mixers.parts.documents import told_apart
-from longmix.mixers.parts.layout import Layout, LayoutNeeds, layouts, takes_layout
+from longmix.mixers.parts.layout import Layout, LayoutNeeds, layouts, needs_of
 from longmix.mixers.parts.metrics import Metric
 from longmix.model.blocks import Block, BlockStyle, Standard
 from longmix.model.head import hits, token_losses, token_losses_and_peaks
@@ -179,7 +179,7 @@ class LanguageModel(nn.Module):
         needs: list[LayoutNeeds | None] = []
         for index, mixer in enumerate(self.mixers()):
             shares = slices is not None or state is None or state[index].mixer is None
-            needs.append(mixer.layout_needs() if shares and takes_layout(cast(Hashable, type(mixer))) else None)
+            needs.append(needs_of(mixer) if shares else None)
         made = layouts({need for need in needs if need is not None}, tokens, document_ids, document_starts, slices)
         return [None if need is None else made[need] for need in needs]
 

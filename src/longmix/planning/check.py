@@ -5,7 +5,7 @@ the most that was held at once from building the model on: on a CUDA device what
 of all its allocations and releases, which the profiler notes. What a CUDA context takes counts for neither.
 
 A run of several processes is checked on a CPU, where each is measured, and the largest counts. What gloo's own threads
-take for a message is not seen.
+take for a message is not seen; all else is, to the byte (`longmix.planning.gloo_memory`).
 """
 
 import argparse
@@ -50,8 +50,8 @@ DIVIDED = (
 )
 """Cases that are checked with two processes, on a CPU only."""
 
-LOST_SHARE = 0.01
-"""Share of the peak that may be left at the end: small buffers kept for the next call."""
+LOST_SHARE = 0.001
+"""Share of the peak that may be left at the end: numbers kept for the next call."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,8 @@ def _on_cpu(request: Request) -> int:
     for _, change in sorted(events, key=lambda event: event[0]):
         held += change
         peak = max(peak, held)
-    print("HELD",held,len(events),flush=True)
     if abs(held) > LOST_SHARE * peak:  # everything allocated was freed, unless the profiler lost an event
-        raise RuntimeError(f"the profiler lost allocations: {held:,} bytes are left of at most {peak:,}; run it again")
+        raise RuntimeError(f"the profiler lost allocations: {held:,} bytes are left of at most {peak:,}")
     return peak
 
 

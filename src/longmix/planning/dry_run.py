@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from longmix.config import Choice
+from longmix.mixers.parts.layout import Layout, LayoutNeeds, layouts, needs_of
 from longmix.model.backbone import LanguageModel
 from longmix.model.blocks import Block
 from longmix.planning.fakes import LastSlice, gpu_functions
@@ -96,10 +97,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """The needs of a model's parts: its ends (before and after the layers, as one), and its layers."""
+    """The needs of a model's parts: its ends (before and after the layers, as one), and its layers.
+
+    Attributes:
+        ends, layers: as above.
+        layouts: bytes of the positions, angles and bounds that layers share.
+    """
 
     ends: Part
     layers: list[Part]
+    layouts: int = 0
 
 
 @dataclass(frozen=True)
@@ -141,12 +148,13 @@ def rehearse(model: LanguageModel, setting: Setting, ends: Ends) -> Rehearsal:
     copies = {kind: copy.deepcopy(blocks[kinds.index(kind)]) for kind in dict.fromkeys(kinds)}
     with assumed_device(setting.device), FakeTensorMode(allow_non_fake_inputs=True):
         stage = _Stage(setting, model.shape.d_model, ends.dtype)
+        made = stage.make_layouts(model)
         layers = {kind: stage.block(block) for kind, block in copies.items()}
     for kind in layers:
         prefix = f"blocks.{kinds.index(kind)}."
         rounded = _rounded(model, setting, lambda name, prefix=prefix: name.startswith(prefix))  # type: ignore[misc]
         layers[kind] = dataclasses.replace(layers[kind], rounded=rounded)
-    return Rehearsal(ends.part, [layers[kind] for kind in kinds])
+    return Rehearsal(ends.part, [layers[kind] for kind in kinds], made)
 
 
 def _rounded(model: LanguageModel, setting: Setting, where: Callable[[str], bool]) -> int:
@@ -176,13 +184,26 @@ class _Stage:
         self.first_sizes: tuple[torch.Size, torch.dtype] | None = None
         self.received = 0
         self.slices = LastSlice(setting.slices, setting.length) if setting.slices > 1 else None
+        self.layouts: dict[LayoutNeeds, Layout] = {}
+
+    def make_layouts(self, model: LanguageModel) -> int:
+        """Make the layouts that the model's forward pass makes; returns their bytes."""
+        needs = set(filter(None, map(needs_of, model.mixers())))
+        given = self.ids if self.slices is None else None
+        self.layouts = layouts(needs, self.ids, given, None, self.slices)
+        leaves = {id(x): x for x in tree_leaves(list(self.layouts.values())) if isinstance(x, Tensor)}
+        storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in leaves.values()}
+        return sum(storages.values())
 
     def block(self, block: Block) -> Part:
         """Run one block."""
         _materialise(block, self.setting)
         x = torch.empty(self.shape, dtype=self.dtype, requires_grad=True)
         given = self.value_residual
-        inputs = (x, None, self.ids, given) if self.slices is None else (x, block.slice_state(self.slices), None, given)
+        needs = needs_of(block.mixer)
+        layout = None if needs is None else self.layouts[needs]
+        state, ids = (None, self.ids) if self.slices is None else (block.slice_state(self.slices), None)
+        inputs = (x, state, ids, given, layout)
 
         def call() -> tuple[Tensor, list[Tensor], Any]:
             again = self.setting.checkpointed
@@ -192,7 +213,8 @@ class _Stage:
             self.received = 0 if self.slices is None else self.slices.taken()
             return result.y, list(result.losses.values()), result.value_residual
 
-        part = _measured(call, block, [x, self.ids, *([] if given is None else [given])], self.setting)
+        shared = [leaf for leaf in tree_leaves([given, layout]) if isinstance(leaf, Tensor)]
+        part = _measured(call, block, [x, self.ids, *shared], self.setting)
         if given is None and self.first_sizes is not None:
             shape, dtype = self.first_sizes
             self.value_residual = torch.empty(shape, dtype=dtype, requires_grad=True)

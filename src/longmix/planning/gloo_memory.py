@@ -38,18 +38,21 @@ def note_all_frees() -> None:
     starts, without Python, stay as they are: those of DDP, whose buffers last, and those of divided numbers, which are
     a few bytes each.
     """
-    distributed_c10d.ProcessGroupGloo = _OneThread  # type: ignore[misc, assignment]
+    distributed_c10d.ProcessGroupGloo = _OneThread  # type: ignore[misc]
     for kind in KINDS:
         if hasattr(dist.ProcessGroup, kind):
             setattr(dist.ProcessGroup, kind, _ended(getattr(dist.ProcessGroup, kind)))
+
+
+_Gloo: Any = distributed_c10d.ProcessGroupGloo
 
 
 class _OneThread(distributed_c10d.ProcessGroupGloo):
     """Gloo with one thread instead of two."""
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
-        options = distributed_c10d.ProcessGroupGloo._Options()
-        options._devices = [distributed_c10d.ProcessGroupGloo.create_default_device()]
+        options = _Gloo._Options()
+        options._devices = [_Gloo.create_default_device()]
         options._timeout, options._threads = timeout, 1
         super().__init__(store, rank, size, options)
 

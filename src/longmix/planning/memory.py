@@ -3,9 +3,8 @@
 The plan follows a step: the forward passes of the layers, the turning point at the loss, the backward passes, the
 optimizer. For each moment it adds up the memory of the parts from their dry runs. The largest sum counts.
 
-Assumed, not found by a dry run: a CUDA context and NCCL; the buffers of DDP (a second copy of the gradients)
-and of FSDP (the ends and two blocks gathered, one more block while it is unpacked, and one block's gradients on their
-way). Left out: memory that a kernel allocates and frees within one call.
+Assumed, not found by a dry run: a CUDA context and NCCL, and the buffers of DDP and FSDP (`communication`). Left out:
+memory that a kernel allocates and frees within one call.
 """
 
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 
 from longmix.model.backbone import LanguageModel
 from longmix.planning.arguments import Variant
+from longmix.planning.communication import Buffers, ShardedBuffers
 from longmix.planning.dry_run import OptimizerNeeds, Part, Rehearsal, Setting
 
 GIB = 2**30
@@ -99,14 +99,19 @@ def memory_needed(
         "weights": parameters * size // shards,
         "optimizer": optimizer.state // shards,
         "data": setting.rows * division.micro_batches * setting.length * division.context_parallel * (8 + 8 + 4),
-        "communication": communication_buffers(rehearsal, setting, division),
         "carried state": carried,
     }
     everything = sum(_lasting(part, setting, division) for part in parts)
     exchanged = optimizer.exchanged // shards if shards > 1 else 0
-    step = Moment("optimizer", everything, 0, optimizer.working + exchanged)
-    worst = max([*_moments(model, rehearsal, setting, division), step], key=lambda moment: moment.total)
-    varying = {"gradients": worst.gradients, "activations": worst.activations, "working": worst.working}
+    buffers = _buffers(rehearsal, setting, division)
+    step = Moment("optimizer", everything, 0, optimizer.working + exchanged, buffers.always)
+    worst = max([*_moments(model, rehearsal, setting, division, buffers), step], key=lambda moment: moment.total)
+    varying = {
+        "communication": worst.communication,
+        "gradients": worst.gradients,
+        "activations": worst.activations,
+        "working": worst.working,
+    }
     context = 0 if setting.device == "cpu" else CONTEXT_BYTES * (1 if division.processes == 1 else 2)
     usable = limit if setting.device == "cpu" else int((limit - context) * USABLE)
     held = {name: size for name, size in (fixed | varying).items() if size}
@@ -121,36 +126,43 @@ class Moment:
     gradients: int
     activations: int
     working: int
+    communication: int
 
     @property
     def total(self) -> int:
         """The sum of the parts."""
-        return self.gradients + self.activations + self.working
+        return self.gradients + self.activations + self.working + self.communication
 
 
-def _moments(model: LanguageModel, rehearsal: Rehearsal, setting: Setting, division: Division) -> Iterator[Moment]:
+def _moments(
+    model: LanguageModel, rehearsal: Rehearsal, setting: Setting, division: Division, buffers: Buffers
+) -> Iterator[Moment]:
     """The last micro-batch of a step; gradients of the others are there from the beginning."""
     ends, layers = rehearsal.ends, rehearsal.layers
     lasting = [_lasting(part, setting, division) for part in layers]
     waits = division.micro_batches > 1
     before = sum(lasting) + _lasting(ends, setting, division) if waits else 0
     stream = layers[0].output
-    held = stream
+    held = stream + rehearsal.layouts
     for index, part in enumerate(layers):
+        yield Moment(f"gather of layer {index}", before, held, 0, buffers.gather(index))
         held += part.kept + part.output
-        yield Moment(f"forward of layer {index}", before, held, part.forward)
+        yield Moment(f"forward of layer {index}", before, held, part.forward, buffers.forward(index))
     turning = held + ends.kept - stream  # the dry run of the ends had the stream of one layer between them
-    yield Moment("loss", before, turning, max(ends.forward, ends.backward))
+    yield Moment("loss", before, turning, max(ends.forward, ends.backward), buffers.loss)
     head = _lasting(ends, setting, division)
     if model.head.weight is not model.embedding.weight:
         head -= _lasting_of(model.embedding.weight.numel(), ends, setting, division)
     made = before if waits else head
     for index in reversed(range(len(layers))):
         part = layers[index]
-        yield Moment(f"backward of layer {index}", made, held, part.output + part.backward)
-        held -= part.kept + part.output
+        held -= part.output  # kept by what follows alone, whose backward pass is over
+        yield Moment(f"gather of layer {index} again", made, held, part.output, buffers.gather_again(index))
+        yield Moment(f"backward of layer {index}", made, held, part.output + part.backward, buffers.backward(index))
+        held -= part.kept
+        yield Moment(f"exchange of layer {index}", made, held, part.output, buffers.exchange(index))
         made += 0 if waits else lasting[index]
-    yield Moment("backward of the embedding", made, held, stream + ends.gradients)
+    yield Moment("backward of the embedding", made, held, stream + ends.gradients, buffers.embedding)
 
 
 def _lasting(part: Part, setting: Setting, division: Division) -> int:
@@ -165,16 +177,10 @@ def _lasting_of(parameters: int, part: Part, setting: Setting, division: Divisio
     return parameters * size // division.processes
 
 
-def communication_buffers(rehearsal: Rehearsal, setting: Setting, division: Division) -> int:
-    """Bytes of buffers for gathering and exchange."""
-    found = 0
-    largest = max(part.parameters for part in rehearsal.layers)
-    if setting.sharded and division.processes > 1:
-        size = setting.weight_dtype.itemsize
-        reduced = 2 if setting.precision == "bf16-true" else 4
-        found += size * (rehearsal.ends.parameters + 3 * largest) + reduced * largest
-        # Where some weights travel rounded, all that a module gathers arrives in memory of its own.
-        found += max((part.gathered for part in (rehearsal.ends, *rehearsal.layers) if part.rounded), default=0)
-    elif division.processes > 1:
-        found += sum(part.gradients for part in (rehearsal.ends, *rehearsal.layers))
-    return found
+def _buffers(rehearsal: Rehearsal, setting: Setting, division: Division) -> Buffers:
+    if division.processes == 1:
+        return Buffers(0)
+    if not setting.sharded:
+        return Buffers(sum(part.gradients for part in (rehearsal.ends, *rehearsal.layers)))
+    reduced = 2 if setting.precision == "bf16-true" else 4
+    return ShardedBuffers(rehearsal, division.processes, setting.weight_dtype.itemsize, reduced)

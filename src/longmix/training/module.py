@@ -191,12 +191,13 @@ class TrainingModule(LightningModule):
                 loss = losses.sum() / valid
                 for auxiliary in output.losses.values():
                     loss = loss + auxiliary / len(micro_batches)
+                token_losses.append(losses.detach())
+                if output.hits is not None:
+                    hits.append(output.hits)
+                accumulate(metrics, output.metrics)
+                accumulate(auxiliary_losses, output.losses)
+                del output, losses  # `hidden`, which would last until the next micro-batch's forward pass is over
                 self.manual_backward(loss)
-            token_losses.append(losses.detach())
-            if output.hits is not None:
-                hits.append(output.hits)
-            accumulate(metrics, output.metrics)
-            accumulate(auxiliary_losses, output.losses)
         together = torch.cat(token_losses)
         total = self.sum_over_processes(together.sum()) / self._world_size()
         return StepRecord(

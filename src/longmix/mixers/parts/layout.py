@@ -6,8 +6,9 @@ A mixer that is called alone, or that goes on from a state of its own, makes wha
 
 import functools
 import inspect
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -59,6 +60,12 @@ def takes_layout(kind: type) -> bool:
     """Say whether `forward` of a class of mixers takes `layout`; a subclass may lack it where its base class has it."""
     parameters = inspect.signature(kind.forward).parameters.values()  # type: ignore[attr-defined]
     return any(parameter.name == "layout" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def needs_of(mixer: Any) -> LayoutNeeds | None:
+    """Return what a mixer needs of the layout that the backbone hands it; None if its `forward` takes none."""
+    needs: LayoutNeeds | None = mixer.layout_needs() if takes_layout(cast(Hashable, type(mixer))) else None
+    return needs
 
 
 def layouts(
