@@ -1,5 +1,6 @@
 """The contract of every sequence mixer: one signature for training, prefill and decode."""
 
+import inspect
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -74,6 +75,7 @@ class Mixer(nn.Module):
         tunes_states: whether `tune_states` is there, which `trainable=states` needs. The submodule `tuned` then holds
             all that it trains and nothing else; a `states.pt` holds its weights.
         usual_place: what its messages call its settings by; in a pattern they name the member instead.
+        takes_layout: whether `forward` takes `layout`; each class notes it by itself.
         watch: is given every call of the engine while somebody looks into the mixer; None otherwise.
     """
 
@@ -88,6 +90,13 @@ class Mixer(nn.Module):
     usual_place = "mixer"
     tunes_states = False
     watch: Callable[[EngineCall], None] | None = None
+    takes_layout: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Note whether `forward` of the class takes `layout`; a subclass may lack it where its base class has it."""
+        super().__init_subclass__(**options)
+        parameters = inspect.signature(cls.forward).parameters.values()
+        cls.takes_layout = any(each.name == "layout" or each.kind is each.VAR_KEYWORD for each in parameters)
 
     def forward(self, x: Tensor, *, state: Any = None, document_ids: Tensor | None = None) -> MixerOutput:
         """Mix `x` [B, T, D] along T; `document_ids` int32 [B, T] is non-decreasing along T, and may begin anywhere.

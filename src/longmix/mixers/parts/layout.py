@@ -4,11 +4,8 @@ The backbone makes a `Layout` for each `LayoutNeeds` that its mixers name, most 
 A mixer that is called alone, or that goes on from a state of its own, makes what it needs itself.
 """
 
-import functools
-import inspect
-from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,16 +52,9 @@ class Layout:
     starts: Tensor | None = None
 
 
-@functools.cache
-def takes_layout(kind: type) -> bool:
-    """Say whether `forward` of a class of mixers takes `layout`; a subclass may lack it where its base class has it."""
-    parameters = inspect.signature(kind.forward).parameters.values()  # type: ignore[attr-defined]
-    return any(parameter.name == "layout" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-
-
 def needs_of(mixer: Any) -> LayoutNeeds | None:
     """Return what a mixer needs of the layout that the backbone hands it; None if its `forward` takes none."""
-    needs: LayoutNeeds | None = mixer.layout_needs() if takes_layout(cast(Hashable, type(mixer))) else None
+    needs: LayoutNeeds | None = mixer.layout_needs() if mixer.takes_layout else None
     return needs
 
 
