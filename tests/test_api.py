@@ -136,6 +136,8 @@ class TestTrain:
             ("seq_len=3", "give a list of words"),
             (None, "words=None must be a list of words, such as ['seq_len=64'], a mapping"),
             ([3], "words=[3] must be a list of words"),
+            ({"mixer": "flash,kda"}, "mixer=flash,kda gives several values; mixer takes one."),
+            (["-m", "seed=1,2"], "-m is an option, and only words are taken here."),
             ({"trainer": "ddp", "trainer.devices": 2, "trainer.accelerator": "cpu"}, "a call from Python cannot start"),
         ],
     )

@@ -66,7 +66,8 @@ def _report(engines: Sequence[str], arguments: Sequence[str]) -> int:
             print(f"{engine}\n")
             report.add_options(own := argparse.ArgumentParser())
             options = argparse.Namespace(**vars(own.parse_args([])) | vars(options))
-        kernels = [] if options.cost_only else [build.row(build.compile()) for build in report.builds(parser, options)]
+        builds = report.builds(parser, options)  # which refuses impossible options
+        kernels = [] if options.cost_only else [build.row(build.compile()) for build in builds]
         costs = report.costs(options)
         for rows in filter(None, (kernels, costs)):
             print(as_table(rows), end="\n\n")

@@ -53,6 +53,10 @@ def run(command: Command, words: list[str]) -> int:
     if command.hydra is not None:
         if command.adds and {"-h", "--help"} & set(words):
             print(f"longmix {command.name}: {command.about}; takes the words of `longmix {command.hydra}` and these.\n")
+        for added in command.adds:
+            name = added.partition("=")[0]
+            if any(word.lstrip("+~").partition("=")[0] == name for word in words):
+                raise ConfigError(f"longmix {command.name} has {added}; longmix {command.hydra} takes other {name}s.")
         sys.argv[1:] = [*words, *command.adds]
         from longmix.entry_points import run as run_task
 

@@ -172,6 +172,10 @@ def _refusals_in_one_line(schema: Schema, given: Sequence[str]) -> Iterator[None
         yield
     except LongmixError:
         raise
+    except SystemExit as end:
+        if end.code == DEFECT and "--cfg" in given:  # an unknown --package, of which Hydra has told
+            raise SystemExit(ConfigError.exit_code) from end
+        raise
     except RunFailed as failed:
         if failed.elsewhere:
             print(printable(failed, keep=LINES), file=sys.stderr)

@@ -52,6 +52,7 @@ def composed(command: str, given: Sequence[str]) -> Composed:
     register_types()
     folder = configs_folder()
     schema = Schema(command, folder)
+    schema.sweeps = False
     schema.search(given)
     words = [Word.read(word) for word in given]
     problem = misformed(schema, words, sweep=False)

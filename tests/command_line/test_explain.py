@@ -75,6 +75,15 @@ REFUSED = [
     ("train", "hydra.run.dir=a${", "hydra.run.dir=a${: the ${ in it begins an interpolation that has no end."),
     ("train", "data=needle data.task.needles=0", "unknown word data.task.needles. Did you mean data.needles?"),
     ("train", "seq_len=1_0_", "seq_len=1_0_ is not a whole number."),
+    ("train", "max_tokens=1e400", "max_tokens=1e400 is too large; whole numbers go up to 9223372036854775807."),
+    ("train", "hydra.run=x", "hydra.run=x: hydra.run has no value of its own; its words are: hydra.run.dir."),
+    ("train", "hydra.output_subdir=", "hydra.output_subdir is empty; was a variable of the shell not set?"),
+    ("train", "data.corpus={_target_:x,y:z}", "gives several settings at once; write each as data.corpus.NAME=VALUE."),
+    ("train", "-m seed=range(1,1000000000)", "has 999,999,999 values, and a sweep may have 10,000 runs."),
+    ("train", "-m seed=shuffle(range(1,1000000000))", "has 999,999,999 values, and a sweep may have 10,000 runs."),
+    ("train", "-m seed=range(1,1000) seq_len=range(1,1000)", "the sweep would have 998,001 runs or more, and may have"),
+    ("train", "-m mixer=glob(nosuch*)", "mixer=glob(nosuch*) matches none of its choices, which are: block_sparse,"),
+    ("train", "-m mixer=glob(*,exclude=*)", "matches none of its choices,"),
     ("train", "-m mixer=flash,sliding_window mixer.window=4", "mixer.window is no setting of mixer=flash, and every"),
     ("train", "-m mixer=sliding_window,flash,kda mixer.window=4", "no setting of mixer=flash and mixer=kda, and every"),
     ("train", "-m mixer=choice(sliding_window,flash) mixer.window=4", "mixer.window is no setting of mixer=flash,"),
@@ -177,3 +186,22 @@ def test_a_defect_keeps_its_traceback(run_words):
 
 def test_values_that_the_schema_cannot_know_are_the_tasks(run_words):
     assert run_words("train", "+x=1").configs[0]["x"] == 1
+
+
+@pytest.mark.parametrize("command", ["evaluate", "generate"])
+def test_a_folder_without_its_word(run_words, tmp_path, command):
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    outcome = run_words(command, "runs/a", "seed=1")
+    assert outcome.code == 2 and "runs/a stands alone; write checkpoint=runs/a." in outcome.err
+
+
+def test_an_unknown_package_is_a_wrong_word(run_words):
+    assert run_words("train", "--cfg", "hydra", "--package", "nosuch").code == 2
+
+
+def test_ranges_and_patterns_that_have_values_are_swept(run_words):
+    outcome = run_words("train", "-m", "seed=range(1,3)", "mixer=glob(flas*)")
+    assert [(config["seed"], config["mixer"]["_target_"][-5:]) for config in outcome.configs] == [
+        (1, "Flash"),
+        (2, "Flash"),
+    ]

@@ -186,6 +186,7 @@ def test_clear_errors(generated, tmp_path, run_training, shared_cache):
         (["prompt=a", f"prompt_file={tmp_path}/latin"], ConfigError, "not both"),
         ([f"prompt_file={tmp_path}/latin"], DataError, "not UTF-8"),
         ([f"prompt_file={tmp_path}/absent"], DataError, "cannot be read"),
+        (["prompt_file=/dev/zero"], DataError, "is longer than 67,108,864 bytes"),
         ([f"load={tmp_path}/latin"], CheckpointError, "holds no saved generation"),
         ([f"load={tmp_path}/absent"], CheckpointError, "holds no saved generation"),
         (["prompt=a", f"load={tmp_path}/saved"], ConfigError, "leave prompt"),

@@ -121,3 +121,19 @@ def test_what_counts_as_a_fault(changed, dtype, fault):
 )
 def test_wgmma_is_wanted_where_tiles_have_the_rows_for_it(build, wanted):
     assert build.faults(WITHOUT_WGMMA) == (["has no wgmma"] if wanted else [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["attention", "--dim", "0"], "--dim got [0]; allowed are 1 to 256"),
+        (["delta", "--dims", "0/0"], "--dims got ['0/0']; allowed are pairs such as 64/64"),
+        (["scatter", "--sizes", "x/64"], "--sizes got ['x/64']; allowed are pairs"),
+        (["linear", "--nosuch"], "unrecognized arguments: --nosuch"),
+    ],
+)
+def test_impossible_options_are_refused_in_one_line_also_where_only_costs_are_asked_for(capsys, arguments, said):
+    with pytest.raises(SystemExit) as end:
+        report.main([*arguments, "--cost-only"])
+    (message,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and said in message

@@ -11,7 +11,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 
 from longmix.command_line import values
-from longmix.command_line.members import wrong_member
+from longmix.command_line.members import MOST_RUNS, count, no_match, too_long, wrong_member
 from longmix.command_line.program import program
 from longmix.command_line.schema import HYDRA_PATHS, Schema
 from longmix.command_line.unknown_words import foreign, wrong_word
@@ -53,7 +53,8 @@ def misformed(schema: Schema, words: Sequence[Word], sweep: bool) -> str | None:
         if not word.name:
             return f"{shown(word.given)} has no name before the equals sign."
         if values.is_list(word.value or "") and word.name in schema.groups and not schema.takes_several(word.name):
-            return f"{shown(word.given)} is a list; {word.name} takes one choice. -m {word.name}=A,B runs with each."
+            each = f" -m {word.name}=A,B runs with each." if schema.sweeps else ""
+            return f"{shown(word.given)} is a list; {word.name} takes one choice.{each}"
     return next(filter(None, (_wrong_group(schema, word, sweep) for word in words)), None)
 
 
@@ -68,7 +69,7 @@ def _problems(schema: Schema, words: list[Word], sweep: bool, error: BaseExcepti
     for word in words:
         yield wrong_word(schema, node, word)
     for word in words:
-        yield _wrong_value(schema, word, words, sweep)
+        yield _wrong_value(schema, word, words, sweep) or _no_value(schema, node, word)
     if any(isinstance(cause, GrammarParseError) for cause in (error, error.__cause__)):
         for word in words:
             if "${" in (word.value or ""):
@@ -94,13 +95,15 @@ def _alone(schema: Schema, words: Sequence[Word], index: int) -> str:
         return (
             f"{shown(word.given)} stands alone. The shell divides at blanks; quote the word: {quoted(' '.join(run))}."
         )
-    if word.given in schema.words or schema.is_group(word.given):
+    if word.given in schema.words or word.given in schema.groups:
         following = words[index + 1].given if index + 1 < len(words) else ""
         value = following if following and "=" not in following else "VALUE"
         return f"{shown(word.given)} has no value; write {quoted(f'{word.given}={value}')}."
     chosen = [f"{group}={word.given}" for group in schema.groups if word.given in schema.choices(group)]
     if chosen:
         return f"{shown(word.given)} stands alone; write {' or '.join(chosen)}."
+    if word.given.startswith("-"):
+        return f"{shown(word.given)} is an option, and only words are taken here."
     if word.given.lower() in ("help", "?", "usage"):
         return f"{word.given} is not a word; {called} -h prints the help."
     if "checkpoint" in schema.words and os.path.exists(word.given):  # noqa: PTH110 (Path fails at a name too long)
@@ -117,6 +120,18 @@ def _left_out(schema: Schema, word: Word) -> str | None:
     takes = schema.words.get(word.name)
     cure = f" For no value write {word.name}=null." if takes and type(None) in takes.options else ""
     return f"{shown(word.given)}: {word.name} cannot be left out; without the word it has its default.{cure}"
+
+
+def _no_value(schema: Schema, node: Any, word: Word) -> str | None:
+    """The message for a value in the place of settings, such as hydra.run=x."""
+    if schema.is_group(word.name):
+        return None
+    for part in word.name.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    if not isinstance(node, dict) or word.value is None or word.value.strip().startswith("{"):
+        return None
+    names = ", ".join(f"{word.name}.{name}" for name in node)
+    return f"{shown(word.given)}: {word.name} has no value of its own; its words are: {names}."
 
 
 def _no_section(schema: Schema, word: Word) -> str | None:
@@ -147,8 +162,10 @@ def _wrong_group(schema: Schema, word: Word, sweep: bool) -> str | None:
     if values.is_list(value):
         parts = values.items(value)
     elif len(parts) > 1 and not sweep:
-        several = f"{group}=[{value}]" if schema.takes_several(group) else f"-m {group}={value} for one run with each"
-        return f"{shown(word.given)} gives several values; write {several}."
+        if schema.takes_several(group):
+            return f"{shown(word.given)} gives several values; write {group}=[{value}]."
+        cure = f"write -m {group}={value} for one run with each" if schema.sweeps else f"{group} takes one"
+        return f"{shown(word.given)} gives several values; {cure}."
     for part in parts:
         if len(parts) > 1 and part.strip().lower() == "null":
             return f"{shown(word.given)}: null is no choice of a sweep; sweep without it, and run that one by itself."
@@ -207,11 +224,16 @@ def _wrong_value(schema: Schema, word: Word, words: list[Word], sweep: bool) -> 
         return f"{shown(word.given)} cannot be read; a text with such characters needs quotes of its own: {shown(cure)}"
     if override.is_sweep_override():
         if not sweep:
-            cure = f"A list is {word.name}=[{word.value}]; " if takes is None or takes.texts else ""
-            return f"{shown(word.given)} gives several values. {cure}-m {shown(word.given)} makes one run with each."
+            is_list = takes is None or takes.texts
+            cures = [f"a list is {word.name}=[{word.value}]"] if is_list else []
+            cures += [f"-m {shown(word.given)} makes one run with each"] if schema.sweeps else []
+            cure = "; ".join(cures) or "give one"
+            return f"{shown(word.given)} gives several values. {cure[:1].upper()}{cure[1:]}."
         return _wrong_sweep(word, override, takes)
     value = override.value()
     if takes and not (isinstance(value, str) and "${" in value) and not fits(value, takes.hint):
+        if isinstance(value, dict):
+            return f"{shown(word.given)} gives several settings at once; write each as {word.name}.NAME=VALUE."
         return f"{shown(word.given)} {_misfit(word.value, takes)}{_cure(word, takes)}"
     return None
 
@@ -235,11 +257,18 @@ def _cure(word: Word, takes: Takes) -> str:
 
 def wrong_sweep(schema: Schema, words: Sequence[Word]) -> str | None:
     """The message for a sweep without values, which Hydra would take for a success without runs."""
+    runs = 1
     for word in words:
-        if values.SWEEP.fullmatch((word.value or "").strip()):
-            problem = _wrong_value(schema, word, list(words), sweep=True)
+        value = (word.value or "").strip()
+        if word.sign == "~":
+            continue
+        if values.SWEEP.fullmatch(value):
+            problem = too_long(word) or no_match(schema, word) or _wrong_value(schema, word, list(words), sweep=True)
             if problem:
                 return problem
+        runs *= max(1, count(word))
+        if runs > MOST_RUNS:
+            return f"{shown(word.given)}: the sweep would have {runs:,} runs or more, and may have {MOST_RUNS:,}."
     return None
 
 

@@ -1,13 +1,53 @@
-"""Which run of a sweep does not take one of the words: every run gets them all."""
+"""The runs of a sweep: how many there are, and which of them does not take one of the words, as every run gets all."""
 
+import fnmatch
 from collections.abc import Sequence
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, RangeSweep
 
 from longmix.command_line import values
 from longmix.command_line.schema import Schema
 from longmix.command_line.unknown_words import wrong_word
 from longmix.command_line.words import Word
+
+MOST_RUNS = 10_000
+"""The most runs of a sweep: Hydra composes all of them before the first one begins."""
+
+
+def too_long(word: Word) -> str | None:
+    """The message for a range of more values than a sweep may have, without making a list of them."""
+    numbers = _parsed(word)
+    if not isinstance(numbers, RangeSweep) or None in (numbers.start, numbers.stop) or not numbers.step:
+        return None
+    number = (numbers.stop - numbers.start) / numbers.step  # type: ignore[operator]
+    if number <= MOST_RUNS:
+        return None
+    return f"{word.name}={word.value} has {number:,.0f} values, and a sweep may have {MOST_RUNS:,} runs."
+
+
+def no_match(schema: Schema, word: Word) -> str | None:
+    """The message for a pattern of names that no choice has, which would be a success without runs."""
+    pattern = _parsed(word)
+    if not isinstance(pattern, Glob) or not schema.is_group(word.name):
+        return None
+    choices = schema.choices(word.name.partition("@")[0])
+    included = [name for name in choices if any(fnmatch.fnmatch(name, each) for each in pattern.include)]
+    if any(not any(fnmatch.fnmatch(name, each) for each in pattern.exclude) for name in included):
+        return None
+    return f"{word.name}={word.value} matches none of its choices, which are: {', '.join(choices)}."
+
+
+def count(word: Word) -> int:
+    """How many values a sweep's word stands for; 0 where only the sweeper knows."""
+    return len(_choices(word))
+
+
+def _parsed(word: Word) -> object:
+    try:
+        return OverridesParser.create().parse_override(f"{word.name}={word.value}").value()
+    except Exception:
+        return None  # it is refused by what looks at values
 
 
 def wrong_member(schema: Schema, words: Sequence[Word]) -> str | None:

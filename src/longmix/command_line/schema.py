@@ -28,8 +28,9 @@ SCHEMAS: dict[str, type] = {
 }
 """The dataclass of each command's words."""
 
-HYDRA_PATHS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
-HYDRA_WORDS = {key: Takes(str, path=True) for key in HYDRA_PATHS} | {SEARCH_PATH: Takes(list[str], path=True)}
+HYDRA_PATHS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.output_subdir")
+HYDRA_WORDS = {key: Takes(str, path=True) for key in HYDRA_PATHS}
+HYDRA_WORDS |= {SEARCH_PATH: Takes(list[str], path=True), "hydra.output_subdir": Takes(str | None)}
 
 
 class Schema:
@@ -43,6 +44,7 @@ class Schema:
     Attributes:
         folders: where choices are looked for: `configs`, and the folders of `--config-dir` and `hydra.searchpath`.
         searchpath: entries that the command line adds, as Hydra reads them.
+        sweeps: -m is there for one run with each of several values.
     """
 
     def __init__(self, command: str, configs: Path, own: dict[str, Takes] | None = None) -> None:
@@ -50,6 +52,7 @@ class Schema:
         self.configs = configs
         self.folders = [configs]
         self.searchpath: list[str] = []
+        self.sweeps = True
         self.words = HYDRA_WORDS | _of_dataclass(SCHEMAS[command]) | (own or {})
         self.all_groups = sorted(
             {path.parent.relative_to(configs).as_posix() for path in configs.glob("*/**/*.yaml")} - {"."}

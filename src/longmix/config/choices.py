@@ -36,8 +36,9 @@ class Choice:
             ConfigError: the value is no such mapping.
         """
         if not isinstance(value, Mapping) or "_target_" not in value:
+            group = key.partition(".")[0]
             raise ConfigError(
-                f"{key}={value!r} is not a choice; it needs `_target_`, as the files in configs/{key} have."
+                f"{key}={value!r} is not a choice; it needs `_target_`, as the files in configs/{group} have."
             )
         return cls(key, copied(value))
 

@@ -81,9 +81,11 @@ def too_large(value: object) -> str:
     """The message for a whole number, or one in a list, that torch and NumPy cannot hold; "" if none is."""
     if isinstance(value, list | tuple):
         return next(filter(None, map(too_large, value)), "")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return ""
-    if value != int(value) or abs(value) <= LARGEST_INTEGER:
+    if isinstance(value, float) and (not math.isfinite(value) or value != int(value)):
+        return ""
+    if abs(value) <= LARGEST_INTEGER:
         return ""
     size, way = ("small", "down to -") if value < 0 else ("large", "up to ")
     return f"is too {size}; whole numbers go {way}{LARGEST_INTEGER}."

@@ -24,6 +24,7 @@ from longmix.generation.sampling import Sampling
 from longmix.generation.session import Session
 from longmix.generation.text import Row
 from longmix.progress import tracked
+from longmix.reading import LARGEST_TEXT_BYTES
 from longmix.restore import Restored, restored_for
 from longmix.wording import counted
 
@@ -118,7 +119,11 @@ def _prompts(config: GenerateConfig) -> list[str]:
     if given != [""]:
         raise ConfigError("give prompt or prompt_file, not both.")
     try:
-        return [Path(config.prompt_file).read_text(encoding="utf-8")]
+        with Path(config.prompt_file).open("rb") as stream:  # which may be a pipe
+            content = stream.read(LARGEST_TEXT_BYTES + 1)
+        if len(content) > LARGEST_TEXT_BYTES:
+            raise DataError(f"prompt_file={config.prompt_file} is longer than {LARGEST_TEXT_BYTES:,} bytes.")
+        return [content.decode("utf-8")]
     except OSError as error:
         raise DataError(f"prompt_file={config.prompt_file} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
