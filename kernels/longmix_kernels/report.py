@@ -60,12 +60,12 @@ def _report(engines: Sequence[str], arguments: Sequence[str]) -> int:
         parser.error(f"--json={options.json}: there is no folder {options.json.parent}")
     if options.json is not None:
         _check_writable(parser, options.json)
-    written = {}
+    given, written = options, {}
     for engine, report in reports.items():
         if len(engines) > 1:
             print(f"{engine}\n")
             report.add_options(own := argparse.ArgumentParser())
-            options = argparse.Namespace(**vars(own.parse_args([])) | vars(options))
+            options = argparse.Namespace(**vars(own.parse_args([])) | vars(given))
         builds = report.builds(parser, options)  # which refuses impossible options
         kernels = [] if options.cost_only else [build.row(build.compile()) for build in builds]
         costs = report.costs(options)
