@@ -55,6 +55,8 @@ FAMILY = {
         *("mixer.rotary_scaling=yarn", *STRETCHED),
         "mixer.rotary_options={beta_fast:9,truncate:false,attention_factor:1.4}",
     ),
+    "phi3": (NO_NORM, "mixer.rotary_fraction=0.5", "mixer.num_kv_heads=2"),
+    "phi3-window": ("mixer=sliding_window", "mixer.window=5", NO_NORM, "mixer.rotary_fraction=0.25"),
     "qwen3-windows": ("mixer=sliding_window+flash", "mixer.sliding_window.window=5"),
 }
 
@@ -112,6 +114,7 @@ def test_llamas_family_computes_the_same_and_comes_back(saved, tmp_path, overrid
 
 ROPES = {
     "default": {},
+    "partial": {"rope_type": "default", "partial_rotary_factor": 0.75},
     "linear": {"factor": 3.0},
     "llama3": {
         **{"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
@@ -121,12 +124,15 @@ ROPES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("kind", "rope"), [("Llama", name) for name in ROPES] + [("Qwen3", "default"), ("Mistral", "yarn")]
-)
+KINDS = [("Llama", name) for name in ROPES if name != "partial"]
+KINDS += [("Qwen3", "default"), ("Mistral", "yarn"), ("Phi3", "partial")]
+
+
+@pytest.mark.parametrize(("kind", "rope"), KINDS)
 def test_models_of_transformers_are_imported(tmp_path, kind, rope):
     parameters = {"rope_type": rope, "rope_theta": 700.0, **ROPES[rope]}
-    theirs = foreign(tmp_path / "folder", kind, rope_parameters=parameters)
+    specials = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+    theirs = foreign(tmp_path / "folder", kind, rope_parameters=parameters, **specials)
     done = import_folder(tmp_path / "folder", tmp_path / "run")
     state, ids = load_checkpoint(done.checkpoint), tokens(2, 30)
     with torch.no_grad():
@@ -357,7 +363,10 @@ def test_numbers_are_tokens_of_their_own(tmp_path):
             r"mixer.flash.rotary_base=7.0 is not that of the first layer, 10000.0",
         ),
         (("mixer.rotary_base=null",), r"mixer.rotary_base=null cannot be said in Llama's family; use --as longmix"),
-        (("mixer.rotary_fraction=0.5",), r"mixer.rotary_fraction=0.5 cannot be said in Llama's family"),
+        (
+            ("mixer.rotary_fraction=0.5",),
+            r"mixer.rotary_fraction=0.5 with mixer.qk_norm=true or a mixer.rotary",
+        ),
         (
             ("mixer=sliding_window+flash", "mixer.flash.rotary_scaling=linear", "mixer.flash.rotary_factor=2"),
             r"mixer.flash.rotary_scaling=linear is not that of the first layer",
@@ -392,7 +401,7 @@ def test_what_llamas_family_has_not_is_refused_by_name(saved, tmp_path, override
         ("Llama", {"mlp_bias": True}, "mlp_bias=True in config.json: longmix has False alone"),
         ("Qwen3", {"attention_bias": True}, "attention_bias=True in config.json: longmix has False alone"),
         ("Mistral", {"head_dim": 16}, "head_dim=16 in config.json: longmix has"),
-        ("GPT2", {}, "a model of type 'gpt2'; the types that can be read are longmix, llama, mistral, qwen3"),
+        ("GPT2", {}, "a model of type 'gpt2'; the types that can be read are longmix, llama, mistral, qwen3, phi3"),
     ],
 )
 def test_what_longmix_has_not_is_refused_by_name(tmp_path, kind, settings, message):

@@ -142,7 +142,7 @@ def _as_llama(model: LanguageModel, config: StoredConfig, kind: str) -> tuple[An
         raise
     sizes: dict[str, Any] = {"vocab_size": model.embedding.num_embeddings, "max_position_embeddings": config.seq_len}
     theirs = AutoConfig.for_model(**described, **sizes)
-    return theirs, {llama.to_theirs(name): weight for name, weight in model.state_dict().items()}
+    return theirs, llama.their_weights(model.state_dict(), theirs.model_type)
 
 
 def _as_longmix(model: LanguageModel, config: StoredConfig) -> tuple[Any, dict[str, Tensor]]:

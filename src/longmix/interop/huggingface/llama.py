@@ -3,8 +3,9 @@
     flash, mixer.qk_norm=false    LlamaForCausalLM
     sliding_window, the same      MistralForCausalLM, whose window counts the token itself as ours does
     either with mixer.qk_norm, or a pattern of both     Qwen3ForCausalLM
+    either with mixer.rotary_fraction                   Phi3ForCausalLM, which alone rotates a share of the channels
 
-All three have RMSNorm, SwiGLU, grouped key-value heads and the half-split rotary layout, as `model.blocks.Standard`
+All have RMSNorm, SwiGLU, grouped key-value heads and the half-split rotary layout, as `model.blocks.Standard`
 has, so that weights are renamed and nothing else. Scaled positions are `rope_parameters`. Rotary frequencies are formed
 as base^-e here and 1 / base^e there, which differ by float32 rounding: about 6e-8 of an angle.
 """
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from longmix.config import Choice, ModelConfig, Pattern, settings
 from longmix.errors import ConfigError
+from longmix.interop.huggingface.fused import divided, fused
 from longmix.interop.huggingface.rope import positions_of, read_rope, rope_of
 from longmix.mixers.flash import Flash
 from longmix.mixers.parts.base import Mixer
@@ -24,7 +26,12 @@ from longmix.mixers.sliding_window import SlidingWindow
 from longmix.model.backbone import LanguageModel
 from longmix.model.blocks import Standard
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+}
 
 NAMES = {
     "embedding": "model.embed_tokens",
@@ -119,7 +126,7 @@ def described(model: LanguageModel, config: ModelConfig) -> dict[str, Any]:
         "rms_norm_eps": model.shape.norm_eps,
         "rope_parameters": rope_of(first.rotary, first.head_dim),
         "tie_word_embeddings": model.head.weight is model.embedding.weight,
-        **_window_settings(windows, shared["qk_norm"]),
+        **_window_settings(windows, shared["qk_norm"], _is_partial(first)),
     }
 
 
@@ -157,7 +164,24 @@ def _facts(mixer: Mixer) -> dict[str, Any]:
     }
 
 
-def _window_settings(windows: list[int | None], qk_norm: bool) -> dict[str, Any]:
+def _is_partial(mixer: Flash | SlidingWindow) -> bool:
+    """Whether some channels do not rotate.
+
+    Raises:
+        ConfigError: the mixer has besides what Phi-3 lacks.
+    """
+    if mixer.rotary is None or mixer.rotary.channels == mixer.head_dim:
+        return False
+    if mixer.rotary.scaling is not None or hasattr(mixer.query_norm, "weight"):
+        share = mixer.rotary.channels / mixer.head_dim
+        raise ConfigError(
+            f"mixer.rotary_fraction={share:g} with mixer.qk_norm=true or a mixer.rotary_scaling: no type of Llama's "
+            f"family has both. {_CURE.capitalize()}"
+        )
+    return True
+
+
+def _window_settings(windows: list[int | None], qk_norm: bool, partial: bool) -> dict[str, Any]:
     found = {window for window in windows if window is not None}
     if len(found) > 1:
         raise ConfigError(f"mixer.window has several sizes, {sorted(found)}; Llama's family has one. {_CURE}")
@@ -167,12 +191,12 @@ def _window_settings(windows: list[int | None], qk_norm: bool) -> dict[str, Any]
         layers = {"use_sliding_window": window is not None, "sliding_window": window, "layer_types": kinds}
         return {"model_type": "qwen3", **(layers if window else {})}
     if window is None:
-        return {"model_type": "llama"}
+        return {"model_type": "phi3" if partial else "llama"}
     if None in windows:
         raise ConfigError(
             "mixer.qk_norm=false with windows in some layers alone: no type of Llama's family has both. " + _CURE
         )
-    return {"model_type": "mistral", "sliding_window": window}
+    return {"model_type": "phi3" if partial else "mistral", "sliding_window": window}
 
 
 def read_config(config: Any) -> ModelConfig:
@@ -192,8 +216,9 @@ def read_config(config: Any) -> ModelConfig:
         "mlp_bias": (False, getattr(config, "mlp_bias", False)),
         "quantization_config": (None, getattr(config, "quantization_config", None)),
         "head_dim": (config.hidden_size // config.num_attention_heads, head_dim),
-        "rope_parameters.partial_rotary_factor": (1.0, rope.get("partial_rotary_factor", 1.0)),
     }
+    if config.model_type != "phi3":  # the others' own code passes over it
+        needed["rope_parameters.partial_rotary_factor"] = (1.0, rope.get("partial_rotary_factor", 1.0))
     for name, (ours, theirs) in needed.items():
         if theirs != ours:
             raise ConfigError(
@@ -244,6 +269,19 @@ def _mixer(windows: list[int | None], options: dict[str, Any]) -> dict[str, Any]
     return {"pattern": names, "flash": flash, "sliding_window": sliding}
 
 
-def renamed_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of such a folder by our names."""
+def their_weights(weights: dict[str, Tensor], model_type: str) -> dict[str, Tensor]:
+    """Our weights by the names that they have in such a folder."""
+    theirs = {to_theirs(name): weight for name, weight in weights.items()}
+    return fused(theirs) if model_type == "phi3" else theirs
+
+
+def renamed_weights(weights: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    """The weights of such a folder by our names.
+
+    Args:
+        weights: by their names.
+        config: transformers' object of `config.json`.
+    """
+    if config.model_type == "phi3":
+        weights = divided(weights, config.num_attention_heads, config.num_key_value_heads)
     return {to_ours(name): weight for name, weight in weights.items() if not name.endswith(IGNORED_WEIGHTS)}

@@ -170,7 +170,7 @@ def _weights(folder: Path, theirs: Any, config: ModelConfig) -> dict[str, Tensor
     if theirs.model_type == "longmix":
         weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
     else:
-        weights = llama.renamed_weights(weights)
+        weights = llama.renamed_weights(weights, theirs)
     needed = model.state_dict()
     tied = model.head.weight is model.embedding.weight
     if tied:

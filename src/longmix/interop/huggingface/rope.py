@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from math import log
+from math import log, nextafter
 from typing import Any
 
 from longmix.errors import ConfigError
@@ -23,11 +23,9 @@ def rope_of(rotary: Rotary | None, head_dim: int) -> dict[str, Any]:
     """
     if rotary is None:
         raise ConfigError(f"mixer.rotary_base=null cannot be said in Llama's family; {_CURE}")
-    if rotary.channels != head_dim:
-        share = rotary.channels / head_dim
-        raise ConfigError(f"mixer.rotary_fraction={share:g} cannot be said in Llama's family; {_CURE}")
     if rotary.scaling is None:
-        return {"rope_type": "default", "rope_theta": rotary.base}
+        partial = {} if rotary.channels == head_dim else {"partial_rotary_factor": _share(rotary.channels, head_dim)}
+        return {"rope_type": "default", "rope_theta": rotary.base, **partial}
     settings = {THEIRS.get(name, name): value for name, value in asdict(rotary.scaling).items() if value is not None}
     return {"rope_type": rotary.scaling.kind, "rope_theta": rotary.base, **settings}
 
@@ -39,7 +37,7 @@ def positions_of(rotary: Rotary | None, head_dim: int) -> dict[str, Any]:
     factor, original_length = own.pop("factor", None), own.pop("original_length", None)
     return {
         "rotary_base": None if rotary is None else rotary.base,
-        "rotary_fraction": 1.0 if rotary is None else rotary.channels / head_dim,
+        "rotary_fraction": 1.0 if rotary is None else _share(rotary.channels, head_dim),
         "rotary_scaling": None if scaling is None else scaling.kind,
         "rotary_factor": factor,
         "rotary_original_length": original_length,
@@ -60,7 +58,7 @@ def read_rope(rope: Mapping[str, Any], max_length: int) -> dict[str, Any]:
     kind = rope.get("rope_type", "default")
     found: dict[str, Any] = {"rotary_base": float(rope["rope_theta"])}
     if kind == "default":
-        return found
+        return found | {"rotary_fraction": float(rope.get("partial_rotary_factor", 1.0))}
     if kind not in KINDS:
         raise ConfigError(
             f"rope_parameters.rope_type={kind!r} in config.json: longmix has default, {', '.join(KINDS)} alone, so it "
@@ -77,6 +75,12 @@ def read_rope(rope: Mapping[str, Any], max_length: int) -> dict[str, Any]:
 
 
 NOT_OF_A_SCALING = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+
+
+def _share(channels: int, head_dim: int) -> float:
+    """The fraction that rotates so many channels."""
+    share = channels / head_dim
+    return share if int(head_dim * share) == channels else nextafter(share, 1.0)
 
 
 def _growth(factor: float, scale: float) -> float:
