@@ -27,6 +27,8 @@ VARIANTS = {
     "routing-full": "routing clusters=3 window=4 mode=argmax_full",
     "routing-prefix": "routing clusters=3 window=4 mode=prefix_topk block=6",
     "routing-threshold": "routing clusters=3 window=4 mode=threshold",
+    "no-positions": "flash rotary_base=null",
+    "yarn": "sliding_window window=7 rotary_fraction=0.5 rotary_scaling=yarn rotary_factor=4 rotary_original_length=16",
     "scatterbrain": "scatterbrain block=3 num_features=16",
     "scatterbrain-near-as-slices": "scatterbrain block=6 num_features=16",  # 11 exact keys are remembered
     "scatterbrain-near-beyond-slices": "scatterbrain block=8 num_features=16",

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from mixer_table import SHAPE
+from mixer_table import FILES, SHAPE, settings_of
+from small_mixers import small_mixer
 
 from longmix.config import build
 from longmix.errors import ConfigError
@@ -143,6 +144,38 @@ def test_heads_of_odd_size_need_no_positions():
         ConfigError, match=r"even head size, and mixer.num_heads=16 gives 3; mixer.rotary_base=null does"
     ):
         Flash(SHAPE, 0, num_heads=16)
+
+
+ROTATING = [path for path in FILES if "rotary_base" in settings_of(path)]
+ASKED = {
+    "none": {"rotary_base": None},
+    "yarn": {"rotary_base": 100.0, "rotary_scaling": "yarn", "rotary_factor": 4.0, "rotary_original_length": 16},
+}
+
+
+@pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
+@pytest.mark.parametrize("path", ROTATING, ids=lambda path: path.stem)
+@torch.no_grad()
+def test_every_mixer_that_rotates_decodes_what_one_pass_computes(path, asked):
+    torch.manual_seed(1)
+    node = {
+        **small_mixer(settings_of(path), 4),
+        **asked,
+        **({"key_factor": 1.0} if "key_factor" in settings_of(path) else {}),
+    }
+    mixer = build(node, "mixer", shape=SHAPE, layer_index=0).double().eval()
+    assert (mixer.rotary is None) == (asked["rotary_base"] is None)
+    x = torch.randn(2, 20, SHAPE.d_model, dtype=torch.float64)
+    ids = torch.repeat_interleave(torch.arange(2), torch.tensor([7, 13])).expand(2, -1).int()
+    for documents in (None, ids):
+        state, pieces = mixer.init_state(2), []
+        for piece in (slice(0, 5), *(slice(place, place + 1) for place in range(5, 9)), slice(9, 20)):
+            own = None if documents is None else documents[:, piece]
+            output = mixer(x[:, piece], state=state, document_ids=own)
+            state = output.state
+            pieces.append(output.y)
+        whole = mixer(x, document_ids=documents).y
+        torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=0, atol=1e-12)
 
 
 def test_layers_with_the_same_positions_share_a_layout():
