@@ -130,7 +130,7 @@ def drawn(records: Sequence[Record]) -> Figure:
         if record["length"] == length
     }
     figure, (axes,) = new_figure(1)
-    title = f"Rows of {length:,} tokens; the model was trained on {trained:,}"
+    title = f"Loss in rows of {length:,} tokens"
     draw_curves(axes, curves, title=title, x_label="tokens of context, up to", y_label="nats per token", log_x=True)
     draw_trained(axes, trained)
     return figure
