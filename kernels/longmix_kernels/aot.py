@@ -117,7 +117,13 @@ class Build(ABC):
 
     def _names(self, places: Sequence[int]) -> list[str]:
         """Return the names at these places among the arguments that are no compile-time constants."""
-        given = [name for name in self.function().arg_names if name not in self.constants()]
+        given = [
+            name if field in (None, "pointer") else field
+            for name in self.function().arg_names
+            if name not in self.constants()
+            for field in fields_of(self.function(), name) or (None,)
+            if field not in self.constants()
+        ]
         return [given[place] for place in places]
 
     def function(self) -> Any:
@@ -189,19 +195,36 @@ def lowered(source: Any, target: Any, options: Mapping[str, Any], last: str) -> 
     return module, metadata
 
 
+def fields_of(kernel: Any, name: str) -> tuple[str, ...]:
+    """Return the fields of an argument that is a named tuple, as its annotation says; none for any other argument.
+
+    Fields are as arguments by their names, except "pointer", which has the type of the argument that it is a field of.
+    """
+    return getattr(kernel.signature.parameters[name].annotation, "_fields", ())
+
+
 def _source(kernel: Any, build: Build) -> Any:
     """Return the kernel as `triton.compile` takes it, specialised as the launcher does it for aligned tensors."""
     from triton.compiler import ASTSource
 
     constants = {name: constant for name, constant in build.constants().items() if name in kernel.arg_names}
-    signature: dict[str, str] = {}
-    aligned: dict[tuple[int], list[list[Any]]] = {}
+    given: dict[tuple[int, ...], Any] = {(kernel.arg_names.index(name),): x for name, x in constants.items()}
+    signature: dict[str, Any] = {}
+    aligned: dict[tuple[int, ...], list[list[Any]]] = {}
     for index, name in enumerate(kernel.arg_names):
-        signature[name] = "constexpr" if name in constants else build.type_of(name)
-        specialized = not kernel.params[index].do_not_specialize
-        if name not in constants and specialized and (name.startswith("stride_") or signature[name].startswith("*")):
-            aligned[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, constants, aligned)
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        fields = fields_of(kernel, name)
+        types = [build.type_of(name if field == "pointer" else field) for field in fields] or [build.type_of(name)]
+        for place, (field, kind) in enumerate(zip(fields or (name,), types, strict=True)):
+            path = (index, place) if fields else (index,)
+            if field in build.constants():
+                types[place], given[path] = "constexpr", build.constants()[field]
+            elif not kernel.params[index].do_not_specialize and (field.startswith("stride_") or kind.startswith("*")):
+                aligned[path] = [["tt.divisibility", 16]]
+        signature[name] = kernel.signature.parameters[name].annotation(*types) if fields else types[0]
+    return ASTSource(kernel, signature, given, aligned)
 
 
 def _compile(kernel: Any, build: Build) -> Compiled:

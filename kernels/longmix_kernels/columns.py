@@ -1,5 +1,20 @@
 """Cover the columns of a head dimension with powers of two, which is what Triton's tiles have."""
 
+from typing import NamedTuple
+
+
+class Columns(NamedTuple):
+    """A head dimension as a compile-time argument: its size, and two powers of two that cover it; `split_dim`."""
+
+    SIZE: int
+    MAIN: int
+    REST: int
+
+    @classmethod
+    def of(cls, dim: int) -> "Columns":
+        """Return the columns of a head dimension."""
+        return cls(dim, *split_dim(dim))
+
 
 def cover(size: int) -> int:
     """Return the smallest power of two, at least 16, that is no smaller than a head dimension."""

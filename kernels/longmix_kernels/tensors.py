@@ -1,6 +1,47 @@
 """Make tensors such that one compiled kernel serves every length and batch size: aligned, with strides Triton knows."""
 
+from typing import Any, NamedTuple
+
 import torch
+
+
+class Strided(NamedTuple):
+    """A tensor [B, T, H, ...] as one argument of a kernel: its address, and its strides, 0 for a size of 1."""
+
+    pointer: Any
+    stride_batch: Any
+    stride_row: Any
+    stride_head: Any
+
+
+class PerRow(NamedTuple):
+    """A contiguous tensor [B or 1, H or 1, T] as one argument of a kernel.
+
+    Strides are in sixteenths of T, and 0 for a size of 1. So they are multiples of 16 for every length and batch size,
+    and Triton compiles one kernel; it would compile others for multiples of T, and a tuple has no exceptions from that.
+    """
+
+    pointer: Any
+    stride_batch: Any
+    stride_head: Any
+
+
+def strided(*tensors: torch.Tensor) -> list[Strided]:
+    """Return tensors [B, T, H, ...] as kernels take them."""
+    return [Strided(x, *strides(x)) for x in tensors]
+
+
+def per_row(*tensors: torch.Tensor | None) -> list[PerRow | None]:
+    """Return tensors [B or 1, H or 1, T] as kernels take them, None for None."""
+    return [None if x is None else _per_row(x) for x in tensors]
+
+
+def _per_row(x: torch.Tensor) -> PerRow:
+    for axis in (0, 1):
+        if x.stride(axis) == 0:  # one row for all, expanded
+            x = x.narrow(axis, 0, 1)
+    batch, heads, _ = x.shape
+    return PerRow(aligned(x.contiguous()), 16 * heads if batch > 1 else 0, 16 if heads > 1 else 0)
 
 
 def strides(*tensors: torch.Tensor | None) -> list[int]:

@@ -5,8 +5,17 @@ and stores mask rows everywhere, since with chunks most tiles lie on an edge. Th
 reaches past the true dimension. This module imports Triton, so only modules named `triton_*` import it.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+
+
+class Rows(NamedTuple):
+    """The rows of one head: where the first one begins, and how far apart they are."""
+
+    pointer: tl.tensor
+    stride: tl.tensor
 
 
 @triton.jit
@@ -14,6 +23,25 @@ def program_head(tiles, heads):
     """Return the tile (of `tiles`), the batch row and the head (of `heads`) of this program; the last two in int64."""
     program = tl.program_id(0)
     return program % tiles, (program // tiles // heads).to(tl.int64), (program // tiles % heads).to(tl.int64)
+
+
+@triton.jit
+def head_rows(matrix, batch, head):
+    """Return the rows of one head of `tensors.Strided`."""
+    return Rows(matrix.pointer + batch * matrix.stride_batch + head * matrix.stride_head, matrix.stride_row)
+
+
+@triton.jit
+def packed_rows(matrix, batch, length, head, heads, WIDTH: tl.constexpr):
+    """Return the rows of one head of a contiguous tensor [B, length, heads, WIDTH]."""
+    stride = heads * WIDTH
+    return Rows(matrix + batch * length * stride + head * WIDTH, stride)
+
+
+@triton.jit
+def head_vector(vectors, batch, head, length):
+    """Return the first of the `length` numbers of one head of `tensors.PerRow`, a pointer."""
+    return vectors.pointer + ((batch * vectors.stride_batch + head * vectors.stride_head) >> 4) * length
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import torch
 from longmix_kernels import launch
 from longmix_kernels.attention.inputs import Inputs
 from longmix_kernels.attention.permutation import put_rows, take_rows
-from longmix_kernels.columns import dim_constants, is_padded, split_dim
+from longmix_kernels.columns import Columns, is_padded, split_dim
 from longmix_kernels.launch import LaunchTable, known_architecture, with_tiles_of
 from longmix_kernels.runtime import on_gpu
 from longmix_kernels.tensors import aligned, unit_stride
@@ -252,10 +252,6 @@ class Call(launch.Call[LaunchConfig]):
         """
         return math.copysign(max(abs(self.scale), 1e-30), self.scale) * math.log2(math.e)
 
-    def row_strides(self, *rows: torch.Tensor | None) -> list[int]:
-        """Return the strides of batch and head of tensors [B or 1, H or 1, T]; 0 for a size of 1, and for None."""
-        return [0 if x is None or x.shape[axis] == 1 else x.stride(axis) for x in rows for axis in (0, 1)]
-
     def steps(self, kernel: str) -> tuple[Any, Any]:
         """Return descriptors of key and value, which load a tile at once; None twice where the kernel uses pointers."""
         config = self.config(kernel)
@@ -300,5 +296,6 @@ class Call(launch.Call[LaunchConfig]):
             "GATHER_QUERY": self.query_order is not None and self.query_rows is None,
             "GATHER_KEY": self.key_order is not None and self.key_rows is None,
             "NEGATIVE_SCALE": self.scale_log2() < 0,
-            **dim_constants(self.dim, self.value_dim),
+            "DIM": Columns.of(self.dim),
+            "VALUE_DIM": Columns.of(self.value_dim),
         }

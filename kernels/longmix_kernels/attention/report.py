@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from longmix_kernels import aot
 from longmix_kernels.attention import cost, launch
-from longmix_kernels.columns import dim_constants, is_padded
+from longmix_kernels.columns import Columns, is_padded
 from longmix_kernels.cost import pass_rows
 
 FEATURES = ("plain", "permuted", "alibi", "blocks")
@@ -91,7 +91,8 @@ class Build(aot.Build):
             "GATHER_KEY": self.feature == "permuted",
             "NEGATIVE_SCALE": False,
             "UPCAST": False,
-            **dim_constants(self.dim, self.value_dim),
+            "DIM": Columns.of(self.dim),
+            "VALUE_DIM": Columns.of(self.value_dim),
             **self.launch_config().tiles(),
             **dict.fromkeys(absent),
         }

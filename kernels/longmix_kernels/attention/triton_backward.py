@@ -21,7 +21,7 @@ from longmix_kernels.attention.inputs import Inputs
 from longmix_kernels.attention.launch import Call
 from longmix_kernels.attention.triton_grad_key_value import grad_key_value_kernel
 from longmix_kernels.attention.triton_grad_query import grad_query_kernel
-from longmix_kernels.tensors import aligned, strides, unit_stride, vectors
+from longmix_kernels.tensors import aligned, per_row, strided, unit_stride, vectors
 
 
 def triton_backward(
@@ -51,23 +51,17 @@ def triton_backward(
         # Without `hi`, the first row that sees a key has a closed form, and only the end needs the search.
         end_row = rows_up_to(call.lo, call.keys)
         first_row = None if call.hi is None else rows_up_to(call.hi, call.keys)
+    orders = call.query_order, call.key_order
     sizes = call.queries, call.keys, call.heads, call.group, call.window
     call.launch(
         "grad_query",
         grad_query_kernel,
-        call.query,
-        call.key,
-        call.value,
-        call.lo,
-        call.hi,
-        call.query_order,
-        call.key_order,
+        *strided(call.query, call.key, call.value, output, grad_output),
+        *per_row(call.lo, call.hi, *orders),
         call.alibi_slopes,
         call.row_offsets,
         call.row_blocks,
-        output,
         logsumexp,
-        grad_output,
         grad_logsumexp,
         grads[0],
         shift,
@@ -75,23 +69,15 @@ def triton_backward(
         call.scale,
         call.scale_log2(),
         *sizes,
-        *strides(call.query, call.key, call.value, output, grad_output),
-        *call.row_strides(call.lo, call.hi, call.query_order, call.key_order),
     )
     call.launch(
         "grad_key_value",
         grad_key_value_kernel,
-        call.query,
-        call.key,
-        call.value,
-        first_row,
-        end_row,
-        call.query_order,
-        call.key_order,
+        *strided(call.query, call.key, call.value, grad_output),
+        *per_row(first_row, end_row, *orders),
         call.alibi_slopes,
         call.key_offsets,
         call.key_blocks,
-        grad_output,
         shift,
         minus_delta,
         grads[1],
@@ -99,7 +85,5 @@ def triton_backward(
         call.scale,
         call.scale_log2(),
         *sizes,
-        *strides(call.query, call.key, call.value, grad_output),
-        *call.row_strides(first_row, end_row, call.query_order, call.key_order),
     )
     return call.put_queries(grads[0]), call.put_keys(grads[1]), call.put_keys(grads[2])

@@ -6,40 +6,48 @@
 import triton
 import triton.language as tl
 
-from longmix_kernels.attention.triton_tiles import load_slope, load_tile, row_numbers, store_tile, with_alibi
-from longmix_kernels.attention.triton_walk import cover, keys_of_rows, program_tile, step_start
-from longmix_kernels.tiles import product
+from longmix_kernels.attention.triton_tiles import (
+    add_products,
+    inner,
+    load_rows,
+    load_slope,
+    row_numbers,
+    scaled,
+    store_rows,
+    with_alibi,
+    zeros,
+)
+from longmix_kernels.attention.triton_walk import block_list, cover_keys, is_visible, step_start
+from longmix_kernels.tensors import PerRow, Strided
+from longmix_kernels.tiles import head_rows, head_vector, packed_rows, program_head
 
-STRIDES = [
-    "stride_lo_batch",
-    "stride_lo_head",
-    "stride_hi_batch",
-    "stride_hi_head",
-    "stride_query_order_batch",
-    "stride_query_order_head",
-    "stride_key_order_batch",
-    "stride_key_order_head",
-]
-"""Strides that are not specialised: those of bounds and orders depend on the length, and each would start a compile."""
+
+@triton.jit
+def row_sums(a, b, COLUMNS: tl.constexpr):
+    """Return the sums over the columns of a * b, float32 [rows]."""
+    total = tl.sum(a.main.to(tl.float32) * b.main.to(tl.float32), 1)
+    if COLUMNS.REST > 0:
+        total += tl.sum(a.rest.to(tl.float32) * b.rest.to(tl.float32), 1)
+    return total
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "heads", "group", "window", *STRIDES])
+@triton.jit(do_not_specialize=["queries", "keys", "heads", "group", "window"])
 def grad_query_kernel(
-    query,  # [B, Tq, Hq, DIM]
-    key,  # [B, Tk, Hkv, DIM]
-    value,  # [B, Tk, Hkv, VALUE_DIM]
-    lo,  # int32 [B or 1, Hq or 1, Tq], or None
-    hi,  # as lo
-    query_order,  # int32 [B or 1, Hq or 1, Tq], or None: `query_rows` of the pattern
-    key_order,  # int32 [B or 1, Hkv or 1, Tk], or None: `key_rows`
+    query: Strided,  # [B, Tq, Hq, DIM.SIZE]
+    key: Strided,  # [B, Tk, Hkv, DIM.SIZE]
+    value: Strided,  # [B, Tk, Hkv, VALUE_DIM.SIZE]
+    output: Strided,  # [B, Tq, Hq, VALUE_DIM.SIZE]
+    grad_output: Strided,  # [B, Tq, Hq, VALUE_DIM.SIZE]
+    lo: PerRow,  # int32 [B or 1, Hq or 1, Tq], or None
+    hi: PerRow,  # as lo
+    query_order: PerRow,  # int32 [B or 1, Hq or 1, Tq], or None: `query_rows` of the pattern
+    key_order: PerRow,  # int32 [B or 1, Hkv or 1, Tk], or None: `key_rows`
     alibi_slopes,  # float32 [Hq], or None
     row_offsets,  # int32 [blocks + 1], or None
     row_blocks,  # int32 [n], or None
-    output,  # [B, Tq, Hq, VALUE_DIM]
     logsumexp,  # float32 [B, Tq, Hq], contiguous
-    grad_output,  # [B, Tq, Hq, VALUE_DIM]
     grad_logsumexp,  # float32 [B, Tq, Hq], contiguous, or None
-    grad_query,  # [B, Tq, Hq, DIM], contiguous
+    grad_query,  # [B, Tq, Hq, DIM.SIZE], contiguous
     shift,  # written, float32 [B, Hq, Tq], in order: -L / scale; the weights are exp(scale * (score + shift))
     minus_delta,  # written, float32 [B, Hq, Tq], in order
     scale,
@@ -49,39 +57,12 @@ def grad_query_kernel(
     heads,  # Hq
     group,  # Hq / Hkv
     window,
-    stride_query_batch,
-    stride_query_row,
-    stride_query_head,
-    stride_key_batch,
-    stride_key_row,
-    stride_key_head,
-    stride_value_batch,
-    stride_value_row,
-    stride_value_head,
-    stride_output_batch,
-    stride_output_row,
-    stride_output_head,
-    stride_grad_output_batch,
-    stride_grad_output_row,
-    stride_grad_output_head,
-    stride_lo_batch,
-    stride_lo_head,
-    stride_hi_batch,
-    stride_hi_head,
-    stride_query_order_batch,
-    stride_query_order_head,
-    stride_key_order_batch,
-    stride_key_order_head,
     MODE: tl.constexpr,
     BLOCK: tl.constexpr,
     GATHER_QUERY: tl.constexpr,
     GATHER_KEY: tl.constexpr,
     DIM: tl.constexpr,
-    DIM_MAIN: tl.constexpr,
-    DIM_REST: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    VALUE_MAIN: tl.constexpr,
-    VALUE_REST: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -89,60 +70,27 @@ def grad_query_kernel(
     """Write the query gradient of `ROWS` query rows of one head, and their `shift` and `minus_delta`."""
     # Heavy tiles go first, as in the forward.
     tiles = tl.cdiv(queries, ROWS)
-    tile, batch, head = program_tile(tiles, heads)
+    tile, batch, head = program_head(tiles, heads)
     start = (tiles - 1 - tile) * ROWS
-    query += batch * stride_query_batch + head * stride_query_head
-    key += batch * stride_key_batch + head // group * stride_key_head
-    value += batch * stride_value_batch + head // group * stride_value_head
-    grad_output += batch * stride_grad_output_batch + head * stride_grad_output_head
-    if MODE == "bounds" or MODE == "documents":
-        lo += batch * stride_lo_batch + head * stride_lo_head
-    if MODE == "bounds":
-        hi += batch * stride_hi_batch + head * stride_hi_head
-    if query_order is not None:
-        query_order += batch * stride_query_order_batch + head * stride_query_order_head
-    if key_order is not None:
-        key_order += batch * stride_key_order_batch + head // group * stride_key_order_head
+    query_rows, do_rows = head_rows(query, batch, head), head_rows(grad_output, batch, head)
+    key_rows, value_rows = head_rows(key, batch, head // group), head_rows(value, batch, head // group)
+    lo = lo if lo is None else head_vector(lo, batch, head, queries)
+    hi = hi if hi is None else head_vector(hi, batch, head, queries)
+    query_order = query_order if query_order is None else head_vector(query_order, batch, head, queries)
+    key_order = key_order if key_order is None else head_vector(key_order, batch, head // group, keys)
     count = 0
     if BLOCK > 0:
-        row_offsets += (start + keys - queries) // BLOCK
-        row_blocks += tl.load(row_offsets)
-        count = tl.load(row_offsets + 1) - tl.load(row_offsets)
-
+        row_blocks, count = block_list(row_offsets, row_blocks, (start + keys - queries) // BLOCK)
     rows = start + tl.arange(0, ROWS)
     inside = rows < queries
-    last = tl.minimum(start + ROWS, queries) - 1
-    begin, full_end = keys_of_rows(lo, hi, start, start < queries, queries, keys, window, MODE)
-    full_begin, end = keys_of_rows(lo, hi, last, last < queries, queries, keys, window, MODE)
-    begin, leading, full_start, full, trailing_start, trailing = cover(
-        begin, full_begin, full_end, end, 0, row_blocks, count, KEYS, BLOCK
+    walk, first_key, end_key = cover_keys(
+        lo, hi, start, queries, keys, window, row_blocks, count, MODE, ROWS, KEYS, BLOCK
     )
-    first_key, end_key = keys_of_rows(lo, hi, rows, inside, queries, keys, window, MODE)
 
     numbers = row_numbers(query_order, start, queries, ROWS, True)
-    output += batch * stride_output_batch + head * stride_output_head
-    out = load_tile(output, start, numbers, queries, stride_output_row, 0, VALUE_MAIN, VALUE_DIM, True, GATHER_QUERY)
-    do_main = load_tile(
-        grad_output, start, numbers, queries, stride_grad_output_row, 0, VALUE_MAIN, VALUE_DIM, True, GATHER_QUERY
-    )
-    row_delta = tl.sum(out.to(tl.float32) * do_main.to(tl.float32), 1)
-    if VALUE_REST > 0:
-        out = load_tile(
-            output, start, numbers, queries, stride_output_row, VALUE_MAIN, VALUE_REST, VALUE_DIM, True, GATHER_QUERY
-        )
-        do_rest = load_tile(
-            grad_output,
-            start,
-            numbers,
-            queries,
-            stride_grad_output_row,
-            VALUE_MAIN,
-            VALUE_REST,
-            VALUE_DIM,
-            True,
-            GATHER_QUERY,
-        )
-        row_delta += tl.sum(out.to(tl.float32) * do_rest.to(tl.float32), 1)
+    out = load_rows(head_rows(output, batch, head), start, numbers, queries, VALUE_DIM, True, GATHER_QUERY)
+    do = load_rows(do_rows, start, numbers, queries, VALUE_DIM, True, GATHER_QUERY)
+    row_delta = row_sums(out, do, VALUE_DIM)
     own = numbers if GATHER_QUERY else rows
     natural_place = batch * queries * heads + head + own.to(tl.int64) * heads
     natural = tl.load(logsumexp + natural_place, mask=inside, other=float("-inf"))
@@ -157,51 +105,29 @@ def grad_query_kernel(
     tl.store(shift + row_place, -row_lse / scale_log2, mask=inside)
     tl.store(minus_delta + row_place, -row_delta, mask=inside)
 
-    q_main = load_tile(query, start, numbers, queries, stride_query_row, 0, DIM_MAIN, DIM, True, GATHER_QUERY)
-    sum_main = tl.zeros([ROWS, DIM_MAIN], tl.float32)
-    if DIM_REST > 0:
-        q_rest = load_tile(
-            query, start, numbers, queries, stride_query_row, DIM_MAIN, DIM_REST, DIM, True, GATHER_QUERY
-        )
-        sum_rest = tl.zeros([ROWS, DIM_REST], tl.float32)
+    q = load_rows(query_rows, start, numbers, queries, DIM, True, GATHER_QUERY)
+    sums = zeros(ROWS, DIM)
     if alibi_slopes is not None:
         slope = load_slope(alibi_slopes, head, scale_log2)
         row_position = numbers + (keys - queries)
 
     for EDGE in tl.static_range(2):
-        steps = leading + trailing if EDGE else full
+        steps = walk.leading + walk.trailing if EDGE else walk.full
         for step in range(steps):
             # [ROWS, KEYS] scores and their gradients.
-            place = step_start(step, begin, leading, full_start, trailing_start, 0, row_blocks, KEYS, BLOCK, EDGE)
-            columns = row_numbers(key_order, place, end, KEYS, EDGE)
-            k_main = load_tile(key, place, columns, end, stride_key_row, 0, DIM_MAIN, DIM, EDGE, GATHER_KEY)
-            scores = product(q_main, tl.trans(k_main), None, UPCAST)
-            if DIM_REST > 0:
-                k_rest = load_tile(key, place, columns, end, stride_key_row, DIM_MAIN, DIM_REST, DIM, EDGE, GATHER_KEY)
-                scores = product(q_rest, tl.trans(k_rest), scores, UPCAST)
+            place = step_start(step, walk, 0, row_blocks, KEYS, BLOCK, EDGE)
+            columns = row_numbers(key_order, place, walk.stop, KEYS, EDGE)
+            k = load_rows(key_rows, place, columns, walk.stop, DIM, EDGE, GATHER_KEY)
+            scores = inner(q, k, None, DIM, UPCAST)
             if alibi_slopes is not None:
                 scores = with_alibi(scores, slope, columns[None, :], row_position[:, None])
             weights = tl.exp2(scores * scale_log2 - row_lse[:, None])
             if EDGE:
-                places = (place + tl.arange(0, KEYS))[None, :]
-                visible = (first_key[:, None] <= places) & (places < end_key[:, None])
-                weights = tl.where(visible, weights, 0.0)
-            v = load_tile(value, place, columns, end, stride_value_row, 0, VALUE_MAIN, VALUE_DIM, EDGE, GATHER_KEY)
-            grad_weights = product(do_main, tl.trans(v), None, UPCAST)
-            if VALUE_REST > 0:
-                v = load_tile(
-                    value, place, columns, end, stride_value_row, VALUE_MAIN, VALUE_REST, VALUE_DIM, EDGE, GATHER_KEY
-                )
-                grad_weights = product(do_rest, tl.trans(v), grad_weights, UPCAST)
-            grad_scores = (weights * (grad_weights - row_delta[:, None])).to(k_main.dtype)
-            sum_main = product(grad_scores, k_main, sum_main, UPCAST)
-            if DIM_REST > 0:
-                sum_rest = product(grad_scores, k_rest, sum_rest, UPCAST)
+                weights = tl.where(is_visible(first_key, end_key, place + tl.arange(0, KEYS)), weights, 0.0)
+            v = load_rows(value_rows, place, columns, walk.stop, VALUE_DIM, EDGE, GATHER_KEY)
+            grad_weights = inner(do, v, None, VALUE_DIM, UPCAST)
+            grad_scores = (weights * (grad_weights - row_delta[:, None])).to(k.main.dtype)
+            sums = add_products(grad_scores, k, sums, DIM, UPCAST)
 
-    stride_row = heads * DIM
-    grad_query += batch * queries * stride_row + head * DIM
-    result = sum_main * scale
-    store_tile(grad_query, result, start, numbers, queries, stride_row, 0, DIM_MAIN, DIM, GATHER_QUERY)
-    if DIM_REST > 0:
-        result = sum_rest * scale
-        store_tile(grad_query, result, start, numbers, queries, stride_row, DIM_MAIN, DIM_REST, DIM, GATHER_QUERY)
+    grad_rows = packed_rows(grad_query, batch, queries, head, heads, DIM.SIZE)
+    store_rows(grad_rows, scaled(sums, scale, DIM), start, numbers, queries, DIM, GATHER_QUERY)

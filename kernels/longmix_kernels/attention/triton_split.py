@@ -11,42 +11,66 @@ import triton.language as tl
 from longmix_kernels.attention.inputs import Inputs
 from longmix_kernels.attention.split_launch import Call
 from longmix_kernels.attention.triton_forward import triton_forward
-from longmix_kernels.attention.triton_tiles import load_slope, load_tile, row_numbers, with_alibi
-from longmix_kernels.attention.triton_walk import keys_of_rows
-from longmix_kernels.tensors import strides
-from longmix_kernels.tiles import product
+from longmix_kernels.attention.triton_tiles import (
+    Parts,
+    add_products,
+    inner,
+    load_rows,
+    load_slope,
+    row_numbers,
+    scaled,
+    softmax_step,
+    with_alibi,
+    zeros,
+)
+from longmix_kernels.attention.triton_walk import is_visible, keys_of_rows
+from longmix_kernels.tensors import PerRow, Strided, per_row, strided
+from longmix_kernels.tiles import head_rows, head_vector
 
 
 @triton.jit
-def load_rows(places, inside, COLUMN: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
-    """Load [rows, COLUMNS] from column `COLUMN` on of rows of `WIDTH` columns that begin at `places`.
+def part_places(places, inside, COLUMN: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr):
+    """Return pointers [rows, WIDTH] from column `COLUMN` on of rows that begin at `places`, and which ones exist.
 
-    Rows that are not `inside`, and columns past `WIDTH`, are zero.
+    Rows that are not `inside`, and columns past `SIZE`, do not.
     """
-    column = COLUMN + tl.arange(0, COLUMNS)
-    there = inside[:, None] & (column < WIDTH)[None, :]
-    return tl.load(places[:, None] + column[None, :], mask=there, other=0.0)
+    column = COLUMN + tl.arange(0, WIDTH)
+    return places[:, None] + column[None, :], inside[:, None] & (column < SIZE)[None, :]
 
 
 @triton.jit
-def store_rows(places, rows, inside, COLUMN: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
-    """Store [rows, COLUMNS] where `load_rows` would load them from."""
-    column = COLUMN + tl.arange(0, COLUMNS)
-    there = inside[:, None] & (column < WIDTH)[None, :]
-    tl.store(places[:, None] + column[None, :], rows, mask=there)
+def load_placed(places, inside, COLUMNS: tl.constexpr):
+    """Load rows that begin at `places` as `Parts`, zero where they are not `inside`."""
+    rest = 0
+    place, there = part_places(places, inside, 0, COLUMNS.MAIN, COLUMNS.SIZE)
+    main = tl.load(place, mask=there, other=0.0)
+    if COLUMNS.REST > 0:
+        place, there = part_places(places, inside, COLUMNS.MAIN, COLUMNS.REST, COLUMNS.SIZE)
+        rest = tl.load(place, mask=there, other=0.0)
+    return Parts(main, rest)
+
+
+@triton.jit
+def store_placed(places, rows, inside, COLUMNS: tl.constexpr):
+    """Store rows where `load_placed` would load them from."""
+    place, there = part_places(places, inside, 0, COLUMNS.MAIN, COLUMNS.SIZE)
+    tl.store(place, rows.main, mask=there)
+    if COLUMNS.REST > 0:
+        place, there = part_places(places, inside, COLUMNS.MAIN, COLUMNS.REST, COLUMNS.SIZE)
+        tl.store(place, rows.rest, mask=there)
 
 
 @triton.jit(do_not_specialize=["batches", "queries", "keys", "key_heads", "group", "window", "splits"])
 def split_forward_kernel(
-    query,  # [B, Tq, Hq, DIM]
-    key,  # [B, Tk, Hkv, DIM]
-    value,  # [B, Tk, Hkv, VALUE_DIM]
-    lo,  # int32 [B or 1, Hq or 1, Tq], or None
-    hi,  # as lo
-    query_order,  # int32 [B or 1, Hq or 1, Tq], or None: `query_rows` of the pattern
-    key_order,  # int32 [B or 1, Hkv or 1, Tk], or None: `key_rows`
+    query: Strided,  # [B, Tq, Hq, DIM.SIZE]
+    key: Strided,  # [B, Tk, Hkv, DIM.SIZE]
+    value: Strided,  # [B, Tk, Hkv, VALUE_DIM.SIZE]
+    lo: PerRow,  # int32 [B or 1, Hq or 1, Tq], or None
+    hi: PerRow,  # as lo
+    query_order: PerRow,  # int32 [B or 1, Hq or 1, Tq], or None: `query_rows` of the pattern
+    key_order: PerRow,  # int32 [B or 1, Hkv or 1, Tk], or None: `key_rows`
     alibi_slopes,  # float32 [Hq], or None
-    partial,  # float32 [splits, B, Tq, Hq, VALUE_DIM], contiguous
+    partial,  # float32 [splits, B, Tq, Hq, VALUE_DIM.SIZE], contiguous
     partial_logsumexp,  # float32 [splits, B, Tq, Hq], contiguous, in base 2
     scale_log2,  # scale * log2(e)
     batches,
@@ -56,33 +80,12 @@ def split_forward_kernel(
     group,  # Hq / Hkv
     window,
     splits,
-    stride_query_batch,
-    stride_query_row,
-    stride_query_head,
-    stride_key_batch,
-    stride_key_row,
-    stride_key_head,
-    stride_value_batch,
-    stride_value_row,
-    stride_value_head,
-    stride_lo_batch,
-    stride_lo_head,
-    stride_hi_batch,
-    stride_hi_head,
-    stride_query_order_batch,
-    stride_query_order_head,
-    stride_key_order_batch,
-    stride_key_order_head,
     MODE: tl.constexpr,
     GATHER_QUERY: tl.constexpr,
     GATHER_KEY: tl.constexpr,
     NEGATIVE_SCALE: tl.constexpr,
     DIM: tl.constexpr,
-    DIM_MAIN: tl.constexpr,
-    DIM_REST: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    VALUE_MAIN: tl.constexpr,
-    VALUE_REST: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -100,18 +103,13 @@ def split_forward_kernel(
     inside = row < queries * group
     place = tl.where(inside, row // group, 0)
     head = key_head * group + row % group
-    key += batch * stride_key_batch + key_head * stride_key_head
-    value += batch * stride_value_batch + key_head * stride_value_head
-    if MODE == "bounds" or MODE == "documents":
-        lo += batch * stride_lo_batch + head * stride_lo_head
-    if MODE == "bounds":
-        hi += batch * stride_hi_batch + head * stride_hi_head
+    key_rows, value_rows = head_rows(key, batch, key_head), head_rows(value, batch, key_head)
+    lo = lo if lo is None else head_vector(lo, batch, head, queries)
+    hi = hi if hi is None else head_vector(hi, batch, head, queries)
     number = place
     if query_order is not None:
-        query_order += batch * stride_query_order_batch + head * stride_query_order_head
-        number = tl.load(query_order + place, mask=inside, other=0)
-    if key_order is not None:
-        key_order += batch * stride_key_order_batch + key_head * stride_key_order_head
+        number = tl.load(head_vector(query_order, batch, head, queries) + place, mask=inside, other=0)
+    key_order = key_order if key_order is None else head_vector(key_order, batch, key_head, keys)
     own = number if GATHER_QUERY else place
 
     # Bounds do not ascend from head to head, so this reads those of all rows, and not of the first and last one alone.
@@ -124,10 +122,8 @@ def split_forward_kernel(
     begin += split * each * KEYS
     end = tl.minimum(end, begin + each * KEYS)
 
-    rows = query + batch * stride_query_batch + own.to(tl.int64) * stride_query_row + head * stride_query_head
-    q_main = load_rows(rows, inside, 0, DIM_MAIN, DIM)
-    if DIM_REST > 0:
-        q_rest = load_rows(rows, inside, DIM_MAIN, DIM_REST, DIM)
+    query_rows = head_rows(query, batch, head)
+    q = load_placed(query_rows.pointer + own.to(tl.int64) * query_rows.stride, inside, DIM)
     if alibi_slopes is not None:
         slope = load_slope(alibi_slopes, head, scale_log2)
         row_position = number + (keys - queries)
@@ -135,57 +131,40 @@ def split_forward_kernel(
         scale_log2 = -scale_log2
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    sum_main = tl.zeros([ROWS, VALUE_MAIN], tl.float32)
-    if VALUE_REST > 0:
-        sum_rest = tl.zeros([ROWS, VALUE_REST], tl.float32)
+    sums = zeros(ROWS, VALUE_DIM)
 
     for start in range(begin, end, KEYS):
         # [ROWS, KEYS] scores from [ROWS, DIM] and [KEYS, DIM].
         columns = row_numbers(key_order, start, end, KEYS, True)
-        k = load_tile(key, start, columns, end, stride_key_row, 0, DIM_MAIN, DIM, True, GATHER_KEY)
-        scores = product(q_main, tl.trans(k), None, UPCAST)
-        if DIM_REST > 0:
-            k = load_tile(key, start, columns, end, stride_key_row, DIM_MAIN, DIM_REST, DIM, True, GATHER_KEY)
-            scores = product(q_rest, tl.trans(k), scores, UPCAST)
+        k = load_rows(key_rows, start, columns, end, DIM, True, GATHER_KEY)
+        scores = inner(q, k, None, DIM, UPCAST)
         if alibi_slopes is not None:
             scores = with_alibi(scores, slope[:, None], columns[None, :], row_position[:, None])
         if NEGATIVE_SCALE:
             # The maximum is taken before the scale is multiplied in, so the scale must be positive.
             scores = -scores
-        places = (start + tl.arange(0, KEYS))[None, :]
-        visible = (first_key[:, None] <= places) & (places < end_key[:, None])
-        scores = tl.where(visible, scores, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(scores, 1) * scale_log2)
-        # -inf - -inf is NaN, so a row that has seen nothing yet subtracts 0 and keeps weights of 0.
-        subtrahend = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        weights = tl.exp2(scores * scale_log2 - subtrahend[:, None])
-        shrink = tl.exp2(highest - subtrahend)
-        total = total * shrink + tl.sum(weights, 1)
-        highest = new_highest
-        v = load_tile(value, start, columns, end, stride_value_row, 0, VALUE_MAIN, VALUE_DIM, True, GATHER_KEY)
-        weights = weights.to(v.dtype)
-        sum_main = product(weights, v, sum_main * shrink[:, None], UPCAST)
-        if VALUE_REST > 0:
-            v = load_tile(
-                value, start, columns, end, stride_value_row, VALUE_MAIN, VALUE_REST, VALUE_DIM, True, GATHER_KEY
-            )
-            sum_rest = product(weights, v, sum_rest * shrink[:, None], UPCAST)
+        scores = tl.where(is_visible(first_key, end_key, start + tl.arange(0, KEYS)), scores, float("-inf"))
+        weights, shrink, highest, total = softmax_step(scores, highest, total, scale_log2, True)
+        v = load_rows(value_rows, start, columns, end, VALUE_DIM, True, GATHER_KEY)
+        sums = scaled(sums, shrink[:, None], VALUE_DIM)
+        sums = add_products(weights.to(v.main.dtype), v, sums, VALUE_DIM, UPCAST)
 
     empty = total == 0.0
-    divisor = tl.where(empty, 1.0, total)
+    divisor = tl.where(empty, 1.0, total)[:, None]
     result = ((split * batches + batch) * queries + own) * (key_heads * group) + head
-    store_rows(partial + result * VALUE_DIM, sum_main / divisor[:, None], inside, 0, VALUE_MAIN, VALUE_DIM)
-    if VALUE_REST > 0:
-        store_rows(partial + result * VALUE_DIM, sum_rest / divisor[:, None], inside, VALUE_MAIN, VALUE_REST, VALUE_DIM)
-    logsumexp = tl.where(empty, float("-inf"), highest + tl.log2(divisor))
+    rest = sums.rest
+    if VALUE_DIM.REST > 0:
+        rest = rest / divisor
+    store_placed(partial + result * VALUE_DIM.SIZE, Parts(sums.main / divisor, rest), inside, VALUE_DIM)
+    logsumexp = tl.where(empty, float("-inf"), highest + tl.log2(tl.where(empty, 1.0, total)))
     tl.store(partial_logsumexp + result, logsumexp, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "splits"])
 def split_merge_kernel(
-    partial,  # float32 [splits, rows, VALUE_DIM], contiguous
+    partial,  # float32 [splits, rows, VALUE_DIM.SIZE], contiguous
     partial_logsumexp,  # float32 [splits, rows], contiguous, in base 2
-    output,  # [rows, VALUE_DIM], contiguous
+    output,  # [rows, VALUE_DIM.SIZE], contiguous
     logsumexp,  # float32 [rows], contiguous
     rows,  # B Tq Hq
     splits,
@@ -201,15 +180,15 @@ def split_merge_kernel(
     subtrahend = tl.where(highest == float("-inf"), 0.0, highest)
     total = tl.sum(tl.exp2(each - subtrahend), 0)
     column = tl.arange(0, VALUE_COVER)
-    there = column < VALUE_DIM
+    there = column < VALUE_DIM.SIZE
     result = tl.zeros([VALUE_COVER], tl.float32)
     for index in range(splits):
         place = index * rows.to(tl.int64) + row
         weight = tl.exp2(tl.load(partial_logsumexp + place) - subtrahend)
-        result += weight * tl.load(partial + place * VALUE_DIM + column, mask=there, other=0.0)
+        result += weight * tl.load(partial + place * VALUE_DIM.SIZE + column, mask=there, other=0.0)
     empty = total == 0.0
     divisor = tl.where(empty, 1.0, total)
-    tl.store(output + row * VALUE_DIM + column, (result / divisor).to(output.dtype.element_ty), mask=there)
+    tl.store(output + row * VALUE_DIM.SIZE + column, (result / divisor).to(output.dtype.element_ty), mask=there)
     # ln 2 turns the base-2 logsumexp into the natural one.
     natural = (highest + tl.log2(divisor)) * 0.6931471805599453
     tl.store(logsumexp + row, tl.where(empty, float("-inf"), natural))
@@ -232,13 +211,8 @@ def triton_split(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     call.launch(
         "split_forward",
         split_forward_kernel,
-        query,
-        call.key,
-        call.value,
-        call.lo,
-        call.hi,
-        call.query_order,
-        call.key_order,
+        *strided(query, call.key, call.value),
+        *per_row(call.lo, call.hi, call.query_order, call.key_order),
         call.alibi_slopes,
         partial,
         partial_logsumexp,
@@ -250,8 +224,6 @@ def triton_split(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         call.group,
         call.window,
         call.splits,
-        *strides(query, call.key, call.value),
-        *call.row_strides(call.lo, call.hi, call.query_order, call.key_order),
     )
     output = query.new_empty(*shape, call.value_dim)
     logsumexp = query.new_empty(shape, dtype=torch.float32)

@@ -1,14 +1,25 @@
-"""Operations of the attention kernels on a tile: loads, stores, starts of products, and ALiBi's bias.
+"""Operations of the attention kernels on a tile: loads, stores, products, the online softmax, and ALiBi's bias.
 
-A head dimension is two powers of two, `*_MAIN` columns and then `*_REST`, as `columns.split_dim` splits it. Loads and
-stores mask only columns past the true dimension.
+The columns of a head dimension, `columns.Columns`, are two powers of two, so tiles of rows come in two `Parts`. Loads
+and stores mask only columns past the true dimension.
 
 Rows may be taken in an order of their own, which the kernels read as they go. Query, key, value, their gradients,
 output and logsumexp keep each row in its own place; everything else about rows is in the order in which they are taken.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+
+from longmix_kernels.tiles import product
+
+
+class Parts(NamedTuple):
+    """The columns of a tile of rows: [rows, COLUMNS.MAIN], and [rows, COLUMNS.REST] or 0 if there is no rest."""
+
+    main: tl.tensor
+    rest: tl.tensor
 
 
 @triton.jit
@@ -27,41 +38,40 @@ def row_numbers(order, start, end, ROWS: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
-def tile_places(matrix, start, numbers, stride_row, COLUMN: tl.constexpr, COLUMNS: tl.constexpr, GATHER: tl.constexpr):
-    """Return pointers [rows, COLUMNS] to the rows from `start` on, or with `GATHER` to the rows of these numbers.
+def tile_places(rows, start, numbers, COLUMN: tl.constexpr, WIDTH: tl.constexpr, GATHER: tl.constexpr):
+    """Return pointers [rows, WIDTH] to the rows from `start` on, or with `GATHER` to the rows of these numbers.
 
     Offsets within a tile fit int32 for row strides below 2 ** 23. The offset of a row itself needs int64 beyond
     T = 65536.
     """
-    column = COLUMN + tl.arange(0, COLUMNS)
+    column = COLUMN + tl.arange(0, WIDTH)
     if GATHER:
-        return matrix + tl.cast(numbers, tl.int64)[:, None] * stride_row + column[None, :]
+        return rows.pointer + tl.cast(numbers, tl.int64)[:, None] * rows.stride + column[None, :]
     else:
         row = tl.arange(0, numbers.shape[0])
-        return matrix + tl.cast(start, tl.int64) * stride_row + (row[:, None] * stride_row + column[None, :])
+        return rows.pointer + tl.cast(start, tl.int64) * rows.stride + (row[:, None] * rows.stride + column[None, :])
 
 
 @triton.jit
-def load_tile(
-    matrix,
+def load_part(
+    rows,
     start,
     numbers,
     end,
-    stride_row,
     COLUMN: tl.constexpr,
-    COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
+    SIZE: tl.constexpr,
     MASKED: tl.constexpr,
     GATHER: tl.constexpr,
 ):
-    """Load [rows, COLUMNS] of a matrix [.., WIDTH] from `tile_places`, from column `COLUMN` on.
+    """Load [rows, WIDTH] of rows of `SIZE` columns from `tile_places`, from column `COLUMN` on.
 
-    Columns past `WIDTH` are zero. If `MASKED`, rows from `end` on are zero too; otherwise all rows must exist.
+    Columns past `SIZE` are zero. If `MASKED`, rows from `end` on are zero too; otherwise all rows must exist.
     """
-    places = tile_places(matrix, start, numbers, stride_row, COLUMN, COLUMNS, GATHER)
+    places = tile_places(rows, start, numbers, COLUMN, WIDTH, GATHER)
     row = tl.arange(0, numbers.shape[0])
-    if COLUMN + COLUMNS > WIDTH:
-        there = (COLUMN + tl.arange(0, COLUMNS))[None, :] < WIDTH
+    if COLUMN + WIDTH > SIZE:
+        there = (COLUMN + tl.arange(0, WIDTH))[None, :] < SIZE
         if MASKED:
             there = there & (start + row < end)[:, None]
         return tl.load(places, mask=there, other=0.0)
@@ -72,30 +82,96 @@ def load_tile(
 
 
 @triton.jit
-def load_step(descriptor, batch, start, head, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Load [ROWS, COLUMNS] of a matrix [B, T, H, COLUMNS] by its descriptor, from row `start` on; all must exist."""
-    return descriptor.load([tl.cast(batch, tl.int32), start, tl.cast(head, tl.int32), 0]).reshape(ROWS, COLUMNS)
+def load_rows(rows, start, numbers, end, COLUMNS: tl.constexpr, MASKED: tl.constexpr, GATHER: tl.constexpr):
+    """Load the rows from `start` on, or with `GATHER` those of these numbers, as `Parts`; `load_part` says more."""
+    rest = 0
+    main = load_part(rows, start, numbers, end, 0, COLUMNS.MAIN, COLUMNS.SIZE, MASKED, GATHER)
+    if COLUMNS.REST > 0:
+        rest = load_part(rows, start, numbers, end, COLUMNS.MAIN, COLUMNS.REST, COLUMNS.SIZE, MASKED, GATHER)
+    return Parts(main, rest)
 
 
 @triton.jit
-def store_tile(
-    matrix,
-    tile,
-    start,
-    numbers,
-    end,
-    stride_row,
-    COLUMN: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    GATHER: tl.constexpr,
+def load_step(descriptor, batch, start, head, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Load rows of a tensor [B, T, H, COLUMNS.MAIN] by its descriptor, from row `start` on; all must exist."""
+    tile = descriptor.load([tl.cast(batch, tl.int32), start, tl.cast(head, tl.int32), 0])
+    MAIN: tl.constexpr = COLUMNS.MAIN  # Triton 3.6 takes sizes only as constants with a name of their own
+    return Parts(tile.reshape(ROWS, MAIN), 0)
+
+
+@triton.jit
+def store_part(
+    rows, tile, start, numbers, end, COLUMN: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, GATHER: tl.constexpr
 ):
-    """Store [rows, COLUMNS] where `load_tile` would load it from, in the matrix's dtype, up to row `end`."""
+    """Store [rows, WIDTH] where `load_part` would load it from, in the dtype of the rows, up to row `end`."""
     there = (start + tl.arange(0, numbers.shape[0]) < end)[:, None]
-    if COLUMN + COLUMNS > WIDTH:
-        there = there & ((COLUMN + tl.arange(0, COLUMNS))[None, :] < WIDTH)
-    places = tile_places(matrix, start, numbers, stride_row, COLUMN, COLUMNS, GATHER)
-    tl.store(places, tile.to(matrix.dtype.element_ty), mask=there)
+    if COLUMN + WIDTH > SIZE:
+        there = there & ((COLUMN + tl.arange(0, WIDTH))[None, :] < SIZE)
+    places = tile_places(rows, start, numbers, COLUMN, WIDTH, GATHER)
+    tl.store(places, tile.to(rows.pointer.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def store_rows(rows, parts, start, numbers, end, COLUMNS: tl.constexpr, GATHER: tl.constexpr):
+    """Store parts where `load_rows` would load them from, in the dtype of the rows, up to row `end`."""
+    store_part(rows, parts.main, start, numbers, end, 0, COLUMNS.MAIN, COLUMNS.SIZE, GATHER)
+    if COLUMNS.REST > 0:
+        store_part(rows, parts.rest, start, numbers, end, COLUMNS.MAIN, COLUMNS.REST, COLUMNS.SIZE, GATHER)
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return `Parts` of zeros in float32."""
+    MAIN: tl.constexpr = COLUMNS.MAIN  # Triton 3.6 takes sizes only as constants with a name of their own
+    REST: tl.constexpr = COLUMNS.REST
+    rest = 0
+    if REST > 0:
+        rest = tl.zeros([ROWS, REST], tl.float32)
+    return Parts(tl.zeros([ROWS, MAIN], tl.float32), rest)
+
+
+@triton.jit
+def scaled(parts, factor, COLUMNS: tl.constexpr):
+    """Return parts times a factor."""
+    rest = parts.rest
+    if COLUMNS.REST > 0:
+        rest = rest * factor
+    return Parts(parts.main * factor, rest)
+
+
+@triton.jit
+def inner(a, b, total, COLUMNS: tl.constexpr, UPCAST: tl.constexpr):
+    """Return total + a b^T, the products of the rows of two `Parts`; `total` may be None."""
+    total = product(a.main, tl.trans(b.main), total, UPCAST)
+    if COLUMNS.REST > 0:
+        total = product(a.rest, tl.trans(b.rest), total, UPCAST)
+    return total
+
+
+@triton.jit
+def add_products(weights, rows, sums, COLUMNS: tl.constexpr, UPCAST: tl.constexpr):
+    """Return sums + weights rows, where rows and sums are `Parts`."""
+    rest = sums.rest
+    main = product(weights, rows.main, sums.main, UPCAST)
+    if COLUMNS.REST > 0:
+        rest = product(weights, rows.rest, rest, UPCAST)
+    return Parts(main, rest)
+
+
+@triton.jit
+def softmax_step(scores, highest, total, scale_log2, HIDDEN: tl.constexpr):
+    """Return the weights of scores, what shrinks earlier sums, and the new maximum and total, all in base 2.
+
+    `HIDDEN` says whether scores may be -inf.
+    """
+    new_highest = tl.maximum(highest, tl.max(scores, 1) * scale_log2)
+    subtrahend = new_highest
+    if HIDDEN:
+        # -inf - -inf is NaN, so a row that has seen nothing yet subtracts 0 and keeps weights of 0.
+        subtrahend = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+    weights = tl.exp2(scores * scale_log2 - subtrahend[:, None])
+    shrink = tl.exp2(highest - subtrahend)
+    return weights, shrink, new_highest, total * shrink + tl.sum(weights, 1)
 
 
 @triton.jit

@@ -12,15 +12,30 @@ With a block list (`BLOCK` > 0) the walk goes through listed blocks only, laid e
 positions in these blocks alone. Every tile lies within one block, so that no step straddles two.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 
-@triton.jit
-def program_tile(tiles, heads):
-    """Return the tile (of `tiles`), the batch row and the head (of `heads`) of this program; the last two in int64."""
-    program = tl.program_id(0)
-    return program % tiles, (program // tiles // heads).to(tl.int64), (program // tiles % heads).to(tl.int64)
+class Walk(NamedTuple):
+    """Steps that cover what a tile sees; with a block list, all but `stop` are places on the walk.
+
+    Attributes:
+        begin: where the steps begin.
+        leading: the number of steps on the leading edge.
+        full_start, full: where the steps without a mask begin, and their number.
+        trailing_start, trailing: where the trailing edge begins, and its number of steps.
+        stop: one past the last row or key that is seen.
+    """
+
+    begin: tl.tensor
+    leading: tl.tensor
+    full_start: tl.tensor
+    full: tl.tensor
+    trailing_start: tl.tensor
+    trailing: tl.tensor
+    stop: tl.tensor
 
 
 @triton.jit
@@ -66,16 +81,20 @@ def rows_of_keys(first_row, end_row, columns, inside, queries, keys, window, MOD
 
 
 @triton.jit
+def block_list(offsets, blocks, block):
+    """Return the blocks that the list has for a block, a pointer, and how many these are."""
+    offsets += block
+    return blocks + tl.load(offsets), tl.load(offsets + 1) - tl.load(offsets)
+
+
+@triton.jit
 def cover(begin, full_begin, full_end, end, position, listed, count, STEP: tl.constexpr, BLOCK: tl.constexpr):
     """Cover [begin, end) by steps of `STEP`. Steps inside [full_begin, full_end) need no mask.
 
     With a list of `count` blocks, `listed`, the steps cover only positions in these blocks, and row or key 0 stands at
     `position`.
-
-    Returns where the steps begin; the number of steps on the leading edge; where the full steps begin, and their
-    number; where the trailing edge begins, and its number of steps. With a list these are places on the walk, which
-    `step_start` turns into rows or keys.
     """
+    stop = end
     if BLOCK > 0:
         begin = listed_before(begin + position, listed, count, BLOCK) // STEP * STEP
         full_begin = listed_before(full_begin + position, listed, count, BLOCK)
@@ -86,7 +105,32 @@ def cover(begin, full_begin, full_end, end, position, listed, count, STEP: tl.co
     full = tl.maximum(full_end - full_start, 0) // STEP
     trailing_start = full_start + full * STEP
     trailing = tl.cdiv(tl.maximum(end - trailing_start, 0), STEP)
-    return begin, leading, full_start, full, trailing_start, trailing
+    return Walk(begin, leading, full_start, full, trailing_start, trailing, stop)
+
+
+@triton.jit
+def cover_keys(
+    lo,
+    hi,
+    start,
+    queries,
+    keys,
+    window,
+    listed,
+    count,
+    MODE: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Return the walk along the keys of `ROWS` rows from `start` on, and the bounds of each row as `keys_of_rows`."""
+    rows = start + tl.arange(0, ROWS)
+    last = tl.minimum(start + ROWS, queries) - 1
+    begin, full_end = keys_of_rows(lo, hi, start, start < queries, queries, keys, window, MODE)
+    full_begin, end = keys_of_rows(lo, hi, last, last < queries, queries, keys, window, MODE)
+    walk = cover(begin, full_begin, full_end, end, 0, listed, count, KEYS, BLOCK)
+    first_key, end_key = keys_of_rows(lo, hi, rows, rows < queries, queries, keys, window, MODE)
+    return walk, first_key, end_key
 
 
 @triton.jit
@@ -106,26 +150,22 @@ def listed_before(position, listed, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def step_start(
-    step,
-    begin,
-    leading,
-    full_start,
-    trailing_start,
-    position,
-    listed,
-    STEP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    EDGE: tl.constexpr,
-):
+def step_start(step, walk, position, listed, STEP: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr):
     """Return the row or key at which a step begins.
 
     The count of edge steps runs through the leading edge and goes on along the trailing one.
     """
     if EDGE:
-        start = tl.where(step < leading, begin + step * STEP, trailing_start + (step - leading) * STEP)
+        trailing = walk.trailing_start + (step - walk.leading) * STEP
+        start = tl.where(step < walk.leading, walk.begin + step * STEP, trailing)
     else:
-        start = full_start + step * STEP
+        start = walk.full_start + step * STEP
     if BLOCK > 0:
         start = tl.load(listed + start // BLOCK) * BLOCK + start % BLOCK - position
     return start
+
+
+@triton.jit
+def is_visible(first, end, places):
+    """Return whether each place [N] lies from `first` [M] on and before `end` [M], [M, N]."""
+    return (first[:, None] <= places[None, :]) & (places[None, :] < end[:, None])

@@ -5,6 +5,7 @@ Triton. `longmix_kernels.launch` has what all engines share.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,7 +14,7 @@ from longmix_kernels.columns import cover, fit
 from longmix_kernels.launch import LaunchTable
 from longmix_kernels.scatter.bounds import read_blocks
 from longmix_kernels.scatter.inputs import Inputs
-from longmix_kernels.tensors import contiguous, unit_stride
+from longmix_kernels.tensors import contiguous, unit_stride, vectors
 
 KERNELS = ("sums", "scan", "merge", "grad_query", "grad_sums", "grad_scan", "grad_key")
 """The kernels in the order of a forward and a backward; `grad_sums` is `sums` for queries instead of keys."""
@@ -126,6 +127,22 @@ def table_entry(kernel: str, architecture: int, size: int, value_dim: int) -> La
     return TABLE.entry(kernel, architecture, size, value_dim)
 
 
+class Sums(NamedTuple):
+    """Sums over rows of every slot, as one argument of a kernel: contiguous, float32.
+
+    Attributes:
+        scales: [B, H, slots, FEATURES], the logarithms of what the others are divided by.
+        weights: as scales, total weights.
+        deltas: as scales, sums of D; None for sums over keys.
+        sums: [B, H, slots, FEATURES, VALUE_DIM], sums of rows.
+    """
+
+    scales: Any
+    weights: Any
+    deltas: Any
+    sums: Any
+
+
 class Call(launch.Call[LaunchConfig]):
     """The tensors and numbers of one call that has features, as the kernels take them.
 
@@ -155,10 +172,11 @@ class Call(launch.Call[LaunchConfig]):
         self.stride_blocks = self.blocks.stride(0) if self.blocks.shape[0] > 1 else 0
         self.whole = inputs.document_ids is None and self.memory is None
 
-    def new_sums(self) -> list[torch.Tensor]:
-        """Return memory for scales, total weights and sums of every slot, float32, in the shapes that kernels take."""
+    def new_sums(self, *, of_queries: bool) -> Sums:
+        """Return memory for the sums of every slot, over queries or over keys."""
         shape = self.batch, self.key_heads, self.slots, self.features
-        return [self.value.new_empty(size, dtype=torch.float32) for size in (shape, shape, (*shape, self.value_dim))]
+        scales, weights, deltas = vectors(self.value, 3 if of_queries else 2, *shape) + [None] * (not of_queries)
+        return Sums(scales, weights, deltas, *vectors(self.value, 1, *shape, self.value_dim))
 
     def new_grad_features(self) -> list[torch.Tensor]:
         """Return memory for the gradients of both features; it is zero where no kernel will write."""

@@ -24,7 +24,8 @@ NOTE = (
     "attention engine's; `blocked` is the far part in torch operations, counted by what each of them reads and writes."
 )
 
-_OF_QUERIES = ("logsumexp", "delta", "deltas")
+_OF_QUERIES = {"sums": ("logsumexp", "delta", "deltas"), **dict.fromkeys(("scan", "merge", "grad_query"), ("deltas",))}
+"""What is absent in sums over keys, by kernel."""
 _STATE = ("memory", "normalizer", "log_scale", "grad_memory", "grad_normalizer", "grad_log_scale")
 _INTEGERS = ("row_tiles", "block_size", "slots", "heads", "group", "length", "queries", "keys")
 _FUNCTIONS = {"grad_sums": "sums.sums", "grad_scan": "scan.grad_scan"}
@@ -68,7 +69,7 @@ class Build(aot.Build):
 
     def constants(self) -> dict[str, Any]:
         """Return the compile-time arguments, of which a kernel takes those it has; None stands for an absent tensor."""
-        absent = (*(() if self.with_state else _STATE), *(_OF_QUERIES if self.kernel == "sums" else ()))
+        absent = (*(() if self.with_state else _STATE), *_OF_QUERIES.get(self.kernel, ()))
         sizes = {"FEATURES": self.features, "VALUE_DIM": self.value_dim, "UPCAST": False}
         return {**sizes, **self.launch_config().tiles(), **dict.fromkeys(absent)}
 

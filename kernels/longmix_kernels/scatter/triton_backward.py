@@ -9,13 +9,13 @@ import torch
 
 from longmix_kernels.attention.triton_backward import triton_backward as exact_backward
 from longmix_kernels.scatter.inputs import Inputs
-from longmix_kernels.scatter.launch import Call
+from longmix_kernels.scatter.launch import Call, Sums
 from longmix_kernels.scatter.triton_forward import entering_sums, exact_inputs
 from longmix_kernels.scatter.triton_grad_key import grad_key_kernel
 from longmix_kernels.scatter.triton_grad_query import grad_query_kernel
 from longmix_kernels.scatter.triton_scan import grad_scan_kernel
 from longmix_kernels.scatter.triton_sums import sums_kernel
-from longmix_kernels.tensors import aligned, given, strides, unit_stride
+from longmix_kernels.tensors import aligned, given, strided, unit_stride
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -61,11 +61,9 @@ def _query_gradients(
         "grad_query",
         grad_query_kernel,
         call.blocks,
-        call.query_features,
-        *entering_sums(call),
-        output,
+        *strided(call.query_features, output, grad_output),
+        entering_sums(call),
         logsumexp,
-        grad_output,
         None if grad_logsumexp is None else aligned(grad_logsumexp.float().contiguous()),
         grad_query_features,
         delta,
@@ -75,55 +73,44 @@ def _query_gradients(
         call.group,
         call.queries,
         call.stride_blocks,
-        *strides(call.query_features, output, grad_output),
     )
     return delta
 
 
-def _sum_over_queries(
-    call: Call, grad_output: torch.Tensor, logsumexp: torch.Tensor, delta: torch.Tensor
-) -> list[torch.Tensor]:
-    """Return what the queries of each block add to the gradients of earlier keys, in the form of `_new_sums`."""
-    found = _new_sums(call)
+def _sum_over_queries(call: Call, grad_output: torch.Tensor, logsumexp: torch.Tensor, delta: torch.Tensor) -> Sums:
+    """Return what the queries of each block add to the gradients of earlier keys."""
+    found = call.new_sums(of_queries=True)
     call.launch(
         "grad_sums",
         sums_kernel,
         call.blocks,
-        call.query_features,
-        grad_output,
+        *strided(call.query_features, grad_output),
         logsumexp,
         delta,
-        *found,
+        found,
         call.block_size,
         call.slots,
         call.key_heads,
         call.group,
         call.queries,
         call.stride_blocks,
-        *strides(call.query_features, grad_output),
     )
     return found
 
 
-def _new_sums(call: Call) -> list[torch.Tensor]:
-    """Return memory for scales, total weights, sums of D, and sums of every slot."""
-    scales, weights, sums = call.new_sums()
-    return [scales, weights, scales.new_empty(scales.shape), sums]
-
-
-def _carry_back(call: Call, found: list[torch.Tensor]) -> tuple[list[torch.Tensor], Tensors]:
+def _carry_back(call: Call, found: Sums) -> tuple[Sums, Tensors]:
     """Carry the sums over queries to earlier keys, and return the sums for each block, and the state's gradients."""
-    leaving = _new_sums(call)
+    leaving = call.new_sums(of_queries=True)
     state = call.memory, call.normalizer, call.log_scale
     grads = [None if x is None else x.new_empty(x.shape) for x in state]
     call.launch(
         "grad_scan",
         grad_scan_kernel,
         call.blocks,
-        *found,
+        found,
         *state,
         *grads,
-        *leaving,
+        leaving,
         call.slots,
         call.key_heads,
         call.stride_blocks,
@@ -131,17 +118,14 @@ def _carry_back(call: Call, found: list[torch.Tensor]) -> tuple[list[torch.Tenso
     return leaving, given(call.value, *grads)
 
 
-def _key_gradients(
-    call: Call, leaving: list[torch.Tensor], grad_key_features: torch.Tensor, grad_value: torch.Tensor
-) -> None:
+def _key_gradients(call: Call, leaving: Sums, grad_key_features: torch.Tensor, grad_value: torch.Tensor) -> None:
     """Write the gradient of the key features, and add to that of the values."""
     call.launch(
         "grad_key",
         grad_key_kernel,
         call.blocks,
-        call.key_features,
-        call.value,
-        *leaving,
+        *strided(call.key_features, call.value),
+        leaving,
         grad_key_features,
         grad_value,
         call.row_tiles("grad_key"),
@@ -150,5 +134,4 @@ def _key_gradients(
         call.key_heads,
         call.keys,
         call.stride_blocks,
-        *strides(call.key_features, call.value),
     )

@@ -13,11 +13,11 @@ from longmix_kernels.attention.pattern import Pattern
 from longmix_kernels.attention.triton_forward import triton_forward as exact_forward
 from longmix_kernels.scatter.bounds import exact_bounds
 from longmix_kernels.scatter.inputs import Inputs
-from longmix_kernels.scatter.launch import Call
+from longmix_kernels.scatter.launch import Call, Sums
 from longmix_kernels.scatter.triton_merge import merge_kernel
 from longmix_kernels.scatter.triton_scan import scan_kernel
 from longmix_kernels.scatter.triton_sums import sums_kernel
-from longmix_kernels.tensors import strides
+from longmix_kernels.tensors import strided
 
 
 def triton_forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -35,8 +35,8 @@ def triton_forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Te
         "merge",
         merge_kernel,
         call.blocks,
-        call.query_features,
-        *entering_sums(call),
+        *strided(call.query_features),
+        entering_sums(call),
         exact_logsumexp,
         logsumexp,
         output,
@@ -46,7 +46,6 @@ def triton_forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Te
         call.group,
         call.queries,
         call.stride_blocks,
-        *strides(call.query_features),
     )
     return output, logsumexp, exact_logsumexp
 
@@ -58,39 +57,33 @@ def exact_inputs(inputs: Inputs) -> ExactInputs:
     return ExactInputs(inputs.query, inputs.key, inputs.value, Pattern(lo, None), inputs.scale)
 
 
-def entering_sums(call: Call) -> list[torch.Tensor]:
-    """Return scales, total weights and sums, over all far keys, for every block that has any."""
-    scales, weights, sums = found = call.new_sums()
-    entering = call.new_sums()
+def entering_sums(call: Call) -> Sums:
+    """Return the sums over all far keys, for every block that has any."""
+    found, entering = call.new_sums(of_queries=False), call.new_sums(of_queries=False)
     call.launch(
         "sums",
         sums_kernel,
         call.blocks,
-        call.key_features,
-        call.value,
+        *strided(call.key_features, call.value),
         None,
         None,
-        scales,
-        weights,
-        None,
-        sums,
+        found,
         call.block_size,
         call.slots,
         call.key_heads,
         1,
         call.keys,
         call.stride_blocks,
-        *strides(call.key_features, call.value),
     )
     call.launch(
         "scan",
         scan_kernel,
         call.blocks,
-        *found,
+        found,
         call.memory,
         call.normalizer,
         call.log_scale,
-        *entering,
+        entering,
         call.slots,
         call.key_heads,
         call.stride_blocks,

@@ -9,32 +9,95 @@ one warp stores; and Triton loads nothing ahead over a barrier. While the scan r
 per token of a head in blocks of C tokens, and 4 m (Dv + 3) / C in reverse.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from longmix_kernels.scatter.triton_tiles import LOWEST, load_slot
+from longmix_kernels.scatter.launch import Sums
+from longmix_kernels.scatter.triton_tiles import LOWEST, load_slot, sums_at
 from longmix_kernels.tiles import program_head
 
 
+class Total(NamedTuple):
+    """Sums that are carried: scale, weight and delta [FEATURE_BLOCK], and rows [FEATURE_BLOCK, VALUE_BLOCK].
+
+    Forward, delta is 0.
+    """
+
+    scale: tl.tensor
+    weight: tl.tensor
+    delta: tl.tensor
+    rows: tl.tensor
+
+
 @triton.jit
-def joined(scale, own_scale):
-    """Return the scale of the total of two sums, and the factors that bring both sums to it."""
-    new_scale = tl.maximum(scale, own_scale)
-    return new_scale, tl.exp(scale - new_scale), tl.exp(own_scale - new_scale)
+def nothing(FEATURE_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, QUERIES: tl.constexpr):
+    """Return the total before any sum."""
+    delta = 0.0
+    if QUERIES:
+        delta = tl.zeros([FEATURE_BLOCK], tl.float32)
+    scale, weight = tl.full([FEATURE_BLOCK], LOWEST, tl.float32), tl.zeros([FEATURE_BLOCK], tl.float32)
+    return Total(scale, weight, delta, tl.zeros([FEATURE_BLOCK, VALUE_BLOCK], tl.float32))
+
+
+@triton.jit
+def restarted(total, restart, QUERIES: tl.constexpr):
+    """Return nothing if sums begin anew, else the total."""
+    delta = total.delta
+    if QUERIES:
+        delta = tl.where(restart, 0.0, delta)
+    scale, weight = tl.where(restart, LOWEST, total.scale), tl.where(restart, 0.0, total.weight)
+    return Total(scale, weight, delta, tl.where(restart, 0.0, total.rows))
+
+
+@triton.jit
+def places(sums, place, features, within, FEATURES: tl.constexpr, VALUE_DIM: tl.constexpr):
+    """Return pointers to the numbers of the program in the slot at this place; `within` is where rows are in a slot."""
+    found = sums_at(sums, place, FEATURES, VALUE_DIM)
+    return Sums(found.scales + features, found.weights + features, found.deltas + features, found.sums + within)
+
+
+@triton.jit
+def advanced(at, step, FEATURES: tl.constexpr, VALUE_DIM: tl.constexpr):
+    """Return the places that are `step` slots further on."""
+    one, all_rows = step * FEATURES, step * (FEATURES * VALUE_DIM)
+    return Sums(at.scales + one, at.weights + one, at.deltas + one, at.sums + all_rows)
+
+
+@triton.jit
+def with_slot(total, at, there, columns, QUERIES: tl.constexpr):
+    """Return the total and the sums of a slot, which are none where they are not `there`; both have scales."""
+    own_scale = tl.load(at.scales, mask=there, other=LOWEST)
+    own_weight = tl.load(at.weights, mask=there, other=0.0)
+    own_rows = tl.load(at.sums, mask=there[:, None] & columns, other=0.0)
+    scale = tl.maximum(total.scale, own_scale)
+    kept, added = tl.exp(total.scale - scale), tl.exp(own_scale - scale)
+    delta = total.delta
+    if QUERIES:
+        delta = delta * kept + tl.load(at.deltas, mask=there, other=0.0) * added
+    rows = total.rows * kept[:, None] + own_rows * added[:, None]
+    return Total(scale, total.weight * kept + own_weight * added, delta, rows)
+
+
+@triton.jit
+def store_total(at, total, there, columns, QUERIES: tl.constexpr):
+    """Store the total as the sums of a slot, where it is read."""
+    tl.store(at.scales, total.scale, mask=there)
+    tl.store(at.weights, total.weight, mask=there)
+    if QUERIES:
+        tl.store(at.deltas, total.delta, mask=there)
+    tl.store(at.sums, total.rows, mask=there[:, None] & columns)
 
 
 @triton.jit(do_not_specialize=["slots", "heads", "stride_blocks"])
 def scan_kernel(
     blocks,  # int32 [B or 1, slots, 4]
-    scales,  # float32 [B, H, slots, FEATURES]
-    weights,  # as scales
-    sums,  # float32 [B, H, slots, FEATURES, VALUE_DIM]
+    sums: Sums,  # over keys, [B, H, slots, ..]
     memory,  # float32 [B, H, FEATURES, VALUE_DIM], contiguous, or None
     normalizer,  # float32 [B, H, FEATURES], contiguous, or None
     log_scale,  # as normalizer
-    all_scales,  # as scales, and so on: all that are written
-    all_weights,
-    all_sums,
+    all_sums: Sums,  # written, as sums
     slots,
     heads,
     stride_blocks,
@@ -51,65 +114,36 @@ def scan_kernel(
     within = features[:, None] * VALUE_DIM + columns[None, :]
     sequence = batch * heads + head
     blocks += batch * stride_blocks
-    scales += sequence * slots * FEATURES + features
-    weights += sequence * slots * FEATURES + features
-    sums += sequence * slots * (FEATURES * VALUE_DIM) + within
-    all_scales += sequence * slots * FEATURES + features
-    all_weights += sequence * slots * FEATURES + features
-    all_sums += sequence * slots * (FEATURES * VALUE_DIM) + within
-
-    scale = tl.full([FEATURE_BLOCK], LOWEST, tl.float32)
-    weight = tl.zeros([FEATURE_BLOCK], tl.float32)
-    total = tl.zeros([FEATURE_BLOCK, VALUE_BLOCK], tl.float32)
+    at = places(sums, sequence * slots, features, within, FEATURES, VALUE_DIM)
+    out = places(all_sums, sequence * slots, features, within, FEATURES, VALUE_DIM)
+    total = nothing(FEATURE_BLOCK, VALUE_BLOCK, False)
     for slot in tl.range(0, slots, num_stages=STAGES):
         begin, end, key_row, begins = load_slot(blocks, slot)
-        adding = features < tl.where(key_row >= 0, FEATURES, 0)
-        own_scale = tl.load(scales, mask=adding, other=LOWEST)
-        own_weight = tl.load(weights, mask=adding, other=0.0)
-        own = tl.load(sums, mask=adding[:, None] & column_inside, other=0.0)
-        scale = tl.where(begins == 1, LOWEST, scale)
-        weight = tl.where(begins == 1, 0.0, weight)
-        total = tl.where(begins == 1, 0.0, total)
+        total = restarted(total, begins == 1, False)
         if memory is not None:
             place = sequence * FEATURES + features
             if begins == 2:
                 scale = tl.load(log_scale + place, mask=inside, other=LOWEST)
                 weight = tl.load(normalizer + place, mask=inside, other=0.0)
-                total = tl.load(
-                    memory + sequence * (FEATURES * VALUE_DIM) + within, mask=inside[:, None] & column_inside, other=0.0
-                )
-        scale, kept, added = joined(scale, own_scale)
-        weight = weight * kept + own_weight * added
-        total = total * kept[:, None] + own * added[:, None]
-        read = features < tl.where(end > begin, FEATURES, 0)
-        tl.store(all_scales, scale, mask=read)
-        tl.store(all_weights, weight, mask=read)
-        tl.store(all_sums, total, mask=read[:, None] & column_inside)
-        scales += FEATURES
-        weights += FEATURES
-        sums += FEATURES * VALUE_DIM
-        all_scales += FEATURES
-        all_weights += FEATURES
-        all_sums += FEATURES * VALUE_DIM
+                place_rows = memory + sequence * (FEATURES * VALUE_DIM) + within
+                rows = tl.load(place_rows, mask=inside[:, None] & column_inside, other=0.0)
+                total = Total(scale, weight, total.delta, rows)
+        total = with_slot(total, at, features < tl.where(key_row >= 0, FEATURES, 0), column_inside, False)
+        store_total(out, total, features < tl.where(end > begin, FEATURES, 0), column_inside, False)
+        at, out = advanced(at, 1, FEATURES, VALUE_DIM), advanced(out, 1, FEATURES, VALUE_DIM)
 
 
 @triton.jit(do_not_specialize=["slots", "heads", "stride_blocks"])
 def grad_scan_kernel(
     blocks,  # int32 [B or 1, slots, 4]
-    scales,  # float32 [B, H, slots, FEATURES]
-    weights,  # as scales
-    deltas,  # as scales
-    sums,  # float32 [B, H, slots, FEATURES, VALUE_DIM]
+    sums: Sums,  # over queries, [B, H, slots, ..]
     memory,  # float32 [B, H, FEATURES, VALUE_DIM], contiguous, or None
     normalizer,  # float32 [B, H, FEATURES], contiguous, or None
     log_scale,  # as normalizer
     grad_memory,  # as memory
     grad_normalizer,  # as normalizer
     grad_log_scale,  # as normalizer
-    all_scales,  # as scales, and so on: all that are written
-    all_weights,
-    all_deltas,
-    all_sums,
+    all_sums: Sums,  # written, as sums
     slots,
     heads,
     stride_blocks,
@@ -126,41 +160,18 @@ def grad_scan_kernel(
     within = features[:, None] * VALUE_DIM + columns[None, :]
     sequence = batch * heads + head
     blocks += batch * stride_blocks
-    last = (sequence + 1) * slots - 1
-    scales += last * FEATURES + features
-    weights += last * FEATURES + features
-    deltas += last * FEATURES + features
-    sums += last * (FEATURES * VALUE_DIM) + within
-    all_scales += last * FEATURES + features
-    all_weights += last * FEATURES + features
-    all_deltas += last * FEATURES + features
-    all_sums += last * (FEATURES * VALUE_DIM) + within
-
-    scale = tl.full([FEATURE_BLOCK], LOWEST, tl.float32)
-    weight = tl.zeros([FEATURE_BLOCK], tl.float32)
-    delta = tl.zeros([FEATURE_BLOCK], tl.float32)
-    total = tl.zeros([FEATURE_BLOCK, VALUE_BLOCK], tl.float32)
+    at = places(sums, (sequence + 1) * slots - 1, features, within, FEATURES, VALUE_DIM)
+    out = places(all_sums, (sequence + 1) * slots - 1, features, within, FEATURES, VALUE_DIM)
+    total = nothing(FEATURE_BLOCK, VALUE_BLOCK, True)
     for done in tl.range(0, slots, num_stages=STAGES):
         begin, end, key_row, begins = load_slot(blocks, slots - 1 - done)
-        adding = features < tl.where(end > begin, FEATURES, 0)
-        own_scale = tl.load(scales, mask=adding, other=LOWEST)
-        own_weight = tl.load(weights, mask=adding, other=0.0)
-        own_delta = tl.load(deltas, mask=adding, other=0.0)
-        own = tl.load(sums, mask=adding[:, None] & column_inside, other=0.0)
-        scale, kept, added = joined(scale, own_scale)
-        weight = weight * kept + own_weight * added
-        delta = delta * kept + own_delta * added
-        total = total * kept[:, None] + own * added[:, None]
-        read = features < tl.where(key_row >= 0, FEATURES, 0)
-        tl.store(all_scales, scale, mask=read)
-        tl.store(all_weights, weight, mask=read)
-        tl.store(all_deltas, delta, mask=read)
-        tl.store(all_sums, total, mask=read[:, None] & column_inside)
+        total = with_slot(total, at, features < tl.where(end > begin, FEATURES, 0), column_inside, True)
+        store_total(out, total, features < tl.where(key_row >= 0, FEATURES, 0), column_inside, True)
         if memory is not None:
             place = sequence * FEATURES + features
             if begins == 2:
-                factor = tl.exp(scale + tl.load(log_scale + place, mask=inside, other=LOWEST))
-                found, found_delta = total * factor[:, None], -delta * factor
+                factor = tl.exp(total.scale + tl.load(log_scale + place, mask=inside, other=LOWEST))
+                found, found_delta = total.rows * factor[:, None], -total.delta * factor
                 place_sums = sequence * (FEATURES * VALUE_DIM) + within
                 along = tl.sum(found * tl.load(memory + place_sums, mask=inside[:, None] & column_inside, other=0.0), 1)
                 along += found_delta * tl.load(normalizer + place, mask=inside, other=0.0)
@@ -168,15 +179,5 @@ def grad_scan_kernel(
                 tl.store(grad_normalizer + place, found_delta, mask=inside)
                 tl.store(grad_log_scale + place, along, mask=inside)
         # Where sums begin anew, the block before is of another document: no query so far sees its keys.
-        scale = tl.where(begins > 0, LOWEST, scale)
-        weight = tl.where(begins > 0, 0.0, weight)
-        delta = tl.where(begins > 0, 0.0, delta)
-        total = tl.where(begins > 0, 0.0, total)
-        scales -= FEATURES
-        weights -= FEATURES
-        deltas -= FEATURES
-        sums -= FEATURES * VALUE_DIM
-        all_scales -= FEATURES
-        all_weights -= FEATURES
-        all_deltas -= FEATURES
-        all_sums -= FEATURES * VALUE_DIM
+        total = restarted(total, begins > 0, True)
+        at, out = advanced(at, -1, FEATURES, VALUE_DIM), advanced(out, -1, FEATURES, VALUE_DIM)

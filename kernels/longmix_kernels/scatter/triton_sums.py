@@ -11,33 +11,26 @@ before the product, as in attention.
 import triton
 import triton.language as tl
 
-from longmix_kernels.scatter.triton_tiles import LOWEST, load_slot
-from longmix_kernels.tiles import load_tile, load_tile_transposed, product, program_head, store_block
+from longmix_kernels.scatter.launch import Sums
+from longmix_kernels.scatter.triton_tiles import LOWEST, load_slot, sums_at
+from longmix_kernels.tensors import Strided
+from longmix_kernels.tiles import head_rows, load_tile, load_tile_transposed, product, program_head, store_block
 
 
 @triton.jit(do_not_specialize=["block_size", "slots", "heads", "group", "length", "stride_blocks"])
 def sums_kernel(
     blocks,  # int32 [B or 1, slots, 4]
-    logs,  # float32 [B, T, group * H, FEATURES]
-    rows,  # [B, T, group * H, VALUE_DIM]
+    logs: Strided,  # float32 [B, T, group * H, FEATURES]
+    rows: Strided,  # [B, T, group * H, VALUE_DIM]
     logsumexp,  # float32 [B, T, group * H], contiguous: taken from the logarithms of queries; None for keys
     delta,  # D, as logsumexp; None for keys
-    scales,  # float32 [B, H, slots, FEATURES]
-    weights,  # as scales
-    deltas,  # as scales; None for keys
-    sums,  # float32 [B, H, slots, FEATURES, VALUE_DIM]
+    sums: Sums,  # written, [B, H, slots, ..]
     block_size,
     slots,
     heads,  # H
     group,  # how many heads of `rows` enter the sums of one head
     length,  # T
     stride_blocks,
-    stride_logs_batch,
-    stride_logs_row,
-    stride_logs_head,
-    stride_rows_batch,
-    stride_rows_row,
-    stride_rows_head,
     FEATURES: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     ROWS: tl.constexpr,
@@ -57,8 +50,7 @@ def sums_kernel(
         begin, end = key_row, tl.where(key_row < 0, key_row, key_row + block_size)
     if end <= begin:
         return
-    logs += batch * stride_logs_batch + head * group * stride_logs_head
-    rows += batch * stride_rows_batch + head * group * stride_rows_head
+    first_logs, first_rows = head_rows(logs, batch, head * group), head_rows(rows, batch, head * group)
 
     scale = tl.full([FEATURE_BLOCK], LOWEST, tl.float32)
     weight = tl.zeros([FEATURE_BLOCK], tl.float32)
@@ -72,9 +64,16 @@ def sums_kernel(
         row = start + tl.arange(0, ROWS)
         there = row < end
         log = load_tile_transposed(
-            logs + member * stride_logs_head, start, there, stride_logs_row, feature, FEATURE_BLOCK, FEATURES
+            first_logs.pointer + member * logs.stride_head,
+            start,
+            there,
+            logs.stride_row,
+            feature,
+            FEATURE_BLOCK,
+            FEATURES,
         )
-        r = load_tile(rows + member * stride_rows_head, start, there, stride_rows_row, column, VALUE_BLOCK, VALUE_DIM)
+        own_rows = first_rows.pointer + member * rows.stride_head
+        r = load_tile(own_rows, start, there, rows.stride_row, column, VALUE_BLOCK, VALUE_DIM)
         if QUERIES:
             place = ((batch * length + row) * heads + head) * group + member
             log -= tl.load(logsumexp + place, mask=there, other=0.0)[None, :]
@@ -89,12 +88,11 @@ def sums_kernel(
         total = product(w.to(r.dtype), r, total * kept[:, None], UPCAST)
         scale = new_scale
 
-    sequence = (batch * heads + head) * slots + slot
-    store_block(sums + sequence * (FEATURES * VALUE_DIM), total, feature, FEATURES, column, VALUE_DIM)
+    found = sums_at(sums, (batch * heads + head) * slots + slot, FEATURES, VALUE_DIM)
+    store_block(found.sums, total, feature, FEATURES, column, VALUE_DIM)
     features = feature + tl.arange(0, FEATURE_BLOCK)
     own = features < tl.where(column == 0, FEATURES, 0)
-    place = sequence * FEATURES + features
-    tl.store(scales + place, scale, mask=own)
-    tl.store(weights + place, weight, mask=own)
+    tl.store(found.scales + features, scale, mask=own)
+    tl.store(found.weights + features, weight, mask=own)
     if QUERIES:
-        tl.store(deltas + place, total_delta, mask=own)
+        tl.store(found.deltas + features, total_delta, mask=own)

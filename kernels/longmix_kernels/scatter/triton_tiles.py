@@ -6,15 +6,27 @@ u_a = sum_j w_ja r_j / sum_j w_ja. An average is no larger than a row, so in hal
 however many rows there are.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
+from longmix_kernels.scatter.launch import Sums
 from longmix_kernels.tiles import load_block, load_block_transposed
 
 LOWEST = tl.constexpr(-4e37)
 """The number that stands for the logarithm of 0. It is finite, and so are sums of a few of it, so that their
 differences are not NaN.
 """
+
+
+class Sizes(NamedTuple):
+    """Compile-time numbers of a kernel: features and columns of values, and how many of them a step takes."""
+
+    FEATURES: tl.constexpr
+    VALUE_DIM: tl.constexpr
+    FEATURE_BLOCK: tl.constexpr
+    VALUE_BLOCK: tl.constexpr
 
 
 @triton.jit
@@ -28,49 +40,41 @@ def load_slot(blocks, slot):
 
 
 @triton.jit
-def load_logs(scales, weights, column, FEATURE_BLOCK: tl.constexpr, FEATURES: tl.constexpr):
+def sums_at(sums, place, FEATURES: tl.constexpr, VALUE_DIM: tl.constexpr):
+    """Return pointers to the sums of the slot at this place among all slots of all heads."""
+    deltas = sums.scales  # not used without deltas: Triton 3.6 has no None in what a function returns
+    if sums.deltas is not None:
+        deltas = sums.deltas + place * FEATURES
+    scales, weights = sums.scales + place * FEATURES, sums.weights + place * FEATURES
+    return Sums(scales, weights, deltas, sums.sums + place * (FEATURES * VALUE_DIM))
+
+
+@triton.jit
+def load_logs(sums, feature, SIZES: tl.constexpr):
     """Return the logarithms of total weights, [FEATURE_BLOCK], and one over the weights as they are stored.
 
     They are `LOWEST` and 0 where there is no weight.
     """
-    columns = column + tl.arange(0, FEATURE_BLOCK)
-    there = columns < FEATURES
-    scale = tl.load(scales + columns, mask=there, other=0.0)
-    weight = tl.load(weights + columns, mask=there, other=0.0)
+    features = feature + tl.arange(0, SIZES.FEATURE_BLOCK)
+    there = features < SIZES.FEATURES
+    scale = tl.load(sums.scales + features, mask=there, other=0.0)
+    weight = tl.load(sums.weights + features, mask=there, other=0.0)
     some = weight > 0.0
     weight = tl.where(some, weight, 1.0)
     return tl.where(some, scale + tl.log(weight), LOWEST), tl.where(some, 1.0 / weight, 0.0)
 
 
 @triton.jit
-def load_averages(
-    sums,
-    inverse,
-    row,
-    column,
-    dtype: tl.constexpr,
-    FEATURE_BLOCK: tl.constexpr,
-    FEATURES: tl.constexpr,
-    VALUE_BLOCK: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-):
+def load_averages(sums, inverse, row, column, dtype: tl.constexpr, SIZES: tl.constexpr):
     """Return averages [FEATURE_BLOCK, VALUE_BLOCK] from feature `row` and column `column` on."""
-    block = load_block(sums, row, FEATURE_BLOCK, FEATURES, column, VALUE_BLOCK, VALUE_DIM)
+    block = load_block(sums.sums, row, SIZES.FEATURE_BLOCK, SIZES.FEATURES, column, SIZES.VALUE_BLOCK, SIZES.VALUE_DIM)
     return (block * inverse[:, None]).to(dtype)
 
 
 @triton.jit
-def load_averages_transposed(
-    sums,
-    inverse,
-    row,
-    column,
-    dtype: tl.constexpr,
-    FEATURE_BLOCK: tl.constexpr,
-    FEATURES: tl.constexpr,
-    VALUE_BLOCK: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-):
+def load_averages_transposed(sums, inverse, row, column, dtype: tl.constexpr, SIZES: tl.constexpr):
     """Return the same averages as [VALUE_BLOCK, FEATURE_BLOCK]."""
-    block = load_block_transposed(sums, row, FEATURE_BLOCK, FEATURES, column, VALUE_BLOCK, VALUE_DIM)
+    block = load_block_transposed(
+        sums.sums, row, SIZES.FEATURE_BLOCK, SIZES.FEATURES, column, SIZES.VALUE_BLOCK, SIZES.VALUE_DIM
+    )
     return (block * inverse[None, :]).to(dtype)
