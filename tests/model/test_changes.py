@@ -1,10 +1,12 @@
 """Settings of a trained mixer that may change, and the words that are refused."""
 
 import pytest
+import torch
 
 from longmix.config import ModelConfig
 from longmix.errors import ConfigError
-from longmix.model.changes import changed_mixer
+from longmix.model.build import build_model
+from longmix.model.changes import changed_mixer, take_settings
 
 FLASH = {"_target_": "longmix.mixers.flash.Flash", "qk_norm": False}
 WINDOW = {"_target_": "longmix.mixers.sliding_window.SlidingWindow", "window": 8}
@@ -55,3 +57,38 @@ REFUSED = {
 def test_what_comes_with_the_weights_is_refused_by_name(mixer, changes, message):
     with pytest.raises(ConfigError, match=message):
         changed(mixer, changes)
+
+
+TAKEN = {
+    "flash": {"rotary_base": 500_000.0},
+    "flash-yarn": {"rotary_scaling": "yarn", "rotary_factor": 4.0, "rotary_original_length": 8},
+    "flash-nope": {"rotary_base": None},
+    "sliding_window": {"window": 5},
+    "block_sparse": {"local": 2, "stride": 3},
+    "routing": {"window": 4, "local_window": 3},
+    "sparse_flash": {"window": 7},
+    "hyper": {"sample": 0.9},
+    "scatterbrain_content": {"window": 6},
+    "retention": {"rotary_base": 77.0},
+    "sliding_window*1+flash": {"sliding_window": {"window": 3}, "flash": {"rotary_fraction": 0.5}},
+}
+
+
+@pytest.mark.parametrize(("name", "changes"), TAKEN.items(), ids=TAKEN)
+def test_a_model_that_takes_settings_is_one_that_was_built_with_them(name, changes, small_model, small_config):
+    mixer = name.partition("-")[0]
+    model = small_model(mixer)
+    before = ModelConfig.of(small_config(f"mixer={mixer}"))
+    now = ModelConfig(mixer=changed_mixer(before.mixer, changes, "a run"), model=before.model)
+    with torch.random.fork_rng():
+        other = build_model(now, model.vocab_size).double().eval()
+    other.load_state_dict(model.state_dict())
+    weights = {key: id(weight) for key, weight in model.named_parameters()}
+    tokens = torch.arange(40).remainder(model.vocab_size)[None]
+    at_first = model(tokens).hidden
+    take_settings(model, before, now)
+    assert torch.equal(model(tokens).hidden, other(tokens).hidden)
+    assert not torch.equal(at_first, other(tokens).hidden)
+    assert {key: id(weight) for key, weight in model.named_parameters()} == weights
+    take_settings(model, now, before)
+    assert torch.equal(model(tokens).hidden, at_first)

@@ -16,8 +16,8 @@ from longmix.restore import restore
 from longmix.training.schedules import schedule_of
 
 STAGES = (
-    "stages=[{seq_len:16,max_steps:3},"
-    "{seq_len:48,batch_size:1,max_tokens:96,learning_rate_scale:0.5},"
+    "stages=[{seq_len:16,max_steps:3,mixer:{sliding_window:{window:4}}},"
+    "{seq_len:48,batch_size:1,max_tokens:96,learning_rate_scale:0.5,mixer:{flash:{rotary_base:5e5}}},"
     "{seq_len:24,max_steps:3,batch_size:4,micro_batch_size:2,schedule:{warmup:2}}]"
 )
 """Borders after steps 3 and 5; 8 steps in all."""
@@ -95,6 +95,16 @@ def test_a_checkpoint_is_of_the_stage_it_was_saved_in(straight):
         assert read_info(checkpoint(straight, step))["tokens"] == int(rows(straight, "train/tokens")[step])
 
 
+def test_a_stage_has_settings_of_the_mixer_of_its_own(straight, train):
+    windows = {3: 4, 4: 20, 8: 20}
+    for step, window in windows.items():
+        model = restore(checkpoint(straight, step)).model
+        assert model.blocks[0].mixer.window == window
+        assert model.blocks[1].mixer.rotary.base == (5e5 if step == 4 else 1e4)
+    plain = train(STAGES.replace(",mixer:{sliding_window:{window:4}}", ""))
+    assert rows(plain, "train/loss")[1] != rows(straight, "train/loss")[1]
+
+
 def test_the_first_stage_trains_like_a_run_without_stages(straight, train):
     plain = train("seq_len=16", "max_steps=3", "schedule.warmup=0.4")
     staged = train("stages=[{seq_len:16,max_steps:3,schedule:{warmup:0.4}},{seq_len:32,max_steps:1,schedule:{}}]")
@@ -108,10 +118,12 @@ def test_the_first_stage_trains_like_a_run_without_stages(straight, train):
     assert kept[0] == load_checkpoint(checkpoint(plain, 3))["data_fingerprint"]
 
 
+FIRST = "{seq_len:16,max_steps:3,mixer:{sliding_window:{window:4}}}"
+FLASH = "mixer:{flash:{rotary_base:5e5}}"
 CHANGED = {
-    "a later stage": (3, "{seq_len:16,max_steps:3},{seq_len:32,max_steps:1}"),
-    "fewer stages": (3, "{seq_len:16,max_steps:4}"),
-    "a longer stage": (4, "{seq_len:16,max_steps:3},{seq_len:48,batch_size:1,max_steps:4,learning_rate_scale:0.5}"),
+    "a later stage": (3, f"{FIRST},{{seq_len:32,max_steps:1}}"),
+    "fewer stages": (3, FIRST.replace("steps:3", "steps:4")),
+    "a longer stage": (4, f"{FIRST},{{seq_len:48,batch_size:1,max_steps:4,{FLASH}}}"),
     "a stage behind": (4, f"{STAGES[8:-1]},{{seq_len:64,max_steps:1}}"),
 }
 
@@ -144,6 +156,12 @@ def test_stages_that_have_begun_may_not_change(step, stages, message, straight, 
 
 
 REFUSED = {
+    "a setting of the weights": (
+        "{},{mixer:{flash:{qk_norm:false}}}",
+        "stages[1]: mixer.flash.qk_norm comes from the whole run; leave one of the two out. May change after",
+    ),
+    "no member": ("{},{mixer:{window:3}}", "stages[1]: unknown key mixer.window"),
+    "a setting's range": ("{mixer:{sliding_window:{window:0}}}", "stages[0]: mixer.sliding_window.window=0"),
     "a misspelt word": ("{seq_le:8}", "unknown key stages[0].seq_le. Did you mean seq_len?"),
     "no stage": ("", "stages=[] names no stage"),
     "a range": ("{},{batch_size:0}", "stages[1].batch_size=0 must be at least 1"),

@@ -51,6 +51,7 @@ from longmix.config.stages import Stage as Stage
 from longmix.config.stages import StageSettings as StageSettings
 from longmix.config.stages import reached as reached
 from longmix.config.stages import settings_of_stages as settings_of_stages
+from longmix.config.stages import with_stage as with_stage
 from longmix.config.values import LARGEST_INTEGER as LARGEST_INTEGER
 from longmix.config.values import LARGEST_SEED as LARGEST_SEED
 from longmix.config.values import described as described

@@ -1,6 +1,7 @@
 """The course of a run: which stage each of its steps belongs to. A run without stages is one stage."""
 
 import dataclasses
+import functools
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,7 +10,7 @@ from itertools import accumulate
 from longmix.config.border import plain
 from longmix.config.choices import Choice, choice_or_pattern
 from longmix.config.commands import TrainConfig
-from longmix.config.stages import STAGES, settings_of_stages
+from longmix.config.stages import STAGES, settings_of_stages, with_stage
 from longmix.wording import counted
 
 SEEDS = 1 << 32
@@ -135,7 +136,7 @@ def course_of(config: TrainConfig) -> Course:
             max_steps=settings["max_steps"],
             max_tokens=settings["max_tokens"],
             data=Choice.of(_key(config, number, "data"), settings["data"]),
-            mixer=choice_or_pattern(_key(config, number, "mixer"), settings["mixer"]),
+            mixer=with_stage(number, functools.partial(choice_or_pattern, "mixer", settings["mixer"])),
             schedule=Choice.of(_key(config, number, "schedule"), settings["schedule"]),
             trainer=Choice.of("trainer", settings["trainer"]),
         )

@@ -4,11 +4,12 @@ What a stage does not say is as the whole run has it. All of this works on setti
 any version may have written, are read the same way as the words of a command.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from longmix.config.rules import Rule, at_least, word
+from longmix.errors import LongmixError
 
 STAGES, STAGE = "stages", "stage"
 """Entries of a configuration: the stages, and in a checkpoint's the number of the one that it was saved in, from 0."""
@@ -20,6 +21,7 @@ MERGED = ("data", "mixer", "schedule")
 NO_SETTINGS = "holds no settings; write them like {NAME:VALUE}."
 
 Plain = dict[str, Any]
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,3 +115,17 @@ def reached(written: Mapping[str, Any]) -> Plain:
     number = written.get(STAGE)
     at = number if isinstance(number, int) and 0 <= number < len(stages) else -1
     return stages[at].settings
+
+
+def with_stage(number: int, action: Callable[[], Made]) -> Made:
+    """What `action` returns; its errors say which stage they are about, unless they do already.
+
+    Raises:
+        LongmixError: of the same kind as that of `action`.
+    """
+    try:
+        return action()
+    except LongmixError as error:
+        if STAGES in str(error):
+            raise
+        raise type(error)(f"{STAGES}[{number}]: {error}") from error

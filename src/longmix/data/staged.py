@@ -1,5 +1,6 @@
 """`StagedData`: the data of a run with stages, each of which reads its own windows."""
 
+import functools
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,11 +9,11 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from longmix.batch import Batch
-from longmix.config import STAGES, Course, StagePart
+from longmix.config import STAGES, Course, StagePart, with_stage
 from longmix.data.tokens.tokenizers import Tokenizer
 from longmix.data.training_data import TrainingData, build_data
 from longmix.data.windows import FiniteWindows, OrderedWindows
-from longmix.errors import ConfigError, LongmixError
+from longmix.errors import ConfigError
 
 
 class StagedSteps(Dataset[Batch]):
@@ -138,7 +139,7 @@ class StagedData(TrainingData):
         """
         self.prepare_data()
         for number, part in enumerate(self.parts):
-            with_stage(number, lambda part=part: part.setup(stage))
+            with_stage(number, functools.partial(part.setup, stage))
 
     def train_steps(self, rank: int, world_size: int) -> Dataset[Batch]:
         """One process's share of every step."""
@@ -155,20 +156,6 @@ class StagedData(TrainingData):
     def summary(self) -> dict[str, Any]:
         """Settings, hashes and counts of the first stage's data, and of what others have besides, JSON-able."""
         return {**self.first.summary(), **self.fingerprint()}
-
-
-def with_stage(number: int, action: Any) -> Any:
-    """What `action` returns; its errors say which stage they are about, unless they do already.
-
-    Raises:
-        LongmixError: of the same kind as that of `action`.
-    """
-    try:
-        return action()
-    except LongmixError as error:
-        if STAGES in str(error):
-            raise
-        raise type(error)(f"{STAGES}[{number}]: {error}") from error
 
 
 def data_of(course: Course, tokenizer: Tokenizer) -> TrainingData:
@@ -192,7 +179,7 @@ def data_of(course: Course, tokenizer: Tokenizer) -> TrainingData:
         return of(course.parts[0])
     parts: list[TrainingData] = []
     for part in course.parts:
-        data = with_stage(part.number, lambda part=part: of(part))
+        data = with_stage(part.number, functools.partial(of, part))
         for earlier, other in zip(course.parts, parts, strict=False):
             if earlier.config.data == part.config.data:
                 data.share_files(other)

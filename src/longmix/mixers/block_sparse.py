@@ -40,6 +40,23 @@ class Run(NamedTuple):
     key_rows: Tensor | None = None
 
 
+LAYOUTS: dict[str, tuple[Callable[..., BlockList], tuple[str, ...]]] = {
+    "sink_local": (sink_and_local_blocks, ("sink", "local")),
+    "stripe": (stripe_blocks, ("local", "stride")),
+    "butterfly": (butterfly_blocks, ()),
+}
+"""What lists the blocks of each layout, and the settings that it takes."""
+
+
+@lru_cache(maxsize=64)
+def _listed(
+    layout: str, block: int, sizes: tuple[tuple[str, int], ...], blocks: int, device: torch.device
+) -> BlockList:
+    # Their sizes have to be known, for which a GPU would be waited for: so they are made on the CPU.
+    size, *parts = LAYOUTS[layout][0](blocks * block, block, device="cpu", **dict(sizes))
+    return BlockList(size, *(part.to(device) for part in parts))
+
+
 class BlockSparse(SoftmaxAttention):
     """Causal attention to listed blocks, counted from the beginning of the document.
 
@@ -81,30 +98,21 @@ class BlockSparse(SoftmaxAttention):
         ):
             if number < least:
                 raise ConfigError(f"mixer.{name}={number} must be at least {least}.")
-        builders: dict[str, tuple[Callable[..., BlockList], dict[str, int]]] = {
-            "sink_local": (sink_and_local_blocks, {"sink": sink, "local": local}),
-            "stripe": (stripe_blocks, {"local": local, "stride": stride}),
-            "butterfly": (butterfly_blocks, {}),
-        }
-        if layout not in builders:
-            raise ConfigError(f"mixer.layout={layout} is unknown; use {', '.join(builders)}.")
-        build, sizes = builders[layout]
-        try:
-            build(1, block, device="cpu", **sizes)
-        except ValueError as error:
-            raise ConfigError(f"mixer.layout={layout}, mixer.block={block}: {error}") from None
-
-        @lru_cache(maxsize=8)
-        def lists(blocks: int, device: torch.device) -> BlockList:
-            # Their sizes have to be known, for which a GPU would be waited for: so they are made on the CPU.
-            size, *parts = build(blocks * block, block, device="cpu", **sizes)
-            return BlockList(size, *(part.to(device) for part in parts))
-
+        if layout not in LAYOUTS:
+            raise ConfigError(f"mixer.layout={layout} is unknown; use {', '.join(LAYOUTS)}.")
         self.block = block
         self.layout = layout
         self.sink, self.local, self.stride = sink, local, stride
-        self.lists = lists
         self.prepared: BlockList | None = None
+        try:
+            self.lists(1, torch.device("cpu"))
+        except ValueError as error:
+            raise ConfigError(f"mixer.layout={layout}, mixer.block={block}: {error}") from None
+
+    def lists(self, blocks: int, device: torch.device) -> BlockList:
+        """The list for a row of so many blocks; layers of equal settings share it."""
+        sizes = tuple((name, getattr(self, name)) for name in LAYOUTS[self.layout][1])
+        return _listed(self.layout, self.block, sizes, blocks, device)
 
     def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Metric]]:
         """Call the engine, which visits only the listed blocks, or with documents the runs of their blocks."""

@@ -1,11 +1,16 @@
 """Settings of a trained mixer that may change: those that no weight depends on, as each class of mixers says itself."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from longmix.config import Choice, Pattern
+import torch
+
+from longmix.config import Choice, ModelConfig, Pattern
 from longmix.errors import ConfigError
 from longmix.mixers.parts.base import Mixer
+from longmix.model.backbone import LanguageModel
+from longmix.model.build import CHECK_VOCABULARY, build_model
 
 Changes = Mapping[str, Any]
 """New values of settings by name; of a pattern by the member's name and then the setting's."""
@@ -36,6 +41,38 @@ def changed_mixer(mixer: Choice | Pattern, changes: Changes, checkpoint: str) ->
         _check(member.key, values, member, mixer.choices, checkpoint)
         entries[name] = member.having(**values).entries
     return Pattern.of(mixer.key, entries)
+
+
+def take_settings(model: LanguageModel, before: ModelConfig, now: ModelConfig) -> None:
+    """Give a model's mixers new values of settings that may change after training; weights stay where they are.
+
+    The layers themselves stay, since optimizers, hooks and processes that divide them hold them: what a layer that is
+    built with the new settings has other than one with the earlier ones, such as a window, is written into it.
+
+    Args:
+        model: built with the earlier settings, or changed to have them.
+        before, now: the settings; they differ as `changed_mixer` allows.
+    """
+    if before.mixer == now.mixer:
+        return
+    with torch.device("meta"):
+        earlier, later = (dict(build_model(config, CHECK_VOCABULARY).named_modules()) for config in (before, now))
+    layers = dict(model.named_modules())
+    for name, layer in later.items():
+        for attribute, value in vars(layer).items():
+            if _is_plain(value) and value != vars(earlier[name])[attribute]:
+                setattr(layers[name], attribute, value)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a value is nothing but settings: numbers, texts, and dataclasses and collections of these."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.values()))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return all(_is_plain(getattr(value, entry.name)) for entry in dataclasses.fields(value))
+    return value is None or isinstance(value, int | float | str)
 
 
 def _check(key: str, changes: Changes, choice: Choice, all_choices: Sequence[Choice], checkpoint: str) -> None:

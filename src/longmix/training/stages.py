@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from longmix.config import STAGES, Course, StagePart, TrainConfig
+from longmix.config import STAGES, Course, ModelConfig, StagePart, TrainConfig, with_stage
 from longmix.config.stages import LIMITS
-from longmix.data.staged import with_stage
 from longmix.distributed.slices import check_slices
 from longmix.errors import ConfigError
 from longmix.model.build import check_model
+from longmix.model.changes import changed_mixer, take_settings
 from longmix.training.hardware import TrainerSettings
 from longmix.training.least_memory import check_memory
 from longmix.training.module import TrainingModule
@@ -70,22 +70,31 @@ def of_part(settings: TrainerSettings, part: StagePart) -> TrainerSettings:
 
 
 def _check(config: TrainConfig, part: StagePart, settings: TrainerSettings) -> None:
-    own = {} if config.stages is None else config.stages[part.number].data or {}
-    for name in OF_THE_RUN:
-        if name in own:
-            raise ConfigError(f"{STAGES}[{part.number}].data.{name}: it is the same in all stages; give data.{name}.")
-    if part.config.mixer is not config.mixer:
-        check_model(part.config)
+    if config.stages is not None:
+        own = config.stages[part.number]
+        for name in OF_THE_RUN:
+            if name in (own.data or {}):
+                key = f"{STAGES}[{part.number}].data.{name}"
+                raise ConfigError(f"{key}: it is the same in all stages; give data.{name}.")
+        if own.mixer is not None:
+            changed_mixer(config.mixer, own.mixer, "the whole run")
+            check_model(part.config)
     of_part(settings, part).check_batch(part.config.batch_size)
     check_slices(part.config.seq_len, settings.slices)
 
 
-def enter(part: StagePart, module: TrainingModule) -> None:
+def enter(part: StagePart, module: TrainingModule, before: ModelConfig) -> None:
     """Make a module that has left one stage ready for the steps of the next.
 
     Compiled blocks are compiled anew in each stage, for its shapes alone: a run that is continued inside a stage then
     takes the same steps as one that came from the stage before.
+
+    Args:
+        part: the next stage.
+        module: has the settings of `before`.
+        before: the configuration of the stage that it has left, or that it was built with.
     """
+    take_settings(module.model, before, part.config)
     module.micro_batch_size = part.micro_batch_size
     torch.compiler.reset()
     if torch.cuda.is_available():

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -13,6 +14,7 @@ from longmix.config import Course, TrainConfig, course_of, step_limits, unlimite
 from longmix.data.training_data import TrainingData
 from longmix.files import replace_json
 from longmix.model.backbone import LanguageModel
+from longmix.model.build import build_model
 from longmix.naming import mixer_word
 from longmix.progress import duration
 from longmix.reporting.results import Unfinished, number, read_summary
@@ -79,11 +81,12 @@ def mean_flops_per_token(model: LanguageModel, course: Course) -> float:
     """Floating-point operations of forward and backward per token, over all tokens of a run."""
     if not course.staged:
         return training_flops_per_token(model, course.parts[0].config.seq_len)
-    flops = [
-        training_flops_per_token(model, part.config.seq_len) * part.steps * part.tokens_per_step
-        for part in course.parts
-    ]
-    return sum(flops) / course.total_tokens
+    flops = 0.0
+    for part in course.parts:
+        with torch.device("meta"):  # a window may be another in each stage
+            own = build_model(part.config, model.vocab_size)
+        flops += training_flops_per_token(own, part.config.seq_len) * part.steps * part.tokens_per_step
+    return flops / course.total_tokens
 
 
 def print_header(

@@ -102,7 +102,7 @@ class Supervisor(Callback):
             self.saved = None
             self.first_step = module.step
         if self.course.staged:
-            enter(self.part, module)
+            enter(self.part, module, self.config)
         wanted = self.loop.sharded_checkpoints
         self.saver = Saver(
             self.store,
@@ -145,8 +145,8 @@ class Supervisor(Callback):
         module = cast(TrainingModule, pl_module)
         part = self.course.taking(module.step)
         if part is not self.part:
+            enter(part, module, self.part.config)
             self.part = part
-            enter(part, module)
             module.begin_rows(part.config.batch_size)
         if self.course.staged and module.step in (self.first_step, part.start):
             self.progress.message(f"stage {part.number + 1} of {len(self.course.parts)}: {part}")

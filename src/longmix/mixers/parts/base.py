@@ -69,7 +69,8 @@ class Mixer(nn.Module):
         small: settings at which rows of a few dozen tokens show what rows of thousands do with the usual ones; tests
             take them, besides smaller `sizes`.
         changeable: settings that may change after training, because no weight's shape or meaning depends on them:
-            `checkpoint=RUN mixer.NAME=VALUE` takes them.
+            `checkpoint=RUN mixer.NAME=VALUE` takes them, and so do stages of a run. Stages need what is made of them in
+            `__init__` to be plain attributes: numbers, texts, and dataclasses, tuples or dicts of these.
         kind: what tells layers apart that need unlike memory or time although their weights have the same shapes. The
             builder sets it to the place of the mixer's settings in the configuration.
         tunes_states: whether `tune_states` is there, which `trainable=states` needs. The submodule `tuned` then holds
