@@ -17,7 +17,7 @@ from longmix.interop import rwkv
 
 WORK = [
     ("report {} output={}", "longmix.reporting.__main__.find_runs"),
-    ("plan mixer=flash output={}", "longmix.planning.arguments.read"),
+    ("plan mixer=flash output={}", "longmix.planning.arguments.read_stages"),
     ("export {} {}", "longmix.interop.huggingface.export.chosen_checkpoint"),
     ("import {} {}", "longmix.interop.huggingface.load.check_seal"),
     ("consolidate {} {}", "longmix.checkpoints.__main__.load_checkpoint"),

@@ -67,18 +67,25 @@ def _run(words: list[str]) -> int:
     if output is not None:
         check_folder(output)
     with allocation_errors("this model", "give smaller sizes."):
-        planner = Planner(arguments.read(words))
-        plan = planner.plan()
+        planners = [Planner(request) for request in arguments.read_stages(words)]
+        planned = [planner.plan() for planner in planners]
+        dearest = max(range(len(planned)), key=lambda number: planned[number].memory.total)
+        planner, plan = planners[dearest], planned[dearest]
         fits = plan.memory.fits
         change = None if fits else smallest_change(planner)
         singles = [] if fits else single_changes(planner)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
+    if len(planned) > 1:
+        console.print(report.stages(planners, planned, dearest))
     console.print(report.shown(planner, plan, change, singles))
     if output is not None:
         with storage_errors(output):
             output.mkdir(parents=True, exist_ok=True)
         plans = report.lengths(planner)
-        replace_json(output / "plan.json", report.as_json(planner, plan, change, singles, plans))
+        found = report.as_json(planner, plan, change, singles, plans)
+        if len(planned) > 1:
+            found["stages"] = [one.report(each) for one, each in zip(planners, planned, strict=True)]
+        replace_json(output / "plan.json", found)
         report.draw(planner, plans, output / "plan.png")
         console.print(f"wrote {output / 'plan.json'} and {output / 'plan.png'}", soft_wrap=True)
     return 0 if fits else DOES_NOT_FIT

@@ -1,6 +1,7 @@
 """The words of a plan: those of `train.py`, and the machines."""
 
 import dataclasses
+import functools
 import os
 import re
 from dataclasses import dataclass
@@ -12,12 +13,13 @@ from longmix.accelerators import ACCELERATORS, Accelerator, by_word
 from longmix.command_line import values
 from longmix.command_line.catalogue import CATALOGUE
 from longmix.composing import composed
-from longmix.config import Choice, TrainConfig
+from longmix.config import Choice, TrainConfig, course_of, with_stage
 from longmix.config import read as read_config
 from longmix.data.training_data import TrainingData, build_data
 from longmix.errors import ConfigError
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model, check_model
+from longmix.model.changes import changed_mixer
 from longmix.model.matching import match_parameters
 from longmix.planning.dry_run import Precision
 from longmix.training.carried import check_carries, check_undivided_rows
@@ -154,7 +156,12 @@ class Request:
 
 
 def read(words: list[str]) -> Request:
-    """A request from the words of a command line.
+    """A request from the words of a command line; of a run with stages, for the first one. See `read_stages`."""
+    return read_stages(words)[0]
+
+
+def read_stages(words: list[str]) -> list[Request]:
+    """The requests for the stages of a run from the words of a command line; a run without stages is one stage.
 
     Besides the words of `train.py`: those of `longmix plan`, of which `output` changes nothing here. Without
     `batch_size`, every replica has one window.
@@ -163,15 +170,28 @@ def read(words: list[str]) -> Request:
         ConfigError: an unknown word, accelerator or choice, something that does not divide, or what cannot be planned.
     """
     own, others = divided(words)
-    accelerator, memory = _accelerator(own.get("gpu", OWN["gpu"].default))
+    _accelerator(own.get("gpu", OWN["gpu"].default))
     config, labels = _composed(others)
     _check(config)
-    trainer = Trainer.of(config.trainer)
     data = _data(config)
     vocab_size = data.expected_vocab_size
     if config.loop.carry_state:
         check_carries(check_model(config), data.reads_on, data.source, 1)
-    config = match_parameters(config, vocab_size)
+    course = course_of(match_parameters(config, vocab_size))
+    is_given = any(word.lstrip("+").startswith(("batch_size=", "experiment=")) for word in others)
+    requests = []
+    for part in course.parts:
+        given = is_given or (config.stages is not None and config.stages[part.number].batch_size is not None)
+        make = functools.partial(_request, own, part.config, labels, vocab_size, given)
+        requests.append(with_stage(part.number, make) if course.staged else make())
+    return requests
+
+
+def _request(
+    own: dict[str, str], config: TrainConfig, labels: tuple[str, str], vocab_size: int, has_batch_size: bool
+) -> Request:
+    accelerator, memory = _accelerator(own.get("gpu", OWN["gpu"].default))
+    trainer = Trainer.of(config.trainer)
     gpus = _count(own.get("gpus", str(trainer.gpus)))
     notes = []
     strategy = trainer.strategy
@@ -179,7 +199,7 @@ def read(words: list[str]) -> Request:
         strategy = "ddp"
         notes.append(f"trainer=ddp, as gpus={gpus}; trainer=fsdp divides weights, gradients and optimizer too")
     batch_size: int | None = config.batch_size
-    if not any(word.lstrip("+").startswith(("batch_size=", "experiment=")) for word in others):
+    if not has_batch_size:
         batch_size = None
         notes.append("one window for each replica, as no batch_size was given")
     if trainer.compile or (trainer.compile is None and accelerator is not None):
@@ -230,6 +250,9 @@ def _check(config: TrainConfig) -> None:
     ):
         choice.check(supplied)
     check_model(config)
+    for number, stage in enumerate(config.stages or ()):
+        if stage.mixer is not None:
+            with_stage(number, functools.partial(changed_mixer, config.mixer, stage.mixer, "the whole run"))
     for word, given in (("checkpoint", config.checkpoint), ("resume", config.resume)):
         if given is not None:
             raise ConfigError(f"{word}={given} cannot be planned; give model, mixer and tokenizer of that run.")

@@ -41,6 +41,23 @@ def shown(planner: Planner, plan: Plan, advice: Advice | None, singles: list[Adv
     return Group(table, *_advice(plan, advice, singles), *lines, *_assumptions(plan, request.accelerator is None))
 
 
+def stages(planners: list[Planner], plans: list[Plan], dearest: int) -> Group:
+    """Each stage of a run in a line; the one that takes the most memory is planned in full behind them."""
+    table = Table(box=None, padding=(0, 2), title="stages", title_justify="left")
+    for column in ("stage", "seq_len", "windows a step", "memory of a device", "step", ""):
+        table.add_column(column, justify="left" if column == "" else "right", no_wrap=True)
+    for number, (planner, plan) in enumerate(zip(planners, plans, strict=True)):
+        table.add_row(
+            str(number + 1),
+            f"{plan.variant.seq_len:,}",
+            f"{planner.request.batch_size(plan.variant):,}",
+            f"{_gib(plan.memory.total)}, {'fits' if plan.memory.fits else 'does not fit'}",
+            "unknown" if plan.time is None else f"{plan.time.total:,.3f} s",
+            "the dearest: what follows is of this stage, and so are the words" if number == dearest else "",
+        )
+    return Group(table, Text())
+
+
 def _title(planner: Planner, plan: Plan) -> str:
     request, variant = planner.request, plan.variant
     device = "CPU" if request.accelerator is None else request.accelerator.name
