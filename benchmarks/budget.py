@@ -9,13 +9,15 @@ launch for a simulated H200, which runs nothing.
     engine_calls   calls of our kernels' operators
     launches       launches of our Triton kernels
     saved_bytes    kept from the forward to the backward pass, for each token; weights and their copies aside
-    synchronisations   operators that wait for the device; those of all layers and of the model around them
+    synchronisations   operators that wait for the device; those of all layers and of the model around them. "generated"
+                       rows have those of reading a prompt, and of the token after it
     specialisation_keys    kernels that Triton compiles for two layers, plain and packed rows, and all of `SHAPES`
 
 `--update` writes what it finds to `results/budget.json`; a test lets no figure rise above it.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -29,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import results
@@ -47,6 +49,7 @@ CONFIGS = results.ROOT / "configs"
 BUDGET = RESULTS / "budget.json"
 LENGTH = 4096
 LAYERS = 2, 3
+PROMPT = 1000
 KINDS = {"plain": False, "packed": True}
 """Kinds of rows, and whether they pack documents."""
 
@@ -133,7 +136,7 @@ def mixers() -> list[str]:
 def measured(mixer: str) -> dict[str, Figures]:
     """The figures of a layer of `mixer`, for "plain", "packed" and "all" rows."""
     found = {kind: _of_a_layer(mixer, packed) for kind, packed in KINDS.items()}
-    return {**found, "all": {"specialisation_keys": specialisation_keys(mixer, SHAPES)}}
+    return {**found, "generated": generation(mixer), "all": {"specialisation_keys": specialisation_keys(mixer, SHAPES)}}
 
 
 def specialisation_keys(mixer: str, shapes: Sequence[tuple[int, int]]) -> int:
@@ -147,6 +150,25 @@ def specialisation_keys(mixer: str, shapes: Sequence[tuple[int, int]]) -> int:
     return gpu.num_variants()
 
 
+def generation(mixer: str, *words: str) -> Figures:
+    """How often the device is waited for while a prompt is read, and for a token after it, with two layers.
+
+    Args:
+        mixer: its name.
+        words: further words of the configuration.
+    """
+    found = {}
+    with _model(mixer, LAYERS[0], *words) as (model, _), torch.no_grad():
+        with unset_fake_temporarily():
+            _prepare(model, PROMPT)
+        state = model.eval().init_state(1)
+        for name, length in {"prompt": PROMPT, "token": 1}.items():
+            with Count() as count, contextlib.suppress(DataDependentOutputException):  # counted, and then raised
+                state = model(torch.empty(1, length, dtype=torch.int64), state=state).state
+            found[f"{name}_synchronisations"] = count.figures()["synchronisations"]
+    return found
+
+
 def _of_a_layer(mixer: str, packed: bool) -> Figures:
     few, many = (_of_a_model(mixer, layers, packed) for layers in LAYERS)
     layers = LAYERS[1] - LAYERS[0]
@@ -154,11 +176,11 @@ def _of_a_layer(mixer: str, packed: bool) -> Figures:
 
 
 @contextmanager
-def _model(mixer: str, layers: int) -> Iterator[tuple[LanguageModel, SimulatedGPU]]:
+def _model(mixer: str, layers: int, *words: str) -> Iterator[tuple[LanguageModel, SimulatedGPU]]:
     """A model of fake weights, and the GPU that it launches for while the context lasts."""
-    words = [f"mixer={mixer}", "model=125m", f"model.num_layers={layers}"]
+    chosen = [f"mixer={mixer}", "model=125m", f"model.num_layers={layers}", *words]
     with torch.device("meta"):
-        model = build_model(ModelConfig.of(composed("train", words).content), 512)
+        model = build_model(ModelConfig.of(composed("train", chosen).content), 512)
     _prepare(model, LENGTH)
     with simulated_gpu(ARCHITECTURE, processors=PROCESSORS) as gpu, ExitStack() as fakes:
         for mode in (FakeTensorMode(allow_non_fake_inputs=True), gpu_functions(), FakeCalls()):
@@ -233,11 +255,12 @@ def over(found: dict[str, Figures], budget: dict[str, Figures]) -> list[str]:
 def table(found: dict[str, dict[str, Figures]]) -> str:
     """Markdown, plain and packed rows side by side."""
     columns = ("forward_operators", "operators", "engine_calls", "launches", "saved_bytes", "synchronisations")
-    names = [name.replace("_", " ") for name in ("mixer", *columns, "specialisation_keys")]
+    names = [name.replace("_", " ") for name in ("mixer", *columns, "when generating", "specialisation_keys")]
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for mixer, figures in found.items():
         plain, packed = figures["plain"], figures["packed"]
         cells = [f"{plain[name]:,.0f} / {packed[name]:,.0f}" for name in columns]
+        cells.append(" / ".join(f"{count:,.0f}" for count in figures["generated"].values()))
         lines.append("| " + " | ".join([mixer, *cells, str(figures["all"]["specialisation_keys"])]) + " |")
     return "\n".join(lines) + "\n"
 

@@ -8,6 +8,7 @@ the better ones as `tables.patch`. Without a GPU, Triton's interpreter runs the 
 """
 
 import argparse
+import importlib.util
 import os
 import signal
 import sys
@@ -29,6 +30,13 @@ from longmix.wording import counted
 
 MOST_WORKERS = 10
 SUMMARY_SECONDS = 3.0
+PEERS = {
+    "fla-core": "fla",
+    "mlstm-kernels": "mlstm_kernels",
+    "flash_attn_interface (FlashAttention 3)": "flash_attn_interface",
+    "flash-attn-4": "flash_attn",
+}
+"""What a speed is compared with besides torch, and the module of each."""
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -66,6 +74,13 @@ def print_plan(cases: Sequence[Case], workers: int) -> None:
         print(f"{stage}: {len(here)} cases, {total:.0f} s, {total / shared:.0f} s in {shared} processes")
         for case in here:
             print(f"  {case.seconds:4.0f} s  {case.name}")
+
+
+def print_peers() -> None:
+    """Say which packages to compare with are not installed; their cases are left out."""
+    lacking = [package for package, module in PEERS.items() if importlib.util.find_spec(module) is None]
+    if lacking:
+        print(f"not installed, so nothing is compared with {counted(len(lacking), 'package')}: {', '.join(lacking)}")
 
 
 class Run:
@@ -112,6 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.plan:
         print_plan(selected(tuning_cases() if options.tune else every_case("cuda"), options.only), options.workers)
+        print_peers()
         return 0
     if options.tune and device == "cpu":
         print("python -m benchmarks.gpu: --tune needs a CUDA device", file=sys.stderr)
@@ -137,6 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device == "cpu":
         print("a CUDA device would be asked for this:")
         print_plan(selected(every_case("cuda"), options.only), MOST_WORKERS)
+    print_peers()
     statuses = {journal.results[case.name].status for case in cases if case.name in journal.results}
     return int(not statuses or not statuses <= {PASSED, SKIPPED})
 

@@ -28,8 +28,10 @@ def test_every_mixer_has_a_whole_budget_without_synchronisations():
     for mixer, kinds in BUDGET.items():
         assert {kind: set(figures) for kind, figures in kinds.items()} == {
             **dict.fromkeys(budget.KINDS, FIGURES),
+            "generated": {"prompt_synchronisations", "token_synchronisations"},
             "all": {"specialisation_keys"},
         }, mixer
+        assert not any(kinds["generated"].values()), mixer
         assert not any(kinds[kind]["synchronisations"] for kind in budget.KINDS), mixer
 
 
@@ -54,6 +56,21 @@ def test_the_delta_rule_keeps_little_more_than_attention(mixer, times):
 @pytest.mark.parametrize("mixer", budget.mixers())
 def test_no_figure_of_a_layer_rises(mixer):
     assert not budget.over(budget.measured(mixer), BUDGET[mixer])
+
+
+SUMMARIES = ("mixer.summaries=true", "mixer.num_features=0")
+
+
+# The state has a key for each block that was left behind. How many there are is its shape, which the host has to know.
+@pytest.mark.parametrize(("words", "waits"), [((), 0), (SUMMARIES, 1)], ids=["sums", "summaries"])
+def test_scatterbrain_waits_only_for_the_number_of_its_summaries(words, waits):
+    found = budget.generation("scatterbrain", *words)
+    assert found == {"prompt_synchronisations": waits, "token_synchronisations": waits}
+
+
+def test_summaries_wait_for_nothing_in_training():
+    with budget._model("scatterbrain", 2, *SUMMARIES) as (model, _):
+        assert budget._of_a_step(model, True)["synchronisations"] == 0
 
 
 def test_a_budget_that_is_exceeded_is_named():

@@ -56,6 +56,12 @@ class TestPlan:
         assert capsys.readouterr().out.startswith("tune: ")
         assert list(tmp_path.iterdir()) == []
 
+    def test_peers_that_are_not_installed_are_named(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(command, "PEERS", {"one-that-is": "json", "fla-core": "nothing_of_this_name"})
+        command.main(["--plan", "--out", str(tmp_path)])
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last == "not installed, so nothing is compared with 1 package: fla-core"
+
     def test_what_cannot_be_is_refused(self, tmp_path, capsys):
         assert command.main(["--out", str(tmp_path), "--only", "nothing"]) == 2
         assert "no case begins with nothing" in capsys.readouterr().err

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from longmix.data.loaders import document_starts
 from longmix.errors import ConfigError
 from longmix.mixers.flash import Flash
+from longmix.mixers.parts import scatterbrain_cache, scatterbrain_summaries
 from longmix.mixers.parts.base import ModelShape
 from longmix.mixers.parts.features import FEATURES, FeatureMap, enough_features, orthogonal_projections, predicted_error
+from longmix.mixers.parts.layout import layouts
 from longmix.mixers.parts.rotary import rotary_angles, rotate
 from longmix.mixers.scatterbrain import Scatterbrain
 from longmix.mixers.scatterbrain_content import ScatterbrainContent
@@ -388,3 +391,25 @@ def test_selected_pairs_and_their_settings():
         make(buckets=2, window=0)
     with pytest.raises(ConfigError, match=r"mixer\.buckets=3 must be even"):
         make(buckets=3, window=2)
+
+
+@pytest.mark.parametrize("case", ["default", "summaries", "content"])
+def test_where_values_cannot_be_read_the_same_is_computed(case, monkeypatch):
+    mixer, x, ids = make(**SETTINGS[case]), inputs(), packed_ids()
+    starts = torch.from_numpy(document_starts(ids.numpy()))
+    needs = mixer.layout_needs()
+    layout = layouts({needs}, x[..., 0], ids, starts)[needs]
+
+    def run() -> list[Tensor]:
+        state, pieces = mixer.init_state(2), [mixer(x, document_ids=ids, layout=layout).y]
+        for piece in (slice(0, 9), slice(9, 10), slice(10, 31), slice(31, 40)):
+            output = mixer(x[:, piece], state=state, document_ids=ids[:, piece])
+            state = output.state
+            pieces.append(output.y)
+        return pieces
+
+    expected = run()
+    for module in (scatterbrain_cache, scatterbrain_summaries):
+        monkeypatch.setattr(module, "is_readable", lambda x: False)
+    for found, right in zip(run(), expected, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-12)

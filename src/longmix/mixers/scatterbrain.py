@@ -226,7 +226,7 @@ class Scatterbrain(SoftmaxAttention):
         parts, query = [], queries.query
         if self.summaries and keys.features is not None:
             batch, length = keys.key.shape[:2]
-            blocks = Blocks.of(keys.document_ids, batch, length, self.block, query.device)
+            blocks = Blocks.of(keys.document_ids, batch, length, self.block, query.device, queries.documents)
             found = blocks.summaries(keys.features, keys.key, keys.value, self._scale())
             parts.append(blocks.attend(query, *found, self.past_blocks, self._scale()))
             if goes_on is not None and before.far.key.shape[1]:

@@ -10,6 +10,7 @@ from longmix.mixers.parts.rings import Rings
 from longmix.mixers.parts.scatterbrain_summaries import GONE, Blocks, Summaries
 from longmix.mixers.parts.softmax import Rows
 from longmix.mixers.parts.states import mixer_state
+from longmix_kernels.runtime import is_readable
 from longmix_kernels.scatter import FeatureState, absorb, empty_state
 
 Far = FeatureState | Summaries | None
@@ -22,11 +23,13 @@ class Queries:
     Attributes:
         features: log features [B, T, H, m]; None without.
         labels: int32 [B, T, H, 1], where keys are selected by content; else None.
+        documents: the most that a row has, where the batch says it; else None.
     """
 
     query: Tensor
     features: Tensor | None
     labels: Tensor | None
+    documents: int | None = None
 
 
 @mixer_state(bookkeeping=("document_ids",))
@@ -59,7 +62,9 @@ class FeatureRows(Rows):
 def parted(rows: Rows) -> tuple[Queries, Keys]:
     """The queries and the keys of these rows, apart."""
     assert isinstance(rows, FeatureRows)
-    queries = Queries(rows.query, rows.query_features, rows.query_labels)
+    starts = None if rows.layout is None else rows.layout.starts
+    documents = None if starts is None else (len(starts) - 1) // len(rows.query)
+    queries = Queries(rows.query, rows.query_features, rows.query_labels, documents)
     return queries, Keys(rows.key, rows.value, rows.key_features, rows.document_ids, rows.key_labels)
 
 
@@ -128,8 +133,10 @@ def state_after(keys: Keys, before: ScatterbrainState, block: int, past: int, sc
     position = next_position[:, None] - torch.arange(length, 0, -1, device=ids.device)
     begin = (next_position // block - past).clamp(min=0) * block
     leaves = live & (position < begin[:, None])
-    # A compiled graph cannot branch on values, so it always takes keys in, possibly none.
-    some_leave = torch.compiler.is_compiling() or bool(leaves.any())
+    # A GPU would have to be waited for, and a compiled graph cannot branch: both always take keys in, possibly none.
+    # Summaries are the exception on a GPU: how many there are is the state's shape, which has to be known.
+    reads = is_readable(leaves) or (isinstance(far, Summaries) and not torch.compiler.is_compiling())
+    some_leave = not reads or bool(leaves.any())
     if keys.features is not None and some_leave:
         if isinstance(far, Summaries):
             blocks = Blocks.of(ids, ids.shape[0], length, block, ids.device)

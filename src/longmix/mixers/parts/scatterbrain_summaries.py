@@ -14,6 +14,7 @@ from torch import Tensor
 
 from longmix.mixers.parts.states import mixer_state
 from longmix_kernels.attention import attention, positions_from_document_ids
+from longmix_kernels.runtime import is_readable
 
 GONE = -1
 """The document of a summary, or key, that no later query may see; others are `numbered`, from 0 on."""
@@ -75,7 +76,7 @@ class Blocks:
     Attributes:
         number: int64 [B, T], which block a row is in, counted through all documents.
         first: int64 [B, T], the number of the first block of its document.
-        count: how many there are at most in a batch row.
+        count: how many there are at most in a batch row, or more.
     """
 
     number: Tensor
@@ -83,14 +84,34 @@ class Blocks:
     count: int
 
     @classmethod
-    def of(cls, document_ids: Tensor | None, batch: int, length: int, size: int, device: torch.device) -> "Blocks":
-        """Blocks of `size` tokens, counted from the beginning of each document."""
+    def of(
+        cls,
+        document_ids: Tensor | None,
+        batch: int,
+        length: int,
+        size: int,
+        device: torch.device,
+        documents: int | None = None,
+    ) -> "Blocks":
+        """Blocks of `size` tokens, counted from the beginning of each document.
+
+        Args:
+            document_ids: integer [B, T]; None if every row is one document.
+            batch, length: B and T.
+            size: tokens of a block.
+            device: of the result.
+            documents: the most that a row has. Without it the number of blocks is read, and a GPU waited for.
+        """
         if document_ids is None:
             number = torch.arange(length, device=device).expand(batch, length) // size
             return cls(number, torch.zeros_like(number), -(-length // size))
         position = positions_from_document_ids(document_ids).long()
         number = (position % size == 0).long().cumsum(1) - 1
-        return cls(number, number - position // size, int(number.max()) + 1)
+        if documents is None or is_readable(number):
+            count = int(number.max()) + 1
+        else:
+            count = min(length, length // size + documents)  # each document may end in a block that is not full
+        return cls(number, number - position // size, count)
 
     def total(self, x: Tensor) -> Tensor:
         """Sums [B, N, ...] over the rows of each block of [B, T, ...]."""
