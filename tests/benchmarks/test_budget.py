@@ -61,7 +61,8 @@ def test_no_figure_of_a_layer_rises(mixer):
 SUMMARIES = ("mixer.summaries=true", "mixer.num_features=0")
 
 
-# The state has a key for each block that was left behind. How many there are is its shape, which the host has to know.
+# The state has a key for each block that was left behind. How many there are is its shape, which the host has to know:
+# it reads whether there are new ones, and then how many. Counting ends at the first, since fake tensors have no values.
 @pytest.mark.parametrize(("words", "waits"), [((), 0), (SUMMARIES, 1)], ids=["sums", "summaries"])
 def test_scatterbrain_waits_only_for_the_number_of_its_summaries(words, waits):
     found = budget.generation("scatterbrain", *words)

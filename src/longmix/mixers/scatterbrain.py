@@ -163,13 +163,14 @@ class Scatterbrain(SoftmaxAttention):
         continues = goes_on(state, ids)
         number = numbered(ids, continues)
         queries, new = parted(replace(rows, document_ids=number))
+        queries = replace(queries, documents=ids.shape[1] + 2)  # each new token's at most, the one before, and `GONE`
         keys, before = state.followed_by(new), state.kept_of(continues)
         result = self._attend(queries, keys, None if self.summaries else before.far)
         mixed, metrics = self._merged(queries, keys, before, number == 0, result)
         # Only a document that fills the call from its first token on has sums from before.
         before = before.kept_of(number[:, 0] == number[:, -1])
         before = replace(before, last_id=ids[:, -1], next_position=next_position)
-        return mixed, metrics, state_after(keys, before, self.block, self.past_blocks, self._scale())
+        return mixed, metrics, state_after(keys, before, self.block, self.past_blocks, self._scale(), queries.documents)
 
     def state_type(self) -> type:
         """The class of the state."""

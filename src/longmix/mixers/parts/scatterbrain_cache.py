@@ -23,7 +23,7 @@ class Queries:
     Attributes:
         features: log features [B, T, H, m]; None without.
         labels: int32 [B, T, H, 1], where keys are selected by content; else None.
-        documents: the most that a row has, where the batch says it; else None.
+        documents: the most that a row of keys has, where it is known without reading; else None.
     """
 
     query: Tensor
@@ -116,7 +116,9 @@ class ScatterbrainState:
         )
 
 
-def state_after(keys: Keys, before: ScatterbrainState, block: int, past: int, scale: float) -> ScatterbrainState:
+def state_after(
+    keys: Keys, before: ScatterbrainState, block: int, past: int, scale: float, documents: int | None
+) -> ScatterbrainState:
     """The state after the last of `keys`: blocks that the next token does not see exactly leave for the far side.
 
     Args:
@@ -125,6 +127,7 @@ def state_after(keys: Keys, before: ScatterbrainState, block: int, past: int, sc
             `last_id` and `next_position` after it.
         block, past: tokens of a block, and how many are seen before the own one.
         scale: of the scores in a summary.
+        documents: as in `Queries`, of `keys`.
     """
     ids, length = keys.document_ids, keys.key.shape[1]
     assert ids is not None
@@ -139,7 +142,7 @@ def state_after(keys: Keys, before: ScatterbrainState, block: int, past: int, sc
     some_leave = not reads or bool(leaves.any())
     if keys.features is not None and some_leave:
         if isinstance(far, Summaries):
-            blocks = Blocks.of(ids, ids.shape[0], length, block, ids.device)
+            blocks = Blocks.of(ids, ids.shape[0], length, block, ids.device, documents)
             found = blocks.summaries(keys.features, keys.key, keys.value, scale)
             far = far.followed_by(Summaries(*found, blocks.that_leave(leaves, ids)))
         elif far is not None:
