@@ -153,7 +153,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", help="a choice of data=; default: the checkpoint's own")
     parser.add_argument("--split", default="validation")
     parser.add_argument("--tokens", type=positive(int), default=32_768, help="about so many of each length")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help=", ".join(KINDS))
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS), metavar="KIND", help=", ".join(KINDS))
     parser.add_argument("--also", type=named, action="append", default=[], metavar="NAME=CHECKPOINT")
     parser.add_argument("--name", default="extension", help="of the files")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON, table and picture")

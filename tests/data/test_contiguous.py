@@ -1,6 +1,7 @@
 """`data.order=contiguous`: each row reads on from step to step, nothing is lost, and nothing remembers a position."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from list_corpus import CodePointTokenizer, ListCorpus, distinct_documents
 
 from longmix.batch import IGNORE_INDEX
+from longmix.data.prepared import PreparedData
 from longmix.data.text_data import TokenData
 from longmix.data.tokens.preparation import prepare
 from longmix.data.tokens.token_files import TokenFile
@@ -107,6 +109,19 @@ def test_the_order_is_part_of_what_a_run_resumes_with(tmp_path):
     assert contiguous.fingerprint() == {**shuffled.fingerprint(), "order": "contiguous"}
     assert "continues" not in next(iter(shuffled.train_loader(0, 1)))
     assert contiguous.reads_on and not shuffled.reads_on
+
+
+def test_remote_shards_that_are_not_at_hand_are_refused():
+    """Rows read all shards at a time, and each change of shard would be a download."""
+    found = PreparedData(
+        "s3://bucket/tokens", CodePointTokenizer(), seq_len=8, batch_size=4, seed=0, order="contiguous"
+    )
+    found.__dict__["folders"] = {"train": "s3://bucket/tokens/train"}
+    found._token_files["train"] = [SimpleNamespace(shards=[9] * 40, num_tokens=360)]
+    with pytest.raises(ConfigError, match=r"all 40 shards .* data\.local_shards=32 .* set data\.local_shards=40"):
+        found._check_room()
+    found.local_shards = 40
+    found._check_room()
 
 
 def test_impossible_settings(tmp_path, token_file):
