@@ -3,7 +3,7 @@ import os
 import pytest
 
 from longmix.errors import ConfigError
-from longmix.reading import DEEPEST, LARGEST_YAML_BYTES, read_bytes, read_json, read_yaml
+from longmix.reading import DEEPEST, LARGEST_YAML_BYTES, found_below, read_bytes, read_json, read_yaml
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}, *a{n - 1}]\n" for n in range(1, 30))
 
@@ -84,3 +84,22 @@ def test_only_regular_files_are_read_and_none_beyond_its_limit(tmp_path):
         read_bytes(tmp_path / "large", 10)
     (tmp_path / "link").symlink_to("large")
     assert read_bytes(tmp_path / "link", 11) == b"x" * 11
+
+
+def test_names_are_found_below_a_folder_whatever_may_not_be_listed(tmp_path, monkeypatch):
+    for name in ("b/checkpoints", "a/deep/checkpoints", "a/gone/checkpoints"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "checkpoints").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    list_folder = os.scandir
+
+    def vanishing(path):
+        if str(path).endswith("gone"):
+            raise FileNotFoundError(path)
+        return list_folder(path)
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    found = found_below(tmp_path, "checkpoints")
+    assert [str(path.relative_to(tmp_path).parent) for path in found] == ["a/deep", "b", "c"]
+    assert found_below(tmp_path / "nowhere", "checkpoints") == []

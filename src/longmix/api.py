@@ -4,6 +4,7 @@ Neither ends the process, nor leaves anything in Hydra's state. What is refused 
 """
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,7 +23,7 @@ from longmix.invocation import Invocation
 from longmix.model.backbone import LanguageModel
 from longmix.naming import RUNS, check_name
 from longmix.notices import begin_run
-from longmix.paths import check_path, user_path
+from longmix.paths import user_path
 from longmix.restore import Restored, restore
 
 if TYPE_CHECKING:
@@ -270,10 +271,14 @@ def load(
             a class outside `trust`.
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
-    if states is not None:
-        check_path("states", str(states))
-    restored = restore(str(checkpoint), mixer=mixer, states=states, device=device, precision=precision, trust=trust)
-    settings: dict[str, Any] = {"device": device, "precision": precision, "trust": list(trust)}
+    if not isinstance(checkpoint, str | os.PathLike):
+        raise ConfigError(f"checkpoint={checkpoint!r} is no path; give the folder of a run or of a checkpoint.")
+    if mixer is not None and not isinstance(mixer, Mapping):
+        raise ConfigError(f"mixer={mixer!r} is no mapping of settings, such as {{'rotary_scaling': 'yarn'}}.")
+    states = None if states is None else user_path("states", states)
+    trusted = _texts("trust", trust)
+    restored = restore(str(checkpoint), mixer=mixer, states=states, device=device, precision=precision, trust=trusted)
+    settings: dict[str, Any] = {"device": device, "precision": precision, "trust": trusted}
     settings |= {"mixer": dict(mixer)} if mixer else {}
     settings["states"] = None if states is None else str(states)
     return Loaded(restored, settings)

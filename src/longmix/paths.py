@@ -49,7 +49,9 @@ def user_path(key: str, value: str | os.PathLike[str]) -> Path:
     Raises:
         ConfigError: see `check_path`; or `~name` of an unknown user.
     """
-    text = value if isinstance(value, str) else os.fspath(value)
+    text = value if isinstance(value, str) else os.fspath(value) if isinstance(value, os.PathLike) else None
+    if not isinstance(text, str):
+        raise ConfigError(f"{key}={value!r} is no path; give a text or a Path.")
     check_path(key, text)
     try:
         return Path(text).expanduser()

@@ -46,6 +46,14 @@ def read_bytes(path: Path, limit: int = LARGEST_TEXT_BYTES) -> bytes:
     return content
 
 
+def found_below(folder: Path, name: str) -> list[Path]:
+    """All files and folders of a name below a folder, sorted; what may not be listed, or is gone, is passed over.
+
+    Links to folders are not followed.
+    """
+    return sorted(Path(parent, name) for parent, folders, files in os.walk(folder) if name in folders or name in files)
+
+
 def require_regular(path: Path) -> None:
     """Refuse a path that is no regular file: a folder, a FIFO, a device.
 

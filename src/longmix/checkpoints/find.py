@@ -9,6 +9,7 @@ from longmix.checkpoints.verify import INFO_FILE
 from longmix.checkpoints.whole import STATE_FILE
 from longmix.errors import CheckpointError
 from longmix.printable import printable
+from longmix.reading import found_below
 
 LAST = "last"
 ROOTS = ("runs", "multirun")
@@ -48,7 +49,7 @@ def last_checkpoint(except_run: Path | str | None = None) -> Path:
     Raises:
         CheckpointError: no run there has one.
     """
-    stores = [CheckpointStore(folder) for root in ROOTS for folder in Path(root).rglob("checkpoints")]
+    stores = [CheckpointStore(folder) for root in ROOTS for folder in found_below(Path(root), "checkpoints")]
     found = [
         checkpoint
         for store in stores

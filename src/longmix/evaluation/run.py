@@ -24,6 +24,7 @@ from longmix.files import check_folder
 from longmix.model.backbone import LanguageModel
 from longmix.notices import begin_run
 from longmix.printable import LINES, printable
+from longmix.reading import found_below
 from longmix.restore import Restored, restored_for
 from longmix.trust import checked_data
 
@@ -116,7 +117,7 @@ def runs_below(folder: Path) -> list[Path]:
     try:
         find_checkpoint(folder)
     except CheckpointError:
-        stores = sorted(folder.rglob("checkpoints"))
+        stores = found_below(folder, "checkpoints")
         return [store.parent for store in stores if CheckpointStore(store).latest() is not None]
     return []
 

@@ -10,7 +10,7 @@ from typing import Any
 from longmix.errors import DataError
 from longmix.metrics import METRICS_FILE, Metrics, read_metrics
 from longmix.printable import printable
-from longmix.reading import require_regular
+from longmix.reading import found_below, require_regular
 from longmix.reporting.results import Evaluations, Unfinished, read_evaluations, read_summary
 from longmix.reporting.settings import Settings, is_synthetic, read_settings
 from longmix.reporting.stages import steps_of
@@ -154,7 +154,7 @@ def _folders(paths: list[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise DataError(f"there is no {path}; give the folder of a sweep or of runs.")
-        for config in sorted(path.rglob("config.yaml")):
+        for config in found_below(path, "config.yaml"):
             if "wandb" not in config.relative_to(path).parts:
                 folders.setdefault(config.parent.resolve(), config.parent)
     return list(folders.values())
