@@ -9,10 +9,10 @@ import re
 import subprocess
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from longmix_kernels.accelerators import SHARED_MEMORY
 from longmix_kernels.launch import LaunchConfig
@@ -117,14 +117,10 @@ class Build(ABC):
 
     def _names(self, places: Sequence[int]) -> list[str]:
         """Return the names at these places among the arguments that are no compile-time constants."""
-        given = [
-            name if field in (None, "pointer") else field
-            for name in self.function().arg_names
-            if name not in self.constants()
-            for field in fields_of(self.function(), name) or (None,)
-            if field not in self.constants()
-        ]
-        return [given[place] for place in places]
+        names: list[str] = []
+        constants = self.constants()
+        _signature(self.function(), constants, lambda name, _: None if name in constants else names.append(name))
+        return [names[place] for place in places]
 
     def function(self) -> Any:
         """Return the kernel, as `triton.jit` made it."""
@@ -195,36 +191,46 @@ def lowered(source: Any, target: Any, options: Mapping[str, Any], last: str) -> 
     return module, metadata
 
 
-def fields_of(kernel: Any, name: str) -> tuple[str, ...]:
-    """Return the fields of an argument that is a named tuple, as its annotation says; none for any other argument.
+def _signature(kernel: Any, constants: Collection[str], leaf: Callable[[str, tuple[int, ...]], Any]) -> dict[str, Any]:
+    """Return by argument what `leaf` says of it; for named tuples, which annotations name, such tuples of their fields.
 
-    Fields are as arguments by their names, except "pointer", which has the type of the argument that it is a field of.
+    Fields are as arguments by their names, but "pointer" stands for the argument that it is a field of.
+
+    Args:
+        kernel: the kernel, as `triton.jit` made it.
+        constants: the names of compile-time arguments; a tuple among them, such as an absent tensor, has no fields.
+        leaf: called with the name and the path of each; that is its place among arguments, then in tuples.
     """
-    return getattr(kernel.signature.parameters[name].annotation, "_fields", ())
+
+    def each(kind: Any, name: str, path: tuple[int, ...]) -> Any:
+        kind = next((found for found in (kind, *get_args(kind)) if hasattr(found, "_fields")), None)
+        if name in constants or kind is None:
+            return leaf(name, path)
+        named = [(kinds, name if field == "pointer" else field) for field, kinds in kind.__annotations__.items()]
+        return kind(*(each(*pair, (*path, place)) for place, pair in enumerate(named)))
+
+    kinds = {name: parameter.annotation for name, parameter in kernel.signature.parameters.items()}
+    return {name: each(kinds[name], name, (place,)) for place, name in enumerate(kernel.arg_names)}
 
 
 def _source(kernel: Any, build: Build) -> Any:
     """Return the kernel as `triton.compile` takes it, specialised as the launcher does it for aligned tensors."""
     from triton.compiler import ASTSource
 
-    constants = {name: constant for name, constant in build.constants().items() if name in kernel.arg_names}
-    given: dict[tuple[int, ...], Any] = {(kernel.arg_names.index(name),): x for name, x in constants.items()}
-    signature: dict[str, Any] = {}
+    constants = build.constants()
+    given: dict[tuple[int, ...], Any] = {}
     aligned: dict[tuple[int, ...], list[list[Any]]] = {}
-    for index, name in enumerate(kernel.arg_names):
+
+    def type_of(name: str, path: tuple[int, ...]) -> str:
         if name in constants:
-            signature[name] = "constexpr"
-            continue
-        fields = fields_of(kernel, name)
-        types = [build.type_of(name if field == "pointer" else field) for field in fields] or [build.type_of(name)]
-        for place, (field, kind) in enumerate(zip(fields or (name,), types, strict=True)):
-            path = (index, place) if fields else (index,)
-            if field in build.constants():
-                types[place], given[path] = "constexpr", build.constants()[field]
-            elif not kernel.params[index].do_not_specialize and (field.startswith("stride_") or kind.startswith("*")):
-                aligned[path] = [["tt.divisibility", 16]]
-        signature[name] = kernel.signature.parameters[name].annotation(*types) if fields else types[0]
-    return ASTSource(kernel, signature, given, aligned)
+            given[path] = constants[name]
+            return "constexpr"
+        kind, specialized = build.type_of(name), not kernel.params[path[0]].do_not_specialize
+        if specialized and (name.startswith("stride_") or kind.startswith("*")):
+            aligned[path] = [["tt.divisibility", 16]]
+        return kind
+
+    return ASTSource(kernel, _signature(kernel, constants, type_of), given, aligned)
 
 
 def _compile(kernel: Any, build: Build) -> Compiled:

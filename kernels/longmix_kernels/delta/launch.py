@@ -4,14 +4,14 @@ Nothing here imports Triton; see `longmix_kernels.launch`.
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from longmix_kernels import launch
 from longmix_kernels.columns import cover, fit
 from longmix_kernels.delta.cost import choose_chunk
 from longmix_kernels.delta.inputs import Inputs
 from longmix_kernels.launch import LaunchTable
-from longmix_kernels.tensors import contiguous, gate, small_ids, strides, unit_stride
+from longmix_kernels.tensors import Strided, contiguous, gate, small_ids, strided, unit_stride
 
 KERNELS = ("prepare", "scan", "grad_scan", "grad_value", "grad_query", "grad_key")
 SCANS = ("scan", "grad_scan")
@@ -21,6 +21,52 @@ WIDTHS = (64, 128, 256)
 
 NO_FLOOR = -709.0
 """The log decay that stands for any smaller one: 2 ** -1022, next to which no weight is seen in float32."""
+
+
+class Tokens(NamedTuple):
+    """What comes per token, as one argument of a kernel.
+
+    Attributes:
+        query, key: [B, T, H, K].
+        value: [B, T, H, V].
+        log_decay: float32 [B, T, H, K], or [B, T, H].
+        low_rank_read, low_rank_write: [B, T, H, K], or None.
+        document_ids: int32 [B, T], contiguous, or None.
+        stride_decay_column: the stride of the decays' last axis, 0 for one decay a head.
+        scale: of the queries.
+        floor: the least log decay.
+    """
+
+    query: Strided
+    key: Strided
+    value: Strided
+    log_decay: Strided
+    low_rank_read: Strided | None
+    low_rank_write: Strided | None
+    document_ids: Any
+    stride_decay_column: Any
+    scale: Any
+    floor: Any
+
+
+class Ends(NamedTuple):
+    """The states at both ends of chunks and gradients, as one argument of a kernel of the backward.
+
+    Attributes:
+        initial: float32 [B, H, K, V], contiguous, or None.
+        grad_output: [B, T, H, V].
+        states: float32 [B, H, chunks, K, V], what enters each chunk.
+        grad_states: float32 [B, H, chunks, K, V], of what leaves each chunk.
+        removed: u, [B, H, T, V]; None without low-rank reads.
+        grad_removed: dx, [B, H, T, V]; likewise.
+    """
+
+    initial: Any
+    grad_output: Strided
+    states: Any
+    grad_states: Any
+    removed: Any
+    grad_removed: Any
 
 
 @dataclass(frozen=True)
@@ -119,11 +165,15 @@ class Call(launch.Call[LaunchConfig]):
         self.floor = NO_FLOOR if min_log_decay is None else max(1.0001 * min_log_decay, NO_FLOOR)
         self.chunks = -(-self.length // self.chunk)
 
-    def token_strides(self) -> list[int]:
-        """Return the strides of all tensors per token; four of the decays, the last of which is 0 for one a head."""
-        decay = *strides(self.log_decay), 0 if self.per_head else self.log_decay.stride(3)
-        low_rank = strides(self.low_rank_read, self.low_rank_write)
-        return [*strides(self.query, self.key, self.value), *decay, *low_rank]
+    def tokens(self) -> Tokens:
+        """Return what comes per token as one argument of a kernel."""
+        query, key, value, log_decay = strided(self.query, self.key, self.value, self.log_decay)
+        low_rank = [x for x in (self.low_rank_read, self.low_rank_write) if x is not None]
+        read, write = strided(*low_rank) if low_rank else (None, None)
+        stride_column = 0 if self.per_head else self.log_decay.stride(3)
+        return Tokens(
+            query, key, value, log_decay, read, write, self.document_ids, stride_column, self.scale, self.floor
+        )
 
     def entry(self, kernel: str, architecture: int, size: int) -> LaunchConfig:
         """Return the table's configuration of a kernel for this call."""

@@ -10,7 +10,7 @@ has one decay, `triton_grad_query_exact` and `triton_grad_key_exact` where each 
 import torch
 
 from longmix_kernels.delta.inputs import Inputs
-from longmix_kernels.delta.launch import Call
+from longmix_kernels.delta.launch import Call, Ends
 from longmix_kernels.delta.triton_forward import run_chunks
 from longmix_kernels.delta.triton_grad_key_bounded import grad_key_bounded_kernel
 from longmix_kernels.delta.triton_grad_key_exact import grad_key_exact_kernel
@@ -19,7 +19,7 @@ from longmix_kernels.delta.triton_grad_query_exact import grad_query_exact_kerne
 from longmix_kernels.delta.triton_grad_query_head import grad_query_head_kernel
 from longmix_kernels.delta.triton_grad_value import grad_value_kernel
 from longmix_kernels.delta.triton_scan import grad_scan_kernel
-from longmix_kernels.tensors import contiguous, given, strides, unit_stride
+from longmix_kernels.tensors import contiguous, given, strided, unit_stride
 
 
 def triton_backward(
@@ -45,46 +45,21 @@ def triton_backward(
     if call.low_rank:
         rows = call.batch, call.heads, call.length, call.value_dim
         removed, grad_removed = (call.query.new_empty(rows) for _ in range(2))
-    tokens = (
-        *(call.query, call.key, call.value, call.log_decay, call.low_rank_read, call.low_rank_write),
-        *(call.document_ids, call.initial, grad_output, states, grad_states),
-    )
-    sizes = (call.scale, call.floor, call.length, call.heads, *call.token_strides(), *strides(grad_output))
-    call.launch(
-        "grad_scan",
-        grad_scan_kernel,
-        call.document_ids,
-        grad_output,
-        grad_final,
-        transitions,
-        reads,
-        kept,
-        grad_states,
-        grad_initial,
-        call.length,
-        call.heads,
-        *strides(grad_output),
-    )
-    call.launch(
-        "grad_value",
-        grad_value_kernel,
-        *tokens,
-        inverses,
-        grad_value,
-        removed,
-        grad_removed,
-        *sizes,
-    )
-    per_chunk = *tokens, removed, grad_removed
+    tokens, sizes = call.tokens(), (call.length, call.heads)
+    (dy,) = strided(grad_output)
+    ends = Ends(call.initial, dy, states, grad_states, removed, grad_removed)
+    of_states = transitions, reads, kept, grad_states, grad_initial
+    call.launch("grad_scan", grad_scan_kernel, call.document_ids, dy, grad_final, *of_states, *sizes)
+    call.launch("grad_value", grad_value_kernel, tokens, ends, inverses, grad_value, *sizes)
     if call.decay == "bounded":
         found = grad_query, grad_key, grad_log_decay, grad_read, grad_write
-        call.launch("grad_key", grad_key_bounded_kernel, *per_chunk, *found, *sizes)
+        call.launch("grad_key", grad_key_bounded_kernel, tokens, ends, *found, *sizes)
     else:
         of_rows, of_columns = (
             (grad_query_head_kernel, grad_key_head_kernel)
             if call.decay == "head"
             else (grad_query_exact_kernel, grad_key_exact_kernel)
         )
-        call.launch("grad_query", of_rows, *per_chunk, grad_query, grad_log_decay, grad_read, *sizes)
-        call.launch("grad_key", of_columns, *per_chunk, grad_key, grad_log_decay, grad_write, *sizes)
+        call.launch("grad_query", of_rows, tokens, ends, grad_query, grad_log_decay, grad_read, *sizes)
+        call.launch("grad_key", of_columns, tokens, ends, grad_key, grad_log_decay, grad_write, *sizes)
     return given(grad_output, *grads)

@@ -38,14 +38,10 @@ def sums_before(x):
 
 @triton.jit
 def near_row_grads(
-    queries,
-    reads,
-    decays,
+    chunk,
     k,  # [CHUNK, BLOCK]
     b,
     grad,  # `Four` of [columns, 16], gradients of weights, 0 where a row does not see an earlier column
-    start,
-    length,
     column,
     LOW_RANK: tl.constexpr,
     SIZES: tl.constexpr,
@@ -56,14 +52,14 @@ def near_row_grads(
     weight = tl.zeros([k.shape[0], SIZES.BLOCK], tl.float32)
     dq, da, dg = weight, weight, weight
     for row in range(0, 16):
-        tokens = start + place - own + row
-        inside = tokens < length
+        tokens = chunk.start + place - own + row
+        inside = tokens < chunk.length
         terms = tl.zeros([k.shape[0], SIZES.BLOCK], tl.float32)
         if LOW_RANK:
             found = weight * (of_rows(grad.ak, row) * k + of_rows(grad.ab, row) * b)
-            terms += found * load_any(reads, tokens, inside, column, SIZES)
+            terms += found * load_any(chunk.read, tokens, inside, column, SIZES)
             da += row_sums(found, row)
-        kept = load_kept(decays, tokens, inside, column, SIZES)
+        kept = load_kept(chunk.decays, tokens, inside, column, SIZES)
         weight = tl.where((own == row)[:, None], 1.0, weight * kept)
         found = of_rows(grad.qk, row) * k
         if LOW_RANK:
@@ -71,40 +67,30 @@ def near_row_grads(
         found *= weight
         dq += row_sums(found, row)
         # The row's own decay is in pairs with its query, and in none with its low-rank read.
-        found *= load_any(queries, tokens, inside, column, SIZES)
+        found *= load_any(chunk.query, tokens, inside, column, SIZES)
         dg += row_sums(found, row)
         dg += tl.where((own < row)[:, None], sums_before(terms + found), 0.0)
     return dq, da, dg
 
 
 @triton.jit
-def near_column_grads(
-    queries,
-    reads,
-    decays,
-    grad,  # as for `near_row_grads`
-    start,
-    length,
-    column,
-    CHUNK: tl.constexpr,
-    LOW_RANK: tl.constexpr,
-    SIZES: tl.constexpr,
-):
-    """Return what pairs within sub-chunks give keys and low-rank writes, [CHUNK, BLOCK]."""
+def near_column_grads(chunk, grad, column, LOW_RANK: tl.constexpr, SIZES: tl.constexpr):
+    """Return what pairs within sub-chunks give keys and low-rank writes, [CHUNK, BLOCK]; `grad` as in the rows'."""
+    CHUNK: tl.constexpr = chunk.there.shape[0]
     place = tl.arange(0, CHUNK)
     own = place % 16
     weight = tl.zeros([CHUNK, SIZES.BLOCK], tl.float32)
     dk, db = weight, weight
     for row in range(0, 16):
-        tokens = start + place - own + row
-        inside = tokens < length
+        tokens = chunk.start + place - own + row
+        inside = tokens < chunk.length
         if LOW_RANK:
-            a = weight * load_any(reads, tokens, inside, column, SIZES)
+            a = weight * load_any(chunk.read, tokens, inside, column, SIZES)
             dk += of_rows(grad.ak, row) * a
             db += of_rows(grad.ab, row) * a
-        kept = load_kept(decays, tokens, inside, column, SIZES)
+        kept = load_kept(chunk.decays, tokens, inside, column, SIZES)
         weight = tl.where((own == row)[:, None], 1.0, weight * kept)
-        q = weight * load_any(queries, tokens, inside, column, SIZES)
+        q = weight * load_any(chunk.query, tokens, inside, column, SIZES)
         dk += of_rows(grad.qk, row) * q
         if LOW_RANK:
             db += of_rows(grad.qb, row) * q

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from longmix_kernels.delta.triton_tiles import load_decay, masked_sum, neighbour, rows_at
+from longmix_kernels.delta.triton_chunk import load_decay
+from longmix_kernels.delta.triton_tiles import masked_sum, neighbour, rows_at
 from longmix_kernels.tiles import product
 
 
@@ -55,14 +56,10 @@ def put(near, row, sums, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def near_pairs(
-    queries,
-    reads,
-    decays,
+    chunk,
     k,  # [CHUNK, BLOCK]
     b,
     near,  # `Four` of weights, [16, columns] for the rows of each column's sub-chunk, or [columns, 16]; added to
-    start,
-    length,
     column,
     LOW_RANK: tl.constexpr,
     TRANSPOSED: tl.constexpr,
@@ -74,15 +71,15 @@ def near_pairs(
     weight = tl.zeros([k.shape[0], SIZES.BLOCK], tl.float32)
     qk, qb, ak, ab = near.qk, near.qb, near.ak, near.ab
     for row in range(0, 16):
-        tokens = start + place - own + row
-        inside = tokens < length
+        tokens = chunk.start + place - own + row
+        inside = tokens < chunk.length
         if LOW_RANK:
-            read = weight * load_any(reads, tokens, inside, column, SIZES)
+            read = weight * load_any(chunk.read, tokens, inside, column, SIZES)
             ak = put(ak, row, tl.sum(read * k, 1), TRANSPOSED)
             ab = put(ab, row, tl.sum(read * b, 1), TRANSPOSED)
-        kept = load_kept(decays, tokens, inside, column, SIZES)
+        kept = load_kept(chunk.decays, tokens, inside, column, SIZES)
         weight = tl.where((own == row)[:, None], 1.0, weight * kept)
-        asked = weight * load_any(queries, tokens, inside, column, SIZES)
+        asked = weight * load_any(chunk.query, tokens, inside, column, SIZES)
         qk = put(qk, row, tl.sum(asked * k, 1), TRANSPOSED)
         if LOW_RANK:
             qb = put(qb, row, tl.sum(asked * b, 1), TRANSPOSED)
@@ -167,40 +164,27 @@ def far_pairs(
 
 
 @triton.jit
-def exact_pairs(
-    queries,
-    reads,
-    writes,
-    keys,
-    decays,
-    start,
-    length,
-    CHUNK: tl.constexpr,
-    LOW_RANK: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    SIZES: tl.constexpr,
-):
+def exact_pairs(chunk, CHUNK: tl.constexpr, LOW_RANK: tl.constexpr, TRANSPOSED: tl.constexpr, SIZES: tl.constexpr):
     """Return the weights of keys and low-rank writes in queries and in low-rank reads, a `Four`.
 
     They are [rows, columns] or `TRANSPOSED`, and unmasked, but that a row has nothing of a later column.
     """
-    rows = start + tl.arange(0, CHUNK)
-    there = rows < length
+    rows = chunk.start + tl.arange(0, CHUNK)
     none = tl.zeros([CHUNK, 16] if TRANSPOSED else [16, CHUNK], tl.float32)
     near = Four(none, none, none, none)
     none = tl.zeros([CHUNK, CHUNK], tl.float32)
     far = Four(none, none, none, none)
     for column in range(0, SIZES.DIM, SIZES.BLOCK):
-        k = load_any(keys, rows, there, column, SIZES)
+        k = load_any(chunk.key, rows, chunk.there, column, SIZES)
         a, b = k, k
         if LOW_RANK:
-            b = load_any(writes, rows, there, column, SIZES)
-        near = near_pairs(queries, reads, decays, k, b, near, start, length, column, LOW_RANK, TRANSPOSED, SIZES)
+            b = load_any(chunk.write, rows, chunk.there, column, SIZES)
+        near = near_pairs(chunk, k, b, near, column, LOW_RANK, TRANSPOSED, SIZES)
         if CHUNK > 16:
-            q = load_any(queries, rows, there, column, SIZES)
+            q = load_any(chunk.query, rows, chunk.there, column, SIZES)
             if LOW_RANK:
-                a = load_any(reads, rows, there, column, SIZES)
-            decay = load_decay(decays, start, there, column, SIZES.BLOCK, SIZES.DIM)
+                a = load_any(chunk.read, rows, chunk.there, column, SIZES)
+            decay = load_decay(chunk, column, SIZES.BLOCK, SIZES.DIM)
             far = far_pairs(q, a, k, b, decay, far, LOW_RANK, TRANSPOSED, SIZES)
     qk = spread(near.qk, far.qk, CHUNK, TRANSPOSED)
     qb, ak, ab = qk, qk, qk

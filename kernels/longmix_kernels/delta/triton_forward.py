@@ -69,20 +69,11 @@ def run_chunks(call: Call, output: torch.Tensor | None, final: torch.Tensor | No
     call.launch(
         "prepare",
         prepare_kernel,
-        query,
-        call.key,
-        call.value,
-        call.log_decay,
-        call.low_rank_read,
-        call.low_rank_write,
-        call.document_ids,
+        call.tokens(),
         output,
         *found,
-        call.scale,
-        call.floor,
         call.length,
         call.heads,
-        *call.token_strides(),
     )
     call.launch(
         "scan",

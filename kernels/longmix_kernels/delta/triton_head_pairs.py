@@ -8,7 +8,7 @@ difference of longer sums, so any decay will do, in chunks of any length.
 import triton
 import triton.language as tl
 
-from longmix_kernels.delta.triton_tiles import load_columns, load_decay
+from longmix_kernels.delta.triton_chunk import load_columns, load_decay
 from longmix_kernels.tiles import product
 
 
@@ -32,12 +32,13 @@ def between(decay, STRICT: tl.constexpr, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
-def plain_pairs(rows, columns, start, there, TRANSPOSED: tl.constexpr, SIZES: tl.constexpr):
+def plain_pairs(rows, columns, chunk, TRANSPOSED: tl.constexpr, SIZES: tl.constexpr):
     """Return products of rows and columns of a chunk without decays, [rows, columns] or `TRANSPOSED`, in float32."""
-    total = tl.zeros([there.shape[0], there.shape[0]], tl.float32)
+    CHUNK: tl.constexpr = chunk.there.shape[0]
+    total = tl.zeros([CHUNK, CHUNK], tl.float32)
     for column in range(0, SIZES.DIM, SIZES.BLOCK):
-        x = load_columns(rows, start, there, column, SIZES)
-        y = load_columns(columns, start, there, column, SIZES)
+        x = load_columns(rows, chunk, column, SIZES)
+        y = load_columns(columns, chunk, column, SIZES)
         if TRANSPOSED:
             total = product(y, tl.trans(x), total, SIZES.UPCAST)
         else:
@@ -46,9 +47,7 @@ def plain_pairs(rows, columns, start, there, TRANSPOSED: tl.constexpr, SIZES: tl
 
 
 @triton.jit
-def head_pairs(
-    rows, columns, decays, start, there, STRICT: tl.constexpr, TRANSPOSED: tl.constexpr, SIZES: tl.constexpr
-):
+def head_pairs(rows, columns, chunk, STRICT: tl.constexpr, TRANSPOSED: tl.constexpr, SIZES: tl.constexpr):
     """Return the weights of one kind of columns in one kind of rows, low-rank reads if `STRICT`; unmasked."""
-    left = between(load_decay(decays, start, there, 0, 1, 1), STRICT, TRANSPOSED)
-    return plain_pairs(rows, columns, start, there, TRANSPOSED, SIZES) * left
+    left = between(load_decay(chunk, 0, 1, 1), STRICT, TRANSPOSED)
+    return plain_pairs(rows, columns, chunk, TRANSPOSED, SIZES) * left

@@ -14,6 +14,8 @@ without them, `STAGES` 1, there is a barrier, over which Triton loads nothing ah
 import triton
 import triton.language as tl
 
+from longmix_kernels.delta.triton_chunk import rows_of
+from longmix_kernels.tensors import Strided
 from longmix_kernels.tiles import (
     load_block,
     load_block_transposed,
@@ -178,7 +180,7 @@ def scan_kernel(
 @triton.jit(do_not_specialize=["length", "heads"])
 def grad_scan_kernel(
     document_ids,  # int32 [B, T], contiguous, or None
-    grad_output,  # [B, T, H, VALUE_DIM]
+    grad_output: Strided,  # [B, T, H, VALUE_DIM]
     grad_final,  # float32 [B, H, DIM, VALUE_DIM], contiguous, or None
     transitions,  # [B, H, chunks, DIM, DIM], or None
     reads,  # [B, H, T, DIM]
@@ -187,9 +189,6 @@ def grad_scan_kernel(
     grad_initial,  # float32 [B, H, DIM, VALUE_DIM], contiguous, or None
     length,
     heads,
-    stride_grad_output_batch,
-    stride_grad_output_row,
-    stride_grad_output_head,
     CHUNK: tl.constexpr,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -204,7 +203,7 @@ def grad_scan_kernel(
     sequence = batch * heads + head
     chunks = tl.cdiv(length, CHUNK)
     end = sequence * chunks + chunks - 1
-    grad_output += batch * stride_grad_output_batch + head * stride_grad_output_head
+    dy = rows_of(grad_output, batch, head)
     grad_states += end * (DIM * VALUE_DIM)
     reads += sequence * length * DIM
     kept += end * DIM
@@ -253,7 +252,7 @@ def grad_scan_kernel(
                 next_two = moved_back(transitions, two, next_two, PIECE, PIECE, PIECE, DIM, UPCAST)
             two = next_two
         one = next_one
-        grad = load_tile(grad_output, start, there, stride_grad_output_row, column, VALUE_BLOCK, VALUE_DIM)
+        grad = load_tile(dy.pointer, start, there, dy.stride, column, VALUE_BLOCK, VALUE_DIM)
         if DOCUMENTS:
             later = there & (carried == 0)
             if grad_initial is not None:

@@ -10,8 +10,6 @@ ways, which kernels take by the word `DECAY`:
                at once. The caller has promised a bound on the decays by which the exponents stay within +-100
                (`cost.SPAN`). Pairs that are not seen may overflow; a selection leaves them out, never a factor of 0.
     exact      Each channel has its own. Nothing is divided by, so any decay will do (`triton_exact_pairs`).
-
-Rows past the end of a sequence have zero keys, values and decays, and belong to its last document.
 """
 
 from typing import NamedTuple
@@ -19,23 +17,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from longmix_kernels.tiles import load_tile, product, tile_places
-
-
-class Rows(NamedTuple):
-    """A head's matrix [T, ..]: a pointer to its first number, and the stride between rows."""
-
-    pointer: tl.tensor
-    stride: tl.tensor
-
-
-class Decays(NamedTuple):
-    """A head's log decays [T, DIM], or [T] with a column stride of 0; a smaller one than `floor` counts as that."""
-
-    pointer: tl.tensor
-    stride: tl.tensor
-    stride_column: tl.tensor
-    floor: tl.tensor
+from longmix_kernels.delta.triton_chunk import load_decay
+from longmix_kernels.tiles import product, tile_places
 
 
 class Sizes(NamedTuple):
@@ -62,43 +45,6 @@ class Sums(NamedTuple):
     prefix: tl.tensor
     before: tl.tensor
     suffix: tl.tensor
-
-
-@triton.jit
-def load_columns(rows, start, there, column, SIZES: tl.constexpr):
-    """Load [CHUNK, BLOCK] of a head's keys, or of what has their dimension."""
-    return load_tile(rows.pointer, start, there, rows.stride, column, SIZES.BLOCK, SIZES.DIM)
-
-
-@triton.jit
-def load_values(rows, start, there, column, SIZES: tl.constexpr):
-    """Load [CHUNK, VALUE_BLOCK] of a head's values, or of what has their dimension."""
-    return load_tile(rows.pointer, start, there, rows.stride, column, SIZES.VALUE_BLOCK, SIZES.VALUE_DIM)
-
-
-@triton.jit
-def load_decay(decays, start, there, column, BLOCK: tl.constexpr, DIM: tl.constexpr):
-    """Load [rows, BLOCK] log decays of a head, in base 2; 0 where there is none."""
-    rows = (start + tl.arange(0, there.shape[0])).to(tl.int64)
-    columns = column + tl.arange(0, BLOCK)
-    places = decays.pointer + rows[:, None] * decays.stride + columns[None, :] * decays.stride_column
-    decay = tl.load(places, mask=there[:, None] & (columns < DIM)[None, :], other=0.0)
-    return tl.maximum(decay, decays.floor) * 1.4426950408889634
-
-
-@triton.jit
-def load_ids(document_ids, start, last, there):
-    """Return the document of each row of a chunk, and of its first and last row.
-
-    Rows past the end are of the document of the `last`.
-    """
-    own = tl.zeros([there.shape[0]], tl.int32)
-    first_id, last_id = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
-    if document_ids is not None:
-        first_id, last_id = tl.load(document_ids + start), tl.load(document_ids + last)
-        rows = start + tl.arange(0, there.shape[0])
-        own = tl.where(there, tl.load(document_ids + rows, mask=there, other=0), last_id)
-    return own, first_id, last_id
 
 
 @triton.jit
@@ -190,24 +136,22 @@ def chosen_sum(mask, x, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def head_sums(decays, own, start, there, DECAY: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr):
+def head_sums(chunk, DECAY: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr):
     """Return the `Sums` that hold for all columns where a head has one decay; nothing of use otherwise."""
     if DECAY == "head":
-        return decay_sums(load_decay(decays, start, there, 0, 1, 1), own, DECAY, DOCUMENTS, PRECISION)
+        return decay_sums(load_decay(chunk, 0, 1, 1), chunk.own, DECAY, DOCUMENTS, PRECISION)
     else:
-        return Sums(there, there, there, there, there)
+        return Sums(chunk.there, chunk.there, chunk.there, chunk.there, chunk.there)
 
 
 @triton.jit
-def column_sums(
-    of_head, decays, own, start, there, column, DECAY: tl.constexpr, DOCUMENTS: tl.constexpr, SIZES: tl.constexpr
-):
+def column_sums(of_head, chunk, column, DECAY: tl.constexpr, DOCUMENTS: tl.constexpr, SIZES: tl.constexpr):
     """Return the `Sums` of `BLOCK` columns: the head's, see `head_sums`, where all columns have the same."""
     if DECAY == "head":
         return of_head
     else:
-        decay = load_decay(decays, start, there, column, SIZES.BLOCK, SIZES.DIM)
-        return decay_sums(decay, own, DECAY, DOCUMENTS, SIZES.PRECISION)
+        decay = load_decay(chunk, column, SIZES.BLOCK, SIZES.DIM)
+        return decay_sums(decay, chunk.own, DECAY, DOCUMENTS, SIZES.PRECISION)
 
 
 @triton.jit
@@ -259,10 +203,11 @@ def inverse_of(weights, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def load_square(matrix, start, there, CHUNK: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Load the rows of a chunk of a head's contiguous [T, CHUNK], or the same `TRANSPOSED`."""
-    places = tile_places(matrix, start, CHUNK, 0, CHUNK, CHUNK)
-    mask = there[:, None] & (tl.arange(0, CHUNK) < CHUNK)[None, :]
+def load_square(matrix, chunk, CHUNK: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Load the rows of a chunk of a contiguous [B, H, T, CHUNK], or the same `TRANSPOSED`."""
+    own = matrix + chunk.sequence * chunk.length * CHUNK
+    places = tile_places(own, chunk.start, CHUNK, 0, CHUNK, CHUNK)
+    mask = chunk.there[:, None] & (tl.arange(0, CHUNK) < CHUNK)[None, :]
     if TRANSPOSED:
         places, mask = tl.trans(places), tl.trans(mask)
     return tl.load(places, mask=mask, other=0.0)
