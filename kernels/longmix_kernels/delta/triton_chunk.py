@@ -38,11 +38,6 @@ class Chunk(NamedTuple):
         start: its first token.
         length: how many tokens the sequence has.
         there: [CHUNK], which of its tokens there are.
-        own: the document of each.
-        carried: which of them read the entering state.
-        held: which of them the leaving state holds.
-        later: which of them read the initial state.
-        restart: whether a document begins within the chunk.
         query, key, value: of the head.
         read, write: low-rank reads and writes; without any, keys.
         decays: of the head.
@@ -56,11 +51,6 @@ class Chunk(NamedTuple):
     start: tl.tensor
     length: tl.tensor
     there: tl.tensor
-    own: tl.tensor
-    carried: tl.tensor
-    held: tl.tensor
-    later: tl.tensor
-    restart: tl.tensor
     query: Rows
     key: Rows
     value: Rows
@@ -78,6 +68,7 @@ class ChunkEnds(NamedTuple):
         grad_state: of what leaves it.
         dy: the head's gradients of outputs.
         u, dx: what is removed, and its gradient; without low-rank reads, values and `dy`.
+        own, carried, held, later, restart: what documents mean for its tokens, see `documents_of`.
     """
 
     initial: tl.tensor
@@ -86,6 +77,11 @@ class ChunkEnds(NamedTuple):
     dy: Rows
     u: Rows
     dx: Rows
+    own: tl.tensor
+    carried: tl.tensor
+    held: tl.tensor
+    later: tl.tensor
+    restart: tl.tensor
 
 
 @triton.jit
@@ -100,55 +96,54 @@ def chunk_of(tokens, length, heads, CHUNK: tl.constexpr):
     chunk, batch, head = program_head(tl.cdiv(length, CHUNK), heads)
     start = chunk * CHUNK
     there = start + tl.arange(0, CHUNK) < length
-    own, carried, held, restart = tl.zeros([CHUNK], tl.int32), there, there, start < 0
-    if tokens.document_ids is not None:
-        ids = tokens.document_ids + batch * length
-        last, rows = tl.minimum(start + CHUNK, length) - 1, start + tl.arange(0, CHUNK)
-        first_id, last_id = tl.load(ids + start), tl.load(ids + last)
-        own = tl.where(there, tl.load(ids + rows, mask=there, other=0), last_id)
-        carried, held, restart = there & (own == first_id), there & (own == last_id), first_id != last_id
-    keys = rows_of(tokens.key, batch, head)
-    reads, writes = keys, keys
-    if tokens.low_rank_read is not None:
-        reads, writes = rows_of(tokens.low_rank_read, batch, head), rows_of(tokens.low_rank_write, batch, head)
-    decays = rows_of(tokens.log_decay, batch, head)
     sequence = batch * heads + head
-    return Chunk(
-        sequence * tl.cdiv(length, CHUNK) + chunk,
-        batch,
-        head,
-        sequence,
-        batch * length * heads + head,
-        start,
-        length,
-        there,
-        own,
-        carried,
-        held,
-        there & (carried == 0),
-        restart,
-        rows_of(tokens.query, batch, head),
-        keys,
-        rows_of(tokens.value, batch, head),
-        reads,
-        writes,
-        Decays(decays.pointer, decays.stride, tokens.stride_decay_column, tokens.floor),
-    )
+    place = sequence * tl.cdiv(length, CHUNK) + chunk
+    first = batch * length * heads + head
+    decays = rows_of(tokens.log_decay, batch, head)
+    decays = Decays(decays.pointer, decays.stride, tokens.stride_decay_column, tokens.floor)
+    query, key = rows_of(tokens.query, batch, head), rows_of(tokens.key, batch, head)
+    value = rows_of(tokens.value, batch, head)
+    read, write = key, key
+    if tokens.low_rank_read is not None:
+        read, write = rows_of(tokens.low_rank_read, batch, head), rows_of(tokens.low_rank_write, batch, head)
+    return Chunk(place, batch, head, sequence, first, start, length, there, query, key, value, read, write, decays)
 
 
 @triton.jit
-def ends_of(ends, chunk, SIZES: tl.constexpr):
+def documents_of(tokens, chunk):
+    """Return what documents mean for the tokens of a chunk.
+
+    Returns:
+        The document of each; which read the entering state; which the leaving state holds; which read the initial
+        state; and whether a document begins within the chunk.
+    """
+    CHUNK: tl.constexpr = chunk.there.shape[0]
+    there = chunk.there
+    own, carried, held, restart = tl.zeros([CHUNK], tl.int32), there, there, chunk.start < 0
+    if tokens.document_ids is not None:
+        ids = tokens.document_ids + chunk.batch * chunk.length
+        last, rows = tl.minimum(chunk.start + CHUNK, chunk.length) - 1, chunk.start + tl.arange(0, CHUNK)
+        first_id, last_id = tl.load(ids + chunk.start), tl.load(ids + last)
+        own = tl.where(there, tl.load(ids + rows, mask=there, other=0), last_id)
+        carried, held, restart = there & (own == first_id), there & (own == last_id), first_id != last_id
+    return own, carried, held, there & (carried == 0), restart
+
+
+@triton.jit
+def ends_of(tokens, ends, chunk, SIZES: tl.constexpr):
     """Return the `ChunkEnds` of a chunk, from the `launch.Ends` of a call."""
-    state = chunk.place * (SIZES.DIM * SIZES.VALUE_DIM)
-    initial = ends.states
-    if ends.initial is not None:
-        initial = ends.initial + chunk.sequence * (SIZES.DIM * SIZES.VALUE_DIM)
+    place = chunk.place * (SIZES.DIM * SIZES.VALUE_DIM)
+    state, grad_state = ends.states + place, ends.grad_states + place
     dy = rows_of(ends.grad_output, chunk.batch, chunk.head)
     u, dx = chunk.value, dy
     if ends.removed is not None:
         u = Rows(ends.removed + chunk.sequence * chunk.length * SIZES.VALUE_DIM, SIZES.VALUE_DIM)
         dx = Rows(ends.grad_removed + chunk.sequence * chunk.length * SIZES.VALUE_DIM, SIZES.VALUE_DIM)
-    return ChunkEnds(initial, ends.states + state, ends.grad_states + state, dy, u, dx)
+    initial = ends.states
+    if ends.initial is not None:
+        initial = ends.initial + chunk.sequence * (SIZES.DIM * SIZES.VALUE_DIM)
+    own, carried, held, later, restart = documents_of(tokens, chunk)
+    return ChunkEnds(initial, state, grad_state, dy, u, dx, own, carried, held, later, restart)
 
 
 @triton.jit

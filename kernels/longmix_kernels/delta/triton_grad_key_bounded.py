@@ -57,14 +57,14 @@ def grad_key_bounded_kernel(
     LOW: tl.constexpr = tokens.key.pointer.dtype.element_ty
     SIZES: tl.constexpr = Sizes(DIM, VALUE_DIM, BLOCK, VALUE_BLOCK, LOW, PRECISION, UPCAST)
     chunk = chunk_of(tokens, length, heads, CHUNK)
-    end = ends_of(ends, chunk, SIZES)
-    scale, own, held = tokens.scale, chunk.own, chunk.held
+    end = ends_of(tokens, ends, chunk, SIZES)
+    scale, own, held = tokens.scale, end.own, end.held
 
     # Gradients of weights, [columns, rows] first, then [rows, columns].
     mask = pair_mask(own, CHUNK, True, True, DOCUMENTS)
-    turned = weight_grads(end, chunk, mask, scale, 1.0, LOW_RANK, True, SIZES, LOW)
+    turned = weight_grads(end, chunk, mask, scale, LOW_RANK, True, SIZES, LOW)
     mask = pair_mask(own, CHUNK, True, False, DOCUMENTS)
-    grad = weight_grads(end, chunk, mask, scale, 1.0, LOW_RANK, False, SIZES, LOW)
+    grad = weight_grads(end, chunk, mask, scale, LOW_RANK, False, SIZES, LOW)
     own_key, own_write = own_grads(end, chunk, scale, LOW_RANK, SIZES)
 
     for column in range(0, DIM, BLOCK):

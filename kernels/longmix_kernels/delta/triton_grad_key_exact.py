@@ -45,12 +45,12 @@ def grad_key_exact_kernel(
     LOW: tl.constexpr = tokens.key.pointer.dtype.element_ty
     SIZES: tl.constexpr = Sizes(DIM, VALUE_DIM, BLOCK, VALUE_BLOCK, LOW, PRECISION, UPCAST)
     chunk = chunk_of(tokens, length, heads, CHUNK)
-    end = ends_of(ends, chunk, SIZES)
-    own, held = chunk.own, chunk.held
+    end = ends_of(tokens, ends, chunk, SIZES)
+    own, held = end.own, end.held
 
     # Gradients of weights, [columns, rows].
     mask = pair_mask(own, CHUNK, True, True, DOCUMENTS)
-    grad = weight_grads(end, chunk, mask, tokens.scale, 1.0, LOW_RANK, True, SIZES, tl.float32)
+    grad = weight_grads(end, chunk, mask, tokens.scale, LOW_RANK, True, SIZES, tl.float32)
     near = Four(near_of(grad.qk, CHUNK), near_of(grad.qb, CHUNK), near_of(grad.ak, CHUNK), near_of(grad.ab, CHUNK))
     far = Four(grad.qk.to(LOW), grad.qb.to(LOW), grad.ak.to(LOW), grad.ab.to(LOW))
     own_key, own_write = own_grads(end, chunk, tokens.scale, LOW_RANK, SIZES)

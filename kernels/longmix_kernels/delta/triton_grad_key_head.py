@@ -8,7 +8,7 @@ import triton.language as tl
 
 from longmix_kernels.delta.launch import Ends, Tokens
 from longmix_kernels.delta.triton_chunk import chunk_of, ends_of, load_columns, load_decay, store_columns
-from longmix_kernels.delta.triton_grad_parts import kept_grad, own_grads, weight_grads, write_grad
+from longmix_kernels.delta.triton_grad_parts import kept_grad, own_grads, weight_grad, write_grad
 from longmix_kernels.delta.triton_head_pairs import between
 from longmix_kernels.delta.triton_tiles import Sizes, decay_sums, pair_mask, row_terms
 from longmix_kernels.tiles import load_tile, product, store_tile
@@ -38,13 +38,18 @@ def grad_key_head_kernel(
     LOW: tl.constexpr = tokens.key.pointer.dtype.element_ty
     SIZES: tl.constexpr = Sizes(DIM, VALUE_DIM, BLOCK, VALUE_BLOCK, LOW, PRECISION, UPCAST)
     chunk = chunk_of(tokens, length, heads, CHUNK)
-    end = ends_of(ends, chunk, SIZES)
-    own, held, decay = chunk.own, chunk.held, load_decay(chunk, 0, 1, 1)
+    end = ends_of(tokens, ends, chunk, SIZES)
+    own, held, decay, v, u = end.own, end.held, load_decay(chunk, 0, 1, 1), chunk.value, end.u
 
     # Gradients of weights, times what lies between row and column, [columns, rows].
     mask = pair_mask(own, CHUNK, True, True, DOCUMENTS)
-    of_queries, of_reads = between(decay, False, True) * tokens.scale, between(decay, True, True)
-    grad = weight_grads(end, chunk, mask, of_queries, of_reads, LOW_RANK, True, SIZES, LOW)
+    factor = between(decay, False, True) * tokens.scale
+    qk = weight_grad(v, end.dy, chunk, mask, factor, SIZES, LOW)
+    if LOW_RANK:
+        qb = weight_grad(u, end.dy, chunk, mask, factor, SIZES, LOW)
+        factor = between(decay, True, True)
+        ak = weight_grad(v, end.dx, chunk, mask, factor, SIZES, LOW)
+        ab = weight_grad(u, end.dx, chunk, mask, factor, SIZES, LOW)
     own_key, own_write = own_grads(end, chunk, tokens.scale, LOW_RANK, SIZES)
 
     left = tl.exp2(decay_sums(decay, own, "head", DOCUMENTS, PRECISION).suffix)
@@ -54,20 +59,20 @@ def grad_key_head_kernel(
         # All [CHUNK, BLOCK]; one gradient after the other, each first as far as it is due to states.
         q = load_columns(chunk.query, chunk, column, SIZES)
         k = load_columns(chunk.key, chunk, column, SIZES)
-        dk = write_grad(chunk.value, end, chunk, column, SIZES) * left
+        dk = write_grad(v, end, chunk, column, SIZES) * left
         by_column += tl.sum(k * dk, 1)
-        dk = product(grad.qk, q, dk, UPCAST)
+        dk = product(qk, q, dk, UPCAST)
         if LOW_RANK:
             a = load_columns(chunk.read, chunk, column, SIZES)
-            dk = product(grad.ak, a, dk, UPCAST)
+            dk = product(ak, a, dk, UPCAST)
         dk += own_key[:, None] * q
         store_columns(grad_key, dk, chunk, heads, column, SIZES)
         if LOW_RANK:
             b = load_columns(chunk.write, chunk, column, SIZES)
-            db = write_grad(end.u, end, chunk, column, SIZES) * left
+            db = write_grad(u, end, chunk, column, SIZES) * left
             by_column += tl.sum(b * db, 1)
-            db = product(grad.qb, q, db, UPCAST)
-            db = product(grad.ab, a, db, UPCAST)
+            db = product(qb, q, db, UPCAST)
+            db = product(ab, a, db, UPCAST)
             db += own_write[:, None] * q
             store_columns(grad_write, db, chunk, heads, column, SIZES)
         passed += tl.sum(kept_grad(end, chunk, column, DOCUMENTS, WITH_INITIAL, SIZES), 0)

@@ -27,8 +27,7 @@ def weight_grads(
     ends,
     chunk,
     mask,
-    of_queries,  # what gradients of weights in queries are multiplied by
-    of_reads,  # the same of weights in low-rank reads
+    scale,
     LOW_RANK: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     SIZES: tl.constexpr,
@@ -37,19 +36,19 @@ def weight_grads(
     """Return the gradients of all weights of a chunk, a `Four` of [rows, columns] or `TRANSPOSED`."""
     v, u, dy, dx = chunk.value, ends.u, ends.dy, ends.dx
     if TRANSPOSED:
-        qk = weight_grad(v, dy, chunk, mask, of_queries, SIZES, dtype)
+        qk = weight_grad(v, dy, chunk, mask, scale, SIZES, dtype)
     else:
-        qk = weight_grad(dy, v, chunk, mask, of_queries, SIZES, dtype)
+        qk = weight_grad(dy, v, chunk, mask, scale, SIZES, dtype)
     qb, ak, ab = qk, qk, qk
     if LOW_RANK:
         if TRANSPOSED:
-            qb = weight_grad(u, dy, chunk, mask, of_queries, SIZES, dtype)
-            ak = weight_grad(v, dx, chunk, mask, of_reads, SIZES, dtype)
-            ab = weight_grad(u, dx, chunk, mask, of_reads, SIZES, dtype)
+            qb = weight_grad(u, dy, chunk, mask, scale, SIZES, dtype)
+            ak = weight_grad(v, dx, chunk, mask, 1.0, SIZES, dtype)
+            ab = weight_grad(u, dx, chunk, mask, 1.0, SIZES, dtype)
         else:
-            qb = weight_grad(dy, u, chunk, mask, of_queries, SIZES, dtype)
-            ak = weight_grad(dx, v, chunk, mask, of_reads, SIZES, dtype)
-            ab = weight_grad(dx, u, chunk, mask, of_reads, SIZES, dtype)
+            qb = weight_grad(dy, u, chunk, mask, scale, SIZES, dtype)
+            ak = weight_grad(dx, v, chunk, mask, 1.0, SIZES, dtype)
+            ab = weight_grad(dx, u, chunk, mask, 1.0, SIZES, dtype)
     return Four(qk, qb, ak, ab)
 
 
@@ -85,9 +84,9 @@ def state_grad(rows, state, total, chunk, mask, column, SIZES: tl.constexpr):
 def read_grad(rows, ends, chunk, column, WITH_INITIAL: tl.constexpr, SIZES: tl.constexpr):
     """Return the gradients [CHUNK, BLOCK] of rows that read the entering state, or later ones the initial state."""
     total = tl.zeros([chunk.there.shape[0], SIZES.BLOCK], tl.float32)
-    total = state_grad(rows, ends.state, total, chunk, chunk.carried, column, SIZES)
+    total = state_grad(rows, ends.state, total, chunk, ends.carried, column, SIZES)
     if WITH_INITIAL:
-        total = state_grad(rows, ends.initial, total, chunk, chunk.later, column, SIZES)
+        total = state_grad(rows, ends.initial, total, chunk, ends.later, column, SIZES)
     return total
 
 
@@ -95,7 +94,7 @@ def read_grad(rows, ends, chunk, column, WITH_INITIAL: tl.constexpr, SIZES: tl.c
 def write_grad(rows, ends, chunk, column, SIZES: tl.constexpr):
     """Return the gradients [CHUNK, BLOCK] of rows that are written to the leaving state."""
     total = tl.zeros([chunk.there.shape[0], SIZES.BLOCK], tl.float32)
-    return state_grad(rows, ends.grad_state, total, chunk, chunk.held, column, SIZES)
+    return state_grad(rows, ends.grad_state, total, chunk, ends.held, column, SIZES)
 
 
 @triton.jit
@@ -113,7 +112,7 @@ def kept_grad(ends, chunk, column, DOCUMENTS: tl.constexpr, WITH_INITIAL: tl.con
             other = 0.0
             if WITH_INITIAL:
                 other = load_block(ends.initial, column, BLOCK, SIZES.DIM, value_column, VALUE_BLOCK, SIZES.VALUE_DIM)
-            state = tl.where(chunk.restart, other, state)
+            state = tl.where(ends.restart, other, state)
         grad = load_block(ends.grad_state, column, BLOCK, SIZES.DIM, value_column, VALUE_BLOCK, SIZES.VALUE_DIM)
         total += tl.sum(state * grad, 1)
     return total

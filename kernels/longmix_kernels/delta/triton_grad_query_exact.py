@@ -41,17 +41,17 @@ def grad_query_exact_kernel(
     LOW: tl.constexpr = tokens.key.pointer.dtype.element_ty
     SIZES: tl.constexpr = Sizes(DIM, VALUE_DIM, BLOCK, VALUE_BLOCK, LOW, PRECISION, UPCAST)
     chunk = chunk_of(tokens, length, heads, CHUNK)
-    end = ends_of(ends, chunk, SIZES)
-    scale, own = tokens.scale, chunk.own
+    end = ends_of(tokens, ends, chunk, SIZES)
+    scale, own = tokens.scale, end.own
 
     # Gradients of weights, [columns, rows] first, then [rows, columns].
     mask = pair_mask(own, CHUNK, True, True, DOCUMENTS)
-    grad = weight_grads(end, chunk, mask, scale, 1.0, LOW_RANK, True, SIZES, tl.float32)
+    grad = weight_grads(end, chunk, mask, scale, LOW_RANK, True, SIZES, tl.float32)
     near = Four(near_of(grad.qk, CHUNK), near_of(grad.qb, CHUNK), near_of(grad.ak, CHUNK), near_of(grad.ab, CHUNK))
     far = near
     if CHUNK > 16:
         mask = pair_mask(own, CHUNK, True, False, DOCUMENTS)
-        far = weight_grads(end, chunk, mask, scale, 1.0, LOW_RANK, False, SIZES, LOW)
+        far = weight_grads(end, chunk, mask, scale, LOW_RANK, False, SIZES, LOW)
     own_key, own_write = own_grads(end, chunk, scale, LOW_RANK, SIZES)
 
     for column in range(0, DIM, BLOCK):

@@ -61,8 +61,8 @@ def grad_query_head_kernel(
     LOW: tl.constexpr = tokens.key.pointer.dtype.element_ty
     SIZES: tl.constexpr = Sizes(DIM, VALUE_DIM, BLOCK, VALUE_BLOCK, LOW, PRECISION, UPCAST)
     chunk = chunk_of(tokens, length, heads, CHUNK)
-    end = ends_of(ends, chunk, SIZES)
-    own, decay, v, u = chunk.own, load_decay(chunk, 0, 1, 1), chunk.value, end.u
+    end = ends_of(tokens, ends, chunk, SIZES)
+    own, decay, v, u = end.own, load_decay(chunk, 0, 1, 1), chunk.value, end.u
 
     # Gradients of weights, times what lies between row and column, [rows, columns]; and what they give decays.
     mask = pair_mask(own, CHUNK, True, False, DOCUMENTS)

@@ -53,8 +53,8 @@ def grad_value_kernel(
     LOW: tl.constexpr = tokens.key.pointer.dtype.element_ty
     SIZES: tl.constexpr = Sizes(DIM, VALUE_DIM, BLOCK, VALUE_BLOCK, LOW, PRECISION, UPCAST)
     chunk = chunk_of(tokens, length, heads, CHUNK)
-    end = ends_of(ends, chunk, SIZES)
-    of_head = head_sums(chunk, DECAY, DOCUMENTS, PRECISION)
+    end = ends_of(tokens, ends, chunk, SIZES)
+    of_head = head_sums(chunk, end.own, DECAY, DOCUMENTS, PRECISION)
 
     # [columns, rows] weights, and `ak` as [rows, columns].
     turned_qk = tl.zeros([CHUNK, CHUNK], tl.float32)
@@ -90,13 +90,13 @@ def grad_value_kernel(
         turned_qk, turned_qb, turned_ak = pairs.qk, pairs.qb, pairs.ak
         if LOW_RANK:
             ak = exact_pairs(chunk, CHUNK, LOW_RANK, False, SIZES).ak
-    seen = pair_mask(chunk.own, CHUNK, False, True, DOCUMENTS)
+    seen = pair_mask(end.own, CHUNK, False, True, DOCUMENTS)
     turned_qk = (tl.where(seen, turned_qk, 0.0) * tokens.scale).to(LOW)
     if LOW_RANK:
-        earlier = pair_mask(chunk.own, CHUNK, True, True, DOCUMENTS)
+        earlier = pair_mask(end.own, CHUNK, True, True, DOCUMENTS)
         turned_qb = (tl.where(seen, turned_qb, 0.0) * tokens.scale).to(LOW)
         turned_ak = tl.where(earlier, turned_ak, 0.0).to(LOW)
-        ak = tl.where(pair_mask(chunk.own, CHUNK, True, False, DOCUMENTS), ak, 0.0).to(LOW)
+        ak = tl.where(pair_mask(end.own, CHUNK, True, False, DOCUMENTS), ak, 0.0).to(LOW)
 
     for value_column in range(0, VALUE_DIM, VALUE_BLOCK):
         # [CHUNK, VALUE_BLOCK].
@@ -109,8 +109,8 @@ def grad_value_kernel(
             x = product(ak, v, None, UPCAST)
             du = product(turned_qb, dy, None, UPCAST)
         for column in range(0, DIM, BLOCK):
-            sums = column_sums(of_head, chunk, column, DECAY, DOCUMENTS, SIZES)
-            left = tl.where(chunk.held[:, None], tl.exp2(sums.suffix), 0.0)
+            sums = column_sums(of_head, chunk, end.own, column, DECAY, DOCUMENTS, SIZES)
+            left = tl.where(end.held[:, None], tl.exp2(sums.suffix), 0.0)
             grad_state = load_block(end.grad_state, column, BLOCK, DIM, value_column, VALUE_BLOCK, VALUE_DIM).to(LOW)
             k = load_columns(chunk.key, chunk, column, SIZES)
             dv = product((k * left).to(LOW), grad_state, dv, UPCAST)
@@ -119,11 +119,11 @@ def grad_value_kernel(
                 du = product((b * left).to(LOW), grad_state, du, UPCAST)
                 state = load_block(end.state, column, BLOCK, DIM, value_column, VALUE_BLOCK, VALUE_DIM).to(LOW)
                 before = tl.exp2(sums.before)
-                a = load_tile(chunk.read.pointer, chunk.start, chunk.carried, chunk.read.stride, column, BLOCK, DIM)
+                a = load_tile(chunk.read.pointer, chunk.start, end.carried, chunk.read.stride, column, BLOCK, DIM)
                 x = product((a * before).to(LOW), state, x, UPCAST)
                 if WITH_INITIAL:
                     state = load_block(end.initial, column, BLOCK, DIM, value_column, VALUE_BLOCK, VALUE_DIM).to(LOW)
-                    a = load_tile(chunk.read.pointer, chunk.start, chunk.later, chunk.read.stride, column, BLOCK, DIM)
+                    a = load_tile(chunk.read.pointer, chunk.start, end.later, chunk.read.stride, column, BLOCK, DIM)
                     x = product((a * before).to(LOW), state, x, UPCAST)
         if LOW_RANK:
             u = product(load_square(inverses, chunk, CHUNK, False), x.to(LOW), None, UPCAST)

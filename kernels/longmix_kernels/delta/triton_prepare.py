@@ -15,7 +15,14 @@ import triton
 import triton.language as tl
 
 from longmix_kernels.delta.launch import Tokens
-from longmix_kernels.delta.triton_chunk import chunk_of, load_columns, load_decay, load_values, store_values
+from longmix_kernels.delta.triton_chunk import (
+    chunk_of,
+    documents_of,
+    load_columns,
+    load_decay,
+    load_values,
+    store_values,
+)
 from longmix_kernels.delta.triton_exact_pairs import exact_pairs
 from longmix_kernels.delta.triton_head_pairs import head_pairs
 from longmix_kernels.delta.triton_tiles import (
@@ -63,7 +70,8 @@ def prepare_kernel(
         transitions += chunk.place * (DIM * DIM)
     if inverses is not None:
         inverses += chunk.sequence * length * CHUNK
-    of_head = head_sums(chunk, DECAY, DOCUMENTS, PRECISION)
+    own, _carried, held, _later, _restart = documents_of(tokens, chunk)
+    of_head = head_sums(chunk, own, DECAY, DOCUMENTS, PRECISION)
 
     # [CHUNK, CHUNK] weights of columns in rows. What is inverted comes first, to be out of the way.
     qk = tl.zeros([CHUNK, CHUNK], tl.float32)
@@ -71,7 +79,7 @@ def prepare_kernel(
     if DECAY == "exact":
         pairs = exact_pairs(chunk, CHUNK, LOW_RANK, False, SIZES)
         qk, qb, ak, ab = pairs.qk, pairs.qb, pairs.ak, pairs.ab
-    earlier = pair_mask(chunk.own, CHUNK, True, False, DOCUMENTS)
+    earlier = pair_mask(own, CHUNK, True, False, DOCUMENTS)
     if LOW_RANK:
         if DECAY == "head":
             ab = head_pairs(chunk.read, chunk.write, chunk, True, False, SIZES)
@@ -107,7 +115,7 @@ def prepare_kernel(
                 ak = wide_product(a * tl.exp2(total - decay), k, ak, LOW, UPCAST)
                 b = load_columns(chunk.write, chunk, column, SIZES)
                 qb = wide_product(q, tl.trans(b * inward), qb, LOW, UPCAST)
-    seen = pair_mask(chunk.own, CHUNK, False, False, DOCUMENTS)
+    seen = pair_mask(own, CHUNK, False, False, DOCUMENTS)
     qk = (tl.where(seen, qk, 0.0) * tokens.scale).to(LOW)
     if LOW_RANK:
         qb = (tl.where(seen, qb, 0.0) * tokens.scale).to(LOW)
@@ -126,8 +134,8 @@ def prepare_kernel(
                 y = product(qb, u, y, UPCAST)
             store_values(output, y, chunk, heads, value_column, SIZES)
         for column in range(0, DIM, BLOCK):
-            sums = column_sums(of_head, chunk, column, DECAY, DOCUMENTS, SIZES)
-            left = tl.where(chunk.held[:, None], tl.exp2(sums.suffix), 0.0)
+            sums = column_sums(of_head, chunk, own, column, DECAY, DOCUMENTS, SIZES)
+            left = tl.where(held[:, None], tl.exp2(sums.suffix), 0.0)
             k = load_columns(chunk.key, chunk, column, SIZES)
             written = product(tl.trans((k * left).to(LOW)), v, None, UPCAST)
             if LOW_RANK:
@@ -136,9 +144,9 @@ def prepare_kernel(
             store_block(states, written, column, DIM, value_column, VALUE_DIM)
 
     for column in range(0, DIM, BLOCK):
-        sums = column_sums(of_head, chunk, column, DECAY, DOCUMENTS, SIZES)
+        sums = column_sums(of_head, chunk, own, column, DECAY, DOCUMENTS, SIZES)
         columns = column + tl.arange(0, BLOCK)
-        since = tl.sum(tl.where(chunk.held[:, None], sums.decay, 0.0), 0)
+        since = tl.sum(tl.where(held[:, None], sums.decay, 0.0), 0)
         tl.store(kept + columns, tl.broadcast_to(tl.exp2(since), [BLOCK]), mask=columns < DIM)
         q = load_columns(chunk.query, chunk, column, SIZES) * tl.exp2(sums.prefix) * tokens.scale
         if LOW_RANK:
@@ -146,8 +154,8 @@ def prepare_kernel(
             w = product(inverse, a.to(LOW), None, UPCAST).to(LOW)
             q = product(qb, w, q, UPCAST)
             for row in range(0, DIM, BLOCK):
-                of_row = column_sums(of_head, chunk, row, DECAY, DOCUMENTS, SIZES)
-                left = tl.where(chunk.held[:, None], tl.exp2(of_row.suffix), 0.0)
+                of_row = column_sums(of_head, chunk, own, row, DECAY, DOCUMENTS, SIZES)
+                left = tl.where(held[:, None], tl.exp2(of_row.suffix), 0.0)
                 b = load_columns(chunk.write, chunk, row, SIZES)
                 store_block(transitions, product(tl.trans((b * left).to(LOW)), w, None, UPCAST), row, DIM, column, DIM)
         store_tile(reads, q, chunk.start, chunk.there, DIM, column, BLOCK, DIM)

@@ -136,22 +136,22 @@ def chosen_sum(mask, x, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def head_sums(chunk, DECAY: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr):
+def head_sums(chunk, own, DECAY: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr):
     """Return the `Sums` that hold for all columns where a head has one decay; nothing of use otherwise."""
     if DECAY == "head":
-        return decay_sums(load_decay(chunk, 0, 1, 1), chunk.own, DECAY, DOCUMENTS, PRECISION)
+        return decay_sums(load_decay(chunk, 0, 1, 1), own, DECAY, DOCUMENTS, PRECISION)
     else:
         return Sums(chunk.there, chunk.there, chunk.there, chunk.there, chunk.there)
 
 
 @triton.jit
-def column_sums(of_head, chunk, column, DECAY: tl.constexpr, DOCUMENTS: tl.constexpr, SIZES: tl.constexpr):
+def column_sums(of_head, chunk, own, column, DECAY: tl.constexpr, DOCUMENTS: tl.constexpr, SIZES: tl.constexpr):
     """Return the `Sums` of `BLOCK` columns: the head's, see `head_sums`, where all columns have the same."""
     if DECAY == "head":
         return of_head
     else:
         decay = load_decay(chunk, column, SIZES.BLOCK, SIZES.DIM)
-        return decay_sums(decay, chunk.own, DECAY, DOCUMENTS, SIZES.PRECISION)
+        return decay_sums(decay, own, DECAY, DOCUMENTS, SIZES.PRECISION)
 
 
 @triton.jit

@@ -27,7 +27,7 @@ SPILLING = {
     ("grad_query", 100, "head"): 56,
     ("grad_value", 80, "head"): 32,
     ("grad_value", 100, "bounded"): 16,
-    ("grad_key", 100, "head"): 32,
+    ("grad_key", 100, "head"): 40,
 }
 
 
