@@ -114,6 +114,7 @@ class TestSweeps:
             ("mixer=flash", "3,mixer=flash"),
             ("data.corpus.path=/a/b c,seed=1", "3,data.corpus.path=-a-b-c,seed=1"),
             ("mixer=sliding_window*3+flash", "3,mixer=sliding_window-3+flash"),
+            ("++mixer.rotary_factor=2,seed=1", "3,mixer.rotary_factor=2,seed=1"),  # of the mixer of a checkpoint
         ],
     )
     def test_a_run_is_named_by_what_was_swept(self, words, name):

@@ -141,7 +141,7 @@ def sweep_name(number: Any, words: str) -> str:
 
     What is too long for a folder's name is shortened value by value, so that none loses what tells it from the others.
     """
-    parts = [_file_name(word) for word in words.split(",")] if words else []
+    parts = [_file_name(word.removeprefix("++")) for word in words.split(",")] if words else []
     room = LONGEST_SWEEP_NAME // max(1, len(parts))
     if len(",".join(parts)) > LONGEST_SWEEP_NAME:
         parts = [_shortened(part, room) for part in parts]
