@@ -45,7 +45,8 @@ def test_panels_mark_borders_and_compare_the_ends_of_stages(folder):
     lines = {tuple(series.x): series.y for series in stages.series}
     assert lines[1600, 11200, TOKENS] == [4.0, 3.0, 2.0]
     assert lines[10_000, 20_000, 30_000] == [2.5, 2.5, 2.5]
-    assert stages.borders == panels["loss_by_tokens_256"].borders == (1600, 11200)
+    assert stages.borders == ()  # its points lie there
+    assert panels["loss_by_tokens_256"].borders == (1600, 11200)
     assert panels["loss_by_time_256"].borders == pytest.approx((1.6, 11.2))
 
 

@@ -161,7 +161,7 @@ def _curves(runs: list[Run]) -> list[Panel]:
         Panel(
             f"loss_by_{key}_{length}",
             f"Learning, by {words}",
-            f"at {length:,} tokens",
+            f"at {length:,} tokens" + (", stages at their own" if any(is_staged(run.summary) for run in group) else ""),
             label,
             f"{split}, {unit}",
             _series(group, names, curve),
@@ -204,9 +204,8 @@ def _stages(runs: list[Run]) -> list[Panel]:
             "What stages bring",
             f"after each stage, at {length:,} tokens",
             "tokens trained on",
-            f"validation at {length:,} tokens, nats/token",
+            "validation, nats/token",
             _series(group, names, curve),
-            borders=_borders(group, _tokens_at),
         )
         for length, group in by_length(runs).items()
         if any(is_staged(run.summary) for run in group)
