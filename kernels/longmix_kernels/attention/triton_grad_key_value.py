@@ -7,8 +7,10 @@ import triton
 import triton.language as tl
 
 from longmix_kernels.attention.triton_tiles import (
+    Parts,
     add_products,
     inner,
+    load_part,
     load_rows,
     load_slope,
     row_numbers,
@@ -21,7 +23,7 @@ from longmix_kernels.attention.triton_tiles import (
 )
 from longmix_kernels.attention.triton_walk import block_list, cover, is_visible, rows_of_keys, step_start
 from longmix_kernels.tensors import PerRow, Strided
-from longmix_kernels.tiles import head_rows, head_vector, packed_rows, program_head
+from longmix_kernels.tiles import head_rows, head_vector, packed_rows, product, program_head
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "heads", "group", "window"])
@@ -113,9 +115,18 @@ def grad_key_value_kernel(
                 weights = tl.exp2(scores * scale_log2)
                 if EDGE:
                     weights = tl.where(is_visible(first, stop, rows), weights, 0.0)
-                do = load_rows(do_rows, place, numbers, end, VALUE_DIM, EDGE, GATHER_QUERY)
-                grad_weights = inner(v, do, spread(row_delta, KEYS, FOLD), VALUE_DIM, UPCAST)
-                dv = add_products(weights.to(do.main.dtype), do, dv, VALUE_DIM, UPCAST)
+                # One part after the other: with both parts at once, a head dimension of 192 spills.
+                do = load_part(do_rows, place, numbers, end, 0, VALUE_DIM.MAIN, VALUE_DIM.SIZE, EDGE, GATHER_QUERY)
+                grad_weights = product(v.main, tl.trans(do), spread(row_delta, KEYS, FOLD), UPCAST)
+                low_weights = weights.to(do.dtype)
+                dv_main, dv_rest = product(low_weights, do, dv.main, UPCAST), dv.rest
+                if VALUE_DIM.REST > 0:
+                    do = load_part(
+                        do_rows, place, numbers, end, VALUE_DIM.MAIN, VALUE_DIM.REST, VALUE_DIM.SIZE, EDGE, GATHER_QUERY
+                    )
+                    grad_weights = product(v.rest, tl.trans(do), grad_weights, UPCAST)
+                    dv_rest = product(low_weights, do, dv_rest, UPCAST)
+                dv = Parts(dv_main, dv_rest)
                 grad_scores = (weights * unfolded(grad_weights, row_delta, FOLD)).to(q.main.dtype)
                 dk = add_products(grad_scores, q, dk, DIM, UPCAST)
 
