@@ -34,7 +34,7 @@ def run(redirections: str, folder: Path) -> tuple[subprocess.CompletedProcess, b
     """The program under a shell's redirections, and whether its work was done."""
     folder.joinpath("program.py").write_text(PROGRAM)
     command = f"{{ {sys.executable} program.py result; echo $? >&3; }} 3>code {redirections}"
-    done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True, timeout=550)
     return done, folder.joinpath("result").exists()
 
 

@@ -47,7 +47,7 @@ def start(words: list[str], folder: Path, places: list[dict[str, str]]) -> list:
     return processes
 
 
-def ended(processes: list, folder: Path, count: int | None = None, seconds: float = 100) -> list[Ended | None]:
+def ended(processes: list, folder: Path, count: int | None = None, seconds: float = 400) -> list[Ended | None]:
     """What became of the processes once `count` of them, or all, have ended; None for those that run on."""
     count = len(processes) if count is None else count
     deadline = time.monotonic() + seconds

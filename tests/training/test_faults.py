@@ -311,7 +311,7 @@ def environment(**more: str) -> dict[str, str]:
 def test_the_process_that_the_user_started_says_who_was_killed(words, tmp_path):
     command = [sys.executable, str(FAULTY), *words, "trainer=ddp", "trainer.devices=2", "name=run"]
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment(FAULT="kill:0"), capture_output=True, text=True, timeout=200
+        command, cwd=tmp_path, env=environment(FAULT="kill:0"), capture_output=True, text=True, timeout=550
     )
     assert done.returncode == ProcessLost.exit_code, done.stderr
     text = message(done.stderr)
@@ -337,7 +337,7 @@ def test_torchrun_restarts_all_and_the_run_ends_as_if_none_was_killed(words, tmp
         env=environment(FAULT="kill-once:1"),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=550,
     )
     assert done.returncode == 0, done.stderr
     assert "steps    0 to 8" in done.stderr + done.stdout
@@ -380,7 +380,7 @@ def test_a_batch_script_puts_a_run_that_was_told_to_end_back_into_the_queue(word
     subprocess.run(
         ["sbatch", str(script)], cwd=tmp_path, env=slurm_environment(tmp_path, "USR1"), check=True, capture_output=True
     )
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 550
     while not (tmp_path / "slurm/over").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert_requeued_and_went_on(tmp_path)
@@ -392,7 +392,7 @@ def test_submitit_puts_a_run_of_a_sweep_back_into_the_queue(words, tmp_path):
     launcher = ["-m", "hydra/launcher=slurm", "hydra.launcher.tasks_per_node=2", "hydra.launcher.gpus_per_node=null"]
     command = [sys.executable, str(faulty.TRAIN), *launcher, *words, *LONGER, "trainer=ddp"]
     done = subprocess.run(
-        command, cwd=tmp_path, env=slurm_environment(tmp_path, "USR2"), capture_output=True, text=True, timeout=240
+        command, cwd=tmp_path, env=slurm_environment(tmp_path, "USR2"), capture_output=True, text=True, timeout=550
     )
     assert done.returncode == 0, done.stderr
     assert_requeued_and_went_on(tmp_path)
