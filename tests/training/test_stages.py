@@ -172,7 +172,7 @@ REFUSED = {
         "stages[1]: seq_len=10100000 is longer than the train split",
     ),
     "a schedule's word": ("{},{schedule:{warmpu:1}}", "unknown key stages[1].schedule.warmpu. Did you mean warmup?"),
-    "a schedule's range": ("{},{schedule:{final:3}}", "schedule.final=3"),
+    "a schedule's range": ("{},{schedule:{final:3}}", "stages[1]: schedule.final=3"),
     "a word of the data": (
         "{},{data:{validation_token:5}}",
         "unknown key stages[1].data.validation_token. Did you mean",

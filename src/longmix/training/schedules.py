@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from longmix.config import Course
+from longmix.config import Course, with_stage
 from longmix.errors import ConfigError
 
 Schedule = Callable[[int, int], float]
@@ -155,4 +155,4 @@ def schedule_of(course: Course) -> Schedule:
         schedule: Schedule = course.parts[0].config.schedule.build()
         return schedule
     spans = [Span(part.start, part.steps, part.begins_schedule, part.learning_rate_scale) for part in course.parts]
-    return sections(spans, lambda number: course.parts[number].config.schedule.build())
+    return sections(spans, lambda number: with_stage(number, course.parts[number].config.schedule.build))
