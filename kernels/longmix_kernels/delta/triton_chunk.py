@@ -8,14 +8,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from longmix_kernels.tiles import load_tile, program_head, store_tile
-
-
-class Rows(NamedTuple):
-    """A head's matrix [T, ..]: a pointer to its first number, and the stride between rows."""
-
-    pointer: tl.tensor
-    stride: tl.tensor
+from longmix_kernels.tiles import Rows, head_rows, load_tile, program_head, store_tile
 
 
 class Decays(NamedTuple):
@@ -85,12 +78,6 @@ class ChunkEnds(NamedTuple):
 
 
 @triton.jit
-def rows_of(x, batch, head):
-    """Return the `Rows` of one head of a strided tensor."""
-    return Rows(x.pointer + batch * x.stride_batch + head * x.stride_head, x.stride_row)
-
-
-@triton.jit
 def chunk_of(tokens, length, heads, CHUNK: tl.constexpr):
     """Return the `Chunk` of this program, from the `launch.Tokens` of a call."""
     chunk, batch, head = program_head(tl.cdiv(length, CHUNK), heads)
@@ -99,13 +86,13 @@ def chunk_of(tokens, length, heads, CHUNK: tl.constexpr):
     sequence = batch * heads + head
     place = sequence * tl.cdiv(length, CHUNK) + chunk
     first = batch * length * heads + head
-    decays = rows_of(tokens.log_decay, batch, head)
+    decays = head_rows(tokens.log_decay, batch, head)
     decays = Decays(decays.pointer, decays.stride, tokens.stride_decay_column, tokens.floor)
-    query, key = rows_of(tokens.query, batch, head), rows_of(tokens.key, batch, head)
-    value = rows_of(tokens.value, batch, head)
+    query, key = head_rows(tokens.query, batch, head), head_rows(tokens.key, batch, head)
+    value = head_rows(tokens.value, batch, head)
     read, write = key, key
     if tokens.low_rank_read is not None:
-        read, write = rows_of(tokens.low_rank_read, batch, head), rows_of(tokens.low_rank_write, batch, head)
+        read, write = head_rows(tokens.low_rank_read, batch, head), head_rows(tokens.low_rank_write, batch, head)
     return Chunk(place, batch, head, sequence, first, start, length, there, query, key, value, read, write, decays)
 
 
@@ -134,7 +121,7 @@ def ends_of(tokens, ends, chunk, SIZES: tl.constexpr):
     """Return the `ChunkEnds` of a chunk, from the `launch.Ends` of a call."""
     place = chunk.place * (SIZES.DIM * SIZES.VALUE_DIM)
     state, grad_state = ends.states + place, ends.grad_states + place
-    dy = rows_of(ends.grad_output, chunk.batch, chunk.head)
+    dy = head_rows(ends.grad_output, chunk.batch, chunk.head)
     u, dx = chunk.value, dy
     if ends.removed is not None:
         u = Rows(ends.removed + chunk.sequence * chunk.length * SIZES.VALUE_DIM, SIZES.VALUE_DIM)

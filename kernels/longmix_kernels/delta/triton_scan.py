@@ -14,9 +14,9 @@ without them, `STAGES` 1, there is a barrier, over which Triton loads nothing ah
 import triton
 import triton.language as tl
 
-from longmix_kernels.delta.triton_chunk import rows_of
 from longmix_kernels.tensors import Strided
 from longmix_kernels.tiles import (
+    head_rows,
     load_block,
     load_block_transposed,
     load_tile,
@@ -203,7 +203,7 @@ def grad_scan_kernel(
     sequence = batch * heads + head
     chunks = tl.cdiv(length, CHUNK)
     end = sequence * chunks + chunks - 1
-    dy = rows_of(grad_output, batch, head)
+    dy = head_rows(grad_output, batch, head)
     grad_states += end * (DIM * VALUE_DIM)
     reads += sequence * length * DIM
     kept += end * DIM

@@ -15,7 +15,7 @@ from longmix_kernels.columns import cover, dim_constants, split_dim
 from longmix_kernels.launch import LaunchTable, Rows, known_architecture, with_tiles_of
 from longmix_kernels.linear.cost import clamp_chunk, default_chunk
 from longmix_kernels.linear.inputs import Inputs
-from longmix_kernels.tensors import contiguous, gate, small_ids, unit_stride
+from longmix_kernels.tensors import Strided, contiguous, gate, small_ids, strided, unit_stride
 
 CARRYING = ("states", "grad_states")
 """The kernels that carry a state from chunk to chunk."""
@@ -236,6 +236,11 @@ class Call(launch.Call[LaunchConfig]):
         else:
             self.chunk = clamp_chunk(chunk_size, self.length)
         self.chunks = -(-self.length // self.chunk)
+
+    def gates(self) -> tuple[Strided, Strided | None]:
+        """Return the log decay and the log input gate as kernels take them."""
+        (log_decay,) = strided(self.log_decay)
+        return log_decay, None if self.log_input is None else strided(self.log_input)[0]
 
     def new_states(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return memory for a state per chunk [B, H, chunks, Dk, Dv], and for normalisers [B, H, chunks, Dk]."""

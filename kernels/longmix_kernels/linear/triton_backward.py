@@ -28,14 +28,14 @@ from longmix_kernels.linear.triton_gates import grad_gates_kernel
 from longmix_kernels.linear.triton_grad_key_value import grad_key_value_kernel
 from longmix_kernels.linear.triton_grad_query import grad_query_kernel
 from longmix_kernels.linear.triton_states import grad_states_kernel
-from longmix_kernels.tensors import aligned, contiguous, given, strides, unit_stride, vectors
-from longmix_kernels.tiles import load_tile, program_head
+from longmix_kernels.tensors import Strided, aligned, contiguous, given, strided, unit_stride, vectors
+from longmix_kernels.tiles import head_rows, load_tile, program_head
 
 
 @triton.jit(do_not_specialize=["length", "heads"])
 def grad_rows_kernel(
-    output,  # [B, T, H, VALUE_DIM]
-    grad_output,  # [B, T, H, VALUE_DIM]
+    output: Strided,  # [B, T, H, VALUE_DIM]
+    grad_output: Strided,  # [B, T, H, VALUE_DIM]
     row_log_scale,  # float32 [B, T, H], contiguous, in base 2
     denominator,  # float32 [B, T, H], contiguous
     row_rest,  # float32 [B, H, T]
@@ -45,12 +45,6 @@ def grad_rows_kernel(
     delta,
     length,
     heads,
-    stride_output_batch,
-    stride_output_row,
-    stride_output_head,
-    stride_grad_output_batch,
-    stride_grad_output_row,
-    stride_grad_output_head,
     VALUE_DIM: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -59,12 +53,12 @@ def grad_rows_kernel(
     tile, batch, head = program_head(tl.cdiv(length, ROWS), heads)
     rows = tile * ROWS + tl.arange(0, ROWS)
     there = rows < length
-    output += batch * stride_output_batch + head * stride_output_head
-    grad_output += batch * stride_grad_output_batch + head * stride_grad_output_head
+    outputs = head_rows(output, batch, head)
+    grad_outputs = head_rows(grad_output, batch, head)
     total = tl.zeros([ROWS], tl.float32)
     for column in range(0, VALUE_DIM, BLOCK):
-        y = load_tile(output, tile * ROWS, there, stride_output_row, column, BLOCK, VALUE_DIM)
-        dy = load_tile(grad_output, tile * ROWS, there, stride_grad_output_row, column, BLOCK, VALUE_DIM)
+        y = load_tile(outputs.pointer, tile * ROWS, there, outputs.stride, column, BLOCK, VALUE_DIM)
+        dy = load_tile(grad_outputs.pointer, tile * ROWS, there, grad_outputs.stride, column, BLOCK, VALUE_DIM)
         total += tl.sum(y.to(tl.float32) * dy.to(tl.float32), 1)
     place = batch * length * heads + head + rows.to(tl.int64) * heads
     own = (batch * heads + head) * length + rows
@@ -107,8 +101,7 @@ def triton_backward(
         call.launch(
             "grad_rows",
             grad_rows_kernel,
-            output,
-            grad_output,
+            *strided(output, grad_output),
             row_log_scale,
             denominator,
             row_rest,
@@ -118,7 +111,6 @@ def triton_backward(
             delta,
             call.length,
             call.heads,
-            *strides(output, grad_output),
         )
     states, normalizers, final_memory, final_normalizer = compute_states(call, gates, with_final=has_final)
     grad_states, grad_normalizers = call.new_states()
@@ -128,8 +120,7 @@ def triton_backward(
     call.launch(
         "grad_states",
         grad_states_kernel,
-        call.query,
-        grad_output,
+        *strided(call.query, grad_output),
         call.document_ids,
         grad_memory,
         grad_normalizer,
@@ -143,18 +134,14 @@ def triton_backward(
         call.scale,
         call.length,
         call.heads,
-        *strides(call.query, grad_output),
     )
     grads = [x.new_empty(x.shape) for x in (call.query, call.key, call.value)]
     query_sum, key_sum = vectors(row_rest, 2, *row_rest.shape)
-    of_inputs = strides(call.query, call.key, call.value, grad_output)
+    tokens = strided(call.query, call.key, call.value, grad_output)
     call.launch(
         "grad_query",
         grad_query_kernel,
-        call.query,
-        call.key,
-        call.value,
-        grad_output,
+        *tokens,
         call.document_ids,
         call.memory,
         call.normalizer,
@@ -171,7 +158,6 @@ def triton_backward(
         call.scale,
         call.length,
         call.heads,
-        *of_inputs,
     )
     both = (grads[1], grads[2], key_sum)
     apart = (grads[1], None, key_sum), (None, grads[2], None)
@@ -179,10 +165,7 @@ def triton_backward(
         call.launch(
             "grad_key_value",
             grad_key_value_kernel,
-            call.query,
-            call.key,
-            call.value,
-            grad_output,
+            *tokens,
             call.document_ids,
             grad_states,
             grad_normalizers,
@@ -196,7 +179,6 @@ def triton_backward(
             call.scale,
             call.length,
             call.heads,
-            *of_inputs,
         )
     # <C_T, dC_T> + <n_T, dn_T>, and the same of the initial state, which is what a log scale's gradient is.
     final_sum = inner(final_memory, grad_memory, final_normalizer, grad_normalizer) if has_final else None

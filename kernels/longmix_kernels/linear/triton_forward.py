@@ -21,15 +21,15 @@ from longmix_kernels.linear.launch import Call
 from longmix_kernels.linear.triton_gates import gates_kernel, scales_kernel
 from longmix_kernels.linear.triton_states import states_kernel
 from longmix_kernels.linear.triton_weights import pair_weights
-from longmix_kernels.tensors import given, strides, vectors
-from longmix_kernels.tiles import load_block, load_tile, product, program_head, store_tile
+from longmix_kernels.tensors import Strided, given, strided, vectors
+from longmix_kernels.tiles import head_rows, load_block, load_tile, product, program_head, store_tile
 
 
 @triton.jit(do_not_specialize=["length", "heads"])
 def output_kernel(
-    query,  # [B, T, H, DIM]
-    key,  # [B, T, H, DIM]
-    value,  # [B, T, H, VALUE_DIM]
+    query: Strided,  # [B, T, H, DIM]
+    key: Strided,  # [B, T, H, DIM]
+    value: Strided,  # [B, T, H, VALUE_DIM]
     document_ids,  # int32 [B, T], contiguous, or None
     memory,  # float32 [B, H, DIM, VALUE_DIM], contiguous, or None
     normalizer,  # float32 [B, H, DIM], contiguous, or None
@@ -46,15 +46,6 @@ def output_kernel(
     scale,
     length,
     heads,
-    stride_query_batch,
-    stride_query_row,
-    stride_query_head,
-    stride_key_batch,
-    stride_key_row,
-    stride_key_head,
-    stride_value_batch,
-    stride_value_row,
-    stride_value_head,
     NORMALIZE: tl.constexpr,
     INITIAL: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -77,9 +68,9 @@ def output_kernel(
     rows = start + tl.arange(0, ROWS)
     there = rows < length
     sequence = batch * heads + head
-    query += batch * stride_query_batch + head * stride_query_head
-    key += batch * stride_key_batch + head * stride_key_head
-    value += batch * stride_value_batch + head * stride_value_head
+    queries = head_rows(query, batch, head)
+    keys = head_rows(key, batch, head)
+    values = head_rows(value, batch, head)
     # Rows past the end have weights of 0.
     own_whole = tl.load(row_whole + sequence * length + rows, mask=there, other=float("-inf"))
     own_rest = tl.load(row_rest + sequence * length + rows, mask=there, other=0.0)
@@ -117,7 +108,7 @@ def output_kernel(
             width = tl.where(tl.max(of_source.to(tl.int32), 0) > 0, DIM, 0)
         for column in range(0, width, BLOCK):
             # [ROWS, BLOCK] times [BLOCK, VALUE_MAIN].
-            q = load_tile(query, start, of_source, stride_query_row, column, BLOCK, DIM)
+            q = load_tile(queries.pointer, start, of_source, queries.stride, column, BLOCK, DIM)
             c = load_block(state, column, BLOCK, DIM, 0, VALUE_MAIN, VALUE_DIM)
             sum_main = product(q, c.to(q.dtype), sum_main, UPCAST)
             if VALUE_REST > 0:
@@ -132,17 +123,17 @@ def output_kernel(
         sum_rest *= own_read[:, None]
     along *= own_read
 
-    q_main = load_tile(query, start, there, stride_query_row, 0, DIM_MAIN, DIM)
+    q_main = load_tile(queries.pointer, start, there, queries.stride, 0, DIM_MAIN, DIM)
     if DIM_REST > 0:
-        q_rest = load_tile(query, start, there, stride_query_row, DIM_MAIN, DIM_REST, DIM)
+        q_rest = load_tile(queries.pointer, start, there, queries.stride, DIM_MAIN, DIM_REST, DIM)
     for begin in range(first, tl.minimum(start + ROWS, length), KEYS):
         # [ROWS, KEYS] scores from [ROWS, DIM] and [KEYS, DIM].
         columns = begin + tl.arange(0, KEYS)
         inside = columns < length
-        k = load_tile(key, begin, inside, stride_key_row, 0, DIM_MAIN, DIM)
+        k = load_tile(keys.pointer, begin, inside, keys.stride, 0, DIM_MAIN, DIM)
         scores = product(q_main, tl.trans(k), None, UPCAST)
         if DIM_REST > 0:
-            k = load_tile(key, begin, inside, stride_key_row, DIM_MAIN, DIM_REST, DIM)
+            k = load_tile(keys.pointer, begin, inside, keys.stride, DIM_MAIN, DIM_REST, DIM)
             scores = product(q_rest, tl.trans(k), scores, UPCAST)
         whole = tl.load(column_whole + columns, mask=inside, other=0.0)
         rest = tl.load(column_rest + columns, mask=inside, other=0.0)
@@ -153,11 +144,11 @@ def output_kernel(
         scores *= pair_weights(own_whole[:, None], own_rest[:, None], whole[None, :], rest[None, :], visible)
         if NORMALIZE:
             along += tl.sum(scores, 1)
-        v = load_tile(value, begin, inside, stride_value_row, 0, VALUE_MAIN, VALUE_DIM)
+        v = load_tile(values.pointer, begin, inside, values.stride, 0, VALUE_MAIN, VALUE_DIM)
         low_scores = scores.to(v.dtype)
         sum_main = product(low_scores, v, sum_main, UPCAST)
         if VALUE_REST > 0:
-            v = load_tile(value, begin, inside, stride_value_row, VALUE_MAIN, VALUE_REST, VALUE_DIM)
+            v = load_tile(values.pointer, begin, inside, values.stride, VALUE_MAIN, VALUE_REST, VALUE_DIM)
             sum_rest = product(low_scores, v, sum_rest, UPCAST)
 
     factor = tl.zeros([ROWS], tl.float32) + scale
@@ -183,15 +174,13 @@ def compute_gates(call: Call, row_log_scale: torch.Tensor | None) -> list[torch.
     call.launch(
         "gates",
         gates_kernel,
-        call.log_decay,
-        call.log_input,
+        *call.gates(),
         call.document_ids,
         row_log_scale,
         call.log_scale,
         *gates,
         call.length,
         call.heads,
-        *strides(call.log_decay, call.log_input),
     )
     return gates
 
@@ -214,8 +203,7 @@ def compute_states(
     call.launch(
         "states",
         states_kernel,
-        call.key,
-        call.value,
+        *strided(call.key, call.value),
         call.document_ids,
         call.memory,
         call.normalizer,
@@ -227,7 +215,6 @@ def compute_states(
         final_normalizer,
         call.length,
         call.heads,
-        *strides(call.key, call.value),
     )
     return states, normalizers, final_memory, final_normalizer
 
@@ -249,24 +236,20 @@ def triton_forward(inputs: Inputs) -> tuple[torch.Tensor, ...]:
         call.launch(
             "scales",
             scales_kernel,
-            call.log_decay,
-            call.log_input,
+            *call.gates(),
             call.document_ids,
             call.log_scale,
             row_log_scale,
             final_log_scale,
             call.length,
             call.heads,
-            *strides(call.log_decay, call.log_input),
         )
     gates = compute_gates(call, row_log_scale)
     states, normalizers, final_memory, final_normalizer = compute_states(call, gates, with_final=True)
     call.launch(
         "output",
         output_kernel,
-        call.query,
-        call.key,
-        call.value,
+        *strided(call.query, call.key, call.value),
         call.document_ids,
         call.memory,
         call.normalizer,
@@ -279,7 +262,6 @@ def triton_forward(inputs: Inputs) -> tuple[torch.Tensor, ...]:
         call.scale,
         call.length,
         call.heads,
-        *strides(call.query, call.key, call.value),
     )
     results = final_memory, final_normalizer, final_log_scale, row_log_scale, denominator
     return output, *given(gates[0], *results)

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 
 from longmix_kernels.linear.triton_weights import to_base_2, to_fixed, to_float, whole_and_rest
-from longmix_kernels.tiles import program_head
+from longmix_kernels.tensors import Strided
+from longmix_kernels.tiles import head_rows, program_head
 
 # Added to the path of a first token, so that nothing from before it can be the largest.
 _CUT = tl.constexpr(-1e30)
@@ -38,27 +39,21 @@ def sum_since(begun, total, next_begun, next_total):
 
 @triton.jit(do_not_specialize=["length", "heads"])
 def scales_kernel(
-    log_decay,  # float32 [B, T, H]
-    log_input,  # float32 [B, T, H], or None for 0
+    log_decay: Strided,  # float32 [B, T, H]
+    log_input: Strided | None,  # float32 [B, T, H], or None for 0
     document_ids,  # int32 [B, T], contiguous, or None
     log_scale,  # float32 [B, H], natural, or None for 0
     row_log_scale,  # float32 [B, T, H], contiguous, in base 2
     final_log_scale,  # float32 [B, H], natural
     length,
     heads,
-    stride_decay_batch,
-    stride_decay_row,
-    stride_decay_head,
-    stride_input_batch,
-    stride_input_row,
-    stride_input_head,
     ROWS: tl.constexpr,
 ):
     """Write the log scale of every row of one head, `ROWS` at a time."""
     _, batch, head = program_head(1, heads)
-    log_decay += batch * stride_decay_batch + head * stride_decay_head
+    decays = head_rows(log_decay, batch, head)
     if log_input is not None:
-        log_input += batch * stride_input_batch + head * stride_input_head
+        gates = head_rows(log_input, batch, head)
     if document_ids is not None:
         document_ids += batch * length
     row_log_scale += batch * length * heads + head
@@ -70,10 +65,10 @@ def scales_kernel(
         rows = start + tl.arange(0, ROWS)
         there = rows < length
         offsets = rows.to(tl.int64)
-        decay = to_base_2(tl.load(log_decay + offsets * stride_decay_row, mask=there, other=0.0))
+        decay = to_base_2(tl.load(decays.pointer + offsets * decays.stride, mask=there, other=0.0))
         gate = tl.zeros([ROWS], tl.float32)
         if log_input is not None:
-            gate = to_base_2(tl.load(log_input + offsets * stride_input_row, mask=there, other=0.0))
+            gate = to_base_2(tl.load(gates.pointer + offsets * gates.stride, mask=there, other=0.0))
         if document_ids is not None:
             own = tl.load(document_ids + rows, mask=there, other=0)
             before = tl.load(document_ids + rows - 1, mask=there & (rows > 0), other=0)
@@ -92,8 +87,8 @@ def scales_kernel(
 
 @triton.jit(do_not_specialize=["length", "heads"])
 def gates_kernel(
-    log_decay,  # float32 [B, T, H]
-    log_input,  # float32 [B, T, H], or None for 0
+    log_decay: Strided,  # float32 [B, T, H]
+    log_input: Strided | None,  # float32 [B, T, H], or None for 0
     document_ids,  # int32 [B, T], contiguous, or None
     row_log_scale,  # float32 [B, T, H], contiguous, in base 2
     log_scale,  # float32 [B, H], natural, or None for 0
@@ -105,12 +100,6 @@ def gates_kernel(
     write,
     length,
     heads,
-    stride_decay_batch,
-    stride_decay_row,
-    stride_decay_head,
-    stride_input_batch,
-    stride_input_row,
-    stride_input_head,
     NORMALIZE: tl.constexpr,
     INITIAL: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -122,14 +111,14 @@ def gates_kernel(
     rows = start + tl.arange(0, CHUNK)
     there = rows < length
     offsets = rows.to(tl.int64)
-    log_decay += batch * stride_decay_batch + head * stride_decay_head
-    decay = to_fixed(to_base_2(tl.load(log_decay + offsets * stride_decay_row, mask=there, other=0.0)))
+    decays = head_rows(log_decay, batch, head)
+    decay = to_fixed(to_base_2(tl.load(decays.pointer + offsets * decays.stride, mask=there, other=0.0)))
     total = tl.cumsum(decay, 0)
     end = tl.sum(decay, 0)
     column = -total
     if log_input is not None:
-        log_input += batch * stride_input_batch + head * stride_input_head
-        gate = tl.load(log_input + offsets * stride_input_row, mask=there, other=0.0)
+        gates = head_rows(log_input, batch, head)
+        gate = tl.load(gates.pointer + offsets * gates.stride, mask=there, other=0.0)
         column += to_fixed(to_base_2(gate))
 
     initial = tl.zeros([], tl.int64)

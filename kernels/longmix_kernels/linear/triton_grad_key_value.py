@@ -4,15 +4,24 @@ import triton
 import triton.language as tl
 
 from longmix_kernels.linear.triton_weights import pair_weights
-from longmix_kernels.tiles import load_block, load_block_transposed, load_tile, product, program_head, store_tile
+from longmix_kernels.tensors import Strided
+from longmix_kernels.tiles import (
+    head_rows,
+    load_block,
+    load_block_transposed,
+    load_tile,
+    product,
+    program_head,
+    store_tile,
+)
 
 
 @triton.jit(do_not_specialize=["length", "heads"])
 def grad_key_value_kernel(
-    query,  # [B, T, H, DIM]
-    key,  # [B, T, H, DIM]
-    value,  # [B, T, H, VALUE_DIM]
-    grad_output,  # [B, T, H, VALUE_DIM]
+    query: Strided,  # [B, T, H, DIM]
+    key: Strided,  # [B, T, H, DIM]
+    value: Strided,  # [B, T, H, VALUE_DIM]
+    grad_output: Strided,  # [B, T, H, VALUE_DIM]
     document_ids,  # int32 [B, T], contiguous, or None
     grad_states,  # [B, H, chunks, DIM, VALUE_DIM], of what leaves each chunk
     grad_normalizers,  # float32 [B, H, chunks, DIM], or None
@@ -28,18 +37,6 @@ def grad_key_value_kernel(
     scale,
     length,
     heads,
-    stride_query_batch,
-    stride_query_row,
-    stride_query_head,
-    stride_key_batch,
-    stride_key_row,
-    stride_key_head,
-    stride_value_batch,
-    stride_value_row,
-    stride_value_head,
-    stride_grad_output_batch,
-    stride_grad_output_row,
-    stride_grad_output_head,
     NORMALIZE: tl.constexpr,
     CHUNK: tl.constexpr,
     DIM: tl.constexpr,
@@ -65,10 +62,10 @@ def grad_key_value_kernel(
     columns = start + tl.arange(0, KEYS)
     there = columns < length
     sequence = batch * heads + head
-    query += batch * stride_query_batch + head * stride_query_head
-    key += batch * stride_key_batch + head * stride_key_head
-    value += batch * stride_value_batch + head * stride_value_head
-    grad_output += batch * stride_grad_output_batch + head * stride_grad_output_head
+    queries = head_rows(query, batch, head)
+    keys = head_rows(key, batch, head)
+    values = head_rows(value, batch, head)
+    grad_outputs = head_rows(grad_output, batch, head)
     own = sequence * length + columns
     own_whole = tl.load(column_whole + own, mask=there, other=0.0)
     own_rest = tl.load(column_rest + own, mask=there, other=0.0)
@@ -88,7 +85,7 @@ def grad_key_value_kernel(
         if DIM_REST > 0:
             dk_rest = tl.zeros([KEYS, DIM_REST], tl.float32)
         for column in range(0, VALUE_DIM, BLOCK):
-            v = load_tile(value, start, there, stride_value_row, column, BLOCK, VALUE_DIM)
+            v = load_tile(values.pointer, start, there, values.stride, column, BLOCK, VALUE_DIM)
             dc = load_block_transposed(grad_state, 0, DIM_MAIN, DIM, column, BLOCK, VALUE_DIM)
             dk_main = product(v, dc.to(v.dtype), dk_main, UPCAST)
             if DIM_REST > 0:
@@ -110,7 +107,7 @@ def grad_key_value_kernel(
         if VALUE_REST > 0:
             dv_rest = tl.zeros([KEYS, VALUE_REST], tl.float32)
         for column in range(0, DIM, BLOCK):
-            k = load_tile(key, start, there, stride_key_row, column, BLOCK, DIM)
+            k = load_tile(keys.pointer, start, there, keys.stride, column, BLOCK, DIM)
             dc = load_block(grad_state, column, BLOCK, DIM, 0, VALUE_MAIN, VALUE_DIM)
             dv_main = product(k, dc.to(k.dtype), dv_main, UPCAST)
             if VALUE_REST > 0:
@@ -121,13 +118,13 @@ def grad_key_value_kernel(
             dv_rest *= own_write[:, None]
 
     if grad_value is not None:
-        k_main = load_tile(key, start, there, stride_key_row, 0, DIM_MAIN, DIM)
+        k_main = load_tile(keys.pointer, start, there, keys.stride, 0, DIM_MAIN, DIM)
         if DIM_REST > 0:
-            k_rest = load_tile(key, start, there, stride_key_row, DIM_MAIN, DIM_REST, DIM)
+            k_rest = load_tile(keys.pointer, start, there, keys.stride, DIM_MAIN, DIM_REST, DIM)
     if grad_key is not None:
-        v_main = load_tile(value, start, there, stride_value_row, 0, VALUE_MAIN, VALUE_DIM)
+        v_main = load_tile(values.pointer, start, there, values.stride, 0, VALUE_MAIN, VALUE_DIM)
         if VALUE_REST > 0:
-            v_rest = load_tile(value, start, there, stride_value_row, VALUE_MAIN, VALUE_REST, VALUE_DIM)
+            v_rest = load_tile(values.pointer, start, there, values.stride, VALUE_MAIN, VALUE_REST, VALUE_DIM)
     for begin in range(start // ROWS * ROWS, end, ROWS):
         # [KEYS, ROWS] transposed scores and their gradients.
         rows = begin + tl.arange(0, ROWS)
@@ -140,12 +137,14 @@ def grad_key_value_kernel(
             ids = tl.load(document_ids + rows, mask=inside, other=0)
             visible = visible & (own_id[:, None] == ids[None, :])
         weights = pair_weights(own_whole[:, None], own_rest[:, None], whole[None, :], rest[None, :], visible) * scale
-        q_main = load_tile(query, begin, inside, stride_query_row, 0, DIM_MAIN, DIM)
-        do_main = load_tile(grad_output, begin, inside, stride_grad_output_row, 0, VALUE_MAIN, VALUE_DIM)
+        q_main = load_tile(queries.pointer, begin, inside, queries.stride, 0, DIM_MAIN, DIM)
+        do_main = load_tile(grad_outputs.pointer, begin, inside, grad_outputs.stride, 0, VALUE_MAIN, VALUE_DIM)
         if DIM_REST > 0:
-            q_rest = load_tile(query, begin, inside, stride_query_row, DIM_MAIN, DIM_REST, DIM)
+            q_rest = load_tile(queries.pointer, begin, inside, queries.stride, DIM_MAIN, DIM_REST, DIM)
         if VALUE_REST > 0:
-            do_rest = load_tile(grad_output, begin, inside, stride_grad_output_row, VALUE_MAIN, VALUE_REST, VALUE_DIM)
+            do_rest = load_tile(
+                grad_outputs.pointer, begin, inside, grad_outputs.stride, VALUE_MAIN, VALUE_REST, VALUE_DIM
+            )
         if grad_value is not None:
             scores = product(k_main, tl.trans(q_main), None, UPCAST)
             if DIM_REST > 0:
@@ -169,11 +168,11 @@ def grad_key_value_kernel(
     if grad_key is not None:
         # Keys are loaded once more, since they would be kept in registers for this.
         grad_key += place * DIM
-        k = load_tile(key, start, there, stride_key_row, 0, DIM_MAIN, DIM)
+        k = load_tile(keys.pointer, start, there, keys.stride, 0, DIM_MAIN, DIM)
         total = tl.sum(k.to(tl.float32) * dk_main, 1)
         store_tile(grad_key, dk_main, start, there, heads * DIM, 0, DIM_MAIN, DIM)
         if DIM_REST > 0:
-            k = load_tile(key, start, there, stride_key_row, DIM_MAIN, DIM_REST, DIM)
+            k = load_tile(keys.pointer, start, there, keys.stride, DIM_MAIN, DIM_REST, DIM)
             total += tl.sum(k.to(tl.float32) * dk_rest, 1)
             store_tile(grad_key, dk_rest, start, there, heads * DIM, DIM_MAIN, DIM_REST, DIM)
         tl.store(key_sum + own, total, mask=there)

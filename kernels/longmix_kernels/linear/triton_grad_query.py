@@ -4,15 +4,16 @@ import triton
 import triton.language as tl
 
 from longmix_kernels.linear.triton_weights import pair_weights
-from longmix_kernels.tiles import load_block_transposed, load_tile, product, program_head, store_tile
+from longmix_kernels.tensors import Strided
+from longmix_kernels.tiles import head_rows, load_block_transposed, load_tile, product, program_head, store_tile
 
 
 @triton.jit(do_not_specialize=["length", "heads"])
 def grad_query_kernel(
-    query,  # [B, T, H, DIM]
-    key,  # [B, T, H, DIM]
-    value,  # [B, T, H, VALUE_DIM]
-    grad_output,  # [B, T, H, VALUE_DIM]
+    query: Strided,  # [B, T, H, DIM]
+    key: Strided,  # [B, T, H, DIM]
+    value: Strided,  # [B, T, H, VALUE_DIM]
+    grad_output: Strided,  # [B, T, H, VALUE_DIM]
     document_ids,  # int32 [B, T], contiguous, or None
     memory,  # float32 [B, H, DIM, VALUE_DIM], contiguous, or None
     normalizer,  # float32 [B, H, DIM], contiguous, or None
@@ -29,18 +30,6 @@ def grad_query_kernel(
     scale,
     length,
     heads,
-    stride_query_batch,
-    stride_query_row,
-    stride_query_head,
-    stride_key_batch,
-    stride_key_row,
-    stride_key_head,
-    stride_value_batch,
-    stride_value_row,
-    stride_value_head,
-    stride_grad_output_batch,
-    stride_grad_output_row,
-    stride_grad_output_head,
     NORMALIZE: tl.constexpr,
     INITIAL: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -63,10 +52,10 @@ def grad_query_kernel(
     rows = start + tl.arange(0, ROWS)
     there = rows < length
     sequence = batch * heads + head
-    query += batch * stride_query_batch + head * stride_query_head
-    key += batch * stride_key_batch + head * stride_key_head
-    value += batch * stride_value_batch + head * stride_value_head
-    grad_output += batch * stride_grad_output_batch + head * stride_grad_output_head
+    queries = head_rows(query, batch, head)
+    keys = head_rows(key, batch, head)
+    values = head_rows(value, batch, head)
+    grad_outputs = head_rows(grad_output, batch, head)
     own = sequence * length + rows
     # Rows past the end have weights of 0.
     own_whole = tl.load(row_whole + own, mask=there, other=float("-inf"))
@@ -104,7 +93,7 @@ def grad_query_kernel(
             width = tl.where(tl.max(of_source.to(tl.int32), 0) > 0, VALUE_DIM, 0)
         for column in range(0, width, BLOCK):
             # [ROWS, BLOCK] times [BLOCK, DIM_MAIN].
-            do = load_tile(grad_output, start, of_source, stride_grad_output_row, column, BLOCK, VALUE_DIM)
+            do = load_tile(grad_outputs.pointer, start, of_source, grad_outputs.stride, column, BLOCK, VALUE_DIM)
             c = load_block_transposed(state, 0, DIM_MAIN, DIM, column, BLOCK, VALUE_DIM)
             dq_main = product(do, c.to(do.dtype), dq_main, UPCAST)
             if DIM_REST > 0:
@@ -122,17 +111,17 @@ def grad_query_kernel(
     if DIM_REST > 0:
         dq_rest *= own_read[:, None]
 
-    do_main = load_tile(grad_output, start, there, stride_grad_output_row, 0, VALUE_MAIN, VALUE_DIM)
+    do_main = load_tile(grad_outputs.pointer, start, there, grad_outputs.stride, 0, VALUE_MAIN, VALUE_DIM)
     if VALUE_REST > 0:
-        do_rest = load_tile(grad_output, start, there, stride_grad_output_row, VALUE_MAIN, VALUE_REST, VALUE_DIM)
+        do_rest = load_tile(grad_outputs.pointer, start, there, grad_outputs.stride, VALUE_MAIN, VALUE_REST, VALUE_DIM)
     for begin in range(first, tl.minimum(start + ROWS, length), KEYS):
         # [ROWS, KEYS] gradients of scores from [ROWS, VALUE_DIM] and [KEYS, VALUE_DIM].
         columns = begin + tl.arange(0, KEYS)
         inside = columns < length
-        v = load_tile(value, begin, inside, stride_value_row, 0, VALUE_MAIN, VALUE_DIM)
+        v = load_tile(values.pointer, begin, inside, values.stride, 0, VALUE_MAIN, VALUE_DIM)
         grads = product(do_main, tl.trans(v), None, UPCAST)
         if VALUE_REST > 0:
-            v = load_tile(value, begin, inside, stride_value_row, VALUE_MAIN, VALUE_REST, VALUE_DIM)
+            v = load_tile(values.pointer, begin, inside, values.stride, VALUE_MAIN, VALUE_REST, VALUE_DIM)
             grads = product(do_rest, tl.trans(v), grads, UPCAST)
         if NORMALIZE:
             grads += own_delta[:, None]
@@ -144,19 +133,19 @@ def grad_query_kernel(
             visible = visible & (own_id[:, None] == ids[None, :])
         # Rounded as in the gradients of keys, so that what a token has as row and as column cancels in the decays'.
         grads *= pair_weights(own_whole[:, None], own_rest[:, None], whole[None, :], rest[None, :], visible) * scale
-        k = load_tile(key, begin, inside, stride_key_row, 0, DIM_MAIN, DIM)
+        k = load_tile(keys.pointer, begin, inside, keys.stride, 0, DIM_MAIN, DIM)
         low_grads = grads.to(k.dtype)
         dq_main = product(low_grads, k, dq_main, UPCAST)
         if DIM_REST > 0:
-            k = load_tile(key, begin, inside, stride_key_row, DIM_MAIN, DIM_REST, DIM)
+            k = load_tile(keys.pointer, begin, inside, keys.stride, DIM_MAIN, DIM_REST, DIM)
             dq_rest = product(low_grads, k, dq_rest, UPCAST)
 
     grad_query += (batch * length * heads + head) * DIM
-    q = load_tile(query, start, there, stride_query_row, 0, DIM_MAIN, DIM)
+    q = load_tile(queries.pointer, start, there, queries.stride, 0, DIM_MAIN, DIM)
     total = tl.sum(q.to(tl.float32) * dq_main, 1)
     store_tile(grad_query, dq_main, start, there, heads * DIM, 0, DIM_MAIN, DIM)
     if DIM_REST > 0:
-        q = load_tile(query, start, there, stride_query_row, DIM_MAIN, DIM_REST, DIM)
+        q = load_tile(queries.pointer, start, there, queries.stride, DIM_MAIN, DIM_REST, DIM)
         total += tl.sum(q.to(tl.float32) * dq_rest, 1)
         store_tile(grad_query, dq_rest, start, there, heads * DIM, DIM_MAIN, DIM_REST, DIM)
     tl.store(query_sum + own, total, mask=there)

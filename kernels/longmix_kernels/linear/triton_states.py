@@ -13,13 +13,14 @@ where a document that begins puts the initial state in the place of C_in, and ta
 import triton
 import triton.language as tl
 
-from longmix_kernels.tiles import load_tile, load_tile_transposed, product, program_head
+from longmix_kernels.tensors import Strided
+from longmix_kernels.tiles import head_rows, load_tile, load_tile_transposed, product, program_head
 
 
 @triton.jit(do_not_specialize=["length", "heads"])
 def states_kernel(
-    key,  # [B, T, H, DIM]
-    value,  # [B, T, H, VALUE_DIM]
+    key: Strided,  # [B, T, H, DIM]
+    value: Strided,  # [B, T, H, VALUE_DIM]
     document_ids,  # int32 [B, T], contiguous, or None
     memory,  # float32 [B, H, DIM, VALUE_DIM], contiguous, or None
     normalizer,  # float32 [B, H, DIM], contiguous, or None
@@ -31,12 +32,6 @@ def states_kernel(
     final_normalizer,  # float32 [B, H, DIM], contiguous, or None
     length,
     heads,
-    stride_key_batch,
-    stride_key_row,
-    stride_key_head,
-    stride_value_batch,
-    stride_value_row,
-    stride_value_head,
     NORMALIZE: tl.constexpr,
     CHUNK: tl.constexpr,
     DIM: tl.constexpr,
@@ -56,8 +51,8 @@ def states_kernel(
     # The first of the blocks side by side writes the normaliser.
     row_inside = row < tl.where(column_start == 0, DIM, 0)
     sequence = batch * heads + head
-    key += batch * stride_key_batch + head * stride_key_head
-    value += batch * stride_value_batch + head * stride_value_head
+    keys = head_rows(key, batch, head)
+    values = head_rows(value, batch, head)
     read += sequence * length
     write += sequence * length
     states += sequence * tl.cdiv(length, CHUNK) * (DIM * VALUE_DIM)
@@ -108,8 +103,8 @@ def states_kernel(
         there = rows < length
         # [BLOCK, ROWS] and [ROWS, VALUE_BLOCK]; weights are at most about 1.
         weight = tl.load(write + rows, mask=there, other=0.0)
-        k = load_tile_transposed(key, start, there, stride_key_row, row_start, BLOCK, DIM)
-        v = load_tile(value, start, there, stride_value_row, column_start, VALUE_BLOCK, VALUE_DIM)
+        k = load_tile_transposed(keys.pointer, start, there, keys.stride, row_start, BLOCK, DIM)
+        v = load_tile(values.pointer, start, there, values.stride, column_start, VALUE_BLOCK, VALUE_DIM)
         weighted = k.to(tl.float32) * weight[None, :]
         if NORMALIZE:
             row_total += tl.sum(weighted, 1)
@@ -122,8 +117,8 @@ def states_kernel(
 
 @triton.jit(do_not_specialize=["length", "heads"])
 def grad_states_kernel(
-    query,  # [B, T, H, DIM]
-    grad_output,  # [B, T, H, VALUE_DIM]
+    query: Strided,  # [B, T, H, DIM]
+    grad_output: Strided,  # [B, T, H, VALUE_DIM]
     document_ids,  # int32 [B, T], contiguous, or None
     grad_memory,  # float32 [B, H, DIM, VALUE_DIM], contiguous, of the state after the last token, or None
     grad_normalizer,  # float32 [B, H, DIM], contiguous, or None
@@ -137,12 +132,6 @@ def grad_states_kernel(
     scale,
     length,
     heads,
-    stride_query_batch,
-    stride_query_row,
-    stride_query_head,
-    stride_grad_output_batch,
-    stride_grad_output_row,
-    stride_grad_output_head,
     NORMALIZE: tl.constexpr,
     INITIAL: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -162,8 +151,8 @@ def grad_states_kernel(
     place = row[:, None] * VALUE_DIM + column[None, :]
     row_inside = row < tl.where(column_start == 0, DIM, 0)
     sequence = batch * heads + head
-    query += batch * stride_query_batch + head * stride_query_head
-    grad_output += batch * stride_grad_output_batch + head * stride_grad_output_head
+    queries = head_rows(query, batch, head)
+    grad_outputs = head_rows(grad_output, batch, head)
     read += sequence * length
     grad_read += sequence * length
     grad_states += sequence * tl.cdiv(length, CHUNK) * (DIM * VALUE_DIM)
@@ -223,8 +212,8 @@ def grad_states_kernel(
         there = rows < length
         # [BLOCK, ROWS] and [ROWS, VALUE_BLOCK].
         weight = tl.load(grad_read + rows, mask=there, other=0.0) * scale
-        q = load_tile_transposed(query, start, there, stride_query_row, row_start, BLOCK, DIM)
-        do = load_tile(grad_output, start, there, stride_grad_output_row, column_start, VALUE_BLOCK, VALUE_DIM)
+        q = load_tile_transposed(queries.pointer, start, there, queries.stride, row_start, BLOCK, DIM)
+        do = load_tile(grad_outputs.pointer, start, there, grad_outputs.stride, column_start, VALUE_BLOCK, VALUE_DIM)
         weighted = q.to(tl.float32) * weight[None, :]
         if NORMALIZE:
             row_delta = tl.load(delta + rows, mask=there, other=0.0)
