@@ -55,6 +55,13 @@ def test_pruning_keeps_the_newest_and_the_best(store):
     assert store.latest().name == "step-00000005"
 
 
+def test_the_best_of_a_run_with_stages_is_of_its_newest_validated_stage(store):
+    for step, (stage, loss) in enumerate([(0, 1.0), (0, 0.5), (1, 3.0), (1, 2.0), (1, 2.5), (2, None)], start=1):
+        validation = {} if loss is None else {"loss": loss}
+        store.save(state(step), {"validation": validation, "stage": stage})
+    assert store.best().name == "step-00000004"
+
+
 def damage_flip(path):
     content = bytearray(path.read_bytes())
     content[-200] ^= 4

@@ -13,6 +13,7 @@ from longmix.checkpoints.tensor_files import write_tensors
 from longmix.checkpoints.tensors import Name, Piece
 from longmix.checkpoints.verify import ALIASES, INFO_FILE, SHARDED, WHOLE, facts_of, read_info
 from longmix.checkpoints.whole import write_whole
+from longmix.config import STAGE
 from longmix.distributed.agreement import Processes
 from longmix.errors import CheckpointError
 from longmix.files import (
@@ -134,9 +135,12 @@ class CheckpointStore:
         return next(reversed(self.all()), None)
 
     def best(self) -> Path | None:
-        """The checkpoint with the lowest validation loss among those that have one and can be read."""
-        losses = {path: _validation_loss(info) for path, info in self._readable().items()}
-        known = {path: loss for path, loss in losses.items() if loss is not None}
+        """The checkpoint with the lowest validation loss among those that have one and can be read.
+
+        Of a run with stages it is one of the newest stage that has any: stages validate on windows of other lengths.
+        """
+        losses = {path: (info.get(STAGE, 0), _validation_loss(info)) for path, info in self._readable().items()}
+        known = {path: (-stage, loss) for path, (stage, loss) in losses.items() if loss is not None}
         return min(known, key=lambda path: known[path]) if known else None
 
     def prune(self, keep: int) -> None:

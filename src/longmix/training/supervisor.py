@@ -363,7 +363,7 @@ class Supervisor(Callback):
         self.save_is_due = False
         state = {
             **module.capture(),
-            "config": plain(self.config) | ({STAGE: self.part.number} if self.course.staged else {}),
+            "config": plain(self.config) | self._stage(),
             "random": self.saver.processes.each(random_state.capture),
             "run": self.state.entries(),
             **vars(self.provenance),
@@ -375,9 +375,12 @@ class Supervisor(Callback):
                 f"{how_to_continue(self.store.folder.parent)} A lower optimizer.learning_rate may prevent it."
             )
         validation = self.state.validation if self.is_validated(module.step) else {}
-        info = {"tokens": self.course.tokens(module.step), "validation": validation}
+        info = {"tokens": self.course.tokens(module.step), "validation": validation, **self._stage()}
         skips = {SKIPS_IN_A_ROW: module.skips_in_a_row} if module.skips_in_a_row else {}
         self.saver.save(state, info | skips)
+
+    def _stage(self) -> dict[str, int]:
+        return {STAGE: self.part.number} if self.course.staged else {}
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Finish the checkpoint that is being written, unless the run was interrupted twice."""
