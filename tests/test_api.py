@@ -150,6 +150,13 @@ class TestTrain:
         assert not (tmp_path / "run").exists()
         assert GlobalHydra.instance().hydra is None and HydraConfig.instance().cfg is None
 
+    def test_what_the_data_refuse_is_raised_as_such(self, words, tmp_path):
+        """The run is refused after its folder was claimed, and the folder is gone before the call ends."""
+        wrong = {**words, "data.order": "contiguous", "batch_size": 64, "seq_len": 1_000_000}
+        with pytest.raises(LongmixError, match="contiguous gives each of batch_size=64 rows"):
+            longmix.train(wrong, folder=tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
 
 class TestLoad:
     def test_the_model_takes_token_ids(self, loaded):

@@ -73,6 +73,7 @@ def train(words: Words = (), folder: str | Path | None = None) -> Run:
     """
     from longmix.allocation import allocation_errors
     from longmix.checkpoints import CheckpointStore
+    from longmix.training.claims import remove_unused
     from longmix.training.run import train as run
 
     begin_run()
@@ -93,8 +94,7 @@ def train(words: Words = (), folder: str | Path | None = None) -> Run:
         with allocation_errors("training", "make seq_len, batch_size or the model smaller."):
             summary = run(config, invocation)
     except BaseException:
-        if not any(place.iterdir()):
-            place.rmdir()
+        remove_unused(place)  # the run may have done so; another error must not hide the first
         raise
     last = Path(summary.get("checkpoint", ""))
     own = last.parents[1] if last.parent.name == "checkpoints" else place  # a run that goes on may lie elsewhere
