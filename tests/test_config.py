@@ -253,6 +253,8 @@ def test_words_of_a_checkpoint_have_their_types(compose_config, word, value):
 
 # Case: name, overrides, and words the message must contain.
 REFUSED = [
+    ("true for a choice of three", ["model.activation_checkpointing=true"], ["model.activation_checkpointing=true is"]),
+    ("nothing for a stage", ["stages=[null]"], ["stages=[null] is no list of stages"]),
     ("an unknown word added", ["+seqlen=3"], ["unknown key seqlen", "Did you mean seq_len?"]),
     ("an unknown word", ["seqlen=3"], ["seqlen"]),
     ("an unknown key of a group added", ["+mixer.num_head=3"], ["unknown key mixer.num_head", "mean num_heads?"]),

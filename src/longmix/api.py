@@ -134,6 +134,18 @@ def _is_choice(value: Any) -> bool:
     return isinstance(value, Mapping) and ("_target_" in value or "pattern" in value)
 
 
+def _by_member(settings: Mapping[str, Any]) -> Plain:
+    """Settings of a mixer, in which those of a pattern's member may have been named as on the command line."""
+    found: Plain = {}
+    for name, value in settings.items():
+        member, _, setting = str(name).partition(".")
+        if not setting:
+            found[member] = {**found.get(member, {}), **value} if isinstance(value, Mapping) else value
+        elif isinstance(found.setdefault(member, {}), dict):
+            found[member] = {**found[member], setting: value}
+    return found
+
+
 def _clock_name(config: TrainConfig, choices: Mapping[str, str]) -> str:
     parts = [datetime.now().strftime("%Y-%m-%d_%H-%M-%S"), *filter(None, map(choices.get, ("mixer", "model")))]
     return "_".join([*map(str, parts), str(config.seq_len)])
@@ -263,7 +275,7 @@ def load(
         precision: "auto" (bf16 on a GPU, float32 on a CPU), "float32" or "bf16".
         states: `states.pt` of a run with trainable=states, or its folder.
         mixer: settings that may change after training, as `{"rotary_scaling": "yarn", "rotary_factor": 4, ...}`; in a
-            pattern by its members, `{"flash": {...}}`.
+            pattern by its members, `{"flash": {...}}` or `{"flash.rotary_base": 5e5}`.
         trust: full names of classes besides longmix's own that the checkpoint may name. Loading calls nothing else.
 
     Raises:
@@ -275,10 +287,11 @@ def load(
         raise ConfigError(f"checkpoint={checkpoint!r} is no path; give the folder of a run or of a checkpoint.")
     if mixer is not None and not isinstance(mixer, Mapping):
         raise ConfigError(f"mixer={mixer!r} is no mapping of settings, such as {{'rotary_scaling': 'yarn'}}.")
+    mixer = _by_member(mixer or {})
     states = None if states is None else user_path("states", states)
     trusted = _texts("trust", trust)
     restored = restore(str(checkpoint), mixer=mixer, states=states, device=device, precision=precision, trust=trusted)
     settings: dict[str, Any] = {"device": device, "precision": precision, "trust": trusted}
-    settings |= {"mixer": dict(mixer)} if mixer else {}
+    settings |= {"mixer": mixer} if mixer else {}
     settings["states"] = None if states is None else str(states)
     return Loaded(restored, settings)

@@ -188,7 +188,7 @@ def test_layers_with_the_same_positions_share_a_layout():
 REFUSED = {
     "factor-alone": (
         {"rotary_factor": 2.0},
-        "mixer.rotary_factor=2.0 belongs to a mixer.rotary_scaling, which is null",
+        "mixer.rotary_factor=2.0 belongs to a mixer.rotary_scaling, which is null; .* or mixer.rotary_factor=null",
     ),
     "length-alone": ({"rotary_original_length": 64}, "mixer.rotary_original_length=64 belongs to a"),
     "options-alone": ({"rotary_options": {"beta_fast": 3}}, "mixer.rotary_options=.* belongs to a"),
@@ -198,19 +198,20 @@ REFUSED = {
         {"rotary_scaling": "yarn", "rotary_factor": 2},
         "mixer.rotary_original_length=null must be the tokens",
     ),
-    "useless-length": ({**LINEAR, "rotary_original_length": 64}, "rotary_original_length=64 changes nothing with"),
+    "useless-length": ({**LINEAR, "rotary_original_length": 64}, "length=64 changes nothing with .* make it null"),
     "short-length": ({**YARN, "rotary_original_length": 5}, "rotary_original_length=5 is so short that no channel"),
     "kind": ({"rotary_scaling": "ntk", "rotary_factor": 2}, "mixer.rotary_scaling='ntk' is not one of linear, yarn"),
     "no-base": (
         {"rotary_base": None, **LINEAR},
-        "mixer.rotary_scaling=linear has nothing to rotate: mixer.rotary_base",
+        "=linear has nothing to rotate: .* give a mixer.rotary_base, or mixer.rotary_scaling=null",
     ),
-    "no-base-fraction": ({"rotary_base": None, "rotary_fraction": 0.5}, "mixer.rotary_fraction=0.5 has nothing to rot"),
+    "no-base-fraction": ({"rotary_base": None, "rotary_fraction": 0.5}, "=0.5 has nothing to rotate: .*_fraction=1"),
     "fraction": ({"rotary_fraction": 0.0}, "mixer.rotary_fraction=0.0 must be above 0 and at most 1"),
     "odd-fraction": ({"rotary_fraction": 0.1}, "mixer.rotary_fraction=0.1 of a head of 16 channels rotates 1; it must"),
     "option": ({**LINEAR, "rotary_options": {"beta_fast": 3}}, "rotary_options.beta_fast is unknown; .* are none"),
     "option-of-another": ({**LLAMA3, "rotary_options": {"beta_fast": 3}}, "are low_freq_factor, high_freq_factor"),
     "option-type": ({**YARN, "rotary_options": {"beta_fast": "3"}}, "rotary_options.beta_fast='3' is not a number"),
+    "option-null": ({**YARN, "rotary_options": {"beta_fast": None}}, "rotary_options.beta_fast=null is not a number"),
     "ramp": ({**YARN, "rotary_options": {"beta_fast": 1}}, "rotary_options.beta_fast=1 must be above beta_slow=1.0"),
     "freq": (
         {**LLAMA3, "rotary_options": {"low_freq_factor": 4}},

@@ -71,6 +71,8 @@ def test_members_of_a_hybrid_change_each_for_itself(trained, words, tmp_path):
     assert (window.window, window.rotary.base, flash.rotary) == (16, 10_000.0, None)
     same = longmix.load(base, mixer={"sliding_window": {"window": 16}, "flash": {"rotary_base": None}}).model.mixers()
     assert [mixer.rotary for mixer in same] == [window.rotary, flash.rotary]
+    dotted = longmix.load(base, mixer={"sliding_window.window": 16, "flash.rotary_base": None}).model.mixers()
+    assert [(mixer.rotary, getattr(mixer, "window", None)) for mixer in dotted] == [(window.rotary, 16), (None, None)]
 
 
 REFUSED = {

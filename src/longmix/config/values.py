@@ -62,8 +62,14 @@ def described(hint: Any) -> str:
 
 
 def as_given(value: object) -> str:
-    """A value as it is written in messages."""
-    return "null" if value is None else repr(value)
+    """A value as it is written in messages: in YAML's words, and texts in quotes."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(as_given, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name!r}: {as_given(item)}' for name, item in value.items())}}}"
+    return repr(value)
 
 
 def misfit(value: object, hint: Any) -> str:

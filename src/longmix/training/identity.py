@@ -27,6 +27,7 @@ from longmix.config import (
     settings_of_stages,
     total_steps,
 )
+from longmix.config.values import as_given
 from longmix.errors import CheckpointError, ConfigError, LongmixError
 from longmix.reading import read_yaml
 from longmix.training import schedules
@@ -167,9 +168,16 @@ def _fixed_changes(saved: Plain, config: TrainConfig, step: int) -> Changes:
 
 def phrases(found: Changes) -> str:
     """The first few changes as text."""
-    shown = [f"{key} was {was} and is {value}" for key, (was, value) in list(found.items())[:SHOWN_DIFFERENCES]]
+    shown = [
+        f"{key} was {_shown(was)} and is {_shown(value)}"
+        for key, (was, value) in list(found.items())[:SHOWN_DIFFERENCES]
+    ]
     more = f" and {len(found) - SHOWN_DIFFERENCES} more" if len(found) > SHOWN_DIFFERENCES else ""
     return "; ".join(shown) + more
+
+
+def _shown(value: object) -> str:
+    return value if isinstance(value, str) else as_given(value)
 
 
 def check_continues(saved: Plain, config: TrainConfig, checkpoint: Path, step: int) -> None:
@@ -207,7 +215,7 @@ def announce(saved: Plain, config: TrainConfig, step: int) -> None:
     found = changes(saved, config)
     found.pop("checkpoint", None)
     for key, (was, value) in found.items():
-        log.info("%s was %s and is %s from step %d.", key, was, value, step + 1)
+        log.info("%s was %s and is %s from step %d.", key, _shown(was), _shown(value), step + 1)
     own = plain(config)
     before, now = (_learning_rate(each, step, config.schedule.target) for each in (saved, own))
     if before is not None and now is not None and abs(before - now) > 1e-9 * abs(before):

@@ -75,7 +75,7 @@ class Rotary:
                 if given != least:
                     raise ConfigError(
                         f"mixer.rotary_{name}={given} has nothing to rotate: mixer.rotary_base=null is no positions; "
-                        "leave one of the two out."
+                        f"give a mixer.rotary_base, or mixer.rotary_{name}={'null' if least is None else least}."
                     )
             return None
         if not 1 < rotary_base <= MOST:

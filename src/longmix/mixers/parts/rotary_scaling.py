@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from longmix.config.values import as_given
 from longmix.errors import ConfigError
 
 MOST = 1e12
@@ -163,7 +164,7 @@ def scaling_of(
             if value is not None:
                 raise ConfigError(
                     f"mixer.rotary_{name}={value} belongs to a mixer.rotary_scaling, which is null; give one of "
-                    f"{', '.join(KINDS)}, or leave it out."
+                    f"{', '.join(KINDS)}, or mixer.rotary_{name}=null."
                 )
         return None
     if kind not in KINDS:
@@ -184,8 +185,8 @@ def scaling_of(
         values["original_length"] = original_length
     elif original_length is not None:
         raise ConfigError(
-            f"mixer.rotary_original_length={original_length} changes nothing with mixer.rotary_scaling={kind}; leave "
-            "it out."
+            f"mixer.rotary_original_length={original_length} changes nothing with mixer.rotary_scaling={kind}; make it "
+            "null."
         )
     further = [name for name in known if name not in ("factor", "original_length")]
     return KINDS[kind](**values, **_options(kind, options or {}, further))
@@ -201,7 +202,7 @@ def _options(kind: str, given: Mapping[str, float], known: list[str]) -> dict[st
             )
         wanted = "true or false" if name == "truncate" else "a number"
         if isinstance(value, bool) != (name == "truncate") or not isinstance(value, int | float):
-            raise ConfigError(f"mixer.rotary_options.{name}={value!r} is not {wanted}.")
+            raise ConfigError(f"mixer.rotary_options.{name}={as_given(value)} is not {wanted}.")
         if not abs(value) <= MOST:
             raise ConfigError(f"mixer.rotary_options.{name}={value} is out of range.")
     return dict(given)
