@@ -97,7 +97,7 @@ def test_refusals(called, tmp_path, monkeypatch, arguments, said):
         ("export", ["a", "b", "as=llama", "force=true"], ["a", "b", "--as", "llama", "--force"]),
         ("export", ["a", "b", "force=false"], ["a", "b"]),
         ("export", ["a", "b", "--as", "llama"], ["a", "b", "--as", "llama"]),
-        ("import", ["a", "b", "missing_bytes=drop"], ["a", "b", "--missing-bytes", "drop"]),
+        ("import", ["a", "b", "missing_bytes=replace"], ["a", "b", "--missing-bytes", "replace"]),
         ("report", ["a", "b", "output=c"], ["a", "b", "--output", "c"]),
         ("report", ["a", "output=null"], ["a"]),
         ("report", ["folders=[a,b]"], ["a", "b"]),
