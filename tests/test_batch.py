@@ -10,8 +10,8 @@ import torch
 
 from longmix.analysis.effective_attention import layer_inputs
 from longmix.batch import Batch, each, first_tokens
+from longmix.data.documents import Window
 from longmix.data.loaders import collate, document_starts
-from longmix.data.windows import Window
 from longmix.evaluation.loss import run_whole, to_device
 from longmix.evaluation.tasks.accuracy import _at_length as accuracy_at
 from longmix.model.backbone import ModelOutput

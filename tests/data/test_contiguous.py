@@ -117,7 +117,9 @@ def test_remote_shards_that_are_not_at_hand_are_refused():
         "s3://bucket/tokens", CodePointTokenizer(), seq_len=8, batch_size=4, seed=0, order="contiguous"
     )
     found.__dict__["folders"] = {"train": "s3://bucket/tokens/train"}
-    found._token_files["train"] = [SimpleNamespace(shards=[9] * 40, num_tokens=360)]
+    found._token_files["train"] = [
+        SimpleNamespace(shards=[9] * 40, num_tokens=360, num_documents=40, offsets=np.arange(0, 361, 9))
+    ]
     with pytest.raises(ConfigError, match=r"all 40 shards .* data\.local_shards=32 .* set data\.local_shards=40"):
         found._check_room()
     found.local_shards = 40

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from longmix.data.documents import Window
 from longmix.data.loaders import collate, document_starts
-from longmix.data.windows import Window
 
 
 def random_ids(random: np.random.Generator, rows: int, length: int, share: float) -> np.ndarray:

@@ -114,7 +114,7 @@ def _shards_of_each_window(order: TrainWindows, token_file) -> list[set[int]]:
     epoch = order._shuffle(0)
     stream = epoch.stream
     stream._token_file = type("Noted", (), {"tokens": Noting(), **{
-        name: getattr(token_file, name) for name in ("num_tokens", "separator_id")
+        name: getattr(token_file, name) for name in ("num_tokens", "separator_id", "offsets")
     }})()  # fmt: skip
     for index in epoch.order.tolist():
         stream.window(index)

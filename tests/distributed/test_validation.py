@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from sliced import LENGTH, VOCABULARY, Case, rows
 
+from longmix.data.documents import Window
 from longmix.data.loaders import EvaluationBatches
-from longmix.data.windows import Window
 from longmix.model.head import IGNORE_INDEX
 from longmix.training import strategies
 from longmix.training.module import TrainingModule

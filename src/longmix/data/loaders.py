@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from longmix.batch import IGNORE_INDEX, Batch
-from longmix.data.windows import ContiguousWindows, FiniteWindows, OrderedWindows, Window
+from longmix.data.documents import Window
+from longmix.data.windows import ContiguousWindows, FiniteWindows, OrderedWindows
 from longmix.errors import ConfigError, LongmixError
 
 MOST_COMMON = 16

@@ -2,18 +2,20 @@
 
 import functools
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Unpack
 
 import numpy as np
 
 from longmix.data.corpora.corpus import SPLITS, Corpus, check_split
-from longmix.data.text_data import TextData, TextOptions
+from longmix.data.documents import Window
+from longmix.data.packing import UndividedWindows
+from longmix.data.text_data import PackedOptions, PackedText
 from longmix.data.tokens.preparation import prepare
 from longmix.data.tokens.token_files import TokenFile
 from longmix.data.tokens.tokenizers import Tokenizer
-from longmix.data.windows import EvaluationWindows, TrainWindows, Window, check_seq_len, order_key, permutation
+from longmix.data.windows import EvaluationWindows, OrderedWindows, check_seq_len, order_key, permutation
 from longmix.errors import ConfigError, settings_at
 
 BLOCK = 1000
@@ -66,7 +68,7 @@ class MixedWindows:
         windows_per_epoch: of all corpora together.
     """
 
-    def __init__(self, sources: list[TrainWindows], counts: list[int], seed: int) -> None:
+    def __init__(self, sources: Sequence[OrderedWindows], counts: list[int], seed: int) -> None:
         self.windows_per_epoch = sum(source.windows_per_epoch for source in sources)
         self._sources, self._seed = sources, seed
         self._ends = list(accumulate(counts))
@@ -105,8 +107,8 @@ class MixedEvaluation:
         return self._parts[number][index - (self._ends[number - 1] if number else 0)]
 
 
-class MixtureData(TextData):
-    """Several corpora, each with its share of the training windows, as one source of data; see `TextData`.
+class MixtureData(PackedText):
+    """Several corpora, each with its share of the training windows, as one source of data; see `PackedText`.
 
     Each corpus has token files of its own, so that another share or another corpus beside it prepares nothing anew.
     Evaluation takes of each corpus about its share of the tokens, or all tokens of all.
@@ -115,7 +117,7 @@ class MixtureData(TextData):
         corpora: by name.
         weights: share of each by the same names; they need not add up to one.
         tokenizer: shared; if it is trained, on all of them.
-        options: see `TextData`.
+        options: see `PackedText`.
 
     Raises:
         ConfigError: weights and corpora differ in name, or a weight is too small or negative.
@@ -126,7 +128,7 @@ class MixtureData(TextData):
         corpora: dict[str, Corpus],
         weights: dict[str, float],
         tokenizer: Tokenizer,
-        **options: Unpack[TextOptions],
+        **options: Unpack[PackedOptions],
     ) -> None:
         super().__init__(JoinedCorpus(corpora), tokenizer, **options)
         if set(weights) != set(corpora):
@@ -145,10 +147,10 @@ class MixtureData(TextData):
             return prepare(self.corpora[name], self.tokenizer, split, self.cache_dir, self.preparation, label=name)
 
     @functools.cached_property
-    def train_windows(self) -> MixedWindows:
-        """The training windows of all corpora, mixed by their shares."""
-        windows = [TrainWindows(token_file, self.seq_len, self.seed) for token_file in self.token_files("train")]
-        return MixedWindows(windows, list(self.counts.values()), self.seed)
+    def train_windows(self) -> OrderedWindows:
+        """The training windows of all corpora, mixed by their shares; each corpus is packed alone."""
+        windows = MixedWindows(self.part_windows, list(self.counts.values()), self.seed)
+        return windows if self.packing.document_mask else UndividedWindows(windows)
 
     def evaluation_windows(self, split: str, seq_len: int, max_tokens: int | None) -> MixedEvaluation:
         """The windows of a split, one corpus after the other; each corpus has its share of `max_tokens`."""
@@ -164,7 +166,8 @@ class MixtureData(TextData):
         """What fixes the batch of every step, JSON-able."""
         keys = [order_key(token_file) for token_file in self.token_files("train")]
         sizes = {"seq_len": self.seq_len, "batch_size": self.batch_size, "seed": self.seed}
-        return {"train_keys": dict(zip(self.corpora, keys, strict=True)), "shares": self.counts, **sizes}
+        shares = {"train_keys": dict(zip(self.corpora, keys, strict=True)), "shares": self.counts}
+        return {**shares, **sizes, **self.packing_fingerprint()}
 
     def content(self, split: str) -> dict[str, Any]:
         """What fixes the tokens of a split, JSON-able."""
@@ -174,6 +177,7 @@ class MixtureData(TextData):
         """Settings, hashes and counts for logs and checkpoints; tokens of a split are summed over all corpora."""
         return {
             **self.fingerprint(),
+            **self.packing_summary(),
             "corpus": self.corpus.name,
             "tokenizer": self.tokenizer.fingerprint(),
             "vocab_size": self.vocab_size,

@@ -12,7 +12,7 @@ from typing import Any, Unpack
 
 from longmix.data.corpora.corpus import SPLITS
 from longmix.data.corpora.retry import Patience
-from longmix.data.text_data import TextOptions, TokenData
+from longmix.data.text_data import PackedOptions, TokenData
 from longmix.data.tokens.sealed_folder import MANIFEST, read_manifest
 from longmix.data.tokens.token_files import FORMAT_VERSION, TOKENIZER, TokenFile, check_manifest
 from longmix.data.tokens.tokenizers import Tokenizer, tokenizer_from_state
@@ -298,7 +298,7 @@ class PreparedData(TokenData):
         *,
         local_shards: int = LEAST_SHARDS,
         order: str = "shuffled",
-        **options: Unpack[TextOptions],
+        **options: Unpack[PackedOptions],
     ) -> None:
         super().__init__(PreparedCorpus("prepared", SPLITS[:2]), tokenizer, order=order, **options)
         if local_shards < LEAST_SHARDS:

@@ -2,16 +2,21 @@
 
 import functools
 import logging
+from dataclasses import asdict
 from typing import Any, Unpack
 
 from longmix.data.corpora.corpus import Corpus
+from longmix.data.packing import Packing, Shares, UndividedWindows
 from longmix.data.tokens.preparation import Preparation, prepare
 from longmix.data.tokens.token_files import TokenFile
 from longmix.data.tokens.tokenizers import Tokenizer
 from longmix.data.training_data import DataOptions, TrainingData
-from longmix.data.windows import ContiguousWindows, EvaluationWindows, OrderedWindows, TrainWindows, order_key
+from longmix.data.windows import EvaluationWindows, OrderedWindows, TextWindows, order_key
 from longmix.errors import ConfigError, DataError
 from longmix.paths import user_path
+
+MUCH = 0.5
+"""The share of dropped tokens from which on there is a warning."""
 
 logger = logging.getLogger(__name__)
 
@@ -180,29 +185,128 @@ class TextData(TrainingData):
         }
 
 
+class PackedOptions(TextOptions, total=False):
+    """The options of `PackedText` besides corpus and tokenizer; see there."""
+
+    packing: str
+    max_document_tokens: int | None
+    long_documents: int | None
+    long_document_visits: int
+    document_mask: bool
+
+
+class PackedText(TextData):
+    """Text as training windows that are packed with documents; see `longmix.data.packing.Packing`.
+
+    Evaluation windows are cut from the stream of whole documents, whatever training reads.
+
+    Args:
+        corpus: where the documents come from.
+        tokenizer: how they become tokens.
+        packing, max_document_tokens, long_documents, long_document_visits, document_mask: see `Packing`.
+        options: see `TextData`.
+
+    Raises:
+        ConfigError: a setting that `Packing` or `TextData` refuses.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        *,
+        packing: str = "stream",
+        max_document_tokens: int | None = None,
+        long_documents: int | None = None,
+        long_document_visits: int = 2,
+        document_mask: bool = True,
+        **options: Unpack[TextOptions],
+    ) -> None:
+        super().__init__(corpus, tokenizer, **options)
+        self.packing = Packing(packing, max_document_tokens, long_documents, long_document_visits, document_mask)
+
+    @functools.cached_property
+    def part_windows(self) -> list[TextWindows]:
+        """The training windows of each of `token_files`."""
+        return [self._windows_of(token_file) for token_file in self.token_files("train")]
+
+    def _windows_of(self, token_file: TokenFile) -> TextWindows:
+        return self.packing.windows(token_file, self.seq_len, self.seed)
+
+    @functools.cached_property
+    def shares(self) -> dict[str, Shares]:
+        """What packing costs, by the user's name of each corpus."""
+        files = self.token_files("train")
+        return {
+            name: self.packing.shares(windows, file, self.seq_len)
+            for name, windows, file in zip(self.part_names, self.part_windows, files, strict=True)
+        }
+
+    @property
+    def train_tokens_per_epoch(self) -> int:
+        """Tokens of the windows of an epoch; those of the documents if windows are cut from their stream."""
+        if self.packing.packing == "stream":
+            return sum(self.packing.documents(file).num_tokens for file in self.token_files("train"))
+        return self.seq_len * sum(windows.windows_per_epoch for windows in self.part_windows)
+
+    def _check_room(self) -> None:
+        super()._check_room()
+        _ = self.part_windows  # in a contiguous order, refuses more rows than there are windows
+        for name, shares in self.shares.items() if logger.isEnabledFor(logging.INFO) else ():
+            logger.info("data.packing=%s of %s: %s", self.packing.packing, name, shares)
+            if shares.dropped_tokens > MUCH:
+                logger.warning(
+                    "data.packing=%s drops most of %s, because its documents are longer than seq_len=%d; "
+                    "data.max_document_tokens=%d cuts them into several documents instead",
+                    *(self.packing.packing, name, self.seq_len, self.seq_len),
+                )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What fixes the batch of every step, JSON-able. A run resumes only if this is unchanged."""
+        return {**super().fingerprint(), **self.packing_fingerprint()}
+
+    def packing_fingerprint(self) -> dict[str, Any]:
+        """What a fingerprint has besides, if the packing is not the default one."""
+        changed = self.packing.changed()
+        return {"packing": changed} if changed else {}
+
+    def summary(self) -> dict[str, Any]:
+        """Settings, hashes and counts of the splits in use, JSON-able, for logs and checkpoints."""
+        return {**super().summary(), **self.packing_summary()}
+
+    def packing_summary(self) -> dict[str, Any]:
+        """The packing and what it costs, once the train split has been read."""
+        if "train" not in self._token_files:
+            return {}
+        shares = {name: asdict(shares) for name, shares in self.shares.items()}
+        return {"packing": {**asdict(self.packing), "shares": shares}}
+
+
 ORDERS = ("shuffled", "contiguous")
 
 
-class TokenData(TextData):
-    """The text of one corpus as windows: each token is an input once an epoch.
+class TokenData(PackedText):
+    """The text of one corpus as windows: each token is an input once an epoch, if `packing` is not told otherwise.
 
     Args:
         corpus: where the documents come from.
         tokenizer: how they become tokens.
         order: of the training windows: "shuffled", see `TrainWindows`, or "contiguous", see `ContiguousWindows`.
-        options: see `TextData`.
+        options: see `PackedText`.
 
     Raises:
-        ConfigError: an unknown order, or a setting that `TextData` refuses.
+        ConfigError: an unknown order, one that the packing does not allow, or a setting that `PackedText` refuses.
     """
 
     def __init__(
-        self, corpus: Corpus, tokenizer: Tokenizer, *, order: str = "shuffled", **options: Unpack[TextOptions]
+        self, corpus: Corpus, tokenizer: Tokenizer, *, order: str = "shuffled", **options: Unpack[PackedOptions]
     ) -> None:
         super().__init__(corpus, tokenizer, **options)
         if order not in ORDERS:
             raise ConfigError(f"data.order={order} is unknown; use {' or '.join(ORDERS)}.")
         self.order = order
+        if self.reads_on:
+            self.packing.check_reads_on()
         self._evaluation_windows: dict[tuple[str, int, int | None], EvaluationWindows] = {}
 
     @property
@@ -213,13 +317,13 @@ class TokenData(TextData):
     @functools.cached_property
     def train_windows(self) -> OrderedWindows:
         """The training windows all steps are cut from."""
-        if self.reads_on:
-            return ContiguousWindows(self.token_file("train"), self.seq_len, self.seed, self.batch_size)
-        return TrainWindows(self.token_file("train"), self.seq_len, self.seed)
+        (windows,) = self.part_windows  # a contiguous order masks by itself
+        return windows if self.packing.document_mask or self.reads_on else UndividedWindows(windows)
 
-    def _check_room(self) -> None:
-        super()._check_room()
-        _ = self.train_windows  # refuses more rows than there are windows
+    def _windows_of(self, token_file: TokenFile) -> TextWindows:
+        if self.reads_on:
+            return self.packing.contiguous(token_file, self.seq_len, self.seed, self.batch_size)
+        return super()._windows_of(token_file)
 
     def fingerprint(self) -> dict[str, Any]:
         """What fixes the batch of every step, JSON-able. A run resumes only if this is unchanged."""

@@ -6,11 +6,12 @@ process, so a run resumes from a step counter alone and the number of loader wor
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from longmix.batch import IGNORE_INDEX
+from longmix.data.documents import Documents, Held, Window
 from longmix.data.tokens.token_files import TokenFile
 from longmix.errors import ConfigError
 
@@ -19,21 +20,6 @@ SHARDS_TOGETHER = 16
 
 SHARD_STREAM = 1 << 41
 """The random stream that orders shards; epochs use the streams from 0, mixtures those from 2**40."""
-
-
-class Window(NamedTuple):
-    """One row of a batch.
-
-    Attributes:
-        tokens: inputs, int64 [T].
-        targets: the token that follows each input, or `IGNORE_INDEX`, int64 [T].
-        document_ids: which document each input belongs to, counted from 0 in this window, int32 [T]; None where
-            windows are never packed with several documents.
-    """
-
-    tokens: np.ndarray
-    targets: np.ndarray
-    document_ids: np.ndarray | None
 
 
 class OrderedWindows(Protocol):
@@ -48,6 +34,14 @@ class OrderedWindows(Protocol):
         """The window at a running index that goes through the epochs one after the other."""
 
 
+class TextWindows(OrderedWindows, Protocol):
+    """Training windows that are cut from documents."""
+
+    def held(self) -> Held:
+        """What the windows of the first epoch have of its documents."""
+        ...
+
+
 class FiniteWindows(Protocol):
     """The windows of an evaluation, numbered from 0."""
 
@@ -57,49 +51,65 @@ class FiniteWindows(Protocol):
 
 
 class PackedStream:
-    """The documents of a token file, one after the other in a given order, cut into windows of `seq_len`.
+    """Documents of a token file, one after the other in a given order, cut into windows of `seq_len`.
 
     Window w has the tokens [w * seq_len, (w + 1) * seq_len) of the stream as inputs and their successors as targets.
     A last window that the stream does not fill is padded with separators, which form a document of their own and have
     no target. So each token of the stream is an input exactly once, and each but the first is a target exactly once:
     the very last input has none.
+
+    Args:
+        token_file: what the tokens are read from.
+        documents: in the order of the stream.
+        seq_len: tokens per window.
+        begins: where in the stream each window begins instead, ascending.
     """
 
-    def __init__(self, token_file: TokenFile, order: np.ndarray, seq_len: int) -> None:
-        self._token_file = token_file
-        self._seq_len = seq_len
-        starts = token_file.offsets[order]
-        self._ends = np.cumsum(token_file.offsets[order + 1] - starts)
-        # what to add to a position in the stream to get the position in the file, per document
-        self._shifts = starts - np.concatenate([[0], self._ends[:-1]])
+    def __init__(
+        self, token_file: TokenFile, documents: Documents, seq_len: int, begins: np.ndarray | None = None
+    ) -> None:
+        self._token_file, self._documents, self._seq_len, self._begins = token_file, documents, seq_len, begins
+        self._ends = np.cumsum(documents.lengths)
 
     def window(self, index: int) -> Window:
         """Window `index` of `num_windows`."""
-        start = index * self._seq_len
-        stop = min(start + self._seq_len, self._token_file.num_tokens)
-        tokens, document_ids = self._read(start, min(stop + 1, self._token_file.num_tokens))
-        padding = self._seq_len - (stop - start)
-        inputs = tokens[: stop - start]
-        targets = tokens[1:]
-        inputs = np.pad(inputs, (0, padding), constant_values=self._token_file.separator_id)
-        targets = np.pad(targets, (0, self._seq_len - len(targets)), constant_values=IGNORE_INDEX)
-        document_ids = document_ids[: stop - start]
-        document_ids = np.pad(document_ids, (0, padding), constant_values=document_ids[-1] + 1)
-        return Window(inputs, targets, document_ids)
+        start = self._begin(index)
+        total = int(self._ends[-1])
+        stop = min(start + self._seq_len, total)
+        window = self._between(start, stop).window(self._token_file, self._seq_len)
+        if stop == total:
+            window.targets[stop - start - 1] = IGNORE_INDEX
+        return window
+
+    def held(self) -> Held:
+        """What the windows have of the documents."""
+        total = int(self._ends[-1])
+        begins = np.arange(0, total, self._seq_len) if self._begins is None else self._begins
+        ends = np.minimum(begins + self._seq_len, total)
+        document_begins = self._ends - self._documents.lengths
+        first = np.searchsorted(begins, document_begins, side="right") - 1
+        last = np.searchsorted(begins, self._ends - 1, side="right") - 1
+        is_whole = (first == last) & (self._ends <= ends[last])
+        is_dropped = (first == last) & (document_begins >= ends[first])
+        return Held(int((ends - begins).sum()), self._documents.taken(~is_whole & ~is_dropped))
 
     def is_inside_a_document(self, index: int) -> bool:
         """Whether window `index` begins after the first token of a document."""
-        document = np.searchsorted(self._ends, index * self._seq_len - 1, side="right")
-        return bool(self._ends[document] > index * self._seq_len)
+        begin = self._begin(index)
+        document = np.searchsorted(self._ends, begin - 1, side="right")
+        return bool(self._ends[document] > begin)
 
-    def _read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [start, stop) of the stream and their document numbers, counted from 0."""
+    def _begin(self, index: int) -> int:
+        return index * self._seq_len if self._begins is None else int(self._begins[index])
+
+    def _between(self, start: int, stop: int) -> Documents:
+        """What documents have of the tokens [start, stop) of the stream."""
         first, last = np.searchsorted(self._ends, [start, stop - 1], side="right")
-        bounds = np.concatenate([[start], self._ends[first:last], [stop]])
-        lengths = np.diff(bounds)
-        positions = np.arange(start, stop) + np.repeat(self._shifts[first : last + 1], lengths)
-        document_ids = np.repeat(np.arange(last - first + 1, dtype=np.int32), lengths)
-        return self._token_file.tokens[positions].astype(np.int64), document_ids
+        here = slice(int(first), int(last) + 1)
+        ends = self._ends[here]
+        begins = ends - self._documents.lengths[here]
+        skipped = np.maximum(start - begins, 0)
+        return Documents(self._documents.starts[here] + skipped, np.minimum(ends, stop) - begins - skipped)
 
 
 @dataclass
@@ -124,50 +134,77 @@ class TrainWindows:
         token_file: the split to train on.
         seq_len: tokens per window, at least 1.
         seed: together with epoch and index it fixes every window; 0 <= seed < 2**63.
+        documents: that an epoch reads; those of the token file when not given.
 
     Raises:
         ConfigError: `seq_len` or `seed` is impossible.
     """
 
-    def __init__(self, token_file: TokenFile, seq_len: int, seed: int) -> None:
-        _check_order(seq_len, seed)
-        self.windows_per_epoch = -(-token_file.num_tokens // seq_len)
-        self._token_file = token_file
-        self._seq_len = seq_len
-        self._seed = seed
+    def __init__(self, token_file: TokenFile, seq_len: int, seed: int, documents: Documents | None = None) -> None:
+        check_order(seq_len, seed)
+        self._documents = Documents.of(token_file) if documents is None else documents
+        self._token_file, self._seq_len, self._seed = token_file, seq_len, seed
         self._epoch: _Epoch | None = None
+        self.windows_per_epoch = self._count()
+
+    def _count(self) -> int:
+        return -(-self._documents.num_tokens // self._seq_len)
 
     def window(self, epoch: int, index: int) -> Window:
         """The window of number `index` (0 <= index < windows_per_epoch) of an epoch."""
-        if self._epoch is None or self._epoch.number != epoch:
-            self._epoch = self._shuffle(epoch)
-        return self._epoch.stream.window(int(self._epoch.order[index]))
+        shuffled = self._shuffled(epoch)
+        return shuffled.stream.window(int(shuffled.order[index]))
+
+    def held(self) -> Held:
+        """What the windows of the first epoch have of its documents."""
+        return self._shuffled(0).stream.held()
 
     def sample(self, global_index: int) -> Window:
         """The window at a running index that goes through the epochs one after the other."""
         return self.window(*divmod(global_index, self.windows_per_epoch))
 
-    def _shuffle(self, epoch: int) -> _Epoch:
-        groups = self._groups(epoch)
-        documents = permutation(self._token_file.num_documents, self._seed, 2 * epoch)
-        windows = permutation(self.windows_per_epoch, self._seed, 2 * epoch + 1)
+    def ordered(self, epoch: int) -> tuple[Documents, np.ndarray]:
+        """The documents in the order of an epoch, and how many each group of shards has."""
+        groups = shard_groups(self._token_file, self._documents.starts, self._seed, epoch)
+        order = permutation(len(self._documents), self._seed, 2 * epoch)
         if len(groups) > 1:
-            documents = _within(documents, np.concatenate(groups), [len(group) for group in groups])
-            lengths = np.diff(self._token_file.offsets)
-            ends = np.cumsum([int(lengths[group].sum()) for group in groups]) // self._seq_len
-            ends[-1] = self.windows_per_epoch
-            windows = _within(windows, np.arange(self.windows_per_epoch), np.diff(ends, prepend=0).tolist())
-        return _Epoch(epoch, PackedStream(self._token_file, documents, self._seq_len), windows)
+            order = within(order, np.concatenate(groups), [len(group) for group in groups])
+        return self._documents.taken(order), np.array([len(group) for group in groups])
 
-    def _groups(self, epoch: int) -> list[np.ndarray]:
-        """The documents of each group of shards."""
-        bounds = np.searchsorted(self._token_file.offsets, np.cumsum([0, *self._token_file.shards]))
-        shards = [np.arange(start, stop) for start, stop in pairwise(bounds.tolist())]
-        if len(shards) <= SHARDS_TOGETHER:
-            return [np.concatenate(shards)]
-        order = permutation(len(shards), self._seed, SHARD_STREAM + epoch).tolist()
-        starts = range(0, len(order), SHARDS_TOGETHER)
-        return [np.concatenate([shards[s] for s in order[start : start + SHARDS_TOGETHER]]) for start in starts]
+    def begins(self, documents: Documents) -> np.ndarray:
+        """Where windows begin in the stream of ordered documents."""
+        return np.arange(0, documents.num_tokens, self._seq_len)
+
+    def _shuffled(self, epoch: int) -> _Epoch:
+        if self._epoch is None or self._epoch.number != epoch:
+            self._epoch = self._shuffle(epoch)
+        return self._epoch
+
+    def _shuffle(self, epoch: int) -> _Epoch:
+        documents, sizes = self.ordered(epoch)
+        begins = self.begins(documents)
+        windows = permutation(len(begins), self._seed, 2 * epoch + 1)
+        if len(sizes) > 1:
+            tokens = np.cumsum(documents.lengths)[np.cumsum(sizes) - 1]
+            ends = np.searchsorted(begins + self._seq_len, tokens, side="right")
+            ends[-1] = len(begins)
+            windows = within(windows, np.arange(len(begins)), np.diff(ends, prepend=0).tolist())
+        return _Epoch(epoch, PackedStream(self._token_file, documents, self._seq_len, begins), windows)
+
+
+def shard_groups(token_file: TokenFile, starts: np.ndarray, seed: int, epoch: int) -> list[np.ndarray]:
+    """Numbers of the documents that begin at `starts`, for each group of shards of an epoch."""
+    bounds = np.searchsorted(starts, np.cumsum([0, *token_file.shards]))
+    shards = [np.arange(start, stop) for start, stop in pairwise(bounds.tolist())]
+    return [np.concatenate([shards[s] for s in group]) for group in grouped(len(shards), seed, epoch)]
+
+
+def grouped(shards: int, seed: int, epoch: int) -> list[list[int]]:
+    """The shards of each group of an epoch."""
+    if shards <= SHARDS_TOGETHER:
+        return [list(range(shards))]
+    order = permutation(shards, seed, SHARD_STREAM + epoch).tolist()
+    return [order[start : start + SHARDS_TOGETHER] for start in range(0, len(order), SHARDS_TOGETHER)]
 
 
 def order_key(token_file: TokenFile) -> str:
@@ -189,6 +226,8 @@ class ContiguousWindows:
         seq_len: tokens per window, at least 1.
         seed: together with step and row it fixes every window; 0 <= seed < 2**63.
         rows: of a batch; step s has the running indices from s * rows on.
+        documents: that an epoch reads; those of the token file when not given.
+        document_mask: whether documents are told apart; without, a row goes on over their borders.
 
     Attributes:
         steps_per_epoch: windows of the longest stretch.
@@ -198,9 +237,18 @@ class ContiguousWindows:
         ConfigError: a number is impossible, or there are fewer windows than rows.
     """
 
-    def __init__(self, token_file: TokenFile, seq_len: int, seed: int, rows: int) -> None:
-        _check_order(seq_len, seed)
-        windows = -(-token_file.num_tokens // seq_len)
+    def __init__(
+        self,
+        token_file: TokenFile,
+        seq_len: int,
+        seed: int,
+        rows: int,
+        documents: Documents | None = None,
+        document_mask: bool = True,
+    ) -> None:
+        check_order(seq_len, seed)
+        self._documents = Documents.of(token_file) if documents is None else documents
+        windows = -(-self._documents.num_tokens // seq_len)
         if windows < rows:
             raise ConfigError(
                 f"data.order=contiguous gives each of batch_size={rows} rows a stretch of its own, and there are only "
@@ -209,22 +257,28 @@ class ContiguousWindows:
         self.steps_per_epoch = -(-windows // rows)
         self.windows_per_epoch = self.steps_per_epoch * rows
         self._bounds = [row * windows // rows for row in range(rows + 1)]
-        self._token_file, self._seq_len, self._seed = token_file, seq_len, seed
+        self._token_file, self._seq_len, self._seed, self._mask = token_file, seq_len, seed, document_mask
         self._stream: tuple[int, PackedStream] | None = None
 
     def sample(self, global_index: int) -> Window:
         """The window at a running index, which counts the rows of a step, then the steps."""
         epoch, index = self._place(global_index)
         if index is None:
-            return _padding(self._seq_len, self._token_file.separator_id)
-        return self._stream_of(epoch).window(index)
+            window = _padding(self._seq_len, self._token_file.separator_id)
+        else:
+            window = self._stream_of(epoch).window(index)
+        return window if self._mask else window._replace(document_ids=None)
+
+    def held(self) -> Held:
+        """What the windows of the first epoch have of its documents."""
+        return self._stream_of(0).held()
 
     def continues(self, global_index: int) -> bool:
         """Whether the window's first document is the one that its row's window of the step before ended with."""
         epoch, index = self._place(global_index)
         if index is None or index in self._bounds:
             return False
-        return self._stream_of(epoch).is_inside_a_document(index)
+        return not self._mask or self._stream_of(epoch).is_inside_a_document(index)
 
     def _place(self, global_index: int) -> tuple[int, int | None]:
         """The epoch, and the number of the window in its stream; None where the row's stretch has ended."""
@@ -235,7 +289,7 @@ class ContiguousWindows:
 
     def _stream_of(self, epoch: int) -> PackedStream:
         if self._stream is None or self._stream[0] != epoch:
-            documents = permutation(self._token_file.num_documents, self._seed, 2 * epoch)
+            documents = self._documents.taken(permutation(len(self._documents), self._seed, 2 * epoch))
             self._stream = epoch, PackedStream(self._token_file, documents, self._seq_len)
         return self._stream[1]
 
@@ -265,7 +319,7 @@ class EvaluationWindows:
         total = -(-self.total_tokens // seq_len)
         wanted = total if max_tokens is None else min(total, max(1, max_tokens // seq_len))
         self._indices = [number * total // wanted for number in range(wanted)]
-        self._stream = PackedStream(token_file, np.arange(token_file.num_documents), seq_len)
+        self._stream = PackedStream(token_file, Documents.of(token_file), seq_len)
         self.covered_tokens = sum(min(seq_len, self.total_tokens - index * seq_len) for index in self._indices)
 
     def __len__(self) -> int:
@@ -285,7 +339,12 @@ def check_seq_len(seq_len: int) -> None:
         raise ConfigError(f"seq_len must be at least 1, got {seq_len}")
 
 
-def _check_order(seq_len: int, seed: int) -> None:
+def check_order(seq_len: int, seed: int) -> None:
+    """Refuse a window length or seed that is impossible.
+
+    Raises:
+        ConfigError: names the key.
+    """
     check_seq_len(seq_len)
     if not 0 <= seed < 2**63:
         raise ConfigError(f"seed must be between 0 and 2**63 - 1, got {seed}")
@@ -297,7 +356,7 @@ def _padding(seq_len: int, separator_id: int) -> Window:
     return Window(np.full(seq_len, separator_id, np.int64), np.full(seq_len, IGNORE_INDEX, np.int64), ids)
 
 
-def _within(order: np.ndarray, items: np.ndarray, sizes: list[int]) -> np.ndarray:
+def within(order: np.ndarray, items: np.ndarray, sizes: list[int]) -> np.ndarray:
     """`items` in runs of `sizes`; within each run they follow `order`."""
     turn = np.empty_like(order)
     turn[order] = np.arange(len(order))

@@ -19,7 +19,10 @@ DIGEST_LETTERS = 8
 LONGEST_LABEL = 60
 """The most letters of the data's name in a file's name."""
 
-IRRELEVANT = ("cache_dir", "num_workers", "validation_tokens", "local_shards", "order")
+IRRELEVANT = (
+    *("cache_dir", "num_workers", "validation_tokens", "local_shards", "order"),
+    *("packing", "max_document_tokens", "long_documents", "long_document_visits", "document_mask"),
+)
 """Settings of data that do not change the tokens of a split."""
 
 

@@ -185,7 +185,7 @@ def _train_from(
         seconds = seconds_since_begin(seconds)
     summary = read_own_summary(start.folder, module.total_steps) if is_done else None
     if summary is None:
-        summary = write_summary(config, start.folder, model, supervisor, invocation.choices)
+        summary = write_summary(config, start.folder, model, data, supervisor, invocation.choices)
     print_summary(summary, start.folder, supervisor, seconds)
     return summary
 

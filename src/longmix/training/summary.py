@@ -56,6 +56,7 @@ class Summary(TypedDict, total=False):
     stages: list[dict[str, Any]]
     checkpoint: str
     data_fingerprint: dict[str, object]
+    packing: dict[str, Any]
     versions: dict[str, str]
 
 
@@ -159,7 +160,12 @@ def read_own_summary(folder: Path, steps: int) -> Summary | None:
 
 
 def write_summary(
-    config: TrainConfig, folder: Path, model: LanguageModel, supervisor: "Supervisor", choices: Mapping[str, str]
+    config: TrainConfig,
+    folder: Path,
+    model: LanguageModel,
+    data: TrainingData,
+    supervisor: "Supervisor",
+    choices: Mapping[str, str],
 ) -> Summary:
     """Write `summary.json` and return it.
 
@@ -188,6 +194,8 @@ def write_summary(
         "data_fingerprint": supervisor.provenance.data_fingerprint,
         "versions": versions,
     }
+    if "packing" in (facts := data.summary()):
+        summary["packing"] = facts["packing"]
     if course.staged:
         summary["stages"] = [
             {

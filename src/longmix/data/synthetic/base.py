@@ -8,10 +8,11 @@ from typing import Any, Unpack
 import numpy as np
 
 from longmix.data.corpora.corpus import SPLITS, require_split
+from longmix.data.documents import Window
 from longmix.data.synthetic.tasks import SyntheticTask
 from longmix.data.tokens.tokenizers import ByteTokenizer, NumberTokenizer, Tokenizer
 from longmix.data.training_data import DataOptions, TrainingData
-from longmix.data.windows import Window, check_seq_len
+from longmix.data.windows import check_seq_len
 from longmix.errors import ConfigError
 
 EVALUATED_EXAMPLES = 1000
