@@ -286,7 +286,7 @@ REFUSED = [
     ("text for a number", ["optimizer.learning_rate=fast"], ["optimizer.learning_rate='fast'", "a number"]),
     ("a fraction for a count", ["model.num_layers=1.5"], ["model.num_layers=1.5", "whole number"]),
     ("a number for a switch", ["mixer.qk_norm=1"], ["mixer.qk_norm=1", "true or false"]),
-    ("a switch for a number", ["schedule.warmup=true"], ["schedule.warmup=True", "a number"]),
+    ("a switch for a number", ["schedule.warmup=true"], ["schedule.warmup=true", "a number"]),
     ("a number for text", ["logger=wandb", "logger.project=7"], ["logger.project=7", "text"]),
     ("a number for a list", ["optimizer.betas=0.9"], ["optimizer.betas=0.9", "list", "number"]),
     ("text in a list", ["optimizer.betas=[0.9,x]"], ["optimizer.betas", "'x'"]),
