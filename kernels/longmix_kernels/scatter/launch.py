@@ -92,7 +92,7 @@ _AMPERE = {
 # Values of 256 columns take more than 99 KiB of shared memory in the tiles of sm_80.
 _ADA_256 = _AMPERE | {"grad_query": (64, 32, 32, 4, 2), "grad_key": (64, 32, 32, 8, 2)}
 _HOPPER = _AMPERE | {"merge": (128, 64, 128, 8, 2), "grad_key": (128, 32, 64, 8, 2)}
-_BLACKWELL = _AMPERE | {"grad_sums": (64, 64, 64, 8, 2), "grad_key": (128, 32, 64, 8, 1)}
+_BLACKWELL = _AMPERE | {"grad_sums": (64, 64, 64, 8, 2), "grad_key": (64, 32, 32, 8, 1)}
 TABLE = LaunchTable(
     LaunchConfig,
     WIDTHS,

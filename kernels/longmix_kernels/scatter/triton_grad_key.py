@@ -89,7 +89,7 @@ def grad_key_kernel(
         near = load_tile(grad_values.pointer, start, there, grad_values.stride, column, VALUE_BLOCK, VALUE_DIM).to(
             tl.float32
         )
-        result = near.to(tl.float32) + total * tl.exp(highest)[:, None]
+        result = near + total * tl.exp(highest)[:, None]
         # Every warp must have loaded `near` before one of them overwrites it.
         tl.debug_barrier()
         store_tile(grad_values.pointer, result, start, there, grad_values.stride, column, VALUE_BLOCK, VALUE_DIM)
