@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import os
 import resource
 import signal
@@ -71,6 +72,15 @@ def hydra_settings_of_one_file() -> Iterator[None]:
     """Hydra's settings that a file's fixtures leave do not reach the next file."""
     yield
     HydraConfig.instance().cfg = None
+
+
+@pytest.fixture(autouse=True)
+def log_handlers_of_one_test() -> Iterator[None]:
+    """Handlers whose stream an earlier test has closed do not print errors into what a later one captures."""
+    for handler in list(logging.root.handlers):
+        if getattr(getattr(handler, "stream", None), "closed", False):
+            logging.root.removeHandler(handler)
+    yield
 
 
 @pytest.fixture

@@ -82,11 +82,15 @@ def test_cannot_steer_a_terminal(shown, capsys):
 
 @pytest.mark.slow
 def test_all_go_one_way():
-    """Any other `warnings.warn` would show a path and a line of the source."""
+    """Any other `warnings.warn` would show a path and a line of the source.
+
+    The kernels' package stands alone and cannot reach `notices`; its only warning is one of a library.
+    """
+    allowed = ("src/longmix/notices.py", "kernels/longmix_kernels/launch.py")
     found = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in [*ROOT.glob("src/**/*.py"), *ROOT.glob("kernels/**/*.py")]
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("warnings.warn", "warnings.warn_explicit")
     ]
-    assert [place for place in found if not place.startswith("src/longmix/notices.py")] == []
+    assert [place for place in found if not place.startswith(allowed)] == []

@@ -167,7 +167,7 @@ class TestWords:
         [
             pytest.param(["seq_len=0"], ConfigError, "seq_len=0", id="no context"),
             pytest.param(["seq_len=1.5"], ConfigError, "seq_len=1.5", id="a fraction"),
-            pytest.param(["seq_len=true"], ConfigError, "seq_len=True", id="a switch"),
+            pytest.param(["seq_len=true"], ConfigError, "seq_len=true", id="a switch"),
             pytest.param(["seq_len=[]"], ConfigError, r"seq_len=\[\]", id="no lengths"),
             pytest.param(["seq_len=[32,x]"], ConfigError, r"seq_len=\[32, 'x'\]", id="text among lengths"),
             pytest.param(["max_tokens=0"], ConfigError, "max_tokens=0", id="no tokens"),

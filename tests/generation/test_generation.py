@@ -460,7 +460,7 @@ def test_a_prompt_is_taken_literally(text, compose_config):
     ("words", "error", "message"),
     [
         (["prompt=null"], ConfigError, "prompt=null is no text"),
-        (["prompt=[a,null]"], ConfigError, r"prompt=\['a', None\] is no text"),
+        (["prompt=[a,null]"], ConfigError, r"prompt=\['a', null\] is no text"),
         (["prompt=a", "save=missing/x.state"], StorageError, "there is no folder missing"),
         (["prompt=a", "save=/dev/null"], StorageError, "not a regular file"),
     ],

@@ -42,7 +42,7 @@ def test_a_run_that_fits_is_printed_and_written(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_run_that_does_not_fit_ends_with_1_and_says_what_would(capsys):
-    words = ["model=7b", "model.num_layers=2", "mixer=flash", "gpu=rtx4090", "seq_len=8192", "batch_size=8"]
+    words = ["model=7b", "model.num_layers=2", "mixer=flash", "gpu=rtx4090", "seq_len=8192", "batch_size=16"]
     assert main(words) == 1
     text = capsys.readouterr().out
     assert "does not fit" in text
