@@ -28,9 +28,9 @@ from longmix.config.course import Course as Course
 from longmix.config.course import StagePart as StagePart
 from longmix.config.course import course_of as course_of
 from longmix.config.course import limits_of as limits_of
+from longmix.config.course import step_limits as step_limits
+from longmix.config.course import tokens_per_step as tokens_per_step
 from longmix.config.limits import flattened as flattened
-from longmix.config.limits import step_limits as step_limits
-from longmix.config.limits import tokens_per_step as tokens_per_step
 from longmix.config.limits import total_steps as total_steps
 from longmix.config.limits import unlimited_windows as unlimited_windows
 from longmix.config.limits import with_limits as with_limits

@@ -46,7 +46,7 @@ class StagePart:
     @property
     def tokens_per_step(self) -> int:
         """Tokens of one of its optimizer steps, over all processes."""
-        return self.config.seq_len * self.config.batch_size
+        return tokens_per_step(self.config)
 
     @property
     def data_seed(self) -> int:
@@ -152,7 +152,17 @@ def _key(config: TrainConfig, number: int, word: str) -> str:
 
 
 def _steps(config: TrainConfig) -> int:
-    return min(limits_of(config.max_steps, config.max_tokens, config.seq_len * config.batch_size).values())
+    return min(step_limits(config).values())
+
+
+def tokens_per_step(config: TrainConfig) -> int:
+    """Tokens of one optimizer step over all processes, of a run without stages."""
+    return config.seq_len * config.batch_size
+
+
+def step_limits(config: TrainConfig) -> dict[str, int]:
+    """Optimizer steps of a run without stages by each of `max_steps` and `max_tokens` that is set."""
+    return limits_of(config.max_steps, config.max_tokens, tokens_per_step(config))
 
 
 def limits_of(max_steps: int | None, max_tokens: int | None, tokens_of_a_step: int) -> dict[str, int]:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 
 from longmix.config.commands import TrainConfig
-from longmix.config.course import course_of, limits_of
+from longmix.config.course import course_of
 
 
 def unlimited_windows(config: TrainConfig) -> list[str]:
@@ -15,11 +15,6 @@ def unlimited_windows(config: TrainConfig) -> list[str]:
         for name, value in choice.settings.items()
         if name in ("window", "local_window") and isinstance(value, int) and value >= config.seq_len
     ]
-
-
-def tokens_per_step(config: TrainConfig) -> int:
-    """Tokens of one optimizer step over all processes, of a run without stages."""
-    return config.seq_len * config.batch_size
 
 
 def with_limits(config: TrainConfig, words: Iterable[str]) -> TrainConfig:
@@ -38,11 +33,6 @@ def with_limits(config: TrainConfig, words: Iterable[str]) -> TrainConfig:
     if "max_tokens" in given and "max_steps" not in given:
         return dataclasses.replace(config, max_steps=None)
     return config
-
-
-def step_limits(config: TrainConfig) -> dict[str, int]:
-    """Optimizer steps of a run without stages by each of `max_steps` and `max_tokens` that is set."""
-    return limits_of(config.max_steps, config.max_tokens, tokens_per_step(config))
 
 
 def total_steps(config: TrainConfig) -> int:
