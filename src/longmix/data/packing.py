@@ -47,15 +47,13 @@ class AlignedWindows(TrainWindows):
         windows_per_epoch: of the first epoch; others may have a few more or less.
     """
 
-    def __init__(self, token_file: TokenFile, seq_len: int, seed: int, documents: Documents | None = None) -> None:
-        self._epoch_ends: list[int] = []
-        super().__init__(token_file, seq_len, seed, documents)
+    _epoch_ends: list[int]
+    """Windows of the first epoch, of the first two, and so on, as far as they have been needed."""
 
     def sample(self, global_index: int) -> Window:
         """The window at a running index that goes through the epochs one after the other."""
-        while not self._epoch_ends or self._epoch_ends[-1] <= global_index:
-            before = self._epoch_ends[-1] if self._epoch_ends else 0
-            self._epoch_ends.append(before + self._windows_of(len(self._epoch_ends)))
+        while self._epoch_ends[-1] <= global_index:
+            self._epoch_ends.append(self._epoch_ends[-1] + self._windows_of(len(self._epoch_ends)))
         epoch = bisect_right(self._epoch_ends, global_index)
         return self.window(epoch, global_index - (self._epoch_ends[epoch - 1] if epoch else 0))
 
@@ -71,7 +69,8 @@ class AlignedWindows(TrainWindows):
         return starts[chosen]
 
     def _count(self) -> int:
-        return self._windows_of(0)
+        self._epoch_ends = [self._windows_of(0)]
+        return self._epoch_ends[0]
 
     def _windows_of(self, epoch: int) -> int:
         return len(self.begins(self.ordered(epoch)[0]))
