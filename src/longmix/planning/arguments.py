@@ -19,11 +19,11 @@ from longmix.data.training_data import TrainingData, build_data
 from longmix.errors import ConfigError
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model, check_model
-from longmix.model.changes import changed_mixer
 from longmix.model.matching import match_parameters
 from longmix.planning.dry_run import Precision
 from longmix.training.carried import check_carries, check_undivided_rows
 from longmix.training.hardware import TrainerSettings
+from longmix.training.stages import check_mixer
 from longmix.wording import counted, did_you_mean, nearest
 
 Strategy = Literal["single", "ddp", "fsdp"]
@@ -170,7 +170,7 @@ def read_stages(words: list[str]) -> list[Request]:
         ConfigError: an unknown word, accelerator or choice, something that does not divide, or what cannot be planned.
     """
     own, others = divided(words)
-    _accelerator(own.get("gpu", OWN["gpu"].default))
+    machine = _accelerator(own.get("gpu", OWN["gpu"].default))
     config, labels = _composed(others)
     _check(config)
     data = _data(config)
@@ -182,15 +182,20 @@ def read_stages(words: list[str]) -> list[Request]:
     requests = []
     for part in course.parts:
         given = is_given or (config.stages is not None and config.stages[part.number].batch_size is not None)
-        make = functools.partial(_request, own, part.config, labels, vocab_size, given)
+        make = functools.partial(_request, own, machine, part.config, labels, vocab_size, given)
         requests.append(with_stage(part.number, make) if course.staged else make())
     return requests
 
 
 def _request(
-    own: dict[str, str], config: TrainConfig, labels: tuple[str, str], vocab_size: int, has_batch_size: bool
+    own: dict[str, str],
+    machine: tuple[Accelerator | None, int],
+    config: TrainConfig,
+    labels: tuple[str, str],
+    vocab_size: int,
+    has_batch_size: bool,
 ) -> Request:
-    accelerator, memory = _accelerator(own.get("gpu", OWN["gpu"].default))
+    accelerator, memory = machine
     trainer = Trainer.of(config.trainer)
     gpus = _count(own.get("gpus", str(trainer.gpus)))
     notes = []
@@ -250,9 +255,8 @@ def _check(config: TrainConfig) -> None:
     ):
         choice.check(supplied)
     check_model(config)
-    for number, stage in enumerate(config.stages or ()):
-        if stage.mixer is not None:
-            with_stage(number, functools.partial(changed_mixer, config.mixer, stage.mixer, "the whole run"))
+    for number in range(len(config.stages or ())):
+        with_stage(number, functools.partial(check_mixer, config, number))
     for word, given in (("checkpoint", config.checkpoint), ("resume", config.resume)):
         if given is not None:
             raise ConfigError(f"{word}={given} cannot be planned; give model, mixer and tokenizer of that run.")

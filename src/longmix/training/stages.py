@@ -69,6 +69,17 @@ def of_part(settings: TrainerSettings, part: StagePart) -> TrainerSettings:
     return dataclasses.replace(settings, micro_batch_size=part.micro_batch_size)
 
 
+def check_mixer(config: TrainConfig, number: int) -> None:
+    """Refuse settings of a stage's mixer on which the weights depend.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    own = (config.stages or [])[number].mixer
+    if own is not None:
+        changed_mixer(config.mixer, own, "the whole run")
+
+
 def _check(config: TrainConfig, part: StagePart, settings: TrainerSettings) -> None:
     if config.stages is not None:
         own = config.stages[part.number]
@@ -76,8 +87,8 @@ def _check(config: TrainConfig, part: StagePart, settings: TrainerSettings) -> N
             if name in (own.data or {}):
                 key = f"{STAGES}[{part.number}].data.{name}"
                 raise ConfigError(f"{key}: it is the same in all stages; give data.{name}.")
+        check_mixer(config, part.number)
         if own.mixer is not None:
-            changed_mixer(config.mixer, own.mixer, "the whole run")
             check_model(part.config)
     of_part(settings, part).check_batch(part.config.batch_size)
     check_slices(part.config.seq_len, settings.slices)
