@@ -128,9 +128,8 @@ def find_runs(paths: list[Path]) -> Found:
         try:
             summary = read_summary(folder)
             metrics = _metrics(folder, found.damaged)
-            if max((row["step"] for row in metrics), default=0) > steps_of(
-                summary
-            ):  # the run continued after an earlier end
+            steps = steps_of(summary)
+            if max((row["step"] for row in metrics), default=0) > steps:  # the run continued after an earlier end
                 raise Unfinished
             read.append((folder, {"summary": summary, "metrics": metrics}))
         except Unfinished:
