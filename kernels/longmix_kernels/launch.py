@@ -232,6 +232,16 @@ class Call(ABC, Generic[Config]):
             raise TooLarge(reason) from error
 
 
+class KernelWarning(UserWarning):
+    """A kernel runs otherwise than its table says.
+
+    Attributes:
+        one_line: file and line of the source say nothing to whoever reads it, so that longmix shows none.
+    """
+
+    one_line = True
+
+
 class TooLarge(Exception):
     """A tile takes more shared memory than the device has; if the call is repeated, it takes a smaller tile."""
 
@@ -258,7 +268,7 @@ def with_room(function: Callable[..., Value]) -> Callable[..., Value]:
             try:
                 return function(*arguments)
             except TooLarge as error:
-                warnings.warn(f"{error}: a smaller tile is taken, which may be slower", stacklevel=2)
+                warnings.warn(f"{error}: a smaller tile is taken, which may be slower", KernelWarning, stacklevel=2)
 
     return call
 

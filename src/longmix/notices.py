@@ -11,7 +11,14 @@ from longmix.printable import printable
 
 
 class LongmixWarning(UserWarning):
-    """A setting that works but is probably not what was wanted; the message names it and the cure."""
+    """A setting that works but is probably not what was wanted; the message names it and the cure.
+
+    Attributes:
+        one_line: what tells longmix's own warnings from those of libraries; the kernels' package, which stands alone,
+            has it in its own.
+    """
+
+    one_line = True
 
 
 _said: set[str] = set()
@@ -51,7 +58,7 @@ def show_in_one_line() -> None:
     show = warnings.showwarning
 
     def showwarning(message: Any, category: type[Warning], *where: Any, **options: Any) -> None:
-        if not issubclass(category, LongmixWarning):
+        if not getattr(category, "one_line", False):
             show(message, category, *where, **options)
         elif str(message) not in _said:
             _said.add(str(message))
