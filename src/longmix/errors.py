@@ -58,6 +58,13 @@ class NonFiniteError(LongmixError):
     shared = True
 
 
+class SpikeError(LongmixError):
+    """A loss or a gradient norm jumped far above those of the steps before and the run was stopped."""
+
+    exit_code = 3
+    shared = True
+
+
 class ProcessLost(LongmixError):
     """Another process of the run was killed or gives no sign; running again with `resume=auto` continues it."""
 

@@ -250,7 +250,7 @@ def ending_behind(step: int, original: Callable) -> Callable:
     """Skips what is not finite and saves all the same, as earlier versions did, and ends the run behind `step`."""
 
     def training_step(self, batch, batch_idx):
-        self._check_skips = lambda: None
+        self._check_skips = lambda finite: None
         if self.step == step:
             raise KeyError
         original(self, batch, batch_idx)

@@ -5,6 +5,7 @@ names the checkpoint, and not whatever the code that uses it would stumble over.
 """
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,6 +96,8 @@ def check_run_state(state: dict[str, Any]) -> None:
     _check_counts(state, {"step": 0, "steps_skipped": 0})
     if SKIPS_IN_A_ROW in state:
         _check_counts(state, {SKIPS_IN_A_ROW: 0})
+    if "spikes" in state:
+        _check_pairs(state["spikes"], "spikes")
     randoms = state.get("random")
     randoms = randoms if isinstance(randoms, list) else [randoms]
     if not randoms or not all(isinstance(one, dict) for one in randoms):
@@ -147,6 +150,15 @@ def _check_counts(node: dict[str, Any], least: dict[str, int]) -> None:
         value = node.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
             raise ValueError(f"its {key} is {_short(value)}")
+
+
+def _check_pairs(value: Any, key: str) -> None:
+    """Refuse what is not two lists of as many numbers."""
+    lists = value if isinstance(value, list) and len(value) == 2 else []
+    if not lists or not all(isinstance(one, list) and len(one) == len(lists[0]) for one in lists):
+        raise ValueError(f"its {key} are no two lists of one length")
+    if not all(isinstance(number, float) and math.isfinite(number) for one in lists for number in one):
+        raise ValueError(f"its {key} are no numbers")
 
 
 def _check_node(value: Any, key: str, depth: int) -> None:

@@ -51,6 +51,10 @@ class LoopConfig:
         async_checkpoints: write while training goes on, which waits for a copy in CPU memory only.
         nonfinite: what a non-finite loss or gradient does: "stop" the run, or "skip" that step and count it.
         max_skips: the run stops all the same when so many steps in a row were skipped.
+        spike_sigma: a loss or gradient norm so many standard deviations above the mean of the last steps is a spike, 6
+            in OLMo; null looks for none.
+        spike_window: how many last steps that are; the first spike may come when half of them are there.
+        spike_action: what a spike does: "skip" its step and count it, or "stop" the run.
         carry_state: begin each window from the state that its row's last one ended with; takes data.order=contiguous.
     """
 
@@ -63,6 +67,9 @@ class LoopConfig:
     async_checkpoints: bool = False
     nonfinite: Literal["stop", "skip"] = "stop"
     max_skips: int = word(20, at_least(1))
+    spike_sigma: float | None = word(None, above_zero(null="look for no spikes"))
+    spike_window: int = word(128, at_least(2))
+    spike_action: Literal["skip", "stop"] = "skip"
     carry_state: bool = False
 
 

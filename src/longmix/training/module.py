@@ -20,7 +20,7 @@ from torch.distributed import ProcessGroup
 from longmix.batch import Batch, each
 from longmix.checkpoints.store import SKIPS_IN_A_ROW
 from longmix.distributed.agreement import Processes
-from longmix.errors import CheckpointError, NonFiniteError
+from longmix.errors import CheckpointError, NonFiniteError, SpikeError
 from longmix.evaluation.loss import run_whole
 from longmix.mixers.parts.between_steps import finish_step
 from longmix.mixers.parts.metrics import Measure, accumulate
@@ -33,6 +33,7 @@ from longmix.training.diagnosis import first_nonfinite, nonfinite_tensor
 from longmix.training.optimizers import PEAK
 from longmix.training.run_state import SavedRun
 from longmix.training.saved_state import named_state, restore_state
+from longmix.training.spikes import SPIKES, SpikeGuard
 from longmix.wording import counted
 
 OptimizerBuilder = Callable[[dict[str, torch.nn.Parameter]], list[torch.optim.Optimizer]]
@@ -50,6 +51,7 @@ class StepRecord:
         metrics: what the mixers measured in this process, all micro-batches together.
         losses: auxiliary losses by name, likewise; a step's is the mean over micro-batches and processes.
         carried: the state after each micro-batch, where state is carried.
+        spike: why the step was left out as a spike; empty for any other.
     """
 
     loss: Tensor
@@ -60,6 +62,7 @@ class StepRecord:
     metrics: dict[str, Measure] = field(default_factory=dict)
     losses: dict[str, Measure] = field(default_factory=dict)
     carried: list[Rows] = field(default_factory=list)
+    spike: str = ""
 
 
 class TrainingModule(LightningModule):
@@ -78,6 +81,7 @@ class TrainingModule(LightningModule):
         timeout: seconds that they wait for each other.
         processes: all that train.
         carried: what each row goes on from, see `longmix.training.carried`; None lets each window begin anew.
+        spikes: tells steps that are left out, or stop the run, for a loss or gradient norm that jumps; None tells none.
     """
 
     def __init__(
@@ -95,6 +99,7 @@ class TrainingModule(LightningModule):
         timeout: float = 600.0,
         processes: Processes | None = None,
         carried: CarriedState | None = None,
+        spikes: SpikeGuard | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -111,6 +116,7 @@ class TrainingModule(LightningModule):
         self.timeout = timeout
         self.processes = processes or Processes()
         self.carried = carried
+        self.spikes = spikes
         self.row_group: ProcessGroup | None = None
         self.steps_taken = 0
         self.steps_skipped = 0
@@ -149,26 +155,50 @@ class TrainingModule(LightningModule):
         self._set_learning_rates()
         self.record = self._accumulate(batch)
         self._clip(self.record)
-        finite = torch.isfinite(self.record.loss) & torch.isfinite(self.record.gradient_norm)
-        taken = bool(finite)  # one synchronisation a step: nothing non-finite may reach the weights
+        finite, self.record.spike = self._judge(self.record)
+        taken = finite and not self.record.spike
         if taken:
             for optimizer in self.trainer.optimizers:
                 optimizer.step()
             self.steps_taken += 1
             self.skips_in_a_row = 0
-            if self.carried is not None:
-                self.carried.keep(self.record.carried)
-        elif self.skip_nonfinite:
-            self._check_skips()
+        elif finite or self.skip_nonfinite:
+            self._check_skips(finite)
             self.steps_skipped += 1
             self.skips_in_a_row += 1
-            if self.carried is not None:
-                self.carried.forget()
         else:
             raise NonFiniteError(self._nonfinite_report(batch))
+        if self.carried is not None:
+            if finite:
+                self.carried.keep(self.record.carried)
+            else:
+                self.carried.forget()
         finish_step(self.model, taken, self.sum_over_processes)
         for optimizer in self.trainer.optimizers:
             optimizer.zero_grad(set_to_none=True)
+
+    def _judge(self, record: StepRecord) -> tuple[bool, str]:
+        """Whether a step is finite, and why it is a spike; "" if it is none. One synchronisation a step.
+
+        Raises:
+            SpikeError: it is a spike, which is to stop the run.
+        """
+        finite = torch.isfinite(record.loss) & torch.isfinite(record.gradient_norm)
+        if self.spikes is None:
+            return bool(finite), ""
+        # each process may have rounded its norm in its own way: a spike in one is a spike in all
+        spike = self.sum_over_processes(self.spikes.judge(record.loss, record.gradient_norm).float()) > 0
+        verdict = int(torch.where(finite, spike.int(), 2))
+        if verdict == 2:
+            return False, ""
+        reason = self.spikes.describe(record.loss, record.gradient_norm) if verdict == 1 else ""
+        if reason and self.spikes.stops:
+            raise SpikeError(
+                f"step {self.step + 1} gave {reason}. The step was not taken. {self.how_to_continue()} "
+                "loop.spike_action=skip leaves single steps of this kind out."
+            )
+        self.spikes.note(record.loss, record.gradient_norm)
+        return True, reason
 
     def _set_learning_rates(self) -> None:
         factor = self.schedule(self.step, self.total_steps)
@@ -226,9 +256,14 @@ class TrainingModule(LightningModule):
         return run, after
 
     def begin_rows(self, batch_size: int) -> None:
-        """Let rows carry nothing from what came before; from here on there are `batch_size` of them in a step."""
+        """Let rows carry nothing from what came before; from here on there are `batch_size` of them in a step.
+
+        Losses and gradient norms of other rows are no measure of theirs, so that the window of spikes begins anew.
+        """
         if self.carried is not None:
             self.carried.begin(batch_size)
+        if self.spikes is not None:
+            self.spikes.forget()
 
     def run(self, batch: Batch) -> ModelOutput:
         """Run the model, on this process's slice if rows are shared; token losses outside the slice are 0."""
@@ -280,26 +315,36 @@ class TrainingModule(LightningModule):
             "here again; loop.nonfinite=skip leaves single steps of this kind out."
         )
 
-    def _check_skips(self) -> None:
+    def _check_skips(self, finite: bool) -> None:
         """Refuse to skip a step if a weight or optimizer value is not finite: the next step would fail as well.
+
+        Args:
+            finite: the step is; then so are those values, of which nothing is read.
 
         Raises:
             NonFiniteError: a weight or an optimizer's value is not finite, or too many steps in a row were left out.
+            SpikeError: too many were left out, the last one as a spike.
         """
-        place = nonfinite_tensor(named_state(self.model, self.trainer.optimizers), self.processes)
+        state = None if finite else named_state(self.model, self.trainer.optimizers)
+        place = None if state is None else nonfinite_tensor(state, self.processes)
         if place is not None:
             reason = f"{place} is not finite, so that no step from here on can be taken"
         elif self.skips_in_a_row + 1 >= self.max_skips:
-            steps = counted(self.max_skips, "step")
-            reason = f"{steps} in a row gave a loss or a gradient that is not finite (loop.max_skips)"
+            steps, allowed = counted(self.max_skips, "step"), "not finite" if self.spikes is None else "not allowed"
+            reason = f"{steps} in a row gave a loss or a gradient that is {allowed} (loop.max_skips)"
         else:
             return
+        if finite:
+            raise SpikeError(
+                f"at step {self.step + 1}, {reason}; it gave {self.record.spike}. {self.how_to_continue()}"
+            )
         raise NonFiniteError(f"at step {self.step + 1}, {reason}. {self.how_to_continue()}")
 
     def capture(self) -> dict[str, Any]:
         """The state of this module for a checkpoint: this process's parts of the tensors, not copied."""
         return {
             **({} if self.carried is None else {CARRIED: self.carried.named(self.device)}),
+            **({} if self.spikes is None else {SPIKES: self.spikes.window.tolist()}),
             "step": self.step,
             "steps_skipped": self.steps_skipped,
             SKIPS_IN_A_ROW: self.skips_in_a_row,
@@ -329,6 +374,8 @@ class TrainingModule(LightningModule):
                 f"{saved.checkpoint} cannot be continued: {place} is not finite. Delete it and continue from an older "
                 "checkpoint beside it, or begin a new run with a lower optimizer.learning_rate."
             )
+        if self.spikes is not None and saved.spikes is not None:
+            self.spikes.restore(saved.spikes)
         self.steps_skipped, self.skips_in_a_row = saved.steps_skipped, saved.skips_in_a_row
         self.steps_taken = saved.step - saved.steps_skipped
 

@@ -42,6 +42,7 @@ from longmix.training.module import TrainingModule
 from longmix.training.resume import Start, find_start, start_alone
 from longmix.training.run_state import Provenance
 from longmix.training.schedules import schedule_of
+from longmix.training.spikes import SpikeGuard
 from longmix.training.stages import check_memory_of_stages, check_stages, check_words_have_effect
 from longmix.training.summary import (
     SUMMARY_FILE,
@@ -268,6 +269,10 @@ def _module(
     if settings.compiles:
         for block in model.blocks:
             block.compile()
+    loop = config.loop
+    spikes = None
+    if loop.spike_sigma is not None:
+        spikes = SpikeGuard(loop.spike_sigma, loop.spike_window, stops=loop.spike_action == "stop")
     course = course_of(config)
     return TrainingModule(
         model,
@@ -275,13 +280,14 @@ def _module(
         schedule_of(course),
         total_steps=course.total_steps,
         micro_batch_size=settings.micro_batch_size,
-        gradient_clip=config.loop.gradient_clip,
-        skip_nonfinite=config.loop.nonfinite == "skip",
-        max_skips=config.loop.max_skips,
+        gradient_clip=loop.gradient_clip,
+        skip_nonfinite=loop.nonfinite == "skip",
+        max_skips=loop.max_skips,
         slices=settings.slices,
         timeout=settings.timeout,
         processes=everyone,
         carried=carried,
+        spikes=spikes,
     )
 
 

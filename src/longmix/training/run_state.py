@@ -8,6 +8,7 @@ from longmix.checkpoints import Checkpoint
 from longmix.checkpoints.store import SKIPS_IN_A_ROW
 from longmix.config import Plain
 from longmix.training.random_state import GeneratorStates
+from longmix.training.spikes import SPIKES
 
 BY_POSITION = "validation_by_position"
 """Entry of a checkpoint's `info.json`, beside `validation`, where the validation came after the checkpoint."""
@@ -29,6 +30,7 @@ class RunState:
         validation: the last validation's figures, empty before the first.
         validation_by_position: its loss by position.
         stages: the validation after the last step of each stage that is done, by the number of the stage.
+        spikes: the steps that were left out as spikes.
     """
 
     training_seconds: float = 0.0
@@ -36,10 +38,11 @@ class RunState:
     validation: dict[str, float] = field(default_factory=dict)
     validation_by_position: list[dict[str, float]] = field(default_factory=list)
     stages: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    spikes: list[int] = field(default_factory=list)
 
     def entries(self) -> dict[str, Any]:
-        """What a checkpoint holds of it; a run without stages has no entry of them."""
-        return {key: value for key, value in vars(self).items() if key != "stages" or value}
+        """What a checkpoint holds of it; a run without stages or spikes has no entry of them."""
+        return {key: value for key, value in vars(self).items() if key not in ("stages", "spikes") or value}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +73,7 @@ class SavedRun:
         run: the values that go on.
         random: the generators' states, of each process or of the first alone.
         optimizers: of each optimizer its groups and its state but for the tensors.
+        spikes: the window of `longmix.training.spikes`; None if none was kept.
     """
 
     tensors: Checkpoint
@@ -81,6 +85,7 @@ class SavedRun:
     run: RunState
     random: list[GeneratorStates] | GeneratorStates
     optimizers: list[dict[str, Any]]
+    spikes: list[list[float]] | None = None
 
     @property
     def checkpoint(self) -> Path:
@@ -100,4 +105,5 @@ class SavedRun:
             run=RunState(**content["run"]),
             random=content["random"],
             optimizers=content["optimizers"],
+            spikes=content.get(SPIKES),
         )

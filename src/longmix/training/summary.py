@@ -35,7 +35,8 @@ LOG_WIDTH = 160
 class Summary(TypedDict, total=False):
     """The content of a run's `summary.json`; empty in all processes of a distributed run but the first.
 
-    Of a run with stages, `stages` has each, and `seq_len` and `tokens_per_step` are the last one's.
+    Of a run with stages, `stages` has each, and `seq_len` and `tokens_per_step` are the last one's. `spikes` has the
+    steps that were left out as such.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Summary(TypedDict, total=False):
     checkpoint: str
     data_fingerprint: dict[str, object]
     packing: dict[str, Any]
+    spikes: list[int]
     versions: dict[str, str]
 
 
@@ -196,6 +198,8 @@ def write_summary(
     }
     if "packing" in (facts := data.summary()):
         summary["packing"] = facts["packing"]
+    if config.loop.spike_sigma is not None or state.spikes:
+        summary["spikes"] = state.spikes
     if course.staged:
         summary["stages"] = [
             {

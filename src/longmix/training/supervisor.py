@@ -169,6 +169,9 @@ class Supervisor(Callback):
             self._warn_of_space(module)
         last = module.step == module.total_steps
         assert self.saver is not None
+        if module.record.spike:
+            self.state.spikes = [*self.state.spikes, module.step]
+            self.progress.message(f"step {module.step} was left out: it gave {module.record.spike}.")
         # First the signals: all processes learn of one here, so that none enters a collective that another has left.
         # A failed checkpoint counts as one, since saving raises its error.
         stop = self.signals.anywhere(module.device, self.saver.failed)
@@ -279,6 +282,7 @@ class Supervisor(Callback):
             "train/tokens": self.course.tokens(module.step),
             **({"train/stage": self.part.number + 1} if self.course.staged else {}),
             "train/steps_skipped": module.steps_skipped,
+            **({} if module.spikes is None else {"train/spikes": len(self.state.spikes)}),
             **_positions("train", statistics),
             **figures(measured, module.sum_over_processes),
             **self._throughput(trainer, module),
