@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,21 @@ NEWER = {80: 87, 86: 89, 90: 99, 100: 110}
 """By architecture of a table's entries a newer one that takes them."""
 
 compiles = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+
+
+def sampled(builds: list[Build], every: int = 3) -> list[Any]:
+    """All builds for sm_90; of the others each kernel's first for an architecture and each ``every``-th after it.
+
+    ``-m every_row`` has the rest as well.
+    """
+    seen: Counter[tuple[str, int]] = Counter()
+    chosen: list[Any] = []
+    for build in builds:
+        place = seen[build.kernel, build.architecture]
+        seen[build.kernel, build.architecture] += 1
+        left_out = build.architecture != 90 and place % every
+        chosen.append(pytest.param(build, marks=pytest.mark.every_row) if left_out else build)
+    return chosen
 
 
 def run_python(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
