@@ -52,6 +52,32 @@ def test_peaks_are_the_largest_logits_and_their_gradient_is_theirs(problem, slic
     torch.testing.assert_close(grads, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("softcap", [None, 2.5])
+@pytest.mark.parametrize("with_peaks", [False, True])
+@pytest.mark.parametrize("slice_elements", [40, 1 << 20])
+def test_normalisers_and_capped_logits_and_their_gradients(problem, slice_elements, with_peaks, softcap, monkeypatch):
+    monkeypatch.setattr(head, "SLICE_ELEMENTS", slice_elements)
+    hidden, weight, targets = problem
+    logits = hidden @ weight.T
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    assert softcap is None or (hidden @ weight.T).abs().max() > 2 * softcap  # far within the curve
+    valid = targets != head.IGNORE_INDEX
+    plain = {
+        "losses": F.cross_entropy(logits.transpose(1, 2), targets, reduction="none"),
+        "log_normalisers": torch.where(valid, logits.logsumexp(-1), 0.0),
+        **({"peaks": logits.amax(-1)} if with_peaks else {}),
+    }
+    found = head.scored(hidden, weight, targets, softcap, with_peaks=with_peaks, with_normalisers=True)
+    together, expected = 0, 0
+    for number, (name, values) in enumerate(plain.items(), 1):
+        torch.testing.assert_close(getattr(found, name), values, rtol=0, atol=1e-13)
+        together = together + number * getattr(found, name).square().sum()
+        expected = expected + number * values.square().sum()
+    grads = [torch.autograd.grad(total, (hidden, weight)) for total in (together, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-10)
+    torch.testing.assert_close(head.token_losses(hidden, weight, targets, softcap), plain["losses"], rtol=0, atol=1e-13)
+
+
 SLICES = [  # tokens, vocabulary, device, slices
     (2 * 16384, 50_304, "cuda", 13),
     (2 * 16384, 50_304, "cpu", 99),

@@ -107,6 +107,31 @@ def test_clipping_bounds_the_update_but_reports_the_true_norm():
     assert ((weights(free) - start).abs() > decay + 5e-3).any()
 
 
+@pytest.mark.parametrize("rows", [None, 1])
+def test_z_loss_is_of_the_mean_over_valid_targets_and_no_reported_loss_has_it(rows):
+    net = model().double()
+    net.measures_normalisers, net.logit_softcap = True, 1.5
+    module, first = trained(net, [batch(1)], micro_batch_size=rows, z_loss=0.1, gradient_clip=None), batch(1)
+    fresh = model().double()
+    hidden = fresh(first["tokens"], document_ids=first["document_ids"]).hidden
+    logits = 1.5 * torch.tanh(hidden @ fresh.head.weight.T / 1.5)
+    torch.testing.assert_close(logits, trained_as(fresh, 1.5).logits(hidden), rtol=1e-13, atol=1e-13)
+    valid = first["targets"] != IGNORE_INDEX
+    loss = torch.nn.functional.cross_entropy(logits[valid], first["targets"][valid])
+    z_loss = 0.1 * logits.logsumexp(-1)[valid].square().mean()
+    (loss + z_loss).backward()
+    norm = torch.nn.utils.get_total_norm([weight.grad for weight in fresh.parameters()])
+    for found, expected in ((module.record.loss, loss), (module.record.z_loss, z_loss)):
+        torch.testing.assert_close(found, expected.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(module.record.gradient_norm, norm, rtol=1e-12, atol=0)
+    assert net.eval()(first["tokens"], first["targets"]).log_normalisers is None
+
+
+def trained_as(net: LanguageModel, softcap: float) -> LanguageModel:
+    net.logit_softcap = softcap
+    return net
+
+
 class AddsLoss(Flash):
     def forward(self, x, *, state=None, document_ids=None):
         output = super().forward(x, state=state, document_ids=document_ids)

@@ -49,6 +49,8 @@ class LoopConfig:
         keep_checkpoints: how many checkpoints stay beside the best one.
         sharded_checkpoints: each process writes what it has; false: the first all of it to one file; null: with fsdp.
         async_checkpoints: write while training goes on, which waits for a copy in CPU memory only.
+        z_loss: weight of the mean over tokens of log(Z)**2, Z being the sum of a token's exponential logits; 1e-4 in
+            PaLM (arXiv 2204.02311). It is logged apart, and no loss that is reported has it.
         nonfinite: what a non-finite loss or gradient does: "stop" the run, or "skip" that step and count it.
         max_skips: the run stops all the same when so many steps in a row were skipped.
         spike_sigma: a loss or gradient norm so many standard deviations above the mean of the last steps is a spike, 6
@@ -65,6 +67,7 @@ class LoopConfig:
     keep_checkpoints: int = word(2, at_least(1))
     sharded_checkpoints: bool | None = None
     async_checkpoints: bool = False
+    z_loss: float = word(0.0, at_least(0))
     nonfinite: Literal["stop", "skip"] = "stop"
     max_skips: int = word(20, at_least(1))
     spike_sigma: float | None = word(None, above_zero(null="look for no spikes"))

@@ -37,6 +37,8 @@ def rwkv_weights(model: LanguageModel) -> dict[str, Tensor]:
     for index, block in enumerate(model.blocks):
         if not (isinstance(block, Block) and isinstance(block.mixer, RWKV7) and isinstance(block.mlp, ChannelMix)):
             raise ConfigError(f"layer {index} is not RWKV-7's; this format needs mixer=rwkv7 and block=rwkv7.")
+    if model.logit_softcap is not None:
+        raise ConfigError(f"model.logit_softcap={model.logit_softcap} cannot be said in this format.")
     weights = {"emb.weight": model.embedding.weight, "head.weight": model.head.weight, **_norm("ln_out", model.norm)}
     for index, block in enumerate(model.blocks):
         assert isinstance(block, Block)

@@ -20,7 +20,7 @@ from longmix.mixers.parts.documents import told_apart
 from longmix.mixers.parts.layout import Layout, LayoutNeeds, layouts, needs_of
 from longmix.mixers.parts.metrics import Metric
 from longmix.model.blocks import Block, BlockStyle, Standard
-from longmix.model.head import hits, token_losses, token_losses_and_peaks
+from longmix.model.head import capped, hits, scored, token_losses
 from longmix.pytrees import pytree
 
 MOST_LAYERS = 10_000
@@ -40,6 +40,8 @@ class ModelOutput:
         token_losses: float32 [B, T] in nats when targets were given, else empty.
         state: one entry per layer when a state was passed in.
         hits: bool [B, T], the targets that are the most likely token, where `LanguageModel.measures_hits` asks for it.
+        log_normalisers: float32 [B, T], of the targets' distributions, 0 where there is no target, where
+            `LanguageModel.measures_normalisers` asks for them in training.
         losses: auxiliary losses summed over the layers, by name.
         metrics: the mixers' metrics as `layer_<index>/<name>`.
     """
@@ -48,6 +50,7 @@ class ModelOutput:
     token_losses: Tensor
     state: list[Any] | None = None
     hits: Tensor | None = None
+    log_normalisers: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
     metrics: dict[str, Metric] = field(default_factory=dict)
 
@@ -66,6 +69,8 @@ class LanguageModel(nn.Module):
         tie_head: let the head share the embedding matrix.
         logit_penalty: weight of an auxiliary loss, half the mean square of each position's largest logit, which keeps
             logits from drifting; RWKV trains with 1e-4 (its "L2Wrap").
+        logit_softcap: logits stay within plus and minus this, by cap * tanh(logit / cap) (Gemma Team 2024, arXiv
+            2408.00118, equation 1); xLSTM 7B has 30. None leaves them.
         norm_eps: epsilon of the norms around the mixers.
         activation_checkpointing: "block" keeps each block's input for the backward pass and computes the rest again.
 
@@ -75,6 +80,9 @@ class LanguageModel(nn.Module):
 
     measures_hits = False
     """Whether outputs say which targets the model's first choice met, as synthetic tasks need it."""
+
+    measures_normalisers = False
+    """Whether outputs have the logarithms of the normalisers, as a loss on them needs it."""
 
     def __init__(
         self,
@@ -88,6 +96,7 @@ class LanguageModel(nn.Module):
         block: BlockStyle | None = None,
         tie_head: bool = False,
         logit_penalty: float = 0.0,
+        logit_softcap: float | None = None,
         norm_eps: float = 1e-6,
         activation_checkpointing: Literal["none", "block"] = "none",
     ) -> None:
@@ -102,9 +111,12 @@ class LanguageModel(nn.Module):
             raise ConfigError(f"model.norm_eps={norm_eps} must be above 0.")
         if logit_penalty < 0:
             raise ConfigError(f"model.logit_penalty={logit_penalty} must be at least 0.")
+        if logit_softcap is not None and logit_softcap <= 0:
+            raise ConfigError(f"model.logit_softcap={logit_softcap} must be above 0, or null to leave logits alone.")
         self.shape = ModelShape(d_model, num_layers, num_heads, norm_eps)
         self.vocab_size = vocab_size
         self.logit_penalty = logit_penalty
+        self.logit_softcap = logit_softcap
         self.activation_checkpointing = activation_checkpointing
         style = Standard() if block is None else block
         self.embedding = nn.Embedding(vocab_size, d_model)
@@ -161,11 +173,20 @@ class LanguageModel(nn.Module):
                 output.losses[name] = output.losses.get(name, 0.0) + loss
             output.metrics |= {f"layer_{index}/{name}": value for name, value in result.metrics.items()}
         output.hidden = self.norm(x)
-        if targets is not None and self.logit_penalty and self.training:
-            output.token_losses, peaks = token_losses_and_peaks(output.hidden, self.head.weight, targets)
-            output.losses["logit_penalty"] = self.logit_penalty / 2 * peaks.square().mean()
+        if targets is not None and self.training:
+            found = scored(
+                output.hidden,
+                self.head.weight,
+                targets,
+                self.logit_softcap,
+                with_peaks=self.logit_penalty > 0,
+                with_normalisers=self.measures_normalisers,
+            )
+            output.token_losses, output.log_normalisers = found.losses, found.log_normalisers
+            if found.peaks is not None:
+                output.losses["logit_penalty"] = self.logit_penalty / 2 * found.peaks.square().mean()
         elif targets is not None:
-            output.token_losses = token_losses(output.hidden, self.head.weight, targets)
+            output.token_losses = self.token_losses(output.hidden, targets)
         if targets is not None and self.measures_hits:
             output.hits = hits(output.hidden, self.head.weight, targets)
         return output
@@ -186,7 +207,11 @@ class LanguageModel(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores over the vocabulary, float32 or better: [..., D] -> [..., V]."""
         scores = self.head(hidden)
-        return scores.to(torch.promote_types(scores.dtype, torch.float32))
+        return capped(scores.to(torch.promote_types(scores.dtype, torch.float32)), self.logit_softcap)
+
+    def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Negative log-likelihood in nats of `targets` int64 [...] after `hidden` [..., D]; float32 [...]."""
+        return token_losses(hidden, self.head.weight, targets, self.logit_softcap)
 
     def mixers(self) -> list[Mixer]:
         """The mixer of every layer, first to last."""

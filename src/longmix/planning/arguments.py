@@ -113,7 +113,9 @@ class Request:
     def model(self) -> LanguageModel:
         """The model on the meta device, in the dtype of its weights."""
         with torch.device("meta"):
-            return build_model(self.config, self.vocab_size)
+            model = build_model(self.config, self.vocab_size)
+        model.measures_normalisers = self.config.loop.z_loss > 0
+        return model
 
     def rows(self, variant: Variant) -> int:
         """Windows of a step that one process, or the processes that share windows, take.

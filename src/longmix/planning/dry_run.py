@@ -232,7 +232,8 @@ def _ends(model: LanguageModel, setting: Setting) -> Ends:
 
     def call() -> tuple[Tensor, list[Tensor], Any]:
         output = model(tokens, tokens)
-        return output.token_losses, list(output.losses.values()), None
+        normalisers = [] if output.log_normalisers is None else [output.log_normalisers]
+        return output.token_losses, [*output.losses.values(), *normalisers], None
 
     return Ends(_measured(call, model, [tokens], setting), dtype)
 

@@ -52,6 +52,7 @@ class StepRecord:
         losses: auxiliary losses by name, likewise; a step's is the mean over micro-batches and processes.
         carried: the state after each micro-batch, where state is carried.
         spike: why the step was left out as a spike; empty for any other.
+        z_loss: of this process, already divided by the valid tokens, where there is one.
     """
 
     loss: Tensor
@@ -63,6 +64,7 @@ class StepRecord:
     losses: dict[str, Measure] = field(default_factory=dict)
     carried: list[Rows] = field(default_factory=list)
     spike: str = ""
+    z_loss: Tensor | None = None
 
 
 class TrainingModule(LightningModule):
@@ -81,6 +83,8 @@ class TrainingModule(LightningModule):
         timeout: seconds that they wait for each other.
         processes: all that train.
         carried: what each row goes on from, see `longmix.training.carried`; None lets each window begin anew.
+        z_loss: weight of the mean square of the logarithm of each target's normaliser, added to the loss; the model
+            must measure normalisers.
         spikes: tells steps that are left out, or stop the run, for a loss or gradient norm that jumps; None tells none.
     """
 
@@ -99,6 +103,7 @@ class TrainingModule(LightningModule):
         timeout: float = 600.0,
         processes: Processes | None = None,
         carried: CarriedState | None = None,
+        z_loss: float = 0.0,
         spikes: SpikeGuard | None = None,
     ) -> None:
         super().__init__()
@@ -116,6 +121,7 @@ class TrainingModule(LightningModule):
         self.timeout = timeout
         self.processes = processes or Processes()
         self.carried = carried
+        self.z_loss = z_loss
         self.spikes = spikes
         self.row_group: ProcessGroup | None = None
         self.steps_taken = 0
@@ -213,6 +219,7 @@ class TrainingModule(LightningModule):
         hits: list[Tensor] = []
         metrics: dict[str, Measure] = {}
         auxiliary_losses: dict[str, Measure] = {}
+        z_losses: list[Tensor] = []
         run, carried = self._run_carrying(micro_batches)
         for index, micro_batch in enumerate(micro_batches):
             with self._gradient_sync(last=index == len(micro_batches) - 1):
@@ -221,6 +228,10 @@ class TrainingModule(LightningModule):
                 loss = losses.sum() / valid
                 for auxiliary in output.losses.values():
                     loss = loss + auxiliary / len(micro_batches)
+                if output.log_normalisers is not None:
+                    z_loss = self.z_loss * output.log_normalisers.square().sum() / valid
+                    loss = loss + z_loss
+                    z_losses.append(z_loss.detach())
                 token_losses.append(losses.detach())
                 if output.hits is not None:
                     hits.append(output.hits)
@@ -239,6 +250,7 @@ class TrainingModule(LightningModule):
             metrics,
             auxiliary_losses,
             carried,
+            z_loss=torch.stack(z_losses).sum() if z_losses else None,
         )
 
     def _run_carrying(self, batches: list[Batch]) -> tuple[Callable[[Batch], ModelOutput], list[Rows]]:

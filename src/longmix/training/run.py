@@ -165,6 +165,7 @@ def _train_from(
     model = build_model(config, data.vocab_size if origin is None else origin.vocab_size)
     begin(model, config, origin)
     model.measures_hits = data.makes_numbers
+    model.measures_normalisers = config.loop.z_loss > 0
     if is_first:
         print_header(config, start.folder, model, data, settings, start.step, invocation.choices)
     everyone.first(lambda: start.begin(config))
@@ -287,6 +288,7 @@ def _module(
         timeout=settings.timeout,
         processes=everyone,
         carried=carried,
+        z_loss=loop.z_loss,
         spikes=spikes,
     )
 

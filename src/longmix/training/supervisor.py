@@ -22,7 +22,7 @@ from longmix.distributed.signals import process_watch
 from longmix.errors import Interrupted, NonFiniteError
 from longmix.evaluation.statistics import LossStatistics
 from longmix.metrics import Metrics
-from longmix.mixers.parts.metrics import figures
+from longmix.mixers.parts.metrics import Mean, figures
 from longmix.progress import ProgressDisplay
 from longmix.training import random_state, strategies
 from longmix.training.connection import how_to_continue
@@ -272,6 +272,8 @@ class Supervisor(Callback):
         statistics.reduce()
         loss, quality = record.loss.item(), quality_of(statistics.summary())
         measured = {f"train/{name}": measure for name, measure in record.losses.items()}
+        if record.z_loss is not None:  # each process has its share of one mean over all tokens
+            measured["train/z_loss"] = Mean.of(record.z_loss)
         measured |= {f"mixer/{name}": measure for name, measure in record.metrics.items()}
         metrics: Metrics = {
             "train/loss": loss,

@@ -17,7 +17,6 @@ from longmix.evaluation.prefill import context_lengths_of, last_hidden, pieces_o
 from longmix.evaluation.statistics import position_buckets
 from longmix.evaluation.subject import Subject
 from longmix.evaluation.tasks.base import Answer, Task
-from longmix.model.head import token_losses
 from longmix.progress import tracked
 from longmix.reporting.plots import draw_curves, draw_trained, drawing, new_figure
 from longmix.wording import counted
@@ -142,7 +141,7 @@ def _in_batches(subject: Subject, starts: np.ndarray, length: int, description: 
 
 def _losses(subject: Subject, hidden: Tensor, targets: Tensor) -> Tensor:
     with torch.no_grad(), subject.restored.autocast():
-        return token_losses(hidden, subject.model.head.weight, targets)
+        return subject.model.token_losses(hidden, targets)
 
 
 def _after_context(subject: Subject, text: TokenFile, ends: np.ndarray, length: int, scored: int) -> dict[str, float]:
