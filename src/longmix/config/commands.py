@@ -58,6 +58,7 @@ class LoopConfig:
         spike_window: how many last steps that are; the first spike may come when half of them are there.
         spike_action: what a spike does: "skip" its step and count it, or "stop" the run.
         carry_state: begin each window from the state that its row's last one ended with; takes data.order=contiguous.
+        profile: a step, or a list of them, whose time is told by class of operation, with a trace; see docs/profile.md.
     """
 
     gradient_clip: float | None = word(1.0, above_zero(null="never clip"))
@@ -74,6 +75,7 @@ class LoopConfig:
     spike_window: int = word(128, at_least(2))
     spike_action: Literal["skip", "stop"] = "skip"
     carry_state: bool = False
+    profile: int | list[int] | None = word(None, LENGTHS, misfit=LENGTHS.says)
 
 
 @dataclass(frozen=True, kw_only=True)

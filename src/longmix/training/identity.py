@@ -48,6 +48,7 @@ FREE = {
     "loop.sharded_checkpoints": "both forms hold the same tensors",
     "loop.async_checkpoints": "both ways write the same tensors",
     "loop.max_skips": "it says when to give up",
+    "loop.profile": "looking at a step changes nothing",
     "data.cache_dir": "what is kept there is verified by its content",
     "data.num_workers": "batches are the same, whoever reads them",
     "data.local_shards": "it says how much is kept at hand",

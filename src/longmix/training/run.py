@@ -39,6 +39,7 @@ from longmix.training.claims import remove_unused
 from longmix.training.hardware import TrainerSettings
 from longmix.training.loggers import NoLog
 from longmix.training.module import TrainingModule
+from longmix.training.profile import check_profile, profiled
 from longmix.training.resume import Start, find_start, start_alone
 from longmix.training.run_state import Provenance
 from longmix.training.schedules import schedule_of
@@ -216,6 +217,7 @@ def check_config(config: TrainConfig, tokenizer: Tokenizer | None = None) -> tup
     for choice in (*(part.config.schedule for part in course.parts), config.trainer, config.logger):
         choice.check(set())
     schedule_of(course)
+    check_profile(config.loop.profile, course.total_steps)
     with torch.device("meta"):
         weights = {"matrix": torch.nn.Parameter(torch.empty(1, 1)), "vector": torch.nn.Parameter(torch.empty(1))}
         config.optimizer.build(parameters=weights)
@@ -335,6 +337,7 @@ def _fit(
 ) -> None:
     from lightning.pytorch import Trainer
 
+    steps = supervisor.loop.profile if process_rank() == 0 else None
     data.start_step, data.num_steps = start.step, module.total_steps
     data.processes_per_row = settings.slices
     trainer = Trainer(
@@ -345,7 +348,7 @@ def _fit(
         strategy=strategy_of(settings),
         precision=settings.precision_in_use,
         max_epochs=1,
-        callbacks=[supervisor],
+        callbacks=profiled(supervisor, steps, start.folder, settings.compiles),
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
