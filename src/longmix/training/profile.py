@@ -155,7 +155,7 @@ class Recording:
         if self.on_gpu:
             torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
             torch.cuda.synchronize(device)
-        self.profile = profile(activities=activities, profile_memory=True)
+        self.profile = profile(activities=activities, profile_memory=True, acc_events=True)
         self.profile.start()
         self.ranges = [_opened(STEP), _opened(MARK + DATA)]
 
