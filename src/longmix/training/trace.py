@@ -1,7 +1,7 @@
 """What a step's time went to, from its trace: shares by class of operation that sum to the whole.
 
 The trace is torch.profiler's Chrome JSON. `longmix.training.profile` marks in it which parts of the model ran, by
-ranges named `longmix: CLASS`. An operation belongs to the innermost range around it. One of the backward pass belongs to
+ranges named `longmix: CLASS`. An operation belongs to the innermost range around it. One of the backward pass is of
 the class of the forward operation that made its node, which autograd's sequence numbers tell. Exchanges between
 processes are known by their names, and so are the kernels of compiled blocks, where no range reaches.
 
