@@ -22,7 +22,7 @@ from longmix.training.run import check_config
 
 def found(path, suffix=".txt") -> list[str]:
     paths = [str(one) for one in path] if isinstance(path, list) else str(path)
-    return [file.name for file in find_files("data.corpus.path", paths, suffix)]
+    return [file.name for file in find_files("data.corpus.path", paths, (suffix,))]
 
 
 @pytest.fixture

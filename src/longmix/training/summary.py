@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from longmix.training.supervisor import Supervisor
 
 SUMMARY_FILE = "summary.json"
-QUALITIES = {"recall": "recall", "bits_per_byte": "bits/byte"}
+QUALITIES = {"recall": "recall", "bits_per_byte": "bits/byte", "loss": "nats/token"}
 """The unit of each metric that `quality_of` may name."""
 
 LOG_WIDTH = 160
@@ -70,8 +70,12 @@ def mixer_name(config: TrainConfig, choices: Mapping[str, str]) -> str:
 
 
 def quality_of(figures: Mapping[str, float]) -> tuple[str, float]:
-    """Name and value of the most telling metric: recall for synthetic tasks, whose tokens have no bytes."""
-    name = "recall" if "recall" in figures else "bits_per_byte"
+    """Name and value of the most telling metric.
+
+    Recall for synthetic tasks, whose tokens have no bytes; the loss where nobody knows the bytes of the tokens.
+    """
+    text = "bits_per_byte" if figures["bytes"] else "loss"
+    name = "recall" if "recall" in figures else text
     return name, figures[name]
 
 
@@ -219,8 +223,9 @@ def print_summary(summary: Summary, folder: Path, supervisor: "Supervisor", wall
     """Print the main metrics of a run, the time of the command, and the paths of its files."""
     validation = summary["validation"]
     quality, value = quality_of(validation)
+    other = "bits/byte unknown" if quality == "loss" else f"loss {validation['loss']:.4f}"
     rows = {
-        "validation": f"{value:.4f} {QUALITIES[quality]}, loss {validation['loss']:.4f}, "
+        "validation": f"{value:.4f} {QUALITIES[quality]}, {other}, "
         f"perplexity {validation['perplexity']:.3f} on {counted(int(validation['tokens']), 'token')}",
         "trained": f"{summary['tokens']:,} tokens in {duration(summary['training_seconds'])} "
         f"({summary['tokens_per_second']:,.0f} tokens/s); {duration(wall_seconds)} from start to end",

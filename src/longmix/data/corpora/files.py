@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 class _LocalFiles(SplitByContent):
     """A corpus in local files."""
 
-    _suffix: str
+    _suffixes: tuple[str, ...]
     _divides_one = True
 
     def __init__(
@@ -38,7 +38,7 @@ class _LocalFiles(SplitByContent):
             raise ConfigError("data.corpus.path is required; give a file, a folder, a pattern, or a list of these.")
         given = {"train": ("path", path), "validation": ("validation", validation), "test": ("test", test)}
         sources = {
-            split: find_files(f"data.corpus.{key}", paths, self._suffix)
+            split: find_files(f"data.corpus.{key}", paths, self._suffixes)
             for split, (key, paths) in given.items()
             if paths is not None
         }
@@ -73,7 +73,7 @@ class TextFiles(_LocalFiles):
     """
 
     name = "text"
-    _suffix = ".txt"
+    _suffixes = (".txt",)
 
     def __init__(
         self,
@@ -149,7 +149,7 @@ class JsonLines(_TableFiles):
     """
 
     name = "jsonl"
-    _suffix = ".jsonl"
+    _suffixes = (".jsonl", *(f".jsonl{ending}" for ending in (".gz", ".zst", ".bz2", ".xz")))
 
     def _texts(self, file: Path) -> Iterator[str]:
         with file.open("rb") as stream, uncompressed(stream, file) as lines:
@@ -160,7 +160,7 @@ class ParquetFiles(_TableFiles):
     """Local Parquet files: one row a document, one column its text. Arguments and errors as for `JsonLines`."""
 
     name = "parquet"
-    _suffix = ".parquet"
+    _suffixes = (".parquet",)
 
     def _texts(self, file: Path) -> Iterator[str]:
         from pyarrow import parquet

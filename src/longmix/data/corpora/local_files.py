@@ -23,25 +23,28 @@ MOST_KINDS = 6
 """The most kinds of left-out files that a line of the log names."""
 
 
-def find_files(key: str, paths: str | Sequence[str], suffix: str) -> list[Path]:
+def find_files(
+    key: str, paths: str | Sequence[str], suffixes: Sequence[str], beside: Sequence[str] = ()
+) -> list[Path]:
     """All files that one path or several name, sorted; each once, however many links and paths lead to it.
 
     Args:
         key: the setting the paths come from, for the error message.
-        paths: each a file, a folder (all files ending in `suffix`, in small or capital letters, below it) or a glob
-            pattern; `~` is expanded. Names that begin with a dot are passed over. Links are followed.
-        suffix: such as ".txt".
+        paths: each a file, a folder (all files below it that end in one of `suffixes`, in small or capital letters) or
+            a glob pattern; `~` is expanded. Names that begin with a dot are passed over. Links are followed.
+        suffixes: such as ".txt", the usual one first.
+        beside: suffixes of files that belong to those, and are not spoken of.
 
     Raises:
         ConfigError: a path is empty.
-        DataError: a path names no file.
+        DataError: a path names no file, or a folder whose files end in several of `suffixes`.
     """
     given = [paths] if isinstance(paths, str) else list(paths)
     if not given:
         raise DataError(f"{key} is an empty list; give a file, a folder or a pattern")
     expanded = [user_path(key, path) for path in given]
     try:
-        found = sorted({file for path in expanded for file in _find(key, path, suffix)})
+        found = sorted({file for path in expanded for file in _find(key, path, suffixes, beside)})
         by_target: dict[Path, Path] = {}
         for file in found:
             target = file.resolve()
@@ -52,11 +55,11 @@ def find_files(key: str, paths: str | Sequence[str], suffix: str) -> list[Path]:
     return sorted(by_target.values())
 
 
-def _find(key: str, path: Path, suffix: str) -> list[Path]:
+def _find(key: str, path: Path, suffixes: Sequence[str], beside: Sequence[str]) -> list[Path]:
     if path.is_file():
         return [path.absolute()]
     if path.is_dir():
-        return _files_below(key, path.absolute(), suffix)
+        return _files_below(key, path.absolute(), suffixes, beside)
     if path.exists():
         raise DataError(f"{key}: {path} is a device, pipe or socket; give a file, a folder or a pattern")
     files = [Path(file).absolute() for file in _matches(str(path)) if Path(file).is_file()]
@@ -66,13 +69,16 @@ def _find(key: str, path: Path, suffix: str) -> list[Path]:
     return files
 
 
-def _files_below(key: str, folder: Path, suffix: str) -> list[Path]:
-    """The files with the wanted suffix; one line in the log counts the others."""
-    wanted: list[Path] = []
+def _files_below(key: str, folder: Path, suffixes: Sequence[str], beside: Sequence[str]) -> list[Path]:
+    """The files with one of the wanted suffixes; one line in the log counts the others."""
+    wanted: dict[str, list[Path]] = {}
     others: list[Path] = []
     for path in (path for inner in _folders(folder) for path in _entries(inner) if not path.is_dir()):
-        is_wanted = path.name.lower().endswith(suffix) and path.is_file()
-        (wanted if is_wanted else others).append(path)
+        suffix = _ending(path, suffixes) if path.is_file() else None
+        if suffix is not None:
+            wanted.setdefault(suffix, []).append(path)
+        elif _ending(path, beside) is None:
+            others.append(path)
     kinds = Counter(_kind(path) for path in others)
     counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(MOST_KINDS))
     counts += ", ..." if len(kinds) > MOST_KINDS else ""
@@ -80,10 +86,22 @@ def _files_below(key: str, folder: Path, suffix: str) -> list[Path]:
         named = [kind for kind, _ in kinds.most_common() if kind.startswith(".")]
         there = f"; there are {counts}" if others else "; there are no files"
         there += f". A pattern such as {folder}/**/*{named[0]} takes them" if named else ""
-        raise DataError(f"{key}: no file matches {folder}/**/*{suffix} (the working folder is {Path.cwd()}){there}")
+        sought = f"no file matches {folder}/**/*{suffixes[0]}"
+        raise DataError(f"{key}: {sought} (the working folder is {Path.cwd()}){there}")
+    if len(wanted) > 1:
+        mixed = ", ".join(f"{len(files):,} {suffix}" for suffix, files in sorted(wanted.items()))
+        raise DataError(
+            f"{key}={folder} holds files of several kinds, which may be copies of each other: {mixed}. Give those of "
+            f"one kind by a pattern, such as {folder}/**/*{max(wanted, key=lambda suffix: len(wanted[suffix]))}."
+        )
+    ((suffix, files),) = wanted.items()
     if others:
-        logger.warning("%s=%s takes its %s %s; left out: %s", key, folder, f"{len(wanted):,}", suffix, counts)
-    return wanted
+        logger.warning("%s=%s takes its %s %s; left out: %s", key, folder, f"{len(files):,}", suffix, counts)
+    return files
+
+
+def _ending(path: Path, suffixes: Sequence[str]) -> str | None:
+    return next((suffix for suffix in suffixes if path.name.lower().endswith(suffix)), None)
 
 
 def _kind(path: Path) -> str:

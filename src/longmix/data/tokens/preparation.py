@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -54,6 +54,15 @@ class Preparation:
             raise ConfigError(f"workers={self.workers} must be at most {MOST_ON_A_MACHINE:,}.")
 
 
+@runtime_checkable
+class TokenizedCorpus(Corpus, Protocol):
+    """A corpus whose tokens are there already, and its text is not."""
+
+    def token_file(self, tokenizer: Tokenizer, split: str, cache_dir: Path, label: str = "") -> TokenFile:
+        """The tokens of a split; see `prepare`."""
+        ...
+
+
 def prepare(
     corpus: Corpus,
     tokenizer: Tokenizer,
@@ -80,6 +89,8 @@ def prepare(
         StorageError: the folder cannot be written.
     """
     check_split(corpus, split)
+    if isinstance(corpus, TokenizedCorpus):
+        return corpus.token_file(tokenizer, split, cache_dir, label)
     preparation = Preparation() if preparation is None else preparation
     started_at = time.monotonic()
     identity = {"corpus": corpus.fingerprint(), "tokenizer": tokenizer.fingerprint(), "split": split}

@@ -1,5 +1,6 @@
 """`evaluate.py task=context_lengths`: the gain from more context, and the reach beyond the trained length."""
 
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -180,8 +181,12 @@ def _length_table(report: dict[str, Any]) -> Table:
     for length, result in report["lengths"].items():
         numbers = (result["loss"], result["perplexity"], result["bits_per_byte"])
         share = f"{length / report['trained_seq_len']:g}x"
-        table.add_row(f"{length:,}", share, *(f"{number:.4f}" for number in numbers), f"{result['tokens']:,}")
+        table.add_row(f"{length:,}", share, *(_shown(number) for number in numbers), f"{result['tokens']:,}")
     return table
+
+
+def _shown(number: float) -> str:
+    return "unknown" if math.isnan(number) else f"{number:.4f}"
 
 
 def _position_table(report: dict[str, Any]) -> Table:

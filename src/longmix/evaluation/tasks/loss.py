@@ -53,7 +53,7 @@ class Loss(Task):
         numbers = isinstance(subject.data.tokenizer, NumberTokenizer)
         with _hits_measured(subject, numbers):
             results = {length: self._at_length(subject, length) for length in subject.checked_seq_lens()}
-        if numbers:  # they stand for no bytes
+        if numbers or not subject.data.token_bytes.any():  # they stand for no bytes, or nobody knows for how many
             results = {length: _without_bytes(result) for length, result in results.items()}
         report: dict[str, Any] = {**subject.heading(), "lengths": results}
         return Answer(report if self.prefixes is None else report | {"prefixes": self.prefixes})
