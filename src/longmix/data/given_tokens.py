@@ -24,8 +24,6 @@ class GivenTokens(TokenData):
         DataError: see `TokenFiles`.
     """
 
-    usual_place = "data.corpus"
-
     def __init__(
         self,
         path: str | Sequence[str],
@@ -41,9 +39,10 @@ class GivenTokens(TokenData):
         order: str = "shuffled",
         **options: Unpack[PackedOptions],
     ) -> None:
-        corpus = TokenFiles(path, format, dtype, eod, validation, test, validation_fraction, test_fraction)
+        with settings_at("data", TokenFiles.usual_place):
+            corpus = TokenFiles(path, format, dtype, eod, validation, test, validation_fraction, test_fraction)
         super().__init__(corpus, tokenizer, order=order, **options)
 
     def _token_file_of(self, name: str, split: str) -> TokenFile:
-        with settings_at("data", self.usual_place):
+        with settings_at("data", TokenFiles.usual_place):
             return super()._token_file_of(name, split)

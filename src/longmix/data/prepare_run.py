@@ -15,6 +15,7 @@ from longmix.command_line.program import program
 from longmix.config import PrepareConfig, read
 from longmix.data.prepared import find_splits
 from longmix.data.text_data import TextData
+from longmix.data.tokens.placed import PlacedTokens
 from longmix.data.tokens.preparation import Preparation
 from longmix.data.training_data import build_data
 from longmix.errors import ConfigError, DataError
@@ -61,7 +62,8 @@ def prepare_splits(config: DictConfig, invocation: Invocation | None = None) -> 
             files.append({"corpus": corpus, "split": split, **counts, **stored})
     _print(files, time.monotonic() - began)
     if {"train", "validation"} <= {file["split"] for file in files} or own.splits is not None:
-        _print_uses(Path(files[0]["folder"]).parent, invocation)
+        in_place = isinstance(data.token_files(splits[0])[0], PlacedTokens)
+        _print_uses(None if in_place else Path(files[0]["folder"]).parent, invocation)
     else:
         text = "to train on them, a validation split is needed: give data.corpus.validation_fraction above 0."
         Console().print(text, highlight=False)
@@ -77,7 +79,9 @@ def _print(files: list[dict[str, Any]], seconds: float) -> None:
         table.add_row(
             escape(file["corpus"]),
             file["split"],
-            *(f"{file[name]:,}" for name in ("documents", "tokens", "bytes", "shards")),
+            *(f"{file[name]:,}" for name in ("documents", "tokens")),
+            f"{file['bytes']:,}" if file["bytes"] else "unknown",
+            f"{file['shards']:,}",
         )
     console = Console()
     console.print(table)
@@ -85,13 +89,15 @@ def _print(files: list[dict[str, Any]], seconds: float) -> None:
         console.print(file["folder"], highlight=False, markup=False, soft_wrap=True)
 
 
-def _print_uses(cache_dir: Path, invocation: Invocation | None) -> None:
-    """Print the commands that train on these token files."""
+def _print_uses(cache_dir: Path | None, invocation: Invocation | None) -> None:
+    """Print the commands that train on these token files; None where they are not of longmix's own format."""
     console = Console()
     if invocation is not None:
         words = [word for word in invocation.words if word.partition("=")[0] not in OWN_WORDS]
         line = f"{program('train')} {shlex.join(words)}".rstrip()
         console.print(f"to train on them:  {line}", highlight=False, markup=False, soft_wrap=True)
+    if cache_dir is None:
+        return
     try:
         find_splits(str(cache_dir))
     except DataError:  # several corpora share the folder

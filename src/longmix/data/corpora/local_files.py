@@ -23,9 +23,7 @@ MOST_KINDS = 6
 """The most kinds of left-out files that a line of the log names."""
 
 
-def find_files(
-    key: str, paths: str | Sequence[str], suffixes: Sequence[str], beside: Sequence[str] = ()
-) -> list[Path]:
+def find_files(key: str, paths: str | Sequence[str], suffixes: Sequence[str], beside: Sequence[str] = ()) -> list[Path]:
     """All files that one path or several name, sorted; each once, however many links and paths lead to it.
 
     Args:

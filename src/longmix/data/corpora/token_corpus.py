@@ -229,5 +229,3 @@ def sampled_sha256(file: Path, size: int) -> str:
                 stream.seek((size - SAMPLE_BYTES) * number // (SAMPLES - 1))
                 digest.update(stream.read(SAMPLE_BYTES))
     return digest.hexdigest()
-
-

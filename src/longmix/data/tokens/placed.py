@@ -5,6 +5,7 @@ document's end: there it counts as the beginning of the next one. One behind whi
 left out: it would be an empty document.
 """
 
+import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from longmix.data.tokens.token_files import CHECKED_TOGETHER, ShardedTokens, Tok
 from longmix.errors import DataError
 from longmix.wording import counted
 
-STARTS, LENGTHS, BYTES, NUMBERS = "starts.bin", "lengths.bin", "bytes.bin", "numbers.bin"
+STARTS, LENGTHS, BYTES, NUMBERS = "starts", "lengths", "bytes", "numbers"
 """Files of an index, one number a document: where it starts in all files together, its tokens, its bytes of text, and
 a number between 0 and 2**64 that depends on its first tokens and its length alone."""
 
@@ -65,21 +66,23 @@ def write_index(folder: Path, places: Sequence[Place], mark: int, token_bytes: n
         DataError: a token is no id; names file and place.
     """
     counts, marks, base = [], 0, 0
-    with (folder / STARTS).open("wb") as starts, (folder / LENGTHS).open("wb") as lengths:
-        with (folder / BYTES).open("wb") as sizes, (folder / NUMBERS).open("wb") as numbers:
-            for place in places:
-                tokens = place.map()
-                found = _marks(place, tokens, mark, len(token_bytes))
-                marks += len(found)
-                begins, ends = _documents(place, tokens, found, mark)
-                (begins + base).astype("<i8").tofile(starts)
-                (ends - begins).astype("<i8").tofile(lengths)
-                _bytes_of(tokens, begins, ends, token_bytes).astype("<i8").tofile(sizes)
-                for first in range(0, len(begins), NUMBERED_TOGETHER):
-                    some = slice(first, first + NUMBERED_TOGETHER)
-                    _numbers(tokens, begins[some], ends[some], mark).astype("<u8").tofile(numbers)
-                counts.append(len(begins))
-                base += place.count
+    with contextlib.ExitStack() as stack:
+        starts, lengths, sizes, numbers = (
+            stack.enter_context((folder / name).open("wb")) for name in (STARTS, LENGTHS, BYTES, NUMBERS)
+        )
+        for place in places:
+            tokens = place.map()
+            found = _marks(place, tokens, mark, len(token_bytes))
+            marks += len(found)
+            begins, ends = _documents(place, tokens, found, mark)
+            (begins + base).astype("<i8").tofile(starts)
+            (ends - begins).astype("<i8").tofile(lengths)
+            _bytes_of(tokens, begins, ends, token_bytes).astype("<i8").tofile(sizes)
+            for first in range(0, len(begins), NUMBERED_TOGETHER):
+                some = slice(first, first + NUMBERED_TOGETHER)
+                _numbers(tokens, begins[some], ends[some], mark).astype("<u8").tofile(numbers)
+            counts.append(len(begins))
+            base += place.count
     return {"documents": counts, "marks": marks}
 
 
@@ -290,7 +293,7 @@ class PlacedTokens(TokenFile):
         return ShardedTokens(counts, self.dtype, lambda number: self.places[number].map())
 
     @functools.cached_property
-    def _tokens(self) -> Any:  # type: ignore[override]
+    def _tokens(self) -> Any:
         starts, lengths, _ = self._chosen()
         return ChosenTokens(self._files, np.asarray(starts), np.asarray(lengths))
 
