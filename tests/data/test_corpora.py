@@ -1,8 +1,10 @@
 """Corpora: splits, exact texts, fingerprints, and errors that name what is wrong."""
 
+import bz2
 import csv
 import gzip
 import json
+import lzma
 import os
 import socket
 import subprocess
@@ -23,6 +25,16 @@ from longmix.data.corpora.sotu import Sotu
 from longmix.errors import ConfigError, DataError
 
 TEXTS = ["first\r\ndocument é", "second\n\n", "third \U0001f642", "fourth"]
+
+
+def zstd(content: bytes) -> bytes:
+    target = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(target, "zstd") as stream:
+        stream.write(content)
+    return bytes(target.getvalue())
+
+
+COMPRESSIONS = {"gz": gzip.compress, "zst": zstd, "bz2": bz2.compress, "xz": lzma.compress}
 
 
 def write_text(folder: Path, texts: list[str] = TEXTS) -> Path:
@@ -130,11 +142,26 @@ class TestLocalFiles:
         corpus = kind(str(write(tmp_path / "[1] *")), validation_fraction=0)
         assert list(corpus.documents("train")) == TEXTS
 
-    def test_compressed_json_lines(self, tmp_path):
-        with gzip.open(tmp_path / "a.jsonl.gz", "wt") as stream:
-            stream.write(json.dumps({"text": "zipped"}) + "\n")
-        corpus = JsonLines(str(tmp_path / "*.gz"), validation_fraction=0)
-        assert list(corpus.documents("train")) == ["zipped"]
+    @pytest.mark.parametrize("compress", COMPRESSIONS.values(), ids=COMPRESSIONS)
+    def test_a_folder_of_compressed_json_lines(self, tmp_path, compress):
+        """Each file has two members or frames, as parallel compressors write them."""
+        kind = next(name for name, function in COMPRESSIONS.items() if function is compress)
+        texts = [f"{number} {'x' * 5000}" for number in range(200)]
+        halves = ["".join(json.dumps({"text": text}) + "\n" for text in part) for part in (texts[:90], texts[90:])]
+        whole = b"".join(compress(half.encode()) for half in halves)
+        (tmp_path / f"b.JSONL.{kind}").write_bytes(whole)
+        (tmp_path / f"a.jsonl.{kind}").write_bytes(compress(b'{"text": "first"}'))
+        corpus = JsonLines(str(tmp_path), validation_fraction=0)
+        assert list(corpus.documents("train")) == ["first", *texts]
+        (tmp_path / "c.jsonl").touch()
+        with pytest.raises(
+            DataError, match=rf"holds files of several kinds.*1 \.jsonl, 2 \.jsonl\.{kind}.*/\*\*/\*\.jsonl\.{kind}"
+        ):
+            JsonLines(str(tmp_path))
+        for cut in (len(whole) - 1, len(whole) // 2, 3):
+            (tmp_path / f"b.JSONL.{kind}").write_bytes(whole[:cut])
+            with pytest.raises(DataError, match=rf"b\.JSONL\.{kind} ends before .* cut short"):
+                list(JsonLines(str(tmp_path / f"b*{kind}"), validation_fraction=0).documents("train"))
 
     @tables
     def test_no_network_is_asked(self, tmp_path, kind, write, monkeypatch):

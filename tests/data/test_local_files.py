@@ -284,7 +284,7 @@ class TestWhatIsNoCorpus:
     @pytest.mark.parametrize("kind", [TextFiles, JsonLines])
     def test_files_without_text(self, tmp_path, kind):
         for name in "ab":
-            (tmp_path / f"{name}{kind._suffix}").touch()
+            (tmp_path / f"{name}{kind._suffixes[0]}").touch()
         with pytest.raises(DataError, match=r"holds no text \(\d empty documents\); give it files with text"):
             prepare(kind(str(tmp_path)), ByteTokenizer(), "train", tmp_path / "cache")
 

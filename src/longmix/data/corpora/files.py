@@ -123,6 +123,10 @@ class _TableFiles(_LocalFiles):
                 yield from self._texts(file)
             except DataError:
                 raise
+            except EOFError as error:
+                raise DataError(
+                    f"{file} ends before its compressed content does: it was cut short. Copy it again."
+                ) from error
             except Exception as error:  # readers raise many kinds
                 raise DataError(f"{file} cannot be read as {self.name}: {reason_of(error)}") from error
 
@@ -131,12 +135,13 @@ class _TableFiles(_LocalFiles):
 
 
 class JsonLines(_TableFiles):
-    """Local JSON Lines (also compressed, if the path says so): one object a line, one of its fields the document.
+    """Local JSON Lines, also compressed: one object a line, one of its fields the document.
 
     Read as `json.loads` reads each line; no other field matters. A file may also be one array of objects.
 
     Args:
-        path: file, folder (all `.jsonl` files below it) or glob pattern, or a list of these; the training documents.
+        path: file, folder (all `.jsonl` files below it, or all `.jsonl.gz`, `.jsonl.zst`, ...; not several kinds) or glob
+            pattern, or a list of these; the training documents.
         field: the field that holds the text. Where it is missing or null, the document counts as empty.
         validation: likewise for validation; without it, `validation_fraction` of `path` is held out.
         test: likewise for test; without it, `test_fraction` of `path` is held out.

@@ -1,5 +1,6 @@
 """The documents in the records of a table or of a file of JSON: one of their fields."""
 
+import io
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,6 +11,10 @@ from longmix.errors import DataError
 
 FIELD_WITHIN_BYTES = 10 << 20
 """Bytes after which a JSON file without the field is refused, so that a wrong name does not cost an hour."""
+
+
+CUT_SHORT = "Compressed file ended before the end-of-stream marker was reached"
+"""What gzip, bzip2 and xz say of a file that was cut short."""
 
 
 def texts_of(records: Iterable[dict[str, Any]], field: str, source_name: str, first: int = 0) -> Iterator[str]:
@@ -90,17 +95,18 @@ def _surrogate_in(text: str) -> int | None:
 def uncompressed(stream: IO[bytes], name: str | Path) -> IO[bytes]:
     """The bytes behind a compression that the end of the name tells, such as .gz, .bz2, .xz, .zip or .zst.
 
+    Reading raises EOFError where a file was cut short.
+
     Raises:
-        DataError: it is not compressed so, or what reads it is not installed.
+        DataError: it is not compressed so.
     """
     from fsspec.compression import compr
     from fsspec.utils import infer_compression
 
+    if str(name).lower().endswith((".zst", ".zstd")):
+        return cast(IO[bytes], io.BufferedReader(_Zstd(stream)))
     kind = infer_compression(str(name))
     if kind is None:
-        suffix = Path(str(name)).suffix
-        if suffix in (".zst", ".zstd"):
-            raise DataError(f"{name} is compressed by zstd, which needs: pip install zstandard")
         return stream
     try:
         if kind == "zip":
@@ -110,6 +116,32 @@ def uncompressed(stream: IO[bytes], name: str | Path) -> IO[bytes]:
         raise
     except Exception as error:  # each compression has its own kinds
         raise DataError(f"{name} cannot be decompressed: {type(error).__name__}: {error}") from error
+
+
+class _Zstd(io.RawIOBase):
+    """The bytes behind zstd, of all frames; `zstandard` as `fsspec` uses it ends after the first, and at a cut."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        import pyarrow
+
+        self._stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(stream, "r"), "zstd")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any) -> int:
+        try:
+            return int(self._stream.readinto(target))
+        except OSError as error:
+            if "Truncated" in str(error):
+                raise EOFError(CUT_SHORT) from error
+            if "ZSTD" in str(error):
+                raise ValueError(str(error)) from error
+            raise
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
 
 
 def _refuse_several(members: list[str], name: str | Path) -> None:
