@@ -154,13 +154,12 @@ class TestLocalFiles:
         corpus = JsonLines(str(tmp_path), validation_fraction=0)
         assert list(corpus.documents("train")) == ["first", *texts]
         (tmp_path / "c.jsonl").touch()
-        with pytest.raises(
-            DataError, match=rf"holds files of several kinds.*1 \.jsonl, 2 \.jsonl\.{kind}.*/\*\*/\*\.jsonl\.{kind}"
-        ):
+        kinds = rf"of several kinds.*1 \.jsonl, 2 \.jsonl\.{kind}.*/\*\*/\*\.jsonl\.{kind}"
+        with pytest.raises(DataError, match=kinds):
             JsonLines(str(tmp_path))
         for cut in (len(whole) - 1, len(whole) // 2, 3):
             (tmp_path / f"b.JSONL.{kind}").write_bytes(whole[:cut])
-            with pytest.raises(DataError, match=rf"b\.JSONL\.{kind} ends before .* cut short"):
+            with pytest.raises(DataError, match=rf"b\.JSONL\.{kind} is cut or damaged"):
                 list(JsonLines(str(tmp_path / f"b*{kind}"), validation_fraction=0).documents("train"))
 
     @tables

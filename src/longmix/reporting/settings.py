@@ -38,7 +38,8 @@ def corpus_of(settings: Settings) -> str | None:
         if f"{place}._target_" in settings:
             return _words(settings, place)
     if "data.path" in settings:
-        return f"prepared, path={settings['data.path']}"
+        kind = "tokens" if str(settings.get("data._target_")).endswith(".GivenTokens") else "prepared"
+        return f"{kind}, path={settings['data.path']}"
     shares = {key.removeprefix("data.weights."): value for key, value in settings.items() if "data.weights." in key}
     if shares:
         return "mixture: " + ", ".join(

@@ -140,8 +140,8 @@ class JsonLines(_TableFiles):
     Read as `json.loads` reads each line; no other field matters. A file may also be one array of objects.
 
     Args:
-        path: file, folder (all `.jsonl` files below it, or all `.jsonl.gz`, `.jsonl.zst`, ...; not several kinds) or glob
-            pattern, or a list of these; the training documents.
+        path: file, folder (all `.jsonl` files below it, or all `.jsonl.gz`, and so on) or glob pattern, or a list of
+            these; the training documents.
         field: the field that holds the text. Where it is missing or null, the document counts as empty.
         validation: likewise for validation; without it, `validation_fraction` of `path` is held out.
         test: likewise for test; without it, `test_fraction` of `path` is held out.

@@ -124,7 +124,7 @@ class CsvFiles(RecordFiles):
                 yield from (text if isinstance(text, str) else "" for text in rows[self.field])
         except pandas.errors.EmptyDataError:
             return
-        except ValueError as error:  # pandas raises ValueErrors for malformed files
+        except (ValueError, EOFError) as error:  # the latter of a compressed file that was cut short
             raise DataError(f"{name} cannot be read as CSV: {shortened(error)}") from error
 
     def identity(self) -> dict[str, Any]:

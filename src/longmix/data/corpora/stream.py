@@ -121,11 +121,6 @@ class Stream:
         file = self._files[number] if len(self._files) == self.num_files else f"file {number} (counted from 0)"
         return f"{file} of {self._source_name}"
 
-    def lasting(self, number: int) -> tuple[type[Exception], ...]:
-        """Kinds of failure that reading a file again would not cure: a file on this machine that ends early."""
-        is_here = len(self._files) == self.num_files and "://" not in self._files[number].removeprefix("file://")
-        return (EOFError,) if is_here else ()
-
     def texts(self, number: int, first: int) -> Iterator[str]:
         """The documents of a file from record `first` on."""
         quiet_libraries()
@@ -227,7 +222,7 @@ class StreamReading:
                 return
             except DataError:
                 raise
-            except (*LASTING, *self._stream.lasting(number)) as error:
+            except LASTING as error:
                 raise DataError(f"{name} cannot be read: {reason_of(error)}") from error
             except Exception as error:  # hub, network and storage each raise their own kinds
                 patience.pause(error, reason_of(error))
