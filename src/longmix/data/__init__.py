@@ -13,6 +13,6 @@ Data flow one way: corpus -> tokenizer -> token files -> windows -> batches. On 
     batch       the rows of one optimizer step that one process takes
 
 `TrainingData` is the interface to training and evaluation. `TokenData` (one corpus), `MixtureData`, `PreparedData`,
-`GivenTokens`, `NeedleData` and `SyntheticData` implement it. Token files of other programs (`tokens.layouts`) have an index
-of their documents (`tokens.placed`) in the place of pieces and shards.
+`GivenTokens`, `NeedleData` and `SyntheticData` implement it. Token files of other programs (`tokens.layouts`) have an
+index of their documents (`tokens.placed`) in the place of pieces and shards.
 """
