@@ -7,6 +7,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -35,6 +36,19 @@ DESCRIPTION = "{task.description}"
 
 Item = TypeVar("Item")
 Advance = Callable[[int], None]
+
+
+_without_bars: ContextVar[bool] = ContextVar("without_bars", default=False)
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """No bar appears meanwhile: another one has the terminal."""
+    token = _without_bars.set(True)
+    try:
+        yield
+    finally:
+        _without_bars.reset(token)
 
 
 def on_terminal() -> bool:
@@ -116,7 +130,7 @@ def _bar(
         shown: False never shows it.
         fields: what columns show besides, as it is in the beginning.
     """
-    if not shown or not on_terminal():
+    if not shown or _without_bars.get() or not on_terminal():
         yield lambda count, **fields: None
         return
     bar = Progress(*columns, console=Console(stderr=True), transient=True)

@@ -25,6 +25,7 @@ WORDS = [
     f"max_steps={STEPS}",
     "loop.log_every=1",
     "loop.validate_every=3",
+    "loop.tasks=[{task:loss,seq_len:[32,64],stride:32,max_tokens:256}]",
     f"data.validation_tokens={7 * 64}",  # seven rows, which divide over neither two nor four
     "logger=csv",
     "trainer.accelerator=cpu",
@@ -73,6 +74,7 @@ def test_every_row_of_the_log_is_that_of_one_process(division, size, alone, tmp_
 def test_the_log_says_what_there_is_to_compare(alone):
     names = {name for row in alone for name in row}
     assert {"train/loss", "train/gradient_norm", "train/learning_rate", "train/loss_by_position/32-64"} < names
+    assert {"task/loss/loss/32", "task/loss/bits_per_byte/64"} < names
     assert {"train/commitment", "train/logit_penalty", "validation/loss", "validation/bits_per_byte"} < names
     measured = {name.split("/")[1] for name in names if name.startswith("mixer/")}
     assert measured == {f"layer_{index}" for index in range(1, 6)}

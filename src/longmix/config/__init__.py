@@ -22,6 +22,7 @@ from longmix.config.commands import ModelConfig as ModelConfig
 from longmix.config.commands import OriginRecord as OriginRecord
 from longmix.config.commands import PrepareConfig as PrepareConfig
 from longmix.config.commands import StoredConfig as StoredConfig
+from longmix.config.commands import TaskWords as TaskWords
 from longmix.config.commands import TrainConfig as TrainConfig
 from longmix.config.commands import TuningConfig as TuningConfig
 from longmix.config.course import Course as Course

@@ -33,6 +33,10 @@ COUNT = count_up_to(LARGEST_INDEX, "2**62")
 LENGTHS = Rule(_is_length, "must be a whole number from 1, or a list of them.")
 
 
+NO_TASK = Rule(
+    lambda items: all(isinstance(item, str) or (isinstance(item, Mapping) and "task" in item) for item in items),
+    "is no list of tasks; write it like '[needle,{task:loss,seq_len:4096}]'.",
+)
 NO_STAGES = f"is no list of stages; write it like '[{Stage.words_as_written},{{seq_len:32768,max_tokens:1e8}}]'."
 NO_TEXT = "is no text; leave prompt out, or write 'prompt=\"null\"' for the text null."
 
@@ -59,6 +63,9 @@ class LoopConfig:
         spike_action: what a spike does: "skip" its step and count it, or "stop" the run.
         carry_state: begin each window from the state that its row's last one ended with; takes data.order=contiguous.
         profile: a step, or a list of them, whose time is told by class of operation, with a trace; see docs/profile.md.
+        tasks: tasks of evaluate.py that validations run too and log as task/NAME/...; each a name, or a dict with its
+            settings such as {task:needle,seq_len:[512],needles:4}. See docs/training.md.
+        tasks_every: validations between these; the last validation always has them.
     """
 
     gradient_clip: float | None = word(1.0, above_zero(null="never clip"))
@@ -76,6 +83,29 @@ class LoopConfig:
     spike_action: Literal["skip", "stop"] = "skip"
     carry_state: bool = False
     profile: int | list[int] | None = word(None, LENGTHS, misfit=LENGTHS.says)
+    tasks: list[Any] = word([], NO_TASK, misfit=NO_TASK.says)
+    tasks_every: int = word(1, at_least(1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskWords:
+    """The words of an item of `loop.tasks` besides the settings of its task.
+
+    Attributes:
+        name: in the log; null is that of the task.
+        seq_len: context length, or a list of them; null takes the one in training.
+        max_tokens: evenly spread windows of about so many tokens; null takes as many as a validation.
+        stride: see `EvaluateConfig`.
+        split: train, validation or test.
+        batch_size: windows at once; null takes about 16k tokens.
+    """
+
+    name: str | None = None
+    seq_len: int | list[int] | None = word(None, LENGTHS, misfit=LENGTHS.says)
+    max_tokens: int | None = word(None, COUNT)
+    stride: int | None = word(None, COUNT)
+    split: str = "validation"
+    batch_size: int | None = word(None, COUNT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,6 +294,8 @@ class EvaluateConfig:
         split: train, validation or test.
         seq_len: context length, or a list of them; null takes the trained one.
         max_tokens: evenly spread windows of about so many tokens; null takes the whole split.
+        stride: of task=loss and task=accuracy: windows overlap and begin so many tokens after one another, so that each
+            token is scored once after at least seq_len - stride tokens; null is seq_len, without overlap.
         batch_size: windows at once; null takes about 16k tokens.
         device: auto, cpu or cuda.
         precision: auto is bf16 on a GPU and float32 on a CPU; or float32, bf16.
@@ -279,6 +311,7 @@ class EvaluateConfig:
     split: str = "validation"
     seq_len: int | list[int] | None = word(None, LENGTHS, misfit=LENGTHS.says)
     max_tokens: int | None = word(None, COUNT)
+    stride: int | None = word(None, COUNT)
     batch_size: int | None = word(None, COUNT)
     device: Device = "auto"
     precision: Precision = "auto"

@@ -154,12 +154,21 @@ class MixtureData(PackedText):
 
     def evaluation_windows(self, split: str, seq_len: int, max_tokens: int | None) -> MixedEvaluation:
         """The windows of a split, one corpus after the other; each corpus has its share of `max_tokens`."""
+        return self._windows_of_split(split, seq_len, max_tokens, None)
+
+    def strided_windows(self, split: str, seq_len: int, max_tokens: int | None, stride: int) -> MixedEvaluation:
+        """Windows that overlap within each corpus."""
+        return self._windows_of_split(split, seq_len, max_tokens, stride)
+
+    def _windows_of_split(
+        self, split: str, seq_len: int, max_tokens: int | None, stride: int | None
+    ) -> MixedEvaluation:
         check_seq_len(seq_len)
         check_split(self.corpus, split)
         shares = [None if max_tokens is None else max(1, max_tokens * count // BLOCK) for count in self.counts.values()]
         files = self.token_files(split)
         return MixedEvaluation(
-            [EvaluationWindows(file, seq_len, share) for file, share in zip(files, shares, strict=True)]
+            [EvaluationWindows(file, seq_len, share, stride) for file, share in zip(files, shares, strict=True)]
         )
 
     def fingerprint(self) -> dict[str, Any]:

@@ -124,6 +124,10 @@ class StagedData(TrainingData):
         """The windows that an evaluation of the first stage's data reads."""
         return self.first.evaluation_windows(split, seq_len, max_tokens)
 
+    def strided_windows(self, split: str, seq_len: int, max_tokens: int | None, stride: int) -> FiniteWindows:
+        """Windows of the first stage's data that overlap."""
+        return self.first.strided_windows(split, seq_len, max_tokens, stride)
+
     def prepare_data(self) -> None:
         """Make what all stages need, so that none of them fails for it hours later."""
         self.first.prepare_data()

@@ -307,7 +307,7 @@ class TokenData(PackedText):
         self.order = order
         if self.reads_on:
             self.packing.check_reads_on()
-        self._evaluation_windows: dict[tuple[str, int, int | None], EvaluationWindows] = {}
+        self._evaluation_windows: dict[tuple[str, int, int | None, int | None], EvaluationWindows] = {}
 
     @property
     def reads_on(self) -> bool:
@@ -333,9 +333,18 @@ class TokenData(PackedText):
 
     def evaluation_windows(self, split: str, seq_len: int, max_tokens: int | None) -> EvaluationWindows:
         """The windows that an evaluation of a split reads. They know how many of its tokens they cover."""
-        key = (split, seq_len, max_tokens)
+        return self._windows_of_split(split, seq_len, max_tokens, None)
+
+    def strided_windows(self, split: str, seq_len: int, max_tokens: int | None, stride: int) -> EvaluationWindows:
+        """Windows that overlap; each token is a target once."""
+        return self._windows_of_split(split, seq_len, max_tokens, stride)
+
+    def _windows_of_split(
+        self, split: str, seq_len: int, max_tokens: int | None, stride: int | None
+    ) -> EvaluationWindows:
+        key = (split, seq_len, max_tokens, stride)
         if key not in self._evaluation_windows:
-            windows = EvaluationWindows(self.token_file(split), seq_len, max_tokens)
+            windows = EvaluationWindows(self.token_file(split), seq_len, max_tokens, stride)
             logger.info(
                 "evaluation covers %s of the %s tokens of the %s split, in %s windows of %s",
                 f"{windows.covered_tokens:,}",

@@ -123,6 +123,18 @@ class TrainingData(lightning.LightningDataModule, ABC):
             DataError: there is no such split.
         """
 
+    def strided_windows(self, split: str, seq_len: int, max_tokens: int | None, stride: int) -> FiniteWindows:
+        """Windows that overlap, see `EvaluationWindows`.
+
+        Raises:
+            ConfigError: a setting is impossible, or these data are rows of their own and no running text.
+            DataError: there is no such split.
+        """
+        raise ConfigError(
+            f"stride={stride} moves a window over running text, and each row of {self.label} is one of its own. Leave "
+            "stride out."
+        )
+
     @abstractmethod
     def prepare_data(self) -> None:
         """Make what training needs. Lightning calls it in one process of each machine; a second call does nothing."""
@@ -217,6 +229,7 @@ class TrainingData(lightning.LightningDataModule, ABC):
         max_tokens: int | None = None,
         rank: int = 0,
         world_size: int = 1,
+        stride: int | None = None,
     ) -> DataLoader[Any]:
         """A sized iterable over this process's share of a split's windows, in order; items as in `train_loader`.
 
@@ -229,12 +242,17 @@ class TrainingData(lightning.LightningDataModule, ABC):
             max_tokens: take evenly spread windows of about so many tokens; None for the whole split.
             rank: number of this process.
             world_size: number of processes.
+            stride: see `strided_windows`; None lets windows not overlap.
 
         Raises:
             ConfigError: a setting is impossible.
             DataError: there is no such split.
         """
-        windows = self.evaluation_windows(split, self.seq_len if seq_len is None else seq_len, max_tokens)
+        length = self.seq_len if seq_len is None else seq_len
+        if stride is None:
+            windows = self.evaluation_windows(split, length, max_tokens)
+        else:
+            windows = self.strided_windows(split, length, max_tokens, stride)
         batches = EvaluationBatches(windows, batch_size, rank, world_size)
         return load(batches, range(len(batches)), num_workers=0)
 

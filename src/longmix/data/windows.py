@@ -66,7 +66,7 @@ class PackedStream:
     """
 
     def __init__(
-        self, token_file: TokenFile, documents: Documents, seq_len: int, begins: np.ndarray | None = None
+        self, token_file: TokenFile, documents: Documents, seq_len: int, begins: np.ndarray | range | None = None
     ) -> None:
         self._token_file, self._documents, self._seq_len, self._begins = token_file, documents, seq_len, begins
         self._ends = np.cumsum(documents.lengths)
@@ -84,7 +84,7 @@ class PackedStream:
     def held(self) -> Held:
         """What the windows have of the documents."""
         total = int(self._ends[-1])
-        begins = np.arange(0, total, self._seq_len) if self._begins is None else self._begins
+        begins = np.arange(0, total, self._seq_len) if self._begins is None else np.asarray(self._begins)
         ends = np.minimum(begins + self._seq_len, total)
         document_begins = self._ends - self._documents.lengths
         first = np.searchsorted(begins, document_begins, side="right") - 1
@@ -295,38 +295,58 @@ class ContiguousWindows:
 
 
 class EvaluationWindows:
-    """The windows of a split in the order of its documents, without overlap; see `PackedStream`.
+    """The windows of a split in the order of its documents; see `PackedStream`.
+
+    A window begins `stride` tokens after the one before. It has targets only where that one ends and behind, so every
+    token is a target once, and all but those of the first window have at least `seq_len - stride` tokens before them
+    in their window. These are the windows of Hugging Face's recipe for the perplexity of models of fixed length.
 
     Args:
         token_file: the split to evaluate.
         seq_len: tokens per window, at least 1.
-        max_tokens: if given and the split is longer, only `max_tokens // seq_len` windows (at least one), spread
+        max_tokens: if given and the split is longer, only `max_tokens // stride` windows (at least one), spread
             evenly over the split, are taken; always the same ones.
+        stride: tokens from one window's begin to the next one's; None takes `seq_len`, so that windows do not overlap.
 
     Attributes:
-        covered_tokens: tokens that are an input in these windows, padding not counted.
+        covered_tokens: tokens whose successor is a target in these windows, or would be if there were one.
         total_tokens: tokens of the split.
 
     Raises:
-        ConfigError: `seq_len` or `max_tokens` is impossible.
+        ConfigError: `seq_len`, `max_tokens` or `stride` is impossible.
     """
 
-    def __init__(self, token_file: TokenFile, seq_len: int, max_tokens: int | None = None) -> None:
+    def __init__(
+        self, token_file: TokenFile, seq_len: int, max_tokens: int | None = None, stride: int | None = None
+    ) -> None:
         check_seq_len(seq_len)
+        stride = seq_len if stride is None else stride
+        if not 1 <= stride <= seq_len:
+            raise ConfigError(f"stride={stride} must be from 1 to seq_len={seq_len}, so that no token is left out.")
         if max_tokens is not None and max_tokens < 1:
             raise ConfigError(f"max_tokens must be at least 1, or null for all of the split, got {max_tokens}")
         self.total_tokens = token_file.num_tokens
-        total = -(-self.total_tokens // seq_len)
-        wanted = total if max_tokens is None else min(total, max(1, max_tokens // seq_len))
-        self._indices = [number * total // wanted for number in range(wanted)]
-        self._stream = PackedStream(token_file, Documents.of(token_file), seq_len)
-        self.covered_tokens = sum(min(seq_len, self.total_tokens - index * seq_len) for index in self._indices)
+        total = 1 + max(0, -(-(self.total_tokens - seq_len) // stride))
+        wanted = total if max_tokens is None else min(total, max(1, max_tokens // stride))
+        self._indices = range(total) if wanted == total else [number * total // wanted for number in range(wanted)]
+        begins = range(0, total * stride, stride)
+        self._stream = PackedStream(token_file, Documents.of(token_file), seq_len, begins)
+        self._context = seq_len - stride
+        self.covered_tokens = sum(
+            min(seq_len, self.total_tokens - index * stride) - self._seen(index) for index in self._indices
+        )
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def __getitem__(self, number: int) -> Window:
-        return self._stream.window(self._indices[number])
+        window = self._stream.window(self._indices[number])
+        window.targets[: self._seen(self._indices[number])] = IGNORE_INDEX
+        return window
+
+    def _seen(self, index: int) -> int:
+        """How many targets at the front of a window are targets of the one before."""
+        return self._context if index else 0
 
 
 def check_seq_len(seq_len: int) -> None:

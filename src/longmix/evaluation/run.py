@@ -1,7 +1,7 @@
 """`evaluate(config)`: from a checkpoint's folder to tables, JSON files and pictures; `evaluate_all`: from a sweep's."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,7 @@ from longmix.evaluation.provenance import is_own
 from longmix.evaluation.subject import Subject
 from longmix.evaluation.tasks.base import Task
 from longmix.files import check_folder
-from longmix.model.backbone import LanguageModel
+from longmix.mixers.parts.base import Mixer
 from longmix.notices import begin_run
 from longmix.printable import LINES, printable
 from longmix.reading import found_below
@@ -43,6 +43,7 @@ def evaluate(config: DictConfig | Mapping[str, Any], restored: Restored | None =
     """
     own = read(EvaluateConfig, config)
     tasks = _built(own.task)
+    _check_stride(own, tasks.values())
     restored = restored or restored_for(own)
     home = _home(restored.checkpoint) if own.states is None else _folder(Path(own.states))
     output = Path(own.output) if own.output else home / "evaluation"
@@ -54,7 +55,7 @@ def evaluate(config: DictConfig | Mapping[str, Any], restored: Restored | None =
     for name, task in tasks.items():
         try:
             if not task.takes_leaky:
-                _refuse_leaky(restored.model)
+                refuse_leaky(restored.model.mixers())
             with _memory_errors(name), settings_at(f"task.{name}", task.usual_place):
                 reports[name] = task.run(subject)
         except (Interrupted, ProcessLost):
@@ -174,6 +175,19 @@ def _built(choices: Mapping[str, Choice]) -> dict[str, Task]:
     return {name: choice.build() for name, choice in choices.items()}
 
 
+def _check_stride(own: EvaluateConfig, tasks: Iterable[Task]) -> None:
+    """Refuse a stride that none of the tasks goes by.
+
+    Raises:
+        ConfigError: says which tasks do.
+    """
+    if own.stride is not None and not any(task.takes_stride for task in tasks):
+        raise ConfigError(
+            f"stride={own.stride} has no effect on task={','.join(own.task)}: task=loss (without prefixes) and "
+            "task=accuracy go by it. Leave it out."
+        )
+
+
 def _home(checkpoint: Path) -> Path:
     return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
 
@@ -182,8 +196,13 @@ def _folder(path: Path) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def _refuse_leaky(model: LanguageModel) -> None:
-    for index, mixer in enumerate(model.mixers()):
+def refuse_leaky(mixers: Iterable[Mixer]) -> None:
+    """Refuse mixers of a model, by layer, in which later tokens change what is computed for earlier ones.
+
+    Raises:
+        ConfigError: names the setting and the layer.
+    """
+    for index, mixer in enumerate(mixers):
         if mixer.leaky:
             setting = mixer.leaky_setting or f"mixer {type(mixer).__name__}"
             raise ConfigError(

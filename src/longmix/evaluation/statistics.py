@@ -90,6 +90,15 @@ class LossStatistics:
                 rows.append({"start": start, "end": end, "loss": mean, "tokens": count})
         return rows
 
+    def word_perplexity(self, words: int) -> float:
+        """`exp` of the nats of all text over its number of words. As in `bits_per_byte`, separators are left out."""
+        return math.exp(min(float(self.text_loss) / words, 700.0))
+
+
+def equal_buckets(seq_len: int, width: int) -> list[tuple[int, int]]:
+    """Buckets of `width` positions that cover 0 .. seq_len - 1; the last may be narrower."""
+    return [(start, min(start + width, seq_len)) for start in range(0, seq_len, width)]
+
 
 def position_buckets(seq_len: int) -> list[tuple[int, int]]:
     """Doubling buckets [0, 16), [16, 32), [32, 64) ... that cover 0 .. seq_len - 1."""

@@ -116,8 +116,11 @@ class Subject:
 
     def windows(self, length: int) -> int:
         """The number of windows of a length that are evaluated."""
+        limit, stride = self.config.max_tokens, self.config.stride
         try:
-            return len(self.data.evaluation_windows(self.split, length, self.config.max_tokens))
+            if stride is None:
+                return len(self.data.evaluation_windows(self.split, length, limit))
+            return len(self.data.strided_windows(self.split, length, limit, stride))
         except OverflowError as error:
             raise ConfigError(f"max_tokens={self.config.max_tokens} is more than can be counted.") from error
 
@@ -132,7 +135,8 @@ class Subject:
             DataError: there is no such split, or not one window of it.
         """
         data = self.data if data is None else data
-        loader = data.evaluation_loader(self.split, seq_len, self.rows(seq_len), self.config.max_tokens)
+        words = self.config
+        loader = data.evaluation_loader(self.split, seq_len, self.rows(seq_len), words.max_tokens, stride=words.stride)
         for batch in tracked(loader, f"seq_len {seq_len}", len(loader)):
             yield to_device(batch, self.restored.device)
 
@@ -144,6 +148,10 @@ class Subject:
         """The heading of a report: its model and split."""
         facts = {"split": self.split, "step": self.step, "trained_seq_len": self.trained_seq_len}
         return facts | {"precision": self.restored.precision}
+
+    def stride_used(self) -> dict[str, int]:
+        """The word `stride` if it was given, for the settings of a result."""
+        return {} if self.config.stride is None else {"stride": self.config.stride}
 
     def save(
         self,

@@ -49,6 +49,8 @@ FREE = {
     "loop.async_checkpoints": "both ways write the same tensors",
     "loop.max_skips": "it says when to give up",
     "loop.profile": "looking at a step changes nothing",
+    "loop.tasks": "they leave weights, random numbers and data as they are",
+    "loop.tasks_every": "it says when loop.tasks run",
     "data.cache_dir": "what is kept there is verified by its content",
     "data.num_workers": "batches are the same, whoever reads them",
     "data.local_shards": "it says how much is kept at hand",

@@ -55,6 +55,7 @@ from longmix.training.summary import (
     write_summary,
 )
 from longmix.training.supervisor import Supervisor
+from longmix.training.tasks_during import TaskDuring, TasksDuring, tasks_of
 from longmix.training.warm_start import Origin, begin, begins_from
 from longmix.versions import versions
 
@@ -172,7 +173,7 @@ def _train_from(
     everyone.first(lambda: start.begin(config))
 
     module = _module(config, model, settings, everyone)
-    supervisor = _supervisor(config, data, start, is_first)
+    supervisor = _supervisor(config, data, start, is_first, tasks_of(config, model.mixers()))
     is_done = start.step == module.total_steps and supervisor.is_validated(start.step)
     if not is_done:
         _fit_logged(settings, module, data, supervisor, start, is_first)
@@ -230,6 +231,7 @@ def check_config(config: TrainConfig, tokenizer: Tokenizer | None = None) -> tup
             f"training needs a train and a validation split, and {data.source} has {', '.join(data.splits)}; give "
             "data.corpus.validation files of its own, or a data.corpus.validation_fraction above 0."
         )
+    tasks_of(config, model.mixers())
     if config.loop.carry_state:
         check_carries(model, data.reads_on, data.source, settings.slices)
     return settings, data
@@ -295,12 +297,15 @@ def _module(
     )
 
 
-def _supervisor(config: TrainConfig, data: TrainingData, start: Start, is_first: bool) -> Supervisor:
+def _supervisor(
+    config: TrainConfig, data: TrainingData, start: Start, is_first: bool, tasks: list[TaskDuring]
+) -> Supervisor:
     provenance = Provenance(tokenizer=data.tokenizer.state(), data_fingerprint=data.fingerprint(), versions=versions())
     metric_log = config.logger.build() if is_first else NoLog()
     progress = ProgressDisplay(course_of(config).total_steps, start.step, enabled=is_first)
     store = CheckpointStore(start.folder / "checkpoints")
-    return Supervisor(config, data, store, metric_log, progress, provenance, start.saved)
+    during = TasksDuring(config, tasks, start.folder, progress.message)
+    return Supervisor(config, data, store, metric_log, progress, provenance, start.saved, during)
 
 
 def _fit_logged(

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -36,6 +36,9 @@ from longmix.training.stages import enter
 from longmix.training.summary import QUALITIES, quality_of, training_flops_per_token
 from longmix.training.validation import empty_statistics, validated
 
+if TYPE_CHECKING:
+    from longmix.training.tasks_during import TasksDuring
+
 
 class Supervisor(Callback):
     """Logs, validates, saves and stops between steps.
@@ -48,6 +51,7 @@ class Supervisor(Callback):
         progress: what the terminal shows.
         provenance: what every checkpoint says of data and software.
         saved: the run to continue; None for a fresh one.
+        tasks: what validations run besides; None for nothing.
     """
 
     def __init__(
@@ -59,10 +63,11 @@ class Supervisor(Callback):
         progress: ProgressDisplay,
         provenance: Provenance,
         saved: SavedRun | None,
+        tasks: "TasksDuring | None" = None,
     ) -> None:
         self.config, self.data, self.store = config, data, store
         self.metric_log, self.progress, self.provenance = metric_log, progress, provenance
-        self.saved = saved
+        self.saved, self.tasks = saved, tasks
         self.loop = config.loop
         self.course = course_of(config)
         self.part = self.course.taken(0 if saved is None else saved.step)
@@ -335,6 +340,9 @@ class Supervisor(Callback):
             final = statistics if self.part is last else measured(last)
             if final is None:
                 return False
+        tasks = self._tasks(trainer, module)
+        if tasks is None:
+            return False
         self.state.validation = {**statistics.summary(), "step": module.step}
         self.state.validation_by_position = statistics.by_position()
         if final is not None:
@@ -349,13 +357,27 @@ class Supervisor(Callback):
         metrics = {f"validation/{name}": self.state.validation[name] for name in names}
         if final is not None:
             metrics |= {f"{FINAL}/{name}": value for name, value in final.summary().items() if name in names}
-        self.metric_log.write(module.step, metrics | _positions("validation", statistics))
+        self.metric_log.write(module.step, metrics | _positions("validation", statistics) | tasks)
         self.progress.message(
             f"step {module.step}/{module.total_steps}  validation loss {metrics['validation/loss']:.4f}  "
             f"{value:.4f} {QUALITIES[quality]}"
             + (f"; at {last.config.seq_len:,} tokens {metrics[f'{FINAL}/loss']:.4f}" if final is not None else "")
         )
         return True
+
+    def _tasks(self, trainer: Trainer, module: TrainingModule) -> Metrics | None:
+        """The numbers of the tasks that are due; None if a signal ended them."""
+        if self.tasks is None or not self.tasks.are_due(module.step, module.total_steps):
+            return {}
+        assert self.saver is not None
+        return self.tasks.measured(
+            module.model,
+            self.part,
+            self._data(self.part),
+            *(module.step, module.device, str(trainer.precision)),
+            processes=self.saver.processes,
+            goes_on=lambda: not self.signals.anywhere(module.device),
+        )
 
     def save(self, module: TrainingModule) -> None:
         """Save a checkpoint, then delete old ones; all processes must call it.

@@ -25,6 +25,7 @@ class Accuracy(Task):
     """The share of targets that are the most likely token, at every context length, overall and by position."""
 
     name = "accuracy"
+    takes_stride = True
 
     def ask(self, subject: Subject) -> Answer:
         """Count the targets that are met.

@@ -1,7 +1,7 @@
 """The contract of the tasks of `evaluate.py`: settings in; then ask a model, report, show tables, draw, save."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,6 +10,9 @@ from rich.console import Console, RenderableType
 
 from longmix.config import settings
 from longmix.evaluation.subject import Subject
+
+HEADING = ("split", "step", "trained_seq_len", "precision")
+"""Entries of a report that say what was evaluated; see `Subject.heading`."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,14 @@ class Task(ABC):
     Attributes:
         name: names of its result files begin with it.
         takes_leaky: its results are right also of a model in which later tokens change earlier outputs.
+        takes_stride: it reads the windows of the split as `Subject.batches` gives them, which may overlap.
         reads_split: its results depend on data and split, which the results then name.
         usual_place: what its messages call its settings by; with the task's own name in its place the user reads them.
     """
 
     name: str
     takes_leaky = False
+    takes_stride = False
     reads_split = True
     usual_place: ClassVar[str] = "task"
 
@@ -66,6 +71,18 @@ class Task(ABC):
         """The picture beside the report; None, the default, for no picture."""
         return None
 
+    def measures(self, answer: Answer) -> dict[str, float]:
+        """The numbers that training logs of it, by name: those of the report, without lists.
+
+        A number within `lengths` is named after its measure first, such as `loss/4096`.
+        """
+        report = {key: value for key, value in answer.report.items() if key not in HEADING}
+        by_length = report.pop("lengths", {})
+        numbers = _numbers(report)
+        for length, found in by_length.items():
+            numbers |= {f"{name}/{length}": value for name, value in _numbers(found).items()}
+        return numbers
+
     def save(self, subject: Subject, answer: Answer) -> None:
         """Write the report as JSON and the picture as PNG into the folder for results.
 
@@ -79,7 +96,8 @@ class Task(ABC):
         if answer.settings is not None:
             return answer.settings
         own = {name: getattr(self, name) for name in settings(type(self))}
-        return {**own, "seq_len": subject.seq_lens(), "max_tokens": subject.config.max_tokens}
+        words = {"seq_len": subject.seq_lens(), "max_tokens": subject.config.max_tokens}
+        return {**own, **words, **subject.stride_used()}
 
     def run(self, subject: Subject) -> dict[str, Any]:
         """Ask, print the tables, save, and return the report.
@@ -94,3 +112,14 @@ class Task(ABC):
             console.print(table, soft_wrap=isinstance(table, str))
         self.save(subject, answer)
         return answer.report
+
+
+def _numbers(nested: Mapping[Any, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers in nested dicts, with names joined by "/"; texts, switches, lists and what is null are left out."""
+    found: dict[str, float] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            found |= _numbers(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[f"{prefix}{key}"] = value
+    return found

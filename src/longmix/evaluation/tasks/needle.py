@@ -7,6 +7,7 @@ that finds no value outright shows there whether it looks back.
 
 from collections.abc import Iterator
 from itertools import product
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -112,6 +113,15 @@ class Needle(Task):
         forms = Forms(statement, trained.question if self.question is None else self.question)
         forms.check("task")
         return forms
+
+    def measures(self, answer: Answer) -> dict[str, float]:
+        """The numbers that training logs: means over the depths at each length."""
+        cells, (lengths, _) = answer.report["cells"], _axes(answer.report)
+        return {
+            f"{name}/{length}": fmean(cell[name] for cell in cells if cell["seq_len"] == length)
+            for name in ("accuracy", "token_accuracy", "gain")
+            for length in lengths
+        }
 
     def tables(self, answer: Answer) -> Iterator[Table]:
         """Share found and gain, over depth and length."""
