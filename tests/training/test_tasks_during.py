@@ -74,22 +74,16 @@ def test_they_are_what_evaluate_gives(runs, compose_config, tmp_path):
         assert float(last[f"task/strided/loss/{length}"]) == pytest.approx(report["lengths"][length]["loss"], rel=1e-6)
 
 
-def test_a_run_that_goes_on_has_each_once(runs, run_training, compose_config, tmp_path):
+def test_a_run_that_goes_on_has_each_once(runs, tiny_overrides, compose_config, tmp_path):
     folder = Path(shutil.copytree(runs["with"], tmp_path / "run"))
     for step in ("step-00000005", "step-00000006"):  # as if killed before them; their rows are there
         shutil.rmtree(folder / "checkpoints" / step, ignore_errors=True)
-    train(compose_config(*tiny(), *WORDS, TASKS, "loop.tasks_every=2", f"resume={folder}", output=folder))
+    train(compose_config(*tiny_overrides, *WORDS, TASKS, "loop.tasks_every=2", f"resume={folder}", output=folder))
     assert steps_with(folder, "task/needle/gain/160") == ["2", "4", "6"]
     for ours, theirs in zip(rows_of(folder), rows_of(runs["with"]), strict=True):
         assert {key: value for key, value in ours.items() if key.startswith("task/")} == {
             key: value for key, value in theirs.items() if key.startswith("task/")
         }
-
-
-def tiny() -> tuple[str, ...]:
-    from conftest import TINY
-
-    return TINY
 
 
 def test_one_that_cannot_be_done_is_reported_and_training_goes_on(run_training, capsys):
@@ -115,14 +109,14 @@ def test_one_that_cannot_be_done_is_reported_and_training_goes_on(run_training, 
         ("[3]", "is no list of tasks"),
     ],
 )
-def test_refused_before_any_work(compose_config, tasks, words):
-    config = compose_config(*tiny(), f"loop.tasks={tasks}")
+def test_refused_before_any_work(compose_config, tiny_overrides, tasks, words):
+    config = compose_config(*tiny_overrides, f"loop.tasks={tasks}")
     with pytest.raises(ConfigError, match=re.escape(words)):
         check_config(read(TrainConfig, config))
 
 
-def test_a_model_that_looks_ahead_is_refused_but_for_tasks_that_take_it(compose_config):
-    words = (*tiny(), "mixer=routing", "mixer.mode=sequence_topk", "mixer.clusters=2", "mixer.window=8")
+def test_a_model_that_looks_ahead_is_refused_but_for_tasks_that_take_it(compose_config, tiny_overrides):
+    words = (*tiny_overrides, "mixer=routing", "mixer.mode=sequence_topk", "mixer.clusters=2", "mixer.window=8")
     with pytest.warns(UserWarning, match="mode"), pytest.raises(ConfigError, match="later tokens change what layer 0"):
         check_config(read(TrainConfig, compose_config(*words, "loop.tasks=[accuracy]")))
     with pytest.warns(UserWarning, match="mode"):

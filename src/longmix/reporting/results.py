@@ -225,6 +225,9 @@ def _measure(report: dict[str, Any], name: str) -> str:
     if report.get("own_data") is False:
         name += f" in {report['corpus']}" if name == NEEDLE else ""
         name += f" ({str(report['data_fingerprint'])[:6]})"
+    settings = report.get("settings")
+    if isinstance(settings, dict) and "stride" in settings:
+        name += f", stride {settings['stride']}"
     split = report.get("split", USUAL_SPLIT)
     return name if split == USUAL_SPLIT else f"{name}, {split}"
 
