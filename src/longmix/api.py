@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -264,6 +264,7 @@ def load(
     device: str = "auto",
     precision: str = "auto",
     states: str | Path | None = None,
+    weights: Literal["trained", "ema"] = "trained",
     mixer: Mapping[str, Any] | None = None,
     trust: Sequence[str] = (),
 ) -> Loaded:
@@ -274,6 +275,7 @@ def load(
         device: "auto", "cpu" or "cuda".
         precision: "auto" (bf16 on a GPU, float32 on a CPU), "float32" or "bf16".
         states: `states.pt` of a run with trainable=states, or its folder.
+        weights: "trained", or "ema": their average over the steps of a run with loop.ema_decay.
         mixer: settings that may change after training, as `{"rotary_scaling": "yarn", "rotary_factor": 4, ...}`; in a
             pattern by its members, `{"flash": {...}}` or `{"flash.rotary_base": 5e5}`.
         trust: full names of classes besides longmix's own that the checkpoint may name. Loading calls nothing else.
@@ -290,8 +292,18 @@ def load(
     mixer = _by_member(mixer or {})
     states = None if states is None else user_path("states", states)
     trusted = _texts("trust", trust)
-    restored = restore(str(checkpoint), mixer=mixer, states=states, device=device, precision=precision, trust=trusted)
-    settings: dict[str, Any] = {"device": device, "precision": precision, "trust": trusted}
+    if weights not in ("trained", "ema"):
+        raise ConfigError(f"weights={weights!r} is not one of trained, ema.")
+    restored = restore(
+        str(checkpoint),
+        mixer=mixer,
+        states=states,
+        weights=weights,
+        device=device,
+        precision=precision,
+        trust=trusted,
+    )
+    settings: dict[str, Any] = {"device": device, "precision": precision, "trust": trusted, "weights": weights}
     settings |= {"mixer": mixer} if mixer else {}
     settings["states"] = None if states is None else str(states)
     return Loaded(restored, settings)

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from longmix.checkpoints import chosen_checkpoint
-from longmix.checkpoints.contents import load_model_state, rebuilding
+from longmix.checkpoints.contents import Weights, load_model_state, rebuilding
+from longmix.checkpoints.verify import weights_digest
 from longmix.config import EvaluateConfig, GenerateConfig, Plain, StoredConfig
 from longmix.data.tokens.tokenizers import Tokenizer, tokenizer_from_state
 from longmix.errors import ConfigError
+from longmix.files import sha256_of_json
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import model_from_checkpoint
 from longmix.model.changes import changed_mixer
@@ -35,6 +37,7 @@ class Restored:
         tokenizer: the one it was trained with.
         device: where the model is.
         precision: "float32" or "bf16".
+        weights: "trained" or "ema".
     """
 
     checkpoint: Path
@@ -46,6 +49,12 @@ class Restored:
     tokenizer: Tokenizer
     device: torch.device
     precision: str
+    weights: Weights = "trained"
+
+    def digest(self) -> str:
+        """A digest of the checkpoint's files and of which of its weights these are."""
+        of_files = weights_digest(self.checkpoint)
+        return of_files if self.weights == "trained" else sha256_of_json([of_files, self.weights])
 
     def autocast(self) -> AbstractContextManager:
         """The context of one forward pass."""
@@ -60,6 +69,7 @@ def restored_for(config: EvaluateConfig | GenerateConfig) -> Restored:
         config.checkpoint,
         mixer=config.mixer,
         states=config.states,
+        weights=config.weights,
         device=config.device,
         precision=config.precision,
         trust=config.trust,
@@ -71,6 +81,7 @@ def restore(
     *,
     mixer: Mapping[str, Any] | None = None,
     states: str | Path | None = None,
+    weights: Weights = "trained",
     device: str = "auto",
     precision: str = "auto",
     trust: Collection[str] = (),
@@ -81,6 +92,7 @@ def restore(
         checkpoint: its folder, or that of its run.
         mixer: settings of its mixer that may change after training, with their values; by members for a pattern.
         states: file of trained states that documents begin from, or the folder of the run that wrote it.
+        weights: "trained", or "ema" for their average over the steps.
         device: auto, cpu or cuda.
         precision: auto, float32 or bf16.
         trust: full names of classes besides longmix's own that the checkpoint may name.
@@ -92,7 +104,7 @@ def restore(
     """
     on, precision = _device_and_precision(device, precision)
     folder = chosen_checkpoint(checkpoint)
-    state = load_model_state(folder)
+    state = load_model_state(folder, weights)
     with rebuilding(folder):
         check_model_nodes(state["config"], trust)
         trained = StoredConfig.of(state["config"])
@@ -105,7 +117,9 @@ def restore(
     if states is not None:
         load_states(model, Path(states), trained)
     model = model.to(on).eval()
-    return Restored(folder, state["step"], state["config"], config, dict(mixer or {}), model, tokenizer, on, precision)
+    return Restored(
+        folder, state["step"], state["config"], config, dict(mixer or {}), model, tokenizer, on, precision, weights
+    )
 
 
 def _device_and_precision(device: str, precision: str) -> tuple[torch.device, str]:

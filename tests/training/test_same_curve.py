@@ -20,6 +20,11 @@ WORDS = [
     "model.num_heads=2",
     "model.mlp_hidden=32",
     "model.logit_penalty=1e-3",
+    "model.logit_softcap=6",
+    "loop.z_loss=1e-2",
+    "loop.ema_decay=0.9",
+    "loop.spike_sigma=1e6",
+    "loop.spike_window=4",
     "seq_len=64",
     "batch_size=4",
     f"max_steps={STEPS}",
@@ -76,6 +81,7 @@ def test_the_log_says_what_there_is_to_compare(alone):
     assert {"train/loss", "train/gradient_norm", "train/learning_rate", "train/loss_by_position/32-64"} < names
     assert {"task/loss/loss/32", "task/loss/bits_per_byte/64"} < names
     assert {"train/commitment", "train/logit_penalty", "validation/loss", "validation/bits_per_byte"} < names
+    assert {"train/z_loss", "train/spikes", "validation_ema/loss", "validation_ema/bits_per_byte"} < names
     measured = {name.split("/")[1] for name in names if name.startswith("mixer/")}
     assert measured == {f"layer_{index}" for index in range(1, 6)}
 

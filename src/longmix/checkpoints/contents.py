@@ -9,13 +9,14 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, cast
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from torch import Tensor
 
 from longmix.checkpoints.load import load_checkpoint
 from longmix.checkpoints.store import SKIPS_IN_A_ROW
-from longmix.checkpoints.verify import reason_of
+from longmix.checkpoints.tensors import AVERAGED
+from longmix.checkpoints.verify import check_weight, reason_of
 from longmix.config import STAGES, reached
 from longmix.errors import CheckpointError, LongmixError, NonFiniteError
 from longmix.reading import shortened
@@ -44,21 +45,45 @@ class ModelState(TypedDict):
     versions: NotRequired[dict[str, str]]
 
 
-def load_model_state(checkpoint: Path | str) -> ModelState:
+Weights = Literal["trained", "ema"]
+"""Which weights of a checkpoint: those of its step, or their average over the steps (`loop.ema_decay`)."""
+
+
+def load_model_state(checkpoint: Path | str, weights: Weights = "trained") -> ModelState:
     """The state in a checkpoint without the optimizers; it holds all that a model is rebuilt from.
 
     Its configuration is that of the stage in which it was saved.
 
+    Args:
+        checkpoint: its folder.
+        weights: which.
+
     Raises:
-        CheckpointError: a file is missing or damaged, or the checkpoint is not of a model.
+        CheckpointError: a file is missing or damaged, the checkpoint is not of a model, or has no averaged weights.
     """
-    state = load_checkpoint(checkpoint, optimizers=False)
+    state = load_checkpoint(checkpoint, optimizers=False, averaged=weights == "ema")
     with rebuilding(checkpoint):
+        if weights == "ema":
+            state["model"] = _averaged(checkpoint, state)
         check_model_state(state)
         if state["config"].get(STAGES):
             state["config"] = reached(state["config"])
             check_model_state(state)
     return cast(ModelState, state)
+
+
+def _averaged(checkpoint: Path | str, state: dict[str, Any]) -> dict[str, Any]:
+    """The weights of a state with their averages in the place of those that have one."""
+    if AVERAGED not in state:
+        raise CheckpointError(
+            f"{checkpoint} has no averaged weights, so weights=ema cannot be had; its run had no loop.ema_decay."
+        )
+    own, averages = _is_dict(state, "model"), _is_dict(state, AVERAGED)
+    for name, average in averages.items():
+        check_weight(name, average)
+        if name not in own or own[name].shape != average.shape:
+            raise ValueError(f"its average of {name} is that of no weight")
+    return own | {name: average.to(own[name].dtype) for name, average in averages.items()}
 
 
 def check_model_state(state: dict[str, Any]) -> None:
@@ -96,6 +121,8 @@ def check_run_state(state: dict[str, Any]) -> None:
     _check_counts(state, {"step": 0, "steps_skipped": 0})
     if SKIPS_IN_A_ROW in state:
         _check_counts(state, {SKIPS_IN_A_ROW: 0})
+    if "ema_updates" in state:
+        _check_counts(state, {"ema_updates": 0})
     if "spikes" in state:
         _check_pairs(state["spikes"], "spikes")
     randoms = state.get("random")

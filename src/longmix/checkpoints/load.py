@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Union
 import torch
 
 from longmix.checkpoints.find import find_checkpoint, is_checkpoint
-from longmix.checkpoints.tensors import join
+from longmix.checkpoints.tensors import AVERAGED, join
 from longmix.checkpoints.verify import ALIASES, SHARDED, WHOLE, as_state, cure, read_info, reading
 from longmix.checkpoints.whole import WholeCheckpoint, read_whole
 from longmix.distributed.agreement import Processes
@@ -25,26 +25,27 @@ OF_TRAINING = ("optimizers", "carried")
 """The entries of a state that only training goes on with."""
 
 
-def load_checkpoint(checkpoint: Path | str, *, optimizers: bool = True) -> dict[str, Any]:
+def load_checkpoint(checkpoint: Path | str, *, optimizers: bool = True, averaged: bool = True) -> dict[str, Any]:
     """The state saved in a checkpoint folder, on the CPU of one process, after its hashes have been verified.
 
     Args:
         checkpoint: the folder, or that of a run, whose newest checkpoint is taken.
         optimizers: with their state, which often is twice as large as the weights, and what rows carry from step to
             step.
+        averaged: with the averages of the weights, if there are any.
 
     Raises:
         CheckpointError: a file is missing, damaged, or of another format; nothing is changed.
     """
     checkpoint = _one_of(checkpoint)
+    left_out = {*(() if optimizers else OF_TRAINING), *(() if averaged else (AVERAGED,))}
     if _format(checkpoint) == WHOLE:
-        state = read_whole(checkpoint)
-        return state if optimizers else {key: value for key, value in state.items() if key not in OF_TRAINING}
+        return {key: value for key, value in read_whole(checkpoint).items() if key not in left_out}
     saved = _open_shards(checkpoint)
     rest = saved.rest()
     with _rest_of(checkpoint):
         aliases: dict[str, str] = rest.pop(ALIASES)
-        for key in () if optimizers else OF_TRAINING:
+        for key in left_out:
             rest.pop(key, None)
         tensors = {
             name: torch.empty(shape, dtype=saved.dtypes[name])
@@ -55,7 +56,7 @@ def load_checkpoint(checkpoint: Path | str, *, optimizers: bool = True) -> dict[
     with bytes_bar(f"reading {checkpoint}", size) as advance:
         saved.read_into(tensors, Processes(), advance)
     with _rest_of(checkpoint):
-        known = {name: tensors[other] for name, other in aliases.items() if optimizers or other in tensors}
+        known = {name: tensors[other] for name, other in aliases.items() if not left_out or other in tensors}
         return as_state(join(tensors | known, rest))
 
 

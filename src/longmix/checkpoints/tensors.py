@@ -13,7 +13,10 @@ Name = str
 TRAINED = ("model", "optimizers")
 """The entries of a state that training changes step by step."""
 
-IN_TENSORS = (*TRAINED, "carried")
+AVERAGED = "ema"
+"""The entry of a state for the averages of the weights, by name; see `longmix.training.averaging`."""
+
+IN_TENSORS = (*TRAINED, "carried", AVERAGED)
 """The entries of a state whose tensors may be divided over processes."""
 
 

@@ -242,6 +242,7 @@ _COMMANDS = (
             Argument("folder", "to write", "???", positional=True, path=True),
             Argument("as", "the format; llama needs no longmix to run", "auto", choices=("auto", "llama", "longmix")),
             Argument("dtype", "of the weights", "float32", choices=("float32", "bfloat16", "float16")),
+            Argument("weights", "ema: averaged over the steps (loop.ema_decay)", "trained", choices=("trained", "ema")),
             Argument("force", "replace the folder if it is there", "false", switch=True),
         ),
         examples=("longmix export runs/NAME exported", "longmix export checkpoint=runs/NAME folder=exported as=llama"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from longmix.config.choices import Choice, Pattern, choice_or_pattern
-from longmix.config.rules import Rule, above_zero, at_least, between, count_up_to, record, share, word
+from longmix.config.rules import Rule, above_zero, at_least, between, count_up_to, inside_share, record, share, word
 from longmix.config.stages import Stage
 from longmix.config.values import LARGEST_SEED
 from longmix.errors import ConfigError
@@ -55,6 +55,8 @@ class LoopConfig:
         async_checkpoints: write while training goes on, which waits for a copy in CPU memory only.
         z_loss: weight of the mean over tokens of log(Z)**2, Z being the sum of a token's exponential logits; 1e-4 in
             PaLM (arXiv 2204.02311). It is logged apart, and no loss that is reported has it.
+        ema_decay: keep the exponential moving average of the weights too, of which a step keeps this share, such as
+            0.999; null keeps none. Validation measures it beside, weights=ema takes it.
         nonfinite: what a non-finite loss or gradient does: "stop" the run, or "skip" that step and count it.
         max_skips: the run stops all the same when so many steps in a row were skipped.
         spike_sigma: a loss or gradient norm so many standard deviations above the mean of the last steps is a spike, 6
@@ -76,6 +78,7 @@ class LoopConfig:
     sharded_checkpoints: bool | None = None
     async_checkpoints: bool = False
     z_loss: float = word(0.0, at_least(0))
+    ema_decay: float | None = word(None, inside_share(null="keep none"))
     nonfinite: Literal["stop", "skip"] = "stop"
     max_skips: int = word(20, at_least(1))
     spike_sigma: float | None = word(None, above_zero(null="look for no spikes"))
@@ -289,6 +292,7 @@ class EvaluateConfig:
             last is the newest run.
         mixer: settings of the checkpoint's mixer that may change after training, such as mixer.rotary_scaling=yarn.
         states: file of trained states that documents begin from, or the folder of the run that wrote it.
+        weights: trained, or ema: their average over the steps of a run with loop.ema_decay.
         task: what to evaluate; one choice or a list.
         data: other data than the checkpoint's; null keeps its own.
         split: train, validation or test.
@@ -306,6 +310,7 @@ class EvaluateConfig:
     checkpoint: str = word(path=True)
     mixer: dict[str, Any] = word({})
     states: str | None = word(None, path=True)
+    weights: Literal["trained", "ema"] = "trained"
     task: dict[str, Choice] = word(misfit="is no task; give one or several, such as task=[loss,accuracy].")
     data: Choice | None = None
     split: str = "validation"
@@ -337,6 +342,7 @@ class GenerateConfig:
         seed: of what is drawn; null is 0, and with load goes on with what was saved.
         stop: texts that end a row, such as [###].
         states: file of trained states that documents begin from, or the folder of the run that wrote it.
+        weights: trained, or ema: their average over the steps of a run with loop.ema_decay.
         load: file of an earlier call to go on from.
         save: file to go on from later.
         device: auto, cpu or cuda.
@@ -357,6 +363,7 @@ class GenerateConfig:
     seed: int | None = word(None, between(0, LARGEST_SEED))
     stop: list[str] = word([], literal=True)
     states: str | None = word(None, path=True)
+    weights: Literal["trained", "ema"] = "trained"
     load: str | None = word(None, path=True)
     save: str | None = word(None, path=True)
     device: Device = "auto"

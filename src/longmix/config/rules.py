@@ -45,6 +45,11 @@ def share() -> Rule:
     return Rule(lambda value: 0 <= value < 1, "must be at least 0 and below 1.")
 
 
+def inside_share(null: str) -> Rule:
+    """Numbers above 0 that are below 1; `null` says what null means."""
+    return Rule(lambda value: 0 < value < 1, f"must be above 0 and below 1, or null to {null}.")
+
+
 def above_zero(null: str) -> Rule:
     """Numbers above 0; `null` says what null means."""
     return Rule(lambda value: value > 0, f"must be above 0, or null to {null}.")

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from longmix.checkpoints.verify import weights_digest
 from longmix.config import Choice
 from longmix.data.training_data import TrainingData
 from longmix.files import sha256_of_file, sha256_of_json
@@ -29,13 +28,16 @@ IRRELEVANT = (
 def model_facts(restored: Restored, states: str | None) -> dict[str, Any]:
     """The evaluated weights: `checkpoint`, its `weights` (a digest), `step`, `states`, `precision`, `mixer` if changed.
 
+    `averaged` is there for weights=ema.
+
     Args:
         restored: the model.
         states: file or folder of the states that documents begin from, if any.
     """
     return {
         "checkpoint": str(restored.checkpoint),
-        "weights": weights_digest(restored.checkpoint),
+        "weights": restored.digest(),
+        **({} if restored.weights == "trained" else {"averaged": restored.weights}),
         "step": restored.step,
         "trained_seq_len": restored.config.seq_len,
         **({"mixer": dict(restored.changes)} if restored.changes else {}),

@@ -14,7 +14,6 @@ from rich.console import Console
 from longmix.allocation import allocation_errors
 from longmix.checkpoints import reading
 from longmix.checkpoints.store import final_name
-from longmix.checkpoints.verify import weights_digest
 from longmix.config import GenerateConfig, read
 from longmix.console import is_gone
 from longmix.data.tokens.tokenizers import Tokenizer
@@ -185,7 +184,7 @@ def _saved_ids(about: dict[str, Any], session: Session, tokenizer: Tokenizer) ->
 def _identity(restored: Restored) -> dict[str, Any]:
     return {
         "checkpoint": final_name(restored.checkpoint.name),
-        "weights": weights_digest(restored.checkpoint),
+        "weights": restored.digest(),
         "tokenizer": restored.tokenizer.fingerprint(),
         "mixer": dict(restored.changes),
     }

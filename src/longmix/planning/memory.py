@@ -79,6 +79,7 @@ def memory_needed(
     division: Division,
     limit: int,
     carried: int = 0,
+    averaged: int = 0,
 ) -> Memory:
     """Add up the worst moment of a step.
 
@@ -90,6 +91,7 @@ def memory_needed(
         division: of the run.
         limit: bytes that a device has.
         carried: bytes of the states that rows carry from step to step, before a step and after it.
+        averaged: bytes of the undivided weights' averages.
     """
     parts = [rehearsal.ends, *rehearsal.layers]
     size = 2 if setting.precision == "bf16-true" else 4
@@ -98,6 +100,7 @@ def memory_needed(
     fixed = {
         "weights": parameters * size // shards,
         "optimizer": optimizer.state // shards,
+        "averaged weights": averaged // shards,
         "data": setting.rows * division.micro_batches * setting.length * division.context_parallel * (8 + 8 + 4),
         "carried state": carried,
     }

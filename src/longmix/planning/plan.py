@@ -89,8 +89,10 @@ class Planner:
         )
         rehearsal = self._rehearsal(setting)
         carried = 2 * rows * carried_bytes(self.model) if request.config.loop.carry_state else 0
+        averaged = 0 if request.config.loop.ema_decay is None else 4 * self.model.parameter_counts()["total"]
         needs = self.optimizer()
-        memory = memory_needed(self.model, rehearsal, needs, setting, division, request.memory_bytes, carried)
+        held = carried, averaged
+        memory = memory_needed(self.model, rehearsal, needs, setting, division, request.memory_bytes, *held)
         traffic = traffic_of(self.model, rehearsal, setting, division)
         whole = training_flops(self.model, rows, variant.seq_len, variant.checkpointed, self.device)
         flops = whole[0] / variant.context_parallel, whole[1] / variant.context_parallel

@@ -28,6 +28,7 @@ from longmix.model.backbone import LanguageModel, ModelOutput
 from longmix.model.head import IGNORE_INDEX
 from longmix.recipe import recipe_of, set_recipe
 from longmix.training import strategies
+from longmix.training.averaging import WeightAverage
 from longmix.training.carried import CARRIED, CarriedState, Rows, run_on
 from longmix.training.diagnosis import first_nonfinite, nonfinite_tensor
 from longmix.training.optimizers import PEAK
@@ -83,6 +84,7 @@ class TrainingModule(LightningModule):
         timeout: seconds that they wait for each other.
         processes: all that train.
         carried: what each row goes on from, see `longmix.training.carried`; None lets each window begin anew.
+        average: of the weights over the steps; None keeps none.
         z_loss: weight of the mean square of the logarithm of each target's normaliser, added to the loss; the model
             must measure normalisers.
         spikes: tells steps that are left out, or stop the run, for a loss or gradient norm that jumps; None tells none.
@@ -103,6 +105,7 @@ class TrainingModule(LightningModule):
         timeout: float = 600.0,
         processes: Processes | None = None,
         carried: CarriedState | None = None,
+        average: WeightAverage | None = None,
         z_loss: float = 0.0,
         spikes: SpikeGuard | None = None,
     ) -> None:
@@ -121,6 +124,7 @@ class TrainingModule(LightningModule):
         self.timeout = timeout
         self.processes = processes or Processes()
         self.carried = carried
+        self.average = average
         self.z_loss = z_loss
         self.spikes = spikes
         self.row_group: ProcessGroup | None = None
@@ -145,6 +149,8 @@ class TrainingModule(LightningModule):
         for name, weight in self.model.named_parameters():
             set_recipe(weight, self.recipes[name])  # sharding and moving replace parameters
         trainable = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        if self.average is not None:
+            self.average.begin(self.model)
         return self.build_optimizers(trainable)
 
     @property
@@ -166,6 +172,8 @@ class TrainingModule(LightningModule):
         if taken:
             for optimizer in self.trainer.optimizers:
                 optimizer.step()
+            if self.average is not None:
+                self.average.update(self.model)
             self.steps_taken += 1
             self.skips_in_a_row = 0
         elif finite or self.skip_nonfinite:
@@ -356,6 +364,7 @@ class TrainingModule(LightningModule):
         """The state of this module for a checkpoint: this process's parts of the tensors, not copied."""
         return {
             **({} if self.carried is None else {CARRIED: self.carried.named(self.device)}),
+            **({} if self.average is None else self.average.captured(self.model)),
             **({} if self.spikes is None else {SPIKES: self.spikes.window.tolist()}),
             "step": self.step,
             "steps_skipped": self.steps_skipped,
@@ -377,6 +386,9 @@ class TrainingModule(LightningModule):
         if self.carried is not None:
             carried = self.carried
             processes.each(lambda: more.update(carried.targets(saved.tensors, self.device)))
+        averaged = self.average is not None and saved.ema_updates is not None
+        if self.average is not None and averaged:
+            more |= self.average.targets()
         restore_state(self.model, self.trainer.optimizers, saved.tensors, saved.optimizers, processes, more)
         if self.carried is not None:
             self.carried.restore(more)
@@ -386,6 +398,11 @@ class TrainingModule(LightningModule):
                 f"{saved.checkpoint} cannot be continued: {place} is not finite. Delete it and continue from an older "
                 "checkpoint beside it, or begin a new run with a lower optimizer.learning_rate."
             )
+        if self.average is not None:
+            if averaged:
+                self.average.updates = saved.ema_updates or 0
+            else:
+                self.average.begin(self.model)
         if self.spikes is not None and saved.spikes is not None:
             self.spikes.restore(saved.spikes)
         self.steps_skipped, self.skips_in_a_row = saved.steps_skipped, saved.skips_in_a_row

@@ -34,6 +34,7 @@ from longmix.notices import notice, notice_float32_on_gpu
 from longmix.progress import ProgressDisplay
 from longmix.startup import seconds_since_begin
 from longmix.training import connection, process_launcher
+from longmix.training.averaging import WeightAverage
 from longmix.training.carried import CarriedState, check_carries, layers_begun_anew
 from longmix.training.claims import remove_unused
 from longmix.training.hardware import TrainerSettings
@@ -292,6 +293,7 @@ def _module(
         timeout=settings.timeout,
         processes=everyone,
         carried=carried,
+        average=None if loop.ema_decay is None else WeightAverage(loop.ema_decay),
         z_loss=loop.z_loss,
         spikes=spikes,
     )

@@ -7,6 +7,7 @@ from typing import Any
 from longmix.checkpoints import Checkpoint
 from longmix.checkpoints.store import SKIPS_IN_A_ROW
 from longmix.config import Plain
+from longmix.training.averaging import UPDATES
 from longmix.training.random_state import GeneratorStates
 from longmix.training.spikes import SPIKES
 
@@ -74,6 +75,7 @@ class SavedRun:
         random: the generators' states, of each process or of the first alone.
         optimizers: of each optimizer its groups and its state but for the tensors.
         spikes: the window of `longmix.training.spikes`; None if none was kept.
+        ema_updates: steps in the average of the weights; None if there is none.
     """
 
     tensors: Checkpoint
@@ -86,6 +88,7 @@ class SavedRun:
     random: list[GeneratorStates] | GeneratorStates
     optimizers: list[dict[str, Any]]
     spikes: list[list[float]] | None = None
+    ema_updates: int | None = None
 
     @property
     def checkpoint(self) -> Path:
@@ -106,4 +109,5 @@ class SavedRun:
             random=content["random"],
             optimizers=content["optimizers"],
             spikes=content.get(SPIKES),
+            ema_updates=content.get(UPDATES),
         )

@@ -232,6 +232,9 @@ def print_summary(summary: Summary, folder: Path, supervisor: "Supervisor", wall
         "checkpoint": _shown(supervisor.store.latest()),
         "logs": _shown(folder),
     }
+    if "ema_loss" in validation:
+        averaged = validation[f"ema_{quality}"]
+        rows["averaged"] = f"{averaged:.4f} {QUALITIES[quality]}, loss {validation['ema_loss']:.4f} (weights=ema)"
     command = supervisor.metric_log.upload_command()
     if command is not None:
         rows["upload"] = command

@@ -321,7 +321,8 @@ class Supervisor(Callback):
     def validate(self, trainer: Trainer, module: TrainingModule) -> bool:
         """Measure the loss on validation windows; a signal to any process ends it in all, and keeps the last result.
 
-        After a stage it is measured on windows of the last stage's length too, which tell all stages' ends apart.
+        It is measured with averaged weights too, where there are any, and after a stage on windows of the last stage's
+        length, which tell all stages' ends apart.
 
         Returns:
             Whether it was completed.
@@ -333,6 +334,12 @@ class Supervisor(Callback):
         statistics = measured(self.part)
         if statistics is None:
             return False
+        averaged = None
+        if module.average is not None:
+            with module.average.in_place(module.model):
+                averaged = measured(self.part)
+            if averaged is None:
+                return False
         final = None
         last = self.course.parts[-1]
         ends_stage = self.course.ends_stage(module.step)
@@ -343,7 +350,12 @@ class Supervisor(Callback):
         tasks = self._tasks(trainer, module)
         if tasks is None:
             return False
-        self.state.validation = {**statistics.summary(), "step": module.step}
+        of_average = {} if averaged is None else averaged.summary()
+        self.state.validation = {
+            **statistics.summary(),
+            **{f"ema_{name}": value for name, value in of_average.items() if name in QUALITIES or name == "loss"},
+            "step": module.step,
+        }
         self.state.validation_by_position = statistics.by_position()
         if final is not None:
             self.state.stages = {
@@ -355,12 +367,14 @@ class Supervisor(Callback):
         quality, value = quality_of(self.state.validation)
         names = ("loss", "perplexity", quality)
         metrics = {f"validation/{name}": self.state.validation[name] for name in names}
+        metrics |= {f"validation_ema/{name}": value for name, value in of_average.items() if name in names}
         if final is not None:
             metrics |= {f"{FINAL}/{name}": value for name, value in final.summary().items() if name in names}
         self.metric_log.write(module.step, metrics | _positions("validation", statistics) | tasks)
         self.progress.message(
             f"step {module.step}/{module.total_steps}  validation loss {metrics['validation/loss']:.4f}  "
             f"{value:.4f} {QUALITIES[quality]}"
+            + (f"; with averaged weights {of_average['loss']:.4f}" if of_average else "")
             + (f"; at {last.config.seq_len:,} tokens {metrics[f'{FINAL}/loss']:.4f}" if final is not None else "")
         )
         return True

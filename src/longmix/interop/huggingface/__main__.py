@@ -36,6 +36,7 @@ def _parser() -> OptionParser:
     out.add_argument("folder", type=path_option, help="to write")
     out.add_argument("--as", dest="kind", choices=KINDS, default="auto", help="llama needs nothing of longmix to run")
     out.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the weights")
+    out.add_argument("--weights", choices=["trained", "ema"], default="trained", help="ema: averaged over the steps")
     out.add_argument("--force", action="store_true", help="replace the folder if it is there")
     out.set_defaults(run=_export)
     back = commands.add_parser("import", help="make a checkpoint of such a folder")
@@ -52,7 +53,9 @@ def _parser() -> OptionParser:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    done = export(arguments.checkpoint, arguments.folder, arguments.kind, arguments.dtype, arguments.force)
+    done = export(
+        arguments.checkpoint, arguments.folder, arguments.kind, arguments.dtype, arguments.force, arguments.weights
+    )
     print(f"wrote {done.parameters:,} parameters in {done.dtype} to {arguments.folder}, of type {done.model_type}")
 
 

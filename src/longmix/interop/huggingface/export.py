@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longmix.checkpoints import chosen_checkpoint
-from longmix.checkpoints.contents import load_model_state, rebuilding
+from longmix.checkpoints.contents import Weights, load_model_state, rebuilding
 from longmix.config import StoredConfig
 from longmix.data.tokens.tokenizers import tokenizer_from_state
 from longmix.errors import ConfigError
@@ -64,7 +64,14 @@ class Exported:
     dtype: str
 
 
-def export(checkpoint: Path, folder: Path, kind: str = "auto", dtype: str = "float32", force: bool = False) -> Exported:
+def export(
+    checkpoint: Path,
+    folder: Path,
+    kind: str = "auto",
+    dtype: str = "float32",
+    force: bool = False,
+    weights_of: Weights = "trained",
+) -> Exported:
     """Write a checkpoint's model, tokenizer and description to a folder that appears whole or not at all.
 
     Args:
@@ -74,6 +81,7 @@ def export(checkpoint: Path, folder: Path, kind: str = "auto", dtype: str = "flo
             model; "auto" for the former where it can hold the model.
         dtype: of the weights: "float32" as they were trained, "bfloat16" or "float16".
         force: replace the folder if it is there.
+        weights_of: "trained", or "ema" for their average over the steps of a run with loop.ema_decay.
 
     Raises:
         ConfigError: the folder is there, a word is wrong, or a setting has no place in the type asked for.
@@ -86,7 +94,7 @@ def export(checkpoint: Path, folder: Path, kind: str = "auto", dtype: str = "flo
     _check_target(folder, force)
     check_folder(folder.parent)
     path = chosen_checkpoint(checkpoint)
-    state = load_model_state(path)
+    state = load_model_state(path, weights_of)
     with rebuilding(path):
         _check_trusted(state["config"])
         stored = StoredConfig.of(state["config"])
