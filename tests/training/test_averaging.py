@@ -1,5 +1,6 @@
 """Averaged weights: the formula, the run that was killed, and each command that takes them."""
 
+import json
 import math
 import os
 import signal
@@ -8,7 +9,7 @@ import pytest
 import torch
 from hydra.core.hydra_config import HydraConfig
 
-from longmix.checkpoints import CheckpointStore, load_checkpoint
+from longmix.checkpoints import CheckpointStore, load_checkpoint, read_info
 from longmix.errors import CheckpointError, ConfigError, Interrupted
 from longmix.evaluation.run import evaluate
 from longmix.metrics import read_metrics
@@ -99,6 +100,7 @@ def test_a_killed_run_goes_on_bit_for_bit_and_the_average_changes_no_weight(runs
 
 def test_commands_take_the_averaged_weights(runs, compose_config, tmp_path):
     state = state_of(runs / "whole")
+    validation = read_info(runs / "whole/checkpoints/step-00000006")["validation"]
     restored = restore(runs / "whole", weights="ema", device="cpu")
     assert all(torch.equal(weight, state["ema"][name]) for name, weight in restored.model.named_parameters())
     assert restored.model.head.weight is restored.model.embedding.weight
@@ -106,8 +108,9 @@ def test_commands_take_the_averaged_weights(runs, compose_config, tmp_path):
     assert len(digests) == 2
     words = [f"checkpoint={runs / 'whole'}", "device=cpu", "weights=ema", "max_tokens=256", f"output={tmp_path}"]
     report = evaluate(compose_config(*words, entry_point="evaluate"))["loss"]
-    assert report["averaged"] == "ema"
-    assert report["loss"] == pytest.approx(state["run"]["validation"]["ema_loss"], rel=1e-6)
+    (written,) = tmp_path.glob("loss_*.json")
+    assert json.loads(written.read_text())["averaged"] == "ema"
+    assert report["lengths"][32]["loss"] == pytest.approx(validation["ema_loss"], rel=1e-6)
     with pytest.raises(CheckpointError, match=r"has no averaged weights, so weights=ema cannot be had"):
         restore(runs / "without", weights="ema", device="cpu")
     with pytest.raises(ConfigError, match=r"loop\.ema_decay=1\.0 must be above 0 and below 1, or null to keep none"):
