@@ -12,7 +12,8 @@ from longmix.data.given_tokens import GivenTokens
 from longmix.data.mixture import MixtureData
 from longmix.data.packing import PACKINGS
 from longmix.data.tokens import placed
-from longmix.data.tokens.tokenizers import ByteTokenizer, IdTokenizer, tokenizer_from_state
+from longmix.data.tokens.ids import IdTokenizer
+from longmix.data.tokens.tokenizers import ByteTokenizer, tokenizer_from_state
 from longmix.errors import ConfigError, DataError
 from longmix.training.run import train
 

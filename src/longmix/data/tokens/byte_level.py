@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from longmix.data.tokens.parts import described, drops_text, parts_of
+from longmix.data.tokens.pieces import is_of_pieces, made_exact
 from longmix.errors import ConfigError, DataError
 from longmix.reading import shortened
 
@@ -70,7 +72,6 @@ PROBES = (
 characters, and the marks that other kinds of tokenizers put into their tokens."""
 
 _EXACT_DECODERS = {"ByteLevel", "Fuse"}
-_EXACT_SPLITTERS = {"ByteLevel", "Digits", "FixedLength", "Punctuation", "Split", "UnicodeScripts"}
 
 
 @contextlib.contextmanager
@@ -142,17 +143,22 @@ def open_library(text: str, separator: str, source: str) -> "tokenizers.Tokenize
 
     with library_errors(source, "is not a tokenizer.json that `tokenizers` can read"):
         library = Library.from_str(text)
+    tree = json.loads(text)
+    has_pieces = is_of_pieces(tree)
+    if has_pieces:
+        library = Library.from_str(made_exact(tree, source))
     if library.token_to_id(separator) is None:
         specials = [token.content for token in library.get_added_tokens_decoder().values() if token.special]
         raise DataError(
             f"tokenizer.separator: {source} has no token {separator!r}; its special tokens are {', '.join(specials)}"
         )
-    _refuse_inexact_parts(library, source)
+    if not has_pieces:
+        _refuse_inexact_parts(library, source)
+        library.normalizer = None
     # some files hold it in the vocabulary only, where the library would not treat it as special
     library.add_special_tokens([separator])
     library.no_truncation()
     library.no_padding()
-    library.normalizer = None
     library.encode_special_tokens = True
     if getattr(library.model, "dropout", None):
         logger.warning("%s asks for BPE dropout; it is left out, so that a text has one encoding", source)
@@ -166,10 +172,11 @@ def _refuse_inexact_parts(library: "tokenizers.Tokenizer", source: str) -> None:
     if "ByteLevel" not in kinds:
         given = " and ".join(sorted(kinds)) or "no pre-tokenizer"
         raise DataError(
-            f"{source} is not byte-level: its text is split by {given}, so some text would be lost. Use a byte-level "
-            "tokenizer, or tokenizer=bytes or tokenizer=bpe."
+            f"{source} is not byte-level: its text is split by {given}, and its model, {type(library.model).__name__}, "
+            "has no tokens for single bytes (byte_fallback), so some text would be lost. Use another tokenizer, or "
+            "tokenizer=bytes or tokenizer=bpe."
         )
-    altering = [_described(part) for part in splitters if _drops_text(part)]
+    altering = [described(part) for part in splitters if drops_text(part)]
     altering += [f"a decoder of type {part['type']}" for part in decoders if part["type"] not in _EXACT_DECODERS]
     if altering or not decoders:
         reason = " and ".join(altering) or "no decoder"
@@ -180,32 +187,13 @@ def _refuse_inexact_parts(library: "tokenizers.Tokenizer", source: str) -> None:
 
 
 def _parts(whole: Any) -> list[dict[str, Any]]:
-    """The descriptions of a pre-tokenizer or decoder, those of a sequence one by one."""
-    if whole is None:
-        return []
-    description = json.loads(whole.__getstate__())
-    waiting, parts = [description], []
-    while waiting:
-        part = waiting.pop(0)
-        inner = part.get("pretokenizers", part.get("decoders")) if part["type"] == "Sequence" else None
-        if inner is None:
-            parts.append(part)
-        else:
-            waiting = [*inner, *waiting]
-    return parts
+    """The descriptions of a pre-tokenizer or decoder of the library, those of a sequence one by one."""
+    return [] if whole is None else parts_of(json.loads(whole.__getstate__()))
 
 
-def _drops_text(splitter: dict[str, Any]) -> bool:
-    known = splitter["type"] in _EXACT_SPLITTERS
-    return not known or splitter.get("behavior") == "Removed" or bool(splitter.get("add_prefix_space"))
-
-
-def _described(splitter: dict[str, Any]) -> str:
-    if splitter.get("add_prefix_space"):
-        return "a prefix space (add_prefix_space)"
-    if splitter.get("behavior") == "Removed":
-        return f"a pre-tokenizer of type {splitter['type']} that removes what it finds"
-    return f"a pre-tokenizer of type {splitter['type']}"
+def is_byte_level(library: "tokenizers.Tokenizer") -> bool:
+    """Whether the letters of the vocabulary stand for bytes."""
+    return "ByteLevel" in {part["type"] for part in _parts(library.pre_tokenizer)}
 
 
 def bytes_by_token(library: "tokenizers.Tokenizer", source: str) -> np.ndarray:
@@ -242,11 +230,17 @@ def bytes_of_letters(token: str) -> bytes:
 _BYTES_BY_LETTER = {letter: byte for byte, letter in enumerate(byte_letters())}
 
 
+def without_letter(library: "tokenizers.Tokenizer") -> bytes:
+    """Bytes of UTF-8 that a byte-level vocabulary has no token for."""
+    letters, vocabulary = byte_letters(), library.get_vocab(with_added_tokens=False)
+    return bytes(byte for byte in sorted(UTF8_BYTES) if letters[byte] not in vocabulary)
+
+
 class ByteRepertoire:
-    """The bytes that a byte-level vocabulary has tokens for, and what happens to a text with others.
+    """The bytes that a vocabulary has tokens for, and what happens to a text with others.
 
     Args:
-        library: the vocabulary.
+        missing: bytes of UTF-8 without a token.
         missing_bytes: "refuse" such a text, or "replace" the characters by U+FFFD (by "?" where that has none either).
         source: for messages.
 
@@ -258,11 +252,10 @@ class ByteRepertoire:
         DataError: most bytes are missing, or nothing is left to replace by.
     """
 
-    def __init__(self, library: "tokenizers.Tokenizer", missing_bytes: str, source: str) -> None:
+    def __init__(self, missing: bytes, missing_bytes: str, source: str) -> None:
         if missing_bytes not in MISSING_BYTES:
             raise ConfigError(f"tokenizer.missing_bytes={missing_bytes} must be one of {', '.join(MISSING_BYTES)}.")
-        letters, vocabulary = byte_letters(), library.get_vocab(with_added_tokens=False)
-        self.missing = bytes(byte for byte in sorted(UTF8_BYTES) if letters[byte] not in vocabulary)
+        self.missing = missing
         if len(self.missing) > MOST_MISSING:
             raise DataError(
                 f"{source} is not byte-level: {len(self.missing)} of the {len(UTF8_BYTES)} bytes of UTF-8 have no "

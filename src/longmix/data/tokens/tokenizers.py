@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, a byte-level BPE trained on the corpus, or a `tokenizer.json`.
+"""Tokenizers: bytes, a byte-level BPE trained on the corpus, a `tokenizer.json`, or ids that stand for no known text.
 
 All of them are exact: the tokens of a text stand for precisely its UTF-8 bytes, so that bits per byte can be compared
 between tokenizers. A text that a vocabulary cannot write is refused, or altered if so chosen. The separator that starts
@@ -16,7 +16,6 @@ import numpy as np
 
 from longmix.data.corpora.corpus import Corpus
 from longmix.data.tokens.byte_level import (
-    MOST_IDS,
     PROBE,
     PROBES,
     UTF8_BYTES,
@@ -24,9 +23,12 @@ from longmix.data.tokens.byte_level import (
     bytes_by_token,
     bytes_of_letters,
     first_inexact,
+    is_byte_level,
     library_errors,
     open_library,
+    without_letter,
 )
+from longmix.data.tokens.pieces import Pieces
 from longmix.errors import ConfigError, DataError
 from longmix.files import sha256_of_json
 from longmix.paths import user_path
@@ -121,13 +123,21 @@ def tokenizer_from_state(state: dict[str, Any], source: str = "the saved tokeniz
         if kind == "numbers":
             return NumberTokenizer(state["vocab_size"])
         if kind == "ids":
+            from longmix.data.tokens.ids import IdTokenizer
+
             return IdTokenizer(state["vocab_size"], state["separator"])
+        if kind == "world":
+            from longmix.data.tokens.world import WorldTokenizer
+
+            return WorldTokenizer(state["vocabulary"], state["vocab_size"], source)
         if kind == "library":
             options = {key: state[key] for key in ("missing_bytes", "end_ids") if key in state}
             return LibraryTokenizer(state["json"], state["separator"], source, **options)
     except (KeyError, TypeError) as error:
         raise DataError(f"{source} is damaged: {type(error).__name__}: {error}") from error
-    raise DataError(f"{source}: unknown tokenizer kind {kind!r}; expected 'bytes', 'library' or 'numbers'")
+    raise DataError(
+        f"{source}: unknown tokenizer kind {kind!r}; expected 'bytes', 'ids', 'library', 'numbers' or 'world'"
+    )
 
 
 class NumberTokenizer(Tokenizer):
@@ -169,35 +179,6 @@ class NumberTokenizer(Tokenizer):
         return {"kind": "numbers", "vocab_size": self.vocab_size}
 
 
-class IdTokenizer(NumberTokenizer):
-    """Ids whose texts nobody knows, of token files without their tokenizer: losses are in nats per token alone.
-
-    Args:
-        vocab_size: ids are below this.
-        separator: the id that starts each document; None where there is none, or it is not known.
-
-    Raises:
-        ConfigError: there are no ids, too many, or the separator is none of them.
-    """
-
-    def __init__(self, vocab_size: int, separator: int | None = None) -> None:
-        if not 1 <= vocab_size <= MOST_IDS:
-            raise ConfigError(f"tokenizer.vocab_size={vocab_size} must be from 1 to {MOST_IDS:,}.")
-        if separator is not None and not 0 <= separator < vocab_size:
-            raise ConfigError(f"tokenizer.separator={separator} must be an id from 0 to {vocab_size - 1:,}, or null.")
-        super().__init__(vocab_size)
-        self.separator_id = -1 if separator is None else separator
-
-    def token_bytes(self) -> np.ndarray:
-        """Zeros, int32 [vocab_size]: no id is known to stand for any text."""
-        return np.zeros(self.vocab_size, np.int32)
-
-    def state(self) -> dict[str, Any]:
-        """Everything `tokenizer_from_state` needs, JSON-able."""
-        separator = None if self.separator_id < 0 else self.separator_id
-        return {"kind": "ids", "vocab_size": self.vocab_size, "separator": separator}
-
-
 class ByteTokenizer(Tokenizer):
     """Ids 0-255 are bytes and 256 is the separator: nothing to train, nothing to ship."""
 
@@ -226,11 +207,12 @@ class ByteTokenizer(Tokenizer):
 
 
 class LibraryTokenizer(Tokenizer):
-    """A byte-level tokenizer of the `tokenizers` library, given as the text of its `tokenizer.json`.
+    """A tokenizer of the `tokenizers` library, given as the text of its `tokenizer.json`: byte-level, or of pieces.
 
-    Three things differ from what the library does by default, all for exactness. Special tokens are never matched in
-    text. Unicode normalisation (NFC and its kin) is taken out, because it changes text that a byte-level vocabulary
-    can express as it stands. BPE dropout is taken out, because it makes the tokens of a text a matter of chance.
+    Some things differ from what the library does by default, all for exactness. Special tokens are never matched in
+    text. Unicode normalisation (NFC and its kin) is taken out, because it changes text that the vocabulary can express
+    as it stands. BPE dropout is taken out, because it makes the tokens of a text a matter of chance. Of vocabularies of
+    pieces (see `longmix.data.tokens.pieces`), so is the blank in front of a text.
 
     Args:
         json: the text of the file.
@@ -245,7 +227,7 @@ class LibraryTokenizer(Tokenizer):
 
     Raises:
         ConfigError: a setting is impossible.
-        DataError: it is not byte-level, does not give back exactly the text it was given, or lacks the separator.
+        DataError: it has no tokens for bytes, does not give back exactly the text it was given, or lacks the separator.
     """
 
     def __init__(
@@ -259,7 +241,13 @@ class LibraryTokenizer(Tokenizer):
         self._json, self._separator, self._source = json, separator, source
         self._library = open_library(json, separator, source)
         self._token_bytes = bytes_by_token(self._library, source)
-        self._repertoire = ByteRepertoire(self._library, missing_bytes, source)
+        self._pieces = None if is_byte_level(self._library) else Pieces(self._library, len(self._token_bytes))
+        if self._pieces is None:
+            missing = without_letter(self._library)
+        else:
+            self._token_bytes = self._pieces.sizes()
+            missing = bytes(sorted(UTF8_BYTES - self._pieces.bytes))
+        self._repertoire = ByteRepertoire(missing, missing_bytes, source)
         self.missing_bytes = missing_bytes
         self.vocab_size = len(self._token_bytes)
         self.separator_id = cast(int, self._library.token_to_id(separator))
@@ -275,11 +263,14 @@ class LibraryTokenizer(Tokenizer):
         probes = [*PROBES, "".join(PROBES), PROBE + self._separator]
         texts = [self._repertoire.without_missing(text) for text in probes]
         with library_errors(source, "cannot encode a text"):
-            inexact = first_inexact(self._library, texts, self._token_bytes)
+            if self._pieces is None:
+                inexact = first_inexact(self._library, texts, self._token_bytes)
+            else:
+                inexact = self._pieces.first_inexact(texts)
         if inexact is not None:
             raise DataError(
                 f"{source} does not reproduce every text byte for byte ({inexact[0]!r} came back as {inexact[1]}), so "
-                "bits per byte would be wrong. Use a byte-level tokenizer that adds no prefix space, or "
+                "bits per byte would be wrong. Use a byte-level tokenizer that adds no prefix space, or another, or "
                 "tokenizer=bytes or tokenizer=bpe."
             )
 
@@ -298,16 +289,22 @@ class LibraryTokenizer(Tokenizer):
 
     def _encoded(self, texts: list[str]) -> list[np.ndarray]:
         with library_errors(self._source, "cannot encode a text"):
+            if self._pieces is not None:
+                return [np.array(ids, np.int32) for ids in self._pieces.encode(texts)]
             encodings = self._library.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of these ids; bytes that are not UTF-8 become U+FFFD."""
+        if self._pieces is not None:
+            return self._pieces.decode(ids)
         with library_errors(self._source, "cannot decode these ids"):
             return self._library.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def token_content(self, token: int) -> bytes:
         """The bytes that an id stands for; none for special ids."""
+        if self._pieces is not None:
+            return self._pieces.contents[token]
         content = self._library.id_to_token(token)
         return b"" if content is None or self._token_bytes[token] == 0 else bytes_of_letters(content)
 
@@ -352,7 +349,7 @@ def _checked_ends(end_ids: Sequence[int], vocab_size: int, source: str) -> tuple
 
 
 class TokenizerFile(LibraryTokenizer):
-    """A byte-level `tokenizer.json`, as `tokenizers` and `transformers` save it.
+    """A `tokenizer.json`, as `tokenizers` and `transformers` save it.
 
     Args:
         path: the file.
