@@ -12,7 +12,7 @@ def parts_of(description: dict[str, Any] | None) -> list[dict[str, Any]]:
     while waiting:
         part = waiting.pop(0)
         lists = (part.get(key) for key in ("pretokenizers", "decoders", "normalizers"))
-        inner = next(filter(None, lists), []) if part["type"] == "Sequence" else None
+        inner: list[dict[str, Any]] | None = next(filter(None, lists), []) if part["type"] == "Sequence" else None
         if inner is None:
             parts.append(part)
         else:

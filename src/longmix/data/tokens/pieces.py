@@ -36,7 +36,7 @@ def made_exact(tree: dict[str, Any], source: str) -> str:
     """
     model, splitters = tree["model"], parts_of(tree.get("pre_tokenizer"))
     at_fault = [described(part) for part in splitters if part["type"] != "Metaspace" and drops_text(part)]
-    at_fault += [f"a {key}" for key in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
+    at_fault += [f"the setting {key}" for key in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
     if at_fault:
         raise DataError(
             f"{source} does not reproduce every text byte for byte: it has {' and '.join(at_fault)}. Use another "
@@ -84,8 +84,8 @@ class Pieces:
         unknown = getattr(library.model, "unk_token", None) or _unknown_piece(library)
         controls |= {unknown} if unknown else set()
         for content in controls:
-            if (index := library.token_to_id(content)) is not None:
-                self.contents[index] = b""
+            if (special := library.token_to_id(content)) is not None:
+                self.contents[special] = b""
         self.bytes = frozenset(self._byte_ids)
         self._sizes = np.array([len(content) for content in self.contents], np.int32)
         alike = "|".join(map(re.escape, sorted(filter(None, controls), key=len, reverse=True)))

@@ -62,7 +62,7 @@ def import_folder(
     Raises:
         CheckpointError: the folder is missing, damaged, or not what it says.
         ConfigError: it is of a type, or has a setting, that longmix has not; or the target holds a checkpoint.
-        DataError: there is no tokenizer, or not a byte-level one.
+        DataError: there is no tokenizer, or none that longmix reads.
         StorageError: the target cannot be written.
     """
     require_transformers()

@@ -28,7 +28,7 @@ def read_tokenizer(folder: Path, theirs: Any, separator: str | None, missing_byt
 
     Raises:
         CheckpointError: one of its files is damaged.
-        DataError: there is no tokenizer, not a byte-level one, or none that names a token for the separator.
+        DataError: there is no tokenizer, none that longmix reads, or none that names a token for the separator.
     """
     path = folder / TOKENIZER
     if not path.is_file():
