@@ -96,8 +96,13 @@ def engine(kind: str, x: dict[str, torch.Tensor]) -> tuple[Any, Any, Any]:
     if kind == "delta":
         options = {"log_decay": x["log_decay"], "low_rank_read": x["read"], "low_rank_write": 0.1 * x["write"]}
         return (
-            lambda initial, ids: delta_rule(
-                *heads, widened(x["value"], initial), initial_state=initial, document_ids=ids, **options
+            lambda initial, ids, before: delta_rule(
+                *heads,
+                widened(x["value"], initial),
+                initial_state=initial,
+                carried_state=before,
+                document_ids=ids,
+                **options,
             ),
             DeltaRecurrence(),
             zeros,
@@ -106,9 +111,9 @@ def engine(kind: str, x: dict[str, torch.Tensor]) -> tuple[Any, Any, Any]:
     gates = {"log_decay": x["log_decay"], "log_input": x["log_input"] if normalize else None}
     fresh = LinearState(zeros, zeros[..., 0], zeros[..., 0, 0]) if normalize else LinearState(zeros)
 
-    def run(initial, ids):
-        options = {"initial_state": initial, "document_ids": ids, "normalize": normalize, "scale": 0.5}
-        return linear_attention(*heads, x["value"], **gates, **options)
+    def run(initial, ids, before):
+        options = {"initial_state": initial, "carried_state": before, "document_ids": ids, "scale": 0.5}
+        return linear_attention(*heads, x["value"], **gates, normalize=normalize, **options)
 
     if normalize:
         return run, NormalizedRecurrence(x["key"], x["value"], x["log_decay"], x["log_input"]), fresh
@@ -132,7 +137,7 @@ def test_recurrences_in_slices(pool, kind, regime):
     for packed in (False, True):
         leaves = tensors(regime)
         run, _, fresh = engine(kind, leaves)
-        wanted = results(run(fresh, IDS if packed else None)[0], leaves)
+        wanted = results(run(fresh, IDS if packed else None, None)[0], leaves)
         for size in SIZES:
             found = together(pool.run(size, recurrence_in_slices, kind, regime, packed))
             assert all(x.isfinite().all() for x in found.values())

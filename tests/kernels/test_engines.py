@@ -56,7 +56,7 @@ ENGINES = {
         {"log_decay": torch.zeros(2)},
         512,
         linear_launch,
-        LinearInputs(QUERY, QUERY, QUERY, GATE, *NONE * 5, False, 1.0, None),
+        LinearInputs(QUERY, QUERY, QUERY, GATE, *NONE * 8, False, 1.0, None),
         ("output", "grad_query"),
         linear_launch.LaunchConfig(16, 16, 16, 1, 1),
     ),
@@ -65,7 +65,7 @@ ENGINES = {
         {"log_decay": torch.zeros(1, 20, 2)},
         256,
         delta_launch,
-        DeltaInputs(QUERY, QUERY, QUERY, QUERY, *NONE * 4, 1.0, None, -0.5),
+        DeltaInputs(QUERY, QUERY, QUERY, QUERY, *NONE * 5, 1.0, None, -0.5),
         ("prepare", "grad_key"),
         delta_launch.LaunchConfig(16, 16, 2, 1),
     ),
@@ -100,7 +100,7 @@ def test_the_package_exports_every_engine():
 @every_engine
 def test_arguments_have_one_order(engine):
     names = list(inspect.signature(engine.function).parameters)
-    shared = ("initial_state", "document_ids", "scale", "backend")
+    shared = ("initial_state", "carried_state", "document_ids", "scale", "backend")
     assert names[:3] == ["query", "key", "value"] and names[-1] == "backend"
     assert [name for name in names if name in shared] == [name for name in shared if name in names]
 

@@ -19,13 +19,13 @@ def linear_inputs(batch: int, dtype: torch.dtype = torch.bfloat16, length: int =
     query = torch.zeros(batch, length, 4, 96, dtype=dtype)
     gates = torch.zeros(batch, length, 4)
     value = torch.zeros(batch, length, 4, 192, dtype=dtype)
-    return LinearInputs(query, query, value, gates, None, None, None, None, None, False, 1.0, None)
+    return LinearInputs(query, query, value, gates, *[None] * 8, False, 1.0, None)
 
 
 def delta_inputs(batch: int) -> DeltaInputs:
     """Heads as `model=125m mixer=rwkv7` has them."""
     x = torch.zeros(batch, 64, 12, 64, dtype=torch.bfloat16)
-    return DeltaInputs(x, x, x, x.float(), x, x, None, None, 1.0, None, -0.6)
+    return DeltaInputs(x, x, x, x.float(), x, x, None, None, None, 1.0, None, -0.6)
 
 
 @pytest.mark.parametrize(

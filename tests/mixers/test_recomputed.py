@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from longmix.mixers.deltanet import DeltaNet
@@ -22,7 +23,9 @@ MIXERS: dict[str, tuple[type[Mixer], dict]] = {
     "kda": (KDA, {}),
     "gla": (GLA, {}),
     "rwkv7": (RWKV7, {"head_dim": 16}),
+    "rwkv7-state": (RWKV7, {"head_dim": 16}),
 }
+"""With "-state", rows go on from a state."""
 every_mixer = pytest.mark.parametrize("name", MIXERS)
 
 
@@ -41,13 +44,15 @@ def made(name: str) -> tuple[Mixer, dict[str, Tensor | None]]:
         torch.nn.init.normal_(weight, std=0.3)
     ids = torch.arange(40).expand(2, 40) // 15
     given = {"value_residual": torch.randn(2, 40, 64, requires_grad=True)} if mixer.value_residual else {}
+    if name.endswith("-state"):
+        given["state"] = mixer.init_state(2)
     return mixer, {"x": torch.randn(2, 40, 64, requires_grad=True), "document_ids": ids.int(), **given}
 
 
 def run(name: str, around=lambda function: function()) -> list[Tensor]:
     """Output and all gradients."""
     mixer, inputs = made(name)
-    wanted = [x for x in inputs.values() if x is not None and x.requires_grad] + list(mixer.parameters())
+    wanted = [x for x in inputs.values() if isinstance(x, Tensor) and x.requires_grad] + list(mixer.parameters())
     output = around(lambda: mixer(**inputs).y)
     generator = torch.Generator().manual_seed(1)
     grad = torch.randn(output.shape, generator=generator).to(output.dtype)
@@ -69,6 +74,20 @@ def test_an_engine_runs_once(name, monkeypatch):
     monkeypatch.setattr(module, "on_gpu", lambda x: True)
     run(name)
     assert len(calls) == 1
+
+
+def test_a_state_makes_nothing_else_be_kept(monkeypatch):
+    """What the backward pass is given with a state, it is given without one, and the state."""
+    monkeypatch.setattr(module, "on_gpu", lambda x: True)
+    kept = []
+    for name in ("rwkv7", "rwkv7-state"):
+        mixer, inputs = made(name)
+        sizes: dict[int, int] = {}
+        pack = lambda x, sizes=sizes: sizes.setdefault(x.untyped_storage().data_ptr(), x.nbytes) and x  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            output = mixer(**inputs)
+        kept.append(sum(sizes.values()))
+    assert kept[1] - kept[0] <= sum(leaf.nbytes for leaf in tree_leaves(output.state))
 
 
 @every_mixer

@@ -33,7 +33,7 @@ def blocked_forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     space: dict[str, torch.Tensor] = {}
     for part in parts(inputs):
         call = BlockedCall(part, inputs, space)
-        state = call.initial
+        state = call.carried
         for run in call.runs():
             weights = call.weights(run, outputs=True)
             written, read, states = _forward_run(call, run, weights, state)
@@ -49,14 +49,14 @@ def blocked_forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
 def blocked_backward(
     inputs: Inputs, grad_output: torch.Tensor, grad_state: torch.Tensor | None
 ) -> tuple[torch.Tensor, ...]:
-    """Return the gradients of the first seven inputs, empty where an input is None.
+    """Return the gradients of the first eight inputs, empty where an input is None.
 
     Args:
         inputs: as in the forward.
         grad_output: [B, T, H, V].
         grad_state: [B, H, K, V], of the final state, or None for zero.
     """
-    grads = [grad_output.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs.flat()[:7]]
+    grads = [grad_output.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs.flat()[:8]]
     space: dict[str, torch.Tensor] = {}
     for part in parts(inputs):
         call = BlockedCall(part, inputs, space)
@@ -71,15 +71,18 @@ def blocked_backward(
             for grad, rows in zip(grads, found, strict=False):
                 if rows is not None:
                     call.put(part.tokens(grad), run, rows)
-        if call.has_state:
+        if not call.has_carried:
             grad_initial += leaving
-            part.states(grads[6]).copy_(grad_initial.view(call.batch, call.heads, *leaving.shape[1:]))
+        of_states = (call.has_state, grad_initial, grads[6]), (call.has_carried, leaving, grads[7])
+        for there, found_grad, grad in of_states:
+            if there:
+                part.states(grad).copy_(found_grad.view(call.batch, call.heads, *leaving.shape[1:]))
     return tuple(grads)
 
 
 def _entering_states(call: BlockedCall) -> list[tuple[Run, torch.Tensor]]:
     """Return all runs with the state entering each, [X, K, V]."""
-    found, state = [], call.initial
+    found, state = [], call.carried
     for run in call.runs():
         found.append((run, state))
         if run.tokens.stop < call.length:

@@ -58,10 +58,10 @@ class BlockedCall:
         self.batch, self.length, self.heads, self.dim = self.query.shape
         self.value_dim, self.sequences = inputs.value.shape[-1], self.batch * self.heads
         self.has_state = inputs.initial_state is not None
-        state = self.sequences, self.dim, self.value_dim
-        self.initial = inputs.log_decay.new_zeros(state)
-        if inputs.initial_state is not None:
-            self.initial.copy_(part.states(inputs.initial_state).reshape(state))
+        self.initial = self._state(part, inputs.initial_state)
+        # What the first document goes on from.
+        self.has_carried = inputs.carried_state is not None
+        self.carried = self._state(part, inputs.carried_state) if self.has_carried else self.initial
 
     def runs(self) -> Iterator[Run]:
         """Yield the runs of chunks that cover all tokens; the last chunk may be shorter."""
@@ -106,6 +106,11 @@ class BlockedCall:
         whole = whole.unsqueeze(-1) if whole.dim() == 3 else whole
         rows = rows.unflatten(0, (run.chunks, self.batch, self.heads))
         self._view(whole, run).copy_(self._tokens(rows, run))
+
+    def _state(self, part: Part, state: torch.Tensor | None) -> torch.Tensor:
+        """Copy the part of a state [B, H, K, V] to [X, K, V]; zeros for None."""
+        copy = self.log_decay.new_zeros(self.sequences, self.dim, self.value_dim)
+        return copy if state is None else copy.copy_(part.states(state).reshape(copy.shape))
 
     def _count(self, run: Run) -> int:
         """Return how many tokens each chunk of a run has."""

@@ -53,15 +53,15 @@ def check_decay(query: torch.Tensor, log_decay: torch.Tensor) -> None:
     check_device("log_decay", log_decay, query)
 
 
-def check_state(query: torch.Tensor, value: torch.Tensor, state: torch.Tensor | None) -> None:
-    """Check an initial state."""
+def check_state(query: torch.Tensor, value: torch.Tensor, state: torch.Tensor | None, argument: str) -> None:
+    """Check a state that is given as `argument`."""
     if state is None:
         return
     exact = torch.promote_types(query.dtype, torch.float32)
     wanted = [query.shape[0], query.shape[2], query.shape[3], value.shape[3]]
     if list(state.shape) != wanted or state.dtype != exact:
-        raise ValueError(f"initial_state is {state.dtype} {list(state.shape)}; allowed is {exact} {wanted}")
-    check_device("initial_state", state, query)
+        raise ValueError(f"{argument} is {state.dtype} {list(state.shape)}; allowed is {exact} {wanted}")
+    check_device(argument, state, query)
 
 
 def check_promise(min_log_decay: float | None) -> None:

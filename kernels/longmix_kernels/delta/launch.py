@@ -151,7 +151,7 @@ class Call(launch.Call[LaunchConfig]):
         self.low_rank_read, self.low_rank_write = (
             None if x is None else unit_stride(x) for x in (inputs.low_rank_read, inputs.low_rank_write)
         )
-        (self.initial,) = contiguous(inputs.initial_state)
+        self.initial, self.carried = contiguous(inputs.initial_state, inputs.carried_state)
         self.document_ids = small_ids(inputs.document_ids)
         self.scale = inputs.scale
         self.batch, self.length, self.heads, self.dim = query.shape

@@ -22,6 +22,7 @@ def delta_rule(
     low_rank_read: torch.Tensor | None = None,
     low_rank_write: torch.Tensor | None = None,
     initial_state: torch.Tensor | None = None,
+    carried_state: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
     scale: float | None = None,
     chunk_size: int | None = None,
@@ -46,6 +47,8 @@ def delta_rule(
         low_rank_read: [B, T, H, K], dtype of `query`; comes with `low_rank_write`, None for zeros.
         low_rank_write: [B, T, H, K], dtype of `query`.
         initial_state: [B, H, K, V], before each document, dtype of `log_decay`; None for zeros.
+        carried_state: before the first token of each row, whose document goes on from it, and no later one; None for
+            the initial state.
         document_ids: int32 or int64 [B, T], non-decreasing along T; each document begins from the initial state.
         scale: factor on the queries, K ** -0.5 by default; RWKV-7 has 1.
         chunk_size: tokens between two states that are computed; "triton" takes fewer where its registers or the decay
@@ -68,7 +71,8 @@ def delta_rule(
     check_inputs(query, key, value, low_rank_read, low_rank_write, document_ids, chunk_size)
     check_promise(min_log_decay)
     check_decay(query, log_decay)
-    check_state(query, value, initial_state)
+    for name, given in (("initial_state", initial_state), ("carried_state", carried_state)):
+        check_state(query, value, given, name)
     backend = backend_of_call(backend, BACKENDS, TRITON_MAX_DIM, query=query, value=value)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if backend == "reference":
@@ -79,8 +83,10 @@ def delta_rule(
         read = zeros if low_rank_read is None else low_rank_read
         write = zeros if low_rank_write is None else low_rank_write
         with torch.autocast(query.device.type, enabled=False):
-            return reference.recurrent(query, key, value, log_decay, read, write, initial_state, document_ids, scale)
-    tensors = query, key, value, log_decay, low_rank_read, low_rank_write, initial_state, document_ids
+            tokens = query, key, value, log_decay, read, write
+            carried = initial_state if carried_state is None else carried_state
+            return reference.recurrent(*tokens, initial_state, carried, document_ids, scale)
+    tensors = query, key, value, log_decay, low_rank_read, low_rank_write, initial_state, carried_state, document_ids
     output, state = _IMPLEMENTATIONS[backend](Inputs(*tensors, scale, chunk_size, min_log_decay))
     return output, state
 
@@ -92,7 +98,7 @@ def _empty(inputs: Inputs) -> tuple[torch.Tensor, ...]:
     return inputs.query.new_empty(*inputs.query.shape[:3], value_dim), state
 
 
-# Output and final state; gradients of the first seven inputs. Nothing else is kept: the backward computes it again.
+# Output and final state; gradients of the first eight inputs. Nothing else is kept: the backward computes it again.
 _IMPLEMENTATIONS = {
     name: implementation(
         "delta",
@@ -102,7 +108,7 @@ _IMPLEMENTATIONS = {
         results=2,
         incoming=2,
         saved=(),
-        outgoing=7,
+        outgoing=8,
         flops=call_flops,
     )
     for name in BACKENDS[1:]

@@ -5,7 +5,8 @@ Per head, with the decay w_t = exp(g_t), the state S (keys by values) and vector
     S_t = diag(w_t) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T,    y_t = S_t^T (s r_t)
 
 (Peng et al. 2025, arXiv 2503.14456, equation 17, transposed.) What is read for removal is the state before the decay. A
-document begins from the initial state. Special cases, with beta a write strength and k of length 1:
+document begins from the initial state, the first one of a row from the carried state. Special cases, with beta a write
+strength and k of length 1:
 
     RWKV-7             a = -kappa, b = kappa * in-context learning rate, k = replacement key
     gated DeltaNet     a = -beta exp(g) k, b = k, k <- beta k, g one number a head
@@ -25,6 +26,7 @@ def recurrent(
     low_rank_read: torch.Tensor,
     low_rank_write: torch.Tensor,
     state: torch.Tensor,
+    carried: torch.Tensor,
     document_ids: torch.Tensor | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,6 +37,7 @@ def recurrent(
         log_decay: [B, T, H, K], or [B, T, H] for all channels of a head.
         value: [B, T, H, V].
         state: [B, H, K, V], before each document.
+        carried: [B, H, K, V], before the first token of each row.
         document_ids: integer [B, T], non-decreasing along T, or None.
         scale: factor on the queries.
 
@@ -50,7 +53,7 @@ def recurrent(
     starts = torch.zeros(query.shape[:2], dtype=torch.bool, device=query.device)
     if document_ids is not None:
         starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    initial, outputs = state, []
+    initial, state, outputs = state, carried, []
     for t in range(query.shape[1]):
         state = torch.where(starts[:, t].view(-1, 1, 1, 1), initial, state)
         removed = torch.einsum("bhk,bhkv->bhv", read[:, t], state)

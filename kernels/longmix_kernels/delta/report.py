@@ -17,7 +17,7 @@ FORMS = ("low-rank", "diagonal")
 """Transitions with low-rank reads and writes, or without."""
 
 FEATURES = ("plain", "documents", "state", "documents-state")
-"""What a call has besides; "state" is an initial state."""
+"""What a call has besides; "state" is an initial state, and with documents a carried one too."""
 
 RWKV7 = -0.6065306597126334
 """RWKV-7's bound of the log decay."""
@@ -47,7 +47,8 @@ _FUNCTIONS = (
 )
 _LOW_RANK = ("low_rank_read", "low_rank_write", "transitions", "inverses", "removed", "grad_removed")
 _LOW_RANK_GRADS = ("grad_read", "grad_write")
-_STATES = ("states", "kept", "initial", "final", "grad_final", "grad_states", "grad_initial")
+_CARRIED = ("carried_state", "grad_carried")
+_STATES = ("states", "kept", "initial", "final", "grad_final", "grad_states", "grad_initial", *_CARRIED)
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,8 @@ class Build(aot.Build):
             absent += ["document_ids"]
         if not self.feature.endswith("state"):
             absent += ["initial", "grad_initial"]
+        if self.feature != "documents-state":
+            absent += _CARRIED
         if self.form == "diagonal":
             absent += [*_LOW_RANK, *_LOW_RANK_GRADS]
         return {

@@ -27,7 +27,7 @@ def triton_backward(
     grad_output: torch.Tensor,
     grad_state: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
-    """Return the gradients of the first seven inputs, in their shapes and dtypes; empty for an input of None.
+    """Return the gradients of the first eight inputs, in their shapes and dtypes; empty for an input of None.
 
     Args:
         inputs: as in the forward.
@@ -37,8 +37,8 @@ def triton_backward(
     call = Call(inputs)
     grad_output = unit_stride(grad_output.to(call.query.dtype))
     (grad_final,) = contiguous(grad_state)
-    grads = [None if x is None else x.new_empty(x.shape) for x in inputs.flat()[:7]]
-    grad_query, grad_key, grad_value, grad_log_decay, grad_read, grad_write, grad_initial = grads
+    grads = [None if x is None else x.new_empty(x.shape) for x in inputs.flat()[:8]]
+    grad_query, grad_key, grad_value, grad_log_decay, grad_read, grad_write, grad_initial, grad_carried = grads
     states, transitions, reads, inverses, kept = run_chunks(call, None, None)
     grad_states = states.new_empty(states.shape)
     removed = grad_removed = None
@@ -48,7 +48,7 @@ def triton_backward(
     tokens, sizes = call.tokens(), (call.length, call.heads)
     (dy,) = strided(grad_output)
     ends = Ends(call.initial, dy, states, grad_states, removed, grad_removed)
-    of_states = transitions, reads, kept, grad_states, grad_initial
+    of_states = transitions, reads, kept, grad_states, grad_initial, grad_carried
     call.launch("grad_scan", grad_scan_kernel, call.document_ids, dy, grad_final, *of_states, *sizes)
     call.launch("grad_value", grad_value_kernel, tokens, ends, inverses, grad_value, *sizes)
     if call.decay == "bounded":

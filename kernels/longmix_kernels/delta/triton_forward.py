@@ -80,6 +80,7 @@ def run_chunks(call: Call, output: torch.Tensor | None, final: torch.Tensor | No
         scan_kernel,
         call.document_ids,
         call.initial,
+        call.carried,
         output,
         found.states,
         found.transitions,

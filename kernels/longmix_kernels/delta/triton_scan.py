@@ -5,10 +5,11 @@ With what the chunks do (`triton_prepare`), and dY the gradient of the output,
     S' = diag(kept) S + E S + R            y = Y + Q S
     dS = diag(kept) dS' + E^T dS' + Q^T dY
 
-where a document that begins puts the initial state in the place of S, and takes its gradient away from dS. A program
-keeps its block of S in float32, in one or two pieces of `PIECE` rows, and rounds it only for products. What the scan
-overwrites is loaded by all warps before one of them stores. Loads that are ahead of their use are waited for by all;
-without them, `STAGES` 1, there is a barrier, over which Triton loads nothing ahead.
+where a document that begins puts the initial state in the place of S, and takes its gradient away from dS. The first
+one of a row goes on from the carried state instead, if there is one. A program keeps its block of S in float32, in one
+or two pieces of `PIECE` rows, and rounds it only for products. What the scan overwrites is loaded by all warps before
+one of them stores. Loads that are ahead of their use are waited for by all; without them, `STAGES` 1, there is a
+barrier, over which Triton loads nothing ahead.
 """
 
 import triton
@@ -60,6 +61,7 @@ def gathered(reads, grad_output, total, start, rows, row, PIECE: tl.constexpr, D
 def scan_kernel(
     document_ids,  # int32 [B, T], contiguous, or None
     initial,  # float32 [B, H, DIM, VALUE_DIM], contiguous, or None
+    carried_state,  # float32 [B, H, DIM, VALUE_DIM], contiguous, before the first token, or None for `initial`
     output,  # [B, T, H, VALUE_DIM], contiguous; holds Y, and then y; None where states are asked for
     states,  # float32 [B, H, chunks, DIM, VALUE_DIM]; holds R, and without outputs then what enters each chunk
     transitions,  # [B, H, chunks, DIM, DIM], or None
@@ -97,11 +99,16 @@ def scan_kernel(
         document_ids += batch * length
 
     one = tl.zeros([PIECE, VALUE_BLOCK], tl.float32)
-    if initial is not None:
+    if carried_state is not None:
+        carried_state += sequence * (DIM * VALUE_DIM)
+        one += load_block(carried_state, 0, PIECE, DIM, column, VALUE_BLOCK, VALUE_DIM)
+    elif initial is not None:
         one += load_block(initial, 0, PIECE, DIM, column, VALUE_BLOCK, VALUE_DIM)
     if DIM > PIECE:
         two = tl.zeros([PIECE, VALUE_BLOCK], tl.float32)
-        if initial is not None:
+        if carried_state is not None:
+            two += load_block(carried_state, PIECE, PIECE, DIM, column, VALUE_BLOCK, VALUE_DIM)
+        elif initial is not None:
             two += load_block(initial, PIECE, PIECE, DIM, column, VALUE_BLOCK, VALUE_DIM)
     for start in range(0, length, CHUNK):
         last = tl.minimum(start + CHUNK, length) - 1
@@ -187,6 +194,7 @@ def grad_scan_kernel(
     kept,  # float32 [B, H, chunks, DIM]
     grad_states,  # float32 [B, H, chunks, DIM, VALUE_DIM], of what leaves each chunk
     grad_initial,  # float32 [B, H, DIM, VALUE_DIM], contiguous, or None
+    grad_carried,  # float32 [B, H, DIM, VALUE_DIM], contiguous, or None
     length,
     heads,
     CHUNK: tl.constexpr,
@@ -270,8 +278,17 @@ def grad_scan_kernel(
         kept -= DIM
         if transitions is not None:
             transitions -= DIM * DIM
+    if grad_carried is not None:
+        grad_carried += sequence * (DIM * VALUE_DIM)
+        store_block(grad_carried, one, 0, DIM, column, VALUE_DIM)
+        if DIM > PIECE:
+            store_block(grad_carried, two, PIECE, DIM, column, VALUE_DIM)
+    else:
+        taken_one += one
+        if DIM > PIECE:
+            taken_two += two
     if grad_initial is not None:
         grad_initial += sequence * (DIM * VALUE_DIM)
-        store_block(grad_initial, one + taken_one, 0, DIM, column, VALUE_DIM)
+        store_block(grad_initial, taken_one, 0, DIM, column, VALUE_DIM)
         if DIM > PIECE:
-            store_block(grad_initial, two + taken_two, PIECE, DIM, column, VALUE_DIM)
+            store_block(grad_initial, taken_two, PIECE, DIM, column, VALUE_DIM)

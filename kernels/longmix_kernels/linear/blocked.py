@@ -44,7 +44,7 @@ def blocked_backward(
     row_scale: torch.Tensor,
     along: torch.Tensor,
 ) -> Tensors:
-    """Return the gradients of the first eight inputs, empty where an input is None.
+    """Return the gradients of the first eleven inputs, empty where an input is None.
 
     Args:
         inputs: as in the forward.
@@ -54,19 +54,26 @@ def blocked_backward(
     """
     tokens = inputs.query, inputs.key, inputs.value, inputs.log_decay, inputs.log_decay
     grads = [x.new_empty(x.shape) for x in tokens]
-    state = inputs.memory, inputs.normalizer, inputs.log_scale
-    grads += [grad_output.new_empty(0) if x is None else x.new_empty(x.shape) for x in state]
+    states = inputs.flat()[5:11]
+    grads += [grad_output.new_empty(0) if x is None else x.new_empty(x.shape) for x in states]
     space: dict[str, torch.Tensor] = {}
     for part in parts(inputs):
         call = BlockedCall(part.inputs(inputs), space)
         final = [None if x is None else part.states(x) for x in (grad_memory, grad_normalizer)]
         results = [part.tokens(x) for x in (grad_output, output, row_scale, along)]
         grad_tokens, grad_states = [part.tokens(x) for x in grads[:5]], [part.states(x) for x in grads[5:]]
-        grad_initial = _backward(call, results, call.join_state(*final), grad_tokens)
-        if call.has_state:
-            call.split_state(grad_initial, *grad_states[:2])
-        if call.has_state and call.normalize:
-            grad_states[2].copy_((grad_initial * call.initial).sum((1, 2)).view(grad_states[2].shape))
+        grad_initial, grad_carried = _backward(call, results, call.join_state(*final), grad_tokens)
+        if not call.has_carried:
+            grad_initial += grad_carried
+        of_states = (
+            (call.has_state, call.initial, grad_initial, grad_states[:3]),
+            (call.has_carried, call.carried, grad_carried, grad_states[3:]),
+        )
+        for there, given, grad, (memory, normalizer, log_scale) in of_states:
+            if there:
+                call.split_state(grad, memory, normalizer)
+            if there and call.normalize:
+                log_scale.copy_((grad * given).sum((1, 2)).view(log_scale.shape))
     if inputs.log_input is None:
         grads[4] = grad_output.new_empty(0)
     return tuple(grads)
@@ -82,7 +89,7 @@ def _forward(
     along: torch.Tensor,
 ) -> None:
     """Fill in the results."""
-    state = call.initial
+    state = call.carried
     for run, weights in call.runs():
         query, key, value = _inputs(call, run)
         states, _ = _states(call, weights, key, value, state)
@@ -105,8 +112,8 @@ def _forward(
 
 def _backward(
     call: BlockedCall, results: list[torch.Tensor], grad_state: torch.Tensor, grads: list[torch.Tensor]
-) -> torch.Tensor:
-    """Fill in the gradients of query, key, value and both gates, and return that of the initial state.
+) -> Tensors:
+    """Fill in the gradients of query, key, value and both gates, and return those of the initial and carried state.
 
     `results` are the gradient of the output, the output, the log scale of each row and what divides it.
     """
@@ -118,7 +125,7 @@ def _backward(
         found, grad_state = _run_backward(call, run, weights, state, grad_read, grad_state, grad_initial)
         for grad, rows in zip(grads, found, strict=True):
             call.put(grad, run, rows)
-    return grad_initial.add_(grad_state)
+    return grad_initial, grad_state
 
 
 def _run_backward(
@@ -184,7 +191,7 @@ def _run_backward(
 def _entering_states(call: BlockedCall, row_scale: torch.Tensor) -> torch.Tensor:
     """Return the state entering each of N runs, [N, X, Dk, Dv + 1]."""
     states = call.space("entering", sum(len(runs) for _, runs in call.plan), *call.initial.shape)
-    states[0] = call.initial
+    states[0] = call.carried
     for before, state, (run, weights) in zip(states, states[1:], call.runs(row_scale), strict=False):
         whole = Run(run.start, 1, run.chunks * run.length)
         later = weights.kept.flip(0).cumprod(0).flip(0)

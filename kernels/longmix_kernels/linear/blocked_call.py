@@ -54,6 +54,9 @@ class Part(NamedTuple):
             memory=states(inputs.memory),
             normalizer=states(inputs.normalizer),
             log_scale=states(inputs.log_scale),
+            carried_memory=states(inputs.carried_memory),
+            carried_normalizer=states(inputs.carried_normalizer),
+            carried_log_scale=states(inputs.carried_log_scale),
             document_ids=None if inputs.document_ids is None else inputs.document_ids[self.batch],
         )
 
@@ -104,8 +107,13 @@ class BlockedCall:
         self.value_dim, self.sequences = self.value.shape[-1], self.batch * self.heads
         self.has_state = inputs.memory is not None
         self.initial = self.join_state(inputs.memory, inputs.normalizer)
-        scale = self.log_decay.new_zeros(self.sequences) if inputs.log_scale is None else inputs.log_scale.reshape(-1)
-        self.initial_scale = scale.double()
+        self.initial_scale = self._scale(inputs.log_scale)
+        # What the first document goes on from.
+        self.has_carried = inputs.carried_memory is not None
+        self.carried, self.carried_scale = self.initial, self.initial_scale
+        if self.has_carried:
+            self.carried = self.join_state(inputs.carried_memory, inputs.carried_normalizer)
+            self.carried_scale = self._scale(inputs.carried_log_scale)
         self.plan = self._plan()
         self._space = space
 
@@ -116,7 +124,7 @@ class BlockedCall:
             row_scale: [B, T, H] if it is known.
             reverse: the last run first, for which `row_scale` must be known.
         """
-        scale = self.initial_scale
+        scale = self.carried_scale
         for several, runs in _order(self.plan, reverse):
             weights = self._weights(several, scale, row_scale)
             scale = weights.scale[-1]
@@ -169,6 +177,10 @@ class BlockedCall:
         if self.normalize:
             normalizer.copy_(state[..., -1])
 
+    def _scale(self, log_scale: torch.Tensor | None) -> torch.Tensor:
+        """Return the log scale of a state as float64 [X]; zero where None."""
+        return (self.log_decay.new_zeros(self.sequences) if log_scale is None else log_scale.reshape(-1)).double()
+
     def _plan(self) -> list[tuple[Run, list[Run]]]:
         """Return all runs, grouped into those of which the gates are computed together."""
         length = chunk_length(self.dim + self.value_dim, self.length, self.chunk_size)
@@ -192,7 +204,7 @@ class BlockedCall:
             rows = None
         else:
             rows = self.take_gate(row_scale, run).double()
-            scale = row_scale[:, run.start - 1].reshape(-1).double() if run.start else self.initial_scale
+            scale = row_scale[:, run.start - 1].reshape(-1).double() if run.start else self.carried_scale
         return ChunkWeights(decay, gate, self._begins(run), scale, self.initial_scale, rows)
 
     def _begins(self, run: Run) -> torch.Tensor | None:

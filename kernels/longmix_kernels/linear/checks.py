@@ -47,8 +47,10 @@ def check_gates(query: torch.Tensor, log_decay: torch.Tensor, log_input: torch.T
         check_device(name, x, query)
 
 
-def check_state(query: torch.Tensor, value: torch.Tensor, state: LinearState | None, normalize: bool) -> None:
-    """Check an initial state."""
+def check_state(
+    query: torch.Tensor, value: torch.Tensor, state: LinearState | None, normalize: bool, argument: str
+) -> None:
+    """Check a state that is given as `argument`."""
     if state is None:
         return
     batch, _, heads, dim = query.shape
@@ -61,8 +63,8 @@ def check_state(query: torch.Tensor, value: torch.Tensor, state: LinearState | N
     for name, shape in shapes.items():
         x, wanted = getattr(state, name), normalize or name == "memory"
         if (x is not None) != wanted:
-            raise ValueError(f"initial_state.{name} is {'missing' if wanted else 'given'} with normalize={normalize}")
+            raise ValueError(f"{argument}.{name} is {'missing' if wanted else 'given'} with normalize={normalize}")
         if x is not None and (tuple(x.shape) != shape or x.dtype != exact):
-            raise ValueError(f"initial_state.{name} is {x.dtype} {list(x.shape)}; allowed is {exact} {list(shape)}")
+            raise ValueError(f"{argument}.{name} is {x.dtype} {list(x.shape)}; allowed is {exact} {list(shape)}")
         if x is not None:
-            check_device(f"initial_state.{name}", x, query)
+            check_device(f"{argument}.{name}", x, query)

@@ -181,6 +181,8 @@ WITH_DOCUMENTS: dict[tuple[str, int, int], LaunchConfig] = {
         )
         for width in widths
     },
+    # Of three stages 8 bytes would spill with a carried state beside the initial one.
+    **{("grad_states", 100, width): LaunchConfig(64, 128, 64, 8, 2) for width in (192, 384, 768, 1024)},
     ("output", 90, 768): LaunchConfig(64, 16, 16, 8, 2),
     ("grad_key_value", 90, 384): LaunchConfig(16, 64, 16, 8, 3),
     ("grad_key_value", 90, 768): LaunchConfig(16, 64, 16, 8, 2, False),
@@ -227,6 +229,9 @@ class Call(launch.Call[LaunchConfig]):
         self.log_decay = gate(inputs.log_decay)
         self.log_input = None if inputs.log_input is None else gate(inputs.log_input)
         self.memory, self.normalizer, self.log_scale = contiguous(inputs.memory, inputs.normalizer, inputs.log_scale)
+        self.carried_memory, self.carried_normalizer, self.carried_log_scale = contiguous(
+            inputs.carried_memory, inputs.carried_normalizer, inputs.carried_log_scale
+        )
         self.document_ids = small_ids(inputs.document_ids)
         self.normalize, self.scale = inputs.normalize, inputs.scale
         self.batch, self.length, self.heads, self.dim = query.shape
@@ -272,6 +277,7 @@ class Call(launch.Call[LaunchConfig]):
         return {
             "NORMALIZE": self.normalize,
             "INITIAL": self.memory is not None,
+            "CARRIED": self.carried_memory is not None,
             "CHUNK": self.chunk,
             **dim_constants(self.dim, self.value_dim),
         }

@@ -23,6 +23,7 @@ def linear_attention(
     log_input: torch.Tensor | None = None,
     normalize: bool = False,
     initial_state: LinearState | None = None,
+    carried_state: LinearState | None = None,
     document_ids: torch.Tensor | None = None,
     scale: float | None = None,
     chunk_size: int | None = None,
@@ -53,6 +54,8 @@ def linear_attention(
         log_input: [B, T, H], same dtype as `log_decay`; None for 0. Without `normalize` at most 0 is safe, with it any.
         normalize: divide by the normaliser, and keep the state in a running scale so that nothing overflows.
         initial_state: before each document; None for zeros.
+        carried_state: before the first token of each row, whose document goes on from it, and no later one; None for
+            the initial state.
         document_ids: int32 or int64 [B, T], non-decreasing along T; each document begins from the initial state.
         scale: factor on the queries, Dk ** -0.5 by default.
         chunk_size: tokens between two states that are computed; None lets the implementation choose.
@@ -70,16 +73,20 @@ def linear_attention(
     if log_decay.dim() == 1:
         log_decay = log_decay.expand(*query.shape[:2], -1)
     check_gates(query, log_decay, log_input)
-    check_state(query, value, initial_state, normalize)
+    for name, given in (("initial_state", initial_state), ("carried_state", carried_state)):
+        check_state(query, value, given, normalize, name)
     backend = backend_of_call(backend, BACKENDS, TRITON_MAX_DIM, query=query, value=value)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if backend == "reference":
         state = initial_state or zero_state(query, value, normalize)
         gate = torch.zeros_like(log_decay) if log_input is None else log_input
         with torch.autocast(query.device.type, enabled=False):
-            return reference.recurrent(query, key, value, log_decay, gate, state, document_ids, normalize, scale)
+            tokens = query, key, value, log_decay, gate
+            return reference.recurrent(*tokens, state, carried_state or state, document_ids, normalize, scale)
     memory, normalizer, log_scale = initial_state or (None, None, None)
-    tensors = query, key, value, log_decay, log_input, memory, normalizer, log_scale, document_ids
+    carried_memory, carried_normalizer, carried_log_scale = carried_state or (None, None, None)
+    initial, carried = (memory, normalizer, log_scale), (carried_memory, carried_normalizer, carried_log_scale)
+    tensors = query, key, value, log_decay, log_input, *initial, *carried, document_ids
     output, memory, normalizer, log_scale, *_ = _IMPLEMENTATIONS[backend](
         Inputs(*tensors, normalize, scale, chunk_size)
     )
@@ -119,7 +126,7 @@ _IMPLEMENTATIONS = {
         results=6,
         incoming=3,
         saved=(0, 4, 5),
-        outgoing=8,
+        outgoing=11,
         flops=call_flops,
     )
     for name in ("blocked", "triton")

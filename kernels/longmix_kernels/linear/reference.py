@@ -6,7 +6,7 @@ With decays exp(f_t), input gates exp(i_t) and the state (C, n), per head,
     n_t = exp(f_t) n_{t-1} + exp(i_t) k_t                   y_t = C_t^T (s q_t) / max(|n_t . s q_t|, 1)   normalised
 
 (Beck et al. 2024, arXiv 2405.04517, equations 19-27: the mLSTM; with f constant, retention and Lightning Attention.) A
-document begins from the initial state.
+document begins from the initial state, the first one of a row from the carried state.
 
 `recurrent` keeps C and n as they are divided by exp(m_t), m_t = max(f_t + m_{t-1}, i_t), so that exp(i_t) cannot
 overflow. The division cancels in y, so m is a constant to autograd, except that of the initial state. `parallel` is the
@@ -25,6 +25,7 @@ def recurrent(
     log_decay: torch.Tensor,
     log_input: torch.Tensor,
     state: LinearState,
+    carried: LinearState,
     document_ids: torch.Tensor | None,
     normalize: bool,
     scale: float,
@@ -36,6 +37,7 @@ def recurrent(
         value: [B, T, H, Dv].
         log_decay, log_input: [B, T, H].
         state: before each document.
+        carried: before the first token of each row.
         document_ids: integer [B, T], non-decreasing along T, or None.
         normalize: divide by the normaliser.
         scale: factor on the queries.
@@ -47,17 +49,23 @@ def recurrent(
     query, key, value = (x.to(exact) for x in (query, key, value))
     batch, length, heads, _ = query.shape
     zero = log_decay.new_zeros(batch, heads, dtype=exact)
-    initial = [state.memory, zero[..., None] if state.normalizer is None else state.normalizer]
-    initial.append(zero if state.log_scale is None else state.log_scale)
+    initial, first = (
+        (
+            x.memory,
+            zero[..., None] if x.normalizer is None else x.normalizer,
+            zero if x.log_scale is None else x.log_scale,
+        )
+        for x in (state, carried)
+    )
     starts = torch.zeros(batch, length, dtype=torch.bool, device=query.device)
     if document_ids is not None:
         starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    memory, normalizer, log_scale = initial
+    memory, normalizer, log_scale = first
     outputs = []
     for t in range(length):
         memory, normalizer, log_scale = (
-            torch.where(starts[:, t].view(-1, *[1] * (now.dim() - 1)), first, now)
-            for first, now in zip(initial, (memory, normalizer, log_scale), strict=True)
+            torch.where(starts[:, t].view(-1, *[1] * (now.dim() - 1)), new, now)
+            for new, now in zip(initial, (memory, normalizer, log_scale), strict=True)
         )
         decay, gate = log_decay[:, t].to(exact), log_input[:, t].to(exact)
         new_scale = torch.maximum(decay + log_scale, gate).detach() if normalize else zero
@@ -82,6 +90,7 @@ def parallel(
     log_decay: torch.Tensor,
     log_input: torch.Tensor,
     state: LinearState,
+    carried: LinearState,
     document_ids: torch.Tensor | None,
     normalize: bool,
     scale: float,
@@ -101,15 +110,18 @@ def parallel(
     before = (total - decay).gather(-1, first.expand(batch, heads, length))
     log_weight = (total[..., :, None] - total[..., None, :] + gate[..., None, :]).masked_fill(~earlier, -torch.inf)
     from_state = total - before
-    if state.log_scale is not None:
-        from_state = from_state + state.log_scale[..., None]
+    own = (first == 0).expand(batch, heads, length)  # whose document is the row's first
+    if state.log_scale is not None and carried.log_scale is not None:
+        from_state = from_state + torch.where(own, carried.log_scale[..., None], state.log_scale[..., None])
     highest = torch.maximum(log_weight.amax(-1), from_state).detach() if normalize else torch.zeros_like(total)
     scores = (query @ key.mT) * (log_weight - highest[..., None]).exp()
     share = (from_state - highest).exp()
-    read = scores @ value + share[..., None] * (query @ state.memory)
+    held = torch.where(own[..., None], query @ carried.memory, query @ state.memory)
+    read = scores @ value + share[..., None] * held
     if normalize:
         along = scores.sum(-1)
-        if state.normalizer is not None:
-            along = along + share * (query @ state.normalizer[..., None]).squeeze(-1)
+        if state.normalizer is not None and carried.normalizer is not None:
+            of_carried, of_initial = (query @ x.unsqueeze(-1) for x in (carried.normalizer, state.normalizer))
+            along = along + share * torch.where(own, of_carried.squeeze(-1), of_initial.squeeze(-1))
         read = read / torch.maximum(along.abs(), (-highest).exp())[..., None]
     return read.transpose(1, 2).to(dtype)

@@ -18,7 +18,7 @@ GATES = ("exp", "sig")
 """mLSTM-exp, which is normalised, and mLSTM-sig, which is not."""
 
 FEATURES = ("plain", "documents", "state", "documents-state")
-"""What a call has besides; "state" is an initial state."""
+"""What a call has besides; "state" is an initial state, and with documents a carried one too."""
 
 # Milliseconds on an H100 SXM (3.35 TB/s), forward and forward with backward, as published with the kernels
 # (NX-AI/mlstm_kernels, TFLA paper; 65536 tokens at T = 8192), by heads, dims, chunk and gate.
@@ -37,6 +37,7 @@ NOTE = (
     "H100; of the backward they are the difference between both passes and the forward."
 )
 
+_CARRIED = ("carried_memory", "carried_normalizer", "carried_log_scale", "grad_carried", "grad_carried_normalizer")
 _OF_STATES = ("memory", "normalizer", "normalizers", "final_memory", "final_normalizer", "log_scale", "final_log_scale")
 _GRADS_OF_STATES = ("grad_memory", "grad_normalizer", "grad_normalizers", "grad_initial", "grad_initial_normalizer")
 _OF_GATES = ("log_decay", "log_input", "grad_log_decay", "grad_log_input", "read", "write", "grad_read", "grad_rest")
@@ -82,7 +83,7 @@ class Build(aot.Build):
         **dict.fromkeys(("length", "heads"), "i32"),
         "scale": "fp32",
         "document_ids": "*i32",
-        **dict.fromkeys((*_OF_STATES, *_GRADS_OF_STATES, *_OF_GATES, *_OF_ROWS, *_SUMS), "*fp32"),
+        **dict.fromkeys((*_OF_STATES, *_CARRIED, *_GRADS_OF_STATES, *_OF_GATES, *_OF_ROWS, *_SUMS), "*fp32"),
     }
 
     def type_of(self, name: str) -> str:
@@ -104,14 +105,20 @@ class Build(aot.Build):
             absent += ["grad_normalizer"]
         if not self.feature.startswith("documents"):
             absent += ["document_ids"]
+        carried = self.feature == "documents-state"
         if not state:
             absent += ["memory", "grad_initial"]
+        if not carried:
+            absent += _CARRIED
+        elif not normalize:
+            absent += [name for name in _CARRIED if name not in ("carried_memory", "grad_carried")]
         if not state or not normalize:
             absent += ["normalizer", "grad_initial_normalizer", "log_scale"]
         absent += {"key": ["grad_value"], "value": ["grad_key", "key_sum"], "": []}[self.part]
         return {
             "NORMALIZE": normalize,
             "INITIAL": state,
+            "CARRIED": carried,
             "CHUNK": self.chunk,
             "UPCAST": False,
             **dim_constants(self.dim, self.value_dim),

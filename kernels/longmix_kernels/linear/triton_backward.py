@@ -80,7 +80,7 @@ def triton_backward(
     row_log_scale: torch.Tensor,
     denominator: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
-    """Return the gradients of the eight differentiable inputs, in their shapes and dtypes; empty for an input of None.
+    """Return the gradients of the eleven differentiable inputs, in their shapes and dtypes; empty for an input of None.
 
     Args:
         inputs: as in the forward.
@@ -114,8 +114,9 @@ def triton_backward(
         )
     states, normalizers, final_memory, final_normalizer = compute_states(call, gates, with_final=has_final)
     grad_states, grad_normalizers = call.new_states()
-    grad_initial, grad_initial_normalizer = (
-        None if x is None else row_rest.new_empty(x.shape) for x in (call.memory, call.normalizer)
+    grad_initial, grad_initial_normalizer, grad_carried, grad_carried_normalizer = (
+        None if x is None else row_rest.new_empty(x.shape)
+        for x in (call.memory, call.normalizer, call.carried_memory, call.carried_normalizer)
     )
     call.launch(
         "grad_states",
@@ -131,6 +132,8 @@ def triton_backward(
         grad_normalizers,
         grad_initial,
         grad_initial_normalizer,
+        grad_carried,
+        grad_carried_normalizer,
         call.scale,
         call.length,
         call.heads,
@@ -180,7 +183,7 @@ def triton_backward(
             call.length,
             call.heads,
         )
-    # <C_T, dC_T> + <n_T, dn_T>, and the same of the initial state, which is what a log scale's gradient is.
+    # <C_T, dC_T> + <n_T, dn_T>, and the same of the states before, which is what a log scale's gradient is.
     final_sum = inner(final_memory, grad_memory, final_normalizer, grad_normalizer) if has_final else None
     grad_log_decay = row_rest.new_empty(call.log_decay.shape)
     grad_log_input = None if call.log_input is None else row_rest.new_empty(call.log_input.shape)
@@ -196,10 +199,14 @@ def triton_backward(
         call.length,
         call.heads,
     )
-    grad_log_scale = None
+    grad_log_scale = grad_carried_log_scale = None
     if call.log_scale is not None:
         grad_log_scale = inner(call.memory, grad_initial, call.normalizer, grad_initial_normalizer)
-    others = grad_log_input, grad_initial, grad_initial_normalizer, grad_log_scale
+    if call.carried_log_scale is not None:
+        of_carried = call.carried_memory, grad_carried, call.carried_normalizer, grad_carried_normalizer
+        grad_carried_log_scale = inner(*of_carried)
+    of_initial = grad_initial, grad_initial_normalizer, grad_log_scale
+    others = grad_log_input, *of_initial, grad_carried, grad_carried_normalizer, grad_carried_log_scale
     return *grads, grad_log_decay, *given(grad_output, *others)
 
 

@@ -48,6 +48,7 @@ def output_kernel(
     heads,
     NORMALIZE: tl.constexpr,
     INITIAL: tl.constexpr,
+    CARRIED: tl.constexpr,
     CHUNK: tl.constexpr,
     DIM: tl.constexpr,
     DIM_MAIN: tl.constexpr,
@@ -97,7 +98,7 @@ def output_kernel(
                 row_state = normalizers + place * DIM
             if INITIAL and document_ids is not None:
                 of_source = there & (own_id == first_id)
-            if not INITIAL:
+            if not (INITIAL or CARRIED):
                 # Nothing has been seen before the first chunk.
                 width = tl.where(first > 0, DIM, 0)
         else:
@@ -178,6 +179,7 @@ def compute_gates(call: Call, row_log_scale: torch.Tensor | None) -> list[torch.
         call.document_ids,
         row_log_scale,
         call.log_scale,
+        call.carried_log_scale,
         *gates,
         call.length,
         call.heads,
@@ -207,6 +209,8 @@ def compute_states(
         call.document_ids,
         call.memory,
         call.normalizer,
+        call.carried_memory,
+        call.carried_normalizer,
         gates[4],
         gates[5],
         states,
@@ -239,6 +243,7 @@ def triton_forward(inputs: Inputs) -> tuple[torch.Tensor, ...]:
             *call.gates(),
             call.document_ids,
             call.log_scale,
+            call.carried_log_scale,
             row_log_scale,
             final_log_scale,
             call.length,

@@ -43,6 +43,7 @@ def scales_kernel(
     log_input: Strided | None,  # float32 [B, T, H], or None for 0
     document_ids,  # int32 [B, T], contiguous, or None
     log_scale,  # float32 [B, H], natural, or None for 0
+    carried_log_scale,  # float32 [B, H], natural, of the state before the first token, or None for `log_scale`
     row_log_scale,  # float32 [B, T, H], contiguous, in base 2
     final_log_scale,  # float32 [B, H], natural
     length,
@@ -61,6 +62,8 @@ def scales_kernel(
     if log_scale is not None:
         initial = to_base_2(tl.load(log_scale + batch * heads + head))
     carried = tl.zeros([], tl.float32) + initial
+    if carried_log_scale is not None:
+        carried = tl.zeros([], tl.float32) + to_base_2(tl.load(carried_log_scale + batch * heads + head))
     for start in range(0, length, ROWS):
         rows = start + tl.arange(0, ROWS)
         there = rows < length
@@ -92,6 +95,7 @@ def gates_kernel(
     document_ids,  # int32 [B, T], contiguous, or None
     row_log_scale,  # float32 [B, T, H], contiguous, in base 2
     log_scale,  # float32 [B, H], natural, or None for 0
+    carried_log_scale,  # float32 [B, H], natural, of the state before the first token, or None for `log_scale`
     row_whole,  # float32 [B, H, T], all that are written
     row_rest,
     column_whole,
@@ -123,17 +127,20 @@ def gates_kernel(
 
     initial = tl.zeros([], tl.int64)
     scale = tl.zeros([CHUNK], tl.int64)
-    entering, leaving = initial, initial
+    entering, leaving, begun = initial, initial, initial
     if NORMALIZE:
         row_log_scale += batch * length * heads + head
         scale = to_fixed(tl.load(row_log_scale + offsets * heads, mask=there, other=0.0))
         leaving = to_fixed(tl.load(row_log_scale + last.to(tl.int64) * heads))
         if log_scale is not None:
             initial = to_fixed(to_base_2(tl.load(log_scale + batch * heads + head)))
+        begun = initial
+        if carried_log_scale is not None:
+            begun = to_fixed(to_base_2(tl.load(carried_log_scale + batch * heads + head)))
         # The state entering a chunk is scaled as the row before it is.
         before_chunk = row_log_scale + (start - 1).to(tl.int64) * heads
         entering = to_fixed(tl.load(before_chunk, mask=start > 0, other=0.0))
-    entering = tl.where(start > 0, entering, initial)
+    entering = tl.where(start > 0, entering, begun)
     source = tl.zeros([CHUNK], tl.int64) + entering
     since = total
     carried = there
@@ -143,7 +150,7 @@ def gates_kernel(
         own = tl.load(document_ids + rows, mask=there, other=0)
         first_id, last_id = tl.load(document_ids + start), tl.load(document_ids + last)
         id_before = tl.load(document_ids + start - 1, mask=start > 0, other=0)
-        entering = tl.where((start > 0) & (id_before == first_id), entering, initial)
+        entering = tl.where((start == 0) | (id_before == first_id), entering, initial)
         carried = there & (own == first_id)
         written = there & (own == last_id)
         source = tl.where(carried, entering, initial)

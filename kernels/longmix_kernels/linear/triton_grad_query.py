@@ -32,6 +32,7 @@ def grad_query_kernel(
     heads,
     NORMALIZE: tl.constexpr,
     INITIAL: tl.constexpr,
+    CARRIED: tl.constexpr,
     CHUNK: tl.constexpr,
     DIM: tl.constexpr,
     DIM_MAIN: tl.constexpr,
@@ -83,7 +84,7 @@ def grad_query_kernel(
                 row_state = normalizers + place * DIM
             if INITIAL and document_ids is not None:
                 of_source = there & (own_id == first_id)
-            if not INITIAL:
+            if not (INITIAL or CARRIED):
                 width = tl.where(first > 0, VALUE_DIM, 0)
         else:
             state = memory + sequence * (DIM * VALUE_DIM)

@@ -7,7 +7,8 @@ backward) and r that of the chunk's last row,
     C_out = r C_in + (W K)^T V      n_out = r n_in + (W K)^T 1
     dC_in = r dC_out + s (R Q)^T dY     dn_in = r dn_out + s (R Q)^T delta
 
-where a document that begins puts the initial state in the place of C_in, and takes its gradient away from dC_in.
+where a document that begins puts the initial state in the place of C_in, and takes its gradient away from dC_in. The
+first one of a row goes on from the carried state instead, if there is one.
 """
 
 import triton
@@ -24,6 +25,8 @@ def states_kernel(
     document_ids,  # int32 [B, T], contiguous, or None
     memory,  # float32 [B, H, DIM, VALUE_DIM], contiguous, or None
     normalizer,  # float32 [B, H, DIM], contiguous, or None
+    carried_memory,  # float32 [B, H, DIM, VALUE_DIM], contiguous, before the first token, or None for `memory`
+    carried_normalizer,  # float32 [B, H, DIM], contiguous, or None
     read,  # float32 [B, H, T]
     write,  # float32 [B, H, T]
     states,  # [B, H, chunks, DIM, VALUE_DIM], what enters each chunk
@@ -67,9 +70,14 @@ def states_kernel(
 
     total = tl.zeros([BLOCK, VALUE_BLOCK], tl.float32)
     row_total = tl.zeros([BLOCK], tl.float32)
-    if memory is not None:
+    if carried_memory is not None:
+        carried_memory += sequence * (DIM * VALUE_DIM)
+        total += tl.load(carried_memory + place, mask=inside, other=0.0)
+    elif memory is not None:
         total += tl.load(memory + place, mask=inside, other=0.0)
-    if normalizer is not None:
+    if carried_normalizer is not None:
+        row_total += tl.load(carried_normalizer + sequence * DIM + row, mask=row_inside, other=0.0)
+    elif normalizer is not None:
         row_total += tl.load(normalizer + row, mask=row_inside, other=0.0)
     for start in range(0, length, ROWS):
         if start % CHUNK == 0:
@@ -129,11 +137,14 @@ def grad_states_kernel(
     grad_normalizers,  # float32 [B, H, chunks, DIM], or None
     grad_initial,  # float32 [B, H, DIM, VALUE_DIM], contiguous, or None
     grad_initial_normalizer,  # float32 [B, H, DIM], contiguous, or None
+    grad_carried,  # float32 [B, H, DIM, VALUE_DIM], contiguous, or None
+    grad_carried_normalizer,  # float32 [B, H, DIM], contiguous, or None
     scale,
     length,
     heads,
     NORMALIZE: tl.constexpr,
     INITIAL: tl.constexpr,
+    CARRIED: tl.constexpr,
     CHUNK: tl.constexpr,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -228,8 +239,14 @@ def grad_states_kernel(
         if NORMALIZE:
             row_total += tl.sum(weighted * row_delta[None, :], 1)
         total = product(weighted.to(q.dtype), do, total, UPCAST)
+    if not CARRIED:
+        taken += total
+        row_taken += row_total
     if INITIAL:
-        tl.store(grad_initial + sequence * (DIM * VALUE_DIM) + place, total + taken, mask=inside)
+        tl.store(grad_initial + sequence * (DIM * VALUE_DIM) + place, taken, mask=inside)
         if NORMALIZE:
-            grad_initial_normalizer += sequence * DIM + row
-            tl.store(grad_initial_normalizer, row_total + row_taken, mask=row_inside)
+            tl.store(grad_initial_normalizer + sequence * DIM + row, row_taken, mask=row_inside)
+    if CARRIED:
+        tl.store(grad_carried + sequence * (DIM * VALUE_DIM) + place, total, mask=inside)
+        if NORMALIZE:
+            tl.store(grad_carried_normalizer + sequence * DIM + row, row_total, mask=row_inside)

@@ -194,17 +194,17 @@ class RWKV7(RecurrentMixer):
         thin = self.decay.down(of_decay), self.rate.down(of_rate)
         mix = None if self.value_mix is None else self.value_mix.down(of_value)
         made, gate = (query, key, value, given, *thin, mix), self.gate.down(of_gate)
-        if state is None and not self.shows_terms(state):
+        terms = self._terms(*made) if self.shows_terms(state) else None
+
+        def run(initial: Tensor | None, ids: Tensor | None, before: Tensor | None) -> tuple[Tensor, Tensor]:
+            if terms is not None:
+                return self._engine(terms, initial, ids, before)
             # In one piece, so that what lies between engine and gate is not kept either.
-            gated, carried = recomputed(self._read, *made, gate, document_ids)
-        else:
-            terms = self._terms(*made)
+            return recomputed(self._read, *made, gate, initial, ids, before)
 
-            def run(initial: Tensor | None, ids: Tensor | None) -> tuple[Tensor, Tensor]:
-                return self._engine(terms, initial, ids)
-
-            found, carried = self.run_engine(run, DeltaRecurrence(), state, document_ids, batch)
-            gated = recomputed(self._gated, self.recall(found, terms.query), terms.bonus, gate)
+        gated, carried = self.run_engine(run, DeltaRecurrence(), state, document_ids, batch)
+        if terms is not None:
+            gated = recomputed(self._gated, self.recall(gated, terms.query), terms.bonus, gate)
         after = self.next_state(carried, recent, x, state, ids)
         return MixerOutput(self.output(gated), after, metrics=self.state_metrics(carried, state), value_residual=given)
 
@@ -224,7 +224,9 @@ class RWKV7(RecurrentMixer):
         bonus = (query * key * self._heads(self.bonus)).sum(-1, keepdim=True) * value
         return Terms(query, key, value, log_decay, read, write, bonus)
 
-    def _engine(self, terms: Terms, initial: Tensor | None, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _engine(
+        self, terms: Terms, initial: Tensor | None, ids: Tensor | None, before: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Output [B, T, H, head_dim] and final state of the engine."""
         return self.call_engine(
             delta_rule,
@@ -236,19 +238,21 @@ class RWKV7(RecurrentMixer):
             low_rank_write=terms.write,
             scale=1.0,
             initial_state=initial,
+            carried_state=before,
             document_ids=ids,
             min_log_decay=-DECAY_LIMIT,
         )
 
     def _read(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        """What is read [B, T, D] from the first token on, normed and gated, and the final state.
+        """What is read [B, T, D], normed and gated, and the final state.
 
         Args:
-            arguments: what `_terms` gets, then what is thin of the gate, and document ids.
+            arguments: what `_terms` gets, then what is thin of the gate, and initial state, document ids and carried
+                state of the engine.
         """
-        *made, gate, ids = arguments
+        *made, gate, initial, ids, before = arguments
         terms = self._terms(*made)
-        found, carried = self._engine(terms, None, ids)
+        found, carried = self._engine(terms, initial, ids, before)
         return self._gated(found, terms.bonus, gate), carried
 
     def _gated(self, found: Tensor, bonus: Tensor, gate: Tensor) -> Tensor:

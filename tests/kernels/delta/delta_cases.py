@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
-INPUTS = ("query", "key", "value", "log_decay", "low_rank_read", "low_rank_write", "initial_state")
+INPUTS = ("query", "key", "value", "log_decay", "low_rank_read", "low_rank_write", "initial_state", "carried_state")
 
 FASTEST_DECAY = -0.6065306597126334
 """RWKV-7's lower bound of the log decay, -exp(-1/2)."""
@@ -23,6 +23,7 @@ class Case:
     low_rank: bool = True
     scalar_decay: bool = False
     with_state: bool = True
+    with_carried: bool = False
     batch: int = 2
     heads: int = 2
     dim: int = 16
@@ -55,11 +56,13 @@ class Case:
             "low_rank_read": -removal,
             "low_rank_write": rate * removal,
             "initial_state": normal(self.batch, self.heads, self.dim, self.value_dim),
+            "carried_state": normal(self.batch, self.heads, self.dim, self.value_dim),
         }
         absent = set() if self.low_rank else {"low_rank_read", "low_rank_write"}
         absent |= set() if self.with_state else {"initial_state"}
+        absent |= set() if self.with_carried else {"carried_state"}
         exact = torch.promote_types(dtype, torch.float32)
-        kept = {"log_decay": exact, "initial_state": exact}
+        kept = {"log_decay": exact, "initial_state": exact, "carried_state": exact}
         return {
             name: None if name in absent else x.to(kept.get(name, dtype)).contiguous().requires_grad_()
             for name, x in made.items()
@@ -77,7 +80,7 @@ class Case:
 def call(function, case: Case, inputs: dict[str, torch.Tensor | None], **options) -> list[torch.Tensor]:
     """Call `delta_rule`, with RWKV-7's scale unless there is another, and return output and final state."""
     query, key, value = (inputs[name] for name in INPUTS[:3])
-    others = {name: inputs[name] for name in INPUTS[3:]}
+    others = {name: inputs.get(name) for name in INPUTS[3:]}
     options = {"document_ids": case.document_ids(), "chunk_size": case.chunk_size, "scale": 1.0, **options}
     return list(function(query, key, value, **others, **options))
 
@@ -116,6 +119,13 @@ CASES = [
     Case("documents", documents=(13, 40, 3)),
     Case("documents-no-state", documents=(1, 1, 1, 30, 2), with_state=False),
     Case("documents-of-one-token", documents=(1,) * 60),
+    Case("carried-one-document", with_carried=True),
+    *(
+        Case(f"carried-{'state' if state else 'no-state'}-T{n}", n, documents=documents, with_carried=True, **kind)
+        for n, documents in ((100, (13, 40, 3)), (400, (130, 1, 160)))
+        for state in (True, False)
+        for kind in ({"with_state": state, "scalar_decay": not state},)
+    ),
     Case("documents-correlated-T1000", documents=(300, 1, 160, 239), length=1000, batch=1, kind="correlated"),
     *(Case(f"chunk-{n}", chunk_size=n, length=150, documents=(70,)) for n in (16, 32, 64)),
 ]

@@ -6,7 +6,7 @@ from delta_cases import CASES, INPUTS, TOLERANCE, Case, assert_close, call, grad
 
 from longmix_kernels.delta import delta_rule
 
-CASE = Case("op", length=70, documents=(30, 11))
+CASE = Case("op", length=70, documents=(30, 11), with_carried=True)
 every_backend = pytest.mark.parametrize("backend", ["reference", "blocked"])
 
 
@@ -49,14 +49,14 @@ def test_results_follow_the_contract(backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_computed_in_float32(dtype):
     half = CASE.inputs(dtype)
-    single = {name: x.detach().float().requires_grad_() for name, x in half.items()}
+    single = {name: x.detach().float().requires_grad_() for name, x in half.items() if x is not None}
     for a, b in zip(call(delta_rule, CASE, half), call(delta_rule, CASE, single), strict=True):
         assert torch.equal(a, b.to(a.dtype))
 
 
 def plain(inputs: dict, dtype: torch.dtype) -> list[torch.Tensor]:
     """The definition, every tensor and operation in one dtype."""
-    query, key, value, decay, read, write, state = (inputs[name].to(dtype) for name in INPUTS)
+    query, key, value, decay, read, write, state = (inputs[name].to(dtype) for name in INPUTS[:7])
     outputs = []
     for t in range(query.shape[1]):
         removed = torch.einsum("bhk,bhkv->bhv", read[:, t], state)
@@ -75,7 +75,7 @@ def test_bfloat16_is_as_accurate_as_plain_torch():
         (torch.bfloat16, lambda inputs: plain(inputs, torch.bfloat16)),
         (torch.bfloat16, lambda inputs: call(delta_rule, case, inputs)),
     ):
-        inputs = {name: x.detach().to(x.dtype) for name, x in case.inputs(torch.bfloat16).items()}
+        inputs = {name: x.detach().to(x.dtype) for name, x in case.inputs(torch.bfloat16).items() if x is not None}
         inputs = {name: (x.to(dtype) if dtype == torch.float64 else x).requires_grad_() for name, x in inputs.items()}
         pair = run(inputs)
         found.append({"output": pair[0], "state": pair[1], **gradients(pair, inputs)})
@@ -98,7 +98,7 @@ def test_gradient_through_either_result_alone():
 @pytest.mark.parametrize("wanted", INPUTS)
 def test_only_wanted_gradients(wanted):
     expected = gradients(call(delta_rule, CASE, inputs := CASE.inputs(torch.float64)), inputs)[wanted]
-    inputs = {name: x.detach().requires_grad_(name == wanted) for name, x in inputs.items()}
+    inputs = {name: x.detach().requires_grad_(name == wanted) for name, x in inputs.items() if x is not None}
     found = call(delta_rule, CASE, inputs)
     grads = gradients(found, {wanted: inputs[wanted]})
     assert_close(grads[wanted], expected, 1e-14, wanted)
@@ -107,9 +107,11 @@ def test_only_wanted_gradients(wanted):
 
 def test_any_strides_and_inputs_left_as_they_were():
     inputs = CASE.inputs(torch.float64)
-    copies = {name: x.detach().clone() for name, x in inputs.items()}
+    copies = {name: x.detach().clone() for name, x in inputs.items() if x is not None}
     turned = {
-        name: x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for name, x in inputs.items()
+        name: x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+        for name, x in inputs.items()
+        if x is not None
     }
     packed = torch.stack([inputs[name].detach() for name in ("query", "key")], 3)
     turned["query"], turned["key"] = (packed[:, :, :, i].requires_grad_() for i in range(2))

@@ -15,7 +15,7 @@ from longmix_kernels.delta.inputs import Inputs
 
 def call_of(dim: int = 16, value_dim: int = 16, length: int = 20, chunk_size=None, bound=FASTEST_DECAY) -> launch.Call:
     query, value = torch.zeros(1, length, 2, dim), torch.zeros(1, length, 2, value_dim)
-    return launch.Call(Inputs(query, query, value, query, None, None, None, None, 1.0, chunk_size, bound))
+    return launch.Call(Inputs(query, query, value, query, *[None] * 5, 1.0, chunk_size, bound))
 
 
 @pytest.mark.slow
@@ -48,7 +48,7 @@ def test_shapes_are_known_without_running(low_rank, bound):
     decay = torch.empty(shape, device="meta")
     reads = (query, query) if low_rank else (None, None)
     state = torch.empty(2, 4, 80, 48, device="meta")
-    inputs = (query, query, value, decay, *reads, state, None, 1.0, None, bound)
+    inputs = (query, query, value, decay, *reads, state, state, None, 1.0, None, bound)
     results = torch.ops.longmix.delta_triton(*inputs)
     assert [x.shape for x in results] == [value.shape, state.shape]
     assert [x.dtype for x in results] == [torch.bfloat16, torch.float32]
@@ -59,8 +59,8 @@ def test_shapes_are_known_without_running(low_rank, bound):
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
 def test_only_inputs_are_kept_for_the_backward(backend):
     """Not the states between chunks, nor what chunks do to them."""
-    tensors = [None if x is None else x.detach().to("meta") for x in Case("kept").inputs(torch.float32).values()]
-    inputs = [x.requires_grad_() for x in tensors]
+    tensors = Case("kept", with_carried=True).inputs(torch.float32).values()
+    inputs = [x.detach().to("meta").requires_grad_() for x in tensors]
     kept = []
     with saved_tensors_hooks(kept.append, lambda _: None):
         getattr(torch.ops.longmix, f"delta_{backend}")(*inputs, None, 1.0, None, None)

@@ -34,13 +34,13 @@ BOUNDED = [
     *(small(kind, length=70, kind=kind) for kind in ("correlated", "fastest", "identical")),
     Case("two-batch-rows-and-heads", length=20, documents=(9,)),
     *(small(f"{a}-{b}", dim=a, value_dim=b, length=40) for a, b in ((48, 80), (96, 16), (1, 3))),
-    small("144-16-documents", dim=144, length=35, documents=(7, 16)),
+    small("144-16-carried-documents", dim=144, length=35, documents=(7, 16), with_carried=True),
     small("256-16", dim=256, length=17, kind="correlated"),
     small("diagonal", low_rank=False, length=70),
     small("diagonal-documents", low_rank=False, length=70, documents=(13, 40)),
     small("no-state", with_state=False, length=70),
     small("documents", documents=(13, 40, 30)),
-    small("documents-144-no-state", dim=144, documents=(13, 3), length=20, with_state=False),
+    small("carried-144-no-state", dim=144, documents=(13, 3), length=20, with_state=False, with_carried=True),
     small("documents-no-state", documents=(1, 1, 1, 30, 2), with_state=False, length=70),
     small("documents-of-one-token", documents=(1,) * 60, length=70),
     small("documents-at-chunk-ends", documents=(64, 64, 1), length=140),
@@ -53,14 +53,14 @@ EXACT = [
     Case("two-batch-rows-and-heads", length=12, documents=(9,)),
     small("80-48", dim=80, value_dim=48, length=17),
     small("diagonal-documents", low_rank=False, length=36, documents=(13, 10)),
-    small("documents-of-one-token", documents=(1,) * 15, length=18, with_state=False),
+    small("carried-documents-of-one-token", documents=(1,) * 15, length=18, with_state=False, with_carried=True),
 ]
 HEAD = [
     *(small(f"T{n}", length=n) for n in (1, 17, 130)),
     small("correlated", kind="correlated", length=70),
     small("documents", documents=(13, 40, 30)),
     small("documents-no-state", documents=(1, 1, 1, 30, 2), with_state=False, length=70),
-    small("chunk-16", chunk_size=16, length=36, documents=(20,)),
+    small("carried-chunk-16", chunk_size=16, length=36, documents=(20,), with_carried=True),
     Case("two-batch-rows-and-heads", length=12, documents=(9,)),
     small("80-48", dim=80, value_dim=48, length=20),
     small("diagonal-documents", low_rank=False, length=70, documents=(13, 40)),
@@ -88,9 +88,7 @@ def prepared(case: Case, change=None) -> tuple[dict, dict]:
     if change is not None:
         torch.manual_seed(0)
         made["log_decay"] = change(made["log_decay"].detach())
-    ours = {
-        name: None if x is None else (beside if name == "initial_state" else surrounded)(x) for name, x in made.items()
-    }
+    ours = {name: None if x is None else (beside if name in INPUTS[6:] else surrounded)(x) for name, x in made.items()}
     return ours, {name: None if x is None else x.detach().double().requires_grad_() for name, x in ours.items()}
 
 
@@ -200,7 +198,7 @@ def test_what_chunks_do_is_found_again_bit_for_bit(bound, scalar_decay):
 
 
 def test_later_tokens_change_nothing_before_them():
-    case = small("causality", length=70, documents=(20,))
+    case = small("causality", length=70, documents=(20,), with_carried=True)
     inputs = {name: x.detach() for name, x in case.inputs(torch.float32).items()}
     before, _ = call(delta_rule, case, inputs, backend="triton", min_log_decay=-1.0)
     for token in (16, 45, 64):
@@ -217,7 +215,7 @@ def test_half_precision_inputs_are_stored_in_their_own_dtype(dtype):
     """Products are upcast in the interpreter, so this is about loads, casts, stores, and rounding between products."""
     case = small("half", length=70, dim=32)
     inputs = case.inputs(dtype)
-    exact = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
+    exact = {name: x.detach().double().requires_grad_() for name, x in inputs.items() if x is not None}
     found = results(case, inputs, backend="triton", min_log_decay=FASTEST_DECAY)
     for name, want in results(case, exact, backend="reference").items():
         assert found[name].dtype == inputs.get(name, inputs["initial_state" if name == "state" else "query"]).dtype

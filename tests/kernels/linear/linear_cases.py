@@ -7,7 +7,9 @@ import torch
 from longmix_kernels.linear import LinearState
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
-INPUTS = ("query", "key", "value", "log_decay", "log_input", "memory", "normalizer", "log_scale")
+STATE = ("memory", "normalizer", "log_scale")
+CARRIED = tuple(f"carried_{name}" for name in STATE)
+INPUTS = ("query", "key", "value", "log_decay", "log_input", *STATE, *CARRIED)
 
 REGIMES = {
     "init": (4.5, 0.75, -10.0, 0.5),
@@ -29,6 +31,7 @@ class Case:
     gated: bool = True
     """Whether there is an input gate; without `normalize` it is a sigmoid."""
     with_state: bool = True
+    with_carried: bool = False
     batch: int = 2
     heads: int = 2
     dim: int = 16
@@ -55,10 +58,14 @@ class Case:
             "memory": normal(*state, self.dim, self.value_dim),
             "normalizer": normal(*state, self.dim),
             "log_scale": normal(*state),
+            "carried_memory": normal(*state, self.dim, self.value_dim),
+            "carried_normalizer": normal(*state, self.dim),
+            "carried_log_scale": normal(*state) + 2.0,
         }
         absent = set() if self.gated else {"log_input"}
-        absent |= set() if self.with_state else {"memory", "normalizer", "log_scale"}
-        absent |= set() if self.normalize else {"normalizer", "log_scale"}
+        absent |= set() if self.with_state else set(STATE)
+        absent |= set() if self.with_carried else set(CARRIED)
+        absent |= set() if self.normalize else {*STATE[1:], *CARRIED[1:]}
         exact = torch.promote_types(dtype, torch.float32)
         return {
             name: None if name in absent else x.to(dtype if i < 3 else exact).requires_grad_()
@@ -85,12 +92,13 @@ class Case:
 
 def call(function, case: Case, inputs: dict[str, torch.Tensor | None], **options) -> list[torch.Tensor]:
     """Call `linear_attention` and return the output, the memory and, if normalised, the normaliser and log scale."""
-    state = LinearState(*(inputs[name] for name in INPUTS[5:]))
+    initial, carried = (LinearState(*(inputs.get(name) for name in names)) for names in (STATE, CARRIED))
     output, final = function(
         *(inputs[name] for name in INPUTS[:3]),
         log_decay=inputs["log_decay"],
         log_input=inputs["log_input"],
-        initial_state=None if state.memory is None else state,
+        initial_state=None if initial.memory is None else initial,
+        carried_state=None if carried.memory is None else carried,
         **{**case.options(), **options},
     )
     return [output, *(x for x in final if x is not None)]
@@ -208,6 +216,15 @@ CASES = [
     Case("sig-documents", documents=(13, 40, 3), normalize=False),
     Case("exp-documents-no-state", documents=(1, 1, 1, 30, 2), with_state=False, regime="strong-input"),
     Case("exp-documents-of-one-token", documents=(1,) * 60),
+    *(
+        Case(f"{'exp' if normalize else 'sig'}-carried-{'state' if state else 'no-state'}{name}", **kind, **case)
+        for name, case in (
+            ("", {"documents": (13, 40, 3), "chunk_size": 16}),
+            ("-T600", {"documents": (300, 1, 160), "length": 600}),
+        )
+        for normalize, state in ((True, True), (False, False), (True, False))
+        for kind in ({"with_carried": True, "with_state": state, "normalize": normalize},)
+    ),
     Case("sig-documents-T1000", documents=(300, 1, 160, 239), length=1000, batch=1, normalize=False),
     *(Case(f"exp-chunk-{n}", chunk_size=n, length=300, documents=(129, 70)) for n in (16, 64, 128, 256, 512)),
     *(Case(f"sig-chunk-{n}", chunk_size=n, length=300, normalize=False) for n in (16, 64, 128, 256, 512)),

@@ -8,6 +8,7 @@ import torch
 from linear_cases import (
     CASES,
     INPUTS,
+    STATE,
     TOLERANCE,
     Case,
     assert_close,
@@ -191,7 +192,7 @@ def test_two_calls_through_the_state_equal_one(normalize, split):
     first = {name: x if name in INPUTS[5:] else x[:, :split] for name, x in inputs.items()}
     head, *state = call(linear_attention, case, first)
     second = {name: x if name in INPUTS[5:] else x[:, split:] for name, x in inputs.items()}
-    second |= dict(zip(INPUTS[5:], state, strict=False))
+    second |= dict(zip(STATE, state, strict=False))
     tail, *state = call(linear_attention, case, second)
     chained = [torch.cat([head, tail], 1), *state]
     for name, a, b in zip(("output", "memory", "normalizer"), chained, [whole[0], *whole[1:]], strict=False):
@@ -306,7 +307,7 @@ def test_what_is_computed_in_does_not_grow_with_the_length(normalize, chunk_size
     for length in (4096, 16384):
         query, key, value = (torch.randn(1, length, 1, 4) for _ in range(3))
         gate = torch.full((1, length, 1), -0.1)
-        inputs = Inputs(query, key, value, gate, gate, None, None, None, None, normalize, 0.5, chunk_size)
+        inputs = Inputs(query, key, value, gate, gate, *[None] * 7, normalize, 0.5, chunk_size)
         with LargestTensor() as largest:
             output, _, _, _, *rows = blocked.blocked_forward(inputs)
             blocked.blocked_backward(inputs, output, None, None, output, *rows)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from linear_cases import CASES, INPUTS, Case, assert_close, call, gradients, meaning
+from linear_cases import CASES, INPUTS, STATE, Case, assert_close, call, gradients, meaning
 
 from longmix_kernels.linear import LinearState, linear_attention
 from longmix_kernels.linear.op import zero_state
 
-CASE = Case("op", documents=(13, 40, 3))
+CASE = Case("op", documents=(13, 40, 3), with_carried=True)
 BOTH = pytest.mark.parametrize("normalize", [True, False], ids=["exp", "sig"])
 
 
@@ -107,7 +107,7 @@ def test_gradient_through_either_result_alone(normalize):
 
 @pytest.mark.parametrize("name", INPUTS)
 def test_only_the_wanted_gradient(name):
-    inputs = {other: x.detach() for other, x in CASE.inputs(torch.float32).items()}
+    inputs = {other: x.detach() for other, x in CASE.inputs(torch.float32).items() if x is not None}
     inputs[name].requires_grad_()
     output = call(linear_attention, CASE, inputs)[0]
     output.sum().backward()
@@ -156,7 +156,7 @@ def test_compiles_as_one_graph(dynamic, normalize):
     for length in (100, 70):
         inputs = case.inputs(torch.float64)
         tokens = [inputs[name].detach()[:, :length].clone().requires_grad_() for name in INPUTS[:5]]
-        state = [inputs[name] for name in INPUTS[5:] if inputs[name] is not None]
+        state = [inputs[name] for name in STATE if inputs[name] is not None]
         arguments = *tokens, ids[:, :length].contiguous(), *state
         got, want = compiled(*arguments), run(*arguments)
         grads = [torch.autograd.grad(sum(x.square().sum() for x in r), [*tokens, *state]) for r in (got, want)]
@@ -166,7 +166,7 @@ def test_compiles_as_one_graph(dynamic, normalize):
 
 # What a dtype can break, only half precision breaks: results and gradients of several dtypes.
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float64, marks=pytest.mark.slow), torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["exp-T17", "sig-T17", "exp-documents", "decay-only", "exp-no-input-gate"])
+@pytest.mark.parametrize("name", ["exp-T17", "sig-T17", "exp-carried-state", "decay-only", "exp-no-input-gate"])
 def test_operators_are_registered_correctly(name, dtype):
     case = next(case for case in CASES if case.name == name)
     inputs = list(case.inputs(dtype).values())

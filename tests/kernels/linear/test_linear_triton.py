@@ -22,7 +22,7 @@ def call_of(
     query, key = (torch.zeros(1, length, 2, dim, dtype=dtype, device=device) for _ in range(2))
     value = torch.zeros(1, length, 2, value_dim, dtype=dtype, device=device)
     decay = torch.zeros(1, length, 2, device=device)
-    return launch.Call(Inputs(query, key, value, decay, None, None, None, None, None, False, 1.0, chunk_size))
+    return launch.Call(Inputs(query, key, value, decay, *[None] * 8, False, 1.0, chunk_size))
 
 
 @pytest.mark.slow
@@ -38,7 +38,7 @@ def test_shapes_are_known_without_running(normalize):
     gate = torch.empty(2, 70, 4, device="meta")
     memory = torch.empty(2, 4, 80, 48, device="meta")
     others = (memory[..., 0], memory[..., 0, 0]) if normalize else (None, None)
-    inputs = (query, query, value, gate, gate, memory, *others, None, normalize, 0.1, None)
+    inputs = (query, query, value, gate, gate, memory, *others, memory, *others, None, normalize, 0.1, None)
     results = torch.ops.longmix.linear_triton(*inputs)
     assert [x.dtype for x in results] == [torch.bfloat16] + [torch.float32] * 5
     shapes = [value.shape, memory.shape, (2, 4, 80), (2, 4), (2, 70, 4), (2, 70, 4)]
@@ -47,7 +47,7 @@ def test_shapes_are_known_without_running(normalize):
     ]
     saved = results[0], results[4], results[5]
     grads = torch.ops.longmix.linear_triton_backward(results[0], None, None, *saved, *inputs)
-    assert [x.shape for x in grads] == [torch.Size([0]) if x is None else x.shape for x in inputs[:8]]
+    assert [x.shape for x in grads] == [torch.Size([0]) if x is None else x.shape for x in inputs[:11]]
 
 
 @pytest.mark.parametrize("chunk", [16, 64, 1024])

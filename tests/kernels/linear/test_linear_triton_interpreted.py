@@ -35,6 +35,7 @@ def small(name: str, kind: type[Case] = Case, **changed) -> Case:
 
 
 SIG = {"normalize": False}
+CARRIED = {"with_carried": True}
 CHUNKS = {64: 150, 128: 300, 256: 520, 512: 530}
 """Chunk sizes and a length that ends within a later chunk; published kernels have wrong gradients from 256 on."""
 
@@ -71,9 +72,10 @@ CASES = [
     small("exp-no-input-gate", gated=False, with_state=False),
     Case("exp-documents", documents=(13, 40, 3)),
     Case("sig-documents", documents=(13, 40, 3), **SIG),
-    Case("exp-documents-chunk-32", documents=(13, 40, 3), chunk_size=32, heads=1),
+    Case("exp-carried-documents-chunk-32", documents=(13, 40, 3), chunk_size=32, heads=1, **CARRIED),
+    small("exp-carried-no-state", Positive, documents=(20, 4), length=35, chunk_size=16, with_state=False, **CARRIED),
     small("exp-documents-no-state", Positive, documents=(1, 1, 1, 30, 2), with_state=False, regime="strong-input"),
-    small("sig-documents-no-state-chunk-32", documents=(32, 1, 40), with_state=False, chunk_size=32, **SIG),
+    small("sig-carried-no-state-chunk-32", documents=(32, 1, 40), with_state=False, chunk_size=32, **CARRIED, **SIG),
     small("exp-documents-of-one-token", documents=(1,) * 60),
     small("exp-documents-at-chunk-ends", documents=(16, 16, 15), length=60, chunk_size=16),
     small("sig-T130-chunk-16", chunk_size=16, length=130, **SIG),

@@ -228,10 +228,10 @@ class GatedMemory(RecurrentMixer):
         made = projected, *recent, thin, strength
         terms = self._terms(*made) if self.shows_terms(state) else None
 
-        def run(initial: Tensor | None, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        def run(initial: Tensor | None, ids: Tensor | None, before: Tensor | None) -> tuple[Tensor, Tensor]:
             if terms is not None:
-                return self._engine(terms, initial, ids)
-            return recomputed(self._read, *made, initial, ids)
+                return self._engine(terms, initial, ids, before)
+            return recomputed(self._read, *made, initial, ids, before)
 
         recurrence: Recurrence = DeltaRecurrence()
         if terms is not None and self.strength is None:
@@ -267,7 +267,9 @@ class GatedMemory(RecurrentMixer):
         exact = torch.promote_types(x.dtype, torch.float32)
         return x.new_zeros(*x.shape[:2], self.num_heads, dtype=exact)
 
-    def _engine(self, terms: Terms, initial: Tensor | None, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _engine(
+        self, terms: Terms, initial: Tensor | None, ids: Tensor | None, before: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Output [B, T, H, value_dim] and final state of the engine."""
         return self.call_engine(
             delta_rule,
@@ -279,13 +281,14 @@ class GatedMemory(RecurrentMixer):
             low_rank_write=terms.write,
             scale=self.key_dim**-0.5,
             initial_state=initial,
+            carried_state=before,
             document_ids=ids,
         )
 
     def _read(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        """The same of what `_terms` gets, then the initial state and document ids of the engine."""
-        *made, initial, ids = arguments
-        return self._engine(self._terms(*made), initial, ids)
+        """The same of what `_terms` gets, then the initial state, document ids and carried state of the engine."""
+        *made, initial, ids, before = arguments
+        return self._engine(self._terms(*made), initial, ids, before)
 
     def _gated(self, found: Tensor, gate: Tensor | None) -> Tensor:
         """Norm and gate what was read [B, T, H, value_dim], to [B, T, values]."""

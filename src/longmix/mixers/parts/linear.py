@@ -125,7 +125,9 @@ class LinearMixer(RecurrentMixer):
         value = self.value(rounded).unflatten(-1, (self.num_heads, -1))
         log_decay, log_input = self.gates(mixed)
 
-        def run(initial: LinearState | None, ids: Tensor | None) -> tuple[Tensor, LinearState]:
+        def run(
+            initial: LinearState | None, ids: Tensor | None, before: LinearState | None
+        ) -> tuple[Tensor, LinearState]:
             return self.call_engine(
                 linear_attention,
                 query,
@@ -135,6 +137,7 @@ class LinearMixer(RecurrentMixer):
                 log_input=log_input,
                 normalize=self.normalize,
                 initial_state=initial,
+                carried_state=before,
                 document_ids=ids,
             )
 

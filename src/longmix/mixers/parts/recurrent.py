@@ -17,8 +17,12 @@ from longmix.mixers.parts.state_tuning import TunedState
 from longmix.mixers.parts.states import mixer_state
 from longmix_kernels.runtime import is_readable
 
-Run = Callable[[Any, Tensor | None], tuple[Tensor, Any]]
-"""An engine, given the state before each document and the document ids: output [B, T, ...] and final state."""
+Run = Callable[[Any, Tensor | None, Any], tuple[Tensor, Any]]
+"""An engine: output [B, T, ...] and final state.
+
+It is given the state before each document, None for zeros; the document ids; and the state that the first document of
+each row goes on from, None for that before each document.
+"""
 
 
 class Recurrence(Protocol):
@@ -145,11 +149,12 @@ class RecurrentMixer(Mixer):
         """
         fresh = None if state is None and self.tuned is None else self.fresh(batch)
         if state is None:
-            return run(fresh, ids)
+            return run(fresh, ids, None)
         if isinstance(state, Slices):
             with torch.autocast(next(self.parameters()).device.type, enabled=False):  # states stay exact
                 return recurrence.over_slice(run, fresh, state, ids)
-        return over_documents(run, fresh, state.carried, None if ids is None else goes_on(state, ids), ids)
+        continues = None if ids is None else goes_on(state, ids)
+        return over_documents(run, fresh, state.carried, continues, ids, zero=self.tuned is None)
 
     def recent(self, x: Tensor, state: RecurrentState | Slices | None, ids: Tensor | None) -> Recent:
         """The inputs just before `x` [B, T, ...], from a state, earlier slices, or zeros."""
@@ -226,7 +231,7 @@ def _named_parts(state: Any) -> dict[str, Tensor]:
 
 
 def over_documents(
-    run: Run, fresh: Any, carried: Any, goes_on: Tensor | None, ids: Tensor | None
+    run: Run, fresh: Any, carried: Any, goes_on: Tensor | None, ids: Tensor | None, *, zero: bool
 ) -> tuple[Tensor, Any]:
     """Continue an engine from a state. Only the document that goes on sees it; others begin from the fresh state.
 
@@ -236,21 +241,15 @@ def over_documents(
         carried: its state before these tokens, in the same form.
         goes_on: bool [B], whether the first new token is of its document.
         ids: int32 [B, T], the new tokens' documents; None if all are of that.
+        zero: the fresh state is zero, so that no document needs to read it.
     """
     if ids is None or goes_on is None:
-        return run(carried, None)
+        return run(carried, None, None)
     carried = select(goes_on, carried, fresh)
-    if ids.shape[1] == 1:
-        return run(carried, None)
-    first = ids == ids[:, :1]
-    # A GPU would have to be waited for, and a compiled graph cannot branch on values: there both cases are computed.
-    if is_readable(first) and first.all():
-        return run(carried, None)
-    output, final = run(carried, ids)
-    # An engine starts every document from one state, so rows with several documents are run from both.
-    other_output, other_final = run(fresh, ids)
-    first_document = first.view(*first.shape, *[1] * (output.dim() - 2))
-    return torch.where(first_document, output, other_output), select(first[:, -1], final, other_final)
+    # A GPU would have to be waited for, and a compiled graph cannot branch on values: there ids are given in any case.
+    if ids.shape[1] == 1 or (is_readable(ids) and bool((ids == ids[:, :1]).all())):
+        return run(carried, None, None)
+    return run(None if zero else fresh, ids, carried)
 
 
 def select(rows: Tensor, chosen: Any, others: Any) -> Any:

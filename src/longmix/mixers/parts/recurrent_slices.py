@@ -41,7 +41,7 @@ class DecayRecurrence:
 
     def over_slice(self, run: Run, fresh: Any, slices: Slices, ids: Tensor | None) -> tuple[Tensor, Any]:
         """Run this process's slice; returns the output and the final state, a tensor or a tuple with a `memory`."""
-        output, final = run(fresh, ids)
+        output, final = run(fresh, ids, None)
         log_decay = self.log_decay.expand(*self.query.shape[: max(3, self.log_decay.dim())])
         decayed = log_decay.cumsum(1)
         if decayed.dim() == 3:
@@ -63,7 +63,7 @@ class DeltaRecurrence:
         """Run this process's slice; returns the output and the final state."""
         key_dim, value_dim = fresh.shape[-2:]
         identity = torch.eye(key_dim, dtype=fresh.dtype, device=fresh.device).expand(*fresh.shape[:2], -1, -1)
-        outputs, finals = run(torch.cat([fresh, identity], -1), ids)
+        outputs, finals = run(torch.cat([fresh, identity], -1), ids, None)
         output, reads = outputs.split([value_dim, key_dim], -1)
         final, kept = finals.split([value_dim, key_dim], -1)
         entering = _entering(slices, final - fresh, kept)
@@ -96,7 +96,7 @@ class NormalizedRecurrence:
     ) -> tuple[Tensor, LinearState]:
         """Run this process's slice; returns the output and the final state."""
         continues = None if ids is None else goes_on(slices, ids)
-        return over_documents(run, fresh, self._entering(fresh, slices, ids), continues, ids)
+        return over_documents(run, fresh, self._entering(fresh, slices, ids), continues, ids, zero=False)
 
     def _entering(self, fresh: LinearState, slices: Slices, ids: Tensor | None) -> LinearState:
         """The state that enters this slice, in a scale at which nothing overflows."""
