@@ -91,7 +91,7 @@ def test_carrying_takes_rows_that_read_on(run_training, shared_cache):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "context_parallel"])
 def test_processes_carry_the_state_of_their_rows(strategy, straight, tmp_path, shared_cache):
     """Two processes are one; and each number of them continues the run of the other."""
     words = [*WORDS, f"data.cache_dir={shared_cache}", "trainer.accelerator=cpu", "trainer.num_threads=1"]

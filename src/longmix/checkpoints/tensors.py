@@ -67,6 +67,12 @@ def is_divided(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def is_copy(tensor: Any) -> bool:
+    """Whether a process before this one has the same part of a tensor that is divided over others."""
+    place = tensor.device_mesh.get_coordinate() or ()
+    return any(kind.is_replicate() and at > 0 for kind, at in zip(tensor.placements, place, strict=False))
+
+
 def own_part(tensor: Any) -> Tensor:
     """The part of a tensor that this process holds."""
     return tensor.detach().to_local() if is_divided(tensor) else tensor.detach()
@@ -107,7 +113,7 @@ def pieces(tensors: dict[Name, Tensor], rank: int, size: int) -> dict[Name, Piec
     """
     found: dict[Name, Piece] = {}
     for name, tensor in tensors.items():
-        if is_divided(tensor):
+        if is_divided(tensor) and not is_copy(tensor):
             found[name] = Piece(own_part(tensor), tuple(part.start for part in own_slice(tensor)), tensor.shape)
     for name in _share(tensors, rank, size):
         found[name] = Piece(tensors[name], (0,) * tensors[name].dim(), tensors[name].shape)

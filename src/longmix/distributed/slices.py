@@ -17,6 +17,9 @@ A parameter's gradient is the sum over the processes, for a loss that is: divide
 in the whole rows, and auxiliary losses, which are means over a slice, by the number of slices.
 """
 
+import copy
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -50,6 +53,8 @@ class Slices:
         last_id: int32 [B], the document of the token before this slice, -1 before the first; None without documents.
         next_position: int64 [B], or [1] without documents: the position of the first token if its document goes on.
         filled: bool [B, size], whether a slice has only the document that the one before it ended with; None if all do.
+        carried: a layer's state before the rows, of all their channels, alike in all processes; None where rows begin
+            anew. See `carrying`.
     """
 
     def __init__(
@@ -69,12 +74,37 @@ class Slices:
         self.ids: Tensor | None = None
         self.last_id: Tensor | None = None
         self.filled: Tensor | None = None
+        self.carried: Any = None
         self.next_position = torch.tensor([self.start])
         if self.whole_ids is not None:
             self.ids, self.last_id = self.own(self.whole_ids), self.ids_before(1)[:, 0]
             self.next_position = (self.whole_ids[:, : self.start] == self.last_id[:, None]).sum(1)
             last = self.whole_ids[:, self.length - 1 :: self.length]
             self.filled = F.pad(last[:, 1:] == last[:, :-1], (1, 0), value=True)
+
+    def carrying(self, state: Any) -> "Slices":
+        """The same slices of rows that go on from a layer's state, as if it were that of a slice before the first.
+
+        Args:
+            state: with `last_id` and `next_position`; the ids of these rows go on from its.
+        """
+        assert self.whole_ids is not None and self.last_id is not None and self.filled is not None
+        found = copy.copy(self)
+        number = torch.full_like(self.last_id, -1) if state.last_id is None else state.last_id
+        first = self.rank == 0
+        found.carried = state
+        found.last_id = number if first else self.last_id
+        found.next_position = self.next_position + torch.where(found.last_id == number, state.next_position, 0)
+        begun = self.whole_ids[:, self.length - 1] == number
+        found.filled = torch.cat([begun[:, None], self.filled[:, 1:]], 1)
+        return found
+
+    def goes_on(self) -> Tensor:
+        """bool [B]: whether the rows' first token is of the document that `carried` ended with."""
+        assert self.whole_ids is not None and self.carried is not None
+        if self.carried.last_id is None:
+            return torch.zeros_like(self.whole_ids[:, 0], dtype=torch.bool)
+        return self.whole_ids[:, 0] == self.carried.last_id
 
     def own(self, x: Tensor) -> Tensor:
         """This process's slice of `x` [B, seq_len, ...]."""

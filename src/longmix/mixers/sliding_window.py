@@ -21,6 +21,7 @@ class SlidingWindow(SoftmaxAttention):
     The other arguments are those of `SoftmaxAttention`.
     """
 
+    carries_in_slices = True
     sizes: ClassVar = {"window": 1}
     changeable: ClassVar = (*SoftmaxAttention.changeable, "window")
 

@@ -195,12 +195,13 @@ class LanguageModel(nn.Module):
         self, tokens: Tensor, state: Sequence[Any] | None, document_ids: Tensor | None, document_starts: Tensor | None
     ) -> list[Layout | None]:
         """Each layer's layout; layers that need the same share one. None after a state, of which each has its own."""
-        first = state[0].mixer if state else None
-        slices = first if isinstance(first, Slices) else None
+        slices: Slices | None = None
         needs: list[LayoutNeeds | None] = []
         for index, mixer in enumerate(self.mixers()):
-            shares = slices is not None or state is None or state[index].mixer is None
-            needs.append(needs_of(mixer) if shares else None)
+            before = None if state is None else state[index].mixer
+            begins = isinstance(before, Slices) and before.carried is None
+            slices = before if begins else slices
+            needs.append(needs_of(mixer) if begins or before is None else None)
         made = layouts({need for need in needs if need is not None}, tokens, document_ids, document_starts, slices)
         return [None if need is None else made[need] for need in needs]
 
@@ -225,9 +226,10 @@ class LanguageModel(nn.Module):
         """Every layer's state for `batch` rows that any document may follow, as training carries it at first."""
         return [cast(Block, block).state_between_documents(batch) for block in self.blocks]
 
-    def slice_state(self, slices: Slices) -> list[Any]:
-        """Every layer's state before this process's slice of longer rows."""
-        return [cast(Block, block).slice_state(slices) for block in self.blocks]
+    def slice_state(self, slices: Slices, before: Sequence[Any] | None = None) -> list[Any]:
+        """Every layer's state before this process's slice of longer rows, which may go on from the states `before`."""
+        states = [None] * len(self.blocks) if before is None else before
+        return [cast(Block, block).slice_state(slices, state) for block, state in zip(self.blocks, states, strict=True)]
 
     def state_bytes(self, length: int) -> int:
         """Bytes of state one row holds after `length` tokens."""

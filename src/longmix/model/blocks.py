@@ -16,7 +16,7 @@ from longmix.mixers.parts.base import Mixer, MixerOutput, ModelShape
 from longmix.mixers.parts.exact import rounded_once
 from longmix.mixers.parts.layout import Layout
 from longmix.mixers.parts.states import check_state, mixer_state
-from longmix.mixers.parts.whole_rows import over_whole_rows
+from longmix.mixers.parts.whole_rows import over_whole_rows, takes_slices
 from longmix.recipe import Recipe, set_recipe
 
 
@@ -69,6 +69,7 @@ class SwiGLU(Mixer):
     """W_down (silu(W_gate x) * W_up x), Shazeer 2020, arXiv 2002.05202; it mixes channels and remembers no token."""
 
     sliced = True
+    carries_in_slices = True
 
     def __init__(self, shape: ModelShape, hidden: int) -> None:
         super().__init__()
@@ -115,7 +116,7 @@ def called(
     Raises:
         ConfigError: it is no `MixerOutput`, or `y` has another shape than x.
     """
-    if isinstance(state, Slices) and not mixer.sliced:
+    if isinstance(state, Slices) and not takes_slices(mixer, state.carried is not None):
         output = over_whole_rows(mixer, x, state, **shared)
     else:
         made = {} if layout is None else {"layout": layout}
@@ -196,9 +197,12 @@ class Block(nn.Module):
             )
         )
 
-    def slice_state(self, slices: Slices) -> BlockState:
-        """The state before this process's slice."""
-        return BlockState(slices, slices)
+    def slice_state(self, slices: Slices, before: BlockState | None = None) -> BlockState:
+        """The state before this process's slice, of rows that begin anew or go on from the state `before` them."""
+        if before is None:
+            return BlockState(slices, slices)
+        states = before.mixer, before.channel_mixer
+        return BlockState(*(slices if state is None else slices.carrying(state) for state in states))
 
     def state_bytes(self, length: int) -> int:
         """Bytes of state that one row holds after `length` tokens."""

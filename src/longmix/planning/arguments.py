@@ -21,7 +21,7 @@ from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model, check_model
 from longmix.model.matching import match_parameters
 from longmix.planning.dry_run import Precision
-from longmix.training.carried import check_carries, check_undivided_rows
+from longmix.training.carried import check_carries
 from longmix.training.hardware import TrainerSettings
 from longmix.training.stages import check_mixer
 from longmix.wording import counted, did_you_mean, nearest
@@ -124,8 +124,6 @@ class Request:
             ConfigError: something does not divide; names the words.
         """
         replicas = self._replicas(variant)
-        if self.config.loop.carry_state:
-            check_undivided_rows(variant.context_parallel)
         if variant.seq_len % variant.context_parallel:
             raise ConfigError(
                 f"trainer.context_parallel={variant.context_parallel} does not divide seq_len={variant.seq_len}: every "
@@ -178,7 +176,7 @@ def read_stages(words: list[str]) -> list[Request]:
     data = _data(config)
     vocab_size = data.expected_vocab_size
     if config.loop.carry_state:
-        check_carries(check_model(config), data.reads_on, data.source, 1)
+        check_carries(check_model(config), data.reads_on, data.source)
     course = course_of(match_parameters(config, vocab_size))
     is_given = any(word.lstrip("+").startswith(("batch_size=", "experiment=")) for word in others)
     requests = []

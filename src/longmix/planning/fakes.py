@@ -48,7 +48,7 @@ class LastSlice(Slices):
     def __init__(self, size: int, length: int) -> None:
         self.group, self.rank, self.size, self.length = None, size - 1, size, length
         self.balanced = False
-        self.whole_ids = self.ids = self.last_id = self.filled = None
+        self.whole_ids = self.ids = self.last_id = self.filled = self.carried = None
         self.next_position = torch.tensor([self.start])
         self._received = 0
 

@@ -18,8 +18,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from longmix.batch import Batch
@@ -30,6 +31,7 @@ from longmix.mixers.parts.states import mapped, named_leaves
 from longmix.model.backbone import LanguageModel, ModelOutput
 from longmix.model.blocks import Block
 from longmix.pytrees import pytree
+from longmix.training import strategies
 from longmix.wording import counted
 
 CARRIED = "carried"
@@ -58,7 +60,7 @@ class CarriedState:
         batch_size: rows of all processes together.
 
     Attributes:
-        mesh: the processes that divide the rows, in their order; None for one process.
+        mesh: the processes that divide the rows along its first axis, in their order; None for one process.
     """
 
     def __init__(self, model: LanguageModel, batch_size: int) -> None:
@@ -94,7 +96,7 @@ class CarriedState:
     def named(self, device: torch.device) -> dict[str, Tensor]:
         """The tensors by name, for a checkpoint; this process has its rows of them."""
         if not self._parts:
-            rows = self.batch_size if self.mesh is None else self.batch_size // self.mesh.size()
+            rows = self.batch_size if self.mesh is None else self.batch_size // self.mesh.size(0)
             self._parts = [mapped(self._blank, lambda x: _repeated(x, rows, device))]
         found = {name: x for name, x in _leaves(self._whole()).items() if isinstance(x, Tensor) and x.numel()}
         return {name: self._divided(x) for name, x in found.items()}
@@ -119,7 +121,7 @@ class CarriedState:
         for name, (rows, *rest) in shapes.items():
             if name.removeprefix(prefix) not in known or rows != self.batch_size:
                 raise CheckpointError(f"{saved.checkpoint} has a carried state of another model or batch: {name}.")
-            own = rows if self.mesh is None else rows // self.mesh.size()
+            own = rows if self.mesh is None else rows // self.mesh.size(0)
             found[name] = self._divided(torch.empty(own, *rest, dtype=saved.dtypes[name], device=device))
         return found
 
@@ -138,7 +140,9 @@ class CarriedState:
 
     def _divided(self, own: Tensor) -> Tensor:
         """The tensor of all rows, of which this process has its own."""
-        return own if self.mesh is None else DTensor.from_local(own, self.mesh, [Shard(0)], run_check=False)
+        if self.mesh is None:
+            return own
+        return DTensor.from_local(own, self.mesh, [Shard(0), Replicate()][: self.mesh.ndim], run_check=False)
 
     def _whole(self) -> Rows:
         """All rows of this process in one."""
@@ -148,36 +152,47 @@ class CarriedState:
         return tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], first, *others)
 
 
-def run_on(model: LanguageModel, batch: Batch, before: Rows) -> tuple[ModelOutput, Rows]:
-    """Run a batch from the state before it; returns the output and the state after it, without gradients."""
+def run_on(
+    model: LanguageModel, batch: Batch, before: Rows, group: ProcessGroup | None = None
+) -> tuple[ModelOutput, Rows]:
+    """Run a batch from the state before it; returns the output and the state after it, without gradients.
+
+    Args:
+        model, batch: any.
+        before: the state, alike in processes that share rows.
+        group: these processes; None where none do. The output is then that of `strategies.run_slice`.
+    """
     ids = batch["document_ids"]
     if ids is None:
         ids = torch.zeros_like(batch["tokens"], dtype=torch.int32)
     first = before.last_id + (~batch["continues"]).int()
     ids = ids - ids[:, :1] + first[:, None]
-    output: ModelOutput = model(
-        batch["tokens"],
-        batch["targets"],
-        state=before.layers,
-        document_ids=ids,
-        document_starts=batch.get("document_starts"),
-    )
+    output: ModelOutput
+    if group is None:
+        output = model(
+            batch["tokens"],
+            batch["targets"],
+            state=before.layers,
+            document_ids=ids,
+            document_starts=batch.get("document_starts"),
+        )
+    else:
+        output = strategies.run_slice(model, {**batch, "document_ids": ids}, group, before.layers)
     # copies, as what is a view would keep all of its window alive
     after = mapped(
         Rows(ids[:, -1], output.state or []), lambda x: x.detach().clone(memory_format=torch.contiguous_format)
     )
     output.state = None
-    return output, after
+    return output, after if group is None else strategies.of_last_slice(after, group)
 
 
-def check_carries(model: LanguageModel, reads_on: bool, source: str, context_parallel: int) -> None:
+def check_carries(model: LanguageModel, reads_on: bool, source: str) -> None:
     """Refuse `loop.carry_state=true` where it has no meaning.
 
     Args:
         model: it may be without memory.
         reads_on: whether rows read on from step to step.
         source: the name of the data.
-        context_parallel: processes that share a row.
 
     Raises:
         ConfigError: naming the words.
@@ -187,25 +202,11 @@ def check_carries(model: LanguageModel, reads_on: bool, source: str, context_par
             f"loop.carry_state=true needs rows that read on from step to step, which those of {source} do not: give "
             "data.order=contiguous, which data of one corpus have."
         )
-    check_undivided_rows(context_parallel)
     if not any(_carries(model)):
         names = ", ".join(dict.fromkeys(type(mixer).__name__ for mixer in model.mixers()))
         raise ConfigError(
             f"loop.carry_state=true: no layer has a state that stays small ({names} would keep every key); take a "
             "recurrent mixer, mixer=sliding_window, or a pattern with one of them."
-        )
-
-
-def check_undivided_rows(context_parallel: int) -> None:
-    """Refuse to carry the state of rows that are cut into slices.
-
-    Raises:
-        ConfigError: naming the words.
-    """
-    if context_parallel > 1:
-        raise ConfigError(
-            f"loop.carry_state=true goes from step to step, and with trainer.context_parallel={context_parallel} the "
-            "first slice of a row would need what the last one ended with; leave one of them out."
         )
 
 

@@ -142,7 +142,7 @@ class TrainingModule(LightningModule):
             products = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
             strategies.shard(self.model, self.device_mesh["data_parallel"], products)
         if self.carried is not None and self.carried.mesh is None and self._world_size() > 1:
-            self.carried.mesh = strategies.mesh_of_all(self.device)
+            self.carried.mesh = strategies.mesh_of_rows(self.device, self.slices)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """Build the optimizers. Lightning calls this after the model is on its device."""
@@ -269,7 +269,7 @@ class TrainingModule(LightningModule):
         states = iter(self.carried.before(batches))
 
         def run(batch: Batch) -> ModelOutput:
-            output, ended = run_on(self.model, batch, next(states))
+            output, ended = run_on(self.model, batch, next(states), self.row_group)
             after.append(ended)
             return output
 

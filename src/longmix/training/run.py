@@ -234,7 +234,7 @@ def check_config(config: TrainConfig, tokenizer: Tokenizer | None = None) -> tup
         )
     tasks_of(config, model.mixers())
     if config.loop.carry_state:
-        check_carries(model, data.reads_on, data.source, settings.slices)
+        check_carries(model, data.reads_on, data.source)
     return settings, data
 
 
@@ -263,7 +263,7 @@ def _module(
     config: TrainConfig, model: LanguageModel, settings: TrainerSettings, everyone: Processes
 ) -> TrainingModule:
     if settings.slices > 1:
-        warn_of_whole_rows(model)
+        warn_of_whole_rows(model, config.loop.carry_state)
     if settings.on_gpu and settings.precision_in_use == "32-true":
         notice_float32_on_gpu("trainer.precision=32-true", "trainer.precision=bf16-mixed")
     carried = None

@@ -1,6 +1,6 @@
 """Division of a model over processes, and their exchanges; the model itself knows nothing of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from longmix.batch import Batch
 from longmix.distributed.rounded_gather import RoundedGather
@@ -84,16 +85,28 @@ def row_group(size: int, timeout: float = 600.0) -> dist.ProcessGroup:
     return own
 
 
-def mesh_of_all(device: torch.device) -> DeviceMesh:
-    """All processes in the order of their ranks; all must call it."""
-    return init_device_mesh(device.type, (dist.get_world_size(),))
+def mesh_of_rows(device: torch.device, slices: int) -> DeviceMesh:
+    """All processes in the order of their ranks: rows are divided along the first axis, and shared along a second.
+
+    All must call it. Without slices there is no second axis.
+    """
+    size = dist.get_world_size()
+    return init_device_mesh(device.type, (size,) if slices == 1 else (size // slices, slices))
 
 
-def run_slice(model: LanguageModel, batch: Batch, group: dist.ProcessGroup) -> ModelOutput:
-    """Run this process's slice of a batch's rows; token losses come back in whole rows, 0 outside the slice."""
-    slices = _slices(batch, group)
+def run_slice(
+    model: LanguageModel, batch: Batch, group: dist.ProcessGroup, before: Sequence[Any] | None = None
+) -> ModelOutput:
+    """Run this process's slice of a batch's rows; token losses come back in whole rows, 0 outside the slice.
+
+    Args:
+        model, batch: any.
+        group: the processes that share the rows.
+        before: each layer's state before the rows; the output then has the states after the slice.
+    """
+    slices = _slices(batch, group) if before is None else Slices(batch["tokens"].shape[1], batch["document_ids"], group)
     tokens, targets = slices.own(batch["tokens"]), slices.own(batch["targets"])
-    output = model(tokens, targets, state=model.slice_state(slices), document_ids=slices.ids)
+    output = model(tokens, targets, state=model.slice_state(slices, before), document_ids=slices.ids)
     output.token_losses = slices.placed(output.token_losses, 0.0)
     if output.hits is not None:
         output.hits = slices.placed(output.hits, False)
@@ -104,6 +117,30 @@ def own_targets(batch: Batch, group: dist.ProcessGroup) -> Batch:
     """The batch with targets in this process's slice alone, so that none counts twice."""
     slices = _slices(batch, group)
     return {**batch, "targets": slices.placed(slices.own(batch["targets"]), IGNORE_INDEX)}
+
+
+def of_last_slice(state: Any, group: dist.ProcessGroup) -> Any:
+    """The state that the last process of the group has, in all of them, which must all call it.
+
+    Args:
+        state: a pytree, whose tensors may have other shapes in other processes.
+        group: the processes that share rows.
+    """
+    leaves, structure = tree_flatten(state)
+    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    if not places:
+        return state
+    last = dist.get_global_rank(group, dist.get_world_size(group) - 1)
+    sizes = torch.tensor([size for place in places for size in leaves[place].shape], device=leaves[places[0]].device)
+    dist.broadcast(sizes, last, group)
+    known = iter(sizes.tolist())
+    for place in places:
+        shape = [next(known) for _ in leaves[place].shape]
+        is_last = dist.get_rank() == last
+        leaves[place] = leaves[place].contiguous() if is_last else leaves[place].new_empty(shape)
+        if leaves[place].numel():
+            dist.broadcast(leaves[place], last, group)
+    return tree_unflatten(leaves, structure)
 
 
 def largest(value: int, device: torch.device) -> int:

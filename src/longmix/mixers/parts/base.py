@@ -64,6 +64,8 @@ class Mixer(nn.Module):
         leaky_setting: the setting that makes it so, such as "mixer.mode=sequence_topk"; None if the class is so.
         sliced: whether `forward` takes `Slices` as its state. Without it context parallelism hands whole rows to every
             process, which is as exact, but divides neither the mixer's work nor its memory.
+        carries_in_slices: whether `Slices` may also have a state before the rows, `Slices.carried`; the state after the
+            slice then comes back. Without it context parallelism with carried state hands over whole rows.
         sizes: settings that say how many tokens are seen or stay together, and the least of each. A scale model has
             smaller ones, so that short rows have something outside them.
         small: settings at which rows of a few dozen tokens show what rows of thousands do with the usual ones; tests
@@ -84,6 +86,7 @@ class Mixer(nn.Module):
     leaky = False
     leaky_setting: str | None = None
     sliced = False
+    carries_in_slices = False
     sizes: ClassVar[dict[str, int]] = {}
     small: ClassVar[dict[str, Any]] = {}
     changeable: ClassVar[tuple[str, ...]] = ()

@@ -92,6 +92,7 @@ class RecurrentMixer(Mixer):
     """
 
     sliced = True
+    carries_in_slices = True
     tunes_states = True
     past: int = 0
     recent_channels: int = 0
@@ -162,6 +163,12 @@ class RecurrentMixer(Mixer):
         if isinstance(state, Slices):
             before = state.just_before(x, self.past)
             earlier = x.new_empty(0) if ids is None else state.ids_before(self.past)
+            if state.carried is not None and state.start < self.past:  # they reach before the rows
+                reach = slice(state.start, self.past)
+                before = torch.cat(
+                    [state.carried.recent[:, reach].to(x.dtype), before[:, self.past - state.start :]], 1
+                )
+                earlier = torch.cat([state.carried.recent_ids[:, reach], earlier[:, self.past - state.start :]], 1)
         elif state is None:
             before = x.new_zeros(batch, self.past, self.recent_channels)
             earlier = torch.zeros(batch, self.past, dtype=torch.int32, device=x.device)
@@ -172,7 +179,7 @@ class RecurrentMixer(Mixer):
     def next_state(
         self, carried: Any, recent: Recent, x: Tensor, state: RecurrentState | Slices | None, ids: Tensor | None
     ) -> RecurrentState | None:
-        """The state after `x`; None without a state, and after a slice.
+        """The state after `x`; None without a state, and after a slice of rows that begin anew.
 
         Args:
             carried: the engine's final state.
@@ -181,7 +188,7 @@ class RecurrentMixer(Mixer):
             state: the state before.
             ids: int32 [B, T], documents of the new tokens.
         """
-        if not isinstance(state, RecurrentState):
+        if state is None or (isinstance(state, Slices) and state.carried is None):
             return None
         assert ids is not None
         batch, length = ids.shape

@@ -48,7 +48,7 @@ class DecayRecurrence:
             decayed = decayed.unsqueeze(-1)
         added = _memory(final) - _memory(fresh)
         kept = decayed[:, -1].exp().expand(*added.shape[:3]).unsqueeze(-1)
-        entering = _entering(slices, added, kept)
+        entering = _entering(slices, added, kept, fresh)
         reads = self.scale * self.query * decayed.exp()
         memory = _memory(final) + _passed(slices, slices.rank, entering, kept)
         final = memory if isinstance(final, Tensor) else final._replace(memory=memory)
@@ -66,7 +66,7 @@ class DeltaRecurrence:
         outputs, finals = run(torch.cat([fresh, identity], -1), ids, None)
         output, reads = outputs.split([value_dim, key_dim], -1)
         final, kept = finals.split([value_dim, key_dim], -1)
-        entering = _entering(slices, final - fresh, kept)
+        entering = _entering(slices, final - fresh, kept, fresh)
         final = final + _passed(slices, slices.rank, entering, kept)
         return _corrected(output, reads, entering, slices, ids), final
 
@@ -102,6 +102,9 @@ class NormalizedRecurrence:
         """The state that enters this slice, in a scale at which nothing overflows."""
         memory, normalizer, log_scale = fresh
         assert normalizer is not None and log_scale is not None
+        if slices.carried is not None:
+            carried = select(slices.goes_on(), slices.carried.carried, fresh)
+            memory, normalizer, log_scale = carried
         sums = slices.each_before(self._sums(ids))
         none = sums[:, :0].sum(1)  # zeros, but every process needs the result of an exchange in its graph
         memory = memory + none[..., :-3]
@@ -140,17 +143,21 @@ def _memory(state: Any) -> Tensor:
     return memory
 
 
-def _entering(slices: Slices, added: Tensor, kept: Tensor) -> Tensor:
+def _entering(slices: Slices, added: Tensor, kept: Tensor, fresh: Any) -> Tensor:
     """E [B, H, K, V]: the state that enters this slice, less a fresh one.
 
     Args:
         slices: what comes before.
         added: R of this slice, [B, H, K, V].
         kept: M of this slice, [B, H, K, K], or its diagonal [B, H, K, 1].
+        fresh: the state before a document.
     """
     columns = [added.shape[-1], kept.shape[-1]]
     before = slices.each_before(torch.cat([added, kept.to(added.dtype)], -1))
     entering = before[:, :0, ..., : columns[0]].sum(1)  # zeros; every process has an exchange's result in its graph
+    if slices.carried is not None:
+        more = _memory(slices.carried.carried) - _memory(fresh)
+        entering = entering + torch.where(slices.goes_on()[:, None, None, None], more, 0.0)
     for index in range(slices.rank):
         added, kept = before[:, index].split(columns, -1)
         entering = added + _passed(slices, index, entering, kept)

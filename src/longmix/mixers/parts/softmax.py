@@ -52,6 +52,13 @@ class AttentionState:
         """int [B], the document of the last token; None before the first."""
         return None if self.key.shape[1] == 0 else _cached_ids(self)[:, -1]
 
+    def latest(self, count: int) -> "AttentionState":
+        """The state with no more than the last `count` keys."""
+        start = max(0, self.key.shape[1] - count)
+        labels = None if self.key_labels is None else self.key_labels[:, start:]
+        ids = None if self.document_ids is None else self.document_ids[:, start:]
+        return AttentionState(self.key[:, start:], self.value[:, start:], labels, ids, self.next_position)
+
     @property
     def one_document(self) -> bool:
         """Whether no ids were passed so far."""
@@ -292,6 +299,10 @@ class SoftmaxAttention(Mixer):
         if state is None:
             rows.layout = layout
             mixed, metrics = self.attend(rows)
+        elif isinstance(state, Slices) and state.carried is not None:
+            rows = after_earlier_slices(rows, state, self.rows_of_earlier_slices())
+            mixed, metrics = self.attend(rows)
+            after = self._kept(rows, layout.positions[:, -1].expand(batch) + 1)
         elif isinstance(state, Slices):
             mixed, metrics = self.attend_after(rows, state)
         else:
@@ -365,4 +376,8 @@ def after_earlier_slices(rows: Rows, slices: Slices, limit: int | None) -> Rows:
 
     labels = None if rows.key_labels is None else after(rows.key_labels)
     ids = slices.ids_from(limit)
-    return replace(rows, key=after(rows.key), value=after(rows.value), document_ids=ids, key_labels=labels)
+    rows = replace(rows, key=after(rows.key), value=after(rows.value), document_ids=ids, key_labels=labels)
+    if slices.carried is None:
+        return rows
+    reach = slices.carried.key.shape[1] if limit is None else max(0, limit - slices.start)
+    return continued(rows, slices.carried.latest(reach))
