@@ -111,6 +111,7 @@ def test_refusals(called, tmp_path, monkeypatch, arguments, said):
         ("kernels", ["delta", "--arch", "90"], ["delta", "--arch", "90"]),
         ("consolidate", ["output=b", "checkpoint=a"], ["a", "b"]),
         ("consolidate", ["a", "output=null"], ["a"]),
+        ("average", ["a", "last=5", "output=b"], ["a", "--last", "5", "--output", "b"]),
         ("import", ["a", "b", "separator=null", "missing_bytes=null"], ["a", "b"]),
     ],
 )

@@ -1,9 +1,15 @@
-"""`python -m longmix.checkpoints consolidate runs/NAME [OUT]`: the newest sharded checkpoint of a run in one file."""
+"""`python -m longmix.checkpoints`: the newest sharded checkpoint of a run in one file, or the mean of its last ones.
 
+consolidate runs/NAME [OUT]
+average runs/NAME --last 5 [--output OUT]
+"""
+
+import argparse
 import sys
 from pathlib import Path
 
 from longmix import startup
+from longmix.checkpoints.average import average, last_checkpoints
 from longmix.checkpoints.find import chosen_checkpoint
 from longmix.checkpoints.load import load_checkpoint
 from longmix.checkpoints.store import final_name
@@ -44,9 +50,9 @@ def consolidate(checkpoint: Path | str, target: Path | str) -> None:
 
 
 def main(words: list[str] | None = None) -> int:
-    """Run `consolidate` with these words, or with those of the command line; returns the exit code."""
+    """Run `consolidate` or `average` with these words, or with those of the command line; returns the exit code."""
     parser = OptionParser(prog=as_called("python -m longmix.checkpoints"))
-    commands = parser.add_subparsers(required=True, metavar="consolidate")
+    commands = parser.add_subparsers(required=True, metavar="consolidate|average")
     command = commands.add_parser("consolidate", help="write a sharded checkpoint in one file")
     command.add_argument(
         "checkpoint", type=path_option, help="folder of a run (its newest checkpoint) or of a checkpoint"
@@ -54,16 +60,35 @@ def main(words: list[str] | None = None) -> int:
     command.add_argument(
         "output", type=path_option, nargs="?", help="folder to make; the checkpoint's name with -whole"
     )
+    command.set_defaults(run=_consolidate)
+    command = commands.add_parser("average", help="write the mean of a run's last checkpoints as one")
+    command.add_argument("checkpoint", type=path_option, help="folder of a run")
+    command.add_argument("--last", type=int, required=True, help="how many checkpoints")
+    command.add_argument("--weights", choices=["trained", "ema"], default="trained", help="which weights of each")
+    command.add_argument("--output", type=path_option, help="folder to make; default: the run's, in it average-of-LAST")
+    command.set_defaults(run=_average)
     try:
         arguments = parser.parse_args(words)
-        checkpoint = chosen_checkpoint(arguments.checkpoint)
-        output = arguments.output or checkpoint.with_name(f"{final_name(checkpoint.name)}-whole")
-        consolidate(checkpoint, output)
+        output = arguments.run(arguments)
     except LongmixError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     print(f"wrote {output}")
     return 0
+
+
+def _consolidate(arguments: argparse.Namespace) -> Path:
+    checkpoint = chosen_checkpoint(arguments.checkpoint)
+    output: Path = arguments.output or checkpoint.with_name(f"{final_name(checkpoint.name)}-whole")
+    consolidate(checkpoint, output)
+    return output
+
+
+def _average(arguments: argparse.Namespace) -> Path:
+    checkpoints = last_checkpoints(arguments.checkpoint, arguments.last)
+    output: Path = arguments.output or arguments.checkpoint / f"average-of-{arguments.last}"
+    average(checkpoints, output, arguments.weights)
+    return output
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.planner import ReadItem, SavePlan, TensorWrite
 from longmix.checkpoints.tensor_files import check_archive
 from longmix.checkpoints.tensors import Name, Piece
 from longmix.checkpoints.verify import (
+    ALIASES,
     INFO_FILE,
     Facts,
     as_state,
@@ -135,6 +136,31 @@ class ShardedCheckpoint:
         with reading(path, "state", f"; {cure(self.checkpoint).rstrip('.')}"):
             check_archive(path)
             return as_state(torch.load(path, map_location="cpu", weights_only=True))
+
+    def aliases(self) -> dict[Name, Name]:
+        """Further names of tensors, each with the one that they are stored by."""
+        found = self.rest().get(ALIASES)
+        with reading(self.checkpoint / RUN_FILE, "state", f"; {cure(self.checkpoint).rstrip('.')}"):
+            if not isinstance(found, dict) or not set(found.values()) <= set(self.shapes):
+                raise ValueError("its aliases name what is not there")
+            return found
+
+    def verify(self) -> None:
+        """Verify all shards, in one process.
+
+        Raises:
+            CheckpointError: one is damaged.
+        """
+        for name in self.files:
+            self._check(name)
+
+    def read(self, targets: dict[Name, Tensor]) -> None:
+        """Fill `targets` in one process, after `verify`.
+
+        Raises:
+            CheckpointError: a shard does not hold what is asked for.
+        """
+        self._read(targets, silent)
 
     def read_into(self, targets: dict[Name, Tensor], processes: Processes, advance: Advance = silent) -> None:
         """Fill `targets`, once each shard has been verified by one of the processes; all processes must call it.

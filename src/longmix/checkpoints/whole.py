@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from longmix.checkpoints.tensor_files import check_archive, write_tensors
-from longmix.checkpoints.tensors import IN_TENSORS, Name, own_part, own_slice, split
+from longmix.checkpoints.tensors import IN_TENSORS, Name, own_part, own_slice, split, without_aliases
 from longmix.checkpoints.verify import Facts, as_state, check_file, cure, facts_of, read_info, reading
 from longmix.distributed.agreement import Processes
 from longmix.errors import CheckpointError
@@ -56,15 +56,27 @@ class WholeCheckpoint:
         """The state without weights and without the optimizers' tensors."""
         return self._rest
 
+    def aliases(self) -> dict[Name, Name]:
+        """Further names of tensors, each with the one that stands first."""
+        return without_aliases(self._tensors)[1]
+
+    def verify(self) -> None:
+        """Nothing is left to verify."""
+
     def read_into(self, targets: dict[Name, Tensor], processes: Processes) -> None:
         """Fill `targets`, of which each process reads its own part; all processes must call it.
 
         Raises:
             CheckpointError: a tensor is not there or has another shape; the same in all processes.
         """
-        processes.each(lambda: self._read(targets))
+        processes.each(lambda: self.read(targets))
 
-    def _read(self, targets: dict[Name, Tensor]) -> None:
+    def read(self, targets: dict[Name, Tensor]) -> None:
+        """Fill `targets` in one process.
+
+        Raises:
+            CheckpointError: a tensor is not there or has another shape.
+        """
         for name, target in targets.items():
             saved = self._tensors.get(name)
             if saved is None or saved.shape != target.shape:

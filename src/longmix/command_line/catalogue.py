@@ -276,6 +276,19 @@ _COMMANDS = (
         examples=("longmix consolidate runs/NAME",),
     ),
     Command(
+        "average",
+        "write the mean of a run's last checkpoints as one",
+        module="longmix.checkpoints.__main__",
+        adds=("average",),
+        words=(
+            Argument("checkpoint", "folder of a run", "???", positional=True, path=True),
+            Argument("last", "how many checkpoints, the newest", "???"),
+            Argument("weights", "ema: averaged over the steps (loop.ema_decay)", "trained", choices=("trained", "ema")),
+            Argument("output", "folder to make; null: average-of-LAST in the run's", path=True),
+        ),
+        examples=("longmix average runs/NAME last=5", "longmix average runs/NAME last=1 weights=ema output=mean"),
+    ),
+    Command(
         "audit",
         "whether a checkpoint's model and each of its mixers are causal",
         hydra="evaluate",
