@@ -14,7 +14,7 @@ Either can be continued on any number of processes. `python -m longmix.checkpoin
 from longmix.checkpoints.find import chosen_checkpoint, find_checkpoint
 from longmix.checkpoints.load import Checkpoint, load_checkpoint, open_checkpoint
 from longmix.checkpoints.store import CheckpointStore
-from longmix.checkpoints.tensor_files import load_tensors, save_tensors
+from longmix.checkpoints.tensor_files import load_foreign_tensors, load_tensors, save_tensors
 from longmix.checkpoints.verify import read_info, reading
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "chosen_checkpoint",
     "find_checkpoint",
     "load_checkpoint",
+    "load_foreign_tensors",
     "load_tensors",
     "open_checkpoint",
     "read_info",

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from longmix.checkpoints.verify import reading
+from longmix.checkpoints.verify import check_weight, reading
 from longmix.errors import CheckpointError
 from longmix.files import HASH_CHUNK_BYTES, replace_file
 from longmix.progress import Advance, silent
@@ -104,6 +104,31 @@ def load_tensors(
             raise ValueError("its SHA-256 is missing")
     if not verified:
         logger.warning("%s has no SHA-256, as earlier versions wrote it; damage would go unnoticed.", path)
+    return content
+
+
+def load_foreign_tensors(path: Path | str, what: str) -> dict[str, torch.Tensor]:
+    """The tensors by name in a file that another program may have written by torch.save; none of its code is run.
+
+    They stay on the disk until they are used. A digest is verified where there is one.
+
+    Args:
+        path: the file.
+        what: it should hold, for messages.
+
+    Raises:
+        CheckpointError: there is no such file, it is damaged, or holds something else.
+    """
+    path = Path(path)
+    with reading(path, what):
+        require_regular(path)
+        _verify(path)
+        check_archive(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(content, dict) or not content:
+            raise ValueError(f"it holds a {type(content).__name__} in the place of weights by name")
+        for name, weight in content.items():
+            check_weight(name, weight)
     return content
 
 

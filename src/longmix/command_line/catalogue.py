@@ -239,8 +239,15 @@ _COMMANDS = (
         adds=("export",),
         words=(
             Argument("checkpoint", _CHECKPOINT, "???", positional=True, path=True),
-            Argument("folder", "to write", "???", positional=True, path=True),
-            Argument("as", "the format; llama needs no longmix to run", "auto", choices=("auto", "llama", "longmix")),
+            Argument(
+                "folder", "to write; FILE.pth: RWKV-7 as its authors' code reads it", "???", positional=True, path=True
+            ),
+            Argument(
+                "as",
+                "the format; only longmix needs longmix to run",
+                "auto",
+                choices=("auto", "llama", "xlstm", "rwkv7", "gated_deltanet", "longmix"),
+            ),
             Argument("dtype", "of the weights", "float32", choices=("float32", "bfloat16", "float16")),
             Argument("weights", "ema: averaged over the steps (loop.ema_decay)", "trained", choices=("trained", "ema")),
             Argument("force", "replace the folder if it is there", "false", switch=True),
@@ -253,7 +260,13 @@ _COMMANDS = (
         module="longmix.interop.huggingface.__main__",
         adds=("import",),
         words=(
-            Argument("folder", "with config.json, safetensors and tokenizer.json", "???", positional=True, path=True),
+            Argument(
+                "folder",
+                "with config.json, safetensors and tokenizer.json; or RWKV-7's FILE.pth",
+                "???",
+                positional=True,
+                path=True,
+            ),
             Argument("checkpoint", "folder to write the checkpoint to", "???", positional=True, path=True),
             Argument("separator", "the token that starts each document; null: the one that begins a text"),
             Argument(
@@ -261,8 +274,9 @@ _COMMANDS = (
                 "what happens to characters that the tokenizer has no tokens for; null: refuse",
                 choices=("refuse", "replace"),
             ),
+            Argument("tokenizer", "tokenizer.json, or a folder with it; null: that in the folder", path=True),
         ),
-        examples=("longmix import SmolLM-135M runs/smol",),
+        examples=("longmix import SmolLM-135M runs/smol", "longmix import rwkv7.pth runs/rwkv tokenizer=TOKENIZER"),
     ),
     Command(
         "consolidate",

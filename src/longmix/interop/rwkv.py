@@ -1,96 +1,198 @@
-"""RWKV-7 models in the format of RWKV-LM and of the `rwkv` package.
+"""RWKV-7 models in the format of RWKV-LM and of the `rwkv` package, out of longmix and into it.
 
 python -m longmix.interop.rwkv CHECKPOINT OUTPUT.pth
 
 Matrices keep their order [out, in], but the thin ones, which that format holds as [in, out]. States are transposed:
-ours are [keys, values], theirs [values, keys].
+ours are [keys, values], theirs [values, keys]. Such a file holds weights alone: its sizes are theirs, and the epsilons
+of its norms are those of the authors' code.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import isclose
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from longmix import startup
-from longmix.checkpoints import chosen_checkpoint, save_tensors
+from longmix.checkpoints import chosen_checkpoint, load_foreign_tensors, save_tensors
 from longmix.checkpoints.contents import load_model_state, rebuilding
+from longmix.checkpoints.verify import weight_differences
 from longmix.command_line.options import OptionParser, path_option
-from longmix.errors import ConfigError, LongmixError
+from longmix.config import ModelConfig
+from longmix.errors import CheckpointError, ConfigError, LongmixError
 from longmix.files import check_replaceable
-from longmix.mixers.rwkv7 import RWKV7, SHIFTS, LowRank
+from longmix.interop.layouts import Layout, Place, renamed, rows, transposed, vector
+from longmix.mixers.rwkv7 import RWKV7
 from longmix.model.backbone import LanguageModel
 from longmix.model.blocks import Block
-from longmix.model.build import model_from_checkpoint
-from longmix.model.rwkv_blocks import ChannelMix
+from longmix.model.build import build_model, model_from_checkpoint
+from longmix.model.rwkv_blocks import ChannelMix, RWKVBlocks
+from longmix.model.tuned_states_file import tune_states
 from longmix.trust import check_model_nodes
 
-SHIFT_LETTERS = {"query": "r", "decay": "w", "key": "k", "value": "v", "rate": "a", "gate": "g"}
+NORM_EPS, HEAD_NORM_EPS = 1e-5, 64e-5
+"""Epsilons in the authors' code, that of a head's norm whatever its width."""
+
+CONTEXT = 4096
+"""Tokens of a training row; a file does not say how many, and released models have seen at least so many."""
+
+LOW_RANK = {"decay": "w", "rate": "a", "value_mix": "v", "gate": "g"}
+"""Our names of the thin matrices, and the letters of theirs."""
+
+PLACEHOLDERS = tuple(f"blocks.0.att.v{number}" for number in range(3))
+"""Weights of a value residual in the first layer, which that format has and nobody reads."""
+
+STATE = "att.time_state"
+
+
+def layout(heads: int) -> Layout:
+    """The names of all weights, of a model with so many heads in a layer."""
+    layer = {
+        "mixer.shifts": rows(*(f"att.x_{letter}" for letter in "rwkvag")),
+        "mixer.removal_scale": vector("att.k_k", 1, 1, -1),
+        "mixer.replacement_scale": vector("att.k_a", 1, 1, -1),
+        "mixer.bonus": vector("att.r_k", heads, -1),
+        "mixer.tuned.initial.memory": Place((STATE,), lambda state: [state.mT], lambda parts: parts[0].mT.contiguous()),
+        "mlp.shift": vector("ffn.x_k", 1, 1, -1),
+        "mlp.key.weight": renamed("ffn.key.weight"),
+        "mlp.value.weight": renamed("ffn.value.weight"),
+    }
+    for ours, theirs in {"query": "receptance", "key": "key", "value": "value", "output": "output"}.items():
+        layer[f"mixer.{ours}.weight"] = renamed(f"att.{theirs}.weight")
+    for ours, letter in LOW_RANK.items():
+        layer[f"mixer.{ours}.down.weight"] = transposed(f"att.{letter}1")
+        layer[f"mixer.{ours}.up.weight"] = transposed(f"att.{letter}2")
+        if letter != "g":
+            layer[f"mixer.{ours.removesuffix('_mix')}_base"] = vector(f"att.{letter}0", 1, 1, -1)
+    outside = {"embedding.weight": renamed("emb.weight"), "head.weight": renamed("head.weight")}
+    for part in ("weight", "bias"):
+        norms = {"mixer_norm": "ln1", "mlp_norm": "ln2", "mixer.head_norm": "att.ln_x"}
+        layer |= {f"{ours}.{part}": renamed(f"{theirs}.{part}") for ours, theirs in norms.items()}
+        outside |= {
+            f"norm.{part}": renamed(f"ln_out.{part}"),
+            f"embedding_norm.{part}": renamed(f"blocks.0.ln0.{part}"),
+        }
+    return Layout(outside, layer, "blocks.")
 
 
 def rwkv_weights(model: LanguageModel) -> dict[str, Tensor]:
     """The weights of a model by RWKV-LM's names; tuned states come as `att.time_state` [H, V, K].
 
     Raises:
-        ConfigError: a layer is not RWKV-7's.
+        ConfigError: a layer is not RWKV-7's, or a norm's epsilon is not that of the authors' code.
     """
     for index, block in enumerate(model.blocks):
         if not (isinstance(block, Block) and isinstance(block.mixer, RWKV7) and isinstance(block.mlp, ChannelMix)):
             raise ConfigError(f"layer {index} is not RWKV-7's; this format needs mixer=rwkv7 and block=rwkv7.")
+        if block.mixer.tuned is not None and block.mixer.tuned.memory is not None:
+            raise ConfigError("this format has no place for a tuned memory; tune states with tuning.features=0.")
+        found = {"model.norm_eps": model.shape.norm_eps, "mixer.norm_eps": block.mixer.head_norm.eps}
+        for (name, own), theirs in zip(found.items(), (NORM_EPS, HEAD_NORM_EPS), strict=True):
+            if not isclose(own, theirs, rel_tol=1e-12):
+                raise ConfigError(f"{name}={own:g} cannot be said in this format, whose code has {theirs:g}.")
     if model.logit_softcap is not None:
         raise ConfigError(f"model.logit_softcap={model.logit_softcap} cannot be said in this format.")
-    weights = {"emb.weight": model.embedding.weight, "head.weight": model.head.weight, **_norm("ln_out", model.norm)}
-    for index, block in enumerate(model.blocks):
-        assert isinstance(block, Block)
-        assert isinstance(block.mixer, RWKV7)
-        assert isinstance(block.mlp, ChannelMix)
-        prefix = f"blocks.{index}"
-        if index == 0:
-            weights |= _norm(f"{prefix}.ln0", model.embedding_norm)
-        weights |= _norm(f"{prefix}.ln1", block.mixer_norm) | _norm(f"{prefix}.ln2", block.mlp_norm)
-        weights |= {f"{prefix}.att.{name}": weight for name, weight in _time_mixing(block.mixer).items()}
-        weights |= {
-            f"{prefix}.ffn.x_k": block.mlp.shift.view(1, 1, -1),
-            f"{prefix}.ffn.key.weight": block.mlp.key.weight,
-            f"{prefix}.ffn.value.weight": block.mlp.value.weight,
-        }
+    first = model.mixers()[0]
+    assert isinstance(first, RWKV7)
+    weights = layout(first.num_heads).to_theirs(model.state_dict())
+    empty = first.shifts.detach()
+    width = first.recent_channels
+    for name, shape in zip(PLACEHOLDERS, ((1, 1, width), (width, 1), (1, width)), strict=True):
+        weights[name] = empty.new_zeros(shape)
     return {name: weight.detach().clone() for name, weight in weights.items()}
 
 
-def _norm(name: str, norm: nn.Module) -> dict[str, Tensor]:
-    return {f"{name}.{part}": getattr(norm, part) for part in ("weight", "bias")}
+def read_file(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The model in a file of RWKV-LM's, and its weights by our names in float32, which holds shorter types exactly.
+
+    Args:
+        path: of the file, as training there saves it.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or holds another model than RWKV-7's.
+    """
+    theirs = load_foreign_tensors(path, "weights of RWKV-7")
+    for name in PLACEHOLDERS:
+        theirs.pop(name, None)
+    config, heads = _config_of(path, theirs)
+    try:
+        found = layout(heads).to_ours(theirs)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    with torch.device("meta"):
+        model = build_model(config, len(found["embedding.weight"]))
+        if any(name.endswith(STATE) for name in theirs):
+            tune_states(model)
+    if differences := weight_differences(found, model.state_dict()):
+        raise CheckpointError(f"the weights in {path} are not those of an RWKV-7: {differences}.")
+    return config, {name: found[name].float() for name in model.state_dict()}
 
 
-def _time_mixing(mixer: RWKV7) -> dict[str, Tensor]:
-    weights = {
-        f"x_{SHIFT_LETTERS[name]}": shift.view(1, 1, -1) for name, shift in zip(SHIFTS, mixer.shifts, strict=True)
+def _config_of(path: Path, weights: Mapping[str, Tensor]) -> tuple[ModelConfig, int]:
+    """What a model is built from that has such weights, and the heads of a layer."""
+
+    def sizes(name: str, dimensions: int) -> list[int]:
+        weight = weights.get(name)
+        if weight is None or weight.ndim != dimensions or 0 in weight.shape:
+            shape = "is missing" if weight is None else f"has shape {list(weight.shape)}"
+            raise CheckpointError(f"{path} holds no RWKV-7 in its authors' layout: {name} {shape}.")
+        return list(weight.shape)
+
+    width = sizes("emb.weight", 2)[1]
+    heads, head_dim = sizes("blocks.0.att.r_k", 2)
+    layers = 1
+    while f"blocks.{layers}.att.r_k" in weights:
+        layers += 1
+    hidden = sizes("blocks.0.ffn.key.weight", 2)[0]
+    last = f"blocks.{layers - 1}.att"
+    letters = {"decay": "w", "rate": "a", "gate": "g", **({"value": "v"} if layers > 1 else {})}
+    mixer = {
+        "_target_": f"{RWKV7.__module__}.{RWKV7.__qualname__}",
+        "head_dim": head_dim,
+        **{f"{name}_rank": None for name in ("decay", "rate", "value", "gate")},
+        **{f"{name}_rank": sizes(f"{last}.{letter}1", 2)[1] for name, letter in letters.items()},
+        "norm_eps": HEAD_NORM_EPS,
     }
-    # Theirs holds a value residual in the first layer too, and never reads it.
-    value_base = torch.zeros_like(mixer.rate_base) if mixer.value_base is None else mixer.value_base
-    value_mix = LowRank(mixer.recent_channels, 1) if mixer.value_mix is None else mixer.value_mix
-    for letter, base, pair in (
-        ("w", mixer.decay_base, mixer.decay),
-        ("a", mixer.rate_base, mixer.rate),
-        ("v", value_base, value_mix),
-        ("g", None, mixer.gate),
-    ):
-        if base is not None:
-            weights[f"{letter}0"] = base.view(1, 1, -1)
-        weights |= {f"{letter}1": pair.down.weight.T, f"{letter}2": pair.up.weight.T}
-    weights |= {
-        "k_k": mixer.removal_scale.view(1, 1, -1),
-        "k_a": mixer.replacement_scale.view(1, 1, -1),
-        "r_k": mixer.bonus.view(mixer.num_heads, mixer.head_dim),
-        "receptance.weight": mixer.query.weight,
-        "key.weight": mixer.key.weight,
-        "value.weight": mixer.value.weight,
-        "output.weight": mixer.output.weight,
-        **_norm("ln_x", mixer.head_norm),
+    model = {
+        "_target_": f"{LanguageModel.__module__}.{LanguageModel.__qualname__}",
+        "d_model": width,
+        "num_layers": layers,
+        "num_heads": 1,
+        "mlp_hidden": hidden,
+        "tie_head": False,
+        "logit_penalty": 0.0,
+        "norm_eps": NORM_EPS,
+        "activation_checkpointing": "none",
+        "block": {
+            "_target_": f"{RWKVBlocks.__module__}.{RWKVBlocks.__qualname__}",
+            "channel_factor": hidden / width,
+        },
     }
-    if mixer.tuned is not None:
-        if mixer.tuned.memory is not None:
-            raise ConfigError("this format has no place for a tuned memory; tune states with tuning.features=0.")
-        weights["time_state"] = mixer.tuned.initial["memory"].transpose(1, 2)
+    return ModelConfig.of({"model": model, "mixer": mixer}), heads
+
+
+def write_file(checkpoint: Path, output: Path, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Write a checkpoint's model in RWKV-LM's format, and return the weights that the file holds.
+
+    Args:
+        checkpoint: folder of a run or checkpoint.
+        output: file to write, ending in .pth.
+        dtype: of the weights.
+
+    Raises:
+        ConfigError: the model is not RWKV-7, or the file's name cannot be replaced.
+        CheckpointError: there is no such checkpoint, or it is damaged.
+        StorageError: the file cannot be written; what was there before stays.
+    """
+    check_replaceable(output)
+    path = chosen_checkpoint(checkpoint)
+    state = load_model_state(path)
+    with rebuilding(path):
+        check_model_nodes(state["config"])
+        weights = {name: weight.to(dtype) for name, weight in rwkv_weights(model_from_checkpoint(state)).items()}
+    save_tensors(output, weights)
     return weights
 
 
@@ -108,13 +210,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("output", type=path_option, help="file to write, ending in .pth")
     try:
         arguments = parser.parse_args(words)
-        check_replaceable(arguments.output)
-        checkpoint = chosen_checkpoint(arguments.checkpoint)
-        state = load_model_state(checkpoint)
-        with rebuilding(checkpoint):
-            check_model_nodes(state["config"])
-            weights = rwkv_weights(model_from_checkpoint(state))
-        save_tensors(arguments.output, weights)
+        weights = write_file(arguments.checkpoint, arguments.output)
     except LongmixError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code

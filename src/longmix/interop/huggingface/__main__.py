@@ -33,20 +33,25 @@ def _parser() -> OptionParser:
     commands = parser.add_subparsers(required=True, metavar="export|import")
     out = commands.add_parser("export", help="write a checkpoint as a folder that transformers loads")
     out.add_argument("checkpoint", type=path_option, help="folder of a run or checkpoint")
-    out.add_argument("folder", type=path_option, help="to write")
-    out.add_argument("--as", dest="kind", choices=KINDS, default="auto", help="llama needs nothing of longmix to run")
+    out.add_argument("folder", type=path_option, help="to write; FILE.pth: RWKV-7 as its authors' code reads it")
+    out.add_argument("--as", dest="kind", choices=KINDS, default="auto", help="only longmix needs longmix to run")
     out.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the weights")
     out.add_argument("--weights", choices=["trained", "ema"], default="trained", help="ema: averaged over the steps")
     out.add_argument("--force", action="store_true", help="replace the folder if it is there")
     out.set_defaults(run=_export)
     back = commands.add_parser("import", help="make a checkpoint of such a folder")
-    back.add_argument("folder", type=path_option, help="with config.json, safetensors and tokenizer.json")
+    back.add_argument(
+        "folder", type=path_option, help="with config.json, safetensors and tokenizer.json; or RWKV-7's FILE.pth"
+    )
     back.add_argument("checkpoint", type=path_option, help="folder to write the checkpoint to")
     back.add_argument("--separator", help="the token that starts each document; default: the one that begins a text")
     back.add_argument(
         "--missing-bytes",
         choices=MISSING_BYTES,
         help="what happens to characters that the tokenizer has no tokens for; default: refuse",
+    )
+    back.add_argument(
+        "--tokenizer", type=path_option, help="tokenizer.json, or a folder with it; default: that in the folder"
     )
     back.set_defaults(run=_import)
     return parser
@@ -60,7 +65,8 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    done = import_folder(arguments.folder, arguments.checkpoint, arguments.separator, arguments.missing_bytes)
+    words = arguments.separator, arguments.missing_bytes, arguments.tokenizer
+    done = import_folder(arguments.folder, arguments.checkpoint, *words)
     hint = "" if done.has_data else "; it says nothing of data, so an evaluation needs data="
     print(f"wrote {done.checkpoint} from a model of type {done.model_type}{hint}")
     if isinstance(done.tokenizer, LibraryTokenizer):

@@ -15,7 +15,10 @@ from longmix.config import StoredConfig
 from longmix.data.tokens.tokenizers import tokenizer_from_state
 from longmix.errors import ConfigError
 from longmix.files import atomic_directory, check_folder, write_json
+from longmix.interop import rwkv
 from longmix.interop.huggingface import llama
+from longmix.interop.huggingface.described import Described
+from longmix.interop.huggingface.families import ALONE, FAMILIES, write_folder
 from longmix.interop.huggingface.folder import FORMAT, OWN_FILE, WEIGHTS, require_transformers
 from longmix.interop.huggingface.seal import MARK, sealed
 from longmix.interop.huggingface.specials import write_specials
@@ -24,7 +27,7 @@ from longmix.model.backbone import LanguageModel
 from longmix.model.build import model_from_checkpoint
 from longmix.wording import counted
 
-KINDS = ("auto", "longmix", "llama")
+KINDS = ("auto", "longmix", "llama", *FAMILIES)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 CARD = """---
@@ -46,7 +49,13 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 `{own_file}` holds the training configuration; `python -m longmix.interop.huggingface import {name} CHECKPOINT` makes a
 checkpoint of longmix again.
 """
-REGISTER = "import longmix.interop.huggingface  # makes the type known; pip install 'longmix[interop]'\n"
+_FLA = "import fla  # makes the type known; pip install flash-linear-attention; it runs on a GPU\n"
+REGISTERS = {
+    "longmix": "import longmix.interop.huggingface  # makes the type known; pip install 'longmix[interop]'\n",
+    "rwkv7": _FLA,
+    "gated_deltanet": _FLA,
+}
+"""Lines of the card that make a type known to transformers."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +85,9 @@ def export(
 
     Args:
         checkpoint: folder of a run or checkpoint.
-        folder: to write.
-        kind: "llama" for a type of Llama's family, which transformers runs alone; "longmix" for ours, which holds any
-            model; "auto" for the former where it can hold the model.
+        folder: to write; a name that ends in .pth is a file of RWKV-7's authors' format, without a tokenizer.
+        kind: "llama" for a type of Llama's family, or one of `FAMILIES`; "longmix" for ours, which holds any model;
+            "auto" for one that transformers runs alone, where one can hold the model.
         dtype: of the weights: "float32" as they were trained, "bfloat16" or "float16".
         force: replace the folder if it is there.
         weights_of: "trained", or "ema" for their average over the steps of a run with loop.ema_decay.
@@ -91,6 +100,8 @@ def export(
     require_transformers()
     if kind not in KINDS or dtype not in DTYPES:
         raise ConfigError(f"--as is one of {', '.join(KINDS)}, and --dtype one of {', '.join(DTYPES)}.")
+    if folder.suffix == ".pth":
+        return _as_file(checkpoint, folder, kind, dtype, force)
     _check_target(folder, force)
     check_folder(folder.parent)
     path = chosen_checkpoint(checkpoint)
@@ -100,16 +111,18 @@ def export(
         stored = StoredConfig.of(state["config"])
         model = model_from_checkpoint(state)
         tokenizer = tokenizer_from_state(state["tokenizer"])
-    config, weights = _as_llama(model, stored, kind) or _as_longmix(model, stored)
+    config, weights = _as_family(model, stored, kind) or _as_llama(model, stored, kind) or _as_longmix(model, stored)
     fast = huggingface_tokenizer(tokenizer)
     write_specials(config, tokenizer)
     for key, value in MARK.items():
         setattr(config, key, value)
-    written = _filled(config, weights, DTYPES[dtype])
     about: dict[str, Any] = {key: state[key] for key in ("step", "config", "tokenizer", "versions") if key in state}
-    done = Exported(config.model_type, written.num_parameters(), dtype)
+    done = Exported(config.model_type, model.parameter_counts()["total"], dtype)
     with atomic_directory(folder) as temporary:
-        _save(written, temporary)
+        if isinstance(config, Described):
+            write_folder(temporary, config, weights, DTYPES[dtype])
+        else:
+            _save(_filled(config, weights, DTYPES[dtype]), temporary)
         fast.save_pretrained(temporary)
         write_json(temporary / OWN_FILE, sealed(temporary, {"format": FORMAT, **about}))
         (temporary / "README.md").write_text(_card(done, folder.name, model, about), encoding="utf-8")
@@ -119,6 +132,19 @@ def export(
             folder.rename(replaced)
     shutil.rmtree(replaced, ignore_errors=True)
     return done
+
+
+def _as_file(checkpoint: Path, path: Path, kind: str, dtype: str, force: bool) -> Exported:
+    """RWKV-7 in one file, as its authors' code reads it."""
+    if kind not in ("auto", "rwkv7"):
+        raise ConfigError(
+            f"{path.name} is the name of a file, which RWKV-7 alone has; leave --as out, or name a folder."
+        )
+    if path.exists() and not force:
+        raise ConfigError(f"{path} is there already; give another name, or --force to replace it.")
+    weights = rwkv.write_file(checkpoint, path, DTYPES[dtype])
+    own = sum(weight.numel() for name, weight in weights.items() if name not in rwkv.PLACEHOLDERS)
+    return Exported("rwkv7", own, dtype)
 
 
 def _check_target(folder: Path, force: bool) -> None:
@@ -136,11 +162,30 @@ def _check_trusted(stored: Mapping[str, Any]) -> None:
     trusted(stored)
 
 
+def _as_family(model: LanguageModel, config: StoredConfig, kind: str) -> tuple[Any, dict[str, Tensor]] | None:
+    """The model as one of `FAMILIES`; None where "auto" finds none that runs alone."""
+    for name in ALONE if kind == "auto" else [kind] if kind in FAMILIES else []:
+        family = FAMILIES[name]
+        try:
+            described = family.described(model, config)
+        except ConfigError:
+            if kind == "auto":
+                continue
+            raise
+        sizes = {"vocab_size": model.embedding.num_embeddings, "max_position_embeddings": config.seq_len}
+        theirs = family.read({**described, **sizes})
+        weights = model.state_dict()
+        if model.head.weight is model.embedding.weight:
+            del weights["head.weight"]
+        return theirs, family.to_theirs(weights, theirs)
+    return None
+
+
 def _as_llama(model: LanguageModel, config: StoredConfig, kind: str) -> tuple[Any, dict[str, Tensor]] | None:
     """The model as a type of Llama's family; None where "auto" leaves it to ours."""
     from transformers import AutoConfig
 
-    if kind == "longmix":
+    if kind not in ("auto", "llama"):
         return None
     try:
         described = llama.described(model, config)
@@ -188,6 +233,6 @@ def _card(done: Exported, name: str, model: LanguageModel, about: dict[str, Any]
         vocab_size=model.embedding.num_embeddings,
         steps=counted(about["step"], "step"),
         seq_len=about["config"]["seq_len"],
-        register=REGISTER if done.model_type == "longmix" else "",
+        register=REGISTERS.get(done.model_type, ""),
         own_file=OWN_FILE,
     )

@@ -1,5 +1,6 @@
 """From a folder of the Hugging Face libraries to a checkpoint that evaluate.py, generate.py and train.py take."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ from longmix.config import Choice, ModelConfig, Plain, StoredConfig, plain
 from longmix.data.tokens.tokenizers import Tokenizer, TokenizerFile, tokenizer_from_state
 from longmix.errors import CheckpointError, ConfigError, DataError
 from longmix.files import check_folder
+from longmix.interop import rwkv
 from longmix.interop.huggingface import llama
+from longmix.interop.huggingface.described import Described
+from longmix.interop.huggingface.families import FAMILIES
 from longmix.interop.huggingface.folder import (
     OWN_FILE,
     check_weights,
@@ -48,16 +52,21 @@ class Imported:
 
 
 def import_folder(
-    folder: Path, target: Path, separator: str | None = None, missing_bytes: str | None = None
+    folder: Path,
+    target: Path,
+    separator: str | None = None,
+    missing_bytes: str | None = None,
+    tokenizer: Path | None = None,
 ) -> Imported:
     """Write a checkpoint of the model in a folder; its weights are float32, which holds the shorter types exactly.
 
     Args:
-        folder: of type longmix, or of Llama's family.
+        folder: of type longmix, of Llama's family, or of one of `FAMILIES`; or a `.pth` file of RWKV-7's authors.
         target: folder for the checkpoint, as a run has it.
         separator: the token that starts each document; None takes what the folder begins texts with, else ends them.
         missing_bytes: what happens to characters that the tokenizer has no tokens for, "refuse" or "replace"; None
             refuses them.
+        tokenizer: a `tokenizer.json` or the folder of one, which a `.pth` file needs; None takes the model's own.
 
     Raises:
         CheckpointError: the folder is missing, damaged, or not what it says.
@@ -70,44 +79,69 @@ def import_folder(
     if store.latest() is not None:
         raise ConfigError(f"{target} already holds a checkpoint; give another folder.")
     check_folder(store.folder)
+    words = {"--separator": separator, "--missing-bytes": missing_bytes, "--tokenizer": tokenizer}
     with rebuilding(folder):
-        check_seal(folder)
-        theirs = _read_config(folder)
-        own = read_own(folder)
-        for word, given in (("--separator", separator), ("--missing-bytes", missing_bytes)):
-            if own is not None and given is not None:
-                raise ConfigError(f"{folder / OWN_FILE} holds the tokenizer as it was; leave {word} out.")
-        state: dict[str, Any]
-        tokenizer: Tokenizer
-        if own is None:
-            config = _model_config(theirs)
-            tokenizer = read_tokenizer(folder, theirs, separator, missing_bytes or "refuse")
-            state = {
-                "step": 0,
-                "config": plain(_stored(config, tokenizer.state(), theirs)) | {"batch_size": 1},
-                "tokenizer": tokenizer.state(),
-            }
+        if folder.suffix == ".pth":
+            theirs, state = _of_file(folder, words)
         else:
-            _check_same(folder, theirs, own["config"])
-            state = {key: value for key, value in own.items() if key not in ("format", "files", OWN_HASH)}
-            tokenizer = tokenizer_from_state(state["tokenizer"], str(folder / OWN_FILE))
-        if tokenizer.vocab_size > theirs.vocab_size:
+            check_seal(folder)
+            theirs = _read_config(folder)
+            own = read_own(folder)
+            state = _foreign(folder, theirs, words) if own is None else _exported(folder, theirs, own, words)
+            state["model"] = _weights(folder, theirs, ModelConfig.of(state["config"]))
+        made = tokenizer_from_state(state["tokenizer"], str(folder))
+        if made.vocab_size > theirs.vocab_size:
             raise DataError(
-                f"the tokenizer in {folder} has {tokenizer.vocab_size:,} ids, and the model {theirs.vocab_size:,}."
+                f"the tokenizer of {folder} has {made.vocab_size:,} ids, and the model {theirs.vocab_size:,}."
             )
-        state["model"] = _weights(folder, theirs, ModelConfig.of(state["config"]))
         check_model_state(state)
     source = {"imported": theirs.model_type, "tokens": 0, "validation": {}}
     checkpoint = store.save(state, source)
-    return Imported(checkpoint, theirs.model_type, state["config"]["data"] is not None, tokenizer)
+    return Imported(checkpoint, theirs.model_type, state["config"]["data"] is not None, made)
+
+
+def _of_file(path: Path, words: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """What is known of the model in a file of RWKV-7's authors, and the state of its checkpoint."""
+    config, weights = rwkv.read_file(path)
+    sizes = {"hidden_size": config.model.number("d_model"), "num_hidden_layers": config.model.number("num_layers")}
+    sizes |= {"vocab_size": len(weights["embedding.weight"]), "max_position_embeddings": rwkv.CONTEXT}
+    theirs = Described.of(sizes, {"model_type": "rwkv7"})
+    return theirs, {**_begun(path.parent, config, theirs, words), "model": weights}
+
+
+def _foreign(folder: Path, theirs: Any, words: Mapping[str, Any]) -> dict[str, Any]:
+    """The state, without weights, of a checkpoint of another project's folder."""
+    return _begun(folder, _model_config(theirs), theirs, words)
+
+
+def _begun(folder: Path, config: ModelConfig, theirs: Any, words: Mapping[str, Any]) -> dict[str, Any]:
+    given = words["--tokenizer"]
+    place = folder / TOKENIZER if given is None else given / TOKENIZER if given.is_dir() else given
+    tokenizer = read_tokenizer(
+        place.parent, theirs, words["--separator"], words["--missing-bytes"] or "refuse", place.name
+    )
+    stored = plain(_stored(config, tokenizer.state(), theirs)) | {"batch_size": 1}
+    return {"step": 0, "config": stored, "tokenizer": tokenizer.state()}
+
+
+def _exported(folder: Path, theirs: Any, own: dict[str, Any], words: Mapping[str, Any]) -> dict[str, Any]:
+    """The state, without weights, of a checkpoint that longmix exported."""
+    for word, given in words.items():
+        if given is not None:
+            raise ConfigError(f"{folder / OWN_FILE} holds the tokenizer as it was; leave {word} out.")
+    _check_same(folder, theirs, own["config"])
+    return {key: value for key, value in own.items() if key not in ("format", "files", OWN_HASH)}
 
 
 def _read_config(folder: Path) -> Any:
-    """transformers' object of a `config.json`, of a type that can be read here."""
+    """What a `config.json` says, of a type that can be read here; transformers' object where that knows the type."""
     from transformers import AutoConfig
 
-    kind = read_json(folder / "config.json").get("model_type")
-    known = ["longmix", *llama.ARCHITECTURES]
+    given = read_json(folder / "config.json")
+    kind = given.get("model_type")
+    if kind in FAMILIES:
+        return FAMILIES[kind].read(given)
+    known = ["longmix", *llama.ARCHITECTURES, *FAMILIES]
     if kind not in known:
         raise ConfigError(
             f"{folder} holds a model of type {shortened(repr(kind))}; the types that can be read are "
@@ -121,6 +155,8 @@ def _read_config(folder: Path) -> Any:
 
 
 def _model_config(theirs: Any) -> ModelConfig:
+    if theirs.model_type in FAMILIES:
+        return FAMILIES[theirs.model_type].model_config(theirs)
     if theirs.model_type != "longmix":
         return llama.read_config(theirs)
     from longmix.interop.huggingface.model import trusted
@@ -138,7 +174,8 @@ def _check_same(folder: Path, theirs: Any, stored: Plain) -> None:
         different = [key for key in ours if ours[key] != said[key]]
     else:
         with torch.device("meta"):
-            described = llama.described(build_model(config, theirs.vocab_size), config)
+            family = FAMILIES.get(theirs.model_type, llama)
+            described = family.described(build_model(config, theirs.vocab_size), config)
         different = [key for key, value in described.items() if getattr(theirs, key, None) != value]
     if different:
         raise CheckpointError(
@@ -169,6 +206,8 @@ def _weights(folder: Path, theirs: Any, config: ModelConfig) -> dict[str, Tensor
     weights = read_weights(folder)
     if theirs.model_type == "longmix":
         weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
+    elif theirs.model_type in FAMILIES:
+        weights = FAMILIES[theirs.model_type].to_ours(weights, theirs)
     else:
         weights = llama.renamed_weights(weights, theirs)
     needed = model.state_dict()

@@ -17,23 +17,28 @@ TOKENIZER = "tokenizer.json"
 GENERATION = "generation_config.json"
 
 
-def read_tokenizer(folder: Path, theirs: Any, separator: str | None, missing_bytes: str) -> LibraryTokenizer:
+def read_tokenizer(
+    folder: Path, theirs: Any, separator: str | None, missing_bytes: str, name: str = TOKENIZER
+) -> LibraryTokenizer:
     """The tokenizer of a folder that another library wrote, with the ids that end its texts.
 
     Args:
-        folder: the model's.
-        theirs: transformers' object of its `config.json`.
+        folder: the tokenizer's, which is the model's as a rule.
+        theirs: what the model's `config.json` says, with `eos_token_id`.
         separator: the token that starts each document; None takes what the folder begins texts with, else ends them.
         missing_bytes: see `LibraryTokenizer`.
+        name: of the tokenizer's file.
 
     Raises:
         CheckpointError: one of its files is damaged.
         DataError: there is no tokenizer, none that longmix reads, or none that names a token for the separator.
     """
-    path = folder / TOKENIZER
+    path = folder / name
     if not path.is_file():
-        raise DataError(f"{folder} has no {TOKENIZER}, which is the form of tokenizers that longmix reads.")
-    named = _named_tokens(folder, required=separator is None)
+        raise DataError(
+            f"{folder} has no {name}, which is the form of tokenizers that longmix reads; give one by --tokenizer."
+        )
+    named = _named_tokens(folder, theirs.model_type, required=separator is None)
     chosen = _separator(folder, named) if separator is None else separator
     tokenizer = TokenizerFile(str(path), chosen, missing_bytes)
     ends = _end_ids(folder, theirs, None if named is None else named.eos_token_id)
@@ -41,12 +46,14 @@ def read_tokenizer(folder: Path, theirs: Any, separator: str | None, missing_byt
     return tokenizer.ending_at(kept) if kept and kept != [tokenizer.separator_id] else tokenizer
 
 
-def _named_tokens(folder: Path, required: bool) -> Any:
+def _named_tokens(folder: Path, model_type: str, required: bool) -> Any:
     """transformers' object of the tokenizer; None if that cannot be made and is not required."""
-    from transformers import AutoTokenizer
+    from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerFast
 
+    # The former warns of a type of model that transformers does not know.
+    loader: Any = AutoTokenizer if model_type in CONFIG_MAPPING else PreTrainedTokenizerFast
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return loader.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # whatever is wrong with it
         if not required:
             return None
@@ -55,7 +62,8 @@ def _named_tokens(folder: Path, required: bool) -> Any:
 
 
 def _separator(folder: Path, named: Any) -> str:
-    first = _ids(folder / "config.json", "bos_token_id")
+    config = folder / "config.json"
+    first = _ids(config, "bos_token_id") if config.is_file() else []
     begins = named.convert_ids_to_tokens(first[0]) if first and 0 <= first[0] < len(named) else None
     separator = named.bos_token or begins or named.eos_token
     if separator is None:

@@ -15,7 +15,7 @@ gla             g = logsigmoid(W_up W_down x + b) / 16; S_t = diag(exp(g_t)) S_{
 Notable: with beta in (0, 1) no transition has an eigenvalue outside [0, 1]. A and b begin as in Mamba-2 (Dao and Gu
 2024, arXiv 2405.21060), so that heads remember from one token to a thousand; the authors' code for gated DeltaNet draws
 A from 0 on, whose logarithm may be infinite. Published codes differ in how their projections begin; here they do as in
-this project's other linear attention. The norm has weights for each head, where theirs share those of one.
+this project's other linear attention. The norm has weights for each head unless `shared_norm` makes it theirs.
 """
 
 import math
@@ -122,6 +122,7 @@ class GatedMemoryOptions(TypedDict, total=False):
     decay_rank: int | None
     gate_rank: int | None
     norm_eps: float
+    shared_norm: bool
 
 
 class GatedMemory(RecurrentMixer):
@@ -138,6 +139,7 @@ class GatedMemory(RecurrentMixer):
         convolution: tokens that a short convolution mixes, of queries, keys and values; 0 for none, nor its SiLU.
         decay_rank, gate_rank: of the thin matrices; None takes the values of a head, and 16 for a "sigmoid" decay.
         norm_eps: of the head-wise norm of what is read from the state.
+        shared_norm: let all heads share the weights of that norm, as published models do.
 
     Raises:
         ConfigError: an unknown word, heads that do not divide, a factor that is not positive, a convolution of 1 token,
@@ -159,6 +161,7 @@ class GatedMemory(RecurrentMixer):
         decay_rank: int | None = None,
         gate_rank: int | None = None,
         norm_eps: float = 1e-5,
+        shared_norm: bool = False,
     ) -> None:
         super().__init__()
         check_norm_eps(norm_eps)
@@ -202,7 +205,7 @@ class GatedMemory(RecurrentMixer):
         elif output_gate == "low_rank":
             rank = gate_rank or self.value_dim
             self.gate = nn.Sequential(nn.Linear(width, rank, bias=False), nn.Linear(rank, value_width, bias=False))
-        self.head_norm = HeadwiseNorm(heads, self.value_dim, "rms", norm_eps)
+        self.head_norm = HeadwiseNorm(heads, self.value_dim, "rms", norm_eps, shared=shared_norm)
         self.output = nn.Linear(value_width, width, bias=False)
         self.past, self.recent_channels = max(convolution - 1, 0), 2 * key_width + value_width
         self.convolution = ShortConvolution(self.recent_channels, convolution) if convolution else None

@@ -17,17 +17,21 @@ class HeadwiseNorm(nn.Module):
         kind: "rms" or "layer".
         eps: added to the mean square. It is part of the model where heads are small, as an mLSTM's are at first.
         bias: add one number per channel.
+        shared: all heads have the same weights.
 
     Raises:
         ConfigError: an unknown kind.
     """
 
-    def __init__(self, heads: int, head_dim: int, kind: str, eps: float, bias: bool = False) -> None:
+    def __init__(
+        self, heads: int, head_dim: int, kind: str, eps: float, bias: bool = False, shared: bool = False
+    ) -> None:
         super().__init__()
         if kind not in NORMS:
             raise ConfigError(f"mixer.norm={kind} is unknown; use {' or '.join(NORMS)}.")
-        self.weight = nn.Parameter(torch.ones(heads * head_dim))
-        self.bias = nn.Parameter(torch.zeros(heads * head_dim)) if bias else None
+        channels = head_dim if shared else heads * head_dim
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
         self.kind = kind
         self.eps = eps
 
@@ -37,8 +41,9 @@ class HeadwiseNorm(nn.Module):
         if self.kind == "layer":
             exact = exact - exact.mean(-1, keepdim=True)
         scale = (exact.square().mean(-1, keepdim=True) + self.eps).rsqrt()
-        scaled = exact * scale * self.weight.view(x.shape[-2:])
-        return (scaled if self.bias is None else scaled + self.bias.view(x.shape[-2:])).to(x.dtype)
+        width = x.shape[-1]
+        scaled = exact * scale * self.weight.view(-1, width)
+        return (scaled if self.bias is None else scaled + self.bias.view(-1, width)).to(x.dtype)
 
 
 def check_norm_eps(norm_eps: float) -> None:
