@@ -13,6 +13,7 @@ from torch import Tensor
 from longmix.config import ModelConfig
 from longmix.errors import ConfigError
 from longmix.interop.huggingface.described import (
+    CURE,
     Described,
     check_said,
     mixer_of,
@@ -159,8 +160,8 @@ def described(model: LanguageModel, config: ModelConfig) -> dict[str, Any]:
     mixer_of(config, MLSTMTFLA, TYPE)
     first = model.mixers()[0]
     assert isinstance(first, MLSTMTFLA)
-    if config.model.entries.get("logit_softcap") is None:
-        raise ConfigError(f"model.logit_softcap=null cannot be said in the format {TYPE}; as=longmix holds any model.")
+    if model.logit_softcap is None:
+        raise ConfigError(f"model.logit_softcap=null cannot be said in the format {TYPE}; {CURE}")
     width, hidden = model.shape.d_model, config.model.number("mlp_hidden")
     multiple = 1 if hidden % 64 else 64
     found = {
@@ -179,7 +180,7 @@ def described(model: LanguageModel, config: ModelConfig) -> dict[str, Any]:
         "ffn_proj_factor": _factor(width, hidden, multiple),
         "ffn_round_up_to_multiple_of": multiple,
         "gate_soft_cap": first.gate_cap,
-        "output_logit_soft_cap": config.model.entries["logit_softcap"],
+        "output_logit_soft_cap": model.logit_softcap,
         "weight_mode": "single",
         "tie_word_embeddings": model.head.weight is model.embedding.weight,
     }
