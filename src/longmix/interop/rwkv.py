@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longmix import startup
 from longmix.checkpoints import chosen_checkpoint, load_foreign_tensors, save_tensors
-from longmix.checkpoints.contents import load_model_state, rebuilding
+from longmix.checkpoints.contents import Weights, load_model_state, rebuilding
 from longmix.checkpoints.verify import weight_differences
 from longmix.command_line.options import OptionParser, path_option
 from longmix.config import ModelConfig
@@ -173,13 +173,16 @@ def _config_of(path: Path, weights: Mapping[str, Tensor]) -> tuple[ModelConfig, 
     return ModelConfig.of({"model": model, "mixer": mixer}), heads
 
 
-def write_file(checkpoint: Path, output: Path, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def write_file(
+    checkpoint: Path, output: Path, dtype: torch.dtype = torch.float32, weights_of: Weights = "trained"
+) -> dict[str, Tensor]:
     """Write a checkpoint's model in RWKV-LM's format, and return the weights that the file holds.
 
     Args:
         checkpoint: folder of a run or checkpoint.
         output: file to write, ending in .pth.
         dtype: of the weights.
+        weights_of: "trained" or "ema"; see `longmix.interop.huggingface.export.export`.
 
     Raises:
         ConfigError: the model is not RWKV-7, or the file's name cannot be replaced.
@@ -188,7 +191,7 @@ def write_file(checkpoint: Path, output: Path, dtype: torch.dtype = torch.float3
     """
     check_replaceable(output)
     path = chosen_checkpoint(checkpoint)
-    state = load_model_state(path)
+    state = load_model_state(path, weights_of)
     with rebuilding(path):
         check_model_nodes(state["config"])
         weights = {name: weight.to(dtype) for name, weight in rwkv_weights(model_from_checkpoint(state)).items()}

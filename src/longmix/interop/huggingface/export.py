@@ -101,7 +101,7 @@ def export(
     if kind not in KINDS or dtype not in DTYPES:
         raise ConfigError(f"--as is one of {', '.join(KINDS)}, and --dtype one of {', '.join(DTYPES)}.")
     if folder.suffix == ".pth":
-        return _as_file(checkpoint, folder, kind, dtype, force)
+        return _as_file(checkpoint, folder, kind, dtype, force, weights_of)
     _check_target(folder, force)
     check_folder(folder.parent)
     path = chosen_checkpoint(checkpoint)
@@ -134,7 +134,7 @@ def export(
     return done
 
 
-def _as_file(checkpoint: Path, path: Path, kind: str, dtype: str, force: bool) -> Exported:
+def _as_file(checkpoint: Path, path: Path, kind: str, dtype: str, force: bool, weights_of: Weights) -> Exported:
     """RWKV-7 in one file, as its authors' code reads it."""
     if kind not in ("auto", "rwkv7"):
         raise ConfigError(
@@ -142,7 +142,7 @@ def _as_file(checkpoint: Path, path: Path, kind: str, dtype: str, force: bool) -
         )
     if path.exists() and not force:
         raise ConfigError(f"{path} is there already; give another name, or --force to replace it.")
-    weights = rwkv.write_file(checkpoint, path, DTYPES[dtype])
+    weights = rwkv.write_file(checkpoint, path, DTYPES[dtype], weights_of)
     own = sum(weight.numel() for name, weight in weights.items() if name not in rwkv.PLACEHOLDERS)
     return Exported("rwkv7", own, dtype)
 
