@@ -19,6 +19,8 @@ class Batch(TypedDict):
         document_ids: int32 [b, T], or None where rows are never packed with several documents.
         document_starts: int32 [b, N], where each row's documents start, ascending from 0, and T for all that it does
             not have; or None. N is at least the number of documents and takes few values.
+        positions_before: int32 [b, T], the tokens that each token's document has before those of the row, which its
+            position counts too; only where positions go on from window to window.
         continues: bool [b], whether a row's first document is the one that its row of the step before ended with; only
             where rows read on from step to step.
     """
@@ -27,6 +29,7 @@ class Batch(TypedDict):
     targets: "torch.Tensor"
     document_ids: "torch.Tensor | None"
     document_starts: "NotRequired[torch.Tensor | None]"
+    positions_before: "NotRequired[torch.Tensor]"
     continues: "NotRequired[torch.Tensor]"
 
 
@@ -41,8 +44,9 @@ def documents_of(batch: Batch) -> "dict[str, torch.Tensor | None]":
 
     Every pass over a batch takes them from here, so that all are computed by the kernels that training uses.
     """
-    starts = batch.get("document_starts")
-    return {"document_ids": batch["document_ids"], **({} if starts is None else {"document_starts": starts})}
+    further = {"document_starts": batch.get("document_starts"), "positions_before": batch.get("positions_before")}
+    given = {name: part for name, part in further.items() if part is not None}
+    return {"document_ids": batch["document_ids"], **given}
 
 
 def first_tokens(batch: Batch, length: int) -> Batch:

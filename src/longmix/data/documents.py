@@ -17,11 +17,13 @@ class Window(NamedTuple):
         targets: the token that follows each input, or `IGNORE_INDEX`, int64 [T].
         document_ids: which document each input belongs to, counted from 0 in this window, int32 [T]; None where
             windows are never packed with several documents, or documents are not to be told apart.
+        positions_before: the tokens that each input's document has before those of this window, int32 [T]; None for 0.
     """
 
     tokens: np.ndarray
     targets: np.ndarray
     document_ids: np.ndarray | None
+    positions_before: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,10 @@ class Documents:
         ids = np.repeat(np.arange(len(self), dtype=np.int32), self.lengths)
         padding = seq_len - count
         inputs = np.pad(inputs, (0, padding), constant_values=token_file.separator_id)
-        return Window(inputs, targets, np.pad(ids, (0, padding), constant_values=len(self)))
+        ids = np.pad(ids, (0, padding), constant_values=len(self))
+        whole = token_file.offsets[np.searchsorted(token_file.offsets, self.starts, side="right") - 1]
+        before = np.repeat((self.starts - whole).astype(np.int32), self.lengths)
+        return Window(inputs, targets, ids, np.pad(before, (0, padding)))
 
 
 @dataclass(frozen=True)

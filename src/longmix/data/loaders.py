@@ -21,8 +21,13 @@ TOKENS_PER_START = 128
 """Starts that a row does not need are kept to one for so many tokens; each has FlashAttention look for work in vain."""
 
 
-def collate(windows: Iterable[Window]) -> Batch:
-    """Stack windows. Rows that may be packed have ids in every batch, so that all batches take one path."""
+def collate(windows: Iterable[Window], positions_go_on: bool = False) -> Batch:
+    """Stack windows. Rows that may be packed have ids in every batch, so that all batches take one path.
+
+    Args:
+        windows: of equal lengths.
+        positions_go_on: whether the batch has `positions_before`.
+    """
     rows = list(windows)
     tokens, targets = (torch.from_numpy(np.stack(part)) for part in zip(*(row[:2] for row in rows), strict=True))
     packed = [row.document_ids for row in rows if row.document_ids is not None]
@@ -30,7 +35,11 @@ def collate(windows: Iterable[Window]) -> Batch:
         return Batch(tokens=tokens, targets=targets, document_ids=None, document_starts=None)
     ids = np.stack([np.zeros_like(packed[0]) if row.document_ids is None else row.document_ids for row in rows])
     starts = torch.from_numpy(document_starts(ids))
-    return Batch(tokens=tokens, targets=targets, document_ids=torch.from_numpy(ids), document_starts=starts)
+    batch = Batch(tokens=tokens, targets=targets, document_ids=torch.from_numpy(ids), document_starts=starts)
+    if positions_go_on:
+        before = [np.zeros_like(ids[0]) if row.positions_before is None else row.positions_before for row in rows]
+        batch["positions_before"] = torch.from_numpy(np.stack(before))
+    return batch
 
 
 def document_starts(document_ids: np.ndarray) -> np.ndarray:
@@ -71,14 +80,17 @@ class TrainSteps(Dataset[Batch]):
     Step s covers the running samples [s * batch_size, (s + 1) * batch_size) of `windows`.
     """
 
-    def __init__(self, windows: OrderedWindows, batch_size: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self, windows: OrderedWindows, batch_size: int, rank: int, world_size: int, positions_go_on: bool = False
+    ) -> None:
         self._windows = windows
+        self._positions_go_on = positions_go_on
         self._batch_size = batch_size
         self._share = local_share(batch_size, rank, world_size)
 
     def __getitem__(self, step: int) -> Batch:
         numbers = [step * self._batch_size + number for number in self._share]
-        batch = collate(self._windows.sample(number) for number in numbers)
+        batch = collate((self._windows.sample(number) for number in numbers), self._positions_go_on)
         if isinstance(self._windows, ContiguousWindows):
             batch["continues"] = torch.tensor([self._windows.continues(number) for number in numbers])
         return batch

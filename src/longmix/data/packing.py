@@ -199,6 +199,7 @@ class Packing:
         long_documents: documents of at least so many tokens are visited several times an epoch.
         long_document_visits: how many times.
         document_mask: whether attention and states end where a document ends.
+        positions_go_on: whether the positions of a document that is cut go on in its next part.
 
     Raises:
         ConfigError: a setting is impossible; names it.
@@ -209,6 +210,7 @@ class Packing:
     long_documents: int | None = None
     long_document_visits: int = 2
     document_mask: bool = True
+    positions_go_on: bool = False
 
     def __post_init__(self) -> None:
         if self.packing not in PACKINGS:
@@ -223,6 +225,17 @@ class Packing:
             raise ConfigError(
                 f"data.long_document_visits={self.long_document_visits} needs data.long_documents, which "
                 "says from how many tokens on a document is long."
+            )
+
+        if self.positions_go_on and not self.document_mask:
+            raise ConfigError(
+                "data.positions_go_on=true counts positions in each document, and data.document_mask=false in each "
+                "window; leave one of them out."
+            )
+        if self.positions_go_on and self.packing == "aligned" and self.max_document_tokens is None:
+            raise ConfigError(
+                "data.positions_go_on=true changes nothing with data.packing=aligned, which drops what it cuts off; "
+                "leave it out, or give data.max_document_tokens."
             )
 
     def changed(self) -> dict[str, Any]:

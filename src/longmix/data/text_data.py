@@ -193,6 +193,7 @@ class PackedOptions(TextOptions, total=False):
     long_documents: int | None
     long_document_visits: int
     document_mask: bool
+    positions_go_on: bool
 
 
 class PackedText(TextData):
@@ -203,7 +204,8 @@ class PackedText(TextData):
     Args:
         corpus: where the documents come from.
         tokenizer: how they become tokens.
-        packing, max_document_tokens, long_documents, long_document_visits, document_mask: see `Packing`.
+        packing, max_document_tokens, long_documents, long_document_visits: see `Packing`.
+        document_mask, positions_go_on: likewise.
         options: see `TextData`.
 
     Raises:
@@ -220,10 +222,18 @@ class PackedText(TextData):
         long_documents: int | None = None,
         long_document_visits: int = 2,
         document_mask: bool = True,
+        positions_go_on: bool = False,
         **options: Unpack[TextOptions],
     ) -> None:
         super().__init__(corpus, tokenizer, **options)
-        self.packing = Packing(packing, max_document_tokens, long_documents, long_document_visits, document_mask)
+        self.packing = Packing(
+            packing, max_document_tokens, long_documents, long_document_visits, document_mask, positions_go_on
+        )
+
+    @property
+    def positions_go_on(self) -> bool:
+        """Whether the positions of a document that is cut go on from window to window in training."""
+        return self.packing.positions_go_on
 
     @functools.cached_property
     def part_windows(self) -> list[TextWindows]:

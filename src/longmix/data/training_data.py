@@ -161,6 +161,11 @@ class TrainingData(lightning.LightningDataModule, ABC):
         return False
 
     @property
+    def positions_go_on(self) -> bool:
+        """Whether the positions of a document that is cut go on from window to window in training."""
+        return False
+
+    @property
     def makes_numbers(self) -> bool:
         """Whether these are examples of a synthetic task, in which a target is met or not, and no text."""
         return False
@@ -213,7 +218,7 @@ class TrainingData(lightning.LightningDataModule, ABC):
         Raises:
             ConfigError: `batch_size` is not a multiple of `world_size`.
         """
-        return TrainSteps(self.train_windows, self.batch_size, rank, world_size)
+        return TrainSteps(self.train_windows, self.batch_size, rank, world_size, self.positions_go_on)
 
     def use_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Take a tokenizer that is ready for use in place of the given one; call it before anything is read."""

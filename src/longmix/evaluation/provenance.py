@@ -20,7 +20,7 @@ LONGEST_LABEL = 60
 
 IRRELEVANT = (
     *("cache_dir", "num_workers", "validation_tokens", "local_shards", "order"),
-    *("packing", "max_document_tokens", "long_documents", "long_document_visits", "document_mask"),
+    *("packing", "max_document_tokens", "long_documents", "long_document_visits", "document_mask", "positions_go_on"),
 )
 """Settings of data that do not change the tokens of a split."""
 

@@ -138,6 +138,7 @@ class LanguageModel(nn.Module):
         state: Sequence[Any] | None = None,
         document_ids: Tensor | None = None,
         document_starts: Tensor | None = None,
+        positions_before: Tensor | None = None,
     ) -> ModelOutput:
         """Run `tokens` int64 [B, T]; with `targets` int64 [B, T] the losses come along.
 
@@ -149,13 +150,15 @@ class LanguageModel(nn.Module):
             document_ids: int32 [B, T], non-decreasing along T; None means every row is one document.
             document_starts: int32 [B, N], where they start, as in `Batch`. With it `mixer=flash` has FlashAttention on
                 a GPU; layers that go on from a state do not use it.
+            positions_before: int32 [B, T], what is added to the positions of rotations, as in `Batch`; None for 0.
+                Layers that go on from a state do not use it.
         """
         for index, mixer in enumerate(self.mixers()):
             if state is None or state[index].mixer is None:
                 mixer.prepare(tokens.shape[1])
         if state is None:
             document_ids = told_apart(document_ids)
-        made = self._layouts(tokens, state, document_ids, document_starts)
+        made = self._layouts(tokens, state, document_ids, document_starts, positions_before)
         x = self.embedding_norm(self.embedding(tokens))
         output = ModelOutput(hidden=x, token_losses=x.new_empty(0), state=None if state is None else [])
         value_residual = None
@@ -192,7 +195,12 @@ class LanguageModel(nn.Module):
         return output
 
     def _layouts(
-        self, tokens: Tensor, state: Sequence[Any] | None, document_ids: Tensor | None, document_starts: Tensor | None
+        self,
+        tokens: Tensor,
+        state: Sequence[Any] | None,
+        document_ids: Tensor | None,
+        document_starts: Tensor | None,
+        positions_before: Tensor | None,
     ) -> list[Layout | None]:
         """Each layer's layout; layers that need the same share one. None after a state, of which each has its own."""
         slices: Slices | None = None
@@ -202,7 +210,8 @@ class LanguageModel(nn.Module):
             begins = isinstance(before, Slices) and before.carried is None
             slices = before if begins else slices
             needs.append(needs_of(mixer) if begins or before is None else None)
-        made = layouts({need for need in needs if need is not None}, tokens, document_ids, document_starts, slices)
+        wanted = {need for need in needs if need is not None}
+        made = layouts(wanted, tokens, document_ids, document_starts, slices, positions_before)
         return [None if need is None else made[need] for need in needs]
 
     def logits(self, hidden: Tensor) -> Tensor:

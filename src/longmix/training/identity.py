@@ -76,6 +76,7 @@ FIXED = {
     "data.long_documents": "the place in the data counts windows with these repeated",
     "data.long_document_visits": "the place in the data counts windows with documents repeated so often",
     "data.document_mask": "the data of one run are one thing; a stage may have it otherwise",
+    "data.positions_go_on": "the data of one run are one thing; a stage may have it otherwise",
     "tokenizer": "the embedding's rows are the tokenizer's",
     "optimizer._target_": "the moments are the optimizer's",
     "seq_len": "the place in the data counts windows of this length",

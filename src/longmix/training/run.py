@@ -40,12 +40,13 @@ from longmix.training.claims import remove_unused
 from longmix.training.hardware import TrainerSettings
 from longmix.training.loggers import NoLog
 from longmix.training.module import TrainingModule
+from longmix.training.positions import check_positions
 from longmix.training.profile import check_profile, profiled
 from longmix.training.resume import Start, find_start, start_alone
 from longmix.training.run_state import Provenance
 from longmix.training.schedules import schedule_of
 from longmix.training.spikes import SpikeGuard
-from longmix.training.stages import check_memory_of_stages, check_stages, check_words_have_effect
+from longmix.training.stages import check_memory_of_stages, check_stages, check_words_have_effect, each_part
 from longmix.training.summary import (
     SUMMARY_FILE,
     Summary,
@@ -233,6 +234,7 @@ def check_config(config: TrainConfig, tokenizer: Tokenizer | None = None) -> tup
             "data.corpus.validation files of its own, or a data.corpus.validation_fraction above 0."
         )
     tasks_of(config, model.mixers())
+    each_part(course, lambda part: check_positions(model, part.config, settings.slices))
     if config.loop.carry_state:
         check_carries(model, data.reads_on, data.source)
     return settings, data

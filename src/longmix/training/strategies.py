@@ -106,7 +106,9 @@ def run_slice(
     """
     slices = _slices(batch, group) if before is None else Slices(batch["tokens"].shape[1], batch["document_ids"], group)
     tokens, targets = slices.own(batch["tokens"]), slices.own(batch["targets"])
-    output = model(tokens, targets, state=model.slice_state(slices, before), document_ids=slices.ids)
+    further = batch.get("positions_before")
+    positions = {} if further is None else {"positions_before": slices.own(further)}
+    output = model(tokens, targets, state=model.slice_state(slices, before), document_ids=slices.ids, **positions)
     output.token_losses = slices.placed(output.token_losses, 0.0)
     if output.hits is not None:
         output.hits = slices.placed(output.hits, False)

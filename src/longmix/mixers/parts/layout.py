@@ -34,9 +34,9 @@ class Layout:
     """Where the tokens of a pass stand.
 
     Attributes:
-        positions: integer [B or 1, T], the position of each token within its document.
-        cosine, sine: float32 [B or 1, T, 1, channels], the rotation at these positions, as `rotate` takes it; None if
-            nothing rotates.
+        positions: integer [B or 1, T], the position of each token within what the rows have of its document.
+        cosine, sine: float32 [B or 1, T, 1, channels], the rotation at each token's position in its document, as
+            `rotate` takes it; None if nothing rotates.
         first_row: int32 [B, T], the first token of each token's document; None where `first_key` is None.
         first_key: int32 [B, 1, T], the first key that a token sees: the first of its document, or of its window if that
             begins later. None if every row is one document, and for a slice of longer rows.
@@ -64,6 +64,7 @@ def layouts(
     document_ids: Tensor | None,
     document_starts: Tensor | None = None,
     slices: Slices | None = None,
+    positions_before: Tensor | None = None,
 ) -> dict[LayoutNeeds, Layout]:
     """Return the layouts that mixers need in a pass from the beginning of rows, or over a slice of rows.
 
@@ -73,6 +74,7 @@ def layouts(
         document_ids: int32 [B, T]; None if every row is one document.
         document_starts: int32 [B, N], as in `longmix.batch.Batch`; None if the batch does not say.
         slices: the slices, if the tokens are this process's slice of longer rows.
+        positions_before: integer [B, T], what rotations add to each token's position; None for 0.
     """
     if not needs:
         return {}
@@ -83,9 +85,10 @@ def layouts(
     row = torch.arange(length, dtype=torch.int32, device=device)
     first_row = row - positions.int() if packed else None
     starts = _of_all_rows(document_starts, length) if packed and document_starts is not None else None
+    rotated = positions if positions_before is None else positions + positions_before
     made = {}
     for need in needs:
-        cosine, sine = _angles(positions, need.rotary)
+        cosine, sine = _angles(rotated, need.rotary)
         first_key = None
         if first_row is not None:
             limited = first_row if need.window is None else torch.maximum(first_row, row - (need.window - 1))
