@@ -18,6 +18,7 @@ from hydra.core.utils import JobReturn
 from hydra.errors import CompactHydraException, HydraException
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from longmix.allocation import allocation_errors
 from longmix.command_line import values
@@ -198,7 +199,7 @@ def _refusal(schema: Schema, given: Sequence[str], error: Exception) -> str:
     if isinstance(error, OSError) and not isinstance(error, HydraException):
         key = "hydra.sweep.dir" if is_sweep(options, words) else "hydra.run.dir"
         return f"{key}={error.filename} cannot be made: {error.strerror}."
-    if not isinstance(error, HydraException | OmegaConfBaseException | ValueError | TypeError):
+    if not isinstance(error, HydraException | OmegaConfBaseException | YAMLError | ValueError | TypeError):
         raise error
     return explained(schema, words, is_sweep(options, words), error)
 

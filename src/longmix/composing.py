@@ -12,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import open_dict
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from longmix import cli
 from longmix import config as configuration
@@ -63,7 +64,7 @@ def composed(command: str, given: Sequence[str]) -> Composed:
             with initialize_config_dir(str(folder), version_base="1.3"):
                 overrides = cli.as_hydra_reads(schema, words)
                 config = compose(command, overrides=overrides, return_hydra_config=True)
-        except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
+        except (HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
             raise ConfigError(explained(schema, given, False, error)) from error
         HydraConfig.instance().set_config(config)  # names ask for the choices
         choices = {str(group): str(choice) for group, choice in config.hydra.runtime.choices.items()}

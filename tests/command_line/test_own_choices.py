@@ -14,6 +14,10 @@ def own(tmp_path):
     (tmp_path / "blank, ü" / "mixer" / "theirs.yaml").write_text(f"{target}\nwindow: 5\n")
     whole = "defaults: [train, _self_]\nhydra: {searchpath: ['blank, ü']}\n"
     (tmp_path / "own" / "whole.yaml").write_text(whole)
+    (tmp_path / "own" / "other.yaml").write_text("max_steps: 3\n")
+    (tmp_path / "own" / "open.yaml").write_text("defaults: [train\n")
+    for name, text in {"misspelt": "# @package _global_\nseq_le: 3\n", "placed": "seq_len: 3\n", "cut": "x: ["}.items():
+        (tmp_path / "own" / "experiment" / f"{name}.yaml").write_text(text)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +85,13 @@ def test_have_help(own, run_words):
         (["+hydra.searchpath=[own]", "mixer=mine"], "+hydra.searchpath stands with +; write hydra.searchpath="),
         (["hydra.searchpath=[own]", "mixer=mien*2+flash"], "Did you mean mine?"),
         (["hydra.searchpath=[own]", "mixer=mine*0+flash"], "the count '0' of mine"),
+        (["-cd", "own", "-cn", "whle"], "--config-name whle: there is no whle.yaml in a folder of --config-dir"),
+        (["-cd", "own", "-cn", "whle"], "Did you mean whole?"),
+        (["-cd", "own", "-cn", "other"], "A file of your own for it has `defaults: [train, _self_]`."),
+        (["-cd", "own", "-cn", "open"], "own/open.yaml is not valid YAML: line 2"),
+        (["-cd", "own", "experiment=cut"], "own/experiment/cut.yaml is not valid YAML: line 1"),
+        (["-cd", "own", "experiment=misspelt"], "experiment/misspelt.yaml: unknown word seq_le. Did you mean seq_len?"),
+        (["-cd", "own", "experiment=placed"], "experiment/placed.yaml needs `# @package _global_` as its first line"),
     ],
 )
 def test_are_checked(own, run_words, words, message):

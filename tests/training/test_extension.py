@@ -80,7 +80,9 @@ REFUSED = {
         "mixer.qk_norm=false",
         r"mixer.qk_norm comes from checkpoint=.*; .*May change after training: mixer.rot",
     ),
-    "of-another": ("mixer.window=64", r"mixer.window comes from checkpoint="),
+    "of-another": ("mixer.window=64", r"unknown word mixer.window: the mixer of checkpoint=.* has none. May change"),
+    "misspelt": ("mixer.rotary_bse=9", r"unknown word mixer.rotary_bse: .* Did you mean mixer.rotary_base\?"),
+    "of-a-member": ("mixer.flash.rotary_base=9", r"unknown word mixer.flash.rotary_base: .* mean mixer.rotary_base\?"),
     "value": ("mixer.rotary_scaling=yarn", r"mixer.rotary_factor=null must be at least 1"),
 }
 
@@ -93,6 +95,27 @@ def test_what_comes_with_the_weights_is_refused_by_name(trained, words, tmp_path
     with pytest.raises(ConfigError, match=message):
         evaluate(composed("evaluate", [f"checkpoint={base}", given]).content)
     assert not (tmp_path / "run").exists()
+
+
+MISNAMED = {
+    "no-member": ("mixer.rotary_base=9", "mean mixer.sliding_window.rotary_base or mixer.flash.rotary_base?"),
+    "member-lacks-it": ("mixer.flash.window=9", "unknown word mixer.flash.window: the mixer of"),
+    "misspelt": ("mixer.flash.rotary_bse=9", "mean mixer.flash.rotary_base?"),
+    "member-misspelt": (
+        "mixer.fash.rotary_base=9",
+        "mean mixer.sliding_window.rotary_base or mixer.flash.rotary_base?",
+    ),
+    "no-setting": ("mixer.flash=9", "mixer.flash has no value of its own; its words are mixer.flash.NAME."),
+    "weights": ("mixer.flash.qk_norm=false", "mixer.flash.qk_norm comes from checkpoint="),
+}
+
+
+@pytest.mark.parametrize(("given", "message"), MISNAMED.values(), ids=MISNAMED)
+def test_misnamed_settings_of_a_hybrid_are_told_by_member(trained, given, message):
+    base = trained("sliding_window+flash", "mixer.sliding_window.window=8")
+    with pytest.raises(ConfigError) as refused:
+        evaluate(composed("evaluate", [f"checkpoint={base}", given]).content)
+    assert message in str(refused.value)
 
 
 @pytest.mark.parametrize("given", ["mixer=rwkv7", "~mixer.rotary_base"])

@@ -9,9 +9,11 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
+from yaml import YAMLError
 
 from longmix.command_line import values
-from longmix.command_line.members import MOST_RUNS, count, no_match, too_long, wrong_member
+from longmix.command_line.members import MOST_RUNS, count, miswritten, no_match, too_long, without_sweep, wrong_member
+from longmix.command_line.own_files import in_file, not_yaml
 from longmix.command_line.program import program
 from longmix.command_line.schema import HYDRA_PATHS, Schema
 from longmix.command_line.unknown_words import foreign, wrong_word
@@ -27,10 +29,12 @@ LONGEST = 800  # characters of a message of Hydra's own
 def explained(schema: Schema, given: Sequence[str], sweep: bool, error: BaseException) -> str:
     """The message for a command line that Hydra refused with `error`."""
     words = [Word.read(argument) for argument in given]
+    if isinstance(error, YAMLError):
+        return not_yaml(error)
     for problem in _problems(schema, words, sweep, error):
         if problem:
             return problem
-    return _cleaned(error)
+    return in_file(schema, error) or _cleaned(error)
 
 
 def misformed(schema: Schema, words: Sequence[Word], sweep: bool) -> str | None:
@@ -103,7 +107,9 @@ def _alone(schema: Schema, words: Sequence[Word], index: int) -> str:
     if chosen:
         return f"{shown(word.given)} stands alone; write {' or '.join(chosen)}."
     if word.given.startswith("-"):
-        return f"{shown(word.given)} is an option, and only words are taken here."
+        is_folder = word.given.startswith(("-cd", "--config-dir"))
+        folder = " A folder of your own choices is hydra.searchpath=[FOLDER]." if is_folder else ""
+        return f"{shown(word.given)} is an option, and only words are taken here.{folder}"
     if word.given.lower() in ("help", "?", "usage"):
         return f"{word.given} is not a word; {called} -h prints the help."
     if "checkpoint" in schema.words and os.path.exists(word.given):  # noqa: PTH110 (Path fails at a name too long)
@@ -156,6 +162,8 @@ def _wrong_group(schema: Schema, word: Word, sweep: bool) -> str | None:
     if group not in schema.groups:
         return foreign(schema, word) if group in schema.all_groups and not group.startswith("hydra/") else None
     value = word.value.strip()
+    if not sweep and (problem := without_sweep(word, schema)):
+        return problem
     if value.startswith("{"):
         return f"{shown(word.given)} chooses a file of configs/{group} by name; settings are {group}.NAME=VALUE."
     parts = values.split(value) if not values.SWEEP.fullmatch(value) else []
@@ -263,7 +271,8 @@ def wrong_sweep(schema: Schema, words: Sequence[Word]) -> str | None:
         if word.sign == "~":
             continue
         if values.SWEEP.fullmatch(value):
-            problem = too_long(word) or no_match(schema, word) or _wrong_value(schema, word, list(words), sweep=True)
+            problem = too_long(word) or miswritten(word) or no_match(schema, word)
+            problem = problem or _wrong_value(schema, word, list(words), sweep=True)
             if problem:
                 return problem
         runs *= max(1, count(word))

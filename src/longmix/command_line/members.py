@@ -9,7 +9,7 @@ from hydra.core.override_parser.types import Glob, RangeSweep
 from longmix.command_line import values
 from longmix.command_line.schema import Schema
 from longmix.command_line.unknown_words import wrong_word
-from longmix.command_line.words import Word
+from longmix.command_line.words import Word, shown
 
 MOST_RUNS = 10_000
 """The most runs of a sweep: Hydra composes all of them before the first one begins."""
@@ -24,6 +24,35 @@ def too_long(word: Word) -> str | None:
     if number <= MOST_RUNS:
         return None
     return f"{word.name}={word.value} has {number:,.0f} values, and a sweep may have {MOST_RUNS:,} runs."
+
+
+SWEEPS = {
+    "choice": "choice(A,B)",
+    "range": "range(1,4)",
+    "interval": "interval(0,1)",
+    "glob": "glob(*)",
+    "shuffle": "shuffle(A,B)",
+    "sort": "sort(1,2)",
+    "tag": "tag(NAME,choice(A,B))",
+}
+"""What the sweeps of Hydra's grammar are written like."""
+
+
+def miswritten(word: Word) -> str | None:
+    """The message for a sweep such as `choice()` that Hydra cannot read."""
+    value = (word.value or "").strip()
+    if not values.SWEEP.fullmatch(value) or _parsed(word) is not None:
+        return None
+    return f"{shown(word.given)} is no sweep: it is written like {word.name}={SWEEPS[value.partition('(')[0].strip()]}."
+
+
+def without_sweep(word: Word, schema: Schema) -> str | None:
+    """The message for several choices, such as `choice(a,b)`, on a command line that is no sweep."""
+    if not values.SWEEP.fullmatch((word.value or "").strip()):
+        return None
+    found = ",".join(_choices(word))
+    cure = f"; write -m {shown(f'{word.name}={found}')} for one run with each" if schema.sweeps and found else ""
+    return miswritten(word) or f"{shown(word.given)} is a sweep{cure}."
 
 
 def no_match(schema: Schema, word: Word) -> str | None:

@@ -12,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from longmix.command_line import values
-from longmix.command_line.search_path import SEARCH_PATH, folder_of, search_entries
+from longmix.command_line.search_path import SEARCH_PATH, check_name, folder_of, search_entries
 from longmix.command_line.values import Takes
 from longmix.command_line.words import Word
 from longmix.config import EvaluateConfig, GenerateConfig, PrepareConfig, TrainConfig, locate, settings, words_of
@@ -95,7 +95,7 @@ class Schema:
         """Add the folders that the arguments name to those in which choices are looked for.
 
         Raises:
-            ConfigError: one of them is not there.
+            ConfigError: one of them is not there, or the file of `--config-name` is none of this command.
         """
         entries = search_entries(arguments, self.folders)
         for name, entry in entries:
@@ -104,6 +104,7 @@ class Schema:
                 raise ConfigError(f"{name}: there is no folder {printable(entry)}.")
             self.folders += [folder] if folder else []
         self.searchpath = [entry for _, entry in entries]
+        check_name(arguments, self.command, self.folders)
 
     def takes_several(self, group: str) -> bool:
         """Whether a group may be a list of choices."""

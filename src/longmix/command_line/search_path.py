@@ -9,17 +9,22 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from longmix.command_line import values
 from longmix.command_line.values import Takes
-from longmix.command_line.words import Word
+from longmix.command_line.words import Word, quoted
 from longmix.errors import ConfigError
 from longmix.paths import check_path
 from longmix.printable import printable
+from longmix.wording import did_you_mean, nearest
 
 SEARCH_PATH = "hydra.searchpath"
 CONFIG_DIR = ("--config-dir", "-cd")
 CONFIG_NAME = ("--config-name", "-cn")
+CONFIG_PATH = ("--config-path", "-cp")
+COMMANDS = ("train", "evaluate", "generate", "prepare")
+"""The names of longmix's own configurations."""
 
 
 def search_entries(arguments: Sequence[str], folders: Sequence[Path]) -> list[tuple[str, str]]:
@@ -30,8 +35,15 @@ def search_entries(arguments: Sequence[str], folders: Sequence[Path]) -> list[tu
         folders: where the file of `--config-name` may lie besides the folder of `--config-dir`.
 
     Raises:
-        ConfigError: `hydra.searchpath` is no list, or has a sign before it, with which Hydra would not look there.
+        ConfigError: `hydra.searchpath` is no list, or has a sign before it, with which Hydra would not look there; or
+            an option would replace all folders.
     """
+    own = _last_value(arguments, CONFIG_PATH)
+    if own is not None:
+        raise ConfigError(
+            f"{CONFIG_PATH[0]} would take the place of longmix's own configuration, which every command needs; add a "
+            f"folder to it with {CONFIG_DIR[0]} {quoted(own) if own else 'FOLDER'}."
+        )
     directory = _last_value(arguments, CONFIG_DIR)
     if directory is not None:
         check_path(CONFIG_DIR[0], directory)
@@ -41,6 +53,57 @@ def search_entries(arguments: Sequence[str], folders: Sequence[Path]) -> list[tu
         return entries + [(SEARCH_PATH, entry) for entry in _items(words[-1])]
     name = _last_value(arguments, CONFIG_NAME)
     return entries if name is None else entries + _of_file(name, [*folders, *(Path(entry) for _, entry in entries)])
+
+
+def check_name(arguments: Sequence[str], command: str, folders: Sequence[Path]) -> None:
+    """Refuse a `--config-name` that does not name a configuration of the command.
+
+    Args:
+        arguments: of the command line.
+        command: the configuration has to begin from its own.
+        folders: where the file may lie.
+
+    Raises:
+        ConfigError: there is no such file, or it belongs to another command.
+    """
+    given = _last_value(arguments, CONFIG_NAME)
+    if given is None:
+        return
+    name = given.removesuffix(".yaml")
+    if not name.strip():
+        raise ConfigError(f"{CONFIG_NAME[0]} is empty; was a variable of the shell not set?")
+    option = f"{CONFIG_NAME[0]} {quoted(given)}"
+    if _file(name, folders) is None:
+        own = sorted({path.stem for folder in folders[1:] for path in folder.glob("*.yaml")} | {command})
+        raise ConfigError(
+            f"{option}: there is no {printable(name)}.yaml in a folder of {CONFIG_DIR[0]} or {SEARCH_PATH}."
+            f"{did_you_mean(nearest(name, own))}"
+        )
+    if not _begins_from(name, command, folders, set()):
+        other = f" It is that of `longmix {name}`." if name in COMMANDS else ""
+        raise ConfigError(
+            f"{option} does not begin from the configuration of this command.{other} A file of your own for it has "
+            f"`defaults: [{command}, _self_]`."
+        )
+
+
+def _begins_from(name: str, command: str, folders: Sequence[Path], seen: set[str]) -> bool:
+    """Whether a configuration is a command's own, or has it among its defaults or theirs."""
+    if name in (command, f"{command}_schema"):
+        return True
+    file = _file(name, folders)
+    if file is None or name in seen:
+        return False
+    try:
+        entries = OmegaConf.select(OmegaConf.load(file), "defaults", default=None) or []
+    except (OmegaConfBaseException, YAMLError, OSError, ValueError):
+        return True  # Hydra says what is wrong with it
+    names = [str(entry).removeprefix("/").removesuffix(".yaml") for entry in entries]
+    return any(_begins_from(each, command, folders, {*seen, name}) for each in names)
+
+
+def _file(name: str, folders: Sequence[Path]) -> Path | None:
+    return next((file for folder in folders if (file := folder / f"{name}.yaml").is_file()), None)
 
 
 def without_repetition(words: Sequence[Word]) -> list[Word]:
@@ -95,12 +158,11 @@ def _items(word: Word) -> list[str]:
 
 def _of_file(name: str, folders: Sequence[Path]) -> list[tuple[str, str]]:
     """The entries that the user's own configuration names."""
-    for folder in folders:
-        file = folder / f"{name.removesuffix('.yaml')}.yaml"
-        if file.is_file():
-            try:
-                entries = OmegaConf.select(OmegaConf.load(file), SEARCH_PATH, default=None)
-            except (OmegaConfBaseException, OSError, ValueError):
-                return []  # Hydra says what is wrong with it
-            return [(f"{SEARCH_PATH} of {file}", str(entry)) for entry in entries or []]
-    return []
+    file = _file(name.removesuffix(".yaml"), folders)
+    if file is None:
+        return []
+    try:
+        entries = OmegaConf.select(OmegaConf.load(file), SEARCH_PATH, default=None)
+    except (OmegaConfBaseException, YAMLError, OSError, ValueError):
+        return []  # Hydra says what is wrong with it
+    return [(f"{SEARCH_PATH} of {file}", str(entry)) for entry in entries or []]

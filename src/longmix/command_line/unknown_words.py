@@ -72,6 +72,9 @@ def _unknown(schema: Schema, node: dict[str, Any], word: Word) -> str:
             f"{shown(word.name)} is a setting of {group}={parents[1]}, which is not chosen; add {group}={parents[1]}."
         )
     if group in schema.groups:
+        problem = _no_member(node[group], word)
+        if problem:
+            return problem
         having = [choice for choice in schema.choices(group) if _file_has(schema, group, choice, parents[1:], leaf)]
         if having:
             such = f"{group}={having[-1]}" if len(having) == 1 else f"the one you mean, such as {group}={having[-1]}"
@@ -99,9 +102,38 @@ def _unknown(schema: Schema, node: dict[str, Any], word: Word) -> str:
     return f"unknown word {shown(word.name)}.{did_you_mean(guess)} {where}: {', '.join(keys)}."
 
 
+def _no_member(mixer: Any, word: Word) -> str | None:
+    """The message for a setting that names no member of a pattern of mixers, or one that lacks it; else None."""
+    order = mixer.get("pattern") if isinstance(mixer, dict) else None
+    if not isinstance(order, list):
+        return None
+    group, *rest = word.name.split(".")
+    named = rest[0] if len(rest) > 1 and isinstance(mixer.get(rest[0]), dict) else ""
+    setting = ".".join(rest[1:] if len(rest) > 1 else rest)
+    members = list(dict.fromkeys(order))
+    having = [member for member in members if _exists(mixer, f"{member}.{setting}")]
+    if not having:
+        known = {str(key): f"{group}.{member}.{key}" for member in reversed(members) for key in mixer.get(member) or ()}
+        close = nearest(setting, known)
+        return f"unknown word {shown(word.name)}.{did_you_mean(known[close])}" if close and not named else None
+    value = "" if word.value is None else f"={word.value}"
+    written = " ".join(quoted(f"{group}.{member}.{setting}{value}") for member in having)
+    lacking = [member for member in members if member not in having]
+    lack = f" {_listed(lacking)} {'lacks' if len(lacking) == 1 else 'lack'} {setting}." if lacking else ""
+    if named:
+        return f"unknown word {shown(word.name)}.{lack} Did you mean {written}?"
+    pattern = f"{group}={'+'.join(members)}"
+    if len(rest) > 1:
+        return f"{shown(word.name)}: {shown(rest[0])} is no member of {pattern}. Write {written}."
+    return f"{shown(word.name)} names no member of {pattern}, and each has its own settings.{lack} Write {written}."
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
 def _as_choices(group: str, names: list[str]) -> str:
-    shown = [f"{group}={name}" for name in names[:4]] + (["others"] if len(names) > 4 else [])
-    return " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
+    return _listed([f"{group}={name}" for name in names[:4]] + (["others"] if len(names) > 4 else []))
 
 
 def _file_has(schema: Schema, group: str, choice: str, parents: list[str], leaf: str) -> bool:

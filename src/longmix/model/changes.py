@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
-from longmix.config import Choice, ModelConfig, Pattern
+from longmix.config import Choice, ModelConfig, Pattern, settings
 from longmix.errors import ConfigError
 from longmix.mixers.parts.base import Mixer
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import CHECK_VOCABULARY, build_model
+from longmix.wording import did_you_mean, nearest
 
 Changes = Mapping[str, Any]
 """New values of settings by name; of a pattern by the member's name and then the setting's."""
@@ -37,7 +38,7 @@ def changed_mixer(mixer: Choice | Pattern, changes: Changes, checkpoint: str) ->
     for name, values in changes.items():
         member = mixer.members.get(name)
         if member is None or not isinstance(values, Mapping):
-            raise ConfigError(_refusal(f"{mixer.key}.{name}", mixer.choices, checkpoint))
+            raise ConfigError(_refusal(_full_name(f"{mixer.key}.{name}", values), mixer.choices, checkpoint))
         _check(member.key, values, member, mixer.choices, checkpoint)
         entries[name] = member.having(**values).entries
     return Pattern.of(mixer.key, entries)
@@ -76,9 +77,15 @@ def _is_plain(value: object) -> bool:
 
 
 def _check(key: str, changes: Changes, choice: Choice, all_choices: Sequence[Choice], checkpoint: str) -> None:
-    for name in changes:
+    for name, value in changes.items():
         if name not in _changeable(choice):
-            raise ConfigError(_refusal(f"{key}.{name}", all_choices, checkpoint))
+            word = f"{key}.{name}" if name in _settings(choice) else _full_name(f"{key}.{name}", value)
+            raise ConfigError(_refusal(word, all_choices, checkpoint))
+
+
+def _full_name(word: str, value: object) -> str:
+    """The word as the command line has it, where `value` holds what is below a name that does not exist."""
+    return f"{word}.{next(iter(value))}" if isinstance(value, Mapping) and value else word
 
 
 def _changeable(choice: Choice) -> tuple[str, ...]:
@@ -86,7 +93,26 @@ def _changeable(choice: Choice) -> tuple[str, ...]:
     return kind.changeable if isinstance(kind, type) and issubclass(kind, Mixer) else ()
 
 
+def _settings(choice: Choice) -> list[str]:
+    """The names of all settings, those included that longmix had not when it wrote the checkpoint."""
+    return list(choice.settings | settings(choice.located()))
+
+
 def _refusal(word: str, choices: Sequence[Choice], checkpoint: str) -> str:
     free = [f"{choice.key}.{name}" for choice in choices for name in _changeable(choice)]
     rest = f"May change after training: {', '.join(free)}." if free else "No setting of its mixer may change."
-    return f"{word} comes from {checkpoint}; leave one of the two out. {rest}"
+    known = [f"{choice.key}.{name}" for choice in choices for name in _settings(choice)]
+    if word in known:
+        return f"{word} comes from {checkpoint}; leave one of the two out. {rest}"
+    if word in (choice.key for choice in choices):
+        return f"{word} has no value of its own; its words are {word}.NAME. {rest}"
+    return f"unknown word {word}: the mixer of {checkpoint} has none.{did_you_mean(_meant(word, known))} {rest}"
+
+
+def _meant(word: str, known: Sequence[str]) -> str:
+    """The settings of this name elsewhere in the mixer; or the one whose name is most like it."""
+    above, _, leaf = word.rpartition(".")
+    same = [name for name in known if name.rpartition(".")[2] == leaf]
+    own = [name for name in known if name.rpartition(".")[0] == above]
+    by_leaf = {name.rpartition(".")[2]: name for name in reversed([*own, *known])}
+    return " or ".join(same) or by_leaf.get(nearest(leaf, by_leaf), "")
