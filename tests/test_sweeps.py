@@ -3,12 +3,14 @@
 import importlib
 import importlib.metadata
 import json
+import logging
 import pickle
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from longmix import cli, entry_points
@@ -101,6 +103,64 @@ class TestPlugins:
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         for package, (extra, _) in cli.PLUGINS.items():
             assert any(requirement.startswith(package) for requirement in extras[extra])
+
+
+class TestFolder:
+    """A sweep's folder goes with the command unless a run has left something in it."""
+
+    @pytest.fixture
+    def sweep(self, monkeypatch, tmp_path, capsys):
+        """Runs a command's sweep over two runs, in an empty folder; `task` gets each run's configuration."""
+
+        def run(command: str, task, *words: str) -> int:
+            (tmp_path / "own").mkdir(exist_ok=True)
+            swept = {
+                "train": "seed=1,2",
+                "generate": "seed=1,2",
+                "evaluate": "batch_size=1,2",
+                "prepare": "workers=0,1",
+            }
+            monkeypatch.setattr(sys, "argv", [f"{command}.py", "-m", swept[command], *words])
+            monkeypatch.setitem(entry_points.TASKS, command, cli.entry_point(task))
+            handlers, level = logging.root.handlers[:], logging.root.level
+            try:
+                entry_points.run(command)
+            except SystemExit as end:
+                return int(end.code or 0)
+            finally:
+                logging.root.handlers[:], logging.root.level = handlers, level
+            return 0
+
+        monkeypatch.chdir(tmp_path)
+        return run
+
+    def refuse(self, config):
+        raise ConfigError("no.")
+
+    def write(self, config):
+        (Path(HydraConfig.get().runtime.output_dir) / "result").touch()
+
+    @pytest.mark.parametrize("command", ["evaluate", "generate", "prepare"])
+    def test_of_runs_that_write_elsewhere(self, sweep, command, tmp_path):
+        assert sweep(command, lambda config: None, *([] if command == "prepare" else ["checkpoint=x"])) == 0
+        assert [path.name for path in tmp_path.iterdir()] == ["own"]
+
+    def test_of_runs_that_were_refused(self, sweep, tmp_path):
+        assert sweep("train", self.refuse) == 2
+        assert [path.name for path in tmp_path.iterdir()] == ["own"]
+
+    def test_with_results_stays(self, sweep, tmp_path):
+        assert sweep("train", self.write) == 0
+        (folder,) = (tmp_path / "multirun").iterdir()
+        assert sorted(path.name for path in folder.rglob("*") if path.is_file()) == [
+            "multirun.yaml",
+            "result",
+            "result",
+        ]
+
+    def test_that_was_there_before_stays(self, sweep, tmp_path):
+        assert sweep("generate", lambda config: None, "checkpoint=x", "hydra.sweep.dir=own") == 0
+        assert (tmp_path / "own").is_dir()
 
 
 @pytest.mark.slow

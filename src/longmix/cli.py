@@ -34,6 +34,7 @@ from longmix.command_line.words import Word, divided, is_sweep
 from longmix.distributed.ranks import leave, own_ranks, process_rank
 from longmix.distributed.signals import ignore_signals
 from longmix.errors import ConfigError, Interrupted, LongmixError, ProcessLost
+from longmix.naming import remove_unused_sweeps
 from longmix.notices import begin_run
 from longmix.printable import LINES, printable
 from longmix.startup import INTERRUPTED
@@ -192,6 +193,7 @@ def _refusals_in_one_line(schema: Schema, given: Sequence[str]) -> Iterator[None
             setattr(module, REPORT, original)
         setattr(JobReturn, VALUE, _hydras_value)
         GlobalHydra.instance().clear()
+        remove_unused_sweeps()
 
 
 def _refusal(schema: Schema, given: Sequence[str], error: Exception) -> str:

@@ -182,9 +182,8 @@ def free_folder(folder: Path) -> Path:
     """Make a new folder: `folder`, or if that exists one with `_2`, `_3`, ... behind its name."""
     for number in count(1):
         candidate = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
-        candidate.parent.mkdir(parents=True, exist_ok=True)
         try:
-            candidate.mkdir()
+            candidate.mkdir(parents=True)
         except FileExistsError:
             continue
         return candidate

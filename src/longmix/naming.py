@@ -4,12 +4,13 @@ A run is `runs/<name>`; a sweep is `multirun/<time>`, and each of its runs is na
 the clock names is never shared: two that begin in one second get two folders.
 """
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 RUNS = "runs"
 LONGEST_NAME_BYTES = 240  # file systems take 255
 LONGEST_SWEEP_NAME = 120
+SWEEP_FILE = "multirun.yaml"
+"""Hydra writes it into each sweep's folder."""
+
 CLOCK = "${now:"
 """Part of an unresolved name that the clock gives; names of the user lack it."""
 
@@ -165,7 +169,12 @@ class SweepFolder(Callback):
     """Gives each sweep a folder of its own before Hydra makes it, and names the runs in it by the swept words alone.
 
     What it decides goes on as words of the command line, as each run of a sweep is composed anew, maybe elsewhere.
+
+    Attributes:
+        begun: the new folders of each sweep of this process that has not ended: its own, and those above it.
     """
+
+    begun: ClassVar[list[list[Path]]] = []
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra before a sweep begins."""
@@ -174,13 +183,35 @@ class SweepFolder(Callback):
         quoted = ",".join(f"'{word}'" for word in same)
         words = [f"hydra.job.config.override_dirname.exclude_keys=[{quoted}]"]
         by_clock = CLOCK in str(OmegaConf.to_container(hydra.sweep, resolve=False)["dir"])  # type: ignore[index,call-overload]
+        folder = Path(str(hydra.sweep.dir))
+        is_new = by_clock or not folder.exists()
+        above = [path.absolute() for path in folder.parents if not path.exists()]
         if by_clock and process_rank() == 0:
-            folder = free_folder(Path(str(hydra.sweep.dir)))
+            folder = free_folder(folder)
             words.append(f"hydra.sweep.dir='{folder}'")
             with open_dict(hydra):
                 hydra.sweep.dir = str(folder)
         with open_dict(hydra):
             hydra.overrides.hydra.extend(words)
+        if is_new and process_rank() == 0:
+            self.begun.append([folder.absolute(), *above])
+
+
+def remove_unused_sweeps() -> None:
+    """Remove the folders of this process's sweeps that hold no result: those of runs that write elsewhere or failed.
+
+    A folder that was there before stays, and so does what the user or a launcher has put into one.
+    """
+    while SweepFolder.begun:
+        folder, *above = SweepFolder.begun.pop()
+        with contextlib.suppress(OSError):
+            for path in folder.iterdir():
+                if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
+                    path.rmdir()
+            if {path.name for path in folder.iterdir()} <= {SWEEP_FILE}:
+                (folder / SWEEP_FILE).unlink(missing_ok=True)
+                for path in (folder, *above):
+                    path.rmdir()
 
 
 def same_words(words: Iterable[str], swept: Iterable[str] = ()) -> list[str]:
