@@ -39,6 +39,19 @@ def check_path(key: str, text: str, needed: bool = False) -> None:
         raise ConfigError(f"{key}={text[:50]}... is longer than a path can be.")
 
 
+def check_file(key: str, text: str) -> None:
+    """Refuse the name of a folder where a file is meant.
+
+    Raises:
+        ConfigError: it is one, or ends with a slash; see `check_path` too.
+    """
+    check_path(key, text)
+    if text.endswith(("/", "/.", "/..")) or Path(text).is_dir():
+        raise ConfigError(
+            f"{key}={text} is the name of a folder; give that of a file, such as {key}={Path(text) / 'x'}."
+        )
+
+
 def user_path(key: str, value: str | os.PathLike[str]) -> Path:
     """The path that a word or setting gives, with `~` expanded.
 

@@ -72,6 +72,9 @@ HOSTILE = {
     "tensor-in-config": config(seed=torch.tensor(3)),
     "text-as-seq-len": config(seq_len="64"),
     "deep-config": lambda state: state["config"].update(data=nested(200)),
+    "stages-text": config(stages="x"),
+    "stages-texts": config(stages=["x"]),
+    "stages-mapping": config(stages={"seq_len": 4}),
     "layers": config(model__num_layers=10**9),
     "layers-text": config(model__num_layers="1"),
     "layers-none": config(model__num_layers=None),
@@ -126,6 +129,7 @@ def assert_one_line(checkpoint, act):
     assert str(checkpoint) in text
     assert "\n" not in text
     assert len(text) < 1000
+    assert "AttributeError" not in text
 
 
 @pytest.mark.timeout(120)

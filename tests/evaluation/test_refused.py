@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from longmix import machine_memory
 from longmix.errors import ConfigError, DataError, LongmixError
 from longmix.evaluation import memory
 from longmix.evaluation.run import _memory_errors, evaluate
@@ -104,7 +105,8 @@ def test_a_length_that_memory_does_not_hold(evaluated, number_run, monkeypatch):
 
 def test_memory_is_read_from_the_system(tmp_path, monkeypatch):
     assert memory.free_bytes(torch.device("cpu")) > 2**20
-    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "none")
+    monkeypatch.setattr(machine_memory, "MEMINFO", tmp_path / "none")
+    monkeypatch.setattr(machine_memory, "GROUPS", tmp_path / "none")
     assert memory.free_bytes(torch.device("cpu")) is None
 
 

@@ -462,6 +462,12 @@ def test_a_prompt_is_taken_literally(text, compose_config):
         (["prompt=null"], ConfigError, "prompt=null is no text"),
         (["prompt=[a,null]"], ConfigError, r"prompt=\['a', null\] is no text"),
         (["prompt=a", "save=missing/x.state"], StorageError, "there is no folder missing"),
+        (
+            ["prompt=a", "save=x/"],
+            ConfigError,
+            "save=x/ is the name of a folder; give that of a file, such as save=x/x.",
+        ),
+        (["prompt=a", "save=."], ConfigError, "save=. is the name of a folder"),
         (["prompt=a", "save=/dev/null"], StorageError, "not a regular file"),
     ],
 )

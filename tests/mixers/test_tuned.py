@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from longmix.config import ModelConfig
+from longmix.config import ModelConfig, TrainConfig, read, resolved
 from longmix.errors import ConfigError
 from longmix.mixers.flash import Flash
 from longmix.mixers.mlstm_tfla import MLSTMTFLA
@@ -15,6 +15,7 @@ from longmix.mixers.parts.state_tuning import FeatureMemory
 from longmix.mixers.rwkv7 import RWKV7
 from longmix.model.backbone import LanguageModel
 from longmix.model.tuned_states_file import load_states, load_weights, save_states, tune_states, tuned_states
+from longmix.training.run import check_config
 
 SHAPE = ModelShape(d_model=48, num_layers=2, num_heads=3)
 MIXERS = {
@@ -170,3 +171,10 @@ def test_a_mixer_of_another_kind_is_tuned_saved_and_loaded(tmp_path):
 def test_a_model_without_such_a_mixer_is_refused():
     with pytest.raises(ConfigError, match=r"trainable=states needs a mixer with a recurrent state.* is Flash"):
         tune_states(model_of(Flash, Flash))
+
+
+def test_a_run_of_such_a_model_is_refused_before_the_data_are_looked_at(compose_config, monkeypatch):
+    monkeypatch.setattr("longmix.training.run.data_of", lambda *_: pytest.fail("the data were built"))
+    config = read(TrainConfig, resolved(compose_config("mixer=flash", "trainable=states", "trainer=cpu")))
+    with pytest.raises(ConfigError, match="needs a mixer with a recurrent state, and the model's is Flash"):
+        check_config(config)

@@ -8,6 +8,7 @@ import json
 
 import pytest
 
+from longmix.errors import ConfigError
 from longmix.planning import check
 from longmix.planning.check import CPU_SIZES, Outcome
 
@@ -39,6 +40,30 @@ def test_the_command_writes_its_table(monkeypatch, tmp_path, capsys):
     cases = json.loads((tmp_path / "found.json").read_text())["cases"]
     assert [case["words"][-2:] for case in cases] == [["seq_len=64", "mixer=flash"], ["seq_len=64", "mixer=gla"]]
     assert cases[0]["error"] == 0.5
+
+
+@pytest.mark.parametrize(("ends", "code"), [(KeyboardInterrupt(), 130), (ConfigError("no memory."), 2)])
+def test_what_was_done_is_kept_when_the_command_ends_early(monkeypatch, tmp_path, capsys, ends, code):
+    found = tmp_path / "found.json"
+
+    def measured(words):
+        if words[-1] == "mixer=gla":
+            assert len(json.loads(found.read_text())["cases"]) == 1
+            raise ends
+        return Outcome(tuple(words), 2**30, 2**30)
+
+    monkeypatch.setattr(check, "check", measured)
+    assert check.main(["--mixers", "flash", "gla", "kda", "--output", str(found)]) == code
+    (case,) = json.loads(found.read_text())["cases"]
+    assert case["words"][-1] == "mixer=flash"
+    (message,) = capsys.readouterr().err.splitlines()
+    assert message.endswith(f"{found} holds 1 case.")
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_first_case(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(check, "check", lambda words: pytest.fail("no case should run"))
+    assert check.main(["--mixers", "flash", "--output", str(tmp_path / "nowhere" / "found.json")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
 
 
 def test_impossible_words_are_one_line(capsys):

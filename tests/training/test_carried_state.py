@@ -241,6 +241,10 @@ def test_what_cannot_carry_is_refused_by_name():
     net = model(MIXERS["delta-window"])
     with pytest.raises(ConfigError, match=r"loop\.carry_state=true needs rows that read on .*data\.order=contiguous"):
         check_carries(net, False, "sotu")
+    with pytest.raises(
+        ConfigError, match="those of MultiQueryRecall never do: leave it out, or give data of one corpus"
+    ):
+        check_carries(net, False, "MultiQueryRecall", has_order=False)
     with pytest.raises(ConfigError, match=r"no layer has a state that stays small \(Flash would keep every key\)"):
         check_carries(model([Flash]), True, "sotu")
     check_carries(model(HYBRID), True, "sotu")

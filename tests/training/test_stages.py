@@ -165,6 +165,10 @@ REFUSED = {
     "a misspelt word": ("{seq_le:8}", "unknown key stages[0].seq_le. Did you mean seq_len?"),
     "no stage": ("", "stages=[] names no stage"),
     "a range": ("{},{batch_size:0}", "stages[1].batch_size=0 must be at least 1"),
+    "more than there are numbers": (
+        "{max_tokens:1e400}",
+        "stages[0].max_tokens=inf is too large; whole numbers go up to",
+    ),
     "a type": ("{seq_len:x}", "stages[0].seq_len='x' is not a whole number"),
     "no text": ("7", "is no list of stages; write it like"),
     "room, before the first step": (

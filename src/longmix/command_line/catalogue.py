@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from longmix.errors import ConfigError
-from longmix.paths import check_path
+from longmix.paths import check_file, check_path
 from longmix.wording import did_you_mean, nearest
 
 _ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
@@ -28,6 +28,7 @@ class Argument:
         many: takes a list.
         switch: takes true or false.
         path: names a file or folder.
+        file: names a file to write.
         choices: the values that are allowed; any where there are none.
         only: values of the command's first word that it goes with; any where there are none.
     """
@@ -39,6 +40,7 @@ class Argument:
     many: bool = False
     switch: bool = False
     path: bool = False
+    file: bool = False
     choices: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
 
@@ -70,7 +72,9 @@ class Argument:
         if allowed and value not in allowed:
             meant = did_you_mean(nearest(value, allowed))
             raise ConfigError(f"{self.name}={value} is not one of {', '.join(allowed)}.{meant}")
-        if self.path:
+        if self.file:
+            check_file(self.name, value)
+        elif self.path:
             check_path(self.name, value, needed=self.default == "???")
         elif not value.strip():
             raise ConfigError(f"{self.name} is empty; was a variable of the shell not set? Give a value.")
@@ -323,7 +327,7 @@ _COMMANDS = (
             ),
             Argument("dtype", "of the inputs", "bf16", choices=("bf16", "fp16", "fp32")),
             Argument("cost_only", "compile nothing", "false", switch=True),
-            Argument("json", "a file for the records", path=True),
+            Argument("json", "a file for the records", file=True),
             Argument("dim", "head dimensions, 1 to 256", many=True, only=("attention",)),
             Argument(
                 "mode",

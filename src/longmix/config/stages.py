@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from longmix.config.rules import Rule, at_least, word
-from longmix.errors import LongmixError
+from longmix.config.values import as_given
+from longmix.errors import CheckpointError, LongmixError
 
 STAGES, STAGE = "stages", "stage"
 """Entries of a configuration: the stages, and in a checkpoint's the number of the one that it was saved in, from 0."""
@@ -19,6 +20,9 @@ MERGED = ("data", "mixer", "schedule")
 """Words of a stage that hold settings of a choice; they replace those of the whole run one by one."""
 
 NO_SETTINGS = "holds no settings; write them like {NAME:VALUE}."
+
+LONGEST_SHOWN = 80
+"""Characters of a file's value in messages."""
 
 Plain = dict[str, Any]
 Made = TypeVar("Made")
@@ -79,11 +83,16 @@ def settings_of_stages(written: Mapping[str, Any]) -> list[StageSettings]:
 
     Args:
         written: the run's configuration as dicts.
+
+    Raises:
+        CheckpointError: a file's `stages` are something else.
     """
     whole = {key: value for key, value in written.items() if key not in (STAGES, STAGE)}
     stages = written.get(STAGES)
     if not stages:
         return [StageSettings(whole, True, 1.0)]
+    if not isinstance(stages, list) or not all(isinstance(stage, Mapping) for stage in stages):
+        raise CheckpointError(f"the configuration's {STAGES}={as_given(stages)[:LONGEST_SHOWN]} is no list of stages.")
     found: list[StageSettings] = []
     schedule = whole.get("schedule")
     for number, stage in enumerate(stages):

@@ -89,7 +89,7 @@ def too_large(value: object) -> str:
         return next(filter(None, map(too_large, value)), "")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return ""
-    if isinstance(value, float) and (not math.isfinite(value) or value != int(value)):
+    if isinstance(value, float) and (math.isnan(value) or (math.isfinite(value) and value != int(value))):
         return ""
     if abs(value) <= LARGEST_INTEGER:
         return ""

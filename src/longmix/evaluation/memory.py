@@ -1,14 +1,11 @@
 """Checks before a pass whether windows fit into the free memory."""
 
-from pathlib import Path
-
 import torch
 
+from longmix import machine_memory
 from longmix.errors import ConfigError
 from longmix.model.backbone import LanguageModel
 from longmix.restore import Restored
-
-MEMINFO = Path("/proc/meminfo")
 
 
 def check_memory(model: LanguageModel, tokens: int, restored: Restored, key: str) -> None:
@@ -39,8 +36,4 @@ def free_bytes(device: torch.device) -> int | None:
     """Free memory of a device; None if the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = MEMINFO.read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, ValueError, StopIteration):
-        return None
+    return machine_memory.free_bytes()

@@ -22,6 +22,7 @@ from longmix.files import check_replaceable
 from longmix.generation.sampling import Sampling
 from longmix.generation.session import Session
 from longmix.generation.text import Row
+from longmix.paths import check_file
 from longmix.progress import tracked
 from longmix.reading import LARGEST_TEXT_BYTES
 from longmix.restore import Restored, restored_for
@@ -79,6 +80,7 @@ def _generated(config: GenerateConfig, model: Callable[[], Restored], shown: boo
         raise ConfigError("stop has an empty text, which every text ends with; leave it out.")
     prompts = _prompts(config)
     if config.save is not None:
+        check_file("save", config.save)
         check_replaceable(Path(config.save))
     restored = model()
     console = Console(stderr=True, quiet=not shown)

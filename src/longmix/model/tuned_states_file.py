@@ -23,15 +23,11 @@ MARK = ".tuned."
 """Part of the name of every tuned state, and of no other parameter."""
 
 
-def tune_states(model: LanguageModel, features: int = 0, decorrelation: float = 0.0) -> list[str]:
-    """Give every mixer that `tunes_states` a trainable state before each document; return these parameters' names.
-
-    Args:
-        model: to change.
-        features, decorrelation: of a memory besides; see `longmix.mixers.parts.state_tuning`.
+def tunable_mixers(model: LanguageModel) -> dict[str, Mixer]:
+    """The mixers that can have a trainable state before each document, by their names in the model.
 
     Raises:
-        ConfigError: no mixer of the model has a state that can be tuned.
+        ConfigError: there is none.
     """
     mixers = model.mixers()  # a channel mixer may be a `Mixer` too, and has nothing to tune
     tunable = {
@@ -42,6 +38,20 @@ def tune_states(model: LanguageModel, features: int = 0, decorrelation: float = 
     if not tunable:
         kinds = ", ".join(sorted({type(mixer).__name__ for mixer in model.mixers()}))
         raise ConfigError(f"trainable=states needs a mixer with a recurrent state, and the model's is {kinds}.")
+    return tunable
+
+
+def tune_states(model: LanguageModel, features: int = 0, decorrelation: float = 0.0) -> list[str]:
+    """Give every mixer that `tunes_states` a trainable state before each document; return these parameters' names.
+
+    Args:
+        model: to change.
+        features, decorrelation: of a memory besides; see `longmix.mixers.parts.state_tuning`.
+
+    Raises:
+        ConfigError: no mixer of the model has a state that can be tuned.
+    """
+    tunable = tunable_mixers(model)
     for mixer in tunable.values():
         mixer.tune_states(features, decorrelation)
     return [

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from longmix.config import Choice, TrainConfig, course_of, with_stage
 from longmix.config import read as read_config
 from longmix.data.training_data import TrainingData, build_data
 from longmix.errors import ConfigError
+from longmix.machine_memory import total_bytes
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model, check_model
 from longmix.model.matching import match_parameters
@@ -176,7 +176,7 @@ def read_stages(words: list[str]) -> list[Request]:
     data = _data(config)
     vocab_size = data.expected_vocab_size
     if config.loop.carry_state:
-        check_carries(check_model(config), data.reads_on, data.source)
+        check_carries(check_model(config), data.reads_on, data.source, "order" in config.data.settings)
     course = course_of(match_parameters(config, vocab_size))
     is_given = any(word.lstrip("+").startswith(("batch_size=", "experiment=")) for word in others)
     requests = []
@@ -293,7 +293,7 @@ def _count(text: str) -> int:
 
 def _accelerator(word: str) -> tuple[Accelerator | None, int]:
     if word.lower() == "cpu":
-        return None, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return None, total_bytes()
     found = by_word(word)
     if found is None:
         raise ConfigError(f"gpu={word} is not in the table; use one of {', '.join(ACCELERATORS)}, or cpu.")

@@ -24,10 +24,13 @@ import torch
 from longmix import startup
 from longmix.distributed.ranks import local_environment
 from longmix.errors import ConfigError, LongmixError
+from longmix.files import check_replaceable, replace_json
+from longmix.paths import check_file
 from longmix.planning.arguments import Request, read
 from longmix.planning.gloo_memory import note_all_frees
 from longmix.planning.memory import GIB
 from longmix.planning.plan import Planner
+from longmix.wording import counted
 
 CPU_SIZES = ("model=tiny", "model.num_layers=3", "seq_len=1024", "batch_size=2")
 GPU_SIZES = ("model=125m", "seq_len=8192", "batch_size=2", "tokenizer=bpe", "tokenizer.vocab_size=32000")
@@ -191,26 +194,36 @@ def mixers() -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check all cases, print the table, write JSON, and return the exit code."""
+    """Check all cases, print the table, write each row to the JSON file at once, and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m longmix.planning.check", description=__doc__.split("\n")[0])
     parser.add_argument("words", nargs="*", help="words of every case, as of a plan; for other sizes")
     parser.add_argument("--mixers", nargs="+", help="these mixers alone, and no variants")
-    parser.add_argument("--output", type=Path, help="a JSON file for the results")
+    parser.add_argument("--output", help="a JSON file for the results")
     options = parser.parse_args(arguments)
     sizes = GPU_SIZES if torch.cuda.is_available() else CPU_SIZES
     cases = [(f"mixer={name}",) for name in options.mixers or mixers()]
-    outcomes = []
+    outcomes: list[Outcome] = []
     try:
+        if options.output is not None:
+            check_file("--output", options.output)
+            check_replaceable(Path(options.output))
         divided = () if torch.cuda.is_available() else DIVIDED
         for case in [*cases, *(() if options.mixers else (*VARIANTS, *divided))]:
             outcomes.append(check([*sizes, *options.words, *case]))
             print(_line(outcomes[-1], case), flush=True)
-        if options.output is not None:
-            _write(options.output, outcomes)
+            if options.output is not None:
+                _write(Path(options.output), outcomes)
     except LongmixError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{type(error).__name__}: {error}{_kept(options.output, outcomes)}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print(f"Interrupted.{_kept(options.output, outcomes)}", file=sys.stderr)
+        return startup.INTERRUPTED
     return 0
+
+
+def _kept(path: str | None, outcomes: list[Outcome]) -> str:
+    return f" {path} holds {counted(len(outcomes), 'case')}." if path is not None and outcomes else ""
 
 
 def _line(outcome: Outcome, case: Sequence[str]) -> str:
@@ -219,7 +232,6 @@ def _line(outcome: Outcome, case: Sequence[str]) -> str:
 
 
 def _write(path: Path, outcomes: list[Outcome]) -> None:
-    from longmix.files import replace_json
     from longmix.versions import versions
 
     records: list[dict[str, Any]] = [dataclasses.asdict(each) | {"error": each.error} for each in outcomes]

@@ -186,17 +186,23 @@ def run_on(
     return output, after if group is None else strategies.of_last_slice(after, group)
 
 
-def check_carries(model: LanguageModel, reads_on: bool, source: str) -> None:
+def check_carries(model: LanguageModel, reads_on: bool, source: str, has_order: bool = True) -> None:
     """Refuse `loop.carry_state=true` where it has no meaning.
 
     Args:
         model: it may be without memory.
         reads_on: whether rows read on from step to step.
         source: the name of the data.
+        has_order: whether the data have the word data.order.
 
     Raises:
         ConfigError: naming the words.
     """
+    if not reads_on and not has_order:
+        raise ConfigError(
+            f"loop.carry_state=true needs rows that read on from step to step, and those of {source} never do: leave "
+            "it out, or give data of one corpus, such as data=sotu data.order=contiguous."
+        )
     if not reads_on:
         raise ConfigError(
             f"loop.carry_state=true needs rows that read on from step to step, which those of {source} do not: give "

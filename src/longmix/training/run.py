@@ -28,7 +28,7 @@ from longmix.mixers.parts.whole_rows import warn_of_whole_rows
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model, check_model
 from longmix.model.matching import match_parameters
-from longmix.model.tuned_states_file import STATES_FILE, save_states
+from longmix.model.tuned_states_file import STATES_FILE, save_states, tunable_mixers
 from longmix.naming import RunPlace, named_by_clock
 from longmix.notices import notice, notice_float32_on_gpu
 from longmix.progress import ProgressDisplay
@@ -227,6 +227,8 @@ def check_config(config: TrainConfig, tokenizer: Tokenizer | None = None) -> tup
     model = check_model(config)
     settings: TrainerSettings = config.trainer.build()
     check_stages(config, course, settings)
+    if config.trainable == "states":
+        tunable_mixers(model)
     data = data_of(course, config.tokenizer.build() if tokenizer is None else tokenizer)
     if not {"train", "validation"} <= set(data.splits):
         raise DataError(
@@ -236,7 +238,7 @@ def check_config(config: TrainConfig, tokenizer: Tokenizer | None = None) -> tup
     tasks_of(config, model.mixers())
     each_part(course, lambda part: check_positions(model, part.config, settings.slices))
     if config.loop.carry_state:
-        check_carries(model, data.reads_on, data.source)
+        check_carries(model, data.reads_on, data.source, "order" in config.data.settings)
     return settings, data
 
 

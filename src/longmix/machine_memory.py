@@ -1,0 +1,117 @@
+"""The memory that this process may take: what the machine has free, and what containers and SLURM leave of it.
+
+A container's limit is that of its control group, or of one above it, whichever leaves least. Behind a limit the kernel
+kills the process, although the machine has more.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+MEMINFO = Path("/proc/meminfo")
+GROUPS = Path("/proc/self/cgroup")
+"""The control groups of this process."""
+
+HIERARCHY = Path("/sys/fs/cgroup")
+"""Where control groups are mounted: version 2 here or in `unified`, version 1 in `memory`."""
+
+UNLIMITED = 2**60
+"""Version 1 writes a number above it where there is no limit."""
+
+MIB = 2**20
+
+
+def free_bytes() -> int | None:
+    """Bytes that this process can still take; None if the system does not say."""
+    limits = [_left(folder, limit) for folder, limit in _limits()]
+    return min(filter(_known, [_meminfo("MemAvailable:"), *limits, _of_slurm()]), default=None)
+
+
+def total_bytes() -> int:
+    """Bytes that this process can have at most, whoever uses them now."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(filter(_known, [machine, *(limit for _, limit in _limits()), _of_slurm()]))
+
+
+def _known(size: int | None) -> bool:
+    return size is not None
+
+
+def _meminfo(name: str) -> int | None:
+    try:
+        lines = MEMINFO.read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+    except (OSError, ValueError, IndexError, StopIteration):
+        return None
+
+
+def _limits() -> Iterator[tuple[Path, int]]:
+    """The groups that have a limit: this process's and those above it, each with the limit."""
+    for folder in _groups():
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            limit = _number(folder / name)
+            if limit is not None and limit < UNLIMITED:
+                yield folder, limit
+
+
+def _groups() -> Iterator[Path]:
+    """The folders of this process's control groups, each with those above it as far as they are mounted."""
+    try:
+        lines = GROUPS.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        for mount in [HIERARCHY / "memory"] if controllers else [HIERARCHY, HIERARCHY / "unified"]:
+            inside = mount / path.lstrip("/")
+            if ".." in inside.parts or not inside.is_dir():
+                inside = mount  # a container sees its own group as the root
+            while inside != mount.parent:
+                yield inside
+                inside = inside.parent
+
+
+def _left(group: Path, limit: int) -> int | None:
+    """Bytes below a group's limit; file contents that the kernel keeps there give way."""
+    used = next(filter(_known, (_number(group / name) for name in ("memory.current", "memory.usage_in_bytes"))), None)
+    if used is None:
+        return limit
+    try:
+        lines = [line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines()]
+        stat = {line[0]: int(line[1]) for line in lines if len(line) == 2}
+    except (OSError, ValueError):
+        stat = {}
+    kinds = ("inactive_file", "active_file")
+    files = sum(stat.get(f"total_{kind}", stat.get(kind, 0)) for kind in kinds)
+    return max(0, limit - max(0, used - files))
+
+
+def _number(file: Path) -> int | None:
+    """The number in a file; None if it holds none, as where there is no limit."""
+    try:
+        return int(file.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
+
+
+def _of_slurm() -> int | None:
+    """Bytes that SLURM gives a job on this machine, as it says in MiB; 0 there means all."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return None
+    whole = _from_environment("SLURM_MEM_PER_NODE")
+    if whole is not None:
+        return whole * MIB or None
+    for each, count in (("SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE"), ("SLURM_MEM_PER_GPU", "SLURM_GPUS_ON_NODE")):
+        size, number = _from_environment(each), _from_environment(count)
+        if size and number:
+            return size * number * MIB
+    return None
+
+
+def _from_environment(name: str) -> int | None:
+    try:
+        return int(os.environ[name])
+    except (KeyError, ValueError):
+        return None
