@@ -24,17 +24,17 @@ MIB = 2**20
 def free_bytes() -> int | None:
     """Bytes that this process can still take; None if the system does not say."""
     limits = [_left(folder, limit) for folder, limit in _limits()]
-    return min(filter(_known, [_meminfo("MemAvailable:"), *limits, _of_slurm()]), default=None)
+    return min(_known(_meminfo("MemAvailable:"), *limits, _of_slurm()), default=None)
 
 
 def total_bytes() -> int:
     """Bytes that this process can have at most, whoever uses them now."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(filter(_known, [machine, *(limit for _, limit in _limits()), _of_slurm()]))
+    return min(_known(machine, *(limit for _, limit in _limits()), _of_slurm()))
 
 
-def _known(size: int | None) -> bool:
-    return size is not None
+def _known(*sizes: int | None) -> list[int]:
+    return [size for size in sizes if size is not None]
 
 
 def _meminfo(name: str) -> int | None:
@@ -73,10 +73,10 @@ def _groups() -> Iterator[Path]:
                 inside = inside.parent
 
 
-def _left(group: Path, limit: int) -> int | None:
+def _left(group: Path, limit: int) -> int:
     """Bytes below a group's limit; file contents that the kernel keeps there give way."""
-    used = next(filter(_known, (_number(group / name) for name in ("memory.current", "memory.usage_in_bytes"))), None)
-    if used is None:
+    used = _known(*(_number(group / name) for name in ("memory.current", "memory.usage_in_bytes")))
+    if not used:
         return limit
     try:
         lines = [line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines()]
@@ -85,7 +85,7 @@ def _left(group: Path, limit: int) -> int | None:
         stat = {}
     kinds = ("inactive_file", "active_file")
     files = sum(stat.get(f"total_{kind}", stat.get(kind, 0)) for kind in kinds)
-    return max(0, limit - max(0, used - files))
+    return max(0, limit - max(0, used[0] - files))
 
 
 def _number(file: Path) -> int | None:

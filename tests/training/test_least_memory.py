@@ -82,6 +82,44 @@ def test_less_is_counted_than_a_plan_does(config):
     assert planned / 20 < least.total < planned
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["mixer=flash"], ["mixer=kda+routing"], ["mixer=flash", "model.activation_checkpointing=block"]],
+    ids=" ".join,
+)
+def test_what_layers_keep_is_nearly_what_a_plan_says(config, words):
+    words = [*words, "seq_len=1024", "batch_size=8", "model.d_model=64"]
+    request = arguments.read([*SMALL, *words, "gpu=cpu"])
+    from longmix.planning.plan import Planner
+
+    planned = Planner(request).plan().memory
+    settings = TrainerSettings(accelerator="cpu")
+    first = least_memory.least_memory(config(*words), settings, request.vocab_size)
+    closer = least_memory._closer(config(*words), settings, request.vocab_size, first)
+    assert planned.parts["activations"] / 2 < closer.activations and closer.total < planned.total
+    if len(words) == 4:
+        assert closer.activations > 10 * first.activations
+
+
+def test_a_stage_whose_layers_would_fill_the_memory_is_refused(compose_config, monkeypatch):
+    monkeypatch.setattr("longmix.training.run.RunPlace.of", lambda *_: pytest.fail("nothing else should be asked"))
+    stages = "stages=[{seq_len:64,max_steps:1},{seq_len:20000000,max_steps:1,batch_size:4}]"
+    with pytest.raises(
+        ConfigError, match=r"stages\[1\]: training needs at least .* 4 windows of seq_len=20000000 leave"
+    ):
+        train(compose_config(*SMALL, "logger=none", "batch_size=4", stages))
+
+
+def test_a_model_that_needs_real_numbers_counts_what_enters_its_blocks(config, monkeypatch):
+    def needs_numbers(*_: object) -> None:
+        raise TypeError("no data")
+
+    monkeypatch.setattr("longmix.training.kept_activations._kept", needs_numbers)
+    own, settings = config("seq_len=1024"), TrainerSettings(accelerator="cpu")
+    first = least_memory.least_memory(own, settings, 50)
+    assert least_memory._closer(own, settings, 50, first) == first
+
+
 def test_where_the_system_does_not_say_what_is_free_nothing_is_refused(config, monkeypatch):
     monkeypatch.setattr(least_memory, "free_bytes", lambda device: None)
     own = config("batch_size=1000000")

@@ -4,6 +4,7 @@ Linux promises more memory than there is, so that a batch of a million million w
 for but fills the memory later. What is counted here is less than any run takes: `longmix plan` counts all of it.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from longmix.errors import ConfigError
 from longmix.evaluation.memory import free_bytes
 from longmix.model.build import build_model
 from longmix.training.hardware import TrainerSettings
+from longmix.training.kept_activations import kept_per_token
 from longmix.wording import counted
 
 GIB = 2**30
@@ -26,7 +28,7 @@ class LeastMemory:
     Attributes:
         weights: with gradients, where all weights are trained.
         batch: tokens and targets of a step, int64.
-        activations: what enters each block of a micro-batch, which the backward pass needs.
+        activations: what the backward pass needs of a micro-batch: at first what enters each block alone.
     """
 
     weights: int
@@ -63,6 +65,20 @@ def least_memory(config: TrainConfig, settings: TrainerSettings, vocab_size: int
     )
 
 
+MOST_KEPT = 400
+"""Times the input of a block that it may keep; where even that fits, nothing more needs to be known."""
+
+
+def _closer(config: TrainConfig, settings: TrainerSettings, vocab_size: int, least: LeastMemory) -> LeastMemory:
+    """The same with all that layers keep for the backward pass; a second of work, where it may make a difference."""
+    with torch.device("meta"):
+        model = build_model(config, vocab_size)
+    rows = settings.micro_batch_size or config.batch_size // (settings.world_size // settings.slices)
+    tokens = settings.devices_here * rows * (config.seq_len // settings.slices)
+    kept = tokens * kept_per_token(model, settings.precision_in_use)
+    return dataclasses.replace(least, activations=max(least.activations, kept))
+
+
 def check_memory(config: TrainConfig, settings: TrainerSettings, vocab_size: int) -> None:
     """Refuse a run that needs more memory than is free on this machine: on a CPU for all, on GPUs for its batches.
 
@@ -72,6 +88,9 @@ def check_memory(config: TrainConfig, settings: TrainerSettings, vocab_size: int
     least = least_memory(config, settings, vocab_size)
     free = free_bytes(torch.device("cpu"))
     needed = least.batch if settings.on_gpu else least.total
+    if free is not None and not settings.on_gpu and needed <= free < needed + MOST_KEPT * least.activations:
+        least = _closer(config, settings, vocab_size, least)
+        needed = least.total
     if free is not None and needed > free:
         raise _refusal(config, settings, least, free)
     if settings.on_gpu and settings.world_size == 1:  # of several GPUs, each belongs to a process of its own
