@@ -15,6 +15,7 @@ from longmix.data.tokens import placed
 from longmix.data.tokens.ids import IdTokenizer
 from longmix.data.tokens.tokenizers import ByteTokenizer, tokenizer_from_state
 from longmix.errors import ConfigError, DataError
+from longmix.evaluation.run import evaluate
 from longmix.training.run import train
 
 EOD = 256
@@ -269,6 +270,11 @@ def test_ids_without_a_tokenizer_give_losses_without_bytes(compose_config, tmp_p
     printed = capsys.readouterr().err
     assert summary["validation"]["bytes"] == 0 and np.isnan(summary["validation"]["bits_per_byte"])
     assert "nats/token, bits/byte unknown" in printed and "nan" not in printed
+    words = (f"checkpoint={tmp_path}", "seq_len=[32]")
+    (result,) = evaluate(compose_config(*words, entry_point="evaluate"))["loss"]["lengths"].values()
+    assert result["loss"] == pytest.approx(summary["validation"]["loss"], 1e-6) and "bits_per_byte" not in result
+    with pytest.raises(ConfigError, match="stands for no text, and the corpus sotu is text"):
+        evaluate(compose_config(*words, "data=sotu", f"data.cache_dir={tmp_path}/text", entry_point="evaluate"))
 
 
 def test_the_state_of_ids(tmp_path):

@@ -373,7 +373,7 @@ class Supervisor(Callback):
         self.metric_log.write(module.step, metrics | _positions("validation", statistics) | tasks)
         self.progress.message(
             f"step {module.step}/{module.total_steps}  validation loss {metrics['validation/loss']:.4f}  "
-            f"{value:.4f} {QUALITIES[quality]}"
+            f"{'' if quality == 'loss' else f'{value:.4f} '}{QUALITIES[quality]}"
             + (f"; with averaged weights {of_average['loss']:.4f}" if of_average else "")
             + (f"; at {last.config.seq_len:,} tokens {metrics[f'{FINAL}/loss']:.4f}" if final is not None else "")
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
+from longmix.data.tokens.ids import IdTokenizer
 from longmix.data.tokens.tokenizers import NumberTokenizer
 from longmix.errors import ConfigError, DataError
 from longmix.evaluation.subject import Subject
@@ -82,6 +83,8 @@ class LMEval(Task):
         """
         if isinstance(subject.restored.tokenizer, NumberTokenizer):
             raise ConfigError("task=lm_eval needs a model of text, and this one was trained on a synthetic task.")
+        if isinstance(subject.restored.tokenizer, IdTokenizer):
+            raise ConfigError("task=lm_eval needs a tokenizer, and this model's tokens have none.")
         if importlib.util.find_spec("lm_eval") is None:
             raise ConfigError("task=lm_eval needs the lm-evaluation-harness; pip install 'longmix[lm-eval]' brings it.")
         length = subject.trained_seq_len if self.max_length is None else self.max_length

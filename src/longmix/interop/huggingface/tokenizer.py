@@ -9,6 +9,7 @@ spelled out in a text is text.
 from typing import TYPE_CHECKING, Any
 
 from longmix.data.tokens.byte_level import byte_letters
+from longmix.data.tokens.ids import IdTokenizer
 from longmix.data.tokens.tokenizers import SEPARATOR, ByteTokenizer, LibraryTokenizer, NumberTokenizer, Tokenizer
 from longmix.errors import ConfigError
 from longmix.interop.huggingface.specials import end_token
@@ -26,7 +27,7 @@ def huggingface_tokenizer(tokenizer: Tokenizer) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     specials = {}
-    if isinstance(tokenizer, NumberTokenizer):
+    if isinstance(tokenizer, NumberTokenizer | IdTokenizer):
         library = _numbers(tokenizer.vocab_size)
     elif isinstance(tokenizer, ByteTokenizer | LibraryTokenizer):
         library = _bytes() if isinstance(tokenizer, ByteTokenizer) else _library(tokenizer)
