@@ -115,8 +115,8 @@ def test_each_target_follows_its_input_in_the_file(token_file, settings, seq_len
         after |= dict(zip(document[1:], (*document[2:], SEPARATOR), strict=True))
     windows, without = Packing(**settings).windows(token_file, seq_len, 3), 0
     for window in epoch_of(windows):
-        assert [array.dtype for array in window] == [np.int64, np.int64, np.int32]
-        assert [array.shape for array in window] == [(seq_len,)] * 3
+        assert [array.dtype for array in window] == [np.int64, np.int64, np.int32, np.int32]
+        assert [array.shape for array in window] == [(seq_len,)] * 4
         for inputs, targets in parts(window):
             for token, target in zip(inputs, targets, strict=True):
                 if target == IGNORE_INDEX:

@@ -49,8 +49,8 @@ def check_covers_everything(windows: list, token_file: TokenFile) -> None:
 
 
 def check_shapes(window, seq_len: int) -> None:
-    assert [array.dtype for array in window] == [np.int64, np.int64, np.int32]
-    assert [array.shape for array in window] == [(seq_len,)] * 3
+    assert [array.dtype for array in window] == [np.int64, np.int64, np.int32, np.int32]
+    assert [array.shape for array in window] == [(seq_len,)] * 4
 
 
 class TestTrainWindows:
@@ -68,14 +68,14 @@ class TestTrainWindows:
     def test_document_ids_change_exactly_at_separators(self, token_file, seq_len):
         windows = TrainWindows(token_file, seq_len, seed=1)
         for index in range(windows.windows_per_epoch):
-            tokens, targets, document_ids = windows.window(0, index)
+            tokens, targets, document_ids = windows.window(0, index)[:3]
             num_real = np.flatnonzero(targets == IGNORE_INDEX)[0] + 1 if IGNORE_INDEX in targets else seq_len
             assert document_ids[0] == 0
             np.testing.assert_array_equal(np.diff(document_ids[:num_real]), tokens[1:num_real] == SEPARATOR)
 
     def test_padding_is_a_document_of_its_own_without_targets(self, token_file):
         seq_len = token_file.num_tokens + 5
-        tokens, targets, document_ids = TrainWindows(token_file, seq_len, seed=1).window(0, 0)
+        tokens, targets, document_ids = TrainWindows(token_file, seq_len, seed=1).window(0, 0)[:3]
         assert (tokens[-5:] == SEPARATOR).all()
         assert (targets[-6:] == IGNORE_INDEX).all() and (targets[:-6] != IGNORE_INDEX).all()
         assert document_ids[-6] == token_file.num_documents - 1
@@ -84,7 +84,7 @@ class TestTrainWindows:
     def test_targets_are_the_next_inputs(self, token_file):
         windows = TrainWindows(token_file, 7, seed=2)
         for index in range(windows.windows_per_epoch):
-            tokens, targets, _ = windows.window(0, index)
+            tokens, targets, _ = windows.window(0, index)[:3]
             has_target = targets[:-1] != IGNORE_INDEX
             np.testing.assert_array_equal(tokens[1:][has_target], targets[:-1][has_target])
 
