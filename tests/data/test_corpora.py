@@ -162,6 +162,17 @@ class TestLocalFiles:
             with pytest.raises(DataError, match=rf"b\.JSONL\.{kind} is cut or damaged"):
                 list(JsonLines(str(tmp_path / f"b*{kind}"), validation_fraction=0).documents("train"))
 
+    @pytest.mark.parametrize("streaming", [True, False])
+    def test_a_data_set_of_files_of_several_frames(self, tmp_path, streaming):
+        lines = [json.dumps({"text": f"{number}"}).encode() + b"\n" for number in range(9)]
+        file = tmp_path / "a.jsonl.zst"
+        file.write_bytes(zstd(b"".join(lines[:3])) + zstd(b"".join(lines[3:])))
+        words = {"data_files": str(tmp_path / "*.zst"), "streaming": streaming, "validation_fraction": 0}
+        assert list(HubDataset("json", **words).documents("train")) == [f"{number}" for number in range(9)]
+        file.write_bytes(file.read_bytes()[:-1])
+        with pytest.raises(DataError, match=r"a\.jsonl\.zst of split 'train' of json is cut or damaged"):
+            list(HubDataset("json", **words).documents("train"))
+
     @tables
     def test_no_network_is_asked(self, tmp_path, kind, write, monkeypatch):
         asked = []

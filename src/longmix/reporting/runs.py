@@ -50,6 +50,7 @@ class Run:
     def row(self) -> dict[str, Any]:
         """The numbers that people compare."""
         validation = self.summary["validation"]
+        has_bytes = validation.get("bytes") != 0 and not is_synthetic(self.settings)
         recall = self.evaluations.recall
         return {
             "run": self.label,
@@ -57,7 +58,7 @@ class Run:
             "seq_len": self.summary["seq_len"],
             "parameters": self.summary["parameters"]["total"],
             "tokens": self.summary["tokens"],
-            "bits_per_byte": None if is_synthetic(self.settings) else validation["bits_per_byte"],
+            "bits_per_byte": validation["bits_per_byte"] if has_bytes else None,
             "loss": validation["loss"],
             "tokens_per_second": self.summary["tokens_per_second"],
             "training_seconds": self.summary["training_seconds"],
