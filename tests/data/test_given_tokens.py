@@ -91,6 +91,12 @@ def test_every_format_has_the_documents_that_were_written(make, tmp_path):
     assert token_file.num_bytes == sum(map(len, TEXTS))
 
 
+def test_what_all_documents_end_with_is_no_mark_if_it_is_text(tmp_path):
+    lines = [[*text, 10] for text in TEXTS]
+    token_file = of(megatron(tmp_path / "a.bin", lines), tmp_path, validation_fraction=0.0).token_file("train")
+    assert (documents(token_file), token_file.separator_id) == (lines, EOD)
+
+
 def test_raw_tokens_need_a_word_for_their_format(tmp_path):
     path = write(tmp_path / "train.bin", AT_END, "<u4")
     with pytest.raises(DataError, match=r"format cannot be told.*data\.format=raw and data\.dtype"):

@@ -192,7 +192,11 @@ class TokenFiles(SplitByContent):
 
     def _mark(self, places: list[Place], tokenizer: Tokenizer) -> int:
         found = self._eod if self._eod is not None else find_mark(places)
-        if found is None and tokenizer.separator_id >= 0:
+        sizes = tokenizer.token_bytes()
+        is_text = (
+            self._eod is None and found is not None and found < len(sizes) and sizes[found]
+        )  # such as a line's end
+        if (found is None or is_text) and tokenizer.separator_id >= 0:
             found = tokenizer.separator_id
         if found is None:
             raise ConfigError(
