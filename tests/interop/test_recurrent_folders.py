@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -372,10 +373,35 @@ def test_both_formats_of_rwkv7_hold_the_same(saved, tmp_path, command):
         assert same_weights(tmp_path / f"{source} again", model)
 
 
+def test_rwkvs_vocabulary_comes_along(tmp_path, command):
+    source = put(tmp_path / "source", "rwkv", read("rwkv"))
+    (source.parent / "tokenizer.json").unlink()
+    lines = [f"{byte + 1} {bytes([byte])!r} 1" for byte in range(256)] + ["257 ' the' 4", "258 'é' 2"]
+    (source.parent / "rwkv_vocab_v20230424.txt").write_text("\n".join(lines) + "\n")
+    code, (line,) = command("import", source, tmp_path / "run", "--separator", "<s>")
+    assert code == 2
+    assert "leave --separator out" in line
+    done = import_folder(source, tmp_path / "run")
+    assert (done.tokenizer.separator_id, done.tokenizer.vocab_size) == (0, 272)
+    assert done.tokenizer.encode("é the").tolist() == [258, 257]
+    export(tmp_path / "run", tmp_path / "folder", "longmix")
+    assert json.loads((tmp_path / "folder" / "config.json").read_text())["eos_token_id"] == 0
+    before = load_checkpoint(done.checkpoint)["tokenizer"]
+    import_folder(tmp_path / "folder", tmp_path / "again")
+    (tmp_path / "folder" / "longmix.json").unlink()
+    import_folder(tmp_path / "folder", tmp_path / "alone")
+    export(tmp_path / "run", tmp_path / "back.pth")
+    import_folder(tmp_path / "back.pth", tmp_path / "file", tokenizer=source.parent / "rwkv_vocab_v20230424.txt")
+    for run in ("again", "alone", "file"):
+        assert load_checkpoint(find_checkpoint(tmp_path / run))["tokenizer"] == before
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_package_itself_computes_the_same(tmp_path, kind):
-    pytest.importorskip("rwkv" if kind == "rwkv" else "fla", reason="the package is an optional oracle")
+    package = "rwkv" if kind == "rwkv" else "flash-linear-attention"
+    if not any(each.name == package for each in metadata.distributions()):
+        pytest.skip(f"{package} is an optional oracle")
     words = [sys.executable, str(MADE / "make.py"), "--seed=11", f"--folder={tmp_path}", kind]
     subprocess.run(words, check=True, timeout=550, capture_output=True, env=dict(os.environ))
     made = read(kind, tmp_path / f"{kind}.npz")

@@ -278,9 +278,16 @@ _COMMANDS = (
                 "what happens to characters that the tokenizer has no tokens for; null: refuse",
                 choices=("refuse", "replace"),
             ),
-            Argument("tokenizer", "tokenizer.json, or a folder with it; null: that in the folder", path=True),
+            Argument(
+                "tokenizer",
+                "tokenizer.json, rwkv_vocab_v20230424.txt, or a folder with one; null: that beside the model",
+                path=True,
+            ),
         ),
-        examples=("longmix import SmolLM-135M runs/smol", "longmix import rwkv7.pth runs/rwkv tokenizer=TOKENIZER"),
+        examples=(
+            "longmix import SmolLM-135M runs/smol",
+            "longmix import rwkv7.pth runs/rwkv tokenizer=rwkv_vocab_v20230424.txt",
+        ),
     ),
     Command(
         "consolidate",

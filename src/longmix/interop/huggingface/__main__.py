@@ -51,7 +51,9 @@ def _parser() -> OptionParser:
         help="what happens to characters that the tokenizer has no tokens for; default: refuse",
     )
     back.add_argument(
-        "--tokenizer", type=path_option, help="tokenizer.json, or a folder with it; default: that in the folder"
+        "--tokenizer",
+        type=path_option,
+        help="tokenizer.json, rwkv_vocab_v20230424.txt, or a folder with one; default: that beside the model",
     )
     back.set_defaults(run=_import)
     return parser

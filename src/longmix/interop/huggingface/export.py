@@ -13,6 +13,7 @@ from longmix.checkpoints import chosen_checkpoint
 from longmix.checkpoints.contents import Weights, load_model_state, rebuilding
 from longmix.config import StoredConfig
 from longmix.data.tokens.tokenizers import tokenizer_from_state
+from longmix.data.tokens.world import WorldTokenizer
 from longmix.errors import ConfigError
 from longmix.files import atomic_directory, check_folder, write_json
 from longmix.interop import rwkv
@@ -21,7 +22,7 @@ from longmix.interop.huggingface.described import Described
 from longmix.interop.huggingface.families import ALONE, FAMILIES, write_folder
 from longmix.interop.huggingface.folder import FORMAT, OWN_FILE, WEIGHTS, require_transformers
 from longmix.interop.huggingface.seal import MARK, sealed
-from longmix.interop.huggingface.specials import write_specials
+from longmix.interop.huggingface.specials import VOCABULARY, write_specials
 from longmix.interop.huggingface.tokenizer import huggingface_tokenizer
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import model_from_checkpoint
@@ -43,7 +44,7 @@ longmix for {steps} at {seq_len:,} tokens of context.
 {register}from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}"){without}
 ```
 
 `{own_file}` holds the training configuration; `python -m longmix.interop.huggingface import {name} CHECKPOINT` makes a
@@ -112,7 +113,7 @@ def export(
         model = model_from_checkpoint(state)
         tokenizer = tokenizer_from_state(state["tokenizer"])
     config, weights = _as_family(model, stored, kind) or _as_llama(model, stored, kind) or _as_longmix(model, stored)
-    fast = huggingface_tokenizer(tokenizer)
+    fast = None if isinstance(tokenizer, WorldTokenizer) else huggingface_tokenizer(tokenizer)
     write_specials(config, tokenizer)
     for key, value in MARK.items():
         setattr(config, key, value)
@@ -123,9 +124,13 @@ def export(
             write_folder(temporary, config, weights, DTYPES[dtype])
         else:
             _save(_filled(config, weights, DTYPES[dtype]), temporary)
-        fast.save_pretrained(temporary)
+        if fast is None:
+            (temporary / VOCABULARY).write_bytes(str(tokenizer.state()["vocabulary"]).encode())
+        else:
+            fast.save_pretrained(temporary)
         write_json(temporary / OWN_FILE, sealed(temporary, {"format": FORMAT, **about}))
-        (temporary / "README.md").write_text(_card(done, folder.name, model, about), encoding="utf-8")
+        card = _card(done, folder.name, model, about, has_tokenizer=fast is not None)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
         replaced = folder.with_name(f".{folder.name}.replaced")
         if folder.exists():
             shutil.rmtree(replaced, ignore_errors=True)
@@ -225,7 +230,7 @@ def _save(model: Any, folder: Path) -> None:
         raise OSError(f"{WEIGHTS}: {error}") from error
 
 
-def _card(done: Exported, name: str, model: LanguageModel, about: dict[str, Any]) -> str:
+def _card(done: Exported, name: str, model: LanguageModel, about: dict[str, Any], has_tokenizer: bool) -> str:
     return CARD.format(
         name=name,
         model_type=done.model_type,
@@ -233,6 +238,7 @@ def _card(done: Exported, name: str, model: LanguageModel, about: dict[str, Any]
         vocab_size=model.embedding.num_embeddings,
         steps=counted(about["step"], "step"),
         seq_len=about["config"]["seq_len"],
+        without="" if has_tokenizer else f"  # not with {VOCABULARY}, which RWKV's own code reads",
         register=REGISTERS.get(done.model_type, ""),
         own_file=OWN_FILE,
     )

@@ -13,6 +13,7 @@ from longmix.checkpoints import CheckpointStore
 from longmix.checkpoints.contents import check_model_state, rebuilding
 from longmix.config import Choice, ModelConfig, Plain, StoredConfig, plain
 from longmix.data.tokens.tokenizers import Tokenizer, TokenizerFile, tokenizer_from_state
+from longmix.data.tokens.world import WorldFile
 from longmix.errors import CheckpointError, ConfigError, DataError
 from longmix.files import check_folder
 from longmix.interop import rwkv
@@ -28,7 +29,7 @@ from longmix.interop.huggingface.folder import (
     require_transformers,
 )
 from longmix.interop.huggingface.seal import OWN_HASH, check_seal
-from longmix.interop.huggingface.specials import TOKENIZER, read_tokenizer
+from longmix.interop.huggingface.specials import TOKENIZER, VOCABULARIES, VOCABULARY, read_tokenizer
 from longmix.model.build import build_model
 from longmix.model.tuned_states_file import tune_states
 from longmix.reading import shortened
@@ -66,7 +67,8 @@ def import_folder(
         separator: the token that starts each document; None takes what the folder begins texts with, else ends them.
         missing_bytes: what happens to characters that the tokenizer has no tokens for, "refuse" or "replace"; None
             refuses them.
-        tokenizer: a `tokenizer.json` or the folder of one, which a `.pth` file needs; None takes the model's own.
+        tokenizer: a `tokenizer.json`, a vocabulary of RWKV's kind (`.txt`), or the folder of one; None takes the one
+            beside the model.
 
     Raises:
         CheckpointError: the folder is missing, damaged, or not what it says.
@@ -115,13 +117,25 @@ def _foreign(folder: Path, theirs: Any, words: Mapping[str, Any]) -> dict[str, A
 
 
 def _begun(folder: Path, config: ModelConfig, theirs: Any, words: Mapping[str, Any]) -> dict[str, Any]:
-    given = words["--tokenizer"]
-    place = folder / TOKENIZER if given is None else given / TOKENIZER if given.is_dir() else given
-    tokenizer = read_tokenizer(
-        place.parent, theirs, words["--separator"], words["--missing-bytes"] or "refuse", place.name
-    )
+    tokenizer = _tokenizer(folder, theirs, words)
     stored = plain(_stored(config, tokenizer.state(), theirs)) | {"batch_size": 1}
     return {"step": 0, "config": stored, "tokenizer": tokenizer.state()}
+
+
+def _tokenizer(folder: Path, theirs: Any, words: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer that `--tokenizer` names, or that lies in the folder."""
+    given = words["--tokenizer"]
+    place = folder if given is None else given
+    if place.is_dir():
+        lists = [] if (place / TOKENIZER).exists() else sorted(place.glob(VOCABULARIES))
+        place = lists[0] if len(lists) == 1 else place / TOKENIZER
+    if place.suffix != ".txt":
+        separator, missing_bytes = words["--separator"], words["--missing-bytes"] or "refuse"
+        return read_tokenizer(place.parent, theirs, separator, missing_bytes, place.name)
+    for word in ("--separator", "--missing-bytes"):
+        if words[word] is not None:
+            raise ConfigError(f"{place} has a token for every byte, and id 0 between documents; leave {word} out.")
+    return WorldFile(str(place), theirs.vocab_size)
 
 
 def _exported(folder: Path, theirs: Any, own: dict[str, Any], words: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,8 +200,11 @@ def _check_same(folder: Path, theirs: Any, stored: Plain) -> None:
 
 def _stored(config: ModelConfig, tokenizer: Plain, theirs: Any) -> StoredConfig:
     """The configuration of an imported checkpoint; a foreign model has no data."""
-    options: Plain = {key: tokenizer[key] for key in ("separator", "missing_bytes", "end_ids") if key in tokenizer}
-    file = {"_target_": f"{TokenizerFile.__module__}.TokenizerFile", "path": TOKENIZER, **options}
+    kind: type = WorldFile if tokenizer["kind"] == "world" else TokenizerFile
+    known = ("vocab_size",) if kind is WorldFile else ("separator", "missing_bytes", "end_ids")
+    options: Plain = {key: tokenizer[key] for key in known if key in tokenizer}
+    path = VOCABULARY if kind is WorldFile else TOKENIZER
+    file = {"_target_": f"{kind.__module__}.{kind.__qualname__}", "path": path, **options}
     return StoredConfig(
         model=config.model,
         mixer=config.mixer,

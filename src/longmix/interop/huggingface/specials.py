@@ -14,6 +14,9 @@ from longmix.errors import CheckpointError, DataError
 from longmix.interop.huggingface.folder import read_json
 
 TOKENIZER = "tokenizer.json"
+VOCABULARY, VOCABULARIES = "rwkv_vocab_v20230424.txt", "rwkv_vocab*.txt"
+"""The name of RWKV's vocabulary in such a folder, and names by which it is found there."""
+
 GENERATION = "generation_config.json"
 
 
