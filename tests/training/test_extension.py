@@ -63,6 +63,18 @@ def test_training_goes_on_at_other_positions_and_lengths(trained, words, tmp_pat
         longmix.train([*given, "resume=auto", "max_steps=4", "mixer.rotary_factor=4"], folder=tmp_path / "long")
 
 
+def test_settings_of_the_mixer_in_an_experiment_are_words(trained, words, tmp_path):
+    """But not those of an experiment that also chooses the mixer: they are that one's."""
+    own = [word for word in words if not word.startswith("trainer=")]
+    given = [*own, f"checkpoint={trained('flash')}", "trainer=cpu", "trainer.micro_batch_size=null"]
+    longmix.train([*given, "experiment=125m_16k"], folder=tmp_path / "run")
+    assert [mixer.rotary.base for mixer in longmix.load(tmp_path / "run").model.mixers()] == [500_000.0] * 2
+    longmix.train([*given, "experiment=125m_16k", "mixer.rotary_base=2e5"], folder=tmp_path / "word")
+    assert saved(tmp_path / "word")["config"]["mixer"]["rotary_base"] == 2e5
+    longmix.train([*given, "experiment=routing_wikitext103"], folder=tmp_path / "other")
+    assert saved(tmp_path / "other")["config"]["mixer"] == saved(trained("flash"))["config"]["mixer"]
+
+
 def test_members_of_a_hybrid_change_each_for_itself(trained, words, tmp_path):
     base = trained("sliding_window+flash", "mixer.sliding_window.window=8")
     changes = ("mixer.sliding_window.window=16", "mixer.flash.rotary_base=null")

@@ -1,17 +1,20 @@
 """Begins training from a checkpoint's weights: trains all of them, or only the states before documents."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from longmix.checkpoints import CheckpointStore, chosen_checkpoint
 from longmix.checkpoints.contents import load_model_state, rebuilding
 from longmix.checkpoints.find import LAST, last_checkpoint
 from longmix.checkpoints.verify import weights_digest
+from longmix.command_line.schema import configs_folder
 from longmix.config import Choice, ModelConfig, OriginRecord, TrainConfig
 from longmix.data.tokens.tokenizers import Tokenizer, tokenizer_from_state
 from longmix.distributed.agreement import Processes
@@ -22,6 +25,8 @@ from longmix.model.backbone import LanguageModel
 from longmix.model.changes import changed_mixer
 from longmix.model.tuned_states_file import load_weights, tune_states
 from longmix.trust import check_model_nodes
+
+EXPERIMENT = "experiment"
 
 TAKEN = ("mixer", "model", "tokenizer", "block")
 """Words that come from the checkpoint; settings of the mixer that may change after training may be given besides."""
@@ -103,17 +108,45 @@ def begins_from(config: TrainConfig, invocation: Invocation) -> tuple[TrainConfi
 
 
 def _given(config: TrainConfig, invocation: Invocation) -> dict[str, Any]:
-    """The settings of the mixer on the command line, by the parts of their names."""
+    """The settings of the mixer on the command line and in its experiment, by the parts of their names."""
+    words = [word.lstrip("+").partition("=")[0] for word in invocation.words]
+    named = [word.split(".")[1:] for word in words if word.startswith("mixer.")]
     found: dict[str, Any] = {}
-    for override in invocation.words:
-        _, *parts = override.lstrip("+~").partition("=")[0].split(".")
-        if not override.lstrip("+").startswith("mixer."):
-            continue
+    for parts in (*named, *_named_by_experiment(invocation)):
         node, value = found, config.mixer.entries
         for part in parts[:-1]:
             node, value = node.setdefault(part, {}), cast(Mapping[str, Any], value[part])
         node[parts[-1]] = value[parts[-1]]
     return found
+
+
+def _named_by_experiment(invocation: Invocation) -> list[list[str]]:
+    """The settings of the mixer that the experiment's file has, by the parts of their names.
+
+    None if it also chooses the mixer: then they are that mixer's, and the checkpoint has its own.
+    """
+    name = str(invocation.choices.get(EXPERIMENT))
+    folders = [configs_folder()]
+    if HydraConfig.initialized():
+        sources = HydraConfig.get().runtime.config_sources
+        folders += [Path(source.path) for source in sources if source.schema == "file" and source.path]
+    files = [path for folder in reversed(folders) if (path := folder / EXPERIMENT / f"{name}.yaml").is_file()]
+    if not files:
+        return []
+    file = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(files[0]), resolve=False))
+    chosen = {str(key) for entry in file.get("defaults", []) if isinstance(entry, dict) for key in entry}
+    own = file.get("mixer")
+    if not isinstance(own, dict) or any(key.split()[-1].lstrip("/") == "mixer" for key in chosen):
+        return []
+    return [parts for parts in _leaves(own) if parts != ["_target_"]]
+
+
+def _leaves(settings: Mapping[str, Any]) -> Iterator[list[str]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from ([name, *rest] for rest in _leaves(value))
+        else:
+            yield [name]
 
 
 def continued_checkpoint(config: TrainConfig, invocation: Invocation) -> Path | None:
