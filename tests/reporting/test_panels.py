@@ -42,6 +42,19 @@ class TestPanels:
         assert panel(sweep, "loss_by_time_32")[0]["slow"][0] == [20.0, 40.0, 60.0]
         assert panel(sweep, "loss_by_time_32")[0]["fast"][0] == [10.0, 20.0, 30.0]
 
+    def test_tasks_during_training(self, sweep):
+        runs = runs_of(sweep)
+        for run in runs[:2]:
+            for number, row in enumerate(run.metrics):
+                row |= {f"task/needle/{name}/{n}": number for name in ("gain", "accuracy") for n in (8, 64, 16, 128)}
+                row |= {"task/own/shares/32": 0.5, "task/own": 1, "task/a/b/c": 2}
+        shown = [found for found in panels_of(runs) if found.section == "Tasks during training"]
+        assert [(found.key, found.title, found.y_label) for found in shown] == [
+            *((f"task_needle_{n}", f"task needle at {n} tokens", "accuracy") for n in (8, 16, 64)),
+            ("task_own_32", "task own at 32 tokens", "shares"),
+        ]
+        assert len(shown[0].series) == 2 and shown[0].series[0].y == list(range(len(runs[0].metrics)))
+
     def test_seconds_follow_the_speed_of_each_stretch(self, tmp_path):
         (run,) = runs_of(write_run(tmp_path / "a", "flash", 32, 2.0, 500.0))
         for row, speed in zip([row for row in run.metrics if "train/loss" in row], (100.0, 200.0, 400.0), strict=True):

@@ -16,6 +16,12 @@ from longmix.reporting.stages import borders, is_staged, tokens_at
 ENOUGH_POINTS = 4
 """The fewest validations that make a curve; with fewer, training losses are shown."""
 
+MAIN_MEASURES = ("average", "accuracy", "recall", "bits_per_byte", "loss")
+"""The measure of a task that is shown is the first of these that it has."""
+
+MOST_LENGTHS = 3
+"""The most lengths of a task that have a panel."""
+
 MOST_BORDERS = 12
 """The most borders of stages that a panel marks."""
 
@@ -104,7 +110,7 @@ def _with_settings(run: Run) -> str:
 
 def panels_of(runs: list[Run]) -> list[Panel]:
     """Every panel that the runs have data for, in the page's order."""
-    panels = [*_trade_offs(runs), *_curves(runs), *_stages(runs), *_positions(runs), *_costs(runs)]
+    panels = [*_trade_offs(runs), *_curves(runs), *_stages(runs), *_tasks(runs), *_positions(runs), *_costs(runs)]
     panels += [*_recall(runs), *_capacity(runs)]
     return [_as_points(panel) for panel in panels if panel.series]
 
@@ -210,6 +216,33 @@ def _stages(runs: list[Run]) -> list[Panel]:
         for length, group in by_length(runs).items()
         if any(is_staged(run.summary) for run in group)
     ]
+
+
+def _tasks(runs: list[Run]) -> list[Panel]:
+    """What `loop.tasks` measured during training: of each task its main measure, at its first few lengths."""
+    names = names_of(runs)
+    columns = dict.fromkeys(column for run in runs for row in run.metrics for column in row)
+    found: dict[str, dict[str, list[tuple[int, str]]]] = {}
+    for column in columns:
+        task, *rest = column.split("/")
+        if task == "task" and len(rest) == 3 and rest[2].isdecimal():
+            found.setdefault(rest[0], {}).setdefault(rest[1], []).append((int(rest[2]), column))
+    panels = []
+    for name, measures in found.items():
+        main = next((measure for measure in MAIN_MEASURES if measure in measures), next(iter(measures)))
+        for length, column in sorted(measures[main])[:MOST_LENGTHS]:
+
+            def curve(run: Run, column: str = column) -> Curve:
+                steps, values = run.curve(column)
+                return _tokens_at(run, steps), values
+
+            series = _series(runs, names, curve)
+            title = f"task {name} at {length:,} tokens"
+            words = "tokens trained on", main.replace("_", " ")
+            panels.append(
+                Panel(f"{file_word(f'task_{name}')}_{length}", "Tasks during training", title, *words, series)
+            )
+    return panels
 
 
 def _learning_column(runs: list[Run], key: str) -> str:

@@ -35,6 +35,7 @@ from longmix.model.build import build_model
 from longmix.progress import without_bars
 from longmix.restore import Restored
 from longmix.training import random_state, strategies
+from longmix.training.warm_start import begin
 from longmix.wording import did_you_mean, nearest
 
 TASK, NAME = "task", "name"
@@ -235,6 +236,7 @@ def _as_evaluated(model: LanguageModel, part: StagePart, device: torch.device) -
         weights = {name: strategies.whole(weight) for name, weight in model.state_dict().items()}
         with torch.device(device):
             copy = build_model(part.config, model.vocab_size)
+            begin(copy, part.config, None)  # with states to train it has more weights
         copy.load_state_dict(weights)
         yield copy.eval()
         return
