@@ -38,6 +38,11 @@ class Inputs:
         """Return the values of the arguments that `schema` names, in its order."""
         return tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
 
+    def first(self) -> torch.Tensor:
+        """Return the tensor whose device decides."""
+        query: torch.Tensor = self.query  # type: ignore[attr-defined]
+        return query
+
     @classmethod
     def of(cls, flat: Iterable[Any]) -> Self:
         """Return the inputs of which `flat` returned these values."""
@@ -66,6 +71,16 @@ def deferred(path: str) -> Function:
 
     def call(*arguments: Any) -> Tensors:
         return getattr(importlib.import_module(module), name)(*arguments)
+
+    return call
+
+
+def definition(forward: Callable[[AnyInputs], Tensors]) -> Callable[[AnyInputs], Tensors]:
+    """Return an engine's `reference_forward` with autocast off; it is no operator, so that autograd sees into it."""
+
+    def call(inputs: AnyInputs) -> Tensors:
+        with torch.autocast(inputs.first().device.type, enabled=False):
+            return forward(inputs)
 
     return call
 
@@ -124,7 +139,7 @@ def differentiable(
         check: called before the forward, when tensors have values.
     """
     before = incoming + len(saved)
-    node = computed(operator, inputs, forward=forward, empty=empty, results=results, flops=flops, check=check)
+    node = _node(operator, inputs, forward=forward, empty=empty, results=results, flops=flops, check=check)
 
     def run_backward(grad: torch.Tensor, *rest: Any) -> Tensors:
         with torch.autocast(grad.device.type, enabled=False):
@@ -162,7 +177,18 @@ def differentiable(
     return lambda call_inputs: node(*call_inputs.flat())
 
 
-def computed(
+def computed(operator: str, inputs: type[AnyInputs], **options: Any) -> Callable[[AnyInputs], Tensors]:
+    """Register an operator without a backward, with autocast off, and return a function that calls it.
+
+    Args:
+        operator, inputs: as those of `differentiable`.
+        options: `forward`, `empty`, `results`, `flops` and perhaps `check`, likewise.
+    """
+    node = _node(operator, inputs, **options)
+    return lambda call_inputs: node(*call_inputs.flat())
+
+
+def _node(
     operator: str,
     inputs: type[AnyInputs],
     *,
@@ -172,11 +198,7 @@ def computed(
     flops: Callable[[AnyInputs], int],
     check: Callable[[AnyInputs], None] = lambda _: None,
 ) -> Any:
-    """Register an operator without a backward, with autocast off, and return it; it takes the inputs one by one.
-
-    Args:
-        operator, inputs, forward, empty, results, flops, check: as those of `differentiable`.
-    """
+    """Register an operator without a backward, with autocast off, and return it; it takes the inputs one by one."""
 
     def run(first: torch.Tensor, *rest: Any) -> Tensors:
         with torch.autocast(first.device.type, enabled=False):

@@ -1,5 +1,6 @@
 """What holds for all engines alike: how they are called, what they refuse, and how their kernels are launched."""
 
+import ast
 import inspect
 import os
 from collections.abc import Callable
@@ -89,6 +90,72 @@ def call(engine: Engine, query: torch.Tensor, value: torch.Tensor, **options: An
     others = {name: x.to(exact) if isinstance(x, torch.Tensor) else x for name, x in engine.options.items()}
     result = engine.function(query, query, value, **others, **options)
     return result if isinstance(result, torch.Tensor) else result[0]
+
+
+COMMON = {
+    "inputs": ("Inputs",),
+    "checks": ("TRITON_MAX_DIM", "check_inputs"),
+    "op": ("BACKENDS", "_empty", "_IMPLEMENTATIONS"),
+    "reference": ("reference_forward",),
+    "blocked": ("blocked_forward", "blocked_backward"),
+    "triton_forward": ("triton_forward",),
+    "triton_backward": ("triton_backward",),
+    "launch": ("KERNELS", "WIDTHS", "LaunchConfig", "TABLE", "table_entry", "Call"),
+    "cost": ("FORWARD", "BACKWARD", "call_flops", "Setting", "kernel_work"),
+    "report": ("NOTE", "Build", "table_builds", "add_options", "builds", "costs"),
+}
+"""By module, the names that every engine defines, in this order; what an engine has besides may lie between."""
+
+ARGUMENTS = {
+    "reference_forward": ["inputs"],
+    "blocked_forward": ["inputs"],
+    "triton_forward": ["inputs"],
+    "blocked_backward": ["inputs", "grad_output"],
+    "triton_backward": ["inputs", "grad_output"],
+    "_empty": ["inputs"],
+    "call_flops": ["inputs"],
+    "table_entry": ["kernel", "architecture", "size"],
+    "kernel_work": ["setting"],
+    "table_builds": ["architectures"],
+    "add_options": ["parser"],
+    "builds": ["parser", "options"],
+    "costs": ["options"],
+}
+"""By function, the arguments with which every engine's begins."""
+
+
+def definitions(engine: str, module: str) -> dict[str, list[str]]:
+    """The names that a module of an engine defines or takes over, in order, and the arguments of functions."""
+    text = (Path(longmix_kernels.__file__).parent / engine / f"{module}.py").read_text(encoding="utf-8")
+    found: dict[str, list[str]] = {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef):
+            found[node.name] = [argument.arg for argument in node.args.args]
+        elif isinstance(node, ast.ClassDef):
+            found[node.name] = []
+        elif isinstance(node, ast.ImportFrom):
+            found |= {alias.name: [] for alias in node.names}
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {target.id: [] for target in targets if isinstance(target, ast.Name)}
+    return found
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_engines_have_the_same_functions_in_the_same_order(engine):
+    assert {path.parent.name for path in Path(longmix_kernels.__file__).parent.glob("*/op.py")} == set(ENGINES)
+    for module, wanted in COMMON.items():
+        found = definitions(engine, module)
+        assert [name for name in found if name in wanted] == list(wanted), module
+        for name in wanted:
+            first = ARGUMENTS.get(name, [])
+            assert found[name][: len(first)] == first, name
+    public = ENGINES[engine].function.__name__
+    names = list(definitions(engine, "op"))
+    assert names.index("BACKENDS") < names.index(public) < names.index("_empty")
+    blocked = definitions(engine, "blocked")["blocked_backward"]
+    triton = definitions(engine, "triton_backward")["triton_backward"]
+    assert blocked[:4] == triton[:4]
 
 
 def test_the_package_exports_every_engine():

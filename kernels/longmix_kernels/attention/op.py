@@ -11,9 +11,9 @@ from longmix_kernels.attention.bounds import check_row_bounds, row_bounds
 from longmix_kernels.attention.cost import call_flops
 from longmix_kernels.attention.inputs import Inputs
 from longmix_kernels.attention.pattern import BlockList, Pattern
-from longmix_kernels.attention.reference import attention_reference
+from longmix_kernels.attention.reference import reference_forward
 from longmix_kernels.launch import with_room
-from longmix_kernels.operators import computed, deferred, implementation
+from longmix_kernels.operators import computed, deferred, definition, implementation
 from longmix_kernels.runtime import backend_of_call, is_readable
 
 BACKENDS = ("reference", "blocked", "triton")
@@ -136,15 +136,10 @@ def attention(
     lo, hi = _bounds(query, key, causal, window, document_ids, lo, hi, closed)
     pattern = Pattern(lo, hi, query_rows, key_rows, alibi_slopes, blocks, causal, window)
     inputs = Inputs(query, key, value, pattern, query.shape[-1] ** -0.5 if scale is None else scale)
-    if backend == "reference":
-        if not torch.compiler.is_compiling():
-            _check_values(inputs)
-        with torch.autocast(query.device.type, enabled=False):
-            output, logsumexp = attention_reference(query, key, value, pattern, inputs.scale)
-    elif backend == "triton" and split_launch.covers(inputs):
-        output, logsumexp = _SPLIT(*inputs.flat())
-    else:
-        output, logsumexp = _IMPLEMENTATIONS[backend](inputs)
+    if backend == "reference" and not torch.compiler.is_compiling():
+        _check_values(inputs)
+    split = backend == "triton" and split_launch.covers(inputs)
+    output, logsumexp = (_SPLIT if split else _IMPLEMENTATIONS[backend])(inputs)
     if missing:
         output, logsumexp = output[:, missing:], logsumexp[:, missing:]
     return (output, logsumexp) if return_logsumexp else output
@@ -204,7 +199,8 @@ def _empty(inputs: Inputs) -> tuple[torch.Tensor, ...]:
     return output, query.new_empty(query.shape[:3], dtype=exact)
 
 
-_IMPLEMENTATIONS = {
+_IMPLEMENTATIONS = {"reference": definition(reference_forward)}
+_IMPLEMENTATIONS |= {
     name: implementation(
         "attention",
         name,
@@ -217,7 +213,7 @@ _IMPLEMENTATIONS = {
         flops=call_flops,
         check=_check_values,
     )
-    for name in ("blocked", "triton")
+    for name in BACKENDS[1:]
 }
 
 _SPLIT = computed(

@@ -21,30 +21,22 @@ Memory grows with Tq * Tk: this file says what is right, `blocked.py` computes i
 
 import torch
 
+from longmix_kernels.attention.inputs import Inputs
 from longmix_kernels.attention.pattern import BlockList, Pattern
 from longmix_kernels.attention.permutation import put_rows, take_rows
 
 
-def attention_reference(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    pattern: Pattern,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def reference_forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute attention from its definition.
 
     Args:
-        query: [B, Tq, Hq, D].
-        key: [B, Tk, Hkv, D].
-        value: [B, Tk, Hkv, Dv].
-        pattern: the bounds, neither of which may be None, and the options.
-        scale: the factor on the scores.
+        inputs: the call; its pattern must have bounds.
 
     Returns:
         The output [B, Tq, Hq, Dv] in the dtype of `query` and the logsumexp [B, Tq, Hq], float64 for float64 inputs
         and float32 otherwise. Half-precision inputs are computed in float32.
     """
+    query, key, value, pattern, scale = inputs.query, inputs.key, inputs.value, inputs.pattern, inputs.scale
     lo, hi = pattern.bounds()
     query = take_rows(query, pattern.query_rows)
     key, value = (take_rows(x, pattern.key_rows) for x in (key, value))

@@ -45,43 +45,6 @@ def call_flops(inputs: Inputs) -> int:
     return (4 if inputs.low_rank_read is None else 8) * inputs.query.numel() * inputs.value.shape[3]
 
 
-def choose_chunk(
-    dim: int,
-    value_dim: int,
-    length: int,
-    chunk_size: int | None,
-    min_log_decay: float | None,
-    per_head: bool = False,
-) -> tuple[int, str]:
-    """Return how many tokens a chunk has, and which of `DECAYS` the kernels take.
-
-    "bounded" is not taken where it would need chunks of less than 32 tokens, which is below -4.07. There, the gradient
-    of a decay would be a small difference of what rows and columns have; "exact" costs operations, but no memory.
-
-    Args:
-        dim, value_dim: of keys and of values.
-        length: of the sequence; chunks are no longer than needed.
-        chunk_size: what the caller allows at most; None for no wish.
-        min_log_decay: what the caller promises, or None.
-        per_head: whether each head has one decay.
-    """
-    safe, decay = LONGEST_CHUNK, "head"
-    if not per_head:
-        while safe > SHORTEST_CHUNK and (min_log_decay is None or exponent(safe, min_log_decay) > SPAN):
-            safe //= 2
-        safe, decay = (safe, "bounded") if safe > SHORTEST_CHUNK else (EXACT_CHUNK, "exact")
-    fitting = next(size for widest, size in WIDEST if (dim if per_head else max(dim, value_dim)) <= widest)
-    chunk = min(chunk_size or fitting, safe)
-    while chunk > SHORTEST_CHUNK and length <= chunk // 2:
-        chunk //= 2
-    return chunk, decay
-
-
-def exponent(chunk: int, min_log_decay: float) -> float:
-    """Return the largest exponent of 2 in the weights of a chunk with log decays no smaller than that."""
-    return (chunk // 2 + 1) * -min_log_decay * math.log2(math.e)
-
-
 @dataclass(frozen=True)
 class Setting:
     """A call [B, T, H, D], `rows` being B T H.
@@ -135,3 +98,40 @@ def kernel_work(setting: Setting) -> Mapping[str, Work]:
             2 * tokens + kinds * wide + 2 * state,
         ),
     }
+
+
+def choose_chunk(
+    dim: int,
+    value_dim: int,
+    length: int,
+    chunk_size: int | None,
+    min_log_decay: float | None,
+    per_head: bool = False,
+) -> tuple[int, str]:
+    """Return how many tokens a chunk has, and which of `DECAYS` the kernels take.
+
+    "bounded" is not taken where it would need chunks of less than 32 tokens, which is below -4.07. There, the gradient
+    of a decay would be a small difference of what rows and columns have; "exact" costs operations, but no memory.
+
+    Args:
+        dim, value_dim: of keys and of values.
+        length: of the sequence; chunks are no longer than needed.
+        chunk_size: what the caller allows at most; None for no wish.
+        min_log_decay: what the caller promises, or None.
+        per_head: whether each head has one decay.
+    """
+    safe, decay = LONGEST_CHUNK, "head"
+    if not per_head:
+        while safe > SHORTEST_CHUNK and (min_log_decay is None or exponent(safe, min_log_decay) > SPAN):
+            safe //= 2
+        safe, decay = (safe, "bounded") if safe > SHORTEST_CHUNK else (EXACT_CHUNK, "exact")
+    fitting = next(size for widest, size in WIDEST if (dim if per_head else max(dim, value_dim)) <= widest)
+    chunk = min(chunk_size or fitting, safe)
+    while chunk > SHORTEST_CHUNK and length <= chunk // 2:
+        chunk //= 2
+    return chunk, decay
+
+
+def exponent(chunk: int, min_log_decay: float) -> float:
+    """Return the largest exponent of 2 in the weights of a chunk with log decays no smaller than that."""
+    return (chunk // 2 + 1) * -min_log_decay * math.log2(math.e)

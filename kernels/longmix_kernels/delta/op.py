@@ -2,11 +2,11 @@
 
 import torch
 
-from longmix_kernels.delta import reference
 from longmix_kernels.delta.checks import TRITON_MAX_DIM, check_decay, check_inputs, check_promise, check_state
 from longmix_kernels.delta.cost import call_flops
 from longmix_kernels.delta.inputs import Inputs
-from longmix_kernels.operators import implementation
+from longmix_kernels.delta.reference import reference_forward
+from longmix_kernels.operators import definition, implementation
 from longmix_kernels.runtime import backend_of_call
 
 BACKENDS = ("reference", "blocked", "triton")
@@ -75,17 +75,6 @@ def delta_rule(
         check_state(query, value, given, name)
     backend = backend_of_call(backend, BACKENDS, TRITON_MAX_DIM, query=query, value=value)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if backend == "reference":
-        exact = log_decay.dtype
-        zeros = torch.zeros_like(query)
-        if initial_state is None:
-            initial_state = query.new_zeros(query.shape[0], *query.shape[2:], value.shape[-1], dtype=exact)
-        read = zeros if low_rank_read is None else low_rank_read
-        write = zeros if low_rank_write is None else low_rank_write
-        with torch.autocast(query.device.type, enabled=False):
-            tokens = query, key, value, log_decay, read, write
-            carried = initial_state if carried_state is None else carried_state
-            return reference.recurrent(*tokens, initial_state, carried, document_ids, scale)
     tensors = query, key, value, log_decay, low_rank_read, low_rank_write, initial_state, carried_state, document_ids
     output, state = _IMPLEMENTATIONS[backend](Inputs(*tensors, scale, chunk_size, min_log_decay))
     return output, state
@@ -98,8 +87,9 @@ def _empty(inputs: Inputs) -> tuple[torch.Tensor, ...]:
     return inputs.query.new_empty(*inputs.query.shape[:3], value_dim), state
 
 
+_IMPLEMENTATIONS = {"reference": definition(reference_forward)}
 # Output and final state; gradients of the first eight inputs. Nothing else is kept: the backward computes it again.
-_IMPLEMENTATIONS = {
+_IMPLEMENTATIONS |= {
     name: implementation(
         "delta",
         name,

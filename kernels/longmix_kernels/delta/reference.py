@@ -17,43 +17,28 @@ strength and k of length 1:
 
 import torch
 
+from longmix_kernels.delta.inputs import Inputs
 
-def recurrent(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    log_decay: torch.Tensor,
-    low_rank_read: torch.Tensor,
-    low_rank_write: torch.Tensor,
-    state: torch.Tensor,
-    carried: torch.Tensor,
-    document_ids: torch.Tensor | None,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute token by token.
 
-    Args:
-        query, key, low_rank_read, low_rank_write: [B, T, H, K].
-        log_decay: [B, T, H, K], or [B, T, H] for all channels of a head.
-        value: [B, T, H, V].
-        state: [B, H, K, V], before each document.
-        carried: [B, H, K, V], before the first token of each row.
-        document_ids: integer [B, T], non-decreasing along T, or None.
-        scale: factor on the queries.
+def reference_forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute token by token; return the output [B, T, H, V] in the dtype of `query`, and the state after the last one.
 
-    Returns:
-        The output [B, T, H, V] in the dtype of `query`, and the state after the last token.
+    Neither `chunk_size` nor `min_log_decay` changes anything.
     """
-    dtype, exact = query.dtype, state.dtype
-    query, key, value, log_decay, read, write = (
-        x.to(exact) for x in (query, key, value, log_decay, low_rank_read, low_rank_write)
+    exact = inputs.log_decay.dtype
+    query, key, value, log_decay = (x.to(exact) for x in (inputs.query, inputs.key, inputs.value, inputs.log_decay))
+    read, write = (
+        torch.zeros_like(query) if x is None else x.to(exact) for x in (inputs.low_rank_read, inputs.low_rank_write)
     )
     if log_decay.dim() == 3:
         log_decay = log_decay.unsqueeze(-1)
+    initial = inputs.initial_state
+    if initial is None:
+        initial = query.new_zeros(query.shape[0], *query.shape[2:], value.shape[-1])
     starts = torch.zeros(query.shape[:2], dtype=torch.bool, device=query.device)
-    if document_ids is not None:
-        starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    initial, state, outputs = state, carried, []
+    if inputs.document_ids is not None:
+        starts[:, 1:] = inputs.document_ids[:, 1:] != inputs.document_ids[:, :-1]
+    state, outputs = initial if inputs.carried_state is None else inputs.carried_state, []
     for t in range(query.shape[1]):
         state = torch.where(starts[:, t].view(-1, 1, 1, 1), initial, state)
         removed = torch.einsum("bhk,bhkv->bhv", read[:, t], state)
@@ -62,5 +47,5 @@ def recurrent(
             + write[:, t].unsqueeze(-1) * removed.unsqueeze(-2)
             + key[:, t].unsqueeze(-1) * value[:, t].unsqueeze(-2)
         )
-        outputs.append(torch.einsum("bhk,bhkv->bhv", scale * query[:, t], state))
-    return torch.stack(outputs, 1).to(dtype), state
+        outputs.append(torch.einsum("bhk,bhkv->bhv", inputs.scale * query[:, t], state))
+    return torch.stack(outputs, 1).to(inputs.query.dtype), state

@@ -22,6 +22,11 @@ SMALLEST_CHUNK, LONGEST_CHUNK = 16, 1024
 _TILE = 64
 
 
+FORWARD = ("scales", "gates", "states", "output")
+BACKWARD = ("gates", "grad_rows", "states", "grad_states", "grad_query", "grad_key_value", "grad_gates")
+"""The kernels of a call, in the order in which they run; `scales` and `grad_rows` are for the normalised form."""
+
+
 def call_flops(inputs: Inputs) -> int:
     """Operations of a call by its definition: an update and a reading of the state per row, 2 Dk Dv each."""
     return 4 * inputs.query.numel() * inputs.value.shape[3]
@@ -72,11 +77,6 @@ def kernel_work(setting: Setting) -> Mapping[str, Work]:
         kernels["scales"] = work(0, 12)
         kernels["grad_rows"] = work(0, 2 * wide + 28)
     return kernels
-
-
-FORWARD = ("scales", "gates", "states", "output")
-BACKWARD = ("gates", "grad_rows", "states", "grad_states", "grad_query", "grad_key_value", "grad_gates")
-"""The kernels of a call, in the order in which they run; `scales` and `grad_rows` are for the normalised form."""
 
 
 def default_chunk(dim: int, value_dim: int, length: int) -> int:

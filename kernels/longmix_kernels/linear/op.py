@@ -2,12 +2,12 @@
 
 import torch
 
-from longmix_kernels.linear import reference
 from longmix_kernels.linear.checks import TRITON_MAX_DIM, check_gates, check_inputs, check_state
 from longmix_kernels.linear.cost import call_flops
 from longmix_kernels.linear.inputs import Inputs
+from longmix_kernels.linear.reference import reference_forward
 from longmix_kernels.linear.state import LinearState
-from longmix_kernels.operators import implementation
+from longmix_kernels.operators import definition, implementation
 from longmix_kernels.runtime import backend_of_call
 
 BACKENDS = ("reference", "blocked", "triton")
@@ -77,12 +77,6 @@ def linear_attention(
         check_state(query, value, given, normalize, name)
     backend = backend_of_call(backend, BACKENDS, TRITON_MAX_DIM, query=query, value=value)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if backend == "reference":
-        state = initial_state or zero_state(query, value, normalize)
-        gate = torch.zeros_like(log_decay) if log_input is None else log_input
-        with torch.autocast(query.device.type, enabled=False):
-            tokens = query, key, value, log_decay, gate
-            return reference.recurrent(*tokens, state, carried_state or state, document_ids, normalize, scale)
     memory, normalizer, log_scale = initial_state or (None, None, None)
     carried_memory, carried_normalizer, carried_log_scale = carried_state or (None, None, None)
     initial, carried = (memory, normalizer, log_scale), (carried_memory, carried_normalizer, carried_log_scale)
@@ -91,16 +85,6 @@ def linear_attention(
         Inputs(*tensors, normalize, scale, chunk_size)
     )
     return output, LinearState(memory, normalizer, log_scale) if normalize else LinearState(memory)
-
-
-def zero_state(query: torch.Tensor, value: torch.Tensor, normalize: bool) -> LinearState:
-    """Return the state before anything was seen, for query [B, T, H, Dk] and value [B, T, H, Dv]."""
-    batch, _, heads, dim = query.shape
-    exact = torch.promote_types(query.dtype, torch.float32)
-    memory = query.new_zeros(batch, heads, dim, value.shape[-1], dtype=exact)
-    if not normalize:
-        return LinearState(memory)
-    return LinearState(memory, memory.new_zeros(batch, heads, dim), memory.new_zeros(batch, heads))
 
 
 def _empty(inputs: Inputs) -> tuple[torch.Tensor, ...]:
@@ -117,7 +101,8 @@ def _empty(inputs: Inputs) -> tuple[torch.Tensor, ...]:
     return query.new_empty(*query.shape[:3], value_dim), final, *others
 
 
-_IMPLEMENTATIONS = {
+_IMPLEMENTATIONS = {"reference": definition(reference_forward)}
+_IMPLEMENTATIONS |= {
     name: implementation(
         "linear",
         name,
@@ -129,5 +114,5 @@ _IMPLEMENTATIONS = {
         outgoing=11,
         flops=call_flops,
     )
-    for name in ("blocked", "triton")
+    for name in BACKENDS[1:]
 }

@@ -20,3 +20,13 @@ class LinearState(NamedTuple):
     memory: torch.Tensor
     normalizer: torch.Tensor | None = None
     log_scale: torch.Tensor | None = None
+
+
+def empty_state(query: torch.Tensor, value: torch.Tensor, normalize: bool) -> LinearState:
+    """Return the state before anything was seen, for query [B, T, H, Dk] and value [B, T, H, Dv]."""
+    batch, _, heads, dim = query.shape
+    exact = torch.promote_types(query.dtype, torch.float32)
+    memory = query.new_zeros(batch, heads, dim, value.shape[-1], dtype=exact)
+    if not normalize:
+        return LinearState(memory)
+    return LinearState(memory, memory.new_zeros(batch, heads, dim), memory.new_zeros(batch, heads))

@@ -2,8 +2,11 @@
 
 import torch
 
+from longmix_kernels.attention.checks import TRITON_MAX_DIM, check_inputs
 from longmix_kernels.runtime import check_device
 from longmix_kernels.scatter.state import FeatureState
+
+__all__ = ["TRITON_MAX_DIM", "check_features", "check_inputs", "check_sizes", "check_state"]
 
 
 def check_features(

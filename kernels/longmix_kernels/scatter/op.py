@@ -4,13 +4,12 @@ from typing import NamedTuple
 
 import torch
 
-from longmix_kernels.attention.checks import TRITON_MAX_DIM, check_inputs
-from longmix_kernels.operators import implementation
+from longmix_kernels.operators import definition, implementation
 from longmix_kernels.runtime import backend_of_call, check_chunks
 from longmix_kernels.scatter import checks
 from longmix_kernels.scatter.cost import call_flops
 from longmix_kernels.scatter.inputs import Inputs
-from longmix_kernels.scatter.reference import scatter_reference
+from longmix_kernels.scatter.reference import reference_forward
 from longmix_kernels.scatter.state import FeatureState
 
 BACKENDS = ("reference", "blocked", "triton")
@@ -79,21 +78,16 @@ def scatter_attention(
         ValueError: an argument has a wrong shape, dtype, device or value. The order of `document_ids` is read on the
             CPU only.
     """
-    check_inputs(query, key, value)
+    checks.check_inputs(query, key, value)
     checks.check_sizes(query, key, block_size, past_blocks)
     checks.check_features(query, key, query_features, key_features)
     check_chunks(key, document_ids, None)
     checks.check_state(key, value, key_features, initial_state)
-    backend = backend_of_call(backend, BACKENDS, TRITON_MAX_DIM, query=query, value=value)
+    backend = backend_of_call(backend, BACKENDS, checks.TRITON_MAX_DIM, query=query, value=value)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    tensors, sizes = (query, key, value, query_features, key_features), (block_size, past_blocks, scale)
-    if backend == "reference":
-        with torch.autocast(query.device.type, enabled=False):
-            output, logsumexp, exact_logsumexp = scatter_reference(*tensors, initial_state, document_ids, *sizes)
-    else:
-        memory, normalizer, log_scale = initial_state or (None, None, None)
-        inputs = Inputs(*tensors, memory, normalizer, log_scale, document_ids, *sizes)
-        output, logsumexp, exact_logsumexp = _IMPLEMENTATIONS[backend](inputs)
+    memory, normalizer, log_scale = initial_state or (None, None, None)
+    tensors = query, key, value, query_features, key_features, memory, normalizer, log_scale, document_ids
+    output, logsumexp, exact_logsumexp = _IMPLEMENTATIONS[backend](Inputs(*tensors, block_size, past_blocks, scale))
     return ScatterResult(output, logsumexp, exact_logsumexp.detach())
 
 
@@ -103,7 +97,8 @@ def _empty(inputs: Inputs) -> tuple[torch.Tensor, ...]:
     return query.new_empty(*query.shape[:3], inputs.value.shape[3]), *rows
 
 
-_IMPLEMENTATIONS = {
+_IMPLEMENTATIONS = {"reference": definition(reference_forward)}
+_IMPLEMENTATIONS |= {
     name: implementation(
         "scatter",
         name,
@@ -115,5 +110,5 @@ _IMPLEMENTATIONS = {
         outgoing=8,
         flops=call_flops,
     )
-    for name in ("blocked", "triton")
+    for name in BACKENDS[1:]
 }

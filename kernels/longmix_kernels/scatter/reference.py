@@ -21,45 +21,25 @@ Memory grows with Tq * Tk: this file says what is right.
 import torch
 
 from longmix_kernels.scatter.bounds import exact_bounds
+from longmix_kernels.scatter.inputs import Inputs
 from longmix_kernels.scatter.state import FeatureState, empty_state
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def scatter_reference(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    query_features: torch.Tensor | None,
-    key_features: torch.Tensor | None,
-    state: FeatureState | None,
-    document_ids: torch.Tensor | None,
-    block_size: int,
-    past_blocks: int,
-    scale: float,
-) -> Tensors:
+def reference_forward(inputs: Inputs) -> Tensors:
     """Compute attention from its definition.
-
-    Args:
-        query: [B, Tq, Hq, D].
-        key: [B, Tk, Hkv, D].
-        value: [B, Tk, Hkv, Dv].
-        query_features: [B, Tq, Hq, m], log phi(q), or None.
-        key_features: [B, Tk, Hkv, m], log phi(k), or None.
-        state: sums over earlier keys, or None.
-        document_ids: int32 or int64 [B, Tk], or None.
-        block_size: tokens of a block.
-        past_blocks: whole blocks before its own that a query sees exactly.
-        scale: the factor on the exact scores.
 
     Returns:
         The output [B, Tq, Hq, Dv] in the dtype of `query`, and the logsumexps of all keys and of the exact keys,
         [B, Tq, Hq], float64 for float64 inputs and float32 otherwise.
     """
+    query, key, value, scale = inputs.query, inputs.key, inputs.value, inputs.scale
+    query_features, key_features = inputs.query_features, inputs.key_features
     queries, keys, dtype = query.shape[1], key.shape[1], query.dtype
     group = query.shape[2] // key.shape[2]
     exact = torch.promote_types(dtype, torch.float32)
-    bounds = exact_bounds(document_ids, queries, keys, block_size, past_blocks, query.device)
+    bounds = exact_bounds(inputs.document_ids, queries, keys, inputs.block_size, inputs.past_blocks, query.device)
     first, lo, hi = (x.unsqueeze(-1) for x in bounds)
     column = torch.arange(keys, device=query.device)
     is_exact, is_far = (lo <= column) & (column < hi), (first <= column) & (column < lo)
@@ -77,8 +57,10 @@ def scatter_reference(
 
     log_q = query_features.to(exact).transpose(1, 2)  # [B, H, Tq, m]
     log_k = key_features.to(exact).repeat_interleave(group, 2).transpose(1, 2)
-    if state is None:
+    if inputs.memory is None or inputs.normalizer is None or inputs.log_scale is None:
         state = empty_state(query, query.shape[0], key.shape[2], log_k.shape[3], value.shape[3])
+    else:
+        state = FeatureState(inputs.memory, inputs.normalizer, inputs.log_scale)
     memory, normalizer, log_scale = (x.repeat_interleave(group, 1) for x in state)
     log_scale = log_scale.unsqueeze(2)
     seen = first <= keys - queries  # only rows of the first query's document see the initial state

@@ -15,7 +15,7 @@ from longmix_kernels.attention.bounds import row_bounds
 from longmix_kernels.attention.inputs import Inputs
 from longmix_kernels.attention.panels import FLASH, MATMUL, PanelMath, _row_folds
 from longmix_kernels.attention.pattern import Pattern
-from longmix_kernels.attention.reference import attention_reference
+from longmix_kernels.attention.reference import reference_forward
 
 RESULTS = ("output", "logsumexp", "grad_query", "grad_key", "grad_value")
 every_math = pytest.mark.parametrize("math", PANEL_MATHS.values(), ids=PANEL_MATHS.keys())
@@ -35,7 +35,7 @@ def expected_results(case: Case, dtype: torch.dtype, through_logsumexp: bool) ->
     """The definition in float64, on the inputs as the dtype holds them."""
     tensors, pattern, scale = case.inputs(dtype)
     tensors = [x.detach().double().requires_grad_() for x in tensors]
-    output, logsumexp = attention_reference(*tensors, pattern, scale)
+    output, logsumexp = reference_forward(Inputs(*tensors, pattern, scale))
     grad_output, grad_logsumexp = incoming(case, through_logsumexp)
     loss = (output * grad_output).sum()
     if grad_logsumexp is not None:

@@ -8,8 +8,9 @@ from attention_cases import CASES, Case, assert_close, built, ragged, sorted_buc
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
+from longmix_kernels.attention.inputs import Inputs
 from longmix_kernels.attention.pattern import Pattern
-from longmix_kernels.attention.reference import attention_reference
+from longmix_kernels.attention.reference import reference_forward
 
 SMALL = [case for case in CASES if case.queries <= 257]
 
@@ -49,7 +50,7 @@ def test_gradients_against_finite_differences(case):
     tensors, pattern, scale = case.inputs(torch.float64)
 
     def seen(query, key, value):
-        output, logsumexp = attention_reference(query, key, value, pattern, scale)
+        output, logsumexp = reference_forward(Inputs(query, key, value, pattern, scale))
         return output, logsumexp[logsumexp.isfinite()]
 
     assert torch.autograd.gradcheck(seen, tensors)
@@ -58,7 +59,7 @@ def test_gradients_against_finite_differences(case):
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def test_against_scaled_dot_product_attention(case):
     tensors, pattern, scale = case.inputs(torch.float64)
-    output, _ = attention_reference(*tensors, pattern, scale)
+    output, _ = reference_forward(Inputs(*tensors, pattern, scale))
     mask = dense_mask(case, pattern)
     oracle = F.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in tensors), attn_mask=mask, scale=scale, enable_gqa=True
@@ -95,7 +96,7 @@ def test_output_and_logsumexp_against_flex_attention(case):
         *(x.transpose(1, 2) for x in (query, key, value)),
         block_mask=mask, scale=scale, enable_gqa=True, return_aux=AuxRequest(lse=True),
     )  # fmt: skip
-    output, logsumexp = attention_reference(query, key, value, pattern, scale)
+    output, logsumexp = reference_forward(Inputs(query, key, value, pattern, scale))
     assert_close(output, oracle.transpose(1, 2), 1e-12, "output")
     assert_close(logsumexp, found.lse.transpose(1, 2), 1e-12, "logsumexp")
 
@@ -103,7 +104,7 @@ def test_output_and_logsumexp_against_flex_attention(case):
 def test_rows_that_see_nothing_receive_no_gradient():
     case = Case("empty", ragged(sparse=True))
     tensors, pattern, scale = case.inputs(torch.float64)
-    output, logsumexp = attention_reference(*tensors, pattern, scale)
+    output, logsumexp = reference_forward(Inputs(*tensors, pattern, scale))
     lo, hi = pattern.bounds()
     empty = (lo >= hi).transpose(1, 2)
     assert empty.any() and torch.equal(logsumexp.isneginf(), empty) and not output[empty].any()

@@ -14,8 +14,9 @@ from guarded import guarded_buffers, surrounded
 
 from longmix_kernels.attention import attention, launch, split_launch
 from longmix_kernels.attention.bounds import row_bounds
+from longmix_kernels.attention.inputs import Inputs
 from longmix_kernels.attention.pattern import Pattern
-from longmix_kernels.attention.reference import attention_reference
+from longmix_kernels.attention.reference import reference_forward
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in a process of its own")
 
@@ -95,7 +96,7 @@ def compare(case: Case, options: dict, monkeypatch) -> None:
     pattern = Pattern(lo, hi, **extras)
     tensors, _, scale = replace(case, bounds=lambda case: (lo, hi)).inputs(torch.float32)
     scale = options.pop("scale", scale)
-    expected = attention_reference(*(x.detach().double() for x in tensors), pattern, scale)
+    expected = reference_forward(Inputs(*(x.detach().double() for x in tensors), pattern, scale))
     # Parts, their logsumexps, output and logsumexp: all are written, and nothing beside them.
     with torch.no_grad(), guarded_buffers(monkeypatch, least=4):
         found = attention(

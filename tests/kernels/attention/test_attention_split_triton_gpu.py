@@ -7,7 +7,7 @@ from longmix_kernels.attention import attention, split_launch
 from longmix_kernels.attention.bounds import row_bounds
 from longmix_kernels.attention.inputs import Inputs
 from longmix_kernels.attention.pattern import Pattern
-from longmix_kernels.attention.reference import attention_reference
+from longmix_kernels.attention.reference import reference_forward
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,7 +42,7 @@ def call(name: str, dtype: torch.dtype):
 def test_half_precision_parts_are_as_accurate_as_the_whole(name, dtype):
     """Error at most twice that of the forward kernel over all keys, which a wish for gradients chooses."""
     tensors, options, bounds = call(name, dtype)
-    exact, _ = attention_reference(*(x.double() for x in tensors), Pattern(*bounds), tensors[0].shape[-1] ** -0.5)
+    exact, _ = reference_forward(Inputs(*(x.double() for x in tensors), Pattern(*bounds), tensors[0].shape[-1] ** -0.5))
     whole = attention(tensors[0].clone().requires_grad_(), *tensors[1:], **options).detach()
     parts = attention(*tensors, **options)
     for measure in (lambda x: x.square().mean().sqrt(), lambda x: x.abs().max()):
@@ -53,7 +53,7 @@ def test_half_precision_parts_are_as_accurate_as_the_whole(name, dtype):
 @pytest.mark.parametrize("name", CALLS)
 def test_float32_parts_match_the_reference(name):
     tensors, options, bounds = call(name, torch.float32)
-    wanted = attention_reference(*(x.double() for x in tensors), Pattern(*bounds), tensors[0].shape[-1] ** -0.5)
+    wanted = reference_forward(Inputs(*(x.double() for x in tensors), Pattern(*bounds), tensors[0].shape[-1] ** -0.5))
     for found, exact in zip(attention(*tensors, return_logsumexp=True, **options), wanted, strict=True):
         torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-5)
 

@@ -22,7 +22,7 @@ from longmix_kernels.attention.bounds import row_bounds
 from longmix_kernels.attention.inputs import Inputs
 from longmix_kernels.attention.pattern import Pattern
 from longmix_kernels.attention.permutation import put_rows, take_rows
-from longmix_kernels.attention.reference import attention_reference
+from longmix_kernels.attention.reference import reference_forward
 
 pytestmark = [
     pytest.mark.gpu,
@@ -159,7 +159,7 @@ def test_half_precision_is_as_accurate_as_plain_torch(case, options, dtype):
     """Error at most twice that of a plain implementation in the same dtype, both against float64."""
     tensors, options, pattern, scale, grads = prepare(case, options, dtype)
     exact = [x.detach().double().requires_grad_() for x in tensors]
-    expected = differentiate(attention_reference(*exact, pattern, scale), exact, grads)
+    expected = differentiate(reference_forward(Inputs(*exact, pattern, scale)), exact, grads)
     theirs = differentiate(plain(*tensors, pattern, scale), tensors, grads)
     ours = differentiate(attention(*tensors, scale=scale, return_logsumexp=True, **options), tensors, grads)
     for name, want, their, our in zip(RESULTS, expected, theirs, ours, strict=True):
@@ -176,7 +176,7 @@ def test_half_precision_is_as_accurate_as_plain_torch(case, options, dtype):
 def test_float32_matches_reference(case, options):
     tensors, options, pattern, scale, grads = prepare(case, options, torch.float32)
     exact = [x.detach().double().requires_grad_() for x in tensors]
-    expected = differentiate(attention_reference(*exact, pattern, scale), exact, grads)
+    expected = differentiate(reference_forward(Inputs(*exact, pattern, scale)), exact, grads)
     ours = differentiate(attention(*tensors, scale=scale, return_logsumexp=True, **options), tensors, grads)
     for name, want, our in zip(RESULTS, expected, ours, strict=True):
         assert_close(our, want, 1e-5, name)
@@ -202,7 +202,7 @@ def test_loads_through_tensor_descriptors_change_nothing(dim):
 def test_rows_copied_into_order_beforehand(case, options):
     tensors, options, pattern, scale, grads = prepare(case, options, torch.float32)
     exact = [x.detach().double().requires_grad_() for x in tensors]
-    expected = differentiate(attention_reference(*exact, pattern, scale), exact, grads)
+    expected = differentiate(reference_forward(Inputs(*exact, pattern, scale)), exact, grads)
     with launch.gathered_before():
         ours = differentiate(attention(*tensors, scale=scale, return_logsumexp=True, **options), tensors, grads)
     for name, want, our in zip(RESULTS, expected, ours, strict=True):
@@ -250,7 +250,7 @@ def test_causal_at_131072():
     ours = torch.autograd.grad(output, inputs, chosen)
     exact = [x.detach().double().requires_grad_() for x in (query[:, -tail:], key, value)]
     pattern = Pattern(*row_bounds(tail, length, device="cuda"))
-    want, want_logsumexp = attention_reference(*exact, pattern, 0.125)
+    want, want_logsumexp = reference_forward(Inputs(*exact, pattern, 0.125))
     wanted = torch.autograd.grad(want, exact, grad[:, -tail:].double())
     assert_close(output[:, -tail:], want, 1e-2, "output")
     assert_close(logsumexp[:, -tail:], want_logsumexp, 1e-4, "logsumexp")

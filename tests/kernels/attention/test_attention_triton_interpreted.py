@@ -34,8 +34,9 @@ from longmix_kernels.attention import (
     stripe_blocks,
 )
 from longmix_kernels.attention.bounds import row_bounds
+from longmix_kernels.attention.inputs import Inputs
 from longmix_kernels.attention.pattern import Pattern
-from longmix_kernels.attention.reference import attention_reference
+from longmix_kernels.attention.reference import reference_forward
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in a process of its own")
 
@@ -181,7 +182,7 @@ def compare(case: Case, options: dict, through_logsumexp: bool = True, laid=surr
     ours = [laid(x) for x in tensors]
     exact = [x.detach().double().requires_grad_() for x in tensors]
     generator = torch.Generator().manual_seed(3)
-    expected = attention_reference(*exact, pattern, scale)
+    expected = reference_forward(Inputs(*exact, pattern, scale))
     grad_output = torch.randn(expected[0].shape, generator=generator)
     grad_logsumexp = torch.randn(expected[1].shape, generator=generator)
     # What arrives for a row that sees nothing must not matter.

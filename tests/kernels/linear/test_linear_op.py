@@ -5,7 +5,7 @@ import torch
 from linear_cases import CASES, INPUTS, STATE, Case, assert_close, call, gradients, meaning
 
 from longmix_kernels.linear import LinearState, linear_attention
-from longmix_kernels.linear.op import zero_state
+from longmix_kernels.linear.state import empty_state
 
 CASE = Case("op", documents=(13, 40, 3), with_carried=True)
 BOTH = pytest.mark.parametrize("normalize", [True, False], ids=["exp", "sig"])
@@ -52,7 +52,7 @@ def test_a_decay_per_head_gets_the_sum_of_its_gradients():
 def test_no_state_is_the_zero_state(backend, normalize):
     case = Case("zero", normalize=normalize, with_state=False)
     inputs = case.inputs(torch.float64)
-    zero = zero_state(inputs["query"], inputs["value"], normalize)
+    zero = empty_state(inputs["query"], inputs["value"], normalize)
     a = call(linear_attention, case, inputs, backend=backend)
     b = call(linear_attention, case, {**inputs, **zero._asdict()}, backend=backend)
     for x, y in zip(a, b, strict=True):

@@ -4,20 +4,16 @@ import pytest
 import torch
 from linear_cases import CASES, INPUTS, REGIMES, Case, assert_close, call, gradients, meaning
 
-from longmix_kernels.linear import LinearState, linear_attention
-from longmix_kernels.linear.op import zero_state
+from longmix_kernels.linear import linear_attention
+from longmix_kernels.linear.inputs import Inputs
 from longmix_kernels.linear.reference import parallel
 
 SMALL = [case for case in CASES if case.length <= 300 and (case.chunk_size is None or case.with_carried)]
 
 
 def in_parallel(case: Case, inputs: dict) -> torch.Tensor:
-    query, key, value, log_decay, log_input, *states = (inputs[name] for name in INPUTS)
-    state = zero_state(query, value, case.normalize) if states[0] is None else LinearState(*states[:3])
-    carried = state if states[3] is None else LinearState(*states[3:])
-    gate = torch.zeros_like(log_decay) if log_input is None else log_input
-    options = case.document_ids(), case.normalize, case.dim**-0.5
-    return parallel(query, key, value, log_decay, gate, state, carried, *options)
+    tensors = (inputs[name] for name in INPUTS)
+    return parallel(Inputs(*tensors, case.document_ids(), case.normalize, case.dim**-0.5, None))
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
