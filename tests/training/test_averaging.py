@@ -1,4 +1,4 @@
-"""Averaged weights: the formula, the run that was killed, and each command that takes them."""
+"""Averaged weights: the formula, the run that was killed, and each command that takes them. The runs have dropout."""
 
 import json
 import math
@@ -20,6 +20,7 @@ from longmix.training.module import TrainingModule
 
 WORDS = ["seq_len=32", "max_steps=6", "loop.log_every=3", "loop.validate_every=3", "loop.checkpoint_every=3"]
 WORDS += ["trainer.num_threads=1", "mixer=flash", "model.tie_head=true", "loop.ema_decay=0.6"]
+WORDS += ["model.embedding_dropout=0.2", "model.residual_dropout=0.2", "mixer.attention_dropout=0.2"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

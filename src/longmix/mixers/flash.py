@@ -1,20 +1,40 @@
 """Exact causal attention, computed by the fastest exact provider there is (Dao 2023, arXiv 2307.08691)."""
 
+from typing import ClassVar, Unpack
+
 from torch import Tensor
 
 from longmix.distributed.balance import balanced, rows_needed
 from longmix.distributed.slices import Slices
+from longmix.mixers.parts.attention_dropout import check_dropout, dropped_attention
+from longmix.mixers.parts.base import ModelShape
 from longmix.mixers.parts.metrics import Metric
-from longmix.mixers.parts.softmax import Rows, SoftmaxAttention
+from longmix.mixers.parts.softmax import HeadOptions, Rows, SoftmaxAttention
 from longmix_kernels.attention import attention, packed, packed_supports, sdpa
 
 
 class Flash(SoftmaxAttention):
-    """Every token sees itself and all earlier tokens of its document."""
+    """Every token sees itself and all earlier tokens of its document.
+
+    Args:
+        attention_dropout: share of the attention weights that training zeroes; see `dropped_attention`.
+
+    The other arguments are those of `SoftmaxAttention`.
+    """
+
+    changeable: ClassVar = (*SoftmaxAttention.changeable, "attention_dropout")
+
+    def __init__(
+        self, shape: ModelShape, layer_index: int, *, attention_dropout: float = 0.0, **options: Unpack[HeadOptions]
+    ) -> None:
+        super().__init__(shape, layer_index, **options)
+        self.attention_dropout = check_dropout("mixer.attention_dropout", attention_dropout)
 
     def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Metric]]:
         """Use torch's kernels where rows are plainly causal, or packed on a GPU; else our engine, which skips tiles."""
         tensors = rows.query, rows.key, rows.value
+        if self.training and self.attention_dropout:
+            return dropped_attention(*tensors, self.attention_dropout, document_ids=rows.document_ids), {}
         if rows.document_ids is None and rows.query.shape[1] in (1, rows.key.shape[1]):
             return sdpa(*tensors), {}
         starts = None if rows.layout is None else rows.layout.starts

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from longmix.errors import ConfigError
+from longmix.mixers.parts.attention_dropout import check_dropout, dropped_attention
 from longmix.mixers.parts.base import TOKENS, ModelShape, at_most
 from longmix.mixers.parts.metrics import Metric
 from longmix.mixers.parts.softmax import AttentionState, HeadOptions, Rows, SoftmaxAttention
@@ -17,13 +18,14 @@ class SlidingWindow(SoftmaxAttention):
 
     Args:
         window: visible keys including the token itself (so flash-attention's `window_size` is `(window - 1, 0)`).
+        attention_dropout: share of the attention weights that training zeroes; see `dropped_attention`.
 
     The other arguments are those of `SoftmaxAttention`.
     """
 
     carries_in_slices = True
     sizes: ClassVar = {"window": 1}
-    changeable: ClassVar = (*SoftmaxAttention.changeable, "window")
+    changeable: ClassVar = (*SoftmaxAttention.changeable, "window", "attention_dropout")
 
     def __init__(
         self,
@@ -31,6 +33,7 @@ class SlidingWindow(SoftmaxAttention):
         layer_index: int,
         *,
         window: int = 256,
+        attention_dropout: float = 0.0,
         **options: Unpack[HeadOptions],
     ) -> None:
         super().__init__(shape, layer_index, **options)
@@ -38,6 +41,7 @@ class SlidingWindow(SoftmaxAttention):
         if window < 1:
             raise ConfigError(f"mixer.window={window} must be at least 1: a token sees itself.")
         self.window = window
+        self.attention_dropout = check_dropout("mixer.attention_dropout", attention_dropout)
 
     def state_between_documents(self, batch: int) -> AttentionState:
         """A full cache of keys that no document sees, for `batch` rows: later states have its shape."""
@@ -48,7 +52,11 @@ class SlidingWindow(SoftmaxAttention):
 
     def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Metric]]:
         """Call the engine, which skips every tile outside the window."""
-        return attention(rows.query, rows.key, rows.value, **rows.bounds(self.window)), {}
+        tensors = rows.query, rows.key, rows.value
+        if self.training and self.attention_dropout:
+            ids = rows.document_ids
+            return dropped_attention(*tensors, self.attention_dropout, document_ids=ids, window=self.window), {}
+        return attention(*tensors, **rows.bounds(self.window)), {}
 
     def engine_window(self) -> int:
         """The window."""

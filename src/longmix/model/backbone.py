@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
+from longmix.mixers.parts.attention_dropout import check_dropout
 from longmix.mixers.parts.base import Mixer, ModelShape
 from longmix.mixers.parts.documents import told_apart
 from longmix.mixers.parts.layout import Layout, LayoutNeeds, layouts, needs_of
@@ -71,6 +72,8 @@ class LanguageModel(nn.Module):
             logits from drifting; RWKV trains with 1e-4 (its "L2Wrap").
         logit_softcap: logits stay within plus and minus this, by cap * tanh(logit / cap) (Gemma Team 2024, arXiv
             2408.00118, equation 1); xLSTM 7B has 30. None leaves them.
+        embedding_dropout, residual_dropout: shares that training zeroes, of the embedding and of each branch before it
+            is added (GPT-2's `embd_pdrop` and `resid_pdrop`).
         norm_eps: epsilon of the norms around the mixers.
         activation_checkpointing: "block" keeps each block's input for the backward pass and computes the rest again.
 
@@ -97,6 +100,8 @@ class LanguageModel(nn.Module):
         tie_head: bool = False,
         logit_penalty: float = 0.0,
         logit_softcap: float | None = None,
+        embedding_dropout: float = 0.0,
+        residual_dropout: float = 0.0,
         norm_eps: float = 1e-6,
         activation_checkpointing: Literal["none", "block"] = "none",
     ) -> None:
@@ -117,12 +122,16 @@ class LanguageModel(nn.Module):
         self.vocab_size = vocab_size
         self.logit_penalty = logit_penalty
         self.logit_softcap = logit_softcap
+        check_dropout("model.residual_dropout", residual_dropout)
+        check_dropout("model.embedding_dropout", embedding_dropout)
+        self.embedding_dropout = nn.Dropout(embedding_dropout) if embedding_dropout else None
         self.activation_checkpointing = activation_checkpointing
         style = Standard() if block is None else block
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.embedding_norm = style.embedding_norm(self.shape)
         self.blocks = nn.ModuleList(
-            Block(self.shape, style, mixer_factory(self.shape, index), index, mlp_hidden) for index in range(num_layers)
+            Block(self.shape, style, mixer_factory(self.shape, index), index, mlp_hidden, residual_dropout)
+            for index in range(num_layers)
         )
         self.norm = style.norm(self.shape)
         self.head = nn.Linear(d_model, vocab_size, bias=False)
@@ -160,6 +169,8 @@ class LanguageModel(nn.Module):
             document_ids = told_apart(document_ids)
         made = self._layouts(tokens, state, document_ids, document_starts, positions_before)
         x = self.embedding_norm(self.embedding(tokens))
+        if self.embedding_dropout is not None:
+            x = self.embedding_dropout(x)
         output = ModelOutput(hidden=x, token_losses=x.new_empty(0), state=None if state is None else [])
         value_residual = None
         for index, block in enumerate(self.blocks):
@@ -251,6 +262,11 @@ class LanguageModel(nn.Module):
         """
         layers = sum(block.flops(length) for block in self.blocks if isinstance(block, Block))
         return layers + 2 * length * self.head.weight.numel()
+
+    def draws(self) -> bool:
+        """Whether training draws random numbers, as dropout does."""
+        shares = [module.p for module in self.modules() if isinstance(module, nn.Dropout)]
+        return any(shares) or any(getattr(mixer, "attention_dropout", 0) for mixer in self.mixers())
 
     def parameter_counts(self) -> dict[str, int]:
         """Exact counts: `total`, `embedding` (a tied head counts once, here) and the rest, `non_embedding`."""

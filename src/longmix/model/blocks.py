@@ -139,10 +139,19 @@ class BlockState:
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + channel_mixer(norm(x))."""
+    """x + mixer(norm(x)), then x + channel_mixer(norm(x)); training zeroes the share `dropout` of both branches."""
 
-    def __init__(self, shape: ModelShape, style: BlockStyle, mixer: Mixer, layer_index: int, hidden: int) -> None:
+    def __init__(
+        self,
+        shape: ModelShape,
+        style: BlockStyle,
+        mixer: Mixer,
+        layer_index: int,
+        hidden: int,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
+        self.dropout = nn.Dropout(dropout) if dropout else None
         self.mixer_norm = style.norm(shape)
         self.mixer = mixer
         self.mlp_norm = style.norm(shape)
@@ -167,15 +176,18 @@ class Block(nn.Module):
         shared = {"value_residual": value_residual} if self.mixer.value_residual else {}
         mixer_state, mlp_state = (None, None) if state is None else (state.mixer, state.channel_mixer)
         mixed = called(self.mixer, self.mixer_norm(x), mixer_state, document_ids, layout, **shared)
-        x = x + mixed.y
+        x = x + self._dropped(mixed.y)
         channels = called(self.mlp, self.mlp_norm(x), mlp_state, document_ids)
         return MixerOutput(
-            y=x + channels.y,
+            y=x + self._dropped(channels.y),
             state=None if state is None else BlockState(mixed.state, channels.state),
             losses=mixed.losses,
             metrics=mixed.metrics,
             value_residual=mixed.value_residual,
         )
+
+    def _dropped(self, branch: Tensor) -> Tensor:
+        return branch if self.dropout is None else self.dropout(branch)
 
     def init_state(self, batch: int) -> BlockState:
         """The state before the first token, for `batch` rows.

@@ -33,12 +33,25 @@ def restore(state: GeneratorStates) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
 
 
+def diverge(seed: int, rank: int, step: int) -> None:
+    """Let a process draw other numbers than the first, whose generators stay: dropout zeroes other places in its rows.
+
+    Args:
+        seed: of the run.
+        rank: of the process.
+        step: from which on.
+    """
+    if rank:
+        torch.manual_seed((seed << 31) ^ (step << 20) ^ rank)
+
+
 def of_process(states: list[GeneratorStates] | GeneratorStates, rank: int) -> GeneratorStates:
     """Which of the saved states a process continues with.
 
     On as many processes as before, each goes on with its own. On more, process r takes that of r modulo the number
     before: all processes of a run begin with the same state, for what they draw alike must stay alike. On fewer, the
-    others' states end. Training draws nothing after its weights, but for a module of one's own (as dropout).
+    others' states end. Training draws nothing after its weights, but for dropout, or a module of one's own; see
+    `diverge`.
 
     Args:
         states: of each process by rank; older checkpoints hold that of the first one alone.

@@ -33,7 +33,7 @@ from longmix.naming import RunPlace, named_by_clock
 from longmix.notices import notice, notice_float32_on_gpu
 from longmix.progress import ProgressDisplay
 from longmix.startup import seconds_since_begin
-from longmix.training import connection, process_launcher
+from longmix.training import connection, process_launcher, random_state
 from longmix.training.averaging import WeightAverage
 from longmix.training.carried import CarriedState, check_carries, layers_begun_anew
 from longmix.training.claims import remove_unused
@@ -168,6 +168,8 @@ def _train_from(
     everyone.each(lambda: start.check_data(data.fingerprint(), course_of(config).begun(start.step)))
     model = build_model(config, data.vocab_size if origin is None else origin.vocab_size)
     begin(model, config, origin)
+    if model.draws():
+        random_state.diverge(config.seed, process_rank(), 0)
     model.measures_hits = data.makes_numbers
     model.measures_normalisers = config.loop.z_loss > 0
     if is_first:

@@ -95,6 +95,11 @@ class SavedRun:
         """The checkpoint's folder."""
         return Path(self.tensors.checkpoint)
 
+    @property
+    def processes(self) -> int:
+        """How many processes' generators it has."""
+        return len(self.random) if isinstance(self.random, list) else 1
+
     @classmethod
     def of(cls, checkpoint: Checkpoint, content: dict[str, Any]) -> "SavedRun":
         """That of a checkpoint's content, which has passed `check_run_state`; call inside `rebuilding`."""

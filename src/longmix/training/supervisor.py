@@ -104,6 +104,8 @@ class Supervisor(Callback):
             module.restore(self.saved, processes)
             with rebuilding(self.saved.checkpoint):
                 random_state.restore(random_state.of_process(self.saved.random, processes.rank))
+                if module.model.draws() and processes.rank >= self.saved.processes:
+                    random_state.diverge(self.config.seed, processes.rank, self.saved.step)
             self.saved = None
             self.first_step = module.step
         if self.course.staged:

@@ -54,10 +54,10 @@ NAMES = {
 MODEL_SETTINGS = {"d_model", "num_layers", "num_heads", "mlp_hidden", "block", "tie_head", "norm_eps"}
 """Settings that the family supports."""
 
-TRAINING_SETTINGS = {"logit_penalty", "activation_checkpointing"}
+TRAINING_SETTINGS = {"logit_penalty", "activation_checkpointing", "embedding_dropout", "residual_dropout"}
 """Settings that change no output."""
 
-MIXER_SETTINGS = {"num_heads", "num_kv_heads", "qk_norm", "window", *POSITIONS}
+MIXER_SETTINGS = {"num_heads", "num_kv_heads", "qk_norm", "window", "attention_dropout", *POSITIONS}
 
 IGNORED_WEIGHTS = "rotary_emb.inv_freq"
 """Buffers that are computed, and that older folders hold."""

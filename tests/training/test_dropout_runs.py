@@ -1,0 +1,27 @@
+"""Dropout in a run of two processes that share rows: each draws its own masks, and goes on with them bit for bit."""
+
+import pytest
+import torch
+from launched import train
+
+from longmix.checkpoints import CheckpointStore, load_checkpoint
+
+WORDS = ["trainer=context_parallel", "trainer.devices=2", "trainer.accelerator=cpu", "trainer.num_threads=1"]
+WORDS += ["logger=csv", "seq_len=32", "batch_size=2", "max_steps=4", "data.validation_tokens=64", "name=run"]
+WORDS += ["model.num_layers=2", "model.d_model=32", "model.mlp_hidden=32", "mixer=flash+mlstm_tfla"]
+WORDS += ["model.embedding_dropout=0.2", "model.residual_dropout=0.2", "mixer.flash.attention_dropout=0.2"]
+WORDS += ["loop.checkpoint_every=2", "loop.keep_checkpoints=9", "model.activation_checkpointing=block"]
+
+
+@pytest.mark.slow
+def test_slices_draw_their_own_masks_and_go_on_bit_for_bit(tmp_path, shared_cache):
+    states = []
+    for name, words in (("whole", []), ("resumed", [f"resume={tmp_path}/whole/runs/run/checkpoints/step-00000002"])):
+        (tmp_path / name).mkdir()
+        train(2, [*WORDS, *words, f"data.cache_dir={shared_cache}"], tmp_path / name)
+        states.append(load_checkpoint(CheckpointStore(tmp_path / name / "runs/run/checkpoints").latest()))
+    whole, resumed = states
+    assert whole["step"] == resumed["step"] == 4
+    assert all(torch.equal(weight, resumed["model"][name]) for name, weight in whole["model"].items())
+    first, second = (state["torch"] for state in whole["random"])
+    assert not torch.equal(first, second)
