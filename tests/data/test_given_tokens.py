@@ -217,6 +217,11 @@ WRONG = {
         {},
         "cannot be read as an array",
     ),
+    "a damaged array": (
+        lambda folder: write(folder / "a.npy", [], "<u2", b"\x93NUMPY\x01\x00\x08\x00{'descr\n"),
+        {},
+        "cannot be read as an array",
+    ),
     "half a token": (lambda folder: write(folder / "a.npy", [1], "<u1"), {}, "no whole number of uint16"),
     "nothing": (lambda folder: write(folder / "a.npy", [], "<u1"), {}, "holds no tokens"),
     "a cut index": (lambda folder: megatron(folder / "a.bin", ENDED, cut=-3), {}, r"a\.idx has .* bytes, and .* needs"),

@@ -184,7 +184,9 @@ def _llmc(path: Path) -> Place:
 def _npy(path: Path) -> Place:
     try:
         mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, TypeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # NumPy's reader of headers, which is Python's, has many kinds
         raise DataError(f"{path} cannot be read as an array of NumPy: {error}") from error
     if not isinstance(mapped, np.memmap) or mapped.ndim != 1:
         raise DataError(f"{path} holds {getattr(mapped, 'shape', 'several arrays')}; give an array of one dimension.")
