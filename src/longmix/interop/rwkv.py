@@ -27,7 +27,7 @@ from longmix.interop.layouts import Layout, Place, renamed, rows, transposed, ve
 from longmix.mixers.rwkv7 import RWKV7
 from longmix.model.backbone import LanguageModel
 from longmix.model.blocks import Block
-from longmix.model.build import build_model, model_from_checkpoint
+from longmix.model.build import build_model, model_over_checkpoint
 from longmix.model.rwkv_blocks import ChannelMix, RWKVBlocks
 from longmix.model.tuned_states_file import tune_states
 from longmix.trust import check_model_nodes
@@ -77,8 +77,12 @@ def layout(heads: int) -> Layout:
     return Layout(outside, layer, "blocks.")
 
 
-def rwkv_weights(model: LanguageModel) -> dict[str, Tensor]:
-    """The weights of a model by RWKV-LM's names; tuned states come as `att.time_state` [H, V, K].
+def rwkv_weights(model: LanguageModel, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Copies of a model's weights by RWKV-LM's names; tuned states come as `att.time_state` [H, V, K].
+
+    Args:
+        model: any.
+        dtype: to cast to; None leaves them as they are.
 
     Raises:
         ConfigError: a layer is not RWKV-7's, or a norm's epsilon is not that of the authors' code.
@@ -101,7 +105,7 @@ def rwkv_weights(model: LanguageModel) -> dict[str, Tensor]:
     width = first.recent_channels
     for name, shape in zip(PLACEHOLDERS, ((1, 1, width), (width, 1), (1, width)), strict=True):
         weights[name] = empty.new_zeros(shape)
-    return {name: weight.detach().clone() for name, weight in weights.items()}
+    return {name: weight.detach().to(dtype or weight.dtype, copy=True) for name, weight in weights.items()}
 
 
 def read_file(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -194,7 +198,7 @@ def write_file(
     state = load_model_state(path, weights_of)
     with rebuilding(path):
         check_model_nodes(state["config"])
-        weights = {name: weight.to(dtype) for name, weight in rwkv_weights(model_from_checkpoint(state)).items()}
+        weights = rwkv_weights(model_over_checkpoint(state), dtype)
     save_tensors(output, weights)
     return weights
 

@@ -124,3 +124,20 @@ def model_from_checkpoint(state: ModelState, config: ModelConfig | None = None) 
     model = build_model(config, vocab_size)
     load_weights(model, state["model"])
     return model
+
+
+def model_over_checkpoint(state: ModelState) -> LanguageModel:
+    """A model whose weights are those of a state, without a copy, to be written elsewhere: it is not for computing.
+
+    Raises:
+        CheckpointError: see `model_from_checkpoint`.
+    """
+    weights = state["model"]
+    with torch.device("meta"):
+        model = build_model(ModelConfig.of(state["config"]), weights["embedding.weight"].shape[0])
+    check_weights(model, weights)
+    tied = model.head.weight is model.embedding.weight
+    model.load_state_dict(weights, assign=True)
+    if tied:
+        model.head.weight = model.embedding.weight
+    return model

@@ -25,7 +25,7 @@ from longmix.interop.huggingface.seal import MARK, sealed
 from longmix.interop.huggingface.specials import VOCABULARY, write_specials
 from longmix.interop.huggingface.tokenizer import huggingface_tokenizer
 from longmix.model.backbone import LanguageModel
-from longmix.model.build import model_from_checkpoint
+from longmix.model.build import model_over_checkpoint
 from longmix.wording import counted
 
 KINDS = ("auto", "longmix", "llama", *FAMILIES)
@@ -110,7 +110,7 @@ def export(
     with rebuilding(path):
         _check_trusted(state["config"])
         stored = StoredConfig.of(state["config"])
-        model = model_from_checkpoint(state)
+        model = model_over_checkpoint(state)
         tokenizer = tokenizer_from_state(state["tokenizer"])
     config, weights = _as_family(model, stored, kind) or _as_llama(model, stored, kind) or _as_longmix(model, stored)
     fast = None if isinstance(tokenizer, WorldTokenizer) else huggingface_tokenizer(tokenizer)
@@ -129,7 +129,7 @@ def export(
         else:
             fast.save_pretrained(temporary)
         write_json(temporary / OWN_FILE, sealed(temporary, {"format": FORMAT, **about}))
-        card = _card(done, folder.name, model, about, has_tokenizer=fast is not None)
+        card = _card(done, folder.name, model, about, fast is not None)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         replaced = folder.with_name(f".{folder.name}.replaced")
         if folder.exists():
