@@ -103,6 +103,7 @@ def test_one_that_cannot_be_done_is_reported_and_training_goes_on(run_training, 
         ("[{task:needle,needles:many}]", "loop.tasks[0].needles='many' is not a whole number"),
         ("[{task:loss,seq_len:0}]", "loop.tasks[0].seq_len=0 must be a whole number from 1"),
         ("[{task:needle,stride:8}]", "loop.tasks[0].stride=8 has no effect on task=needle"),
+        ("[decode_cost]", "loop.tasks[0]: task=decode_cost gives the same before and after training"),
         ("[{task:lm_eval}]", "no value was given for: loop.tasks[0].tasks"),
         ("[loss,{task:loss,seq_len:8}]", "another task has the name loss; give one of them {name:x}"),
         ("[{needle:1}]", "is no list of tasks; write it like '[needle,{task:loss,seq_len:4096}]'"),
@@ -121,6 +122,23 @@ def test_a_model_that_looks_ahead_is_refused_but_for_tasks_that_take_it(compose_
         check_config(read(TrainConfig, compose_config(*words, "loop.tasks=[accuracy]")))
     with pytest.warns(UserWarning, match="mode"):
         check_config(read(TrainConfig, compose_config(*words, "loop.tasks=[{task:loss,prefixes:2}]")))
+
+
+def test_every_task_has_numbers_to_log(run_training):
+    tasks = "{task:causality,length:16,entropy_steps:0},{task:states,length:32,windows:1,points:4}"
+    lengths = "{task:attention,windows:1},{task:context_lengths,seq_len:[8,16],max_tokens:64}"
+    folder = run_training(
+        "mixer=mlstm_tfla+flash", "model.num_layers=2", "seq_len=16", f"loop.tasks=[{tasks},{lengths}]"
+    )
+    (row,) = (row for row in rows_of(folder) if "task/causality/causal" in row)
+    assert row["task/causality/causal"] == "1.0" and float(row["task/causality/largest_change"]) < 1e-4
+    expected = {
+        "states/rms/layer_0",
+        "attention/entropy/layer_0",
+        "attention/mean_distance/layer_1",
+        "context_lengths/loss/16",
+    }
+    assert {f"task/{name}" for name in expected} < set(row)
 
 
 def test_choices_of_ones_own(tmp_path, monkeypatch):

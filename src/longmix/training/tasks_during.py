@@ -108,6 +108,8 @@ def _read(key: str, item: Mapping[str, Any]) -> TaskDuring:
     choice = Choice.of(key, file | own)
     choice.check(set(), Task)
     task = choice.build()
+    if not task.follows_training:
+        raise ConfigError(f"{key}: task={chosen} gives the same before and after training; use evaluate.py.")
     given = TaskWords(**(usual | words))
     if given.stride is not None and not task.takes_stride:
         raise ConfigError(f"{key}.stride={given.stride} has no effect on task={chosen}; leave it out.")

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -86,6 +87,16 @@ class Attention(Task):
         reports = {name: _reported(restored, layers[name]) for name, restored in models.items()}
         report = {"split": subject.split, "length": length, "windows": len(batches), "models": reports}
         return Answer(report, {"length": length, "windows": self.windows}, shown=Shown(layers, list(models.values())))
+
+    def measures(self, answer: Answer) -> dict[str, float]:
+        """The numbers that training logs: means over the heads of each layer."""
+        layers = next(iter(answer.report["models"].values()))["layers"]
+        return {
+            f"{name}/layer_{index}": fmean(head[name] for head in layer["heads"])
+            for index, layer in enumerate(layers)
+            for name, value in (layer["heads"] or [{}])[0].items()
+            if isinstance(value, int | float)
+        }
 
     def tables(self, answer: Answer) -> Iterator[Table]:
         """Statistics of every head, model by model."""

@@ -40,6 +40,7 @@ class Task(ABC):
     Attributes:
         name: names of its result files begin with it.
         takes_leaky: its results are right also of a model in which later tokens change earlier outputs.
+        follows_training: its results change while a model learns, so that `loop.tasks` may have it.
         takes_stride: it reads the windows of the split as `Subject.batches` gives them, which may overlap.
         reads_split: its results depend on data and split, which the results then name.
         usual_place: what its messages call its settings by; with the task's own name in its place the user reads them.
@@ -48,6 +49,7 @@ class Task(ABC):
     name: str
     takes_leaky = False
     takes_stride = False
+    follows_training = True
     reads_split = True
     usual_place: ClassVar[str] = "task"
 
@@ -78,9 +80,9 @@ class Task(ABC):
         """
         report = {key: value for key, value in answer.report.items() if key not in HEADING}
         by_length = report.pop("lengths", {})
-        numbers = _numbers(report)
+        numbers = numbers_in(report)
         for length, found in by_length.items():
-            numbers |= {f"{name}/{length}": value for name, value in _numbers(found).items()}
+            numbers |= {f"{name}/{length}": value for name, value in numbers_in(found).items()}
         return numbers
 
     def save(self, subject: Subject, answer: Answer) -> None:
@@ -114,12 +116,12 @@ class Task(ABC):
         return answer.report
 
 
-def _numbers(nested: Mapping[Any, Any], prefix: str = "") -> dict[str, float]:
+def numbers_in(nested: Mapping[Any, Any], prefix: str = "") -> dict[str, float]:
     """The numbers in nested dicts, with names joined by "/"; texts, switches, lists and what is null are left out."""
     found: dict[str, float] = {}
     for key, value in nested.items():
         if isinstance(value, Mapping):
-            found |= _numbers(value, f"{prefix}{key}/")
+            found |= numbers_in(value, f"{prefix}{key}/")
         elif isinstance(value, int | float) and not isinstance(value, bool):
             found[f"{prefix}{key}"] = value
     return found

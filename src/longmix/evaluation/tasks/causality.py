@@ -89,6 +89,11 @@ class Causality(Task):
         lengths = {"length": self.length, "entropy_length": self.entropy_length}
         return Answer(report, {**lengths, "entropy_steps": self.entropy_steps}, shown=(found, entropy))
 
+    def measures(self, answer: Answer) -> dict[str, float]:
+        """The numbers that training logs: 1 if nothing leaks and else 0, and the largest change that was found."""
+        changes = [found["change"] for findings in answer.report["findings"].values() for found in findings]
+        return {"causal": float(answer.report["causal"]), "largest_change": max(changes, default=0.0)}
+
     def tables(self, answer: Answer) -> Iterator[RenderableType]:
         """The findings of each probe in each part, of the training, and the verdict."""
         found, entropy = answer.shown

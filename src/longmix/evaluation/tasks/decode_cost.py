@@ -52,6 +52,7 @@ class DecodeCost(Task):
     """
 
     name = "decode_cost"
+    follows_training = False
 
     def __init__(
         self,

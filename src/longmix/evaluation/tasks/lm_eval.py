@@ -14,7 +14,7 @@ from longmix.data.tokens.ids import IdTokenizer
 from longmix.data.tokens.tokenizers import NumberTokenizer
 from longmix.errors import ConfigError, DataError
 from longmix.evaluation.subject import Subject
-from longmix.evaluation.tasks.base import Answer, Task
+from longmix.evaluation.tasks.base import Answer, Task, numbers_in
 from longmix.paths import user_path
 from longmix.wording import counted, did_you_mean
 
@@ -105,6 +105,10 @@ class LMEval(Task):
             "versions": found["versions"],
         }
         return Answer(report, {**settings, "tasks": self.tasks, "include_path": self.include_path})
+
+    def measures(self, answer: Answer) -> dict[str, float]:
+        """The numbers that training logs: the harness's results, as TASK/METRIC."""
+        return numbers_in(answer.report["results"])
 
     def _evaluated(self, subject: Subject, length: int) -> dict[str, Any]:
         from lm_eval.evaluator import simple_evaluate

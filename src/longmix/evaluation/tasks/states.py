@@ -123,6 +123,16 @@ class States(Task):
                 report["layers"][-1] |= {"states": sizes, "growth": growth, "gates": of_layer}
         return Answer(report, {"length": length, "windows": self.windows, "points": self.points})
 
+    def measures(self, answer: Answer) -> dict[str, float]:
+        """The numbers that training logs: size and growth of each recurrent layer's state, of its largest head."""
+        found = {}
+        for index, layer in enumerate(answer.report["layers"]):
+            if layer.get("states"):
+                found[f"rms/layer_{index}"] = max(layer["states"][-1]["rms"])
+            if layer.get("growth") is not None:
+                found[f"growth/layer_{index}"] = layer["growth"]
+        return found
+
     def tables(self, answer: Answer) -> Iterator[RenderableType]:
         """Sizes, gates and bytes of each layer, and what stands out."""
         yield _table(answer.report)
