@@ -40,6 +40,9 @@ class Saved(SimpleNamespace):
     def seq_lens(self):
         return [4, 8]
 
+    def stride_used(self):
+        return {"stride": 2}
+
     def save(self, *result):
         self.result = result
 
@@ -48,7 +51,7 @@ def test_the_stages(capsys):
     subject = Saved(split="test", config=SimpleNamespace(max_tokens=7))
     assert Counting(3).run(subject) == {"split": "test"}
     assert capsys.readouterr().out == "test was seen\n"
-    settings = {"most": 3, "least": 0, "seq_len": [4, 8], "max_tokens": 7}
+    settings = {"most": 3, "least": 0, "seq_len": [4, 8], "max_tokens": 7, "stride": 2}
     assert subject.result == ("counting", {"split": "test"}, None, settings, True)
 
 
