@@ -27,6 +27,9 @@ from longmix.pytrees import pytree
 MOST_LAYERS = 10_000
 """The most layers. Nobody trains as many; a configuration from elsewhere could ask for more than can be built."""
 
+Checkpointing = Literal["none", "block", "selective"]
+"""The words of `activation_checkpointing`."""
+
 MixerFactory = Callable[[ModelShape, int], Mixer]
 """Builds the mixer of one layer from the model's shape and the layer's index."""
 
@@ -75,7 +78,8 @@ class LanguageModel(nn.Module):
         embedding_dropout, residual_dropout: shares that training zeroes, of the embedding and of each branch before it
             is added (GPT-2's `embd_pdrop` and `resid_pdrop`).
         norm_eps: epsilon of the norms around the mixers.
-        activation_checkpointing: "block" keeps each block's input for the backward pass and computes the rest again.
+        activation_checkpointing: "block" keeps each block's input for the backward pass and computes the rest again;
+            "selective" also keeps what is dear to compute (`longmix.model.recomputing`).
 
     Raises:
         ConfigError: a size below 1, or heads that do not divide; the message names the key.
@@ -103,7 +107,7 @@ class LanguageModel(nn.Module):
         embedding_dropout: float = 0.0,
         residual_dropout: float = 0.0,
         norm_eps: float = 1e-6,
-        activation_checkpointing: Literal["none", "block"] = "none",
+        activation_checkpointing: Checkpointing = "none",
     ) -> None:
         super().__init__()
         sizes = {"d_model": d_model, "num_layers": num_layers, "num_heads": num_heads, "mlp_hidden": mlp_hidden}
@@ -178,7 +182,7 @@ class LanguageModel(nn.Module):
             if self.activation_checkpointing == "block" and torch.is_grad_enabled():
                 result = checkpoint(block, *inputs, use_reentrant=False)
             else:
-                result = block(*inputs)
+                result = block(*inputs, self.activation_checkpointing == "selective")
             x = result.y
             value_residual = result.value_residual if value_residual is None else value_residual
             if output.state is not None:

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from longmix.mixers.parts.exact import rounded_once
 from longmix.mixers.parts.layout import Layout
 from longmix.mixers.parts.states import check_state, mixer_state
 from longmix.mixers.parts.whole_rows import over_whole_rows, takes_slices
+from longmix.model.recomputing import keeping_products
 from longmix.recipe import Recipe, set_recipe
 
 
@@ -79,6 +81,11 @@ class SwiGLU(Mixer):
         nn.init.normal_(self.gate.weight, std=shape.d_model**-0.5)
         nn.init.normal_(self.up.weight, std=shape.d_model**-0.5)
         nn.init.normal_(self.down.weight, std=hidden**-0.5 / math.sqrt(2 * shape.num_layers))
+
+    @property
+    def closing_weight(self) -> Tensor:
+        """The weight of the last product, whose result is the output."""
+        return self.down.weight
 
     def forward(self, x: Tensor, *, state: Any = None, document_ids: Tensor | None = None) -> MixerOutput:
         """Mix the channels of each token of `x` [B, T, D]."""
@@ -164,6 +171,7 @@ class Block(nn.Module):
         document_ids: Tensor | None,
         value_residual: Tensor | None,
         layout: Layout | None = None,
+        selective: bool = False,
     ) -> MixerOutput:
         """The mixer's output with `y` replaced by the block's output [B, T, D], and `state` by a `BlockState`.
 
@@ -172,7 +180,21 @@ class Block(nn.Module):
             state, document_ids: see `Mixer.forward`.
             value_residual: what the first layer with a value residual gave; None before it.
             layout: what the mixer's `layout_needs` ask for; None where it makes that itself.
+            selective: keep only what is dear for the backward pass, see `longmix.model.recomputing`.
         """
+        inputs = x, state, document_ids, value_residual, layout
+        if not selective or not torch.is_grad_enabled():
+            return self._mixed(*inputs)
+        return keeping_products(self._mixed, x.shape[-1], getattr(self.mlp, "closing_weight", None), *inputs)
+
+    def _mixed(
+        self,
+        x: Tensor,
+        state: BlockState | None,
+        document_ids: Tensor | None,
+        value_residual: Tensor | None,
+        layout: Layout | None,
+    ) -> MixerOutput:
         shared = {"value_residual": value_residual} if self.mixer.value_residual else {}
         mixer_state, mlp_state = (None, None) if state is None else (state.mixer, state.channel_mixer)
         mixed = called(self.mixer, self.mixer_norm(x), mixer_state, document_ids, layout, **shared)

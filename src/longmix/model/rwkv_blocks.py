@@ -80,6 +80,11 @@ class ChannelMix(RecurrentMixer):
         nn.init.orthogonal_(self.key.weight)
         nn.init.zeros_(self.value.weight)
 
+    @property
+    def closing_weight(self) -> Tensor:
+        """The weight of the last product, whose result is the output."""
+        return self.value.weight
+
     def forward(
         self, x: Tensor, *, state: RecurrentState | Slices | None = None, document_ids: Tensor | None = None
     ) -> MixerOutput:

@@ -36,7 +36,8 @@ class Observed(nn.Module):
         if not self.training or self.frozen:
             return
         seen = self.summed(*shown)
-        self._seen = seen if self._seen is None else self._seen + seen
+        # A sum every time, so that a recomputed pass runs the operators of the first one.
+        self._seen = seen + (torch.zeros_like(seen) if self._seen is None else self._seen)
 
     @torch.no_grad()
     def apply_observed(self, sum_over_processes: Callable[[Tensor], Tensor]) -> None:

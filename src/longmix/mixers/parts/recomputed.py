@@ -8,6 +8,7 @@ in a compiled graph, for which the compiler decides.
 
 import functools
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,8 @@ Result = TypeVar("Result")
 ENGINES = "longmix"
 """The namespace of the engines' operators."""
 
+_left: ContextVar[bool] = ContextVar("left", default=False)
+
 
 def recomputed(function: Callable[..., Result], x: Tensor, *others: Any) -> Result:
     """What `function` returns for these arguments, computed again in the backward pass but for its engines.
@@ -31,13 +34,26 @@ def recomputed(function: Callable[..., Result], x: Tensor, *others: Any) -> Resu
         x: decides by its device.
         others: tensors and anything else.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not on_gpu(x):
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _left.get() or not on_gpu(x):
         return function(x, *others)
     contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
     result: Result = checkpoint(
         function, x, *others, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
     )
     return result
+
+
+def leaving_all(function: Callable[..., Result]) -> Callable[..., Result]:
+    """The function with nothing in it recomputed on its own, since all of it is."""
+
+    def run(*arguments: Any) -> Result:
+        token = _left.set(True)
+        try:
+            return function(*arguments)
+        finally:
+            _left.reset(token)
+
+    return run
 
 
 def _policy(_: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
