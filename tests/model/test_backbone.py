@@ -57,12 +57,13 @@ def test_prefill_and_decode_equal_one_pass_in_a_hybrid_stack():
 
 def test_activation_checkpointing_changes_no_gradient():
     gradients = []
-    for choice in ("none", "block"):
+    for choice in ("none", "block", "selective"):
         net = model(activation_checkpointing=choice)
         net(tokens(), tokens()).token_losses.mean().backward()
         gradients.append({name: weight.grad for name, weight in net.named_parameters()})
     for name, gradient in gradients[0].items():
         assert torch.equal(gradient, gradients[1][name]), name
+        assert torch.equal(gradient, gradients[2][name]), name
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -6,6 +6,7 @@ compilation or parallelism.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -16,12 +17,13 @@ from torch.utils.checkpoint import checkpoint
 from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
 from longmix.mixers.parts.attention_dropout import check_dropout
-from longmix.mixers.parts.base import Mixer, ModelShape
+from longmix.mixers.parts.base import Mixer, MixerOutput, ModelShape
 from longmix.mixers.parts.documents import told_apart
 from longmix.mixers.parts.layout import Layout, LayoutNeeds, layouts, needs_of
 from longmix.mixers.parts.metrics import Metric
 from longmix.model.blocks import Block, BlockStyle, Standard
 from longmix.model.head import capped, hits, scored, token_losses
+from longmix.model.offload import Offload, lane_of
 from longmix.pytrees import pytree
 
 MOST_LAYERS = 10_000
@@ -59,6 +61,15 @@ class ModelOutput:
     metrics: dict[str, Metric] = field(default_factory=dict)
 
 
+def run_block(block: Block, checkpointing: Checkpointing, *inputs: Any) -> MixerOutput:
+    """A block's output for these inputs of `Block.forward`, with activation checkpointing where gradients are on."""
+    if checkpointing == "block" and torch.is_grad_enabled():
+        result: MixerOutput = checkpoint(block, *inputs, use_reentrant=False)
+        return result
+    output: MixerOutput = block(*inputs, checkpointing == "selective")
+    return output
+
+
 class LanguageModel(nn.Module):
     """A decoder-only language model whose layers mix the sequence as the factory says.
 
@@ -80,6 +91,7 @@ class LanguageModel(nn.Module):
         norm_eps: epsilon of the norms around the mixers.
         activation_checkpointing: "block" keeps each block's input for the backward pass and computes the rest again;
             "selective" also keeps what is dear to compute (`longmix.model.recomputing`).
+        activation_offload: on a GPU, keep what the backward pass needs in the host's memory (`longmix.model.offload`).
 
     Raises:
         ConfigError: a size below 1, or heads that do not divide; the message names the key.
@@ -108,6 +120,7 @@ class LanguageModel(nn.Module):
         residual_dropout: float = 0.0,
         norm_eps: float = 1e-6,
         activation_checkpointing: Checkpointing = "none",
+        activation_offload: bool = False,
     ) -> None:
         super().__init__()
         sizes = {"d_model": d_model, "num_layers": num_layers, "num_heads": num_heads, "mlp_hidden": mlp_hidden}
@@ -129,7 +142,8 @@ class LanguageModel(nn.Module):
         check_dropout("model.residual_dropout", residual_dropout)
         check_dropout("model.embedding_dropout", embedding_dropout)
         self.embedding_dropout = nn.Dropout(embedding_dropout) if embedding_dropout else None
-        self.activation_checkpointing = activation_checkpointing
+        self.activation_checkpointing: Checkpointing = activation_checkpointing
+        self.activation_offload = activation_offload
         style = Standard() if block is None else block
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.embedding_norm = style.embedding_norm(self.shape)
@@ -177,12 +191,12 @@ class LanguageModel(nn.Module):
             x = self.embedding_dropout(x)
         output = ModelOutput(hidden=x, token_losses=x.new_empty(0), state=None if state is None else [])
         value_residual = None
+        lane = lane_of(x.device) if self.activation_offload and torch.is_grad_enabled() else None
+        offload = None if lane is None else Offload(lane, len(self.blocks))
         for index, block in enumerate(self.blocks):
-            inputs = x, None if state is None else state[index], document_ids, value_residual, made[index]
-            if self.activation_checkpointing == "block" and torch.is_grad_enabled():
-                result = checkpoint(block, *inputs, use_reentrant=False)
-            else:
-                result = block(*inputs, self.activation_checkpointing == "selective")
+            others = None if state is None else state[index], document_ids, value_residual, made[index]
+            with nullcontext() if offload is None else offload.layer(index, block, others):
+                result = run_block(cast(Block, block), self.activation_checkpointing, x, *others)
             x = result.y
             value_residual = result.value_residual if value_residual is None else value_residual
             if output.state is not None:

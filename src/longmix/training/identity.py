@@ -55,6 +55,7 @@ FREE = {
     "data.num_workers": "batches are the same, whoever reads them",
     "data.local_shards": "it says how much is kept at hand",
     "model.activation_checkpointing": "what is computed again is the same again",
+    "model.activation_offload": "what is kept elsewhere is the same",
     "trainer.devices": "another place, the same sums but for rounding",
     "trainer.num_nodes": "another place, the same sums but for rounding",
     "trainer.strategy": "another place, the same sums but for rounding",

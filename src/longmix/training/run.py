@@ -278,7 +278,11 @@ def _module(
         anew = layers_begun_anew(model)
         if anew is not None:
             notice(f"loop.carry_state=true: {anew} each window anew, since the state would grow without bound.")
+    if model.activation_offload and not settings.on_gpu:
+        notice("model.activation_offload=true: nothing is offloaded on a CPU, whose memory is the host's.")
     if settings.compiles:
+        # A mixer's statistics are those of the first pass; without this, a block that gathers some is not compiled.
+        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
         for block in model.blocks:
             block.compile()
     loop = config.loop

@@ -54,7 +54,13 @@ NAMES = {
 MODEL_SETTINGS = {"d_model", "num_layers", "num_heads", "mlp_hidden", "block", "tie_head", "norm_eps"}
 """Settings that the family supports."""
 
-TRAINING_SETTINGS = {"logit_penalty", "activation_checkpointing", "embedding_dropout", "residual_dropout"}
+TRAINING_SETTINGS = {
+    "logit_penalty",
+    "activation_checkpointing",
+    "activation_offload",
+    "embedding_dropout",
+    "residual_dropout",
+}
 """Settings that change no output."""
 
 MIXER_SETTINGS = {"num_heads", "num_kv_heads", "qk_norm", "window", "attention_dropout", *POSITIONS}
@@ -234,6 +240,7 @@ def read_config(config: Any) -> ModelConfig:
         "norm_eps": config.rms_norm_eps,
         "logit_penalty": 0.0,
         "activation_checkpointing": "none",
+        "activation_offload": False,
         "block": dict(_STANDARD),
     }
     options = {
