@@ -23,6 +23,7 @@ class Accelerator:
         link_bandwidth: bytes per second and direction to the other devices of its node.
         network_bandwidth: bytes per second and direction from its node to other nodes, for each device of the node.
         node_size: how many devices share the fast link.
+        host_bandwidth: bytes per second and direction to the host's memory.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Accelerator:
     link_bandwidth: float
     network_bandwidth: float
     node_size: int
+    host_bandwidth: float = 64e9
 
     def flops(self, size: int) -> float:
         """Return the peak operations per second for products of numbers of `size` bytes: 2 for bf16, 4 for fp32."""
@@ -48,6 +50,7 @@ def _of(
     link_gb: float,
     network_gb: float,
     node_size: int = 8,
+    host_gb: float = 64,
 ) -> Accelerator:
     """Return one row, given in the units of data sheets: GB, TB/s, TFLOP/s and GB/s."""
     return Accelerator(
@@ -59,27 +62,30 @@ def _of(
         link_gb * GIGA,
         network_gb * GIGA,
         node_size,
+        host_gb * GIGA,
     )
 
 
 ACCELERATORS = {
     row.name: row
     for row in (
-        _of("GB200", 186, 8.0, 2500, 80, 900, 50, node_size=72),
+        _of("GB200", 186, 8.0, 2500, 80, 900, 50, node_size=72, host_gb=225),
         _of("B200", 180, 8.0, 2250, 75, 900, 50),
         _of("H200", 141, 4.8, 989, 67, 450, 50),
         _of("H100 PCIe", 80, 2.0, 756, 51, 64, 50),
         _of("H100 NVL", 94, 3.9, 835, 60, 64, 50),
         _of("H100", 80, 3.35, 989, 67, 450, 50),
-        _of("A100-SXM4-40GB", 40, 1.555, 312, 19.5, 300, 25),
-        _of("A100", 80, 2.039, 312, 19.5, 300, 25),
-        _of("L40S", 48, 0.864, 362, 91.6, 32, 25),
-        _of("RTX 4090", 24, 1.008, 165, 82.6, 32, 12.5),
+        _of("A100-SXM4-40GB", 40, 1.555, 312, 19.5, 300, 25, host_gb=32),
+        _of("A100", 80, 2.039, 312, 19.5, 300, 25, host_gb=32),
+        _of("L40S", 48, 0.864, 362, 91.6, 32, 25, host_gb=32),
+        _of("RTX 4090", 24, 1.008, 165, 82.6, 32, 12.5, host_gb=32),
     )
 }
 """The accelerators by name. `by_driver_name` takes the first whose name is part of the driver's, so longer names come
 first: H100 is the SXM card, A100 the one with 80 GB. The network is no property of a device; the rows have what such
-nodes usually have, 400 or 200 Gb/s of InfiniBand for each device. The bridge that joins two PCIe cards is left out.
+nodes usually have, 400 or 200 Gb/s of InfiniBand for each device. The way to the host is PCIe 5.0 x16, PCIe 4.0 x16 on
+cards of the Ampere and Ada generations, and half of the NVLink-C2C that two GPUs of a GB200 share. The bridge between
+two PCIe cards is left out.
 """
 
 

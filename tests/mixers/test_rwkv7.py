@@ -249,13 +249,14 @@ def test_a_stack_continues_from_its_state_and_keeps_documents_apart():
 
 def test_activation_checkpointing_changes_no_gradient():
     gradients = []
-    for choice in ("none", "block"):
+    for choice in ("none", "block", "selective"):
         net = stack(activation_checkpointing=choice)
         tokens = torch.arange(24).view(2, 12)
         net(tokens, tokens).token_losses.mean().backward()
         gradients.append({name: weight.grad for name, weight in net.named_parameters()})
     for name, gradient in gradients[0].items():
         assert torch.equal(gradient, gradients[1][name]), name
+        assert torch.equal(gradient, gradients[2][name]), name
 
 
 def test_the_size_of_each_heads_state_is_a_metric():

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from longmix.mixers.flash import Flash
 from longmix.mixers.gated_deltanet import GatedDeltaNet
 from longmix.mixers.rwkv7 import RWKV7
 from longmix.mixers.sliding_window import SlidingWindow

@@ -31,7 +31,7 @@ def setting(rows: int = 1, length: int = 128, **changes) -> Setting:
         "precision": "32-true",
         "sharded": False,
         "accumulates": False,
-        "checkpointed": False,
+        "checkpointing": "none",
         "device": "cpu",
     }
     return Setting(rows, length, **(usual | changes))
@@ -83,7 +83,7 @@ def test_the_model_stays_as_it_is():
 
 def test_a_checkpointed_block_keeps_its_input_alone():
     model = request("mixer=mlstm_tfla").model()
-    kept, again = rehearsed(model, setting()), rehearsed(model, setting(checkpointed=True))
+    kept, again = rehearsed(model, setting()), rehearsed(model, setting(checkpointing="block"))
     assert again.ends == kept.ends
     for before, after in zip(kept.layers, again.layers, strict=True):
         assert after.kept == 0
@@ -107,8 +107,8 @@ def test_autocast_keeps_its_copies_of_matrices_for_the_backward_pass_alone():
     model = request("mixer=flash").model()
     rounded = setting(precision="bf16-mixed", device="cuda")
     part, again = (
-        rehearsed(model, dataclasses.replace(rounded, checkpointed=checkpointed)).layers[1]
-        for checkpointed in (False, True)
+        rehearsed(model, dataclasses.replace(rounded, checkpointing=checkpointing)).layers[1]
+        for checkpointing in ("none", "block")
     )
     matrices = sum(weight.numel() for weight in model.blocks[1].parameters() if weight.dim() == 2)
     assert part.kept > 2 * matrices > again.kept
@@ -156,9 +156,9 @@ RECEIVED = {  # numbers that a layer gets of the other three slices of 128 token
 
 @pytest.mark.parametrize(("words", "numbers"), RECEIVED.values(), ids=RECEIVED)
 def test_a_slice_gets_what_its_mixers_ask_for(words, numbers):
-    for checkpointed in (False, True):
-        found = rehearsed(request(*words.split()).model(), setting(2, slices=4, checkpointed=checkpointed))
-        assert [part.received for part in found.layers] == [4 * 2 * numbers] * 2, checkpointed
+    for checkpointing in ("none", "block"):
+        found = rehearsed(request(*words.split()).model(), setting(2, slices=4, checkpointing=checkpointing))
+        assert [part.received for part in found.layers] == [4 * 2 * numbers] * 2, checkpointing
         assert found.ends.received == 0
 
 
@@ -166,7 +166,7 @@ def test_a_slice_keeps_the_keys_it_got_unless_it_gets_them_again():
     model = request("mixer=flash").model()
     alone, shared = (rehearsed(model, setting(slices=slices)).layers[1] for slices in (1, 4))
     assert shared.kept - alone.kept >= shared.received
-    again = rehearsed(model, setting(slices=4, checkpointed=True)).layers[1]
+    again = rehearsed(model, setting(slices=4, checkpointing="block")).layers[1]
     assert again.kept == 0 and again.backward > shared.backward + shared.received
 
 
@@ -174,3 +174,27 @@ def test_fixed_blocks_are_planned_for_slices():
     found = rehearsed(request("mixer=block_sparse").model(), setting(1, slices=4))
     assert found.layers[1].received > 0
     assert found.layers[0] == found.layers[1]
+
+
+def test_selective_blocks_keep_products_and_compute_none_of_them_again():
+    model = request("mixer=flash", "mixer.qk_norm=false").model()
+    found = {kind: rehearsed(model, setting(checkpointing=kind)).layers[1] for kind in ("none", "selective", "block")}
+    kept = {kind: part.kept / (4 * 128) for kind, part in found.items()}  # numbers for each token
+    # Query, key, value, both results of attention and its projection; gate and up of the SwiGLU.
+    assert kept["selective"] == pytest.approx(5 * 64 + 2 + 2 * 128, rel=0.01)
+    assert 0 == kept["block"] < kept["selective"] < kept["none"] / 1.5
+    assert found["none"].again == found["selective"].again == 0
+    assert 0.6 < found["block"].again < 1  # the last product is not needed
+
+
+def test_offloaded_layers_keep_little_and_the_last_one_all():
+    model = request("mixer=flash", width=512, length=1024).model()
+    for kind in ("none", "block"):
+        how = setting(length=1024, device="cuda", checkpointing=kind)
+        plain, found = (rehearsed(model, dataclasses.replace(how, offloads=offloads)) for offloads in (False, True))
+        assert found.layers[1] == plain.layers[1]
+        first = found.layers[0]
+        assert first.input_offloaded == 4 * 1024 * 512
+        assert first.kept + first.offloaded - first.input_offloaded == plain.layers[0].kept
+        assert first.kept <= 2 * first.parameters + 2**21  # rounded weights, and storages below 1 MiB
+        assert first.backward >= plain.layers[0].backward + first.input_offloaded

@@ -7,6 +7,7 @@ import torch
 
 from longmix.model.build import build_model
 from longmix.planning.arguments import read
+from longmix.planning.communication import Buffers
 from longmix.planning.dry_run import (
     OptimizerNeeds,
     Part,
@@ -16,9 +17,9 @@ from longmix.planning.dry_run import (
     rehearse,
     rehearse_ends,
 )
-from longmix.planning.memory import CONTEXT_BYTES, USABLE, Division, Memory, memory_needed
+from longmix.planning.memory import CONTEXT_BYTES, USABLE, Division, Memory, _moments, memory_needed
 
-SETTING = Setting(1, 64, "32-true", sharded=False, accumulates=False, checkpointed=False, device="cpu")
+SETTING = Setting(1, 64, "32-true", sharded=False, accumulates=False, checkpointing="none", device="cpu")
 ONE = Division(processes=1, context_parallel=1, strategy="single", micro_batches=1)
 OPTIMIZER = OptimizerNeeds(state=5_000, working=7)
 LIMIT = 10**9
@@ -197,3 +198,22 @@ def test_layouts_are_made_once_for_all_layers(mixer, numbers):
     ends = rehearse_ends(model, SETTING)
     assert rehearse(model, SETTING, ends).layouts == 4 * 64 * numbers
     assert rehearse(model, dataclasses.replace(SETTING, rows=3), ends).layouts == 3 * 4 * 64 * numbers
+
+
+def test_what_is_offloaded_is_there_for_two_layers_alone(model):
+    """Inputs of 10 bytes: a layer's leave while the next one computes, and come back while the next one goes back."""
+    ends = ends_of(model, output=1)
+    sent = dataclasses.replace(part(100, forward=1_000, backward=1_000), offloaded=310, input_offloaded=10)
+    last = part(100, kept=300, forward=1_000, backward=1_000)
+    layers = [sent, sent, sent, last]
+    setting = dataclasses.replace(SETTING, offloads=True)
+    moments = {each.name: each for each in _moments(model, Rehearsal(ends, layers), setting, ONE, Buffers(0))}
+    held = {name: moment.activations for name, moment in moments.items() if name.startswith("forward")}
+    # The input of each, and what the one before sends; the last one keeps its own.
+    assert list(held.values()) == [20, 20 + 310, 20 + 310, 20 + 310 + 300]
+    assert moments["loss"].activations == 300 + 10 + 10 - 10
+    back = {name: moment.activations + moment.working for name, moment in moments.items() if "backward" in name}
+    assert back["backward of layer 3"] == 10 + 300 + 10 + 1_000 + 310
+    assert back["backward of layer 2"] == back["backward of layer 1"] == 10 + 1_000 + 310
+    assert back["backward of layer 0"] == 10 + 1_000
+    assert needed(model, Rehearsal(ends, layers), setting).host == 3 * 512

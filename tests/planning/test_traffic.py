@@ -18,7 +18,7 @@ from longmix.planning.traffic import (
     training_flops,
 )
 
-SETTING = Setting(1, 64, "bf16-mixed", sharded=False, accumulates=False, checkpointed=False, device="cuda")
+SETTING = Setting(1, 64, "bf16-mixed", sharded=False, accumulates=False, checkpointing="none", device="cuda")
 ENDS = Part(0, 0, 0, 0, 4_000, 1_000, moved=10**9)
 LAYER = Part(0, 0, 0, 0, 40_000, 10_000, moved=2 * 10**9)
 REHEARSAL = Rehearsal(ENDS, [LAYER, LAYER])
@@ -60,21 +60,31 @@ def test_slices_exchange_keys_and_values_in_every_pass(model):
     rehearsal = Rehearsal(ENDS, [dataclasses.replace(LAYER, received=size) for size in (100, 20)])
     sent = traffic_of(model, rehearsal, SETTING, Division(4, 4, "ddp", 5))
     assert sent.context == 5 * 2 * 120
-    again = traffic_of(model, rehearsal, dataclasses.replace(SETTING, checkpointed=True), Division(4, 4, "ddp", 1))
+    again = traffic_of(model, rehearsal, dataclasses.replace(SETTING, checkpointing="block"), Division(4, 4, "ddp", 1))
     assert again.context == 3 * 120
 
 
 def test_recomputing_adds_a_forward_pass_of_the_layers(model):
     forward = model.flops(256)
     head = 2 * 256 * 32 * model.vocab_size
-    assert training_flops(model, 3, 256, False, "cpu") == (9 * forward, 9 * forward)
-    assert training_flops(model, 3, 256, True, "cpu") == (9 * forward, 9 * forward + 3 * (forward - head))
+    layers = forward - head
+    parts = Rehearsal(ENDS, [dataclasses.replace(LAYER, again=0.25)] * len(model.blocks))
+    plain, whole, some = (
+        (Rehearsal(ENDS, [LAYER] * len(model.blocks)), "none"),
+        (parts, "block"),
+        (parts, "selective"),
+    )
+    for (rehearsal, kind), again in ((plain, 0), (whole, 3 * layers), (some, 3 * layers // 4)):
+        setting = dataclasses.replace(SETTING, checkpointing=kind, device="cpu")
+        assert training_flops(model, 3, 256, rehearsal, setting) == (9 * forward, 9 * forward + again), kind
 
 
 def test_a_head_in_slices_goes_forward_again(model):
     rows = 2**24 // (256 * model.vocab_size) + 1
     head = 2 * 256 * 32 * model.vocab_size
-    asked, computed = training_flops(model, rows, 256, False, "cpu")
+    asked, computed = training_flops(
+        model, rows, 256, Rehearsal(ENDS, [LAYER] * len(model.blocks)), dataclasses.replace(SETTING, device="cpu")
+    )
     assert computed - asked == rows * head
 
 
@@ -106,3 +116,15 @@ def test_an_exchange_hides_as_far_as_it_is_shorter_and_slices_do_not():
 
 def test_between_nodes_network_cards_are_the_slowest_link():
     assert seconds(Traffic(10**9, 0, 0), 16).exchange == pytest.approx(1e9 / (400e9 * LINK_SHARE))
+
+
+def test_copies_to_the_host_wait_as_far_as_they_are_longer_than_their_pass(model):
+    parts = [dataclasses.replace(LAYER, offloaded=size) for size in (700, 0)]
+    assert traffic_of(model, Rehearsal(ENDS, parts), SETTING, Division(1, 1, "single", 3)).host == 3 * 700
+    assert seconds(Traffic(0, 0, 0, host=10**9), 1).host == 0
+    alone = seconds(Traffic(0, 0, 0), 1).total
+    forward = alone * (6 / 3) / 8  # a third of what the model asks for, of all that is computed
+    between = 64e9 * LINK_SHARE * (alone / 2)  # longer than the forward pass, shorter than the backward pass
+    assert seconds(Traffic(0, 0, 0, host=round(between)), 1).host == pytest.approx(alone / 2 - forward)
+    long = seconds(Traffic(0, 0, 0, host=10**12), 1)
+    assert long.total == pytest.approx(2 * 1e12 / (64e9 * LINK_SHARE))

@@ -183,9 +183,18 @@ class Block(nn.Module):
             selective: keep only what is dear for the backward pass, see `longmix.model.recomputing`.
         """
         inputs = x, state, document_ids, value_residual, layout
-        if not selective or not torch.is_grad_enabled():
-            return self._mixed(*inputs)
-        return keeping_products(self._mixed, x.shape[-1], getattr(self.mlp, "closing_weight", None), *inputs)
+        if selective and torch.is_grad_enabled():
+            closing = getattr(self.mlp, "closing_weight", None)
+            mixed, y, mlp_state = keeping_products(self._mixed, x.shape[-1], closing, *inputs)
+        else:
+            mixed, y, mlp_state = self._mixed(*inputs)
+        return MixerOutput(
+            y=y,
+            state=None if state is None else BlockState(mixed.state, mlp_state),
+            losses=mixed.losses,
+            metrics=mixed.metrics,
+            value_residual=mixed.value_residual,
+        )
 
     def _mixed(
         self,
@@ -194,19 +203,14 @@ class Block(nn.Module):
         document_ids: Tensor | None,
         value_residual: Tensor | None,
         layout: Layout | None,
-    ) -> MixerOutput:
+    ) -> tuple[MixerOutput, Tensor, Any]:
+        """The mixer's output, the block's output, and the state of the channel mixer."""
         shared = {"value_residual": value_residual} if self.mixer.value_residual else {}
         mixer_state, mlp_state = (None, None) if state is None else (state.mixer, state.channel_mixer)
         mixed = called(self.mixer, self.mixer_norm(x), mixer_state, document_ids, layout, **shared)
         x = x + self._dropped(mixed.y)
         channels = called(self.mlp, self.mlp_norm(x), mlp_state, document_ids)
-        return MixerOutput(
-            y=x + self._dropped(channels.y),
-            state=None if state is None else BlockState(mixed.state, channels.state),
-            losses=mixed.losses,
-            metrics=mixed.metrics,
-            value_residual=mixed.value_residual,
-        )
+        return mixed, x + self._dropped(channels.y), channels.state
 
     def _dropped(self, branch: Tensor) -> Tensor:
         return branch if self.dropout is None else self.dropout(branch)

@@ -133,10 +133,11 @@ class _Packed:
     """What autograd keeps instead of a tensor: its place in a storage that is away."""
 
     away: "_Away"
+    device: torch.device
     dtype: torch.dtype
     size: torch.Size
     stride: tuple[int, ...]
-    offset: int
+    offset: int | torch.SymInt
 
 
 class _Away:
@@ -196,7 +197,7 @@ class _Group:
             self._leaving.append((storage, away.there))
         away.packs += 1
         away.readers += 1
-        return _Packed(away, x.dtype, x.size(), x.stride(), x.storage_offset())
+        return _Packed(away, x.device, x.dtype, x.size(), x.stride(), x.storage_offset())
 
     def let_go(self) -> None:
         """Give up the device's memory; what follows waits for the copies."""
@@ -224,7 +225,7 @@ def _unpacked(packed: Tensor | _Packed) -> Tensor:
     if group.before is not None:
         group.before.fetch()
     storage = packed.away.read()
-    empty = torch.empty(0, dtype=packed.dtype, device=storage.device)
+    empty = torch.empty(0, dtype=packed.dtype, device=packed.device)
     return empty.set_(storage, packed.offset, packed.size, packed.stride)
 
 

@@ -2,8 +2,8 @@
 
 Kept are the results of the engines and of attention, of products with weights, and the block's input. Norms, gates,
 rotations, activations and casts are computed again in the backward pass: they take a pass over memory, and no product.
-Two kinds of products are computed again as well. One has few input channels, as the low-rank ones of RWKV-7: it is cheap
-for what it would keep. The other is the last of the block, whose result no backward pass reads.
+Two kinds of products are computed again as well. One has few input channels, as the low-rank ones of RWKV-7: it is
+cheap for what it would keep. The other is the last of the block, whose result no backward pass reads.
 """
 
 import functools

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -17,7 +17,7 @@ from longmix.config import read as read_config
 from longmix.data.training_data import TrainingData, build_data
 from longmix.errors import ConfigError
 from longmix.machine_memory import total_bytes
-from longmix.model.backbone import LanguageModel
+from longmix.model.backbone import Checkpointing, LanguageModel
 from longmix.model.build import build_model, check_model
 from longmix.model.matching import match_parameters
 from longmix.planning.dry_run import Precision
@@ -38,14 +38,16 @@ class Variant:
         strategy: "single", "ddp" or "fsdp".
         context_parallel: processes that share a window.
         micro_batch_size: windows of one forward and backward pass.
-        checkpointed: recompute blocks in the backward pass.
+        activation_checkpointing: what blocks keep for the backward pass, as in `LanguageModel`.
+        activation_offload: keep it in the host's memory.
     """
 
     seq_len: int
     strategy: Strategy
     context_parallel: int
     micro_batch_size: int
-    checkpointed: bool
+    activation_checkpointing: Checkpointing
+    activation_offload: bool
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,8 @@ def _request(
         strategy=strategy,
         context_parallel=gpus if trainer.context_parallel is None else trainer.context_parallel,
         micro_batch_size=1,
-        checkpointed=config.model.entries.get("activation_checkpointing") == "block",
+        activation_checkpointing=cast(Checkpointing, config.model.entries.get("activation_checkpointing", "none")),
+        activation_offload=bool(config.model.entries.get("activation_offload", False)),
     )
     request = Request(
         config=config,

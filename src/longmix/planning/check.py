@@ -38,6 +38,9 @@ VARIANTS = (
     ("mixer=flash", "optimizer=adamw"),
     ("mixer=flash", "trainer.micro_batch_size=1"),
     ("mixer=flash", "model.activation_checkpointing=block"),
+    ("mixer=flash", "model.activation_checkpointing=selective"),
+    ("mixer=mlstm_tfla", "model.activation_checkpointing=selective"),
+    ("mixer=rwkv7", "model.activation_checkpointing=selective"),
     ("mixer=mlstm_tfla", "model.activation_checkpointing=block", "trainer.micro_batch_size=1"),
     ("mixer=sliding_window*2+mlstm_tfla",),
     ("mixer=flash", "seq_len=512", "model.tie_head=true"),
@@ -87,22 +90,23 @@ def check(words: Sequence[str]) -> Outcome:
         raise ConfigError("several processes are checked on a CPU alone; add trainer.accelerator=cpu.")
     if on_gpu:
         return Outcome(tuple(words), predicted, _on_gpu(request))
-    return Outcome(tuple(words), predicted, _on_cpu(request) if request.gpus == 1 else _in_processes(request))
+    return Outcome(tuple(words), predicted, peak_on_cpu(request) if request.gpus == 1 else _in_processes(request))
 
 
 def _on_gpu(request: Request) -> int:
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    two_steps(request)
+    take_steps(request)
     return torch.cuda.max_memory_allocated() - before
 
 
-def _on_cpu(request: Request) -> int:
+def peak_on_cpu(request: Request, steps: int = 2) -> int:
+    """The most bytes that a run of this process on a CPU holds at once, its model included."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        two_steps(request)
+        take_steps(request, steps)
         gc.collect()
     results = profiler.profiler.kineto_results
     events = [(event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]"]
@@ -132,11 +136,11 @@ def _of_one(rank: int, request: Request, port: int, peaks: Any) -> None:
     os.environ |= local_environment(rank, request.gpus, port) | {"TORCHELASTIC_RUN_ID": "check"}
     torch.set_num_threads(1)
     note_all_frees()
-    peaks.put(_on_cpu(request))
+    peaks.put(peak_on_cpu(request))
 
 
-def two_steps(request: Request) -> None:
-    """Train for two steps on random tokens; the first one makes the optimizer's state."""
+def take_steps(request: Request, steps: int = 2) -> None:
+    """Train for some steps on random tokens; the first one makes the optimizer's state."""
     from lightning.pytorch import Trainer
     from torch.utils.data import DataLoader
 
@@ -164,7 +168,7 @@ def two_steps(request: Request) -> None:
         build_model(config, request.vocab_size),
         lambda parameters: config.optimizer.build(parameters=parameters),
         config.schedule.build(),
-        total_steps=2,
+        total_steps=steps,
         micro_batch_size=variant.micro_batch_size,
         gradient_clip=config.loop.gradient_clip,
         skip_nonfinite=False,
@@ -183,7 +187,7 @@ def two_steps(request: Request) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, train_dataloaders=DataLoader([batch, batch], batch_size=None))  # type: ignore[arg-type]
+    trainer.fit(module, train_dataloaders=DataLoader([batch] * steps, batch_size=None))  # type: ignore[arg-type]
 
 
 def mixers() -> list[str]:

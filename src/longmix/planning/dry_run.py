@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
 from longmix.config import Choice
 from longmix.mixers.parts.layout import Layout, LayoutNeeds, layouts, needs_of
-from longmix.model.backbone import LanguageModel
+from longmix.model.backbone import Checkpointing, LanguageModel, run_block
 from longmix.model.blocks import Block
-from longmix.planning.fakes import LastSlice, gpu_functions
+from longmix.planning.fakes import HostMemory, LastSlice, gpu_functions
 from longmix.planning.memory_tracker import Ledger, bytes_of, empty_like
 from longmix.recipe import recipe_of, set_recipe
 from longmix.training.batched_muon import BatchedMuon
@@ -42,9 +41,10 @@ class Setting:
         precision: as in `TrainerSettings`.
         sharded: weights are gathered for each pass, as FSDP does.
         accumulates: gradients of an earlier micro-batch are there already.
-        checkpointed: blocks keep their input and compute the rest again.
+        checkpointing: what blocks keep, as in `LanguageModel`.
         device: "cuda" or "cpu", which decides between implementations of the engines.
         slices: processes that share each window; this one has the last slice.
+        offloads: what layers keep is in the host's memory meanwhile, except that of the last one.
     """
 
     rows: int
@@ -52,9 +52,10 @@ class Setting:
     precision: Precision
     sharded: bool
     accumulates: bool
-    checkpointed: bool
+    checkpointing: Checkpointing
     device: Literal["cuda", "cpu"]
     slices: int = 1
+    offloads: bool = False
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -77,6 +78,9 @@ class Part:
         moved: bytes that operators other than products of matrices read and write, in both passes.
         received: bytes that a forward pass gets from other slices of the same windows.
         rounded: number of its weights that FSDP gathers in two bytes.
+        again: what its backward pass computes again, as a share of the arithmetic of its forward pass.
+        offloaded: bytes that are in the host's memory between both passes, its input included.
+        input_offloaded: bytes of its input in them.
     """
 
     output: int
@@ -88,6 +92,9 @@ class Part:
     moved: int
     received: int = 0
     rounded: int = 0
+    again: float = 0.0
+    offloaded: int = 0
+    input_offloaded: int = 0
 
     @property
     def gathered(self) -> int:
@@ -122,7 +129,7 @@ def rehearse_ends(model: LanguageModel, setting: Setting) -> Ends:
 
     Args:
         model: on the meta device; it is not changed.
-        setting: how it is run; whether blocks are checkpointed makes no difference.
+        setting: how it is run; what blocks keep makes no difference.
     """
     outside = copy.copy(model)
     outside._modules = {**model._modules, "blocks": nn.ModuleList()}
@@ -144,12 +151,12 @@ def rehearse(model: LanguageModel, setting: Setting, ends: Ends) -> Rehearsal:
     for mixer in model.mixers():
         mixer.prepare(setting.slices * setting.length)
     blocks = [cast(Block, block) for block in model.blocks]
-    kinds = [_kind(block) for block in blocks]
+    kinds = [(_kind(block), setting.offloads and index < len(blocks) - 1) for index, block in enumerate(blocks)]
     copies = {kind: copy.deepcopy(blocks[kinds.index(kind)]) for kind in dict.fromkeys(kinds)}
     with assumed_device(setting.device), FakeTensorMode(allow_non_fake_inputs=True):
         stage = _Stage(setting, model.shape.d_model, ends.dtype)
         made = stage.make_layouts(model)
-        layers = {kind: stage.block(block) for kind, block in copies.items()}
+        layers = {kind: stage.block(block, offloads=kind[1]) for kind, block in copies.items()}
     for kind in layers:
         prefix = f"blocks.{kinds.index(kind)}."
         rounded = _rounded(model, setting, lambda name, prefix=prefix: name.startswith(prefix))  # type: ignore[misc]
@@ -195,7 +202,7 @@ class _Stage:
         storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in leaves.values()}
         return sum(storages.values())
 
-    def block(self, block: Block) -> Part:
+    def block(self, block: Block, offloads: bool) -> Part:
         """Run one block."""
         _materialise(block, self.setting)
         x = torch.empty(self.shape, dtype=self.dtype, requires_grad=True)
@@ -203,11 +210,13 @@ class _Stage:
         needs = needs_of(block.mixer)
         layout = None if needs is None else self.layouts[needs]
         state, ids = (None, self.ids) if self.slices is None else (block.slice_state(self.slices), None)
-        inputs = (x, state, ids, given, layout)
+        others = (state, ids, given, layout)
+        host = HostMemory(x)
 
         def call() -> tuple[Tensor, list[Tensor], Any]:
-            again = self.setting.checkpointed
-            result = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
+            host.clear()
+            with host.offloading(block, others) if offloads else contextlib.nullcontext():
+                result = run_block(block, self.setting.checkpointing, x, *others)
             if result.value_residual is not None:
                 self.first_sizes = result.value_residual.shape, result.value_residual.dtype
             self.received = 0 if self.slices is None else self.slices.taken()
@@ -218,7 +227,9 @@ class _Stage:
         if given is None and self.first_sizes is not None:
             shape, dtype = self.first_sizes
             self.value_residual = torch.empty(shape, dtype=dtype, requires_grad=True)
-        return dataclasses.replace(part, received=self.received)
+        return dataclasses.replace(
+            part, received=self.received, offloaded=host.held, input_offloaded=host.held_of_input
+        )
 
 
 def _ends(model: LanguageModel, setting: Setting) -> Ends:
@@ -263,7 +274,7 @@ def _measured(
         before = ledger.mark()  # allocated by a first call for all later ones
         output, losses, others = call()
         kept = ledger.live - before - bytes_of(output)
-        forward, moved = ledger.peak - ledger.live, ledger.moved
+        forward, moved, asked = ledger.peak - ledger.live, ledger.moved, ledger.flops
         if setting.accumulates:
             for weight in weights:
                 weight.grad = empty_like(weight)
@@ -274,6 +285,7 @@ def _measured(
         torch.autograd.backward(roots, gradients)
         backward = ledger.peak - start
         moved += ledger.moved
+        again = max(0.0, ledger.flops / asked - 2) if asked else 0.0
     return Part(
         output=bytes_of(output),
         kept=kept,
@@ -282,6 +294,7 @@ def _measured(
         gradients=bytes_of(*(weight.grad for weight in weights if weight.grad is not None)),
         parameters=sum(weight.numel() for weight in weights),
         moved=moved,
+        again=again,
     )
 
 

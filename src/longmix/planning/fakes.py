@@ -1,14 +1,15 @@
 """Stand-ins for dry runs: GPU kernels that keep less memory than a CPU's, and what other processes send."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from longmix.distributed.slices import Slices
+from longmix.model.offload import Offload
 from longmix_kernels.launch import replaced
 
 
@@ -37,6 +38,51 @@ class _FusedRMSNorm(torch.autograd.Function):
         """Empty gradients."""
         x, weight, _ = ctx.saved_tensors
         return torch.empty_like(x), None if weight is None else torch.empty_like(weight)
+
+
+class HostMemory:
+    """Stands for the host's memory: what a layer sends there is counted, and gone from the device.
+
+    Args:
+        x: the layer's input, counted apart.
+
+    Attributes:
+        held: bytes there.
+        held_of_input: those of the input.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self._input = x.untyped_storage()._cdata
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.held = self.held_of_input = 0
+
+    def offloading(self, block: nn.Module, shared: Any) -> contextlib.AbstractContextManager[None]:
+        """Offload what a layer saves that is not the last one; all of it has left when the context ends."""
+        return self._left(Offload(self, 2), block, shared)
+
+    @contextlib.contextmanager
+    def _left(self, made: Offload, block: nn.Module, shared: Any) -> Iterator[None]:
+        with made.layer(0, block, shared):
+            yield
+        with made.layer(1, block, None):
+            pass
+
+    def send(self, storage: torch.UntypedStorage) -> tuple[int, None]:
+        """Count a storage."""
+        size = storage.nbytes()
+        self.held += size
+        self.held_of_input += size if storage._cdata == self._input else 0
+        return size, None
+
+    def fetch(self, sent: int, there: None) -> tuple[torch.UntypedStorage, None]:
+        """A storage without memory."""
+        return torch.empty(sent, dtype=torch.uint8).untyped_storage(), None
+
+    def wait(self, done: None) -> None:
+        """Nothing is on its way."""
 
 
 class LastSlice(Slices):

@@ -32,11 +32,13 @@ class Memory:
         moment: its name.
         parts: bytes by purpose.
         limit: bytes that a device can provide.
+        host: bytes of the host's memory that hold activations of this device.
     """
 
     moment: str
     parts: dict[str, int]
     limit: int
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -104,6 +106,7 @@ def memory_needed(
         "data": setting.rows * division.micro_batches * setting.length * division.context_parallel * (8 + 8 + 4),
         "carried state": carried,
     }
+    host = sum(pinned(part.offloaded) for part in rehearsal.layers)
     everything = sum(_lasting(part, setting, division) for part in parts)
     exchanged = optimizer.exchanged // shards if shards > 1 else 0
     buffers = _buffers(rehearsal, setting, division)
@@ -118,7 +121,7 @@ def memory_needed(
     context = 0 if setting.device == "cpu" else CONTEXT_BYTES * (1 if division.processes == 1 else 2)
     usable = limit if setting.device == "cpu" else int((limit - context) * USABLE)
     held = {name: size for name, size in (fixed | varying).items() if size}
-    return Memory(worst.name, held, usable)
+    return Memory(worst.name, held, usable, host)
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,11 @@ class Moment:
 def _moments(
     model: LanguageModel, rehearsal: Rehearsal, setting: Setting, division: Division, buffers: Buffers
 ) -> Iterator[Moment]:
-    """The last micro-batch of a step; gradients of the others are there from the beginning."""
+    """The last micro-batch of a step; gradients of the others are there from the beginning.
+
+    What a layer offloads leaves while the next one computes, and is back before its own backward pass, during that of
+    the layer after it.
+    """
     ends, layers = rehearsal.ends, rehearsal.layers
     lasting = [_lasting(part, setting, division) for part in layers]
     waits = division.micro_batches > 1
@@ -150,7 +157,9 @@ def _moments(
     for index, part in enumerate(layers):
         yield Moment(f"gather of layer {index}", before, held, 0, buffers.gather(index))
         held += part.kept + part.output
-        yield Moment(f"forward of layer {index}", before, held, part.forward, buffers.forward(index))
+        leaving = layers[index - 1].offloaded if index > 0 else 0
+        yield Moment(f"forward of layer {index}", before, held + leaving, part.forward, buffers.forward(index))
+        held -= part.input_offloaded
     turning = held + ends.kept - stream  # the dry run of the ends had the stream of one layer between them
     yield Moment("loss", before, turning, max(ends.forward, ends.backward), buffers.loss)
     head = _lasting(ends, setting, division)
@@ -159,13 +168,21 @@ def _moments(
     made = before if waits else head
     for index in reversed(range(len(layers))):
         part = layers[index]
-        held -= part.output  # kept by what follows alone, whose backward pass is over
+        if index == len(layers) - 1 or not layers[index + 1].input_offloaded:
+            held -= part.output  # kept by what follows alone, whose backward pass is over
+        coming = layers[index - 1].offloaded if index > 0 else 0
         yield Moment(f"gather of layer {index} again", made, held, part.output, buffers.gather_again(index))
-        yield Moment(f"backward of layer {index}", made, held, part.output + part.backward, buffers.backward(index))
+        working = part.output + part.backward + coming
+        yield Moment(f"backward of layer {index}", made, held, working, buffers.backward(index))
         held -= part.kept
         yield Moment(f"exchange of layer {index}", made, held, part.output, buffers.exchange(index))
         made += 0 if waits else lasting[index]
     yield Moment("backward of the embedding", made, held, stream + ends.gradients, buffers.embedding)
+
+
+def pinned(size: int) -> int:
+    """Bytes of pinned memory that torch takes for so many: the next power of two."""
+    return 1 << (size - 1).bit_length() if size else 0
 
 
 def _lasting(part: Part, setting: Setting, division: Division) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addmv", "mv", "convolution", "convolution_backward"}
 """Operators that multiply matrices; their time is counted in operations, that of others in bytes."""
@@ -26,16 +27,17 @@ class Ledger(TorchDispatchMode):
         live: bytes held now.
         peak: the most that were held since `mark`.
         moved: bytes read and written by operators other than products of matrices and our engines since `mark`.
+        flops: operations of products and engines since `mark`, as torch counts them.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self._held = {x.untyped_storage()._cdata for x in known}
-        self.live = self.peak = self.moved = 0
+        self.live = self.peak = self.moved = self.flops = 0
 
     def mark(self) -> int:
-        """Reset peak and traffic; returns the bytes held now."""
-        self.peak, self.moved = self.live, 0
+        """Reset peak, traffic and operations; returns the bytes held now."""
+        self.peak, self.moved, self.flops = self.live, 0, 0
         return self.live
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -44,6 +46,9 @@ class Ledger(TorchDispatchMode):
         made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         new = [self._enter(x) for x in made]
         self.peak = max(self.peak, self.live)
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=result)
         changes = func._schema.is_mutable
         if (any(new) or changes) and func.namespace == "aten" and func._overloadpacket.__name__ not in PRODUCTS:
             read = [x for x in tree_leaves(args) if isinstance(x, Tensor)]

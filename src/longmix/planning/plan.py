@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from longmix.errors import ConfigError
-from longmix.model.backbone import LanguageModel
+from longmix.model.backbone import Checkpointing, LanguageModel
 from longmix.planning.arguments import Request, Variant
 from longmix.planning.dry_run import Ends, OptimizerNeeds, Rehearsal, Setting, optimizer_needs, rehearse, rehearse_ends
 from longmix.planning.memory import Division, Memory, memory_needed
@@ -60,7 +60,7 @@ class Planner:
         return self._optimizer
 
     def _rehearsal(self, setting: Setting) -> Rehearsal:
-        alike = dataclasses.replace(setting, checkpointed=False)
+        alike = dataclasses.replace(setting, checkpointing="none", offloads=False)
         if alike not in self._ends:
             self._ends[alike] = rehearse_ends(self.model, setting)
         if setting not in self._rehearsals:
@@ -83,9 +83,10 @@ class Planner:
             precision=request.precision,
             sharded=variant.strategy == "fsdp",
             accumulates=division.micro_batches > 1 and variant.strategy != "fsdp",
-            checkpointed=variant.checkpointed,
+            checkpointing=variant.activation_checkpointing,
             device=self.device,
             slices=variant.context_parallel,
+            offloads=variant.activation_offload and self.device == "cuda",
         )
         rehearsal = self._rehearsal(setting)
         carried = 2 * rows * carried_bytes(self.model) if request.config.loop.carry_state else 0
@@ -94,7 +95,7 @@ class Planner:
         held = carried, averaged
         memory = memory_needed(self.model, rehearsal, needs, setting, division, request.memory_bytes, *held)
         traffic = traffic_of(self.model, rehearsal, setting, division)
-        whole = training_flops(self.model, rows, variant.seq_len, variant.checkpointed, self.device)
+        whole = training_flops(self.model, rows, variant.seq_len, rehearsal, setting)
         flops = whole[0] / variant.context_parallel, whole[1] / variant.context_parallel
         time = None
         if request.accelerator is not None:
@@ -125,6 +126,7 @@ class Planner:
             "memory_total": plan.memory.total,
             "memory_limit": plan.memory.limit,
             "memory_moment": plan.memory.moment,
+            "memory_of_host": plan.memory.host,
             "fits": plan.memory.fits,
             "traffic": dataclasses.asdict(plan.traffic) | {"total": plan.traffic.total},
             "model_flops": plan.flops[0],
@@ -137,7 +139,17 @@ class Planner:
         return report
 
 
-KINDS = ("micro_batch_size", "checkpointed", "strategy", "context_parallel", "seq_len")
+KINDS = (
+    "micro_batch_size",
+    "activation_checkpointing",
+    "activation_offload",
+    "strategy",
+    "context_parallel",
+    "seq_len",
+)
+
+LESS_KEPT: tuple[Checkpointing, ...] = ("none", "selective", "block")
+"""The kinds of activation checkpointing, in the order of the arithmetic that they add."""
 
 SHORTEST = 256
 """The shortest window that is proposed, in tokens."""
@@ -175,8 +187,8 @@ def single_changes(planner: Planner) -> list[Advice]:
 def smallest_change(planner: Planner) -> Advice | None:
     """The change of the fewest kinds that fits; a shorter window only where nothing else does.
 
-    Among changes of as many kinds, the cheapest counts as smallest: micro-batches, then recomputing, FSDP, and context
-    parallelism, each with the smallest step that suffices.
+    Among changes of as many kinds, the cheapest counts as smallest: micro-batches, then recomputing, offloading, FSDP,
+    and context parallelism, each with the smallest step that suffices.
     """
     asked = planner.request.variant
     for length in (asked.seq_len, *_halves(asked.seq_len, SHORTEST)):
@@ -206,8 +218,10 @@ def _steps(planner: Planner, kind: str) -> Iterator[Variant]:
     values: list = []
     if kind == "micro_batch_size":
         values = [rows for rows in _halves(variant.micro_batch_size) if variant.micro_batch_size % rows == 0]
-    elif kind == "checkpointed":
-        values = [] if variant.checkpointed else [True]
+    elif kind == "activation_checkpointing":
+        values = list(LESS_KEPT[LESS_KEPT.index(variant.activation_checkpointing) + 1 :])
+    elif kind == "activation_offload":
+        values = [] if variant.activation_offload or planner.device == "cpu" else [True]
     elif kind == "strategy":
         values = [] if variant.strategy == "fsdp" or request.gpus == 1 else ["fsdp"]
     elif kind == "context_parallel":
@@ -247,6 +261,8 @@ def words(request: Request, variant: Variant) -> tuple[str, ...]:
             found.append(text.format(value))
     if variant.micro_batch_size != (request.trainer.micro_batch_size or request.rows(variant)):
         found.append(f"trainer.micro_batch_size={variant.micro_batch_size}")
-    if variant.checkpointed != asked.checkpointed:
-        found.append("model.activation_checkpointing=block")
+    if variant.activation_checkpointing != asked.activation_checkpointing:
+        found.append(f"model.activation_checkpointing={variant.activation_checkpointing}")
+    if variant.activation_offload != asked.activation_offload:
+        found.append("model.activation_offload=true")
     return tuple(found)

@@ -12,6 +12,13 @@ from longmix.planning.plan import Advice, Plan, Planner
 from longmix.planning.traffic import ASSUMPTIONS
 from longmix.wording import counted
 
+KEPT = {
+    "none": "everything kept",
+    "selective": "products and engines kept, the rest recomputed",
+    "block": "blocks recomputed",
+}
+"""What each kind of activation checkpointing does."""
+
 LENGTHS = 6
 """Number of context lengths in the picture. Each is twice the one before; the planned one is the last but one."""
 
@@ -28,6 +35,8 @@ def shown(planner: Planner, plan: Plan, advice: Advice | None, singles: list[Adv
     verdict = "fits" if memory.fits else "does not fit"
     table.add_row("all", _gib(memory.total), f"of {_gib(memory.limit)}: {verdict}; most is held at: {memory.moment}")
     state = planner.model.state_bytes(plan.variant.seq_len)
+    if memory.host:
+        table.add_row("host", _gib(memory.host), "of the host's memory for the activations of this device")
     table.add_row("states", _gib(state), "that a window of this length leaves for generation; not held in training")
     table.add_row("", "", "")
     for name, sent in (("gradients", plan.traffic.gradients), ("weights", plan.traffic.weights)):
@@ -35,6 +44,8 @@ def shown(planner: Planner, plan: Plan, advice: Advice | None, singles: list[Adv
             table.add_row(f"{name} sent", _gib(sent), "by a device in a step")
     if plan.traffic.context:
         table.add_row("context sent", _gib(plan.traffic.context), "by a device in a step")
+    if plan.traffic.host:
+        table.add_row("offloaded", _gib(plan.traffic.host), "to the host's memory in a step, and as much back")
     for row in _time_rows(planner, plan):
         table.add_row(*row)
     lines = [Text(f"note: {note}") for note in request.notes]
@@ -68,7 +79,7 @@ def _title(planner: Planner, plan: Plan) -> str:
         f"seq_len={variant.seq_len:,}, on {request.gpus} x {device}, {variant.strategy}{divided}, {request.precision}: "
         f"{counted(request.batch_size(variant), 'window')} a step, "
         f"{variant.micro_batch_size} at a time on each device, "
-        f"{'blocks recomputed' if variant.checkpointed else 'everything kept'} for the backward pass"
+        f"{KEPT[variant.activation_checkpointing]} for the backward pass"
     )
 
 
@@ -94,6 +105,8 @@ def _time_rows(planner: Planner, plan: Plan) -> list[tuple[str, str, str]]:
     rows.append(("", "", f"products {time.products:,.3f} s, other operators {time.others:,.3f} s"))
     if planner.request.gpus > 1:
         rows.append(("", "", f"exchange {time.exchange:,.3f} s beside them, of divided windows {time.context:,.3f} s"))
+    if plan.traffic.host:
+        rows.append(("", "", f"waiting for the host's memory {time.host:,.3f} s"))
     return rows
 
 

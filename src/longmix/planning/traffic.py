@@ -24,6 +24,7 @@ ASSUMPTIONS = (
     f"{BANDWIDTH_SHARE:.0%} of memory bandwidth, one after the other",
     f"collectives reach {LINK_SHARE:.0%} of the slowest link; those of weights and gradients hide behind the rest as "
     "far as they are shorter, those of a divided window do not",
+    f"copies to the host's memory and back reach {LINK_SHARE:.0%} of its link, and hide behind the pass they belong to",
     "the pipeline of data, launches and the host cost nothing",
 )
 
@@ -36,15 +37,17 @@ class Traffic:
         gradients: all-reduce of DDP, or reduce-scatter of FSDP.
         weights: all-gathers of FSDP.
         context: keys and values, or states, of divided windows.
+        host: activations on their way to the host, and as many back.
     """
 
     gradients: int
     weights: int
     context: int
+    host: int = 0
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """All that goes to other devices."""
         return self.gradients + self.weights + self.context
 
 
@@ -65,20 +68,26 @@ def traffic_of(model: LanguageModel, rehearsal: Rehearsal, setting: Setting, div
     else:
         gradients *= 2
     if division.context_parallel > 1:
-        passes = 3 if setting.checkpointed else 2
+        passes = 2 if setting.checkpointing == "none" else 3
         context = sum(part.received for part in rehearsal.layers) * passes * division.micro_batches
-    return Traffic(gradients, weights, context)
+    host = sum(part.offloaded for part in rehearsal.layers) * division.micro_batches
+    return Traffic(gradients, weights, context, host)
 
 
-def training_flops(model: LanguageModel, rows: int, length: int, checkpointed: bool, device: str) -> tuple[int, int]:
+def training_flops(
+    model: LanguageModel, rows: int, length: int, rehearsal: Rehearsal, setting: Setting
+) -> tuple[int, int]:
     """Floating-point operations of a step on `rows` windows: those of the model, and those with recomputation.
 
-    A backward pass takes twice the forward one; recomputed blocks, and a head in slices, go forward once more.
+    A backward pass takes twice the forward one; recomputed blocks, and a head in slices, go forward once more. Of
+    blocks that are recomputed selectively, the rehearsal has counted which part does.
     """
     forward = model.flops(length)
-    layers = sum(cast(Block, block).flops(length) for block in model.blocks)
-    again = layers if checkpointed else 0
-    if rows * length > slice_rows(model.vocab_size, device):
+    each = [cast(Block, block).flops(length) for block in model.blocks]
+    layers = again = sum(each)
+    if setting.checkpointing != "block":
+        again = round(sum(part.again * flops for part, flops in zip(rehearsal.layers, each, strict=True)))
+    if rows * length > slice_rows(model.vocab_size, setting.device):
         again += forward - layers
     return 3 * forward * rows, (3 * forward + again) * rows
 
@@ -92,6 +101,7 @@ class StepTime:
         others: memory traffic of all other operators, and of the optimizer.
         exchange: of weights and gradients, beside the rest.
         context: of divided windows, before or after the rest.
+        host: that computation waits for activations on their way to the host and back.
         utilisation: model FLOPs per second over the peak, of the whole step ("MFU").
     """
 
@@ -99,12 +109,13 @@ class StepTime:
     others: float
     exchange: float
     context: float
+    host: float
     utilisation: float
 
     @property
     def total(self) -> float:
         """Seconds of the whole step."""
-        return max(self.products + self.others, self.exchange) + self.context
+        return max(self.products + self.others + self.host, self.exchange) + self.context
 
 
 def step_time(
@@ -136,8 +147,15 @@ def step_time(
     link = _link(accelerator, division.processes)
     products, others = flops[1] / (peak * UTILISATION), moved / (accelerator.bandwidth * BANDWIDTH_SHARE)
     exchange, context = (traffic.gradients + traffic.weights) / link, traffic.context / link
-    whole = StepTime(products, others, exchange, context, 0.0).total
-    return StepTime(products, others, exchange, context, flops[0] / (peak * whole))
+    host = _waits(traffic.host / (accelerator.host_bandwidth * LINK_SHARE), products + others, flops)
+    whole = StepTime(products, others, exchange, context, host, 0.0).total
+    return StepTime(products, others, exchange, context, host, flops[0] / (peak * whole))
+
+
+def _waits(one_way: float, computing: float, flops: tuple[float, float]) -> float:
+    """Seconds that copies to the host take longer than the forward passes, and those back than the backward passes."""
+    forward = computing * flops[0] / 3 / flops[1]
+    return max(0.0, one_way - forward) + max(0.0, one_way - (computing - forward))
 
 
 def _link(accelerator: Accelerator, processes: int) -> float:
