@@ -57,7 +57,8 @@ def least_memory(config: TrainConfig, settings: TrainerSettings, vocab_size: int
     shards = settings.world_size if settings.strategy == "fsdp" else 1
     rows = config.batch_size // apart
     length = config.seq_len // settings.slices
-    entering = len(model.blocks) * model.shape.d_model * (4 if settings.precision_in_use == "32-true" else 2)
+    layers = min(len(model.blocks), 2) if model.activation_offload and settings.on_gpu else len(model.blocks)
+    entering = layers * model.shape.d_model * (4 if settings.precision_in_use == "32-true" else 2)
     return LeastMemory(
         weights=here * copies * width * model.parameter_counts()["total"] // shards,
         batch=here * rows * length * 16,
