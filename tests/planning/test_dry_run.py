@@ -195,6 +195,8 @@ def test_offloaded_layers_keep_little_and_the_last_one_all():
         assert found.layers[1] == plain.layers[1]
         first = found.layers[0]
         assert first.input_offloaded == 4 * 1024 * 512
-        assert first.kept + first.offloaded - first.input_offloaded == plain.layers[0].kept
+        # A storage of the input's size travels in vain: autograd saves it and lets go of it at once.
+        in_vain = first.kept + first.offloaded - first.input_offloaded - plain.layers[0].kept
+        assert in_vain in (0, first.input_offloaded)
         assert first.kept <= 2 * first.parameters + 2**21  # rounded weights, and storages below 1 MiB
         assert first.backward >= plain.layers[0].backward + first.input_offloaded
