@@ -12,7 +12,8 @@ from longmix.checkpoints import chosen_checkpoint
 from longmix.checkpoints.contents import Weights, load_model_state, rebuilding
 from longmix.checkpoints.verify import weights_digest
 from longmix.config import EvaluateConfig, GenerateConfig, Plain, StoredConfig
-from longmix.data.tokens.tokenizers import Tokenizer, tokenizer_from_state
+from longmix.data.tokens.saved import tokenizer_from_state
+from longmix.data.tokens.tokenizers import Tokenizer
 from longmix.errors import ConfigError
 from longmix.files import sha256_of_json
 from longmix.model.backbone import LanguageModel

@@ -13,7 +13,8 @@ from longmix.data.mixture import MixtureData
 from longmix.data.packing import PACKINGS
 from longmix.data.tokens import placed
 from longmix.data.tokens.ids import IdTokenizer
-from longmix.data.tokens.tokenizers import ByteTokenizer, tokenizer_from_state
+from longmix.data.tokens.saved import tokenizer_from_state
+from longmix.data.tokens.tokenizers import ByteTokenizer
 from longmix.errors import ConfigError, DataError
 from longmix.evaluation.run import evaluate
 from longmix.training.run import train

@@ -12,7 +12,8 @@ from tokenizers import models, normalizers, pre_tokenizers, trainers
 from longmix.data.corpora.sotu import Sotu
 from longmix.data.tokens.byte_level import PROBES
 from longmix.data.tokens.preparation import prepare
-from longmix.data.tokens.tokenizers import TokenizerFile, tokenizer_from_state
+from longmix.data.tokens.saved import tokenizer_from_state
+from longmix.data.tokens.tokenizers import TokenizerFile
 from longmix.data.tokens.world import WorldFile, WorldTokenizer
 from longmix.errors import ConfigError, DataError
 from longmix.generation.text import Row

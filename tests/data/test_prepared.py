@@ -16,8 +16,9 @@ from longmix.data.prepare_run import prepare_splits
 from longmix.data.prepared import LEAST_SHARDS, PreparedData, RemoteShards, prepared_tokenizer
 from longmix.data.tokens.bpe import BpeTokenizer
 from longmix.data.tokens.preparation import Preparation, prepare
+from longmix.data.tokens.saved import tokenizer_from_state
 from longmix.data.tokens.sealed_folder import read_manifest, seal
-from longmix.data.tokens.tokenizers import ByteTokenizer, tokenizer_from_state
+from longmix.data.tokens.tokenizers import ByteTokenizer
 from longmix.data.windows import TrainWindows, order_key, shard_groups
 from longmix.errors import ConfigError, DataError
 from longmix.files import sha256_of_json

@@ -12,7 +12,8 @@ from longmix.config import build, resolved
 from longmix.data.synthetic.base import SyntheticData, SyntheticWindows
 from longmix.data.synthetic.tasks import Copying, GroupWords, Induction, MultiQueryRecall
 from longmix.data.synthetic.variable_tracking import VariableTracking
-from longmix.data.tokens.tokenizers import ByteTokenizer, NumberTokenizer, tokenizer_from_state
+from longmix.data.tokens.saved import tokenizer_from_state
+from longmix.data.tokens.tokenizers import ByteTokenizer, NumberTokenizer
 from longmix.errors import ConfigError, DataError
 from longmix.evaluation.run import evaluate
 from longmix.generation.run import generate

@@ -13,13 +13,8 @@ from longmix.data.corpora.sotu import Sotu
 from longmix.data.tokens.bpe import BpeTokenizer
 from longmix.data.tokens.byte_level import UTF8_BYTES, byte_letters, library_errors
 from longmix.data.tokens.encoding import Encoder, TextBatch
-from longmix.data.tokens.tokenizers import (
-    SEPARATOR,
-    ByteTokenizer,
-    NumberTokenizer,
-    TokenizerFile,
-    tokenizer_from_state,
-)
+from longmix.data.tokens.saved import tokenizer_from_state
+from longmix.data.tokens.tokenizers import SEPARATOR, ByteTokenizer, NumberTokenizer, TokenizerFile
 from longmix.errors import ConfigError, DataError
 
 

@@ -7,13 +7,8 @@ import pytest
 import torch
 
 from longmix.checkpoints import find_checkpoint, load_checkpoint
-from longmix.data.tokens.tokenizers import (
-    ByteTokenizer,
-    LibraryTokenizer,
-    NumberTokenizer,
-    TokenizerFile,
-    tokenizer_from_state,
-)
+from longmix.data.tokens.saved import tokenizer_from_state
+from longmix.data.tokens.tokenizers import ByteTokenizer, LibraryTokenizer, NumberTokenizer, TokenizerFile
 from longmix.errors import CheckpointError, DataError
 from longmix.generation.run import generate
 

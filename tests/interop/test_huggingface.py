@@ -15,7 +15,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from longmix.checkpoints import find_checkpoint, load_checkpoint
 from longmix.config import StoredConfig, resolved
-from longmix.data.tokens.tokenizers import PROBE, ByteTokenizer, LibraryTokenizer, NumberTokenizer, tokenizer_from_state
+from longmix.data.tokens.saved import tokenizer_from_state
+from longmix.data.tokens.tokenizers import PROBE, ByteTokenizer, LibraryTokenizer, NumberTokenizer
 from longmix.errors import CheckpointError, ConfigError
 from longmix.evaluation.run import evaluate
 from longmix.generation.session import Session

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from longmix.checkpoints import find_checkpoint, load_checkpoint
-from longmix.data.tokens.tokenizers import Tokenizer, tokenizer_from_state
+from longmix.data.tokens.saved import tokenizer_from_state
+from longmix.data.tokens.tokenizers import Tokenizer
 from longmix.evaluation.run import evaluate
 from longmix.generation.run import generate
 from longmix.generation.session import Session

@@ -13,9 +13,10 @@ from typing import Any, Unpack
 from longmix.data.corpora.corpus import SPLITS
 from longmix.data.corpora.retry import Patience
 from longmix.data.text_data import PackedOptions, TokenData
+from longmix.data.tokens.saved import tokenizer_from_state
 from longmix.data.tokens.sealed_folder import MANIFEST, read_manifest
 from longmix.data.tokens.token_files import FORMAT_VERSION, TOKENIZER, TokenFile, check_manifest
-from longmix.data.tokens.tokenizers import Tokenizer, tokenizer_from_state
+from longmix.data.tokens.tokenizers import Tokenizer
 from longmix.data.windows import SHARDS_TOGETHER
 from longmix.errors import ConfigError, DataError
 from longmix.files import remove_leftovers, replace_file, sha256_of_file

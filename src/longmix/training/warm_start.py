@@ -16,7 +16,8 @@ from longmix.checkpoints.find import LAST, last_checkpoint
 from longmix.checkpoints.verify import weights_digest
 from longmix.command_line.schema import configs_folder
 from longmix.config import Choice, ModelConfig, OriginRecord, TrainConfig
-from longmix.data.tokens.tokenizers import Tokenizer, tokenizer_from_state
+from longmix.data.tokens.saved import tokenizer_from_state
+from longmix.data.tokens.tokenizers import Tokenizer
 from longmix.distributed.agreement import Processes
 from longmix.distributed.ranks import was_restarted
 from longmix.errors import CheckpointError, ConfigError

@@ -9,7 +9,7 @@ from matplotlib import image
 
 from longmix.checkpoints import find_checkpoint, load_checkpoint
 from longmix.config import build
-from longmix.data.tokens.tokenizers import tokenizer_from_state
+from longmix.data.tokens.saved import tokenizer_from_state
 from longmix.errors import ConfigError
 from longmix.evaluation.run import evaluate
 from longmix.evaluation.tasks.states import EXPLODES, LayerStates, _without_size, exploding, grown, kind_of

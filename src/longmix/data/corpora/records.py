@@ -119,7 +119,7 @@ def uncompressed(stream: IO[bytes], name: str | Path) -> IO[bytes]:
 
 
 class _Zstd(io.RawIOBase):
-    """The bytes behind zstd, of all frames; with `zstandard`, `fsspec` reads a file that was cut short up to the cut."""
+    """The bytes behind zstd, of all frames; with `zstandard`, `fsspec` reads a file that was cut short to its cut."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         import pyarrow

@@ -12,7 +12,7 @@ from torch import Tensor
 from longmix.checkpoints import chosen_checkpoint
 from longmix.checkpoints.contents import Weights, load_model_state, rebuilding
 from longmix.config import StoredConfig
-from longmix.data.tokens.tokenizers import tokenizer_from_state
+from longmix.data.tokens.saved import tokenizer_from_state
 from longmix.data.tokens.world import WorldTokenizer
 from longmix.errors import ConfigError
 from longmix.files import atomic_directory, check_folder, write_json

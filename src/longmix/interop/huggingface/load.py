@@ -12,7 +12,8 @@ from longmix.aliases import renewed
 from longmix.checkpoints import CheckpointStore
 from longmix.checkpoints.contents import check_model_state, rebuilding
 from longmix.config import Choice, ModelConfig, Plain, StoredConfig, plain
-from longmix.data.tokens.tokenizers import Tokenizer, TokenizerFile, tokenizer_from_state
+from longmix.data.tokens.saved import tokenizer_from_state
+from longmix.data.tokens.tokenizers import Tokenizer, TokenizerFile
 from longmix.data.tokens.world import WorldFile
 from longmix.errors import CheckpointError, ConfigError, DataError
 from longmix.files import check_folder
