@@ -26,6 +26,7 @@ ORDER = (
     "console",
     "startup",
     "allocation",
+    "machine_memory",
     "aliases",
     "wording",
     "config",
