@@ -52,7 +52,8 @@ def run(fault: str, strategy: str, folder: Path, *more: str) -> list[int | None]
 @pytest.mark.parametrize(("strategy", "border", "workers"), CASES)
 def test_a_killed_run_ends_with_the_same_bits(strategy, border, workers, tmp_path, shared_cache):
     words = [
-        f"stages=[{{seq_len:32,batch_size:4,max_steps:{border}}},{{seq_len:64,batch_size:2,max_steps:{9 - border}}}]",
+        f"stages=[{{seq_len:32,batch_size:4,max_steps:{border}}},{{seq_len:64,batch_size:2,max_steps:{9 - border},"
+        "mixer:{rotary_base:5e5}}]",
         f"data.cache_dir={shared_cache}",
         f"data.num_workers={workers}",
     ]
