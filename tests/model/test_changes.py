@@ -39,16 +39,16 @@ REFUSED = {
         r"mixer.qk_norm comes from checkpoint=runs/a; leave one .* mixer.rotary_base",
     ),
     "shapes": ("flash", {"num_kv_heads": 1}, r"mixer.num_kv_heads comes from"),
-    "of-another": ("flash", {"window": 64}, r"mixer.window comes from"),
-    "no-member": ("flash", {"flash": {"rotary_base": 500}}, r"mixer.flash comes from"),
+    "of-another": ("flash", {"window": 64}, r"unknown word mixer.window: the mixer of checkpoint=runs/a has none"),
+    "no-member": ("flash", {"flash": {"rotary_base": 500}}, r"unknown word mixer.flash.rotary_base: "),
     "member": (
         "hybrid",
         {"rotary_base": 9.0},
-        r"mixer.rotary_base comes .* mixer.window.window, mixer.flash.rotary_base",
+        r"unknown word mixer.rotary_base: .*mean mixer.window.rotary_base or mixer.flash.rotary_base\? May .*window.window",
     ),
-    "of-member": ("hybrid", {"flash": {"window": 9}}, r"mixer.flash.window comes from"),
-    "whole-member": ("hybrid", {"flash": "retention"}, r"mixer.flash comes from"),
-    "target": ("flash", {"_target_": "longmix.mixers.hyper.Hyper"}, r"mixer._target_ comes from"),
+    "of-member": ("hybrid", {"flash": {"window": 9}}, r"unknown word mixer.flash.window: "),
+    "whole-member": ("hybrid", {"flash": "retention"}, r"mixer.flash has no value of its own"),
+    "target": ("flash", {"_target_": "longmix.mixers.hyper.Hyper"}, r"unknown word mixer._target_: "),
     "recurrent": ("mlstm", {"gate_cap": 3}, r"mixer.gate_cap comes from .*No setting of its mixer may change"),
 }
 

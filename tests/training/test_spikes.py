@@ -21,13 +21,15 @@ WORDS += ["trainer.num_threads=1", "loop.spike_sigma=20", "loop.spike_window=4"]
 
 @pytest.fixture
 def train(tiny_overrides, composed, tmp_path):
-    """`train(name, words)` in this process, and the state of its last checkpoint."""
+    """`train(name, words)` in this process, and the state of its last checkpoint; of lengths the words' hold."""
 
     def run(name: str, *words: str) -> dict:
         try:
+            left_out = ("max_steps", "seq_len") if any(word.startswith("stages") for word in words) else ()
             overrides = [word for word in tiny_overrides if not word.startswith("max_steps")]
+            own = [word for word in WORDS if not word.startswith(left_out)] if left_out else WORDS
             folder = tmp_path / "runs" / name
-            run_module.train(composed([*overrides, *WORDS, *words], "train", folder))
+            run_module.train(composed([*overrides, *own, *words], "train", folder))
         finally:
             HydraConfig.instance().cfg = None
         return load_checkpoint(CheckpointStore(folder / "checkpoints").latest())
@@ -133,6 +135,13 @@ def test_the_run_stops_where_that_is_asked_for_or_too_many_are_left_out(train, s
     ]:
         with pytest.raises(ConfigError, match=message):
             train("refused", *words)
+
+
+def test_a_stage_begins_another_window_and_goes_on_with_the_averaged_weights(train):
+    words = ["stages=[{seq_len:32,max_steps:5},{seq_len:64,max_steps:3}]", "loop.ema_decay=0.9"]
+    state = train("staged", *words)
+    assert [len(values) for values in state["spikes"]] == [3, 3]
+    assert state["ema_updates"] == 8
 
 
 def test_a_window_that_no_run_can_have_written_is_refused(train):
