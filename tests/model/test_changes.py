@@ -44,7 +44,7 @@ REFUSED = {
     "member": (
         "hybrid",
         {"rotary_base": 9.0},
-        r"unknown word mixer.rotary_base: .*mean mixer.window.rotary_base or mixer.flash.rotary_base\? May .*window.window",
+        r"unknown word mixer.rotary_base: .*window.rotary_base or mixer.flash.rotary_base\? May .*window.window",
     ),
     "of-member": ("hybrid", {"flash": {"window": 9}}, r"unknown word mixer.flash.window: "),
     "whole-member": ("hybrid", {"flash": "retention"}, r"mixer.flash has no value of its own"),

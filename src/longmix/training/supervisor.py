@@ -33,8 +33,8 @@ from longmix.training.module import TrainingModule
 from longmix.training.run_state import BY_POSITION, FINAL, STAGE_RESULTS, Provenance, RunState, SavedRun
 from longmix.training.space import checkpoint_bytes, warn_of_space
 from longmix.training.stages import enter
-from longmix.training.summary import QUALITIES, quality_of, training_flops_per_token
-from longmix.training.validation import empty_statistics, validated
+from longmix.training.summary import quality_of, training_flops_per_token
+from longmix.training.validation import empty_statistics, positions, validate_all, validated
 
 if TYPE_CHECKING:
     from longmix.training.tasks_during import TasksDuring
@@ -292,7 +292,7 @@ class Supervisor(Callback):
             **({"train/stage": self.part.number + 1} if self.course.staged else {}),
             "train/steps_skipped": module.steps_skipped,
             **({} if module.spikes is None else {"train/spikes": len(self.state.spikes)}),
-            **_positions("train", statistics),
+            **positions("train", statistics),
             **figures(measured, module.sum_over_processes),
             **self._throughput(trainer, module),
         }
@@ -333,52 +333,20 @@ class Supervisor(Callback):
         def measured(part: StagePart) -> LossStatistics | None:
             return validated(self._data(part), part, trainer, module, lambda: not self.signals.anywhere(module.device))
 
-        statistics = measured(self.part)
-        if statistics is None:
+        found = validate_all(self.course, module, measured)
+        tasks = None if found is None else self._tasks(trainer, module)
+        if found is None or tasks is None:
             return False
-        averaged = None
-        if module.average is not None:
-            with module.average.in_place(module.model):
-                averaged = measured(self.part)
-            if averaged is None:
-                return False
-        final = None
-        last = self.course.parts[-1]
-        ends_stage = self.course.ends_stage(module.step)
-        if ends_stage:
-            final = statistics if self.part is last else measured(last)
-            if final is None:
-                return False
-        tasks = self._tasks(trainer, module)
-        if tasks is None:
-            return False
-        of_average = {} if averaged is None else averaged.summary()
-        self.state.validation = {
-            **statistics.summary(),
-            **{f"ema_{name}": value for name, value in of_average.items() if name in QUALITIES or name == "loss"},
-            "step": module.step,
-        }
-        self.state.validation_by_position = statistics.by_position()
-        if final is not None:
+        self.state.validation = found.summary(module.step)
+        self.state.validation_by_position = found.statistics.by_position()
+        if found.final is not None:
             self.state.stages = {
                 **self.state.stages,
-                str(self.part.number): {"validation": self.state.validation, FINAL: final.summary()},
+                str(self.part.number): {"validation": self.state.validation, FINAL: found.final.summary()},
             }
-        if not trainer.is_global_zero:
-            return True
-        quality, value = quality_of(self.state.validation)
-        names = ("loss", "perplexity", quality)
-        metrics = {f"validation/{name}": self.state.validation[name] for name in names}
-        metrics |= {f"validation_ema/{name}": value for name, value in of_average.items() if name in names}
-        if final is not None:
-            metrics |= {f"{FINAL}/{name}": value for name, value in final.summary().items() if name in names}
-        self.metric_log.write(module.step, metrics | _positions("validation", statistics) | tasks)
-        self.progress.message(
-            f"step {module.step}/{module.total_steps}  validation loss {metrics['validation/loss']:.4f}  "
-            f"{'' if quality == 'loss' else f'{value:.4f} '}{QUALITIES[quality]}"
-            + (f"; with averaged weights {of_average['loss']:.4f}" if of_average else "")
-            + (f"; at {last.config.seq_len:,} tokens {metrics[f'{FINAL}/loss']:.4f}" if final is not None else "")
-        )
+        if trainer.is_global_zero:
+            self.metric_log.write(module.step, found.metrics() | tasks)
+            self.progress.message(f"step {module.step}/{module.total_steps}  {found.line(self.course)}")
         return True
 
     def _tasks(self, trainer: Trainer, module: TrainingModule) -> Metrics | None:
@@ -435,7 +403,3 @@ class Supervisor(Callback):
 
 def _due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
-
-
-def _positions(split: str, statistics: LossStatistics) -> Metrics:
-    return {f"{split}/loss_by_position/{row['start']}-{row['end']}": row["loss"] for row in statistics.by_position()}
