@@ -10,7 +10,7 @@ import pytest
 
 from longmix import __main__ as console
 from longmix.command_line.catalogue import CATALOGUE
-from longmix.command_line.program import as_called, program
+from longmix.command_line.program import as_called, in_dialect, program
 from longmix.errors import ConfigError
 
 CONSOLE, SCRIPT, MODULE, LIBRARY = "/venv/bin/longmix", "train.py", "/lib/longmix/__main__.py", "/usr/bin/notebook"
@@ -117,6 +117,19 @@ def test_refusals(called, tmp_path, monkeypatch, arguments, said):
 )
 def test_words_become_the_arguments_of_a_tool(command, words, arguments):
     assert CATALOGUE[command].options(words) == arguments
+
+
+def test_a_needed_word_is_named_as_it_is_written():
+    with pytest.raises(ConfigError, match=r"no value was given for: last. `longmix average -h` lists the words."):
+        CATALOGUE["average"].options(["a", "output=b"])
+
+
+@pytest.mark.parametrize("argv", [CONSOLE, SCRIPT])
+def test_options_in_messages_are_the_words_of_the_console(monkeypatch, argv):
+    monkeypatch.setattr(sys, "argv", [argv])
+    said = "or --force to replace it; use --as longmix, which; give one by --separator. --missing-bytes 1--2"
+    words = "or force=true to replace it; use as=longmix, which; give one by separator. missing_bytes 1--2"
+    assert in_dialect(said) == (words if argv == CONSOLE else said)
 
 
 @pytest.mark.parametrize("engine", ["attention", "linear", "delta", "scatter"])

@@ -90,7 +90,8 @@ def _written(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list | tuple):
-        return f"[{','.join(map(_written, value))}]"
+        empty = '""'  # nothing at all would be no item
+        return f"[{','.join(_written(item) or empty for item in value)}]"
     return str(value)
 
 

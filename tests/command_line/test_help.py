@@ -53,7 +53,7 @@ def test_says_what_a_word_means(run_words, command, words, expected):
         ("train", ["hydra.x"], "unknown word hydra.x. Settings of hydra are: run, sweep"),
         ("train", ["hydra/nope"], "there is no group hydra/nope."),
         ("train", ["rwkv7"], "rwkv7 is no word but a choice; write -h block=rwkv7 or -h mixer=rwkv7"),
-        ("train", ["task=loss"], "task is not a word of train.py."),
+        ("train", ["task=loss"], "task is not a word of python train.py."),
         ("train", [""], "an empty text is no name of a word."),
         ("train", ["="], "an empty text is no name of a word."),
         ("train", ["a\nb"], "a\\nb is no name of a word."),

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from longmix.command_line import values
 from longmix.command_line.values import Takes
+from longmix.composing import as_words
 
 TEXT = Takes(str | None)
 LITERAL = Takes(str, literal=True)
@@ -196,3 +197,12 @@ def test_written_twice_is_written_once(takes):
 def test_reserved_words_of_hydra_are_known():
     for text in ("null", "true", "False", "INF", "nan"):
         assert not values.is_plain(text)
+
+
+@pytest.mark.parametrize(("value", "found"), [('[""]', [""]), ('["",a]', ["", "a"]), ("['']", [""]), ("[]", [])])
+def test_an_empty_text_in_quotes_is_an_item_of_a_list(value, found):
+    assert read(value, TEXTS) == found
+
+
+def test_from_python_too():
+    assert as_words({"stop": ["", "a"]}) == ['stop=["",a]']

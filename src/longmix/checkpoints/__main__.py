@@ -16,7 +16,7 @@ from longmix.checkpoints.store import final_name
 from longmix.checkpoints.verify import INFO_FILE, WHOLE, read_info
 from longmix.checkpoints.whole import write_whole
 from longmix.command_line.options import OptionParser, path_option
-from longmix.command_line.program import as_called
+from longmix.command_line.program import as_called, in_dialect
 from longmix.errors import ConfigError, LongmixError
 from longmix.files import atomic_directory, check_folder, write_json
 from longmix.progress import bytes_bar
@@ -71,7 +71,7 @@ def main(words: list[str] | None = None) -> int:
         arguments = parser.parse_args(words)
         output = arguments.run(arguments)
     except LongmixError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(in_dialect(f"{type(error).__name__}: {error}"), file=sys.stderr)
         return error.exit_code
     print(f"wrote {output}")
     return 0

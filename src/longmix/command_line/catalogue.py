@@ -144,6 +144,9 @@ class Command:
             else:
                 alone.append(argument)
         placed = self._with_positional(positional, alone)
+        if not any(argument.startswith("-") for argument in alone):  # `module` explains its options
+            needed = [word for word in self.words if word.default == "???" and not word.positional]
+            self._check_given([word.name for word in needed if word not in named])
         for word in named:
             self._check_goes_with(word, placed[:1])
         return [*placed, *options]
@@ -173,14 +176,18 @@ class Command:
                 positional[name], alone = alone[:count], alone[count:]
                 for value in positional[name]:
                     self._word(name).check(value)
-        missing = [name for name, values in positional.items() if not values and self._word(name).default == "???"]
+        self._check_given(
+            [name for name, values in positional.items() if not values and self._word(name).default == "???"]
+        )
+        if alone:
+            raise ConfigError(f"{alone[0]} is a word too many. `longmix {self.name} -h` lists the words.")
+        return [value for values in positional.values() for value in values]
+
+    def _check_given(self, missing: list[str]) -> None:
         if missing:
             raise ConfigError(
                 f"no value was given for: {', '.join(missing)}. `longmix {self.name} -h` lists the words."
             )
-        if alone:
-            raise ConfigError(f"{alone[0]} is a word too many. `longmix {self.name} -h` lists the words.")
-        return [value for values in positional.values() for value in values]
 
     def _word(self, name: str) -> Argument:
         return next(word for word in self.words if word.name == name)

@@ -43,3 +43,12 @@ def as_called(text: str) -> str:
     text = re.sub(rf"\bpython ({'|'.join(SCRIPTS)})\.py\b", r"longmix \1", text)
     modules = "|".join(re.escape(module) for module in MODULES)
     return re.sub(rf"\bpython -m ({modules})\b", lambda found: MODULES[found[1]], text)
+
+
+def in_dialect(message: str) -> str:
+    """A module's message; where the console was called, its options are the words that the console takes."""
+    if not is_console():
+        return message
+    message = re.sub(r"--force\b", "force=true", message)
+    message = re.sub(r"--as (?=[a-z]+,)", "as=", message)
+    return re.sub(r"(?<![\w-])--([a-z]+(?:-[a-z]+)*)\b", lambda found: found[1].replace("-", "_"), as_called(message))

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from longmix.command_line.program import program
 from longmix.command_line.schema import Schema
 from longmix.command_line.words import Word, quoted, shown
 from longmix.wording import did_you_mean, nearest
@@ -31,7 +32,7 @@ def foreign(schema: Schema, word: Word) -> str:
     if schema.command in ("evaluate", "generate") and group in FROM_CHECKPOINT:
         return f"{shown(word.given)} cannot be chosen here: {group} comes from the checkpoint."
     taken = ", ".join([*schema.groups, *(name for name in schema.words if not name.startswith("hydra."))])
-    return f"{group} is not a word of {schema.command}.py. Words there are: {taken}."
+    return f"{group} is not a word of {program(schema.command)}. Words there are: {taken}."
 
 
 def wrong_word(schema: Schema, node: dict[str, Any], word: Word) -> str | None:

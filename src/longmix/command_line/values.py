@@ -129,6 +129,8 @@ def _text(value: str, takes: Takes) -> str:
     if quote == "'":
         return value  # Hydra reads it
     text = _unquoted(value) if quote else value
+    if quote and not text:
+        return "''"  # in a list, nothing at all would be no item
     if takes.path and not quote:
         text = os.path.expanduser(text)  # noqa: PTH111 (Path would drop "./" and "//")
     literal = takes.literal or not _has_interpolation(text)

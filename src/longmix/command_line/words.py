@@ -83,7 +83,9 @@ def divided(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             options.append(rest.pop(0))
         elif takes_value[name]:
             options.append("all")  # of --info; or the word that follows would be taken for its value
-    parser.parse_args(options)
+    given = parser.parse_args(options)
+    if given.package and not given.cfg:
+        raise ConfigError(f"--package {shown(given.package)} goes with --cfg.")
     return options, words
 
 

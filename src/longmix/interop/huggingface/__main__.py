@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from longmix import startup
 from longmix.command_line.options import OptionParser, path_option
-from longmix.command_line.program import as_called
+from longmix.command_line.program import as_called, in_dialect
 from longmix.data.tokens.byte_level import MISSING_BYTES
 from longmix.data.tokens.tokenizers import LibraryTokenizer
 from longmix.errors import LongmixError
@@ -20,7 +20,7 @@ def main(words: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(words)
         arguments.run(arguments)
     except LongmixError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(in_dialect(f"{type(error).__name__}: {error}"), file=sys.stderr)
         return error.exit_code
     return 0
 
