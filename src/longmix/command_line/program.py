@@ -51,4 +51,6 @@ def in_dialect(message: str) -> str:
         return message
     message = re.sub(r"--force\b", "force=true", message)
     message = re.sub(r"--as (?=[a-z]+,)", "as=", message)
-    return re.sub(r"(?<![\w-])--([a-z]+(?:-[a-z]+)*)\b", lambda found: found[1].replace("-", "_"), as_called(message))
+    # What argparse says of an option begins with "argument"; there the option was typed.
+    option = r"(?<![\w-])(?<!argument )--([a-z]+(?:-[a-z]+)*)\b"
+    return re.sub(option, lambda found: found[1].replace("-", "_"), as_called(message))
