@@ -19,7 +19,10 @@ CASES = [
     *(Case(f"chunk-{n}", length=300, dim=64, value_dim=64, chunk_size=n) for n in (16, 32, 64)),
     *(Case(kind, length=300, dim=64, value_dim=64, kind=kind) for kind in ("correlated", "fastest", "identical")),
     Case("documents", length=1000, dim=64, value_dim=64, documents=DOCUMENTS),
-    Case("documents-no-state", length=700, dim=64, value_dim=128, documents=DOCUMENTS, with_state=False),
+    Case("carried", length=700, dim=128, value_dim=64, documents=DOCUMENTS, with_carried=True),
+    Case(
+        "carried-no-state", length=700, dim=64, value_dim=128, documents=DOCUMENTS, with_state=False, with_carried=True
+    ),
     Case("diagonal", length=300, dim=64, value_dim=128, low_rank=False),
     Case("scalar-decay", length=300, dim=64, value_dim=64, scalar_decay=True),
     Case("scalar-decay-documents", length=700, dim=96, value_dim=192, documents=DOCUMENTS, scalar_decay=True),
@@ -52,12 +55,12 @@ def results(case: Case, inputs: dict, **options) -> dict[str, torch.Tensor]:
 def plain(case: Case, inputs: dict, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The definition, every tensor and operation but decays in one dtype, differentiated by autograd."""
     made = {name: x if name == "log_decay" or x is None else x.to(dtype) for name, x in inputs.items()}
-    query, key, value, decay, read, write, state = (made[name] for name in INPUTS)
+    query, key, value, decay, read, write, first, carried = (made[name] for name in INPUTS)
     if decay.dim() == 3:
         decay = decay.unsqueeze(-1).expand(*decay.shape, query.shape[-1])
-    if state is None:
-        state = query.new_zeros(query.shape[0], *query.shape[2:], value.shape[-1])
-    ids, first, outputs = case.document_ids(), state, []
+    if first is None:
+        first = query.new_zeros(query.shape[0], *query.shape[2:], value.shape[-1])
+    ids, state, outputs = case.document_ids(), first if carried is None else carried, []
     for t in range(query.shape[1]):
         if ids is not None and t:
             begins = (ids[:, t] != ids[:, t - 1]).cuda()
@@ -172,7 +175,7 @@ def test_offsets_beyond_32_bits():
 
 
 def test_compiles_as_one_graph():
-    case = Case("compiled", length=300, dim=64, value_dim=64, documents=(100, 50))
+    case = Case("compiled", length=300, dim=64, value_dim=64, documents=(100, 50), with_carried=True)
     inputs = on_gpu(case, torch.bfloat16)
     ids = case.document_ids().cuda()
     tensors = list(inputs.values())

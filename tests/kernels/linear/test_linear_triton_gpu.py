@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from linear_cases import INPUTS, REGIMES, Case, assert_close, call
+from linear_cases import INPUTS, REGIMES, STATE, Case, assert_close, call
 
 from longmix_kernels.linear import LinearState, launch, linear_attention
 
@@ -21,9 +21,9 @@ CASES = [
     *(Case(f"exp-chunk-{n}", length=1500, dim=64, value_dim=64, chunk_size=n) for n in (16, 64, 128, 256, 512, 1024)),
     *(Case(f"sig-chunk-{n}", length=1500, dim=64, value_dim=64, chunk_size=n, **SIG) for n in (64, 256, 1024)),
     *(Case(f"exp-{regime}", length=700, dim=64, value_dim=64, regime=regime) for regime in REGIMES),
-    Case("exp-documents", length=1000, dim=128, value_dim=256, documents=DOCUMENTS),
+    Case("exp-carried", length=1000, dim=128, value_dim=256, documents=DOCUMENTS, with_carried=True),
     Case("exp-documents-no-state", length=1000, dim=64, value_dim=128, documents=DOCUMENTS, with_state=False),
-    Case("sig-documents", length=1000, dim=128, value_dim=256, documents=DOCUMENTS, **SIG),
+    Case("sig-carried", length=1000, dim=128, value_dim=256, documents=DOCUMENTS, with_carried=True, **SIG),
     Case("decay-only", length=700, dim=128, value_dim=128, gated=False, with_state=False, **SIG),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
@@ -105,17 +105,22 @@ def plain(case: Case, inputs: dict) -> torch.Tensor:
     weight = (total[..., :, None] - total[..., None, :] + gate[..., None, :]).masked_fill(
         ~(same & (row[:, None] >= row)), -torch.inf
     )
+    carried = {name: inputs[name] if inputs[f"carried_{name}"] is None else inputs[f"carried_{name}"] for name in STATE}
+    own = first == 0
     if inputs["log_scale"] is not None:
-        since = since + inputs["log_scale"].double()[..., None]
+        scales = (x.double()[..., None] for x in (carried["log_scale"], inputs["log_scale"]))
+        since = since + torch.where(own, *scales)
     highest = torch.maximum(weight.amax(-1), since).detach() if case.normalize else torch.zeros_like(total)
     weight, share = (weight - highest[..., None]).exp().float(), (since - highest).exp().float()
     query, key, value = ((x * s).transpose(1, 2) for x, s in ((query, dim**-0.5), (key, 1), (value, 1)))
     scores = ((query @ key.mT) * weight).to(dtype)
     read, along = (scores @ value).float(), scores.float().sum(-1)
     if inputs["memory"] is not None:
-        read = read + share[..., None] * (query @ inputs["memory"].to(dtype)).float()
+        reads = ((query @ x.to(dtype)).float() for x in (carried["memory"], inputs["memory"]))
+        read = read + share[..., None] * torch.where(own[..., None], *reads)
         if case.normalize:
-            along = along + share * (query @ inputs["normalizer"].to(dtype)[..., None]).squeeze(-1).float()
+            sums = (x.to(dtype)[..., None] for x in (carried["normalizer"], inputs["normalizer"]))
+            along = along + share * torch.where(own, *((query @ x).squeeze(-1).float() for x in sums))
     if case.normalize:
         read = read / torch.maximum(along.abs(), (-highest).exp().float())[..., None]
     return read.transpose(1, 2).to(dtype)
