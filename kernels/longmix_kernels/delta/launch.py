@@ -110,6 +110,10 @@ def piece(dim: int) -> int:
 # One row per entry of WIDTHS: block, values, warps, stages. Those of the first two columns were found to compile
 # without a spill, with documents and an initial state, in the chunks that `cost.choose_chunk` takes, for sm_90. On
 # sm_80 `prepare` spills up to 240 bytes, on sm_80 and sm_100 some others up to 112: the tests of the report list them.
+# At 64 columns no other row does better for all. Smaller blocks leave `prepare` on sm_80 where it is, and 16 warps
+# spill 2260 bytes. 32 values would spare `grad_value` with decays of heads its 32 bytes, for 8 with bounded decays. 16
+# values would spare `grad_key` on sm_100 its 40 bytes, for 193 registers instead of 128: one program on each
+# multiprocessor instead of two.
 # None has been timed.
 _AMPERE = {
     "prepare": ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
