@@ -219,3 +219,20 @@ def test_values_become_words(value, word):
 def test_texts_arrive_as_they_are(tmp_path):
     for text in ("a, b", "${x}", "it's"):
         assert composed("generate", as_words({"checkpoint": "c", "prompt": text})).content["prompt"] == text
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        [{"seq_len": 64, "max_steps": 1}],
+        [
+            {"max_tokens": 100, "data": {"weights": {"code": 2.5, "a": None}}, "schedule": {}},
+            {"learning_rate_scale": 0.1},
+        ],
+        [{"mixer": {"kind": "a, b: {c}'\"", "empty": "", "list": ["x", True, 3]}}],
+    ],
+)
+def test_stages_are_lists_of_mappings_in_python_too(stages):
+    (word,) = as_words({"stages": stages})
+    made = composed("train", [word]).content["stages"]
+    assert [{name: made[number][name] for name in stage} for number, stage in enumerate(stages)] == stages

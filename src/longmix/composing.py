@@ -16,6 +16,7 @@ from yaml import YAMLError
 
 from longmix import cli
 from longmix import config as configuration
+from longmix.command_line import values
 from longmix.command_line.explain import explained, misformed
 from longmix.command_line.register import register_types
 from longmix.command_line.schema import Schema, configs_folder
@@ -73,10 +74,10 @@ def composed(command: str, given: Sequence[str]) -> Composed:
         return Composed(configuration.resolved(config), choices)
 
 
-def as_words(values: Mapping[str, Any]) -> list[str]:
+def as_words(given: Mapping[str, Any]) -> list[str]:
     """A mapping such as `{"seq_len": 64, "loop": {"log_every": 1}}` as words: texts as on the command line."""
     words = []
-    for name, value in values.items():
+    for name, value in given.items():
         if isinstance(value, Mapping):
             words += as_words({f"{name}.{key}": inner for key, inner in value.items()})
         else:
@@ -92,7 +93,18 @@ def _written(value: Any) -> str:
     if isinstance(value, list | tuple):
         empty = '""'  # nothing at all would be no item
         return f"[{','.join(_written(item) or empty for item in value)}]"
+    if isinstance(value, Mapping):  # in a list, as stages are
+        return f"{{{','.join(f'{name}:{_inside(item)}' for name, item in value.items())}}}"
     return str(value)
+
+
+def _inside(value: Any) -> str:
+    """A value inside a mapping, where Hydra alone reads it."""
+    if isinstance(value, str):
+        return value if value and values.is_plain(value) else values.in_quotes(value)
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_inside, value))}]"
+    return _written(value)
 
 
 @contextmanager

@@ -38,6 +38,8 @@ REFUSED = [
     ("train", "-x", "there is no option -x."),
     ("train", "--cfg nojob", "argument --cfg/-c: invalid choice: 'nojob'"),
     ("train", "--config-name nope", "--config-name nope: there is no nope.yaml in a folder of --config-dir or hydra"),
+    ("evaluate", "checkpoint=x task=['']", "task= does not exist."),
+    ("evaluate", 'checkpoint=x task=[loss,"los"]', "task=los does not exist. Did you mean loss?"),
     ("train", "--package x", "--package x goes with --cfg."),
     ("generate", "checkpoint=x --package=x", "--package x goes with --cfg."),
     ("train", "--config-name=", "--config-name is empty;"),

@@ -185,7 +185,8 @@ def _wrong_group(schema: Schema, word: Word, sweep: bool) -> str | None:
 
 def _wrong_choice(schema: Schema, group: str, choice: str) -> str | None:
     choices = schema.choices(group)
-    if choice in choices or values.quoted_by(choice) or (choice.lower() == "null" and schema.groups[group] is None):
+    choice = values.without_quotes(choice)
+    if choice in choices or (choice.lower() == "null" and schema.groups[group] is None):
         return None
     if group == "mixer" and re.search(r"[*+]", choice):
         return _wrong_pattern(choices, choice)
