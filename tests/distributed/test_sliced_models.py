@@ -84,7 +84,7 @@ def test_a_mixer_that_knows_nothing_of_slices(pool, node_of):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", ["none", "block"])
+@pytest.mark.parametrize("checkpointing", ["none", "block", "selective"])
 def test_a_hybrid_with_values_of_its_first_layer(pool, node_of, checkpointing):
     """Layers of several kinds, and with activation checkpointing, which exchanges again in the backward pass."""
     members = {"rwkv7": "head_dim=12", "mlstm_tfla": "num_heads=2", "sliding_window": "window=5"}
