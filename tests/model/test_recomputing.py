@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy
 
+from longmix.mixers.hyper import Hyper
 from longmix.mixers.parts.base import Mixer, MixerOutput
 from longmix.mixers.routing import Routing
 from longmix.mixers.sliding_window import SlidingWindow
@@ -100,8 +101,8 @@ def test_dropout_draws_the_same_again(kind):
 
 def test_statistics_of_a_recomputed_pass_change_no_operator():
     """A mixer observes a second time, after it has observed already."""
-    routing = partial(Routing, clusters=3, window=4)
-    nets = [model(routing, activation_checkpointing=kind) for kind in ("none", "selective")]
+    hyper = partial(Hyper, buckets=4, window=8, sample=0.3)
+    nets = [model(hyper, activation_checkpointing=kind) for kind in ("none", "selective")]
     for _ in range(2):  # micro-batches of one step
         wanted, found = (trained(net)[0] for net in nets)
     assert_same(found, wanted)
