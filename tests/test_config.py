@@ -67,12 +67,16 @@ def group_files() -> list[Any]:
     return [pytest.param(group, name, id=f"{group}={name}") for group in groups for name in names(group)]
 
 
-NEEDS = {"tokenizer=prepared": ["data=prepared", "data.path=given"]}
-"""Choices that take a setting from another group's."""
+NEEDS = {
+    "tokenizer=prepared": ["data=prepared", "data.path=given"],
+    "experiment=state_tuning": ["mixer=kda"],
+}
+"""Choices that take a setting from another group's, or the mixer from a checkpoint."""
 
 GIVEN = {
     "data.corpora": {"speeches": {"_target_": "longmix.data.corpora.sotu.Sotu"}},
     "data.weights": {"speeches": 1.0},
+    "tokenizer.vocab_size": 300,
 }
 """Values that the user must give and that are not text."""
 
@@ -128,7 +132,8 @@ class TestEveryFile:
 
     @pytest.mark.parametrize("name", names("experiment"))
     def test_experiment_passes_every_check(self, compose_config, name):
-        check_config(read(TrainConfig, filled(compose_config(f"experiment={name}", "trainer.accelerator=cpu"))))
+        words = [f"experiment={name}", *NEEDS.get(f"experiment={name}", []), "trainer.accelerator=cpu"]
+        check_config(read(TrainConfig, filled(compose_config(*words))))
 
     @pytest.mark.parametrize("name", names("mixer"))
     def test_mixer_builds_a_model(self, compose_config, name):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from test_reliability import assert_same
 
+from longmix import machine_memory
 from longmix.checkpoints import load_checkpoint, read_info
 from longmix.config import TrainConfig, course_of, read
 from longmix.errors import CheckpointError, ConfigError
@@ -192,7 +193,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("stages", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_impossible_stages_are_refused_before_any_step(stages, message, train):
+def test_impossible_stages_are_refused_before_any_step(stages, message, train, monkeypatch):
+    monkeypatch.setattr(machine_memory, "free_bytes", lambda: 2**50)  # memory is asked before data
     with pytest.raises(ConfigError) as refused:
         train(f"stages=[{stages}]")
     assert message in str(refused.value)
