@@ -175,6 +175,21 @@ class TestEvaluations:
         assert found.recall == {"mqar": {32: 0.25}, "mqar (abcdef)": {32: 0.75}, "mqar, test": {32: 0.75}}
         assert found.damaged == ()
 
+    def test_averaged_weights_and_a_changed_mixer_are_measures_of_their_own(self, tmp_path):
+        place = {"data": "mqar", "step": 9, "split": "validation", "own_data": True}
+        for number, (changes, share) in enumerate(
+            (({}, 0.25), ({"averaged": "ema"}, 0.5), ({"mixer": {"flash": {"rotary_base": 5e5}}}, 0.75))
+        ):
+            lengths = {"32": {"accuracy": share}, str(64 + number): {"accuracy": share}}
+            write_evaluation(
+                tmp_path, f"accuracy_{number}", **place, **changes, lengths=lengths, date=f"2026-01-0{number + 1}"
+            )
+        assert read_evaluations(tmp_path).recall == {
+            "mqar": {32: 0.25, 64: 0.25},
+            "mqar, weights=ema": {32: 0.5, 65: 0.5},
+            "mqar, flash.rotary_base=500000.0": {32: 0.75, 66: 0.75},
+        }
+
     def test_lengths_of_one_step_add_up_and_the_newer_day_counts(self, tmp_path):
         for name, step, lengths, date in (
             ("a", 9, {"16": {"accuracy": 1.0}}, "2026-01-01"),

@@ -1,6 +1,7 @@
 """A run's results: its `summary.json`, and what `evaluate.py` found beside it. Both are checked before use.
 
-Results on other data than the run was trained on, or of another split, are measures of their own: their names say so.
+Results on other data than the run was trained on, of another split, of averaged weights or with other settings of the
+mixer are measures of their own: their names say so.
 """
 
 import math
@@ -9,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from longmix.config import flattened
 from longmix.files import sha256_of_file
 from longmix.reading import read_json
 
@@ -152,7 +154,7 @@ class Evaluations:
         causal: what `task=causality` found; None where it has not run.
         recall: shares of targets met by `task=accuracy`, under the name of its data; and by `task=needle`, under
             "needle", beside what the needle adds to the value's log probability, in nats, under `NEEDLE_GAIN`. Names of
-            results on other data than the run's, or of another split, say of which.
+            results on other data than the run's, of another split or of a changed model say of which.
         needles: the latter two by depth, by the name of the measure.
         state_bytes: what the model remembered of a row then, by the name of the data, where `task=accuracy` said so.
         damaged: results that cannot be read, and why.
@@ -221,13 +223,18 @@ def _is_of(run: Path, report: dict[str, Any]) -> bool:
 
 
 def _measure(report: dict[str, Any], name: str) -> str:
-    """What a result measures: its name, and data and split where they are not the run's own."""
+    """What a result measures: its name, and data, split, weights and mixer where they are not the run's own."""
     if report.get("own_data") is False:
         name += f" in {report['corpus']}" if name == NEEDLE else ""
         name += f" ({str(report['data_fingerprint'])[:6]})"
     settings = report.get("settings")
     if isinstance(settings, dict) and "stride" in settings:
         name += f", stride {settings['stride']}"
+    if "averaged" in report:
+        name += f", weights={report['averaged']}"
+    changed = report.get("mixer")
+    if isinstance(changed, dict):
+        name += "".join(f", {key}={value}" for key, value in flattened(changed).items())
     split = report.get("split", USUAL_SPLIT)
     return name if split == USUAL_SPLIT else f"{name}, {split}"
 
