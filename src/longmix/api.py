@@ -77,7 +77,7 @@ def train(words: Words = (), folder: str | Path | None = None) -> Run:
     from longmix.training.run import train as run
 
     begin_run()
-    config, given, choices = _configuration(words)
+    config, given, choices, folders = _configuration(words)
     is_named = any(Word.read(word).name == "name" for word in given)
     if is_named:
         check_name(config.name)
@@ -89,7 +89,8 @@ def train(words: Words = (), folder: str | Path | None = None) -> Run:
     config = config if is_named else dataclasses.replace(config, name=place.name)
     with storage_errors(place):
         place.mkdir(parents=True, exist_ok=True)
-    invocation = Invocation(place, tuple(given), choices, named=is_named or folder is not None)
+    is_placed = is_named or folder is not None
+    invocation = Invocation(place, tuple(given), choices, named=is_placed, folders=folders)
     try:
         with allocation_errors("training", "make seq_len, batch_size or the model smaller."):
             summary = run(config, invocation)
@@ -101,16 +102,16 @@ def train(words: Words = (), folder: str | Path | None = None) -> Run:
     return Run(own, summary, CheckpointStore(own / "checkpoints").latest())
 
 
-def _configuration(words: Words) -> tuple[TrainConfig, list[str], Mapping[str, str]]:
-    """The configuration, the words that made it, and the file that each group was chosen from."""
+def _configuration(words: Words) -> tuple[TrainConfig, list[str], Mapping[str, str], tuple[Path, ...]]:
+    """The configuration, the words that made it, the file of each group's choice, and folders searched for files."""
     if isinstance(words, str):
         raise ConfigError(f"{words!r} is one text; give a list of words, such as [{words!r}].")
     if isinstance(words, DictConfig):
-        return _whole(words), [], {}
+        return _whole(words), [], {}, ()
     chosen: dict[str, Any] = {}
     if isinstance(words, Mapping):
         if all(isinstance(words.get(group), Mapping) for group in WHOLE):
-            return _whole(OmegaConf.create(dict(words))), [], {}
+            return _whole(OmegaConf.create(dict(words))), [], {}, ()
         chosen = {str(name): dict(value) for name, value in words.items() if _is_choice(value)}
         given = as_words({str(name): value for name, value in words.items() if name not in chosen})
     else:
@@ -122,7 +123,7 @@ def _configuration(words: Words) -> tuple[TrainConfig, list[str], Mapping[str, s
             )
     made = composed("train", given)
     choices = {group: choice for group, choice in made.choices.items() if group not in chosen}
-    return read(TrainConfig, OmegaConf.create({**made.content, **chosen})), given, choices
+    return read(TrainConfig, OmegaConf.create({**made.content, **chosen})), given, choices, made.folders
 
 
 def _whole(config: DictConfig) -> TrainConfig:

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -23,6 +24,7 @@ from longmix.command_line.schema import Schema, configs_folder
 from longmix.command_line.words import Word
 from longmix.config import Plain
 from longmix.errors import ConfigError
+from longmix.invocation import searched
 
 _LOCK = threading.RLock()
 """Held while Hydra composes, because all threads share its state."""
@@ -35,10 +37,12 @@ class Composed:
     Attributes:
         content: the configuration as dicts, with every interpolation carried out.
         choices: the file that each group was chosen from, by group.
+        folders: those that were searched for files.
     """
 
     content: Plain
     choices: Mapping[str, str]
+    folders: tuple[Path, ...] = ()
 
 
 def composed(command: str, given: Sequence[str]) -> Composed:
@@ -69,9 +73,10 @@ def composed(command: str, given: Sequence[str]) -> Composed:
             raise ConfigError(explained(schema, given, False, error)) from error
         HydraConfig.instance().set_config(config)  # names ask for the choices
         choices = {str(group): str(choice) for group, choice in config.hydra.runtime.choices.items()}
+        folders = searched(config.hydra)
         with open_dict(config):
             del config["hydra"]
-        return Composed(configuration.resolved(config), choices)
+        return Composed(configuration.resolved(config), choices, folders)
 
 
 def as_words(given: Mapping[str, Any]) -> list[str]:

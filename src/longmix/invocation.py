@@ -21,6 +21,7 @@ class Invocation:
         swept: words that differ between the runs of the sweep that it is one of; None outside a sweep.
         named: the user chose the folder; None where the name tells.
         is_command: this process does nothing else.
+        folders: those that were searched for files of choices, besides longmix's own.
     """
 
     folder: Path
@@ -29,6 +30,7 @@ class Invocation:
     swept: tuple[str, ...] | None = None
     named: bool | None = None
     is_command: bool = False
+    folders: tuple[Path, ...] = ()
 
     @property
     def in_sweep(self) -> bool:
@@ -45,7 +47,14 @@ class Invocation:
             same = set(hydra.job.config.override_dirname.exclude_keys)
             swept = tuple(word for word in map(_key, words) if word not in same)
         is_command = hydra.mode == RunMode.RUN
-        return cls(Path(hydra.runtime.output_dir), words, dict(hydra.runtime.choices), swept, None, is_command)
+        choices = dict(hydra.runtime.choices)
+        return cls(Path(hydra.runtime.output_dir), words, choices, swept, None, is_command, searched(hydra))
+
+
+def searched(hydra: HydraConf | DictConfig) -> tuple[Path, ...]:
+    """The folders in which Hydra looked for files, the first one that has a file counting."""
+    sources = hydra.runtime.config_sources
+    return tuple(Path(source.path) for source in sources if source.schema == "file" and source.path)
 
 
 def words_of_task(hydra: HydraConf | DictConfig) -> tuple[str, ...]:

@@ -75,6 +75,33 @@ def test_settings_of_the_mixer_in_an_experiment_are_words(trained, words, tmp_pa
     assert saved(tmp_path / "other")["config"]["mixer"] == saved(trained("flash"))["config"]["mixer"]
 
 
+def test_how_a_model_is_trained_may_change(trained, words, tmp_path):
+    base, config = trained("flash"), tmp_path / "configs"
+    given = [*words, f"checkpoint={base}"]
+    changes = ("model.activation_checkpointing=selective", "model.residual_dropout=0.5")
+    longmix.train([*given, *changes, "loop.checkpoint_every=1"], folder=tmp_path / "run")
+    model = longmix.load(tmp_path / "run").model
+    assert model.activation_checkpointing == "selective" and model.draws()
+    assert saved(tmp_path / "run")["config"]["model"] == {
+        **saved(base)["config"]["model"],
+        "activation_checkpointing": "selective",
+        "residual_dropout": 0.5,
+    }
+    freely = "model.activation_checkpointing=block"
+    longmix.train([*given, changes[1], freely, "resume=auto", "max_steps=3"], folder=tmp_path / "run")
+    assert longmix.load(tmp_path / "run").model.activation_checkpointing == "block"
+    with pytest.raises(CheckpointError, match=r"of another run: model.residual_dropout was 0.5 and is 0.25"):
+        longmix.train([*given, "model.residual_dropout=0.25", "resume=auto", "max_steps=4"], folder=tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"model.logit_softcap comes from .* May change: .*model.residual_dropout"):
+        longmix.train([*given, "model.logit_softcap=30"], folder=tmp_path / "other")
+    (config / "experiment").mkdir(parents=True)
+    (config / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\nmodel: {d_model: 64, residual_dropout: 0.5}\nmixer: {rotary_base: 2e5}\n"
+    )
+    longmix.train([*given, f"hydra.searchpath=[{config}]", "experiment=mine"], folder=tmp_path / "mine")
+    assert saved(tmp_path / "mine")["config"]["model"]["residual_dropout"] == 0.5
+
+
 def test_members_of_a_hybrid_change_each_for_itself(trained, words, tmp_path):
     base = trained("sliding_window+flash", "mixer.sliding_window.window=8")
     changes = ("mixer.sliding_window.window=16", "mixer.flash.rotary_base=null")

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -30,7 +29,16 @@ from longmix.trust import check_model_nodes
 EXPERIMENT = "experiment"
 
 TAKEN = ("mixer", "model", "tokenizer", "block")
-"""Words that come from the checkpoint; settings of the mixer that may change after training may be given besides."""
+"""Words that come from the checkpoint; settings that may change after training may be given besides."""
+
+OF_TRAINING = (
+    "logit_penalty",
+    "embedding_dropout",
+    "residual_dropout",
+    "activation_checkpointing",
+    "activation_offload",
+)
+"""Settings of the model that say how it is trained, and not what it computes then: they may change after training."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +88,11 @@ def begins_from(config: TrainConfig, invocation: Invocation) -> tuple[TrainConfi
         return config, None
     for override in invocation.words:
         word = override.lstrip("+~").partition("=")[0]
-        if word.split(".")[0] in TAKEN and (override.startswith("~") or not word.startswith("mixer.")):
-            raise ConfigError(f"{word} comes from checkpoint={config.checkpoint}; leave one of the two out.")
+        group, _, setting = word.partition(".")
+        may_change = setting and (group == "mixer" or (group == "model" and setting in OF_TRAINING))
+        if group in TAKEN and (override.startswith("~") or not may_change):
+            rest = f" May change: {', '.join(f'model.{name}' for name in OF_TRAINING)}." if group == "model" else ""
+            raise ConfigError(f"{word} comes from checkpoint={config.checkpoint}; leave one of the two out.{rest}")
     own = continued_checkpoint(config, invocation)
     state = None if own is None else load_model_state(own)
     word = config.checkpoint
@@ -104,7 +115,8 @@ def begins_from(config: TrainConfig, invocation: Invocation) -> tuple[TrainConfi
         tokenizer = Choice.of("tokenizer", state["config"]["tokenizer"])
         origin = Origin(state["model"], tokenizer_from_state(state["tokenizer"]), record)
     mixer = changed_mixer(trained.mixer, _given(config, invocation), f"checkpoint={word}")
-    config = dataclasses.replace(config, mixer=mixer, model=trained.model, tokenizer=tokenizer)
+    model = trained.model.having(**_given_of_model(config, invocation))
+    config = dataclasses.replace(config, mixer=mixer, model=model, tokenizer=tokenizer)
     return dataclasses.replace(config, checkpoint=word, origin=record), origin
 
 
@@ -121,25 +133,32 @@ def _given(config: TrainConfig, invocation: Invocation) -> dict[str, Any]:
     return found
 
 
+def _given_of_model(config: TrainConfig, invocation: Invocation) -> dict[str, Any]:
+    """The settings of the model that may change, on the command line and in its experiment."""
+    named = {word.lstrip("+").partition("=")[0] for word in invocation.words}
+    named |= {f"model.{name}" for name in _experiment(invocation).get("model") or ()}
+    return {name: config.model.entries[name] for name in OF_TRAINING if f"model.{name}" in named}
+
+
 def _named_by_experiment(invocation: Invocation) -> list[list[str]]:
     """The settings of the mixer that the experiment's file has, by the parts of their names.
 
     None if it also chooses the mixer: then they are that mixer's, and the checkpoint has its own.
     """
-    name = str(invocation.choices.get(EXPERIMENT))
-    folders = [configs_folder()]
-    if HydraConfig.initialized():
-        sources = HydraConfig.get().runtime.config_sources
-        folders += [Path(source.path) for source in sources if source.schema == "file" and source.path]
-    files = [path for folder in reversed(folders) if (path := folder / EXPERIMENT / f"{name}.yaml").is_file()]
-    if not files:
-        return []
-    file = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(files[0]), resolve=False))
+    file = _experiment(invocation)
     chosen = {str(key) for entry in file.get("defaults", []) if isinstance(entry, dict) for key in entry}
     own = file.get("mixer")
     if not isinstance(own, dict) or any(key.split()[-1].lstrip("/") == "mixer" for key in chosen):
         return []
     return [parts for parts in _leaves(own) if parts != ["_target_"]]
+
+
+def _experiment(invocation: Invocation) -> dict[str, Any]:
+    """The content of the experiment's file; empty without one."""
+    name = str(invocation.choices.get(EXPERIMENT))
+    folders = [configs_folder(), *invocation.folders]
+    files = [path for folder in folders if (path := folder / EXPERIMENT / f"{name}.yaml").is_file()]
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(files[0]), resolve=False)) if files else {}
 
 
 def _leaves(settings: Mapping[str, Any]) -> Iterator[list[str]]:
