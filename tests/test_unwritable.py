@@ -9,7 +9,7 @@ import pytest
 from longmix import __main__ as console
 from longmix.config import GenerateConfig
 from longmix.config.rules import defaults
-from longmix.errors import StorageError
+from longmix.errors import ConfigError, StorageError
 from longmix.evaluation.run import evaluate
 from longmix.files import check_folder, check_replaceable
 from longmix.generation.run import generate
@@ -71,10 +71,18 @@ def test_an_evaluation_refuses_it_at_its_start(monkeypatch, place, target):
         evaluate(given, Restored())
 
 
-@pytest.mark.parametrize("target", ["file/x", "there", "nowhere/x", "/proc/x"])
-def test_a_generation_refuses_it_at_its_start(monkeypatch, place, target):
+@pytest.mark.parametrize(
+    ("target", "error", "message"),
+    [
+        ("file/x", StorageError, "could not write"),
+        ("there", ConfigError, "save=there is the name of a folder"),
+        ("nowhere/x", StorageError, "could not write"),
+        ("/proc/x", StorageError, "could not write"),
+    ],
+)
+def test_a_generation_refuses_it_at_its_start(monkeypatch, place, target, error, message):
     monkeypatch.setattr("longmix.generation.run.restored_for", fail)
-    with pytest.raises(StorageError, match="could not write"):
+    with pytest.raises(error, match=message):
         generate(defaults(GenerateConfig) | {"checkpoint": "there", "save": target})
 
 
