@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -81,6 +82,20 @@ def log_handlers_of_one_test() -> Iterator[None]:
         if getattr(getattr(handler, "stream", None), "closed", False):
             logging.root.removeHandler(handler)
     yield
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of the cases of a test with `sampled(n)`, one in n stays fast, in turn, so that every parameter is met."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        mark = item.get_closest_marker("sampled")
+        if mark is None or item.get_closest_marker("slow"):
+            continue
+        (every,), test = mark.args, item.nodeid.partition("[")[0]
+        if (seen[test] + seen[test] // every) % every:
+            item.add_marker("slow")
+        seen[test] += 1
 
 
 @pytest.fixture

@@ -259,6 +259,7 @@ class TestEntryPoints:
 
         return make
 
+    @pytest.mark.sampled(2)
     @pytest.mark.parametrize("path", SETTINGS, ids=".".join)
     def test_train_evaluate_and_generate(self, compose_config, hostile, tmp_path, path, tiny_overrides):
         checkpoint = hostile(path)

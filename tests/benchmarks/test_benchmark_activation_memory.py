@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from benchmarks import activation_memory
 from longmix.planning import check
 from longmix.planning.arguments import read
@@ -9,6 +11,7 @@ from longmix.planning.arguments import read
 PEAKS = {"none": 4000, "block": 1000, "selective": 2000}
 
 
+@pytest.mark.slow
 def test_leaves_a_row_for_each_mixer_and_kind(tmp_path, monkeypatch, capsys):
     asked = []
 

@@ -81,6 +81,7 @@ def test_a_budget_that_is_exceeded_is_named():
     ]
 
 
+@pytest.mark.slow
 @compiles
 def test_no_length_and_no_batch_size_adds_a_kernel():
     shapes = budget.SHAPES

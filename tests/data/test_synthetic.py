@@ -237,6 +237,7 @@ TASKS = sorted(
 )
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize("word", ["tokenizer=bpe", "tokenizer=bytes", "tokenizer.vocab_size=300"])
 def test_a_tokenizer_has_no_use(compose_config, name, word):

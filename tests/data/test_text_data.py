@@ -70,6 +70,7 @@ class Failing:
 
 
 class TestTrainLoader:
+    @pytest.mark.sampled(5)
     @pytest.mark.parametrize("num_workers", [0, 1, 2])
     @pytest.mark.parametrize("kind", [DataError, ConfigError, StorageError, ProcessLost])
     def test_an_error_in_a_worker_comes_as_it_was_raised(self, make, num_workers, kind):

@@ -51,6 +51,7 @@ def trained(group: Any, case: Case) -> tuple[list[dict[str, torch.Tensor]], Rows
     return found, before
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("words", CASES.values(), ids=CASES)
 def test_slices_go_on_from_what_the_last_one_ended_with(pool, node_of, words):
     check(pool, node_of(words))

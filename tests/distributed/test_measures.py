@@ -40,6 +40,7 @@ def found_in_passes(case: Case, size: int) -> dict[str, float]:
     return figures(measures, alone)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("words", MEASURING.values(), ids=MEASURING)
 def test_passes_over_some_rows_measure_what_one_over_all_does(node_of, words):
     for packed in (False, True):

@@ -57,6 +57,7 @@ def dtypes_of(group, node):
     return dtypes(group, model_of(node))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", FILES)
 def test_every_strategy_trains_as_one_process(pool, small_node, name):
     node = small_node(name)

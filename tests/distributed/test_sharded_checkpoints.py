@@ -40,6 +40,7 @@ def saved(run: Run, tmp_path_factory) -> dict[str, tuple[Path, dict[str, Any]]]:
     return found
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "target", [name for name in FORMS if name not in ("single-shards", "ddp-4-shards", "fsdp-4-whole")]
 )

@@ -99,6 +99,7 @@ def test_every_task_says_what_its_result_is_of(results, corpora, task, words, re
         assert other["data_fingerprint"] != own["data_fingerprint"] and other["own_data"] is (what != "data")
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     "more",
     [["seq_len=16"], ["seq_len=[16,32]"], ["max_tokens=64"], ["precision=bf16"], ["task.loss.prefixes=2"]],

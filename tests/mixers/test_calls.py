@@ -73,6 +73,7 @@ NUMBERED = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("values", NUMBERED.values(), ids=NUMBERED)
 @pytest.mark.parametrize("split", [(4, 1, 17, 7), (3, 1, 1, 15, 9)], ids=str)
 def test_ids_may_begin_anywhere(mixer, values, split):

@@ -42,6 +42,7 @@ def packed_ids() -> torch.Tensor:
     return torch.stack([torch.repeat_interleave(torch.arange(4), torch.tensor(row)) for row in lengths]).int()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 def test_prefill_and_steps_equal_one_pass(mixer, split, packed):
@@ -104,6 +105,7 @@ def test_a_packed_document_equals_the_document_alone(mixer):
             torch.testing.assert_close(packed[row : row + 1, place], alone, rtol=0, atol=1e-12)
 
 
+@pytest.mark.sampled(2)
 def test_the_audit_finds_no_leak(mixer):
     found = audit(mixer_function(mixer.eval()), inputs(37))
     assert not [finding for finding in found if finding.leaks]

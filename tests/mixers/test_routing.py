@@ -128,6 +128,7 @@ def test_from_its_definition(settings, packed):
         torch.testing.assert_close(*(torch.autograd.grad(y, x, grad)[0] for y in (ours, expected)), rtol=0, atol=1e-11)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 @pytest.mark.parametrize("settings", CAUSAL.values(), ids=CAUSAL)
 def test_decoding_without_gradients_equals_one_pass(settings, packed):

@@ -31,6 +31,7 @@ def fresh():
     dynamo.reset()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in FILES])
 def test_layers_share_whole_graphs(name, packed, compose_config, fresh):

@@ -68,6 +68,7 @@ def test_a_summary_that_is_none(sweep, content):
     check(sweep, "summary.json")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in ENTRIES.items() for value in values])
 def test_a_summary_with_a_wrong_entry(sweep, key, value):
     path = sweep / "bad" / "summary.json"

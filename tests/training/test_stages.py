@@ -60,6 +60,7 @@ def assert_same_end(ours: Path, theirs: Path, step: int = 8) -> None:
         assert_same(one[part], other[part], part)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("step", [2, 3, 4, 5, 6])
 def test_a_run_goes_on_from_any_step_bit_for_bit(step, workers, straight, train):

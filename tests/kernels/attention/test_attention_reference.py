@@ -56,6 +56,7 @@ def test_gradients_against_finite_differences(case):
     assert torch.autograd.gradcheck(seen, tensors)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def test_against_scaled_dot_product_attention(case):
     tensors, pattern, scale = case.inputs(torch.float64)

@@ -44,6 +44,7 @@ def halved(monkeypatch):
     monkeypatch.setattr(blocked_weights, "BLOCK_RANGE", -1.0)
 
 
+@pytest.mark.sampled(2)
 @every_dtype
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_matches_reference(case, dtype, monkeypatch):
