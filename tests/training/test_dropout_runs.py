@@ -4,7 +4,9 @@ import pytest
 import torch
 from launched import train
 
+import longmix
 from longmix.checkpoints import CheckpointStore, load_checkpoint
+from longmix.training import random_state
 
 WORDS = ["trainer=context_parallel", "trainer.devices=2", "trainer.accelerator=cpu", "trainer.num_threads=1"]
 WORDS += ["logger=csv", "seq_len=32", "batch_size=2", "max_steps=4", "data.validation_tokens=64", "name=run"]
@@ -25,3 +27,13 @@ def test_slices_draw_their_own_masks_and_go_on_bit_for_bit(tmp_path, shared_cach
     assert all(torch.equal(weight, resumed["model"][name]) for name, weight in whole["model"].items())
     first, second = (state["torch"] for state in whole["random"])
     assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_processes_diverge_for_dropout_that_a_later_stage_begins(share, tiny_overrides, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(random_state, "diverge", lambda *of_process: asked.append(of_process))
+    stages = f"stages=[{{max_steps:1}},{{max_steps:1,mixer:{{attention_dropout:{share}}}}}]"
+    words = [word for word in tiny_overrides if not word.startswith("max_steps")]
+    longmix.train([*words, stages], folder=tmp_path / "run")
+    assert len(asked) == bool(share)

@@ -46,7 +46,7 @@ from longmix.training.resume import Start, find_start, start_alone
 from longmix.training.run_state import Provenance
 from longmix.training.schedules import schedule_of
 from longmix.training.spikes import SpikeGuard
-from longmix.training.stages import check_memory_of_stages, check_stages, check_words_have_effect, each_part
+from longmix.training.stages import check_memory_of_stages, check_stages, check_words_have_effect, draws, each_part
 from longmix.training.summary import (
     SUMMARY_FILE,
     Summary,
@@ -168,7 +168,7 @@ def _train_from(
     everyone.each(lambda: start.check_data(data.fingerprint(), course_of(config).begun(start.step)))
     model = build_model(config, data.vocab_size if origin is None else origin.vocab_size)
     begin(model, config, origin)
-    if model.draws():
+    if draws(model, course_of(config)):
         random_state.diverge(config.seed, process_rank(), 0)
     model.measures_hits = data.makes_numbers
     model.measures_normalisers = config.loop.z_loss > 0

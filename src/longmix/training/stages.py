@@ -10,6 +10,7 @@ from longmix.config import STAGES, Course, ModelConfig, StagePart, TrainConfig, 
 from longmix.config.stages import LIMITS
 from longmix.distributed.slices import check_slices
 from longmix.errors import ConfigError
+from longmix.model.backbone import LanguageModel
 from longmix.model.build import check_model
 from longmix.model.changes import changed_mixer, take_settings
 from longmix.training.hardware import TrainerSettings
@@ -92,6 +93,16 @@ def _check(config: TrainConfig, part: StagePart, settings: TrainerSettings) -> N
             check_model(part.config)
     of_part(settings, part).check_batch(part.config.batch_size)
     check_slices(part.config.seq_len, settings.slices)
+
+
+def draws(model: LanguageModel, course: Course) -> bool:
+    """Whether training draws random numbers in any part of a run, as dropout does that only a later stage has.
+
+    Args:
+        model: as it begins.
+        course: of the run.
+    """
+    return model.draws() or (course.staged and any(check_model(part.config).draws() for part in course.parts))
 
 
 def enter(part: StagePart, module: TrainingModule, before: ModelConfig) -> None:

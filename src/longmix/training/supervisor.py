@@ -32,7 +32,7 @@ from longmix.training.loggers import MetricLog
 from longmix.training.module import TrainingModule
 from longmix.training.run_state import BY_POSITION, FINAL, STAGE_RESULTS, Provenance, RunState, SavedRun
 from longmix.training.space import checkpoint_bytes, warn_of_space
-from longmix.training.stages import enter
+from longmix.training.stages import draws, enter
 from longmix.training.summary import quality_of, training_flops_per_token
 from longmix.training.validation import empty_statistics, positions, validate_all, validated
 
@@ -104,7 +104,7 @@ class Supervisor(Callback):
             module.restore(self.saved, processes)
             with rebuilding(self.saved.checkpoint):
                 random_state.restore(random_state.of_process(self.saved.random, processes.rank))
-                if module.model.draws() and processes.rank >= self.saved.processes:
+                if processes.rank >= self.saved.processes and draws(module.model, self.course):
                     random_state.diverge(self.config.seed, processes.rank, self.saved.step)
             self.saved = None
             self.first_step = module.step
