@@ -109,6 +109,7 @@ REFUSED = [
     ("train", "-m mixer=choice(sliding_window,flash) mixer.window=4", "mixer.window is no setting of mixer=flash,"),
     ("train", "-m mixer=flash,kda mixer.windw=4", "unknown word mixer.windw. Did you mean"),
     ("generate", "checkpoint=x stop=###", "stop=### is not a list, each text. A list is 'stop=[###]'."),
+    ("train", "loop.tasks=needle", "loop.tasks=needle is not a list."),
     ("train", "-m seq_len=choice()", "seq_len=choice() is no sweep: it is written like seq_len=choice(A,B)."),
     ("train", "-m seq_len=range(1,1)", "seq_len=range(1,1) holds no value, so the sweep would have no run."),
     ("train", "-m seq_len=range(1,5,0)", "seq_len=range(1,5,0) is no sweep:"),

@@ -337,6 +337,21 @@ def test_what_a_format_has_not_is_refused_by_name(saved, tmp_path, kind, target,
     assert not (tmp_path / target).exists()
 
 
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("gated_deltanet", ["mixer=gated_deltanet", "mixer.shared_norm=true", "model.norm_eps=1e-5"]),
+        ("xlstm", ["mixer=mlstm_tfla", "mixer.gate=exp", "mixer.norm=layer", "model.logit_softcap=30"]),
+    ],
+)
+def test_how_a_model_was_trained_needs_no_place_in_a_format(saved, tmp_path, kind, words):
+    trained = ["residual_dropout=0.1", "embedding_dropout=0.1", "activation_offload=true", "logit_penalty=1e-4"]
+    run, model = saved(*words, *(f"model.{word}" for word in trained), "model.activation_checkpointing=selective")
+    export(run, tmp_path / "folder", kind)
+    import_folder(tmp_path / "folder", tmp_path / "again")
+    assert model_of(tmp_path / "again").logit_softcap == model.logit_softcap
+
+
 def test_the_command_line_takes_files_and_folders(tmp_path, command):
     source = put(tmp_path / "source", "rwkv", read("rwkv"))
     tokenizer = source.parent / "tokenizer.json"
@@ -346,6 +361,8 @@ def test_the_command_line_takes_files_and_folders(tmp_path, command):
     assert code == 0
     assert lines[0].startswith(f"wrote {tmp_path / 'run'}")
     assert "of type rwkv7" in lines[0]
+    code, (line,) = command("import", moved, tmp_path / "other", "--tokenizer", "bytes")
+    assert code == 2 and "tokenizer bytes: there is no such file; give a tokenizer.json" in line
     code, (line,) = command("export", tmp_path / "run", tmp_path / "back", "--as", "rwkv7")
     assert code == 2
     assert "mixer.norm_eps=0.00064 cannot be said in the format rwkv7" in line  # there it grows with a head of 16

@@ -15,6 +15,7 @@ from longmix.errors import CheckpointError, ConfigError
 from longmix.reading import read_json
 from longmix.restore import restore
 from longmix.training.schedules import schedule_of
+from longmix.training.stages import check_words_have_effect
 
 STAGES = (
     "stages=[{seq_len:16,max_steps:3,mixer:{sliding_window:{window:4}}},"
@@ -247,3 +248,19 @@ def test_one_schedule_spans_the_run_unless_a_stage_begins_one(compose_config):
 def test_a_word_that_every_stage_replaces_is_refused(train):
     with pytest.raises(ConfigError, match="seq_len has no effect: every stage of stages has its own"):
         train("stages=[{seq_len:8},{seq_len:16}]", "seq_len=32")
+
+
+@pytest.mark.parametrize(
+    ("word", "switch"),
+    [
+        ("loop.spike_window=64", "loop.spike_sigma=6"),
+        ("loop.spike_action=stop", "loop.spike_sigma=null"),
+        ("loop.tasks_every=2", "loop.tasks=[needle]"),
+    ],
+)
+def test_a_word_that_does_nothing_alone_is_refused(compose_config, word, switch):
+    config = read(TrainConfig, compose_config(word, switch))
+    check_words_have_effect(config, [word, switch])  # as in a sweep over the switch
+    name, without = word.partition("=")[0], switch.partition("=")[0]
+    with pytest.raises(ConfigError, match=rf"{word} has no effect without {without}. Add it, or leave {name} out"):
+        check_words_have_effect(read(TrainConfig, compose_config(word)), [word])

@@ -76,7 +76,8 @@ def _averaged(checkpoint: Path | str, state: dict[str, Any]) -> dict[str, Any]:
     """The weights of a state with their averages in the place of those that have one."""
     if AVERAGED not in state:
         raise CheckpointError(
-            f"{checkpoint} has no averaged weights, so weights=ema cannot be had; its run had no loop.ema_decay."
+            f"{checkpoint} has no averaged weights, so weights=ema cannot be had: its run had no loop.ema_decay, or it "
+            "is an import or a mean, which have one set of weights."
         )
     own, averages = _is_dict(state, "model"), _is_dict(state, AVERAGED)
     for name, average in averages.items():

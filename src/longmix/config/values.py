@@ -50,11 +50,15 @@ def described(hint: Any) -> str:
     if origin is typing.Literal:
         return "one of " + ", ".join(map(str, arguments))
     if origin in (list, tuple, Sequence):
+        if arguments == (Any,):
+            return "a list"
         return f"a list, each {' or '.join(described(item) for item in arguments if item is not Ellipsis)}"
     if origin in (dict, Mapping):
         return f"a dict of names and values, each {described(arguments[1])}"
     if hasattr(hint, "words_as_written"):
         return f"with words such as {hint.words_as_written}"
+    if hint is Any:
+        return "anything"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     if hint not in names and inspect.isclass(hint):
         return f"a {hint.__name__}; it needs a `_target_`"

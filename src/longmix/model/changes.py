@@ -1,4 +1,4 @@
-"""Settings of a trained mixer that may change: those that no weight depends on, as each class of mixers says itself."""
+"""Settings that may change after training: those that no weight depends on, which each class of mixers says itself."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -12,6 +12,15 @@ from longmix.mixers.parts.base import Mixer
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import CHECK_VOCABULARY, build_model
 from longmix.wording import did_you_mean, nearest
+
+OF_TRAINING = (
+    "logit_penalty",
+    "embedding_dropout",
+    "residual_dropout",
+    "activation_checkpointing",
+    "activation_offload",
+)
+"""Settings of the model that say how it is trained, and not what it computes then: they may change after training."""
 
 Changes = Mapping[str, Any]
 """New values of settings by name; of a pattern by the member's name and then the setting's."""

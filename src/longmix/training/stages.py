@@ -17,19 +17,26 @@ from longmix.training.hardware import TrainerSettings
 from longmix.training.least_memory import check_memory
 from longmix.training.module import TrainingModule
 
+SWITCHES = {"loop.spike_sigma": ("loop.spike_window", "loop.spike_action"), "loop.tasks": ("loop.tasks_every",)}
+"""Words without which others have no effect."""
+
 OF_THE_RUN = ("num_workers", "validation_tokens", "cache_dir", "order")
 """Settings of data that are the same in all stages."""
 
 
 def check_words_have_effect(config: TrainConfig, words: Iterable[str]) -> None:
-    """Refuse words of the command line that every stage replaces.
+    """Refuse words of the command line that every stage replaces, or that lack the word without which they do nothing.
 
     Raises:
         ConfigError: names the word.
     """
+    given = {name.lstrip("+"): value for name, _, value in (word.partition("=") for word in words)}
+    for switch, dependent in SWITCHES.items():
+        for name in dependent:
+            if name in given and switch not in given and not getattr(config.loop, switch.removeprefix("loop.")):
+                raise ConfigError(f"{name}={given[name]} has no effect without {switch}. Add it, or leave {name} out.")
     if config.stages is None:
         return
-    given = {name.lstrip("+"): value for name, _, value in (word.partition("=") for word in words)}
     for name in ("seq_len", "batch_size", *LIMITS):
         said = LIMITS if name in LIMITS else (name,)
         if given.get(name, "null") != "null" and all(

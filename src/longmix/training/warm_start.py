@@ -22,7 +22,7 @@ from longmix.distributed.ranks import was_restarted
 from longmix.errors import CheckpointError, ConfigError
 from longmix.invocation import Invocation
 from longmix.model.backbone import LanguageModel
-from longmix.model.changes import changed_mixer
+from longmix.model.changes import OF_TRAINING, changed_mixer
 from longmix.model.tuned_states_file import load_weights, tune_states
 from longmix.trust import check_model_nodes
 
@@ -30,15 +30,6 @@ EXPERIMENT = "experiment"
 
 TAKEN = ("mixer", "model", "tokenizer", "block")
 """Words that come from the checkpoint; settings that may change after training may be given besides."""
-
-OF_TRAINING = (
-    "logit_penalty",
-    "embedding_dropout",
-    "residual_dropout",
-    "activation_checkpointing",
-    "activation_offload",
-)
-"""Settings of the model that say how it is trained, and not what it computes then: they may change after training."""
 
 
 @dataclass(frozen=True)

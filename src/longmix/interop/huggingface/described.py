@@ -12,11 +12,9 @@ from longmix.config import Choice, ModelConfig, Pattern
 from longmix.errors import ConfigError
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model
+from longmix.model.changes import OF_TRAINING
 
 CURE = "use as=longmix, which holds any model."
-
-TRAINING_SETTINGS = ("model.logit_penalty", "model.activation_checkpointing")
-"""Settings of a model that change no output."""
 
 SIZES = {"vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1, "max_position_embeddings": 1}
 """Whole numbers that every type has, with the least of each."""
@@ -140,7 +138,7 @@ def check_said(
     Raises:
         ConfigError: names the first setting that has no place in the description.
     """
-    passed = {*TRAINING_SETTINGS, *free}
+    passed = {*(f"model.{name}" for name in OF_TRAINING), *free}
     for key in ("model", "mixer"):
         ours, theirs = getattr(config, key), getattr(said, key)
         for name, value in _differences(key, _filled(ours.entries), _filled(theirs.entries)):

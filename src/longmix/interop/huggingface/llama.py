@@ -25,6 +25,7 @@ from longmix.mixers.parts.rotary import POSITIONS
 from longmix.mixers.sliding_window import SlidingWindow
 from longmix.model.backbone import LanguageModel
 from longmix.model.blocks import Standard
+from longmix.model.changes import OF_TRAINING
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -53,15 +54,6 @@ NAMES = {
 
 MODEL_SETTINGS = {"d_model", "num_layers", "num_heads", "mlp_hidden", "block", "tie_head", "norm_eps"}
 """Settings that the family supports."""
-
-TRAINING_SETTINGS = {
-    "logit_penalty",
-    "activation_checkpointing",
-    "activation_offload",
-    "embedding_dropout",
-    "residual_dropout",
-}
-"""Settings that change no output."""
 
 MIXER_SETTINGS = {"num_heads", "num_kv_heads", "qk_norm", "window", "attention_dropout", *POSITIONS}
 
@@ -101,7 +93,7 @@ def described(model: LanguageModel, config: ModelConfig) -> dict[str, Any]:
     Raises:
         ConfigError: names the first setting that no type of the family has.
     """
-    _check_settings(config.model, MODEL_SETTINGS | TRAINING_SETTINGS)
+    _check_settings(config.model, MODEL_SETTINGS | {*OF_TRAINING})
     block = config.model.entries.get("block")
     if block not in (_STANDARD, None):
         raise ConfigError(f"model.block={Choice.of('model.block', block).target} is not in Llama's family; {_CURE}")

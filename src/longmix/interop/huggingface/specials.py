@@ -37,6 +37,10 @@ def read_tokenizer(
         DataError: there is no tokenizer, none that longmix reads, or none that names a token for the separator.
     """
     path = folder / name
+    if not path.is_file() and name != TOKENIZER:
+        raise DataError(
+            f"--tokenizer {path}: there is no such file; give a tokenizer.json, RWKV's vocabulary or a folder with one."
+        )
     if not path.is_file():
         raise DataError(
             f"{folder} has no {name}, which is the form of tokenizers that longmix reads; give one by --tokenizer."
