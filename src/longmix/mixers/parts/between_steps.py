@@ -35,9 +35,8 @@ class Observed(nn.Module):
         """Add what `summed` makes of the arguments to the next update. In evaluation nothing is added."""
         if not self.training or self.frozen:
             return
-        seen = self.summed(*shown)
         # A sum every time, so that a recomputed pass runs the operators of the first one.
-        self._seen = seen + (torch.zeros_like(seen) if self._seen is None else self._seen)
+        self._seen = self.summed(*shown) + (0 if self._seen is None else self._seen)
 
     @torch.no_grad()
     def apply_observed(self, sum_over_processes: Callable[[Tensor], Tensor]) -> None:
@@ -57,7 +56,7 @@ class Observed(nn.Module):
 
 def counted(total: Tensor, count: int) -> Tensor:
     """A flat sum and the number of its terms, from which a mean over all passes and processes follows."""
-    return torch.cat([total.flatten(), total.new_full((1,), count)])
+    return torch.nn.functional.pad(total.flatten(), (0, 1), value=count)
 
 
 def mean_of(together: Tensor, like: Tensor) -> Tensor:

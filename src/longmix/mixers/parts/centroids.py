@@ -92,9 +92,9 @@ class SphericalKMeans(Observed):
             grouped = vectors.detach().to(exact).unflatten(2, (heads, -1))
             # The query heads of one key head count together as one.
             weight = heads / labels.shape[2]
-            total = torch.einsum("bthgk,bthgd->hkd", member, grouped) * weight
-            count = member.sum((0, 1, 3)).unsqueeze(-1) * weight
-        return torch.cat([total, count], -1)
+            total = torch.einsum("bthgk,bthgd->hkd", member, grouped)
+            count = member.sum((0, 1, 3)).unsqueeze(-1)
+            return torch.cat([total, count], -1) * weight
 
     def learn(self, together: Tensor) -> None:
         """Move sums, counts and centroids, and revive at most one cluster of each head."""
