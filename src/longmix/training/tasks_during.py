@@ -84,6 +84,7 @@ def tasks_of(config: TrainConfig, mixers: Sequence[Mixer]) -> list[TaskDuring]:
             raise ConfigError(f"{one.key}: another task has the name {one.name}; give one of them {{name:x}}.")
         if not one.task.takes_leaky:
             refuse_leaky(mixers)
+        _check_stride(one, config.seq_len)
         found.append(one)
     return found
 
@@ -114,6 +115,16 @@ def _read(key: str, item: Mapping[str, Any]) -> TaskDuring:
     if given.stride is not None and not task.takes_stride:
         raise ConfigError(f"{key}.stride={given.stride} has no effect on task={chosen}; leave it out.")
     return TaskDuring(key, given.name or str(chosen), task, given)
+
+
+def _check_stride(one: TaskDuring, usual: int) -> None:
+    """Refuse a stride beyond the shortest window; `usual` is the length that windows have without a word."""
+    lengths = one.words.seq_len or usual
+    shortest = min(lengths) if isinstance(lengths, list) else lengths
+    if (one.words.stride or 0) > shortest:
+        raise ConfigError(
+            f"{one.key}.stride={one.words.stride} must be from 1 to seq_len={shortest}, so that no token is left out."
+        )
 
 
 def _whole(value: Any) -> Any:
