@@ -432,6 +432,7 @@ REFUSED = [
 
 # Like REFUSED, but so far let through by `check_config`, or refused without the key; what is mended moves up there.
 class TestRefusals:
+    @pytest.mark.sampled(2)
     @pytest.mark.parametrize(
         ("overrides", "words"),
         [

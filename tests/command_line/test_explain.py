@@ -122,6 +122,7 @@ REFUSED = [
 ]  # fmt: skip
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("command", "line", "expected"),
     REFUSED,

@@ -20,6 +20,7 @@ def own(tmp_path):
         (tmp_path / "own" / "experiment" / f"{name}.yaml").write_text(text)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("words", "key", "value"),
     [

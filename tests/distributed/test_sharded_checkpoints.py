@@ -107,6 +107,7 @@ def test_training_goes_on_while_a_copy_is_written(name, run, tmp_path):
         assert not saving.differences(after, wanted)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["waiting", "in-the-background"])
 @pytest.mark.parametrize(
     ("name", "full", "words"),

@@ -49,6 +49,7 @@ def prompts(*lengths: int) -> list[torch.Tensor]:
     return [torch.randint(20, (length,), generator=generator) for length in lengths]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("model", STACKS, indirect=True)
 def test_rows_of_any_length_forks_and_saved_sessions_go_on_as_alone(model, monkeypatch, tmp_path):
     monkeypatch.setattr(sessions, "PREFILL_TOKENS", 20)

@@ -328,6 +328,7 @@ UNSAID = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("kind", "target", "words", "message"), UNSAID)
 def test_what_a_format_has_not_is_refused_by_name(saved, tmp_path, kind, target, words, message):
     extra = ["mixer.head_dim=32"] if words[0] == "mixer=rwkv7" else []

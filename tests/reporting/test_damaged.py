@@ -152,6 +152,7 @@ RESULTS = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("task", "content"), [(task, content) for task in RESULTS for content in RESULTS[task]])
 def test_a_result_that_is_none(sweep, task, content):
     write_needles(sweep / "good", [32], [0.0], [[0.5]])

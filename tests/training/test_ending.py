@@ -90,6 +90,7 @@ MOMENTS = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("moment", "number"), list(zip(MOMENTS, itertools.cycle(SIGNALS), strict=False)))
 def test_a_signal_at_any_moment_saves_and_the_run_goes_on_to_the_same_bits(
     moment, number, train, straight, folder, monkeypatch

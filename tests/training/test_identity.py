@@ -185,6 +185,7 @@ def base(request, trained, tmp_path_factory):
 class TestOptimizer:
     """What is set now counts, and not what was when the checkpoint was written."""
 
+    @pytest.mark.sampled(2)
     @pytest.mark.parametrize(
         ("word", "key", "index"),
         [

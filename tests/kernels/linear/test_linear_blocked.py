@@ -66,6 +66,7 @@ def nearly_cancels(case: Case) -> bool:
     return case.normalize and case.regime == "strong-input"
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("case", [*CASES, *MORE], ids=lambda case: case.name)
 def test_equals_the_definition(case, dtype):
@@ -226,6 +227,7 @@ def with_gates(case: Case, gates: tuple[torch.Tensor, torch.Tensor]) -> dict:
     return inputs
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("chunk_size", [64, 512])
 @pytest.mark.parametrize("normalize", [True, False], ids=["exp", "sig"])
 @pytest.mark.parametrize("gates", EXTREME)
