@@ -9,7 +9,7 @@ held at once, from the profiler's list of all allocations. Leaves JSON, a Markdo
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,12 +20,11 @@ from benchmarks import results
 from benchmarks.command import RESULTS, Parser, positive, progress
 from benchmarks.results import Record
 from longmix.errors import LongmixError
-from longmix.files import replace_text
 from longmix.model.backbone import Checkpointing
 from longmix.planning import check
 from longmix.planning.arguments import read
 from longmix.planning.plan import Planner
-from longmix.reporting.plots import drawing, new_figure, save_figure, set_title
+from longmix.reporting.plots import drawing, new_figure, set_title
 from longmix.reporting.style import nth_style
 
 DESCRIPTION = "Peak memory and time of a training step with each kind of activation checkpointing."
@@ -152,19 +151,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write and print."""
     options = parse(arguments)
     environment = results.environment(torch.device("cpu"), "fp32")
-    path = options.out / f"{results.file_stem('activation_memory', environment)}.json"
     try:
         records = list(measure(options))
     except LongmixError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
-    own: Mapping[str, Any] = vars(options)
-    settings = {name: value for name, value in own.items() if name != "out"}
-    content = {"benchmark": "activation_memory", "environment": environment, "settings": settings, "results": records}
-    results.write_json(path, content)
-    replace_text(path.with_suffix(".md"), f"{table(records)}\n")
-    save_figure(drawn(records), path.with_suffix(".png"))
-    print(f"{table(records)}\n\n{results.headline(environment)}\nwritten: {path}, .md, .png")
+    results.leave("activation_memory", environment, options, records, table, drawn)
     return 0
 
 

@@ -11,9 +11,8 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -24,9 +23,8 @@ from benchmarks.command import RESULTS, Parser, positive, progress
 from benchmarks.results import Record
 from longmix.config import Choice, ModelConfig
 from longmix.errors import LongmixError
-from longmix.files import replace_text
 from longmix.mixers.parts.rotary import Rotary
-from longmix.reporting.plots import draw_curves, draw_trained, drawing, new_figure, save_figure
+from longmix.reporting.plots import draw_curves, draw_trained, drawing, new_figure
 
 AS_IT_IS, INTERPOLATED, YARN, LARGER_BASE = "as it is", "interpolation", "YaRN", "larger base"
 DESCRIPTION = "Loss by position of a trained model in rows longer than in training, with several kinds of positions."
@@ -166,19 +164,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write and print."""
     options = parse(arguments)
     environment = results.environment(torch.device("cpu"), "fp32")
-    path = options.out / f"{results.file_stem(options.name, environment)}.json"
     try:
         records = list(measure(options, options.out / "evaluations"))
     except LongmixError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
-    own: Mapping[str, Any] = vars(options)
-    settings = {name: value for name, value in own.items() if name != "out"}
-    content = {"benchmark": options.name, "environment": environment, "settings": settings, "results": records}
-    results.write_json(path, content)
-    replace_text(path.with_suffix(".md"), f"{table(records)}\n")
-    save_figure(drawn(records), path.with_suffix(".png"))
-    print(f"{table(records)}\n\n{results.headline(environment)}\nwritten: {path}, .md, .png")
+    results.leave(options.name, environment, options, records, table, drawn)
     return 0
 
 

@@ -4,21 +4,23 @@ A record is one measurement as a flat dictionary. `provider`, `pass`, `dim`, `le
 every benchmark; `median_ms` is None where nothing was measured, and `note` then says why.
 """
 
+import argparse
 import importlib.metadata
 import platform
 import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
-from longmix.files import replace_json
+from longmix.files import replace_json, replace_text
 from longmix.reporting.plots import HEIGHT, WIDTH, Curve, draw_curves, drawing, new_figure, save_figure
 from longmix.reporting.style import INK, PALETTE, Style, nth_style
 from longmix_kernels.accelerators import H200
@@ -217,6 +219,24 @@ def file_stem(benchmark: str, environment: Mapping[str, Any]) -> str:
     device = environment["device_name"] if environment["device"] == "cuda" else "cpu"
     date = datetime.fromisoformat(environment["date"])
     return f"{benchmark}_{re.sub(r'[^a-z0-9]+', '-', device.lower())}_{date:%Y-%m-%d_%H-%M-%S}"
+
+
+def leave(
+    benchmark: str,
+    environment: Record,
+    options: argparse.Namespace,
+    records: Sequence[Record],
+    table: Callable[[Sequence[Record]], str],
+    drawn: Callable[[Sequence[Record]], Figure],
+) -> None:
+    """Write records as JSON, then as a Markdown table and a picture, into `options.out`; print the table."""
+    path = options.out / f"{file_stem(benchmark, environment)}.json"
+    settings = {name: value for name, value in vars(options).items() if name != "out"}
+    content = {"benchmark": benchmark, "environment": environment, "settings": settings, "results": records}
+    write_json(path, content)
+    replace_text(path.with_suffix(".md"), f"{table(records)}\n")
+    save_figure(drawn(records), path.with_suffix(".png"))
+    print(f"{table(records)}\n\n{headline(environment)}\nwritten: {path}, .md, .png")
 
 
 def write_json(path: Path, content: Record) -> None:
