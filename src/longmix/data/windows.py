@@ -321,8 +321,7 @@ class EvaluationWindows:
     ) -> None:
         check_seq_len(seq_len)
         stride = seq_len if stride is None else stride
-        if not 1 <= stride <= seq_len:
-            raise ConfigError(f"stride={stride} must be from 1 to seq_len={seq_len}, so that no token is left out.")
+        check_stride(stride, seq_len)
         if max_tokens is not None and max_tokens < 1:
             raise ConfigError(f"max_tokens must be at least 1, or null for all of the split, got {max_tokens}")
         self.total_tokens = token_file.num_tokens
@@ -357,6 +356,16 @@ def check_seq_len(seq_len: int) -> None:
     """
     if seq_len < 1:
         raise ConfigError(f"seq_len must be at least 1, got {seq_len}")
+
+
+def check_stride(stride: int, seq_len: int, key: str = "stride") -> None:
+    """Refuse a stride at which windows would leave tokens out.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    if not 1 <= stride <= seq_len:
+        raise ConfigError(f"{key}={stride} must be from 1 to seq_len={seq_len}, so that no token is left out.")
 
 
 def check_order(seq_len: int, seed: int) -> None:

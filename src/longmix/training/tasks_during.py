@@ -23,11 +23,13 @@ from longmix.config import Choice, EvaluateConfig, StagePart, StoredConfig, Task
 from longmix.config.nodes import settings, unknown_key
 from longmix.config.rules import check_values
 from longmix.data.training_data import TrainingData
+from longmix.data.windows import check_stride
 from longmix.distributed.agreement import Processes
 from longmix.errors import ConfigError, Interrupted, LongmixError, ProcessLost, settings_at
 from longmix.evaluation.run import refuse_leaky
 from longmix.evaluation.subject import Subject
 from longmix.evaluation.tasks.base import Task
+from longmix.invocation import searched
 from longmix.metrics import Metrics
 from longmix.mixers.parts.base import Mixer
 from longmix.model.backbone import LanguageModel
@@ -121,10 +123,8 @@ def _check_stride(one: TaskDuring, usual: int) -> None:
     """Refuse a stride beyond the shortest window; `usual` is the length that windows have without a word."""
     lengths = one.words.seq_len or usual
     shortest = min(lengths) if isinstance(lengths, list) else lengths
-    if (one.words.stride or 0) > shortest:
-        raise ConfigError(
-            f"{one.key}.stride={one.words.stride} must be from 1 to seq_len={shortest}, so that no token is left out."
-        )
+    if one.words.stride is not None:
+        check_stride(one.words.stride, shortest, f"{one.key}.stride")
 
 
 def _whole(value: Any) -> Any:
@@ -135,8 +135,7 @@ def choices() -> dict[str, Path]:
     """The file of every task by its name: those of longmix, and of folders that the command line lets Hydra look in."""
     folders = [configs_folder()]
     if HydraConfig.initialized():
-        sources = HydraConfig.get().runtime.config_sources
-        folders += [Path(source.path) for source in sources if source.schema == "file" and source.path]
+        folders += searched(HydraConfig.get())
     files = [path for folder in reversed(folders) for path in sorted((folder / TASK).glob("*.yaml"))]
     return dict(sorted((path.stem, path) for path in files))
 

@@ -22,6 +22,7 @@ from longmix.interop.huggingface.described import (
     whole,
 )
 from longmix.interop.layouts import Layout, renamed, rows, vector
+from longmix.interop.rwkv import LOW_RANK
 from longmix.mixers.rwkv7 import RWKV7
 from longmix.model.backbone import LanguageModel
 from longmix.model.rwkv_blocks import ChannelMix, RWKVBlocks
@@ -59,8 +60,6 @@ RANKS = {
     "gate": "gate_low_rank_dim",
 }
 """Our names of the thin matrices, and the settings that have their ranks."""
-
-LOW_RANK = {"decay": "w", "rate": "a", "value_mix": "v", "gate": "g"}
 
 
 def layout(heads: int) -> Layout:
