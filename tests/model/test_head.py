@@ -42,7 +42,8 @@ def test_losses_equal_torchs_own_operator(problem):
 def test_peaks_are_the_largest_logits_and_their_gradient_is_theirs(problem, slice_elements, monkeypatch):
     monkeypatch.setattr(head, "SLICE_ELEMENTS", slice_elements)
     hidden, weight, targets = problem
-    losses, peaks = head.token_losses_and_peaks(hidden, weight, targets)
+    found = head.scored(hidden, weight, targets, with_peaks=True)
+    losses, peaks = found.losses, found.peaks
     largest = (hidden @ weight.T).amax(-1)
     torch.testing.assert_close(peaks, largest, rtol=0, atol=1e-13)
     torch.testing.assert_close(losses, head.token_losses(hidden, weight, targets), rtol=0, atol=1e-13)

@@ -67,15 +67,6 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float
     return scored(hidden, weight, targets, softcap).losses
 
 
-def token_losses_and_peaks(
-    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """The losses of `token_losses`, and the largest logit of every position, ignored ones included; float32 [...]."""
-    found = scored(hidden, weight, targets, softcap, with_peaks=True)
-    assert found.peaks is not None
-    return found.losses, found.peaks
-
-
 def scored(
     hidden: Tensor,
     weight: Tensor,
