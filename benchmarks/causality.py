@@ -1,44 +1,36 @@
 """Whether any mixer lets later tokens change earlier ones: `python -m benchmarks.causality`.
 
-Every mixer of `configs/mixer`, all causal modes of routing, and three controls that leak, each as a model of two layers
-(`longmix.analysis.causality.scale_model`). It is trained on independent, evenly distributed tokens in short rows, where
-a causal model cannot get below the entropy; then its weights are audited in longer rows, in float64: later tokens, or
-other documents, are changed, and no earlier output may be. The controls show what the probes see of a selection by
-ranks, and what a mean over the whole row gives away.
+Every mixer of `configs/mixer`, all causal modes of routing, and for each mechanism of selection a control that leaks
+(`benchmarks.causality_controls`), as models of two layers (`longmix.analysis.causality.scale_model`). Each is trained
+on independent, evenly distributed tokens in short rows, where a causal model cannot get below the entropy; then its
+weights are audited in longer rows, in float64: later tokens, or other documents, are changed, and no earlier output may
+be. The controls show what the probes see of a selection by ranks, and what a mean over the whole row gives away.
 """
 
 import argparse
+import functools
 import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from benchmarks import results
+from benchmarks.causality_controls import CONTROLS, LeakyControl
 from benchmarks.command import RESULTS, Parser, positive, progress
 from longmix.analysis.causality import EntropyFinding, Finding, audit, entropy_test, model_function, scale_model
 from longmix.composing import composed
 from longmix.config import Choice, ModelConfig
 from longmix.evaluation.tasks.causality import CHANGES_HEIGHT, draw_changes
 from longmix.files import replace_text
-from longmix.mixers.parts.base import Mixer, MixerOutput, ModelShape
-from longmix.mixers.parts.routing_modes import CAUSAL, LEAKY
+from longmix.mixers.parts.routing_modes import CAUSAL
 from longmix.reporting.plots import AROUND, drawing, new_figure, save_figure, set_title
 from longmix.reporting.style import INK, SOFT, nth_style
 
 CONFIGS = results.ROOT / "configs"
 MODES = {f"routing, {mode}": {"mode": mode} for mode in CAUSAL[1:]}
 """By name: settings of `routing` besides those of its file."""
-
-CONTROLS = {
-    "routing, as published": {"mode": LEAKY},
-    "upper half of the row": {"_target_": "benchmarks.causality.UpperHalf"},
-    "mean of the row": {"_target_": "benchmarks.causality.RowMean"},
-}
-"""By name: what leaks, as settings of `routing`, or as a class."""
 
 SIZES = ("model.d_model=64", "model.num_layers=2", "model.num_heads=2", "model.mlp_hidden=128")
 VOCABULARY = 8
@@ -49,62 +41,18 @@ the row were changed; and of a document alone against itself in a row. below: bi
 loss is below the entropy of its tokens, with its standard error."""
 
 
-class Control(Mixer):
-    """A mixer that leaks and remembers nothing: it is looked at in full passes alone."""
-
-    leaky = True
-
-    def init_state(self, batch: int) -> None:
-        """There is none."""
-
-    def state_bytes(self, length: int) -> int:
-        """See `Mixer.state_bytes`."""
-        return 0
-
-    def flops(self, length: int) -> int:
-        """See `Mixer.flops`."""
-        return 2 * length * sum(weight.numel() for weight in self.parameters())
-
-
-class UpperHalf(Control):
-    """A control that leaks: lets a token through if its score is in the upper half of its row, as in Mixture-of-Depths
-    (Raposo et al. 2024, arXiv 2404.02258).
-    """
-
-    def __init__(self, shape: ModelShape, layer_index: int) -> None:
-        super().__init__()
-        self.score = nn.Linear(shape.d_model, 1, bias=False)
-        self.output = nn.Linear(shape.d_model, shape.d_model, bias=False)
-
-    def forward(self, x: Tensor, *, state: Any = None, document_ids: Tensor | None = None) -> MixerOutput:
-        """See `Mixer.forward`; there is no state."""
-        score = self.score(x)
-        chosen = score >= score.median(1, keepdim=True).values
-        return MixerOutput(self.output(x * chosen * score.sigmoid()))
-
-
-class RowMean(Control):
-    """A control that leaks: the mean of the whole row, as a block that is summarised before it is complete."""
-
-    def __init__(self, shape: ModelShape, layer_index: int) -> None:
-        super().__init__()
-        self.output = nn.Linear(shape.d_model, shape.d_model, bias=False)
-
-    def forward(self, x: Tensor, *, state: Any = None, document_ids: Tensor | None = None) -> MixerOutput:
-        """See `Mixer.forward`; there is no state."""
-        return MixerOutput(self.output(x.mean(1, keepdim=True).expand_as(x)))
-
-
 def configurations(names: Sequence[str]) -> dict[str, ModelConfig]:
     """Small models with these mixers, and then with routing's modes and the controls."""
     found = {name: _small(name) for name in names}
-    modes, routing = MODES if "routing" in names else {}, _small("routing")
-    for name, settings in (modes | CONTROLS).items():
-        own = {} if "_target_" in settings else routing.mixer.entries
-        found[name] = ModelConfig(mixer=Choice.of("mixer", {**own, **settings}), model=routing.model)
+    modes = {name: LeakyControl("routing", settings) for name, settings in MODES.items()} if "routing" in names else {}
+    for name, control in (modes | CONTROLS).items():
+        base = _small(control.mixer or "routing")
+        own = {} if control.mixer is None else base.mixer.entries
+        found[name] = ModelConfig(mixer=Choice.of("mixer", {**own, **control.settings}), model=base.model)
     return found
 
 
+@functools.cache
 def _small(mixer: str) -> ModelConfig:
     return ModelConfig.of(composed("train", [f"mixer={mixer}", *SIZES]).content)
 

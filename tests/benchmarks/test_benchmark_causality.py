@@ -4,8 +4,34 @@ import json
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from benchmarks import causality as benchmark
+from benchmarks.causality_controls import CONTROLS, MECHANISMS, LeakyControl, RowMean
+from longmix.analysis.causality import audit, mixer_function
+from longmix.config import locate
+from longmix.mixers.parts.softmax import SoftmaxAttention
+
+EVERY = {path.stem: OmegaConf.load(path)["_target_"] for path in (benchmark.CONFIGS / "mixer").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_an_audit_finds_what_a_control_leaks(name):
+    mixer = benchmark.scale_model(benchmark.configurations([])[name], 32, 8).double().eval().mixers()[0]
+    x = torch.randn(2, 32, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    kinds = {finding.kind for finding in audit(mixer_function(mixer), x)} - {"none"}
+    assert mixer.leaky and kinds == set(CONTROLS[name].kinds)
+
+
+def test_every_mixer_that_selects_by_content_has_a_control():
+    """Where a class says so itself; of what selects in another way, `MECHANISMS` says it."""
+    classes = {name: locate(target, "mixer") for name, target in EVERY.items()}
+    selecting = {
+        name
+        for name, kind in classes.items()
+        if issubclass(kind, SoftmaxAttention) and kind.select is not SoftmaxAttention.select
+    }
+    assert selecting <= set(MECHANISMS) <= set(EVERY) and set(MECHANISMS.values()) <= set(CONTROLS)
 
 
 @pytest.mark.slow
@@ -18,13 +44,12 @@ def test_a_run_leaves_table_picture_and_records(tmp_path, capsys):
     content = json.loads(path.read_text())
     assert path.with_suffix(".txt").read_text() in printed and path.with_suffix(".png").stat().st_size > 10_000
     found = {record["mixer"]: record for record in content["results"]}
-    assert list(found) == ["flash", "scatterbrain_content", *benchmark.CONTROLS]
+    assert list(found) == ["flash", "scatterbrain_content", *CONTROLS]
     for name, row in found.items():
-        control = name in benchmark.CONTROLS
+        control = name in CONTROLS
         assert row["control"] is control and row["causal"] is not control
         assert (row["later tokens"] > 1e-3) is control and row["bits_error"] < 0.03
-        kinds = {"mean of the row": "content, placement"}.get(name, "placement, selection")
-        assert row["leak"] == (kinds if control else "none")
+        assert row["leak"] == (", ".join(CONTROLS[name].kinds) if control else "none")
     mean = found["mean of the row"]
     assert mean["bits_below"] > 10 * mean["bits_error"] and mean["bits_below"] == pytest.approx(
         (mean["entropy"] - mean["loss"]) / 0.6931, rel=1e-3
@@ -33,12 +58,12 @@ def test_a_run_leaves_table_picture_and_records(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_mixer_that_leaks_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "CONTROLS", {"flash": {"_target_": "longmix.mixers.flash.Flash"}})
+    monkeypatch.setattr(benchmark, "CONTROLS", {"flash": LeakyControl("flash")})
     words = ["--mixers", "sliding_window", "--steps", "1", "--rows", "1", "--length", "8"]
     assert benchmark.main([*words, "--out", str(tmp_path)]) == 1
 
 
-class Asleep(benchmark.RowMean):
+class Asleep(RowMean):
     """Of the fresh weights it shows nothing."""
 
     def __init__(self, shape, layer_index):
@@ -48,7 +73,7 @@ class Asleep(benchmark.RowMean):
 
 @pytest.mark.slow
 def test_trained_weights_are_audited(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "CONTROLS", {"asleep": {"_target_": f"{__name__}.Asleep"}})
+    monkeypatch.setattr(benchmark, "CONTROLS", {"asleep": LeakyControl(settings={"_target_": f"{__name__}.Asleep"})})
     words = ["--mixers", "sliding_window", "--steps", "2", "--rows", "1", "--length", "8"]
     assert benchmark.main([*words, "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*.json")
