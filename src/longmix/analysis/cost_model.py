@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from longmix.accelerators import Accelerator
 from longmix.mixers.parts.base import Mixer
+from longmix.mixers.parts.projections import weight_count
 from longmix.model.backbone import LanguageModel
 
 
@@ -65,7 +65,7 @@ def step_cost(model: LanguageModel, context: int, batch: int = 1) -> StepCost:
         context: tokens before it.
         batch: sequences that are decoded together and so share the reading of weights.
     """
-    weights = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
+    weights = weight_count(model.modules())
     read = sum(parameter.nbytes for parameter in model.parameters())
     if model.head.weight is not model.embedding.weight:
         read -= model.embedding.weight.nbytes  # all but one row, which is next to nothing

@@ -31,6 +31,7 @@ from longmix.mixers.parts.convolution import token_shift
 from longmix.mixers.parts.documents import continued_ids
 from longmix.mixers.parts.exact import rounded_once
 from longmix.mixers.parts.norms import HeadwiseNorm, check_norm_eps
+from longmix.mixers.parts.projections import weight_count
 from longmix.mixers.parts.recomputed import recomputed
 from longmix.mixers.parts.recurrent import RecurrentMixer, RecurrentState
 from longmix.mixers.parts.recurrent_slices import DeltaRecurrence, widened
@@ -274,7 +275,7 @@ class RWKV7(RecurrentMixer):
 
     def flops(self, length: int) -> int:
         """Projections, and per head and token two readings of the state and two updates of 2 head_dim^2 each."""
-        weights = sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
+        weights = weight_count(self.modules())
         return 2 * length * weights + 8 * length * self.recent_channels * self.head_dim
 
     def _heads(self, x: Tensor) -> Tensor:

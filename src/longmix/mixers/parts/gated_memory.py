@@ -32,6 +32,7 @@ from longmix.mixers.parts.convolution import ShortConvolution
 from longmix.mixers.parts.documents import continued_ids
 from longmix.mixers.parts.exact import exact_linear, rounded_once
 from longmix.mixers.parts.norms import HeadwiseNorm, check_norm_eps
+from longmix.mixers.parts.projections import weight_count
 from longmix.mixers.parts.recomputed import recomputed
 from longmix.mixers.parts.recurrent import Recurrence, RecurrentMixer, RecurrentState
 from longmix.mixers.parts.recurrent_slices import DecayRecurrence, DeltaRecurrence, widened
@@ -311,7 +312,7 @@ class GatedMemory(RecurrentMixer):
 
         Each of them takes 2 key_dim * value_dim.
         """
-        weights = sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
+        weights = weight_count(self.modules())
         convolved = 0 if self.convolution is None else self.convolution.flops(length)
         products = 2 if self.strength is None else 4
         entries = self.num_heads * self.key_dim * self.value_dim

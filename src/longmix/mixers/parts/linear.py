@@ -18,6 +18,7 @@ from longmix.mixers.parts.documents import continued_ids
 from longmix.mixers.parts.exact import rounded_once
 from longmix.mixers.parts.layout import Layout, LayoutNeeds, layout_after
 from longmix.mixers.parts.norms import HeadwiseNorm, check_norm_eps
+from longmix.mixers.parts.projections import weight_count
 from longmix.mixers.parts.recurrent import Recurrence, RecurrentMixer, RecurrentState
 from longmix.mixers.parts.recurrent_slices import DecayRecurrence, NormalizedRecurrence
 from longmix.mixers.parts.rotary import Rotary
@@ -160,6 +161,6 @@ class LinearMixer(RecurrentMixer):
 
     def flops(self, length: int) -> int:
         """Projections, and per head and token one update and one reading of the state, 2 key_dim * value_dim each."""
-        weights = sum(layer.weight.numel() for layer in self.children() if isinstance(layer, nn.Linear))
+        weights = weight_count(self.children())
         convolved = 0 if self.convolution is None else self.convolution.flops(length)
         return 2 * length * weights + convolved + 4 * length * self.num_heads * self.key_dim * self.value_dim

@@ -25,6 +25,7 @@ from longmix.mixers.parts.exact import rounded_once
 from longmix.mixers.parts.layout import Layout, LayoutNeeds, layout_after
 from longmix.mixers.parts.looked_into import ValuePath
 from longmix.mixers.parts.metrics import Metric
+from longmix.mixers.parts.projections import weight_count
 from longmix.mixers.parts.rotary import POSITIONS, Rotary, RotaryScalingOptions, ScalingKind, rotate
 from longmix.mixers.parts.states import mixer_state
 
@@ -345,7 +346,7 @@ class SoftmaxAttention(Mixer):
 
     def flops(self, length: int) -> int:
         """Projections, and for every visible pair 2 * head_dim for its score and as many for its value."""
-        weights = sum(layer.weight.numel() for layer in self.children() if isinstance(layer, nn.Linear))
+        weights = weight_count(self.children())
         return 2 * length * weights + 4 * self.num_heads * self.head_dim * self.visible_pairs(length)
 
 
