@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from longmix.mixers.flash import Flash as Flash
     from longmix.mixers.gated_deltanet import GatedDeltaNet as GatedDeltaNet
     from longmix.mixers.gla import GLA as GLA
+    from longmix.mixers.hgrn2 import HGRN2 as HGRN2
     from longmix.mixers.hyper import Hyper as Hyper
     from longmix.mixers.kda import KDA as KDA
     from longmix.mixers.lightning import Lightning as Lightning
+    from longmix.mixers.mamba2 import Mamba2 as Mamba2
     from longmix.mixers.mlstm_tfla import MLSTMTFLA as MLSTMTFLA
     from longmix.mixers.parts.base import Mixer as Mixer
     from longmix.mixers.parts.base import MixerOutput as MixerOutput
@@ -38,11 +40,13 @@ _PLACES = {
     "Flash": "longmix.mixers.flash",
     "GLA": "longmix.mixers.gla",
     "GatedDeltaNet": "longmix.mixers.gated_deltanet",
+    "HGRN2": "longmix.mixers.hgrn2",
     "Hyper": "longmix.mixers.hyper",
     "KDA": "longmix.mixers.kda",
     "Lightning": "longmix.mixers.lightning",
     "LinearMixer": "longmix.mixers.parts.linear",
     "MLSTMTFLA": "longmix.mixers.mlstm_tfla",
+    "Mamba2": "longmix.mixers.mamba2",
     "Mixer": "longmix.mixers.parts.base",
     "MixerOutput": "longmix.mixers.parts.base",
     "ModelShape": "longmix.mixers.parts.base",

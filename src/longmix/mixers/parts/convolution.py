@@ -40,11 +40,13 @@ class ShortConvolution(nn.Module):
     Args:
         channels: number of channels.
         size: tokens that are mixed, the current one included.
+        bias: add one number per channel before the SiLU, zero at first.
     """
 
-    def __init__(self, channels: int, size: int) -> None:
+    def __init__(self, channels: int, size: int, bias: bool = False) -> None:
         super().__init__()
         self.size = size
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
         self.weight = nn.Parameter(torch.empty(size, channels))
         nn.init.uniform_(self.weight, -(size**-0.5), size**-0.5)
         set_recipe(self.weight, Recipe("scalar", weight_decay=False))
@@ -64,7 +66,7 @@ class ShortConvolution(nn.Module):
         total = x * self.weight[0].to(x.dtype)
         for lag in range(1, self.size):
             total = total + _lagged(whole, lag, x.shape[1], ids) * self.weight[lag].to(x.dtype)
-        return nn.functional.silu(total)
+        return nn.functional.silu(total if self.bias is None else total + self.bias.to(x.dtype))
 
     def flops(self, length: int) -> int:
         """Floating-point operations for `length` tokens."""

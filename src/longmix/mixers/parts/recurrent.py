@@ -138,12 +138,17 @@ class RecurrentMixer(Mixer):
         return read + self.tuned.memory(query).to(read.dtype)
 
     def run_engine(
-        self, run: Run, recurrence: Recurrence, state: RecurrentState | Slices | None, ids: Tensor | None, batch: int
+        self,
+        run: Run,
+        recurrence: Recurrence | None,
+        state: RecurrentState | Slices | None,
+        ids: Tensor | None,
+        batch: int,
     ) -> tuple[Tensor, Any]:
         """Output [B, T, ...] and final state of the engine, from a state or from the beginning.
 
         Args:
-            run, recurrence: the engine, and what it does to its state.
+            run, recurrence: the engine, and what it does to its state; the latter may be None without slices.
             state: see `Mixer.forward`.
             ids: int32 [B, T]; None where the last document of each row goes on.
             batch: B.
@@ -152,6 +157,7 @@ class RecurrentMixer(Mixer):
         if state is None:
             return run(fresh, ids, None)
         if isinstance(state, Slices):
+            assert recurrence is not None
             with torch.autocast(next(self.parameters()).device.type, enabled=False):  # states stay exact
                 return recurrence.over_slice(run, fresh, state, ids)
         continues = None if ids is None else goes_on(state, ids)
