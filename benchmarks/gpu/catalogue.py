@@ -36,6 +36,8 @@ MIXERS = (
     "deltanet",
     "gla",
     "simple_gla",
+    "mamba2",
+    "hgrn2",
     "lightning",
     "retention",
     "hyper",
