@@ -18,6 +18,7 @@ from longmix.mixers.parts.base import COUNT, MixerOutput, at_most, checked_sizes
 from longmix.mixers.parts.convolution import ShortConvolution
 from longmix.mixers.parts.documents import continued_ids
 from longmix.mixers.parts.exact import rounded_once
+from longmix.mixers.parts.projections import weight_count
 from longmix.mixers.parts.recomputed import recomputed
 from longmix.mixers.parts.recurrent import RecurrentMixer, RecurrentState
 from longmix.mixers.parts.recurrent_slices import DecayRecurrence
@@ -151,7 +152,7 @@ class MemoryMixer(RecurrentMixer):
 
     def flops(self, length: int) -> int:
         """Projections, convolution, and per head and token one update and one reading, 2 key_dim * value_dim each."""
-        weights = sum(layer.weight.numel() for layer in self.children() if isinstance(layer, nn.Linear))
+        weights = weight_count(self.children())
         convolved = 0 if self.convolution is None else self.convolution.flops(length)
         return 2 * length * weights + convolved + 4 * length * self.num_heads * self.key_dim * self.value_dim
 
