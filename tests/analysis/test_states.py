@@ -8,10 +8,10 @@ import torch
 from longmix.analysis.effective_attention import engine_call
 from longmix.analysis.states import gate_statistics, log_root_mean_square
 from longmix.mixers.mlstm_tfla import MLSTMTFLA
+from longmix.mixers.parts.attention_state import AttentionState
 from longmix.mixers.parts.base import ModelShape
 from longmix.mixers.parts.gated_memory import GatedMemory
 from longmix.mixers.parts.looked_into import EngineCall
-from longmix.mixers.parts.softmax import AttentionState
 from longmix.mixers.parts.states import held_bytes
 from longmix.mixers.rwkv7 import RWKV7
 from longmix_kernels.linear import LinearState

@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from longmix.config import ModelConfig, resolved
 from longmix.errors import ConfigError
 from longmix.mixers.parts import routing_modes as modes
+from longmix.mixers.parts.attention_state import Rows
 from longmix.mixers.parts.base import ModelShape
 from longmix.mixers.parts.between_steps import finish_step
 from longmix.mixers.parts.metrics import Measure
 from longmix.mixers.parts.rotary import rotary_angles, rotate
-from longmix.mixers.parts.softmax import Rows
 from longmix.mixers.routing import Routing
 from longmix.mixers.sliding_window import SlidingWindow
 from longmix.model.build import build_model

@@ -10,11 +10,11 @@ from torch.nn import functional as F
 from longmix.mixers import hyper as hyper_module
 from longmix.mixers.flash import Flash
 from longmix.mixers.hyper import Hyper
+from longmix.mixers.parts.attention_state import Rows
 from longmix.mixers.parts.base import ModelShape
 from longmix.mixers.parts.by_label import LabelAttention
 from longmix.mixers.parts.hashing import AngularHash, pseudo_random
 from longmix.mixers.parts.rotary import rotary_angles, rotate
-from longmix.mixers.parts.softmax import Rows
 from longmix.mixers.sparse_flash import SparseFlash
 from longmix.mixers.sparse_flash_drop import SparseFlashDrop
 

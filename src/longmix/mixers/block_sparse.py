@@ -18,14 +18,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longmix.errors import ConfigError
+from longmix.mixers.parts.attention_state import Rows
 from longmix.mixers.parts.base import TOKENS, ModelShape, at_most
 from longmix.mixers.parts.metrics import Metric
-from longmix.mixers.parts.softmax import HeadOptions, Rows, SoftmaxAttention
+from longmix.mixers.parts.softmax import HeadOptions, SoftmaxAttention
 from longmix_kernels.attention import (
     BlockList,
     attention,
     butterfly_blocks,
-    merge,
     positions_from_document_ids,
     sink_and_local_blocks,
     stripe_blocks,
@@ -116,12 +116,13 @@ class BlockSparse(SoftmaxAttention):
 
     def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Metric]]:
         """Call the engine, which visits only the listed blocks, or with documents the runs of their blocks."""
-        tensors = rows.query, rows.key, rows.value
         if rows.document_ids is None:
-            return attention(*tensors, blocks=self._blocks(rows.key)), {}
+            blocks = self._blocks(rows.key)
+            if rows.plain:
+                return attention(rows.query, rows.key, rows.value, blocks=blocks), {}
+            return rows.merged([rows.attended(blocks=blocks)]), {}
         runs = self._runs(rows.document_ids, rows.query.shape[1])
-        parts = [attention(*tensors, **run._asdict(), return_logsumexp=True) for run in runs]
-        return merge(parts)[0] if len(parts) > 1 else parts[0][0], {}
+        return rows.merged([rows.attended(**run._asdict()) for run in runs]), {}
 
     def _blocks(self, key: Tensor) -> BlockList:
         """The list for these keys: as prepared, which a compiled graph takes as an input, else made here."""

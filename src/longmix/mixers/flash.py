@@ -1,5 +1,6 @@
 """Exact causal attention, computed by the fastest exact provider there is (Dao 2023, arXiv 2307.08691)."""
 
+from dataclasses import replace
 from typing import ClassVar, Unpack
 
 from torch import Tensor
@@ -7,9 +8,10 @@ from torch import Tensor
 from longmix.distributed.balance import balanced, rows_needed
 from longmix.distributed.slices import Slices
 from longmix.mixers.parts.attention_dropout import check_dropout, dropped_attention
+from longmix.mixers.parts.attention_state import Rows
 from longmix.mixers.parts.base import ModelShape
 from longmix.mixers.parts.metrics import Metric
-from longmix.mixers.parts.softmax import HeadOptions, Rows, SoftmaxAttention
+from longmix.mixers.parts.softmax import HeadOptions, SoftmaxAttention
 from longmix_kernels.attention import attention, packed, packed_supports, sdpa
 
 
@@ -35,6 +37,8 @@ class Flash(SoftmaxAttention):
         tensors = rows.query, rows.key, rows.value
         if self.training and self.attention_dropout:
             return dropped_attention(*tensors, self.attention_dropout, document_ids=rows.document_ids), {}
+        if not rows.plain:
+            return rows.merged([rows.attended(**rows.bounds())]), {}
         if rows.document_ids is None and rows.query.shape[1] in (1, rows.key.shape[1]):
             return sdpa(*tensors), {}
         starts = None if rows.layout is None else rows.layout.starts
@@ -50,7 +54,7 @@ class Flash(SoftmaxAttention):
 
         def attend(query: Tensor, end: int) -> Tensor:
             ids = None if slices.whole_ids is None else slices.whole_ids[:, :end]
-            return self.attend(Rows(query, key[:, :end], value[:, :end], ids))[0]
+            return self.attend(replace(rows, query=query, key=key[:, :end], value=value[:, :end], document_ids=ids))[0]
 
         return balanced(attend, rows.query, slices), {}
 

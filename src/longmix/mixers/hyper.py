@@ -11,19 +11,21 @@ and a sampled key of the own bucket is left out, not counted twice.
 """
 
 import math
+from dataclasses import replace
 from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor
 
 from longmix.errors import ConfigError
+from longmix.mixers.parts.attention_state import Rows
 from longmix.mixers.parts.base import SEED, ModelShape, at_most
 from longmix.mixers.parts.by_label import Part
 from longmix.mixers.parts.hashing import pseudo_random
 from longmix.mixers.parts.metrics import Metric
-from longmix.mixers.parts.softmax import HeadOptions, Rows, Selection
+from longmix.mixers.parts.softmax import HeadOptions, Selection
 from longmix.mixers.sparse_flash import SparseFlash
-from longmix_kernels.attention import Ordering, attention, order_by_label
+from longmix_kernels.attention import Ordering, order_by_label
 
 _SAMPLED = 0
 _EXCLUDED = -(2.0**14)
@@ -83,6 +85,7 @@ class Hyper(SparseFlash):
         buckets = super().select(x, query, key, positions)
         passed_over = pseudo_random(positions, self.salt) >= self.sample
         sampled = passed_over.expand(x.shape[0], -1, -1).unsqueeze(-1).int()  # `_SAMPLED` or 1
+        assert buckets.key_labels is not None
         return Selection(buckets.query_labels, torch.cat((buckets.key_labels, sampled), -1))
 
     def further_parts(self, rows: Rows) -> list[Part]:
@@ -99,8 +102,8 @@ class Hyper(SparseFlash):
             gap=self.gap,
             **rows.documents(),
         )
-        scale = self.head_dim**-0.5
-        output, logsumexp = attention(query, key, rows.value, scale=scale, return_logsumexp=True, **order._asdict())
+        wider = replace(rows, query=query, key=key, scale=self.head_dim**-0.5)
+        output, logsumexp = wider.attended(**order._asdict())
         return [(output, logsumexp - math.log(self.sample))]
 
     @torch.no_grad()

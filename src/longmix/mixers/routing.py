@@ -11,6 +11,7 @@ token that shares its query and key does not see itself, whose score would outwe
 of its cluster.
 """
 
+from dataclasses import replace
 from typing import Any, ClassVar, NoReturn, Unpack
 
 import torch
@@ -19,15 +20,16 @@ from torch import Tensor, nn
 from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
 from longmix.mixers.parts import routing_modes as modes
+from longmix.mixers.parts.attention_state import AttentionState, Rows, continued
 from longmix.mixers.parts.base import COUNT, REAL, SEED, TOKENS, ModelShape, at_most
 from longmix.mixers.parts.by_label import empty_rows
 from longmix.mixers.parts.centroids import ScoreThreshold, SphericalKMeans, unit, usage
 from longmix.mixers.parts.metrics import Metric
 from longmix.mixers.parts.rings import Rings, RoutingState, with_rings
 from longmix.mixers.parts.scatterbrain_summaries import numbered
-from longmix.mixers.parts.softmax import AttentionState, HeadOptions, Rows, Selection, SoftmaxAttention, continued
+from longmix.mixers.parts.softmax import HeadOptions, Selection, SoftmaxAttention
 from longmix.notices import notice
-from longmix_kernels.attention import Ordering, attention, merge
+from longmix_kernels.attention import Ordering, attention
 
 
 class Routing(SoftmaxAttention):
@@ -214,17 +216,19 @@ class Routing(SoftmaxAttention):
 
     def _divided(self, rows: Rows) -> tuple[Rows, Rows]:
         """The local heads, and the routed heads with their labels."""
-        heads, kv_heads, ids = self.local_heads, self.local_kv_heads, rows.document_ids
-        local = rows.query[:, :, :heads], rows.key[:, :, :kv_heads], rows.value[:, :, :kv_heads]
-        routed = rows.query[:, :, heads:], rows.key[:, :, kv_heads:], rows.value[:, :, kv_heads:]
-        labels = rows.query_labels, rows.key_labels
-        return Rows(*local, ids, layout=rows.layout), Rows(*routed, ids, *labels, rows.layout)
+        heads, kv_heads = self.local_heads, self.local_kv_heads
+        local = rows.heads(slice(heads), slice(kv_heads))
+        routed = rows.heads(slice(heads, None), slice(kv_heads, None))
+        return replace(local, query_labels=None, key_labels=None), routed
 
     def _windowed(self, rows: Rows) -> list[Tensor]:
         """The output of the local heads; empty without local heads."""
         if self.local_heads == 0:
             return []
-        return [attention(rows.query, rows.key, rows.value, **rows.bounds(self.local_window))]
+        bounds = rows.bounds(self.local_window)
+        if rows.plain:
+            return [attention(rows.query, rows.key, rows.value, **bounds)]
+        return [rows.merged([rows.attended(**bounds)])]
 
     def engine_window(self) -> int:
         """The window of the local heads."""
@@ -304,9 +308,9 @@ class Routing(SoftmaxAttention):
                 # The query's own key comes first; it is seen only where the ring is empty.
                 key, value = torch.cat((rows.key, key), 1), torch.cat((rows.value, value), 1)
                 lo, hi = there.clamp(max=1), there + 1
-            lo, hi = lo.int().unsqueeze(-1), hi.int().unsqueeze(-1)
-            parts.append(attention(rows.query, key, value, lo=lo, hi=hi, return_logsumexp=True))
-        return parts[0][0] if len(parts) == 1 else merge(parts)[0]
+            ring = replace(rows, key=key, value=value)
+            parts.append(ring.attended(lo=lo.int().unsqueeze(-1), hi=hi.int().unsqueeze(-1)))
+        return rows.merged(parts)
 
     def init_state(self, batch: int) -> Any:
         """Empty rings and a local cache, or an empty cache of all keys for modes that may see any of them.

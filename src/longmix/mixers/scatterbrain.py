@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
+from longmix.mixers.parts.attention_state import Rows
 from longmix.mixers.parts.base import COUNT, REAL, SEED, TOKENS, ModelShape, at_most
 from longmix.mixers.parts.documents import goes_on
 from longmix.mixers.parts.features import FeatureMap, check_kind, enough_features, predicted_error
@@ -42,7 +43,7 @@ from longmix.mixers.parts.scatterbrain_cache import (
 )
 from longmix.mixers.parts.scatterbrain_slices import after_earlier_slices, after_sums
 from longmix.mixers.parts.scatterbrain_summaries import Blocks, Part, no_summaries, numbered, pooled
-from longmix.mixers.parts.softmax import HeadOptions, Rows, SoftmaxAttention
+from longmix.mixers.parts.softmax import HeadOptions, SoftmaxAttention
 from longmix.notices import notice
 from longmix_kernels.attention import attention, merge
 from longmix_kernels.scatter import FeatureState, ScatterResult, empty_state, scatter_attention
@@ -169,7 +170,7 @@ class Scatterbrain(SoftmaxAttention):
         mixed, metrics = self._merged(queries, keys, before, number == 0, result)
         # Only a document that fills the call from its first token on has sums from before.
         before = before.kept_of(number[:, 0] == number[:, -1])
-        before = replace(before, last_id=ids[:, -1], next_position=next_position)
+        before = replace(before, last_id=ids[:, -1], next_position=next_position, carried=rows.carried)
         return mixed, metrics, state_after(keys, before, self.block, self.past_blocks, self._scale(), queries.documents)
 
     def state_type(self) -> type:

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from longmix.errors import ConfigError
 from longmix.mixers.parts.attention_dropout import check_dropout, dropped_attention
+from longmix.mixers.parts.attention_state import AttentionState, Rows
 from longmix.mixers.parts.base import TOKENS, ModelShape, at_most
 from longmix.mixers.parts.metrics import Metric
-from longmix.mixers.parts.softmax import AttentionState, HeadOptions, Rows, SoftmaxAttention
+from longmix.mixers.parts.softmax import HeadOptions, SoftmaxAttention
 from longmix_kernels.attention import attention
 
 
@@ -56,7 +57,10 @@ class SlidingWindow(SoftmaxAttention):
         if self.training and self.attention_dropout:
             ids = rows.document_ids
             return dropped_attention(*tensors, self.attention_dropout, document_ids=ids, window=self.window), {}
-        return attention(*tensors, **rows.bounds(self.window)), {}
+        bounds = rows.bounds(self.window)
+        if rows.plain:
+            return attention(*tensors, **bounds), {}
+        return rows.merged([rows.attended(**bounds)]), {}
 
     def engine_window(self) -> int:
         """The window."""

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
+from longmix.mixers.parts.attention_state import Rows
 from longmix.mixers.parts.base import TOKENS, ModelShape, at_most
 from longmix.mixers.parts.metrics import Mean, Measure, Metric
-from longmix.mixers.parts.softmax import HeadOptions, Rows, SoftmaxAttention
-from longmix_kernels.attention import Ordering, attention, merge, order_by_label
+from longmix.mixers.parts.softmax import HeadOptions, SoftmaxAttention
+from longmix_kernels.attention import Ordering, order_by_label
 
 Part = tuple[Tensor, Tensor]
 """Output [B, Tq, Hq, head_dim] and logsumexp [B, Tq, Hq] of attention to some of the keys."""
@@ -60,14 +61,12 @@ class LabelAttention(SoftmaxAttention):
 
     def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Metric]]:
         """Merge the rounds, the window, and what a subclass adds."""
-        tensors = rows.query, rows.key, rows.value
         orderings = [self.ordering(rows, turn) for turn in range(self.rounds)]
-        parts = [attention(*tensors, **order._asdict(), return_logsumexp=True) for order in orderings]
+        parts = [rows.attended(**order._asdict()) for order in orderings]
         if self.window:
-            parts.append(attention(*tensors, **rows.bounds(self.window), return_logsumexp=True))
+            parts.append(rows.attended(**rows.bounds(self.window)))
         parts += self.further_parts(rows)
-        output = parts[0][0] if len(parts) == 1 else merge(parts)[0]
-        return output, self.occupancy(rows, orderings) if self.training else {}
+        return rows.merged(parts), self.occupancy(rows, orderings) if self.training else {}
 
     def attend_after(self, rows: Rows, slices: Slices) -> tuple[Tensor, dict[str, Metric]]:
         """Attend as the base does. Only the last slice sees whole rows, so it alone logs `largest_label`."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longmix.mixers.parts.softmax import AttentionState, Rows
+from longmix.mixers.parts.attention_state import AttentionState, Rows
 from longmix.mixers.parts.states import mixer_state
 
 
@@ -118,6 +118,11 @@ class RoutingState:
         """int [B], the document of the last token; before the first one, of a row without ids."""
         ids = self.recent.document_ids
         return torch.zeros_like(self.next_position, dtype=torch.int32) if ids is None else ids[:, -1]
+
+    @property
+    def carried(self) -> Tensor | None:
+        """As in `AttentionState`."""
+        return self.recent.carried
 
     @property
     def next_position(self) -> Tensor:

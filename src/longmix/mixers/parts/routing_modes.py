@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longmix.mixers.parts.softmax import Rows
-from longmix_kernels.attention import Ordering, attention, merge, order_by_label, positions_from_document_ids
+from longmix.mixers.parts.attention_state import Rows
+from longmix_kernels.attention import Ordering, order_by_label, positions_from_document_ids
 
 CAUSAL = ("argmax_window", "argmax_full", "prefix_topk", "threshold")
 LEAKY = "sequence_topk"
@@ -60,9 +60,7 @@ def latest(
             # A query without an earlier key is the first of its run, so `lo` is its own place.
             order = order._replace(hi=torch.maximum(order.hi, order.lo + 1))
         orderings.append(order)
-    tensors = rows.query, rows.key, rows.value
-    parts = [attention(*tensors, **order._asdict(), return_logsumexp=True) for order in orderings]
-    return (parts[0][0] if len(parts) == 1 else merge(parts)[0]), orderings
+    return rows.merged([rows.attended(**order._asdict()) for order in orderings]), orderings
 
 
 def copied(rows: Rows) -> Rows:
@@ -90,7 +88,6 @@ def prefix_topk(rows: Rows, clusters: int, window: int, block: int, shared: bool
     else:
         position = positions_from_document_ids(rows.document_ids).long()
     own_block = (position % block == 0).cumsum(1).int()
-    tensors = rows.query, rows.key, rows.value
     own = order_by_label(
         labels,
         None if shared and queries == keys else scores.argmax(-1),
@@ -99,7 +96,7 @@ def prefix_topk(rows: Rows, clusters: int, window: int, block: int, shared: bool
         gap=int(shared),
         members=window,
     )
-    parts = [attention(*tensors, **own._asdict(), return_logsumexp=True)]
+    parts = [rows.attended(**own._asdict())]
     ends, turn = _finished_blocks(position, queries, block)
     best, count = _best_of_prefixes(scores, position, ends, min(window, keys), block)
     key, value = (_take(x, best) for x in (rows.key, rows.value))
@@ -110,8 +107,8 @@ def prefix_topk(rows: Rows, clusters: int, window: int, block: int, shared: bool
     size = F.pad(count.flatten(2), (0, 1)).repeat_interleave(code.shape[1] // count.shape[1], 1).gather(-1, code)
     lo = code * min(window, keys)
     lo, hi, query_rows = lo.int(), (lo + size).int(), query_rows.int()
-    parts.append(attention(rows.query, key, value, lo=lo, hi=hi, query_rows=query_rows, return_logsumexp=True))
-    return merge(parts)[0], [own]
+    parts.append(replace(rows, key=key, value=value).attended(lo=lo, hi=hi, query_rows=query_rows))
+    return rows.merged(parts), [own]
 
 
 def _finished_blocks(position: Tensor, queries: int, block: int) -> tuple[Tensor, Tensor]:
@@ -190,7 +187,7 @@ def sequence_topk(rows: Rows, window: int, shared: bool) -> tuple[Tensor, list[O
     if shared:
         hi = torch.maximum(hi, lo + 1)
     query, key, value = _take(rows.query, query_rows), _take(rows.key, key_rows), _take(rows.value, key_rows)
-    found = attention(query, key, value, lo=lo.int(), hi=hi.int())
+    found = replace(rows, query=query, key=key, value=value).attended(lo=lo.int(), hi=hi.int())[0]
     index = query_rows.unsqueeze(-1).expand_as(found)
     total = found.new_zeros(*rows.query.shape[:3], found.shape[-1]).scatter_add_(1, index, found)
     times = found.new_zeros(batch, length, heads).scatter_add_(1, query_rows, found.new_ones(1).expand_as(query_rows))

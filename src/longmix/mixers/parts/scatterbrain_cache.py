@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from longmix.mixers.parts.attention_state import Rows
 from longmix.mixers.parts.recurrent import select
 from longmix.mixers.parts.rings import Rings
 from longmix.mixers.parts.scatterbrain_summaries import GONE, Blocks, Summaries
-from longmix.mixers.parts.softmax import Rows
 from longmix.mixers.parts.states import mixer_state
 from longmix_kernels.runtime import is_readable
 from longmix_kernels.scatter import FeatureState, absorb, empty_state
@@ -80,6 +80,7 @@ class ScatterbrainState:
         next_position: int64 [B], the position within its document that the next token of each row would take; 0 before
             the first token of a row, and only there.
         rings: the latest of those keys by label, where keys are selected by content; else None.
+        carried: as in `AttentionState`.
     """
 
     recent: Keys
@@ -87,6 +88,7 @@ class ScatterbrainState:
     last_id: Tensor
     next_position: Tensor
     rings: Rings | None = None
+    carried: Tensor | None = None
 
     def kept_of(self, goes_on: Tensor) -> "ScatterbrainState":
         """The state for rows where `goes_on` [B] is set; the others keep only their recent keys."""

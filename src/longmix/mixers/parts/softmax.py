@@ -4,14 +4,15 @@
     y_i = W_o sum_j softmax_j(q_i . k_j / sqrt(d)) v_j        over the j that the subclass lets i see
 
 A subclass may choose what sees what by the content of the tokens: then it gives every query and key labels, before the
-rotation, and the keys' labels are cached with the keys.
+rotation, and the keys' labels are cached with the keys. What has to do with positions is in `place`; keys are cached
+after it, so that a decoding step computes nothing of the past again.
 
 Notable: grouped key-value heads; RMSNorm on each query and key head before the rotation (Henry et al. 2020, arXiv
 2010.04245; the form of Qwen3), which bounds the scores by sqrt(d); positions restart at each document.
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longmix.distributed.slices import Slices
+from longmix.mixers.parts.attention_state import AttentionState, Rows, after_earlier_slices, continued
 from longmix.mixers.parts.base import Mixer, MixerOutput, ModelShape, checked_sizes, divided
 from longmix.mixers.parts.documents import continued_ids
 from longmix.mixers.parts.exact import rounded_once
@@ -27,43 +29,6 @@ from longmix.mixers.parts.looked_into import ValuePath
 from longmix.mixers.parts.metrics import Metric
 from longmix.mixers.parts.projections import weight_count
 from longmix.mixers.parts.rotary import POSITIONS, Rotary, RotaryScalingOptions, ScalingKind, rotate
-from longmix.mixers.parts.states import mixer_state
-
-
-@mixer_state(bookkeeping=("document_ids", "next_position"))
-@dataclass
-class AttentionState:
-    """Keys and values seen so far.
-
-    Attributes:
-        key, value: [B, S, Hkv, head_dim].
-        key_labels: integer [B, S, Hkv, R] where the mixer labels its tokens, else None.
-        document_ids: int32 [B, S], or None while every row is one document.
-        next_position: int64 [B], the position within its document that the next token of each row would take.
-    """
-
-    key: Tensor
-    value: Tensor
-    key_labels: Tensor | None
-    document_ids: Tensor | None
-    next_position: Tensor
-
-    @property
-    def last_id(self) -> Tensor | None:
-        """int [B], the document of the last token; None before the first."""
-        return None if self.key.shape[1] == 0 else _cached_ids(self)[:, -1]
-
-    def latest(self, count: int) -> "AttentionState":
-        """The state with no more than the last `count` keys."""
-        start = max(0, self.key.shape[1] - count)
-        labels = None if self.key_labels is None else self.key_labels[:, start:]
-        ids = None if self.document_ids is None else self.document_ids[:, start:]
-        return AttentionState(self.key[:, start:], self.value[:, start:], labels, ids, self.next_position)
-
-    @property
-    def one_document(self) -> bool:
-        """Whether no ids were passed so far."""
-        return self.document_ids is None
 
 
 @dataclass
@@ -71,55 +36,21 @@ class Selection:
     """Labels and gates that a mixer chose for tokens, each from its token and position alone.
 
     Attributes:
-        query_labels: integer [B, T, Hq, R].
-        key_labels: integer [B, T, Hkv, R].
+        query_labels: integer [B, T, Hq, R]; None without labels.
+        key_labels: integer [B, T, Hkv, R]; None without labels.
         query_gate: [B, T, Hq], factor on the output heads; None for 1.
         key_gate: [B, T, Hkv], factor on the values; None for 1.
         means: means over the tokens, with gradients, that `SoftmaxAttention.losses_of` makes losses of; None for none.
         losses, metrics: as in `MixerOutput`.
     """
 
-    query_labels: Tensor
-    key_labels: Tensor
+    query_labels: Tensor | None = None
+    key_labels: Tensor | None = None
     query_gate: Tensor | None = None
     key_gate: Tensor | None = None
     means: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
     metrics: dict[str, Metric] = field(default_factory=dict)
-
-
-@dataclass
-class Rows:
-    """The inputs of attention; the queries are the last Tq of the Tk positions.
-
-    Attributes:
-        query: [B, Tq, Hq, head_dim]; key, value: [B, Tk, Hkv, head_dim].
-        document_ids: int32 [B, Tk], or None while every row is one document.
-        query_labels: [B, Tq, Hq, R] and key_labels: [B, Tk, Hkv, R], as selected; None where nothing is.
-        layout: of these rows, where it was made before and all keys are new; else None.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    document_ids: Tensor | None = None
-    query_labels: Tensor | None = None
-    key_labels: Tensor | None = None
-    layout: Layout | None = None
-
-    def bounds(self, window: int | None = None) -> dict[str, Any]:
-        """The arguments with which `attention` sees the own document alone, at most its last `window` keys.
-
-        Args:
-            window: that of the mixer's `layout_needs`.
-        """
-        if self.layout is not None and self.layout.first_key is not None:
-            return {"lo": self.layout.first_key}
-        return {"window": window, "document_ids": self.document_ids}
-
-    def documents(self) -> dict[str, Any]:
-        """The arguments with which `order_by_label` keeps documents apart."""
-        return {"document_ids": self.document_ids, "first_rows": None if self.layout is None else self.layout.first_row}
 
 
 class HeadOptions(RotaryScalingOptions, total=False):
@@ -255,6 +186,23 @@ class SoftmaxAttention(Mixer):
         """Label the tokens x [B, T, D] at positions [B or 1, T], from query and key before the rotation; or None."""
         return None
 
+    def place(
+        self, x: Tensor, query: Tensor, key: Tensor, layout: Layout, state: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Queries and keys that know where their tokens stand; keys are cached like this.
+
+        Args:
+            x: the tokens [B, T, D].
+            query, key: [B, T, Hq or Hkv, head_dim].
+            layout: positions and angles of the tokens.
+            state: as in `forward`.
+
+        Returns:
+            Query and key, and what the next call needs of these tokens for the same, `AttentionState.carried`.
+        """
+        angles = layout.cosine, layout.sine
+        return rotate(query, *angles), rotate(key, *angles), None
+
     def losses_of(self, means: Tensor) -> dict[str, Tensor]:
         """Auxiliary losses from the `means` that `select` returned; here they are means over whole rows."""
         return {}
@@ -291,9 +239,10 @@ class SoftmaxAttention(Mixer):
         if chosen is not None and chosen.means is not None:
             # Means first, losses after: a loss of each slice's own mean would differ from that of whole rows.
             chosen.losses |= self.losses_of(state.mean(chosen.means) if isinstance(state, Slices) else chosen.means)
-        # Keys are cached after the rotation, as positions within a document never change.
-        angles = layout.cosine, layout.sine
-        rows = self.rows(rotate(query, *angles), rotate(key, *angles), value, ids)
+        # Keys are cached after they are placed, as positions within a document never change.
+        query, key, carried = self.place(x, query, key, layout, state)
+        rows = self.rows(query, key, value, ids)
+        rows.carried = carried
         if chosen is not None:
             rows.query_labels, rows.key_labels = chosen.query_labels, chosen.key_labels
         after = None
@@ -317,15 +266,10 @@ class SoftmaxAttention(Mixer):
     def _kept(self, rows: Rows, next_position: Tensor) -> AttentionState:
         limit = self.cached_keys()
         start = 0 if limit is None else max(0, rows.key.shape[1] - limit)
-        if start:
-            rows = Rows(
-                rows.query,
-                rows.key[:, start:].clone(),
-                rows.value[:, start:].clone(),
-                document_ids=None if rows.document_ids is None else rows.document_ids[:, start:].clone(),
-                key_labels=None if rows.key_labels is None else rows.key_labels[:, start:].clone(),
-            )
-        return AttentionState(rows.key, rows.value, rows.key_labels, rows.document_ids, next_position)
+        state = AttentionState(
+            rows.key, rows.value, rows.key_labels, rows.document_ids, next_position, carried=rows.carried
+        )
+        return state if start == 0 else state.latest(rows.key.shape[1] - start, copy=True)
 
     def init_state(self, batch: int) -> AttentionState:
         """An empty cache for `batch` rows, on the mixer's device and in its dtype."""
@@ -348,37 +292,3 @@ class SoftmaxAttention(Mixer):
         """Projections, and for every visible pair 2 * head_dim for its score and as many for its value."""
         weights = weight_count(self.children())
         return 2 * length * weights + 4 * self.num_heads * self.head_dim * self.visible_pairs(length)
-
-
-def _cached_ids(state: AttentionState) -> Tensor:
-    if state.document_ids is not None:
-        return state.document_ids
-    return torch.zeros(state.key.shape[:2], dtype=torch.int32, device=state.key.device)
-
-
-def continued(rows: Rows, state: AttentionState) -> Rows:
-    """The same queries; cached keys come before the new ones."""
-    ids, labels = rows.document_ids, rows.key_labels
-    if ids is not None:
-        ids = torch.cat((_cached_ids(state), ids), dim=1)
-    if labels is not None and state.key_labels is not None:
-        labels = torch.cat((state.key_labels, labels), dim=1)
-    # An empty cache is in the dtype of the weights, which under autocast is not that of the keys.
-    past_key, past_value = state.key.to(rows.key.dtype), state.value.to(rows.value.dtype)
-    key, value = torch.cat((past_key, rows.key), dim=1), torch.cat((past_value, rows.value), dim=1)
-    return replace(rows, key=key, value=value, document_ids=ids, key_labels=labels)
-
-
-def after_earlier_slices(rows: Rows, slices: Slices, limit: int | None) -> Rows:
-    """The same queries; the last `limit` keys of earlier slices, or all of them, come before this slice's own."""
-
-    def after(x: Tensor) -> Tensor:
-        return torch.cat((slices.before(x, limit), x), dim=1)
-
-    labels = None if rows.key_labels is None else after(rows.key_labels)
-    ids = slices.ids_from(limit)
-    rows = replace(rows, key=after(rows.key), value=after(rows.value), document_ids=ids, key_labels=labels)
-    if slices.carried is None:
-        return rows
-    reach = slices.carried.key.shape[1] if limit is None else max(0, limit - slices.start)
-    return continued(rows, slices.carried.latest(reach))
