@@ -20,6 +20,9 @@ from longmix.mixers.scatterbrain import Scatterbrain
 from longmix.model.blocks import SwiGLU
 
 NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "configs/mixer").glob("*.yaml"))
+NOT_LINEAR: dict[str, str] = {}
+"""Mixers of configs/mixer whose output is no matrix times their values, each with the reason."""
+
 LENGTH = 45
 SHAPE = ModelShape(d_model=48, num_layers=2, num_heads=3)
 
@@ -52,9 +55,7 @@ def can_be_looked_into(mixer: Mixer, x: torch.Tensor, **options) -> bool:
     """Whether it says between which layers, or in which call, it mixes; every recurrent and softmax mixer must."""
     with recorded_calls(mixer) as calls:
         mixer(x, **options)
-    says = mixer.value_path() is not None or len(calls) == 1
-    assert says or not isinstance(mixer, RecurrentMixer | SoftmaxAttention)
-    return says
+    return mixer.value_path() is not None or len(calls) == 1
 
 
 def is_gated(mixer: SoftmaxAttention, x: torch.Tensor) -> bool:
@@ -85,7 +86,8 @@ def test_every_mixer_has_a_causal_matrix_that_reproduces_it(small_model, name, p
     for mixer, (x, options) in zip(
         model.mixers(), layer_inputs(model, Batch(tokens=tokens(), targets=tokens(), document_ids=ids)), strict=True
     ):
-        if not can_be_looked_into(mixer, x, **options):
+        assert can_be_looked_into(mixer, x, **options) is (name not in NOT_LINEAR)
+        if name in NOT_LINEAR:
             continue
         found = mixing(mixer, x, **options)
         matrix = found.matrix()

@@ -1,10 +1,12 @@
 """Reads contexts of any length in bounded memory; the lengths and texts of evaluations by length."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from longmix.batch import Batch, documents_of
 from longmix.data.text_data import TextData
 from longmix.data.tokens.token_files import TokenFile
 from longmix.errors import ConfigError
@@ -64,6 +66,27 @@ def pieces_of_hidden(subject: Subject, tokens: Tensor) -> Iterator[Tensor]:
             output = model(piece, state=state)
         state = output.state
         yield output.hidden
+
+
+def read_rows(subject: Subject, batch: Batch) -> None:
+    """Pass rows with their documents through the model, for what watches it; in pieces as `pieces_of_hidden` does.
+
+    Args:
+        subject: holds the model.
+        batch: on the model's device.
+    """
+    model, tokens, ids = subject.model, batch["tokens"], batch["document_ids"]
+    rows, length = tokens.shape
+    if tokens.numel() <= TOKENS_AT_ONCE:
+        with torch.no_grad(), subject.restored.autocast():
+            model(tokens, **documents_of(batch))
+        return
+    state: Any = model.init_state(rows)
+    width = max(1, TOKENS_AT_ONCE // rows)
+    for start in range(0, length, width):
+        piece = slice(start, start + width)
+        with torch.no_grad(), subject.restored.autocast():
+            state = model(tokens[:, piece], state=state, document_ids=None if ids is None else ids[:, piece]).state
 
 
 def last_hidden(subject: Subject, tokens: Tensor, count: int) -> Tensor:
