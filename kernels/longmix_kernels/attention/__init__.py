@@ -2,6 +2,7 @@
 
 from longmix_kernels.attention.block_lists import block_list, butterfly_blocks, sink_and_local_blocks, stripe_blocks
 from longmix_kernels.attention.bounds import key_bounds, positions_from_document_ids, row_bounds
+from longmix_kernels.attention.chosen_blocks import KeyBlocks, attention_to_blocks, key_blocks
 from longmix_kernels.attention.combine import bias_columns, merge
 from longmix_kernels.attention.op import attention
 from longmix_kernels.attention.ordering import Ordering, order_by_label
@@ -11,11 +12,14 @@ from longmix_kernels.attention.sdpa import sdpa, sdpa_supports
 
 __all__ = [
     "BlockList",
+    "KeyBlocks",
     "Ordering",
     "attention",
+    "attention_to_blocks",
     "bias_columns",
     "block_list",
     "butterfly_blocks",
+    "key_blocks",
     "key_bounds",
     "merge",
     "order_by_label",
