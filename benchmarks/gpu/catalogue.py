@@ -42,6 +42,7 @@ MIXERS = (
     "retention",
     "hyper",
     "block_sparse",
+    "moba",
     "scatterbrain_content",
     "sparse_flash_drop",
 )

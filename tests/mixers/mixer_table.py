@@ -14,6 +14,7 @@ from longmix.mixers.block_sparse import BlockSparse
 from longmix.mixers.flash import Flash
 from longmix.mixers.hyper import Hyper
 from longmix.mixers.mlstm_tfla import MLSTMTFLA
+from longmix.mixers.moba import MoBA
 from longmix.mixers.parts.base import Mixer, ModelShape
 from longmix.mixers.parts.gated_memory import GatedMemory
 from longmix.mixers.parts.head_decay import HeadDecay
@@ -51,6 +52,8 @@ MIXERS: dict[str, Callable[[], Mixer]] = {
     "blocks-sink-local": lambda: BlockSparse(SHAPE, 0, layout="sink_local", block=16, sink=1, local=1),
     "blocks-stripe": lambda: BlockSparse(SHAPE, 0, layout="stripe", block=16, local=1, stride=2, num_kv_heads=1),
     "blocks-butterfly": lambda: BlockSparse(SHAPE, 0, layout="butterfly", block=16),
+    "moba": lambda: MoBA(SHAPE, 0, block=4, top_k=3),
+    "moba-grouped": lambda: MoBA(SHAPE, 0, block=3, top_k=2, num_kv_heads=1),
     "routing": lambda: routing(window=4, local_window=5),
     "routing-separate": lambda: routing(window=3, shared_qk=False, local_window=1),
     "routing-grouped": lambda: routing(window=5, shared_qk=False, num_kv_heads=1),

@@ -11,6 +11,7 @@ from longmix.mixers.block_sparse import BlockSparse
 from longmix.mixers.flash import Flash
 from longmix.mixers.hyper import Hyper
 from longmix.mixers.mlstm_tfla import MLSTMTFLA
+from longmix.mixers.moba import MoBA
 from longmix.mixers.parts.base import Mixer, ModelShape
 from longmix.mixers.parts.by_label import LabelAttention
 from longmix.mixers.parts.gated_memory import GatedMemory
@@ -79,7 +80,7 @@ def test_later_tokens_never_change_earlier_outputs(mixer):
         changed[:, cut + 1 :] = 1e4 * torch.randn_like(changed[:, cut + 1 :])
         after = mixer(changed).y[:, : cut + 1]
         steep = isinstance(mixer, GatedMemory) and mixer.decay is not None
-        if steep or isinstance(mixer, LabelAttention | Routing | ScatterbrainContent):
+        if steep or isinstance(mixer, LabelAttention | MoBA | Routing | ScatterbrainContent):
             torch.testing.assert_close(after, before[:, : cut + 1], rtol=0, atol=1e-12)
         else:
             assert torch.equal(after, before[:, : cut + 1])
@@ -178,6 +179,8 @@ REFUSED = {
     "hyper-sample": (lambda: Hyper(SHAPE, 0, buckets=4, window=4, sample=0.0), "mixer.sample=0.0"),
     "pattern": (lambda: BlockSparse(SHAPE, 0, layout="ring"), "mixer.layout=ring is unknown"),
     "block": (lambda: BlockSparse(SHAPE, 0, layout="stripe", block=24), "mixer.block=24"),
+    "moba-block": (lambda: MoBA(SHAPE, 0, block=0), "mixer.block=0 must be at least 1"),
+    "moba-top": (lambda: MoBA(SHAPE, 0, top_k=0), "mixer.top_k=0 must be at least 1"),
     "scatterbrain-block": (lambda: scatterbrain(block=0), "mixer.block=0 must be at least 1"),
     "scatterbrain-past": (lambda: scatterbrain(past_blocks=-1), "mixer.past_blocks=-1 must be at least 0"),
     "scatterbrain-radius": (lambda: scatterbrain(radius=0.0), "mixer.radius=0.0 must be above 0"),

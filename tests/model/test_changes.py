@@ -65,6 +65,7 @@ TAKEN = {
     "flash-nope": {"rotary_base": None},
     "sliding_window": {"window": 5},
     "block_sparse": {"local": 2, "stride": 3},
+    "moba": {"block": 6, "top_k": 2},
     "routing": {"window": 4, "local_window": 3},
     "sparse_flash": {"window": 7},
     "hyper": {"sample": 0.9},

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from longmix.mixers.lightning import Lightning as Lightning
     from longmix.mixers.mamba2 import Mamba2 as Mamba2
     from longmix.mixers.mlstm_tfla import MLSTMTFLA as MLSTMTFLA
+    from longmix.mixers.moba import MoBA as MoBA
     from longmix.mixers.parts.base import Mixer as Mixer
     from longmix.mixers.parts.base import MixerOutput as MixerOutput
     from longmix.mixers.parts.base import ModelShape as ModelShape
@@ -49,6 +50,7 @@ _PLACES = {
     "Mamba2": "longmix.mixers.mamba2",
     "Mixer": "longmix.mixers.parts.base",
     "MixerOutput": "longmix.mixers.parts.base",
+    "MoBA": "longmix.mixers.moba",
     "ModelShape": "longmix.mixers.parts.base",
     "RWKV7": "longmix.mixers.rwkv7",
     "RecurrentMixer": "longmix.mixers.parts.recurrent",
