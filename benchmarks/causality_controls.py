@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longmix.mixers.moba import MoBA
 from longmix.mixers.parts.base import Mixer, MixerOutput, ModelShape
 from longmix.mixers.parts.routing_modes import LEAKY
 from longmix.mixers.parts.softmax import Selection
@@ -40,6 +41,7 @@ CONTROLS: dict[str, LeakyControl] = {
     "routing, as published": LeakyControl("routing", {"mode": LEAKY}),
     "buckets of equal size": LeakyControl("sparse_flash", {"_target_": f"{HERE}.EqualBuckets"}),
     "hash centred on the row": LeakyControl("scatterbrain_content", {"_target_": f"{HERE}.RowCentred"}),
+    "blocks by means that reach further": LeakyControl("moba", {"_target_": f"{HERE}.WiderMeans", "top_k": 2}),
     "upper half of the row": LeakyControl(settings={"_target_": f"{HERE}.UpperHalf"}),
     "mean of the row": LeakyControl(settings={"_target_": f"{HERE}.RowMean"}, kinds=("content", "placement")),
 }
@@ -50,6 +52,7 @@ MECHANISMS: dict[str, str] = {
     "sparse_flash": "buckets of equal size",
     "sparse_flash_drop": "upper half of the row",
     "hyper": "buckets of equal size",
+    "moba": "blocks by means that reach further",
     "scatterbrain_content": "hash centred on the row",
 }
 """The control of each mixer that selects by content, by the mixer's file in `configs/mixer`."""
@@ -126,3 +129,12 @@ class RowCentred(ScatterbrainContent):
     def select(self, x: Tensor, query: Tensor, key: Tensor, positions: Tensor) -> Selection:
         """Hash queries and keys less the mean over the whole row."""
         return Selection(*(self.hash((heads - heads.mean(1, keepdim=True)).detach()) for heads in (query, key)))
+
+
+class WiderMeans(MoBA):
+    """Blocks are chosen by the mean over themselves and the block behind, as poolings that overlap."""
+
+    leaky = True
+
+    def _chosen(self, query: Tensor, means: Tensor, first: Tensor, end: Tensor) -> Tensor:
+        return super()._chosen(query, means + means.roll(-1, 1), first, end)

@@ -111,14 +111,14 @@ class Early(MoBA):
         return super()._chosen(query, means, first, (end + 1).clamp(max=means.shape[1]))
 
 
-class Whole(MoBA):
-    """A control that leaks by its selection alone: queries compare blocks with the mean of the whole row."""
+class Wider(MoBA):
+    """A control that leaks by its selection alone: means also reach over the block behind."""
 
     def _chosen(self, query, means, first, end):
-        return super()._chosen(query, means - means.cumsum(1).flip(1), first, end)
+        return super()._chosen(query, means + means.roll(-1, 1), first, end)
 
 
-@pytest.mark.parametrize(("kind", "leaks"), [(MoBA, False), (Early, True), (Whole, True)])
+@pytest.mark.parametrize(("kind", "leaks"), [(MoBA, False), (Early, True), (Wider, True)])
 def test_the_audit_sees_who_chooses_by_later_tokens(kind, leaks):
     torch.manual_seed(0)
     mixer = kind(SHAPE, 0, block=4, top_k=2).double().eval()

@@ -28,7 +28,9 @@ from guarded import beside, guarded_buffers, surrounded
 
 from longmix_kernels.attention import (
     attention,
+    attention_to_blocks,
     butterfly_blocks,
+    key_blocks,
     launch,
     sink_and_local_blocks,
     stripe_blocks,
@@ -261,6 +263,19 @@ def test_a_gradient_without_strides():
     ours = torch.autograd.grad(attention(*tensors, backend="triton").sum(), tensors)
     wanted = torch.autograd.grad(attention(*tensors, backend="reference").sum(), tensors)
     for name, a, b in zip(RESULTS[2:], ours, wanted, strict=True):
+        assert_close(a, b, TOLERANCE, name)
+
+
+def test_blocks_that_queries_choose():
+    """More rows than keys, sorted by block."""
+    tensors = [torch.randn(1, 40, heads, 16).requires_grad_() for heads in (4, 2, 2)]
+    blocks = key_blocks(40, 8)
+    chosen = torch.rand(1, 40, 2, 6).argsort(-1)[..., :3]
+    results = []
+    for backend in ("triton", "reference"):
+        output, logsumexp = attention_to_blocks(*tensors, chosen, blocks, backend=backend)
+        results.append([output, logsumexp, *torch.autograd.grad(output.square().sum() + logsumexp.sum(), tensors)])
+    for name, a, b in zip(RESULTS, *results, strict=True):
         assert_close(a, b, TOLERANCE, name)
 
 
