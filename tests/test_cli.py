@@ -161,6 +161,7 @@ class TestCommandLine:
         (argument,) = written("train" if word == "resume" else "evaluate", f"{word}={name}")
         assert OverridesParser.create().parse_override(argument).value() == name
 
+    @pytest.mark.sampled(2)
     @pytest.mark.parametrize(
         ("command", "given", "key", "value"),
         [

@@ -112,12 +112,14 @@ def check_complete(node: dict[str, Any], supplied: set[str], key: str) -> None:
 
 
 class TestEveryFile:
+    @pytest.mark.sampled(3)
     @pytest.mark.parametrize(("group", "name"), group_files())
     def test_passes_the_check_and_names_every_setting(self, settings_of, group, name):
         node = settings_of(group, name)
         check(node, group, SUPPLIED[group])
         check_complete(node, SUPPLIED[group], group)
 
+    @pytest.mark.sampled(3)
     @pytest.mark.parametrize(("group", "name"), group_files())
     def test_what_the_user_must_give_is_asked_for_by_name(self, compose_config, group, name):
         entry_point = "evaluate" if group == "task" else "train"
@@ -432,7 +434,7 @@ REFUSED = [
 
 # Like REFUSED, but so far let through by `check_config`, or refused without the key; what is mended moves up there.
 class TestRefusals:
-    @pytest.mark.sampled(2)
+    @pytest.mark.sampled(4)
     @pytest.mark.parametrize(
         ("overrides", "words"),
         [

@@ -150,6 +150,7 @@ class TestSweeps:
 
 
 class TestLimits:
+    @pytest.mark.sampled(3)
     @pytest.mark.parametrize(
         ("words", "steps"),
         [

@@ -77,6 +77,7 @@ def read_of(mixer: RecurrentMixer, x: torch.Tensor, **options) -> torch.Tensor |
     return seen[0]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()

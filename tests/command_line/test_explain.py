@@ -122,7 +122,7 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("command", "line", "expected"),
     REFUSED,
@@ -156,6 +156,7 @@ def test_no_character_of_a_message_steers_the_terminal(run_words):
     assert "\x1b" not in run_words("train", "seq_len=\x1b[31m").err
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("command", "line", "key", "value"),
     [

@@ -54,12 +54,13 @@ def check(pool, node, tuned=False):
             assert error <= 1e-12, f"{name} in {size} slices{', packed' if packed else ''}"
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("words", VARIANTS.values(), ids=VARIANTS)
 def test_slices_equal_one_process(pool, node_of, words):
     check(pool, node_of(words))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", FILES)
 def test_every_file_takes_slices(pool, node_of, name):
     node = node_of(name)

@@ -162,6 +162,7 @@ class TestWords:
     def test_max_tokens_takes_fewer_windows(self, evaluated):
         assert evaluated("max_tokens=64", "seq_len=32")["lengths"][32]["tokens"] == 64
 
+    @pytest.mark.sampled(3)
     @pytest.mark.parametrize(
         ("overrides", "kind", "words"),
         [

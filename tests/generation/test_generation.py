@@ -49,7 +49,7 @@ def prompts(*lengths: int) -> list[torch.Tensor]:
     return [torch.randint(20, (length,), generator=generator) for length in lengths]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("model", STACKS, indirect=True)
 def test_rows_of_any_length_forks_and_saved_sessions_go_on_as_alone(model, monkeypatch, tmp_path):
     monkeypatch.setattr(sessions, "PREFILL_TOKENS", 20)
@@ -338,6 +338,7 @@ def nested(state):
     return {"class": f"{type(state).__module__}.{type(state).__qualname__}", "fields": fields}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("model", STACKS, indirect=True)
 def test_a_file_of_the_format_before_goes_on_alike(model, tmp_path):
     session = Session(model, 2)

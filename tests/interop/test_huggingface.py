@@ -93,6 +93,7 @@ def test_every_mixer_goes_there_and_back_bit_for_bit(saved, tmp_path, mixer):
     assert all(back[key] == before[key] for key in ("step", "config", "tokenizer"))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("overrides", FAMILY.values(), ids=FAMILY)
 def test_llamas_family_computes_the_same_and_comes_back(saved, tmp_path, overrides, request):
     run, model = saved(*overrides)
@@ -348,6 +349,7 @@ def test_numbers_are_tokens_of_their_own(tmp_path):
         theirs("20")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

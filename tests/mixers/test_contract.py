@@ -43,7 +43,7 @@ def packed_ids() -> torch.Tensor:
     return torch.stack([torch.repeat_interleave(torch.arange(4), torch.tensor(row)) for row in lengths]).int()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 def test_prefill_and_steps_equal_one_pass(mixer, split, packed):

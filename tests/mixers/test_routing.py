@@ -128,7 +128,7 @@ def test_from_its_definition(settings, packed):
         torch.testing.assert_close(*(torch.autograd.grad(y, x, grad)[0] for y in (ours, expected)), rtol=0, atol=1e-11)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 @pytest.mark.parametrize("settings", CAUSAL.values(), ids=CAUSAL)
 def test_decoding_without_gradients_equals_one_pass(settings, packed):
@@ -146,6 +146,7 @@ def test_decoding_without_gradients_equals_one_pass(settings, packed):
             torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=0, atol=1e-12)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("settings", CAUSAL.values(), ids=CAUSAL)
 def test_equal_tokens_are_chosen_alike_in_rows_of_any_length(settings):
     """In the first layer equal tokens have equal scores, so that a rank alone says nothing."""

@@ -53,6 +53,7 @@ def outputs(model: LanguageModel, tokens: torch.Tensor, ids: torch.Tensor | None
 PACKED = ids_of((20, 1, 43), (64,), (16, 32, 16))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("ids", [None, PACKED], ids=["plain", "packed"])
 @pytest.mark.parametrize("name", FILES)
 def test_layers_that_share_a_layout_compute_what_each_computes_alone(name, ids, compose_config, monkeypatch):
@@ -111,6 +112,7 @@ def test_positions_and_angles_are_made_once_whatever_the_number_of_layers(kind):
     assert counts == [3, 3]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("mixer", ["sparse_flash", "sparse_flash_drop", "hyper", "routing", "scatterbrain_content"])
 @pytest.mark.parametrize("ids", [None, PACKED], ids=["plain", "packed"])
 def test_nothing_wider_than_16_bits_is_sorted(mixer, ids, compose_config):
@@ -220,6 +222,7 @@ def test_autocast_takes_flash_attention(gpu):
     assert len(gpu.calls) == 1
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_blocks_share_one_graph_whatever_the_number_of_documents(backend, monkeypatch):
     """The operator of torch itself, whose kernels for the CPU are made here."""

@@ -62,13 +62,14 @@ def check(sweep: Path, file: str, good: int = 1) -> str:
     return reason
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("content", SUMMARIES.values(), ids=SUMMARIES)
 def test_a_summary_that_is_none(sweep, content):
     (sweep / "bad" / "summary.json").write_bytes(content)
     check(sweep, "summary.json")
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in ENTRIES.items() for value in values])
 def test_a_summary_with_a_wrong_entry(sweep, key, value):
     path = sweep / "bad" / "summary.json"
@@ -105,6 +106,7 @@ METRICS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("content", METRICS.values(), ids=METRICS)
 def test_metrics_of_any_kind(sweep, content):
     (sweep / "bad" / "metrics.csv").write_bytes(content)
@@ -114,6 +116,7 @@ def test_metrics_of_any_kind(sweep, content):
     assert ">1.000 bits/byte<" in page, "its summary is whole"
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "content", [b"a: &a [x]\nb: *a\n", b"[1]", b"a: [", b"\xff", b"", b"data: 3\nmodel: [1]\n", b"3: {4: 5}\n"]
 )
@@ -152,7 +155,7 @@ RESULTS = {
 }
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("task", "content"), [(task, content) for task in RESULTS for content in RESULTS[task]])
 def test_a_result_that_is_none(sweep, task, content):
     write_needles(sweep / "good", [32], [0.0], [[0.5]])

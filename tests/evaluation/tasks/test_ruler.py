@@ -112,6 +112,7 @@ def makers(tmp_path_factory, files) -> dict[str, Maker]:
     }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
 @pytest.mark.parametrize("kind", NAMES)
 def test_questions_hold_their_answers_and_fill_the_context(makers, kind, tokenizer):

@@ -178,6 +178,7 @@ def test_compiles_as_one_graph(backend, dynamic):
 OPERATOR_CASES = ["causal-T17", "documents-gqa-v48", "ragged-empty-rows", "permuted-buckets-gqa", "blocks-chunk-alibi"]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", OPERATOR_CASES)
 # What a dtype can break, only half precision breaks: results and gradients of several dtypes.
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float64, marks=pytest.mark.slow), torch.bfloat16], ids=str)

@@ -44,7 +44,7 @@ def halved(monkeypatch):
     monkeypatch.setattr(blocked_weights, "BLOCK_RANGE", -1.0)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @every_dtype
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_matches_reference(case, dtype, monkeypatch):
@@ -86,6 +86,7 @@ DECAYS = {
 }
 
 
+@pytest.mark.sampled(3)
 @every_dtype
 @pytest.mark.parametrize("documents", [(), (13, 40, 3)], ids=["one", "documents"])
 @pytest.mark.parametrize("change", DECAYS.values(), ids=DECAYS)

@@ -142,6 +142,7 @@ def test_autocast_leaves_the_call_alone(backend):
         assert all(torch.equal(a, b) for a, b in zip(outside, inside, strict=True))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("changed", [{}, {"low_rank": False, "with_state": False}, {"scalar_decay": True}], ids=str)
 def test_compiles_as_one_graph(changed, dynamic):
@@ -165,7 +166,7 @@ def test_compiles_as_one_graph(changed, dynamic):
 OPERATOR_CASES = ["T17", "gated-linear-attention", "no-state", "documents", "scalar-decay"]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", OPERATOR_CASES)
 # What a dtype can break, only half precision breaks: results and gradients of several dtypes.
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float64, marks=pytest.mark.slow), torch.bfloat16], ids=str)

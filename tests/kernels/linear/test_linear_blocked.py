@@ -66,7 +66,7 @@ def nearly_cancels(case: Case) -> bool:
     return case.normalize and case.regime == "strong-input"
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("case", [*CASES, *MORE], ids=lambda case: case.name)
 def test_equals_the_definition(case, dtype):

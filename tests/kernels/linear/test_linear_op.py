@@ -164,7 +164,7 @@ def test_compiles_as_one_graph(dynamic, normalize):
             assert_close(a, b, 1e-12, "compiled")
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 # What a dtype can break, only half precision breaks: results and gradients of several dtypes.
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float64, marks=pytest.mark.slow), torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["exp-T17", "sig-T17", "exp-carried-state", "decay-only", "exp-no-input-gate"])

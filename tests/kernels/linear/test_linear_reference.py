@@ -16,6 +16,7 @@ def in_parallel(case: Case, inputs: dict) -> torch.Tensor:
     return parallel(Inputs(*tensors, case.document_ids(), case.normalize, case.dim**-0.5, None))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def test_recurrent_and_parallel_agree(case):
     inputs = case.inputs(torch.float64)

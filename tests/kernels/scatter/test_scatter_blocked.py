@@ -31,6 +31,7 @@ def assert_all_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Ten
         assert_close(result, expected[name], TOLERANCE[dtype], name)
 
 
+@pytest.mark.sampled(2)
 @every_dtype
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_matches_reference(case, dtype, monkeypatch):

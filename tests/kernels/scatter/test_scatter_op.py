@@ -121,7 +121,7 @@ def test_compiles_as_one_graph(changed, dynamic):
 OPERATOR_CASES = ["T17", "no-features", "documents", "grouped", "some-queries-state-documents"]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", OPERATOR_CASES)
 # What a dtype can break, only half precision breaks: results and gradients of several dtypes.
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float64, marks=pytest.mark.slow), torch.bfloat16], ids=str)
