@@ -13,7 +13,7 @@ from longmix_kernels.linear.inputs import Inputs
 Tensors = tuple[torch.Tensor, ...]
 Item = TypeVar("Item")
 
-IN_CACHE = 2**18
+IN_CACHE = 2**19
 """How many elements of queries, keys and values to compute with at a time for each thread."""
 CHUNKS_IN_CACHE = 8
 """How many chunks a run has at least, where a sequence is that long: the backward holds one state for each run."""
