@@ -38,6 +38,7 @@ MIXERS = (
     "simple_gla",
     "mamba2",
     "hgrn2",
+    "qlstm",
     "lightning",
     "retention",
     "hyper",

@@ -41,6 +41,7 @@ def test_which_states_stay_small():
         "lightning",
         "mamba2",
         "mlstm_tfla",
+        "qlstm",
         "retention",
         "rwkv7",
         "simple_gla",

@@ -1,5 +1,8 @@
 """What is particular to the mixers with a decaying memory: the published blocks, token by token in float64."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,11 +10,16 @@ from test_deltanet import convolved
 
 from longmix.errors import ConfigError
 from longmix.mixers.hgrn2 import HGRN2
+from longmix.mixers.lightning import Lightning
 from longmix.mixers.mamba2 import Mamba2
 from longmix.mixers.parts.base import Mixer, ModelShape
+from longmix.mixers.parts.channel_scan import channel_scan
+from longmix.mixers.qlstm import QLSTM
 from longmix.recipe import recipe_of
+from longmix_kernels.linear import LinearState, linear_attention
 
 SHAPE = ModelShape(d_model=48, num_layers=4, num_heads=3)
+FIXTURES = Path(__file__).parents[1] / "fixtures/model_side"
 
 
 def seeded(make, dtype=torch.float64) -> Mixer:
@@ -76,12 +84,27 @@ def published_hgrn2(mixer: HGRN2, x: torch.Tensor) -> torch.Tensor:
     return normed(read.flatten(2), w["norm.weight"], 1) @ w["output.weight"].T
 
 
+def published_qlstm(mixer: QLSTM, x: torch.Tensor) -> torch.Tensor:
+    w = dict(mixer.named_parameters())
+    value, forget, taken, gate = (x @ w[f"{name}.weight"].T for name in ("value", "forget", "input", "gate"))
+    forget = torch.sigmoid(forget + w["forget_bias"])
+    if "log_rate" in w:
+        forget = (1 - forget) ** w["log_rate"].exp()
+    hidden, found = 0.0, []
+    for t in range(x.shape[1]):
+        hidden = forget[:, t] * hidden + torch.sigmoid(taken[:, t]) * value[:, t]
+        found.append(torch.sigmoid(gate[:, t]) * hidden)
+    return torch.stack(found, 1) @ w["output.weight"].T
+
+
 CASES = {
     "mamba2": (published_mamba2, lambda: Mamba2(SHAPE, 1, state_size=16)),
     "mamba2-groups": (published_mamba2, lambda: Mamba2(SHAPE, 0, expand=1.5, state_size=8, groups=2, num_heads=6)),
     "mamba2-no-convolution": (published_mamba2, lambda: Mamba2(SHAPE, 0, state_size=3, convolution=0)),
     "hgrn2": (published_hgrn2, lambda: HGRN2(SHAPE, 2)),
     "hgrn2-first-layer": (published_hgrn2, lambda: HGRN2(SHAPE, 0, convolution=3)),
+    "qlstm": (published_qlstm, lambda: QLSTM(SHAPE, 0)),
+    "qlstm-reversed": (published_qlstm, lambda: QLSTM(SHAPE, 0, decay="reversed")),
     "hgrn2-fixed": (published_hgrn2, lambda: HGRN2(SHAPE, 3, lower_bound="fixed", num_heads=2)),
 }
 
@@ -174,12 +197,65 @@ def test_initial_weights_and_sizes():
     assert mixer.output.weight.abs().max() <= 128**-0.5 / 3 + 1e-6
     assert recipe_of(mixer.step.weight).role == "scalar" and recipe_of(mixer.query.weight).role == "matrix"
     assert not any(recipe_of(w).weight_decay for w in (mixer.log_rate, mixer.step_bias, mixer.skip))
+    for decay in ("sigmoid", "reversed"):
+        forgets = QLSTM(SHAPE, 0, decay=decay)
+        first = forgets.gates(torch.zeros(1, 1, 48)).chunk(2, -1)[0].exp()
+        assert (first > 0.89).all() and (first < 0.9991).all()
     bounds = [HGRN2(SHAPE, layer).bound for layer in range(4)]
     assert bounds[0] is None
     for layer, bound in enumerate(bounds[1:], 1):
         torch.testing.assert_close(bound.sigmoid(), torch.full((48,), layer / 4))
     assert HGRN2(SHAPE, 2, lower_bound="none").bound is None
     assert "bound" in HGRN2(SHAPE, 2, lower_bound="fixed").state_dict()
+
+
+@pytest.mark.parametrize("length", [1, 2, 16, 23])
+@pytest.mark.parametrize("states", ["none", "initial", "carried"])
+def test_a_scan_of_channels_is_linear_attention(length, states):
+    """Outputs, final states and all gradients, with documents and with each state that may be given."""
+    torch.manual_seed(0)
+    shape = 2, length, 5
+    given = [torch.randn(*shape, 1, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    given += [gate.requires_grad_() for gate in F.logsigmoid(torch.randn(2, *shape, dtype=torch.float64)).unbind()]
+    memories = [torch.randn(2, 5, 1, 1, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    used = {"none": 0, "initial": 1, "carried": 2}[states]
+    ids = torch.arange(length).expand(2, -1) // torch.tensor([[4], [9]])
+    found = []
+    for engine in (channel_scan, linear_attention):
+        query, key, value, log_decay, log_input = given
+        initial, carried = (LinearState(memory) if use < used else None for use, memory in enumerate(memories))
+        output, state = engine(
+            *(query, key, value),
+            **{"log_decay": log_decay, "log_input": log_input, "scale": 0.7, "document_ids": ids},
+            **{"initial_state": initial, "carried_state": carried},
+        )
+        total = (output * given[2].detach().cos()).sum() + state.memory.sin().sum()
+        found.append([output, state.memory, *torch.autograd.grad(total, [*given, *memories[:used]])])
+    for ours, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_the_exponential_normaliser_is_that_of_the_fixture():
+    """y_i = exp(-w . x_i) sum_j (q_i . k_j) v_j, in a mixer that only passes on what its input holds."""
+    fixture = np.load(FIXTURES / "dsf_attention.npz")
+    query, key, value, log_eta = (torch.from_numpy(fixture[name])[0] for name in ("phi_q", "psi_k", "v", "log_eta"))
+    parts = [query.flatten(1), key.flatten(1), F.pad(value, (0, 9)).flatten(1), log_eta]  # 8, 8, 24 and 2 channels
+    x = F.pad(torch.cat(parts, 1), (0, 6)).unsqueeze(0)
+    shape = ModelShape(d_model=48, num_layers=1, num_heads=2)
+    mixer = Lightning(shape, 0, key_factor=1 / 6, activation="none", norm="none", normaliser="exponential").double()
+    eye = torch.eye(48, dtype=torch.float64)
+    with torch.no_grad():
+        mixer.log_decay.zero_()
+        mixer.query.weight.copy_(2 * eye[:8])  # the scale is 4 ** -0.5
+        mixer.key.weight.copy_(eye[8:16])
+        mixer.value.weight.zero_()
+        for head in range(2):
+            mixer.value.weight[24 * head : 24 * head + 12] = eye[16 + 12 * head : 28 + 12 * head]
+        mixer.normaliser.weight.copy_(eye[40:42])
+        mixer.output_gate.weight.zero_()  # sigmoid(0) is a half
+        mixer.output.weight.copy_(2 * eye)
+    found = mixer(x).y.unflatten(-1, (2, 24))[..., :3]
+    torch.testing.assert_close(found, torch.from_numpy(fixture["y_normalised"]), rtol=0, atol=1e-12)
 
 
 def test_a_lower_bound_is_kept_and_saturated_gates_are_finite():
@@ -197,6 +273,13 @@ def test_a_lower_bound_is_kept_and_saturated_gates_are_finite():
 
 
 REFUSED = {
+    "normaliser": (
+        lambda: Lightning(SHAPE, 0, normaliser="exponential"),
+        r"mixer.normaliser=exponential scales what each head reads, and mixer.norm=rms divides that out again; use",
+    ),
+    "unknown-normaliser": (lambda: Lightning(SHAPE, 0, normaliser="x"), r"mixer.normaliser=x is unknown; use none or"),
+    "norm": (lambda: Lightning(SHAPE, 0, norm="x"), r"mixer.norm=x is unknown; use rms, layer or none"),
+    "qlstm": (lambda: QLSTM(SHAPE, 0, decay="x"), r"mixer.decay=x is unknown; use sigmoid or reversed"),
     "expand": (
         lambda: Mamba2(SHAPE, 0, expand=0.0),
         r"mixer.expand=0.0 of model.d_model=48 must be at least a channel",

@@ -15,14 +15,17 @@ from longmix.errors import ConfigError
 from longmix.mixers.parts.base import COUNT, FACTOR, MixerOutput, ModelShape, at_most, checked_sizes, divided
 from longmix.mixers.parts.convolution import ShortConvolution
 from longmix.mixers.parts.documents import continued_ids
-from longmix.mixers.parts.exact import rounded_once
+from longmix.mixers.parts.exact import exact_linear, rounded_once
 from longmix.mixers.parts.layout import Layout, LayoutNeeds, layout_after
-from longmix.mixers.parts.norms import HeadwiseNorm, check_norm_eps
+from longmix.mixers.parts.norms import NORMS, HeadwiseNorm, check_norm_eps
 from longmix.mixers.parts.projections import weight_count
 from longmix.mixers.parts.recurrent import Recurrence, RecurrentMixer, RecurrentState
 from longmix.mixers.parts.recurrent_slices import DecayRecurrence, NormalizedRecurrence
 from longmix.mixers.parts.rotary import Rotary
+from longmix.recipe import Recipe, set_recipe
 from longmix_kernels.linear import LinearState, linear_attention
+
+NORMALISERS = ("none", "exponential")
 
 
 class LinearOptions(TypedDict, total=False):
@@ -31,6 +34,7 @@ class LinearOptions(TypedDict, total=False):
     key_factor: float
     norm: str
     norm_eps: float
+    normaliser: str
     convolution: int
 
 
@@ -43,12 +47,14 @@ class LinearMixer(RecurrentMixer):
         num_heads: heads, each with its own state.
         normalize: divide by the normaliser, as mLSTM's exponential gate needs.
         key_factor: width of queries and keys as a share of the model's; values are as wide as the model.
-        norm, norm_eps: head-wise norm of what is read from the state.
+        norm, norm_eps: head-wise norm of what is read from the state: "rms", "layer" or "none".
+        normaliser: "exponential" divides what each head reads by exp(w . x_t), w learned (Sieber et al. 2024, arXiv
+            2405.15731); "none" does not. The norm would divide it out again, so that it must be "none".
         convolution: tokens that a short convolution mixes for queries, keys and gates; 0 for none.
 
     Raises:
-        ConfigError: heads that do not divide, an unknown norm, a convolution of fewer than 2 tokens, a number out of
-            range.
+        ConfigError: heads that do not divide, an unknown norm or normaliser, a normaliser that the norm divides out, a
+            convolution of fewer than 2 tokens, a number out of range.
     """
 
     rotary: Rotary | None = None
@@ -63,6 +69,7 @@ class LinearMixer(RecurrentMixer):
         key_factor: float = 0.5,
         norm: str = "rms",
         norm_eps: float = 1e-6,
+        normaliser: str = "none",
         convolution: int = 0,
     ) -> None:
         super().__init__()
@@ -80,12 +87,26 @@ class LinearMixer(RecurrentMixer):
         self.key_dim = divided(key_width, num_heads, "mixer.key_factor * model.d_model", "mixer.num_heads")
         if convolution < 0 or convolution == 1:
             raise ConfigError(f"mixer.convolution={convolution} must be 0, which is none, or at least 2 tokens.")
+        if norm not in (*NORMS, "none"):
+            raise ConfigError(f"mixer.norm={norm} is unknown; use rms, layer or none.")
+        if normaliser not in NORMALISERS:
+            raise ConfigError(f"mixer.normaliser={normaliser} is unknown; use none or exponential.")
+        if normaliser == "exponential" and norm != "none":
+            raise ConfigError(
+                f"mixer.normaliser=exponential scales what each head reads, and mixer.norm={norm} divides that out again;"
+                " use mixer.norm=none."
+            )
         self.query = nn.Linear(self.d_model, key_width, bias=False)
         self.key = nn.Linear(self.d_model, key_width, bias=False)
         self.value = nn.Linear(self.d_model, self.d_model, bias=False)
         self.output_gate = nn.Linear(self.d_model, self.d_model, bias=False)
         self.output = nn.Linear(self.d_model, self.d_model, bias=False)
-        self.head_norm = HeadwiseNorm(num_heads, self.value_dim, norm, norm_eps)
+        self.head_norm = None if norm == "none" else HeadwiseNorm(num_heads, self.value_dim, norm, norm_eps)
+        self.normaliser: nn.Linear | None = None
+        if normaliser == "exponential":
+            self.normaliser = nn.Linear(self.d_model, num_heads, bias=False)
+            nn.init.zeros_(self.normaliser.weight)
+            set_recipe(self.normaliser.weight, Recipe("scalar"))
         self.convolution = ShortConvolution(self.d_model, convolution) if convolution else None
         self.past, self.recent_channels = max(convolution - 1, 0), shape.d_model
 
@@ -146,9 +167,15 @@ class LinearMixer(RecurrentMixer):
         if self.normalize and log_input is not None:
             recurrence = NormalizedRecurrence(key, value, log_decay, log_input)
         read, carried = self.run_engine(run, recurrence, state, document_ids, batch)
-        gated = self.activate(self.output_gate(rounded)) * self.head_norm(self.recall(read, query)).flatten(2)
+        gated = self.activate(self.output_gate(rounded)) * self.normed(self.recall(read, query), x).flatten(2)
         after = self.next_state(carried, recent, x, state, ids)
         return MixerOutput(self.output(gated), after, metrics=self.state_metrics(carried, state))
+
+    def normed(self, read: Tensor, x: Tensor) -> Tensor:
+        """The read [B, T, H, value_dim] of tokens x [B, T, D] after the normaliser and the head-wise norm."""
+        if self.normaliser is not None:
+            return (read * (-exact_linear(self.normaliser, x)).exp().unsqueeze(-1)).to(read.dtype)
+        return read if self.head_norm is None else self.head_norm(read)
 
     def zeros(self, batch: int) -> LinearState:
         """The empty memory, for `batch` rows."""
