@@ -275,9 +275,9 @@ def test_a_lower_bound_is_kept_and_saturated_gates_are_finite():
 REFUSED = {
     "normaliser": (
         lambda: Lightning(SHAPE, 0, normaliser="exponential"),
-        r"mixer.normaliser=exponential scales what each head reads, and mixer.norm=rms divides that out again; use",
+        r"mixer.normaliser=exponential scales what each head reads, which mixer.norm=rms divides out again; use",
     ),
-    "unknown-normaliser": (lambda: Lightning(SHAPE, 0, normaliser="x"), r"mixer.normaliser=x is unknown; use none or"),
+    "unknown-normaliser": (lambda: Lightning(SHAPE, 0, normaliser="x"), r"mixer.normaliser=x is unknown; use null or"),
     "norm": (lambda: Lightning(SHAPE, 0, norm="x"), r"mixer.norm=x is unknown; use rms, layer or none"),
     "qlstm": (lambda: QLSTM(SHAPE, 0, decay="x"), r"mixer.decay=x is unknown; use sigmoid or reversed"),
     "expand": (

@@ -25,8 +25,6 @@ from longmix.mixers.parts.rotary import Rotary
 from longmix.recipe import Recipe, set_recipe
 from longmix_kernels.linear import LinearState, linear_attention
 
-NORMALISERS = ("none", "exponential")
-
 
 class LinearOptions(TypedDict, total=False):
     """The settings that all mixers on this engine share; see `LinearMixer`."""
@@ -34,7 +32,7 @@ class LinearOptions(TypedDict, total=False):
     key_factor: float
     norm: str
     norm_eps: float
-    normaliser: str
+    normaliser: str | None
     convolution: int
 
 
@@ -49,7 +47,7 @@ class LinearMixer(RecurrentMixer):
         key_factor: width of queries and keys as a share of the model's; values are as wide as the model.
         norm, norm_eps: head-wise norm of what is read from the state: "rms", "layer" or "none".
         normaliser: "exponential" divides what each head reads by exp(w . x_t), w learned (Sieber et al. 2024, arXiv
-            2405.15731); "none" does not. The norm would divide it out again, so that it must be "none".
+            2405.15731); None does not. The norm would divide it out again, so that it must be "none".
         convolution: tokens that a short convolution mixes for queries, keys and gates; 0 for none.
 
     Raises:
@@ -69,7 +67,7 @@ class LinearMixer(RecurrentMixer):
         key_factor: float = 0.5,
         norm: str = "rms",
         norm_eps: float = 1e-6,
-        normaliser: str = "none",
+        normaliser: str | None = None,
         convolution: int = 0,
     ) -> None:
         super().__init__()
@@ -89,12 +87,12 @@ class LinearMixer(RecurrentMixer):
             raise ConfigError(f"mixer.convolution={convolution} must be 0, which is none, or at least 2 tokens.")
         if norm not in (*NORMS, "none"):
             raise ConfigError(f"mixer.norm={norm} is unknown; use rms, layer or none.")
-        if normaliser not in NORMALISERS:
-            raise ConfigError(f"mixer.normaliser={normaliser} is unknown; use none or exponential.")
+        if normaliser not in (None, "exponential"):
+            raise ConfigError(f"mixer.normaliser={normaliser} is unknown; use null or exponential.")
         if normaliser == "exponential" and norm != "none":
             raise ConfigError(
-                f"mixer.normaliser=exponential scales what each head reads, and mixer.norm={norm} divides that out again;"
-                " use mixer.norm=none."
+                f"mixer.normaliser=exponential scales what each head reads, which mixer.norm={norm} divides out again; "
+                "use mixer.norm=none."
             )
         self.query = nn.Linear(self.d_model, key_width, bias=False)
         self.key = nn.Linear(self.d_model, key_width, bias=False)
