@@ -18,6 +18,7 @@ from longmix.mixers.parts.routing_modes import LEAKY
 from longmix.mixers.parts.softmax import Selection
 from longmix.mixers.scatterbrain_content import ScatterbrainContent
 from longmix.mixers.sparse_flash import SparseFlash
+from longmix.mixers.sparsek import SparseK
 
 HERE = "benchmarks.causality_controls"
 
@@ -42,6 +43,7 @@ CONTROLS: dict[str, LeakyControl] = {
     "buckets of equal size": LeakyControl("sparse_flash", {"_target_": f"{HERE}.EqualBuckets"}),
     "hash centred on the row": LeakyControl("scatterbrain_content", {"_target_": f"{HERE}.RowCentred"}),
     "blocks by means that reach further": LeakyControl("moba", {"_target_": f"{HERE}.WiderMeans", "top_k": 2}),
+    "outliers of the row": LeakyControl("sparsek", {"_target_": f"{HERE}.RowOutliers"}, kinds=("selection",)),
     "upper half of the row": LeakyControl(settings={"_target_": f"{HERE}.UpperHalf"}),
     "mean of the row": LeakyControl(settings={"_target_": f"{HERE}.RowMean"}, kinds=("content", "placement")),
 }
@@ -53,6 +55,7 @@ MECHANISMS: dict[str, str] = {
     "sparse_flash_drop": "upper half of the row",
     "hyper": "buckets of equal size",
     "moba": "blocks by means that reach further",
+    "sparsek": "outliers of the row",
     "scatterbrain_content": "hash centred on the row",
 }
 """The control of each mixer that selects by content, by the mixer's file in `configs/mixer`."""
@@ -138,3 +141,18 @@ class WiderMeans(MoBA):
 
     def _chosen(self, query: Tensor, means: Tensor, first: Tensor, end: Tensor) -> Tensor:
         return super()._chosen(query, means + means.roll(-1, 1), first, end)
+
+
+class RowOutliers(SparseK):
+    """Keeps the keys whose scores stand out of the whole row, as statistics of a prompt choose the keys of a cache that
+    is compressed.
+    """
+
+    leaky = True
+
+    def select(self, x: Tensor, query: Tensor, key: Tensor, positions: Tensor) -> Selection:
+        """Score the keys by the distance of their scores from the median of the row."""
+        score = super().select(x, query, key, positions).key_labels
+        assert score is not None
+        score = score + x[..., :1]  # learned scores begin alike
+        return Selection(key_labels=(score - score.detach().median(1, keepdim=True).values).abs())

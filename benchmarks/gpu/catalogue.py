@@ -45,6 +45,7 @@ MIXERS = (
     "block_sparse",
     "moba",
     "scatterbrain_content",
+    "sparsek",
     "sparse_flash_drop",
 )
 """In the order in which they are tried."""

@@ -22,6 +22,7 @@ MEASURING = {
     "routing-threshold": "routing clusters=3 window=4 mode=threshold",
     "routing-prefix": "routing clusters=3 window=4 mode=prefix_topk block=6",
     "scatterbrain": "scatterbrain block=3 num_features=16",
+    "sparsek": "sparsek block=3 keep=5 past_blocks=1",
     "content": "scatterbrain_content block=3 num_features=16 window=3",
 }
 

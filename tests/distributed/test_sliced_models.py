@@ -37,6 +37,9 @@ VARIANTS = {
     "scatterbrain-single-tokens": "scatterbrain block=1 past_blocks=0 num_features=16",
     "scatterbrain-own-block": "scatterbrain block=4 past_blocks=0 num_features=0",
     "scatterbrain-summaries": "scatterbrain block=4 num_features=0 summaries=true",
+    "sparsek": "sparsek block=3 keep=5 past_blocks=1",
+    "sparsek-beyond-slices": "sparsek block=8 keep=30 past_blocks=1",
+    "sparsek-single-tokens": "sparsek block=1 keep=3 past_blocks=0",
     "content": "scatterbrain_content block=3 num_features=16 window=3",
 }
 

@@ -25,6 +25,7 @@ from longmix.mixers.scatterbrain_content import ScatterbrainContent
 from longmix.mixers.sliding_window import SlidingWindow
 from longmix.mixers.sparse_flash import SparseFlash
 from longmix.mixers.sparse_flash_drop import SparseFlashDrop
+from longmix.mixers.sparsek import SparseK
 
 SHAPE = ModelShape(d_model=48, num_layers=2, num_heads=3)
 
@@ -81,6 +82,9 @@ MIXERS: dict[str, Callable[[], Mixer]] = {
     "scatterbrain-content-grouped": lambda: content(block=2, past_blocks=0, window=2, num_kv_heads=1, sinks=1),
     "scatterbrain-content-no-features": lambda: content(num_features=0, one_softmax=True, buckets=2, window=30),
     "scatterbrain-content-summaries": lambda: content(num_features=0, summaries=True),
+    "sparsek": lambda: sparsek(),
+    "sparsek-own-block": lambda: sparsek(past_blocks=0, keep=7, gate="both", num_kv_heads=1),
+    "sparsek-single-tokens": lambda: sparsek(block=1, keep=2, slope=0.0, gate="value"),
     "mlstm-sig": lambda: awake(MLSTMTFLA(SHAPE, 0)),
     "mlstm-exp": lambda: awake(MLSTMTFLA(SHAPE, 0, gate="exp", num_heads=3, norm="layer")),
     "mlstm-convolution": lambda: awake(MLSTMTFLA(SHAPE, 0, num_heads=2, convolution=4)),
@@ -111,6 +115,12 @@ def scatterbrain(**settings) -> Scatterbrain:
 
 def content(**settings) -> ScatterbrainContent:
     return ScatterbrainContent(SHAPE, 0, **{"block": 4, "num_features": 8, "buckets": 4, "window": 3, **settings})
+
+
+def sparsek(**settings) -> SparseK:
+    mixer = SparseK(SHAPE, 0, **{"block": 3, "keep": 4, "past_blocks": 1, **settings})
+    torch.nn.init.normal_(mixer.score.weight, std=SHAPE.d_model**-0.5)
+    return mixer
 
 
 class Later(RWKV7):

@@ -46,7 +46,7 @@ def test_which_states_stay_small():
         "rwkv7",
         "simple_gla",
     }
-    assert found == recurrent | {"sliding_window", "routing", "scatterbrain", "scatterbrain_content"}
+    assert found == recurrent | {"sliding_window", "routing", "scatterbrain", "scatterbrain_content", "sparsek"}
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor]:

@@ -70,6 +70,7 @@ TAKEN = {
     "sparse_flash": {"window": 7},
     "hyper": {"sample": 0.9},
     "scatterbrain_content": {"window": 6},
+    "sparsek": {"keep": 5, "past_blocks": 1},
     "retention": {"rotary_base": 77.0},
     "sliding_window*1+flash": {"sliding_window": {"window": 3}, "flash": {"rotary_fraction": 0.5}},
 }

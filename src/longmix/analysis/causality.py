@@ -251,7 +251,8 @@ def scale_model(config: ModelConfig, length: int, vocab_size: int) -> LanguageMo
 
     Args:
         config: of which the model is built. Windows and blocks of its mixers become a quarter of a row where they are
-            longer, and of its layers two stay, or as many as its pattern of mixers has.
+            longer, blocks still less where several are seen exactly; of its layers two stay, or as many as its pattern
+            of mixers has.
         length: tokens of a row.
         vocab_size: of the model.
     """
@@ -260,8 +261,11 @@ def scale_model(config: ModelConfig, length: int, vocab_size: int) -> LanguageMo
     model = config.model.having(num_layers=min(config.model.number("num_layers"), max(2, order)))
     small = ModelConfig(mixer=mixer, model=model)
     for choice in mixer.choices:
+        past = choice.settings.get("past_blocks")
+        blocks = 1 + past if isinstance(past, int) else 1
         for name, least in sizes_of(choice).items():
-            small = _with_smaller(small, choice.key, name, max(1, length // 4), least)
+            parts = max(4, 2 * blocks) if name == "block" else 4  # the blocks that are seen exactly are half a row
+            small = _with_smaller(small, choice.key, name, max(1, length // parts), least)
     with warnings.catch_warnings(action="ignore"):  # what there is to say was said of the model itself
         return build_model(small, vocab_size)
 

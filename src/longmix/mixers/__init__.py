@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from longmix.mixers.sliding_window import SlidingWindow as SlidingWindow
     from longmix.mixers.sparse_flash import SparseFlash as SparseFlash
     from longmix.mixers.sparse_flash_drop import SparseFlashDrop as SparseFlashDrop
+    from longmix.mixers.sparsek import SparseK as SparseK
 
 _PLACES = {
     "BlockSparse": "longmix.mixers.block_sparse",
@@ -65,6 +66,7 @@ _PLACES = {
     "SoftmaxAttention": "longmix.mixers.parts.softmax",
     "SparseFlash": "longmix.mixers.sparse_flash",
     "SparseFlashDrop": "longmix.mixers.sparse_flash_drop",
+    "SparseK": "longmix.mixers.sparsek",
 }
 """The module of each class."""
 

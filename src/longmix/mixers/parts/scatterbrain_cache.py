@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from longmix.mixers.parts.attention_state import Rows
+from longmix.mixers.parts.kept_keys import Kept
 from longmix.mixers.parts.recurrent import select
 from longmix.mixers.parts.rings import Rings
 from longmix.mixers.parts.scatterbrain_summaries import GONE, Blocks, Summaries
@@ -13,7 +14,7 @@ from longmix.mixers.parts.states import mixer_state
 from longmix_kernels.runtime import is_readable
 from longmix_kernels.scatter import FeatureState, absorb, empty_state
 
-Far = FeatureState | Summaries | None
+Far = FeatureState | Summaries | Kept | None
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class ScatterbrainState:
     def kept_of(self, goes_on: Tensor) -> "ScatterbrainState":
         """The state for rows where `goes_on` [B] is set; the others keep only their recent keys."""
         far = self.far
-        if isinstance(far, Summaries):
+        if isinstance(far, Summaries | Kept):
             far = far.kept_of(goes_on)
         elif far is not None:
             far = select(goes_on, far, _emptied(far))
@@ -147,19 +148,26 @@ def state_after(
             blocks = Blocks.of(ids, ids.shape[0], length, block, ids.device, documents)
             found = blocks.summaries(keys.features, keys.key, keys.value, scale)
             far = far.followed_by(Summaries(*found, blocks.that_leave(leaves, ids)))
-        elif far is not None:
+        elif isinstance(far, FeatureState):
             far = absorb(far, keys.features, keys.value, leaves)
     if rings is not None and keys.labels is not None and some_leave:
         rings = rings.written(keys.key, keys.value, keys.labels[..., 0], leaves)
-    start = max(0, length - recent_limit(block, past))
-    recent = Keys(
+    return replace(before, recent=recent_after(keys, leaves, block, past), far=far, rings=rings)
+
+
+def recent_after(keys: Keys, leaves: Tensor, block: int, past: int) -> Keys:
+    """The latest keys, and which of them the next token sees: those of the last one's document but for `leaves`."""
+    ids = keys.document_ids
+    assert ids is not None
+    seen = (ids == ids[:, -1:]) & ~leaves
+    start = max(0, ids.shape[1] - recent_limit(block, past))
+    return Keys(
         keys.key[:, start:].clone(),
         keys.value[:, start:].clone(),
         None if keys.features is None else keys.features[:, start:].clone(),
-        torch.where(live & ~leaves, 0, GONE).int()[:, start:],
+        torch.where(seen, 0, GONE).int()[:, start:],
         None if keys.labels is None else keys.labels[:, start:].clone(),
     )
-    return replace(before, recent=recent, far=far, rings=rings)
 
 
 def recent_limit(block: int, past: int) -> int:

@@ -35,9 +35,27 @@ def after_sums(new: Keys, slices: Slices, block: int, past: int) -> tuple[Keys, 
         slices: what comes before.
         block, past: tokens of a block, and how many are seen before the own one.
     """
+    keys, left, goes_on = after_near(new, slices, block, past)
+    if new.features is None or keys.features is None:
+        return keys, None
+    first = left.shape[1]
+    far = _sums_before(new, slices, recent_limit(block, past))
+    far = absorb(far, keys.features[:, :first], keys.value[:, :first], left)
+    return keys, select(goes_on, far, _empty(new))
+
+
+def after_near(new: Keys, slices: Slices, block: int, past: int) -> tuple[Keys, Tensor, Tensor]:
+    """The keys of a slice after those that it may see exactly, their documents numbered.
+
+    Args:
+        new, slices, block, past: see `after_sums`.
+
+    Returns:
+        The keys, others marked `GONE`; which of the earlier ones are not seen exactly but of the document before the
+        slice, bool [B, N]; and whether that document goes on in the slice, bool [B].
+    """
     batch, length = new.key.shape[:2]
-    limit = recent_limit(block, past)
-    keys = after_earlier_slices(new, slices, limit)
+    keys = after_earlier_slices(new, slices, recent_limit(block, past))
     first, device = keys.key.shape[1] - length, new.key.device
     ids = keys.document_ids
     if ids is None:
@@ -46,15 +64,11 @@ def after_sums(new: Keys, slices: Slices, block: int, past: int) -> tuple[Keys, 
     next_position = slices.next_position.to(device)[:, None]
     position = next_position - torch.arange(first, 0, -1, device=device)
     begin = (next_position // block - past).clamp(min=0) * block
-    goes_on = ids[:, :first] == last_id
-    live = goes_on & (position >= begin)
+    of_last = ids[:, :first] == last_id
+    live = of_last & (position >= begin)
     number = numbered(ids)
     keys = replace(keys, document_ids=torch.cat((torch.where(live, number[:, :first], GONE), number[:, first:]), 1))
-    if new.features is None or keys.features is None:
-        return keys, None
-    far = _sums_before(new, slices, limit)
-    far = absorb(far, keys.features[:, :first], keys.value[:, :first], goes_on & ~live)
-    return keys, select(ids[:, first] == last_id[:, 0], far, _empty(new))
+    return keys, of_last & ~live, ids[:, first] == last_id[:, 0]
 
 
 def _sums_before(new: Keys, slices: Slices, limit: int) -> FeatureState:
