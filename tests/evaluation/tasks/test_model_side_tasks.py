@@ -1,12 +1,17 @@
 """Tasks that look at layers, states and parts of a model: what each reports of one small run, and what it refuses."""
 
 import json
+import re
 
 import pytest
 from matplotlib import image
 
 from longmix.errors import ConfigError
 from longmix.evaluation.run import evaluate
+from longmix.evaluation.tasks.dsf import DSF
+from longmix.evaluation.tasks.layers import Layers
+from longmix.evaluation.tasks.probe import Probe
+from longmix.evaluation.tasks.prune import Prune
 
 
 @pytest.fixture(scope="module")
@@ -55,16 +60,45 @@ def test_dsf(evaluated, capsys):
     assert "Phi v is the output of every layer, to" in capsys.readouterr().out
 
 
+def test_prune(evaluated, tmp_path, capsys):
+    report = evaluated("prune", "task.prune.windows=2", "task.prune.margin=0.01", "max_tokens=240")
+    assert len(report["trials"]) == 2 * 2 + 2 * sum(report["masks"]["mixer"]) and report["windows"] == 2
+    assert [t["part"] for t in report["trials"]][:2] == ["layer 1 mlp", "layer 1 mixer"]
+    assert report["removed"], "hardly anything is learned in two steps, so something costs nothing"
+    assert [t["part"] for t in report["trials"] if t["removed"]] == [row["part"] for row in report["removed"]]
+    shares = [row["parameters"] / report["parameters"] for row in report["removed"]]
+    assert shares == sorted(shares) and 0 < shares[-1] < 1 and report["removed"][-1]["flops"] < report["flops"]
+    assert report["loss"]["after"] <= report["loss"]["before"] + 0.01 and report["final"]["after"] > 0
+    assert json.loads((tmp_path / "out/masks.json").read_text()) == report["masks"]
+    assert "parts that were tried; loss of all windows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("label", ["next", "document", "year"])
+def test_probe(evaluated, label, capsys):
+    words = "length=8", f"label={label}", "passages=96", "epochs=2", "layer=[-1,1]", "queries=4", "classes=3"
+    report = evaluated("probe", *(f"task.probe.{word}" for word in words), "split=test")
+    assert [(row["layer"], row["name"]) for row in report["layers"]] == [(-1, "embedding"), (1, "Flash")]
+    assert all(0 <= row[pool] <= 1 for row in report["layers"] for pool in ("probe", "mean", "last"))
+    assert report["fitted"] > report["held_out"] > 10 and 0 < report["floor"] < 1
+    named = {"next": ["letter", "digit"], "document": ["document 0"], "year": ["from 1995"]}[label]
+    assert report["classes"][: len(named)] == named or label == "document"
+    assert "whose class of" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
-    ("task", "word", "message"),
+    ("task", "setting", "message"),
     [
-        ("dsf", "length=1", r"task\.dsf\.length=1 must be from 2"),
-        ("dsf", "windows=0", r"task\.dsf\.windows=0 must be from 1"),
-        ("layers", "tokens=1", r"task\.layers\.tokens=1 must be from 2"),
-        ("layers", "block=1", r"task\.layers\.block=1 must be from 2"),
+        (Probe, {"label": "yeer"}, "task.label=yeer is unknown. Did you mean year?"),
+        (Probe, {"layer": "first"}, "task.layer=first is no layer"),
+        (Probe, {"queries": 0}, "task.queries=0 must be from 1"),
+        (Prune, {"margin": -1.0}, "task.margin=-1.0 must be at least 0"),
+        (Prune, {"channels": 0}, "task.channels=0 must be from 1"),
+        (DSF, {"length": 1}, "task.length=1 must be from 2"),
+        (DSF, {"windows": 0}, "task.windows=0 must be from 1"),
+        (Layers, {"tokens": 1}, "task.tokens=1 must be from 2"),
+        (Layers, {"block": 1}, "task.block=1 must be from 2"),
     ],
 )
-def test_impossible_settings_are_refused(compose_config, run_folder, task, word, message):
-    words = f"checkpoint={run_folder}", f"task={task}", f"task.{task}.{word}"
-    with pytest.raises(ConfigError, match=message):
-        evaluate(compose_config(*words, entry_point="evaluate"))
+def test_impossible_settings_are_refused(task, setting, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        task(**setting)

@@ -35,6 +35,11 @@ class Sotu:
         check_split(self, split)
         return (text for name, text in self._load().items() if _sotu_split(int(name[:4])) == split)
 
+    def years(self, split: str) -> list[int]:
+        """The year of each message of a split, in the order of `documents`."""
+        check_split(self, split)
+        return [year for name in self._load() if _sotu_split(year := int(name[:4])) == split]
+
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the messages of each split."""
         years = [SOTU_FIRST_VALIDATION_YEAR, SOTU_FIRST_TEST_YEAR]
