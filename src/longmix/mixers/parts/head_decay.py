@@ -5,6 +5,8 @@ C_t = exp(f_t) C_{t-1} + k_t v_t^T,    y_t = W_o (gate(W_g x_t) * norm(C_t^T q_t
 lightning    f constant, by ALiBi's slopes, gentler in deeper layers (Qin et al. 2024, arXiv 2401.04658)
 retention    f constant, log(1 - 2^(-5 - h)), with rotary positions (Sun et al. 2023, arXiv 2307.08621)
 simple_gla   f_t = logsigmoid(w . x_t + b) / 16, learned (Yang et al. 2024, arXiv 2312.06635, with a scalar gate)
+
+With `features=gaussian`, q and k are SOFT's Gaussian features of the projections; see `longmix.mixers.parts.landmarks`.
 """
 
 import math
@@ -15,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longmix.errors import ConfigError
-from longmix.mixers.parts.base import ModelShape
+from longmix.mixers.parts.base import COUNT, REAL, ModelShape, at_most
 from longmix.mixers.parts.exact import exact_linear
+from longmix.mixers.parts.landmarks import GaussianFeatures
 from longmix.mixers.parts.layout import Layout
 from longmix.mixers.parts.linear import LinearMixer, LinearOptions
 from longmix.mixers.parts.rotary import POSITIONS, Rotary, RotaryScalingOptions, ScalingKind, rotate
@@ -37,13 +40,21 @@ def retention_decay(heads: int, layer_index: int, num_layers: int) -> Tensor:
     return torch.log1p(-(2.0 ** (-5 - torch.arange(heads).float())))
 
 
-DECAYS = {"alibi": alibi_decay, "retention": retention_decay, "learned": None}
+def no_decay(heads: int, layer_index: int, num_layers: int) -> Tensor:
+    """0: float32 [H]."""
+    return torch.zeros(heads)
+
+
+DECAYS = {"alibi": alibi_decay, "retention": retention_decay, "none": no_decay, "learned": None}
 
 
 class HeadDecayOptions(LinearOptions, RotaryScalingOptions, total=False):
     """The settings that the mixers of this kind share; see `HeadDecay`."""
 
     num_heads: int | None
+    features: str | None
+    landmarks: int
+    radius: float
 
 
 class HeadDecay(LinearMixer):
@@ -51,12 +62,14 @@ class HeadDecay(LinearMixer):
 
     Args:
         shape, layer_index, options: see `LinearMixer`.
-        decay: "alibi", "retention" or "learned".
+        decay: "alibi", "retention", "learned" or "none".
         num_heads: heads; None takes the model's.
         rotary_base, rotary_fraction, rotary_scaling, rotary_factor, rotary_original_length, rotary_options: the rotary
             positions, none by default; see `longmix.mixers.parts.rotary.Rotary.of`.
         activation: "silu" on queries and keys, or "none".
         output_gate: "silu" or "sigmoid".
+        features: "gaussian" replaces queries and keys by Gaussian features of so many `landmarks`, at squared length
+            `radius`; None leaves them.
 
     Raises:
         ConfigError: besides those of the base, an unknown word, positions that make no sense.
@@ -79,6 +92,9 @@ class HeadDecay(LinearMixer):
         rotary_options: dict[str, float] | None = None,
         activation: str = "none",
         output_gate: str = "silu",
+        features: str | None = None,
+        landmarks: int = 64,
+        radius: float = 1.0,
         **options: Unpack[LinearOptions],
     ) -> None:
         heads = shape.num_heads if num_heads is None else num_heads
@@ -101,6 +117,17 @@ class HeadDecay(LinearMixer):
             rotary_options=rotary_options,
         )
         self.activation, self.gate_activation = activation, output_gate
+        at_most(COUNT, landmarks=landmarks)
+        at_most(REAL, radius=radius)
+        if features not in (None, "gaussian"):
+            raise ConfigError(f"mixer.features={features} is unknown; use null or gaussian.")
+        if landmarks < 1 or radius <= 0:
+            name, value = ("landmarks", landmarks) if landmarks < 1 else ("radius", radius)
+            raise ConfigError(f"mixer.{name}={value} must be positive.")
+        self.features: GaussianFeatures | None = None
+        if features is not None:
+            self.features = GaussianFeatures(heads, self.key_dim, landmarks, radius, layer_index)
+            self.state_dim = landmarks
         slopes = DECAYS[decay]
         self.decay: nn.Linear | None = None
         if slopes is None:
@@ -133,4 +160,11 @@ class HeadDecay(LinearMixer):
             query, key = F.silu(query), F.silu(key)
         if layout is not None:
             query, key = (rotate(heads, layout.cosine, layout.sine) for heads in (query, key))
+        if self.features is not None:
+            whitening = self.features.whitening()
+            query, key = (self.features(heads, whitening).to(heads.dtype) for heads in (query, key))
         return query, key
+
+    def flops(self, length: int) -> int:
+        """As the base says, and the features of queries and keys."""
+        return super().flops(length) + (0 if self.features is None else 2 * self.features.flops(length))

@@ -83,6 +83,7 @@ class LinearMixer(RecurrentMixer):
                 f"mixer.key_factor={key_factor} of model.d_model={shape.d_model} must be at least a channel."
             )
         self.key_dim = divided(key_width, num_heads, "mixer.key_factor * model.d_model", "mixer.num_heads")
+        self.state_dim = self.key_dim
         if convolution < 0 or convolution == 1:
             raise ConfigError(f"mixer.convolution={convolution} must be 0, which is none, or at least 2 tokens.")
         if norm not in (*NORMS, "none"):
@@ -121,7 +122,7 @@ class LinearMixer(RecurrentMixer):
         return None if self.rotary is None else LayoutNeeds(self.rotary)
 
     def query_and_key(self, x: Tensor, layout: Layout | None) -> tuple[Tensor, Tensor]:
-        """Query and key [B, T, H, key_dim] of x [B, T, D]; with a `rotary` the layout of its tokens is given."""
+        """Query and key [B, T, H, state_dim] of x [B, T, D]; with a `rotary` the layout of its tokens is given."""
         return self.query(x).unflatten(-1, (self.num_heads, -1)), self.key(x).unflatten(-1, (self.num_heads, -1))
 
     def forward(
@@ -161,7 +162,7 @@ class LinearMixer(RecurrentMixer):
                 document_ids=ids,
             )
 
-        recurrence: Recurrence = DecayRecurrence(query, log_decay, self.key_dim**-0.5)
+        recurrence: Recurrence = DecayRecurrence(query, log_decay, self.state_dim**-0.5)
         if self.normalize and log_input is not None:
             recurrence = NormalizedRecurrence(key, value, log_decay, log_input)
         read, carried = self.run_engine(run, recurrence, state, document_ids, batch)
@@ -179,13 +180,13 @@ class LinearMixer(RecurrentMixer):
         """The empty memory, for `batch` rows."""
         weight = self.value.weight
         exact = torch.promote_types(weight.dtype, torch.float32)
-        memory = weight.new_zeros(batch, self.num_heads, self.key_dim, self.value_dim, dtype=exact)
+        memory = weight.new_zeros(batch, self.num_heads, self.state_dim, self.value_dim, dtype=exact)
         if not self.normalize:
             return LinearState(memory)
         return LinearState(memory, memory.new_zeros(memory.shape[:3]), memory.new_zeros(memory.shape[:2]))
 
     def flops(self, length: int) -> int:
-        """Projections, and per head and token one update and one reading of the state, 2 key_dim * value_dim each."""
+        """Projections, and per head and token one update and one reading of the state, 2 state_dim * value_dim each."""
         weights = weight_count(self.children())
         convolved = 0 if self.convolution is None else self.convolution.flops(length)
-        return 2 * length * weights + convolved + 4 * length * self.num_heads * self.key_dim * self.value_dim
+        return 2 * length * weights + convolved + 4 * length * self.num_heads * self.state_dim * self.value_dim
