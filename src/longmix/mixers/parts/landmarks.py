@@ -4,12 +4,12 @@ With landmarks z_1 .. z_m of each head, A_ab = G(z_a, z_b), G(x, z) = exp(-|x - 
 
     phi(x) = L^-1 (G(z_1, x), ..., G(z_m, x)),    phi(q) . phi(k) = G(q, Z) (A + 0.01 I)^-1 G(Z, k)
 
-which is Nystroem's estimate of G(q, k). The authors invert A by Newton's iteration. Here it is factored, so that queries
-and keys have features of their own and a causal state can hold sums of them.
+which is Nystroem's estimate of G(q, k). The authors invert A by Newton's iteration. Here it is factored, so that
+queries and keys have features of their own and a causal state can hold sums of them.
 
-Notable: features may be negative, so nothing divides by their sum; the head-wise norm stands in for it. Queries and keys
-are brought to length sqrt(radius), on which landmarks begin too, in random directions: at unit variance and the paper's
-scale the typical kernel of a random landmark is 0.009 for heads of 32 channels, and its features are dead.
+Notable: features may be negative, so nothing divides by their sum; the head-wise norm stands in for it. Queries and
+keys are brought to length sqrt(radius), on which landmarks begin too, in random directions: at unit variance and the
+paper's scale the typical kernel of a random landmark is 0.009 for heads of 32 channels, and its features are dead.
 """
 
 import torch
