@@ -46,6 +46,8 @@ MIXERS = (
     "moba",
     "scatterbrain_content",
     "sparsek",
+    "combiner",
+    "combiner_log",
     "sparse_flash_drop",
 )
 """In the order in which they are tried."""

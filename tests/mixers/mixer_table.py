@@ -11,6 +11,8 @@ from small_mixers import small_mixer
 
 from longmix.config import Plain, build
 from longmix.mixers.block_sparse import BlockSparse
+from longmix.mixers.combiner import Combiner
+from longmix.mixers.combiner_log import CombinerLog
 from longmix.mixers.flash import Flash
 from longmix.mixers.hyper import Hyper
 from longmix.mixers.mlstm_tfla import MLSTMTFLA
@@ -78,6 +80,8 @@ MIXERS: dict[str, Callable[[], Mixer]] = {
     "scatterbrain-summaries-grouped": lambda: scatterbrain(
         num_features=0, summaries=True, past_blocks=0, block=3, sinks=1, num_kv_heads=1
     ),
+    "combiner-grouped": lambda: Combiner(SHAPE, 0, block=3, num_kv_heads=1),
+    "combiner-log-grouped": lambda: CombinerLog(SHAPE, 0, num_kv_heads=1),
     "scatterbrain-content": lambda: content(),
     "scatterbrain-content-grouped": lambda: content(block=2, past_blocks=0, window=2, num_kv_heads=1, sinks=1),
     "scatterbrain-content-no-features": lambda: content(num_features=0, one_softmax=True, buckets=2, window=30),

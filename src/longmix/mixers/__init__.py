@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from longmix.mixers.block_sparse import BlockSparse as BlockSparse
+    from longmix.mixers.combiner import Combiner as Combiner
+    from longmix.mixers.combiner_log import CombinerLog as CombinerLog
     from longmix.mixers.deltanet import DeltaNet as DeltaNet
     from longmix.mixers.flash import Flash as Flash
     from longmix.mixers.gated_deltanet import GatedDeltaNet as GatedDeltaNet
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "BlockSparse": "longmix.mixers.block_sparse",
+    "Combiner": "longmix.mixers.combiner",
+    "CombinerLog": "longmix.mixers.combiner_log",
     "DeltaNet": "longmix.mixers.deltanet",
     "Flash": "longmix.mixers.flash",
     "GLA": "longmix.mixers.gla",

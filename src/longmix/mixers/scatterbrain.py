@@ -42,7 +42,7 @@ from longmix.mixers.parts.scatterbrain_cache import (
     state_after,
 )
 from longmix.mixers.parts.scatterbrain_slices import after_earlier_slices, after_sums
-from longmix.mixers.parts.scatterbrain_summaries import Blocks, Part, no_summaries, numbered, pooled
+from longmix.mixers.parts.scatterbrain_summaries import Blocks, Part, Pool, no_summaries, numbered, pooled
 from longmix.mixers.parts.softmax import HeadOptions, SoftmaxAttention
 from longmix.notices import notice
 from longmix_kernels.attention import attention, merge
@@ -61,6 +61,7 @@ class ScatterbrainOptions(HeadOptions, total=False):
     radius: float
     one_softmax: bool
     summaries: bool
+    pool: Pool
     sinks: int
     feature_seed: int
 
@@ -78,6 +79,7 @@ class Scatterbrain(SoftmaxAttention):
         one_softmax: have the exact side at the same length, so that both sides are of one softmax.
         summaries: have one key stand for each earlier block instead of features (`scatterbrain_summaries`); with
             `num_features` 0. The state grows by a key per block then.
+        pool: what a summary's key and query are of those of its block: "mean", or "max" channel by channel.
         sinks: learned keys, with values, that every token sees besides (Xiao et al. 2024, arXiv 2309.17453).
         feature_seed: of the draw of the features.
 
@@ -100,6 +102,7 @@ class Scatterbrain(SoftmaxAttention):
         radius: float = 1.0,
         one_softmax: bool = False,
         summaries: bool = False,
+        pool: Pool = "mean",
         sinks: int = 0,
         feature_seed: int = 0,
         **options: Unpack[HeadOptions],
@@ -109,7 +112,7 @@ class Scatterbrain(SoftmaxAttention):
         at_most(COUNT, past_blocks=past_blocks, num_features=num_features, sinks=sinks)
         at_most(REAL, radius=radius)
         at_most(SEED, feature_seed=feature_seed)
-        self.block, self.past_blocks, self.summaries = block, past_blocks, summaries
+        self.block, self.past_blocks, self.summaries, self.pool = block, past_blocks, summaries, pool
         self.num_features, self.radius, self.one_softmax = num_features, radius, one_softmax
         self._check(sinks)
         check_kind(features)
@@ -143,6 +146,8 @@ class Scatterbrain(SoftmaxAttention):
                 f"mixer.summaries=true and mixer.num_features={self.num_features} would count far keys twice; "
                 "set mixer.num_features=0."
             )
+        if self.pool not in ("mean", "max"):
+            raise ConfigError(f"mixer.pool={self.pool} is unknown; use mean or max.")
         if sinks < 0:
             raise ConfigError(f"mixer.sinks={sinks} must be at least 0, which is none.")
 
@@ -171,7 +176,8 @@ class Scatterbrain(SoftmaxAttention):
         # Only a document that fills the call from its first token on has sums from before.
         before = before.kept_of(number[:, 0] == number[:, -1])
         before = replace(before, last_id=ids[:, -1], next_position=next_position, carried=rows.carried)
-        return mixed, metrics, state_after(keys, before, self.block, self.past_blocks, self._scale(), queries.documents)
+        sizes = self.block, self.past_blocks, self._scale(), queries.documents
+        return mixed, metrics, state_after(keys, before, *sizes, self.pool)
 
     def state_type(self) -> type:
         """The class of the state."""
@@ -197,7 +203,7 @@ class Scatterbrain(SoftmaxAttention):
             query, key = short
         query, key = query.to(value.dtype), key.to(value.dtype)
         if self.summaries:
-            key_features = pooled(query, self.num_kv_heads)
+            key_features = pooled(query, self.num_kv_heads, self.pool)
         return FeatureRows(query, key, value, document_ids, query_features=query_features, key_features=key_features)
 
     def _attend(self, queries: Queries, keys: Keys, far: Any = None) -> ScatterResult:
@@ -229,7 +235,7 @@ class Scatterbrain(SoftmaxAttention):
         if self.summaries and keys.features is not None:
             batch, length = keys.key.shape[:2]
             blocks = Blocks.of(keys.document_ids, batch, length, self.block, query.device, queries.documents)
-            found = blocks.summaries(keys.features, keys.key, keys.value, self._scale())
+            found = blocks.summaries(keys.features, keys.key, keys.value, self._scale(), self.pool)
             parts.append(blocks.attend(query, *found, self.past_blocks, self._scale()))
             if goes_on is not None and before.far.key.shape[1]:
                 parts.append(before.far.attend(query, goes_on, self._scale()))

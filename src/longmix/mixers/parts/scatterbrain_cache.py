@@ -9,7 +9,7 @@ from longmix.mixers.parts.attention_state import Rows
 from longmix.mixers.parts.kept_keys import Kept
 from longmix.mixers.parts.recurrent import select
 from longmix.mixers.parts.rings import Rings
-from longmix.mixers.parts.scatterbrain_summaries import GONE, Blocks, Summaries
+from longmix.mixers.parts.scatterbrain_summaries import GONE, Blocks, Pool, Summaries
 from longmix.mixers.parts.states import mixer_state
 from longmix_kernels.runtime import is_readable
 from longmix_kernels.scatter import FeatureState, absorb, empty_state
@@ -120,7 +120,13 @@ class ScatterbrainState:
 
 
 def state_after(
-    keys: Keys, before: ScatterbrainState, block: int, past: int, scale: float, documents: int | None
+    keys: Keys,
+    before: ScatterbrainState,
+    block: int,
+    past: int,
+    scale: float,
+    documents: int | None,
+    pool: Pool = "mean",
 ) -> ScatterbrainState:
     """The state after the last of `keys`: blocks that the next token does not see exactly leave for the far side.
 
@@ -131,6 +137,7 @@ def state_after(
         block, past: tokens of a block, and how many are seen before the own one.
         scale: of the scores in a summary.
         documents: as in `Queries`, of `keys`.
+        pool: of keys and queries in a summary.
     """
     ids, length = keys.document_ids, keys.key.shape[1]
     assert ids is not None
@@ -146,7 +153,7 @@ def state_after(
     if keys.features is not None and some_leave:
         if isinstance(far, Summaries):
             blocks = Blocks.of(ids, ids.shape[0], length, block, ids.device, documents)
-            found = blocks.summaries(keys.features, keys.key, keys.value, scale)
+            found = blocks.summaries(keys.features, keys.key, keys.value, scale, pool)
             far = far.followed_by(Summaries(*found, blocks.that_leave(leaves, ids)))
         elif isinstance(far, FeatureState):
             far = absorb(far, keys.features, keys.value, leaves)

@@ -1,13 +1,15 @@
 """One key for each earlier block: the summaries of Combiner (Ren et al. 2021, arXiv 2107.05768, its fixed form).
 
-    k_r = mean_j k_j,   q_r = mean_j q_j,   v_r = sum_j softmax_j(scale * q_r . k_j) v_j        over the j of block r
+    k_r = pool_j k_j,   q_r = pool_j q_j,   v_r = sum_j softmax_j(scale * q_r . k_j) v_j        over the j of block r
 
 A block is summarised by its own tokens when it is complete, so that nothing later shows. Summaries are keys like any
-other: attention to them is merged with that to the near keys through the logsumexp. What differs from the paper: keys
-are pooled by their mean, and near blocks are seen exactly besides the own one. The state grows by one key per block.
+other: attention to them is merged with that to the near keys through the logsumexp. The pool is the largest of each
+channel, as published, or the mean. Near blocks may be seen exactly besides the own one, which the paper does not do.
+The state grows by one key per block.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from longmix_kernels.runtime import is_readable
 
 GONE = -1
 """The document of a summary, or key, that no later query may see; others are `numbered`, from 0 on."""
+
+Pool = Literal["mean", "max"]
 
 Part = tuple[Tensor, Tensor]
 """Output [B, T, H, head_dim] and logsumexp [B, T, H] of attention to some keys."""
@@ -118,24 +122,35 @@ class Blocks:
         index = self.number.view(*self.number.shape, *[1] * (x.dim() - 2)).expand(x.shape)
         return x.new_zeros(x.shape[0], self.count, *x.shape[2:]).scatter_add(1, index, x)
 
+    def largest(self, x: Tensor) -> Tensor:
+        """The largest numbers [B, N, ...] of the rows of each block of [B, T, ...], 0 for a block without rows."""
+        index = self.number.view(*self.number.shape, *[1] * (x.dim() - 2)).expand(x.shape)
+        found = x.new_full((x.shape[0], self.count, *x.shape[2:]), -torch.inf).scatter_reduce(1, index, x, "amax")
+        return found.masked_fill(found.isneginf(), 0.0)
+
     def spread(self, x: Tensor) -> Tensor:
         """Give the value of each block, [B, N, ...], to all its rows: [B, T, ...]."""
         index = self.number.view(*self.number.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
         return x.gather(1, index)
 
-    def summaries(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def summaries(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, pool: Pool = "mean"
+    ) -> tuple[Tensor, Tensor]:
         """Keys and values of the summaries [B, N, Hkv, head_dim]; query, key and value are [B, T, Hkv, head_dim]."""
         exact = torch.promote_types(key.dtype, torch.float32)
         q, k, v = (x.to(exact) for x in (query, key, value))
-        size = self.total(torch.ones_like(self.number, dtype=exact)).clamp(min=1)[..., None, None]
-        mean_query, mean_key = self.total(q) / size, self.total(k) / size
-        scores = scale * (self.spread(mean_query) * k).sum(-1)
-        highest = torch.full_like(mean_key[..., 0], -torch.inf)
+        if pool == "max":
+            block_query, block_key = self.largest(q), self.largest(k)
+        else:
+            size = self.total(torch.ones_like(self.number, dtype=exact)).clamp(min=1)[..., None, None]
+            block_query, block_key = self.total(q) / size, self.total(k) / size
+        scores = scale * (self.spread(block_query) * k).sum(-1)
+        highest = torch.full_like(block_key[..., 0], -torch.inf)
         index = self.number.unsqueeze(-1).expand(scores.shape)
         highest = highest.scatter_reduce(1, index, scores.detach(), "amax")
         weights = (scores - self.spread(highest)).exp()
         mixed = self.total(weights.unsqueeze(-1) * v) / self.total(weights).unsqueeze(-1).clamp(min=1.0)
-        return mean_key.to(key.dtype), mixed.to(value.dtype)
+        return block_key.to(key.dtype), mixed.to(value.dtype)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, past: int, scale: float) -> Part:
         """Attention of the last rows' queries to summaries of their document more than `past` blocks before them."""
@@ -155,9 +170,10 @@ def _bounded(query: Tensor, key: Tensor, value: Tensor, lo: Tensor, hi: Tensor, 
     return attention(query, key, value, lo=lo, hi=hi, scale=scale, return_logsumexp=True)
 
 
-def pooled(query: Tensor, key_heads: int) -> Tensor:
-    """Queries [B, T, H, head_dim] averaged over those that read one key head, [B, T, Hkv, head_dim]."""
-    return query.unflatten(2, (key_heads, -1)).mean(3)
+def pooled(query: Tensor, key_heads: int, pool: Pool = "mean") -> Tensor:
+    """Queries [B, T, H, head_dim] pooled over those that read one key head, [B, T, Hkv, head_dim]."""
+    groups = query.unflatten(2, (key_heads, -1))
+    return groups.amax(3) if pool == "max" else groups.mean(3)
 
 
 def no_summaries(like: Tensor, batch: int, heads: int, head_dim: int) -> Summaries:
