@@ -39,6 +39,7 @@ MIXERS = (
     "mamba2",
     "hgrn2",
     "qlstm",
+    "wersa",
     "lightning",
     "retention",
     "hyper",

@@ -45,6 +45,7 @@ def test_which_states_stay_small():
         "retention",
         "rwkv7",
         "simple_gla",
+        "wersa",
     }
     assert found == recurrent | {"sliding_window", "routing", "scatterbrain", "scatterbrain_content", "sparsek"}
 

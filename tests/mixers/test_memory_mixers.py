@@ -15,6 +15,7 @@ from longmix.mixers.mamba2 import Mamba2
 from longmix.mixers.parts.base import Mixer, ModelShape
 from longmix.mixers.parts.channel_scan import channel_scan
 from longmix.mixers.qlstm import QLSTM
+from longmix.mixers.wersa import Wersa
 from longmix.recipe import recipe_of
 from longmix_kernels.linear import LinearState, linear_attention
 
@@ -258,6 +259,30 @@ def test_the_exponential_normaliser_is_that_of_the_fixture():
     torch.testing.assert_close(found, torch.from_numpy(fixture["y_normalised"]), rtol=0, atol=1e-12)
 
 
+def test_wersa_is_that_of_the_fixture_with_gradients():
+    """Filtered queries, outputs and gradients; gains of 1 return what comes in."""
+    fixture = {name: torch.from_numpy(array) for name, array in np.load(FIXTURES / "wersa_causal.npz").items()}
+    names = ("q", "k", "v", "gain_q", "gain_k")
+    query, key, value, *gains = (fixture[name].requires_grad_() for name in names)
+    mixer = Wersa(ModelShape(8, 1, 2), 0, levels=int(fixture["levels"]), num_features=8).double()
+    mixer.random = fixture["projections"]
+    projected = torch.cat([query.flatten(2), key.flatten(2)], -1)
+    before = projected.new_zeros(1, 7, 16)
+    details = mixer.convolution(projected, before, None)
+    torch.testing.assert_close(details.unflatten(-1, (4, 16)).sum(2), F.gelu(projected), rtol=0, atol=1e-14)
+    gates = torch.stack(gains, 2).flatten(2)
+    filtered = (details.unflatten(-1, (4, 2, 2, 4))[:, :, :, 0] * gains[0].movedim(-1, 2).unsqueeze(-1)).sum(2)
+    torch.testing.assert_close(filtered, fixture["filtered_q"], rtol=0, atol=1e-12)
+    terms = mixer.terms(torch.cat([details, value.flatten(2)], -1), gates)
+    read, _ = linear_attention(*terms[:3], log_decay=terms.log_decay, scale=mixer.scale)
+    found = mixer.leave(read, projected).unflatten(-1, (2, 4))
+    torch.testing.assert_close(found, fixture["o"], rtol=0, atol=1e-12)
+    grads = torch.autograd.grad((found * fixture["grad_o"]).sum(), [query, key, value, *gains])
+    for name, grad in zip(names, grads, strict=True):
+        wish = fixture[f"grad_{name}"]
+        torch.testing.assert_close(grad, wish, rtol=0, atol=1e-12 * max(1.0, wish.abs().max().item()))
+
+
 def test_a_lower_bound_is_kept_and_saturated_gates_are_finite():
     mixer = HGRN2(SHAPE, 3)
     log_decay = mixer.gates(torch.full((1, 2, 48), -1e4) @ torch.diag(torch.ones(48)))
@@ -279,6 +304,8 @@ REFUSED = {
     ),
     "unknown-normaliser": (lambda: Lightning(SHAPE, 0, normaliser="x"), r"mixer.normaliser=x is unknown; use null or"),
     "norm": (lambda: Lightning(SHAPE, 0, norm="x"), r"mixer.norm=x is unknown; use rms, layer or none"),
+    "levels": (lambda: Wersa(SHAPE, 0, levels=0), r"mixer.levels=0 must be from 1 to 12"),
+    "features": (lambda: Wersa(SHAPE, 0, num_features=0), r"mixer.num_features=0 must be at least 1"),
     "qlstm": (lambda: QLSTM(SHAPE, 0, decay="x"), r"mixer.decay=x is unknown; use sigmoid or reversed"),
     "expand": (
         lambda: Mamba2(SHAPE, 0, expand=0.0),

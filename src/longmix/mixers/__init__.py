@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from longmix.mixers.sparse_flash import SparseFlash as SparseFlash
     from longmix.mixers.sparse_flash_drop import SparseFlashDrop as SparseFlashDrop
     from longmix.mixers.sparsek import SparseK as SparseK
+    from longmix.mixers.wersa import Wersa as Wersa
 
 _PLACES = {
     "BlockSparse": "longmix.mixers.block_sparse",
@@ -71,6 +72,7 @@ _PLACES = {
     "SparseFlash": "longmix.mixers.sparse_flash",
     "SparseFlashDrop": "longmix.mixers.sparse_flash_drop",
     "SparseK": "longmix.mixers.sparsek",
+    "Wersa": "longmix.mixers.wersa",
 }
 """The module of each class."""
 

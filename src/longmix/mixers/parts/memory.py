@@ -22,6 +22,7 @@ from longmix.mixers.parts.projections import weight_count
 from longmix.mixers.parts.recomputed import recomputed
 from longmix.mixers.parts.recurrent import RecurrentMixer, RecurrentState
 from longmix.mixers.parts.recurrent_slices import DecayRecurrence
+from longmix.mixers.parts.wavelet import CausalWavelet
 from longmix_kernels.delta import delta_rule
 from longmix_kernels.linear import LinearState, linear_attention
 
@@ -55,7 +56,8 @@ class MemoryMixer(RecurrentMixer):
         channel_decay: whether each channel of the keys has a decay of its own.
         engine: what is called; see `call_engine`.
         projections: names of the layers whose outputs, one beside the other, a short convolution may mix.
-        convolution: the short convolution; None for none.
+        plain: names of further such layers, which it does not mix; their outputs come after them.
+        convolution: the short convolution, or what else is called as one; None for none.
         output: the last projection.
     """
 
@@ -67,7 +69,8 @@ class MemoryMixer(RecurrentMixer):
     channel_decay = False
     engine: Any = staticmethod(linear_attention)
     projections: tuple[str, ...] = ("query", "key", "value")
-    convolution: ShortConvolution | None
+    plain: tuple[str, ...] = ()
+    convolution: ShortConvolution | CausalWavelet | None
     output: nn.Linear
 
     def convolve(self, size: int, channels: int, bias: bool = False) -> None:
@@ -87,7 +90,7 @@ class MemoryMixer(RecurrentMixer):
         raise NotImplementedError
 
     def terms(self, mixed: Tensor, gates: Tensor) -> Terms:
-        """The engine's terms, of the projections [B, T, .] after the convolution and of `gates`."""
+        """The engine's terms, of the projections [B, T, .] after the convolution, the plain ones, and of `gates`."""
         raise NotImplementedError
 
     def leave(self, read: Tensor, x: Tensor) -> Tensor:
@@ -102,8 +105,9 @@ class MemoryMixer(RecurrentMixer):
         ids = continued_ids(document_ids, state, batch, length)
         rounded = rounded_once(x)
         projected = torch.cat([self.get_submodule(name)(rounded) for name in self.projections], -1)
+        plain = [self.get_submodule(name)(rounded) for name in self.plain]
         recent = self.recent(projected, state, ids)
-        made = projected, *recent, self.gates(x)
+        made = projected, *recent, self.gates(x), *plain
         terms = self._terms(*made) if self.shows_terms(state) else None
 
         def run(initial: Any, ids: Tensor | None, before: Any) -> tuple[Tensor, Any]:
@@ -119,8 +123,9 @@ class MemoryMixer(RecurrentMixer):
         after = self.next_state(carried, recent, projected, state, ids)
         return MixerOutput(self.output(left), after, metrics=self.state_metrics(carried, state))
 
-    def _terms(self, projected: Tensor, before: Tensor, ids: Tensor | None, gates: Tensor) -> Terms:
-        return self.terms(projected if self.convolution is None else self.convolution(projected, before, ids), gates)
+    def _terms(self, projected: Tensor, before: Tensor, ids: Tensor | None, gates: Tensor, *plain: Tensor) -> Terms:
+        mixed = projected if self.convolution is None else self.convolution(projected, before, ids)
+        return self.terms(torch.cat([mixed, *plain], -1) if plain else mixed, gates)
 
     def _read(self, *arguments: Any) -> tuple[Tensor, Any]:
         *made, initial, ids, before = arguments
