@@ -28,6 +28,8 @@ VARIANTS = {
     "routing-full": "routing clusters=3 window=4 mode=argmax_full",
     "routing-prefix": "routing clusters=3 window=4 mode=prefix_topk block=6",
     "routing-threshold": "routing clusters=3 window=4 mode=threshold",
+    "dilated": "sliding_window window=3 dilation=[1,4]",
+    "strided": "sliding_window window=4 stride=3 dilation=2",
     "no-positions": "flash rotary_base=null",
     "yarn": "sliding_window window=7 rotary_fraction=0.5 rotary_scaling=yarn rotary_factor=4 rotary_original_length=16",
     "scatterbrain": "scatterbrain block=3 num_features=16",

@@ -42,6 +42,8 @@ MIXERS: dict[str, Callable[[], Mixer]] = {
     "window-1": lambda: SlidingWindow(SHAPE, 0, window=1),
     "window-7": lambda: SlidingWindow(SHAPE, 0, window=7),
     "window-longer-than-row": lambda: SlidingWindow(SHAPE, 0, window=500, num_kv_heads=1),
+    "window-dilated": lambda: SlidingWindow(SHAPE, 0, window=3, dilation=[1, 2, 5]),
+    "window-strided": lambda: SlidingWindow(SHAPE, 0, window=5, stride=3, dilation=2, num_kv_heads=1),
     "hash": lambda: SparseFlash(SHAPE, 0, buckets=4),
     "hash-grouped": lambda: SparseFlash(SHAPE, 0, buckets=4, num_kv_heads=1),
     "hash-shared": lambda: SparseFlash(SHAPE, 0, buckets=4, shared_qk=True),
