@@ -6,12 +6,14 @@ import re
 import pytest
 from matplotlib import image
 
+from longmix.data.synthetic.street_math import KINDS, question
 from longmix.errors import ConfigError
 from longmix.evaluation.run import evaluate
 from longmix.evaluation.tasks.dsf import DSF
 from longmix.evaluation.tasks.layers import Layers
 from longmix.evaluation.tasks.probe import Probe
 from longmix.evaluation.tasks.prune import Prune
+from longmix.evaluation.tasks.streetmath import StreetMath
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +87,28 @@ def test_probe(evaluated, label, capsys):
     assert "whose class of" in capsys.readouterr().out
 
 
+def test_streetmath(evaluated, monkeypatch, capsys):
+    report = evaluated("streetmath", "task.streetmath.questions=1", "task.streetmath.shots=0")
+    assert len(report["answers"]) == 6 and report["max_tokens"] == 24
+    assert all(sum(shares.values()) == pytest.approx(1) for shares in report["kinds"].values())
+    assert all("\n" not in answer["text"] and len(answer["text"]) <= 24 for answer in report["answers"])
+    assert "these shares say little" in capsys.readouterr().out
+
+
+def test_streetmath_judges_what_was_written(compose_config, run_folder, tmp_path, monkeypatch):
+    def exactly(subject, prompts, most):
+        return [f"{question(kind, 0, n).exact * (1 if n else 1.1):.9f}" for kind in KINDS for n in range(2)]
+
+    monkeypatch.setattr("longmix.evaluation.tasks.streetmath._answers", exactly)
+    words = f"checkpoint={run_folder}", "task=streetmath", "task.streetmath.questions=2", f"output={tmp_path}"
+    report = evaluate(compose_config(*words, entry_point="evaluate"))["streetmath"]
+    assert report["shares"]["Exact math"] == report["shares"]["Good approximation"] == 0.5
+
+
 @pytest.mark.parametrize(
     ("task", "setting", "message"),
     [
+        (StreetMath, {"shots": -1}, "task.shots=-1 must be from 0"),
         (Probe, {"label": "yeer"}, "task.label=yeer is unknown. Did you mean year?"),
         (Probe, {"layer": "first"}, "task.layer=first is no layer"),
         (Probe, {"queries": 0}, "task.queries=0 must be from 1"),
