@@ -40,6 +40,7 @@ MIXERS = (
     "hgrn2",
     "qlstm",
     "wersa",
+    "ponet",
     "lightning",
     "retention",
     "hyper",

@@ -47,7 +47,14 @@ def test_which_states_stay_small():
         "simple_gla",
         "wersa",
     }
-    assert found == recurrent | {"sliding_window", "routing", "scatterbrain", "scatterbrain_content", "sparsek"}
+    assert found == recurrent | {
+        "sliding_window",
+        "routing",
+        "scatterbrain",
+        "scatterbrain_content",
+        "sparsek",
+        "ponet",
+    }
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from longmix.mixers.parts.linear import LinearMixer as LinearMixer
     from longmix.mixers.parts.recurrent import RecurrentMixer as RecurrentMixer
     from longmix.mixers.parts.softmax import SoftmaxAttention as SoftmaxAttention
+    from longmix.mixers.ponet import PoNet as PoNet
     from longmix.mixers.qlstm import QLSTM as QLSTM
     from longmix.mixers.retention import Retention as Retention
     from longmix.mixers.routing import Routing as Routing
@@ -59,6 +60,7 @@ _PLACES = {
     "MixerOutput": "longmix.mixers.parts.base",
     "MoBA": "longmix.mixers.moba",
     "ModelShape": "longmix.mixers.parts.base",
+    "PoNet": "longmix.mixers.ponet",
     "QLSTM": "longmix.mixers.qlstm",
     "RWKV7": "longmix.mixers.rwkv7",
     "RecurrentMixer": "longmix.mixers.parts.recurrent",
