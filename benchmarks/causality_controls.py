@@ -56,6 +56,7 @@ MECHANISMS: dict[str, str] = {
     "hyper": "buckets of equal size",
     "moba": "blocks by means that reach further",
     "sparsek": "outliers of the row",
+    "nsa": "blocks by means that reach further",
     "scatterbrain_content": "hash centred on the row",
 }
 """The control of each mixer that selects by content, by the mixer's file in `configs/mixer`."""

@@ -46,6 +46,7 @@ MIXERS = (
     "hyper",
     "block_sparse",
     "moba",
+    "nsa",
     "scatterbrain_content",
     "sparsek",
     "combiner",

@@ -20,7 +20,7 @@ from longmix.mixers.scatterbrain import Scatterbrain
 from longmix.model.blocks import SwiGLU
 
 NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "configs/mixer").glob("*.yaml"))
-NOT_LINEAR: dict[str, str] = {}
+NOT_LINEAR: dict[str, str] = {"nsa": "compressed values go through a network"}
 """Mixers of configs/mixer whose output is no matrix times their values, each with the reason."""
 
 LENGTH = 45

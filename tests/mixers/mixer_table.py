@@ -17,6 +17,7 @@ from longmix.mixers.flash import Flash
 from longmix.mixers.hyper import Hyper
 from longmix.mixers.mlstm_tfla import MLSTMTFLA
 from longmix.mixers.moba import MoBA
+from longmix.mixers.nsa import NSA
 from longmix.mixers.parts.base import Mixer, ModelShape
 from longmix.mixers.parts.gated_memory import GatedMemory
 from longmix.mixers.parts.head_decay import HeadDecay
@@ -59,6 +60,8 @@ MIXERS: dict[str, Callable[[], Mixer]] = {
     "blocks-butterfly": lambda: BlockSparse(SHAPE, 0, layout="butterfly", block=16),
     "moba": lambda: MoBA(SHAPE, 0, block=4, top_k=3),
     "moba-grouped": lambda: MoBA(SHAPE, 0, block=3, top_k=2, num_kv_heads=1),
+    "nsa": lambda: nsa(block=4, blocks=3, local=1, compress_block=4, compress_stride=2, window=5),
+    "nsa-grouped": lambda: nsa(block=3, blocks=5, compress_block=3, compress_stride=1, window=3, num_kv_heads=1),
     "routing": lambda: routing(window=4, local_window=5),
     "routing-separate": lambda: routing(window=3, shared_qk=False, local_window=1),
     "routing-grouped": lambda: routing(window=5, shared_qk=False, num_kv_heads=1),
@@ -110,6 +113,13 @@ MIXERS: dict[str, Callable[[], Mixer]] = {
     ),
     "delta-no-convolution": lambda: GatedMemory(SHAPE, 0, decay="sigmoid", output_gate="low_rank", convolution=0),
 }
+
+
+def nsa(**settings) -> NSA:
+    mixer = NSA(SHAPE, 0, **settings)
+    with torch.no_grad():
+        mixer.gate.weight.normal_(std=0.3)
+    return mixer
 
 
 def routing(**settings) -> Routing:

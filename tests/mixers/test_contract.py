@@ -12,6 +12,7 @@ from longmix.mixers.flash import Flash
 from longmix.mixers.hyper import Hyper
 from longmix.mixers.mlstm_tfla import MLSTMTFLA
 from longmix.mixers.moba import MoBA
+from longmix.mixers.nsa import NSA
 from longmix.mixers.parts.base import Mixer, ModelShape
 from longmix.mixers.parts.by_label import LabelAttention
 from longmix.mixers.parts.gated_memory import GatedMemory
@@ -80,7 +81,7 @@ def test_later_tokens_never_change_earlier_outputs(mixer):
         changed[:, cut + 1 :] = 1e4 * torch.randn_like(changed[:, cut + 1 :])
         after = mixer(changed).y[:, : cut + 1]
         steep = isinstance(mixer, GatedMemory) and mixer.decay is not None
-        if steep or isinstance(mixer, LabelAttention | MoBA | Routing | ScatterbrainContent):
+        if steep or isinstance(mixer, LabelAttention | MoBA | NSA | Routing | ScatterbrainContent):
             torch.testing.assert_close(after, before[:, : cut + 1], rtol=0, atol=1e-12)
         else:
             assert torch.equal(after, before[:, : cut + 1])
@@ -181,6 +182,12 @@ REFUSED = {
     "block": (lambda: BlockSparse(SHAPE, 0, layout="stripe", block=24), "mixer.block=24"),
     "moba-block": (lambda: MoBA(SHAPE, 0, block=0), "mixer.block=0 must be at least 1"),
     "moba-top": (lambda: MoBA(SHAPE, 0, top_k=0), "mixer.top_k=0 must be at least 1"),
+    "nsa-stride": (
+        lambda: NSA(SHAPE, 0, compress_stride=6, compress_block=12),
+        "mixer.compress_stride=6 must divide mixer.block=64",
+    ),
+    "nsa-blocks": (lambda: NSA(SHAPE, 0, blocks=2), "mixer.blocks=2 must exceed mixer.local=2"),
+    "nsa-window": (lambda: NSA(SHAPE, 0, window=0), "mixer.window=0 must be at least 1"),
     "scatterbrain-block": (lambda: scatterbrain(block=0), "mixer.block=0 must be at least 1"),
     "scatterbrain-past": (lambda: scatterbrain(past_blocks=-1), "mixer.past_blocks=-1 must be at least 0"),
     "scatterbrain-radius": (lambda: scatterbrain(radius=0.0), "mixer.radius=0.0 must be above 0"),

@@ -6,9 +6,9 @@ import torch
 from longmix.analysis.causality import audit, mixer_function
 from longmix.mixers.flash import Flash
 from longmix.mixers.moba import MoBA
+from longmix.mixers.parts.attention_state import Rows
 from longmix.mixers.parts.base import ModelShape
 from longmix.mixers.parts.block_choice import chosen_blocks
-from longmix.mixers.parts.softmax import Rows
 
 SHAPE = ModelShape(d_model=32, num_layers=2, num_heads=4)
 LENGTH = 43

@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longmix.errors import ConfigError
+from longmix.mixers.parts.attention_state import AttentionState, Rows, continued
 from longmix.mixers.parts.base import COUNT, TOKENS, ModelShape, at_most
-from longmix.mixers.parts.block_choice import chosen_blocks, gathered
+from longmix.mixers.parts.block_choice import chosen_blocks, gathered, listed_rows
 from longmix.mixers.parts.metrics import Metric
-from longmix.mixers.parts.softmax import AttentionState, HeadOptions, Rows, SoftmaxAttention, continued
+from longmix.mixers.parts.softmax import HeadOptions, SoftmaxAttention
 from longmix.mixers.parts.states import mixer_state
 from longmix_kernels.attention import (
     KeyBlocks,
@@ -169,15 +170,10 @@ class MoBA(SoftmaxAttention):
         first = rows.key.shape[1] - 1 - position
         number, offset = position // self.block, position % self.block
         chosen = self._chosen(rows.query, means, torch.zeros_like(number)[:, None], number[:, None])[:, 0]
-        # Blocks that are there come last, before the own one, so that what is seen lies side by side.
-        chosen = chosen.flip(-1)
-        missing = (chosen == means.shape[1]).sum(-1, dtype=torch.int32)
-        listed = torch.cat((chosen, number[:, None, None].expand(-1, self.num_heads, 1)), -1)
-        inside = torch.arange(self.block, device=listed.device)
-        places = ((first[:, None, None] + listed * self.block)[..., None] + inside).flatten(2)
+        own = first + number * self.block
+        places, lo = listed_rows(chosen, means.shape[1], first, self.block, own, self.block)
         key, value = (gathered(x, places) for x in (rows.key, rows.value))
-        lo = missing * self.block
-        hi = (chosen.shape[-1] * self.block + 1 + offset[:, None]).int().expand_as(lo)
+        hi = (places.shape[-1] - self.block + 1 + offset[:, None]).int().expand_as(lo)
         return attention(rows.query, key, value, lo=lo[..., None].contiguous(), hi=hi[..., None].contiguous())
 
     def state_type(self) -> type:

@@ -46,3 +46,27 @@ def gathered(x: Tensor, rows: Tensor) -> Tensor:
     index = rows.clamp(max=x.shape[1] - 1).unflatten(1, (-1, group)).flatten(2)
     taken = x.transpose(1, 2).gather(2, index.unsqueeze(-1).expand(-1, -1, -1, x.shape[3]))
     return taken.unflatten(2, (group, -1)).flatten(1, 2).transpose(1, 2)
+
+
+def listed_rows(
+    chosen: Tensor, none: int, first: Tensor, size: int, tail: Tensor, length: int
+) -> tuple[Tensor, Tensor]:
+    """The rows of chosen blocks, those of the last choice first, and then of a run of rows.
+
+    Args:
+        chosen: integer [B, H, n], numbers of blocks; those that are `none` come last.
+        none: the number of no block.
+        first: integer [B], the first row of block 0.
+        size: rows of a block.
+        tail: integer [B], the first row of the run.
+        length: rows of the run.
+
+    Returns:
+        Rows [B, H, n * size + length], and how many at the beginning are of no block, int32 [B, H].
+    """
+    chosen = chosen.flip(-1)
+    inside = torch.arange(size, device=chosen.device)
+    rows = (first[:, None, None, None] + chosen[..., None] * size + inside).flatten(2)
+    run = tail[:, None, None] + torch.arange(length, device=chosen.device)
+    missing = (chosen == none).sum(-1, dtype=torch.int32) * size
+    return torch.cat((rows, run.expand(-1, chosen.shape[1], -1)), -1), missing

@@ -134,7 +134,7 @@ class SoftmaxAttention(Mixer):
             nn.init.normal_(projection.weight, std=self.d_model**-0.5)
         nn.init.normal_(self.output.weight, std=self.d_model**-0.5 / math.sqrt(2 * shape.num_layers))
 
-    def value_path(self) -> ValuePath:
+    def value_path(self) -> ValuePath | None:
         """The layers from the projection of the values to that of the output; the gates of both lie between."""
         return ValuePath(self.value, self.output, self.num_kv_heads, self.num_heads)
 
