@@ -51,6 +51,7 @@ MIXERS = (
     "sparsek",
     "combiner",
     "combiner_log",
+    "tensor",
     "sparse_flash_drop",
 )
 """In the order in which they are tried."""

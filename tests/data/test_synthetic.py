@@ -10,7 +10,7 @@ import torch
 from longmix.batch import IGNORE_INDEX
 from longmix.config import build, resolved
 from longmix.data.synthetic.base import SyntheticData, SyntheticWindows
-from longmix.data.synthetic.tasks import Copying, GroupWords, Induction, MultiQueryRecall
+from longmix.data.synthetic.tasks import Copying, GroupWords, Induction, MatchThree, MultiQueryRecall
 from longmix.data.synthetic.variable_tracking import VariableTracking
 from longmix.data.tokens.saved import tokenizer_from_state
 from longmix.data.tokens.tokenizers import ByteTokenizer, NumberTokenizer
@@ -50,6 +50,20 @@ def test_recall_without_noise_has_a_blank_between_the_queries():
     (window,) = examples(MultiQueryRecall(vocabulary=64, pairs=5, random_non_queries=False), 40, 1)
     queries = predicted(window)
     assert (window.tokens[10:] == 0).sum() == 30 - 5 and (window.tokens[queries] > 0).all()
+
+
+def test_three_tokens_match_where_two_so_far_and_the_own_one_add_up_to_the_modulus():
+    answers = []
+    for window in examples(MatchThree(modulus=16, values=4), 32):
+        tokens = window.tokens.tolist()
+        assert len(set(tokens)) <= 4
+        for place, token in enumerate(tokens):
+            pairs = [(a + b + token) % 16 for a in tokens[: place + 1] for b in tokens[: place + 1]]
+            assert window.targets[place] == (0 in pairs)
+        answers += window.targets.tolist()
+    assert 0.3 < np.mean(answers) < 0.7
+    with pytest.raises(ConfigError, match=r"data\.task\.modulus=3 must be from data\.task\.values=4 to 4096"):
+        MatchThree(modulus=3)
 
 
 @pytest.mark.parametrize("scattered", [False, True])
@@ -220,6 +234,7 @@ def test_a_trained_model_recalls(run_folder, compose_config, tmp_path):
         ("s3", "things", 3),
         ("s5", "things", 5),
         ("copying", "scattered", False),
+        ("match3", "modulus", 16),
         ("selective_copying", "scattered", True),
         ("variables", "question", "value"),
     ],

@@ -29,6 +29,7 @@ from longmix.mixers.sliding_window import SlidingWindow
 from longmix.mixers.sparse_flash import SparseFlash
 from longmix.mixers.sparse_flash_drop import SparseFlashDrop
 from longmix.mixers.sparsek import SparseK
+from longmix.mixers.tensor import TensorAttention
 
 SHAPE = ModelShape(d_model=48, num_layers=2, num_heads=3)
 
@@ -94,6 +95,7 @@ MIXERS: dict[str, Callable[[], Mixer]] = {
     "sparsek": lambda: sparsek(),
     "sparsek-own-block": lambda: sparsek(past_blocks=0, keep=7, gate="both", num_kv_heads=1),
     "sparsek-single-tokens": lambda: sparsek(block=1, keep=2, slope=0.0, gate="value"),
+    "tensor-grouped": lambda: TensorAttention(SHAPE, 0, window_1=5, window_2=3, num_kv_heads=1),
     "mlstm-sig": lambda: awake(MLSTMTFLA(SHAPE, 0)),
     "mlstm-exp": lambda: awake(MLSTMTFLA(SHAPE, 0, gate="exp", num_heads=3, norm="layer")),
     "mlstm-convolution": lambda: awake(MLSTMTFLA(SHAPE, 0, num_heads=2, convolution=4)),

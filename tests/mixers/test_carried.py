@@ -54,6 +54,7 @@ def test_which_states_stay_small():
         "scatterbrain_content",
         "sparsek",
         "ponet",
+        "tensor",
     }
 
 

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from longmix.mixers.sparse_flash import SparseFlash as SparseFlash
     from longmix.mixers.sparse_flash_drop import SparseFlashDrop as SparseFlashDrop
     from longmix.mixers.sparsek import SparseK as SparseK
+    from longmix.mixers.tensor import TensorAttention as TensorAttention
     from longmix.mixers.wersa import Wersa as Wersa
 
 _PLACES = {
@@ -76,6 +77,7 @@ _PLACES = {
     "SparseFlash": "longmix.mixers.sparse_flash",
     "SparseFlashDrop": "longmix.mixers.sparse_flash_drop",
     "SparseK": "longmix.mixers.sparsek",
+    "TensorAttention": "longmix.mixers.tensor",
     "Wersa": "longmix.mixers.wersa",
 }
 """The module of each class."""

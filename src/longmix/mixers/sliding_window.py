@@ -121,8 +121,9 @@ class SlidingWindow(SoftmaxAttention):
     def _with_gaps(self, rows: Rows, place: Tensor) -> Tensor:
         """Attend from rows whose keys are at these places [B or 1, Tk] in their documents."""
         position = positions(rows.document_ids, rows.key.shape[1], rows.key.device)
+        position, place = torch.broadcast_tensors(position, place)
         sizes = rows.query.shape[1], self.window, self.stride, self.dilation, self.num_heads // self.num_kv_heads
-        bounds = dilated_bounds(*torch.broadcast_tensors(position, place), *sizes)
+        bounds = dilated_bounds(position, place, *sizes)
         return rows.merged([rows.attended(**bounds)])
 
     def engine_window(self) -> int | None:

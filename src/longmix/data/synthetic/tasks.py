@@ -228,6 +228,46 @@ class GroupWords:
         return Example(tokens, np.array(targets))
 
 
+@dataclass(frozen=True)
+class MatchThree:
+    """Whether two tokens so far and the own one add up to a multiple of the modulus: 1 or 0 at every token.
+
+    Attention that looks at one token at a time cannot tell in one layer, that to pairs can (Sanford et al. 2023, arXiv
+    2306.02896). An example has few of the numbers, drawn anew, so that about half of the answers are 1.
+
+    Attributes:
+        modulus: tokens are the numbers below it.
+        values: how many of them an example has.
+    """
+
+    modulus: int = 16
+    values: int = 4
+
+    def __post_init__(self) -> None:
+        require_at_least(modulus=(self.modulus, 2), values=(self.values, 1))
+        if not self.values <= self.modulus <= 4096:
+            raise ConfigError(
+                f"data.task.modulus={self.modulus} must be from data.task.values={self.values} to 4096: an example has "
+                "so many of the numbers below it."
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens are below this."""
+        return self.modulus
+
+    def example(self, random: np.random.Generator, length: int) -> Example:
+        """One example of `length` tokens."""
+        numbers = random.permutation(self.modulus)[: self.values]
+        tokens = numbers[random.integers(self.values, size=length)]
+        seen = np.logical_or.accumulate(tokens[:, None] == np.arange(self.modulus))
+        # sums[i, s]: whether two numbers that were seen by i add up to s
+        rolled = np.stack([np.roll(seen, number, axis=1) & seen[:, number, None] for number in range(self.modulus)])
+        sums = rolled.any(0)
+        targets = sums[np.arange(length), -tokens % self.modulus]
+        return Example(tokens, targets.astype(np.int64))
+
+
 @functools.cache
 def _products(things: int) -> list[list[int]]:
     """The number of the product of any two permutations: first the product so far, then the one applied to it."""
