@@ -44,7 +44,7 @@ class TensorAttention(SoftmaxAttention):
 
     sizes: ClassVar = {"window_1": 1, "window_2": 1}
 
-    def __init__(
+    def __init__(  # type: ignore[misc]  # the base's `rotary_base` has another default here
         self,
         shape: ModelShape,
         layer_index: int,

@@ -263,7 +263,7 @@ class MatchThree:
         seen = np.logical_or.accumulate(tokens[:, None] == np.arange(self.modulus))
         # sums[i, s]: whether two numbers that were seen by i add up to s
         rolled = np.stack([np.roll(seen, number, axis=1) & seen[:, number, None] for number in range(self.modulus)])
-        sums = rolled.any(0)
+        sums: np.ndarray = np.logical_or.reduce(rolled)
         targets = sums[np.arange(length), -tokens % self.modulus]
         return Example(tokens, targets.astype(np.int64))
 
