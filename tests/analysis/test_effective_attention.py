@@ -23,6 +23,9 @@ NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "configs/mixer
 NOT_LINEAR: dict[str, str] = {"nsa": "compressed values go through a network"}
 """Mixers of configs/mixer whose output is no matrix times their values, each with the reason."""
 
+CHANGED_BEFORE_THE_NORM = {"mamba2": "a skip of the values, and the output gate"}
+"""Recurrent mixers whose norm is given more than what was read from the state."""
+
 LENGTH = 45
 SHAPE = ModelShape(d_model=48, num_layers=2, num_heads=3)
 
@@ -94,8 +97,9 @@ def test_every_mixer_has_a_causal_matrix_that_reproduces_it(small_model, name, p
         matrix = found.matrix()
         assert matrix.shape == (2, found.output.shape[2], LENGTH, LENGTH)
         assert_close(mixed(matrix, found.value) + found.offset, found.output)
-        if isinstance(mixer, RecurrentMixer) and (read := read_of(mixer, x, **options)) is not None:
-            assert_close(mixed(matrix, found.value), read)
+        read = read_of(mixer, x, **options) if isinstance(mixer, RecurrentMixer) else None
+        if read is not None and name not in CHANGED_BEFORE_THE_NORM:
+            assert_close(mixed(matrix, found.value).flatten(2), read.flatten(2))  # a norm may be of all heads at once
         if isinstance(mixer, SoftmaxAttention):
             value = mixer.value(x).unflatten(-1, (-1, mixer.head_dim))
             assert_close(mixer.output(mixed(matrix, value).flatten(2)), mixer(x, **options).y)
