@@ -105,7 +105,9 @@ def _memory(call: EngineCall | None) -> tuple[float | None, float | None]:
         return None, None
     lives = [head["half_life"] for head in gate_statistics([call])]
     known = [life for life in lives if life is not None]
-    return math.exp(log_decay.double().sum(1).max().item()), fmean(known) if known else None
+    whole = log_decay.double()
+    total = whole * call.output.shape[1] if whole.dim() == 1 else whole.sum(1)  # a constant of each head, or by token
+    return math.exp(total.max().item()), fmean(known) if known else None
 
 
 def _error(matrix: Tensor, value: Tensor, output: Tensor, offset: Tensor) -> float:
