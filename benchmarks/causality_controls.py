@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longmix.mixers.flash import Flash
 from longmix.mixers.moba import MoBA
 from longmix.mixers.parts.base import Mixer, MixerOutput, ModelShape
 from longmix.mixers.parts.routing_modes import LEAKY
@@ -44,6 +45,7 @@ CONTROLS: dict[str, LeakyControl] = {
     "hash centred on the row": LeakyControl("scatterbrain_content", {"_target_": f"{HERE}.RowCentred"}),
     "blocks by means that reach further": LeakyControl("moba", {"_target_": f"{HERE}.WiderMeans", "top_k": 2}),
     "outliers of the row": LeakyControl("sparsek", {"_target_": f"{HERE}.RowOutliers"}, kinds=("selection",)),
+    "heads that choose tokens": LeakyControl("flash", {"_target_": f"{HERE}.HeadsChoose"}),
     "upper half of the row": LeakyControl(settings={"_target_": f"{HERE}.UpperHalf"}),
     "mean of the row": LeakyControl(settings={"_target_": f"{HERE}.RowMean"}, kinds=("content", "placement")),
 }
@@ -157,3 +159,17 @@ class RowOutliers(SparseK):
         assert score is not None
         score = score + x[..., :1]  # learned scores begin alike
         return Selection(key_labels=(score - score.detach().median(1, keepdim=True).values).abs())
+
+
+class HeadsChoose(Flash):
+    """A mixture of heads in which each head takes the half of its row's tokens that scores highest, as experts choose
+    tokens (Zhou et al. 2022, arXiv 2202.09368); MoH (Jin et al. 2024, arXiv 2410.11842) lets a token choose its heads.
+    """
+
+    leaky = True
+
+    def select(self, x: Tensor, query: Tensor, key: Tensor, positions: Tensor) -> Selection:
+        """A gate of 0 on the heads that did not choose a token, from the query's first channel as its score."""
+        score = query[..., 0]
+        chosen = score.detach().argsort(1).argsort(1) >= score.shape[1] // 2
+        return Selection(query_gate=chosen * score.sigmoid())
