@@ -20,7 +20,10 @@ from longmix.mixers.scatterbrain import Scatterbrain
 from longmix.model.blocks import SwiGLU
 
 NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "configs/mixer").glob("*.yaml"))
-NOT_LINEAR: dict[str, str] = {"nsa": "compressed values go through a network"}
+NOT_LINEAR = {
+    "nsa": "compressed values go through a network",
+    "tensor": "values of pairs are products, channel by channel",
+}
 """Mixers of configs/mixer whose output is no matrix times their values, each with the reason."""
 
 CHANGED_BEFORE_THE_NORM = {"mamba2": "a skip of the values, and the output gate"}

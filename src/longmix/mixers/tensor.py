@@ -69,6 +69,9 @@ class TensorAttention(SoftmaxAttention):
         for projection in (self.first_key, self.first_value):
             nn.init.normal_(projection.weight, std=self.d_model**-0.5)
 
+    def value_path(self) -> None:
+        """There is none: a channel's weights have v1 in them, so that no matrix of a head mixes its values."""
+
     def place(
         self, x: Tensor, query: Tensor, key: Tensor, layout: Layout, state: Any
     ) -> tuple[Tensor, Tensor, Tensor | None]:
