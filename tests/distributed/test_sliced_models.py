@@ -33,6 +33,9 @@ VARIANTS = {
     "strided": "sliding_window window=4 stride=3 dilation=2",
     "no-positions": "flash rotary_base=null",
     "yarn": "sliding_window window=7 rotary_fraction=0.5 rotary_scaling=yarn rotary_factor=4 rotary_original_length=16",
+    "context-fourier-sinks": "flash position=context bias=fourier bias_rank=2 sink_logits=true num_kv_heads=1",
+    "context-alibi-gates": "routing clusters=3 window=4 local_window=5 bias=alibi position=context output_gate=head",
+    "window-mixture": "sliding_window window=7 bias=alibi heads_shared=1 heads_kept=1 sink_logits=true",
     "scatterbrain": "scatterbrain block=3 num_features=16",
     "scatterbrain-near-as-slices": "scatterbrain block=6 num_features=16",  # 11 exact keys are remembered
     "scatterbrain-near-beyond-slices": "scatterbrain block=8 num_features=16",

@@ -367,6 +367,9 @@ def test_numbers_are_tokens_of_their_own(tmp_path):
             r"mixer.flash.rotary_base=7.0 is not that of the first layer, 10000.0",
         ),
         (("mixer.rotary_base=null",), r"mixer.rotary_base=null cannot be said in Llama's family; use --as longmix"),
+        (("mixer.bias=alibi",), r"mixer.bias='alibi' cannot be said in Llama's family; use --as longmix"),
+        (("mixer.position=context",), r"mixer.position='context' cannot be said in Llama's family"),
+        (("mixer.sink_logits=true",), r"mixer.sink_logits=[Tt]rue cannot be said in Llama's family"),
         (
             ("mixer.rotary_fraction=0.5",),
             r"mixer.rotary_fraction=0.5 with mixer.qk_norm=true or a mixer.rotary",

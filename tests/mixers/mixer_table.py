@@ -35,6 +35,8 @@ SHAPE = ModelShape(d_model=48, num_layers=2, num_heads=3)
 
 YARN: Any = {"rotary_scaling": "yarn", "rotary_factor": 4.0, "rotary_original_length": 16}
 
+ALIBI: Any = {"rotary_base": None, "bias": "alibi"}
+
 MIXERS: dict[str, Callable[[], Mixer]] = {
     "flash": lambda: Flash(SHAPE, 0),
     "flash-grouped": lambda: Flash(SHAPE, 0, num_kv_heads=1),
@@ -96,6 +98,18 @@ MIXERS: dict[str, Callable[[], Mixer]] = {
     "sparsek-own-block": lambda: sparsek(past_blocks=0, keep=7, gate="both", num_kv_heads=1),
     "sparsek-single-tokens": lambda: sparsek(block=1, keep=2, slope=0.0, gate="value"),
     "tensor-grouped": lambda: TensorAttention(SHAPE, 0, window_1=5, window_2=3, num_kv_heads=1),
+    "flash-fourier-grouped": lambda: stirred(Flash(SHAPE, 0, bias="fourier", bias_rank=3, num_kv_heads=1)),
+    "window-low-rank": lambda: stirred(SlidingWindow(SHAPE, 0, window=7, bias="low_rank", bias_rank=2)),
+    "window-alibi-sinks": lambda: stirred(SlidingWindow(SHAPE, 0, window=9, **ALIBI, sink_logits=True)),
+    "hyper-alibi-sinks": lambda: stirred(Hyper(SHAPE, 0, buckets=4, window=4, sample=0.4, **ALIBI, sink_logits=True)),
+    "blocks-alibi-context": lambda: stirred(BlockSparse(SHAPE, 0, block=16, local=1, bias="alibi", position="context")),
+    "routing-alibi-context": lambda: stirred(routing(window=4, local_window=5, bias="alibi", position="context")),
+    "routing-prefix-fourier-sinks": lambda: stirred(
+        routing(mode="prefix_topk", window=3, block=4, bias="fourier", bias_rank=2, sink_logits=True)
+    ),
+    "scatterbrain-sink-logits": lambda: stirred(scatterbrain(sink_logits=True)),
+    "flash-gated-heads": lambda: Flash(SHAPE, 0, output_gate="element", heads_shared=1, heads_kept=2),
+    "drop-gated-heads": lambda: SparseFlashDrop(SHAPE, 0, window=3, output_gate="head", heads_kept=2),
     "mlstm-sig": lambda: awake(MLSTMTFLA(SHAPE, 0)),
     "mlstm-exp": lambda: awake(MLSTMTFLA(SHAPE, 0, gate="exp", num_heads=3, norm="layer")),
     "mlstm-convolution": lambda: awake(MLSTMTFLA(SHAPE, 0, num_heads=2, convolution=4)),
@@ -147,6 +161,15 @@ class Later(RWKV7):
 
     def forward(self, x, **options):
         return super().forward(x, value_residual=x.flip(-1), **options)
+
+
+def stirred(mixer: Mixer) -> Mixer:
+    """With no weight at zero, which would hide what is before it."""
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            if not parameter.abs().max() > 0:
+                parameter.normal_(std=0.3)
+    return mixer
 
 
 def awake(mixer: Mixer) -> Mixer:

@@ -37,6 +37,7 @@ def bias_columns(
     bias_key: torch.Tensor,
     *,
     scale: float | None = None,
+    balanced: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Add the bias `bias_query . bias_key` to every score by widening query and key (FlashBias, arXiv 2505.12044).
 
@@ -50,6 +51,8 @@ def bias_columns(
         bias_query: [B or 1, Tq, Hq or 1, R], best in float32.
         bias_key: [B or 1, Tk, Hkv or 1, R], likewise.
         scale: the factor on the scores without the bias, D ** -0.5 by default.
+        balanced: whether float16 factors are brought to a like size, which depends on what is in them. Keys of several
+            calls go together only without.
 
     Returns:
         Query and key with the added columns, and the scale to call `attention` with.
@@ -64,7 +67,7 @@ def bias_columns(
             raise ValueError(f"{name} has shape {list(bias.shape)}; allowed is {allowed}, one R for both")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     bias_query = bias_query / scale
-    factor = _balance(bias_query, bias_key) if query.dtype == torch.float16 else 1.0
+    factor = _balance(bias_query, bias_key) if balanced and query.dtype == torch.float16 else 1.0
     query_digits, key_digits = _digits(bias_query * factor, query.dtype), _digits(bias_key / factor, key.dtype)
     pairs = [(a, b) for a in query_digits for b in key_digits]
     columns = (torch.cat([pair[side] for pair in pairs], -1) for side in (0, 1))

@@ -72,6 +72,8 @@ class BlockSparse(SoftmaxAttention):
         ConfigError: besides those of the base, an unknown layout, a size that is not allowed.
     """
 
+    pairwise = True
+    takes_sink_logits = True
     sizes: ClassVar = {"block": 16}  # a tile of the engine
     changeable: ClassVar = (*SoftmaxAttention.changeable, "sink", "local", "stride")
     small: ClassVar = {"local": 1, "stride": 2}

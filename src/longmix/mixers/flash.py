@@ -24,19 +24,21 @@ class Flash(SoftmaxAttention):
     The other arguments are those of `SoftmaxAttention`.
     """
 
+    pairwise = True
+    takes_sink_logits = True
     changeable: ClassVar = (*SoftmaxAttention.changeable, "attention_dropout")
 
     def __init__(
         self, shape: ModelShape, layer_index: int, *, attention_dropout: float = 0.0, **options: Unpack[HeadOptions]
     ) -> None:
         super().__init__(shape, layer_index, **options)
-        self.attention_dropout = check_dropout("mixer.attention_dropout", attention_dropout)
+        self.attention_dropout = check_dropout("mixer.attention_dropout", attention_dropout, self.sink_logit)
 
     def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Metric]]:
         """Use torch's kernels where rows are plainly causal, or packed on a GPU; else our engine, which skips tiles."""
         tensors = rows.query, rows.key, rows.value
         if self.training and self.attention_dropout:
-            return dropped_attention(*tensors, self.attention_dropout, document_ids=rows.document_ids), {}
+            return dropped_attention(rows, self.attention_dropout), {}
         if not rows.plain:
             return rows.merged([rows.attended(**rows.bounds())]), {}
         if rows.document_ids is None and rows.query.shape[1] in (1, rows.key.shape[1]):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
 from longmix.mixers.parts import routing_modes as modes
-from longmix.mixers.parts.attention_state import AttentionState, Rows, continued
+from longmix.mixers.parts.attention_state import AttentionState, Rows, continued, keys_like
 from longmix.mixers.parts.base import COUNT, REAL, SEED, TOKENS, ModelShape, at_most
 from longmix.mixers.parts.by_label import empty_rows
 from longmix.mixers.parts.centroids import ScoreThreshold, SphericalKMeans, unit, usage
@@ -56,6 +56,9 @@ class Routing(SoftmaxAttention):
         ConfigError: naming the setting.
     """
 
+    pairwise = True
+    takes_sink_logits = True
+    rows_in_place = False
     sizes: ClassVar = {"window": 1, "local_window": 1, "block": 1}
     changeable: ClassVar = (*SoftmaxAttention.changeable, "window", "local_window")
     small: ClassVar = {"clusters": 3}
@@ -121,6 +124,10 @@ class Routing(SoftmaxAttention):
         known = (*modes.CAUSAL, modes.LEAKY)
         if self.mode not in known:
             raise ConfigError(f"mixer.mode={self.mode} is unknown; use one of {', '.join(known)}.")
+        if self.mode == modes.LEAKY and self.sink_logit is not None:
+            raise ConfigError(
+                f"mixer.mode={self.mode} has a softmax for each cluster, so leave out mixer.sink_logits=true."
+            )
         if centroids not in ("learned", "random"):
             raise ConfigError(f"mixer.centroids={centroids} is unknown; use learned or random.")
         if self.clusters < 2:
@@ -302,7 +309,7 @@ class Routing(SoftmaxAttention):
         parts = []
         for turn in range(rows.query_labels.shape[-1]):
             key, value, there = rings.read(rows.query_labels[:, 0, :, turn])
-            key, value = key.to(rows.key.dtype), value.to(rows.value.dtype)
+            key, value = keys_like(key, rows.key), value.to(rows.value.dtype)
             lo, hi = torch.zeros_like(there), there
             if self.shared_qk and self.mode != "threshold" and turn == 0:
                 # The query's own key comes first; it is seen only where the ring is empty.
@@ -322,10 +329,10 @@ class Routing(SoftmaxAttention):
             self._refuse_parts()
         if self._bounded():
             recent = super().init_state(batch)
-            recent.key = recent.value = recent.key[:, :, : self.local_kv_heads]
-            heads = self.num_kv_heads - self.local_kv_heads
-            like = self.value.weight
-            return RoutingState(recent, Rings.empty(like, batch, heads, self.clusters, self.window, self.head_dim))
+            recent.key, recent.value = (x[:, :, : self.local_kv_heads] for x in (recent.key, recent.value))
+            heads, like = self.num_kv_heads - self.local_kv_heads, self.value.weight
+            sizes = heads, self.clusters, self.window, self.head_dim, self.key_dim(like.dtype)
+            return RoutingState(recent, Rings.empty(like, batch, *sizes))
         return super().init_state(batch)
 
     def _refuse_parts(self) -> NoReturn:
@@ -348,12 +355,13 @@ class Routing(SoftmaxAttention):
         """Bytes of keys, values and the labels that the mode keeps of each key, after `length` tokens."""
         size = self.value.weight.element_size()
         heads = self.num_kv_heads - self.local_kv_heads
-        row = 2 * self.head_dim * size
+        row = self.row_bytes()
         if self._bounded():
             recent = min(length, max(1, self.local_window - 1))
-            return row * (recent * self.local_kv_heads + heads * (self.clusters * self.window + 1))
+            rows = recent * self.local_kv_heads + heads * (self.clusters * self.window + 1)
+            return row * rows + self.carried_bytes()
         label = max(4, size) * self.clusters if self.mode == "prefix_topk" else 4
-        return length * (row * self.num_kv_heads + label * heads)
+        return length * (row * self.num_kv_heads + label * heads) + self.carried_bytes()
 
     def visible_pairs(self, length: int) -> int:
         """Pairs if clusters are equally large, on average over local and routed heads."""

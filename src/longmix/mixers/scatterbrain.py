@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
-from longmix.mixers.parts.attention_state import Rows
+from longmix.mixers.parts.attention_state import Rows, with_sinks
 from longmix.mixers.parts.base import COUNT, REAL, SEED, TOKENS, ModelShape, at_most
 from longmix.mixers.parts.documents import goes_on
 from longmix.mixers.parts.features import FeatureMap, check_kind, enough_features, predicted_error
@@ -87,6 +87,7 @@ class Scatterbrain(SoftmaxAttention):
         ConfigError: naming the setting.
     """
 
+    takes_sink_logits = True
     sizes: ClassVar = {"block": 1}
     small: ClassVar = {"num_features": 8}
 
@@ -227,7 +228,7 @@ class Scatterbrain(SoftmaxAttention):
         parts = [(result.output, result.logsumexp), *self._further_parts(queries, keys, before, goes_on)]
         mixed, logsumexp = parts[0] if len(parts) == 1 else merge(parts)
         metrics = self._metrics(queries.query, keys, result.exact_logsumexp - logsumexp) if self.training else {}
-        return mixed, metrics
+        return with_sinks(mixed, logsumexp, self.sink_logit), metrics
 
     def _further_parts(self, queries: Queries, keys: Keys, before: Any, goes_on: Tensor | None) -> list[Part]:
         """Attention to summaries and sinks."""
@@ -277,7 +278,8 @@ class Scatterbrain(SoftmaxAttention):
         elif self.summaries:
             far, features = no_summaries(weight, batch, self.num_kv_heads, self.head_dim), none
         position = torch.zeros(batch, dtype=torch.int64, device=weight.device)
-        return ScatterbrainState(Keys(none, none, features, last_id[:, None][:, :0]), far, last_id, position)
+        recent = Keys(none, none, features, last_id[:, None][:, :0])
+        return ScatterbrainState(recent, far, last_id, position, carried=self.carried_before(batch))
 
     def state_bytes(self, length: int) -> int:
         """Bytes of recent keys, values and features, and of the sums, of one row after `length` tokens."""
@@ -287,10 +289,10 @@ class Scatterbrain(SoftmaxAttention):
         row = self.head_dim * weight.element_size()
         if self.summaries:
             left = max(0, length // self.block - self.past_blocks)
-            return self.num_kv_heads * row * (3 * recent + 2 * left)
+            return self.num_kv_heads * row * (3 * recent + 2 * left) + self.carried_bytes()
         rows = 2 * row + self.num_features * exact
         sums = self.num_features * (self.head_dim + 2) * exact
-        return self.num_kv_heads * (recent * rows + sums)
+        return self.num_kv_heads * (recent * rows + sums) + self.carried_bytes()
 
     def step_bytes(self, length: int) -> int:
         """The base's bytes, and those of the sums."""

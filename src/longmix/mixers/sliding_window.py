@@ -3,6 +3,7 @@
 With gaps it is causal neighborhood attention in one dimension (Hassani et al. 2022, arXiv 2209.15001): see `dilated`.
 """
 
+from dataclasses import replace
 from typing import Any, ClassVar, Unpack
 
 import torch
@@ -32,6 +33,8 @@ class SlidingWindow(SoftmaxAttention):
     The other arguments are those of `SoftmaxAttention`.
     """
 
+    pairwise = True
+    takes_sink_logits = True
     sizes: ClassVar = {"window": 1}
     changeable: ClassVar = (*SoftmaxAttention.changeable, "window", "dilation", "stride", "attention_dropout")
 
@@ -56,7 +59,7 @@ class SlidingWindow(SoftmaxAttention):
         self.carries_in_slices = stride == 1
         if not 1 <= stride <= window:
             raise ConfigError(f"mixer.stride={stride} must be from 1 to mixer.window={window}: a token sees itself.")
-        self.attention_dropout = check_dropout("mixer.attention_dropout", attention_dropout)
+        self.attention_dropout = check_dropout("mixer.attention_dropout", attention_dropout, self.sink_logit)
         if self.attention_dropout and self.has_gaps:
             raise ConfigError(
                 f"mixer.attention_dropout={attention_dropout} has a window without gaps; set "
@@ -81,23 +84,21 @@ class SlidingWindow(SoftmaxAttention):
 
     def state_between_documents(self, batch: int) -> AttentionState:
         """A full cache of keys that no document sees, for `batch` rows: later states have its shape."""
-        weight, sizes = self.value.weight, (batch, self.cached_keys())
-        key, value = (weight.new_zeros(*sizes, self.num_kv_heads, self.head_dim) for _ in range(2))
-        ids = torch.full(sizes, -1, dtype=torch.int32, device=weight.device)
-        return AttentionState(key, value, None, ids, torch.zeros(batch, dtype=torch.int64, device=weight.device))
+        state, keys = self.init_state(batch), self.cached_keys()
+        key, value = (x.new_zeros(batch, keys, *x.shape[2:]) for x in (state.key, state.value))
+        ids = torch.full((batch, keys), -1, dtype=torch.int32, device=key.device)
+        return replace(state, key=key, value=value, document_ids=ids)
 
     def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Metric]]:
         """Call the engine, which skips every tile outside the window."""
         if self.has_gaps:
             position = positions(rows.document_ids, rows.key.shape[1], rows.key.device)
             return self._with_gaps(rows, position), {}
-        tensors = rows.query, rows.key, rows.value
         if self.training and self.attention_dropout:
-            ids = rows.document_ids
-            return dropped_attention(*tensors, self.attention_dropout, document_ids=ids, window=self.window), {}
+            return dropped_attention(rows, self.attention_dropout, self.window), {}
         bounds = rows.bounds(self.window)
         if rows.plain:
-            return attention(*tensors, **bounds), {}
+            return attention(rows.query, rows.key, rows.value, **bounds), {}
         return rows.merged([rows.attended(**bounds)]), {}
 
     def attend_from(self, rows: Rows, state: Any, next_position: Tensor) -> tuple[Tensor, dict[str, Metric], Any]:

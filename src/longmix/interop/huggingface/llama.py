@@ -10,12 +10,11 @@ has, so that weights are renamed and nothing else. Scaled positions are `rope_pa
 as base^-e here and 1 / base^e there, which differ by float32 rounding: about 6e-8 of an angle.
 """
 
-import inspect
 from typing import Any
 
 from torch import Tensor
 
-from longmix.config import Choice, ModelConfig, Pattern, settings
+from longmix.config import Choice, ModelConfig, Pattern, default_setting, settings
 from longmix.errors import ConfigError
 from longmix.interop.huggingface.fused import divided, fused
 from longmix.interop.huggingface.rope import positions_of, read_rope, rope_of
@@ -135,12 +134,11 @@ _CURE = "use --as longmix, which holds any model."
 def _check_settings(choice: Choice, known: set[str]) -> None:
     """Refuse settings beyond the known ones unless they are at their default: their effect would be lost."""
     target = choice.located()
-    parameters = inspect.signature(target).parameters
     for name in settings(target):
         if name in known or name not in choice.settings:
             continue
         value = choice.settings[name]
-        if name not in parameters or value != parameters[name].default:
+        if value != default_setting(target, name):
             raise ConfigError(f"{choice.key}.{name}={value!r} cannot be said in Llama's family; {_CURE}")
 
 

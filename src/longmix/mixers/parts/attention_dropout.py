@@ -9,48 +9,48 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longmix.errors import ConfigError
+from longmix.mixers.parts.attention_state import Rows
 
 
-def check_dropout(word: str, share: float) -> float:
+def check_dropout(word: str, share: float, sinks: object = None) -> float:
     """A share that dropout zeroes, of the setting `word`.
 
     Raises:
-        ConfigError: it is not from 0 to below 1.
+        ConfigError: it is not from 0 to below 1, or is above 0 where there are `sinks`.
     """
     if not 0 <= share < 1:
         raise ConfigError(f"{word}={share} must be at least 0 and below 1.")
+    if share and sinks is not None:
+        raise ConfigError(
+            f"{word}={share} takes torch's attention, which has no mixer.sink_logits=true; leave one out."
+        )
     return share
 
 
-def dropped_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    share: float,
-    *,
-    document_ids: Tensor | None = None,
-    window: int | None = None,
-) -> Tensor:
+def dropped_attention(rows: Rows, share: float, window: int | None = None) -> Tensor:
     """Causal attention whose weights are zeroed with probability `share` and scaled by 1 / (1 - share).
 
     Args:
-        query: [B, Tq, Hq, D], the last Tq of Tk positions.
-        key, value: [B, Tk, Hkv, D]; Hkv divides Hq.
+        rows: of which the queries are the last.
         share: from 0 to below 1; drawn by torch's generator of the device.
-        document_ids: int32 [B, Tk]; None for one document a row.
         window: visible keys including the token itself; None for all.
 
     Returns:
-        [B, Tq, Hq, D] in the dtype of `query`.
+        [B, Tq, Hq, D] in the dtype of the queries.
     """
-    queries, keys = query.shape[1], key.shape[1]
-    groups = query.shape[2] // key.shape[2]
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    queries, keys = rows.query.shape[1], rows.key.shape[1]
+    groups = rows.query.shape[2] // rows.key.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (rows.query, rows.key, rows.value))
     if groups > 1:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    plain = document_ids is None and window is None and queries == keys
-    mask = None if plain else _visible(queries, keys, document_ids, window, query.device)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=share, is_causal=plain).transpose(1, 2)
+    plain = rows.document_ids is None and window is None and queries == keys and rows.slopes is None
+    mask = None if plain else _visible(queries, keys, rows.document_ids, window, q.device)
+    if mask is not None and rows.slopes is not None:
+        behind = torch.arange(keys, device=q.device) - torch.arange(keys - queries, keys, device=q.device)[:, None]
+        mask = torch.where(mask, (rows.slopes[:, None, None] * behind).to(q.dtype), -torch.inf)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=share, is_causal=plain, scale=rows.scale).transpose(
+        1, 2
+    )
 
 
 def _visible(queries: int, keys: int, ids: Tensor | None, window: int | None, device: torch.device) -> Tensor:

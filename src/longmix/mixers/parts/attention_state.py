@@ -141,6 +141,24 @@ def with_sinks(output: Tensor, logsumexp: Tensor, sinks: Tensor | None) -> Tenso
     return output * (logsumexp - sinks.to(logsumexp.dtype)).sigmoid().unsqueeze(-1).to(output.dtype)
 
 
+def keys_like(past: Tensor, new: Tensor) -> Tensor:
+    """Cached keys [..., K] in the dtype of new ones, and with as many columns for a bias.
+
+    A bias of rank R has R columns b in float32 and float64, and 4 R in half precision: the two digits b, b' as
+    b, b', b, b'.
+    """
+    rank, rest = divmod(abs(new.shape[-1] - past.shape[-1]), 3)
+    assert rest == 0
+    if rank == 0:
+        return past.to(new.dtype)
+    if new.shape[-1] > past.shape[-1]:
+        first = past[..., -rank:].to(new.dtype)
+        second = (past[..., -rank:] - first.to(past.dtype)).to(new.dtype)
+        return torch.cat((past[..., :-rank].to(new.dtype), first, second, first, second), -1)
+    wide = past.to(new.dtype)
+    return torch.cat((wide[..., : -4 * rank], wide[..., -2 * rank : -rank] + wide[..., -rank:]), -1)
+
+
 def _cached_ids(state: AttentionState) -> Tensor:
     if state.document_ids is not None:
         return state.document_ids
@@ -155,7 +173,7 @@ def continued(rows: Rows, state: AttentionState) -> Rows:
     if labels is not None and state.key_labels is not None:
         labels = torch.cat((state.key_labels, labels), dim=1)
     # An empty cache is in the dtype of the weights, which under autocast is not that of the keys.
-    past_key, past_value = state.key.to(rows.key.dtype), state.value.to(rows.value.dtype)
+    past_key, past_value = keys_like(state.key, rows.key), state.value.to(rows.value.dtype)
     key, value = torch.cat((past_key, rows.key), dim=1), torch.cat((past_value, rows.value), dim=1)
     return replace(rows, key=key, value=value, document_ids=ids, key_labels=labels)
 

@@ -36,6 +36,8 @@ class LabelAttention(SoftmaxAttention):
         ConfigError: a window below 0.
     """
 
+    pairwise = True
+    takes_sink_logits = True
     sizes: ClassVar = {"window": 1}
     changeable: ClassVar = (*SoftmaxAttention.changeable, "window")
 

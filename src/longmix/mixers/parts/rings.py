@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longmix.mixers.parts.attention_state import AttentionState, Rows
+from longmix.mixers.parts.attention_state import AttentionState, Rows, keys_like
 from longmix.mixers.parts.states import mixer_state
 
 
@@ -31,9 +31,12 @@ class Rings:
     window: int
 
     @classmethod
-    def empty(cls, like: Tensor, batch: int, heads: int, clusters: int, window: int, head_dim: int) -> "Rings":
-        """Rings without keys, in the dtype and on the device of `like`."""
-        key, value = (like.new_zeros(batch, heads, clusters * window + 1, head_dim) for _ in range(2))
+    def empty(
+        cls, like: Tensor, batch: int, heads: int, clusters: int, window: int, head_dim: int, key_dim: int | None = None
+    ) -> "Rings":
+        """Rings without keys, in the dtype and on the device of `like`; keys have `key_dim` or `head_dim` channels."""
+        widths = head_dim if key_dim is None else key_dim, head_dim
+        key, value = (like.new_zeros(batch, heads, clusters * window + 1, width) for width in widths)
         count = torch.zeros(batch, heads, clusters, dtype=torch.int64, device=like.device)
         return cls(key, value, count, window)
 
@@ -95,8 +98,8 @@ class Rings:
         written = []
         for ring, x in ((self.key, key), (self.value, value)):
             ring = ring.clone() if torch.is_grad_enabled() else ring
-            index = row.unsqueeze(-1).expand(*row.shape, x.shape[-1])
-            written.append(ring.scatter_(2, index, x.transpose(1, 2).to(ring.dtype)))
+            index = row.unsqueeze(-1).expand(*row.shape, ring.shape[-1])
+            written.append(ring.scatter_(2, index, keys_like(x.transpose(1, 2), ring)))
         return Rings(written[0], written[1], self.count + new[..., :clusters], self.window)
 
 
@@ -144,7 +147,7 @@ def with_rings(rows: Rows, rings: Rings, ids: Tensor, last_id: Tensor) -> Rows:
     ids = torch.cat((last_id[:, None].expand(-1, key.shape[1]), ids), 1)
     return replace(
         rows,
-        key=torch.cat((key.to(rows.key.dtype), rows.key), 1),
+        key=torch.cat((keys_like(key, rows.key), rows.key), 1),
         value=torch.cat((value.to(rows.value.dtype), rows.value), 1),
         key_labels=torch.cat((labels.unsqueeze(-1).to(rows.key_labels.dtype), rows.key_labels), 1),
         document_ids=ids,

@@ -3,6 +3,9 @@
     q_i = rotate(norm(W_q x_i)),  k_j = rotate(norm(W_k x_j)),  v_j = W_v x_j
     y_i = W_o sum_j softmax_j(q_i . k_j / sqrt(d)) v_j        over the j that the subclass lets i see
 
+What is orthogonal to who sees whom is an option of all: positions (`context_positions`), biases of the scores
+(`score_bias`), gates on the heads (`head_gates`), and a logit of each head that takes part in the softmax.
+
 A subclass may choose what sees what by the content of the tokens: then it gives every query and key labels, before the
 rotation, and the keys' labels are cached with the keys. What has to do with positions is in `place`; keys are cached
 after it, so that a decoding step computes nothing of the past again.
@@ -22,13 +25,16 @@ from torch import Tensor, nn
 from longmix.distributed.slices import Slices
 from longmix.mixers.parts.attention_state import AttentionState, Rows, after_earlier_slices, continued
 from longmix.mixers.parts.base import Mixer, MixerOutput, ModelShape, checked_sizes, divided
+from longmix.mixers.parts.context_positions import context_positions
 from longmix.mixers.parts.documents import continued_ids
 from longmix.mixers.parts.exact import rounded_once
+from longmix.mixers.parts.head_gates import check_sinks, gated, head_router, output_gate_of, sink_logit_of
 from longmix.mixers.parts.layout import Layout, LayoutNeeds, layout_after
 from longmix.mixers.parts.looked_into import ValuePath
 from longmix.mixers.parts.metrics import Metric
 from longmix.mixers.parts.projections import weight_count
 from longmix.mixers.parts.rotary import POSITIONS, Rotary, RotaryScalingOptions, ScalingKind, rotate
+from longmix.mixers.parts.score_bias import alibi_slopes, check_bias, score_bias
 
 
 @dataclass
@@ -60,6 +66,14 @@ class HeadOptions(RotaryScalingOptions, total=False):
     num_kv_heads: int | None
     rotary_base: float | None
     qk_norm: bool
+    position: str
+    bias: str
+    bias_rank: int
+    output_gate: str
+    sink_logits: bool
+    heads_shared: int
+    heads_kept: int | None
+    heads_balance: float
 
 
 class HeadNorm(nn.RMSNorm):
@@ -81,11 +95,28 @@ class SoftmaxAttention(Mixer):
         rotary_base, rotary_fraction, rotary_scaling, rotary_factor, rotary_original_length, rotary_options: the rotary
             positions; see `longmix.mixers.parts.rotary.Rotary.of`.
         qk_norm: RMSNorm on query and key heads.
+        position: "rotary"; "context" for frequencies that the tokens choose, see `ContextPositions`; or "none".
+        bias: "none", "alibi", "fourier" or "low_rank", added to the scores; see `longmix.mixers.parts.score_bias`.
+        bias_rank: frequencies of "fourier", or the rank of "low_rank".
+        output_gate: "none", or a sigmoid gate on the output heads, one for each "head" or "element".
+        sink_logits: a learned logit of each query head in its softmax, without a value, so that weights may sum to less
+            than 1 (as in gpt-oss, arXiv 2508.10925).
+        heads_shared, heads_kept, heads_balance: a mixture of heads, see `HeadRouter`; none with `heads_kept` None.
 
     Raises:
-        ConfigError: heads that do not divide, an odd head size, positions that make no sense.
+        ConfigError: heads that do not divide, an odd head size, positions that make no sense, an unknown word.
+
+    Attributes:
+        pairwise: whether a subclass computes scores only in `Rows.attended`, or by kernels where `Rows.plain`, as
+            biases and `position=context` need.
+        takes_sink_logits: whether it returns what `Rows.merged` or `with_sinks` makes of its parts.
+        rows_in_place: whether key rows stand in their order where scores are computed, which ALiBi's slopes in the
+            engine need; a bias of columns needs no order.
     """
 
+    pairwise: ClassVar[bool] = False
+    takes_sink_logits: ClassVar[bool] = False
+    rows_in_place: ClassVar[bool] = True
     sliced = True
     changeable: ClassVar = POSITIONS
 
@@ -103,6 +134,14 @@ class SoftmaxAttention(Mixer):
         rotary_original_length: int | None = None,
         rotary_options: dict[str, float] | None = None,
         qk_norm: bool = True,
+        position: str = "rotary",
+        bias: str = "none",
+        bias_rank: int = 8,
+        output_gate: str = "none",
+        sink_logits: bool = False,
+        heads_shared: int = 0,
+        heads_kept: int | None = None,
+        heads_balance: float = 0.01,
     ) -> None:
         super().__init__()
         heads_key = "model.num_heads" if num_heads is None else "mixer.num_heads"
@@ -113,7 +152,7 @@ class SoftmaxAttention(Mixer):
         self.rotary = Rotary.of(
             self.head_dim,
             f"{heads_key}={self.num_heads}",
-            rotary_base=rotary_base,
+            rotary_base=None if position == "none" else rotary_base,
             rotary_fraction=rotary_fraction,
             rotary_scaling=rotary_scaling,
             rotary_factor=rotary_factor,
@@ -133,6 +172,18 @@ class SoftmaxAttention(Mixer):
         for projection in (self.query, self.key, self.value):
             nn.init.normal_(projection.weight, std=self.d_model**-0.5)
         nn.init.normal_(self.output.weight, std=self.d_model**-0.5 / math.sqrt(2 * shape.num_layers))
+
+        width, heads, key_heads = self.d_model, self.num_heads, self.num_kv_heads
+        self.context = context_positions(position, self.rotary, width, key_heads, self.pairwise, type(self).__name__)
+        if self.context is not None:
+            self.rotary = None  # the layout has no angles then
+        check_bias(bias, bias_rank, self.pairwise, type(self).__name__)
+        self.alibi = bias == "alibi" and self.rows_in_place
+        self.bias = None if self.alibi else score_bias(bias, bias_rank, width, heads, key_heads)
+        self.output_gate = output_gate_of(output_gate, width, heads)
+        check_sinks(sink_logits, self.takes_sink_logits, type(self).__name__)
+        self.sink_logit = sink_logit_of(heads) if sink_logits else None
+        self.head_router = head_router(width, heads, heads_shared, heads_kept, heads_balance, shape.num_layers)
 
     def value_path(self) -> ValuePath | None:
         """The layers from the projection of the values to that of the output; the gates of both lie between."""
@@ -200,6 +251,8 @@ class SoftmaxAttention(Mixer):
         Returns:
             Query and key, and what the next call needs of these tokens for the same, `AttentionState.carried`.
         """
+        if self.context is not None:
+            return self.context(x, query, key, state)
         angles = layout.cosine, layout.sine
         return rotate(query, *angles), rotate(key, *angles), None
 
@@ -242,7 +295,11 @@ class SoftmaxAttention(Mixer):
         # Keys are cached after they are placed, as positions within a document never change.
         query, key, carried = self.place(x, query, key, layout, state)
         rows = self.rows(query, key, value, ids)
-        rows.carried = carried
+        rows.carried, rows.sinks = carried, self.sink_logit
+        if self.bias is not None:
+            rows.query, rows.key, rows.scale = self.bias.widened(rows.query, rows.key, x, layout.positions)
+        elif self.alibi:
+            rows.slopes = alibi_slopes(self.num_heads, x.device)
         if chosen is not None:
             rows.query_labels, rows.key_labels = chosen.query_labels, chosen.key_labels
         after = None
@@ -257,11 +314,19 @@ class SoftmaxAttention(Mixer):
             mixed, metrics = self.attend_after(rows, state)
         else:
             mixed, metrics, after = self.attend_from(rows, state, layout.positions[:, -1].expand(batch) + 1)
-        if chosen is None:
-            return MixerOutput(self.output(mixed.flatten(2)), after, metrics=metrics)
-        if chosen.query_gate is not None:
-            mixed = mixed * chosen.query_gate.unsqueeze(-1).to(mixed.dtype)
-        return MixerOutput(self.output(mixed.flatten(2)), after, chosen.losses, chosen.metrics | metrics)
+        losses: dict[str, Tensor] = {}
+        if chosen is not None:
+            losses, metrics = chosen.losses, chosen.metrics | metrics
+            if chosen.query_gate is not None:
+                mixed = mixed * chosen.query_gate.unsqueeze(-1).to(mixed.dtype)
+        if self.output_gate is not None:
+            mixed = gated(mixed, self.output_gate, x)
+        if self.head_router is not None:
+            gates, means, measured = self.head_router(x)
+            mixed, metrics = mixed * gates.unsqueeze(-1).to(mixed.dtype), metrics | measured
+            if self.training and self.head_router.balance:
+                losses |= self.head_router.losses_of(state.mean(means) if isinstance(state, Slices) else means)
+        return MixerOutput(self.output(mixed.flatten(2)), after, losses, metrics)
 
     def _kept(self, rows: Rows, next_position: Tensor) -> AttentionState:
         limit = self.cached_keys()
@@ -274,21 +339,46 @@ class SoftmaxAttention(Mixer):
     def init_state(self, batch: int) -> AttentionState:
         """An empty cache for `batch` rows, on the mixer's device and in its dtype."""
         weight = self.value.weight
-        empty = weight.new_empty(batch, 0, self.num_kv_heads, self.head_dim)
-        return AttentionState(empty, empty, None, None, torch.zeros(batch, dtype=torch.int64, device=weight.device))
+        widths = self.key_dim(weight.dtype), self.head_dim
+        key, value = (weight.new_empty(batch, 0, self.num_kv_heads, width) for width in widths)
+        position = torch.zeros(batch, dtype=torch.int64, device=weight.device)
+        return AttentionState(key, value, None, None, position, self.carried_before(batch))
+
+    def carried_before(self, batch: int) -> Tensor | None:
+        """What `place` needs before the first token, for `batch` rows; None for nothing."""
+        return None if self.context is None else self.context.zeros(batch)
+
+    def carried_bytes(self) -> int:
+        """Bytes of `carried_before` for one row."""
+        return 0 if self.context is None else self.context.state_bytes()
+
+    def key_dim(self, dtype: torch.dtype) -> int:
+        """Channels of a cached key of this dtype."""
+        return self.head_dim + (0 if self.bias is None else self.bias.columns(dtype))
+
+    def row_bytes(self) -> int:
+        """Bytes of a cached key and its value, of one head."""
+        weight = self.value.weight
+        return (self.key_dim(weight.dtype) + self.head_dim) * weight.element_size()
 
     def state_bytes(self, length: int) -> int:
         """Bytes of keys and values one row holds after `length` tokens."""
         limit = self.cached_keys()
         rows = length if limit is None else min(length, limit)
-        return 2 * rows * self.num_kv_heads * self.head_dim * self.value.weight.element_size()
+        return rows * self.num_kv_heads * self.row_bytes() + self.carried_bytes()
 
     def step_bytes(self, length: int) -> int:
         """Bytes of the keys and values that the next token sees, its own among them."""
         seen = self.visible_pairs(length + 1) - self.visible_pairs(length)
-        return 2 * seen * self.num_kv_heads * self.head_dim * self.value.weight.element_size()
+        return seen * self.num_kv_heads * self.row_bytes() + self.carried_bytes()
 
     def flops(self, length: int) -> int:
-        """Projections, and for every visible pair 2 * head_dim for its score and as many for its value."""
+        """Projections, and for every visible pair 2 * head_dim for its score and as many for its value.
+
+        A bias of columns makes scores wider. No head of a mixture is skipped.
+        """
         weights = weight_count(self.children())
-        return 2 * length * weights + 4 * self.num_heads * self.head_dim * self.visible_pairs(length)
+        wide = self.head_dim + (0 if self.bias is None else self.bias.rank)
+        options = sum(part.flops(length) for part in (self.context, self.bias, self.head_router) if part is not None)
+        pairs = 2 * self.num_heads * (wide + self.head_dim) * self.visible_pairs(length)
+        return 2 * length * weights + options + pairs

@@ -1,0 +1,158 @@
+"""Gates on the heads of attention before the output projection.
+
+    head      o_h <- sigmoid(w_h . x) o_h                  (Qiu et al. 2025, arXiv 2505.06708)
+    element   o_h <- sigmoid(W_h x) * o_h                  (the same)
+    routed    o_h <- g_h(x) o_h, zero for all but some     mixture of heads, MoH (Jin et al. 2024, arXiv 2410.11842)
+
+MoH, with Hs shared heads and R = H - Hs routed ones, of which a token keeps the K likeliest:
+
+    g of a shared head  =  alpha_0 Hs softmax_h(W_s x)
+    g of a routed head  =  alpha_1 K softmax_h(W_g x) over the K that are kept, else 0
+    alpha = 2 softmax(W_0 x) where there are shared heads, else 1
+    balance loss = R^2 mean_h(mean_t softmax_h(W_g x_t) * mean_t kept_h)
+
+A token's gates depend on itself alone. All heads are computed, so that training costs what it did.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from longmix.errors import ConfigError
+from longmix.mixers.parts.base import REAL, at_most
+from longmix.mixers.parts.exact import exact_linear
+from longmix.mixers.parts.metrics import Entropy, LargestShare, Metric
+from longmix.recipe import Recipe, set_recipe
+
+_STD = 0.02
+"""Of a router's weights at first. With zeros every token would keep the same heads."""
+
+OUTPUT_GATES = ("none", "head", "element")
+"""The words of `mixer.output_gate`."""
+
+
+def output_gate_of(kind: str, d_model: int, heads: int) -> nn.Linear | None:
+    """The projection of a gate's logits; None for `none`.
+
+    Raises:
+        ConfigError: the word is unknown.
+    """
+    if kind not in OUTPUT_GATES:
+        raise ConfigError(f"mixer.output_gate={kind} is unknown; use {', '.join(OUTPUT_GATES)}.")
+    if kind == "none":
+        return None
+    layer = nn.Linear(d_model, d_model if kind == "element" else heads, bias=False)
+    nn.init.normal_(layer.weight, std=d_model**-0.5)
+    if kind == "head":
+        set_recipe(layer.weight, Recipe("scalar"))
+    return layer
+
+
+def gated(mixed: Tensor, layer: nn.Linear, x: Tensor) -> Tensor:
+    """Output heads [B, T, H, head_dim] times the sigmoid gate of the tokens x [B, T, D]."""
+    return mixed * layer(x).sigmoid().unflatten(-1, (mixed.shape[2], -1)).to(mixed.dtype)
+
+
+def check_sinks(wanted: bool, takes: bool, name: str) -> None:
+    """Refuse `mixer.sink_logits=true` of a mixer, the class `name`, that has no logsumexp of all its scores.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    if wanted and not takes:
+        raise ConfigError(
+            f"mixer.sink_logits=true needs the logsumexp of all scores; {name} has none, so leave it out."
+        )
+
+
+def sink_logit_of(heads: int) -> nn.Parameter:
+    """A logit of each head that takes part in its softmax, 0 at first: as much as a key of score 0."""
+    logits = nn.Parameter(torch.zeros(heads))
+    set_recipe(logits, Recipe("scalar", weight_decay=False))
+    return logits
+
+
+def head_router(
+    d_model: int, heads: int, shared: int, kept: int | None, balance: float, layers: int
+) -> "HeadRouter | None":
+    """The mixture of heads that the settings ask for; None if `kept` is.
+
+    Args:
+        d_model, heads, shared, kept: see `HeadRouter`.
+        balance: weight of the balance loss, as a mean over the layers.
+        layers: of the model.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    at_most(REAL, heads_balance=balance)
+    if balance < 0:
+        raise ConfigError(f"mixer.heads_balance={balance} must not be negative.")
+    if kept is not None:
+        return HeadRouter(d_model, heads, shared, kept, balance / layers)
+    if shared:
+        raise ConfigError(f"mixer.heads_shared={shared} needs mixer.heads_kept, how many of the others a token keeps.")
+    return None
+
+
+class HeadRouter(nn.Module):
+    """The gates of a mixture of heads.
+
+    Args:
+        d_model: channels of a token.
+        heads: how many there are, H; the shared ones are the first.
+        shared: Hs, from 0 on.
+        kept: K, from 1 to H - Hs.
+        balance: weight of the balance loss.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+
+    def __init__(self, d_model: int, heads: int, shared: int, kept: int, balance: float) -> None:
+        super().__init__()
+        if not 0 <= shared < heads:
+            raise ConfigError(f"mixer.heads_shared={shared} must be from 0 to below the {heads} heads.")
+        if not 1 <= kept <= heads - shared:
+            raise ConfigError(
+                f"mixer.heads_kept={kept} must be from 1 to {heads - shared}, the heads that are not shared; null is "
+                "no mixture of heads."
+            )
+        self.shared_heads, self.kept, self.balance = shared, kept, balance
+        self.routed = nn.Linear(d_model, heads - shared, bias=False)
+        self.shared = nn.Linear(d_model, shared, bias=False) if shared > 1 else None
+        self.groups = nn.Linear(d_model, 2, bias=False) if shared else None
+        for layer in (self.routed, self.shared, self.groups):
+            if layer is not None:
+                nn.init.normal_(layer.weight, std=_STD)
+                set_recipe(layer.weight, Recipe("scalar"))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, dict[str, Metric]]:
+        """Gates [B, T, H] of the tokens x [B, T, D], means [2, R] for `losses_of`, and metrics while training."""
+        chances = exact_linear(self.routed, x).softmax(-1)
+        best = chances.topk(self.kept, -1).indices
+        mask = torch.zeros_like(chances).scatter(-1, best, 1.0)
+        kept = chances * mask
+        gates = self.kept * kept / kept.sum(-1, keepdim=True)
+        if self.groups is not None:
+            alpha = 2 * exact_linear(self.groups, x).softmax(-1)
+            shared = torch.ones_like(gates[..., :1])
+            if self.shared is not None:
+                shared = self.shared_heads * exact_linear(self.shared, x).softmax(-1)
+            gates = torch.cat((alpha[..., :1] * shared, alpha[..., 1:] * gates), -1)
+        means = torch.stack((chances.mean((0, 1)), mask.mean((0, 1))))
+        if not self.training:
+            return gates, means, {}
+        numbers = best.flatten(1).unsqueeze(-1)
+        count = chances.shape[-1]
+        metrics: dict[str, Metric] = {"largest_head": LargestShare.of(numbers, count)}
+        if count > 1:
+            metrics["head_entropy"] = Entropy.of(numbers, count)
+        return gates, means, metrics
+
+    def losses_of(self, means: Tensor) -> dict[str, Tensor]:
+        """The balance loss, from means over whole rows."""
+        return {"head_balance": self.balance * means.shape[1] ** 2 * means.prod(0).mean()}
+
+    def flops(self, length: int) -> int:
+        """Of the router, for `length` tokens."""
+        return 2 * length * sum(parameter.numel() for parameter in self.parameters())
