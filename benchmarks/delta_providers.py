@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from benchmarks import delta_work as work
 from benchmarks.comparison import Provider, Workload, both_passes
 from benchmarks.recurrences import StateShape, package_missing
-from longmix.mixers.parts.gated_memory import RATES, SIGMOID_DIVISOR, STEPS
+from longmix.mixers.parts.log_decay import RATES, SIGMOID_DIVISOR, STEPS
 from longmix.mixers.rwkv7 import DECAY_LIMIT
 from longmix_kernels.delta import delta_rule
 

@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 from longmix.config import locate
 from longmix.mixers.parts import gated_memory
 from longmix.mixers.parts.base import ModelShape
-from longmix.mixers.parts.gated_memory import GatedMemory, LogDecay
+from longmix.mixers.parts.gated_memory import GatedMemory
+from longmix.mixers.parts.log_decay import LogDecay
 from longmix.recipe import recipe_of
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "mixer"

@@ -31,7 +31,8 @@ class Mixing:
     """The linear map from values to outputs by which a mixer mixed some tokens.
 
     Attributes:
-        value: [B, T, Hv, W], the values; Hv divides the number of heads H.
+        value: [B, T, Hv, W], the values; Hv divides the number of heads H. Where a token has several values a head, it
+            is a multiple of it, the first value of all heads first; how much a token counts is the sum over its values.
         output: [B, T, H, W], the output for these values.
         offset: [B, T, H, W], the output for values that are all 0.
         run: the output for any values of this shape.

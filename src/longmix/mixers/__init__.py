@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from longmix.mixers.deltanet import DeltaNet as DeltaNet
     from longmix.mixers.flash import Flash as Flash
     from longmix.mixers.gated_deltanet import GatedDeltaNet as GatedDeltaNet
+    from longmix.mixers.gated_deltanet2 import GatedDeltaNet2 as GatedDeltaNet2
+    from longmix.mixers.gated_deltaproduct import GatedDeltaProduct as GatedDeltaProduct
     from longmix.mixers.gla import GLA as GLA
     from longmix.mixers.hgrn2 import HGRN2 as HGRN2
     from longmix.mixers.hyper import Hyper as Hyper
@@ -51,6 +53,8 @@ _PLACES = {
     "Flash": "longmix.mixers.flash",
     "GLA": "longmix.mixers.gla",
     "GatedDeltaNet": "longmix.mixers.gated_deltanet",
+    "GatedDeltaNet2": "longmix.mixers.gated_deltanet2",
+    "GatedDeltaProduct": "longmix.mixers.gated_deltaproduct",
     "HGRN2": "longmix.mixers.hgrn2",
     "Hyper": "longmix.mixers.hyper",
     "KDA": "longmix.mixers.kda",

@@ -3,7 +3,7 @@
 from typing import Unpack
 
 from longmix.mixers.parts.base import ModelShape
-from longmix.mixers.parts.gated_memory import GatedMemory, GatedMemoryOptions
+from longmix.mixers.parts.gated_memory import DeltaOptions, GatedMemory
 
 
 class KDA(GatedMemory):
@@ -23,7 +23,7 @@ class KDA(GatedMemory):
         delta: bool = True,
         key_factor: float = 1.0,
         convolution: int = 4,
-        **options: Unpack[GatedMemoryOptions],
+        **options: Unpack[DeltaOptions],
     ) -> None:
         super().__init__(
             shape,

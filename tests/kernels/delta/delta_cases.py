@@ -19,7 +19,10 @@ class Case:
     name: str
     length: int = 100
     kind: str = "random"
-    """"random"; "correlated" removal keys, nearly no decay and strong removal; "fastest" decay; "identical" keys."""
+    """"random"; "correlated" removal keys, nearly no decay and strong removal; "fastest" decay; "identical" keys.
+
+    "overwriting" removes up to twice what is held, "reflecting" exactly that, again and again at one key.
+    """
     low_rank: bool = True
     scalar_decay: bool = False
     with_state: bool = True
@@ -43,8 +46,11 @@ class Case:
         decay = FASTEST_DECAY * normal(*tokens, self.dim).sigmoid()
         if self.kind == "correlated":
             removal, rate, decay = removal[:, :1] + 0.1 * removal, 0.85 + 0.1 * rate, 0.01 * decay
-        elif self.kind == "identical":
+        elif self.kind in ("identical", "reflecting"):
             removal, rate, decay = removal[:, :1].expand_as(removal), torch.ones_like(rate), torch.zeros_like(decay)
+            rate = 2.0 * rate if self.kind == "reflecting" else rate
+        elif self.kind == "overwriting":
+            removal, rate, decay = removal[:, :1] + 0.3 * removal, 1.5 + 0.5 * rate[..., :1], 0.01 * decay
         elif self.kind == "fastest":
             decay = torch.full_like(decay, FASTEST_DECAY)
         removal = F.normalize(removal, dim=-1)
@@ -112,6 +118,7 @@ def assert_close(result: torch.Tensor, expected: torch.Tensor, tolerance: float,
 CASES = [
     *(Case(f"T{n}", length=n) for n in (1, 15, 16, 17, 63, 64, 100, 257, 1000)),
     *(Case(kind, kind=kind, length=200) for kind in ("correlated", "fastest", "identical")),
+    Case("overwriting", kind="overwriting", length=200, chunk_size=64),
     *(Case(f"{a}-{b}", dim=a, value_dim=b) for a, b in ((48, 80), (80, 48), (96, 16), (64, 64), (1, 3))),
     Case("scalar-decay", scalar_decay=True),
     Case("gated-linear-attention", low_rank=False),

@@ -105,6 +105,18 @@ def test_long_chunks_of_removal_keys_that_are_alike(kind):
     assert_all_close(results(case, inputs), exact(case, inputs), torch.float32)
 
 
+@pytest.mark.parametrize(("kind", "most"), [("overwriting", 1e-5), ("reflecting", 5e-5)])
+@pytest.mark.parametrize("chunk", [16, 64])
+def test_eigenvalues_down_to_minus_one_in_every_dtype(kind, most, chunk):
+    """Even where no rounding ever fades, it stays far below that of half-precision inputs and outputs."""
+    case = Case(kind, kind=kind, length=128, batch=1, chunk_size=chunk)
+    for dtype, bound in ((torch.float64, 1e-12), (torch.float32, most), (torch.bfloat16, 5e-3)):
+        inputs = case.inputs(dtype)
+        found, expected = results(case, inputs), exact(case, inputs)
+        for name, want in expected.items():
+            assert (found[name].double() - want).norm() <= bound * want.norm(), (name, dtype)
+
+
 def test_chunk_sizes_agree():
     case = Case("chunks", length=150, documents=(70, 21))
     expected = results(case, case.inputs(torch.float64))

@@ -12,10 +12,15 @@ kda             g = -A softplus(W_up W_down x + b), one per channel of k; gate =
 gla             g = logsigmoid(W_up W_down x + b) / 16; S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T with q, k, v = W x as
                 they are; gate = silu(W_g x) (Yang et al. 2023, arXiv 2312.06635)
 
-Notable: with beta in (0, 1) no transition has an eigenvalue outside [0, 1]. A and b begin as in Mamba-2 (Dao and Gu
-2024, arXiv 2405.21060), so that heads remember from one token to a thousand; the authors' code for gated DeltaNet draws
-A from 0 on, whose logarithm may be infinite. Published codes differ in how their projections begin; here they do as in
-this project's other linear attention. The norm has weights for each head unless `shared_norm` makes it theirs.
+Notable: with beta in (0, 1) no transition has an eigenvalue outside [0, 1]. `negative_eigenvalues` doubles beta, so
+that what is held at k may turn its sign: parity can then be tracked at any length (Grazzi et al. 2024, arXiv
+2411.12537).
+With `num_value_heads` several heads of values share the queries and keys of one head, and have decays and strengths of
+their own, as in Qwen3-Next. With n `householders` a token makes n writes one after the other, each with a key, a value
+and a strength of its own; the state decays before the first, and is read after the last (see `gated_deltaproduct`).
+
+Published codes differ in how their projections begin; here they do as in this project's other linear attention. The
+norm has weights for each head unless `shared_norm` makes it theirs.
 """
 
 import math
@@ -31,6 +36,8 @@ from longmix.mixers.parts.base import COUNT, FACTOR, MixerOutput, ModelShape, at
 from longmix.mixers.parts.convolution import ShortConvolution
 from longmix.mixers.parts.documents import continued_ids
 from longmix.mixers.parts.exact import exact_linear, rounded_once
+from longmix.mixers.parts.householders import delta_product
+from longmix.mixers.parts.log_decay import SIGMOID_RANK, LogDecay
 from longmix.mixers.parts.norms import HeadwiseNorm, check_norm_eps
 from longmix.mixers.parts.projections import weight_count
 from longmix.mixers.parts.recomputed import recomputed
@@ -45,67 +52,18 @@ GATES = ("none", "silu", "low_rank")
 UNIT_EPS = 1e-6
 """Added to the squared length by which a query or key is normalised, as in flash-linear-attention."""
 
-RATES = 1.0, 16.0
-"""A begins uniformly between these, as in Mamba-2."""
-
-STEPS = 1e-3, 0.1
-"""softplus(b) begins between these, its logarithm uniformly, as in Mamba-2."""
-
-SIGMOID_DIVISOR, SIGMOID_RANK = 16.0, 16
-"""Divisor of the log decay of GLA, which therefore begins at 0.96 a token."""
-
 KEY_DIM, LEAST_HEADS = 128, 4
 """By default, a head has keys this wide, and there are at least so many heads: the published sizes."""
 
-
-class LogDecay(nn.Module):
-    """x [B, T, width] -> log decay, at most 0, in float32 or better, also under autocast.
-
-    Args:
-        width: of the input.
-        heads, key_dim: of the state.
-        kind: "head" for one number per head, [B, T, heads]; "channel" for -A softplus(.) and "sigmoid" for
-            logsigmoid(.) / 16 of each channel of the keys, [B, T, heads, key_dim].
-        rank: of the product that the latter two are made with.
-    """
-
-    def __init__(self, width: int, heads: int, key_dim: int, kind: str, rank: int) -> None:
-        super().__init__()
-        self.kind, self.heads = kind, heads
-        columns = heads if kind == "head" else heads * key_dim
-        self.down = None if kind == "head" else nn.Linear(width, rank, bias=False)
-        self.up = nn.Linear(width if kind == "head" else rank, columns, bias=False)
-        self.bias = nn.Parameter(torch.zeros(columns))
-        self.log_rate: nn.Parameter | None = None
-        if kind != "sigmoid":
-            self.log_rate = nn.Parameter(torch.empty(heads).uniform_(*RATES).log())
-            step = torch.empty(columns).uniform_(math.log(STEPS[0]), math.log(STEPS[1])).exp()
-            with torch.no_grad():
-                self.bias.copy_(step + (-torch.expm1(-step)).log())
-        for weight in (layer.weight for layer in self.modules() if isinstance(layer, nn.Linear)):
-            set_recipe(weight, Recipe("scalar"))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Log decays of each token of `x`, as the class says."""
-        return self.of_thin(self.thin(x))
-
-    def thin(self, x: Tensor) -> Tensor:
-        """What is narrow in between: a number per head, or the thin matrix's rank."""
-        return exact_linear(self.up if self.down is None else self.down, x)
-
-    def of_thin(self, thin: Tensor) -> Tensor:
-        """Log decays of what `thin` returned."""
-        step = (thin if self.down is None else exact_linear(self.up, thin)) + self.bias
-        if self.log_rate is None:
-            return F.logsigmoid(step).unflatten(-1, (self.heads, -1)) / SIGMOID_DIVISOR
-        rate = self.log_rate.to(step.dtype).exp()
-        if self.kind == "head":
-            return -rate * F.softplus(step)
-        return -rate.unsqueeze(-1) * F.softplus(step).unflatten(-1, (self.heads, -1))
+MOST_HOUSEHOLDERS = 64
+"""Far more writes of a token than anybody has tried."""
 
 
 class Terms(NamedTuple):
-    """What the engine gets of each token; see `delta_rule`."""
+    """What the engine gets of each token, for every head of values; see `delta_rule`.
+
+    With n householders there are n times as many keys, values, reads and writes, the heads of the first one first.
+    """
 
     query: Tensor
     key: Tensor
@@ -114,16 +72,33 @@ class Terms(NamedTuple):
     read: Tensor | None = None
     write: Tensor | None = None
 
+    def rounded(self, dtype: torch.dtype) -> "Terms":
+        """All of them in a dtype but the decay."""
+        parts = {name: part for name, part in self._asdict().items() if name != "log_decay" and part is not None}
+        return self._replace(**{name: part.to(dtype) for name, part in parts.items()})
 
-class GatedMemoryOptions(TypedDict, total=False):
-    """The settings that the mixers of this kind share; see `GatedMemory`."""
+
+class MemoryOptions(TypedDict, total=False):
+    """The settings that all mixers of this kind share; see `GatedMemory`."""
 
     num_heads: int | None
-    value_factor: float
+    num_value_heads: int | None
     decay_rank: int | None
     gate_rank: int | None
     norm_eps: float
     shared_norm: bool
+
+
+class GatedMemoryOptions(MemoryOptions, total=False):
+    """The same, and the width of values where it has the usual default."""
+
+    value_factor: float
+
+
+class DeltaOptions(GatedMemoryOptions, total=False):
+    """The same of mixers whose writes replace."""
+
+    negative_eigenvalues: bool
 
 
 class GatedMemory(RecurrentMixer):
@@ -135,17 +110,24 @@ class GatedMemory(RecurrentMixer):
         decay: "none", "head", "channel" or "sigmoid", see `LogDecay`.
         output_gate: "none", "silu", or "low_rank", which is a sigmoid of a product of two thin matrices.
         delta: replace what the state holds at a key, with unit queries and keys; else add to it.
-        num_heads: heads, each with its own state; None takes one for every 128 channels of keys, and at least 4.
+        num_heads: heads of queries and keys; None takes one for every 128 channels of keys, and at least 4.
+        num_value_heads: heads of values, each with its own state, decay and strength; a multiple of `num_heads`, whose
+            queries and keys they share. None takes as many as those.
         key_factor, value_factor: width of queries and keys, and of values, over that of the model.
         convolution: tokens that a short convolution mixes, of queries, keys and values; 0 for none, nor its SiLU.
         decay_rank, gate_rank: of the thin matrices; None takes the values of a head, and 16 for a "sigmoid" decay.
         norm_eps: of the head-wise norm of what is read from the state.
         shared_norm: let all heads share the weights of that norm, as published models do.
+        negative_eigenvalues: let write strengths reach 2 instead of 1.
+        householders: writes that a token makes one after the other.
 
     Raises:
         ConfigError: an unknown word, heads that do not divide, a factor that is not positive, a convolution of 1 token,
-            a rank below 1 or of no thin matrix.
+            a rank below 1 or of no thin matrix; negative eigenvalues or several householders where writes add.
     """
+
+    decays_of_keys = False
+    """Whether heads of values that share a key share its decay too."""
 
     def __init__(
         self,
@@ -156,6 +138,7 @@ class GatedMemory(RecurrentMixer):
         output_gate: str = "silu",
         delta: bool = True,
         num_heads: int | None = None,
+        num_value_heads: int | None = None,
         key_factor: float = 1.0,
         value_factor: float = 1.0,
         convolution: int = 4,
@@ -163,6 +146,8 @@ class GatedMemory(RecurrentMixer):
         gate_rank: int | None = None,
         norm_eps: float = 1e-5,
         shared_norm: bool = False,
+        negative_eigenvalues: bool = False,
+        householders: int = 1,
     ) -> None:
         super().__init__()
         check_norm_eps(norm_eps)
@@ -184,6 +169,16 @@ class GatedMemory(RecurrentMixer):
                 raise ConfigError(f"mixer.{name}={factor} must be positive.")
         if convolution < 0 or convolution == 1:
             raise ConfigError(f"mixer.convolution={convolution} must be 0, which is none, or at least 2 tokens.")
+        if not 1 <= householders <= MOST_HOUSEHOLDERS:
+            raise ConfigError(f"mixer.householders={householders} must be from 1 to {MOST_HOUSEHOLDERS}.")
+        if negative_eigenvalues and not delta:
+            raise ConfigError(
+                "mixer.negative_eigenvalues=true needs mixer.delta=true: a write that adds removes nothing."
+            )
+        if householders > 1 and not delta:
+            raise ConfigError(
+                f"mixer.householders={householders} needs mixer.delta=true: adding writes reflect nothing."
+            )
         width = shape.d_model
         key_width, value_width = round(key_factor * width), round(value_factor * width)
         for name, factor, size in (("key", key_factor, key_width), ("value", value_factor, value_width)):
@@ -191,24 +186,34 @@ class GatedMemory(RecurrentMixer):
                 raise ConfigError(f"mixer.{name}_factor={factor} of model.d_model={width} is less than one channel.")
         heads = max(LEAST_HEADS, key_width // KEY_DIM) if num_heads is None else num_heads
         self.key_dim = divided(key_width, heads, "mixer.key_factor * model.d_model", "mixer.num_heads")
-        self.value_dim = divided(value_width, heads, "mixer.value_factor * model.d_model", "mixer.num_heads")
-        self.num_heads, self.output_gate = heads, output_gate
+        value_heads, value_key = heads, "mixer.num_heads"
+        if num_value_heads is not None:
+            value_heads, value_key = num_value_heads, "mixer.num_value_heads"
+            if value_heads < heads or value_heads % heads:
+                raise ConfigError(
+                    f"mixer.num_value_heads={value_heads} must be a multiple of mixer.num_heads={heads}, or null."
+                )
+        self.value_dim = divided(value_width, value_heads, "mixer.value_factor * model.d_model", value_key)
+        self.num_heads, self.num_value_heads, self.householders = heads, value_heads, householders
+        self.output_gate, self.delta, self.negative_eigenvalues = output_gate, delta, negative_eigenvalues
 
         self.query = nn.Linear(width, key_width, bias=False)
-        self.key = nn.Linear(width, key_width, bias=False)
-        self.value = nn.Linear(width, value_width, bias=False)
-        self.strength = nn.Linear(width, heads, bias=False) if delta else None
+        self.key = nn.Linear(width, householders * key_width, bias=False)
+        self.value = nn.Linear(width, householders * value_width, bias=False)
+        self.strength = nn.Linear(width, householders * value_heads, bias=False) if delta else None
         rank = decay_rank or (SIGMOID_RANK if decay == "sigmoid" else self.value_dim)
-        self.decay = None if decay == "none" else LogDecay(width, heads, self.key_dim, decay, rank)
+        decaying = heads if self.decays_of_keys else value_heads
+        self.decay = None if decay == "none" else LogDecay(width, decaying, self.key_dim, decay, rank)
         self.gate: nn.Module | None = None
         if output_gate == "silu":
             self.gate = nn.Linear(width, value_width, bias=False)
         elif output_gate == "low_rank":
             rank = gate_rank or self.value_dim
             self.gate = nn.Sequential(nn.Linear(width, rank, bias=False), nn.Linear(rank, value_width, bias=False))
-        self.head_norm = HeadwiseNorm(heads, self.value_dim, "rms", norm_eps, shared=shared_norm)
+        self.head_norm = HeadwiseNorm(value_heads, self.value_dim, "rms", norm_eps, shared=shared_norm)
         self.output = nn.Linear(value_width, width, bias=False)
-        self.past, self.recent_channels = max(convolution - 1, 0), 2 * key_width + value_width
+        self.past = max(convolution - 1, 0)
+        self.recent_channels = key_width + householders * (key_width + value_width)
         self.convolution = ShortConvolution(self.recent_channels, convolution) if convolution else None
 
         for layer in self.modules():
@@ -228,8 +233,7 @@ class GatedMemory(RecurrentMixer):
         projected = torch.cat([layer(rounded) for layer in (self.query, self.key, self.value)], -1)
         recent = self.recent(projected, state, ids)
         thin = None if self.decay is None else self.decay.thin(x)
-        strength = None if self.strength is None else exact_linear(self.strength, x)
-        made = projected, *recent, thin, strength
+        made = projected, *recent, thin, self._strengths(x, rounded)
         terms = self._terms(*made) if self.shows_terms(state) else None
 
         def run(initial: Tensor | None, ids: Tensor | None, before: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -238,7 +242,7 @@ class GatedMemory(RecurrentMixer):
             return recomputed(self._read, *made, initial, ids, before)
 
         recurrence: Recurrence = DeltaRecurrence()
-        if terms is not None and self.strength is None:
+        if terms is not None and not self.delta:
             recurrence = DecayRecurrence(terms.query, terms.log_decay, self.key_dim**-0.5)
         found, carried = self.run_engine(run, recurrence, state, document_ids, batch)
         if terms is not None:
@@ -247,21 +251,57 @@ class GatedMemory(RecurrentMixer):
         after = self.next_state(carried, recent, projected, state, ids)
         return MixerOutput(self.output(mixed), after, metrics=self.state_metrics(carried, state))
 
+    def _strengths(self, x: Tensor, rounded: Tensor) -> Tensor | None:
+        """What write strengths are made of, [B, T, .]; None where writes add.
+
+        Args:
+            x: the input.
+            rounded: the same in the dtype of wide products.
+        """
+        return None if self.strength is None else exact_linear(self.strength, x)
+
     def _terms(
         self, projected: Tensor, before: Tensor, ids: Tensor | None, thin: Tensor | None, strength: Tensor | None
     ) -> Terms:
-        """What the engine gets, of the projections [B, T, 2 keys + values] and what came `before` them."""
+        """What the engine gets, of the projections [B, T, queries + keys + values] and what came `before` them."""
         mixed = projected if self.convolution is None else self.convolution(projected, before, ids)
         query, key, value = self._heads(mixed)
         log_decay = self._no_decay(projected) if self.decay is None or thin is None else self.decay.of_thin(thin)
+        if self.decays_of_keys:
+            log_decay = self._shared(log_decay)
         if strength is None:
-            return Terms(query, key, value, log_decay)
-        query, write = _unit(query), _unit(key)
-        key = write * strength.sigmoid().unsqueeze(-1)
+            return Terms(self._shared(query), self._shared(key), value, log_decay)
+        terms = self._replacing(query, key, value, log_decay, strength)
+        return terms.rounded(value.dtype)
+
+    def _replacing(self, query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, strength: Tensor) -> Terms:
+        """What the engine gets where writes replace, in any dtype.
+
+        Args:
+            query, key: [B, T, H, key_dim] before they are scaled to length 1.
+            value: [B, T, Hv, value_dim].
+            log_decay: [B, T, Hv] or [B, T, Hv, key_dim].
+            strength: what `_strengths` returned.
+        """
+        query, write = self._shared(unit(query)), self._shared(unit(key))
+        key = write * self._gates(strength).unsqueeze(-1)
+        return Terms(query, key, value, log_decay, -self._kept(log_decay) * key, write)
+
+    def _gates(self, strength: Tensor) -> Tensor:
+        """Strengths from 0 to 1, or to 2 if eigenvalues may be negative."""
+        return 2.0 * strength.sigmoid() if self.negative_eigenvalues else strength.sigmoid()
+
+    def _kept(self, log_decay: Tensor) -> Tensor:
+        """How much each write keeps of the state, [B, T, n Hv, 1 or key_dim]: only the first one lets it decay."""
         kept = log_decay if log_decay.dim() == 4 else log_decay.unsqueeze(-1)
-        read = -kept.exp() * key
-        query, key, read, write = (part.to(value.dtype) for part in (query, key, read, write))
-        return Terms(query, key, value, log_decay, read, write)
+        if self.householders > 1:
+            kept = F.pad(kept, (0, 0, 0, (self.householders - 1) * self.num_value_heads))
+        return kept.exp()
+
+    def _shared(self, x: Tensor) -> Tensor:
+        """Repeat what heads of keys have, [B, T, H, ...], for the heads of values that share them."""
+        groups = self.num_value_heads // self.num_heads
+        return x if groups == 1 else x.repeat_interleave(groups, 2)
 
     def log_decay(self, x: Tensor) -> Tensor:
         """Log decay of x [B, T, D], one per head [B, T, H] or channel [B, T, H, key_dim], in float32 or better."""
@@ -269,14 +309,16 @@ class GatedMemory(RecurrentMixer):
 
     def _no_decay(self, x: Tensor) -> Tensor:
         exact = torch.promote_types(x.dtype, torch.float32)
-        return x.new_zeros(*x.shape[:2], self.num_heads, dtype=exact)
+        heads = self.num_heads if self.decays_of_keys else self.num_value_heads
+        return x.new_zeros(*x.shape[:2], heads, dtype=exact)
 
     def _engine(
         self, terms: Terms, initial: Tensor | None, ids: Tensor | None, before: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Output [B, T, H, value_dim] and final state of the engine."""
+        several = {"householders": self.householders} if self.householders > 1 else {}
         return self.call_engine(
-            delta_rule,
+            delta_product if several else delta_rule,
             terms.query,
             terms.key,
             widened(terms.value, initial),
@@ -287,6 +329,7 @@ class GatedMemory(RecurrentMixer):
             initial_state=initial,
             carried_state=before,
             document_ids=ids,
+            **several,
         )
 
     def _read(self, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -305,26 +348,28 @@ class GatedMemory(RecurrentMixer):
         """The empty memory, for `batch` rows."""
         weight = self.value.weight
         exact = torch.promote_types(weight.dtype, torch.float32)
-        return weight.new_zeros(batch, self.num_heads, self.key_dim, self.value_dim, dtype=exact)
+        return weight.new_zeros(batch, self.num_value_heads, self.key_dim, self.value_dim, dtype=exact)
 
     def flops(self, length: int) -> int:
-        """Projections, and per head and token a reading and an update of the state, twice each with the delta rule.
+        """Projections, and per head and write a reading and an update of the state, twice each with the delta rule.
 
         Each of them takes 2 key_dim * value_dim.
         """
         weights = weight_count(self.modules())
         convolved = 0 if self.convolution is None else self.convolution.flops(length)
-        products = 2 if self.strength is None else 4
-        entries = self.num_heads * self.key_dim * self.value_dim
+        products = 4 * self.householders if self.delta else 2
+        entries = self.num_value_heads * self.key_dim * self.value_dim
         return 2 * length * weights + convolved + 2 * products * length * entries
 
     def _heads(self, mixed: Tensor) -> list[Tensor]:
-        """Split [B, T, 2 keys + values] into query, key and value, each [B, T, H, .]."""
-        widths = [self.num_heads * dim for dim in (self.key_dim, self.key_dim, self.value_dim)]
-        return [part.unflatten(-1, (self.num_heads, -1)) for part in mixed.split(widths, -1)]
+        """Split [B, T, queries + keys + values] into these, each [B, T, heads, .]."""
+        keys, values = self.householders * self.num_heads, self.householders * self.num_value_heads
+        sizes = (self.num_heads, self.key_dim), (keys, self.key_dim), (values, self.value_dim)
+        parts = mixed.split([heads * dim for heads, dim in sizes], -1)
+        return [part.unflatten(-1, size) for part, size in zip(parts, sizes, strict=True)]
 
 
-def _unit(x: Tensor) -> Tensor:
+def unit(x: Tensor) -> Tensor:
     """[..., K] at length 1 along K, in float32 or better."""
     exact = x.to(torch.promote_types(x.dtype, torch.float32))
     return exact * (exact.square().sum(-1, keepdim=True) + UNIT_EPS).rsqrt()
