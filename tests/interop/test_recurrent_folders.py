@@ -202,6 +202,30 @@ def test_xlstm_computes_what_transformers_does_and_goes_back_bit_for_bit(tmp_pat
     assert same_weights(tmp_path / "alone", model)
 
 
+def test_more_heads_of_values_and_negative_eigenvalues_come_in_and_go_out(tmp_path):
+    made = read("gated_deltanet")
+    made.config.update(num_v_heads=4, expand_v=1.0, allow_neg_eigval=True)  # the same width of values
+    per_head = ("b_proj.weight", "a_proj.weight", "A_log", "dt_bias")
+    for name, weight in made.weights.items():
+        if name.endswith(per_head):
+            made.weights[name] = torch.cat([weight, weight.flip(0)])
+        elif name.endswith("o_norm.weight"):
+            made.weights[name] = weight[:12].clone()
+    import_folder(put(tmp_path / "source", "gated_deltanet", made), tmp_path / "run")
+    model = model_of(tmp_path / "run")
+    layer = model.mixers()[0]
+    assert (layer.num_heads, layer.num_value_heads, layer.value_dim, layer.negative_eigenvalues) == (2, 4, 12, True)
+    assert logits_of(model, made.ids[None]).std() > 0.1
+    export(tmp_path / "run", tmp_path / "back", "gated_deltanet")
+    weights = their_weights(tmp_path / "back")
+    assert all(torch.equal(weights[name], weight) for name, weight in made.weights.items())
+    again = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (again["num_v_heads"], again["expand_v"], again["allow_neg_eigval"]) == (4, 1.0, True)
+    (tmp_path / "back" / "longmix.json").unlink()
+    import_folder(tmp_path / "back", tmp_path / "alone")
+    assert same_weights(tmp_path / "alone", model)
+
+
 def said(**settings):
     return lambda made: made.config.update(settings)
 
@@ -233,8 +257,8 @@ REFUSED = [
     ("rwkv7", without("model.layers.0.pre_norm.bias"), "embedding_norm.bias is missing"),
     ("rwkv7", having("model.layers.0.attn.q_proj.weight", 2, 2), "attn.q_proj.weight is not a part of the model"),
     ("rwkv7", having("model.layers.0.attn.r_k", 2, 8), r"mixer.bonus has shape \[16\] instead of \[32\]"),
-    ("gated_deltanet", said(allow_neg_eigval=True), "allow_neg_eigval=True in config.json: longmix has False alone"),
-    ("gated_deltanet", said(num_v_heads=4), "num_v_heads=4 in config.json: longmix has None alone"),
+    ("gated_deltanet", said(allow_neg_eigval=1), "allow_neg_eigval=1 in config.json must be true or false"),
+    ("gated_deltanet", said(num_v_heads=3), "num_v_heads=3 in config.json must be a multiple of num_heads=2"),
     ("gated_deltanet", said(use_short_conv=False), "use_short_conv=False in config.json"),
     ("gated_deltanet", said(attnres_block_size=2), "attnres_block_size=2 in config.json"),
     ("gated_deltanet", said(expand_v=1.3), r"expand_v=1.3 in config.json: head_dim=12 times it is not a whole"),

@@ -35,6 +35,7 @@ DEFAULTS = {
     "max_position_embeddings": 2048,
     "expand_v": 2.0,
     "use_gate": True,
+    "output_gate_activation": "swish",
     "use_short_conv": True,
     "allow_neg_eigval": False,
     "conv_size": 4,
@@ -76,7 +77,7 @@ def layout(config: Any) -> Layout:
     layer |= {
         "mixer.decay.log_rate": renamed("attn.A_log"),
         "mixer.decay.bias": renamed("attn.dt_bias"),
-        "mixer.convolution.weight": _convolution([keys, keys, round(keys * config.expand_v)]),
+        "mixer.convolution.weight": _convolution([keys, keys, _values(config)]),
     }
     outside = {
         "embedding.weight": renamed("model.embeddings.weight"),
@@ -84,6 +85,12 @@ def layout(config: Any) -> Layout:
         "head.weight": renamed("lm_head.weight"),
     }
     return Layout(outside, layer, "model.layers.")
+
+
+def _values(config: Any) -> int:
+    """The width of values."""
+    heads = config.num_heads if config.num_v_heads is None else config.num_v_heads
+    return round(heads * config.head_dim * config.expand_v)
 
 
 def _convolution(widths: Sequence[int]) -> Place:
@@ -105,8 +112,9 @@ def read(given: Mapping[str, Any]) -> Described:
     found = Described.of(given, DEFAULTS)
     if found.num_v_heads == found.num_heads:
         found.num_v_heads = None
-    if found.hidden_act == "silu":
-        found.hidden_act = "swish"
+    for name in ("hidden_act", "output_gate_activation"):
+        if getattr(found, name) == "silu":
+            setattr(found, name, "swish")
     if found.intermediate_size is None:
         # As its authors round it.
         found.intermediate_size = 256 * -(-int(found.hidden_size * number(found, "hidden_ratio") * 2 / 3) // 256)
@@ -119,18 +127,19 @@ def model_config(config: Described) -> ModelConfig:
     Raises:
         ConfigError: names the first setting that longmix has not.
     """
-    needed = (
-        *("use_short_conv", "allow_neg_eigval", "num_v_heads", "hidden_act", "attn", "attnres_block_size"),
-        "quantization_config",
-    )
+    needed = ("use_short_conv", "hidden_act", "output_gate_activation", "attn", "attnres_block_size")
+    needed += ("quantization_config",)
     require(config, {name: DEFAULTS[name] for name in needed})
     width, heads, head_dim = (whole(config, name) for name in ("hidden_size", "num_heads", "head_dim"))
-    expand = number(config, "expand_v")
-    values = round(heads * head_dim * expand)
-    if not isclose(head_dim * expand, values / heads, rel_tol=1e-5) or values % heads:
+    value_heads = heads if config.num_v_heads is None else whole(config, "num_v_heads")
+    expand, values = number(config, "expand_v"), _values(config)
+    if not isclose(head_dim * expand, values / value_heads, rel_tol=1e-5) or values % value_heads:
         raise ConfigError(f"expand_v={expand} in config.json: head_dim={head_dim} times it is not a whole number.")
-    if not isinstance(config.use_gate, bool):
-        raise ConfigError(f"use_gate={config.use_gate!r} in config.json must be true or false.")
+    if value_heads % heads:
+        raise ConfigError(f"num_v_heads={value_heads} in config.json must be a multiple of num_heads={heads}.")
+    for name in ("use_gate", "allow_neg_eigval"):
+        if not isinstance(getattr(config, name), bool):
+            raise ConfigError(f"{name}={getattr(config, name)!r} in config.json must be true or false.")
     model = model_settings(
         config,
         num_heads=heads,
@@ -143,6 +152,7 @@ def model_config(config: Described) -> ModelConfig:
         "output_gate": "silu" if config.use_gate else "none",
         "delta": True,
         "num_heads": heads,
+        "num_value_heads": config.num_v_heads,
         "key_factor": heads * head_dim / width,
         "value_factor": values / width,
         "convolution": whole(config, "conv_size", 2),
@@ -150,6 +160,7 @@ def model_config(config: Described) -> ModelConfig:
         "gate_rank": None,
         "norm_eps": number(config, "norm_eps"),
         "shared_norm": True,
+        "negative_eigenvalues": config.allow_neg_eigval,
     }
     return ModelConfig.of({"model": model, "mixer": mixer})
 
@@ -179,11 +190,12 @@ def described(model: LanguageModel, config: ModelConfig) -> dict[str, Any]:
         "num_hidden_layers": model.shape.num_layers,
         "intermediate_size": config.model.number("mlp_hidden"),
         "num_heads": first.num_heads,
+        "num_v_heads": None if first.num_value_heads == first.num_heads else first.num_value_heads,
         "head_dim": first.key_dim,
         "expand_v": first.value_dim / first.key_dim,
         "use_gate": first.output_gate == "silu",
         "use_short_conv": True,
-        "allow_neg_eigval": False,
+        "allow_neg_eigval": first.negative_eigenvalues,
         "conv_size": first.convolution.size,
         "hidden_act": "swish",
         "norm_eps": model.shape.norm_eps,
