@@ -34,6 +34,8 @@ MIXERS = (
     "routing",
     "sliding_window",
     "deltanet",
+    "gated_deltanet2",
+    "gated_deltaproduct",
     "gla",
     "simple_gla",
     "mamba2",

@@ -35,6 +35,8 @@ def test_which_states_stay_small():
     recurrent = {
         "deltanet",
         "gated_deltanet",
+        "gated_deltanet2",
+        "gated_deltaproduct",
         "gla",
         "hgrn2",
         "kda",

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from longmix.errors import ConfigError
 from longmix.mixers.parts.base import COUNT, FACTOR, ModelShape, at_most, divided
 from longmix.mixers.parts.exact import exact_linear
-from longmix.mixers.parts.gated_memory import RATES, STEPS
+from longmix.mixers.parts.log_decay import RATES, STEPS
 from longmix.mixers.parts.memory import MemoryMixer, Terms
 from longmix.mixers.parts.norms import HeadwiseNorm, check_norm_eps
 from longmix.recipe import Recipe, set_recipe

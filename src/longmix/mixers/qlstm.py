@@ -21,7 +21,7 @@ from longmix.errors import ConfigError
 from longmix.mixers.parts.base import ModelShape
 from longmix.mixers.parts.channel_scan import channel_scan
 from longmix.mixers.parts.exact import exact_linear
-from longmix.mixers.parts.gated_memory import RATES, STEPS
+from longmix.mixers.parts.log_decay import RATES, STEPS
 from longmix.mixers.parts.memory import MemoryMixer, Terms
 from longmix.mixers.parts.metrics import Metric, RootMeanSquare
 from longmix.mixers.parts.projections import weight_count

@@ -127,8 +127,10 @@ def model_config(config: Described) -> ModelConfig:
     Raises:
         ConfigError: names the first setting that longmix has not.
     """
-    needed = ("use_short_conv", "hidden_act", "output_gate_activation", "attn", "attnres_block_size")
-    needed += ("quantization_config",)
+    needed = (
+        *("use_short_conv", "hidden_act", "output_gate_activation", "attn", "attnres_block_size"),
+        "quantization_config",
+    )
     require(config, {name: DEFAULTS[name] for name in needed})
     width, heads, head_dim = (whole(config, name) for name in ("hidden_size", "num_heads", "head_dim"))
     value_heads = heads if config.num_v_heads is None else whole(config, "num_v_heads")
