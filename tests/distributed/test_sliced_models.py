@@ -15,6 +15,7 @@ VARIANTS = {
     "window": "sliding_window window=4",
     "window-longer-than-a-slice": "sliding_window window=27",
     "simple-gla": "simple_gla convolution=3",
+    "simple-gla-mixture": "simple_gla num_heads=4 heads_shared=1 heads_kept=2",
     "mlstm-sig": "mlstm_tfla input_bias=-1 num_heads=2",
     "mlstm-exp": "mlstm_tfla gate=exp input_bias=1 num_heads=2",
     "gated-deltanet": "gated_deltanet num_heads=2 convolution=14",  # which reaches across a whole slice

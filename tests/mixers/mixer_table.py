@@ -118,6 +118,7 @@ MIXERS: dict[str, Callable[[], Mixer]] = {
     "retention-yarn": lambda: HeadDecay(SHAPE, 0, decay="retention", rotary_base=100.0, key_factor=1.0, **YARN),
     "simple-gla": lambda: HeadDecay(SHAPE, 0, decay="learned", key_factor=1.0),
     "simple-gla-normaliser": lambda: HeadDecay(SHAPE, 0, decay="learned", norm="none", normaliser="exponential"),
+    "simple-gla-mixture": lambda: HeadDecay(SHAPE, 0, decay="learned", num_heads=6, heads_shared=1, heads_kept=2),
     "simple-gla-gaussian": lambda: HeadDecay(SHAPE, 0, decay="none", features="gaussian", landmarks=5, radius=2.0),
     "rwkv7": lambda: awake(RWKV7(SHAPE, 0, head_dim=16)),
     "rwkv7-later": lambda: awake(Later(SHAPE, 1, head_dim=16)),

@@ -283,6 +283,27 @@ def test_wersa_is_that_of_the_fixture_with_gradients():
         torch.testing.assert_close(grad, wish, rtol=0, atol=1e-12 * max(1.0, wish.abs().max().item()))
 
 
+@pytest.mark.parametrize("name", ["moh", "moh_no_shared"])
+def test_a_mixture_of_heads_gates_what_a_memory_reads(name):
+    """The gates of the fixture on heads as they come out of the norm, and its balance loss, which training adds."""
+    given = {key: torch.from_numpy(array) for key, array in np.load(FIXTURES / f"{name}.npz").items()}
+    heads, shared, kept = (int(given[key]) for key in ("heads", "shared", "keep"))
+    mixture = {"heads_shared": shared, "heads_kept": kept, "heads_balance": float(given["balance_weight"])}
+    mixer = Lightning(ModelShape(16, 1, heads), 0, **mixture).double()
+    router, x = mixer.head_router, given["x"]
+    with torch.no_grad():
+        for key, layer in {"wg": router.routed, "wg_0": router.groups, "wg_1": router.shared}.items():
+            if layer is not None:
+                layer.weight.copy_(given[f"w_{key}_weight"])
+    found, losses, _ = mixer.routed(given["causal_heads"], x, None)
+    torch.testing.assert_close(found, given["causal_gated"], rtol=0, atol=1e-12)
+    wanted = given["balance_weight"] * given["load_balance"]
+    torch.testing.assert_close(losses["head_balance"], wanted, rtol=0, atol=1e-7)  # the authors' shares are float32
+    output = mixer(x)
+    torch.testing.assert_close(output.losses["head_balance"], losses["head_balance"])
+    assert {"largest_head", "head_entropy"} <= output.metrics.keys() and not mixer.eval()(x).losses
+
+
 def test_a_lower_bound_is_kept_and_saturated_gates_are_finite():
     mixer = HGRN2(SHAPE, 3)
     log_decay = mixer.gates(torch.full((1, 2, 48), -1e4) @ torch.diag(torch.ones(48)))

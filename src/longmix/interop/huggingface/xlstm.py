@@ -136,6 +136,7 @@ def model_config(config: Described) -> ModelConfig:
         "gate_cap": number(config, "gate_soft_cap"),
         "input_bias": -10.0,
         "forget_bias": [3.0, 6.0],
+        "heads_shared": 0,
     }
     return ModelConfig.of({"model": model, "mixer": mixer})
 
@@ -185,7 +186,9 @@ def described(model: LanguageModel, config: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": model.head.weight is model.embedding.weight,
     }
     said = model_config(read({**found, "vocab_size": 1, "max_position_embeddings": 1, "tie_word_embeddings": False}))
-    check_said(model, config, said, TYPE, ("model.num_heads", "mixer.input_bias", "mixer.forget_bias"))
+    check_said(
+        model, config, said, TYPE, ("model.num_heads", "mixer.input_bias", "mixer.forget_bias", "mixer.heads_balance")
+    )
     return found
 
 

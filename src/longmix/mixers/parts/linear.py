@@ -16,6 +16,7 @@ from longmix.mixers.parts.base import COUNT, FACTOR, MixerOutput, ModelShape, at
 from longmix.mixers.parts.convolution import ShortConvolution
 from longmix.mixers.parts.documents import continued_ids
 from longmix.mixers.parts.exact import exact_linear, rounded_once
+from longmix.mixers.parts.head_gates import head_router
 from longmix.mixers.parts.layout import Layout, LayoutNeeds, layout_after
 from longmix.mixers.parts.norms import NORMS, HeadwiseNorm, check_norm_eps
 from longmix.mixers.parts.projections import weight_count
@@ -34,6 +35,9 @@ class LinearOptions(TypedDict, total=False):
     norm_eps: float
     normaliser: str | None
     convolution: int
+    heads_shared: int
+    heads_kept: int | None
+    heads_balance: float
 
 
 class LinearMixer(RecurrentMixer):
@@ -49,6 +53,8 @@ class LinearMixer(RecurrentMixer):
         normaliser: "exponential" divides what each head reads by exp(w . x_t), w learned (Sieber et al. 2024, arXiv
             2405.15731); None does not. The norm would divide it out again, so that it must be "none".
         convolution: tokens that a short convolution mixes for queries, keys and gates; 0 for none.
+        heads_shared, heads_kept, heads_balance: a mixture of heads, see `longmix.mixers.parts.head_gates.HeadRouter`,
+            on what the head-wise norm returns; none with `heads_kept` None.
 
     Raises:
         ConfigError: heads that do not divide, an unknown norm or normaliser, a normaliser that the norm divides out, a
@@ -69,6 +75,9 @@ class LinearMixer(RecurrentMixer):
         norm_eps: float = 1e-6,
         normaliser: str | None = None,
         convolution: int = 0,
+        heads_shared: int = 0,
+        heads_kept: int | None = None,
+        heads_balance: float = 0.01,
     ) -> None:
         super().__init__()
         check_norm_eps(norm_eps)
@@ -108,6 +117,9 @@ class LinearMixer(RecurrentMixer):
             set_recipe(self.normaliser.weight, Recipe("scalar"))
         self.convolution = ShortConvolution(self.d_model, convolution) if convolution else None
         self.past, self.recent_channels = max(convolution - 1, 0), shape.d_model
+        self.head_router = head_router(
+            self.d_model, num_heads, heads_shared, heads_kept, heads_balance, shape.num_layers
+        )
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Log decay [B, T, H] or [H], and log input gate [B, T, H] or None, in float32 or better, of x [B, T, D]."""
@@ -166,9 +178,10 @@ class LinearMixer(RecurrentMixer):
         if self.normalize and log_input is not None:
             recurrence = NormalizedRecurrence(key, value, log_decay, log_input)
         read, carried = self.run_engine(run, recurrence, state, document_ids, batch)
-        gated = self.activate(self.output_gate(rounded)) * self.normed(self.recall(read, query), x).flatten(2)
+        heads, losses, metrics = self.routed(self.normed(self.recall(read, query), x), x, state)
+        gated = self.activate(self.output_gate(rounded)) * heads.flatten(2)
         after = self.next_state(carried, recent, x, state, ids)
-        return MixerOutput(self.output(gated), after, metrics=self.state_metrics(carried, state))
+        return MixerOutput(self.output(gated), after, losses, self.state_metrics(carried, state) | metrics)
 
     def normed(self, read: Tensor, x: Tensor) -> Tensor:
         """The read [B, T, H, value_dim] of tokens x [B, T, D] after the normaliser and the head-wise norm."""
@@ -188,5 +201,5 @@ class LinearMixer(RecurrentMixer):
     def flops(self, length: int) -> int:
         """Projections, and per head and token one update and one reading of the state, 2 state_dim * value_dim each."""
         weights = weight_count(self.children())
-        convolved = 0 if self.convolution is None else self.convolution.flops(length)
+        convolved = sum(part.flops(length) for part in (self.convolution, self.head_router) if part is not None)
         return 2 * length * weights + convolved + 4 * length * self.num_heads * self.state_dim * self.value_dim

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from longmix.distributed.slices import Slices
 from longmix.mixers.parts.base import Mixer
 from longmix.mixers.parts.documents import goes_on
+from longmix.mixers.parts.head_gates import HeadRouter
 from longmix.mixers.parts.metrics import Metric, RootMeanSquare
 from longmix.mixers.parts.rotary import token_positions
 from longmix.mixers.parts.state_tuning import TunedState
@@ -89,6 +90,7 @@ class RecurrentMixer(Mixer):
         past: earlier tokens that a convolution or token shift sees.
         recent_channels: how wide what it sees is.
         tuned: what state tuning trains; None without it.
+        head_router: of a mixture of heads; None without one.
     """
 
     sliced = True
@@ -100,6 +102,7 @@ class RecurrentMixer(Mixer):
     def __init__(self) -> None:
         super().__init__()
         self.tuned: TunedState | None = None
+        self.head_router: HeadRouter | None = None
 
     def zeros(self, batch: int) -> Any:
         """The engine's state before a document for `batch` rows: a tensor or a named tuple of them, [B, H, ...]."""
@@ -136,6 +139,24 @@ class RecurrentMixer(Mixer):
         if self.tuned is None or self.tuned.memory is None:
             return read
         return read + self.tuned.memory(query).to(read.dtype)
+
+    def routed(
+        self, mixed: Tensor, x: Tensor, state: RecurrentState | Slices | None
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Metric]]:
+        """Heads times the gates of a mixture of heads, if there is one; auxiliary losses and metrics of it.
+
+        Args:
+            mixed: [B, T, H, V], the heads as they are read and normed.
+            x: [B, T, D], the tokens.
+            state: see `Mixer.forward`.
+        """
+        if self.head_router is None:
+            return mixed, {}, {}
+        gates, means, metrics = self.head_router(x)
+        losses: dict[str, Tensor] = {}
+        if self.training and self.head_router.balance:
+            losses = self.head_router.losses_of(state.mean(means) if isinstance(state, Slices) else means)
+        return mixed * gates.unsqueeze(-1).to(mixed.dtype), losses, metrics
 
     def run_engine(
         self,
