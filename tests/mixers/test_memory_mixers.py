@@ -289,8 +289,9 @@ def test_a_mixture_of_heads_gates_what_a_memory_reads(name):
     given = {key: torch.from_numpy(array) for key, array in np.load(FIXTURES / f"{name}.npz").items()}
     heads, shared, kept = (int(given[key]) for key in ("heads", "shared", "keep"))
     mixture = {"heads_shared": shared, "heads_kept": kept, "heads_balance": float(given["balance_weight"])}
-    mixer = Lightning(ModelShape(16, 1, heads), 0, **mixture).double()
-    router, x = mixer.head_router, given["x"]
+    x = given["x"]
+    mixer = Lightning(ModelShape(x.shape[2], 1, heads), 0, key_factor=1.0, **mixture).double()
+    router = mixer.head_router
     with torch.no_grad():
         for key, layer in {"wg": router.routed, "wg_0": router.groups, "wg_1": router.shared}.items():
             if layer is not None:
