@@ -8,6 +8,7 @@ from longmix_kernels.attention.op import attention
 from longmix_kernels.attention.ordering import Ordering, order_by_label
 from longmix_kernels.attention.packed import packed, packed_supports
 from longmix_kernels.attention.pattern import BlockList
+from longmix_kernels.attention.probe_op import probe_attention
 from longmix_kernels.attention.sdpa import sdpa, sdpa_supports
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "packed",
     "packed_supports",
     "positions_from_document_ids",
+    "probe_attention",
     "row_bounds",
     "sdpa",
     "sdpa_supports",

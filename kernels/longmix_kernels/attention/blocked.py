@@ -44,22 +44,22 @@ def blocked_forward(inputs: Inputs, math: PanelMath | None = None) -> tuple[torc
     output = query.new_zeros(*query.shape[:-1], value_dim)
     logsumexp = query.new_full(query.shape[:-1], -torch.inf, dtype=exact)
     width = max(query.shape[-1], value_dim)
-    query, key, value = (_widen(x.to(exact), width) for x in (query, key, value))
-    plan = _Plan(pattern, query, key, math)
+    query, key, value = (widened(x.to(exact), width) for x in (query, key, value))
+    plan = Plan(pattern, query, key, math)
 
     for group in plan.groups():
         q, out, lse = (group.query_rows(x) for x in (query, output, logsumexp))
         k, v = (group.key_rows(x).expand(-1, q.shape[1], -1, -1) for x in (key, value))
         for tile, turn in plan.turns(group):
-            parts, rows = [], _rows(q, tile, turn)
+            parts, rows = [], tile_rows(q, tile, turn)
             for panel in tile.panels:
                 mask, empty = plan.mask(group, tile, panel, turn)
-                panel_k, panel_v = (_keys(x, tile, panel.keys, turn) for x in (k, v))
+                panel_k, panel_v = (tile_keys(x, tile, panel.keys, turn) for x in (k, v))
                 part, part_lse = math.forward(rows, panel_k, panel_v, scale, panel.kind == "causal", mask)
                 parts.append((part, part_lse if empty is None else part_lse.masked_fill(empty, -torch.inf)))
             merged, merged_lse = reduce(_merge, parts)
-            _rows(out, tile, turn).copy_(merged[..., :value_dim])
-            _rows(lse, tile, turn).copy_(merged_lse)
+            tile_rows(out, tile, turn).copy_(merged[..., :value_dim])
+            tile_rows(lse, tile, turn).copy_(merged_lse)
     return put_rows(output, pattern.query_rows), put_rows(logsumexp, pattern.query_rows)
 
 
@@ -92,27 +92,27 @@ def blocked_backward(
     logsumexp = logsumexp.masked_fill(empty, 0.0)
     width = max(head_dim, value_dim + (grad_logsumexp is not None))
     query, key, value, output, grad_output = (
-        _widen(x.to(logsumexp.dtype), width) for x in (query, key, value, output, grad_output)
+        widened(x.to(logsumexp.dtype), width) for x in (query, key, value, output, grad_output)
     )
     if grad_logsumexp is not None:
         grad_output[..., value_dim] = 1.0
         output[..., value_dim] = -grad_logsumexp.masked_fill(empty, 0.0)
     grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
-    plan = _Plan(pattern, query, key, math)
+    plan = Plan(pattern, query, key, math)
 
     for group in plan.groups():
         row_inputs = [group.query_rows(x) for x in (grad_output, output, logsumexp, query)]
         grad_q, grad_k, grad_v = group.query_rows(grad_query), group.key_rows(grad_key), group.key_rows(grad_value)
         k, v = (group.key_rows(x).expand(-1, grad_q.shape[1], -1, -1) for x in (key, value))
         for tile, turn in plan.turns(group):
-            rows = [_rows(x, tile, turn) for x in row_inputs]
+            rows = [tile_rows(x, tile, turn) for x in row_inputs]
             for panel in tile.panels:
                 mask, _ = plan.mask(group, tile, panel, turn)
-                panel_k, panel_v = (_keys(x, tile, panel.keys, turn) for x in (k, v))
+                panel_k, panel_v = (tile_keys(x, tile, panel.keys, turn) for x in (k, v))
                 parts = math.backward(*rows, panel_k, panel_v, scale, panel.kind == "causal", mask)
-                _rows(grad_q, tile, turn).add_(parts[0])
-                _add_to_keys(grad_k, parts[1], tile, panel.keys, turn)
-                _add_to_keys(grad_v, parts[2], tile, panel.keys, turn)
+                tile_rows(grad_q, tile, turn).add_(parts[0])
+                add_to_keys(grad_k, parts[1], tile, panel.keys, turn)
+                add_to_keys(grad_v, parts[2], tile, panel.keys, turn)
     return (
         put_rows(grad_query[..., :head_dim].to(dtype), pattern.query_rows).contiguous(),
         put_rows(grad_key[..., :head_dim].to(dtype), pattern.key_rows).contiguous(),
@@ -143,7 +143,7 @@ class _Group:
     def query_rows(self, x: torch.Tensor) -> torch.Tensor:
         """Return [B, Tq, Hq, ...] as a view [X, Y, Tq, ...]."""
         x = x[self.batch, :, self.heads].transpose(1, 2)
-        return x[0].unflatten(0, (_length(self.key_heads), -1)) if self.grouped() else x
+        return x[0].unflatten(0, (length_of(self.key_heads), -1)) if self.grouped() else x
 
     def key_rows(self, x: torch.Tensor) -> torch.Tensor:
         """Return [B, Tk, Hkv, D] as a view [X, 1 or Y, Tk, D]."""
@@ -152,15 +152,15 @@ class _Group:
 
     def bounds(self, rows: slice, keys: slice) -> tuple[int, ...]:
         """Return the bounds of some rows relative to some keys, and cut off at these: all `lo`, then all `hi`."""
-        bounds = torch.stack([self.lo[rows], self.hi[rows]]).sub_(keys.start).clamp_(0, _length(keys))
+        bounds = torch.stack([self.lo[rows], self.hi[rows]]).sub_(keys.start).clamp_(0, length_of(keys))
         return tuple(bounds.flatten().tolist())
 
     def grouped(self) -> bool:
         """Say whether several query heads read one key head."""
-        return _length(self.heads) > _length(self.key_heads)
+        return length_of(self.heads) > length_of(self.key_heads)
 
 
-class _Plan:
+class Plan:
     """The plan of a call: the groups of heads, the tiles of each group, and the mask of each panel."""
 
     def __init__(self, pattern: Pattern, query: torch.Tensor, key: torch.Tensor, math: PanelMath) -> None:
@@ -198,8 +198,8 @@ class _Plan:
 
         A tile takes all of X at once. The repetitions of a tile go through a panel together, for one of X at a time.
         """
-        outer = _length(group.key_heads if group.grouped() else group.batch)
-        for tile in self._tiles(group, _length(group.batch) * _length(group.heads)):
+        outer = length_of(group.key_heads if group.grouped() else group.batch)
+        for tile in self._tiles(group, length_of(group.batch) * length_of(group.heads)):
             for turn in range(1 if tile.repeats == 1 else outer):
                 yield tile, turn
 
@@ -222,7 +222,7 @@ class _Plan:
         """
         hidden, empty = None, None
         if panel.kind == "masked":
-            hidden, empty = self._visibility(group.bounds(tile.rows, panel.keys), _length(panel.keys))
+            hidden, empty = self._visibility(group.bounds(tile.rows, panel.keys), length_of(panel.keys))
         if self.pattern.alibi_slopes is None:
             return hidden, empty
         bias = self._alibi(group, tile, panel, turn)
@@ -247,9 +247,9 @@ class _Plan:
 
     def _alibi(self, group: _Group, tile: Tile, panel: Panel, turn: int) -> torch.Tensor:
         slopes, row, column = self._alibi_rows
-        slope, row = (_rows(group.query_rows(x), tile, turn).unsqueeze(-1) for x in (slopes, row))
+        slope, row = (tile_rows(group.query_rows(x), tile, turn).unsqueeze(-1) for x in (slopes, row))
         column = group.key_rows(column).expand(-1, row.shape[1] if tile.repeats == 1 else -1, -1, -1)
-        return (_keys(column, tile, panel.keys, turn).mT - row).mul_(slope)
+        return (tile_keys(column, tile, panel.keys, turn).mT - row).mul_(slope)
 
     @cached_property
     def _alibi_rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -265,40 +265,40 @@ class _Plan:
         return pattern.alibi_slopes.to(like.dtype).expand(rows), row.expand(rows), column
 
 
-def _rows(x: torch.Tensor, tile: Tile, turn: int) -> torch.Tensor:
+def tile_rows(x: torch.Tensor, tile: Tile, turn: int) -> torch.Tensor:
     """Return the rows of a tile in [X, Y, Tq, ...] as a view [X, Y, rows, ...].
 
     If the tile is repeated, the view is [Y, repeats, rows, ...].
     """
     if tile.repeats == 1:
         return x[:, :, tile.rows]
-    height = _length(tile.rows)
+    height = length_of(tile.rows)
     every = slice(tile.rows.start, tile.rows.start + height * tile.repeats)
     return x[turn, :, every].unflatten(1, (tile.repeats, height))
 
 
-def _keys(x: torch.Tensor, tile: Tile, keys: slice, turn: int) -> torch.Tensor:
+def tile_keys(x: torch.Tensor, tile: Tile, keys: slice, turn: int) -> torch.Tensor:
     """Return some keys in [X, Y, Tk, D] as a view [X, Y, keys, D].
 
     If the tile is repeated, the view is [Y, repeats, keys, D]; the next repetition begins a tile's rows further right.
     """
     if tile.repeats == 1:
         return x[:, :, keys]
-    height = _length(tile.rows)
+    height = length_of(tile.rows)
     every = slice(keys.start, keys.stop + height * (tile.repeats - 1))
-    return x[turn, :, every].unfold(1, _length(keys), height).transpose(2, 3)
+    return x[turn, :, every].unfold(1, length_of(keys), height).transpose(2, 3)
 
 
-def _add_to_keys(total: torch.Tensor, part: torch.Tensor, tile: Tile, keys: slice, turn: int) -> None:
+def add_to_keys(total: torch.Tensor, part: torch.Tensor, tile: Tile, keys: slice, turn: int) -> None:
     """Add the gradient of a panel's keys to that of all keys [X, 1 or Y, Tk, D].
 
     Repetitions share keys, so one addition may take only as many keys as repetitions are apart: among these, no key
     occurs twice.
     """
-    step = _length(keys) if tile.repeats == 1 else _length(tile.rows)
+    step = length_of(keys) if tile.repeats == 1 else length_of(tile.rows)
     for start in range(keys.start, keys.stop, step):
         some = slice(start, min(start + step, keys.stop))
-        view = _keys(total, tile, some, turn)
+        view = tile_keys(total, tile, some, turn)
         view += part[:, :, some.start - keys.start : some.stop - keys.start].sum_to_size(view.shape)
 
 
@@ -311,7 +311,7 @@ def _merge(
     return first[0].lerp_(second[0], share.unsqueeze(-1)), total
 
 
-def _widen(x: torch.Tensor, width: int) -> torch.Tensor:
+def widened(x: torch.Tensor, width: int) -> torch.Tensor:
     """Return x with its last axis padded with zeros, which changes no score and no output, and with unit stride.
 
     Nothing is copied where nothing has to change.
@@ -326,5 +326,5 @@ def _all_equal(lo: torch.Tensor, hi: torch.Tensor) -> bool:
     return bool((lo == lo[:1, :1]).all() and (hi == hi[:1, :1]).all())
 
 
-def _length(x: slice) -> int:
+def length_of(x: slice) -> int:
     return x.stop - x.start

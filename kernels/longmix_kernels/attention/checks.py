@@ -8,6 +8,9 @@ from longmix_kernels.runtime import DTYPES, check_device
 TRITON_MAX_DIM = 256
 """The largest head dimension that the Triton kernels cover."""
 
+PROBE_MAX_DIM = 128
+"""The largest head dimension that the Triton kernels with a probe cover: they hold two sums where others hold one."""
+
 
 def check_inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
     """Check that query, key and value fit each other.
@@ -39,6 +42,22 @@ def check_inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) ->
         raise ValueError(f"value has shape {list(value.shape)}; allowed is [{batch}, {keys}, {key_heads}, Dv] as key")
     if query_heads % key_heads:
         raise ValueError(f"key has {key_heads} heads; allowed are the divisors of the {query_heads} heads of query")
+
+
+def check_probe(query: torch.Tensor, probe: torch.Tensor) -> None:
+    """Check that a probe is as the query.
+
+    Args:
+        query: [B, Tq, Hq, D].
+        probe: [B, Tq, Hq, D], same dtype and device.
+
+    Raises:
+        ValueError: its shape, dtype or device is another.
+    """
+    if probe.shape != query.shape or probe.dtype != query.dtype:
+        allowed = f"{query.dtype} {list(query.shape)}"
+        raise ValueError(f"probe is {probe.dtype} {list(probe.shape)}; allowed is {allowed} as query")
+    check_device("probe", probe, query)
 
 
 def check_document_ids(key: torch.Tensor, document_ids: torch.Tensor) -> None:

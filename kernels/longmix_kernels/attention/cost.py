@@ -61,7 +61,7 @@ def kernel_work(setting: Setting) -> Mapping[str, Work]:
     return {
         kernel: Work(
             2 * scores * _columns(kernel, setting.dim, setting.value_dim),
-            setting.rows * (_row_bytes(_MOVED[kernel], setting) + order),
+            setting.rows * (row_bytes(_MOVED[kernel], setting) + order),
             scores,
             setting.size,
         )
@@ -78,7 +78,7 @@ def copying_bytes(kernel: str, setting: Setting) -> int:
         kernel: the kernel's name.
         setting: the sizes of the call.
     """
-    return setting.rows * (_row_bytes(_MOVED[kernel], setting) + 2 * _row_bytes(_COPIED[kernel], setting))
+    return setting.rows * (row_bytes(_MOVED[kernel], setting) + 2 * row_bytes(_COPIED[kernel], setting))
 
 
 def tile_work(kernel: str, config: LaunchConfig, setting: Setting) -> Work:
@@ -102,7 +102,8 @@ def _columns(kernel: str, dim: int, value_dim: int) -> int:
     return {"forward": both, "grad_query": both + dim, "grad_key_value": 2 * both}[kernel]
 
 
-def _row_bytes(counts: tuple[int, int, int], setting: Setting) -> int:
+def row_bytes(counts: tuple[int, int, int], setting: Setting) -> int:
+    """Return the bytes of so many vectors of D columns, vectors of Dv columns and float32 numbers."""
     matrices, value_matrices, numbers = counts
     return (matrices * setting.dim + value_matrices * setting.value_dim) * setting.size + 4 * numbers
 

@@ -122,7 +122,7 @@ def attention(
     if alibi_slopes is not None:
         checks.check_slopes(query, alibi_slopes, causal)
     given = {"window": window, "document_ids": document_ids, "blocks": blocks, "causal=False": None if causal else 0}
-    _check_company(given, {"lo": lo, "hi": hi, "query_rows": query_rows, "key_rows": key_rows})
+    check_company(given, {"lo": lo, "hi": hi, "query_rows": query_rows, "key_rows": key_rows})
     backend = backend_of_call(backend, BACKENDS, checks.TRITON_MAX_DIM, query=query, value=value)
     missing = 0
     if blocks is not None:
@@ -133,11 +133,11 @@ def attention(
     if document_ids is not None:
         checks.check_document_ids(key, document_ids)
     closed = backend == "triton"
-    lo, hi = _bounds(query, key, causal, window, document_ids, lo, hi, closed)
+    lo, hi = bounds_of(query, key, causal, window, document_ids, lo, hi, closed)
     pattern = Pattern(lo, hi, query_rows, key_rows, alibi_slopes, blocks, causal, window)
     inputs = Inputs(query, key, value, pattern, query.shape[-1] ** -0.5 if scale is None else scale)
     if backend == "reference" and not torch.compiler.is_compiling():
-        _check_values(inputs)
+        check_values(inputs)
     split = backend == "triton" and split_launch.covers(inputs)
     output, logsumexp = (_SPLIT if split else _IMPLEMENTATIONS[backend])(inputs)
     if missing:
@@ -145,7 +145,7 @@ def attention(
     return (output, logsumexp) if return_logsumexp else output
 
 
-def _check_company(closed: Mapping[str, object], rows: Mapping[str, object]) -> None:
+def check_company(closed: Mapping[str, object], rows: Mapping[str, object]) -> None:
     """Refuse explicit rows without `lo`, or together with arguments that describe bounds in closed form.
 
     Args:
@@ -158,7 +158,7 @@ def _check_company(closed: Mapping[str, object], rows: Mapping[str, object]) -> 
         raise ValueError(f"got {names}; hi, query_rows and key_rows come with lo, and without {', '.join(closed)}")
 
 
-def _bounds(
+def bounds_of(
     query: torch.Tensor,
     key: torch.Tensor,
     causal: bool,
@@ -182,7 +182,7 @@ def _bounds(
     return first, None if closed and causal else end
 
 
-def _check_values(inputs: Inputs) -> None:
+def check_values(inputs: Inputs) -> None:
     """Check the values of bounds and rows where reading them costs no wait."""
     pattern = inputs.pattern
     if not is_readable(inputs.query):
@@ -211,7 +211,7 @@ _IMPLEMENTATIONS |= {
         saved=(0, 1),
         outgoing=3,
         flops=call_flops,
-        check=_check_values,
+        check=check_values,
     )
     for name in BACKENDS[1:]
 }
@@ -223,6 +223,6 @@ _SPLIT = computed(
     empty=_empty,
     results=2,
     flops=call_flops,
-    check=_check_values,
+    check=check_values,
 )
 """Attention with few queries and no gradient: `split_launch` says which calls that are, and how keys are divided."""

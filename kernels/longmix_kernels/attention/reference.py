@@ -36,6 +36,17 @@ def reference_forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         The output [B, Tq, Hq, Dv] in the dtype of `query` and the logsumexp [B, Tq, Hq], float64 for float64 inputs
         and float32 otherwise. Half-precision inputs are computed in float32.
     """
+    weights, logsumexp, value = softmax_weights(inputs)
+    output = torch.einsum("bhgij,bjhd->bihgd", weights, value).flatten(2, 3).to(inputs.query.dtype)
+    order = inputs.pattern.query_rows
+    return put_rows(output, order), put_rows(logsumexp, order)
+
+
+def softmax_weights(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return exp(s_ij - L_i) [B, Hkv, Hq / Hkv, Tq, Tk], 0 for hidden keys, L [B, Tq, Hq] and the values.
+
+    Rows are in the order of the bounds. The dtype is that in which the definition is computed.
+    """
     query, key, value, pattern, scale = inputs.query, inputs.key, inputs.value, inputs.pattern, inputs.scale
     lo, hi = pattern.bounds()
     query = take_rows(query, pattern.query_rows)
@@ -61,12 +72,8 @@ def reference_forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     highest = scores.detach().amax(-1, keepdim=True).masked_fill(empty, 0.0)
     weights = torch.exp(scores - highest)
     total = weights.sum(-1, keepdim=True).masked_fill(empty, 1.0)
-    output = torch.einsum("bhgij,bjhd->bihgd", weights / total, v)
     logsumexp = (highest + total.log()).masked_fill(empty, -torch.inf)
-
-    logsumexp = logsumexp.squeeze(-1).flatten(1, 2).transpose(1, 2).contiguous()
-    output = output.flatten(2, 3).to(query.dtype)
-    return put_rows(output, pattern.query_rows), put_rows(logsumexp, pattern.query_rows)
+    return weights / total, logsumexp.squeeze(-1).flatten(1, 2).transpose(1, 2).contiguous(), v
 
 
 def _listed(blocks: BlockList, queries: int, keys: int) -> torch.Tensor:

@@ -111,10 +111,11 @@ class Build(aot.Build):
 
     def setting(self) -> cost.Setting:
         """Return the sizes of the call that costs are for."""
-        return _setting(self.dim, self.value_dim, aot.DTYPES[self.dtype], self.feature == "permuted")
+        return setting_of(self.dim, self.value_dim, aot.DTYPES[self.dtype], self.feature == "permuted")
 
 
-def _setting(dim: int, value_dim: int, size: int = 2, permuted: bool = False) -> cost.Setting:
+def setting_of(dim: int, value_dim: int, size: int = 2, permuted: bool = False) -> cost.Setting:
+    """Return the sizes of the call that costs are for, at these head dimensions."""
     return cost.Setting(HEADS * LENGTH, LENGTH, dim, value_dim, size, permuted)
 
 
@@ -161,10 +162,10 @@ def builds(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list
     """
     if not all(1 <= dim <= max(launch.WIDTHS) for dim in options.dim):
         parser.error(f"--dim got {options.dim}; allowed are 1 to {max(launch.WIDTHS)}")
-    from longmix_kernels.attention import split_report  # imported here, since it imports this module
+    from longmix_kernels.attention import probe_report, split_report  # imported here, since they import this module
 
     chosen = options.arch, options.dim, (options.dtype,), options.mode, options.feature
-    return [*table_builds(*chosen), *split_report.builds(*chosen)]
+    return [*table_builds(*chosen), *split_report.builds(*chosen), *probe_report.builds(*chosen)]
 
 
 def costs(options: argparse.Namespace | None = None) -> list[dict[str, Any]]:
@@ -173,11 +174,13 @@ def costs(options: argparse.Namespace | None = None) -> list[dict[str, Any]]:
     Args:
         options: not used; costs have one setting.
     """
+    from longmix_kernels.attention import probe_report
+
     passes = {"forward": cost.FORWARD, "backward": cost.BACKWARD, "both": (*cost.FORWARD, *cost.BACKWARD)}
     rows = []
     for dim in (64, 128):
         for permuted in (False, True):
-            setting = _setting(dim, dim, permuted=permuted)
+            setting = setting_of(dim, dim, permuted=permuted)
             kernels = cost.kernel_work(setting)
             for kernel, columns in pass_rows(kernels, cost.FORWARD, cost.BACKWARD, setting.rows).items():
                 of_pass = passes.get(kernel, (kernel,))
@@ -185,4 +188,4 @@ def costs(options: argparse.Namespace | None = None) -> list[dict[str, Any]]:
                 limit = kernels[kernel].limit if kernel in kernels else ""
                 head = {"dim": dim, "rows": "permuted" if permuted else "in order", "kernel": kernel}
                 rows.append({**head, **columns, "copied_bytes_per_row": copied, "limit": limit})
-    return rows
+    return [*rows, *probe_report.costs()]
