@@ -327,4 +327,5 @@ def _all_equal(lo: torch.Tensor, hi: torch.Tensor) -> bool:
 
 
 def length_of(x: slice) -> int:
+    """Return how many rows or keys a slice has."""
     return x.stop - x.start

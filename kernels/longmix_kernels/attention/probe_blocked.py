@@ -30,7 +30,7 @@ def blocked_forward(call: ProbeInputs, math: PanelMath = MATMUL) -> tuple[torch.
 
     Args:
         call: its pattern must have bounds.
-        math: which tiles to take; its functions are not used.
+        math: which tiles to take, all of which cut their segments; its functions are not used.
     """
     pattern, scale = call.inputs.pattern, call.inputs.scale
     own = own_products(call)
@@ -45,9 +45,7 @@ def blocked_forward(call: ProbeInputs, math: PanelMath = MATMUL) -> tuple[torch.
     plan = Plan(pattern, query, key, math)
 
     for group in plan.groups():
-        q, r, a, *results = (
-            group.query_rows(x) for x in (query, probe, anchor, output, plain, logsumexp, expected)
-        )
+        q, r, a, *results = (group.query_rows(x) for x in (query, probe, anchor, output, plain, logsumexp, expected))
         k, v = (group.key_rows(x).expand(-1, q.shape[1], -1, -1) for x in (key, value))
         for tile, turn in plan.turns(group):
             stacked = torch.cat([tile_rows(q, tile, turn) * scale, tile_rows(r, tile, turn)], -2)
@@ -95,9 +93,7 @@ def blocked_backward(
         for x in (call.inputs.query.to(exact), call.probe.to(exact), grad_output, logsumexp, 1 + expected, base, rest)
     )
     key, value = (take_rows(x.to(exact), pattern.key_rows) for x in (call.inputs.key, call.inputs.value))
-    grad_query, grad_probe, grad_key, grad_value = (
-        x.new_zeros(x.shape) for x in (query, probe, key, value)
-    )
+    grad_query, grad_probe, grad_key, grad_value = (x.new_zeros(x.shape) for x in (query, probe, key, value))
     plan = Plan(pattern, query, key, math)
 
     for group in plan.groups():

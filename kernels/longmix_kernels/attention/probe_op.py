@@ -34,8 +34,8 @@ def probe_attention(
     """Compute softmax attention whose weights a probe of each row tilts along the keys (Parallax, arXiv 2605.29157).
 
     With p the weights of softmax attention, r_i the probe, t_ij = r_i . k_j and e_i = sum_j p_ij t_ij, row i returns
-    sum_j p_ij (1 + e_i - t_ij) v_j. A probe of 0 leaves softmax attention; the weights of a row always sum to 1, and may
-    be negative. All is float32, or float64 for float64 inputs, and differentiable once in query, probe, key and value.
+    sum_j p_ij (1 + e_i - t_ij) v_j. A probe of 0 leaves softmax attention. The weights of a row always sum to 1; they
+    may be negative. All is float32, or float64 for float64 inputs, and differentiable once in all four tensors.
     With fewer queries than keys, the queries are the last rows. A row that sees no key has output 0.
 
     Args:

@@ -81,7 +81,7 @@ def probe_forward_kernel(
     KEYS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Write what one part of the keys gives for `ROWS` query rows of one head: both outputs, L and the mean of r . k."""
+    """Write what a part of the keys gives for `ROWS` query rows of one head: both outputs, L and the mean of r . k."""
     # Heavy tiles go first, as in `triton_forward`.
     tiles = tl.cdiv(queries, ROWS)
     place, batch, head = program_head(tiles * splits, heads)
@@ -98,14 +98,10 @@ def probe_forward_kernel(
     key_order = key_order if key_order is None else head_vector(key_order, batch, key_head, keys)
     own_order = own_order if own_order is None else head_vector(own_order, batch, head, queries)
     rows, last = start + tl.arange(0, ROWS), tl.minimum(start + ROWS, queries) - 1
-    begin, full_end = keys_of_part(
-        lo, hi, start, start < queries, queries, keys, window, part_begin, part_end, MODE
-    )
+    begin, full_end = keys_of_part(lo, hi, start, start < queries, queries, keys, window, part_begin, part_end, MODE)
     full_begin, end = keys_of_part(lo, hi, last, last < queries, queries, keys, window, part_begin, part_end, MODE)
     walk = cover(begin, full_begin, full_end, end, 0, None, 0, KEYS, 0)
-    first_key, end_key = keys_of_part(
-        lo, hi, rows, rows < queries, queries, keys, window, part_begin, part_end, MODE
-    )
+    first_key, end_key = keys_of_part(lo, hi, rows, rows < queries, queries, keys, window, part_begin, part_end, MODE)
 
     numbers = row_numbers(query_order, start, queries, ROWS, True)
     q = load_rows(query_rows, start, numbers, queries, DIM, True, GATHER_QUERY)
