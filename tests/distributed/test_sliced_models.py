@@ -24,6 +24,8 @@ VARIANTS = {
     "hyper": "hyper buckets=4 window=3 sample=0.4",
     "blocks": "block_sparse block=16 local=1",
     "moba": "moba block=4 top_k=2 num_kv_heads=1",
+    "parallax": "parallax probe_std=0.3 num_kv_heads=1",
+    "parallax-window": "parallax probe_std=0.3 window=6",
     "nsa": "nsa block=4 compress_block=4 compress_stride=2 blocks=3 local=1 window=5 num_kv_heads=1",
     "routing": "routing clusters=3 window=4 local_window=5",
     "routing-separate": "routing clusters=3 window=4 shared_qk=false",

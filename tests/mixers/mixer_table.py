@@ -17,6 +17,7 @@ from longmix.mixers.flash import Flash
 from longmix.mixers.hyper import Hyper
 from longmix.mixers.mlstm_tfla import MLSTMTFLA
 from longmix.mixers.moba import MoBA
+from longmix.mixers.parallax import Parallax
 from longmix.mixers.nsa import NSA
 from longmix.mixers.parts.base import Mixer, ModelShape
 from longmix.mixers.parts.gated_memory import GatedMemory
@@ -63,6 +64,8 @@ MIXERS: dict[str, Callable[[], Mixer]] = {
     "blocks-butterfly": lambda: BlockSparse(SHAPE, 0, layout="butterfly", block=16),
     "moba": lambda: MoBA(SHAPE, 0, block=4, top_k=3),
     "moba-grouped": lambda: MoBA(SHAPE, 0, block=3, top_k=2, num_kv_heads=1),
+    "parallax": lambda: Parallax(SHAPE, 0, probe_std=0.2),
+    "parallax-window-grouped-norm": lambda: Parallax(SHAPE, 0, window=7, probe_norm=True, num_kv_heads=1),
     "nsa": lambda: nsa(block=4, blocks=3, local=1, compress_block=4, compress_stride=2, window=5),
     "nsa-grouped": lambda: nsa(block=3, blocks=5, compress_block=3, compress_stride=1, window=3, num_kv_heads=1),
     "routing": lambda: routing(window=4, local_window=5),

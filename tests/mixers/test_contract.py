@@ -12,6 +12,7 @@ from longmix.mixers.flash import Flash
 from longmix.mixers.hyper import Hyper
 from longmix.mixers.mlstm_tfla import MLSTMTFLA
 from longmix.mixers.moba import MoBA
+from longmix.mixers.parallax import Parallax
 from longmix.mixers.nsa import NSA
 from longmix.mixers.parts.base import Mixer, ModelShape
 from longmix.mixers.parts.by_label import LabelAttention
@@ -182,6 +183,8 @@ REFUSED = {
     "block": (lambda: BlockSparse(SHAPE, 0, layout="stripe", block=24), "mixer.block=24"),
     "moba-block": (lambda: MoBA(SHAPE, 0, block=0), "mixer.block=0 must be at least 1"),
     "moba-top": (lambda: MoBA(SHAPE, 0, top_k=0), "mixer.top_k=0 must be at least 1"),
+    "parallax-window": (lambda: Parallax(SHAPE, 0, window=0), "mixer.window=0 must be at least 1"),
+    "parallax-std": (lambda: Parallax(SHAPE, 0, probe_std=-0.1), "mixer.probe_std=-0.1 must be at least 0"),
     "nsa-stride": (
         lambda: NSA(SHAPE, 0, compress_stride=6, compress_block=12),
         "mixer.compress_stride=6 must divide mixer.block=64",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from longmix.mixers.mamba2 import Mamba2 as Mamba2
     from longmix.mixers.mlstm_tfla import MLSTMTFLA as MLSTMTFLA
     from longmix.mixers.moba import MoBA as MoBA
+    from longmix.mixers.parallax import Parallax as Parallax
     from longmix.mixers.nsa import NSA as NSA
     from longmix.mixers.parts.base import Mixer as Mixer
     from longmix.mixers.parts.base import MixerOutput as MixerOutput
@@ -66,6 +67,7 @@ _PLACES = {
     "MixerOutput": "longmix.mixers.parts.base",
     "MoBA": "longmix.mixers.moba",
     "ModelShape": "longmix.mixers.parts.base",
+    "Parallax": "longmix.mixers.parallax",
     "NSA": "longmix.mixers.nsa",
     "PoNet": "longmix.mixers.ponet",
     "QLSTM": "longmix.mixers.qlstm",
