@@ -66,6 +66,7 @@ TAKEN = {
     "sliding_window": {"window": 5},
     "block_sparse": {"local": 2, "stride": 3},
     "moba": {"block": 6, "top_k": 2},
+    "parallax": {"window": 5},
     "nsa": {"blocks": 5, "local": 1, "window": 6},
     "routing": {"window": 4, "local_window": 3},
     "sparse_flash": {"window": 7},

@@ -70,7 +70,7 @@ _ORDER = (
     *("flash", "rwkv7", "mlstm_tfla", "routing", "sliding_window", "scatterbrain", "sparse_flash", "gated_deltanet"),
     *("simple_gla", "kda", "gla", "lightning", "block_sparse", "retention", "hyper", "deltanet"),
     *("combiner", "ssd", "linear", "moba", "local", "scatterbrain_content", "sparse_flash_drop", "mamba2"),
-    *("sparsek",),
+    *("sparsek", "parallax"),
 )
 
 KNOWN = {mixer: nth_style(number) for number, mixer in enumerate(_ORDER)}
