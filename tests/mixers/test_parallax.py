@@ -1,4 +1,4 @@
-"""What is particular to Parallax: what it equals without a probe, its formula, its cost, and how its probe is trained."""
+"""What is particular to Parallax: what it equals without a probe, its formula, its cost, how its probe is trained."""
 
 import pytest
 import torch

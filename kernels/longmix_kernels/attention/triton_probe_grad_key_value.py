@@ -113,6 +113,9 @@ def probe_grad_key_value_kernel(
                     position = (numbers + (keys - queries))[None, :]
                     scores = with_alibi(scores, slope, key_numbers[:, None], position)
                 weights = tl.exp2(scores * scale_log2)
+                do = load_rows(do_rows, place, numbers, end, VALUE_DIM, EDGE, GATHER_QUERY)
+                change = inner(v, do, spread(row_base, KEYS, FOLD), VALUE_DIM, UPCAST)
+                change = unfolded(change, row_base, FOLD)
                 r = load_rows(probe_rows, place, numbers, end, DIM, EDGE, GATHER_QUERY)
                 minus_factor = inner(k, r, spread(row_level, KEYS, FOLD), DIM, UPCAST)
                 minus_factor = unfolded(minus_factor, row_level, FOLD)
@@ -120,13 +123,12 @@ def probe_grad_key_value_kernel(
                     visible = is_visible(first, stop, rows)
                     weights = tl.where(visible, weights, 0.0)
                     minus_factor = tl.where(visible, minus_factor, 0.0)
-                do = load_rows(do_rows, place, numbers, end, VALUE_DIM, EDGE, GATHER_QUERY)
-                change = inner(v, do, spread(row_base, KEYS, FOLD), VALUE_DIM, UPCAST)
-                change = unfolded(change, row_base, FOLD) * weights
+                change *= weights
+                # Each product as soon as its factors are there, so that they need no registers for longer.
+                dk = add_products((-change).to(r.main.dtype), r, dk, DIM, UPCAST)
                 dv = add_products((weights * -minus_factor).to(do.main.dtype), do, dv, VALUE_DIM, UPCAST)
                 grad_scores = (weights * row_rest[None, :] - minus_factor * change) * scale
                 dk = add_products(grad_scores.to(q.main.dtype), q, dk, DIM, UPCAST)
-                dk = add_products((-change).to(r.main.dtype), r, dk, DIM, UPCAST)
 
     key_rows = packed_rows(grad_key, batch, keys, key_head, key_heads, DIM.SIZE)
     value_rows = packed_rows(grad_value, batch, keys, key_head, key_heads, VALUE_DIM.SIZE)

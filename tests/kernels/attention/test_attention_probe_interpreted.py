@@ -104,11 +104,16 @@ def test_permuted_rows_match_reference(case, options, where):
         compare(case, options)
 
 
-@pytest.mark.parametrize("parts", [1, 4, 64])
+@pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize(("case", "options"), FEW, ids=[case.name for case, _ in FEW])
 def test_few_queries_over_keys_in_parts(case, options, parts, monkeypatch):
     monkeypatch.setattr(split_launch, "splits_of", lambda programs, keys, processors: parts)
     compare(case, options)
+
+
+def test_parts_without_keys(monkeypatch):
+    monkeypatch.setattr(split_launch, "splits_of", lambda programs, keys, processors: 16)
+    compare(shape("documents", queries=2, keys=40, heads=1, key_heads=1), {"document_ids": [25]})
 
 
 @pytest.mark.parametrize("tiles", [(16, 64), (64, 16)], ids=str)

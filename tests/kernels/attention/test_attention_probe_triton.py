@@ -38,7 +38,7 @@ def featured(architectures, dims) -> list[Build]:
 
 @pytest.mark.slow
 def test_interpreter_matches_reference():
-    assert_passes_in_the_interpreter(Path(__file__).with_name("test_attention_probe_interpreted.py"), at_least=40)
+    assert_passes_in_the_interpreter(Path(__file__).with_name("test_attention_probe_interpreted.py"), at_least=36)
 
 
 @compiles
