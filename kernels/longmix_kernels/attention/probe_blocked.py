@@ -105,12 +105,12 @@ def blocked_backward(
         for tile, turn in plan.turns(group):
             minus_r = -tile_rows(r, tile, turn)
             stacked = torch.cat([minus_r, tile_rows(q, tile, turn) * scale, minus_r], -2)
-            rows = [tile_rows(x, tile, turn).unsqueeze(-1) for x in numbers]
+            rows = tuple(tile_rows(x, tile, turn).unsqueeze(-1) for x in numbers)
             do_rows = tile_rows(do, tile, turn)
             for panel in tile.panels:
                 mask, _ = plan.mask(group, tile, panel, turn)
                 panel_k, panel_v = (tile_keys(x, tile, panel.keys, turn) for x in (k, v))
-                parts = _panel_backward(stacked, do_rows, *rows, panel_k, panel_v, mask)
+                parts = _panel_backward(stacked, do_rows, rows, panel_k, panel_v, mask)
                 tile_rows(grad_q, tile, turn).add_(parts[0], alpha=scale)
                 tile_rows(grad_r, tile, turn).sub_(parts[1])
                 add_to_keys(grad_k, parts[2], tile, panel.keys, turn)
@@ -157,10 +157,7 @@ def _merge(first: Part, second: Part) -> Part:
 def _panel_backward(
     stacked: torch.Tensor,
     grad_output: torch.Tensor,
-    logsumexp: torch.Tensor,
-    level: torch.Tensor,
-    base: torch.Tensor,
-    rest: torch.Tensor,
+    numbers: tuple[torch.Tensor, ...],
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
@@ -170,11 +167,12 @@ def _panel_backward(
     Args:
         stacked: -probe above scale * query above -probe, [X, Y, 3 rows, D].
         grad_output: [X, Y, rows, Dv].
-        logsumexp, level, base, rest: L, 1 + e, b and b - delta of the complete rows, [X, Y, rows, 1].
+        numbers: L, 1 + e, b and b - delta of the complete rows, each [X, Y, rows, 1].
         key, value: [X, Y, keys, D or Dv].
         mask: added to the scores, or None.
     """
     rows = grad_output.shape[-2]
+    logsumexp, level, base, rest = numbers
     three = key.new_empty(*stacked.shape[:-1], key.shape[-2])
     factor, weights, change = three.chunk(3, -2)
     torch.matmul(stacked[..., : 2 * rows, :], key.mT, out=three[..., : 2 * rows, :])

@@ -103,9 +103,6 @@ def probe_grad_key_value_kernel(
                 rows = place + tl.arange(0, ROWS)
                 numbers = row_numbers(order_head, place, end, ROWS, EDGE)
                 row_shift = load_numbers(shift + numbers_of_head, rows, end, EDGE)
-                row_level = load_numbers(minus_level + numbers_of_head, rows, end, EDGE)
-                row_base = load_numbers(minus_base + numbers_of_head, rows, end, EDGE)
-                row_rest = load_numbers(rest + numbers_of_head, rows, end, EDGE)
                 q = load_rows(query_rows, place, numbers, end, DIM, EDGE, GATHER_QUERY)
                 scores = inner(k, q, spread(row_shift, KEYS, FOLD), DIM, UPCAST)
                 scores = unfolded(scores, row_shift, FOLD)
@@ -114,9 +111,11 @@ def probe_grad_key_value_kernel(
                     scores = with_alibi(scores, slope, key_numbers[:, None], position)
                 weights = tl.exp2(scores * scale_log2)
                 do = load_rows(do_rows, place, numbers, end, VALUE_DIM, EDGE, GATHER_QUERY)
+                row_base = load_numbers(minus_base + numbers_of_head, rows, end, EDGE)
                 change = inner(v, do, spread(row_base, KEYS, FOLD), VALUE_DIM, UPCAST)
                 change = unfolded(change, row_base, FOLD)
                 r = load_rows(probe_rows, place, numbers, end, DIM, EDGE, GATHER_QUERY)
+                row_level = load_numbers(minus_level + numbers_of_head, rows, end, EDGE)
                 minus_factor = inner(k, r, spread(row_level, KEYS, FOLD), DIM, UPCAST)
                 minus_factor = unfolded(minus_factor, row_level, FOLD)
                 if EDGE:
@@ -124,9 +123,11 @@ def probe_grad_key_value_kernel(
                     weights = tl.where(visible, weights, 0.0)
                     minus_factor = tl.where(visible, minus_factor, 0.0)
                 change *= weights
-                # Each product as soon as its factors are there, so that they need no registers for longer.
+                # Each number is loaded where it is used, and each product is taken as soon as its factors are there:
+                # what lives longer takes registers.
                 dk = add_products((-change).to(r.main.dtype), r, dk, DIM, UPCAST)
                 dv = add_products((weights * -minus_factor).to(do.main.dtype), do, dv, VALUE_DIM, UPCAST)
+                row_rest = load_numbers(rest + numbers_of_head, rows, end, EDGE)
                 grad_scores = (weights * row_rest[None, :] - minus_factor * change) * scale
                 dk = add_products(grad_scores.to(q.main.dtype), q, dk, DIM, UPCAST)
 

@@ -31,9 +31,7 @@ def test_equals_the_published_equations(name):
 
 def test_documents_and_heads_that_share_keys():
     generator = torch.Generator().manual_seed(0)
-    query, key, value = (
-        torch.randn(2, 30, heads, 4, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)
-    )
+    query, key, value = (torch.randn(2, 30, heads, 4, generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
     ids = (torch.arange(30) // 11).int().expand(2, -1)
     output, probe = local_linear_attention(query, key, value, document_ids=ids)
     alone, _ = local_linear_attention(query[:, 11:22], key[:, 11:22], value[:, 11:22])
