@@ -12,8 +12,8 @@ from longmix.mixers.flash import Flash
 from longmix.mixers.hyper import Hyper
 from longmix.mixers.mlstm_tfla import MLSTMTFLA
 from longmix.mixers.moba import MoBA
-from longmix.mixers.parallax import Parallax
 from longmix.mixers.nsa import NSA
+from longmix.mixers.parallax import Parallax
 from longmix.mixers.parts.base import Mixer, ModelShape
 from longmix.mixers.parts.by_label import LabelAttention
 from longmix.mixers.parts.gated_memory import GatedMemory

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from longmix.mixers.mamba2 import Mamba2 as Mamba2
     from longmix.mixers.mlstm_tfla import MLSTMTFLA as MLSTMTFLA
     from longmix.mixers.moba import MoBA as MoBA
-    from longmix.mixers.parallax import Parallax as Parallax
     from longmix.mixers.nsa import NSA as NSA
+    from longmix.mixers.parallax import Parallax as Parallax
     from longmix.mixers.parts.base import Mixer as Mixer
     from longmix.mixers.parts.base import MixerOutput as MixerOutput
     from longmix.mixers.parts.base import ModelShape as ModelShape
