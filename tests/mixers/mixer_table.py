@@ -68,6 +68,10 @@ MIXERS: dict[str, Callable[[], Mixer]] = {
     "parallax-window-grouped-norm": lambda: Parallax(SHAPE, 0, window=7, probe_norm=True, num_kv_heads=1),
     "nsa": lambda: nsa(block=4, blocks=3, local=1, compress_block=4, compress_stride=2, window=5),
     "nsa-grouped": lambda: nsa(block=3, blocks=5, compress_block=3, compress_stride=1, window=3, num_kv_heads=1),
+    "parallax-fourier-context": lambda: stirred(
+        Parallax(SHAPE, 0, probe_std=0.2, bias="fourier", bias_rank=2, position="context", num_kv_heads=1)
+    ),
+    "parallax-alibi-gated-heads": lambda: Parallax(SHAPE, 0, **ALIBI, output_gate="head", heads_shared=1, heads_kept=1),
     "routing": lambda: routing(window=4, local_window=5),
     "routing-separate": lambda: routing(window=3, shared_qk=False, local_window=1),
     "routing-grouped": lambda: routing(window=5, shared_qk=False, num_kv_heads=1),
