@@ -71,7 +71,7 @@ MIXERS: dict[str, Callable[[], Mixer]] = {
     "parallax-fourier-context": lambda: stirred(
         Parallax(SHAPE, 0, probe_std=0.2, bias="fourier", bias_rank=2, position="context", num_kv_heads=1)
     ),
-    "parallax-alibi-gated-heads": lambda: Parallax(SHAPE, 0, **ALIBI, output_gate="head", heads_shared=1, heads_kept=1),
+    "parallax-alibi-gated-heads": lambda: Parallax(SHAPE, 0, **ALIBI, output_gate="head", heads_shared=1, heads_kept=2),
     "routing": lambda: routing(window=4, local_window=5),
     "routing-separate": lambda: routing(window=3, shared_qk=False, local_window=1),
     "routing-grouped": lambda: routing(window=5, shared_qk=False, num_kv_heads=1),
