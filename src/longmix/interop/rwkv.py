@@ -29,6 +29,7 @@ from longmix.model.backbone import LanguageModel
 from longmix.model.blocks import Block
 from longmix.model.build import build_model, model_over_checkpoint
 from longmix.model.rwkv_blocks import ChannelMix, RWKVBlocks
+from longmix.model.sharing_conversion import dense_state
 from longmix.model.tuned_states_file import tune_states
 from longmix.trust import check_model_nodes
 
@@ -198,7 +199,7 @@ def write_file(
     state = load_model_state(path, weights_of)
     with rebuilding(path):
         check_model_nodes(state["config"])
-        weights = rwkv_weights(model_over_checkpoint(state), dtype)
+        weights = rwkv_weights(model_over_checkpoint(dense_state(state)), dtype)
     save_tensors(output, weights)
     return weights
 

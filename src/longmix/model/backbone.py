@@ -24,6 +24,8 @@ from longmix.mixers.parts.metrics import Metric
 from longmix.model.blocks import Block, BlockStyle, Standard
 from longmix.model.head import capped, hits, scored, token_losses
 from longmix.model.offload import Offload, lane_of
+from longmix.model.saved import SavedActivations, save_in_int8
+from longmix.model.sharing import NOTHING_SHARED, Sharing, check_sharing, share_projections
 from longmix.pytrees import pytree
 
 MOST_LAYERS = 10_000
@@ -92,6 +94,9 @@ class LanguageModel(nn.Module):
         activation_checkpointing: "block" keeps each block's input for the backward pass and computes the rest again;
             "selective" also keeps what is dear to compute (`longmix.model.recomputing`).
         activation_offload: on a GPU, keep what the backward pass needs in the host's memory (`longmix.model.offload`).
+        saved_activations: "int8" keeps the inputs of linear layers and norms, and the channels within the SwiGLU, in
+            8 bits for the backward pass (`longmix.model.saved`); "exact" keeps them as they are.
+        share: projections that all layers make of a few matrices (`longmix.model.sharing`).
 
     Raises:
         ConfigError: a size below 1, or heads that do not divide; the message names the key.
@@ -121,6 +126,8 @@ class LanguageModel(nn.Module):
         norm_eps: float = 1e-6,
         activation_checkpointing: Checkpointing = "none",
         activation_offload: bool = False,
+        saved_activations: SavedActivations = "exact",
+        share: Sharing = NOTHING_SHARED,
     ) -> None:
         super().__init__()
         sizes = {"d_model": d_model, "num_layers": num_layers, "num_heads": num_heads, "mlp_hidden": mlp_hidden}
@@ -151,6 +158,10 @@ class LanguageModel(nn.Module):
             Block(self.shape, style, mixer_factory(self.shape, index), index, mlp_hidden, residual_dropout)
             for index in range(num_layers)
         )
+        self.shared = share_projections(self.mixers(), share) if check_sharing(share) else None
+        self.saved_activations: SavedActivations = saved_activations
+        if saved_activations == "int8":
+            save_in_int8(self.blocks)
         self.norm = style.norm(self.shape)
         self.head = nn.Linear(d_model, vocab_size, bias=False)
         if tie_head:
@@ -189,7 +200,8 @@ class LanguageModel(nn.Module):
         x = self.embedding_norm(self.embedding(tokens))
         if self.embedding_dropout is not None:
             x = self.embedding_dropout(x)
-        output = ModelOutput(hidden=x, token_losses=x.new_empty(0), state=None if state is None else [])
+        nothing = x.new_empty(0)  # `hidden` comes last: until then it would hold what the first layer is given
+        output = ModelOutput(hidden=nothing, token_losses=nothing, state=None if state is None else [])
         value_residual = None
         lane = lane_of(x.device) if self.activation_offload and torch.is_grad_enabled() else None
         offload = None if lane is None else Offload(lane, len(self.blocks))
@@ -282,9 +294,10 @@ class LanguageModel(nn.Module):
         return layers + 2 * length * self.head.weight.numel()
 
     def draws(self) -> bool:
-        """Whether training draws random numbers, as dropout does."""
+        """Whether training draws random numbers, as dropout and activations in 8 bits do."""
         shares = [module.p for module in self.modules() if isinstance(module, nn.Dropout)]
-        return any(shares) or any(getattr(mixer, "attention_dropout", 0) for mixer in self.mixers())
+        packs = self.saved_activations == "int8"
+        return packs or any(shares) or any(getattr(mixer, "attention_dropout", 0) for mixer in self.mixers())
 
     def parameter_counts(self) -> dict[str, int]:
         """Exact counts: `total`, `embedding` (a tied head counts once, here) and the rest, `non_embedding`."""

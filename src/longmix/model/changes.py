@@ -19,6 +19,7 @@ OF_TRAINING = (
     "residual_dropout",
     "activation_checkpointing",
     "activation_offload",
+    "saved_activations",
 )
 """Settings of the model that say how it is trained, and not what it computes then: they may change after training."""
 

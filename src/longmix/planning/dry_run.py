@@ -16,12 +16,14 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from longmix.config import Choice
 from longmix.mixers.parts.layout import Layout, LayoutNeeds, layouts, needs_of
 from longmix.model.backbone import Checkpointing, LanguageModel, run_block
 from longmix.model.blocks import Block
+from longmix.model.sharing import dictionaries_of
 from longmix.planning.fakes import HostMemory, LastSlice, gpu_functions
 from longmix.planning.memory_tracker import Ledger, bytes_of, empty_like
 from longmix.recipe import recipe_of, set_recipe
@@ -81,6 +83,7 @@ class Part:
         again: what its backward pass computes again, as a share of the arithmetic of its forward pass.
         offloaded: bytes that are in the host's memory between both passes, its input included.
         input_offloaded: bytes of its input in them.
+        input_let_go: bytes of its input that nothing keeps after its forward pass.
     """
 
     output: int
@@ -95,6 +98,7 @@ class Part:
     again: float = 0.0
     offloaded: int = 0
     input_offloaded: int = 0
+    input_let_go: int = 0
 
     @property
     def gathered(self) -> int:
@@ -109,11 +113,15 @@ class Rehearsal:
     Attributes:
         ends, layers: as above.
         layouts: bytes of the positions, angles and bounds that layers share.
+        shared: bytes of the whole gradients of matrices that layers share, which the backward pass holds until it ends.
+        first_of_shared: the layer whose backward pass is the first that makes some.
     """
 
     ends: Part
     layers: list[Part]
     layouts: int = 0
+    shared: int = 0
+    first_of_shared: int = 0
 
 
 @dataclass(frozen=True)
@@ -137,7 +145,8 @@ def rehearse_ends(model: LanguageModel, setting: Setting) -> Ends:
     rounded = _rounded(model, setting, lambda name: not name.startswith("blocks."))
     with assumed_device(setting.device), FakeTensorMode(allow_non_fake_inputs=True):
         ends = _ends(outside, setting)
-    return dataclasses.replace(ends, part=dataclasses.replace(ends.part, rounded=rounded))
+    gradients = ends.part.gradients + _shared_numbers(model) * setting.weight_dtype.itemsize
+    return dataclasses.replace(ends, part=dataclasses.replace(ends.part, rounded=rounded, gradients=gradients))
 
 
 def rehearse(model: LanguageModel, setting: Setting, ends: Ends) -> Rehearsal:
@@ -161,7 +170,14 @@ def rehearse(model: LanguageModel, setting: Setting, ends: Ends) -> Rehearsal:
         prefix = f"blocks.{kinds.index(kind)}."
         rounded = _rounded(model, setting, lambda name, prefix=prefix: name.startswith(prefix))  # type: ignore[misc]
         layers[kind] = dataclasses.replace(layers[kind], rounded=rounded)
-    return Rehearsal(ends.part, [layers[kind] for kind in kinds], made)
+    shared = _shared_numbers(model) * setting.weight_dtype.itemsize
+    first = max((index for index, block in enumerate(blocks) if dictionaries_of(block)), default=0)
+    return Rehearsal(ends.part, [layers[kind] for kind in kinds], made, shared, first)
+
+
+def _shared_numbers(model: LanguageModel) -> int:
+    """The number of weights that belong to the model and have gradients from several layers."""
+    return 0 if model.shared is None else sum(weight.numel() for weight in model.shared.parameters())
 
 
 def _rounded(model: LanguageModel, setting: Setting, where: Callable[[str], bool]) -> int:
@@ -204,7 +220,8 @@ class _Stage:
 
     def block(self, block: Block, offloads: bool) -> Part:
         """Run one block."""
-        _materialise(block, self.setting)
+        for module in (block, *(dictionaries := dictionaries_of(block))):
+            _materialise(module, self.setting)
         x = torch.empty(self.shape, dtype=self.dtype, requires_grad=True)
         given = self.value_residual
         needs = needs_of(block.mixer)
@@ -212,10 +229,16 @@ class _Stage:
         state, ids = (None, self.ids) if self.slices is None else (block.slice_state(self.slices), None)
         others = (state, ids, given, layout)
         host = HostMemory(x)
+        keeps_input = False
+
+        def note(kept: Tensor) -> Tensor:
+            nonlocal keeps_input
+            keeps_input |= kept.untyped_storage()._cdata == x.untyped_storage()._cdata
+            return kept
 
         def call() -> tuple[Tensor, list[Tensor], Any]:
             host.clear()
-            with host.offloading(block, others) if offloads else contextlib.nullcontext():
+            with host.offloading(block, others) if offloads else saved_tensors_hooks(note, lambda kept: kept):
                 result = run_block(block, self.setting.checkpointing, x, *others)
             if result.value_residual is not None:
                 self.first_sizes = result.value_residual.shape, result.value_residual.dtype
@@ -223,12 +246,17 @@ class _Stage:
             return result.y, list(result.losses.values()), result.value_residual
 
         shared = [leaf for leaf in tree_leaves([given, layout]) if isinstance(leaf, Tensor)]
-        part = _measured(call, block, [x, self.ids, *shared], self.setting)
+        matrices = [weight for dictionary in dictionaries for weight in dictionary.parameters()]
+        part = _measured(call, block, [x, self.ids, *shared, *matrices], self.setting)
         if given is None and self.first_sizes is not None:
             shape, dtype = self.first_sizes
             self.value_residual = torch.empty(shape, dtype=dtype, requires_grad=True)
         return dataclasses.replace(
-            part, received=self.received, offloaded=host.held, input_offloaded=host.held_of_input
+            part,
+            received=self.received,
+            offloaded=host.held,
+            input_offloaded=host.held_of_input,
+            input_let_go=0 if keeps_input or host.held_of_input else bytes_of(x),
         )
 
 

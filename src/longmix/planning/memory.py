@@ -159,22 +159,24 @@ def _moments(
         held += part.kept + part.output
         leaving = layers[index - 1].offloaded if index > 0 else 0
         yield Moment(f"forward of layer {index}", before, held + leaving, part.forward, buffers.forward(index))
-        held -= part.input_offloaded
+        held -= part.input_offloaded + part.input_let_go
     turning = held + ends.kept - stream  # the dry run of the ends had the stream of one layer between them
     yield Moment("loss", before, turning, max(ends.forward, ends.backward), buffers.loss)
     head = _lasting(ends, setting, division)
     if model.head.weight is not model.embedding.weight:
         head -= _lasting_of(model.embedding.weight.numel(), ends, setting, division)
-    made = before if waits else head
+    made = before if waits else head - rehearsal.shared // (division.processes if setting.sharded else 1)
     for index in reversed(range(len(layers))):
         part = layers[index]
-        if index == len(layers) - 1 or not layers[index + 1].input_offloaded:
+        following = layers[index + 1] if index < len(layers) - 1 else None
+        if following is None or not following.input_offloaded + following.input_let_go:
             held -= part.output  # kept by what follows alone, whose backward pass is over
         coming = layers[index - 1].offloaded if index > 0 else 0
         yield Moment(f"gather of layer {index} again", made, held, part.output, buffers.gather_again(index))
         working = part.output + part.backward + coming
         yield Moment(f"backward of layer {index}", made, held, working, buffers.backward(index))
         held -= part.kept
+        made += rehearsal.shared if index == rehearsal.first_of_shared else 0
         yield Moment(f"exchange of layer {index}", made, held, part.output, buffers.exchange(index))
         made += 0 if waits else lasting[index]
     yield Moment("backward of the embedding", made, held, stream + ends.gradients, buffers.embedding)

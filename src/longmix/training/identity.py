@@ -1,5 +1,6 @@
 """The identity of a run: which settings make another run, and which may change on continuing. See docs/runs.md."""
 
+import dataclasses
 import inspect
 import logging
 from collections.abc import Iterable
@@ -322,10 +323,22 @@ def _default(written: Plain, key: str) -> object:
         return defaults(kind).get(name, ABSENT)
     if not isinstance(node, dict) or "_target_" not in node:
         return ABSENT
+    if name == "_target_":  # the whole node is absent
+        return _default_target(written, above)
     default = default_setting(locate(node["_target_"], key), name)
     if default is inspect.Parameter.empty:
         return ABSENT
     return list(default) if isinstance(default, tuple) else default
+
+
+def _default_target(written: Plain, place: list[str]) -> object:
+    """The class of the object that stands for an absent node, where the callable around it has one as its default."""
+    around = written.get(place[0]) if len(place) == 2 else None
+    if not isinstance(around, dict) or "_target_" not in around:
+        return ABSENT
+    default = default_setting(locate(around["_target_"], place[0]), place[1])
+    kind = type(default)
+    return f"{kind.__module__}.{kind.__qualname__}" if dataclasses.is_dataclass(kind) else ABSENT
 
 
 def _learning_rate(written: Plain, step: int, trusted: str) -> float | None:

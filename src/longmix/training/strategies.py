@@ -18,6 +18,7 @@ from longmix.distributed.slices import Slices
 from longmix.mixers.parts.documents import told_apart
 from longmix.model.backbone import LanguageModel, ModelOutput
 from longmix.model.head import IGNORE_INDEX
+from longmix.model.saved import Int8Linear
 from longmix.recipe import recipe_of
 
 
@@ -58,7 +59,7 @@ def names_of_product_weights(model: LanguageModel) -> set[str]:
 
 def _names_of_matrices(module: nn.Module, prefix: str) -> Iterator[str]:
     for name, child in module.named_children():
-        if type(child) is nn.Linear:
+        if isinstance(child, nn.Linear) and type(child) in (nn.Linear, Int8Linear):
             if recipe_of(child.weight).role == "matrix":
                 yield f"{prefix}{name}.weight"
         elif type(child).__module__.startswith(("longmix.", "torch.nn.")):

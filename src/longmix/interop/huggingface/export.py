@@ -26,6 +26,7 @@ from longmix.interop.huggingface.specials import VOCABULARY, write_specials
 from longmix.interop.huggingface.tokenizer import huggingface_tokenizer
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import model_over_checkpoint
+from longmix.model.sharing_conversion import dense_state
 from longmix.wording import counted
 
 KINDS = ("auto", "longmix", "llama", *FAMILIES)
@@ -109,10 +110,12 @@ def export(
     state = load_model_state(path, weights_of)
     with rebuilding(path):
         _check_trusted(state["config"])
-        stored = StoredConfig.of(state["config"])
-        model = model_over_checkpoint(state)
+        dense = dense_state(state)  # what layers share has no place in other types, and what they make of it has
+        theirs = model_over_checkpoint(dense), StoredConfig.of(dense["config"])
         tokenizer = tokenizer_from_state(state["tokenizer"])
-    config, weights = _as_family(model, stored, kind) or _as_llama(model, stored, kind) or _as_longmix(model, stored)
+        described = _as_family(*theirs, kind) or _as_llama(*theirs, kind)
+        model, stored = theirs if described else (model_over_checkpoint(state), StoredConfig.of(state["config"]))
+    config, weights = described or _as_longmix(model, stored)
     fast = None if isinstance(tokenizer, WorldTokenizer) else huggingface_tokenizer(tokenizer)
     write_specials(config, tokenizer)
     for key, value in MARK.items():
