@@ -16,6 +16,8 @@ CASES = {
     "micro-batches": ("mixer=retention", "optimizer=adamw", "trainer.micro_batch_size=1"),
     "recomputed": ("mixer=sliding_window*2+mlstm_tfla", "model.tie_head=true", "model.activation_checkpointing=block"),
     "selective": ("mixer=sliding_window*2+mlstm_tfla", "model.activation_checkpointing=selective"),
+    "int8": ("mixer=flash", "model.saved_activations=int8"),
+    "shared": ("mixer=flash", "model.share.names=[query,key,value]", "model.share.atoms=1"),
     "rwkv7": ("mixer=rwkv7", "model.logit_penalty=0.0001"),
     "large-optimizer": ("mixer=flash", "seq_len=32", "batch_size=1", "model.mlp_hidden=1024"),
     "ddp": ("mixer=flash", "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"),
