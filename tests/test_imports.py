@@ -46,6 +46,7 @@ ORDER = (
     "model",
     "trust",
     "restore",
+    "share",
     "generation",
     "accelerators",
     "reporting",

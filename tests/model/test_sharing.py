@@ -12,7 +12,6 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import longmix
 from longmix.checkpoints import CheckpointStore, load_checkpoint
-from longmix.checkpoints.__main__ import main as checkpoints
 from longmix.config import ModelConfig, TrainConfig, plain, read, resolved
 from longmix.data.tokens.tokenizers import ByteTokenizer
 from longmix.errors import ConfigError
@@ -27,6 +26,7 @@ from longmix.model.sharing import Dictionary, SharedLinear, Sharing
 from longmix.model.sharing_conversion import nearest_shared
 from longmix.recipe import recipe_of
 from longmix.restore import restore
+from longmix.share import main as command
 from longmix.training.identity import changes
 from longmix.training.optimizers import muon
 
@@ -147,7 +147,11 @@ def test_recomputing_changes_no_bit(checkpointing):
 
 @pytest.mark.parametrize(
     ("kind", "names"),
-    [(partial(RWKV7, head_dim=16), ["query", "output"]), (SimpleGLA, ["key", "output_gate"]), (partial(SlidingWindow, window=8), ["value"])],
+    [
+        (partial(RWKV7, head_dim=16), ["query", "output"]),
+        (SimpleGLA, ["key", "output_gate"]),
+        (partial(SlidingWindow, window=8), ["value"]),
+    ],
     ids=["rwkv7", "simple_gla", "sliding_window"],
 )
 def test_any_names_of_any_mixer_share_and_begin_with_the_size_that_the_mixer_gave(kind, names):
@@ -194,7 +198,8 @@ def test_words_that_make_no_sense_are_refused(sharing, message):
 def test_an_equal_number_of_parameters_and_runs_of_earlier_versions(compose_config):
     config = read(TrainConfig, compose_config(*WORDS, "match.parameters=1000000", "match.multiple=1"))
     matched = match_parameters(config, 256)
-    dense = match_parameters(read(TrainConfig, compose_config("match.parameters=1000000", "mixer=flash", WORDS[1])), 256)
+    words = ("match.parameters=1000000", "mixer=flash", WORDS[1])
+    dense = match_parameters(read(TrainConfig, compose_config(*words)), 256)
     assert matched.model.number("mlp_hidden") > dense.model.number("mlp_hidden")
     usual = read(TrainConfig, compose_config("mixer=flash"))
     saved = plain(usual)
@@ -236,11 +241,11 @@ def saved_run(compose_config, folder: Path, *words: str) -> LanguageModel:
 def test_commands_make_a_trained_model_share_and_undo_it(compose_config, tmp_path, capsys):
     net = saved_run(compose_config, tmp_path / "run")
     expected = net.logits(net(TOKENS).hidden)
-    share = ["share", str(tmp_path / "run"), "--names", "query", "output"]
-    assert checkpoints([*share, "--atoms", "3", "--output", str(tmp_path / "all")]) == 0
+    share = [str(tmp_path / "run"), "--names", "query", "output"]
+    assert command([*share, "--atoms", "3", "--output", str(tmp_path / "all")]) == 0
     assert "query: 0.00% of the squares of its weights are left out" in capsys.readouterr().out
-    assert checkpoints([*share, "--atoms", "1", "--output", str(tmp_path / "one")]) == 0
-    assert checkpoints(["unshare", str(tmp_path / "all"), "--output", str(tmp_path / "back")]) == 0
+    assert command([*share, "--atoms", "1", "--output", str(tmp_path / "one")]) == 0
+    assert command([str(tmp_path / "all"), "--undo", "--output", str(tmp_path / "back")]) == 0
     for name, is_shared in (("all", True), ("back", False)):
         found = restore(tmp_path / name).model
         assert (found.shared is not None) is is_shared
@@ -248,10 +253,12 @@ def test_commands_make_a_trained_model_share_and_undo_it(compose_config, tmp_pat
     one = restore(tmp_path / "one").model
     assert one.parameter_counts()["total"] == net.parameter_counts()["total"] - 2 * 2 * 32 * 32 + 2 * 3
     capsys.readouterr()
-    assert checkpoints(["unshare", str(tmp_path / "back"), "--output", str(tmp_path / "twice")]) == 2
+    assert command([str(tmp_path / "back"), "--undo", "--output", str(tmp_path / "twice")]) == 2
     assert "shares no matrices" in capsys.readouterr().err
-    assert checkpoints([*share, "--atoms", "9", "--output", str(tmp_path / "nine")]) == 2
+    assert command([*share, "--atoms", "9", "--output", str(tmp_path / "nine")]) == 2
     assert "model.share.atoms=9 must be from 1 to 3" in capsys.readouterr().err
+    assert command([str(tmp_path / "run"), "--atoms", "2"]) == command([*share, "--undo"]) == 2
+    assert "give --names and --atoms, or --undo alone" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,9 +1,7 @@
-"""`python -m longmix.checkpoints`: another form of a run's newest checkpoint, or the mean of its last ones.
+"""`python -m longmix.checkpoints`: the newest sharded checkpoint of a run in one file, or the mean of its last ones.
 
 consolidate runs/NAME [OUT]
 average runs/NAME --last 5 [--output OUT]
-share runs/NAME --names query key value --atoms 4 [--output OUT]
-unshare runs/NAME [--output OUT]
 """
 
 import argparse
@@ -52,9 +50,9 @@ def consolidate(checkpoint: Path | str, target: Path | str) -> None:
 
 
 def main(words: list[str] | None = None) -> int:
-    """Run a command with these words, or with those of the command line; returns the exit code."""
+    """Run `consolidate` or `average` with these words, or with those of the command line; returns the exit code."""
     parser = OptionParser(prog=as_called("python -m longmix.checkpoints"))
-    commands = parser.add_subparsers(required=True, metavar="consolidate|average|share|unshare")
+    commands = parser.add_subparsers(required=True, metavar="consolidate|average")
     command = commands.add_parser("consolidate", help="write a sharded checkpoint in one file")
     command.add_argument(
         "checkpoint", type=path_option, help="folder of a run (its newest checkpoint) or of a checkpoint"
@@ -69,13 +67,6 @@ def main(words: list[str] | None = None) -> int:
     command.add_argument("--weights", choices=["trained", "ema"], default="trained", help="which weights of each")
     command.add_argument("--output", type=path_option, help="folder to make; default: the run's, in it average-of-LAST")
     command.set_defaults(run=_average)
-    command = commands.add_parser("share", help="write the nearest model whose layers share projections")
-    command.add_argument("--names", nargs="+", required=True, help="of projections, such as query key value")
-    command.add_argument("--atoms", type=int, required=True, help="matrices of each name, fewer than layers")
-    _take_one(command, "shared")
-    command = commands.add_parser("unshare", help="write a model that shares projections as one that does not")
-    command.set_defaults(names=None, atoms=None)
-    _take_one(command, "unshared")
     try:
         arguments = parser.parse_args(words)
         output = arguments.run(arguments)
@@ -84,25 +75,6 @@ def main(words: list[str] | None = None) -> int:
         return error.exit_code
     print(f"wrote {output}")
     return 0
-
-
-def _take_one(command: argparse.ArgumentParser, suffix: str) -> None:
-    command.add_argument("checkpoint", type=path_option, help="folder of a run (its newest checkpoint) or a checkpoint")
-    command.add_argument("--weights", choices=["trained", "ema"], default="trained", help="which weights")
-    command.add_argument("--output", type=path_option, help=f"folder to make; the checkpoint's name with -{suffix}")
-    command.set_defaults(run=_convert, suffix=suffix)
-
-
-def _convert(arguments: argparse.Namespace) -> Path:
-    from longmix.model.sharing import Sharing
-    from longmix.model.sharing_conversion import convert
-
-    checkpoint = chosen_checkpoint(arguments.checkpoint)
-    output: Path = arguments.output or checkpoint.with_name(f"{final_name(checkpoint.name)}-{arguments.suffix}")
-    left_out = convert(checkpoint, output, Sharing(arguments.names, arguments.atoms), arguments.weights)
-    for name, share in left_out.items():
-        print(f"{name}: {share:.2%} of the squares of its weights are left out")
-    return output
 
 
 def _consolidate(arguments: argparse.Namespace) -> Path:

@@ -1,4 +1,4 @@
-"""Checkpoints whose layers share matrices, made of ones whose layers do not, and the other way round.
+"""Models whose layers share matrices, made of ones whose layers do not, and the other way round.
 
 The weights of a name, one row of numbers for each layer, are a matrix M [layers, out in]. Of all products of
 coefficients [layers, S] and atoms [S, out in] the S largest singular values give the nearest one, and what is left out
@@ -7,25 +7,16 @@ is the sum of the squares of the others (Eckart & Young 1936).
 
 import copy
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from longmix.checkpoints.average import KEPT
-from longmix.checkpoints.contents import ModelState, Weights, load_model_state, rebuilding
-from longmix.checkpoints.find import chosen_checkpoint
-from longmix.checkpoints.verify import INFO_FILE, WHOLE, read_info
-from longmix.checkpoints.whole import write_whole
+from longmix.checkpoints.contents import ModelState
 from longmix.config import ModelConfig
-from longmix.errors import ConfigError
-from longmix.files import atomic_directory, check_folder, write_json
 from longmix.model.build import build_model, model_over_checkpoint
-from longmix.model.sharing import NOTHING_SHARED, SharedLinear, Sharing, dictionary_name
+from longmix.model.sharing import SharedLinear, Sharing, dictionary_name
 from longmix.model.tuned_states_file import check_weights
-from longmix.progress import bytes_bar
-from longmix.trust import check_model_nodes
 
 SHARE = "share"
 """The setting of the model that says what is shared."""
@@ -111,42 +102,3 @@ def nearest_shared(weights: list[Tensor], atoms: int) -> tuple[Tensor, list[Tens
         found.append(atom.view(shape).to(dtype))
     left_out = squares.flip(-1)[atoms:].clamp_min(0).sum() / squares.sum().clamp_min(torch.finfo(squares.dtype).tiny)
     return (chosen * scale).to(dtype), found, float(left_out)
-
-
-def convert(
-    checkpoint: Path | str, target: Path | str, sharing: Sharing = NOTHING_SHARED, weights: Weights = "trained"
-) -> dict[str, float]:
-    """Write a checkpoint whose layers share what `sharing` says, or nothing, from which new runs begin.
-
-    Args:
-        checkpoint: folder of a run or checkpoint, which stays.
-        target: the folder to make.
-        sharing: see `shared_state`.
-        weights: "trained", or "ema" for their average over the steps.
-
-    Returns:
-        What each name leaves out, see `shared_state`.
-
-    Raises:
-        ConfigError: the target is there, names are wrong, or there is nothing to undo.
-        CheckpointError: the checkpoint is damaged.
-        StorageError: the target cannot be written.
-    """
-    path, target = chosen_checkpoint(checkpoint), Path(target)
-    if target.exists():
-        raise ConfigError(f"{target} is there already; give another folder.")
-    check_folder(target.parent)
-    state = load_model_state(path, weights)
-    with rebuilding(path):
-        check_model_nodes(state["config"])
-        if not sharing.names and not is_shared(state):
-            raise ConfigError(f"{path} shares no matrices between layers, so there is nothing to undo.")
-        state, left_out = shared_state(state, sharing) if sharing.names else (dense_state(state), {})
-    kept: dict[str, Any] = {key: value for key, value in state.items() if key in (*KEPT, "model")}
-    size = sum(weight.nbytes for weight in state["model"].values())
-    about = {key: value for key, value in read_info(path).items() if key in ("tokens", "stage")}
-    info = {"format": WHOLE, "step": state["step"], "validation": {}}
-    with atomic_directory(target) as folder, bytes_bar(f"writing {target}", size) as advance:
-        facts = write_whole(folder, kept, advance)
-        write_json(folder / INFO_FILE, about | info | facts)
-    return left_out
