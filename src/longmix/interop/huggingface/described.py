@@ -1,5 +1,6 @@
 """What `config.json` says of a model whose type transformers does not know, and whether it says all of it."""
 
+import dataclasses
 import inspect
 from collections.abc import Iterable, Mapping
 from math import isclose
@@ -155,11 +156,18 @@ def check_said(
 def _filled(entries: Mapping[str, Any]) -> dict[str, Any]:
     """A choice's settings, with the defaults of those that are left out; choices within likewise."""
     parameters = inspect.signature(Choice.of("", entries).located()).parameters.values()
-    known = {each.name: each.default for each in parameters if each.default is not each.empty}
+    known = {each.name: as_node(each.default) for each in parameters if each.default is not each.empty}
     return {
         name: _filled(value) if isinstance(value, Mapping) and "_target_" in value else value
         for name, value in {**known, **entries}.items()
     }
+
+
+def as_node(default: Any) -> Any:
+    """A default as a configuration writes it: an object of settings with its `_target_`."""
+    if not dataclasses.is_dataclass(default) or isinstance(default, type):
+        return default
+    return {"_target_": target(type(default)), **dataclasses.asdict(default)}
 
 
 def _differences(key: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:

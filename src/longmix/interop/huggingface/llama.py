@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longmix.config import Choice, ModelConfig, Pattern, default_setting, settings
 from longmix.errors import ConfigError
+from longmix.interop.huggingface.described import as_node
 from longmix.interop.huggingface.fused import divided, fused
 from longmix.interop.huggingface.rope import positions_of, read_rope, rope_of
 from longmix.mixers.flash import Flash
@@ -138,7 +139,7 @@ def _check_settings(choice: Choice, known: set[str]) -> None:
         if name in known or name not in choice.settings:
             continue
         value = choice.settings[name]
-        if value != default_setting(target, name):
+        if value != as_node(default_setting(target, name)):
             raise ConfigError(f"{choice.key}.{name}={value!r} cannot be said in Llama's family; {_CURE}")
 
 
