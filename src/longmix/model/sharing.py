@@ -5,9 +5,10 @@
 With S = N / 3 atoms for N layers, queries, keys and values have a third of their weights. The layers' coefficients are
 parameters, or what an MLP makes of a trained vector for each layer, as in the paper.
 
-Notable: atoms begin as the weights of the first S layers and coefficients as random unit vectors, so that a weight has
-the variance that its mixer gave it; an atom is a matrix of its own, so that Muon takes each alone, and belongs to the
-model, so that FSDP gathers and checkpoints hold it once; coefficients take no weight decay. No layer keeps a weight
+Notable: atoms begin as the weights of the first S layers, and the coefficients of neighbouring layers near one atom, as
+unit vectors, so that a weight has the variance that its mixer gave it; random unit vectors, which an MLP makes, learn
+more slowly (docs/shared_projections.md). An atom is a matrix of its own, so that Muon takes each alone, and belongs to
+the model, so that FSDP gathers and checkpoints hold it once. Coefficients take no weight decay. No layer keeps a weight
 that it formed: see `longmix.model.products`.
 """
 
@@ -30,6 +31,9 @@ WIDTH = 64
 
 LEARNED = Recipe("scalar", weight_decay=False)
 """The recipe of coefficients, and of what makes them."""
+
+ELSEWHERE = 0.1
+"""What a plain coefficient begins with, next to 1 for the atom that its layer is near; the vector then gets norm 1."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Dictionary(nn.Module):
 
     def __init__(self, atoms: Iterable[nn.Parameter], layers: int, coefficients: Literal["plain", "mlp"]) -> None:
         super().__init__()
-        self.atoms = nn.ParameterList(atoms)
+        self.atoms, self.num_layers = nn.ParameterList(atoms), layers
         self.layers: nn.Parameter | None = None
         self.mlp: nn.Sequential | None = None
         if coefficients == "mlp":
@@ -103,7 +107,10 @@ class SharedLinear(nn.Linear):
         self._dictionary = (dictionary,)
         self.coefficients: nn.Parameter | None = None
         if dictionary.mlp is None:
-            self.coefficients = nn.Parameter(F.normalize(torch.randn(len(dictionary.atoms)), dim=0))
+            self.coefficients = nn.Parameter(torch.full((len(dictionary.atoms),), ELSEWHERE))
+            with torch.no_grad():
+                self.coefficients[place * len(dictionary.atoms) // dictionary.num_layers] = 1.0
+                self.coefficients.div_(self.coefficients.norm())
             set_recipe(self.coefficients, LEARNED)
 
     @property
