@@ -5,7 +5,7 @@
 
 For each distance i - j it is attention to the k2 with the query q_i * k1_j: so these are as many query heads to each
 key head of one call of the engine, and their outputs are merged by their logsumexp. One layer can tell whether two
-earlier tokens fit a third, which one layer of softmax attention cannot (`data=match3`).
+earlier tokens fit a third (`data=match3`).
 
 What differs from the paper, which is about a whole sequence: both are causal and have windows, and scores have the
 factor 1 / sqrt(d). Nothing rotates by default: a product of three has no rotation that depends on distances alone.

@@ -232,8 +232,9 @@ class GroupWords:
 class MatchThree:
     """Whether two tokens so far and the own one add up to a multiple of the modulus: 1 or 0 at every token.
 
-    Attention that looks at one token at a time cannot tell in one layer, that to pairs can (Sanford et al. 2023, arXiv
-    2306.02896). An example has few of the numbers, drawn anew, so that about half of the answers are 1.
+    Attention to pairs of tokens can tell in one layer; attention to one token at a time needs a width that grows with
+    the length (Sanford et al. 2023, arXiv 2306.02896), so that short examples do not rule it out. An example has few of
+    the numbers, drawn anew, so that about half of the answers are 1.
 
     Attributes:
         modulus: tokens are the numbers below it.
