@@ -73,6 +73,8 @@ def results(compose_config, run_folder, tmp_path):
         pytest.param("needle", ["seq_len=120", "task.needle.needles=1", "task.needle.depths=[0]"], True, id="needle"),
         pytest.param("states", ["task.states.points=2"], True, id="states"),
         pytest.param("attention", ["task.attention.windows=1"], True, id="attention"),
+        pytest.param("layers", ["task.layers.windows=1"], True, id="layers"),
+        pytest.param("dsf", ["task.dsf.windows=1"], True, id="dsf"),
         pytest.param("decode_cost", ["task.decode_cost.steps=1"], True, id="decode_cost"),
         pytest.param(
             "causality", ["task.causality.entropy_steps=0", "task.causality.length=16"], False, id="causality"

@@ -50,6 +50,18 @@ def test_layers(evaluated, capsys):
     assert "GatedDeltaNet" in capsys.readouterr().out
 
 
+def test_layers_of_a_row_in_pieces_are_those_of_the_whole(compose_config, run_folder, tmp_path, monkeypatch):
+    words = f"checkpoint={run_folder}", "task=layers", "task.layers.windows=1", "task.layers.length=200"
+    config = compose_config(*words, "task.layers.block=50", f"output={tmp_path}", entry_point="evaluate")
+    whole = evaluate(config)["layers"]
+    monkeypatch.setattr("longmix.evaluation.prefill.TOKENS_AT_ONCE", 37)
+    pieces = evaluate(config)["layers"]
+    for one, other in zip(whole["layers"], pieces["layers"], strict=True):
+        assert one["trace_covariance"]["mean"] == pytest.approx(other["trace_covariance"]["mean"], rel=1e-4)
+    for one, other in zip(whole["blocks"], pieces["blocks"], strict=True):
+        assert one["layers"][2] == pytest.approx(other["layers"][2], rel=1e-3)
+
+
 def test_dsf(evaluated, capsys):
     report = evaluated("dsf", "task.dsf.windows=1")
     memory, attention = report["layers"]
