@@ -48,6 +48,7 @@ MIXERS = (
     "hyper",
     "block_sparse",
     "moba",
+    "fox",
     "parallax",
     "nsa",
     "scatterbrain_content",

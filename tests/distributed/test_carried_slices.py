@@ -17,6 +17,7 @@ CASES = {
     "rwkv7": "rwkv7 head_dim=12",
     "window-longer-than-a-slice": "sliding_window window=27",
     "window-longer-than-the-row": "sliding_window window=60 rotary_fraction=0.5",
+    "window-forget": "sliding_window window=7 bias=forget",
     "window-context-bias": "sliding_window window=7 position=context bias=fourier bias_rank=2",
     "whole-rows-routing": "routing clusters=3 window=4 local_window=5",
     "whole-rows-scatterbrain": "scatterbrain block=3 num_features=16",

@@ -23,6 +23,7 @@ VARIANTS = {
     "drop": "sparse_flash_drop window=3",
     "hyper": "hyper buckets=4 window=3 sample=0.4",
     "blocks": "block_sparse block=16 local=1",
+    "forget": "sliding_window window=15 bias=forget num_kv_heads=1",
     "moba": "moba block=4 top_k=2 num_kv_heads=1",
     "parallax": "parallax probe_std=0.3 num_kv_heads=1",
     "parallax-window": "parallax probe_std=0.3 window=6",

@@ -105,6 +105,8 @@ MIXERS: dict[str, Callable[[], Mixer]] = {
     "sparsek-own-block": lambda: sparsek(past_blocks=0, keep=7, gate="both", num_kv_heads=1),
     "sparsek-single-tokens": lambda: sparsek(block=1, keep=2, slope=0.0, gate="value"),
     "tensor-grouped": lambda: TensorAttention(SHAPE, 0, window_1=5, window_2=3, num_kv_heads=1),
+    "window-forget-grouped": lambda: SlidingWindow(SHAPE, 0, window=7, bias="forget", num_kv_heads=1),
+    "routing-forget": lambda: routing(window=4, local_window=5, bias="forget"),
     "flash-fourier-grouped": lambda: stirred(Flash(SHAPE, 0, bias="fourier", bias_rank=3, num_kv_heads=1)),
     "window-low-rank": lambda: stirred(SlidingWindow(SHAPE, 0, window=7, bias="low_rank", bias_rank=2)),
     "window-alibi-sinks": lambda: stirred(SlidingWindow(SHAPE, 0, window=9, **ALIBI, sink_logits=True)),

@@ -3,6 +3,7 @@
     alibi      -s_h (i - j),  s_h = 2^(-8 h / H)                             (Press et al. 2022, arXiv 2108.12409)
     fourier    sum_r a_r cos(w_r (i - j)) + c_r sin(w_r (i - j)),  learned for each head
     low_rank   (A x_i) . (B x_j),  learned, the same for all heads
+    forget     c_i - c_j, the gates of the tokens between them, see `ForgetBias`         (FoX, arXiv 2503.02130)
 
 A bias is added after the scores are scaled. One of rank R is R columns, which make attention neither slower by a matrix
 of T * T numbers nor larger; in half precision 4 R, as every number is there in two digits. ALiBi has an argument of the
@@ -12,8 +13,10 @@ engine where key rows stand in their order, and columns elsewhere.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
 from longmix.mixers.parts.base import COUNT, at_most
 from longmix.mixers.parts.exact import exact_linear
@@ -23,7 +26,10 @@ from longmix_kernels.attention import bias_columns
 _SLOWEST = math.pi / 8192
 """The smallest frequency at the start: half a turn in 8,192 tokens. The largest is a quarter of a turn a token."""
 
-KINDS = ("none", "alibi", "fourier", "low_rank")
+_WHOLE = 32.0
+"""Multiples of it in the sums of forget gates are one column, the rest another."""
+
+KINDS = ("none", "alibi", "fourier", "low_rank", "forget")
 """The words of `mixer.bias`."""
 
 
@@ -44,10 +50,25 @@ class ScoreBias(nn.Module):
         """
         raise NotImplementedError
 
-    def widened(self, query: Tensor, key: Tensor, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Query and key with the columns, and the scale that `attention` takes with them."""
+    def widened(
+        self, query: Tensor, key: Tensor, x: Tensor, positions: Tensor, state: object
+    ) -> tuple[Tensor, Tensor, float, Tensor | None]:
+        """Query and key with the columns, the scale that `attention` takes with them, and what the next call needs.
+
+        Args:
+            query, key, x, positions: of the same tokens.
+            state: as in `SoftmaxAttention.forward`.
+        """
         # The factors of any two calls must fit each other, since keys are cached: so none depends on the others' size.
-        return bias_columns(query, key, *self.factors(x, positions), balanced=False)
+        return *bias_columns(query, key, *self.factors(x, positions), balanced=False), None
+
+    def zeros(self, batch: int) -> Tensor | None:
+        """What a call needs of the tokens before the first one, for `batch` rows; None for nothing."""
+        return None
+
+    def state_bytes(self) -> int:
+        """Bytes of `zeros` for one row."""
+        return 0
 
     def columns(self, dtype: torch.dtype) -> int:
         """How many columns a key of a dtype has."""
@@ -135,12 +156,104 @@ class LowRankBias(ScoreBias):
         return 4 * length * self.query.weight.numel()
 
 
+class ForgetBias(ScoreBias):
+    """A forget gate in the softmax: forgetting attention (Lin et al. 2025, arXiv 2503.02130).
+
+        f_t  = sigmoid(W x_t + b)                       one number for each key head, which its queries share
+        s_ij = q_i . k_j / sqrt(d) + c_i - c_j,         c_t = sum over u <= t of log f_u
+
+    A key's weight falls by the gates of all tokens behind it. Sums begin anew with each document. Over long ones c
+    grows to tens of thousands. It is summed up in float64 and enters as its whole multiples of 32, which two digits of
+    half precision hold exactly up to 4 million, and the rest. What is left is the rounding of a score that is summed up
+    in float32: 0.004 where c is 45,000, as after 65,536 gates of one half.
+
+    Args:
+        d_model: channels of a token.
+        heads, key_heads: query heads, and key heads, each of which has a gate.
+    """
+
+    rank = 4
+
+    def __init__(self, d_model: int, heads: int, key_heads: int) -> None:
+        super().__init__()
+        self.group = heads // key_heads
+        self.gate = nn.Linear(d_model, key_heads)
+        nn.init.normal_(self.gate.weight, std=d_model**-0.5)
+        nn.init.zeros_(self.gate.bias)
+        set_recipe(self.gate.weight, Recipe("scalar"))
+
+    def widened(
+        self, query: Tensor, key: Tensor, x: Tensor, positions: Tensor, state: object
+    ) -> tuple[Tensor, Tensor, float, Tensor | None]:
+        """As the base; the next call needs the sums after the last token, float64 [B, Hkv]."""
+        steps = F.logsigmoid(exact_linear(self.gate, x))
+        wide = steps.double()
+        # Whole numbers add up exactly, so that nothing of one document is left in the rounding of the next.
+        parts = wide.detach().floor(), wide - wide.detach().floor()
+        whole, rest = (_since_first(part.cumsum(1), positions) for part in parts)
+        goes_on = (positions > torch.arange(x.shape[1], device=x.device)).unsqueeze(-1)
+        before = self._before(state, (whole + rest)[:, -1]).unsqueeze(1)
+        whole = whole + before.floor() * goes_on
+        rest = rest + (before - before.detach().floor()) * goes_on
+        sums = (whole + rest)[:, -1]
+        many = (whole / _WHOLE).floor()
+        rest = whole - _WHOLE * many + rest
+        more = (rest.detach() / _WHOLE).floor()
+        whole, rest = ((many + more).to(steps.dtype), (rest - _WHOLE * more).to(steps.dtype))
+        one, many = torch.ones_like(rest), torch.full_like(rest, _WHOLE)
+        of_query = torch.stack((many, whole, one, rest), -1)
+        if self.group > 1:
+            of_query = of_query.repeat_interleave(self.group, 2)
+        of_key = torch.stack((-whole, many, -rest, one), -1)
+        return *bias_columns(query, key, of_query, of_key, balanced=False), sums
+
+    def _before(self, state: object, own: Tensor) -> Tensor:
+        """The sums before these tokens, of the document that goes on; `own` [B, H] are those of the last one here."""
+        if not isinstance(state, Slices):
+            carried: Tensor | None = getattr(state, "carried", None)
+            return torch.zeros_like(own) if carried is None else carried
+        earlier = state.each_before(own)
+        through = torch.ones_like(earlier[..., 0], dtype=torch.bool)
+        if state.filled is not None and state.rank:
+            # A slice counts if all those after it have its last document alone.
+            after = state.filled[:, 1 : state.rank].flip(1).cumprod(1).flip(1).bool()
+            through = torch.cat((after, through[:, :1]), 1)
+        before = (earlier * through.unsqueeze(-1)).sum(1)
+        sums = None if state.carried is None else state.carried.carried
+        if sums is None:
+            return before
+        reached = state.filled[:, : state.rank].all(1, keepdim=True) if state.filled is not None else through[:, :1]
+        return before + sums * reached
+
+    def zeros(self, batch: int) -> Tensor:
+        """The sums before the first token."""
+        weight = self.gate.weight
+        return weight.new_zeros(batch, len(weight), dtype=torch.float64)
+
+    def state_bytes(self) -> int:
+        """Bytes of the sums of a row."""
+        return 8 * len(self.gate.weight)
+
+    def flops(self, length: int) -> int:
+        """Of the gates of `length` tokens."""
+        return 2 * length * self.gate.weight.numel()
+
+
+def _since_first(sums: Tensor, positions: Tensor) -> Tensor:
+    """Sums [B, T, H] of a row less those before the first token of each token's document, at positions [B or 1, T]."""
+    first = (torch.arange(sums.shape[1], device=sums.device) - positions).clamp(min=0)
+    index = first.expand(len(sums), -1).unsqueeze(-1).expand_as(sums)
+    return sums - F.pad(sums, (0, 0, 1, 0)).gather(1, index)
+
+
 def score_bias(kind: str, rank: int, d_model: int, heads: int, key_heads: int) -> ScoreBias | None:
     """The columns of a bias, of a word in `KINDS`; None for `none`."""
     if kind == "alibi":
         return DistanceBias(heads)
     if kind == "fourier":
         return FourierBias(heads, key_heads, rank)
+    if kind == "forget":
+        return ForgetBias(d_model, heads, key_heads)
     return LowRankBias(d_model, rank) if kind == "low_rank" else None
 
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longmix.distributed.slices import Slices
+from longmix.errors import ConfigError
 from longmix.mixers.parts.attention_state import AttentionState, Rows, after_earlier_slices, continued
 from longmix.mixers.parts.base import Mixer, MixerOutput, ModelShape, checked_sizes, divided
 from longmix.mixers.parts.context_positions import context_positions
@@ -96,7 +97,8 @@ class SoftmaxAttention(Mixer):
             positions; see `longmix.mixers.parts.rotary.Rotary.of`.
         qk_norm: RMSNorm on query and key heads.
         position: "rotary"; "context" for frequencies that the tokens choose, see `ContextPositions`; or "none".
-        bias: "none", "alibi", "fourier" or "low_rank", added to the scores; see `longmix.mixers.parts.score_bias`.
+        bias: "none", "alibi", "fourier", "low_rank" or "forget", added to the scores; see
+            `longmix.mixers.parts.score_bias`.
         bias_rank: frequencies of "fourier", or the rank of "low_rank".
         output_gate: "none", or a sigmoid gate on the output heads, one for each "head" or "element".
         sink_logits: a learned logit of each query head in its softmax, without a value, so that weights may sum to less
@@ -178,6 +180,8 @@ class SoftmaxAttention(Mixer):
         if self.context is not None:
             self.rotary = None  # the layout has no angles then
         check_bias(bias, bias_rank, self.pairwise, type(self).__name__)
+        if bias == "forget" and self.context is not None:
+            raise ConfigError("mixer.bias=forget and mixer.position=context both add up along a row; use one of them.")
         self.alibi = bias == "alibi" and self.rows_in_place
         self.bias = None if self.alibi else score_bias(bias, bias_rank, width, heads, key_heads)
         self.output_gate = output_gate_of(output_gate, width, heads)
@@ -297,7 +301,9 @@ class SoftmaxAttention(Mixer):
         rows = self.rows(query, key, value, ids)
         rows.carried, rows.sinks = carried, self.sink_logit
         if self.bias is not None:
-            rows.query, rows.key, rows.scale = self.bias.widened(rows.query, rows.key, x, layout.positions)
+            tensors = rows.query, rows.key, x, layout.positions
+            rows.query, rows.key, rows.scale, sums = self.bias.widened(*tensors, state)
+            rows.carried = rows.carried if sums is None else sums
         elif self.alibi:
             rows.slopes = alibi_slopes(self.num_heads, x.device)
         if chosen is not None:
@@ -346,11 +352,13 @@ class SoftmaxAttention(Mixer):
 
     def carried_before(self, batch: int) -> Tensor | None:
         """What `place` needs before the first token, for `batch` rows; None for nothing."""
-        return None if self.context is None else self.context.zeros(batch)
+        carrier = self.bias if self.context is None else self.context
+        return None if carrier is None else carrier.zeros(batch)
 
     def carried_bytes(self) -> int:
         """Bytes of `carried_before` for one row."""
-        return 0 if self.context is None else self.context.state_bytes()
+        carrier = self.bias if self.context is None else self.context
+        return 0 if carrier is None else carrier.state_bytes()
 
     def key_dim(self, dtype: torch.dtype) -> int:
         """Channels of a cached key of this dtype."""
