@@ -43,3 +43,28 @@ def test_documents_and_heads_that_share_keys():
     assert_close(probe_attention(query, probe, key, value, document_ids=ids), output, TOLERANCE, "with a probe")
     with pytest.raises(ValueError, match="ridge=0"):
         local_linear_attention(query, key, value, ridge=0)
+
+
+def test_it_follows_a_piecewise_linear_function_better_than_softmax_attention_and_a_line():
+    """The claim of arXiv 2510.01450, at the best bandwidth and ridge of each; errors relative to the variance."""
+    generator = torch.Generator().manual_seed(0)
+    keys, queries = (torch.randn(1, n, 1, 4, generator=generator, dtype=torch.float64) for n in (64, 24))
+    keys, queries = (2 * x / x.norm(dim=-1, keepdim=True) for x in (keys, queries))
+    corners = torch.randn(8, 4, generator=generator, dtype=torch.float64) / 2
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return (x @ corners.T).abs().sum(-1, keepdim=True)
+
+    def error(scale: float, ridge: float) -> float:
+        # Each query comes after all keys.
+        rows = (
+            local_linear_attention(q, keys, function(keys), ridge=ridge, scale=scale)[0] for q in queries.split(1, 1)
+        )
+        missed = torch.cat(list(rows), 1) - function(queries)
+        return (missed.square().mean() / function(queries).var()).item()
+
+    local = min(error(scale, 1.0) for scale in (0.3, 1.0, 2.0))
+    line = error(1e-9, 1.0)
+    averaged = min(error(scale, 1e12) for scale in (0.3, 1.0, 2.0, 4.0))  # no slope is left
+    print(f"errors: {local:.2f} locally linear, {averaged:.2f} softmax, {line:.2f} a line")
+    assert local < 0.75 * averaged < averaged < 0.75 * line

@@ -28,10 +28,14 @@ def name(build: Build) -> str:
     return f"{build.kernel}-sm{build.architecture}-d{build.dim}-{build.mode}-{build.feature}"
 
 
+SPILLING = {("probe_grad_key_value", 90, 128): "clean under Triton 3.6 only"}
+
+
 def assert_compiles(build: Build) -> None:
     faults = build.faults(build.compile())
-    if faults and (build.kernel, build.architecture, build.dim) == ("probe_grad_key_value", 90, 128):
-        pytest.xfail(f"a few registers too many: {faults}")
+    known = SPILLING.get((build.kernel, build.architecture, build.dim))
+    if faults and known:
+        pytest.xfail(f"{known}: {faults}")
     assert_clean(build, build.kernel != "probe_split")
 
 
