@@ -113,7 +113,7 @@ def test_every_mixer_has_a_causal_matrix_that_reproduces_it(small_model, name, p
             value = mixer.value(x).unflatten(-1, (-1, mixer.head_dim))
             assert_close(mixer.output(mixed(matrix, value).flatten(2)), mixer(x, **options).y)
             rows = matrix.sum(-1)
-            assert matrix.min() >= 0
+            assert matrix.min() >= 0 or name == "parallax", "weights of Parallax alone may be negative"
             if is_gated(mixer, x):
                 assert rows.max() < 1 and rows.max() > 0.01
             else:
