@@ -7,7 +7,7 @@ from engine_contract import CLEAN, SPILLING, WITHOUT_WGMMA, Compiled
 
 from longmix_kernels import aot, report
 from longmix_kernels.attention import report as attention
-from longmix_kernels.attention import split_launch
+from longmix_kernels.attention import probe_launch, split_launch
 from longmix_kernels.delta import report as delta
 from longmix_kernels.linear import report as linear
 from longmix_kernels.scatter import report as scatter
@@ -17,7 +17,7 @@ COMMANDS = {
     "attention": (
         ["--dim", "64"],
         ["dim", "mode", "feature"],
-        (*attention.launch.KERNELS, *split_launch.KERNELS),
+        (*attention.launch.KERNELS, *split_launch.KERNELS, *probe_launch.KERNELS),
     ),
     "linear": (["--dims", "64/64", "--gate", "sig"], ["dims", "gate"], (*linear.launch.TILED, "gates", "grad_gates")),
     "delta": (

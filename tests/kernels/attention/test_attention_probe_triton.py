@@ -53,7 +53,14 @@ def test_interpreter_matches_reference():
 
 
 @compiles
-@pytest.mark.parametrize("build", probe_report.builds((90,), (128,)), ids=name)
+@pytest.mark.parametrize(
+    "build",
+    [
+        pytest.param(build, marks=() if build.kernel == "probe_split" else pytest.mark.slow)
+        for build in probe_report.builds((90,), (128,))
+    ],
+    ids=name,
+)
 def test_compiles_without_spills_and_with_tensor_cores(build):
     assert_compiles(build)
 
