@@ -6,8 +6,8 @@ import pytest
 from engine_contract import CLEAN, SPILLING, WITHOUT_WGMMA, Compiled
 
 from longmix_kernels import aot, report
-from longmix_kernels.attention import report as attention
 from longmix_kernels.attention import probe_launch, split_launch
+from longmix_kernels.attention import report as attention
 from longmix_kernels.delta import report as delta
 from longmix_kernels.linear import report as linear
 from longmix_kernels.scatter import report as scatter
