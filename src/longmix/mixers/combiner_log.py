@@ -53,7 +53,9 @@ class CombinerLog(SoftmaxAttention):
         """Attention to the spans of `size` tokens."""
         assert rows.key_labels is not None
         batch, keys = rows.key.shape[:2]
-        blocks = Blocks.of(rows.document_ids, batch, keys, size, rows.key.device)
+        starts = None if rows.layout is None else rows.layout.starts  # without them a GPU is waited for
+        documents = None if starts is None else (len(starts) - 1) // batch
+        blocks = Blocks.of(rows.document_ids, batch, keys, size, rows.key.device, documents)
         scale = rows.key.shape[-1] ** -0.5 if rows.scale is None else rows.scale
         key, value = blocks.summaries(rows.key_labels.to(rows.key.dtype), rows.key, rows.value, scale, "max")
         number, first = (x[:, keys - rows.query.shape[1] :] for x in (blocks.number, blocks.first))
