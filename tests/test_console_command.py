@@ -113,6 +113,8 @@ def test_refusals(called, tmp_path, monkeypatch, arguments, said):
         ("consolidate", ["a", "output=null"], ["a"]),
         ("average", ["a", "last=5", "output=b"], ["a", "--last", "5", "--output", "b"]),
         ("import", ["a", "b", "separator=null", "missing_bytes=null"], ["a", "b"]),
+        ("share", ["a", "names=[query,key]", "atoms=2"], ["a", "--names", "query", "key", "--atoms", "2"]),
+        ("share", ["a", "undo=true", "output=b"], ["a", "--undo", "--output", "b"]),
     ],
 )
 def test_words_become_the_arguments_of_a_tool(command, words, arguments):

@@ -17,6 +17,7 @@ from longmix.checkpoints.store import final_name
 from longmix.checkpoints.verify import INFO_FILE, WHOLE, read_info
 from longmix.checkpoints.whole import write_whole
 from longmix.command_line.options import OptionParser, path_option
+from longmix.command_line.program import as_called, in_dialect
 from longmix.errors import ConfigError, LongmixError
 from longmix.files import atomic_directory, check_folder, write_json
 from longmix.model.sharing import NOTHING_SHARED, Sharing
@@ -70,14 +71,14 @@ def main(words: list[str] | None = None) -> int:
         arguments = _parser().parse_args(words)
         output = _convert(arguments)
     except LongmixError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(in_dialect(f"{type(error).__name__}: {error}"), file=sys.stderr)
         return error.exit_code
     print(f"wrote {output}")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = OptionParser(prog="python -m longmix.share")
+    parser = OptionParser(prog=as_called("python -m longmix.share"))
     parser.add_argument("checkpoint", type=path_option, help="folder of a run (its newest checkpoint) or a checkpoint")
     parser.add_argument("--names", nargs="+", help="of projections, such as query key value")
     parser.add_argument("--atoms", type=int, help="matrices of each name, fewer than layers")
@@ -92,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 def _convert(arguments: argparse.Namespace) -> Path:
     given = arguments.names is not None and arguments.atoms is not None
     if given == arguments.undo or (arguments.undo and (arguments.names or arguments.atoms)):
-        raise ConfigError("give --names and --atoms, or --undo alone; python -m longmix.share -h lists the options.")
+        raise ConfigError("give --names and --atoms, or --undo alone; --help lists the options.")
     checkpoint = chosen_checkpoint(arguments.checkpoint)
     suffix = "own" if arguments.undo else "shared"
     output: Path = arguments.output or checkpoint.with_name(f"{final_name(checkpoint.name)}-{suffix}")

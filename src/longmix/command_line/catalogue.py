@@ -321,6 +321,20 @@ _COMMANDS = (
         examples=("longmix average runs/NAME last=5", "longmix average runs/NAME last=1 weights=ema output=mean"),
     ),
     Command(
+        "share",
+        "write a trained model whose layers share projections, or none again",
+        module="longmix.share",
+        words=(
+            Argument("checkpoint", f"{_CHECKPOINT}; of a run its newest one", "???", positional=True, path=True),
+            Argument("names", "projections that all layers share, such as [query,key,value]", many=True),
+            Argument("atoms", "matrices of each name, fewer than layers"),
+            Argument("undo", "give all layers weights of their own again", "false", switch=True),
+            Argument("weights", "ema: averaged over the steps (loop.ema_decay)", "trained", choices=("trained", "ema")),
+            Argument("output", "folder to make; null: the checkpoint's name with -shared, or -own", path=True),
+        ),
+        examples=("longmix share runs/NAME names=[query,key,value] atoms=4", "longmix share runs/NAME undo=true"),
+    ),
+    Command(
         "audit",
         "whether a checkpoint's model and each of its mixers are causal",
         hydra="evaluate",
