@@ -15,6 +15,7 @@ from longmix.mixers.combiner import Combiner
 from longmix.mixers.combiner_log import CombinerLog
 from longmix.mixers.flash import Flash
 from longmix.mixers.hyper import Hyper
+from longmix.mixers.lla import LLA
 from longmix.mixers.mlstm_tfla import MLSTMTFLA
 from longmix.mixers.moba import MoBA
 from longmix.mixers.nsa import NSA
@@ -72,6 +73,7 @@ MIXERS: dict[str, Callable[[], Mixer]] = {
         Parallax(SHAPE, 0, probe_std=0.2, bias="fourier", bias_rank=2, position="context", num_kv_heads=1)
     ),
     "parallax-alibi-gated-heads": lambda: Parallax(SHAPE, 0, **ALIBI, output_gate="head", heads_shared=1, heads_kept=2),
+    "lla-grouped": lambda: LLA(SHAPE, 0, num_kv_heads=1),
     "routing": lambda: routing(window=4, local_window=5),
     "routing-separate": lambda: routing(window=3, shared_qk=False, local_window=1),
     "routing-grouped": lambda: routing(window=5, shared_qk=False, num_kv_heads=1),

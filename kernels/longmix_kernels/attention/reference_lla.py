@@ -14,7 +14,7 @@ Everything is float64, as the matrices are ill conditioned, and needs T^2 + T D^
 
 import torch
 
-from longmix_kernels.attention.bounds import row_bounds
+from longmix_kernels.attention.bounds import positions_from_document_ids, row_bounds
 from longmix_kernels.attention.inputs import Inputs
 from longmix_kernels.attention.pattern import Pattern
 from longmix_kernels.attention.reference import softmax_weights
@@ -51,9 +51,11 @@ def local_linear_attention(
     query, key, value = (x.double() for x in (query, key, value))
     bounds = row_bounds(query.shape[1], key.shape[1], document_ids=document_ids, device=query.device)
     weights, logsumexp, value = softmax_weights(Inputs(query, key, value, Pattern(*bounds), scale))
-    # Only k - q counts: keys around 0 keep the second moments accurate.
-    middle = key.mean((1, 2), keepdim=True)
-    key, query = key - middle, (query - middle).unflatten(2, weights.shape[1:3]).permute(0, 2, 3, 1, 4)
+    # Only k - q counts: small keys keep moments accurate. All rows of a document see its first key.
+    middle = _first_keys(key, document_ids)
+    last = middle[:, -query.shape[1] :] if document_ids is not None else middle
+    query = query.unflatten(2, weights.shape[1:3]) - last.unsqueeze(3)
+    key, query = key - middle, query.permute(0, 2, 3, 1, 4)
     mean = torch.einsum("bhgij,bjhd->bhgid", weights, key)
     squares = torch.einsum("bhgij,bjhdc->bhgidc", weights, key.unsqueeze(-1) * key.unsqueeze(-2))
     shift = mean - query
@@ -66,3 +68,12 @@ def local_linear_attention(
     tilts = torch.einsum("bhgid,bjhd->bhgij", probe, key) - (probe * mean).sum(-1, keepdim=True)
     output = torch.einsum("bhgij,bjhd->bihgd", weights * (1 - tilts), value)
     return output.flatten(2, 3).to(dtype), probe.permute(0, 3, 1, 2, 4).flatten(2, 3).to(dtype)
+
+
+def _first_keys(key: torch.Tensor, document_ids: torch.Tensor | None) -> torch.Tensor:
+    """The first key of each key's document, [B, Tk, Hkv, D]; [B, 1, Hkv, D] without documents."""
+    if document_ids is None:
+        return key[:, :1]
+    rows = torch.arange(key.shape[1], device=key.device)
+    first = rows - positions_from_document_ids(document_ids)
+    return key[torch.arange(key.shape[0], device=key.device)[:, None], first]

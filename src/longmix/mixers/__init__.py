@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from longmix.mixers.hyper import Hyper as Hyper
     from longmix.mixers.kda import KDA as KDA
     from longmix.mixers.lightning import Lightning as Lightning
+    from longmix.mixers.lla import LLA as LLA
     from longmix.mixers.mamba2 import Mamba2 as Mamba2
     from longmix.mixers.mlstm_tfla import MLSTMTFLA as MLSTMTFLA
     from longmix.mixers.moba import MoBA as MoBA
@@ -59,6 +60,7 @@ _PLACES = {
     "HGRN2": "longmix.mixers.hgrn2",
     "Hyper": "longmix.mixers.hyper",
     "KDA": "longmix.mixers.kda",
+    "LLA": "longmix.mixers.lla",
     "Lightning": "longmix.mixers.lightning",
     "LinearMixer": "longmix.mixers.parts.linear",
     "MLSTMTFLA": "longmix.mixers.mlstm_tfla",
