@@ -8,6 +8,7 @@ system whose coefficients follow from the tokens; for the layer's values v and o
 with a state h of n entries for each of D channels, N = n D in all. `longmix.analysis.effective_attention` has the Phi
 of any mixer that is linear in its values, so the form is checked against what the mixer computes, in float64. Where the
 state is a cache, N counts its entries; the delta rule also moves its state by a matrix of rank one, which no lam shows.
+Where a token makes several writes, y is the sum of a Phi for each, and what is said of Phi is of their sum.
 """
 
 import copy
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from longmix.analysis.attention_statistics import AttentionStatistics
-from longmix.analysis.effective_attention import engine_call, mixing
+from longmix.analysis.effective_attention import Mixing, engine_call, mixing
 from longmix.analysis.states import gate_statistics
 from longmix.mixers.parts.base import Mixer
 from longmix.mixers.parts.looked_into import EngineCall
@@ -83,7 +84,7 @@ def dynamical_form(mixer: Mixer, x: Tensor, options: dict[str, Any]) -> Dynamica
     return DynamicalForm(
         state_size=entries / (found.output.shape[2] * found.output.shape[3]),
         state_entries=entries,
-        error=_error(matrix, found.value, found.output, found.offset),
+        error=_error(found, matrix),
         effective_rank=fmean(_number(head["effective_rank"]) for head in heads),
         first_token_mass=fmean(_number(head["first_token_mass"]) for head in heads),
         decay_product=product,
@@ -110,9 +111,13 @@ def _memory(call: EngineCall | None) -> tuple[float | None, float | None]:
     return math.exp(total.max().item()), fmean(known) if known else None
 
 
-def _error(matrix: Tensor, value: Tensor, output: Tensor, offset: Tensor) -> float:
-    shared = value.repeat_interleave(matrix.shape[1] // value.shape[2], 2)
-    mixed = (matrix @ shared.transpose(1, 2)).transpose(1, 2) + offset
+def _error(found: Mixing, matrix: Tensor) -> float:
+    writes, output, heads = found.writes, found.output, found.output.shape[2]
+    matrices = [matrix] if writes == 1 else [found.matrix(write) for write in range(writes)]
+    mixed = found.offset
+    for own, value in zip(matrices, found.value.chunk(writes, 2), strict=True):
+        shared = value.repeat_interleave(heads // value.shape[2], 2)
+        mixed = mixed + (own @ shared.transpose(1, 2)).transpose(1, 2)
     scale = output.square().mean().sqrt().clamp(min=torch.finfo(output.dtype).tiny)
     return ((mixed - output).abs().max() / scale).item()
 

@@ -43,16 +43,29 @@ class Mixing:
     offset: Tensor
     run: Callable[[Tensor], Tensor]
 
+    @property
+    def writes(self) -> int:
+        """How many values a token has for each head."""
+        return max(1, self.value.shape[2] // self.output.shape[2])
+
     @torch.no_grad()
-    def matrix(self) -> Tensor:
-        """[B, H, T, T], W columns at a time: output = matrix @ value + offset, in the dtype of the values."""
+    def matrix(self, write: int | None = None) -> Tensor:
+        """[B, H, T, T], W columns at a time: output = matrix @ value + offset, in the dtype of the values.
+
+        Args:
+            write: number of the one of a token's `writes` values that counts; None for all, each with the same value.
+        """
         batch, length, heads, width = self.value.shape
         identity = torch.eye(length, dtype=self.value.dtype, device=self.value.device)
         found = self.value.new_empty(batch, self.output.shape[2], length, length)
         for start in range(0, length, width):
             columns = identity[:, start : start + width]
             columns = F.pad(columns, (0, width - columns.shape[1]))
-            values = columns[:, None].expand(batch, length, heads, width).contiguous()
+            values = columns[:, None].repeat(batch, 1, heads, 1)
+            if write is not None:
+                each = heads // self.writes
+                values[:, :, : write * each] = 0
+                values[:, :, (write + 1) * each :] = 0
             part = (self.run(values) - self.offset).transpose(1, 2)
             found[..., start : start + width] = part[..., : length - start]
         return found
