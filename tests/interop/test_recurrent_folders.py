@@ -340,6 +340,12 @@ UNSAID = [
     (
         "gated_deltanet",
         "folder",
+        ["mixer=gated_deltanet", "mixer.shared_norm=true", "mixer.heads_kept=2", "model.norm_eps=1e-5"],
+        "mixer.heads_kept=2 cannot be said",
+    ),
+    (
+        "gated_deltanet",
+        "folder",
         ["mixer=gated_deltanet", "mixer.shared_norm=true", "mixer.convolution=0"],
         "convolution=0 cannot be said",
     ),

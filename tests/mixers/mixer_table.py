@@ -14,8 +14,10 @@ from longmix.mixers.block_sparse import BlockSparse
 from longmix.mixers.combiner import Combiner
 from longmix.mixers.combiner_log import CombinerLog
 from longmix.mixers.flash import Flash
+from longmix.mixers.hgrn2 import HGRN2
 from longmix.mixers.hyper import Hyper
 from longmix.mixers.lla import LLA
+from longmix.mixers.mamba2 import Mamba2
 from longmix.mixers.mlstm_tfla import MLSTMTFLA
 from longmix.mixers.moba import MoBA
 from longmix.mixers.nsa import NSA
@@ -72,6 +74,20 @@ MIXERS: dict[str, Callable[[], Mixer]] = {
     "parallax-fourier-context": lambda: stirred(
         Parallax(SHAPE, 0, probe_std=0.2, bias="fourier", bias_rank=2, position="context", num_kv_heads=1)
     ),
+    "moba-fourier-context-sinks": lambda: stirred(
+        MoBA(SHAPE, 0, block=3, top_k=2, bias="fourier", bias_rank=2, position="context", sink_logits=True)
+    ),
+    "moba-forget-grouped": lambda: MoBA(SHAPE, 0, block=4, top_k=2, bias="forget", rotary_base=None, num_kv_heads=1),
+    "nsa-context-sinks": lambda: stirred(
+        nsa(block=3, blocks=3, compress_block=3, compress_stride=1, window=3, position="context", sink_logits=True)
+    ),
+    "sparsek-alibi-context-sinks": lambda: stirred(sparsek(bias="alibi", position="context", sink_logits=True)),
+    "sparsek-forget-grouped": lambda: sparsek(bias="forget", rotary_base=None, num_kv_heads=1, gate="value"),
+    "tensor-low-rank-sinks": lambda: stirred(
+        TensorAttention(SHAPE, 0, window_1=3, window_2=5, bias="low_rank", bias_rank=2, sink_logits=True)
+    ),
+    "tensor-alibi-grouped": lambda: TensorAttention(SHAPE, 0, window_1=5, window_2=3, bias="alibi", num_kv_heads=1),
+    "combiner-log-sinks": lambda: stirred(CombinerLog(SHAPE, 0, sink_logits=True)),
     "parallax-alibi-gated-heads": lambda: Parallax(SHAPE, 0, **ALIBI, output_gate="head", heads_shared=1, heads_kept=2),
     "lla-grouped": lambda: LLA(SHAPE, 0, num_kv_heads=1),
     "routing": lambda: routing(window=4, local_window=5),
@@ -119,6 +135,13 @@ MIXERS: dict[str, Callable[[], Mixer]] = {
         routing(mode="prefix_topk", window=3, block=4, bias="fourier", bias_rank=2, sink_logits=True)
     ),
     "scatterbrain-sink-logits": lambda: stirred(scatterbrain(sink_logits=True)),
+    "flash-gain-alibi-grouped": lambda: stirred(
+        Flash(SHAPE, 0, **ALIBI, gain="fourier", bias_rank=2, sink_logits=True, num_kv_heads=1)
+    ),
+    "window-gain-gaps": lambda: stirred(SlidingWindow(SHAPE, 0, window=3, dilation=[1, 2, 5], gain="fourier")),
+    "blocks-gain-context": lambda: stirred(
+        BlockSparse(SHAPE, 0, block=16, local=1, gain="fourier", position="context")
+    ),
     "flash-gated-heads": lambda: Flash(SHAPE, 0, output_gate="element", heads_shared=1, heads_kept=2),
     "drop-gated-heads": lambda: SparseFlashDrop(SHAPE, 0, window=3, output_gate="head", heads_kept=2),
     "mlstm-sig": lambda: awake(MLSTMTFLA(SHAPE, 0)),
@@ -139,6 +162,11 @@ MIXERS: dict[str, Callable[[], Mixer]] = {
     "gla": lambda: GatedMemory(
         SHAPE, 1, decay="sigmoid", output_gate="silu", delta=False, key_factor=0.5, convolution=0
     ),
+    "gated-deltanet-mixture": lambda: GatedMemory(
+        SHAPE, 0, num_heads=2, num_value_heads=4, heads_shared=1, heads_kept=2
+    ),
+    "mamba2-mixture": lambda: Mamba2(SHAPE, 0, state_size=8, num_heads=4, heads_kept=2),
+    "hgrn2-mixture": lambda: HGRN2(SHAPE, 1, num_heads=4, heads_shared=1, heads_kept=2),
     "delta-no-convolution": lambda: GatedMemory(SHAPE, 0, decay="sigmoid", output_gate="low_rank", convolution=0),
 }
 

@@ -10,8 +10,11 @@ from mixer_table import SHAPE, scatterbrain
 from torch import nn
 
 from longmix.errors import ConfigError
+from longmix.mixers.combiner_log import CombinerLog
 from longmix.mixers.flash import Flash
 from longmix.mixers.hyper import Hyper
+from longmix.mixers.nsa import NSA
+from longmix.mixers.parallax import Parallax
 from longmix.mixers.parts.attention_state import keys_like, with_sinks
 from longmix.mixers.parts.base import ModelShape
 from longmix.mixers.parts.context_positions import ContextPositions
@@ -19,6 +22,7 @@ from longmix.mixers.parts.head_gates import HeadRouter
 from longmix.mixers.parts.score_bias import FourierBias, LowRankBias
 from longmix.mixers.parts.softmax import SoftmaxAttention
 from longmix.mixers.sliding_window import SlidingWindow
+from longmix.mixers.tensor import TensorAttention
 from longmix_kernels.attention import attention, bias_columns
 
 FOLDER = Path(__file__).parents[1] / "fixtures/model_side"
@@ -98,6 +102,43 @@ def test_a_bias_of_frequencies():
     near(mixer(x).y.view_as(given["o"]), given["o"])
 
 
+def test_a_gain_on_the_weights():
+    """Ten frequencies give any gain of 19 distances, so that the oracle's, of each distance, can be set."""
+    given = oracle("urpe")
+    heads, length = given["gain"].shape
+    mixer = fed(Flash, given, rotary_base=None, gain="fourier", bias_rank=(length + 1) // 2)
+    bias = mixer.bias
+    assert isinstance(bias, FourierBias)
+    frequency = torch.arange((length + 1) // 2, dtype=torch.float64) * (2 * math.pi / length)
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequency
+    basis = torch.cat((angles.cos(), angles.sin()), 1)  # [distance, amplitude]
+    amplitudes = torch.linalg.pinv(basis) @ given["gain"].log().mT
+    with torch.no_grad():
+        bias.frequency.copy_(frequency.expand(heads, -1))
+        bias.cosine.copy_(amplitudes[: len(frequency)].mT)
+        bias.sine.copy_(amplitudes[len(frequency) :].mT)
+    x = torch.zeros(*given["q"].shape[:2], mixer.d_model, dtype=torch.float64)
+    mixed = mixer(x).y.view_as(given["o"])
+    near(mixed, given["o"], 1e-11)
+    mixed.backward(given["grad_o"])
+    for name in ("q", "k", "v"):
+        near(given[name].grad, given[f"grad_{name}"], 1e-11)
+    wanted = (given["grad_gain"] * given["gain"]) @ basis
+    near(torch.cat((bias.cosine.grad, bias.sine.grad), 1), wanted, 1e-10)
+
+
+def test_a_gain_tells_positions_of_equal_tokens_apart_and_a_bias_does_not():
+    spread = {}
+    for name in ("bias", "gain"):
+        torch.manual_seed(0)
+        mixer = Flash(SHAPE, 0, **{name: "fourier"}).double()
+        assert mixer.bias is not None
+        nn.init.normal_(mixer.bias.cosine, std=0.3)
+        y = mixer(torch.randn(1, 1, SHAPE.d_model, dtype=torch.float64).expand(1, 20, -1)).y
+        spread[name] = float((y - y[:, :1]).detach().abs().max() / y.detach().abs().max())
+    assert spread["bias"] < 1e-12 and spread["gain"] > 0.05
+
+
 @pytest.mark.parametrize("name", ["carope", "carope_grouped_documents"])
 def test_positions_of_the_context(name):
     given = oracle(name)
@@ -132,6 +173,22 @@ def test_positions_of_the_context_begin_as_rotary_ones(head_dim):
         mixers.append(Flash(shape, 0, position=position).double())
     x = torch.randn(1, 40, shape.d_model, dtype=torch.float64)
     torch.testing.assert_close(mixers[1](x).y, mixers[0](x).y, rtol=0, atol=1e-5)  # whose angles are float32
+
+
+def test_frequencies_are_measured():
+    torch.manual_seed(0)
+    mixer = Flash(SHAPE, 0, position="context")
+    assert mixer.context is not None
+    nn.init.normal_(mixer.context.frequency.weight)
+    x = torch.randn(2, 500, SHAPE.d_model)
+    f = mixer.context.steps(x).detach()[..., 1].flatten(0, 1)
+    first, second = (mixer(part).metrics for part in x.split(1))
+    assert not mixer.eval()(x).metrics
+    for head in range(3):
+        wanted = {"mean": f[:, head].mean(), "low": f[:, head].quantile(0.05), "high": f[:, head].quantile(0.95)}
+        for name, number in wanted.items():
+            key = f"frequency_{name}_head_{head}"
+            assert first[key].plus(second[key]).figure() == pytest.approx(float(number), abs=1 / 256)
 
 
 def test_phases_stay_exact_over_many_tokens():
@@ -252,6 +309,30 @@ REFUSED = {
     ),
     "bias": (lambda: Flash(SHAPE, 0, bias="t5"), "mixer.bias=t5 is unknown; use none, alibi, fourier, low_rank"),
     "bias-rank": (lambda: Flash(SHAPE, 0, bias="fourier", bias_rank=0), "mixer.bias_rank=0 must be at least 1"),
+    "gain": (lambda: Flash(SHAPE, 0, gain="t5"), "mixer.gain=t5 is unknown; use none, fourier"),
+    "gain-elsewhere": (lambda: NSA(SHAPE, 0, gain="fourier"), "mixer.gain=fourier cannot be had in NSA, but in flash"),
+    "gain-bias": (lambda: Flash(SHAPE, 0, gain="fourier", bias="low_rank"), "gain=fourier and mixer.bias=low_rank are"),
+    "gain-dropout": (lambda: Flash(SHAPE, 0, gain="fourier", attention_dropout=0.1), "which has no mixer.gain; leave"),
+    "context-spans": (
+        lambda: CombinerLog(SHAPE, 0, position="context"),
+        "context .* CombinerLog: the lar",
+    ),
+    "context-products": (
+        lambda: TensorAttention(SHAPE, 0, position="context"),
+        "=context .* TensorAttention: a p",
+    ),
+    "bias-compressed": (
+        lambda: NSA(SHAPE, 0, bias="alibi"),
+        "mixer.bias=alibi cannot be had in NSA: a com",
+    ),
+    "bias-spans": (
+        lambda: CombinerLog(SHAPE, 0, bias="forget"),
+        "=forget cannot be had in CombinerLog: the",
+    ),
+    "sinks-probe": (
+        lambda: Parallax(SHAPE, 0, sink_logits=True),
+        "sink_logits=true cannot be had in Parallax: the",
+    ),
     "bias-features": (lambda: scatterbrain(bias="alibi"), "mixer.bias=alibi needs scores .* Scatterbrain has others"),
     "gate": (lambda: Flash(SHAPE, 0, output_gate="silu"), "mixer.output_gate=silu is unknown; use none, head, element"),
     "kept": (lambda: Flash(SHAPE, 0, heads_kept=4), "mixer.heads_kept=4 must be from 1 to 3"),

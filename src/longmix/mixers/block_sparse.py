@@ -74,6 +74,7 @@ class BlockSparse(SoftmaxAttention):
 
     pairwise = True
     takes_sink_logits = True
+    takes_gain = True
     sizes: ClassVar = {"block": 16}  # a tile of the engine
     changeable: ClassVar = (*SoftmaxAttention.changeable, "sink", "local", "stride")
     small: ClassVar = {"local": 1, "stride": 2}

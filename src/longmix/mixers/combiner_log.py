@@ -11,7 +11,7 @@ pooled after the rotation.
 """
 
 from dataclasses import replace
-from typing import Unpack
+from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor
@@ -29,6 +29,12 @@ class CombinerLog(SoftmaxAttention):
     Args:
         shape, layer_index, options: see `SoftmaxAttention`.
     """
+
+    takes_sink_logits = True
+    refused: ClassVar = {
+        "bias": "the largest key of a span has no place, so that no bias of two tokens is its own",
+        "position": "the largest key of a span depends on where phases began, and they do not begin with a document",
+    }
 
     def __init__(self, shape: ModelShape, layer_index: int, **options: Unpack[HeadOptions]) -> None:
         super().__init__(shape, layer_index, **options)

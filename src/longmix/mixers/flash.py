@@ -26,13 +26,14 @@ class Flash(SoftmaxAttention):
 
     pairwise = True
     takes_sink_logits = True
+    takes_gain = True
     changeable: ClassVar = (*SoftmaxAttention.changeable, "attention_dropout")
 
     def __init__(
         self, shape: ModelShape, layer_index: int, *, attention_dropout: float = 0.0, **options: Unpack[HeadOptions]
     ) -> None:
         super().__init__(shape, layer_index, **options)
-        self.attention_dropout = check_dropout("mixer.attention_dropout", attention_dropout, self.sink_logit)
+        self.attention_dropout = check_dropout("mixer.attention_dropout", attention_dropout, self.sink_logit, self.gain)
 
     def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Metric]]:
         """Use torch's kernels where rows are plainly causal, or packed on a GPU; else our engine, which skips tiles."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from longmix.errors import ConfigError
 from longmix.mixers.parts.base import ModelShape, divided
 from longmix.mixers.parts.exact import exact_linear
+from longmix.mixers.parts.head_gates import head_router
 from longmix.mixers.parts.memory import ChannelMemory, Terms
 from longmix.mixers.parts.norms import HeadwiseNorm, check_norm_eps
 
@@ -41,6 +42,8 @@ class HGRN2(ChannelMemory):
         lower_bound: "learned", "fixed" or "none".
         convolution: tokens that a short convolution mixes, of queries and values, with a SiLU; 0 for none.
         norm_eps: of the norm.
+        heads_shared, heads_kept, heads_balance: a mixture of heads, see `longmix.mixers.parts.head_gates.HeadRouter`,
+            on what the norm returns; none with `heads_kept` None.
 
     Raises:
         ConfigError: an unknown bound, heads that do not divide, a convolution of 1 token.
@@ -58,6 +61,9 @@ class HGRN2(ChannelMemory):
         lower_bound: str = "learned",
         convolution: int = 0,
         norm_eps: float = 1e-5,
+        heads_shared: int = 0,
+        heads_kept: int | None = None,
+        heads_balance: float = 0.01,
     ) -> None:
         super().__init__()
         check_norm_eps(norm_eps)
@@ -80,6 +86,7 @@ class HGRN2(ChannelMemory):
         for layer in (self.query, self.forget, self.value):
             nn.init.normal_(layer.weight, std=width**-0.5)
         nn.init.normal_(self.output.weight, std=width**-0.5 / math.sqrt(2 * shape.num_layers))
+        self.head_router = head_router(width, self.num_heads, heads_shared, heads_kept, heads_balance, shape.num_layers)
 
     def gates(self, x: Tensor) -> Tensor:
         """Logarithms of the forget gates, [B, T, D]."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from longmix.errors import ConfigError
 from longmix.mixers.parts.base import COUNT, FACTOR, ModelShape, at_most, divided
 from longmix.mixers.parts.exact import exact_linear
+from longmix.mixers.parts.head_gates import head_router
 from longmix.mixers.parts.log_decay import RATES, STEPS
 from longmix.mixers.parts.memory import MemoryMixer, Terms
 from longmix.mixers.parts.norms import HeadwiseNorm, check_norm_eps
@@ -51,6 +52,8 @@ class Mamba2(MemoryMixer):
         num_heads: heads of x'; None takes one for every 64 channels, and at least 4.
         convolution: tokens that the short convolution mixes; 0 for none, nor its SiLU.
         norm_eps: of the norm.
+        heads_shared, heads_kept, heads_balance: a mixture of heads, see `longmix.mixers.parts.head_gates.HeadRouter`,
+            on what the norm returns; none with `heads_kept` None.
 
     Raises:
         ConfigError: heads or groups that do not divide, a size that is not positive, a convolution of 1 token.
@@ -71,6 +74,9 @@ class Mamba2(MemoryMixer):
         num_heads: int | None = None,
         convolution: int = 4,
         norm_eps: float = 1e-5,
+        heads_shared: int = 0,
+        heads_kept: int | None = None,
+        heads_balance: float = 0.01,
     ) -> None:
         super().__init__()
         check_norm_eps(norm_eps)
@@ -100,6 +106,7 @@ class Mamba2(MemoryMixer):
         with torch.no_grad():
             self.output.weight.div_(math.sqrt(shape.num_layers))
         set_recipe(self.step.weight, Recipe("scalar"))
+        self.head_router = head_router(self.d_model, heads, heads_shared, heads_kept, heads_balance, shape.num_layers)
 
     def gates(self, x: Tensor) -> Tensor:
         """dt before its bias and softplus, [B, T, H]."""

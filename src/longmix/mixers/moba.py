@@ -8,12 +8,12 @@ Notable: there are no parameters beyond those of `flash`, and with `top_k` block
 complete before a query may choose them, so that a mean holds no later token. The own block counts as one of `top_k`, as
 published: `top_k=1` is the own block alone. Blocks are counted from the first token of each document. Of equal scores
 the earlier block wins. Each query head chooses for itself, also where heads share keys. Choosing has no gradient, as
-published.
+published. A bias is part of a block's score: the mean of it over the block's keys.
 
 A step of decoding reads the blocks' means, which are in the state, and the keys of the chosen blocks alone.
 """
 
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, ClassVar, Unpack
 
 import torch
@@ -21,49 +21,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longmix.errors import ConfigError
-from longmix.mixers.parts.attention_state import AttentionState, Rows, continued
+from longmix.mixers.parts.attention_state import Rows, continued
 from longmix.mixers.parts.base import COUNT, TOKENS, ModelShape, at_most
 from longmix.mixers.parts.block_choice import chosen_blocks, gathered, listed_rows
+from longmix.mixers.parts.block_states import BlockState
 from longmix.mixers.parts.metrics import Metric
 from longmix.mixers.parts.softmax import HeadOptions, SoftmaxAttention
-from longmix.mixers.parts.states import mixer_state
 from longmix_kernels.attention import (
     KeyBlocks,
-    attention,
     attention_to_blocks,
     key_blocks,
-    merge,
     positions_from_document_ids,
 )
-
-
-@mixer_state()
-@dataclass
-class BlockState:
-    """Keys and values seen so far, and the means of the complete blocks of the document that goes on.
-
-    Attributes:
-        seen: the keys and values.
-        means: [B, S // block, Hkv, head_dim] for S keys, in float32 or wider; zeros where a row has fewer blocks.
-    """
-
-    seen: AttentionState
-    means: Tensor
-
-    @property
-    def last_id(self) -> Tensor | None:
-        """int [B], the document of the last token; None before the first."""
-        return self.seen.last_id
-
-    @property
-    def next_position(self) -> Tensor:
-        """int64 [B], see `AttentionState`."""
-        return self.seen.next_position
-
-    @property
-    def one_document(self) -> bool:
-        """Whether no ids were passed so far."""
-        return self.seen.one_document
 
 
 class MoBA(SoftmaxAttention):
@@ -78,6 +47,9 @@ class MoBA(SoftmaxAttention):
         ConfigError: besides those of the base, a number below 1.
     """
 
+    pairwise = True
+    takes_sink_logits = True
+    rows_in_place = False
     sizes: ClassVar = {"block": 1}
     changeable: ClassVar = (*SoftmaxAttention.changeable, "block", "top_k")
 
@@ -103,14 +75,14 @@ class MoBA(SoftmaxAttention):
         number = position[:, last] // self.block
         lo = (row - position % self.block)[:, None, last].contiguous()
         hi = (row + 1)[:, None, last].expand_as(lo).contiguous()
-        tensors = rows.query, rows.key, rows.value
-        own = attention(*tensors, lo=lo, hi=hi, return_logsumexp=True)
+        own = rows.attended(lo=lo, hi=hi)
         blocks = self._blocks(rows)
         if self.top_k == 1 or blocks.starts.shape[1] == 0:
-            return own[0], {}
+            return rows.merged([own]), {}
         first = blocks.first[:, last]
         chosen = self._chosen(rows.query, self.means(rows.key, blocks), first, first + number)
-        return merge([own, attention_to_blocks(*tensors, chosen, blocks)])[0], {}
+        past = attention_to_blocks(rows.query, rows.key, rows.value, chosen, blocks, scale=rows.scale)
+        return rows.merged([own, past]), {}
 
     def _blocks(self, rows: Rows) -> KeyBlocks:
         return key_blocks(rows.key.shape[1], self.block, document_ids=rows.document_ids, device=rows.key.device)
@@ -137,7 +109,10 @@ class MoBA(SoftmaxAttention):
         rows = continued(rows, state.seen)
         seen = self._kept(rows, next_position)
         if rows.query.shape[1] == 1:
-            means = self._means_after(state.means, rows.key, next_position)
+            means = state.means
+            if means.shape[-1] != rows.key.shape[-1]:  # a bias has other columns in another dtype
+                means = self._means_of_last(replace(rows, key=rows.key[:, :-1]), state.next_position)
+            means = self._means_after(means, rows.key, next_position)
             return self._step(rows, means, next_position - 1), {}, BlockState(seen, means)
         mixed, metrics = self.attend(rows)
         return mixed, metrics, BlockState(seen, self._means_of_last(rows, next_position))
@@ -174,7 +149,8 @@ class MoBA(SoftmaxAttention):
         places, lo = listed_rows(chosen, means.shape[1], first, self.block, own, self.block)
         key, value = (gathered(x, places) for x in (rows.key, rows.value))
         hi = (places.shape[-1] - self.block + 1 + offset[:, None]).int().expand_as(lo)
-        return attention(rows.query, key, value, lo=lo[..., None].contiguous(), hi=hi[..., None].contiguous())
+        listed = replace(rows, key=key, value=value, document_ids=None, layout=None)
+        return rows.merged([listed.attended(lo=lo[..., None].contiguous(), hi=hi[..., None].contiguous())])
 
     def state_type(self) -> type:
         """The class of the state."""
@@ -192,13 +168,13 @@ class MoBA(SoftmaxAttention):
 
     def _mean_bytes(self, length: int) -> int:
         exact = torch.promote_types(self.value.weight.dtype, torch.float32).itemsize
-        return length // self.block * self.num_kv_heads * self.head_dim * exact
+        return length // self.block * self.num_kv_heads * self.key_dim(self.value.weight.dtype) * exact
 
     def step_bytes(self, length: int) -> int:
         """Bytes of the means, the own block, and the chosen blocks, which heads that share keys may choose apart."""
         chosen = min(self.top_k - 1, length // self.block) * self.block
         rows = self.num_kv_heads * (length % self.block + 1) + self.num_heads * chosen
-        return 2 * rows * self.head_dim * self.value.weight.element_size() + self._mean_bytes(length)
+        return rows * self.row_bytes() + self._mean_bytes(length) + self.carried_bytes()
 
     def visible_pairs(self, length: int) -> int:
         """A triangle in each block, and the chosen blocks before it."""
@@ -212,7 +188,8 @@ class MoBA(SoftmaxAttention):
     def choosing_flops(self, length: int) -> int:
         """Operations of the scores of all blocks, of which there is no gradient."""
         blocks = length // self.block if self.top_k > 1 else 0
-        return 2 * length * blocks * self.num_heads * self.head_dim
+        wide = self.head_dim + (0 if self.bias is None else self.bias.rank)
+        return 2 * length * blocks * self.num_heads * wide
 
     def flops(self, length: int) -> int:
         """The base's operations, and the scores of the blocks."""

@@ -8,8 +8,9 @@
                  `blocks` blocks of `block` tokens                                                        eq. 11 and 12
     y_i        = g1 sum_b p_i(b) vc_b + g2 attention(i, I_i) + g3 attention(i, the last `window`),  g = sigmoid(W x_i)
 
-Each part has keys and values of its own, and every head its own gates. Everything is counted from the first token of
-each document. The choice has no gradient, as published: the compressed blocks learn from their part of the output.
+Each part has keys, values and sink logits of its own, and every head its own gates. Everything is counted from the
+first token of each document. The choice has no gradient, as published: the compressed blocks learn from their part of
+the output.
 
 What the paper leaves open: phi is a network of two layers, with a learned vector for each place in a block. Compressed
 keys are of unrotated keys, and meet unrotated queries, since a block has no one position; with `qk_norm` they have a
@@ -20,7 +21,6 @@ A step of decoding reads the compressed keys and values, the chosen blocks and t
 parts' keys and values of all tokens too, so that any number of tokens can go on from it.
 """
 
-from dataclasses import dataclass
 from typing import Any, ClassVar, Unpack
 
 import torch
@@ -28,15 +28,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longmix.errors import ConfigError
-from longmix.mixers.parts.attention_state import AttentionState, Rows, continued
+from longmix.mixers.parts.attention_state import AttentionState, Rows, continued, with_sinks
 from longmix.mixers.parts.base import COUNT, TOKENS, ModelShape, at_most
 from longmix.mixers.parts.block_choice import chosen_blocks, gathered, listed_rows
 from longmix.mixers.parts.block_compression import BlockCompression
+from longmix.mixers.parts.block_states import NSAState
 from longmix.mixers.parts.exact import exact_linear
+from longmix.mixers.parts.head_gates import sink_logit_of
 from longmix.mixers.parts.layout import Layout
 from longmix.mixers.parts.metrics import Metric
+from longmix.mixers.parts.scatterbrain_summaries import Part
 from longmix.mixers.parts.softmax import HeadNorm, HeadOptions, Selection, SoftmaxAttention
-from longmix.mixers.parts.states import mixer_state
 from longmix.recipe import Recipe, set_recipe
 from longmix_kernels.attention import (
     KeyBlocks,
@@ -49,36 +51,6 @@ from longmix_kernels.attention import (
 
 COMPRESSED, CHOSEN, WINDOW = range(3)
 """The parts, in the order in which keys, values and gates have them."""
-
-
-@mixer_state()
-@dataclass
-class NSAState:
-    """Keys and values seen so far, and the compressed blocks of the document that goes on.
-
-    Attributes:
-        seen: keys and values [B, S, 3 * Hkv, head_dim], part by part.
-        key, value: [B, S // compress_stride, Hkv, head_dim]; zeros where a row has fewer blocks.
-    """
-
-    seen: AttentionState
-    key: Tensor
-    value: Tensor
-
-    @property
-    def last_id(self) -> Tensor | None:
-        """int [B], the document of the last token; None before the first."""
-        return self.seen.last_id
-
-    @property
-    def next_position(self) -> Tensor:
-        """int64 [B], see `AttentionState`."""
-        return self.seen.next_position
-
-    @property
-    def one_document(self) -> bool:
-        """Whether no ids were passed so far."""
-        return self.seen.one_document
 
 
 class NSA(SoftmaxAttention):
@@ -98,6 +70,9 @@ class NSA(SoftmaxAttention):
         ConfigError: naming the setting.
     """
 
+    pairwise = True
+    takes_sink_logits = True
+    refused: ClassVar = {"bias": "a compressed block has no one place, so that no bias of two tokens is its own"}
     sizes: ClassVar = {"compress_stride": 1, "compress_block": 1, "block": 1, "window": 1}
     small: ClassVar = {"blocks": 4}
     changeable: ClassVar = (*SoftmaxAttention.changeable, "block", "blocks", "local", "window")
@@ -132,6 +107,8 @@ class NSA(SoftmaxAttention):
         )
         normed = not isinstance(self.key_norm, nn.Identity)
         self.compressed_norm = HeadNorm(self.head_dim, eps=shape.norm_eps) if normed else nn.Identity()
+        if self.sink_logit is not None:
+            self.sink_logit = sink_logit_of(3 * self.num_heads)
         self.gate = nn.Linear(self.d_model, 3 * self.num_heads)
         nn.init.zeros_(self.gate.weight)
         nn.init.zeros_(self.gate.bias)
@@ -206,27 +183,30 @@ class NSA(SoftmaxAttention):
         first_local = (position // self.block - (self.local - 1)).clamp(min=0)
         lo = (row - position + first_local * self.block)[:, None, last].contiguous()
         hi = (row + 1)[:, None, last].expand_as(lo).contiguous()
-        near = attention(query, chosen_key, chosen_value, lo=lo, hi=hi, return_logsumexp=True)
+        near = _attention(query, chosen_key, chosen_value, lo=lo, hi=hi)
         window_key, window_value = (self._part(x, WINDOW) for x in (rows.key, rows.value))
-        window = attention(query, window_key, window_value, **rows.bounds(self.window))
+        window = _attention(query, window_key, window_value, **rows.bounds(self.window))
         if key.shape[1] == 0:
-            return self._gated(rows, torch.zeros_like(window), near[0], window)
+            return self._gated(rows, _nothing_like(window), near, window)
         first, seen = compressed.first[:, last], compressed.ended[:, last]
         lo, hi = (x[:, None].contiguous() for x in (first, first + seen))
-        coarse, logsumexp = attention(raw, key, value, lo=lo, hi=hi, return_logsumexp=True)
+        coarse = _attention(raw, key, value, lo=lo, hi=hi)
         table = key_blocks(keys, self.block, document_ids=rows.document_ids, device=query.device)
         if table.starts.shape[1] == 0:
-            return self._gated(rows, coarse, near[0], window)
+            return self._gated(rows, coarse, near, window)
         begin = table.first[:, last]
         parts = self._parts_of(compressed, table)
-        chosen = self._chosen(raw, key, logsumexp, (first, first + seen), (begin, begin + first_local[:, last]), parts)
+        runs = (first, first + seen), (begin, begin + first_local[:, last])
+        chosen = self._chosen(raw, key, coarse[1], *runs, parts)
         far = attention_to_blocks(query, chosen_key, chosen_value, chosen, table)
-        return self._gated(rows, coarse, merge([near, far])[0], window)
+        return self._gated(rows, coarse, merge([near, far]), window)
 
-    def _gated(self, rows: Rows, *parts: Tensor) -> Tensor:
+    def _gated(self, rows: Rows, *parts: Part) -> Tensor:
         assert rows.query_labels is not None
-        gates = rows.query_labels.to(parts[0].dtype).unsqueeze(-2)
-        return sum((part * gates[..., n] for n, part in enumerate(parts)), torch.zeros_like(parts[0]))
+        gates = rows.query_labels.to(parts[0][0].dtype).unsqueeze(-2)
+        sinks = [None] * 3 if rows.sinks is None else rows.sinks.chunk(3)
+        found = [with_sinks(*part, sink) for part, sink in zip(parts, sinks, strict=True)]
+        return sum((part * gates[..., n] for n, part in enumerate(found)), torch.zeros_like(found[0]))
 
     def _parts_of(self, compressed: KeyBlocks, table: KeyBlocks) -> Tensor:
         """The compressed block [B or 1, N] that begins where each block of the table does, in their own numbers."""
@@ -331,25 +311,25 @@ class NSA(SoftmaxAttention):
         first = keys - 1 - position
         recent = [self._part(x, WINDOW)[:, -self.window :] for x in (rows.key, rows.value)]
         lo = (first - (keys - recent[0].shape[1])).clamp(min=0).int()[:, None, None]
-        window = attention(query, *recent, lo=lo, hi=torch.full_like(lo, recent[0].shape[1]))
-        coarse, chosen = torch.zeros_like(window), query.new_empty(len(query), self.num_kv_heads, 0, dtype=torch.int64)
+        window = _attention(query, *recent, lo=lo, hi=torch.full_like(lo, recent[0].shape[1]))
+        coarse, chosen = _nothing_like(window), query.new_empty(len(query), self.num_kv_heads, 0, dtype=torch.int64)
         first_local = (position // self.block - (self.local - 1)).clamp(min=0)
         blocks = keys // self.block
         if key.shape[1]:
             count = ((position + (1 + self.compress_stride - self.compress_block)).clamp(min=0)) // self.compress_stride
             none = torch.zeros_like(count)[:, None]
             lo, hi = none[:, None].int(), count[:, None, None].int()
-            coarse, logsumexp = attention(raw, key, value, lo=lo, hi=hi, return_logsumexp=True)
+            coarse = _attention(raw, key, value, lo=lo, hi=hi)
             if blocks:
                 parts = torch.arange(blocks, device=key.device)[None] * (self.block // self.compress_stride)
                 runs = (none, count[:, None]), (none, first_local[:, None])
-                chosen = self._chosen(raw, key, logsumexp, *runs, parts)[:, 0]
+                chosen = self._chosen(raw, key, coarse[1], *runs, parts)[:, 0]
         tail, length = first + first_local * self.block, self.local * self.block
         places, lo = listed_rows(chosen, blocks, first, self.block, tail, length)
         near = [gathered(self._part(x, CHOSEN), places) for x in (rows.key, rows.value)]
         hi = (places.shape[-1] - length + keys - tail[:, None]).int().expand_as(lo)
         lo, hi = (x.repeat_interleave(self.num_heads // self.num_kv_heads, 1)[..., None] for x in (lo, hi))
-        return self._gated(rows, coarse, attention(query, *near, lo=lo.contiguous(), hi=hi.contiguous()), window)
+        return self._gated(rows, coarse, _attention(query, *near, lo=lo.contiguous(), hi=hi.contiguous()), window)
 
     def state_type(self) -> type:
         """The class of the state."""
@@ -360,19 +340,20 @@ class NSA(SoftmaxAttention):
         weight = self.value.weight
         empty, none = (weight.new_empty(batch, 0, n * self.num_kv_heads, self.head_dim) for n in (3, 1))
         position = torch.zeros(batch, dtype=torch.int64, device=weight.device)
-        return NSAState(AttentionState(empty, empty, None, None, position), none, none)
+        return NSAState(AttentionState(empty, empty, None, None, position, self.carried_before(batch)), none, none)
 
     def _row_bytes(self) -> int:
         return 2 * self.num_kv_heads * self.head_dim * self.value.weight.element_size()
 
     def state_bytes(self, length: int) -> int:
         """Bytes of the three parts' keys and values, and of the compressed ones, of one row after `length` tokens."""
-        return (3 * length + length // self.compress_stride) * self._row_bytes()
+        return (3 * length + length // self.compress_stride) * self._row_bytes() + self.carried_bytes()
 
     def step_bytes(self, length: int) -> int:
         """Bytes of the compressed blocks, of those that are chosen, and of the window."""
         chosen = min(self.blocks * self.block, length + 1)
-        return (length // self.compress_stride + chosen + min(self.window, length + 1)) * self._row_bytes()
+        seen = length // self.compress_stride + chosen + min(self.window, length + 1)
+        return seen * self._row_bytes() + self.carried_bytes()
 
     def _compressed_blocks(self, length: int) -> int:
         return max(0, (length - self.compress_block) // self.compress_stride + 1)
@@ -399,3 +380,13 @@ class NSA(SoftmaxAttention):
         count = self._compressed_blocks(length) * self.num_kv_heads
         networks = self.compress_key.flops(count) + self.compress_value.flops(count)
         return super().flops(length) + networks + self.choosing_flops(length)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, **bounds: Any) -> Part:
+    """Output and logsumexp of a part."""
+    return attention(query, key, value, **bounds, return_logsumexp=True)
+
+
+def _nothing_like(part: Part) -> Part:
+    """The part of a query that sees no key."""
+    return torch.zeros_like(part[0]), torch.full_like(part[1], -torch.inf)

@@ -59,6 +59,7 @@ class Parallax(SoftmaxAttention):
     """
 
     pairwise = True
+    refused: ClassVar = {"sink_logits": "the tilt of its probe keeps the sum of the weights at 1"}
     sizes: ClassVar = {"window": 1}
     changeable: ClassVar = (*SoftmaxAttention.changeable, "window")
 

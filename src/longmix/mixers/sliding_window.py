@@ -35,6 +35,7 @@ class SlidingWindow(SoftmaxAttention):
 
     pairwise = True
     takes_sink_logits = True
+    takes_gain = True
     sizes: ClassVar = {"window": 1}
     changeable: ClassVar = (*SoftmaxAttention.changeable, "window", "dilation", "stride", "attention_dropout")
 
@@ -59,7 +60,7 @@ class SlidingWindow(SoftmaxAttention):
         self.carries_in_slices = stride == 1
         if not 1 <= stride <= window:
             raise ConfigError(f"mixer.stride={stride} must be from 1 to mixer.window={window}: a token sees itself.")
-        self.attention_dropout = check_dropout("mixer.attention_dropout", attention_dropout, self.sink_logit)
+        self.attention_dropout = check_dropout("mixer.attention_dropout", attention_dropout, self.sink_logit, self.gain)
         if self.attention_dropout and self.has_gaps:
             raise ConfigError(
                 f"mixer.attention_dropout={attention_dropout} has a window without gaps; set "

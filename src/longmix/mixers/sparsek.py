@@ -60,6 +60,9 @@ class SparseK(SoftmaxAttention):
         ConfigError: naming the setting.
     """
 
+    pairwise = True
+    takes_sink_logits = True
+    rows_in_place = False
     sizes: ClassVar = {"block": 1, "keep": 1}
     small: ClassVar = {"past_blocks": 1}
     changeable: ClassVar = (*SoftmaxAttention.changeable, "keep", "past_blocks")
@@ -179,19 +182,20 @@ class SparseK(SoftmaxAttention):
     def init_state(self, batch: int) -> Any:
         """The state before the first token, for `batch` rows."""
         weight = self.value.weight
-        none = weight.new_empty(batch, 0, self.num_kv_heads, self.head_dim)
+        widths = self.key_dim(weight.dtype), self.head_dim
+        key, value = (weight.new_empty(batch, 0, self.num_kv_heads, width) for width in widths)
         last_id = torch.zeros(batch, dtype=torch.int32, device=weight.device)
-        far = Kept.none(weight, batch, self.keep, self.num_kv_heads, self.head_dim)
+        far = Kept.none(weight, batch, self.keep, self.num_kv_heads, *widths)
         position = torch.zeros(batch, dtype=torch.int64, device=weight.device)
-        recent = Keys(none, none, far.score[:, :0], last_id[:, None][:, :0])
-        return ScatterbrainState(recent, far, last_id, position)
+        recent = Keys(key, value, far.score[:, :0], last_id[:, None][:, :0])
+        return ScatterbrainState(recent, far, last_id, position, carried=self.carried_before(batch))
 
     def state_bytes(self, length: int) -> int:
         """Bytes of recent keys, values and scores, and of the kept ones with their gates, of one row."""
         exact = torch.promote_types(self.value.weight.dtype, torch.float32).itemsize
         recent = min(length, recent_limit(self.block, self.past_blocks))
-        pair = 2 * self.head_dim * self.value.weight.element_size()
-        return self.num_kv_heads * (recent * (pair + exact) + self.keep * (pair + 2 * exact))
+        pair, heads = self.row_bytes(), self.num_kv_heads
+        return heads * (recent * (pair + exact) + self.keep * (pair + 2 * exact)) + self.carried_bytes()
 
     def step_bytes(self, length: int) -> int:
         """The base's bytes, and those of the gates."""

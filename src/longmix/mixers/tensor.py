@@ -8,7 +8,8 @@ key head of one call of the engine, and their outputs are merged by their logsum
 earlier tokens fit a third (`data=match3`).
 
 What differs from the paper, which is about a whole sequence: both are causal and have windows, and scores have the
-factor 1 / sqrt(d). Nothing rotates by default: a product of three has no rotation that depends on distances alone.
+factor 1 / sqrt(d). A bias is that of i and l. Nothing rotates by default: a product of three has no rotation that
+depends on distances alone.
 """
 
 from dataclasses import replace
@@ -42,6 +43,9 @@ class TensorAttention(SoftmaxAttention):
         ConfigError: naming the setting.
     """
 
+    pairwise = True
+    takes_sink_logits = True
+    refused: ClassVar = {"position": "a product of three vectors turned by phases tells where a row began"}
     sizes: ClassVar = {"window_1": 1, "window_2": 1}
 
     def __init__(  # type: ignore[misc]  # the base's `rotary_base` has another default here
@@ -136,16 +140,20 @@ class TensorAttention(SoftmaxAttention):
     def init_state(self, batch: int) -> AttentionState:
         """The state of the base, with k1 and v1 of each token."""
         state = super().init_state(batch)
-        return replace(state, key_labels=torch.cat((state.key, state.value), -1))
+        return replace(state, key_labels=torch.cat((state.value, state.value), -1))
 
     def state_bytes(self, length: int) -> int:
-        """Twice the bytes of the base: all of a token is kept as long as any of it."""
-        return 2 * super().state_bytes(length)
+        """The bytes of the base, and k1 and v1: all of a token is kept as long as any of it."""
+        return super().state_bytes(length) + self._first_bytes(min(length, self.cached_keys()))
+
+    def _first_bytes(self, rows: int) -> int:
+        """Bytes of k1 and v1 of so many tokens."""
+        return 2 * rows * self.num_kv_heads * self.head_dim * self.value.weight.element_size()
 
     def step_bytes(self, length: int) -> int:
         """k2 and v2 of one window, k1 and v1 of the other."""
-        seen = min(length + 1, self.window_1) + min(length + 1, self.window_2)
-        return 2 * seen * self.num_kv_heads * self.head_dim * self.value.weight.element_size()
+        seen = min(length + 1, self.window_2) * self.num_kv_heads * self.row_bytes()
+        return seen + self._first_bytes(min(length + 1, self.window_1)) + self.carried_bytes()
 
     def recomputed_flops(self, length: int) -> int:
         """What of `flops` the backward pass computes again."""

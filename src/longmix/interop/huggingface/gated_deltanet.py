@@ -163,6 +163,7 @@ def model_config(config: Described) -> ModelConfig:
         "norm_eps": number(config, "norm_eps"),
         "shared_norm": True,
         "negative_eigenvalues": config.allow_neg_eigval,
+        "heads_shared": 0,
     }
     return ModelConfig.of({"model": model, "mixer": mixer})
 
@@ -205,7 +206,7 @@ def described(model: LanguageModel, config: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": model.head.weight is model.embedding.weight,
     }
     said = model_config(read({**found, "vocab_size": 1, "max_position_embeddings": 1}))
-    check_said(model, config, said, TYPE, ("model.num_heads",))
+    check_said(model, config, said, TYPE, ("model.num_heads", "mixer.heads_balance"))
     return found
 
 

@@ -12,18 +12,17 @@ from longmix.errors import ConfigError
 from longmix.mixers.parts.attention_state import Rows
 
 
-def check_dropout(word: str, share: float, sinks: object = None) -> float:
+def check_dropout(word: str, share: float, sinks: object = None, gain: bool = False) -> float:
     """A share that dropout zeroes, of the setting `word`.
 
     Raises:
-        ConfigError: it is not from 0 to below 1, or is above 0 where there are `sinks`.
+        ConfigError: it is not from 0 to below 1, or is above 0 where there are `sinks` or a `gain`.
     """
     if not 0 <= share < 1:
         raise ConfigError(f"{word}={share} must be at least 0 and below 1.")
-    if share and sinks is not None:
-        raise ConfigError(
-            f"{word}={share} takes torch's attention, which has no mixer.sink_logits=true; leave one out."
-        )
+    if share and (sinks is not None or gain):
+        other = "mixer.gain" if gain else "mixer.sink_logits=true"
+        raise ConfigError(f"{word}={share} takes torch's attention, which has no {other}; leave one out.")
     return share
 
 

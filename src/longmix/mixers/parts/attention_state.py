@@ -74,6 +74,7 @@ class Rows:
         scale: the factor on the scores; None for that of the width of the keys.
         slopes: float32 [Hq], ALiBi's slope of each query head; None for no such bias.
         sinks: [Hq], a logit of each query head that takes part in its softmax and has no value; None for none.
+        gain: whether the columns are the logarithm of factors on the weights, which are no part of the softmax.
     """
 
     query: Tensor
@@ -87,6 +88,7 @@ class Rows:
     scale: float | None = None
     slopes: Tensor | None = None
     sinks: Tensor | None = None
+    gain: bool = False
 
     @property
     def plain(self) -> bool:
@@ -108,7 +110,14 @@ class Rows:
     def attended(self, **bounds: Any) -> tuple[Tensor, Tensor]:
         """Output [B, Tq, Hq, head_dim] and logsumexp [B, Tq, Hq] of `attention` with these bounds."""
         tensors, scores = (self.query, self.key, self.value), {"scale": self.scale, "alibi_slopes": self.slopes}
-        return attention(*tensors, **(scores | bounds), return_logsumexp=True)
+        output, logsumexp = attention(*tensors, **(scores | bounds), return_logsumexp=True)
+        if not self.gain:
+            return output, logsumexp
+        # sum_j p_j c_j v_j for the weights p of the narrow scores: exp(lse - lse') times attention with scores + log c
+        query, key = (x[..., : self.value.shape[-1]] for x in (self.query, self.key))
+        plain = replace(self, query=query, key=key, gain=False).attended(**bounds)[1]
+        factor = (logsumexp - plain).masked_fill(plain.isneginf(), 0.0).exp()
+        return output * factor.unsqueeze(-1).to(output.dtype), plain
 
     def merged(self, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """The output heads [B, Tq, Hq, head_dim] of one softmax over several sets of keys, and over the sinks.

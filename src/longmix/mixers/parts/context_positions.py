@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
 from longmix.mixers.parts.exact import exact_linear
+from longmix.mixers.parts.metrics import HighEnd, LowEnd, Mean, Metric
 from longmix.mixers.parts.rotary import Rotary, rotate
 from longmix.recipe import Recipe, set_recipe
 
@@ -84,7 +85,7 @@ class ContextPositions(nn.Module):
         """Turn queries and keys [B, T, H, head_dim] of the tokens x [B, T, D].
 
         Args:
-            x, query, key: of the same tokens.
+            x, query, key: of the same tokens; all heads of keys may come several times, one set after the other.
             state: None, `Slices`, or a state of which `carried` is what this returned for the tokens before.
 
         Returns:
@@ -94,7 +95,10 @@ class ContextPositions(nn.Module):
         total = steps.sum(1, dtype=torch.float64)
         before = _before(state, total)
         cosine, sine = _angles(_phases(steps, before))
-        key = rotate(key, cosine, sine)
+        if (times := key.shape[2] // cosine.shape[2]) > 1:
+            key = rotate(key, cosine.repeat(1, 1, times, 1), sine.repeat(1, 1, times, 1))
+        else:
+            key = rotate(key, cosine, sine)
         if query.shape[2] > cosine.shape[2]:
             group = query.shape[2] // cosine.shape[2]
             cosine, sine = cosine.repeat_interleave(group, 2), sine.repeat_interleave(group, 2)
@@ -104,6 +108,16 @@ class ContextPositions(nn.Module):
         """What each token x [B, T, D] adds to the phases: [B, T, Hkv, pairs], float32 or better."""
         log_frequency = -torch.log1p(F.softplus(exact_linear(self.frequency, x)))
         return (log_frequency.unsqueeze(-1) * torch.arange(self.pairs, device=x.device)).exp()
+
+    @torch.no_grad()
+    def metrics(self, x: Tensor) -> dict[str, Metric]:
+        """Of the f of the tokens x [B, T, D], for each key head: the mean, and what 5 % and 95 % lie below."""
+        f = (-torch.log1p(F.softplus(exact_linear(self.frequency, x)))).exp()
+        found: dict[str, Metric] = {}
+        for head, (each, low, high) in enumerate(zip(f.unbind(-1), LowEnd.of_each(f), HighEnd.of_each(f), strict=True)):
+            parts = {"mean": Mean.of(each), "low": low, "high": high}
+            found |= {f"frequency_{name}_head_{head}": measure for name, measure in parts.items()}
+        return found
 
     def zeros(self, batch: int) -> Tensor:
         """The phases before the first token."""

@@ -36,6 +36,7 @@ from longmix.mixers.parts.base import COUNT, FACTOR, MixerOutput, ModelShape, at
 from longmix.mixers.parts.convolution import ShortConvolution
 from longmix.mixers.parts.documents import continued_ids
 from longmix.mixers.parts.exact import exact_linear, rounded_once
+from longmix.mixers.parts.head_gates import head_router
 from longmix.mixers.parts.householders import delta_product
 from longmix.mixers.parts.log_decay import SIGMOID_RANK, LogDecay
 from longmix.mixers.parts.norms import HeadwiseNorm, check_norm_eps
@@ -87,6 +88,9 @@ class MemoryOptions(TypedDict, total=False):
     gate_rank: int | None
     norm_eps: float
     shared_norm: bool
+    heads_shared: int
+    heads_kept: int | None
+    heads_balance: float
 
 
 class GatedMemoryOptions(MemoryOptions, total=False):
@@ -120,6 +124,8 @@ class GatedMemory(RecurrentMixer):
         shared_norm: let all heads share the weights of that norm, as published models do.
         negative_eigenvalues: let write strengths reach 2 instead of 1.
         householders: writes that a token makes one after the other.
+        heads_shared, heads_kept, heads_balance: a mixture of the heads of values, see
+            `longmix.mixers.parts.head_gates.HeadRouter`; none with `heads_kept` None.
 
     Raises:
         ConfigError: an unknown word, heads that do not divide, a factor that is not positive, a convolution of 1 token,
@@ -148,6 +154,9 @@ class GatedMemory(RecurrentMixer):
         shared_norm: bool = False,
         negative_eigenvalues: bool = False,
         householders: int = 1,
+        heads_shared: int = 0,
+        heads_kept: int | None = None,
+        heads_balance: float = 0.01,
     ) -> None:
         super().__init__()
         check_norm_eps(norm_eps)
@@ -222,6 +231,7 @@ class GatedMemory(RecurrentMixer):
         nn.init.normal_(self.output.weight, std=value_width**-0.5 / math.sqrt(2 * shape.num_layers))
         if self.strength is not None:
             set_recipe(self.strength.weight, Recipe("scalar"))
+        self.head_router = head_router(width, value_heads, heads_shared, heads_kept, heads_balance, shape.num_layers)
 
     def forward(
         self, x: Tensor, *, state: RecurrentState | Slices | None = None, document_ids: Tensor | None = None
@@ -248,8 +258,10 @@ class GatedMemory(RecurrentMixer):
         if terms is not None:
             found = self.recall(found, terms.query)
         mixed = recomputed(self._gated, found, None if self.gate is None else self.gate(rounded))
+        mixed, losses, metrics = self.routed(mixed.unflatten(-1, (self.num_value_heads, -1)), x, state)
         after = self.next_state(carried, recent, projected, state, ids)
-        return MixerOutput(self.output(mixed), after, metrics=self.state_metrics(carried, state))
+        metrics |= self.state_metrics(carried, state)
+        return MixerOutput(self.output(mixed.flatten(2)), after, losses, metrics)
 
     def _strengths(self, x: Tensor, rounded: Tensor) -> Tensor | None:
         """What write strengths are made of, [B, T, .]; None where writes add.

@@ -52,6 +52,23 @@ def gated(mixed: Tensor, layer: nn.Linear, x: Tensor) -> Tensor:
     return mixed * layer(x).sigmoid().unflatten(-1, (mixed.shape[2], -1)).to(mixed.dtype)
 
 
+def check_refused(reasons: dict[str, str], name: str, **settings: str | bool) -> None:
+    """Refuse settings that a mixer cannot have, for reasons of its own.
+
+    Args:
+        reasons: by setting, what ends a sentence.
+        name: the class of the mixer.
+        settings: with their values; those that ask for nothing count as not there.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    for setting, value in settings.items():
+        word = str(value).lower()
+        if setting in reasons and word not in ("none", "false", "rotary"):
+            raise ConfigError(f"mixer.{setting}={word} cannot be had in {name}: {reasons[setting]}; leave it out.")
+
+
 def check_sinks(wanted: bool, takes: bool, name: str) -> None:
     """Refuse `mixer.sink_logits=true` of a mixer, the class `name`, that has no logsumexp of all its scores.
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longmix.mixers.parts.attention_state import keys_like
 from longmix.mixers.parts.scatterbrain_summaries import Part
 from longmix.mixers.parts.sparsek_operator import sparsek
 from longmix.mixers.parts.states import mixer_state
@@ -25,10 +26,10 @@ LEAST_GATE = 1e-6
 @mixer_state()
 @dataclass(frozen=True)
 class Kept:
-    """Kept keys [B, N, Hkv, head_dim] of the document that goes on; those that are there come first.
+    """Kept keys [B, N, Hkv, K] of the document that goes on; those that are there come first.
 
     Attributes:
-        key, value: [B, N, Hkv, head_dim].
+        key, value: [B, N, Hkv, K or head_dim]; K is as in `Rows`.
         score: [B, N, Hkv], by which they were chosen, in float32 or better; -inf where there is none.
         gate: [B, N, Hkv], from 0 to 1, that of the block which left last.
     """
@@ -39,12 +40,12 @@ class Kept:
     gate: Tensor
 
     @classmethod
-    def none(cls, like: Tensor, batch: int, keep: int, heads: int, head_dim: int) -> "Kept":
+    def none(cls, like: Tensor, batch: int, keep: int, heads: int, key_dim: int, value_dim: int) -> "Kept":
         """No keys, with room for `keep`, in the dtype and on the device of `like`."""
-        rows = like.new_zeros(batch, keep, heads, head_dim)
+        key, value = (like.new_zeros(batch, keep, heads, width) for width in (key_dim, value_dim))
         exact = torch.promote_types(like.dtype, torch.float32)
         score = like.new_full((batch, keep, heads), -torch.inf, dtype=exact)
-        return cls(rows, rows, score, torch.zeros_like(score))
+        return cls(key, value, score, torch.zeros_like(score))
 
     def kept_of(self, rows: Tensor) -> "Kept":
         """The keys of rows where `rows` [B] is set; the others have none."""
@@ -69,7 +70,7 @@ class Kept:
         hi = count.expand(sees.shape).contiguous()
         # Bounds must not decrease, so rows that see nothing have both at the end.
         lo = torch.where(sees, 0, hi)
-        return gated_attention(query, self.key, self.value, self.gate, lo, hi, gate, scale)
+        return gated_attention(query, keys_like(self.key, query), self.value, self.gate, lo, hi, gate, scale)
 
 
 def gated_attention(
@@ -102,7 +103,7 @@ class Chosen(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """The keys that are kept before some rows, and then those rows: [B, P, Hkv, head_dim], scores [B, P, Hkv]."""
+    """The keys that are kept before some rows, and then those rows: [B, P, Hkv, .], scores [B, P, Hkv]."""
 
     key: Tensor
     value: Tensor
@@ -113,7 +114,7 @@ class Pool(NamedTuple):
         """The pool of `before` and of rows [B, T, Hkv, ...]."""
         if before is None:
             return cls(key, value, score)
-        pairs = (before.key, key), (before.value, value), (before.score, score)
+        pairs = (keys_like(before.key, key), key), (before.value, value), (before.score, score)
         return cls(*(torch.cat((a.to(b.dtype), b), 1) for a, b in pairs))
 
     def scores(self, rows: Tensor) -> Tensor:

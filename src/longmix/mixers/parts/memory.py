@@ -120,8 +120,9 @@ class MemoryMixer(RecurrentMixer):
         if terms is not None:
             read = self.recall(read, terms.query)
         left = recomputed(self.leave, read, rounded)
+        left, losses, metrics = self.routed(left.unflatten(-1, (self.num_heads, -1)), x, state)
         after = self.next_state(carried, recent, projected, state, ids)
-        return MixerOutput(self.output(left), after, metrics=self.state_metrics(carried, state))
+        return MixerOutput(self.output(left.flatten(2)), after, losses, metrics | self.state_metrics(carried, state))
 
     def _terms(self, projected: Tensor, before: Tensor, ids: Tensor | None, gates: Tensor, *plain: Tensor) -> Terms:
         mixed = projected if self.convolution is None else self.convolution(projected, before, ids)
@@ -158,7 +159,7 @@ class MemoryMixer(RecurrentMixer):
     def flops(self, length: int) -> int:
         """Projections, convolution, and per head and token one update and one reading, 2 key_dim * value_dim each."""
         weights = weight_count(self.children())
-        convolved = 0 if self.convolution is None else self.convolution.flops(length)
+        convolved = sum(part.flops(length) for part in (self.convolution, self.head_router) if part is not None)
         return 2 * length * weights + convolved + 4 * length * self.num_heads * self.key_dim * self.value_dim
 
 

@@ -8,13 +8,16 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from longmix.distributed.slices import Slices
 from longmix.pytrees import pytree
+
+_BINS = 256
+"""Of the histogram from which `Quantile` is computed."""
 
 
 @pytree
@@ -138,6 +141,39 @@ class Occupied(Counts):
     def figure(self) -> Tensor:
         """The logged scalar."""
         return (self.sums > 0).double().mean()
+
+
+class Quantile(Counts):
+    """A number from 0 to 1 below which a share of all numbers lies, within a bin of 1 / 256; see its subclasses."""
+
+    share: ClassVar[float]
+
+    @classmethod
+    @torch.no_grad()
+    def of_each(cls, x: Tensor) -> list[Self]:
+        """Of the numbers of each head, x [B, T, H]."""
+        bins = (x * _BINS).floor().clamp(0, _BINS - 1)
+        return [cls(sums) for sums in Counts.of(bins, _BINS).sums.split(1)]
+
+    def figure(self) -> Tensor:
+        """The logged scalar: where in its bin, as if numbers were evenly spread there."""
+        shares = self.shares()[0]
+        below = shares.cumsum(0)
+        place = (below < self.share).sum().clamp(max=_BINS - 1)
+        inside = 1 - (below[place] - self.share) / shares[place].clamp(min=1e-30)
+        return (place + inside.clamp(0, 1)) / _BINS
+
+
+class LowEnd(Quantile):
+    """The number below which 5 % lie."""
+
+    share = 0.05
+
+
+class HighEnd(Quantile):
+    """The number below which 95 % lie."""
+
+    share = 0.95
 
 
 def accumulate(measures: dict[str, Measure], seen: Mapping[str, Metric]) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from longmix.mixers.parts.attention_state import Rows
+from longmix.mixers.parts.attention_state import Rows, keys_like
 from longmix.mixers.parts.kept_keys import Kept
 from longmix.mixers.parts.recurrent import select
 from longmix.mixers.parts.rings import Rings
@@ -110,7 +110,7 @@ class ScatterbrainState:
             labels = torch.cat((self.recent.labels, labels), 1)
         # An empty cache is in the dtype of the weights, which under autocast is not that of the keys.
         return Keys(
-            torch.cat((self.recent.key.to(new.key.dtype), new.key), 1),
+            torch.cat((keys_like(self.recent.key, new.key), new.key), 1),
             torch.cat((self.recent.value.to(new.value.dtype), new.value), 1),
             features,
             # States saved by longmix 0.1 have the last document's id where 0 stands now.

@@ -246,6 +246,39 @@ def _since_first(sums: Tensor, positions: Tensor) -> Tensor:
     return sums - F.pad(sums, (0, 0, 1, 0)).gather(1, index)
 
 
+def gain_columns(
+    kind: str, rank: int, heads: int, key_heads: int, bias: str, takes: bool, key: str
+) -> ScoreBias | None:
+    """The columns of a gain's logarithm; None for `none`.
+
+    With c_h(i - j) = exp(fourier(i - j)) on the weights after the softmax, y_i = sum_j p_ij c(i - j) v_j (Luo et al.
+    2022, URPE, arXiv 2205.13401): weights that positions change whatever the tokens are.
+
+    Args:
+        kind: the word of `mixer.gain`.
+        rank: `mixer.bias_rank`, how many frequencies.
+        heads, key_heads: of queries and keys.
+        bias: the word of `mixer.bias`.
+        takes: whether the mixer has gains.
+        key: the class of the mixer.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    if kind not in ("none", "fourier"):
+        raise ConfigError(f"mixer.gain={kind} is unknown; use none, fourier.")
+    if kind == "none":
+        return None
+    if not takes:
+        raise ConfigError(
+            f"mixer.gain={kind} cannot be had in {key}, but in flash, sliding_window and block_sparse; use "
+            "mixer.gain=none."
+        )
+    if bias not in ("none", "alibi"):
+        raise ConfigError(f"mixer.gain={kind} and mixer.bias={bias} are both columns of the keys; use one of them.")
+    return FourierBias(heads, key_heads, rank)
+
+
 def score_bias(kind: str, rank: int, d_model: int, heads: int, key_heads: int) -> ScoreBias | None:
     """The columns of a bias, of a word in `KINDS`; None for `none`."""
     if kind == "alibi":

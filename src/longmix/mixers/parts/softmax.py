@@ -29,13 +29,20 @@ from longmix.mixers.parts.base import Mixer, MixerOutput, ModelShape, checked_si
 from longmix.mixers.parts.context_positions import context_positions
 from longmix.mixers.parts.documents import continued_ids
 from longmix.mixers.parts.exact import rounded_once
-from longmix.mixers.parts.head_gates import check_sinks, gated, head_router, output_gate_of, sink_logit_of
+from longmix.mixers.parts.head_gates import (
+    check_refused,
+    check_sinks,
+    gated,
+    head_router,
+    output_gate_of,
+    sink_logit_of,
+)
 from longmix.mixers.parts.layout import Layout, LayoutNeeds, layout_after
 from longmix.mixers.parts.looked_into import ValuePath
 from longmix.mixers.parts.metrics import Metric
 from longmix.mixers.parts.projections import weight_count
 from longmix.mixers.parts.rotary import POSITIONS, Rotary, RotaryScalingOptions, ScalingKind, rotate
-from longmix.mixers.parts.score_bias import alibi_slopes, check_bias, score_bias
+from longmix.mixers.parts.score_bias import alibi_slopes, check_bias, gain_columns, score_bias
 
 
 @dataclass
@@ -70,6 +77,7 @@ class HeadOptions(RotaryScalingOptions, total=False):
     position: str
     bias: str
     bias_rank: int
+    gain: str
     output_gate: str
     sink_logits: bool
     heads_shared: int
@@ -100,6 +108,8 @@ class SoftmaxAttention(Mixer):
         bias: "none", "alibi", "fourier", "low_rank" or "forget", added to the scores; see
             `longmix.mixers.parts.score_bias`.
         bias_rank: frequencies of "fourier", or the rank of "low_rank".
+        gain: "none", or "fourier" for a learned function of the distance on the weights after the softmax; see
+            `longmix.mixers.parts.score_bias.gain_columns`.
         output_gate: "none", or a sigmoid gate on the output heads, one for each "head" or "element".
         sink_logits: a learned logit of each query head in its softmax, without a value, so that weights may sum to less
             than 1 (as in gpt-oss, arXiv 2508.10925).
@@ -112,13 +122,18 @@ class SoftmaxAttention(Mixer):
         pairwise: whether a subclass computes scores only in `Rows.attended`, or by kernels where `Rows.plain`, as
             biases and `position=context` need.
         takes_sink_logits: whether it returns what `Rows.merged` or `with_sinks` makes of its parts.
+        takes_gain: whether all its parts are of `Rows.attended`, and no columns but those of the base are in them.
         rows_in_place: whether key rows stand in their order where scores are computed, which ALiBi's slopes in the
             engine need; a bias of columns needs no order.
+        refused: why `bias`, `position=context` or `sink_logits` cannot be had, by setting, where that has a reason of
+            the mixer's own.
     """
 
     pairwise: ClassVar[bool] = False
     takes_sink_logits: ClassVar[bool] = False
+    takes_gain: ClassVar[bool] = False
     rows_in_place: ClassVar[bool] = True
+    refused: ClassVar[dict[str, str]] = {}
     sliced = True
     changeable: ClassVar = POSITIONS
 
@@ -139,6 +154,7 @@ class SoftmaxAttention(Mixer):
         position: str = "rotary",
         bias: str = "none",
         bias_rank: int = 8,
+        gain: str = "none",
         output_gate: str = "none",
         sink_logits: bool = False,
         heads_shared: int = 0,
@@ -176,6 +192,7 @@ class SoftmaxAttention(Mixer):
         nn.init.normal_(self.output.weight, std=self.d_model**-0.5 / math.sqrt(2 * shape.num_layers))
 
         width, heads, key_heads = self.d_model, self.num_heads, self.num_kv_heads
+        check_refused(self.refused, type(self).__name__, bias=bias, position=position, sink_logits=sink_logits)
         self.context = context_positions(position, self.rotary, width, key_heads, self.pairwise, type(self).__name__)
         if self.context is not None:
             self.rotary = None  # the layout has no angles then
@@ -184,6 +201,8 @@ class SoftmaxAttention(Mixer):
             raise ConfigError("mixer.bias=forget and mixer.position=context both add up along a row; use one of them.")
         self.alibi = bias == "alibi" and self.rows_in_place
         self.bias = None if self.alibi else score_bias(bias, bias_rank, width, heads, key_heads)
+        log_gain = gain_columns(gain, bias_rank, heads, key_heads, bias, self.takes_gain, type(self).__name__)
+        self.bias, self.gain = (self.bias if log_gain is None else log_gain), log_gain is not None
         self.output_gate = output_gate_of(output_gate, width, heads)
         check_sinks(sink_logits, self.takes_sink_logits, type(self).__name__)
         self.sink_logit = sink_logit_of(heads) if sink_logits else None
@@ -303,8 +322,8 @@ class SoftmaxAttention(Mixer):
         if self.bias is not None:
             tensors = rows.query, rows.key, x, layout.positions
             rows.query, rows.key, rows.scale, sums = self.bias.widened(*tensors, state)
-            rows.carried = rows.carried if sums is None else sums
-        elif self.alibi:
+            rows.carried, rows.gain = (rows.carried if sums is None else sums), self.gain
+        if self.alibi:
             rows.slopes = alibi_slopes(self.num_heads, x.device)
         if chosen is not None:
             rows.query_labels, rows.key_labels = chosen.query_labels, chosen.key_labels
@@ -321,6 +340,8 @@ class SoftmaxAttention(Mixer):
         else:
             mixed, metrics, after = self.attend_from(rows, state, layout.positions[:, -1].expand(batch) + 1)
         losses: dict[str, Tensor] = {}
+        if self.context is not None and self.training:
+            metrics = metrics | self.context.metrics(x)
         if chosen is not None:
             losses, metrics = chosen.losses, chosen.metrics | metrics
             if chosen.query_gate is not None:
@@ -388,5 +409,6 @@ class SoftmaxAttention(Mixer):
         weights = weight_count(self.children())
         wide = self.head_dim + (0 if self.bias is None else self.bias.rank)
         options = sum(part.flops(length) for part in (self.context, self.bias, self.head_router) if part is not None)
-        pairs = 2 * self.num_heads * (wide + self.head_dim) * self.visible_pairs(length)
+        scored = wide + self.head_dim + (2 * self.head_dim if self.gain else 0)  # a gain takes a softmax without it
+        pairs = 2 * self.num_heads * scored * self.visible_pairs(length)
         return 2 * length * weights + options + pairs

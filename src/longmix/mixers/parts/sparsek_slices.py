@@ -38,7 +38,7 @@ def kept_before(new: Keys, slices: Slices, block: int, past: int, keep: int) -> 
     key, value, score = found[..., :dim].to(new.key), found[..., dim:-1].to(new.value), found[..., -1]
     missing = keep - found.shape[1]
     if missing > 0:
-        none = Kept.none(key, len(key), missing, *key.shape[2:])
+        none = Kept.none(key, len(key), missing, key.shape[2], key.shape[3], value.shape[3])
         pairs = (key, none.key), (value, none.value), (score, none.score.to(score.dtype))
         key, value, score = (torch.cat(pair, 1) for pair in pairs)
     before = Kept(key, value, score, torch.ones_like(score)).kept_of(goes_on)
@@ -69,7 +69,7 @@ def _best_of_earlier(new: Keys, slices: Slices, limit: int, keep: int) -> Tensor
 
 
 def _packed(key: Tensor, value: Tensor, score: Tensor, wanted: Tensor) -> Tensor:
-    """Keys, values and scores in one tensor [B, T, Hkv, 2 head_dim + 1]; scores are -inf where they are not wanted."""
+    """Keys, values and scores in one tensor [B, T, Hkv, K + V + 1]; scores are -inf where they are not wanted."""
     score = score.masked_fill(~wanted.unsqueeze(-1), -torch.inf).unsqueeze(-1)
     return torch.cat((key.to(score.dtype), value.to(score.dtype), score), -1)
 
