@@ -33,3 +33,10 @@ def test_outputs_and_gradients_are_the_authors(name):
 def test_an_unknown_pool_is_refused():
     with pytest.raises(ConfigError, match=r"mixer\.pool=sum is unknown; use mean or max"):
         Combiner(ModelShape(8, 1, 1), 0, pool="sum")
+
+
+def test_pairs_of_the_log_form_are_counted_without_a_loop_over_positions():
+    mixer = CombinerLog(ModelShape(12, 1, 2), 0)
+    for length in range(70):
+        assert mixer.visible_pairs(length) == length + sum(position.bit_count() for position in range(length))
+    assert mixer.visible_pairs(2**50) == 2**50 + 50 * 2**49

@@ -84,5 +84,9 @@ class CombinerLog(SoftmaxAttention):
         return self.state_bytes(length)
 
     def visible_pairs(self, length: int) -> int:
-        """Itself, and a span for each binary digit of its position."""
-        return length + sum(position.bit_count() for position in range(length))
+        """Itself, and a span for each binary digit 1 of its position, counted digit by digit over all positions."""
+        pairs = length
+        for bit in range(length.bit_length()):
+            periods, rest = divmod(length, 2 << bit)
+            pairs += (periods << bit) + max(0, rest - (1 << bit))
+        return pairs
