@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from longmix.errors import ConfigError
+from longmix.mixers.flash import Flash
 from longmix.mixers.parts.attention_state import Rows
 from longmix.mixers.parts.base import ModelShape
 from longmix.mixers.parts.kept_blocks import FarBlocks
@@ -111,3 +112,16 @@ def test_of_equal_scores_the_latest_keys_are_kept():
 def test_impossible_settings_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         SparseK(ModelShape(8, 1, 1), 0, **settings)
+
+
+@pytest.mark.parametrize("length", [3, 5, 6, 7, 11])
+def test_as_long_as_there_are_fewer_keys_than_are_kept_all_are_seen(length):
+    """Also where the blocks of a row are an odd number, in any level of the tree by which they are joined."""
+    torch.manual_seed(0)
+    shape = ModelShape(12, 1, 2)
+    mixer = SparseK(shape, 0, block=1, keep=40, past_blocks=0).double()
+    flash = Flash(shape, 0).double()
+    flash.load_state_dict({name: mixer.state_dict()[name] for name in flash.state_dict()})
+    torch.nn.init.normal_(mixer.score.weight)
+    x = torch.randn(2, length, 12, dtype=torch.float64)
+    torch.testing.assert_close(mixer(x).y, flash(x).y, rtol=0, atol=1e-12)

@@ -157,10 +157,14 @@ def _scan(score: Tensor, rows: Tensor, first: Tensor, keep: int) -> tuple[Tensor
     rest = slice(2, None, 2)
     before = tuple(x[:, :, : (slots - 1) // 2] for x in inner)
     others = _joined(before, (score[:, :, rest], rows[:, :, rest]), first[:, rest], keep)
-    width = inner[0].shape[-1]
+    # Of an odd number of slots the last one has more keys than any pair; else those of a pair are the most there are.
+    width = (others if slots % 2 else inner)[0].shape[-1]
     found = []
     for alone, pair, other, none in zip((score, rows), inner, others, (-torch.inf, 0), strict=True):
-        at_even = torch.cat([F.pad(x, (0, width - x.shape[-1]), value=none) for x in (alone[:, :, :1], other)], 2)
+        first_one, pair, other = (
+            F.pad(x, (0, width - x.shape[-1]), value=none) for x in (alone[:, :, :1], pair, other)
+        )
+        at_even = torch.cat((first_one, other), 2)
         both = torch.stack((at_even[:, :, : slots // 2], pair), 3).flatten(2, 3)
         found.append(torch.cat((both, at_even[:, :, slots // 2 :]), 2))
     return found[0], found[1]
