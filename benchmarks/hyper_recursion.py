@@ -14,7 +14,8 @@ import argparse
 import itertools
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Unpack
 
@@ -35,6 +36,8 @@ from longmix.mixers.parts.metrics import Metric
 from longmix.mixers.parts.softmax import HeadOptions
 from longmix.reporting.plots import draw_curves, drawing, new_figure
 from longmix_kernels.attention import attention, merge
+
+Function = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 METHODS = ("published recursion", "mixer=hyper", "window")
 SIZES = (16, 32, 64, 128)
@@ -68,9 +71,9 @@ def recursive_attention(
     if length <= exact:
         return attention(query, key, value, return_logsumexp=True)
     first, second = slice(0, length // 2), slice(length // 2, length)
-    sizes = {"block": block, "samples": samples, "exact": exact}
+    halved = partial(recursive_attention, block=block, samples=samples, exact=exact)
     before, own = (
-        recursive_attention(query[:, half], key[:, half], value[:, half], **sizes, seed=2 * seed + number)
+        halved(query[:, half], key[:, half], value[:, half], seed=2 * seed + number)
         for number, half in enumerate((first, second), 1)
     )
     across = sampled_attention(query[:, second], key[:, first], value[:, first], block, samples, seed)
@@ -140,41 +143,44 @@ class PublishedHyper(Flash):
         **options: Unpack[HeadOptions],
     ) -> None:
         super().__init__(shape, layer_index, **options)
-        self.published = {"block": block, "samples": samples, "exact": exact}
+        self.published = partial(recursive_attention, block=block, samples=samples, exact=exact)
 
     def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Metric]]:
         """Halve rows until they are short."""
-        return recursive_attention(rows.query, rows.key, rows.value, **self.published)[0], {}
+        return self.published(rows.query, rows.key, rows.value)[0], {}
 
 
-def approximations(length: int, size: int, heads: int, dim: int, seed: int) -> dict[str, tuple[int, object]]:
+def approximations(length: int, size: int, heads: int, dim: int, seed: int) -> dict[str, tuple[int, Function]]:
     """By method: the pairs of a head, and the function of queries, keys and values."""
-    shape, seeds = (
+    hyper = Hyper(
         ModelShape(d_model=heads * dim, num_layers=1, num_heads=heads),
-        {"hash_seed": seed, "sample_seed": seed},
+        0,
+        window=2 * size,
+        buckets=length // (4 * size),
+        sample=4 * size / length,
+        hash_seed=seed,
+        sample_seed=seed,
     )
-    thirds = {"window": 2 * size, "buckets": length // (4 * size), "sample": 4 * size / length}
-    hyper = Hyper(shape, 0, **thirds, **seeds).eval().double()
-    sizes = {"block": size, "samples": size, "exact": EXACT * size}
+    hyper = hyper.eval().double()
+    exact, window = EXACT * size, 6 * size
+
+    def published(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return recursive_attention(query, key, value, block=size, samples=size, exact=exact, seed=seed)[0]
 
     def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        positions = torch.arange(length)[None]
-        chosen = hyper.select(query.flatten(2), query, key, positions)
-        labels = {"query_labels": chosen.query_labels, "key_labels": chosen.key_labels}
-        return hyper.attend(Rows(query, key, value, **labels))[0]
+        chosen = hyper.select(query.flatten(2), query, key, torch.arange(length)[None])
+        rows = Rows(query, key, value, query_labels=chosen.query_labels, key_labels=chosen.key_labels)
+        return hyper.attend(rows)[0]
 
-    window = 6 * size
-    return {
-        "published recursion": (
-            recursive_pairs(length, **sizes),
-            lambda *tensors: recursive_attention(*tensors, **sizes, seed=seed)[0],
-        ),
-        "mixer=hyper": (hyper.visible_pairs(length), ours),
-        "window": (
-            window * length - window * (window - 1) // 2,
-            lambda *tensors: attention(*tensors, window=window),
-        ),
-    }
+    def windowed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attention(query, key, value, window=window)
+
+    pairs = (
+        recursive_pairs(length, size, size, exact),
+        hyper.visible_pairs(length),
+        window * length - window * (window - 1) // 2,
+    )
+    return dict(zip(METHODS, zip(pairs, (published, ours, windowed), strict=True), strict=True))
 
 
 @torch.no_grad()
@@ -186,12 +192,12 @@ def measure(options: argparse.Namespace) -> Iterator[Record]:
         for seed in range(options.seeds):
             query, key, value = drawn_tokens(kind, options, seed)
             factor = options.radius**0.5 * options.dim**0.25
-            tensors = query * factor, key * factor, value
-            exact = attention(*tensors)
+            query, key = query * factor, key * factor
+            exact = attention(query, key, value)
             for method, (count, function) in approximations(
                 options.length, size, options.heads, options.dim, seed
             ).items():
-                missed = function(*tensors) - exact
+                missed = function(query, key, value) - exact
                 errors[method].append((missed.square().mean() / exact.square().mean()).sqrt().item())
                 pairs[method] = count
         for method in METHODS:
@@ -213,13 +219,10 @@ def drawn(records: Sequence[Record]) -> Figure:
     """The error over the pairs of a query, a panel for each kind of tokens."""
     figure, panels = new_figure(len(KEPT))
     for axes, kind in zip(panels, KEPT, strict=True):
-        curves = {
-            method: tuple(
-                [record[name] for record in records if (record["tokens"], record["method"]) == (kind, method)]
-                for name in ("pairs", "error")
-            )
-            for method in METHODS
-        }
+        curves = {}
+        for method in METHODS:
+            own = [record for record in records if (record["tokens"], record["method"]) == (kind, method)]
+            curves[method] = [record["pairs"] for record in own], [record["error"] for record in own]
         draw_curves(axes, curves, title=kind, x_label="pairs of a query", y_label="relative error", log_x=True)
         axes.set_ylim(bottom=0)
     return figure
