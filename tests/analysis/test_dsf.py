@@ -60,3 +60,11 @@ def test_a_layer_that_is_not_linear_in_its_values_does_not_hold(small_model, mon
 
     monkeypatch.setattr(type(mixer), "call_engine", bent)
     assert not dynamical_form(mixer, x, options).holds
+
+
+@torch.no_grad()
+def test_layers_that_share_projections_have_a_form_too(small_model):
+    shared = "model.share.names=[value,output]", "model.share.atoms=1", "model.share.coefficients=mlp"
+    model = small_model("gla", *shared, dtype=torch.float32)
+    assert dynamical_form(model.mixers()[1], *inputs_of(model)[1]).holds
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}, "the model itself stays as it is"

@@ -26,6 +26,7 @@ from longmix.analysis.states import gate_statistics
 from longmix.mixers.parts.base import Mixer
 from longmix.mixers.parts.looked_into import EngineCall
 from longmix.mixers.parts.recurrent import RecurrentMixer
+from longmix.model.sharing import dictionaries_of
 
 TOLERANCE = 1e-10
 """The largest difference, over the outputs' root mean square, that float64 rounding explains."""
@@ -71,6 +72,8 @@ def dynamical_form(mixer: Mixer, x: Tensor, options: dict[str, Any]) -> Dynamica
         ValueError: it is not known how the mixer mixes its values, see `mixing`.
     """
     exact = copy.deepcopy(mixer).double().eval()
+    for dictionary in dictionaries_of(exact):  # matrices that layers share are no part of any mixer
+        dictionary.double()
     inputs = x.double()
     given = {name: _exact(option) for name, option in options.items() if name != "layout"}
     found = mixing(exact, inputs, **given)
