@@ -81,8 +81,8 @@ def test_of_an_unknown_mixer_follows_from_its_name():
 
 
 def test_in_order_colours_come_before_lines():
-    styles = [nth_style(number) for number in range(24)]
-    assert len(set(styles)) == 24 and all(style.dash == () for style in styles[:8]) and styles[8].dash
+    styles = [nth_style(number) for number in range(40)]
+    assert len(set(styles)) == 40 and all(style.dash == () for style in styles[:8]) and styles[8].dash
 
 
 def test_the_style_sheet_says_the_same_whoever_else_is_there():

@@ -27,16 +27,24 @@ Found by climbing from the hues of Okabe and Ito (2008) towards the largest smal
 all cones and with one kind less.
 """
 
-LINES: tuple[tuple[tuple[float, ...], str], ...] = (((), "o"), ((6, 2.5), "s"), ((1.5, 1.8), "^"))
+LINES: tuple[tuple[tuple[float, ...], str], ...] = (
+    ((), "o"),
+    ((6, 2.5), "s"),
+    ((1.5, 1.8), "^"),
+    ((7, 2, 1.5, 2), "<"),
+    ((3.5, 1.5), "*"),
+)
 """Dash patterns (lengths of strokes and gaps; empty for a solid line), each with its marker."""
 
 FURTHER_MARKERS = "DvP"
-"""Markers of mixers that are not in `KNOWN`."""
+"""Markers of mixers that are not in `KNOWN`, on the first three of `LINES`."""
 
 OUTLINES = {
     "o": "M9 5a4 4 0 1 0 8 0a4 4 0 1 0-8 0",
     "s": "M9.5 1.5h7v7h-7z",
     "^": "M13 .8l4.5 8h-9z",
+    "<": "M17.2.5v9l-8-4.5z",
+    "*": "M13.0 0.1L14.3 3.5L17.9 3.7L15.1 6.0L16.1 9.5L13.0 7.5L9.9 9.5L10.9 6.0L8.1 3.7L11.7 3.5z",
     "D": "M13 .3l4.7 4.7-4.7 4.7-4.7-4.7z",
     "v": "M13 9.2l-4.5-8h9z",
     "P": "M11.5 .8h3v2.7h2.7v3h-2.7v2.7h-3v-2.7h-2.7v-3h2.7z",
@@ -61,7 +69,7 @@ class Style:
 
 
 def nth_style(number: int) -> Style:
-    """The first eight are solid lines of all colours, the next eight dashed, the next eight dotted, then from anew."""
+    """The first eight are solid lines of all colours, then eight for each of the other `LINES`, then from anew."""
     colour, line = number % len(PALETTE), number // len(PALETTE) % len(LINES)
     return Style(*PALETTE[colour], *LINES[line])
 
@@ -70,7 +78,8 @@ _ORDER = (
     *("flash", "rwkv7", "mlstm_tfla", "routing", "sliding_window", "scatterbrain", "sparse_flash", "gated_deltanet"),
     *("simple_gla", "kda", "gla", "lightning", "block_sparse", "retention", "hyper", "deltanet"),
     *("combiner", "ssd", "linear", "moba", "local", "scatterbrain_content", "sparse_flash_drop", "mamba2"),
-    *("sparsek", "parallax"),
+    *("parallax", "hgrn2", "qlstm", "nsa", "combiner_log", "sparsek", "tensor", "gated_deltanet2"),
+    *("fox", "wersa", "ponet", "gated_deltaproduct"),
 )
 
 KNOWN = {mixer: nth_style(number) for number, mixer in enumerate(_ORDER)}
@@ -83,7 +92,7 @@ def style_of(mixer: str) -> Style:
         return KNOWN[mixer]
     number = int.from_bytes(hashlib.sha256(mixer.encode(errors="surrogatepass")).digest()[:6], "big")
     number, colour = divmod(number, len(PALETTE))
-    number, line = divmod(number, len(LINES))
+    number, line = divmod(number, 3)
     return Style(*PALETTE[colour], LINES[line][0], FURTHER_MARKERS[number % len(FURTHER_MARKERS)])
 
 
