@@ -44,6 +44,7 @@ VARIANTS = {
     "context-fourier-sinks": "flash position=context bias=fourier bias_rank=2 sink_logits=true num_kv_heads=1",
     "context-alibi-gates": "routing clusters=3 window=4 local_window=5 bias=alibi position=context output_gate=head",
     "window-mixture": "sliding_window window=7 bias=alibi heads_shared=1 heads_kept=1 sink_logits=true",
+    "gain": "flash gain=fourier bias_rank=2 bias=alibi sink_logits=true num_kv_heads=1",
     "scatterbrain": "scatterbrain block=3 num_features=16",
     "scatterbrain-near-as-slices": "scatterbrain block=6 num_features=16",  # 11 exact keys are remembered
     "scatterbrain-near-beyond-slices": "scatterbrain block=8 num_features=16",

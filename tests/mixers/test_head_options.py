@@ -1,18 +1,20 @@
 """Options of all softmax mixers give what their oracles give, gradients included; what cannot be is refused."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from mixer_table import SHAPE, scatterbrain
+from mixer_table import SHAPE, scatterbrain, stirred
 from torch import nn
 
 from longmix.errors import ConfigError
 from longmix.mixers.combiner_log import CombinerLog
 from longmix.mixers.flash import Flash
 from longmix.mixers.hyper import Hyper
+from longmix.mixers.moba import MoBA
 from longmix.mixers.nsa import NSA
 from longmix.mixers.parallax import Parallax
 from longmix.mixers.parts.attention_state import keys_like, with_sinks
@@ -22,6 +24,7 @@ from longmix.mixers.parts.head_gates import HeadRouter
 from longmix.mixers.parts.score_bias import FourierBias, LowRankBias
 from longmix.mixers.parts.softmax import SoftmaxAttention
 from longmix.mixers.sliding_window import SlidingWindow
+from longmix.mixers.sparsek import SparseK
 from longmix.mixers.tensor import TensorAttention
 from longmix_kernels.attention import attention, bias_columns
 
@@ -294,6 +297,35 @@ def test_decoding_under_autocast(kind, options):
             state = output.state
             pieces.append(output.y)
     torch.testing.assert_close(torch.cat(pieces, 1).float(), whole.float(), rtol=0.02, atol=0.02)
+
+
+EVERYTHING = {
+    "moba": (MoBA, {"block": 4, "top_k": 9}),
+    "sparsek": (SparseK, {"block": 3, "past_blocks": 1, "keep": 40}),
+}
+OPTIONS = {
+    "alibi": {"bias": "alibi"},
+    "fourier-context": {"bias": "fourier", "position": "context"},
+    "low-rank-sinks": {"bias": "low_rank", "sink_logits": True},
+    "forget": {"bias": "forget", "rotary_base": None, "sink_logits": True},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(("kind", "sizes"), EVERYTHING.values(), ids=EVERYTHING)
+def test_options_of_a_sparse_mixer_that_sees_everything_are_those_of_flash(kind, sizes, options):
+    made = partial(kind, **sizes), Flash
+    sparse, full = (stirred(each(SHAPE, 0, num_kv_heads=1, **options)).double() for each in made)
+    sparse.load_state_dict(full.state_dict(), strict=False)
+    ids = torch.tensor([[0] * 9 + [1] * 14, [0] * 23], dtype=torch.int32)
+    x = torch.randn(2, 23, SHAPE.d_model, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found, wanted = (mixer(x, document_ids=ids).y for mixer in (sparse, full))
+    near(found, wanted)
+    weights = dict(full.named_parameters())
+    gradients = torch.autograd.grad(wanted.square().sum(), weights.values())
+    same = torch.autograd.grad(found.square().sum(), [sparse.get_parameter(name) for name in weights])
+    for one, other in zip(same, gradients, strict=True):
+        near(one, other, 1e-10)
 
 
 REFUSED = {
