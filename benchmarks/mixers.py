@@ -1,0 +1,200 @@
+"""All mixers on one page, at equal size and equal tokens: recall of associations, and speeches.
+
+    python -m benchmarks.mixers                        # all; the same command goes on where it was broken off
+    python -m benchmarks.mixers flash kda rwkv7 --tasks recall --seeds 0 1
+    python -m benchmarks.mixers --check                # which width each model gets; trains nothing
+
+    recall      experiment=mqar, two layers of 64 channels: the share of values that are recalled in rows of 64 tokens
+    speeches    the default model and corpus in rows of 1,024: bits/byte
+
+On speeches every mixer is as its file in configs/mixer says. Rows of recall are short, so windows and blocks are at most
+8 tokens there, and have the few neighbours of the tests' small models; a memory is one head of as many keys as the
+model has channels, and convolves 4 tokens where it can. The feed-forward takes up what the mixer leaves
+(`match.parameters`). Leaves JSON, a Markdown table and a picture.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+import longmix
+from benchmarks import arms, results
+from benchmarks.arms import Arm, cell, mean, spread
+from benchmarks.command import Parser, positive
+from benchmarks.results import Record
+from longmix.composing import composed
+from longmix.config import Plain, locate
+from longmix.reporting.plots import AROUND, drawing, new_figure, set_title
+from longmix.reporting.style import SOFT, nth_style
+
+DESCRIPTION = "All mixers at equal size and equal tokens: recall of associations, and speeches."
+MIXERS = sorted(path.stem for path in (results.ROOT / "configs" / "mixer").glob("*.yaml"))
+TASKS = ("recall", "speeches")
+SEEN = 8
+"""Tokens of a window or block of recall, whose rows have 64."""
+
+MEMORY: Mapping[str, object] = {"key_factor": 1.0, "convolution": 4}
+"""Settings of recall for mixers that have them; those with the first get one head too."""
+
+
+def settings_of_recall(mixer: str) -> Plain:
+    """What a mixer has in recall besides its file, so that it neither sees the whole row nor forgets at once."""
+    node: Plain = composed("train", [f"mixer={mixer}"]).content["mixer"]
+    kind = locate(node["_target_"], "mixer")
+    seen = {name: max(least, min(node[name], SEEN)) for name, least in kind.sizes.items() if node.get(name)}
+    few = {name: value for name, value in kind.small.items() if node.get(name) and name in NEIGHBOURS}
+    memory = {name: value for name, value in MEMORY.items() if name in node}
+    one = {"num_heads": 1} if "key_factor" in node else {}
+    return {**seen, **few, **memory, **one}
+
+
+NEIGHBOURS = ("past_blocks", "local", "stride", "blocks", "buckets", "clusters")
+"""Settings whose value for small models recall takes: how many blocks, or parts of the keys, a query sees."""
+
+
+def arms_of(options: argparse.Namespace) -> list[Arm]:
+    """Every mixer's arms, those of a mixer behind each other."""
+    return [
+        Arm(f"{task}: {mixer}", (*words_of(task, mixer, options), *options.word, f"seed={seed}"))
+        for seed in options.seeds
+        for mixer in options.mixers
+        for task in options.tasks
+    ]
+
+
+def words_of(task: str, mixer: str, options: argparse.Namespace) -> list[str]:
+    """The words of an arm without its seed."""
+    if task == "recall":
+        own = [f"mixer.{name}={value}" for name, value in settings_of_recall(mixer).items()]
+        words = ["experiment=mqar", f"max_steps={options.steps}", f"loop.checkpoint_every={options.steps}"]
+        return [*words, f"match.parameters={options.recall_parameters}", "match.multiple=1", f"mixer={mixer}", *own]
+    rows = max(1, options.step_tokens // options.length)
+    words = [f"seq_len={options.length}", f"batch_size={rows}", f"max_tokens={options.tokens}"]
+    return [*words, f"match.parameters={options.parameters}", "match.multiple=1", f"mixer={mixer}"]
+
+
+def examined(loaded: longmix.Loaded, place: Path, tokens: int) -> Record:
+    """Recall or bits/byte at the trained length, and what a row's state takes there."""
+    length = loaded.config["seq_len"]
+    task = "accuracy" if "task" in loaded.config["data"] else "loss"
+    report = loaded.evaluate(
+        task, seq_len=length, batch_size=1 if task == "loss" else 64, max_tokens=tokens, output=str(place)
+    )
+    (found,) = report["lengths"].values()
+    return {**found, "state_bytes": loaded.model.state_bytes(length)}
+
+
+def of_arm(records: Sequence[Record], task: str, mixer: str) -> list[Record]:
+    """Records of a mixer in a task, of all seeds."""
+    return [record for record in records if record["arm"] == f"{task}: {mixer}"]
+
+
+def ordered(records: Sequence[Record]) -> list[str]:
+    """The mixers, the best on speeches first, else the best in recall."""
+    names = dict.fromkeys(record["arm"].partition(": ")[2] for record in records)
+
+    def rank(mixer: str) -> tuple[float, float]:
+        bits = mean(of_arm(records, "speeches", mixer), "bits_per_byte")
+        recall = mean(of_arm(records, "recall", mixer), "accuracy")
+        return (float("inf") if bits is None else bits, 0.0 if recall is None else -recall)
+
+    return sorted(names, key=rank)
+
+
+def table(records: Sequence[Record]) -> str:
+    """Markdown: a row for each mixer, means over the seeds."""
+    lines = [
+        ["mixer", "bits/byte", "seeds differ by", "parameters", "seconds", "tokens/s", "state, bytes"]
+        + ["recall", "seeds differ by", "parameters", "seconds", "state, bytes"]
+    ]
+    for mixer in ordered(records):
+        line = [f"`{mixer}`"]
+        for task, measure in (("speeches", "bits_per_byte"), ("recall", "accuracy")):
+            found = of_arm(records, task, mixer)
+            differ = spread(found, measure) if len(found) > 1 else None
+            line += [cell(mean(found, measure), ".4f"), cell(differ, ".4f"), cell(mean(found, "parameters"), ",.0f")]
+            line += [cell(mean(found, "seconds"), ",.0f")]
+            line += [cell(mean(found, "tokens_per_second"), ",.0f")] if task == "speeches" else []
+            line += [cell(mean(found, "state_bytes"), ",.0f")]
+        lines.append(line)
+    return arms.markdown(lines, 1)
+
+
+PANELS: Sequence[tuple[str, str, str, bool]] = (
+    ("speeches", "bits_per_byte", "bits/byte on speeches", False),
+    ("recall", "accuracy", "share of values recalled (MQAR)", False),
+    ("speeches", "tokens_per_second", "tokens per second in training", False),
+    ("speeches", "state_bytes", "bytes of a row's state", True),
+)
+"""Task, measure, its name, and whether its axis is logarithmic."""
+
+
+@drawing()
+def drawn(records: Sequence[Record]) -> Figure:
+    """A line for each mixer, and beside each other what it is worth and what it costs."""
+    mixers = ordered(records)
+    panels = [panel for panel in PANELS if any(record["arm"].startswith(panel[0]) for record in records)]
+    title = "All mixers at equal size and equal tokens"
+    figure, places = new_figure(len(panels), len(panels), width=330, height=15 * len(mixers) + AROUND, title=title)
+    for axes, (task, measure, name, is_log) in zip(places, panels, strict=True):
+        _draw(
+            axes, mixers, lambda mixer, task=task, measure=measure: [r[measure] for r in of_arm(records, task, mixer)]
+        )
+        axes.set_xscale("symlog" if is_log else "linear")
+        set_title(axes, name)
+    return figure
+
+
+def _draw(axes: Axes, mixers: Sequence[str], numbers: Callable[[str], list[float]]) -> None:
+    """A dot for each seed, and a thin line where the mixer's name is."""
+    for height, mixer in enumerate(mixers):
+        axes.axhline(height, color=SOFT, linewidth=0.3, zorder=0)
+        found = numbers(mixer)
+        axes.plot(found, [height] * len(found), "o", markersize=4, color=nth_style(0).light, clip_on=False)
+    axes.set_yticks(range(len(mixers)), mixers)
+    axes.set_ylim(len(mixers) - 0.5, -0.5)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options."""
+    parser = Parser(prog="python -m benchmarks.mixers", description=DESCRIPTION)
+    add = parser.add_argument
+    add("mixers", nargs="*", metavar="MIXER", help="of configs/mixer; default: all")
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    add("--steps", type=positive(int), default=800, help="of recall, of 4,096 tokens each")
+    add("--tokens", type=positive(float), default=400_000, help="of speeches")
+    add("--length", type=positive(int), default=1024, help="tokens of a row of speeches")
+    add("--step-tokens", type=positive(int), default=2048, help="about so many tokens of a step on speeches")
+    add("--recall-parameters", type=positive(int), default=130_000, help="of every model of recall")
+    add("--parameters", type=positive(int), default=1_270_000, help="of every model of speeches")
+    add("--evaluated", type=positive(int), default=65_536, help="about so many tokens")
+    arms.add_options(parser, "mixers")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.mixers) - set(MIXERS):
+        parser.error(f"there is no mixer {', '.join(sorted(unknown))}; there are {', '.join(MIXERS)}")
+    options.mixers, options.tokens = options.mixers or MIXERS, int(options.tokens)
+    if not options.check:
+        parser.make_folder(options.out)
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train, measure, write and print; 1 if an arm failed."""
+    options = parse(arguments)
+    asked = {"evaluated": options.evaluated}
+    return arms.main(
+        arms_of(options),
+        options,
+        lambda loaded, place: examined(loaded, place, options.evaluated),
+        asked,
+        table,
+        drawn,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
