@@ -7,15 +7,15 @@
     recall      experiment=mqar, two layers of 64 channels: the share of values that are recalled in rows of 64 tokens
     speeches    the default model and corpus in rows of 1,024: bits/byte
 
-On speeches every mixer is as its file in configs/mixer says. Rows of recall are short, so windows and blocks are at most
-8 tokens there, and have the few neighbours of the tests' small models; a memory is one head of as many keys as the
-model has channels, and convolves 4 tokens where it can. The feed-forward takes up what the mixer leaves
-(`match.parameters`). Leaves JSON, a Markdown table and a picture.
+On speeches every mixer is as its file in configs/mixer says. Rows of recall are short, so windows and blocks are at
+most 8 tokens there, with few neighbours, and a memory is one head with as many keys as the model has channels; it
+convolves 4 tokens where it can. The feed-forward takes up what the mixer leaves (`match.parameters`). Leaves JSON, a
+Markdown table and a picture.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -37,8 +37,11 @@ TASKS = ("recall", "speeches")
 SEEN = 8
 """Tokens of a window or block of recall, whose rows have 64."""
 
-MEMORY: Mapping[str, object] = {"key_factor": 1.0, "convolution": 4}
-"""Settings of recall for mixers that have them; those with the first get one head too."""
+NEIGHBOURS = ("past_blocks", "local", "stride", "blocks", "buckets", "clusters")
+"""Settings of which recall takes the value for small models: how many blocks, or parts of the keys, a query sees."""
+
+MEMORY: Mapping[str, object] = {"num_heads": 1, "key_factor": 1.0, "convolution": 4}
+"""Settings of recall of mixers that convolve; Mamba-2's heads share their keys already."""
 
 
 def settings_of_recall(mixer: str) -> Plain:
@@ -47,13 +50,8 @@ def settings_of_recall(mixer: str) -> Plain:
     kind = locate(node["_target_"], "mixer")
     seen = {name: max(least, min(node[name], SEEN)) for name, least in kind.sizes.items() if node.get(name)}
     few = {name: value for name, value in kind.small.items() if node.get(name) and name in NEIGHBOURS}
-    memory = {name: value for name, value in MEMORY.items() if name in node}
-    one = {"num_heads": 1} if "key_factor" in node else {}
-    return {**seen, **few, **memory, **one}
-
-
-NEIGHBOURS = ("past_blocks", "local", "stride", "blocks", "buckets", "clusters")
-"""Settings whose value for small models recall takes: how many blocks, or parts of the keys, a query sees."""
+    names = ("convolution",) if mixer == "mamba2" else MEMORY if "convolution" in node else ()
+    return {**seen, **few, **{name: MEMORY[name] for name in names if name in node}}
 
 
 def arms_of(options: argparse.Namespace) -> list[Arm]:
@@ -81,9 +79,8 @@ def examined(loaded: longmix.Loaded, place: Path, tokens: int) -> Record:
     """Recall or bits/byte at the trained length, and what a row's state takes there."""
     length = loaded.config["seq_len"]
     task = "accuracy" if "task" in loaded.config["data"] else "loss"
-    report = loaded.evaluate(
-        task, seq_len=length, batch_size=1 if task == "loss" else 64, max_tokens=tokens, output=str(place)
-    )
+    words = {"batch_size": 1 if task == "loss" else 64, "max_tokens": tokens, "output": str(place)}
+    report = loaded.evaluate(task, seq_len=length, **words)
     (found,) = report["lengths"].values()
     return {**found, "state_bytes": loaded.model.state_bytes(length)}
 
@@ -107,10 +104,8 @@ def ordered(records: Sequence[Record]) -> list[str]:
 
 def table(records: Sequence[Record]) -> str:
     """Markdown: a row for each mixer, means over the seeds."""
-    lines = [
-        ["mixer", "bits/byte", "seeds differ by", "parameters", "seconds", "tokens/s", "state, bytes"]
-        + ["recall", "seeds differ by", "parameters", "seconds", "state, bytes"]
-    ]
+    common = ("seeds differ by", "parameters", "seconds")
+    lines = [["mixer", "bits/byte", *common, "tokens/s", "state, bytes", "recall", *common, "state, bytes"]]
     for mixer in ordered(records):
         line = [f"`{mixer}`"]
         for task, measure in (("speeches", "bits_per_byte"), ("recall", "accuracy")):
@@ -141,22 +136,20 @@ def drawn(records: Sequence[Record]) -> Figure:
     title = "All mixers at equal size and equal tokens"
     figure, places = new_figure(len(panels), len(panels), width=330, height=15 * len(mixers) + AROUND, title=title)
     for axes, (task, measure, name, is_log) in zip(places, panels, strict=True):
-        _draw(
-            axes, mixers, lambda mixer, task=task, measure=measure: [r[measure] for r in of_arm(records, task, mixer)]
-        )
+        numbers = {mixer: [record[measure] for record in of_arm(records, task, mixer)] for mixer in mixers}
+        _draw(axes, numbers)
         axes.set_xscale("symlog" if is_log else "linear")
         set_title(axes, name)
     return figure
 
 
-def _draw(axes: Axes, mixers: Sequence[str], numbers: Callable[[str], list[float]]) -> None:
-    """A dot for each seed, and a thin line where the mixer's name is."""
-    for height, mixer in enumerate(mixers):
+def _draw(axes: Axes, numbers: Mapping[str, Sequence[float]]) -> None:
+    """A thin line for each mixer, and a dot on it for each seed."""
+    for height, found in enumerate(numbers.values()):
         axes.axhline(height, color=SOFT, linewidth=0.3, zorder=0)
-        found = numbers(mixer)
         axes.plot(found, [height] * len(found), "o", markersize=4, color=nth_style(0).light, clip_on=False)
-    axes.set_yticks(range(len(mixers)), mixers)
-    axes.set_ylim(len(mixers) - 0.5, -0.5)
+    axes.set_yticks(range(len(numbers)), numbers)
+    axes.set_ylim(len(numbers) - 0.5, -0.5)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
