@@ -25,7 +25,7 @@ from benchmarks import results
 from benchmarks.command import RESULTS, Parser, progress
 from benchmarks.results import Record
 from longmix.composing import composed
-from longmix.config import TrainConfig, read
+from longmix.config import ModelConfig, TrainConfig, read
 from longmix.errors import Interrupted, LongmixError
 from longmix.model.matching import count_parameters, match_parameters
 from longmix.training.run import check_config
@@ -96,7 +96,7 @@ def run(arm: Arm, folder: Path, examine: Examine, asked: Record) -> Record:
         "arm": arm.name,
         **same,
         "parameters": facts["parameters"]["total"],
-        "mlp_hidden": loaded.config["model"]["mlp_hidden"],
+        "mlp_hidden": ModelConfig.of(loaded.config).model.number("mlp_hidden"),
         "tokens": facts["tokens"],
         "trained_length": loaded.config["seq_len"],
         "seconds": facts["training_seconds"],

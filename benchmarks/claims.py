@@ -91,7 +91,7 @@ CLAIMS: Mapping[str, Mapping[str, str]] = {
 }
 """By name: the words of each arm besides what all have."""
 
-NAMES = {own: f"{claim}: {name}" for claim, claimed in reversed(CLAIMS.items()) for name, own in claimed.items()}
+NAMES = {own: f"{claim}: {name}" for claim, claimed in reversed(list(CLAIMS.items())) for name, own in claimed.items()}
 """By its words: the name of an arm, of the first claim that has it."""
 
 
@@ -170,8 +170,8 @@ def drawn(records: Sequence[Record]) -> Figure:
             for factor in FACTORS:
                 bits = {name: mean(own, "lengths", str(factor), "bits_per_byte") for name, own in found.items()}
                 points = [(_share(name), value) for name, value in bits.items() if value is not None]
-                xs, ys = zip(*sorted(points), strict=True)
-                curves[f"rows of {factor * trained:,}"] = list(xs), list(ys)
+                points.sort()
+                curves[f"rows of {factor * trained:,}"] = [x for x, _ in points], [y for _, y in points]
             label = "% of heads kept; beyond 100: no mixture"
         else:
             for name, own in found.items():

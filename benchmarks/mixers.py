@@ -17,6 +17,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -47,7 +48,7 @@ MEMORY: Mapping[str, object] = {"num_heads": 1, "key_factor": 1.0, "convolution"
 def settings_of_recall(mixer: str) -> Plain:
     """What a mixer has in recall besides its file, so that it neither sees the whole row nor forgets at once."""
     node: Plain = composed("train", [f"mixer={mixer}"]).content["mixer"]
-    kind = locate(node["_target_"], "mixer")
+    kind: Any = locate(node["_target_"], "mixer")
     seen = {name: max(least, min(node[name], SEEN)) for name, least in kind.sizes.items() if node.get(name)}
     few = {name: value for name, value in kind.small.items() if node.get(name) and name in NEIGHBOURS}
     names = ("convolution",) if mixer == "mamba2" else MEMORY if "convolution" in node else ()
