@@ -89,7 +89,7 @@ def run(arm: Arm, folder: Path, examine: Examine, asked: Record) -> Record:
             return found
     with contextlib.redirect_stdout(sys.stderr):
         trained = longmix.train([*arm.words, *ALWAYS, "resume=auto"], folder=place)
-        facts = dict(trained.summary)
+        facts: Any = trained.summary
         loaded = trained.load(device="cpu")
         measured = examine(loaded, place / "evaluated")
     record = {
@@ -168,7 +168,8 @@ def main(
         print(f"{error}\nThe same command goes on.", file=sys.stderr)
         return error.exit_code
     if records:
-        results.leave(options.name, environment, options, records, table, drawn)
+        written = argparse.Namespace(**{**vars(options), "runs": str(options.runs)})
+        results.leave(options.name, environment, written, records, table, drawn)
     if failed:
         print(f"failed: {', '.join(failed)}; the same command tries them again", file=sys.stderr)
     return int(bool(failed))

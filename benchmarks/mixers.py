@@ -163,7 +163,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--tokens", type=positive(float), default=400_000, help="of speeches")
     add("--length", type=positive(int), default=1024, help="tokens of a row of speeches")
     add("--step-tokens", type=positive(int), default=2048, help="about so many tokens of a step on speeches")
-    add("--recall-parameters", type=positive(int), default=130_000, help="of every model of recall")
+    add("--recall-parameters", type=positive(int), default=160_000, help="of every model of recall")
     add("--parameters", type=positive(int), default=1_270_000, help="of every model of speeches")
     add("--evaluated", type=positive(int), default=65_536, help="about so many tokens")
     arms.add_options(parser, "mixers")

@@ -53,15 +53,18 @@ def test_what_is_finished_is_not_repeated_and_what_fails_stops_no_other(trained,
     assert trained.seeds[4:] == [0, 1, 2]  # measured anew; what is trained is not trained again by resume=auto
 
 
-def test_a_signal_ends_all_and_leaves_what_was_measured(trained, tmp_path, capsys):
+def test_a_signal_ends_all_and_the_same_command_goes_on(trained, tmp_path, capsys):
     trained.failing, trained.stopped = False, True
-    options = claims.parse(["sinks", "--seeds", "0", "2", "--runs", str(tmp_path), "--parameters", "9"])
-    code = arms.main(claims.arms_of(options), options, lambda loaded, place: {}, {}, claims.table, claims.drawn)
-    assert code == 75 and "The same command goes on." in capsys.readouterr().err
-    assert [r["arm"] for r in json.loads((tmp_path / "results.json").read_text())["results"]] == [
-        "positions: RoPE",
-        "sinks: sink logits",
-    ]
+    words = ["sinks", "--seeds", "0", "2", "--parameters", "9"]
+    options = claims.parse([*words, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
+    lengths = {"lengths": {str(factor): {"bits_per_byte": 2.0} for factor in claims.FACTORS}}
+    given = (claims.arms_of(options), options, lambda loaded, place: lengths, {}, claims.table, claims.drawn)
+    assert arms.main(*given) == 75 and "The same command goes on." in capsys.readouterr().err
+    measured = json.loads((tmp_path / "runs" / "results.json").read_text())["results"]
+    assert [record["arm"] for record in measured] == ["positions: RoPE", "sinks: sink logits"]
+    trained.stopped = False
+    assert arms.main(*given) == 0 and trained.seeds == [0, 0, 2, 2, 2]
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json", ".md", ".png"}
 
 
 def test_other_words_are_another_folder():
