@@ -7,10 +7,10 @@
     recall      experiment=mqar, two layers of 64 channels: the share of values that are recalled in rows of 64 tokens
     speeches    the default model and corpus in rows of 1,024: bits/byte
 
-On speeches every mixer is as its file in configs/mixer says. Rows of recall are short, so windows and blocks are at
-most 8 tokens there, with few neighbours, and a memory is one head with as many keys as the model has channels; it
-convolves 4 tokens where it can. The feed-forward takes up what the mixer leaves (`match.parameters`). Leaves JSON, a
-Markdown table and a picture.
+On speeches every mixer is as its file in configs/mixer says, but for `SPEECHES`. Rows of recall are short, so windows
+and blocks are at most 8 tokens there, with few neighbours, and a memory is one head with as many keys as the model has
+channels; it convolves 4 tokens where it can. The feed-forward takes up what the mixer leaves (`match.parameters`).
+Leaves JSON, a Markdown table and a picture.
 """
 
 import argparse
@@ -45,6 +45,10 @@ MEMORY: Mapping[str, object] = {"num_heads": 1, "key_factor": 1.0, "convolution"
 """Settings of recall of mixers that convolve; Mamba-2's heads share their keys already."""
 
 
+SPEECHES: Mapping[str, str] = {"nsa": "compress_hidden=8"}
+"""A setting of speeches, where a mixer as its file says has more weights than the whole model may have."""
+
+
 def settings_of_recall(mixer: str) -> Plain:
     """What a mixer has in recall besides its file, so that it neither sees the whole row nor forgets at once."""
     node: Plain = composed("train", [f"mixer={mixer}"]).content["mixer"]
@@ -73,7 +77,8 @@ def words_of(task: str, mixer: str, options: argparse.Namespace) -> list[str]:
         return [*words, f"match.parameters={options.recall_parameters}", "match.multiple=1", f"mixer={mixer}", *own]
     rows = max(1, options.step_tokens // options.length)
     words = [f"seq_len={options.length}", f"batch_size={rows}", f"max_tokens={options.tokens}"]
-    return [*words, f"match.parameters={options.parameters}", "match.multiple=1", f"mixer={mixer}"]
+    own = [f"mixer.{SPEECHES[mixer]}"] if mixer in SPEECHES else []
+    return [*words, f"match.parameters={options.parameters}", "match.multiple=1", f"mixer={mixer}", *own]
 
 
 def examined(loaded: longmix.Loaded, place: Path, tokens: int) -> Record:
