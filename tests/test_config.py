@@ -35,6 +35,7 @@ from longmix.config import (
 from longmix.data.corpora.corpus import Corpus
 from longmix.errors import ConfigError, LongmixError
 from longmix.mixers.flash import Flash
+from longmix.mixers.parts.softmax import SoftmaxAttention
 from longmix.mixers.sliding_window import SlidingWindow
 from longmix.model.blocks import Standard, SwiGLU
 from longmix.model.build import build_model
@@ -105,7 +106,9 @@ def settings_of(compose_config):
 
 def check_complete(node: dict[str, Any], supplied: set[str], key: str) -> None:
     """`--cfg job` promises every setting, so a file names all that its class takes."""
-    assert set(node) - {"_target_"} == set(settings(locate(node["_target_"], key))) - supplied, key
+    kind = locate(node["_target_"], key)
+    refused = kind.refused() if isinstance(kind, type) and issubclass(kind, SoftmaxAttention) else set()
+    assert set(node) - {"_target_"} == set(settings(kind)) - supplied - refused, key
     for name, value in node.items():
         if isinstance(value, dict) and "_target_" in value:
             check_complete(value, set(), f"{key}.{name}")

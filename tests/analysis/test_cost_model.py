@@ -37,7 +37,8 @@ def test_no_step_moves_more_than_twice_what_is_held_and_costs_are_positive(small
     model = small_model(name, dtype=torch.bfloat16)
     for context in (1, 100, 1000):
         cost = step_cost(model, context)
-        assert cost.mixing_flops > 0 and cost.parameter_flops > 0
+        assert cost.parameter_flops > 0
+        assert cost.mixing_flops > 0 or name == "qlstm"  # whose memory goes channel by channel, without products
         own = LAYERS * 2 * WIDTH * 2  # keys and values of the token itself, which are not held yet
         assert 0 < cost.state_bytes <= 2 * cost.held_bytes + own
         if all(isinstance(mixer, RecurrentMixer) for mixer in model.mixers()):

@@ -8,6 +8,7 @@ import torch
 from longmix.errors import ConfigError
 from longmix.mixers.flash import Flash
 from longmix.mixers.parts.attention_dropout import dropped_attention
+from longmix.mixers.parts.attention_state import Rows
 from longmix.mixers.sliding_window import SlidingWindow
 from longmix.model.backbone import LanguageModel
 from longmix.training import random_state
@@ -41,10 +42,10 @@ def test_the_weights_that_stay_are_those_of_attention_and_scaled(queries, window
     key = torch.randn(2, 16, kv_heads, 16, generator=generator, dtype=torch.float64)
     value = torch.eye(16, dtype=torch.float64)[None, :, None].expand(2, 16, kv_heads, 16)  # reads are the weights
     exact = attention(query, key, value, window=window, document_ids=ids)
-    limits = {"document_ids": ids, "window": window}
-    torch.testing.assert_close(dropped_attention(query, key, value, 0.0, **limits), exact, rtol=0, atol=1e-12)
+    rows = Rows(query, key, value, ids)
+    torch.testing.assert_close(dropped_attention(rows, 0.0, window), exact, rtol=0, atol=1e-12)
     torch.manual_seed(1)
-    dropped = dropped_attention(query, key, value, 0.4, **limits)
+    dropped = dropped_attention(rows, 0.4, window)
     stayed = dropped != 0
     torch.testing.assert_close(dropped[stayed], exact[stayed] / 0.6, rtol=1e-12, atol=0)
     visible = exact > 0

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from longmix.mixers.combiner_log import CombinerLog as CombinerLog
     from longmix.mixers.deltanet import DeltaNet as DeltaNet
     from longmix.mixers.flash import Flash as Flash
+    from longmix.mixers.fox import Fox as Fox
     from longmix.mixers.gated_deltanet import GatedDeltaNet as GatedDeltaNet
     from longmix.mixers.gated_deltanet2 import GatedDeltaNet2 as GatedDeltaNet2
     from longmix.mixers.gated_deltaproduct import GatedDeltaProduct as GatedDeltaProduct
@@ -53,6 +54,7 @@ _PLACES = {
     "CombinerLog": "longmix.mixers.combiner_log",
     "DeltaNet": "longmix.mixers.deltanet",
     "Flash": "longmix.mixers.flash",
+    "Fox": "longmix.mixers.fox",
     "GLA": "longmix.mixers.gla",
     "GatedDeltaNet": "longmix.mixers.gated_deltanet",
     "GatedDeltaNet2": "longmix.mixers.gated_deltanet2",

@@ -25,6 +25,7 @@ from longmix.mixers.parts.exact import exact_linear
 from longmix.mixers.parts.head_gates import head_router
 from longmix.mixers.parts.memory import ChannelMemory, Terms
 from longmix.mixers.parts.norms import HeadwiseNorm, check_norm_eps
+from longmix.recipe import Recipe, set_recipe
 
 HEAD_DIM, LEAST_HEADS = 128, 4
 """By default, a head has so many channels, as published, and there are at least so many heads."""
@@ -87,6 +88,7 @@ class HGRN2(ChannelMemory):
             nn.init.normal_(layer.weight, std=width**-0.5)
         nn.init.normal_(self.output.weight, std=width**-0.5 / math.sqrt(2 * shape.num_layers))
         self.head_router = head_router(width, self.num_heads, heads_shared, heads_kept, heads_balance, shape.num_layers)
+        set_recipe(self.forget.weight, Recipe("scalar"))  # as every gate, which autocast leaves exact
 
     def gates(self, x: Tensor) -> Tensor:
         """Logarithms of the forget gates, [B, T, D]."""

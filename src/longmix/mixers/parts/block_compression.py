@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longmix.recipe import Recipe, set_recipe
+
 
 class BlockCompression(nn.Module):
     """A network of two layers over all tokens of a block together, the same for all heads and blocks.
@@ -17,6 +19,7 @@ class BlockCompression(nn.Module):
     def __init__(self, head_dim: int, size: int, hidden: int) -> None:
         super().__init__()
         self.position = nn.Parameter(torch.zeros(size, head_dim))  # of a token in its block, which is added to it
+        set_recipe(self.position, Recipe("scalar"))
         # No layers of their own, since what counts the weights of a step counts those of all linear layers.
         self.enter = nn.Parameter(torch.empty(hidden, size * head_dim))
         self.leave = nn.Parameter(torch.empty(head_dim, hidden))

@@ -208,6 +208,12 @@ class SoftmaxAttention(Mixer):
         self.sink_logit = sink_logit_of(heads) if sink_logits else None
         self.head_router = head_router(width, heads, heads_shared, heads_kept, heads_balance, shape.num_layers)
 
+    @classmethod
+    def refused(cls) -> set[str]:
+        """The settings that the class takes at their defaults alone."""
+        biases = set() if cls.pairwise else {"bias", "bias_rank"}
+        return biases if cls.takes_sink_logits else {*biases, "sink_logits"}
+
     def value_path(self) -> ValuePath | None:
         """The layers from the projection of the values to that of the output; the gates of both lie between."""
         return ValuePath(self.value, self.output, self.num_kv_heads, self.num_heads)
