@@ -66,7 +66,8 @@ def test_autocast_rounds_the_same_weights_before_every_use(small_node, name):
     for key, wanted in computed(model).items():
         assert torch.equal(found[key], wanted), key
     matrices = {name for name, weight in model.named_parameters() if recipe_of(weight).role == "matrix"}
-    assert names == matrices | {"head.weight"}
+    of_no_layer = {name for name in matrices if name.endswith((".enter", ".leave"))}  # of NSA: gathered exactly
+    assert names == matrices - of_no_layer | {"head.weight"}
 
 
 class GatheredBytes(TorchDispatchMode):

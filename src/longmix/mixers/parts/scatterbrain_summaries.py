@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longmix.mixers.parts.states import mixer_state
 from longmix_kernels.attention import attention, positions_from_document_ids
-from longmix_kernels.runtime import is_readable
+from longmix_kernels.runtime import has_values, is_readable
 
 GONE = -1
 """The document of a summary, or key, that no later query may see; others are `numbered`, from 0 on."""
@@ -104,13 +104,16 @@ class Blocks:
             batch, length: B and T.
             size: tokens of a block.
             device: of the result.
-            documents: the most that a row has. Without it the number of blocks is read, and a GPU waited for.
+            documents: the most that a row has. Without it the number of blocks is read, and a GPU waited for; of tensors
+                without values it is that of two documents.
         """
         if document_ids is None:
             number = torch.arange(length, device=device).expand(batch, length) // size
             return cls(number, torch.zeros_like(number), -(-length // size))
         position = positions_from_document_ids(document_ids).long()
         number = (position % size == 0).long().cumsum(1) - 1
+        if documents is None and not has_values(number) and not torch.compiler.is_compiling():
+            documents = 2
         if documents is None or is_readable(number):
             count = int(number.max()) + 1
         else:
