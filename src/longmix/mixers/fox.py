@@ -9,7 +9,7 @@ from typing import Unpack
 
 from longmix.mixers.flash import Flash
 from longmix.mixers.parts.base import ModelShape
-from longmix.mixers.parts.softmax import HeadOptions
+from longmix.mixers.parts.softmax import CommonHeadOptions
 
 
 class Fox(Flash):
@@ -28,7 +28,7 @@ class Fox(Flash):
         bias: str = "forget",
         rotary_base: float | None = None,
         attention_dropout: float = 0.0,
-        **options: Unpack[HeadOptions],
+        **options: Unpack[CommonHeadOptions],
     ) -> None:
         super().__init__(
             shape, layer_index, bias=bias, rotary_base=rotary_base, attention_dropout=attention_dropout, **options

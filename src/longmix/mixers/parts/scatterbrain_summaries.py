@@ -104,8 +104,8 @@ class Blocks:
             batch, length: B and T.
             size: tokens of a block.
             device: of the result.
-            documents: the most that a row has. Without it the number of blocks is read, and a GPU waited for; of tensors
-                without values it is that of two documents.
+            documents: the most that a row has. Without it the number of blocks is read, and a GPU waited for. Tensors
+                without values are taken to have two.
         """
         if document_ids is None:
             number = torch.arange(length, device=device).expand(batch, length) // size

@@ -67,15 +67,13 @@ class Selection:
     metrics: dict[str, Metric] = field(default_factory=dict)
 
 
-class HeadOptions(RotaryScalingOptions, total=False):
-    """The settings that all softmax mixers share; see `SoftmaxAttention`."""
+class CommonHeadOptions(RotaryScalingOptions, total=False):
+    """Those of `HeadOptions` of which no mixer has a default of its own."""
 
     num_heads: int | None
     num_kv_heads: int | None
-    rotary_base: float | None
     qk_norm: bool
     position: str
-    bias: str
     bias_rank: int
     gain: str
     output_gate: str
@@ -83,6 +81,13 @@ class HeadOptions(RotaryScalingOptions, total=False):
     heads_shared: int
     heads_kept: int | None
     heads_balance: float
+
+
+class HeadOptions(CommonHeadOptions, total=False):
+    """The settings that all softmax mixers share; see `SoftmaxAttention`."""
+
+    rotary_base: float | None
+    bias: str
 
 
 class HeadNorm(nn.RMSNorm):
