@@ -77,8 +77,8 @@ def test_a_mixer_is_one_name_and_its_defaults_are_those_of_its_file(file):
     mixer = getattr(importlib.import_module(f"{package}.{module}"), name)
     assert (package, module) == ("longmix.mixers", file.stem)
     assert name.lower() in (file.stem.replace("_", ""), f"{file.stem}attention")  # `Tensor` is torch's
-    refused = mixer.refused() if issubclass(mixer, SoftmaxAttention) else set()
-    assert set(node) | {"shape", "layer_index"} == set(settings(mixer)) - refused
+    not_taken = mixer.not_taken() if issubclass(mixer, SoftmaxAttention) else set()
+    assert set(node) | {"shape", "layer_index"} == set(settings(mixer)) - not_taken
     for key, value in node.items():
         default = first_default(mixer, key)
         assert (list(default) if isinstance(default, tuple) else default) == value, key

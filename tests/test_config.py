@@ -107,8 +107,8 @@ def settings_of(compose_config):
 def check_complete(node: dict[str, Any], supplied: set[str], key: str) -> None:
     """`--cfg job` promises every setting, so a file names all that its class takes."""
     kind = locate(node["_target_"], key)
-    refused = kind.refused() if isinstance(kind, type) and issubclass(kind, SoftmaxAttention) else set()
-    assert set(node) - {"_target_"} == set(settings(kind)) - supplied - refused, key
+    not_taken = kind.not_taken() if isinstance(kind, type) and issubclass(kind, SoftmaxAttention) else set()
+    assert set(node) - {"_target_"} == set(settings(kind)) - supplied - not_taken, key
     for name, value in node.items():
         if isinstance(value, dict) and "_target_" in value:
             check_complete(value, set(), f"{key}.{name}")

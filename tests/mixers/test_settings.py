@@ -24,11 +24,7 @@ def test_a_class_needs_no_settings(target):
     assert mixer(torch.zeros(1, 3, 64)).y.shape == (1, 3, 64)
 
 
-ALONE = [path for path in FILES if path.stem != "fox"]
-"""Files with the defaults of their class; `fox` is `flash` with another bias."""
-
-
-@pytest.mark.parametrize("path", ALONE, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_file_says_what_the_class_does_without_it(path):
     node = settings_of(path)
     with torch.device("meta"):

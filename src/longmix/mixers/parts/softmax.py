@@ -214,10 +214,15 @@ class SoftmaxAttention(Mixer):
         self.head_router = head_router(width, heads, heads_shared, heads_kept, heads_balance, shape.num_layers)
 
     @classmethod
-    def refused(cls) -> set[str]:
-        """The settings that the class takes at their defaults alone."""
-        biases = set() if cls.pairwise else {"bias", "bias_rank"}
-        return biases if cls.takes_sink_logits else {*biases, "sink_logits"}
+    def not_taken(cls) -> set[str]:
+        """The settings of `HeadOptions` that the class takes at their defaults alone."""
+        taken = {
+            "bias": cls.pairwise and "bias" not in cls.refused,
+            "bias_rank": cls.pairwise and "bias" not in cls.refused,
+            "gain": cls.takes_gain,
+            "sink_logits": cls.takes_sink_logits and "sink_logits" not in cls.refused,
+        }
+        return {name for name, is_taken in taken.items() if not is_taken}
 
     def value_path(self) -> ValuePath | None:
         """The layers from the projection of the values to that of the output; the gates of both lie between."""
