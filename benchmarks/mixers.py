@@ -21,6 +21,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 import longmix
 from benchmarks import arms, results
@@ -144,7 +145,11 @@ def drawn(records: Sequence[Record]) -> Figure:
     for axes, (task, measure, name, is_log) in zip(places, panels, strict=True):
         numbers = {mixer: [record[measure] for record in of_arm(records, task, mixer)] for mixer in mixers}
         _draw(axes, numbers)
-        axes.set_xscale("symlog" if is_log else "linear")
+        if is_log:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(numticks=5))
+            axes.xaxis.set_major_formatter("{x:.0e}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
         set_title(axes, name)
     return figure
 
