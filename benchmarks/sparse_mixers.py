@@ -5,6 +5,7 @@
     combiner_log    spans of 1, 2, 4, ... tokens; plain: the same, for each level
     dilated         heads whose windows have gaps; plain: a mask
     tensor          pairs of tokens in two windows; plain: attention with a mask for each distance
+    parallax        all keys, weighed by a probe too; plain: dense matrices of weights and of the probe's products
 
 Forward and backward pass of what stands between the projections, in turns, in float32. Plain code has matrices of all
 pairs, ours does not.
@@ -23,6 +24,7 @@ from benchmarks.command import RESULTS, Parser, positive, progress
 from longmix.files import replace_text
 from longmix.mixers.combiner import Combiner
 from longmix.mixers.combiner_log import CombinerLog
+from longmix.mixers.parallax import Parallax, ProbeRows
 from longmix.mixers.parts.attention_state import Rows
 from longmix.mixers.parts.base import ModelShape
 from longmix.mixers.parts.kept_keys import LEAST_GATE
@@ -130,6 +132,17 @@ def plain_tensor(mixer: TensorAttention, query: Tensor, key: Tensor, value: Tens
     return sum((part * first_value.roll(a, 1) for a, part in enumerate(mixed)), torch.zeros_like(query))
 
 
+def plain_parallax(mixer: Parallax, query: Tensor, key: Tensor, value: Tensor, probe: Tensor) -> Tensor:
+    """Attention whose weights are multiplied with 1 + e - t, t the probe's products and e their mean under them."""
+    query, key, value, probe = (x.transpose(1, 2) for x in (query, key, value, probe))
+    length = query.shape[2]
+    hidden = torch.ones(length, length, dtype=torch.bool).triu_(1)
+    weights = (query @ key.mT * mixer.head_dim**-0.5).masked_fill(hidden, -torch.inf).softmax(-1)
+    products = probe @ key.mT
+    mean = (weights * products).sum(-1, keepdim=True)
+    return ((weights * (1 + mean - products)) @ value).transpose(1, 2)
+
+
 Plain = Callable[..., Tensor]
 MIXERS: Mapping[str, tuple[Callable[[ModelShape], SoftmaxAttention], Plain]] = {
     "sparsek": (lambda shape: SparseK(shape, 0), plain_sparsek),
@@ -137,6 +150,7 @@ MIXERS: Mapping[str, tuple[Callable[[ModelShape], SoftmaxAttention], Plain]] = {
     "combiner_log": (lambda shape: CombinerLog(shape, 0), plain_combiner_log),
     "dilated": (lambda shape: SlidingWindow(shape, 0, window=64, dilation=[1, 16]), plain_dilated),
     "tensor": (lambda shape: TensorAttention(shape, 0, window_1=4), plain_tensor),
+    "parallax": (lambda shape: Parallax(shape, 0), plain_parallax),
 }
 """By name: a mixer for a shape, and plain code of it."""
 
@@ -154,11 +168,15 @@ def workload(
     more: list[Tensor] = []
     if isinstance(mixer, SparseK):
         more = [drawn().requires_grad_()]
+    elif isinstance(mixer, Parallax):
+        more = [drawn(mixer.head_dim).requires_grad_()]
     elif isinstance(mixer, TensorAttention):
         more = [drawn(2 * mixer.head_dim).requires_grad_()]
     tensors, grad = [query, key, value, *more], drawn(mixer.head_dim)
 
     def ours() -> Tensor:
+        if isinstance(mixer, Parallax):
+            return mixer.attend(ProbeRows(query, key, value, probe=more[0]))[0]
         rows = Rows(query, key, value, key_labels=more[0]) if more else mixer.rows(query, key, value, None)
         return mixer.attend(rows)[0]
 

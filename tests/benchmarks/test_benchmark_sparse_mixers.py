@@ -19,6 +19,7 @@ SMALL = {
     "combiner_log": benchmark.CombinerLog(SHAPE, 0),
     "dilated": SlidingWindow(SHAPE, 0, window=3, dilation=[1, 4]),
     "tensor": TensorAttention(SHAPE, 0, window_1=3, window_2=6),
+    "parallax": benchmark.Parallax(SHAPE, 0),
 }
 
 
