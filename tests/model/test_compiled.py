@@ -20,7 +20,8 @@ FAST = ("block_sparse", "flash")
 TRAINING, EVALUATION = 2, 1
 """Graphs of one kind of rows: a statistic that is observed is None at first; the first layer gives a value residual."""
 
-MORE = {"rwkv7": 1}
+MORE = {"rwkv7": 1, "hgrn2": 1}
+"""The first layer has fewer weights than the others: it gives the value residual, or has no bound."""
 
 
 @pytest.fixture

@@ -104,16 +104,17 @@ class Blocks:
             batch, length: B and T.
             size: tokens of a block.
             device: of the result.
-            documents: the most that a row has. Without it the number of blocks is read, and a GPU waited for. Tensors
-                without values are taken to have two.
+            documents: the most that a row has. Without it the number of blocks is read, and a GPU waited for; compiled
+                code, which cannot read, allows for any, and tensors without values are taken to have two.
         """
         if document_ids is None:
             number = torch.arange(length, device=device).expand(batch, length) // size
             return cls(number, torch.zeros_like(number), -(-length // size))
         position = positions_from_document_ids(document_ids).long()
         number = (position % size == 0).long().cumsum(1) - 1
-        if documents is None and not has_values(number) and not torch.compiler.is_compiling():
-            documents = 2
+        compiling = torch.compiler.is_compiling()
+        if documents is None and (compiling or not has_values(number)):
+            documents = length if compiling else 2
         if documents is None or is_readable(number):
             count = int(number.max()) + 1
         else:
