@@ -140,6 +140,7 @@ class TestEveryFile:
         words = [f"experiment={name}", *NEEDS.get(f"experiment={name}", []), "trainer.accelerator=cpu"]
         check_config(read(TrainConfig, filled(compose_config(*words))))
 
+    @pytest.mark.sampled(3)
     @pytest.mark.parametrize("name", names("mixer"))
     def test_mixer_builds_a_model(self, compose_config, name):
         config = resolved(compose_config(f"mixer={name}"))

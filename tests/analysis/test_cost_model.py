@@ -20,7 +20,7 @@ def tokens(length: int) -> torch.Tensor:
     return torch.randint(20, (length,), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_counted_bytes_are_those_of_the_state_that_is_there(small_model, name):

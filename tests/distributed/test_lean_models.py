@@ -27,6 +27,7 @@ def trained_from(group, node, strategy):
         packing.LEAST_NUMBERS = before
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("settings", "bound"), CASES.values(), ids=CASES)
 def test_every_strategy_trains_as_one_process(pool, node_of, settings, bound):
     node = node_of("flash")

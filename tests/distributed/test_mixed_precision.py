@@ -57,7 +57,7 @@ def dtypes_of(group, node):
     return dtypes(group, model_of(node))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", FILES)
 def test_every_strategy_trains_as_one_process(pool, small_node, name):
     node = small_node(name)
@@ -72,6 +72,7 @@ def test_every_strategy_trains_as_one_process(pool, small_node, name):
         assert distance(divided, copied) < 1e-6
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", FILES)
 def test_a_sharded_model_computes_in_the_dtypes_of_a_whole_one(pool, small_node, name):
     node = small_node(name)

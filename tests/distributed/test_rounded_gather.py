@@ -53,6 +53,7 @@ def computed(model: LanguageModel) -> dict[str, torch.Tensor]:
     return {"hidden": output.hidden.detach(), "losses": output.token_losses.detach(), **gradients}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", FILES)
 def test_autocast_rounds_the_same_weights_before_every_use(small_node, name):
     """A gate that fails here needs `set_recipe(weight, Recipe("scalar"))`, as every gate."""

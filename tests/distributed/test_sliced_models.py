@@ -73,7 +73,7 @@ def check(pool, node, tuned=False):
             assert error <= 1e-12, f"{name} in {size} slices{', packed' if packed else ''}"
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("words", VARIANTS.values(), ids=VARIANTS)
 def test_slices_equal_one_process(pool, node_of, words):
     check(pool, node_of(words))

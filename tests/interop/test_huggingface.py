@@ -74,7 +74,7 @@ def written_on(model, ids: torch.Tensor, count: int) -> torch.Tensor:
     return torch.cat(rows, 1)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_every_mixer_goes_there_and_back_bit_for_bit(saved, tmp_path, mixer):
     run, model = saved(f"mixer={mixer}", *EXTRA.get(mixer, ()))

@@ -48,7 +48,7 @@ def name(build: Build) -> str:
     return "-".join((build.kernel, f"sm{build.architecture}", build.dtype, *columns))
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @compiles
 @pytest.mark.parametrize("build", TIGHT, ids=name)
 def test_a_tile_fits_where_it_is_tight(build):

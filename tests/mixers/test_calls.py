@@ -90,6 +90,7 @@ def test_ids_may_begin_anywhere(mixer, values, split):
     torch.testing.assert_close(torch.cat(pieces, 1), wanted, rtol=0, atol=1e-12)
 
 
+@pytest.mark.sampled(3)
 def test_rows_without_ids_are_document_0(mixer):
     """So ids that follow go on with it, or begin another document."""
     x = tokens(2, 29, WIDTH)

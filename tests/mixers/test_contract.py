@@ -45,7 +45,7 @@ def packed_ids() -> torch.Tensor:
     return torch.stack([torch.repeat_interleave(torch.arange(4), torch.tensor(row)) for row in lengths]).int()
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 def test_prefill_and_steps_equal_one_pass(mixer, split, packed):
@@ -88,6 +88,7 @@ def test_later_tokens_never_change_earlier_outputs(mixer):
             assert torch.equal(after, before[:, : cut + 1])
 
 
+@pytest.mark.sampled(3)
 def test_a_document_changes_nothing_in_another(mixer):
     x, ids = inputs(), packed_ids()
     before = mixer(x, document_ids=ids).y
@@ -108,7 +109,7 @@ def test_a_packed_document_equals_the_document_alone(mixer):
             torch.testing.assert_close(packed[row : row + 1, place], alone, rtol=0, atol=1e-12)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(6)
 def test_the_audit_finds_no_leak(mixer):
     found = audit(mixer_function(mixer.eval()), inputs(37))
     assert not [finding for finding in found if finding.leaks]

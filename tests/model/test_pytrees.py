@@ -49,6 +49,7 @@ def passes(model: LanguageModel) -> list[tuple[str, object]]:
     return seen
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", FILES)
 def test_every_tensor_that_passes_a_module_is_found(name, compose_config):
     node = resolved(compose_config(f"mixer={name}", *SMALL))

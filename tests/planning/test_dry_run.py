@@ -61,7 +61,7 @@ def saved_bytes(model: LanguageModel, tokens: Tensor, ids: Tensor) -> int:
     return sum(x.untyped_storage().nbytes() for x in storages.values())
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("mixer", "size"), CASES, ids=map("-".join, CASES))
 def test_what_is_kept_is_what_autograd_saves(mixer, size):
     width, length, rows = SIZES[size]

@@ -154,6 +154,7 @@ def test_training_is_truncated_back_propagation_through_time(mixers, rows):
     assert (weights(anew) - weights(net)).abs().max() > 1e-6
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("mixers", [*MIXERS.values(), HYBRID], ids=[*MIXERS, "hybrid"])
 def test_compiled_blocks_make_no_graph_after_the_second_step(mixers):
     """Not even where a window of attention is longer than these windows."""

@@ -60,7 +60,7 @@ def assert_matches(case: Case, dtype: torch.dtype, math: PanelMath) -> None:
             assert_close(result, wanted, TOLERANCE[dtype], f"{name}, logsumexp gradient {through_logsumexp}")
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @every_math
 @every_dtype
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
