@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from taken_settings import taken_settings
 
 from longmix import aliases
 from longmix.aliases import path_now, renewed
 from longmix.checkpoints import load_checkpoint
-from longmix.config import locate, settings
-from longmix.mixers.parts.softmax import SoftmaxAttention
+from longmix.config import locate
 
 EARLIER = Path(__file__).parent / "fixtures" / "earlier"
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -77,8 +77,7 @@ def test_a_mixer_is_one_name_and_its_defaults_are_those_of_its_file(file):
     mixer = getattr(importlib.import_module(f"{package}.{module}"), name)
     assert (package, module) == ("longmix.mixers", file.stem)
     assert name.lower() in (file.stem.replace("_", ""), f"{file.stem}attention")  # `Tensor` is torch's
-    not_taken = mixer.not_taken() if issubclass(mixer, SoftmaxAttention) else set()
-    assert set(node) | {"shape", "layer_index"} == set(settings(mixer)) - not_taken
+    assert set(node) | {"shape", "layer_index"} == taken_settings(mixer)
     for key, value in node.items():
         default = first_default(mixer, key)
         assert (list(default) if isinstance(default, tuple) else default) == value, key

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hydra.errors import CompactHydraException
 from omegaconf import OmegaConf
+from taken_settings import taken_settings
 
 from longmix.command_line.schema import SCHEMAS
 from longmix.config import (
@@ -26,7 +27,6 @@ from longmix.config import (
     plain,
     read,
     resolved,
-    settings,
     total_steps,
     unknown_key,
     unlimited_windows,
@@ -35,7 +35,6 @@ from longmix.config import (
 from longmix.data.corpora.corpus import Corpus
 from longmix.errors import ConfigError, LongmixError
 from longmix.mixers.flash import Flash
-from longmix.mixers.parts.softmax import SoftmaxAttention
 from longmix.mixers.sliding_window import SlidingWindow
 from longmix.model.blocks import Standard, SwiGLU
 from longmix.model.build import build_model
@@ -106,9 +105,7 @@ def settings_of(compose_config):
 
 def check_complete(node: dict[str, Any], supplied: set[str], key: str) -> None:
     """`--cfg job` promises every setting, so a file names all that its class takes."""
-    kind = locate(node["_target_"], key)
-    not_taken = kind.not_taken() if isinstance(kind, type) and issubclass(kind, SoftmaxAttention) else set()
-    assert set(node) - {"_target_"} == set(settings(kind)) - supplied - not_taken, key
+    assert set(node) - {"_target_"} == taken_settings(locate(node["_target_"], key)) - supplied, key
     for name, value in node.items():
         if isinstance(value, dict) and "_target_" in value:
             check_complete(value, set(), f"{key}.{name}")

@@ -7,6 +7,7 @@ The convolution is that of H3 (Fu et al. 2022, arXiv 2212.14052), the shift that
 import torch
 from torch import Tensor, nn
 
+from longmix.errors import ConfigError
 from longmix.recipe import Recipe, set_recipe
 
 
@@ -32,6 +33,16 @@ def _lagged(whole: Tensor, lag: int, length: int, ids: Tensor | None) -> Tensor:
         return lagged
     same = ids[:, start:] == ids[:, start - lag : ids.shape[1] - lag]
     return lagged * same.unsqueeze(-1)
+
+
+def check_convolution(size: int) -> None:
+    """Refuse what is neither no convolution, 0, nor one of several tokens.
+
+    Raises:
+        ConfigError: naming `mixer.convolution`.
+    """
+    if size < 0 or size == 1:
+        raise ConfigError(f"mixer.convolution={size} must be 0, which is none, or at least 2 tokens.")
 
 
 class ShortConvolution(nn.Module):

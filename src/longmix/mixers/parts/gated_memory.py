@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
 from longmix.mixers.parts.base import COUNT, FACTOR, MixerOutput, ModelShape, at_most, checked_sizes, divided
-from longmix.mixers.parts.convolution import ShortConvolution
+from longmix.mixers.parts.convolution import ShortConvolution, check_convolution
 from longmix.mixers.parts.documents import continued_ids
 from longmix.mixers.parts.exact import exact_linear, rounded_once
 from longmix.mixers.parts.head_gates import head_router
@@ -176,8 +176,7 @@ class GatedMemory(RecurrentMixer):
         for name, factor in (("key_factor", key_factor), ("value_factor", value_factor)):
             if factor <= 0:
                 raise ConfigError(f"mixer.{name}={factor} must be positive.")
-        if convolution < 0 or convolution == 1:
-            raise ConfigError(f"mixer.convolution={convolution} must be 0, which is none, or at least 2 tokens.")
+        check_convolution(convolution)
         if not 1 <= householders <= MOST_HOUSEHOLDERS:
             raise ConfigError(f"mixer.householders={householders} must be from 1 to {MOST_HOUSEHOLDERS}.")
         if negative_eigenvalues and not delta:

@@ -17,6 +17,7 @@ A token's gates depend on itself alone. All heads are computed, so that training
 import torch
 from torch import Tensor, nn
 
+from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
 from longmix.mixers.parts.base import REAL, at_most
 from longmix.mixers.parts.exact import exact_linear
@@ -165,6 +166,20 @@ class HeadRouter(nn.Module):
         if count > 1:
             metrics["head_entropy"] = Entropy.of(numbers, count)
         return gates, means, metrics
+
+    def applied(self, mixed: Tensor, x: Tensor, state: object) -> tuple[Tensor, dict[str, Tensor], dict[str, Metric]]:
+        """Return heads times their gates, and auxiliary losses and metrics while training.
+
+        Args:
+            mixed: [B, T, H, V], the heads.
+            x: [B, T, D], the tokens.
+            state: see `Mixer.forward`.
+        """
+        gates, means, metrics = self(x)
+        losses: dict[str, Tensor] = {}
+        if self.training and self.balance:
+            losses = self.losses_of(state.mean(means) if isinstance(state, Slices) else means)
+        return mixed * gates.unsqueeze(-1).to(mixed.dtype), losses, metrics
 
     def losses_of(self, means: Tensor) -> dict[str, Tensor]:
         """The balance loss, from means over whole rows."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
 from longmix.mixers.parts.base import COUNT, FACTOR, MixerOutput, ModelShape, at_most, checked_sizes, divided
-from longmix.mixers.parts.convolution import ShortConvolution
+from longmix.mixers.parts.convolution import ShortConvolution, check_convolution
 from longmix.mixers.parts.documents import continued_ids
 from longmix.mixers.parts.exact import exact_linear, rounded_once
 from longmix.mixers.parts.head_gates import head_router
@@ -93,8 +93,7 @@ class LinearMixer(RecurrentMixer):
             )
         self.key_dim = divided(key_width, num_heads, "mixer.key_factor * model.d_model", "mixer.num_heads")
         self.state_dim = self.key_dim
-        if convolution < 0 or convolution == 1:
-            raise ConfigError(f"mixer.convolution={convolution} must be 0, which is none, or at least 2 tokens.")
+        check_convolution(convolution)
         if norm not in (*NORMS, "none"):
             raise ConfigError(f"mixer.norm={norm} is unknown; use rms, layer or none.")
         if normaliser not in (None, "exponential"):

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from longmix.distributed.slices import Slices
-from longmix.errors import ConfigError
 from longmix.mixers.parts.base import COUNT, MixerOutput, at_most, checked_sizes
-from longmix.mixers.parts.convolution import ShortConvolution
+from longmix.mixers.parts.convolution import ShortConvolution, check_convolution
 from longmix.mixers.parts.documents import continued_ids
 from longmix.mixers.parts.exact import rounded_once
 from longmix.mixers.parts.projections import weight_count
@@ -80,8 +79,7 @@ class MemoryMixer(RecurrentMixer):
             ConfigError: a convolution of fewer than 2 tokens that is not 0, or out of range.
         """
         at_most(COUNT, convolution=size)
-        if size < 0 or size == 1:
-            raise ConfigError(f"mixer.convolution={size} must be 0, which is none, or at least 2 tokens.")
+        check_convolution(size)
         self.past, self.recent_channels = max(size - 1, 0), channels
         self.convolution = ShortConvolution(channels, size, bias) if size else None
 

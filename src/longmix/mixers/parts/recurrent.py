@@ -150,13 +150,7 @@ class RecurrentMixer(Mixer):
             x: [B, T, D], the tokens.
             state: see `Mixer.forward`.
         """
-        if self.head_router is None:
-            return mixed, {}, {}
-        gates, means, metrics = self.head_router(x)
-        losses: dict[str, Tensor] = {}
-        if self.training and self.head_router.balance:
-            losses = self.head_router.losses_of(state.mean(means) if isinstance(state, Slices) else means)
-        return mixed * gates.unsqueeze(-1).to(mixed.dtype), losses, metrics
+        return (mixed, {}, {}) if self.head_router is None else self.head_router.applied(mixed, x, state)
 
     def run_engine(
         self,

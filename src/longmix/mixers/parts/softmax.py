@@ -213,17 +213,6 @@ class SoftmaxAttention(Mixer):
         self.sink_logit = sink_logit_of(heads) if sink_logits else None
         self.head_router = head_router(width, heads, heads_shared, heads_kept, heads_balance, shape.num_layers)
 
-    @classmethod
-    def not_taken(cls) -> set[str]:
-        """The settings of `HeadOptions` that the class takes at their defaults alone."""
-        taken = {
-            "bias": cls.pairwise and "bias" not in cls.refused,
-            "bias_rank": cls.pairwise and "bias" not in cls.refused,
-            "gain": cls.takes_gain,
-            "sink_logits": cls.takes_sink_logits and "sink_logits" not in cls.refused,
-        }
-        return {name for name, is_taken in taken.items() if not is_taken}
-
     def value_path(self) -> ValuePath | None:
         """The layers from the projection of the values to that of the output; the gates of both lie between."""
         return ValuePath(self.value, self.output, self.num_kv_heads, self.num_heads)
@@ -365,10 +354,8 @@ class SoftmaxAttention(Mixer):
         if self.output_gate is not None:
             mixed = gated(mixed, self.output_gate, x)
         if self.head_router is not None:
-            gates, means, measured = self.head_router(x)
-            mixed, metrics = mixed * gates.unsqueeze(-1).to(mixed.dtype), metrics | measured
-            if self.training and self.head_router.balance:
-                losses |= self.head_router.losses_of(state.mean(means) if isinstance(state, Slices) else means)
+            mixed, balance, measured = self.head_router.applied(mixed, x, state)
+            losses, metrics = losses | balance, metrics | measured
         return MixerOutput(self.output(mixed.flatten(2)), after, losses, metrics)
 
     def _kept(self, rows: Rows, next_position: Tensor) -> AttentionState:
