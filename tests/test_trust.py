@@ -22,6 +22,7 @@ from longmix.mixers.parts.base import Mixer
 from longmix.model.backbone import LanguageModel
 from longmix.model.blocks import Standard
 from longmix.model.rwkv_blocks import RWKVBlocks
+from longmix.model.sharing import Sharing
 from longmix.training.run import train
 from longmix.trust import check_model_nodes, checked_data
 
@@ -117,6 +118,8 @@ class TestEveryCallable:
             return issubclass(member, self.KINDS[path[0]])
         if path == ("model", "block"):
             return member in (Standard, RWKVBlocks) or member.__name__ == "BlockStyle"
+        if path == ("model", "share"):
+            return member is Sharing
         if path[1] in ("corpus", "corpora"):
             return all(hasattr(member, method) for method in ("documents", "fingerprint"))
         return path[1] == "task" and hasattr(member, "example")

@@ -49,7 +49,8 @@ def test_a_run_leaves_table_picture_and_records(tmp_path, capsys):
     for name, row in found.items():
         control = name in CONTROLS
         assert row["control"] is control and row["causal"] is not control
-        assert (row["later tokens"] > 1e-3) is control and row["bits_error"] < 0.03
+        changed = max(row["last token"], row["later tokens"])  # of blocks, those at a border show in one of the two
+        assert (changed > 1e-3) is control and row["bits_error"] < 0.03
         assert row["leak"] == (", ".join(CONTROLS[name].kinds) if control else "none")
     mean = found["mean of the row"]
     assert mean["bits_below"] > 10 * mean["bits_error"] and mean["bits_below"] == pytest.approx(
