@@ -24,12 +24,11 @@ def intensity(accelerator: Accelerator, dtype: torch.dtype) -> float:
     return flops / accelerator.bandwidth
 
 
-@dataclass(frozen=True)
-class StepCost:
-    """Cost of the token after `context` others.
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Arithmetic and memory traffic of some steps.
 
     Attributes:
-        context: how many there are before it.
         parameter_flops: products with weights.
         mixing_flops: everything else that is counted.
         weight_bytes: of the weights that are read, for one of the sequences decoded together.
@@ -37,7 +36,6 @@ class StepCost:
         held_bytes: of all that is remembered of a sequence.
     """
 
-    context: int
     parameter_flops: float
     mixing_flops: float
     weight_bytes: float
@@ -53,8 +51,19 @@ class StepCost:
         return self.mixing_flops + intensity * self.state_bytes
 
     def total(self, intensity: float) -> float:
-        """eFLOP of the token."""
+        """eFLOP of all."""
         return self.parameters(intensity) + self.mixing(intensity)
+
+
+@dataclass(frozen=True)
+class StepCost(Cost):
+    """Cost of the token after `context` others.
+
+    Attributes:
+        context: how many there are before it.
+    """
+
+    context: int
 
 
 def step_cost(model: LanguageModel, context: int, batch: int = 1) -> StepCost:
@@ -66,17 +75,20 @@ def step_cost(model: LanguageModel, context: int, batch: int = 1) -> StepCost:
         batch: sequences that are decoded together and so share the reading of weights.
     """
     weights = weight_count(model.modules())
-    read = sum(parameter.nbytes for parameter in model.parameters())
-    if model.head.weight is not model.embedding.weight:
-        read -= model.embedding.weight.nbytes  # all but one row, which is next to nothing
     return StepCost(
         context,
         parameter_flops=2 * weights,
         mixing_flops=model.flops(context + 1) - model.flops(context) - 2 * weights,
-        weight_bytes=read / batch,
-        state_bytes=sum(part.step_bytes(context) for part in _branches(model)),
+        weight_bytes=read_weights(model) / batch,
+        state_bytes=sum(part.step_bytes(context) for part in branches(model)),
         held_bytes=model.state_bytes(context),
     )
+
+
+def read_weights(model: LanguageModel) -> int:
+    """Bytes of the weights that a step reads: of an embedding that is not the head's too, next to nothing."""
+    read = sum(parameter.nbytes for parameter in model.parameters())
+    return read if model.head.weight is model.embedding.weight else read - model.embedding.weight.nbytes
 
 
 def first_context(contexts: Sequence[int], holds: Sequence[bool]) -> int | None:
@@ -87,6 +99,6 @@ def first_context(contexts: Sequence[int], holds: Sequence[bool]) -> int | None:
     return found
 
 
-def _branches(model: LanguageModel) -> list[Mixer]:
+def branches(model: LanguageModel) -> list[Mixer]:
     """The mixer and the channel mixer of every layer."""
     return [part for block in model.blocks for part in block.children() if isinstance(part, Mixer)]

@@ -21,6 +21,7 @@ from longmix.mixers.parts.base import ModelShape
 from longmix.mixers.parts.metrics import Metric
 from longmix.mixers.parts.scatterbrain_summaries import Blocks, Part, pooled
 from longmix.mixers.parts.softmax import HeadOptions, SoftmaxAttention
+from longmix.mixers.parts.step_sums import summed
 
 
 class CombinerLog(SoftmaxAttention):
@@ -82,6 +83,10 @@ class CombinerLog(SoftmaxAttention):
     def step_bytes(self, length: int) -> int:
         """All of them: the spans before a token are summed up anew."""
         return self.state_bytes(length)
+
+    def decoding_bytes(self, length: int, steps: int) -> int:
+        """The sum of `step_bytes`."""
+        return self.state_bytes(summed(length, steps))
 
     def visible_pairs(self, length: int) -> int:
         """Itself, and a span for each binary digit 1 of its position, counted digit by digit over all positions."""

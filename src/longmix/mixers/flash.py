@@ -64,3 +64,7 @@ class Flash(SoftmaxAttention):
     def visible_pairs(self, length: int) -> int:
         """The causal triangle with its diagonal."""
         return length * (length + 1) // 2
+
+    def shared_bytes(self, prompt: int, steps: int) -> int:
+        """All of the prompt's keys and values, in every step."""
+        return prompt * steps * self.num_kv_heads * self.row_bytes()

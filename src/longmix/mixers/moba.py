@@ -27,6 +27,7 @@ from longmix.mixers.parts.block_choice import chosen_blocks, gathered, listed_ro
 from longmix.mixers.parts.block_states import BlockState
 from longmix.mixers.parts.metrics import Metric
 from longmix.mixers.parts.softmax import HeadOptions, SoftmaxAttention
+from longmix.mixers.parts.step_sums import summed
 from longmix_kernels.attention import (
     KeyBlocks,
     attention_to_blocks,
@@ -175,6 +176,15 @@ class MoBA(SoftmaxAttention):
         chosen = min(self.top_k - 1, length // self.block) * self.block
         rows = self.num_kv_heads * (length % self.block + 1) + self.num_heads * chosen
         return rows * self.row_bytes() + self._mean_bytes(length) + self.carried_bytes()
+
+    def decoding_bytes(self, length: int, steps: int) -> int:
+        """The sum of `step_bytes`."""
+        blocks = summed(length, steps, self.block)
+        own = summed(length, steps) - self.block * blocks + steps
+        chosen = self.block * summed(length, steps, self.block, self.top_k - 1)
+        rows = self.num_kv_heads * own + self.num_heads * chosen
+        means = blocks * self._mean_bytes(self.block)
+        return rows * self.row_bytes() + means + steps * self.carried_bytes()
 
     def visible_pairs(self, length: int) -> int:
         """A triangle in each block, and the chosen blocks before it."""

@@ -39,6 +39,7 @@ from longmix.mixers.parts.layout import Layout
 from longmix.mixers.parts.metrics import Metric
 from longmix.mixers.parts.scatterbrain_summaries import Part
 from longmix.mixers.parts.softmax import HeadNorm, HeadOptions, Selection, SoftmaxAttention
+from longmix.mixers.parts.step_sums import summed
 from longmix.recipe import Recipe, set_recipe
 from longmix_kernels.attention import (
     KeyBlocks,
@@ -354,6 +355,12 @@ class NSA(SoftmaxAttention):
         chosen = min(self.blocks * self.block, length + 1)
         seen = length // self.compress_stride + chosen + min(self.window, length + 1)
         return seen * self._row_bytes() + self.carried_bytes()
+
+    def decoding_bytes(self, length: int, steps: int) -> int:
+        """The sum of `step_bytes`."""
+        seen = summed(length, steps, self.compress_stride)
+        seen += sum(summed(length + 1, steps, most=most) for most in (self.blocks * self.block, self.window))
+        return seen * self._row_bytes() + steps * self.carried_bytes()
 
     def _compressed_blocks(self, length: int) -> int:
         return max(0, (length - self.compress_block) // self.compress_stride + 1)

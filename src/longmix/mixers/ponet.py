@@ -206,6 +206,10 @@ class PoNet(Mixer):
         """Bytes of the whole state, which each token reads and writes."""
         return 2 * self.state_bytes(length)
 
+    def decoding_bytes(self, length: int, steps: int) -> int:
+        """Bytes of the whole state, for each step."""
+        return steps * self.step_bytes(length)
+
     def flops(self, length: int) -> int:
         """Projections, and per channel and token an update and a reading of each of the two running sums."""
         return 2 * length * weight_count(self.children()) + 8 * length * self.d_model

@@ -44,6 +44,7 @@ from longmix.mixers.parts.scatterbrain_cache import (
 from longmix.mixers.parts.scatterbrain_slices import after_earlier_slices, after_sums
 from longmix.mixers.parts.scatterbrain_summaries import Blocks, Part, Pool, no_summaries, numbered, pooled
 from longmix.mixers.parts.softmax import HeadOptions, SoftmaxAttention
+from longmix.mixers.parts.step_sums import summed
 from longmix.notices import notice
 from longmix_kernels.attention import attention, merge
 from longmix_kernels.scatter import FeatureState, ScatterResult, empty_state, scatter_attention
@@ -296,18 +297,23 @@ class Scatterbrain(SoftmaxAttention):
 
     def step_bytes(self, length: int) -> int:
         """The base's bytes, and those of the sums."""
+        return super().step_bytes(length) + self._sum_bytes()
+
+    def decoding_bytes(self, length: int, steps: int) -> int:
+        """The sum of `step_bytes`."""
+        return self.seen_bytes(length, steps) + steps * self._sum_bytes()
+
+    def _sum_bytes(self) -> int:
         exact = torch.promote_types(self.value.weight.dtype, torch.float32).itemsize
-        return super().step_bytes(length) + self.num_kv_heads * self.num_features * (self.head_dim + 2) * exact
+        return self.num_kv_heads * self.num_features * (self.head_dim + 2) * exact
 
     def visible_pairs(self, length: int) -> int:
         """A triangle in the own block, all of the `past_blocks` before it, and one summary for each earlier block."""
         blocks, rest = divmod(length, self.block)
         triangles = blocks * self.block * (self.block + 1) // 2 + rest * (rest + 1) // 2
-        past = self.block * sum(min(n, self.past_blocks) for n in range(blocks))
-        pairs = triangles + self.block * (past + min(blocks, self.past_blocks) * rest)
+        pairs = triangles + self.block * summed(0, length, self.block, self.past_blocks)
         if self.summaries:
-            earlier = sum(max(0, n - self.past_blocks) for n in range(blocks))
-            pairs += self.block * earlier + rest * max(0, blocks - self.past_blocks)
+            pairs += summed(0, max(0, length - self.past_blocks * self.block), self.block)
         return pairs
 
     def flops(self, length: int) -> int:

@@ -151,6 +151,8 @@ class ScatterbrainContent(Scatterbrain):
         pairs = super().visible_pairs(length)
         for start in range((self.past_blocks + 1) * self.block, length, self.block):
             far = start - self.past_blocks * self.block
+            if far // self.buckets >= self.window:
+                return pairs + (length - start) * self.window
             pairs += min(self.block, length - start) * min(self.window, far // self.buckets)
         return pairs
 

@@ -17,6 +17,7 @@ from longmix.mixers.parts.base import TOKENS, ModelShape, at_most
 from longmix.mixers.parts.dilated import begun_positions, dilated_bounds, positions, seen_pairs
 from longmix.mixers.parts.metrics import Metric
 from longmix.mixers.parts.softmax import HeadOptions, SoftmaxAttention
+from longmix.mixers.parts.step_sums import summed
 from longmix_kernels.attention import attention
 
 
@@ -136,6 +137,12 @@ class SlidingWindow(SoftmaxAttention):
         """A triangle until the window is full, then `window` keys for every token; the mean over heads."""
         pairs = sum(seen_pairs(length, self.window, self.stride, dilation) for dilation in self.dilation)
         return pairs // self.num_kv_heads
+
+    def shared_bytes(self, prompt: int, steps: int) -> int:
+        """The prompt's keys and values in the windows of the steps; 0 for windows with gaps, which are not counted."""
+        within = 0 if self.has_gaps else min(steps, self.window)
+        seen = summed(self.window - within, within, most=prompt)
+        return seen * self.num_kv_heads * self.row_bytes()
 
     def cached_keys(self) -> int:
         """As far as the next token reaches, which sees itself too; at least one key, which tells its document."""

@@ -37,6 +37,7 @@ from longmix.mixers.parts.scatterbrain_cache import Keys, ScatterbrainState, rec
 from longmix.mixers.parts.scatterbrain_summaries import Part, numbered
 from longmix.mixers.parts.softmax import HeadOptions, Selection, SoftmaxAttention
 from longmix.mixers.parts.sparsek_slices import kept_before
+from longmix.mixers.parts.step_sums import summed
 from longmix.recipe import Recipe, set_recipe
 from longmix_kernels.attention import merge
 from longmix_kernels.runtime import is_readable
@@ -202,20 +203,29 @@ class SparseK(SoftmaxAttention):
         exact = torch.promote_types(self.value.weight.dtype, torch.float32).itemsize
         return super().step_bytes(length) + self.num_kv_heads * exact * self._far_of(length)
 
+    def decoding_bytes(self, length: int, steps: int) -> int:
+        """The sum of `step_bytes`."""
+        exact = torch.promote_types(self.value.weight.dtype, torch.float32).itemsize
+        far = self._far_pairs(length + steps) - self._far_pairs(length)
+        return self.seen_bytes(length, steps) + self.num_kv_heads * exact * far
+
     def _far_of(self, position: int) -> int:
         """How many kept keys a token at this position sees."""
         return min(self.keep, max(0, position // self.block - self.past_blocks) * self.block)
 
     def _far_pairs(self, length: int) -> int:
-        starts = range(0, length, self.block)
-        return sum(min(self.block, length - start) * self._far_of(start) for start in starts)
+        """The sum of `_far_of` over the positions of `length` tokens."""
+        later = max(0, length - self.past_blocks * self.block)
+        blocks, rest = divmod(self.keep, self.block)
+        full = max(0, later - (blocks + 1) * self.block)  # those with more blocks before them than are kept whole
+        return self.block * summed(0, later, self.block, blocks) + rest * full
 
     def visible_pairs(self, length: int) -> int:
         """A triangle in the own block, all of the `past_blocks` before it, and the kept keys."""
         blocks, rest = divmod(length, self.block)
         triangles = blocks * self.block * (self.block + 1) // 2 + rest * (rest + 1) // 2
-        past = self.block * sum(min(n, self.past_blocks) for n in range(blocks))
-        return triangles + self.block * (past + min(blocks, self.past_blocks) * rest) + self._far_pairs(length)
+        past = self.block * summed(0, length, self.block, self.past_blocks)
+        return triangles + past + self._far_pairs(length)
 
     def flops(self, length: int) -> int:
         """The base's operations, and one more channel in far scores, which adds log p."""

@@ -27,6 +27,7 @@ from longmix.mixers.parts.exact import rounded_once
 from longmix.mixers.parts.layout import Layout
 from longmix.mixers.parts.metrics import Metric
 from longmix.mixers.parts.softmax import HeadNorm, HeadOptions, SoftmaxAttention
+from longmix.mixers.parts.step_sums import summed
 from longmix_kernels.attention import positions_from_document_ids
 
 
@@ -154,6 +155,12 @@ class TensorAttention(SoftmaxAttention):
         """k2 and v2 of one window, k1 and v1 of the other."""
         seen = min(length + 1, self.window_2) * self.num_kv_heads * self.row_bytes()
         return seen + self._first_bytes(min(length + 1, self.window_1)) + self.carried_bytes()
+
+    def decoding_bytes(self, length: int, steps: int) -> int:
+        """The sum of `step_bytes`."""
+        seen, first = (summed(length + 1, steps, most=window) for window in (self.window_2, self.window_1))
+        own = seen * self.num_kv_heads * self.row_bytes()
+        return own + self._first_bytes(first) + steps * self.carried_bytes()
 
     def recomputed_flops(self, length: int) -> int:
         """What of `flops` the backward pass computes again."""

@@ -134,6 +134,17 @@ class Mixer(nn.Module):
         """Bytes of state that decoding one token after `length` others reads and writes; all of it by default."""
         return self.state_bytes(length)
 
+    def decoding_bytes(self, length: int, steps: int) -> int:
+        """The sum of `step_bytes` over the steps that decode `steps` tokens after `length` others."""
+        return sum(self.step_bytes(length + step) for step in range(steps))
+
+    def shared_bytes(self, prompt: int, steps: int) -> int:
+        """Bytes among those of `steps` steps after a prompt that are the prompt's, whatever was generated; 0 by default.
+
+        Several generations that go on from one prompt can read these together.
+        """
+        return 0
+
     def flops(self, length: int) -> int:
         """Floating-point operations of one forward pass over one row of `length` tokens, projections included."""
         raise NotImplementedError(f"{type(self).__name__} lacks flops(length)")

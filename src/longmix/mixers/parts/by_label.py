@@ -16,6 +16,7 @@ from longmix.mixers.parts.attention_state import Rows
 from longmix.mixers.parts.base import TOKENS, ModelShape, at_most
 from longmix.mixers.parts.metrics import Mean, Measure, Metric
 from longmix.mixers.parts.softmax import HeadOptions, SoftmaxAttention
+from longmix.mixers.parts.step_sums import summed
 from longmix_kernels.attention import Ordering, order_by_label
 
 Part = tuple[Tensor, Tensor]
@@ -116,7 +117,15 @@ class LabelAttention(SoftmaxAttention):
 
     def step_bytes(self, length: int) -> int:
         """The base's bytes, and those of all keys' labels."""
-        return super().step_bytes(length) + self.state_bytes(length) - SoftmaxAttention.state_bytes(self, length)
+        return super().step_bytes(length) + self._label_bytes(length)
+
+    def decoding_bytes(self, length: int, steps: int) -> int:
+        """The sum of `step_bytes`."""
+        return self.seen_bytes(length, steps) + self._label_bytes(summed(length, steps))
+
+    def _label_bytes(self, tokens: int) -> int:
+        """Bytes of the labels of so many tokens, which grow with each token by as much."""
+        return self.state_bytes(tokens) - SoftmaxAttention.state_bytes(self, tokens)
 
     def window_pairs(self, length: int) -> int:
         """Query-key pairs in the window of `length` tokens."""

@@ -251,6 +251,10 @@ class RecurrentMixer(Mixer):
         """Bytes of the whole state, which each token reads and writes."""
         return 2 * self.state_bytes(length)
 
+    def decoding_bytes(self, length: int, steps: int) -> int:
+        """Bytes of the whole state, for each step."""
+        return steps * self.step_bytes(length)
+
 
 def _named_parts(state: Any) -> dict[str, Tensor]:
     """The tensors of an engine's state by name; a single tensor is named `memory`."""

@@ -401,17 +401,29 @@ class SoftmaxAttention(Mixer):
 
     def step_bytes(self, length: int) -> int:
         """Bytes of the keys and values that the next token sees, its own among them."""
-        seen = self.visible_pairs(length + 1) - self.visible_pairs(length)
-        return seen * self.num_kv_heads * self.row_bytes() + self.carried_bytes()
+        return self.seen_bytes(length, 1)
+
+    def decoding_bytes(self, length: int, steps: int) -> int:
+        """The sum of `step_bytes`: at once where that is of the keys and values that are seen, and of no more."""
+        plain = type(self).step_bytes is SoftmaxAttention.step_bytes
+        return self.seen_bytes(length, steps) if plain else super().decoding_bytes(length, steps)
+
+    def seen_bytes(self, length: int, steps: int) -> int:
+        """Bytes of the keys and values that `steps` tokens after `length` others see, each its own among them."""
+        seen = self.visible_pairs(length + steps) - self.visible_pairs(length)
+        return seen * self.num_kv_heads * self.row_bytes() + steps * self.carried_bytes()
+
+    def pair_flops(self) -> int:
+        """Operations of a visible pair in all heads: 2 * head_dim for its score and as many for its value."""
+        wide = self.head_dim + (0 if self.bias is None else self.bias.rank)
+        scored = wide + self.head_dim + (2 * self.head_dim if self.gain else 0)  # a gain takes a softmax without it
+        return 2 * self.num_heads * scored
 
     def flops(self, length: int) -> int:
-        """Projections, and for every visible pair 2 * head_dim for its score and as many for its value.
+        """Projections, and scores and values of every visible pair.
 
         A bias of columns makes scores wider. No head of a mixture is skipped.
         """
         weights = weight_count(self.children())
-        wide = self.head_dim + (0 if self.bias is None else self.bias.rank)
         options = sum(part.flops(length) for part in (self.context, self.bias, self.head_router) if part is not None)
-        scored = wide + self.head_dim + (2 * self.head_dim if self.gain else 0)  # a gain takes a softmax without it
-        pairs = 2 * self.num_heads * scored * self.visible_pairs(length)
-        return 2 * length * weights + options + pairs
+        return 2 * length * weights + options + self.pair_flops() * self.visible_pairs(length)
