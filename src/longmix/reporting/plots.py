@@ -224,14 +224,16 @@ def doubling_axis(axes: Axes, values: Sequence[float]) -> None:
         axes.xaxis.set_major_formatter(Rounded())
 
 
-def decimal_axis(axes: Axes) -> None:
-    """A logarithmic vertical axis with 1, 2 and 5 where it spans less than three decades, else powers of ten."""
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    near = high < 1000 * low
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if near else (1,)))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(lambda value, _: tick_labels([value])[0])
+def decimal_axis(axes: Axes, horizontal: bool = False) -> None:
+    """A logarithmic axis with 1, 2 and 5 where it spans less than three decades, else powers of ten."""
+    if horizontal:
+        axes.set_xscale("log")
+    else:
+        axes.set_yscale("log")
+    axis, (low, high) = (axes.xaxis, axes.get_xlim()) if horizontal else (axes.yaxis, axes.get_ylim())
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: tick_labels([value])[0])
 
 
 def doubling_ticks(values: Sequence[float]) -> list[float]:

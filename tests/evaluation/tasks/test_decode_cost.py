@@ -77,6 +77,77 @@ def test_nothing_need_be_measured(costed, run_folder):
     assert report["counted"][0]["weight_bytes"] == 4 * weights / 8
 
 
+@pytest.mark.slow
+def test_generations_of_several_mixers_are_counted(costed, tmp_path, capsys):
+    prefix, name = "task.decode_cost.", "rwkv7:head_dim=16"
+    words = [
+        "contexts=[1024,64]",
+        "generated=[32,8]",
+        "samples=[4,1]",
+        "measured=[]",
+        "mixers=['sliding_window:window=4','rwkv7:head_dim=16']",
+    ]
+    scores = ["attempts=8", "correct={this:[2,0,1],'rwkv7:head_dim=16':[8,8,0]}"]
+    report = costed(*(prefix + word for word in [*words, *scores, "flops=4.5e15", "bandwidth=8e12"]))
+    assert report["intensity"] == 562.5 and report["hardware"] == "4500 TFLOP/s and 8 TB/s"
+    rows = report["generations"]
+    assert len(rows) == 4 * 2 * 2 * 2 and list(dict.fromkeys(row["mixer"] for row in rows)) == [
+        "this",
+        "flash",
+        "sliding_window:window=4",
+        name,
+    ]
+    by_sizes = {(row["mixer"], row["context"], row["generated"], row["samples"]): row for row in rows}
+    row = by_sizes["flash", 1024, 32, 4]
+    token = 2 * 2 * 32  # bytes of keys and values in the one layer of 32 channels
+    assert row["state_bytes"] == token * (32 * 1024 + 4 * 32 * 33 / 2)
+    assert row["held_bytes"] == token * (1024 + 4 * 32)
+    assert row["total"] == row["parameter_flops"] + row["mixing_flops"] + 562.5 * (
+        row["weight_bytes"] + row["state_bytes"]
+    )
+    own = by_sizes["this", 64, 8, 1]["total"]
+    assert own == pytest.approx(8 * report["counted"][0]["total"], rel=1e-12)
+    covered = {(row["mixer"], row["samples"]): row["coverage"] for row in report["coverage"]}
+    assert covered["this", 1] == pytest.approx(1 / 8) and covered[name, 4] == pytest.approx(2 / 3)
+    last = report["equal_coverage"][-2:]
+    assert [(row["mixer"], row["samples"]) for row in last] == [("this", 4), (name, 1)]
+    assert last[1]["total"] == by_sizes[name, 1024, 32, 1]["total"]
+    (saved,) = (tmp_path / "out").glob("decode_cost_step1_*.json")
+    assert json.loads(saved.read_text()).items() >= report.items()
+    assert image.imread(saved.with_suffix(".png"))[..., :3].std() > 0.05
+    shown = capsys.readouterr().out
+    assert "4 generations from one prompt" in shown and "right answers among samples of 32 tokens" in shown
+
+
+def test_no_generation_need_be_counted(costed):
+    report = costed("task.decode_cost.measured=[]", "task.decode_cost.generated=[]", "task.decode_cost.contexts=[64]")
+    assert report["generations"] == report["break_even"] == report["coverage"] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["flops=1e15"], r"bandwidth=null, and task.decode_cost.flops is given"),
+        (["flops=0", "bandwidth=1e12"], r"flops=0.* must be from 1 to"),
+        (["mixers=['rwkv7:size=3']"], r"mixers names rwkv7:size=3: .*size"),
+        (["mixers=[rwkv7]", "measured=[]"], r"mixers names rwkv7: mixer.head_dim=64 does not divide"),
+        (["mixers=[abacus]"], r"mixers names abacus: .*abacus"),
+        (["generated=[2000000]"], r"generated=\[2000000\] must be whole numbers from 1 to 1048576"),
+        (["samples=[]"], r"samples=\[\] must be whole"),
+        (["correct={this:[1]}"], r"attempts=null: task.decode_cost.correct is given"),
+        (["correct={this:[1]}", "attempts=0"], r"attempts=0 must be from 1"),
+        (["correct={rwkv7:[1]}", "attempts=8"], r"correct is of rwkv7, which is not compared; use this, flash"),
+        (["correct={this:[9]}", "attempts=8"], r"correct.this=\[9\] must be a list of whole numbers from 0 to"),
+        (["correct={this:3}", "attempts=8"], r"correct.this=3 must be a list"),
+        (["correct={this:[1]}", "attempts=8", "samples=[9]"], r"samples has 9, and there were .*attempts=8"),
+    ],
+    ids=lambda part: " ".join(part) if isinstance(part, list) else "",
+)
+def test_impossible_generations_are_refused(costed, words, message):
+    with pytest.raises(ConfigError, match=message):
+        costed(*(f"task.decode_cost.{word}" for word in words))
+
+
 @pytest.mark.parametrize(
     "words",
     ["contexts=[0]", "contexts=[]", "measured=[8,0]", "batch=0", "steps=0", "hardware=abacus", "dtype=int8"],

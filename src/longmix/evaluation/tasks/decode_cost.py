@@ -1,9 +1,11 @@
-"""`evaluate.py task=decode_cost`: the cost of a generated token by context length, counted and measured."""
+"""`evaluate.py task=decode_cost`: the cost of a generated token and of generations, counted and measured."""
 
 import copy
+import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,11 +15,20 @@ from rich.table import Table
 
 from longmix.accelerators import ACCELERATORS, by_word
 from longmix.analysis.cost_model import StepCost, first_context, intensity, step_cost
+from longmix.config import ModelConfig
+from longmix.config.choices import Choice, Pattern, choice_or_pattern
 from longmix.errors import ConfigError
 from longmix.evaluation.loss import to_device
 from longmix.evaluation.memory import check_memory
 from longmix.evaluation.subject import Subject
 from longmix.evaluation.tasks.base import Answer, Task
+from longmix.evaluation.tasks.generation_costs import (
+    Generations,
+    draw_generations,
+    generation_tables,
+    numbers,
+    panels_of,
+)
 from longmix.generation.session import Session
 from longmix.mixers.flash import Flash
 from longmix.mixers.parts.base import ModelShape
@@ -33,19 +44,40 @@ STEPS_READ = 1024
 LARGEST = 2**40
 """The largest length of a context, number of steps, and number of sequences."""
 
+MOST_GENERATED = 2**20
+"""The most tokens of a generation: mixers of other packages are summed step by step."""
+
+MOST_ATTEMPTS = 100_000
+"""The most attempts at a question."""
+
+MOST_PEAK = 1e30
+"""The most operations or bytes per second."""
+
+GENERATED = (1, 256, 2048, 16384)
+"""Tokens of the generations that are counted if nothing else is asked for."""
+
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class DecodeCost(Task):
-    """What a token costs on some hardware, beside `mixer=flash` in the same model, and on this machine.
+    """What tokens and generations cost on some hardware, beside `mixer=flash` in the same model, and on this machine.
 
     Args:
         contexts: tokens before it; None takes powers of two from 1024 to 65536.
         hardware: name of an accelerator, whose arithmetic and memory are weighed against each other.
-        batch: sequences that are decoded together, in what is counted; what is measured is one.
+        flops, bandwidth: peak operations and bytes per second in its place; both or neither.
+        batch: sequences that are decoded together, in what is counted; what is measured is one. Of generations, the
+            prompts whose samples are decoded together.
         dtype: of weights and caches in what is counted; recurrent states stay in float32.
         measured: contexts after which decoding is timed; None takes a quarter of the trained length, and that.
         steps: tokens that are timed after each.
+        mixers: further mixers to count in its place in the same model: names or patterns, with settings of their own as
+            in `rwkv7:head_dim=32`.
+        generated: tokens of the generations that are counted; None takes 1, 256, 2048 and 16384, [] is none.
+        samples: how many generations go on from each prompt.
+        shared_prompt: samples read and hold the prompt's keys and values once, where these are the same for all.
+        attempts: how often each question was tried, for `correct`.
+        correct: how many of a mixer's attempts at each question were right, by "this", "flash" or a name in `mixers`.
 
     Raises:
         ConfigError: an impossible or unknown setting.
@@ -62,10 +94,23 @@ class DecodeCost(Task):
         dtype: str = "bfloat16",
         measured: list[int] | None = None,
         steps: int = 16,
+        flops: float | None = None,
+        bandwidth: float | None = None,
+        mixers: list[str] | None = None,
+        generated: list[int] | None = None,
+        samples: list[int] | None = None,
+        shared_prompt: bool = True,
+        attempts: int | None = None,
+        correct: dict[str, list[int]] | None = None,
     ) -> None:
-        for name, numbers in (("contexts", contexts), ("measured", measured)):
-            if any(not 1 <= number <= LARGEST for number in numbers or []) or (name == "contexts" and numbers == []):
-                raise ConfigError(f"task.{name}={numbers} must be whole numbers from 1 to {LARGEST}.")
+        for name, given, most, needed in (
+            ("contexts", contexts, LARGEST, True),
+            ("measured", measured, LARGEST, False),
+            ("generated", generated, MOST_GENERATED, False),
+            ("samples", samples, LARGEST, True),
+        ):
+            if any(not 1 <= number <= most for number in given or []) or (needed and given == []):
+                raise ConfigError(f"task.{name}={given} must be whole numbers from 1 to {most}.")
         for name, number in (("batch", batch), ("steps", steps)):
             if not 1 <= number <= LARGEST:
                 raise ConfigError(f"task.{name}={number} must be from 1 to {LARGEST}.")
@@ -77,6 +122,12 @@ class DecodeCost(Task):
         self.contexts = sorted({2**n for n in range(10, 17)} if contexts is None else set(contexts))
         self.hardware, self.batch, self.dtype, self.measured, self.steps = hardware, batch, dtype, measured, steps
         self.accelerator, self.reads_split = accelerator, measured != []
+        self.flops, self.bandwidth = _peaks(flops, bandwidth)
+        self.mixers, self.others = mixers or [], {word: _mixer(word) for word in mixers or []}
+        self.generated = sorted(set(GENERATED if generated is None else generated))
+        self.samples, self.shared_prompt = sorted(set(samples or [1])), shared_prompt
+        self.attempts, self.correct = attempts, correct or {}
+        _check_scores(attempts, self.correct, ["this", "flash", *self.mixers], max(self.samples))
 
     def ask(self, subject: Subject) -> Answer:
         """Count the arithmetic and the bytes, and measure the time.
@@ -86,23 +137,26 @@ class DecodeCost(Task):
             "cheaper_than_flash", "measured": [{"context", "milliseconds", "state_bytes", "counted_state_bytes"}]}`.
             Rows hold the fields of `StepCost` and its eFLOP `parameters`, `mixing` and `total`. The two contexts are
             the first from which on mixing costs more than parameters, and less than with flash; None if that is not so
-            at the last.
+            at the last. Of generations there are `"generations"`, `"break_even"`, `"coverage"` and `"equal_coverage"`;
+            see `Costs`.
 
         Raises:
-            ConfigError: more memory than there is.
+            ConfigError: more memory than there is, or a mixer that the model cannot have.
             DataError: the split has fewer tokens than are read.
         """
         contexts, dtype, trained = self.contexts, DTYPES[self.dtype], subject.trained_seq_len
         measured = sorted({max(1, trained // 4), trained} if self.measured is None else set(self.measured))
-        balance = intensity(self.accelerator, dtype)
+        balance, config = self._intensity(dtype), subject.restored.config
         with torch.device("meta"):
-            model = build_model(subject.restored.config, subject.model.vocab_size).to(dtype)
+            model = build_model(config, subject.model.vocab_size).to(dtype)
             flash = with_flash(model)
+            models = {"this": model, "flash": flash}
+            models |= {word: _built(word, mixer, model, config).to(dtype) for word, mixer in self.others.items()}
         counted, baseline = ([step_cost(each, n, self.batch) for n in contexts] for each in (model, flash))
         pairs = list(zip(counted, baseline, strict=True))
         report: dict[str, Any] = {
             "step": subject.step,
-            "hardware": self.accelerator.name,
+            "hardware": self.hardware_name,
             "intensity": balance,
             "batch": self.batch,
             "dtype": self.dtype,
@@ -110,13 +164,40 @@ class DecodeCost(Task):
             "flash": [_row(cost, balance) for cost in baseline],
             "mixing_dominates": first_context(contexts, [c.mixing(balance) > c.parameters(balance) for c in counted]),
             "cheaper_than_flash": first_context(contexts, [c.mixing(balance) < f.mixing(balance) for c, f in pairs]),
+            **self._generations(models, balance),
             "measured": _measured(subject, measured, self.steps),
         }
-        settings = {"contexts": contexts, **{key: report[key] for key in ("hardware", "batch", "dtype")}}
+        settings = {"contexts": contexts, **{key: report[key] for key in ("hardware", "intensity", "batch", "dtype")}}
+        for key in ("generated", "samples", "shared_prompt", "attempts", "correct"):
+            settings[key] = getattr(self, key)
+        settings["mixers"] = {name: mixer.entries for name, mixer in self.others.items()}
         return Answer(report, {**settings, "measured": measured, "steps": self.steps})
 
+    @property
+    def hardware_name(self) -> str:
+        """The accelerator's name, or the peaks that were given."""
+        if self.flops is None or self.bandwidth is None:
+            return self.accelerator.name
+        return f"{self.flops / 1e12:g} TFLOP/s and {self.bandwidth / 1e12:g} TB/s"
+
+    def _intensity(self, dtype: torch.dtype) -> float:
+        if self.flops is None or self.bandwidth is None:
+            return intensity(self.accelerator, dtype)
+        return self.flops / self.bandwidth
+
+    def _generations(self, models: Mapping[str, LanguageModel], balance: float) -> dict[str, Any]:
+        asked = Generations(self.contexts, self.generated, self.samples, self.batch, self.shared_prompt, balance)
+        costs, scores = asked.costs(models), (self.correct, self.attempts or 0)
+        return {
+            "shared_prompt": self.shared_prompt,
+            "generations": costs.rows(),
+            "break_even": costs.break_even(),
+            "coverage": costs.covered(*scores) if self.correct else [],
+            "equal_coverage": costs.at_equal_coverage(*scores) if self.correct else [],
+        }
+
     def tables(self, answer: Answer) -> Iterator[RenderableType]:
-        """The counted cost at each context, what follows from it, and the measured times."""
+        """The counted cost at each context, what follows from it, generations, and the measured times."""
         report = answer.report
         yield _counted_table(report)
         for text, context in (
@@ -125,14 +206,16 @@ class DecodeCost(Task):
         ):
             reached = "not at these contexts" if context is None else f"from {context:,} tokens of context on"
             yield f"{text}: {reached}"
+        yield from generation_tables(report)
         if report["measured"]:
             yield _measured_table(report["measured"])
 
     @drawing()
     def figure(self, answer: Answer) -> Figure:
-        """eFLOP and bytes held by context, and measured times."""
+        """eFLOP and bytes held by context, measured times, and generations."""
         report = answer.report
-        figure, panels = new_figure(3 if report["measured"] else 2)
+        of_a_token = 3 if report["measured"] else 2
+        figure, panels = new_figure(of_a_token + panels_of(report))
         counted, flash = report["counted"], report["flash"]
         contexts = [row["context"] for row in counted]
         curves = {
@@ -153,7 +236,80 @@ class DecodeCost(Task):
             times = [row["context"] for row in report["measured"]], [row["milliseconds"] for row in report["measured"]]
             draw_curves(panels[2], {"": times}, title="measured here", y_label="ms/token", **words)
             panels[2].set_ylim(0, 1.2 * max(times[1]))
+        draw_generations(panels[of_a_token:], report)
         return figure
+
+
+def _peaks(flops: float | None, bandwidth: float | None) -> tuple[float | None, float | None]:
+    """Both peaks, or neither.
+
+    Raises:
+        ConfigError: one without the other, or out of range.
+    """
+    for name, other, number in (("flops", "bandwidth", flops), ("bandwidth", "flops", bandwidth)):
+        if number is not None and not (math.isfinite(number) and 1 <= number <= MOST_PEAK):
+            raise ConfigError(f"task.{name}={number} must be from 1 to {MOST_PEAK:g}, per second.")
+        if number is None and (flops, bandwidth) != (None, None):
+            raise ConfigError(f"task.{name}=null, and task.{other} is given: give both, or neither.")
+    return flops, bandwidth
+
+
+def _mixer(word: str) -> Choice | Pattern:
+    """The mixer that `mixer=NAME mixer.SETTING=VALUE` means on the command line, of the word NAME:SETTING=VALUE.
+
+    Raises:
+        ConfigError: there is no such mixer or setting.
+    """
+    from longmix.composing import composed
+
+    name, *settings = word.split(":")
+    with _named(word):
+        made = composed("train", [f"mixer={name}", *(f"mixer.{setting}" for setting in settings)])
+        return choice_or_pattern("mixer", made.content["mixer"])
+
+
+def _built(word: str, mixer: Choice | Pattern, like: LanguageModel, config: ModelConfig) -> LanguageModel:
+    with _named(word):
+        return build_model(ModelConfig(mixer=mixer, model=config.model), like.vocab_size)
+
+
+@contextmanager
+def _named(word: str) -> Iterator[None]:
+    """Errors say which of `task.mixers` they are of."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"task.mixers names {word}: {error}") from error
+
+
+def _check_scores(
+    attempts: int | None, correct: Mapping[str, Sequence[int]], names: Sequence[str], samples: int
+) -> None:
+    """Refuse scores that cannot be of so many attempts.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    if attempts is not None and not 1 <= attempts <= MOST_ATTEMPTS:
+        raise ConfigError(f"task.attempts={attempts} must be from 1 to {MOST_ATTEMPTS}.")
+    if not correct:
+        return
+    if attempts is None:
+        raise ConfigError("task.attempts=null: task.correct is given; give how often each question was tried.")
+    if samples > attempts:
+        raise ConfigError(f"task.samples has {samples}, and there were task.attempts={attempts} at each question.")
+    for name, right in correct.items():
+        if name not in names:
+            raise ConfigError(f"task.correct is of {name}, which is not compared; use {', '.join(names)}.")
+        if not isinstance(right, list | tuple) or not right or not all(_is_count(each, attempts) for each in right):
+            raise ConfigError(
+                f"task.correct.{name}={right} must be a list of whole numbers from 0 to task.attempts={attempts}, one "
+                "for each question."
+            )
+
+
+def _is_count(number: object, most: int) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and 0 <= number <= most
 
 
 def with_flash(model: LanguageModel) -> LanguageModel:
@@ -208,8 +364,7 @@ def _now(device: torch.device) -> float:
 
 
 def _row(cost: StepCost, balance: float) -> dict[str, float]:
-    sums = {"parameters": cost.parameters(balance), "mixing": cost.mixing(balance), "total": cost.total(balance)}
-    return {**vars(cost), **sums}
+    return {"context": cost.context, **numbers(cost, balance)}
 
 
 def _counted_table(report: dict[str, Any]) -> Table:

@@ -139,7 +139,7 @@ class Mixer(nn.Module):
         return sum(self.step_bytes(length + step) for step in range(steps))
 
     def shared_bytes(self, prompt: int, steps: int) -> int:
-        """Bytes among those of `steps` steps after a prompt that are the prompt's, whatever was generated; 0 by default.
+        """Bytes of `steps` steps after a prompt that are of the prompt, whatever was generated; 0 by default.
 
         Several generations that go on from one prompt can read these together.
         """
