@@ -15,7 +15,16 @@ from longmix.reporting.labels import EndNames, PointNames, crosses, overlap, sho
 from longmix.reporting.page import html
 from longmix.reporting.panels import Panel, Series, panels_of
 from longmix.reporting.pictures import Found, draw_panel, found_needles, needles_svg, overview, panel_svg
-from longmix.reporting.plots import balanced, doubling_ticks, drawing, lay_out, new_figure, plain, tick_labels
+from longmix.reporting.plots import (
+    balanced,
+    decimal_ticks,
+    doubling_ticks,
+    drawing,
+    lay_out,
+    new_figure,
+    plain,
+    tick_labels,
+)
 from longmix.reporting.results import NeedleMap
 from longmix.reporting.runs import find_runs
 from longmix.reporting.svg import _style
@@ -147,6 +156,19 @@ class TestAxes:
     )
     def test_doubling_ticks(self, values, ticks):
         assert doubling_ticks(values) == ticks and len(doubling_ticks([1.0, 2.0**30])) <= 9
+
+    @pytest.mark.parametrize(
+        ("low", "high", "ticks"),
+        [
+            (0.9, 60, [1, 2, 5, 10, 20, 50]),
+            (1, 5000, [1, 10, 100, 1000]),
+            (1234, 3456, [1200, 3500]),
+            (2e-3, 2e-2, [2e-3, 5e-3, 1e-2, 2e-2]),
+            (7, 7, [7]),
+        ],
+    )
+    def test_decimal_ticks(self, low, high, ticks):
+        assert decimal_ticks(low, high) == pytest.approx(ticks, rel=1e-12)
 
     @pytest.mark.parametrize(
         ("ticks", "labels"),

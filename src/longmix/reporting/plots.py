@@ -224,16 +224,35 @@ def doubling_axis(axes: Axes, values: Sequence[float]) -> None:
         axes.xaxis.set_major_formatter(Rounded())
 
 
-def decimal_axis(axes: Axes, horizontal: bool = False) -> None:
-    """A logarithmic axis with 1, 2 and 5 where it spans less than three decades, else powers of ten."""
-    if horizontal:
-        axes.set_xscale("log")
-    else:
-        axes.set_yscale("log")
-    axis, (low, high) = (axes.xaxis, axes.get_xlim()) if horizontal else (axes.yaxis, axes.get_ylim())
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(lambda value, _: tick_labels([value])[0])
+def decimal_axis(axes: Axes) -> None:
+    """A logarithmic vertical axis with 1, 2 and 5 where it spans less than three decades, else powers of ten."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    near = high < 1000 * low
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if near else (1,)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(lambda value, _: tick_labels([value])[0])
+
+
+def decimal_axis_below(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic horizontal axis with few ticks: labels that are side by side need more room than above each other.
+
+    Args:
+        axes: where it is.
+        values: the positive numbers that are drawn.
+    """
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(decimal_ticks(min(values), max(values))))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(lambda value, _: tick_labels([value])[0])
+
+
+def decimal_ticks(low: float, high: float) -> list[float]:
+    """Numbers 1, 2 and 5 between two, or powers of ten over three decades; without two such, these two, rounded."""
+    digits = (1, 2, 5) if high < 1000 * low else (1,)
+    powers = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
+    ticks = [tick for power in powers for digit in digits if low <= (tick := digit * 10.0**power) <= high]
+    return ticks if len(ticks) >= 2 else sorted({float(f"{value:.2g}") for value in (low, high)})
 
 
 def doubling_ticks(values: Sequence[float]) -> list[float]:

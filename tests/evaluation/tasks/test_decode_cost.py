@@ -87,7 +87,7 @@ def test_generations_of_several_mixers_are_counted(costed, tmp_path, capsys):
         "measured=[]",
         "mixers=['sliding_window:window=4','rwkv7:head_dim=16']",
     ]
-    scores = ["attempts=8", "correct={this:[2,0,1],'rwkv7:head_dim=16':[8,8,0]}"]
+    scores = ["attempts=8", "correct=[[2,0,1],[],[],[8,8,0]]"]
     report = costed(*(prefix + word for word in [*words, *scores, "flops=4.5e15", "bandwidth=8e12"]))
     assert report["intensity"] == 562.5 and report["hardware"] == "4500 TFLOP/s and 8 TB/s"
     rows = report["generations"]
@@ -134,12 +134,12 @@ def test_no_generation_need_be_counted(costed):
         (["mixers=[abacus]"], r"mixers names abacus: .*abacus"),
         (["generated=[2000000]"], r"generated=\[2000000\] must be whole numbers from 1 to 1048576"),
         (["samples=[]"], r"samples=\[\] must be whole"),
-        (["correct={this:[1]}"], r"attempts=null: task.decode_cost.correct is given"),
-        (["correct={this:[1]}", "attempts=0"], r"attempts=0 must be from 1"),
-        (["correct={rwkv7:[1]}", "attempts=8"], r"correct is of rwkv7, which is not compared; use this, flash"),
-        (["correct={this:[9]}", "attempts=8"], r"correct.this=\[9\] must be a list of whole numbers from 0 to"),
-        (["correct={this:3}", "attempts=8"], r"correct.this=3 must be a list"),
-        (["correct={this:[1]}", "attempts=8", "samples=[9]"], r"samples has 9, and there were .*attempts=8"),
+        (["correct=[[1]]"], r"attempts=null: task.decode_cost.correct is given"),
+        (["correct=[[1]]", "attempts=0"], r"attempts=0 must be from 1"),
+        (["correct=[[1],[],[2]]", "attempts=8"], r"correct has 3 lists, and 2 models are compared"),
+        (["correct=[[9]]", "attempts=8"], r"correct has \[9\]; it must be a list for each model"),
+        (["correct=[3]", "attempts=8"], r"correct=\[3\] is not a list, each a list"),
+        (["correct=[[1]]", "attempts=8", "samples=[9]"], r"samples has 9, and there were .*attempts=8"),
     ],
     ids=lambda part: " ".join(part) if isinstance(part, list) else "",
 )

@@ -62,7 +62,7 @@ def report_of(costs, correct):
         "generations": costs.rows(),
         "break_even": costs.break_even(),
         "coverage": costs.covered(correct, 8),
-        "equal_coverage": costs.at_equal_coverage(correct, 8) if correct else [],
+        "equal_coverage": costs.at_equal_coverage(correct, 8),
     }
 
 

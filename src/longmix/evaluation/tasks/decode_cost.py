@@ -4,7 +4,7 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -77,7 +77,8 @@ class DecodeCost(Task):
         samples: how many generations go on from each prompt.
         shared_prompt: samples read and hold the prompt's keys and values once, where these are the same for all.
         attempts: how often each question was tried, for `correct`.
-        correct: how many of a mixer's attempts at each question were right, by "this", "flash" or a name in `mixers`.
+        correct: how many attempts at each question were right: a list for the model, one for flash, and one for each of
+            `mixers`; [] where that is not known, and as the rest of them.
 
     Raises:
         ConfigError: an impossible or unknown setting.
@@ -101,7 +102,7 @@ class DecodeCost(Task):
         samples: list[int] | None = None,
         shared_prompt: bool = True,
         attempts: int | None = None,
-        correct: dict[str, list[int]] | None = None,
+        correct: list[list[int]] | None = None,
     ) -> None:
         for name, given, most, needed in (
             ("contexts", contexts, LARGEST, True),
@@ -126,8 +127,8 @@ class DecodeCost(Task):
         self.mixers, self.others = mixers or [], {word: _mixer(word) for word in mixers or []}
         self.generated = sorted(set(GENERATED if generated is None else generated))
         self.samples, self.shared_prompt = sorted(set(samples or [1])), shared_prompt
-        self.attempts, self.correct = attempts, correct or {}
-        _check_scores(attempts, self.correct, ["this", "flash", *self.mixers], max(self.samples))
+        self.attempts, self.correct = attempts, correct or []
+        _check_scores(attempts, self.correct, len(self.mixers) + 2, max(self.samples))
 
     def ask(self, subject: Subject) -> Answer:
         """Count the arithmetic and the bytes, and measure the time.
@@ -187,14 +188,17 @@ class DecodeCost(Task):
 
     def _generations(self, models: Mapping[str, LanguageModel], balance: float) -> dict[str, Any]:
         asked = Generations(self.contexts, self.generated, self.samples, self.batch, self.shared_prompt, balance)
-        costs, scores = asked.costs(models), (self.correct, self.attempts or 0)
+        costs, scores = asked.costs(models), (self._scores(models), self.attempts or 0)
         return {
             "shared_prompt": self.shared_prompt,
             "generations": costs.rows(),
             "break_even": costs.break_even(),
-            "coverage": costs.covered(*scores) if self.correct else [],
-            "equal_coverage": costs.at_equal_coverage(*scores) if self.correct else [],
+            "coverage": costs.covered(*scores),
+            "equal_coverage": costs.at_equal_coverage(*scores),
         }
+
+    def _scores(self, names: Iterable[str]) -> dict[str, list[int]]:
+        return {name: right for name, right in zip(names, self.correct, strict=False) if right}
 
     def tables(self, answer: Answer) -> Iterator[RenderableType]:
         """The counted cost at each context, what follows from it, generations, and the measured times."""
@@ -282,9 +286,7 @@ def _named(word: str) -> Iterator[None]:
         raise ConfigError(f"task.mixers names {word}: {error}") from error
 
 
-def _check_scores(
-    attempts: int | None, correct: Mapping[str, Sequence[int]], names: Sequence[str], samples: int
-) -> None:
+def _check_scores(attempts: int | None, correct: Sequence[Sequence[int]], most: int, samples: int) -> None:
     """Refuse scores that cannot be of so many attempts.
 
     Raises:
@@ -298,13 +300,16 @@ def _check_scores(
         raise ConfigError("task.attempts=null: task.correct is given; give how often each question was tried.")
     if samples > attempts:
         raise ConfigError(f"task.samples has {samples}, and there were task.attempts={attempts} at each question.")
-    for name, right in correct.items():
-        if name not in names:
-            raise ConfigError(f"task.correct is of {name}, which is not compared; use {', '.join(names)}.")
-        if not isinstance(right, list | tuple) or not right or not all(_is_count(each, attempts) for each in right):
+    if len(correct) > most:
+        raise ConfigError(
+            f"task.correct has {len(correct)} lists, and {most} models are compared: the one that is evaluated, flash, "
+            "and those of task.mixers."
+        )
+    for right in correct:
+        if not isinstance(right, list | tuple) or not all(_is_count(each, attempts) for each in right):
             raise ConfigError(
-                f"task.correct.{name}={right} must be a list of whole numbers from 0 to task.attempts={attempts}, one "
-                "for each question."
+                f"task.correct has {right}; it must be a list for each model, of a whole number from 0 to "
+                f"task.attempts={attempts} for each question."
             )
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from longmix.analysis.cost_model import Cost
 from longmix.analysis.generation_cost import GenerationCost, break_even, coverage, generation_cost, samples_for
 from longmix.model.backbone import LanguageModel
-from longmix.reporting.plots import decimal_axis, draw_curves
+from longmix.reporting.plots import decimal_axis_below, draw_curves
 
 GIGA = 1e9
 """eFLOP in a GeFLOP."""
@@ -100,8 +100,10 @@ class Costs:
 
         `samples` and `total` are None where all its attempts cover less.
         """
-        rows = []
-        asked, first = self.asked, next(iter(correct.values()))
+        rows: list[dict[str, Any]] = []
+        asked, first = self.asked, next(iter(correct.values()), None)
+        if first is None:
+            return rows
         for context, new, samples in product(asked.contexts, asked.generated, asked.samples):
             least = coverage(first, attempts, samples)
             for name, right in correct.items():
@@ -220,5 +222,5 @@ def _draw_coverage(axes: Axes, report: Mapping[str, Any], context: int, new: int
         y.append(row["coverage"])
     title = f"right answers, {new:,} tokens\nafter {context:,}"
     draw_curves(axes, curves, title=title, x_label="GeFLOP", y_label="coverage")
-    decimal_axis(axes, horizontal=True)
+    decimal_axis_below(axes, [cost for x, _ in curves.values() for cost in x])
     axes.set_ylim(0, 1.05)
