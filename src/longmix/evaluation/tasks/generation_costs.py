@@ -56,8 +56,9 @@ class Costs:
         self.cost = functools.cache(self._cost)
 
     def _cost(self, name: str, context: int, new: int, samples: int) -> GenerationCost:
-        words = {"batch": self.asked.batch, "shared_prompt": self.asked.shared_prompt}
-        return generation_cost(self.models[name], context, new, samples, **words)
+        asked = self.asked
+        model, shared = self.models[name], asked.shared_prompt
+        return generation_cost(model, context, new, samples, batch=asked.batch, shared_prompt=shared)
 
     def total(self, name: str, context: int, new: int, samples: int) -> float:
         """eFLOP of all samples."""
@@ -77,15 +78,17 @@ class Costs:
         found = []
         for pair, new, samples in product(combinations(self.models, 2), self.asked.generated, self.asked.samples):
             for one, other in (pair, pair[::-1]):
-
-                def is_cheaper(context: int, one=one, other=other, sizes=(new, samples)) -> bool:  # type: ignore[no-untyped-def]
-                    return self.total(one, context, *sizes) < self.total(other, context, *sizes)
-
-                context = break_even(self.asked.contexts, is_cheaper)
+                context = self._break_even(one, other, new, samples)
                 if context is not None:
                     row = {"cheaper": one, "dearer": other, "generated": new, "samples": samples}
                     found.append({**row, "context": context})
         return found
+
+    def _break_even(self, cheaper: str, dearer: str, new: int, samples: int) -> int | None:
+        def is_cheaper(context: int) -> bool:
+            return self.total(cheaper, context, new, samples) < self.total(dearer, context, new, samples)
+
+        return break_even(self.asked.contexts, is_cheaper)
 
     def covered(self, correct: Mapping[str, Sequence[int]], attempts: int) -> list[dict[str, Any]]:
         """The coverage of each model with scores."""
