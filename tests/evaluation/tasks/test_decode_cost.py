@@ -124,6 +124,7 @@ def test_no_generation_need_be_counted(costed):
     assert report["generations"] == report["break_even"] == report["coverage"] == []
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
