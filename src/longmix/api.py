@@ -9,13 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 from omegaconf import DictConfig, OmegaConf
 
 from longmix.command_line.words import Word
 from longmix.composing import as_words, composed
-from longmix.config import GenerateConfig, Plain, TrainConfig, defaults, read, resolved
+from longmix.config import GenerateConfig, Plain, TrainConfig, defaults, read, resolved, unknown_key
 from longmix.data.tokens.tokenizers import Tokenizer
 from longmix.errors import ConfigError
 from longmix.files import free_folder, storage_errors
@@ -27,6 +27,7 @@ from longmix.paths import user_path
 from longmix.restore import Restored, restore
 
 if TYPE_CHECKING:
+    from longmix.generation.decoding import Continuation
     from longmix.training.summary import Summary
 
 Words = Sequence[str] | Mapping[str, Any] | DictConfig
@@ -152,6 +153,35 @@ def _clock_name(config: TrainConfig, choices: Mapping[str, str]) -> str:
     return "_".join([*map(str, parts), str(config.seq_len)])
 
 
+class GenerateWords(TypedDict, total=False):
+    """How text is generated, with the defaults of `longmix generate`.
+
+    Attributes:
+        max_tokens: of each row; 256.
+        samples: continuations of each prompt, which is read once; 1.
+        temperature: 0 takes the most likely token; 1.
+        top_k, top_p, min_p: leave out unlikely tokens.
+        repetition_penalty: divides positive scores of tokens in prompt and text and multiplies others; 1.
+        presence_penalty, frequency_penalty: are subtracted from scores of tokens in the text, once or each time; 0.
+        logit_bias: numbers added to the scores of tokens; keys are ids, or texts of one token.
+        seed: the same one gives the same texts; 0.
+        stop: a text that ends a row, or several.
+    """
+
+    max_tokens: int
+    samples: int
+    temperature: float
+    top_k: int | None
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int | str, float]
+    seed: int
+    stop: str | Sequence[str]
+
+
 class Loaded:
     """A trained model, ready to use.
 
@@ -173,32 +203,30 @@ class Loaded:
         parameters = self.model.parameter_counts()["total"]
         return f"Loaded({str(self.checkpoint)!r}, {parameters:,} parameters, {self._restored.device})"
 
+    @overload
     def generate(
-        self,
-        prompt: str | Sequence[str] = "",
-        *,
-        max_tokens: int = 256,
-        temperature: float = 1.0,
-        samples: int = 1,
-        top_k: int | None = None,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        seed: int = 0,
-        stop: str | Sequence[str] = (),
-    ) -> list[str]:
+        self, prompt: str | Sequence[str] = "", *, logprobs: None = None, **words: Unpack[GenerateWords]
+    ) -> list[str]: ...
+
+    @overload
+    def generate(
+        self, prompt: str | Sequence[str] = "", *, logprobs: int, **words: Unpack[GenerateWords]
+    ) -> list["Continuation"]: ...
+
+    def generate(
+        self, prompt: str | Sequence[str] = "", *, logprobs: int | None = None, **words: Unpack[GenerateWords]
+    ) -> "list[str] | list[Continuation]":
         """Go on from a prompt, or from several side by side; nothing is printed.
 
         Args:
             prompt: a text or a list of texts.
-            max_tokens: of each row.
-            temperature: 0 takes the most likely token.
-            samples: continuations of each prompt; the prompt is read once.
-            top_k, top_p, min_p: leave out unlikely tokens.
-            seed: the same one gives the same texts.
-            stop: a text that ends a row, or several.
+            logprobs: return the log-probability of each token too, and of so many likeliest ones, after the model's own
+                distribution: before temperature, filters and penalties.
+            words: see `GenerateWords`.
 
         Returns:
-            The continuations, without their prompts; those of one prompt follow each other.
+            The continuations, without their prompts; those of one prompt follow each other. Texts, or with `logprobs`
+            a `Continuation` each: `text`, `tokens`, `finish_reason` and `logprobs`.
 
         Raises:
             ConfigError: an impossible setting.
@@ -206,20 +234,52 @@ class Loaded:
         """
         from longmix.generation.run import continued
 
-        given = {
-            "checkpoint": str(self.checkpoint),
-            "prompt": _texts("prompt", prompt) if not isinstance(prompt, str) else prompt,
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "samples": samples,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "seed": seed,
-            "stop": _texts("stop", stop),
-        }
+        prompts = _texts("prompt", prompt) if not isinstance(prompt, str) else prompt
         begin_run()
-        return continued(read(GenerateConfig, defaults(GenerateConfig) | given), self._restored).texts
+        made = continued(self._words(words, prompt=prompts, logprobs=logprobs), self._restored)
+        return made.texts if logprobs is None else made.continuations
+
+    def answer(
+        self,
+        input: str | Path,
+        output: str | Path,
+        *,
+        batch_tokens: int = 16384,
+        logprobs: int | None = None,
+        **words: Unpack[GenerateWords],
+    ) -> Path:
+        """Go on from each prompt of a file, in batches of similar length; called again, it goes on with what it lacks.
+
+        Args:
+            input: JSON Lines with a `prompt` each; see docs/generation.md.
+            output: file of JSON Lines, in the order of the prompts once all are there.
+            batch_tokens: most tokens of the rows that are continued at once.
+            logprobs: as of `generate`.
+            words: see `GenerateWords`, for prompts that do not say otherwise.
+
+        Returns:
+            `output`.
+
+        Raises:
+            ConfigError: an impossible setting, or `output` is of other prompts, settings or weights.
+            DataError: a prompt cannot be read.
+            StorageError: `output` cannot be written.
+        """
+        from longmix.generation.answering import answer
+
+        paths = {"input": str(user_path("input", input)), "output": str(user_path("output", output))}
+        begin_run()
+        answer(self._words(words, logprobs=logprobs, batch_tokens=batch_tokens, **paths), self._restored)
+        return Path(paths["output"])
+
+    def _words(self, words: Mapping[str, Any], **others: Any) -> GenerateConfig:
+        given = {**words, **others, "checkpoint": str(self.checkpoint)}
+        if unknown := next((name for name in words if name not in GenerateWords.__annotations__), None):
+            raise ConfigError(unknown_key(unknown, unknown, list(GenerateWords.__annotations__)))
+        given["stop"] = _texts("stop", words.get("stop", ()))
+        if isinstance(words.get("logit_bias"), Mapping):
+            given["logit_bias"] = dict(words["logit_bias"])
+        return read(GenerateConfig, defaults(GenerateConfig) | given)
 
     def evaluate(self, task: str | Sequence[str] = "loss", **words: Any) -> dict[str, Any]:
         """Run one task, or several.

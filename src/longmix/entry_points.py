@@ -38,10 +38,16 @@ def evaluate(config: DictConfig) -> None:
 
 @cli.entry_point
 def generate(config: DictConfig) -> None:
-    """Rebuild the model from the checkpoint alone, read the prompt, and write on."""
+    """Rebuild the model from the checkpoint alone, read the prompt, and write on; with `output` to a file."""
+    from longmix.config import GenerateConfig, read
+    from longmix.generation.answering import answer
     from longmix.generation.run import generate as write_on
 
-    write_on(config)
+    own = read(GenerateConfig, config)
+    if own.output is None:
+        write_on(config)
+    else:
+        answer(own)
 
 
 @cli.entry_point

@@ -39,6 +39,7 @@ class Restored:
         device: where the model is.
         precision: "float32" or "bf16".
         weights: "trained" or "ema".
+        states: digest of the trained states of another file that documents begin from; None without one.
     """
 
     checkpoint: Path
@@ -51,9 +52,13 @@ class Restored:
     device: torch.device
     precision: str
     weights: Weights = "trained"
+    states: str | None = None
 
     def digest(self) -> str:
-        """A digest of the checkpoint's files and of which of its weights these are."""
+        """A digest of the checkpoint's files and of which of its weights these are.
+
+        The digests of the files stand in the checkpoint and were verified as it was loaded: no weight is read again.
+        """
         of_files = weights_digest(self.checkpoint)
         return of_files if self.weights == "trained" else sha256_of_json([of_files, self.weights])
 
@@ -115,11 +120,12 @@ def restore(
         tokenizer = tokenizer_from_state(state["tokenizer"])
         if not 1 <= tokenizer.vocab_size <= model.vocab_size:
             raise ValueError(f"its tokenizer has {tokenizer.vocab_size:,} ids, and its model {model.vocab_size:,}")
-    if states is not None:
-        load_states(model, Path(states), trained)
+    of_states = None if states is None else load_states(model, Path(states), trained)
     model = model.to(on).eval()
     return Restored(
-        folder, state["step"], state["config"], config, dict(mixer or {}), model, tokenizer, on, precision, weights
+        *(folder, state["step"], state["config"], config, dict(mixer or {}), model, tokenizer, on, precision),
+        weights=weights,
+        states=of_states,
     )
 
 

@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
+from longmix.config import LARGEST_SEED
 from longmix.errors import ConfigError, NonFiniteError
-from longmix.generation.sampling import Sampling
+from longmix.generation.draws import forked, key_of, uniforms
+from longmix.generation.sampling import Sampling, check_finite
 
 
 def plain_probabilities(logits: list[float], top_k: int | None, top_p: float, min_p: float) -> list[float]:
@@ -42,14 +44,50 @@ def test_filters_keep_what_they_say(top_k, top_p, min_p):
         torch.testing.assert_close(found[row], torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
-def test_draws_follow_the_probabilities_and_the_seed():
+def numbers(count: int, key: int = 0) -> torch.Tensor:
+    return uniforms([key] * count, list(range(count)))
+
+
+def test_draws_follow_the_probabilities_and_the_key():
     logits = torch.tensor([[0.0, 1.0, 2.0]]).expand(4000, -1)
     sampling = Sampling(temperature=0.5)
-    draws = [sampling.draw(logits, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    draws = [sampling.draw(logits, numbers(4000, key)) for key in (0, 0, 1)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
     shares = draws[0].bincount(minlength=3) / 4000
     torch.testing.assert_close(shares, torch.tensor([0.0, 2.0, 4.0]).softmax(0), rtol=0, atol=0.03)
-    assert (Sampling(temperature=0.0).draw(logits, torch.Generator()) == 2).all()
+    assert (Sampling(temperature=0.0).draw(logits, numbers(4000)) == 2).all()
+
+
+def test_a_draw_is_the_token_in_whose_share_the_number_lies():
+    logits = torch.randn(300, 9, generator=torch.Generator().manual_seed(7))
+    sampling = Sampling(top_k=4)
+    for number in (0.0, 0.25, 0.5, 1 - 2.0**-53):
+        drawn = sampling.draw(logits, torch.full((300,), number, dtype=torch.float64))
+        for row, token in zip(sampling.probabilities(logits).tolist(), drawn.tolist(), strict=True):
+            assert row[token] > 0
+            below = math.fsum(row[:token])
+            assert below - 1e-12 <= number <= below + row[token] + 1e-12
+
+
+def test_a_row_draws_alone_what_it_draws_among_others():
+    logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(8))
+    keys, lengths = [key_of(3, [row, row + 1]) for row in range(64)], list(range(5, 69))
+    for sampling in (Sampling(), Sampling(0.8, 20, 0.9, 0.01)):
+        together = sampling.draw(logits, uniforms(keys, lengths))
+        for row in range(0, 64, 7):
+            one = sampling.draw(logits[row : row + 1], uniforms([keys[row]], [lengths[row]]))
+            assert one[0] == together[row]
+
+
+def test_random_numbers_are_even_and_those_of_other_rows_are_others():
+    found = numbers(20000)
+    assert found.dtype == torch.float64 and 0 <= found.min() and found.max() < 1
+    torch.testing.assert_close(found.histc(20, 0, 1) / 20000, torch.full((20,), 0.05).double(), rtol=0, atol=0.006)
+    assert abs(torch.corrcoef(torch.stack([found[:-1], found[1:]]))[0, 1]) < 0.03
+    keys = {key_of(seed, row) for seed in range(20) for row in ([], [1], [1, 0], [0, 1], [257])}
+    assert len(keys) == 100 and all(0 <= key < 2**63 for key in keys)
+    assert key_of(LARGEST_SEED, [5]) == key_of(LARGEST_SEED, [5])
+    assert forked(7, 0) == 7 and len({forked(7, sample) for sample in range(50)}) == 50
 
 
 @pytest.mark.parametrize(
@@ -75,11 +113,11 @@ GREEDY = (
 @pytest.mark.parametrize("settings", GREEDY, ids=str)
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e38])
 def test_the_smallest_settings_take_the_most_likely_token(settings, scale):
-    scale = max(scale, 1e-8) if settings.get("temperature") == 1e-9 else scale  # far above the temperature
+    scale = max(scale, 1e-6) if settings.get("temperature") == 1e-9 else scale  # far above the temperature
     logits = scale * torch.randn(50, 12, generator=torch.Generator().manual_seed(5)).clamp(-3, 3)
     if "temperature" not in settings:
         logits[:, 3] = logits[:, 8] = 3 * scale  # a tie: one of both, whichever it is
-    drawn = Sampling(**settings).draw(logits, torch.Generator().manual_seed(0))
+    drawn = Sampling(**settings).draw(logits, numbers(50))
     assert (logits.gather(1, drawn[:, None])[:, 0] == logits.amax(-1)).all()
     if "temperature" in settings:
         assert torch.equal(drawn, logits.argmax(-1))
@@ -96,10 +134,9 @@ def test_widest_settings_keep_everything_and_the_largest_share_alone_is_kept():
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_scores_that_are_no_numbers_are_one_clear_error(wrong, temperature):
+def test_scores_that_are_no_numbers_are_one_clear_error(wrong):
     logits = torch.zeros(3, 5)
     logits[1, 2] = wrong
     with pytest.raises(NonFiniteError, match="infinite or not a number in 1 of 3 rows") as caught:
-        Sampling(temperature).draw(logits, torch.Generator())
+        check_finite(logits)
     assert caught.value.exit_code == 3

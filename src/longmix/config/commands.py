@@ -339,8 +339,16 @@ class GenerateConfig:
         top_k: draw among so many likeliest tokens; null among all.
         top_p: draw among the likeliest tokens that have this probability together.
         min_p: leave out tokens less likely than this share of the likeliest.
+        repetition_penalty: above 1 makes tokens less likely that prompt or text hold already.
+        presence_penalty: is subtracted from the score of each token that was generated before.
+        frequency_penalty: is subtracted as often as the token was generated before.
+        logit_bias: numbers added to the scores of tokens, by id or by text, such as '{262:-100," the":2}'.
+        logprobs: with output: write the log-probability of each token and of so many likeliest ones; null writes none.
         seed: of what is drawn; null is 0, and with load goes on with what was saved.
         stop: texts that end a row, such as [###].
+        input: a file of prompts, JSON Lines such as {"prompt":"We","max_tokens":9}, whose answers go to output.
+        output: file of JSON Lines to write to instead of printing; run again, it goes on with what it lacks.
+        batch_tokens: of input: most tokens of rows that are continued at once, prompts and max_tokens together.
         states: file of trained states that documents begin from, or the folder of the run that wrote it.
         weights: trained, or ema: their average over the steps of a run with loop.ema_decay.
         load: file of an earlier call to go on from.
@@ -360,8 +368,16 @@ class GenerateConfig:
     top_k: int | None = None
     top_p: float = 1.0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: str | dict[str, float] = word({}, literal=True)
+    logprobs: int | None = word(None, at_least(0))
     seed: int | None = word(None, between(0, LARGEST_SEED))
     stop: list[str] = word([], literal=True)
+    input: str | None = word(None, path=True)
+    output: str | None = word(None, path=True)
+    batch_tokens: int = word(16384, at_least(1))
     states: str | None = word(None, path=True)
     weights: Literal["trained", "ema"] = "trained"
     load: str | None = word(None, path=True)

@@ -1,9 +1,7 @@
 """Checks before a pass whether windows fit into the free memory."""
 
-import torch
-
-from longmix import machine_memory
 from longmix.errors import ConfigError
+from longmix.generation.memory import free_bytes
 from longmix.model.backbone import LanguageModel
 from longmix.restore import Restored
 
@@ -30,10 +28,3 @@ def check_memory(model: LanguageModel, tokens: int, restored: Restored, key: str
             f"{key}: {tokens:,} tokens at once take more than {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB "
             "of memory are free; give shorter windows, or a smaller batch_size."
         )
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Free memory of a device; None if the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return machine_memory.free_bytes()

@@ -1,5 +1,6 @@
 """`generate(config)`: from a checkpoint and a prompt to text, as it comes."""
 
+import dataclasses
 import sys
 import time
 from collections.abc import Callable
@@ -19,8 +20,11 @@ from longmix.console import is_gone
 from longmix.data.tokens.tokenizers import Tokenizer
 from longmix.errors import ConfigError, DataError
 from longmix.files import check_replaceable
-from longmix.generation.sampling import Sampling
+from longmix.generation.decoding import Choosing, Continuation, Writing, check_ranges, write_on
+from longmix.generation.draws import forked, key_of
+from longmix.generation.memory import check_rows
 from longmix.generation.session import Session
+from longmix.generation.standing import Standing, standing_rows
 from longmix.generation.text import Row
 from longmix.paths import check_file
 from longmix.progress import tracked
@@ -34,16 +38,21 @@ class Generated:
     """What was generated.
 
     Attributes:
-        texts: of each row, without its prompt; rows of one prompt follow each other.
+        continuations: of each row; rows of one prompt follow each other.
         ids: tokens of each row, prompt included.
         tokens_per_second: of all rows together, without reading the prompt.
         state_bytes: bytes of the state of all rows.
     """
 
-    texts: list[str]
+    continuations: list[Continuation]
     ids: list[list[int]]
     tokens_per_second: float
     state_bytes: int
+
+    @property
+    def texts(self) -> list[str]:
+        """Of each row, without its prompt."""
+        return [row.text for row in self.continuations]
 
 
 def generate(config: DictConfig) -> Generated:
@@ -58,6 +67,8 @@ def generate(config: DictConfig) -> Generated:
         LongmixError: see `longmix.errors`.
     """
     own = read(GenerateConfig, config)
+    if own.logprobs is not None:
+        raise ConfigError("logprobs are written to a file; give output=FILE.jsonl too, or use Python.")
     return _generated(own, lambda: restored_for(own), shown=True)
 
 
@@ -65,7 +76,7 @@ def continued(config: GenerateConfig, restored: Restored) -> Generated:
     """Generate as `generate` does, with a loaded model and without printing.
 
     Args:
-        config: without the words that name files: prompt_file, load and save.
+        config: without the words that name files: prompt_file, load, save, input and output.
         restored: the model.
 
     Raises:
@@ -75,23 +86,22 @@ def continued(config: GenerateConfig, restored: Restored) -> Generated:
 
 
 def _generated(config: GenerateConfig, model: Callable[[], Restored], shown: bool) -> Generated:
-    sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
-    if "" in config.stop:
-        raise ConfigError("stop has an empty text, which every text ends with; leave it out.")
-    prompts = _prompts(config)
+    check_ranges(config)
+    if config.input is not None:
+        raise ConfigError("input needs output=FILE.jsonl, where the answers go.")
+    prompts = given_prompts(config)
     if config.save is not None:
         check_file("save", config.save)
         check_replaceable(Path(config.save))
     restored = model()
     console = Console(stderr=True, quiet=not shown)
-    generator = torch.Generator().manual_seed(config.seed or 0)
+    choosing = Choosing.of(config, restored.tokenizer, restored.model.vocab_size)
     with restored.autocast(), allocation_errors("generating so many rows", "give fewer samples, or fewer prompts."):
-        session, ids = _begun(config, restored, prompts, generator, console)
-        rows = [Row(restored.tokenizer, config.stop, before, config.load is not None) for before in ids]
+        session, rows = _begun(config, restored, prompts, console)
         began = time.perf_counter()
-        _write_on(session, rows, ids, sampling, generator, config.max_tokens, shown)
+        _write(session, rows, choosing, shown)
         seconds, state_bytes = time.perf_counter() - began, session.state_bytes()
-    produced = sum(row.count for row in rows)
+    produced = sum(row.row.count for row in rows)
     if config.load is not None and produced == 0:
         console.print("every text in the saved generation has ended; nothing was added", highlight=False)
     console.print(
@@ -99,15 +109,24 @@ def _generated(config: GenerateConfig, model: Callable[[], Restored], shown: boo
         f"state {state_bytes / 2**20:.2f} MiB after {counted(session.length, 'token')}",
         highlight=False,
     )
+    ids = [row.ids for row in rows]
     if config.save is not None:
         with restored.autocast(), allocation_errors("saving so many rows", "give fewer samples, or fewer prompts."):
-            standing = session if len({row.count for row in rows}) == 1 else session.standing_at(ids)
-        standing.save(Path(config.save), {"ids": ids, "generator": generator.get_state(), **_identity(restored)})
+            standing = session if len({row.row.count for row in rows}) == 1 else session.standing_at(ids)
+        about = {"ids": ids, "prompts": [row.prompt for row in rows], "keys": [row.key for row in rows]}
+        standing.save(Path(config.save), {**about, **identity(restored)})
         console.print(f"saved to {config.save}; load={config.save} goes on", highlight=False, markup=False)
-    return Generated([row.text for row in rows], ids, produced / seconds, state_bytes)
+    made = [row.continuation(choosing.logprobs is not None) for row in rows]
+    return Generated(made, ids, produced / seconds, state_bytes)
 
 
-def _prompts(config: GenerateConfig) -> list[str]:
+def given_prompts(config: GenerateConfig) -> list[str]:
+    """The texts of prompt or prompt_file; none with load.
+
+    Raises:
+        ConfigError: words that do not go together.
+        DataError: the file is no UTF-8 text.
+    """
     given = config.prompt if isinstance(config.prompt, list) else [config.prompt]
     if config.load is not None:
         if config.prompt_file is not None or given != [""]:
@@ -132,68 +151,82 @@ def _prompts(config: GenerateConfig) -> list[str]:
 
 
 def _begun(
-    config: GenerateConfig, restored: Restored, prompts: list[str], generator: torch.Generator, console: Console
-) -> tuple[Session, list[list[int]]]:
-    """A session that has read the prompts or was loaded, and the tokens of its rows."""
+    config: GenerateConfig, restored: Restored, prompts: list[str], console: Console
+) -> tuple[Session, list[Writing]]:
+    """A session that has read the prompts or was loaded, and its rows."""
+    samples = config.samples
+    check_rows(restored, samples * max(1, len(prompts)), f"samples={samples}")
     if config.load is not None:
-        session, about = Session.load(Path(config.load), restored.model, restored.device)
-        own = _identity(restored)
-        about = {"weights": own["weights"], "mixer": {}, **about}  # earlier versions did not say
-        if about["mixer"] != own["mixer"]:
-            before = about["mixer"] or "those of the training"
-            raise ConfigError(
-                f"load={config.load} was saved with other settings of the mixer, {before}; give them as "
-                "mixer.NAME=VALUE."
-            )
-        if {key: about.get(key) for key in own} != own:
-            raise ConfigError(f"load={config.load} was saved with another checkpoint; give that one.")
-        with reading(Path(config.load), "saved generation of this model"):
-            if config.seed is None:
-                generator.set_state(about["generator"].cpu())
-            ids = _saved_ids(about, session, restored.tokenizer)
+        session, standing = _loaded(config, restored)
+        check_rows(restored, samples * session.batch, f"samples={samples}")
     else:
-        ids = [_encoded(restored.tokenizer, prompt) for prompt in prompts]
+        ids = [encoded(restored.tokenizer, prompt) for prompt in prompts]
+        standing = [Standing(row, len(row), key_of(config.seed or 0, row)) for row in ids]
         session = Session(restored.model, len(ids))
         began = time.perf_counter()
         session.prefill([torch.tensor(row, device=restored.device) for row in ids])
         seconds, count = time.perf_counter() - began, sum(map(len, ids))
         text = f"read {counted(count, 'token')} in {seconds:.2f} s ({count / seconds:,.0f} tokens/s)"
         console.print(text, highlight=False)
-    samples = config.samples
-    return session.fork(samples), [list(row) for row in ids for _ in range(samples)]
+    rows = [
+        Writing(
+            list(one.ids),
+            one.prompt,
+            forked(one.key, sample),
+            Row(restored.tokenizer, config.stop, one.ids, config.load is not None),
+            config.max_tokens,
+        )
+        for one in standing
+        for sample in range(samples)
+    ]
+    return session.fork(samples), rows
 
 
-def _saved_ids(about: dict[str, Any], session: Session, tokenizer: Tokenizer) -> list[list[int]]:
-    """The tokens of a saved generation's rows; call inside `reading`.
+def _loaded(config: GenerateConfig, restored: Restored) -> tuple[Session, list[Standing]]:
+    """A saved session and its rows.
 
     Raises:
-        ValueError: they are not tokens, or of other rows.
+        CheckpointError: the file is no saved generation of this model.
+        ConfigError: it is of other weights or settings.
     """
-    ids = about["ids"]
-    known = range(max(tokenizer.vocab_size, session.model.vocab_size))
-    if not isinstance(ids, list) or len(ids) != session.batch:
-        raise ValueError(f"it does not hold the tokens of {counted(session.batch, 'row')}")
-    for row in ids:
-        if (
-            not isinstance(row, list)
-            or len(row) > session.length
-            or not all(type(i) is int and i in known for i in row)
-        ):
-            raise ValueError("a row holds what is no token of the model, or more tokens than were read")
-    return ids
+    assert config.load is not None
+    session, about = Session.load(Path(config.load), restored.model, restored.device)
+    own = identity(restored)
+    about = {"weights": own["weights"], "states": own["states"], "mixer": {}, **about}  # earlier versions did not say
+    if about["mixer"] != own["mixer"]:
+        before = about["mixer"] or "those of the training"
+        raise ConfigError(
+            f"load={config.load} was saved with other settings of the mixer, {before}; give them as mixer.NAME=VALUE."
+        )
+    if {key: about.get(key) for key in own} != own:
+        raise ConfigError(
+            f"load={config.load} was saved with another checkpoint, or other weights or states of it; give those."
+        )
+    with reading(Path(config.load), "saved generation of this model"):
+        rows = standing_rows(about, session, restored.tokenizer)
+    if config.seed is not None:
+        rows = [dataclasses.replace(row, key=key_of(config.seed, [row.key])) for row in rows]
+    return session, rows
 
 
-def _identity(restored: Restored) -> dict[str, Any]:
+def identity(restored: Restored) -> dict[str, Any]:
+    """What generated text depends on besides its words: digests of all weights and of the tokenizer, and changes."""
     return {
         "checkpoint": final_name(restored.checkpoint.name),
         "weights": restored.digest(),
+        "states": restored.states,
         "tokenizer": restored.tokenizer.fingerprint(),
         "mixer": dict(restored.changes),
     }
 
 
-def _encoded(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The tokens of a prompt, behind the separator that all documents were trained with, where there is one."""
+def encoded(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The tokens of a prompt, behind the separator that all documents were trained with, where there is one.
+
+    Raises:
+        ConfigError: there are none.
+        DataError: it is no Unicode, or the tokenizer cannot write it.
+    """
     try:
         tokens = [int(token) for token in tokenizer.encode(prompt)]
         if tokenizer.separator_id >= 0:
@@ -205,38 +238,24 @@ def _encoded(tokenizer: Tokenizer, prompt: str) -> list[int]:
         raise DataError(f"the prompt is not valid Unicode: {error}.") from error
 
 
-def _write_on(
-    session: Session,
-    rows: list[Row],
-    ids: list[list[int]],
-    sampling: Sampling,
-    generator: torch.Generator,
-    max_tokens: int,
-    shown: bool,
-) -> None:
-    """Generate until every row has ended or has `max_tokens`; extends `rows` and `ids`."""
+def _write(session: Session, rows: list[Writing], choosing: Choosing, shown: bool) -> None:
+    """Generate until every row is done or nobody reads any more; a lone row is shown as it comes."""
     alone = len(rows) == 1
-    for _ in tracked(range(max_tokens), counted(len(rows), "row"), shown=shown and not alone):
-        if all(row.ended for row in rows) or (shown and is_gone(sys.stdout)):
+    steps = write_on(session, rows, choosing, _show if alone and shown else None, read_last=True)
+    limit = max(row.limit for row in rows)
+    for _ in tracked(steps, counted(len(rows), "row"), limit, shown=shown and not alone):
+        if shown and is_gone(sys.stdout):
             break
-        assert session.logits is not None
-        tokens = sampling.draw(session.logits, generator)
-        for row, own, token in zip(rows, ids, tokens.tolist(), strict=True):
-            if not row.ended:
-                own.append(token)
-                _show(row.take(token), alone and shown)
-        session.step(tokens)
     for number, row in enumerate(rows, 1):
-        rest = row.finish()
+        rest = row.row.finish()
         if not shown:
             continue
         if not alone:
             print(f"--- {number}")
-        _show(rest if alone else row.text, True)
+        _show(rest if alone else row.row.text)
         print()
 
 
-def _show(text: str, now: bool) -> None:
-    if now:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -61,20 +61,30 @@ class Sampling:
             probabilities = probabilities / probabilities.sum(-1, keepdim=True)
         return probabilities
 
-    def draw(self, logits: Tensor, generator: torch.Generator) -> Tensor:
-        """A token for each row of logits [B, V], int64 [B]; the generator is on the CPU, whatever the device.
+    def draw(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+        """A token for each row of finite logits [B, V], int64 [B]: the first whose cumulated probability is larger.
 
-        Raises:
-            NonFiniteError: a score is infinite or not a number.
+        Args:
+            logits: scores, on any device.
+            uniforms: a random number from 0 to 1 for each row, float64 [B] on the CPU; see `longmix.generation.draws`.
         """
-        finite = logits.isfinite().all(-1)
-        if not finite.all():
-            raise NonFiniteError(
-                f"the scores of the next token are infinite or not a number in {int((~finite).sum())} of {len(logits)} "
-                "rows: the checkpoint's weights hold such numbers, or bf16 is too short for them. Use another "
-                "checkpoint, or precision=float32."
-            )
         if self.temperature < GREEDY_BELOW:
             return logits.argmax(-1)
-        probabilities = self.probabilities(logits).cpu()
-        return torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(logits.device)
+        cumulated = self.probabilities(logits).cpu().cumsum(-1)  # the CPU adds in the same order whatever the batch
+        wanted = uniforms[:, None] * cumulated[:, -1:]  # below the sum even where that is not quite 1
+        return torch.searchsorted(cumulated, wanted, right=True)[:, 0].to(logits.device)
+
+
+def check_finite(logits: Tensor) -> None:
+    """Refuse scores [B, V] of the next token that are no numbers.
+
+    Raises:
+        NonFiniteError: a score is infinite or not a number.
+    """
+    finite = logits.isfinite().all(-1)
+    if not finite.all():
+        raise NonFiniteError(
+            f"the scores of the next token are infinite or not a number in {int((~finite).sum())} of {len(logits)} "
+            "rows: the checkpoint's weights hold such numbers, or bf16 is too short for them. Use another "
+            "checkpoint, or precision=float32."
+        )

@@ -24,6 +24,7 @@ class Row:
         text: so far, without what might become a stop.
         count: tokens taken.
         ended: whether the row has met its end.
+        stopped: whether that was a stop.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class Row:
         self._ends = {tokenizer.separator_id, *tokenizer.end_ids}
         # the separator at the beginning of a text does not end it
         self.ended = generated and len(before) > 1 and before[-1] in self._ends
-        self.text, self.count = "", 0
+        self.text, self.count, self.stopped = "", 0, False
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._decoder.decode(_last_bytes(tokenizer, before))
         self._held = ""
@@ -44,7 +45,7 @@ class Row:
         self.count += 1
         if token in self._ends:
             return self._finished()
-        self._held += self._decoder.decode(self.tokenizer.token_content(token))
+        self._held += self._decoder.decode(content_of(self.tokenizer, token))
         if self._meets_stop():
             return self._keep(len(self._held))
         return self._keep(max(len(self._held) - max(self._longest - 1, 0), 0))
@@ -64,7 +65,8 @@ class Row:
         """Whether the text held back contains a stop; if so, the row ends before it."""
         found = [index for index in map(self._held.find, self.stop) if index >= 0]
         if found:
-            self.ended, self._held = True, self._held[: min(found)]
+            self.ended = self.stopped = True
+            self._held = self._held[: min(found)]
         return self.ended
 
     def _keep(self, count: int) -> str:
@@ -73,11 +75,16 @@ class Row:
         return new
 
 
+def content_of(tokenizer: Tokenizer, token: int) -> bytes:
+    """The bytes that an id of a model stands for; none for ids that the tokenizer lacks, as a padded vocabulary has."""
+    return tokenizer.token_content(token) if token < tokenizer.vocab_size else b""
+
+
 def _last_bytes(tokenizer: Tokenizer, ids: Sequence[int]) -> bytes:
     """The end of the bytes that ids stand for: where the beginning of a character can lie."""
     last = b""
     for token in reversed(ids):
-        last = tokenizer.token_content(int(token)) + last
+        last = content_of(tokenizer, int(token)) + last
         if len(last) >= LONGEST_BEGINNING:
             break
     return last[-LONGEST_BEGINNING:]

@@ -68,8 +68,12 @@ def tuned_states(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _digest_of_others(weights: dict[str, Tensor]) -> str:
     """Hexadecimal SHA-256 of all other weights: tuned states fit no others."""
+    return _digest_of({name: weight for name, weight in weights.items() if MARK not in name})
+
+
+def _digest_of(weights: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name in sorted(name for name in weights if MARK not in name):
+    for name in sorted(weights):
         digest.update(f"{name} {weights[name].dtype}".encode())
         digest.update(weights[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -138,8 +142,8 @@ def _is_of(content: dict[str, Any], config: ModelConfig) -> bool:
     return (own.mixer, own.model) == (config.mixer, config.model)
 
 
-def load_states(model: LanguageModel, path: Path, config: ModelConfig) -> None:
-    """Let every document begin from the states in a file that `save_states` wrote.
+def load_states(model: LanguageModel, path: Path, config: ModelConfig) -> str:
+    """Let every document begin from the states in a file that `save_states` wrote; return a digest of these.
 
     Args:
         model: without states of its own, or with ones that are replaced.
@@ -175,3 +179,4 @@ def load_states(model: LanguageModel, path: Path, config: ModelConfig) -> None:
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
         model.load_state_dict(states, strict=False)
+    return _digest_of(states)

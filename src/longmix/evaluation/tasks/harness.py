@@ -1,7 +1,7 @@
 """A model of longmix as a model of the lm-evaluation-harness; importing this module needs `lm_eval`."""
 
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from longmix.evaluation.prefill import pieces_of_hidden
 from longmix.evaluation.subject import Subject
-from longmix.generation.sampling import Sampling
+from longmix.generation.draws import forked, key_of, uniforms
+from longmix.generation.sampling import Sampling, check_finite
 from longmix.generation.session import Session
 from longmix.generation.text import Row
 from longmix.model.head import IGNORE_INDEX
@@ -33,13 +34,15 @@ class HarnessModel(TemplateLM):
     Args:
         subject: the model and its tokenizer.
         max_length: tokens of the longest context; longer ones lose their beginning, and the log says how many did.
-        seed: of what is drawn where a task asks for sampling.
+        seed: of what is drawn where a task asks for sampling. A text depends on it, on its context and on how often
+            the same context was asked before, and not on the batch.
     """
 
     def __init__(self, subject: Subject, max_length: int, seed: int = 0) -> None:
         super().__init__()
         self.subject, self.max_length = subject, max_length
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed = seed
+        self.asked: Counter[int] = Counter()
 
     @property
     def eot_token_id(self) -> int:
@@ -157,11 +160,14 @@ class HarnessModel(TemplateLM):
         restored = self.subject.restored
         session = Session(restored.model, len(prompts))
         rows = [Row(restored.tokenizer, [stop for stop in until if stop]) for _ in prompts]
+        keys = [self._key(prompt) for prompt in prompts]
         with restored.autocast():
             session.prefill([torch.tensor(prompt, device=restored.device) for prompt in prompts])
             for step in range(steps):
                 assert session.logits is not None
-                tokens = sampling.draw(session.logits, self.generator)
+                check_finite(session.logits)
+                numbers = uniforms(keys, [len(prompt) + step for prompt in prompts])
+                tokens = sampling.draw(session.logits, numbers)
                 for row, token in zip(rows, tokens.tolist(), strict=True):
                     if not row.ended:
                         row.take(token)
@@ -171,6 +177,12 @@ class HarnessModel(TemplateLM):
         for row in rows:
             row.finish()
         return [row.text for row in rows]
+
+    def _key(self, prompt: list[int]) -> int:
+        """The key of a context's random numbers; tasks may ask for several samples of one."""
+        key = key_of(self.seed, prompt)
+        self.asked[key] += 1
+        return forked(key, self.asked[key] - 1)
 
     def _say_truncated(self, count: int, total: int) -> None:
         if count:
