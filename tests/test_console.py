@@ -72,6 +72,7 @@ def test_an_early_ctrl_c_and_an_early_signal_are_one_line(tmp_path):
     """Long before torch is imported, as the entry points' first line does it."""
     for resumable, number, code, text in [
         (False, "SIGINT", 130, "Interrupted.\n"),
+        (False, "SIGTERM", 143, "Terminated.\n"),
         (True, "SIGINT", 75, "Interrupted: SIGINT came before this command's first step"),
         (True, "SIGTERM", 75, "Interrupted: SIGTERM came before this command's first step"),
         (True, "SIGUSR1", 75, "Interrupted: SIGUSR1 came before this command's first step"),

@@ -4,7 +4,9 @@ import importlib
 import importlib.metadata
 import json
 import logging
+import os
 import pickle
+import signal
 import sys
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from longmix import cli, entry_points
+from longmix import cli, entry_points, startup
 from longmix.command_line.help import help_text
 from longmix.command_line.schema import Schema
 from longmix.config import TrainConfig, read, resolved, total_steps
@@ -148,6 +150,20 @@ class TestFolder:
     def test_of_runs_that_were_refused(self, sweep, tmp_path):
         assert sweep("train", self.refuse) == 2
         assert [path.name for path in tmp_path.iterdir()] == ["own"]
+
+    def test_of_runs_that_sigterm_ended(self, sweep, tmp_path, capsys):
+        def terminate(config):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        try:
+            startup.end_in_order()
+            assert sweep("evaluate", terminate, "checkpoint=x") == 143
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one kills
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        assert [path.name for path in tmp_path.iterdir()] == ["own"]
+        assert capsys.readouterr().err.endswith("Terminated.\n")
 
     def test_with_results_stays(self, sweep, tmp_path):
         assert sweep("train", self.write) == 0

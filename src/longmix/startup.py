@@ -4,7 +4,9 @@ Nothing heavy is imported here: the imports that follow take seconds.
 """
 
 import os
+import signal
 import sys
+import threading
 import time
 from types import TracebackType
 from typing import Any
@@ -18,6 +20,9 @@ BEGAN = "LONGMIX_BEGAN"
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C where nothing can be continued."""
+
+TERMINATED = 128 + signal.SIGTERM
+"""Exit code after SIGTERM where nothing can be continued."""
 
 
 def begin(resumable: bool = False) -> None:
@@ -33,6 +38,28 @@ def begin(resumable: bool = False) -> None:
     sys.unraisablehook = _unraisable
     if resumable:
         process_watch().exit_at_once()
+    else:
+        end_in_order()
+
+
+def end_in_order() -> None:
+    """Let SIGTERM end the process as an exception does, so that all clear up behind themselves; a second one kills it.
+
+    A process that was forked meanwhile keeps the system's answer.
+    """
+    own = os.getpid()
+
+    def end(number: int, _frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        if os.getpid() != own:
+            os.kill(os.getpid(), number)
+            return
+        print("Terminated.", file=sys.stderr)
+        sys.exit(TERMINATED)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, end)
 
 
 def seconds_since_begin(otherwise: float) -> float:

@@ -113,6 +113,56 @@ def test_a_saved_text_goes_on_as_if_it_had_never_stopped(generated, tmp_path, ca
     assert len({tuple(row) for row in forks.ids}) == 3
 
 
+PENALTIES = ("repetition_penalty=1.3", "presence_penalty=0.5", "frequency_penalty=0.8", "logit_bias={101:1.5}")
+
+
+@pytest.mark.slow
+def test_penalties_go_on_with_a_saved_text(generated, tmp_path):
+    """The prompt counts for one of them, the text for all: which is which is saved."""
+    words = ("prompt=[The state,eee]", "seed=5", *PENALTIES)
+    whole = generated(*words, "max_tokens=20")
+    assert whole.ids != generated("prompt=[The state,eee]", "seed=5", "max_tokens=20").ids
+    generated(*words, "max_tokens=11", f"save={tmp_path}/here")
+    assert generated(f"load={tmp_path}/here", "max_tokens=9", *PENALTIES).ids == whole.ids
+    both = generated(f"load={tmp_path}/here", "max_tokens=9", "samples=2", *PENALTIES)
+    assert [both.ids[0], both.ids[2]] == whole.ids and both.ids[1] != both.ids[0]
+
+
+@pytest.mark.slow
+def test_a_saved_text_of_an_earlier_version_goes_on(generated, tmp_path):
+    """It had one generator for all rows, and did not say where the prompts end, nor of which states it was."""
+    generated("prompt=[The state,The state]", "max_tokens=3", "temperature=0", f"save={tmp_path}/here")
+    content = torch.load(tmp_path / "here", weights_only=True)
+    for name in ("prompts", "keys", "states"):
+        del content["about"][name]
+    content["about"]["generator"] = torch.Generator().manual_seed(3).get_state()
+    save_tensors(tmp_path / "earlier", content)
+    found = generated(f"load={tmp_path}/earlier", "max_tokens=9").ids
+    assert found == generated(f"load={tmp_path}/earlier", "max_tokens=9").ids and found[0] != found[1]
+    content["about"]["generator"] = torch.Generator().manual_seed(4).get_state()
+    save_tensors(tmp_path / "earlier", content)
+    assert found != generated(f"load={tmp_path}/earlier", "max_tokens=9").ids
+
+
+@pytest.mark.slow
+def test_a_saved_text_is_of_its_states_too(run_training, shared_cache, compose_config, tmp_path):
+    words = ("mixer=rwkv7", "mixer.head_dim=16", "max_steps=2", f"data.cache_dir={shared_cache}")
+    base = run_training(*words)
+    tuned = run_training("trainable=states", f"checkpoint={base}", "max_steps=3", f"data.cache_dir={shared_cache}")
+
+    def generated(*given):
+        return generate(compose_config(f"checkpoint={base}", "max_tokens=2", *given, entry_point="generate"))
+
+    states = f"states={tuned}"
+    generated("prompt=ab", states, f"save={tmp_path}/with")
+    generated("prompt=ab", f"save={tmp_path}/without")
+    generated(states, f"load={tmp_path}/with")
+    generated(f"load={tmp_path}/without")
+    for given in ((f"load={tmp_path}/with",), (states, f"load={tmp_path}/without")):
+        with pytest.raises(ConfigError, match="with another checkpoint, or other weights or states of it"):
+            generated(*given)
+
+
 def early_letter(texts: list[str]) -> str:
     """A letter that one of the texts has soon and another has not."""
     return next(

@@ -81,7 +81,7 @@ def test_a_row_draws_alone_what_it_draws_among_others():
 
 def test_random_numbers_are_even_and_those_of_other_rows_are_others():
     found = numbers(20000)
-    assert found.dtype == torch.float64 and 0 <= found.min() and found.max() < 1
+    assert found.dtype == torch.float64 and found.min() >= 0 and found.max() < 1
     torch.testing.assert_close(found.histc(20, 0, 1) / 20000, torch.full((20,), 0.05).double(), rtol=0, atol=0.006)
     assert abs(torch.corrcoef(torch.stack([found[:-1], found[1:]]))[0, 1]) < 0.03
     keys = {key_of(seed, row) for seed in range(20) for row in ([], [1], [1, 0], [0, 1], [257])}

@@ -7,6 +7,7 @@ import pytest
 
 from longmix.data.tokens.byte_level import byte_letters
 from longmix.data.tokens.tokenizers import ByteTokenizer, LibraryTokenizer, NumberTokenizer, Tokenizer
+from longmix.data.tokens.world import WorldTokenizer
 from longmix.generation.text import Row
 
 
@@ -41,7 +42,38 @@ def library_tokenizer(end_ids: Sequence[int] | None = None) -> LibraryTokenizer:
     return LibraryTokenizer(library.to_str(), "<|endoftext|>", "the test", end_ids=end_ids)
 
 
-TOKENIZERS = {"bytes": ByteTokenizer(), "numbers": NumberTokenizer(300), "library": library_tokenizer()}
+def pieces_tokenizer() -> LibraryTokenizer:
+    """Pieces with ▁ for a blank and a token for each byte, as Llama 2 has, which puts a blank in front of a text."""
+    from tokenizers import AddedToken, decoders, models, normalizers
+    from tokenizers import Tokenizer as Library
+
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    names += ["▁", "t", "h", "e", "é", "字", "th", "the", "▁the", "▁▁", "▁▁▁▁"]
+    merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("▁", "▁"), ("▁▁", "▁▁")]
+    vocabulary = {name: index for index, name in enumerate(names)}
+    library = Library(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    strip = decoders.Strip(content=" ", left=1, right=0)
+    library.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
+    library.add_special_tokens([AddedToken(name, special=True) for name in names[:3]])
+    return LibraryTokenizer(library.to_str(), "<s>", "the test", end_ids=[2])
+
+
+def world_tokenizer() -> WorldTokenizer:
+    """Every byte, and byte strings that begin and end within characters; two ids have no token."""
+    contents = [bytes([byte]) for byte in range(256)]
+    contents += [b" the", b"  ", b"\r\n", b"\xf0\x9f", b"\x82a", b"\xe2\x82", b"\xac\xf0", "字".encode()]
+    lines = [f"{index} {content!r} {len(content)}" for index, content in enumerate(contents, 1)]
+    return WorldTokenizer("\n".join(lines), vocab_size=len(contents) + 3)
+
+
+TOKENIZERS = {
+    "bytes": ByteTokenizer(),
+    "numbers": NumberTokenizer(300),
+    "library": library_tokenizer(),
+    "pieces": pieces_tokenizer(),
+    "world": world_tokenizer(),
+}
 
 
 def random_ids(tokenizer: Tokenizer, drawn: random.Random) -> list[int]:
@@ -63,7 +95,7 @@ def random_ids(tokenizer: Tokenizer, drawn: random.Random) -> list[int]:
 @pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
 def test_what_is_streamed_is_what_decoding_the_whole_gives(tokenizer):
     drawn = random.Random(0)
-    for _ in range(3000):
+    for _ in range(1000):
         ids = random_ids(tokenizer, drawn)
         whole, row = tokenizer.decode(ids), Row(tokenizer, [])
         pieces = [row.take(token) for token in ids]
@@ -78,6 +110,45 @@ def test_what_is_streamed_is_what_decoding_the_whole_gives(tokenizer):
         shown = [head.take(token) for token in ids[:cut]]
         rest = Row(tokenizer, [], before=ids[:cut])
         assert "".join([*shown, *map(rest.take, ids[cut:]), rest.finish()]) == whole, (ids, cut)
+
+
+OF_BYTES = [name for name in TOKENIZERS if name != "numbers"]
+
+
+@pytest.mark.parametrize("name", OF_BYTES)
+def test_any_bytes_are_streamed_as_they_are_decoded_at_once(name):
+    """Bytes of which most are no UTF-8, and UTF-8 of any character, a token for each byte or in longer tokens."""
+    tokenizer = TOKENIZERS[name]
+    ids = {tokenizer.token_content(token): token for token in range(tokenizer.vocab_size)}
+    del ids[b""]  # special ids
+    longer = [content for content in ids if len(content) > 1]
+    drawn = random.Random(1)
+    for number in range(600):
+        parts = [drawn.randbytes(drawn.randrange(4)) for _ in range(4)]
+        parts += [chr(drawn.choice([0, 9, 0x7F, 0x80, 0x7FF, 0x800, 0xFFFF, 0x10000, 0x10FFFF])).encode()]
+        drawn.shuffle(parts)
+        tokens = [token for part in parts for token in ([part] if part in ids else [bytes([byte]) for byte in part])]
+        tokens += drawn.sample(longer, 2) if longer else []
+        raw = b"".join(tokens)
+        whole = raw.decode(errors="replace")
+        assert tokenizer.decode([ids[token] for token in tokens]) == whole
+        stop = whole[number % len(whole) :][: 1 + number % 5] if number % 2 else "\ue000never"
+        row = Row(tokenizer, [stop])
+        shown = "".join(row.take(ids[token]) for token in tokens if not row.ended) + row.finish()
+        assert shown == row.text == whole.partition(stop)[0], (raw, stop)
+        assert row.stopped == row.ended == (stop in whole)
+
+
+@pytest.mark.parametrize("name", OF_BYTES)
+def test_a_stop_of_any_tokens_ends_a_row_wherever_these_begin_and_end(name):
+    tokenizer = TOKENIZERS[name]
+    text = "  the é字🙂 the  the\r\n字 end"
+    for begin in range(len(text)):
+        for length in (1, 2, 5, 9):
+            stop = text[begin : begin + length]
+            row = Row(tokenizer, ["not there", stop])
+            shown = [row.take(int(token)) for token in tokenizer.encode(text) if not row.ended]
+            assert "".join([*shown, row.finish()]) == text.partition(stop)[0] and row.stopped
 
 
 @pytest.mark.parametrize(

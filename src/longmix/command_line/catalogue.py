@@ -8,76 +8,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from longmix.command_line.arguments import Argument
 from longmix.errors import ConfigError
-from longmix.paths import check_file, check_path
 from longmix.wording import did_you_mean, nearest
 
 _ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+LARGEST = 2**31 - 1
+"""Of whole numbers whose limit only the work knows."""
+
 _ALL = f"[{','.join(_ARCHITECTURES)}]"
-
-
-@dataclass(frozen=True)
-class Argument:
-    """A word of a command that Hydra does not compose.
-
-    Attributes:
-        name: as in `name=value`.
-        meaning: one line.
-        default: as the help shows it; "???" must be given.
-        positional: may stand without its name too, in the order of the table.
-        many: takes a list.
-        switch: takes true or false.
-        path: names a file or folder.
-        file: names a file to write.
-        choices: the values that are allowed; any where there are none.
-        only: values of the command's first word that it goes with; any where there are none.
-    """
-
-    name: str
-    meaning: str
-    default: str = "null"
-    positional: bool = False
-    many: bool = False
-    switch: bool = False
-    path: bool = False
-    file: bool = False
-    choices: tuple[str, ...] = ()
-    only: tuple[str, ...] = ()
-
-    @property
-    def about(self) -> str:
-        """The description of this word in the help."""
-        scope = f"of {', '.join(self.only)}: " if self.only else ""
-        choices = f": {', '.join(self.choices)}" if self.choices else ""
-        return f"{scope}{self.meaning}{choices}"
-
-    def values(self, given: str) -> list[str]:
-        """The values in `given`, which is the text behind the `=`.
-
-        Raises:
-            ConfigError: one of them is empty, or not among `choices`.
-        """
-        values = _listed(given) if self.many else [given]
-        for value in values:
-            self.check(value)
-        return values
-
-    def check(self, value: str) -> None:
-        """Refuse a value that is not among `choices`, and an empty one, as an unset variable of the shell leaves it.
-
-        Raises:
-            ConfigError: with the nearest one that is.
-        """
-        allowed = ("true", "false") if self.switch else self.choices
-        if allowed and value not in allowed:
-            meant = did_you_mean(nearest(value, allowed))
-            raise ConfigError(f"{self.name}={value} is not one of {', '.join(allowed)}.{meant}")
-        if self.file:
-            check_file(self.name, value)
-        elif self.path:
-            check_path(self.name, value, needed=self.default == "???")
-        elif not value.strip():
-            raise ConfigError(f"{self.name} is empty; was a variable of the shell not set? Give a value.")
 
 
 @dataclass(frozen=True)
@@ -201,11 +140,6 @@ def _option(word: Argument, value: str) -> list[str]:
     return [option, *values]
 
 
-def _listed(value: str) -> list[str]:
-    inner = value[1:-1] if value.startswith("[") and value.endswith("]") else value
-    return [part.strip() for part in inner.split(",")]
-
-
 _CHECKPOINT = "folder of a run or of a checkpoint"
 
 _GPUS = ("GB200", "B200", "H200", "H100 PCIe", "H100 NVL", "H100", "A100-SXM4-40GB", "A100", "L40S", "RTX 4090")
@@ -314,7 +248,7 @@ _COMMANDS = (
         adds=("average",),
         words=(
             Argument("checkpoint", "folder of a run", "???", positional=True, path=True),
-            Argument("last", "how many checkpoints, the newest", "???"),
+            Argument("last", "how many checkpoints, the newest", "???", whole=(1, LARGEST)),
             Argument("weights", "ema: averaged over the steps (loop.ema_decay)", "trained", choices=("trained", "ema")),
             Argument("output", "folder to make; null: average-of-LAST in the run's", path=True),
         ),
@@ -327,7 +261,7 @@ _COMMANDS = (
         words=(
             Argument("checkpoint", f"{_CHECKPOINT}; of a run its newest one", "???", positional=True, path=True),
             Argument("names", "projections that all layers share, such as [query,key,value]", many=True),
-            Argument("atoms", "matrices of each name, fewer than layers"),
+            Argument("atoms", "matrices of each name, fewer than layers", whole=(1, LARGEST)),
             Argument("undo", "give all layers weights of their own again", "false", switch=True),
             Argument("weights", "ema: averaged over the steps (loop.ema_decay)", "trained", choices=("trained", "ema")),
             Argument("output", "folder to make; null: the checkpoint's name with -shared, or -own", path=True),
@@ -356,7 +290,7 @@ _COMMANDS = (
             Argument("dtype", "of the inputs", "bf16", choices=("bf16", "fp16", "fp32")),
             Argument("cost_only", "compile nothing", "false", switch=True),
             Argument("json", "a file for the records", file=True),
-            Argument("dim", "head dimensions, 1 to 256", many=True, only=("attention",)),
+            Argument("dim", "head dimensions, 1 to 256", many=True, whole=(1, 256), only=("attention",)),
             Argument(
                 "mode",
                 "where bounds come from",
@@ -373,7 +307,13 @@ _COMMANDS = (
                 choices=("plain", "permuted", "alibi", "blocks", "documents", "state", "documents-state"),
                 only=("attention", "linear", "delta"),
             ),
-            Argument("dims", "head dimensions of keys and values, such as 64/128", many=True, only=("linear", "delta")),
+            Argument(
+                "dims",
+                "head dimensions of keys and values, such as 64/128",
+                many=True,
+                pair=(1, 512),
+                only=("linear", "delta"),
+            ),
             Argument("gate", "of the input", "[exp,sig]", many=True, choices=("exp", "sig"), only=("linear",)),
             Argument("states", "how states are stored", "fp32", choices=("fp32", "bf16"), only=("linear",)),
             Argument(
@@ -387,8 +327,14 @@ _COMMANDS = (
             Argument(
                 "form", "of the transitions", "low-rank", many=True, choices=("low-rank", "diagonal"), only=("delta",)
             ),
-            Argument("sizes", "features and head dimension of values, such as 64/64", many=True, only=("scatter",)),
-            Argument("block", "tokens of a block", "[64,128,256]", many=True, only=("scatter",)),
+            Argument(
+                "sizes",
+                "features and head dimension of values, such as 64/64",
+                many=True,
+                pair=(0, 256),
+                only=("scatter",),
+            ),
+            Argument("block", "tokens of a block", "[64,128,256]", many=True, whole=(1, LARGEST), only=("scatter",)),
         ),
         examples=("longmix kernels", "longmix kernels engine=attention arch=90 dim=[64,128]"),
     ),

@@ -342,7 +342,8 @@ class GenerateConfig:
         repetition_penalty: above 1 makes tokens less likely that prompt or text hold already.
         presence_penalty: is subtracted from the score of each token that was generated before.
         frequency_penalty: is subtracted as often as the token was generated before.
-        logit_bias: numbers added to the scores of tokens, by id or by text, such as '{262:-100," the":2}'.
+        logit_bias: numbers added to the scores of tokens, by id or by text, such as '{262:-100," the":2}';
+            null adds none.
         logprobs: with output: write the log-probability of each token and of so many likeliest ones; null writes none.
         seed: of what is drawn; null is 0, and with load goes on with what was saved.
         stop: texts that end a row, such as [###].
@@ -371,7 +372,7 @@ class GenerateConfig:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: str | dict[str, float] = word({}, literal=True)
+    logit_bias: str | dict[Any, float] | None = word(None, literal=True)
     logprobs: int | None = word(None, at_least(0))
     seed: int | None = word(None, between(0, LARGEST_SEED))
     stop: list[str] = word([], literal=True)

@@ -106,7 +106,7 @@ class Choosing:
         """
         if config.logprobs is not None and config.logprobs > vocab_size:
             raise ConfigError(f"logprobs={config.logprobs} is more than the {vocab_size:,} ids of this model.")
-        bias = biases(config.logit_bias, tokenizer, vocab_size)
+        bias = biases(config.logit_bias or {}, tokenizer, vocab_size)
         return cls(_sampling_of(config), _penalties_of(config, bias), config.logprobs)
 
     def chosen(self, logits: Tensor, rows: Sequence[Writing], counts: TokenCounts | None) -> Tensor:
