@@ -20,6 +20,7 @@ from longmix.mixers.parts.base import Mixer, MixerOutput
 from longmix.mixers.parts.states import held_bytes, mixer_state
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model, model_from_checkpoint
+from longmix.model.tuned_states_file import save_states, tune_states
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MIXERS = sorted(path.stem for path in (CONFIGS / "mixer").glob("*.yaml"))
@@ -145,20 +146,16 @@ def test_a_saved_text_of_an_earlier_version_goes_on(generated, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_saved_text_is_of_its_states_too(run_training, shared_cache, compose_config, tmp_path):
-    words = ("mixer=rwkv7", "mixer.head_dim=16", "max_steps=2", f"data.cache_dir={shared_cache}")
-    base = run_training(*words)
-    tuned = run_training("trainable=states", f"checkpoint={base}", "max_steps=3", f"data.cache_dir={shared_cache}")
-
-    def generated(*given):
-        return generate(compose_config(f"checkpoint={base}", "max_tokens=2", *given, entry_point="generate"))
-
-    states = f"states={tuned}"
-    generated("prompt=ab", states, f"save={tmp_path}/with")
-    generated("prompt=ab", f"save={tmp_path}/without")
-    generated(states, f"load={tmp_path}/with")
-    generated(f"load={tmp_path}/without")
-    for given in ((f"load={tmp_path}/with",), (states, f"load={tmp_path}/without")):
+def test_a_saved_text_is_of_its_states_too(generated, run_folder, tmp_path):
+    state = load_checkpoint(run_folder)
+    model = model_from_checkpoint(state)
+    tune_states(model)
+    save_states(tmp_path / "states.pt", ModelConfig.of(state["config"]), model.state_dict())
+    states = f"states={tmp_path}/states.pt"
+    generated("prompt=ab", "max_tokens=2", states, f"save={tmp_path}/with")
+    generated("prompt=ab", "max_tokens=2", f"save={tmp_path}/without")
+    generated(states, "max_tokens=2", f"load={tmp_path}/with")
+    for given in ([f"load={tmp_path}/with"], [states, f"load={tmp_path}/without"]):
         with pytest.raises(ConfigError, match="with another checkpoint, or other weights or states of it"):
             generated(*given)
 

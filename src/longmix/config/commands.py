@@ -38,6 +38,7 @@ NO_TASK = Rule(
     "is no list of tasks; write it like '[needle,{task:loss,seq_len:4096}]'.",
 )
 NO_STAGES = f"is no list of stages; write it like '[{Stage.words_as_written},{{seq_len:32768,max_tokens:1e8}}]'."
+BIASES = "write it like '{262:-100,\" the\":2}', tokens by id or text."
 NO_TEXT = "is no text; leave prompt out, or write 'prompt=\"null\"' for the text null."
 
 
@@ -372,7 +373,7 @@ class GenerateConfig:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: str | dict[Any, float] | None = word(None, literal=True)
+    logit_bias: str | dict[Any, float] | None = word(None, literal=True, misfit=f"is no mapping; {BIASES}")
     logprobs: int | None = word(None, at_least(0))
     seed: int | None = word(None, between(0, LARGEST_SEED))
     stop: list[str] = word([], literal=True)

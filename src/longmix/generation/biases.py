@@ -3,14 +3,13 @@
 from collections.abc import Mapping
 
 from longmix.command_line.values import split, without_quotes
+from longmix.config.commands import BIASES
 from longmix.data.tokens.tokenizers import Tokenizer
 from longmix.errors import ConfigError, DataError
 from longmix.reading import shortened
 
 DIGITS = 20
 """No id has so many; Python refuses to read thousands of them."""
-
-FORM = "write it like '{262:-100,\" the\":2}', tokens by id or text"
 
 
 def biases(given: str | Mapping[str | int, float], tokenizer: Tokenizer, vocab_size: int) -> dict[int, float]:
@@ -38,7 +37,7 @@ def _entries(text: str) -> dict[str, float]:
     """The entries of a mapping as it is typed: keys with or without quotes, the number behind the last colon."""
     text = text.strip()
     if not (text.startswith("{") and text.endswith("}")):
-        raise ConfigError(f"logit_bias={shortened(text)} is no mapping; {FORM}.")
+        raise ConfigError(f"logit_bias={shortened(text)} is no mapping; {BIASES}")
     entries: dict[str, float] = {}
     for item in split(text[1:-1]) if text[1:-1].strip() else []:
         key, colon, value = item.rpartition(":")
@@ -47,7 +46,7 @@ def _entries(text: str) -> dict[str, float]:
         except ValueError:
             number = None
         if number is None or not colon:
-            raise ConfigError(f"logit_bias={shortened(text)}: {shortened(item.strip())!r} lacks a number; {FORM}.")
+            raise ConfigError(f"logit_bias={shortened(text)}: {shortened(item.strip())!r} lacks a number; {BIASES}")
         name = without_quotes(key.strip())
         entries[name] = entries.get(name, 0.0) + number
     return entries
@@ -55,7 +54,7 @@ def _entries(text: str) -> dict[str, float]:
 
 def _token(key: str | int, tokenizer: Tokenizer, vocab_size: int) -> int:
     if isinstance(key, bool) or not isinstance(key, str | int):
-        raise ConfigError(f"logit_bias: {shortened(repr(key))} is no token; {FORM}.")
+        raise ConfigError(f"logit_bias: {shortened(repr(key))} is no token; {BIASES}")
     if isinstance(key, int) or (key.isascii() and key.isdigit()):
         number = int(key) if len(str(key)) < DIGITS else vocab_size
         if not 0 <= number < vocab_size:
