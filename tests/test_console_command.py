@@ -80,7 +80,7 @@ def test_overview_imports_nothing_heavy(run_process):
         (("kernels", "gate=exp"), "gate goes with engine=linear. `longmix kernels -h`"),
         (("kernels", "attention", "dim=[x]"), "dim=x must be a whole number from 1 to 256."),
         (("kernels", "attention", "dim=[64,257]"), "dim=257 must be a whole number from 1 to 256."),
-        (("kernels", "attention", "dim=[]"), "dim= must be a whole number from 1 to 256."),
+        (("kernels", "attention", "dim=[]"), "dim is empty; was a variable of the shell not set? Give a value."),
         (("kernels", "linear", "dims=64"), "dims=64 must be two whole numbers from 1 to 512, such as 64/128."),
         (("kernels", "scatter", "sizes=[64/x]"), "sizes=64/x must be two whole numbers from 0 to 256"),
         (("kernels", "scatter", "block=0.5"), "block=0.5 must be a whole number from 1"),

@@ -37,7 +37,9 @@ def test_of_a_command_that_hydra_composes(command, name, value):
 
 
 def test_every_path_of_a_command_is_marked_as_one():
-    assert {name for _, name in TYPED} == {"checkpoint", "load", "output", "prompt_file", "resume", "save", "states"}
+    assert {name for _, name in TYPED} == {
+        *("checkpoint", "input", "load", "output", "prompt_file", "resume", "save", "states"),
+    }
 
 
 @pytest.mark.parametrize(

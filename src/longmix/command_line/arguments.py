@@ -71,25 +71,22 @@ class Argument:
         if allowed and value not in allowed:
             meant = did_you_mean(nearest(value, allowed))
             raise ConfigError(f"{self.name}={value} is not one of {', '.join(allowed)}.{meant}")
-        if self.whole or self.pair:
-            self._check_numbers(value)
-        elif self.file:
+        if self.file:
             check_file(self.name, value)
         elif self.path:
             check_path(self.name, value, needed=self.default == "???")
         elif not value.strip():
             raise ConfigError(f"{self.name} is empty; was a variable of the shell not set? Give a value.")
+        elif limits := self.whole or self.pair:
+            self._check_numbers(value, *limits)
 
-    def _check_numbers(self, value: str) -> None:
+    def _check_numbers(self, value: str, least: int, most: int) -> None:
         """Refuse what is not of the form of `whole` or `pair`."""
-        limits, count = (self.whole, 1) if self.whole else (self.pair, 2)
-        assert limits is not None
-        least, most = limits
         parts = value.split("/")
-        fitting = len(parts) == count and all(re.fullmatch("[0-9]{1,12}", part) for part in parts)
+        fitting = len(parts) == (1 if self.whole else 2) and all(re.fullmatch("[0-9]{1,12}", part) for part in parts)
         if not fitting or not all(least <= int(part) <= most for part in parts):
-            form = f"a whole number from {least} to {most}"
-            form = form if count == 1 else f"two whole numbers from {least} to {most}, such as 64/128"
+            limits = f"from {least} to {most}"
+            form = f"a whole number {limits}" if self.whole else f"two whole numbers {limits}, such as 64/128"
             raise ConfigError(f"{self.name}={value} must be {form}.")
 
 
