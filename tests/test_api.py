@@ -1,5 +1,6 @@
 """longmix from Python: functions of their arguments, which leave nothing behind and end no process."""
 
+import json
 import logging
 import signal
 import subprocess
@@ -177,6 +178,28 @@ class TestLoad:
         for wrong in ({"prompt": None}, {"prompt": 3}, {"stop": None}, {"stop": [3]}):
             with pytest.raises(ConfigError, match=f"{next(iter(wrong))}=.* must be a text or a list of texts"):
                 loaded.generate(**wrong)
+
+    def test_generate_takes_the_words_of_the_command_and_no_others(self, loaded):
+        words = {"max_tokens": 6, "temperature": 0}
+        forced = loaded.generate("Fellow", **words, logit_bias={ord("a"): 1e6, "b": -3}, frequency_penalty=-1.0)
+        assert forced == ["aaaaaa"]
+        (row,) = loaded.generate("Fellow", **words, logprobs=2)
+        assert row.text == loaded.generate("Fellow", **words)[0] and row.finish_reason == "length"
+        assert [score.token for score in row.logprobs] == row.tokens == [score.top[0][0] for score in row.logprobs]
+        with pytest.raises(ConfigError, match=r"unknown key max_token\. Did you mean max_tokens"):
+            loaded.generate("Fellow", max_token=3)
+        with pytest.raises(ConfigError, match="unknown key save"):
+            loaded.generate("Fellow", save="x")
+
+    def test_answer_writes_what_generate_returns(self, loaded, tmp_path, capsys):
+        (tmp_path / "in.jsonl").write_text('{"prompt": "Fellow"}\n{"prompt": "We", "seed": 4}\n')
+        written = loaded.answer(tmp_path / "in.jsonl", tmp_path / "out.jsonl", max_tokens=5, seed=2)
+        lines = [json.loads(line) for line in written.read_text().splitlines()]
+        assert [line["text"] for line in lines] == [
+            loaded.generate("Fellow", max_tokens=5, seed=2)[0],
+            loaded.generate("We", max_tokens=5, seed=4)[0],
+        ]
+        assert capsys.readouterr() == ("", "")
 
     def test_one_text_is_one_stop(self, loaded):
         whole = loaded.generate("Fellow", max_tokens=20, temperature=0)[0]

@@ -1,6 +1,7 @@
 """Generation: every mixer's session against full passes, and the entry point."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -548,3 +549,26 @@ def test_the_command_line(run_process, run_folder):
     assert done.code == 0 and done.out and "tokens/s" in done.err and "MiB" in done.err
     helped = run_process("generate.py", "-h")
     assert helped.code == 0 and "temperature" in helped.out
+
+
+@pytest.mark.slow
+def test_the_command_line_answers_a_file(run_process, run_folder, tmp_path):
+    (tmp_path / "in.jsonl").write_text(
+        '{"prompt": "We", "id": 7, "logprobs": 2}\n{"prompt": "Of", "logit_bias": {"e": 1e6}}\n'
+    )
+    words = (
+        "input=in.jsonl",
+        "output=out.jsonl",
+        "max_tokens=5",
+        "temperature=0",
+        "logit_bias={256:-100,' ':-50,\",\":-50}",
+    )
+    done = run_process("generate.py", f"checkpoint={run_folder}", *words)
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert done.code == 0 and done.out == "" and "2 prompts answered with 10 tokens" in done.err
+    assert [line["index"] for line in lines] == [0, 1] and lines[0]["id"] == 7 and len(lines[0]["logprobs"]) == 5
+    assert lines[1]["text"] == "eeeee" and not {" ", ","} & set(lines[0]["text"])
+    again = run_process("generate.py", f"checkpoint={run_folder}", *words)
+    assert again.code == 0 and "2 prompts had been answered before" in again.err
+    refused = run_process("generate.py", f"checkpoint={run_folder}", *words, "seed=2")
+    assert refused.code == 2 and "of other words or weights" in refused.err and refused.err.count("\n") == 1

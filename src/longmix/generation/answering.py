@@ -82,6 +82,7 @@ def answer(config: GenerateConfig, restored: Restored | None = None) -> Answered
         f"({rate:,.1f} tokens/s){stood}; {path} holds the answers",
         highlight=False,
         markup=False,
+        soft_wrap=True,
     )
     return done
 
