@@ -151,6 +151,9 @@ class TestRequests:
         first, second = (harness_model().generate_until(requests(("roses", dict(wanted)))) for _ in range(2))
         assert first == second
         assert first != harness_model().generate_until(requests(("roses", {"until": ["\n"], "max_gen_toks": 20})))
+        asked = requests(*((context, dict(wanted)) for context in ("roses", "violets", "roses")))
+        three = harness_model().generate_until(asked)
+        assert three[0] == first[0] and three[2] != three[0]  # beside others as alone; asked again, another sample
 
 
 @pytest.fixture
