@@ -97,12 +97,12 @@ class DecodeCost(Task):
         steps: int = 16,
         flops: float | None = None,
         bandwidth: float | None = None,
-        mixers: list[str] | None = None,
+        mixers: Sequence[str] = (),
         generated: list[int] | None = None,
-        samples: list[int] | None = None,
+        samples: Sequence[int] = (1,),
         shared_prompt: bool = True,
         attempts: int | None = None,
-        correct: list[list[int]] | None = None,
+        correct: Sequence[Sequence[int]] = (),
     ) -> None:
         for name, given, most, needed in (
             ("contexts", contexts, LARGEST, True),
@@ -110,7 +110,7 @@ class DecodeCost(Task):
             ("generated", generated, MOST_GENERATED, False),
             ("samples", samples, LARGEST, True),
         ):
-            if any(not 1 <= number <= most for number in given or []) or (needed and given == []):
+            if any(not 1 <= number <= most for number in given or []) or (needed and given is not None and not given):
                 raise ConfigError(f"task.{name}={given} must be whole numbers from 1 to {most}.")
         for name, number in (("batch", batch), ("steps", steps)):
             if not 1 <= number <= LARGEST:
@@ -124,10 +124,10 @@ class DecodeCost(Task):
         self.hardware, self.batch, self.dtype, self.measured, self.steps = hardware, batch, dtype, measured, steps
         self.accelerator, self.reads_split = accelerator, measured != []
         self.flops, self.bandwidth = _peaks(flops, bandwidth)
-        self.mixers, self.others = mixers or [], {word: _mixer(word) for word in mixers or []}
+        self.mixers, self.others = list(mixers), {word: _mixer(word) for word in mixers}
         self.generated = sorted(set(GENERATED if generated is None else generated))
-        self.samples, self.shared_prompt = sorted(set(samples or [1])), shared_prompt
-        self.attempts, self.correct = attempts, correct or []
+        self.samples, self.shared_prompt = sorted(set(samples)), shared_prompt
+        self.attempts, self.correct = attempts, list(correct)
         _check_scores(attempts, self.correct, len(self.mixers) + 2, max(self.samples))
 
     def ask(self, subject: Subject) -> Answer:
