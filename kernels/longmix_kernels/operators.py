@@ -51,6 +51,10 @@ class Inputs:
 
 AnyInputs = TypeVar("AnyInputs", bound=Inputs)
 
+LONGEST_STEP = 8
+"""The most tokens that a recurrent engine takes one after the other instead of in chunks, where none is differentiated:
+a token of generation, with all its writes, is one call of the recurrence."""
+
 _SCHEMA_TYPES: dict[Any, str] = {
     torch.Tensor: "Tensor",
     torch.Tensor | None: "Tensor?",
@@ -75,11 +79,27 @@ def deferred(path: str) -> Function:
     return call
 
 
+def is_step(inputs: Inputs) -> bool:
+    """Say whether a recurrent engine takes the tokens of a call one after the other.
+
+    They are few, no gradient is asked for, and each row is one document; a single token always is.
+    """
+    length = inputs.first().shape[1]
+    if length > LONGEST_STEP or (length > 1 and inputs.document_ids is not None):  # type: ignore[attr-defined]
+        return False
+    return not (
+        torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in vars(inputs).values())
+    )
+
+
 def definition(forward: Callable[[AnyInputs], Tensors]) -> Callable[[AnyInputs], Tensors]:
     """Return an engine's `reference_forward` with autocast off; it is no operator, so that autograd sees into it."""
 
     def call(inputs: AnyInputs) -> Tensors:
-        with torch.autocast(inputs.first().device.type, enabled=False):
+        kind = inputs.first().device.type
+        if not torch.is_autocast_enabled(kind):
+            return forward(inputs)
+        with torch.autocast(kind, enabled=False):
             return forward(inputs)
 
     return call

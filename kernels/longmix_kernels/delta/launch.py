@@ -13,7 +13,10 @@ from longmix_kernels.delta.inputs import Inputs
 from longmix_kernels.launch import LaunchTable
 from longmix_kernels.tensors import Strided, contiguous, gate, small_ids, strided, unit_stride
 
-KERNELS = ("prepare", "scan", "grad_scan", "grad_value", "grad_query", "grad_key")
+STEPS = ("step",)
+"""The kernel that takes few tokens one after the other, without products of tiles."""
+
+KERNELS = ("prepare", "scan", "grad_scan", "grad_value", "grad_query", "grad_key", *STEPS)
 SCANS = ("scan", "grad_scan")
 
 WIDTHS = (64, 128, 256)
@@ -74,8 +77,8 @@ class LaunchConfig(launch.LaunchConfig):
     """One way to launch a kernel.
 
     Attributes:
-        block: key columns taken in one step; of no meaning to the scans.
-        values: value columns taken in one step; in the scans, of a program.
+        block: key columns taken in one step; of no meaning to the scans and to "step".
+        values: value columns taken in one step; in the scans and in "step", of a program.
         warps: warps of a program.
         stages: steps that loads are ahead of their use.
     """
@@ -122,6 +125,7 @@ _AMPERE = {
     "grad_value": ((16, 16, 8, 1), (16, 16, 8, 1), (16, 32, 8, 1)),
     "grad_query": ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     "grad_key": ((16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    "step": ((0, 32, 4, 1), (0, 32, 4, 1), (0, 32, 8, 1)),
 }
 _HOPPER = _AMPERE | {
     "prepare": ((16, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
@@ -131,7 +135,7 @@ TABLE = LaunchTable(
     LaunchConfig,
     WIDTHS,
     {80: _AMPERE, 86: _AMPERE, 90: _HOPPER, 100: _HOPPER},
-    float32=dict.fromkeys(KERNELS, (32, 32, 8, 1)) | dict.fromkeys(SCANS, (0, 16, 8, 1)),
+    float32=dict.fromkeys(KERNELS, (32, 32, 8, 1)) | dict.fromkeys((*SCANS, *STEPS), (0, 16, 8, 1)),
     interpreted=dict.fromkeys(KERNELS, LaunchConfig(block=64, values=64, warps=1, stages=1)),
     measured={},
 )
@@ -146,7 +150,7 @@ class Call(launch.Call[LaunchConfig]):
     """The tensors and numbers of one call, as the kernels take them."""
 
     TABLE = TABLE
-    SPREAD: ClassVar = dict.fromkeys(SCANS, ("values", 16))
+    SPREAD: ClassVar = dict.fromkeys((*SCANS, *STEPS), ("values", 16))
 
     def __init__(self, inputs: Inputs) -> None:
         query, key, value, min_log_decay = inputs.query, inputs.key, inputs.value, inputs.min_log_decay
@@ -189,7 +193,7 @@ class Call(launch.Call[LaunchConfig]):
 
     def programs(self, kernel: str, config: LaunchConfig) -> int:
         """Return how many programs a kernel takes."""
-        parts = -(-self.value_dim // config.values) if kernel in SCANS else self.chunks
+        parts = -(-self.value_dim // config.values) if kernel in (*SCANS, *STEPS) else self.chunks
         return parts * self.batch * self.heads
 
     def constants(self) -> dict[str, object]:
@@ -200,6 +204,7 @@ class Call(launch.Call[LaunchConfig]):
             "DIM": self.dim,
             "VALUE_DIM": self.value_dim,
             "PIECE": piece(self.dim),
+            "COVER": cover(self.dim),
             "PRECISION": precision_of(self.query.element_size()),
         }
 

@@ -6,7 +6,9 @@ from longmix_kernels.delta.checks import TRITON_MAX_DIM, check_decay, check_inpu
 from longmix_kernels.delta.cost import call_flops
 from longmix_kernels.delta.inputs import Inputs
 from longmix_kernels.delta.reference import reference_forward
-from longmix_kernels.operators import definition, implementation
+from longmix_kernels.delta.step import step_forward
+from longmix_kernels.launch import with_room
+from longmix_kernels.operators import computed, deferred, definition, implementation, is_step
 from longmix_kernels.runtime import backend_of_call
 
 BACKENDS = ("reference", "blocked", "triton")
@@ -76,7 +78,9 @@ def delta_rule(
     backend = backend_of_call(backend, BACKENDS, TRITON_MAX_DIM, query=query, value=value)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     tensors = query, key, value, log_decay, low_rank_read, low_rank_write, initial_state, carried_state, document_ids
-    output, state = _IMPLEMENTATIONS[backend](Inputs(*tensors, scale, chunk_size, min_log_decay))
+    inputs = Inputs(*tensors, scale, chunk_size, min_log_decay)
+    implementations = _STEPS if backend in _STEPS and is_step(inputs) else _IMPLEMENTATIONS
+    output, state = implementations[backend](inputs)
     return output, state
 
 
@@ -103,3 +107,16 @@ _IMPLEMENTATIONS |= {
     )
     for name in BACKENDS[1:]
 }
+
+_STEPS = {
+    "blocked": definition(step_forward),
+    "triton": computed(
+        "longmix::delta_step",
+        Inputs,
+        forward=with_room(deferred("longmix_kernels.delta.triton_step.triton_step")),
+        empty=_empty,
+        results=2,
+        flops=call_flops,
+    ),
+}
+"""What takes few tokens one after the other, without gradients; results are those of the implementations."""

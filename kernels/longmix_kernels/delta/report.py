@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from longmix_kernels import aot
+from longmix_kernels.columns import cover
 from longmix_kernels.cost import pass_rows
 from longmix_kernels.delta import cost, launch
 from longmix_kernels.report import read_pairs
@@ -41,14 +42,14 @@ NOTE = (
 
 _MODULES = {"grad_scan": "scan"}
 _FUNCTIONS = (
-    *launch.KERNELS[:-2],
+    *(kernel for kernel in launch.KERNELS if kernel not in ("grad_query", "grad_key")),
     *(f"grad_query_{decay}" for decay in cost.DECAYS[1:]),
     *(f"grad_key_{decay}" for decay in cost.DECAYS),
 )
 _LOW_RANK = ("low_rank_read", "low_rank_write", "transitions", "inverses", "removed", "grad_removed")
 _LOW_RANK_GRADS = ("grad_read", "grad_write")
 _CARRIED = ("carried_state", "grad_carried")
-_STATES = ("states", "kept", "initial", "final", "grad_final", "grad_states", "grad_initial", *_CARRIED)
+_STATES = ("state", "states", "kept", "initial", "final", "grad_final", "grad_states", "grad_initial", *_CARRIED)
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ class Build(aot.Build):
             "DIM": self.dim,
             "VALUE_DIM": self.value_dim,
             "PIECE": launch.piece(self.dim),
+            "COVER": cover(self.dim),
             "PRECISION": launch.precision_of(aot.DTYPES[self.dtype]),
             "UPCAST": False,
             **({} if self.decay == "head" else {"stride_decay_column": 1}),
@@ -133,7 +135,7 @@ class Build(aot.Build):
 
         What is run again without a low-rank part adds up keys and values in smaller blocks, and nothing else.
         """
-        if self.again and self.form == "diagonal":
+        if self.kernel in launch.STEPS or (self.again and self.form == "diagonal"):
             return False
         return (launch.piece(self.dim) if self.kernel in launch.SCANS else self.chunk_size()) >= 64
 

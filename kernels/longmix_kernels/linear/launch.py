@@ -26,7 +26,10 @@ TILED = ("states", "output", "grad_states", "grad_query", "grad_key_value")
 GATED = ("scales", "gates", "grad_rows", "grad_gates")
 """The kernels without products."""
 
-KERNELS = (*TILED, *GATED)
+STEPS = ("step",)
+"""The kernel that takes few tokens one after the other, without products of tiles."""
+
+KERNELS = (*TILED, *GATED, *STEPS)
 
 WIDTHS = (128, 192, 384, 768, 1024)
 """The sums of both head dimensions up to which an entry is for: 64 + 64, 64 + 128, 128 + 256, 256 + 512, 512 + 512."""
@@ -38,7 +41,7 @@ class LaunchConfig(launch.LaunchConfig):
 
     Attributes:
         rows: rows of a tile, in the kernels that carry a state the tokens of one step.
-        keys: key rows of a tile; in the kernels that carry a state, value columns of a program's block.
+        keys: key rows of a tile; in the kernels that carry a state, and in a step, value columns of a program's block.
         block: columns of a head dimension taken in one step where a tile meets a state; in the kernels that carry a
             state, key columns of a program's block.
         warps: warps of a program.
@@ -66,6 +69,8 @@ class LaunchConfig(launch.LaunchConfig):
         """Return the same with tiles that are no larger than a chunk, and blocks no larger than a head dimension."""
         if kernel in GATED:
             return self
+        if kernel in STEPS:
+            return replace(self, keys=min(self.keys, cover(value_dim)))
         keys = min(self.keys, cover(value_dim) if kernel in CARRYING else chunk)
         width = {"grad_query": value_dim, "grad_key_value": max(dim, value_dim)}.get(kernel, dim)
         return replace(self, rows=min(self.rows, chunk), keys=keys, block=min(self.block, cover(width)))
@@ -150,11 +155,13 @@ _GATED = {
     "grad_gates": (1024, 0, 0, 4, 1),
 }
 _GATED_ROWS: dict[str, Rows] = {kernel: (row,) * len(WIDTHS) for kernel, row in _GATED.items()}
+# A whole column of a state is in one program, up to 512 rows of it.
+_STEP: dict[str, Rows] = {"step": (*((0, 32, 0, 4, 1),) * 3, *((0, 32, 0, 8, 1),) * 2)}
 TABLE = LaunchTable(
     LaunchConfig,
     WIDTHS,
     {
-        architecture: kernels | _GATED_ROWS
+        architecture: kernels | _GATED_ROWS | _STEP
         for architecture, kernels in {80: _AMPERE, 86: _ADA, 90: _HOPPER, 100: _BLACKWELL}.items()
     },
     float32={
@@ -163,6 +170,7 @@ TABLE = LaunchTable(
         "grad_states": (16, 32, 32, 4, 1),
         "grad_query": (16, 16, 16, 8, 1),
         "grad_key_value": (16, 16, 16, 8, 1, False),
+        "step": (0, 16, 0, 4, 1),
         **_GATED,
     },
     interpreted=dict.fromkeys(KERNELS, LaunchConfig(rows=64, keys=64, block=64, warps=1, stages=1)),
@@ -221,7 +229,7 @@ class Call(launch.Call[LaunchConfig]):
     """The tensors and numbers of one call, as the kernels take them."""
 
     TABLE = TABLE
-    SPREAD: ClassVar = dict.fromkeys(CARRYING, ("keys", 32))
+    SPREAD: ClassVar = dict.fromkeys(CARRYING, ("keys", 32)) | dict.fromkeys(STEPS, ("keys", 16))
 
     def __init__(self, inputs: Inputs) -> None:
         query, key, value, chunk_size = inputs.query, inputs.key, inputs.value, inputs.chunk_size
@@ -266,6 +274,8 @@ class Call(launch.Call[LaunchConfig]):
         heads = self.batch * self.heads
         if kernel in CARRYING:
             return -(-self.dim // config.block) * -(-self.value_dim // config.keys) * heads
+        if kernel in STEPS:
+            return -(-self.value_dim // config.keys) * heads
         if kernel == "gates":
             return self.chunks * heads
         if kernel in GATED and kernel != "grad_rows":
@@ -279,5 +289,6 @@ class Call(launch.Call[LaunchConfig]):
             "INITIAL": self.memory is not None,
             "CARRIED": self.carried_memory is not None,
             "CHUNK": self.chunk,
+            "COVER": cover(self.dim),
             **dim_constants(self.dim, self.value_dim),
         }

@@ -2,12 +2,14 @@
 
 import torch
 
+from longmix_kernels.launch import with_room
 from longmix_kernels.linear.checks import TRITON_MAX_DIM, check_gates, check_inputs, check_state
 from longmix_kernels.linear.cost import call_flops
 from longmix_kernels.linear.inputs import Inputs
 from longmix_kernels.linear.reference import reference_forward
 from longmix_kernels.linear.state import LinearState
-from longmix_kernels.operators import definition, implementation
+from longmix_kernels.linear.step import step_forward
+from longmix_kernels.operators import computed, deferred, definition, implementation, is_step
 from longmix_kernels.runtime import backend_of_call
 
 BACKENDS = ("reference", "blocked", "triton")
@@ -81,9 +83,9 @@ def linear_attention(
     carried_memory, carried_normalizer, carried_log_scale = carried_state or (None, None, None)
     initial, carried = (memory, normalizer, log_scale), (carried_memory, carried_normalizer, carried_log_scale)
     tensors = query, key, value, log_decay, log_input, *initial, *carried, document_ids
-    output, memory, normalizer, log_scale, *_ = _IMPLEMENTATIONS[backend](
-        Inputs(*tensors, normalize, scale, chunk_size)
-    )
+    inputs = Inputs(*tensors, normalize, scale, chunk_size)
+    implementations = _STEPS if backend in _STEPS and is_step(inputs) else _IMPLEMENTATIONS
+    output, memory, normalizer, log_scale, *_ = implementations[backend](inputs)
     return output, LinearState(memory, normalizer, log_scale) if normalize else LinearState(memory)
 
 
@@ -116,3 +118,16 @@ _IMPLEMENTATIONS |= {
     )
     for name in BACKENDS[1:]
 }
+
+_STEPS = {
+    "blocked": definition(step_forward),
+    "triton": computed(
+        "longmix::linear_step",
+        Inputs,
+        forward=with_room(deferred("longmix_kernels.linear.triton_step.triton_step")),
+        empty=lambda inputs: _empty(inputs)[:4],
+        results=4,
+        flops=call_flops,
+    ),
+}
+"""What takes few tokens one after the other, without gradients; results are those of the implementations."""

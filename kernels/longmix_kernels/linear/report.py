@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from longmix_kernels import aot
-from longmix_kernels.columns import dim_constants
+from longmix_kernels.columns import cover, dim_constants
 from longmix_kernels.cost import pass_rows
 from longmix_kernels.linear import cost, launch
 from longmix_kernels.report import read_pairs
@@ -76,6 +76,7 @@ class Build(aot.Build):
             "backward": ("grad_rows",),
             "grad_query": ("grad_query",),
             "grad_key_value": ("grad_key_value",),
+            "step": ("step",),
         }.items()
         for kernel in kernels
     }
@@ -102,7 +103,7 @@ class Build(aot.Build):
         absent: list[str] = []
         if not normalize:
             absent += ["row_log_scale", "denominator", "normalizers", "grad_normalizers", "delta", "final_normalizer"]
-            absent += ["grad_normalizer"]
+            absent += ["grad_normalizer", "final_log_scale"]
         if not self.feature.startswith("documents"):
             absent += ["document_ids"]
         carried = self.feature == "documents-state"
@@ -120,6 +121,7 @@ class Build(aot.Build):
             "INITIAL": state,
             "CARRIED": carried,
             "CHUNK": self.chunk,
+            "COVER": cover(self.dim),
             "UPCAST": False,
             **dim_constants(self.dim, self.value_dim),
             **self.launch_config().tiles(),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from longmix.mixers.parts.base import ModelShape
-from longmix.mixers.parts.gated_memory import GatedMemory, MemoryOptions, Terms, unit
+from longmix.mixers.parts.gated_memory import GatedMemory, MemoryOptions, Terms
 
 
 class GatedDeltaNet2(GatedMemory):
@@ -70,5 +70,5 @@ class GatedDeltaNet2(GatedMemory):
         erase, write = exact.split([self.erase.out_features, self.write.out_features], -1)
         erase = self._shared(self._gates(erase).unflatten(-1, (self.num_heads, -1)))
         value = value * write.sigmoid().unflatten(-1, (self.num_value_heads, -1)).to(value.dtype)
-        query, key = self._shared(unit(query)), self._shared(unit(key))
+        query, key = self._shared(query), self._shared(key)
         return Terms(query, key, value, log_decay, -self._kept(log_decay) * erase * key, key)

@@ -25,6 +25,7 @@ from longmix.mixers.parts.log_decay import RATES, STEPS
 from longmix.mixers.parts.memory import MemoryMixer, Terms
 from longmix.mixers.parts.metrics import Metric, RootMeanSquare
 from longmix.mixers.parts.projections import weight_count
+from longmix.mixers.parts.recurrent import is_step
 from longmix.recipe import Recipe, set_recipe
 from longmix_kernels.linear import LinearState
 
@@ -88,8 +89,10 @@ class QLSTM(MemoryMixer):
         """Times the output gate."""
         return self.gate(x).sigmoid() * read.flatten(2)
 
-    def state_metrics(self, carried: LinearState, state: Any) -> dict[str, Metric]:
-        """Root mean square of the state at the end of the rows, of all channels together."""
+    def state_metrics(self, carried: LinearState, state: Any, length: int) -> dict[str, Metric]:
+        """Root mean square of the state at the end of the rows, of all channels together; none of a step."""
+        if is_step(state, length):
+            return {}
         return {"state_rms": RootMeanSquare.of(carried.memory.detach()).in_last_slice(state)}
 
     def flops(self, length: int) -> int:

@@ -206,8 +206,9 @@ class RWKV7(RecurrentMixer):
         gated, carried = self.run_engine(run, DeltaRecurrence(), state, document_ids, batch)
         if terms is not None:
             gated = recomputed(self._gated, self.recall(gated, terms.query), terms.bonus, gate)
-        after = self.next_state(carried, recent, x, state, ids)
-        return MixerOutput(self.output(gated), after, metrics=self.state_metrics(carried, state), value_residual=given)
+        after = self.next_state(carried, recent, x, state, document_ids)
+        metrics = self.state_metrics(carried, state, length)
+        return MixerOutput(self.output(gated), after, metrics=metrics, value_residual=given)
 
     def _terms(
         self, query: Tensor, key: Tensor, value: Tensor, given: Tensor, decay: Tensor, rate: Tensor, mix: Tensor | None

@@ -93,7 +93,7 @@ class ChannelMix(RecurrentMixer):
         recent = self.recent(x, state, ids)
         mixed = x + (token_shift(x, *recent) - x) * self.shift.to(x.dtype)
         hidden = self.key(mixed).relu().square()
-        return MixerOutput(self.value(hidden), self.next_state(None, recent, x, state, ids))
+        return MixerOutput(self.value(hidden), self.next_state(None, recent, x, state, document_ids))
 
     def zeros(self, batch: int) -> None:
         """The empty state: channel mixing remembers only the token before."""

@@ -46,7 +46,7 @@ def channel_scan(
     initial, carried = (None if state is None else state.memory[..., 0, 0] for state in (initial_state, carried_state))
     first = initial if carried is None else carried
     entering = torch.zeros_like(added[:, 0]) if first is None else decay[:, 0] * first
-    if document_ids is not None:
+    if document_ids is not None and query.shape[1] > 1:
         begins = (document_ids[:, 1:] != document_ids[:, :-1]).unsqueeze(-1)
         begins = F.pad(begins, (0, 0, 1, 0))
         if initial is not None:
@@ -60,6 +60,8 @@ def channel_scan(
 def _scan(added: Tensor, decay: Tensor) -> Tensor:
     """h [B, T, H] of h_t = decay_t h_{t-1} + added_t, from h = 0."""
     length = added.shape[1]
+    if length == 1 and not added.requires_grad:
+        return added
     chunk = max(1, round(math.sqrt(length)))
     padding = (0, 0, 0, -length % chunk)
     added, decay = (F.pad(x, padding).unflatten(1, (-1, chunk)) for x in (added, decay))

@@ -22,7 +22,10 @@ def token_shift(x: Tensor, before: Tensor, ids: Tensor | None) -> Tensor:
     Returns:
         [B, T, C].
     """
-    return _lagged(torch.cat([before.to(x.dtype), x], 1), 1, x.shape[1], ids)
+    if x.shape[1] > 1:
+        return _lagged(torch.cat([before.to(x.dtype), x], 1), 1, x.shape[1], ids)
+    lagged = before.to(x.dtype)
+    return lagged if ids is None else lagged * (ids[:, 1:] == ids[:, :1]).unsqueeze(-1)
 
 
 def _lagged(whole: Tensor, lag: int, length: int, ids: Tensor | None) -> Tensor:
@@ -74,10 +77,19 @@ class ShortConvolution(nn.Module):
             [B, T, C].
         """
         whole = torch.cat([before.to(x.dtype), x], 1)
-        total = x * self.weight[0].to(x.dtype)
-        for lag in range(1, self.size):
-            total = total + _lagged(whole, lag, x.shape[1], ids) * self.weight[lag].to(x.dtype)
+        if x.shape[1] == 1:
+            total = self._of_last(whole, ids)
+        else:
+            total = x * self.weight[0].to(x.dtype)
+            for lag in range(1, self.size):
+                total = total + _lagged(whole, lag, x.shape[1], ids) * self.weight[lag].to(x.dtype)
         return nn.functional.silu(total if self.bias is None else total + self.bias.to(x.dtype))
+
+    def _of_last(self, whole: Tensor, ids: Tensor | None) -> Tensor:
+        """The sum over lags for the last of `whole` [B, size, C], in one product: [B, 1, C]."""
+        weight = self.weight.to(whole.dtype).flip(0)
+        weighted = whole * (weight if ids is None else weight * (ids == ids[:, -1:]).unsqueeze(-1))
+        return weighted.sum(1, keepdim=True)
 
     def flops(self, length: int) -> int:
         """Floating-point operations for `length` tokens."""

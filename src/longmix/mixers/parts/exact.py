@@ -9,8 +9,11 @@ def exact_linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """The layer's output [..., N] for x [..., C], in float32, or in float64 if x is."""
     exact = torch.promote_types(x.dtype, torch.float32)
     bias: Tensor | None = layer.bias
+    tensors = x.to(exact), layer.weight.to(exact), None if bias is None else bias.to(exact)
+    if not torch.is_autocast_enabled(x.device.type):
+        return F.linear(*tensors)
     with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.to(exact), layer.weight.to(exact), None if bias is None else bias.to(exact))
+        return F.linear(*tensors)
 
 
 def rounded_once(x: Tensor) -> Tensor:

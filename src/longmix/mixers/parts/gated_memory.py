@@ -258,8 +258,8 @@ class GatedMemory(RecurrentMixer):
             found = self.recall(found, terms.query)
         mixed = recomputed(self._gated, found, None if self.gate is None else self.gate(rounded))
         mixed, losses, metrics = self.routed(mixed.unflatten(-1, (self.num_value_heads, -1)), x, state)
-        after = self.next_state(carried, recent, projected, state, ids)
-        metrics |= self.state_metrics(carried, state)
+        after = self.next_state(carried, recent, projected, state, document_ids)
+        metrics |= self.state_metrics(carried, state, length)
         return MixerOutput(self.output(mixed.flatten(2)), after, losses, metrics)
 
     def _strengths(self, x: Tensor, rounded: Tensor) -> Tensor | None:
@@ -282,6 +282,8 @@ class GatedMemory(RecurrentMixer):
             log_decay = self._shared(log_decay)
         if strength is None:
             return Terms(self._shared(query), self._shared(key), value, log_decay)
+        heads = self.num_heads, self.householders * self.num_heads
+        query, key = unit(mixed[..., : sum(heads) * self.key_dim].unflatten(-1, (-1, self.key_dim))).split(heads, 2)
         terms = self._replacing(query, key, value, log_decay, strength)
         return terms.rounded(value.dtype)
 
@@ -289,12 +291,12 @@ class GatedMemory(RecurrentMixer):
         """What the engine gets where writes replace, in any dtype.
 
         Args:
-            query, key: [B, T, H, key_dim] before they are scaled to length 1.
+            query, key: [B, T, H, key_dim] of length 1, in float32 or better.
             value: [B, T, Hv, value_dim].
             log_decay: [B, T, Hv] or [B, T, Hv, key_dim].
             strength: what `_strengths` returned.
         """
-        query, write = self._shared(unit(query)), self._shared(unit(key))
+        query, write = self._shared(query), self._shared(key)
         key = write * self._gates(strength).unsqueeze(-1)
         return Terms(query, key, value, log_decay, -self._kept(log_decay) * key, write)
 

@@ -179,8 +179,8 @@ class LinearMixer(RecurrentMixer):
         read, carried = self.run_engine(run, recurrence, state, document_ids, batch)
         heads, losses, metrics = self.routed(self.normed(self.recall(read, query), x), x, state)
         gated = self.activate(self.output_gate(rounded)) * heads.flatten(2)
-        after = self.next_state(carried, recent, x, state, ids)
-        return MixerOutput(self.output(gated), after, losses, self.state_metrics(carried, state) | metrics)
+        after = self.next_state(carried, recent, x, state, document_ids)
+        return MixerOutput(self.output(gated), after, losses, self.state_metrics(carried, state, length) | metrics)
 
     def normed(self, read: Tensor, x: Tensor) -> Tensor:
         """The read [B, T, H, value_dim] of tokens x [B, T, D] after the normaliser and the head-wise norm."""

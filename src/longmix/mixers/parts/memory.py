@@ -119,8 +119,9 @@ class MemoryMixer(RecurrentMixer):
             read = self.recall(read, terms.query)
         left = recomputed(self.leave, read, rounded)
         left, losses, metrics = self.routed(left.unflatten(-1, (self.num_heads, -1)), x, state)
-        after = self.next_state(carried, recent, projected, state, ids)
-        return MixerOutput(self.output(left.flatten(2)), after, losses, metrics | self.state_metrics(carried, state))
+        after = self.next_state(carried, recent, projected, state, document_ids)
+        metrics |= self.state_metrics(carried, state, length)
+        return MixerOutput(self.output(left.flatten(2)), after, losses, metrics)
 
     def _terms(self, projected: Tensor, before: Tensor, ids: Tensor | None, gates: Tensor, *plain: Tensor) -> Terms:
         mixed = projected if self.convolution is None else self.convolution(projected, before, ids)

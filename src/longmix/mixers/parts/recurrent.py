@@ -77,6 +77,8 @@ class Recent(NamedTuple):
         """The last K of these and the new inputs `x` [B, T, C], and their documents [B, K]."""
         assert self.ids is not None
         start = x.shape[1]
+        if not self.before.shape[1]:
+            return self.before.to(x.dtype), self.ids[:, :0]
         return torch.cat([self.before.to(x.dtype), x], 1)[:, start:], self.ids[:, start:]
 
 
@@ -168,6 +170,8 @@ class RecurrentMixer(Mixer):
             ids: int32 [B, T]; None where the last document of each row goes on.
             batch: B.
         """
+        if isinstance(state, RecurrentState) and ids is None:
+            return run(state.carried, None, None)
         fresh = None if state is None and self.tuned is None else self.fresh(batch)
         if state is None:
             return run(fresh, ids, None)
@@ -175,8 +179,8 @@ class RecurrentMixer(Mixer):
             assert recurrence is not None
             with torch.autocast(next(self.parameters()).device.type, enabled=False):  # states stay exact
                 return recurrence.over_slice(run, fresh, state, ids)
-        continues = None if ids is None else goes_on(state, ids)
-        return over_documents(run, fresh, state.carried, continues, ids, zero=self.tuned is None)
+        assert ids is not None
+        return over_documents(run, fresh, state.carried, goes_on(state, ids), ids, zero=self.tuned is None)
 
     def recent(self, x: Tensor, state: RecurrentState | Slices | None, ids: Tensor | None) -> Recent:
         """The inputs just before `x` [B, T, ...], from a state, earlier slices, or zeros."""
@@ -198,7 +202,12 @@ class RecurrentMixer(Mixer):
         return Recent(before, None if ids is None else torch.cat([earlier, ids.int()], 1))
 
     def next_state(
-        self, carried: Any, recent: Recent, x: Tensor, state: RecurrentState | Slices | None, ids: Tensor | None
+        self,
+        carried: Any,
+        recent: Recent,
+        x: Tensor,
+        state: RecurrentState | Slices | None,
+        document_ids: Tensor | None,
     ) -> RecurrentState | None:
         """The state after `x`; None without a state, and after a slice of rows that begin anew.
 
@@ -207,22 +216,29 @@ class RecurrentMixer(Mixer):
             recent: what came before x.
             x: [B, T, C].
             state: the state before.
-            ids: int32 [B, T], documents of the new tokens.
+            document_ids: int32 [B, T], documents of the new tokens; None where the last document of each row goes on.
         """
         if state is None or (isinstance(state, Slices) and state.carried is None):
             return None
-        assert ids is not None
-        batch, length = ids.shape
-        positions = token_positions(ids, state.last_id, state.next_position, length, ids.device)
-        return RecurrentState(carried, *recent.followed_by(x), ids[:, -1], positions[:, -1].expand(batch) + 1)
+        length, before = x.shape[1], recent.followed_by(x)
+        if document_ids is None:
+            assert isinstance(state, RecurrentState)
+            return RecurrentState(carried, *before, state.last_id, state.next_position + length)
+        positions = token_positions(document_ids, state.last_id, state.next_position, length, x.device)
+        return RecurrentState(carried, *before, document_ids[:, -1], positions[:, -1] + 1)
 
-    def state_metrics(self, carried: Any, state: Any) -> dict[str, Metric]:
+    def state_metrics(self, carried: Any, state: Any, length: int) -> dict[str, Metric]:
         """Root mean square of each head's state at the end of the rows: it may grow if transitions do not contract.
+
+        A step has none: to sum the state up would cost as much as to update it.
 
         Args:
             carried: the engine's final state.
             state: what the call went on from.
+            length: T.
         """
+        if is_step(state, length):
+            return {}
         sizes = RootMeanSquare.of_each(_named_parts(carried)["memory"].detach(), 1)
         return {f"state_rms_head_{head}": size.in_last_slice(state) for head, size in enumerate(sizes)}
 
@@ -254,6 +270,11 @@ class RecurrentMixer(Mixer):
     def decoding_bytes(self, length: int, steps: int) -> int:
         """Bytes of the whole state, for each step."""
         return steps * self.step_bytes(length)
+
+
+def is_step(state: Any, length: int) -> bool:
+    """Whether a call of `length` tokens is a step of generation: one token after a state."""
+    return length == 1 and isinstance(state, RecurrentState)
 
 
 def _named_parts(state: Any) -> dict[str, Tensor]:
