@@ -40,7 +40,7 @@ def name(build: Build) -> str:
 @pytest.mark.parametrize("build", HOPPER, ids=name)
 def test_compiles_for_sm_90_without_spills_and_with_wgmma(build):
     assert build.chunk_size() == 64
-    assert_clean(build, True)
+    assert_clean(build, build.kernel not in launch.STEPS)
 
 
 @compiles

@@ -120,6 +120,32 @@ def test_matches_reference_with_one_decay_a_head(case):
     compare(case, None)
 
 
+STEPS = [
+    *(small(f"T{n}", length=n) for n in (1, 3, 8)),
+    Case("head-two-batch-rows-and-heads", length=4, scalar_decay=True),
+    Case("80-48-carried", length=2, dim=80, value_dim=48, with_carried=True),
+    Case("documents-carried", length=1, documents=(1,), with_carried=True),
+    Case("diagonal-1-3", length=2, dim=1, value_dim=3, low_rank=False),
+    small("no-state", length=2, with_state=False),
+    small("head-diagonal-no-state", length=1, scalar_decay=True, low_rank=False, with_state=False),
+]
+
+
+@pytest.mark.parametrize("values", [16, 64])
+@pytest.mark.parametrize("case", STEPS, ids=lambda case: case.name)
+def test_steps_match_reference(case, values, monkeypatch):
+    launched = []
+    launching = launch.Call.launch
+    monkeypatch.setattr(launch.Call, "launch", lambda self, *given: launched.append(given[0]) or launching(self, *given))
+    ours, exact = prepared(case)
+    with torch.no_grad(), launch.TABLE.override("step", launch.LaunchConfig(0, values, warps=1, stages=1)):
+        found = call(delta_rule, case, ours, backend="triton", min_log_decay=FASTEST_DECAY)
+        expected = call(delta_rule, case, exact, backend="reference")
+    assert launched == ["step"]
+    for name, result, want in zip(("output", "state"), found, expected, strict=True):
+        assert_close(result, want, TOLERANCE, name)
+
+
 @pytest.mark.parametrize(("bound", "scalar_decay"), [(0.0, False), (None, False), (None, True)])
 def test_reflections_lose_a_digit(bound, scalar_decay):
     """Eigenvalues of -1 at one key, with no decay: no rounding ever fades."""

@@ -89,9 +89,10 @@ CASES = [
 
 
 @pytest.fixture(autouse=True)
-def guards(monkeypatch):
+def guards(monkeypatch, request):
     # Forward: output, gates, states and final memory. Backward: gates, two states, four gradients and their sums.
-    with guarded_buffers(monkeypatch, least=4):
+    # Steps: output and final memory.
+    with guarded_buffers(monkeypatch, least=2 if "steps" in request.node.name else 4):
         yield
 
 
@@ -212,6 +213,44 @@ def test_a_query_of_zero_reads_zero_however_strong_the_inputs():
     results["grad query"][:, ::3] = expected["grad query"][:, ::3] = 0.0
     for name, want in expected.items():
         assert_close(results[name], want, TOLERANCE, name)
+
+
+STEPS = [
+    *(small(f"exp-T{n}", length=n) for n in (1, 3, 8)),
+    *(small(f"sig-T{n}", length=n, **SIG) for n in (1, 8)),
+    *(small(f"exp-{regime}", Positive, regime=regime, length=4) for regime in REGIMES),
+    Case("exp-80-48", length=2, dim=80, value_dim=48, documents=()),
+    Case("sig-1-3", length=1, dim=1, value_dim=3, **SIG),
+    Case("exp-documents-carried", length=1, documents=(1,), **CARRIED),
+    Case("sig-no-state-carried", length=2, with_state=False, **SIG, **CARRIED),
+    small("exp-no-state", length=2, with_state=False),
+    small("exp-no-input-gate", length=2, gated=False),
+    small("sig-no-state", length=1, with_state=False, **SIG),
+]
+
+
+@pytest.mark.parametrize("case", STEPS, ids=lambda case: case.name)
+def test_steps_match_reference(case, monkeypatch):
+    launched = []
+    launching = launch.Call.launch
+    monkeypatch.setattr(launch.Call, "launch", lambda self, *given: launched.append(given[0]) or launching(self, *given))
+    ours, exact = prepared(case)
+    with torch.no_grad():
+        found = call(linear_attention, case, ours, backend="triton")
+        expected = call(linear_attention, case, exact, backend="reference")
+    assert launched == ["step"]
+    for name, result, want in zip(("output", *INPUTS[5:8]), found, expected, strict=False):
+        assert_close(result, want, TOLERANCE, name)
+
+
+def test_steps_in_blocks_of_columns():
+    config = launch.LaunchConfig(rows=0, keys=16, block=0, warps=1, stages=1)
+    case = Case("exp-40-40", length=3, dim=40, value_dim=40)
+    ours, exact = prepared(case)
+    with torch.no_grad(), launch.TABLE.override("step", config):
+        found = call(linear_attention, case, ours, backend="triton")
+    for result, want in zip(found, call(linear_attention, case, exact, backend="reference"), strict=True):
+        assert_close(result, want, TOLERANCE, case.name)
 
 
 @pytest.mark.parametrize("index", [1, 2], ids=["memory", "normalizer"])
