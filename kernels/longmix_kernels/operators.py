@@ -4,7 +4,8 @@ torch's `FlopCounterMode` counts these nodes by their mathematics, not by how a 
 operations for each multiply-add of a score, a value, an update or a reading of a state. A backward counts twice its
 forward, and nothing for what it computes again. So a count depends on neither backend nor chunk size. Where positions
 decide what a token sees, it equals what the mixers' own `flops` say; where content decides, it counts the pairs of the
-call at hand. The count reads bounds, which waits for the device. Fake tensors count as plain causal rows.
+call at hand. The count reads bounds, which waits for the device. Fake tensors count as plain causal rows. Steps of a
+recurrence on a CPU are plain torch code, of which the counter sees the readings of the state alone.
 """
 
 import importlib

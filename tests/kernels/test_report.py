@@ -19,7 +19,11 @@ COMMANDS = {
         ["dim", "mode", "feature"],
         (*attention.launch.KERNELS, *split_launch.KERNELS, *probe_launch.KERNELS),
     ),
-    "linear": (["--dims", "64/64", "--gate", "sig"], ["dims", "gate"], (*linear.launch.TILED, "gates", "grad_gates", "step")),
+    "linear": (
+        ["--dims", "64/64", "--gate", "sig"],
+        ["dims", "gate"],
+        (*linear.launch.TILED, "gates", "grad_gates", "step"),
+    ),
     "delta": (
         ["--dims", "64/64", "--decay", "exact"],
         ["dims", "form", "decay"],

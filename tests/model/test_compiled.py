@@ -1,4 +1,4 @@
-"""Compiled blocks: no mixer breaks the graph, and layers share it."""
+"""Compiled blocks and steps: no mixer breaks the graph, layers share it, and so do the tokens of generation."""
 
 from pathlib import Path
 
@@ -51,3 +51,29 @@ def test_layers_share_whole_graphs(name, packed, compose_config, fresh):
         model.eval()(tokens, tokens, document_ids=ids)
     assert not counters["graph_break"]
     assert 0 < counters["stats"]["unique_graphs"] <= TRAINING + EVALUATION + MORE.get(name, 0)
+
+
+STEPS = 3
+"""The first steps may have a graph each: the third is where a constant state must have no more."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "gla" else pytest.mark.slow) for name in FILES]
+)
+@torch.no_grad()
+def test_steps_are_whole_graphs(name, compose_config, fresh):
+    node = resolved(compose_config(f"mixer={name}", *SMALL, "model.num_layers=1"))
+    node["mixer"] = small_mixer(node["mixer"], 16)
+    torch.manual_seed(0)
+    model = build_model(ModelConfig.of(node), 47).eval().double()
+    tokens = torch.randint(47, (2, LENGTH))
+    state = compiled_state = model(tokens[:, :-STEPS], state=model.init_state(2)).state
+    step = torch.compile(model, fullgraph=True, backend="eager")
+    for place in range(LENGTH - STEPS, LENGTH):
+        token = tokens[:, place : place + 1]
+        expected, found = model(token, state=state), step(token, state=compiled_state)
+        state, compiled_state = expected.state, found.state
+        torch.testing.assert_close(found.hidden, expected.hidden, rtol=1e-10, atol=1e-10)
+    assert not counters["graph_break"]
+    if all(mixer.state_bytes(8) == mixer.state_bytes(LENGTH) for mixer in model.mixers()):
+        assert counters["stats"]["unique_graphs"] <= 2

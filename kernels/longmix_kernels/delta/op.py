@@ -39,6 +39,7 @@ def delta_rule(
 
     States and decays are float32, or float64 for float64 inputs. Exactly differentiable, once, in all tensors but
     `document_ids`, also through the returned state. See `reference` for RWKV-7, DeltaNet and others as special cases.
+    Without gradients, up to 8 tokens of one document a row are taken one after the other, as generation needs it.
 
     Args:
         query: [B, T, H, K], float16, bfloat16, float32 or float64.

@@ -1,8 +1,8 @@
 """The delta rule of few tokens on a GPU, one after the other: what generation calls for each token.
 
-One program owns all rows and some columns of one head's state. It loads them once, takes each token as `reference` does,
-and stores them once, so that a call moves the state through memory once each way and is one launch. Columns of a state
-never meet, low-rank reads included. Nothing is differentiated.
+One program owns all rows and some columns of one head's state. It loads them once, takes each token as `reference`
+does, and stores them once, so that a call moves the state through memory once each way and is one launch. Columns of a
+state never meet, low-rank reads included. Nothing is differentiated.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """Scalar-gated linear attention of few tokens on a GPU, one after the other: what generation calls for each token.
 
-One program owns all rows and some columns of one head's state. It loads them once, takes each token as `reference` does,
-and stores them once, so that a call moves the state through memory once each way; the chunked kernels move it four
-times, in up to four launches. Nothing is differentiated.
+One program owns all rows and some columns of one head's state. It loads them once, takes each token as `reference`
+does, and stores them once, so that a call moves the state through memory once each way; the chunked kernels move it
+four times, in up to four launches. Nothing is differentiated.
 """
 
 import torch

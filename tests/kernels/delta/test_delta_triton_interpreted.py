@@ -134,9 +134,14 @@ STEPS = [
 @pytest.mark.parametrize("values", [16, 64])
 @pytest.mark.parametrize("case", STEPS, ids=lambda case: case.name)
 def test_steps_match_reference(case, values, monkeypatch):
-    launched = []
+    launched: list[str] = []
     launching = launch.Call.launch
-    monkeypatch.setattr(launch.Call, "launch", lambda self, *given: launched.append(given[0]) or launching(self, *given))
+
+    def launch_and_note(made: launch.Call, kernel: str, *given) -> None:
+        launched.append(kernel)
+        launching(made, kernel, *given)
+
+    monkeypatch.setattr(launch.Call, "launch", launch_and_note)
     ours, exact = prepared(case)
     with torch.no_grad(), launch.TABLE.override("step", launch.LaunchConfig(0, values, warps=1, stages=1)):
         found = call(delta_rule, case, ours, backend="triton", min_log_decay=FASTEST_DECAY)

@@ -231,9 +231,14 @@ STEPS = [
 
 @pytest.mark.parametrize("case", STEPS, ids=lambda case: case.name)
 def test_steps_match_reference(case, monkeypatch):
-    launched = []
+    launched: list[str] = []
     launching = launch.Call.launch
-    monkeypatch.setattr(launch.Call, "launch", lambda self, *given: launched.append(given[0]) or launching(self, *given))
+
+    def launch_and_note(made: launch.Call, kernel: str, *given) -> None:
+        launched.append(kernel)
+        launching(made, kernel, *given)
+
+    monkeypatch.setattr(launch.Call, "launch", launch_and_note)
     ours, exact = prepared(case)
     with torch.no_grad():
         found = call(linear_attention, case, ours, backend="triton")

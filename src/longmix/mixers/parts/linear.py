@@ -149,7 +149,7 @@ class LinearMixer(RecurrentMixer):
         ids = continued_ids(document_ids, state, batch, length)
         need = self.layout_needs()
         if need is not None and (layout is None or isinstance(state, RecurrentState)):
-            layout = layout_after(need, state, ids, length, x.device)
+            layout = layout_after(need, state, document_ids, length, x.device)
         recent = self.recent(x, state, ids)
         mixed = x if self.convolution is None else self.convolution(x, *recent)
         rounded = rounded_once(x)

@@ -160,6 +160,8 @@ def token_positions(
     if document_ids is None:
         positions = torch.arange(length, device=device)[None]
         return positions if next_position is None else positions + next_position.to(device)[:, None]
+    if length == 1 and last_id is not None and next_position is not None:
+        return torch.where(document_ids == last_id[:, None], next_position[:, None], 0)
     positions = positions_from_document_ids(document_ids)
     if last_id is None or next_position is None:
         return positions
