@@ -14,7 +14,7 @@ def step_forward(inputs: Inputs) -> tuple[torch.Tensor, ...]:
 
     Returns:
         The output [B, T, H, Dv] in the dtype of `query`; memory, normaliser and log scale of the state after the last
-        token, the last two None without `normalize`.
+        token; the last two mean nothing without `normalize`.
     """
     memory, normalizer, log_scale = entering(inputs)
     exact = inputs.log_decay.dtype
@@ -42,7 +42,8 @@ def step_forward(inputs: Inputs) -> tuple[torch.Tensor, ...]:
         outputs.append(read)
     output = outputs[0].unsqueeze(1) if len(outputs) == 1 else torch.stack(outputs, 1)
     assert memory is not None
-    return output.to(inputs.query.dtype), memory, *((normalizer, log_scale) if inputs.normalize else (None, None))
+    others = (memory, memory) if normalizer is None or log_scale is None else (normalizer, log_scale)
+    return output.to(inputs.query.dtype), memory, *others
 
 
 def entering(inputs: Inputs) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
