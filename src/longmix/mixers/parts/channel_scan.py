@@ -46,7 +46,7 @@ def channel_scan(
     initial, carried = (None if state is None else state.memory[..., 0, 0] for state in (initial_state, carried_state))
     first = initial if carried is None else carried
     entering = torch.zeros_like(added[:, 0]) if first is None else decay[:, 0] * first
-    if document_ids is not None and query.shape[1] > 1:
+    if document_ids is not None and (query.shape[1] > 1 or torch.is_grad_enabled()):
         begins = (document_ids[:, 1:] != document_ids[:, :-1]).unsqueeze(-1)
         begins = F.pad(begins, (0, 0, 1, 0))
         if initial is not None:
