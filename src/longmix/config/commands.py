@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from longmix.config.choices import Choice, Pattern, choice_or_pattern
-from longmix.config.rules import Rule, above_zero, at_least, between, count_up_to, inside_share, record, share, word
+from longmix.config.rules import Rule, above, above_zero, at_least, between, count_up_to, inside_share, record, share, word
 from longmix.config.stages import Stage
 from longmix.config.values import LARGEST_SEED
 from longmix.errors import ConfigError
@@ -123,6 +123,23 @@ class TuningConfig:
 
     features: int = word(0, at_least(0))
     decorrelation: float = word(0.0, at_least(0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversarialConfig:
+    """Attention adversarial training (arXiv 2009.12064); see `longmix.training.adversarial`.
+
+    Attributes:
+        xi: length of the change of a head's scores in a document, the worst one to first order; null trains without.
+        layers: numbers of the layers whose scores change, from 0, such as [0,3]; null takes all with softmax attention.
+        every: steps from one with a second pass, under that change, to the next.
+        weight: of the loss under that change.
+    """
+
+    xi: float | None = word(None, above_zero(null="train without attacks"))
+    layers: list[int] | None = None
+    every: int = word(1, at_least(1))
+    weight: float = word(1.0, above(0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,6 +256,7 @@ class TrainConfig(ModelConfig):
         trainable: all, or states: train the states before documents and nothing else.
         tuning: see `TuningConfig`.
         match: see `MatchConfig`.
+        adversarial: see `AdversarialConfig`.
         loop: see `LoopConfig`.
         origin: what `checkpoint` meant when the run began; no word.
         stage: in a checkpoint, the number of the stage that it was saved in, from 0; no word.
@@ -263,6 +281,7 @@ class TrainConfig(ModelConfig):
     trainable: Literal["all", "states"] = "all"
     tuning: TuningConfig = field(default_factory=TuningConfig)
     match: MatchConfig = field(default_factory=MatchConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     origin: OriginRecord | None = record()
     stage: int | None = record()

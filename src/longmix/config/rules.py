@@ -50,6 +50,11 @@ def inside_share(null: str) -> Rule:
     return Rule(lambda value: 0 < value < 1, f"must be above 0 and below 1, or null to {null}.")
 
 
+def above(least: float) -> Rule:
+    """Numbers above `least`."""
+    return Rule(lambda value: value > least, f"must be above {least}.")
+
+
 def above_zero(null: str) -> Rule:
     """Numbers above 0; `null` says what null means."""
     return Rule(lambda value: value > 0, f"must be above 0, or null to {null}.")

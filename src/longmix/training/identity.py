@@ -13,6 +13,7 @@ from longmix.checkpoints.contents import rebuilding
 from longmix.config import (
     STAGE,
     STAGES,
+    AdversarialConfig,
     Choice,
     LoopConfig,
     OriginRecord,
@@ -94,6 +95,9 @@ STAGE_WORDS = ("seq_len", "batch_size", "data", "mixer")
 
 FREE_IN_STAGES = ("micro_batch_size",)
 """Words of a stage that cannot change a run's result."""
+
+GROUPS_OF_WORDS = {"loop": LoopConfig, "tuning": TuningConfig, "adversarial": AdversarialConfig}
+"""Settings of which each has words of its own and none is a choice, so that their defaults are in these classes."""
 
 ORIGIN = "origin"
 """Entry of a configuration: the meaning of `checkpoint` as the run began, a folder and the digest of its files."""
@@ -318,8 +322,8 @@ def _default(written: Plain, key: str) -> object:
     node: Any = written
     for part in above:
         node = node.get(part) if isinstance(node, dict) else None
-    if not above or above == ["loop"] or above == ["tuning"]:
-        kind = {"loop": LoopConfig, "tuning": TuningConfig}[above[0]] if above else TrainConfig
+    if not above or (len(above) == 1 and above[0] in GROUPS_OF_WORDS):
+        kind = GROUPS_OF_WORDS[above[0]] if above else TrainConfig
         return defaults(kind).get(name, ABSENT)
     if not isinstance(node, dict) or "_target_" not in node:
         return ABSENT

@@ -9,7 +9,6 @@ whole or not at all; and every moment Lightning can interrupt lies between two o
 import operator
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,11 +22,11 @@ from longmix.distributed.agreement import Processes
 from longmix.errors import CheckpointError, NonFiniteError, SpikeError
 from longmix.evaluation.loss import run_whole
 from longmix.mixers.parts.between_steps import finish_step
-from longmix.mixers.parts.metrics import Measure, accumulate
 from longmix.model.backbone import LanguageModel, ModelOutput
 from longmix.model.head import IGNORE_INDEX
 from longmix.recipe import recipe_of, set_recipe
 from longmix.training import strategies
+from longmix.training.adversarial import AttackedSteps
 from longmix.training.averaging import WeightAverage
 from longmix.training.carried import CARRIED, CarriedState, Rows, run_on
 from longmix.training.diagnosis import first_nonfinite, nonfinite_tensor
@@ -35,37 +34,10 @@ from longmix.training.optimizers import PEAK
 from longmix.training.run_state import SavedRun
 from longmix.training.saved_state import named_state, restore_state
 from longmix.training.spikes import SPIKES, SpikeGuard
+from longmix.training.step_record import Passes, StepRecord
 from longmix.wording import counted
 
 OptimizerBuilder = Callable[[dict[str, torch.nn.Parameter]], list[torch.optim.Optimizer]]
-
-
-@dataclass
-class StepRecord:
-    """The results of one training step, for the callbacks. Tensors stay on the device until they are logged.
-
-    Attributes:
-        loss: mean loss per valid token of the global batch, in nats.
-        gradient_norm: norm of the whole gradient before clipping.
-        token_losses, batch: of this process, for the loss by position.
-        hits: of this process, which targets were met, where the model measures it.
-        metrics: what the mixers measured in this process, all micro-batches together.
-        losses: auxiliary losses by name, likewise; a step's is the mean over micro-batches and processes.
-        carried: the state after each micro-batch, where state is carried.
-        spike: why the step was left out as a spike; empty for any other.
-        z_loss: of this process, already divided by the valid tokens, where there is one.
-    """
-
-    loss: Tensor
-    gradient_norm: Tensor
-    token_losses: Tensor
-    batch: Batch
-    hits: Tensor | None = None
-    metrics: dict[str, Measure] = field(default_factory=dict)
-    losses: dict[str, Measure] = field(default_factory=dict)
-    carried: list[Rows] = field(default_factory=list)
-    spike: str = ""
-    z_loss: Tensor | None = None
 
 
 class TrainingModule(LightningModule):
@@ -88,6 +60,7 @@ class TrainingModule(LightningModule):
         z_loss: weight of the mean square of the logarithm of each target's normaliser, added to the loss; the model
             must measure normalisers.
         spikes: tells steps that are left out, or stop the run, for a loss or gradient norm that jumps; None tells none.
+        attacks: a second pass of some steps, see `longmix.training.adversarial`; None for no such step.
     """
 
     def __init__(
@@ -108,6 +81,7 @@ class TrainingModule(LightningModule):
         average: WeightAverage | None = None,
         z_loss: float = 0.0,
         spikes: SpikeGuard | None = None,
+        attacks: AttackedSteps | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -127,6 +101,7 @@ class TrainingModule(LightningModule):
         self.average = average
         self.z_loss = z_loss
         self.spikes = spikes
+        self.attacks = attacks
         self.row_group: ProcessGroup | None = None
         self.steps_taken = 0
         self.steps_skipped = 0
@@ -223,43 +198,21 @@ class TrainingModule(LightningModule):
     def _accumulate(self, batch: Batch) -> StepRecord:
         micro_batches = split_batch(batch, self.micro_batch_size)
         valid = self._valid_tokens(batch)
-        token_losses: list[Tensor] = []
-        hits: list[Tensor] = []
-        metrics: dict[str, Measure] = {}
-        auxiliary_losses: dict[str, Measure] = {}
-        z_losses: list[Tensor] = []
+        passes = Passes(valid, len(micro_batches), self.z_loss)
+        attacks = self.attacks if self.attacks is not None and self.attacks.are_due(self.step + 1) else None
         run, carried = self._run_carrying(micro_batches)
         for index, micro_batch in enumerate(micro_batches):
-            with self._gradient_sync(last=index == len(micro_batches) - 1):
-                output = run(micro_batch)
-                losses = output.token_losses
-                loss = losses.sum() / valid
-                for auxiliary in output.losses.values():
-                    loss = loss + auxiliary / len(micro_batches)
-                if output.log_normalisers is not None:
-                    z_loss = self.z_loss * output.log_normalisers.square().sum() / valid
-                    loss = loss + z_loss
-                    z_losses.append(z_loss.detach())
-                token_losses.append(losses.detach())
-                if output.hits is not None:
-                    hits.append(output.hits)
-                accumulate(metrics, output.metrics)
-                accumulate(auxiliary_losses, output.losses)
-                del output, losses  # `hidden`, which would last until the next micro-batch's forward pass is over
-                self.manual_backward(loss)
-        together = torch.cat(token_losses)
-        total = self.sum_over_processes(together.sum()) / self._world_size()
-        return StepRecord(
-            total / valid,
-            together.new_zeros(()),
-            together,
-            self.own(batch),
-            torch.cat(hits) if hits else None,
-            metrics,
-            auxiliary_losses,
-            carried,
-            z_loss=torch.stack(z_losses).sum() if z_losses else None,
-        )
+            last = index == len(micro_batches) - 1
+            watching = nullcontext([]) if attacks is None else attacks.adversary.watching(micro_batch["tokens"])
+            with self._gradient_sync(last and attacks is None), watching as zeros:
+                self.manual_backward(passes.add(run(micro_batch)))
+            if attacks is not None:
+                gradients = [zero.grad if zero.grad is not None else torch.zeros_like(zero) for zero in zeros]
+                attacking = attacks.adversary.attacking(gradients, micro_batch["document_ids"])
+                with self._gradient_sync(last), attacking:
+                    self.manual_backward(attacks.weight * passes.add_attacked(run(micro_batch)))
+        total = self.sum_over_processes(passes.token_losses().sum()) / self._world_size()
+        return passes.record(total / valid, self.own(batch), carried)
 
     def _run_carrying(self, batches: list[Batch]) -> tuple[Callable[[Batch], ModelOutput], list[Rows]]:
         """What runs these micro-batches, in their order, and a list that gets the state after each of them."""

@@ -34,6 +34,7 @@ from longmix.notices import notice, notice_float32_on_gpu
 from longmix.progress import ProgressDisplay
 from longmix.startup import seconds_since_begin
 from longmix.training import connection, process_launcher, random_state
+from longmix.training.adversarial import attacked_steps, check_adversarial
 from longmix.training.averaging import WeightAverage
 from longmix.training.carried import CarriedState, check_carries, layers_begun_anew
 from longmix.training.claims import remove_unused
@@ -239,6 +240,7 @@ def check_config(config: TrainConfig, tokenizer: Tokenizer | None = None) -> tup
         )
     tasks_of(config, model.mixers())
     each_part(course, lambda part: check_positions(model, part.config, settings.slices))
+    check_adversarial(config, model, settings)
     if config.loop.carry_state:
         check_carries(model, data.reads_on, data.source, "order" in config.data.settings)
     return settings, data
@@ -306,6 +308,7 @@ def _module(
         average=None if loop.ema_decay is None else WeightAverage(loop.ema_decay),
         z_loss=loop.z_loss,
         spikes=spikes,
+        attacks=attacked_steps(config, model),
     )
 
 

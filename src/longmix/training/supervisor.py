@@ -281,6 +281,8 @@ class Supervisor(Callback):
         measured = {f"train/{name}": measure for name, measure in record.losses.items()}
         if record.z_loss is not None:  # each process has its share of one mean over all tokens
             measured["train/z_loss"] = Mean.of(record.z_loss)
+        if record.attacked_loss is not None:  # likewise
+            measured["train/attacked_loss"] = Mean.of(record.attacked_loss)
         measured |= {f"mixer/{name}": measure for name, measure in record.metrics.items()}
         metrics: Metrics = {
             "train/loss": loss,

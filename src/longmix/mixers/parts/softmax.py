@@ -37,6 +37,7 @@ from longmix.mixers.parts.head_gates import (
     output_gate_of,
     sink_logit_of,
 )
+from longmix.mixers.parts.key_bias import with_key_bias
 from longmix.mixers.parts.layout import Layout, LayoutNeeds, layout_after
 from longmix.mixers.parts.looked_into import ValuePath
 from longmix.mixers.parts.metrics import Metric
@@ -132,6 +133,7 @@ class SoftmaxAttention(Mixer):
             engine need; a bias of columns needs no order.
         refused: why `bias`, `position=context` or `sink_logits` cannot be had, by setting, where that has a reason of
             the mixer's own.
+        key_bias: [B, T, Hkv], added to the scores of each key, while `key_biases` gives one; None for none.
     """
 
     pairwise: ClassVar[bool] = False
@@ -212,6 +214,12 @@ class SoftmaxAttention(Mixer):
         check_sinks(sink_logits, self.takes_sink_logits, type(self).__name__)
         self.sink_logit = sink_logit_of(heads) if sink_logits else None
         self.head_router = head_router(width, heads, heads_shared, heads_kept, heads_balance, shape.num_layers)
+        self.key_bias: Tensor | None = None
+
+    @property
+    def takes_key_bias(self) -> bool:
+        """Whether a bias of each key means what it says: scores are computed pair by pair, and columns are scores."""
+        return self.pairwise and "bias" not in self.refused and not self.gain
 
     def value_path(self) -> ValuePath | None:
         """The layers from the projection of the values to that of the output; the gates of both lie between."""
@@ -328,6 +336,8 @@ class SoftmaxAttention(Mixer):
             tensors = rows.query, rows.key, x, layout.positions
             rows.query, rows.key, rows.scale, sums = self.bias.widened(*tensors, state)
             rows.carried, rows.gain = (rows.carried if sums is None else sums), self.gain
+        if self.key_bias is not None:
+            rows = with_key_bias(rows, self.key_bias)
         if self.alibi:
             rows.slopes = alibi_slopes(self.num_heads, x.device)
         if chosen is not None:
