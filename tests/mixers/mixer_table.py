@@ -143,6 +143,9 @@ MIXERS: dict[str, Callable[[], Mixer]] = {
         BlockSparse(SHAPE, 0, block=16, local=1, gain="fourier", position="context")
     ),
     "flash-gated-heads": lambda: Flash(SHAPE, 0, output_gate="element", heads_shared=1, heads_kept=2),
+    "window-heads-by-query": lambda: SlidingWindow(
+        SHAPE, 0, window=7, qk_norm=False, heads_shared=1, heads_kept=1, heads_router="query_norm"
+    ),
     "drop-gated-heads": lambda: SparseFlashDrop(SHAPE, 0, window=3, output_gate="head", heads_kept=2),
     "mlstm-sig": lambda: awake(MLSTMTFLA(SHAPE, 0)),
     "mlstm-exp": lambda: awake(MLSTMTFLA(SHAPE, 0, gate="exp", num_heads=3, norm="layer")),

@@ -20,7 +20,7 @@ from longmix.mixers.parallax import Parallax
 from longmix.mixers.parts.attention_state import keys_like, with_sinks
 from longmix.mixers.parts.base import ModelShape
 from longmix.mixers.parts.context_positions import ContextPositions
-from longmix.mixers.parts.head_gates import HeadRouter
+from longmix.mixers.parts.head_gates import HeadRouter, QueryNormRouter
 from longmix.mixers.parts.score_bias import FourierBias, LowRankBias
 from longmix.mixers.parts.softmax import SoftmaxAttention
 from longmix.mixers.sliding_window import SlidingWindow
@@ -237,6 +237,52 @@ def test_a_mixture_of_heads(name):
             near(layer.weight.grad, given[f"grad_{key}_weight"], 1e-9 if key == "wg" else 1e-12)
 
 
+def test_the_lengths_of_queries_choose_heads():
+    given = oracle("moh_query_norm_router")
+    query, shared, kept = given["q"], int(given["shared"]), int(given["keep"])
+    heads = query.shape[2]
+    router = QueryNormRouter(1, heads, shared, kept, 0.5).double()
+    assert not list(router.parameters())
+    gates, means, metrics = router(query.requires_grad_())
+    assert torch.equal(gates.detach(), given["mask"]) and {"largest_head", "head_entropy"} == metrics.keys()
+    near(means[0].detach(), given["gate"].mean((0, 1)))
+    near(means[1], given["mask"][..., shared:].mean((0, 1)))
+    # the gradient: that of the chances where a head is kept, and of the balance loss, both written out densely
+    weights = torch.randn(query.shape[:3], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    loss = (gates * weights).sum() + router.losses_of(means)["head_balance"]
+    (found,) = torch.autograd.grad(loss, query)
+    length = query[:, :, shared:].square().sum(-1).sqrt()
+    spread = ((length - length.mean(-1, keepdim=True)).square().sum(-1, keepdim=True) / (heads - shared - 1)).sqrt()
+    near((length / spread).detach(), given["score"])
+    chances = torch.exp(length / spread) / torch.exp(length / spread).sum(-1, keepdim=True)
+    mask = given["mask"][..., shared:]
+    balance = 0.5 * (heads - shared) ** 2 * (chances.mean((0, 1)) * mask.mean((0, 1))).mean()
+    near(found, torch.autograd.grad((chances * mask * weights[..., shared:]).sum() + balance, query)[0], 1e-11)
+
+
+@pytest.mark.parametrize("kind", [Flash, SlidingWindow])
+def test_a_mixer_whose_queries_choose_gates_its_heads(kind):
+    torch.manual_seed(0)
+    options = {"qk_norm": False, "heads_shared": 1, "heads_kept": 1}
+    mixer = kind(SHAPE, 0, heads_router="query_norm", **options).double()
+    plain = kind(SHAPE, 0, qk_norm=False).double()
+    plain.load_state_dict(mixer.state_dict())  # there is no weight of a router
+    x = torch.randn(2, 15, SHAPE.d_model, dtype=torch.float64)
+    length = mixer.query(x).unflatten(-1, (3, -1)).norm(dim=-1)
+    gates = nn.functional.one_hot(length[..., 1:].argmax(-1) + 1, 3) + torch.tensor([1, 0, 0])
+    plain.output = mixer.output = nn.Identity()
+    output = mixer(x)
+    near(output.y, (plain(x).y.unflatten(-1, (3, -1)) * gates.unsqueeze(-1)).flatten(2).detach())
+    assert output.losses["head_balance"] > 0
+
+
+def test_queries_of_equal_length_have_finite_gradients():
+    query = torch.ones(1, 2, 4, 8, requires_grad=True)
+    gates, means, _ = QueryNormRouter(1, 4, 1, 2, 1.0)(query)
+    (gates.sum() + means.sum()).backward()
+    assert gates.sum(-1).eq(3).all() and query.grad is not None and query.grad.isfinite().all()
+
+
 def test_a_single_shared_head_has_a_constant_share():
     router = HeadRouter(6, 4, 1, 3, 0.0)
     gates, _, _ = router(torch.randn(2, 5, 6))
@@ -370,6 +416,20 @@ REFUSED = {
     "kept": (lambda: Flash(SHAPE, 0, heads_kept=4), "mixer.heads_kept=4 must be from 1 to 3"),
     "shared": (lambda: Flash(SHAPE, 0, heads_shared=3, heads_kept=1), "mixer.heads_shared=3 must be from 0 to below"),
     "shared-alone": (lambda: Flash(SHAPE, 0, heads_shared=1), "mixer.heads_shared=1 needs mixer.heads_kept"),
+    "router": (lambda: Flash(SHAPE, 0, heads_kept=1, heads_router="x"), "mixer.heads_router=x is unknown; use learned, q"),
+    "router-alone": (lambda: Flash(SHAPE, 0, heads_router="query_norm"), "mixer.heads_router=query_norm needs mixer.h"),
+    "router-normed": (
+        lambda: Flash(SHAPE, 0, heads_kept=1, heads_router="query_norm"),
+        "mixer.heads_router=query_norm compares the lengths of queries, which mixer.qk_norm=true makes alike",
+    ),
+    "router-of-one": (
+        lambda: Flash(SHAPE, 0, heads_shared=2, heads_kept=1, heads_router="query_norm", qk_norm=False),
+        "mixer.heads_shared=2 of 3 leaves one; share fewer",
+    ),
+    "router-of-probes": (
+        lambda: Parallax(SHAPE, 0, heads_kept=1, heads_router="query_norm", qk_norm=False),
+        "mixer.heads_router=query_norm cannot be had in Parallax: its probes stand beside its queries",
+    ),
     "balance": (lambda: Flash(SHAPE, 0, heads_kept=1, heads_balance=-1.0), "mixer.heads_balance=-1.0 must not be neg"),
     "dropout": (
         lambda: Flash(SHAPE, 0, sink_logits=True, attention_dropout=0.1),

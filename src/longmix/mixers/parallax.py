@@ -59,7 +59,10 @@ class Parallax(SoftmaxAttention):
     """
 
     pairwise = True
-    refused: ClassVar = {"sink_logits": "the tilt of its probe keeps the sum of the weights at 1"}
+    refused: ClassVar = {
+        "sink_logits": "the tilt of its probe keeps the sum of the weights at 1",
+        "heads_router": "its probes stand beside its queries",
+    }
     sizes: ClassVar = {"window": 1}
     changeable: ClassVar = (*SoftmaxAttention.changeable, "window")
 

@@ -82,6 +82,7 @@ class CommonHeadOptions(RotaryScalingOptions, total=False):
     heads_shared: int
     heads_kept: int | None
     heads_balance: float
+    heads_router: str
 
 
 class HeadOptions(CommonHeadOptions, total=False):
@@ -120,6 +121,8 @@ class SoftmaxAttention(Mixer):
         sink_logits: a learned logit of each query head in its softmax, without a value, so that weights may sum to less
             than 1 (as in gpt-oss, arXiv 2508.10925).
         heads_shared, heads_kept, heads_balance: a mixture of heads, see `HeadRouter`; none with `heads_kept` None.
+        heads_router: what chooses among them: "learned", or "query_norm" for the lengths of the queries, see
+            `QueryNormRouter`.
 
     Raises:
         ConfigError: heads that do not divide, an odd head size, positions that make no sense, an unknown word.
@@ -131,8 +134,8 @@ class SoftmaxAttention(Mixer):
         takes_gain: whether all its parts are of `Rows.attended`, and no columns but those of the base are in them.
         rows_in_place: whether key rows stand in their order where scores are computed, which ALiBi's slopes in the
             engine need; a bias of columns needs no order.
-        refused: why `bias`, `position=context` or `sink_logits` cannot be had, by setting, where that has a reason of
-            the mixer's own.
+        refused: why `bias`, `position=context`, `sink_logits` or `heads_router` cannot be had, by setting, where that
+            has a reason of the mixer's own.
         key_bias: [B, T, Hkv], added to the scores of each key, while `key_biases` gives one; None for none.
     """
 
@@ -167,6 +170,7 @@ class SoftmaxAttention(Mixer):
         heads_shared: int = 0,
         heads_kept: int | None = None,
         heads_balance: float = 0.01,
+        heads_router: str = "learned",
     ) -> None:
         super().__init__()
         heads_key = "model.num_heads" if num_heads is None else "mixer.num_heads"
@@ -199,7 +203,8 @@ class SoftmaxAttention(Mixer):
         nn.init.normal_(self.output.weight, std=self.d_model**-0.5 / math.sqrt(2 * shape.num_layers))
 
         width, heads, key_heads = self.d_model, self.num_heads, self.num_kv_heads
-        check_refused(self.refused, type(self).__name__, bias=bias, position=position, sink_logits=sink_logits)
+        refusable = {"bias": bias, "position": position, "sink_logits": sink_logits, "heads_router": heads_router}
+        check_refused(self.refused, type(self).__name__, **refusable)
         self.context = context_positions(position, self.rotary, width, key_heads, self.pairwise, type(self).__name__)
         if self.context is not None:
             self.rotary = None  # the layout has no angles then
@@ -213,7 +218,8 @@ class SoftmaxAttention(Mixer):
         self.output_gate = output_gate_of(output_gate, width, heads)
         check_sinks(sink_logits, self.takes_sink_logits, type(self).__name__)
         self.sink_logit = sink_logit_of(heads) if sink_logits else None
-        self.head_router = head_router(width, heads, heads_shared, heads_kept, heads_balance, shape.num_layers)
+        mixture = heads_shared, heads_kept, heads_balance, shape.num_layers
+        self.head_router = head_router(width, heads, *mixture, heads_router, qk_norm)
         self.key_bias: Tensor | None = None
 
     @property
@@ -321,6 +327,7 @@ class SoftmaxAttention(Mixer):
         if layout is None or not (state is None or isinstance(state, Slices)):
             layout = layout_after(self.layout_needs(), state, ids, length, x.device)
         query, key, value = self.project(rounded_once(x))
+        routing = x if self.head_router is None else self.head_router.reads(x, query)
         # Labels come from unrotated heads: they must depend on content alone, not on where a token stands.
         chosen = self.select(x, query, key, layout.positions)
         if chosen is not None and chosen.key_gate is not None:
@@ -364,7 +371,7 @@ class SoftmaxAttention(Mixer):
         if self.output_gate is not None:
             mixed = gated(mixed, self.output_gate, x)
         if self.head_router is not None:
-            mixed, balance, measured = self.head_router.applied(mixed, x, state)
+            mixed, balance, measured = self.head_router.applied(mixed, routing, state)
             losses, metrics = losses | balance, metrics | measured
         return MixerOutput(self.output(mixed.flatten(2)), after, losses, metrics)
 
