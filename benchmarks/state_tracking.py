@@ -1,10 +1,12 @@
 """Recall of tracked states past the trained length, with and without negative eigenvalues.
 
     python -m benchmarks.state_tracking --task parity=150 'deltanet' 'deltanet negative_eigenvalues=true'
-    python -m benchmarks.state_tracking --task s3=600 --task s5=4000 'gated_deltaproduct householders=2'
+    python -m benchmarks.state_tracking --task s3=450 --through 6 12 --word optimizer.learning_rate=2e-2 \\
+        'gated_deltaproduct householders=2 convolution=0 decay=none'
 
 Each model is a mixer and its settings. It is trained on each task with `experiment=state_tracking` for so many steps,
-and evaluated by `task=accuracy` on rows of several lengths. Leaves JSON, a Markdown table and a picture.
+and evaluated by `task=accuracy` on rows of several lengths. With `--through` it begins with shorter rows: an equal
+share of the steps for each length, and for the trained one at last. Leaves JSON, a Markdown table and a picture.
 """
 
 import argparse
@@ -36,6 +38,16 @@ def words_of(model: str) -> list[str]:
     return [f"mixer={name}", *(f"mixer.{setting}" for setting in given)]
 
 
+def course(steps: int, through: Sequence[int]) -> list[str]:
+    """The words for so many steps, which begin with rows of the lengths `through`; the last share has the longest."""
+    if not through:
+        return [f"max_steps={steps}"]
+    share = steps // (len(through) + 1)
+    stages = [f"{{seq_len:{length},max_steps:{share}}}" for length in through]
+    stages.append(f"{{max_steps:{steps - share * len(through)}}}")
+    return [f"stages=[{','.join(stages)}]", "max_steps=null"]
+
+
 def measure(options: argparse.Namespace, folder: Path) -> Iterator[Record]:
     """A record for each task, model and length."""
     with progress(len(options.task) * len(options.models)) as (announce, finish):
@@ -43,8 +55,9 @@ def measure(options: argparse.Namespace, folder: Path) -> Iterator[Record]:
             for model in options.models:
                 announce(f"{task}: {model}")
                 began = time.monotonic()
-                words = ["experiment=state_tracking", f"data={task}", f"max_steps={steps}", "logger=csv", "trainer=cpu"]
-                words += [f"loop.checkpoint_every={steps}", *options.word, *words_of(model)]
+                words = ["experiment=state_tracking", f"data={task}", "logger=csv", "trainer=cpu"]
+                words += [f"loop.checkpoint_every={steps}", *course(steps, options.through)]
+                words += [*options.word, *words_of(model)]
                 place = folder / f"{task}, {model}"
                 with contextlib.redirect_stdout(sys.stderr):
                     run = longmix.train(words, folder=place)
@@ -54,7 +67,8 @@ def measure(options: argparse.Namespace, folder: Path) -> Iterator[Record]:
                     )
                 facts = {"task": task, "model": model, "steps": steps, "trained_length": loaded.config["seq_len"]}
                 for length, found in report["lengths"].items():
-                    yield facts | {"length": int(length), "accuracy": found["accuracy"], "words": options.word}
+                    measured = {"length": int(length), "accuracy": found["accuracy"]}
+                    yield facts | measured | {"through": options.through, "words": options.word}
                 finish(f"{task}, {model}: {time.monotonic() - began:.0f} s")
 
 
@@ -99,6 +113,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m benchmarks.state_tracking", description=DESCRIPTION)
     parser.add_argument("models", nargs="*", default=MODELS, help="a mixer and its settings each")
     parser.add_argument("--task", type=task, action="append", help="NAME=STEPS; default: parity=150")
+    parser.add_argument("--through", type=positive(int), nargs="+", default=[], help="lengths to begin with")
     parser.add_argument("--lengths", type=positive(int), nargs="+", default=[32, 64, 128, 256], help="tokens of rows")
     parser.add_argument("--tokens", type=positive(int), default=32_768, help="about so many of each length")
     parser.add_argument("--word", action="append", default=[], help="a further word of training, such as seed=1")

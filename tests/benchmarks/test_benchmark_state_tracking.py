@@ -12,6 +12,12 @@ def test_a_model_is_a_mixer_and_its_settings():
     assert state_tracking.words_of(MODELS[1]) == wanted
 
 
+def test_training_may_begin_with_shorter_rows():
+    assert state_tracking.course(100, []) == ["max_steps=100"]
+    stages = "stages=[{seq_len:6,max_steps:33},{seq_len:12,max_steps:33},{max_steps:34}]"
+    assert state_tracking.course(100, [6, 12]) == [stages, "max_steps=null"]
+
+
 def test_a_row_for_each_task_and_model(tmp_path):
     records = [
         {"task": task, "model": model, "steps": 5, "trained_length": 8, "length": length, "accuracy": length / 32}

@@ -416,7 +416,10 @@ REFUSED = {
     "kept": (lambda: Flash(SHAPE, 0, heads_kept=4), "mixer.heads_kept=4 must be from 1 to 3"),
     "shared": (lambda: Flash(SHAPE, 0, heads_shared=3, heads_kept=1), "mixer.heads_shared=3 must be from 0 to below"),
     "shared-alone": (lambda: Flash(SHAPE, 0, heads_shared=1), "mixer.heads_shared=1 needs mixer.heads_kept"),
-    "router": (lambda: Flash(SHAPE, 0, heads_kept=1, heads_router="x"), "mixer.heads_router=x is unknown; use learned, q"),
+    "router": (
+        lambda: Flash(SHAPE, 0, heads_kept=1, heads_router="x"),
+        "mixer.heads_router=x is unknown; use learned, q",
+    ),
     "router-alone": (lambda: Flash(SHAPE, 0, heads_router="query_norm"), "mixer.heads_router=query_norm needs mixer.h"),
     "router-normed": (
         lambda: Flash(SHAPE, 0, heads_kept=1, heads_router="query_norm"),

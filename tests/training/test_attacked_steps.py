@@ -158,7 +158,10 @@ REFUSED = {
     ),
     "recurrent": (["mixer=rwkv7", "mixer.head_dim=16"], r"adversarial\.xi=1: no layer has attention scores"),
     "layer": (["adversarial.layers=[7]"], r"adversarial\.layers=\[7\]: there is no layer 7"),
-    "alone": (["adversarial.xi=null", "adversarial.every=2"], r"adversarial\.every has no effect without adversarial\.xi"),
+    "alone": (
+        ["adversarial.xi=null", "adversarial.every=2"],
+        r"adversarial\.every has no effect without adversarial",
+    ),
     "zero": (["adversarial.xi=0"], r"adversarial\.xi=0(\.0)? must be above 0, or null to train without attacks"),
     "weight": (["adversarial.weight=0"], r"adversarial\.weight=0(\.0)? must be above 0"),
     "every": (["adversarial.every=0"], r"adversarial\.every=0 must be at least 1"),

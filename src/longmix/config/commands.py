@@ -11,7 +11,18 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from longmix.config.choices import Choice, Pattern, choice_or_pattern
-from longmix.config.rules import Rule, above, above_zero, at_least, between, count_up_to, inside_share, record, share, word
+from longmix.config.rules import (
+    Rule,
+    above,
+    above_zero,
+    at_least,
+    between,
+    count_up_to,
+    inside_share,
+    record,
+    share,
+    word,
+)
 from longmix.config.stages import Stage
 from longmix.config.values import LARGEST_SEED
 from longmix.errors import ConfigError

@@ -13,6 +13,7 @@ from longmix.evaluation.tasks.dsf import DSF
 from longmix.evaluation.tasks.layers import Layers
 from longmix.evaluation.tasks.probe import Probe
 from longmix.evaluation.tasks.prune import Prune
+from longmix.evaluation.tasks.robustness import Robustness
 from longmix.evaluation.tasks.streetmath import StreetMath
 
 
@@ -87,6 +88,21 @@ def test_prune(evaluated, tmp_path, capsys):
     assert "parts that were tried; loss of all windows" in capsys.readouterr().out
 
 
+def test_robustness(evaluated, capsys):
+    report = evaluated("robustness", "task.robustness.xi=[0.5,4]", "seq_len=[24,48]", "max_tokens=960")
+    assert report["layers"] == 1 and list(report["lengths"]) == [24, 48]
+    for found in report["lengths"].values():
+        worst, random = found["worst"], found["random"]
+        assert found["loss"] < worst["0.5"] < worst["4"] and random["4"] < worst["4"] and found["tokens"] == 960
+    assert "under a change of the scores" in capsys.readouterr().out
+
+
+def test_robustness_needs_layers_of_softmax_attention(compose_config, run_folder, tmp_path):
+    words = f"checkpoint={run_folder}", "task=robustness", "task.robustness.layers=[0]", f"output={tmp_path}"
+    with pytest.raises(ConfigError, match=r"task\.robustness\.layers=\[0\]: layer 0, GatedDeltaNet, has no"):
+        evaluate(compose_config(*words, entry_point="evaluate"))
+
+
 @pytest.mark.parametrize("label", ["next", "document", "year"])
 def test_probe(evaluated, label, capsys):
     words = "length=8", f"label={label}", "passages=96", "epochs=2", "layer=[-1,1]", "queries=4", "classes=3"
@@ -124,6 +140,8 @@ def test_streetmath_judges_what_was_written(compose_config, run_folder, tmp_path
         (Probe, {"label": "yeer"}, "task.label=yeer is unknown. Did you mean year?"),
         (Probe, {"layer": "first"}, "task.layer=first is no layer"),
         (Probe, {"queries": 0}, "task.queries=0 must be from 1"),
+        (Robustness, {"xi": 0.0}, "task.xi=0.0 must be a number above 0"),
+        (Robustness, {"xi": []}, "task.xi=[] must be a number above 0"),
         (Prune, {"margin": -1.0}, "task.margin=-1.0 must be at least 0"),
         (Prune, {"channels": 0}, "task.channels=0 must be from 1"),
         (DSF, {"length": 1}, "task.length=1 must be from 2"),

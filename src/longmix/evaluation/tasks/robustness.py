@@ -1,4 +1,4 @@
-"""`evaluate.py task=robustness`: the loss under small changes of the attention scores, the worst ones and random ones."""
+"""`evaluate.py task=robustness`: the loss under changes of the attention scores, the worst ones and random ones."""
 
 import math
 from collections.abc import Iterator, Sequence

@@ -2,8 +2,8 @@
 
     s_ij = q_i . k_j / sqrt(d) + r_j
 
-It is one more column of queries and keys (`bias_columns`), so that whatever computes the scores also gives its gradient.
-No weight makes it: it is how training asks what a change of the scores would do (`longmix.model.adversarial`).
+It is one more column of queries and keys (`bias_columns`), so that what computes the scores also gives its gradient. No
+weight makes it: it is how training asks what a change of the scores would do (`longmix.model.adversarial`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,9 +26,7 @@ class TakesKeyBias(Protocol):
 def with_key_bias(rows: Rows, bias: Tensor) -> Rows:
     """The rows with a bias [B, Tk, Hkv] on their keys, best in float32."""
     one = bias.new_ones(1, rows.query.shape[1], 1, 1)
-    query, key, scale = bias_columns(
-        rows.query, rows.key, one, bias.unsqueeze(-1), scale=rows.scale, balanced=False
-    )
+    query, key, scale = bias_columns(rows.query, rows.key, one, bias.unsqueeze(-1), scale=rows.scale, balanced=False)
     return replace(rows, query=query, key=key, scale=scale)
 
 
