@@ -38,7 +38,7 @@ class Adversary:
 
     @contextmanager
     def watching(self, tokens: Tensor) -> Iterator[list[Tensor]]:
-        """Let the mixers add zeros [B, T, Hkv] to their scores over tokens [B, T]; yields these, for their gradients."""
+        """Let the mixers add zeros [B, T, Hkv] to their scores over tokens [B, T]; yields them for their gradients."""
         weight = self.mixers[0].value.weight
         exact = torch.promote_types(weight.dtype, torch.float32)
         zeros = [

@@ -203,8 +203,8 @@ class SoftmaxAttention(Mixer):
         nn.init.normal_(self.output.weight, std=self.d_model**-0.5 / math.sqrt(2 * shape.num_layers))
 
         width, heads, key_heads = self.d_model, self.num_heads, self.num_kv_heads
-        refusable = {"bias": bias, "position": position, "sink_logits": sink_logits, "heads_router": heads_router}
-        check_refused(self.refused, type(self).__name__, **refusable)
+        words = {"bias": bias, "position": position, "heads_router": heads_router}
+        check_refused(self.refused, type(self).__name__, sink_logits=sink_logits, **words)
         self.context = context_positions(position, self.rotary, width, key_heads, self.pairwise, type(self).__name__)
         if self.context is not None:
             self.rotary = None  # the layout has no angles then
