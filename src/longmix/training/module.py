@@ -203,7 +203,9 @@ class TrainingModule(LightningModule):
         run, carried = self._run_carrying(micro_batches)
         for index, micro_batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
-            watching = nullcontext([]) if attacks is None else attacks.adversary.watching(micro_batch["tokens"])
+            watching: AbstractContextManager[list[Tensor]] = nullcontext([])
+            if attacks is not None:
+                watching = attacks.adversary.watching(micro_batch["tokens"])
             with self._gradient_sync(last and attacks is None), watching as zeros:
                 self.manual_backward(passes.add(run(micro_batch)))
             if attacks is not None:
