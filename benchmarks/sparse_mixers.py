@@ -6,6 +6,8 @@
     dilated         heads whose windows have gaps; plain: a mask
     tensor          pairs of tokens in two windows; plain: attention with a mask for each distance
     parallax        all keys, weighed by a probe too; plain: dense matrices of weights and of the probe's products
+    moba            own block and the best of those before; plain: a mask for each head
+    nsa             compressed blocks, chosen blocks and a window; plain: dense matrices of all three, and masks
 
 Forward and backward pass of what stands between the projections, in turns, in float32. Plain code has matrices of all
 pairs, ours does not.
@@ -24,6 +26,8 @@ from benchmarks.command import RESULTS, Parser, positive, progress
 from longmix.files import replace_text
 from longmix.mixers.combiner import Combiner
 from longmix.mixers.combiner_log import CombinerLog
+from longmix.mixers.moba import MoBA
+from longmix.mixers.nsa import NSA
 from longmix.mixers.parallax import Parallax, ProbeRows
 from longmix.mixers.parts.attention_state import Rows
 from longmix.mixers.parts.base import ModelShape
@@ -143,6 +147,52 @@ def plain_parallax(mixer: Parallax, query: Tensor, key: Tensor, value: Tensor, p
     return ((weights * (1 + mean - products)) @ value).transpose(1, 2)
 
 
+def chosen(scores: Tensor, allowed: Tensor, keep: int, size: int) -> Tensor:
+    """The keys [H, T, T] in the `keep` blocks of `size` tokens with the highest scores [H, T, N] of those allowed."""
+    best = scores.masked_fill(~allowed, -torch.inf).topk(min(keep, scores.shape[-1])).indices
+    mask = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True) & allowed
+    mask = mask.repeat_interleave(size, -1)
+    return torch.nn.functional.pad(mask, (0, mask.shape[1] - mask.shape[2]))
+
+
+def plain_moba(mixer: MoBA, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Scores of the mean keys of whole blocks, and a mask for each head."""
+    length, size = query.shape[1], mixer.block
+    row = torch.arange(length)
+    number = row // size
+    means = key.detach()[0, : length // size * size].unflatten(0, (-1, size)).mean(1)
+    scores = torch.einsum("ihd,bhd->hib", query.detach()[0], means)
+    past = chosen(scores, number[:, None] > torch.arange(len(means)), mixer.top_k - 1, size)
+    own = (row[:, None] >= row) & (number[:, None] == number)
+    return dense(query, key, value, unseen(own | past))
+
+
+def plain_nsa(mixer: NSA, query: Tensor, key: Tensor, value: Tensor, gates: Tensor) -> Tensor:
+    """Weights of all compressed blocks, a mask for each head of chosen blocks, and one of the window."""
+    length, size, stride = query.shape[1], mixer.compress_block, mixer.compress_stride
+    (raw, query), keys, values = query.chunk(2, 2), key.chunk(3, 2), value.chunk(3, 2)
+    coarse_key, coarse_value = (x[0].unfold(1, size, stride).movedim(-1, 2) for x in (keys, values))
+    coarse_key = mixer.compressed_norm(mixer.compress_key(coarse_key))
+    row, begin = torch.arange(length), torch.arange(coarse_key.shape[1]) * stride
+    ended = row[:, None] >= begin + size - 1
+    some = ended.any(1, keepdim=True)
+    scores = torch.einsum("bihd,bnhd->bhin", raw, coarse_key) * mixer.head_dim**-0.5
+    weights = scores.masked_fill(some & ~ended, -torch.inf).softmax(-1) * some
+    coarse = torch.einsum("bhin,bnhd->bihd", weights, mixer.compress_value(coarse_value))
+
+    place, blocks = torch.arange(0, length, stride), length // mixer.block
+    inside = (place >= begin[:, None]) & (place < begin[:, None] + size)
+    together = inside.to(weights.dtype) @ (place[:, None] // mixer.block == torch.arange(blocks)).to(weights.dtype)
+    importance = (weights.detach()[0] @ together).index_fill(-1, row[: min(1, blocks)], torch.inf)
+    number, distance = row // mixer.block, row[:, None] - row
+    allowed = number[:, None] - torch.arange(blocks) >= mixer.local
+    far = chosen(importance, allowed, mixer.blocks - mixer.local, mixer.block)
+    near = (distance >= 0) & (number[:, None] - number < mixer.local)
+    window = (distance >= 0) & (distance < mixer.window)
+    parts = coarse, *(dense(query, keys[n], values[n], unseen(m)) for n, m in ((1, near | far), (2, window[None])))
+    return torch.stack(parts, -1).mul(gates.unsqueeze(-2)).sum(-1)
+
+
 Plain = Callable[..., Tensor]
 MIXERS: Mapping[str, tuple[Callable[[ModelShape], SoftmaxAttention], Plain]] = {
     "sparsek": (lambda shape: SparseK(shape, 0), plain_sparsek),
@@ -151,6 +201,8 @@ MIXERS: Mapping[str, tuple[Callable[[ModelShape], SoftmaxAttention], Plain]] = {
     "dilated": (lambda shape: SlidingWindow(shape, 0, window=64, dilation=[1, 16]), plain_dilated),
     "tensor": (lambda shape: TensorAttention(shape, 0, window_1=4), plain_tensor),
     "parallax": (lambda shape: Parallax(shape, 0), plain_parallax),
+    "moba": (lambda shape: MoBA(shape, 0), plain_moba),
+    "nsa": (lambda shape: NSA(shape, 0), plain_nsa),
 }
 """By name: a mixer for a shape, and plain code of it."""
 
@@ -161,10 +213,11 @@ def workload(
     """Output and gradients of all inputs, by "plain" and "ours", from one random row."""
     generator = torch.Generator().manual_seed(0)
 
-    def drawn(*sizes: int) -> Tensor:
-        return torch.randn(1, length, mixer.num_heads, *sizes, generator=generator, dtype=dtype)
+    def drawn(*sizes: int, parts: int = 1) -> Tensor:
+        return torch.randn(1, length, parts * mixer.num_heads, *sizes, generator=generator, dtype=dtype)
 
-    query, key, value = (drawn(mixer.head_dim).requires_grad_() for _ in range(3))
+    parts = (2, 3, 3) if isinstance(mixer, NSA) else (1, 1, 1)
+    query, key, value = (drawn(mixer.head_dim, parts=count).requires_grad_() for count in parts)
     more: list[Tensor] = []
     if isinstance(mixer, SparseK):
         more = [drawn().requires_grad_()]
@@ -172,11 +225,15 @@ def workload(
         more = [drawn(mixer.head_dim).requires_grad_()]
     elif isinstance(mixer, TensorAttention):
         more = [drawn(2 * mixer.head_dim).requires_grad_()]
+    elif isinstance(mixer, NSA):
+        more = [drawn(3).sigmoid().requires_grad_()]
     tensors, grad = [query, key, value, *more], drawn(mixer.head_dim)
 
     def ours() -> Tensor:
         if isinstance(mixer, Parallax):
             return mixer.attend(ProbeRows(query, key, value, probe=more[0]))[0]
+        if isinstance(mixer, NSA):
+            return mixer.attend(Rows(query, key, value, query_labels=more[0]))[0]
         rows = Rows(query, key, value, key_labels=more[0]) if more else mixer.rows(query, key, value, None)
         return mixer.attend(rows)[0]
 

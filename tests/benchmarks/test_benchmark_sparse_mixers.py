@@ -7,6 +7,8 @@ import torch
 
 from benchmarks import sparse_mixers as benchmark
 from longmix.mixers.combiner import Combiner
+from longmix.mixers.moba import MoBA
+from longmix.mixers.nsa import NSA
 from longmix.mixers.parts.base import ModelShape
 from longmix.mixers.sliding_window import SlidingWindow
 from longmix.mixers.sparsek import SparseK
@@ -20,12 +22,14 @@ SMALL = {
     "dilated": SlidingWindow(SHAPE, 0, window=3, dilation=[1, 4]),
     "tensor": TensorAttention(SHAPE, 0, window_1=3, window_2=6),
     "parallax": benchmark.Parallax(SHAPE, 0),
+    "moba": MoBA(SHAPE, 0, block=4, top_k=3),
+    "nsa": NSA(SHAPE, 0, block=4, blocks=4, compress_block=4, compress_stride=2, window=7),
 }
 
 
 @pytest.mark.parametrize("name", benchmark.MIXERS)
 def test_plain_code_gives_the_same_output_and_gradients(name):
-    calls = benchmark.workload(SMALL[name], benchmark.MIXERS[name][1], 37, torch.float64)
+    calls = benchmark.workload(SMALL[name].double(), benchmark.MIXERS[name][1], 37, torch.float64)
     for ours, plain in zip(calls["ours"](), calls["plain"](), strict=True):
         torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)
 

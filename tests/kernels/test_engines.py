@@ -155,7 +155,8 @@ def test_engines_have_the_same_functions_in_the_same_order(engine):
     assert names.index("BACKENDS") < names.index(public) < names.index("_empty")
     blocked = definitions(engine, "blocked")["blocked_backward"]
     triton = definitions(engine, "triton_backward")["triton_backward"]
-    assert blocked[:4] == triton[:4]
+    shared = min(4, len(blocked), len(triton))  # what a backend saves for its backward comes last
+    assert blocked[:shared] == triton[:shared]
 
 
 def test_the_package_exports_every_engine():

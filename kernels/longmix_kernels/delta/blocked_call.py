@@ -10,9 +10,12 @@ from longmix_kernels.delta.blocked_products import Documents
 from longmix_kernels.delta.blocked_weights import ChunkWeights
 from longmix_kernels.delta.inputs import Inputs
 
-CHUNK = 16
-IN_CACHE = 2**18
+CHUNK = 32
+IN_CACHE = 2**19
 """How many elements of queries, keys and values to compute with at a time."""
+
+APART = 256
+"""How many tokens lie at least between two states that the forward keeps: 1/24 of the inputs of RWKV-7."""
 
 TOGETHER = 16
 """How many sequences go through time together at most. More would leave fewer chunks to a run: more states to keep."""
@@ -57,6 +60,7 @@ class BlockedCall:
         self.scale, self.chunk_size, self._space = inputs.scale, inputs.chunk_size, space
         self.batch, self.length, self.heads, self.dim = self.query.shape
         self.value_dim, self.sequences = inputs.value.shape[-1], self.batch * self.heads
+        self.apart = tokens_apart(inputs)
         self.has_state = inputs.initial_state is not None
         self.initial = self._state(part, inputs.initial_state)
         # What the first document goes on from.
@@ -64,16 +68,33 @@ class BlockedCall:
         self.carried = self._state(part, inputs.carried_state) if self.has_carried else self.initial
 
     def runs(self) -> Iterator[Run]:
-        """Yield the runs of chunks that cover all tokens; the last chunk may be shorter."""
+        """Yield the runs of chunks that cover all tokens; the last chunk may be shorter.
+
+        A run has all chunks between two of the kept states, or between several, or an equal share of them.
+        """
         length = self.chunk_size or CHUNK
         most = max(1, IN_CACHE // (length * self.sequences * (2 * self.dim + self.value_dim)))
+        between = self.apart // length
+        usual = most // between * between or -(-between // -(-between // most))
         start = 0
         while start < self.length:
             left = self.length - start
-            chunks = min(most, left // length)
+            chunks = min(usual, left // length, max(usual, between) - start // length % max(usual, between))
             stop = start + chunks * length if chunks else self.length
             yield Run(start, chunks or 1, length if chunks else 1 << (left - 1).bit_length(), slice(start, stop))
             start = stop
+
+    def keep(self, kept: torch.Tensor, run: Run, states: torch.Tensor) -> None:
+        """Write those to keep of the states [G + 1, X, K, V] between the chunks of a run to [B, H, states, K, V]."""
+        first = run.start // self.apart
+        to_next = ((first + 1) * self.apart - run.start) // run.length
+        found = states[to_next :: self.apart // run.length or 1].unflatten(1, (self.batch, self.heads))
+        there = kept[:, :, first : first + len(found)]
+        there.copy_(found[: there.shape[2]].permute(1, 2, 0, 3, 4))
+
+    def kept(self, kept: torch.Tensor, run: Run) -> torch.Tensor:
+        """Return the state [X, K, V] that enters a run which begins at a kept one."""
+        return kept[:, :, run.start // self.apart - 1].flatten(0, 1) if run.start else self.carried
 
     def space(self, name: str, *shape: int) -> torch.Tensor:
         """Return memory to compute in, the same for each run: to touch new memory costs more than to compute in it."""
@@ -98,7 +119,8 @@ class BlockedCall:
         copy = self.space(name, run.chunks, self.batch, self.heads, kinds, run.length, dim)
         for index, x in enumerate(tensors):
             self._tokens(copy[:, :, :, index], run).copy_(self._view(x, run))
-            copy[:, :, :, index, self._count(run) :] = 0.0
+            if self._count(run) < run.length:
+                copy[:, :, :, index, self._count(run) :] = 0.0
         return copy.flatten(0, 2)
 
     def put(self, whole: torch.Tensor, run: Run, rows: torch.Tensor) -> None:
@@ -141,6 +163,12 @@ class BlockedCall:
             for x in (ids[:, 1:], begins)
         )
         return Documents(ids, begins, begins.cumsum(-1) == 0)
+
+
+def tokens_apart(inputs: Inputs) -> int:
+    """Return how many tokens lie between two kept states: whole chunks, and more for larger states."""
+    length = inputs.chunk_size or CHUNK
+    return -(-max(APART, 4 * inputs.value.shape[-1]) // length) * length
 
 
 def parts(inputs: Inputs) -> Iterator[Part]:

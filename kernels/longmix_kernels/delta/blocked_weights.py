@@ -24,6 +24,7 @@ class StateWeights(NamedTuple):
         entering: [N, R * L, K], what rows read the entering state with.
         writes: [N, P * L, K], what is written to the leaving state.
         inverse: [N, L, L], of 1 minus the weights of low-rank writes in low-rank reads; None without those.
+        removing: [N, L, K], the inverse times the low-rank reads in `entering`; None likewise.
         kept_initial: like `kept`, of the initial state in the leaving one; None where none begins from it.
         initial: [N, R * L, K], what rows read the initial state with; None likewise.
     """
@@ -32,15 +33,9 @@ class StateWeights(NamedTuple):
     entering: torch.Tensor
     writes: torch.Tensor
     inverse: torch.Tensor | None
+    removing: torch.Tensor | None
     kept_initial: torch.Tensor | None
     initial: torch.Tensor | None
-
-    def of_chunks(self, width: int) -> list["StateWeights"]:
-        """Split into chunks of `width` sequences."""
-        nothing = [None] * (len(self.kept) // width)
-        return [
-            StateWeights(*own) for own in zip(*(nothing if x is None else x.split(width) for x in self), strict=True)
-        ]
 
 
 class ChunkWeights:
@@ -81,11 +76,13 @@ class ChunkWeights:
         self.within = space("within", self.count, rows.shape[1] * self.length, columns.shape[1] * self.length)
         if rows.shape[1]:
             self._meet()
-        inverse = None
+        self.of_states = self._of_states(has_state)
         if self.low_rank:
             inverse = space("inverse", self.count, self.length, self.length)
             _invert(self.within[:, -self.length :, self.length :], inverse)
-        self.of_states = self._of_states(has_state)._replace(inverse=inverse)
+            reads = self.of_states.entering[:, -self.length :]
+            removing = torch.bmm(inverse, reads, out=space("removing", *reads.shape))
+            self.of_states = self.of_states._replace(inverse=inverse, removing=removing)
 
     def _meet(self) -> None:
         """Compute the weights of columns in rows."""
@@ -118,7 +115,7 @@ class ChunkWeights:
         writes = torch.mul(self.columns, self.suffix.unsqueeze(1), out=self.space("writes", *self.columns.shape))
         self.reads, kept = reads.flatten(1, 2), self.prefix[:, -1].unsqueeze(-1)
         if self.documents is None:
-            return StateWeights(kept, self.reads, writes.flatten(1, 2), None, None, None)
+            return StateWeights(kept, self.reads, writes.flatten(1, 2), None, None, None, None)
         self._restart(reads, self.rows, self.documents)
         writes *= self._open(self.documents)
         carried = self._carried(self.documents)
@@ -126,7 +123,7 @@ class ChunkWeights:
         entering, kept_initial, initial = (reads * carried).flatten(1, 2), None, None
         if has_state:
             kept_initial, initial = kept * (1.0 - ending), self.reads - entering
-        return StateWeights(kept * ending, entering, writes.flatten(1, 2), None, kept_initial, initial)
+        return StateWeights(kept * ending, entering, writes.flatten(1, 2), None, None, kept_initial, initial)
 
     def mask_state_grads(self, grad_reads: torch.Tensor, grad_writes: torch.Tensor) -> None:
         """Set to zero where rows do not read the entering state, or columns do not write to the leaving one."""

@@ -2,6 +2,7 @@
 
 import torch
 
+from longmix_kernels.delta.blocked import empty_results
 from longmix_kernels.delta.checks import TRITON_MAX_DIM, check_decay, check_inputs, check_promise, check_state
 from longmix_kernels.delta.cost import call_flops
 from longmix_kernels.delta.inputs import Inputs
@@ -81,7 +82,7 @@ def delta_rule(
     tensors = query, key, value, log_decay, low_rank_read, low_rank_write, initial_state, carried_state, document_ids
     inputs = Inputs(*tensors, scale, chunk_size, min_log_decay)
     implementations = _STEPS if backend in _STEPS and is_step(inputs) else _IMPLEMENTATIONS
-    output, state = implementations[backend](inputs)
+    output, state, *_ = implementations[backend](inputs)
     return output, state
 
 
@@ -93,20 +94,21 @@ def _empty(inputs: Inputs) -> tuple[torch.Tensor, ...]:
 
 
 _IMPLEMENTATIONS = {"reference": definition(reference_forward)}
-# Output and final state; gradients of the first eight inputs. Nothing else is kept: the backward computes it again.
+# Output and final state, and of "blocked" a few states before it; gradients of the first eight inputs. Nothing else is
+# kept: the backward computes it again.
 _IMPLEMENTATIONS |= {
     name: implementation(
         "delta",
         name,
         Inputs,
-        empty=_empty,
-        results=2,
+        empty=empty,
+        results=2 + len(saved),
         incoming=2,
-        saved=(),
+        saved=saved,
         outgoing=8,
         flops=call_flops,
     )
-    for name in BACKENDS[1:]
+    for name, empty, saved in (("blocked", empty_results, (2,)), ("triton", _empty, ()))
 }
 
 _STEPS = {

@@ -101,8 +101,9 @@ def _forward(
             read += _times(query, initial.read) @ _repeated(call.initial, run)
         if call.normalize:
             call.put(row_scale, run, weights.row_scale)
-            call.put(along, run, read[..., -1])
-            read = read[..., :-1].div_(_denominator(read[..., -1], weights).unsqueeze(-1))
+            divisor = read[..., call.value_dim]
+            call.put(along, run, divisor)
+            read = read[..., : call.value_dim].div_(_denominator(divisor, weights).unsqueeze(-1))
         call.put(output, run, read)
         state = states[-1]
     call.split_state(state, memory, normalizer)
@@ -140,9 +141,9 @@ def _run_backward(
     """Return the gradients of query, key, value and both gates for a run, and of the state entering it.
 
     Args:
-        state, grad_state: of the state entering the run, and the gradient of the one leaving it, [X, Dk, Dv + 1].
-        grad_read: [G * X, L, Dv + 1].
-        grad_initial: [X, Dk, Dv + 1], added to.
+        state, grad_state: of the state entering the run, and the gradient of the one leaving it, [X, Dk, columns].
+        grad_read: [G * X, L, columns].
+        grad_initial: [X, Dk, columns], added to.
     """
     query, key, value = _inputs(call, run)
     grad_output = grad_read[..., : call.value_dim]
@@ -189,7 +190,7 @@ def _run_backward(
 
 
 def _entering_states(call: BlockedCall, row_scale: torch.Tensor) -> torch.Tensor:
-    """Return the state entering each of N runs, [N, X, Dk, Dv + 1]."""
+    """Return the state entering each of N runs, [N, X, Dk, columns]."""
     states = call.space("entering", sum(len(runs) for _, runs in call.plan), *call.initial.shape)
     states[0] = call.carried
     for before, state, (run, weights) in zip(states, states[1:], call.runs(row_scale), strict=False):
@@ -213,15 +214,16 @@ def _inputs(call: BlockedCall, run: Run) -> Tensors:
 def _states(
     call: BlockedCall, weights: ChunkWeights, key: torch.Tensor, value: torch.Tensor, state: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the states between chunks [G + 1, X, Dk, Dv + 1], from the first, and the keys times what they write."""
+    """Return the states between chunks [G + 1, X, Dk, columns], from the first, and the keys times what they write."""
     states = call.space("states", len(weights.kept) + 1, *state.shape)
     states[0] = state
     writing = _times(key, weights.write, call.space("writing", *key.shape))
     torch.bmm(writing.mT, value, out=states[1:].flatten(0, 1))
     if initial := call.restarts(weights):
         states[1:].addcmul_(initial.kept[..., None, None], call.initial)
-    for chunk, kept in enumerate(weights.kept):
-        states[chunk + 1].addcmul_(kept[:, None, None], states[chunk])
+    between, kept = states.unbind(), weights.kept[..., None, None].unbind()
+    for before, after, factor in zip(between, between[1:], kept, strict=False):
+        after.addcmul_(before, factor)
     return states, writing
 
 
@@ -232,8 +234,9 @@ def _grad_states(
     grads = call.space("grad_states", len(weights.kept) + 1, *grad_state.shape)
     grads[-1] = grad_state
     torch.bmm(reading.mT, grad_read, out=grads[:-1].flatten(0, 1))
-    for chunk, kept in reversed(list(enumerate(weights.kept))):
-        grads[chunk].addcmul_(kept[:, None, None], grads[chunk + 1])
+    between, kept = grads.unbind()[::-1], weights.kept[..., None, None].unbind()[::-1]
+    for after, before, factor in zip(between, between[1:], kept, strict=False):
+        before.addcmul_(after, factor)
     return grads
 
 
@@ -245,15 +248,15 @@ def _grad_read(
     output: torch.Tensor,
     along: torch.Tensor,
 ) -> torch.Tensor:
-    """Return the gradient of numerator and denominator, [G * X, L, Dv + 1], or of the output [G * X, L, Dv]."""
+    """Return the gradient of numerator and denominator, [G * X, L, columns], or of the output [G * X, L, Dv]."""
     grad = call.take(grad_output, run, "grad_read", ones=call.normalize)
     if not call.normalize:
         return grad
     along = call.take_gate(along, run).flatten(0, 1)
     denominator = _denominator(along, weights)
-    grad[..., :-1].div_(denominator.unsqueeze(-1))
-    gain = _dot(grad[..., :-1], call.take(output, run, "read"), call)
-    grad[..., -1] = gain.neg_().mul_(along.sign()).mul_(along.abs() >= denominator)
+    read = grad[..., : call.value_dim].div_(denominator.unsqueeze(-1))
+    gain = _dot(read, call.take(output, run, "read"), call)
+    grad[..., call.value_dim] = gain.neg_().mul_(along.sign()).mul_(along.abs() >= denominator)
     return grad
 
 

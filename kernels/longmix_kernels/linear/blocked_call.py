@@ -17,6 +17,8 @@ IN_CACHE = 2**19
 """How many elements of queries, keys and values to compute with at a time for each thread."""
 CHUNKS_IN_CACHE = 8
 """How many chunks a run has at least, where a sequence is that long: the backward holds one state for each run."""
+COLUMNS = 8
+"""Columns of values and normaliser are filled up with zeros to a multiple of this: products of odd rows are slow."""
 RUNS_AT_A_TIME = 8
 """Of how many runs to compute the gates together: they are small, and an operation has its price."""
 
@@ -96,7 +98,8 @@ class Run(NamedTuple):
 class BlockedCall:
     """A part of a call, as X = B * H sequences of chunks; a run of G chunks of L tokens is copied to [G * X, L, D].
 
-    `space` is memory to compute in, which parts share: to touch new memory costs more than to compute in it.
+    `space` is memory to compute in, which parts share: to touch new memory costs more than to compute in it. `columns`
+    is how many columns memories and values have, Dv or what the normaliser makes of it; those behind it are zero.
     """
 
     def __init__(self, inputs: Inputs, space: dict[str, torch.Tensor]) -> None:
@@ -105,6 +108,7 @@ class BlockedCall:
         self.normalize, self.scale, self.chunk_size = inputs.normalize, inputs.scale, inputs.chunk_size
         self.batch, self.length, self.heads, self.dim = self.query.shape
         self.value_dim, self.sequences = self.value.shape[-1], self.batch * self.heads
+        self.columns = -(-(self.value_dim + 1) // COLUMNS) * COLUMNS if self.normalize else self.value_dim
         self.has_state = inputs.memory is not None
         self.initial = self.join_state(inputs.memory, inputs.normalizer)
         self.initial_scale = self._scale(inputs.log_scale)
@@ -144,12 +148,13 @@ class BlockedCall:
         return weights.initial if self.has_state else None
 
     def take(self, x: torch.Tensor, run: Run, name: str, ones: bool = False) -> torch.Tensor:
-        """Copy a run of [B, T, H, D] to [G * X, L, D], or to D + 1 with a 1 at the end of each row."""
-        view = self._chunks(x[:, run.tokens], run)
-        copy = self.space(name, *view.shape[:-1], x.shape[-1] + ones)
-        copy[..., : x.shape[-1]] = view
+        """Copy a run of [B, T, H, D] to [G * X, L, D], or of [B, T, H, Dv] to `columns` with a 1 behind each row."""
+        view, dim = self._chunks(x[:, run.tokens], run), x.shape[-1]
+        copy = self.space(name, *view.shape[:-1], self.columns if ones else dim)
+        copy[..., :dim] = view
         if ones:
-            copy[..., -1] = 1.0
+            copy[..., dim] = 1.0
+            copy[..., dim + 1 :] = 0.0
         return copy.view(-1, run.length, copy.shape[-1])
 
     def take_gate(self, x: torch.Tensor, run: Run) -> torch.Tensor:
@@ -162,12 +167,12 @@ class BlockedCall:
         view.copy_(rows.reshape(view.shape))
 
     def join_state(self, memory: torch.Tensor | None, normalizer: torch.Tensor | None) -> torch.Tensor:
-        """Return memory and normaliser as [X, Dk, Dv], or Dv + 1 if normalised; zero where None."""
-        state = self.log_decay.new_zeros(self.sequences, self.dim, self.value_dim + self.normalize)
+        """Return memory and normaliser as [X, Dk, columns]; zero where None."""
+        state = self.log_decay.new_zeros(self.sequences, self.dim, self.columns)
         if memory is not None:
             state[..., : self.value_dim] = memory.flatten(0, 1)
         if normalizer is not None and self.normalize:
-            state[..., -1] = normalizer.flatten(0, 1)
+            state[..., self.value_dim] = normalizer.flatten(0, 1)
         return state
 
     def split_state(self, state: torch.Tensor, memory: torch.Tensor, normalizer: torch.Tensor) -> None:
@@ -175,7 +180,7 @@ class BlockedCall:
         state = state.view(self.batch, self.heads, *state.shape[1:])
         memory.copy_(state[..., : self.value_dim])
         if self.normalize:
-            normalizer.copy_(state[..., -1])
+            normalizer.copy_(state[..., self.value_dim])
 
     def _scale(self, log_scale: torch.Tensor | None) -> torch.Tensor:
         """Return the log scale of a state as float64 [X]; zero where None."""

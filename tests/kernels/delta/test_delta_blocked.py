@@ -8,7 +8,7 @@ from delta_cases import CASES, FASTEST_DECAY, INPUTS, TOLERANCE, Case, assert_cl
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from longmix_kernels.delta import blocked_call, blocked_weights, delta_rule
+from longmix_kernels.delta import blocked, blocked_call, blocked_weights, delta_rule
 from longmix_kernels.delta.blocked import blocked_backward, blocked_forward
 from longmix_kernels.delta.inputs import Inputs
 
@@ -135,6 +135,21 @@ def test_parts_of_a_call_agree(most, count, monkeypatch):
     assert_all_close(results(case, inputs), expected, torch.float64)
 
 
+@pytest.mark.parametrize("apart", [32, 64, 256])
+@pytest.mark.parametrize("most", [1, 3, 4, 10, 100])
+def test_backward_goes_on_from_kept_states(apart, most, monkeypatch):
+    """Runs have a part of the chunks between two kept states, all of them, or those between several."""
+    case = Case("kept", length=260, batch=1, heads=2, value_dim=8, documents=(100,), with_carried=True, chunk_size=16)
+    inputs, calls, states = case.inputs(torch.float64), [], blocked._states
+    monkeypatch.setattr(blocked_call, "APART", apart)
+    monkeypatch.setattr(blocked_call, "IN_CACHE", most * case.chunk_size * case.heads * (2 * case.dim + 8))
+    monkeypatch.setattr(blocked, "_states", lambda call, run, *rest: calls.append(run) or states(call, run, *rest))
+    assert_all_close(results(case, inputs), exact(case, inputs), torch.float64)
+    runs = {run.start: run for run in calls}.values()
+    again = sum(run.tokens.stop % apart > 0 and run.tokens.stop < case.length for run in runs)
+    assert len(calls) == 2 * len(runs) + again
+
+
 @pytest.mark.parametrize("with_state", [True, False], ids=["state", "no-state"])
 def test_packed_documents_equal_each_document_alone(with_state):
     lengths = (13, 5, 40, 1, 30)
@@ -219,8 +234,8 @@ def test_no_tensor_is_larger_than_an_input_or_a_run(decay):
         low_rank = [0.1 * torch.randn(1, length, 2, 16) for _ in range(2)]
         inputs = Inputs(*tensors, torch.full((1, length, 2, 16), decay), *low_rank, None, None, None, 1.0, None)
         with LargestTensor() as largest:
-            output, state = blocked_forward(inputs)
-            blocked_backward(inputs, output, state)
+            output, state, kept = blocked_forward(inputs)
+            blocked_backward(inputs, output, state, kept)
         assert largest.elements <= max(32 * length, 4 * blocked_call.IN_CACHE)
 
 

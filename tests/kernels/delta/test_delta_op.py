@@ -178,10 +178,10 @@ def test_operators_are_registered_correctly(name, dtype):
     options = case.document_ids(), 0.5, case.chunk_size
     torch.library.opcheck(torch.ops.longmix.delta_blocked.default, (*inputs.values(), *options))
     tensors = [None if x is None else x.detach() for x in inputs.values()]
-    output, state = torch.ops.longmix.delta_blocked(*tensors, *options)
+    output, state, kept = torch.ops.longmix.delta_blocked(*tensors, *options)
     for grad_state in (None, torch.ones_like(state)):
         backward = torch.ops.longmix.delta_blocked_backward.default
-        torch.library.opcheck(backward, (torch.ones_like(output), grad_state, *tensors, *options))
+        torch.library.opcheck(backward, (torch.ones_like(output), grad_state, kept, *tensors, *options))
 
 
 def zeros(*shape: int, **options) -> torch.Tensor:
