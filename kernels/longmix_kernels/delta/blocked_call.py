@@ -1,6 +1,6 @@
 """The inputs of a blocked call: which chunks are computed together, and how tensors are brought into that form."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import prod
 from typing import NamedTuple
 
@@ -103,6 +103,12 @@ class BlockedCall:
             held = self._space[name] = self.log_decay.new_empty(size)
         return held[:size].view(shape)
 
+    def constant(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Return the tensor of a name that all runs share, made once."""
+        if name not in self._space:
+            self._space[name] = make()
+        return self._space[name]
+
     def weights(self, run: Run, outputs: bool) -> ChunkWeights:
         """Return the weights of a run; those in its outputs only if `outputs`."""
         readers = [x for x in (self.query if outputs else None, self.low_rank_read) if x is not None]
@@ -111,7 +117,8 @@ class BlockedCall:
         rows, columns = self.take(readers, run, "rows"), self.take(writers, run, "columns")
         if outputs:
             rows[:, 0].mul_(self.scale)
-        return ChunkWeights(rows, columns, decay, outputs, self._documents(run), self.has_state, self.space)
+        documents = self._documents(run)
+        return ChunkWeights(rows, columns, decay, outputs, documents, self.has_state, self.space, self.constant)
 
     def take(self, tensors: list[torch.Tensor], run: Run, name: str, room: int = 0) -> torch.Tensor:
         """Copy a run of n tensors [B, T, H, D] to [G * X, n + room, L, D], zero for tokens beyond the last."""

@@ -55,6 +55,7 @@ class ChunkWeights:
         documents: Documents | None,
         has_state: bool,
         space: Callable[..., torch.Tensor],
+        constant: Callable[[str, Callable[[], torch.Tensor]], torch.Tensor],
     ) -> None:
         """Compute the weights.
 
@@ -66,8 +67,10 @@ class ChunkWeights:
             documents: where documents begin; None for nowhere.
             has_state: whether they begin from another state than zero.
             space: gives memory to compute in.
+            constant: makes a tensor that all runs share, or gives it again, by a name.
         """
-        self.rows, self.columns, self.outputs, self.documents, self.space = rows, columns, outputs, documents, space
+        self.rows, self.columns, self.outputs, self.documents = rows, columns, outputs, documents
+        self.space, self.constant = space, constant
         self.count, self.length, decays = log_decay.shape
         self.per_head = decays == 1
         self.low_rank = columns.shape[1] == 2
@@ -103,11 +106,14 @@ class ChunkWeights:
 
     def hide(self, within: torch.Tensor) -> None:
         """Set to zero what rows do not see of [N, R * L, P * L]."""
-        seen = torch.cat([kind.T for kind in self._row_kinds(self.length)])
-        within *= seen.repeat(1, self.columns.shape[1])
+        within *= self.constant(f"seen {self.outputs} {self.length}", self._seen)
         if self.documents is not None:
             kinds = within.unflatten(1, (-1, self.length)).unflatten(3, (-1, self.length))
             kinds *= self._same(self.documents)[:, None, :, None]
+
+    def _seen(self) -> torch.Tensor:
+        """Return which columns rows see in their chunk, [R * L, P * L]."""
+        return torch.cat([kind.T for kind in self._row_kinds(self.length)]).repeat(1, self.columns.shape[1])
 
     def _of_states(self, has_state: bool) -> StateWeights:
         """Compute the weights of states in rows, and of columns and states in states, but no inverse."""
@@ -150,8 +156,8 @@ class ChunkWeights:
         """
         length = self.length
         same = None if self.documents is None else self._same(self.documents)
-        grad_decay = self._decay_terms(self.reads, grad_reads, self._sums(self._row_kinds(length), same))
-        grad_decay += self._decay_terms(self.of_states.writes, grad_writes, self._sums(self._column_kinds(length)))
+        grad_decay = self._decay_terms(self.reads, grad_reads, self._sums(self._row_kinds, length, same))
+        grad_decay += self._decay_terms(self.of_states.writes, grad_writes, self._sums(self._column_kinds, length))
         passed = kept_terms.unsqueeze(1)
         if self.per_head:
             passed = passed.sum(-1, keepdim=True)
@@ -193,13 +199,13 @@ class ChunkWeights:
         """Add what the pairs of a meeting give rows, columns and log decays."""
         pairs = meeting.pairs(grad_within, self.length).flatten(2, 3).flatten(3, 4).flatten(0, 1)
         grad_reads, grad_writes = torch.bmm(pairs, meeting.writes), torch.bmm(pairs.mT, meeting.reads)
-        row_kinds = self._row_kinds(meeting.size)
         if meeting.halves:
-            row_sums, column_sums = self._sums(row_kinds), self._sums(self._column_kinds(meeting.size))
+            row_sums = self._sums(self._row_kinds, meeting.size)
+            column_sums = self._sums(self._column_kinds, meeting.size)
         else:
             same = None if self.documents is None else self._same(self.documents)
-            row_sums = self._sums(row_kinds, same)
-            column_sums = -self._sums(row_kinds[:1] * self.columns.shape[1], same)
+            row_sums = self._sums(self._row_kinds, meeting.size, same)
+            column_sums = self._sums(self._later_columns, meeting.size, same)
         rows, columns = meeting.rows(grad_decay.unsqueeze(1)), meeting.columns(grad_decay.unsqueeze(1))
         rows += self._decay_terms(meeting.reads, grad_reads, row_sums).view(rows.shape)
         columns += self._decay_terms(meeting.writes, grad_writes, column_sums).view(columns.shape)
@@ -224,10 +230,16 @@ class ChunkWeights:
         """Return for each kind of column which columns a token's decay is in, [size, size]."""
         return [self.rows.new_ones(size, size).tril(-1)] * self.columns.shape[1]
 
-    def _sums(self, kinds: list[torch.Tensor], same: torch.Tensor | None = None) -> torch.Tensor:
+    def _later_columns(self, size: int) -> list[torch.Tensor]:
+        """Return -1 for each kind of column which are the token's own and later ones, [size, size]."""
+        return [-self._row_kinds(size)[0]] * self.columns.shape[1]
+
+    def _sums(
+        self, kinds: Callable[[int], list[torch.Tensor]], size: int, same: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Join what to sum, [1, size, kinds * size], or only within documents, [N, size, kinds * size]."""
-        sums = torch.cat(kinds, 1)[None]
-        return sums if same is None else sums * same.repeat(1, 1, len(kinds))
+        sums = self.constant(f"{kinds.__name__} {self.outputs} {size}", lambda: torch.cat(kinds(size), 1)[None])
+        return sums if same is None else sums * same.repeat(1, 1, sums.shape[-1] // size)
 
     def _read(self, rows: torch.Tensor, prefix: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Multiply rows [..., R, L, K] by products [..., L, K] up to them; low-rank reads by those up to one before."""
