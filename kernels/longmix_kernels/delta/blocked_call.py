@@ -88,7 +88,7 @@ class BlockedCall:
         """Write those to keep of the states [G + 1, X, K, V] between the chunks of a run to [B, H, states, K, V]."""
         first = run.start // self.apart
         to_next = ((first + 1) * self.apart - run.start) // run.length
-        found = states[to_next :: self.apart // run.length or 1].unflatten(1, (self.batch, self.heads))
+        found = states[to_next :: self.apart // run.length].unflatten(1, (self.batch, self.heads))
         there = kept[:, :, first : first + len(found)]
         there.copy_(found[: there.shape[2]].permute(1, 2, 0, 3, 4))
 
