@@ -11,11 +11,11 @@ from longmix_kernels.delta.blocked_weights import ChunkWeights
 from longmix_kernels.delta.inputs import Inputs
 
 CHUNK = 32
-IN_CACHE = 2**19
+IN_CACHE = 2**18
 """How many elements of queries, keys and values to compute with at a time."""
 
-APART = 256
-"""How many tokens lie at least between two states that the forward keeps: 1/24 of the inputs of RWKV-7."""
+APART = 128
+"""How many tokens lie at least between two states that the forward keeps: 1/12 of the inputs of RWKV-7."""
 
 TOGETHER = 16
 """How many sequences go through time together at most. More would leave fewer chunks to a run: more states to keep."""
@@ -175,7 +175,7 @@ class BlockedCall:
 def tokens_apart(inputs: Inputs) -> int:
     """Return how many tokens lie between two kept states: whole chunks, and more for larger states."""
     length = inputs.chunk_size or CHUNK
-    return -(-max(APART, 4 * inputs.value.shape[-1]) // length) * length
+    return -(-max(APART, 2 * inputs.value.shape[-1]) // length) * length
 
 
 def parts(inputs: Inputs) -> Iterator[Part]:
