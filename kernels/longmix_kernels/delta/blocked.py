@@ -214,7 +214,7 @@ def _backward_states(
         for before, after, factor in zip(*back, strict=False):
             before.addcmul_(after, factor)
     else:
-        removed = call.space("grad_removed", len(grad_rows), length, call.value_dim)
+        removed = call.space("removed", len(grad_rows), length, call.value_dim)  # what is removed was copied
         torch.bmm(weights.within[:, :length, length:].mT, grad_output, out=removed)
         of_chunks = removed.split(width), own.removing.mT.split(width), own.writes[:, length:].split(width)
         for before, after, factor, rows, reads, writes in zip(*back, *(x[::-1] for x in of_chunks), strict=False):

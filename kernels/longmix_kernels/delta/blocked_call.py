@@ -11,11 +11,11 @@ from longmix_kernels.delta.blocked_weights import ChunkWeights
 from longmix_kernels.delta.inputs import Inputs
 
 CHUNK = 32
-IN_CACHE = 2**18
+IN_CACHE = 3 * 2**17
 """How many elements of queries, keys and values to compute with at a time."""
 
-APART = 128
-"""How many tokens lie at least between two states that the forward keeps: 1/12 of the inputs of RWKV-7."""
+APART = 192
+"""How many tokens lie at least between two states that the forward keeps: 1/18 of the inputs of RWKV-7."""
 
 TOGETHER = 16
 """How many sequences go through time together at most. More would leave fewer chunks to a run: more states to keep."""

@@ -216,7 +216,8 @@ class ChunkWeights:
 
     def _decay_terms(self, weights: torch.Tensor, grads: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
         """Return `sums` [1 or N, L, kinds * L] of weights times gradients [N, kinds * L, K]; over K for one decay."""
-        terms = torch.mul(weights, grads, out=self.space("terms", *weights.shape))
+        # What was written to states is no longer needed.
+        terms = torch.mul(weights, grads, out=self.space("written", *weights.shape))
         if self.per_head:
             terms = terms.sum(-1, keepdim=True)
         return torch.bmm(sums.expand(len(terms), -1, -1), terms)
