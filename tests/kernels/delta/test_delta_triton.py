@@ -58,13 +58,16 @@ def test_shapes_are_known_without_running(low_rank, bound):
 
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
 def test_only_inputs_are_kept_for_the_backward(backend):
-    """Not the states between chunks, nor what chunks do to them."""
-    tensors = Case("kept", with_carried=True).inputs(torch.float32).values()
+    """Not what chunks do to states, and of the states between them few on a CPU and none on a GPU."""
+    tensors = Case("kept", length=2048, with_carried=True, dim=64, value_dim=64).inputs(torch.float32).values()
     inputs = [x.detach().to("meta").requires_grad_() for x in tensors]
     kept = []
     with saved_tensors_hooks(kept.append, lambda _: None):
         getattr(torch.ops.longmix, f"delta_{backend}")(*inputs, None, 1.0, None, None)
-    assert [id(x) for x in kept] == [id(x) for x in inputs]
+    assert [id(x) for x in kept[-len(inputs) :]] == [id(x) for x in inputs]
+    states = kept[: -len(inputs)]
+    assert [x.shape for x in states] == ([(2, 2, 10, 64, 64)] if backend == "blocked" else [])
+    assert sum(x.nbytes for x in states) < sum(x.nbytes for x in inputs) / 16
 
 
 @pytest.mark.parametrize(
