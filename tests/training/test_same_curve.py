@@ -8,14 +8,16 @@ from launched import train
 
 STEPS = 6
 WORDS = [
-    "mixer=flash+routing+sparse_flash+mlstm_tfla+rwkv7+scatterbrain",
+    "mixer=flash+routing+sparse_flash+mlstm_tfla+rwkv7+scatterbrain+sparse_flash_drop",
+    "mixer.flash.heads_kept=1",
+    "mixer.flash.heads_balance=1",
     "mixer.routing.clusters=4",
     "mixer.routing.window=8",
     "mixer.routing.local_window=8",
     "mixer.sparse_flash.buckets=4",
     "mixer.scatterbrain.block=8",
     "mixer.rwkv7.head_dim=16",
-    "model.num_layers=6",
+    "model.num_layers=7",
     "model.d_model=32",
     "model.num_heads=2",
     "model.mlp_hidden=32",
@@ -43,9 +45,12 @@ DIVISIONS = {
     "slices": ["trainer=context_parallel"],
     "ddp-of-slices": ["trainer=ddp", "trainer.context_parallel=2"],
     "fsdp-of-slices": ["trainer=fsdp", "trainer.context_parallel=2"],
+    "micro-batches": ["trainer.micro_batch_size=1"],
+    "ddp-of-micro-batches": ["trainer=ddp", "trainer.micro_batch_size=1"],
 }
 CASES = [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("slices", 2), ("slices", 4)]
 CASES += [("ddp-of-slices", 4), ("fsdp-of-slices", 2), ("fsdp-of-slices", 4)]
+CASES += [("micro-batches", 1), ("ddp-of-micro-batches", 2)]
 MIXED = ["trainer.precision=bf16-mixed"]
 OWN = ("throughput/", "memory/")
 """What differs from run to run."""
@@ -80,10 +85,11 @@ def test_the_log_says_what_there_is_to_compare(alone):
     names = {name for row in alone for name in row}
     assert {"train/loss", "train/gradient_norm", "train/learning_rate", "train/loss_by_position/32-64"} < names
     assert {"task/loss/loss/32", "task/loss/bits_per_byte/64"} < names
+    assert {"train/head_balance", "train/balance"} < names
     assert {"train/commitment", "train/logit_penalty", "validation/loss", "validation/bits_per_byte"} < names
     assert {"train/z_loss", "train/spikes", "validation_ema/loss", "validation_ema/bits_per_byte"} < names
     measured = {name.split("/")[1] for name in names if name.startswith("mixer/")}
-    assert measured == {f"layer_{index}" for index in range(1, 6)}
+    assert measured == {f"layer_{index}" for index in range(7)}
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ class SparseFlashDrop(LabelAttention):
         score: "learned" keeps a query or key if a linear score of its token is positive; the sigmoid of the score
             gates the output or value, through which the score learns. "random" keeps by a fixed pseudo-random function
             of head and position, as the paper's language models do.
-        balance: weight of the loss that holds the kept share at `keep`; only for a learned score.
+        balance: weight of the loss that holds each row's kept share at `keep`; only for a learned score.
         window: number of latest keys that every query sees exactly, dropped or not; 0 for none.
         drop_seed: of the random choice.
 
@@ -95,11 +95,14 @@ class SparseFlashDrop(LabelAttention):
         selection.query_gate, selection.key_gate = gate.split([self.num_heads, self.num_kv_heads], -1)
         if self.training and self.balance:
             # The kept share itself has no gradient; the mean gate falls and rises with it and lends its own.
-            selection.means = (score > 0).to(gate.dtype).mean((0, 1)) + gate.mean((0, 1)) - gate.mean((0, 1)).detach()
+            selection.means = (score > 0).to(gate.dtype).mean(1) + gate.mean(1) - gate.mean(1).detach()
         return selection
 
     def losses_of(self, means: Tensor) -> dict[str, Tensor]:
-        """The loss `balance`, which holds the kept share of each head at `keep`."""
+        """The loss `balance`, which holds the kept share [B, H] of each row and head at `keep`.
+
+        A share of all rows would be another one in each process and micro-batch.
+        """
         return {"balance": self.balance * (means - self.keep).square().mean()}
 
     def _selection(self, kept: Tensor) -> Selection:

@@ -37,7 +37,8 @@ class MixerOutput:
     Attributes:
         y: [B, T, D], dtype of the input.
         state: what the next call needs to continue after these tokens; None unless a state was passed in.
-        losses: auxiliary losses by name, scalars with gradients, added to the training loss.
+        losses: auxiliary losses by name, scalars with gradients, added to the training loss. Each is a mean over rows
+            or tokens, so that it is the same however processes and micro-batches divide them.
         metrics: by name, logged per layer without further wiring: each a `Measure`, or a detached scalar that is a
             mean over tokens.
         value_residual: the value [B, T, D] that a mixer with a value residual gives to those after it.

@@ -9,7 +9,7 @@ MoH, with Hs shared heads and R = H - Hs routed ones, of which a token keeps the
     g of a shared head  =  alpha_0 Hs softmax_h(W_s x)
     g of a routed head  =  alpha_1 K softmax_h(W_g x) over the K that are kept, else 0
     alpha = 2 softmax(W_0 x) where there are shared heads, else 1
-    balance loss = R^2 mean_h(mean_t softmax_h(W_g x_t) * mean_t kept_h)
+    balance loss = mean over the rows of R^2 mean_h(mean_t softmax_h(W_g x_t) * mean_t kept_h)
 
 The router of models that were trained without one (MoH-LLaMA3) has no weights. A routed head's score is the length of
 its query before the rotation, over the standard deviation of these lengths over the token's routed heads:
@@ -17,7 +17,8 @@ its query before the rotation, over the standard deviation of these lengths over
     g of a shared head  =  1
     g of a routed head  =  1 if softmax_h(score) is among the K largest, else 0
 
-A token's gates depend on itself alone. All heads are computed, so that training costs what it did.
+A token's gates depend on itself alone. All heads are computed, so that training costs what it did. The published means
+are of all tokens of a process's batch; of a row, the loss is the same however processes and micro-batches divide rows.
 """
 
 import torch
@@ -186,7 +187,7 @@ class HeadRouter(nn.Module):
         return x
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, dict[str, Metric]]:
-        """Gates [B, T, H] of the tokens x [B, T, D], means [2, R] for `losses_of`, and metrics while training."""
+        """Gates [B, T, H] of the tokens x [B, T, D], means [B, 2, R] for `losses_of`, and metrics while training."""
         chances = exact_linear(self.routed, x).softmax(-1)
         mask, metrics = self._kept_heads(chances)
         kept = chances * mask
@@ -197,7 +198,7 @@ class HeadRouter(nn.Module):
             if self.shared is not None:
                 shared = self.shared_heads * exact_linear(self.shared, x).softmax(-1)
             gates = torch.cat((alpha[..., :1] * shared, alpha[..., 1:] * gates), -1)
-        return gates, torch.stack((chances.mean((0, 1)), mask.mean((0, 1)))), metrics
+        return gates, torch.stack((chances.mean(1), mask.mean(1)), 1), metrics
 
     def _kept_heads(self, chances: Tensor) -> tuple[Tensor, dict[str, Metric]]:
         """1 for the likeliest routed heads and 0 for the others, [B, T, R], and metrics while training."""
@@ -227,8 +228,8 @@ class HeadRouter(nn.Module):
         return mixed * gates.unsqueeze(-1).to(mixed.dtype), losses, metrics
 
     def losses_of(self, means: Tensor) -> dict[str, Tensor]:
-        """The balance loss, from means over whole rows."""
-        return {"head_balance": self.balance * means.shape[1] ** 2 * means.prod(0).mean()}
+        """The balance loss, from the means [B, 2, R] over each whole row."""
+        return {"head_balance": self.balance * means.shape[2] ** 2 * means.prod(1).mean()}
 
     def flops(self, length: int) -> int:
         """Of the router, for `length` tokens."""

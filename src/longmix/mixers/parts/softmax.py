@@ -55,7 +55,7 @@ class Selection:
         key_labels: integer [B, T, Hkv, R]; None without labels.
         query_gate: [B, T, Hq], factor on the output heads; None for 1.
         key_gate: [B, T, Hkv], factor on the values; None for 1.
-        means: means over the tokens, with gradients, that `SoftmaxAttention.losses_of` makes losses of; None for none.
+        means: [B, ...], of each row, with gradients, that `SoftmaxAttention.losses_of` makes losses of; None for none.
         losses, metrics: as in `MixerOutput`.
     """
 
@@ -299,7 +299,7 @@ class SoftmaxAttention(Mixer):
         return rotate(query, *angles), rotate(key, *angles), None
 
     def losses_of(self, means: Tensor) -> dict[str, Tensor]:
-        """Auxiliary losses from the `means` that `select` returned; here they are means over whole rows."""
+        """Auxiliary losses, each a mean over rows, from the `means` of `select`; here they are of whole rows."""
         return {}
 
     def rows(self, query: Tensor, key: Tensor, value: Tensor, document_ids: Tensor | None) -> Rows:
