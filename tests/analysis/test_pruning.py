@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from longmix.analysis.pruning import Part, channel_exit, greedy, head_exit, masks, savings, without
+from longmix.analysis.pruning import Part, channel_exit, greedy, head_exit, masks, parts_of, savings, without
 
 FIXTURE = json.loads((Path(__file__).parents[1] / "fixtures/model_side/pruning_greedy.json").read_text())
 MIXERS = [
@@ -16,6 +16,8 @@ MIXERS = [
     "scatterbrain",
     "gated_deltanet",
     "gla",
+    "nsa",
+    "tensor",
     "mlstm_tfla",
     "retention",
     pytest.param("rwkv7", marks=pytest.mark.slow),
@@ -79,6 +81,21 @@ def test_what_is_left_out_adds_nothing(small_model, name):
     with without(model, every[:1]):
         torch.testing.assert_close(model(tokens).hidden, cut, rtol=1e-12, atol=1e-12)
     assert torch.equal(model(tokens).hidden, whole)
+
+
+def test_heads_of_values_count_where_several_share_the_keys_of_one(small_model):
+    """Each of them alone adds what its own columns of the output's weight make of it."""
+    model = small_model("gated_deltanet", "mixer.num_heads=2", "mixer.num_value_heads=4")
+    assert parts_of(model, None)[0] == [4, 4] and len(masks(model, [])["heads"][0]) == 4
+    mixer = model.blocks[0].mixer
+    one = savings(model, [Part("head", 0, 3)], 64)
+    assert one.parameters == round(sum(weight.numel() for weight in mixer.parameters()) / 4)
+    x = torch.randn(1, 9, model.embedding.embedding_dim, dtype=torch.float64)
+    whole, parts = mixer(x).y, torch.zeros((), dtype=torch.float64)
+    for number in range(4):
+        with without(model, [Part("head", 0, number)]):
+            parts = parts + whole - mixer(x).y
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-12)
 
 
 @torch.no_grad()

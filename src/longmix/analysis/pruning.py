@@ -104,7 +104,8 @@ def head_exit(mixer: Mixer) -> tuple[nn.Module, int] | None:
     path = mixer.value_path()
     if path is not None:
         return path.leave, path.heads
-    layer, heads = getattr(mixer, "output", None), getattr(mixer, "num_heads", None)
+    layer = getattr(mixer, "output", None)
+    heads = getattr(mixer, "num_value_heads", getattr(mixer, "num_heads", None))  # several may share one's keys
     if isinstance(layer, nn.Linear) and isinstance(heads, int) and layer.in_features % heads == 0:
         return layer, heads
     return None

@@ -9,9 +9,11 @@ import torch
 from matplotlib import image
 from rich.console import Console
 
+from longmix.analysis.attention_statistics import signed_shares
+from longmix.analysis.effective_attention import layer_inputs, mixing
 from longmix.errors import ConfigError
 from longmix.evaluation.run import evaluate
-from longmix.evaluation.tasks.attention import COLUMNS, _analysed, _table, analyse
+from longmix.evaluation.tasks.attention import COLUMNS, Attention, Shown, _analysed, _reported, _table, analyse
 from longmix.evaluation.tasks.attention_pictures import (
     CELLS,
     LayerMaps,
@@ -21,6 +23,7 @@ from longmix.evaluation.tasks.attention_pictures import (
     evenly,
     shrunk,
 )
+from longmix.evaluation.tasks.base import Answer
 from longmix.model.backbone import LanguageModel
 from longmix.model.blocks import SwiGLU
 from longmix.reporting.plots import new_figure
@@ -144,6 +147,37 @@ def test_the_first_window_is_drawn_and_all_are_averaged(small_model):
     assert torch.equal(both[1].shares, first[1].shares) and not torch.equal(both[1].shares, second[1].shares)
     mean = (first[1].heads[2]["entropy"] + second[1].heads[2]["entropy"]) / 2
     assert both[1].heads[2]["entropy"] == pytest.approx(mean)
+
+
+@pytest.mark.parametrize(("pattern", "unseen"), [("tensor+flash", 0), ("flash+nsa", 1)])
+def test_layers_that_cannot_be_seen_into_are_left_out_by_name(small_model, pattern, unseen, capsys):
+    model = small_model(pattern)
+    window = torch.randint(20, (1, 24), generator=torch.Generator().manual_seed(0))
+    batch = {"tokens": window, "document_ids": None, "targets": window}
+    layers = _analysed("mine", SimpleNamespace(model=model, device="cpu"), [batch])
+    name, seen = type(model.mixers()[unseen]).__name__, layers[1 - unseen]
+    assert [layer.reason is None for layer in layers] == [unseen == 1, unseen == 0]
+    x, options = layer_inputs(model, batch)[1 - unseen]
+    with torch.no_grad():
+        matrix = mixing(model.mixers()[1 - unseen], x, **options).matrix()
+    assert torch.equal(seen.shares, shrunk(signed_shares(matrix[0])))
+    report = _reported(SimpleNamespace(step=2), layers)
+    assert report["layers"][unseen]["heads"] == [] and name in report["layers"][unseen]["reason"]
+    answer = Answer(
+        {"split": "validation", "length": 24, "models": {"mine": report}}, shown=Shown({"mine": layers}, [])
+    )
+    assert {key.rpartition("_")[2] for key in Attention().measures(answer)} == {str(1 - unseen)}
+    for part in Attention().tables(answer):
+        Console(width=300).print(part)
+    assert f"mine: layer {unseen} is left out: {name} neither calls" in capsys.readouterr().out
+    drawn = Attention().figure(answer)
+    assert f"layers left out: {unseen} {name}" in drawn.get_suptitle()
+    titles = {axes.get_title(loc="left").partition(",")[0] for axes in drawn.axes} - {"", "mass by distance"}
+    assert titles == {f"layer {1 - unseen}"}
+    both = draw_comparison({"mine": layers, "whole": [seen, seen]}, 24, "t")
+    both.savefig(io.BytesIO(), format="png")
+    maps = [axes.get_title(loc="left").split("\n")[-1].partition(",")[0] for axes in both.axes if axes.images]
+    assert sorted(maps) == sorted(["layer 0", "layer 1", f"layer {1 - unseen}"])
 
 
 def test_a_mixer_that_cannot_be_seen_into_is_named():

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
+from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
@@ -23,6 +24,7 @@ from longmix.evaluation.tasks.base import Answer, Task
 from longmix.model.backbone import LanguageModel
 from longmix.printable import printable
 from longmix.progress import tracked
+from longmix.reading import shortened
 from longmix.restore import Restored, restored_for
 
 USUAL_LENGTH, MOST_TOKENS = 1024, 8192
@@ -66,11 +68,12 @@ class Attention(Task):
         """Analyse the model, and the others on the same windows.
 
         Returns:
-            `{"split", "length", "windows", "models": {name: {"step", "layers": [{"mixer", "heads": [statistics]}]}}}`;
-            see `AttentionStatistics.summary` for the statistics.
+            `{"split", "length", "windows", "models": {name: {"step", "layers": [{"mixer", "reason", "heads":
+            [statistics]}]}}}`; see `AttentionStatistics.summary` for the statistics. `reason` is None, or why a layer
+            has no heads: nobody knows how it mixes its values.
 
         Raises:
-            ConfigError: a mixer whose values are not known, another tokenizer, windows of one token.
+            ConfigError: no layer's values are known, another tokenizer, windows of one token.
             CheckpointError: there is no such other checkpoint.
             DataError: the split has fewer tokens than `length`.
         """
@@ -98,16 +101,22 @@ class Attention(Task):
             if isinstance(value, int | float)
         }
 
-    def tables(self, answer: Answer) -> Iterator[Table]:
-        """Statistics of every head, model by model."""
+    def tables(self, answer: Answer) -> Iterator[RenderableType]:
+        """Statistics of every head, model by model; layers without any, by name."""
         for name, layers in answer.shown.layers.items():
             yield _table(name, layers)
+            for index, layer in enumerate(layers):
+                if layer.reason is not None:
+                    yield f"{escape(printable(name))}: layer {index} is left out: {escape(layer.reason)}"
 
     def figure(self, answer: Answer) -> Figure:
         """Heat maps of the subject's heads."""
         (name, layers), length = next(iter(answer.shown.layers.items())), answer.report["length"]
         split = answer.report["split"]
         title = f"effective attention of {name}\nsigned shares of each row, {length} tokens of {split}"
+        unseen = [f"{index} {layer.mixer}" for index, layer in enumerate(layers) if layer.reason is not None]
+        if unseen:
+            title += f"\nlayers left out: {shortened(', '.join(unseen), 60)}"
         return draw_model(layers, length, title)
 
     def save(self, subject: Subject, answer: Answer) -> None:
@@ -134,29 +143,37 @@ class Shown(NamedTuple):
 def analyse(model: LanguageModel, batches: Iterable[Batch]) -> list[LayerMaps]:
     """Statistics of every layer over some windows of one length, and its shares in the very first row.
 
-    Raises:
-        ValueError: the values of a mixer are not known.
+    A layer of which it is not known how it mixes its values has a reason instead.
     """
     statistics = [AttentionStatistics() for _ in model.mixers()]
-    shares = []
+    shares: dict[int, torch.Tensor] = {}
+    reasons: dict[int, str] = {}
     with torch.no_grad():
-        for number, batch in enumerate(batches):
+        for batch in batches:
             given = layer_inputs(model, batch)
-            for mixer, (x, options), of_layer in zip(model.mixers(), given, statistics, strict=True):
-                matrix = mixing(mixer, x, **options).matrix()
-                of_layer.update(matrix, batch["document_ids"])
-                if number == 0:
-                    shares.append(shrunk(signed_shares(matrix[0])).cpu())
-    names = [type(mixer).__name__ for mixer in model.mixers()]
-    return [LayerMaps(*layer) for layer in zip(names, shares, (s.summary() for s in statistics), strict=True)]
+            for index, (mixer, (x, options)) in enumerate(zip(model.mixers(), given, strict=True)):
+                try:
+                    matrix = mixing(mixer, x, **options).matrix()
+                except ValueError as error:
+                    reasons[index] = str(error)
+                    continue
+                statistics[index].update(matrix, batch["document_ids"])
+                if index not in shares:
+                    shares[index] = shrunk(signed_shares(matrix[0])).cpu()
+    return [
+        LayerMaps(type(mixer).__name__, torch.empty(0), [], reasons[index])
+        if index in reasons
+        else LayerMaps(type(mixer).__name__, shares[index], statistics[index].summary())
+        for index, mixer in enumerate(model.mixers())
+    ]
 
 
 def _analysed(name: str, restored: Restored, batches: list[Batch]) -> list[LayerMaps]:
     moved = (to_device(batch, restored.device) for batch in tracked(batches, name, len(batches)))
-    try:
-        return analyse(restored.model, moved)
-    except ValueError as error:
-        raise ConfigError(f"task=attention cannot see into {name}: {error}.") from error
+    layers = analyse(restored.model, moved)
+    if all(layer.reason is not None for layer in layers):
+        raise ConfigError(f"task=attention cannot see into {name}: {layers[0].reason}.")
+    return layers
 
 
 def _restored(subject: Subject, path: str) -> Restored:
@@ -184,7 +201,7 @@ def _name(restored: Restored, taken: dict[str, Restored]) -> str:
 def _reported(restored: Restored, layers: list[LayerMaps]) -> dict[str, Any]:
     return {
         "step": restored.step,
-        "layers": [{"mixer": layer.mixer, "heads": layer.heads} for layer in layers],
+        "layers": [{"mixer": layer.mixer, "reason": layer.reason, "heads": layer.heads} for layer in layers],
     }
 
 

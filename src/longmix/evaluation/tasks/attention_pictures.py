@@ -35,11 +35,13 @@ class LayerMaps:
         mixer: its name.
         shares: [H, cells, cells], signed shares of one window, from `shrunk`.
         heads: the statistics of each head, as `AttentionStatistics.summary` gives them.
+        reason: why the layer has neither, as it is not known how it mixes its values; None where it has both.
     """
 
     mixer: str
     shares: Tensor
     heads: list[dict[str, Any]]
+    reason: str | None = None
 
 
 def shrunk(shares: Tensor) -> Tensor:
@@ -59,8 +61,8 @@ def evenly(count: int, most: int = MOST_SHOWN) -> list[int]:
 
 @drawing()
 def draw_model(layers: Sequence[LayerMaps], length: int, title: str) -> Figure:
-    """A row for each layer: a heat map of each head, and where the mass of each lies."""
-    rows, columns = evenly(len(layers)), evenly(max(len(layer.heads) for layer in layers))
+    """A row for each layer that has maps: a heat map of each head, and where the mass of each lies."""
+    rows, columns = _some_rows(layers), evenly(max(len(layer.heads) for layer in layers))
     figure, axes = _grid(len(rows), len(columns) + 1, title)
     image = None
     for line, index in zip(axes, rows, strict=True):
@@ -79,24 +81,36 @@ def draw_model(layers: Sequence[LayerMaps], length: int, title: str) -> Figure:
 @drawing()
 def draw_comparison(models: dict[str, Sequence[LayerMaps]], length: int, title: str) -> Figure:
     """A column for each model, a row for each layer with the mean over its heads, and below where their mass lies."""
-    rows = evenly(max(map(len, models.values())))
+    rows = sorted({index for layers in models.values() for index in _some_rows(layers)})
+    rows = [rows[place] for place in evenly(len(rows))]
     figure, axes = _grid(len(rows) + 1, len(models), title)
     image = None
     for column, (name, layers) in enumerate(models.items()):
+        heading = f"{plain(name)}\n"
         for line, index in zip(axes, rows, strict=False):
-            if index >= len(layers):
+            if index >= len(layers) or layers[index].reason is not None:
                 line[column].axis("off")
                 continue
-            heading = f"{plain(name)}\n" if index == rows[0] else ""
             shares = layers[index].shares.mean(0)
             image = draw_map(line[column], shares, length, f"{heading}layer {index}, {layers[index].mixer}")
-        histograms = [torch.tensor([head["histogram"] for head in layer.heads]).mean(0) for layer in layers]
-        shown = {f"layer {index}": histograms[index].tolist() for index in evenly(len(layers))}
+            heading = ""
+        shown = {f"layer {index}": _mean_histogram(layers[index]) for index in _some_rows(layers)}
         draw_histogram(axes[-1][column], shown, "mass by distance, mean over heads", named=column == 0)
     highest = max(panel.get_ylim()[1] for panel in axes[-1])
     for panel in axes[-1]:
         panel.set_ylim(0, highest)
     return _finished(figure, axes, image)
+
+
+def _some_rows(layers: Sequence[LayerMaps]) -> list[int]:
+    """The layers that have maps; of more than a picture takes, some."""
+    seen = [index for index, layer in enumerate(layers) if layer.reason is None]
+    return [seen[place] for place in evenly(len(seen))]
+
+
+def _mean_histogram(layer: LayerMaps) -> list[float]:
+    found: list[float] = torch.tensor([head["histogram"] for head in layer.heads]).mean(0).tolist()
+    return found
 
 
 def draw_map(axes: Axes, shares: Tensor, length: int, title: str) -> Any:
