@@ -6,6 +6,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from longmix.checkpoints import CheckpointStore, load_checkpoint, read_info
 from longmix.checkpoints.__main__ import main
+from longmix.checkpoints.average import last_checkpoints
 from longmix.restore import restore
 from longmix.training.run import train
 
@@ -56,6 +57,18 @@ def test_it_is_the_mean_and_models_and_runs_begin_from_it(folder, weights, part,
     if (weights, folder.name) == ("ema", "run-false"):
         words = [word for word in WORDS if not word.startswith(("model", "mixer"))]
         assert (begun("next", *words, f"checkpoint={target}", "max_steps=1") / "summary.json").is_file()
+
+
+def test_an_old_best_one_is_none_of_the_last(tmp_path, capsys):
+    store = CheckpointStore(tmp_path / "run/checkpoints")
+    for step in range(1, 6):
+        store.save({"step": step, "model": {}}, {"validation": {"loss": float(step)}})
+        store.prune(2)
+    assert main(["average", str(tmp_path / "run"), "--last", "3"]) == 2
+    assert (
+        "holds 2 checkpoints and 1 older one, between which others were deleted, and last=3" in capsys.readouterr().err
+    )
+    assert [path.name for path in last_checkpoints(tmp_path / "run", 2)] == ["step-00000004", "step-00000005"]
 
 
 def test_what_has_no_mean_is_refused(folder, begun, tmp_path, capsys):

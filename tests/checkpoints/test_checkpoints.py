@@ -55,6 +55,41 @@ def test_pruning_keeps_the_newest_and_the_best(store):
     assert store.latest().name == "step-00000005"
 
 
+def kept_of(store, best: int, keep: int, steps: range, without: str = "") -> list[int]:
+    """The steps of `in_a_row` after pruning; without an entry of `info.json` that earlier versions did not write."""
+    for step in steps:
+        store.save(state(step), {"validation": {"loss": float(step != best)}})
+        store.prune(keep)
+    for path in store.all():
+        (path / "info.json").write_text(json.dumps({k: v for k, v in read_info(path).items() if k != without}))
+    return [store_module.step_of(path) for path in store.in_a_row()]
+
+
+@pytest.mark.parametrize("without", ["", "previous"], ids=["", "earlier-version"])
+@pytest.mark.parametrize(
+    ("best", "keep", "steps", "row"),
+    [
+        (1, 2, range(1, 6), [4, 5]),
+        (3, 2, range(1, 6), [3, 4, 5]),  # just before those that were kept anyway
+        (4, 3, range(1, 6), [3, 4, 5]),
+        (5, 3, range(1, 6), [3, 4, 5]),
+        (20, 2, range(10, 60, 10), [40, 50]),
+        (10, 9, range(10, 40, 10), [10, 20, 30]),
+        (7, 1, range(7, 8), [7]),
+    ],
+)
+def test_between_those_in_a_row_none_was_deleted(store, best, keep, steps, row, without):
+    assert kept_of(store, best, keep, steps, without) == row
+
+
+def test_a_checkpoint_behind_steps_left_out_breaks_no_row(store):
+    for step, skips in ((1, 0), (2, 3), (3, 0)):
+        store.save(state(step), {"skips_in_a_row": skips, "validation": {"loss": float(step)}})
+    store.prune(2)
+    assert [path.name for path in store.in_a_row()] == ["step-00000001", "step-00000003"]
+    assert CheckpointStore(store.folder / "none").in_a_row() == []
+
+
 def test_the_best_of_a_run_with_stages_is_of_its_newest_validated_stage(store):
     for step, (stage, loss) in enumerate([(0, 1.0), (0, 0.5), (1, 3.0), (1, 2.0), (1, 2.5), (2, None)], start=1):
         validation = {} if loss is None else {"loss": loss}

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch.utils._pytree import tree_flatten
 
+import longmix
 from longmix.checkpoints import CheckpointStore, load_checkpoint
+from longmix.command_line.schema import configs_folder
 from longmix.config import TrainConfig, read
 from longmix.errors import ConfigError
-from longmix.training import tasks_during
 from longmix.training.run import check_config, train
 from longmix.training.tasks_during import choices
 
@@ -142,16 +143,23 @@ def test_every_task_has_numbers_to_log(run_training):
     assert {f"task/{name}" for name in expected} < set(row)
 
 
-def test_choices_of_ones_own(tmp_path, monkeypatch):
-    (tmp_path / "task").mkdir()
-    (tmp_path / "task" / "mine.yaml").touch()
+@pytest.mark.slow
+def test_tasks_of_ones_own_folder_from_python(tiny_overrides, tmp_path):
+    """As on the command line: while Hydra composed, the folder was known, and later nothing but the call knows it."""
+    own = tmp_path / "configs"
+    (own / "task").mkdir(parents=True)
+    shutil.copy(configs_folder() / "task" / "loss.yaml", own / "task" / "mine.yaml")
+    words = [*tiny_overrides, "logger=csv", "loop.tasks=[{task:mine,seq_len:8,max_tokens:64}]"]
+    longmix.train([*words, f"hydra.searchpath=[{own}]"], folder=tmp_path / "run")
+    assert steps_with(tmp_path / "run", "task/mine/loss/8")
+    with pytest.raises(ConfigError, match=r"loop.tasks\[0\]: there is no task mine"):
+        longmix.train(words, folder=tmp_path / "without")
 
-    class Found:
-        path, schema = str(tmp_path), "file"
 
-    class Settings:
-        initialized = staticmethod(lambda: True)
-        get = staticmethod(lambda: type("C", (), {"runtime": type("R", (), {"config_sources": [Found]})}))
-
-    monkeypatch.setattr(tasks_during, "HydraConfig", Settings)
-    assert choices()["mine"] == tmp_path / "task" / "mine.yaml" and "needle" in choices()
+def test_the_first_folder_that_has_a_task_counts(tmp_path):
+    for name, task in (("first", "mine"), ("second", "mine"), ("second", "other"), ("second", "needle")):
+        (tmp_path / name / "task").mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / "task" / f"{task}.yaml").touch()
+    found = choices([tmp_path / "first", tmp_path / "second"])
+    assert found["mine"].parent.parent.name == "first" and found["other"].parent.parent.name == "second"
+    assert found["needle"] == configs_folder() / "task" / "needle.yaml"

@@ -17,6 +17,7 @@ from longmix.errors import CheckpointError, ConfigError
 from longmix.files import atomic_directory, check_folder, write_json
 from longmix.progress import bytes_bar
 from longmix.reading import shortened
+from longmix.wording import counted
 
 KEPT = ("step", "config", "tokenizer", "data_fingerprint", "versions")
 """The entries of the newest checkpoint that the mean has; no run goes on from it, so nothing of one is there."""
@@ -26,7 +27,7 @@ SAME = ("model", "mixer", "tokenizer")
 
 
 def last_checkpoints(run: Path | str, count: int) -> list[Path]:
-    """The newest `count` checkpoints of a run, oldest first.
+    """The newest `count` checkpoints of a run, oldest first; between them none was deleted.
 
     Raises:
         ConfigError: a count below 1, or the folder of a checkpoint.
@@ -37,11 +38,15 @@ def last_checkpoints(run: Path | str, count: int) -> list[Path]:
         raise ConfigError(f"last={count} must be at least 1.")
     if is_checkpoint(run):
         raise ConfigError(f"{run} is one checkpoint; give the folder of a run, whose last ones are averaged.")
-    found = next(filter(None, (CheckpointStore(folder).all() for folder in (run / "checkpoints", run))), [])
+    stores = [CheckpointStore(folder) for folder in (run / "checkpoints", run)]
+    store = next((store for store in stores if store.all()), stores[0])
+    found = store.in_a_row()
     if len(found) < count:
+        older = len(store.all()) - len(found)
+        best = f" and {counted(older, 'older one')}, between which others were deleted" if older else ""
         raise CheckpointError(
-            f"{run} holds {len(found)} checkpoints, and last={count} needs so many: give a smaller number, or train "
-            f"with loop.keep_checkpoints={count}."
+            f"{run} holds {counted(len(found), 'checkpoint')}{best}, and last={count} needs so many: give a smaller "
+            f"number, or train with loop.keep_checkpoints={count}."
         )
     return found[-count:]
 

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,10 @@ SKIPS_IN_A_ROW = "skips_in_a_row"
 loop.nonfinite=skip, so that its weights are those of an earlier step."""
 
 
+PREVIOUS = "previous"
+"""Entry of `info.json`: the step of the checkpoint that was saved before, or None; earlier versions do not say."""
+
+
 class CheckpointStore:
     """The checkpoints of one run.
 
@@ -71,7 +76,8 @@ class CheckpointStore:
         target = self.path(state["step"])
         with self._committing(target) as folder:
             facts = write_whole(folder, state)
-            write_json(folder / INFO_FILE, info | {"format": WHOLE, "step": state["step"]} | facts)
+            about = {"format": WHOLE, "step": state["step"], PREVIOUS: self._before(state["step"])}
+            write_json(folder / INFO_FILE, info | about | facts)
         return target
 
     def save_sharded(
@@ -104,8 +110,8 @@ class CheckpointStore:
             def commit() -> None:
                 write_tensors(folder / RUN_FILE, {**rest, ALIASES: aliases})
                 files[RUN_FILE] = facts_of(folder / RUN_FILE)
-                about = {"format": SHARDED, "step": rest["step"], "processes": processes.size, "files": files}
-                write_json(folder / INFO_FILE, info | about)
+                about = {"format": SHARDED, "step": rest["step"], PREVIOUS: self._before(rest["step"])}
+                write_json(folder / INFO_FILE, info | about | {"processes": processes.size, "files": files})
                 stack.close()
 
             processes.first(commit)
@@ -142,6 +148,34 @@ class CheckpointStore:
         losses = {path: (info.get(STAGE, 0), _validation_loss(info)) for path, info in self._readable().items()}
         known = {path: (-stage, loss) for path, (stage, loss) in losses.items() if loss is not None}
         return min(known, key=lambda path: known[path]) if known else None
+
+    def in_a_row(self) -> list[Path]:
+        """The newest checkpoints between which none was deleted, oldest first.
+
+        Older than these is the best one alone. Where `info.json` does not say what was saved before, the oldest counts
+        if it is not the best one, or no further from the next one than any other from its next.
+        """
+        found = self.all()
+        infos, steps = self._readable(), {step_of(path): path for path in found}
+        row = found[-1:]
+        while row and step_of(row[0]) > min(steps):
+            after, before = row[0], found[found.index(row[0]) - 1]
+            info = infos.get(after, {})
+            if PREVIOUS in info:
+                if info[PREVIOUS] not in steps:
+                    break
+                before = steps[info[PREVIOUS]]
+            elif before == found[0] == self.best():
+                gaps = [step_of(new) - step_of(old) for old, new in pairwise(row)]
+                if step_of(after) - step_of(before) > max(gaps, default=0):
+                    break
+            row.insert(0, before)
+        return row
+
+    def _before(self, step: int) -> int | None:
+        """The step of the newest checkpoint before that step; those behind steps left out do not count."""
+        earlier = [path for path, info in self._readable().items() if not info.get(SKIPS_IN_A_ROW)]
+        return max((number for path in earlier if (number := step_of(path)) < step), default=None)
 
     def prune(self, keep: int) -> None:
         """Delete all but the newest `keep` and the best one, and the leftovers of killed processes.

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ def train(config: TrainConfig | DictConfig, invocation: Invocation | None = None
     config.check_together()
     check_words_have_effect(config, invocation.words)
     config, origin = begins_from(config, invocation)
-    settings, data = check_config(config, None if origin is None else origin.tokenizer)
+    settings, data = check_config(config, None if origin is None else origin.tokenizer, invocation.folders)
     _check_tokenizer_is_used(data, invocation.words)
     config = match_parameters(config, data.expected_vocab_size)
     check_memory_of_stages(course_of(config), settings, data.expected_vocab_size)
@@ -178,7 +179,7 @@ def _train_from(
     everyone.first(lambda: start.begin(config))
 
     module = _module(config, model, settings, everyone)
-    supervisor = _supervisor(config, data, start, is_first, tasks_of(config, model.mixers()))
+    supervisor = _supervisor(config, data, start, is_first, tasks_of(config, model.mixers(), invocation.folders))
     is_done = start.step == module.total_steps and supervisor.is_validated(start.step)
     if not is_done:
         _fit_logged(settings, module, data, supervisor, start, is_first)
@@ -199,12 +200,15 @@ def _train_from(
     return summary
 
 
-def check_config(config: TrainConfig, tokenizer: Tokenizer | None = None) -> tuple[TrainerSettings, TrainingData]:
+def check_config(
+    config: TrainConfig, tokenizer: Tokenizer | None = None, folders: Sequence[Path] = ()
+) -> tuple[TrainerSettings, TrainingData]:
     """Refuse whatever cannot work, without reading data and without allocating a weight.
 
     Args:
         config: the words.
         tokenizer: takes the place of the one that the configuration describes.
+        folders: see `tasks_of`.
 
     Returns:
         The trainer's settings and the data, not yet prepared.
@@ -238,7 +242,7 @@ def check_config(config: TrainConfig, tokenizer: Tokenizer | None = None) -> tup
             f"training needs a train and a validation split, and {data.source} has {', '.join(data.splits)}; give "
             "data.corpus.validation files of its own, or a data.corpus.validation_fraction above 0."
         )
-    tasks_of(config, model.mixers())
+    tasks_of(config, model.mixers(), folders)
     each_part(course, lambda part: check_positions(model, part.config, settings.slices))
     check_adversarial(config, model, settings)
     if config.loop.carry_state:

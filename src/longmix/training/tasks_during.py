@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from longmix.allocation import allocation_errors
@@ -29,7 +28,6 @@ from longmix.errors import ConfigError, Interrupted, LongmixError, ProcessLost, 
 from longmix.evaluation.run import refuse_leaky
 from longmix.evaluation.subject import Subject
 from longmix.evaluation.tasks.base import Task
-from longmix.invocation import searched
 from longmix.metrics import Metrics
 from longmix.mixers.parts.base import Mixer
 from longmix.model.backbone import LanguageModel
@@ -69,19 +67,21 @@ class TaskDuring:
         return EvaluateConfig(checkpoint="", task={}, **words)
 
 
-def tasks_of(config: TrainConfig, mixers: Sequence[Mixer]) -> list[TaskDuring]:
+def tasks_of(config: TrainConfig, mixers: Sequence[Mixer], folders: Sequence[Path] = ()) -> list[TaskDuring]:
     """The tasks that `loop.tasks` names, checked and built.
 
     Args:
         config: the words of the run.
         mixers: of its model, by layer.
+        folders: searched for files of tasks after longmix's own, the first one that has a file counting.
 
     Raises:
         ConfigError: an unknown task, word or setting, an impossible value, or a task that cannot see this model.
     """
     found: list[TaskDuring] = []
+    files = choices(folders)
     for number, item in enumerate(config.loop.tasks):
-        one = _read(f"loop.tasks[{number}]", {TASK: item} if isinstance(item, str) else dict(item))
+        one = _read(f"loop.tasks[{number}]", {TASK: item} if isinstance(item, str) else dict(item), files)
         if one.name in {other.name for other in found}:
             raise ConfigError(f"{one.key}: another task has the name {one.name}; give one of them {{name:x}}.")
         if not one.task.takes_leaky:
@@ -91,8 +91,8 @@ def tasks_of(config: TrainConfig, mixers: Sequence[Mixer]) -> list[TaskDuring]:
     return found
 
 
-def _read(key: str, item: Mapping[str, Any]) -> TaskDuring:
-    chosen, names = item[TASK], choices()
+def _read(key: str, item: Mapping[str, Any], names: Mapping[str, Path]) -> TaskDuring:
+    chosen = item[TASK]
     if chosen not in names:
         meant = did_you_mean(nearest(str(chosen), names))
         raise ConfigError(f"{key}: there is no task {chosen}.{meant} Tasks are: {', '.join(names)}.")
@@ -131,13 +131,11 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def choices() -> dict[str, Path]:
-    """The file of every task by its name: those of longmix, and of folders that the command line lets Hydra look in."""
-    folders = [configs_folder()]
-    if HydraConfig.initialized():
-        folders += searched(HydraConfig.get())
-    files = [path for folder in reversed(folders) for path in sorted((folder / TASK).glob("*.yaml"))]
-    return dict(sorted((path.stem, path) for path in files))
+def choices(folders: Sequence[Path] = ()) -> dict[str, Path]:
+    """The file of every task by its name: those of longmix, then of the given folders, the first that has it."""
+    files = (path for folder in (*reversed(folders), configs_folder()) for path in (folder / TASK).glob("*.yaml"))
+    found = {path.stem: path for path in files}
+    return dict(sorted(found.items()))
 
 
 class TasksDuring:
