@@ -86,17 +86,19 @@ def table(records: Sequence[Record]) -> str:
 @drawing()
 def drawn(records: Sequence[Record]) -> Figure:
     """Recall over the length of the row, a panel for each task."""
-    tasks = list(dict.fromkeys(record["task"] for record in records))
-    figure, panels = new_figure(len(tasks))
+    tasks, models = (list(dict.fromkeys(record[key] for record in records)) for key in ("task", "model"))
+    figure, panels = new_figure(len(tasks), footer=18 * len(models))
     for axes, task in zip(panels, tasks, strict=True):
-        curves: dict[str, tuple[list[float], list[float]]] = {}
+        curves: dict[str, tuple[list[float], list[float]]] = {model: ([], []) for model in models}
         for record in (record for record in records if record["task"] == task):
-            x, y = curves.setdefault(record["model"], ([], []))
-            x.append(record["length"])
-            y.append(record["accuracy"])
-        draw_curves(axes, curves, title=task, x_label="tokens of a row", y_label="share of states met", log_x=True)
+            curves[record["model"]][0].append(record["length"])
+            curves[record["model"]][1].append(record["accuracy"])
+        words = {"title": task, "x_label": "tokens of a row", "y_label": "share of states met"}
+        draw_curves(axes, curves, log_x=True, names=False, **words)
         axes.set_ylim(-0.02, 1.05)
         draw_trained(axes, records[0]["trained_length"])
+    lines = panels[0].lines[: len(models)]
+    figure.subfigs[-1].legend(lines, models, ncols=1, loc="center left", borderpad=0)
     return figure
 
 

@@ -28,7 +28,10 @@ def test_a_row_for_each_task_and_model(tmp_path):
     lines = state_tracking.table(records).splitlines()
     assert lines[0] == "| task | mixer | steps | recall at 8 | recall at 16 |"
     assert lines[3] == f"| parity | `{MODELS[1]}` | 5 | 0.250 | 0.500 |" and len(lines) == 6
-    assert len(state_tracking.drawn(records).axes) == 2
+    figure = state_tracking.drawn(records)
+    assert len(figure.axes) == 2
+    (legend,) = figure.subfigs[-1].legends
+    assert [text.get_text() for text in legend.get_texts()] == list(MODELS)
 
 
 @pytest.mark.parametrize("given", ["parity", "parity=0", "copying=3"])

@@ -16,6 +16,7 @@ import pytest
 import torch
 from hf_folders import loaded, logits_of, same_weights
 
+import longmix
 from longmix.checkpoints import find_checkpoint, load_checkpoint
 from longmix.data.tokens.tokenizers import ByteTokenizer
 from longmix.errors import LongmixError
@@ -392,8 +393,8 @@ def test_the_command_line_takes_files_and_folders(tmp_path, command):
     assert code == 0
     assert lines[0].startswith(f"wrote {tmp_path / 'run'}")
     assert "of type rwkv7" in lines[0]
-    code, (line,) = command("import", moved, tmp_path / "other", "--tokenizer", "bytes")
-    assert code == 2 and "tokenizer bytes: there is no such file; give a tokenizer.json" in line
+    code, (line,) = command("import", moved, tmp_path / "other", "--tokenizer", "none")
+    assert code == 2 and "tokenizer none: there is no such file; give a tokenizer.json" in line
     code, (line,) = command("export", tmp_path / "run", tmp_path / "back", "--as", "rwkv7")
     assert code == 2
     assert "mixer.norm_eps=0.00064 cannot be said in the format rwkv7" in line  # there it grows with a head of 16
@@ -425,6 +426,22 @@ def test_both_formats_of_rwkv7_hold_the_same(saved, tmp_path, command):
             tmp_path / target, tmp_path / f"{source} again", tokenizer=tmp_path / "folder" if "pth" in target else None
         )
         assert same_weights(tmp_path / f"{source} again", model)
+
+
+def test_a_model_of_bytes_returns_from_a_file(saved, tmp_path, command):
+    run, model = saved("mixer=rwkv7", "mixer.decay_rank=5", "block=rwkv7_published")
+    export(run, tmp_path / "file.pth")
+    code, (line,) = command("import", tmp_path / "file.pth", tmp_path / "none")
+    assert code == 2 and "or bytes there for a model of bytes" in line
+    code, (line,) = command("import", tmp_path / "file.pth", tmp_path / "a", "--tokenizer", "bytes", "--separator", "x")
+    assert code == 2 and "bytes has a token for every byte" in line and "leave --separator out" in line
+    assert command("import", tmp_path / "file.pth", tmp_path / "again", "--tokenizer", "bytes")[0] == 0
+    assert same_weights(tmp_path / "again", model)
+    found = load_checkpoint(find_checkpoint(tmp_path / "again"))
+    assert found["tokenizer"] == {"kind": "bytes"}
+    assert found["config"]["tokenizer"]["_target_"].endswith("ByteTokenizer")
+    (text,) = longmix.load(tmp_path / "again", device="cpu").generate("To", max_tokens=2)
+    assert text.startswith("To")
 
 
 def test_rwkvs_vocabulary_comes_along(tmp_path, command):

@@ -1,5 +1,7 @@
 """Native sparse attention: equal to a naive form of the paper's equations, and sparse in a step."""
 
+import math
+
 import pytest
 import torch
 
@@ -63,7 +65,8 @@ def naive(mixer: NSA, x: torch.Tensor) -> torch.Tensor:
                 places = [block // stride * j - m - n for m in range(block // stride) for n in range(size // stride)]
                 importance[j] = sum(float(weights[group, p].sum()) for p in places if p > 0)
             forced = {1, *range(max(1, own - mixer.local + 1), own + 1)}
-            best = sorted(set(importance) - forced, key=lambda j: (-importance[j], j))
+            alike = {j: round(1024 * math.log2(max(m, 1e-300))) for j, m in importance.items()}
+            best = sorted(set(importance) - forced, key=lambda j: (-alike[j], j))
             chosen = sorted(forced | set(best[: mixer.blocks - mixer.local - 1]))
             seen = torch.tensor([i for j in chosen for i in range((j - 1) * block, min(j * block, t + 1))])
             near = slice(max(0, t + 1 - mixer.window), t + 1)
@@ -114,6 +117,26 @@ def test_a_step_reads_what_it_chooses_alone():
     assert read[:4] == [True] * 4 and read[-2:] == [True] * 2
     assert sum(read) == 4 + 4 + 3 or sum(read) == 4 + 4 + 2  # first, chosen, and the window or the end of a block
     assert mixer.step_bytes(100_000) < mixer.state_bytes(100_000) / 5
+
+
+@pytest.mark.parametrize("grouped", [1, 2, 4])
+def test_of_equal_blocks_the_same_are_chosen_however_a_row_is_cut(grouped):
+    """In a text that repeats itself, blocks have equal importance; rounding must not choose among them."""
+    settings = {"block": 4, "compress_block": 4, "compress_stride": 2, "blocks": 4, "local": 1, "window": 3}
+    for seed in range(4):
+        mixer = made(**settings, num_kv_heads=grouped)
+        generator = torch.Generator().manual_seed(seed)
+        words = torch.randn(3, 32, dtype=torch.float64, generator=generator)
+        x = words[torch.randint(3, (8,), generator=generator)].repeat(10, 1)[None]
+        with torch.no_grad():
+            whole = mixer(x).y
+            for split in (1, 13):
+                state, found = mixer.init_state(1), []
+                for piece in x.split(split, 1):
+                    output = mixer(piece, state=state)
+                    state = output.state
+                    found.append(output.y)
+                torch.testing.assert_close(torch.cat(found, 1), whole, rtol=0, atol=1e-12)
 
 
 class Early(NSA):

@@ -1,11 +1,13 @@
 """Selective checkpointing: what it keeps, and that gradients are those of no checkpointing, to the bit."""
 
 import copy
+import logging
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch._dynamo.utils import counters
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy
@@ -16,7 +18,7 @@ from longmix.mixers.routing import Routing
 from longmix.mixers.sliding_window import SlidingWindow
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model
-from longmix.model.recomputing import policy
+from longmix.model.recomputing import ADVICE, COMPILER, keeping_products, policy, silence_advice
 from longmix.planning.arguments import read
 from longmix_kernels.attention import attention
 
@@ -140,3 +142,29 @@ def test_compiled_blocks_keep_less_and_have_the_same_gradients(monkeypatch):
     torch._dynamo.reset()
     assert_same(found[1][0], found[0][0])
     assert found[1][1] < 0.8 * found[0][1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("silent", [False, True])
+def test_advice_about_in_place_operators_is_silenced_and_nothing_else(silent, caplog):
+    """Without it, torch gives it: else the test would see nothing of it either way."""
+    logger = logging.getLogger(COMPILER)
+    before = logger.filters[:]
+    torch._logging.warning_once.cache_clear()
+    torch._dynamo.reset()
+    try:
+        logger.filters[:] = []
+        if silent:
+            silence_advice()
+            silence_advice()
+            assert len(logger.filters) == 1
+        layer = nn.Linear(8, 8)
+        run = torch.compile(lambda x: keeping_products(lambda y: layer(y).sin(), 8, None, x), backend="aot_eager")
+        with caplog.at_level(logging.WARNING, COMPILER):
+            run(torch.randn(2, 8, requires_grad=True)).sum().backward()
+            logger.warning("something else")
+    finally:
+        logger.filters[:] = before
+    given = [record.getMessage() for record in caplog.records if record.name == COMPILER]
+    assert [ADVICE in message for message in given] == ([False] if silent else [True, False])
+    assert given[-1] == "something else"

@@ -221,7 +221,7 @@ _COMMANDS = (
             ),
             Argument(
                 "tokenizer",
-                "tokenizer.json, rwkv_vocab_v20230424.txt, or a folder with one; null: that beside the model",
+                "tokenizer.json, rwkv_vocab_v20230424.txt, a folder with one, or bytes; null: that beside the model",
                 path=True,
             ),
         ),

@@ -14,8 +14,8 @@ the output.
 
 What the paper leaves open: phi is a network of two layers, with a learned vector for each place in a block. Compressed
 keys are of unrotated keys, and meet unrotated queries, since a block has no one position; with `qk_norm` they have a
-norm of their own. Of equal scores the earlier block wins. A token before the end of the first compressed block gets
-nothing from that part.
+norm of their own. Of importances whose logarithms are equal to 2^-10 the earlier block wins, however rows are cut. A
+token before the end of the first compressed block gets nothing from that part.
 
 A step of decoding reads the compressed keys and values, the chosen blocks and the window. The state has the three
 parts' keys and values of all tokens too, so that any number of tokens can go on from it.
@@ -52,6 +52,11 @@ from longmix_kernels.attention import (
 
 COMPRESSED, CHOSEN, WINDOW = range(3)
 """The parts, in the order in which keys, values and gates have them."""
+
+
+_ALIKE = 2.0**-10
+"""Resolution of the logarithm of an importance to the base 2: far above the rounding of float32, so that blocks of the
+same text stay equal however many tokens are computed at once."""
 
 
 class NSA(SoftmaxAttention):
@@ -249,7 +254,7 @@ class NSA(SoftmaxAttention):
             visible = (number >= seen[0][:, some, None]) & (number < seen[1][:, some, None])
             weights = (scores - logsumexp[:, some].unflatten(2, (self.num_kv_heads, -1)).unsqueeze(-1)).exp()
             weights = weights.masked_fill(~visible[:, :, None, None], 0.0).sum(3)
-            importance = self._importance(weights, parts)
+            importance = _rounded(self._importance(weights, parts))
             # The first block of the document is seen in any case.
             block = torch.arange(importance.shape[-1], device=importance.device)
             return importance.masked_fill(block == allowed[0][:, some, None, None], torch.inf)
@@ -387,6 +392,12 @@ class NSA(SoftmaxAttention):
         count = self._compressed_blocks(length) * self.num_kv_heads
         networks = self.compress_key.flops(count) + self.compress_value.flops(count)
         return super().flops(length) + networks + self.choosing_flops(length)
+
+
+def _rounded(importance: Tensor) -> Tensor:
+    """What stands for importances where they are compared: their logarithms, in whole steps of `_ALIKE`."""
+    least = torch.finfo(importance.dtype).tiny
+    return (importance.clamp(min=least).log2() / _ALIKE).round()
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, **bounds: Any) -> Part:

@@ -7,6 +7,7 @@ cheap for what it would keep. The other is the last of the block, whose result n
 """
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -23,6 +24,10 @@ PRODUCTS = {"mm": (0, 1), "addmm": (1, 2)}
 
 ATTENTION = ("_scaled_dot_product_", "_flash_attention_forward", "_efficient_attention_forward", "_varlen_attn")
 """Beginnings of the names of torch's attention operators."""
+
+COMPILER = "torch._higher_order_ops.wrap"
+ADVICE = "Detected that context_fn is passed to torch.utils.checkpoint under torch.compile."
+"""The logger of torch that gives the advice once in each process, and how this begins."""
 
 LEAST_SHARE = 0.5
 """A product is kept if it sums over at least this share of the model's width."""
@@ -42,6 +47,15 @@ def keeping_products(function: Callable[..., Result], width: int, closing: Tenso
     run = function if torch.compiler.is_compiling() else leaving_all(function)
     result: Result = checkpoint(run, *inputs, use_reentrant=False, context_fn=contexts)
     return result
+
+
+def silence_advice() -> None:
+    """Keep the compiler from advising against in-place operators in what is computed again; a block has none."""
+    logging.getLogger(COMPILER).addFilter(_is_no_advice)
+
+
+def _is_no_advice(record: logging.LogRecord) -> bool:
+    return ADVICE not in record.getMessage()
 
 
 def policy(

@@ -364,10 +364,33 @@ def draw_needles(
 def draw_trained(axes: Axes, length: float) -> None:
     """A named vertical line at the trained length."""
     axes.axvline(length, color=INK, linestyle=(0, (4, 3)), linewidth=1, zorder=1)
+    height = _free_height(axes, length)
     name = axes.annotate(
-        "trained", (length, 1), (4, 0), axes.get_xaxis_transform(), "offset points", va="top", color=SOFT
+        "trained", (length, height), (4, 0), axes.get_xaxis_transform(), "offset points", va="top", color=SOFT
     )
     name.set_bbox({"facecolor": "#ffffff", "edgecolor": "none", "pad": 0.5})
+
+
+def _free_height(axes: Axes, x: float, width: float = 0.35, height: float = 0.12) -> float:
+    """The upper end, in parts of the axes, of the highest room right of `x` that no curve crosses, or the freest one.
+
+    Limits and scales of the axes must be what they will be.
+    """
+    to_parts = axes.transData + axes.transAxes.inverted()
+    left = float(to_parts.transform((x, axes.get_ylim()[0]))[0])
+    places = np.linspace(left - 0.02, left + width, 60)
+    crossed = [np.array([np.inf])]
+    for line in axes.lines:
+        points = to_parts.transform(line.get_xydata())
+        points = points[np.isfinite(points).all(1)]
+        if len(points) > 1 and line.get_transform() == axes.transData:
+            inside = places[(places >= points[:, 0].min()) & (places <= points[:, 0].max())]
+            crossed.append(np.interp(inside, points[:, 0], points[:, 1]))
+    curves = np.concatenate(crossed)
+    tops = np.linspace(1, height, 12)
+    clearances = [np.abs(curves - (top - height / 2)).min() for top in tops]
+    free = [top for top, clearance in zip(tops, clearances, strict=True) if clearance > height / 2]
+    return float(free[0] if free else tops[np.argmax(clearances)])
 
 
 def draw_borders(axes: Axes, places: Sequence[float]) -> None:

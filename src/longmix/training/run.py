@@ -29,6 +29,7 @@ from longmix.mixers.parts.whole_rows import warn_of_whole_rows
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model, check_model
 from longmix.model.matching import match_parameters
+from longmix.model.recomputing import silence_advice
 from longmix.model.tuned_states_file import STATES_FILE, save_states, tunable_mixers
 from longmix.naming import RunPlace, named_by_clock
 from longmix.notices import notice, notice_float32_on_gpu
@@ -251,7 +252,8 @@ def check_config(
 
 
 def quieten() -> None:
-    """Silence advice of Lightning that does not apply here, since our loop does these things itself."""
+    """Silence advice of Lightning and torch that does not apply here, since our loop does these things itself."""
+    silence_advice()
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning.*")

@@ -63,6 +63,7 @@ def _names_of_matrices(module: nn.Module, prefix: str) -> Iterator[str]:
             if recipe_of(child.weight).role == "matrix":
                 yield f"{prefix}{name}.weight"
         elif type(child).__module__.startswith(("longmix.", "torch.nn.")):
+            yield from (f"{prefix}{name}.{weight}" for weight in getattr(child, "products", ()))
             yield from _names_of_matrices(child, f"{prefix}{name}.")
 
 

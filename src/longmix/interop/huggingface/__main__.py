@@ -53,7 +53,7 @@ def _parser() -> OptionParser:
     back.add_argument(
         "--tokenizer",
         type=path_option,
-        help="tokenizer.json, rwkv_vocab_v20230424.txt, or a folder with one; default: that beside the model",
+        help="tokenizer.json, rwkv_vocab_v20230424.txt, a folder with one, or bytes; default: that beside the model",
     )
     back.set_defaults(run=_import)
     return parser

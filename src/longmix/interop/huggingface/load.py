@@ -13,7 +13,7 @@ from longmix.checkpoints import CheckpointStore
 from longmix.checkpoints.contents import check_model_state, rebuilding
 from longmix.config import Choice, ModelConfig, Plain, StoredConfig, plain
 from longmix.data.tokens.saved import tokenizer_from_state
-from longmix.data.tokens.tokenizers import Tokenizer, TokenizerFile
+from longmix.data.tokens.tokenizers import ByteTokenizer, Tokenizer, TokenizerFile
 from longmix.data.tokens.world import WorldFile
 from longmix.errors import CheckpointError, ConfigError, DataError
 from longmix.files import check_folder
@@ -30,10 +30,17 @@ from longmix.interop.huggingface.folder import (
     require_transformers,
 )
 from longmix.interop.huggingface.seal import OWN_HASH, check_seal
-from longmix.interop.huggingface.specials import TOKENIZER, VOCABULARIES, VOCABULARY, read_tokenizer
+from longmix.interop.huggingface.specials import BYTES, TOKENIZER, VOCABULARIES, VOCABULARY, read_tokenizer
 from longmix.model.build import build_model
 from longmix.model.tuned_states_file import tune_states
 from longmix.reading import shortened
+
+KINDS: dict[str, tuple[type, str | None, tuple[str, ...]]] = {
+    "bytes": (ByteTokenizer, None, ()),
+    "world": (WorldFile, VOCABULARY, ("vocab_size",)),
+    "library": (TokenizerFile, TOKENIZER, ("separator", "missing_bytes", "end_ids")),
+}
+"""Of a tokenizer's state: the class that reads such a tokenizer, its file if it has one, and its further settings."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +75,8 @@ def import_folder(
         separator: the token that starts each document; None takes what the folder begins texts with, else ends them.
         missing_bytes: what happens to characters that the tokenizer has no tokens for, "refuse" or "replace"; None
             refuses them.
-        tokenizer: a `tokenizer.json`, a vocabulary of RWKV's kind (`.txt`), or the folder of one; None takes the one
-            beside the model.
+        tokenizer: a `tokenizer.json`, a vocabulary of RWKV's kind (`.txt`), the folder of one, or `BYTES`; None takes
+            the one beside the model.
 
     Raises:
         CheckpointError: the folder is missing, damaged, or not what it says.
@@ -124,19 +131,20 @@ def _begun(folder: Path, config: ModelConfig, theirs: Any, words: Mapping[str, A
 
 
 def _tokenizer(folder: Path, theirs: Any, words: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer that `--tokenizer` names, or that lies in the folder."""
+    """The tokenizer that `--tokenizer` names, which may be `BYTES`, or that lies in the folder."""
     given = words["--tokenizer"]
     place = folder if given is None else given
     if place.is_dir():
         lists = [] if (place / TOKENIZER).exists() else sorted(place.glob(VOCABULARIES))
         place = lists[0] if len(lists) == 1 else place / TOKENIZER
-    if place.suffix != ".txt":
+    of_bytes = given is not None and str(given) == BYTES and not place.exists()
+    if place.suffix != ".txt" and not of_bytes:
         separator, missing_bytes = words["--separator"], words["--missing-bytes"] or "refuse"
         return read_tokenizer(place.parent, theirs, separator, missing_bytes, place.name)
     for word in ("--separator", "--missing-bytes"):
         if words[word] is not None:
             raise ConfigError(f"{place} has a token for every byte, and id 0 between documents; leave {word} out.")
-    return WorldFile(str(place), theirs.vocab_size)
+    return ByteTokenizer() if of_bytes else WorldFile(str(place), theirs.vocab_size)
 
 
 def _exported(folder: Path, theirs: Any, own: dict[str, Any], words: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,11 +209,10 @@ def _check_same(folder: Path, theirs: Any, stored: Plain) -> None:
 
 def _stored(config: ModelConfig, tokenizer: Plain, theirs: Any) -> StoredConfig:
     """The configuration of an imported checkpoint; a foreign model has no data."""
-    kind: type = WorldFile if tokenizer["kind"] == "world" else TokenizerFile
-    known = ("vocab_size",) if kind is WorldFile else ("separator", "missing_bytes", "end_ids")
+    kind, path, known = KINDS[tokenizer["kind"]]
     options: Plain = {key: tokenizer[key] for key in known if key in tokenizer}
-    path = VOCABULARY if kind is WorldFile else TOKENIZER
-    file = {"_target_": f"{kind.__module__}.{kind.__qualname__}", "path": path, **options}
+    options |= {} if path is None else {"path": path}
+    file = {"_target_": f"{kind.__module__}.{kind.__qualname__}", **options}
     return StoredConfig(
         model=config.model,
         mixer=config.mixer,

@@ -14,6 +14,8 @@ from longmix.errors import CheckpointError, DataError
 from longmix.interop.huggingface.folder import read_json
 
 TOKENIZER = "tokenizer.json"
+BYTES = "bytes"
+"""In the place of a tokenizer's file: every byte is a token, as with `tokenizer=bytes` in training."""
 VOCABULARY, VOCABULARIES = "rwkv_vocab_v20230424.txt", "rwkv_vocab*.txt"
 """The name of RWKV's vocabulary in such a folder, and names by which it is found there."""
 
@@ -39,11 +41,13 @@ def read_tokenizer(
     path = folder / name
     if not path.is_file() and name != TOKENIZER:
         raise DataError(
-            f"--tokenizer {path}: there is no such file; give a tokenizer.json, RWKV's vocabulary or a folder with one."
+            f"--tokenizer {path}: there is no such file; give a tokenizer.json, RWKV's vocabulary, a folder with one, "
+            f"or {BYTES} for a model of bytes."
         )
     if not path.is_file():
         raise DataError(
-            f"{folder} has no {name}, which is the form of tokenizers that longmix reads; give one by --tokenizer."
+            f"{folder} has no {name}, which is the form of tokenizers that longmix reads; give one by --tokenizer, "
+            f"or {BYTES} there for a model of bytes."
         )
     named = _named_tokens(folder, theirs.model_type, required=separator is None)
     chosen = _separator(folder, named) if separator is None else separator

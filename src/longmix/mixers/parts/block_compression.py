@@ -1,5 +1,7 @@
 """One key or value for a block of them, by a small network that knows where in the block each stands."""
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +16,12 @@ class BlockCompression(nn.Module):
         head_dim: channels of a head.
         size: tokens of a block.
         hidden: channels between the layers.
+
+    Attributes:
+        products: the names of weights that nothing reads but products, which autocast rounds, as a linear layer's.
     """
+
+    products: ClassVar = ("enter", "leave")
 
     def __init__(self, head_dim: int, size: int, hidden: int) -> None:
         super().__init__()
