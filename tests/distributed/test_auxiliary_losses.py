@@ -12,6 +12,7 @@ from longmix.training.module import split_batch
 
 NODES = {
     "mixture": "flash heads_kept=1 heads_balance=3",
+    "mixture-by-queries": "flash num_heads=4 heads_kept=2 heads_router=query_norm qk_norm=false heads_balance=3",
     "mixture-of-a-recurrence": "simple_gla num_heads=4 heads_shared=1 heads_kept=2 heads_balance=3",
     "kept-share": "sparse_flash_drop window=3 balance=3",
     "commitment": "routing clusters=3 window=4 commitment=3",

@@ -263,4 +263,4 @@ class QueryNormRouter(HeadRouter):
         through = chances * mask
         gates = mask + (through - through.detach())  # exactly 0 or 1
         gates = torch.cat((torch.ones_like(length[..., :1]).expand(*length.shape[:2], self.shared_heads), gates), -1)
-        return gates, torch.stack((chances.mean((0, 1)), mask.mean((0, 1)))), metrics
+        return gates, torch.stack((chances.mean(1), mask.mean(1)), 1), metrics
