@@ -198,7 +198,7 @@ class DecodeCost(Task):
         }
 
     def _scores(self, names: Iterable[str]) -> dict[str, list[int]]:
-        return {name: right for name, right in zip(names, self.correct, strict=False) if right}
+        return {name: list(right) for name, right in zip(names, self.correct, strict=False) if right}
 
     def tables(self, answer: Answer) -> Iterator[RenderableType]:
         """The counted cost at each context, what follows from it, generations, and the measured times."""
