@@ -1,0 +1,139 @@
+"""Compute decode attention with torch: for each segment two products, then a merge by the logsumexps.
+
+The queries that share a key head are rows of one product, `[R, Hkv, (B / R) * G * T, K]`: torch's own kernels would
+repeat the heads. So are the rows of the batch that share a segment. Half precision and codes are read in runs of
+`RUN` slots, in float32, so that no second copy of a cache is made.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from longmix_kernels.attention.segments import Segment
+
+RUN = 4096
+"""Slots that are converted at once; a multiple of every group of codes."""
+
+
+class Part(NamedTuple):
+    """Attention to one set of keys, in float32 or better, rows being the queries of a key head.
+
+    Attributes:
+        output: [B, Hkv, G * T, V].
+        logsumexp: [B, Hkv, G * T, 1]; -inf where nothing is seen.
+        weights: [B, Hkv, G * T, S], which sum to 1 over this set; None where nobody asked.
+    """
+
+    output: torch.Tensor
+    logsumexp: torch.Tensor
+    weights: torch.Tensor | None
+
+
+def torch_decode(
+    query: torch.Tensor,
+    segments: Sequence[Segment],
+    new: tuple[torch.Tensor, torch.Tensor] | None,
+    scale: float,
+    return_logsumexp: bool,
+    return_weights: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor] | None]:
+    """Compute decode attention; arguments and results as in `decode_attention`."""
+    batch, length, heads, _ = query.shape
+    exact = torch.promote_types(query.dtype, torch.float32)
+    key_heads = segments[0].key.shape[1] if new is None else new[0].shape[2]
+    # [B, Hkv, G * T, K]: the rows of a product are the queries of a key head
+    rows = (query.to(exact) * scale).transpose(1, 2).reshape(batch, key_heads, -1, query.shape[-1])
+    sets: list[list[tuple[Segment, torch.Tensor | None]]] = [[*_runs(each, exact)] for each in segments]
+    if new is not None:
+        key, value = (x.transpose(1, 2).to(exact) for x in new)
+        hidden = None
+        if length > 1:
+            hidden = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
+            hidden = hidden.repeat(rows.shape[2] // length, 1)
+        sets.append([(Segment(key, value), hidden)])
+    alone = sum(map(len, sets)) == 1 and not return_logsumexp
+    parts = [[_attended(rows, *run, alone, return_weights) for run in each] for each in sets]
+    flat = [part for each in parts for part in each]
+    output, logsumexp = (flat[0].output, flat[0].logsumexp) if len(flat) == 1 else _merged(flat)
+    output = output.unflatten(2, (-1, length)).permute(0, 3, 1, 2, 4).reshape(batch, length, heads, -1)
+    weights = None
+    if return_weights:
+        shares = [[torch.exp(part.logsumexp - _finite(logsumexp)) for part in each] for each in parts]
+        weights = [
+            torch.cat([part.weights * share for part, share in zip(*each, strict=True)], -1)  # type: ignore[operator]
+            .unflatten(2, (-1, length))
+            for each in zip(parts, shares, strict=True)
+        ]
+    if not return_logsumexp:
+        return output.to(query.dtype), None, weights
+    logsumexp = logsumexp.unflatten(2, (-1, length)).squeeze(-1).permute(0, 3, 1, 2).reshape(batch, length, heads)
+    return output.to(query.dtype), logsumexp, weights
+
+
+def _runs(segment: Segment, dtype: torch.dtype) -> Iterator[tuple[Segment, None]]:
+    """Yield a segment in the dtype, in runs of `RUN` slots where it has to be converted."""
+    segment = segment.gathered()
+    converted = segment.key_codes is not None or segment.value_codes is not None or segment.key.dtype != dtype
+    for run in segment.slices(RUN) if converted else (segment,):
+        if converted:
+            key, value = run.numbers(dtype)
+            run = Segment(key, value, run.count, run.first)
+        yield run, None
+
+
+def _attended(
+    rows: torch.Tensor, segment: Segment, hidden: torch.Tensor | None, alone: bool, with_weights: bool
+) -> Part:
+    """Attend from rows [B, Hkv, G * T, K] to a segment of numbers.
+
+    Args:
+        rows: the queries, scaled.
+        segment: what they read.
+        hidden: bool [G * T, S], what they do not see of it; None for nothing.
+        alone: whether nothing else is read, so that nobody needs a logsumexp.
+        with_weights: whether to return the weights.
+    """
+    batch, key_heads, count, _ = rows.shape
+    shared = batch // segment.rows
+    if shared > 1:
+        rows = rows.unflatten(0, (segment.rows, shared)).transpose(1, 2).flatten(2, 3)
+    scores = torch.matmul(rows, segment.key.transpose(-1, -2))
+    value = segment.value
+    visible = segment.visible()
+    if visible is not None:
+        hidden = ~visible.expand(segment.rows, key_heads, -1).unsqueeze(2)
+        value = value.masked_fill(hidden.transpose(-1, -2), 0.0)  # 0 times what nobody wrote need not be 0
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, -torch.inf)
+    if alone and visible is None:
+        weights, logsumexp = scores.softmax(-1), scores.new_zeros(()).expand(*scores.shape[:3], 1)
+    else:
+        logsumexp = scores.logsumexp(-1, keepdim=True)
+        weights = (scores - _finite(logsumexp)).exp()
+    output = torch.matmul(weights, value)
+    found = output, logsumexp, weights if with_weights else None
+    if shared > 1:
+        found = tuple(None if x is None else _apart(x, shared, count) for x in found)
+    return Part(*found)
+
+
+def _apart(x: torch.Tensor, shared: int, count: int) -> torch.Tensor:
+    """Return [R * shared, Hkv, count, .] of rows [R, Hkv, shared * count, .] that read one segment."""
+    return x.unflatten(2, (shared, count)).transpose(1, 2).flatten(0, 1)
+
+
+def _merged(parts: Sequence[Part]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return output and logsumexp over all sets of keys."""
+    stacked = torch.cat([part.logsumexp for part in parts], -1)
+    logsumexp = stacked.logsumexp(-1, keepdim=True)
+    shares = (stacked - _finite(logsumexp)).exp().split(1, -1)
+    output = parts[0].output * shares[0]
+    for part, share in zip(parts[1:], shares[1:], strict=True):
+        output = output + part.output * share
+    return output, logsumexp
+
+
+def _finite(logsumexp: torch.Tensor) -> torch.Tensor:
+    """Return 0 for rows that see nothing, whose logsumexp is -inf."""
+    return logsumexp.masked_fill(logsumexp.isneginf(), 0.0)

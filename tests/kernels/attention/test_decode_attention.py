@@ -1,0 +1,143 @@
+"""Decode attention against its definition, the definition against `attention`, and attention mass against weights."""
+
+import pytest
+import torch
+from tests.kernels.attention.decode_cases import BATCH, GROUP, KEY_HEADS, WIDTH, calls, plain, random
+
+from longmix_kernels.attention import (
+    Codes,
+    Segment,
+    attention,
+    column_mass,
+    decode_attention,
+    decode_torch,
+    merge,
+    packed_codes,
+)
+from longmix_kernels.attention.segments import unpacked
+
+NAMES = list(calls())
+
+
+def run(call, **options):
+    return decode_attention(call["query"], call["segments"], new=call["new"], **options)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("run_slots", [4096, 16], ids=["whole", "in-runs"])
+def test_equals_the_definition(name, run_slots, monkeypatch):
+    monkeypatch.setattr(decode_torch, "RUN", run_slots)
+    call = calls()[name]
+    options = {"return_logsumexp": True, "return_weights": True}
+    output, logsumexp, weights = run(call, backend="torch", **options)
+    wanted, wanted_logsumexp, wanted_weights = run(call, backend="reference", **options)
+    torch.testing.assert_close(output, wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(logsumexp, wanted_logsumexp, rtol=1e-12, atol=1e-12)
+    assert len(weights) == len(wanted_weights) == len(call["segments"]) + (call["new"] is not None)
+    for part, other in zip(weights, wanted_weights, strict=True):
+        torch.testing.assert_close(part, other, rtol=1e-12, atol=1e-12)
+    assert torch.equal(run(call)[0], run(call, backend="torch")[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NAMES)
+def test_other_dtypes_are_rounded_once(name, dtype):
+    call = calls(dtype)[name]
+    output, logsumexp, _ = run(call, backend="torch", return_logsumexp=True)
+    wanted, wanted_logsumexp, _ = run(call, backend="reference", return_logsumexp=True)
+    assert output.dtype == dtype and logsumexp.dtype == torch.float32
+    bound = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(output, wanted, rtol=bound, atol=bound)
+    torch.testing.assert_close(logsumexp, wanted_logsumexp, rtol=1e-5, atol=1e-5)
+
+
+def test_definition_equals_attention_over_all_keys():
+    torch.manual_seed(0)
+    segments, length = [plain(20), plain(9)], 4
+    new = random(BATCH, length, KEY_HEADS, WIDTH), random(BATCH, length, KEY_HEADS, 6)
+    query = random(BATCH, length, KEY_HEADS * GROUP, WIDTH)
+    key, value = (
+        torch.cat([*(getattr(each, name).transpose(1, 2) for each in segments), own], 1)
+        for name, own in zip(("key", "value"), new, strict=True)
+    )
+    wanted = attention(query, key, value, return_logsumexp=True, backend="reference")
+    found = decode_attention(query, segments, new=new, return_logsumexp=True, backend="reference")
+    torch.testing.assert_close(found[:2], wanted, rtol=1e-13, atol=1e-13)
+
+
+def test_row_that_sees_nothing_is_zero():
+    call = calls()["ragged"]
+    for backend in ("reference", "torch"):
+        output, logsumexp, weights = run(call, backend=backend, return_logsumexp=True, return_weights=True)
+        assert (output[-1] == 0).all() and logsumexp[-1].isneginf().all() and (weights[0][-1] == 0).all()
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_codes_stand_for_their_numbers(bits):
+    torch.manual_seed(0)
+    codes = torch.randint(0, 2**bits, (1, 1, 8, 16))
+    assert torch.equal(unpacked(packed_codes(codes, bits), bits), codes.byte())
+    low, step = random(1, 1, 2, 16), random(1, 1, 2, 16)  # of four tokens each
+    scale = random(1, 1, 1, 16)
+    stored = packed_codes(codes, bits)
+    segment = Segment(stored, stored, key_codes=Codes(bits, low, step), value_codes=Codes(bits, low, step, scale))
+    key, value = segment.numbers(torch.float64)
+    for token in range(8):
+        wanted = codes[0, 0, token] * step[0, 0, token // 4] + low[0, 0, token // 4]
+        torch.testing.assert_close(key[0, 0, token], wanted, rtol=0, atol=0)
+        torch.testing.assert_close(value[0, 0, token], wanted * scale[0, 0, 0], rtol=0, atol=0)
+
+
+def test_codes_that_fill_no_byte_are_refused():
+    with pytest.raises(ValueError, match="fill whole bytes only by 4"):
+        packed_codes(torch.zeros(1, 1, 4, 6), 2)
+
+
+@pytest.mark.parametrize("size", [1024, 7])
+def test_column_mass_is_the_sum_of_weights(size):
+    torch.manual_seed(0)
+    batch, length, slots = 3, 9, 25
+    query, key = random(batch, length, KEY_HEADS * GROUP, WIDTH), random(batch, KEY_HEADS, slots, WIDTH)
+    value = torch.eye(slots).double().expand(batch, KEY_HEADS, -1, -1)  # outputs are the weights
+    weights, logsumexp = attention(
+        query, key.transpose(1, 2), value.transpose(1, 2), return_logsumexp=True, backend="reference"
+    )
+    wanted = weights.unflatten(2, (KEY_HEADS, GROUP)).sum((1, 3))
+    torch.testing.assert_close(column_mass(query, key, logsumexp, size=size), wanted, rtol=0, atol=1e-13)
+    # probe rows anywhere, and rows whose text begins later
+    rows, first = torch.tensor([[3, 11, 24]]), torch.tensor([0, 2, 3])
+    lo, hi = first[:, None, None].int().expand(-1, 1, 3), (rows[:, None].int() + 1)
+    probes = query[:, :3]
+    weights, logsumexp = attention(
+        probes, key.transpose(1, 2), value.transpose(1, 2), lo=lo, hi=hi, return_logsumexp=True, backend="reference"
+    )
+    wanted = weights.unflatten(2, (KEY_HEADS, GROUP)).sum((1, 3))
+    found = column_mass(probes, key, logsumexp, rows=rows, first=first, size=size)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"query": torch.zeros(4, 17, 6, 8)}, "T from 1 to 16"),
+        ({"query": torch.zeros(4, 1, 5, 8)}, "divisors of the 5 heads"),
+        ({"query": torch.zeros(4, 1, 6, 9)}, "keys of 8 channels"),
+        ({"query": torch.zeros(3, 1, 6, 8)}, "divisors of the 3 rows"),
+        ({"segments": []}, "segments is empty"),
+        ({"new": (torch.zeros(4, 2, 2, 8), torch.zeros(4, 2, 2, 6))}, "new has key"),
+        ({"backend": "blocked"}, "backend='blocked'"),
+    ],
+)
+def test_bad_arguments_are_named(change, text):
+    call = {"query": torch.zeros(4, 1, 6, 8), "segments": [plain(5, dtype=torch.float32)], **change}
+    with pytest.raises(ValueError, match=text):
+        decode_attention(call.pop("query"), call.pop("segments"), **call)
+
+
+def test_merge_of_extreme_parts_stays_exact():
+    torch.manual_seed(0)
+    query, near, far = random(BATCH, 1, KEY_HEADS * GROUP, WIDTH), plain(6), plain(7)
+    far = Segment(far.key * 300, far.value)
+    found = decode_attention(query, [near, far], return_logsumexp=True)[:2]
+    parts = [decode_attention(query, [each], return_logsumexp=True)[:2] for each in (near, far)]
+    torch.testing.assert_close(found, merge(parts), rtol=1e-13, atol=1e-13)
