@@ -46,7 +46,7 @@ def reference_decode(
     scores = scores.masked_fill(~visible, -torch.inf)
     logsumexp = scores.logsumexp(-1)
     weights = (scores - logsumexp.masked_fill(logsumexp.isneginf(), 0.0).unsqueeze(-1)).exp()
-    output = torch.einsum("bhgts,bhsd->bthgd", weights, value.masked_fill(~visible.any(3)[:, :, 0, :, None], 0.0))
+    output = torch.einsum("bhgts,bhsd->bthgd", weights, value)
     parts = list(weights.split([x.shape[2] for x in keys], -1))
     return output.flatten(2, 3).to(query.dtype), logsumexp.permute(0, 3, 1, 2).reshape(batch, length, heads), parts
 
@@ -61,11 +61,9 @@ def _of_every_row(
     if visible is None:
         visible = torch.ones(key.shape[:3], dtype=torch.bool, device=key.device)
     else:
-        visible = visible.expand(segment.rows, key.shape[1], -1).repeat_interleave(repeats, 0)
+        visible = visible.expand(key.shape[:3])
     if segment.index is not None:
         named = torch.zeros(*key.shape[:2], segment.slots + 1, dtype=torch.bool, device=key.device)
         at = torch.where(segment.index < 0, segment.slots, segment.index).long()
         visible = named.scatter(2, at, True)[..., :-1]
-    # what is in slots that nobody reads does not count, whatever it is
-    hidden = ~visible.unsqueeze(-1)
-    return key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0), visible
+    return key, value, visible

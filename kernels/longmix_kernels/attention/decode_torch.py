@@ -99,11 +99,10 @@ def _attended(
     if shared > 1:
         rows = rows.unflatten(0, (segment.rows, shared)).transpose(1, 2).flatten(2, 3)
     scores = torch.matmul(rows, segment.key.transpose(-1, -2))
-    value = segment.value
     visible = segment.visible()
     if visible is not None:
-        hidden = ~visible.expand(segment.rows, key_heads, -1).unsqueeze(2)
-        value = value.masked_fill(hidden.transpose(-1, -2), 0.0)  # 0 times what nobody wrote need not be 0
+        visible = visible.expand(batch, -1, -1).unflatten(0, (segment.rows, shared)).transpose(1, 2).unsqueeze(3)
+        scores = scores.unflatten(2, (shared, count)).masked_fill(~visible, -torch.inf).flatten(2, 3)
     if hidden is not None:
         scores = scores.masked_fill(hidden, -torch.inf)
     if alone and visible is None:
@@ -111,7 +110,7 @@ def _attended(
     else:
         logsumexp = scores.logsumexp(-1, keepdim=True)
         weights = (scores - _finite(logsumexp)).exp()
-    output = torch.matmul(weights, value)
+    output = torch.matmul(weights, segment.value)
     found = output, logsumexp, weights if with_weights else None
     if shared > 1:
         found = tuple(None if x is None else _apart(x, shared, count) for x in found)

@@ -1,8 +1,8 @@
 """Describe the keys and values that decoding reads: segments of caches, exact or in codes.
 
 A segment is head-major, [R, Hkv, S, D], so that one head's keys lie behind each other. Its keys stand in any order,
-since what has to do with positions is in them. Where R is less than the batch, rows share it: rows b of the queries
-read row b // (B / R), as forks of R rows do that follow each other.
+since what has to do with positions is in them. Where R is less than the batch B, rows share it: row b of the queries
+reads row b // (B / R), as forks of R rows do that follow each other. Slots that are not read hold finite numbers.
 """
 
 from collections.abc import Iterator
@@ -37,8 +37,8 @@ class Segment:
     Attributes:
         key: [R, Hkv, S, K], R a divisor of the batch; with codes uint8 [R, Hkv, S, K * bits / 8].
         value: [R, Hkv, S, V], likewise.
-        count: int32 [R or 1, Hkv or 1], only slots below it are read; None for S.
-        first: int32 [R or 1], only slots from it on are read; None for 0.
+        count: int32 [B or 1, Hkv or 1], a row reads only slots below it; None for S.
+        first: int32 [B or 1], a row reads only slots from it on; None for 0.
         index: int32 [B, Hkv, n], the slots that each row reads, none twice, and then -1 where a row reads fewer than n.
             None for all. Not together with `count` and `first`.
         key_codes, value_codes: how the codes are read; None for numbers.
@@ -63,7 +63,7 @@ class Segment:
         return self.key.shape[2]
 
     def visible(self) -> torch.Tensor | None:
-        """Return which slots are read, bool [R or 1, Hkv or 1, S]; None for all. Ignores `index`."""
+        """Return which slots each row reads, bool [B or 1, Hkv or 1, S]; None for all. Ignores `index`."""
         if self.count is None and self.first is None:
             return None
         slot = torch.arange(self.slots, device=self.key.device)

@@ -27,6 +27,7 @@ class Flash(SoftmaxAttention):
     pairwise = True
     takes_sink_logits = True
     takes_gain = True
+    cache_kinds = None
     changeable: ClassVar = (*SoftmaxAttention.changeable, "attention_dropout")
 
     def __init__(

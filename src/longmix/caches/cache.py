@@ -1,0 +1,310 @@
+"""The contract of caches: what one layer of attention remembers while text is generated.
+
+A `CacheKind` holds settings and builds a `Cache` for a layer. A mixer calls `Cache.attend` with new tokens: they see
+what the cache lets them read and each other, and are then appended, in place. So a cache that was handed on is used up;
+whoever needs it again forks it first. Keys have their positions in them, so that slots stand in any order.
+
+Rows of a batch may differ in length, and a row may begin a new document, which sees nothing of the one before. What a
+row gets is what it would get alone: no budget, choice, scale or random number depends on the other rows.
+
+A kind is one file with these two classes, and one `configs/cache/NAME.yaml`.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from longmix.caches.segments import attend_segments, merged
+from longmix.errors import ConfigError
+from longmix.mixers.parts.rotary import Rotary
+from longmix_kernels.attention import Segment, attention, decode_attention
+from longmix_kernels.attention.decode import MOST_QUERIES
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """The sizes of what a layer caches.
+
+    Attributes:
+        batch: rows.
+        key_heads: Hkv; `group` query heads share each.
+        key_dim, value_dim: channels of a key and of a value.
+        dtype: of keys and values; those of the first tokens decide, which under autocast have another.
+        device: where they are.
+        layer: index of the layer, from 0.
+        rotary: the rotation that is in the keys; None for none.
+        window: how many of the latest tokens a query sees, its own among them; None for all.
+    """
+
+    batch: int
+    key_heads: int
+    group: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    layer: int = 0
+    rotary: Rotary | None = None
+    window: int | None = None
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token's keys and values of all heads."""
+        return self.key_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheKind:
+    """The settings of a kind of cache; a subclass adds its own as fields.
+
+    Args:
+        exact_layers: indices of layers that keep everything, whatever the kind.
+
+    Attributes:
+        name: the word of `cache=`.
+        when: what has been read when `Cache.prompt_ended` is called: the whole prompt, which the cache holds until
+            then, or each piece of it, and the whole again at the end.
+        takes_bias: whether keys may have the columns of a bias (`mixer.bias`) behind their channels.
+        wants_weights: whether `Cache.observe` is called after steps, and `NewTokens.logsumexp` is there.
+    """
+
+    name: ClassVar[str]
+    when: ClassVar[Literal["prompt", "piece"]] = "prompt"
+    takes_bias: ClassVar[bool] = True
+    wants_weights: ClassVar[bool] = False
+    exact_layers: Sequence[int] = ()
+
+    def build(self, shape: CacheShape) -> "Cache":
+        """An empty cache."""
+        raise NotImplementedError(f"{type(self).__name__} lacks build(shape)")
+
+    def bytes(self, shape: CacheShape, length: int) -> int:
+        """Bytes that one row holds after a prompt of `length` tokens, as `Cache.held_bytes` measures them."""
+        raise NotImplementedError(f"{type(self).__name__} lacks bytes(shape, length)")
+
+    def step_bytes(self, shape: CacheShape, length: int) -> int:
+        """Bytes that one row reads for the token after `length` others, its own among them; all by default."""
+        return self.bytes(shape, length + 1)
+
+
+@dataclass
+class NewTokens:
+    """Tokens that a call brings, T of each row.
+
+    Attributes:
+        query: [B, T, Hq, K], key: [B, T, Hkv, K], value: [B, T, Hkv, V]; what has to do with positions is in them.
+        positions: int64 [B, T], the position of each token in its document.
+        scale: the factor on the scores; None for K ** -0.5.
+        ids: integer [B, T], documents; None where each row's document goes on.
+        begins: int64 [B], the first token of the document that the row ends with, 0 if it goes on from before; None
+            without ids.
+        goes_on: bool [B, T], whether a token is of the document that the cache holds; None for all of them.
+        logsumexp: [B, T, Hq], of the scores of each query, while `Cache.append` runs; None where nobody wants it.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    positions: Tensor
+    scale: float | None = None
+    ids: Tensor | None = None
+    begins: Tensor | None = None
+    goes_on: Tensor | None = None
+    logsumexp: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """T."""
+        return self.query.shape[1]
+
+
+class Cache:
+    """The cache of one layer.
+
+    A subclass writes `append` and `segments`, or all of `read` where it knows better, and says which attributes it
+    holds. It never reads numbers of a tensor on the host in a step, which would wait for the device.
+
+    Args:
+        kind: its settings.
+        shape: its sizes.
+
+    Attributes:
+        length: tokens seen, padding included.
+        next_position: int64 [B], the position in its document that the next token of each row takes.
+        document: int32 [B], the document of the last token.
+        ragged: whether documents were ever told apart, so that rows may differ in length.
+        carried: [B, ...], what else the mixer needs of the tokens before; None for nothing.
+        tensors: names of the attributes that are tensors [B, ...] or None; a subclass adds its own.
+        numbers: names of the attributes that are numbers; likewise.
+    """
+
+    tensors: ClassVar[tuple[str, ...]] = ("next_position", "document", "carried")
+    numbers: ClassVar[tuple[str, ...]] = ("length", "ragged")
+    one_document = True  # a mixer need not repeat the ids of a document that goes on
+
+    def __init__(self, kind: CacheKind, shape: CacheShape) -> None:
+        self.kind, self.shape = kind, shape
+        self.length = 0
+        self.ragged = False
+        self.next_position = torch.zeros(shape.batch, dtype=torch.int64, device=shape.device)
+        self.document = torch.zeros(shape.batch, dtype=torch.int32, device=shape.device)
+        self.carried: Tensor | None = None
+
+    @property
+    def last_id(self) -> Tensor | None:
+        """int32 [B], the document of the last token; None before the first."""
+        return self.document if self.length else None
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Tensor,
+        ids: Tensor | None = None,
+        *,
+        scale: float | None = None,
+        return_logsumexp: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from new tokens to the cache and to each other, and append them.
+
+        Args:
+            query, key, value, scale: see `NewTokens`.
+            positions: integer [B or 1, T].
+            ids: integer [B, T], the documents of the tokens; None where each row's last one goes on.
+            return_logsumexp: whether to return the logsumexp of each query's scores.
+
+        Returns:
+            The output [B, T, Hq, V], and the logsumexp [B, T, Hq] or None.
+
+        Raises:
+            ConfigError: gradients are on.
+        """
+        if torch.is_grad_enabled():
+            raise ConfigError(
+                f"cache={self.kind.name} is for inference and keeps no gradients; call the model under "
+                "torch.no_grad(), or go on from `init_state`."
+            )
+        batch, length = query.shape[:2]
+        positions = positions.expand(batch, length)
+        new = NewTokens(query, key, value, positions, scale, ids)
+        if ids is not None:
+            self.ragged = True
+            new.begins = (length - 1 - positions[:, -1]).clamp(min=0)
+            new.goes_on = positions > torch.arange(length, device=positions.device)
+        found = self.read(new, return_logsumexp or self.kind.wants_weights)
+        self.length += length
+        self.next_position = positions[:, -1] + 1
+        if ids is not None:
+            self.document = ids[:, -1].to(torch.int32)
+        return found
+
+    def read(self, new: NewTokens, with_logsumexp: bool) -> tuple[Tensor, Tensor | None]:
+        """Attend from new tokens, then append them: by default to the segments and causally to each other.
+
+        `length` and `next_position` are still those before the tokens.
+        """
+        segments = self.segments(new)
+        weights: list[Tensor] | None = None
+        if new.count <= MOST_QUERIES and new.ids is None:
+            output, logsumexp, weights = decode_attention(
+                new.query,
+                segments,
+                scale=new.scale,
+                new=(new.key, new.value),
+                return_logsumexp=with_logsumexp,
+                return_weights=self.kind.wants_weights,
+            )
+        else:
+            own = attention(
+                new.query, new.key, new.value, document_ids=new.ids, scale=new.scale, return_logsumexp=True
+            )
+            read = attend_segments(new.query, segments, scale=new.scale, goes_on=new.goes_on)
+            output, logsumexp = merged([*read, own])
+        new.logsumexp = logsumexp
+        self.append(new)
+        if weights is not None:
+            self.observe(weights)
+        return output, logsumexp
+
+    def append(self, new: NewTokens) -> None:
+        """Remember new tokens, in place; of a row that began a new document, those of the last one alone."""
+        raise NotImplementedError(f"{type(self).__name__} lacks append(new)")
+
+    def segments(self, new: NewTokens) -> list[Segment]:
+        """What these queries read besides the new tokens, before those are appended; none for an empty cache."""
+        raise NotImplementedError(f"{type(self).__name__} lacks segments(new)")
+
+    def observe(self, weights: list[Tensor]) -> None:
+        """Learn from the weights of a step, after its tokens were appended.
+
+        Args:
+            weights: of each segment [B, Hkv, G, T, S], then of the new tokens [B, Hkv, G, T, T].
+        """
+
+    def reserve(self, count: int) -> None:
+        """Make room for `count` more tokens, which are then appended without a copy of the rest."""
+
+    def prompt_ended(self) -> None:
+        """Compress; see `CacheKind.when`."""
+
+    def fork(self, count: int) -> Self:
+        """Every row `count` times, rows of one text behind each other; this cache and the other go on independently."""
+        return self._changed(self.shape.batch * count, lambda x: x.repeat_interleave(count, 0))
+
+    def keep(self, rows: Tensor) -> Self:
+        """The cache of these rows, int64 [n], each any number of times; independent of this one."""
+        return self._changed(len(rows), lambda x: x.index_select(0, rows.to(x.device)))
+
+    def _changed(self, batch: int, change: Any) -> Self:
+        other = copy.copy(self)
+        other.shape = replace(self.shape, batch=batch)
+        for name in self.tensors:
+            x = getattr(self, name)
+            setattr(other, name, None if x is None else change(x))
+        return other
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens but the first `length`, padding included; no document may have begun behind them.
+
+        Raises:
+            ValueError: the kind cannot take tokens back.
+        """
+        raise ValueError(f"cache={self.kind.name} cannot take tokens back")
+
+    def trimmed(self) -> dict[str, Any]:
+        """What has to be saved to go on, by name: tensors [B, ...] without spare room, numbers, and None."""
+        found = {name: getattr(self, name) for name in (*self.tensors, *self.numbers)}
+        return {name: x.clone() if isinstance(x, Tensor) else x for name, x in found.items()}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Become what `trimmed` gave, of a cache of the same kind and shape.
+
+        Raises:
+            ValueError: it is no such thing.
+        """
+        for name in (*self.tensors, *self.numbers):
+            if name not in saved:
+                raise ValueError(f"it lacks {name}")
+            setattr(self, name, saved[name])
+
+    def held_bytes(self) -> int:
+        """Bytes of what is remembered of the tokens, over all rows: without spare room, ids, counts and `carried`."""
+        kept = set(self.tensors) - set(Cache.tensors)
+        return sum(x.nbytes for x in (getattr(self, name) for name in kept) if x is not None)
+
+    def spare_bytes(self) -> int:
+        """Bytes of the room for later tokens, over all rows."""
+        return 0
+
+    def bookkeeping_bytes(self) -> int:
+        """Bytes of what says where rows are and what is valid, over all rows."""
+        return self.next_position.nbytes + self.document.nbytes
+
+    def read_bytes(self) -> int:
+        """Bytes of keys, values and what chooses them that the last token read, over all rows; all by default."""
+        return self.held_bytes()

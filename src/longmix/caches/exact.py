@@ -1,0 +1,204 @@
+"""`cache=exact`: every key and value, in buffers that grow in place; a window's in a ring.
+
+Forks share what was there: it becomes a segment of its own that nobody writes to (bifurcated attention, Athiwaratkun et
+al. 2024, arXiv 2403.08845), read once for all rows; parent and forks append to buffers of their own.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from longmix.caches.cache import Cache, CacheKind, CacheShape, NewTokens
+from longmix.caches.ring import RingCache
+from longmix.caches.segments import merged
+from longmix.caches.store import Store
+from longmix_kernels.attention import Segment, attention, decode_attention, sdpa
+from longmix_kernels.attention.decode import MOST_QUERIES
+
+MOST_SHARED = 4
+"""Shared segments of a cache; forks of forks of forks bring more, and then the two smallest become one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exact(CacheKind):
+    """Everything is remembered, or all of the window."""
+
+    name: ClassVar[str] = "exact"
+
+    def build(self, shape: CacheShape) -> Cache:
+        """An empty cache; a ring where the layer has a window."""
+        return ExactCache(self, shape) if shape.window is None else RingCache(self, shape)
+
+    def bytes(self, shape: CacheShape, length: int) -> int:
+        """All keys and values, or those of the window."""
+        return shape.token_bytes * (length if shape.window is None else min(length, shape.window))
+
+
+class ExactCache(Cache):
+    """Every key and value of a layer without a window. Slots are tokens in their order.
+
+    Attributes:
+        shared: segments that other caches read too, from the first token on: key and value [R, Hkv, n, .].
+        store: all tokens behind them.
+    """
+
+    def __init__(self, kind: CacheKind, shape: CacheShape) -> None:
+        super().__init__(kind, shape)
+        self.shared: list[tuple[Tensor, Tensor]] = []
+        self.store = Store()
+
+    @property
+    def shared_length(self) -> int:
+        """Tokens in shared segments."""
+        return sum(key.shape[2] for key, _ in self.shared)
+
+    def read(self, new: NewTokens, with_logsumexp: bool) -> tuple[Tensor, Tensor | None]:
+        """Append first, so that a single token finds its own key in place."""
+        if new.count > MOST_QUERIES or new.ids is not None:
+            return self._read_piece(new, with_logsumexp)
+        before = None if new.count == 1 else self.segments(new)
+        self.append(new)
+        output, logsumexp, _ = decode_attention(
+            new.query,
+            self.segments(new) if before is None else before,
+            scale=new.scale,
+            new=None if before is None else (new.key, new.value),
+            return_logsumexp=with_logsumexp,
+        )
+        return output, logsumexp
+
+    def append(self, new: NewTokens) -> None:
+        """Append in place."""
+        self.store.append(new.key, new.value)
+
+    def segments(self, new: NewTokens) -> list[Segment]:
+        """The shared segments and the rest; a row reads from the first token of its document on."""
+        parts = [*self.shared, self.store.used] if self.store.length else self.shared
+        if not self.ragged:
+            return [Segment(*part) for part in parts]
+        begins, found = self.length - self.next_position, []
+        for key, value in parts:
+            slots = key.shape[2]
+            found.append(Segment(key, value, first=begins.clamp(0, slots).to(torch.int32)))
+            begins = begins - slots
+        return found
+
+    def _read_piece(self, new: NewTokens, with_logsumexp: bool) -> tuple[Tensor, Tensor | None]:
+        """Attend from a piece of a prompt: to the store, which then has the piece, and to what is shared."""
+        self.append(new)
+        scores: dict[str, Any] = {"scale": new.scale}
+        if self.length == 0 and not self.ragged:
+            usual = new.scale is None and new.key.shape[3] == new.value.shape[3] and not with_logsumexp
+            if usual:
+                return sdpa(new.query, new.key, new.value), None
+        # slots are tokens in their order, so that a token's place and its position say where its document begins
+        token = torch.arange(self.length, self.length + new.count, device=new.positions.device)
+        begins, parts = token - new.positions, []
+        for key, value in self.shared:
+            slots = key.shape[2]
+            lo = begins.clamp(0, slots)[:, None].to(torch.int32)
+            repeats = self.shape.batch // key.shape[0]
+            key, value = (x.transpose(1, 2).repeat_interleave(repeats, 0) for x in (key, value))
+            bounds = {"lo": lo, "hi": torch.full_like(lo, slots)}
+            parts.append(attention(new.query, key, value, **bounds, **scores, return_logsumexp=True))
+            begins = begins - slots
+        key, value = (x.transpose(1, 2) for x in self.store.used) if self.store.length > new.count else (new.key, new.value)
+        bounds = {"lo": begins.clamp(min=0)[:, None].to(torch.int32)} if self.ragged else {}
+        parts.append(attention(new.query, key, value, **bounds, **scores, return_logsumexp=True))
+        return merged(parts)
+
+    def reserve(self, count: int) -> None:
+        """See `Cache.reserve`."""
+        self.store.reserve(count)
+
+    def fork(self, count: int) -> Self:
+        """Share what is there; the fork begins an empty store, and this cache goes on in its own behind what it has."""
+        other = self._changed(self.shape.batch * count, lambda x: x.repeat_interleave(count, 0))
+        other.shared, other.store = list(self.shared), Store()
+        if self.store.length:
+            other.shared.append(self.store.used)
+            self.store.frozen = self.store.length
+        while len(other.shared) > MOST_SHARED:
+            other._join()
+        return other
+
+    def keep(self, rows: Tensor) -> Self:
+        """Copy what is not shared by all rows."""
+        other = self._changed(len(rows), lambda x: x.index_select(0, rows.to(x.device)))
+        other.shared, other.store = [], Store()
+        for part in self.shared:
+            of_part = rows // (self.shape.batch // part[0].shape[0])
+            alone = part[0].shape[0] == 1
+            other.shared.append(part if alone else _rows_of(part, of_part))
+        if self.store.length:
+            other.store.key, other.store.value = _rows_of(self.store.used, rows)
+            other.store.length = self.store.length
+        return other
+
+    def _join(self) -> None:
+        """Make one segment of the two neighbours with the fewest numbers."""
+        sizes = [key.numel() for key, _ in self.shared]
+        at = min(range(len(sizes) - 1), key=lambda number: sizes[number] + sizes[number + 1])
+        both = self.shared[at : at + 2]
+        rows = max(part[0].shape[0] for part in both)
+        spread = [[x.repeat_interleave(rows // len(x), 0) for x in part] for part in both]
+        self.shared[at : at + 2] = [(torch.cat([p[0] for p in spread], 2), torch.cat([p[1] for p in spread], 2))]
+
+    def truncate(self, length: int) -> None:
+        """See `Cache.truncate`."""
+        dropped = self.length - length
+        if dropped < 0:
+            raise ValueError(f"there are {self.length} tokens, and {length} were to stay")
+        shared = self.shared_length
+        while shared > length:
+            key, value = self.shared.pop()
+            shared -= key.shape[2]
+            if shared < length:
+                self.shared.append((key[:, :, : length - shared], value[:, :, : length - shared]))
+                shared = length
+        self.store.truncate(length - shared)
+        self.length = length
+        self.next_position = self.next_position - dropped
+
+    def trimmed(self) -> dict[str, Any]:
+        """As in `Cache`, with `key` and `value` [B, Hkv, S, .] of all tokens, and what is shared once for all its rows."""
+        found = super().trimmed()
+        parts = [*self.shared, self.store.used] if self.store.length else self.shared
+        for number, part in enumerate(parts):
+            found |= {f"key_{number}": part[0].clone(), f"value_{number}": part[1].clone()}
+        return found
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """See `Cache.restore`."""
+        super().restore(saved)
+        self.shared, number = [], 0
+        while f"key_{number}" in saved:
+            self.shared.append((saved[f"key_{number}"], saved[f"value_{number}"]))
+            number += 1
+        if self.shared and len(self.shared[-1][0]) == self.shape.batch:
+            key, value = self.shared.pop()
+            self.store = Store(key, value, key.shape[2])
+
+    def held_bytes(self) -> int:
+        """What is shared counts once."""
+        parts = [*self.shared, self.store.used] if self.store.length else self.shared
+        return sum(x.numel() * x.element_size() for part in parts for x in part)
+
+    def spare_bytes(self) -> int:
+        """Room behind the last token."""
+        if self.store.key is None or self.store.value is None:
+            return 0
+        spare = self.store.capacity - self.store.length
+        return sum(x[:, :, :1].numel() * x.element_size() * spare for x in (self.store.key, self.store.value))
+
+    def _changed(self, batch: int, change: Any) -> Self:
+        other = super()._changed(batch, change)
+        other.shape = replace(self.shape, batch=batch)
+        return other
+
+
+def _rows_of(part: tuple[Tensor, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
+    key, value = part
+    return key.index_select(0, rows.to(key.device)), value.index_select(0, rows.to(key.device))

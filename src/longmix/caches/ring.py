@@ -1,0 +1,138 @@
+"""The ring of a window: the token at position p of its document lies in slot p mod `window`.
+
+Each row counts its own positions, so that a row's slots are in use from the first on, whatever the others' lengths.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from longmix.caches.cache import Cache, CacheKind, CacheShape, NewTokens
+from longmix.mixers.parts.attention_state import keys_like
+from longmix_kernels.attention import Segment, attention, decode_attention
+
+
+class RingCache(Cache):
+    """The latest `shape.window` keys and values of each row's document.
+
+    Attributes:
+        key, value: [B, Hkv, slots, .], with as many slots as the longest row has needed, at most the window.
+    """
+
+    tensors: ClassVar[tuple[str, ...]] = (*Cache.tensors, "key", "value")
+
+    def __init__(self, kind: CacheKind, shape: CacheShape) -> None:
+        super().__init__(kind, shape)
+        assert shape.window is not None
+        self.window = shape.window
+        self.key: Tensor | None = None
+        self.value: Tensor | None = None
+        self._wanted = 0
+
+    def reserve(self, count: int) -> None:
+        """See `Cache.reserve`."""
+        self._wanted = self.length + count
+
+    def read(self, new: NewTokens, with_logsumexp: bool) -> tuple[Tensor, Tensor | None]:
+        """Append a single token and read the ring; read a piece behind the ring, put in order, and then keep its end."""
+        if new.count == 1:
+            self.append(new)
+            segments = self.segments(new)
+            return decode_attention(
+                new.query, segments, scale=new.scale, return_logsumexp=with_logsumexp
+            )[:2]
+        key, value = self._in_order(new)
+        before, window = key.shape[1] - new.count, self.window
+        if self.ragged:
+            column = torch.arange(before, before + new.count, device=new.positions.device)
+            begins = torch.maximum(column - new.positions, column - (window - 1)).clamp(min=0)
+            bounds: dict[str, Any] = {"lo": begins[:, None].to(torch.int32)}
+        else:
+            bounds = {"window": window}
+        found = attention(new.query, key, value, **bounds, scale=new.scale, return_logsumexp=True)
+        self._keep_last(key, value, new.positions[:, -1])
+        return found
+
+    def append(self, new: NewTokens) -> None:
+        """Write a single token into its slot; the one a window before it goes."""
+        self._make_room(new, min(self.length + 1, self.window))
+        assert self.key is not None and self.value is not None
+        if not self.ragged:
+            slot = self.length % self.window
+            self.key[:, :, slot], self.value[:, :, slot] = new.key[:, 0], new.value[:, 0]
+            return
+        at = (new.positions % self.window)[:, None, :, None]  # [B, 1, 1, 1]
+        for ring, x in ((self.key, new.key), (self.value, new.value)):
+            x = x.transpose(1, 2)
+            ring.scatter_(2, at.expand_as(x), x)
+
+    def segments(self, new: NewTokens) -> list[Segment]:
+        """The slots in use after the new token was appended."""
+        assert self.key is not None and self.value is not None
+        used = min(self.length + 1, self.window)
+        key, value = self.key[:, :, :used], self.value[:, :, :used]
+        if not self.ragged:
+            return [Segment(key, value)]
+        return [Segment(key, value, count=(new.positions + 1).clamp(max=self.window).to(torch.int32))]
+
+    def _in_order(self, new: NewTokens) -> tuple[Tensor, Tensor]:
+        """The keys and values that new tokens may see, oldest first and their own last, [B, S, Hkv, .]."""
+        before = min(self.length, self.window - 1)
+        if before == 0 or self.key is None or self.value is None:
+            return new.key, new.value
+        offset = torch.arange(before, device=new.positions.device) - before
+        slot = (self.next_position[:, None] + offset) % self.window  # before a row's first token any slot will do
+        slot = slot.clamp(max=self.key.shape[2] - 1)[:, None, :, None]
+        found = []
+        for ring, own in ((keys_like(self.key, new.key), new.key), (self.value.to(new.value.dtype), new.value)):
+            old = ring.gather(2, slot.expand(-1, ring.shape[1], -1, ring.shape[3]))
+            found.append(torch.cat((old.transpose(1, 2), own), 1))
+        return found[0], found[1]
+
+    def _keep_last(self, key: Tensor, value: Tensor, last: Tensor) -> None:
+        """Fill the ring from keys in order, [B, S, Hkv, .], of which the last is at position `last` int64 [B]."""
+        columns = key.shape[1]
+        slots = min(columns, self.window)
+        slot = torch.arange(slots, device=last.device)
+        age = (last[:, None] - slot) % self.window  # how long ago the position came that belongs to the slot
+        column = (columns - 1 - age).clamp(min=0)[:, None, :, None]
+        rings = []
+        for x in (key, value):
+            x = x.transpose(1, 2)
+            rings.append(x.gather(2, column.expand(-1, x.shape[1], -1, x.shape[3])))
+        self.key, self.value = rings
+
+    def _make_room(self, new: NewTokens, least: int) -> None:
+        """Let there be `least` slots for tokens of the dtype of the new ones."""
+        if self.key is not None and self.value is not None:
+            if self.key.dtype != new.key.dtype or self.key.shape[3] != new.key.shape[3]:
+                self.key, self.value = keys_like(self.key, new.key), self.value.to(new.value.dtype)
+            if self.key.shape[2] >= least:
+                return
+        have = 0 if self.key is None else self.key.shape[2]
+        slots = min(self.window, max(2 * have, least, self._wanted, 16))
+        wide = [x.new_zeros(x.shape[0], x.shape[2], slots, x.shape[3]) for x in (new.key, new.value)]
+        if self.key is not None and self.value is not None:
+            wide[0][:, :, :have], wide[1][:, :, :have] = self.key, self.value
+        self.key, self.value = wide
+
+    def trimmed(self) -> dict[str, Any]:
+        """As in `Cache`, the slots in use."""
+        used = min(self.length, self.window)
+        cut = {name: None if x is None else x[:, :, :used].clone() for name, x in vars(self).items() if name in ("key", "value")}
+        return super().trimmed() | cut
+
+    def held_bytes(self) -> int:
+        """The slots in use."""
+        return self._slot_bytes() * min(self.length, self.window)
+
+    def spare_bytes(self) -> int:
+        """Slots that are not in use yet."""
+        have = 0 if self.key is None else self.key.shape[2]
+        return self._slot_bytes() * (have - min(self.length, self.window))
+
+    def _slot_bytes(self) -> int:
+        if self.key is None or self.value is None:
+            return 0
+        return sum(x[:, :, :1].numel() * x.element_size() for x in (self.key, self.value))

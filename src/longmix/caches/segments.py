@@ -1,0 +1,53 @@
+"""Attention of pieces of a prompt to segments, which hold what `decode_attention` reads for a few tokens."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from longmix_kernels.attention import Segment, attention, merge
+
+
+def attend_segments(
+    query: Tensor, segments: Sequence[Segment], *, scale: float | None = None, goes_on: Tensor | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """Attend from any number of queries to each segment, without causality.
+
+    Args:
+        query: [B, T, Hq, K].
+        segments: as in `decode_attention`.
+        scale: the factor on the scores, K ** -0.5 by default.
+        goes_on: bool [B, T], the queries that see the segments, which come first in each row; None for all.
+
+    Returns:
+        Output [B, T, Hq, V] and logsumexp [B, T, Hq] of each segment, as `merged` takes them.
+    """
+    return [_attended(query, each.gathered(), scale, goes_on) for each in segments if each.slots]
+
+
+def merged(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Output and logsumexp of one softmax over all parts."""
+    return parts[0] if len(parts) == 1 else merge(parts)
+
+
+def _attended(query: Tensor, segment: Segment, scale: float | None, goes_on: Tensor | None) -> tuple[Tensor, Tensor]:
+    batch, length, heads, _ = query.shape
+    slots = segment.slots
+    key, value = (_of_every_row(x, batch) for x in segment.numbers(query.dtype))
+    lo = query.new_zeros(1, 1, dtype=torch.int32) if segment.first is None else segment.first[:, None].clamp(min=0)
+    hi = torch.full_like(lo, slots) if segment.count is None else segment.count
+    if hi.shape[1] > 1:
+        hi = hi.repeat_interleave(heads // hi.shape[1], 1)
+    lo, hi = (x[..., None].expand(batch, -1, length) for x in torch.broadcast_tensors(lo, torch.maximum(lo, hi)))
+    if goes_on is not None:  # bounds may not fall along the queries: those that see nothing see it at the end
+        lo, hi = (torch.where(goes_on[:, None], x, slots) for x in (lo, hi))
+    lo, hi = (x.to(torch.int32).contiguous() for x in (lo, hi))
+    return attention(query, key, value, lo=lo, hi=hi, scale=scale, return_logsumexp=True)
+
+
+def _of_every_row(x: Tensor, batch: int) -> Tensor:
+    """Head-major [R, H, S, D] as [B, S, H, D], R a divisor of B; not copied where R is B or 1."""
+    x = x.transpose(1, 2)
+    if x.shape[0] == batch:
+        return x
+    return x.expand(batch, -1, -1, -1) if x.shape[0] == 1 else x.repeat_interleave(batch // x.shape[0], 0)
