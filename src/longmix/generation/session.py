@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_structure, tree_unflatten
 
+from longmix.caches.cache import CacheKind
+from longmix.caches.exact import Exact
 from longmix.checkpoints import load_tensors, reading, save_tensors
 from longmix.checkpoints.verify import check_weight
-from longmix.mixers.parts.states import mapped, named_leaves, total_bytes
+from longmix.mixers.parts.states import caches, named_leaves, total_bytes
+from longmix.mixers.parts.states import forked as forked_state
 from longmix.model.backbone import LanguageModel
 
 FORMAT, WITH_CLASSES, WITHOUT_DIGEST = 3, 2, 1
@@ -31,16 +34,18 @@ class Session:
     Args:
         model: in evaluation mode.
         batch: how many rows.
+        cache: what layers of attention keep of keys and values; None is `Exact`.
 
     Attributes:
-        state: the model's, after every token so far.
+        state: the model's, after every token so far; a step changes it in place.
         logits: float32 [B, V], scores of each row's next token; None before the first.
         length: tokens so far, padding included.
     """
 
-    def __init__(self, model: LanguageModel, batch: int) -> None:
+    def __init__(self, model: LanguageModel, batch: int, cache: CacheKind | None = None) -> None:
         self.model = model
-        self.state: Any = model.init_state(batch)
+        self.cache = Exact() if cache is None else cache
+        self.state: Any = model.decoding_state(batch, self.cache)
         self.logits: Tensor | None = None
         self.length = 0
         self.batch = batch
@@ -58,9 +63,18 @@ class Session:
             ids[row, longest - len(prompt) :] = 1
         padded = any(len(prompt) < longest for prompt in prompts)
         step = max(1, PREFILL_TOKENS // self.batch)
+        held = caches(self.state)
         for start in range(0, longest, step):
             piece = slice(start, start + step)
             self._advance(tokens[:, piece], ids[:, piece] if padded else None)
+            for cache in held:
+                if cache.kind.when == "piece" or start + step >= longest:
+                    cache.prompt_ended()
+
+    def reserve(self, count: int) -> None:
+        """Make room in the caches for `count` more tokens of each row; without it they double their room when full."""
+        for cache in caches(self.state):
+            cache.reserve(count)
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> None:
@@ -76,8 +90,8 @@ class Session:
     def fork(self, count: int) -> "Session":
         """Every row `count` times, as rows of a new session that go on independently of these."""
         forked = Session.__new__(Session)
-        forked.model, forked.length, forked.batch = self.model, self.length, self.batch * count
-        forked.state = mapped(self.state, lambda x: x.repeat_interleave(count, 0))
+        forked.model, forked.cache, forked.length, forked.batch = self.model, self.cache, self.length, self.batch * count
+        forked.state = forked_state(self.state, count)
         forked.logits = None if self.logits is None else self.logits.repeat_interleave(count, 0)
         return forked
 
@@ -90,7 +104,7 @@ class Session:
         Args:
             rows: all tokens of each row.
         """
-        session = Session(self.model, len(rows))
+        session = Session(self.model, len(rows), self.cache)
         device = self.model.head.weight.device
         session.prefill([torch.tensor(row, device=device) for row in rows])
         return session
