@@ -45,6 +45,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 SUPPLIED = {
     "block": set(),
+    "cache": set(),
     "data": {"tokenizer", "seq_len", "batch_size", "seed"},
     "logger": set(),
     "mixer": {"shape", "layer_index"},
@@ -56,6 +57,10 @@ SUPPLIED = {
     "trainer": set(),
 }
 """Arguments that longmix gives, per group; a new group of configurations needs its line here."""
+
+
+ENTRY_POINTS = {"task": "evaluate", "cache": "generate"}
+"""The command of each group that `train` does not have."""
 
 
 def names(group: str) -> list[str]:
@@ -93,7 +98,7 @@ def settings_of(compose_config):
     """The resolved node of one group's file."""
 
     def load(group: str, name: str) -> dict[str, Any]:
-        entry_point = "evaluate" if group == "task" else "train"
+        entry_point = ENTRY_POINTS.get(group, "train")
         needed = NEEDS.get(f"{group}={name}", [])
         config = filled(compose_config(f"{group}={name}", *needed, entry_point=entry_point))
         if group == "task":
@@ -122,7 +127,7 @@ class TestEveryFile:
     @pytest.mark.sampled(3)
     @pytest.mark.parametrize(("group", "name"), group_files())
     def test_what_the_user_must_give_is_asked_for_by_name(self, compose_config, group, name):
-        entry_point = "evaluate" if group == "task" else "train"
+        entry_point = ENTRY_POINTS.get(group, "train")
         config = compose_config(f"{group}={name}", *NEEDS.get(f"{group}={name}", []), entry_point=entry_point)
         missing = {key for key in OmegaConf.missing_keys(config) if key.startswith(group)}
         required = re.findall(r"^\s*\w+: \?\?\?", (CONFIGS / group / f"{name}.yaml").read_text(), re.MULTILINE)

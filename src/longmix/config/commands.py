@@ -381,6 +381,7 @@ class GenerateConfig:
         input: a file of prompts, JSON Lines such as {"prompt":"We","max_tokens":9}, whose answers go to output.
         output: file of JSON Lines to write to instead of printing; run again, it goes on with what it lacks.
         batch_tokens: of input: most tokens of rows that are continued at once, prompts and max_tokens together.
+        cache: what layers of attention keep of keys and values; null is exact, and with load what was saved.
         states: file of trained states that documents begin from, or the folder of the run that wrote it.
         weights: trained, or ema: their average over the steps of a run with loop.ema_decay.
         load: file of an earlier call to go on from.
@@ -410,6 +411,7 @@ class GenerateConfig:
     input: str | None = word(None, path=True)
     output: str | None = word(None, path=True)
     batch_tokens: int = word(16384, at_least(1))
+    cache: Choice | None = None
     states: str | None = word(None, path=True)
     weights: Literal["trained", "ema"] = "trained"
     load: str | None = word(None, path=True)
