@@ -1,5 +1,6 @@
 """Generation: every mixer's session against full passes, and the entry point."""
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -18,7 +19,7 @@ from longmix.generation import session as sessions
 from longmix.generation.run import generate
 from longmix.generation.session import Session
 from longmix.mixers.parts.base import Mixer, MixerOutput
-from longmix.mixers.parts.states import held_bytes, mixer_state
+from longmix.mixers.parts.states import held_bytes, mixer_state, named_leaves
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model, model_from_checkpoint
 from longmix.model.tuned_states_file import save_states, tune_states
@@ -283,7 +284,7 @@ WRONG_NAMES = {
     "text": (lambda x: x["state"].update({next(iter(x["state"])): "text"}), "'text' in the place of a"),
     "list": (lambda x: x.update(state=list(x["state"].values())), "in the place of a state"),
 }
-"""Only files of format 3, which hold tensors by name, can be wrong so."""
+"""Only files of formats 3 and 4, which hold tensors by name, can be wrong so."""
 
 WRONG = {
     "no-layers": (lambda x: x.update(state=5), "saved generation of this model"),
@@ -298,10 +299,10 @@ WRONG = {
     "no-logits": (lambda x: x.update(logits=None), "scores"),
     "about-list": (lambda x: x.update(about=[]), "what it is of"),
     "about-missing": (lambda x: x.pop("about"), "about"),
-    "format-text": (lambda x: x.update(format="3"), "has format 3"),
+    "format-text": (lambda x: x.update(format="4"), "has format 4"),
     "format-true": (lambda x: x.update(format=True), "has format True"),
     "format-missing": (lambda x: x.pop("format"), "format"),
-    "later-format": (lambda x: x.update(format=4), "has format 4"),
+    "later-format": (lambda x: x.update(format=5), "has format 5"),
     "truncated-state": (lambda x: shrink(x["state"]), "saved generation of this model"),
     "meta": (lambda x: shrink(x["state"], lambda t: t.to("meta")), "saved generation of this model"),
 }
@@ -378,11 +379,13 @@ def test_a_saved_text_of_anything_else_is_refused_by_name_and_runs_no_code(model
     session = Session(model, 2)
     session.prefill(prompts(7, 7))
     session.save(tmp_path / "saved", {})
-    for number, cases in ((2, WRONG | WRONG_OBJECTS), (3, WRONG | WRONG_NAMES)):
+    earlier = earlier_state(model, prompts(7, 7))
+    formats = {2: nested(earlier), 3: named_leaves(earlier)}
+    for number, cases in ((2, WRONG | WRONG_OBJECTS), (3, WRONG | WRONG_NAMES), (4, WRONG | WRONG_NAMES)):
         for name, (change, words) in cases.items():
             content = torch.load(tmp_path / "saved", weights_only=True)
-            if number == 2:
-                content |= {"format": 2, "state": nested(session.state)}
+            if number in formats:
+                content |= {"format": number, "state": copy.deepcopy(formats[number])}
             change(content)
             save_tensors(tmp_path / name, content)
             with pytest.raises(CheckpointError, match=words) as caught:
@@ -409,12 +412,28 @@ def test_a_file_of_the_format_before_goes_on_alike(model, tmp_path):
     session.prefill(prompts(37, 5))
     session.save(tmp_path / "saved", {})
     content = torch.load(tmp_path / "saved", weights_only=True)
-    assert content["format"] == 3
-    save_tensors(tmp_path / "earlier", content | {"format": 2, "state": nested(session.state)})
-    now, earlier = (Session.load(tmp_path / name, model, torch.device("cpu"))[0] for name in ("saved", "earlier"))
-    for each in (now, earlier, session):
-        each.step(torch.tensor([3, 4]))
-    assert torch.equal(now.logits, session.logits) and torch.equal(earlier.logits, session.logits)
+    assert content.pop("cache") == {"name": "exact", "settings": {"exact_layers": []}}
+    before = earlier_state(model, prompts(37, 5))
+    save_tensors(tmp_path / "2", content | {"format": 2, "state": nested(before)})
+    save_tensors(tmp_path / "3", content | {"format": 3, "state": named_leaves(before)})
+    loaded = [Session.load(tmp_path / name, model, torch.device("cpu"))[0] for name in ("saved", "2", "3")]
+    for step in range(9):
+        for each in (session, *loaded):
+            each.step(torch.tensor([3 + step, 4]))
+        assert torch.equal(loaded[0].logits, session.logits)
+        for each in loaded[1:]:
+            torch.testing.assert_close(each.logits, session.logits, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def earlier_state(model, given):
+    """The state after prompts as versions before caches had it."""
+    longest = max(map(len, given))
+    tokens, ids = torch.zeros(2, len(given), longest, dtype=torch.int64)
+    for row, prompt in enumerate(given):
+        tokens[row, longest - len(prompt) :], ids[row, longest - len(prompt) :] = prompt, 1
+    padded = bool((ids == 0).any())
+    return model(tokens, state=model.init_state(len(given)), document_ids=ids.int() if padded else None).state
 
 
 @mixer_state(bookkeeping=("count",))

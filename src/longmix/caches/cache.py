@@ -13,7 +13,7 @@ A kind is one file with these two classes, and one `configs/cache/NAME.yaml`.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from longmix.errors import ConfigError
 from longmix.mixers.parts.rotary import Rotary
 from longmix_kernels.attention import Segment, attention, decode_attention
 from longmix_kernels.attention.decode import MOST_QUERIES
+
+if TYPE_CHECKING:
+    from longmix.mixers.parts.attention_state import AttentionState
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,7 @@ class Cache:
                 "torch.no_grad(), or go on from `init_state`."
             )
         batch, length = query.shape[:2]
-        positions = positions.expand(batch, length)
+        positions = positions.long().expand(batch, length)
         new = NewTokens(query, key, value, positions, scale, ids)
         if ids is not None:
             self.ragged = True
@@ -281,16 +284,61 @@ class Cache:
         found = {name: getattr(self, name) for name in (*self.tensors, *self.numbers)}
         return {name: x.clone() if isinstance(x, Tensor) else x for name, x in found.items()}
 
-    def restore(self, saved: dict[str, Any]) -> None:
+    def restore(self, saved: dict[str, Any], name: str) -> None:
         """Become what `trimmed` gave, of a cache of the same kind and shape.
+
+        Args:
+            saved: from a file that anybody may have written.
+            name: of the cache, for messages.
 
         Raises:
             ValueError: it is no such thing.
         """
-        for name in (*self.tensors, *self.numbers):
-            if name not in saved:
-                raise ValueError(f"it lacks {name}")
-            setattr(self, name, saved[name])
+        for key in (*self.tensors, *self.numbers):
+            if key not in saved:
+                raise ValueError(f"it lacks {name}.{key}")
+            setattr(self, key, self._checked(saved.pop(key), getattr(self, key), f"{name}.{key}"))
+        if saved:
+            raise ValueError(f"it holds {next(iter(saved))!r} of {name}, which is in no state of this model")
+        if self.length < 0:
+            raise ValueError(f"its {name}.length is {self.length}")
+
+    def _checked(self, found: Any, like: Any, name: str) -> Any:
+        """What a file holds, if it can stand where `like` stands in an empty cache; None there is for keys or values.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        if isinstance(like, bool | int | float):
+            if type(found) is not type(like):
+                raise ValueError(f"it holds {found!r} in the place of a {type(like).__name__}")
+            return found
+        if found is None and like is None:
+            return found
+        if not isinstance(found, Tensor):
+            raise ValueError(f"it holds {found!r} in the place of a tensor")
+        wrong = found.layout != torch.strided or found.is_meta or found.is_quantized
+        wrong = wrong or found.ndim < 1 or found.shape[0] != self.shape.batch
+        if isinstance(like, Tensor):
+            wrong = wrong or found.shape != like.shape or found.dtype != like.dtype
+        if wrong:
+            raise ValueError(f"{name} has the shape {list(found.shape)}, which is no state of this model")
+        return found
+
+    def adopt(self, state: "AttentionState", length: int) -> None:
+        """Take over the keys and values of a mixer's own state after `length` tokens, as earlier versions saved them.
+
+        Raises:
+            ValueError: the kind cannot.
+        """
+        raise ValueError(f"cache={self.kind.name} cannot go on from a state of keys and values")
+
+    def _adopt(self, state: "AttentionState", length: int) -> None:
+        """The part of `adopt` that is common to all kinds."""
+        self.length, self.ragged = length, state.document_ids is not None
+        self.next_position, self.carried = state.next_position, state.carried
+        if state.last_id is not None:
+            self.document = state.last_id.to(torch.int32)
 
     def held_bytes(self) -> int:
         """Bytes of what is remembered of the tokens, over all rows: without spare room, ids, counts and `carried`."""

@@ -4,7 +4,7 @@ Forks share what was there: it becomes a segment of its own that nobody writes t
 al. 2024, arXiv 2403.08845), read once for all rows; parent and forks append to buffers of their own.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
@@ -14,6 +14,7 @@ from longmix.caches.cache import Cache, CacheKind, CacheShape, NewTokens
 from longmix.caches.ring import RingCache
 from longmix.caches.segments import merged
 from longmix.caches.store import Store
+from longmix.mixers.parts.attention_state import AttentionState
 from longmix_kernels.attention import Segment, attention, decode_attention, sdpa
 from longmix_kernels.attention.decode import MOST_QUERIES
 
@@ -75,11 +76,10 @@ class ExactCache(Cache):
 
     def segments(self, new: NewTokens) -> list[Segment]:
         """The shared segments and the rest; a row reads from the first token of its document on."""
-        parts = [*self.shared, self.store.used] if self.store.length else self.shared
         if not self.ragged:
-            return [Segment(*part) for part in parts]
+            return [Segment(*part) for part in self._parts()]
         begins, found = self.length - self.next_position, []
-        for key, value in parts:
+        for key, value in self._parts():
             slots = key.shape[2]
             found.append(Segment(key, value, first=begins.clamp(0, slots).to(torch.int32)))
             begins = begins - slots
@@ -163,28 +163,54 @@ class ExactCache(Cache):
         self.next_position = self.next_position - dropped
 
     def trimmed(self) -> dict[str, Any]:
-        """As in `Cache`, with `key` and `value` [B, Hkv, S, .] of all tokens, and what is shared once for all its rows."""
+        """As in `Cache`, with keys and values `key_0`, `value_0`, ... of the shared segments and of the rest."""
         found = super().trimmed()
-        parts = [*self.shared, self.store.used] if self.store.length else self.shared
-        for number, part in enumerate(parts):
-            found |= {f"key_{number}": part[0].clone(), f"value_{number}": part[1].clone()}
+        for number, (key, value) in enumerate(self._parts()):
+            found |= {f"key_{number}": key.clone(), f"value_{number}": value.clone()}
         return found
 
-    def restore(self, saved: dict[str, Any]) -> None:
+    def restore(self, saved: dict[str, Any], name: str) -> None:
         """See `Cache.restore`."""
-        super().restore(saved)
-        self.shared, number = [], 0
-        while f"key_{number}" in saved:
-            self.shared.append((saved[f"key_{number}"], saved[f"value_{number}"]))
-            number += 1
-        if self.shared and len(self.shared[-1][0]) == self.shape.batch:
-            key, value = self.shared.pop()
+        parts = []
+        while f"key_{len(parts)}" in saved:
+            number = len(parts)
+            parts.append((saved.pop(f"key_{number}"), saved.pop(f"value_{number}", None)))
+            self._check_part(*parts[-1], f"{name}.key_{number}")
+        super().restore(saved, name)
+        if sum(key.shape[2] for key, _ in parts) != self.length:
+            raise ValueError(f"{name} does not hold as many keys as it says")
+        self.shared, self.store = parts, Store()
+        if parts and parts[-1][0].shape[0] == self.shape.batch:
+            key, value = parts.pop()
             self.store = Store(key, value, key.shape[2])
+
+    def _check_part(self, key: Any, value: Any, name: str) -> None:
+        shape = self.shape
+        for x in (key, value):
+            if not isinstance(x, Tensor):
+                raise ValueError(f"it holds {x!r} in the place of a tensor")
+            wrong = x.layout != torch.strided or x.is_meta or x.is_quantized or not x.is_floating_point()
+            if wrong or x.ndim != 4 or x.shape[:3] != key.shape[:3] or x.dtype != key.dtype:
+                raise ValueError(f"{name} has the shape {list(x.shape)}, which is no state of this model")
+        rows, heads = key.shape[:2]
+        if rows < 1 or shape.batch % rows or heads != shape.key_heads or value.shape[3] != shape.value_dim:
+            raise ValueError(f"{name} has the shape {list(key.shape)}, which is no state of this model")
+
+    def adopt(self, state: AttentionState, length: int) -> None:
+        """See `Cache.adopt`."""
+        if state.key.shape[1] != length:
+            raise ValueError(f"it holds {state.key.shape[1]} keys of {length} tokens")
+        self._adopt(state, length)
+        self.store = Store()
+        self.store.append(state.key, state.value)
+
+    def _parts(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of the shared segments, and then of the store."""
+        return [*self.shared, self.store.used] if self.store.length else list(self.shared)
 
     def held_bytes(self) -> int:
         """What is shared counts once."""
-        parts = [*self.shared, self.store.used] if self.store.length else self.shared
-        return sum(x.numel() * x.element_size() for part in parts for x in part)
+        return sum(x.numel() * x.element_size() for part in self._parts() for x in part)
 
     def spare_bytes(self) -> int:
         """Room behind the last token."""
@@ -192,11 +218,6 @@ class ExactCache(Cache):
             return 0
         spare = self.store.capacity - self.store.length
         return sum(x[:, :, :1].numel() * x.element_size() * spare for x in (self.store.key, self.store.value))
-
-    def _changed(self, batch: int, change: Any) -> Self:
-        other = super()._changed(batch, change)
-        other.shape = replace(self.shape, batch=batch)
-        return other
 
 
 def _rows_of(part: tuple[Tensor, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from longmix.caches.cache import CacheKind
+from longmix.caches.exact import Exact
 from longmix.command_line.schema import configs_folder
 from longmix.config import Choice
 from longmix.errors import ConfigError
@@ -58,3 +59,28 @@ def built(choice: Choice) -> CacheKind:
 def settings_of(kind: CacheKind) -> dict[str, Any]:
     """The settings of a kind as plain values, as `kind_of` takes them."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(kind).items()}
+
+
+def kind_of_saved(saved: Any, given: CacheKind | None, path: str) -> CacheKind:
+    """The kind that a file says it was saved with; `Exact` if it says nothing, as earlier versions did.
+
+    Args:
+        saved: `{"name": ..., "settings": ...}`, or None.
+        given: the kind that the user asks for; None for that of the file.
+        path: of the file, for messages.
+
+    Raises:
+        ConfigError: another one was asked for, or there is none of this name.
+        ValueError: the file says no such thing.
+    """
+    if saved is None:
+        saved = {"name": Exact.name, "settings": settings_of(Exact())}
+    if not isinstance(saved, dict) or not isinstance(saved.get("name"), str) or not isinstance(saved.get("settings"), dict):
+        raise ValueError("it does not say which cache it was saved with")
+    name, settings = saved["name"], saved["settings"]
+    if given is None:
+        return kind_of(name, settings)
+    if (given.name, settings_of(given)) != (name, settings):
+        shown = " ".join([f"cache={name}", *(f"cache.{key}={value}" for key, value in settings.items())])
+        raise ConfigError(f"load={path} was saved with another cache; leave cache= out, or give {shown}.")
+    return given

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from longmix.caches.cache import Cache, CacheKind, CacheShape, NewTokens
-from longmix.mixers.parts.attention_state import keys_like
+from longmix.caches.store import LEAST_SLOTS
+from longmix.mixers.parts.attention_state import AttentionState, keys_like
 from longmix_kernels.attention import Segment, attention, decode_attention
 
 
@@ -56,7 +57,7 @@ class RingCache(Cache):
 
     def append(self, new: NewTokens) -> None:
         """Write a single token into its slot; the one a window before it goes."""
-        self._make_room(new, min(self.length + 1, self.window))
+        self._make_room(new.key, new.value, min(self.length + 1, self.window))
         assert self.key is not None and self.value is not None
         if not self.ragged:
             slot = self.length % self.window
@@ -103,25 +104,44 @@ class RingCache(Cache):
             rings.append(x.gather(2, column.expand(-1, x.shape[1], -1, x.shape[3])))
         self.key, self.value = rings
 
-    def _make_room(self, new: NewTokens, least: int) -> None:
-        """Let there be `least` slots for tokens of the dtype of the new ones."""
+    def _make_room(self, key: Tensor, value: Tensor, least: int) -> None:
+        """Let there be `least` slots for tokens such as these, [B, T, Hkv, .]."""
+        have = 0
         if self.key is not None and self.value is not None:
-            if self.key.dtype != new.key.dtype or self.key.shape[3] != new.key.shape[3]:
-                self.key, self.value = keys_like(self.key, new.key), self.value.to(new.value.dtype)
-            if self.key.shape[2] >= least:
+            if self.key.dtype != key.dtype or self.key.shape[3] != key.shape[3]:
+                self.key, self.value = keys_like(self.key, key), self.value.to(value.dtype)
+            have = self.key.shape[2]
+            if have >= least:
                 return
-        have = 0 if self.key is None else self.key.shape[2]
-        slots = min(self.window, max(2 * have, least, self._wanted, 16))
-        wide = [x.new_zeros(x.shape[0], x.shape[2], slots, x.shape[3]) for x in (new.key, new.value)]
+        slots = min(self.window, max(2 * have, least, self._wanted, LEAST_SLOTS))
+        wide = [x.new_zeros(x.shape[0], x.shape[2], slots, x.shape[3]) for x in (key, value)]
         if self.key is not None and self.value is not None:
             wide[0][:, :, :have], wide[1][:, :, :have] = self.key, self.value
         self.key, self.value = wide
 
     def trimmed(self) -> dict[str, Any]:
-        """As in `Cache`, the slots in use."""
-        used = min(self.length, self.window)
-        cut = {name: None if x is None else x[:, :, :used].clone() for name, x in vars(self).items() if name in ("key", "value")}
-        return super().trimmed() | cut
+        """As in `Cache`, with the slots in use."""
+        used, found = min(self.length, self.window), super().trimmed()
+        for name in ("key", "value"):
+            found[name] = None if found[name] is None else found[name][:, :, :used].contiguous()
+        return found
+
+    def restore(self, saved: dict[str, Any], name: str) -> None:
+        """See `Cache.restore`."""
+        super().restore(saved, name)
+        wanted = (self.shape.batch, self.shape.key_heads, min(self.length, self.window))
+        for x in (self.key, self.value):
+            if (x is None) != (self.length == 0) or (x is not None and (x.ndim != 4 or x.shape[:3] != wanted)):
+                raise ValueError(f"{name} does not hold the keys and values of a window")
+
+    def adopt(self, state: AttentionState, length: int) -> None:
+        """See `Cache.adopt`."""
+        kept = state.key.shape[1]
+        if kept < min(length, self.window - 1) or kept == 0:
+            raise ValueError(f"it holds {kept} keys of a window of {self.window}")
+        self._adopt(state, length)
+        self._keep_last(state.key, state.value, state.next_position - 1)
+        self._make_room(state.key, state.value, min(length, self.window))
 
     def held_bytes(self) -> int:
         """The slots in use."""

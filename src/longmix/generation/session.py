@@ -11,18 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_structure, tree_unflatten
 
 from longmix.caches.cache import CacheKind
 from longmix.caches.exact import Exact
+from longmix.caches.kinds import kind_of_saved, settings_of
 from longmix.checkpoints import load_tensors, reading, save_tensors
 from longmix.checkpoints.verify import check_weight
-from longmix.mixers.parts.states import caches, named_leaves, total_bytes
+from longmix.generation.saved import FORMAT, WITH_CLASSES, WITHOUT_CACHES, WITHOUT_DIGEST, restored_state, saved_state
+from longmix.mixers.parts.states import caches, total_bytes
 from longmix.mixers.parts.states import forked as forked_state
 from longmix.model.backbone import LanguageModel
-
-FORMAT, WITH_CLASSES, WITHOUT_DIGEST = 3, 2, 1
-"""Format 3 has the leaves of a state by name; earlier ones have nested lists and objects with the names of classes."""
 
 PREFILL_TOKENS = 4096
 """Tokens of prompts, over all rows, that pass the model at once, which bounds the memory."""
@@ -121,7 +119,8 @@ class Session:
         """
         content = {
             "format": FORMAT,
-            "state": named_leaves(self.state),
+            "state": saved_state(self.state),
+            "cache": {"name": self.cache.name, "settings": settings_of(self.cache)},
             "logits": self.logits,
             "length": self.length,
             "batch": self.batch,
@@ -130,17 +129,26 @@ class Session:
         save_tensors(path, content)
 
     @classmethod
-    def load(cls, path: Path, model: LanguageModel, device: torch.device) -> tuple["Session", dict[str, Any]]:
+    def load(
+        cls, path: Path, model: LanguageModel, device: torch.device, cache: CacheKind | None = None
+    ) -> tuple["Session", dict[str, Any]]:
         """The session that `save` wrote, and its `about`; loading runs no code of the file.
+
+        Args:
+            path: the file.
+            model: the model it was saved with.
+            device: where the tensors go.
+            cache: the kind it was saved with, which need not be said if it is one of longmix.
 
         Raises:
             CheckpointError: there is no such file, or it is damaged, of another format or of another model.
+            ConfigError: it was saved with another cache.
         """
         content = load_tensors(
             path,
             "saved generation",
             format_number=FORMAT,
-            earlier=(WITH_CLASSES,),
+            earlier=(WITHOUT_CACHES, WITH_CLASSES),
             without_digest=WITHOUT_DIGEST,
             device=device,
         )
@@ -149,10 +157,10 @@ class Session:
             session.model, session.batch, session.length = model, content["batch"], content["length"]
             session.logits, about = content["logits"], content["about"]
             session._check_sizes()
-            leaves = content["state"] if content["format"] == FORMAT else _by_name(content["state"])
-            if not isinstance(leaves, dict):
-                raise ValueError(f"it holds a {type(leaves).__name__} in the place of a state")
-            session.state = _restored(leaves, model.init_state(session.batch), session.batch)
+            session.cache = kind_of_saved(content.get("cache"), cache, str(path))
+            session.state = restored_state(content, model, session.batch, session.cache)
+            if any(each.length != session.length for each in caches(session.state)):
+                raise ValueError("its caches hold another number of tokens than it says")
             if not isinstance(about, dict):
                 raise ValueError("it does not say what it is of")
             session._check_goes_on(device)
@@ -171,49 +179,3 @@ class Session:
     def _check_goes_on(self, device: torch.device) -> None:
         """Read one more token on a copy, so that sizes which do not fit show at once, whatever the mixers."""
         self.fork(1).step(torch.zeros(self.batch, dtype=torch.int64, device=device))
-
-
-def _restored(found: dict[str, Any], begun: Any, batch: int) -> Any:
-    """The state with the leaves that a file holds by name, in the structure of the empty state.
-
-    Classes that a file names are never looked up: the structure is that of the model's own state.
-
-    Raises:
-        ValueError: they are not the leaves of such a state.
-    """
-    known, structure = named_leaves(begun), tree_structure(begun)
-    if stranger := next((name for name in found if name not in known), None):
-        raise ValueError(f"it holds {stranger!r}, which is in no state of this model")
-    leaves = []
-    for name, like in known.items():
-        if name not in found and like is not None:
-            raise ValueError(f"it lacks {name}, which every state of this model has")
-        leaf = found.get(name)
-        if isinstance(leaf, Tensor):
-            _check_tensor(leaf, like, batch)
-        elif like is not None and type(leaf) is not type(like):
-            raise ValueError(f"it holds {leaf!r} in the place of a {type(like).__name__}")
-        elif like is None and leaf is not None:
-            raise ValueError(f"it holds {leaf!r} in the place of a tensor")
-        leaves.append(leaf)
-    return tree_unflatten(leaves, structure)
-
-
-def _check_tensor(found: Tensor, like: Any, batch: int) -> None:
-    wrong = found.layout != torch.strided or found.is_meta or found.is_quantized
-    wrong = wrong or found.ndim < 1 or found.shape[0] != batch or not isinstance(like, Tensor | None)
-    if isinstance(like, Tensor):
-        wrong = wrong or found.ndim != like.ndim or found.is_floating_point() != like.is_floating_point()
-    if wrong:
-        raise ValueError(f"it holds a tensor of shape {list(found.shape)} that is no state of this model")
-
-
-def _by_name(nested: Any, path: str = "") -> dict[str, Any]:
-    """The leaves by name of a state as files of format 2 hold it: lists, and the fields of objects by name."""
-    if isinstance(nested, list):
-        parts = [_by_name(part, f"{path}[{number}]") for number, part in enumerate(nested)]
-    elif isinstance(nested, dict):
-        parts = [_by_name(part, f"{path}.{name}") for name, part in nested["fields"].items()]
-    else:
-        return {path: nested}
-    return {name: leaf for part in parts for name, leaf in part.items()}

@@ -88,10 +88,15 @@ def named_leaves(state: Any) -> dict[str, Any]:
 
     A node of a pytree that was registered without names has its leaves numbered, and so have all others then.
     """
+    return dict(leaves_with_names(state))
+
+
+def leaves_with_names(state: Any) -> list[tuple[str, Any]]:
+    """The names and leaves of `named_leaves`, in order."""
     try:
-        return {keystr(path): leaf for path, leaf in tree_flatten_with_path(state)[0]}
+        return [(keystr(path), leaf) for path, leaf in tree_flatten_with_path(state)[0]]
     except ValueError:
-        return {str(number): leaf for number, leaf in enumerate(tree_leaves(state))}
+        return [(str(number), leaf) for number, leaf in enumerate(tree_leaves(state))]
 
 
 def held_bytes(state: Any) -> tuple[int, int]:
