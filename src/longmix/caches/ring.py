@@ -52,7 +52,7 @@ class RingCache(Cache):
         else:
             bounds = {"window": window}
         found = attention(new.query, key, value, **bounds, scale=new.scale, return_logsumexp=True)
-        self._keep_last(key, value, new.positions[:, -1])
+        self._keep_last(key, value, new.positions[:, -1], self.length + new.count)
         return found
 
     def append(self, new: NewTokens) -> None:
@@ -91,11 +91,17 @@ class RingCache(Cache):
             found.append(torch.cat((old.transpose(1, 2), own), 1))
         return found[0], found[1]
 
-    def _keep_last(self, key: Tensor, value: Tensor, last: Tensor) -> None:
-        """Fill the ring from keys in order, [B, S, Hkv, .], of which the last is at position `last` int64 [B]."""
+    def _keep_last(self, key: Tensor, value: Tensor, last: Tensor, length: int) -> None:
+        """Fill the ring from keys in order, [B, S, Hkv, .], of which the last is at position `last` int64 [B].
+
+        One key less than the window is enough: the next token takes the slot of the one that is missing.
+
+        Args:
+            key, value, last: see above.
+            length: tokens of a row, the last one among them.
+        """
         columns = key.shape[1]
-        slots = min(columns, self.window)
-        slot = torch.arange(slots, device=last.device)
+        slot = torch.arange(min(length, self.window), device=last.device)
         age = (last[:, None] - slot) % self.window  # how long ago the position came that belongs to the slot
         column = (columns - 1 - age).clamp(min=0)[:, None, :, None]
         rings = []
@@ -140,8 +146,7 @@ class RingCache(Cache):
         if kept < min(length, self.window - 1) or kept == 0:
             raise ValueError(f"it holds {kept} keys of a window of {self.window}")
         self._adopt(state, length)
-        self._keep_last(state.key, state.value, state.next_position - 1)
-        self._make_room(state.key, state.value, min(length, self.window))
+        self._keep_last(state.key, state.value, state.next_position - 1, length)
 
     def held_bytes(self) -> int:
         """The slots in use."""
