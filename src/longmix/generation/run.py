@@ -13,6 +13,8 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from longmix.allocation import allocation_errors
+from longmix.caches.cache import CacheKind
+from longmix.caches.kinds import built
 from longmix.checkpoints import reading
 from longmix.checkpoints.store import final_name
 from longmix.config import GenerateConfig, read
@@ -41,7 +43,7 @@ class Generated:
         continuations: of each row; rows of one prompt follow each other.
         ids: tokens of each row, prompt included.
         tokens_per_second: of all rows together, without reading the prompt.
-        state_bytes: bytes of the state of all rows.
+        state_bytes: bytes of the state of all rows, without spare room in caches.
     """
 
     continuations: list[Continuation]
@@ -93,11 +95,12 @@ def _generated(config: GenerateConfig, model: Callable[[], Restored], shown: boo
     if config.save is not None:
         check_file("save", config.save)
         check_replaceable(Path(config.save))
+    cache = None if config.cache is None else built(config.cache)
     restored = model()
     console = Console(stderr=True, quiet=not shown)
     choosing = Choosing.of(config, restored.tokenizer, restored.model.vocab_size)
     with restored.autocast(), allocation_errors("generating so many rows", "give fewer samples, or fewer prompts."):
-        session, rows = _begun(config, restored, prompts, console)
+        session, rows = _begun(config, restored, prompts, cache, console)
         began = time.perf_counter()
         _write(session, rows, choosing, shown)
         seconds, state_bytes = time.perf_counter() - began, session.state_bytes()
@@ -106,7 +109,8 @@ def _generated(config: GenerateConfig, model: Callable[[], Restored], shown: boo
         console.print("every text in the saved generation has ended; nothing was added", highlight=False)
     console.print(
         f"{counted(produced, 'token')} in {seconds:.2f} s ({produced / seconds:,.1f} tokens/s); "
-        f"state {state_bytes / 2**20:.2f} MiB after {counted(session.length, 'token')}",
+        f"state {state_bytes / 2**20:.2f} MiB after {counted(session.length, 'token')}, of which a token reads "
+        f"{session.read_bytes() / 2**20:.2f}; {session.spare_bytes() / 2**20:.2f} spare",
         highlight=False,
     )
     ids = [row.ids for row in rows]
@@ -151,18 +155,19 @@ def given_prompts(config: GenerateConfig) -> list[str]:
 
 
 def _begun(
-    config: GenerateConfig, restored: Restored, prompts: list[str], console: Console
+    config: GenerateConfig, restored: Restored, prompts: list[str], cache: CacheKind | None, console: Console
 ) -> tuple[Session, list[Writing]]:
     """A session that has read the prompts or was loaded, and its rows."""
     samples = config.samples
     check_rows(restored, samples * max(1, len(prompts)), f"samples={samples}")
     if config.load is not None:
-        session, standing = _loaded(config, restored)
+        session, standing = _loaded(config, restored, cache)
         check_rows(restored, samples * session.batch, f"samples={samples}")
     else:
         ids = [encoded(restored.tokenizer, prompt) for prompt in prompts]
         standing = [Standing(row, len(row), key_of(config.seed or 0, row)) for row in ids]
-        session = Session(restored.model, len(ids))
+        session = Session(restored.model, len(ids), cache)
+        session.reserve(max(map(len, ids)) + (config.max_tokens if samples == 1 else 0))
         began = time.perf_counter()
         session.prefill([torch.tensor(row, device=restored.device) for row in ids])
         seconds, count = time.perf_counter() - began, sum(map(len, ids))
@@ -179,18 +184,21 @@ def _begun(
         for one in standing
         for sample in range(samples)
     ]
-    return session.fork(samples), rows
+    if samples > 1:
+        session = session.fork(samples)
+    session.reserve(config.max_tokens)
+    return session, rows
 
 
-def _loaded(config: GenerateConfig, restored: Restored) -> tuple[Session, list[Standing]]:
+def _loaded(config: GenerateConfig, restored: Restored, cache: CacheKind | None) -> tuple[Session, list[Standing]]:
     """A saved session and its rows.
 
     Raises:
         CheckpointError: the file is no saved generation of this model.
-        ConfigError: it is of other weights or settings.
+        ConfigError: it is of other weights or settings, or of another cache.
     """
     assert config.load is not None
-    session, about = Session.load(Path(config.load), restored.model, restored.device)
+    session, about = Session.load(Path(config.load), restored.model, restored.device, cache)
     own = identity(restored)
     about = {"weights": own["weights"], "states": own["states"], "mixer": {}, **about}  # earlier versions did not say
     if about["mixer"] != own["mixer"]:

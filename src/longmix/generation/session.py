@@ -26,6 +26,10 @@ PREFILL_TOKENS = 4096
 """Tokens of prompts, over all rows, that pass the model at once, which bounds the memory."""
 
 
+RESERVED = 65536
+"""The most tokens of a row that room is made for at once."""
+
+
 class Session:
     """Rows of text that can be continued.
 
@@ -70,9 +74,12 @@ class Session:
                     cache.prompt_ended()
 
     def reserve(self, count: int) -> None:
-        """Make room in the caches for `count` more tokens of each row; without it they double their room when full."""
+        """Make room in the caches for `count` more tokens of each row; without it they double their room when full.
+
+        Beyond `RESERVED` tokens they double it anyway, since a text may end before.
+        """
         for cache in caches(self.state):
-            cache.reserve(count)
+            cache.reserve(min(count, RESERVED))
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> None:
@@ -108,8 +115,17 @@ class Session:
         return session
 
     def state_bytes(self) -> int:
-        """Bytes of all tensors of the state."""
+        """Bytes of the state of all rows, without spare room in caches."""
         return total_bytes(self.state)
+
+    def read_bytes(self) -> int:
+        """Bytes of the state that the last token of all rows read; of what is no cache, all."""
+        held = caches(self.state)
+        return total_bytes(self.state) - sum(cache.held_bytes() - cache.read_bytes() for cache in held)
+
+    def spare_bytes(self) -> int:
+        """Bytes of the room in caches for later tokens."""
+        return sum(cache.spare_bytes() for cache in caches(self.state))
 
     def save(self, path: Path, about: dict[str, Any]) -> None:
         """Write everything needed to go on, and `about`, which must be of tensors, numbers and texts.

@@ -20,7 +20,7 @@ from longmix.aliases import renewed
 from longmix.config import ModelConfig, Plain, StoredConfig, plain
 from longmix.errors import CheckpointError, ConfigError
 from longmix.interop.huggingface.seal import check_seal
-from longmix.mixers.parts.states import mapped
+from longmix.mixers.parts.states import forked, with_rows
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model
 from longmix.model.tuned_states_file import memory_features, tune_states, tuned_states
@@ -115,7 +115,7 @@ class StateCache(Cache):
     """The states of a model's mixers after the tokens so far, in the place of keys and values.
 
     Args:
-        state: of `LanguageModel.init_state`, one entry per layer.
+        state: of `LanguageModel.decoding_state`, or `init_state` where gradients are kept; one entry per layer.
     """
 
     is_compileable = False
@@ -137,7 +137,7 @@ class StateCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep the rows that beam search goes on with."""
-        self._change(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self.state = with_rows(self.state, beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
@@ -145,7 +145,7 @@ class StateCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
-        self._change(lambda x: x.repeat_interleave(repeats, 0))
+        self.state = forked(self.state, repeats)
 
     def crop(self, *_: Any) -> None:
         """Refused, since a state cannot forget its latest tokens.
@@ -154,9 +154,6 @@ class StateCache(Cache):
             ValueError: always.
         """
         raise ValueError("a longmix model cannot take tokens back: its state holds no trace of single tokens.")
-
-    def _change(self, change: Any) -> None:
-        self.state = mapped(self.state, change)
 
 
 class LongmixForCausalLM(PreTrainedModel, GenerationMixin):
@@ -254,7 +251,9 @@ class LongmixForCausalLM(PreTrainedModel, GenerationMixin):
         batch, length = input_ids.shape
         cache = past_key_values if cache is None else cache
         if cache is None and use_cache:
-            cache = StateCache(self.model.init_state(batch))
+            # caches of keys and values are for inference
+            begin = self.model.init_state if torch.is_grad_enabled() else self.model.decoding_state
+            cache = StateCache(begin(batch))
         past = 0 if cache is None else cache.length
         output = self.model(
             input_ids,
