@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from longmix_kernels.attention.segments import Segment
 
@@ -42,6 +43,12 @@ def torch_decode(
     batch, length, heads, _ = query.shape
     exact = torch.promote_types(query.dtype, torch.float32)
     key_heads = segments[0].key.shape[1] if new is None else new[0].shape[2]
+    if not (return_logsumexp or return_weights) and _is_usual(query, segments, new):
+        # rows of one kernel, which converts half precision as it reads
+        key, value = segments[0].key, segments[0].value
+        rows = query.view(batch, key_heads, -1, query.shape[-1])
+        output = F.scaled_dot_product_attention(rows, key, value, scale=scale)
+        return output.reshape(batch, length, heads, value.shape[-1]), None, None
     # [B, Hkv, G * T, K]: the rows of a product are the queries of a key head
     rows = (query.to(exact) * scale).transpose(1, 2).reshape(batch, key_heads, -1, query.shape[-1])
     sets: list[list[tuple[Segment, torch.Tensor | None]]] = [[*_runs(each, exact)] for each in segments]
@@ -69,6 +76,17 @@ def torch_decode(
         return output.to(query.dtype), None, weights
     logsumexp = logsumexp.unflatten(2, (-1, length)).squeeze(-1).permute(0, 3, 1, 2).reshape(batch, length, heads)
     return output.to(query.dtype), logsumexp, weights
+
+
+def _is_usual(
+    query: torch.Tensor, segments: Sequence[Segment], new: tuple[torch.Tensor, torch.Tensor] | None
+) -> bool:
+    """Say whether one query of each head reads all of one segment of its own, heads as wide as values."""
+    if new is not None or len(segments) != 1 or query.shape[1] > 1:
+        return False
+    one = segments[0]
+    plain = one.count is None and one.first is None and one.index is None and one.key.dtype == query.dtype
+    return plain and one.value.dtype == query.dtype and one.rows == len(query) and one.key.shape[3] == one.value.shape[3]
 
 
 def _runs(segment: Segment, dtype: torch.dtype) -> Iterator[tuple[Segment, None]]:

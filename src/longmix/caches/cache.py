@@ -137,7 +137,6 @@ class Cache:
 
     Attributes:
         length: tokens seen, padding included.
-        next_position: int64 [B], the position in its document that the next token of each row takes.
         document: int32 [B], the document of the last token.
         ragged: whether documents were ever told apart, so that rows may differ in length.
         carried: [B, ...], what else the mixer needs of the tokens before; None for nothing.
@@ -153,9 +152,18 @@ class Cache:
         self.kind, self.shape = kind, shape
         self.length = 0
         self.ragged = False
-        self.next_position = torch.zeros(shape.batch, dtype=torch.int64, device=shape.device)
+        self._last_position = torch.full((shape.batch,), -1, dtype=torch.int64, device=shape.device)
         self.document = torch.zeros(shape.batch, dtype=torch.int32, device=shape.device)
         self.carried: Tensor | None = None
+
+    @property
+    def next_position(self) -> Tensor:
+        """int64 [B], the position in its document that the next token of each row takes."""
+        return self._last_position + 1
+
+    @next_position.setter
+    def next_position(self, positions: Tensor) -> None:
+        self._last_position = positions - 1
 
     @property
     def last_id(self) -> Tensor | None:
@@ -201,7 +209,7 @@ class Cache:
             new.goes_on = positions > torch.arange(length, device=positions.device)
         found = self.read(new, return_logsumexp or self.kind.wants_weights)
         self.length += length
-        self.next_position = positions[:, -1] + 1
+        self._last_position = positions[:, -1]
         if ids is not None:
             self.document = ids[:, -1].to(torch.int32)
         return found
@@ -351,7 +359,7 @@ class Cache:
 
     def bookkeeping_bytes(self) -> int:
         """Bytes of what says where rows are and what is valid, over all rows."""
-        return self.next_position.nbytes + self.document.nbytes
+        return self._last_position.nbytes + self.document.nbytes
 
     def read_bytes(self) -> int:
         """Bytes of keys, values and what chooses them that the last token read, over all rows; all by default."""

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from longmix.caches.cache import CacheKind
+from longmix.caches.cache import Cache, CacheKind
 from longmix.caches.exact import Exact
 from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
 from longmix.mixers.parts.attention_dropout import check_dropout
 from longmix.mixers.parts.base import Mixer, MixerOutput, ModelShape
 from longmix.mixers.parts.documents import told_apart
-from longmix.mixers.parts.layout import Layout, LayoutNeeds, layouts, needs_of
+from longmix.mixers.parts.layout import Layout, LayoutNeeds, layout_after, layouts, needs_of
 from longmix.mixers.parts.metrics import Metric
 from longmix.model.blocks import Block, BlockStyle, Standard
 from longmix.model.head import capped, hits, scored, token_losses
@@ -245,17 +245,33 @@ class LanguageModel(nn.Module):
         document_starts: Tensor | None,
         positions_before: Tensor | None,
     ) -> list[Layout | None]:
-        """Each layer's layout; layers that need the same share one. None after a state, of which each has its own."""
+        """Each layer's layout; layers that need the same share one. None after a state of the layer's own."""
+        before_layers = [None] * len(self.blocks) if state is None else [each.mixer for each in state]
+        cache = next((each for each in before_layers if isinstance(each, Cache)), None)
+        if cache is not None:
+            return self._layouts_after(cache, before_layers, tokens, document_ids)
         slices: Slices | None = None
         needs: list[LayoutNeeds | None] = []
-        for index, mixer in enumerate(self.mixers()):
-            before = None if state is None else state[index].mixer
+        for mixer, before in zip(self.mixers(), before_layers, strict=True):
             begins = isinstance(before, Slices) and before.carried is None
             slices = before if begins else slices
             needs.append(needs_of(mixer) if begins or before is None else None)
         wanted = {need for need in needs if need is not None}
         made = layouts(wanted, tokens, document_ids, document_starts, slices, positions_before)
         return [None if need is None else made[need] for need in needs]
+
+    def _layouts_after(
+        self, cache: Cache, states: Sequence[Any], tokens: Tensor, document_ids: Tensor | None
+    ) -> list[Layout | None]:
+        """The layouts of layers with caches, all of which have read the tokens that one of them has."""
+        made: dict[LayoutNeeds, Layout] = {}
+        found: list[Layout | None] = []
+        for mixer, state in zip(self.mixers(), states, strict=True):
+            need = needs_of(mixer) if isinstance(state, Cache) else None
+            if need is not None and need not in made:
+                made[need] = layout_after(need, cache, document_ids, tokens.shape[1], tokens.device)
+            found.append(None if need is None else made[need])
+        return found
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores over the vocabulary, float32 or better: [..., D] -> [..., V]."""

@@ -368,11 +368,12 @@ class SoftmaxAttention(Mixer):
 
         Args:
             x, state, document_ids: see `Mixer.forward`.
-            layout: what `layouts` makes of these rows; None makes it here, as after a state.
+            layout: what `layouts` makes of these rows, or `layout_after` of a cache; None makes it here, as after a state
+                of the mixer's own.
         """
         batch, length = checked_sizes(x, self.d_model, document_ids, state, (self.state_type(), Slices, Cache))
         ids = continued_ids(document_ids, state, batch, length)
-        if layout is None or not (state is None or isinstance(state, Slices)):
+        if layout is None or not (state is None or isinstance(state, Slices | Cache)):
             layout = layout_after(self.layout_needs(), state, ids, length, x.device)
         query, key, value = self.project(rounded_once(x))
         routing = x if self.head_router is None else self.head_router.reads(x, query)
