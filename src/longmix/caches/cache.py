@@ -209,7 +209,8 @@ class Cache:
             new.goes_on = positions > torch.arange(length, device=positions.device)
         found = self.read(new, return_logsumexp or self.kind.wants_weights)
         self.length += length
-        self._last_position = positions[:, -1]
+        last = positions[:, -1]
+        self._last_position = last if length == 1 else last.clone()  # not a view of all of a piece
         if ids is not None:
             self.document = ids[:, -1].to(torch.int32)
         return found

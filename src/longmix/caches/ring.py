@@ -61,7 +61,8 @@ class RingCache(Cache):
         assert self.key is not None and self.value is not None
         if not self.ragged:
             slot = self.length % self.window
-            self.key[:, :, slot], self.value[:, :, slot] = new.key[:, 0], new.value[:, 0]
+            self.key[:, :, slot : slot + 1] = new.key.transpose(1, 2)
+            self.value[:, :, slot : slot + 1] = new.value.transpose(1, 2)
             return
         at = (new.positions % self.window)[:, None, :, None]  # [B, 1, 1, 1]
         for ring, x in ((self.key, new.key), (self.value, new.value)):

@@ -1,5 +1,8 @@
 """Decode attention against its definition, the definition against `attention`, and attention mass against weights."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from tests.kernels.attention.decode_cases import BATCH, GROUP, KEY_HEADS, WIDTH, calls, plain, random
@@ -16,6 +19,7 @@ from longmix_kernels.attention import (
 )
 from longmix_kernels.attention.segments import unpacked
 
+FIXTURES = Path(__file__).parents[2] / "fixtures" / "inference_side"
 NAMES = list(calls())
 
 
@@ -141,3 +145,51 @@ def test_merge_of_extreme_parts_stays_exact():
     found = decode_attention(query, [near, far], return_logsumexp=True)[:2]
     parts = [decode_attention(query, [each], return_logsumexp=True)[:2] for each in (near, far)]
     torch.testing.assert_close(found, merge(parts), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("case", ["case0", "case1"])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_equals_the_published_attention_to_a_shared_prefix(backend, case):
+    found = fixture("bifurcated", case)
+
+    def segment(name):
+        return Segment(*(found[f"{name}_{part}"].transpose(1, 2) for part in ("key", "value")))
+
+    segments = [segment("prefix"), segment("own")]
+    assert segments[0].rows == 1 < segments[1].rows
+    options = {"return_logsumexp": True, "backend": backend}
+    output, logsumexp, _ = decode_attention(found["query"], segments, **options)
+    torch.testing.assert_close(output, found["output"], rtol=0, atol=1e-12)
+    torch.testing.assert_close(output, found["plain_output"], rtol=0, atol=1e-12)
+    torch.testing.assert_close(logsumexp, found["logsumexp"], rtol=0, atol=1e-12)
+    for name, one in zip(("prefix", "own"), segments, strict=True):
+        part = decode_attention(found["query"], [one], **options)
+        torch.testing.assert_close(part[0], found[f"{name}_output"], rtol=0, atol=1e-12)
+        torch.testing.assert_close(part[1], found[f"{name}_logsumexp"], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", ["case0", "case1"])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_parts_far_apart_merge_where_a_running_form_overflows(case, dtype, bound):
+    found = {name: x.to(dtype) for name, x in fixture("merge", case).items()}
+    parts = list(zip(found["outputs"], found["logsumexps"], strict=True))
+    mine = decode_torch._merged([decode_torch.Part(o, lse.unsqueeze(-1), None) for o, lse in parts])
+    for output, logsumexp in (merge(parts), (mine[0], mine[1].squeeze(-1))):
+        torch.testing.assert_close(output, found["output"], rtol=0, atol=bound)
+        torch.testing.assert_close(logsumexp, found["logsumexp"], rtol=0, atol=bound)
+    if case == "case1":
+        assert found["authors_logsumexp"].isinf().any()
+
+
+def fixture(name, case):
+    stored = np.load(FIXTURES / f"{name}.npz")
+    return {key.partition(".")[2]: torch.from_numpy(stored[key]).double() for key in stored if key.startswith(case)}
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_order_of_slots_does_not_matter(backend):
+    call = calls()["new-after"]
+    one, order = call["segments"][0], torch.randperm(37)
+    moved = Segment(one.key[:, :, order], one.value[:, :, order])
+    found, other = (run(call | {"segments": [each]}, backend=backend)[0] for each in (one, moved))
+    torch.testing.assert_close(found, other, rtol=0, atol=1e-13)
