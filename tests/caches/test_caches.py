@@ -338,7 +338,7 @@ def test_layers_that_are_to_be_exact_are():
     model = model_of()
     state = model.decoding_state(1, Other(exact_layers=(-1,)))
     assert [cache.kind.name for cache in caches(state)] == ["other", "exact"]
-    with pytest.raises(ConfigError, match="cache=other keeps keys and values of full attention.* they are GLA; use"):
+    with pytest.raises(ConfigError, match=r"cache=other keeps keys and values of full attention.* they are GLA; use"):
         model_of(GLA).decoding_state(1, Other())
     with pytest.raises(ConfigError, match="no layer takes it: they are SlidingWindow"):
         model_of(SlidingWindow).decoding_state(1, Other())
@@ -347,7 +347,7 @@ def test_layers_that_are_to_be_exact_are():
 def test_a_kind_that_is_none_is_named():
     with pytest.raises(ConfigError, match=r"there is no cache exakt\. Did you mean exact\?.*Caches are: .*exact"):
         kind_of("exakt")
-    with pytest.raises(ConfigError, match="cache.size"):
+    with pytest.raises(ConfigError, match=r"cache\.size"):
         kind_of("exact", {"size": 3})
 
 

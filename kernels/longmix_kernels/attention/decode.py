@@ -135,7 +135,7 @@ def column_mass(
         [B, Hkv, S], float64 for float64 inputs and float32 otherwise. It takes one product of queries and keys and no
         memory beyond size * size scores of each head.
     """
-    batch, length, heads, width = query.shape
+    batch, length, _, width = query.shape
     key_heads, slots = key.shape[1:3]
     exact = torch.promote_types(query.dtype, torch.float32)
     scale = width**-0.5 if scale is None else scale

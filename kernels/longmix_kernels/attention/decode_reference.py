@@ -30,7 +30,9 @@ def reference_decode(
     """
     batch, length, heads, _ = query.shape
     exact = torch.promote_types(query.dtype, torch.float32)
-    keys, values, seen = [], [], []
+    keys: list[torch.Tensor] = []
+    values: list[torch.Tensor] = []
+    seen: list[torch.Tensor] = []
     for segment in segments:
         key, value, visible = _of_every_row(segment, batch, exact)
         keys, values = [*keys, key], [*values, value]
@@ -51,9 +53,7 @@ def reference_decode(
     return output.flatten(2, 3).to(query.dtype), logsumexp.permute(0, 3, 1, 2).reshape(batch, length, heads), parts
 
 
-def _of_every_row(
-    segment: Segment, batch: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _of_every_row(segment: Segment, batch: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return keys and values [B, Hkv, S, .] of every row, and which of them it reads, bool [B, Hkv, S]."""
     repeats = batch // segment.rows
     key, value = (x.repeat_interleave(repeats, 0) for x in segment.numbers(dtype))

@@ -68,8 +68,7 @@ def torch_decode(
     if return_weights:
         shares = [[torch.exp(part.logsumexp - _finite(logsumexp)) for part in each] for each in parts]
         weights = [
-            torch.cat([part.weights * share for part, share in zip(*each, strict=True)], -1)  # type: ignore[operator]
-            .unflatten(2, (-1, length))
+            torch.cat([part.weights * share for part, share in zip(*each, strict=True)], -1).unflatten(2, (-1, length))  # type: ignore[operator]
             for each in zip(parts, shares, strict=True)
         ]
     if not return_logsumexp:
@@ -78,15 +77,14 @@ def torch_decode(
     return output.to(query.dtype), logsumexp, weights
 
 
-def _is_usual(
-    query: torch.Tensor, segments: Sequence[Segment], new: tuple[torch.Tensor, torch.Tensor] | None
-) -> bool:
+def _is_usual(query: torch.Tensor, segments: Sequence[Segment], new: tuple[torch.Tensor, torch.Tensor] | None) -> bool:
     """Say whether one query of each head reads all of one segment of its own, heads as wide as values."""
     if new is not None or len(segments) != 1 or query.shape[1] > 1:
         return False
     one = segments[0]
-    plain = one.count is None and one.first is None and one.index is None and one.key.dtype == query.dtype
-    return plain and one.value.dtype == query.dtype and one.rows == len(query) and one.key.shape[3] == one.value.shape[3]
+    whole = one.count is None and one.first is None and one.index is None
+    alike = one.key.dtype == one.value.dtype == query.dtype and one.key.shape == one.value.shape
+    return whole and alike and one.rows == len(query)
 
 
 def _runs(segment: Segment, dtype: torch.dtype) -> Iterator[tuple[Segment, None]]:
@@ -112,7 +110,7 @@ def _attended(
         alone: whether nothing else is read, so that nobody needs a logsumexp.
         with_weights: whether to return the weights.
     """
-    batch, key_heads, count, _ = rows.shape
+    batch, _, count, _ = rows.shape
     shared = batch // segment.rows
     if shared > 1:
         rows = rows.unflatten(0, (segment.rows, shared)).transpose(1, 2).flatten(2, 3)
@@ -129,10 +127,11 @@ def _attended(
         logsumexp = scores.logsumexp(-1, keepdim=True)
         weights = (scores - _finite(logsumexp)).exp()
     output = torch.matmul(weights, segment.value)
-    found = output, logsumexp, weights if with_weights else None
-    if shared > 1:
-        found = tuple(None if x is None else _apart(x, shared, count) for x in found)
-    return Part(*found)
+    part = Part(output, logsumexp, weights if with_weights else None)
+    if shared == 1:
+        return part
+    apart = [None if x is None else _apart(x, shared, count) for x in part]
+    return Part(*apart)  # type: ignore[arg-type]
 
 
 def _apart(x: torch.Tensor, shared: int, count: int) -> torch.Tensor:

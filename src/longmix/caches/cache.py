@@ -232,9 +232,7 @@ class Cache:
                 return_weights=self.kind.wants_weights,
             )
         else:
-            own = attention(
-                new.query, new.key, new.value, document_ids=new.ids, scale=new.scale, return_logsumexp=True
-            )
+            own = attention(new.query, new.key, new.value, document_ids=new.ids, scale=new.scale, return_logsumexp=True)
             read = attend_segments(new.query, segments, scale=new.scale, goes_on=new.goes_on)
             output, logsumexp = merged([*read, own])
         new.logsumexp = logsumexp

@@ -88,25 +88,22 @@ class ExactCache(Cache):
     def _read_piece(self, new: NewTokens, with_logsumexp: bool) -> tuple[Tensor, Tensor | None]:
         """Attend from a piece of a prompt: to the store, which then has the piece, and to what is shared."""
         self.append(new)
-        scores: dict[str, Any] = {"scale": new.scale}
-        if self.length == 0 and not self.ragged:
-            usual = new.scale is None and new.key.shape[3] == new.value.shape[3] and not with_logsumexp
-            if usual:
-                return sdpa(new.query, new.key, new.value), None
+        first = self.length == 0 and not self.ragged
+        if first and new.scale is None and new.key.shape[3] == new.value.shape[3] and not with_logsumexp:
+            return sdpa(new.query, new.key, new.value), None
         # slots are tokens in their order, so that a token's place and its position say where its document begins
-        token = torch.arange(self.length, self.length + new.count, device=new.positions.device)
-        begins, parts = token - new.positions, []
+        begins = torch.arange(self.length, self.length + new.count, device=new.positions.device) - new.positions
+        parts = []
         for key, value in self.shared:
-            slots = key.shape[2]
+            slots, repeats = key.shape[2], self.shape.batch // key.shape[0]
             lo = begins.clamp(0, slots)[:, None].to(torch.int32)
-            repeats = self.shape.batch // key.shape[0]
-            key, value = (x.transpose(1, 2).repeat_interleave(repeats, 0) for x in (key, value))
-            bounds = {"lo": lo, "hi": torch.full_like(lo, slots)}
-            parts.append(attention(new.query, key, value, **bounds, **scores, return_logsumexp=True))
+            rows = (x.transpose(1, 2).repeat_interleave(repeats, 0) for x in (key, value))
+            hi = torch.full_like(lo, slots)
+            parts.append(attention(new.query, *rows, lo=lo, hi=hi, scale=new.scale, return_logsumexp=True))
             begins = begins - slots
-        key, value = (x.transpose(1, 2) for x in self.store.used) if self.store.length > new.count else (new.key, new.value)
-        bounds = {"lo": begins.clamp(min=0)[:, None].to(torch.int32)} if self.ragged else {}
-        parts.append(attention(new.query, key, value, **bounds, **scores, return_logsumexp=True))
+        own = (x.transpose(1, 2) for x in self.store.used) if self.store.length > new.count else (new.key, new.value)
+        first_key = begins.clamp(min=0)[:, None].to(torch.int32) if self.ragged else None
+        parts.append(attention(new.query, *own, lo=first_key, scale=new.scale, return_logsumexp=True))
         return merged(parts)
 
     def reserve(self, count: int) -> None:
@@ -171,7 +168,7 @@ class ExactCache(Cache):
 
     def restore(self, saved: dict[str, Any], name: str) -> None:
         """See `Cache.restore`."""
-        parts = []
+        parts: list[tuple[Tensor, Tensor]] = []
         while f"key_{len(parts)}" in saved:
             number = len(parts)
             parts.append((saved.pop(f"key_{number}"), saved.pop(f"value_{number}", None)))

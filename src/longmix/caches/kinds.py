@@ -75,9 +75,9 @@ def kind_of_saved(saved: Any, given: CacheKind | None, path: str) -> CacheKind:
     """
     if saved is None:
         saved = {"name": Exact.name, "settings": settings_of(Exact())}
-    if not isinstance(saved, dict) or not isinstance(saved.get("name"), str) or not isinstance(saved.get("settings"), dict):
+    name, settings = (saved.get("name"), saved.get("settings")) if isinstance(saved, dict) else (None, None)
+    if not isinstance(name, str) or not isinstance(settings, dict):
         raise ValueError("it does not say which cache it was saved with")
-    name, settings = saved["name"], saved["settings"]
     if given is None:
         return kind_of(name, settings)
     if (given.name, settings_of(given)) != (name, settings):

@@ -36,13 +36,11 @@ class RingCache(Cache):
         self._wanted = self.length + count
 
     def read(self, new: NewTokens, with_logsumexp: bool) -> tuple[Tensor, Tensor | None]:
-        """Append a single token and read the ring; read a piece behind the ring, put in order, and then keep its end."""
+        """Append a single token and read the ring; read a piece behind the ring in order, and then keep its end."""
         if new.count == 1:
             self.append(new)
             segments = self.segments(new)
-            return decode_attention(
-                new.query, segments, scale=new.scale, return_logsumexp=with_logsumexp
-            )[:2]
+            return decode_attention(new.query, segments, scale=new.scale, return_logsumexp=with_logsumexp)[:2]
         key, value = self._in_order(new)
         before, window = key.shape[1] - new.count, self.window
         if self.ragged:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longmix.caches.cache import CacheKind
+from longmix.caches.cache import Cache, CacheKind
 from longmix.caches.exact import Exact
 from longmix.caches.kinds import kind_of_saved, settings_of
 from longmix.checkpoints import load_tensors, reading, save_tensors
@@ -24,7 +24,6 @@ from longmix.model.backbone import LanguageModel
 
 PREFILL_TOKENS = 4096
 """Tokens of prompts, over all rows, that pass the model at once, which bounds the memory."""
-
 
 RESERVED = 65536
 """The most tokens of a row that room is made for at once."""
@@ -95,7 +94,12 @@ class Session:
     def fork(self, count: int) -> "Session":
         """Every row `count` times, as rows of a new session that go on independently of these."""
         forked = Session.__new__(Session)
-        forked.model, forked.cache, forked.length, forked.batch = self.model, self.cache, self.length, self.batch * count
+        forked.model, forked.cache, forked.length, forked.batch = (
+            self.model,
+            self.cache,
+            self.length,
+            self.batch * count,
+        )
         forked.state = forked_state(self.state, count)
         forked.logits = None if self.logits is None else self.logits.repeat_interleave(count, 0)
         return forked
@@ -117,6 +121,16 @@ class Session:
     def state_bytes(self) -> int:
         """Bytes of the state of all rows, without spare room in caches."""
         return total_bytes(self.state)
+
+    def counted_bytes(self, length: int) -> int:
+        """Bytes that one row holds after a prompt of `length` tokens, as mixers and caches count them."""
+        total = self.model.state_bytes(length)
+        for mixer, state in zip(self.model.mixers(), self.state, strict=True):
+            cache = state.mixer
+            if isinstance(cache, Cache):
+                carried = 0 if cache.carried is None else cache.carried.nbytes // cache.shape.batch
+                total += cache.kind.bytes(cache.shape, length) + carried - mixer.state_bytes(length)
+        return total
 
     def read_bytes(self) -> int:
         """Bytes of the state that the last token of all rows read; of what is no cache, all."""

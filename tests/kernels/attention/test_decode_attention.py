@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.kernels.attention.decode_cases import BATCH, GROUP, KEY_HEADS, WIDTH, calls, plain, random
 
 from longmix_kernels.attention import (
     Codes,
@@ -18,6 +17,7 @@ from longmix_kernels.attention import (
     packed_codes,
 )
 from longmix_kernels.attention.segments import unpacked
+from tests.kernels.attention.decode_cases import BATCH, GROUP, KEY_HEADS, WIDTH, calls, plain, random
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "inference_side"
 NAMES = list(calls())

@@ -343,7 +343,7 @@ def measure(model: LanguageModel, tokens: torch.Tensor, context: int, steps: int
         session.step(tokens[context + number % (len(tokens) - context)][None])
         times.append(_now(tokens.device) - begin)
     seconds = statistics.median(times[1:])  # the first step warms caches up
-    return {"milliseconds": 1000 * seconds, "state_bytes": held, "counted_state_bytes": model.state_bytes(context)}
+    return {"milliseconds": 1000 * seconds, "state_bytes": held, "counted_state_bytes": session.counted_bytes(context)}
 
 
 def _measured(subject: Subject, contexts: list[int], steps: int) -> list[dict[str, float]]:

@@ -135,8 +135,8 @@ class SoftmaxAttention(Mixer):
         takes_gain: whether all its parts are of `Rows.attended`, and no columns but those of the base are in them.
         rows_in_place: whether key rows stand in their order where scores are computed, which ALiBi's slopes in the
             engine need; a bias of columns needs no order.
-        cache_kinds: the kinds of caches, by name, in which generation keeps the keys and values of `attend`; None for all.
-            Without `exact` among them the mixer goes on from a state of its own.
+        cache_kinds: the kinds of caches, by name, in which generation keeps the keys and values of `attend`; None for
+            all. Without `exact` among them the mixer goes on from a state of its own.
         refused: why `bias`, `position=context`, `sink_logits` or `heads_router` cannot be had, by setting, where that
             has a reason of the mixer's own.
         key_bias: [B, T, Hkv], added to the scores of each key, while `key_biases` gives one; None for none.
@@ -368,8 +368,8 @@ class SoftmaxAttention(Mixer):
 
         Args:
             x, state, document_ids: see `Mixer.forward`.
-            layout: what `layouts` makes of these rows, or `layout_after` of a cache; None makes it here, as after a state
-                of the mixer's own.
+            layout: what `layouts` makes of these rows, or `layout_after` of a cache; None makes it here, as after a
+                state of the mixer's own.
         """
         batch, length = checked_sizes(x, self.d_model, document_ids, state, (self.state_type(), Slices, Cache))
         ids = continued_ids(document_ids, state, batch, length)
@@ -398,7 +398,7 @@ class SoftmaxAttention(Mixer):
             rows.slopes = alibi_slopes(self.num_heads, x.device)
         if chosen is not None:
             rows.query_labels, rows.key_labels = chosen.query_labels, chosen.key_labels
-        after = None
+        after: Any = None
         if state is None:
             rows.layout = layout
             mixed, metrics = self.attend(rows)
