@@ -166,6 +166,7 @@ class GenerateWords(TypedDict, total=False):
         logit_bias: numbers added to the scores of tokens; keys are ids, or texts of one token.
         seed: the same one gives the same texts; 0.
         stop: a text that ends a row, or several.
+        cache: what layers of attention keep of keys and values, by name; or a mapping of `name` and settings; "exact".
     """
 
     max_tokens: int
@@ -180,6 +181,7 @@ class GenerateWords(TypedDict, total=False):
     logit_bias: Mapping[int | str, float]
     seed: int
     stop: str | Sequence[str]
+    cache: str | Mapping[str, Any]
 
 
 class Loaded:
@@ -279,6 +281,8 @@ class Loaded:
         given["stop"] = _texts("stop", words.get("stop", ()))
         if isinstance(words.get("logit_bias"), Mapping):
             given["logit_bias"] = dict(words["logit_bias"])
+        if "cache" in words:
+            given["cache"] = _cache_node(words["cache"])
         return read(GenerateConfig, defaults(GenerateConfig) | given)
 
     def evaluate(self, task: str | Sequence[str] = "loss", **words: Any) -> dict[str, Any]:
@@ -305,6 +309,21 @@ class Loaded:
         begin_run()
         reports = evaluate(composed("evaluate", as_words(given)).content, self._restored)
         return reports[task] if isinstance(task, str) else reports
+
+
+def _cache_node(given: str | Mapping[str, Any]) -> Plain:
+    """The node of a cache that was named.
+
+    Raises:
+        ConfigError: it was not, or there is none of this name.
+    """
+    from longmix.caches.kinds import node_of
+
+    named = {"name": given} if isinstance(given, str) else dict(given) if isinstance(given, Mapping) else {}
+    name = named.pop("name", None)
+    if not isinstance(name, str):
+        raise ConfigError(f'cache={given!r} must be a name, or a mapping such as {{"name": "exact"}}.')
+    return node_of(name, named)
 
 
 def _texts(name: str, given: str | Sequence[str]) -> list[str]:

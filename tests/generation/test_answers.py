@@ -281,11 +281,11 @@ def test_answers_of_a_batch_that_failed_are_not_there_and_the_others_are(place, 
     kept = answering._continued
     calls = []
 
-    def failing(batch, model):
+    def failing(batch, *others):
         calls.append(batch)
         if len(calls) > 2:
             raise LongmixError("stopped")
-        return kept(batch, model)
+        return kept(batch, *others)
 
     with monkeypatch.context() as patched:
         patched.setattr(answering, "_continued", failing)

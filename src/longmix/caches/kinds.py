@@ -27,7 +27,12 @@ def kind_files() -> dict[str, Path]:
 
 
 def kind_of(name: str, settings: Mapping[str, Any] | None = None, key: str = "cache") -> CacheKind:
-    """The kind of this name, with these settings and the others as its file has them.
+    """The kind of this name, with these settings and the others as its file has them; see `node_of`."""
+    return built(Choice.of(key, node_of(name, settings, key)))
+
+
+def node_of(name: str, settings: Mapping[str, Any] | None = None, key: str = "cache") -> dict[str, Any]:
+    """The node that a kind is built from.
 
     Args:
         name: of a file, without its ending.
@@ -35,14 +40,15 @@ def kind_of(name: str, settings: Mapping[str, Any] | None = None, key: str = "ca
         key: where it stands in the configuration, for messages.
 
     Raises:
-        ConfigError: there is no such kind, or a setting is wrong.
+        ConfigError: there is no such kind.
     """
     files = kind_files()
     if name not in files:
         meant = did_you_mean(nearest(name, files))
         raise ConfigError(f"{key}: there is no cache {name}.{meant} Caches are: {', '.join(files)}.")
     file: Any = OmegaConf.to_container(OmegaConf.load(files[name]), resolve=True)
-    return built(Choice.of(key, file | dict(settings or {})))
+    node: dict[str, Any] = file | dict(settings or {})
+    return node
 
 
 def built(choice: Choice) -> CacheKind:

@@ -10,6 +10,8 @@ import torch
 from rich.console import Console
 
 from longmix.allocation import allocation_errors
+from longmix.caches.cache import CacheKind
+from longmix.caches.kinds import built
 from longmix.config import GenerateConfig
 from longmix.data.tokens.tokenizers import Tokenizer
 from longmix.errors import ConfigError, StorageError
@@ -66,13 +68,14 @@ def answer(config: GenerateConfig, restored: Restored | None = None) -> Answered
     path = Path(config.output)
     check_replaceable(path)
     requests = requests_of(config)
+    cache = None if config.cache is None else built(config.cache)
     console = Console(stderr=True, quiet=restored is not None)
     restored = restored_for(config) if restored is None else restored
     lock = try_lock(path.with_name(f".{path.name}.lock"))
     if lock is None:
         raise StorageError(f"output={path} is being written by another process; wait for it, or give another file.")
     try:
-        done = _answered(config, prepared(requests, restored), restored, path)
+        done = _answered(config, prepared(requests, restored, cache), restored, cache, path)
     finally:
         lock.release(remove=True)
     rate = done.tokens / done.seconds if done.seconds else 0.0
@@ -87,7 +90,9 @@ def answer(config: GenerateConfig, restored: Restored | None = None) -> Answered
     return done
 
 
-def _answered(config: GenerateConfig, requests: list[Prepared], restored: Restored, path: Path) -> Answered:
+def _answered(
+    config: GenerateConfig, requests: list[Prepared], restored: Restored, cache: CacheKind | None, path: Path
+) -> Answered:
     wanted = {one.request.index: (one.digest, one.samples) for one in requests}
     file = AnswerFile(path, wanted)
     left = [one for one in requests if one.request.index not in file.done]
@@ -96,7 +101,7 @@ def _answered(config: GenerateConfig, requests: list[Prepared], restored: Restor
     with steps_bar("prompts", len(left)) as advance:
         for batch in batches(left, config.batch_tokens):
             with restored.autocast(), allocation_errors("generating so many rows", cure):
-                answers = _continued(batch, restored)
+                answers = _continued(batch, restored, cache)
             file.add(answers)
             tokens += sum(one["tokens"] for one in answers)
             for _ in batch:
@@ -131,14 +136,17 @@ def batches(requests: Sequence[Prepared], most_tokens: int) -> Iterator[list[Pre
 
 
 @torch.no_grad()
-def _continued(batch: list[Prepared], restored: Restored) -> list[dict[str, Any]]:
+def _continued(batch: list[Prepared], restored: Restored, cache: CacheKind | None) -> list[dict[str, Any]]:
     """The answers to a batch, those of a prompt after each other."""
     samples, choosing = batch[0].samples, batch[0].choosing
     check_rows(restored, samples * len(batch), f"samples={samples}")
-    session = Session(restored.model, len(batch))
+    session = Session(restored.model, len(batch), cache)
+    longest, most = max(len(one.ids) for one in batch), max(one.request.config.max_tokens for one in batch)
+    session.reserve(longest + (most if samples == 1 else 0))
     session.prefill([torch.tensor(one.ids, device=restored.device) for one in batch])
     if samples > 1:
         session = session.fork(samples)
+        session.reserve(most)
     rows = [_row(one, sample, restored.tokenizer) for one in batch for sample in range(samples)]
     for _ in write_on(session, rows, choosing):
         pass

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from longmix.caches.cache import CacheKind
+from longmix.caches.exact import Exact
+from longmix.caches.kinds import settings_of
 from longmix.config import GenerateConfig, unknown_key
 from longmix.config.border import plain, read
 from longmix.data.corpora.json_records import JsonRecords
@@ -118,14 +121,16 @@ def _request(config: GenerateConfig, index: int, record: Any) -> Request:
     return Request(index, record.get("id"), dataclasses.replace(made, prompt=record["prompt"], input=None))
 
 
-def prepared(requests: list[Request], restored: Restored) -> list[Prepared]:
-    """The requests in the terms of a model.
+def prepared(requests: list[Request], restored: Restored, cache: CacheKind | None = None) -> list[Prepared]:
+    """The requests in the terms of a model, and of the cache that was asked for.
 
     Raises:
         ConfigError: a word does not fit the model; names the prompt.
         DataError: a prompt cannot be encoded; names it.
     """
     of_model = {**identity(restored), "precision": restored.precision}
+    if cache is not None and cache.name != Exact.name:
+        of_model["cache"] = [cache.name, settings_of(cache)]
     return [_prepared(request, restored, of_model) for request in requests]
 
 
