@@ -161,7 +161,7 @@ def generation(mixer: str, *words: str) -> Figures:
     with _model(mixer, LAYERS[0], *words) as (model, _), torch.no_grad():
         with unset_fake_temporarily():
             _prepare(model, PROMPT)
-        state = model.eval().init_state(1)
+        state = model.eval().decoding_state(1)
         for name, length in {"prompt": PROMPT, "token": 1}.items():
             with Count() as count, contextlib.suppress(DataDependentOutputException):  # counted, and then raised
                 state = model(torch.empty(1, length, dtype=torch.int64), state=state).state

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from longmix.caches.cache import Cache, CacheKind, CacheShape
 from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
-from longmix.mixers.parts.attention_state import AttentionState, Rows, after_earlier_slices, continued, with_sinks
+from longmix.mixers.parts.attention_state import AttentionState, Rows, after_earlier_slices, continued
 from longmix.mixers.parts.base import Mixer, MixerOutput, ModelShape, checked_sizes, divided
+from longmix.mixers.parts.cached import attend_cached
 from longmix.mixers.parts.context_positions import context_positions
 from longmix.mixers.parts.documents import continued_ids
 from longmix.mixers.parts.exact import rounded_once
@@ -285,20 +286,6 @@ class SoftmaxAttention(Mixer):
             self.engine_window(),
         )
 
-    def _attend_cached(self, rows: Rows, cache: Cache, positions: Tensor) -> Tensor:
-        """The output heads of new tokens [B, T, Hq, head_dim] at positions [B or 1, T], which the cache then holds."""
-        output, logsumexp = cache.attend(
-            rows.query,
-            rows.key,
-            rows.value,
-            positions,
-            rows.document_ids,
-            scale=rows.scale,
-            return_logsumexp=rows.sinks is not None,
-        )
-        cache.carried = rows.carried
-        return output if logsumexp is None else with_sinks(output, logsumexp, rows.sinks)
-
     def state_type(self) -> type:
         """The class of states that `forward` goes on from."""
         return AttentionState
@@ -409,7 +396,7 @@ class SoftmaxAttention(Mixer):
         elif isinstance(state, Slices):
             mixed, metrics = self.attend_after(rows, state)
         elif isinstance(state, Cache):
-            mixed, metrics, after = self._attend_cached(rows, state, layout.positions), {}, state
+            mixed, metrics, after = attend_cached(rows, state, layout.positions), {}, state
         else:
             mixed, metrics, after = self.attend_from(rows, state, layout.positions[:, -1].expand(batch) + 1)
         losses: dict[str, Tensor] = {}
