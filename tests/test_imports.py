@@ -42,6 +42,7 @@ ORDER = (
     "data",
     "pytrees",
     "recipe",
+    "caches",
     "mixers",
     "model",
     "trust",

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from longmix.caches.segments import attend_segments, merged
 from longmix.errors import ConfigError
-from longmix.mixers.parts.rotary import Rotary
 from longmix_kernels.attention import Segment, attention, decode_attention
 from longmix_kernels.attention.decode import MOST_QUERIES
 
 if TYPE_CHECKING:
     from longmix.mixers.parts.attention_state import AttentionState
+    from longmix.mixers.parts.rotary import Rotary
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class CacheShape:
     dtype: torch.dtype
     device: torch.device
     layer: int = 0
-    rotary: Rotary | None = None
+    rotary: "Rotary | None" = None
     window: int | None = None
 
     @property

@@ -5,7 +5,7 @@ al. 2024, arXiv 2403.08845), read once for all rows; parent and forks append to 
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -14,9 +14,11 @@ from longmix.caches.cache import Cache, CacheKind, CacheShape, NewTokens
 from longmix.caches.ring import RingCache
 from longmix.caches.segments import merged
 from longmix.caches.store import Store
-from longmix.mixers.parts.attention_state import AttentionState
 from longmix_kernels.attention import Segment, attention, decode_attention, sdpa
 from longmix_kernels.attention.decode import MOST_QUERIES
+
+if TYPE_CHECKING:
+    from longmix.mixers.parts.attention_state import AttentionState
 
 MOST_SHARED = 4
 """Shared segments of a cache; forks of forks of forks bring more, and then the two smallest become one."""
@@ -193,7 +195,7 @@ class ExactCache(Cache):
         if rows < 1 or shape.batch % rows or heads != shape.key_heads or value.shape[3] != shape.value_dim:
             raise ValueError(f"{name} has the shape {list(key.shape)}, which is no state of this model")
 
-    def adopt(self, state: AttentionState, length: int) -> None:
+    def adopt(self, state: "AttentionState", length: int) -> None:
         """See `Cache.adopt`."""
         if state.key.shape[1] != length:
             raise ValueError(f"it holds {state.key.shape[1]} keys of {length} tokens")

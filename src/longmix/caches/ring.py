@@ -3,15 +3,17 @@
 Each row counts its own positions, so that a row's slots are in use from the first on, whatever the others' lengths.
 """
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from longmix.caches.cache import Cache, CacheKind, CacheShape, NewTokens
-from longmix.caches.store import LEAST_SLOTS
-from longmix.mixers.parts.attention_state import AttentionState, keys_like
+from longmix.caches.store import LEAST_SLOTS, keys_like
 from longmix_kernels.attention import Segment, attention, decode_attention
+
+if TYPE_CHECKING:
+    from longmix.mixers.parts.attention_state import AttentionState
 
 
 class RingCache(Cache):
@@ -139,7 +141,7 @@ class RingCache(Cache):
             if (x is None) != (self.length == 0) or (x is not None and (x.ndim != 4 or x.shape[:3] != wanted)):
                 raise ValueError(f"{name} does not hold the keys and values of a window")
 
-    def adopt(self, state: AttentionState, length: int) -> None:
+    def adopt(self, state: "AttentionState", length: int) -> None:
         """See `Cache.adopt`."""
         kept = state.key.shape[1]
         if kept < min(length, self.window - 1) or kept == 0:

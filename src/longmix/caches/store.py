@@ -5,8 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longmix.mixers.parts.attention_state import keys_like
-
 LEAST_SLOTS = 64
 """Slots of the first buffer, where nobody said how many tokens would come."""
 
@@ -87,3 +85,21 @@ class Store:
             new[:, :, :length] = old[:, :, :length]
             setattr(self, name, new)
         self.frozen = 0
+
+
+def keys_like(past: Tensor, new: Tensor) -> Tensor:
+    """Cached keys [..., K] in the dtype of new ones, and with as many columns for a bias.
+
+    A bias of rank R has R columns b in float32 and float64, and 4 R in half precision: the two digits b, b' as
+    b, b', b, b'.
+    """
+    rank, rest = divmod(abs(new.shape[-1] - past.shape[-1]), 3)
+    assert rest == 0
+    if rank == 0:
+        return past.to(new.dtype)
+    if new.shape[-1] > past.shape[-1]:
+        first = past[..., -rank:].to(new.dtype)
+        second = (past[..., -rank:] - first.to(past.dtype)).to(new.dtype)
+        return torch.cat((past[..., :-rank].to(new.dtype), first, second, first, second), -1)
+    wide = past.to(new.dtype)
+    return torch.cat((wide[..., : -4 * rank], wide[..., -2 * rank : -rank] + wide[..., -rank:]), -1)

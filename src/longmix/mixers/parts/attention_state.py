@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longmix.caches.store import keys_like
 from longmix.distributed.slices import Slices
 from longmix.mixers.parts.layout import Layout
 from longmix.mixers.parts.states import mixer_state
@@ -148,24 +149,6 @@ def with_sinks(output: Tensor, logsumexp: Tensor, sinks: Tensor | None) -> Tenso
     if sinks is None:
         return output
     return output * (logsumexp - sinks.to(logsumexp.dtype)).sigmoid().unsqueeze(-1).to(output.dtype)
-
-
-def keys_like(past: Tensor, new: Tensor) -> Tensor:
-    """Cached keys [..., K] in the dtype of new ones, and with as many columns for a bias.
-
-    A bias of rank R has R columns b in float32 and float64, and 4 R in half precision: the two digits b, b' as
-    b, b', b, b'.
-    """
-    rank, rest = divmod(abs(new.shape[-1] - past.shape[-1]), 3)
-    assert rest == 0
-    if rank == 0:
-        return past.to(new.dtype)
-    if new.shape[-1] > past.shape[-1]:
-        first = past[..., -rank:].to(new.dtype)
-        second = (past[..., -rank:] - first.to(past.dtype)).to(new.dtype)
-        return torch.cat((past[..., :-rank].to(new.dtype), first, second, first, second), -1)
-    wide = past.to(new.dtype)
-    return torch.cat((wide[..., : -4 * rank], wide[..., -2 * rank : -rank] + wide[..., -rank:]), -1)
 
 
 def _cached_ids(state: AttentionState) -> Tensor:
