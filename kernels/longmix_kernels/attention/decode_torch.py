@@ -45,9 +45,10 @@ def torch_decode(
     key_heads = segments[0].key.shape[1] if new is None else new[0].shape[2]
     if not (return_logsumexp or return_weights) and _is_usual(query, segments, new):
         # rows of one kernel, which converts half precision as it reads
-        key, value = segments[0].key, segments[0].value
+        key, value, seen = segments[0].key, segments[0].value, segments[0].visible()
         rows = query.view(batch, key_heads, -1, query.shape[-1])
-        output = F.scaled_dot_product_attention(rows, key, value, scale=scale)
+        mask = None if seen is None else seen.unsqueeze(2)
+        output = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
         return output.reshape(batch, length, heads, value.shape[-1]), None, None
     # [B, Hkv, G * T, K]: the rows of a product are the queries of a key head
     rows = (query.to(exact) * scale).transpose(1, 2).reshape(batch, key_heads, -1, query.shape[-1])
@@ -78,11 +79,14 @@ def torch_decode(
 
 
 def _is_usual(query: torch.Tensor, segments: Sequence[Segment], new: tuple[torch.Tensor, torch.Tensor] | None) -> bool:
-    """Say whether one query of each head reads all of one segment of its own, heads as wide as values."""
+    """Say whether one query of each head reads one segment of its own row, heads as wide as values.
+
+    Rows that read parts of it go on a CPU only, where torch's kernel gives 0 to a row that sees nothing.
+    """
     if new is not None or len(segments) != 1 or query.shape[1] > 1:
         return False
     one = segments[0]
-    whole = one.count is None and one.first is None and one.index is None
+    whole = one.index is None and (query.device.type == "cpu" or (one.count is None and one.first is None))
     alike = one.key.dtype == one.value.dtype == query.dtype and one.key.shape == one.value.shape
     return whole and alike and one.rows == len(query)
 
