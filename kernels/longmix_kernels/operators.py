@@ -203,7 +203,8 @@ def computed(operator: str, inputs: type[AnyInputs], **options: Any) -> Callable
 
     Args:
         operator, inputs: as those of `differentiable`.
-        options: `forward`, `empty`, `results`, `flops` and perhaps `check`, likewise.
+        options: `forward`, `empty`, `results`, `flops` and perhaps `check`, likewise; `results` is None for a list of
+            tensors, whose number the inputs decide.
     """
     node = _node(operator, inputs, **options)
     return lambda call_inputs: node(*call_inputs.flat())
@@ -215,7 +216,7 @@ def _node(
     *,
     forward: Callable[[AnyInputs], Tensors],
     empty: Callable[[AnyInputs], Tensors],
-    results: int,
+    results: int | None,
     flops: Callable[[AnyInputs], int],
     check: Callable[[AnyInputs], None] = lambda _: None,
 ) -> Any:
@@ -225,11 +226,13 @@ def _node(
         with torch.autocast(first.device.type, enabled=False):
             call = inputs.of((first, *rest))
             check(call)
-            return forward(call)
+            found = forward(call)
+            return found if results is not None else list(found)  # type: ignore[return-value]
 
-    schema = f"({inputs.schema()}) -> ({', '.join(['Tensor'] * results)})"
+    returned = "Tensor[]" if results is None else f"({', '.join(['Tensor'] * results)})"
+    schema = f"({inputs.schema()}) -> {returned}"
     node = torch.library.custom_op(operator, run, mutates_args=(), schema=schema)
-    node.register_fake(lambda *flat: empty(inputs.of(flat)))
+    node.register_fake(lambda *flat: empty(inputs.of(flat)) if results is not None else list(empty(inputs.of(flat))))
     _count(operator, lambda *flat: flops(inputs.of(flat)))
     return node
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from longmix_kernels import launch
 from longmix_kernels.accelerators import SHARED_MEMORY
@@ -128,9 +129,9 @@ class FakeCalls(TorchDispatchMode):
         """Call, and for an operator of ours launch as well."""
         library, _, name = function._schema.name.partition("::")
         launches = library == "longmix" and "_blocked" not in name
-        if launches and any(isinstance(x, FakeTensor) for x in args):
+        if launches and any(isinstance(x, FakeTensor) for x in tree_leaves(args)):
             with unset_fake_temporarily():
-                function(*(_zeros(x) if isinstance(x, FakeTensor) else x for x in args), **(kwargs or {}))
+                function(*tree_map_only(FakeTensor, _zeros, args), **(kwargs or {}))
         return function(*args, **(kwargs or {}))
 
 

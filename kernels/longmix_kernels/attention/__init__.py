@@ -5,6 +5,8 @@ from longmix_kernels.attention.bounds import key_bounds, positions_from_document
 from longmix_kernels.attention.chosen_blocks import KeyBlocks, attention_to_blocks, key_blocks
 from longmix_kernels.attention.combine import bias_columns, merge
 from longmix_kernels.attention.decode import column_mass, decode_attention
+from longmix_kernels.attention.decode_launch import schedule_decoding
+from longmix_kernels.attention.decode_schedule import Schedule
 from longmix_kernels.attention.op import attention
 from longmix_kernels.attention.ordering import Ordering, order_by_label
 from longmix_kernels.attention.packed import packed, packed_supports
@@ -18,6 +20,7 @@ __all__ = [
     "Codes",
     "KeyBlocks",
     "Ordering",
+    "Schedule",
     "Segment",
     "attention",
     "attention_to_blocks",
@@ -36,6 +39,7 @@ __all__ = [
     "positions_from_document_ids",
     "probe_attention",
     "row_bounds",
+    "schedule_decoding",
     "sdpa",
     "sdpa_supports",
     "sink_and_local_blocks",

@@ -12,9 +12,11 @@ import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from longmix_kernels.attention.bounds import row_bounds
+from longmix_kernels.attention.decode_inputs import DecodeInputs
 from longmix_kernels.attention.inputs import Inputs
 from longmix_kernels.attention.launch import LaunchConfig
 from longmix_kernels.attention.pattern import Pattern
+from longmix_kernels.attention.segments import Segment
 from longmix_kernels.cost import Work
 from longmix_kernels.runtime import has_values
 
@@ -32,6 +34,40 @@ def call_flops(inputs: Inputs) -> int:
     """Return the operations of a call by its definition: 2 (D + Dv) for each pair of a query and a key that it sees."""
     columns = inputs.query.shape[3] + inputs.value.shape[3]
     return 2 * columns * visible_pairs(inputs.query, inputs.key, inputs.pattern)
+
+
+def decode_flops(inputs: DecodeInputs) -> int:
+    """Return the operations of a decoding step: 2 (K + V) for each pair of a query and a key that it sees."""
+    batch, length, heads, dim = inputs.query.shape
+    width = dim if inputs.new_value is None else inputs.new_value.shape[3]
+    pairs = 0 if inputs.new_key is None else batch * heads * length * (length + 1) // 2
+    total = 2 * (dim + width) * pairs
+    for segment in inputs.segments:
+        width = segment.value.shape[3] * (1 if segment.value_codes is None else 8 // segment.value_codes.bits)
+        total += 2 * (dim + width) * segment_pairs(inputs.query, segment)
+    return total
+
+
+def decode_weights_flops(inputs: DecodeInputs) -> int:
+    """Return the operations of the weights of a decoding step: 2 K for each pair of a query and a cached key."""
+    pairs = sum(segment_pairs(inputs.query, segment) for segment in inputs.segments)
+    return 2 * inputs.query.shape[3] * pairs
+
+
+def segment_pairs(query: torch.Tensor, segment: Segment) -> int:
+    """Return how many pairs of a query and a key a segment has; this reads its counts, where they have values."""
+    batch, length, heads, _ = query.shape
+    rows, slots = batch * heads * length, segment.slots
+    if segment.index is not None:
+        own = segment.index
+        return int((own >= 0).sum()) * rows // own.shape[:2].numel() if has_values(own) else rows * own.shape[2]
+    bounds = [x for x in (segment.count, segment.first) if x is not None]
+    if not bounds or not all(map(has_values, bounds)):
+        return rows * slots
+    end = torch.tensor(slots) if segment.count is None else segment.count.clamp(max=slots)
+    first = torch.tensor(0) if segment.first is None else segment.first.clamp(min=0)[:, None]
+    seen = (end - first).clamp(min=0)
+    return int(seen.sum()) * rows // seen.numel()
 
 
 @dataclass(frozen=True)

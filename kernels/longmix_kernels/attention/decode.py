@@ -1,15 +1,21 @@
 """The public functions for decoding: attention of a few new tokens to a cache, and how much attention keys got."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
+from longmix_kernels.attention import decode_launch
+from longmix_kernels.attention.cost import decode_flops, decode_weights_flops
+from longmix_kernels.attention.decode_inputs import DecodeInputs
 from longmix_kernels.attention.decode_reference import reference_decode
 from longmix_kernels.attention.decode_torch import torch_decode
 from longmix_kernels.attention.segments import Segment
-from longmix_kernels.runtime import DTYPES, check_device
+from longmix_kernels.launch import with_room
+from longmix_kernels.operators import computed, deferred
+from longmix_kernels.runtime import DTYPES, check_device, check_triton_device, on_gpu
 
-BACKENDS = ("reference", "torch")
+BACKENDS = ("reference", "torch", "triton")
 """The implementations `decode_attention` offers."""
 
 MOST_QUERIES = 16
@@ -24,6 +30,7 @@ def decode_attention(
     new: tuple[torch.Tensor, torch.Tensor] | None = None,
     return_logsumexp: bool = False,
     return_weights: bool = False,
+    schedule: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor] | None]:
     """Compute softmax attention of a few new tokens to the segments of a cache, and to each other.
@@ -38,7 +45,11 @@ def decode_attention(
         new: key [B, T, Hkv, K] and value [B, T, Hkv, V] of the new tokens, where no segment holds them yet.
         return_logsumexp: whether to return the logsumexp of each query's scores.
         return_weights: whether to return the weights.
-        backend: "reference" (the definition) or "torch" (two products for each segment). None picks.
+        schedule: the lists of a `Schedule` for the Triton kernels, int32, where its owner rewrites them between the
+            replays of a CUDA graph; None for lists of all slots. Other backends do not read it.
+        backend: "reference" (the definition), "torch" (two products for each segment) or "triton" (kernels for a CUDA
+            device; no float64, head dimensions up to 256, and codes of keys by channel and of values by token). None
+            picks "triton" where it covers the call on a CUDA device, and "torch" elsewhere.
 
     Returns:
         The output [B, T, Hq, V] in the dtype of `query`; the logsumexp [B, T, Hq], or None; the weights of each segment
@@ -51,7 +62,8 @@ def decode_attention(
     """
     check_decode(query, segments, new)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    backend = "torch" if backend is None else backend
+    inputs = DecodeInputs(query, *(new or (None, None)), tuple(segments), schedule, scale)
+    backend = _backend_of(backend, inputs)
     if backend == "reference":
         output, logsumexp, weights = reference_decode(query, segments, new, scale)
         weights = [_in_order(part, segment) for part, segment in zip(weights, segments, strict=False)] + weights[
@@ -60,8 +72,78 @@ def decode_attention(
         return output, logsumexp if return_logsumexp else None, weights if return_weights else None
     if backend == "torch":
         return torch_decode(query, segments, new, scale, return_logsumexp, return_weights)
-    allowed = ", ".join(map(repr, BACKENDS))
-    raise ValueError(f"backend={backend!r} is not available here; allowed are None, {allowed}")
+    output, logsumexp = _TRITON(inputs)
+    weights = None
+    if return_weights:
+        inputs = replace(inputs, logsumexp=logsumexp)
+        weights = [*(_TRITON_WEIGHTS(inputs) if segments else ()), *_new_weights(inputs)]
+    return output, logsumexp if return_logsumexp else None, weights
+
+
+def _backend_of(backend: str | None, inputs: DecodeInputs) -> str:
+    """Return the name of the implementation that runs a call.
+
+    Raises:
+        ValueError: `backend` is not offered, or is "triton" and cannot run the call.
+    """
+    if backend is not None and backend not in BACKENDS:
+        allowed = ", ".join(map(repr, BACKENDS))
+        raise ValueError(f"backend={backend!r} is not available here; allowed are None, {allowed}")
+    if backend is None and not on_gpu(inputs.query):
+        return "torch"
+    if backend in (None, "triton"):
+        reason = decode_launch.uncovered(inputs)
+        if reason is not None and backend is None:
+            return "torch"
+        if reason is not None:
+            raise ValueError(f"backend='triton' got {reason}")
+        check_triton_device(inputs.query.device)
+    return backend or "triton"
+
+
+def _empty(inputs: DecodeInputs) -> tuple[torch.Tensor, ...]:
+    query, (_, width) = inputs.query, decode_launch.sizes_of(inputs)
+    return query.new_empty(*query.shape[:3], width), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+def _empty_weights(inputs: DecodeInputs) -> tuple[torch.Tensor, ...]:
+    batch, length, heads, _ = inputs.query.shape
+    found = []
+    for segment in inputs.segments:
+        slots = segment.slots if segment.index is None else segment.index.shape[2]
+        shape = batch, segment.key.shape[1], heads // segment.key.shape[1], length, slots
+        found.append(inputs.query.new_empty(shape, dtype=torch.float32))
+    return (*found,)
+
+
+def _new_weights(inputs: DecodeInputs) -> list[torch.Tensor]:
+    """Return the weights float32 [B, Hkv, G, T, T] of the new tokens in a list, which is empty if there are none."""
+    if inputs.new_key is None or inputs.logsumexp is None:
+        return []
+    key_heads, length = inputs.new_key.shape[2], inputs.query.shape[1]
+    query, logsumexp = (x.float().unflatten(2, (key_heads, -1)) for x in (inputs.query, inputs.logsumexp))
+    scores = inputs.scale * torch.einsum("bthgd,bshd->bhgts", query, inputs.new_key.float())
+    weights = (scores - logsumexp.permute(0, 2, 3, 1).unsqueeze(-1)).exp()
+    later = torch.ones(length, length, dtype=torch.bool, device=weights.device).triu(1)
+    return [weights.masked_fill(later, 0.0)]
+
+
+_TRITON = computed(
+    "longmix::attention_decode",
+    DecodeInputs,
+    forward=with_room(deferred("longmix_kernels.attention.triton_decode.triton_decode")),
+    empty=_empty,
+    results=2,
+    flops=decode_flops,
+)
+_TRITON_WEIGHTS = computed(
+    "longmix::attention_decode_weights",
+    DecodeInputs,
+    forward=with_room(deferred("longmix_kernels.attention.triton_decode.triton_decode_weights")),
+    empty=_empty_weights,
+    results=None,
+    flops=decode_weights_flops,
+)
 
 
 def check_decode(

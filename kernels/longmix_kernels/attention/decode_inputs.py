@@ -24,6 +24,7 @@ class DecodeInputs(operators.Inputs):
         segments: what the queries read besides.
         schedule: the lists of `decode_schedule.Schedule`, int32; None for those of all slots.
         scale: the factor on the scores.
+        logsumexp: float32 [B, T, Hq], for the weights; None for the step itself.
     """
 
     query: torch.Tensor
@@ -32,13 +33,14 @@ class DecodeInputs(operators.Inputs):
     segments: tuple[Segment, ...]
     schedule: torch.Tensor | None
     scale: float
+    logsumexp: torch.Tensor | None = None
 
     @classmethod
     def schema(cls) -> str:
         """Return the argument list of the torch operator, with the segments taken apart."""
         return (
             "Tensor query, Tensor? new_key, Tensor? new_value, Tensor?[] tensors, int[] bits, Tensor? schedule, "
-            "float scale"
+            "float scale, Tensor? logsumexp"
         )
 
     def flat(self) -> tuple[Any, ...]:
@@ -49,17 +51,17 @@ class DecodeInputs(operators.Inputs):
             for segment in self.segments
             for codes in (segment.key_codes, segment.value_codes)
         ]
-        return self.query, self.new_key, self.new_value, tensors, bits, self.schedule, self.scale
+        return self.query, self.new_key, self.new_value, tensors, bits, self.schedule, self.scale, self.logsumexp
 
     @classmethod
     def of(cls, flat: Iterable[Any]) -> "DecodeInputs":
         """Return the inputs of which `flat` returned these values."""
-        query, new_key, new_value, tensors, bits, schedule, scale = flat
+        query, new_key, new_value, tensors, bits, schedule, scale, logsumexp = flat
         segments = tuple(
             _segment(tensors[_TENSORS * number : _TENSORS * (number + 1)], bits[2 * number : 2 * number + 2])
             for number in range(len(tensors) // _TENSORS)
         )
-        return cls(query, new_key, new_value, segments, schedule, scale)
+        return cls(query, new_key, new_value, segments, schedule, scale, logsumexp)
 
 
 def _tensors_of(segment: Segment) -> list[torch.Tensor | None]:

@@ -270,11 +270,16 @@ def _uncovered_segment(segment: Segment, query: torch.Tensor) -> str | None:
     dim, value_dim = query.shape[3], width_of(segment.value, value_codes)
     if dim % 16 or code_width(value_dim, channel_group(value_codes, value_dim)) < 16:
         return f"codes for heads of {dim} and {value_dim}; allowed are multiples of 16, in groups of such"
+    by_channel = [(key_codes.low, dim), (key_codes.step, dim), (key_codes.scale, dim), (value_codes.scale, value_dim)]
+    if any(x is not None and (x.shape[3] != width or x.stride(3) != 1) for x, width in by_channel):
+        return "channels that share a step of keys or a scale; allowed is one for each channel, side by side"
     group = token_group(key_codes, segment.slots)
     if group < 16 or group & (group - 1):
         return f"keys that share a step by {group}; allowed are powers of two from 16 on"
-    if value_codes.scale is not None and value_codes.scale.shape[2] > 1:
-        return "a scale of values that changes from token to token; allowed is one for each channel"
+    if any(x.shape[2] != segment.slots for x in (value_codes.low, value_codes.step)):
+        return "values whose tokens share a step; allowed is one for each token"
+    if any(x is not None and x.shape[2] > 1 for x in (key_codes.scale, value_codes.scale)):
+        return "a scale that changes from token to token; allowed is one for each channel"
     return None
 
 
@@ -287,6 +292,28 @@ def programs_of(query: torch.Tensor) -> int:
 def layout_of(shapes: tuple[SegmentShape, ...], programs: int) -> Layout:
     """Return where everything lies in the lists of a step, the same object for the same shapes."""
     return Layout(shapes, programs)
+
+
+def schedule_decoding(query: torch.Tensor, segments: Sequence[Segment], spans: Sequence[Sequence[Span]]) -> Schedule:
+    """Return the lists of a step such that its owner can rewrite them in place, as for a CUDA graph.
+
+    Shapes are fixed from then on: segments are whole buffers, whose `count` on the device says how much of them is
+    read. `Schedule.update` has to be called before a step whose spans pass a multiple of a tile.
+
+    Args:
+        query, segments: as in `decode_attention`.
+        spans: of each segment the slots that may hold keys: one span for all rows, one for each row of the segment (of
+            the index, where it has one), or one for each row and head.
+
+    Raises:
+        ValueError: the Triton kernels do not cover the segments, or there is another number of spans.
+    """
+    inputs = DecodeInputs(query, None, None, tuple(segments), None, 1.0)
+    reason = uncovered(inputs)
+    if reason is not None or len(spans) != len(segments):
+        raise ValueError(f"schedule got {reason or f'{len(spans)} lists of spans for {len(segments)} segments'}")
+    shapes = tuple(SegmentCall(inputs, segment).shape for segment in segments)
+    return Schedule(layout_of(shapes, programs_of(query)), spans, query.device)
 
 
 def lists_of(layout: Layout, spans: Sequence[Sequence[Span]], device: torch.device) -> torch.Tensor:

@@ -12,6 +12,10 @@ from longmix_kernels.columns import Columns, cover
 BITS = (8, 4, 2)
 """How many bits a code may have."""
 
+FEATURES = ("plain", "ragged")
+"""What a segment may have besides codes and an index."""
+
+_RAGGED = ("decode", "decode_wide", "decode_codes", "decode_weights")
 _NUMBERS = ("key_low", "key_step", "key_scale", "value_low", "value_step", "value_scale")
 
 
@@ -21,12 +25,14 @@ class Build(aot.Build):
 
     Attributes:
         dim, value_dim: the head dimensions of keys and of values.
+        feature: "plain", or "ragged" where each row reads a run of its own.
         bits: bits of a code, where keys and values are codes; 0 elsewhere.
         config: the configuration; None for that of the launch table.
     """
 
     dim: int
     value_dim: int
+    feature: str = "plain"
     bits: int = 0
     config: decode_launch.LaunchConfig | None = None
 
@@ -60,7 +66,7 @@ class Build(aot.Build):
     def constants(self) -> dict[str, Any]:
         """Return the compile-time arguments, of which a kernel takes those it has; None stands for an absent tensor."""
         absent = [] if self.kernel == "decode_index" else ["index"]
-        absent += ["count", "first"] if self.kernel == "decode_index" else []
+        absent += ["count", "first"] if self.feature == "plain" else []
         absent += [] if self.bits else _NUMBERS
         width = decode_launch.code_width(self.dim, self.dim)
         # As KIVI has it: 32 channels of a value share a step. Other numbers make tiles of more columns.
@@ -98,7 +104,7 @@ class Build(aot.Build):
         return {
             "dim": self.dim,
             "mode": "segment",
-            "feature": f"{self.bits} bits" if self.bits else "plain",
+            "feature": f"{self.feature}, {self.bits} bits" if self.bits else self.feature,
             "tile_mflop": flops / 1e6,
             "tile_kib": loaded / 1024,
             "tile_kexp": exponentials / 1e3,
@@ -109,20 +115,27 @@ class Build(aot.Build):
         return self.kernel == "decode_wide"
 
 
-def builds(architectures: Sequence[int], dims: Sequence[int], dtypes: Sequence[str] = ("bf16",)) -> list[Build]:
+def builds(
+    architectures: Sequence[int],
+    dims: Sequence[int],
+    dtypes: Sequence[str] = ("bf16",),
+    features: Sequence[str] = FEATURES,
+) -> list[Build]:
     """Return every kernel for every combination of the arguments.
 
     Args:
         architectures: compute capabilities, times ten.
         dims: head dimensions, of keys and of values alike. Codes are left out where these are no multiples of 32.
         dtypes: element types of queries, of `aot.DTYPES`.
+        features: of `FEATURES`.
     """
     return [
-        Build(kernel, architecture, dtype, dim, dim, bits)
+        Build(kernel, architecture, dtype, dim, dim, feature, bits)
         for architecture in architectures
         for dtype in dtypes
         for dim in dims
         for kernel in decode_launch.KERNELS
+        for feature in (features if kernel in _RAGGED else ("plain",))
         for bits in _bits_of(kernel)
         if not bits or dim % 32 == 0
     ]

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import torch
 
+from longmix_kernels.attention import decode_launch
 from longmix_kernels.attention.decode_inputs import DecodeInputs
-from longmix_kernels.attention.decode_launch import MergeCall, SegmentCall, layout_of, lists_of, programs_of
+from longmix_kernels.attention.decode_launch import MergeCall, SegmentCall, layout_of, lists_of
 from longmix_kernels.attention.decode_schedule import Layout, Places
 from longmix_kernels.attention.segments import Codes
 from longmix_kernels.attention.triton_decode_codes import CodeNumbers, decode_codes_kernel
@@ -29,7 +30,7 @@ def triton_decode(inputs: DecodeInputs) -> tuple[torch.Tensor, torch.Tensor]:
     query = unit_stride(inputs.query)
     inputs = replace(inputs, query=query)
     calls = [SegmentCall(inputs, segment) for segment in inputs.segments]
-    layout = layout_of(tuple(call.shape for call in calls), programs_of(query))
+    layout = layout_of(tuple(call.shape for call in calls), decode_launch.programs_of(query))
     lists = _lists(inputs, calls, layout)
     merge = MergeCall(inputs)
     partial = query.new_empty(layout.slot_rows, merge.value_dim, dtype=torch.float32)
@@ -58,26 +59,30 @@ def triton_decode(inputs: DecodeInputs) -> tuple[torch.Tensor, torch.Tensor]:
     return output, logsumexp
 
 
-def triton_decode_weights(inputs: DecodeInputs, logsumexp: torch.Tensor) -> torch.Tensor:
-    """Return the weights float32 [B, Hkv, G, T, S] of the only segment of `inputs`; with an index, S is its length.
+def triton_decode_weights(inputs: DecodeInputs) -> tuple[torch.Tensor, ...]:
+    """Return the weights float32 [B, Hkv, G, T, S] of each segment; with an index, S is its length.
 
     Args:
-        inputs: the call, with one of its segments.
-        logsumexp: [B, T, Hq], over all keys of the call.
+        inputs: the call, with the logsumexp of all its keys.
     """
-    call = SegmentCall(inputs, inputs.segments[0])
+    inputs = replace(inputs, query=unit_stride(inputs.query))
+    return tuple(_weights(SegmentCall(inputs, segment), inputs.logsumexp) for segment in inputs.segments)
+
+
+def _weights(call: SegmentCall, logsumexp: torch.Tensor | None) -> torch.Tensor:
+    assert logsumexp is not None
     segment, (key, _) = call.segment, call.tensors()
-    shape = inputs.query.shape[0], call.key_heads, call.group, call.queries, call.slots
-    weights = inputs.query.new_empty(shape, dtype=torch.float32)
+    shape = call.query.shape[0], call.key_heads, call.group, call.queries, call.slots
+    weights = call.query.new_empty(shape, dtype=torch.float32)
     call.launch(
         "decode_weights",
         decode_weights_kernel,
-        *strided(unit_stride(inputs.query), key),
+        *strided(call.query, key),
         *_read_slots(call),
         *code_numbers(segment.key_codes, segment.slots, call.dim),
         logsumexp.contiguous(),
         weights,
-        inputs.scale,
+        call.scale,
         call.slots,
         call.shape.rows,
         call.shape.row_tiles,

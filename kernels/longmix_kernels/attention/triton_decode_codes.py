@@ -14,10 +14,12 @@ import triton
 import triton.language as tl
 
 from longmix_kernels.attention.triton_decode_exact import (
+    bounds_of_rows,
     item_of,
     program_items,
     query_places,
-    visible_slots,
+    read_range,
+    slots_of_step,
 )
 from longmix_kernels.attention.triton_tiles import softmax_step
 from longmix_kernels.tensors import PerRow, Strided
@@ -27,7 +29,8 @@ from longmix_kernels.tiles import head_rows
 class CodeNumbers(NamedTuple):
     """What codes are multiplied with or added to, [R or 1, H or 1, 1 or tokens, 1 or channels].
 
-    Strides, 0 for a size of 1, and the tokens and the channels that share an entry are in sixteenths, as in `PerRow`.
+    Strides, 0 for a size of 1, and how many tokens and how many channels share an entry are in sixteenths, as in
+    `PerRow`.
     """
 
     pointer: Any
@@ -40,12 +43,26 @@ class CodeNumbers(NamedTuple):
 
 
 @triton.jit
-def code_places(numbers, batch, head, token, channel):
-    """Return pointers to the numbers of tokens and channels, which may be vectors that broadcast."""
-    token = (token // (numbers.stride_each_token >> 4)).to(tl.int64)
-    place = batch * numbers.stride_batch + head * numbers.stride_head + token * numbers.stride_token
-    place += (channel // (numbers.stride_each_channel >> 4)) * numbers.stride_channel
-    return numbers.pointer + (place >> 4)
+def head_numbers(numbers, batch, head):
+    """Return a pointer to the first number of a row and head."""
+    return numbers.pointer + ((batch * numbers.stride_batch + head * numbers.stride_head) >> 4)
+
+
+@triton.jit
+def load_channels(numbers, batch, head, token, column):
+    """Load the numbers of channels, float32 [columns], for one token; there is one for each channel, side by side."""
+    token = tl.cast(token // (numbers.stride_each_token >> 4), tl.int64)
+    place = head_numbers(numbers, batch, head) + ((token * numbers.stride_token) >> 4)
+    return tl.load(place + column).to(tl.float32)
+
+
+@triton.jit
+def load_tokens(numbers, batch, head, token, there, channel):
+    """Load the numbers of tokens, float32 [tokens], for one channel, zero where they are not there."""
+    place = head_numbers(numbers, batch, head)
+    place += (channel // (numbers.stride_each_channel >> 4) * numbers.stride_channel) >> 4
+    places = place + token.to(tl.int64) * (numbers.stride_token >> 4)
+    return tl.load(places, mask=there, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -77,45 +94,42 @@ def code_product(a, codes, total, FULL: tl.constexpr):
 
 
 @triton.jit
-def load_code_query(places, inside, key_scale, batch, key_head, WIDTH: tl.constexpr, COUNT: tl.constexpr):
-    """Load the query rows at `places` as `COUNT` tiles [rows, WIDTH] in float32, times the scale of the keys."""
-    found = ()
-    for number in tl.static_range(COUNT):
-        column = number * WIDTH + tl.arange(0, WIDTH)
-        q = tl.load(places[:, None] + column[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
-        if key_scale is not None:
-            q *= tl.load(code_places(key_scale, batch, key_head, 0, column)).to(tl.float32)[None, :]
-        found = found + (q,)
-    return found
-
-
-@triton.jit
 def code_scores(
-    q,
+    places,
+    inside,
     key_rows,
     key_low,
     key_step,
+    key_scale,
     batch,
     key_head,
+    start,
     token,
     there,
-    ROWS: tl.constexpr,
     BITS: tl.constexpr,
     WIDTH: tl.constexpr,
     COUNT: tl.constexpr,
     FULL: tl.constexpr,
 ):
-    """Return the scores [ROWS, tokens] of tokens that share `key_low` and `key_step`, before the scale."""
-    scores = tl.zeros([ROWS, token.shape[0]], tl.float32)
-    offset = tl.zeros([ROWS], tl.float32)
-    start = tl.min(token, 0)
+    """Return the scores [rows, tokens] of tokens from `start` on that share low and step, before the scale.
+
+    The query rows at `places` are loaded for each step, for in registers a thread would hold 128 of their numbers at
+    256 columns, and spill. They stay in the nearest cache.
+    """
+    scores = tl.zeros([inside.shape[0], token.shape[0]], tl.float32)
+    offset = tl.zeros([inside.shape[0]], tl.float32)
+    # This is 0, as the compiler cannot know; so it leaves the loads of the query in the loop.
+    anew = start >> 31
     for number in tl.static_range(COUNT):
         column = number * WIDTH + tl.arange(0, WIDTH)
-        low = tl.load(code_places(key_low, batch, key_head, start, column)).to(tl.float32)
-        step = tl.load(code_places(key_step, batch, key_head, start, column)).to(tl.float32)
+        q = tl.load(places[:, None] + (column + anew)[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
+        if key_scale is not None:
+            q *= load_channels(key_scale, batch, key_head, 0, column)[None, :]
+        low = load_channels(key_low, batch, key_head, start, column)
+        step = load_channels(key_step, batch, key_head, start, column)
         codes = load_codes(key_rows, token, there, number * WIDTH, WIDTH, BITS)
-        scores = code_product(q[number] * step[None, :], tl.trans(codes), scores, FULL)
-        offset += tl.sum(q[number] * low[None, :], 1)
+        scores = code_product(q * step[None, :], tl.trans(codes), scores, FULL)
+        offset += tl.sum(q * low[None, :], 1)
     return scores + offset[:, None]
 
 
@@ -137,8 +151,8 @@ def decode_codes_kernel(
     query: Strided,  # [B, T, Hq, DIM]
     key: Strided,  # uint8 [R, S, Hk, DIM * KEY_BITS / 8]
     value: Strided,  # uint8 [R, S, Hk, VALUE_DIM * VALUE_BITS / 8]
-    count: PerRow,  # int32 [R or 1, Hk or 1, 1], or None
-    first: PerRow,  # int32 [R or 1, 1, 1], or None
+    count: PerRow,  # int32 [B or 1, Hk or 1, 1], or None
+    first: PerRow,  # int32 [B or 1, 1, 1], or None
     key_low: CodeNumbers,
     key_step: CodeNumbers,
     key_scale: CodeNumbers,  # or None
@@ -174,18 +188,19 @@ def decode_codes_kernel(
 
     `KEYS` divides the tokens that share an entry of `key_low` and `key_step`.
     """
+    BOUNDS: tl.constexpr = count is not None or first is not None
     item, end_item = program_items(lists, programs_place)
     if NEGATIVE_SCALE:
         scale_log2 = -scale_log2
     for item in range(item, end_item):
         batch, tile, key_head, first_tile, end_tile = item_of(lists, items_place, item, row_tiles)
         batch, key_head = batch.to(tl.int64), key_head.to(tl.int64)
-        begin, end = visible_slots(
-            count, first, batch, key_head, first_tile * tile_keys, tl.minimum(end_tile * tile_keys, slots)
-        )
+        places, own, inside = query_places(query, batch, tile, key_head, rows, queries, group, ROWS)
+        begin, end = first_tile * tile_keys, tl.minimum(end_tile * tile_keys, slots)
+        row_begin, row_end = bounds_of_rows(count, first, own, key_head, slots, inside)
+        if BOUNDS:
+            begin, end = read_range(row_begin, row_end, begin, end)
         key_rows, value_rows = head_rows(key, batch, key_head), head_rows(value, batch, key_head)
-        places, inside = query_places(query, batch, tile, key_head, rows, queries, group, ROWS)
-        q = load_code_query(places, inside, key_scale, batch, key_head, WIDTH, COUNT)
         highest = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         sums = ()
@@ -193,22 +208,33 @@ def decode_codes_kernel(
             sums = sums + (tl.zeros([ROWS, VALUE_WIDTH], tl.float32),)
         # Steps begin at multiples of KEYS, so that all tokens of one share their numbers.
         for start in range(begin // KEYS * KEYS, end, KEYS):
-            token = start + tl.arange(0, KEYS)
-            there = (token >= begin) & (token < end)
+            token, visible, there = slots_of_step(None, row_begin, row_end, start, end, KEYS, BOUNDS)
             scores = code_scores(
-                q, key_rows, key_low, key_step, batch, key_head, token, there, ROWS, KEY_BITS, WIDTH, COUNT, FULL
+                places,
+                inside,
+                key_rows,
+                key_low,
+                key_step,
+                key_scale,
+                batch,
+                key_head,
+                start,
+                token,
+                there,
+                KEY_BITS,
+                WIDTH,
+                COUNT,
+                FULL,
             )
             if NEGATIVE_SCALE:
                 # The maximum is taken before the scale is multiplied in, so the scale must be positive.
                 scores = -scores
-            scores = tl.where(there[None, :], scores, float("-inf"))
-            weights, shrink, highest, total = softmax_step(scores, highest, total, scale_log2, False)
+            scores = tl.where(visible, scores, float("-inf"))
+            weights, shrink, highest, total = softmax_step(scores, highest, total, scale_log2, BOUNDS)
             added = ()
             for number in tl.static_range(VALUE_COUNT):
-                place = code_places(value_low, batch, key_head, token, number * VALUE_WIDTH)
-                low = tl.load(place, mask=there, other=0.0).to(tl.float32)
-                place = code_places(value_step, batch, key_head, token, number * VALUE_WIDTH)
-                step = tl.load(place, mask=there, other=0.0).to(tl.float32)
+                low = load_tokens(value_low, batch, key_head, token, there, number * VALUE_WIDTH)
+                step = load_tokens(value_step, batch, key_head, token, there, number * VALUE_WIDTH)
                 codes = load_codes(value_rows, token, there, number * VALUE_WIDTH, VALUE_WIDTH, VALUE_BITS)
                 more = sums[number] * shrink[:, None] + tl.sum(weights * low[None, :], 1)[:, None]
                 added = added + (code_product(weights * step[None, :], codes, more, FULL),)
@@ -220,7 +246,7 @@ def decode_codes_kernel(
             column = number * VALUE_WIDTH + tl.arange(0, VALUE_WIDTH)
             result = sums[number] / divisor
             if value_scale is not None:
-                result *= tl.load(code_places(value_scale, batch, key_head, 0, column)).to(tl.float32)[None, :]
+                result *= load_channels(value_scale, batch, key_head, 0, column)[None, :]
             tl.store(partial + place[:, None] * (VALUE_COUNT * VALUE_WIDTH) + column[None, :], result, inside[:, None])
         logsumexp = tl.where(empty, float("-inf"), highest + tl.log2(tl.where(empty, 1.0, total)))
         tl.store(partial_logsumexp + place, logsumexp, mask=inside)

@@ -38,9 +38,9 @@ def item_of(lists, items_place, item, row_tiles):
 
 @triton.jit
 def query_places(query, batch, tile, key_head, rows, queries, group, ROWS: tl.constexpr):
-    """Return pointers [ROWS] to the query rows of a tile, and which of them exist.
+    """Return pointers [ROWS] to the query rows of a tile, their rows of the batch, and which of them exist.
 
-    Row r is head r % G of token r // G. Where rows share keys, tokens are counted on from row to row.
+    Row r is head r % G of token r // G. Where rows of the batch share keys, tokens are counted on from row to row.
 
     Args:
         query: a `Strided`.
@@ -55,32 +55,48 @@ def query_places(query, batch, tile, key_head, rows, queries, group, ROWS: tl.co
     row = tl.where(inside, row, 0)
     token = row // group
     head = key_head * group + row % group
-    places = query.pointer + (batch * (rows // (queries * group)) + token // queries) * query.stride_batch
-    return places + (token % queries) * query.stride_row + head.to(tl.int64) * query.stride_head, inside
+    own = batch * (rows // (queries * group)) + token // queries
+    places = query.pointer + own * query.stride_batch + (token % queries) * query.stride_row
+    return places + head * query.stride_head, own, inside
 
 
 @triton.jit
-def visible_slots(count, first, batch, head, begin, end):
-    """Return the part of the slots from `begin` up to `end` that hold keys of a row and head."""
+def bounds_of_rows(count, first, own, head, slots, inside):
+    """Return the first slot [rows] that each query row reads, and one past the last."""
+    begin, end = tl.zeros_like(inside.to(tl.int32)), tl.where(inside, slots, 0)
     if count is not None:
-        end = tl.minimum(end, tl.load(head_vector(count, batch, head, 1)))
+        end = tl.minimum(end, tl.load(head_vector(count, own, head, 1), mask=inside, other=0))
     if first is not None:
-        begin = tl.maximum(begin, tl.load(head_vector(first, batch, head, 1)))
+        begin = tl.maximum(begin, tl.load(head_vector(first, own, head, 1), mask=inside, other=0))
     return begin, end
 
 
 @triton.jit
-def slots_of_step(numbers, start, end, KEYS: tl.constexpr):
-    """Return the slots of the places from `start` up to `end`, and which of them there are.
+def read_range(row_begin, row_end, begin, end):
+    """Return the part of the slots from `begin` up to `end` that some row reads, from `bounds_of_rows`."""
+    reads = row_begin < row_end
+    begin = tl.maximum(begin, tl.min(tl.where(reads, row_begin, end), 0))
+    return begin, tl.minimum(end, tl.max(tl.where(reads, row_end, 0), 0))
 
-    `numbers` points to the slots of a row and head; with None, each place is its own slot.
+
+@triton.jit
+def slots_of_step(numbers, row_begin, row_end, start, end, KEYS: tl.constexpr, BOUNDS: tl.constexpr):
+    """Return the slots of the places from `start` up to `end`, which [rows, KEYS] are read, and which [KEYS] by any.
+
+    `numbers` points to the slots of a row and head; with None, each place is its own slot. `BOUNDS` says whether rows
+    have bounds of their own, `row_begin` and `row_end`.
     """
     slot = start + tl.arange(0, KEYS)
     there = slot < end
     if numbers is not None:
         slot = tl.load(numbers + slot, mask=there, other=-1)
         there = slot >= 0
-    return slot, there
+    visible = there[None, :]
+    if BOUNDS:
+        visible = visible & (slot[None, :] >= row_begin[:, None]) & (slot[None, :] < row_end[:, None])
+        # What no row reads may be anything, so that it is not loaded.
+        there = tl.max(visible.to(tl.int32), 0) > 0
+    return slot, visible, there
 
 
 @triton.jit
@@ -127,8 +143,8 @@ def decode_kernel(
     query: Strided,  # [B, T, Hq, DIM.SIZE]
     key: Strided,  # [R, S, Hk, DIM.SIZE]
     value: Strided,  # [R, S, Hk, VALUE_DIM.SIZE]
-    count: PerRow,  # int32 [R or 1, Hk or 1, 1], or None
-    first: PerRow,  # int32 [R or 1, 1, 1], or None
+    count: PerRow,  # int32 [B or 1, Hk or 1, 1], or None
+    first: PerRow,  # int32 [B or 1, 1, 1], or None
     index: PerRow,  # int32 [B, Hk, slots], or None: the slots that are read, or -1
     lists,  # int32 [Layout.size]
     partial,  # float32 [Layout.slot_rows, VALUE_DIM.SIZE]
@@ -153,34 +169,37 @@ def decode_kernel(
     UPCAST: tl.constexpr,
 ):
     """Write the partial output and base-2 logsumexp of each item of this program to the item's slot."""
+    BOUNDS: tl.constexpr = count is not None or first is not None
+    GATHER: tl.constexpr = BOUNDS or index is not None
     item, end_item = program_items(lists, programs_place)
     if NEGATIVE_SCALE:
         scale_log2 = -scale_log2
     for item in range(item, end_item):
         batch, tile, key_head, first_tile, end_tile = item_of(lists, items_place, item, row_tiles)
         batch, key_head = batch.to(tl.int64), key_head.to(tl.int64)
-        own = batch // key_repeats
-        begin, end = visible_slots(
-            count, first, own, key_head, first_tile * tile_keys, tl.minimum(end_tile * tile_keys, slots)
-        )
-        key_rows, value_rows = head_rows(key, own, key_head), head_rows(value, own, key_head)
+        places, own, inside = query_places(query, batch, tile, key_head, rows, queries, group, ROWS)
+        begin, end = first_tile * tile_keys, tl.minimum(end_tile * tile_keys, slots)
+        row_begin, row_end = bounds_of_rows(count, first, own, key_head, slots, inside)
+        if BOUNDS:
+            begin, end = read_range(row_begin, row_end, begin, end)
+        key_row = batch // key_repeats
+        key_rows, value_rows = head_rows(key, key_row, key_head), head_rows(value, key_row, key_head)
         numbers = index if index is None else head_vector(index, batch, key_head, slots)
-        places, inside = query_places(query, batch, tile, key_head, rows, queries, group, ROWS)
         q = load_placed(places, inside, DIM)
         highest = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         sums = zeros(ROWS, VALUE_DIM)
         for start in range(begin, end, KEYS):
             # [ROWS, KEYS] scores from [ROWS, DIM] and [KEYS, DIM].
-            slot, there = slots_of_step(numbers, start, end, KEYS)
-            k = load_slots(key_rows, start, slot, there, end, DIM, index is not None)
+            slot, visible, there = slots_of_step(numbers, row_begin, row_end, start, end, KEYS, BOUNDS)
+            k = load_slots(key_rows, start, slot, there, end, DIM, GATHER)
             scores = inner(q, k, None, DIM, UPCAST)
             if NEGATIVE_SCALE:
                 # The maximum is taken before the scale is multiplied in, so the scale must be positive.
                 scores = -scores
-            scores = tl.where(there[None, :], scores, float("-inf"))
-            weights, shrink, highest, total = softmax_step(scores, highest, total, scale_log2, index is not None)
-            v = load_slots(value_rows, start, slot, there, end, VALUE_DIM, index is not None)
+            scores = tl.where(visible, scores, float("-inf"))
+            weights, shrink, highest, total = softmax_step(scores, highest, total, scale_log2, GATHER)
+            v = load_slots(value_rows, start, slot, there, end, VALUE_DIM, GATHER)
             sums = scaled(sums, shrink[:, None], VALUE_DIM)
             sums = add_products(weights.to(v.main.dtype), v, sums, VALUE_DIM, UPCAST)
         slot = slots_place + tl.cast(item, tl.int64) * height

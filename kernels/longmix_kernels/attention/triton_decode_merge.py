@@ -57,15 +57,15 @@ def decode_merge_kernel(
     sums = tl.zeros([VALUE_COVER], tl.float32)
     if new_key is not None:
         # A token sees the new tokens up to its own; there are at most 16, one step.
-        inside = number <= token % queries
+        seen = number <= token % queries
         own = tl.arange(0, DIM_COVER)
-        place = query.pointer + batch * query.stride_batch + (token % queries) * query.stride_row
-        q = tl.load(place + head * query.stride_head + own, mask=own < DIM.SIZE, other=0.0).to(tl.float32)
+        query_row = query.pointer + batch * query.stride_batch + (token % queries) * query.stride_row
+        q = tl.load(query_row + head * query.stride_head + own, mask=own < DIM.SIZE, other=0.0).to(tl.float32)
         keys = new_key.pointer + batch * new_key.stride_batch + key_head * new_key.stride_head
-        k = load_new(keys, new_key.stride_row, number, own, inside, own < DIM.SIZE)
+        k = load_new(keys, new_key.stride_row, number, own, seen, own < DIM.SIZE)
         values = new_value.pointer + batch * new_value.stride_batch + key_head * new_value.stride_head
-        v = load_new(values, new_value.stride_row, number, column, inside, there)
-        scores = tl.where(inside, tl.sum(k * q[None, :], 1) * scale_log2, float("-inf"))
+        v = load_new(values, new_value.stride_row, number, column, seen, there)
+        scores = tl.where(seen, tl.sum(k * q[None, :], 1) * scale_log2, float("-inf"))
         highest, total, sums = merge_step(scores, v, highest, total, sums)
     for segment in range(segments):
         head_place = lists + 8 * segment

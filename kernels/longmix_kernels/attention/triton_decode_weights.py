@@ -4,12 +4,12 @@ import triton
 import triton.language as tl
 
 from longmix_kernels.attention.triton_decode_exact import (
+    bounds_of_rows,
     load_slots,
     query_places,
     slots_of_step,
-    visible_slots,
 )
-from longmix_kernels.attention.triton_decode_codes import CodeNumbers, code_scores, load_code_query
+from longmix_kernels.attention.triton_decode_codes import CodeNumbers, code_scores
 from longmix_kernels.attention.triton_split import load_placed
 from longmix_kernels.attention.triton_tiles import inner
 from longmix_kernels.tensors import PerRow, Strided
@@ -20,8 +20,8 @@ from longmix_kernels.tiles import head_rows, head_vector
 def decode_weights_kernel(
     query: Strided,  # [B, T, Hq, D]
     key: Strided,  # [R, S, Hk, D], or uint8 [R, S, Hk, D * KEY_BITS / 8]
-    count: PerRow,  # int32 [R or 1, Hk or 1, 1], or None
-    first: PerRow,  # int32 [R or 1, 1, 1], or None
+    count: PerRow,  # int32 [B or 1, Hk or 1, 1], or None
+    first: PerRow,  # int32 [B or 1, 1, 1], or None
     index: PerRow,  # int32 [B, Hk, places], or None: the slots that are read, or -1
     key_low: CodeNumbers,  # or None
     key_step: CodeNumbers,  # or None
@@ -46,36 +46,51 @@ def decode_weights_kernel(
     UPCAST: tl.constexpr,
 ):
     """Write exp(s - logsumexp) of one tile of query rows and `KEYS` places."""
+    BOUNDS: tl.constexpr = count is not None or first is not None
     steps = tl.cdiv(places, KEYS)
     program = tl.program_id(0)
     start = program % steps * KEYS
     key_head = (program // steps % key_heads).to(tl.int64)
     tile = program // steps // key_heads % row_tiles
     batch = (program // steps // key_heads // row_tiles).to(tl.int64)
-    own = batch // key_repeats
-    begin, end = visible_slots(count, first, own, key_head, start, tl.minimum(start + KEYS, places))
-    key_rows = head_rows(key, own, key_head)
-    query_rows, inside = query_places(query, batch, tile, key_head, rows, queries, group, ROWS)
+    key_row = batch // key_repeats
+    key_rows = head_rows(key, key_row, key_head)
+    query_rows, own, inside = query_places(query, batch, tile, key_head, rows, queries, group, ROWS)
+    row_begin, row_end = bounds_of_rows(count, first, own, key_head, places, inside)
     numbers = index if index is None else head_vector(index, batch, key_head, places)
-    slot, there = slots_of_step(numbers, start, end, KEYS)
-    there = there & (start + tl.arange(0, KEYS) >= begin)
+    end = tl.minimum(start + KEYS, places)
+    slot, visible, there = slots_of_step(numbers, row_begin, row_end, start, end, KEYS, BOUNDS)
     if KEY_BITS > 0:
-        q = load_code_query(query_rows, inside, key_scale, own, key_head, WIDTH, COUNT)
         scores = code_scores(
-            q, key_rows, key_low, key_step, own, key_head, slot, there, ROWS, KEY_BITS, WIDTH, COUNT, FULL
+            query_rows,
+            inside,
+            key_rows,
+            key_low,
+            key_step,
+            key_scale,
+            key_row,
+            key_head,
+            start,
+            slot,
+            there,
+            KEY_BITS,
+            WIDTH,
+            COUNT,
+            FULL,
         )
     else:
         q = load_placed(query_rows, inside, DIM)
-        scores = inner(q, load_slots(key_rows, start, slot, there, end, DIM, index is not None), None, DIM, UPCAST)
+        k = load_slots(key_rows, start, slot, there, end, DIM, BOUNDS or index is not None)
+        scores = inner(q, k, None, DIM, UPCAST)
 
     row = tile * ROWS + tl.arange(0, ROWS)
-    token, head = row // group, row % group
-    query_batch = batch * (rows // (queries * group)) + token // queries
-    total = (query_batch * queries + token % queries) * (key_heads * group) + key_head * group + head
-    subtrahend = tl.load(logsumexp + total, mask=inside, other=0.0)
-    # A row that sees no key at all has -inf, and no weight that is written.
+    token = row // group % queries
+    head = key_head * group + row % group
+    subtrahend = tl.load(logsumexp + (own * queries + token) * (key_heads * group) + head, mask=inside, other=0.0)
+    # A row that sees no key at all has -inf, and no weight but 0.
     found = tl.exp2((scores * scale - subtrahend[:, None]) * 1.4426950408889634)
-    place = ((query_batch * key_heads + key_head) * group + head) * queries + token % queries
+    found = tl.where(visible, found, 0.0)
+    place = (own * (key_heads * group) + head) * queries + token
     column = start + tl.arange(0, KEYS)
-    found = tl.where(there[None, :], found, 0.0)
-    tl.store(weights + place[:, None] * places + column[None, :], found, mask=inside[:, None] & (column < places)[None, :])
+    stored = inside[:, None] & (column < places)[None, :]
+    tl.store(weights + place[:, None] * places + column[None, :], found, mask=stored)
