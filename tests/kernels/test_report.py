@@ -6,7 +6,7 @@ import pytest
 from engine_contract import CLEAN, SPILLING, WITHOUT_WGMMA, Compiled
 
 from longmix_kernels import aot, report
-from longmix_kernels.attention import probe_launch, split_launch
+from longmix_kernels.attention import decode_report, probe_launch, split_launch
 from longmix_kernels.attention import report as attention
 from longmix_kernels.delta import report as delta
 from longmix_kernels.linear import report as linear
@@ -17,7 +17,12 @@ COMMANDS = {
     "attention": (
         ["--dim", "64"],
         ["dim", "mode", "feature"],
-        (*attention.launch.KERNELS, *split_launch.KERNELS, *probe_launch.KERNELS),
+        (
+            *attention.launch.KERNELS,
+            *split_launch.KERNELS,
+            *probe_launch.KERNELS,
+            *(build.kernel for build in decode_report.builds((90,), (64,), features=("plain",))),
+        ),
     ),
     "linear": (
         ["--dims", "64/64", "--gate", "sig"],

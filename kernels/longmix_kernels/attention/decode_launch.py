@@ -4,8 +4,8 @@ Nothing here imports Triton. `longmix_kernels.launch` has what all engines share
 """
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -31,49 +31,50 @@ WIDE_ROWS = 64
 FEW_ROWS = 16
 """How many query rows a tile of the other kernels has, the least that a product takes."""
 
-CODE_WIDTH = 128
-"""The most columns of codes that are multiplied at once."""
+CODE_WIDTH = 32
+"""The most columns of codes that are multiplied at once. With 64, the kernel spills at a head dimension of 128."""
+
+CODES_MAX_DIM = 128
+"""The largest head dimension that the kernel for codes covers. At 256 it spills with every tile that was tried."""
 
 
 @dataclass(frozen=True)
-class LaunchConfig(launch.LaunchConfig):
-    """One way to launch a kernel.
+class LaunchConfig(whole.LaunchConfig):
+    """One way to launch a kernel, with the attributes of attention's.
 
-    Attributes:
-        keys: keys of a step; of `decode_merge`, slots of a step. It divides `tile_keys`.
-        warps: how many warps a program has.
-        stages: how many steps loads are ahead of their use.
+    `rows` is fixed, since lists depend on it. `keys` may be halved: those of a step, or the slots of a step of the
+    merge. They divide `tile_keys`. None loads by descriptors.
     """
 
-    keys: int
-    warps: int
-    stages: int
+    def used_by(self, kernel: str) -> Collection[str]:
+        """Return the names of the attributes that change a kernel's code."""
+        return {"keys", "warps", "stages"}
 
     def sizes(self) -> dict[str, int]:
-        """Return the fields that are sizes of tiles."""
+        """Return the fields that are sizes of tiles and may be halved."""
         return {"keys": self.keys}
 
     def tiles(self) -> dict[str, int]:
-        """Return the sizes of tiles as compile-time arguments."""
+        """Return the sizes of tiles as compile-time arguments; `SegmentCall` has the rows."""
         return {"KEYS": self.keys}
 
 
-# Keys, warps and stages for each of `whole.WIDTHS`. Each entry compiles without a spill and fits into the 99 KiB of
-# shared memory of consumer GPUs. None has been timed.
+# Rows, keys, warps and stages for each of `whole.WIDTHS`; `decode_codes` has no use for the last two. Each entry fits
+# into the 99 KiB of shared memory of consumer GPUs. None has been timed.
 _TUNED = {
-    "decode": ((64, 4, 4), (32, 4, 4), (64, 4, 3), (32, 8, 3), (32, 4, 3)),
-    "decode_wide": ((64, 4, 3), (32, 4, 3), (32, 4, 3), (32, 8, 2), (32, 8, 2)),
-    "decode_index": ((64, 4, 3), (32, 4, 3), (32, 4, 3), (32, 8, 2), (32, 8, 2)),
-    "decode_codes": ((64, 4, 3), (32, 4, 3), (32, 4, 3), (32, 8, 2), (32, 8, 2)),
-    "decode_merge": ((16, 4, 1), (16, 4, 1), (16, 4, 1), (16, 4, 1), (16, 4, 1)),
-    "decode_weights": ((64, 4, 1), (64, 4, 1), (64, 4, 1), (64, 4, 1), (64, 4, 1)),
+    "decode": ((16, 64, 4, 4), (16, 32, 4, 4), (16, 64, 4, 3), (16, 32, 8, 3), (16, 32, 4, 3)),
+    "decode_wide": ((64, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 3), (64, 16, 8, 2), (64, 32, 8, 2)),
+    "decode_index": ((16, 64, 4, 3), (16, 32, 4, 3), (16, 32, 4, 3), (16, 32, 8, 2), (16, 32, 8, 2)),
+    "decode_codes": ((16, 32, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 8, 1), (16, 16, 8, 1)),
+    "decode_merge": ((1, 16, 4, 1), (1, 16, 4, 1), (1, 16, 4, 1), (1, 16, 4, 1), (1, 16, 4, 1)),
+    "decode_weights": ((16, 64, 4, 1), (16, 64, 4, 1), (16, 64, 4, 1), (16, 64, 4, 1), (16, 64, 4, 1)),
 }
 TABLE = LaunchTable(
     LaunchConfig,
     whole.WIDTHS,
     dict.fromkeys(TUNED, _TUNED),
-    float32=dict.fromkeys(KERNELS, (16, 4, 1)),
-    interpreted=dict.fromkeys(KERNELS, LaunchConfig(16, 1, 1)),
+    float32={kernel: (rows[0][0], 16, 4, 1) for kernel, rows in _TUNED.items()},
+    interpreted={kernel: LaunchConfig(rows[0][0], 16, 1, 1) for kernel, rows in _TUNED.items()},
     measured={},
 )
 
@@ -132,7 +133,7 @@ class SegmentCall(launch.Call[LaunchConfig]):
         codes = self.segment.key_codes
         if codes is None or kernel == "decode_merge":
             return config
-        return LaunchConfig(min(config.keys, token_group(codes, self.segment.slots)), config.warps, config.stages)
+        return replace(config, keys=min(config.keys, token_group(codes, self.segment.slots)))
 
     def programs(self, kernel: str, config: LaunchConfig) -> int:
         """Return how many programs a kernel is launched with."""
@@ -261,7 +262,9 @@ def _uncovered_segment(segment: Segment, query: torch.Tensor) -> str | None:
     key_codes, value_codes = segment.key_codes, segment.value_codes
     if key_codes is None and value_codes is None:
         if segment.key.dtype != query.dtype or segment.value.dtype != query.dtype:
-            return f"keys of {segment.key.dtype} and values of {segment.value.dtype}; allowed is {query.dtype}, as query"
+            return (
+                f"keys of {segment.key.dtype} and values of {segment.value.dtype}; allowed is {query.dtype}, as query"
+            )
         return None
     if key_codes is None or value_codes is None:
         return "codes of keys or of values alone; allowed are both or none"
@@ -270,6 +273,8 @@ def _uncovered_segment(segment: Segment, query: torch.Tensor) -> str | None:
     dim, value_dim = query.shape[3], width_of(segment.value, value_codes)
     if dim % 16 or code_width(value_dim, channel_group(value_codes, value_dim)) < 16:
         return f"codes for heads of {dim} and {value_dim}; allowed are multiples of 16, in groups of such"
+    if max(dim, value_dim) > CODES_MAX_DIM:
+        return f"codes for heads of {max(dim, value_dim)}; allowed are at most {CODES_MAX_DIM}"
     by_channel = [(key_codes.low, dim), (key_codes.step, dim), (key_codes.scale, dim), (value_codes.scale, value_dim)]
     if any(x is not None and (x.shape[3] != width or x.stride(3) != 1) for x, width in by_channel):
         return "channels that share a step of keys or a scale; allowed is one for each channel, side by side"

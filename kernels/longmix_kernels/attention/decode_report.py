@@ -125,7 +125,8 @@ def builds(
 
     Args:
         architectures: compute capabilities, times ten.
-        dims: head dimensions, of keys and of values alike. Codes are left out where these are no multiples of 32.
+        dims: head dimensions, of keys and of values alike. Codes are left out where these are no multiples of 32,
+            or larger than the kernel covers.
         dtypes: element types of queries, of `aot.DTYPES`.
         features: of `FEATURES`.
     """
@@ -135,9 +136,10 @@ def builds(
         for dtype in dtypes
         for dim in dims
         for kernel in decode_launch.KERNELS
-        for feature in (features if kernel in _RAGGED else ("plain",))
+        for feature in FEATURES
+        if feature in features and (feature == "plain" or kernel in _RAGGED)
         for bits in _bits_of(kernel)
-        if not bits or dim % 32 == 0
+        if not bits or (dim % 32 == 0 and dim <= decode_launch.CODES_MAX_DIM)
     ]
 
 

@@ -1,9 +1,10 @@
-"""Divide the keys of a decoding step evenly among programs, whatever the lengths of rows (LeanAttention, arXiv 2405.10480).
+"""Divide the keys of a decoding step evenly among programs, whatever the lengths of rows.
 
-The keys of each row and head are cut into tiles, and all tiles of a segment are dealt out to the programs in order, so
-that their numbers differ by one at most. An item is a run of tiles of one row and head that one program takes. Its
-partial result lies in the slot of its number. Lists depend on numbers that the host knows, and change only where the
-end of a row passes a multiple of a tile. Tensors on the device may end rows earlier.
+This is the schedule of LeanAttention (arXiv 2405.10480), for rows of any lengths and without its locks. The keys of
+each row and head are cut into tiles, and all tiles of a segment are dealt out to the programs in order, so that their
+numbers differ by one at most. An item is a run of tiles of one row and head that one program takes. Its partial result
+lies in the slot of its number. Lists depend on numbers that the host knows, and change only where the end of a row
+passes a multiple of a tile. Tensors on the device may end rows earlier.
 
 All sizes of the lists depend on shapes alone, so a CUDA graph can go on with lists that are rewritten in place.
 """

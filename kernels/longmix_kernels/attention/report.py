@@ -10,8 +10,8 @@ from longmix_kernels.attention import cost, launch
 from longmix_kernels.columns import Columns, is_padded
 from longmix_kernels.cost import pass_rows
 
-FEATURES = ("plain", "permuted", "alibi", "blocks")
-"""The features that a call may have besides bounds."""
+FEATURES = ("plain", "permuted", "alibi", "blocks", "ragged")
+"""The features that a call may have besides bounds. "ragged" is for decoding alone: rows read runs of their own."""
 
 MODES = ("full", "causal", "window", "documents", "bounds")
 """Where bounds may come from; `triton_walk` says what each means."""
@@ -143,6 +143,7 @@ def table_builds(
         for kernel in launch.KERNELS
         for mode in modes
         for feature in features
+        if feature != "ragged"
     ]
 
 
@@ -153,7 +154,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--feature", nargs="+", choices=FEATURES, default=("plain",), help="what a call has besides")
 
 
-def builds(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Build]:
+def builds(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[aot.Build]:
     """Return the kernels that the options ask for.
 
     Args:
@@ -162,10 +163,12 @@ def builds(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list
     """
     if not all(1 <= dim <= max(launch.WIDTHS) for dim in options.dim):
         parser.error(f"--dim got {options.dim}; allowed are 1 to {max(launch.WIDTHS)}")
-    from longmix_kernels.attention import probe_report, split_report  # imported here, since they import this module
+    # imported here, since they import this module
+    from longmix_kernels.attention import decode_report, probe_report, split_report
 
     chosen = options.arch, options.dim, (options.dtype,), options.mode, options.feature
-    return [*table_builds(*chosen), *split_report.builds(*chosen), *probe_report.builds(*chosen)]
+    steps = decode_report.builds(options.arch, options.dim, (options.dtype,), options.feature)
+    return [*table_builds(*chosen), *split_report.builds(*chosen), *probe_report.builds(*chosen), *steps]
 
 
 def costs(options: argparse.Namespace | None = None) -> list[dict[str, Any]]:

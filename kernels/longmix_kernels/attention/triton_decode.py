@@ -157,9 +157,7 @@ def _read(
         codes = [x for own, width in widths for x in code_numbers(own, segment.slots, width)]
         call.launch(call.kernel, decode_codes_kernel, *head, *codes, *numbers, call.queries, call.group)
     else:
-        call.launch(
-            call.kernel, decode_kernel, *head, index, *numbers, call.key_repeats, call.queries, call.group
-        )
+        call.launch(call.kernel, decode_kernel, *head, index, *numbers, call.key_repeats, call.queries, call.group)
 
 
 def _code_numbers(x: torch.Tensor, slots: int, width: int) -> CodeNumbers:

@@ -113,8 +113,8 @@ def code_scores(
 ):
     """Return the scores [rows, tokens] of tokens from `start` on that share low and step, before the scale.
 
-    The query rows at `places` are loaded for each step, for in registers a thread would hold 128 of their numbers at
-    256 columns, and spill. They stay in the nearest cache.
+    The query rows at `places` are loaded anew in each step, from the nearest cache. Held in registers, they would make
+    the kernel spill: every warp multiplies all of them.
     """
     scores = tl.zeros([inside.shape[0], token.shape[0]], tl.float32)
     offset = tl.zeros([inside.shape[0]], tl.float32)
@@ -122,7 +122,7 @@ def code_scores(
     anew = start >> 31
     for number in tl.static_range(COUNT):
         column = number * WIDTH + tl.arange(0, WIDTH)
-        q = tl.load(places[:, None] + (column + anew)[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
+        q = tl.load((places + anew)[:, None] + column[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
         if key_scale is not None:
             q *= load_channels(key_scale, batch, key_head, 0, column)[None, :]
         low = load_channels(key_low, batch, key_head, start, column)
@@ -189,10 +189,10 @@ def decode_codes_kernel(
     `KEYS` divides the tokens that share an entry of `key_low` and `key_step`.
     """
     BOUNDS: tl.constexpr = count is not None or first is not None
-    item, end_item = program_items(lists, programs_place)
+    first_item, end_item = program_items(lists, programs_place)
     if NEGATIVE_SCALE:
         scale_log2 = -scale_log2
-    for item in range(item, end_item):
+    for item in range(first_item, end_item):
         batch, tile, key_head, first_tile, end_tile = item_of(lists, items_place, item, row_tiles)
         batch, key_head = batch.to(tl.int64), key_head.to(tl.int64)
         places, own, inside = query_places(query, batch, tile, key_head, rows, queries, group, ROWS)
@@ -205,7 +205,7 @@ def decode_codes_kernel(
         total = tl.zeros([ROWS], tl.float32)
         sums = ()
         for _ in tl.static_range(VALUE_COUNT):
-            sums = sums + (tl.zeros([ROWS, VALUE_WIDTH], tl.float32),)
+            sums = sums + (tl.zeros([ROWS, VALUE_WIDTH], tl.float32),)  # noqa: RUF005  Triton unpacks no tuples
         # Steps begin at multiples of KEYS, so that all tokens of one share their numbers.
         for start in range(begin // KEYS * KEYS, end, KEYS):
             token, visible, there = slots_of_step(None, row_begin, row_end, start, end, KEYS, BOUNDS)
@@ -237,7 +237,7 @@ def decode_codes_kernel(
                 step = load_tokens(value_step, batch, key_head, token, there, number * VALUE_WIDTH)
                 codes = load_codes(value_rows, token, there, number * VALUE_WIDTH, VALUE_WIDTH, VALUE_BITS)
                 more = sums[number] * shrink[:, None] + tl.sum(weights * low[None, :], 1)[:, None]
-                added = added + (code_product(weights * step[None, :], codes, more, FULL),)
+                added = added + (code_product(weights * step[None, :], codes, more, FULL),)  # noqa: RUF005
             sums = added
         empty = total == 0.0
         divisor = tl.where(empty, 1.0, total)[:, None]

@@ -171,10 +171,10 @@ def decode_kernel(
     """Write the partial output and base-2 logsumexp of each item of this program to the item's slot."""
     BOUNDS: tl.constexpr = count is not None or first is not None
     GATHER: tl.constexpr = BOUNDS or index is not None
-    item, end_item = program_items(lists, programs_place)
+    first_item, end_item = program_items(lists, programs_place)
     if NEGATIVE_SCALE:
         scale_log2 = -scale_log2
-    for item in range(item, end_item):
+    for item in range(first_item, end_item):
         batch, tile, key_head, first_tile, end_tile = item_of(lists, items_place, item, row_tiles)
         batch, key_head = batch.to(tl.int64), key_head.to(tl.int64)
         places, own, inside = query_places(query, batch, tile, key_head, rows, queries, group, ROWS)

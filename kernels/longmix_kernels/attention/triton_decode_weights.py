@@ -3,13 +3,13 @@
 import triton
 import triton.language as tl
 
+from longmix_kernels.attention.triton_decode_codes import CodeNumbers, code_scores
 from longmix_kernels.attention.triton_decode_exact import (
     bounds_of_rows,
     load_slots,
     query_places,
     slots_of_step,
 )
-from longmix_kernels.attention.triton_decode_codes import CodeNumbers, code_scores
 from longmix_kernels.attention.triton_split import load_placed
 from longmix_kernels.attention.triton_tiles import inner
 from longmix_kernels.tensors import PerRow, Strided

@@ -1,5 +1,6 @@
-"""A decoding step on a GPU: its work lists, what its kernels compile to, which calls they cover; and the interpreter's tests."""
+"""A decoding step on a GPU: work lists, what its kernels compile to and cover, and the interpreter's tests."""
 
+import itertools
 import json
 import random
 from dataclasses import replace
@@ -20,8 +21,8 @@ from longmix_kernels.attention import (
     launch,
     schedule_decoding,
 )
-from longmix_kernels.attention.decode_launch import TABLE, SegmentCall, programs_of, tile_keys, uncovered
 from longmix_kernels.attention.decode_inputs import DecodeInputs
+from longmix_kernels.attention.decode_launch import TABLE, SegmentCall, programs_of, tile_keys, uncovered
 from longmix_kernels.attention.decode_report import Build
 from longmix_kernels.attention.decode_schedule import HEAD, ITEM, Layout, Schedule, SegmentShape, work_list
 from longmix_kernels.runtime import assumed_device
@@ -46,7 +47,7 @@ def parts(layout: Layout, lists: list[int]) -> tuple[list[list[list[int]]], list
     (place,), (segment,) = layout.places, layout.segments
     offsets = lists[place.programs : place.programs + layout.programs + 1]
     items = [lists[place.items + ITEM * number : place.items + ITEM * (number + 1)] for number in range(offsets[-1])]
-    programs = [items[begin:end] for begin, end in zip(offsets, offsets[1:], strict=False)]
+    programs = [items[begin:end] for begin, end in itertools.pairwise(offsets)]
     return programs, lists[place.groups : place.groups + segment.groups + 1]
 
 
@@ -67,7 +68,7 @@ def test_every_tile_is_taken_once_and_evenly():
         assert taken == [(group, tile) for group, (first, end) in enumerate(tiles) for tile in range(first, end)]
         shares = [
             sum(end - first for _, first, end in work.items[begin:stop])
-            for begin, stop in zip(work.program_offsets, work.program_offsets[1:], strict=False)
+            for begin, stop in itertools.pairwise(work.program_offsets)
         ]
         assert len(shares) == programs and max(shares) == -(-total // programs) and max(shares) - min(shares) <= 1
         assert len(work.items) < len(tiles) + programs and work.program_offsets[-1] == len(work.items)
@@ -119,7 +120,7 @@ REFUSED = [
     (segment(300, dim=264), query(dim=264), "head dimension 264"),
     (replace(coded(), key=segment(256).key, key_codes=None), query(), "codes of keys or of values alone"),
     (replace(coded(), index=torch.zeros(2, 2, 16, dtype=torch.int32)), query(), "codes and an index"),
-    (coded(dim=24), query(dim=24), "multiples of 16"),
+    (coded(dim=24, channels=24), query(dim=24), "multiples of 16"),
     (coded(channels=8), query(), "multiples of 16"),
     (coded(group=8), query(), "keys that share a step by 8"),
     (coded(slots=288, group=96), query(), "keys that share a step by 96"),
@@ -141,7 +142,7 @@ def test_what_is_not_covered_is_refused_by_name_or_left_to_torch(read, asked, sa
 
 def test_schedule_of_another_call_is_refused():
     schedule = schedule_decoding(query(), [segment(300)], [[(0, 300)]])
-    with simulated_gpu(90, processors=132), pytest.raises(ValueError, match="schedule is torch.int32"):
+    with simulated_gpu(90, processors=132), pytest.raises(ValueError, match=r"schedule is torch\.int32"):
         decode_attention(query(), [segment(300), segment(200)], schedule=schedule.lists)
     with pytest.raises(ValueError, match="1 lists of spans for 2 segments"):
         schedule_decoding(query(), [segment(300), segment(200)], [[(0, 300)]])
@@ -220,7 +221,12 @@ def test_operations_are_those_of_what_is_read():
     index = torch.full((2, 2, 16), -1, dtype=torch.int32)
     index[..., :5] = 1
     new = torch.zeros(2, 3, 2, 64, dtype=torch.bfloat16)
-    for read, seen in ((segment(300), 2 * 300), (segment(300, 1, count=count, first=first), 80), (segment(300, index=index), 10)):
+    cases = (
+        (segment(300), 2 * 300),
+        (segment(300, 1, count=count, first=first), 80),
+        (segment(300, index=index), 10),
+    )
+    for read, seen in cases:
         with simulated_gpu(90), FlopCounterMode(display=False) as counted:
             decode_attention(query(3), [read], new=(new, new))
         assert counted.get_total_flops() == 2 * 128 * 8 * (3 * seen + 2 * 6)

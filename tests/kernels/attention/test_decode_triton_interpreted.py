@@ -5,6 +5,7 @@ Runs only where TRITON_INTERPRET=1 is set before triton is imported; `test_decod
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ from decode_cases import BATCH, GROUP, KEY_HEADS, calls, plain, random
 from guarded import guarded_buffers
 
 from longmix_kernels.attention import Codes, Segment, decode_attention, decode_launch, packed_codes, schedule_decoding
-from longmix_kernels.attention.decode_launch import LaunchConfig
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in a process of its own")
 
@@ -26,14 +26,17 @@ def small(monkeypatch):
     monkeypatch.setattr(decode_launch, "programs_of", lambda query: 3)
 
 
-def compare(call: dict, monkeypatch, weights: bool = False, **options) -> None:
-    """Output, logsumexp and perhaps weights; buffers of the kernels lie in NaN, and nothing beside them is written."""
+def compare(call: dict, monkeypatch, weights: bool = False, finite: list[Segment] | None = None, **options) -> None:
+    """Output, logsumexp and perhaps weights; buffers of the kernels lie in NaN, and nothing beside them is written.
+
+    The definition reads `finite` where the segments hold NaN in slots that no row reads.
+    """
     call = {"new": None, "scale": None, **call}
     arguments = call.pop("query"), call.pop("segments")
     exact = [x.double() if isinstance(x, torch.Tensor) else x for x in (arguments[0], *(call["new"] or ()))]
     wanted = decode_attention(
         exact[0],
-        [as_double(x) for x in arguments[1]],
+        [as_double(x) for x in finite or arguments[1]],
         new=tuple(exact[1:]) or None,
         scale=call["scale"],
         return_logsumexp=True,
@@ -116,29 +119,28 @@ def test_codes_match_reference(bits, group, channels, scaled, monkeypatch):
 
 def test_codes_of_rows_with_lengths_of_their_own(monkeypatch):
     torch.manual_seed(0)
-    segment = coded(4, 32, 32, True, rows=1)
     count = torch.tensor([[64], [33], [0]], dtype=torch.int32)
     first = torch.tensor([40, 0, 5], dtype=torch.int32)
-    numbers = segment.value_codes
-    numbers.low[:, :, 33:40], numbers.step[:, :, 33:40] = torch.nan, torch.nan  # which no row reads
-    segment = replace(segment, count=count, first=first)
+    segment = replace(coded(4, 32, 32, True, rows=1), count=count, first=first)
+    codes = segment.value_codes
+    low, step = codes.low.clone(), codes.step.clone()
+    low[:, :, 33:40], step[:, :, 33:40] = torch.nan, torch.nan  # which no row reads
+    poisoned = replace(segment, value_codes=replace(codes, low=low, step=step))
     query = random(3, 1, 4, 32, dtype=torch.float32)
-    output = decode_attention(query, [segment], backend="triton", return_logsumexp=True)
-    numbers.low[:, :, 33:40], numbers.step[:, :, 33:40] = 0.0, 0.0
-    wanted = decode_attention(query.double(), [as_double(segment)], backend="reference", return_logsumexp=True)
-    for found, exact in zip(output[:2], wanted[:2], strict=True):
-        assert_close(found, exact, 1e-5, "codes")
+    compare({"query": query, "segments": [poisoned]}, monkeypatch, finite=[segment])
 
 
 def test_what_no_row_reads_is_not_loaded(monkeypatch):
     """Rows that share keys read runs with a gap between them, which holds anything."""
     torch.manual_seed(0)
-    segment = plain(48, 1, torch.float32)
-    segment.key[:, :, 20:30], segment.value[:, :, 20:30] = torch.nan, torch.nan
     count = torch.tensor([[20], [48], [7], [0]], dtype=torch.int32)
     first = torch.tensor([3, 30, 0, 0], dtype=torch.int32)
+    segment = replace(plain(48, 1, torch.float32), count=count, first=first)
+    key, value = segment.key.clone(), segment.value.clone()
+    key[:, :, 20:30], value[:, :, 20:30] = torch.nan, torch.nan
+    poisoned = replace(segment, key=key, value=value)
     query = random(BATCH, 1, KEY_HEADS * GROUP, 8, dtype=torch.float32)
-    compare({"query": query, "segments": [replace(segment, count=count, first=first)]}, monkeypatch, weights=True)
+    compare({"query": query, "segments": [poisoned]}, monkeypatch, weights=True, finite=[segment])
 
 
 @pytest.mark.parametrize("programs", [1, 2, 7, 50])
@@ -160,7 +162,7 @@ def test_merge_of_extreme_parts(monkeypatch):
 
 
 def test_two_runs_are_equal_bit_for_bit():
-    call = calls(torch.float32)["nested-forks"]
+    call = calls(torch.float32)["one-segment"]
     runs = [decode_attention(call["query"], call["segments"], backend="triton")[0] for _ in range(2)]
     assert torch.equal(*runs)
 
@@ -180,15 +182,17 @@ def test_lists_are_rewritten_in_place(monkeypatch):
     assert rewritten == [False, False, True, True, True] and schedule.lists.data_ptr() == place
 
 
-FIXTURES = os.path.join(os.path.dirname(__file__), "..", "..", "fixtures")
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 
 
 @pytest.mark.parametrize("case", [0, 1])
 def test_shared_prefix_equals_the_published_one(case):
     """Bifurcated attention (arXiv 2403.08845), whose authors' code wrote these numbers."""
-    stored = np.load(os.path.join(FIXTURES, "bifurcated.npz"))
+    stored = np.load(FIXTURES / "bifurcated.npz")
     tensors = {name.split(".")[1]: torch.from_numpy(stored[name]) for name in stored.files if name[4] == str(case)}
-    parts = [Segment(*(tensors[f"{p}_{x}"].float().transpose(1, 2) for x in ("key", "value"))) for p in ("prefix", "own")]
+    parts = [
+        Segment(*(tensors[f"{p}_{x}"].float().transpose(1, 2) for x in ("key", "value"))) for p in ("prefix", "own")
+    ]
     found = decode_attention(tensors["query"].float(), parts, return_logsumexp=True, backend="triton")
     assert_close(found[0], tensors["output"], 1e-5, "output")
     assert_close(found[1], tensors["logsumexp"], 1e-5, "logsumexp")
