@@ -65,14 +65,17 @@ _TUNED = {
     "decode": ((16, 64, 4, 4), (16, 32, 4, 4), (16, 64, 4, 3), (16, 32, 8, 3), (16, 32, 4, 3)),
     "decode_wide": ((64, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 3), (64, 16, 8, 2), (64, 32, 8, 2)),
     "decode_index": ((16, 64, 4, 3), (16, 32, 4, 3), (16, 32, 4, 3), (16, 32, 8, 2), (16, 32, 8, 2)),
-    "decode_codes": ((16, 32, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 8, 1), (16, 16, 8, 1)),
+    "decode_codes": ((16, 32, 8, 2), (16, 32, 4, 2), (16, 32, 4, 2), (16, 16, 8, 1), (16, 16, 8, 1)),
     "decode_merge": ((1, 16, 4, 1), (1, 16, 4, 1), (1, 16, 4, 1), (1, 16, 4, 1), (1, 16, 4, 1)),
     "decode_weights": ((16, 64, 4, 1), (16, 64, 4, 1), (16, 64, 4, 1), (16, 64, 4, 1), (16, 64, 4, 1)),
+}
+_BLACKWELL = _TUNED | {
+    "decode_wide": (*_TUNED["decode_wide"][:3], (64, 32, 8, 2), _TUNED["decode_wide"][4]),
 }
 TABLE = LaunchTable(
     LaunchConfig,
     whole.WIDTHS,
-    dict.fromkeys(TUNED, _TUNED),
+    dict.fromkeys(TUNED, _TUNED) | {100: _BLACKWELL},
     float32={kernel: (rows[0][0], 16, 4, 1) for kernel, rows in _TUNED.items()},
     interpreted={kernel: LaunchConfig(rows[0][0], 16, 1, 1) for kernel, rows in _TUNED.items()},
     measured={},

@@ -29,7 +29,7 @@ from longmix_kernels.runtime import assumed_device
 from longmix_kernels.simulated import FakeCalls, simulated_gpu
 
 SHARED_OF_CONSUMER_GPUS = 99 * 1024
-STORED = json.loads((Path(__file__).parents[2] / "fixtures" / "decode_work_lists.json").read_text())["ours"]
+STORED = json.loads((Path(__file__).parents[2] / "fixtures" / "inference_side" / "lean.json").read_text())["ours"]
 
 
 @pytest.mark.slow

@@ -182,7 +182,7 @@ def test_lists_are_rewritten_in_place(monkeypatch):
     assert rewritten == [False, False, True, True, True] and schedule.lists.data_ptr() == place
 
 
-FIXTURES = Path(__file__).parents[2] / "fixtures"
+FIXTURES = Path(__file__).parents[2] / "fixtures" / "inference_side"
 
 
 @pytest.mark.parametrize("case", [0, 1])
