@@ -62,7 +62,8 @@ def decode_attention(
     """
     check_decode(query, segments, new)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    inputs = DecodeInputs(query, *(new or (None, None)), tuple(segments), schedule, scale)
+    new_key, new_value = (None, None) if new is None else new
+    inputs = DecodeInputs(query, new_key, new_value, tuple(segments), schedule, scale)
     backend = _backend_of(backend, inputs)
     if backend == "reference":
         output, logsumexp, weights = reference_decode(query, segments, new, scale)
@@ -73,10 +74,10 @@ def decode_attention(
     if backend == "torch":
         return torch_decode(query, segments, new, scale, return_logsumexp, return_weights)
     output, logsumexp = _TRITON(inputs)
-    weights = None
-    if return_weights:
-        inputs = replace(inputs, logsumexp=logsumexp)
-        weights = [*(_TRITON_WEIGHTS(inputs) if segments else ()), *_new_weights(inputs)]
+    if not return_weights:
+        return output, logsumexp if return_logsumexp else None, None
+    inputs = replace(inputs, logsumexp=logsumexp)
+    weights = [*(_TRITON_WEIGHTS(inputs) if segments else ()), *_new_weights(inputs)]
     return output, logsumexp if return_logsumexp else None, weights
 
 
