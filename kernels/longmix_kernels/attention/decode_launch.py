@@ -42,7 +42,7 @@ CODES_MAX_DIM = 128
 class LaunchConfig(whole.LaunchConfig):
     """One way to launch a kernel, with the attributes of attention's.
 
-    `rows` is fixed, since lists depend on it. `keys` may be halved: those of a step, or the slots of a step of the
+    `rows` is fixed, since lists depend on it. `keys` may be halved: those of a step, or the parts of a step of the
     merge. They divide `tile_keys`. None loads by descriptors.
     """
 

@@ -45,7 +45,7 @@ class Build(aot.Build):
         "decode_weights": "longmix_kernels.attention.triton_decode_weights.decode_weights_kernel",
     }
     TYPES: ClassVar = {
-        **dict.fromkeys(("items_place", "programs_place", "slots_place", "slots", "places", "segments"), "i32"),
+        **dict.fromkeys(("items_place", "programs_place", "parts_place", "slots", "places", "segments"), "i32"),
         **dict.fromkeys(("rows", "row_tiles", "height", "tile_keys", "key_repeats"), "i32"),
         **dict.fromkeys(("queries", "key_heads", "group"), "i32"),
         **dict.fromkeys(("scale", "scale_log2"), "fp32"),

@@ -3,7 +3,7 @@
 This is the schedule of LeanAttention (arXiv 2405.10480), for rows of any lengths and without its locks. The keys of
 each row and head are cut into tiles, and all tiles of a segment are dealt out to the programs in order, so that their
 numbers differ by one at most. An item is a run of tiles of one row and head that one program takes. Its partial result
-lies in the slot of its number. Lists depend on numbers that the host knows, and change only where the end of a row
+is the part of its number. Lists depend on numbers that the host knows, and change only where the end of a row
 passes a multiple of a tile. Tensors on the device may end rows earlier.
 
 All sizes of the lists depend on shapes alone, so a CUDA graph can go on with lists that are rewritten in place.
@@ -95,7 +95,7 @@ class SegmentShape:
 
     @property
     def height(self) -> int:
-        """Return how many rows a slot has."""
+        """Return how many rows a part has."""
         return min(self.rows, self.tile_rows)
 
     @property
@@ -124,12 +124,12 @@ class SegmentShape:
 
 
 class Places(NamedTuple):
-    """Where the parts of a segment's lists begin in the lists of all, and its slots among the rows of all slots."""
+    """Where the parts of a segment's lists begin in the lists of all, and its parts among the rows of all parts."""
 
     items: int
     programs: int
     groups: int
-    slots: int
+    parts: int
 
 
 @dataclass(frozen=True)
@@ -155,8 +155,8 @@ class Layout:
         return self._measured[1]
 
     @property
-    def slot_rows(self) -> int:
-        """Return how many rows the slots of all segments have."""
+    def part_rows(self) -> int:
+        """Return how many rows the parts of all segments have."""
         return self._measured[2]
 
     @functools.cached_property
@@ -180,7 +180,7 @@ class Layout:
         numbers = [0] * size
         for index, (segment, place) in enumerate(zip(self.segments, places, strict=True)):
             shape = segment.repeats, segment.row_tiles, segment.tile_rows, segment.height
-            numbers[HEAD * index : HEAD * (index + 1)] = *shape, place.groups, place.slots, 0, 0
+            numbers[HEAD * index : HEAD * (index + 1)] = *shape, place.groups, place.parts, 0, 0
             work = work_list(segment.tiles(spans[index]), self.programs)
             items = [x for group, *run in work.items for x in (*divmod(group, segment.key_heads), *run)]
             for start, part in zip(place[:3], (items, work.program_offsets, work.group_offsets), strict=True):

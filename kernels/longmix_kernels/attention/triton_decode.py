@@ -33,8 +33,8 @@ def triton_decode(inputs: DecodeInputs) -> tuple[torch.Tensor, torch.Tensor]:
     layout = layout_of(tuple(call.shape for call in calls), decode_launch.programs_of(query))
     lists = _lists(inputs, calls, layout)
     merge = MergeCall(inputs)
-    partial = query.new_empty(layout.slot_rows, merge.value_dim, dtype=torch.float32)
-    partial_logsumexp = query.new_empty(layout.slot_rows, dtype=torch.float32)
+    partial = query.new_empty(layout.part_rows, merge.value_dim, dtype=torch.float32)
+    partial_logsumexp = query.new_empty(layout.part_rows, dtype=torch.float32)
     for call, places in zip(calls, layout.places, strict=True):
         _read(call, places, lists, partial, partial_logsumexp)
     output = query.new_empty(*query.shape[:3], merge.value_dim)
@@ -134,7 +134,7 @@ def _read_slots(call: SegmentCall) -> list[PerRow | None]:
 def _read(
     call: SegmentCall, places: Places, lists: torch.Tensor, partial: torch.Tensor, partial_logsumexp: torch.Tensor
 ) -> None:
-    """Launch the kernel that reads a segment, into its slots."""
+    """Launch the kernel that reads a segment, into its parts."""
     segment, shape = call.segment, call.shape
     count, first, index = _read_slots(call)
     numbers = (
@@ -144,7 +144,7 @@ def _read(
         scale_log2(call.scale),
         places.items,
         places.programs,
-        places.slots,
+        places.parts,
         call.slots,
         shape.rows,
         shape.row_tiles,

@@ -137,7 +137,7 @@ def code_scores(
     do_not_specialize=[
         "items_place",
         "programs_place",
-        "slots_place",
+        "parts_place",
         "slots",
         "rows",
         "row_tiles",
@@ -160,12 +160,12 @@ def decode_codes_kernel(
     value_step: CodeNumbers,
     value_scale: CodeNumbers,  # or None
     lists,  # int32 [Layout.size]
-    partial,  # float32 [Layout.slot_rows, VALUE_DIM]
-    partial_logsumexp,  # float32 [Layout.slot_rows], in base 2
+    partial,  # float32 [Layout.part_rows, VALUE_DIM]
+    partial_logsumexp,  # float32 [Layout.part_rows], in base 2
     scale_log2,  # scale * log2(e)
     items_place,
     programs_place,
-    slots_place,
+    parts_place,
     slots,  # S
     rows,
     row_tiles,
@@ -184,7 +184,7 @@ def decode_codes_kernel(
     KEYS: tl.constexpr,
     FULL: tl.constexpr,
 ):
-    """Write the partial output and base-2 logsumexp of each item of this program to the item's slot.
+    """Write the partial output and base-2 logsumexp of each item of this program as the item's part.
 
     `KEYS` divides the tokens that share an entry of `key_low` and `key_step`.
     """
@@ -205,7 +205,7 @@ def decode_codes_kernel(
         total = tl.zeros([ROWS], tl.float32)
         sums = ()
         for _ in tl.static_range(VALUE_COUNT):
-            sums = sums + (tl.zeros([ROWS, VALUE_WIDTH], tl.float32),)  # noqa: RUF005  Triton unpacks no tuples
+            sums = sums + (tl.zeros([ROWS, VALUE_WIDTH], tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
         # Steps begin at multiples of KEYS, so that all tokens of one share their numbers.
         for start in range(begin // KEYS * KEYS, end, KEYS):
             token, visible, there = slots_of_step(None, row_begin, row_end, start, end, KEYS, BOUNDS)
@@ -237,11 +237,11 @@ def decode_codes_kernel(
                 step = load_tokens(value_step, batch, key_head, token, there, number * VALUE_WIDTH)
                 codes = load_codes(value_rows, token, there, number * VALUE_WIDTH, VALUE_WIDTH, VALUE_BITS)
                 more = sums[number] * shrink[:, None] + tl.sum(weights * low[None, :], 1)[:, None]
-                added = added + (code_product(weights * step[None, :], codes, more, FULL),)  # noqa: RUF005
+                added = added + (code_product(weights * step[None, :], codes, more, FULL),)  # type: ignore[assignment]  # noqa: RUF005
             sums = added
         empty = total == 0.0
         divisor = tl.where(empty, 1.0, total)[:, None]
-        place = slots_place + tl.cast(item, tl.int64) * height + tl.arange(0, ROWS)
+        place = parts_place + tl.cast(item, tl.int64) * height + tl.arange(0, ROWS)
         for number in tl.static_range(VALUE_COUNT):
             column = number * VALUE_WIDTH + tl.arange(0, VALUE_WIDTH)
             result = sums[number] / divisor

@@ -109,16 +109,16 @@ def load_slots(rows, start, slot, there, end, COLUMNS: tl.constexpr, GATHER: tl.
 
 
 @triton.jit
-def store_slot(
-    partial, partial_logsumexp, slot, sums, highest, total, inside, VALUE_DIM: tl.constexpr, ROWS: tl.constexpr
+def store_part(
+    partial, partial_logsumexp, part, sums, highest, total, inside, VALUE_DIM: tl.constexpr, ROWS: tl.constexpr
 ):
-    """Write the output and the base-2 logsumexp of a tile of rows, the first of which has the number `slot`."""
+    """Write the output and the base-2 logsumexp of a tile of rows, the first of which has the number `part`."""
     empty = total == 0.0
     divisor = tl.where(empty, 1.0, total)[:, None]
     rest = sums.rest
     if VALUE_DIM.REST > 0:
         rest = rest / divisor
-    place = slot + tl.arange(0, ROWS)
+    place = part + tl.arange(0, ROWS)
     store_placed(partial + place * VALUE_DIM.SIZE, Parts(sums.main / divisor, rest), inside, VALUE_DIM)
     logsumexp = tl.where(empty, float("-inf"), highest + tl.log2(tl.where(empty, 1.0, total)))
     tl.store(partial_logsumexp + place, logsumexp, mask=inside)
@@ -128,7 +128,7 @@ def store_slot(
     do_not_specialize=[
         "items_place",
         "programs_place",
-        "slots_place",
+        "parts_place",
         "slots",
         "rows",
         "row_tiles",
@@ -147,12 +147,12 @@ def decode_kernel(
     first: PerRow,  # int32 [B or 1, 1, 1], or None
     index: PerRow,  # int32 [B, Hk, slots], or None: the slots that are read, or -1
     lists,  # int32 [Layout.size]
-    partial,  # float32 [Layout.slot_rows, VALUE_DIM.SIZE]
-    partial_logsumexp,  # float32 [Layout.slot_rows], in base 2
+    partial,  # float32 [Layout.part_rows, VALUE_DIM.SIZE]
+    partial_logsumexp,  # float32 [Layout.part_rows], in base 2
     scale_log2,  # scale * log2(e)
     items_place,
     programs_place,
-    slots_place,
+    parts_place,
     slots,  # S, or the length of `index`
     rows,
     row_tiles,
@@ -168,7 +168,7 @@ def decode_kernel(
     KEYS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Write the partial output and base-2 logsumexp of each item of this program to the item's slot."""
+    """Write the partial output and base-2 logsumexp of each item of this program as the item's part."""
     BOUNDS: tl.constexpr = count is not None or first is not None
     GATHER: tl.constexpr = BOUNDS or index is not None
     first_item, end_item = program_items(lists, programs_place)
@@ -202,5 +202,5 @@ def decode_kernel(
             v = load_slots(value_rows, start, slot, there, end, VALUE_DIM, GATHER)
             sums = scaled(sums, shrink[:, None], VALUE_DIM)
             sums = add_products(weights.to(v.main.dtype), v, sums, VALUE_DIM, UPCAST)
-        slot = slots_place + tl.cast(item, tl.int64) * height
-        store_slot(partial, partial_logsumexp, slot, sums, highest, total, inside, VALUE_DIM, ROWS)
+        part = parts_place + tl.cast(item, tl.int64) * height
+        store_part(partial, partial_logsumexp, part, sums, highest, total, inside, VALUE_DIM, ROWS)

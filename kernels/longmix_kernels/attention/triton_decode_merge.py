@@ -1,4 +1,4 @@
-"""Merge the slots of all segments of a decoding step, and attend to the new tokens, on a GPU."""
+"""Merge the parts of all segments of a decoding step, and attend to the new tokens, on a GPU."""
 
 import triton
 import triton.language as tl
@@ -29,8 +29,8 @@ def decode_merge_kernel(
     new_key: Strided,  # [B, T, Hk, DIM.SIZE], or None
     new_value: Strided,  # [B, T, Hk, VALUE_DIM.SIZE], or None
     lists,  # int32 [Layout.size]
-    partial,  # float32 [Layout.slot_rows, VALUE_DIM.SIZE]
-    partial_logsumexp,  # float32 [Layout.slot_rows], in base 2
+    partial,  # float32 [Layout.part_rows, VALUE_DIM.SIZE]
+    partial_logsumexp,  # float32 [Layout.part_rows], in base 2
     output,  # [B, T, Hq, VALUE_DIM.SIZE], contiguous
     logsumexp,  # float32 [B, T, Hq], contiguous
     scale_log2,  # scale * log2(e)
@@ -70,14 +70,14 @@ def decode_merge_kernel(
     for segment in range(segments):
         head_place = lists + 8 * segment
         repeats, row_tiles, tile_rows = tl.load(head_place), tl.load(head_place + 1), tl.load(head_place + 2)
-        height, groups_place, slots_place = tl.load(head_place + 3), tl.load(head_place + 4), tl.load(head_place + 5)
+        height, groups_place, parts_place = tl.load(head_place + 3), tl.load(head_place + 4), tl.load(head_place + 5)
         key_row = batch // repeats
         own_row = (token - key_row * repeats * queries) * group + head % group
         group_place = lists + groups_place + (key_row * row_tiles + own_row // tile_rows) * key_heads + key_head
         end = tl.load(group_place + 1)
         for start in range(tl.load(group_place), end, KEYS):
             inside = start + number < end
-            place = slots_place + (start + number).to(tl.int64) * height + own_row % tile_rows
+            place = parts_place + (start + number).to(tl.int64) * height + own_row % tile_rows
             each = tl.load(partial_logsumexp + place, mask=inside, other=float("-inf"))
             places = partial + place[:, None] * VALUE_DIM.SIZE + column[None, :]
             rows = tl.load(places, mask=inside[:, None] & there[None, :], other=0.0)

@@ -43,7 +43,7 @@ def compare(call: dict, monkeypatch, weights: bool = False, finite: list[Segment
         return_weights=True,
         backend="reference",
     )
-    # Not every slot is used: fewer items than there is room for.
+    # Not every part is used: fewer items than there is room for.
     with guarded_buffers(monkeypatch, least=4, complete=False):
         found = decode_attention(
             *arguments, **call, return_logsumexp=True, return_weights=weights, backend="triton", **options
