@@ -69,7 +69,7 @@ def torch_decode(
     if return_weights:
         shares = [[torch.exp(part.logsumexp - _finite(logsumexp)) for part in each] for each in parts]
         weights = [
-            torch.cat([part.weights * share for part, share in zip(*each, strict=True)], -1).unflatten(2, (-1, length))  # type: ignore[operator]
+            _joined([part.weights * share for part, share in zip(*each, strict=True)]).unflatten(2, (-1, length))  # type: ignore[operator]
             for each in zip(parts, shares, strict=True)
         ]
     if not return_logsumexp:
@@ -136,6 +136,11 @@ def _attended(
         return part
     apart = [None if x is None else _apart(x, shared, count) for x in part]
     return Part(*apart)  # type: ignore[arg-type]
+
+
+def _joined(runs: list[torch.Tensor]) -> torch.Tensor:
+    """Return the weights of a set of keys from those of its runs."""
+    return runs[0] if len(runs) == 1 else torch.cat(runs, -1)
 
 
 def _apart(x: torch.Tensor, shared: int, count: int) -> torch.Tensor:

@@ -81,6 +81,11 @@ class CacheKind:
     wants_weights: ClassVar[bool] = False
     exact_layers: Sequence[int] = ()
 
+    @property
+    def piece_tokens(self) -> int | None:
+        """Tokens of a prompt to be read at once, counted from its end; None for as many as memory allows."""
+        return None
+
     def build(self, shape: CacheShape) -> "Cache":
         """An empty cache."""
         raise NotImplementedError(f"{type(self).__name__} lacks build(shape)")

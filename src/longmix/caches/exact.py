@@ -57,6 +57,10 @@ class ExactCache(Cache):
         """Tokens in shared segments."""
         return sum(key.shape[2] for key, _ in self.shared)
 
+    def slots_of(self, length: int) -> int:
+        """How many of the first `length` tokens are in shared segments and the store; here all."""
+        return length
+
     def read(self, new: NewTokens, with_logsumexp: bool) -> tuple[Tensor, Tensor | None]:
         """Append first, so that a single token finds its own key in place."""
         if new.count > MOST_QUERIES or new.ids is not None:
@@ -150,14 +154,14 @@ class ExactCache(Cache):
         dropped = self.length - length
         if dropped < 0:
             raise ValueError(f"there are {self.length} tokens, and {length} were to stay")
-        shared = self.shared_length
-        while shared > length:
+        shared, slots = self.shared_length, self.slots_of(length)
+        while shared > slots:
             key, value = self.shared.pop()
             shared -= key.shape[2]
-            if shared < length:
-                self.shared.append((key[:, :, : length - shared], value[:, :, : length - shared]))
-                shared = length
-        self.store.truncate(length - shared)
+            if shared < slots:
+                self.shared.append((key[:, :, : slots - shared], value[:, :, : slots - shared]))
+                shared = slots
+        self.store.truncate(slots - shared)
         self.length = length
         self.next_position = self.next_position - dropped
 
@@ -176,7 +180,7 @@ class ExactCache(Cache):
             parts.append((saved.pop(f"key_{number}"), saved.pop(f"value_{number}", None)))
             self._check_part(*parts[-1], f"{name}.key_{number}")
         super().restore(saved, name)
-        if sum(key.shape[2] for key, _ in parts) != self.length:
+        if sum(key.shape[2] for key, _ in parts) != self.slots_of(self.length):
             raise ValueError(f"{name} does not hold as many keys as it says")
         self.shared, self.store = parts, Store()
         if parts and parts[-1][0].shape[0] == self.shape.batch:
@@ -206,6 +210,14 @@ class ExactCache(Cache):
     def _parts(self) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of the shared segments, and then of the store."""
         return [*self.shared, self.store.used] if self.store.length else list(self.shared)
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the shared segments and the store, [B, Hkv, S, .], copied where they are several."""
+        parts = self._parts()
+        if len(parts) == 1 and len(parts[0][0]) == self.shape.batch:
+            return parts[0]
+        spread = [[x.repeat_interleave(self.shape.batch // len(x), 0) for x in part] for part in parts]
+        return torch.cat([part[0] for part in spread], 2), torch.cat([part[1] for part in spread], 2)
 
     def held_bytes(self) -> int:
         """What is shared counts once."""
