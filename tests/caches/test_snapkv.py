@@ -22,8 +22,7 @@ def test_keeps_what_the_authors_keep(number):
     )
     cache = built(kind, *rows)
     attended(cache, *rows, slice(0, prompt - 1))
-    ahead = cache.fork(1)
-    ahead.more_queries = 1 + lookahead
+    ahead = cache.looking_ahead(1 + lookahead)
     attended(ahead, *rows, slice(prompt - 1, prompt + lookahead))
     importance = cache._importance(ahead.newest_query, ahead.whole()[0], torch.zeros(1))[..., : given["pooled"].shape[-1]]
     torch.testing.assert_close(kind.of_group(importance), given["importance"], rtol=0, atol=1e-6)

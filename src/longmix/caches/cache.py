@@ -11,9 +11,9 @@ A kind is one file with these two classes, and one `configs/cache/NAME.yaml`.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,6 +26,13 @@ from longmix_kernels.attention.decode import MOST_QUERIES
 if TYPE_CHECKING:
     from longmix.mixers.parts.attention_state import AttentionState
     from longmix.mixers.parts.rotary import Rotary
+
+
+Advance: TypeAlias = Callable[[Tensor, Any], Any]
+"""Passes tokens, int64 [B, T], through the model after a state, and returns the state after them."""
+
+PromptReader: TypeAlias = Callable[[Advance, Any, Tensor, Tensor | None], Any]
+"""Reads prompts, int64 [B, T], from a state and then a question, int64 [B, t] or None; returns the state after them."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,10 @@ class CacheKind:
     @property
     def piece_tokens(self) -> int | None:
         """Tokens of a prompt to be read at once, counted from its end; None for as many as memory allows."""
+        return None
+
+    def reader(self) -> "PromptReader | None":
+        """What reads prompts of one length, where that is more than passing them through the model; None for that."""
         return None
 
     def build(self, shape: CacheShape) -> "Cache":
@@ -266,6 +277,27 @@ class Cache:
 
     def prompt_ended(self) -> None:
         """Compress; see `CacheKind.when`."""
+
+    def prompt_ended_before(self, ahead: "Cache") -> None:
+        """Compress, knowing tokens that may come.
+
+        Args:
+            ahead: what `looking_ahead` returned, after it read them.
+        """
+        self.prompt_ended()
+
+    def looking_ahead(self, count: int) -> Self:
+        """A fork that reads `count` tokens which may come, for `prompt_ended_before`."""
+        return self.fork(1)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """The cache of the rows of several caches, which may have seen different numbers of tokens.
+
+        Raises:
+            ConfigError: the kind cannot.
+        """
+        raise ConfigError(f"cache={parts[0].kind.name} keeps no prompts of different lengths that were read apart.")
 
     def fork(self, count: int) -> Self:
         """Every row `count` times, rows of one text behind each other; this cache and the other go on independently."""

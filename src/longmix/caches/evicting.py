@@ -102,13 +102,18 @@ class EvictingCache(ExactCache):
             return super().segments(new)
         begins, found = self.begins, []
         count = torch.where(begins < 0, self.kept_count, 0)[:, None]
-        found.append(Segment(self.kept_key, self.kept_value, count=count))
+        found.append(Segment(self._kept_keys(), self.kept_value, count=count))
         for key, value in self._parts():
             slots = key.shape[2]
             first = begins.clamp(0, slots).to(torch.int32) if self.ragged else None
             found.append(Segment(key, value, first=first))
             begins = begins - slots
         return found
+
+    def _kept_keys(self) -> Tensor:
+        """The keys that were kept, as queries read them."""
+        assert self.kept_key is not None
+        return self.kept_key
 
     def evict(self, index: Tensor, counts: Tensor) -> None:
         """Keep these tokens alone.

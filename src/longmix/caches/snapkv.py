@@ -10,7 +10,7 @@ the prompt, and their queries count with the newest ones. They are then forgotte
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -125,11 +125,17 @@ class SnapKVCache(EvictingCache):
         if not self.ended and self.newest_query is not None:
             self._choose(self.newest_query, self.whole()[0], self.begins)
 
+    def looking_ahead(self, count: int) -> Self:
+        """See `Cache.looking_ahead`; all its queries choose."""
+        other = self.fork(1)
+        other.more_queries = count
+        return other
+
     def prompt_ended_before(self, ahead: Cache) -> None:
         """Keep what the newest queries and those of tokens to come attend to.
 
         Args:
-            ahead: a fork of this cache, with `more_queries` set to T, that read T more tokens.
+            ahead: what `looking_ahead` returned, after it read them.
         """
         assert isinstance(ahead, SnapKVCache)
         if not self.ended and self.newest_query is not None:

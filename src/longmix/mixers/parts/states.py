@@ -4,19 +4,22 @@ Tuples, lists, dicts and named tuples are pytrees already. A dataclass becomes o
 which of its fields are bookkeeping, or with `torch.export.register_dataclass`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import (
     GetAttrKey,
     KeyEntry,
     keystr,
+    tree_flatten,
     tree_flatten_with_path,
     tree_leaves,
     tree_map,
     tree_map_only,
+    tree_unflatten,
 )
 
 from longmix.caches.cache import Cache
@@ -66,6 +69,29 @@ def forked(state: Any, count: int) -> Any:
 def with_rows(state: Any, rows: Tensor) -> Any:
     """A state of these rows, int64 [n], each any number of times; both go on independently."""
     return _changed(state, lambda cache: cache.keep(rows), lambda x: x.index_select(0, rows.to(x.device)))
+
+
+def joined(states: Sequence[Any]) -> Any:
+    """The state of the rows of several states, whose rows may have seen different numbers of tokens.
+
+    Raises:
+        ConfigError: a mixer remembers tokens in their order, outside caches.
+    """
+    leaves, structures = zip(*(tree_flatten(state) for state in states), strict=True)
+    found = []
+    for parts in zip(*leaves, strict=True):
+        if isinstance(parts[0], Cache):
+            found.append(type(parts[0]).joined(parts))
+        elif not isinstance(parts[0], Tensor) or any(x.shape[1:] != parts[0].shape[1:] for x in parts):
+            if any(isinstance(x, Tensor) or x != parts[0] for x in parts):
+                raise ConfigError(
+                    "these prompts have different lengths, are read apart, and cannot be put together: a layer holds "
+                    "their tokens outside a cache. Give prompts of one length, or one prompt."
+                )
+            found.append(parts[0])
+        else:
+            found.append(torch.cat(parts))
+    return tree_unflatten(found, structures[0])
 
 
 def _changed(state: Any, cache: Callable[[Cache], Cache], tensor: Callable[[Tensor], Tensor]) -> Any:
