@@ -5,26 +5,12 @@ import json
 import pytest
 import torch
 from tests.caches.direct import FIXTURES, attended, built, case
-from torch import Tensor
+from tests.caches.rotations import Exact64, turned
 
 from longmix.caches.sink_recent import SinkRecent
 from longmix.errors import ConfigError
-from longmix.mixers.parts.rotary import Rotary
 
 SPLITS = {"steps": [1] * 60, "pieces": [20, 7, 1, 1, 16, 15], "whole": [60], "short-then-long": [2, 1, 57]}
-
-
-class Exact64(Rotary):
-    """Rotation by float64 angles, as the fixtures have it."""
-
-    def frequencies(self, device: torch.device) -> Tensor:
-        return self.base ** -(torch.arange(0, self.channels, 2, dtype=torch.float64, device=device) / self.channels)
-
-
-def turned(x: Tensor, positions: Tensor, rotary: Rotary) -> Tensor:
-    angle = positions[:, None].double() * rotary.frequencies(x.device)
-    number = torch.view_as_complex(torch.stack(x.chunk(2, -1), -1)) * torch.polar(torch.ones_like(angle), angle)[:, None]
-    return torch.cat((number.real, number.imag), -1)
 
 
 @pytest.mark.parametrize("split", SPLITS)

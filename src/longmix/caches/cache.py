@@ -93,6 +93,14 @@ class CacheKind:
         """Tokens of a prompt to be read at once, counted from its end; None for as many as memory allows."""
         return None
 
+    def lookahead_tokens(self, max_tokens: int) -> int | None:
+        """How many tokens that may follow a prompt help to choose what is kept; None for no such choice.
+
+        Args:
+            max_tokens: that will be generated.
+        """
+        return None
+
     def reader(self) -> "PromptReader | None":
         """What reads prompts of one length, where that is more than passing them through the model; None for that."""
         return None
@@ -298,6 +306,17 @@ class Cache:
             ConfigError: the kind cannot.
         """
         raise ConfigError(f"cache={parts[0].kind.name} keeps no prompts of different lengths that were read apart.")
+
+    @classmethod
+    def _joined(cls, parts: Sequence[Self]) -> Self:
+        """The part of `joined` that is common to all kinds."""
+        longest = max(parts, key=lambda part: part.length)
+        other = longest._changed(sum(part.shape.batch for part in parts), lambda x: x)
+        for name in Cache.tensors:
+            rows = [getattr(part, name) for part in parts]
+            setattr(other, name, None if rows[0] is None else torch.cat(rows))
+        other.ragged = True
+        return other
 
     def fork(self, count: int) -> Self:
         """Every row `count` times, rows of one text behind each other; this cache and the other go on independently."""

@@ -171,29 +171,23 @@ class CitrusCache(EvictingCache):
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
         """See `Cache.joined`; all have read as many tokens since the prompt, if they dropped any of it."""
-        longest = max(parts, key=lambda part: part.length)
         since = min(part.length - part.dropped for part in parts)
         most = max(part.old_slots - since for part in parts)
         kept, newest = [], []
         for part in parts:
-            both = [x for x in (part._held(part.kept_key, 0), part._held(part.kept_value, 1))]
+            both = part._held(part.kept_key, 0), part._held(part.kept_value, 1)
             old = [x[:, :, : x.shape[2] - since] for x in both]
             kept.append([torch.nn.functional.pad(x, (0, 0, 0, most - x.shape[2])) for x in old])
             newest.append([x[:, :, x.shape[2] - since :] for x in both])
-        rows = sum(part.shape.batch for part in parts)
-        other = longest._changed(rows, lambda x: x)
-        for name in cls.tensors:
-            values = [getattr(part, name) for part in parts]
-            setattr(other, name, None if values[0] is None else torch.cat(values))
-        other.kept_count = torch.cat(
-            [torch.full_like(part.kept_count, part.old_slots - since) for part in parts]
-        )
+        other = cls._joined(parts)
+        counts = [torch.full_like(part.kept_count, part.old_slots - since) for part in parts]
+        other.kept_count = torch.cat(counts)
         other.kept_key, other.kept_value = (torch.cat(each) for each in zip(*kept, strict=True))
         other.shared, other.store = [], Store()
         if since:
             key, value = (torch.cat(each).transpose(1, 2) for each in zip(*newest, strict=True))
             other.store.append(key, value)
-        other.dropped, other.ragged = longest.length - since, True
+        other.dropped = other.length - since
         return other
 
     def _held(self, kept: Tensor | None, which: int) -> Tensor:

@@ -4,10 +4,12 @@ Forks share what was there: it becomes a segment of its own that nobody writes t
 al. 2024, arXiv 2403.08845), read once for all rows; parent and forks append to buffers of their own.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from longmix.caches.cache import Cache, CacheKind, CacheShape, NewTokens
@@ -115,6 +117,20 @@ class ExactCache(Cache):
     def reserve(self, count: int) -> None:
         """See `Cache.reserve`."""
         self.store.reserve(count)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """See `Cache.joined`; shorter rows stand behind empty slots."""
+        if any(part.slots_of(part.length) != part.length for part in parts):
+            return super().joined(parts)
+        other, both = cls._joined(parts), [part.whole() for part in parts]
+        wide = [
+            torch.cat([F.pad(x, (0, 0, other.length - x.shape[2], 0)) for x in each]).transpose(1, 2)
+            for each in zip(*both, strict=True)
+        ]
+        other.shared, other.store = [], Store()
+        other.store.append(wide[0], wide[1])
+        return other
 
     def fork(self, count: int) -> Self:
         """Share what is there; the fork begins an empty store, and this cache goes on in its own behind what it has."""

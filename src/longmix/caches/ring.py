@@ -3,9 +3,11 @@
 Each row counts its own positions, so that a row's slots are in use from the first on, whatever the others' lengths.
 """
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from longmix.caches.cache import Cache, CacheKind, CacheShape, NewTokens
@@ -110,6 +112,16 @@ class RingCache(Cache):
             x = x.transpose(1, 2)
             rings.append(x.gather(2, column.expand(-1, x.shape[1], -1, x.shape[3])))
         self.key, self.value = rings
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """See `Cache.joined`."""
+        other = cls._joined(parts)
+        for name in ("key", "value"):
+            rings = [getattr(part, name) for part in parts]
+            most = max(ring.shape[2] for ring in rings)
+            setattr(other, name, torch.cat([F.pad(ring, (0, 0, 0, most - ring.shape[2])) for ring in rings]))
+        return other
 
     def _make_room(self, key: Tensor, value: Tensor, least: int) -> None:
         """Let there be `least` slots for tokens such as these, [B, T, Hkv, .]."""

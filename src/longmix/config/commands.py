@@ -382,6 +382,10 @@ class GenerateConfig:
         output: file of JSON Lines to write to instead of printing; run again, it goes on with what it lacks.
         batch_tokens: of input: most tokens of rows that are continued at once, prompts and max_tokens together.
         cache: what layers of attention keep of keys and values; null is exact, and with load what was saved.
+        question: a text that is read behind each prompt, after the cache has compressed that, or for cache=citrus as it
+            does.
+        draft: for cache=speckv, folder of a run or checkpoint with the same tokenizer, which writes a continuation of
+            each prompt that tells what to keep of it.
         states: file of trained states that documents begin from, or the folder of the run that wrote it.
         weights: trained, or ema: their average over the steps of a run with loop.ema_decay.
         load: file of an earlier call to go on from.
@@ -412,6 +416,8 @@ class GenerateConfig:
     output: str | None = word(None, path=True)
     batch_tokens: int = word(16384, at_least(1))
     cache: Choice | None = None
+    question: str | None = word(None, literal=True)
+    draft: str | None = word(None, path=True)
     states: str | None = word(None, path=True)
     weights: Literal["trained", "ema"] = "trained"
     load: str | None = word(None, path=True)

@@ -18,6 +18,7 @@ from longmix.caches.kinds import kind_of_saved, settings_of
 from longmix.checkpoints import load_tensors, reading, save_tensors
 from longmix.checkpoints.verify import check_weight
 from longmix.generation.saved import FORMAT, WITH_CLASSES, WITHOUT_CACHES, WITHOUT_DIGEST, restored_state, saved_state
+from longmix.generation.prompts import read_prompts
 from longmix.mixers.parts.states import caches, total_bytes
 from longmix.mixers.parts.states import forked as forked_state
 from longmix.model.backbone import LanguageModel
@@ -52,25 +53,22 @@ class Session:
         self.batch = batch
 
     @torch.no_grad()
-    def prefill(self, prompts: Sequence[Tensor]) -> None:
-        """Read prompts, int64 [T] each and not empty; a shorter one waits behind padding in a document of its own."""
+    def prefill(
+        self, prompts: Sequence[Tensor], question: Tensor | None = None, lookahead: Tensor | None = None
+    ) -> None:
+        """Read prompts, int64 [T] each and not empty; a shorter one waits behind padding in a document of its own.
+
+        Args:
+            prompts: of all rows.
+            question: int64 [n], which every row reads behind its prompt, after the caches have compressed that.
+            lookahead: int64 [B, n], tokens that may follow the prompts, which choose with them what caches keep and are
+                then forgotten; for kinds that can look ahead.
+
+        Raises:
+            ConfigError: the cache needs a question, or cannot read prompts of different lengths.
+        """
         assert self.length == 0 and len(prompts) == self.batch
-        longest = max(map(len, prompts))
-        device = prompts[0].device
-        tokens = torch.zeros(self.batch, longest, dtype=torch.int64, device=device)
-        ids = torch.zeros(self.batch, longest, dtype=torch.int32, device=device)
-        for row, prompt in enumerate(prompts):
-            tokens[row, longest - len(prompt) :] = prompt
-            ids[row, longest - len(prompt) :] = 1
-        padded = any(len(prompt) < longest for prompt in prompts)
-        step = max(1, PREFILL_TOKENS // self.batch)
-        held = caches(self.state)
-        for start in range(0, longest, step):
-            piece = slice(start, start + step)
-            self._advance(tokens[:, piece], ids[:, piece] if padded else None)
-            for cache in held:
-                if cache.kind.when == "piece" or start + step >= longest:
-                    cache.prompt_ended()
+        read_prompts(self, prompts, question, lookahead, PREFILL_TOKENS)
 
     def reserve(self, count: int) -> None:
         """Make room in the caches for `count` more tokens of each row; without it they double their room when full.
@@ -83,9 +81,10 @@ class Session:
     @torch.no_grad()
     def step(self, tokens: Tensor) -> None:
         """Read one more token of each row, int64 [B]."""
-        self._advance(tokens[:, None], None)
+        self.advance(tokens[:, None], None)
 
-    def _advance(self, tokens: Tensor, ids: Tensor | None) -> None:
+    def advance(self, tokens: Tensor, ids: Tensor | None) -> None:
+        """Read more tokens of each row, int64 [B, T], with their documents, int32 [B, T]; None where these go on."""
         output = self.model(tokens, state=self.state, document_ids=ids)
         self.state = output.state
         self.logits = self.model.logits(output.hidden[:, -1])

@@ -71,6 +71,11 @@ def with_rows(state: Any, rows: Tensor) -> Any:
     return _changed(state, lambda cache: cache.keep(rows), lambda x: x.index_select(0, rows.to(x.device)))
 
 
+def looking_ahead(state: Any, count: int) -> Any:
+    """A fork that reads `count` tokens which may come; see `Cache.looking_ahead`."""
+    return _changed(state, lambda cache: cache.looking_ahead(count), lambda x: x.clone())
+
+
 def joined(states: Sequence[Any]) -> Any:
     """The state of the rows of several states, whose rows may have seen different numbers of tokens.
 

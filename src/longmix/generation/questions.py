@@ -1,0 +1,68 @@
+"""What caches are told besides prompts: a question, and tokens that a draft model expects."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from longmix.caches.cache import CacheKind
+from longmix.config import GenerateConfig
+from longmix.errors import ConfigError, DataError
+from longmix.generation.prompts import continuation
+from longmix.generation.session import Session
+from longmix.restore import Restored, restore
+
+
+def check_cache_words(config: GenerateConfig, cache: CacheKind | None) -> None:
+    """Refuse words that do not go with the cache.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    looks_ahead = cache is not None and cache.lookahead_tokens(1) is not None
+    if config.load is not None and (config.question is not None or config.draft is not None):
+        raise ConfigError("load goes on with the text that was saved; leave question and draft out.")
+    if looks_ahead and config.draft is None and config.load is None:
+        assert cache is not None
+        raise ConfigError(f"cache={cache.name} needs a model that writes ahead; give draft=RUN, or use cache=snapkv.")
+    if config.draft is not None and not looks_ahead:
+        raise ConfigError(f"draft={config.draft} writes ahead for cache=speckv; give that cache, or leave draft out.")
+
+
+def question_ids(config: GenerateConfig, restored: Restored) -> list[int]:
+    """The tokens of the question; none without one.
+
+    Raises:
+        ConfigError: it has none.
+        DataError: it is no Unicode, or the tokenizer cannot write it.
+    """
+    if config.question is None:
+        return []
+    try:
+        tokens = [int(token) for token in restored.tokenizer.encode(config.question)]
+    except UnicodeEncodeError as error:
+        raise DataError(f"the question is not valid Unicode: {error}.") from error
+    if not tokens:
+        raise ConfigError("question is empty; give a text, or leave question out.")
+    return tokens
+
+
+def lookahead_of(
+    config: GenerateConfig, restored: Restored, cache: CacheKind | None, prompts: Sequence[Tensor]
+) -> Tensor | None:
+    """The tokens, int64 [B, n], with which the draft continues each prompt; None without a draft.
+
+    Raises:
+        ConfigError: it has another tokenizer.
+        LongmixError: see `restore`.
+    """
+    count = None if cache is None else cache.lookahead_tokens(config.max_tokens)
+    if config.draft is None or count is None:
+        return None
+    draft = restore(config.draft, device=config.device, precision=config.precision, trust=config.trust)
+    if draft.tokenizer.fingerprint() != restored.tokenizer.fingerprint():
+        raise ConfigError(f"draft={config.draft} has another tokenizer than checkpoint={config.checkpoint}.")
+    with draft.autocast():
+        session = Session(draft.model, len(prompts))
+        session.reserve(max(map(len, prompts)) + count)
+        session.prefill([prompt.to(draft.device) for prompt in prompts])
+        return continuation(session, count)
