@@ -272,7 +272,7 @@ class Copied(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         result = function(*arguments, **(options or {}))
-        copies = ("cat", "clone", "copy", "index", "gather", "pad", "repeat", "new_", "zeros", "empty", "where")
+        copies = ("aten.cat", "clone", "copy", "index", "gather", "pad", "repeat", "new_", "zeros", "empty", "where")
         if any(word in str(function) for word in copies) and isinstance(result, Tensor):
             self.bytes += result.numel() * result.element_size()
         return result

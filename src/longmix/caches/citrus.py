@@ -34,7 +34,7 @@ class Citrus(EvictingKind):
 
     Args:
         budget: tokens of a prompt that stay; below 1 a share of it.
-        piece: tokens of a piece, at most the budget.
+        piece: tokens of a piece; the budget where that is less.
         kind: "standard", "single" or "dual".
 
     Raises:
@@ -53,8 +53,8 @@ class Citrus(EvictingKind):
         check_budget("budget", self.budget)
         if self.kind not in ("standard", "single", "dual"):
             raise ConfigError(f"cache.kind={self.kind} must be standard, single or dual.")
-        if self.piece < 1 or 1 <= self.budget < self.piece:
-            raise ConfigError(f"cache.piece={self.piece} must be at least 1 and at most cache.budget={self.budget}.")
+        if self.piece < 1:
+            raise ConfigError(f"cache.piece={self.piece} must be at least 1.")
 
     def reader(self) -> PromptReader | None:
         """See `CacheKind.reader`."""
