@@ -308,8 +308,9 @@ def test_a_step_is_one_graph_for_all_lengths(kind):
                 other.state = output.state
                 found = model.logits(output.hidden[:, -1]).detach()
                 torch.testing.assert_close(found, session.logits, rtol=0, atol=1e-12)
-            # one for the first number of tokens, one for any
-            assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+            # one for the first number of tokens, one for any, and one for the first token behind what was kept
+            anew = any(getattr(cache, "kept_key", None) is not None for cache in caches(session.state))
+            assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2 + anew
 
 
 @torch.no_grad()
