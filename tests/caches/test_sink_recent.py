@@ -34,7 +34,6 @@ def test_true_positions_are_attention_to_both_ends(split):
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, 60, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
     cache = built(SinkRecent(start=3, recent=9, positions=True), query, key, value)
-    ids = torch.zeros(2, 60, dtype=torch.int32)
     found, place = [], 0
     for count in SPLITS[split]:
         found.append(attended(cache, query, key, value, slice(place, place + count)))
@@ -45,10 +44,24 @@ def test_true_positions_are_attention_to_both_ends(split):
         *(x.transpose(1, 2) for x in (query, key, value)), attn_mask=seen, enable_gqa=True
     ).transpose(1, 2)
     torch.testing.assert_close(torch.cat(found, 1), wanted, rtol=0, atol=1e-12)
-    assert ids.shape == (2, 60)
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_keeps_what_the_authors_keep(number):
+def test_keeps_the_positions_that_the_authors_keep(number):
     given = json.loads((FIXTURES / "streaming.json").read_text())[number]
-    print(given)
+    prompt, start, recent = (given[name] for name in ("prompt", "start", "recent"))
+    tokens = torch.arange(prompt + given["steps"], dtype=torch.float64)
+    key = tokens[None, :, None, None].expand(-1, -1, 1, 4)
+    cache = built(SinkRecent(start=start, recent=recent), key, key, key)
+    attended(cache, key, key, key, slice(0, prompt))
+    for step, wanted in enumerate(given["kept"]):
+        if step:
+            attended(cache, key, key, key, slice(prompt + step - 1, prompt + step))
+        parts = [cache.whole()[0]] if cache.ring_key is None else [cache.sink_key, cache.ring_key]
+        assert sorted(torch.cat(parts, 2)[0, 0, :, 0].tolist()) == wanted
+
+
+@pytest.mark.parametrize("settings", [{"start": -1}, {"recent": 0}, {"recent": 0.5}])
+def test_refuses_what_is_no_number_of_tokens(settings):
+    with pytest.raises(ConfigError, match=f"cache.{next(iter(settings))}=.* must be a whole number of tokens"):
+        SinkRecent(**settings)

@@ -5,6 +5,7 @@ import torch
 from tests.caches.direct import attended, built, case
 
 from longmix.caches.snapkv import SnapKV, SpecKV
+from longmix.errors import ConfigError
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -43,3 +44,19 @@ def test_keeps_what_the_authors_keep(number):
         assert [at for at in found if at < before and pooled[0, head, at] > edge] == [
             at for at in sorted(wanted) if at < before and pooled[0, head, at] > edge + 1e-6
         ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"budget": 32}, "cache.budget=32 must be a whole number of tokens, at least 33, or a share"),
+        ({"window": 0}, "cache.window=0 must be at least 1"),
+        ({"pool": 4}, "cache.pool=4 must be odd"),
+        ({"pooling": "sum"}, "cache.pooling=sum must be max or mean"),
+        ({"reduction": "sum"}, "cache.reduction=sum must be max or mean"),
+        ({"lookahead": 0}, "cache.lookahead=0 must be at least 1, or null"),
+    ],
+)
+def test_refuses(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        (SpecKV if "lookahead" in settings else SnapKV)(**settings)

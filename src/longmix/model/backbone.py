@@ -298,7 +298,7 @@ class LanguageModel(nn.Module):
 
         Args:
             batch: rows.
-            kind: the cache of the layers that take it; the others keep what they remember anyway. None is `Exact`.
+            kind: the cache of the layers that take it; the others have `Exact` or a state of their own. None is `Exact`.
 
         Raises:
             ConfigError: no layer takes the kind.
@@ -315,6 +315,7 @@ class LanguageModel(nn.Module):
                 f"cache={kind.name} keeps keys and values of full attention, and no layer takes it: they are {names}; "
                 "use cache=exact."
             )
+        kinds = [own if mixer.takes_cache(own) else exact for mixer, own in zip(self.mixers(), kinds, strict=True)]
         return [cast(Block, block).decoding_state(batch, own) for block, own in zip(self.blocks, kinds, strict=True)]
 
     def state_between_documents(self, batch: int) -> list[Any]:
