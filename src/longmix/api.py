@@ -167,6 +167,8 @@ class GenerateWords(TypedDict, total=False):
         seed: the same one gives the same texts; 0.
         stop: a text that ends a row, or several.
         cache: what layers of attention keep of keys and values, by name; or a mapping of `name` and settings; "exact".
+        question: a text that is read behind each prompt, after the cache has compressed that.
+        draft: for the cache "speckv", folder of a run or checkpoint that writes a continuation of each prompt.
     """
 
     max_tokens: int
@@ -182,6 +184,8 @@ class GenerateWords(TypedDict, total=False):
     seed: int
     stop: str | Sequence[str]
     cache: str | Mapping[str, Any]
+    question: str
+    draft: str | Path
 
 
 class Loaded:

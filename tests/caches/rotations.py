@@ -15,5 +15,7 @@ class Exact64(Rotary):
 
 def turned(x: Tensor, positions: Tensor, rotary: Rotary) -> Tensor:
     angle = positions[:, None].double() * rotary.frequencies(x.device)
-    number = torch.view_as_complex(torch.stack(x.chunk(2, -1), -1)) * torch.polar(torch.ones_like(angle), angle)[:, None]
+    number = (
+        torch.view_as_complex(torch.stack(x.chunk(2, -1), -1)) * torch.polar(torch.ones_like(angle), angle)[:, None]
+    )
     return torch.cat((number.real, number.imag), -1)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.caches.direct import built, case
-from tests.caches.rotations import Exact64, turned
 
 from longmix.caches.citrus import Citrus, Reader
+from tests.caches.direct import built, case
+from tests.caches.rotations import Exact64, turned
 
 
 class Tiny:

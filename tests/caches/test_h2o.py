@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.caches.direct import attended, built, case
 
 from longmix.caches.h2o import H2O
 from longmix.errors import ConfigError
+from tests.caches.direct import attended, built, case
 
 
 def kept(cache, key) -> list[list[int]]:
@@ -58,7 +58,7 @@ class Naive:
                     newest = [place for place in mine if place > token - self.recent]
                     others = [place for place in mine if place <= token - self.recent]
                     rank = {at: mine[at] / (token + 1 - at if self.mean else 1) for at in others}
-                    others.sort(key=lambda at: -rank[at])  # noqa: B023
+                    others.sort(key=lambda at: -rank[at])
                     stay = sorted([*others[: self.budget - self.recent], *newest])
                     held[head] = {place: mine[place] for place in stay}
         return output

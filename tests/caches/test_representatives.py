@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from tests.caches.direct import FIXTURES, case
 
 from longmix.caches.h2o import H2O
 from longmix.caches.representatives import representatives, signature_distance
+from tests.caches.direct import FIXTURES, case
 
 
 def test_stand_for_the_dropped_tokens():

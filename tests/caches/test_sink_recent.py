@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from tests.caches.direct import FIXTURES, attended, built, case
-from tests.caches.rotations import Exact64, turned
 
 from longmix.caches.sink_recent import SinkRecent
 from longmix.errors import ConfigError
+from tests.caches.direct import FIXTURES, attended, built, case
+from tests.caches.rotations import Exact64, turned
 
 SPLITS = {"steps": [1] * 60, "pieces": [20, 7, 1, 1, 16, 15], "whole": [60], "short-then-long": [2, 1, 57]}
 

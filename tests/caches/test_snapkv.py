@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.caches.direct import attended, built, case
 
 from longmix.caches.snapkv import SnapKV, SpecKV
 from longmix.errors import ConfigError
+from tests.caches.direct import attended, built, case
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -25,7 +25,9 @@ def test_keeps_what_the_authors_keep(number):
     attended(cache, *rows, slice(0, prompt - 1))
     ahead = cache.looking_ahead(1 + lookahead)
     attended(ahead, *rows, slice(prompt - 1, prompt + lookahead))
-    importance = cache._importance(ahead.newest_query, ahead.whole()[0], torch.zeros(1))[..., : given["pooled"].shape[-1]]
+    importance = cache._importance(ahead.newest_query, ahead.whole()[0], torch.zeros(1))[
+        ..., : given["pooled"].shape[-1]
+    ]
     torch.testing.assert_close(kind.of_group(importance), given["importance"], rtol=0, atol=1e-6)
     pooled = cache._pooled(importance)[:, :, 0]
     torch.testing.assert_close(pooled, given["pooled"], rtol=0, atol=1e-6)

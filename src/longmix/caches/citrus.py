@@ -8,8 +8,8 @@ the score of one is the mean of its attention weights over all heads and over th
     dual        the question, for a second cache, which chooses for itself from what the first one read
 
 The best `budget` of them stay, the same for all heads of a layer, and the piece behind them. At the end the question
-chooses among all; then it is read again, and the text goes on. Positions are places in the cache. Without a question the
-last piece stays and what it chose.
+chooses among all. It is read again, and the text goes on. Positions are places in the cache. Without a question the last
+piece stays and what it chose.
 """
 
 from collections.abc import Sequence
@@ -147,9 +147,7 @@ class CitrusCache(EvictingCache):
         if self.kept_key is None or self.kept_value is None or self.kept_position is None:
             position = torch.arange(self.length, device=self.kept_count.device).expand(batch, -1)
             return *self.whole(), position
-        kept = [
-            x.repeat_interleave(batch // len(x), 0) for x in (self.kept_key, self.kept_value, self.kept_position)
-        ]
+        kept = [x.repeat_interleave(batch // len(x), 0) for x in (self.kept_key, self.kept_value, self.kept_position)]
         if not self._parts():
             return kept[0], kept[1], kept[2]
         key, value = self.whole()

@@ -20,6 +20,7 @@ from longmix.generation.answer_file import AnswerFile
 from longmix.generation.decoding import TokenScore, Writing, check_ranges, write_on
 from longmix.generation.draws import forked, key_of
 from longmix.generation.memory import check_rows
+from longmix.generation.questions import check_cache_words
 from longmix.generation.requests import Prepared, prepared, requests_of
 from longmix.generation.session import Session
 from longmix.generation.text import Row, content_of
@@ -71,6 +72,7 @@ def answer(config: GenerateConfig, restored: Restored | None = None) -> Answered
     check_replaceable(path)
     requests = requests_of(config)
     cache = None if config.cache is None else built(config.cache)
+    check_cache_words(config, cache)
     console = Console(stderr=True, quiet=restored is not None)
     restored = restored_for(config) if restored is None else restored
     lock = try_lock(path.with_name(f".{path.name}.lock"))

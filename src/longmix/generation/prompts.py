@@ -1,4 +1,4 @@
-"""How prompts are read: in pieces, with tokens to come for caches that choose by them, and with a question behind them."""
+"""How prompts are read: in pieces, before tokens that may come for caches which choose by them, and before a question."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -67,9 +67,7 @@ def _look_ahead(session: "Session", tokens: Tensor, ids: Tensor | None) -> None:
         own.prompt_ended_before(ahead)
 
 
-def _read_apart(
-    session: "Session", reader: PromptReader, prompts: Sequence[Tensor], question: Tensor | None
-) -> None:
+def _read_apart(session: "Session", reader: PromptReader, prompts: Sequence[Tensor], question: Tensor | None) -> None:
     """Read with a kind's own reader: all prompts at once if they have one length, else one by one."""
     logits: list[Tensor] = []
 

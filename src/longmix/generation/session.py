@@ -17,8 +17,8 @@ from longmix.caches.exact import Exact
 from longmix.caches.kinds import kind_of_saved, settings_of
 from longmix.checkpoints import load_tensors, reading, save_tensors
 from longmix.checkpoints.verify import check_weight
-from longmix.generation.saved import FORMAT, WITH_CLASSES, WITHOUT_CACHES, WITHOUT_DIGEST, restored_state, saved_state
 from longmix.generation.prompts import read_prompts
+from longmix.generation.saved import FORMAT, WITH_CLASSES, WITHOUT_CACHES, WITHOUT_DIGEST, restored_state, saved_state
 from longmix.mixers.parts.states import caches, total_bytes
 from longmix.mixers.parts.states import forked as forked_state
 from longmix.model.backbone import LanguageModel

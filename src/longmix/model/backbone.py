@@ -298,7 +298,7 @@ class LanguageModel(nn.Module):
 
         Args:
             batch: rows.
-            kind: the cache of the layers that take it; the others have `Exact` or a state of their own. None is `Exact`.
+            kind: the cache of the layers that take it; others have `Exact` or a state of their own. None is `Exact`.
 
         Raises:
             ConfigError: no layer takes the kind.
