@@ -287,6 +287,8 @@ class Loaded:
             given["logit_bias"] = dict(words["logit_bias"])
         if "cache" in words:
             given["cache"] = _cache_node(words["cache"])
+        if words.get("draft") is not None:
+            given["draft"] = str(user_path("draft", words["draft"]))
         return read(GenerateConfig, defaults(GenerateConfig) | given)
 
     def evaluate(self, task: str | Sequence[str] = "loss", **words: Any) -> dict[str, Any]:

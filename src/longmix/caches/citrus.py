@@ -8,8 +8,8 @@ the score of one is the mean of its attention weights over all heads and over th
     dual        the question, for a second cache, which chooses for itself from what the first one read
 
 The best `budget` of them stay, the same for all heads of a layer, and the piece behind them. At the end the question
-chooses among all. It is read again, and the text goes on. Positions are places in the cache. Without a question the last
-piece stays and what it chose.
+chooses among all. It is read again, and the text goes on. Positions are places in the cache. Without a question the
+last piece stays and what it chose.
 """
 
 from collections.abc import Sequence

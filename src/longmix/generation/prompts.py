@@ -1,4 +1,4 @@
-"""How prompts are read: in pieces, before tokens that may come for caches which choose by them, and before a question."""
+"""How prompts are read: in pieces, before tokens that may come, where caches choose by them, and before a question."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
