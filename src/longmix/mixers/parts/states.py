@@ -83,7 +83,7 @@ def joined(states: Sequence[Any]) -> Any:
         ConfigError: a mixer remembers tokens in their order, outside caches.
     """
     leaves, structures = zip(*(tree_flatten(state) for state in states), strict=True)
-    found = []
+    found: list[Any] = []
     for parts in zip(*leaves, strict=True):
         if isinstance(parts[0], Cache):
             found.append(type(parts[0]).joined(parts))
