@@ -217,7 +217,7 @@ class Reader:
         if question is None and kind != "standard":
             raise ConfigError(f"cache=citrus with cache.kind={kind} reads a prompt for a question; give question=TEXT.")
         piece = min(self.kind.piece, budget)
-        # the first two are one, but where all of it would stay
+        # without a question the last piece chooses, so that it is one of its own
         whole = 2 * piece if question is not None or tokens.shape[1] > 2 * piece else piece
         first, rest = tokens[:, :whole], tokens[:, whole:].split(piece, 1) if tokens.shape[1] > whole else ()
         state = advance(first, state)
@@ -225,13 +225,12 @@ class Reader:
         second = [cache.fork(1) for cache in _caches(state)] if kind == "dual" else None
         for number, part in enumerate(rest):
             last = question is None and number == len(rest) - 1
-            asked = None
-            if kind != "standard":
-                asked = self._asked(advance, state, second, question)
+            asks = question is not None and kind != "standard"
+            asked = self._asked(advance, state, second, question) if asks else None
             _score(state, kind != "single")
             state = advance(part, state)
             _score(state, False)
-            own = asked if kind == "single" else [cache.old_scores for cache in _caches(state)]
+            own = asked if kind == "single" and asked is not None else _scores(state)
             for index, cache in enumerate(_caches(state)):
                 if second is not None and asked is not None:
                     second[index].copy_newest(cache, part.shape[1])
@@ -250,11 +249,17 @@ class Reader:
         """The scores of what is held, from the question, which is then forgotten."""
         look = _with_caches(state, _caches(state) if second is None else second, fork=True)
         _score(look, True)
-        return [cache.old_scores for cache in _caches(advance(question, look))]
+        return _scores(advance(question, look))
 
 
 def _caches(state: Any) -> list[CitrusCache]:
     return [leaf for leaf in tree_flatten(state)[0] if isinstance(leaf, CitrusCache)]
+
+
+def _scores(state: Any) -> list[Tensor]:
+    """What the queries that came last gave to the tokens before them, of each cache."""
+    found = [cache.old_scores for cache in _caches(state)]
+    return [scores for scores in found if scores is not None]
 
 
 def _score(state: Any, scoring: bool) -> None:
