@@ -4,7 +4,7 @@ What is kept of the prompt is a segment that nobody writes to, which forks share
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -14,8 +14,10 @@ from longmix.caches.exact import ExactCache
 from longmix.caches.representatives import check_share, representatives, signature_distance
 from longmix.caches.scores import best, taken
 from longmix.caches.store import Store
-from longmix.mixers.parts.attention_state import AttentionState
 from longmix_kernels.attention import Segment
+
+if TYPE_CHECKING:
+    from longmix.mixers.parts.attention_state import AttentionState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +176,7 @@ class EvictingCache(ExactCache):
         if not bool(((self.kept_count >= 0) & (self.kept_count <= most)).all()):
             raise ValueError(f"{name} says that it kept other tokens than it holds")
 
-    def adopt(self, state: AttentionState, length: int) -> None:
+    def adopt(self, state: "AttentionState", length: int) -> None:
         """Refused, since what a kind needs besides keys and values is not in such a state."""
         Cache.adopt(self, state, length)
 

@@ -1,12 +1,15 @@
 """Move keys and queries that are rotated already: their places in a cache are not their positions in the text."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from longmix.mixers.parts.rotary import Rotary
+if TYPE_CHECKING:
+    from longmix.mixers.parts.rotary import Rotary
 
 
-def moved(x: Tensor, before: Tensor, after: Tensor, rotary: Rotary | None) -> Tensor:
+def moved(x: Tensor, before: Tensor, after: Tensor, rotary: "Rotary | None") -> Tensor:
     """Queries or keys as if their tokens stood elsewhere.
 
     The angles are those that a mixer rotates by, and their difference is exact, so that the result is that of one
