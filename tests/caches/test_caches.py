@@ -112,7 +112,19 @@ def steps(session: Session, tokens: Tensor) -> Tensor:
     return torch.stack(found, 1)
 
 
-@pytest.fixture(params=[*KINDS, *SHORT])
+OFTEN = {"h2o", "h2o-mean", "sink_recent-places", "snapkv-share"}
+"""Of kinds in `SHORT`, those that the usual tests run; the others are slow."""
+
+
+def kinds() -> list:
+    dropping = {name.partition("-")[0] for name in SHORT}
+    return [
+        pytest.param(name, marks=[pytest.mark.slow] if name not in OFTEN and name.partition("-")[0] in dropping else [])
+        for name in (*KINDS, *SHORT)
+    ]
+
+
+@pytest.fixture(params=kinds())
 def kind(request):
     return kind_of(request.param.partition("-")[0], SHORT.get(request.param))
 
@@ -121,7 +133,7 @@ def test_every_kind_has_settings_that_keep_everything():
     assert list(WITHIN_ROOM) == KINDS
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(40)
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("name", KINDS)

@@ -64,6 +64,7 @@ class Naive:
         return output
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("mean", [False, True])
 @pytest.mark.parametrize(("budget", "recent"), [(9, 4), (9, 9), (40, 7), (7, 1)])
 def test_rows_of_any_length_are_those_of_the_definition(budget, recent, mean):

@@ -36,6 +36,7 @@ def test_short_budgets_are_kept(name):
         assert cache.held_bytes() == 2 * kind.bytes(cache.shape, 48) < 0.9 * 2 * 48 * cache.shape.token_bytes
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", ["standard", "single", "dual"])
 @pytest.mark.parametrize("layers", [(Flash,), (Flash, GLA), (SlidingWindow, Flash)], ids=["flash", "gla", "window"])
 def test_citrus_reads_rows_of_any_length_as_alone(name, layers):
