@@ -38,7 +38,7 @@ def test_of_a_command_that_hydra_composes(command, name, value):
 
 def test_every_path_of_a_command_is_marked_as_one():
     assert {name for _, name in TYPED} == {
-        *("checkpoint", "input", "load", "output", "prompt_file", "resume", "save", "states"),
+        *("checkpoint", "draft", "input", "load", "output", "prompt_file", "resume", "save", "states"),
     }
 
 
