@@ -82,7 +82,8 @@ def attention_weights(
         scale: the factor on the scores, K ** -0.5 by default.
 
     Yields:
-        Which queries, and their weights [B, Hkv, G, t, S], float64 for float64 inputs and float32 otherwise.
+        Which queries, and their weights [B, Hkv, G, t, n] on the n first keys, up to that of the last of these queries;
+        float64 for float64 inputs and float32 otherwise.
     """
     batch, length, heads, width = query.shape
     key_heads, slots = key.shape[1:3]
@@ -96,14 +97,15 @@ def attention_weights(
         own = torch.arange(some.start, some.stop, device=query.device) + (slots - length)
         rows = scale * query[:, some].to(exact).transpose(1, 2)  # [B, Hq, t, K]
         grouped = rows.reshape(batch, key_heads, -1, width)
-        scores = torch.matmul(grouped, key).unflatten(2, (heads // key_heads, -1))
+        until = slots - length + some.stop
+        scores = torch.matmul(grouped, key[..., :until]).unflatten(2, (heads // key_heads, -1))
         hidden = (slot > own[:, None])[None]
         if first is not None:
             hidden = hidden | (slot < first[:, None, None]) | (own[:, None] < first[:, None, None])
         if seen is not None:
             hidden = hidden | ~torch.nn.functional.pad(seen, (0, length), value=True)[:, None]
-        scores = scores.masked_fill(hidden[:, None, None], -torch.inf)
-        yield some, scores.softmax(-1).nan_to_num(0.0)
+        weights = scores.masked_fill_(hidden[:, None, None, :, :until], -torch.inf).softmax(-1)
+        yield some, weights if first is None else weights.nan_to_num_(0.0)
 
 
 def attention_mass(
@@ -120,9 +122,10 @@ def attention_mass(
     Returns:
         [B, Hkv, 1, S], summed over the group too, or with `by_head` [B, Hkv, G, S].
     """
-    total: Tensor | None = None
+    batch, _, heads, _ = query.shape
+    key_heads, slots = key.shape[1:3]
+    exact = torch.promote_types(query.dtype, torch.float32)
+    total = torch.zeros(batch, key_heads, heads // key_heads if by_head else 1, slots, dtype=exact, device=key.device)
     for _, weights in attention_weights(query, key, first=first, seen=seen, scale=scale):
-        mass = weights.sum(3) if by_head else weights.sum((2, 3)).unsqueeze(2)
-        total = mass if total is None else total + mass
-    assert total is not None
+        total[..., : weights.shape[-1]] += weights.sum(3) if by_head else weights.sum((2, 3)).unsqueeze(2)
     return total

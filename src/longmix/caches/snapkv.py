@@ -8,7 +8,6 @@ The budget goes to the w newest tokens and the best P of each key head. `cache=s
 the prompt, and their queries count with the newest ones. They are then forgotten, but for what they chose.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
@@ -188,14 +187,14 @@ class SnapKVCache(EvictingCache):
 
     def _importance(self, query: Tensor, key: Tensor, begins: Tensor) -> Tensor:
         """[B, Hkv, G, S]: each key's weight, the largest or the mean one over the queries."""
-        parts: Sequence[Tensor] = [
-            weights.amax(3) if self.kind.reduction == "max" else weights.sum(3)
-            for _, weights in attention_weights(query, key, first=begins, scale=self.scale)
-        ]
-        if self.kind.reduction == "max":
-            return torch.stack(list(parts)).amax(0)
+        largest, parts = self.kind.reduction == "max", []
+        for _, weights in attention_weights(query, key, first=begins, scale=self.scale):
+            part = weights.amax(3) if largest else weights.sum(3)
+            parts.append(F.pad(part, (0, key.shape[2] - part.shape[3])))
+        if largest:
+            return torch.stack(parts).amax(0)
         asking = (key.shape[2] - begins).clamp(1, query.shape[1])
-        return torch.stack(list(parts)).sum(0) / asking[:, None, None, None]
+        return torch.stack(parts).sum(0) / asking[:, None, None, None]
 
     def _pooled(self, importance: Tensor) -> Tensor:
         """Importance [B, Hkv, G, S] over neighbouring positions; of a group before the heads are pooled."""
