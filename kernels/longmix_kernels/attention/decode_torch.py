@@ -2,19 +2,21 @@
 
 The queries that share a key head are rows of one product, `[R, Hkv, (B / R) * G * T, K]`: torch's own kernels would
 repeat the heads. So are the rows of the batch that share a segment. Half precision and codes are read in runs of
-`RUN` slots, in float32, so that no second copy of a cache is made.
+`RUN` slots, in float32, so that no second copy of a cache is made; see `decode_codes` for codes.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from longmix_kernels.attention.decode_codes import output_of, scores_of, whole_groups
 from longmix_kernels.attention.segments import Segment
 
 RUN = 4096
-"""Slots that are converted at once; a multiple of every group of codes."""
+"""Slots that are converted at once, or as many below it as whole groups of codes have."""
 
 
 class Part(NamedTuple):
@@ -92,20 +94,22 @@ def _is_usual(query: torch.Tensor, segments: Sequence[Segment], new: tuple[torch
 
 
 def _runs(segment: Segment, dtype: torch.dtype) -> Iterator[tuple[Segment, None]]:
-    """Yield a segment in the dtype, in runs of `RUN` slots where it has to be converted."""
+    """Yield a segment in the dtype, codes left as they are, in runs of `RUN` slots where it has to be converted."""
     segment = segment.gathered()
-    converted = segment.key_codes is not None or segment.value_codes is not None or segment.key.dtype != dtype
-    for run in segment.slices(RUN) if converted else (segment,):
-        if converted:
-            key, value = run.numbers(dtype)
-            run = Segment(key, value, run.count, run.first)
-        yield run, None
+    coded = segment.key_codes is not None or segment.value_codes is not None
+    if not coded and segment.key.dtype == dtype:
+        yield segment, None
+        return
+    for run in segment.slices(whole_groups(RUN, segment)):
+        key = run.key if run.key_codes is not None else run.key.to(dtype)
+        value = run.value if run.value_codes is not None else run.value.to(dtype)
+        yield replace(run, key=key, value=value), None
 
 
 def _attended(
     rows: torch.Tensor, segment: Segment, hidden: torch.Tensor | None, alone: bool, with_weights: bool
 ) -> Part:
-    """Attend from rows [B, Hkv, G * T, K] to a segment of numbers.
+    """Attend from rows [B, Hkv, G * T, K] to a segment of numbers or codes.
 
     Args:
         rows: the queries, scaled.
@@ -118,7 +122,7 @@ def _attended(
     shared = batch // segment.rows
     if shared > 1:
         rows = rows.unflatten(0, (segment.rows, shared)).transpose(1, 2).flatten(2, 3)
-    scores = torch.matmul(rows, segment.key.transpose(-1, -2))
+    scores = scores_of(rows, segment)
     visible = segment.visible()
     if visible is not None:
         visible = visible.expand(batch, -1, -1).unflatten(0, (segment.rows, shared)).transpose(1, 2).unsqueeze(3)
@@ -130,7 +134,7 @@ def _attended(
     else:
         logsumexp = scores.logsumexp(-1, keepdim=True)
         weights = (scores - _finite(logsumexp)).exp()
-    output = torch.matmul(weights, segment.value)
+    output = output_of(weights, segment)
     part = Part(output, logsumexp, weights if with_weights else None)
     if shared == 1:
         return part

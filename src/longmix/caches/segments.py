@@ -1,11 +1,13 @@
 """Attention of pieces of a prompt to segments, which hold what `decode_attention` reads for a few tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from longmix_kernels.attention import Segment, attention, merge
+from longmix_kernels.attention.decode_codes import whole_groups
+from longmix_kernels.attention.decode_torch import RUN
 
 
 def attend_segments(
@@ -22,7 +24,14 @@ def attend_segments(
     Returns:
         Output [B, T, Hq, V] and logsumexp [B, T, Hq] of each segment, as `merged` takes them.
     """
-    return [_attended(query, each.gathered(), scale, goes_on) for each in segments if each.slots]
+    runs = [run for each in segments if each.slots for run in _runs(each.gathered())]
+    return [_attended(query, run, scale, goes_on) for run in runs]
+
+
+def _runs(segment: Segment) -> Iterator[Segment]:
+    """The segment; of codes some slots at a time, so that not all are numbers at once."""
+    coded = segment.key_codes is not None or segment.value_codes is not None
+    yield from segment.slices(whole_groups(RUN, segment)) if coded else (segment,)
 
 
 def merged(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

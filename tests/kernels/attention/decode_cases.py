@@ -1,5 +1,6 @@
 """Calls of `decode_attention` by name: segments of every form."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,6 +53,19 @@ def coded(slots: int, bits: int, group: int, rows: int = BATCH, dtype: torch.dty
     return Segment(*(packed_codes(x, bits) for x in codes), key_codes=key_codes, value_codes=value_codes)
 
 
+def coded_by_block(
+    slots: int, bits: int, block: int, rows: int = BATCH, dtype: torch.dtype = torch.float64
+) -> Segment:
+    """A segment of codes whose values have a scale of each block of tokens, and parameters that heads share.
+
+    Rows of the batch read runs of their own.
+    """
+    segment, count = coded(slots, bits, block, rows, dtype), torch.tensor([slots, 1, slots // 2, 0], dtype=torch.int32)
+    low, step = random(2, rows, 1, slots, 1, dtype=dtype)
+    scale = random(rows, KEY_HEADS, slots // block, 8, dtype=dtype)
+    return replace(segment, count=count[:, None], value_codes=Codes(bits, low, step / 2**bits, scale))
+
+
 def new_tokens(length: int, values: int = VALUES, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     return (
         random(BATCH, length, KEY_HEADS, WIDTH, dtype=dtype),
@@ -83,5 +97,7 @@ def calls(dtype: torch.dtype = torch.float64) -> dict[str, dict[str, Any]]:
         "index-shared": call(2, indexed(48, 10, 1, dtype=dtype), new=new_tokens(2, dtype=dtype)),
         "codes-8": call(1, coded(32, 8, 8, dtype=dtype)),
         "codes-4": call(1, coded(32, 4, 16, dtype=dtype), new=new_tokens(1, 8, dtype)),
+        "codes-ragged": call(1, coded_by_block(32, 4, 8, dtype=dtype), new=new_tokens(1, 8, dtype)),
+        "codes-odd-blocks": call(5, coded_by_block(30, 2, 5, 2, dtype=dtype), new=new_tokens(5, 8, dtype)),
         "codes-2-shared": call(2, coded(32, 2, 8, 1, dtype), new=new_tokens(2, 8, dtype)),
     }
