@@ -26,6 +26,7 @@ WITHIN_ROOM = {
     "citrus": {"budget": 60},
     "exact": {},
     "h2o": {"budget": 60, "recent": 20},
+    "quantised": {},
     "sink_recent": {"start": 4, "recent": 56},
     "snapkv": {"budget": 60},
     "speckv": {"budget": 60},
