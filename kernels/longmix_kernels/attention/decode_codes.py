@@ -43,12 +43,14 @@ def output_of(weights: torch.Tensor, segment: Segment) -> torch.Tensor:
         return torch.matmul(weights, read(segment.value, codes, weights.dtype))
     blocks = 1 if codes.scale is None else codes.scale.shape[2]  # of tokens that share a scale
     width = codes.step.shape[3]  # groups of channels that share a step
-    numbers = unpacked(segment.value, codes.bits).to(weights.dtype).unflatten(2, (blocks, -1)).unflatten(4, (width, -1))
-    numbers = numbers.transpose(3, 4)  # [R, Hkv, blocks, width, tokens, each]
+    whole = unpacked(segment.value, codes.bits).unflatten(2, (blocks, -1)).unflatten(4, (width, -1)).transpose(3, 4)
+    numbers = whole.to(weights.dtype, memory_format=torch.contiguous_format)  # [R, Hkv, blocks, width, tokens, each]
     weights = weights.unflatten(3, (blocks, -1)).transpose(2, 3)  # [R, Hkv, blocks, N, tokens]
-    step, low = (x.to(weights.dtype).unflatten(2, (blocks, -1)) for x in (codes.step, codes.low))
-    found = torch.matmul(weights.unsqueeze(3) * step.transpose(3, 4).unsqueeze(4), numbers)
-    found = found + torch.matmul(weights, low).transpose(3, 4).unsqueeze(-1)
+    step, low = (
+        x.to(weights.dtype).unflatten(2, (blocks, -1)).transpose(3, 4).unsqueeze(4) for x in (codes.step, codes.low)
+    )  # [., ., blocks, width, 1, tokens]
+    found = torch.matmul(weights.unsqueeze(3) * step, numbers)
+    found = found + (weights.unsqueeze(3) * low).sum(-1, keepdim=True)
     found = found.transpose(3, 4).flatten(4)  # [R, Hkv, blocks, N, V]
     if codes.scale is None:
         return found.squeeze(2)

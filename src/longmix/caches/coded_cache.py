@@ -20,7 +20,7 @@ from longmix.caches.exact import ExactCache
 from longmix.caches.store import Store
 from longmix.errors import ConfigError
 from longmix.mixers.parts.attention_state import AttentionState
-from longmix_kernels.attention import Segment
+from longmix_kernels.attention import Segment, decode_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,17 +168,26 @@ class CodedCache(ExactCache):
         raise NotImplementedError(f"{type(self).__name__} lacks encode(stores, key, value, count)")
 
     def wrote(self, new: NewTokens, part: slice) -> None:
-        """Learn from tokens that were just written behind the `recent` others and are not counted yet.
+        """Learn from the last of the `recent` tokens, before they become codes.
 
         Args:
             new: all tokens of a call.
-            part: which of them.
+            part: which of them were written last.
         """
 
     def read(self, new: NewTokens, with_logsumexp: bool) -> tuple[Tensor, Tensor | None]:
-        """As `exact` until the prompt ends."""
+        """As `exact` until the prompt ends; then a single token is written first and finds its own key in place."""
         self.scale = new.scale
-        return Cache.read(self, new, with_logsumexp) if self.ended else super().read(new, with_logsumexp)
+        if not self.ended:
+            return super().read(new, with_logsumexp)
+        if new.count > 1 or new.ids is not None:
+            return Cache.read(self, new, with_logsumexp)
+        self._write(new, slice(0, 1))
+        output, new.logsumexp, _ = decode_attention(
+            new.query, self.segments(new), scale=new.scale, return_logsumexp=with_logsumexp
+        )
+        self._written(new, slice(0, 1))
+        return output, new.logsumexp
 
     def prompt_ended(self) -> None:
         """Code whole groups of the prompt."""
@@ -217,23 +226,32 @@ class CodedCache(ExactCache):
         if not self.ended:
             super().append(new)
             return
-        assert self.recent_key is not None and self.recent_value is not None
         restarted = None if new.goes_on is None else ~new.goes_on[:, -1]
         if restarted is not None:
             self.prompt_count = torch.where(restarted, 0, self.prompt_count)
         start = 0
         while start < new.count:
             took = min(new.count - start, self.kind.recent_size - self.recent)
-            part, at = slice(start, start + took), self.margin + self.recent
-            self.recent_key[:, :, at : at + took] = new.key[:, part].transpose(1, 2)
-            self.recent_value[:, :, at : at + took] = new.value[:, part].transpose(1, 2)
+            part = slice(start, start + took)
             if restarted is not None and new.begins is not None:
                 self._begin(restarted, new.begins - start, took)
-            self.wrote(new, part)
-            self.recent += took
+            self._write(new, part)
+            self._written(new, part)
             start += took
-            if self.recent == self.kind.recent_size:
-                self._code_recent()
+
+    def _write(self, new: NewTokens, part: slice) -> None:
+        """Write tokens for which there is room behind the others."""
+        assert self.recent_key is not None and self.recent_value is not None
+        at, took = self.margin + self.recent, part.stop - part.start
+        self.recent_key[:, :, at : at + took] = new.key[:, part].transpose(1, 2)
+        self.recent_value[:, :, at : at + took] = new.value[:, part].transpose(1, 2)
+        self.recent += took
+
+    def _written(self, new: NewTokens, part: slice) -> None:
+        """What follows once tokens were written and read."""
+        self.wrote(new, part)
+        if self.recent == self.kind.recent_size:
+            self._code_recent()
 
     def _begin(self, restarted: Tensor, at: Tensor, took: int) -> None:
         """Begin the document of rows bool [B] with a token int64 [B] of those written, if it is one of them."""

@@ -154,14 +154,14 @@ class ZipCacheCache(CodedCache):
         assert self.mass is not None and self.recent_key is not None and new.logsumexp is not None
         query, exact = new.query[:, part].to(self.mass.dtype), self.mass.dtype
         count, heads = query.shape[1], self.shape.key_heads
-        used = self.recent + count
+        used = self.recent
         scale = query.shape[-1] ** -0.5 if new.scale is None else new.scale
         rows = (scale * query).transpose(1, 2).unflatten(1, (heads, -1)).flatten(2, 3)  # [B, Hkv, G * t, K]
         scores = torch.matmul(rows, self.recent_key[:, :, :used].to(exact).transpose(-1, -2))
         norm = new.logsumexp[:, part].to(exact).transpose(1, 2).unflatten(1, (heads, -1)).unsqueeze(-1)
         weights = scores.unflatten(2, (-1, count)) - norm
         if count > 1:
-            later = torch.ones(count, used, dtype=torch.bool, device=query.device).triu(self.recent + 1)
+            later = torch.ones(count, used, dtype=torch.bool, device=query.device).triu(used - count + 1)
             weights = weights.masked_fill(later, -torch.inf)
         self.mass[:, :, :used] += weights.exp().sum((2, 3))
 
