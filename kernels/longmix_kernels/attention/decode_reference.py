@@ -63,7 +63,5 @@ def _of_every_row(segment: Segment, batch: int, dtype: torch.dtype) -> tuple[tor
     else:
         visible = visible.expand(key.shape[:3])
     if segment.index is not None:
-        named = torch.zeros(*key.shape[:2], segment.slots + 1, dtype=torch.bool, device=key.device)
-        at = torch.where(segment.index < 0, segment.slots, segment.index).long()
-        visible = named.scatter(2, at, True)[..., :-1]
+        visible = segment.named()
     return key, value, visible

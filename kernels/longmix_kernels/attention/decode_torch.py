@@ -54,7 +54,7 @@ def torch_decode(
         return output.reshape(batch, length, heads, value.shape[-1]), None, None
     # [B, Hkv, G * T, K]: the rows of a product are the queries of a key head
     rows = (query.to(exact) * scale).transpose(1, 2).reshape(batch, key_heads, -1, query.shape[-1])
-    sets: list[list[tuple[Segment, torch.Tensor | None]]] = [[*_runs(each, exact)] for each in segments]
+    sets: list[list[tuple[Segment, torch.Tensor | None]]] = [[*_runs(each, exact, return_weights)] for each in segments]
     if new is not None:
         key, value = (x.transpose(1, 2).to(exact) for x in new)
         hidden = None
@@ -93,11 +93,17 @@ def _is_usual(query: torch.Tensor, segments: Sequence[Segment], new: tuple[torch
     return whole and alike and one.rows == len(query)
 
 
-def _runs(segment: Segment, dtype: torch.dtype) -> Iterator[tuple[Segment, None]]:
-    """Yield a segment in the dtype, codes left as they are, in runs of `RUN` slots where it has to be converted."""
-    segment = segment.gathered()
+def _runs(segment: Segment, dtype: torch.dtype, with_weights: bool) -> Iterator[tuple[Segment, None]]:
+    """Yield a segment in the dtype, codes left as they are, in runs of `RUN` slots where it has to be converted.
+
+    What an index names is copied, unless the index has room for most slots: it then hides the others.
+    """
     coded = segment.key_codes is not None or segment.value_codes is not None
-    if not coded and segment.key.dtype == dtype:
+    converted = coded or segment.key.dtype != dtype
+    if segment.index is not None and (with_weights or converted or 2 * segment.index.shape[2] <= segment.slots):
+        segment = segment.gathered()
+        coded, converted = False, segment.key.dtype != dtype
+    if not converted:
         yield segment, None
         return
     for run in segment.slices(whole_groups(RUN, segment)):
@@ -123,7 +129,7 @@ def _attended(
     if shared > 1:
         rows = rows.unflatten(0, (segment.rows, shared)).transpose(1, 2).flatten(2, 3)
     scores = scores_of(rows, segment)
-    visible = segment.visible()
+    visible = segment.visible() if segment.index is None else segment.named()
     if visible is not None:
         visible = visible.expand(batch, -1, -1).unflatten(0, (segment.rows, shared)).transpose(1, 2).unsqueeze(3)
         scores = scores.unflatten(2, (shared, count)).masked_fill(~visible, -torch.inf).flatten(2, 3)

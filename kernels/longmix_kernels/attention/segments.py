@@ -73,6 +73,13 @@ class Segment:
             seen = begun if seen is None else seen & begun
         return seen
 
+    def named(self) -> torch.Tensor:
+        """Return which slots `index` names, bool [B, Hkv, S]."""
+        assert self.index is not None
+        named = torch.zeros(*self.index.shape[:2], self.slots + 1, dtype=torch.bool, device=self.index.device)
+        at = torch.where(self.index < 0, self.slots, self.index).long()
+        return named.scatter(2, at, True)[..., :-1]
+
     def numbers(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys [R, Hkv, S, K] and values [R, Hkv, S, V] in a dtype."""
         return read(self.key, self.key_codes, dtype), read(self.value, self.value_codes, dtype)

@@ -109,6 +109,13 @@ class CacheKind:
         """An empty cache."""
         raise NotImplementedError(f"{type(self).__name__} lacks build(shape)")
 
+    def prompts_ended(self, caches: "Sequence[Cache]") -> None:
+        """Compress further what needs all layers, after `Cache.prompt_ended` of each; nothing by default.
+
+        Args:
+            caches: those of this kind, of a model's layers.
+        """
+
     def bytes(self, shape: CacheShape, length: int) -> int:
         """Bytes that one row holds after a prompt of `length` tokens, as `Cache.held_bytes` measures them."""
         raise NotImplementedError(f"{type(self).__name__} lacks bytes(shape, length)")

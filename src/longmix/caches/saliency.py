@@ -25,10 +25,14 @@ def probe_places(length: int, newest: float, random: float, seed: int) -> Tensor
     """
     last = min(length, _count(newest, length))
     drawn = min(length - last, _count(random, length))
-    mixed = hashlib.blake2b(f"{seed} {length}".encode(), digest_size=4).digest()  # torch's generator reads 32 bits
-    generator = torch.Generator().manual_seed(int.from_bytes(mixed, "big"))
-    places = torch.randperm(length - last, generator=generator)[:drawn]
+    places = torch.randperm(length - last, generator=generator_of(seed, length))[:drawn]
     return torch.cat((torch.arange(length - last, length), places.sort().values))
+
+
+def generator_of(seed: int, length: int) -> torch.Generator:
+    """What is drawn for a text of so many tokens, whatever the other rows of its batch."""
+    mixed = hashlib.blake2b(f"{seed} {length}".encode(), digest_size=4).digest()  # torch's generator reads 32 bits
+    return torch.Generator().manual_seed(int.from_bytes(mixed, "big"))
 
 
 def _count(share: float, length: int) -> int:

@@ -41,6 +41,7 @@ def read_prompts(
         for cache in caches(session.state):
             if cache.kind.when == "piece" or piece.stop == longest:
                 cache.prompt_ended()
+    session.cache.prompts_ended([cache for cache in caches(session.state) if cache.kind.name == session.cache.name])
     if end < longest and lookahead is not None:
         _look_ahead(session, torch.cat((tokens[:, end:], lookahead), 1), None if known is None else known[:, end:])
         session.advance(tokens[:, end:], None if known is None else known[:, end:])

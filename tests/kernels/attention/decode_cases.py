@@ -95,6 +95,8 @@ def calls(dtype: torch.dtype = torch.float64) -> dict[str, dict[str, Any]]:
         "ragged-shared-by-all": call(3, ragged(40, 1, True, dtype), new=new_tokens(3, dtype=dtype)),
         "index": call(1, indexed(48, 10, dtype=dtype)),
         "index-shared": call(2, indexed(48, 10, 1, dtype=dtype), new=new_tokens(2, dtype=dtype)),
+        "index-most": call(1, indexed(48, 40, dtype=dtype), plain(5, dtype=dtype)),
+        "index-most-shared": call(2, indexed(48, 48, 2, dtype=dtype), new=new_tokens(2, dtype=dtype)),
         "codes-8": call(1, coded(32, 8, 8, dtype=dtype)),
         "codes-4": call(1, coded(32, 4, 16, dtype=dtype), new=new_tokens(1, 8, dtype)),
         "codes-ragged": call(1, coded_by_block(32, 4, 8, dtype=dtype), new=new_tokens(1, 8, dtype)),
