@@ -56,7 +56,8 @@ def test_numbers_that_are_alike_or_too_large_stay_finite():
 def test_rows_have_parameters_of_their_own():
     x = torch.randn(2, 1, 8, 4)
     for code in (by_channel, by_token):
-        together, alone = code(x * torch.tensor([1.0, 50.0])[:, None, None, None], 4, 4, torch.float16), code(
-            x[:1], 4, 4, torch.float16
+        together, alone = (
+            code(x * torch.tensor([1.0, 50.0])[:, None, None, None], 4, 4, torch.float16),
+            code(x[:1], 4, 4, torch.float16),
         )
         assert all(torch.equal(a[:1], b) for a, b in zip(together, alone, strict=True))

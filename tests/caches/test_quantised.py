@@ -147,7 +147,9 @@ def test_bytes_held_are_counted_after_any_number_of_tokens():
         for number in range(40):
             step(cache, tensors, [prompt + number] * 2)
             codes, exact = cache.coded * 8 + prompt - prompt % 4, prompt % 4 + cache.recent
-            each = KEY_HEADS * (2 * WIDTH * 2 // 8 + WIDTH * 2 * 4 // 4 + 2 * 2 * 4)  # codes, parameters of keys, of values
+            each = KEY_HEADS * (
+                2 * WIDTH * 2 // 8 + WIDTH * 2 * 4 // 4 + 2 * 2 * 4
+            )  # codes, parameters of keys, of values
             assert cache.held_bytes() == 2 * (codes * each + exact * KEY_HEADS * 2 * WIDTH * 8)
 
 

@@ -87,7 +87,9 @@ def direct(cache, tensors, lengths, places, row):
                     groups = {}
                     for c in scores:
                         groups.setdefault(int(cache.clusters["groups"][row, head, c]), []).append(c)
-                    middle = {g: torch.stack([key[clusters[c], head].mean(0) for c in cs]).mean(0) for g, cs in groups.items()}
+                    middle = {
+                        g: torch.stack([key[clusters[c], head].mean(0) for c in cs]).mean(0) for g, cs in groups.items()
+                    }
                     of_group = {g: WIDTH**-0.5 * float(one @ x) for g, x in middle.items()}
                     total = sum(sum(len(clusters[c]) for c in groups[g]) * np.exp(x) for g, x in of_group.items())
                     passed = [g for g, x in of_group.items() if np.exp(x) / total >= float(cache.group_threshold[row])]

@@ -199,7 +199,7 @@ class CodedCache(ExactCache):
         self.prompt_count = own - own % group
         if most:
             count = self.prompt_count if self.ragged else None
-            self.encode(self.prompt, *(self._to_code(x, most) for x in (key, value)), count)
+            self.encode(self.prompt, self._to_code(key, most), self._to_code(value, most), count)
         self.recent_first = self.margin - own % group
         self.recent_key, self.recent_value = (self._recent_buffer(x) for x in (key, value))
         self.ended, self.prompt_length = True, length
@@ -264,16 +264,18 @@ class CodedCache(ExactCache):
         """Make a block of the oldest groups of the newest tokens; the rest moves to the front."""
         assert self.recent_key is not None and self.recent_value is not None
         margin, size, group = self.margin, self.kind.recent_size, self.kind.group_size
+        count: Tensor | None = None
         if self.ragged:
             held = margin + size - self.recent_first
-            count: Tensor | None = held - held % group
-            at = (self.recent_first - size + held - held % group)[:, None] + torch.arange(size, device=held.device)
+            count = held - held % group
+            at = (self.recent_first - size + count)[:, None] + torch.arange(size, device=held.device)
             block = [_slots_of(x, at) for x in (self.recent_key, self.recent_value)]
-            self.first_block = torch.where(count < size, self.coded, self.first_block)  # type: ignore[operator]
-            self.first_count = torch.where(count < size, count, self.first_count)  # type: ignore[operator, call-overload]
+            begun = count < size
+            self.first_block = torch.where(begun, self.coded, self.first_block)
+            self.first_count = torch.where(begun, count, self.first_count)
             self.recent_first = margin - held % group
         else:
-            start, count = margin - self.prompt_length % group, None
+            start = margin - self.prompt_length % group
             block = [x[:, :, start : start + size] for x in (self.recent_key, self.recent_value)]
         self.encode(self.blocks, block[0], block[1], count)
         for x in (self.recent_key, self.recent_value):

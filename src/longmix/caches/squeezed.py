@@ -228,7 +228,9 @@ class SqueezedCache(EvictingCache):
         levels = {"threshold": self._weights(query, "")}
         labels = self.clusters["labels"].long()
         if "groups" in self.clusters:
-            levels["group_threshold"] = self._weights(query, "group_").gather(2, self._of_heads(self.clusters["groups"]))
+            levels["group_threshold"] = self._weights(query, "group_").gather(
+                2, self._of_heads(self.clusters["groups"])
+            )
         for name, weights in levels.items():
             of_rows: dict[int, list[Tensor]] = {}
             for row, (some, labels_of) in enumerate(zip(weights, labels, strict=True)):
@@ -321,7 +323,7 @@ class SqueezedCache(EvictingCache):
             raise ValueError(f"{name} does not hold the clusters of its keys")
         rows, heads, slots, width = self.kept_key.shape
         counts = {"": found["sizes"].shape[2], "group_": found["group_sizes"].shape[2] if "groups" in found else 0}
-        shapes = {"labels": (rows, heads, slots), "groups": (rows, heads, counts[""])}
+        shapes: dict[str, tuple[int, ...]] = {"labels": (rows, heads, slots), "groups": (rows, heads, counts[""])}
         for level, count in counts.items():
             shapes |= {f"{level}sizes": (rows, heads, count), f"{level}centroids": (rows, heads, count, width)}
         limits = {"labels": counts[""] + 2, "groups": counts["group_"]}

@@ -53,9 +53,7 @@ def coded(slots: int, bits: int, group: int, rows: int = BATCH, dtype: torch.dty
     return Segment(*(packed_codes(x, bits) for x in codes), key_codes=key_codes, value_codes=value_codes)
 
 
-def coded_by_block(
-    slots: int, bits: int, block: int, rows: int = BATCH, dtype: torch.dtype = torch.float64
-) -> Segment:
+def coded_by_block(slots: int, bits: int, block: int, rows: int = BATCH, dtype: torch.dtype = torch.float64) -> Segment:
     """A segment of codes whose values have a scale of each block of tokens, and parameters that heads share.
 
     Rows of the batch read runs of their own.
