@@ -11,9 +11,11 @@ Values are coded by token, with parameters of a group of channels: step and low 
 Both are exact. Codes themselves are converted, since torch multiplies no bytes.
 """
 
+from collections.abc import Iterator
+
 import torch
 
-from longmix_kernels.attention.segments import Codes, Segment, read, unpacked
+from longmix_kernels.attention.segments import Segment, read
 
 
 def scores_of(rows: torch.Tensor, segment: Segment) -> torch.Tensor:
@@ -28,9 +30,11 @@ def scores_of(rows: torch.Tensor, segment: Segment) -> torch.Tensor:
     if codes.scale is not None:
         scale = _by_channel(codes.scale, groups, rows)
         step, low = step * scale, low * scale
-    numbers = unpacked(segment.key, codes.bits).to(rows.dtype).unflatten(2, (groups, -1))
-    found = torch.matmul(rows.unsqueeze(2) * step.unsqueeze(3), numbers.transpose(-1, -2))  # [R, Hkv, groups, N, each]
-    found = found + torch.matmul(low, rows.transpose(-1, -2)).unsqueeze(-1)
+    found = torch.matmul(low, rows.transpose(-1, -2)).unsqueeze(-1)  # [R, Hkv, groups, N, 1]
+    folded = (rows.unsqueeze(2) * step.unsqueeze(3)).unflatten(4, (-1, 8 // codes.bits)).movedim(5, 0).contiguous()
+    for some, part in zip(folded, _channels(segment.key, codes.bits), strict=True):
+        numbers = part.to(rows.dtype).unflatten(2, (groups, -1))
+        found = found + torch.matmul(some, numbers.transpose(-1, -2))
     return found.transpose(2, 3).flatten(3)
 
 
@@ -39,22 +43,36 @@ def output_of(weights: torch.Tensor, segment: Segment) -> torch.Tensor:
     codes, slots = segment.value_codes, segment.slots
     if codes is None:
         return torch.matmul(weights, segment.value)
-    if codes.step.shape[2] != slots or codes.low.shape[2] != slots:
+    each, width = 8 // codes.bits, codes.step.shape[3]  # channels of a byte, and groups of channels that share a step
+    if codes.step.shape[2] != slots or codes.low.shape[2] != slots or segment.value.shape[3] % width:
         return torch.matmul(weights, read(segment.value, codes, weights.dtype))
     blocks = 1 if codes.scale is None else codes.scale.shape[2]  # of tokens that share a scale
-    width = codes.step.shape[3]  # groups of channels that share a step
-    whole = unpacked(segment.value, codes.bits).unflatten(2, (blocks, -1)).unflatten(4, (width, -1)).transpose(3, 4)
-    numbers = whole.to(weights.dtype, memory_format=torch.contiguous_format)  # [R, Hkv, blocks, width, tokens, each]
-    weights = weights.unflatten(3, (blocks, -1)).transpose(2, 3)  # [R, Hkv, blocks, N, tokens]
+    weights = weights.unflatten(3, (blocks, -1)).transpose(2, 3).unsqueeze(3)  # [R, Hkv, blocks, 1, N, tokens]
     step, low = (
         x.to(weights.dtype).unflatten(2, (blocks, -1)).transpose(3, 4).unsqueeze(4) for x in (codes.step, codes.low)
     )  # [., ., blocks, width, 1, tokens]
-    found = torch.matmul(weights.unsqueeze(3) * step, numbers)
-    found = found + (weights.unsqueeze(3) * low).sum(-1, keepdim=True)
+    folded, parts = weights * step, []
+    for part in _channels(segment.value, codes.bits):
+        part = part.unflatten(2, (blocks, -1)).unflatten(4, (width, -1)).transpose(3, 4)
+        parts.append(torch.matmul(folded, part.to(weights.dtype, memory_format=torch.contiguous_format)))
+    found = torch.stack(parts, -1).flatten(5) if each > 1 else parts[0]  # [R, Hkv, blocks, width, N, V / width]
+    found = found + (weights * low).sum(-1, keepdim=True)
     found = found.transpose(3, 4).flatten(4)  # [R, Hkv, blocks, N, V]
     if codes.scale is None:
         return found.squeeze(2)
     return (found * codes.scale.to(found.dtype).unsqueeze(3)).sum(2)
+
+
+def _channels(x: torch.Tensor, bits: int) -> Iterator[torch.Tensor]:
+    """Yield the codes of every 8 / bits-th channel, from the first on, then from the second on, and so forth.
+
+    Bytes stay apart, since to interleave their codes would take longer than to multiply with them.
+    """
+    if bits == 8:
+        yield x
+        return
+    for shift in range(0, 8, bits):
+        yield (x >> shift) & (2**bits - 1)
 
 
 def whole_groups(size: int, segment: Segment) -> int:
