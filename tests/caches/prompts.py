@@ -1,6 +1,7 @@
 """Caches after prompts of several lengths, and their steps, without a model around them."""
 
 import torch
+
 from tests.caches.direct import attended, built
 
 KEY_HEADS, GROUP, WIDTH = 2, 2, 8

@@ -121,14 +121,22 @@ def steps(session: Session, tokens: Tensor) -> Tensor:
     return torch.stack(found, 1)
 
 
-OFTEN = {"h2o", "h2o-mean", "sink_recent-places", "snapkv-share"}
+OFTEN = {
+    "h2o",
+    "h2o-mean",
+    "quantised-groups",
+    "sink_recent-places",
+    "snapkv-share",
+    "squeezed-one-level",
+    "zipcache-refreshed",
+}
 """Of kinds in `SHORT`, those that the usual tests run; the others are slow."""
 
 
 def kinds() -> list:
-    dropping = {name.partition("-")[0] for name in SHORT}
+    short = {name.partition("-")[0] for name in SHORT}
     return [
-        pytest.param(name, marks=[pytest.mark.slow] if name not in OFTEN and name.partition("-")[0] in dropping else [])
+        pytest.param(name, marks=[pytest.mark.slow] if name not in OFTEN and name.partition("-")[0] in short else [])
         for name in (*KINDS, *SHORT)
     ]
 
@@ -301,7 +309,7 @@ class Copied(TorchDispatchMode):
 
 
 def _is_read(function, argument, result) -> bool:
-    """Whether numbers are made of codes, or of what is stored in fewer bits, or places of scores: no copy of a cache."""
+    """Whether numbers are made of codes, or of what has fewer bits, or places of scores: no copy of a cache."""
     widened = "_to_copy" in str(function) and argument.element_size() < result.element_size()
     return widened or not (result.is_floating_point() or result.dtype == torch.uint8)
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.caches.direct import case
 
 from longmix.caches.codes import by_channel, by_token
 from longmix_kernels.attention import Codes
 from longmix_kernels.attention.segments import read, unpacked
+from tests.caches.direct import case
 
 
 def head_major(x):

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tests.caches.direct import built
-from tests.caches.prompts import begun, rows, step
 
 from longmix.caches.kinds import kind_of
 from longmix.caches.quantised import Quantised
 from longmix.errors import ConfigError
+from tests.caches.direct import built
+from tests.caches.prompts import begun, rows, step
 
 KEY_HEADS, GROUP, WIDTH = 2, 2, 8  # those of `rows`
 KIND = Quantised(bits=2, group=4, residual=8, parameters="float32")
@@ -76,6 +76,7 @@ def test_a_piece_after_the_prompt_reads_codes_and_itself(count):
         torch.testing.assert_close(found[row, 0], wanted, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_document_after_the_prompt_reads_nothing_before_it():
     tensors, other = rows(2, 60), rows(2, 60, 1)
@@ -93,6 +94,7 @@ def test_a_document_after_the_prompt_reads_nothing_before_it():
         assert torch.equal(*found)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_forks_go_on_independently_and_share_the_codes_of_the_prompt():
     tensors = rows(2, 60)

@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from tests.caches.direct import built, case
-from tests.caches.prompts import GROUP, KEY_HEADS, WIDTH, begun, rows, step
 
 from longmix.caches.clusters import centroids_of, cluster_weights, clustered, quantile
 from longmix.caches.kinds import kind_of
@@ -14,6 +12,8 @@ from longmix.generation.session import Session
 from longmix.mixers.flash import Flash
 from longmix.mixers.parts.states import caches
 from longmix.model.backbone import LanguageModel
+from tests.caches.direct import built, case
+from tests.caches.prompts import GROUP, KEY_HEADS, WIDTH, begun, rows, step
 
 KIND = Squeezed(newest=5, clusters=0.25, quantile=0.7)
 TWO_LEVELS = Squeezed(newest=5, clusters=0.5, quantile=0.6, coarse=0.15)
@@ -101,8 +101,8 @@ def direct(cache, tensors, lengths, places, row):
         read.append(sorted(keep) + list(range(length, places[row] + 1)))
     outputs = []
     for head, at in enumerate(read):
-        for one in query[places[row]].unflatten(0, (KEY_HEADS, GROUP))[head]:
-            outputs.append((WIDTH**-0.5 * key[at, head] @ one).softmax(0) @ value[at, head])
+        asking = query[places[row]].unflatten(0, (KEY_HEADS, GROUP))[head]
+        outputs += [(WIDTH**-0.5 * key[at, head] @ one).softmax(0) @ value[at, head] for one in asking]
     return torch.stack(outputs), sum(len([p for p in at if p < length]) for at in read)
 
 

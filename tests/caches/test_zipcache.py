@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from tests.caches.direct import built, case
-from tests.caches.prompts import begun, rows, step
 
 from longmix.caches.coded_store import CodedStore
 from longmix.caches.kinds import kind_of
@@ -11,6 +9,8 @@ from longmix.caches.saliency import divided, probe_places, saliency
 from longmix.caches.zipcache import ZipCache, encode_lists
 from longmix.errors import ConfigError
 from longmix_kernels.attention.segments import unpacked
+from tests.caches.direct import built, case
+from tests.caches.prompts import begun, rows, step
 
 
 def their_codes(packed, bits, heads):
@@ -141,6 +141,7 @@ def test_a_piece_and_its_tokens_one_by_one_end_with_the_same_codes_of_the_prompt
         torch.testing.assert_close(*found, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_document_after_the_prompt_reads_nothing_before_it():
     tensors, other = rows(2, 60), rows(2, 60, 1)
@@ -169,6 +170,7 @@ def test_codes_stay_what_they_are():
     assert cache.coded == 6 and cache.recent == 0
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_forks_go_on_independently_and_share_the_codes_of_the_prompt():
     tensors = rows(2, 60)

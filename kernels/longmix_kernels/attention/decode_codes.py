@@ -76,7 +76,7 @@ def _channels(x: torch.Tensor, bits: int) -> Iterator[torch.Tensor]:
 
 
 def whole_groups(size: int, segment: Segment) -> int:
-    """Return the largest number of slots up to `size` that splits no group of tokens with one parameter, or that group."""
+    """Return the largest number of slots up to `size` that splits no group of tokens with one step, or that group."""
     shared = 1
     for codes in (segment.key_codes, segment.value_codes):
         for x in () if codes is None else (codes.low, codes.step, codes.scale):

@@ -1,7 +1,7 @@
 """Clusters of keys, and the weight that queries give them (Hooper et al. 2024, arXiv 2411.09688).
 
-Keys of a head are clustered by their directions; a cluster's centroid m_c is the mean of its keys as they are. A query q
-gives each of the n_c keys of cluster c the weight
+Keys of a head are clustered by their directions; a cluster's centroid m_c is the mean of its keys as they are. A query
+q gives each of the n_c keys of cluster c the weight
 
     p_c = exp(s q . m_c) / sum_c' n_c' exp(s q . m_c')
 
@@ -72,7 +72,7 @@ def cluster_weights(query: Tensor, centroids: Tensor, sizes: Tensor, scale: floa
 
 
 def quantile(x: Tensor, share: float) -> Tensor:
-    """The quantile of all numbers, between neighbours linearly, as numpy's; `torch.quantile` takes 16 million at most."""
+    """The quantile of all numbers, linear between neighbours as numpy's; `torch.quantile` takes 16 million at most."""
     ordered = x.flatten().sort().values
     place = share * (len(ordered) - 1)
     below = int(place)

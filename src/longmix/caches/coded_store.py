@@ -43,7 +43,7 @@ class CodedStore:
         return {name: x[:, :, : self.blocks * self.sizes[name]] for name, x in self.parts.items()}
 
     def append(self, key: Coded, value: Coded, scale: Tensor | None = None) -> None:
-        """Append a block: its keys, values, and the scale [B, Hkv, 1, V] of the values; older codes stay as they are."""
+        """Append a block: keys, values, and the scale [B, Hkv, 1, V] of the values; older codes stay as they are."""
         new = {f"key{end}": x for end, x in zip(("", "_low", "_step"), key, strict=True)}
         new |= {f"value{end}": x for end, x in zip(("", "_low", "_step"), value, strict=True)}
         if scale is not None:

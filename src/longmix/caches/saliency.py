@@ -1,4 +1,4 @@
-"""How much attention the tokens of a prompt get from some of its queries, the probes (He et al. 2024, arXiv 2405.14256).
+"""How much attention tokens of a prompt get from some of its queries, the probes (He et al. 2024, arXiv 2405.14256).
 
 With a_ij the softmax weights of the probes i that see token j, over G heads that share its key,
 

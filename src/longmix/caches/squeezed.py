@@ -81,7 +81,7 @@ class Squeezed(CacheKind):
         return shape.token_bytes * length + self._choice_bytes(shape, length, labels=True)
 
     def step_bytes(self, shape: CacheShape, length: int) -> int:
-        """Centroids, the newest tokens, and the share of the others that weights above the quantile have; an estimate."""
+        """Centroids, the newest tokens, and of the others those with weights above the quantile; an estimate."""
         if not self.sizes(length)[0]:
             return self.bytes(shape, length + 1)
         read = self.newest + 1 + round((1 - self.quantile) * (length - self.newest))
@@ -119,13 +119,13 @@ def label_dtype(count: int) -> torch.dtype:
 
 
 class SqueezedCache(EvictingCache):
-    """See `Squeezed`. Of a prompt with clusters, `kept_key` has each row's newest tokens and then cluster after cluster.
+    """See `Squeezed`. Of a prompt with clusters, `kept_key` has the newest tokens and then cluster after cluster.
 
     Attributes:
         ended: whether the prompt has ended.
         newest_query: [B, n, Hq, K], the newest queries until then.
-        clusters: by name, of R rows, which forks share; empty without clusters: `labels` [R, Hkv, n] of the slots, where
-            C stands for what is always read and C + 1 for what is not there, `centroids` [R, Hkv, C, K], `sizes`
+        clusters: by name, of R rows, which forks share; empty without clusters: `labels` [R, Hkv, n] of slots, where C
+            stands for what is always read and C + 1 for what is not there, `centroids` [R, Hkv, C, K], `sizes`
             [R, Hkv, C], and with two levels `groups` [R, Hkv, C] of the clusters, `group_centroids`, `group_sizes`.
         threshold, group_threshold: [B], of weights.
         usual: the weights of a row's keys by the newest queries, until all layers have theirs.
