@@ -31,10 +31,11 @@ def scores_of(rows: torch.Tensor, segment: Segment) -> torch.Tensor:
         scale = _by_channel(codes.scale, groups, rows)
         step, low = step * scale, low * scale
     found = torch.matmul(low, rows.transpose(-1, -2)).unsqueeze(-1)  # [R, Hkv, groups, N, 1]
-    folded = (rows.unsqueeze(2) * step.unsqueeze(3)).unflatten(4, (-1, 8 // codes.bits)).movedim(5, 0).contiguous()
-    for some, part in zip(folded, _channels(segment.key, codes.bits), strict=True):
+    each = 8 // codes.bits
+    for number, part in enumerate(_channels(segment.key, codes.bits)):
+        folded = rows[..., number::each].contiguous().unsqueeze(2) * step[..., number::each].unsqueeze(3)
         numbers = part.to(rows.dtype).unflatten(2, (groups, -1))
-        found = found + torch.matmul(some, numbers.transpose(-1, -2))
+        found = found + torch.matmul(folded, numbers.transpose(-1, -2))
     return found.transpose(2, 3).flatten(3)
 
 
