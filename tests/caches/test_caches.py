@@ -44,7 +44,7 @@ SHORT = {
     "h2o-representatives": {"budget": 0.5, "recent": 0.1, "representatives": 0.5},
     "h2o-pieces": {"budget": 12, "recent": 5, "when": "piece", "piece": 8, "mean": True},
     "quantised-groups": {"group": 4, "residual": 8},
-    "quantised-two-bits": {"bits": 2, "group": 2, "residual": 6, "parameters": "float32"},
+    "quantised-two-bits": {"bits": 2, "group": 4, "residual": 8, "parameters": "float32"},
     "sink_recent-places": {"start": 2, "recent": 7},
     "sink_recent-positions": {"start": 3, "recent": 9, "positions": True},
     "sink_recent-no-sinks": {"start": 0, "recent": 6},

@@ -49,9 +49,9 @@ def output_of(weights: torch.Tensor, segment: Segment) -> torch.Tensor:
         return torch.matmul(weights, read(segment.value, codes, weights.dtype))
     blocks = 1 if codes.scale is None else codes.scale.shape[2]  # of tokens that share a scale
     weights = weights.unflatten(3, (blocks, -1)).transpose(2, 3).unsqueeze(3)  # [R, Hkv, blocks, 1, N, tokens]
-    step, low = (
-        x.to(weights.dtype).unflatten(2, (blocks, -1)).transpose(3, 4).unsqueeze(4) for x in (codes.step, codes.low)
-    )  # [., ., blocks, width, 1, tokens]
+    ordered = (x.unflatten(2, (blocks, -1)).transpose(3, 4).unsqueeze(4) for x in (codes.step, codes.low))
+    step, low = (x.to(weights.dtype, memory_format=torch.contiguous_format) for x in ordered)
+    # both are [., ., blocks, width, 1, tokens]
     folded, parts = weights * step, []
     for part in _channels(segment.value, codes.bits):
         part = part.unflatten(2, (blocks, -1)).unflatten(4, (width, -1)).transpose(3, 4)
