@@ -8,7 +8,7 @@ stands before the first of them. Forks share the codes of the prompt.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -19,8 +19,10 @@ from longmix.caches.codes import DTYPES
 from longmix.caches.exact import ExactCache
 from longmix.caches.store import Store
 from longmix.errors import ConfigError
-from longmix.mixers.parts.attention_state import AttentionState
 from longmix_kernels.attention import Segment, decode_attention
+
+if TYPE_CHECKING:
+    from longmix.mixers.parts.attention_state import AttentionState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -409,7 +411,7 @@ class CodedCache(ExactCache):
         found = {f"prompt_{number}": store for number, store in enumerate(self.prompt)}
         return found | {f"blocks_{number}": store for number, store in enumerate(self.blocks)}
 
-    def adopt(self, state: AttentionState, length: int) -> None:
+    def adopt(self, state: "AttentionState", length: int) -> None:
         """Refused, since such a state does not say where the prompt ended."""
         Cache.adopt(self, state, length)
 
