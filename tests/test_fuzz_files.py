@@ -162,7 +162,7 @@ def mutate(node: Any, drawn: random.Random) -> None:
         if kind < 0.2:
             del node[key]
         elif kind < 0.3 and isinstance(node, dict):
-            node[drawn.choice(["", "x", "../x", "a/b"])] = drawn.choice(VALUES)
+            node[drawn.choice(["", "x", "../x", "a/b"])] = copy.deepcopy(drawn.choice(VALUES))
         elif isinstance(node[key], torch.Tensor) and kind < 0.7:
             tensor = node[key]
             changes = [
@@ -174,7 +174,7 @@ def mutate(node: Any, drawn: random.Random) -> None:
             changes += [torch.full_like(tensor, 3), tensor[None], tensor.reshape(-1).expand(10**6, -1)]
             node[key] = drawn.choice(changes)
         else:
-            node[key] = drawn.choice(VALUES)
+            node[key] = copy.deepcopy(drawn.choice(VALUES))
         return
 
 

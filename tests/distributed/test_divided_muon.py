@@ -57,11 +57,13 @@ def divided(group: dist.ProcessGroup, shapes: Sequence[tuple[int, int]], dtype: 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
 def test_divided_matrices_step_as_whole_ones(pool, shapes, dtype):
+    """In bfloat16 as far as its digits go: how many matrices are multiplied together may change their last one."""
     wanted = stepped(shapes, None, dtype)
+    tolerance = 1e-6 if dtype == torch.float32 else 3 * 0.1 * 2**-7  # three steps of 0.1
     for size in (1, 2, 4):
         for found in pool.run(size, divided, shapes, dtype):
             for weight, whole in zip(found, wanted, strict=True):
-                torch.testing.assert_close(weight, whole, rtol=1e-6, atol=1e-6)
+                torch.testing.assert_close(weight, whole, rtol=1e-6, atol=tolerance)
 
 
 class Counted(TorchDispatchMode):

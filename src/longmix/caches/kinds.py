@@ -76,8 +76,8 @@ def kind_of_saved(saved: Any, given: CacheKind | None, path: str) -> CacheKind:
         path: of the file, for messages.
 
     Raises:
-        ConfigError: another one was asked for, or there is none of this name.
-        ValueError: the file says no such thing.
+        ConfigError: another one was asked for.
+        ValueError: the file says no such thing, or what it says is no kind.
     """
     if saved is None:
         saved = {"name": Exact.name, "settings": settings_of(Exact())}
@@ -85,7 +85,10 @@ def kind_of_saved(saved: Any, given: CacheKind | None, path: str) -> CacheKind:
     if not isinstance(name, str) or not isinstance(settings, dict):
         raise ValueError("it does not say which cache it was saved with")
     if given is None:
-        return kind_of(name, settings)
+        try:
+            return kind_of(name, settings)
+        except ConfigError as error:
+            raise ValueError(f"its cache is none: {error}") from error
     if (given.name, settings_of(given)) != (name, settings):
         shown = " ".join([f"cache={name}", *(f"cache.{key}={value}" for key, value in settings.items())])
         raise ConfigError(f"load={path} was saved with another cache; leave cache= out, or give {shown}.")
