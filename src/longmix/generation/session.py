@@ -131,6 +131,18 @@ class Session:
                 total += cache.kind.bytes(cache.shape, length) + carried - mixer.state_bytes(length)
         return total
 
+    def counted_read_bytes(self, length: int) -> int:
+        """Bytes that one row reads for the token after a prompt of `length`, as mixers and caches count them."""
+        total = self.model.state_bytes(length)
+        for mixer, state in zip(self.model.mixers(), self.state, strict=True):
+            cache = state.mixer
+            if isinstance(cache, Cache):
+                carried = 0 if cache.carried is None else cache.carried.nbytes // cache.shape.batch
+                total += cache.kind.step_bytes(cache.shape, length) + carried - mixer.state_bytes(length)
+            else:
+                total += mixer.step_bytes(length) - mixer.state_bytes(length)
+        return total
+
     def read_bytes(self) -> int:
         """Bytes of the state that the last token of all rows read; of what is no cache, all."""
         held = caches(self.state)

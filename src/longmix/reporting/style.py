@@ -85,6 +85,8 @@ _ORDER = (
 KNOWN = {mixer: nth_style(number) for number, mixer in enumerate(_ORDER)}
 """Mixers that longmix has or that are often compared; relatives share a colour."""
 
+KNOWN["exact"] = Style(SOFT, "#a3a3a9", (5, 3))  # the cache that the others are held against, a line across
+
 
 def style_of(mixer: str) -> Style:
     """The style of a mixer: fixed for those in `KNOWN`, and of any other name one that follows from the name."""

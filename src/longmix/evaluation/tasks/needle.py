@@ -86,7 +86,7 @@ class Needle(Task):
             ConfigError: no room for the needle, or data that are no text.
             DataError: the split has less text than the longest context.
         """
-        forms = self._forms(subject)
+        forms = forms_of(subject, self.statement, self.question)
         lengths = context_lengths_of(subject, self.factors, "task.factors")
         text = text_of(subject, "needle")
         drawn = [draw_needle(subject.data.tokenizer, [self.seed, number], forms) for number in range(self.needles)]
@@ -105,14 +105,6 @@ class Needle(Task):
         }
         settings = {"lengths": lengths, "depths": self.depths, "needles": self.needles, "seed": self.seed}
         return Answer(report, {**settings, **vars(forms)})
-
-    def _forms(self, subject: Subject) -> Forms:
-        """The sentences asked for, or those that the model was trained with."""
-        trained = subject.data.forms if isinstance(subject.data, NeedleData) else Forms()
-        statement = trained.statement if self.statement is None else self.statement
-        forms = Forms(statement, trained.question if self.question is None else self.question)
-        forms.check("task")
-        return forms
 
     def measures(self, answer: Answer) -> dict[str, float]:
         """The numbers that training logs: means over the depths at each length."""
@@ -153,6 +145,20 @@ class Needle(Task):
         title, limits = "nats that the needle adds to its value", (-reach, reach)
         draw_needles(gained, grids["gain"], lengths, depths, title=title, limits=limits, colours="RdBu", **trained)
         return figure
+
+
+def forms_of(subject: Subject, statement: str | None, question: str | None) -> Forms:
+    """The sentences asked for; where one is None, that which the model was trained with, or the usual one.
+
+    Raises:
+        ConfigError: a sentence lacks a part; it is called `task.statement` or `task.question`.
+    """
+    trained = subject.data.forms if isinstance(subject.data, NeedleData) else Forms()
+    asked = Forms(
+        trained.statement if statement is None else statement, trained.question if question is None else question
+    )
+    asked.check("task")
+    return asked
 
 
 def _axes(report: dict[str, Any]) -> tuple[list[int], list[float]]:

@@ -1,0 +1,134 @@
+"""Rows of text whose prompt is in a cache, read on with known tokens: what comes of what a cache remembers."""
+
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longmix.caches.cache import CacheKind, PromptReader
+from longmix.generation.prompts import continuation
+from longmix.generation.session import Session
+from longmix.mixers.parts.states import caches, forked, held_bytes
+from longmix.model.backbone import LanguageModel
+
+PIECE = 16
+"""Tokens that are read at once after a prompt. A kind that learns from every step reads one at a time."""
+
+
+class CachedRows:
+    """Rows that have read a prompt, which the caches then compressed, and are read on.
+
+    A kind that chooses by what follows is told it: one that reads for a question is given it, one that looks ahead sees
+    the tokens that do follow, or those that `draft` writes.
+
+    Args:
+        model: in evaluation mode.
+        kind: the cache.
+        prompt: int64 [B, T], rows of one document each.
+        ahead: int64 [B, n], the tokens that follow, at least one.
+        asked: how many of them are the question.
+        draft: writes the tokens to look ahead at; None takes those that do follow.
+
+    Attributes:
+        session: of the rows.
+        held: bytes of a row after the prompt, without bookkeeping.
+        counted_held: the same as mixers and caches count them.
+        counted_read: bytes of a row that the first token after the prompt reads, as they count them.
+
+    Raises:
+        ConfigError: no layer takes the kind.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: LanguageModel,
+        kind: CacheKind,
+        prompt: Tensor,
+        ahead: Tensor,
+        asked: int,
+        draft: LanguageModel | None = None,
+    ) -> None:
+        self.session = Session(model, len(prompt), kind)
+        self.session.reserve(prompt.shape[1] + ahead.shape[1])
+        reader, count = kind.reader(), kind.lookahead_tokens(ahead.shape[1])
+        if reader is not None:
+            self.session.state = self._before_question(reader, prompt, ahead[:, :asked])
+            self.session.length = prompt.shape[1]
+        else:
+            self.session.prefill(list(prompt), lookahead=_lookahead(count, prompt, ahead, draft))
+        self.held = held_bytes(self.session.state)[0] // len(prompt)
+        self.counted_held = self.session.counted_bytes(prompt.shape[1])
+        self.counted_read = self.session.counted_read_bytes(prompt.shape[1])
+        self._read: list[int] = []
+
+    def _before_question(self, reader: PromptReader, prompt: Tensor, question: Tensor) -> Any:
+        """The state after the question has chosen and before it is read for good, which is the reader's last call."""
+        model, before = self.session.model, None
+
+        def advance(tokens: Tensor, state: Any) -> Any:
+            nonlocal before
+            before = forked(state, 1) if tokens is question else None
+            output = model(tokens, state=state)
+            self.session.logits = model.logits(output.hidden[:, -1])
+            return output.state
+
+        reader(advance, self.session.state, prompt, question)
+        assert before is not None, "the question was not read at last"
+        return before
+
+    @property
+    def read_bytes(self) -> float:
+        """Bytes of a row's state that a piece read, the mean over pieces so far."""
+        return statistics.fmean(self._read)
+
+    @torch.no_grad()
+    def log_probabilities(self, tokens: Tensor) -> Iterator[Tensor]:
+        """Read tokens, int64 [B, n], in pieces of `PIECE`, or one by one where the kind learns from every step.
+
+        Yields:
+            float32 [B, t, V] of the tokens behind each of `PIECE` tokens, the last time fewer.
+        """
+        session = self.session
+        for piece in tokens.split(PIECE, 1):
+            found = []
+            for part in piece.split(1 if session.cache.wants_weights else PIECE, 1):
+                output = session.model(part, state=session.state)
+                session.state, session.length = output.state, session.length + part.shape[1]
+                self._read.append(_bytes_read(session) // session.batch)
+                found.append(session.model.logits(output.hidden))
+            yield torch.cat(found, 1).float().log_softmax(-1)
+
+    @torch.no_grad()
+    def seconds(self, tokens: Tensor, steps: int) -> float:
+        """The median time of `steps` steps with these tokens, int64 [B, n], again and again, after one to warm up."""
+        times = []
+        for number in range(steps + 1):
+            begin = _now(tokens.device)
+            self.session.step(tokens[:, number % tokens.shape[1]])
+            times.append(_now(tokens.device) - begin)
+        return statistics.median(times[1:])
+
+
+def _lookahead(count: int | None, prompt: Tensor, ahead: Tensor, draft: LanguageModel | None) -> Tensor | None:
+    if count is None or draft is None:
+        return None if count is None else ahead[:, :count]
+    session = Session(draft, len(prompt))
+    session.reserve(prompt.shape[1] + count)
+    session.prefill(list(prompt))
+    return continuation(session, count)
+
+
+def _bytes_read(session: Session) -> int:
+    """As `Session.read_bytes`, without bookkeeping."""
+    own = caches(session.state)
+    return held_bytes(session.state)[0] - sum(cache.held_bytes() - cache.read_bytes() for cache in own)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
