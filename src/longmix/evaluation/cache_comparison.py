@@ -1,6 +1,6 @@
 """Several caches read the same rows side by side: what each loses against the exact one."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -12,7 +12,7 @@ from longmix.batch import IGNORE_INDEX
 from longmix.caches.cache import CacheKind
 from longmix.caches.exact import Exact
 from longmix.caches.named import names_the_cache
-from longmix.evaluation.cached_rows import PIECE, CachedRows
+from longmix.evaluation.cached_rows import PIECE, CachedRows, Prompted
 from longmix.model.backbone import LanguageModel
 
 EXACT = Exact.name
@@ -20,30 +20,6 @@ EXACT = Exact.name
 
 BINS = 8
 """Number of buckets of distances from the prompt, all equally long."""
-
-
-@dataclass(frozen=True)
-class Prompted:
-    """Rows with what a cache is to remember, and what is asked of it then.
-
-    Attributes:
-        prompt: int64 [B, T].
-        ahead: int64 [B, n], the tokens that follow.
-        targets: int64 [B, 1 + n], what is to be predicted from the prompt and from each token behind it, or
-            `IGNORE_INDEX`.
-        asked: how many tokens of `ahead` a kind that reads for a question is given as that.
-        groups: of each row, what results are told apart by, such as a depth.
-    """
-
-    prompt: Tensor
-    ahead: Tensor
-    targets: Tensor
-    asked: int
-    groups: Sequence[float] = ()
-
-    def row(self) -> "Prompted":
-        """The first row alone."""
-        return Prompted(self.prompt[:1], self.ahead[:1], self.targets[:1], self.asked)
 
 
 @dataclass
@@ -142,7 +118,7 @@ def compare(
         readers = {}
         for name, kind in kinds.items():
             with names_the_cache(name, "task.caches"):
-                readers[name] = CachedRows(model, kind, rows.prompt, rows.ahead, rows.asked, draft)
+                readers[name] = CachedRows(model, kind, rows, draft)
         sums = _sums(rows, readers)
         for name, reader in readers.items():
             tallies[name].add(rows, sums[name], reader)

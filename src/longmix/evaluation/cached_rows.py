@@ -1,8 +1,9 @@
-"""Rows of text whose prompt is in a cache, read on with known tokens: what comes of what a cache remembers."""
+"""Rows of text whose prompt is in a cache, read on with known tokens: what a cache still knows of the prompt."""
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,38 @@ PIECE = 16
 """Tokens that are read at once after a prompt. A kind that learns from every step reads one at a time."""
 
 
+@dataclass(frozen=True)
+class Prompted:
+    """Rows with what a cache is to remember, and what is asked of it then.
+
+    Attributes:
+        prompt: int64 [B, T], one document each.
+        ahead: int64 [B, n], the tokens that follow, at least one.
+        targets: int64 [B, 1 + n], what is to be predicted from the prompt and from each token behind it, or
+            `IGNORE_INDEX`.
+        question: int64 [B, q], what a kind that reads for a question is given as that.
+        follows: int64 [B, f], what a kind that looks ahead is shown.
+        groups: of each row, what results are told apart by, such as a depth.
+    """
+
+    prompt: Tensor
+    ahead: Tensor
+    targets: Tensor
+    question: Tensor
+    follows: Tensor
+    groups: Sequence[float] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a row that are read."""
+        return self.prompt.shape[1] + self.ahead.shape[1]
+
+    def changed(self, change: Callable[[Tensor], Tensor], groups: Sequence[float]) -> "Prompted":
+        """The same with `change` applied to every tensor, and other groups."""
+        tensors = self.prompt, self.ahead, self.targets, self.question, self.follows
+        return Prompted(*(change(x) for x in tensors), groups)
+
+
 class CachedRows:
     """Rows that have read a prompt, which the caches then compressed, and are read on.
 
@@ -27,9 +60,7 @@ class CachedRows:
     Args:
         model: in evaluation mode.
         kind: the cache.
-        prompt: int64 [B, T], rows of one document each.
-        ahead: int64 [B, n], the tokens that follow, at least one.
-        asked: how many of them are the question.
+        rows: the rows.
         draft: writes the tokens to look ahead at; None takes those that do follow.
 
     Attributes:
@@ -44,22 +75,17 @@ class CachedRows:
 
     @torch.no_grad()
     def __init__(
-        self,
-        model: LanguageModel,
-        kind: CacheKind,
-        prompt: Tensor,
-        ahead: Tensor,
-        asked: int,
-        draft: LanguageModel | None = None,
+        self, model: LanguageModel, kind: CacheKind, rows: Prompted, draft: LanguageModel | None = None
     ) -> None:
+        prompt = rows.prompt
         self.session = Session(model, len(prompt), kind)
-        self.session.reserve(prompt.shape[1] + ahead.shape[1])
-        reader, count = kind.reader(), kind.lookahead_tokens(ahead.shape[1])
+        self.session.reserve(rows.tokens)
+        reader = kind.reader()
         if reader is not None:
-            self.session.state = self._before_question(reader, prompt, ahead[:, :asked])
+            self.session.state = self._before_question(reader, prompt, rows.question)
             self.session.length = prompt.shape[1]
         else:
-            self.session.prefill(list(prompt), lookahead=_lookahead(count, prompt, ahead, draft))
+            self.session.prefill(list(prompt), lookahead=_lookahead(kind, rows, draft))
         self.held = held_bytes(self.session.state)[0] // len(prompt)
         self.counted_held = self.session.counted_bytes(prompt.shape[1])
         self.counted_read = self.session.counted_read_bytes(prompt.shape[1])
@@ -113,12 +139,14 @@ class CachedRows:
         return statistics.median(times[1:])
 
 
-def _lookahead(count: int | None, prompt: Tensor, ahead: Tensor, draft: LanguageModel | None) -> Tensor | None:
+def _lookahead(kind: CacheKind, rows: Prompted, draft: LanguageModel | None) -> Tensor | None:
+    """Tokens to look ahead at, int64 [B, n]; None for a kind that does not."""
+    count = kind.lookahead_tokens(rows.follows.shape[1])
     if count is None or draft is None:
-        return None if count is None else ahead[:, :count]
-    session = Session(draft, len(prompt))
-    session.reserve(prompt.shape[1] + count)
-    session.prefill(list(prompt))
+        return None if count is None else rows.follows[:, :count]
+    session = Session(draft, len(rows.prompt))
+    session.reserve(rows.prompt.shape[1] + count)
+    session.prefill(list(rows.prompt))
     return continuation(session, count)
 
 

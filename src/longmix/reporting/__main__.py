@@ -14,6 +14,7 @@ from longmix.command_line.program import as_called
 from longmix.errors import DataError, LongmixError
 from longmix.files import check_folder, replace_file, replace_json, storage_errors
 from longmix.printable import LINES, printable
+from longmix.reporting.cache_section import panels_of_caches
 from longmix.reporting.page import html
 from longmix.reporting.panels import Panel, panels_of
 from longmix.reporting.pictures import found_needles, needles_picture, overview, panel_picture
@@ -45,7 +46,7 @@ def write_report(found: Found, folder: Path) -> list[Path]:
     replace_file(page, lambda path: path.write_text(html(found, panels, folder), encoding="utf-8"))
     replace_json(folder / "runs.json", [run.row() for run in runs])
     replace_file(folder / "runs.csv", lambda path: _write_csv(runs, path))
-    pictures = {name: panel_picture(panel) for name, panel in _named(panels).items()}
+    pictures = {name: panel_picture(panel) for name, panel in _named([*panels, *panels_of_caches(runs)]).items()}
     if maps := found_needles(runs):
         pictures["needles"] = needles_picture([(found.title, found.needles) for found in maps])
     for path, figure in {

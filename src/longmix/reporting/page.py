@@ -8,7 +8,7 @@ import shlex
 from importlib import resources
 from pathlib import Path
 
-from longmix.reporting import compared
+from longmix.reporting import cache_section, compared
 from longmix.reporting.compared import Fact, fairness
 from longmix.reporting.markup import Markup, filled, joined, tag
 from longmix.reporting.panels import Panel, by_length
@@ -28,20 +28,24 @@ def html(found: Found, panels: list[Panel], folder: Path) -> str:
         folder: where they lie; its name is the subtitle, and commands name it.
     """
     runs = found.runs
-    colours = colour_numbers(run.summary["mixer"] for run in runs)
+    mixers = {run.summary["mixer"] for run in runs}
+    of_caches = cache_section.panels_of_caches(runs)
+    kinds = {series.mixer for panel in of_caches for series in panel.series}
+    colours = colour_numbers(mixers | kinds)
     cells, columns = verdicts(runs, colours)
     template = resources.files(__package__).joinpath("template.html").read_text(encoding="utf-8")
     return filled(
         template,
-        title=f"{_count(len(runs), 'run')}, {_count(len(colours), 'mixer')}",
+        title=f"{_count(len(runs), 'run')}, {_count(len(mixers), 'mixer')}",
         subtitle=folder.resolve().name,
         colours=Markup(style_sheet(colours)),
         facts=[_fact(fact) for fact in fairness(runs)],
         verdicts=cells,
         verdict_columns=columns,
-        chips=[_chip(mixer, colours) for mixer in sorted(colours)],
-        panels=_panels(panels, colours),
+        chips=[_chip(mixer, colours) for mixer in sorted(mixers)],
+        panels=_panels(panels, colours, "p"),
         needles=_needles(runs, colours),
+        caches=cache_section.section(runs, _panels(of_caches, colours, "q")),
         table=figures_table(runs, colours),
         compared=compared.section(runs),
         left_out=_left_out(found),
@@ -73,13 +77,13 @@ def _in_rows(figures: list[Markup]) -> Markup:
     return tag("div", joined(cells), class_="panels")
 
 
-def _panels(panels: list[Panel], colours: dict[str, int]) -> Markup:
+def _panels(panels: list[Panel], colours: dict[str, int], key: str) -> Markup:
     figures = [
         tag(
             "figure",
             tag("h3", panel.section),
             tag("p", panel.title, class_="soft"),
-            panel_svg(panel, f"p{number}", colours),
+            panel_svg(panel, f"{key}{number}", colours),
         )
         for number, panel in enumerate(panels)
     ]

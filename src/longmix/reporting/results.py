@@ -13,6 +13,7 @@ from typing import Any
 from longmix.config import flattened
 from longmix.files import sha256_of_file
 from longmix.reading import read_json
+from longmix.reporting.cache_cells import CacheCell, checked_cells
 
 LARGEST = 2.0**62
 """The largest number that a summary may hold."""
@@ -118,7 +119,7 @@ NEEDLE, NEEDLE_GAIN = "needle", "needle gain"
 GAIN = " gain"
 """Suffix of the names of measures in nats; the others are shares."""
 
-KINDS = ("causality_", "accuracy_", "needle_")
+KINDS = ("causality_", "accuracy_", "needle_", "cache_quality_")
 USUAL_SPLIT = "validation"
 
 Recall = dict[str, dict[int, float]]
@@ -157,6 +158,8 @@ class Evaluations:
             results on other data than the run's, of another split or of a changed model say of which.
         needles: the latter two by depth, by the name of the measure.
         state_bytes: what the model remembered of a row then, by the name of the data, where `task=accuracy` said so.
+        caches: what `task=cache_quality` found, the newest of each cache and place, by what it read where that is not
+            the run's own data, as "" else.
         damaged: results that cannot be read, and why.
     """
 
@@ -164,6 +167,7 @@ class Evaluations:
     recall: Recall = field(default_factory=dict)
     needles: dict[str, NeedleMap] = field(default_factory=dict)
     state_bytes: Recall = field(default_factory=dict)
+    caches: dict[str, list[CacheCell]] = field(default_factory=dict)
     damaged: tuple[tuple[Path, str], ...] = ()
 
     @property
@@ -191,11 +195,13 @@ def read_evaluations(run: Path) -> Evaluations:
                 causal = report["causal"]
             elif path.name.startswith("accuracy_"):
                 _take_accuracy(found, report, steps)
+            elif path.name.startswith("cache_quality_"):
+                _take_caches(found, report, steps)
             else:
                 _take_needles(found, report)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             damaged.append((path, _reason(error)))
-    return Evaluations(causal, found.recall, found.needles, found.state_bytes, tuple(damaged))
+    return Evaluations(causal, found.recall, found.needles, found.state_bytes, found.caches, tuple(damaged))
 
 
 def _oldest_first(run: Path, damaged: list[tuple[Path, str]]) -> list[tuple[Path, dict[str, Any]]]:
@@ -251,6 +257,14 @@ def _take_accuracy(found: Evaluations, report: dict[str, Any], steps: dict[str, 
     before = {} if newer else found.recall[measure]
     found.recall[measure] = dict(sorted((before | shares).items()))
     found.state_bytes[measure] = ({} if newer else found.state_bytes[measure]) | known
+
+
+def _take_caches(found: Evaluations, report: dict[str, Any], steps: dict[str, int]) -> None:
+    rows, cells = _measure(report, "").strip(" ,"), checked_cells(report)
+    newer = steps.get(f"caches {rows}") != report["step"]  # results of an older step are dropped
+    steps[f"caches {rows}"] = report["step"]
+    known = {} if newer else {(*cell.place, cell.cache): cell for cell in found.caches[rows]}
+    found.caches[rows] = list((known | {(*cell.place, cell.cache): cell for cell in cells}).values())
 
 
 def _take_needles(found: Evaluations, report: dict[str, Any]) -> None:

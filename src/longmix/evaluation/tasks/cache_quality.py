@@ -5,7 +5,7 @@ of text; the question for a needle, and its value; or all that follows the first
 A question is read in two places, because they differ: after the prompt was compressed, and before, as its end.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,8 +22,8 @@ from longmix.caches.named import kinds_of
 from longmix.data.synthetic.base import SyntheticData
 from longmix.data.synthetic.haystack import Needle, draw_needle, haystack_rows, stretch
 from longmix.errors import ConfigError
-from longmix.evaluation.cache_comparison import EXACT, Prompted, Tally, compare
-from longmix.evaluation.cached_rows import CachedRows
+from longmix.evaluation.cache_comparison import EXACT, Tally, compare
+from longmix.evaluation.cached_rows import CachedRows, Prompted
 from longmix.evaluation.memory import check_memory
 from longmix.evaluation.prefill import text_of
 from longmix.evaluation.subject import Subject
@@ -72,6 +72,8 @@ class CacheQuality(Task):
         needles: how many at each depth.
         prompt: of synthetic data, tokens that go through the cache; None for all before the first target of any
             example, or half where that is the first token.
+        apart: of synthetic data, every target is asked for by itself: behind the prompt comes the one token in whose
+            place it is to be predicted.
         steps: how many are timed.
         draft: a run whose model writes the tokens that caches look ahead at; None shows them those that do follow.
         seed: of needles and texts.
@@ -85,21 +87,21 @@ class CacheQuality(Task):
 
     def __init__(
         self,
-        caches: list[str],
+        caches: Sequence[str] = (EXACT,),
         contexts: list[int] | None = None,
         windows: int = 32,
-        depths: list[float] | None = None,
+        depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
         needles: int = 8,
         prompt: int | None = None,
+        apart: bool = False,
         steps: int = 8,
         draft: str | None = None,
         seed: int = 0,
         statement: str | None = None,
         question: str | None = None,
     ) -> None:
-        self.depths = [0.0, 0.25, 0.5, 0.75, 1.0] if depths is None else depths
-        if not self.depths or min(self.depths) < 0 or max(self.depths) > 1:
-            raise ConfigError(f"task.depths={depths} must be a list of numbers from 0 to 1.")
+        if not depths or min(depths) < 0 or max(depths) > 1:
+            raise ConfigError(f"task.depths={list(depths)} must be a list of numbers from 0 to 1.")
         if contexts == [] or any(not 2 <= context <= LARGEST for context in contexts or []):
             raise ConfigError(f"task.contexts={contexts} must be whole numbers from 2 to {LARGEST}.")
         for name, number, least, most in (
@@ -111,10 +113,11 @@ class CacheQuality(Task):
         ):
             if number is not None and not least <= number <= most:
                 raise ConfigError(f"task.{name}={number} must be from {least} to {most}.")
-        self.caches, self.contexts, self.windows, self.needles = caches, contexts, windows, needles
-        self.prompt, self.steps, self.draft, self.seed = prompt, steps, draft, seed
+        self.caches, self.contexts, self.windows, self.needles = list(caches), contexts, windows, needles
+        self.depths = list(depths)
+        self.prompt, self.apart, self.steps, self.draft, self.seed = prompt, apart, steps, draft, seed
         self.statement, self.question = statement, question
-        self.kinds = kinds_of(caches if EXACT in caches else [EXACT, *caches], "task.caches")
+        self.kinds = kinds_of(self.caches if EXACT in caches else [EXACT, *caches], "task.caches")
         if draft is not None and not any(_looks_ahead(kind) for kind in self.kinds.values()):
             raise ConfigError(f"task.draft={draft} writes ahead for caches such as speckv, and task.caches has none.")
 
@@ -162,6 +165,7 @@ class CacheQuality(Task):
     def _rows(self, subject: Subject, context: int) -> Iterator[Rows]:
         if isinstance(subject.data, SyntheticData):
             examples = _examples(subject, subject.data, context, self.windows, self.prompt)
+            examples = _apart(examples) if self.apart else examples
             yield Rows(None, lambda: _batches(subject, examples), False, True, _count(subject, examples))
             return
         subject.check_length(context, "task.contexts")
@@ -187,9 +191,9 @@ class CacheQuality(Task):
         batches = tracked(rows.batches(), f"{rows.question or 'windows'} of {context}", rows.count)
         with subject.restored.autocast():
             tallies = compare(subject.model, kinds, batches, draft)
-            first = next(rows.batches()).row()
+            first = next(rows.batches()).changed(lambda x: x[:1], ())
             for name, kind in kinds.items():
-                reader = CachedRows(subject.model, kind, first.prompt, first.ahead, first.asked, draft)
+                reader = CachedRows(subject.model, kind, first, draft)
                 milliseconds = 1000 * reader.seconds(first.ahead, self.steps)
                 question = "before" if rows.question and kind.reader() is not None else rows.question
                 told = _told(kind, rows.question, draft)
@@ -255,7 +259,7 @@ def _windows(subject: Subject, context: int, count: int) -> Prompted:
     targets = tokens[:, half:].clone()
     targets[:, 0] = IGNORE_INDEX  # the prompt alone predicts it
     ahead = tokens[:, half:-1]
-    return Prompted(tokens[:, :half], ahead, targets, ahead.shape[1])
+    return Prompted(tokens[:, :half], ahead, targets, ahead, ahead)
 
 
 def _examples(subject: Subject, data: SyntheticData, context: int, count: int, prompt: int | None) -> Prompted:
@@ -276,7 +280,16 @@ def _examples(subject: Subject, data: SyntheticData, context: int, count: int, p
         raise ConfigError(f"task.prompt={prompt} leaves nothing of {context} tokens to be asked; give fewer.")
     targets = targets[:, prompt - 1 :].clone()
     targets[:, 0] = IGNORE_INDEX
-    return Prompted(tokens[:, :prompt], tokens[:, prompt:], targets, context - prompt)
+    ahead = tokens[:, prompt:]
+    return Prompted(tokens[:, :prompt], ahead, targets, ahead, ahead)
+
+
+def _apart(rows: Prompted) -> Prompted:
+    """A row for every target, in which nothing but the token in its place follows the prompt."""
+    row, place = (rows.targets != IGNORE_INDEX).nonzero(as_tuple=True)
+    targets = torch.stack((torch.full_like(row, IGNORE_INDEX), rows.targets[row, place]), 1)
+    asking = rows.ahead[row, place - 1][:, None]
+    return Prompted(rows.prompt[row], asking, targets, rows.question[row], rows.follows[row])
 
 
 def _with_needle(one: Needle, rows: Tensor, before: bool, depths: list[float]) -> Prompted:
@@ -286,23 +299,23 @@ def _with_needle(one: Needle, rows: Tensor, before: bool, depths: list[float]) -
     prompt = whole.shape[1] - value.shape[1] - (0 if before else len(one.question))
     targets = torch.full((len(rows), 1 + whole.shape[1] - prompt), IGNORE_INDEX)
     targets[:, -1 - value.shape[1] : -1] = value
-    return Prompted(whole[:, :prompt], whole[:, prompt:], targets, 0 if before else len(one.question), depths)
+    ahead = whole[:, prompt:]
+    return Prompted(whole[:, :prompt], ahead, targets, ahead[:, : -value.shape[1]], ahead, depths)
 
 
 def _batches(subject: Subject, rows: Prompted) -> Iterator[Prompted]:
     """The rows, as many at once as the subject says."""
-    each = subject.rows(rows.prompt.shape[1] + rows.ahead.shape[1])
-    parts = zip(*(x.split(each) for x in (rows.prompt, rows.ahead, rows.targets)), strict=True)
-    return _moved(subject, [Prompted(*part, rows.asked) for part in parts])
+    each = subject.rows(rows.tokens)
+    parts = [rows.changed(lambda x, at=at: x[at : at + each], ()) for at in range(0, len(rows.prompt), each)]  # type: ignore[misc]
+    return _moved(subject, parts)
 
 
 def _count(subject: Subject, rows: Prompted) -> int:
-    return -(-len(rows.prompt) // subject.rows(rows.prompt.shape[1] + rows.ahead.shape[1]))
+    return -(-len(rows.prompt) // subject.rows(rows.tokens))
 
 
 def _moved(subject: Subject, parts: list[Prompted]) -> Iterator[Prompted]:
     """The same on the model's device."""
     device = subject.restored.device
     for part in parts:
-        tensors = (x.to(device) for x in (part.prompt, part.ahead, part.targets))
-        yield Prompted(*tensors, part.asked, part.groups)
+        yield part.changed(lambda x: x.to(device), part.groups)

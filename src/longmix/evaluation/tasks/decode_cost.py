@@ -15,6 +15,7 @@ from rich.table import Table
 
 from longmix.accelerators import ACCELERATORS, by_word
 from longmix.analysis.cost_model import StepCost, first_context, intensity, step_cost
+from longmix.caches.named import kinds_of
 from longmix.config import ModelConfig
 from longmix.config.choices import Choice, Pattern, choice_or_pattern
 from longmix.errors import ConfigError
@@ -22,6 +23,7 @@ from longmix.evaluation.loss import to_device
 from longmix.evaluation.memory import check_memory
 from longmix.evaluation.subject import Subject
 from longmix.evaluation.tasks.base import Answer, Task
+from longmix.evaluation.tasks.cache_counts import EXACT, cache_bytes, cache_table
 from longmix.evaluation.tasks.generation_costs import (
     Generations,
     draw_generations,
@@ -73,6 +75,8 @@ class DecodeCost(Task):
         steps: tokens that are timed after each.
         mixers: further mixers to count in its place in the same model: names or patterns, with settings of their own as
             in `rwkv7:head_dim=32`.
+        caches: kinds of caches whose bytes are counted too, beside those of `exact`: words such as
+            `h2o:budget=0.25:recent=0.1`. A budget that is a share is one of the context.
         generated: tokens of the generations that are counted; None takes 1, 256, 2048 and 16384, [] is none.
         samples: how many generations go on from each prompt.
         shared_prompt: samples read and hold the prompt's keys and values once, where these are the same for all.
@@ -103,6 +107,7 @@ class DecodeCost(Task):
         shared_prompt: bool = True,
         attempts: int | None = None,
         correct: Sequence[Sequence[int]] = (),
+        caches: Sequence[str] = (),
     ) -> None:
         for name, given, most, needed in (
             ("contexts", contexts, LARGEST, True),
@@ -125,6 +130,7 @@ class DecodeCost(Task):
         self.accelerator, self.reads_split = accelerator, measured != []
         self.flops, self.bandwidth = _peaks(flops, bandwidth)
         self.mixers, self.others = list(mixers), {word: _mixer(word) for word in mixers}
+        self.caches, self.kinds = list(caches), kinds_of([EXACT, *caches], "task.caches") if caches else {}
         self.generated = sorted(set(GENERATED if generated is None else generated))
         self.samples, self.shared_prompt = sorted(set(samples)), shared_prompt
         self.attempts, self.correct = attempts, list(correct)
@@ -138,7 +144,8 @@ class DecodeCost(Task):
             "cheaper_than_flash", "measured": [{"context", "milliseconds", "state_bytes", "counted_state_bytes"}]}`.
             Rows hold the fields of `StepCost` and its eFLOP `parameters`, `mixing` and `total`. The two contexts are
             the first from which on mixing costs more than parameters, and less than with flash; None if that is not so
-            at the last. Of generations there are `"generations"`, `"break_even"`, `"coverage"` and `"equal_coverage"`;
+            at the last. Of `caches` there is `"caches": [{"cache", "context", "held_bytes", "read_bytes"}]`, of one
+            sequence. Of generations there are `"generations"`, `"break_even"`, `"coverage"` and `"equal_coverage"`;
             see `Costs`.
 
         Raises:
@@ -166,11 +173,13 @@ class DecodeCost(Task):
             "mixing_dominates": first_context(contexts, [c.mixing(balance) > c.parameters(balance) for c in counted]),
             "cheaper_than_flash": first_context(contexts, [c.mixing(balance) < f.mixing(balance) for c, f in pairs]),
             **self._generations(models, balance),
+            "caches": cache_bytes(model, self.kinds, contexts),
             "measured": _measured(subject, measured, self.steps),
         }
         settings = {"contexts": contexts, **{key: report[key] for key in ("hardware", "intensity", "batch", "dtype")}}
         for key in ("generated", "samples", "shared_prompt", "attempts", "correct"):
             settings[key] = getattr(self, key)
+        settings["caches"] = self.caches
         settings["mixers"] = {name: mixer.entries for name, mixer in self.others.items()}
         return Answer(report, {**settings, "measured": measured, "steps": self.steps})
 
@@ -210,6 +219,8 @@ class DecodeCost(Task):
         ):
             reached = "not at these contexts" if context is None else f"from {context:,} tokens of context on"
             yield f"{text}: {reached}"
+        if report["caches"]:
+            yield cache_table(report)
         yield from generation_tables(report)
         if report["measured"]:
             yield _measured_table(report["measured"])
