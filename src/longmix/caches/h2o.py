@@ -36,6 +36,7 @@ class H2O(EvictingKind):
     """
 
     name: ClassVar[str] = "h2o"
+    step_by_step: ClassVar[bool] = True
     budget: float = 0.2
     recent: float = 0.1
     mean: bool = False

@@ -12,7 +12,7 @@ from longmix.batch import IGNORE_INDEX
 from longmix.caches.cache import CacheKind
 from longmix.caches.exact import Exact
 from longmix.caches.named import names_the_cache
-from longmix.evaluation.cached_rows import PIECE, CachedRows, Prompted
+from longmix.evaluation.cached_rows import CachedRows, Prompted
 from longmix.model.backbone import LanguageModel
 
 EXACT = Exact.name
@@ -129,10 +129,12 @@ def _sums(rows: Prompted, readers: Mapping[str, CachedRows]) -> dict[str, dict[s
     """For each reader, four tensors float64 [B, 1 + n]; nothing of the vocabulary's size outlives a piece."""
     first = _first(readers[EXACT])
     parts = {name: [scored(_first(reader), first, rows.targets[:, :1])] for name, reader in readers.items()}
-    exact = readers[EXACT].log_probabilities(rows.ahead)
-    others = {name: reader.log_probabilities(rows.ahead) for name, reader in readers.items() if name != EXACT}
-    for number, baseline in enumerate(exact):
-        targets = rows.targets[:, 1 + number * PIECE :][:, : baseline.shape[1]]
+    exact = readers[EXACT].log_probabilities(rows.ahead, rows.together)
+    others = {n: each.log_probabilities(rows.ahead, rows.together) for n, each in readers.items() if n != EXACT}
+    place = 1
+    for baseline in exact:
+        targets = rows.targets[:, place : place + baseline.shape[1]]
+        place += baseline.shape[1]
         parts[EXACT].append(scored(baseline, baseline, targets))
         for name, found in others.items():
             parts[name].append(scored(next(found), baseline, targets))

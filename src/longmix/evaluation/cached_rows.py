@@ -16,7 +16,7 @@ from longmix.mixers.parts.states import caches, forked, held_bytes
 from longmix.model.backbone import LanguageModel
 
 PIECE = 16
-"""Tokens that are read at once after a prompt. A kind that learns from every step reads one at a time."""
+"""Tokens that are read at once after a prompt; one with a kind whose steps choose."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Prompted:
             `IGNORE_INDEX`.
         question: int64 [B, q], what a kind that reads for a question is given as that.
         follows: int64 [B, f], what a kind that looks ahead is shown.
+        together: how many tokens of `ahead` are read at once, as a question is.
         groups: of each row, what results are told apart by, such as a depth.
     """
 
@@ -38,6 +39,7 @@ class Prompted:
     targets: Tensor
     question: Tensor
     follows: Tensor
+    together: int = 0
     groups: Sequence[float] = ()
 
     @property
@@ -48,7 +50,7 @@ class Prompted:
     def changed(self, change: Callable[[Tensor], Tensor], groups: Sequence[float]) -> "Prompted":
         """The same with `change` applied to every tensor, and other groups."""
         tensors = self.prompt, self.ahead, self.targets, self.question, self.follows
-        return Prompted(*(change(x) for x in tensors), groups)
+        return Prompted(*(change(x) for x in tensors), self.together, groups)
 
 
 class CachedRows:
@@ -99,7 +101,8 @@ class CachedRows:
             nonlocal before
             before = forked(state, 1) if tokens is question else None
             output = model(tokens, state=state)
-            self.session.logits = model.logits(output.hidden[:, -1])
+            if tokens is not question:
+                self.session.logits = model.logits(output.hidden[:, -1])
             return output.state
 
         reader(advance, self.session.state, prompt, question)
@@ -112,16 +115,19 @@ class CachedRows:
         return statistics.fmean(self._read)
 
     @torch.no_grad()
-    def log_probabilities(self, tokens: Tensor) -> Iterator[Tensor]:
-        """Read tokens, int64 [B, n], in pieces of `PIECE`, or one by one where the kind learns from every step.
+    def log_probabilities(self, tokens: Tensor, together: int = 0) -> Iterator[Tensor]:
+        """Read tokens, int64 [B, n]: the first `together` at once, then the others in pieces, or by steps that choose.
 
         Yields:
-            float32 [B, t, V] of the tokens behind each of `PIECE` tokens, the last time fewer.
+            float32 [B, t, V] of the tokens behind the first `together`, then of those behind each `PIECE`.
         """
         session = self.session
-        for piece in tokens.split(PIECE, 1):
+        one = 1 if session.cache.step_by_step else PIECE
+        first, rest = tokens[:, :together], tokens[:, together:]
+        pieces = [(first, max(1, together))] if together else []
+        for piece, width in [*pieces, *((piece, one) for piece in rest.split(PIECE, 1) if piece.shape[1])]:
             found = []
-            for part in piece.split(1 if session.cache.wants_weights else PIECE, 1):
+            for part in piece.split(width, 1):
                 output = session.model(part, state=session.state)
                 session.state, session.length = output.state, session.length + part.shape[1]
                 self._read.append(_bytes_read(session) // session.batch)

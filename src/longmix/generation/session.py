@@ -132,7 +132,10 @@ class Session:
         return total
 
     def counted_read_bytes(self, length: int) -> int:
-        """Bytes that one row reads for the token after a prompt of `length`, as mixers and caches count them."""
+        """Bytes that one row reads for the token after a prompt of `length`, as mixers and caches count them.
+
+        What is no cache counts what a step reads and writes, and holds no more than it can read.
+        """
         total = self.model.state_bytes(length)
         for mixer, state in zip(self.model.mixers(), self.state, strict=True):
             cache = state.mixer
@@ -140,7 +143,7 @@ class Session:
                 carried = 0 if cache.carried is None else cache.carried.nbytes // cache.shape.batch
                 total += cache.kind.step_bytes(cache.shape, length) + carried - mixer.state_bytes(length)
             else:
-                total += mixer.step_bytes(length) - mixer.state_bytes(length)
+                total += min(mixer.step_bytes(length), mixer.state_bytes(length + 1)) - mixer.state_bytes(length)
         return total
 
     def read_bytes(self) -> int:

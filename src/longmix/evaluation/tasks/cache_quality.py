@@ -300,7 +300,8 @@ def _with_needle(one: Needle, rows: Tensor, before: bool, depths: list[float]) -
     targets = torch.full((len(rows), 1 + whole.shape[1] - prompt), IGNORE_INDEX)
     targets[:, -1 - value.shape[1] : -1] = value
     ahead = whole[:, prompt:]
-    return Prompted(whole[:, :prompt], ahead, targets, ahead[:, : -value.shape[1]], ahead, depths)
+    question = ahead[:, : ahead.shape[1] - value.shape[1]]
+    return Prompted(whole[:, :prompt], ahead, targets, question, ahead, question.shape[1], depths)
 
 
 def _batches(subject: Subject, rows: Prompted) -> Iterator[Prompted]:
