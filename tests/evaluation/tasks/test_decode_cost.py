@@ -6,8 +6,10 @@ import pytest
 import torch
 from matplotlib import image
 
+from longmix.caches.named import kinds_of
 from longmix.errors import ConfigError
 from longmix.evaluation.run import evaluate
+from longmix.evaluation.tasks.cache_counts import cache_bytes
 from longmix.evaluation.tasks.decode_cost import measure, with_flash
 from longmix.generation.session import Session
 from longmix.mixers.parts.states import held_bytes
@@ -156,3 +158,29 @@ def test_impossible_generations_are_refused(costed, words, message):
 def test_impossible_settings_are_refused(costed, words):
     with pytest.raises(ConfigError, match=rf"task\.decode_cost\.{words.split('=')[0]}="):
         costed(f"task.decode_cost.{words}")
+
+
+def test_caches_are_counted_beside_exact(small_model):
+    model = small_model("flash", dtype=torch.float32)
+    kinds = kinds_of(["exact", "h2o:budget=0.25:recent=0.125", "snapkv:budget=64"], "task.caches")
+    rows = {(row["cache"].partition(":")[0], row["context"]): row for row in cache_bytes(model, kinds, [128, 1024])}
+    for context in (128, 1024):
+        assert rows["exact", context]["held_bytes"] == model.state_bytes(context)
+        assert rows["exact", context]["read_bytes"] == model.state_bytes(context + 1)
+        of_token = model.state_bytes(1)
+        scores = LAYERS * HEADS * 4  # of float32
+        assert rows["h2o", context]["held_bytes"] == context // 4 * (of_token + scores)
+        assert rows["snapkv", context] == {
+            **{"cache": "snapkv:budget=64", "context": context},
+            **{"held_bytes": 64 * of_token, "read_bytes": 65 * of_token},
+        }
+    with pytest.raises(ConfigError, match=r"^task\.caches names h2o:budget=0.25:recent=0.125: cache=h2o keeps"):
+        cache_bytes(small_model("rwkv7"), kinds, [8])
+
+
+@pytest.mark.slow
+def test_a_table_of_caches(costed, capsys):
+    words = "task.decode_cost.generated=[]", "task.decode_cost.measured=[]", "task.decode_cost.contexts=[64]"
+    with pytest.raises(ConfigError, match=r"^task\.decode_cost\.caches names h2o: cache=h2o keeps"):
+        costed(*words, "task.decode_cost.caches=[h2o]")
+    assert "caches" not in capsys.readouterr().out

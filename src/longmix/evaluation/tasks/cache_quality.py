@@ -138,12 +138,15 @@ class CacheQuality(Task):
             ConfigError: a cache that no layer takes, a row without room for a needle, or more memory than there is.
             DataError: the split has less text than the longest context.
         """
-        draft, cells = self._draft(subject), []
+        draft, cells, places = self._draft(subject), [], (None, "after", "before")
         for context in self.contexts or subject.seq_lens():
             tokens = min(subject.rows(context), max(self.windows, len(self.depths) * self.needles)) * context
             check_memory(subject.model, tokens, subject.restored, f"task.contexts={context}")
-            for rows in self._rows(subject, context):
-                cells += self._cells(subject, rows, context, draft)
+            found = [
+                cell for rows in self._rows(subject, context) for cell in self._cells(subject, rows, context, draft)
+            ]
+            order = list(self.kinds).index
+            cells += sorted(found, key=lambda cell: (places.index(cell["question"]), order(cell["cache"])))
         heading = {**subject.heading(), "data": subject.data.label}
         return Answer({**heading, "draft": self.draft, "cells": cells})
 
