@@ -94,10 +94,10 @@ def _checked(cell: Mapping[str, Any]) -> CacheCell:
     if not isinstance(cell["settings"], dict):
         raise ValueError("the settings of a cell are no object")
     limits = {"loss": LARGEST, "kl": LARGEST, "token_accuracy": 1.0, "milliseconds": LARGEST}
-    numbers = {name: _number(cell, name, most) for name, most in limits.items()}
+    numbers: dict[str, Any] = {name: _number(cell, name, most) for name, most in limits.items()}
     found = None if cell["found"] is None else _number(cell, "found", 1.0)
-    whole = {name: int(_number(cell, name, LARGEST)) for name in ("context", "held_bytes", "read_bytes")}
-    words = {name: cell[name] for name in ("cache", "kind", "settings", "question", "told")}
+    whole: dict[str, Any] = {name: int(_number(cell, name, LARGEST)) for name in ("context", "held_bytes", "read_bytes")}
+    words: dict[str, Any] = {name: cell[name] for name in ("cache", "kind", "settings", "question", "told")}
     return CacheCell(**words, **numbers, **whole, found=found)
 
 

@@ -102,6 +102,7 @@ def test_targets_apart(evaluated, number_run):
         (["depths=[2]"], ConfigError, r"^task\.cache_quality\.depths=\[2\] must be a list of numbers from 0 to 1"),
         (["windows=0"], ConfigError, r"^task\.cache_quality\.windows=0 must be from 1"),
         (["needles=-1"], ConfigError, r"needles=-1 must be from 0"),
+        (["draft="], ConfigError, r"^task\.cache_quality\.draft is empty; was a variable"),
         (["draft=x"], ConfigError, r"^task\.cache_quality\.draft=x writes ahead for caches such as speckv"),
         (["contexts=[99999999]", "windows=1"], (ConfigError, DataError), r"contexts=99999999"),
         (["contexts=[32]"], ConfigError, "no room for a haystack"),

@@ -31,6 +31,7 @@ from longmix.evaluation.tasks.base import Answer, Task
 from longmix.evaluation.tasks.cache_tables import draw_quality, quality_tables
 from longmix.evaluation.tasks.needle import MOST_NEEDLES, forms_of
 from longmix.model.backbone import LanguageModel
+from longmix.paths import check_path
 from longmix.progress import tracked
 from longmix.reporting.plots import drawing
 from longmix.restore import restore
@@ -118,6 +119,8 @@ class CacheQuality(Task):
         self.prompt, self.apart, self.steps, self.draft, self.seed = prompt, apart, steps, draft, seed
         self.statement, self.question = statement, question
         self.kinds = kinds_of(self.caches if EXACT in caches else [EXACT, *caches], "task.caches")
+        if draft is not None:
+            check_path("task.draft", draft)
         if draft is not None and not any(_looks_ahead(kind) for kind in self.kinds.values()):
             raise ConfigError(f"task.draft={draft} writes ahead for caches such as speckv, and task.caches has none.")
 
