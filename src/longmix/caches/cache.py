@@ -79,8 +79,8 @@ class CacheKind:
         when: what has been read when `Cache.prompt_ended` is called: the whole prompt, which the cache holds until
             then, or each piece of it, and the whole again at the end.
         takes_bias: whether keys may have the columns of a bias (`mixer.bias`) behind their channels.
-        step_by_step: whether tokens that are read one at a time leave something else behind than a piece of them, as
-            where each step chooses.
+        step_by_step: whether tokens see something else when they are read one at a time than in a piece, as where each
+            step chooses.
         wants_weights: whether `Cache.observe` is called after steps, and `NewTokens.logsumexp` is there.
     """
 

@@ -42,6 +42,7 @@ class CodedKind(CacheKind):
     """
 
     takes_bias: ClassVar[bool] = False  # a bias's columns are larger than keys, and would be rounded as much
+    step_by_step: ClassVar[bool] = True  # in a piece all tokens see what only becomes codes at its end
     parameters: str = "float16"
 
     def __post_init__(self) -> None:

@@ -44,6 +44,7 @@ class Squeezed(CacheKind):
     """
 
     name: ClassVar[str] = "squeezed"
+    step_by_step: ClassVar[bool] = True
     takes_bias: ClassVar[bool] = False  # what a bias adds to a score does not lie in the directions of keys
     newest: int = 100
     clusters: float = 0.05

@@ -49,8 +49,9 @@ class Prompted:
 
     def changed(self, change: Callable[[Tensor], Tensor], groups: Sequence[float]) -> "Prompted":
         """The same with `change` applied to every tensor, and other groups."""
-        tensors = self.prompt, self.ahead, self.targets, self.question, self.follows
-        return Prompted(*(change(x) for x in tensors), self.together, groups)
+        prompt, ahead, targets = change(self.prompt), change(self.ahead), change(self.targets)
+        told = change(self.question), change(self.follows)
+        return Prompted(prompt, ahead, targets, *told, together=self.together, groups=groups)
 
 
 class CachedRows:
