@@ -43,12 +43,10 @@ def test_the_front_is_what_nothing_beats():
 
 
 def test_a_curve_goes_through_budgets_and_a_choice_has_its_own():
-    assert [curve_name(one, CELLS) for one in CELLS] == [
-        *("exact", "h2o mean=false", "h2o mean=true", "h2o mean=false", "quantised")
-    ]
+    assert [curve_name(one, CELLS) for one in CELLS] == [*("exact", "h2o", "h2o mean=true", "h2o", "quantised")]
     panels = {panel.key: panel for panel in cache_panels([Measured("", "flash", CELLS)])}
     held = {series.name: series for series in panels["caches_found_held_after_64"].series}
-    assert held["h2o mean=false"].x == [250.0, 500.0] and held["h2o mean=false"].y == [0.3, 0.6]
+    assert held["h2o"].x == [250.0, 500.0] and held["h2o"].y == [0.3, 0.6]
     assert held["exact"].x == [160.0, 1000.0] and held["exact"].y == [1.0, 1.0]  # a line across
     assert set(panels) == {f"caches_{name}_after_64" for name in ("found_held", "found_read", "loss_held", "loss_read")}
 

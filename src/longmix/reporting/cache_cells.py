@@ -96,7 +96,8 @@ def _checked(cell: Mapping[str, Any]) -> CacheCell:
     limits = {"loss": LARGEST, "kl": LARGEST, "token_accuracy": 1.0, "milliseconds": LARGEST}
     numbers: dict[str, Any] = {name: _number(cell, name, most) for name, most in limits.items()}
     found = None if cell["found"] is None else _number(cell, "found", 1.0)
-    whole: dict[str, Any] = {name: int(_number(cell, name, LARGEST)) for name in ("context", "held_bytes", "read_bytes")}
+    counts = "context", "held_bytes", "read_bytes"
+    whole: dict[str, Any] = {name: int(_number(cell, name, LARGEST)) for name in counts}
     words: dict[str, Any] = {name: cell[name] for name in ("cache", "kind", "settings", "question", "told")}
     return CacheCell(**words, **numbers, **whole, found=found)
 

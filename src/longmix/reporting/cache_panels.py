@@ -7,6 +7,9 @@ from typing import Any
 from longmix.reporting.cache_cells import AXES, EXACT, MEASURES, Axis, CacheCell
 from longmix.reporting.panels import Panel, Series, file_word
 
+SIZES = frozenset({"budget", "recent", "start", "bits", "high_share", "quantile"})
+"""Settings of caches along which a curve goes."""
+
 DIFFERENT = 0.01
 """Relative difference from which on the losses of two models with `EXACT` are called different."""
 
@@ -101,25 +104,22 @@ def _series(one: Measured, place: tuple[int, str | None], measure: str, axis: Ax
     if one.alone:
         return [Series(one.name or one.mixer, one.mixer, [x], [y]) for x, y in lines[EXACT][:1]]
     every = [x for points in lines.values() for x, _ in points]
-    found = []
+    found: list[Series] = []
     for name, points in lines.items():
         x, y = (list(values) for values in zip(*sorted(points), strict=True))
         if name == EXACT:
             x, y = [min(every), max(every)], [y[0], y[0]]
         shown = f"{one.name} {name}" if several and one.name else name
-        found.append(Series(shown, name.partition(" ")[0] if name == EXACT else name, x, y))
+        kind = name.partition(" ")[0]
+        first = not any(series.mixer == kind for series in found)  # a kind's other curves look otherwise
+        found.append(Series(shown, kind if first else name, x, y))
     return found
 
 
 def curve_name(cell: CacheCell, cells: Sequence[CacheCell]) -> str:
-    """The kind, and those of its settings that are no numbers and differ: budgets make a curve, choices another."""
-    alike = [other.settings for other in cells if other.kind == cell.kind]
-    told = {
-        name: value
-        for name, value in cell.settings.items()
-        if (not isinstance(value, int | float) or isinstance(value, bool))
-        and any(other.get(name) != value for other in alike)
-    }
+    """The kind, and its settings besides `SIZES` that are not those of its first cell, which make another curve."""
+    first = next(other.settings for other in cells if other.kind == cell.kind)
+    told = {name: value for name, value in cell.settings.items() if name not in SIZES and first.get(name) != value}
     return " ".join([cell.kind, *(f"{name}={_word(value)}" for name, value in told.items())])
 
 

@@ -8,8 +8,8 @@ from longmix.reporting.runs import Run
 
 WORDS = (
     "What a model predicts after a prompt that the cache compressed, over the bytes of a row. A kind of cache is a "
-    "line through its budgets, the exact one a dashed line; a model that takes no other cache is a point. In the table, * "
-    "marks what no other cache of the same model beats with as few bytes held."
+    "line through its budgets, the exact one a dashed line; a model that takes no other cache is a point. In the "
+    "table, * marks what no other cache of the same model beats with as few bytes held."
 )
 
 

@@ -85,6 +85,9 @@ _ORDER = (
 KNOWN = {mixer: nth_style(number) for number, mixer in enumerate(_ORDER)}
 """Mixers that longmix has or that are often compared; relatives share a colour."""
 
+_CACHES = ("quantised", "h2o", "snapkv", "speckv", "sink_recent", "citrus", "zipcache", "squeezed")
+
+KNOWN |= {kind: nth_style(number) for number, kind in enumerate(_CACHES)}
 KNOWN["exact"] = Style(SOFT, "#a3a3a9", (5, 3))  # the cache that the others are held against, a line across
 
 
