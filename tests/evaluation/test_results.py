@@ -75,6 +75,12 @@ def results(compose_config, run_folder, tmp_path):
         pytest.param("attention", ["task.attention.windows=1"], True, id="attention"),
         pytest.param("layers", ["task.layers.windows=1"], True, id="layers"),
         pytest.param("dsf", ["task.dsf.windows=1"], True, id="dsf"),
+        pytest.param(
+            "cache_quality",
+            ["seq_len=128", *(f"task.cache_quality.{word}=1" for word in ("windows", "needles", "steps"))],
+            True,
+            id="cache_quality",
+        ),
         pytest.param("decode_cost", ["task.decode_cost.steps=1"], True, id="decode_cost"),
         pytest.param(
             "causality", ["task.causality.entropy_steps=0", "task.causality.length=16"], False, id="causality"
