@@ -26,7 +26,7 @@ from benchmarks.command import RESULTS, Parser, progress
 from benchmarks.results import Record
 from longmix.composing import composed
 from longmix.config import ModelConfig, TrainConfig, read
-from longmix.errors import Interrupted, LongmixError
+from longmix.errors import DataError, Interrupted, LongmixError
 from longmix.model.matching import count_parameters, match_parameters
 from longmix.training.run import check_config
 
@@ -72,6 +72,7 @@ def add_options(parser: Parser, name: str) -> None:
     add = parser.add_argument
     add("--seeds", type=int, nargs="+", default=[0], metavar="N", help="each arm is run with each")
     add("--runs", type=Path, default=Path("runs") / name, help="folder of the arms; what is there goes on")
+    add("--known", type=Path, nargs="+", default=[], metavar="JSON", help="results whose arms are not run again")
     add("--word", action="append", default=[], help="a further word of training, such as data.cache_dir=FOLDER")
     add("--check", action="store_true", help="find every model's width, take no step, write nothing")
     add("--name", default=name, help="of the files")
@@ -105,6 +106,27 @@ def run(arm: Arm, folder: Path, examine: Examine, asked: Record) -> Record:
     }
     results.write_json(kept, record)
     return record
+
+
+def take_known(arms: Iterable[Arm], options: argparse.Namespace) -> None:
+    """Lay down the records of earlier results that are of these arms, where an arm has none.
+
+    Raises:
+        DataError: a file cannot be read, or holds no results.
+    """
+    folders = {arm.words: options.runs / arm.folder for arm in arms}
+    for path in options.known:
+        try:
+            records = json.loads(path.read_text(encoding="utf-8"))["results"]
+            found = [
+                (folders[tuple(record["words"])], record) for record in records if tuple(record["words"]) in folders
+            ]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"--known {path} holds no results of arms: {type(error).__name__}: {error}.") from error
+        for folder, record in found:
+            if not (folder / RECORD).exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                results.write_json(folder / RECORD, record)
 
 
 def run_all(
@@ -163,12 +185,17 @@ def main(
     environment = results.environment(torch.device("cpu"), "fp32")
     try:
         options.runs.mkdir(parents=True, exist_ok=True)
+        take_known(arms, options)
         records, failed = run_all(arms, options, examine, asked, environment)
     except Interrupted as error:
         print(f"{error}\nThe same command goes on.", file=sys.stderr)
         return error.exit_code
+    except DataError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     if records:
-        written = argparse.Namespace(**{**vars(options), "runs": str(options.runs)})
+        plain = {"runs": str(options.runs), "known": [str(path) for path in options.known]}
+        written = argparse.Namespace(**{**vars(options), **plain})
         results.leave(options.name, environment, written, records, table, drawn)
     if failed:
         print(f"failed: {', '.join(failed)}; the same command tries them again", file=sys.stderr)

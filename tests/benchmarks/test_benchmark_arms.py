@@ -126,3 +126,19 @@ def test_what_is_not_there_is_one_line(main, word, says, capsys):
     with pytest.raises(SystemExit) as ended:
         main([word])
     assert ended.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_known_results_are_not_repeated(trained, tmp_path, capsys):
+    trained.failing = False
+    options = SimpleNamespace(runs=tmp_path / "first")
+    before, _ = examine(options)
+    again = SimpleNamespace(runs=tmp_path / "second", known=[tmp_path / "first" / "results.json"])
+    names = [Arm("arm / 1", (f"seed={seed}",)) for seed in (0, 2, 3)]
+    arms.take_known(names, again)
+    found, _ = arms.run_all(names, again, lambda loaded, place: {"loss": 0.5}, {"tokens": 1}, {"device": "cpu"})
+    assert trained.seeds == [0, 1, 2, 3] and found[:2] == before[::2]
+    (tmp_path / "wrong.json").write_text('{"results": 3}')
+    words = ["sinks", "--parameters", "9", "--runs", str(tmp_path / "runs"), "--known", str(tmp_path / "wrong.json")]
+    options = claims.parse([*words, "--out", str(tmp_path / "out")])
+    given = (claims.arms_of(options), options, examine, {}, claims.table, claims.drawn)
+    assert arms.main(*given) == 2 and "wrong.json holds no results" in capsys.readouterr().err
