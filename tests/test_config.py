@@ -51,6 +51,7 @@ SUPPLIED = {
     "mixer": {"shape", "layer_index"},
     "model": {"mixer_factory", "vocab_size"},
     "optimizer": {"parameters"},
+    "prefill": set(),
     "schedule": set(),
     "task": set(),
     "tokenizer": set(),
@@ -59,7 +60,7 @@ SUPPLIED = {
 """Arguments that longmix gives, per group; a new group of configurations needs its line here."""
 
 
-ENTRY_POINTS = {"task": "evaluate", "cache": "generate"}
+ENTRY_POINTS = {"task": "evaluate", "cache": "generate", "prefill": "generate"}
 """The command of each group that `train` does not have."""
 
 

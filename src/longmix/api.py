@@ -167,6 +167,7 @@ class GenerateWords(TypedDict, total=False):
         seed: the same one gives the same texts; 0.
         stop: a text that ends a row, or several.
         cache: what layers of attention keep of keys and values, by name; or a mapping of `name` and settings; "exact".
+        prefill: how layers of attention read a prompt, likewise, such as "star"; each token sees all before it.
         question: a text that is read behind each prompt, after the cache has compressed that.
         draft: for the cache "speckv", folder of a run or checkpoint that writes a continuation of each prompt.
     """
@@ -184,6 +185,7 @@ class GenerateWords(TypedDict, total=False):
     seed: int
     stop: str | Sequence[str]
     cache: str | Mapping[str, Any]
+    prefill: str | Mapping[str, Any]
     question: str
     draft: str | Path
 
@@ -285,8 +287,9 @@ class Loaded:
         given["stop"] = _texts("stop", words.get("stop", ()))
         if isinstance(words.get("logit_bias"), Mapping):
             given["logit_bias"] = dict(words["logit_bias"])
-        if "cache" in words:
-            given["cache"] = _cache_node(words["cache"])
+        for group in ("cache", "prefill"):
+            if group in words:
+                given[group] = _kind_node(group, words[group])
         if words.get("draft") is not None:
             given["draft"] = str(user_path("draft", words["draft"]))
         return read(GenerateConfig, defaults(GenerateConfig) | given)
@@ -317,8 +320,8 @@ class Loaded:
         return reports[task] if isinstance(task, str) else reports
 
 
-def _cache_node(given: str | Mapping[str, Any]) -> Plain:
-    """The node of a cache that was named.
+def _kind_node(group: str, given: str | Mapping[str, Any]) -> Plain:
+    """The node of a cache, or of another group of `generate`, that was named.
 
     Raises:
         ConfigError: it was not, or there is none of this name.
@@ -328,8 +331,9 @@ def _cache_node(given: str | Mapping[str, Any]) -> Plain:
     named = {"name": given} if isinstance(given, str) else dict(given) if isinstance(given, Mapping) else {}
     name = named.pop("name", None)
     if not isinstance(name, str):
-        raise ConfigError(f'cache={given!r} must be a name, or a mapping such as {{"name": "exact"}}.')
-    return node_of(name, named)
+        example = {"cache": "exact", "prefill": "star"}[group]
+        raise ConfigError(f'{group}={given!r} must be a name, or a mapping such as {{"name": "{example}"}}.')
+    return node_of(name, named, group)
 
 
 def _texts(name: str, given: str | Sequence[str]) -> list[str]:

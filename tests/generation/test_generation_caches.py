@@ -70,3 +70,25 @@ def test_room_is_made_once_for_prompt_and_tokens(run_folder, monkeypatch):
     monkeypatch.setattr(Store, "_grow", lambda self, *given: (grow(self, *given), sizes.append(self.capacity)))
     longmix.load(run_folder).generate("abc", max_tokens=300, temperature=0, stop=["\0\0"])
     assert sizes and len(set(sizes)) == 1 and sizes[0] in range(300, 310)
+
+
+def test_prefill_is_a_word_of_its_own(generated, run_folder, tmp_path):
+    text = "of the people, by the people, for the people " * 2
+    words = (f"prompt='{text}'", "temperature=0")
+    near = ("prefill=star", "prefill.block=8", "prefill.anchor=2")
+    wanted = generated(*words, *near)
+    assert wanted.ids != generated(*words).ids
+    assert generated(*words, "prefill=star").ids == generated(*words).ids  # a prompt within a block
+    model = longmix.load(run_folder)
+    settings = {"name": "star", "block": 8, "anchor": 2}
+    assert model.generate(text, max_tokens=6, temperature=0, prefill=settings) == wanted.texts
+    (tmp_path / "in").write_text(json.dumps({"prompt": text}))
+    answers, given = tmp_path / "out", {"max_tokens": 6, "temperature": 0}
+    model.answer(tmp_path / "in", answers, prefill=settings, **given)
+    assert json.loads(answers.read_text())["text"] == wanted.texts[0]
+    with pytest.raises(ConfigError, match="holds an answer, in line 1, to another prompt or of other words"):
+        model.answer(tmp_path / "in", answers, **given)
+    with pytest.raises(ConfigError, match="prefill is how a prompt is read"):
+        generated(*near, f"save={tmp_path}/saved")
+    with pytest.raises(ConfigError, match=r"there is no prefill stars\. Did you mean star"):
+        model.generate("abc", prefill="stars")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from longmix.caches.segments import attend_segments, merged
+from longmix.caches.star import StarReading
 from longmix.errors import ConfigError
 from longmix_kernels.attention import Segment, attention, decode_attention
 from longmix_kernels.attention.decode import MOST_QUERIES
@@ -82,6 +83,7 @@ class CacheKind:
         step_by_step: whether tokens see something else when they are read one at a time than in a piece, as where each
             step chooses.
         wants_weights: whether `Cache.observe` is called after steps, and `NewTokens.logsumexp` is there.
+        takes_star: whether prompts may be read as `prefill=star` says, since the cache holds all of one until it ends.
     """
 
     name: ClassVar[str]
@@ -89,6 +91,7 @@ class CacheKind:
     takes_bias: ClassVar[bool] = True
     step_by_step: ClassVar[bool] = False
     wants_weights: ClassVar[bool] = False
+    takes_star: ClassVar[bool] = False
     exact_layers: Sequence[int] = ()
 
     @property
@@ -174,12 +177,14 @@ class Cache:
         document: int32 [B], the document of the last token.
         ragged: whether documents were ever told apart, so that rows may differ in length.
         carried: [B, ...], what else the mixer needs of the tokens before; None for nothing.
+        reading: which keys of a prompt its tokens see, while it is read; None for all before them.
         tensors: names of the attributes that are tensors [B, ...] or None; a subclass adds its own.
         numbers: names of the attributes that are numbers; likewise.
     """
 
     tensors: ClassVar[tuple[str, ...]] = ("next_position", "document", "carried")
     numbers: ClassVar[tuple[str, ...]] = ("length", "ragged")
+    reading: StarReading | None = None
     one_document = True  # a mixer need not repeat the ids of a document that goes on
 
     def __init__(self, kind: CacheKind, shape: CacheShape) -> None:

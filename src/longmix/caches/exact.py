@@ -15,6 +15,7 @@ from torch import Tensor
 from longmix.caches.cache import Cache, CacheKind, CacheShape, NewTokens
 from longmix.caches.ring import RingCache
 from longmix.caches.segments import merged
+from longmix.caches.star import StarReading
 from longmix.caches.store import Store
 from longmix_kernels.attention import Segment, attention, decode_attention, sdpa
 from longmix_kernels.attention.decode import MOST_QUERIES
@@ -31,6 +32,7 @@ class Exact(CacheKind):
     """Everything is remembered, or all of the window."""
 
     name: ClassVar[str] = "exact"
+    takes_star: ClassVar[bool] = True
 
     def build(self, shape: CacheShape) -> Cache:
         """An empty cache; a ring where the layer has a window."""
@@ -65,6 +67,8 @@ class ExactCache(Cache):
 
     def read(self, new: NewTokens, with_logsumexp: bool) -> tuple[Tensor, Tensor | None]:
         """Append first, so that a single token finds its own key in place."""
+        if self.reading is not None:
+            return self._read_of_star(new, self.reading)
         if new.count > MOST_QUERIES or new.ids is not None:
             return self._read_piece(new, with_logsumexp)
         before = None if new.count == 1 else self.segments(new)
@@ -113,6 +117,13 @@ class ExactCache(Cache):
         first_key = begins.clamp(min=0)[:, None].to(torch.int32) if self.ragged else None
         parts.append(attention(new.query, *own, lo=first_key, scale=new.scale, return_logsumexp=True))
         return merged(parts)
+
+    def _read_of_star(self, new: NewTokens, reading: StarReading) -> tuple[Tensor, Tensor]:
+        """Attend from a piece of a prompt as `prefill=star` says; nothing is shared yet."""
+        assert not self.shared
+        self.append(new)
+        own = (x.transpose(1, 2) for x in self.store.used)
+        return reading.attend(new.query, *own, new.positions, scale=new.scale, one_document=not self.ragged)
 
     def reserve(self, count: int) -> None:
         """See `Cache.reserve`."""

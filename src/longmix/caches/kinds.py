@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from longmix.caches.cache import CacheKind
 from longmix.caches.exact import Exact
+from longmix.caches.star import Star
 from longmix.command_line.schema import configs_folder
 from longmix.config import Choice
 from longmix.errors import ConfigError
@@ -17,12 +18,12 @@ from longmix.invocation import searched
 from longmix.wording import did_you_mean, nearest
 
 
-def kind_files() -> dict[str, Path]:
-    """The file of every kind by its name: those of longmix, and of folders that the command line lets Hydra look in."""
+def kind_files(group: str = "cache") -> dict[str, Path]:
+    """The file of every kind of a group by its name: those of longmix, and of folders that the command line lets Hydra look in."""
     folders = [configs_folder()]
     if HydraConfig.initialized():
         folders += searched(HydraConfig.get())
-    files = [path for folder in reversed(folders) for path in sorted((folder / "cache").glob("*.yaml"))]
+    files = [path for folder in reversed(folders) for path in sorted((folder / group).glob("*.yaml"))]
     return dict(sorted((path.stem, path) for path in files))
 
 
@@ -37,15 +38,15 @@ def node_of(name: str, settings: Mapping[str, Any] | None = None, key: str = "ca
     Args:
         name: of a file, without its ending.
         settings: changes.
-        key: where it stands in the configuration, for messages.
+        key: the group, "cache" or "prefill", and where it stands in the configuration.
 
     Raises:
         ConfigError: there is no such kind.
     """
-    files = kind_files()
+    files = kind_files(key)
     if name not in files:
         meant = did_you_mean(nearest(name, files))
-        raise ConfigError(f"{key}: there is no cache {name}.{meant} Caches are: {', '.join(files)}.")
+        raise ConfigError(f"{key}: there is no {key} {name}.{meant} {key.capitalize()}s are: {', '.join(files)}.")
     file: Any = OmegaConf.to_container(OmegaConf.load(files[name]), resolve=True)
     node: dict[str, Any] = file | dict(settings or {})
     return node
@@ -62,7 +63,20 @@ def built(choice: Choice) -> CacheKind:
     return kind
 
 
-def settings_of(kind: CacheKind) -> dict[str, Any]:
+def star_of(choice: Choice | None) -> Star | None:
+    """How prompts are read, by a choice of the group `prefill`; None for none.
+
+    Raises:
+        ConfigError: it is no such thing, or a setting is wrong.
+    """
+    if choice is None:
+        return None
+    choice.check(set(), Star)
+    star: Star = choice.build()
+    return star
+
+
+def settings_of(kind: CacheKind | Star) -> dict[str, Any]:
     """The settings of a kind as plain values, as `kind_of` takes them."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(kind).items()}
 

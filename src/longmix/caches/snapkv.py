@@ -37,6 +37,7 @@ class SnapKV(EvictingKind):
     """
 
     name: ClassVar[str] = "snapkv"
+    takes_star: ClassVar[bool] = True
     budget: float = 512
     window: int = 32
     pool: int = 7

@@ -386,6 +386,7 @@ class GenerateConfig:
             does.
         draft: for cache=speckv, folder of a run or checkpoint with the same tokenizer, which writes a continuation of
             each prompt that tells what to keep of it.
+        prefill: how layers of attention read a prompt; null lets each token see all before it.
         states: file of trained states that documents begin from, or the folder of the run that wrote it.
         weights: trained, or ema: their average over the steps of a run with loop.ema_decay.
         load: file of an earlier call to go on from.
@@ -416,6 +417,7 @@ class GenerateConfig:
     output: str | None = word(None, path=True)
     batch_tokens: int = word(16384, at_least(1))
     cache: Choice | None = None
+    prefill: Choice | None = None
     question: str | None = word(None, literal=True)
     draft: str | None = word(None, path=True)
     states: str | None = word(None, path=True)

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from longmix.allocation import allocation_errors
 from longmix.caches.cache import CacheKind
-from longmix.caches.kinds import built
+from longmix.caches.kinds import built, star_of
+from longmix.caches.star import Star
 from longmix.config import GenerateConfig
 from longmix.data.tokens.tokenizers import Tokenizer
 from longmix.errors import ConfigError, StorageError
@@ -79,7 +80,7 @@ def answer(config: GenerateConfig, restored: Restored | None = None) -> Answered
     if lock is None:
         raise StorageError(f"output={path} is being written by another process; wait for it, or give another file.")
     try:
-        done = _answered(config, prepared(requests, restored, cache), restored, cache, path)
+        done = _answered(config, prepared(requests, restored, cache, star_of(config.prefill)), restored, cache, path)
     finally:
         lock.release(remove=True)
     rate = done.tokens / done.seconds if done.seconds else 0.0
@@ -105,7 +106,7 @@ def _answered(
     with steps_bar("prompts", len(left)) as advance:
         for batch in batches(left, config.batch_tokens):
             with restored.autocast(), allocation_errors("generating so many rows", cure):
-                answers = _continued(batch, restored, cache)
+                answers = _continued(batch, restored, cache, star_of(config.prefill))
             file.add(answers)
             tokens += sum(one["tokens"] for one in answers)
             for _ in batch:
@@ -140,11 +141,13 @@ def batches(requests: Sequence[Prepared], most_tokens: int) -> Iterator[list[Pre
 
 
 @torch.no_grad()
-def _continued(batch: list[Prepared], restored: Restored, cache: CacheKind | None) -> list[dict[str, Any]]:
+def _continued(
+    batch: list[Prepared], restored: Restored, cache: CacheKind | None, star: Star | None
+) -> list[dict[str, Any]]:
     """The answers to a batch, those of a prompt after each other."""
     samples, choosing = batch[0].samples, batch[0].choosing
     check_rows(restored, samples * len(batch), f"samples={samples}")
-    session = Session(restored.model, len(batch), cache)
+    session = Session(restored.model, len(batch), cache, star)
     longest, most = max(len(one.ids) for one in batch), max(one.request.config.max_tokens for one in batch)
     session.reserve(longest + (most if samples == 1 else 0))
     session.prefill([torch.tensor(one.ids, device=restored.device) for one in batch])

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from longmix.caches.cache import PromptReader
+from longmix.caches.cache import Cache, PromptReader
+from longmix.caches.star import StarReading
+from longmix.errors import ConfigError
 from longmix.mixers.parts.states import caches, joined, looking_ahead
 
 if TYPE_CHECKING:
@@ -35,6 +37,11 @@ def read_prompts(
     known = ids if any(len(prompt) < longest for prompt in prompts) else None
     # the last token is read after the caches have chosen, where tokens to come choose too
     end = longest if lookahead is None or longest == 1 else longest - 1
+    if session.star is not None:
+        # without a question, the last token chooses the first one that is generated, and sees everything as that does
+        star = StarReading(session.star, longest if question is not None else longest - 1)
+        for cache in reading_caches(session):
+            cache.reading = star
     step = session.cache.piece_tokens
     for piece in _pieces(end, max(1, most // session.batch) if step is None else step, step is not None):
         session.advance(tokens[:, piece], None if known is None else known[:, piece])
@@ -42,12 +49,37 @@ def read_prompts(
             if cache.kind.when == "piece" or piece.stop == longest:
                 cache.prompt_ended()
     session.cache.prompts_ended([cache for cache in caches(session.state) if cache.kind.name == session.cache.name])
+    for cache in caches(session.state):
+        cache.reading = None
     if end < longest and lookahead is not None:
         _look_ahead(session, torch.cat((tokens[:, end:], lookahead), 1), None if known is None else known[:, end:])
         session.advance(tokens[:, end:], None if known is None else known[:, end:])
     if question is not None:
         for piece in question.split(max(1, most // session.batch)):
             session.advance(piece.expand(session.batch, -1), None)
+
+
+def reading_caches(session: "Session") -> list[Cache]:
+    """The caches of layers that read prompts as `prefill=star` says; windows and other mixers read as ever."""
+    return [cache for cache in caches(session.state) if cache.kind.takes_star and cache.shape.window is None]
+
+
+def check_star(session: "Session") -> None:
+    """Refuse what does not read prompts as `prefill=star` says.
+
+    Raises:
+        ConfigError: the cache or all layers are of this sort.
+    """
+    if not session.cache.takes_star:
+        raise ConfigError(
+            f"prefill=star needs a cache that holds a whole prompt and does not look at its weights; "
+            f"cache={session.cache.name} is none. Use cache=exact or cache=snapkv, or leave prefill out."
+        )
+    if not reading_caches(session):
+        raise ConfigError(
+            "prefill=star is for layers of softmax attention that see all tokens, such as flash, and this model has "
+            "none; leave prefill out."
+        )
 
 
 def _pieces(length: int, step: int, from_the_end: bool) -> Iterator[slice]:

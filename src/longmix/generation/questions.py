@@ -18,6 +18,8 @@ def check_cache_words(config: GenerateConfig, cache: CacheKind | None) -> None:
     Raises:
         ConfigError: naming them.
     """
+    if config.prefill is not None and (config.load is not None or config.save is not None):
+        raise ConfigError("prefill is how a prompt is read, which no saved generation holds; leave save and load out.")
     looks_ahead = cache is not None and cache.lookahead_tokens(1) is not None
     if config.load is not None and (config.question is not None or config.draft is not None):
         raise ConfigError("load goes on with the text that was saved; leave question and draft out.")

@@ -9,6 +9,7 @@ from typing import Any
 from longmix.caches.cache import CacheKind
 from longmix.caches.exact import Exact
 from longmix.caches.kinds import settings_of
+from longmix.caches.star import Star
 from longmix.config import GenerateConfig, unknown_key
 from longmix.config.border import plain, read
 from longmix.data.corpora.json_records import JsonRecords
@@ -121,8 +122,10 @@ def _request(config: GenerateConfig, index: int, record: Any) -> Request:
     return Request(index, record.get("id"), dataclasses.replace(made, prompt=record["prompt"], input=None))
 
 
-def prepared(requests: list[Request], restored: Restored, cache: CacheKind | None = None) -> list[Prepared]:
-    """The requests in the terms of a model, and of the cache that was asked for.
+def prepared(
+    requests: list[Request], restored: Restored, cache: CacheKind | None = None, star: Star | None = None
+) -> list[Prepared]:
+    """The requests in the terms of a model, of the cache that was asked for, and of how prompts are read.
 
     Raises:
         ConfigError: a word does not fit the model; names the prompt.
@@ -131,6 +134,8 @@ def prepared(requests: list[Request], restored: Restored, cache: CacheKind | Non
     of_model = {**identity(restored), "precision": restored.precision}
     if cache is not None and cache.name != Exact.name:
         of_model["cache"] = [cache.name, settings_of(cache)]
+    if star is not None:
+        of_model["prefill"] = settings_of(star)
     return [_prepared(request, restored, of_model) for request in requests]
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from longmix.allocation import allocation_errors
 from longmix.caches.cache import CacheKind
-from longmix.caches.kinds import built
+from longmix.caches.kinds import built, star_of
 from longmix.checkpoints import reading
 from longmix.checkpoints.store import final_name
 from longmix.config import GenerateConfig, read
@@ -168,7 +168,7 @@ def _begun(
     else:
         ids = [encoded(restored.tokenizer, prompt) for prompt in prompts]
         question = question_ids(config, restored)
-        session = Session(restored.model, len(ids), cache)
+        session = Session(restored.model, len(ids), cache, star_of(config.prefill))
         session.reserve(max(map(len, ids)) + (config.max_tokens if samples == 1 else 0))
         began = time.perf_counter()
         read = [torch.tensor(row, device=restored.device) for row in ids]

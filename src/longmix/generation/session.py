@@ -15,9 +15,10 @@ from torch import Tensor
 from longmix.caches.cache import Cache, CacheKind
 from longmix.caches.exact import Exact
 from longmix.caches.kinds import kind_of_saved, settings_of
+from longmix.caches.star import Star
 from longmix.checkpoints import load_tensors, reading, save_tensors
 from longmix.checkpoints.verify import check_weight
-from longmix.generation.prompts import read_prompts
+from longmix.generation.prompts import check_star, read_prompts
 from longmix.generation.saved import FORMAT, WITH_CLASSES, WITHOUT_CACHES, WITHOUT_DIGEST, restored_state, saved_state
 from longmix.mixers.parts.states import caches, total_bytes
 from longmix.mixers.parts.states import forked as forked_state
@@ -37,6 +38,10 @@ class Session:
         model: in evaluation mode.
         batch: how many rows.
         cache: what layers of attention keep of keys and values; None is `Exact`.
+        star: how they read prompts, but not questions; None lets each token see all before it.
+
+    Raises:
+        ConfigError: no layer takes the cache, or reads prompts as `star` says.
 
     Attributes:
         state: the model's, after every token so far; a step changes it in place.
@@ -44,10 +49,14 @@ class Session:
         length: tokens so far, padding included.
     """
 
-    def __init__(self, model: LanguageModel, batch: int, cache: CacheKind | None = None) -> None:
-        self.model = model
+    def __init__(
+        self, model: LanguageModel, batch: int, cache: CacheKind | None = None, star: Star | None = None
+    ) -> None:
+        self.model, self.star = model, star
         self.cache = Exact() if cache is None else cache
         self.state: Any = model.decoding_state(batch, self.cache)
+        if star is not None:
+            check_star(self)
         self.logits: Tensor | None = None
         self.length = 0
         self.batch = batch
@@ -93,12 +102,8 @@ class Session:
     def fork(self, count: int) -> "Session":
         """Every row `count` times, as rows of a new session that go on independently of these."""
         forked = Session.__new__(Session)
-        forked.model, forked.cache, forked.length, forked.batch = (
-            self.model,
-            self.cache,
-            self.length,
-            self.batch * count,
-        )
+        forked.model, forked.cache, forked.star = self.model, self.cache, self.star
+        forked.length, forked.batch = self.length, self.batch * count
         forked.state = forked_state(self.state, count)
         forked.logits = None if self.logits is None else self.logits.repeat_interleave(count, 0)
         return forked
@@ -199,6 +204,7 @@ class Session:
         with reading(path, "saved generation of this model"):
             session = cls.__new__(cls)
             session.model, session.batch, session.length = model, content["batch"], content["length"]
+            session.star = None
             session.logits, about = content["logits"], content["about"]
             session._check_sizes()
             session.cache = kind_of_saved(content.get("cache"), cache, str(path))
