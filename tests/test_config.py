@@ -54,13 +54,14 @@ SUPPLIED = {
     "prefill": set(),
     "schedule": set(),
     "task": set(),
+    "shorten": set(),
     "tokenizer": set(),
     "trainer": set(),
 }
 """Arguments that longmix gives, per group; a new group of configurations needs its line here."""
 
 
-ENTRY_POINTS = {"task": "evaluate", "cache": "generate", "prefill": "generate"}
+ENTRY_POINTS = {"task": "evaluate", "cache": "generate", "prefill": "generate", "shorten": "generate"}
 """The command of each group that `train` does not have."""
 
 

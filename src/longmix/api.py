@@ -168,8 +168,10 @@ class GenerateWords(TypedDict, total=False):
         stop: a text that ends a row, or several.
         cache: what layers of attention keep of keys and values, by name; or a mapping of `name` and settings; "exact".
         prefill: how layers of attention read a prompt, likewise, such as "star"; each token sees all before it.
+        shorten: how the draft chooses what is read of a long prompt, likewise, such as "specpc"; all is read.
         question: a text that is read behind each prompt, after the cache has compressed that.
-        draft: for the cache "speckv", folder of a run or checkpoint that writes a continuation of each prompt.
+        draft: folder of a run or checkpoint that for the cache "speckv" writes a continuation of each prompt, and with
+            `shorten` chooses what is read of it.
     """
 
     max_tokens: int
@@ -186,6 +188,7 @@ class GenerateWords(TypedDict, total=False):
     stop: str | Sequence[str]
     cache: str | Mapping[str, Any]
     prefill: str | Mapping[str, Any]
+    shorten: str | Mapping[str, Any]
     question: str
     draft: str | Path
 
@@ -287,7 +290,7 @@ class Loaded:
         given["stop"] = _texts("stop", words.get("stop", ()))
         if isinstance(words.get("logit_bias"), Mapping):
             given["logit_bias"] = dict(words["logit_bias"])
-        for group in ("cache", "prefill"):
+        for group in ("cache", "prefill", "shorten"):
             if group in words:
                 given[group] = _kind_node(group, words[group])
         if words.get("draft") is not None:
@@ -331,7 +334,7 @@ def _kind_node(group: str, given: str | Mapping[str, Any]) -> Plain:
     named = {"name": given} if isinstance(given, str) else dict(given) if isinstance(given, Mapping) else {}
     name = named.pop("name", None)
     if not isinstance(name, str):
-        example = {"cache": "exact", "prefill": "star"}[group]
+        example = {"cache": "exact", "prefill": "star", "shorten": "specpc"}[group]
         raise ConfigError(f'{group}={given!r} must be a name, or a mapping such as {{"name": "{example}"}}.')
     return node_of(name, named, group)
 

@@ -77,7 +77,12 @@ def test_a_question_stands_behind_the_prompt(generated):
     ("words", "message"),
     [
         (("cache=speckv",), r"cache=speckv needs a model that writes ahead; give draft=RUN, or use cache=snapkv\."),
-        (("draft=runs/x",), "draft=runs/x writes ahead for cache=speckv; give that cache, or leave draft out"),
+        (
+            ("draft=runs/x",),
+            "draft=runs/x writes ahead for cache=speckv, or chooses for shorten=specpc; give one of them",
+        ),
+        (("shorten=specpc",), "shorten needs a model that chooses"),
+        (("shorten=specpc", "draft=x", "save=y"), "shorten is how a prompt is read"),
         (("draft=runs/x", "cache=h2o"), "draft=runs/x writes ahead for cache=speckv"),
         (("question=''",), "question is empty"),
         (("prompt=''", "load=x", "question=y"), "load goes on with the text that was saved; leave question and draft"),
@@ -93,7 +98,22 @@ def test_words_that_do_not_go_together(generated, words, message):
 def test_answers_to_files_take_no_question(run_folder, tmp_path):
     (tmp_path / "in").write_text('{"prompt": "abc"}')
     model = longmix.load(run_folder)
-    with pytest.raises(ConfigError, match="question and draft are for prompts without output"):
+    with pytest.raises(ConfigError, match="question, draft and shorten are for prompts"):
         model.answer(tmp_path / "in", tmp_path / "out", question="who?")
     with pytest.raises(ConfigError, match="cache=speckv needs a model"):
         model.answer(tmp_path / "in", tmp_path / "out", cache="speckv")
+
+
+@pytest.mark.slow
+def test_a_draft_shortens_what_is_read(generated, run_folder, recurrent, capsys):
+    words = ("shorten=specpc", "shorten.budget=20", "shorten.window=8", "shorten.pool=3", f"draft={run_folder}")
+    exact, found = generated(), generated(*words)
+    assert found.state_bytes < 0.6 * exact.state_bytes and found.ids[0][:-6] == exact.ids[0][:-6]
+    assert "read 20 tokens" in " ".join(capsys.readouterr().err.split())
+    assert generated("shorten=specpc", f"draft={run_folder}").ids == exact.ids  # within the budget
+    assert generated(*words, "cache=speckv", "cache.budget=9", "cache.window=4").state_bytes < found.state_bytes
+    model = longmix.load(run_folder)
+    settings = {"name": "specpc", "budget": 20, "window": 8, "pool": 3}
+    assert model.generate(PROMPT, max_tokens=6, temperature=0, shorten=settings, draft=run_folder) == found.texts
+    with pytest.raises(ConfigError, match="needs a draft with layers of softmax attention"):
+        generated(*words[:-1], f"draft={recurrent}")

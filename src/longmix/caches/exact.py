@@ -122,8 +122,8 @@ class ExactCache(Cache):
         """Attend from a piece of a prompt as `prefill=star` says; nothing is shared yet."""
         assert not self.shared
         self.append(new)
-        own = (x.transpose(1, 2) for x in self.store.used)
-        return reading.attend(new.query, *own, new.positions, scale=new.scale, one_document=not self.ragged)
+        key, value = (x.transpose(1, 2) for x in self.store.used)
+        return reading.attend(new.query, key, value, new.positions, scale=new.scale, one_document=not self.ragged)
 
     def reserve(self, count: int) -> None:
         """See `Cache.reserve`."""

@@ -19,7 +19,7 @@ from longmix.wording import did_you_mean, nearest
 
 
 def kind_files(group: str = "cache") -> dict[str, Path]:
-    """The file of every kind of a group by its name: those of longmix, and of folders that the command line lets Hydra look in."""
+    """The file of every kind of a group by its name: those of longmix, and of folders that Hydra looks in."""
     folders = [configs_folder()]
     if HydraConfig.initialized():
         folders += searched(HydraConfig.get())
@@ -38,7 +38,7 @@ def node_of(name: str, settings: Mapping[str, Any] | None = None, key: str = "ca
     Args:
         name: of a file, without its ending.
         settings: changes.
-        key: the group, "cache" or "prefill", and where it stands in the configuration.
+        key: the group, such as "cache" or "prefill", and where it stands in the configuration.
 
     Raises:
         ConfigError: there is no such kind.

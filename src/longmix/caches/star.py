@@ -97,8 +97,9 @@ class StarReading:
         found = [attention(query, key[:, skipped:], value[:, skipped:], lo=lo, scale=scale, return_logsumexp=True)]
         most = min(end, self.star.anchor_tokens) if one_document and end <= self.dense_from else end
         if most and not (one_document and end <= block):
-            bounds = {"lo": _bounds(document), "hi": _bounds(document + before)}
-            found.append(attention(query, key[:, :most], value[:, :most], **bounds, scale=scale, return_logsumexp=True))
+            lo, hi = _bounds(document), _bounds(document + before)
+            anchor = key[:, :most], value[:, :most]
+            found.append(attention(query, *anchor, lo=lo, hi=hi, scale=scale, return_logsumexp=True))
         return merged(found)
 
 

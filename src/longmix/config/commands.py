@@ -385,8 +385,9 @@ class GenerateConfig:
         question: a text that is read behind each prompt, after the cache has compressed that, or for cache=citrus as it
             does.
         draft: for cache=speckv, folder of a run or checkpoint with the same tokenizer, which writes a continuation of
-            each prompt that tells what to keep of it.
+            each prompt that tells what to keep of it; or for shorten=specpc, which chooses what is read of it.
         prefill: how layers of attention read a prompt; null lets each token see all before it.
+        shorten: how a draft chooses what is read of a long prompt; null reads all.
         states: file of trained states that documents begin from, or the folder of the run that wrote it.
         weights: trained, or ema: their average over the steps of a run with loop.ema_decay.
         load: file of an earlier call to go on from.
@@ -418,6 +419,7 @@ class GenerateConfig:
     batch_tokens: int = word(16384, at_least(1))
     cache: Choice | None = None
     prefill: Choice | None = None
+    shorten: Choice | None = None
     question: str | None = word(None, literal=True)
     draft: str | None = word(None, path=True)
     states: str | None = word(None, path=True)

@@ -66,8 +66,10 @@ def answer(config: GenerateConfig, restored: Restored | None = None) -> Answered
     check_ranges(config)
     if config.load is not None or config.save is not None:
         raise ConfigError("output is for answers to prompts; leave load and save out, or output.")
-    if config.question is not None or config.draft is not None:
-        raise ConfigError("question and draft are for prompts without output; write questions into the prompts.")
+    if config.question is not None or config.draft is not None or config.shorten is not None:
+        raise ConfigError(
+            "question, draft and shorten are for prompts without output; write questions into the prompts."
+        )
     check_file("output", config.output)
     path = Path(config.output)
     check_replaceable(path)

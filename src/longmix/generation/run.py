@@ -25,7 +25,7 @@ from longmix.files import check_replaceable
 from longmix.generation.decoding import Choosing, Continuation, Writing, check_ranges, write_on
 from longmix.generation.draws import forked, key_of
 from longmix.generation.memory import check_rows
-from longmix.generation.questions import check_cache_words, lookahead_of, question_ids
+from longmix.generation.questions import check_cache_words, draft_of, lookahead_of, question_ids, shortened
 from longmix.generation.session import Session
 from longmix.generation.standing import Standing, standing_rows
 from longmix.generation.text import Row
@@ -167,19 +167,16 @@ def _begun(
         check_rows(restored, samples * session.batch, f"samples={samples}")
     else:
         ids = [encoded(restored.tokenizer, prompt) for prompt in prompts]
-        question = question_ids(config, restored)
+        question, draft = question_ids(config, restored), draft_of(config, restored)
         session = Session(restored.model, len(ids), cache, star_of(config.prefill))
         session.reserve(max(map(len, ids)) + (config.max_tokens if samples == 1 else 0))
         began = time.perf_counter()
-        read = [torch.tensor(row, device=restored.device) for row in ids]
+        given = [torch.tensor(row, device=restored.device) for row in ids]
         ids = [[*row, *question] for row in ids]
         standing = [Standing(row, len(row), key_of(config.seed or 0, row)) for row in ids]
-        session.prefill(
-            read,
-            torch.tensor(question, device=restored.device) if question else None,
-            lookahead_of(config, restored, cache, read),
-        )
-        seconds, count = time.perf_counter() - began, sum(map(len, ids))
+        read, lookahead = shortened(config, draft, given), lookahead_of(config, draft, cache, given)
+        session.prefill(read, torch.tensor(question, device=restored.device) if question else None, lookahead)
+        seconds, count = time.perf_counter() - began, sum(map(len, read)) + len(read) * len(question)
         text = f"read {counted(count, 'token')} in {seconds:.2f} s ({count / seconds:,.0f} tokens/s)"
         console.print(text, highlight=False)
     rows = [
