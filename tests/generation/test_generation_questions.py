@@ -79,7 +79,7 @@ def test_a_question_stands_behind_the_prompt(generated):
         (("cache=speckv",), r"cache=speckv needs a model that writes ahead; give draft=RUN, or use cache=snapkv\."),
         (
             ("draft=runs/x",),
-            "draft=runs/x writes ahead for cache=speckv, or chooses for shorten=specpc; give one of them",
+            "draft=runs/x writes ahead for cache=speckv, or chooses for shorten=specpc",
         ),
         (("shorten=specpc",), "shorten needs a model that chooses"),
         (("shorten=specpc", "draft=x", "save=y"), "shorten is how a prompt is read"),
