@@ -141,7 +141,7 @@ def test_a_prompt_of_one_or_two_whole_blocks_is_read_densely():
 
 def test_refuses_what_does_not_read_so():
     model = model_of(GLA)
-    with pytest.raises(ConfigError, match=r"prefill=star is for layers of softmax attention that see all tokens"):
+    with pytest.raises(ConfigError, match=r"read in blocks by layers of softmax attention that see all tokens"):
         Session(model, 1, None, Star())
     with pytest.raises(ConfigError, match=r"cache=h2o is none"):
         Session(model_of(), 1, kind_of("h2o"), Star())

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from longmix.caches.cache import Cache, PromptReader
+from longmix.caches.cache import Cache, CacheKind, PromptReader
 from longmix.caches.star import StarReading
 from longmix.errors import ConfigError
 from longmix.mixers.parts.states import caches, joined, looking_ahead
@@ -40,7 +40,7 @@ def read_prompts(
     if session.star is not None:
         # without a question, the last token chooses the first one that is generated, and sees everything as that does
         star = StarReading(session.star, longest if question is not None else longest - 1)
-        for cache in reading_caches(session):
+        for cache in reading_caches(session.state):
             cache.reading = star
     step = session.cache.piece_tokens
     for piece in _pieces(end, max(1, most // session.batch) if step is None else step, step is not None):
@@ -59,26 +59,26 @@ def read_prompts(
             session.advance(piece.expand(session.batch, -1), None)
 
 
-def reading_caches(session: "Session") -> list[Cache]:
+def reading_caches(state: Any) -> list[Cache]:
     """The caches of layers that read prompts as `prefill=star` says; windows and other mixers read as ever."""
-    return [cache for cache in caches(session.state) if cache.kind.takes_star and cache.shape.window is None]
+    return [cache for cache in caches(state) if cache.kind.takes_star and cache.shape.window is None]
 
 
-def check_star(session: "Session") -> None:
+def check_star(kind: CacheKind, state: Any) -> None:
     """Refuse what does not read prompts as `prefill=star` says.
 
     Raises:
         ConfigError: the cache or all layers are of this sort.
     """
-    if not session.cache.takes_star:
+    if not kind.takes_star:
         raise ConfigError(
             f"prefill=star needs a cache that holds a whole prompt and does not look at its weights; "
-            f"cache={session.cache.name} is none. Use cache=exact or cache=snapkv, or leave prefill out."
+            f"cache={kind.name} is none. Use cache=exact or cache=snapkv, or leave prefill out."
         )
-    if not reading_caches(session):
+    if not reading_caches(state):
         raise ConfigError(
-            "prefill=star is for layers of softmax attention that see all tokens, such as flash, and this model has "
-            "none; leave prefill out."
+            "prompts are read in blocks by layers of softmax attention that see all tokens, such as flash, and this model "
+            "has none; leave prefill=star, or task=locality, out."
         )
 
 

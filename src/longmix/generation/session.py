@@ -56,7 +56,7 @@ class Session:
         self.cache = Exact() if cache is None else cache
         self.state: Any = model.decoding_state(batch, self.cache)
         if star is not None:
-            check_star(self)
+            check_star(self.cache, self.state)
         self.logits: Tensor | None = None
         self.length = 0
         self.batch = batch

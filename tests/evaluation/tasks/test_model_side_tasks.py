@@ -11,6 +11,7 @@ from longmix.errors import ConfigError
 from longmix.evaluation.run import evaluate
 from longmix.evaluation.tasks.dsf import DSF
 from longmix.evaluation.tasks.layers import Layers
+from longmix.evaluation.tasks.locality import Locality
 from longmix.evaluation.tasks.probe import Probe
 from longmix.evaluation.tasks.prune import Prune
 from longmix.evaluation.tasks.robustness import Robustness
@@ -101,6 +102,32 @@ def test_robustness_needs_layers_of_softmax_attention(compose_config, run_folder
     words = f"checkpoint={run_folder}", "task=robustness", "task.robustness.layers=[0]", f"output={tmp_path}"
     with pytest.raises(ConfigError, match=r"task\.robustness\.layers=\[0\]: layer 0, GatedDeltaNet, has no"):
         evaluate(compose_config(*words, entry_point="evaluate"))
+
+
+def test_locality(evaluated, capsys):
+    words = "task.locality.blocks=[8,24,48]", "seq_len=[24,48]", "max_tokens=960"
+    report = evaluated("locality", *words)
+    usual = evaluated("loss", *words[1:])
+    for length, found in report["lengths"].items():
+        assert found["loss"] == pytest.approx(usual["lengths"][length]["loss"], rel=1e-5)
+        assert found["tokens"] == usual["lengths"][length]["tokens"]
+        for kind in ("with_anchor", "without_anchor"):
+            assert list(found[kind]) == [8, 24, 48]
+            assert found[kind][8] != pytest.approx(found["loss"], rel=1e-7)
+            assert found[kind][48] == pytest.approx(found["loss"], rel=1e-6)  # the window is one block
+        assert found["with_anchor"][8] != pytest.approx(found["without_anchor"][8], rel=1e-7)
+        first = {name: rows[0]["loss"] for name, rows in found["by_position"].items()}
+        same = {name: loss for name, loss in first.items() if name != "8 without anchor"}  # 16 tokens, two blocks of 8
+        assert len(same) == 6 and max(same.values()) == pytest.approx(min(same.values()), rel=1e-6)
+        assert first["8 without anchor"] != pytest.approx(first["8"], rel=1e-7)
+    assert "read in blocks" in " ".join(capsys.readouterr().out.split())
+    for settings, message in (
+        ({"blocks": []}, "task.blocks"),
+        ({"blocks": 0}, "at least 1"),
+        ({"blocks": [8, 4], "anchor": 5}, "from 1 to the smallest block, 4"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Locality(**settings)
 
 
 @pytest.mark.parametrize("label", ["next", "document", "year"])
