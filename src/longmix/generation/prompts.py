@@ -77,8 +77,8 @@ def check_star(kind: CacheKind, state: Any) -> None:
         )
     if not reading_caches(state):
         raise ConfigError(
-            "prompts are read in blocks by layers of softmax attention that see all tokens, such as flash, and this model "
-            "has none; leave prefill=star, or task=locality, out."
+            "prompts are read in blocks by layers of softmax attention that see all tokens, such as flash, and this "
+            "model has none; leave prefill=star, or task=locality, out."
         )
 
 

@@ -1,4 +1,4 @@
-"""`evaluate.py task=locality`: the loss when tokens see their own block and the first tokens, as with `prefill=star`."""
+"""`evaluate.py task=locality`: the loss when tokens see their own block and the first tokens (`prefill=star`)."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -45,7 +45,8 @@ class Locality(Task):
 
         Returns:
             `{"split", "step", "trained_seq_len", "precision", "lengths": {seq_len: {"loss", "with_anchor": {block:
-            loss}, "without_anchor": {block: loss}, "tokens", "by_position": {name: [...]}}}}`, losses in nats per token.
+            loss}, "without_anchor": {block: loss}, "tokens", "by_position": {name: [...]}}}}`, losses in nats per
+            token.
 
         Raises:
             ConfigError: no layer of the model reads so.
