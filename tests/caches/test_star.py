@@ -102,12 +102,17 @@ def test_sees_what_the_mask_says(block, anchor, split):
     torch.testing.assert_close(torch.cat(found, 1), wanted, rtol=0, atol=1e-12)
 
 
+KINDS = {
+    "exact": None,
+    "snapkv": kind_of("snapkv", {"budget": 14, "window": 4}),
+    "quantised": kind_of("quantised", {"bits": 8}),
+}
 LAYERS = {"flash": (Flash,), "hybrid": (Flash, GLA), "window": (Flash, SlidingWindow)}
 
 
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("kind", [None, kind_of("snapkv", {"budget": 14, "window": 4})], ids=["exact", "snapkv"])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("asked", [False, True])
 def test_rows_of_any_length_and_pieces_of_any_size_are_as_alone(name, kind, asked, monkeypatch):
     layers, star = LAYERS[name], Star(block=8, anchor=5)

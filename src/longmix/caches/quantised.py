@@ -37,6 +37,7 @@ class Quantised(CodedKind):
     """
 
     name: ClassVar[str] = "quantised"
+    takes_star: ClassVar[bool] = True
     bits: int = 4
     group: int = 32
     residual: int = 128

@@ -73,7 +73,7 @@ def check_star(kind: CacheKind, state: Any) -> None:
     if not kind.takes_star:
         raise ConfigError(
             f"prefill=star needs a cache that holds a whole prompt and does not look at its weights; "
-            f"cache={kind.name} is none. Use cache=exact or cache=snapkv, or leave prefill out."
+            f"cache={kind.name} is none. Use cache=exact, cache=quantised or cache=snapkv, or leave prefill out."
         )
     if not reading_caches(state):
         raise ConfigError(
