@@ -325,6 +325,25 @@ def test_a_step_copies_nothing_that_was_there(kind):
     assert found[0] == found[1]
 
 
+class Compared(TorchDispatchMode):
+    """Counts comparisons, which masks are made of."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.count += str(function).startswith("aten.ge")
+        return function(*arguments, **(options or {}))
+
+
+def test_rows_of_different_lengths_keep_their_mask_between_steps():
+    session = begun(model_of(), Exact(), *tokens_of(20, 9))
+    session.step(torch.zeros(2, dtype=torch.int64))
+    with Compared() as compared:
+        session.step(torch.zeros(2, dtype=torch.int64))
+        session.fork(2).step(torch.zeros(4, dtype=torch.int64))
+    assert compared.count == 2  # of the forks' two layers
+
+
 @pytest.mark.slow
 def test_a_step_is_one_graph_for_all_lengths(kind):
     for layer, options in ((Flash, {"sink_logits": True}), (SlidingWindow, {"window": 9})):

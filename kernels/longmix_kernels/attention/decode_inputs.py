@@ -77,4 +77,5 @@ def _segment(tensors: Sequence[torch.Tensor | None], bits: Sequence[int]) -> Seg
     codes = []
     for number, (low, step, scale) in zip(bits, (rest[:3], rest[3:]), strict=True):
         codes.append(None if low is None or step is None else Codes(number, low, step, scale))
-    return Segment(key, value, count, first, index, *codes)
+    key_codes, value_codes = codes
+    return Segment(key, value, count, first, index, key_codes, value_codes)

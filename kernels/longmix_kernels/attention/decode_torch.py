@@ -15,6 +15,9 @@ import torch.nn.functional as F
 from longmix_kernels.attention.decode_codes import output_of, scores_of, whole_groups
 from longmix_kernels.attention.segments import Segment
 
+LARGE = 1 << 20
+"""Numbers of a segment's keys from which rows that begin at different slots are read one by one on a CPU."""
+
 RUN = 4096
 """Slots that are converted at once, or as many below it as whole groups of codes have."""
 
@@ -49,6 +52,8 @@ def torch_decode(
         # rows of one kernel, which converts half precision as it reads
         key, value, seen = segments[0].key, segments[0].value, segments[0].visible()
         rows = query.view(batch, key_heads, -1, query.shape[-1])
+        if _is_ragged(segments[0]):
+            return _by_rows(rows * scale, segments[0]).reshape(batch, length, heads, -1), None, None
         mask = None if seen is None else seen.unsqueeze(2)
         output = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
         return output.reshape(batch, length, heads, value.shape[-1]), None, None
@@ -91,6 +96,24 @@ def _is_usual(query: torch.Tensor, segments: Sequence[Segment], new: tuple[torch
     whole = one.index is None and (query.device.type == "cpu" or (one.count is None and one.first is None))
     alike = one.key.dtype == one.value.dtype == query.dtype and one.key.shape == one.value.shape
     return whole and alike and one.rows == len(query)
+
+
+def _is_ragged(segment: Segment) -> bool:
+    """Say whether rows of a large segment on a CPU begin at slots of their own; what is before is not worth reading."""
+    exact = segment.key.dtype in (torch.float32, torch.float64) and segment.key.device.type == "cpu"
+    ragged = segment.first is not None and segment.count is None and not torch.compiler.is_compiling()
+    return exact and ragged and segment.key.numel() >= LARGE
+
+
+def _by_rows(rows: torch.Tensor, segment: Segment) -> torch.Tensor:
+    """Attend from scaled queries [B, Hkv, G, K] to a segment, each row from its first slot on: [B, Hkv, G, V]."""
+    assert segment.first is not None
+    found = []
+    for row, first in enumerate(segment.first.clamp(min=0).expand(len(rows)).tolist()):
+        key, value = segment.key[row, :, first:], segment.value[row, :, first:]
+        weights = torch.matmul(rows[row], key.transpose(-1, -2)).softmax(-1)
+        found.append(torch.matmul(weights, value))
+    return torch.stack(found)
 
 
 def _runs(segment: Segment, dtype: torch.dtype, with_weights: bool) -> Iterator[tuple[Segment, None]]:
@@ -137,10 +160,18 @@ def _attended(
         scores = scores.masked_fill(hidden, -torch.inf)
     if alone and visible is None:
         weights, logsumexp = scores.softmax(-1), scores.new_zeros(()).expand(*scores.shape[:3], 1)
-    else:
-        logsumexp = scores.logsumexp(-1, keepdim=True)
-        weights = (scores - _finite(logsumexp)).exp()
-    output = output_of(weights, segment)
+        output = output_of(weights, segment)
+    elif segment.slots == 0:
+        weights, logsumexp = scores, scores.new_full((*scores.shape[:3], 1), -torch.inf)
+        output = output_of(weights, segment)
+    else:  # one exponential for each score; the largest is 1, so that a sum below it is of nothing
+        largest = _finite(scores.amax(-1, keepdim=True))
+        weights = scores.sub_(largest).exp_()
+        total = weights.sum(-1, keepdim=True)
+        logsumexp, total = largest + total.log(), total.clamp(min=1)
+        output = output_of(weights, segment) / total
+        if with_weights:
+            weights = weights / total
     part = Part(output, logsumexp, weights if with_weights else None)
     if shared == 1:
         return part

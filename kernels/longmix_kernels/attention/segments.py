@@ -42,6 +42,8 @@ class Segment:
         index: int32 [B, Hkv, n], the slots that each row reads, none twice, and then -1 where a row reads fewer than n.
             None for all. Not together with `count` and `first`.
         key_codes, value_codes: how the codes are read; None for numbers.
+        seen: bool [B or 1, Hkv or 1, S], what `count` and `first` say, from a caller that keeps it between steps; None
+            where it has to be formed.
     """
 
     key: torch.Tensor
@@ -51,6 +53,7 @@ class Segment:
     index: torch.Tensor | None = None
     key_codes: Codes | None = None
     value_codes: Codes | None = None
+    seen: torch.Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -64,8 +67,8 @@ class Segment:
 
     def visible(self) -> torch.Tensor | None:
         """Return which slots each row reads, bool [B or 1, Hkv or 1, S]; None for all. Ignores `index`."""
-        if self.count is None and self.first is None:
-            return None
+        if self.seen is not None or (self.count is None and self.first is None):
+            return self.seen
         slot = torch.arange(self.slots, device=self.key.device)
         seen = None if self.count is None else slot < self.count[..., None]
         if self.first is not None:
@@ -99,6 +102,7 @@ class Segment:
                 first=None if self.first is None else self.first - start,
                 key_codes=_of_slots(self.key_codes, start, stop, self.slots),
                 value_codes=_of_slots(self.value_codes, start, stop, self.slots),
+                seen=None if self.seen is None else self.seen[..., start:stop],
             )
 
     def gathered(self) -> "Segment":

@@ -55,6 +55,7 @@ class ExactCache(Cache):
         super().__init__(kind, shape)
         self.shared: list[tuple[Tensor, Tensor]] = []
         self.store = Store()
+        self._begun: tuple[Tensor, Tensor] | None = None
 
     @property
     def shared_length(self) -> int:
@@ -84,18 +85,39 @@ class ExactCache(Cache):
 
     def append(self, new: NewTokens) -> None:
         """Append in place."""
+        if new.ids is not None:
+            self._begun = None
         self.store.append(new.key, new.value)
 
     def segments(self, new: NewTokens) -> list[Segment]:
         """The shared segments and the rest; a row reads from the first token of its document on."""
         if not self.ragged:
             return [Segment(*part) for part in self._parts()]
-        begins, found = self.length - self.next_position, []
+        begins, seen = self._documents()
+        found, start = [], 0
         for key, value in self._parts():
             slots = key.shape[2]
-            found.append(Segment(key, value, first=begins.clamp(0, slots).to(torch.int32)))
-            begins = begins - slots
+            first = begins - start if start else begins
+            if seen is None:
+                found.append(Segment(key, value, first=first.clamp(0, slots)))
+            else:
+                found.append(Segment(key, value, first=first, seen=seen[..., start : start + slots]))
+            start += slots
         return found
+
+    def _documents(self) -> tuple[Tensor, Tensor | None]:
+        """Where each row's document begins, int32 [B], and which slots are of it, bool [B, 1, S or more].
+
+        Both stay the same until documents are told apart again, and are kept. Compiled steps form them anew, and
+        kernels of a GPU need no mask.
+        """
+        if self.shape.device.type != "cpu" or torch.compiler.is_compiling():
+            return (self.length - self.next_position).to(torch.int32), None
+        slots = self.shared_length + self.store.capacity
+        if self._begun is None or self._begun[1].shape[2] < slots:
+            begins = (self.length - self.next_position).to(torch.int32)
+            self._begun = begins, torch.arange(slots) >= begins[:, None, None]
+        return self._begun
 
     def _read_piece(self, new: NewTokens, with_logsumexp: bool) -> tuple[Tensor, Tensor | None]:
         """Attend from a piece of a prompt: to the store, which then has the piece, and to what is shared."""
@@ -146,7 +168,7 @@ class ExactCache(Cache):
     def fork(self, count: int) -> Self:
         """Share what is there; the fork begins an empty store, and this cache goes on in its own behind what it has."""
         other = self._changed(self.shape.batch * count, lambda x: x.repeat_interleave(count, 0))
-        other.shared, other.store = list(self.shared), Store()
+        other.shared, other.store, other._begun = list(self.shared), Store(), None
         if self.store.length:
             other.shared.append(self.store.used)
             self.store.frozen = self.store.length
@@ -157,7 +179,7 @@ class ExactCache(Cache):
     def keep(self, rows: Tensor) -> Self:
         """Copy what is not shared by all rows."""
         other = self._changed(len(rows), lambda x: x.index_select(0, rows.to(x.device)))
-        other.shared, other.store = [], Store()
+        other.shared, other.store, other._begun = [], Store(), None
         for part in self.shared:
             of_part = rows // (self.shape.batch // part[0].shape[0])
             alone = part[0].shape[0] == 1
@@ -209,7 +231,7 @@ class ExactCache(Cache):
         super().restore(saved, name)
         if sum(key.shape[2] for key, _ in parts) != self.slots_of(self.length):
             raise ValueError(f"{name} does not hold as many keys as it says")
-        self.shared, self.store = parts, Store()
+        self.shared, self.store, self._begun = parts, Store(), None
         if parts and parts[-1][0].shape[0] == self.shape.batch:
             key, value = parts.pop()
             self.store = Store(key, value, key.shape[2])
@@ -231,7 +253,7 @@ class ExactCache(Cache):
         if state.key.shape[1] != length:
             raise ValueError(f"it holds {state.key.shape[1]} keys of {length} tokens")
         self._adopt(state, length)
-        self.store = Store()
+        self.store, self._begun = Store(), None
         self.store.append(state.key, state.value)
 
     def _parts(self) -> list[tuple[Tensor, Tensor]]:

@@ -56,6 +56,26 @@ def test_one_kernel_of_torch_is_as_exact(shared, dtype):
         torch.testing.assert_close(found, wanted, rtol=bound, atol=bound)
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("first", [[4], [0, 30, 29, 7]], ids=["one", "rows"])
+@pytest.mark.parametrize("kept", [False, True])
+def test_rows_of_a_large_segment_are_read_from_their_first_slot_on(dtype, bound, first, kept, monkeypatch):
+    monkeypatch.setattr(decode_torch, "LARGE", 1)
+    generator = torch.Generator().manual_seed(3)
+    query, key, value = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((4, 1, 6, 16), (4, 2, 30, 16), (4, 2, 30, 16))
+    )
+    first = torch.tensor(first, dtype=torch.int32)
+    seen = torch.arange(30) >= first[:, None, None] if kept else None
+    wanted, _, _ = decode_attention(query, [Segment(key, value, first=first)], backend="reference")
+    query, key, value = (x.to(dtype) for x in (query, key, value))
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+    found, _, _ = decode_attention(query, [Segment(key, value, first=first, seen=seen)], backend="torch")
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), wanted, rtol=bound, atol=bound)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", NAMES)
 def test_other_dtypes_are_rounded_once(name, dtype):

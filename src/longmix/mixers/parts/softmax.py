@@ -331,6 +331,10 @@ class SoftmaxAttention(Mixer):
         if self.context is not None:
             return self.context(x, query, key, state)
         angles = layout.cosine, layout.sine
+        if layout.cosine is not None and query.shape[1] == 1 and not torch.is_grad_enabled():  # one rotation, not two
+            heads = query.shape[2], key.shape[2]
+            turned, keys = rotate(torch.cat((query, key), 2), *angles).split(heads, 2)
+            return turned, keys, None
         return rotate(query, *angles), rotate(key, *angles), None
 
     def losses_of(self, means: Tensor) -> dict[str, Tensor]:
