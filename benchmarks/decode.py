@@ -92,6 +92,8 @@ def race(
     laps = {name: Laps([], [], torch.empty(0)) for name in names}
     room = options.rounds * (options.tokens + 1) + 1
     chosen: dict[str, list[torch.Tensor]] = {}
+    for provider, rows in providers.values():  # what a process does once
+        provider.step(provider.prefill([row[:16] for row in rows], 1))
     for number in range(options.prefills):
         for name in names[number % len(names) :] + names[: number % len(names)]:
             announce(f"{name} reads")

@@ -3,6 +3,7 @@
 A provider reads prompts and then takes tokens one by one, always the most likely.
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from longmix.generation.session import PREFILL_TOKENS, Session
 from longmix.interop.huggingface import llama
 from longmix.model.backbone import LanguageModel
 
-OURS, UNEQUAL = "longmix", "longmix, rows of different lengths"
+OURS, UNEQUAL = "longmix", "longmix, unequal rows"
 DYNAMIC, STATIC = "transformers, dynamic", "transformers, static"
 THEIRS = DYNAMIC, STATIC
 
@@ -62,6 +63,9 @@ class Theirs:
 
     def __init__(self, model: Any, static: bool, copies: int = 1) -> None:
         self.model, self.static, self.copies = model, static, copies
+        # later versions warn at the older name
+        takes = inspect.signature(model.forward).parameters
+        self._word = "cache" if "cache" in takes else "past_key_values"
 
     def prefill(self, prompts: Sequence[torch.Tensor], room: int) -> torch.Tensor:
         """See `Ours.prefill`."""
@@ -84,7 +88,7 @@ class Theirs:
 
     @torch.no_grad()
     def _read(self, tokens: torch.Tensor) -> torch.Tensor:
-        found = self.model(tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        found = self.model(tokens, use_cache=True, logits_to_keep=1, **{self._word: self.cache})
         return found.logits[:, -1].argmax(-1)
 
 
@@ -99,7 +103,7 @@ def exported(model: LanguageModel, config: ModelConfig) -> Any:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = {"vocab_size": model.embedding.num_embeddings, "max_position_embeddings": 1 << 20}
+    sizes: dict[str, Any] = {"vocab_size": model.embedding.num_embeddings, "max_position_embeddings": 1 << 20}
     described = AutoConfig.for_model(**llama.described(model, config), **sizes)
     theirs = AutoModelForCausalLM.from_config(described, dtype=model.head.weight.dtype)
     theirs.load_state_dict(llama.their_weights(model.state_dict(), described.model_type))
