@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from longmix.reporting.style import KNOWN, OUTLINES, PALETTE, colour_numbers, nth_style, style_of, style_sheet
+from longmix.reporting.style import CACHES, KNOWN, OUTLINES, PALETTE, colour_numbers, nth_style, style_of, style_sheet
 
 MIXERS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs" / "mixer").glob("*.yaml"))
 WHITE, BLACK = "#fcfbf9", "#15171a"
@@ -70,6 +70,11 @@ def test_no_two_known_mixers_look_alike():
     assert len(set(KNOWN.values())) == len(KNOWN)
     for one, other in combinations(KNOWN.values(), 2):  # those of one colour differ in line and in marker
         assert one.light != other.light or (one.dash != other.dash and one.marker != other.marker)
+
+
+def test_no_two_caches_look_alike_and_none_is_a_mixer():
+    assert len(set(CACHES.values())) == len(CACHES) and not set(CACHES) & set(KNOWN)
+    assert all(style_of(kind) == style for kind, style in CACHES.items())
 
 
 def test_of_an_unknown_mixer_follows_from_its_name():

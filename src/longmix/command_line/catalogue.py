@@ -301,10 +301,10 @@ _COMMANDS = (
             ),
             Argument(
                 "feature",
-                "what a call has besides; attention takes the first four, linear and delta plain and the last three",
+                "what a call has besides; attention takes the first five, of which ragged is for decoding; linear and delta plain and the last three",
                 "plain",
                 many=True,
-                choices=("plain", "permuted", "alibi", "blocks", "documents", "state", "documents-state"),
+                choices=("plain", "permuted", "alibi", "blocks", "ragged", "documents", "state", "documents-state"),
                 only=("attention", "linear", "delta"),
             ),
             Argument(

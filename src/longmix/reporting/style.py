@@ -85,16 +85,18 @@ _ORDER = (
 KNOWN = {mixer: nth_style(number) for number, mixer in enumerate(_ORDER)}
 """Mixers that longmix has or that are often compared; relatives share a colour."""
 
-_CACHES = ("quantised", "h2o", "snapkv", "speckv", "sink_recent", "citrus", "zipcache", "squeezed")
+_KINDS = ("quantised", "h2o", "snapkv", "speckv", "sink_recent", "citrus", "zipcache", "squeezed")
 
-KNOWN |= {kind: nth_style(number) for number, kind in enumerate(_CACHES)}
-KNOWN["exact"] = Style(SOFT, "#a3a3a9", (5, 3))  # the cache that the others are held against, a line across
+CACHES = {kind: nth_style(number) for number, kind in enumerate(_KINDS)}
+"""Kinds of caches, which have curves where mixers have points."""
+
+CACHES["exact"] = Style(SOFT, "#a3a3a9", (5, 3))  # the cache that the others are held against, a line across
 
 
 def style_of(mixer: str) -> Style:
-    """The style of a mixer: fixed for those in `KNOWN`, and of any other name one that follows from the name."""
-    if mixer in KNOWN:
-        return KNOWN[mixer]
+    """The style of a mixer or cache: fixed for those in `KNOWN` and `CACHES`, else one that follows from the name."""
+    if found := KNOWN.get(mixer) or CACHES.get(mixer):
+        return found
     number = int.from_bytes(hashlib.sha256(mixer.encode(errors="surrogatepass")).digest()[:6], "big")
     number, colour = divmod(number, len(PALETTE))
     number, line = divmod(number, 3)
