@@ -301,7 +301,7 @@ _COMMANDS = (
             ),
             Argument(
                 "feature",
-                "what a call has besides; attention takes the first five, of which ragged is for decoding; linear and delta plain and the last three",
+                "what a call has besides; attention takes the first five, ragged to decode; others plain and the last",
                 "plain",
                 many=True,
                 choices=("plain", "permuted", "alibi", "blocks", "ragged", "documents", "state", "documents-state"),
