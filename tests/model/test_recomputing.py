@@ -123,9 +123,9 @@ def test_mixers_have_the_same_gradients(mixer):
 
 
 @pytest.mark.slow
-def test_compiled_blocks_keep_less_and_have_the_same_gradients(monkeypatch):
+@torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
+def test_compiled_blocks_keep_less_and_have_the_same_gradients():
     """Of a compiled block autograd's hooks see all that is kept."""
-    monkeypatch.setattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint", True)
 
     def kind(shape, index):
         return Routing(shape, index, clusters=3, window=4) if index else SlidingWindow(shape, index, window=7)
