@@ -82,7 +82,6 @@ class CacheKind:
         takes_bias: whether keys may have the columns of a bias (`mixer.bias`) behind their channels.
         step_by_step: whether tokens see something else when they are read one at a time than in a piece, as where each
             step chooses.
-        wants_weights: whether `Cache.observe` is called after steps, and `NewTokens.logsumexp` is there.
         takes_star: whether prompts may be read as `prefill=star` says, since the cache holds all of one until it ends.
     """
 
@@ -90,7 +89,6 @@ class CacheKind:
     when: ClassVar[Literal["prompt", "piece"]] = "prompt"
     takes_bias: ClassVar[bool] = True
     step_by_step: ClassVar[bool] = False
-    wants_weights: ClassVar[bool] = False
     takes_star: ClassVar[bool] = False
     exact_layers: Sequence[int] = ()
 
@@ -246,7 +244,7 @@ class Cache:
             self.ragged = True
             new.begins = (length - 1 - positions[:, -1]).clamp(min=0)
             new.goes_on = positions > torch.arange(length, device=positions.device)
-        found = self.read(new, return_logsumexp or self.kind.wants_weights)
+        found = self.read(new, return_logsumexp)
         self.length += length
         last = positions[:, -1]
         self._last_position = last if length == 1 else last.clone()  # not a view of all of a piece
@@ -260,15 +258,10 @@ class Cache:
         `length` and `next_position` are still those before the tokens.
         """
         segments = self.segments(new)
-        weights: list[Tensor] | None = None
         if new.count <= MOST_QUERIES and new.ids is None:
-            output, logsumexp, weights = decode_attention(
-                new.query,
-                segments,
-                scale=new.scale,
-                new=(new.key, new.value),
-                return_logsumexp=with_logsumexp,
-                return_weights=self.kind.wants_weights,
+            own_tokens = (new.key, new.value)
+            output, logsumexp, _ = decode_attention(
+                new.query, segments, scale=new.scale, new=own_tokens, return_logsumexp=with_logsumexp
             )
         else:
             own = attention(new.query, new.key, new.value, document_ids=new.ids, scale=new.scale, return_logsumexp=True)
@@ -276,8 +269,6 @@ class Cache:
             output, logsumexp = merged([*read, own])
         new.logsumexp = logsumexp
         self.append(new)
-        if weights is not None:
-            self.observe(weights)
         return output, logsumexp
 
     def append(self, new: NewTokens) -> None:
@@ -287,13 +278,6 @@ class Cache:
     def segments(self, new: NewTokens) -> list[Segment]:
         """What these queries read besides the new tokens, before those are appended; none for an empty cache."""
         raise NotImplementedError(f"{type(self).__name__} lacks segments(new)")
-
-    def observe(self, weights: list[Tensor]) -> None:
-        """Learn from the weights of a step, after its tokens were appended.
-
-        Args:
-            weights: of each segment [B, Hkv, G, T, S], then of the new tokens [B, Hkv, G, T, T].
-        """
 
     def reserve(self, count: int) -> None:
         """Make room for `count` more tokens, which are then appended without a copy of the rest."""

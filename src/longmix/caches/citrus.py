@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from longmix.caches.cache import Advance, Cache, CacheKind, CacheShape, NewTokens, PromptReader
 from longmix.caches.evicting import EvictingCache, EvictingKind
 from longmix.caches.places import moved
-from longmix.caches.scores import attention_mass, check_budget, taken, tokens_of
-from longmix.caches.store import Store
+from longmix.caches.scores import attention_mass, check_budget, tokens_of
+from longmix.caches.store import Store, of_every_row, taken
 from longmix.errors import ConfigError
 
 
@@ -104,8 +104,7 @@ class CitrusCache(EvictingCache):
         if self.scoring:
             key = self.whole()[0]
             if kept is not None:
-                kept = kept.expand(len(key), -1, -1, -1) if len(kept) == 1 else kept
-                key = torch.cat((kept.to(key.dtype), key), 2)
+                key = torch.cat((of_every_row(kept, len(key)).to(key.dtype), key), 2)
             self.old_scores = attention_mass(new.query, key, scale=new.scale, by_head=True)[..., :old]
         return found
 
@@ -129,14 +128,14 @@ class CitrusCache(EvictingCache):
         if old <= budget:
             return
         key, value, position = self._everything()
-        batch, heads, slots = key.shape[:3]
+        batch, _, slots = key.shape[:3]
         alone = torch.ones(batch, 1, old, dtype=torch.bool, device=key.device)
         count = torch.full((batch,), budget, device=key.device)
         index, _ = self.kind.chosen(scores.flatten(1, 2).unsqueeze(1), alone, count, budget)
         since = torch.arange(old, slots, device=key.device).expand(batch, 1, -1)
         index = torch.cat((index.sort(-1).values, since), -1)
         self.kept_position = position.gather(1, index[:, 0])
-        self.kept_key, self.kept_value = (taken(x, index.expand(-1, heads, -1)) for x in (key, value))
+        self.kept_key, self.kept_value = taken(key, index), taken(value, index)
         self.kept_count = torch.full_like(self.kept_count, index.shape[-1])
         self.dropped = self.length
         self.shared, self.store = [], Store()
@@ -147,7 +146,7 @@ class CitrusCache(EvictingCache):
         if self.kept_key is None or self.kept_value is None or self.kept_position is None:
             position = torch.arange(self.length, device=self.kept_count.device).expand(batch, -1)
             return *self.whole(), position
-        kept = [x.repeat_interleave(batch // len(x), 0) for x in (self.kept_key, self.kept_value, self.kept_position)]
+        kept = [of_every_row(x, batch) for x in (self.kept_key, self.kept_value, self.kept_position)]
         if not self._parts():
             return kept[0], kept[1], kept[2]
         key, value = self.whole()

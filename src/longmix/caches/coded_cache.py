@@ -17,7 +17,7 @@ from longmix.caches.cache import Cache, CacheKind, CacheShape, NewTokens
 from longmix.caches.coded_store import CodedStore
 from longmix.caches.codes import DTYPES
 from longmix.caches.exact import ExactCache
-from longmix.caches.store import Store
+from longmix.caches.store import Store, taken
 from longmix.errors import ConfigError
 from longmix_kernels.attention import Segment, decode_attention
 
@@ -214,7 +214,7 @@ class CodedCache(ExactCache):
             return x[:, :, :most]
         begins = self.length - self.next_position
         at = (begins + self.prompt_count - most)[:, None] + torch.arange(most, device=x.device)
-        return _slots_of(x, at.clamp(min=0))
+        return taken(x, at[:, None])
 
     def _recent_buffer(self, x: Tensor) -> Tensor:
         """Room for the newest tokens, with what is left of the prompt at the end of the margin."""
@@ -272,7 +272,7 @@ class CodedCache(ExactCache):
             held = margin + size - self.recent_first
             count = held - held % group
             at = (self.recent_first - size + count)[:, None] + torch.arange(size, device=held.device)
-            block = [_slots_of(x, at) for x in (self.recent_key, self.recent_value)]
+            block = [taken(x, at[:, None]) for x in (self.recent_key, self.recent_value)]
             begun = count < size
             self.first_block = torch.where(begun, self.coded, self.first_block)
             self.first_count = torch.where(begun, count, self.first_count)
@@ -434,11 +434,6 @@ class CodedCache(ExactCache):
         """See `Cache.bookkeeping_bytes`."""
         more = (self.prompt_count, self.first_block, self.first_count, self.recent_first)
         return super().bookkeeping_bytes() + sum(x.nbytes for x in more)
-
-
-def _slots_of(x: Tensor, at: Tensor) -> Tensor:
-    """The slots int64 [B, n] of [B, Hkv, S, .]."""
-    return x.gather(2, at[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
 def _rows(store: CodedStore) -> int:

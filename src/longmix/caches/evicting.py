@@ -12,8 +12,8 @@ from torch import Tensor
 from longmix.caches.cache import Cache, CacheKind, CacheShape, NewTokens
 from longmix.caches.exact import ExactCache
 from longmix.caches.representatives import check_share, representatives, signature_distance
-from longmix.caches.scores import best, taken
-from longmix.caches.store import Store
+from longmix.caches.scores import best
+from longmix.caches.store import Store, of_rows, taken
 from longmix_kernels.attention import Segment
 
 if TYPE_CHECKING:
@@ -140,8 +140,8 @@ class EvictingCache(ExactCache):
         """See `Cache.keep`."""
         other = super().keep(rows)
         if self.kept_key is not None and self.kept_value is not None:
-            of_kept = rows.to(self.kept_key.device) // (self.shape.batch // len(self.kept_key))
-            other.kept_key, other.kept_value = (x.index_select(0, of_kept) for x in (self.kept_key, self.kept_value))
+            kept = self.kept_key, self.kept_value
+            other.kept_key, other.kept_value = (of_rows(x, rows, self.shape.batch) for x in kept)
         return other
 
     def truncate(self, length: int) -> None:
@@ -188,3 +188,33 @@ class EvictingCache(ExactCache):
     def bookkeeping_bytes(self) -> int:
         """See `Cache.bookkeeping_bytes`."""
         return super().bookkeeping_bytes() + self.kept_count.nbytes
+
+
+class AskedCache(EvictingCache):
+    """Exact until a prompt ends, whose newest queries then choose.
+
+    Attributes:
+        ended: whether the prompt has ended.
+        newest_query: [B, n, Hq, K], the newest queries until then, at most `asking` of them; None before and after.
+    """
+
+    tensors: ClassVar[tuple[str, ...]] = (*EvictingCache.tensors, "newest_query")
+    numbers: ClassVar[tuple[str, ...]] = (*EvictingCache.numbers, "ended")
+
+    def __init__(self, kind: CacheKind, shape: CacheShape) -> None:
+        super().__init__(kind, shape)
+        self.newest_query: Tensor | None = None
+        self.ended = False
+
+    @property
+    def asking(self) -> int:
+        """How many queries choose."""
+        raise NotImplementedError(f"{type(self).__name__} lacks asking")
+
+    def append(self, new: NewTokens) -> None:
+        """Append in place, and remember the newest queries until the prompt ends."""
+        super().append(new)
+        if self.ended:
+            return
+        queries = [new.query] if self.newest_query is None else [self.newest_query.to(new.query.dtype), new.query]
+        self.newest_query = torch.cat(queries, 1)[:, -self.asking :].clone()

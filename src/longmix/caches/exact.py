@@ -16,7 +16,7 @@ from longmix.caches.cache import Cache, CacheKind, CacheShape, NewTokens
 from longmix.caches.ring import RingCache
 from longmix.caches.segments import merged
 from longmix.caches.star import StarReading
-from longmix.caches.store import Store
+from longmix.caches.store import Store, of_every_row, of_rows
 from longmix_kernels.attention import Segment, attention, decode_attention, sdpa
 from longmix_kernels.attention.decode import MOST_QUERIES
 
@@ -129,9 +129,9 @@ class ExactCache(Cache):
         begins = torch.arange(self.length, self.length + new.count, device=new.positions.device) - new.positions
         parts = []
         for key, value in self.shared:
-            slots, repeats = key.shape[2], self.shape.batch // key.shape[0]
+            slots = key.shape[2]
             lo = begins.clamp(0, slots)[:, None].to(torch.int32)
-            rows = (x.transpose(1, 2).repeat_interleave(repeats, 0) for x in (key, value))
+            rows = (of_every_row(x.transpose(1, 2), self.shape.batch) for x in (key, value))
             hi = torch.full_like(lo, slots)
             parts.append(attention(new.query, *rows, lo=lo, hi=hi, scale=new.scale, return_logsumexp=True))
             begins = begins - slots
@@ -180,12 +180,12 @@ class ExactCache(Cache):
         """Copy what is not shared by all rows."""
         other = self._changed(len(rows), lambda x: x.index_select(0, rows.to(x.device)))
         other.shared, other.store, other._begun = [], Store(), None
-        for part in self.shared:
-            of_part = rows // (self.shape.batch // part[0].shape[0])
-            alone = part[0].shape[0] == 1
-            other.shared.append(part if alone else _rows_of(part, of_part))
+        batch = self.shape.batch
+        for key, value in self.shared:
+            alone = len(key) == 1
+            other.shared.append((key, value) if alone else (of_rows(key, rows, batch), of_rows(value, rows, batch)))
         if self.store.length:
-            other.store.key, other.store.value = _rows_of(self.store.used, rows)
+            other.store.key, other.store.value = (of_rows(x, rows, batch) for x in self.store.used)
             other.store.length = self.store.length
         return other
 
@@ -195,7 +195,7 @@ class ExactCache(Cache):
         at = min(range(len(sizes) - 1), key=lambda number: sizes[number] + sizes[number + 1])
         both = self.shared[at : at + 2]
         rows = max(part[0].shape[0] for part in both)
-        spread = [[x.repeat_interleave(rows // len(x), 0) for x in part] for part in both]
+        spread = [[of_every_row(x, rows) for x in part] for part in both]
         self.shared[at : at + 2] = [(torch.cat([p[0] for p in spread], 2), torch.cat([p[1] for p in spread], 2))]
 
     def truncate(self, length: int) -> None:
@@ -265,12 +265,12 @@ class ExactCache(Cache):
         parts = self._parts()
         if len(parts) == 1 and len(parts[0][0]) == self.shape.batch:
             return parts[0]
-        spread = [[x.repeat_interleave(self.shape.batch // len(x), 0) for x in part] for part in parts]
+        spread = [[of_every_row(x, self.shape.batch) for x in part] for part in parts]
         return torch.cat([part[0] for part in spread], 2), torch.cat([part[1] for part in spread], 2)
 
     def held_bytes(self) -> int:
         """What is shared counts once."""
-        return sum(x.numel() * x.element_size() for part in self._parts() for x in part)
+        return sum(x.nbytes for part in self._parts() for x in part)
 
     def spare_bytes(self) -> int:
         """Room behind the last token."""
@@ -278,8 +278,3 @@ class ExactCache(Cache):
             return 0
         spare = self.store.capacity - self.store.length
         return sum(x[:, :, :1].numel() * x.element_size() * spare for x in (self.store.key, self.store.value))
-
-
-def _rows_of(part: tuple[Tensor, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
-    key, value = part
-    return key.index_select(0, rows.to(key.device)), value.index_select(0, rows.to(key.device))

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from longmix.caches.cache import Cache, CacheKind, CacheShape, NewTokens
 from longmix.caches.exact import ExactCache
-from longmix.caches.scores import attention_mass, budgets_of, taken
-from longmix.caches.store import Store
+from longmix.caches.scores import attention_mass, best, budgets_of
+from longmix.caches.store import Store, taken
 from longmix_kernels.attention import Segment, decode_attention
 
 if TYPE_CHECKING:
@@ -157,10 +157,7 @@ class H2OCache(ExactCache):
         if self.kind.representatives and self.heavy_key is not None:
             slot = torch.arange(ranks.shape[-1], device=ranks.device)
             ranks = ranks.masked_fill((slot < self.standing[:, None])[:, None, None], torch.inf)
-            scores = ranks.sum(2).masked_fill(~allowed, -torch.inf)
-            order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :most]
-            beyond = torch.arange(order.shape[-1], device=order.device) >= counts[:, None, None]
-            return order.masked_fill(beyond, ranks.shape[-1]).sort(-1).values, self.standing
+            return best(ranks.sum(2), allowed, counts, most), self.standing
         return self.kind.chosen(ranks, allowed, counts, most)
 
     # afterwards

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longmix.caches.cache import Cache, CacheKind, CacheShape, NewTokens
-from longmix.caches.store import LEAST_SLOTS, keys_like
+from longmix.caches.store import LEAST_SLOTS, keys_like, taken
 from longmix_kernels.attention import Segment, attention, decode_attention
 
 if TYPE_CHECKING:
@@ -87,11 +87,9 @@ class RingCache(Cache):
             return new.key, new.value
         offset = torch.arange(before, device=new.positions.device) - before
         slot = (self.next_position[:, None] + offset) % self.window  # before a row's first token any slot will do
-        slot = slot.clamp(max=self.key.shape[2] - 1)[:, None, :, None]
         found = []
         for ring, own in ((keys_like(self.key, new.key), new.key), (self.value.to(new.value.dtype), new.value)):
-            old = ring.gather(2, slot.expand(-1, ring.shape[1], -1, ring.shape[3]))
-            found.append(torch.cat((old.transpose(1, 2), own), 1))
+            found.append(torch.cat((taken(ring, slot[:, None]).transpose(1, 2), own), 1))
         return found[0], found[1]
 
     def _keep_last(self, key: Tensor, value: Tensor, last: Tensor, length: int) -> None:
@@ -106,12 +104,8 @@ class RingCache(Cache):
         columns = key.shape[1]
         slot = torch.arange(min(length, self.window), device=last.device)
         age = (last[:, None] - slot) % self.window  # how long ago the position came that belongs to the slot
-        column = (columns - 1 - age).clamp(min=0)[:, None, :, None]
-        rings = []
-        for x in (key, value):
-            x = x.transpose(1, 2)
-            rings.append(x.gather(2, column.expand(-1, x.shape[1], -1, x.shape[3])))
-        self.key, self.value = rings
+        column = (columns - 1 - age)[:, None]
+        self.key, self.value = (taken(x.transpose(1, 2), column) for x in (key, value))
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:

@@ -58,12 +58,6 @@ def best(scores: Tensor, allowed: Tensor, counts: Tensor, most: int) -> Tensor:
     return order.masked_fill(beyond, slots).sort(-1).values
 
 
-def taken(x: Tensor, index: Tensor) -> Tensor:
-    """The slots `index` [B, H, n] of head-major x [B, H, S, .]; any finite number where the index is S."""
-    at = index.clamp(max=x.shape[2] - 1).unsqueeze(-1)
-    return x.gather(2, at.expand(*index.shape, x.shape[3]))
-
-
 def attention_weights(
     query: Tensor,
     key: Tensor,

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from longmix.caches.store import of_every_row
 from longmix_kernels.attention import Segment, attention, merge
 from longmix_kernels.attention.decode_codes import whole_groups
 from longmix_kernels.attention.decode_torch import RUN
@@ -42,7 +43,7 @@ def merged(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 def _attended(query: Tensor, segment: Segment, scale: float | None, goes_on: Tensor | None) -> tuple[Tensor, Tensor]:
     batch, length, heads, _ = query.shape
     slots = segment.slots
-    key, value = (_of_every_row(x, batch) for x in segment.numbers(query.dtype))
+    key, value = (of_every_row(x.transpose(1, 2), batch) for x in segment.numbers(query.dtype))
     lo = query.new_zeros(1, 1, dtype=torch.int32) if segment.first is None else segment.first[:, None].clamp(min=0)
     hi = torch.full_like(lo, slots) if segment.count is None else segment.count
     if hi.shape[1] > 1:
@@ -52,11 +53,3 @@ def _attended(query: Tensor, segment: Segment, scale: float | None, goes_on: Ten
         lo, hi = (torch.where(goes_on[:, None], x, slots) for x in (lo, hi))
     lo, hi = (x.to(torch.int32).contiguous() for x in (lo, hi))
     return attention(query, key, value, lo=lo, hi=hi, scale=scale, return_logsumexp=True)
-
-
-def _of_every_row(x: Tensor, batch: int) -> Tensor:
-    """Head-major [R, H, S, D] as [B, S, H, D], R a divisor of B; not copied where R is B or 1."""
-    x = x.transpose(1, 2)
-    if x.shape[0] == batch:
-        return x
-    return x.expand(batch, -1, -1, -1) if x.shape[0] == 1 else x.repeat_interleave(batch // x.shape[0], 0)

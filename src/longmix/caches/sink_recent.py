@@ -17,7 +17,7 @@ from longmix.caches.exact import ExactCache
 from longmix.caches.places import moved
 from longmix.caches.ring import RingCache
 from longmix.caches.segments import merged
-from longmix.caches.store import Store
+from longmix.caches.store import Store, taken
 from longmix.errors import ConfigError
 from longmix_kernels.attention import Segment, attention, decode_attention
 
@@ -114,7 +114,7 @@ class SinkRecentCache(ExactCache):
             ring._keep_last(key.transpose(1, 2), value.transpose(1, 2), self.next_position - 1, self.length)
             self.ring_key, self.ring_value = ring.key, ring.value
         slot = (self.length - self.next_position)[:, None] + torch.arange(start, device=new.key.device)
-        self.sink_key, self.sink_value = (_columns(x, slot) for x in (key, value))
+        self.sink_key, self.sink_value = (taken(x, slot[:, None]) for x in (key, value))
         self.shared, self.store = [], Store()
 
     def _read_one(self, new: NewTokens, ring: RingCache, with_logsumexp: bool) -> tuple[Tensor, Tensor | None]:
@@ -145,7 +145,7 @@ class SinkRecentCache(ExactCache):
             known = self.next_position.clamp(max=kind.start)  # sinks of the document that goes on
             slot = torch.arange(kind.start, device=positions.device) - kind.start + known[:, None]
             key, value = (
-                torch.cat((_columns(x, slot).transpose(1, 2), own), 1)
+                torch.cat((taken(x, slot[:, None]).transpose(1, 2), own), 1)
                 for x, own in ((self.sink_key, new.key), (self.sink_value, new.value))
             )
             column = torch.arange(new.count, device=positions.device) + kind.start
@@ -162,7 +162,7 @@ class SinkRecentCache(ExactCache):
             at = (key.shape[1] - 1 - last)[:, None] + place  # where the document's first tokens are in this piece
             goes_on = (last >= new.count)[:, None]
             at = torch.where(goes_on & (place < known[:, None]), kind.start - known[:, None] + place, at)
-            self.sink_key, self.sink_value = (_columns(x.transpose(1, 2), at) for x in (key, value))
+            self.sink_key, self.sink_value = (taken(x.transpose(1, 2), at[:, None]) for x in (key, value))
         return merged(parts)
 
     def _write_sinks(self, new: NewTokens, position: Tensor) -> None:
@@ -201,11 +201,3 @@ class SinkRecentCache(ExactCache):
         """Both ends."""
         slots = [getattr(self, name) for name in self.slot_tensors]
         return super().held_bytes() + sum(x.nbytes for x in slots if x is not None)
-
-
-def _columns(x: Tensor, at: Tensor) -> Tensor:
-    """The slots `at` int64 [B, n] of head-major x [B, H, S, D]; any finite number for those that there are not."""
-    if x.shape[2] == 0:
-        return x.new_zeros(*x.shape[:2], at.shape[1], x.shape[3])
-    at = at.clamp(0, x.shape[2] - 1)[:, None, :, None]
-    return x.gather(2, at.expand(-1, x.shape[1], -1, x.shape[3]))

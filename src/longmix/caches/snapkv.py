@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longmix.caches.cache import Cache, CacheKind, CacheShape, NewTokens
-from longmix.caches.evicting import EvictingCache, EvictingKind
+from longmix.caches.cache import Cache, CacheKind, CacheShape
+from longmix.caches.evicting import AskedCache, EvictingKind
 from longmix.caches.scores import attention_weights, budgets_of, check_budget, tokens_of
 from longmix.errors import ConfigError
 
@@ -96,33 +96,23 @@ class SpecKV(SnapKV):
         return max_tokens if self.lookahead is None else self.lookahead
 
 
-class SnapKVCache(EvictingCache):
+class SnapKVCache(AskedCache):
     """See `SnapKV`.
 
     Attributes:
-        newest_query: [B, n, Hq, K], the newest queries of a prompt, at most `window` of them; None after its end.
-        ended: whether the prompt has ended.
         more_queries: how many queries it remembers beyond the window.
     """
 
     kind: SnapKV
-    tensors: ClassVar[tuple[str, ...]] = (*EvictingCache.tensors, "newest_query")
-    numbers: ClassVar[tuple[str, ...]] = (*EvictingCache.numbers, "ended")
 
     def __init__(self, kind: CacheKind, shape: CacheShape) -> None:
         super().__init__(kind, shape)
-        self.newest_query: Tensor | None = None
-        self.ended = False
         self.more_queries = 0
 
-    def append(self, new: NewTokens) -> None:
-        """Append in place, and remember the newest queries until the prompt ends."""
-        super().append(new)
-        if self.ended:
-            return
-        queries = [new.query] if self.newest_query is None else [self.newest_query.to(new.query.dtype), new.query]
-        limit = self.kind.window + self.more_queries
-        self.newest_query = torch.cat(queries, 1)[:, -limit:].clone()
+    @property
+    def asking(self) -> int:
+        """See `AskedCache.asking`."""
+        return self.kind.window + self.more_queries
 
     def prompt_ended(self) -> None:
         """Keep what the newest queries attend to."""

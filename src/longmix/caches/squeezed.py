@@ -19,7 +19,8 @@ from torch import Tensor
 
 from longmix.caches.cache import Cache, CacheKind, CacheShape, NewTokens
 from longmix.caches.clusters import centroids_of, cluster_weights, clustered, quantile
-from longmix.caches.evicting import EvictingCache
+from longmix.caches.evicting import AskedCache
+from longmix.caches.store import of_every_row, of_rows
 from longmix.errors import ConfigError
 from longmix_kernels.attention import Segment
 
@@ -119,12 +120,10 @@ def label_dtype(count: int) -> torch.dtype:
     return torch.int16 if count + 2 < 2**15 else torch.int32
 
 
-class SqueezedCache(EvictingCache):
+class SqueezedCache(AskedCache):
     """See `Squeezed`. Of a prompt with clusters, `kept_key` has the newest tokens and then cluster after cluster.
 
     Attributes:
-        ended: whether the prompt has ended.
-        newest_query: [B, n, Hq, K], the newest queries until then.
         clusters: by name, of R rows, which forks share; empty without clusters: `labels` [R, Hkv, n] of slots, where C
             stands for what is always read and C + 1 for what is not there, `centroids` [R, Hkv, C, K], `sizes`
             [R, Hkv, C], and with two levels `groups` [R, Hkv, C] of the clusters, `group_centroids`, `group_sizes`.
@@ -134,25 +133,20 @@ class SqueezedCache(EvictingCache):
     """
 
     kind: Squeezed
-    tensors: ClassVar[tuple[str, ...]] = (*EvictingCache.tensors, "newest_query", "threshold", "group_threshold")
-    numbers: ClassVar[tuple[str, ...]] = (*EvictingCache.numbers, "ended")
+    tensors: ClassVar[tuple[str, ...]] = (*AskedCache.tensors, "threshold", "group_threshold")
 
     def __init__(self, kind: CacheKind, shape: CacheShape) -> None:
         super().__init__(kind, shape)
-        self.ended = False
-        self.newest_query: Tensor | None = None
         self.clusters: dict[str, Tensor] = {}
         self.threshold = torch.zeros(shape.batch, dtype=torch.float64, device=shape.device)
         self.group_threshold = self.threshold.clone()
         self.usual: dict[str, dict[int, list[Tensor]]] = {}
         self.slots_read: Tensor | None = None
 
-    def append(self, new: NewTokens) -> None:
-        """Append in place, and remember the newest queries until the prompt ends."""
-        super().append(new)
-        if not self.ended:
-            queries = [new.query] if self.newest_query is None else [self.newest_query.to(new.query.dtype), new.query]
-            self.newest_query = torch.cat(queries, 1)[:, -self.kind.newest :].clone()
+    @property
+    def asking(self) -> int:
+        """See `AskedCache.asking`."""
+        return self.kind.newest
 
     def prompt_ended(self) -> None:
         """Cluster the keys, and take the threshold from the newest queries."""
@@ -251,7 +245,7 @@ class SqueezedCache(EvictingCache):
 
     def _of_rows(self, x: Tensor) -> Tensor:
         """Of every row, what R rows share."""
-        return x if len(x) == self.shape.batch else x.repeat_interleave(self.shape.batch // len(x), 0)
+        return of_every_row(x, self.shape.batch)
 
     def _of_heads(self, x: Tensor) -> Tensor:
         """Of every row and query head, what R rows and heads that share keys share; int64."""
@@ -294,10 +288,7 @@ class SqueezedCache(EvictingCache):
         """See `Cache.keep`."""
         other = super().keep(rows)
         other.slots_read, other.usual = None, {}
-        other.clusters = {
-            name: x.index_select(0, rows.to(x.device) // (self.shape.batch // len(x)))
-            for name, x in self.clusters.items()
-        }
+        other.clusters = {name: of_rows(x, rows, self.shape.batch) for name, x in self.clusters.items()}
         return other
 
     def trimmed(self) -> dict[str, Any]:

@@ -87,6 +87,29 @@ class Store:
         self.frozen = 0
 
 
+def taken(x: Tensor, index: Tensor) -> Tensor:
+    """The slots `index` int64 [B, H or 1, n] of head-major x [B, H, S, .]; any finite number for those there are not.
+
+    An index beyond the slots takes the next one there is.
+    """
+    if x.shape[2] == 0:
+        return x.new_zeros(*x.shape[:2], index.shape[2], x.shape[3])
+    at = index.clamp(0, x.shape[2] - 1).unsqueeze(-1)
+    return x.gather(2, at.expand(*x.shape[:2], -1, x.shape[3]))
+
+
+def of_every_row(x: Tensor, batch: int) -> Tensor:
+    """[batch, ...] of x [R, ...], a row of which is of batch / R rows behind each other; x itself where R is batch."""
+    if len(x) == batch:
+        return x
+    return x.expand(batch, *x.shape[1:]) if len(x) == 1 else x.repeat_interleave(batch // len(x), 0)
+
+
+def of_rows(x: Tensor, rows: Tensor, batch: int) -> Tensor:
+    """Of rows int64 [n] of a batch, what they share: [n, ...] of x [R, ...], R a divisor of the batch."""
+    return x.index_select(0, rows.to(x.device) // (batch // len(x)))
+
+
 def keys_like(past: Tensor, new: Tensor) -> Tensor:
     """Cached keys [..., K] in the dtype of new ones, and with as many columns for a bias.
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from longmix.caches.cache import CacheKind, PromptReader
-from longmix.generation.prompts import continuation
+from longmix.generation.questions import written_ahead
 from longmix.generation.session import Session
-from longmix.mixers.parts.states import caches, forked, held_bytes
+from longmix.mixers.parts.states import forked, held_bytes
 from longmix.model.backbone import LanguageModel
 
 PIECE = 16
@@ -131,7 +131,7 @@ class CachedRows:
             for part in piece.split(width, 1):
                 output = session.model(part, state=session.state)
                 session.state, session.length = output.state, session.length + part.shape[1]
-                self._read.append(_bytes_read(session) // session.batch)
+                self._read.append(session.read_bytes(bookkeeping=False) // session.batch)
                 found.append(session.model.logits(output.hidden))
             yield torch.cat(found, 1).float().log_softmax(-1)
 
@@ -151,16 +151,7 @@ def _lookahead(kind: CacheKind, rows: Prompted, draft: LanguageModel | None) -> 
     count = kind.lookahead_tokens(rows.follows.shape[1])
     if count is None or draft is None:
         return None if count is None else rows.follows[:, :count]
-    session = Session(draft, len(rows.prompt))
-    session.reserve(rows.prompt.shape[1] + count)
-    session.prefill(list(rows.prompt))
-    return continuation(session, count)
-
-
-def _bytes_read(session: Session) -> int:
-    """As `Session.read_bytes`, without bookkeeping."""
-    own = caches(session.state)
-    return held_bytes(session.state)[0] - sum(cache.held_bytes() - cache.read_bytes() for cache in own)
+    return written_ahead(draft, list(rows.prompt), count)
 
 
 def _now(device: torch.device) -> float:

@@ -82,7 +82,8 @@ def answer(config: GenerateConfig, restored: Restored | None = None) -> Answered
     if lock is None:
         raise StorageError(f"output={path} is being written by another process; wait for it, or give another file.")
     try:
-        done = _answered(config, prepared(requests, restored, cache, star_of(config.prefill)), restored, cache, path)
+        star = star_of(config.prefill)
+        done = _answered(config, prepared(requests, restored, cache, star), restored, (cache, star), path)
     finally:
         lock.release(remove=True)
     rate = done.tokens / done.seconds if done.seconds else 0.0
@@ -98,7 +99,11 @@ def answer(config: GenerateConfig, restored: Restored | None = None) -> Answered
 
 
 def _answered(
-    config: GenerateConfig, requests: list[Prepared], restored: Restored, cache: CacheKind | None, path: Path
+    config: GenerateConfig,
+    requests: list[Prepared],
+    restored: Restored,
+    reading: tuple[CacheKind | None, Star | None],
+    path: Path,
 ) -> Answered:
     wanted = {one.request.index: (one.digest, one.samples) for one in requests}
     file = AnswerFile(path, wanted)
@@ -108,7 +113,7 @@ def _answered(
     with steps_bar("prompts", len(left)) as advance:
         for batch in batches(left, config.batch_tokens):
             with restored.autocast(), allocation_errors("generating so many rows", cure):
-                answers = _continued(batch, restored, cache, star_of(config.prefill))
+                answers = _continued(batch, restored, *reading)
             file.add(answers)
             tokens += sum(one["tokens"] for one in answers)
             for _ in batch:

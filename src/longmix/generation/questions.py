@@ -10,6 +10,7 @@ from longmix.errors import ConfigError, DataError
 from longmix.generation.prompts import continuation
 from longmix.generation.session import Session
 from longmix.generation.specpc import SpecPC
+from longmix.model.backbone import LanguageModel
 from longmix.restore import Restored, restore
 
 
@@ -95,7 +96,12 @@ def lookahead_of(
     if draft is None or count is None:
         return None
     with draft.autocast():
-        session = Session(draft.model, len(prompts))
-        session.reserve(max(map(len, prompts)) + count)
-        session.prefill([prompt.to(draft.device) for prompt in prompts])
-        return continuation(session, count)
+        return written_ahead(draft.model, [prompt.to(draft.device) for prompt in prompts], count)
+
+
+def written_ahead(model: LanguageModel, prompts: Sequence[Tensor], count: int) -> Tensor:
+    """The likeliest `count` tokens with which a model continues prompts int64 [T], one after another, int64 [B, n]."""
+    session = Session(model, len(prompts))
+    session.reserve(max(map(len, prompts)) + count)
+    session.prefill(prompts)
+    return continuation(session, count)

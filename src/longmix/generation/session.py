@@ -5,7 +5,7 @@ here but that it is a pytree whose tensors begin with the batch. It can be saved
 forked into many.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from longmix.checkpoints import load_tensors, reading, save_tensors
 from longmix.checkpoints.verify import check_weight
 from longmix.generation.prompts import check_star, read_prompts
 from longmix.generation.saved import FORMAT, WITH_CLASSES, WITHOUT_CACHES, WITHOUT_DIGEST, restored_state, saved_state
-from longmix.mixers.parts.states import caches, total_bytes
+from longmix.mixers.parts.base import Mixer
+from longmix.mixers.parts.states import caches, held_bytes, total_bytes
 from longmix.mixers.parts.states import forked as forked_state
 from longmix.model.backbone import LanguageModel
 
@@ -128,33 +129,40 @@ class Session:
 
     def counted_bytes(self, length: int) -> int:
         """Bytes that one row holds after a prompt of `length` tokens, as mixers and caches count them."""
-        total = self.model.state_bytes(length)
-        for mixer, state in zip(self.model.mixers(), self.state, strict=True):
-            cache = state.mixer
-            if isinstance(cache, Cache):
-                carried = 0 if cache.carried is None else cache.carried.nbytes // cache.shape.batch
-                total += cache.kind.bytes(cache.shape, length) + carried - mixer.state_bytes(length)
-        return total
+        return self._counted(
+            length,
+            lambda cache: cache.kind.bytes(cache.shape, length),
+            lambda mixer: mixer.state_bytes(length),
+        )
 
     def counted_read_bytes(self, length: int) -> int:
         """Bytes that one row reads for the token after a prompt of `length`, as mixers and caches count them.
 
         What is no cache counts what a step reads and writes, and holds no more than it can read.
         """
+        return self._counted(
+            length,
+            lambda cache: cache.kind.step_bytes(cache.shape, length),
+            lambda mixer: min(mixer.step_bytes(length), mixer.state_bytes(length + 1)),
+        )
+
+    def _counted(self, length: int, of_cache: Callable[[Cache], int], of_other: Callable[[Mixer], int]) -> int:
+        """What the model holds after `length` tokens, with each layer's mixer counted in another way."""
         total = self.model.state_bytes(length)
         for mixer, state in zip(self.model.mixers(), self.state, strict=True):
             cache = state.mixer
             if isinstance(cache, Cache):
                 carried = 0 if cache.carried is None else cache.carried.nbytes // cache.shape.batch
-                total += cache.kind.step_bytes(cache.shape, length) + carried - mixer.state_bytes(length)
+                own = of_cache(cache) + carried
             else:
-                total += min(mixer.step_bytes(length), mixer.state_bytes(length + 1)) - mixer.state_bytes(length)
+                own = of_other(mixer)
+            total += own - mixer.state_bytes(length)
         return total
 
-    def read_bytes(self) -> int:
+    def read_bytes(self, bookkeeping: bool = True) -> int:
         """Bytes of the state that the last token of all rows read; of what is no cache, all."""
-        held = caches(self.state)
-        return total_bytes(self.state) - sum(cache.held_bytes() - cache.read_bytes() for cache in held)
+        total = total_bytes(self.state) if bookkeeping else held_bytes(self.state)[0]
+        return total - sum(cache.held_bytes() - cache.read_bytes() for cache in caches(self.state))
 
     def spare_bytes(self) -> int:
         """Bytes of the room in caches for later tokens."""
