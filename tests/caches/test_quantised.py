@@ -180,3 +180,21 @@ def test_settings_out_of_range_are_named(settings, words):
 def test_heads_that_fill_no_bytes_are_named():
     with pytest.raises(ConfigError, match="2 bits of 6 channels fill no whole bytes"):
         built(KIND, torch.zeros(1, 1, 2, 6), torch.zeros(1, 1, 2, 6), torch.zeros(1, 1, 2, 6))
+
+
+def test_room_that_was_reserved_is_taken_once():
+    """The buffers of the blocks grow once, for all that was said to come, and hold what they would have held."""
+    tensors, found = rows(1, 93), []
+    for room in (0, 80):
+        cache = begun(KIND, tensors, (13,))
+        if room:
+            cache.reserve(room)
+        places = set()
+        for place in range(13, 93):
+            step(cache, tensors, [place])
+            places |= {part["key"].data_ptr() for part in [cache.blocks[0].parts] if part}
+        found.append((len(places), cache.held_bytes(), cache.blocks[0].capacity))
+    (often, held, _), (once, held_too, capacity) = found
+    assert often > once == 1
+    assert held == held_too
+    assert capacity == 10

@@ -67,7 +67,8 @@ def test_steps_are_whole_graphs(name, compose_config, fresh):
     torch.manual_seed(0)
     model = build_model(ModelConfig.of(node), 47).eval().double()
     tokens = torch.randint(47, (2, LENGTH))
-    state = compiled_state = model(tokens[:, :-STEPS], state=model.init_state(2)).state
+    # a state of their own, since a step may use up the one that it gets
+    state, compiled_state = (model(tokens[:, :-STEPS], state=model.init_state(2)).state for _ in range(2))
     step = torch.compile(model, fullgraph=True, backend="eager")
     for place in range(LENGTH - STEPS, LENGTH):
         token = tokens[:, place : place + 1]

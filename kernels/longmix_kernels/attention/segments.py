@@ -90,8 +90,12 @@ class Segment:
     def slices(self, size: int) -> Iterator["Segment"]:
         """Yield the segment in runs of `size` slots, a multiple of the tokens that share a step of codes.
 
-        The segment must not have an `index`.
+        The segment must not have an `index`. While a graph is recorded it comes whole, so that the graph is one for any
+        number of slots.
         """
+        if torch.compiler.is_compiling():
+            yield self
+            return
         for start in range(0, self.slots, size):
             stop = min(self.slots, start + size)
             yield replace(

@@ -143,16 +143,17 @@ class CodedCache(ExactCache):
         super().__init__(kind, shape)
         self.ended = False
         self.prompt_length = self.coded = self.recent = 0
-        self.prompt, self.blocks = self._empty_stores(), self._empty_stores()
+        self.prompt, self.blocks = self._empty_stores(1), self._empty_stores()
         zeros = torch.zeros(shape.batch, dtype=torch.int64, device=shape.device)
         self.prompt_count, self.first_block, self.recent_first = zeros, zeros.clone(), zeros.clone()
         self.first_count = torch.full_like(zeros, self.kind.recent_size)
         self.recent_key: Tensor | None = None
         self.recent_value: Tensor | None = None
         self.scale: float | None = None
+        self._wanted = 0  # tokens that there will be
 
-    def _empty_stores(self) -> list[CodedStore]:
-        return [CodedStore(bits) for bits in self.kind.widths]
+    def _empty_stores(self, wanted: int = 0) -> list[CodedStore]:
+        return [CodedStore(bits, wanted=wanted) for bits in self.kind.widths]
 
     @property
     def margin(self) -> int:
@@ -192,6 +193,19 @@ class CodedCache(ExactCache):
         self._written(new, slice(0, 1))
         return output, new.logsumexp
 
+    def reserve(self, count: int) -> None:
+        """See `Cache.reserve`."""
+        self._wanted = self.length + count
+        if self.ended:
+            self._want_blocks()
+        else:
+            super().reserve(count)
+
+    def _want_blocks(self) -> None:
+        more = (self.recent + self._wanted - self.length) // self.kind.recent_size
+        for store in self.blocks:
+            store.wanted = self.coded + more
+
     def prompt_ended(self) -> None:
         """Code whole groups of the prompt."""
         if self.ended or self.length == 0:
@@ -206,6 +220,7 @@ class CodedCache(ExactCache):
         self.recent_first = self.margin - own % group
         self.recent_key, self.recent_value = (self._recent_buffer(x) for x in (key, value))
         self.ended, self.prompt_length = True, length
+        self._want_blocks()
         self.shared, self.store = [], Store()
 
     def _to_code(self, x: Tensor, most: int) -> Tensor:

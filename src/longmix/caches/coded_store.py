@@ -10,7 +10,7 @@ from longmix.caches.codes import Coded
 from longmix_kernels.attention import Codes, Segment
 
 LEAST_BLOCKS = 4
-"""Blocks of the first buffer."""
+"""Blocks of the first buffer, where nobody said how many would come."""
 
 
 @dataclass
@@ -25,12 +25,14 @@ class CodedStore:
             `value_step`, and `value_scale` where values have one.
         blocks: how many there are.
         sizes: entries that a block has along the third axis, by name.
+        wanted: how many there will be; 0 where nobody said so.
     """
 
     bits: int
     parts: dict[str, Tensor] = field(default_factory=dict)
     blocks: int = 0
     sizes: dict[str, int] = field(default_factory=dict)
+    wanted: int = 0
 
     @property
     def capacity(self) -> int:
@@ -49,10 +51,13 @@ class CodedStore:
         if scale is not None:
             new["value_scale"] = scale
         if not self.parts:
-            self.parts, self.sizes, self.blocks = new, {name: x.shape[2] for name, x in new.items()}, 1
-            return
+            self.sizes = {name: x.shape[2] for name, x in new.items()}
+            if self.wanted == 1:
+                self.parts, self.blocks = new, 1
+                return
+            self.parts = {name: x[:, :, :0] for name, x in new.items()}
         if self.blocks == self.capacity:
-            self._grow(max(2 * self.blocks, LEAST_BLOCKS))
+            self._grow(self.wanted if self.wanted > self.blocks else max(2 * self.blocks, LEAST_BLOCKS))
         for name, x in new.items():
             size = self.sizes[name]
             self.parts[name][:, :, self.blocks * size : (self.blocks + 1) * size] = x
@@ -83,7 +88,7 @@ class CodedStore:
 
     def of(self, parts: dict[str, Tensor]) -> Self:
         """A store of as many blocks with other parts."""
-        return type(self)(self.bits, parts, self.blocks, dict(self.sizes))
+        return type(self)(self.bits, parts, self.blocks, dict(self.sizes), self.wanted)
 
     def held_bytes(self) -> int:
         """Without spare room."""
