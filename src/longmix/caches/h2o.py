@@ -80,8 +80,14 @@ class H2O(EvictingKind):
 
     def bytes(self, shape: CacheShape, length: int) -> int:
         """Keys, values and scores within the budget."""
+        return self._bytes(shape, length, *self.slots(length))
+
+    def step_bytes(self, shape: CacheShape, length: int) -> int:
+        """The same, with one more token within what the prompt was given."""
+        return self._bytes(shape, length + 1, *self.slots(length))
+
+    def _bytes(self, shape: CacheShape, length: int, heavy: int, recent: int) -> int:
         exact = torch.promote_types(shape.dtype, torch.float32).itemsize
-        heavy, recent = self.slots(length)
         if length <= heavy + recent:
             return length * (shape.token_bytes + exact * shape.key_heads * self.score_heads(shape))
         arrived = 4 * shape.key_heads * heavy if self.mean else 0

@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from longmix.caches.cache import Cache, CacheShape
-from longmix.caches.coded_cache import CodedCache, CodedKind
+from longmix.caches.coded_cache import CodedCache
+from longmix.caches.coded_kind import CodedKind
 from longmix.caches.coded_store import CodedStore
 from longmix.caches.codes import by_channel, by_token
 from longmix.errors import ConfigError

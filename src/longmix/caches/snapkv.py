@@ -91,6 +91,10 @@ class SpecKV(SnapKV):
         if self.lookahead is not None and self.lookahead < 1:
             raise ConfigError(f"cache.lookahead={self.lookahead} must be at least 1, or null for max_tokens.")
 
+    def bytes(self, shape: CacheShape, length: int) -> int:
+        """Keys and values within the budget, and of the prompt's last token, which is read after the choice."""
+        return super().bytes(shape, max(length - 1, 0)) + shape.token_bytes * min(length, 1)
+
     def lookahead_tokens(self, max_tokens: int) -> int | None:
         """See `CacheKind.lookahead_tokens`."""
         return max_tokens if self.lookahead is None else self.lookahead

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from longmix.caches.cache import Cache, CacheKind, CacheShape, NewTokens
-from longmix.caches.coded_cache import CodedCache, CodedKind
+from longmix.caches.coded_cache import CodedCache
+from longmix.caches.coded_kind import CodedKind
 from longmix.caches.coded_store import CodedStore
 from longmix.caches.codes import by_channel, by_slot
 from longmix.caches.saliency import divided, probe_places, saliency
@@ -91,6 +92,11 @@ class ZipCache(CodedKind):
             "value_step": (1, slots, 1),
             "value_scale": (heads, 1, shape.value_dim),
         }
+
+    def step_bytes(self, shape: CacheShape, length: int) -> int:
+        """See `CodedKind.step_bytes`; with the weight that the token got."""
+        exact = torch.promote_types(shape.dtype, torch.float32).itemsize
+        return super().step_bytes(shape, length) + exact * shape.key_heads
 
     def build(self, shape: CacheShape) -> Cache:
         """An empty cache."""
