@@ -84,13 +84,13 @@ SPLITS = {
 }
 
 
-def model_of(layer=Flash, **options) -> LanguageModel:
+def model_of(layer=Flash, num_layers=2, **options) -> LanguageModel:
     torch.manual_seed(0)
     made = LanguageModel(
         lambda shape, index: layer(shape, index, **options),
         vocab_size=30,
         d_model=32,
-        num_layers=2,
+        num_layers=num_layers,
         num_heads=4,
         mlp_hidden=16,
     )
@@ -350,7 +350,7 @@ def test_a_step_is_one_graph_for_all_lengths(kind):
     codes = getattr(kind, "recent_size", 100) < 10
     count = 4 * kind.recent_size if codes else 14
     for layer, options in ((Flash, {"sink_logits": True}), (SlidingWindow, {"window": 9})):
-        model = model_of(layer, **options)
+        model = model_of(layer, num_layers=1, **options)
         if not model.mixers()[0].takes_cache(kind):
             continue
         for lengths in ((20, 20), (20, 7)):
