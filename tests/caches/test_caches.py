@@ -23,6 +23,7 @@ from longmix.model.backbone import LanguageModel
 
 KINDS = list(kind_files())
 WITHIN_ROOM = {
+    "a2ats": {"share": 1.0},
     "citrus": {"budget": 60},
     "exact": {},
     "h2o": {"budget": 60, "recent": 20},
@@ -36,6 +37,8 @@ WITHIN_ROOM = {
 """Settings with which a kind gives what `exact` gives for texts of 60 tokens; every kind needs its line here."""
 
 SHORT = {
+    "a2ats-codes": {"sinks": 0, "window": 3, "share": 0.3, "codes": 6, "distance": 8},
+    "a2ats-share": {"sinks": 2, "window": 5, "share": 0.15, "codes": 0.3},
     "citrus-standard": {"budget": 12, "piece": 4, "kind": "standard"},
     "citrus-share": {"budget": 0.5, "piece": 6, "kind": "standard", "representatives": 0.3},
     "h2o-mean": {"mean": True, "budget": 0.4},
@@ -122,6 +125,7 @@ def steps(session: Session, tokens: Tensor) -> Tensor:
 
 
 OFTEN = {
+    "a2ats-share",
     "h2o",
     "h2o-mean",
     "quantised-groups",

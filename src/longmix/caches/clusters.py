@@ -8,6 +8,8 @@ q gives each of the n_c keys of cluster c the weight
 Everything is of each row and head alone: what is drawn follows from the seed and the number of the row's keys.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -29,10 +31,10 @@ def clustered(keys: Tensor, count: int, *, rounds: int, seed: int) -> Tensor:
     """
     exact = torch.promote_types(keys.dtype, torch.float32)
     units = torch.nn.functional.normalize(keys.to(exact), dim=-1)
-    centroids = _first_centroids(units, count, seed)
+    centroids = first_centroids(units, count, seed, _unlikeness)
     labels = _nearest(units, centroids)
     for _ in range(rounds):
-        sums, sizes = _sums(units, labels, count)
+        sums, sizes = sums_of(units, labels, count)
         # an empty cluster keeps its centroid; of the sums only the direction counts
         centroids = torch.where(sizes[..., None] > 0, torch.nn.functional.normalize(sums, dim=-1), centroids)
         after = _nearest(units, centroids)
@@ -44,7 +46,7 @@ def clustered(keys: Tensor, count: int, *, rounds: int, seed: int) -> Tensor:
 
 def centroids_of(keys: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The mean [H, count, K] of the keys [H, n, K] of each cluster, 0 of an empty one, and their numbers [H, count]."""
-    sums, sizes = _sums(keys, labels, count)
+    sums, sizes = sums_of(keys, labels, count)
     return sums / sizes.clamp(min=1).unsqueeze(-1), sizes
 
 
@@ -79,22 +81,35 @@ def quantile(x: Tensor, share: float) -> Tensor:
     return torch.lerp(ordered[below], ordered[min(below + 1, len(ordered) - 1)], place - below)
 
 
-def _first_centroids(units: Tensor, count: int, seed: int) -> Tensor:
-    """k-means++ for all heads: each next one is a key drawn by its distance to the nearest before."""
-    heads, length, _ = units.shape
+def first_centroids(points: Tensor, count: int, seed: int, distance: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """k-means++ for all heads: each next centroid is a point drawn by its distance to the nearest before.
+
+    Args:
+        points: [H, n, K].
+        count: centroids.
+        seed: of the draws, with the number of points.
+        distance: of points [H, n, K] to one of each head, [H, 1, K]: at least 0, [H, n].
+
+    Returns:
+        [H, count, K].
+    """
+    heads, length, _ = points.shape
     generator = generator_of(seed, length)
-    drawn = torch.rand(count, generator=generator, dtype=torch.float64).to(units)
-    head = torch.arange(heads, device=units.device)
+    drawn = torch.rand(count, generator=generator, dtype=torch.float64).to(points)
+    head = torch.arange(heads, device=points.device)
     at = (drawn[0] * length).long().clamp(max=length - 1).expand(heads)
-    found = [units[head, at]]
-    distance = torch.full((heads, length), torch.inf, dtype=units.dtype, device=units.device)
+    found = [points[head, at]]
+    nearest = torch.full((heads, length), torch.inf, dtype=points.dtype, device=points.device)
     for number in range(1, count):
-        similarity = torch.matmul(units, found[-1].unsqueeze(-1)).squeeze(-1)
-        distance = torch.minimum(distance, (1 - similarity).clamp(min=0))
-        total = distance.cumsum(-1)
+        nearest = torch.minimum(nearest, distance(points, found[-1].unsqueeze(1)))
+        total = nearest.cumsum(-1)
         at = torch.searchsorted(total, (drawn[number] * total[:, -1:]).contiguous(), right=True)
-        found.append(units[head, at.squeeze(-1).clamp(max=length - 1)])
+        found.append(points[head, at.squeeze(-1).clamp(max=length - 1)])
     return torch.stack(found, 1)
+
+
+def _unlikeness(units: Tensor, centroid: Tensor) -> Tensor:
+    return (1 - torch.matmul(units, centroid.transpose(-1, -2)).squeeze(-1)).clamp(min=0)
 
 
 def _nearest(units: Tensor, centroids: Tensor) -> Tensor:
@@ -104,10 +119,15 @@ def _nearest(units: Tensor, centroids: Tensor) -> Tensor:
     return torch.cat(parts, 1)
 
 
-def _sums(x: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The sum of each cluster's rows of x [H, n, K], and how many it has."""
+def sums_of(x: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The sum [H, count, K] of each cluster's rows of x [H, n, K], labels int64 [H, n], and its size int64 [H, count]."""
     exact = torch.promote_types(x.dtype, torch.float32)
     sums = torch.zeros(len(x), count, x.shape[2], dtype=exact, device=x.device)
     sums.scatter_add_(1, labels[..., None].expand(-1, -1, x.shape[2]), x.to(exact))
     sizes = torch.zeros(len(x), count, dtype=torch.int64, device=x.device)
     return sums, sizes.scatter_add_(1, labels, torch.ones_like(labels))
+
+
+def label_dtype(count: int) -> torch.dtype:
+    """What the numbers of so many clusters, and two more, are stored in."""
+    return torch.int16 if count + 2 < 2**15 else torch.int32

@@ -11,6 +11,18 @@ from longmix_kernels.attention.decode_codes import whole_groups
 from longmix_kernels.attention.decode_torch import RUN
 
 
+def of_slots(key: Tensor, value: Tensor, chosen: Tensor) -> Segment:
+    """The segment of the slots that rows chose.
+
+    Args:
+        key: [R, Hkv, S, K], value: [R, Hkv, S, V]; see `Segment`.
+        chosen: bool [B, Hkv, S].
+    """
+    slots = chosen.shape[2]
+    index = torch.where(chosen, torch.arange(slots, device=chosen.device), slots).sort(-1).values
+    return Segment(key, value, index=torch.where(index < slots, index, -1).to(torch.int32))
+
+
 def attend_segments(
     query: Tensor, segments: Sequence[Segment], *, scale: float | None = None, goes_on: Tensor | None = None
 ) -> list[tuple[Tensor, Tensor]]:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from longmix.caches.cache import Cache, CacheKind, CacheShape, NewTokens
-from longmix.caches.clusters import centroids_of, cluster_weights, clustered, quantile
+from longmix.caches.clusters import centroids_of, cluster_weights, clustered, label_dtype, quantile
 from longmix.caches.evicting import AskedCache
+from longmix.caches.segments import of_slots
 from longmix.caches.store import of_every_row, of_rows
 from longmix.errors import ConfigError
 from longmix_kernels.attention import Segment
@@ -113,11 +114,6 @@ class Squeezed(CacheKind):
 
 SIZE = torch.int32
 """What the numbers of keys of clusters are stored in."""
-
-
-def label_dtype(count: int) -> torch.dtype:
-    """What the numbers of so many clusters, and two more, are stored in."""
-    return torch.int16 if count + 2 < 2**15 else torch.int32
 
 
 class SqueezedCache(AskedCache):
@@ -272,11 +268,8 @@ class SqueezedCache(AskedCache):
         always = torch.ones_like(asked[..., :1])
         mask = torch.cat((asked, always, ~always), -1).gather(2, self._of_rows(self.clusters["labels"]).long())
         mask = mask & (self.begins < 0)[:, None, None]
-        slots = mask.shape[2]
-        index = torch.where(mask, torch.arange(slots, device=mask.device), slots).sort(-1).values
         self.slots_read = mask.sum((1, 2))
-        chosen = Segment(found[0].key, found[0].value, index=torch.where(index < slots, index, -1).to(torch.int32))
-        return [chosen, *found[1:]]
+        return [of_slots(found[0].key, found[0].value, mask), *found[1:]]
 
     def fork(self, count: int) -> Self:
         """See `EvictingCache.fork`; clusters are shared too."""
