@@ -3,7 +3,7 @@ arXiv 2502.12665).
 
 At the prompt's end each key head gets a codebook of its keys, and every key the number of the nearest code in it, its
 own code (see `codebooks`). Keys are coded as they are before their rotation, and a query that chooses is rotated as if
-they all stood `distance` tokens behind it. It scores the codes instead of the keys, and each query head chooses the best
+all stood `distance` tokens behind it. It scores the codes instead of the keys, and each query head chooses the best
 `share` of the tokens outside the first `sinks` and the newest `window`. Heads that share keys read what any of them
 chose, with ordinary scores: all that differs from `exact` is what is left out.
 

@@ -120,7 +120,7 @@ def _nearest(units: Tensor, centroids: Tensor) -> Tensor:
 
 
 def sums_of(x: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The sum [H, count, K] of each cluster's rows of x [H, n, K], labels int64 [H, n], and its size int64 [H, count]."""
+    """The sum [H, count, K] of each cluster's rows of x [H, n, K], and its size [H, count]; labels are int64 [H, n]."""
     exact = torch.promote_types(x.dtype, torch.float32)
     sums = torch.zeros(len(x), count, x.shape[2], dtype=exact, device=x.device)
     sums.scatter_add_(1, labels[..., None].expand(-1, -1, x.shape[2]), x.to(exact))
