@@ -58,6 +58,7 @@ def test_a_budget_that_holds_everything_loses_nothing(small_model, word):
     [
         *("h2o:budget=8:recent=4", "sink_recent:start=2:recent=6", "snapkv:budget=8:window=3:pool=1"),
         *("quantised:bits=2:group=4:residual=8", "squeezed:newest=4:clusters=0.4:quantile=0.9"),
+        "a2ats:sinks=1:window=3:share=0.1:codes=5:distance=20",
     ],
 )
 def test_what_is_read_is_what_a_session_generates_from(small_model, word):

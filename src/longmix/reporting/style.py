@@ -85,7 +85,7 @@ _ORDER = (
 KNOWN = {mixer: nth_style(number) for number, mixer in enumerate(_ORDER)}
 """Mixers that longmix has or that are often compared; relatives share a colour."""
 
-_KINDS = ("quantised", "h2o", "snapkv", "speckv", "sink_recent", "citrus", "zipcache", "squeezed")
+_KINDS = ("quantised", "h2o", "snapkv", "speckv", "sink_recent", "citrus", "zipcache", "squeezed", "a2ats")
 
 CACHES = {kind: nth_style(number) for number, kind in enumerate(_KINDS)}
 """Kinds of caches, which have curves where mixers have points."""
