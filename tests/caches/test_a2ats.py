@@ -1,5 +1,7 @@
 """The cache that chooses tokens by codes of their keys, against the authors' code and against its formulas."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -48,7 +50,7 @@ def test_codes_choices_and_outputs_are_those_of_the_authors(number, monkeypatch)
     found = [attended(cache, *tensors, slice(0, prompt))]
     cache.ended, cache.prompt_slots = True, prompt
     count = torch.tensor([given["codebook"].shape[1]], dtype=torch.int32)
-    cache.take_codebooks(given["codebook"][None], given["cholesky"][None], count)
+    cache.take_codebooks(given["codebook"][None], given["cholesky"][None], count, given["relative"][None])
     monkeypatch.setattr(a2ats, "best_tokens", of_topk)  # tokens of a code are equal, and the authors take those of topk
     chosen, choose = [], cache.chosen
     monkeypatch.setattr(cache, "chosen", lambda new: chosen.append(choose(new)) or chosen[-1])
@@ -155,7 +157,7 @@ def direct_codebooks(kind, query, key, count):
     Of the codebook only the draws of k-means++ are taken as they are: all else is written from the formulas.
     """
     found = []
-    place = torch.full((len(query),), kind.distance)
+    place = torch.full((len(query),), kind.distance_of(len(query)))
     for head in range(KEY_HEADS):
         asking = turned(query, place, ROTARY)[:, head * GROUP : (head + 1) * GROUP].reshape(-1, WIDTH)
         moment = asking.T @ asking
@@ -172,7 +174,7 @@ def direct(kind, plain, tensors, length, place):
     query, key, value = tensors
     total, count, outputs, slots = place + 1, kind.size(length), [], 0
     books = direct_codebooks(kind, plain[0][:length], plain[1][:length], count) if count else []
-    asking = turned(plain[0][place : place + 1], torch.tensor([kind.distance]), ROTARY)[0]
+    asking = turned(plain[0][place : place + 1], torch.tensor([kind.distance_of(length)]), ROTARY)[0]
     for head in range(KEY_HEADS):
         read = set(range(kind.sinks)) | set(range(total - kind.window, total)) if count else set(range(total))
         if count:
@@ -191,17 +193,18 @@ def direct(kind, plain, tensors, length, place):
     return torch.stack(outputs), slots
 
 
+@pytest.mark.parametrize("kind", [KIND, replace(KIND, distance=None)], ids=["distance", "half-of-the-prompt"])
 @pytest.mark.parametrize("lengths", [(40, 40), (40, 29, 4)], ids=str)
-def test_what_is_read_is_what_the_formulas_choose(lengths):
+def test_what_is_read_is_what_the_formulas_choose(lengths, kind):
     plain = rows(len(lengths), 60)
     tensors = rotated(plain)
-    cache, fewer = with_rotation(KIND, tensors, lengths), 0
+    cache, fewer = with_rotation(kind, tensors, lengths), 0
     for number in range(10):  # beyond the window, so that tokens behind the prompt are chosen among too
         places = [length + number for length in lengths]
         found = step(cache, tensors, places)
         for row, length in enumerate(lengths):
             of_row = [[x[row] for x in both] for both in (plain, tensors)]
-            wanted, slots = direct(KIND, *of_row, length, places[row])
+            wanted, slots = direct(kind, *of_row, length, places[row])
             torch.testing.assert_close(found[row, 0], wanted, rtol=0, atol=1e-12)
             assert int(cache.slots_read[row]) == slots
             fewer += slots < 0.8 * KEY_HEADS * (places[row] + 1)
@@ -325,7 +328,7 @@ def test_bytes_are_counted():
     [
         ({"sinks": -1}, r"cache\.sinks=-1 must be at least 0"),
         ({"window": 0}, r"cache\.window=0 must be at least 1"),
-        ({"distance": -5}, r"cache\.distance=-5 must be at least 0"),
+        ({"distance": -5}, r"cache\.distance=-5 must be at least 0, or null"),
         ({"rounds": -1}, r"cache\.rounds=-1 must be at least 0"),
         ({"share": 1.5}, r"cache\.share=1\.5 must be from 0 to 1"),
         ({"codes": 1}, r"cache\.codes=1 must be a whole number of tokens, at least 2, or a share"),

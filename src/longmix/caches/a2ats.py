@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 LEAST_CODES = 2
 """A row whose prompt allows fewer has no codebook, and all of it is read."""
 
+MOST_DISTANCE = 2048
+"""The distance of the paper, for models of longer texts; no query is to be farther away than half of its text is long."""
+
 RUN = 4096
 """Tokens whose keys or queries are turned back at once."""
 
@@ -47,7 +50,8 @@ class A2ATS(CacheKind):
         window: newest tokens, which are always read.
         share: tokens that each query head chooses of the others, as a share of all tokens so far.
         codes: size of the codebook of each key head, at most the tokens of the prompt; below 1 a share of them.
-        distance: tokens that every key is taken to be behind a query, when it chooses.
+        distance: tokens that every key is taken to be behind a query, when it chooses; None for half of the prompt, at
+            most 2,048.
         rounds: the most rounds of k-means.
         seed: of the first centroids.
 
@@ -62,15 +66,17 @@ class A2ATS(CacheKind):
     window: int = 64
     share: float = 0.03
     codes: float = 0.0625
-    distance: int = 2048
+    distance: int | None = None
     rounds: int = 30
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_budget("codes", self.codes, LEAST_CODES)
-        for name, least in (("sinks", 0), ("window", 1), ("distance", 0), ("rounds", 0)):
+        for name, least in (("sinks", 0), ("window", 1), ("rounds", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"cache.{name}={getattr(self, name)} must be at least {least}.")
+        if self.distance is not None and self.distance < 0:
+            raise ConfigError(f"cache.distance={self.distance} must be at least 0, or null for half of the prompt.")
         if not 0 <= self.share <= 1:
             raise ConfigError(f"cache.share={self.share} must be from 0 to 1.")
 
@@ -78,6 +84,10 @@ class A2ATS(CacheKind):
         """Codes of a row whose prompt has `length` tokens; 0 for no codebook."""
         count = min(length, tokens_of(self.codes, length))
         return count if count >= LEAST_CODES else 0
+
+    def distance_of(self, length: int) -> int:
+        """The distance of a row whose prompt has `length` tokens."""
+        return min(MOST_DISTANCE, length // 2) if self.distance is None else self.distance
 
     def build(self, shape: CacheShape) -> Cache:
         """An empty cache."""
@@ -129,12 +139,12 @@ class A2ATSCache(ExactCache):
     """See `A2ATS`. Exact until the prompt ends, and in pieces behind it; then each token chooses.
 
     Attributes:
-        moment: float64 [B, Hkv, K, K], the sum of q q^T over the prompt's queries at `distance` from position 0; None
+        moment: float64 [B, Hkv, K, K], the sum of q q^T over the prompt's queries as if they stood at position 0; None
             before the first and after the end.
         ended: whether the prompt has ended.
         prompt_slots: slots that there were then; a document that begins behind them is read whole.
         codebooks: by name, of R rows, which forks share; empty without: `codebook` [R, Hkv, C, K] in the metric of the
-            queries, `factor` [R, Hkv, K, K] of that metric, `sizes` int32 [R], how many codes a row has.
+            queries, `factor` [R, Hkv, K, K] of that metric, `sizes` int32 [R], codes of a row, `distances` int32 [R].
         codes: the codes of all slots, if there are codebooks.
         slots_read: int64 [B], how many slots of all heads the last token read; None where that is all.
     """
@@ -183,7 +193,7 @@ class A2ATSCache(ExactCache):
         own = new.query.new_zeros(batch, key_heads, width, width, dtype=torch.float64)
         for start in range(0, new.count, RUN):
             some = slice(start, start + RUN)
-            query = self._turned(new.query[:, some], new.positions[:, some], self.kind.distance).double()
+            query = self._turned(new.query[:, some], new.positions[:, some]).double()
             if new.begins is not None:
                 place = torch.arange(start, start + query.shape[1], device=query.device)
                 query = query * (place >= new.begins[:, None])[..., None, None]
@@ -194,10 +204,16 @@ class A2ATSCache(ExactCache):
             own = before + own
         self.moment = own
 
-    def _turned(self, x: Tensor, before: Tensor, after: int) -> Tensor:
-        """Queries or keys [B, T, H, K] as if their positions, [B, T], were all one; float32 or better."""
+    def _turned(self, x: Tensor, before: Tensor, after: Tensor | None = None) -> Tensor:
+        """Queries or keys [B, T, H, K] as if their positions [B, T] were others, 0 by default; float32 or better."""
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
-        return moved(exact, before, torch.full_like(before, after), self.shape.rotary)
+        return moved(exact, before, torch.zeros_like(before) if after is None else after, self.shape.rotary)
+
+    def _moment_at(self, moment: Tensor, distances: Tensor) -> Tensor:
+        """The moment of the same queries if they stood at these positions [B] instead of 0: R M R^T, R the rotation."""
+        after = distances[:, None]
+        rows = self._turned(moment.transpose(1, 2), torch.zeros_like(after), after)
+        return self._turned(rows.transpose(1, 3), torch.zeros_like(after), after).transpose(1, 2)
 
     def prompt_ended(self) -> None:
         """Make each row's codebook of its keys and queries."""
@@ -208,24 +224,29 @@ class A2ATSCache(ExactCache):
         sizes = [self.kind.size(length) for length in lengths]
         if moment is None or not any(sizes):
             return
-        key, factor = self.whole()[0], metric_factor(moment)
+        key = self.whole()[0]
+        distances, counts = (
+            torch.tensor(x, dtype=torch.int32, device=key.device)
+            for x in ([*map(self.kind.distance_of, lengths)], sizes)
+        )
+        factor = metric_factor(self._moment_at(moment, distances))
         exact = torch.promote_types(key.dtype, torch.float32)
         codebook = key.new_zeros(*key.shape[:2], max(sizes), key.shape[3])
         for row, (length, size) in enumerate(zip(lengths, sizes, strict=True)):
             if size:
                 own = key[row : row + 1, :, self.length - length :].transpose(1, 2)
-                keys = self._turned(own, torch.arange(length, device=key.device)[None], 0)[0].transpose(0, 1)
+                keys = self._turned(own, torch.arange(length, device=key.device)[None])[0].transpose(0, 1)
                 points = torch.matmul(keys, factor[row].to(exact))
                 codebook[row, :, :size] = codebook_of(points, size, rounds=self.kind.rounds, seed=self.kind.seed)
-        self.take_codebooks(codebook, factor.to(exact), torch.tensor(sizes, dtype=torch.int32, device=key.device))
+        self.take_codebooks(codebook, factor.to(exact), counts, distances)
 
-    def take_codebooks(self, codebook: Tensor, factor: Tensor, sizes: Tensor) -> None:
+    def take_codebooks(self, codebook: Tensor, factor: Tensor, sizes: Tensor, distances: Tensor) -> None:
         """Choose by these codebooks from now on.
 
         Args:
-            codebook, factor, sizes: see `codebooks`.
+            codebook, factor, sizes, distances: see `codebooks`.
         """
-        self.codebooks = {"codebook": codebook, "factor": factor, "sizes": sizes}
+        self.codebooks = {"codebook": codebook, "factor": factor, "sizes": sizes, "distances": distances}
         key = self.whole()[0].transpose(1, 2)
         slot = torch.arange(self.length, device=key.device)
         positions = (slot - (self.length - self.next_position)[:, None]).clamp(min=0)
@@ -236,7 +257,7 @@ class A2ATSCache(ExactCache):
     def _codes_of(self, key: Tensor, positions: Tensor) -> Tensor:
         """The codes [B, Hkv, T] of keys [B, T, Hkv, K]."""
         codebook, factor = self.codebooks["codebook"], self.codebooks["factor"]
-        rows = self._folded(self._turned(key, positions, 0))
+        rows = self._folded(self._turned(key, positions))
         points = torch.matmul(rows, factor.to(rows.dtype))
         codes = nearest_codes(points, codebook.to(rows.dtype), self.codebooks["sizes"][:, None])
         return self._unfolded(codes).to(label_dtype(codebook.shape[2]))
@@ -268,8 +289,9 @@ class A2ATSCache(ExactCache):
         return (best | always[:, None]) & (place >= 0)[:, None]
 
     def _scores(self, new: NewTokens) -> Tensor:
-        """The scores [B, Hkv, G, C] of codes, by one query of each row that stands `distance` behind position 0."""
-        query = self._folded(self._turned(new.query, new.positions, self.kind.distance))
+        """The scores [B, Hkv, G, C] of codes, by one query of each row, as far from position 0 as `distances` say."""
+        after = of_every_row(self.codebooks["distances"], self.shape.batch)[:, None]
+        query = self._folded(self._turned(new.query, new.positions, after))
         codebook, factor = (self.codebooks[name].to(query.dtype) for name in ("codebook", "factor"))
         scale = new.query.shape[-1] ** -0.5 if new.scale is None else new.scale
         return self._unfolded(code_scores(query, codebook, factor, scale))
@@ -321,13 +343,16 @@ class A2ATSCache(ExactCache):
         self.codebooks = codebooks
 
     def _check_codebooks(self, found: dict[str, Any], name: str) -> None:
-        if set(found) != {"codebook", "factor", "sizes"} or not all(isinstance(x, Tensor) for x in found.values()):
+        if set(found) != {"codebook", "factor", "sizes", "distances"} or not all(
+            isinstance(x, Tensor) for x in found.values()
+        ):
             raise ValueError(f"{name} does not hold its codebooks")
-        codebook, factor, sizes = (found[key] for key in ("codebook", "factor", "sizes"))
+        codebook, factor, sizes, distances = (found[key] for key in ("codebook", "factor", "sizes", "distances"))
         rows, heads, width = len(sizes) if sizes.ndim else 0, self.shape.key_heads, self.shape.key_dim
         wrong = rows < 1 or self.shape.batch % rows or codebook.ndim != 4 or sizes.dtype != torch.int32
         wrong = wrong or codebook.shape != (rows, heads, codebook.shape[2], width) or sizes.shape != (rows,)
         wrong = wrong or factor.shape != (rows, heads, width, width)
+        wrong = wrong or distances.shape != sizes.shape or distances.dtype != sizes.dtype
         wrong = wrong or not (codebook.is_floating_point() and factor.is_floating_point())
         if wrong or not bool(((sizes >= 0) & (sizes <= codebook.shape[2])).all()):
             raise ValueError(f"{name}.codebooks are no part of a state of this model")
@@ -363,5 +388,5 @@ class A2ATSCache(ExactCache):
 
     def bookkeeping_bytes(self) -> int:
         """See `Cache.bookkeeping_bytes`."""
-        sizes = self.codebooks["sizes"].nbytes if self.codebooks else 0
-        return super().bookkeeping_bytes() + self.codes.bookkeeping_bytes() + sizes
+        numbers = sum(self.codebooks[name].nbytes for name in ("sizes", "distances") if self.codebooks)
+        return super().bookkeeping_bytes() + self.codes.bookkeeping_bytes() + numbers
