@@ -103,6 +103,7 @@ def test_sees_what_the_mask_says(block, anchor, split):
 
 
 KINDS = {
+    "a2ats": kind_of("a2ats", {"sinks": 1, "window": 3, "share": 0.15, "codes": 0.4}),
     "exact": None,
     "snapkv": kind_of("snapkv", {"budget": 14, "window": 4}),
     "quantised": kind_of("quantised", {"bits": 8}),

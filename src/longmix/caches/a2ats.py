@@ -35,7 +35,7 @@ LEAST_CODES = 2
 """A row whose prompt allows fewer has no codebook, and all of it is read."""
 
 MOST_DISTANCE = 2048
-"""The distance of the paper, for models of longer texts; no query is to be farther away than half of its text is long."""
+"""The distance of the paper; no query is to be farther away than half of its text is long."""
 
 RUN = 4096
 """Tokens whose keys or queries are turned back at once."""
@@ -61,6 +61,7 @@ class A2ATS(CacheKind):
 
     name: ClassVar[str] = "a2ats"
     step_by_step: ClassVar[bool] = True
+    takes_star: ClassVar[bool] = True
     takes_bias: ClassVar[bool] = False  # what a bias adds to a score is in no code
     sinks: int = 8
     window: int = 64
