@@ -331,7 +331,7 @@ def test_bytes_are_counted():
         ({"distance": -5}, r"cache\.distance=-5 must be at least 0, or null"),
         ({"rounds": -1}, r"cache\.rounds=-1 must be at least 0"),
         ({"share": 1.5}, r"cache\.share=1\.5 must be from 0 to 1"),
-        ({"codes": 1}, r"cache\.codes=1 must be a whole number of tokens, at least 2, or a share"),
+        ({"codes": 1}, r"cache\.codes=1 must be a whole number of codes, at least 2, or a share"),
         ({"codes": 2.5}, r"cache\.codes=2\.5 must be a whole number"),
     ],
 )

@@ -72,7 +72,7 @@ class A2ATS(CacheKind):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_budget("codes", self.codes, LEAST_CODES)
+        check_budget("codes", self.codes, LEAST_CODES, "codes")
         for name, least in (("sinks", 0), ("window", 1), ("rounds", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"cache.{name}={getattr(self, name)} must be at least {least}.")

@@ -14,8 +14,8 @@ MOST_SCORES = 2**24
 """Scores that are computed at once."""
 
 
-def check_budget(name: str, budget: float, least: int = 1) -> None:
-    """Refuse what is neither a number of tokens nor a share of the prompt.
+def check_budget(name: str, budget: float, least: int = 1, things: str = "tokens") -> None:
+    """Refuse what is neither a number of tokens, or of other things, nor a share of the prompt.
 
     Raises:
         ConfigError: naming the setting.
@@ -23,7 +23,7 @@ def check_budget(name: str, budget: float, least: int = 1) -> None:
     whole = budget >= 1 and budget == int(budget)
     if isinstance(budget, bool) or not (0 < budget < 1 or whole) or (whole and budget < least):
         raise ConfigError(
-            f"cache.{name}={budget} must be a whole number of tokens, at least {least}, or a share of the prompt "
+            f"cache.{name}={budget} must be a whole number of {things}, at least {least}, or a share of the prompt "
             "between 0 and 1."
         )
 
