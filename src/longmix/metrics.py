@@ -7,6 +7,9 @@ from longmix.reading import require_regular
 
 METRICS_FILE = "metrics.csv"
 
+LAYERS_LOSS = "train/layers_loss"
+"""The loss of a step in which layers learn from a teacher's; any other has `train/loss`, that of its tokens."""
+
 Metrics = dict[str, float]
 
 

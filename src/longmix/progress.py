@@ -26,7 +26,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from longmix.metrics import Metrics
+from longmix.metrics import LAYERS_LOSS, Metrics
 from longmix.printable import printable
 
 PATIENCE_SECONDS = 1.0
@@ -196,7 +196,8 @@ class ProgressDisplay:
     def show(self, step: int, metrics: Metrics) -> None:
         """Show new training numbers: in the bar, or as a line without one."""
         if self.bar is None:
-            numbers = _numbers(metrics["train/loss"], metrics["throughput/tokens_per_second"])
+            loss = metrics["train/loss"] if "train/loss" in metrics else metrics[LAYERS_LOSS]
+            numbers = _numbers(loss, metrics["throughput/tokens_per_second"])
             if "train/recall" in metrics:
                 numbers += f"  recall {metrics['train/recall']:.3f}"
             self.console.print(f"step {step}/{self.total_steps}  {numbers}  left {self._left(step)}", highlight=False)

@@ -15,6 +15,7 @@ from longmix.config.border import resolved as resolved
 from longmix.config.choices import Choice as Choice
 from longmix.config.choices import Pattern as Pattern
 from longmix.config.commands import AdversarialConfig as AdversarialConfig
+from longmix.config.commands import DistilConfig as DistilConfig
 from longmix.config.commands import EvaluateConfig as EvaluateConfig
 from longmix.config.commands import GenerateConfig as GenerateConfig
 from longmix.config.commands import LoopConfig as LoopConfig

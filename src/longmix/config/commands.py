@@ -153,6 +153,22 @@ class AdversarialConfig:
     weight: float = word(1.0, above(0))
 
 
+Objective = Literal["tokens", "layers", "logits"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistilConfig:
+    """How objective=logits learns from the teacher's distributions; see docs/distillation.md.
+
+    Attributes:
+        temperature: the logits of teacher and student are divided by it.
+        hard_share: weight of the loss on the text's own tokens; the divergence from the teacher has the rest.
+    """
+
+    temperature: float = word(1.0, above(0))
+    hard_share: float = word(0.0, share())
+
+
 @dataclass(frozen=True, kw_only=True)
 class MatchConfig:
     """Models of equal size whatever the mixer; see `longmix.model.matching`.
@@ -266,6 +282,9 @@ class TrainConfig(ModelConfig):
         trust: full names of classes besides longmix's own that checkpoint may name.
         trainable: all, or states: train the states before documents and nothing else.
         tuning: see `TuningConfig`.
+        objective: tokens, the text's own; or what the model that checkpoint= names teaches: layers, its mixers' outputs,
+            or logits, its distributions. See docs/distillation.md.
+        distil: see `DistilConfig`.
         match: see `MatchConfig`.
         adversarial: see `AdversarialConfig`.
         loop: see `LoopConfig`.
@@ -291,6 +310,8 @@ class TrainConfig(ModelConfig):
     trust: list[str] = word([])
     trainable: Literal["all", "states"] = "all"
     tuning: TuningConfig = field(default_factory=TuningConfig)
+    objective: Objective = "tokens"
+    distil: DistilConfig = field(default_factory=DistilConfig)
     match: MatchConfig = field(default_factory=MatchConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)

@@ -61,8 +61,9 @@ class StagePart:
 
     def __str__(self) -> str:
         scale = f", learning rate x {self.learning_rate_scale:g}" if self.learning_rate_scale != 1 else ""
+        learned = "" if self.config.objective == "tokens" else f", objective {self.config.objective}"
         windows = f"{counted(self.config.batch_size, 'window')} of {counted(self.config.seq_len, 'token')}"
-        return f"{counted(self.steps, 'step')} of {windows}{scale}"
+        return f"{counted(self.steps, 'step')} of {windows}{scale}{learned}"
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ def course_of(config: TrainConfig) -> Course:
             mixer=with_stage(number, functools.partial(choice_or_pattern, "mixer", settings["mixer"])),
             schedule=Choice.of(_key(config, number, "schedule"), settings["schedule"]),
             trainer=Choice.of("trainer", settings["trainer"]),
+            objective=settings["objective"],
         )
         start = parts[-1].stop if parts else 0
         parts.append(StagePart(number, start, _steps(own), own, stage.begins_schedule, stage.learning_rate_scale))

@@ -6,7 +6,7 @@ any version may have written, are read the same way as the words of a command.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from longmix.config.rules import Rule, at_least, word
 from longmix.config.values import as_given
@@ -43,6 +43,7 @@ class Stage:
             begins one; its settings replace those of the run's schedule. {} begins it with the same settings.
         data: settings that replace those of the run's data, such as {weights:{code:2}}.
         mixer: settings of the mixer that replace the run's; only those that leave its weights as they are.
+        objective: what is learned in this stage, as the word of the whole run.
     """
 
     words_as_written: ClassVar[str] = "{seq_len:4096,max_tokens:1e9}"
@@ -56,6 +57,7 @@ class Stage:
     schedule: dict[str, Any] | None = word(None, misfit=NO_SETTINGS)
     data: dict[str, Any] | None = word(None, misfit=NO_SETTINGS)
     mixer: dict[str, Any] | None = word(None, misfit=NO_SETTINGS)
+    objective: Literal["tokens", "layers", "logits"] | None = None
 
     @property
     def is_limited(self) -> bool:
@@ -97,7 +99,7 @@ def settings_of_stages(written: Mapping[str, Any]) -> list[StageSettings]:
     schedule = whole.get("schedule")
     for number, stage in enumerate(stages):
         own = {key: value for key, value in stage.items() if value is not None}
-        settings = whole | {key: own[key] for key in ("seq_len", "batch_size") if key in own}
+        settings = whole | {key: own[key] for key in ("seq_len", "batch_size", "objective") if key in own}
         if any(key in own for key in LIMITS):
             settings |= {key: own.get(key) for key in LIMITS}
         settings |= {key: merged(whole.get(key), own[key]) for key in MERGED if key in own}

@@ -10,6 +10,7 @@ from torch import nn
 from longmix.batch import Batch, documents_of, each
 from longmix.evaluation.statistics import LossStatistics
 from longmix.model.backbone import ModelOutput
+from longmix.model.head import SoftTargets
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
@@ -17,9 +18,10 @@ def to_device(batch: Batch, device: torch.device | str) -> Batch:
     return each(batch, lambda x: x.to(device, non_blocking=True))
 
 
-def run_whole(model: nn.Module, batch: Batch) -> ModelOutput:
-    """The output and losses of a `LanguageModel` on a batch."""
-    output: ModelOutput = model(batch["tokens"], batch["targets"], **documents_of(batch))
+def run_whole(model: nn.Module, batch: Batch, soft: SoftTargets | None = None) -> ModelOutput:
+    """The output and losses of a `LanguageModel` on a batch, with those from a teacher's distributions if given."""
+    taught = {} if soft is None else {"soft": soft}
+    output: ModelOutput = model(batch["tokens"], batch["targets"], **documents_of(batch), **taught)
     return output
 
 

@@ -24,7 +24,7 @@ from longmix.mixers.parts.documents import told_apart
 from longmix.mixers.parts.layout import Layout, LayoutNeeds, layout_after, layouts, needs_of
 from longmix.mixers.parts.metrics import Metric
 from longmix.model.blocks import Block, BlockStyle, Standard
-from longmix.model.head import capped, hits, scored, token_losses
+from longmix.model.head import SoftTargets, capped, hits, scored, token_losses
 from longmix.model.offload import Offload, lane_of
 from longmix.model.saved import SavedActivations, save_in_int8
 from longmix.model.sharing import NOTHING_SHARED, Sharing, check_sharing, share_projections
@@ -52,6 +52,8 @@ class ModelOutput:
         hits: bool [B, T], the targets that are the most likely token, where `LanguageModel.measures_hits` asks for it.
         log_normalisers: float32 [B, T], of the targets' distributions, 0 where there is no target, where
             `LanguageModel.measures_normalisers` asks for them in training.
+        divergences: float32 [B, T], from a teacher's distributions where a model in training was given any; see
+            `head.divergences`.
         losses: auxiliary losses summed over the layers, by name.
         metrics: the mixers' metrics as `layer_<index>/<name>`.
     """
@@ -61,6 +63,7 @@ class ModelOutput:
     state: list[Any] | None = None
     hits: Tensor | None = None
     log_normalisers: Tensor | None = None
+    divergences: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
     metrics: dict[str, Metric] = field(default_factory=dict)
 
@@ -179,6 +182,7 @@ class LanguageModel(nn.Module):
         document_ids: Tensor | None = None,
         document_starts: Tensor | None = None,
         positions_before: Tensor | None = None,
+        soft: SoftTargets | None = None,
     ) -> ModelOutput:
         """Run `tokens` int64 [B, T]; with `targets` int64 [B, T] the losses come along.
 
@@ -192,13 +196,9 @@ class LanguageModel(nn.Module):
                 a GPU; layers that go on from a state do not use it.
             positions_before: int32 [B, T], what is added to the positions of rotations, as in `Batch`; None for 0.
                 Layers that go on from a state do not use it.
+            soft: a teacher's distributions of the targets; without targets, or in evaluation, nothing uses them.
         """
-        for index, mixer in enumerate(self.mixers()):
-            if state is None or state[index].mixer is None:
-                mixer.prepare(tokens.shape[1])
-        if state is None:
-            document_ids = told_apart(document_ids)
-        made = self._layouts(tokens, state, document_ids, document_starts, positions_before)
+        document_ids, made = self.prepared(tokens, state, document_ids, document_starts, positions_before)
         x = self.embedding_norm(self.embedding(tokens))
         if self.embedding_dropout is not None:
             x = self.embedding_dropout(x)
@@ -227,8 +227,10 @@ class LanguageModel(nn.Module):
                 self.logit_softcap,
                 with_peaks=self.logit_penalty > 0,
                 with_normalisers=self.measures_normalisers,
+                soft=soft,
             )
             output.token_losses, output.log_normalisers = found.losses, found.log_normalisers
+            output.divergences = found.divergences
             if found.peaks is not None:
                 output.losses["logit_penalty"] = self.logit_penalty / 2 * found.peaks.square().mean()
         elif targets is not None:
@@ -236,6 +238,26 @@ class LanguageModel(nn.Module):
         if targets is not None and self.measures_hits:
             output.hits = hits(output.hidden, self.head.weight, targets)
         return output
+
+    def prepared(
+        self,
+        tokens: Tensor,
+        state: Sequence[Any] | None = None,
+        document_ids: Tensor | None = None,
+        document_starts: Tensor | None = None,
+        positions_before: Tensor | None = None,
+    ) -> tuple[Tensor | None, list[Layout | None]]:
+        """Make the mixers ready for a pass, whose arguments are those of `forward`.
+
+        Returns:
+            The document ids that the layers get, and each layer's layout; None where it makes that itself.
+        """
+        for index, mixer in enumerate(self.mixers()):
+            if state is None or state[index].mixer is None:
+                mixer.prepare(tokens.shape[1])
+        if state is None:
+            document_ids = told_apart(document_ids)
+        return document_ids, self._layouts(tokens, state, document_ids, document_starts, positions_before)
 
     def _layouts(
         self,

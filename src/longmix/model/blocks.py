@@ -4,6 +4,7 @@ Most mixers are compared inside the same style, `Standard`. RWKV-7 is published 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -149,6 +150,9 @@ class BlockState:
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + channel_mixer(norm(x)); training zeroes the share `dropout` of both branches."""
 
+    observer: Callable[[Tensor, Tensor], None] | None = None
+    """Called in each pass with the mixer's input and output, both [B, T, D]; None for nobody."""
+
     def __init__(
         self,
         shape: ModelShape,
@@ -206,12 +210,32 @@ class Block(nn.Module):
         layout: Layout | None,
     ) -> tuple[MixerOutput, Tensor, Any]:
         """The mixer's output, the block's output, and the state of the channel mixer."""
-        shared = {"value_residual": value_residual} if self.mixer.value_residual else {}
         mixer_state, mlp_state = (None, None) if state is None else (state.mixer, state.channel_mixer)
-        mixed = called(self.mixer, self.mixer_norm(x), mixer_state, document_ids, layout, **shared)
+        normed = self.mixer_norm(x)
+        mixed = self.mix(normed, mixer_state, document_ids, value_residual, layout)
+        if self.observer is not None:
+            self.observer(normed, mixed.y)
         x = x + self._dropped(mixed.y)
         channels = called(self.mlp, self.mlp_norm(x), mlp_state, document_ids)
         return mixed, x + self._dropped(channels.y), channels.state
+
+    def mix(
+        self,
+        normed: Tensor,
+        state: Any,
+        document_ids: Tensor | None,
+        value_residual: Tensor | None,
+        layout: Layout | None = None,
+    ) -> MixerOutput:
+        """The mixer's output alone, for its input [B, T, D] behind the norm.
+
+        Args:
+            normed: what the mixer is given.
+            state: the mixer's own; see `Mixer.forward`.
+            document_ids, value_residual, layout: see `forward`.
+        """
+        shared = {"value_residual": value_residual} if self.mixer.value_residual else {}
+        return called(self.mixer, normed, state, document_ids, layout, **shared)
 
     def _dropped(self, branch: Tensor) -> Tensor:
         return branch if self.dropout is None else self.dropout(branch)

@@ -32,6 +32,23 @@ def slice_rows(vocabulary: int, kind: str) -> int:
     return max(1, (CUDA_SLICE_ELEMENTS if kind == "cuda" else SLICE_ELEMENTS) // vocabulary)
 
 
+@dataclass(frozen=True)
+class SoftTargets:
+    """A teacher's distributions of the next tokens, as what their logits are made of.
+
+    Attributes:
+        hidden: [..., E], the normalised output of the teacher's last block, at the student's positions.
+        weight: [V, E], the teacher's head.
+        softcap: of the teacher's logits, see `capped`.
+        temperature: both models' logits are divided by it.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    softcap: float | None
+    temperature: float
+
+
 @dataclass
 class Scored:
     """What `scored` finds of each position; float32 [...] (float64 for float64 inputs).
@@ -40,11 +57,30 @@ class Scored:
         losses: negative log-likelihood of the target in nats, 0 where ignored.
         peaks: the largest logit, also where ignored.
         log_normalisers: logarithm of the sum of the exponential logits, 0 where ignored.
+        divergences: see `divergences`, 0 where ignored.
     """
 
     losses: Tensor
     peaks: Tensor | None = None
     log_normalisers: Tensor | None = None
+    divergences: Tensor | None = None
+
+
+def divergences(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """temperature**2 * KL(p || q), with p and q the softmax of both models' logits over the temperature.
+
+    The square keeps the size of the gradient when the temperature changes (Hinton et al. 2015, arXiv 1503.02531).
+
+    Args:
+        logits: [..., V], the student's.
+        teacher: [..., V].
+        temperature: above 0.
+
+    Returns:
+        [...] in nats.
+    """
+    log_q, log_p = (logits / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
+    return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
@@ -75,25 +111,30 @@ def scored(
     *,
     with_peaks: bool = False,
     with_normalisers: bool = False,
+    soft: SoftTargets | None = None,
 ) -> Scored:
     """The losses of `token_losses`, and what else is asked for of the same logits, all differentiable.
 
     Args:
         hidden, weight, targets, softcap: see `token_losses`.
         with_peaks, with_normalisers: what else; see `Scored`.
+        soft: a teacher's distributions, for `Scored.divergences`; its logits too are formed slice by slice.
     """
     rows, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    most = slice_rows(weight.shape[0], device_kind(rows.device))
-    options = weight, with_peaks, softcap, with_normalisers
+    most = slice_rows(weight.shape[0] * (1 if soft is None else 2), device_kind(rows.device))
+    options = weight, with_peaks, softcap, with_normalisers, soft
+    taught = None if soft is None else soft.hidden.reshape(-1, soft.hidden.shape[-1])
     if rows.shape[0] <= most:
-        found = _slice_losses(rows, labels, *options)
+        found = _slice_losses(rows, labels, taught, *options)
     else:
-        slices = zip(rows.split(most), labels.split(most), strict=True)
+        parts = rows.split(most)
+        theirs = [None] * len(parts) if taught is None else taught.split(most)
+        slices = zip(parts, labels.split(most), theirs, strict=True)
         pieces = [checkpoint(_slice_losses, *piece, *options, use_reentrant=False) for piece in slices]
-        found = [torch.cat(parts) for parts in zip(*pieces, strict=True)]
+        found = [torch.cat(column) for column in zip(*pieces, strict=True)]
     losses, *others = [part.reshape(targets.shape) for part in found]
-    peaks = others.pop(0) if with_peaks else None
-    return Scored(losses, peaks, others[0] if with_normalisers else None)
+    asked = with_peaks, with_normalisers, soft is not None
+    return Scored(losses, *(others.pop(0) if each else None for each in asked))
 
 
 @torch.no_grad()
@@ -105,15 +146,30 @@ def hits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return chosen.reshape(targets.shape) == targets
 
 
-def _slice_losses(
-    rows: Tensor, labels: Tensor, weight: Tensor, with_peaks: bool, softcap: float | None, with_normalisers: bool
-) -> list[Tensor]:
+def _slice_logits(rows: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
     logits = F.linear(rows, weight)
-    logits = capped(logits.to(torch.promote_types(logits.dtype, torch.float32)), softcap)
+    return capped(logits.to(torch.promote_types(logits.dtype, torch.float32)), softcap)
+
+
+def _slice_losses(
+    rows: Tensor,
+    labels: Tensor,
+    taught: Tensor | None,
+    weight: Tensor,
+    with_peaks: bool,
+    softcap: float | None,
+    with_normalisers: bool,
+    soft: SoftTargets | None,
+) -> list[Tensor]:
+    logits = _slice_logits(rows, weight, softcap)
     found = [F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE_INDEX)]
     if with_peaks:
         found.append(logits.amax(-1))
     if with_normalisers:  # of the loss, which is the normaliser less the target's logit
         chosen = logits.gather(-1, labels.clamp_min(0)[:, None])[:, 0]
         found.append(torch.where(labels == IGNORE_INDEX, 0.0, found[0] + chosen))
+    if soft is not None and taught is not None:
+        with torch.no_grad():
+            teacher = _slice_logits(taught, soft.weight, soft.softcap)
+        found.append(torch.where(labels == IGNORE_INDEX, 0.0, divergences(logits, teacher, soft.temperature)))
     return found

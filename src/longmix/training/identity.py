@@ -15,6 +15,7 @@ from longmix.config import (
     STAGES,
     AdversarialConfig,
     Choice,
+    DistilConfig,
     LoopConfig,
     OriginRecord,
     Plain,
@@ -96,7 +97,7 @@ STAGE_WORDS = ("seq_len", "batch_size", "data", "mixer")
 FREE_IN_STAGES = ("micro_batch_size",)
 """Words of a stage that cannot change a run's result."""
 
-GROUPS_OF_WORDS = {"loop": LoopConfig, "tuning": TuningConfig, "adversarial": AdversarialConfig}
+GROUPS_OF_WORDS = {"loop": LoopConfig, "tuning": TuningConfig, "adversarial": AdversarialConfig, "distil": DistilConfig}
 """Settings of which each has words of its own and none is a choice, so that their defaults are in these classes."""
 
 ORIGIN = "origin"
@@ -294,7 +295,8 @@ def _leaves(written: Plain) -> dict[str, object]:
     try:
         if written.get(STAGES):
             flat[STAGES] = [
-                {key: value for key, value in stage.items() if key not in FREE_IN_STAGES} for stage in written[STAGES]
+                {key: value for key, value in stage.items() if key not in FREE_IN_STAGES and value is not None}
+                for stage in written[STAGES]
             ]
         return flat | {"steps": _all_steps(written)}
     except (

@@ -6,14 +6,17 @@ for but fills the memory later. What is counted here is less than any run takes:
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from longmix.command_line.program import as_called
+from longmix.checkpoints import open_checkpoint
 from longmix.config import TrainConfig
 from longmix.errors import ConfigError
 from longmix.evaluation.memory import free_bytes
 from longmix.model.build import build_model
+from longmix.training.distillation import LAYERS, TOKENS
 from longmix.training.hardware import TrainerSettings
 from longmix.training.kept_activations import kept_per_token
 from longmix.wording import counted
@@ -26,7 +29,7 @@ class LeastMemory:
     """Bytes that the processes of this machine take at least, by what they are for.
 
     Attributes:
-        weights: with gradients, where all weights are trained.
+        weights: with gradients, where weights are trained, and those of a teacher.
         batch: tokens and targets of a step, int64.
         activations: what the backward pass needs of a micro-batch: at first what enters each block alone.
     """
@@ -53,17 +56,29 @@ def least_memory(config: TrainConfig, settings: TrainerSettings, vocab_size: int
         model = build_model(config, vocab_size)
     here, apart = settings.devices_here, settings.world_size // settings.slices
     width = 2 if settings.precision_in_use == "bf16-true" else 4
-    copies = 2 if config.trainable == "all" else 1
+    total = model.parameter_counts()["total"]
+    # of layers that learn apart, the mixers alone have gradients, and maybe not all of them
+    trained = total if config.trainable == "all" and config.objective != LAYERS else 0
     shards = settings.world_size if settings.strategy == "fsdp" else 1
     rows = config.batch_size // apart
     length = config.seq_len // settings.slices
     layers = min(len(model.blocks), 2) if model.activation_offload and settings.on_gpu else len(model.blocks)
+    if config.objective == LAYERS:  # each layer's are gone before the next one's are there
+        layers = 1
     entering = layers * model.shape.d_model * (4 if settings.precision_in_use == "32-true" else 2)
     return LeastMemory(
-        weights=here * copies * width * model.parameter_counts()["total"] // shards,
+        weights=here * width * (total + trained + _teacher(config)) // shards,
         batch=here * rows * length * 16,
         activations=here * (settings.micro_batch_size or rows) * length * entering,
     )
+
+
+def _teacher(config: TrainConfig) -> int:
+    """The number of a teacher's weights; 0 for a run without."""
+    if config.objective == TOKENS or config.origin is None:
+        return 0
+    shapes = open_checkpoint(Path(config.origin.checkpoint)).shapes
+    return sum(shape.numel() for name, shape in shapes.items() if name.startswith("model/"))
 
 
 MOST_KEPT = 400
@@ -89,7 +104,8 @@ def check_memory(config: TrainConfig, settings: TrainerSettings, vocab_size: int
     least = least_memory(config, settings, vocab_size)
     free = free_bytes(torch.device("cpu"))
     needed = least.batch if settings.on_gpu else least.total
-    if free is not None and not settings.on_gpu and needed <= free < needed + MOST_KEPT * least.activations:
+    whole = config.objective != LAYERS
+    if whole and free is not None and not settings.on_gpu and needed <= free < needed + MOST_KEPT * least.activations:
         least = _closer(config, settings, vocab_size, least)
         needed = least.total
     if free is not None and needed > free:

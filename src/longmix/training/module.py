@@ -23,13 +23,15 @@ from longmix.errors import CheckpointError, NonFiniteError, SpikeError
 from longmix.evaluation.loss import run_whole
 from longmix.mixers.parts.between_steps import finish_step
 from longmix.model.backbone import LanguageModel, ModelOutput
-from longmix.model.head import IGNORE_INDEX
+from longmix.model.head import IGNORE_INDEX, SoftTargets
 from longmix.recipe import recipe_of, set_recipe
 from longmix.training import strategies
 from longmix.training.adversarial import AttackedSteps
 from longmix.training.averaging import WeightAverage
 from longmix.training.carried import CARRIED, CarriedState, Rows, run_on
 from longmix.training.diagnosis import first_nonfinite, nonfinite_tensor
+from longmix.training.distillation import LAYERS, Distillation
+from longmix.training.layerwise import LayerLessons
 from longmix.training.optimizers import PEAK
 from longmix.training.run_state import SavedRun
 from longmix.training.saved_state import named_state, restore_state
@@ -61,6 +63,7 @@ class TrainingModule(LightningModule):
             must measure normalisers.
         spikes: tells steps that are left out, or stop the run, for a loss or gradient norm that jumps; None tells none.
         attacks: a second pass of some steps, see `longmix.training.adversarial`; None for no such step.
+        distillation: what is learned of a teacher; None trains on the text alone.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class TrainingModule(LightningModule):
         z_loss: float = 0.0,
         spikes: SpikeGuard | None = None,
         attacks: AttackedSteps | None = None,
+        distillation: Distillation | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -102,6 +106,7 @@ class TrainingModule(LightningModule):
         self.z_loss = z_loss
         self.spikes = spikes
         self.attacks = attacks
+        self.distillation = distillation
         self.row_group: ProcessGroup | None = None
         self.steps_taken = 0
         self.steps_skipped = 0
@@ -114,8 +119,7 @@ class TrainingModule(LightningModule):
         if self.slices > 1 and self.row_group is None:
             self.row_group = strategies.row_group(self.slices, self.timeout)
         if self.device_mesh is not None and not strategies.is_sharded(self.model):
-            products = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
-            strategies.shard(self.model, self.device_mesh["data_parallel"], products)
+            strategies.shard(self.model, self.device_mesh["data_parallel"], self._products())
         if self.carried is not None and self.carried.mesh is None and self._world_size() > 1:
             self.carried.mesh = strategies.mesh_of_rows(self.device, self.slices)
 
@@ -126,7 +130,14 @@ class TrainingModule(LightningModule):
         trainable = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
         if self.average is not None:
             self.average.begin(self.model)
+        if self.distillation is not None:
+            mesh = None if self.device_mesh is None else self.device_mesh["data_parallel"]
+            self.distillation.place(self.model, mesh, self._products())
         return self.build_optimizers(trainable)
+
+    def _products(self) -> torch.dtype | None:
+        """The dtype to which autocast rounds the factors of products; None if it rounds none."""
+        return torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
 
     @property
     def step(self) -> int:
@@ -197,8 +208,11 @@ class TrainingModule(LightningModule):
 
     def _accumulate(self, batch: Batch) -> StepRecord:
         micro_batches = split_batch(batch, self.micro_batch_size)
+        if self.distillation is not None and self.distillation.objective == LAYERS:
+            return self._learn_layers(batch, micro_batches, self.distillation)
         valid = self._valid_tokens(batch)
-        passes = Passes(valid, len(micro_batches), self.z_loss)
+        share = 1.0 if self.distillation is None else self.distillation.hard_share
+        passes = Passes(valid, len(micro_batches), self.z_loss, share)
         attacks = self.attacks if self.attacks is not None and self.attacks.are_due(self.step + 1) else None
         run, carried = self._run_carrying(micro_batches)
         for index, micro_batch in enumerate(micro_batches):
@@ -216,11 +230,30 @@ class TrainingModule(LightningModule):
         total = self.sum_over_processes(passes.token_losses().sum()) / self._world_size()
         return passes.record(total / valid, self.own(batch), carried)
 
+    def _learn_layers(self, batch: Batch, micro_batches: list[Batch], distillation: Distillation) -> StepRecord:
+        teacher = distillation.model
+        assert teacher is not None
+        with self._gradient_sync(last=False):  # DDP would wait for gradients that the other weights never get
+            lessons = LayerLessons(self.model, teacher, distillation.layers, self.row_group)
+            learned = lessons.learn(micro_batches, self.manual_backward)
+        if hasattr(self.trainer.model, "no_sync"):
+            strategies.average_gradients(self.model.parameters())
+        loss = torch.stack(list(learned.layers.values())).mean()
+        return StepRecord(
+            self.sum_over_processes(loss) / self._world_size(),
+            torch.zeros_like(loss),
+            loss.new_empty(0),
+            self.own(batch),
+            metrics=learned.metrics,
+            losses=learned.losses,
+            layer_losses=learned.layers,
+        )
+
     def _run_carrying(self, batches: list[Batch]) -> tuple[Callable[[Batch], ModelOutput], list[Rows]]:
         """What runs these micro-batches, in their order, and a list that gets the state after each of them."""
         after: list[Rows] = []
         if self.carried is None:
-            return self.run, after
+            return self._run_taught, after
         states = iter(self.carried.before(batches))
 
         def run(batch: Batch) -> ModelOutput:
@@ -240,11 +273,15 @@ class TrainingModule(LightningModule):
         if self.spikes is not None:
             self.spikes.forget()
 
-    def run(self, batch: Batch) -> ModelOutput:
+    def run(self, batch: Batch, soft: SoftTargets | None = None) -> ModelOutput:
         """Run the model, on this process's slice if rows are shared; token losses outside the slice are 0."""
         if self.row_group is not None:
-            return strategies.run_slice(self.model, batch, self.row_group)
-        return run_whole(self.model, batch)
+            return strategies.run_slice(self.model, batch, self.row_group, soft=soft)
+        return run_whole(self.model, batch, soft)
+
+    def _run_taught(self, batch: Batch) -> ModelOutput:
+        """Run the model with the teacher's distributions, where it learns from them."""
+        return self.run(batch, self.distillation and self.distillation.soft_targets(batch, self.row_group))
 
     def own(self, batch: Batch) -> Batch:
         """The batch with only those targets that this process counts."""

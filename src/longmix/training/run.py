@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from longmix.checkpoints import CheckpointStore, load_checkpoint
 from longmix.command_line.values import hydra_word
 from longmix.config import ModelConfig, TrainConfig, course_of, flattened, plain, reached, read, with_limits
+from longmix.conversion.teacher import teacher_of
 from longmix.data.staged import data_of
 from longmix.data.tokens.tokenizers import Tokenizer
 from longmix.data.training_data import TrainingData
@@ -40,6 +41,7 @@ from longmix.training.adversarial import attacked_steps, check_adversarial
 from longmix.training.averaging import WeightAverage
 from longmix.training.carried import CarriedState, check_carries, layers_begun_anew
 from longmix.training.claims import remove_unused
+from longmix.training.distillation import Distillation, check_objective, needs_teacher
 from longmix.training.hardware import TrainerSettings
 from longmix.training.loggers import NoLog
 from longmix.training.module import TrainingModule
@@ -179,7 +181,7 @@ def _train_from(
         print_header(config, start.folder, model, data, settings, start.step, invocation.choices)
     everyone.first(lambda: start.begin(config))
 
-    module = _module(config, model, settings, everyone)
+    module = _module(config, model, settings, everyone, start.step)
     supervisor = _supervisor(config, data, start, is_first, tasks_of(config, model.mixers(), invocation.folders))
     is_done = start.step == module.total_steps and supervisor.is_validated(start.step)
     if not is_done:
@@ -246,6 +248,7 @@ def check_config(
     tasks_of(config, model.mixers(), folders)
     each_part(course, lambda part: check_positions(model, part.config, settings.slices))
     check_adversarial(config, model, settings)
+    check_objective(config, course)
     if config.loop.carry_state:
         check_carries(model, data.reads_on, data.source, "order" in config.data.settings)
     return settings, data
@@ -274,7 +277,7 @@ def seed_everything(seed: int, num_threads: int | None = None) -> None:
 
 
 def _module(
-    config: TrainConfig, model: LanguageModel, settings: TrainerSettings, everyone: Processes
+    config: TrainConfig, model: LanguageModel, settings: TrainerSettings, everyone: Processes, step: int
 ) -> TrainingModule:
     if settings.slices > 1:
         warn_of_whole_rows(model, config.loop.carry_state)
@@ -298,6 +301,9 @@ def _module(
     if loop.spike_sigma is not None:
         spikes = SpikeGuard(loop.spike_sigma, loop.spike_window, stops=loop.spike_action == "stop")
     course = course_of(config)
+    distillation = None
+    if needs_teacher(course, step):
+        distillation = Distillation(model, teacher_of(config), course, step)
     return TrainingModule(
         model,
         lambda parameters: config.optimizer.build(parameters=parameters),
@@ -315,6 +321,7 @@ def _module(
         z_loss=loop.z_loss,
         spikes=spikes,
         attacks=attacked_steps(config, model),
+        distillation=distillation,
     )
 
 

@@ -125,6 +125,8 @@ def enter(part: StagePart, module: TrainingModule, before: ModelConfig) -> None:
     """
     take_settings(module.model, before, part.config)
     module.micro_batch_size = part.micro_batch_size
+    if module.distillation is not None:
+        module.distillation.enter(part)
     torch.compiler.reset()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # pieces of memory for the old shapes would lie between those for the new ones

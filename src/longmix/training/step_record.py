@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from longmix.batch import Batch
-from longmix.mixers.parts.metrics import Measure, accumulate
+from longmix.mixers.parts.metrics import Mean, Measure, accumulate
 from longmix.model.backbone import ModelOutput
 from longmix.training.carried import Rows
 
@@ -26,6 +26,9 @@ class StepRecord:
         spike: why the step was left out as a spike; empty for any other.
         z_loss: of this process, already divided by the valid tokens, where there is one.
         attacked_loss: of this process, likewise: the loss under the attack, where the step had one.
+        divergence: of this process, likewise: that from the teacher's distributions, where there is a teacher.
+        layer_losses: of this process, one per layer that learns from its teacher's: then these are all that is learned,
+            `loss` is their mean, and there are no token losses.
     """
 
     loss: Tensor
@@ -39,6 +42,18 @@ class StepRecord:
     spike: str = ""
     z_loss: Tensor | None = None
     attacked_loss: Tensor | None = None
+    divergence: Tensor | None = None
+    layer_losses: dict[int, Tensor] = field(default_factory=dict)
+
+    def measured(self) -> dict[str, Measure]:
+        """What the log has of the mixers and the further losses, by its name there; this process's part of it."""
+        found = {f"train/{name}": measure for name, measure in self.losses.items()}
+        shares = {"z_loss": self.z_loss, "attacked_loss": self.attacked_loss, "divergence": self.divergence}
+        shares |= {f"layers_loss/layer_{layer}": loss for layer, loss in self.layer_losses.items()}
+        for name, part in shares.items():
+            if part is not None:  # each process has its share of one mean
+                found[f"train/{name}"] = Mean.of(part)
+        return found | {f"mixer/{name}": measure for name, measure in self.metrics.items()}
 
 
 class Passes:
@@ -48,16 +63,18 @@ class Passes:
         valid: valid targets of the global batch per process.
         micro_batches: how many there are.
         z_loss: weight of the loss on the normalisers.
+        hard_share: weight of the loss on the targets, where the rest is that of the divergences from a teacher.
     """
 
-    def __init__(self, valid: Tensor, micro_batches: int, z_loss: float) -> None:
-        self.valid, self.micro_batches, self.z_loss = valid, micro_batches, z_loss
+    def __init__(self, valid: Tensor, micro_batches: int, z_loss: float, hard_share: float = 1.0) -> None:
+        self.valid, self.micro_batches, self.z_loss, self.hard_share = valid, micro_batches, z_loss, hard_share
         self._token_losses: list[Tensor] = []
         self._hits: list[Tensor] = []
         self._metrics: dict[str, Measure] = {}
         self._losses: dict[str, Measure] = {}
         self._z_losses: list[Tensor] = []
         self._attacked: list[Tensor] = []
+        self._divergences: list[Tensor] = []
 
     def add(self, output: ModelOutput) -> Tensor:
         """Gather a micro-batch's results; returns the loss to go backward from, its share of the step's.
@@ -67,6 +84,8 @@ class Passes:
         loss, z_loss = self._loss(output)
         if z_loss is not None:
             self._z_losses.append(z_loss.detach())
+        if output.divergences is not None:
+            self._divergences.append(output.divergences.detach().sum() / self.valid)
         self._token_losses.append(output.token_losses.detach())
         if output.hits is not None:
             self._hits.append(output.hits)
@@ -81,6 +100,9 @@ class Passes:
 
     def _loss(self, output: ModelOutput) -> tuple[Tensor, Tensor | None]:
         loss, z_loss = output.token_losses.sum() / self.valid, None
+        if output.divergences is not None:
+            soft = output.divergences.sum() / self.valid
+            loss = self.hard_share * loss + (1 - self.hard_share) * soft if self.hard_share else soft
         for auxiliary in output.losses.values():
             loss = loss + auxiliary / self.micro_batches
         if output.log_normalisers is not None:
@@ -106,4 +128,5 @@ class Passes:
             carried,
             z_loss=torch.stack(self._z_losses).sum() if self._z_losses else None,
             attacked_loss=torch.stack(self._attacked).sum() if self._attacked else None,
+            divergence=torch.stack(self._divergences).sum() if self._divergences else None,
         )

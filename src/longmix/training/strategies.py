@@ -1,23 +1,23 @@
 """Division of a model over processes, and their exchanges; the model itself knows nothing of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from longmix.batch import Batch
+from longmix.batch import Batch, documents_of
 from longmix.distributed.rounded_gather import RoundedGather
 from longmix.distributed.slices import Slices
 from longmix.mixers.parts.documents import told_apart
 from longmix.model.backbone import LanguageModel, ModelOutput
-from longmix.model.head import IGNORE_INDEX
+from longmix.model.head import IGNORE_INDEX, SoftTargets
 from longmix.model.saved import Int8Linear
 from longmix.recipe import recipe_of
 
@@ -38,6 +38,7 @@ def shard(model: LanguageModel, mesh: DeviceMesh, products: torch.dtype | None =
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
+        register_fsdp_forward_method(block, "mix")
     fully_shard(model, mesh=mesh, mp_policy=policy)
     weights = [weight for name, weight in model.named_parameters() if name in rounded]
     if products is None or mesh.size() == 1 or any(weight.dtype != torch.float32 for weight in model.parameters()):
@@ -96,8 +97,58 @@ def mesh_of_rows(device: torch.device, slices: int) -> DeviceMesh:
     return init_device_mesh(device.type, (size,) if slices == 1 else (size // slices, slices))
 
 
+def ready_for_parts(model: LanguageModel) -> None:
+    """Make a divided model known as the whole of its blocks, so that these can run before it does."""
+    if isinstance(model, FSDPModule):
+        model._get_fsdp_state()._lazy_init()
+
+
+def average_gradients(weights: Iterable[nn.Parameter]) -> None:
+    """Replace each gradient by its mean over all processes, which must all call it and have the same ones."""
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
+        work.wait()
+    for gradient in gradients:
+        gradient /= dist.get_world_size()
+
+
+def hidden(model: LanguageModel, batch: Batch, group: dist.ProcessGroup | None) -> Tensor:
+    """What a model's head is given on a batch [B, T, D]; of this process's slice alone if rows are shared.
+
+    Args:
+        model, batch: any.
+        group: the processes that share the rows; None if none do.
+    """
+    if group is None:
+        output: ModelOutput = model(batch["tokens"], **documents_of(batch))
+    else:
+        slices, given = inputs_of_slice(batch, group)
+        output = model(**given, state=model.slice_state(slices))
+    return output.hidden
+
+
+def inputs_of_slice(
+    batch: Batch, group: dist.ProcessGroup, carrying: bool = False
+) -> tuple[Slices, dict[str, Tensor | None]]:
+    """The slice of this process, and the arguments of a pass over it besides targets and state.
+
+    Args:
+        batch: any.
+        group: the processes that share the rows.
+        carrying: rows go on from a state, so that documents are told apart even where each row is one.
+    """
+    slices = Slices(batch["tokens"].shape[1], batch["document_ids"], group) if carrying else _slices(batch, group)
+    given: dict[str, Tensor | None] = {"tokens": slices.own(batch["tokens"]), "document_ids": slices.ids}
+    further = batch.get("positions_before")
+    return slices, given if further is None else {**given, "positions_before": slices.own(further)}
+
+
 def run_slice(
-    model: LanguageModel, batch: Batch, group: dist.ProcessGroup, before: Sequence[Any] | None = None
+    model: LanguageModel,
+    batch: Batch,
+    group: dist.ProcessGroup,
+    before: Sequence[Any] | None = None,
+    soft: SoftTargets | None = None,
 ) -> ModelOutput:
     """Run this process's slice of a batch's rows; token losses come back in whole rows, 0 outside the slice.
 
@@ -105,12 +156,11 @@ def run_slice(
         model, batch: any.
         group: the processes that share the rows.
         before: each layer's state before the rows; the output then has the states after the slice.
+        soft: a teacher's distributions in the slice, which stay there in the output too.
     """
-    slices = _slices(batch, group) if before is None else Slices(batch["tokens"].shape[1], batch["document_ids"], group)
-    tokens, targets = slices.own(batch["tokens"]), slices.own(batch["targets"])
-    further = batch.get("positions_before")
-    positions = {} if further is None else {"positions_before": slices.own(further)}
-    output = model(tokens, targets, state=model.slice_state(slices, before), document_ids=slices.ids, **positions)
+    slices, given = inputs_of_slice(batch, group, carrying=before is not None)
+    targets = slices.own(batch["targets"])
+    output = model(**given, targets=targets, state=model.slice_state(slices, before), soft=soft)
     output.token_losses = slices.placed(output.token_losses, 0.0)
     if output.hits is not None:
         output.hits = slices.placed(output.hits, False)

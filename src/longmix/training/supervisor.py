@@ -21,8 +21,8 @@ from longmix.distributed.agreement import Processes
 from longmix.distributed.signals import process_watch
 from longmix.errors import Interrupted, NonFiniteError
 from longmix.evaluation.statistics import LossStatistics
-from longmix.metrics import Metrics
-from longmix.mixers.parts.metrics import Mean, figures
+from longmix.metrics import LAYERS_LOSS, Metrics
+from longmix.mixers.parts.metrics import figures
 from longmix.progress import ProgressDisplay
 from longmix.training import random_state, strategies
 from longmix.training.connection import how_to_continue
@@ -274,33 +274,36 @@ class Supervisor(Callback):
 
     def _log(self, trainer: Trainer, module: TrainingModule) -> Metrics:
         record = module.record
-        statistics = empty_statistics(self._data(self.part), self.part, module)
-        statistics.update(record.token_losses, record.batch["targets"], record.batch["document_ids"], record.hits)
-        statistics.reduce()
-        loss, quality = record.loss.item(), quality_of(statistics.summary())
-        measured = {f"train/{name}": measure for name, measure in record.losses.items()}
-        if record.z_loss is not None:  # each process has its share of one mean over all tokens
-            measured["train/z_loss"] = Mean.of(record.z_loss)
-        if record.attacked_loss is not None:  # likewise
-            measured["train/attacked_loss"] = Mean.of(record.attacked_loss)
-        measured |= {f"mixer/{name}": measure for name, measure in record.metrics.items()}
         metrics: Metrics = {
-            "train/loss": loss,
-            "train/perplexity": math.exp(min(loss, 700.0)),
-            f"train/{quality[0]}": quality[1],
+            **self._losses(module),
             "train/learning_rate": module.learning_rate(),
             "train/gradient_norm": record.gradient_norm.item(),
             "train/tokens": self.course.tokens(module.step),
             **({"train/stage": self.part.number + 1} if self.course.staged else {}),
             "train/steps_skipped": module.steps_skipped,
             **({} if module.spikes is None else {"train/spikes": len(self.state.spikes)}),
-            **positions("train", statistics),
-            **figures(measured, module.sum_over_processes),
+            **figures(record.measured(), module.sum_over_processes),
             **self._throughput(trainer, module),
         }
         if trainer.is_global_zero:
             self.metric_log.write(module.step, metrics)
         return metrics
+
+    def _losses(self, module: TrainingModule) -> Metrics:
+        """The step's loss on the text, as numbers and by position; or that of its layers, which know no text."""
+        record = module.record
+        if record.layer_losses:
+            return {LAYERS_LOSS: record.loss.item()}
+        statistics = empty_statistics(self._data(self.part), self.part, module)
+        statistics.update(record.token_losses, record.batch["targets"], record.batch["document_ids"], record.hits)
+        statistics.reduce()
+        loss, quality = record.loss.item(), quality_of(statistics.summary())
+        return {
+            "train/loss": loss,
+            "train/perplexity": math.exp(min(loss, 700.0)),
+            f"train/{quality[0]}": quality[1],
+            **positions("train", statistics),
+        }
 
     def _rate(self) -> float:
         """Tokens per second since the last row of the log."""
