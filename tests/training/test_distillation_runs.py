@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.core.hydra_config import HydraConfig
 from launched import train as launched
 from test_reliability import assert_same
 
 from longmix.checkpoints import CheckpointStore, load_checkpoint
 from longmix.errors import CheckpointError, ConfigError
 from longmix.reading import read_json
+from longmix.training.run import train as train_now
 
 STAGES = (
     "stages=[{objective:layers,max_steps:3},"
@@ -32,18 +34,40 @@ WORDS = (
     "distil.hard_share=0.25",
     "mixer.rotary_base=5e5",
 )
-TEACHER = ("mixer=flash", "model.num_layers=2", "max_steps=3", "optimizer.learning_rate=1e-2")
+TEACHER = (
+    "mixer=flash",
+    "model.num_layers=2",
+    "model.d_model=32",
+    "model.mlp_hidden=32",
+    "max_steps=3",
+    "optimizer.learning_rate=1e-2",
+)
+LOOP = ("logger=csv", "batch_size=2", "seq_len=32", "data.validation_tokens=256", "trainer=cpu")
 
 
 @pytest.fixture(scope="module")
-def teacher(run_training, shared_cache) -> Path:
-    return run_training(*TEACHER, f"data.cache_dir={shared_cache}")
+def run(composed, tmp_path_factory, shared_cache) -> Callable[..., Path]:
+    """`run("seq_len=32", ...)` trains in a new folder and returns it."""
+
+    def train_in(*words: str) -> Path:
+        folder = tmp_path_factory.mktemp("run")
+        try:
+            train_now(composed([*LOOP, f"data.cache_dir={shared_cache}", *words], "train", folder))
+        finally:
+            HydraConfig.instance().cfg = None
+        return folder
+
+    return train_in
 
 
 @pytest.fixture(scope="module")
-def train(run_training, shared_cache, teacher) -> Callable[..., Path]:
-    common = (f"data.cache_dir={shared_cache}", f"checkpoint={teacher}")
-    return lambda *words: run_training(*WORDS, *common, *words)
+def teacher(run) -> Path:
+    return run(*TEACHER)
+
+
+@pytest.fixture(scope="module")
+def train(run, teacher) -> Callable[..., Path]:
+    return lambda *words: run(*WORDS, f"checkpoint={teacher}", *words)
 
 
 @pytest.fixture(scope="module")
@@ -87,20 +111,19 @@ def test_the_log_has_what_each_stage_learned(straight):
 def test_weights_that_do_not_learn_stay_and_have_no_state(straight, teacher):
     began = load_checkpoint(CheckpointStore(teacher / "checkpoints").latest())["model"]
     after = load_checkpoint(checkpoint(straight, 3))
-    (optimizer,) = after["optimizers"]
+    moments = set().union(*(optimizer["state"] for optimizer in after["optimizers"]))
     for name, weight in after["model"].items():
         learns = ".mixer." in name
         assert torch.equal(weight, began[name]) != learns, name
-        assert (name in optimizer["state"]) == learns, name
-    (optimizer,) = load_checkpoint(checkpoint(straight, 4))["optimizers"]
-    assert optimizer["state"].keys() == began.keys()
+        assert (name in moments) == learns, name
+    later = load_checkpoint(checkpoint(straight, 4))["optimizers"]
+    assert set().union(*(optimizer["state"] for optimizer in later)) == began.keys()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["layers", "logits"])
-@pytest.mark.parametrize("optimizer", ["muon"])
-def test_a_run_without_stages_has_an_objective(objective, optimizer, train):
-    words = (f"objective={objective}", f"optimizer={optimizer}", "max_steps=2")
+def test_a_run_without_stages_has_an_objective(objective, train):
+    words = (f"objective={objective}", "max_steps=2")
     words += ("distil.temperature=1", "distil.hard_share=0") if objective == "layers" else ()
     run = train(*words)
     column = "train/layers_loss" if objective == "layers" else "train/divergence"
@@ -109,10 +132,13 @@ def test_a_run_without_stages_has_an_objective(objective, optimizer, train):
 
 
 REFUSED = {
-    "no teacher": (["objective=logits", "checkpoint=null", "~mixer.rotary_base"], "learns from a teacher"),
+    "no teacher": (["objective=logits", "checkpoint=null", "mixer=flash"], "learns from a teacher"),
     "carried states": (["objective=logits", "loop.carry_state=true", "data.order=contiguous"], "loop.carry_state=true"),
     "attacks": (["objective=logits", "adversarial.xi=1"], "adversarial.xi"),
-    "tuned states": (["objective=layers", "trainable=states", "distil.temperature=1", "distil.hard_share=0"], "trainable"),
+    "tuned states": (
+        ["objective=layers", "trainable=states", "distil.temperature=1", "distil.hard_share=0"],
+        "trainable",
+    ),
     "words of another objective": (["objective=layers"], "distil.temperature has no effect without objective=logits"),
 }
 
@@ -120,7 +146,6 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_has_no_meaning_is_refused(case, train):
     words, message = REFUSED[case]
-    words = [word for word in words if not word.startswith("~")]
     with pytest.raises(ConfigError, match=message):
         train("max_steps=2", *words)
 
@@ -130,16 +155,16 @@ def test_nothing_new_has_nothing_to_learn(train):
         train("objective=layers", "max_steps=2", "mixer.rotary_base=1e4", "distil.temperature=1", "distil.hard_share=0")
 
 
-def test_a_teacher_that_is_gone_ends_a_run_that_needs_it_and_no_other(teacher, run_training, shared_cache, tmp_path):
+def test_a_teacher_that_is_gone_ends_a_run_that_needs_it_and_no_other(teacher, run, tmp_path):
     moved = tmp_path / "teacher"
     shutil.copytree(teacher, moved)
-    words = (*WORDS, f"data.cache_dir={shared_cache}", f"checkpoint={moved}", STAGES)
-    run = run_training(*words)
+    words = (*WORDS, f"checkpoint={moved}", STAGES)
+    begun = run(*words)
     shutil.rmtree(moved)
     with pytest.raises(CheckpointError, match="teacher"):
-        run_training(*words, f"resume={checkpoint(run, 4)}")
-    ours = run_training(*words, f"resume={checkpoint(run, 5)}")
-    assert_same(load_checkpoint(checkpoint(ours, 7))["model"], load_checkpoint(checkpoint(run, 7))["model"], "model")
+        run(*words, f"resume={checkpoint(begun, 4)}")
+    ours = run(*words, f"resume={checkpoint(begun, 5)}")
+    assert_same(load_checkpoint(checkpoint(ours, 7))["model"], load_checkpoint(checkpoint(begun, 7))["model"], "model")
 
 
 STRATEGIES = {"ddp": ["trainer=ddp"], "fsdp": ["trainer=fsdp"], "slices": ["trainer=context_parallel"]}

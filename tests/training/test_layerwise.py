@@ -76,9 +76,14 @@ def test_the_gradient_is_that_of_the_written_out_loss_in_any_micro_batches(kind,
     expected = gradients(net)
     assert expected.keys() == {name for name, _ in net.named_parameters() if ".mixer." in name}
     net.zero_grad()
-    parts = [{key: part[at : at + rows] if part is not None else None for key, part in given.items()} for at in range(0, 4, rows)]
+    parts = [
+        {key: part[at : at + rows] if part is not None else None for key, part in given.items()}
+        for at in range(0, 4, rows)
+    ]
     found = LayerLessons(net, theirs, [0, 1]).learn(parts, torch.Tensor.backward)
-    torch.testing.assert_close(torch.stack(list(found.layers.values())), torch.stack(losses).detach(), rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        torch.stack(list(found.layers.values())), torch.stack(losses).detach(), rtol=1e-10, atol=0
+    )
     assert_close(gradients(net), expected)
 
 
@@ -157,7 +162,9 @@ def test_layers_are_gone_before_the_next_one_runs():
             return super().forward(x, **given)
 
     net = model(Noted).double()
-    LayerLessons(net, teacher(), [0, 1]).learn([batch(0), batch(2)], lambda loss: events.append("backward") or loss.backward())
+    LayerLessons(net, teacher(), [0, 1]).learn(
+        [batch(0), batch(2)], lambda loss: events.append("backward") or loss.backward()
+    )
     assert events == ["forward", "backward"] * 4
 
 

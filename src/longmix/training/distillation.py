@@ -118,7 +118,9 @@ def check_objective(config: TrainConfig, course: Course) -> None:
     if LOGITS not in objectives:
         for name, default in vars(DistilConfig()).items():
             if getattr(config.distil, name) != default:
-                raise ConfigError(f"distil.{name} has no effect without objective={LOGITS}. Add it, or leave {name} out.")
+                raise ConfigError(
+                    f"distil.{name} has no effect without objective={LOGITS}. Add it, or leave {name} out."
+                )
     taught = next((objective for objective in objectives if objective != TOKENS), None)
     if taught is None:
         return

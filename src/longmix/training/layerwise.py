@@ -43,16 +43,25 @@ def layers_that_learn(student: LanguageModel, teacher: LanguageModel) -> list[in
 
 
 def _described(mixer: Mixer) -> list[object]:
-    """The classes and plain settings of a mixer and all its parts, and the shapes of its weights."""
-    parts: list[object] = [(name, weight.shape) for name, weight in mixer.named_parameters()]
-    for name, part in mixer.named_modules():
-        settings = {
-            key: value
-            for key, value in vars(part).items()
-            if isinstance(value, (bool, int, float, str, tuple, type(None))) and not key.startswith("_")
-        }
-        parts.append((name, type(part), {key: settings[key] for key in settings if key not in ("training", "kind")}))
-    return parts
+    """The classes and settings of a mixer and all its parts, and the shapes of its weights."""
+    shapes: list[object] = [(name, weight.shape) for name, weight in mixer.named_parameters()]
+    return shapes + [(name, _settings(part)) for name, part in mixer.named_modules()]
+
+
+def _settings(value: object) -> object:
+    """A value by which two settings compare; an object counts as its class and its public attributes."""
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_settings(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _settings(item) for key, item in value.items()}
+    if not type(value).__module__.startswith("longmix"):
+        return type(value)
+    attributes = {key: item for key, item in getattr(value, "__dict__", {}).items() if not key.startswith("_")}
+    # a mode, and the place of a mixer in the configuration
+    left_out = ("training", "kind") if isinstance(value, Mixer) else ("training",)
+    return type(value), {key: _settings(item) for key, item in attributes.items() if key not in left_out}
 
 
 @dataclass

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from longmix.command_line.program import as_called
 from longmix.checkpoints import open_checkpoint
+from longmix.command_line.program import as_called
 from longmix.config import TrainConfig
 from longmix.errors import ConfigError
 from longmix.evaluation.memory import free_bytes
