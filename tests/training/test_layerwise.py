@@ -50,7 +50,9 @@ def by_definition(net: LanguageModel, theirs: LanguageModel, given: dict, layers
         y = block.mixer(normed, document_ids=ids).y
         if index in layers:
             errors = own.mixer(normed, document_ids=ids).y - y
-            losses.append(torch.stack([e.square().sum() / t.square().sum() for e, t in zip(errors, y)]).mean())
+            losses.append(
+                torch.stack([e.square().sum() / t.square().sum() for e, t in zip(errors, y, strict=True)]).mean()
+            )
         x = x + y
         x = x + block.mlp(block.mlp_norm(x)).y
     return losses
@@ -140,7 +142,7 @@ def test_the_value_residual_is_the_students_own_without_its_gradient():
         x = x + block.mlp(block.mlp_norm(x)).y
     first = net.mixers()[0](normed[0])
     second = net.mixers()[1](normed[1], value_residual=first.value_residual.detach())
-    (sum(relative_errors(out.y, y).mean() for out, y in zip((first, second), wanted)) / 2).backward()
+    (sum(relative_errors(out.y, y).mean() for out, y in zip((first, second), wanted, strict=True)) / 2).backward()
     expected = gradients(net)
     for layers in ([0, 1], [1]):
         net.zero_grad()

@@ -282,8 +282,8 @@ class TrainConfig(ModelConfig):
         trust: full names of classes besides longmix's own that checkpoint may name.
         trainable: all, or states: train the states before documents and nothing else.
         tuning: see `TuningConfig`.
-        objective: tokens, the text's own; or what the model that checkpoint= names teaches: layers, its mixers' outputs,
-            or logits, its distributions. See docs/distillation.md.
+        objective: tokens, the text's own; or what the model that checkpoint= names teaches: layers, its mixers'
+            outputs, or logits, its distributions; see docs/distillation.md.
         distil: see `DistilConfig`.
         match: see `MatchConfig`.
         adversarial: see `AdversarialConfig`.

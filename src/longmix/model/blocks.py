@@ -212,7 +212,7 @@ class Block(nn.Module):
         """The mixer's output, the block's output, and the state of the channel mixer."""
         mixer_state, mlp_state = (None, None) if state is None else (state.mixer, state.channel_mixer)
         normed = self.mixer_norm(x)
-        mixed = self.mix(normed, mixer_state, document_ids, value_residual, layout)
+        mixed = self._called(normed, mixer_state, document_ids, value_residual, layout)
         if self.observer is not None:
             self.observer(normed, mixed.y)
         x = x + self._dropped(mixed.y)
@@ -234,6 +234,17 @@ class Block(nn.Module):
             state: the mixer's own; see `Mixer.forward`.
             document_ids, value_residual, layout: see `forward`.
         """
+        return self._called(normed, state, document_ids, value_residual, layout)
+
+    def _called(
+        self,
+        normed: Tensor,
+        state: Any,
+        document_ids: Tensor | None,
+        value_residual: Tensor | None,
+        layout: Layout | None,
+    ) -> MixerOutput:
+        """`mix`, for passes inside `forward`: FSDP takes `mix` for a pass of its own, with its own exchanges."""
         shared = {"value_residual": value_residual} if self.mixer.value_residual else {}
         return called(self.mixer, normed, state, document_ids, layout, **shared)
 

@@ -1,8 +1,8 @@
 """Training under a teacher: which objective each stage has, and the teacher beside the model that learns.
 
-The teacher is no part of the module that Lightning knows, nor of a checkpoint: it has no gradients and no optimizer, and
-a run that continues loads it again. Its weights have the dtype of the student's. They are divided over the processes
-where the student's are (fsdp), and whole in each otherwise.
+The teacher is no part of the module that Lightning knows, nor of a checkpoint: it has no gradients and no optimizer,
+and a run that continues loads it again. Its weights have the dtype of the student's. They are divided over the
+processes where the student's are (fsdp), and whole in each otherwise.
 """
 
 import torch
@@ -39,8 +39,8 @@ class Distillation:
         self.layers = layers_that_learn(student, teacher)
         if not self.layers and any(part.config.objective == LAYERS for part in self.taught):
             raise ConfigError(
-                "objective=layers: every layer's mixer is that of the teacher, so that none has anything to learn. Give "
-                "another mixer, or another objective."
+                "objective=layers: every layer's mixer is that of the teacher, so that none has anything to learn. "
+                "Give another mixer, or another objective."
             )
         self.model: LanguageModel | None = teacher.eval().requires_grad_(False)
         self.objective: str
