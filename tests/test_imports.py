@@ -53,6 +53,7 @@ ORDER = (
     "reporting",
     "analysis",
     "evaluation",
+    "conversion",
     "training",
     "api",
     "entry_points",

@@ -281,7 +281,8 @@ class TrainingModule(LightningModule):
 
     def _run_taught(self, batch: Batch) -> ModelOutput:
         """Run the model with the teacher's distributions, where it learns from them."""
-        return self.run(batch, self.distillation and self.distillation.soft_targets(batch, self.row_group))
+        soft = None if self.distillation is None else self.distillation.soft_targets(batch, self.row_group)
+        return self.run(batch, soft)
 
     def own(self, batch: Batch) -> Batch:
         """The batch with only those targets that this process counts."""
