@@ -21,6 +21,7 @@ A step of decoding reads the compressed keys and values, the chosen blocks and t
 parts' keys and values of all tokens too, so that any number of tokens can go on from it.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Unpack
 
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 
 from longmix.errors import ConfigError
 from longmix.mixers.parts.attention_state import AttentionState, Rows, continued, with_sinks
-from longmix.mixers.parts.base import COUNT, TOKENS, ModelShape, at_most
+from longmix.mixers.parts.base import COUNT, TOKENS, Mixer, ModelShape, at_most
 from longmix.mixers.parts.block_choice import chosen_blocks, gathered, listed_rows
 from longmix.mixers.parts.block_compression import BlockCompression
 from longmix.mixers.parts.block_states import NSAState
@@ -140,6 +141,14 @@ class NSA(SoftmaxAttention):
                 raise ConfigError(
                     f"mixer.compress_stride={self.compress_stride} must divide mixer.{name}={getattr(self, name)}."
                 )
+
+    def taken_from(self, teacher: Mixer, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `Mixer.taken_from`; keys and values of another mixer are those of all three parts."""
+        rows, wide = self.key.weight.shape[0], dict(weights)
+        for name in ("key.weight", "value.weight"):
+            if name in weights and 3 * len(weights[name]) == rows:
+                wide[name] = weights[name].repeat(3, 1)
+        return super().taken_from(teacher, wide)
 
     def value_path(self) -> None:
         """There is none: compressed values are no linear map of values."""

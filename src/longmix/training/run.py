@@ -172,7 +172,7 @@ def _train_from(
     data.setup("fit")
     everyone.each(lambda: start.check_data(data.fingerprint(), course_of(config).begun(start.step)))
     model = build_model(config, data.vocab_size if origin is None else origin.vocab_size)
-    begin(model, config, origin)
+    transferred = begin(model, config, origin)
     if draws(model, course_of(config)):
         random_state.diverge(config.seed, process_rank(), 0)
     model.measures_hits = data.makes_numbers
@@ -180,6 +180,9 @@ def _train_from(
     if is_first:
         print_header(config, start.folder, model, data, settings, start.step, invocation.choices)
     everyone.first(lambda: start.begin(config))
+    if is_first and transferred is not None:
+        print(f" taken    {transferred.line}", flush=True)
+        transferred.write(start.folder)
 
     module = _module(config, model, settings, everyone, start.step)
     supervisor = _supervisor(config, data, start, is_first, tasks_of(config, model.mixers(), invocation.folders))

@@ -15,6 +15,7 @@ from longmix.checkpoints.find import LAST, last_checkpoint
 from longmix.checkpoints.verify import weights_digest
 from longmix.command_line.schema import configs_folder
 from longmix.config import Choice, ModelConfig, OriginRecord, TrainConfig
+from longmix.conversion.transfer import Transfer, transfer
 from longmix.data.tokens.saved import tokenizer_from_state
 from longmix.data.tokens.tokenizers import Tokenizer
 from longmix.distributed.agreement import Processes
@@ -40,11 +41,13 @@ class Origin:
         weights: the model's.
         tokenizer: the one it was trained with.
         record: which checkpoint the command line names, as `config.yaml` keeps it; None if there is none any more.
+        teacher: the configuration of the model that has these weights, if another takes what it can of them.
     """
 
     weights: dict[str, Tensor]
     tokenizer: Tokenizer
     record: OriginRecord | None
+    teacher: ModelConfig | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -76,10 +79,16 @@ def begins_from(config: TrainConfig, invocation: Invocation) -> tuple[TrainConfi
         ConfigError: the command line also says what comes from the checkpoint.
     """
     if config.checkpoint is None:
+        if config.convert:
+            raise ConfigError("convert=true gives another model's weights to this one; give checkpoint=RUN.")
         return config, None
+    if config.convert and not _names_mixer(invocation):
+        raise ConfigError("convert=true needs the mixer that the model gets, such as mixer=mlstm_tfla*3+flash.")
     for override in invocation.words:
         word = override.lstrip("+~").partition("=")[0]
         group, _, setting = word.partition(".")
+        if config.convert and group == "mixer":
+            continue
         may_change = setting and (group == "mixer" or (group == "model" and setting in OF_TRAINING))
         if group in TAKEN and (override.startswith("~") or not may_change):
             rest = f" May change: {', '.join(f'model.{name}' for name in OF_TRAINING)}." if group == "model" else ""
@@ -104,11 +113,26 @@ def begins_from(config: TrainConfig, invocation: Invocation) -> tuple[TrainConfi
         check_model_nodes(state["config"], config.trust)
         trained = ModelConfig.of(state["config"])
         tokenizer = Choice.of("tokenizer", state["config"]["tokenizer"])
-        origin = Origin(state["model"], tokenizer_from_state(state["tokenizer"]), record)
-    mixer = changed_mixer(trained.mixer, _given(config, invocation), f"checkpoint={word}")
+        taught = trained if config.convert and own is None else None
+        origin = Origin(state["model"], tokenizer_from_state(state["tokenizer"]), record, taught)
+    mixer = config.mixer
+    if not config.convert:
+        mixer = changed_mixer(trained.mixer, _given(config, invocation), f"checkpoint={word}")
     model = trained.model.having(**_given_of_model(config, invocation))
     config = dataclasses.replace(config, mixer=mixer, model=model, tokenizer=tokenizer)
     return dataclasses.replace(config, checkpoint=word, origin=record), origin
+
+
+def _names_mixer(invocation: Invocation) -> bool:
+    """Whether a word of the command, or its experiment, chooses the mixer."""
+    file = _experiment(invocation)
+    chosen = {
+        str(key).split()[-1].lstrip("/")
+        for entry in file.get("defaults", [])
+        if isinstance(entry, dict)
+        for key in entry
+    }
+    return "mixer" in chosen or any(word.lstrip("+").partition("=")[0] == "mixer" for word in invocation.words)
 
 
 def _given(config: TrainConfig, invocation: Invocation) -> dict[str, Any]:
@@ -175,15 +199,22 @@ def continued_checkpoint(config: TrainConfig, invocation: Invocation) -> Path | 
     return CheckpointStore(invocation.folder / "checkpoints").latest()
 
 
-def begin(model: LanguageModel, config: TrainConfig, origin: Origin | None) -> None:
-    """Load the weights of the origin, and with `trainable=states` train nothing but states before documents.
+def begin(model: LanguageModel, config: TrainConfig, origin: Origin | None) -> Transfer | None:
+    """Load the weights of the origin; with `trainable=states` train nothing but states before documents.
+
+    Returns:
+        What was taken, if the weights are those of a model with another mixer.
 
     Raises:
         ConfigError: there are no such states in the model.
     """
-    if origin is not None:
+    report = None
+    if origin is not None and origin.teacher is not None:
+        report = transfer(model, origin.weights, origin.teacher)
+    elif origin is not None:
         load_weights(model, origin.weights)
     if config.trainable == "states":
         states = set(tune_states(model, config.tuning.features, config.tuning.decorrelation))
         for name, weight in model.named_parameters():
             weight.requires_grad_(name in states)
+    return report

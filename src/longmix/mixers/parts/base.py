@@ -1,7 +1,7 @@
 """The contract of every sequence mixer: one signature for training, prefill and decode."""
 
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,6 +13,7 @@ from longmix.errors import ConfigError
 from longmix.mixers.parts.layout import LayoutNeeds
 from longmix.mixers.parts.looked_into import EngineCall, ValuePath
 from longmix.mixers.parts.metrics import Metric
+from longmix.mixers.parts.taken import shared_weights
 from longmix.pytrees import pytree
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ class Mixer(nn.Module):
         changeable: settings that may change after training, because no weight's shape or meaning depends on them:
             `checkpoint=RUN mixer.NAME=VALUE` takes them, and so do stages of a run. Stages need what is made of them in
             `__init__` to be plain attributes: numbers, texts, and dataclasses, tuples or dicts of these.
+        roles: submodules that mean what those of the same name mean in other mixers, so that a model with other mixers
+            may take their weights (`convert=true`).
         kind: what tells layers apart that need unlike memory or time although their weights have the same shapes. The
             builder sets it to the place of the mixer's settings in the configuration.
         tunes_states: whether `tune_states` is there, which `trainable=states` needs. The submodule `tuned` then holds
@@ -94,6 +97,7 @@ class Mixer(nn.Module):
     sizes: ClassVar[dict[str, int]] = {}
     small: ClassVar[dict[str, Any]] = {}
     changeable: ClassVar[tuple[str, ...]] = ()
+    roles: ClassVar[tuple[str, ...]] = ("query", "key", "value", "output", "query_norm", "key_norm")
     kind: Hashable = None
     usual_place = "mixer"
     tunes_states = False
@@ -118,6 +122,15 @@ class Mixer(nn.Module):
     def init_state(self, batch: int) -> Any:
         """The state before the first token, for `batch` rows: a pytree whose tensors begin with the row."""
         raise NotImplementedError(f"{type(self).__name__} lacks init_state(batch)")
+
+    def taken_from(self, teacher: "Mixer", weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What this mixer takes of another one's weights, by its own names; the rest stays as it is.
+
+        Args:
+            teacher: the other mixer, which may be without memory.
+            weights: its weights by name.
+        """
+        return shared_weights(self, teacher, self.roles, weights)
 
     def takes_cache(self, kind: "CacheKind") -> bool:
         """Whether `decoding_state` returns a cache of this kind."""

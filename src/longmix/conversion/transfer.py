@@ -1,0 +1,86 @@
+"""Weights of a teacher in a model with other mixers: what is outside the mixers as it is, of the mixers what fits.
+
+Each mixer says what it takes by `Mixer.taken_from`; what most of them do stands in `longmix.mixers.parts.taken`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from longmix.config import ModelConfig
+from longmix.files import replace_json
+from longmix.model.backbone import LanguageModel
+from longmix.model.build import check_model
+
+TRANSFER_FILE = "transfer.json"
+
+
+@dataclass
+class Transfer:
+    """What became of each of a model's weights, by name.
+
+    Attributes:
+        taken: those of the teacher as they are.
+        repeated: those with each head of the teacher several times.
+        new: those as they began.
+        parameters: how many numbers each of them has.
+    """
+
+    taken: list[str] = field(default_factory=list)
+    repeated: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)
+    parameters: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def line(self) -> str:
+        """The report in one line."""
+        total = sum(self.parameters.values())
+        carried = sum(self.parameters[name] for name in (*self.taken, *self.repeated))
+        kinds = dict.fromkeys(name.split(".mixer.")[-1].removesuffix(".weight") for name in self.new)
+        fresh = f"; new: {', '.join(kinds)}" if kinds else ""
+        return (
+            f"{len(self.taken) + len(self.repeated)} of {len(self.parameters)} tensors and {carried / total:.1%} of "
+            f"the {total:,} weights are the teacher's{fresh}."
+        )
+
+    def write(self, folder: Path) -> None:
+        """Leave the report in a run's folder.
+
+        Raises:
+            StorageError: the file cannot be written.
+        """
+        parts: dict[str, Any] = {"taken": self.taken, "repeated": self.repeated, "new": self.new}
+        replace_json(folder / TRANSFER_FILE, parts | {"parameters": self.parameters, "summary": self.line})
+
+
+def transfer(model: LanguageModel, weights: Mapping[str, Tensor], teacher: ModelConfig) -> Transfer:
+    """Give a new model a teacher's weights.
+
+    Args:
+        model: with its first weights; its sizes outside the mixers are the teacher's.
+        weights: the teacher's, by name.
+        teacher: its configuration.
+
+    Returns:
+        What was taken. The model's other weights are as they were.
+    """
+    report, own = Transfer(), model.state_dict()
+    mixers = check_model(teacher).mixers()
+    found = {name: x for name, x in weights.items() if ".mixer." not in name and name in own}
+    found = {name: x for name, x in found.items() if x.shape == own[name].shape}
+    repeated: set[str] = set()
+    for index, (mixer, taught) in enumerate(zip(model.mixers(), mixers, strict=True)):
+        prefix = f"blocks.{index}.mixer."
+        theirs = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
+        taken = mixer.taken_from(taught, theirs)
+        repeated |= {prefix + name for name, x in taken.items() if x.shape != theirs[name].shape}
+        found |= {prefix + name: x for name, x in taken.items()}
+    for name, x in own.items():
+        report.parameters[name] = x.numel()
+        place = report.new if name not in found else report.repeated if name in repeated else report.taken
+        place.append(name)
+    model.load_state_dict(found, strict=False)
+    return report
