@@ -77,6 +77,7 @@ def group_files() -> list[Any]:
 NEEDS = {
     "tokenizer=prepared": ["data=prepared", "data.path=given"],
     "experiment=state_tuning": ["mixer=kda"],
+    "experiment=convert": ["checkpoint=given", "mixer=gla"],
 }
 """Choices that take a setting from another group's, or the mixer from a checkpoint."""
 

@@ -47,6 +47,7 @@ ORDER = (
     "model",
     "trust",
     "restore",
+    "conversion",
     "share",
     "generation",
     "accelerators",
