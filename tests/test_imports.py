@@ -47,7 +47,6 @@ ORDER = (
     "model",
     "trust",
     "restore",
-    "conversion",
     "share",
     "generation",
     "accelerators",
