@@ -289,10 +289,11 @@ class TrainingModule(LightningModule):
         return batch if self.row_group is None else strategies.own_targets(batch, self.row_group)
 
     def _clip(self, record: StepRecord) -> None:
-        gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
+        weights = list(self.model.parameters())
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
         norm = strategies.whole(torch.nn.utils.get_total_norm(gradients))
         if self.gradient_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.gradient_clip, norm)
+            torch.nn.utils.clip_grads_with_norm_(weights, self.gradient_clip, norm)
         record.gradient_norm = norm
 
     def _valid_tokens(self, batch: Batch) -> Tensor:
