@@ -280,8 +280,8 @@ class TrainConfig(ModelConfig):
         checkpoint: folder of a run or checkpoint whose weights a new run begins from; model, mixer and tokenizer are
             its own, but for mixer.NAME=VALUE of what may change after training, such as mixer.rotary_scaling.
         trust: full names of classes besides longmix's own that checkpoint may name.
-        convert: give the model that checkpoint= names the mixer of this command, which takes what it can of the weights;
-            see docs/converting.md.
+        convert: give the model of checkpoint= the mixer of this command, which takes what it can of the weights; see
+            docs/converting.md.
         trainable: all, or states: train the states before documents and nothing else.
         tuning: see `TuningConfig`.
         objective: tokens, the text's own; or what the model that checkpoint= names teaches: layers, its mixers'
