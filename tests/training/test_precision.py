@@ -37,7 +37,7 @@ def begin(compose_config, precision: str, accelerator: str) -> None:
     """What a run does before its first step."""
     config = read(TrainConfig, compose_config("mixer=gla", "trainer=cpu", *MODEL))
     settings = TrainerSettings(accelerator=accelerator, precision=precision, compile=False)
-    run._module(config, build_model(config, 20), settings, Processes())
+    run._module(config, build_model(config, 20), settings, Processes(), 0)
 
 
 @pytest.mark.parametrize("accelerator", ["auto", "gpu"])
