@@ -93,13 +93,22 @@ def settings_of(optimizer: str, seq_len: int, options: argparse.Namespace) -> Se
     return Settings(words, seq_len, batch, options.lap * (options.laps + 1), options.lap)
 
 
+def loops_here() -> list[str]:
+    """The loops whose packages are installed; a line on standard error says which are left out."""
+    missing = [name for name in ("transformers", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        needed = "pip install -e '.[pretrained]'"
+        print(f"{TRAINER} is left out: {' and '.join(missing)} is not installed ({needed}).", file=sys.stderr)
+    return [OURS, *(name for name in LOOPS if name != TRAINER or not missing)]
+
+
 def measure(options: argparse.Namespace) -> list[Record]:
     """Records of all optimizers and lengths.
 
     Raises:
         FailedError: a process ended without its laps.
     """
-    loops = [OURS, *(name for name in LOOPS if name != TRAINER or importlib.util.find_spec("transformers"))]
+    loops = loops_here()
     cells = [(optimizer, seq_len) for optimizer in options.optimizers for seq_len in options.lengths]
     laps: dict[tuple[str, int, str], list[list[float]]] = {(*cell, loop): [] for cell in cells for loop in loops}
     with progress(options.rounds * len(laps)) as (announce, finish):

@@ -91,6 +91,16 @@ def test_the_table_says_how_much_faster_we_are():
     assert lines[-1] == "longmix is at least as fast in 1 of 2 comparisons."
 
 
+@pytest.mark.parametrize("missing", ["transformers", "accelerate"])
+def test_the_trainer_is_left_out_without_what_it_needs(missing, monkeypatch, capsys):
+    find = step.importlib.util.find_spec
+    monkeypatch.setattr(step.importlib.util, "find_spec", lambda name: None if name == missing else find(name))
+    assert step.loops_here() == [step.OURS, PLAIN]
+    assert missing in capsys.readouterr().err
+    monkeypatch.setattr(step.importlib.util, "find_spec", lambda name: True)
+    assert step.loops_here() == [step.OURS, PLAIN, TRAINER]
+
+
 @pytest.mark.slow
 def test_measures_all_loops(tmp_path, shared_cache, capsys):
     words = [f"--word={word}" for word in SMALL]
