@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 from benchmarks import results
 from benchmarks.command import RESULTS, Parser, positive, progress
 from benchmarks.results import Record
-from longmix.errors import LongmixError
 from longmix.model.backbone import Checkpointing
 from longmix.planning import check
 from longmix.planning.arguments import read
@@ -150,14 +149,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write and print."""
     options = parse(arguments)
-    environment = results.environment(torch.device("cpu"), "fp32")
-    try:
-        records = list(measure(options))
-    except LongmixError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    results.leave("activation_memory", environment, options, records, table, drawn)
-    return 0
+    return results.carry_out("activation_memory", options, lambda: measure(options), table, drawn)
 
 
 if __name__ == "__main__":

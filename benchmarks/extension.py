@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
 
 import longmix
@@ -163,14 +162,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write and print."""
     options = parse(arguments)
-    environment = results.environment(torch.device("cpu"), "fp32")
-    try:
-        records = list(measure(options, options.out / "evaluations"))
-    except LongmixError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    results.leave(options.name, environment, options, records, table, drawn)
-    return 0
+    return results.carry_out(options.name, options, lambda: measure(options, options.out / "evaluations"), table, drawn)
 
 
 if __name__ == "__main__":

@@ -117,9 +117,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write and print."""
     options = parse(arguments)
-    environment = results.environment(torch.device("cpu"), "fp64")
-    results.leave(options.name, environment, options, list(measure(options)), table, drawn)
-    return 0
+    return results.carry_out(options.name, options, lambda: measure(options), table, drawn, "fp64")
 
 
 if __name__ == "__main__":

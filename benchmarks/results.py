@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from longmix.errors import LongmixError
 from longmix.files import replace_json, replace_text
 from longmix.reporting.plots import HEIGHT, WIDTH, Curve, draw_curves, drawing, new_figure, save_figure
 from longmix.reporting.style import INK, PALETTE, Style, nth_style
@@ -237,6 +238,25 @@ def leave(
     replace_text(path.with_suffix(".md"), f"{table(records)}\n")
     save_figure(drawn(records), path.with_suffix(".png"))
     print(f"{table(records)}\n\n{headline(environment)}\nwritten: {path}, .md, .png")
+
+
+def carry_out(
+    benchmark: str,
+    options: argparse.Namespace,
+    measure: Callable[[], Iterable[Record]],
+    table: Callable[[Sequence[Record]], str],
+    drawn: Callable[[Sequence[Record]], Figure],
+    dtype: str = "fp32",
+) -> int:
+    """Measure on the CPU and leave the records; returns the exit code, that of an error after one line about it."""
+    known = environment(torch.device("cpu"), dtype)
+    try:
+        records = list(measure())
+    except LongmixError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    leave(benchmark, known, options, records, table, drawn)
+    return 0
 
 
 def write_json(path: Path, content: Record) -> None:

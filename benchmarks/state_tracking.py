@@ -17,14 +17,12 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
 
 import longmix
 from benchmarks import results
 from benchmarks.command import RESULTS, Parser, positive, progress
 from benchmarks.results import Record
-from longmix.errors import LongmixError
 from longmix.reporting.plots import draw_curves, draw_trained, drawing, new_figure
 
 DESCRIPTION = "Recall of tracked states past the trained length."
@@ -130,15 +128,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train, measure, write and print."""
     options = parse(arguments)
-    environment = results.environment(torch.device("cpu"), "fp32")
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            records = list(measure(options, Path(folder)))
-    except LongmixError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    results.leave(options.name, environment, options, records, table, drawn)
-    return 0
+    with tempfile.TemporaryDirectory() as folder:
+        return results.carry_out(options.name, options, lambda: measure(options, Path(folder)), table, drawn)
 
 
 if __name__ == "__main__":

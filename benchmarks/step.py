@@ -25,6 +25,7 @@ from benchmarks import results
 from benchmarks.command import RESULTS, Parser, positive, progress
 from benchmarks.results import ROOT, Record
 from benchmarks.step_loops import PLAIN, TRAINER, Settings
+from longmix.errors import LongmixError
 from longmix.metrics import read_cells
 from longmix.reporting.plots import draw_curves, drawing, new_figure
 
@@ -37,8 +38,10 @@ BAR = 1.0
 RATE = "throughput/tokens_per_second"
 
 
-class FailedError(Exception):
+class FailedError(LongmixError):
     """A process ended without its laps."""
+
+    exit_code = 1
 
 
 def run(command: Sequence[str], folder: Path, threads: int) -> None:
@@ -218,14 +221,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write and print; 1 if a process failed."""
     options = parse(arguments)
-    environment = results.environment(torch.device("cpu"), "fp32")
-    try:
-        records = measure(options)
-    except FailedError as error:
-        print(error, file=sys.stderr)
-        return 1
-    results.leave("step", environment, options, records, table, drawn)
-    return 0
+    return results.carry_out("step", options, lambda: measure(options), table, drawn)
 
 
 if __name__ == "__main__":
