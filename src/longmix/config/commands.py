@@ -23,7 +23,7 @@ from longmix.config.rules import (
     share,
     word,
 )
-from longmix.config.stages import Stage
+from longmix.config.stages import Objective, Stage
 from longmix.config.values import LARGEST_SEED
 from longmix.errors import ConfigError
 from longmix.naming import check_name
@@ -151,9 +151,6 @@ class AdversarialConfig:
     layers: list[int] | None = None
     every: int = word(1, at_least(1))
     weight: float = word(1.0, above(0))
-
-
-Objective = Literal["tokens", "layers", "logits"]
 
 
 @dataclass(frozen=True, kw_only=True)

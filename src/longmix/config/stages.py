@@ -12,6 +12,9 @@ from longmix.config.rules import Rule, at_least, word
 from longmix.config.values import as_given
 from longmix.errors import CheckpointError, LongmixError
 
+Objective = Literal["tokens", "layers", "logits"]
+"""What is learned; see docs/distillation.md."""
+
 STAGES, STAGE = "stages", "stage"
 """Entries of a configuration: the stages, and in a checkpoint's the number of the one that it was saved in, from 0."""
 
@@ -57,7 +60,7 @@ class Stage:
     schedule: dict[str, Any] | None = word(None, misfit=NO_SETTINGS)
     data: dict[str, Any] | None = word(None, misfit=NO_SETTINGS)
     mixer: dict[str, Any] | None = word(None, misfit=NO_SETTINGS)
-    objective: Literal["tokens", "layers", "logits"] | None = None
+    objective: Objective | None = None
 
     @property
     def is_limited(self) -> bool:

@@ -69,8 +69,8 @@ def transfer(model: LanguageModel, weights: Mapping[str, Tensor], teacher: Model
     """
     report, own = Transfer(), model.state_dict()
     mixers = check_model(teacher).mixers()
-    found = {name: x for name, x in weights.items() if ".mixer." not in name and name in own}
-    found = {name: x for name, x in found.items() if x.shape == own[name].shape}
+    outside = [name for name in own if ".mixer." not in name and name in weights]
+    found = {name: weights[name] for name in outside if weights[name].shape == own[name].shape}
     repeated: set[str] = set()
     for index, (mixer, taught) in enumerate(zip(model.mixers(), mixers, strict=True)):
         prefix = f"blocks.{index}.mixer."

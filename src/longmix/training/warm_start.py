@@ -125,14 +125,8 @@ def begins_from(config: TrainConfig, invocation: Invocation) -> tuple[TrainConfi
 
 def _names_mixer(invocation: Invocation) -> bool:
     """Whether a word of the command, or its experiment, chooses the mixer."""
-    file = _experiment(invocation)
-    chosen = {
-        str(key).split()[-1].lstrip("/")
-        for entry in file.get("defaults", [])
-        if isinstance(entry, dict)
-        for key in entry
-    }
-    return "mixer" in chosen or any(word.lstrip("+").partition("=")[0] == "mixer" for word in invocation.words)
+    chosen = _chooses_mixer(_experiment(invocation))
+    return chosen or any(word.lstrip("+").partition("=")[0] == "mixer" for word in invocation.words)
 
 
 def _given(config: TrainConfig, invocation: Invocation) -> dict[str, Any]:
@@ -161,11 +155,16 @@ def _named_by_experiment(invocation: Invocation) -> list[list[str]]:
     None if it also chooses the mixer: then they are that mixer's, and the checkpoint has its own.
     """
     file = _experiment(invocation)
-    chosen = {str(key) for entry in file.get("defaults", []) if isinstance(entry, dict) for key in entry}
     own = file.get("mixer")
-    if not isinstance(own, dict) or any(key.split()[-1].lstrip("/") == "mixer" for key in chosen):
+    if not isinstance(own, dict) or _chooses_mixer(file):
         return []
     return [parts for parts in _leaves(own) if parts != ["_target_"]]
+
+
+def _chooses_mixer(experiment: Mapping[str, Any]) -> bool:
+    """Whether the defaults in an experiment's file name a mixer."""
+    chosen = [str(key) for entry in experiment.get("defaults", []) if isinstance(entry, dict) for key in entry]
+    return any(key.split()[-1].lstrip("/") == "mixer" for key in chosen)
 
 
 def _experiment(invocation: Invocation) -> dict[str, Any]:
