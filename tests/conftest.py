@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,13 +180,13 @@ def composed_words() -> Compose:
 
 @pytest.fixture(scope="session")
 def run_training(tmp_path_factory) -> Callable[..., Path]:
-    """`run_training("seq_len=32", ...)` trains in this process and returns the run's folder."""
+    """`run_training("seq_len=32", ...)` trains here, with `base` before the words, and returns the run's folder."""
     from longmix.training.run import train
 
-    def run(*overrides: str) -> Path:
+    def run(*overrides: str, base: Sequence[str] = TINY) -> Path:
         folder = tmp_path_factory.mktemp("run")
         try:
-            train(composed([*TINY, *overrides], "train", folder))
+            train(composed([*base, *overrides], "train", folder))
         finally:
             HydraConfig.instance().cfg = None
         return folder

@@ -1,20 +1,18 @@
 """Runs that learn from a teacher: they resume bit for bit, and refuse what has no meaning."""
 
-import csv
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from hydra.core.hydra_config import HydraConfig
 from launched import train as launched
+from run_files import checkpoint, rows
 from test_reliability import assert_same
 
 from longmix.checkpoints import CheckpointStore, load_checkpoint
 from longmix.errors import CheckpointError, ConfigError
 from longmix.reading import read_json
-from longmix.training.run import train as train_now
 
 STAGES = (
     "stages=[{objective:layers,max_steps:3},"
@@ -46,18 +44,9 @@ LOOP = ("logger=csv", "batch_size=2", "seq_len=32", "data.validation_tokens=256"
 
 
 @pytest.fixture(scope="module")
-def run(composed, tmp_path_factory, shared_cache) -> Callable[..., Path]:
+def run(run_training, shared_cache) -> Callable[..., Path]:
     """`run("seq_len=32", ...)` trains in a new folder and returns it."""
-
-    def train_in(*words: str) -> Path:
-        folder = tmp_path_factory.mktemp("run")
-        try:
-            train_now(composed([*LOOP, f"data.cache_dir={shared_cache}", *words], "train", folder))
-        finally:
-            HydraConfig.instance().cfg = None
-        return folder
-
-    return train_in
+    return lambda *words: run_training(*words, base=(*LOOP, f"data.cache_dir={shared_cache}"))
 
 
 @pytest.fixture(scope="module")
@@ -73,15 +62,6 @@ def train(run, teacher) -> Callable[..., Path]:
 @pytest.fixture(scope="module")
 def straight(train) -> Path:
     return train(STAGES)
-
-
-def checkpoint(run: Path, step: int) -> Path:
-    return run / f"checkpoints/step-{step:08d}"
-
-
-def rows(run: Path, column: str) -> dict[int, str]:
-    with (run / "metrics.csv").open(newline="") as stream:
-        return {int(row["step"]): row[column] for row in csv.DictReader(stream) if row.get(column)}
 
 
 @pytest.mark.sampled(2)

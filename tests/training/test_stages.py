@@ -1,11 +1,11 @@
 """Runs with stages: they resume bit for bit inside and at the border of stages, and later stages may change."""
 
-import csv
 import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from run_files import checkpoint, rows
 from test_reliability import assert_same
 
 from longmix import machine_memory
@@ -44,15 +44,6 @@ def train(run_training, shared_cache) -> Callable[..., Path]:
 @pytest.fixture(scope="module")
 def straight(train) -> Path:
     return train(STAGES)
-
-
-def checkpoint(run: Path, step: int) -> Path:
-    return run / f"checkpoints/step-{step:08d}"
-
-
-def rows(run: Path, column: str) -> dict[int, str]:
-    with (run / "metrics.csv").open(newline="") as stream:
-        return {int(row["step"]): row[column] for row in csv.DictReader(stream) if row.get(column)}
 
 
 def assert_same_end(ours: Path, theirs: Path, step: int = 8) -> None:
