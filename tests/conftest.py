@@ -4,6 +4,7 @@ import contextlib
 import functools
 import logging
 import os
+import random
 import resource
 import signal
 import subprocess
@@ -15,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
@@ -73,6 +76,25 @@ def hydra_settings_of_one_file() -> Iterator[None]:
     """Hydra's settings that a file's fixtures leave do not reach the next file."""
     yield
     HydraConfig.instance().cfg = None
+
+
+def seed_all() -> None:
+    """Start the generators that tests draw from without a seed of their own."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def random_numbers_of_one_file() -> None:
+    """A file's fixtures draw the same numbers whichever files ran before in this process."""
+    seed_all()
+
+
+@pytest.fixture(autouse=True)
+def random_numbers_of_one_test(random_numbers_of_one_file) -> None:
+    """A test draws the same numbers whichever tests ran before in this process."""
+    seed_all()
 
 
 @pytest.fixture(autouse=True)

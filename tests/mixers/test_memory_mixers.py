@@ -153,12 +153,15 @@ def theirs(mixer: Mamba2):
     return other, config
 
 
-def test_mamba2_is_that_of_transformers():
+@pytest.mark.parametrize("groups", [1, 2])
+def test_mamba2_is_that_of_transformers(groups):
     """Theirs computes in float32: output, every gradient, and steps after a prefill from both caches."""
     from transformers import DynamicCache
 
-    mixer = seeded(lambda: Mamba2(SHAPE, 0, state_size=16, groups=2), torch.float32)
+    mixer = seeded(lambda: Mamba2(SHAPE, 0, state_size=16, groups=groups), torch.float32)
     other, config = theirs(mixer)
+    if groups > 1 and not hasattr(other.norm, "group_size"):
+        pytest.skip("this release of transformers normalises over all groups at once")
     x = torch.randn(2, 21, SHAPE.d_model, requires_grad=True)
     found, wanted = mixer(x).y, other(x)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
@@ -178,7 +181,7 @@ def test_mamba2_is_that_of_transformers():
         for piece in (slice(0, 9), *(slice(t, t + 1) for t in range(9, 21))):
             output = mixer(x[:, piece], state=state)
             state = output.state
-            torch.testing.assert_close(output.y, other(x[:, piece], cache=cache), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(output.y, other(x[:, piece], cache), rtol=1e-4, atol=1e-5)
 
 
 def test_initial_weights_and_sizes():
