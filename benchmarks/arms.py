@@ -102,6 +102,7 @@ def run(arm: Arm, folder: Path, examine: Examine, asked: Record) -> Record:
         "trained_length": loaded.config["seq_len"],
         "seconds": facts["training_seconds"],
         "tokens_per_second": facts["tokens_per_second"],
+        "peak_memory_bytes": facts["peak_memory_bytes"],
         **measured,
     }
     results.write_json(kept, record)
@@ -130,14 +131,19 @@ def take_known(arms: Iterable[Arm], options: argparse.Namespace) -> None:
 
 
 def run_all(
-    arms: Sequence[Arm], options: argparse.Namespace, examine: Examine, asked: Record, environment: Record
+    arms: Sequence[Arm],
+    options: argparse.Namespace,
+    examine: Examine,
+    asked: Record,
+    environment: Record,
+    before: Sequence[Record] = (),
 ) -> tuple[list[Record], list[str]]:
-    """Records of all arms, and the names of those that failed, whose tracebacks went to standard error.
+    """Records of `before` and of all arms, and the names of those that failed, whose tracebacks went to standard error.
 
     Raises:
         Interrupted: a signal asked for the end; the state is saved.
     """
-    records: list[Record] = []
+    records = list(before)
     failed: list[str] = []
     with progress(len(arms)) as (announce, finish):
         for arm in arms:
@@ -178,15 +184,31 @@ def main(
     asked: Record,
     table: Callable[[Sequence[Record]], str],
     drawn: Callable[[Sequence[Record]], Figure],
+    then: Callable[[Sequence[Record]], Sequence[Arm]] = lambda records: (),
 ) -> int:
-    """Check the arms, or run, measure, write and print; 1 if an arm failed."""
+    """Check the arms, or run, measure, write and print; 1 if an arm failed.
+
+    Args:
+        arms: the first ones.
+        options: of the command, with those of `add_options`.
+        examine: measures a trained model.
+        asked: what `examine` depends on.
+        table, drawn: of the records.
+        then: the arms that follow from the records so far, those that have run among them.
+    """
     if options.check:
         return check(arms)
     environment = results.environment(torch.device("cpu"), "fp32")
+    records: list[Record] = []
+    failed: list[str] = []
     try:
         options.runs.mkdir(parents=True, exist_ok=True)
-        take_known(arms, options)
-        records, failed = run_all(arms, options, examine, asked, environment)
+        while arms:
+            take_known(arms, options)
+            records, more = run_all(arms, options, examine, asked, environment, records)
+            failed += more
+            known = {record["arm"] for record in records} | set(failed)
+            arms = [arm for arm in then(records) if arm.name not in known]
     except Interrupted as error:
         print(f"{error}\nThe same command goes on.", file=sys.stderr)
         return error.exit_code

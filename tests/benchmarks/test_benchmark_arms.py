@@ -26,6 +26,7 @@ def trained(monkeypatch):
             raise Interrupted("stopped")
         folder.mkdir(parents=True, exist_ok=True)
         summary = {"parameters": {"total": 9}, "tokens": 8, "training_seconds": 2.0, "tokens_per_second": 4.0}
+        summary["peak_memory_bytes"] = 16
         parts = {"mixer": {"_target_": "mixer"}, "model": {"_target_": "model", "mlp_hidden": 3}}
         loaded = SimpleNamespace(config={**parts, "seq_len": 16})
         return SimpleNamespace(summary=summary, load=lambda device: loaded)
