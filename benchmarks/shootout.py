@@ -7,14 +7,15 @@
 A model is a mixer, or a pattern of several, and its settings. Each is trained on speeches with every learning rate, the
 default ones times a factor, with the first seed. If the best of several factors, that with the fewest bits/byte, is the
 smallest or largest of them, the next one on that side is tried too. With the best one the other seeds follow at the
-same length, then each of `--longer` with the first seed. Of each trained model the loss by position, the gain of a
-needle (how much likelier its value is than without it, in nats a token) and the bytes of a row's state are measured, of
-its training the seconds and the peak of memory. Leaves JSON, a Markdown table and a picture.
+same length, then each of `--longer` with the first seed. Of each trained model the loss by position is measured at the
+trained length and at multiples of it, the gain of a needle (how much likelier its value is than without it, in nats a
+token) and the bytes of a row's state; of its training the seconds and the peak of memory. Leaves JSON, a Markdown table
+and a picture.
 """
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,14 +104,17 @@ def following(records: Sequence[Record], options: argparse.Namespace) -> Iterato
         yield from (Point(model, best, length, options.seeds[0]) for length in options.longer)
 
 
-def examined(loaded: longmix.Loaded, place: Path, tokens: int) -> Record:
-    """Loss by position and the gain of a needle at the trained length, and what a row's state takes there."""
+def examined(loaded: longmix.Loaded, place: Path, options: argparse.Namespace) -> Record:
+    """Loss by position at the trained length and beyond, the gain of a needle, and what a row's state takes."""
     length = loaded.config["seq_len"]
-    words = {"seq_len": length, "batch_size": 1, "output": str(place)}
-    (found,) = loaded.evaluate("loss", **words, max_tokens=tokens)["lengths"].values()
-    needles = loaded.evaluate("needle", **words, **{"task.needle.needles": NEEDLES})["cells"]
-    gain = mean(needles, "gain")
-    return {**found, "needle_gain": gain, "state_bytes": loaded.model.state_bytes(length)}
+    words: dict[str, Any] = {"batch_size": 1, "output": str(place)}
+    lengths = [length, *(length * times for times in options.beyond)]
+    losses = {"seq_len": lengths, "max_tokens": options.evaluated, "task.loss.buckets": length}
+    first, *beyond = loaded.evaluate("loss", **words, **losses)["lengths"].items()
+    needles = loaded.evaluate("needle", **words, **{"seq_len": length, "task.needle.needles": NEEDLES})["cells"]
+    longer = {str(at): {name: found[name] for name in ("bits_per_byte", "by_bucket")} for at, found in beyond}
+    measured = {"beyond": longer, "needle_gain": mean(needles, "gain"), "state_bytes": loaded.model.state_bytes(length)}
+    return first[1] | measured
 
 
 def chosen(records: Sequence[Record], options: argparse.Namespace) -> dict[tuple[str, int], list[Record]]:
@@ -126,13 +130,15 @@ def chosen(records: Sequence[Record], options: argparse.Namespace) -> dict[tuple
 
 def table(records: Sequence[Record], options: argparse.Namespace) -> str:
     """Markdown: a row for each model and length, means over the seeds; then bits/byte of each factor."""
-    heads = ["model", "length", "best factor", "bits/byte", "seeds differ by", "needle gain, nats", "parameters"]
-    lines = [[*heads, "tokens/s", "seconds", "peak GiB", "state, bytes"]]
+    heads = ["model", "length", "best factor", "bits/byte", "seeds differ by", *(f"at {n}x" for n in options.beyond)]
+    lines = [[*heads, "needle gain, nats", "parameters", "tokens/s", "seconds", "peak GiB", "state, bytes"]]
     for (model, length), own in chosen(records, options).items():
         peak = mean(own, "peak_memory_bytes")
         differ = spread(own, "bits_per_byte") if len(own) > 1 else None
         line = [f"`{model}`", f"{length:,}", f"{Point.of(own[0]).factor:g}", cell(mean(own, "bits_per_byte"), ".4f")]
-        line += [cell(differ, ".4f"), cell(mean(own, "needle_gain"), ".2f"), cell(mean(own, "parameters"), ",.0f")]
+        line += [cell(differ, ".4f")]
+        line += [cell(mean(own, "beyond", str(n * length), "bits_per_byte"), ".4f") for n in options.beyond]
+        line += [cell(mean(own, "needle_gain"), ".2f"), cell(mean(own, "parameters"), ",.0f")]
         line += [cell(mean(own, "tokens_per_second"), ",.0f"), cell(mean(own, "seconds"), ",.0f")]
         line += [cell(None if peak is None else peak / 2**30, ".2f"), cell(mean(own, "state_bytes"), ",.0f")]
         lines.append(line)
@@ -163,21 +169,28 @@ def _curves_of_factors(records: Sequence[Record], options: argparse.Namespace) -
 
 @drawing()
 def drawn(records: Sequence[Record], options: argparse.Namespace) -> Figure:
-    """Bits/byte over the factor of the learning rate, and the loss by position at each length."""
+    """Bits/byte over the factor of the learning rate, and the loss by position at each length and beyond."""
     best = chosen(records, options)
     lengths = sorted({length for _, length in best})
-    figure, (first, *rest) = new_figure(1 + len(lengths), title="Each mixer at its best learning rate")
+    count = 1 + (1 + bool(options.beyond)) * len(lengths)
+    figure, (first, *rest) = new_figure(count, title="Each mixer at its best learning rate")
     words: dict[str, Any] = {"log_x": True, "x_label": "learning rate, times the default", "y_label": "bits/byte"}
     draw_curves(first, _curves_of_factors(records, options), title=f"{options.length:,} tokens", **words)
-    for axes, length in zip(rest, lengths, strict=True):
-        curves = {
-            model: ([row["end"] for row in own[0]["by_position"]], [row["loss"] for row in own[0]["by_position"]])
-            for (model, other), own in best.items()
-            if other == length
-        }
-        words |= {"x_label": "tokens of context, up to", "y_label": "nats per token"}
-        draw_curves(axes, curves, title=f"loss by position, {length:,} tokens", **words)
+    words |= {"x_label": "tokens of context, up to", "y_label": "nats per token"}
+    for axes, length in zip(rest, lengths, strict=False):
+        here = {model: own[0]["by_position"] for (model, other), own in best.items() if other == length}
+        draw_curves(axes, _by_end(here), title=f"loss by position, {length:,} tokens", **words)
+    for axes, length in zip(rest[len(lengths) :], lengths, strict=False):
+        farthest = str(length * max(options.beyond))
+        here = {model: own[0]["beyond"][farthest]["by_bucket"] for (model, n), own in best.items() if n == length}
+        title = f"trained on {length:,} tokens, read on to {int(farthest):,}"
+        draw_curves(axes, _by_end(here), title=title, **words | {"log_x": False})
     return figure
+
+
+def _by_end(rows: Mapping[str, Sequence[Record]]) -> dict[str, Curve]:
+    """Loss over the last position of each bucket."""
+    return {model: ([row["end"] for row in own], [row["loss"] for row in own]) for model, own in rows.items()}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -191,6 +204,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--tokens", type=positive(float), default=3e6, help="of every run")
     add("--length", type=positive(int), default=2048, help="tokens of a row")
     add("--longer", nargs="*", type=positive(int), default=[8192], help="further lengths, with the best factor")
+    add("--beyond", nargs="*", type=positive(int), default=[2, 4], help="multiples of the trained length to read on to")
     add("--step-tokens", type=positive(int), default=2048, help="of a step; at least one row")
     add("--parameters", type=positive(int), default=1_270_000, help="of every model")
     add("--evaluated", type=positive(int), default=131_072, help="about so many tokens")
@@ -214,8 +228,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return arms.main(
         [arm_of(point, options) for point in first_points(options)],
         options,
-        lambda loaded, place: examined(loaded, place, options.evaluated),
-        {"evaluated": options.evaluated, "needles": NEEDLES},
+        lambda loaded, place: examined(loaded, place, options),
+        {"evaluated": options.evaluated, "needles": NEEDLES, "beyond": options.beyond},
         lambda records: table(records, options),
         lambda records: drawn(records, options),
         lambda records: [arm_of(point, options) for point in following(records, options)],

@@ -15,6 +15,7 @@ def options_of(*words):
 def record_of(point, bits):
     rows = [{"end": end, "loss": 1.0} for end in (16, point.length)]
     facts = {"arm": point.name, "bits_per_byte": bits, "by_position": rows, "needle_gain": 0.25, "state_bytes": 64}
+    facts["beyond"] = {str(n * point.length): {"bits_per_byte": bits + n, "by_bucket": rows} for n in (2, 4)}
     return facts | {"parameters": 1000, "tokens_per_second": 7.0, "seconds": 60.0, "peak_memory_bytes": 2**30}
 
 
@@ -62,13 +63,14 @@ def test_table_and_picture_have_the_best_model_first():
     options = options_of("flash", "kda")
     records = carried_out(options, {"flash": BITS, "kda": {factor: bits - 1 for factor, bits in BITS.items()}})
     rows = shootout.table(records, options).splitlines()
-    assert rows[2] == "| `kda` | 64 | 1 | 1.0050 | 0.0100 | 0.25 | 1,000 | 7 | 60 | 1.00 | 64 |"
+    assert rows[2] == "| `kda` | 64 | 1 | 1.0050 | 0.0100 | 3.0050 | 5.0050 | 0.25 | 1,000 | 7 | 60 | 1.00 | 64 |"
     assert [row.split(" | ")[:2] for row in rows[2:6]] == [
         [f"| `{m}`", n] for n in ("64", "128") for m in ("kda", "flash")
     ]
     assert rows[-2:] == ["| `flash` | 3.0000 | 2.0000 | 2.5000 |", "| `kda` | 2.0000 | 1.0000 | 1.5000 |"]
     titles = [axes.get_title(loc="left") for axes in shootout.drawn(records, options).axes]
-    assert titles == ["64 tokens", "loss by position, 64 tokens", "loss by position, 128 tokens"]
+    beyond = ["trained on 64 tokens, read on to 256", "trained on 128 tokens, read on to 512"]
+    assert titles == ["64 tokens", "loss by position, 64 tokens", "loss by position, 128 tokens", *beyond]
 
 
 def test_an_unknown_mixer_is_one_line(capsys):
