@@ -163,7 +163,8 @@ def _curves_of_factors(records: Sequence[Record], options: argparse.Namespace) -
         point = Point.of(record)
         if (point.length, point.seed) == (options.length, options.seeds[0]):
             found.setdefault(point.model, []).append((point.factor, record["bits_per_byte"]))
-    lines = {model: sorted(points) for model, points in found.items()}
+    order = dict.fromkeys(model for model, _ in chosen(records, options))  # a colour means one model in all panels
+    lines = {model: sorted(found[model]) for model in order}
     return {model: ([x for x, _ in points], [y for _, y in points]) for model, points in lines.items()}
 
 

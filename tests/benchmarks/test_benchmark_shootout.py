@@ -67,7 +67,7 @@ def test_table_and_picture_have_the_best_model_first():
     assert [row.split(" | ")[:2] for row in rows[2:6]] == [
         [f"| `{m}`", n] for n in ("64", "128") for m in ("kda", "flash")
     ]
-    assert rows[-2:] == ["| `flash` | 3.0000 | 2.0000 | 2.5000 |", "| `kda` | 2.0000 | 1.0000 | 1.5000 |"]
+    assert rows[-2:] == ["| `kda` | 2.0000 | 1.0000 | 1.5000 |", "| `flash` | 3.0000 | 2.0000 | 2.5000 |"]
     titles = [axes.get_title(loc="left") for axes in shootout.drawn(records, options).axes]
     beyond = ["trained on 64 tokens, read on to 256", "trained on 128 tokens, read on to 512"]
     assert titles == ["64 tokens", "loss by position, 64 tokens", "loss by position, 128 tokens", *beyond]
