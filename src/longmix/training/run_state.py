@@ -17,6 +17,9 @@ BY_POSITION = "validation_by_position"
 STAGE_RESULTS = "stages"
 """Entry beside these: `RunState.stages`."""
 
+LATER = ("transferred", STAGE_RESULTS, "spikes")
+"""Entries of `RunState` that a checkpoint of an earlier version lacks, and one without them too."""
+
 FINAL = "validation_final"
 """The validation after a stage on windows of the last stage's length."""
 
@@ -30,6 +33,7 @@ class RunState:
         peak_memory_bytes: the most that any process held while it trained; see `hardware.peak_memory_bytes`.
         validation: the last validation's figures, empty before the first.
         validation_by_position: its loss by position.
+        transferred: the validation before the first step of a run whose model took weights of one with other mixers.
         stages: the validation after the last step of each stage that is done, by the number of the stage.
         spikes: the steps that were left out as spikes.
     """
@@ -38,12 +42,13 @@ class RunState:
     peak_memory_bytes: int = 0
     validation: dict[str, float] = field(default_factory=dict)
     validation_by_position: list[dict[str, float]] = field(default_factory=list)
+    transferred: dict[str, float] = field(default_factory=dict)
     stages: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     spikes: list[int] = field(default_factory=list)
 
     def entries(self) -> dict[str, Any]:
-        """What a checkpoint holds of it; a run without stages or spikes has no entry of them."""
-        return {key: value for key, value in vars(self).items() if key not in ("stages", "spikes") or value}
+        """What a checkpoint holds of it; a run without stages, spikes or a transfer has no entry of them."""
+        return {key: value for key, value in vars(self).items() if key not in LATER or value}
 
 
 @dataclass(frozen=True, kw_only=True)

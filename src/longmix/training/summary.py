@@ -36,7 +36,7 @@ class Summary(TypedDict, total=False):
     """The content of a run's `summary.json`; empty in all processes of a distributed run but the first.
 
     Of a run with stages, `stages` has each, and `seq_len` and `tokens_per_step` are the last one's. `spikes` has the
-    steps that were left out as such.
+    steps that were left out as such, and `validation_transferred` is the one before the first step of a conversion.
     """
 
     name: str
@@ -55,6 +55,7 @@ class Summary(TypedDict, total=False):
     validation: dict[str, float]
     validation_by_position: list[dict[str, float]]
     stages: list[dict[str, Any]]
+    validation_transferred: dict[str, float]
     checkpoint: str
     data_fingerprint: dict[str, object]
     packing: dict[str, Any]
@@ -204,6 +205,8 @@ def write_summary(
         summary["packing"] = facts["packing"]
     if config.loop.spike_sigma is not None or state.spikes:
         summary["spikes"] = state.spikes
+    if state.transferred:
+        summary["validation_transferred"] = state.transferred
     if course.staged:
         summary["stages"] = [
             {

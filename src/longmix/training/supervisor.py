@@ -128,7 +128,7 @@ class Supervisor(Callback):
         self.progress.open()
         last = module.step == module.total_steps
         due = last or _due(self.loop.validate_every, module.step) or self.course.ends_stage(module.step)
-        if module.step and due and not self.is_validated(module.step):
+        if (module.step or self.config.convert) and due and not self.is_validated(module.step):
             self._validate_and_keep(trainer, module)
 
     def _how_to_continue(self, module: TrainingModule) -> str:
@@ -344,6 +344,8 @@ class Supervisor(Callback):
             return False
         self.state.validation = found.summary(module.step)
         self.state.validation_by_position = found.statistics.by_position()
+        if not module.step:  # it came before the first step, of what a transfer left
+            self.state.transferred = self.state.validation
         if found.final is not None:
             self.state.stages = {
                 **self.state.stages,
