@@ -128,7 +128,7 @@ class Supervisor(Callback):
         self.progress.open()
         last = module.step == module.total_steps
         due = last or _due(self.loop.validate_every, module.step) or self.course.ends_stage(module.step)
-        if (module.step or self.config.convert) and due and not self.is_validated(module.step):
+        if (due if module.step else self.config.convert) and not self.is_validated(module.step):
             self._validate_and_keep(trainer, module)
 
     def _how_to_continue(self, module: TrainingModule) -> str:
@@ -184,8 +184,9 @@ class Supervisor(Callback):
         stop = self.signals.anywhere(module.device, self.saver.failed)
         rate = self._rate()
         # The row is written before the checkpoint: a resumed run drops rows behind its checkpoint, but makes up none.
-        metrics = self._log(trainer, module) if _due(self.loop.log_every, module.step) or last else None
         ends_stage = self.course.ends_stage(module.step)
+        logs = last or ends_stage or _due(self.loop.log_every, module.step)
+        metrics = self._log(trainer, module) if logs else None
         validates = last or ends_stage or _due(self.loop.validate_every, module.step)
         self.save_is_due = self.save_is_due or ends_stage or _due(self.loop.checkpoint_every, module.step)
         saves = self.save_is_due and not module.skips_in_a_row  # a step left out changed no weight
