@@ -26,7 +26,7 @@ class Transfer:
         taken: those of the teacher as they are.
         repeated: those with each head of the teacher several times.
         new: those as they began.
-        parameters: how many numbers each of them has.
+        parameters: how many numbers each of them has; of a tied head none, since they are the embedding's.
     """
 
     taken: list[str] = field(default_factory=list)
@@ -78,8 +78,10 @@ def transfer(model: LanguageModel, weights: Mapping[str, Tensor], teacher: Model
         taken = mixer.taken_from(taught, theirs)
         repeated |= {prefix + name for name, x in taken.items() if x.shape != theirs[name].shape}
         found |= {prefix + name: x for name, x in taken.items()}
+    seen: set[int] = set()
     for name, x in own.items():
-        report.parameters[name] = x.numel()
+        report.parameters[name] = 0 if x.data_ptr() in seen else x.numel()
+        seen.add(x.data_ptr())
         place = report.new if name not in found else report.repeated if name in repeated else report.taken
         place.append(name)
     model.load_state_dict(found, strict=False)

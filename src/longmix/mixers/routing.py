@@ -62,6 +62,7 @@ class Routing(SoftmaxAttention):
     sizes: ClassVar = {"window": 1, "local_window": 1, "block": 1}
     changeable: ClassVar = (*SoftmaxAttention.changeable, "window", "local_window")
     small: ClassVar = {"clusters": 3}
+    inherits: ClassVar = tuple(name for name in SoftmaxAttention.inherits if name != "num_kv_heads")  # see shared_qk
 
     def __init__(
         self,

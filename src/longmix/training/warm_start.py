@@ -15,6 +15,7 @@ from longmix.checkpoints.find import LAST, last_checkpoint
 from longmix.checkpoints.verify import weights_digest
 from longmix.command_line.schema import configs_folder
 from longmix.config import Choice, ModelConfig, OriginRecord, TrainConfig
+from longmix.conversion.inherited import with_teachers_settings
 from longmix.conversion.transfer import Transfer, transfer
 from longmix.data.tokens.saved import tokenizer_from_state
 from longmix.data.tokens.tokenizers import Tokenizer
@@ -116,7 +117,9 @@ def begins_from(config: TrainConfig, invocation: Invocation) -> tuple[TrainConfi
         taught = trained if config.convert and own is None else None
         origin = Origin(state["model"], tokenizer_from_state(state["tokenizer"]), record, taught)
     mixer = config.mixer
-    if not config.convert:
+    if config.convert:
+        mixer = with_teachers_settings(config.mixer, _given(config, invocation), trained.mixer)
+    else:
         mixer = changed_mixer(trained.mixer, _given(config, invocation), f"checkpoint={word}")
     model = trained.model.having(**_given_of_model(config, invocation))
     config = dataclasses.replace(config, mixer=mixer, model=model, tokenizer=tokenizer)
@@ -134,7 +137,7 @@ def _given(config: TrainConfig, invocation: Invocation) -> dict[str, Any]:
     words = [word.lstrip("+").partition("=")[0] for word in invocation.words]
     named = [word.split(".")[1:] for word in words if word.startswith("mixer.")]
     found: dict[str, Any] = {}
-    for parts in (*named, *_named_by_experiment(invocation)):
+    for parts in (*named, *_named_by_experiment(invocation, config.convert)):
         node, value = found, config.mixer.entries
         for part in parts[:-1]:
             node, value = node.setdefault(part, {}), cast(Mapping[str, Any], value[part])
@@ -149,14 +152,14 @@ def _given_of_model(config: TrainConfig, invocation: Invocation) -> dict[str, An
     return {name: config.model.entries[name] for name in OF_TRAINING if f"model.{name}" in named}
 
 
-def _named_by_experiment(invocation: Invocation) -> list[list[str]]:
+def _named_by_experiment(invocation: Invocation, converts: bool) -> list[list[str]]:
     """The settings of the mixer that the experiment's file has, by the parts of their names.
 
-    None if it also chooses the mixer: then they are that mixer's, and the checkpoint has its own.
+    None if it also chooses the mixer, but for a conversion: then they are that mixer's, and the checkpoint has its own.
     """
     file = _experiment(invocation)
     own = file.get("mixer")
-    if not isinstance(own, dict) or _chooses_mixer(file):
+    if not isinstance(own, dict) or (_chooses_mixer(file) and not converts):
         return []
     return [parts for parts in _leaves(own) if parts != ["_target_"]]
 

@@ -80,6 +80,8 @@ class Mixer(nn.Module):
             `__init__` to be plain attributes: numbers, texts, and dataclasses, tuples or dicts of these.
         roles: submodules that mean what those of the same name mean in other mixers, so that a model with other mixers
             may take their weights (`convert=true`).
+        inherits: settings that such a model takes too of a mixer of another class that also has them here, where the
+            command does not say them: what the weights of `roles` were trained with.
         kind: what tells layers apart that need unlike memory or time although their weights have the same shapes. The
             builder sets it to the place of the mixer's settings in the configuration.
         tunes_states: whether `tune_states` is there, which `trainable=states` needs. The submodule `tuned` then holds
@@ -98,6 +100,7 @@ class Mixer(nn.Module):
     small: ClassVar[dict[str, Any]] = {}
     changeable: ClassVar[tuple[str, ...]] = ()
     roles: ClassVar[tuple[str, ...]] = ("query", "key", "value", "output", "query_norm", "key_norm")
+    inherits: ClassVar[tuple[str, ...]] = ()
     kind: Hashable = None
     usual_place = "mixer"
     tunes_states = False

@@ -151,6 +151,7 @@ class SoftmaxAttention(Mixer):
     refused: ClassVar[dict[str, str]] = {}
     sliced = True
     changeable: ClassVar = POSITIONS
+    inherits: ClassVar = ("num_heads", "num_kv_heads", "qk_norm", *POSITIONS)
 
     def __init__(
         self,
