@@ -235,6 +235,10 @@ def test_a_trained_model_recalls(run_folder, compose_config, tmp_path):
         ("s5", "things", 5),
         ("copying", "scattered", False),
         ("match3", "modulus", 16),
+        ("palindrome", "reverse", True),
+        ("forgetting_mqar", "updates", 4),
+        ("stacked_mqar", "passes", 1),
+        ("stacks", "stacks", 64),
         ("selective_copying", "scattered", True),
         ("variables", "question", "value"),
     ],
@@ -248,7 +252,7 @@ def test_every_task_has_its_word(compose_config, name, setting, value):
 TASKS = sorted(
     path.stem
     for path in (Path(__file__).parents[2] / "configs" / "data").glob("*.yaml")
-    if "SyntheticData" in path.read_text() or path.stem in ("parity", "s3", "s5", "selective_copying")
+    if "SyntheticData" in path.read_text() or path.stem in ("parity", "s3", "s5", "selective_copying", "palindrome")
 )
 
 

@@ -30,6 +30,26 @@ def test_losses_and_gradients_equal_the_plain_ones(problem, slice_elements, monk
     torch.testing.assert_close(grads, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("kept", [0, 2, 33])
+@pytest.mark.parametrize("slice_elements", [13, 1 << 20])
+def test_without_logits_of_ignored_targets_all_is_the_same(problem, kept, slice_elements, monkeypatch):
+    monkeypatch.setattr(head, "SLICE_ELEMENTS", slice_elements)
+    hidden, weight, targets = problem
+    targets.view(-1)[kept:] = head.IGNORE_INDEX
+    generator = torch.Generator().manual_seed(1)
+    taught = torch.randn(3, 11, 8, dtype=torch.float64, generator=generator)
+    soft = head.SoftTargets(taught, torch.randn(13, 8, dtype=torch.float64, generator=generator), None, 2.0)
+    found = []
+    for skip in (True, False):
+        part = head.scored(hidden, weight, targets, 3.0, with_normalisers=True, soft=soft, skip_ignored=skip)
+        columns = part.losses, part.log_normalisers, part.divergences
+        total = sum((column * (number + 1)).sum() for number, column in enumerate(columns))
+        found.append((*columns, *torch.autograd.grad(total, (hidden, weight))))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)
+    wanted = (hidden @ weight.T).argmax(-1) == targets
+    assert torch.equal(head.hits(hidden, weight, targets), wanted)
+
+
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch before 2.13")
 def test_losses_equal_torchs_own_operator(problem):
     hidden, weight, targets = problem

@@ -44,6 +44,8 @@ COUNT = count_up_to(LARGEST_INDEX, "2**62")
 LENGTHS = Rule(_is_length, "must be a whole number from 1, or a list of them.")
 
 
+SOME_RECALL = Rule(lambda value: 0 < value <= 1, "must be above 0 and at most 1, or null to take all steps.")
+
 NO_TASK = Rule(
     lambda items: all(isinstance(item, str) or (isinstance(item, Mapping) and "task" in item) for item in items),
     "is no list of tasks; write it like '[needle,{task:loss,seq_len:4096}]'.",
@@ -69,6 +71,8 @@ class LoopConfig:
             PaLM (arXiv 2204.02311). It is logged apart, and no loss that is reported has it.
         ema_decay: keep the exponential moving average of the weights too, of which a step keeps this share, such as
             0.999; null keeps none. Validation measures it beside, weights=ema takes it.
+        stop_at_recall: of synthetic tasks: the run ends after a validation with at least this recall, such as 0.99;
+            null takes all steps. The schedule goes by all steps, wherever the run ends.
         nonfinite: what a non-finite loss or gradient does: "stop" the run, or "skip" that step and count it.
         max_skips: the run stops all the same when so many steps in a row were skipped.
         spike_sigma: a loss or gradient norm so many standard deviations above the mean of the last steps is a spike, 6
@@ -91,6 +95,7 @@ class LoopConfig:
     async_checkpoints: bool = False
     z_loss: float = word(0.0, at_least(0))
     ema_decay: float | None = word(None, inside_share(null="keep none"))
+    stop_at_recall: float | None = word(None, SOME_RECALL)
     nonfinite: Literal["stop", "skip"] = "stop"
     max_skips: int = word(20, at_least(1))
     spike_sigma: float | None = word(None, above_zero(null="look for no spikes"))

@@ -228,13 +228,16 @@ class LanguageModel(nn.Module):
                 with_peaks=self.logit_penalty > 0,
                 with_normalisers=self.measures_normalisers,
                 soft=soft,
+                skip_ignored=self.measures_hits and self.logit_penalty == 0,  # most targets of synthetic tasks
             )
             output.token_losses, output.log_normalisers = found.losses, found.log_normalisers
             output.divergences = found.divergences
             if found.peaks is not None:
                 output.losses["logit_penalty"] = self.logit_penalty / 2 * found.peaks.square().mean()
         elif targets is not None:
-            output.token_losses = self.token_losses(output.hidden, targets)
+            output.token_losses = scored(
+                output.hidden, self.head.weight, targets, self.logit_softcap, skip_ignored=self.measures_hits
+            ).losses
         if targets is not None and self.measures_hits:
             output.hits = hits(output.hidden, self.head.weight, targets)
         return output

@@ -5,7 +5,7 @@ at a time, and once more in the backward pass, so memory is one slice. `F.linear
 `reduction="none"` does the same; this form also runs on older releases and keeps float32 logits under bf16.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -112,6 +112,7 @@ def scored(
     with_peaks: bool = False,
     with_normalisers: bool = False,
     soft: SoftTargets | None = None,
+    skip_ignored: bool = False,
 ) -> Scored:
     """The losses of `token_losses`, and what else is asked for of the same logits, all differentiable.
 
@@ -119,8 +120,16 @@ def scored(
         hidden, weight, targets, softcap: see `token_losses`.
         with_peaks, with_normalisers: what else; see `Scored`.
         soft: a teacher's distributions, for `Scored.divergences`; its logits too are formed slice by slice.
+        skip_ignored: form no logits where the target is ignored, where most are; it waits for the device. Peaks need
+            all logits, and are not to be had with it.
     """
     rows, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    if skip_ignored:
+        chosen = (labels != IGNORE_INDEX).nonzero()[:, 0]
+        own = None if soft is None else replace(soft, hidden=soft.hidden.reshape(-1, soft.hidden.shape[-1])[chosen])
+        found = scored(rows[chosen], weight, labels[chosen], softcap, with_normalisers=with_normalisers, soft=own)
+        parts = found.losses, found.peaks, found.log_normalisers, found.divergences
+        return Scored(*(None if part is None else _placed(part, chosen, targets) for part in parts))
     most = slice_rows(weight.shape[0] * (1 if soft is None else 2), device_kind(rows.device))
     options = weight, with_peaks, softcap, with_normalisers, soft
     taught = None if soft is None else soft.hidden.reshape(-1, soft.hidden.shape[-1])
@@ -140,10 +149,16 @@ def scored(
 @torch.no_grad()
 def hits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Whether each target is the most likely token: bool [...], False where ignored. Arguments as in `token_losses`."""
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    pieces = rows.split(slice_rows(weight.shape[0], device_kind(rows.device)))
+    rows, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    places = (labels != IGNORE_INDEX).nonzero()[:, 0]
+    pieces = rows[places].split(slice_rows(weight.shape[0], device_kind(rows.device)))
     chosen = torch.cat([F.linear(piece, weight).argmax(-1) for piece in pieces])
-    return chosen.reshape(targets.shape) == targets
+    return _placed(chosen == labels[places], places, targets)
+
+
+def _placed(values: Tensor, places: Tensor, targets: Tensor) -> Tensor:
+    """`values` [N] at these places of flattened `targets`, in their shape; 0 or False elsewhere."""
+    return values.new_zeros(targets.numel()).index_copy(0, places, values).reshape(targets.shape)
 
 
 def _slice_logits(rows: Tensor, weight: Tensor, softcap: float | None) -> Tensor:

@@ -42,6 +42,7 @@ from longmix.training.averaging import WeightAverage
 from longmix.training.carried import CarriedState, check_carries, layers_begun_anew
 from longmix.training.claims import remove_unused
 from longmix.training.distillation import Distillation, check_objective, needs_teacher
+from longmix.training.ending import check_stop_at_recall
 from longmix.training.hardware import TrainerSettings
 from longmix.training.loggers import NoLog
 from longmix.training.module import TrainingModule
@@ -186,7 +187,7 @@ def _train_from(
 
     module = _module(config, model, settings, everyone, start.step)
     supervisor = _supervisor(config, data, start, is_first, tasks_of(config, model.mixers(), invocation.folders))
-    is_done = start.step == module.total_steps and supervisor.is_validated(start.step)
+    is_done = supervisor.has_ended(start.step)
     if not is_done:
         _fit_logged(settings, module, data, supervisor, start, is_first)
     if not is_first:
@@ -199,7 +200,7 @@ def _train_from(
     seconds = time.monotonic() - began
     if invocation.is_command:  # of a sweep, the command has other runs too
         seconds = seconds_since_begin(seconds)
-    summary = read_own_summary(start.folder, module.total_steps) if is_done else None
+    summary = read_own_summary(start.folder, start.step) if is_done else None
     if summary is None:
         summary = write_summary(config, start.folder, model, data, supervisor, invocation.choices)
     print_summary(summary, start.folder, supervisor, seconds)
@@ -249,6 +250,7 @@ def check_config(
             "data.corpus.validation files of its own, or a data.corpus.validation_fraction above 0."
         )
     tasks_of(config, model.mixers(), folders)
+    check_stop_at_recall(config, data)
     each_part(course, lambda part: check_positions(model, part.config, settings.slices))
     check_adversarial(config, model, settings)
     check_objective(config, course)

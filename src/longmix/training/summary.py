@@ -180,7 +180,8 @@ def write_summary(
     """
     state, versions = supervisor.state, supervisor.provenance.versions
     course = course_of(config)
-    tokens, last = course.total_tokens, course.parts[-1]
+    steps, last = int(state.validation["step"]), course.parts[-1]
+    tokens = course.tokens(steps)
     summary: Summary = {
         "name": config.name,
         "mixer": mixer_name(config, choices),
@@ -188,7 +189,7 @@ def write_summary(
         "parameters": model.parameter_counts(),
         "match": matched(config, model.parameter_counts()["total"]),
         "training_flops_per_token": mean_flops_per_token(model, course),
-        "steps": course.total_steps,
+        "steps": steps,
         "tokens": tokens,
         "tokens_per_step": last.tokens_per_step,
         "training_seconds": state.training_seconds,

@@ -27,6 +27,7 @@ from longmix.progress import ProgressDisplay
 from longmix.training import random_state, strategies
 from longmix.training.connection import how_to_continue
 from longmix.training.diagnosis import nonfinite_tensor
+from longmix.training.ending import Ending
 from longmix.training.hardware import peak_flops, peak_memory_bytes, reset_peak_memory
 from longmix.training.loggers import MetricLog
 from longmix.training.module import TrainingModule
@@ -70,6 +71,7 @@ class Supervisor(Callback):
         self.saved, self.tasks = saved, tasks
         self.loop = config.loop
         self.course = course_of(config)
+        self.ending = Ending(self.course.total_steps, config.loop.stop_at_recall)
         self.part = self.course.taken(0 if saved is None else saved.step)
         self.signals = process_watch()
         self.state = RunState() if saved is None else dataclasses.replace(saved.run)
@@ -89,6 +91,10 @@ class Supervisor(Callback):
         module = cast(TrainingModule, pl_module)
         if self.saved is not None and self.saved.step == module.total_steps:
             self._begin(trainer, module)
+
+    def has_ended(self, step: int) -> bool:
+        """Whether nothing is left to do after `step` steps: they are all, or enough, and were validated."""
+        return self.is_validated(step) and self.ending.is_at(step, self.state.validation)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore the state. The optimizers exist by now, and nothing draws random numbers before the first step."""
@@ -221,13 +227,15 @@ class Supervisor(Callback):
         """
         assert self.saver is not None
         done = self.validate(trainer, module)
-        if save or not (done or self._is_saved(module.step)):
+        ended = done and self.has_ended(module.step)
+        if save or not (self._is_saved(module.step) or (done and not ended)):
             self.save(module)
         if not done:
             self._stop(module)
-        if module.step == module.total_steps:
+        if ended:
             self.saver.wait()
             self._check_last_validation(module)
+            trainer.should_stop = True
         if not save and self._is_saved(module.step):
             self._add_to_checkpoint(module)
 
@@ -340,10 +348,13 @@ class Supervisor(Callback):
             return validated(self._data(part), part, trainer, module, lambda: not self.signals.anywhere(module.device))
 
         found = validate_all(self.course, module, measured)
-        tasks = None if found is None else self._tasks(trainer, module)
-        if found is None or tasks is None:
+        if found is None:
             return False
-        self.state.validation = found.summary(module.step)
+        summary = found.summary(module.step)
+        tasks = self._tasks(trainer, module, summary)
+        if tasks is None:
+            return False
+        self.state.validation = summary
         self.state.validation_by_position = found.statistics.by_position()
         if not module.step:  # it came before the first step, of what a transfer left
             self.state.transferred = self.state.validation
@@ -355,11 +366,14 @@ class Supervisor(Callback):
         if trainer.is_global_zero:
             self.metric_log.write(module.step, found.metrics() | tasks)
             self.progress.message(f"step {module.step}/{module.total_steps}  {found.line(self.course)}")
+            if module.step < module.total_steps and self.has_ended(module.step):
+                self.progress.message(f"recall is at least {self.loop.stop_at_recall}: the run ends here.")
         return True
 
-    def _tasks(self, trainer: Trainer, module: TrainingModule) -> Metrics | None:
-        """The numbers of the tasks that are due; None if a signal ended them."""
-        if self.tasks is None or not self.tasks.are_due(module.step, module.total_steps):
+    def _tasks(self, trainer: Trainer, module: TrainingModule, validation: Metrics) -> Metrics | None:
+        """The numbers of the tasks that are due with a validation; None if a signal ended them."""
+        last = module.step if self.ending.is_at(module.step, validation) else module.total_steps
+        if self.tasks is None or not self.tasks.are_due(module.step, last):
             return {}
         assert self.saver is not None
         return self.tasks.measured(

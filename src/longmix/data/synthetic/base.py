@@ -21,7 +21,7 @@ EVALUATED_EXAMPLES = 1000
 
 @dataclass(frozen=True)
 class SyntheticWindows:
-    """Examples by number, each a pure function of task, seed, split and number; training has no end of them.
+    """Examples by number, each a pure function of task, seed, split and number.
 
     Attributes:
         task: makes the examples.
@@ -29,6 +29,7 @@ class SyntheticWindows:
         split: "train", "validation" or "test".
         seed: of the training split; the others are the same whatever it is.
         windows_per_epoch: examples that are called an epoch.
+        repeats: whether the example after an epoch is the first again; else there is no end of new ones.
     """
 
     task: SyntheticTask
@@ -36,9 +37,12 @@ class SyntheticWindows:
     split: str
     seed: int
     windows_per_epoch: int
+    repeats: bool = False
 
     def sample(self, index: int) -> Window:
         """Example number `index`, in a document of its own."""
+        if self.repeats:
+            index %= self.windows_per_epoch
         seed = self.seed if self.split == "train" else 0
         random = np.random.default_rng([seed, SPLITS.index(self.split), index])
         tokens, targets = self.task.example(random, self.seq_len)
@@ -58,16 +62,19 @@ class SyntheticData(TrainingData):
         task: makes the examples.
         tokenizer: of numbers, with the task's vocabulary, in evaluation; in training there is none to choose, and
             `ByteTokenizer`, which stands where none was chosen, is passed over.
+        train_examples: training reads so many examples again and again, in one order; None never repeats one.
         options: those of `TrainingData`; `validation_tokens` is how much each validation takes.
 
     Raises:
-        ConfigError: the task does not fit into `seq_len`, or is not the one that the model was trained on.
+        ConfigError: the task does not fit into `seq_len`, or is not the one that the model was trained on; or there are
+            no training examples.
     """
 
     def __init__(
         self,
         task: SyntheticTask,
         tokenizer: Tokenizer,
+        train_examples: int | None = None,
         **options: Unpack[DataOptions],
     ) -> None:
         super().__init__(**options)
@@ -81,7 +88,9 @@ class SyntheticData(TrainingData):
                 f"data.task has {task.vocab_size} tokens and the model {tokenizer.vocab_size}; give the task it was "
                 "trained on."
             )
-        self.task = task
+        if train_examples is not None and train_examples < 1:
+            raise ConfigError(f"data.train_examples={train_examples} must be at least 1, or null to repeat none.")
+        self.task, self.train_examples = task, train_examples
         self._tokenizer = NumberTokenizer(task.vocab_size)
         SyntheticWindows(task, self.seq_len, "train", self.seed, 1).sample(0)
 
@@ -112,12 +121,13 @@ class SyntheticData(TrainingData):
 
     @functools.cached_property
     def train_windows(self) -> SyntheticWindows:
-        """Training examples without end."""
-        return SyntheticWindows(self.task, self.seq_len, "train", self.seed, 100 * EVALUATED_EXAMPLES)
+        """Training examples, without end unless `train_examples` are to be repeated."""
+        count, repeats = self.train_examples or 100 * EVALUATED_EXAMPLES, self.train_examples is not None
+        return SyntheticWindows(self.task, self.seq_len, "train", self.seed, count, repeats)
 
     @property
     def train_tokens_per_epoch(self) -> int:
-        """Tokens of a hundred thousand examples."""
+        """Tokens of the training examples; of a hundred thousand where there is no end of them."""
         return self.train_windows.windows_per_epoch * self.seq_len
 
     def prepare_data(self) -> None:
@@ -134,7 +144,8 @@ class SyntheticData(TrainingData):
         """What fixes the batch of every step, JSON-able."""
         settings: dict[str, Any] = dataclasses.asdict(self.task)
         sizes = {"seq_len": self.seq_len, "batch_size": self.batch_size, "seed": self.seed}
-        return {"task": self.source, **settings, **sizes}
+        repeated = {} if self.train_examples is None else {"train_examples": self.train_examples}
+        return {"task": self.source, **settings, **sizes, **repeated}
 
     def content(self, split: str) -> dict[str, Any]:
         """What fixes the examples of a split, JSON-able."""

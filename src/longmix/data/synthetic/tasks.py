@@ -71,6 +71,24 @@ def require_at_least(**settings: tuple[int, int]) -> None:
             raise ConfigError(f"data.task.{name}={value} must be at least {least}.")
 
 
+def query_places(random: np.random.Generator, begin: int, length: int, count: int, power: float) -> np.ndarray:
+    """Where keys come again behind pairs that end before `begin`: every other token, near ones likelier.
+
+    Args:
+        random: draws them.
+        begin: the first place that there is.
+        length: tokens of the example.
+        count: keys.
+        power: of the law of distances, see `MultiQueryRecall`.
+
+    Returns:
+        int64 [count], no two alike, in no order.
+    """
+    gaps = np.arange(1, (length - begin) // 2 + 1)
+    law = gaps ** (power - 1)
+    return begin + 2 * random.choice(len(gaps), count, replace=False, p=law / law.sum())
+
+
 @dataclass(frozen=True)
 class MultiQueryRecall:
     """Multi-query associative recall (Arora et al. 2023, arXiv 2312.04927): pairs of key and value, then keys again.
@@ -117,10 +135,7 @@ class MultiQueryRecall:
         tokens = random.integers(self.vocabulary if self.random_non_queries else 1, size=length)
         targets = np.full(length, IGNORE_INDEX)
         tokens[: 2 * pairs : 2], tokens[1 : 2 * pairs : 2] = keys, values
-        gaps = np.arange(1, (length - 2 * pairs) // 2 + 1)
-        law = gaps ** (self.power - 1)
-        chosen = random.choice(len(gaps), pairs, replace=False, p=law / law.sum())
-        at = 2 * pairs + 2 * chosen
+        at = query_places(random, 2 * pairs, length, pairs, self.power)
         tokens[at], targets[at] = keys, values
         return Example(tokens, targets)
 
@@ -136,11 +151,14 @@ class Copying:
         symbols: how many kinds there are.
         count: how many are to be copied.
         scattered: let noise lie between them, at random ("selective copying"); else they come first.
+        reverse: they are to be repeated last to first, as the second half of a palindrome (Kimi Team 2025, arXiv
+            2510.26692, section 5.1).
     """
 
     symbols: int = 16
     count: int = 16
     scattered: bool = False
+    reverse: bool = False
 
     def __post_init__(self) -> None:
         require_at_least(symbols=(self.symbols, 2), count=(self.count, 1))
@@ -160,9 +178,10 @@ class Copying:
         drawn = random.choice(before, self.count, replace=False) if self.scattered else np.arange(self.count)
         positions = np.sort(drawn)
         tokens[positions] = content
-        tokens[before:] = np.concatenate([[mark], content[:-1]])
+        repeated = content[::-1] if self.reverse else content
+        tokens[before:] = np.concatenate([[mark], repeated[:-1]])
         targets = np.full(length, IGNORE_INDEX)
-        targets[before:] = content
+        targets[before:] = repeated
         return Example(tokens, targets)
 
 
