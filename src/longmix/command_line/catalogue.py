@@ -159,6 +159,11 @@ _COMMANDS = (
                 "folders", "folders of sweeps or runs; searched through", "???", positional=True, many=True, path=True
             ),
             Argument("output", "where the files go; null takes the first folder", path=True),
+            Argument(
+                "best",
+                "settings such as optimizer.learning_rate; of runs that differ in them alone the best one is taken",
+                many=True,
+            ),
         ),
         examples=("longmix report runs", "longmix report multirun/DATE runs/NAME output=compared"),
     ),

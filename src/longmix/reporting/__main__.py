@@ -3,6 +3,7 @@
 import csv
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from longmix.command_line.program import as_called
 from longmix.errors import DataError, LongmixError
 from longmix.files import check_folder, replace_file, replace_json, storage_errors
 from longmix.printable import LINES, printable
+from longmix.reporting.best import best_of
 from longmix.reporting.cache_section import panels_of_caches
 from longmix.reporting.page import html
 from longmix.reporting.panels import Panel, panels_of
@@ -92,13 +94,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = OptionParser(prog=as_called("python -m longmix.reporting"), description=__doc__)
     parser.add_argument("folders", nargs="+", type=path_option, help="folders of sweeps or runs; searched through")
     parser.add_argument("--output", type=path_option, help="where the files go; the first folder if not given")
+    parser.add_argument(
+        "--best",
+        nargs="+",
+        metavar="SETTING",
+        help="of runs that differ in these settings alone, such as optimizer.learning_rate, take the best",
+    )
     console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
     try:
         options = parser.parse_args(arguments)
         if options.output is not None:
             check_folder(options.output)
         found = find_runs(options.folders)
+        runs = len(found.runs)
+        if options.best and found.runs:
+            found = replace(found, runs=best_of(found.runs, options.best))
         _print(found, console)
+        if len(found.runs) < runs:
+            _line(console, f"the best of {runs} runs by {', '.join(options.best)}")
         if not found.runs:
             searched = ", ".join(map(str, options.folders))
             raise DataError(f"no finished run at or below {searched}: none has a summary.json that can be read.")
