@@ -47,7 +47,9 @@ def test_an_unknown_setting_is_refused(sweep):
 
 def test_a_run_whose_settings_cannot_be_read_stands_alone(sweep):
     for folder in sweep.iterdir():
-        (folder / "config.yaml").write_text("a: [\n" if "seed=0" in folder.name else (folder / "config.yaml").read_text())
+        (folder / "config.yaml").write_text(
+            "a: [\n" if "seed=0" in folder.name else (folder / "config.yaml").read_text()
+        )
     assert len(best_of(find_runs([sweep]).runs, ["optimizer.learning_rate"])) == 4 + 2
 
 
