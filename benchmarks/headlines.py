@@ -52,7 +52,8 @@ class Inputs:
         self.sizes, self.device, self.dtype = (batch, length, heads), device, dtype
         self.generator = torch.Generator(device).manual_seed(0)
         self.query, self.key, self.value, self.grad = (self.drawn(dim) for _ in range(4))
-        self.gate, self.forget = self.drawn(dtype=torch.float32), FORGET_BIAS + self.drawn(dtype=torch.float32)
+        exact = torch.promote_types(dtype, torch.float32)
+        self.gate, self.forget = self.drawn(dtype=exact), FORGET_BIAS + self.drawn(dtype=exact)
 
     def drawn(self, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:
         """Normal numbers [batch, length, heads, *sizes], with a gradient."""
@@ -73,7 +74,7 @@ def recurrences(of: Inputs) -> Calls:
     """Attention and the recurrences of the `linear` engine."""
     heads = of.sizes[2]
     keys = of.query, of.key, of.value
-    nothing = torch.zeros(heads, device=of.device)
+    nothing = torch.zeros(heads, device=of.device, dtype=of.gate.dtype)
 
     def mlstm(normalize: bool) -> Callable[..., Tensor]:
         def attend(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, forget: Tensor) -> Tensor:

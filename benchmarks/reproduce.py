@@ -5,8 +5,8 @@
     python -m benchmarks.reproduce mqar --print    # prints them
     python -m benchmarks.reproduce --check         # whether committed results are there and of these commands
 
-The list is `benchmarks/reproduce.yaml`. A command that fails ends its result. New results lie beside the committed ones,
-whose files have the date in their names; no file of the pages is replaced but the pictures that a command draws.
+The list is `benchmarks/reproduce.yaml`. A command that fails ends its result. New results lie beside the committed
+ones, whose files have the date in their names; of the pages only pictures are replaced, by commands that draw them.
 """
 
 import argparse
@@ -132,7 +132,7 @@ def _differences(content: Mapping[str, Any], command: str) -> list[str]:
 
 
 def _options(command: str) -> tuple[str, dict[str, list[str]], list[str]]:
-    """A benchmark's name, its options by name, and what stands alone: all in front of options, or quoted behind them."""
+    """A benchmark's name, its options by name, and what stands alone: in front of options, or with blanks in it."""
     program, *rest = shlex.split(command)[2:]
     options: dict[str, list[str]] = {}
     alone: list[str] = []

@@ -1,4 +1,4 @@
-"""Each section of the results has a name in `benchmarks/reproduce.yaml`, with commands that exist and files that are theirs."""
+"""Each section of the results has a name in `benchmarks/reproduce.yaml`, with commands that exist and their files."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""`loop.stop_at_recall`: a run ends after a validation that recalls enough, resumes to the same end, and goes on beyond."""
+"""`loop.stop_at_recall`: a run ends after a validation that recalls enough, and resumes to the same end."""
 
 import os
 import signal
