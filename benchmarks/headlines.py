@@ -6,8 +6,8 @@
     samples      a step of samples that share their prompt (bifurcated attention) against a copy for each, over samples
 
 Calls of a point take turns, so that other work on the machine slows all of them. The first three are forward and
-backward passes, the last a step without gradients. The same command runs on a CPU and on a CUDA device. `times` is how
-many times as fast as the first arm of its part.
+backward passes, the last a step without gradients. The same command runs on a CPU and on a CUDA device. The least time
+of all repetitions counts, which other work disturbs least; `times` is how many times as fast as the first arm.
 """
 
 import argparse
@@ -79,8 +79,8 @@ def recurrences(of: Inputs) -> Calls:
     def mlstm(normalize: bool) -> Callable[..., Tensor]:
         def attend(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, forget: Tensor) -> Tensor:
             log_input = gate if normalize else F.logsigmoid(gate)
-            gates = {"log_decay": F.logsigmoid(forget), "log_input": log_input}
-            return linear_attention(query, key, value, **gates, normalize=normalize)[0]
+            log_decay = F.logsigmoid(forget)
+            return linear_attention(query, key, value, log_decay=log_decay, log_input=log_input, normalize=normalize)[0]
 
         return attend
 
@@ -114,7 +114,7 @@ def bias(of: Inputs, rank: int) -> Calls:
 
     def dense(query: Tensor, key: Tensor, value: Tensor, left: Tensor, right: Tensor) -> Tensor:
         added = torch.einsum("bihr,bjhr->bhij", left, right).masked_fill(~causal, -torch.inf)
-        moved = (x.transpose(1, 2) for x in (query, key, value))
+        moved = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         return F.scaled_dot_product_attention(*moved, attn_mask=added).transpose(1, 2)
 
     def columns(query: Tensor, key: Tensor, value: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -130,7 +130,8 @@ def samples(of: Inputs, count: int) -> Calls:
     _, _, heads = of.sizes
     key, value = (x.detach().transpose(1, 2).contiguous() for x in (of.key, of.value))
     query, *new = (x[:, :1].detach().expand(count, -1, -1, -1).contiguous() for x in (of.query, of.key, of.value))
-    copies = Segment(*(x.expand(count, heads, -1, -1).contiguous() for x in (key, value)))
+    key_copies, value_copies = (x.expand(count, heads, -1, -1).contiguous() for x in (key, value))
+    copies = Segment(key_copies, value_copies)
     shared = Segment(key, value)
     fresh = new[0], new[1]
     return {
@@ -166,16 +167,22 @@ def measure(options: argparse.Namespace) -> list[Record]:
         for part, point, make in every:
             announce(f"{part}, {point}")
             found = timing.measure(make(), clock, seconds=options.seconds, limit=options.limit, announce=announce)
-            base = found[PARTS[part][0]].call_seconds
+            base = least(found[PARTS[part][0]])
             for arm, outcome in found.items():
                 record: Record = {"part": part, "point": point, "arm": arm, "note": outcome.note}
+                own = least(outcome)
+                record["least_ms"] = None if own is None else 1e3 * own
                 record["median_ms"] = None if outcome.median is None else 1e3 * outcome.median
-                own = outcome.call_seconds
                 record["times"] = None if own is None or base is None else base / own
                 record["peak_mib"] = None if outcome.peak_bytes is None else outcome.peak_bytes / 2**20
                 records.append(record)
             finish(f"{part}, {point}")
     return records
+
+
+def least(outcome: timing.Outcome) -> float | None:
+    """The least seconds of a call's repetitions, or of its only one."""
+    return min(outcome.seconds, default=outcome.call_seconds)
 
 
 def table(records: Sequence[Record]) -> str:
@@ -186,7 +193,7 @@ def table(records: Sequence[Record]) -> str:
         lines.append(
             [
                 *(record["part"], record["arm"], f"{record['point']:,} {PARTS[record['part']][1]}"),
-                arms.cell(record["median_ms"], ",.2f"),
+                arms.cell(record["least_ms"], ",.2f"),
                 "" if first else arms.cell(record["times"], ".2f"),
                 arms.cell(record["peak_mib"], ",.1f"),
             ]

@@ -97,7 +97,8 @@ def _strangers(content: Any, commands: Sequence[str]) -> list[str]:
     if isinstance(content, Mapping) and "settings" in content:
         own = [command for command in commands if BENCHMARK.match(command)]
         reasons = [_differences(content, command) for command in own]
-        return [] if [] in reasons else [f"is of no command: {'; '.join(min(reasons, key=len, default=['none']))}"]
+        nearest = min(reasons, key=lambda reason: len(reason), default=["no benchmark is among them"])
+        return [] if not nearest else [f"is of no command: {'; '.join(nearest)}"]
     records = _records(content)
     known = [set(words) for command in commands for words in _expanded(command)]
     strange = []

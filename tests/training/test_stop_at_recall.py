@@ -91,6 +91,7 @@ def test_a_recall_that_never_comes_changes_nothing(train, tmp_path):
 def test_the_end_needs_the_validation_of_its_own_step():
     ending = Ending(6, 0.5)
     assert ending.is_at(2, {"step": 2, "recall": 0.5}) and ending.is_early(2, {"step": 2, "recall": 0.9})
+    assert not Ending(6, 0.5).is_at(0, {"step": 0, "recall": 0.9})  # what a conversion took may recall before any step
     assert not ending.is_at(4, {"step": 2, "recall": 0.9}) and not ending.is_at(2, {"step": 2, "recall": 0.49})
     assert ending.is_at(6, {}) and not ending.is_early(6, {})
     assert not ending.is_at(2, {"step": 2, "loss": 0.1}) and not Ending(6, None).is_at(2, {"step": 2, "recall": 1.0})

@@ -127,9 +127,12 @@ def scored(
     if skip_ignored:
         chosen = (labels != IGNORE_INDEX).nonzero()[:, 0]
         own = None if soft is None else replace(soft, hidden=soft.hidden.reshape(-1, soft.hidden.shape[-1])[chosen])
-        found = scored(rows[chosen], weight, labels[chosen], softcap, with_normalisers=with_normalisers, soft=own)
-        parts = found.losses, found.peaks, found.log_normalisers, found.divergences
-        return Scored(*(None if part is None else _placed(part, chosen, targets) for part in parts))
+        part = scored(rows[chosen], weight, labels[chosen], softcap, with_normalisers=with_normalisers, soft=own)
+        return Scored(
+            _placed(part.losses, chosen, targets),
+            log_normalisers=None if part.log_normalisers is None else _placed(part.log_normalisers, chosen, targets),
+            divergences=None if part.divergences is None else _placed(part.divergences, chosen, targets),
+        )
     most = slice_rows(weight.shape[0] * (1 if soft is None else 2), device_kind(rows.device))
     options = weight, with_peaks, softcap, with_normalisers, soft
     taught = None if soft is None else soft.hidden.reshape(-1, soft.hidden.shape[-1])

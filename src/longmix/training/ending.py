@@ -26,7 +26,7 @@ class Ending:
 
     def is_early(self, step: int, validation: Mapping[str, float]) -> bool:
         """Whether the validation after `step` steps, if that is the last one, recalls enough."""
-        if self.stop_at_recall is None or validation.get("step") != step:
+        if self.stop_at_recall is None or not step or validation.get("step") != step:
             return False
         return validation.get("recall", -1.0) >= self.stop_at_recall
 
