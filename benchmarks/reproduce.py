@@ -126,7 +126,7 @@ def _differences(content: Mapping[str, Any], command: str) -> list[str]:
         held = _flat(settings.get(option))
         if held != _flat(values):
             found.append(f"{option} was {' '.join(held)} and is {' '.join(values)}")
-    named = next((_flat(settings[key]) for key in ("mixers", "models", "claims") if key in settings), [])
+    named = next((_flat(settings[key]) for key in ("mixers", "models", "claims", "parts") if key in settings), [])
     if alone and [*map(str, named)] != alone:
         found.append(f"it is of {', '.join(named)} and not of {', '.join(alone)}")
     return found

@@ -1,12 +1,14 @@
 """`python -m benchmarks.headlines`: arms of a part compute the same where they claim to, and a run leaves its files."""
 
 import json
+import re
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from benchmarks import headlines as benchmark
+from benchmarks.results import ROOT
 
 
 @pytest.fixture
@@ -76,3 +78,53 @@ def test_an_unknown_part_is_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         benchmark.main(["nothing"])
     assert "there is no part nothing" in capsys.readouterr().err
+
+
+PAGE = (ROOT / "docs/headlines.md").read_text(encoding="utf-8")
+
+
+def row(name: str) -> str:
+    """The row of the page's first table that begins with this paper."""
+    return next(line for line in PAGE.splitlines() if line.startswith(f"| **{name}"))
+
+
+def measured(file: str, part: str, arm: str) -> list[str]:
+    """How many times as fast an arm is at each point, as the page rounds it."""
+    (path,) = (ROOT / "benchmarks/results").glob(file)
+    records = json.loads(path.read_text())["results"]
+    return [f"{record['times']:.1f}" for record in records if (record["part"], record["arm"]) == (part, arm)]
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "part", "arm", "from_point"),
+    [
+        ("TFLA", "*_09-45-54.json", "recurrences", "mLSTM, exp", 0),
+        ("TFLA", "*_09-45-54.json", "recurrences", "mLSTM, sig", 0),
+        ("TFLA", "*_09-45-54.json", "recurrences", "linear attention", 0),
+        ("TFLA", "*_09-45-54.json", "recurrences", "scalar decay (SSD)", 0),
+        ("Neighborhood", "*_09-49-55.json", "window", "window", 0),
+        ("FlashBias", "*_09-49-55.json", "bias", "columns", 0),
+        ("Bifurcated", "*_09-56-57.json", "samples", "shared", 1),
+    ],
+)
+def test_the_page_has_what_was_measured(name, file, part, arm, from_point):
+    *first, last = measured(f"headlines_cpu{file}", part, arm)[from_point:]
+    assert f"{', '.join(first)}, {last}x" in row(name) or f"{', '.join(first)} and {last}x" in row(name)
+
+
+def test_the_error_of_scatterbrain_is_that_of_its_results():
+    content = json.loads((ROOT / "benchmarks/results/scatterbrain_cpu_2026-11-21_15-12-15.json").read_text())
+    errors = {(r["tokens"], r["method"], r["features"], r["radius"]): r["error"] for r in content["results"]}
+    for tokens in ("independent", "neighbours alike"):
+        ratios = []
+        for radius in (0.25, 1, 2, 4, 6, 8):
+            alone = min(errors[tokens, "performer", 64, radius], errors[tokens, "local", 0, radius])
+            ratios.append(f"{alone / errors[tokens, 'scatterbrain', 64, radius]:.1f}")
+        assert f"{', '.join(ratios[:-1])} and {ratios[-1]} times" in row("Scatterbrain")
+
+
+def test_every_file_that_the_page_names_is_committed():
+    files = re.findall(r"`(?:benchmarks/results/|docs/)?([\w.-]+\.json)`", PAGE)
+    assert len(files) >= 8
+    for file in files:
+        assert (ROOT / "benchmarks/results" / file).exists() or (ROOT / "docs" / file).exists(), file
