@@ -71,7 +71,7 @@ def alone(group: dist.ProcessGroup) -> Iterator[None]:
 
 
 CONFIG = SimpleNamespace(
-    loop=None,
+    loop=SimpleNamespace(stop_at_recall=None),
     seq_len=LENGTH,
     batch_size=4,
     max_steps=1,
