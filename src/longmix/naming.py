@@ -124,7 +124,11 @@ def _with_own_mixer(name: str, config: "TrainConfig", choices: Mapping[str, str]
     if config.checkpoint is None:
         return name
     sizes = f"{config.model.number('num_layers')}x{config.model.number('d_model')}"
-    own = f"{_file_name(mixer_word(config.mixer.entries))}_{sizes}"
+    mixer = mixer_word(config.mixer.entries)
+    if config.keep is not None:  # which layers those are may be measured later
+        kept = "+".join(map(str, config.keep)) if isinstance(config.keep, list) else config.keep
+        mixer = f"{choices['mixer']}_keep={kept}"
+    own = f"{_file_name(mixer)}_{sizes}"
     return name.replace(f"_{_file_name(choices['mixer'])}_{choices['model']}_", f"_{own}_", 1)
 
 

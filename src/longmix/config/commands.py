@@ -41,6 +41,10 @@ def _is_length(value: int | list[int]) -> bool:
 
 
 COUNT = count_up_to(LARGEST_INDEX, "2**62")
+KEPT = Rule(
+    lambda value: bool(value) if isinstance(value, list) else value >= 1,
+    "must be a number of layers from 1, or a list of layers such as [1,4].",
+)
 LENGTHS = Rule(_is_length, "must be a whole number from 1, or a list of them.")
 
 
@@ -284,6 +288,10 @@ class TrainConfig(ModelConfig):
         trust: full names of classes besides longmix's own that checkpoint may name.
         convert: give the model of checkpoint= the mixer of this command, which takes what it can of the weights; see
             docs/converting.md.
+        keep: layers that keep the mixer of checkpoint= when the others are converted: a list of their numbers from 0,
+            such as [1,4]; or how many, those whose conversion alone costs the most loss, which is measured first.
+        measure_tokens: with keep=N, the tokens from which each layer's new mixer first learns the outputs of the old
+            one; 0 measures what the transfer of weights gives.
         trainable: all, or states: train the states before documents and nothing else.
         tuning: see `TuningConfig`.
         objective: tokens, the text's own; or what the model that checkpoint= names teaches: layers, its mixers'
@@ -313,6 +321,8 @@ class TrainConfig(ModelConfig):
     checkpoint: str | None = word(None, path=True)
     trust: list[str] = word([])
     convert: bool = False
+    keep: int | list[int] | None = word(None, KEPT, misfit=KEPT.says)
+    measure_tokens: int = word(65_536, at_least(0))
     trainable: Literal["all", "states"] = "all"
     tuning: TuningConfig = field(default_factory=TuningConfig)
     objective: Objective = "tokens"

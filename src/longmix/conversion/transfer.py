@@ -46,14 +46,19 @@ class Transfer:
             f"the {total:,} weights are the teacher's{fresh}."
         )
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, besides: Mapping[str, Any] | None = None) -> None:
         """Leave the report in a run's folder.
+
+        Args:
+            folder: the run's.
+            besides: further entries.
 
         Raises:
             StorageError: the file cannot be written.
         """
         parts: dict[str, Any] = {"taken": self.taken, "repeated": self.repeated, "new": self.new}
-        replace_json(folder / TRANSFER_FILE, parts | {"parameters": self.parameters, "summary": self.line})
+        whole = parts | {"parameters": self.parameters, "summary": self.line}
+        replace_json(folder / TRANSFER_FILE, whole | dict(besides or {}))
 
 
 def transfer(model: LanguageModel, weights: Mapping[str, Tensor], teacher: ModelConfig) -> Transfer:

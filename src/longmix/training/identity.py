@@ -31,6 +31,7 @@ from longmix.config import (
     total_steps,
 )
 from longmix.config.values import as_given
+from longmix.conversion.keeping import PATTERN, same_but_for_layers
 from longmix.errors import CheckpointError, ConfigError, LongmixError
 from longmix.reading import read_yaml
 from longmix.training import schedules
@@ -72,6 +73,8 @@ FREE = {
 
 FIXED = {
     "mixer": "the weights are the mixer's",
+    "keep": "it chose the mixer of each layer",
+    "measure_tokens": "it chose the mixer of each layer",
     "model": "the weights are the model's",
     "data.corpus": "the place in the data is the corpus's",
     "data.order": "the place in the data is the order's",
@@ -130,13 +133,21 @@ def changes(saved: Plain, config: TrainConfig, counting: tuple[str, ...] = ()) -
         config: that of this command.
         counting: words that count, with all below them, even if they are in `FREE`.
     """
-    own = plain(config)
+    own = _own(saved, config)
     found = _differences(saved, own, counting)
     found.pop("checkpoint", None)
     both_fresh = saved.get("checkpoint") is None and config.checkpoint is None
     if not both_fresh and not _began_with_same_weights(saved, config):
         found["checkpoint"] = (_shown_origin(saved), _shown_origin(own))
     return found
+
+
+def _own(saved: Plain, config: TrainConfig) -> Plain:
+    """This command's configuration. Which layers a measurement lets keep their mixer, only the run itself knows."""
+    own = plain(config)
+    if isinstance(config.keep, int) and same_but_for_layers(saved.get("mixer"), own["mixer"]):
+        own["mixer"] = own["mixer"] | {PATTERN: saved["mixer"][PATTERN]}
+    return own
 
 
 def _differences(saved: Plain, own: Plain, counting: tuple[str, ...] = ()) -> Changes:
@@ -158,7 +169,7 @@ def _fixed_changes(saved: Plain, config: TrainConfig, step: int) -> Changes:
 
     A run without stages is one stage, so that a run may get stages, or lose those that have not begun.
     """
-    own = plain(config)
+    own = _own(saved, config)
     if not saved.get(STAGES) and config.stages is None:
         return {key: change for key, change in _differences(saved, own).items() if _is_below(key, FIXED)}
     before, now = settings_of_stages(saved), settings_of_stages(own)

@@ -12,6 +12,7 @@ from longmix.checkpoints import CheckpointStore, open_checkpoint
 from longmix.checkpoints.contents import check_run_state, rebuilding
 from longmix.checkpoints.store import ASIDE, new_aside, step_of
 from longmix.config import OriginRecord, TrainConfig, total_steps
+from longmix.config.choices import choice_or_pattern
 from longmix.data.staged import by_stage
 from longmix.distributed.agreement import Processes
 from longmix.errors import CheckpointError
@@ -87,11 +88,13 @@ class Start:
             write_config(self.folder, config)
 
     def config_of(self, config: TrainConfig) -> TrainConfig:
-        """The configuration with the run's own name and the checkpoint that the run once began from."""
+        """The configuration with the run's own name, checkpoint that it once began from, and layers that keep theirs."""
         config = dataclasses.replace(config, name=self.name)
         if self.saved is None:
             return config
         written = self.saved.written
+        if isinstance(config.keep, int):  # the run has measured which layers those are
+            config = dataclasses.replace(config, mixer=choice_or_pattern("mixer", written["mixer"]))
         return dataclasses.replace(
             config, checkpoint=written.get("checkpoint"), origin=OriginRecord.of(written.get(ORIGIN))
         )

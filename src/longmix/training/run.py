@@ -44,6 +44,7 @@ from longmix.training.claims import remove_unused
 from longmix.training.distillation import Distillation, check_objective, needs_teacher
 from longmix.training.ending import check_stop_at_recall
 from longmix.training.hardware import TrainerSettings
+from longmix.training.kept_layers import described, with_kept_layers
 from longmix.training.loggers import NoLog
 from longmix.training.module import TrainingModule
 from longmix.training.positions import check_positions
@@ -172,6 +173,7 @@ def _train_from(
     data.prepare_data()
     data.setup("fit")
     everyone.each(lambda: start.check_data(data.fingerprint(), course_of(config).begun(start.step)))
+    config, damage = with_kept_layers(config, origin, settings, data, start.saved is not None)
     model = build_model(config, data.vocab_size if origin is None else origin.vocab_size)
     transferred = begin(model, config, origin)
     if draws(model, course_of(config)):
@@ -183,7 +185,9 @@ def _train_from(
     everyone.first(lambda: start.begin(config))
     if is_first and transferred is not None:
         print(f" taken    {transferred.line}", flush=True)
-        transferred.write(start.folder)
+        if damage is not None:
+            print(f" kept     {described(config, damage)}", flush=True)
+        transferred.write(start.folder, {} if damage is None else damage.report())
 
     module = _module(config, model, settings, everyone, start.step)
     supervisor = _supervisor(config, data, start, is_first, tasks_of(config, model.mixers(), invocation.folders))

@@ -14,8 +14,9 @@ from longmix.checkpoints.contents import load_model_state, rebuilding
 from longmix.checkpoints.find import LAST, last_checkpoint
 from longmix.checkpoints.verify import weights_digest
 from longmix.command_line.schema import configs_folder
-from longmix.config import Choice, ModelConfig, OriginRecord, TrainConfig
+from longmix.config import Choice, ModelConfig, OriginRecord, Pattern, TrainConfig
 from longmix.conversion.inherited import with_teachers_settings
+from longmix.conversion.keeping import check_layers, with_kept, with_new
 from longmix.conversion.transfer import Transfer, transfer
 from longmix.data.tokens.saved import tokenizer_from_state
 from longmix.data.tokens.tokenizers import Tokenizer
@@ -79,9 +80,11 @@ def begins_from(config: TrainConfig, invocation: Invocation) -> tuple[TrainConfi
         CheckpointError: there is none, or it is damaged.
         ConfigError: the command line also says what comes from the checkpoint.
     """
+    if config.checkpoint is None and config.convert:
+        raise ConfigError("convert=true gives another model's weights to this one; give checkpoint=RUN.")
+    if config.keep is not None and not config.convert:
+        raise ConfigError("keep= chooses layers that keep their mixer in a conversion; add convert=true, or leave it out.")
     if config.checkpoint is None:
-        if config.convert:
-            raise ConfigError("convert=true gives another model's weights to this one; give checkpoint=RUN.")
         return config, None
     if config.convert and not _names_mixer(invocation):
         raise ConfigError("convert=true needs the mixer that the model gets, such as mixer=mlstm_tfla*3+flash.")
@@ -119,11 +122,29 @@ def begins_from(config: TrainConfig, invocation: Invocation) -> tuple[TrainConfi
     mixer = config.mixer
     if config.convert:
         mixer = with_teachers_settings(config.mixer, _given(config, invocation), trained.mixer)
+        if config.keep is not None:
+            mixer = _with_kept(mixer, config.keep, trained, is_converted=taught is None)
     else:
         mixer = changed_mixer(trained.mixer, _given(config, invocation), f"checkpoint={word}")
     model = trained.model.having(**_given_of_model(config, invocation))
     config = dataclasses.replace(config, mixer=mixer, model=model, tokenizer=tokenizer)
     return dataclasses.replace(config, checkpoint=word, origin=record), origin
+
+
+def _with_kept(new: Choice | Pattern, keep: int | list[int], trained: ModelConfig, is_converted: bool) -> Choice | Pattern:
+    """The mixers of a model of which some layers keep the teacher's; how many are to be measured, the first ones do.
+
+    Which those are is known only when the data are there (`longmix.training.kept_layers`). Until then everything that
+    looks at the configuration sees as many layers of each kind as there will be.
+
+    Raises:
+        ConfigError: layers that are not there, or that leave none to convert.
+    """
+    if is_converted:
+        return with_new(new, trained.mixer)
+    count = trained.model.number("num_layers")
+    check_layers(keep, count)
+    return with_kept(new, trained.mixer, range(keep) if isinstance(keep, int) else keep, count)
 
 
 def _names_mixer(invocation: Invocation) -> bool:
