@@ -106,8 +106,8 @@ def measure(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         student = build_model(ModelConfig(mixer=new, model=config.model), teacher.vocab_size)
-        transfer(student, teacher.state_dict(), config)
         student.to(device=device, dtype=teacher.embedding.weight.dtype)
+        transfer(student, teacher.state_dict(), config)
         learned = _learn(student, teacher, lessons, steps, precision)
         student.eval()
         before = loss(teacher)

@@ -101,9 +101,7 @@ class DamageOfLayers(Task):
         names = [type(mixer).__name__ for mixer in teacher.mixers()]
         layers = [
             {"layer": layer, "mixer": name, "loss": loss, "damage": damage}
-            for layer, (name, loss, damage) in enumerate(
-                zip(names, entries["losses"], entries["damage"], strict=True)
-            )
+            for layer, (name, loss, damage) in enumerate(zip(names, entries["losses"], entries["damage"], strict=True))
         ]
         order = sorted(range(len(names)), key=lambda layer: -found.of_layers[layer])
         return {

@@ -83,7 +83,9 @@ def begins_from(config: TrainConfig, invocation: Invocation) -> tuple[TrainConfi
     if config.checkpoint is None and config.convert:
         raise ConfigError("convert=true gives another model's weights to this one; give checkpoint=RUN.")
     if config.keep is not None and not config.convert:
-        raise ConfigError("keep= chooses layers that keep their mixer in a conversion; add convert=true, or leave it out.")
+        raise ConfigError(
+            "keep= chooses layers that keep their mixer in a conversion; add convert=true, or leave it out."
+        )
     if config.checkpoint is None:
         return config, None
     if config.convert and not _names_mixer(invocation):
@@ -131,7 +133,9 @@ def begins_from(config: TrainConfig, invocation: Invocation) -> tuple[TrainConfi
     return dataclasses.replace(config, checkpoint=word, origin=record), origin
 
 
-def _with_kept(new: Choice | Pattern, keep: int | list[int], trained: ModelConfig, is_converted: bool) -> Choice | Pattern:
+def _with_kept(
+    new: Choice | Pattern, keep: int | list[int], trained: ModelConfig, is_converted: bool
+) -> Choice | Pattern:
     """The mixers of a model of which some layers keep the teacher's; how many are to be measured, the first ones do.
 
     Which those are is known only when the data are there (`longmix.training.kept_layers`). Until then everything that
