@@ -6,6 +6,7 @@ the clock names is never shared: two that begin in one second get two folders.
 
 import contextlib
 import hashlib
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -133,15 +134,19 @@ def _with_own_mixer(name: str, config: "TrainConfig", choices: Mapping[str, str]
 
 
 def mixer_word(mixer: Mapping[str, Any]) -> str:
-    """The name of a mixer by the entries of its choice: the members of a pattern, or its module, named like its file.
+    """The name of a mixer by the entries of its choice: a pattern as it is written, or its module, named like its file.
 
     A class of another package, whose module may have any name, is called by its own.
     """
     if "pattern" in mixer:
-        return "+".join(mixer["pattern"])
+        return "+".join(_repeated(name, len(list(each))) for name, each in itertools.groupby(mixer["pattern"]))
     path, _, kind = str(mixer["_target_"]).rpartition(".")
     module = path.rpartition(".")[2]
     return module if module.replace("_", "").lower() == kind.lower() else kind
+
+
+def _repeated(name: str, count: int) -> str:
+    return name if count == 1 else f"{name}*{count}"
 
 
 def sweep_name(number: Any, words: str) -> str:

@@ -136,6 +136,7 @@ def test_a_run_that_continues_measures_nothing(train, teacher, measured, tmp_pat
         (("convert=true", "checkpoint=RUN", "mixer=gla", "keep=3"), "keeps all of the model's 3 layers"),
         (("convert=true", "checkpoint=RUN", "mixer=gla+flash", "keep=1"), "give one mixer"),
         (("convert=true", "checkpoint=RUN", "mixer=gla", "keep=0"), "must be a number of layers from 1"),
+        (("convert=true", "checkpoint=RUN", "mixer=gla", "keep=[1]", "measure_tokens=9"), "no effect without keep=N"),
         (("convert=true", "checkpoint=RUN", "mixer=gla", "keep=[]"), "must be a number of layers from 1"),
     ],
 )

@@ -56,9 +56,9 @@ class DamageOfLayers(Task):
         """Measure the teacher, and the model with each layer converted.
 
         Returns:
-            `{"split", "step", "trained_seq_len", "precision", "mixer", "loss": the teacher's, "learned": tokens, "layers":
-            [{"layer", "mixer": the teacher's, "loss", "damage"}], "order": layers, the largest damage first}`, in nats
-            per token.
+            `{"split", "step", "trained_seq_len", "precision", "mixer", "loss": the teacher's, "learned": tokens,
+            "layers": [{"layer", "mixer": the teacher's, "loss", "damage"}], "order": layers, the largest damage
+            first}`, in nats per token; a loss that is not finite is None, and so is its damage.
 
         Raises:
             ConfigError: a setting that the model cannot take, or more memory than there is.
@@ -120,8 +120,8 @@ class DamageOfLayers(Task):
         """Each layer's loss and damage, and the layers in order."""
         report = answer.report
         table = Table(
-            title=f"one layer alone with {report['mixer']}, which learned from {report['learned']:,} tokens: loss of the "
-            "whole model, and what it loses, in nats per token"
+            title=f"one layer alone with {report['mixer']}, which learned from {report['learned']:,} tokens: loss of "
+            "the whole model, and damage, in nats per token"
         )
         for heading in ("layer", "mixer before", "loss", "damage"):
             table.add_column(heading, justify="left" if heading == "mixer before" else "right")

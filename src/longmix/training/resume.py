@@ -88,7 +88,7 @@ class Start:
             write_config(self.folder, config)
 
     def config_of(self, config: TrainConfig) -> TrainConfig:
-        """The configuration with the run's own name, checkpoint that it once began from, and layers that keep theirs."""
+        """The configuration with the run's own name, the checkpoint that it began from, and the mixer that it chose."""
         config = dataclasses.replace(config, name=self.name)
         if self.saved is None:
             return config

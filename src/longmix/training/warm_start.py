@@ -14,7 +14,7 @@ from longmix.checkpoints.contents import load_model_state, rebuilding
 from longmix.checkpoints.find import LAST, last_checkpoint
 from longmix.checkpoints.verify import weights_digest
 from longmix.command_line.schema import configs_folder
-from longmix.config import Choice, ModelConfig, OriginRecord, Pattern, TrainConfig
+from longmix.config import Choice, ModelConfig, OriginRecord, Pattern, TrainConfig, defaults
 from longmix.conversion.inherited import with_teachers_settings
 from longmix.conversion.keeping import check_layers, with_kept, with_new
 from longmix.conversion.transfer import Transfer, transfer
@@ -82,10 +82,7 @@ def begins_from(config: TrainConfig, invocation: Invocation) -> tuple[TrainConfi
     """
     if config.checkpoint is None and config.convert:
         raise ConfigError("convert=true gives another model's weights to this one; give checkpoint=RUN.")
-    if config.keep is not None and not config.convert:
-        raise ConfigError(
-            "keep= chooses layers that keep their mixer in a conversion; add convert=true, or leave it out."
-        )
+    _check_keep(config)
     if config.checkpoint is None:
         return config, None
     if config.convert and not _names_mixer(invocation):
@@ -131,6 +128,20 @@ def begins_from(config: TrainConfig, invocation: Invocation) -> tuple[TrainConfi
     model = trained.model.having(**_given_of_model(config, invocation))
     config = dataclasses.replace(config, mixer=mixer, model=model, tokenizer=tokenizer)
     return dataclasses.replace(config, checkpoint=word, origin=record), origin
+
+
+def _check_keep(config: TrainConfig) -> None:
+    """Refuse words about kept layers that have no effect.
+
+    Raises:
+        ConfigError: naming the word.
+    """
+    if config.keep is not None and not config.convert:
+        raise ConfigError(
+            "keep= chooses layers that a conversion leaves as they are; add convert=true, or leave it out."
+        )
+    if config.measure_tokens != defaults(TrainConfig)["measure_tokens"] and not isinstance(config.keep, int):
+        raise ConfigError("measure_tokens has no effect without keep=N. Add it, or leave measure_tokens out.")
 
 
 def _with_kept(
