@@ -12,8 +12,9 @@ from longmix.accelerators import ACCELERATORS, Accelerator, by_word
 from longmix.command_line import values
 from longmix.command_line.catalogue import CATALOGUE
 from longmix.composing import composed
-from longmix.config import Choice, TrainConfig, course_of, with_stage
+from longmix.config import Choice, ModelConfig, Pattern, TrainConfig, course_of, with_stage
 from longmix.config import read as read_config
+from longmix.config.choices import choice_or_pattern
 from longmix.data.training_data import TrainingData, build_data
 from longmix.errors import ConfigError
 from longmix.machine_memory import total_bytes
@@ -22,7 +23,9 @@ from longmix.model.build import build_model, check_model
 from longmix.model.matching import match_parameters
 from longmix.planning.dry_run import Precision
 from longmix.training.carried import check_carries
+from longmix.training.distillation import LAYERS, TOKENS
 from longmix.training.hardware import TrainerSettings
+from longmix.training.layerwise import layers_that_learn
 from longmix.training.stages import check_mixer
 from longmix.wording import counted, did_you_mean, nearest
 
@@ -98,6 +101,7 @@ class Request:
         precision: as in `TrainerSettings`.
         variant: what was asked for.
         notes: what was chosen because no word said it.
+        teacher: the mixer of the model that teaches; None without one.
     """
 
     config: TrainConfig
@@ -111,6 +115,14 @@ class Request:
     precision: Precision
     variant: Variant
     notes: tuple[str, ...]
+    teacher: Choice | Pattern | None = None
+
+    def teacher_model(self) -> LanguageModel | None:
+        """The teacher on the meta device, which has the model's sizes; None of a run that learns from the text."""
+        if self.teacher is None:
+            return None
+        with torch.device("meta"):
+            return build_model(ModelConfig(mixer=self.teacher, model=self.config.model), self.vocab_size)
 
     def model(self) -> LanguageModel:
         """The model on the meta device, in the dtype of its weights."""
@@ -234,6 +246,7 @@ def _request(
         precision=precision,
         variant=variant,
         notes=tuple(notes),
+        teacher=_teacher(own, config, variant),
     )
     rows = trainer.micro_batch_size or request.rows(variant)
     request = dataclasses.replace(request, variant=dataclasses.replace(variant, micro_batch_size=rows))
@@ -245,6 +258,30 @@ def _request(
             "smaller trainer.micro_batch_size, batch_size or seq_len."
         )
     return request
+
+
+def _teacher(own: dict[str, str], config: TrainConfig, variant: Variant) -> Choice | Pattern | None:
+    """The teacher's mixer; None of a run, or a stage, that learns from the text.
+
+    Raises:
+        ConfigError: no layer differs from the teacher's, or the teacher runs on slices of windows.
+    """
+    if config.objective == TOKENS:
+        return None
+    if variant.context_parallel > 1:
+        raise ConfigError(
+            f"objective={config.objective} with trainer.context_parallel is not planned for; leave one out."
+        )
+    word = own.get("teacher", OWN["teacher"].default)
+    found = choice_or_pattern("mixer", composed("train", [f"mixer={word}"]).content["mixer"])
+    if config.objective == LAYERS:
+        student = check_model(config)
+        if not layers_that_learn(student, check_model(ModelConfig(mixer=found, model=config.model))):
+            raise ConfigError(
+                f"objective={LAYERS}: every layer's mixer is that of teacher={word}, so that none has anything to "
+                "learn. Give another mixer, or another teacher."
+            )
+    return found
 
 
 def _check(config: TrainConfig) -> None:

@@ -145,7 +145,9 @@ def take_steps(request: Request, steps: int = 2) -> None:
     from torch.utils.data import DataLoader
 
     from longmix.batch import Batch
+    from longmix.config import ModelConfig, course_of
     from longmix.model.build import build_model
+    from longmix.training.distillation import Distillation
     from longmix.training.hardware import TrainerSettings
     from longmix.training.module import TrainingModule
     from longmix.training.run import quieten, strategy_of
@@ -164,8 +166,12 @@ def take_steps(request: Request, steps: int = 2) -> None:
     # Rows that pack documents, as is planned for; rows of one document keep less on a CPU.
     ids = (torch.arange(variant.seq_len) >= variant.seq_len // 3).int().expand(rows, -1).contiguous()
     batch = Batch(tokens=tokens, targets=tokens, document_ids=ids)
+    model, distillation = build_model(config, request.vocab_size), None
+    if request.teacher is not None:
+        teacher = build_model(ModelConfig(mixer=request.teacher, model=config.model), request.vocab_size)
+        distillation = Distillation(model, teacher, course_of(config), 0)
     module = TrainingModule(
-        build_model(config, request.vocab_size),
+        model,
         lambda parameters: config.optimizer.build(parameters=parameters),
         config.schedule.build(),
         total_steps=steps,
@@ -173,6 +179,7 @@ def take_steps(request: Request, steps: int = 2) -> None:
         gradient_clip=config.loop.gradient_clip,
         skip_nonfinite=False,
         slices=settings.slices,
+        distillation=distillation,
     )
     trainer = Trainer(
         accelerator="gpu" if settings.on_gpu else "cpu",

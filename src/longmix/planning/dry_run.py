@@ -9,7 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -23,6 +23,7 @@ from longmix.config import Choice
 from longmix.mixers.parts.layout import Layout, LayoutNeeds, layouts, needs_of
 from longmix.model.backbone import Checkpointing, LanguageModel, run_block
 from longmix.model.blocks import Block
+from longmix.model.head import SoftTargets
 from longmix.model.sharing import dictionaries_of
 from longmix.planning.fakes import HostMemory, LastSlice, gpu_functions
 from longmix.planning.memory_tracker import Ledger, bytes_of, empty_like
@@ -47,6 +48,7 @@ class Setting:
         device: "cuda" or "cpu", which decides between implementations of the engines.
         slices: processes that share each window; this one has the last slice.
         offloads: what layers keep is in the host's memory meanwhile, except that of the last one.
+        hard_share: weight of the loss on the text where a teacher's distributions are learned; None without a teacher.
     """
 
     rows: int
@@ -58,6 +60,7 @@ class Setting:
     device: Literal["cuda", "cpu"]
     slices: int = 1
     offloads: bool = False
+    hard_share: float | None = None
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -160,7 +163,7 @@ def rehearse(model: LanguageModel, setting: Setting, ends: Ends) -> Rehearsal:
     for mixer in model.mixers():
         mixer.prepare(setting.slices * setting.length)
     blocks = [cast(Block, block) for block in model.blocks]
-    kinds = [(_kind(block), setting.offloads and index < len(blocks) - 1) for index, block in enumerate(blocks)]
+    kinds = [(kind_of(block), setting.offloads and index < len(blocks) - 1) for index, block in enumerate(blocks)]
     copies = {kind: copy.deepcopy(blocks[kinds.index(kind)]) for kind in dict.fromkeys(kinds)}
     with assumed_device(setting.device), FakeTensorMode(allow_non_fake_inputs=True):
         stage = _Stage(setting, model.shape.d_model, ends.dtype)
@@ -187,7 +190,7 @@ def _rounded(model: LanguageModel, setting: Setting, where: Callable[[str], bool
     return sum(model.get_parameter(name).numel() for name in names_of_product_weights(model) if where(name))
 
 
-def _kind(block: Block) -> Any:
+def kind_of(block: Block) -> Any:
     """The key of equal layers: built from the same settings, with weights of the same shapes; see `Mixer.kind`.
 
     A layer that gives a value residual lacks the weights that take one, so its key differs.
@@ -211,17 +214,13 @@ class _Stage:
 
     def make_layouts(self, model: LanguageModel) -> int:
         """Make the layouts that the model's forward pass makes; returns their bytes."""
-        needs = set(filter(None, map(needs_of, model.mixers())))
-        given = self.ids if self.slices is None else None
-        self.layouts = layouts(needs, self.ids, given, None, self.slices)
-        leaves = {id(x): x for x in tree_leaves(list(self.layouts.values())) if isinstance(x, Tensor)}
-        storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in leaves.values()}
-        return sum(storages.values())
+        self.layouts, size = shared_layouts(model, self.ids, self.slices)
+        return size
 
     def block(self, block: Block, offloads: bool) -> Part:
         """Run one block."""
         for module in (block, *(dictionaries := dictionaries_of(block))):
-            _materialise(module, self.setting)
+            materialise(module, self.setting)
         x = torch.empty(self.shape, dtype=self.dtype, requires_grad=True)
         given = self.value_residual
         needs = needs_of(block.mixer)
@@ -247,7 +246,7 @@ class _Stage:
 
         shared = [leaf for leaf in tree_leaves([given, layout]) if isinstance(leaf, Tensor)]
         matrices = [weight for dictionary in dictionaries for weight in dictionary.parameters()]
-        part = _measured(call, block, [x, self.ids, *shared, *matrices], self.setting)
+        part = measured_part(call, block, [x, self.ids, *shared, *matrices], self.setting)
         if given is None and self.first_sizes is not None:
             shape, dtype = self.first_sizes
             self.value_residual = torch.empty(shape, dtype=dtype, requires_grad=True)
@@ -260,31 +259,58 @@ class _Stage:
         )
 
 
+def shared_layouts(
+    model: LanguageModel, ids: Tensor, slices: LastSlice | None = None
+) -> tuple[dict[LayoutNeeds, Layout], int]:
+    """The layouts that a model's forward pass makes, and their bytes.
+
+    Args:
+        model: any.
+        ids: documents [B, T] of a pass.
+        slices: if these rows are slices.
+    """
+    made = layouts(set(filter(None, map(needs_of, model.mixers()))), ids, ids if slices is None else None, None, slices)
+    leaves = {id(x): x for x in tree_leaves(list(made.values())) if isinstance(x, Tensor)}
+    storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in leaves.values()}
+    return made, sum(storages.values())
+
+
 def _ends(model: LanguageModel, setting: Setting) -> Ends:
     tied = model.head.weight is model.embedding.weight
-    _materialise(model, setting)
+    materialise(model, setting)
     if tied:
         model.head.weight = model.embedding.weight
     tokens = torch.empty(setting.rows, setting.length, dtype=torch.int64)
-    with _autocast(setting):
+    with autocast(setting):
         dtype = model.embedding_norm(model.embedding(tokens)).dtype
+        soft = None if setting.hard_share is None else _soft_targets(model, tokens)
+    of_teacher = [] if soft is None else [soft.hidden, soft.weight]
 
     def call() -> tuple[Tensor, list[Tensor], Any]:
-        output = model(tokens, tokens)
-        normalisers = [] if output.log_normalisers is None else [output.log_normalisers]
-        return output.token_losses, [*output.losses.values(), *normalisers], None
+        output = model(tokens, tokens, soft=soft)
+        further = [*output.losses.values(), *([] if output.log_normalisers is None else [output.log_normalisers])]
+        if output.divergences is None:
+            return output.token_losses, further, None
+        return output.divergences, [*further, *([output.token_losses] if setting.hard_share else [])], None
 
-    return Ends(_measured(call, model, [tokens], setting), dtype)
+    return Ends(measured_part(call, model, [tokens, *of_teacher], setting), dtype)
 
 
-def _materialise(module: nn.Module, setting: Setting) -> None:
+def _soft_targets(model: LanguageModel, tokens: Tensor) -> SoftTargets:
+    """A teacher's distributions, of the sizes of the model's own."""
+    with torch.no_grad():
+        hidden = model(tokens).hidden
+    return SoftTargets(hidden, torch.empty_like(model.head.weight, requires_grad=False), model.logit_softcap, 1.0)
+
+
+def materialise(module: nn.Module, setting: Setting) -> None:
     """Replace tensors on the meta device by fake ones, weights in the dtype of the forward pass."""
     module.train()
     kept = {id(buffer) for buffer in module.buffers()} if setting.precision != "bf16-true" else set()
     module._apply(lambda x: empty_like(x, None if id(x) in kept else setting.weight_dtype))
 
 
-def _measured(
+def measured_part(
     call: Callable[[], tuple[Tensor, list[Tensor], Any]], module: nn.Module, inputs: list[Tensor], setting: Setting
 ) -> Part:
     """Run forward and backward, and measure the memory that is held.
@@ -297,7 +323,7 @@ def _measured(
     """
     weights = list(module.parameters())
     functions = gpu_functions() if setting.device == "cuda" else contextlib.nullcontext()
-    with Ledger([*weights, *module.buffers(), *inputs]) as ledger, _autocast(setting), functions:
+    with Ledger([*weights, *module.buffers(), *inputs]) as ledger, autocast(setting), functions:
         call()
         before = ledger.mark()  # allocated by a first call for all later ones
         output, losses, others = call()
@@ -327,7 +353,7 @@ def _measured(
 
 
 @contextlib.contextmanager
-def _autocast(setting: Setting) -> Iterator[None]:
+def autocast(setting: Setting) -> Iterator[None]:
     """Autocast as Lightning enters it, but without the cache of rounded weights."""
     mixed = setting.precision == "bf16-mixed"
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed, cache_enabled=False):
@@ -350,18 +376,18 @@ class OptimizerNeeds:
 
 
 def optimizer_needs(
-    model: LanguageModel, chosen: Choice, dtype: torch.dtype, device: Literal["cuda", "cpu"]
+    weights: Mapping[str, nn.Parameter], chosen: Choice, dtype: torch.dtype, device: Literal["cuda", "cpu"]
 ) -> OptimizerNeeds:
     """Measure a second step, because the first one makes the optimizer's state.
 
     Args:
-        model: on the meta device.
+        weights: those that learn, on the meta device, by name.
         chosen: the configuration's optimizer.
         dtype: of weights and gradients.
         device: Muon iterates in bfloat16 on "cuda".
     """
     with FakeTensorMode():
-        weights = {name: _fake(weight, dtype) for name, weight in model.named_parameters()}
+        weights = {name: _fake(weight, dtype) for name, weight in weights.items()}
         optimizers = chosen.build(parameters=weights)
         for optimizer in optimizers:
             if device == "cuda" and isinstance(optimizer, BatchedMuon):  # fake tensors are on a CPU

@@ -14,6 +14,7 @@ from longmix.model.backbone import LanguageModel
 from longmix.planning.arguments import Variant
 from longmix.planning.communication import Buffers, ShardedBuffers
 from longmix.planning.dry_run import OptimizerNeeds, Part, Rehearsal, Setting
+from longmix.planning.taught import Teaching
 
 GIB = 2**30
 
@@ -82,6 +83,7 @@ def memory_needed(
     limit: int,
     carried: int = 0,
     averaged: int = 0,
+    teaching: Teaching | None = None,
 ) -> Memory:
     """Add up the worst moment of a step.
 
@@ -94,6 +96,7 @@ def memory_needed(
         limit: bytes that a device has.
         carried: bytes of the states that rows carry from step to step, before a step and after it.
         averaged: bytes of the undivided weights' averages.
+        teaching: what a teacher needs; None without one.
     """
     parts = [rehearsal.ends, *rehearsal.layers]
     size = 2 if setting.precision == "bf16-true" else 4
@@ -101,17 +104,25 @@ def memory_needed(
     shards = division.processes if setting.sharded else 1
     fixed = {
         "weights": parameters * size // shards,
+        "teacher": 0 if teaching is None else teaching.parameters * size // shards,
         "optimizer": optimizer.state // shards,
         "averaged weights": averaged // shards,
         "data": setting.rows * division.micro_batches * setting.length * division.context_parallel * (8 + 8 + 4),
         "carried state": carried,
     }
+    learning = parts
+    if teaching is not None and teaching.learns_layers:
+        learning = [lesson.part for lesson in teaching.lessons.values()]
     host = sum(pinned(part.offloaded) for part in rehearsal.layers)
-    everything = sum(_lasting(part, setting, division) for part in parts)
+    everything = sum(_lasting(part, setting, division) for part in learning)
     exchanged = optimizer.exchanged // shards if shards > 1 else 0
     buffers = _buffers(rehearsal, setting, division)
+    if teaching is not None and teaching.learns_layers:
+        moments = _lessons(teaching, setting, division, buffers)
+    else:
+        moments = _moments(model, rehearsal, setting, division, buffers, teaching)
     step = Moment("optimizer", everything, 0, optimizer.working + exchanged, buffers.always)
-    worst = max([*_moments(model, rehearsal, setting, division, buffers), step], key=lambda moment: moment.total)
+    worst = max([*moments, step], key=lambda moment: moment.total)
     varying = {
         "communication": worst.communication,
         "gradients": worst.gradients,
@@ -140,10 +151,46 @@ class Moment:
         return self.gradients + self.activations + self.working + self.communication
 
 
+def _lessons(teaching: Teaching, setting: Setting, division: Division, buffers: Buffers) -> Iterator[Moment]:
+    """Layers that learn one after another while the teacher runs; gradients of other micro-batches are there already.
+
+    Under autocast the rounded weights of a layer that has learned stay until the step ends.
+    """
+    waits = division.micro_batches > 1
+    lasting = {index: _lasting(lesson.part, setting, division) for index, lesson in teaching.lessons.items()}
+    made = sum(lasting.values()) if waits else 0
+    rounded = sum(lesson.rounded for lesson in teaching.lessons.values()) if waits else 0
+    held = teaching.stream + teaching.layouts
+    for index, passing in enumerate(teaching.passing):
+        gathered = _gathered_of_teacher(teaching, index, setting) + buffers.always
+        lesson = teaching.lessons.get(index)
+        if lesson is not None:
+            own = 2 * lesson.block * setting.weight_dtype.itemsize if setting.sharded else 0
+            working = passing.observed + lesson.peak
+            yield Moment(f"lesson of layer {index}", made, held + rounded, working, gathered + own)
+            if not waits:
+                made, rounded = made + lasting[index], rounded + lesson.rounded
+        yield Moment(f"layer {index} of the teacher", made, held + rounded, passing.peak, gathered)
+
+
+def _gathered_of_teacher(teaching: Teaching, index: int, setting: Setting) -> int:
+    """Bytes of the teacher's weights that FSDP has gathered in a layer's pass: its ends, the layer, and its buffer."""
+    if not setting.sharded:
+        return 0
+    return (teaching.ends + 2 * teaching.passing[index].parameters) * setting.weight_dtype.itemsize
+
+
 def _moments(
-    model: LanguageModel, rehearsal: Rehearsal, setting: Setting, division: Division, buffers: Buffers
+    model: LanguageModel,
+    rehearsal: Rehearsal,
+    setting: Setting,
+    division: Division,
+    buffers: Buffers,
+    teaching: Teaching | None = None,
 ) -> Iterator[Moment]:
     """The last micro-batch of a step; gradients of the others are there from the beginning.
+
+    A teacher runs first, and its last hidden states stay until the loss has gone backward.
 
     What a layer offloads leaves while the next one computes, and is back before its own backward pass, during that of
     the layer after it.
@@ -153,7 +200,15 @@ def _moments(
     waits = division.micro_batches > 1
     before = sum(lasting) + _lasting(ends, setting, division) if waits else 0
     stream = layers[0].output
-    held = stream + rehearsal.layouts
+    taught = 0
+    if teaching is not None:
+        taught = teaching.hidden
+        for index, passing in enumerate(teaching.passing):
+            gathered = _gathered_of_teacher(teaching, index, setting) + buffers.always
+            yield Moment(
+                f"layer {index} of the teacher", before, teaching.stream + teaching.layouts, passing.peak, gathered
+            )
+    held = stream + rehearsal.layouts + taught
     for index, part in enumerate(layers):
         yield Moment(f"gather of layer {index}", before, held, 0, buffers.gather(index))
         held += part.kept + part.output
@@ -162,6 +217,7 @@ def _moments(
         held -= part.input_offloaded + part.input_let_go
     turning = held + ends.kept - stream  # the dry run of the ends had the stream of one layer between them
     yield Moment("loss", before, turning, max(ends.forward, ends.backward), buffers.loss)
+    held -= taught
     head = _lasting(ends, setting, division)
     if model.head.weight is not model.embedding.weight:
         head -= _lasting_of(model.embedding.weight.numel(), ends, setting, division)

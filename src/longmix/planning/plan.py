@@ -16,8 +16,11 @@ from longmix.model.backbone import Checkpointing, LanguageModel
 from longmix.planning.arguments import Request, Variant
 from longmix.planning.dry_run import Ends, OptimizerNeeds, Rehearsal, Setting, optimizer_needs, rehearse, rehearse_ends
 from longmix.planning.memory import Division, Memory, memory_needed
-from longmix.planning.traffic import StepTime, Traffic, step_time, traffic_of, training_flops
+from longmix.planning.taught import Teaching, rehearse_teaching
+from longmix.planning.traffic import StepTime, Traffic, step_time, taught_flops, traffic_of, training_flops
 from longmix.training.carried import carried_bytes
+from longmix.training.distillation import LAYERS, LOGITS
+from longmix.training.layerwise import layers_that_learn
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,21 @@ class Planner:
         self.request = request
         self.device: Literal["cuda", "cpu"] = "cpu" if request.accelerator is None else "cuda"
         self.model: LanguageModel = request.model()
+        self.teacher: LanguageModel | None = request.teacher_model()
         self._ends: dict[Setting, Ends] = {}
         self._rehearsals: dict[Setting, Rehearsal] = {}
+        self._teachings: dict[Setting, Teaching] = {}
         self._optimizer: OptimizerNeeds | None = None
 
     def optimizer(self) -> OptimizerNeeds:
         """Bytes that the optimizers hold for undivided weights."""
         if self._optimizer is None:
             dtype = torch.bfloat16 if self.request.precision == "bf16-true" else torch.float32
-            self._optimizer = optimizer_needs(self.model, self.request.config.optimizer, dtype, self.device)
+            weights = dict(self.model.named_parameters())
+            if self.teacher is not None and self.request.config.objective == LAYERS:
+                learn = tuple(f"blocks.{index}.mixer." for index in layers_that_learn(self.model, self.teacher))
+                weights = {name: weight for name, weight in weights.items() if name.startswith(learn)}
+            self._optimizer = optimizer_needs(weights, self.request.config.optimizer, dtype, self.device)
         return self._optimizer
 
     def _rehearsal(self, setting: Setting) -> Rehearsal:
@@ -66,6 +75,16 @@ class Planner:
         if setting not in self._rehearsals:
             self._rehearsals[setting] = rehearse(self.model, setting, self._ends[alike])
         return self._rehearsals[setting]
+
+    def _teaching(self, setting: Setting) -> Teaching | None:
+        if self.teacher is None:
+            return None
+        if setting not in self._teachings:
+            alike = dataclasses.replace(setting, checkpointing="none", offloads=False)
+            dtype = self._ends[alike].dtype
+            objective = self.request.config.objective
+            self._teachings[setting] = rehearse_teaching(self.model, self.teacher, setting, dtype, objective)
+        return self._teachings[setting]
 
     def plan(self, variant: Variant | None = None) -> Plan:
         """Plan the request as it is, or with another variant.
@@ -87,15 +106,19 @@ class Planner:
             device=self.device,
             slices=variant.context_parallel,
             offloads=variant.activation_offload and self.device == "cuda",
+            hard_share=request.config.distil.hard_share if request.config.objective == LOGITS else None,
         )
         rehearsal = self._rehearsal(setting)
+        teaching = self._teaching(setting)
         carried = 2 * rows * carried_bytes(self.model) if request.config.loop.carry_state else 0
         averaged = 0 if request.config.loop.ema_decay is None else 4 * self.model.parameter_counts()["total"]
         needs = self.optimizer()
         held = carried, averaged
-        memory = memory_needed(self.model, rehearsal, needs, setting, division, request.memory_bytes, *held)
-        traffic = traffic_of(self.model, rehearsal, setting, division)
+        memory = memory_needed(self.model, rehearsal, needs, setting, division, request.memory_bytes, *held, teaching)
+        traffic = traffic_of(rehearsal, setting, division, teaching)
         whole = training_flops(self.model, rows, variant.seq_len, rehearsal, setting)
+        if self.teacher is not None:
+            whole = taught_flops(self.model, self.teacher, rows, variant.seq_len, whole, teaching)
         flops = whole[0] / variant.context_parallel, whole[1] / variant.context_parallel
         time = None
         if request.accelerator is not None:

@@ -9,6 +9,7 @@ from longmix.model.blocks import Block
 from longmix.model.head import slice_rows
 from longmix.planning.dry_run import OptimizerNeeds, Rehearsal, Setting
 from longmix.planning.memory import Division
+from longmix.planning.taught import Teaching
 
 UTILISATION = 0.6
 """Share of peak arithmetic that products of matrices reach."""
@@ -51,8 +52,10 @@ class Traffic:
         return self.gradients + self.weights + self.context
 
 
-def traffic_of(model: LanguageModel, rehearsal: Rehearsal, setting: Setting, division: Division) -> Traffic:
+def traffic_of(rehearsal: Rehearsal, setting: Setting, division: Division, teaching: Teaching | None = None) -> Traffic:
     """Count the bytes of ring collectives: (W - 1) / W of a gathered or scattered tensor, twice that if all-reduced."""
+    if teaching is not None and teaching.learns_layers:
+        return _traffic_of_lessons(teaching, setting, division)
     processes = division.processes
     ends, layers = rehearsal.ends.parameters, sum(part.parameters for part in rehearsal.layers)
     size = 2 if setting.precision == "bf16-true" else 4
@@ -63,6 +66,8 @@ def traffic_of(model: LanguageModel, rehearsal: Rehearsal, setting: Setting, div
         gathered = rehearsal.ends.gathered + 2 * sum(part.gathered for part in rehearsal.layers)
         if setting.precision == "bf16-true":
             gathered = size * (ends + 2 * layers)
+        if teaching is not None:
+            gathered += size * (teaching.parameters - teaching.ends)
         weights = gathered * division.micro_batches * (processes - 1) // processes
         gradients *= division.micro_batches  # each micro-batch scatters its own
     else:
@@ -72,6 +77,45 @@ def traffic_of(model: LanguageModel, rehearsal: Rehearsal, setting: Setting, div
         context = sum(part.received for part in rehearsal.layers) * passes * division.micro_batches
     host = sum(part.offloaded for part in rehearsal.layers) * division.micro_batches
     return Traffic(gradients, weights, context, host)
+
+
+def _traffic_of_lessons(teaching: Teaching, setting: Setting, division: Division) -> Traffic:
+    """Layers that learn send their mixers' gradients; FSDP gathers them whole twice, and the teacher's layers once.
+
+    Weights on their way count as they are, not rounded.
+    """
+    others, size = (division.processes - 1) / division.processes, 2 if setting.precision == "bf16-true" else 4
+    lessons = teaching.lessons.values()
+    gradients = size * sum(lesson.part.parameters for lesson in lessons)
+    if not setting.sharded:
+        return Traffic(round(2 * gradients * others), 0, 0)
+    gathered = teaching.parameters - teaching.ends + 2 * sum(lesson.block for lesson in lessons)
+    passes = division.micro_batches
+    return Traffic(round(gradients * passes * others), round(size * gathered * passes * others), 0)
+
+
+def taught_flops(
+    student: LanguageModel,
+    teacher: LanguageModel,
+    rows: int,
+    length: int,
+    whole: tuple[int, int],
+    teaching: Teaching | None,
+) -> tuple[int, int]:
+    """Floating-point operations of a step that learns from a teacher: as asked for, and computed.
+
+    Args:
+        student, teacher: on the meta device.
+        rows, length: of the step.
+        whole: what the step takes without a teacher.
+        teaching: what learns.
+    """
+    forward = teacher.flops(length) * rows
+    if teaching is None or not teaching.learns_layers:
+        return whole[0] + forward, whole[1] + forward
+    mixers = student.mixers()
+    learned = 3 * sum(mixers[index].flops(length) for index in teaching.lessons) * rows
+    return forward + learned, forward + learned
 
 
 def training_flops(
