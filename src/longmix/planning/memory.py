@@ -104,7 +104,7 @@ def memory_needed(
     shards = division.processes if setting.sharded else 1
     fixed = {
         "weights": parameters * size // shards,
-        "teacher": 0 if teaching is None else teaching.parameters * size // shards,
+        "teacher": 0 if teaching is None else _of_teacher(teaching, setting, size, shards),
         "optimizer": optimizer.state // shards,
         "averaged weights": averaged // shards,
         "data": setting.rows * division.micro_batches * setting.length * division.context_parallel * (8 + 8 + 4),
@@ -162,22 +162,23 @@ def _lessons(teaching: Teaching, setting: Setting, division: Division, buffers: 
     rounded = sum(lesson.rounded for lesson in teaching.lessons.values()) if waits else 0
     held = teaching.stream + teaching.layouts
     for index, passing in enumerate(teaching.passing):
-        gathered = _gathered_of_teacher(teaching, index, setting) + buffers.always
+        theirs = passing.parameters * setting.weight_dtype.itemsize if setting.sharded else 0
         lesson = teaching.lessons.get(index)
         if lesson is not None:
-            own = 2 * lesson.block * setting.weight_dtype.itemsize if setting.sharded else 0
-            working = passing.observed + lesson.peak
-            yield Moment(f"lesson of layer {index}", made, held + rounded, working, gathered + own)
+            own = lesson.block * setting.weight_dtype.itemsize if setting.sharded else 0
+            gathered = buffers.always + theirs + own
+            working, idle = passing.observed + lesson.peak, passing.observed + lesson.held
+            yield Moment(f"lesson of layer {index}", made, held + rounded, working, gathered)
+            yield Moment(f"gather of layer {index} again", made, held + rounded, idle, gathered + own)
             if not waits:
                 made, rounded = made + lasting[index], rounded + lesson.rounded
-        yield Moment(f"layer {index} of the teacher", made, held + rounded, passing.peak, gathered)
+        yield Moment(f"layer {index} of the teacher", made, held + rounded, passing.peak, buffers.always + 2 * theirs)
 
 
-def _gathered_of_teacher(teaching: Teaching, index: int, setting: Setting) -> int:
-    """Bytes of the teacher's weights that FSDP has gathered in a layer's pass: its ends, the layer, and its buffer."""
-    if not setting.sharded:
-        return 0
-    return (teaching.ends + 2 * teaching.passing[index].parameters) * setting.weight_dtype.itemsize
+def _of_teacher(teaching: Teaching, setting: Setting, size: int, shards: int) -> int:
+    """Bytes of the teacher's weights that are always there: FSDP leaves those outside its layers gathered."""
+    own = teaching.parameters * size // shards
+    return own + (teaching.ends * setting.weight_dtype.itemsize if setting.sharded else 0)
 
 
 def _moments(
@@ -204,10 +205,9 @@ def _moments(
     if teaching is not None:
         taught = teaching.hidden
         for index, passing in enumerate(teaching.passing):
-            gathered = _gathered_of_teacher(teaching, index, setting) + buffers.always
-            yield Moment(
-                f"layer {index} of the teacher", before, teaching.stream + teaching.layouts, passing.peak, gathered
-            )
+            theirs = 2 * passing.parameters * setting.weight_dtype.itemsize if setting.sharded else 0
+            activations, gathered = teaching.stream + teaching.layouts, buffers.always + theirs
+            yield Moment(f"layer {index} of the teacher", before, activations, passing.peak, gathered)
     held = stream + rehearsal.layouts + taught
     for index, part in enumerate(layers):
         yield Moment(f"gather of layer {index}", before, held, 0, buffers.gather(index))

@@ -64,9 +64,14 @@ class Lesson:
     y: int
 
     @property
+    def held(self) -> int:
+        """What it holds between its passes."""
+        return self.y + self.part.kept + self.part.output
+
+    @property
     def peak(self) -> int:
         """The most that it holds, its new gradients included."""
-        return self.y + self.part.kept + self.part.output + max(self.part.forward, self.part.backward)
+        return self.held + max(self.part.forward, self.part.backward)
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,9 @@ def rehearse_teaching(
     for index in learn:
         prefix = f"blocks.{index}.mixer."
         rounded = sum(student.get_parameter(name).numel() for name in products if name.startswith(prefix))
-        lessons[index] = Lesson(parts[kind_of(own[index])], 2 * rounded, _numbers(own[index]), hidden * first.wanted.itemsize)
+        lessons[index] = Lesson(
+            parts[kind_of(own[index])], 2 * rounded, _numbers(own[index]), hidden * first.wanted.itemsize
+        )
     return Teaching(
         objective=objective,
         parameters=_numbers(teacher),
