@@ -112,3 +112,28 @@ def test_recurrences_of_other_kinds_share_projections_alone():
     assert not [name for name in report.taken if ".decay." in name]
     same, _, _, _ = given(model_of("mixer=kda", seed=1), model_of("mixer=kda"))
     assert not same.new
+
+
+PAIRS = {
+    "gla to mlstm_tfla": (("mixer=gla", "mixer.num_heads=2"), ("mixer=mlstm_tfla", "mixer.num_heads=2")),
+    "gated_deltanet to kda": (("mixer=gated_deltanet", "mixer.num_heads=2"), ("mixer=kda", "mixer.num_heads=2")),
+    "flash to a window and a recurrence": (("mixer=flash",), ("mixer=sliding_window+gla", "mixer.gla.key_factor=1")),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
+def test_other_pairs_take_what_has_the_same_shape(pair):
+    old, new = pair
+    student, teacher = model_of(*new, seed=1), model_of(*old)
+    report, before, after, theirs = given(student, teacher)
+    for index in (0, 1):
+        for role in ROLES:
+            place = f"blocks.{index}.mixer.{role}.weight"
+            fits = theirs[place].shape == before[place].shape
+            assert (place in report.taken) == fits
+            assert torch.equal(after[place], theirs[place] if fits else before[place])
+    taken = {place.split(".")[-2] for place in report.taken if ".mixer." in place}
+    assert {"value", "output"} <= taken
+    tokens = torch.randint(47, (2, 20))
+    student[0](tokens, tokens).token_losses.mean().backward()
+    assert all(bool(w.grad.isfinite().all()) for w in student[0].parameters() if w.grad is not None)

@@ -72,3 +72,19 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_first_case(monkeyp
 def test_impossible_words_are_one_line(capsys):
     assert check.main(["model.num_heads=3", "--mixers", "flash"]) == 2
     assert "model.num_heads=3" in capsys.readouterr().err
+
+
+TAUGHT = {
+    "layers": ("mixer=gla", "objective=layers", "seq_len=8192", "model.num_layers=2", "trainer.micro_batch_size=1"),
+    "logits": ("mixer=gla", "objective=logits", "distil.hard_share=0.5"),
+    "layers-fsdp": ("mixer=gla", "objective=layers", "seq_len=8192", "model.num_layers=2", "trainer=fsdp"),
+    "logits-fsdp": ("mixer=gla", "objective=logits", "trainer=fsdp"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", TAUGHT.values(), ids=TAUGHT)
+def test_a_step_that_learns_from_a_teacher_holds_what_was_planned(words):
+    processes = ("trainer.devices=2", "trainer.accelerator=cpu") if "trainer=fsdp" in words else ()
+    outcome = check.check([*CPU_SIZES, *words, *processes])
+    assert outcome.error == pytest.approx(0, abs=0.01)

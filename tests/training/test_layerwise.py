@@ -231,3 +231,26 @@ def test_a_step_on_logits_has_the_gradient_of_both_losses(micro, share):
     torch.testing.assert_close(record.gradient_norm, norm, rtol=1e-10, atol=0)
     torch.testing.assert_close(record.divergence, soft.detach(), rtol=1e-10, atol=0)
     torch.testing.assert_close(record.loss, hard.detach(), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("objective", [LAYERS, LOGITS])
+def test_bf16_autocast_gives_nearly_the_gradients_of_float32(objective):
+    """The sums of both objectives are float32's; what autocast rounds are the factors of products."""
+    theirs, found = teacher().float(), []
+    for rounds in (False, True):
+        torch.manual_seed(2)
+        net, given = student().float(), batch(3)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=rounds):
+            if objective == LAYERS:
+                learned = LayerLessons(net, theirs, [0, 1]).learn([given], lambda loss: loss.backward())
+                loss = torch.stack(list(learned.layers.values())).mean()
+            else:
+                soft = taught(net, theirs, objective).soft_targets(given, None)
+                output = net(given["tokens"], given["targets"], **documents_of(given), soft=soft)
+                loss = output.divergences.mean()
+                loss.backward()
+        assert loss.dtype == torch.float32
+        found.append((loss.item(), torch.cat([w.grad.flatten() for w in net.parameters() if w.grad is not None])))
+    (exact, gradient), (loss, rounded) = found
+    assert loss == pytest.approx(exact, rel=0.02) and loss != exact
+    assert (rounded - gradient).norm() < 0.05 * gradient.norm()
