@@ -122,7 +122,7 @@ class Planner:
         flops = whole[0] / variant.context_parallel, whole[1] / variant.context_parallel
         time = None
         if request.accelerator is not None:
-            time = step_time(request.accelerator, flops, rehearsal, needs, traffic, setting, division)
+            time = step_time(request.accelerator, flops, rehearsal, needs, traffic, setting, division, teaching)
         return Plan(variant, rows, memory, traffic, flops, time)
 
     def at_length(self, seq_len: int) -> Plan:

@@ -38,6 +38,7 @@ class Passing:
         observed: what it holds when its mixer has returned.
         given, wanted: dtypes of the mixer's input and output.
         parameters: number of its weights.
+        moved: bytes that operators other than products of matrices read and write.
     """
 
     peak: int
@@ -45,6 +46,7 @@ class Passing:
     given: torch.dtype
     wanted: torch.dtype
     parameters: int
+    moved: int
 
 
 @dataclass(frozen=True)
@@ -178,8 +180,8 @@ def _passing(
         before = ledger.mark()
         block.observer = lambda given, y: seen.append((ledger.live - before, given.dtype, y.dtype))
         block(x, *others)
-        peak = ledger.peak - before
-    return Passing(peak, *seen[0], _numbers(block))
+        peak, moved = ledger.peak - before, ledger.moved
+    return Passing(peak, *seen[0], _numbers(block), moved)
 
 
 def _lesson(

@@ -170,6 +170,7 @@ def step_time(
     traffic: Traffic,
     setting: Setting,
     division: Division,
+    teaching: Teaching | None = None,
 ) -> StepTime:
     """Estimate a step on one device.
 
@@ -181,10 +182,14 @@ def step_time(
         traffic: what it sends.
         setting: how it computes.
         division: of the run.
+        teaching: what a teacher needs; None without one.
     """
     peak = accelerator.fp32_flops if setting.precision == "32-true" else accelerator.bf16_flops
     parts = [rehearsal.ends, *rehearsal.layers]
-    moved = division.micro_batches * sum(part.moved for part in parts)
+    if teaching is not None and teaching.learns_layers:
+        parts = [lesson.part for lesson in teaching.lessons.values()]
+    of_teacher = 0 if teaching is None else sum(passing.moved for passing in teaching.passing)
+    moved = division.micro_batches * (of_teacher + sum(part.moved for part in parts))
     shards = division.processes if setting.sharded else 1
     weights = sum(part.parameters for part in parts) * (2 if setting.precision == "bf16-true" else 4)
     moved += (3 * weights + 2 * optimizer.state) // shards  # gradients read, weights and states read and written
