@@ -1,7 +1,7 @@
 """`evaluate.py task=damage`: what each layer alone costs when it gets another mixer, see `longmix.training.damage`."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 from matplotlib.figure import Figure
 from rich.console import RenderableType
@@ -10,6 +10,7 @@ from rich.table import Table
 from longmix.composing import as_words, composed
 from longmix.config import Choice
 from longmix.config.choices import choice_or_pattern
+from longmix.conversion.inherited import with_teachers_settings
 from longmix.errors import ConfigError
 from longmix.evaluation.loss import evaluate_loss, to_device
 from longmix.evaluation.subject import Subject
@@ -28,7 +29,7 @@ class DamageOfLayers(Task):
 
     Args:
         mixer: that the layers get, such as "gla"; a file of `configs/mixer`.
-        options: its settings, such as `{"key_factor": 1}`.
+        options: its settings, such as `{"key_factor": 1}`; others are as in a conversion.
         measure_tokens: from which each layer's new mixer first learns the outputs of the old one; 0 for none.
 
     Raises:
@@ -83,7 +84,7 @@ class DamageOfLayers(Task):
                 found = measure(
                     teacher,
                     restored.config,
-                    self.choice,
+                    cast(Choice, with_teachers_settings(self.choice, self.options, restored.config.mixer)),
                     lessons_of(subject.data, steps),
                     loss,
                     steps=steps,
