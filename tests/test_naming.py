@@ -186,6 +186,7 @@ class TestLimits:
         ({"_target_": "somebody.SSD"}, "SSD"),
         ({"_target_": "somebody.mixers.SSD"}, "SSD"),
         ({"pattern": ["flash", "ssd"], "flash": {}, "ssd": {}}, "flash+ssd"),
+        ({"pattern": ["ssd", "ssd", "flash", "ssd"], "flash": {}, "ssd": {}}, "ssd*2+flash+ssd"),
     ],
 )
 def test_a_mixer_is_one_word(node, word):
