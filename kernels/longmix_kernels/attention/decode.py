@@ -62,6 +62,8 @@ def decode_attention(
     """
     check_decode(query, segments, new)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if backend == "torch" or (backend is None and not on_gpu(query)):
+        return torch_decode(query, segments, new, scale, return_logsumexp, return_weights)
     new_key, new_value = (None, None) if new is None else new
     inputs = DecodeInputs(query, new_key, new_value, tuple(segments), schedule, scale)
     backend = _backend_of(backend, inputs)
@@ -90,8 +92,6 @@ def _backend_of(backend: str | None, inputs: DecodeInputs) -> str:
     if backend is not None and backend not in BACKENDS:
         allowed = ", ".join(map(repr, BACKENDS))
         raise ValueError(f"backend={backend!r} is not available here; allowed are None, {allowed}")
-    if backend is None and not on_gpu(inputs.query):
-        return "torch"
     if backend in (None, "triton"):
         reason = decode_launch.uncovered(inputs)
         if reason is not None and backend is None:

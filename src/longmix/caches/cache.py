@@ -189,18 +189,18 @@ class Cache:
         self.kind, self.shape = kind, shape
         self.length = 0
         self.ragged = False
-        self._last_position = torch.full((shape.batch,), -1, dtype=torch.int64, device=shape.device)
+        self._last_position = torch.full((shape.batch, 1), -1, dtype=torch.int64, device=shape.device)
         self.document = torch.zeros(shape.batch, dtype=torch.int32, device=shape.device)
         self.carried: Tensor | None = None
 
     @property
     def next_position(self) -> Tensor:
         """int64 [B], the position in its document that the next token of each row takes."""
-        return self._last_position + 1
+        return self._last_position[:, 0] + 1
 
     @next_position.setter
     def next_position(self, positions: Tensor) -> None:
-        self._last_position = positions - 1
+        self._last_position = positions[:, None] - 1
 
     @property
     def last_id(self) -> Tensor | None:
@@ -238,7 +238,8 @@ class Cache:
                 "torch.no_grad(), or go on from `init_state`."
             )
         batch, length = query.shape[:2]
-        positions = positions.long().expand(batch, length)
+        if positions.shape != (batch, length) or positions.dtype != torch.int64:
+            positions = positions.long().expand(batch, length)
         new = NewTokens(query, key, value, positions, scale, ids)
         if ids is not None:
             self.ragged = True
@@ -246,8 +247,8 @@ class Cache:
             new.goes_on = positions > torch.arange(length, device=positions.device)
         found = self.read(new, return_logsumexp)
         self.length += length
-        last = positions[:, -1]
-        self._last_position = last if length == 1 else last.clone()  # not a view of all of a piece
+        # a step's are those of all layers; of a piece not a view of all
+        self._last_position = positions if length == 1 else positions[:, -1:].clone()
         if ids is not None:
             self.document = ids[:, -1].to(torch.int32)
         return found

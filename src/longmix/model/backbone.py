@@ -20,6 +20,7 @@ from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
 from longmix.mixers.parts.attention_dropout import check_dropout
 from longmix.mixers.parts.base import Mixer, MixerOutput, ModelShape
+from longmix.mixers.parts.calls import applied, call_of
 from longmix.mixers.parts.documents import told_apart
 from longmix.mixers.parts.layout import Layout, LayoutNeeds, layout_after, layouts, needs_of
 from longmix.mixers.parts.metrics import Metric
@@ -73,7 +74,7 @@ def run_block(block: Block, checkpointing: Checkpointing, *inputs: Any) -> Mixer
     if checkpointing == "block" and torch.is_grad_enabled():
         result: MixerOutput = checkpoint(block, *inputs, use_reentrant=False)
         return result
-    output: MixerOutput = block(*inputs, checkpointing == "selective")
+    output: MixerOutput = call_of(block)(*inputs, checkpointing == "selective")
     return output
 
 
@@ -199,7 +200,7 @@ class LanguageModel(nn.Module):
             soft: a teacher's distributions of the targets; without targets, or in evaluation, nothing uses them.
         """
         document_ids, made = self.prepared(tokens, state, document_ids, document_starts, positions_before)
-        x = self.embedding_norm(self.embedding(tokens))
+        x = applied(self.embedding_norm, applied(self.embedding, tokens))
         if self.embedding_dropout is not None:
             x = self.embedding_dropout(x)
         nothing = x.new_empty(0)  # `hidden` comes last: until then it would hold what the first layer is given
@@ -218,7 +219,7 @@ class LanguageModel(nn.Module):
             for name, loss in result.losses.items():
                 output.losses[name] = output.losses.get(name, 0.0) + loss
             output.metrics |= {f"layer_{index}/{name}": value for name, value in result.metrics.items()}
-        output.hidden = self.norm(x)
+        output.hidden = applied(self.norm, x)
         if targets is not None and self.training:
             found = scored(
                 output.hidden,
@@ -255,52 +256,22 @@ class LanguageModel(nn.Module):
         Returns:
             The document ids that the layers get, and each layer's layout; None where it makes that itself.
         """
-        for index, mixer in enumerate(self.mixers()):
+        mixers = self.mixers()
+        for index, mixer in enumerate(mixers):
             if state is None or state[index].mixer is None:
                 mixer.prepare(tokens.shape[1])
         if state is None:
             document_ids = told_apart(document_ids)
-        return document_ids, self._layouts(tokens, state, document_ids, document_starts, positions_before)
-
-    def _layouts(
-        self,
-        tokens: Tensor,
-        state: Sequence[Any] | None,
-        document_ids: Tensor | None,
-        document_starts: Tensor | None,
-        positions_before: Tensor | None,
-    ) -> list[Layout | None]:
-        """Each layer's layout; layers that need the same share one. None after a state of the layer's own."""
-        before_layers = [None] * len(self.blocks) if state is None else [each.mixer for each in state]
-        cache = next((each for each in before_layers if isinstance(each, Cache)), None)
+        before = [None] * len(mixers) if state is None else [each.mixer for each in state]
+        cache = next((each for each in before if isinstance(each, Cache)), None)
         if cache is not None:
-            return self._layouts_after(cache, before_layers, tokens, document_ids)
-        slices: Slices | None = None
-        needs: list[LayoutNeeds | None] = []
-        for mixer, before in zip(self.mixers(), before_layers, strict=True):
-            begins = isinstance(before, Slices) and before.carried is None
-            slices = before if begins else slices
-            needs.append(needs_of(mixer) if begins or before is None else None)
-        wanted = {need for need in needs if need is not None}
-        made = layouts(wanted, tokens, document_ids, document_starts, slices, positions_before)
-        return [None if need is None else made[need] for need in needs]
-
-    def _layouts_after(
-        self, cache: Cache, states: Sequence[Any], tokens: Tensor, document_ids: Tensor | None
-    ) -> list[Layout | None]:
-        """The layouts of layers with caches, all of which have read the tokens that one of them has."""
-        made: dict[LayoutNeeds, Layout] = {}
-        found: list[Layout | None] = []
-        for mixer, state in zip(self.mixers(), states, strict=True):
-            need = needs_of(mixer) if isinstance(state, Cache) else None
-            if need is not None and need not in made:
-                made[need] = layout_after(need, cache, document_ids, tokens.shape[1], tokens.device)
-            found.append(None if need is None else made[need])
-        return found
+            return document_ids, _layouts_after(cache, mixers, before, tokens, document_ids)
+        places = document_starts, positions_before
+        return document_ids, _layouts(mixers, before, tokens, document_ids, *places)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores over the vocabulary, float32 or better: [..., D] -> [..., V]."""
-        scores = self.head(hidden)
+        scores = applied(self.head, hidden)
         return capped(scores.to(torch.promote_types(scores.dtype, torch.float32)), self.logit_softcap)
 
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -375,3 +346,39 @@ class LanguageModel(nn.Module):
         total = sum(parameter.numel() for parameter in self.parameters())
         embedding = self.embedding.weight.numel()
         return {"total": total, "embedding": embedding, "non_embedding": total - embedding}
+
+
+def _layouts(
+    mixers: Sequence[Mixer],
+    before_layers: Sequence[Any],
+    tokens: Tensor,
+    document_ids: Tensor | None,
+    document_starts: Tensor | None,
+    positions_before: Tensor | None,
+) -> list[Layout | None]:
+    """Each layer's layout; layers that need the same share one. None after a state of the layer's own."""
+    slices: Slices | None = None
+    needs: list[LayoutNeeds | None] = []
+    for mixer, before in zip(mixers, before_layers, strict=True):
+        begins = isinstance(before, Slices) and before.carried is None
+        slices = before if begins else slices
+        needs.append(needs_of(mixer) if begins or before is None else None)
+    wanted = {need for need in needs if need is not None}
+    made = layouts(wanted, tokens, document_ids, document_starts, slices, positions_before)
+    return [None if need is None else made[need] for need in needs]
+
+
+def _layouts_after(
+    cache: Cache, mixers: Sequence[Mixer], states: Sequence[Any], tokens: Tensor, document_ids: Tensor | None
+) -> list[Layout | None]:
+    """The layouts of layers with caches, all of which have read the tokens that one of them has."""
+    made: list[tuple[LayoutNeeds, Layout]] = []  # few: to compare is quicker than to hash
+    found: list[Layout | None] = []
+    for mixer, state in zip(mixers, states, strict=True):
+        need = needs_of(mixer) if isinstance(state, Cache) else None
+        layout = None if need is None else next((each for known, each in made if known == need), None)
+        if need is not None and layout is None:
+            layout = layout_after(need, cache, document_ids, tokens.shape[1], tokens.device)
+            made.append((need, layout))
+        found.append(layout)
+    return found

@@ -16,6 +16,7 @@ from longmix.caches.cache import CacheKind
 from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
 from longmix.mixers.parts.base import Mixer, MixerOutput, ModelShape
+from longmix.mixers.parts.calls import applied, call_of
 from longmix.mixers.parts.exact import rounded_once
 from longmix.mixers.parts.layout import Layout
 from longmix.mixers.parts.states import check_state, mixer_state
@@ -92,7 +93,8 @@ class SwiGLU(Mixer):
     def forward(self, x: Tensor, *, state: Any = None, document_ids: Tensor | None = None) -> MixerOutput:
         """Mix the channels of each token of `x` [B, T, D]."""
         x = rounded_once(x)
-        return MixerOutput(self.down(F.silu(self.gate(x)) * self.up(x)))
+        hidden = F.silu(applied(self.gate, x)) * applied(self.up, x)
+        return MixerOutput(applied(self.down, hidden))
 
     def init_state(self, batch: int) -> None:
         """The empty state: channels are mixed token by token."""
@@ -129,7 +131,7 @@ def called(
         output = over_whole_rows(mixer, x, state, **shared)
     else:
         made = {} if layout is None else {"layout": layout}
-        output = mixer(x, state=state, document_ids=document_ids, **made, **shared)
+        output = call_of(mixer)(x, state=state, document_ids=document_ids, **made, **shared)
     name = type(mixer).__name__
     if not isinstance(output, MixerOutput):
         raise ConfigError(f"{name}.forward returned a {type(output).__name__}; it must return MixerOutput(y, state).")
@@ -211,12 +213,12 @@ class Block(nn.Module):
     ) -> tuple[MixerOutput, Tensor, Any]:
         """The mixer's output, the block's output, and the state of the channel mixer."""
         mixer_state, mlp_state = (None, None) if state is None else (state.mixer, state.channel_mixer)
-        normed = self.mixer_norm(x)
+        normed = applied(self.mixer_norm, x)
         mixed = self._called(normed, mixer_state, document_ids, value_residual, layout)
         if self.observer is not None:
             self.observer(normed, mixed.y)
         x = x + self._dropped(mixed.y)
-        channels = called(self.mlp, self.mlp_norm(x), mlp_state, document_ids)
+        channels = called(self.mlp, applied(self.mlp_norm, x), mlp_state, document_ids)
         return mixed, x + self._dropped(channels.y), channels.state
 
     def mix(

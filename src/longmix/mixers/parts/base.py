@@ -3,11 +3,12 @@
 import inspect
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from longmix.caches.cache import Cache, CacheKind
 from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
 from longmix.mixers.parts.layout import LayoutNeeds
@@ -15,9 +16,6 @@ from longmix.mixers.parts.looked_into import EngineCall, ValuePath
 from longmix.mixers.parts.metrics import Metric
 from longmix.mixers.parts.taken import shared_weights
 from longmix.pytrees import pytree
-
-if TYPE_CHECKING:
-    from longmix.caches.cache import CacheKind
 
 FAR = 2**40
 """More tokens than any row has: a state that is as large after twice as many does not grow."""
@@ -135,11 +133,11 @@ class Mixer(nn.Module):
         """
         return shared_weights(self, teacher, self.roles, weights)
 
-    def takes_cache(self, kind: "CacheKind") -> bool:
+    def takes_cache(self, kind: CacheKind) -> bool:
         """Whether `decoding_state` returns a cache of this kind."""
         return False
 
-    def decoding_state(self, batch: int, kind: "CacheKind") -> Any:
+    def decoding_state(self, batch: int, kind: CacheKind) -> Any:
         """The state before the first token, for `batch` rows of generated text, without gradients.
 
         Args:
@@ -253,9 +251,14 @@ def checked_sizes(
             raise ValueError(f"document_ids is {kind} {shape}; allowed is torch.int32 [{batch}, {length}], as x")
     if state is not None and states and not isinstance(state, states):
         raise ValueError(f"state is a {type(state).__name__}; allowed is {states[0].__name__}, from init_state")
-    rows = getattr(state, "next_position", None)
-    if rows is not None and len(rows) != batch and not isinstance(state, Slices):
-        raise ValueError(f"state has {len(rows)} rows and x has {batch}; allowed are as many")
+    if state is not None and not isinstance(state, Slices):
+        rows = batch
+        if isinstance(state, Cache):  # which would have to form its positions
+            rows = state.shape.batch
+        elif (positions := getattr(state, "next_position", None)) is not None:
+            rows = len(positions)
+        if rows != batch:
+            raise ValueError(f"state has {rows} rows and x has {batch}; allowed are as many")
     return batch, length
 
 

@@ -135,10 +135,14 @@ def rotate(x: Tensor, cosine: Tensor | None, sine: Tensor | None) -> Tensor:
     if cosine is None or sine is None:
         return x
     channels = cosine.shape[-1]
-    exact = x[..., :channels].to(torch.promote_types(x.dtype, torch.float32))
+    whole = channels == x.shape[-1]
+    turned = x if whole else x[..., :channels]
+    exact = turned if x.dtype in (torch.float32, torch.float64) else turned.float()
     first, second = exact.chunk(2, dim=-1)
-    rotated = (exact * cosine + torch.cat((second, first), dim=-1) * sine).to(x.dtype)
-    return rotated if channels == x.shape[-1] else torch.cat((rotated, x[..., channels:]), dim=-1)
+    rotated = exact * cosine + torch.cat((second, first), dim=-1) * sine
+    if rotated.dtype != x.dtype:
+        rotated = rotated.to(x.dtype)
+    return rotated if whole else torch.cat((rotated, x[..., channels:]), dim=-1)
 
 
 def token_positions(
@@ -158,6 +162,8 @@ def token_positions(
         device: where they are.
     """
     if document_ids is None:
+        if length == 1 and next_position is not None:
+            return next_position.to(device)[:, None]
         positions = torch.arange(length, device=device)[None]
         return positions if next_position is None else positions + next_position.to(device)[:, None]
     if length == 1 and last_id is not None and next_position is not None:

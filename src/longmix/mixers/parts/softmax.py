@@ -28,6 +28,7 @@ from longmix.errors import ConfigError
 from longmix.mixers.parts.attention_state import AttentionState, Rows, after_earlier_slices, continued
 from longmix.mixers.parts.base import Mixer, MixerOutput, ModelShape, checked_sizes, divided
 from longmix.mixers.parts.cached import attend_cached
+from longmix.mixers.parts.calls import applied
 from longmix.mixers.parts.context_positions import context_positions
 from longmix.mixers.parts.documents import continued_ids
 from longmix.mixers.parts.exact import rounded_once
@@ -344,14 +345,16 @@ class SoftmaxAttention(Mixer):
 
     def rows(self, query: Tensor, key: Tensor, value: Tensor, document_ids: Tensor | None) -> Rows:
         """The inputs of attention, from rotated queries and keys."""
-        return Rows(query.to(value.dtype), key.to(value.dtype), value, document_ids)
+        if query.dtype != value.dtype or key.dtype != value.dtype:
+            query, key = query.to(value.dtype), key.to(value.dtype)
+        return Rows(query, key, value, document_ids)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query [B, T, Hq, head_dim], key and value [B, T, Hkv, head_dim], normalised and not yet rotated."""
         query, key, value = (
-            layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.query, self.key, self.value)
+            applied(layer, x).unflatten(-1, (-1, self.head_dim)) for layer in (self.query, self.key, self.value)
         )
-        return self.query_norm(query), self.key_norm(key), value
+        return applied(self.query_norm, query), applied(self.key_norm, key), value
 
     def forward(
         self, x: Tensor, *, state: Any = None, document_ids: Tensor | None = None, layout: Layout | None = None
@@ -416,7 +419,7 @@ class SoftmaxAttention(Mixer):
         if self.head_router is not None:
             mixed, balance, measured = self.head_router.applied(mixed, routing, state)
             losses, metrics = losses | balance, metrics | measured
-        return MixerOutput(self.output(mixed.flatten(2)), after, losses, metrics)
+        return MixerOutput(applied(self.output, mixed.flatten(2)), after, losses, metrics)
 
     def _kept(self, rows: Rows, next_position: Tensor) -> AttentionState:
         limit = self.cached_keys()
