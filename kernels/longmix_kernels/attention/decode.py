@@ -167,13 +167,15 @@ def check_decode(
     if key_heads < 1 or heads % key_heads:
         raise ValueError(f"there are {key_heads} key heads; allowed are the divisors of the {heads} heads of query")
     for number, segment in enumerate(segments):
-        name, key = f"segments[{number}]", segment.key
-        if segment.key.dim() != 4 or segment.value.shape[:3] != key.shape[:3] or key.shape[1] != key_heads:
-            got = f"key {list(key.shape)} and value {list(segment.value.shape)}"
+        key = segment.key
+        shape, value_shape = key.shape, segment.value.shape
+        name = f"segments[{number}]"
+        if len(shape) != 4 or value_shape[:3] != shape[:3] or shape[1] != key_heads:
+            got = f"key {list(shape)} and value {list(value_shape)}"
             raise ValueError(f"{name} has {got}; allowed are [R, {key_heads}, S, .] with one R and S")
-        if key.shape[0] < 1 or batch % key.shape[0]:
-            raise ValueError(f"{name} has {key.shape[0]} rows; allowed are the divisors of the {batch} rows of query")
-        wide = key.shape[3] if segment.key_codes is None else key.shape[3] * 8 // segment.key_codes.bits
+        if shape[0] < 1 or batch % shape[0]:
+            raise ValueError(f"{name} has {shape[0]} rows; allowed are the divisors of the {batch} rows of query")
+        wide = shape[3] if segment.key_codes is None else shape[3] * 8 // segment.key_codes.bits
         if wide != width:
             raise ValueError(f"{name} has keys of {wide} channels; allowed are {width}, as query")
         if segment.index is not None and not (segment.count is None and segment.first is None):

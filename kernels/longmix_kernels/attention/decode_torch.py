@@ -46,7 +46,6 @@ def torch_decode(
 ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor] | None]:
     """Compute decode attention; arguments and results as in `decode_attention`."""
     batch, length, heads, _ = query.shape
-    exact = torch.promote_types(query.dtype, torch.float32)
     key_heads = segments[0].key.shape[1] if new is None else new[0].shape[2]
     if not (return_logsumexp or return_weights) and _is_usual(query, segments, new):
         # rows of one kernel, which converts half precision as it reads
@@ -57,6 +56,7 @@ def torch_decode(
         mask = None if seen is None else seen.unsqueeze(2)
         output = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
         return output.reshape(batch, length, heads, value.shape[-1]), None, None
+    exact = torch.promote_types(query.dtype, torch.float32)
     # [B, Hkv, G * T, K]: the rows of a product are the queries of a key head
     rows = (query.to(exact) * scale).transpose(1, 2).reshape(batch, key_heads, -1, query.shape[-1])
     sets: list[list[tuple[Segment, torch.Tensor | None]]] = [[*_runs(each, exact, return_weights)] for each in segments]

@@ -90,8 +90,13 @@ class Session:
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> None:
-        """Read one more token of each row, int64 [B]."""
-        self.advance(tokens[:, None], None)
+        """Read one more token of each row, int64 [B].
+
+        Operators pass by autograd, which without gradients only takes time. `torch.inference_mode` does so too, but
+        what it makes can no longer be written to outside of it, as a cache is.
+        """
+        with torch._C._AutoDispatchBelowAutograd():
+            self.advance(tokens[:, None], None)
 
     def advance(self, tokens: Tensor, ids: Tensor | None) -> None:
         """Read more tokens of each row, int64 [B, T], with their documents, int32 [B, T]; None where these go on."""

@@ -256,18 +256,50 @@ class LanguageModel(nn.Module):
         Returns:
             The document ids that the layers get, and each layer's layout; None where it makes that itself.
         """
-        mixers = self.mixers()
-        for index, mixer in enumerate(mixers):
+        for index, mixer in enumerate(self.mixers()):
             if state is None or state[index].mixer is None:
                 mixer.prepare(tokens.shape[1])
         if state is None:
             document_ids = told_apart(document_ids)
-        before = [None] * len(mixers) if state is None else [each.mixer for each in state]
-        cache = next((each for each in before if isinstance(each, Cache)), None)
+        return document_ids, self._layouts(tokens, state, document_ids, document_starts, positions_before)
+
+    def _layouts(
+        self,
+        tokens: Tensor,
+        state: Sequence[Any] | None,
+        document_ids: Tensor | None,
+        document_starts: Tensor | None,
+        positions_before: Tensor | None,
+    ) -> list[Layout | None]:
+        """Each layer's layout; layers that need the same share one. None after a state of the layer's own."""
+        before_layers = [None] * len(self.blocks) if state is None else [each.mixer for each in state]
+        cache = next((each for each in before_layers if isinstance(each, Cache)), None)
         if cache is not None:
-            return document_ids, _layouts_after(cache, mixers, before, tokens, document_ids)
-        places = document_starts, positions_before
-        return document_ids, _layouts(mixers, before, tokens, document_ids, *places)
+            return self._layouts_after(cache, before_layers, tokens, document_ids)
+        slices: Slices | None = None
+        needs: list[LayoutNeeds | None] = []
+        for mixer, before in zip(self.mixers(), before_layers, strict=True):
+            begins = isinstance(before, Slices) and before.carried is None
+            slices = before if begins else slices
+            needs.append(needs_of(mixer) if begins or before is None else None)
+        wanted = {need for need in needs if need is not None}
+        made = layouts(wanted, tokens, document_ids, document_starts, slices, positions_before)
+        return [None if need is None else made[need] for need in needs]
+
+    def _layouts_after(
+        self, cache: Cache, states: Sequence[Any], tokens: Tensor, document_ids: Tensor | None
+    ) -> list[Layout | None]:
+        """The layouts of layers with caches, all of which have read the tokens that one of them has."""
+        made: list[tuple[LayoutNeeds, Layout]] = []  # few: to compare is quicker than to hash
+        found: list[Layout | None] = []
+        for mixer, state in zip(self.mixers(), states, strict=True):
+            need = needs_of(mixer) if isinstance(state, Cache) else None
+            layout = None if need is None else next((each for known, each in made if known == need), None)
+            if need is not None and layout is None:
+                layout = layout_after(need, cache, document_ids, tokens.shape[1], tokens.device)
+                made.append((need, layout))
+            found.append(layout)
+        return found
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores over the vocabulary, float32 or better: [..., D] -> [..., V]."""
@@ -346,39 +378,3 @@ class LanguageModel(nn.Module):
         total = sum(parameter.numel() for parameter in self.parameters())
         embedding = self.embedding.weight.numel()
         return {"total": total, "embedding": embedding, "non_embedding": total - embedding}
-
-
-def _layouts(
-    mixers: Sequence[Mixer],
-    before_layers: Sequence[Any],
-    tokens: Tensor,
-    document_ids: Tensor | None,
-    document_starts: Tensor | None,
-    positions_before: Tensor | None,
-) -> list[Layout | None]:
-    """Each layer's layout; layers that need the same share one. None after a state of the layer's own."""
-    slices: Slices | None = None
-    needs: list[LayoutNeeds | None] = []
-    for mixer, before in zip(mixers, before_layers, strict=True):
-        begins = isinstance(before, Slices) and before.carried is None
-        slices = before if begins else slices
-        needs.append(needs_of(mixer) if begins or before is None else None)
-    wanted = {need for need in needs if need is not None}
-    made = layouts(wanted, tokens, document_ids, document_starts, slices, positions_before)
-    return [None if need is None else made[need] for need in needs]
-
-
-def _layouts_after(
-    cache: Cache, mixers: Sequence[Mixer], states: Sequence[Any], tokens: Tensor, document_ids: Tensor | None
-) -> list[Layout | None]:
-    """The layouts of layers with caches, all of which have read the tokens that one of them has."""
-    made: list[tuple[LayoutNeeds, Layout]] = []  # few: to compare is quicker than to hash
-    found: list[Layout | None] = []
-    for mixer, state in zip(mixers, states, strict=True):
-        need = needs_of(mixer) if isinstance(state, Cache) else None
-        layout = None if need is None else next((each for known, each in made if known == need), None)
-        if need is not None and layout is None:
-            layout = layout_after(need, cache, document_ids, tokens.shape[1], tokens.device)
-            made.append((need, layout))
-        found.append(layout)
-    return found

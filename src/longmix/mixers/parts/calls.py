@@ -12,19 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+_MODULE_CALL = nn.Module.__call__
+
 
 def is_bare(module: nn.Module) -> bool:
     """Whether a call of the module now is one of its class's `forward`: gradients are off and nothing hangs on it.
 
     What may hang on it: hooks of its own or of all modules, a compiler, and a `forward` or a `__call__` of its own.
     """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _has_any_global_hook():
+        return False
     own = module.__dict__
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return False
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _has_any_global_hook():
-        return False
-    replaced = "forward" in own or own.get("_compiled_call_impl") is not None
-    return not replaced and type(module).__call__ is nn.Module.__call__
+    return "forward" not in own and module._compiled_call_impl is None and type(module).__call__ is _MODULE_CALL
 
 
 def call_of(module: nn.Module) -> Callable[..., Any]:

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Self, TypedDict
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from longmix.errors import ConfigError
 from longmix.mixers.parts.rotary_scaling import MOST, Scaling, ScalingKind, scaling_of
@@ -120,11 +122,25 @@ def rotary_angles(positions: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         cosine and sine, each [B or 1, T, 1, channels]: both halves of the rotated channels have the same, but the sine
         of the first half is negated. Both have the factor on rotated queries and keys in them.
     """
-    angles = positions.to(torch.float32)[..., None] * rotary.frequencies(positions.device)
-    cosine, sine = angles.cos()[:, :, None], angles.sin()[:, :, None]
+    device = positions.device
+    kept = device.type == "cpu" and not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None
+    angles = positions.to(torch.float32)[..., None, None] * (_kept_turns if kept else _turns)(rotary, device)
+    cosine, sine = angles.cos(), angles.sin()
     if rotary.attention_factor != 1:
         cosine, sine = cosine * rotary.attention_factor, sine * rotary.attention_factor
-    return torch.cat((cosine, cosine), -1), torch.cat((-sine, sine), -1)
+    return cosine, sine
+
+
+def _turns(rotary: Rotary, device: torch.device) -> Tensor:
+    """Radians a token for each rotated channel, float32 [channels]: the first half turns back, which negates its sine.
+
+    On a CPU they are kept from step to step. A GPU's could be memory of a graph that is being captured.
+    """
+    frequencies = rotary.frequencies(device)
+    return torch.cat((-frequencies, frequencies))
+
+
+_kept_turns = lru_cache(maxsize=16)(_turns)
 
 
 def rotate(x: Tensor, cosine: Tensor | None, sine: Tensor | None) -> Tensor:

@@ -335,7 +335,7 @@ class SoftmaxAttention(Mixer):
         angles = layout.cosine, layout.sine
         if layout.cosine is not None and query.shape[1] == 1 and not torch.is_grad_enabled():  # one rotation, not two
             heads = query.shape[2], key.shape[2]
-            turned, keys = rotate(torch.cat((query, key), 2), *angles).split(heads, 2)
+            turned, keys = torch.split_with_sizes(rotate(torch.cat((query, key), 2), *angles), heads, 2)
             return turned, keys, None
         return rotate(query, *angles), rotate(key, *angles), None
 
@@ -351,9 +351,8 @@ class SoftmaxAttention(Mixer):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query [B, T, Hq, head_dim], key and value [B, T, Hkv, head_dim], normalised and not yet rotated."""
-        query, key, value = (
-            applied(layer, x).unflatten(-1, (-1, self.head_dim)) for layer in (self.query, self.key, self.value)
-        )
+        heads = *x.shape[:2], -1, self.head_dim
+        query, key, value = (applied(layer, x).view(heads) for layer in (self.query, self.key, self.value))
         return applied(self.query_norm, query), applied(self.key_norm, key), value
 
     def forward(
