@@ -56,6 +56,9 @@ def torch_decode(
         mask = None if seen is None else seen.unsqueeze(2)
         output = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
         return output.reshape(batch, length, heads, value.shape[-1]), None, None
+    if not (return_logsumexp or return_weights) and _is_whole(query, segments, new):
+        rows = (query * scale).view(batch, key_heads, -1, query.shape[-1])
+        return _at_once(rows, segments).reshape(batch, length, heads, -1), None, None
     exact = torch.promote_types(query.dtype, torch.float32)
     # [B, Hkv, G * T, K]: the rows of a product are the queries of a key head
     rows = (query.to(exact) * scale).transpose(1, 2).reshape(batch, key_heads, -1, query.shape[-1])
@@ -96,6 +99,33 @@ def _is_usual(query: torch.Tensor, segments: Sequence[Segment], new: tuple[torch
     whole = one.index is None and (query.device.type == "cpu" or (one.count is None and one.first is None))
     alike = one.key.dtype == one.value.dtype == query.dtype and one.key.shape == one.value.shape
     return whole and alike and one.rows == len(query)
+
+
+def _is_whole(query: torch.Tensor, segments: Sequence[Segment], new: tuple[torch.Tensor, torch.Tensor] | None) -> bool:
+    """Say whether one query of each head reads all numbers of all segments, which need no conversion."""
+    if new is not None or query.shape[1] > 1 or query.dtype not in (torch.float32, torch.float64):
+        return False
+    parts = [(each.count, each.first, each.seen, each.index, each.key_codes, each.value_codes) for each in segments]
+    if any(each is not None for part in parts for each in part):
+        return False
+    return all(each.key.dtype == each.value.dtype == query.dtype for each in segments)
+
+
+def _at_once(rows: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
+    """Attend from scaled queries [B, Hkv, G, K] to all of some segments, in one softmax: [B, Hkv, G, V]."""
+    batch, _, count, _ = rows.shape
+    shares = [batch // each.rows for each in segments]
+    scores = []
+    for segment, shared in zip(segments, shares, strict=True):
+        found = torch.matmul(_together(rows, shared), segment.key.transpose(-1, -2))
+        scores.append(_apart(found, shared, count))
+    weights = torch.cat(scores, -1).softmax(-1).split([each.slots for each in segments], -1)
+    output: torch.Tensor | None = None
+    for segment, shared, part in zip(segments, shares, weights, strict=True):
+        found = _apart(torch.matmul(_together(part, shared), segment.value), shared, count)
+        output = found if output is None else output + found
+    assert output is not None
+    return output
 
 
 def _is_ragged(segment: Segment) -> bool:
@@ -149,9 +179,7 @@ def _attended(
     """
     batch, _, count, _ = rows.shape
     shared = batch // segment.rows
-    if shared > 1:
-        rows = rows.unflatten(0, (segment.rows, shared)).transpose(1, 2).flatten(2, 3)
-    scores = scores_of(rows, segment)
+    scores = scores_of(_together(rows, shared), segment)
     visible = segment.visible() if segment.index is None else segment.named()
     if visible is not None:
         visible = visible.expand(batch, -1, -1).unflatten(0, (segment.rows, shared)).transpose(1, 2).unsqueeze(3)
@@ -173,8 +201,6 @@ def _attended(
         if with_weights:
             weights = weights / total
     part = Part(output, logsumexp, weights if with_weights else None)
-    if shared == 1:
-        return part
     apart = [None if x is None else _apart(x, shared, count) for x in part]
     return Part(*apart)  # type: ignore[arg-type]
 
@@ -184,9 +210,14 @@ def _joined(runs: list[torch.Tensor]) -> torch.Tensor:
     return runs[0] if len(runs) == 1 else torch.cat(runs, -1)
 
 
+def _together(rows: torch.Tensor, shared: int) -> torch.Tensor:
+    """Return [R, Hkv, shared * count, .] of rows [R * shared, Hkv, count, .], of which so many read one segment."""
+    return rows if shared == 1 else rows.unflatten(0, (-1, shared)).transpose(1, 2).flatten(2, 3)
+
+
 def _apart(x: torch.Tensor, shared: int, count: int) -> torch.Tensor:
     """Return [R * shared, Hkv, count, .] of rows [R, Hkv, shared * count, .] that read one segment."""
-    return x.unflatten(2, (shared, count)).transpose(1, 2).flatten(0, 1)
+    return x if shared == 1 else x.unflatten(2, (shared, count)).transpose(1, 2).flatten(0, 1)
 
 
 def _merged(parts: Sequence[Part]) -> tuple[torch.Tensor, torch.Tensor]:
