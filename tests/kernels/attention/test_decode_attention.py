@@ -57,6 +57,25 @@ def test_one_kernel_of_torch_is_as_exact(shared, dtype):
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("rows", [[1, BATCH], [1, 2, BATCH], [1, 0, 2], [2]], ids=str)
+def test_parts_that_rows_share_are_one_softmax(rows, dtype, bound, monkeypatch):
+    """Each number is that of the rows which a part has of its own; 0 stands for a part of one row without slots."""
+    torch.manual_seed(0)
+    query = random(BATCH, 1, KEY_HEADS * GROUP, WIDTH, dtype=dtype)
+    segments = [
+        Segment(*(random(count or 1, KEY_HEADS, 9 * count, width, dtype=dtype) for width in (WIDTH, WIDTH - 2)))
+        for count in rows
+    ]
+    wanted = decode_attention(query, segments, scale=0.7, backend="reference")[0]
+    apart, logsumexp, _ = decode_attention(query, segments, scale=0.7, backend="torch", return_logsumexp=True)
+    monkeypatch.setattr(decode_torch, "_attended", None)  # nor is any part computed alone
+    found = decode_attention(query, segments, scale=0.7, backend="torch")[0]
+    for each in (found, apart):
+        torch.testing.assert_close(each, wanted, rtol=bound, atol=bound)
+    assert logsumexp.isfinite().all()
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("first", [[4], [0, 30, 29, 7]], ids=["one", "rows"])
 @pytest.mark.parametrize("kept", [False, True])
 def test_rows_of_a_large_segment_are_read_from_their_first_slot_on(dtype, bound, first, kept, monkeypatch):
