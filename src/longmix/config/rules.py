@@ -155,3 +155,16 @@ def check_values(kind: type, given: dict[str, Any], prefix: str = "") -> None:
         rule: Rule | None = entry.metadata.get("rule")
         if rule is not None and value is not None and not rule.allows(value):
             raise ConfigError(f"{key}={value} {rule.says}")
+
+
+LARGEST_INDEX = 2**62
+"""Of numbers that count tokens and windows; beyond it nothing can be indexed."""
+
+
+def _is_length(value: int | list[int]) -> bool:
+    lengths = value if isinstance(value, list) else [value]
+    return bool(lengths) and all(1 <= length <= LARGEST_INDEX for length in lengths)
+
+
+COUNT = count_up_to(LARGEST_INDEX, "2**62")
+LENGTHS = Rule(_is_length, "must be a whole number from 1, or a list of them.")
