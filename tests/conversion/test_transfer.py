@@ -46,7 +46,7 @@ def test_the_same_mixers_are_the_same_model(mixer):
 def test_every_mixer_takes_what_fits_and_says_what_is_new(name):
     student = model_of(f"mixer={name}", seed=1, small=16)
     report, before, after, theirs = given(student, model_of("mixer=flash"))
-    assert sorted([*report.taken, *report.repeated, *report.new]) == sorted(after)
+    assert sorted([*report.taken, *report.repeated, *report.widened, *report.new]) == sorted(after)
     assert sum(report.parameters.values()) == sum(x.numel() for x in after.values())
     for place in report.taken:
         assert torch.equal(after[place], theirs[place])
@@ -80,6 +80,41 @@ def test_key_heads_are_repeated_for_a_student_with_more():
     assert torch.equal(after["blocks.0.mixer.key.weight"], torch.cat((one, one)))
     tokens = torch.randint(47, (2, 20))
     torch.testing.assert_close(student[0](tokens).hidden, teacher[0](tokens).hidden, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mixer", ["gla", "gated_deltanet", "mlstm_tfla"])
+def test_a_recurrence_takes_grouped_heads(mixer):
+    words = (f"mixer={mixer}", "mixer.key_factor=1", "mixer.num_heads=2")
+    report, _, after, theirs = given(model_of(*words, seed=1), model_of("mixer=flash", "mixer.num_kv_heads=1"))
+    assert set(report.repeated) == {f"blocks.{i}.mixer.{role}.weight" for i in (0, 1) for role in ("key", "value")}
+    one = theirs["blocks.0.mixer.value.weight"]
+    assert torch.equal(after["blocks.0.mixer.value.weight"], torch.cat((one, one)))
+    assert {f"blocks.{i}.mixer.{role}.weight" for i in (0, 1) for role in ("query", "output")} <= set(report.taken)
+
+
+def test_wider_heads_begin_with_the_teachers_channels():
+    """Twice as many channels in each of two heads, and grouped heads of the teacher stand twice besides."""
+    words = ("mixer=gated_deltanet", "mixer.key_factor=2", "mixer.value_factor=2", "mixer.num_heads=2")
+    report, before, after, theirs = given(model_of(*words, seed=1), model_of("mixer=flash", "mixer.num_kv_heads=1"))
+    assert set(report.widened) == {f"blocks.{i}.mixer.{role}.weight" for i in (0, 1) for role in ROLES}
+    assert "widened: query, key, value, output" in report.line and not report.repeated
+    for role in ROLES:
+        name = f"blocks.1.mixer.{role}.weight"
+        first, own, old = (x[name].T if role == "output" else x[name] for x in (theirs, after, before))
+        taught = (
+            first.unflatten(0, (-1, 16)).expand(2, -1, -1) if role in ("key", "value") else first.unflatten(0, (2, 16))
+        )
+        own, old = own.unflatten(0, (2, 32)), old.unflatten(0, (2, 32))
+        assert torch.equal(own[:, :16], taught)
+        assert torch.equal(own[:, 16:], old[:, 16:] if role in ("key", "value") else torch.zeros_like(taught))
+
+
+@pytest.mark.parametrize("words", [("mixer.num_heads=4",), ("mixer.num_heads=4", "mixer.key_factor=0.25")])
+def test_heads_that_do_not_fit_are_new(words):
+    """Narrower ones."""
+    report, before, after, _ = given(model_of("mixer=gla", *words, seed=1), model_of("mixer=flash"))
+    name = "blocks.0.mixer.key.weight"
+    assert name in report.new and torch.equal(after[name], before[name])
 
 
 def test_more_heads_of_all_kinds_give_the_same_outputs():
@@ -131,7 +166,8 @@ def test_other_pairs_take_what_has_the_same_shape(pair):
             place = f"blocks.{index}.mixer.{role}.weight"
             fits = theirs[place].shape == before[place].shape
             assert (place in report.taken) == fits
-            assert torch.equal(after[place], theirs[place] if fits else before[place])
+            expected = theirs[place] if fits else before[place]
+            assert place in report.widened or torch.equal(after[place], expected)
     taken = {place.split(".")[-2] for place in report.taken if ".mixer." in place}
     assert {"value", "output"} <= taken
     tokens = torch.randint(47, (2, 20))

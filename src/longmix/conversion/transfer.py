@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longmix.config import ModelConfig
 from longmix.files import replace_json
+from longmix.mixers.parts.taken import HEADS, head_width
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import check_model
 
@@ -25,12 +26,14 @@ class Transfer:
     Attributes:
         taken: those of the teacher as they are.
         repeated: those with each head of the teacher several times.
+        widened: those with heads that are wider than the teacher's, which may stand several times too.
         new: those as they began.
         parameters: how many numbers each of them has; of a tied head none, since they are the embedding's.
     """
 
     taken: list[str] = field(default_factory=list)
     repeated: list[str] = field(default_factory=list)
+    widened: list[str] = field(default_factory=list)
     new: list[str] = field(default_factory=list)
     parameters: dict[str, int] = field(default_factory=dict)
 
@@ -38,12 +41,15 @@ class Transfer:
     def line(self) -> str:
         """The report in one line."""
         total = sum(self.parameters.values())
-        carried = sum(self.parameters[name] for name in (*self.taken, *self.repeated))
-        kinds = dict.fromkeys(name.split(".mixer.")[-1].removesuffix(".weight") for name in self.new)
-        fresh = f"; new: {', '.join(kinds)}" if kinds else ""
+        whole = (*self.taken, *self.repeated)
+        carried = sum(self.parameters[name] for name in whole)
+        rest = ""
+        for place in ("widened", "new"):
+            kinds = dict.fromkeys(name.split(".mixer.")[-1].removesuffix(".weight") for name in getattr(self, place))
+            rest += f"; {place}: {', '.join(kinds)}" if kinds else ""
         return (
-            f"{len(self.taken) + len(self.repeated)} of {len(self.parameters)} tensors and {carried / total:.1%} of "
-            f"the {total:,} weights are the teacher's{fresh}."
+            f"{len(whole)} of {len(self.parameters)} tensors and {carried / total:.1%} of "
+            f"the {total:,} weights are the teacher's{rest}."
         )
 
     def write(self, folder: Path, besides: Mapping[str, Any] | None = None) -> None:
@@ -56,7 +62,8 @@ class Transfer:
         Raises:
             StorageError: the file cannot be written.
         """
-        parts: dict[str, Any] = {"taken": self.taken, "repeated": self.repeated, "new": self.new}
+        parts: dict[str, Any] = {"taken": self.taken, "repeated": self.repeated, "widened": self.widened}
+        parts["new"] = self.new
         whole = parts | {"parameters": self.parameters, "summary": self.line}
         replace_json(folder / TRANSFER_FILE, whole | dict(besides or {}))
 
@@ -76,18 +83,21 @@ def transfer(model: LanguageModel, weights: Mapping[str, Tensor], teacher: Model
     mixers = check_model(teacher).mixers()
     outside = [name for name in own if ".mixer." not in name and name in weights]
     found = {name: weights[name] for name in outside if weights[name].shape == own[name].shape}
-    repeated: set[str] = set()
+    repeated, widened = set[str](), set[str]()
     for index, (mixer, taught) in enumerate(zip(model.mixers(), mixers, strict=True)):
         prefix = f"blocks.{index}.mixer."
         theirs = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
         taken = mixer.taken_from(taught, theirs)
-        repeated |= {prefix + name for name, x in taken.items() if x.shape != theirs[name].shape}
+        for name, x in taken.items():
+            if x.shape != theirs[name].shape:
+                same = name not in HEADS or head_width(mixer, name) == head_width(taught, name)
+                (repeated if same else widened).add(prefix + name)
         found |= {prefix + name: x for name, x in taken.items()}
     seen: set[int] = set()
     for name, x in own.items():
         report.parameters[name] = 0 if x.data_ptr() in seen else x.numel()
         seen.add(x.data_ptr())
-        place = report.new if name not in found else report.repeated if name in repeated else report.taken
-        place.append(name)
+        changed = report.repeated if name in repeated else report.widened if name in widened else report.taken
+        (changed if name in found else report.new).append(name)
     model.load_state_dict(found, strict=False)
     return report
