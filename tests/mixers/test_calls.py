@@ -1,147 +1,159 @@
-"""Calls that pass by `nn.Module.__call__`: what hangs on a module is never passed by."""
-
-import copy
+"""How a mixer may be called: sizes that fit, ids that begin anywhere, half precision around it, compiled steps."""
 
 import pytest
 import torch
-from torch import nn
-from torch.nn.modules.module import register_module_forward_hook
-from torch.nn.utils import parametrize
+from mixer_table import CONFIGURED, MIXERS, SHAPE
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
-from longmix.generation.session import Session
 from longmix.mixers.flash import Flash
-from longmix.mixers.gla import GLA
-from longmix.mixers.parts.calls import applied, call_of, is_bare
-from longmix.mixers.parts.softmax import HeadNorm
-from longmix.model.backbone import LanguageModel
+from longmix.mixers.parts.base import Mixer
+from longmix.mixers.parts.head_decay import HeadDecay
+from longmix.mixers.parts.kept_keys import Kept
+from longmix.mixers.parts.recurrent import RecurrentMixer
+from longmix.mixers.parts.scatterbrain_summaries import Summaries
+from longmix.model.rwkv_blocks import ChannelMix
 
-SIZES = {"d_model": 32, "num_layers": 2, "num_heads": 2, "mlp_hidden": 48}
-MODULES = {
-    "linear": lambda: nn.Linear(8, 8, bias=False),
-    "linear-bias": lambda: nn.Linear(8, 8),
-    "rms": lambda: nn.RMSNorm(8, eps=0.3),
-    "rms-plain": lambda: nn.RMSNorm(8, elementwise_affine=False),
-    "head": lambda: HeadNorm(8, eps=0.3),
-    "identity": nn.Identity,
-    "layer": lambda: nn.LayerNorm(8),
+CALLED = {**MIXERS, "channel-mix": lambda: ChannelMix(SHAPE, 0, 24)}
+
+
+@pytest.fixture(params=CALLED)
+def mixer(request) -> Mixer:
+    torch.manual_seed(1)
+    return CALLED[request.param]().double()
+
+
+def tokens(*sizes: int) -> torch.Tensor:
+    return torch.randn(*sizes, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+def ids_of(*values: int) -> torch.Tensor:
+    """Two rows of 29 tokens in documents with these ids."""
+    lengths = torch.tensor([4, 1, 17, 7]), torch.tensor([20, 6, 2, 1])
+    return torch.stack([torch.tensor(values, dtype=torch.int32).repeat_interleave(row) for row in lengths])
+
+
+WIDTH = SHAPE.d_model
+UNFIT = [
+    ((29, WIDTH), r"x has shape \[29, 48\]; allowed is \[B, T, 48\]"),
+    ((2, 29, 1, WIDTH), r"x has shape \[2, 29, 1, 48\]; allowed is \[B, T, 48\]"),
+    ((2, 29, WIDTH + 1), r"x has shape \[2, 29, 49\]; allowed is \[B, T, 48\]"),
+    ((2, 0, WIDTH), r"x has shape \[2, 0, 48\]; .* every size at least 1"),
+    ((0, 29, WIDTH), r"x has shape \[0, 29, 48\]; .* every size at least 1"),
+]
+
+
+def test_tokens_of_another_shape_are_refused(mixer):
+    for sizes, words in UNFIT:
+        for state in (None, mixer.init_state(2)):
+            with pytest.raises(ValueError, match=words):
+                mixer(tokens(*sizes), state=state)
+
+
+def test_ids_and_states_that_do_not_fit_the_tokens_are_refused(mixer):
+    x = tokens(2, 29, WIDTH)
+    for ids in (torch.zeros(2, 28, dtype=torch.int32), torch.zeros(29, dtype=torch.int32), torch.zeros(2, 29)):
+        with pytest.raises(ValueError, match=r"document_ids is torch.*; allowed is torch.int32 \[2, 29\], as x"):
+            mixer(x, document_ids=ids)
+    with pytest.raises(ValueError, match="state has 3 rows and x has 2"):
+        mixer(x, state=mixer.init_state(3))
+
+
+def test_a_state_of_another_mixer_is_refused():
+    attention, decayed = Flash(SHAPE, 0), HeadDecay(SHAPE, 0, decay="alibi")
+    x = torch.zeros(2, 3, WIDTH)
+    with pytest.raises(ValueError, match="state is a RecurrentState; allowed is AttentionState, from init_state"):
+        attention(x, state=decayed.init_state(2))
+    with pytest.raises(ValueError, match="state is a AttentionState; allowed is RecurrentState"):
+        decayed(x, state=attention.init_state(2))
+
+
+NUMBERED = {
+    "negative": (-5, -3, -1, 4),
+    "extreme": (-(2**31), -(2**31) + 1, 2**31 - 2, 2**31 - 1),
 }
 
 
-class Doubled(nn.Module):
-    """A parametrization."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return 2 * x
-
-
-class Other(nn.Linear):
-    """A linear layer with a `forward` of its own."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) + 1
-
-
-def model(mixer=Flash) -> LanguageModel:
-    torch.manual_seed(0)
-    return LanguageModel(mixer, 20, **SIZES).eval()
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("values", NUMBERED.values(), ids=NUMBERED)
+@pytest.mark.parametrize("split", [(4, 1, 17, 7), (3, 1, 1, 15, 9)], ids=str)
+def test_ids_may_begin_anywhere(mixer, values, split):
+    """Documents are told apart by their ids, in one pass and from state to state, whatever these are."""
+    x = tokens(2, 29, WIDTH)
+    wanted = mixer(x, document_ids=ids_of(0, 1, 2, 3)).y
+    torch.testing.assert_close(mixer(x, document_ids=ids_of(*values)).y, wanted, rtol=0, atol=1e-12)
+    state, pieces = mixer.init_state(2), []
+    for part, ids in zip(x.split(split, 1), ids_of(*values).split(split, 1), strict=True):
+        output = mixer(part, state=state, document_ids=ids)
+        state = output.state
+        pieces.append(output.y)
+    torch.testing.assert_close(torch.cat(pieces, 1), wanted, rtol=0, atol=1e-12)
 
 
-def logits_of_steps(net: LanguageModel, count: int = 3) -> torch.Tensor:
-    session = Session(net, 2)
-    session.prefill([torch.arange(1, 6), torch.arange(7, 12)])
-    for step in range(count):
-        session.step(torch.tensor([step, step + 3]))
-    return session.logits
+@pytest.mark.sampled(3)
+def test_rows_without_ids_are_document_0(mixer):
+    """So ids that follow go on with it, or begin another document."""
+    x = tokens(2, 29, WIDTH)
+    for value in (0, 7):
+        first = mixer(x[:, :11], state=mixer.init_state(2))
+        ids = torch.full((2, 18), value, dtype=torch.int32)
+        found = torch.cat((first.y, mixer(x[:, 11:], state=first.state, document_ids=ids).y), 1)
+        parts = [x] if value == 0 else [x[:, :11], x[:, 11:]]
+        torch.testing.assert_close(found, torch.cat([mixer(part).y for part in parts], 1), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_the_output_is_that_of_the_call(name):
-    torch.manual_seed(0)
-    module, x = MODULES[name](), torch.randn(2, 3, 8)
-    for parameter in module.parameters():
-        nn.init.normal_(parameter)
+def test_autocast_leaves_states_and_gates_exact(mixer):
+    """What a GPU runs in half precision: everything but gates and memories, which an engine would refuse."""
+    mixer = mixer.float()
+    x = tokens(2, 29, WIDTH).float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = mixer(x, document_ids=ids_of(0, 1, 2, 3))
+        loss = output.y.float().square().mean() + sum(output.losses.values())
+    loss.backward()
+    for found in (output.y, x.grad, *(weight.grad for weight in mixer.parameters())):
+        assert found is None or found.isfinite().all()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        begun = mixer(x[:, :20], state=mixer.init_state(2)).state
+        state = mixer(x[:, 20:21], state=begun).state
+    far = getattr(state, "far", None)
+    if isinstance(far, Summaries):  # keys and values, in whose dtype an engine takes them
+        far = None
+    elif isinstance(far, Kept):
+        far = far.score, far.gate
+    for part in tree_leaves([getattr(state, "carried", None), far]):
+        if isinstance(part, torch.Tensor) and part.is_floating_point():
+            assert part.dtype in (torch.float32, torch.float64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGURED)
+def test_a_step_compiles_into_one_graph(name):
+    torch.manual_seed(1)
+    mixer = CONFIGURED[name]().eval()
+    torch.compiler.reset()
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(token, state):
+        output = mixer(token, state=state)
+        return output.y, output.state
+
+    x = tokens(2, 30, WIDTH).float()
     with torch.no_grad():
-        assert is_bare(module)
-        assert torch.equal(applied(module, x), module(x))
-        assert torch.equal(call_of(module)(x), module(x))
+        for ids in (None, ids_of(0, 1, 2, 3)):
+            # A ring is written in place, so each way has a state of its own.
+            states = [mixer(x[:, :29], state=mixer.init_state(2), document_ids=ids).state for _ in range(2)]
+            found, _ = step(x[:, 29:], states[0])
+            torch.testing.assert_close(found, mixer(x[:, 29:], state=states[1]).y)
 
 
-def test_with_gradients_modules_are_called():
-    layer = nn.Linear(8, 8)
-    assert not is_bare(layer) and call_of(layer) is layer
-    assert applied(layer, torch.randn(1, 8)).requires_grad
+RECURRENT = [name for name, make in CALLED.items() if isinstance(make(), RecurrentMixer)]
 
 
-@pytest.mark.parametrize("register", ["forward", "pre", "global"])
-def test_hooks_are_called_and_change_what_they_return(register):
-    layer, x = nn.Linear(8, 8), torch.randn(2, 8)
-    hook = {
-        "forward": lambda: layer.register_forward_hook(lambda module, inputs, output: output + 1),
-        "pre": lambda: layer.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,)),
-        "global": lambda: register_module_forward_hook(lambda module, inputs, output: output + 1),
-    }[register]
-    with torch.no_grad():
-        plain = applied(layer, x)
-        handle = hook()
-        try:
-            assert torch.equal(applied(layer, x), layer(x)) and not torch.equal(layer(x), plain)
-        finally:
-            handle.remove()
-        assert torch.equal(applied(layer, x), plain)
-
-
-def test_what_replaces_a_forward_is_run():
-    x = torch.randn(2, 8)
-    patched, parametrized, compiled = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
-    patched.forward = lambda x: x + 5
-    parametrize.register_parametrization(parametrized, "weight", Doubled())
-    compiled._compiled_call_impl = lambda x: x + 7
-    with torch.no_grad():
-        for layer in (patched, parametrized, compiled, Other(8, 8)):
-            assert torch.equal(applied(layer, x), layer(x))
-        assert torch.equal(applied(patched, x), x + 5) and torch.equal(applied(compiled, x), x + 7)
-
-
-def test_every_module_of_a_model_is_reached_by_hooks_in_a_step():
-    net = model()
-    called: list[str] = []
-    wanted = [name for name, part in net.named_modules() if not isinstance(part, nn.ModuleList)]
-    for name, part in net.named_modules():
-        part.register_forward_hook(lambda *_, name=name: called.append(name))
-    session = Session(net, 1)
-    session.prefill([torch.arange(1, 6)])
-    called.clear()
-    session.step(torch.tensor([3]))
-    assert sorted(called) == sorted(wanted)
-
-
-def test_steps_with_hooks_give_what_they_give_without():
-    net = model()
-    plain = logits_of_steps(net)
-    handle = register_module_forward_hook(lambda *_: None)
-    try:
-        assert torch.equal(logits_of_steps(net), plain)
-    finally:
-        handle.remove()
-
-
-@pytest.mark.parametrize("mixer", [Flash, GLA])
-def test_what_a_step_leaves_is_ordinary(mixer):
-    """States go on under `no_grad` outside of the session, and the model learns as if it had never generated."""
-    net = model(mixer)
-    other = copy.deepcopy(net)
-    session = Session(net, 2)
-    session.prefill([torch.arange(1, 6), torch.arange(7, 12)])
-    for step in range(70):  # beyond the room of the first buffer
-        session.step(torch.tensor([step % 20, 3]))
-    assert session.logits is not None and not session.logits.is_inference() and not session.logits.requires_grad
-    with torch.no_grad():
-        output = net(torch.tensor([[1], [2]]), state=session.state)
-    session.step(torch.tensor([1, 2]))
-    session.logits.add_(1.0)
-    assert output.hidden.isfinite().all()
-    tokens = torch.randint(20, (2, 12), generator=torch.Generator().manual_seed(1))
-    for each in (net, other):
-        each.train()(tokens, tokens).token_losses.sum().backward()
-    for one, two in zip(net.parameters(), other.parameters(), strict=True):
-        assert torch.equal(one.grad, two.grad)
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_recurrence_goes_on_with_documents_and_waits_for_nothing(name):
+    """Fake tensors have no values: whatever waits for one raises."""
+    mixer = CALLED[name]()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        x, ids = torch.empty(2, 29, WIDTH), torch.empty(2, 29, dtype=torch.int32)
+        output = mixer(x, state=mixer.init_state(2), document_ids=ids)
+        assert output.y.shape == x.shape and output.state is not None
