@@ -65,7 +65,7 @@ def test_overview_imports_nothing_heavy(run_process):
         (("plan", "-m", "seed=1"), "-m is an option, and only words are taken here."),
         (("export", "a", "b", "dtype=float64"), "dtype=float64 is not one of float32, bfloat16, float16."),
         (("import", "a", "b", "missing_bytes=x"), "missing_bytes=x is not one of refuse, replace."),
-        (("report", "runs", "outptu=x"), "unknown word outptu. Did you mean output? Words are: folders, output."),
+        (("report", "runs", "outptu=x"), "unknown word outptu. Did you mean output? Words are: folders, output, best."),
         (("export", "a", "b", "--as", "lama"), "argument --as: invalid choice: 'lama'"),
         (("export", "a", "b", "force=yes"), "force=yes is not one of true, false."),
         (("consolidate", "checkpoint=nowhere"), "nowhere"),

@@ -162,7 +162,7 @@ OPTIMIZERS = {"adamw": 8, "muon": 4}
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_optimizers_hold_what_their_classes_make(optimizer, device):
     request = small(f"optimizer={optimizer}", "mixer=flash")
-    needs = optimizer_needs(request.model(), request.config.optimizer, torch.float32, device)
+    needs = optimizer_needs(dict(request.model().named_parameters()), request.config.optimizer, torch.float32, device)
     real = build_model(request.config, request.vocab_size)
     matrices = sum(weight.numel() for block in real.blocks for weight in block.parameters() if weight.dim() == 2)
     others = real.parameter_counts()["total"] - matrices

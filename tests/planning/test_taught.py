@@ -62,7 +62,7 @@ def test_a_teacher_is_divided_with_fsdp():
             ("mixer=gla", "objective=logits", "gpus=2", "trainer=context_parallel"),
             "context_parallel is not planned for",
         ),
-        (("mixer=gla", "teacher=flash"), "teacher=flash has no effect with objective=tokens"),
+        (("mixer=gla", "teacher=kda"), "teacher=kda has no effect with objective=tokens"),
         (("mixer=gla", "objective=logits", "teacher="), "teacher is empty"),
     ],
 )

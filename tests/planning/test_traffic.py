@@ -31,36 +31,36 @@ def model():
     return read(["mixer=flash", *sizes]).model()
 
 
-def test_one_device_sends_nothing(model):
-    assert traffic_of(model, REHEARSAL, SETTING, Division(1, 1, "single", 1)) == Traffic(0, 0, 0)
+def test_one_device_sends_nothing():
+    assert traffic_of(REHEARSAL, SETTING, Division(1, 1, "single", 1)) == Traffic(0, 0, 0)
 
 
-def test_ddp_all_reduces_gradients_once_a_step(model):
+def test_ddp_all_reduces_gradients_once_a_step():
     for micro_batches in (1, 3):
-        sent = traffic_of(model, REHEARSAL, SETTING, Division(8, 1, "ddp", micro_batches))
+        sent = traffic_of(REHEARSAL, SETTING, Division(8, 1, "ddp", micro_batches))
         assert sent == Traffic(gradients=2 * 4 * 21_000 * 7 // 8, weights=0, context=0)
 
 
-def test_fsdp_gathers_weights_for_each_pass_and_scatters_gradients(model):
+def test_fsdp_gathers_weights_for_each_pass_and_scatters_gradients():
     setting = dataclasses.replace(SETTING, sharded=True)
-    sent = traffic_of(model, REHEARSAL, setting, Division(8, 1, "fsdp", 3))
+    sent = traffic_of(REHEARSAL, setting, Division(8, 1, "fsdp", 3))
     assert sent.gradients == 3 * (4 * 21_000 * 7 // 8)
     assert sent.weights == 3 * 4 * (1_000 + 2 * 20_000) * 7 // 8
     assert sent.total == sent.gradients + sent.weights
 
 
-def test_fsdp_gathers_rounded_weights_in_two_bytes(model):
+def test_fsdp_gathers_rounded_weights_in_two_bytes():
     setting = dataclasses.replace(SETTING, sharded=True, precision="bf16-mixed")
     rehearsal = Rehearsal(dataclasses.replace(ENDS, rounded=400), [dataclasses.replace(LAYER, rounded=9_000)] * 2)
-    sent = traffic_of(model, rehearsal, setting, Division(8, 1, "fsdp", 1))
+    sent = traffic_of(rehearsal, setting, Division(8, 1, "fsdp", 1))
     assert sent.weights == (600 * 4 + 400 * 2 + 2 * 2 * (1_000 * 4 + 9_000 * 2)) * 7 // 8
 
 
-def test_slices_exchange_keys_and_values_in_every_pass(model):
+def test_slices_exchange_keys_and_values_in_every_pass():
     rehearsal = Rehearsal(ENDS, [dataclasses.replace(LAYER, received=size) for size in (100, 20)])
-    sent = traffic_of(model, rehearsal, SETTING, Division(4, 4, "ddp", 5))
+    sent = traffic_of(rehearsal, SETTING, Division(4, 4, "ddp", 5))
     assert sent.context == 5 * 2 * 120
-    again = traffic_of(model, rehearsal, dataclasses.replace(SETTING, checkpointing="block"), Division(4, 4, "ddp", 1))
+    again = traffic_of(rehearsal, dataclasses.replace(SETTING, checkpointing="block"), Division(4, 4, "ddp", 1))
     assert again.context == 3 * 120
 
 
@@ -120,7 +120,7 @@ def test_between_nodes_network_cards_are_the_slowest_link():
 
 def test_copies_to_the_host_wait_as_far_as_they_are_longer_than_their_pass(model):
     parts = [dataclasses.replace(LAYER, offloaded=size) for size in (700, 0)]
-    assert traffic_of(model, Rehearsal(ENDS, parts), SETTING, Division(1, 1, "single", 3)).host == 3 * 700
+    assert traffic_of(Rehearsal(ENDS, parts), SETTING, Division(1, 1, "single", 3)).host == 3 * 700
     assert seconds(Traffic(0, 0, 0, host=10**9), 1).host == 0
     alone = seconds(Traffic(0, 0, 0), 1).total
     forward = alone * (6 / 3) / 8  # a third of what the model asks for, of all that is computed

@@ -194,7 +194,8 @@ def read_stages(words: list[str]) -> list[Request]:
     if config.loop.carry_state:
         check_carries(check_model(config), data.reads_on, data.source, "order" in config.data.settings)
     course = course_of(match_parameters(config, vocab_size))
-    if "teacher" in own and all(part.config.objective == TOKENS for part in course.parts):
+    usual = OWN["teacher"].default
+    if own.get("teacher", usual) != usual and all(part.config.objective == TOKENS for part in course.parts):
         raise ConfigError(
             f"teacher={own['teacher']} has no effect with objective={TOKENS}; add objective=layers or logits, or leave "
             "teacher out."

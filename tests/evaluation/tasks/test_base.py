@@ -18,7 +18,10 @@ def test_a_task_is_one_name_and_its_defaults_are_those_of_its_file(file):
     package, module, name = node.pop("_target_").rsplit(".", 2)
     task = locate(f"{package}.{module}.{name}", "task")
     assert issubclass(task, Task) and not task.__abstractmethods__
-    assert (package, module, name.lower()) == ("longmix.evaluation.tasks", file.stem, file.stem.replace("_", ""))
+    if package == "longmix.training":  # it trains for a moment, and imports do not go upward
+        assert module == f"{file.stem}_task" and name.lower().startswith(file.stem.replace("_", ""))
+    else:
+        assert (package, module, name.lower()) == ("longmix.evaluation.tasks", file.stem, file.stem.replace("_", ""))
     assert file.read_text().startswith(f"# @package task.{file.stem}\n")
     assert set(node) == set(settings(task))
 
