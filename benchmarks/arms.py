@@ -67,6 +67,12 @@ class Arm:
         return config, count_parameters(config, vocabulary)
 
 
+def words_of(model: str) -> list[str]:
+    """The words of a mixer or a pattern and its settings, as of `gated_deltanet*3+flash flash.rotary_base=null`."""
+    name, *given = model.split()
+    return [f"mixer={name}", *(f"mixer.{setting}" for setting in given)]
+
+
 def add_options(parser: Parser, name: str) -> None:
     """Add the options that all comparisons of arms have."""
     add = parser.add_argument

@@ -26,10 +26,9 @@ from matplotlib.figure import Figure
 
 import longmix
 from benchmarks import arms
-from benchmarks.arms import Arm, cell
+from benchmarks.arms import Arm, cell, words_of
 from benchmarks.command import Parser, positive
 from benchmarks.results import Record
-from benchmarks.shootout import words_of
 from longmix.composing import composed
 from longmix.errors import LongmixError
 from longmix.reading import read_json
@@ -82,9 +81,30 @@ def sizes_of(teacher: longmix.Loaded) -> dict[str, object]:
     return {name: value for name, value in node.items() if isinstance(value, (int, float))}
 
 
+def data_of(options: argparse.Namespace) -> dict[str, str]:
+    """The students' data as words of an evaluation; those of a teacher may be others, or unknown."""
+    words = [word.partition("=") for word in options.word if word.startswith(("data=", "data."))]
+    given = {name: value for name, _, value in words if name != "data.validation_tokens"}
+    return {"data": "sotu", **given}
+
+
+def taught(loaded: longmix.Loaded, options: argparse.Namespace) -> Record:
+    """The teacher's loss on the windows of the students' validations, and what is measured of them too.
+
+    Raises:
+        LongmixError: it cannot be evaluated so.
+    """
+    place = options.runs / TEACHER
+    tokens = composed("train", options.word).content["data"]["validation_tokens"]
+    words = {"seq_len": options.length, "batch_size": 1, "output": str(place), "max_tokens": tokens, **data_of(options)}
+    (first,) = loaded.evaluate("loss", **words)["lengths"].values()
+    return {"arm": TEACHER, "bits_per_byte": first["bits_per_byte"], **measured(loaded, place, options)}
+
+
 def measured(loaded: longmix.Loaded, place: Path, options: argparse.Namespace) -> Record:
     """Needles of a model, and what it writes."""
-    words = {"seq_len": options.length, "batch_size": 1, "output": str(place), "task.needle.needles": options.needles}
+    words = {"seq_len": options.length, "batch_size": 1, "output": str(place), **data_of(options)}
+    words["task.needle.needles"] = options.needles
     cells = loaded.evaluate("needle", **words)["cells"] if options.needles else []
     found = {f"needle_{name}": arms.mean(cells, name) for name in ("token_accuracy", "gain")}
     if options.prompt is None:
@@ -195,16 +215,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     try:
         loaded = longmix.load(options.teacher, device="cpu")
-        place = options.runs / TEACHER
-        words = {"seq_len": options.length, "batch_size": 1, "output": str(place)}
-        words["max_tokens"] = composed("train", options.word).content["data"]["validation_tokens"]  # the same windows
-        losses = loaded.evaluate("loss", **words)["lengths"]
+        teacher = {} if options.check else taught(loaded, options)
     except LongmixError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
-    (first,) = losses.values()
-    teacher = {"arm": TEACHER, "bits_per_byte": first["bits_per_byte"], **measured(loaded, place, options)}
-    students = [Student(model, way) for model in options.models for way in options.ways]
+    ways = ["scratch"] if options.check else options.ways  # whose words say the sizes, which others have of the teacher
+    students = [Student(model, way) for model in options.models for way in ways]
     asked = {name: getattr(options, name) for name in ("needles", "prompt", "written")}
     return arms.main(
         [arm_of(student, sizes_of(loaded), options) for student in students],

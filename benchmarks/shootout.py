@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 import longmix
 from benchmarks import arms
-from benchmarks.arms import Arm, cell, mean, spread
+from benchmarks.arms import Arm, cell, mean, spread, words_of
 from benchmarks.command import Parser, positive
 from benchmarks.results import Record
 from longmix.composing import composed
@@ -54,12 +54,6 @@ class Point(NamedTuple):
         """The point of a record."""
         model, factor, length, seed = record["arm"].rsplit(" ", 3)
         return cls(model, float(factor[1:]), int(length), int(seed.removeprefix("seed=")))
-
-
-def words_of(model: str) -> list[str]:
-    """The words of a model, as of `gated_deltanet*3+flash flash.rotary_base=null`."""
-    name, *given = model.split()
-    return [f"mixer={name}", *(f"mixer.{setting}" for setting in given)]
 
 
 def arm_of(point: Point, options: argparse.Namespace) -> Arm:

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 
 import longmix
 from benchmarks import results
+from benchmarks.arms import words_of
 from benchmarks.command import RESULTS, Parser, positive, progress
 from benchmarks.results import Record
 from longmix.reporting.plots import draw_curves, draw_trained, drawing, new_figure
@@ -28,12 +29,6 @@ from longmix.reporting.plots import draw_curves, draw_trained, drawing, new_figu
 DESCRIPTION = "Recall of tracked states past the trained length."
 TASKS = ("parity", "s3", "s5")
 MODELS = ("deltanet", "deltanet negative_eigenvalues=true")
-
-
-def words_of(model: str) -> list[str]:
-    """The words of a mixer and its settings, as `deltanet num_heads=1`."""
-    name, *given = model.split()
-    return [f"mixer={name}", *(f"mixer.{setting}" for setting in given)]
 
 
 def course(steps: int, through: Sequence[int]) -> list[str]:

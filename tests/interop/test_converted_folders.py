@@ -5,6 +5,7 @@ import torch
 from hf_folders import foreign, loaded, logits_of, tokens
 
 import longmix
+from benchmarks import conversion
 from longmix.interop.huggingface.export import export
 from longmix.interop.huggingface.load import import_folder
 from longmix.reading import read_json
@@ -49,3 +50,24 @@ def test_its_own_mixer_leaves_its_loss(teacher, tmp_path, shared_cache):
     (found,) = again["lengths"].values()
     summary = read_json(run.folder / "summary.json")
     assert summary["validation_transferred"]["loss"] == pytest.approx(found["loss"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_the_benchmark_takes_a_teacher_that_says_nothing_of_data(teacher, tmp_path, shared_cache, capsys):
+    """With --check nothing is measured and nothing written."""
+    words = [
+        "--word",
+        f"data.cache_dir={shared_cache}",
+        "--word",
+        "data.validation_tokens=256",
+        "--word",
+        "trainer=cpu",
+    ]
+    given = [str(teacher), "gla+flash", *words, "--length", "128", "--step-tokens", "128"]
+    given += ["--ways", "text", "--tokens", "0", "0", "128", "--needles", "1", "--runs", str(tmp_path / "runs")]
+    assert conversion.main([*given, "--check"]) == 0
+    assert "gla+flash, scratch" in capsys.readouterr().out and not (tmp_path / "runs").exists()
+    assert conversion.main([*given, "--out", str(tmp_path / "out")]) == 0
+    (path,) = (tmp_path / "out").glob("*.json")
+    (record,) = read_json(path)["results"]
+    assert record["tokens_seen"] == [0, 128] and record["needle_gain"] is not None
