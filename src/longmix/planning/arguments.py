@@ -184,8 +184,8 @@ def read_stages(words: list[str]) -> list[Request]:
         ConfigError: an unknown word, accelerator or choice, something that does not divide, or what cannot be planned.
     """
     own, others = divided(words)
-    if not own.get("teacher", "flash").strip():
-        raise ConfigError("teacher is empty; was a variable of the shell not set? Give a mixer, or leave teacher out.")
+    teacher = own.get("teacher", OWN["teacher"].default)
+    OWN["teacher"].check(teacher)
     machine = _accelerator(own.get("gpu", OWN["gpu"].default))
     config, labels = _composed(others)
     _check(config)
@@ -194,10 +194,9 @@ def read_stages(words: list[str]) -> list[Request]:
     if config.loop.carry_state:
         check_carries(check_model(config), data.reads_on, data.source, "order" in config.data.settings)
     course = course_of(match_parameters(config, vocab_size))
-    usual = OWN["teacher"].default
-    if own.get("teacher", usual) != usual and all(part.config.objective == TOKENS for part in course.parts):
+    if teacher != OWN["teacher"].default and all(part.config.objective == TOKENS for part in course.parts):
         raise ConfigError(
-            f"teacher={own['teacher']} has no effect with objective={TOKENS}; add objective=layers or logits, or leave "
+            f"teacher={teacher} has no effect with objective={TOKENS}; add objective=layers or logits, or leave "
             "teacher out."
         )
     is_given = any(word.lstrip("+").startswith(("batch_size=", "experiment=")) for word in others)

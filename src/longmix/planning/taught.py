@@ -86,7 +86,6 @@ class Teaching:
         ends: those of them outside the layers.
         stream: bytes of what goes from layer to layer.
         hidden: bytes of the last hidden states.
-        head: bytes of the teacher's head, whole.
         layouts: bytes of what its layers share.
         passing: of each layer of the teacher.
         lessons: of the student's layers that learn, by number; none with "logits".
@@ -97,7 +96,6 @@ class Teaching:
     ends: int
     stream: int
     hidden: int
-    head: int
     layouts: int
     passing: list[Passing]
     lessons: dict[int, Lesson]
@@ -149,7 +147,6 @@ def rehearse_teaching(
         ends=_numbers(teacher) - sum(map(_numbers, blocks)),
         stream=hidden * dtype.itemsize,
         hidden=hidden * dtype.itemsize,
-        head=teacher.head.weight.numel() * setting.weight_dtype.itemsize,
         layouts=of_teacher + (of_student if objective == LAYERS else 0),
         passing=[passing[kind_of(block)] for block in blocks],
         lessons=lessons,

@@ -57,14 +57,19 @@ class Damage:
         damage = [each if math.isfinite(each) else None for each in self.of_layers]
         return {"damage": {"before": self.before, "losses": losses, "damage": damage, "learned": self.learned}}
 
+    @property
+    def order(self) -> list[int]:
+        """The layers, the largest damage first."""
+        damage = self.of_layers
+        return sorted(range(len(damage)), key=lambda layer: -damage[layer])
+
     def largest(self, count: int) -> list[int]:
         """The layers of the largest damage, in order of their numbers.
 
         Raises:
             ConfigError: a layer that would be among them has the damage of one that would not.
         """
-        damage = self.of_layers
-        order = sorted(range(len(damage)), key=lambda layer: -damage[layer])
+        damage, order = self.of_layers, self.order
         last, next_ = order[count - 1], order[count]
         if damage[last] == damage[next_]:
             raise ConfigError(

@@ -104,13 +104,12 @@ class DamageOfLayers(Task):
             {"layer": layer, "mixer": name, "loss": loss, "damage": damage}
             for layer, (name, loss, damage) in enumerate(zip(names, entries["losses"], entries["damage"], strict=True))
         ]
-        order = sorted(range(len(names)), key=lambda layer: -found.of_layers[layer])
         return {
             "mixer": self.mixer,
             "loss": found.before,
             "learned": found.learned,
             "layers": layers,
-            "order": order,
+            "order": found.order,
         }
 
     def _settings(self, subject: Subject) -> dict[str, Any]:
