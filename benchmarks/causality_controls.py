@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from longmix.mixers.flash import Flash
 from longmix.mixers.moba import MoBA
 from longmix.mixers.parts.base import Mixer, MixerOutput, ModelShape
+from longmix.mixers.parts.head_options import Selection
 from longmix.mixers.parts.routing_modes import LEAKY
-from longmix.mixers.parts.softmax import Selection
 from longmix.mixers.scatterbrain_content import ScatterbrainContent
 from longmix.mixers.sparse_flash import SparseFlash
 from longmix.mixers.sparsek import SparseK

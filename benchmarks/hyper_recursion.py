@@ -32,8 +32,8 @@ from longmix.mixers.flash import Flash
 from longmix.mixers.hyper import Hyper
 from longmix.mixers.parts.attention_state import Rows
 from longmix.mixers.parts.base import ModelShape
+from longmix.mixers.parts.head_options import HeadOptions
 from longmix.mixers.parts.metrics import Metric
-from longmix.mixers.parts.softmax import HeadOptions
 from longmix.reporting.plots import draw_curves, drawing, new_figure
 from longmix_kernels.attention import attention, merge
 

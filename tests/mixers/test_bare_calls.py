@@ -12,7 +12,7 @@ from longmix.generation.session import Session
 from longmix.mixers.flash import Flash
 from longmix.mixers.gla import GLA
 from longmix.mixers.parts.calls import applied, call_of, is_bare
-from longmix.mixers.parts.softmax import HeadNorm
+from longmix.mixers.parts.head_options import HeadNorm
 from longmix.model.backbone import LanguageModel
 
 SIZES = {"d_model": 32, "num_layers": 2, "num_heads": 2, "mlp_hidden": 48}

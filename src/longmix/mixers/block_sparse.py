@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from longmix.errors import ConfigError
 from longmix.mixers.parts.attention_state import Rows
 from longmix.mixers.parts.base import TOKENS, ModelShape, at_most
+from longmix.mixers.parts.head_options import HeadOptions
 from longmix.mixers.parts.metrics import Metric
-from longmix.mixers.parts.softmax import HeadOptions, SoftmaxAttention
+from longmix.mixers.parts.softmax import SoftmaxAttention
 from longmix_kernels.attention import (
     BlockList,
     attention,

@@ -11,8 +11,8 @@ the positions, so `rotary_base=null` is closer to the paper.
 from typing import ClassVar, Unpack
 
 from longmix.mixers.parts.base import ModelShape
+from longmix.mixers.parts.head_options import HeadOptions
 from longmix.mixers.parts.scatterbrain_summaries import Pool
-from longmix.mixers.parts.softmax import HeadOptions
 from longmix.mixers.scatterbrain import Scatterbrain
 
 

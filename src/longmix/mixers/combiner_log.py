@@ -18,9 +18,10 @@ from torch import Tensor
 
 from longmix.mixers.parts.attention_state import AttentionState, Rows
 from longmix.mixers.parts.base import ModelShape
+from longmix.mixers.parts.head_options import HeadOptions
 from longmix.mixers.parts.metrics import Metric
 from longmix.mixers.parts.scatterbrain_summaries import Blocks, Part, pooled
-from longmix.mixers.parts.softmax import HeadOptions, SoftmaxAttention
+from longmix.mixers.parts.softmax import SoftmaxAttention
 from longmix.mixers.parts.step_sums import summed
 
 

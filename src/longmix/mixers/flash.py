@@ -10,8 +10,9 @@ from longmix.distributed.slices import Slices
 from longmix.mixers.parts.attention_dropout import check_dropout, dropped_attention
 from longmix.mixers.parts.attention_state import Rows
 from longmix.mixers.parts.base import ModelShape
+from longmix.mixers.parts.head_options import HeadOptions
 from longmix.mixers.parts.metrics import Metric
-from longmix.mixers.parts.softmax import HeadOptions, SoftmaxAttention
+from longmix.mixers.parts.softmax import SoftmaxAttention
 from longmix_kernels.attention import attention, packed, packed_supports, sdpa
 
 

@@ -9,7 +9,7 @@ from typing import Unpack
 
 from longmix.mixers.flash import Flash
 from longmix.mixers.parts.base import ModelShape
-from longmix.mixers.parts.softmax import CommonHeadOptions
+from longmix.mixers.parts.head_options import CommonHeadOptions
 
 
 class Fox(Flash):

@@ -22,8 +22,8 @@ from longmix.mixers.parts.attention_state import Rows
 from longmix.mixers.parts.base import SEED, ModelShape, at_most
 from longmix.mixers.parts.by_label import Part
 from longmix.mixers.parts.hashing import pseudo_random
+from longmix.mixers.parts.head_options import HeadOptions, Selection
 from longmix.mixers.parts.metrics import Metric
-from longmix.mixers.parts.softmax import HeadOptions, Selection
 from longmix.mixers.sparse_flash import SparseFlash
 from longmix_kernels.attention import Ordering, order_by_label
 

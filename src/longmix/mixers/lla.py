@@ -19,8 +19,9 @@ from torch import Tensor
 from longmix.errors import ConfigError
 from longmix.mixers.parts.attention_state import Rows
 from longmix.mixers.parts.base import REAL, ModelShape, at_most
+from longmix.mixers.parts.head_options import HeadOptions
 from longmix.mixers.parts.metrics import Metric
-from longmix.mixers.parts.softmax import HeadOptions, SoftmaxAttention
+from longmix.mixers.parts.softmax import SoftmaxAttention
 from longmix_kernels.attention.reference_lla import local_linear_attention
 
 MOST_TOKENS = 1024

@@ -25,8 +25,9 @@ from longmix.mixers.parts.attention_state import Rows, continued
 from longmix.mixers.parts.base import COUNT, TOKENS, ModelShape, at_most
 from longmix.mixers.parts.block_choice import chosen_blocks, gathered, listed_rows
 from longmix.mixers.parts.block_states import BlockState
+from longmix.mixers.parts.head_options import HeadOptions
 from longmix.mixers.parts.metrics import Metric
-from longmix.mixers.parts.softmax import HeadOptions, SoftmaxAttention
+from longmix.mixers.parts.softmax import SoftmaxAttention
 from longmix.mixers.parts.step_sums import summed
 from longmix_kernels.attention import (
     KeyBlocks,

@@ -36,10 +36,11 @@ from longmix.mixers.parts.block_compression import BlockCompression
 from longmix.mixers.parts.block_states import NSAState
 from longmix.mixers.parts.exact import exact_linear
 from longmix.mixers.parts.head_gates import sink_logit_of
+from longmix.mixers.parts.head_options import HeadNorm, HeadOptions, Selection
 from longmix.mixers.parts.layout import Layout
 from longmix.mixers.parts.metrics import Metric
 from longmix.mixers.parts.scatterbrain_summaries import Part
-from longmix.mixers.parts.softmax import HeadNorm, HeadOptions, Selection, SoftmaxAttention
+from longmix.mixers.parts.softmax import SoftmaxAttention
 from longmix.mixers.parts.step_sums import summed
 from longmix.recipe import Recipe, set_recipe
 from longmix_kernels.attention import (

@@ -28,8 +28,9 @@ from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
 from longmix.mixers.parts.attention_state import AttentionState, Rows
 from longmix.mixers.parts.base import REAL, TOKENS, ModelShape, at_most
+from longmix.mixers.parts.head_options import HeadNorm, HeadOptions
 from longmix.mixers.parts.metrics import Metric, RootMeanSquare
-from longmix.mixers.parts.softmax import HeadNorm, HeadOptions, SoftmaxAttention
+from longmix.mixers.parts.softmax import SoftmaxAttention
 from longmix_kernels.attention import probe_attention
 
 

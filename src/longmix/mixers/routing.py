@@ -24,10 +24,11 @@ from longmix.mixers.parts.attention_state import AttentionState, Rows, continued
 from longmix.mixers.parts.base import COUNT, REAL, SEED, TOKENS, ModelShape, at_most
 from longmix.mixers.parts.by_label import empty_rows
 from longmix.mixers.parts.centroids import ScoreThreshold, SphericalKMeans, unit, usage
+from longmix.mixers.parts.head_options import HeadOptions, Selection
 from longmix.mixers.parts.metrics import Metric
 from longmix.mixers.parts.rings import Rings, RoutingState, with_rings
 from longmix.mixers.parts.scatterbrain_summaries import numbered
-from longmix.mixers.parts.softmax import HeadOptions, Selection, SoftmaxAttention
+from longmix.mixers.parts.softmax import SoftmaxAttention
 from longmix.notices import notice
 from longmix_kernels.attention import Ordering, attention
 

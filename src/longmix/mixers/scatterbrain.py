@@ -31,6 +31,7 @@ from longmix.mixers.parts.attention_state import Rows, with_sinks
 from longmix.mixers.parts.base import COUNT, REAL, SEED, TOKENS, ModelShape, at_most
 from longmix.mixers.parts.documents import goes_on
 from longmix.mixers.parts.features import FeatureMap, check_kind, enough_features, predicted_error
+from longmix.mixers.parts.head_options import HeadOptions
 from longmix.mixers.parts.metrics import Mean, MeanProduct, Metric
 from longmix.mixers.parts.scatterbrain_cache import (
     FeatureRows,
@@ -43,7 +44,7 @@ from longmix.mixers.parts.scatterbrain_cache import (
 )
 from longmix.mixers.parts.scatterbrain_slices import after_earlier_slices, after_sums
 from longmix.mixers.parts.scatterbrain_summaries import Blocks, Part, Pool, no_summaries, numbered, pooled
-from longmix.mixers.parts.softmax import HeadOptions, SoftmaxAttention
+from longmix.mixers.parts.softmax import SoftmaxAttention
 from longmix.mixers.parts.step_sums import summed
 from longmix.notices import notice
 from longmix_kernels.attention import attention, merge

@@ -25,11 +25,11 @@ from longmix.errors import ConfigError
 from longmix.mixers.parts.attention_state import Rows
 from longmix.mixers.parts.base import SEED, TOKENS, ModelShape, at_most
 from longmix.mixers.parts.hashing import AngularHash, centered, running_center
+from longmix.mixers.parts.head_options import Selection
 from longmix.mixers.parts.rings import Rings, with_rings
 from longmix.mixers.parts.scatterbrain_cache import Keys, Queries, ScatterbrainState, recent_limit
 from longmix.mixers.parts.scatterbrain_slices import after_earlier_slices
 from longmix.mixers.parts.scatterbrain_summaries import GONE, Part
-from longmix.mixers.parts.softmax import Selection
 from longmix.mixers.scatterbrain import Scatterbrain, ScatterbrainOptions
 from longmix_kernels.attention import attention, order_by_label
 from longmix_kernels.scatter import FeatureState, exact_bounds

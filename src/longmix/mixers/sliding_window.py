@@ -16,8 +16,9 @@ from longmix.mixers.parts.attention_dropout import check_dropout, dropped_attent
 from longmix.mixers.parts.attention_state import AttentionState, Rows, after_earlier_slices, continued
 from longmix.mixers.parts.base import TOKENS, ModelShape, at_most
 from longmix.mixers.parts.dilated import begun_positions, dilated_bounds, positions, seen_pairs
+from longmix.mixers.parts.head_options import HeadOptions
 from longmix.mixers.parts.metrics import Metric
-from longmix.mixers.parts.softmax import HeadOptions, SoftmaxAttention
+from longmix.mixers.parts.softmax import SoftmaxAttention
 from longmix.mixers.parts.step_sums import summed
 from longmix_kernels.attention import attention
 

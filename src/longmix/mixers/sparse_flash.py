@@ -12,7 +12,7 @@ from longmix.errors import ConfigError
 from longmix.mixers.parts.base import SEED, ModelShape, at_most
 from longmix.mixers.parts.by_label import LabelAttention
 from longmix.mixers.parts.hashing import AngularHash, centered, running_center
-from longmix.mixers.parts.softmax import HeadOptions, Selection
+from longmix.mixers.parts.head_options import HeadOptions, Selection
 
 
 class SparseFlash(LabelAttention):

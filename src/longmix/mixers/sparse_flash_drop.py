@@ -15,8 +15,8 @@ from longmix.mixers.parts.attention_state import Rows
 from longmix.mixers.parts.base import REAL, SEED, ModelShape, at_most
 from longmix.mixers.parts.by_label import LabelAttention
 from longmix.mixers.parts.hashing import pseudo_random
+from longmix.mixers.parts.head_options import HeadOptions, Selection
 from longmix.mixers.parts.metrics import Mean, Metric
-from longmix.mixers.parts.softmax import HeadOptions, Selection
 from longmix.recipe import Recipe, set_recipe
 from longmix_kernels.attention import Ordering
 

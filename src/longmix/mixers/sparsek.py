@@ -30,12 +30,13 @@ from longmix.mixers.parts.attention_state import Rows, with_sinks
 from longmix.mixers.parts.base import REAL, TOKENS, ModelShape, at_most
 from longmix.mixers.parts.documents import goes_on
 from longmix.mixers.parts.exact import exact_linear
+from longmix.mixers.parts.head_options import HeadOptions, Selection
 from longmix.mixers.parts.kept_blocks import FarBlocks
 from longmix.mixers.parts.kept_keys import Gate, Kept, Pool
 from longmix.mixers.parts.metrics import Mean, Metric
 from longmix.mixers.parts.scatterbrain_cache import Keys, ScatterbrainState, recent_after, recent_limit
 from longmix.mixers.parts.scatterbrain_summaries import Part, numbered
-from longmix.mixers.parts.softmax import HeadOptions, Selection, SoftmaxAttention
+from longmix.mixers.parts.softmax import SoftmaxAttention
 from longmix.mixers.parts.sparsek_slices import kept_before
 from longmix.mixers.parts.step_sums import summed
 from longmix.recipe import Recipe, set_recipe

@@ -24,9 +24,10 @@ from longmix.errors import ConfigError
 from longmix.mixers.parts.attention_state import AttentionState, Rows, with_sinks
 from longmix.mixers.parts.base import COUNT, TOKENS, ModelShape, at_most
 from longmix.mixers.parts.exact import rounded_once
+from longmix.mixers.parts.head_options import HeadNorm, HeadOptions
 from longmix.mixers.parts.layout import Layout
 from longmix.mixers.parts.metrics import Metric
-from longmix.mixers.parts.softmax import HeadNorm, HeadOptions, SoftmaxAttention
+from longmix.mixers.parts.softmax import SoftmaxAttention
 from longmix.mixers.parts.step_sums import summed
 from longmix_kernels.attention import positions_from_document_ids
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from longmix.mixers.parts.base import MixerOutput
 from longmix.mixers.parts.exact import rounded_once
-from longmix.mixers.parts.softmax import HeadNorm
+from longmix.mixers.parts.head_options import HeadNorm
 from longmix.model.blocks import SwiGLU
 from longmix.model.packing import Packed, packed, packed_once, restored
 from longmix.model.products import product, product_dtype, weight_gradient

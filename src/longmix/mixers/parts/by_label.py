@@ -14,8 +14,9 @@ from longmix.distributed.slices import Slices
 from longmix.errors import ConfigError
 from longmix.mixers.parts.attention_state import Rows
 from longmix.mixers.parts.base import TOKENS, ModelShape, at_most
+from longmix.mixers.parts.head_options import HeadOptions
 from longmix.mixers.parts.metrics import Mean, Measure, Metric
-from longmix.mixers.parts.softmax import HeadOptions, SoftmaxAttention
+from longmix.mixers.parts.softmax import SoftmaxAttention
 from longmix.mixers.parts.step_sums import summed
 from longmix_kernels.attention import Ordering, order_by_label
 

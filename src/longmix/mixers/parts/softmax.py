@@ -15,11 +15,9 @@ Notable: grouped key-value heads; RMSNorm on each query and key head before the 
 """
 
 import math
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longmix.caches.cache import Cache, CacheKind, CacheShape
@@ -40,67 +38,14 @@ from longmix.mixers.parts.head_gates import (
     output_gate_of,
     sink_logit_of,
 )
+from longmix.mixers.parts.head_options import HeadNorm, Selection
 from longmix.mixers.parts.key_bias import with_key_bias
 from longmix.mixers.parts.layout import Layout, LayoutNeeds, layout_after
 from longmix.mixers.parts.looked_into import ValuePath
 from longmix.mixers.parts.metrics import Metric
 from longmix.mixers.parts.projections import weight_count
-from longmix.mixers.parts.rotary import POSITIONS, Rotary, RotaryScalingOptions, ScalingKind, rotate
+from longmix.mixers.parts.rotary import POSITIONS, Rotary, ScalingKind, rotate
 from longmix.mixers.parts.score_bias import alibi_slopes, check_bias, gain_columns, score_bias
-
-
-@dataclass
-class Selection:
-    """Labels and gates that a mixer chose for tokens, each from its token and position alone.
-
-    Attributes:
-        query_labels: integer [B, T, Hq, R]; None without labels.
-        key_labels: integer [B, T, Hkv, R]; None without labels.
-        query_gate: [B, T, Hq], factor on the output heads; None for 1.
-        key_gate: [B, T, Hkv], factor on the values; None for 1.
-        means: [B, ...], of each row, with gradients, that `SoftmaxAttention.losses_of` makes losses of; None for none.
-        losses, metrics: as in `MixerOutput`.
-    """
-
-    query_labels: Tensor | None = None
-    key_labels: Tensor | None = None
-    query_gate: Tensor | None = None
-    key_gate: Tensor | None = None
-    means: Tensor | None = None
-    losses: dict[str, Tensor] = field(default_factory=dict)
-    metrics: dict[str, Metric] = field(default_factory=dict)
-
-
-class CommonHeadOptions(RotaryScalingOptions, total=False):
-    """Those of `HeadOptions` of which no mixer has a default of its own."""
-
-    num_heads: int | None
-    num_kv_heads: int | None
-    qk_norm: bool
-    position: str
-    bias_rank: int
-    gain: str
-    output_gate: str
-    sink_logits: bool
-    heads_shared: int
-    heads_kept: int | None
-    heads_balance: float
-    heads_router: str
-
-
-class HeadOptions(CommonHeadOptions, total=False):
-    """The settings that all softmax mixers share; see `SoftmaxAttention`."""
-
-    rotary_base: float | None
-    bias: str
-
-
-class HeadNorm(nn.RMSNorm):
-    """RMSNorm whose weight follows the input's dtype, since torch's fused kernel takes no mixture of dtypes."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., head_dim] -> [..., head_dim]."""
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class SoftmaxAttention(Mixer):
@@ -382,30 +327,10 @@ class SoftmaxAttention(Mixer):
         query, key, carried = self.place(x, query, key, layout, state)
         rows = self.rows(query, key, value, ids)
         rows.carried, rows.sinks = carried, self.sink_logit
-        if self.bias is not None:
-            tensors = rows.query, rows.key, x, layout.positions
-            rows.query, rows.key, rows.scale, sums = self.bias.widened(*tensors, state)
-            rows.carried, rows.gain = (rows.carried if sums is None else sums), self.gain
-        if self.key_bias is not None:
-            rows = with_key_bias(rows, self.key_bias)
-        if self.alibi:
-            rows.slopes = alibi_slopes(self.num_heads, x.device)
+        rows = self._with_options(rows, x, layout, state)
         if chosen is not None:
             rows.query_labels, rows.key_labels = chosen.query_labels, chosen.key_labels
-        after: Any = None
-        if state is None:
-            rows.layout = layout
-            mixed, metrics = self.attend(rows)
-        elif isinstance(state, Slices) and state.carried is not None:
-            rows = after_earlier_slices(rows, state, self.rows_of_earlier_slices())
-            mixed, metrics = self.attend(rows)
-            after = self._kept(rows, layout.positions[:, -1].expand(batch) + 1)
-        elif isinstance(state, Slices):
-            mixed, metrics = self.attend_after(rows, state)
-        elif isinstance(state, Cache):
-            mixed, metrics, after = attend_cached(rows, state, layout.positions), {}, state
-        else:
-            mixed, metrics, after = self.attend_from(rows, state, layout.positions[:, -1].expand(batch) + 1)
+        mixed, metrics, after = self._attended(rows, state, layout)
         losses: dict[str, Tensor] = {}
         if self.context is not None and self.training:
             metrics = metrics | self.context.metrics(x)
@@ -419,6 +344,33 @@ class SoftmaxAttention(Mixer):
             mixed, balance, measured = self.head_router.applied(mixed, routing, state)
             losses, metrics = losses | balance, metrics | measured
         return MixerOutput(applied(self.output, mixed.flatten(2)), after, losses, metrics)
+
+    def _with_options(self, rows: Rows, x: Tensor, layout: Layout, state: Any) -> Rows:
+        """The rows with the mixer's biases of scores, which may widen queries and keys by columns."""
+        if self.bias is not None:
+            tensors = rows.query, rows.key, x, layout.positions
+            rows.query, rows.key, rows.scale, sums = self.bias.widened(*tensors, state)
+            rows.carried, rows.gain = (rows.carried if sums is None else sums), self.gain
+        if self.key_bias is not None:
+            rows = with_key_bias(rows, self.key_bias)
+        if self.alibi:
+            rows.slopes = alibi_slopes(self.num_heads, x.device)
+        return rows
+
+    def _attended(self, rows: Rows, state: Any, layout: Layout) -> tuple[Tensor, dict[str, Metric], Any]:
+        """The mixed heads, metrics and the state after these tokens, by what the state is."""
+        if state is None:
+            rows.layout = layout
+            return *self.attend(rows), None
+        if isinstance(state, Cache):
+            return attend_cached(rows, state, layout.positions), {}, state
+        if isinstance(state, Slices) and state.carried is None:
+            return *self.attend_after(rows, state), None
+        next_position = layout.positions[:, -1].expand(rows.query.shape[0]) + 1
+        if isinstance(state, Slices):
+            rows = after_earlier_slices(rows, state, self.rows_of_earlier_slices())
+            return *self.attend(rows), self._kept(rows, next_position)
+        return self.attend_from(rows, state, next_position)
 
     def _kept(self, rows: Rows, next_position: Tensor) -> AttentionState:
         limit = self.cached_keys()
