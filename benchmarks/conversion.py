@@ -59,7 +59,8 @@ class Student(NamedTuple):
 def stages_of(way: str, options: argparse.Namespace) -> str:
     """The word of the three stages; those of no tokens are left out."""
     objectives = ("layers", "logits", "tokens") if way == "distilled" else ("tokens",) * 3
-    stages = zip(objectives, options.tokens, options.scales, strict=True)
+    scales = [1.0] * 3 if way == "scratch" else options.scales
+    stages = zip(objectives, options.tokens, scales, strict=True)
     return ",".join(
         f"{{objective:{objective},max_tokens:{tokens}{'' if scale == 1 else f',learning_rate_scale:{scale:g}'}}}"
         for objective, tokens, scale in stages
@@ -199,7 +200,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--tokens", nargs=3, type=int, default=[200_000, 200_000, 200_000], metavar="N", help="of each stage; 0 is none"
     )
-    add("--scales", nargs=3, type=positive(float), default=[1.0] * 3, metavar="X", help="on the stages' learning rates")
+    add(
+        "--scales",
+        nargs=3,
+        type=positive(float),
+        default=[1.0] * 3,
+        metavar="X",
+        help="on the learning rates of runs with the teacher's weights",
+    )
     add("--length", type=positive(int), default=1024, help="tokens of a row")
     add("--step-tokens", type=positive(int), default=4096, help="of a step; at least one row")
     add("--needles", type=int, default=16, help="at each depth; 0 for none")

@@ -43,10 +43,12 @@ def test_ways_differ_in_weights_and_objectives():
 
 
 def test_stages_have_their_own_learning_rates():
-    stages = conversion.stages_of("distilled", options_of("--tokens", "1", "2", "3", "--scales", "1", "0.2", "0.05"))
+    options = options_of("--tokens", "1", "2", "3", "--scales", "1", "0.2", "0.05")
+    stages = conversion.stages_of("distilled", options)
     assert "objective:layers,max_tokens:1}" in stages
     assert "objective:logits,max_tokens:2,learning_rate_scale:0.2}" in stages
     assert "objective:tokens,max_tokens:3,learning_rate_scale:0.05}" in stages
+    assert "scale" not in conversion.stages_of("scratch", options)
 
 
 def test_table_and_picture():
