@@ -18,6 +18,12 @@ from longmix_kernels.attention.segments import Segment
 LARGE = 1 << 20
 """Numbers of a segment's keys from which rows that begin at different slots are read one by one on a CPU."""
 
+STREAMED = 1 << 19
+"""Numbers of a segment's keys from which a CPU reads them from memory, so that plain products beat torch's kernel."""
+
+FEW = 8
+"""Queries of a key head up to which keys times queries are read faster than queries times keys."""
+
 RUN = 4096
 """Slots that are converted at once, or as many below it as whole groups of codes have."""
 
@@ -53,6 +59,8 @@ def torch_decode(
         rows = query.view(batch, key_heads, -1, query.shape[-1])
         if _is_ragged(segments[0]):
             return _by_rows(rows * scale, segments[0]).reshape(batch, length, heads, -1), None, None
+        if seen is None and _is_streamed(key):
+            return _at_once(rows * scale, segments).reshape(batch, length, heads, -1), None, None
         mask = None if seen is None else seen.unsqueeze(2)
         output = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
         return output.reshape(batch, length, heads, value.shape[-1]), None, None
@@ -117,7 +125,7 @@ def _at_once(rows: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
     shares = [batch // each.rows for each in segments]
     scores = []
     for segment, shared in zip(segments, shares, strict=True):
-        found = torch.matmul(_together(rows, shared), segment.key.transpose(-1, -2))
+        found = _scores(_together(rows, shared), segment.key)
         scores.append(_apart(found, shared, count))
     weights = torch.cat(scores, -1).softmax(-1).split([each.slots for each in segments], -1)
     output: torch.Tensor | None = None
@@ -128,11 +136,22 @@ def _at_once(rows: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
     return output
 
 
+def _scores(rows: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Products of rows [R, Hkv, N, K] and keys [R, Hkv, S, K]: [R, Hkv, N, S], in the order that is read faster."""
+    if rows.shape[2] <= FEW and _is_streamed(key):
+        return torch.matmul(key, rows.transpose(-1, -2)).transpose(-1, -2).contiguous()
+    return torch.matmul(rows, key.transpose(-1, -2))
+
+
+def _is_streamed(key: torch.Tensor, least: int = 0) -> bool:
+    """Say whether a CPU reads these keys from memory, as numbers that plain products take."""
+    exact = key.dtype in (torch.float32, torch.float64) and key.device.type == "cpu"
+    return exact and key.numel() >= (least or STREAMED) and not torch.compiler.is_compiling()
+
+
 def _is_ragged(segment: Segment) -> bool:
     """Say whether rows of a large segment on a CPU begin at slots of their own; what is before is not worth reading."""
-    exact = segment.key.dtype in (torch.float32, torch.float64) and segment.key.device.type == "cpu"
-    ragged = segment.first is not None and segment.count is None and not torch.compiler.is_compiling()
-    return exact and ragged and segment.key.numel() >= LARGE
+    return segment.first is not None and segment.count is None and _is_streamed(segment.key, LARGE)
 
 
 def _by_rows(rows: torch.Tensor, segment: Segment) -> torch.Tensor:

@@ -76,6 +76,21 @@ def test_parts_that_rows_share_are_one_softmax(rows, dtype, bound, monkeypatch):
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("group", [1, 4, 11])
+@pytest.mark.parametrize("segments", [1, 2])
+def test_large_segments_are_read_by_plain_products(group, segments, dtype, bound, monkeypatch):
+    monkeypatch.setattr(decode_torch, "STREAMED", 1)
+    query = random(BATCH, 1, KEY_HEADS * group, WIDTH, dtype=torch.float64)
+    parts = [[random(BATCH, KEY_HEADS, 40, WIDTH, dtype=torch.float64)[:, :, :33] for _ in range(2)]] * segments
+    wanted = decode_attention(query, [Segment(*part) for part in parts], backend="reference")[0]
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+    given = [Segment(*(x.to(dtype) for x in part)) for part in parts]
+    found = decode_attention(query.to(dtype), given, backend="torch")[0]
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), wanted, rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("first", [[4], [0, 30, 29, 7]], ids=["one", "rows"])
 @pytest.mark.parametrize("kept", [False, True])
 def test_rows_of_a_large_segment_are_read_from_their_first_slot_on(dtype, bound, first, kept, monkeypatch):
