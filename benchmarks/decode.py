@@ -20,7 +20,7 @@ import longmix
 from benchmarks import decode_report as report
 from benchmarks import results
 from benchmarks.command import RESULTS, Parser, positive, progress
-from benchmarks.decode_providers import DYNAMIC, OURS, STATIC, UNEQUAL, Ours, Provider, Theirs, exported
+from benchmarks.decode_providers import COMPILED, DYNAMIC, OURS, STATIC, UNEQUAL, Ours, Provider, Theirs, exported
 from benchmarks.results import Record
 from longmix.composing import composed
 from longmix.config import ModelConfig
@@ -132,21 +132,22 @@ def attention_records(
                 DYNAMIC: (Theirs(theirs, static=False), rows),
                 STATIC: (Theirs(theirs, static=True), rows),
             }
+            if options.compile:
+                providers[COMPILED] = Ours(model, compiled=True), rows
             if batch > 1:
                 providers[UNEQUAL] = Ours(model), prompts(model, unequal(length, batch))
             yield compared(race(providers, options, announce), report.PREFILL, report.STEP, batch, length)
     if options.samples_after:
         length, count = options.samples_after, options.samples
         rows = prompts(model, [length])
-        laps = race(
-            {
-                OURS: (Ours(model, count), rows),
-                DYNAMIC: (Theirs(theirs, static=False, copies=count), rows),
-                STATIC: (Theirs(theirs, static=True, copies=count), rows),
-            },
-            options,
-            announce,
-        )
+        providers = {
+            OURS: (Ours(model, count), rows),
+            DYNAMIC: (Theirs(theirs, static=False, copies=count), rows),
+            STATIC: (Theirs(theirs, static=True, copies=count), rows),
+        }
+        if options.compile:
+            providers[COMPILED] = Ours(model, count, compiled=True), rows
+        laps = race(providers, options, announce)
         yield compared(laps, report.SAMPLES_PREFILL, report.SAMPLES, count, length)
 
 
@@ -229,6 +230,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--tokens", type=count, default=16, help="timed steps of a round")
     add("--prefills", type=count, default=3, help="readings of each prompt")
     add("--threads", type=count, default=1)
+    add("--compile", action="store_true", help="time compiled steps of longmix too; compiling takes minutes")
     add("--clock", choices=CLOCKS, default="wall", help="cpu: processor time of all threads, for a busy machine")
     add("--out", type=Path, default=RESULTS, help="folder for JSON, table and picture")
     options = parser.parse_args(arguments)

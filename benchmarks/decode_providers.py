@@ -14,7 +14,7 @@ from longmix.generation.session import PREFILL_TOKENS, Session
 from longmix.interop.huggingface import llama
 from longmix.model.backbone import LanguageModel
 
-OURS, UNEQUAL = "longmix", "longmix, unequal rows"
+OURS, UNEQUAL, COMPILED = "longmix", "longmix, unequal rows", "longmix, compiled"
 DYNAMIC, STATIC = "transformers, dynamic", "transformers, static"
 THEIRS = DYNAMIC, STATIC
 
@@ -25,10 +25,11 @@ class Ours:
     Args:
         model: in evaluation mode.
         copies: how many times each prompt is continued; it is read once.
+        compiled: whether steps are, by the first that are made.
     """
 
-    def __init__(self, model: LanguageModel, copies: int = 1) -> None:
-        self.model, self.copies = model, copies
+    def __init__(self, model: LanguageModel, copies: int = 1, compiled: bool = False) -> None:
+        self.model, self.copies, self.compiled = model, copies, compiled
 
     def prefill(self, prompts: Sequence[torch.Tensor], room: int) -> torch.Tensor:
         """Read prompts, int64 [T] each; the next tokens, int64 [B]. Room is made for so many more."""
@@ -38,6 +39,8 @@ class Ours:
         if self.copies > 1:
             self.session = self.session.fork(self.copies)
             self.session.reserve(room)
+        if self.compiled:
+            self.session.compile()
         return self._chosen()
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:

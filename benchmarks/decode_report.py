@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from benchmarks import results
-from benchmarks.decode_providers import OURS, THEIRS, UNEQUAL
+from benchmarks.decode_providers import COMPILED, OURS, THEIRS, UNEQUAL
 from benchmarks.results import Bar, FlatBar, Record
 from longmix.files import replace_text
 from longmix.reporting.plots import WIDTH, draw_curves, drawing, new_figure, save_figure
@@ -40,12 +40,14 @@ def add_speedups(records: Sequence[Record]) -> None:
     """Write into each record how many times faster it is than transformers; None where that was not measured."""
     for record in records:
         same = [r for r in records if all(r[key] == record[key] for key in ("pass", "batch", "length"))]
-        rivals = [r["median_ms"] for r in same if r["provider"] in THEIRS and record["provider"] in (OURS, *THEIRS)]
+        rivals = [
+            r["median_ms"] for r in same if r["provider"] in THEIRS and record["provider"] in (OURS, COMPILED, *THEIRS)
+        ]
         record["over_transformers"] = min(rivals) / record["median_ms"] if rivals else None
 
 
-def bars(mixers: Sequence[str]) -> list[Bar | FlatBar]:
-    """What has to be reached by the small model."""
+def bars(mixers: Sequence[str], compiled: bool = False) -> list[Bar | FlatBar]:
+    """What has to be reached by the small model; by compiled steps as well, where there are some."""
     needs = {"device": "cpu", "dtype": "fp32"}
     found: list[Bar | FlatBar] = []
 
@@ -57,11 +59,15 @@ def bars(mixers: Sequence[str]) -> list[Bar | FlatBar]:
             where: dict[str, object] = {"batch": batch, "length": length}
             rows = f"{batch} row{'s' * (batch > 1)} after {length:,} tokens"
             add(f"a step, {rows}", OURS, THEIRS, 1.2, **where | {"pass": STEP})
+            if compiled:
+                add(f"a compiled step, {rows}", COMPILED, THEIRS, 1.2, **where | {"pass": STEP})
             add(f"reading, {rows}", OURS, THEIRS, 1.0, **where | {"pass": PREFILL})
             if batch > 1:
                 add(f"a step, {rows}, of different lengths", UNEQUAL, (OURS,), 1.0, **where | {"pass": STEP})
     samples: dict[str, object] = {"pass": SAMPLES, "batch": COPIES, "length": COPIES_AFTER}
     add(f"a step of {COPIES} samples after {COPIES_AFTER:,} tokens", OURS, THEIRS, 4.0, **samples)
+    if compiled:
+        add(f"a compiled step of {COPIES} samples after {COPIES_AFTER:,} tokens", COMPILED, THEIRS, 4.0, **samples)
     for mixer in mixers:
         text = f"{mixer}, a step from {RECURRENT_LENGTHS[0]:,} to {RECURRENT_LENGTHS[-1]:,} tokens"
         found.append(FlatBar(text, mixer, {"pass": RECURRENT}, RECURRENT_LENGTHS, 0.1, needs))
@@ -117,7 +123,7 @@ def verdicts(records: Sequence[Record], environment: Record, options: argparse.N
     """Of all bars; of a checkpoint only whether its tokens are the same."""
     if options.checkpoint is not None:
         return [tokens_verdict(records)]
-    of_bars = [bar.verdict(records, environment) for bar in bars(options.recurrent)]
+    of_bars = [bar.verdict(records, environment) for bar in bars(options.recurrent, options.compile)]
     return [tokens_verdict(records), *of_bars, growth_verdict(records)]
 
 

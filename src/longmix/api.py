@@ -172,6 +172,7 @@ class GenerateWords(TypedDict, total=False):
         question: a text that is read behind each prompt, after the cache has compressed that.
         draft: folder of a run or checkpoint that for the cache "speckv" writes a continuation of each prompt, and with
             `shorten` chooses what is read of it.
+        compile: compile what a token takes, which pays after some thousand tokens; False.
     """
 
     max_tokens: int
@@ -186,6 +187,7 @@ class GenerateWords(TypedDict, total=False):
     logit_bias: Mapping[int | str, float]
     seed: int
     stop: str | Sequence[str]
+    compile: bool
     cache: str | Mapping[str, Any]
     prefill: str | Mapping[str, Any]
     shorten: str | Mapping[str, Any]

@@ -268,6 +268,7 @@ class GenerateConfig:
         weights: trained, or ema: their average over the steps of a run with loop.ema_decay.
         load: file of an earlier call to go on from.
         save: file to go on from later.
+        compile: compile what a token takes; it pays after some thousand tokens.
         device: auto, cpu or cuda.
         precision: auto is bf16 on a GPU and float32 on a CPU; or float32, bf16.
         trust: full names of classes besides longmix's own that the checkpoint may name.
@@ -302,6 +303,7 @@ class GenerateConfig:
     weights: Literal["trained", "ema"] = "trained"
     load: str | None = word(None, path=True)
     save: str | None = word(None, path=True)
+    compile: bool = False
     device: Device = "auto"
     precision: Precision = "auto"
     trust: list[str] = word([])

@@ -23,7 +23,7 @@ from longmix.generation.draws import forked, key_of
 from longmix.generation.memory import check_rows
 from longmix.generation.questions import check_cache_words
 from longmix.generation.requests import Prepared, prepared, requests_of
-from longmix.generation.session import Session
+from longmix.generation.session import Session, check_compiles
 from longmix.generation.text import Row, content_of
 from longmix.locks import try_lock
 from longmix.paths import check_file
@@ -78,6 +78,8 @@ def answer(config: GenerateConfig, restored: Restored | None = None) -> Answered
     check_cache_words(config, cache)
     console = Console(stderr=True, quiet=restored is not None)
     restored = restored_for(config) if restored is None else restored
+    if config.compile:
+        check_compiles(restored.model)
     lock = try_lock(path.with_name(f".{path.name}.lock"))
     if lock is None:
         raise StorageError(f"output={path} is being written by another process; wait for it, or give another file.")
@@ -161,6 +163,8 @@ def _continued(
     if samples > 1:
         session = session.fork(samples)
         session.reserve(most)
+    if batch[0].request.config.compile:
+        session.compile()
     rows = [_row(one, sample, restored.tokenizer) for one in batch for sample in range(samples)]
     for _ in write_on(session, rows, choosing):
         pass

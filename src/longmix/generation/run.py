@@ -26,7 +26,7 @@ from longmix.generation.decoding import Choosing, Continuation, Writing, check_r
 from longmix.generation.draws import forked, key_of
 from longmix.generation.memory import check_rows
 from longmix.generation.questions import check_cache_words, draft_of, lookahead_of, question_ids, shortened
-from longmix.generation.session import Session
+from longmix.generation.session import Session, check_compiles
 from longmix.generation.standing import Standing, standing_rows
 from longmix.generation.text import Row
 from longmix.paths import check_file
@@ -99,6 +99,8 @@ def _generated(config: GenerateConfig, model: Callable[[], Restored], shown: boo
     cache = None if config.cache is None else built(config.cache)
     check_cache_words(config, cache)
     restored = model()
+    if config.compile:
+        check_compiles(restored.model)
     console = Console(stderr=True, quiet=not shown)
     choosing = Choosing.of(config, restored.tokenizer, restored.model.vocab_size)
     with restored.autocast(), allocation_errors("generating so many rows", "give fewer samples, or fewer prompts."):
@@ -193,6 +195,9 @@ def _begun(
     if samples > 1:
         session = session.fork(samples)
     session.reserve(config.max_tokens)
+    if config.compile:
+        console.print("the first two tokens are compiled for, which takes a minute or so", highlight=False)
+        session.compile()
     return session, rows
 
 

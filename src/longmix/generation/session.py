@@ -18,15 +18,19 @@ from longmix.caches.kinds import kind_of_saved, settings_of
 from longmix.caches.star import Star
 from longmix.checkpoints import load_tensors, reading, save_tensors
 from longmix.checkpoints.verify import check_weight
+from longmix.errors import ConfigError
 from longmix.generation.prompts import check_star, read_prompts
 from longmix.generation.saved import FORMAT, WITH_CLASSES, WITHOUT_CACHES, WITHOUT_DIGEST, restored_state, saved_state
 from longmix.mixers.parts.base import Mixer
 from longmix.mixers.parts.states import caches, held_bytes, total_bytes
 from longmix.mixers.parts.states import forked as forked_state
-from longmix.model.backbone import LanguageModel
+from longmix.model.backbone import LanguageModel, ModelOutput
 
 PREFILL_TOKENS = 4096
 """Tokens of prompts, over all rows, that pass the model at once, which bounds the memory."""
+
+GRAPHS = 16
+"""Graphs that compiled steps may have: a cache that makes codes has some for each state of its newest block."""
 
 RESERVED = 65536
 """The most tokens of a row that room is made for at once."""
@@ -48,7 +52,10 @@ class Session:
         state: the model's, after every token so far; a step changes it in place.
         logits: float32 [B, V], scores of each row's next token; None before the first.
         length: tokens so far, padding included.
+        compiled: the model as `compile` leaves it for steps; None before.
     """
+
+    compiled: Callable[..., ModelOutput] | None = None
 
     def __init__(
         self, model: LanguageModel, batch: int, cache: CacheKind | None = None, star: Star | None = None
@@ -95,15 +102,32 @@ class Session:
         Operators pass by autograd, which without gradients only takes time. `torch.inference_mode` does so too, but
         what it makes can no longer be written to outside of it, as a cache is.
         """
+        if self.compiled is not None:
+            self._take(self.compiled(tokens[:, None], state=self.state), 1)
+            return
         with torch._C._AutoDispatchBelowAutograd():
             self.advance(tokens[:, None], None)
 
+    def compile(self) -> None:
+        """Compile the steps to come, of forks too: the first two take long, the others less time.
+
+        Raises:
+            ConfigError: a mixer would be compiled anew for each length, or a CPU has no compiler.
+        """
+        check_compiles(self.model)
+        import torch._dynamo
+
+        torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+        self.compiled = torch.compile(self.model, dynamic=True)
+
     def advance(self, tokens: Tensor, ids: Tensor | None) -> None:
         """Read more tokens of each row, int64 [B, T], with their documents, int32 [B, T]; None where these go on."""
-        output = self.model(tokens, state=self.state, document_ids=ids)
+        self._take(self.model(tokens, state=self.state, document_ids=ids), tokens.shape[1])
+
+    def _take(self, output: ModelOutput, count: int) -> None:
         self.state = output.state
         self.logits = self.model.logits(output.hidden[:, -1])
-        self.length += tokens.shape[1]
+        self.length += count
 
     def fork(self, count: int) -> "Session":
         """Every row `count` times, as rows of a new session that go on independently of these."""
@@ -111,6 +135,7 @@ class Session:
         forked.model, forked.cache, forked.star = self.model, self.cache, self.star
         forked.length, forked.batch = self.length, self.batch * count
         forked.state = forked_state(self.state, count)
+        forked.compiled = self.compiled
         forked.logits = None if self.logits is None else self.logits.repeat_interleave(count, 0)
         return forked
 
@@ -242,3 +267,24 @@ class Session:
     def _check_goes_on(self, device: torch.device) -> None:
         """Read one more token on a copy, so that sizes which do not fit show at once, whatever the mixers."""
         self.fork(1).step(torch.zeros(self.batch, dtype=torch.int64, device=device))
+
+
+def check_compiles(model: LanguageModel) -> None:
+    """Check that steps of a model can be compiled, and once for all lengths.
+
+    Raises:
+        ConfigError: a mixer would be compiled anew for each length, or a CPU has no compiler.
+    """
+    for mixer in model.mixers():
+        if mixer.recompiles:
+            raise ConfigError(
+                f"compile=true does not help {type(mixer).__name__}: its steps would be compiled anew for each length."
+            )
+    if model.head.weight.device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler as error:
+            raise ConfigError("compile=true needs a C++ compiler on a CPU, such as g++; install one.") from error

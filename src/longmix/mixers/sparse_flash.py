@@ -36,6 +36,7 @@ class SparseFlash(LabelAttention):
     """
 
     small: ClassVar = {"buckets": 4}
+    recompiles = True
 
     def __init__(
         self,

@@ -41,6 +41,8 @@ class SparseFlashDrop(LabelAttention):
         ConfigError: besides those of the base, a `keep` outside (0, 1), an unknown score, a negative `balance`.
     """
 
+    recompiles = True
+
     salt: Tensor
 
     def __init__(

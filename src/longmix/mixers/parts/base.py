@@ -86,6 +86,7 @@ class Mixer(nn.Module):
             all that it trains and nothing else; a `states.pt` holds its weights.
         usual_place: what its messages call its settings by; in a pattern they name the member instead.
         takes_layout: whether `forward` takes `layout`; each class notes it by itself.
+        recompiles: whether a compiled step is of no use, since each length of the state needs a graph of its own.
         watch: is given every call of the engine while somebody looks into the mixer; None otherwise.
     """
 
@@ -104,6 +105,7 @@ class Mixer(nn.Module):
     tunes_states = False
     watch: Callable[[EngineCall], None] | None = None
     takes_layout: ClassVar[bool] = False
+    recompiles: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Note whether `forward` of the class takes `layout`; a subclass may lack it where its base class has it."""
