@@ -118,7 +118,7 @@ class Session:
         import torch._dynamo
 
         torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
-        self.compiled = torch.compile(self.model, dynamic=True)
+        self.compiled = torch.compile(self.model)
 
     def advance(self, tokens: Tensor, ids: Tensor | None) -> None:
         """Read more tokens of each row, int64 [B, T], with their documents, int32 [B, T]; None where these go on."""
