@@ -36,6 +36,7 @@ MIXERS = (
     "deltanet",
     "gated_deltanet2",
     "gated_deltaproduct",
+    "comba",
     "gla",
     "simple_gla",
     "mamba2",

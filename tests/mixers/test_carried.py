@@ -33,6 +33,7 @@ def test_which_states_stay_small():
     """Of the mixers that have a file: recurrent ones, windows, and sums or rings of bounded size."""
     found = {name.removeprefix("configs-") for name in BOUNDED if name.startswith("configs-")}
     recurrent = {
+        "comba",
         "deltanet",
         "gated_deltanet",
         "gated_deltanet2",

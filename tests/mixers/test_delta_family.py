@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from longmix.errors import ConfigError
+from longmix.mixers.comba import Comba
 from longmix.mixers.deltanet import DeltaNet
 from longmix.mixers.gated_deltanet import GatedDeltaNet
 from longmix.mixers.gated_deltanet2 import GatedDeltaNet2
@@ -29,6 +30,8 @@ MIXERS = {
     "gated-deltanet2": lambda: GatedDeltaNet2(SHAPE, 0, num_heads=2),
     "gated-deltanet2-grouped": lambda: GatedDeltaNet2(SHAPE, 0, **GROUPED, **WIDE, negative_eigenvalues=True),
     "gated-deltaproduct": lambda: GatedDeltaProduct(SHAPE, 0, num_heads=2),
+    "comba": lambda: Comba(SHAPE, 0, num_heads=2, correction=0.7),
+    "comba-grouped": lambda: Comba(SHAPE, 0, **GROUPED, decay="channel", correction=-0.3),
     "deltaproduct-grouped": lambda: GatedDeltaProduct(SHAPE, 0, **GROUPED, **WIDE, householders=3, decay="none"),
 }
 
@@ -39,11 +42,17 @@ def mixer(request) -> GatedMemory:
     mixer = MIXERS[request.param]().double()
     with torch.no_grad():
         mixer.head_norm.weight.normal_()
+        if isinstance(mixer, Comba):
+            mixer.feedback.normal_()
+            mixer.correction.add_(torch.randn_like(mixer.correction))
     return mixer
 
 
 def made(mixer: GatedMemory, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What one row of `x` [T, D] asks of the memory: q [T, Hv, K], and k, v, b, w of each write [T, n, Hv, .]."""
+    """What one row of `x` [T, D] asks of the memory: q [T, Hv, K], and k, v, b, w of each write [T, n, Hv, .].
+
+    Comba has besides with what it asks the state before the decay, "asked" [T, n, Hv, K].
+    """
     w = dict(mixer.named_parameters())
     n, heads, value_heads = mixer.householders, mixer.num_heads, mixer.num_value_heads
     parts = [x @ w[f"{name}.weight"].T for name in ("query", "key", "value")]
@@ -72,6 +81,10 @@ def made(mixer: GatedMemory, x: torch.Tensor) -> dict[str, torch.Tensor]:
         write = torch.sigmoid(x @ w["write.weight"].T).view(len(x), n, value_heads, -1)
         return found | {"erase": shared(erase), "write": write}
     strength = most * torch.sigmoid(x @ w["strength.weight"].T).view(len(x), n, value_heads, 1)
+    if isinstance(mixer, Comba):
+        d, b = (shared(w[name].unsqueeze(-1)) for name in ("correction", "feedback"))
+        asked = found["key"] / (1 + torch.exp(-b))
+        found |= {"query": found["query"] - d * found["key"].squeeze(1), "asked": asked}
     return found | {"erase": strength, "write": strength}
 
 
@@ -86,13 +99,14 @@ def expected(mixer: GatedMemory, x: torch.Tensor) -> torch.Tensor:
             decay = decay.repeat_interleave(mixer.num_value_heads // mixer.num_heads, 1)
         state, reads = torch.zeros(mixer.num_value_heads, mixer.key_dim, mixer.value_dim).double(), []
         for t in range(len(row)):
-            state = decay[t].unsqueeze(-1) * state
+            before, state = state, decay[t].unsqueeze(-1) * state
             for write in range(mixer.householders):
                 key, value = terms["key"][t, write].unsqueeze(-1), terms["value"][t, write].unsqueeze(-2)
                 if not mixer.delta:
                     state = state + key * value
                     continue
-                erased = (terms["erase"][t, write].unsqueeze(-1) * key).mT @ state
+                asked, asking = (terms["asked"][t, write].unsqueeze(-1), before) if "asked" in terms else (key, state)
+                erased = (terms["erase"][t, write].unsqueeze(-1) * asked).mT @ asking
                 state = state + key * (terms["write"][t, write].unsqueeze(-2) * value - erased)
             reads.append(mixer.key_dim**-0.5 * (terms["query"][t].unsqueeze(-2) @ state).squeeze(-2))
         rows.append(torch.stack(reads))
@@ -119,14 +133,20 @@ def test_the_equations_with_gradients(mixer):
 def test_slices_of_writes_and_of_several_heads_continue(mixer):
     """Documents, any split, and one token at a time: the contract's matrix has no heads of values of their own."""
     x, ids = torch.randn(1, LENGTH, SHAPE.d_model).double(), torch.tensor([[0] * 7 + [1] * 12]).int()
-    whole = torch.cat([mixer(x[:, :7]).y, mixer(x[:, 7:]).y], 1)
+    parameters = {"x": x.requires_grad_(), **dict(mixer.named_parameters())}
+    whole = torch.cat([expected(mixer, x[:, :7]), expected(mixer, x[:, 7:])], 1)
     torch.testing.assert_close(mixer(x, document_ids=ids).y, whole, rtol=0, atol=1e-12)
     state, pieces = mixer.init_state(1), []
     assert state.carried.shape[1] == mixer.num_value_heads
     for start, stop in ((0, 3), (3, 4), (4, 9), (9, LENGTH)):
         output = mixer(x[:, start:stop], state=state, document_ids=ids[:, start:stop])
         state, pieces = output.state, [*pieces, output.y]
-    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=0, atol=1e-12)
+    continued = torch.cat(pieces, 1)
+    torch.testing.assert_close(continued, whole, rtol=0, atol=1e-12)
+    grad = torch.randn_like(whole)
+    found, wanted = (torch.autograd.grad(y, list(parameters.values()), grad) for y in (continued, whole))
+    for name, one, other in zip(parameters, found, wanted, strict=True):
+        assert (one - other).norm() <= 1e-11 * (1 + other.norm()), name
 
 
 @pytest.mark.parametrize("negative", [False, True])
@@ -140,6 +160,32 @@ def test_eigenvalues_of_transitions(negative):
     diagonal = torch.diag_embed(decay.exp().unsqueeze(-1).expand_as(read))
     least = torch.linalg.eigvals(diagonal + write.unsqueeze(-1) * read.unsqueeze(-2)).real.min()
     assert -1 <= least < -0.5 if negative else least > -1e-6
+
+
+def test_eigenvalues_of_comba_reach_below_zero_and_never_beyond_one():
+    torch.manual_seed(0)
+    mixer = Comba(SHAPE, 0, num_heads=2).double()
+    with torch.no_grad():
+        mixer.feedback.fill_(30.0)
+        mixer.decay.log_rate.fill_(3.0)
+    given = []
+    mixer.watch = given.append
+    mixer(40 * torch.randn(1, 40, SHAPE.d_model).double())
+    decay, read, write = (given[0].options[name] for name in ("log_decay", "low_rank_read", "low_rank_write"))
+    diagonal = torch.diag_embed(decay.exp().unsqueeze(-1).expand_as(read))
+    found = torch.linalg.eigvals(diagonal + write.unsqueeze(-1) * read.unsqueeze(-2)).real
+    assert -1 - 1e-12 < found.min() < -0.9 and 0.9 < found.max() < 1 + 1e-12
+
+
+@torch.no_grad()
+def test_comba_without_corrections_is_deltanet():
+    torch.manual_seed(0)
+    ours = Comba(SHAPE, 0, num_heads=2, decay="none", output_gate="none", correction=0.0)
+    theirs = DeltaNet(SHAPE, 0, num_heads=2, key_factor=0.5)
+    theirs.load_state_dict({name: x for name, x in ours.state_dict().items() if name in theirs.state_dict()})
+    ours.feedback.fill_(60.0)
+    x = torch.randn(2, LENGTH, SHAPE.d_model)
+    assert torch.equal(ours(x).y, theirs(x).y)
 
 
 def test_without_new_options_nothing_changes():
@@ -172,6 +218,8 @@ def test_without_new_options_nothing_changes():
             {"num_heads": 4, "num_value_heads": 6},
             "mixer.num_value_heads=6 must be a multiple of mixer.num_he",
         ),
+        (Comba, {"correction": 1e7}, "mixer.correction=10000000.0 is out of range"),
+        (Comba, {"output_gate": "tanh"}, "mixer.output_gate=tanh is unknown; use none, silu, sigmoid or low_rank"),
         (KDA, {"num_heads": 1, "num_value_heads": 5}, "mixer.num_value_heads=5 does not divide mixer.value_factor"),
     ],
 )

@@ -16,8 +16,9 @@ from longmix.mixers.parts.log_decay import LogDecay
 from longmix.recipe import recipe_of
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "mixer"
-NAMES = ("deltanet", "gated_deltanet", "kda", "gla")
-DELTA = NAMES[:3]
+DELTA = ("deltanet", "gated_deltanet", "kda")
+NAMES = (*DELTA, "gla", "comba")
+HEAD_DECAY = ("gated_deltanet", "comba")
 SHAPE = ModelShape(d_model=48, num_layers=3, num_heads=2)
 
 
@@ -81,6 +82,14 @@ def published(name: str, mixer: GatedMemory, x: torch.Tensor) -> torch.Tensor:
             found, _ = naive_recurrent_gated_delta_rule(query, key, value, strength, decay)
             gate = x @ w["gate.weight"].T
             gate = gate * torch.sigmoid(gate)
+        elif name == "comba":
+            from fla.ops.comba.naive import naive_chunk_comba  # its naive_recurrent_comba asks after the decay
+
+            decay = softplus_decay(x @ w["decay.up.weight"].T + w["decay.bias"], w["decay.log_rate"])
+            query = query - w["correction"].unsqueeze(-1) * key
+            asked = torch.sigmoid(w["feedback"]).unsqueeze(-1) * key
+            found, _ = naive_chunk_comba(query, key, value, asked, decay, strength, chunk_size=16)
+            gate = torch.sigmoid(x @ w["gate.weight"].T)
         else:
             from fla.ops.kda.naive import naive_recurrent_kda
 
@@ -100,6 +109,9 @@ def test_the_published_formulas_with_gradients(name):
     mixer = configured(name).double()
     with torch.no_grad():
         mixer.head_norm.weight.normal_()
+        if name == "comba":
+            mixer.feedback.normal_()
+            mixer.correction.normal_()
     x = torch.randn(2, 37, 48, dtype=torch.float64, requires_grad=True)
     parameters = [x, *mixer.parameters()]
     ours, theirs = mixer(x).y, published(name, mixer, x)
@@ -127,7 +139,7 @@ def test_the_initial_weights(name):
         "value.weight": width**-0.5,
         "strength.weight": width**-0.5,
         "decay.down.weight": width**-0.5,
-        "decay.up.weight": width**-0.5 if name == "gated_deltanet" else rank**-0.5,
+        "decay.up.weight": width**-0.5 if name in HEAD_DECAY else rank**-0.5,
         "gate.weight": width**-0.5,
         "gate.0.weight": width**-0.5,
         "gate.1.weight": mixer.value_dim**-0.5,
@@ -139,6 +151,8 @@ def test_the_initial_weights(name):
         elif key == "convolution.weight":
             assert x.shape == (4, 2 * mixer.num_heads * mixer.key_dim + channels)
             assert 0.499 < x.abs().max() <= 0.5 and abs(x.std() / (0.5 / math.sqrt(3)) - 1) < 0.03
+        elif key in ("feedback", "correction"):
+            assert torch.equal(x, torch.full((mixer.num_heads,), {"feedback": 1.0, "correction": 0.02}[key]))
         elif key == "head_norm.weight":
             assert torch.equal(x, torch.ones(channels))
         elif key == "decay.log_rate":
@@ -148,7 +162,7 @@ def test_the_initial_weights(name):
             if name == "gla":
                 assert torch.equal(x, torch.zeros(512))
             else:
-                assert len(x) == mixer.num_heads * (1 if name == "gated_deltanet" else 128)
+                assert len(x) == mixer.num_heads * (1 if name in HEAD_DECAY else 128)
                 steps = F.softplus(x.double())
                 assert (steps >= 1e-3 * 0.999).all() and (steps <= 0.1 * 1.001).all()
 
@@ -166,7 +180,7 @@ def test_rates_and_steps_begin_as_in_mamba():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_weights_are_trained_like(name):
-    plain = {"decay.log_rate", "decay.bias", "head_norm.weight", "convolution.weight"}
+    plain = {"decay.log_rate", "decay.bias", "head_norm.weight", "convolution.weight", "feedback", "correction"}
     gates = {"strength.weight", "decay.up.weight", "decay.down.weight"}
     for key, parameter in configured(name).named_parameters():
         recipe = recipe_of(parameter)
@@ -181,6 +195,7 @@ def test_what_weights_are_trained_like(name):
         ("deltanet", 128, (4, 32, 32)),
         ("gated_deltanet", 2048, (8, 128, 256)),
         ("gated_deltanet", 768, (4, 96, 192)),
+        ("comba", 2048, (8, 128, 256)),
         ("kda", 2048, (16, 128, 128)),
         ("gla", 1024, (4, 128, 256)),
         ("gla", 128, (4, 16, 32)),
@@ -190,7 +205,7 @@ def test_head_sizes_and_as_many_weights_as_attention(name, width, sizes):
     with torch.device("meta"):
         mixer = configured(name, ModelShape(width, 24, 16))
     assert (mixer.num_heads, mixer.key_dim, mixer.value_dim) == sizes
-    thin = ("decay", "strength", "convolution", "head_norm", "gate.0", "gate.1")
+    thin = ("decay", "strength", "convolution", "head_norm", "gate.0", "gate.1", "feedback", "correction")
     wide = sum(x.numel() for key, x in mixer.named_parameters() if not key.startswith(thin))
     assert wide == 4 * width**2
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from longmix.mixers.block_sparse import BlockSparse as BlockSparse
+    from longmix.mixers.comba import Comba as Comba
     from longmix.mixers.combiner import Combiner as Combiner
     from longmix.mixers.combiner_log import CombinerLog as CombinerLog
     from longmix.mixers.deltanet import DeltaNet as DeltaNet
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "BlockSparse": "longmix.mixers.block_sparse",
+    "Comba": "longmix.mixers.comba",
     "Combiner": "longmix.mixers.combiner",
     "CombinerLog": "longmix.mixers.combiner_log",
     "DeltaNet": "longmix.mixers.deltanet",

@@ -79,7 +79,7 @@ _ORDER = (
     *("simple_gla", "kda", "gla", "lightning", "block_sparse", "retention", "hyper", "deltanet"),
     *("combiner", "ssd", "linear", "moba", "local", "scatterbrain_content", "sparse_flash_drop", "mamba2"),
     *("parallax", "hgrn2", "qlstm", "nsa", "combiner_log", "sparsek", "tensor", "gated_deltanet2"),
-    *("fox", "wersa", "ponet", "gated_deltaproduct"),
+    *("fox", "wersa", "ponet", "gated_deltaproduct", "comba"),
 )
 
 KNOWN = {mixer: nth_style(number) for number, mixer in enumerate(_ORDER)}

@@ -48,7 +48,7 @@ from longmix.recipe import Recipe, set_recipe
 from longmix_kernels.delta import delta_rule
 
 DECAYS = ("none", "head", "channel", "sigmoid")
-GATES = ("none", "silu", "low_rank")
+GATES = ("none", "silu", "sigmoid", "low_rank")
 
 UNIT_EPS = 1e-6
 """Added to the squared length by which a query or key is normalised, as in flash-linear-attention."""
@@ -112,7 +112,7 @@ class GatedMemory(RecurrentMixer):
         shape: sizes of the model around the mixer.
         layer_index: which layer this is, from 0.
         decay: "none", "head", "channel" or "sigmoid", see `LogDecay`.
-        output_gate: "none", "silu", or "low_rank", which is a sigmoid of a product of two thin matrices.
+        output_gate: "none", "silu", "sigmoid", or "low_rank", which is a sigmoid of a product of two thin matrices.
         delta: replace what the state holds at a key, with unit queries and keys; else add to it.
         num_heads: heads of queries and keys; None takes one for every 128 channels of keys, and at least 4.
         num_value_heads: heads of values, each with its own state, decay and strength; a multiple of `num_heads`, whose
@@ -213,7 +213,7 @@ class GatedMemory(RecurrentMixer):
         decaying = heads if self.decays_of_keys else value_heads
         self.decay = None if decay == "none" else LogDecay(width, decaying, self.key_dim, decay, rank)
         self.gate: nn.Module | None = None
-        if output_gate == "silu":
+        if output_gate in ("silu", "sigmoid"):
             self.gate = nn.Linear(width, value_width, bias=False)
         elif output_gate == "low_rank":
             rank = gate_rank or self.value_dim
