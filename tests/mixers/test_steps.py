@@ -13,6 +13,7 @@ from longmix.mixers.parts.base import Mixer
 from longmix.mixers.parts.recurrent import RecurrentMixer
 
 OPERATORS = {
+    "comba": 51,
     "deltanet": 40,
     "gated_deltanet": 48,
     "gated_deltanet2": 54,

@@ -10,6 +10,7 @@ strength and k of length 1:
 
     RWKV-7             a = -kappa, b = kappa * in-context learning rate, k = replacement key
     gated DeltaNet     a = -beta exp(g) k, b = k, k <- beta k, g one number a head
+    Comba              a = -beta c k, b = k, k <- beta k, r <- r - d k, g, c and d one number a head
     Kimi delta         a = -beta exp(g) * k, b = k, k <- beta k
     DeltaNet           as gated, g = 0
     GLA                a = b = 0
