@@ -18,6 +18,7 @@ launch for a simulated H200, which runs nothing.
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import os
@@ -178,15 +179,19 @@ def _of_a_layer(mixer: str, packed: bool) -> Figures:
 @contextmanager
 def _model(mixer: str, layers: int, *words: str) -> Iterator[tuple[LanguageModel, SimulatedGPU]]:
     """A model of fake weights, and the GPU that it launches for while the context lasts."""
-    chosen = [f"mixer={mixer}", "model=125m", f"model.num_layers={layers}", *words]
     with torch.device("meta"):
-        model = build_model(ModelConfig.of(composed("train", chosen).content), 512)
+        model = build_model(_config(f"mixer={mixer}", f"model.num_layers={layers}", *words), 512)
     _prepare(model, LENGTH)
     with simulated_gpu(ARCHITECTURE, processors=PROCESSORS) as gpu, ExitStack() as fakes:
         for mode in (FakeTensorMode(allow_non_fake_inputs=True), gpu_functions(), FakeCalls()):
             fakes.enter_context(mode)
         model._apply(lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu"))
         yield model.train(), gpu
+
+
+@functools.lru_cache(2)  # a mixer is built with either number of layers several times
+def _config(*words: str) -> ModelConfig:
+    return ModelConfig.of(composed("train", ["model=125m", *words]).content)
 
 
 def _prepare(model: LanguageModel, length: int) -> None:

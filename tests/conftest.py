@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import logging
 import os
 import random
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +38,9 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side share the cores; more threads than cores crawl
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what tests start; this process read it with `import torch`
     os.environ.setdefault("MKL_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 
 TINY = (
     "logger=csv",
@@ -104,6 +106,22 @@ def log_handlers_of_one_test() -> Iterator[None]:
         if getattr(getattr(handler, "stream", None), "closed", False):
             logging.root.removeHandler(handler)
     yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Nothing of twenty thousand tests is garbage: it is not searched while they are collected, nor ever after."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """At exit modules that look for leaks, such as nanobind's, find what is to be freed."""
+    gc.unfreeze()
 
 
 @pytest.hookimpl(tryfirst=True)

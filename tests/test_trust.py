@@ -105,7 +105,7 @@ def refused(config: dict, part: str) -> bool:
 
 
 class TestEveryCallable:
-    """Each of several thousand names, in each place, among them every function of the package."""
+    """Each of several thousand names, among them every function of the package, in each place that takes nodes."""
 
     KINDS: ClassVar = {"model": LanguageModel, "mixer": Mixer, "data": TrainingData}
 
@@ -141,13 +141,15 @@ class TestEveryCallable:
                 )
                 node = {"_target_": ""}
                 changed = with_node(part, path, node)
-                for name, member in named.items():
+                # Where no node may stand the name is not read: each place tries a fourth of them, the next one another.
+                tried_here = named.items() if takes_nodes else list(named.items())[len(seen) % 4 :: 4]
+                for name, member in tried_here:
                     node["_target_"] = name
                     tried += 1
                     accepted = not refused(changed, path[0])
                     if accepted != (takes_nodes and self.allowed(path, name, member)):
                         wrong.append((path, name, accepted))
-        assert wrong == [] and tried > 100_000
+        assert wrong == [] and tried > 400_000
 
     def test_values_of_every_depth_hold_none(self, configurations):
         part = {key: configurations[0][key] for key in ("model", "mixer", "data")}

@@ -212,7 +212,7 @@ def test_forks_and_forks_of_forks_go_on_independently(kind, layer):
     generator = torch.Generator().manual_seed(2)
     for generation in range(6):
         parent, texts = lineages[-1]
-        count = 2 if generation < 3 else 1
+        count = 2 if generation < 2 else 1
         lineages.append((parent.fork(count), [list(text) for text in texts for _ in range(count)]))
         for each, texts in lineages:
             column = torch.randint(30, (each.batch,), generator=generator)

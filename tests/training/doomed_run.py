@@ -1,4 +1,4 @@
-"""Runs train.py and ends the process at a chosen moment: `doomed_run.py MOMENT SCRIPT OVERRIDES...`.
+"""Moments at which a process that trains meets its end: `launched.alone` runs train.py with one of them.
 
 The process is really killed (SIGKILL to itself), signalled or starved of disk space; nothing of longmix is replaced but
 for the one function whose call is the moment.
@@ -6,9 +6,7 @@ for the one function whose call is the moment.
 
 import os
 import resource
-import runpy
 import signal
-import sys
 from pathlib import Path
 
 import torch
@@ -87,9 +85,3 @@ MOMENTS = {
     "sigint": lambda: after_step(lambda: os.kill(os.getpid(), signal.SIGINT)),
     "full-disk": full_disk,
 }
-
-if __name__ == "__main__":
-    moment, script, *overrides = sys.argv[1:]
-    sys.argv = [script, *overrides]
-    MOMENTS[moment]()
-    runpy.run_path(script, run_name="__main__")

@@ -1,4 +1,4 @@
-"""`train.py` in several processes as torchrun starts them, without its seconds of imports: they are forked."""
+"""`train.py` in one process or in several as torchrun starts them, without its seconds of imports: they are forked."""
 
 import multiprocessing
 import os
@@ -8,6 +8,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
 
+from doomed_run import MOMENTS
 from faulty import run_train
 
 PRELOADED = ["torch", "lightning.pytorch", "longmix.training.run"]
@@ -70,6 +71,18 @@ def together(words: list[str], folder: Path, places: list[dict[str, str]], count
             process.join()
 
 
+def alone(words: list[str], folder: Path, moment: str = "") -> Ended:
+    """Run train.py with `words` in `folder`, in one process that meets its end at a moment of `doomed_run`, if any.
+
+    Raises:
+        RuntimeError: it did not end.
+    """
+    (end,) = together(words, folder, [{"MOMENT": moment}])
+    if end is None:
+        raise RuntimeError("did not end")
+    return end
+
+
 def train(size: int, words: list[str], folder: Path) -> None:
     """Run train.py with `words` in `folder`, in `size` processes.
 
@@ -82,9 +95,13 @@ def train(size: int, words: list[str], folder: Path) -> None:
 
 
 def _train(words: list[str], output: str, folder: str, place: dict[str, str]) -> None:
+    # Workers that read batches are forked, as those of train.py; this process's own way would import all anew in each.
+    multiprocessing.set_start_method("fork", force=True)
     os.chdir(folder)
     written = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(written, 1)
     os.dup2(written, 2)
     os.environ |= place
+    if moment := place.get("MOMENT"):
+        MOMENTS[moment]()
     run_train(words + os.environ.get("OWN_WORDS", "").split())

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from launched import Ended, alone
 
 from longmix.checkpoints import CheckpointStore, load_checkpoint
 
 ROOT = Path(__file__).parents[2]
-DOOMED = Path(__file__).with_name("doomed_run.py")
 SETTINGS = [
     "mixer=sliding_window*1+flash",
     "mixer.sliding_window.window=20",
@@ -41,19 +41,23 @@ def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def run(command: list[str], folder: Path, cache: Path) -> subprocess.CompletedProcess:
-    overrides = [*SETTINGS, f"data.cache_dir={cache}"]
+def words(cache: Path, *more: str) -> list[str]:
+    return [*SETTINGS, f"data.cache_dir={cache}", "name=run", *more]
+
+
+def command(folder: Path, *given: str) -> subprocess.CompletedProcess:
+    """The command as a user types it."""
     return subprocess.run(
-        [sys.executable, *command, *overrides, "name=run"], cwd=folder, capture_output=True, text=True, timeout=300
+        [sys.executable, str(ROOT / "train.py"), *given], cwd=folder, capture_output=True, text=True, timeout=300
     )
 
 
-def doomed(moment: str, folder: Path, cache: Path) -> subprocess.CompletedProcess:
-    return run([str(DOOMED), moment, str(ROOT / "train.py")], folder, cache)
+def doomed(moment: str, folder: Path, cache: Path) -> Ended:
+    return alone(words(cache), folder, moment)
 
 
-def resumed(folder: Path, cache: Path) -> subprocess.CompletedProcess:
-    return run([str(ROOT / "train.py"), "resume=auto"], folder, cache)
+def resumed(folder: Path, cache: Path) -> Ended:
+    return alone(words(cache, "resume=auto"), folder)
 
 
 def final_state(folder: Path) -> dict:
@@ -68,7 +72,7 @@ def rows(folder: Path, column: str) -> list[tuple[str, str]]:
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, cache) -> Path:
     folder = tmp_path_factory.mktemp("straight")
-    done = run([str(ROOT / "train.py")], folder, cache)
+    done = command(folder, *words(cache))
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -109,11 +113,11 @@ def assert_same_run(folder: Path, straight: Path) -> None:
 )
 def test_killed_and_resumed_is_bit_for_bit_the_straight_run(moment, checkpoints_left, tmp_path, cache, straight):
     killed = doomed(moment, tmp_path, cache)
-    assert killed.returncode == -9, killed.stderr
+    assert killed.code == -9, killed.text
     store = CheckpointStore(tmp_path / "runs/run/checkpoints")
     assert [path.name for path in store.all()] == checkpoints_left
     done = resumed(tmp_path, cache)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.text
     assert_same_run(tmp_path, straight)
     assert not list(store.folder.glob(".*")), "leftovers of the killed process were not cleared away"
 
@@ -122,56 +126,56 @@ def test_killed_and_resumed_is_bit_for_bit_the_straight_run(moment, checkpoints_
 @pytest.mark.parametrize(("moment", "name"), [("sigterm", "SIGTERM"), ("sigint", "SIGINT")])
 def test_a_signal_saves_and_exits_with_its_own_code(moment, name, tmp_path, cache, straight):
     stopped = doomed(moment, tmp_path, cache)
-    assert stopped.returncode == 75, stopped.stderr
-    assert f"{name} ended the run after step 5 of 8" in stopped.stderr
-    assert "Traceback" not in stopped.stderr
+    assert stopped.code == 75, stopped.text
+    assert f"{name} ended the run after step 5 of 8" in stopped.text
+    assert "Traceback" not in stopped.text
     assert CheckpointStore(tmp_path / "runs/run/checkpoints").latest().name == "step-00000005"
     done = resumed(tmp_path, cache)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.text
     assert_same_run(tmp_path, straight)
 
 
 @pytest.mark.slow
 def test_a_full_disk_gives_one_error_and_keeps_older_checkpoints(tmp_path, cache, straight):
     failed = doomed("full-disk", tmp_path, cache)
-    assert failed.returncode == 2, failed.stderr
-    assert "StorageError: could not write" in failed.stderr
-    assert "step-00000006" in failed.stderr
-    assert "Traceback" not in failed.stderr
+    assert failed.code == 2, failed.text
+    assert "StorageError: could not write" in failed.text
+    assert "step-00000006" in failed.text
+    assert "Traceback" not in failed.text
     assert CheckpointStore(tmp_path / "runs/run/checkpoints").latest().name == "step-00000003"
-    assert resumed(tmp_path, cache).returncode == 0
+    assert resumed(tmp_path, cache).code == 0
     assert_same_run(tmp_path, straight)
 
 
 @pytest.mark.slow
 def test_a_damaged_checkpoint_is_refused_by_name_and_the_older_one_resumes(tmp_path, cache, straight):
-    assert doomed("sigterm", tmp_path, cache).returncode == 75
+    assert doomed("sigterm", tmp_path, cache).code == 75
     latest = CheckpointStore(tmp_path / "runs/run/checkpoints").latest()
     state = latest / "state.pt"
     content = bytearray(state.read_bytes())
     content[len(content) // 2] ^= 1
     state.write_bytes(content)
     refused = resumed(tmp_path, cache)
-    assert refused.returncode == 2
-    assert str(state) in refused.stderr
-    assert "damaged" in refused.stderr
-    assert "Traceback" not in refused.stderr
+    assert refused.code == 2
+    assert str(state) in refused.text
+    assert "damaged" in refused.text
+    assert "Traceback" not in refused.text
 
 
 @pytest.mark.slow
 def test_a_finished_run_resumes_to_its_summary(straight, cache):
     before = final_state(straight)
     done = resumed(straight, cache)
-    assert done.returncode == 0, done.stderr
-    assert "bits/byte" in done.stderr
+    assert done.code == 0, done.text
+    assert "bits/byte" in done.text
     assert_same(final_state(straight), before)
 
 
 @pytest.mark.slow
 def test_a_fresh_run_does_not_overwrite_an_old_one(straight, cache):
-    refused = run([str(ROOT / "train.py")], straight, cache)
-    assert refused.returncode == 2
-    assert "already holds a run" in refused.stderr
+    refused = alone(words(cache), straight)
+    assert refused.code == 2
+    assert "already holds a run" in refused.text
 
 
 DIVIDED = ["trainer.strategy=fsdp", "trainer.devices=2", "trainer.context_parallel=null"]
@@ -180,7 +184,7 @@ DIVIDED = ["trainer.strategy=fsdp", "trainer.devices=2", "trainer.context_parall
 
 @pytest.mark.slow
 def test_several_processes_train_as_one(tmp_path, cache, straight):
-    done = run([str(ROOT / "train.py"), *DIVIDED], tmp_path, cache)
+    done = command(tmp_path, *words(cache, *DIVIDED))
     assert done.returncode == 0, done.stderr
     for column in ("train/loss", "train/bits_per_byte", "train/gradient_norm", "validation/loss"):
         ours, theirs = rows(tmp_path, column), rows(straight, column)

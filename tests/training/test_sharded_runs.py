@@ -1,17 +1,15 @@
 """Real runs that write shards or write in the background: they resume, stop and fail as runs with whole files do."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from test_reliability import DOOMED, ROOT, SETTINGS, assert_same, final_state, rows
+from launched import alone
+from test_reliability import assert_same, command, final_state, rows, words
 
 from longmix.checkpoints import CheckpointStore, read_info
 
 pytestmark = pytest.mark.slow
 
-TRAIN = [str(ROOT / "train.py")]
 DIVIDED = ["trainer.strategy=fsdp", "trainer.devices=2"]
 BACKGROUND = "loop.async_checkpoints=true"
 
@@ -21,18 +19,11 @@ def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def run(command: list[str], folder: Path, cache: Path, *words: str) -> subprocess.CompletedProcess:
-    settings = [*SETTINGS, f"data.cache_dir={cache}", "name=run", *words]
-    return subprocess.run(
-        [sys.executable, *command, *settings], cwd=folder, capture_output=True, text=True, timeout=300
-    )
-
-
 @pytest.fixture(scope="module")
 def divided(tmp_path_factory, cache) -> Path:
     """A run of two FSDP processes that keeps all its checkpoints."""
     folder = tmp_path_factory.mktemp("divided")
-    done = run(TRAIN, folder, cache, *DIVIDED, "loop.keep_checkpoints=9", BACKGROUND)
+    done = command(folder, *words(cache, *DIVIDED, "loop.keep_checkpoints=9", BACKGROUND))
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -58,7 +49,7 @@ def test_each_process_wrote_its_own_shards(divided):
 
 @pytest.mark.slow
 def test_as_many_processes_continue_bit_for_bit(divided, tmp_path, cache):
-    done = run(TRAIN, tmp_path, cache, *DIVIDED, f"resume={early(divided)}")
+    done = command(tmp_path, *words(cache, *DIVIDED, f"resume={early(divided)}"))
     assert done.returncode == 0, done.stderr
     ours, theirs = final_state(tmp_path), final_state(divided)
     for part in ("step", "model", "optimizers", "random", "data_fingerprint", "tokenizer"):
@@ -67,8 +58,8 @@ def test_as_many_processes_continue_bit_for_bit(divided, tmp_path, cache):
 
 @pytest.mark.slow
 def test_one_process_continues_and_is_evaluated(divided, tmp_path, cache):
-    done = run(TRAIN, tmp_path, cache, f"resume={early(divided)}")
-    assert done.returncode == 0, done.stderr
+    done = alone(words(cache, f"resume={early(divided)}"), tmp_path)
+    assert done.code == 0, done.text
     assert read_info(tmp_path / "runs/run/checkpoints/step-00000008")["format"] == 1
     for column in ("train/loss", "train/gradient_norm", "validation/loss"):
         ours, theirs = rows(tmp_path, column), rows(divided, column)
@@ -93,27 +84,20 @@ def test_a_sharded_run_is_evaluated_as_it_is(divided, run_process, cache):
 
 @pytest.mark.slow
 def test_a_signal_waits_for_what_is_being_written(tmp_path, cache):
-    stopped = run(doomed_by("sigterm"), tmp_path, cache, BACKGROUND)
-    assert stopped.returncode == 75, stopped.stderr
+    stopped = alone(words(cache, BACKGROUND), tmp_path, "sigterm")
+    assert stopped.code == 75, stopped.text
     store = CheckpointStore(tmp_path / "runs/run/checkpoints")
-    assert f"{store.latest().relative_to(tmp_path)} holds its state" in stopped.stderr
+    assert f"{store.latest().relative_to(tmp_path)} holds its state" in stopped.text
     assert store.latest().name == "step-00000005"
 
 
 @pytest.mark.slow
 def test_a_disk_that_fills_up_in_the_background_ends_the_run_soon(tmp_path, cache):
-    words = [
-        BACKGROUND,
-        "loop.sharded_checkpoints=true",
-        "loop.checkpoint_every=6",
-    ]  # the disk is full after five steps
-    failed = run(doomed_by("full-disk"), tmp_path, cache, *words)
-    assert failed.returncode == 2, failed.stderr
-    assert "StorageError: could not write" in failed.stderr
-    assert "step-00000006" in failed.stderr
-    assert "Traceback" not in failed.stderr
+    # The disk is full after five steps.
+    given = words(cache, BACKGROUND, "loop.sharded_checkpoints=true", "loop.checkpoint_every=6")
+    failed = alone(given, tmp_path, "full-disk")
+    assert failed.code == 2, failed.text
+    assert "StorageError: could not write" in failed.text
+    assert "step-00000006" in failed.text
+    assert "Traceback" not in failed.text
     assert not list(tmp_path.glob("runs/run/checkpoints/*"))
-
-
-def doomed_by(moment: str) -> list[str]:
-    return [str(DOOMED), moment, *TRAIN]

@@ -51,6 +51,11 @@ def shape(name: str, bounds=None, **changed) -> Case:
     return Case(name, bounds, **{"batch": 1, "queries": 63, **changed})
 
 
+def one_head(name: str, bounds=None, **changed) -> Case:
+    """For cases of what lies within a head, such as tiles."""
+    return shape(name, bounds, **{"heads": 1, "key_heads": 1, **changed})
+
+
 def only(name: str):
     """Just one of the two orders."""
     return lambda case: {name: permuted(case)[name]}
@@ -228,22 +233,22 @@ def test_any_tile_sizes(tiles):
         launch.TABLE.override("grad_query", config),
         launch.TABLE.override("grad_key_value", config),
     ):
-        compare(shape("ragged", ragged(), queries=130), {})
-        compare(shape("window", queries=130), {"window": 70})
-        compare(shape("permuted", ragged(), queries=100, extras=permuted), {})
-        compare(shape("blocks-of-64", queries=200, extras=blocks_of_64), {"window": 150})
+        compare(one_head("ragged", ragged(), queries=130), {})
+        compare(one_head("window", queries=130), {"window": 70})
+        compare(one_head("permuted", ragged(), queries=100, extras=permuted), {})
+        compare(one_head("blocks-of-64", queries=200, extras=blocks_of_64), {"window": 150})
 
 
 DESCRIBED: list[tuple[Case, dict]] = [
     (shape("causal", queries=130), {}),
-    (shape("full", queries=130), {"causal": False}),
-    (shape("window", queries=130), {"window": 70}),
+    (one_head("full", queries=130), {"causal": False}),
+    (one_head("window", queries=130), {"window": 70}),
     (shape("prefill-gqa", batch=2, queries=40, keys=130, heads=4), {}),
-    (shape("documents", queries=130), {"document_ids": [100, 1, 29]}),
-    (shape("ragged", ragged(), queries=130), {}),
-    (shape("values-wider", queries=130, dim=16, value_dim=32), {}),
-    (shape("blocks-of-64", queries=200, extras=blocks_of_64), {}),
-    (shape("alibi", queries=130, extras=alibi), {}),
+    (one_head("documents", queries=130), {"document_ids": [100, 1, 29]}),
+    (one_head("ragged", ragged(), queries=130), {}),
+    (one_head("values-wider", queries=130, dim=16, value_dim=32), {}),
+    (one_head("blocks-of-64", queries=200, extras=blocks_of_64), {}),
+    (one_head("alibi", queries=130, extras=alibi), {}),
 ]
 
 
