@@ -19,6 +19,7 @@ from longmix.mixers.parts.base import Mixer, MixerOutput, ModelShape
 from longmix.mixers.parts.calls import applied, call_of
 from longmix.mixers.parts.exact import rounded_once
 from longmix.mixers.parts.layout import Layout
+from longmix.mixers.parts.rms_norm import RMSNorm
 from longmix.mixers.parts.states import check_state, mixer_state
 from longmix.mixers.parts.whole_rows import over_whole_rows, takes_slices
 from longmix.model.recomputing import keeping_products
@@ -50,7 +51,7 @@ class Standard:
 
     def norm(self, shape: ModelShape) -> nn.Module:
         """The norm before each branch and before the head."""
-        return nn.RMSNorm(shape.d_model, eps=shape.norm_eps)
+        return RMSNorm(shape.d_model, eps=shape.norm_eps)
 
     def embedding_norm(self, shape: ModelShape) -> nn.Module:
         """The identity: embeddings have no norm."""

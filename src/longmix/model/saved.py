@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from longmix.mixers.parts.base import MixerOutput
 from longmix.mixers.parts.exact import rounded_once
 from longmix.mixers.parts.head_options import HeadNorm
+from longmix.mixers.parts.rms_norm import RMSNorm
 from longmix.model.blocks import SwiGLU
 from longmix.model.packing import Packed, packed, packed_once, restored
 from longmix.model.products import product, product_dtype, weight_gradient
@@ -48,7 +49,7 @@ class Int8Linear(nn.Linear):
         return super().forward(x) if codes is None else product(x, self.bias, None, [self.weight], codes)
 
 
-class Int8RMSNorm(nn.RMSNorm):
+class Int8RMSNorm(RMSNorm):
     """RMSNorm over the last axis that keeps its input in 8 bits."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,6 +92,7 @@ class Int8SwiGLU(SwiGLU):
 
 CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: Int8Linear,
+    RMSNorm: Int8RMSNorm,
     nn.RMSNorm: Int8RMSNorm,
     HeadNorm: Int8HeadNorm,
     SwiGLU: Int8SwiGLU,

@@ -9,13 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longmix.distributed.slices import Slices
+from longmix.mixers.parts import rms_norm
 from longmix.model.offload import Offload
 from longmix_kernels.launch import replaced
 
 
-def gpu_functions() -> contextlib.AbstractContextManager[None]:
-    """Replace, for fake tensors on a CPU, the functions for which CUDA has a kernel that keeps less."""
-    return replaced(vars(F), "rms_norm", _rms_norm)
+@contextlib.contextmanager
+def gpu_functions() -> Iterator[None]:
+    """Replace, for fake tensors on a CPU, the functions for which CUDA has a kernel of its own."""
+    with replaced(vars(F), "rms_norm", _rms_norm), replaced(vars(rms_norm), "has_own_gradient", lambda *_: False):
+        yield
 
 
 def _rms_norm(

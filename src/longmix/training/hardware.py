@@ -13,6 +13,7 @@ import torch
 from longmix.accelerators import by_driver_name
 from longmix.distributed.ranks import MOST_ON_A_MACHINE, own_ranks
 from longmix.errors import ConfigError
+from longmix.machine_memory import give_back_freed_memory
 from longmix.wording import counted
 
 
@@ -29,6 +30,7 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
+        give_back_freed_memory()
         with contextlib.suppress(OSError):  # where Linux does not let us, the peak is that of the whole process
             Path("/proc/self/clear_refs").write_text("5")
 

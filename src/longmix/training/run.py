@@ -1,5 +1,6 @@
 """`train(config)`: from a configuration to a trained, logged, resumable run."""
 
+import contextlib
 import dataclasses
 import logging
 import re
@@ -26,6 +27,7 @@ from longmix.distributed.ranks import own_ranks, process_rank
 from longmix.errors import ConfigError, DataError
 from longmix.files import storage_errors
 from longmix.invocation import Invocation
+from longmix.machine_memory import freed_memory_kept
 from longmix.mixers.parts.whole_rows import warn_of_whole_rows
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model, check_model
@@ -401,7 +403,8 @@ def _fit(
     )
     # its handler would exchange a word with processes that may be gone
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-    with supervisor.signals.noting(worth_saving=False):
+    kept = contextlib.nullcontext() if settings.on_gpu else freed_memory_kept()
+    with supervisor.signals.noting(worth_saving=False), kept:
         try:
             trainer.fit(module, datamodule=data)
         except SystemExit as end:  # which Lightning makes of Ctrl-C

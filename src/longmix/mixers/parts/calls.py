@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from longmix.mixers.parts.rms_norm import RMSNorm
+
 _MODULE_CALL = nn.Module.__call__
 
 
@@ -41,7 +43,7 @@ def applied(module: nn.Module, x: Tensor) -> Tensor:
     kind, parameters = type(module), module._parameters
     if kind is nn.Linear:
         return F.linear(x, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
-    if kind is nn.RMSNorm:
+    if kind in (RMSNorm, nn.RMSNorm):
         return F.rms_norm(x, module.normalized_shape, parameters["weight"], module.eps)  # type: ignore[arg-type]
     result: Tensor = x if kind is nn.Identity else module.forward(x)
     return result

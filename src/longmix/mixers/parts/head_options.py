@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, field
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from longmix.mixers.parts.metrics import Metric
+from longmix.mixers.parts.rms_norm import RMSNorm, rms_norm
 from longmix.mixers.parts.rotary import RotaryScalingOptions
 
 
@@ -55,9 +55,9 @@ class HeadOptions(CommonHeadOptions, total=False):
     bias: str
 
 
-class HeadNorm(nn.RMSNorm):
+class HeadNorm(RMSNorm):
     """RMSNorm whose weight follows the input's dtype, since torch's fused kernel takes no mixture of dtypes."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., head_dim] -> [..., head_dim]."""
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight.to(x.dtype), self.eps)
