@@ -1,11 +1,14 @@
 """The memory that a process may take, with faked files of the kernel and variables of SLURM."""
 
+import ctypes
 import os
+import resource
 
 import pytest
+import torch
 
 from longmix import machine_memory
-from longmix.machine_memory import free_bytes, total_bytes
+from longmix.machine_memory import free_bytes, freed_memory_kept, give_back_freed_memory, total_bytes
 from longmix.planning import arguments
 
 MIB = 2**20
@@ -106,3 +109,22 @@ def test_a_plan_for_this_machine_knows_the_limit(system):
     system("0::/a\n", of_version_2("a", 300 * MIB, 250 * MIB))
     assert total_bytes() == 300 * MIB
     assert arguments.read(["gpu=cpu", "model=tiny"]).memory_bytes == 300 * MIB
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+def test_freed_memory_is_kept_for_the_next_step_and_given_back_at_the_end() -> None:
+    def faults() -> int:
+        """Of a step that takes 64 MiB and frees them; a fault brings a page, or as many as one huge page has."""
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.empty(64 * MIB, dtype=torch.uint8).fill_(1)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    pages = 64 * MIB // resource.getpagesize()
+    faults()
+    assert faults() > pages // 2
+    with freed_memory_kept():
+        faults()
+        assert faults() < pages // 10
+        give_back_freed_memory()
+        assert faults() > pages // 2
+    assert faults() > pages // 2

@@ -16,13 +16,14 @@ from typing import ClassVar, Unpack
 import torch
 from torch import Tensor
 
-from longmix.mixers.parts.attention_state import AttentionState, Rows
+from longmix.mixers.parts.attention_state import AttentionState, Rows, with_sinks
 from longmix.mixers.parts.base import ModelShape
 from longmix.mixers.parts.head_options import HeadOptions
 from longmix.mixers.parts.metrics import Metric
 from longmix.mixers.parts.scatterbrain_summaries import Blocks, Part, pooled
 from longmix.mixers.parts.softmax import SoftmaxAttention
 from longmix.mixers.parts.step_sums import summed
+from longmix_kernels.runtime import device_kind
 
 
 class CombinerLog(SoftmaxAttention):
@@ -49,6 +50,8 @@ class CombinerLog(SoftmaxAttention):
 
     def attend(self, rows: Rows) -> tuple[Tensor, dict[str, Metric]]:
         """Attend to the own key, and level by level to the span before."""
+        if device_kind(rows.key.device) == "cpu":
+            return self._attend_to_one_of_each(rows), {}
         length, keys = rows.query.shape[1], rows.key.shape[1]
         own = torch.arange(keys - length, keys, dtype=torch.int32, device=rows.key.device)[None, None]
         parts, size = [rows.attended(lo=own, hi=own + 1)], 1
@@ -57,15 +60,45 @@ class CombinerLog(SoftmaxAttention):
             size *= 2
         return rows.merged(parts), {}
 
-    def _level(self, rows: Rows, size: int) -> Part:
-        """Attention to the spans of `size` tokens."""
+    def _attend_to_one_of_each(self, rows: Rows) -> Tensor:
+        """`attend` without the engine, which takes many small steps on a CPU where a row sees one key of a level."""
+        exact = torch.promote_types(rows.key.dtype, torch.float32)
+        queries, keys = rows.query.shape[1], rows.key.shape[1]
+        query = rows.query.to(exact).unflatten(2, (self.num_kv_heads, -1))
+        key, value = (x[:, keys - queries :].to(exact).unsqueeze(3) for x in (rows.key, rows.value))
+        scores, values, size = [(query * key).sum(-1)], list[tuple[Blocks, Tensor]](), 1
+        while size < keys:
+            blocks, *summaries = self._spans(rows, size)
+            before = [torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), 1).to(exact).unsqueeze(3) for x in summaries]
+            sees = (blocks.number - blocks.first)[:, keys - queries :, None, None] % 2 == 1
+            scores.append(blocks.times(query, before[0]).sum(-1).masked_fill(~sees, -torch.inf))
+            values.append((blocks, before[1]))
+            size *= 2
+        stacked = self._scale(rows) * torch.stack(scores)
+        logsumexp = stacked.logsumexp(0)
+        own, *shares = (stacked - logsumexp).exp().unsqueeze(-1)
+        output = own * value
+        for share, (blocks, summaries_before) in zip(shares, values, strict=True):
+            output = output + blocks.times(share, summaries_before)
+        return with_sinks(output.flatten(2, 3).to(rows.query.dtype), logsumexp.flatten(2), rows.sinks)
+
+    def _spans(self, rows: Rows, size: int) -> tuple[Blocks, Tensor, Tensor]:
+        """The spans of `size` tokens, their keys and their values."""
         assert rows.key_labels is not None
         batch, keys = rows.key.shape[:2]
         starts = None if rows.layout is None else rows.layout.starts  # without them a GPU is waited for
         documents = None if starts is None else (len(starts) - 1) // batch
         blocks = Blocks.of(rows.document_ids, batch, keys, size, rows.key.device, documents)
-        scale = rows.key.shape[-1] ** -0.5 if rows.scale is None else rows.scale
-        key, value = blocks.summaries(rows.key_labels.to(rows.key.dtype), rows.key, rows.value, scale, "max")
+        labels = rows.key_labels.to(rows.key.dtype)
+        return blocks, *blocks.summaries(labels, rows.key, rows.value, self._scale(rows), "max")
+
+    def _scale(self, rows: Rows) -> float:
+        return rows.key.shape[-1] ** -0.5 if rows.scale is None else rows.scale
+
+    def _level(self, rows: Rows, size: int) -> Part:
+        """Attention to the spans of `size` tokens."""
+        blocks, key, value = self._spans(rows, size)
+        keys = rows.key.shape[1]
         number, first = (x[:, keys - rows.query.shape[1] :] for x in (blocks.number, blocks.first))
         lo = number - (number - first) % 2  # an even span sees nothing at this level
         lo, hi = (x[:, None].int().contiguous() for x in (lo, number))

@@ -81,11 +81,13 @@ class Blocks:
         number: int64 [B, T], which block a row is in, counted through all documents.
         first: int64 [B, T], the number of the first block of its document.
         count: how many there are at most in a batch row, or more.
+        size: tokens of each block where a row is one document, so that blocks lie side by side; else None.
     """
 
     number: Tensor
     first: Tensor
     count: int
+    size: int | None = None
 
     @classmethod
     def of(
@@ -109,7 +111,7 @@ class Blocks:
         """
         if document_ids is None:
             number = torch.arange(length, device=device).expand(batch, length) // size
-            return cls(number, torch.zeros_like(number), -(-length // size))
+            return cls(number, torch.zeros_like(number), -(-length // size), size)
         position = positions_from_document_ids(document_ids).long()
         number = (position % size == 0).long().cumsum(1) - 1
         compiling = torch.compiler.is_compiling()
@@ -123,24 +125,51 @@ class Blocks:
 
     def total(self, x: Tensor) -> Tensor:
         """Sums [B, N, ...] over the rows of each block of [B, T, ...]."""
+        if self.size is not None:
+            return self._side_by_side(x, 0).sum(2)
         index = self.number.view(*self.number.shape, *[1] * (x.dim() - 2)).expand(x.shape)
         return x.new_zeros(x.shape[0], self.count, *x.shape[2:]).scatter_add(1, index, x)
 
     def largest(self, x: Tensor) -> Tensor:
         """The largest numbers [B, N, ...] of the rows of each block of [B, T, ...], 0 for a block without rows."""
+        if self.size is not None:
+            return self._side_by_side(x, -torch.inf).amax(2)
         index = self.number.view(*self.number.shape, *[1] * (x.dim() - 2)).expand(x.shape)
         found = x.new_full((x.shape[0], self.count, *x.shape[2:]), -torch.inf).scatter_reduce(1, index, x, "amax")
         return found.masked_fill(found.isneginf(), 0.0)
 
     def spread(self, x: Tensor) -> Tensor:
         """Give the value of each block, [B, N, ...], to all its rows: [B, T, ...]."""
+        if self.size is not None:
+            return x.unsqueeze(2).expand(-1, -1, self.size, *x.shape[2:]).flatten(1, 2)[:, : self.number.shape[1]]
         index = self.number.view(*self.number.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
         return x.gather(1, index)
+
+    def times(self, x: Tensor, y: Tensor) -> Tensor:
+        """Multiply each of the last Tq rows by the value of its block: x [B, Tq, ...] and y [B, N, ...].
+
+        Dimensions after the second broadcast. Where blocks lie side by side no row's value is kept for the backward
+        pass.
+        """
+        if self.size is not None and x.shape[1] == self.number.shape[1]:
+            return (self._side_by_side(x, 0) * y.unsqueeze(2)).flatten(1, 2)[:, : x.shape[1]]
+        index = self.number[:, self.number.shape[1] - x.shape[1] :]
+        return x * y.gather(1, index.view(*index.shape, *[1] * (y.dim() - 2)).expand(-1, -1, *y.shape[2:]))
+
+    def _side_by_side(self, x: Tensor, missing: float) -> Tensor:
+        """The rows [B, T, ...] of each block, [B, N, size, ...]; `missing` stands for those that the last one lacks."""
+        assert self.size is not None
+        lacking = self.count * self.size - x.shape[1]
+        if lacking:
+            x = torch.cat((x, x.new_full((x.shape[0], lacking, *x.shape[2:]), missing)), 1)
+        return x.unflatten(1, (self.count, self.size))
 
     def summaries(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, pool: Pool = "mean"
     ) -> tuple[Tensor, Tensor]:
         """Keys and values of the summaries [B, N, Hkv, head_dim]; query, key and value are [B, T, Hkv, head_dim]."""
+        if self.size == 1:  # the softmax of one token
+            return key, value
         exact = torch.promote_types(key.dtype, torch.float32)
         q, k, v = (x.to(exact) for x in (query, key, value))
         if pool == "max":
@@ -149,9 +178,7 @@ class Blocks:
             size = self.total(torch.ones_like(self.number, dtype=exact)).clamp(min=1)[..., None, None]
             block_query, block_key = self.total(q) / size, self.total(k) / size
         scores = scale * (self.spread(block_query) * k).sum(-1)
-        highest = torch.full_like(block_key[..., 0], -torch.inf)
-        index = self.number.unsqueeze(-1).expand(scores.shape)
-        highest = highest.scatter_reduce(1, index, scores.detach(), "amax")
+        highest = self.largest(scores.detach())
         weights = (scores - self.spread(highest)).exp()
         mixed = self.total(weights.unsqueeze(-1) * v) / self.total(weights).unsqueeze(-1).clamp(min=1.0)
         return block_key.to(key.dtype), mixed.to(value.dtype)
