@@ -105,14 +105,14 @@ class TensorAttention(SoftmaxAttention):
     def _attend(self, rows: Rows) -> Tensor:
         assert rows.key_labels is not None
         queries, keys, dtype = rows.query.shape[1], rows.key.shape[1], rows.query.dtype
-        # [B, Tq, Hkv, 1, window_1, .], the distances 0, 1, ... of the rows before each query
+        # [B, Tq, Hkv, 1, window_1, .], the rows before each query from the farthest to itself: a view without a copy
         first = F.pad(rows.key_labels.to(dtype), (0, 0, 0, 0, self.window_1 - 1, 0))
-        first = first[:, keys - queries :].unfold(1, self.window_1, 1).flip(-1).mT.unsqueeze(3)
+        first = first[:, keys - queries :].unfold(1, self.window_1, 1).mT.unsqueeze(3)
         first_key, first_value = first.split(self.head_dim, -1)
         columns = rows.query.shape[-1] - self.head_dim  # of a bias, which is of q and k2 alone
-        query = rows.query.unflatten(2, (self.num_kv_heads, -1)).unsqueeze(4) * F.pad(
-            first_key, (0, columns), value=1.0
-        )
+        if columns:
+            first_key = F.pad(first_key, (0, columns), value=1.0)
+        query = rows.query.unflatten(2, (self.num_kv_heads, -1)).unsqueeze(4) * first_key
         slopes = None if rows.slopes is None else rows.slopes.repeat_interleave(self.window_1)
         wide = replace(rows, query=query.flatten(2, 4), slopes=slopes, sinks=None)
         mixed, logsumexp = wide.attended(**rows.bounds(self.window_2))
@@ -124,11 +124,11 @@ class TensorAttention(SoftmaxAttention):
         return with_sinks(mixed, logsumexp.logsumexp(-1), rows.sinks)
 
     def _inside(self, rows: Rows) -> Tensor:
-        """Which distances stay in the document, bool [B or 1, Tq, 1, window_1]."""
+        """Which distances, from the largest to 0, stay in the document: bool [B or 1, Tq, 1, window_1]."""
         queries, keys = rows.query.shape[1], rows.key.shape[1]
         row = torch.arange(keys, device=rows.key.device)[None]
         position = row if rows.document_ids is None else positions_from_document_ids(rows.document_ids)
-        distance = torch.arange(self.window_1, device=rows.key.device)
+        distance = torch.arange(self.window_1 - 1, -1, -1, device=rows.key.device)
         return (position[:, keys - queries :, None] >= distance).unsqueeze(2)
 
     def engine_window(self) -> int:
