@@ -34,8 +34,8 @@ def freed_memory_kept() -> Iterator[None]:
     its heap, and every block above 32 MiB, so that each page of a step costs a fault. Other C libraries stay as they
     are.
     """
-    library = ctypes.CDLL(None) if os.name == "posix" else None
-    if not hasattr(library, "mallopt") or not hasattr(library, "malloc_trim"):
+    library = _glibc()
+    if library is None:
         yield
         return
     library.mallopt(M_TRIM_THRESHOLD, -1)
@@ -50,9 +50,16 @@ def freed_memory_kept() -> Iterator[None]:
 
 def give_back_freed_memory() -> None:
     """Give the kernel back what the C library keeps of freed memory, where it is glibc."""
-    library = ctypes.CDLL(None) if os.name == "posix" else None
-    if hasattr(library, "malloc_trim"):
+    library = _glibc()
+    if library is not None:
         library.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    """The C library of this process if it is glibc, else None."""
+    library = ctypes.CDLL(None) if os.name == "posix" else None
+    known = hasattr(library, "mallopt") and hasattr(library, "malloc_trim")
+    return library if known else None
 
 
 def free_bytes() -> int | None:
