@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from longmix.mixers.parts import rms_norm
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import build_model
 from longmix.planning.arguments import Request, read
@@ -129,12 +130,15 @@ def test_gathered_weights_are_those_of_one_process():
     assert parts[0] == parts[1]
 
 
-def test_on_a_gpu_norms_keep_their_input_alone():
+def test_norms_keep_their_input_alone(monkeypatch):
     model = request("mixer=flash", "mixer.qk_norm=false").model()
     cpu, gpu = (rehearsed(model, setting(device=device)).layers[1] for device in ("cpu", "cuda"))
+    monkeypatch.setattr(rms_norm, "has_own_gradient", lambda *_: False)
+    torchs = rehearsed(model, setting(device="cpu")).layers[1]
     rows = 128 * 4
-    steps = 2 * (64 + 1 - 1) * rows  # of each norm's row: its input scaled, kept besides the input; one number in both
-    assert cpu.kept - gpu.kept == pytest.approx(steps, abs=2 * rows)
+    steps = 2 * (64 + 1 - 1) * rows  # of each norm's row: its input scaled, kept besides the input; one number in all
+    assert torchs.kept - gpu.kept == pytest.approx(steps, abs=2 * rows)
+    assert cpu.kept == pytest.approx(gpu.kept, abs=2 * rows)
 
 
 def test_on_a_gpu_the_delta_rule_keeps_less_and_makes_it_again():

@@ -28,7 +28,7 @@ def _rms_norm(
 
 
 class _FusedRMSNorm(torch.autograd.Function):
-    """`aten::_fused_rms_norm`, which keeps its input and one number per row; a CPU keeps every intermediate step."""
+    """`aten::_fused_rms_norm`, which keeps its input and one number per row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
