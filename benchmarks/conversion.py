@@ -18,7 +18,8 @@ JSON, a Markdown table and a picture.
 import argparse
 import csv
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -171,17 +172,23 @@ def _borders(options: argparse.Namespace) -> list[int]:
     return list(dict.fromkeys(end for end in ends if end))
 
 
+def _short_names(models: Collection[str]) -> dict[str, str]:
+    """Each model's pattern alone, or the model with its settings where another has the same pattern."""
+    patterns = Counter(model.split()[0] for model in models)
+    return {model: model.split()[0] if patterns[model.split()[0]] == 1 else model for model in models}
+
+
 @drawing()
 def drawn(records: Sequence[Record], teacher: Record, options: argparse.Namespace) -> Figure:
     """Bits/byte over the tokens seen, a panel for each way, with the teacher's as a line."""
     ways = [way for way in WAYS if any(Student.of(record).way == way for record in records)]
     figure, panels = new_figure(len(ways), title="A transformer with other mixers")
-    models = dict.fromkeys(Student.of(record).model for record in records)  # a colour means one model in all panels
+    names = _short_names(dict.fromkeys(Student.of(record).model for record in records))
     for axes, way in zip(panels, ways, strict=True):
         found = {Student.of(record): record for record in records}
-        curves: dict[str, Curve] = {
-            model: (found[Student(model, way)]["tokens_seen"], found[Student(model, way)]["bits_per_byte"])
-            for model in models
+        curves: dict[str, Curve] = {  # a colour means one model in all panels
+            name: (found[Student(model, way)]["tokens_seen"], found[Student(model, way)]["bits_per_byte"])
+            for model, name in names.items()
             if Student(model, way) in found
         }
         draw_curves(axes, curves, title=way, x_label="tokens", y_label="bits/byte")

@@ -127,13 +127,17 @@ def _differences(content: Mapping[str, Any], command: str) -> list[str]:
         if held != _flat(values):
             found.append(f"{option} was {' '.join(held)} and is {' '.join(values)}")
     named = next((_flat(settings[key]) for key in ("mixers", "models", "claims", "parts") if key in settings), [])
-    if alone and [*map(str, named)] != alone:
+    named = [*_flat(settings.get("teacher")), *map(str, named)]
+    if alone and named != alone:
         found.append(f"it is of {', '.join(named)} and not of {', '.join(alone)}")
     return found
 
 
 def _options(command: str) -> tuple[str, dict[str, list[str]], list[str]]:
-    """A benchmark's name, its options by name, and what stands alone: in front of options, or with blanks in it."""
+    """A benchmark's name, its options by name, and what stands alone: in front of options, or later with blanks in it.
+
+    An option's first value may have blanks itself.
+    """
     program, *rest = shlex.split(command)[2:]
     options: dict[str, list[str]] = {}
     alone: list[str] = []
@@ -142,7 +146,7 @@ def _options(command: str) -> tuple[str, dict[str, list[str]], list[str]]:
         if part.startswith("--"):
             current = options.setdefault(part[2:].replace("-", "_"), [])
         else:
-            (alone if " " in part else current).append(part)
+            (alone if " " in part and current else current).append(part)
     return program.removeprefix("benchmarks."), options, alone
 
 

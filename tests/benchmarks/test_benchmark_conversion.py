@@ -62,6 +62,10 @@ def test_table_and_picture():
     assert rows[2] == "| teacher |  | 2.0000 |  |  |  | 0.50 | 1.00 |  |"
     assert rows[3] == "| `gla` | distilled | 4.0000 | 3.0000 | 2.5000 | 1, 2, 3 | 0.25 | 0.50 | 7 |"
     assert rows[4].startswith("| `gla` | scratch |  | 3.5000 | 3.0000 |")
+    assert conversion._short_names(["gla", "kda a=1", "gdn a=1", "gdn a=2"]) == {
+        **{"gla": "gla", "kda a=1": "kda"},
+        **{name: name for name in ("gdn a=1", "gdn a=2")},
+    }
     titles = [axes.get_title(loc="left") for axes in conversion.drawn(records, TEACHER, options).axes]
     assert titles == ["distilled", "scratch"]
 
