@@ -218,7 +218,10 @@ REFUSED = {
     "activation": (lambda: HeadDecay(SHAPE, 0, decay="alibi", activation="relu"), "mixer.activation=relu"),
     "decayed-base": (lambda: HeadDecay(SHAPE, 0, decay="alibi", rotary_base=0.5), "mixer.rotary_base=0.5"),
     "delta-decay": (lambda: delta(decay="fast"), "mixer.decay=fast is unknown; use none, head, channel or sigmoid"),
-    "delta-gate": (lambda: delta(output_gate="relu"), "mixer.output_gate=relu is unknown; use none, silu or low_rank"),
+    "delta-gate": (
+        lambda: delta(output_gate="relu"),
+        "mixer.output_gate=relu is unknown; use none, silu, sigmoid or low_rank",
+    ),
     "delta-heads": (lambda: delta(num_heads=7), "mixer.num_heads=7 does not divide mixer.key_factor"),
     "delta-values": (
         lambda: delta(num_heads=16, value_factor=0.5),

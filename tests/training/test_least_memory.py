@@ -84,7 +84,12 @@ def test_less_is_counted_than_a_plan_does(config):
 
 @pytest.mark.parametrize(
     "words",
-    [["mixer=flash"], ["mixer=kda+routing"], ["mixer=flash", "model.activation_checkpointing=block"]],
+    [
+        ["mixer=flash"],
+        ["mixer=kda+routing"],
+        # of many layers: what one that is computed again keeps for a moment is in the plan alone
+        ["mixer=flash", "model.activation_checkpointing=block", "model.num_layers=8"],
+    ],
     ids=" ".join,
 )
 def test_what_layers_keep_is_nearly_what_a_plan_says(config, words):
