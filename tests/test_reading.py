@@ -1,4 +1,5 @@
 import os
+import tracemalloc
 
 import pytest
 
@@ -84,6 +85,17 @@ def test_only_regular_files_are_read_and_none_beyond_its_limit(tmp_path):
         read_bytes(tmp_path / "large", 10)
     (tmp_path / "link").symlink_to("large")
     assert read_bytes(tmp_path / "link", 11) == b"x" * 11
+
+
+def test_a_file_takes_the_memory_of_its_content(tmp_path):
+    path = tmp_path / "small.json"
+    path.write_bytes(b"x" * 3_000_000)
+    tracemalloc.start()
+    try:
+        assert read_bytes(path) == path.read_bytes()
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_names_are_found_below_a_folder_whatever_may_not_be_listed(tmp_path, monkeypatch):

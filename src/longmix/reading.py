@@ -26,6 +26,9 @@ LARGEST_YAML_BYTES = 1 << 20
 DEEPEST = 64
 """The most levels of a YAML file; longmix writes about ten."""
 
+PIECE = 1 << 20
+"""Bytes of a file that are asked for at once."""
+
 
 def read_bytes(path: Path, limit: int = LARGEST_TEXT_BYTES) -> bytes:
     """The content of a regular file.
@@ -39,11 +42,14 @@ def read_bytes(path: Path, limit: int = LARGEST_TEXT_BYTES) -> bytes:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "it is not a regular file")
+    pieces, left = [], limit
     with os.fdopen(descriptor, "rb") as stream:
-        content = stream.read(limit + 1)
-    if len(content) > limit:
+        while left >= 0 and (piece := stream.read(min(left + 1, PIECE))):  # room is made for all of it
+            pieces.append(piece)
+            left -= len(piece)
+    if left < 0:
         raise ValueError(f"it is larger than {limit:,} bytes")
-    return content
+    return b"".join(pieces)
 
 
 def found_below(folder: Path, name: str) -> list[Path]:

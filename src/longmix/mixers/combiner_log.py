@@ -66,7 +66,8 @@ class CombinerLog(SoftmaxAttention):
         queries, keys = rows.query.shape[1], rows.key.shape[1]
         query = rows.query.to(exact).unflatten(2, (self.num_kv_heads, -1))
         key, value = (x[:, keys - queries :].to(exact).unsqueeze(3) for x in (rows.key, rows.value))
-        scores, values, size = [(query * key).sum(-1)], list[tuple[Blocks, Tensor]](), 1
+        scores, size = [(query * key).sum(-1)], 1
+        values: list[tuple[Blocks, Tensor]] = []
         while size < keys:
             blocks, *summaries = self._spans(rows, size)
             before = [torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), 1).to(exact).unsqueeze(3) for x in summaries]

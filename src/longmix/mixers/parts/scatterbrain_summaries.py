@@ -132,11 +132,15 @@ class Blocks:
 
     def largest(self, x: Tensor) -> Tensor:
         """The largest numbers [B, N, ...] of the rows of each block of [B, T, ...], 0 for a block without rows."""
+        found = self._largest(x)
+        return found if self.size is not None else found.masked_fill(found.isneginf(), 0.0)
+
+    def _largest(self, x: Tensor) -> Tensor:
+        """`largest`, but minus infinity for a block without rows."""
         if self.size is not None:
             return self._side_by_side(x, -torch.inf).amax(2)
         index = self.number.view(*self.number.shape, *[1] * (x.dim() - 2)).expand(x.shape)
-        found = x.new_full((x.shape[0], self.count, *x.shape[2:]), -torch.inf).scatter_reduce(1, index, x, "amax")
-        return found.masked_fill(found.isneginf(), 0.0)
+        return x.new_full((x.shape[0], self.count, *x.shape[2:]), -torch.inf).scatter_reduce(1, index, x, "amax")
 
     def spread(self, x: Tensor) -> Tensor:
         """Give the value of each block, [B, N, ...], to all its rows: [B, T, ...]."""
@@ -178,7 +182,7 @@ class Blocks:
             size = self.total(torch.ones_like(self.number, dtype=exact)).clamp(min=1)[..., None, None]
             block_query, block_key = self.total(q) / size, self.total(k) / size
         scores = scale * (self.spread(block_query) * k).sum(-1)
-        highest = self.largest(scores.detach())
+        highest = self._largest(scores.detach())
         weights = (scores - self.spread(highest)).exp()
         mixed = self.total(weights.unsqueeze(-1) * v) / self.total(weights).unsqueeze(-1).clamp(min=1.0)
         return block_key.to(key.dtype), mixed.to(value.dtype)
