@@ -3,7 +3,9 @@ import tracemalloc
 
 import pytest
 
+from longmix.config import GenerateConfig
 from longmix.errors import ConfigError
+from longmix.generation.run import given_prompts
 from longmix.reading import DEEPEST, LARGEST_YAML_BYTES, found_below, read_bytes, read_json, read_yaml
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}, *a{n - 1}]\n" for n in range(1, 30))
@@ -87,12 +89,17 @@ def test_only_regular_files_are_read_and_none_beyond_its_limit(tmp_path):
     assert read_bytes(tmp_path / "link", 11) == b"x" * 11
 
 
-def test_a_file_takes_the_memory_of_its_content(tmp_path):
+@pytest.mark.parametrize("what", ["bytes", "prompt"])
+def test_a_file_takes_the_memory_of_its_content(what, tmp_path):
     path = tmp_path / "small.json"
     path.write_bytes(b"x" * 3_000_000)
+    config = GenerateConfig(checkpoint="runs/a", prompt_file=str(path))
     tracemalloc.start()
     try:
-        assert read_bytes(path) == path.read_bytes()
+        if what == "bytes":
+            assert read_bytes(path) == path.read_bytes()
+        else:
+            assert given_prompts(config) == [path.read_text()]
         assert tracemalloc.get_traced_memory()[1] < 10_000_000
     finally:
         tracemalloc.stop()

@@ -9,7 +9,7 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from longmix.errors import ConfigError
 from longmix.printable import printable
@@ -42,13 +42,19 @@ def read_bytes(path: Path, limit: int = LARGEST_TEXT_BYTES) -> bytes:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "it is not a regular file")
-    pieces, left = [], limit
     with os.fdopen(descriptor, "rb") as stream:
-        while left >= 0 and (piece := stream.read(min(left + 1, PIECE))):  # room is made for all of it
-            pieces.append(piece)
-            left -= len(piece)
-    if left < 0:
+        content = read_up_to(stream, limit + 1)
+    if len(content) > limit:
         raise ValueError(f"it is larger than {limit:,} bytes")
+    return content
+
+
+def read_up_to(stream: BinaryIO, count: int) -> bytes:
+    """So many bytes of a stream, or all that it has, in the memory that they take; `read` makes room for `count`."""
+    pieces = []
+    while count > 0 and (piece := stream.read(min(count, PIECE))):
+        pieces.append(piece)
+        count -= len(piece)
     return b"".join(pieces)
 
 

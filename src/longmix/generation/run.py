@@ -31,7 +31,7 @@ from longmix.generation.standing import Standing, standing_rows
 from longmix.generation.text import Row
 from longmix.paths import check_file
 from longmix.progress import tracked
-from longmix.reading import LARGEST_TEXT_BYTES
+from longmix.reading import LARGEST_TEXT_BYTES, read_up_to
 from longmix.restore import Restored, restored_for
 from longmix.wording import counted
 
@@ -148,7 +148,7 @@ def given_prompts(config: GenerateConfig) -> list[str]:
         raise ConfigError("give prompt or prompt_file, not both.")
     try:
         with Path(config.prompt_file).open("rb") as stream:  # which may be a pipe
-            content = stream.read(LARGEST_TEXT_BYTES + 1)
+            content = read_up_to(stream, LARGEST_TEXT_BYTES + 1)
         if len(content) > LARGEST_TEXT_BYTES:
             raise DataError(f"prompt_file={config.prompt_file} is longer than {LARGEST_TEXT_BYTES:,} bytes.")
         return [content.decode("utf-8")]
