@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -119,6 +120,20 @@ def record(what: str, name: str, seconds: Sequence[float], **facts: object) -> R
     return {"pass": what, "provider": name, **facts, **times, "laps_ms": [1e3 * lap for lap in seconds]}
 
 
+def racing(
+    model: LanguageModel, theirs: Any, rows: Sequence[torch.Tensor], options: argparse.Namespace, copies: int = 1
+) -> dict[str, tuple[Provider, Sequence[torch.Tensor]]]:
+    """The providers that continue each of these prompts so many times."""
+    found: dict[str, Provider] = {
+        OURS: Ours(model, copies),
+        DYNAMIC: Theirs(theirs, static=False, copies=copies),
+        STATIC: Theirs(theirs, static=True, copies=copies),
+    }
+    if options.compile:
+        found[COMPILED] = Ours(model, copies, compiled=True)
+    return {name: (provider, rows) for name, provider in found.items()}
+
+
 def attention_records(
     model: LanguageModel, config: ModelConfig, options: argparse.Namespace, announce: Callable[[str], None]
 ) -> Iterator[list[Record]]:
@@ -127,26 +142,14 @@ def attention_records(
     for batch in options.batches:
         for length in options.lengths:
             rows = prompts(model, [length] * batch)
-            providers: dict[str, tuple[Provider, Sequence[torch.Tensor]]] = {
-                OURS: (Ours(model), rows),
-                DYNAMIC: (Theirs(theirs, static=False), rows),
-                STATIC: (Theirs(theirs, static=True), rows),
-            }
-            if options.compile:
-                providers[COMPILED] = Ours(model, compiled=True), rows
+            providers = racing(model, theirs, rows, options)
             if batch > 1:
                 providers[UNEQUAL] = Ours(model), prompts(model, unequal(length, batch))
             yield compared(race(providers, options, announce), report.PREFILL, report.STEP, batch, length)
     if options.samples_after:
         length, count = options.samples_after, options.samples
         rows = prompts(model, [length])
-        providers = {
-            OURS: (Ours(model, count), rows),
-            DYNAMIC: (Theirs(theirs, static=False, copies=count), rows),
-            STATIC: (Theirs(theirs, static=True, copies=count), rows),
-        }
-        if options.compile:
-            providers[COMPILED] = Ours(model, count, compiled=True), rows
+        providers = racing(model, theirs, rows, options, count)
         laps = race(providers, options, announce)
         yield compared(laps, report.SAMPLES_PREFILL, report.SAMPLES, count, length)
 

@@ -59,7 +59,7 @@ def torch_decode(
         rows = query.view(batch, key_heads, -1, query.shape[-1])
         if _is_ragged(segments[0]):
             return _by_rows(rows * scale, segments[0]).reshape(batch, length, heads, -1), None, None
-        if seen is None and _is_streamed(key):
+        if seen is None and _is_streamed(key, STREAMED):
             return _at_once(rows * scale, segments).reshape(batch, length, heads, -1), None, None
         mask = None if seen is None else seen.unsqueeze(2)
         output = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
@@ -138,15 +138,15 @@ def _at_once(rows: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
 
 def _scores(rows: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """Products of rows [R, Hkv, N, K] and keys [R, Hkv, S, K]: [R, Hkv, N, S], in the order that is read faster."""
-    if rows.shape[2] <= FEW and _is_streamed(key):
+    if rows.shape[2] <= FEW and _is_streamed(key, STREAMED):
         return torch.matmul(key, rows.transpose(-1, -2)).transpose(-1, -2).contiguous()
     return torch.matmul(rows, key.transpose(-1, -2))
 
 
-def _is_streamed(key: torch.Tensor, least: int = 0) -> bool:
-    """Say whether a CPU reads these keys from memory, as numbers that plain products take."""
+def _is_streamed(key: torch.Tensor, least: int) -> bool:
+    """Say whether a CPU reads these keys, `least` numbers or more, from memory, as numbers that plain products take."""
     exact = key.dtype in (torch.float32, torch.float64) and key.device.type == "cpu"
-    return exact and key.numel() >= (least or STREAMED) and not torch.compiler.is_compiling()
+    return exact and key.numel() >= least and not torch.compiler.is_compiling()
 
 
 def _is_ragged(segment: Segment) -> bool:
