@@ -79,10 +79,10 @@ def tracked(
 
 
 @contextlib.contextmanager
-def steps_bar(description: str, total: int) -> Iterator[Callable[[], None]]:
+def steps_bar(description: str, total: int, shown: bool = True) -> Iterator[Callable[[], None]]:
     """Yield `advance()`, to be called after each of `total` steps."""
     columns = TextColumn(DESCRIPTION), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-    with _bar(description, columns, total) as advance:
+    with _bar(description, columns, total, shown=shown) as advance:
         yield lambda: advance(1)
 
 

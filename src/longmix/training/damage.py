@@ -17,6 +17,7 @@ from longmix.batch import Batch, each
 from longmix.config import Choice, ModelConfig
 from longmix.conversion.transfer import transfer
 from longmix.data.training_data import TrainingData
+from longmix.distributed.agreement import Processes
 from longmix.errors import ConfigError
 from longmix.evaluation.loss import to_device
 from longmix.model.backbone import LanguageModel
@@ -90,8 +91,11 @@ def measure(
     seed: int,
     precision: Precision = nullcontext,
     done: Callable[[], None] = lambda: None,
+    processes: Processes | None = None,
 ) -> Damage:
     """The damage of each layer; the random state is as before, and so is the teacher.
+
+    Each of several processes holds both models and learns from the same lessons; the layers are divided among them.
 
     Args:
         teacher: in evaluation, without gradients, on its device.
@@ -102,26 +106,35 @@ def measure(
         steps: how many of the lessons are taken; 0 for the transfer alone.
         seed: of what is new in the mixers.
         precision: makes the context of a forward pass.
-        done: called after each layer is measured, for a progress bar.
+        done: called after each layer is measured here, for a progress bar.
+        processes: that measure together, each a share of the layers; all of them must call this.
 
     Raises:
         ConfigError: the mixer has settings that the model cannot take.
     """
+    processes = processes or Processes()
+    own = range(processes.rank, len(teacher.blocks), processes.size)
     device = teacher.embedding.weight.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        student = build_model(ModelConfig(mixer=new, model=config.model), teacher.vocab_size)
-        student.to(device=device, dtype=teacher.embedding.weight.dtype)
-        transfer(student, teacher.state_dict(), config)
-        learned = _learn(student, teacher, lessons, steps, precision)
-        student.eval()
-        before = loss(teacher)
-        losses = []
-        for layer in range(len(teacher.blocks)):
-            with converted(teacher, student, layer):
-                losses.append(loss(teacher))
-            done()
-    return Damage(before, tuple(losses), learned)
+
+    def measured() -> tuple[float, dict[int, float], int]:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            student = build_model(ModelConfig(mixer=new, model=config.model), teacher.vocab_size)
+            student.to(device=device, dtype=teacher.embedding.weight.dtype)
+            transfer(student, teacher.state_dict(), config)
+            learned = _learn(student, teacher, lessons, steps, precision)
+            student.eval()
+            before, losses = loss(teacher), {}
+            for layer in own:
+                with converted(teacher, student, layer):
+                    losses[layer] = loss(teacher)
+                done()
+        return before, losses, learned
+
+    shares = processes.each(measured)
+    losses = {layer: found for _, share, _ in shares for layer, found in share.items()}
+    before, _, learned = shares[0]
+    return Damage(before, tuple(losses[layer] for layer in range(len(losses))), learned)
 
 
 @contextmanager

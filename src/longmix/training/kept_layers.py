@@ -11,7 +11,7 @@ from longmix.config import Choice, Pattern, TrainConfig
 from longmix.conversion.keeping import with_kept
 from longmix.data.staged import StagedData
 from longmix.data.training_data import TrainingData
-from longmix.errors import ConfigError
+from longmix.distributed.agreement import Processes
 from longmix.evaluation.loss import evaluate_loss
 from longmix.evaluation.statistics import LossStatistics
 from longmix.model.backbone import LanguageModel
@@ -25,7 +25,12 @@ from longmix.training.warm_start import Origin
 
 
 def with_kept_layers(
-    config: TrainConfig, origin: Origin | None, settings: TrainerSettings, data: TrainingData, begun: bool
+    config: TrainConfig,
+    origin: Origin | None,
+    settings: TrainerSettings,
+    data: TrainingData,
+    begun: bool,
+    everyone: Processes,
 ) -> tuple[TrainConfig, Damage | None]:
     """The configuration with the layers that keep the teacher's mixer, and what was measured to choose them.
 
@@ -37,18 +42,14 @@ def with_kept_layers(
         settings: of the trainer.
         data: prepared.
         begun: the run continues.
+        everyone: the processes of the run, which measure a share of the layers each; all of them must call this.
 
     Raises:
-        ConfigError: several processes, or layers between which the measurement cannot choose.
+        ConfigError: the measurement cannot choose between two layers.
     """
     if not isinstance(config.keep, int) or begun or origin is None or origin.teacher is None:
         return config, None
-    if settings.world_size > 1:
-        raise ConfigError(
-            f"keep={config.keep} measures in one process, and there are {settings.world_size}. Measure with "
-            "`evaluate.py task=damage` on one device, and name the layers, such as keep=[1,4]."
-        )
-    damage = _measured(config, origin, settings, data.first if isinstance(data, StagedData) else data)
+    damage = _measured(config, origin, settings, data.first if isinstance(data, StagedData) else data, everyone)
     teacher, new = origin.teacher, _new(config)
     chosen = with_kept(new, teacher.mixer, damage.largest(config.keep), len(damage.losses))
     config = dataclasses.replace(config, mixer=chosen)
@@ -73,7 +74,9 @@ def _new(config: TrainConfig) -> Choice:
     return Choice("mixer", member.entries)
 
 
-def _measured(config: TrainConfig, origin: Origin, settings: TrainerSettings, data: TrainingData) -> Damage:
+def _measured(
+    config: TrainConfig, origin: Origin, settings: TrainerSettings, data: TrainingData, everyone: Processes
+) -> Damage:
     assert origin.teacher is not None
     precision = settings.precision_in_use
     device = torch.device("cuda" if settings.on_gpu else "cpu")
@@ -87,8 +90,9 @@ def _measured(config: TrainConfig, origin: Origin, settings: TrainerSettings, da
         autocast = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16)
     steps = -(-config.measure_tokens // config.seq_len)
     layers = len(teacher.blocks)
-    print(f" damage   of {mixer_word(_new(config).entries)} in each of {layers} layers is measured", flush=True)
-    with steps_bar("layers", layers) as advance:
+    if everyone.is_first:
+        print(f" damage   of {mixer_word(_new(config).entries)} in each of {layers} layers is measured", flush=True)
+    with steps_bar("layers", -(-layers // everyone.size), shown=everyone.is_first) as advance:
         return measure(
             teacher,
             origin.teacher,
@@ -99,6 +103,7 @@ def _measured(config: TrainConfig, origin: Origin, settings: TrainerSettings, da
             seed=config.seed,
             precision=autocast,
             done=advance,
+            processes=everyone,
         )
 
 

@@ -175,7 +175,7 @@ def _train_from(
     data.prepare_data()
     data.setup("fit")
     everyone.each(lambda: start.check_data(data.fingerprint(), course_of(config).begun(start.step)))
-    config, damage = with_kept_layers(config, origin, settings, data, start.saved is not None)
+    config, damage = with_kept_layers(config, origin, settings, data, start.saved is not None, everyone)
     model = build_model(config, data.vocab_size if origin is None else origin.vocab_size)
     transferred = begin(model, config, origin)
     if draws(model, course_of(config)):
