@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from longmix.batch import IGNORE_INDEX
 from longmix.errors import ConfigError
 from longmix.mixers.flash import Flash
 from longmix.mixers.sliding_window import SlidingWindow
@@ -121,3 +122,17 @@ def test_compiled_model_equals_the_eager_one():
     expected = net(first, first, document_ids=ids).token_losses
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(first, first, document_ids=ids).token_losses, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_hits_come_from_the_logits_of_the_losses(training):
+    net, first = model().train(training), tokens()
+    targets = torch.where(torch.rand(first.shape) < 0.3, first, IGNORE_INDEX)
+    searches = []
+    for net.measures_hits in (False, True):
+        with torch.autograd.profiler.profile() as profile:
+            output = net(first, targets)
+        searches.append(sum(event.name == "aten::nonzero" for event in profile.function_events))
+    assert searches[1] == searches[0] + 1  # a search for the targets that count, which waits for a GPU
+    likeliest = net.logits(output.hidden).argmax(-1)
+    assert torch.equal(output.hits, likeliest == targets)

@@ -41,13 +41,14 @@ def test_without_logits_of_ignored_targets_all_is_the_same(problem, kept, slice_
     soft = head.SoftTargets(taught, torch.randn(13, 8, dtype=torch.float64, generator=generator), None, 2.0)
     found = []
     for skip in (True, False):
-        part = head.scored(hidden, weight, targets, 3.0, with_normalisers=True, soft=soft, skip_ignored=skip)
+        asked = {"with_normalisers": True, "with_hits": True, "soft": soft}
+        part = head.scored(hidden, weight, targets, 3.0, **asked, skip_ignored=skip)
         columns = part.losses, part.log_normalisers, part.divergences
         total = sum((column * (number + 1)).sum() for number, column in enumerate(columns))
         found.append((*columns, *torch.autograd.grad(total, (hidden, weight))))
+        assert part.hits.dtype == torch.bool
+        assert torch.equal(part.hits, (hidden @ weight.T).argmax(-1) == targets)
     torch.testing.assert_close(*found, rtol=0, atol=1e-12)
-    wanted = (hidden @ weight.T).argmax(-1) == targets
-    assert torch.equal(head.hits(hidden, weight, targets), wanted)
 
 
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch before 2.13")

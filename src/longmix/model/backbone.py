@@ -25,7 +25,7 @@ from longmix.mixers.parts.documents import told_apart
 from longmix.mixers.parts.layout import Layout, LayoutNeeds, layout_after, layouts, needs_of
 from longmix.mixers.parts.metrics import Metric
 from longmix.model.blocks import Block, BlockStyle, Standard
-from longmix.model.head import SoftTargets, capped, hits, scored, token_losses
+from longmix.model.head import SoftTargets, capped, scored, token_losses
 from longmix.model.offload import Offload, lane_of
 from longmix.model.saved import SavedActivations, save_in_int8
 from longmix.model.sharing import NOTHING_SHARED, Sharing, check_sharing, share_projections
@@ -229,18 +229,17 @@ class LanguageModel(nn.Module):
                 with_peaks=self.logit_penalty > 0,
                 with_normalisers=self.measures_normalisers,
                 soft=soft,
+                with_hits=self.measures_hits,
                 skip_ignored=self.measures_hits and self.logit_penalty == 0,  # most targets of synthetic tasks
             )
             output.token_losses, output.log_normalisers = found.losses, found.log_normalisers
-            output.divergences = found.divergences
+            output.divergences, output.hits = found.divergences, found.hits
             if found.peaks is not None:
                 output.losses["logit_penalty"] = self.logit_penalty / 2 * found.peaks.square().mean()
         elif targets is not None:
-            output.token_losses = scored(
-                output.hidden, self.head.weight, targets, self.logit_softcap, skip_ignored=self.measures_hits
-            ).losses
-        if targets is not None and self.measures_hits:
-            output.hits = hits(output.hidden, self.head.weight, targets)
+            asked = {"with_hits": self.measures_hits, "skip_ignored": self.measures_hits}
+            found = scored(output.hidden, self.head.weight, targets, self.logit_softcap, **asked)
+            output.token_losses, output.hits = found.losses, found.hits
         return output
 
     def prepared(

@@ -58,12 +58,14 @@ class Scored:
         peaks: the largest logit, also where ignored.
         log_normalisers: logarithm of the sum of the exponential logits, 0 where ignored.
         divergences: see `divergences`, 0 where ignored.
+        hits: bool, whether the target is the most likely token; False where ignored.
     """
 
     losses: Tensor
     peaks: Tensor | None = None
     log_normalisers: Tensor | None = None
     divergences: Tensor | None = None
+    hits: Tensor | None = None
 
 
 def divergences(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -112,13 +114,14 @@ def scored(
     with_peaks: bool = False,
     with_normalisers: bool = False,
     soft: SoftTargets | None = None,
+    with_hits: bool = False,
     skip_ignored: bool = False,
 ) -> Scored:
-    """The losses of `token_losses`, and what else is asked for of the same logits, all differentiable.
+    """The losses of `token_losses`, and what else is asked for of the same logits, all differentiable but the hits.
 
     Args:
         hidden, weight, targets, softcap: see `token_losses`.
-        with_peaks, with_normalisers: what else; see `Scored`.
+        with_peaks, with_normalisers, with_hits: what else; see `Scored`.
         soft: a teacher's distributions, for `Scored.divergences`; its logits too are formed slice by slice.
         skip_ignored: form no logits where the target is ignored, where most are; it waits for the device. Peaks need
             all logits, and are not to be had with it.
@@ -127,14 +130,13 @@ def scored(
     if skip_ignored:
         chosen = (labels != IGNORE_INDEX).nonzero()[:, 0]
         own = None if soft is None else replace(soft, hidden=soft.hidden.reshape(-1, soft.hidden.shape[-1])[chosen])
-        part = scored(rows[chosen], weight, labels[chosen], softcap, with_normalisers=with_normalisers, soft=own)
-        return Scored(
-            _placed(part.losses, chosen, targets),
-            log_normalisers=None if part.log_normalisers is None else _placed(part.log_normalisers, chosen, targets),
-            divergences=None if part.divergences is None else _placed(part.divergences, chosen, targets),
-        )
+        asked = {"with_normalisers": with_normalisers, "with_hits": with_hits, "soft": own}
+        part = scored(rows[chosen], weight, labels[chosen], softcap, **asked)
+        found = part.losses, None, part.log_normalisers, part.divergences, part.hits
+        losses, *others = (None if each is None else _placed(each, chosen, targets) for each in found)
+        return Scored(losses, *others)
     most = slice_rows(weight.shape[0] * (1 if soft is None else 2), device_kind(rows.device))
-    options = weight, with_peaks, softcap, with_normalisers, soft
+    options = weight, with_peaks, softcap, with_normalisers, soft, with_hits
     taught = None if soft is None else soft.hidden.reshape(-1, soft.hidden.shape[-1])
     if rows.shape[0] <= most:
         found = _slice_losses(rows, labels, taught, *options)
@@ -145,18 +147,8 @@ def scored(
         pieces = [checkpoint(_slice_losses, *piece, *options, use_reentrant=False) for piece in slices]
         found = [torch.cat(column) for column in zip(*pieces, strict=True)]
     losses, *others = [part.reshape(targets.shape) for part in found]
-    asked = with_peaks, with_normalisers, soft is not None
+    asked = with_peaks, with_normalisers, soft is not None, with_hits
     return Scored(losses, *(others.pop(0) if each else None for each in asked))
-
-
-@torch.no_grad()
-def hits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Whether each target is the most likely token: bool [...], False where ignored. Arguments as in `token_losses`."""
-    rows, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    places = (labels != IGNORE_INDEX).nonzero()[:, 0]
-    pieces = rows[places].split(slice_rows(weight.shape[0], device_kind(rows.device)))
-    chosen = torch.cat([F.linear(piece, weight).argmax(-1) for piece in pieces])
-    return _placed(chosen == labels[places], places, targets)
 
 
 def _placed(values: Tensor, places: Tensor, targets: Tensor) -> Tensor:
@@ -178,6 +170,7 @@ def _slice_losses(
     softcap: float | None,
     with_normalisers: bool,
     soft: SoftTargets | None,
+    with_hits: bool,
 ) -> list[Tensor]:
     logits = _slice_logits(rows, weight, softcap)
     found = [F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE_INDEX)]
@@ -190,4 +183,6 @@ def _slice_losses(
         with torch.no_grad():
             teacher = _slice_logits(taught, soft.weight, soft.softcap)
         found.append(torch.where(labels == IGNORE_INDEX, 0.0, divergences(logits, teacher, soft.temperature)))
+    if with_hits:
+        found.append(logits.argmax(-1) == labels)
     return found
