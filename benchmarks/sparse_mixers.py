@@ -19,11 +19,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks import results, timing
+from benchmarks.arms import cell, markdown
 from benchmarks.command import RESULTS, Parser, positive, progress
-from longmix.files import replace_text
+from benchmarks.results import Record
 from longmix.mixers.combiner import Combiner
 from longmix.mixers.combiner_log import CombinerLog
 from longmix.mixers.moba import MoBA
@@ -37,14 +39,15 @@ from longmix.mixers.parts.sparsek_operator import sparsek
 from longmix.mixers.sliding_window import SlidingWindow
 from longmix.mixers.sparsek import SparseK
 from longmix.mixers.tensor import TensorAttention
+from longmix.reporting.plots import decimal_axis_below, drawing, new_figure, set_title
+from longmix.reporting.style import nth_style
 
 COLUMNS = {
-    "mixer": "mixer",
-    "plain_ms": "plain, ms",
-    "ours_ms": "ours, ms",
-    "times": "times",
-    "plain_mib": "plain, MiB",
-    "ours_mib": "ours, MiB",
+    "plain_ms": ("plain, ms", ",.0f"),
+    "ours_ms": ("ours, ms", ",.0f"),
+    "times": ("times as fast", ".1f"),
+    "plain_mib": ("plain, MiB", ",.0f"),
+    "ours_mib": ("ours, MiB", ",.0f"),
 }
 
 
@@ -254,13 +257,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--dim", type=positive(int, 256), default=64)
     add("--seconds", type=positive(float), default=10.0, help="how long each is timed")
     add("--limit", type=positive(float), default=600.0, help="most seconds of a call")
-    add("--out", type=Path, default=RESULTS, help="folder for JSON and table")
+    add("--out", type=Path, default=RESULTS, help="folder for JSON, table and picture")
     options = parser.parse_args(arguments)
     parser.make_folder(options.out)
     return options
 
 
-def measure(options: argparse.Namespace) -> list[results.Record]:
+def measure(options: argparse.Namespace) -> list[Record]:
     """One record for each mixer."""
     shape, records = ModelShape(options.heads * options.dim, 1, options.heads), []
     clock = timing.clock_for(torch.device("cpu"))
@@ -269,7 +272,7 @@ def measure(options: argparse.Namespace) -> list[results.Record]:
             make, plain = MIXERS[name]
             calls = workload(make(shape), plain, options.length)
             found = timing.measure(calls, clock, seconds=options.seconds, limit=options.limit, announce=announce)
-            record: results.Record = {"mixer": name}
+            record: Record = {"mixer": name, "length": options.length}
             for who, outcome in found.items():
                 record[f"{who}_ms"] = None if outcome.median is None else 1e3 * outcome.median
                 record[f"{who}_mib"] = None if outcome.peak_bytes is None else outcome.peak_bytes / 2**20
@@ -281,20 +284,41 @@ def measure(options: argparse.Namespace) -> list[results.Record]:
     return records
 
 
+def table(records: Sequence[Record]) -> str:
+    """Markdown: a row for each mixer."""
+    lines = [["mixer", *(head for head, _ in COLUMNS.values())]]
+    for record in records:
+        lines.append([f"`{record['mixer']}`", *(cell(record[key], form) for key, (_, form) in COLUMNS.items())])
+    return markdown(lines, 1)
+
+
+@drawing()
+def drawn(records: Sequence[Record]) -> Figure:
+    """Bars of time and memory, plain code beside ours."""
+    figure, panels = new_figure(2, title=f"Forward and backward pass of {records[0]['length']:,} tokens")
+    places = range(len(records))
+    for axes, (unit, title) in zip(panels, {"ms": "time, ms", "mib": "memory, MiB"}.items(), strict=True):
+        for number, who in enumerate(("plain", "ours")):
+            widths = [record[f"{who}_{unit}"] or 0 for record in records]
+            bars = [place + 0.4 * (number - 0.5) for place in places]
+            axes.barh(bars, widths, height=0.36, label=who, color=nth_style(1 - number).light)
+        axes.set_yticks(places, [record["mixer"] for record in records])
+        axes.invert_yaxis()
+        values = [record[f"{who}_{unit}"] or 1.0 for record in records for who in ("plain", "ours")]
+        ends = min(min(values) / 2, max(values) / 1000), 2 * max(values)  # powers of ten, whose labels have room
+        decimal_axis_below(axes, ends)
+        axes.set_xlim(*ends)
+        axes.grid(True, axis="x")
+        axes.grid(False, axis="y")
+        set_title(axes, title)
+    panels[-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write and print."""
     options = parse(arguments)
-    environment = results.environment(torch.device("cpu"), "fp32")
-    records = measure(options)
-    settings = {name: value for name, value in vars(options).items() if name != "out"}
-    path = options.out / f"{results.file_stem('sparse_mixers', environment)}.json"
-    content = {"benchmark": "sparse_mixers", "environment": environment, "settings": settings, "results": records}
-    results.write_json(path, content)
-    title = f"Forward and backward, one row of {options.length} tokens, {options.heads} heads of {options.dim}"
-    text = f"{title}\n\n{results.text_table(records, COLUMNS)}\n"
-    replace_text(path.with_suffix(".txt"), text)
-    print(f"{text}\nwritten: {path}, .txt")
-    return 0
+    return results.carry_out("sparse_mixers", options, lambda: measure(options), table, drawn)
 
 
 if __name__ == "__main__":

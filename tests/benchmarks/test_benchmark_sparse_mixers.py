@@ -40,4 +40,5 @@ def test_a_run_leaves_a_table_and_records(tmp_path, capsys):
     (path,) = tmp_path.glob("sparse_mixers_cpu_*.json")
     (record,) = json.loads(path.read_text())["results"]
     assert record["mixer"] == "dilated" and record["times"] > 0
-    assert path.with_suffix(".txt").read_text() in capsys.readouterr().out
+    assert path.with_suffix(".md").read_text() in capsys.readouterr().out
+    assert path.with_suffix(".png").stat().st_size > 1000
