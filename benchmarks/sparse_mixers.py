@@ -286,10 +286,11 @@ def measure(options: argparse.Namespace) -> list[Record]:
 
 def table(records: Sequence[Record]) -> str:
     """Markdown: a row for each mixer."""
-    lines = [["mixer", *(head for head, _ in COLUMNS.values())]]
-    for record in records:
-        lines.append([f"`{record['mixer']}`", *(cell(record[key], form) for key, (_, form) in COLUMNS.items())])
-    return markdown(lines, 1)
+    heads = ["mixer", *(head for head, _ in COLUMNS.values())]
+    lines = [
+        [f"`{record['mixer']}`", *(cell(record[key], form) for key, (_, form) in COLUMNS.items())] for record in records
+    ]
+    return markdown([heads, *lines], 1)
 
 
 @drawing()
