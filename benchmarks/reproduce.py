@@ -124,10 +124,10 @@ def _differences(content: Mapping[str, Any], command: str) -> list[str]:
     found = [] if content["benchmark"] == name else [f"it is of {content['benchmark']} and not of {name}"]
     for option, values in options.items():
         held = _flat(settings.get(option))
-        if held != _flat(values):
+        if "=".join(held) != "=".join(_flat(values)):  # pairs of texts are held in two
             found.append(f"{option} was {' '.join(held)} and is {' '.join(values)}")
     named = next((_flat(settings[key]) for key in ("mixers", "models", "claims", "parts") if key in settings), [])
-    named = [*_flat(settings.get("teacher")), *map(str, named)]
+    named = [*_flat(settings.get("teacher")), *_flat(settings.get("checkpoint")), *map(str, named)]
     if alone and named != alone:
         found.append(f"it is of {', '.join(named)} and not of {', '.join(alone)}")
     return found
