@@ -25,6 +25,7 @@ from longmix.config import Choice, ModelConfig
 from longmix.evaluation.tasks.causality import CHANGES_HEIGHT, draw_changes
 from longmix.files import replace_text
 from longmix.mixers.parts.routing_modes import CAUSAL
+from longmix.model.backbone import LanguageModel
 from longmix.reporting.plots import AROUND, drawing, new_figure, save_figure, set_title
 from longmix.reporting.style import INK, SOFT, nth_style
 
@@ -62,12 +63,19 @@ def examined(config: ModelConfig, options: argparse.Namespace) -> tuple[list[Fin
     torch.manual_seed(0)
     trained = scale_model(config, options.short, VOCABULARY)
     entropy = entropy_test(trained, seq_len=options.short, steps=options.steps, batch_size=options.rows)
-    model = scale_model(config, options.length, VOCABULARY)
-    model.load_state_dict(trained.state_dict())
-    model.double().eval()
+    model = with_weights(scale_model(config, options.length, VOCABULARY), trained).double().eval()
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(VOCABULARY, (2, options.length), generator=generator)
     return audit(model_function(model), model.embedding(tokens).detach()), entropy
+
+
+def with_weights(model: LanguageModel, trained: LanguageModel) -> LanguageModel:
+    """The model with the trained weights; the trained one where their shapes follow its blocks, as in `nsa`."""
+    weights, own = trained.state_dict(), model.state_dict()
+    if any(weights[name].shape != tensor.shape for name, tensor in own.items()):
+        return trained
+    model.load_state_dict(weights)
+    return model
 
 
 def record(name: str, findings: list[Finding], entropy: EntropyFinding) -> results.Record:

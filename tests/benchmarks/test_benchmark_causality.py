@@ -1,5 +1,6 @@
 """`python -m benchmarks.causality`, for few mixers and steps."""
 
+import argparse
 import json
 
 import pytest
@@ -33,6 +34,14 @@ def test_every_mixer_that_selects_by_content_has_a_control():
         if issubclass(kind, SoftmaxAttention) and kind.select is not SoftmaxAttention.select
     }
     assert selecting <= set(MECHANISMS) <= set(EVERY) and set(MECHANISMS.values()) <= set(CONTROLS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["nsa", "sliding_window"])  # of nsa, shapes follow the blocks
+def test_weights_of_short_rows_are_audited_in_longer_ones(name):
+    options = argparse.Namespace(short=8, length=48, steps=1, rows=1)
+    findings, _ = benchmark.examined(benchmark.configurations([name])[name], options)
+    assert not any(finding.leaks for finding in findings)
 
 
 @pytest.mark.slow
