@@ -39,7 +39,7 @@ def test_every_mixer_that_selects_by_content_has_a_control():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["nsa", "sliding_window"])  # of nsa, shapes follow the blocks
 def test_weights_of_short_rows_are_audited_in_longer_ones(name):
-    options = argparse.Namespace(short=8, length=48, steps=1, rows=1)
+    options = argparse.Namespace(short=8, length=16, steps=1, rows=1)
     findings, _ = benchmark.examined(benchmark.configurations([name])[name], options)
     assert not any(finding.leaks for finding in findings)
 
