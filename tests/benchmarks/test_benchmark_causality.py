@@ -1,6 +1,5 @@
 """`python -m benchmarks.causality`, for few mixers and steps."""
 
-import argparse
 import json
 
 import pytest
@@ -36,12 +35,13 @@ def test_every_mixer_that_selects_by_content_has_a_control():
     assert selecting <= set(MECHANISMS) <= set(EVERY) and set(MECHANISMS.values()) <= set(CONTROLS)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["nsa", "sliding_window"])  # of nsa, shapes follow the blocks
-def test_weights_of_short_rows_are_audited_in_longer_ones(name):
-    options = argparse.Namespace(short=8, length=16, steps=1, rows=1)
-    findings, _ = benchmark.examined(benchmark.configurations([name])[name], options)
-    assert not any(finding.leaks for finding in findings)
+@pytest.mark.parametrize("name", EVERY)
+def test_longer_rows_are_audited_with_the_trained_weights(name):
+    """Also those of `nsa`, whose shapes follow its blocks."""
+    config = benchmark.configurations([name])[name]
+    trained, longer = (benchmark.scale_model(config, length, 8) for length in (8, 64))
+    found = benchmark.with_weights(longer, trained).state_dict()
+    assert all(torch.equal(found[key], tensor) for key, tensor in trained.state_dict().items())
 
 
 @pytest.mark.slow
