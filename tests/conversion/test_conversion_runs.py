@@ -76,3 +76,14 @@ def test_what_the_transfer_left_is_kept_through_a_stop(train, teacher, tmp_path)
 def test_what_cannot_be_converted_is_refused(train, teacher, tmp_path, words, said):
     with pytest.raises(ConfigError, match=said):
         train(tmp_path / "no", *(word.replace("RUN", str(teacher)) for word in words))
+
+
+def test_nothing_to_learn_is_refused_before_there_is_a_folder(train, teacher, tmp_path):
+    words = f"checkpoint={teacher}", "convert=true", "mixer=flash"
+    for more, said in (
+        (("objective=layers",), "^objective=layers: every layer"),
+        (("max_steps=null", "max_tokens=null", STAGES), r"^stages\[0\]: objective=layers: every layer"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            train(tmp_path / "no", *words, *more)
+    assert not (tmp_path / "no").exists()

@@ -10,6 +10,7 @@ from longmix.composing import composed
 from longmix.config import ModelConfig
 from longmix.conversion.transfer import transfer
 from longmix.model.build import build_model
+from longmix.model.tuned_states_file import MARK, tune_states
 
 FILES = sorted(path.stem for path in (Path(__file__).parents[2] / "configs/mixer").glob("*.yaml"))
 SMALL = ("model.num_layers=2", "model.d_model=32", "model.num_heads=2", "model.mlp_hidden=16")
@@ -173,3 +174,23 @@ def test_other_pairs_take_what_has_the_same_shape(pair):
     tokens = torch.randint(47, (2, 20))
     student[0](tokens, tokens).token_losses.mean().backward()
     assert all(bool(w.grad.isfinite().all()) for w in student[0].parameters() if w.grad is not None)
+
+
+def with_tuned_states(model):
+    """A model whose states before documents are not zero."""
+    for name in tune_states(model[0], 8):
+        torch.nn.init.normal_(model[0].get_parameter(name))
+    return model
+
+
+@pytest.mark.parametrize(("words", "kept"), [("mixer=gla", (0, 1)), ("mixer=gla+flash", (0,)), ("mixer=kda", ())])
+def test_tuned_states_stay_with_layers_that_keep_their_class(words, kept):
+    teacher = with_tuned_states(model_of("mixer=gla"))
+    student = model_of(words, seed=1)
+    report, _, after, theirs = given(student, teacher)
+    found = {name for name in after if MARK in name}
+    assert found == {name for name in theirs if MARK in name and int(name.split(".")[1]) in kept}
+    assert found <= set(report.taken) and all(torch.equal(after[name], theirs[name]) for name in found)
+    tokens = torch.randint(47, (2, 20))
+    same = torch.equal(student[0](tokens).hidden, teacher[0](tokens).hidden)
+    assert same == (len(kept) == 2)

@@ -64,8 +64,25 @@ def test_a_teacher_is_divided_with_fsdp():
         ),
         (("mixer=gla", "teacher=kda"), "teacher=kda has no effect with objective=tokens"),
         (("mixer=gla", "objective=logits", "teacher="), "teacher is empty"),
+        (("mixer=gla", "keep=1"), "add convert=true"),
+        (("mixer=gla", "convert=true", "keep=[4]"), "layers are 0 to 3, and 4 is none"),
+        (("mixer=gla", "measure_tokens=5"), "measure_tokens has no effect"),
+        (("mixer=gla", "distil.temperature=2"), "distil.temperature has no effect"),
+        (("mixer=gla", "objective=layers", "loop.z_loss=1e-3"), "loop.z_loss=0.001 has no effect"),
+        (("mixer=gla", "objective=logits", "adversarial.xi=1"), "cannot be had with adversarial.xi"),
+        (("mixer=gla", "objective=logits", "stages=[{objective:tokens}]"), "objective has no effect: every stage"),
     ],
 )
 def test_what_is_not_planned_for_is_refused(words, said):
     with pytest.raises(ConfigError, match=said):
         read([*SIZES, *words])
+
+
+@pytest.mark.parametrize(
+    ("keep", "order"),
+    [("keep=1", ["window", "gla", "gla", "gla"]), ("keep=[1,3]", ["gla", "window", "gla", "window"])],
+)
+def test_kept_layers_have_the_mixer_of_the_teacher(keep, order):
+    request = read([*SIZES, "mixer=gla", "convert=true", keep, "teacher=sliding_window"])
+    names = {"SlidingWindow": "window", "GLA": "gla"}
+    assert [names[type(mixer).__name__] for mixer in request.model().mixers()] == order

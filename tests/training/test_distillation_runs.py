@@ -119,6 +119,10 @@ REFUSED = {
         ["objective=layers", "trainable=states", "distil.temperature=1", "distil.hard_share=0"],
         "trainable",
     ),
+    "no logits": (
+        ["objective=layers", "loop.z_loss=1e-3", "distil.temperature=1", "distil.hard_share=0"],
+        "loop.z_loss=0.001 has no effect with objective=layers",
+    ),
     "words of another objective": (["objective=layers"], "distil.temperature has no effect without objective=logits"),
 }
 
@@ -145,6 +149,18 @@ def test_a_teacher_that_is_gone_ends_a_run_that_needs_it_and_no_other(teacher, r
         run(*words, f"resume={checkpoint(begun, 4)}")
     ours = run(*words, f"resume={checkpoint(begun, 5)}")
     assert_same(load_checkpoint(checkpoint(ours, 7))["model"], load_checkpoint(checkpoint(begun, 7))["model"], "model")
+
+
+@pytest.mark.slow
+def test_the_settings_of_a_stage_say_which_layers_learn(train):
+    learning = "{objective:layers,max_steps:1,mixer:{rotary_base:5e5}}"
+    stages = f"stages=[{{objective:logits,max_steps:1}},{learning},{{max_steps:1}}]"
+    run = train(stages, "mixer.rotary_base=1e4")
+    again = train(stages, "mixer.rotary_base=1e4", f"resume={checkpoint(run, 1)}")
+    for each in (run, again):
+        (loss,) = rows(each, "train/layers_loss/layer_1").values()
+        assert float(loss) > 0
+    assert_same(load_checkpoint(checkpoint(again, 3))["model"], load_checkpoint(checkpoint(run, 3))["model"], "model")
 
 
 STRATEGIES = {"ddp": ["trainer=ddp"], "fsdp": ["trainer=fsdp"], "slices": ["trainer=context_parallel"]}

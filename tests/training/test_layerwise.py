@@ -125,6 +125,19 @@ def test_layers_learn_whose_class_settings_or_sizes_differ():
     assert layers_that_learn(of(windows[0]), of(windows[1])) == [1]
 
 
+class Own(Flash):
+    """A mixer of somebody else, with a setting of its own."""
+
+    def __init__(self, *given, strength: int = 1) -> None:
+        super().__init__(*given)
+        self.strength = strength
+
+
+def test_settings_of_mixers_from_elsewhere_count_too():
+    one, other = model(Own), model(functools.partial(Own, strength=2))
+    assert layers_that_learn(one, model(Own)) == [] and layers_that_learn(one, other) == [0, 1]
+
+
 def test_the_value_residual_is_the_students_own_without_its_gradient():
     torch.manual_seed(0)
     net = LanguageModel(

@@ -242,6 +242,22 @@ def test_a_word_that_every_stage_replaces_is_refused(train):
 
 
 @pytest.mark.parametrize(
+    ("word", "own"),
+    [
+        ("objective=layers", "objective:tokens"),
+        ("trainer.micro_batch_size=2", "micro_batch_size:1"),
+        ("schedule.warmup=2", "schedule:{warmup:1}"),
+    ],
+)
+def test_a_word_has_an_effect_if_one_stage_leaves_it(compose_config, word, own):
+    name = word.partition("=")[0]
+    some, all_ = (f"stages=[{{{own},max_steps:1}},{{{other}max_steps:1}}]" for other in ("", f"{own},"))
+    check_words_have_effect(read(TrainConfig, compose_config(some, word)), [some, word])
+    with pytest.raises(ConfigError, match=f"{name} has no effect: every stage"):
+        check_words_have_effect(read(TrainConfig, compose_config(all_, word)), [all_, word])
+
+
+@pytest.mark.parametrize(
     ("word", "switch"),
     [
         ("loop.spike_window=64", "loop.spike_sigma=6"),

@@ -17,11 +17,12 @@ from longmix.distributed.agreement import Processes
 from longmix.errors import CheckpointError, ConfigError
 from longmix.evaluation.run import evaluate
 from longmix.invocation import Invocation
-from longmix.model.build import model_from_checkpoint
+from longmix.model.build import build_model, model_from_checkpoint
+from longmix.model.tuned_states_file import MARK
 from longmix.training.identity import changes
 from longmix.training.resume import find_start
 from longmix.training.run import train
-from longmix.training.warm_start import Origin, begins_from
+from longmix.training.warm_start import Origin, begin, begins_from
 
 LOOP = ("logger=csv", "batch_size=2", "seq_len=32", "max_steps=4", "data.validation_tokens=256", "trainer=cpu")
 SMALL = ("model.num_layers=2", "model.d_model=32", "model.mlp_hidden=32")
@@ -254,6 +255,26 @@ def test_processes_that_found_different_weights_do_not_begin():
     ):
         Origin({}, None, record).check_same(Others())
     Origin({}, None, record).check_same(Processes())
+
+
+def test_states_that_are_tuned_again_go_on_from_what_they_were(composed, tmp_path):
+    def config(*words):
+        return read(TrainConfig, composed([*LOOP, *SMALL, "mixer=gla", "trainable=states", *words], "train", tmp_path))
+
+    tuned = config("tuning.features=8")
+    model = build_model(tuned, 47)
+    begin(model, tuned, None)
+    for name, weight in model.named_parameters():
+        torch.nn.init.normal_(weight) if MARK in name else None
+    origin = Origin(model.state_dict(), None, None)
+    again = build_model(tuned, 47)
+    begin(again, tuned, origin)
+    assert all(torch.equal(again.state_dict()[name], x) for name, x in model.state_dict().items())
+    assert {name for name, weight in again.named_parameters() if weight.requires_grad} == {
+        name for name, _ in model.named_parameters() if MARK in name
+    }
+    with pytest.raises(ConfigError, match="have a memory of 8 features; give"):
+        begin(build_model(tuned, 47), config(), origin)
 
 
 @pytest.mark.slow

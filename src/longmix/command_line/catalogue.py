@@ -174,7 +174,7 @@ _COMMANDS = (
         words=(
             Argument("gpus", "how many of all machines together; null: trainer.devices times trainer.num_nodes"),
             Argument("gpu", "which; cpu is this machine", "H200", choices=(*_GPUS, "cpu")),
-            Argument("teacher", "its mixer, with objective=layers or logits; all else is as in the model", "flash"),
+            Argument("teacher", "its mixer, with keep=, objective=layers or logits; all else is the model's", "flash"),
             Argument("output", "folder to write plan.json and plan.png to", path=True),
         ),
         besides="train",

@@ -42,6 +42,18 @@ def with_kept(new: Choice | Pattern, teacher: Choice | Pattern, layers: Collecti
     return Pattern.of(new.key, entries)
 
 
+def with_kept_first(
+    new: Choice | Pattern, keep: int | list[int], teacher: Choice | Pattern, num_layers: int
+) -> Pattern:
+    """`with_kept` of the layers that `keep` names, or of the first ones if it says how many.
+
+    Raises:
+        ConfigError: see `with_kept` and `check_layers`.
+    """
+    check_layers(keep, num_layers)
+    return with_kept(new, teacher, range(keep) if isinstance(keep, int) else keep, num_layers)
+
+
 def _of_layer(mixer: Choice | Pattern, layer: int) -> tuple[str, Choice]:
     """Name and choice of the mixer of a layer."""
     if isinstance(mixer, Choice):

@@ -3,7 +3,7 @@
 Each mixer says what it takes by `Mixer.taken_from`; what most of them do stands in `longmix.mixers.parts.taken`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,11 @@ from torch import Tensor
 
 from longmix.config import ModelConfig
 from longmix.files import replace_json
+from longmix.mixers.parts.base import Mixer
 from longmix.mixers.parts.taken import HEADS, head_width
 from longmix.model.backbone import LanguageModel
 from longmix.model.build import check_model
+from longmix.model.tuned_states_file import MARK, memory_features, tune_states, tuned_states
 
 TRANSFER_FILE = "transfer.json"
 
@@ -77,10 +79,12 @@ def transfer(model: LanguageModel, weights: Mapping[str, Tensor], teacher: Model
         teacher: its configuration.
 
     Returns:
-        What was taken. The model's other weights are as they were.
+        What was taken. The model's other weights are as they were, and tuned states that no teacher's mixer has are
+        zero.
     """
-    report, own = Transfer(), model.state_dict()
     mixers = check_model(teacher).mixers()
+    _make_room_for_states(model, mixers, weights)
+    report, own = Transfer(), model.state_dict()
     outside = [name for name in own if ".mixer." not in name and name in weights]
     found = {name: weights[name] for name in outside if weights[name].shape == own[name].shape}
     repeated, widened = set[str](), set[str]()
@@ -101,3 +105,11 @@ def transfer(model: LanguageModel, weights: Mapping[str, Tensor], teacher: Model
         (changed if name in found else report.new).append(name)
     model.load_state_dict(found, strict=False)
     return report
+
+
+def _make_room_for_states(model: LanguageModel, mixers: Sequence[Mixer], weights: Mapping[str, Tensor]) -> None:
+    """Let a model have tuned states if a layer keeps the class of a teacher's mixer that has some."""
+    tuned = {name.partition(MARK)[0] for name in tuned_states(weights)}
+    pairs = enumerate(zip(model.mixers(), mixers, strict=True))
+    if any(type(own) is type(theirs) and f"blocks.{index}.mixer" in tuned for index, (own, theirs) in pairs):
+        tune_states(model, memory_features(weights))

@@ -1,6 +1,7 @@
 """Tuned states, the trained states before a document: their parameters, and the small file that holds only them."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def tune_states(model: LanguageModel, features: int = 0, decorrelation: float = 
     ]
 
 
-def tuned_states(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def tuned_states(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tuned states among a model's weights, by name."""
     return {name: weight for name, weight in weights.items() if MARK in name}
 
@@ -105,7 +106,7 @@ def _check_like(weights: dict[str, Tensor], needed: dict[str, Tensor]) -> None:
         raise CheckpointError(f"these weights are of another model: {differences}.")
 
 
-def memory_features(weights: dict[str, Tensor]) -> int:
+def memory_features(weights: Mapping[str, Tensor]) -> int:
     """Size of the memories among a model's weights; 0 if there are none."""
     return next((weight.shape[-1] for name, weight in weights.items() if name.endswith(".memory.whitening")), 0)
 

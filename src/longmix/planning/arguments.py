@@ -15,6 +15,7 @@ from longmix.composing import composed
 from longmix.config import Choice, ModelConfig, Pattern, TrainConfig, course_of, with_stage
 from longmix.config import read as read_config
 from longmix.config.choices import choice_or_pattern
+from longmix.conversion.keeping import with_kept_first
 from longmix.data.training_data import TrainingData, build_data
 from longmix.errors import ConfigError
 from longmix.machine_memory import total_bytes
@@ -23,10 +24,11 @@ from longmix.model.build import build_model, check_model
 from longmix.model.matching import match_parameters
 from longmix.planning.dry_run import Precision
 from longmix.training.carried import check_carries
-from longmix.training.distillation import LAYERS, TOKENS
+from longmix.training.distillation import LAYERS, TOKENS, check_company
 from longmix.training.hardware import TrainerSettings
 from longmix.training.layerwise import layers_that_learn
-from longmix.training.stages import check_mixer
+from longmix.training.stages import check_mixer, check_words_have_effect
+from longmix.training.warm_start import check_keep
 from longmix.wording import counted, did_you_mean, nearest
 
 Strategy = Literal["single", "ddp", "fsdp"]
@@ -188,13 +190,17 @@ def read_stages(words: list[str]) -> list[Request]:
     OWN["teacher"].check(teacher)
     machine = _accelerator(own.get("gpu", OWN["gpu"].default))
     config, labels = _composed(others)
+    check_words_have_effect(config, others)
+    config = _with_kept(config, teacher)
     _check(config)
     data = _data(config)
     vocab_size = data.expected_vocab_size
     if config.loop.carry_state:
         check_carries(check_model(config), data.reads_on, data.source, "order" in config.data.settings)
     course = course_of(match_parameters(config, vocab_size))
-    if teacher != OWN["teacher"].default and all(part.config.objective == TOKENS for part in course.parts):
+    check_company(config, course)
+    is_needed = config.keep is not None or any(part.config.objective != TOKENS for part in course.parts)
+    if teacher != OWN["teacher"].default and not is_needed:
         raise ConfigError(
             f"teacher={teacher} has no effect with objective={TOKENS}; add objective=layers or logits, or leave "
             "teacher out."
@@ -280,7 +286,7 @@ def _teacher(own: dict[str, str], config: TrainConfig, variant: Variant) -> Choi
             f"objective={config.objective} with trainer.context_parallel is not planned for; leave one out."
         )
     word = own.get("teacher", OWN["teacher"].default)
-    found = choice_or_pattern("mixer", composed("train", [f"mixer={word}"]).content["mixer"])
+    found = _mixer_of_teacher(word)
     if config.objective == LAYERS:
         student = check_model(config)
         if not layers_that_learn(student, check_model(ModelConfig(mixer=found, model=config.model))):
@@ -289,6 +295,23 @@ def _teacher(own: dict[str, str], config: TrainConfig, variant: Variant) -> Choi
                 "learn. Give another mixer, or another teacher."
             )
     return found
+
+
+def _mixer_of_teacher(word: str) -> Choice | Pattern:
+    return choice_or_pattern("mixer", composed("train", [f"mixer={word}"]).content["mixer"])
+
+
+def _with_kept(config: TrainConfig, teacher: str) -> TrainConfig:
+    """A configuration in which as many layers keep the teacher's mixer as `keep` says; of a number, the first ones.
+
+    Raises:
+        ConfigError: layers that are not there, or that leave none to convert.
+    """
+    check_keep(config)
+    if config.keep is None:
+        return config
+    mixer = with_kept_first(config.mixer, config.keep, _mixer_of_teacher(teacher), config.model.number("num_layers"))
+    return dataclasses.replace(config, mixer=mixer)
 
 
 def _check(config: TrainConfig) -> None:

@@ -73,9 +73,10 @@ class Damage:
         damage, order = self.of_layers, self.order
         last, next_ = order[count - 1], order[count]
         if damage[last] == damage[next_]:
+            named = str(sorted(order[:count])).replace(" ", "")
             raise ConfigError(
                 f"keep={count}: layers {min(last, next_)} and {max(last, next_)} have the same damage, "
-                f"{damage[last]:.4g} nats; name the layers, such as keep={sorted(order[:count])}.".replace(", ", ",")
+                f"{damage[last]:.4g} nats; name the layers, such as keep={named}."
             )
         return sorted(order[:count])
 

@@ -5,14 +5,17 @@ and a run that continues loads it again. Its weights have the dtype of the stude
 processes where the student's are (fsdp), and whole in each otherwise.
 """
 
+import functools
+
 import torch
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from longmix.batch import Batch
-from longmix.config import Course, DistilConfig, StagePart, TrainConfig
+from longmix.config import Course, DistilConfig, StagePart, TrainConfig, with_stage
 from longmix.errors import ConfigError
 from longmix.model.backbone import LanguageModel
+from longmix.model.build import check_model
 from longmix.model.head import SoftTargets
 from longmix.training import strategies
 from longmix.training.layerwise import layers_that_learn
@@ -33,25 +36,30 @@ class Distillation:
         ConfigError: the teacher has another vocabulary, or, for layers, other sizes; or no layer differs from its.
     """
 
+    layers: list[int]
+    """Those that learn, in a stage of layers."""
+
     def __init__(self, student: LanguageModel, teacher: LanguageModel, course: Course, step: int) -> None:
         self.taught = [part for part in course.parts if part.config.objective != TOKENS]
         check_teacher(student, teacher, {part.config.objective for part in self.taught})
-        self.layers = layers_that_learn(student, teacher)
-        if not self.layers and any(part.config.objective == LAYERS for part in self.taught):
-            raise ConfigError(
-                "objective=layers: every layer's mixer is that of the teacher, so that none has anything to learn. "
-                "Give another mixer, or another objective."
-            )
+        check_lessons(course, teacher, step)
+        self.student = student
         self.model: LanguageModel | None = teacher.eval().requires_grad_(False)
         self.objective: str
         self.words: DistilConfig
         self.enter(course.taking(step) if step < course.total_steps else course.parts[-1])
 
     def enter(self, part: StagePart) -> None:
-        """Learn what a stage has as its objective. A teacher that no later stage needs is let go."""
+        """Learn what a stage has as its objective. A teacher that no later stage needs is let go.
+
+        Args:
+            part: the stage, whose settings the student has by now.
+        """
         self.objective, self.words = part.config.objective, part.config.distil
         if part.number > self.taught[-1].number:
             self.model = None
+        if self.model is not None and self.objective == LAYERS:
+            self.layers = layers_that_learn(self.student, self.model)
 
     @property
     def hard_share(self) -> float:
@@ -105,11 +113,50 @@ def check_teacher(student: LanguageModel, teacher: LanguageModel, objectives: se
             )
 
 
+def check_lessons(course: Course, teacher: LanguageModel, step: int = 0) -> None:
+    """Refuse stages of layers in which no layer has anything to learn.
+
+    Args:
+        course: of the run.
+        teacher: which may be without memory.
+        step: steps already taken; stages that have ended count no more.
+
+    Raises:
+        ConfigError: of a run with stages, it names the stage.
+    """
+
+    def check(part: StagePart) -> None:
+        if not layers_that_learn(check_model(part.config), teacher):
+            raise ConfigError(
+                "objective=layers: every layer's mixer is that of the teacher, so that none has anything to learn. "
+                "Give another mixer, or another objective."
+            )
+
+    for part in course.parts:
+        if part.config.objective == LAYERS and part.stop > step:
+            _ = with_stage(part.number, functools.partial(check, part)) if course.staged else check(part)
+
+
 def check_objective(config: TrainConfig, course: Course) -> None:
     """Refuse objectives that have no meaning in this run.
 
     Args:
         config, course: of the run.
+
+    Raises:
+        ConfigError: naming the words.
+    """
+    check_company(config, course)
+    taught = next((part.config.objective for part in course.parts if part.config.objective != TOKENS), None)
+    if taught is not None and config.checkpoint is None:
+        raise ConfigError(f"objective={taught} learns from a teacher: give checkpoint=, the run or folder that has it.")
+
+
+def check_company(config: TrainConfig, course: Course) -> None:
+    """Refuse words that have no effect with a run's objectives, or cannot be had with them.
+
+    Args:
+        config, course: of the run, whose teacher is known or not.
 
     Raises:
         ConfigError: naming the words.
@@ -121,11 +168,12 @@ def check_objective(config: TrainConfig, course: Course) -> None:
                 raise ConfigError(
                     f"distil.{name} has no effect without objective={LOGITS}. Add it, or leave {name} out."
                 )
+    if config.loop.z_loss and set(objectives) == {LAYERS}:
+        raise ConfigError(
+            f"loop.z_loss={config.loop.z_loss:g} has no effect with objective={LAYERS}, which forms no logits; leave "
+            "it out."
+        )
     taught = next((objective for objective in objectives if objective != TOKENS), None)
-    if taught is None:
-        return
-    if config.checkpoint is None:
-        raise ConfigError(f"objective={taught} learns from a teacher: give checkpoint=, the run or folder that has it.")
     reasons = {
         "loop.carry_state=true": (
             config.loop.carry_state,
@@ -138,7 +186,7 @@ def check_objective(config: TrainConfig, course: Course) -> None:
         ),
     }
     for other, (is_given, reason) in reasons.items():
-        if is_given:
+        if is_given and taught is not None:
             raise ConfigError(f"objective={taught} cannot be had with {other}: {reason}; leave one out.")
 
 

@@ -61,7 +61,8 @@ def described(config: TrainConfig, damage: Damage) -> str:
     """A line that says which layers keep the teacher's mixer, and the damage of all."""
     kept = [index for index, name in enumerate(cast(Pattern, config.mixer).order) if name != _name_of_new(config)]
     figures = ", ".join(f"{each:.3f}" for each in damage.of_layers)
-    return f"layers {', '.join(map(str, kept))} keep their mixer; nats per token that each layer alone costs: {figures}"
+    keep = f"layer {kept[0]} keeps its" if len(kept) == 1 else f"layers {', '.join(map(str, kept))} keep their"
+    return f"{keep} mixer; nats per token that each layer alone costs: {figures}"
 
 
 def _name_of_new(config: TrainConfig) -> str:
@@ -88,7 +89,7 @@ def _measured(
     autocast: Precision = nullcontext
     if precision == "bf16-mixed":
         autocast = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16)
-    steps = -(-config.measure_tokens // config.seq_len)
+    steps = -(-config.measure_tokens // data.seq_len)
     layers = len(teacher.blocks)
     if everyone.is_first:
         print(f" damage   of {mixer_word(_new(config).entries)} in each of {layers} layers is measured", flush=True)

@@ -13,6 +13,7 @@ learned: forward and backward through one mixer, whose activations are then gone
 from the first layer is the student's, without its gradient.
 """
 
+import dataclasses
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -56,7 +57,11 @@ def _settings(value: object) -> object:
         return [_settings(item) for item in value]
     if isinstance(value, dict):
         return {key: _settings(item) for key, item in value.items()}
-    if not type(value).__module__.startswith("longmix"):
+    if type(value).__module__.startswith("torch.") or not (
+        isinstance(value, torch.nn.Module)
+        or dataclasses.is_dataclass(value)
+        or type(value).__module__.startswith("longmix")
+    ):
         return type(value)
     attributes = {key: item for key, item in getattr(value, "__dict__", {}).items() if not key.startswith("_")}
     # a mode, and the place of a mixer in the configuration

@@ -43,7 +43,7 @@ from longmix.training.adversarial import attacked_steps, check_adversarial
 from longmix.training.averaging import WeightAverage
 from longmix.training.carried import CarriedState, check_carries, layers_begun_anew
 from longmix.training.claims import remove_unused
-from longmix.training.distillation import Distillation, check_objective, needs_teacher
+from longmix.training.distillation import Distillation, check_lessons, check_objective, needs_teacher
 from longmix.training.ending import check_stop_at_recall
 from longmix.training.hardware import TrainerSettings
 from longmix.training.kept_layers import described, with_kept_layers
@@ -91,6 +91,8 @@ def train(config: TrainConfig | DictConfig, invocation: Invocation | None = None
     config, origin = begins_from(config, invocation)
     settings, data = check_config(config, None if origin is None else origin.tokenizer, invocation.folders)
     _check_tokenizer_is_used(data, invocation.words)
+    if origin is not None and origin.trained is not None:
+        check_lessons(course_of(config), check_model(origin.trained))
     config = match_parameters(config, data.expected_vocab_size)
     check_memory_of_stages(course_of(config), settings, data.expected_vocab_size)
     place = RunPlace.of(config, by_clock, invocation)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from longmix.config import STAGES, Course, ModelConfig, StagePart, TrainConfig, with_stage
+from longmix.config import STAGES, Course, ModelConfig, Stage, StagePart, TrainConfig, with_stage
 from longmix.config.stages import LIMITS
 from longmix.distributed.slices import check_slices
 from longmix.errors import ConfigError
@@ -19,6 +19,14 @@ from longmix.training.module import TrainingModule
 
 SWITCHES = {"loop.spike_sigma": ("loop.spike_window", "loop.spike_action"), "loop.tasks": ("loop.tasks_every",)}
 """Words without which others have no effect."""
+
+REPLACED = {
+    "seq_len": "seq_len",
+    "batch_size": "batch_size",
+    "objective": "objective",
+    "trainer.micro_batch_size": "micro_batch_size",
+}
+"""Words of the command line with a single value, and the words of a stage that take their place."""
 
 OF_THE_RUN = ("num_workers", "validation_tokens", "cache_dir", "order")
 """Settings of data that are the same in all stages."""
@@ -37,12 +45,19 @@ def check_words_have_effect(config: TrainConfig, words: Iterable[str]) -> None:
                 raise ConfigError(f"{name}={given[name]} has no effect without {switch}. Add it, or leave {name} out.")
     if config.stages is None:
         return
-    for name in ("seq_len", "batch_size", *LIMITS):
-        said = LIMITS if name in LIMITS else (name,)
-        if given.get(name, "null") != "null" and all(
-            any(getattr(stage, one) is not None for one in said) for stage in config.stages
-        ):
+    for name, value in given.items():
+        if value != "null" and all(_replaces(stage, name) for stage in config.stages):
             raise ConfigError(f"{name} has no effect: every stage of {STAGES} has its own. Leave it out.")
+
+
+def _replaces(stage: Stage, word: str) -> bool:
+    """Whether a stage has a value of its own in place of a word of the command line."""
+    if word in LIMITS:
+        return stage.is_limited
+    group, _, setting = word.partition(".")
+    if group == "schedule":
+        return setting in (stage.schedule or {})
+    return word in REPLACED and getattr(stage, REPLACED[word]) is not None
 
 
 def check_stages(config: TrainConfig, course: Course, settings: TrainerSettings) -> None:

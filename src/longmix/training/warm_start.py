@@ -14,9 +14,9 @@ from longmix.checkpoints.contents import load_model_state, rebuilding
 from longmix.checkpoints.find import LAST, last_checkpoint
 from longmix.checkpoints.verify import weights_digest
 from longmix.command_line.schema import configs_folder
-from longmix.config import Choice, ModelConfig, OriginRecord, Pattern, TrainConfig, defaults
+from longmix.config import Choice, ModelConfig, OriginRecord, Pattern, TrainConfig, TuningConfig, defaults
 from longmix.conversion.inherited import with_teachers_settings
-from longmix.conversion.keeping import check_layers, with_kept, with_new
+from longmix.conversion.keeping import with_kept_first, with_new
 from longmix.conversion.transfer import Transfer, transfer
 from longmix.data.tokens.saved import tokenizer_from_state
 from longmix.data.tokens.tokenizers import Tokenizer
@@ -26,7 +26,7 @@ from longmix.errors import CheckpointError, ConfigError
 from longmix.invocation import Invocation
 from longmix.model.backbone import LanguageModel
 from longmix.model.changes import OF_TRAINING, changed_mixer
-from longmix.model.tuned_states_file import load_weights, tune_states
+from longmix.model.tuned_states_file import load_weights, memory_features, tune_states, tuned_states
 from longmix.trust import check_model_nodes
 
 EXPERIMENT = "experiment"
@@ -43,13 +43,20 @@ class Origin:
         weights: the model's.
         tokenizer: the one it was trained with.
         record: which checkpoint the command line names, as `config.yaml` keeps it; None if there is none any more.
-        teacher: the configuration of the model that has these weights, if another takes what it can of them.
+        trained: the configuration of the model that has these weights; None if a run continues from its own.
+        converts: another model takes what it can of them.
     """
 
     weights: dict[str, Tensor]
     tokenizer: Tokenizer
     record: OriginRecord | None
-    teacher: ModelConfig | None = None
+    trained: ModelConfig | None = None
+    converts: bool = False
+
+    @property
+    def teacher(self) -> ModelConfig | None:
+        """The configuration of the model that is converted, if one is."""
+        return self.trained if self.converts else None
 
     @property
     def vocab_size(self) -> int:
@@ -82,7 +89,7 @@ def begins_from(config: TrainConfig, invocation: Invocation) -> tuple[TrainConfi
     """
     if config.checkpoint is None and config.convert:
         raise ConfigError("convert=true gives another model's weights to this one; give checkpoint=RUN.")
-    _check_keep(config)
+    check_keep(config)
     if config.checkpoint is None:
         return config, None
     if config.convert and not _names_mixer(invocation):
@@ -116,13 +123,14 @@ def begins_from(config: TrainConfig, invocation: Invocation) -> tuple[TrainConfi
         check_model_nodes(state["config"], config.trust)
         trained = ModelConfig.of(state["config"])
         tokenizer = Choice.of("tokenizer", state["config"]["tokenizer"])
-        taught = trained if config.convert and own is None else None
-        origin = Origin(state["model"], tokenizer_from_state(state["tokenizer"]), record, taught)
+        weights, saved = state["model"], tokenizer_from_state(state["tokenizer"])
+        begins = own is None
+        origin = Origin(weights, saved, record, trained if begins else None, config.convert and begins)
     mixer = config.mixer
     if config.convert:
         mixer = with_teachers_settings(config.mixer, _given(config, invocation), trained.mixer)
         if config.keep is not None:
-            mixer = _with_kept(mixer, config.keep, trained, is_converted=taught is None)
+            mixer = _with_kept(mixer, config.keep, trained, is_converted=not begins)
     else:
         mixer = changed_mixer(trained.mixer, _given(config, invocation), f"checkpoint={word}")
     model = trained.model.having(**_given_of_model(config, invocation))
@@ -130,7 +138,7 @@ def begins_from(config: TrainConfig, invocation: Invocation) -> tuple[TrainConfi
     return dataclasses.replace(config, checkpoint=word, origin=record), origin
 
 
-def _check_keep(config: TrainConfig) -> None:
+def check_keep(config: TrainConfig) -> None:
     """Refuse words about kept layers that have no effect.
 
     Raises:
@@ -157,9 +165,7 @@ def _with_kept(
     """
     if is_converted:
         return with_new(new, trained.mixer)
-    count = trained.model.number("num_layers")
-    check_layers(keep, count)
-    return with_kept(new, trained.mixer, range(keep) if isinstance(keep, int) else keep, count)
+    return with_kept_first(new, keep, trained.mixer, trained.model.number("num_layers"))
 
 
 def _names_mixer(invocation: Invocation) -> bool:
@@ -237,6 +243,24 @@ def continued_checkpoint(config: TrainConfig, invocation: Invocation) -> Path | 
     return CheckpointStore(invocation.folder / "checkpoints").latest()
 
 
+def _tuned_further(model: LanguageModel, words: TuningConfig) -> list[str]:
+    """Let a model have states to tune, which go on from those that it has already; returns their names.
+
+    Raises:
+        ConfigError: there are no such states in the model, or those that it has come with a memory of another size.
+    """
+    found = tuned_states(model.state_dict())
+    features = memory_features(found)
+    if features not in (0, words.features):
+        raise ConfigError(
+            f"tuning.features={words.features}: the states of the checkpoint have a memory of {features} features; "
+            f"give tuning.features={features}."
+        )
+    names = tune_states(model, words.features, words.decorrelation)
+    model.load_state_dict(found, strict=False)
+    return names
+
+
 def begin(model: LanguageModel, config: TrainConfig, origin: Origin | None) -> Transfer | None:
     """Load the weights of the origin; with `trainable=states` train nothing but states before documents.
 
@@ -244,7 +268,7 @@ def begin(model: LanguageModel, config: TrainConfig, origin: Origin | None) -> T
         What was taken, if the weights are those of a model with another mixer.
 
     Raises:
-        ConfigError: there are no such states in the model.
+        ConfigError: there are no such states in the model, or the origin's have a memory of another size.
     """
     report = None
     if origin is not None and origin.teacher is not None:
@@ -252,7 +276,7 @@ def begin(model: LanguageModel, config: TrainConfig, origin: Origin | None) -> T
     elif origin is not None:
         load_weights(model, origin.weights)
     if config.trainable == "states":
-        states = set(tune_states(model, config.tuning.features, config.tuning.decorrelation))
+        states = set(_tuned_further(model, config.tuning))
         for name, weight in model.named_parameters():
             weight.requires_grad_(name in states)
     return report
