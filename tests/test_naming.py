@@ -183,6 +183,7 @@ class TestLimits:
     [
         ({"_target_": "longmix.mixers.mlstm_tfla.MLSTMTFLA"}, "mlstm_tfla"),
         ({"_target_": "longmix.mixers.flash.Flash", "window": 3}, "flash"),
+        ({"_target_": "longmix.mixers.tensor.TensorAttention"}, "tensor"),
         ({"_target_": "somebody.SSD"}, "SSD"),
         ({"_target_": "somebody.mixers.SSD"}, "SSD"),
         ({"pattern": ["flash", "ssd"], "flash": {}, "ssd": {}}, "flash+ssd"),

@@ -142,7 +142,8 @@ def mixer_word(mixer: Mapping[str, Any]) -> str:
         return "+".join(_repeated(name, len(list(each))) for name, each in itertools.groupby(mixer["pattern"]))
     path, _, kind = str(mixer["_target_"]).rpartition(".")
     module = path.rpartition(".")[2]
-    return module if module.replace("_", "").lower() == kind.lower() else kind
+    is_own = path.startswith("longmix.mixers.") or module.replace("_", "").lower() == kind.lower()
+    return module if is_own else kind
 
 
 def _repeated(name: str, count: int) -> str:

@@ -1,6 +1,7 @@
 """The damage of each layer: by definition in plain code, and without a trace in what was there before."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from longmix.composing import composed
 from longmix.config import Choice, ModelConfig, TrainConfig, plain
 from longmix.config import read as read_config
 from longmix.conversion.transfer import transfer
+from longmix.mixers.parts.between_steps import finish_step
 from longmix.model.build import build_model
 from longmix.recipe import recipe_of
-from longmix.training.damage import LEARNING_RATE, measure
+from longmix.training.damage import LEARNING_RATE, learn, measure
 from longmix.training.identity import changes
 
 VOCABULARY, LENGTH, STEPS = 31, 20, 3
@@ -138,3 +140,22 @@ def test_a_command_means_the_run_that_has_measured_which_layers():
         assert set(changes(plain(other), asked)) & {"keep", "mixer.pattern"}
     named = config(["flash", "gla", "gla"], "[0]")
     assert "mixer.pattern" in changes(plain(config(["gla", "flash", "gla"], "[0]")), named)
+
+
+def test_statistics_of_mixers_move_as_the_mixers_learn(teacher):
+    """As in training, where they move after each step: means of keys over the steps so far."""
+    net, config = teacher
+    new = choice("mixer=sparse_flash", "mixer.window=4")
+    torch.manual_seed(0)
+    student = build_model(ModelConfig(mixer=new, model=config.model), VOCABULARY).double()
+    transfer(student, net.state_dict(), config)
+    with torch.no_grad():
+        given = [walked(net, batch["tokens"])[1][0] for batch in batches(STEPS, 4)]
+    wanted = student.mixers()[0].train().key_center
+    first = copy.deepcopy(student)
+    first.mixers()[0](given[0])
+    finish_step(first, True, lambda seen: seen)
+    learn(student, net, batches(STEPS, 4), 1, nullcontext)
+    torch.testing.assert_close(wanted.value, first.mixers()[0].key_center.value, rtol=1e-12, atol=0)
+    learn(student, net, batches(STEPS, 4), STEPS, nullcontext)
+    assert wanted.updates == 1 + STEPS

@@ -20,6 +20,7 @@ from longmix.data.training_data import TrainingData
 from longmix.distributed.agreement import Processes
 from longmix.errors import ConfigError
 from longmix.evaluation.loss import to_device
+from longmix.mixers.parts.between_steps import finish_step
 from longmix.model.backbone import LanguageModel
 from longmix.model.blocks import Block
 from longmix.model.build import build_model
@@ -123,7 +124,7 @@ def measure(
             student = build_model(ModelConfig(mixer=new, model=config.model), teacher.vocab_size)
             student.to(device=device, dtype=teacher.embedding.weight.dtype)
             transfer(student, teacher.state_dict(), config)
-            learned = _learn(student, teacher, lessons, steps, precision)
+            learned = learn(student, teacher, lessons, steps, precision)
             student.eval()
             before, losses = loss(teacher), {}
             for layer in own:
@@ -150,10 +151,16 @@ def converted(teacher: LanguageModel, student: LanguageModel, layer: int) -> Ite
         block.mixer = own
 
 
-def _learn(
+def learn(
     student: LanguageModel, teacher: LanguageModel, lessons: Iterable[Batch], steps: int, precision: Precision
 ) -> int:
-    """Let each new mixer learn the outputs of its layer; returns the number of tokens."""
+    """Let each new mixer learn the outputs of its layer; returns the number of tokens.
+
+    Args:
+        student: its mixers learn; other weights get no gradient.
+        teacher: without gradients.
+        lessons, steps, precision: see `measure`.
+    """
     layers = layers_that_learn(student, teacher) if steps else []
     if not layers:
         return 0
@@ -175,6 +182,7 @@ def _learn(
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        finish_step(student, True, lambda seen: seen)  # all processes have the same lessons
         tokens += batch["tokens"].numel()
     return tokens
 
