@@ -119,6 +119,7 @@ REFUSED = {
         ["objective=layers", "trainable=states", "distil.temperature=1", "distil.hard_share=0"],
         "trainable",
     ),
+    "beyond float32": (["objective=logits", "distil.temperature=1e30"], r"distil.temperature=1e\+30 must lie between"),
     "no logits": (
         ["objective=layers", "loop.z_loss=1e-3", "distil.temperature=1", "distil.hard_share=0"],
         "loop.z_loss=0.001 has no effect with objective=layers",

@@ -135,11 +135,12 @@ class DistilConfig:
     """How objective=logits learns from the teacher's distributions; see docs/distillation.md.
 
     Attributes:
-        temperature: the logits of teacher and student are divided by it.
+        temperature: the logits of teacher and student are divided by it. Beyond 100 the divergence would drown in
+            float32's rounding, which its square magnifies.
         hard_share: weight of the loss on the text's own tokens; the divergence from the teacher has the rest.
     """
 
-    temperature: float = word(1.0, above(0))
+    temperature: float = word(1.0, Rule(lambda value: 0.01 <= value <= 100, "must lie between 0.01 and 100."))
     hard_share: float = word(0.0, share())
 
 
