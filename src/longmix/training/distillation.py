@@ -133,8 +133,12 @@ def check_lessons(course: Course, teacher: LanguageModel, step: int = 0) -> None
             )
 
     for part in course.parts:
-        if part.config.objective == LAYERS and part.stop > step:
-            _ = with_stage(part.number, functools.partial(check, part)) if course.staged else check(part)
+        if part.config.objective != LAYERS or part.stop <= step:
+            continue
+        if course.staged:
+            with_stage(part.number, functools.partial(check, part))
+        else:
+            check(part)
 
 
 def check_objective(config: TrainConfig, course: Course) -> None:
