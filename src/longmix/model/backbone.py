@@ -237,8 +237,9 @@ class LanguageModel(nn.Module):
             if found.peaks is not None:
                 output.losses["logit_penalty"] = self.logit_penalty / 2 * found.peaks.square().mean()
         elif targets is not None:
-            asked = {"with_hits": self.measures_hits, "skip_ignored": self.measures_hits}
-            found = scored(output.hidden, self.head.weight, targets, self.logit_softcap, **asked)
+            only = self.measures_hits
+            weight, softcap = self.head.weight, self.logit_softcap
+            found = scored(output.hidden, weight, targets, softcap, with_hits=only, skip_ignored=only)
             output.token_losses, output.hits = found.losses, found.hits
         return output
 

@@ -130,11 +130,18 @@ def scored(
     if skip_ignored:
         chosen = (labels != IGNORE_INDEX).nonzero()[:, 0]
         own = None if soft is None else replace(soft, hidden=soft.hidden.reshape(-1, soft.hidden.shape[-1])[chosen])
-        asked = {"with_normalisers": with_normalisers, "with_hits": with_hits, "soft": own}
-        part = scored(rows[chosen], weight, labels[chosen], softcap, **asked)
-        found = part.losses, None, part.log_normalisers, part.divergences, part.hits
-        losses, *others = (None if each is None else _placed(each, chosen, targets) for each in found)
-        return Scored(losses, *others)
+        part = scored(
+            rows[chosen],
+            weight,
+            labels[chosen],
+            softcap,
+            with_normalisers=with_normalisers,
+            soft=own,
+            with_hits=with_hits,
+        )
+        columns = part.log_normalisers, part.divergences, part.hits
+        placed = (None if column is None else _placed(column, chosen, targets) for column in columns)
+        return Scored(_placed(part.losses, chosen, targets), None, *placed)
     most = slice_rows(weight.shape[0] * (1 if soft is None else 2), device_kind(rows.device))
     options = weight, with_peaks, softcap, with_normalisers, soft, with_hits
     taught = None if soft is None else soft.hidden.reshape(-1, soft.hidden.shape[-1])
