@@ -29,7 +29,7 @@ from benchmarks.results import Record
 from longmix.mixers.combiner import Combiner
 from longmix.mixers.combiner_log import CombinerLog
 from longmix.mixers.moba import MoBA
-from longmix.mixers.nsa import NSA
+from longmix.mixers.nsa import NSA, rounded
 from longmix.mixers.parallax import Parallax, ProbeRows
 from longmix.mixers.parts.attention_state import Rows
 from longmix.mixers.parts.base import ModelShape
@@ -151,8 +151,12 @@ def plain_parallax(mixer: Parallax, query: Tensor, key: Tensor, value: Tensor, p
 
 
 def chosen(scores: Tensor, allowed: Tensor, keep: int, size: int) -> Tensor:
-    """The keys [H, T, T] in the `keep` blocks of `size` tokens with the highest scores [H, T, N] of those allowed."""
-    best = scores.masked_fill(~allowed, -torch.inf).topk(min(keep, scores.shape[-1])).indices
+    """The keys [H, T, T] in the `keep` blocks of `size` tokens with the highest scores [H, T, N] of those allowed.
+
+    Of equal scores the earlier block wins.
+    """
+    hidden = scores.masked_fill(~allowed, -torch.inf)
+    best = torch.sort(hidden, dim=-1, descending=True, stable=True).indices[..., :keep]
     mask = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True) & allowed
     mask = mask.repeat_interleave(size, -1)
     return torch.nn.functional.pad(mask, (0, mask.shape[1] - mask.shape[2]))
@@ -186,7 +190,7 @@ def plain_nsa(mixer: NSA, query: Tensor, key: Tensor, value: Tensor, gates: Tens
     place, blocks = torch.arange(0, length, stride), length // mixer.block
     inside = (place >= begin[:, None]) & (place < begin[:, None] + size)
     together = inside.to(weights.dtype) @ (place[:, None] // mixer.block == torch.arange(blocks)).to(weights.dtype)
-    importance = (weights.detach()[0] @ together).index_fill(-1, row[: min(1, blocks)], torch.inf)
+    importance = rounded(weights.detach()[0] @ together).index_fill(-1, row[: min(1, blocks)], torch.inf)
     number, distance = row // mixer.block, row[:, None] - row
     allowed = number[:, None] - torch.arange(blocks) >= mixer.local
     far = chosen(importance, allowed, mixer.blocks - mixer.local, mixer.block)

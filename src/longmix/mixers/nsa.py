@@ -264,7 +264,7 @@ class NSA(SoftmaxAttention):
             visible = (number >= seen[0][:, some, None]) & (number < seen[1][:, some, None])
             weights = (scores - logsumexp[:, some].unflatten(2, (self.num_kv_heads, -1)).unsqueeze(-1)).exp()
             weights = weights.masked_fill(~visible[:, :, None, None], 0.0).sum(3)
-            importance = _rounded(self._importance(weights, parts))
+            importance = rounded(self._importance(weights, parts))
             # The first block of the document is seen in any case.
             block = torch.arange(importance.shape[-1], device=importance.device)
             return importance.masked_fill(block == allowed[0][:, some, None, None], torch.inf)
@@ -404,7 +404,7 @@ class NSA(SoftmaxAttention):
         return super().flops(length) + networks + self.choosing_flops(length)
 
 
-def _rounded(importance: Tensor) -> Tensor:
+def rounded(importance: Tensor) -> Tensor:
     """What stands for importances where they are compared: their logarithms, in whole steps of `_ALIKE`."""
     least = torch.finfo(importance.dtype).tiny
     return (importance.clamp(min=least).log2() / _ALIKE).round()
