@@ -237,9 +237,8 @@ class LanguageModel(nn.Module):
             if found.peaks is not None:
                 output.losses["logit_penalty"] = self.logit_penalty / 2 * found.peaks.square().mean()
         elif targets is not None:
-            only = self.measures_hits
-            weight, softcap = self.head.weight, self.logit_softcap
-            found = scored(output.hidden, weight, targets, softcap, with_hits=only, skip_ignored=only)
+            with_hits, weight, softcap = self.measures_hits, self.head.weight, self.logit_softcap
+            found = scored(output.hidden, weight, targets, softcap, with_hits=with_hits, skip_ignored=with_hits)
             output.token_losses, output.hits = found.losses, found.hits
         return output
 

@@ -91,7 +91,7 @@ def train(config: TrainConfig | DictConfig, invocation: Invocation | None = None
     config, origin = begins_from(config, invocation)
     settings, data = check_config(config, None if origin is None else origin.tokenizer, invocation.folders)
     _check_tokenizer_is_used(data, invocation.words)
-    if origin is not None and origin.trained is not None:
+    if origin is not None and origin.trained is not None and needs_teacher(course_of(config)):
         check_lessons(course_of(config), check_model(origin.trained))
     config = match_parameters(config, data.expected_vocab_size)
     check_memory_of_stages(course_of(config), settings, data.expected_vocab_size)
