@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from longmix.caches.codes import Coded
+from longmix.caches.huge_pages import in_huge_pages
 from longmix_kernels.attention import Codes, Segment
 
 LEAST_BLOCKS = 4
@@ -65,7 +66,7 @@ class CodedStore:
 
     def _grow(self, blocks: int) -> None:
         for name, old in self.used.items():
-            new = old.new_zeros(*old.shape[:2], blocks * self.sizes[name], old.shape[3])
+            new = in_huge_pages(old.new_empty(*old.shape[:2], blocks * self.sizes[name], old.shape[3])).zero_()
             new[:, :, : old.shape[2]] = old
             self.parts[name] = new
 

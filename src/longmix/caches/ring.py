@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longmix.caches.cache import Cache, CacheKind, CacheShape, NewTokens
+from longmix.caches.huge_pages import in_huge_pages
 from longmix.caches.store import LEAST_SLOTS, keys_like, taken
 from longmix_kernels.attention import Segment, attention, decode_attention
 
@@ -127,7 +128,7 @@ class RingCache(Cache):
             if have >= least:
                 return
         slots = min(self.window, max(2 * have, least, self._wanted, LEAST_SLOTS))
-        wide = [x.new_zeros(x.shape[0], x.shape[2], slots, x.shape[3]) for x in (key, value)]
+        wide = [in_huge_pages(x.new_empty(x.shape[0], x.shape[2], slots, x.shape[3])).zero_() for x in (key, value)]
         if self.key is not None and self.value is not None:
             wide[0][:, :, :have], wide[1][:, :, :have] = self.key, self.value
         self.key, self.value = wide

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longmix.caches.huge_pages import in_huge_pages
+
 LEAST_SLOTS = 64
 """Slots of the first buffer, where nobody said how many tokens would come."""
 
@@ -64,7 +66,7 @@ class Store:
 
     def _grow(self, key: Tensor, value: Tensor, least: int) -> None:
         slots = max(self._wanted, least) if self._wanted >= least else max(2 * self.capacity, least, LEAST_SLOTS)
-        wide = [x.new_empty(x.shape[0], x.shape[2], slots, x.shape[3]) for x in (key, value)]
+        wide = [in_huge_pages(x.new_empty(x.shape[0], x.shape[2], slots, x.shape[3])) for x in (key, value)]
         if self.length:
             for new, old in zip(wide, self.used, strict=True):
                 new[:, :, : self.length] = old
@@ -81,7 +83,7 @@ class Store:
         kept = self.capacity
         for name in ("key", "value"):
             old: Tensor = getattr(self, name)
-            new = torch.empty_like(old[:, :, :kept])
+            new = in_huge_pages(torch.empty_like(old[:, :, :kept]))
             new[:, :, :length] = old[:, :, :length]
             setattr(self, name, new)
         self.frozen = 0
