@@ -23,6 +23,7 @@ from benchmarks import results
 from benchmarks.command import RESULTS, Parser, positive, progress
 from benchmarks.decode_providers import COMPILED, DYNAMIC, OURS, STATIC, UNEQUAL, Ours, Provider, Theirs, exported
 from benchmarks.results import Record
+from longmix.caches.huge_pages import in_huge_pages
 from longmix.composing import composed
 from longmix.config import ModelConfig
 from longmix.errors import LongmixError
@@ -34,6 +35,8 @@ RECURRENT = ("mlstm_tfla", "gla", "gated_deltanet", "mamba2", "rwkv7")
 SIZES = ("model.d_model=128", "model.num_layers=6", "model.num_heads=2", "model.mlp_hidden=344")
 VOCABULARY = 256
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+ENOUGH = 60
+"""Seconds of reading by all providers after which no further lap begins."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,8 @@ def race(
     for provider, rows in providers.values():  # what a process does once
         provider.step(provider.prefill([row[:16] for row in rows], 1))
     for number in range(options.prefills):
+        if sum(sum(own.prefills) for own in laps.values()) > ENOUGH:
+            break
         for name in names[number % len(names) :] + names[: number % len(names)]:
             announce(f"{name} reads")
             provider, rows = providers[name]
@@ -169,7 +174,8 @@ def read_records(model: LanguageModel, options: argparse.Namespace) -> list[Reco
     """Seconds that `torch.sum` takes over the bytes of one row's keys and values, of each length."""
     clock, found = CLOCKS[options.clock], []
     for length in options.lengths:
-        held = [torch.ones(model.state_bytes(length) // (4 * len(model.mixers()))) for _ in model.mixers()]
+        numbers = model.state_bytes(length) // (4 * len(model.mixers()))
+        held = [in_huge_pages(torch.empty(numbers)).fill_(1) for _ in model.mixers()]
         laps = []
         for _ in range(options.rounds):
             times = []
@@ -231,7 +237,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--recurrent-lengths", type=count, nargs="+", default=report.RECURRENT_LENGTHS, metavar="T")
     add("--rounds", type=count, default=5, help="of each provider, in turns")
     add("--tokens", type=count, default=16, help="timed steps of a round")
-    add("--prefills", type=count, default=3, help="readings of each prompt")
+    add("--prefills", type=count, default=3, help=f"readings of each prompt; no further one after {ENOUGH} seconds")
     add("--threads", type=count, default=1)
     add("--compile", action="store_true", help="time compiled steps of longmix too; compiling takes minutes")
     add("--clock", choices=CLOCKS, default="wall", help="cpu: processor time of all threads, for a busy machine")
