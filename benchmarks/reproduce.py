@@ -122,10 +122,12 @@ def _differences(content: Mapping[str, Any], command: str) -> list[str]:
     settings = content["settings"]
     name = options.pop("name", [program])[0]
     found = [] if content["benchmark"] == name else [f"it is of {content['benchmark']} and not of {name}"]
+    given = [option for option, value in settings.items() if value is True and option not in options]
+    found += [f"{flag} was given and is not" for flag in given]
     for option, values in options.items():
-        held = _flat(settings.get(option))
-        if "=".join(held) != "=".join(_flat(values)):  # pairs of texts are held in two
-            found.append(f"{option} was {' '.join(held)} and is {' '.join(values)}")
+        held, wanted = _flat(settings.get(option)), _flat(values or True)  # a flag has no values
+        if "=".join(held) != "=".join(wanted):  # pairs of texts are held in two
+            found.append(f"{option} was {' '.join(held) or 'not given'} and is {' '.join(wanted)}")
     named = next((_flat(settings[key]) for key in ("mixers", "models", "claims", "parts") if key in settings), [])
     named = [*_flat(settings.get("teacher")), *_flat(settings.get("checkpoint")), *map(str, named)]
     if alone and named != alone:

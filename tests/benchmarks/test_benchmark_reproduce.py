@@ -61,7 +61,9 @@ def files_of(result: reproduce.Result, root: Path) -> None:
     [
         ("mixers", ("--steps 800", "--steps 900"), "steps was 800 and is 900"),
         ("mixers", ("benchmarks.mixers", "benchmarks.claims"), "it is of mixers and not of claims"),
-        ("mixers", (" sparsek ", " tensor "), "it is of"),
+        ("mixers", ("mixers comba ", "mixers kda "), "it is of"),
+        ("decode", (" --compile", ""), "compile was given and is not"),
+        ("decode", ("--prefills 9", "--check --prefills 9"), "check was not given and is 1"),
         ("lla", ("--keys 32 64", "--keys 32 65"), "keys was 32 64 128 256 and is 32 65 128 256"),
         ("state_tracking", ("parity=100", "parity=150"), "task was parity=100 and is parity=150"),
         (

@@ -26,7 +26,7 @@ from longmix.mixers.parts.states import caches, held_bytes, total_bytes
 from longmix.mixers.parts.states import forked as forked_state
 from longmix.model.backbone import LanguageModel, ModelOutput
 
-PREFILL_TOKENS = 4096
+PREFILL_TOKENS = 8192
 """Tokens of prompts, over all rows, that pass the model at once, which bounds the memory."""
 
 GRAPHS = 16
