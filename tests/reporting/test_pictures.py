@@ -152,6 +152,8 @@ class TestAxes:
             pytest.param([16, 64], [16, 32, 64], id="powers of two"),
             pytest.param([100.0], [100.0], id="a single length has a tick"),
             pytest.param([100.0, 120.0], [100.0, 120.0], id="no power between"),
+            pytest.param([512, 16384], [512, 1024, 2048, 4096, 8192, 16384], id="short labels"),
+            pytest.param([2.5e5, 1.9e7], [2**18, 2**20, 2**22, 2**24], id="labels that would meet"),
         ],
     )
     def test_doubling_ticks(self, values, ticks):
@@ -174,6 +176,7 @@ class TestAxes:
         ("ticks", "labels"),
         [
             ([256, 512, 1024, 65536], ["256", "512", "1k", "64k"]),
+            ([2**19, 2**20, 2**31], ["512k", "1M", "2G"]),
             ([0, 2500, 5000], ["0", "2,500", "5,000"]),
             ([0, 5000, 10_000], ["0", "5k", "10k"]),
             ([200_000, 1_000_000], ["0.2M", "1M"]),

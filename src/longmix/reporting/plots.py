@@ -40,8 +40,8 @@ TITLE_LETTERS = 48
 MANY_POINTS = 24
 """The most points of a line that all have markers; on longer lines only the last has one."""
 
-MOST_TICKS = 9
-"""The most ticks on an axis that doubles."""
+MOST_TICKS, MOST_CHARACTERS = 9, 24
+"""The most ticks on an axis that doubles, and of their labels, each with the space behind it."""
 
 UNITS = ((1e9, "G"), (1e6, "M"), (1e4, "k"))
 """Units of ticks and the size from which each is used; thousands begin at ten thousand."""
@@ -256,17 +256,19 @@ def decimal_ticks(low: float, high: float) -> list[float]:
 
 
 def doubling_ticks(values: Sequence[float]) -> list[float]:
-    """Powers of two among some values, at most `MOST_TICKS`; the values themselves where fewer than two lie there."""
+    """Powers of two among some values, as many as there is room for; the values where fewer than two lie there."""
     low, high = math.ceil(math.log2(min(values)) - 1e-9), math.floor(math.log2(max(values)) + 1e-9)
     powers = [2.0**power for power in range(low, high + 1)]
     ticks = powers if len(powers) >= 2 else sorted(set(values))
-    return ticks[:: -(-len(ticks) // MOST_TICKS)]
+    width = sum(len(label) + 1 for label in tick_labels(ticks))
+    return ticks[:: max(-(-len(ticks) // MOST_TICKS), -(-width // MOST_CHARACTERS))]
 
 
 def tick_labels(ticks: Sequence[float]) -> list[str]:
-    """Ticks as text, all in the same unit but for powers of two, which are 512, 1k, 2k."""
+    """Ticks as text, all in the same unit but for powers of two, which are 512, 1k, 2k, up to 512k, 1M."""
     if all(tick >= 1 and math.log2(tick).is_integer() for tick in ticks):
-        return [f"{tick:g}" if tick < 1024 else f"{tick / 1024:,g}k" for tick in ticks]
+        units = ((2**30, "G"), (2**20, "M"), (2**10, "k"), (1, ""))
+        return [next(f"{tick / size:g}{letter}" for size, letter in units if tick >= size) for tick in ticks]
     largest = max(map(abs, ticks), default=0.0)
     size, letter = next(
         ((min(size, 1e3 if letter == "k" else size), letter) for size, letter in UNITS if largest >= size), (1.0, "")
