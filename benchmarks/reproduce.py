@@ -122,8 +122,8 @@ def _differences(content: Mapping[str, Any], command: str) -> list[str]:
     settings = content["settings"]
     name = options.pop("name", [program])[0]
     found = [] if content["benchmark"] == name else [f"it is of {content['benchmark']} and not of {name}"]
-    given = [option for option, value in settings.items() if value is True and option not in options]
-    found += [f"{flag} was given and is not" for flag in given]
+    flags = [option for option, value in settings.items() if value is True]
+    found += [f"{flag} was given and is not" for flag in flags if flag not in options]
     for option, values in options.items():
         held, wanted = _flat(settings.get(option)), _flat(values or True)  # a flag has no values
         if "=".join(held) != "=".join(wanted):  # pairs of texts are held in two

@@ -61,7 +61,7 @@ def files_of(result: reproduce.Result, root: Path) -> None:
     [
         ("mixers", ("--steps 800", "--steps 900"), "steps was 800 and is 900"),
         ("mixers", ("benchmarks.mixers", "benchmarks.claims"), "it is of mixers and not of claims"),
-        ("mixers", ("mixers comba ", "mixers kda "), "it is of"),
+        ("state_tracking", ("householders=2", "householders=3"), "it is of gated_deltaproduct householders=2"),
         ("decode", (" --compile", ""), "compile was given and is not"),
         ("decode", ("--prefills 9", "--check --prefills 9"), "check was not given and is 1"),
         ("lla", ("--keys 32 64", "--keys 32 65"), "keys was 32 64 128 256 and is 32 65 128 256"),
